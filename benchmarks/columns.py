@@ -1,11 +1,11 @@
 """The numbers of a row as columns, in the terminal and on pages, and the text form of numbers and machines."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.candidates import OURS
-from benchmarks.contests import Contest, verdict
+from benchmarks.contests import Contest, tally, verdict
 from benchmarks.results import Machine, Row
 
 NOTHING = "–"  # noqa: RUF001
@@ -66,6 +66,15 @@ def scientific(value: float) -> str:
 
 
 LEVEL = "equal within noise"
+
+
+def tally_text(found: Sequence[Contest]) -> str:
+    """In how many cases this library is faster than everybody else, in one sentence."""
+    counts = tally(found)
+    return (
+        f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "
+        f"{counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in {counts['slower']}."
+    )
 
 
 def verdict_text(contest: Contest) -> str:

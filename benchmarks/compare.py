@@ -21,7 +21,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
@@ -53,7 +53,6 @@ class Difference:
         row: the row of the later result.
         before, after: the values that differ: ms of the fastest round, relative error, or bytes.
         change: after over before, the machine's drift divided out of times.
-        bound: the change that noise and threshold explain.
     """
 
     what: What
@@ -61,7 +60,6 @@ class Difference:
     before: float | None = None
     after: float | None = None
     change: float | None = None
-    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class Comparison:
             machines are not regressions.
         drift: time of plain PyTorch after over before, the median of all cases; 1 between different machines.
         compared: rows that both results measured.
-        bounds: for each of them the slow-down that would have been noticed.
         regressions: what became worse in this library's rows.
         shifts: operations on which this library became slower as a whole.
         suspects: single rows of this library that became slower, where the operation's others did not.
@@ -104,7 +101,6 @@ class Comparison:
     other_setup: tuple[str, ...] = ()
     drift: float = 1.0
     compared: int = 0
-    bounds: list[float] = field(default_factory=list)
     regressions: list[Difference] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
     suspects: list[Difference] = field(default_factory=list)
@@ -184,7 +180,6 @@ def _add_pair(found: Comparison, old: Row, new: Row, drifts: Mapping[tuple[str, 
     differences = list(_exact_differences(old, new))
     if _measured(old) and _measured(new):
         found.compared += 1
-        found.bounds.append(_bound(old, new, found.threshold))
         own = drifts.get(new.case, found.drift) if new.kind != "baseline" else found.drift
         differences += _time_differences(old, new, (own, found.drift), found.threshold)
     for difference in differences:
@@ -194,13 +189,11 @@ def _add_pair(found: Comparison, old: Row, new: Row, drifts: Mapping[tuple[str, 
 
 def _time_differences(old: Row, new: Row, drifts: tuple[float, float], threshold: float) -> Iterator[Difference]:
     first, second = min(_passes(old)), min(_passes(new))
-    difference = Difference("slower", new, first, second)
-    slower = second / first / max(drifts)
+    slower, faster = second / first / max(drifts), second / first / min(drifts)
     if slower > _bound(old, new, threshold):
-        yield replace(difference, change=slower, bound=_bound(old, new, threshold))
-    faster = second / first / min(drifts)
-    if 1 / faster > _bound(new, old, threshold):
-        yield replace(difference, what="faster", change=faster, bound=1 / _bound(new, old, threshold))
+        yield Difference("slower", new, first, second, slower)
+    elif 1 / faster > _bound(new, old, threshold):
+        yield Difference("faster", new, first, second, faster)
 
 
 def _bound(reference: Row, other: Row, threshold: float) -> float:
@@ -243,25 +236,16 @@ def _exact_differences(old: Row, new: Row) -> Iterator[Difference]:
     if old.failure is not None:
         yield Difference("works again", new)
         return
-    if _error_grew(old.error, new.error):
-        yield _growth("less exact", new, old.error or 0.0, new.error or 0.0, ERROR_GROWTH)
-    memories: list[tuple[What, int | None, int | None]] = [
-        ("peak memory", old.peak_bytes, new.peak_bytes),
-        ("saved memory", old.saved_bytes, new.saved_bytes),
+    grown: list[tuple[What, float | None, float | None, float]] = [
+        ("less exact", old.error, new.error, ERROR_GROWTH),
+        ("peak memory", old.peak_bytes, new.peak_bytes, MEMORY_GROWTH),
+        ("saved memory", old.saved_bytes, new.saved_bytes, MEMORY_GROWTH),
     ]
-    for what, first, second in memories:
-        if first is not None and second is not None and second > MEMORY_GROWTH * first:
-            yield _growth(what, new, first, second, MEMORY_GROWTH)
-
-
-def _error_grew(before: float | None, after: float | None) -> bool:
-    if before is None or after is None or math.isnan(before):
-        return False
-    return not after <= ERROR_GROWTH * before  # true for NaN
-
-
-def _growth(what: What, row: Row, before: float, after: float, bound: float) -> Difference:
-    return Difference(what, row, before, after, after / before if before else math.inf, bound)
+    for what, first, second, most in grown:
+        if first is None or second is None or math.isnan(first):
+            continue
+        if not second <= most * first:  # true for NaN
+            yield Difference(what, new, first, second, second / first if first else math.inf)
 
 
 def _other_setup(before: Machine, after: Machine) -> tuple[str, ...]:
@@ -287,32 +271,20 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(f"{name}  {machine.name}, commit {machine.commit or 'unknown'}, {machine.date}", markup=False)
     for note in comparison.notes:
         console.print(Text(f"! {note}", "bold yellow"))
-    console.print(_summary(comparison), markup=False)
-    _print_shifts(console, comparison.shifts)
+    drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
+    console.print(f"{comparison.compared} rows have times in both{drift}", markup=False)
+    for shift in comparison.shifts:
+        change = f"{_percent(shift.change)}, give or take {shift.error:.0%}, in the median of {shift.rows} rows"
+        console.print(Text(f"{shift.op} is slower with {shift.candidate}: {change}", "bold red"))
     _print_differences(console, "regressions", comparison.regressions, "bold red")
     _print_differences(console, "single rows, to be measured again", comparison.suspects, "bold yellow")
-    _print_differences(console, _rest_title(comparison), comparison.others, "bold")
+    other = " and ".join(comparison.other_setup)
+    rest = f"differences between machines (another {other})" if other else "other differences"
+    _print_differences(console, rest, comparison.others, "bold")
     for name, rows in (("before", comparison.only_before), ("after", comparison.only_after)):
         for op, count in Counter(row.op for row in rows).items():
             console.print(Text(f"only {name}: {count} {'row' if count == 1 else 'rows'} of {op}", "dim"))
     console.print(_verdict(comparison))
-
-
-def _summary(comparison: Comparison) -> str:
-    if not comparison.bounds:
-        return "no row has times in both"
-    noticed = sorted(comparison.bounds)[math.ceil(0.9 * len(comparison.bounds)) - 1] - 1
-    drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
-    return (
-        f"{comparison.compared} rows have times in both{drift}; "
-        f"in 9 of 10 rows a slow-down of {noticed:.0%} would have been noticed"
-    )
-
-
-def _rest_title(comparison: Comparison) -> str:
-    if comparison.other_setup:
-        return f"differences between machines (another {' and '.join(comparison.other_setup)})"
-    return "other differences"
 
 
 def _verdict(comparison: Comparison) -> Text:
@@ -324,16 +296,10 @@ def _verdict(comparison: Comparison) -> Text:
     return Text("no regressions", "bold green")
 
 
-def _print_shifts(console: Console, shifts: Sequence[Shift]) -> None:
-    for shift in shifts:
-        change = f"{_percent(shift.change)}, give or take {shift.error:.0%}, in the median of {shift.rows} rows"
-        console.print(Text(f"{shift.op} is slower with {shift.candidate}: {change}", "bold red"))
-
-
 def _print_differences(console: Console, title: str, differences: Sequence[Difference], style: str) -> None:
     if not differences:
         return
-    table = plain_table("what", "operation", "candidate", "before", "after", "change", "noise", texts=3)
+    table = plain_table("what", "operation", "candidate", "before", "after", "change", texts=3)
     for difference in sorted(differences, key=lambda one: (one.what, -(one.change or 0))):
         table.add_row(*map(Text, _cells(difference)))
     console.print()
@@ -351,9 +317,7 @@ def _cells(difference: Difference) -> Iterator[str]:
     yield row.candidate
     for value in (difference.before, difference.after):
         yield "" if value is None else _value(difference.what, value)
-    timed = difference.what in ("slower", "faster")
     yield "" if difference.change is None else _percent(difference.change)
-    yield _percent(difference.bound) if timed and difference.bound is not None else ""
 
 
 def _value(what: What, value: float) -> str:

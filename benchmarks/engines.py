@@ -24,8 +24,6 @@ from evaclip.weights import to_open_clip
 Array = NDArray[Any]
 TOWERS: tuple[Literal["image", "text"], ...] = ("image", "text")
 DTYPES = ("fp32", "bf16", "fp16", "int8")
-LEVELS = ("none", "basic", "extended")
-"""Of ONNX Runtime's optimisations, besides all of them."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,6 @@ class Engine:
         dtypes: those that it has.
         build: makes what runs a subject in a dtype.
         towers, devices: where it runs.
-        single: it is measured with the smallest batch alone.
     """
 
     name: str
@@ -107,7 +104,6 @@ class Engine:
     build: Callable[[Subject, str], Run]
     towers: tuple[str, ...] = TOWERS
     devices: tuple[str, ...] = ("cpu", "cuda")
-    single: bool = False
 
     def absence(self, subject: Subject) -> str | None:
         """Why it can't be measured here; None if it can."""
@@ -164,13 +160,13 @@ def _in_torch(module: Callable[[Tensor], Tensor], subject: Subject, dtype: str) 
     return run
 
 
-def _onnxruntime(subject: Subject, dtype: str, plain: bool = False, level: str = "all") -> Run:
+def _onnxruntime(subject: Subject, dtype: str, plain: bool = False) -> Run:
     from evaclip.portable.check import run_in_onnxruntime
 
     if plain and (subject.tower, dtype) == ("text", "fp16"):
         raise UserError("onnxruntime 1.32.0 ends the process when it loads this file")
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[subject.device]
-    run = run_in_onnxruntime(_file(subject, dtype, plain), level, provider, torch.get_num_threads())
+    run = run_in_onnxruntime(_file(subject, dtype, plain), "all", provider, torch.get_num_threads())
     return lambda batch: run(batch.array)
 
 
@@ -232,17 +228,13 @@ ENGINES = (
         partial(_compiled, freezing=True, backend="zentorch"),
         devices=("cpu",),
     ),
-    *(
-        Engine(
-            f"onnxruntime{'-open_clip' * plain}{end}",
-            "peer" if plain else "ours",
-            ("onnxruntime", *(_THEIRS if plain else _OURS)),
-            ("fp32",) if end else ("fp32", "fp16", "int8") if plain else DTYPES,
-            partial(_onnxruntime, plain=plain, level=end.removeprefix("-") or "all"),
-            single=bool(end),
-        )
-        for plain in (False, True)
-        for end in ("", *(f"-{level}" for level in LEVELS))
+    Engine("onnxruntime", "ours", ("onnxruntime", *_OURS), DTYPES, _onnxruntime),
+    Engine(
+        "onnxruntime-open_clip",
+        "peer",
+        ("onnxruntime", *_THEIRS),
+        ("fp32", "fp16", "int8"),
+        partial(_onnxruntime, plain=True),
     ),
     Engine("openvino", "ours", ("openvino", "onnxruntime", *_OURS), DTYPES, _openvino, devices=("cpu",)),
     Engine(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import cpuinfo
 import psutil
 import torch
 
@@ -20,6 +19,7 @@ from benchmarks import origin
 from benchmarks.gpu_state import notes as gpu_notes
 from benchmarks.gpu_state import read_state
 from benchmarks.results import Machine
+from evaclip.machine import machine as host
 from evaclip.machine import version_of
 from evakernels.nn import linear
 
@@ -48,12 +48,22 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
         matmul_tflops=matmul,
         cache_bytes=_cache_bytes(device),
         versions=_versions(packages) | {"evakernels": evakernels.__version__},
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=_now(),
         commit=commit(),
         command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
         package=origin.describe(),
         notes=[note] if (note := origin.warning()) else [],
     )
+
+
+def byline(device: torch.device) -> str:
+    """The machine, torch and the date in one line, for what isn't held against ceilings, with its warning."""
+    facts = f"{device_name(device)}, torch {torch.__version__}, {_now()}"
+    return facts + (f"; {note}" if (note := origin.warning()) else "")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:
@@ -110,7 +120,8 @@ class Watch:
 
         Measures the ceilings again, and fills in the machine's clocks.
         """
-        others = self._others()
+        total, own, wall = (now - then for now, then in zip(_busy_seconds(), self._start, strict=True))
+        others = max(0.0, total - own) / (wall * (os.cpu_count() or 1))
         dtypes = [getattr(torch, name) for name in self._machine.matmul_tflops]
         copy, matmul = ceilings(self._device, dtypes)
         changes = {"copy": copy / self._machine.copy_gbps - 1}
@@ -127,10 +138,6 @@ class Watch:
         self._machine.clocks = now.clocks if now else {}
         return notes + gpu_notes(self._gpu, now)
 
-    def _others(self) -> float:
-        total, own, wall = (now - then for now, then in zip(_busy_seconds(), self._start, strict=True))
-        return max(0.0, total - own) / (wall * (os.cpu_count() or 1))
-
 
 def _busy_seconds() -> tuple[float, float, float]:
     """Seconds that all processors worked, that this process and its children worked, and of the clock."""
@@ -144,11 +151,11 @@ def device_name(device: torch.device) -> str:
     """What the processor or the GPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return str(cpuinfo.get_cpu_info().get("brand_raw", platform.machine()))
+    return str(host()["processor"])
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """The last level of cache; py-cpuinfo doesn't see the third level on all processors, Linux does."""
+    """The last level of cache, of a processor as Linux tells it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

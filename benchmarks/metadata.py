@@ -17,15 +17,14 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.machine import describe
-from benchmarks.table import plain_table
+from benchmarks.machine import byline
+from benchmarks.table import make_console, plain_table
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.opening import open_source
 from evaclip.data.order import sample_order
@@ -99,7 +98,6 @@ def measure_list(shards: int, folder: Path) -> Iterator[Cost]:
 def show(ranks: Sequence[int], shards: int) -> None:
     """Measures and prints."""
     table = plain_table("", "CPU s", "opens", "MB")
-    machine = describe(torch.device("cpu"), (), ("torch",))
     for count in ranks:
         with tempfile.TemporaryDirectory() as folder:
             for cost in measure_checkpoint(count, Path(folder)):
@@ -107,8 +105,8 @@ def show(ranks: Sequence[int], shards: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for cost in measure_list(shards, Path(folder)):
             _add(table, cost.what, cost)
-    Console(width=120).print(table)
-    print(f"{machine.name}, torch {torch.__version__}, {machine.date}; {TENSORS:,} tensors, {4 * ROWS} bytes of each")
+    make_console().print(table)
+    print(f"{TENSORS:,} tensors, {4 * ROWS} bytes of each; {byline(torch.device('cpu'))}")
 
 
 def _add(table: Any, what: str, cost: Cost) -> None:

@@ -224,7 +224,11 @@ def peer(
 
     The builder takes a `Shape` and returns the function that is called with the operation's inputs by keyword. It is
     shown as `name`, or else as `package`.
+
+    Raises:
+        UserError: it has neither, or there is no such operation.
     """
+    get_operation(op)
     shown = name or package
     if shown is None:
         raise UserError(f"a peer of {op!r} has neither a name nor a package")
@@ -241,9 +245,9 @@ def operations() -> dict[str, Operation]:
     return dict(_registry.operations)
 
 
-def registered_names() -> set[str]:
-    """Names of all operations, and those for which there are peers alone."""
-    return {*_registry.operations, *_registry.peers}
+def registered() -> tuple[int, int]:
+    """How many operations there are, and how many peers."""
+    return len(_registry.operations), sum(map(len, _registry.peers.values()))
 
 
 def suite_operations() -> list[Operation]:

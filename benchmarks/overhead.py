@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 import evakernels
-from benchmarks.machine import describe
-from benchmarks.table import plain_table
-from benchmarks.timing import Call, CpuTimer, Rotation
+from benchmarks.machine import byline
+from benchmarks.table import make_console, plain_table
+from benchmarks.timing import Call, Rotation, Timer
 from evakernels import _native
 
 ROWS, WIDTH = 4, 64
@@ -110,15 +109,13 @@ def measure(device: torch.device, seconds: float = SECONDS) -> list[Overhead]:
 
 def show(found: list[Overhead], device: torch.device) -> None:
     """A table, and what it was measured on."""
-    machine = describe(device, (), ("torch", "triton"))
     table = plain_table("call", "evakernels", "torch", "ratio")
     for row in found:
         table.add_row(row.name, f"{row.ours:.1f}", f"{row.torch:.1f}", f"{row.ratio:.2f}")
-    console = Console()
+    console = make_console()
     console.print(f"Host time of a call on {ROWS} x {WIDTH} elements, microseconds")
     console.print(table)
-    notes = "".join(f"; {note}" for note in machine.notes)
-    console.print(f"{machine.name}, torch {torch.__version__}, one thread, {machine.date}{notes}", style="dim")
+    console.print(f"one thread; {byline(device)}", style="dim")
 
 
 def _inputs(pair: Pair, device: torch.device) -> list[Tensor]:
@@ -149,5 +146,5 @@ def _measured(name: str, calls: list[Call], device: torch.device, seconds: float
 
     for call in calls:
         call()
-    ours, theirs = CpuTimer().rounds([Rotation([call], idle) for call in calls], seconds)
+    ours, theirs = Timer().rounds([Rotation([call], idle) for call in calls], seconds)
     return Overhead(name, 1e3 * median(ours), 1e3 * median(theirs))

@@ -5,8 +5,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.operation import operations, peers_of, registered_names
-from evaclip.errors import UserError, unknown_name
+from benchmarks.operation import registered
+from evaclip.errors import UserError
 from evakernels._names import hint
 
 
@@ -18,14 +18,10 @@ def load(plugins: Sequence[Path] = ()) -> None:
     """
     importlib.import_module("benchmarks.cases")
     for path in plugins:
-        before = _counts()
+        before = registered()
         _run(path)
-        new = [name for name, count in _counts().items() if count != before.get(name)]
-        if not new:
+        if registered() == before:
             raise UserError(f"--plugin {str(path)!r} registers nothing; it needs a @peer(OPERATION, NAME)")
-        for name in new:
-            if name not in operations():
-                raise UserError(f"--plugin {str(path)!r}: {unknown_name('operation', name, operations())}")
 
 
 def _run(path: Path) -> None:
@@ -33,8 +29,3 @@ def _run(path: Path) -> None:
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"--plugin {str(path)!r} isn't a Python file{hint(path, map(str, path.parent.glob('*.py')))}")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def _counts() -> dict[str, tuple[bool, int]]:
-    """By name whether there is an operation, and how many peers it has."""
-    return {name: (name in operations(), len(peers_of(name))) for name in registered_names()}

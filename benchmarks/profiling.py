@@ -1,14 +1,12 @@
-"""Where the time of a call goes: a trace of a few calls, and on a GPU the kernels' counters where ncu is installed.
+"""Where the time of a call goes: a trace of a few calls.
 
-ncu runs `python -m benchmarks.profiling OPERATION SHAPE MODE DTYPE CANDIDATE`: one call between the marks of the CUDA
-profiler.
+For the kernels' counters, which ncu has, `python -m benchmarks.profiling OPERATION SHAPE MODE DTYPE CANDIDATE` makes
+one call between the marks of the CUDA profiler.
 """
 
 import gzip
 import importlib
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +30,7 @@ _WARM_UPS, _CALLS = 3, 3
 def profile_case(case: Case, candidate: Candidate, folder: Path) -> Path:
     """Traces a few calls; the trace opens in Perfetto and in chrome://tracing.
 
-    Each call is a range named `<operation>: <candidate>`, on a GPU for NVTX too. There, if ncu is installed, its report
-    is left beside the trace; without the permission to read counters ncu leaves none, and says so.
+    Each call is a range named `<operation>: <candidate>`, on a GPU for NVTX too.
 
     Returns:
         The trace, `<operation>-<candidate>-<shape>-<mode>-<dtype>.json.gz` in `folder`, which is made if need be.
@@ -54,26 +51,7 @@ def profile_case(case: Case, candidate: Candidate, folder: Path) -> Path:
         plain = Path(scratch, "trace.json")
         profiler.export_chrome_trace(str(plain))
         temporary.write_bytes(gzip.compress(plain.read_bytes()))
-    if case.device.type == "cuda" and shutil.which("ncu"):
-        subprocess.run(ncu_command(case, candidate, folder), cwd=Path(__file__).parents[1], check=False)
     return path
-
-
-def ncu_command(case: Case, candidate: Candidate, folder: Path) -> list[str]:
-    """Runs one call of a candidate under Nsight Compute with all of its counters; the report goes to `folder`.
-
-    The process that it starts knows the operations and peers that ship, none of `--plugin`.
-    """
-    report = folder.resolve() / f"{_file_name(case, candidate)}.ncu-rep"
-    # Marks rather than NVTX ranges: those belong to one thread, and autograd runs the backward pass in another.
-    ncu = ["ncu", "--profile-from-start", "off", "--set", "full", "--force-overwrite", "--export", str(report)]
-    dtype = str(case.dtype).removeprefix("torch.")
-    return [
-        *ncu,
-        *(sys.executable, "-m", "benchmarks.profiling"),
-        *(case.op.name, case.shape.name, case.mode, dtype, candidate.name),
-        *([] if origin.is_checkout() else [origin.FLAG]),
-    ]
 
 
 def main(arguments: Sequence[str], device: str = "cuda") -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
-from benchmarks.machine import describe
-from benchmarks.table import plain_table
+from benchmarks.machine import byline
+from benchmarks.table import make_console, plain_table
 from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 
@@ -69,15 +68,14 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
 
 def show(found: list[Measured]) -> None:
     """A table, and what it was measured on."""
-    machine = describe(torch.device("cpu"), (), ("numpy", "scikit-learn"))
     table = plain_table("search", "rows", "recall", "median", "least", "processors: median", "least")
     for row in found:
         times = (f"{value:.1f}" for value in (row.wall, row.least_wall, row.cpu, row.least_cpu))
         table.add_row(row.name, f"{row.rows:,}", f"{row.recall:.3f}", *times)
-    console = Console()
+    console = make_console()
     console.print(f"The {TOP} nearest of rows of {DIM}, milliseconds a query")
     console.print(table)
-    console.print(f"{machine.name}, {machine.date}", style="dim")
+    console.print(byline(torch.device("cpu")), style="dim")
 
 
 def _measured(name: str, method: Callable[..., Any], store: Store, queries: Array, truth: Any) -> Measured:

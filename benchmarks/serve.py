@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from benchmarks.machine import describe as describe_machine
+from benchmarks.machine import byline
 from evaclip.factory import create_model
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.indexing import describe
@@ -30,15 +31,6 @@ from evaclip.runtime.store import Row, Store
 PICTURES, SIDE = 32, 256
 WORDS = ("a red bicycle", "two cats on a sofa", "snow", "a house by the sea at night", "a dog that runs")
 _BOUNDARY = "----evaclip"
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked of the server: by each client a picture's embedding and a text's in turn, again and again."""
-
-    model: str
-    clients: int
-    seconds: float
 
 
 @dataclass
@@ -59,30 +51,33 @@ class _Question:
     expected: np.ndarray
 
 
-def measure(load: Load) -> Answers:
-    """Serves a store of random pictures in a process of its own, and asks it."""
+def measure(model: str, clients: int, seconds: float) -> Answers:
+    """Serves a store of random pictures in a process of its own, and asks it.
+
+    Each client asks for a picture's embedding or a text's, again and again.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        encoder = _random_encoder(load.model, Path(folder))
+        encoder = _random_encoder(model, Path(folder))
         files = _pictures()
         embeddings = np.concatenate([encoder.images([file]).numpy() for file in files])
-        given = {"given": f"{load.model}:{folder}/random.safetensors", **describe(encoder)}
+        given = {"given": f"{model}:{folder}/random.safetensors", **describe(encoder)}
         with Store.create(Path(folder) / "store", given) as store:
             store.add(embeddings, [Row(str(number), "") for number in range(len(files))])
         questions = [_picture(file, embedding) for file, embedding in zip(files, embeddings, strict=True)]
         questions += [_text(text, encoder.texts(text)[0].numpy()) for text in WORDS * (PICTURES // len(WORDS))]
         with _served(Path(folder) / "store") as port:
-            return _ask(load, lambda: http.client.HTTPConnection("127.0.0.1", port, timeout=60), questions)
+            connect = partial(http.client.HTTPConnection, "127.0.0.1", port, timeout=60)
+            return _ask(clients, seconds, connect, questions)
 
 
-def show(load: Load, found: Answers) -> None:
+def show(model: str, clients: int, found: Answers) -> None:
     """One paragraph."""
     half, most, nearly = np.percentile(found.waited or [float("nan")], (50, 95, 99))
-    machine = describe_machine(torch.device("cpu"), (), ("torch",))
     Console().print(
-        f"{load.model}, {load.clients} clients, {found.seconds:.0f} s: {len(found.waited):,} answers,"
+        f"{model}, {clients} clients, {found.seconds:.0f} s: {len(found.waited):,} answers,"
         f" {len(found.waited) / found.seconds:.1f}/s; p50 {half:.0f} ms, p95 {most:.0f} ms, p99 {nearly:.0f} ms;"
         f" {len(found.errors)} errors {sorted(set(found.errors))}; embeddings differ from those made one by one by"
-        f" {found.apart:.1e} at most\n{machine.name}, torch {torch.__version__}, {machine.date}",
+        f" {found.apart:.1e} at most\n{byline(torch.device('cpu'))}",
         highlight=False,
     )
 
@@ -128,12 +123,14 @@ def _served(store: Path) -> Iterator[int]:
             server.terminate()
 
 
-def _ask(load: Load, connect: Callable[[], http.client.HTTPConnection], questions: list[_Question]) -> Answers:
+def _ask(
+    clients: int, seconds: float, connect: Callable[[], http.client.HTTPConnection], questions: list[_Question]
+) -> Answers:
     found, lock, began = Answers(), threading.Lock(), time.perf_counter()
 
     def client(seed: int) -> None:
         draw, connection = random.Random(seed), connect()
-        while time.perf_counter() - began < load.seconds:
+        while time.perf_counter() - began < seconds:
             question, start = draw.choice(questions), time.perf_counter()
             try:
                 connection.request("POST", question.path, question.body, {"Content-Type": question.kind})
@@ -151,7 +148,7 @@ def _ask(load: Load, connect: Callable[[], http.client.HTTPConnection], question
                 else:
                     found.errors.append(status)
 
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(load.clients)]
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

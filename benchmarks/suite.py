@@ -10,7 +10,7 @@ from benchmarks.candidates import candidates, check_names
 from benchmarks.measure import Case, measure
 from benchmarks.operation import Operation, peers_of
 from benchmarks.results import Results
-from benchmarks.timing import CpuTimer, Timer
+from benchmarks.timing import Timer
 from evaclip.errors import UserError
 from evakernels import keep_freed_memory
 
@@ -51,7 +51,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
         UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
     """
     check_names(operations, plan.backends, plan.peers)
-    device = _device(plan.device)
+    device = device_of(plan.device)
     keep_freed_memory()
     timer = timer_for(device)
     cases = list_cases(operations, plan)
@@ -82,7 +82,8 @@ def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
     ]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of a type. Raises `UserError` where there is no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU here: torch.cuda.is_available() is False; --device cpu measures the processor")
     return torch.device(name)
@@ -93,4 +94,4 @@ def timer_for(device: torch.device) -> Timer:
         from benchmarks.timing_cuda import CudaTimer
 
         return CudaTimer(device)
-    return CpuTimer()
+    return Timer()

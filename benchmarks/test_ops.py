@@ -3,7 +3,6 @@
 They are measured on the GPU if there is one, else on the processor. Candidates of one case form a group.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -19,42 +18,37 @@ from benchmarks.measure import Case, measure
 from benchmarks.operation import suite_operations
 from benchmarks.results import Machine
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, list_cases
-from benchmarks.timing import Call, Rotation
+from benchmarks.timing import Call, Rotation, Timer
 
 __all__ = ["benchmarks"]  # imported for the operations that its cases register
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class FixtureTimer:
-    """Lets pytest-benchmark do the timing; see `benchmarks.timing.Timer`."""
+class FixtureTimer(Timer):
+    """Lets pytest-benchmark do the timing, of one candidate, and keep the times."""
 
     def __init__(self, benchmark: Any) -> None:
-        self.launched: dict[int, str] = {}
+        super().__init__()
         self._benchmark = benchmark
 
-    def first_call(self, call: Call) -> float:
-        """Seconds of one call."""
-        start = time.perf_counter()
-        call()
-        _wait()
-        return time.perf_counter() - start
-
     def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
-        """Milliseconds of one call; how long to measure is said by pytest-benchmark's options instead of `seconds`."""
-        samples = []
+        """No times; how long to measure is said by pytest-benchmark's options instead of `seconds`."""
         for rotation in rotations:
-            calls = cycle(rotation.calls)
-
-            def once(calls: Any = calls) -> None:
-                next(calls)()
-                _wait()
-
             with rotation.context():
-                self._benchmark(once)
-            stats = self._benchmark.stats  # None with --benchmark-disable
-            samples.append([1e3 * value for value in stats.stats.data] if stats else [])
-        return samples
+                self._benchmark(_each_in_turn(rotation.calls))
+        return [[] for _ in rotations]
+
+
+def _each_in_turn(calls: Sequence[Call]) -> Call:
+    turns = cycle(calls)
+
+    def call() -> None:
+        next(turns)()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return call
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -79,19 +73,9 @@ def test_op(benchmark: Any, machine: Machine, case: Case, candidate: Candidate) 
     fresh = replace(case, rows={}, functions={})
     benchmark.group = _name(case)
     measure(fresh, [candidate], machine, FixtureTimer(benchmark), seconds=0)
-    row = fresh.rows[candidate.name]
-    if row.failure is not None:
-        pytest.skip(row.failure)
-    names = ("candidate", "version", "sizes", "flops", "bytes", "floor_ms", "peak_bytes", "saved_bytes", "error")
-    benchmark.extra_info.update({name: getattr(row, name) for name in names})
-    if row.times:
-        benchmark.extra_info["roofline"] = row.roofline
+    if failure := fresh.rows[candidate.name].failure:
+        pytest.skip(failure)
 
 
 def _name(case: Case) -> str:
     return "-".join((case.op.name, case.mode, case.shape.name, str(case.dtype).removeprefix("torch.")))
-
-
-def _wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()

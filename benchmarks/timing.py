@@ -1,11 +1,10 @@
-"""Time on a CPU: candidates interleaved, inputs rotated, many rounds; and the interface that the GPU's timer shares."""
+"""Time on a CPU: candidates interleaved, inputs rotated, many rounds."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 Call = Callable[[], object]
 
@@ -30,17 +29,21 @@ _ESTIMATES = 3
 """Samples from which a call's time is estimated: a single one may have been interrupted."""
 
 
-class Timer(Protocol):
-    """Measures several candidates side by side.
+class Timer:
+    """Measures several candidates side by side by the clock on the wall; the threads are those that PyTorch is set to.
 
     Attributes:
         launched: candidates of the last `rounds` whose time includes what others are spared, with the reason.
     """
 
-    launched: dict[int, str]
+    def __init__(self) -> None:
+        self.launched: dict[int, str] = {}
 
     def first_call(self, call: Call) -> float:
         """Seconds of one call, waiting for the device."""
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
     def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
         """Milliseconds of one call, for each candidate a list of one value a round.
@@ -49,22 +52,6 @@ class Timer(Protocol):
             rotations: the candidates, each already called once on each of its inputs.
             seconds: about how long to spend on each candidate.
         """
-
-
-class CpuTimer:
-    """Wall-clock time; the threads are those that PyTorch is set to."""
-
-    def __init__(self) -> None:
-        self.launched: dict[int, str] = {}
-
-    def first_call(self, call: Call) -> float:
-        """Seconds of one call."""
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
-        """See `Timer.rounds`."""
         once = [_estimate(rotation) for rotation in rotations]
         repeats, count = schedule(once, _WINDOW_MS, seconds)
         return interleave(

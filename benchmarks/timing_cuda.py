@@ -13,7 +13,7 @@ from itertools import cycle, islice
 
 import torch
 
-from benchmarks.timing import Call, Rotation, interleave, schedule
+from benchmarks.timing import Call, Rotation, Timer, interleave, schedule
 
 _WINDOW_MS = 1.0
 """What one sample lasts at least: a thousand times the resolution of events."""
@@ -31,15 +31,11 @@ class _Work:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-class CudaTimer:
-    """Times on one GPU.
-
-    Attributes:
-        launched: of the candidates in the last call of `rounds` those that were not captured: position and reason.
-    """
+class CudaTimer(Timer):
+    """Times on one GPU; `launched` are those that were not captured."""
 
     def __init__(self, device: torch.device) -> None:
-        self.launched: dict[int, str] = {}
+        super().__init__()
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()

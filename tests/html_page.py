@@ -8,7 +8,6 @@ class Page(HTMLParser):
 
     Attributes:
         open: tags that were not closed.
-        titles: texts that appear over parts of plots.
         tables: rows of cells, each its text and what it is sorted by.
     """
 
@@ -22,7 +21,6 @@ class Page(HTMLParser):
         self.images: list[dict[str, str | None]] = []
         self.ids: list[str] = []
         self.plots: list[str] = []
-        self.titles: list[str] = []
         self.tables: list[list[list[tuple[str, str | None]]]] = []
         self.feed(text)
 
@@ -37,7 +35,6 @@ class Page(HTMLParser):
         self.images += [values] if tag == "img" else []
         self.ids += [values["id"] or ""] if "id" in values else []
         self.plots += [values["aria-label"] or ""] if tag == "svg" and "aria-label" in values else []
-        self.titles += [""] if tag == "title" else []
         self.tables += [[]] if tag == "table" else []
         if tag == "tr":
             self.tables[-1].append([])
@@ -49,8 +46,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
-        if "title" in self.open:
-            self.titles[-1] += data
         if self.open and {"td", "th"} & set(self.open):
             text, value = self.tables[-1][-1][-1]
             self.tables[-1][-1][-1] = (text + data, value)

@@ -2,16 +2,17 @@
 
     python -m benchmarks.audit.count sm_80 LIBRARY '[["layer_norm", "eva02-b16@224 b1", "bfloat16", "forward"]]'
 
-prints the counts as JSON; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
+pickles the counts to stdout; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
 """
 
 import gc
 import json
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,12 +95,12 @@ def count(reports: list[Report], kernels: str, arch: str, case: Case) -> Count:
 
 def launch_of(report: Report, buffers: Buffers) -> Launch:
     """What a report comes to. A buffer may be several tensors; what lies in none is the rest."""
-    threads: Counter[str] = Counter()
-    barriers = 0
-    for block in report.of.parsed.blocks:
-        for i in block.instructions:
-            threads[pipe_of(i)] += report.blocks[block.number] * instructions_of(i)
-            barriers += report.warps[block.number] if i.op == "bar" and "warp" not in i.mods else 0
+    barriers = sum(
+        report.warps[block.number]
+        for block in report.of.parsed.blocks
+        for i in block.instructions
+        if i.op == "bar" and "warp" not in i.mods
+    )
     blocks = report.grid[0] * report.grid[1] * report.grid[2]
     warps = -(-report.block[0] * report.block[1] * report.block[2] // 32) * blocks
     return Launch(
@@ -108,7 +109,6 @@ def launch_of(report: Report, buffers: Buffers) -> Launch:
         block=report.block,
         dynamic_bytes=report.dynamic_shared,
         barriers=barriers / warps,
-        threads=dict(threads),
         lines=tuple(_lines(report)),
         loads=_traffic(report.loads, buffers),
         stores=_traffic(report.stores, buffers),
@@ -176,7 +176,7 @@ def main() -> None:
     with served(arch, library) as reports:
         counts = [count(reports, kernels, arch, tuple(case)) for case in json.loads(asked)]
     # A backward pass for which forward has done all has no kernels.
-    json.dump([asdict(one) for one in counts if one.launches], sys.stdout)
+    pickle.dump([one for one in counts if one.launches], sys.stdout.buffer)
 
 
 if __name__ == "__main__":

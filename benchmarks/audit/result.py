@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 SECTOR = 32
 """Bytes of the least piece of memory that a GPU moves."""
@@ -77,7 +76,6 @@ class Launch:
         grid, block: sizes in x, y and z. The stand-in for the CUDA runtime plays a GPU of three multiprocessors.
         dynamic_bytes: of shared memory that a block asks for at its launch.
         barriers: of a warp, on average.
-        threads: instructions of threads, by pipe.
         lines: of the source, with all that follows by line.
         loads, stores: of global memory, by buffer.
     """
@@ -87,14 +85,9 @@ class Launch:
     block: tuple[int, int, int]
     dynamic_bytes: int
     barriers: float
-    threads: Mapping[str, int]
     lines: tuple[Line, ...]
     loads: Mapping[str, Traffic]
     stores: Mapping[str, Traffic]
-
-    @property
-    def threads_of_block(self) -> int:
-        return self.block[0] * self.block[1] * self.block[2]
 
     @property
     def warps(self) -> Mapping[str, int]:
@@ -201,17 +194,3 @@ class Count:
     def _bytes_a_request(self, direction: str) -> float:
         total = sum(self._of(self.streamed, (direction,)), Traffic())
         return total.bytes / max(1, total.requests)
-
-
-def count_from_json(stored: Mapping[str, Any]) -> Count:
-    """What `dataclasses.asdict` made of a count."""
-    launches = []
-    for launch in stored["launches"]:
-        buffers = {
-            direction: {name: Traffic(**traffic) for name, traffic in launch[direction].items()}
-            for direction in ("loads", "stores")
-        }
-        lines = tuple(Line(**{**line, "shared": Shared(**line["shared"])}) for line in launch["lines"])
-        sizes = {name: tuple(launch[name]) for name in ("grid", "block")}
-        launches.append(Launch(**{**launch, **buffers, **sizes, "lines": lines}))
-    return Count(**{**stored, "launches": tuple(launches)})

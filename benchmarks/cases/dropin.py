@@ -256,34 +256,6 @@ def _encode(model: str, images: Tensor, texts: Tensor | None, accelerated: bool 
     return _frozen(model, images.dtype, accelerated)(images, texts)
 
 
-@peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
-def _compile_freezing(shape: ModelShape) -> Callable[..., Any]:
-    return _compiled(options={"freezing": True})
-
-
-@peer(FROZEN, package="zentorch", devices=("cpu",))
-def _zentorch(shape: ModelShape) -> Callable[..., Any]:
-    import zentorch  # noqa: F401, which registers it
-
-    return _compiled(backend="zentorch")
-
-
-def _compiled(**options: Any) -> Callable[..., Any]:
-    from torch._inductor import config
-
-    compiled: dict[torch.dtype, Any] = {}
-
-    def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
-        encoder = compiled.setdefault(
-            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, **options)
-        )
-        # The last is what zentorch sets, for everything that is compiled afterwards.
-        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
-            return encoder(images, texts)
-
-    return encode
-
-
 def _before(pair: Pair, **inputs: Any) -> Any:
     return _run(pair.before, pair.trained, **inputs)
 
@@ -358,3 +330,31 @@ register(
         compiles=False,
     )
 )
+
+
+@peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
+def _compile_freezing(shape: ModelShape) -> Callable[..., Any]:
+    return _compiled(options={"freezing": True})
+
+
+@peer(FROZEN, package="zentorch", devices=("cpu",))
+def _zentorch(shape: ModelShape) -> Callable[..., Any]:
+    import zentorch  # noqa: F401, which registers it
+
+    return _compiled(backend="zentorch")
+
+
+def _compiled(**options: Any) -> Callable[..., Any]:
+    from torch._inductor import config
+
+    compiled: dict[torch.dtype, Any] = {}
+
+    def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
+        encoder = compiled.setdefault(
+            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, **options)
+        )
+        # The last is what zentorch sets, for everything that is compiled afterwards.
+        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
+            return encoder(images, texts)
+
+    return encode

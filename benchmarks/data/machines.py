@@ -8,7 +8,6 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.data.plans import MachinesPlan
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.order import sample_order
 from evaclip.train.recipes import get_recipe
@@ -20,6 +19,27 @@ Shuffle = Callable[..., Callable[[Iterable[int]], Iterator[int]]]
 
 _SHARD_BUFFER, _SHARD_INITIAL = 2_000, 500
 _SAMPLE_BUFFER, _SAMPLE_INITIAL = 5_000, 1_000
+
+
+@dataclass(frozen=True)
+class MachinesPlan:
+    """A recipe's batches on many machines, all numbers of samples divided by `scale`: those of shards stay as they are.
+
+    Attributes:
+        shards, per_shard: the data set; 10,000 samples a shard in full size.
+        batch: samples, over all machines.
+        gpus: of each machine.
+        workers: of each GPU.
+    """
+
+    recipe: str = "eva02-b-16"
+    scale: int = 16
+    shards: int = 2_048
+    per_shard: int = 625
+    batch: int = 8_192
+    machines: int = 8
+    gpus: int = 8
+    workers: int = 8
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is read and what is mixed: the command line knows it without what reads data."""
+"""What is read: the command line knows it without what reads data."""
 
 from dataclasses import dataclass
 
@@ -26,50 +26,3 @@ class RatePlan:
         for name, value in vars(self).items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-
-
-@dataclass(frozen=True)
-class ShufflePlan:
-    """A data set and its batches.
-
-    Attributes:
-        windows: in samples; 0 is the whole data set.
-        buffers: of webdataset's shuffle, in samples.
-        nodes: canonical nodes of one more row, whose windows are each `windows[-1]` over `nodes`.
-    """
-
-    shards: int = 200
-    per_shard: int = 1_000
-    batch: int = 4_000
-    windows: tuple[int, ...] = (0, 100_000, 20_000, 5_000)
-    buffers: tuple[int, ...] = (100_000, 20_000, 5_000)
-    nodes: int = 8
-
-    def __post_init__(self) -> None:
-        samples = self.shards * self.per_shard
-        if self.shards < 2 or self.per_shard < 2 or not 2 <= self.batch <= samples:
-            raise UserError(
-                "shuffling wants at least 2 shards of 2 samples and a batch of 2 samples up to all of them, got"
-                f" {self.shards}, {self.per_shard} and {self.batch}"
-            )
-
-
-@dataclass(frozen=True)
-class MachinesPlan:
-    """A recipe's batches on many machines, all numbers of samples divided by `scale`: those of shards stay as they are.
-
-    Attributes:
-        shards, per_shard: the data set; 10,000 samples a shard in full size.
-        batch: samples, over all machines.
-        gpus: of each machine.
-        workers: of each GPU.
-    """
-
-    recipe: str = "eva02-b-16"
-    scale: int = 16
-    shards: int = 2_048
-    per_shard: int = 625
-    batch: int = 8_192
-    machines: int = 8
-    gpus: int = 8
-    workers: int = 8

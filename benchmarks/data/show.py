@@ -7,15 +7,14 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.text import Text
 
 from benchmarks.columns import significant
-from benchmarks.data.machines import Spread
-from benchmarks.data.plans import MachinesPlan, RatePlan, ShufflePlan
+from benchmarks.data.machines import MachinesPlan, Spread
+from benchmarks.data.plans import RatePlan
 from benchmarks.data.rate import Rate
-from benchmarks.data.shuffle import QUANTILES, Shuffle
-from benchmarks.report.drawing import LOOK, grid, number_axis
+from benchmarks.data.shuffle import QUANTILES, Shuffle, ShufflePlan
+from benchmarks.report.drawing import LOOK, grid, number_axis, picture
 from benchmarks.results import Machine
 from benchmarks.table import make_console, plain_table
 from evaclip.atomic import write_text
@@ -86,8 +85,7 @@ def print_result(result: DataResult) -> None:
 def save_plot(result: DataResult, path: Path) -> None:
     """Writes the picture; its format follows from the file's name."""
     with mpl.rc_context(LOOK):
-        figure = Figure(figsize=(11.0, 4.2), dpi=150, facecolor=PALETTE.paper, layout="constrained")
-        figure.suptitle(f"{result.machine.name}   {result.machine.date[:10]}", x=0.01, ha="left", fontsize=10)
+        figure = picture(result.machine, 4.2)
         left, right = figure.subplots(1, 2)
         _draw_rates(left, result.rates)
         _draw_distances(right, result.shuffles)

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,8 @@ from benchmarks.gpu_check.stage import Session, Settings, Unit
 
 DISK_FULL, UNFINISHED = 74, 3
 """Exit statuses of `run`: the journal can't grow; the unit's time was over before its cases were."""
+_REHEARSED = 90
+"""The compute capability of which kernels are interpreted."""
 
 
 def plan(settings: Settings, stages: Sequence[str]) -> dict[str, Any]:
@@ -84,12 +86,27 @@ def main(argv: Sequence[str]) -> int:
         return run(settings, Unit(**json.loads(argv[2])), Path(argv[3]))
 
 
-def _kernels_of(settings: Settings) -> AbstractContextManager[None]:
-    if not settings.rehearsal or settings.package != Settings.package:  # others' stages have no kernels
-        return nullcontext()
-    from benchmarks.gpu_check.rehearsal import interpreted
+@contextmanager
+def _kernels_of(settings: Settings) -> Iterator[None]:
+    """In a rehearsal ptx_interpreter runs what nvcc and Triton made of the kernels, on CPU tensors, within the block.
 
-    return interpreted()
+    nvcc's are in the library of `tests/cuda/ptx.cmake`.
+    """
+    if not settings.rehearsal or settings.package != Settings.package:  # others' stages have no kernels
+        yield
+        return
+    import evakernels.triton
+    from evakernels import _native
+    from ptx_interpreter.runtime import Launches
+    from ptx_interpreter.triton_driver import Driver
+
+    evakernels.triton.interpret()
+    with ExitStack() as stack:
+        stack.enter_context(Driver(_REHEARSED, count=False))
+        if _native.runs_gpu_kernels("cpu"):
+            library = Path(evakernels.__file__).with_name("_ops.so")
+            stack.enter_context(Launches(library, _REHEARSED, count=False))
+        yield
 
 
 if __name__ == "__main__":

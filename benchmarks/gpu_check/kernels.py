@@ -5,7 +5,6 @@ from functools import cache
 from typing import Any
 
 import evakernels.triton
-from benchmarks.gpu_check.stage import Settings
 from benchmarks.origin import ROOT
 from evakernels import _native, backends
 
@@ -25,11 +24,6 @@ def cuda_ops() -> tuple[str, ...]:
 def triton_ops() -> tuple[str, ...]:
     """Those that a Triton kernel serves."""
     return tuple(op for ops in evakernels.triton.FAMILIES.values() for op in ops)
-
-
-def native_backend(settings: Settings) -> str:
-    """The backend that the CUDA kernels are: in a rehearsal they serve the CPU's tensors."""
-    return settings.device
 
 
 def missing(op: str, backend: str, *args: Any) -> list[str]:

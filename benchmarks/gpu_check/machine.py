@@ -1,9 +1,7 @@
 """The machine as the header of a journal tells it."""
 
 import platform
-import re
 import subprocess
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,22 +24,17 @@ def describe(settings: Settings) -> dict[str, Any]:
         "name": device_name(device),
         "capability": torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
         "clocks": state.clocks if state else {},
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "nvcc": _found(r"release ([\d.]+)", _first_line(["nvcc", "--version"], line=-2)),
+        "driver": _driver(),
         "platform": platform.platform(),
         "commit": commit(),
         "evakernels": evakernels.info(),
     }
 
 
-def _first_line(command: Sequence[str], line: int = 0) -> str:
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         output: str = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-    return output.strip().splitlines()[line]
-
-
-def _found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    return match[1] if match else ""
+    return output.partition("\n")[0].strip()

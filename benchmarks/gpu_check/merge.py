@@ -3,8 +3,7 @@
 No number is typed by hand: what is there is written anew from the journals.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from benchmarks.gpu_check.records import Journal, Record
 from benchmarks.gpu_check.stage import key_of
 from benchmarks.operation import operations
 from benchmarks.origin import ROOT
-from benchmarks.report import write_report, write_section
-from benchmarks.report.markdown import split_page
+from benchmarks.report.markdown import split_page, write_section
+from benchmarks.report.page import write_report
 from benchmarks.results import Machine, Results, Row
 from evaclip.atomic import write_text, writing
 from evaclip.errors import UserError
@@ -23,46 +22,37 @@ from evaclip.errors import UserError
 SECTION, PICTURE = "gpu-check", "gpu-roofline.png"
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where results, the page, the report and launch configurations are written."""
-
-    results: Path = ROOT / "benchmarks/results"
-    page: Path = ROOT / "docs/gpu-check.md"
-    report: Path = ROOT / "build/gpu-check/report"
-    tuning: Path = ROOT / "evakernels/tuning"
-
-
-def merge(journals: Sequence[Path], *, mixed: bool = False, places: Places | None = None) -> list[Path]:
+def merge(journals: Sequence[Path], *, mixed: bool = False, root: Path = ROOT) -> list[Path]:
     """Merges journals; of a case that several have, the last one's counts. Returns what was written.
 
     Args:
         journals: of one card and commit, unless they may be `mixed`.
+        root: the repository.
 
     Raises:
         UserError: a journal is of a rehearsal, or damaged; cards or commits differ; the page has no place for tables.
     """
-    places = places or Places()
+    folder, page = root / "benchmarks/results", root / "docs/gpu-check.md"
     read = [Journal(path).read() for path in journals]
     _check(journals, [records[0] for records in read], mixed)
     records = [*read[0], *(record for more in read[1:] for record in more[1:])]
     ends = {key_of(record): record for record in records if record["record"] in ("end", "died")}
     plugins.load()
-    before, after = split_page(places.page, SECTION)
-    with writing(places.results):
+    before, after = split_page(page, SECTION)
+    with writing(folder):
         results = _results(ends)
         written = []
         if results is not None:
-            target = places.results / results.file_name
+            target = folder / results.file_name
             results.write_json(target)
             written.append(target)
         counts = summary.summarize([records[0], *ends.values()], [], {})
-        write_text(places.page, "\n\n".join([before, *tables.sections(counts, list(ends.values())), after]))
+        write_text(page, "\n\n".join([before, *tables.sections(counts, list(ends.values())), after]))
         if results is not None and any(row.failure is None for row in results.rows):
-            written += [write_section(results, places.page, PICTURE), write_report(results, places.report)]
+            written += [write_section(results, page, PICTURE), write_report(results, root / "build/gpu-check/report")]
         else:
-            written.append(places.page)
-        written += _write_tuning(ends, places.tuning)
+            written.append(page)
+        written += _write_tuning(ends, root / "evakernels/tuning")
     return written
 
 
@@ -83,7 +73,7 @@ def _results(ends: dict[tuple[str, str, str], Record]) -> Results | None:
     absent: dict[str, str] = {}
     found = ends.get(("timing", "machine", "ceilings"), {}).get("data")
     machine = Machine(**found) if found else None
-    for data in _data_of("timing", ends):
+    for data in (record.get("data") or {} for (stage, _, _), record in ends.items() if stage == "timing"):
         for values in data.get("rows", ()):
             row = Row(**values)
             rows[row.key] = row
@@ -96,12 +86,6 @@ def _results(ends: dict[tuple[str, str, str], Record]) -> Results | None:
     machine.command = "make gpu-check"
     order = list(operations())
     return Results(machine, sorted(rows.values(), key=lambda row: (order.index(row.op), row.case)), absent)
-
-
-def _data_of(stage: str, ends: dict[tuple[str, str, str], Record]) -> Iterator[dict[str, Any]]:
-    for (name, _, _), record in ends.items():
-        if name == stage and record.get("data"):
-            yield record["data"]
 
 
 def _write_tuning(ends: dict[tuple[str, str, str], Record], folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What a journal comes to: a table, small files beside it, and the exit status."""
 
 import json
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_check import predicted
 from benchmarks.gpu_check.records import Record
 from benchmarks.gpu_check.stage import Unit, key_of
+from benchmarks.results import Row
 from evaclip.atomic import write_text
 
 PASSED, FAILED, INCOMPLETE, NO_GPU, DISK_FULL = 0, 1, 3, 4, 5
@@ -19,6 +20,8 @@ PASSED, FAILED, INCOMPLETE, NO_GPU, DISK_FULL = 0, 1, 3, 4, 5
 KINDS = ("passed", "failed", "died", "refused")
 _NAMED = 8
 """Of the units that are open."""
+_HEADING = ("CUDA kernels", "measured, ms", "predicted, ms", "measured / predicted", "limiter", "predicted for")
+_MEANING = "A prediction, of instructions and bytes that were counted without a GPU and published rates:"
 
 
 def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str, str]) -> dict[str, Any]:
@@ -59,9 +62,33 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
         "failures": failures,
         "refusals": refusals,
         "open": open_units,
-        "predicted": predicted.rows(list(ends.values())),
+        "predicted": predictions(list(ends.values())),
         "status": FAILED if failures else INCOMPLETE if open_units else PASSED,
     }
+
+
+def predictions(ends: Sequence[Record]) -> list[list[str]]:
+    """The lines of a table, of which the last one is the model's error; none without predictions.
+
+    Args:
+        ends: the last record of each case.
+    """
+    found, ratios = [], []
+    for record in ends:
+        told = record["data"].get("predicted") if record.get("status") == "passed" else None
+        if not told:
+            continue
+        for row in (Row(**values) for values in record["data"]["rows"]):
+            if row.candidate == "evakernels cuda" and row.median_ms:
+                ratios.append(row.median_ms / told["ms"])
+                numbers = [f"{row.median_ms:.3f}", f"{told['ms']:.3f}", f"{ratios[-1]:.2f}"]
+                found.append([record["case"], *numbers, told["limiter"], told["gpu"]])
+    if ratios:
+        worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+        found.append(
+            [f"all {len(ratios)}: median; worst", "", "", f"{statistics.median(ratios):.2f}; {worst:.2f}", "", ""]
+        )
+    return found
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -71,13 +98,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for name, counts in summary["stages"].items():
         table.add_row(name, *(str(counts[kind] or "") for kind in KINDS), f"{counts['seconds']:.0f}")
     console.print(table)
-    if summary["predicted"]:
-        console.print(predicted.MEANING)
-        beside = Table(*predicted.HEADING)
-        for row in summary["predicted"]:
-            beside.add_row(*row)
-        console.print(beside)
-    for line in lines(summary):
+    for line in [*beside(summary), *lines(summary)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -96,7 +117,7 @@ def write(summary: dict[str, Any], journal: Path) -> None:
 def beside(summary: dict[str, Any]) -> list[str]:
     """Measured and predicted times in Markdown; nothing without predictions."""
     rows = summary["predicted"]
-    return [predicted.MEANING, table_of(predicted.HEADING, rows)] if rows else []
+    return [_MEANING, table_of(_HEADING, rows)] if rows else []
 
 
 def table_of(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.columns import LEVEL, NOTHING, machine_facts, time_text, verdict_text
-from benchmarks.contests import Contest, contests, tally
+from benchmarks.columns import NOTHING, machine_facts, tally_text, time_text, verdict_text
+from benchmarks.contests import Contest, contests
+from benchmarks.report.drawing import save
+from benchmarks.report.overview import ROOFLINE_FILE, overview
 from benchmarks.results import Results
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
@@ -32,28 +34,19 @@ def split_page(page: Path, section: str = SECTION) -> tuple[str, str]:
     return before + begin, end + after
 
 
-def write_page(results: Results, page: Path, picture: str) -> None:
-    """Puts machine, counts and table between a page's markers.
-
-    Args:
-        results: what was measured.
-        page: a Markdown file.
-        picture: name of a picture beside it, shown below the table; empty for none.
+def write_section(results: Results, page: Path, picture: str = ROOFLINE_FILE) -> Path:
+    """Puts machine, counts and table between a page's markers, and a picture beside the page; returns the page.
 
     Raises:
         UserError: as `split_page`.
     """
     before, after = split_page(page)
     found = contests(results.rows)
-    counts = tally(found)
-    count = (
-        f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "
-        f"{counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in {counts['slower']}."
-    )
-    parts = [*_head(results), count, "\n".join(_lines(found))]
-    if picture:
+    parts = [*_head(results), tally_text(found), "\n".join(_lines(found))]
+    if save(overview(results), page.parent / picture):
         parts.append(f"![Speed against eager PyTorch, and the share of the roofline, of each op]({picture})")
     write_text(page, "\n\n".join([before, *parts, after]))
+    return page
 
 
 def _head(results: Results) -> list[str]:

@@ -1,37 +1,33 @@
 """The pages: an overview of everything, and one for each operation."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from matplotlib.axes import Axes
-
-from benchmarks.columns import LEVEL, machine_facts, significant
-from benchmarks.contests import Contest, contests, panels, tally
+from benchmarks.columns import machine_facts, tally_text
+from benchmarks.contests import Contest, contests, panels
 from benchmarks.operation import operations
-from benchmarks.report.charts import LINE, bar_lines, draw_bars
-from benchmarks.report.drawing import MARKERS, Paint, svg
-from benchmarks.report.roofline import STRIP, draw_roofline, draw_shares, draw_speedups, page_name, strip_lines
-from benchmarks.report.tables import rows_table, summary_table
-from benchmarks.results import Results, Row
+from benchmarks.report.charts import bars
+from benchmarks.report.drawing import save, svg
+from benchmarks.report.overview import ROOFLINE_FILE, overview
+from benchmarks.report.speedups import speedups
+from benchmarks.report.tables import page_name, rows_table, summary_table
+from benchmarks.results import Results
+from evaclip.atomic import write_text
 from evaclip.report.theme import document
 
-INDEX = "index.html"
+INDEX, _WHOLE_MODELS = "index.html", "dropin"
 _KIND = "Benchmark of evakernels"
-_ROOFLINE_NOTE = (
-    "Each point is a candidate on one shape, dtype and mode; a line joins those of the same case. Left of the bend the "
-    "limit is the machine's memory, right of it its matrix products; both rates were measured in this run."
-)
-_STRIP_NOTE = (
-    "Each line is an operation, each dot a shape and dtype: this library's fastest backend above, then torch eager, "
-    "then the fastest peer. The roofline is the least time that the machine's copy rate and matrix rate allow for the "
-    "bytes and FLOPs that the operation needs at least; where data stays in the cache, more than 100 % is possible."
+_OVERVIEW_NOTE = (
+    "Above, operations with matrix products under this machine's roofs: left of the bend the limit is its memory, "
+    "right of it its matrix products; a line joins the candidates of a case. Below, each dot is a shape and dtype: "
+    "this library's fastest backend above, then torch eager, then the fastest peer. The roofline is the least time "
+    "that the machine's copy rate and matrix rate, measured in this run, allow for the bytes and FLOPs that the "
+    "operation needs at least; where data stays in the cache, more than 100 % is possible."
 )
 _BARS_NOTE = (
-    "Length is time relative to torch eager, the dashed line: shorter is faster. The pale number is how many times as "
-    "fast as torch eager it is. A thin line spans p20 to p80. Bars above three times torch eager's time are cut."
+    "Length is time relative to torch eager, the dashed line: shorter is faster. Behind the time stands how many times "
+    "as fast as torch eager that is. A thin line spans p20 to p80. Bars above three times torch eager's time are cut."
 )
 _VERDICT_NOTE = (
     "The verdict is the time of the best peer over that of this library's fastest backend. The best peer is the "
@@ -41,81 +37,67 @@ _VERDICT_NOTE = (
 _TABLE_NOTE = "A click on a heading sorts. Errors are against float64, beside that of torch eager in the same dtype."
 
 
-@dataclass(frozen=True)
-class Book:
-    """What all pages of a report share."""
+def write_report(results: Results, folder: Path) -> Path:
+    """Writes the report of a result into `folder`; returns the path of its first page.
 
-    results: Results
-    paint: Paint
-    ops: tuple[str, ...]
+    It leaves `index.html` and a page for each operation, each complete in itself, and `roofline.png`, without anything
+    measured none; of whole models before and after `accelerate` there is `speedups.png` too.
+    """
+    for op in dict.fromkeys(row.op for row in results.rows):
+        _write_op_page(results, op, folder / page_name(op))
+    save(overview(results), folder / ROOFLINE_FILE)
+    save(speedups(results, _WHOLE_MODELS), folder / "speedups.png")
+    return _write_index(results, folder / INDEX)
 
 
-def index_page(book: Book) -> str:
-    """The overview, as HTML."""
-    results = book.results
+def _write_index(results: Results, path: Path) -> Path:
     found = contests(results.rows)
     body = [
         f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
-        f'<p class="summary">{escape(_subtitle(results))}</p>',
-        _navigation(book, here=None),
+        _navigation(results, "overview"),
         notes_box(results),
-        _tiles(results, found),
-        f"<h2>Ours against the best peer</h2><p>{_VERDICT_NOTE}</p>",
-        summary_table(found, book.paint),
+        f"<h2>Ours against the best peer</h2><p>{tally_text(found)}</p><p>{_VERDICT_NOTE}</p>",
+        summary_table(found),
         _failures(found),
-        _roofline(book, found),
-        "<h2>Against torch eager and against the machine</h2>",
-        f"<p>{_STRIP_NOTE}</p>{_strips(book, found)}",
+        f"<h2>Against torch eager and against the machine</h2>{_overview(results)}",
         _pairs("Absent", results.absent),
         facts_list(results),
     ]
-    return page_document(f"{_KIND}: {results.machine.name}", body)
+    return write_page(path, f"{_KIND}: {results.machine.name}", body)
 
 
-def op_page(book: Book, op: str) -> str:
-    """The page of one operation, as HTML."""
-    rows = [row for row in book.results.rows if row.op == op]
-    found = contests(rows)
+def _write_op_page(results: Results, op: str, path: Path) -> Path:
+    found = contests(row for row in results.rows if row.op == op)
     known = operations().get(op)
     body = [
         f'<p class="kind"><a href="{INDEX}">{_KIND}</a></p><h1>{escape(op)}</h1>',
         f'<p class="summary">{escape(known.summary)}</p>' if known else "",
-        f'<p class="summary">{escape(_subtitle(book.results, named=True))}</p>',
-        _navigation(book, here=op),
-        notes_box(book.results),
-        f"<h2>Time</h2><p>{_BARS_NOTE}</p>{_bars(found, book.paint)}",
-        f"<h2>All rows</h2><p>{_TABLE_NOTE}</p>{rows_table(found, book.paint)}",
+        f'<p class="summary">{escape(results.machine.name)}, {results.machine.date[:10]}</p>',
+        _navigation(results, op),
+        notes_box(results),
+        f"<h2>Time</h2><p>{_BARS_NOTE}</p>{_bars(found)}",
+        f"<h2>All rows</h2><p>{_TABLE_NOTE}</p>{rows_table(found)}",
         _failures(found),
     ]
-    return page_document(f"{op}: {_KIND}", body)
+    return write_page(path, f"{op}: {_KIND}", body)
 
 
-def page_document(title: str, body: Sequence[str]) -> str:
-    """A whole page, with styles and scripts inside."""
+def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
+    """Writes a whole page, with styles and scripts inside; returns its path."""
     here = Path(__file__).parent
     styles, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
-    return document(title, "\n".join(part for part in body if part), styles, script)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, document(title, "\n".join(part for part in body if part), styles, script))
+    return path
 
 
-def _subtitle(results: Results, named: bool = False) -> str:
-    machine = results.machine
-    parts = [machine.name] if named else []
-    parts.append(f"{machine.threads} CPU threads")
-    parts += [f"torch {machine.versions['torch']}"] if "torch" in machine.versions else []
-    parts += [f"commit {machine.commit}"] if machine.commit else []
-    parts += [machine.date[:10]] if machine.date else []
-    return " · ".join(parts)
-
-
-def _navigation(book: Book, here: str | None) -> str:
-    links = [_link(INDEX, "overview", here is None), *(_link(page_name(op), op, op == here) for op in book.ops)]
+def _navigation(results: Results, here: str) -> str:
+    pages = {"overview": INDEX} | {row.op: page_name(row.op) for row in results.rows}
+    links = [
+        f'<span aria-current="page">{escape(text)}</span>' if text == here else f'<a href="{page}">{escape(text)}</a>'
+        for text, page in pages.items()
+    ]
     return f'<nav aria-label="Pages">{"".join(links)}</nav>'
-
-
-def _link(address: str, text: str, here: bool) -> str:
-    if here:
-        return f'<span aria-current="page">{escape(text)}</span>'
-    return f'<a href="{address}">{escape(text)}</a>'
 
 
 def notes_box(results: Results) -> str:
@@ -126,96 +108,18 @@ def notes_box(results: Results) -> str:
     return f'<div class="notes" role="note"><strong>These numbers are doubtful.</strong><ul>{items}</ul></div>'
 
 
-def _tiles(results: Results, found: Sequence[Contest]) -> str:
-    rates = {"copy, read and write": (results.machine.copy_gbps, "GB/s")}
-    rates |= {f"matrix product, {dtype}": (rate, "TFLOP/s") for dtype, rate in results.machine.matmul_tflops.items()}
-    tiles = [
-        _tile(label, f"{significant(rate)} <small>{unit}</small>", "what this machine can do")
-        for label, (rate, unit) in rates.items()
-    ]
-    counts = tally(found)
-    value = f"{counts['faster']} <small>of {counts.total()} cases</small>"
-    note = f"slower in {counts['slower']}, {LEVEL} in {counts['level']}"
-    tiles.append(_tile("faster than the best peer", value, note))
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _tile(label: str, value: str, note: str) -> str:
-    return (
-        f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{value}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
-    )
-
-
-def _roofline(book: Book, found: Sequence[Contest]) -> str:
-    title = "<h2>Roofline</h2>"
-    shown = [contest for contest in found if contest.intensity and contest.measured]
-    if not shown:
-        return f"{title}<p>No operation with matrix products was measured.</p>"
-    ops = ", ".join(dict.fromkeys(contest.op for contest in shown))
-    plot = svg(
-        f"Roofline: achieved TFLOP/s over FLOPs a byte for {ops}",
-        (5.4, 4.3),
-        lambda axes: draw_roofline(axes, found, book.results.machine, book.paint),
-    )
-    others = [op for op in book.ops if op not in {contest.op for contest in shown}]
-    without = f"<p>Without matrix products, so only below: {escape(', '.join(others))}.</p>" if others else ""
-    legend = _legend(book.results.rows, book.paint) + _dtype_legend(book.results)
-    return (
-        f'{title}<p>Every operation that multiplies matrices, against what this machine can do.</p><div class="hero">'
-        f'<figure>{plot}</figure><div class="aside">{legend}<p>{_ROOFLINE_NOTE}</p>{without}</div></div>'
-    )
-
-
-def _legend(rows: Sequence[Row], paint: Paint) -> str:
-    shown = {row.candidate for row in rows}
-    items = (
-        f'<span><i style="--colour: var(--{colour})"></i>{escape(name)}</span>'
-        for name, colour in paint.names.items()
-        if name in shown
-    )
-    return f'<div class="legend">{"".join(items)}</div>'
-
-
-_SHAPES = {
-    "o": '<circle cx="6.5" cy="6.5" r="5"/>',
-    "s": '<rect x="2" y="2" width="9" height="9"/>',
-    "^": '<path d="M6.5 1.5 12 11.5 1 11.5z"/>',
-}
-
-
-def _dtype_legend(results: Results) -> str:
-    dtypes = dict.fromkeys(row.dtype for row in results.rows)
-    items = (
-        f'<span><svg viewBox="0 0 13 13" aria-hidden="true">{_SHAPES[MARKERS[dtype]]}</svg>{dtype}</span>'
-        for dtype in dtypes
-        if dtype in MARKERS
-    )
-    return f'<div class="legend">{"".join(items)}</div>'
-
-
-def _strips(book: Book, found: Sequence[Contest]) -> str:
-    lines = len(strip_lines(found))
-    if not lines:
+def _overview(results: Results) -> str:
+    figure = overview(results)
+    if figure is None:
         return "<p>Nothing could be measured.</p>"
-    size = (4.7, 0.7 + STRIP * lines)
-    drawers: Mapping[str, Callable[[Axes], None]] = {
-        "times as fast as torch eager": partial(draw_speedups, found=found, paint=book.paint),
-        "share of the roofline": partial(draw_shares, found=found, paint=book.paint),
-    }
-    plots = (
-        f"<figure><figcaption>{title.capitalize()}</figcaption>"
-        f"{svg(f'Dots for every operation and mode: {title}', size, draw)}</figure>"
-        for title, draw in drawers.items()
-    )
-    return f'<div class="plots">{"".join(plots)}</div>'
+    label = "Roofline, and dots for every operation and mode: times as fast as torch eager, share of the roofline"
+    return f"<p>{_OVERVIEW_NOTE}</p><figure>{svg(label, figure)}</figure>"
 
 
-def _bars(found: Sequence[Contest], paint: Paint) -> str:
+def _bars(found: Sequence[Contest]) -> str:
     plots = []
     for (_, mode, dtype), panel in panels(found).items():
-        label = f"Bars: time of all candidates, {mode}, {dtype}"
-        plot = svg(label, (4.7, 0.2 + LINE * bar_lines(panel)), partial(draw_bars, panel=panel, paint=paint))
+        plot = svg(f"Bars: time of all candidates, {mode}, {dtype}", bars(panel))
         plots.append(f"<figure><figcaption>{mode.capitalize()}, {dtype}</figcaption>{plot}</figure>")
     return f'<div class="plots">{"".join(plots)}</div>'
 

@@ -21,12 +21,3 @@ for (const button of document.querySelectorAll("th button")) {
     sortRows(heading.closest("table"), heading.cellIndex, ascending);
   });
 }
-
-// The field above a table leaves the rows that have all its words.
-for (const field of document.querySelectorAll("input.filter")) {
-  const rows = [...document.getElementById(field.getAttribute("aria-controls")).tBodies[0].rows];
-  field.addEventListener("input", () => {
-    const words = field.value.toLowerCase().split(/\s+/);
-    for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
-  });
-}

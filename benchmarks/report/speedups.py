@@ -1,43 +1,37 @@
 """One picture of whole models: how many times as fast each becomes, beside what its user could pick instead."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.columns import times
 from benchmarks.contests import Contest, contests
-from benchmarks.report.drawing import LOOK, Paint
+from benchmarks.report.drawing import COLOURS, LOOK, bare, picture
 from benchmarks.results import Results
 from evaclip.report.theme import PALETTE
 
-_TITLES = {"forward": "inference", "training": "training step"}
-_WIDTH, _LINE, _DPI = 9.0, 0.36, 150
+_TITLES = {"forward": "inference", "training": "a training step"}
+_WIDTH, _LINE = 9.0, 0.36
 
 
-def write_speedups(results: Results, op: str, paint: Paint, path: Path) -> None:
-    """Bars from 0, a pair for each model, one panel a mode; the untouched model is the line at 1."""
+def speedups(results: Results, op: str) -> Figure | None:
+    """Bars from 0, a pair for each model, one panel a mode; the untouched model is the line at 1. None without any."""
     found = [contest for contest in contests(results.rows) if contest.op == op and contest.eager]
     panels = {mode: [contest for contest in found if contest.mode == mode] for mode in _TITLES}
     panels = {mode: panel for mode, panel in panels.items() if panel}
-    height = 1.0 + _LINE * max(map(len, panels.values()))
+    if not panels:
+        return None
     with mpl.rc_context(LOOK):
-        figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor=PALETTE.paper, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = picture(results.machine, 1.0 + _LINE * max(map(len, panels.values())), _WIDTH)
         for axes, (mode, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-            draw_speedups(axes, panel, paint)
-            axes.set_title(f"{_TITLES[mode]}, {panel[0].dtype}, times as fast", loc="left", fontweight="bold")
-        machine = results.machine
-        figure.supxlabel(
-            f"{machine.name}, {machine.threads} threads, {machine.date[:10]}; grey line: the model as it is",
-            x=0.01, ha="left", fontsize=8, color=PALETTE.muted,
-        )  # fmt: skip
-        figure.savefig(path, format="png")
+            _draw(axes, panel)
+            axes.set_title(f"times as fast in {_TITLES[mode]}, {panel[0].dtype}", loc="left", fontweight="bold")
+    return figure
 
 
-def draw_speedups(axes: Axes, panel: list[Contest], paint: Paint) -> None:
+def _draw(axes: Axes, panel: Sequence[Contest]) -> None:
     """For each contest a bar a candidate, as long as it is times as fast as the baseline."""
     names = [row.candidate for row in panel[0].rows if row.kind != "baseline"]
     thickness = 0.8 / len(names)
@@ -47,13 +41,11 @@ def draw_speedups(axes: Axes, panel: list[Contest], paint: Paint) -> None:
             if row.candidate not in names or speedup is None:
                 continue
             y = place + (names.index(row.candidate) + 0.5) * thickness - 0.4
-            axes.barh(y, speedup, height=0.92 * thickness, color=paint[row.candidate])
+            axes.barh(y, speedup, height=0.92 * thickness, color=COLOURS[row.kind])
             text = f"{times(speedup)}  {row.candidate}" if place == 0 else times(speedup)
             axes.annotate(text, (speedup, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.axvline(1, color=PALETTE.muted, linewidth=1.0)
     axes.set_xlim(0, 1.6 * max(contest.speedup(row) or 0 for contest in panel for row in contest.measured))
     axes.set_yticks(range(len(panel)), [contest.shape for contest in panel])
     axes.invert_yaxis()
-    axes.set_xticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    bare(axes)

@@ -4,24 +4,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from benchmarks.candidates import OURS
 from benchmarks.columns import (
     COLUMNS,
     ERROR,
     ERROR_RATIO,
     MEDIAN,
     NOTHING,
-    ROOFLINE,
-    SPEEDUP,
     Column,
-    percent,
-    significant,
     time_text,
     verdict_text,
 )
 from benchmarks.contests import Contest, verdict
-from benchmarks.report.drawing import Paint
-from benchmarks.report.roofline import page_name
 from benchmarks.results import Row
 
 
@@ -34,35 +27,42 @@ class Cell:
     kind: str = ""
 
 
-def summary_table(found: Sequence[Contest], paint: Paint) -> str:
+def page_name(op: str) -> str:
+    """The file of an operation's page."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in op) + ".html"
+
+
+CASE = [("operation", ""), ("mode", ""), ("shape", ""), ("dtype", "")]
+"""Headings of the columns that name a case."""
+
+
+def summary_table(found: Sequence[Contest]) -> str:
     """One line for each contest: this library's best against the best of the others."""
     headings = [
-        ("operation", ""),
-        ("mode", ""),
-        ("shape", ""),
-        ("dtype", ""),
+        *CASE,
         ("ours, ms", "the fastest backend"),
         ("best peer, ms", "the fastest of the others that are right, torch eager and torch.compile among them"),
         ("verdict", "time of the best peer over ours: above 1 is faster"),
-        (SPEEDUP.title, SPEEDUP.meaning),
-        (ROOFLINE.title, ROOFLINE.meaning),
     ]
-    return table("cases", headings, (_summary_line(contest, paint) for contest in found), texts=4)
+    return table("cases", headings, map(_summary_line, found), texts=len(CASE))
 
 
-def _summary_line(contest: Contest, paint: Paint) -> list[Cell]:
-    ours = contest.ours
-    speedup = contest.speedup(ours) if ours else None
-    roofline = ours.roofline if ours else None
+def _summary_line(contest: Contest) -> list[Cell]:
     return [
         Cell(f'<a href="{page_name(contest.op)}">{escape(contest.op)}</a>', contest.op),
         *(Cell(escape(text), text) for text in (contest.mode, contest.shape, contest.dtype)),
-        _best(contest, paint, "ours"),
-        _best(contest, paint, "baseline", "peer"),
+        time_cell(contest, "ours"),
+        time_cell(contest, "baseline", "peer"),
         verdict_cell(contest),
-        Cell(NOTHING if speedup is None else significant(speedup), speedup),
-        Cell(NOTHING if roofline is None else percent(roofline), roofline),
     ]
+
+
+def time_cell(contest: Contest, *kinds: str) -> Cell:
+    """The fastest of these kinds, with its name; what kept them all from a time."""
+    row, text = contest.fastest(*kinds), time_text(contest, *kinds)
+    if row is None:
+        return Cell(text, None, "" if text == NOTHING else "bad")
+    return Cell(escape(text), row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
 
 
 def verdict_cell(contest: Contest) -> Cell:
@@ -74,28 +74,18 @@ def verdict_cell(contest: Contest) -> Cell:
     return Cell(verdict_text(contest), found.ratio, colour)
 
 
-def _best(contest: Contest, paint: Paint, *kinds: str) -> Cell:
-    row = contest.fastest(*kinds)
-    if row is None:
-        text = time_text(contest, *kinds)
-        return Cell(text, None, "" if text == NOTHING else "bad")
-    name = row.candidate.removeprefix(f"{OURS} ")
-    text = f"<small>{escape(name)}</small> {_dot(row, paint)}{significant(row.median_ms or 0.0)}"
-    return Cell(text, row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
-
-
-def rows_table(found: Sequence[Contest], paint: Paint) -> str:
+def rows_table(found: Sequence[Contest]) -> str:
     """Every row of one operation with all its numbers."""
     texts = [("candidate", ""), ("mode", ""), ("shape", ""), ("dtype", "")]
     headings = [*texts, *((column.title, column.meaning) for column in COLUMNS), ("version", "of the candidate")]
-    lines = (_row_line(contest, row, paint) for contest in found for row in contest.rows)
+    lines = (_row_line(contest, row) for contest in found for row in contest.rows)
     return table("rows", headings, lines, texts=len(texts))
 
 
-def _row_line(contest: Contest, row: Row, paint: Paint) -> list[Cell]:
+def _row_line(contest: Contest, row: Row) -> list[Cell]:
     texts = (row.mode, row.shape, row.dtype)
     return [
-        Cell(_dot(row, paint) + escape(row.candidate), row.candidate),
+        Cell(escape(row.candidate), row.candidate),
         *(Cell(escape(text), text) for text in texts),
         *(_number(contest, row, column) for column in COLUMNS),
         Cell(escape(row.version), row.version),
@@ -113,10 +103,6 @@ def _number(contest: Contest, row: Row, column: Column) -> Cell:
     return Cell(column.show(contest, row), column.value(contest, row), kind)
 
 
-def _dot(row: Row, paint: Paint) -> str:
-    return f'<i style="--colour: var(--{paint.names[row.candidate]})"></i>'
-
-
 def table(name: str, headings: Sequence[tuple[str, str]], lines: Iterable[list[Cell]], texts: int) -> str:
     """A sortable table whose first `texts` columns hold text; the first one names its line."""
     head = "".join(
@@ -126,8 +112,7 @@ def table(name: str, headings: Sequence[tuple[str, str]], lines: Iterable[list[C
     )
     body = "\n".join(f"<tr>{_line(cells, texts)}</tr>" for cells in lines)
     return (
-        f'<input class="filter" type="search" placeholder="Only rows with …" aria-label="Only rows with these words" '
-        f'aria-controls="{name}">\n<div class="scroll" tabindex="0" role="region" aria-label="Table of {name}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table of {name}">'
         f'<table id="{name}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 

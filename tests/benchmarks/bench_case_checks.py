@@ -11,6 +11,7 @@ from torch import Tensor
 
 import benchmarks.cases  # noqa: F401  registers the operations
 from benchmarks.accuracy import as_double, gradient_leaves, relative_error, tensors
+from benchmarks.accuracy import forward_outputs as outputs
 from benchmarks.operation import Draw, Function, Inputs, Operation, peers_of
 from benchmarks.shapes import Shape
 
@@ -77,12 +78,6 @@ IN_FLOAT64 = list(OPERATIONS)[: list(OPERATIONS).index("clip_loss")]
 def draw(op: Operation, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
     """A set of inputs on the CPU."""
     return op.inputs(shape, Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(seed)))
-
-
-def outputs(function: Function, inputs: Inputs) -> list[Tensor]:
-    """Outputs without a graph."""
-    with torch.no_grad():
-        return tensors(function(**inputs))
 
 
 def gradients(op: Operation, function: Function, inputs: Inputs) -> list[Tensor]:

@@ -1,10 +1,7 @@
 """The audit of GPU kernels but for the counting itself: what counts come to, the roofline, and occupancy."""
 
 import json
-import shutil
-import subprocess
-from dataclasses import asdict, replace
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,8 @@ from benchmarks import cli
 from benchmarks.audit import build, prediction
 from benchmarks.audit.cases import list_cases
 from benchmarks.audit.count import spans_of
-from benchmarks.audit.occupancy import SHARED, WARPS, occupancy, resident_warps
 from benchmarks.audit.pipes import ALU, CONTROL, FMA, MEMORY, MOVES, SFU, TENSOR, flops_of, instructions_of, pipe_of
-from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic, count_from_json
+from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
 from benchmarks.audit.roofline import DRAM, ISSUE, limiter, share_of_floor, times
 from benchmarks.audit.table import costly_lines
 from benchmarks.measure import Case
@@ -30,7 +26,7 @@ LINE = Line("norm.cu:7", {ALU: 4000, MEMORY: 41, MOVES: 10**9}, 0, Shared(10, 25
 OTHER = Line("rows.h:3", {ALU: 500, TENSOR: 2}, 2 * 4096, Shared(), 0, 0)
 LAUNCH = Launch(
     kernel=KERNEL, grid=(3, 1, 1), block=(32, 4, 1), dynamic_bytes=0, barriers=2.0,
-    threads={ALU: 32 * 4500, MEMORY: 32 * 41}, lines=(OTHER, LINE),
+    lines=(OTHER, LINE),
     loads={"x": Traffic(10, 5120, 160, 160), "weight": Traffic(20, 10240, 320, 32), REST: Traffic(1, 4, 1, 1)},
     stores={"out 0": Traffic(10, 2560, 160, 160)},
 )  # fmt: skip
@@ -49,10 +45,6 @@ def test_large_buffers_count_each_time_and_small_ones_once() -> None:
     again = replace(COUNT, launches=(twice,))
     assert (again.traffic, again.touched) == (pytest.approx(1.5), pytest.approx(1.0))
     assert (COUNT.bytes_a_load, COUNT.bytes_a_store, COUNT.worst_ways) == (512, 256, 2)
-
-
-def test_a_count_survives_json() -> None:
-    assert count_from_json(json.loads(json.dumps(asdict(COUNT)))) == COUNT
 
 
 PIPES = [
@@ -119,10 +111,10 @@ def test_the_command_shows_that_it_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []
     monkeypatch.setattr(build, "count_all", lambda *arguments: asked.append(arguments) or [COUNT])
-    arguments = ["audit", "layer_norm", "--kernels", "cuda", "--dtype", "bfloat16", "--direction", "forward"]
+    arguments = ["audit", "layer_norm", "--kernels", "cuda", "--dtype", "bfloat16"]
     arguments += ["--arch", "sm_80", "--json", str(tmp_path / "audit.json")]
     assert cli.main(arguments) == 0
-    assert asked == [(list_cases(["layer_norm"], [], ["bfloat16"], ["forward"]), "sm_80", "cuda")]
+    assert asked == [(list_cases(["layer_norm"], [], ["bfloat16"]), "sm_80", "cuda")]
     text = capsys.readouterr().out
     assert "predicted from counted instructions, not measured" in text
     assert "1.103" in text
@@ -145,83 +137,6 @@ def test_the_command_shows_that_it_predicts(tmp_path, capsys, monkeypatch):
 def test_wrong_names(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_every_kernel_of_the_budget_has_its_occupancy() -> None:
-    shares = occupancy(KERNEL, 128)
-    assert set(shares) == set(SHARED)
-    assert all(0 < share <= 1 for share in shares.values())
-    assert occupancy("no such kernel", 128) == {}
-
-
-def test_shared_memory_of_a_launch_leaves_room_for_fewer_blocks() -> None:
-    # Two blocks of four warps, with what the system takes.
-    half = SHARED["sm_90"] // 2 - 2048
-    assert occupancy(KERNEL, 128, half)["sm_90"] == 2 * 4 / WARPS
-
-
-PROGRAM = """
-#include <cuda_occupancy.h>
-#include <cstdio>
-int main() {
-  int major, shared_of_multiprocessor, threads, registers, shared;
-  while (std::scanf("%d %d %d %d %d", &major, &shared_of_multiprocessor, &threads, &registers, &shared) == 5) {
-    cudaOccDeviceProp device;
-    device.computeMajor = major;
-    device.computeMinor = 0;
-    device.maxThreadsPerBlock = 1024;
-    device.maxThreadsPerMultiprocessor = 2048;
-    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
-    device.warpSize = 32;
-    device.sharedMemPerBlock = 48 * 1024;
-    device.sharedMemPerMultiprocessor = shared_of_multiprocessor;
-    device.sharedMemPerBlockOptin = shared_of_multiprocessor - 1024;
-    device.reservedSharedMemPerBlock = 1024;
-    device.numSms = 100;
-    cudaOccFuncAttributes kernel;
-    kernel.maxThreadsPerBlock = 1024;
-    kernel.numRegs = registers;
-    kernel.sharedSizeBytes = shared;
-    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
-    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_DEFAULT;
-    kernel.maxDynamicSharedSizeBytes = 0;
-    kernel.numBlockBarriers = 1;
-    cudaOccDeviceState state;
-    cudaOccResult result;
-    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, 0)) return 1;
-    std::printf("%d\\n", result.activeBlocksPerMultiprocessor);
-  }
-}
-"""
-
-
-def test_the_formula_is_nvidias(tmp_path: Path) -> None:
-    """NVIDIA's header computes the same, for many kernels."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or shutil.which("g++") is None:
-        pytest.skip("no CUDA toolkit, which has the header")
-    header = tmp_path / "where.cu"
-    header.write_text("#include <cuda_occupancy.h>\n")
-    listing = subprocess.run([nvcc, "-M", header], capture_output=True, text=True, check=True).stdout
-    found = next(word for word in listing.split() if word.endswith("cuda_occupancy.h"))
-    source, program = tmp_path / "occupancy.cpp", tmp_path / "occupancy"
-    source.write_text(PROGRAM)
-    subprocess.run(["g++", "-I", Path(found).parent, source, "-o", program], check=True)
-    cases = list(
-        product(
-            SHARED,
-            (32, 64, 96, 128, 160, 192, 256, 384, 1024),
-            (16, 40, 63, 64, 65, 96, 128, 168, 255),
-            (0, 1000, 9000, 40000),
-        )
-    )
-    majors = {"sm_80": 8, "sm_90": 9, "sm_100": 10}
-    lines = [f"{majors[arch]} {SHARED[arch]} {' '.join(map(str, numbers))}" for arch, *numbers in cases]
-    answer = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
-    expected = [int(blocks) * numbers[0] // 32 for blocks, (_, *numbers) in zip(answer.split(), cases, strict=True)]
-    ours = [resident_warps(*case) for case in cases]
-    assert [(c, a, b) for c, a, b in zip(cases, ours, expected, strict=True) if a != b] == []
-    assert max(ours) == WARPS
 
 
 def predictions_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from benchmarks.measure import Case, floor_ms, measure
 from benchmarks.operation import Cost, Operation
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
-from benchmarks.timing import MIN_ROUNDS, CpuTimer, Rotation
+from benchmarks.timing import MIN_ROUNDS, Rotation, Timer
 
 CPU = torch.device("cpu")
 
@@ -169,14 +169,6 @@ def test_without_memory_for_float64_there_is_no_error() -> None:
     assert [(row.failure, row.error, row.baseline_error) for row in rows] == [(None, None, None)] * 3
 
 
-def test_without_memory_for_the_inputs_every_row_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_sets(*args: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr("benchmarks.measure._draw_sets", no_sets)
-    assert {row.failure for row in rows_of().values()} == {"OutOfMemoryError: no room"}
-
-
 def test_a_truth_or_a_timer_that_fails_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(changes={"eager": tanh_but_in_float64(RuntimeError("no kernel for float64"))})
     assert {row.failure for row in rows.values()} == {"RuntimeError: no kernel for float64"}
@@ -221,7 +213,7 @@ def test_the_context_surrounds_every_call() -> None:
 
     case = case_of(tanh_operation(), "training")
     candidate = Candidate("watched", "ours", "1", lambda shape: watched, context)
-    measure(case, [candidate], machine(), CpuTimer(), 0.001)
+    measure(case, [candidate], machine(), Timer(), 0.001)
     assert case.rows["watched"].failure is None
     assert seen
     assert all(seen)
@@ -236,7 +228,7 @@ def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
 def test_cpu_timer_measures_each_candidate_in_every_round() -> None:
     calls: list[str] = []
     rotations = [Rotation([lambda name=name: calls.append(name)]) for name in "ab"]  # type: ignore[misc]
-    samples = CpuTimer().rounds(rotations, 0.0)
+    samples = Timer().rounds(rotations, 0.0)
     assert [len(values) for values in samples] == [MIN_ROUNDS, MIN_ROUNDS]
     assert all(value > 0 for values in samples for value in values)
     turns = [name for name, _ in groupby(calls)]

@@ -50,13 +50,6 @@ def test_the_first_table_is_ours_against_the_best_peer(capsys: pytest.CaptureFix
     assert f"odd, {SHAPES[0]}: wrong: NaN among the outputs" in text
 
 
-def test_columns_without_values_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, Results(machine(), contest("layer_norm", SHAPES[0], "float32", "forward")))
-    assert "TFLOP/s  " not in text
-    assert "saved" not in text
-    assert "GB/s" in text
-
-
 def test_there_is_one_table_for_each_operation_mode_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, results())
     titles = [line for line in text.splitlines() if line.endswith((" · float32", " · bfloat16"))]
@@ -95,17 +88,6 @@ def test_a_narrow_terminal_gets_the_important_columns(capsys, monkeypatch):
     text = shown(capsys, Results(machine(), contest("rope_attention", SHAPES[1], "float32", "training")))
     assert cells(text, "torch.compile") == "0.960 0.00821 31 % 1.25 3.20 2.00 8.0e-07"
     assert max(map(len, text.splitlines())) <= 80
-
-
-def test_colours_stand_for_something(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    text = shown(capsys, results())
-    assert "\x1b[1;33m! busy" in text
-    line = next(line for line in text.splitlines() if "evakernels reference" in line)
-    assert "\x1b[1;31m4.0e-06" in line  # the error is beyond the rule
-    assert "\x1b[33m0.250" in line  # slower than torch eager
-    assert any("\x1b[32m 2.00" in line for line in text.splitlines() if "evakernels cpu" in line)
 
 
 def test_operations_are_listed_with_who_is_there_and_who_is_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from bench_fakes import machine, row
 from rich.console import Console
 
-from benchmarks.gpu_check import cli, summary
-from benchmarks.gpu_check.merge import Places, merge
+from benchmarks.gpu_check import summary
+from benchmarks.gpu_check.merge import merge
 from benchmarks.gpu_check.records import Journal
 from benchmarks.results import read_results
 from evaclip.errors import UserError
@@ -22,13 +22,13 @@ PAGE = (
 )
 
 
-def places_in(top: Path) -> Places:
-    for name in ("results", "tuning"):
-        (top / name).mkdir(exist_ok=True)
+def repository_in(top: Path) -> Path:
+    for name in ("benchmarks/results", "docs", "evakernels/tuning"):
+        (top / name).mkdir(parents=True, exist_ok=True)
     for path in tuning.FOLDER.glob("sm_*.json"):
-        shutil.copy(path, top / "tuning")
-    (top / "page.md").write_text(PAGE)
-    return Places(top / "results", top / "page.md", top / "report", top / "tuning")
+        shutil.copy(path, top / "evakernels/tuning")
+    (top / "docs/gpu-check.md").write_text(PAGE)
+    return top
 
 
 def journal_in(top, name="a", *, rehearsal=False, commit="c0ffee", card=CARD):
@@ -64,8 +64,8 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     end(first, "why", "gelu", "gelu on cuda", kernel="gelu_forward<8>(Params)", nanoseconds=12500.0, registers=64)
     timed(second, 1.0)
     end(second, "first_light", "cuda", "gelu_forward on cuda")
-    written = merge([first.path, second.path], places=places_in(tmp_path))
-    results = read_results(tmp_path / "results/nvidia-h100-80gb-hbm3-2026-11-27-c0ffee.json")
+    written = merge([first.path, second.path], root=repository_in(tmp_path))
+    results = read_results(tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3-2026-11-27-c0ffee.json")
     assert [(found.op, found.candidate, found.median_ms) for found in results.rows] == [
         ("layer_norm", "evakernels cuda", 1.0),
         ("layer_norm", "torch eager", 5.0),
@@ -75,7 +75,7 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     assert results.machine.notes == ["throttled"]
     assert results.machine.command == "make gpu-check"
     assert results.absent == {"swiglu: apex": "no", "layer_norm: apex": "no"}
-    page = (tmp_path / "page.md").read_text()
+    page = (tmp_path / "docs/gpu-check.md").read_text()
     assert f"**{CARD}, driver 580.1, torch 2.11.0, commit c0ffee**." in page
     assert "| first_light | 1 | 0 | 0 | 0 |" in page  # the last journal's word
     assert "| EVA02-CLIP-B-16 b512 | 250.0 | 2,048 | 41.0% | 32.0 | 16.0 |" in page
@@ -85,8 +85,8 @@ def test_journals_become_a_result_and_tables(tmp_path: Path) -> None:
     assert "| swiglu | 1.000 | 0.500 | 2.00 | DRAM | h100-80g |" in page
     assert "| all 1: median; worst |  |  | 2.00; 2.00 |  |  |" in page
     assert "old" not in page
-    assert {path.name for path in written} == {tmp_path.name and results.file_name, "page.md", "index.html"}
-    assert (tmp_path / "gpu-roofline.png").is_file()
+    assert {path.name for path in written} == {results.file_name, "gpu-check.md", "index.html"}
+    assert (tmp_path / "docs/gpu-roofline.png").is_file()
 
 
 def test_the_summary_has_predictions_beside_what_was_measured(tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_the_summary_has_predictions_beside_what_was_measured(tmp_path: Path) ->
 
 @pytest.mark.exhaustive  # the search imports Triton
 def test_configurations_that_were_found_are_written_beside_the_others(tmp_path: Path) -> None:
-    journal, places = journal_in(tmp_path), places_in(tmp_path)
+    journal, root = journal_in(tmp_path), repository_in(tmp_path)
     shipped = tuning.table(CARD, 90)["layer_norm_forward"]
     found = {"shape": shipped[0]["shape"], "config": shipped[0]["config"] | {"num_warps": 1}}
     case = "width=1"
     end(journal, "tuning", "layer_norm_forward", case, gpu=CARD, capability=90, entry=found)
-    (path,) = [path for path in merge([journal.path], places=places) if path.suffix == ".json"]
+    (path,) = [path for path in merge([journal.path], root=root) if path.suffix == ".json"]
     assert path.name == "nvidia_h100_80gb_hbm3.json"
     entries = tuning.read(path)["layer_norm_forward"]
     assert entries == [found, *shipped[1:]]
@@ -123,15 +123,7 @@ def test_configurations_that_were_found_are_written_beside_the_others(tmp_path: 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     paths = [journal_in(tmp_path, "a").path, journal_in(tmp_path, "b", **changes).path]
     with pytest.raises(UserError, match=message):
-        merge(paths, places=places_in(tmp_path))
-    assert (tmp_path / "page.md").read_text() == PAGE
+        merge(paths, root=repository_in(tmp_path))
+    assert (tmp_path / "docs/gpu-check.md").read_text() == PAGE
     if "rehearsal" not in changes:
-        merge(paths, mixed=True, places=places_in(tmp_path))
-
-
-def test_a_damaged_journal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    journal = journal_in(tmp_path)
-    with journal.path.open("a") as file:
-        file.write("nothing\n{}\n")
-    assert cli.main(["merge", str(journal.path)]) == 2
-    assert "a.jsonl, line 2, is damaged" in capsys.readouterr().err
+        merge(paths, mixed=True, root=repository_in(tmp_path))

@@ -14,7 +14,7 @@ import evakernels
 import evakernels.triton
 from benchmarks import accuracy, origin
 from benchmarks.gpu_check import tiny
-from benchmarks.gpu_check.kernels import cuda_ops, missing, native_backend
+from benchmarks.gpu_check.kernels import cuda_ops, missing
 from benchmarks.gpu_check.stage import Failure, Refusal, Session, Settings, Unit
 from evakernels import _native, backends
 
@@ -44,7 +44,7 @@ def run(unit: Unit, session: Session) -> None:
         return
     session.case("library", partial(_library, settings))
     for op in cuda_ops():
-        session.case(f"{op} on cuda", partial(compare, op, native_backend(settings), settings))
+        session.case(f"{op} on cuda", partial(compare, op, settings.device, settings))
     session.case("another stream", partial(_stream, settings))
 
 
@@ -55,7 +55,7 @@ def _library(settings: Settings) -> dict[str, Any]:
         raise Failure(f"evakernels isn't that of this checkout: {info['package']}", info)
     if not _native.LOADED:
         raise Failure(f"the compiled library is not loaded: {_native.REASON}", info)
-    if absent := [op for op in cuda_ops() if missing(op, native_backend(settings))]:
+    if absent := [op for op in cuda_ops() if missing(op, settings.device)]:
         raise Failure(f"no compiled kernel of {', '.join(absent)}", info)
     return info
 

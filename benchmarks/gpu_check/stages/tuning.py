@@ -21,12 +21,8 @@ def units(settings: Settings) -> list[Unit]:
 
 def run(unit: Unit, session: Session) -> None:
     for entry in _entries(unit.name, session.settings):
-        session.case(case_of(entry), partial(_search, unit.name, entry, session.settings))
-
-
-def case_of(entry: dict[str, Any]) -> str:
-    """`head_dim=64 tokens=257`."""
-    return " ".join(f"{name}={size}" for name, size in entry["shape"].items())
+        name = " ".join(f"{size}={value}" for size, value in entry["shape"].items())  # head_dim=64 tokens=257
+        session.case(name, partial(_search, unit.name, entry, session.settings))
 
 
 def _entries(op: str, settings: Settings) -> list[dict[str, Any]]:

@@ -63,20 +63,15 @@ def _counters(op: Operation, backend: str, settings: Settings) -> dict[str, Any]
     counters = [word for section in _SECTIONS for word in ("--section", section)]
     # Of metrics that it doesn't know ncu counts none at all.
     for more in (["--metrics", ",".join(_MORE)], []):
-        output = _printed(["ncu", "--csv", "--profile-from-start", "off", *counters, *more], call)
+        command = ["ncu", "--csv", "--profile-from-start", "off", *counters, *more, "--target-processes", "all"]
+        command += [sys.executable, "-m", "benchmarks.profiling", *call]
+        pipe, same = subprocess.PIPE, subprocess.STDOUT
+        output = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=same, text=True, check=False).stdout
         if kernels := parse(output):
             break
     if not kernels:
         raise Refusal(f"ncu counted nothing: {' '.join(output.split())[-400:]}")
     return {"shape": call[1], "mode": call[2], "dtype": call[3], "kernels": len(kernels), **kernels[0]}
-
-
-def _printed(ncu: list[str], call: list[str]) -> str:
-    """What ncu and what it runs print, on either stream."""
-    command = [*ncu, "--target-processes", "all", sys.executable, "-m", "benchmarks.profiling", *call]
-    pipe, same = subprocess.PIPE, subprocess.STDOUT
-    output: str = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=same, text=True, check=False).stdout
-    return output
 
 
 def parse(output: str) -> list[dict[str, Any]]:
