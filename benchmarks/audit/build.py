@@ -13,12 +13,11 @@ from pathlib import Path
 
 from benchmarks.audit.budget import ROOT, budget
 from benchmarks.audit.cases import Case
+from benchmarks.audit.occupancy import SHARED
 from benchmarks.audit.result import Count
 from evaclip.errors import UserError
 
 ARCHS = {"cuda": ("sm_80", "sm_90", "sm_100"), "triton": ("sm_80", "sm_90")}
-SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
-"""Of shared memory that a block may have: all but what the system takes."""
 
 
 def count_all(cases: Sequence[Case], arch: str, kernels: str = "cuda", library: Path | None = None) -> list[Count]:
@@ -61,7 +60,8 @@ def _build() -> Path:
 
 def _count(cases: Sequence[Case], arch: str, library: str, folder: Path) -> list[Count]:
     paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PTX_SHARED_KB": str(SHARED_KB[arch])}
+    shared = SHARED[arch] // 1024 - 1  # a block may have all but what the system takes
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PTX_SHARED_KB": str(shared)}
     call = [sys.executable, "-m", "benchmarks.audit.count", arch, library, json.dumps(cases)]
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, check=False)
     if done.returncode:

@@ -90,6 +90,10 @@ class Launch:
     stores: Mapping[str, Traffic]
 
     @property
+    def threads_of_block(self) -> int:
+        return self.block[0] * self.block[1] * self.block[2]
+
+    @property
     def warps(self) -> Mapping[str, int]:
         """Instructions of warps, by pipe."""
         total: Counter[str] = Counter()

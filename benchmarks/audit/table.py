@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.audit.occupancy import occupancy, source_of
 from benchmarks.audit.pipes import GPUS
-from benchmarks.audit.result import Count, Line
+from benchmarks.audit.result import Count, Launch, Line
 from benchmarks.audit.roofline import PARTS, limiter, share_of_floor, times, times_of_line
 from benchmarks.columns import NOTHING, TIMES, percent, significant
 from benchmarks.table import make_console, plain_table
@@ -27,10 +28,10 @@ _MEANING = (
     "ways: cycles of shared memory over those without conflicts, mean and worst, 1 is no conflict",
     "of floor: the time in which memory moves the floor's bytes over that of the kernels, each as long as its limiter "
     "takes; the others are the least microseconds of each part of the GPU, evenly loaded and without gaps",
-    "barriers: of a warp",
+    "barriers: of a warp; warps: share of a multiprocessor's, by registers and shared memory, CUDA's formula",
 )
 _OF_CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "of floor")
-_OF_KERNEL = (*PARTS, "limiter", "barriers")
+_OF_KERNEL = (*PARTS, "limiter", "barriers", "warps")
 
 
 def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
@@ -92,11 +93,19 @@ def _ways(count: Count) -> str:
 def _kernels(count: Count) -> Iterator[list[str]]:
     for launch in count.launches:
         parts = _microseconds(times(count.arch, launch))
-        yield [launch.kernel, *parts, limiter(count.arch, launch), f"{launch.barriers:.1f}"]
+        yield [launch.kernel, *parts, limiter(count.arch, launch), f"{launch.barriers:.1f}", _warps(count, launch)]
 
 
 def _microseconds(seconds: Mapping[str, float]) -> list[str]:
     return [f"{1e6 * seconds[part]:.2f}" for part in PARTS]
+
+
+def _warps(count: Count, launch: Launch) -> str:
+    shares: Mapping[str, float] = {}
+    if count.kernels == "cuda":
+        source = source_of(launch.kernel)
+        shares = occupancy(launch.kernel, launch.threads_of_block, launch.dynamic_bytes, source)
+    return percent(shares[count.arch]) if count.arch in shares else NOTHING
 
 
 def costly_lines(count: Count, most: int = MOST_LINES) -> list[Line]:

@@ -12,6 +12,7 @@ from benchmarks import cli
 from benchmarks.audit import build, prediction
 from benchmarks.audit.cases import list_cases
 from benchmarks.audit.count import spans_of
+from benchmarks.audit.occupancy import SHARED, WARPS, occupancy, resident_warps
 from benchmarks.audit.pipes import ALU, CONTROL, FMA, MEMORY, MOVES, SFU, TENSOR, flops_of, instructions_of, pipe_of
 from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
 from benchmarks.audit.roofline import DRAM, ISSUE, limiter, share_of_floor, times
@@ -137,6 +138,38 @@ def test_the_command_shows_that_it_predicts(tmp_path, capsys, monkeypatch):
 def test_wrong_names(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_kernel_of_the_budget_has_its_occupancy() -> None:
+    shares = occupancy(KERNEL, 128)
+    assert set(shares) == set(SHARED)
+    assert all(0 < share <= 1 for share in shares.values())
+    assert occupancy("no such kernel", 128) == {}
+
+
+def test_shared_memory_of_a_launch_leaves_room_for_fewer_blocks() -> None:
+    # Two blocks of four warps, with what the system takes.
+    half = SHARED["sm_90"] // 2 - 2048
+    assert occupancy(KERNEL, 128, half)["sm_90"] == 2 * 4 / WARPS
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "warps"),
+    [
+        ("sm_80", 32, 16, 0, 32),  # as many blocks as there may be
+        ("sm_80", 128, 64, 0, 32),  # registers
+        ("sm_80", 128, 41, 0, 40),  # which come in units
+        ("sm_80", 96, 40, 0, 48),  # to each quarter
+        ("sm_80", 1024, 96, 0, 0),
+        ("sm_90", 160, 63, 9000, 30),
+        ("sm_90", 96, 96, 40_000, 15),  # shared memory
+        ("sm_90", 128, 32, 14_468, 56),  # which comes in units, too
+        ("sm_100", 256, 128, 1000, 16),
+    ],
+)
+def test_the_formula_is_nvidias(arch: str, threads: int, registers: int, shared: int, warps: int) -> None:
+    """The answers of cudaOccMaxActiveBlocksPerMultiprocessor in CUDA's header."""
+    assert resident_warps(arch, threads, registers, shared) == warps
 
 
 def predictions_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
