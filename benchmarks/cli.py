@@ -3,12 +3,15 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import origin, plugins
 from benchmarks.operation import Operation, get_operation, operations, suite_operations
@@ -330,7 +333,8 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
         from benchmarks.report.markdown import split_page, write_section
 
         split_page(args.page)  # complains before minutes have gone by
-    results = run(chosen, plan, _tell_tenths)
+    with _progress() as progress:
+        results = run(chosen, plan, progress)
     print_table(results)
     if args.json:
         results.write_json(args.json)
@@ -355,6 +359,19 @@ def _plan(args: argparse.Namespace) -> Plan:
         torch.set_num_threads(args.threads)
     several = {name: tuple(getattr(args, name[:-1])) for name in ("shapes", "dtypes", "modes", "backends", "peers")}
     return Plan(args.device, **several, passes=args.passes, seconds=args.seconds, first=args.first)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, a line for every tenth elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _tell_tenths
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("measuring the machine")
+        yield lambda done, total, title: bar.update(task, completed=done, total=total, description=title)
 
 
 def _tell_tenths(done: int, total: int, title: str) -> None:
