@@ -12,7 +12,7 @@ from benchmarks.report.drawing import COLOURS, LOOK, bare, picture
 from benchmarks.results import Results
 from evaclip.report.theme import PALETTE
 
-_TITLES = {"forward": "inference", "training": "a training step"}
+_TITLES = {"forward": "inference", "training": "training step"}
 _WIDTH, _LINE = 9.0, 0.36
 
 
@@ -27,7 +27,7 @@ def speedups(results: Results, op: str) -> Figure | None:
         figure = picture(results.machine, 1.0 + _LINE * max(map(len, panels.values())), _WIDTH)
         for axes, (mode, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             _draw(axes, panel)
-            axes.set_title(f"times as fast in {_TITLES[mode]}, {panel[0].dtype}", loc="left", fontweight="bold")
+            axes.set_title(f"{_TITLES[mode]}, {panel[0].dtype}, times as fast", loc="left", fontweight="bold")
     return figure
 
 

@@ -21,6 +21,8 @@ _OF_EACH_TOKEN = frozenset(
 )
 _OF_EACH_TOKEN_BY_NAME = frozenset({"timm.layers.mlp.Mlp"})
 """Classes without a role whose output for a token depends, apart from attention, on that token alone."""
+_COMPILES = torch.__version__ >= (2, 12)
+"""Whether torch's compiler can follow `view`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Ending:
         Not where somebody watches, nor where dropout would draw other random numbers, nor in float64, of which no bit
         is to change.
         """
+        if torch.compiler.is_compiling() and not _COMPILES:
+            return False
         if not is_ordinary(x) or any(name in tower.__dict__ for name in self.methods) or self.reason(tower) is not None:
             return False
         _, *path = self._path(tower)
