@@ -21,7 +21,7 @@ _OF_EACH_TOKEN = frozenset(
 )
 _OF_EACH_TOKEN_BY_NAME = frozenset({"timm.layers.mlp.Mlp"})
 """Classes without a role whose output for a token depends, apart from attention, on that token alone."""
-_COMPILES = torch.__version__ >= (2, 12)
+_COMPILES = torch.__version__ >= "2.12"
 """Whether torch's compiler can follow `view`."""
 
 
