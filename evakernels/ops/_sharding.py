@@ -49,7 +49,7 @@ def over_shards(name: str, op: Callable[..., Any], rule: Rule, args: tuple[Any, 
 
     def of_activations(number: int) -> Any:
         found = (arg.placements[number] for arg in args[: rule.activations])
-        return next((Shard(p.dim) for p in found if type(p) is Shard and p.dim in cuttable), Replicate())
+        return next((Shard(p.dim) for p in found if isinstance(p, Shard) and p.dim in cuttable), Replicate())
 
     rows = tuple(map(of_activations, range(mesh.ndim)))
     samples = tuple(p if p.is_shard(0) else Replicate() for p in rows)
