@@ -143,7 +143,8 @@ class DeviceOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the moments in the dtypes they were saved in; otherwise as the base class.
 
-        A rate that was saved as a tensor on a device comes as a number.
+        A rate that was saved as a tensor on a device comes as a number, and step counts, which torch has in its default
+        dtype and once had as numbers, as float32.
         """
         groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
         for own, group in zip(self.param_groups, groups, strict=False):
@@ -155,7 +156,8 @@ class DeviceOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for param, saved_id in zip(params, saved_ids, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
-                self.state[param][name] = value.to(param.device, copy=True)
+                dtype = torch.float32 if name == "step" else value.dtype
+                self.state[param][name] = torch.as_tensor(value).to(param.device, dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -223,7 +225,7 @@ class DeviceOptimizer(Optimizer):
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), device=param.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, dtype=accumulation_dtype(param))
         return state
