@@ -195,7 +195,7 @@ class _ApexOptimizer(DeviceOptimizer):
             step = float(group.pop("step", 0))
             for i in group["params"]:
                 if i in state:
-                    state[i].setdefault("step", torch.tensor(step))
+                    state[i].setdefault("step", step)
         super().load_state_dict({"state": state, "param_groups": groups})
 
     def _steps(self, batch: Batch, bias_correction: bool, found_inf: Tensor | None) -> list[Tensor]:

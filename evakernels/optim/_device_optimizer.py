@@ -157,7 +157,7 @@ class DeviceOptimizer(Optimizer):
         for param, saved_id in zip(params, saved_ids, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 dtype = torch.float32 if name == "step" else value.dtype
-                self.state[param][name] = torch.as_tensor(value).to(param.device, dtype, copy=True)
+                self.state[param][name] = torch.as_tensor(value, device=param.device).to(dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
