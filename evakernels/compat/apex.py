@@ -9,7 +9,7 @@ it also runs on a CPU. State dicts go both ways.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class _FusedNorm(nn.Module):
         self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool, memory_efficient: bool
     ) -> None:
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        shape = (normalized_shape,) if isinstance(normalized_shape, SupportsIndex) else normalized_shape
         self.normalized_shape = torch.Size(shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine

@@ -3,6 +3,7 @@
 import copy
 import importlib
 
+import numpy as np
 import pytest
 import timm.optim
 import torch
@@ -35,13 +36,13 @@ def pair(cls, shape, **options):
     return ours, theirs
 
 
-@pytest.mark.parametrize("shape", [12, (12,), (3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [12, np.int64(12), (12,), (3, 4)], ids=str)
 @pytest.mark.parametrize(
     "cls", [apex.FusedLayerNorm, apex.FusedRMSNorm, apex.MixedFusedLayerNorm, apex.MixedFusedRMSNorm]
 )
 def test_norms_equal_those_of_torch(cls, shape):
     ours, theirs = pair(cls, shape)
-    inputs = [randn(5, *((shape,) if isinstance(shape, int) else shape), seed=9).requires_grad_() for _ in range(2)]
+    inputs = [randn(5, *np.atleast_1d(shape), seed=9).requires_grad_() for _ in range(2)]
     for module, x in zip((ours, theirs), inputs, strict=True):
         module(x).pow(3).sum().backward()
     torch.testing.assert_close(ours(inputs[0]), theirs(inputs[1]))
