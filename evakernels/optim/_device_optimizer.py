@@ -19,6 +19,7 @@ SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "f
 """Options of torch's optimizers that groups of ours have too."""
 
 _REFUSED = ("amsgrad", "differentiable")
+_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass
@@ -134,18 +135,25 @@ class DeviceOptimizer(Optimizer):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Groups that were saved without one of these options, such as torch's, get the defaults of this optimizer."""
+        """Groups that were saved without one of its options, such as torch's, get the defaults of this optimizer."""
         super().__setstate__(state)
-        for option in {"stochastic_rounding", "seed", *SWITCHES} & self.defaults.keys():
-            for group in self.param_groups:
-                group.setdefault(option, self.defaults[option])
+        for group in self.param_groups:
+            for option, default in self.defaults.items():
+                group.setdefault(option, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the moments in the dtypes they were saved in; otherwise as the base class.
 
         A rate that was saved as a tensor on a device comes as a number, and step counts, which torch has in its default
         dtype and once had as numbers, as float32.
+
+        Raises:
+            ValueError: for options out of range or not offered, and for another optimizer's state.
         """
+        for saved in state_dict["state"].values():
+            if saved and not saved.keys() >= _STATE:
+                accepted = ", ".join(sorted(_STATE))
+                raise ValueError(f"{type(self).__name__}: a state of {', '.join(saved)}; accepted: {accepted}")
         groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
         for own, group in zip(self.param_groups, groups, strict=False):
             self.check_options({**self.defaults, **own, **group})

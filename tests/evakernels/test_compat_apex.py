@@ -203,6 +203,19 @@ def test_state_is_that_of_apex(cls):
     assert "step" not in optimizer.param_groups[0]
 
 
+def test_adam_goes_on_where_torchs_has_ended():
+    theirs = torch.optim.AdamW(groups(torch.float32))
+    step(theirs, tensors(1))
+    ours = apex.FusedAdam(
+        [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in theirs.param_groups]
+    )
+    ours.load_state_dict(theirs.state_dict())
+    for optimizer in (ours, theirs):
+        step(optimizer, tensors(2))
+    for got, expected in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_gradients_are_set_to_none_or_to_zero():
     for set_grad_none in (True, False):
         optimizer = apex.FusedAdam(groups(), set_grad_none=set_grad_none)

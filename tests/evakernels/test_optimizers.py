@@ -178,6 +178,14 @@ def test_wrong_options_say_what_is_accepted(kind, wrong, exception, message):
 
 
 @every_optimizer
+def test_the_state_of_another_optimizer_is_refused(kind):
+    other = optimizer_of(tensors(0), lambda groups, betas, eps: torch.optim.SGD(groups, momentum=0.9))
+    step(other, tensors(1))
+    with pytest.raises(ValueError, match="a state of momentum_buffer; accepted: exp_avg, exp_avg_sq, step"):
+        kind(other.param_groups).load_state_dict(other.state_dict())
+
+
+@every_optimizer
 def test_wrong_gradients_and_parameters_are_named(kind):
     with pytest.raises(TypeError, match=r"grads\[0\] is torch.sparse_coo; accepted: dense"):
         stepped(kind, torch.ones(3, 3), torch.eye(3).to_sparse())
