@@ -8,16 +8,26 @@ namespace {
 
 const GeluKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, gelu); }
 
+template <class Params>
+Params in_long_rows(Params params) {
+  const int64_t merged = params.bias ? 1 : rows_in_one(params.rows, params.width);
+  params.rows /= merged;
+  params.width *= merged;
+  return params;
+}
+
 }  // namespace
 
-void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for) {
+void gelu_forward(const GeluForward& given, Isa isa, ParallelFor parallel_for) {
+  const auto params = in_long_rows(given);
   const GeluKernels& kernels = kernels_for(isa);
   const FloatVector bias(params.bias, params.bias_dtype, params.width, 0.0f);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width),
                [&](int64_t begin, int64_t end) { kernels.forward(params, bias.data(), begin, end); });
 }
 
-void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for) {
+void gelu_backward(const GeluBackward& given, Isa isa, ParallelFor parallel_for) {
+  const auto params = in_long_rows(given);
   const GeluKernels& kernels = kernels_for(isa);
   const FloatVector bias(params.bias, params.bias_dtype, params.width, 0.0f);
   const RowChunks chunks(params.rows, params.width);

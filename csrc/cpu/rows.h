@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <new>
+#include <numeric>
 
 #include "common/dtype.h"
 #include "common/numerics.h"
@@ -23,6 +24,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t tasks_grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
+}
+
+// How many dense rows of an op that knows no rows are taken as one: short ones are tails of vectors alone.
+inline int64_t rows_in_one(int64_t rows, int64_t width) {
+  return width < 64 ? std::gcd(rows, int64_t{64}) : 1;
 }
 
 // Floats that begin at a cache line, as torch's tensors do. A vector of 64 bytes that straddles two lines

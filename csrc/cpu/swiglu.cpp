@@ -10,9 +10,19 @@ namespace {
 
 const SwigluKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, swiglu); }
 
+template <class Params>
+Params in_long_rows(Params params) {
+  const bool dense = params.gate.stride == params.width && params.up.stride == params.width;
+  const int64_t merged = dense && !params.norm_weight ? rows_in_one(params.rows, params.width) : 1;
+  params.rows /= merged;
+  for (int64_t* size : {&params.width, &params.gate.stride, &params.up.stride}) *size *= merged;
+  return params;
+}
+
 }  // namespace
 
-void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for) {
+void swiglu_forward(const SwigluForward& given, Isa isa, ParallelFor parallel_for) {
+  const auto params = in_long_rows(given);
   const SwigluKernels& kernels = kernels_for(isa);
   const bool norm = params.norm_weight != nullptr;
   const FloatVector weight(params.norm_weight, params.weight_dtype, norm ? params.width : 0, 1.0f);
@@ -23,7 +33,8 @@ void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_f
   });
 }
 
-void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for) {
+void swiglu_backward(const SwigluBackward& given, Isa isa, ParallelFor parallel_for) {
+  const auto params = in_long_rows(given);
   const SwigluKernels& kernels = kernels_for(isa);
   const bool norm = params.norm_weight != nullptr;
   const FloatVector weight(params.norm_weight, params.weight_dtype, norm ? params.width : 0, 1.0f);

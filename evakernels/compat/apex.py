@@ -7,8 +7,9 @@ it also runs on a CPU. State dicts go both ways.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from torch.optim.optimizer import ParamsT
 
 from evakernels.compat._missing import missing
 from evakernels.nn.layer_norm import over_trailing
-from evakernels.ops import adamw_update, gradient_norm, lamb_step, layer_norm, rms_norm
+from evakernels.ops import adamw_update, gradient_norm, layer_norm, rms_norm
 from evakernels.ops._autocast import is_on
+from evakernels.ops._shards import local, sum_over
 from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
+from evakernels.optim.lamb import make_step
 from evakernels.reference._numerics import accumulation_dtype
 from evakernels.reference._optimizer import bias, changed_moments, write
 
@@ -52,7 +55,7 @@ class _FusedNorm(nn.Module):
         self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool, memory_efficient: bool
     ) -> None:
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        shape = (normalized_shape,) if isinstance(normalized_shape, SupportsIndex) else normalized_shape
         self.normalized_shape = torch.Size(shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
@@ -195,7 +198,7 @@ class _ApexOptimizer(DeviceOptimizer):
             step = float(group.pop("step", 0))
             for i in group["params"]:
                 if i in state:
-                    state[i].setdefault("step", torch.tensor(step))
+                    state[i].setdefault("step", step)
         super().load_state_dict({"state": state, "param_groups": groups})
 
     def _steps(self, batch: Batch, bias_correction: bool, found_inf: Tensor | None) -> list[Tensor]:
@@ -253,7 +256,7 @@ class FusedAdam(_ApexOptimizer):
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        weights = self._masters(batch.params) if self.master_weights else batch.params
+        weights = self._masters(batch) if self.master_weights else batch.params
         grads, decays, scale = batch.grads, batch.weight_decays, grad_scale
         if not self.adam_w_mode:
             grads, decays, scale = _with_decay(batch, weights, scale), [0.0] * len(decays), None
@@ -265,11 +268,14 @@ class FusedAdam(_ApexOptimizer):
         if self.master_weights:
             torch._foreach_copy_(batch.params, weights)
 
-    def _masters(self, params: Iterable[Tensor]) -> list[Tensor]:
-        for param in params:
-            if param.dtype != torch.float32 and "master_param" not in self.state[param]:
-                self.state[param]["master_param"] = param.detach().float()
-        return [self.state[param].get("master_param", param) for param in params]
+    def _masters(self, batch: Batch) -> list[Tensor]:
+        masters = []
+        for owner, param in zip(batch.owners, batch.params, strict=True):
+            state = self.state[owner]
+            if owner.dtype != torch.float32 and "master_param" not in state:
+                state["master_param"] = owner.detach().float()
+            masters.append(local(state["master_param"]) if "master_param" in state else param)
+        return masters
 
 
 class FusedLAMB(_ApexOptimizer):
@@ -342,18 +348,15 @@ class FusedLAMB(_ApexOptimizer):
             grad_scale = torch.maximum(self._norm, torch.ones_like(self._norm) * scale)
         bias_correction, averaging = options.pop("bias_correction"), options.pop("grad_averaging")
         steps = self._steps(batch, bias_correction, found_inf)
-        state = batch.exp_avgs, batch.exp_avg_sqs, steps
+        batch = replace(batch, steps=steps)
         if averaging and self.adam_w_mode and not self.use_nvlamb:
-            options = {**options, "variant": "nvlamb", "found_inf": found_inf}
-            tensors = batch.params, batch.grads, *state
-            lamb_step(*tensors, batch.lrs, batch.weight_decays, grad_scale=grad_scale, **options)
+            make_step(batch, grad_scale=grad_scale, found_inf=found_inf, variant="nvlamb", **options)
             return
-        self._step_in_torch(batch, steps, options, averaging, grad_scale, found_inf)
+        self._step_in_torch(batch, options, averaging, grad_scale, found_inf)
 
     def _step_in_torch(
         self,
         batch: Batch,
-        steps: list[Tensor],
         options: dict[str, Any],
         averaging: bool,
         grad_scale: Tensor | None,
@@ -364,7 +367,7 @@ class FusedLAMB(_ApexOptimizer):
         grads = batch.grads
         if not self.adam_w_mode:
             grads, grad_scale = _with_decay(batch, batch.params, grad_scale), None
-        for i, (w, m, v, t) in enumerate(zip(batch.params, batch.exp_avgs, batch.exp_avg_sqs, steps, strict=True)):
+        for i, (w, m, v, t) in enumerate(zip(batch.params, *batch.state, strict=True)):
             decay = batch.weight_decays[i]
             average, average_sq = changed_moments(grads[i].to(accumulation_dtype(w)), m, v, beta1, beta2, grad_scale)
             if not averaging:
@@ -377,7 +380,9 @@ class FusedLAMB(_ApexOptimizer):
             if self.adam_w_mode:
                 direction += decay * weight
             if decay != 0 or self.use_nvlamb:
-                norm, step_norm = weight.norm(), direction.norm()
+                squares = torch.stack((weight.square().sum(), direction.square().sum()))
+                sum_over(squares, batch.shards)
+                norm, step_norm = squares.sqrt()
                 direction *= torch.where((norm > 0) & (step_norm > 0), norm / step_norm, 1.0)
             write(w, weight - batch.lrs[i] * direction, found_inf)
 

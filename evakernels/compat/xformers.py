@@ -127,8 +127,8 @@ def memory_efficient_attention(
         query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
         return memory_efficient_attention(query, key, value, attn_bias, p, scale).squeeze(2)
     if query.dim() == key.dim() == value.dim() == 5:
-        flat = query.flatten(2, 3), _shared(key), _shared(value)
-        out: Tensor = memory_efficient_attention(*flat, attn_bias, p, scale).unflatten(2, query.shape[2:4])
+        flat, (key, value) = query.flatten(2, 3), _shared(key, value)
+        out: Tensor = memory_efficient_attention(flat, key, value, attn_bias, p, scale).unflatten(2, query.shape[2:4])
         return out
     qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
     if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
@@ -149,9 +149,11 @@ def memory_efficient_attention(
     return packed.unsqueeze(0)
 
 
-def _shared(keys: Tensor) -> Tensor:
-    """`[B, M, G, H, K]` to the heads of keys that there are: G, where H is an expanded one."""
-    return keys[:, :, :, 0] if keys.stride(3) == 0 or keys.shape[3] == 1 else keys.flatten(2, 3)
+def _shared(*tensors: Tensor) -> list[Tensor]:
+    """Keys and values `[B, M, G, H, K]` to the heads that there are: G, where H is an expanded one in both."""
+    if all(tensor.stride(3) == 0 or tensor.shape[3] == 1 for tensor in tensors):
+        return [tensor[:, :, :, 0] for tensor in tensors]
+    return [tensor.flatten(2, 3) for tensor in tensors]
 
 
 fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask, memory_efficient_attention=memory_efficient_attention)

@@ -63,13 +63,17 @@ def options(op: str, betas: tuple[float, float], eps: float) -> None:
 def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
     """There is one number for each of `params`."""
     for name, values in lists.items():
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list, a number for each of params")
         _length(op, name, values, params)
 
 
 def steps(op: str, params: Tensors, given: Tensors) -> None:
-    """The step counts, one for each of `params`, are 0-D float32 tensors on their device."""
+    """The step counts, one for each of `params`, are different 0-D float32 tensors on their device."""
     sequence(op, "steps", given)
     _length(op, "steps", given, params)
+    if len(set(map(id, given))) < len(given):  # each would be counted up once for all and read in between
+        raise ValueError(f"{op}: steps holds a tensor twice; expected one of its own for each of the params")
     for i, step in enumerate(given):
         if not isinstance(step, Tensor):
             raise _check.no_tensor(op, f"steps[{i}]", step)

@@ -19,6 +19,7 @@ SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "f
 """Options of torch's optimizers that groups of ours have too."""
 
 _REFUSED = ("amsgrad", "differentiable")
+_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass
@@ -134,17 +135,25 @@ class DeviceOptimizer(Optimizer):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Groups that were saved without one of these options, such as torch's, get the defaults of this optimizer."""
+        """Groups that were saved without one of its options, such as torch's, get the defaults of this optimizer."""
         super().__setstate__(state)
-        for option in {"stochastic_rounding", "seed", *SWITCHES} & self.defaults.keys():
-            for group in self.param_groups:
-                group.setdefault(option, self.defaults[option])
+        for group in self.param_groups:
+            for option, default in self.defaults.items():
+                group.setdefault(option, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the moments in the dtypes they were saved in; otherwise as the base class.
 
-        A rate that was saved as a tensor on a device comes as a number.
+        A rate that was saved as a tensor on a device comes as a number, and step counts, which torch has in its default
+        dtype and once had as numbers, as float32.
+
+        Raises:
+            ValueError: for options out of range or not offered, and for another optimizer's state.
         """
+        for saved in state_dict["state"].values():
+            if saved and not saved.keys() >= _STATE:
+                accepted = ", ".join(sorted(_STATE))
+                raise ValueError(f"{type(self).__name__}: a state of {', '.join(saved)}; accepted: {accepted}")
         groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
         for own, group in zip(self.param_groups, groups, strict=False):
             self.check_options({**self.defaults, **own, **group})
@@ -155,7 +164,8 @@ class DeviceOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for param, saved_id in zip(params, saved_ids, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
-                self.state[param][name] = value.to(param.device, copy=True)
+                dtype = torch.float32 if name == "step" else value.dtype
+                self.state[param][name] = torch.as_tensor(value, device=param.device).to(dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -223,7 +233,7 @@ class DeviceOptimizer(Optimizer):
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), device=param.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, dtype=accumulation_dtype(param))
         return state

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -66,12 +65,6 @@ class AdamW(DeviceOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         switches = dict(zip(SWITCHES, (amsgrad, maximize, foreach, capturable, differentiable, fused), strict=True))
         super().__init__(params, {**defaults, **switches, "stochastic_rounding": stochastic_rounding, "seed": seed})
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state dict of this class or of `torch.optim.AdamW`, its moments in the dtypes they have."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["step"] = state["step"].to(torch.float32)  # torch counts in its default dtype
 
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None

@@ -72,12 +72,17 @@ class Lamb(DeviceOptimizer):
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        tensors, rates = (batch.params, batch.grads, *batch.state), (batch.lrs, batch.weight_decays)
-        options = {**options, "found_inf": found_inf}
-        rounding: dict[str, Any] = {"seeds": batch.seeds, "first_elements": batch.first_elements}
-        if not batch.shards:
-            lamb_step(*tensors, *rates, grad_scale=grad_scale, **options | rounding)
-            return
-        norms = lamb_update(*tensors, batch.weight_decays, grad_scale=grad_scale, **options)
-        sum_over(norms, batch.shards)
-        lamb_apply(batch.params, *batch.state, norms, *rates, **options | rounding)
+        make_step(batch, grad_scale=grad_scale, found_inf=found_inf, **options)
+
+
+def make_step(batch: Batch, *, grad_scale: Tensor | None, found_inf: Tensor | None, **options: Any) -> None:
+    """One step in place: one call, or two between which the norms of shards are summed."""
+    tensors, rates = (batch.params, batch.grads, *batch.state), (batch.lrs, batch.weight_decays)
+    options["found_inf"] = found_inf
+    rounding: dict[str, Any] = {"seeds": batch.seeds, "first_elements": batch.first_elements}
+    if not batch.shards:
+        lamb_step(*tensors, *rates, grad_scale=grad_scale, **options | rounding)
+        return
+    norms = lamb_update(*tensors, batch.weight_decays, grad_scale=grad_scale, **options)
+    sum_over(norms, batch.shards)
+    lamb_apply(batch.params, *batch.state, norms, *rates, **options | rounding)

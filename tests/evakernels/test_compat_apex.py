@@ -3,6 +3,7 @@
 import copy
 import importlib
 
+import numpy as np
 import pytest
 import timm.optim
 import torch
@@ -35,13 +36,13 @@ def pair(cls, shape, **options):
     return ours, theirs
 
 
-@pytest.mark.parametrize("shape", [12, (12,), (3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [12, np.int64(12), (12,), (3, 4)], ids=str)
 @pytest.mark.parametrize(
     "cls", [apex.FusedLayerNorm, apex.FusedRMSNorm, apex.MixedFusedLayerNorm, apex.MixedFusedRMSNorm]
 )
 def test_norms_equal_those_of_torch(cls, shape):
     ours, theirs = pair(cls, shape)
-    inputs = [randn(5, *((shape,) if isinstance(shape, int) else shape), seed=9).requires_grad_() for _ in range(2)]
+    inputs = [randn(5, *np.atleast_1d(shape), seed=9).requires_grad_() for _ in range(2)]
     for module, x in zip((ours, theirs), inputs, strict=True):
         module(x).pow(3).sum().backward()
     torch.testing.assert_close(ours(inputs[0]), theirs(inputs[1]))
@@ -200,6 +201,19 @@ def test_state_is_that_of_apex(cls):
     for got, expected in zip(parameters(other), parameters(optimizer), strict=True):
         assert torch.equal(got, expected)
     assert "step" not in optimizer.param_groups[0]
+
+
+def test_adam_goes_on_where_torchs_has_ended():
+    theirs = torch.optim.AdamW(groups(torch.float32))
+    step(theirs, tensors(1))
+    ours = apex.FusedAdam(
+        [{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in theirs.param_groups]
+    )
+    ours.load_state_dict(theirs.state_dict())
+    for optimizer in (ours, theirs):
+        step(optimizer, tensors(2))
+    for got, expected in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_gradients_are_set_to_none_or_to_zero():

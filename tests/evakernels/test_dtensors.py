@@ -1,4 +1,4 @@
-"""Row-wise ops on DTensors of two processes, beside the same on whole tensors."""
+"""Row-wise ops and apex's optimizers on DTensors of two processes, beside the same on whole tensors."""
 
 import multiprocessing
 from functools import partial
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 import evakernels
+from evakernels.compat.apex import FusedAdam, FusedLAMB
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -36,6 +37,11 @@ CASES = {
     "gelu": (evakernels.gelu, [ROWS, WIDTH]),
 }
 ELEMENTWISE = ("swiglu", "gelu")
+OPTIMIZERS = {
+    "master_weights": partial(FusedAdam, master_weights=True),  # whose steps bfloat16 alone would lose
+    "lamb": FusedLAMB,
+    "nvlamb": partial(FusedLAMB, use_nvlamb=True),
+}
 
 
 def whole_inputs(shapes):
@@ -95,6 +101,23 @@ def message(call, *args):
     return "no error"
 
 
+def stepped(make, mesh=None):
+    """A parameter after three steps, and the keys of its state."""
+    weight, *grads = (randn(5, 4, seed=i).float() for i in range(4))
+    param = weight.bfloat16() if make is OPTIMIZERS["master_weights"] else weight
+
+    def placed(tensor):
+        return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)])
+
+    param = torch.nn.Parameter(placed(param))
+    optimizer = make([param], lr=1e-3)
+    for grad in grads:
+        param.grad = placed(grad.to(param.dtype))
+        optimizer.step()
+    state = optimizer.state_dict()["state"]
+    return (param if mesh is None else param.full_tensor()).detach(), {i: sorted(state[i]) for i in state}
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -102,6 +125,7 @@ def work(rank, folder):
     found = {(name, dim): on_shards(mesh, name, dim) for name in CASES for dim in range(3)}
     found["block"] = of_a_block(mesh)
     found["compiled"] = compiled(mesh)
+    found["stepped"] = {name: stepped(make, mesh) for name, make in OPTIMIZERS.items()}
     x = distribute_tensor(randn(*ROWS), mesh, [Shard(0)])
     found["plain"] = message(evakernels.layer_norm, x, torch.ones(4).double())
     found["out_dtype"] = described([evakernels.layer_norm(x, out_dtype=torch.float32)])
@@ -171,6 +195,15 @@ def test_compiled(ranks):
         torch.testing.assert_close(values(found_outputs), [out.detach() for out in outputs])
         torch.testing.assert_close(values(found_gradients), gradients)
         assert places(found_outputs) == ["S(0)"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_apexs_optimizers(ranks, name):
+    expected, keys = stepped(OPTIMIZERS[name])
+    for rank in ranks:
+        found, found_keys = rank["stepped"][name]
+        torch.testing.assert_close(found, expected)
+        assert found_keys == keys
 
 
 def test_what_does_not_fit_together_is_named(ranks):

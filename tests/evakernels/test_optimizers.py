@@ -76,6 +76,29 @@ def test_a_parameter_without_gradient_is_left_alone(kind):
 
 
 @every_optimizer
+@pytest.mark.parametrize("saved", [int, float, torch.Tensor.double])
+def test_steps_count_in_float32_whatever_they_were_saved_in(kind, saved):
+    """As numbers by torch before 1.12, and since then in torch's default dtype, which is the user's to set."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        straight, first = (optimizer_of(tensors(0), kind) for _ in range(2))
+        for optimizer in (straight, first):
+            step(optimizer, tensors(1))
+        state = first.state_dict()
+        state["state"] = {i: {**of, "step": saved(of["step"])} for i, of in state["state"].items()}
+        resumed = optimizer_of(parameters(first), kind)
+        resumed.load_state_dict(state)
+        for optimizer in (straight, resumed):
+            step(optimizer, tensors(2))
+    finally:
+        torch.set_default_dtype(default)
+    for a, b in zip(parameters(straight), parameters(resumed), strict=True):
+        assert torch.equal(a, b)
+        assert resumed.state[b]["step"].dtype == torch.float32
+
+
+@every_optimizer
 def test_the_closure_runs_with_gradients_and_its_loss_is_returned(kind):
     optimizer = optimizer_of(tensors(0), kind)
     before = [p.clone() for p in parameters(optimizer)]
@@ -152,6 +175,14 @@ def stepped(kind, param, grad):
 def test_wrong_options_say_what_is_accepted(kind, wrong, exception, message):
     with pytest.raises(exception, match=f"^{kind.__name__}: {message}"):
         wrong(kind)
+
+
+@every_optimizer
+def test_the_state_of_another_optimizer_is_refused(kind):
+    other = optimizer_of(tensors(0), lambda groups, betas, eps: torch.optim.SGD(groups, momentum=0.9))
+    step(other, tensors(1))
+    with pytest.raises(ValueError, match="a state of momentum_buffer; accepted: exp_avg, exp_avg_sq, step"):
+        kind(other.param_groups).load_state_dict(other.state_dict())
 
 
 @every_optimizer

@@ -85,18 +85,21 @@ def test_a_row_of_one_element_is_as_exact_as_torch(norm, dtype):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
-    """Halves of a packed projection, parts of wider rows, rows that begin anywhere, columns, and one row for all."""
-    gate, up, weight, bias = (None if t is None else t.to(dtype) for t in inputs(norm, (5,), width))
+    """Halves of a packed projection, parts of wider rows, rows that begin anywhere, columns, and one row for all.
+
+    Of an even number of short rows a kernel may take two as one, where nothing lies between them.
+    """
+    gate, up, weight, bias = (None if t is None else t.to(dtype) for t in inputs(norm, (6,), width))
     packed = torch.cat((gate, up), -1)
     wider = torch.cat((gate, up, gate[:, :3]), -1)
     views = [packed.chunk(2, -1), (wider[:, :width], wider[:, width : 2 * width])]
     for start in (1, 2, 6):
         shifted = torch.cat((gate.new_zeros(start), gate.flatten(), up.flatten()))
-        views.append(tuple(t.view(5, width) for t in shifted[start:].split(5 * width)))
+        views.append(tuple(t.view(6, width) for t in shifted[start:].split(6 * width)))
     shifted = torch.cat((gate.new_zeros(6), packed.flatten()))
-    views.append(shifted[6:].view(5, 2 * width).chunk(2, -1))
+    views.append(shifted[6:].view(6, 2 * width).chunk(2, -1))
     views.append(tuple(t.T.contiguous().T for t in (gate, up)))
-    views.append((gate[:1].expand(5, -1), up))
+    views.append((gate[:1].expand(6, -1), up))
     for view in views:
         outputs, gradients = with_gradients(ours, (*view, weight, bias), as_they_lie=True)
         expected = with_gradients(ours, (*(t.contiguous() for t in view), weight, bias))

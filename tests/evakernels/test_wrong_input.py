@@ -147,7 +147,9 @@ TRAINED = {"cos": TABLE.clone().requires_grad_()}
 WRONG = {
     "adamw_update": [
         ({"lrs": [0.1, 0.2]}, ValueError, "lrs has 2 entries; expected one for each of the 1 params"),
+        ({"lrs": 0.1}, TypeError, "lrs is a float; accepted: a list, a number for each of params"),
         ({"weight_decays": [0.0, 0.0]}, ValueError, "weight_decays has 2 entries"),
+        ({name: 2 * STEP[name] for name in STEP}, ValueError, "steps holds a tensor twice; expected one of its own"),
         ({"seeds": [1]}, TypeError, r"params\[0\] is torch.float32; accepted with seeds: torch"),
         ({"params": [HALF], "seeds": [1, 2]}, ValueError, "seeds has 2 entries; expected one for each of the 1 params"),
         ({"seeds": [1], "first_elements": [1, 2]}, ValueError, "first_elements has 2 entries"),
