@@ -79,6 +79,7 @@ class Store:
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
         self.folder = folder
         self._database = database
+        self._version: int | None = None
         self.refresh()
 
     @classmethod
@@ -138,16 +139,23 @@ class Store:
             raise UserError(f"{path} can't be read: {exc}") from exc
 
     def refresh(self) -> None:
-        """Takes in what other processes have written."""
-        about = {key: json.loads(value) for key, value in self._database.execute("SELECT key, value FROM about")}
+        """Takes in what other processes have written; where that is nothing, it costs nothing."""
+        (version,) = self._database.execute("PRAGMA data_version").fetchone()
+        if version != self._version:
+            self._read()
+            self._version = version
+
+    def _read(self) -> None:
+        # One statement, as a writer may come between two.
+        found = self._database.execute("SELECT key, value FROM about UNION ALL SELECT '', number FROM free").fetchall()
+        about = {key: json.loads(value) for key, value in found if key}
         if about.get("format") != _FORMAT:
             raise UserError(f"{self.folder} has the format {about.get('format')!r}; this version reads {_FORMAT}")
         self.model: dict[str, Any] = about["model"]
         self.dim: int = self.model["dim"]
         self._slots: int = about["slots"]
         self._generation: int = about["generation"]
-        free = self._database.execute("SELECT number FROM free").fetchall()
-        self._free = np.array(free, dtype=np.int64).reshape(-1)
+        self._free = np.array([number for key, number in found if not key], dtype=np.int64)
         self._maps: dict[str, NDArray[Any]] = {}
 
     def require_model(self, model: Mapping[str, Any]) -> None:
@@ -307,8 +315,9 @@ class Store:
         Raises:
             UserError: one of them is gone, as another process has replaced or moved it.
         """
-        (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
         found = [self._database.execute(_ROW, (int(number),)).fetchone() for number in numbers]
+        # Looked up last, as a compaction in between has moved them.
+        (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
         if json.loads(generation) != self._generation or None in found:
             raise UserError(f"{self.folder} was changed by another process: open it again")
         return [
@@ -350,10 +359,11 @@ class Store:
                     yield self._database
                     self._database.execute("COMMIT")
                 except BaseException:
-                    self._database.execute("ROLLBACK")
+                    if self._database.in_transaction:  # SQLite ends it itself where the disk is full
+                        self._database.execute("ROLLBACK")
                     raise
                 finally:
-                    self.refresh()
+                    self._read()
             except sqlite3.OperationalError as exc:
                 raise UserError(f"cannot write {self.folder}: {exc}") from exc
 

@@ -76,6 +76,36 @@ def test_removed_rows_are_gone_and_compacting_gives_their_space_back(tmp_path):
     assert is_whole(tmp_path) == 51
 
 
+def test_readers_see_one_state_whatever_is_written_meanwhile(tmp_path):
+    store, other = filled(tmp_path, unit(9)), Store.open(tmp_path)
+    mapped = store.embeddings
+    store.refresh()
+    assert store.embeddings is mapped  # nothing has changed, so no page is mapped again
+
+    def numbers():
+        yield 5
+        other.remove(["0.jpg"])
+        other.compact()
+        yield 6
+
+    with pytest.raises(UserError, match="open it again"):
+        store.rows(numbers())
+    store.refresh()
+    assert len(store) == 8
+    statements = []
+    store._database.set_trace_callback(statements.append)
+    store._read()
+    assert len(statements) == 1
+
+
+def test_a_full_disk_is_said_and_nothing_is_added(tmp_path):
+    store = filled(tmp_path, unit(9))
+    store._database.execute("PRAGMA max_page_count = 12")
+    with pytest.raises(UserError, match="disk is full"):
+        store.add(unit(2000), named(2000, 100))
+    assert is_whole(tmp_path) == len(store) == 9
+
+
 def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
     store = filled(tmp_path, unit(2))
     with pytest.raises(UserError, match=r"3 rows need embeddings \[3, 24\], got \[2, 24\]"):
