@@ -241,10 +241,12 @@ def _ready_store(folder: Path, model: str, encoder: "Encoder", *, first: bool = 
 
     described = {"given": model, **describe(encoder)}
     if not Store.exists(folder) and first:
-        store = Store.create(folder, described)
-        _keep_text_tower(store, encoder)
-    else:
-        store = _awaited(folder)
+        try:
+            _keep_text_tower(Store.create(folder, described), encoder)
+        except UserError:
+            if not Store.exists(folder):  # another command may have made it meanwhile
+                raise
+    store = _awaited(folder)
     store.require_model(described)
     return store
 

@@ -6,7 +6,9 @@ database alone decide what counts: rows are appended to the matrices first, and 
 there. One process at a time has that transaction, so writers don't mix; the kernel ends it with the process.
 """
 
+import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -100,10 +102,14 @@ class Store:
         dim = model.get("dim")
         if not isinstance(dim, int) or dim < 1:
             raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
-        if folder.exists() and not (folder.is_dir() and all(map(_is_left, folder.iterdir()))):
-            raise UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
+        refused = UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
+        if folder.exists() and not folder.is_dir():
+            raise refused
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder), _alone(folder):
+            if not all(map(_is_left, folder.iterdir())):
+                raise refused
             np.save(folder / _ROTATION_FILE, random_rotation(dim))
             for name, dtype in _KINDS.items():
                 write_header(folder / f"{name}-0.npy", dtype, 0, _columns(name, dim))
@@ -392,6 +398,17 @@ class Store:
             with reading(self._path(name)):
                 self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
         return self._maps[name]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of several processes one at a time; the kernel ends it with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_left(file: Path) -> bool:

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,31 @@ def test_what_a_killed_create_leaves_is_no_obstacle(tmp_path):
     for name in ("rotation.npy", "codes-0.npy", ".rows.sqlite.4752.tmp", ".rows.sqlite.4752.tmp-journal"):
         (tmp_path / name).write_bytes(b"")
     assert len(filled(tmp_path, unit(3))) == 3
+
+
+def test_of_two_that_make_a_store_one_does(tmp_path, monkeypatch):
+    """Where both did, what one adds would be in a database that the other has replaced."""
+    made, refused, real = [], [], store_module.random_rotation
+
+    def make():
+        try:
+            made.append(Store.create(tmp_path, {"dim": DIM}))
+        except UserError as exc:
+            refused.append(str(exc))
+
+    second = threading.Thread(target=make)
+
+    def slow(dim):
+        if second.ident is None:
+            second.start()
+            second.join(0.5)
+        return real(dim)
+
+    monkeypatch.setattr(store_module, "random_rotation", slow)
+    make()
+    second.join()
+    assert (len(made), len(refused)) == (1, 1)
+    assert "isn't an empty folder" in refused[0]
 
 
 def test_what_is_no_store_is_refused(tmp_path):
