@@ -23,7 +23,6 @@ from evaclip.runtime.graphs import GraphedTower
 from evakernels.nn import FrozenWeight
 from evakernels.nn.frozen import why_not_int8
 
-
 needs_int8 = pytest.mark.skipif(why_not_int8() is not None, reason=f"int8 {why_not_int8()}")
 
 
