@@ -24,7 +24,7 @@ from evaclip.atomic import reading, replacing, writing
 from evaclip.errors import UserError
 from evaclip.runtime.codes import encode, random_rotation
 from evaclip.runtime.matrix import map_rows, write_header, write_rows
-from evaclip.runtime.where import as_sql
+from evaclip.runtime.where import FOLD, as_sql
 
 ROWS_FILE = "rows.sqlite"
 _ROTATION_FILE = "rotation.npy"
@@ -81,6 +81,7 @@ class Store:
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
         self.folder = folder
         self._database = database
+        database.create_function(FOLD, 1, lambda text: text and str(text).casefold(), deterministic=True)
         self._version: int | None = None
         self.refresh()
 

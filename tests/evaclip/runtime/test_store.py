@@ -250,6 +250,13 @@ def test_conditions(tmp_path, where, expected):
     assert store.select(where).tolist() == expected
 
 
+def test_either_case_is_that_of_all_letters(tmp_path):
+    store = Store.create(tmp_path, {"dim": DIM})
+    store.add(unit(2), [Row("ÄPFEL.jpg", "c", "Straße", {"n": "É"}), Row("1.jpg", "c")])
+    for where in ("id~äpfel", "caption~STRAßE", "n~é"):
+        assert store.select(where).tolist() == [0], where
+
+
 @pytest.mark.parametrize("where", ["", "year", "year=", "year==1", "year=>1", "'; DROP TABLE rows", "a=1 and"])
 def test_a_condition_that_cannot_be_read(tmp_path, where):
     with pytest.raises(UserError, match=r"can't be read; expected conditions"):
