@@ -289,9 +289,11 @@ def _run_embed(args: argparse.Namespace) -> None:
 
 def _embedded_texts(args: argparse.Namespace) -> tuple[list[str], Any]:
     try:
-        texts = args.texts.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a line separator of Unicode may be in a text. Editors under Windows begin files with a BOM.
+        texts = args.texts.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise UserError(f"cannot read {args.texts}: {getattr(exc, 'strerror', None) or exc}") from exc
+    texts = [] if texts == [""] else texts
     return texts, _encoder(args.model, args).texts(texts).numpy()
 
 
