@@ -141,6 +141,21 @@ def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictu
         np.testing.assert_allclose(found["embeddings"], encoder.texts(["a cat", "a\u2028dög"]), atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_search_by_weights_that_have_changed_is_refused(precision, folder, loaded, tmp_path, capsys):
+    weights, store = tmp_path / "tiny.safetensors", str(tmp_path / "a.store")
+    state = loaded.model.state_dict()
+    save_file(state, weights)
+    model = ["--model", f"tiny:{weights}", "--precision", precision]
+    assert main(["index", store, "--images", str(folder), *model]) == 0
+    search = ["search", store, "--image", str(folder / "3.png"), "--top", "1"]
+    assert main(search) == 0
+    assert "3.png" in capsys.readouterr().out.replace("\n", "")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, weights)
+    assert main(search) == 2
+    assert "another model (weights is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
