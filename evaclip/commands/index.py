@@ -334,8 +334,10 @@ def _local_rank() -> int:
 
 def _absolute(path: str) -> str:
     """The same data from any folder: names of local files become whole paths; URLs and commands stay."""
+    from evaclip.data.remote import is_remote
+
     # No Path.resolve, as it may be a pattern.
-    return "::".join(part if ":" in part else os.path.abspath(Path(part).expanduser()) for part in path.split("::"))  # noqa: PTH100
+    return "::".join(part if is_remote(part) else os.path.abspath(Path(part).expanduser()) for part in path.split("::"))  # noqa: PTH100
 
 
 def _lasting(model: str) -> str:
