@@ -241,10 +241,12 @@ def _ready_store(folder: Path, model: str, encoder: "Encoder", *, first: bool = 
 
     described = {"given": model, **describe(encoder)}
     if not Store.exists(folder) and first:
-        store = Store.create(folder, described)
-        _keep_text_tower(store, encoder)
-    else:
-        store = _awaited(folder)
+        try:
+            _keep_text_tower(Store.create(folder, described), encoder)
+        except UserError:
+            if not Store.exists(folder):  # another command may have made it meanwhile
+                raise
+    store = _awaited(folder)
     store.require_model(described)
     return store
 
@@ -287,9 +289,11 @@ def _run_embed(args: argparse.Namespace) -> None:
 
 def _embedded_texts(args: argparse.Namespace) -> tuple[list[str], Any]:
     try:
-        texts = args.texts.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a line separator of Unicode may be in a text. Editors under Windows begin files with a BOM.
+        texts = args.texts.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise UserError(f"cannot read {args.texts}: {getattr(exc, 'strerror', None) or exc}") from exc
+    texts = [] if texts == [""] else texts
     return texts, _encoder(args.model, args).texts(texts).numpy()
 
 
@@ -330,8 +334,10 @@ def _local_rank() -> int:
 
 def _absolute(path: str) -> str:
     """The same data from any folder: names of local files become whole paths; URLs and commands stay."""
+    from evaclip.data.remote import is_remote
+
     # No Path.resolve, as it may be a pattern.
-    return "::".join(part if ":" in part else os.path.abspath(Path(part).expanduser()) for part in path.split("::"))  # noqa: PTH100
+    return "::".join(part if is_remote(part) else os.path.abspath(Path(part).expanduser()) for part in path.split("::"))  # noqa: PTH100
 
 
 def _lasting(model: str) -> str:

@@ -75,9 +75,9 @@ def _query(store: "Store", args: argparse.Namespace) -> Any:
     texts = [text for text in (args.text, args.minus) if text is not None]
     query: Any = 0
     if args.image:
-        from evaclip.runtime.encoder import Encoder
+        from evaclip.runtime.text import encoder_of
 
-        encoder = Encoder(_given(store), device="cpu", precision="fp32")
+        encoder = encoder_of(store)
         query = encoder.images([args.image])[0].numpy()
     if texts:
         from evaclip.runtime.text import text_encoder
@@ -86,13 +86,6 @@ def _query(store: "Store", args: argparse.Namespace) -> Any:
         query = query + (embeddings[0] if args.text is not None else 0)
         query = query - (embeddings[-1] if args.minus is not None else 0)
     return query
-
-
-def _given(store: "Store") -> str:
-    given = store.model.get("given")
-    if not given:
-        raise UserError(f"{store.folder} doesn't say which model embeds pictures; look for a TEXT")
-    return str(given)
 
 
 def _print(found: "list[tuple[float, Row]]") -> None:

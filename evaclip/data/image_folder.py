@@ -17,6 +17,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _OTHER_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".ppm", ".tif", ".tiff"})
 """Of pictures that aren't taken, which is said."""
 _OUTSIDE = "outside of the class folders"
+_NOT_UTF_8 = "by names that aren't UTF-8"
 
 
 def class_folders(root: Path) -> list[str]:
@@ -107,7 +108,12 @@ def _pictures(folder: Path, left_out: Counter[str]) -> list[Path]:
     found = []
     for file in sorted(folder.rglob("*")):
         if _is_picture(file, folder):
-            found.append(file)
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:  # no table, tar or database could hold it
+                left_out[_NOT_UTF_8] += 1
+            else:
+                found.append(file)
         elif file.suffix.lower() in _OTHER_SUFFIXES:
             left_out[file.suffix.lower()] += 1
     return found

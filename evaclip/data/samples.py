@@ -2,7 +2,8 @@
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -107,7 +108,7 @@ def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Im
 
 def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
     """As `decode_image`, the pixels being as they are stored."""
-    try:
+    with _faults(name):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data))
@@ -119,7 +120,21 @@ def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Imag
         image.load()
         if decoding.exif_orientation:
             ImageOps.exif_transpose(image, in_place=True)
-        return image
+    return image
+
+
+def loaded_image(image: Image.Image, name: str) -> Image.Image:
+    """As `decode_image`, of a picture that is open, as it lies. Raises BadSample as that does."""
+    with _faults(name):
+        image.load()
+    return as_bytes(image, name)
+
+
+@contextmanager
+def _faults(name: str) -> Iterator[None]:
+    """Turns what Pillow raises on a sample's file into BadSample."""
+    try:
+        yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:
         raise BadSample(FaultKind.OVERSIZED_IMAGE, name, str(exc)) from exc
     except (BadSample, MemoryError):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, read_image_file
+from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, loaded_image, read_image_file
 from evaclip.errors import UserError, unknown_name
 from evaclip.eval.finite import require_finite
 from evaclip.loading import LoadedModel, load_model
@@ -118,24 +118,32 @@ class Encoder:
         self.name, self.origin = loaded.name, loaded.origin
         self.tokenizer, self.transform = loaded.tokenizer, loaded.transform
         self.device = torch.device(device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self._dtype = computed_dtype(self.precision)
         self.model = loaded.model.to(self.device, self._dtype).eval().requires_grad_(False)
         int8 = self.precision == INT8
         if int8 and compile:
             raise UserError("precision int8 isn't compiled; expected compile=False")
-        if self.device.type == "cpu" and not compile:
-            freeze(self.model, int8=_in_8_bits if int8 else False)
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.threads = threads or min(8, torch.get_num_threads())
         on_gpu = self.device.type == "cuda"
         self._fills_up = compile or on_gpu
+        self._prepare()
         self._tower: Callable[[Tensor], Tensor] = self.model.visual
         if compile:
             self._tower = torch.compile(self.model.visual, mode="reduce-overhead" if on_gpu else "default")
         elif on_gpu:
             self._tower = GraphedTower(self.model.visual)
+
+    def _prepare(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            if not self._fills_up:
+                freeze(self.model, int8=_in_8_bits if self.precision == INT8 else False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In another process: weights are pickled as they were before they were laid out.
+        vars(self).update(state)
+        self._prepare()
 
     @property
     def dim(self) -> int:
@@ -147,13 +155,13 @@ class Encoder:
 
         Args:
             pictures: paths, files as bytes, PIL images, uint8 arrays `[H, W, 3]` or `[H, W]`, or tensors
-                `[3, height, width]` as the model's preprocessing gives them; or one path, file or PIL image.
+                `[3, height, width]` as the model's preprocessing gives them; or one of these.
 
         Raises:
             UserError: for a picture that can't be read, which is named.
             TypeError: for what is no picture.
         """
-        if isinstance(pictures, str | Path | bytes | Image.Image):
+        if isinstance(pictures, str | Path | bytes | Image.Image) or _is_one(pictures):
             pictures = [pictures]
         parts = []
         for part in self.stream(pictures):
@@ -208,7 +216,9 @@ class Encoder:
 
     def _read(self, item: T, picture: Callable[[T], Any] | None) -> Tensor | Fault | None:
         try:
-            given = item if picture is None else picture(item)
+            if picture is None:
+                return self._pixels(item)
+            given = picture(item)
             return None if given is None else self._pixels(given)
         except BadSample as exc:
             return exc.fault
@@ -216,8 +226,11 @@ class Encoder:
     def _pixels(self, given: Any) -> Tensor:
         if isinstance(given, Tensor):
             expected = (3, *self.model.config.vision.image_shape)
-            if given.shape != expected:
-                raise TypeError(f"a tensor of a picture has shape {list(given.shape)}; expected {list(expected)}")
+            if given.shape != expected or not given.is_floating_point():
+                raise TypeError(
+                    f"a tensor of a picture is {given.dtype} of shape {list(given.shape)}; expected {list(expected)} in"
+                    " floating point, as the model's preprocessing gives it"
+                )
             return given.float()
         return self.transform(_decoded(given))
 
@@ -281,14 +294,21 @@ def _by_length(lengths: Tensor) -> Iterator[Tensor]:
         rows = rows[count:]
 
 
+def _is_one(given: Any) -> bool:
+    """Whether an array or tensor is a picture, and not several."""
+    if isinstance(given, Tensor):
+        return given.ndim == 3
+    return isinstance(given, np.ndarray) and (given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (3, 4)))
+
+
 def _decoded(given: Any) -> Image.Image:
     if isinstance(given, str | Path):
         return decode_image(read_image_file(Path(given)), str(given), UPRIGHT)
     if isinstance(given, bytes):
         return decode_image(given, f"a picture of {len(given):,} bytes", UPRIGHT)
     if isinstance(given, Image.Image):
-        return given
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
+        return loaded_image(given, str(getattr(given, "filename", "") or "a PIL image"))
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.size and _is_one(given):
         return Image.fromarray(given)
     kind = f"{given.dtype} array {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
     raise TypeError(

@@ -6,7 +6,9 @@ database alone decide what counts: rows are appended to the matrices first, and 
 there. One process at a time has that transaction, so writers don't mix; the kernel ends it with the process.
 """
 
+import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,7 +24,7 @@ from evaclip.atomic import reading, replacing, writing
 from evaclip.errors import UserError
 from evaclip.runtime.codes import encode, random_rotation
 from evaclip.runtime.matrix import map_rows, write_header, write_rows
-from evaclip.runtime.where import as_sql
+from evaclip.runtime.where import FOLD, as_sql
 
 ROWS_FILE = "rows.sqlite"
 _ROTATION_FILE = "rotation.npy"
@@ -79,6 +81,8 @@ class Store:
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
         self.folder = folder
         self._database = database
+        database.create_function(FOLD, 1, lambda text: text and str(text).casefold(), deterministic=True)
+        self._version: int | None = None
         self.refresh()
 
     @classmethod
@@ -99,10 +103,14 @@ class Store:
         dim = model.get("dim")
         if not isinstance(dim, int) or dim < 1:
             raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
-        if folder.exists() and not (folder.is_dir() and all(map(_is_left, folder.iterdir()))):
-            raise UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
+        refused = UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
+        if folder.exists() and not folder.is_dir():
+            raise refused
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder), _alone(folder):
+            if not all(map(_is_left, folder.iterdir())):
+                raise refused
             np.save(folder / _ROTATION_FILE, random_rotation(dim))
             for name, dtype in _KINDS.items():
                 write_header(folder / f"{name}-0.npy", dtype, 0, _columns(name, dim))
@@ -138,16 +146,23 @@ class Store:
             raise UserError(f"{path} can't be read: {exc}") from exc
 
     def refresh(self) -> None:
-        """Takes in what other processes have written."""
-        about = {key: json.loads(value) for key, value in self._database.execute("SELECT key, value FROM about")}
+        """Takes in what other processes have written; where that is nothing, it costs nothing."""
+        (version,) = self._database.execute("PRAGMA data_version").fetchone()
+        if version != self._version:
+            self._read()
+            self._version = version
+
+    def _read(self) -> None:
+        # One statement, as a writer may come between two.
+        found = self._database.execute("SELECT key, value FROM about UNION ALL SELECT '', number FROM free").fetchall()
+        about = {key: json.loads(value) for key, value in found if key}
         if about.get("format") != _FORMAT:
             raise UserError(f"{self.folder} has the format {about.get('format')!r}; this version reads {_FORMAT}")
         self.model: dict[str, Any] = about["model"]
         self.dim: int = self.model["dim"]
         self._slots: int = about["slots"]
         self._generation: int = about["generation"]
-        free = self._database.execute("SELECT number FROM free").fetchall()
-        self._free = np.array(free, dtype=np.int64).reshape(-1)
+        self._free = np.array([number for key, number in found if not key], dtype=np.int64)
         self._maps: dict[str, NDArray[Any]] = {}
 
     def require_model(self, model: Mapping[str, Any]) -> None:
@@ -307,8 +322,9 @@ class Store:
         Raises:
             UserError: one of them is gone, as another process has replaced or moved it.
         """
-        (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
         found = [self._database.execute(_ROW, (int(number),)).fetchone() for number in numbers]
+        # Looked up last, as a compaction in between has moved them.
+        (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
         if json.loads(generation) != self._generation or None in found:
             raise UserError(f"{self.folder} was changed by another process: open it again")
         return [
@@ -350,10 +366,11 @@ class Store:
                     yield self._database
                     self._database.execute("COMMIT")
                 except BaseException:
-                    self._database.execute("ROLLBACK")
+                    if self._database.in_transaction:  # SQLite ends it itself where the disk is full
+                        self._database.execute("ROLLBACK")
                     raise
                 finally:
-                    self.refresh()
+                    self._read()
             except sqlite3.OperationalError as exc:
                 raise UserError(f"cannot write {self.folder}: {exc}") from exc
 
@@ -382,6 +399,17 @@ class Store:
             with reading(self._path(name)):
                 self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
         return self._maps[name]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of several processes one at a time; the kernel ends it with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_left(file: Path) -> bool:

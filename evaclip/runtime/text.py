@@ -19,6 +19,7 @@ from evaclip.runtime.store import Store
 
 if TYPE_CHECKING:
     from evaclip.model.clip import CLIP
+    from evaclip.runtime.encoder import Encoder
 
 PROGRAM_FILE = "text.onnx"
 TOKENS_FILE = "text.json"
@@ -66,16 +67,34 @@ def text_encoder(store: Store) -> TextEncoder:
     """
     if (store.folder / TOKENS_FILE).is_file() and find_spec("onnxruntime"):
         return _Program(store.folder)
-    given = store.model.get("given")
-    if not given:
+    if not store.model.get("given"):
         raise UserError(
             f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and doesn't say whose embeddings it "
             "has; put the tower into it with evaclip.runtime.text.save_text_tower"
         )
-    from evaclip.runtime.encoder import Encoder
-
-    encoder = Encoder(given, device="cpu", precision="fp32")
+    encoder = encoder_of(store)
     return lambda texts: encoder.texts(list(texts)).numpy()
+
+
+def encoder_of(store: Store) -> "Encoder":
+    """The model of a store's embeddings, in float32 on the CPU.
+
+    Raises:
+        UserError: the store doesn't name it, or what it names has other weights by now.
+    """
+    from evaclip.eval.features import weights_hash
+    from evaclip.loading import load_model
+    from evaclip.runtime.encoder import PRECISIONS, Encoder
+
+    given, precision = store.model.get("given"), store.model.get("precision")
+    if not given:
+        raise UserError(f"{store.folder} doesn't say which model embeds pictures; look for a TEXT")
+    loaded = load_model(given, device="cpu", random=False)
+    if "weights" in store.model and precision in PRECISIONS:
+        # Of int8's, that only such a processor makes, the hash isn't known here.
+        model = copy.deepcopy(loaded.model).to(PRECISIONS[precision])
+        store.require_model({**store.model, "weights": weights_hash(model)})
+    return Encoder(loaded, device="cpu", precision="fp32")
 
 
 class _Program:

@@ -100,13 +100,13 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/about")
     async def about() -> dict[str, Any]:
         """The model, the length of its embeddings, and how many pictures there are."""
-        return {"model": service.encoder.name, "dim": service.store.dim, "pictures": len(service.store)}
+        return {"model": service.encoder.name, "dim": service.store.dim, "pictures": await service.count()}
 
     @app.get("/metrics", response_class=Response)
     async def text() -> Response:
         """For Prometheus."""
         metrics.waiting.set(service.batcher.waiting())
-        metrics.rows.set(len(service.store))
+        metrics.rows.set(await service.count())
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -140,9 +140,9 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return {"labels": [{"label": name, "probability": share} for share, name in ranked]}
 
     @app.get("/thumbnail/{row}", response_class=Response)
-    async def thumbnail(row: int) -> Response:
-        """A small copy of a row's picture."""
-        data, media_type = await service.thumbnail(row)
+    async def thumbnail(row: int, v: str = "") -> Response:
+        """A small copy of a row's picture; `v` is the beginning of the hash of its content."""
+        data, media_type = await service.thumbnail(row, v)
         return Response(data, media_type=media_type, headers={"Cache-Control": "private, max-age=86400"})
 
 

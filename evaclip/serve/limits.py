@@ -66,7 +66,7 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                width, height = header.size
+                (width, height), kind = header.size, header.format
     except Image.DecompressionBombError as exc:
         raise _too_large(limits) from exc
     except Exception as exc:  # the parsers raise almost anything on damaged data
@@ -74,7 +74,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         raise Rejected(415, f"The file of {len(data):,} bytes is no picture that can be read; send {known}.") from exc
     if width * height > limits.pixels:
         raise _too_large(limits, f" of {width:,} x {height:,} pixels")
-    if data.count(b"\xff\xda") > _SCANS:
+    # Noise in files of other formats has these bytes too.
+    if kind in ("JPEG", "MPO") and data.count(b"\xff\xda") > _SCANS:
         raise Rejected(422, f"The JPEG file has more than {_SCANS} scans; save it anew.")
     try:
         return decode_image(data, "the picture", UPRIGHT)

@@ -137,9 +137,16 @@ class Service:
         vector = pictures.sum(axis=0) + signs @ embedded
         return await _in(self._reader, partial(self._search, vector, query))
 
-    async def thumbnail(self, number: int) -> tuple[bytes, str]:
-        """A small copy of a row's picture, and its media type."""
+    async def count(self) -> int:
+        """Rows that the store has now."""
+        await _in(self._reader, self.store.refresh)
+        return len(self.store)
+
+    async def thumbnail(self, number: int, content: str = "") -> tuple[bytes, str]:
+        """A small copy of a row's picture, whose hash begins with `content`, and its media type."""
         row = (await _in(self._reader, partial(self._rows, [number])))[0]
+        if not row.content.startswith(content):
+            raise _changed()
         data = row.thumbnail or await _in(self._decoders, partial(self._small, row.id, row.content))
         try:
             with Image.open(io.BytesIO(data or b""), formats=FORMATS) as image:
@@ -180,7 +187,11 @@ class Service:
             return self.store.rows(numbers)
         except UserError as exc:
             self.store.refresh()
-            raise Rejected(404, "The store has changed, and this row is no longer there; search again.") from exc
+            raise _changed() from exc
+
+
+def _changed() -> Rejected:
+    return Rejected(404, "The store has changed, and this row is no longer there; search again.")
 
 
 def _hit(score: float, number: int, row: Row) -> Hit:

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import pytest
 from data_samples import picture
@@ -212,6 +213,11 @@ def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
     assert source.notes == ["pictures left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
     assert caplog.messages == [f"{tmp_path}/root: {source.notes[0]}"]
     assert open_source(str(tmp_path / "root"), captions=False).notes == ["pictures left out: 1 .gif, 1 .tiff"]
+    os.link(tmp_path / "root/dog/1.png", os.fsencode(tmp_path / "root/dog") + b"/\xff.png")
+    for captions, count in ((True, 1), (False, 2)):
+        source = open_source(str(tmp_path / "root"), captions=captions)
+        assert len(source) == count
+        assert "1 by names that aren't UTF-8" in source.notes[0]
 
 
 def test_a_folder_without_pictures(tmp_path):

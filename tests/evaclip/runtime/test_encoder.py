@@ -1,6 +1,7 @@
 """Embeddings by `Encoder` are those of the model, whatever comes, in whatever batches."""
 
 import io
+import pickle
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.graphs import GraphedTower
 from evakernels.nn import FrozenWeight
 from evakernels.nn.frozen import why_not_int8
+
+needs_int8 = pytest.mark.skipif(why_not_int8() is not None, reason=f"int8 {why_not_int8()}")
 
 
 @pytest.fixture
@@ -55,6 +58,7 @@ def test_every_form_of_a_picture_gives_the_models_embedding(encoder, loaded, pic
         found = encoder.images(given)
         assert found.dtype == torch.float32, name
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(encoder.images(given[0]), expected[:1], rtol=0, atol=1e-5, msg=name)
 
 
 def test_files_are_turned_as_their_exif_data_says(encoder, pictures, tmp_path):
@@ -87,6 +91,24 @@ def test_a_batch_of_texts_keeps_to_its_budget(monkeypatch):
 
 def test_nothing_gives_nothing(encoder):
     assert encoder.images([]).shape == encoder.texts([]).shape == (0, encoder.dim)
+
+
+def test_a_picture_that_pillow_has_not_read_yet_may_turn_out_broken(encoder, pictures):
+    lazy = Image.open(io.BytesIO(_png(pictures[0])[:-60]))
+    (part,) = encoder.stream([pictures[1], lazy])
+    assert (part.items, [fault.kind for fault in part.faults]) == ([pictures[1]], [FaultKind.CORRUPT_IMAGE])
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("int8", marks=needs_int8)])
+def test_in_another_process_weights_are_laid_out_as_in_the_first(loaded, pictures, precision):
+    model = evaclip.create_model("tiny").eval()
+    model.load_state_dict(loaded.model.state_dict())
+    given = LoadedModel("tiny", "", model, loaded.tokenizer, loaded.transform)
+    first = Encoder(given, precision=precision, device="cpu")
+    second = pickle.loads(pickle.dumps(first))
+    kinds = [[(type(w), getattr(w, "is_int8", None)) for w in e.model.parameters()] for e in (first, second)]
+    assert kinds[0] == kinds[1]
+    torch.testing.assert_close(first.images(pictures), second.images(pictures), rtol=0, atol=1e-2)
 
 
 def test_what_cannot_be_read_is_a_fault_and_what_is_none_is_left_out(encoder, loaded, pictures):
@@ -126,7 +148,7 @@ def test_16_bits_are_near(loaded, pictures):
     assert cosines.min() > 0.999
 
 
-@pytest.mark.skipif(why_not_int8() is not None, reason=f"int8 {why_not_int8()}")
+@needs_int8
 def test_8_bits_are_near(loaded, pictures):
     model = evaclip.create_model("tiny").eval()
     model.load_state_dict(loaded.model.state_dict())
@@ -222,6 +244,10 @@ def test_a_graph_is_captured_once_for_each_size_and_gives_each_batch_its_own_fea
         ([b"no picture"], UserError, "corrupt image: a picture of 10 bytes"),
         ([3], TypeError, "a picture is a int; accepted: a path"),
         ([np.zeros((4, 4, 3))], TypeError, "a picture is a float64 array"),
+        ([None], TypeError, "a picture is a NoneType"),
+        ([np.zeros((4, 4, 1), np.uint8)], TypeError, r"a picture is a uint8 array \[4, 4, 1\]"),
+        ([np.zeros((0, 4, 3), np.uint8)], TypeError, r"a picture is a uint8 array \[0, 4, 3\]"),
+        ([torch.zeros(3, 32, 32, dtype=torch.uint8)], TypeError, r"is torch.uint8 of .* in floating point"),
         ([torch.zeros(3, 5, 5)], TypeError, r"shape \[3, 5, 5\]; expected \[3, 32, 32\]"),
     ],
 )

@@ -40,6 +40,9 @@ def test_a_folder_is_indexed_and_later_what_is_new(model, folder, pictures, tmp_
     assert main(["index", "a.store", "--images", "pictures", "--precision", "fp32"]) == 0
     assert "1 embedded, 7 unchanged, 1 unreadable" in capsys.readouterr().out
     assert len(Store.open(store)) == 8
+    folder.rename(tmp_path / "at 12:30")
+    assert main(["index", "b.store", "--images", "at 12:30", "--model", model, "--precision", "fp32"]) == 0
+    assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b.store").contents()
 
 
 def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, folder, pictures, tmp_path, capsys):
@@ -134,11 +137,26 @@ def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictu
     with np.load(tmp_path / "a.npz") as found:
         assert found["ids"].tolist() == [str(folder / f"{number}.png") for number in range(7)]
         np.testing.assert_allclose(found["embeddings"], encoder.images(pictures), atol=1e-5)
-    (tmp_path / "texts.txt").write_text("a cat\na dög\n", encoding="utf-8")
+    (tmp_path / "texts.txt").write_bytes("\ufeffa cat\r\na\u2028dög\n".encode())
     assert main(["embed", str(tmp_path / "t.npz"), "--texts", str(tmp_path / "texts.txt"), *compute]) == 0
     with np.load(tmp_path / "t.npz") as found:
-        assert found["ids"].tolist() == ["a cat", "a dög"]
-        np.testing.assert_allclose(found["embeddings"], encoder.texts(["a cat", "a dög"]), atol=1e-5)
+        assert found["ids"].tolist() == ["a cat", "a\u2028dög"]
+        np.testing.assert_allclose(found["embeddings"], encoder.texts(["a cat", "a\u2028dög"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_search_by_weights_that_have_changed_is_refused(precision, folder, loaded, tmp_path, capsys):
+    weights, store = tmp_path / "tiny.safetensors", str(tmp_path / "a.store")
+    state = loaded.model.state_dict()
+    save_file(state, weights)
+    model = ["--model", f"tiny:{weights}", "--precision", precision]
+    assert main(["index", store, "--images", str(folder), *model]) == 0
+    search = ["search", store, "--image", str(folder / "3.png"), "--top", "1"]
+    assert main(search) == 0
+    assert "3.png" in capsys.readouterr().out.replace("\n", "")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, weights)
+    assert main(search) == 2
+    assert "another model (weights is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,36 @@ def test_removed_rows_are_gone_and_compacting_gives_their_space_back(tmp_path):
     assert is_whole(tmp_path) == 51
 
 
+def test_readers_see_one_state_whatever_is_written_meanwhile(tmp_path):
+    store, other = filled(tmp_path, unit(9)), Store.open(tmp_path)
+    mapped = store.embeddings
+    store.refresh()
+    assert store.embeddings is mapped  # nothing has changed, so no page is mapped again
+
+    def numbers():
+        yield 5
+        other.remove(["0.jpg"])
+        other.compact()
+        yield 6
+
+    with pytest.raises(UserError, match="open it again"):
+        store.rows(numbers())
+    store.refresh()
+    assert len(store) == 8
+    statements = []
+    store._database.set_trace_callback(statements.append)
+    store._read()
+    assert len(statements) == 1
+
+
+def test_a_full_disk_is_said_and_nothing_is_added(tmp_path):
+    store = filled(tmp_path, unit(9))
+    store._database.execute("PRAGMA max_page_count = 12")
+    with pytest.raises(UserError, match="disk is full"):
+        store.add(unit(2000), named(2000, 100))
+    assert is_whole(tmp_path) == len(store) == 9
+
+
 def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
     store = filled(tmp_path, unit(2))
     with pytest.raises(UserError, match=r"3 rows need embeddings \[3, 24\], got \[2, 24\]"):
@@ -95,6 +126,31 @@ def test_what_a_killed_create_leaves_is_no_obstacle(tmp_path):
     for name in ("rotation.npy", "codes-0.npy", ".rows.sqlite.4752.tmp", ".rows.sqlite.4752.tmp-journal"):
         (tmp_path / name).write_bytes(b"")
     assert len(filled(tmp_path, unit(3))) == 3
+
+
+def test_of_two_that_make_a_store_one_does(tmp_path, monkeypatch):
+    """Where both did, what one adds would be in a database that the other has replaced."""
+    made, refused, real = [], [], store_module.random_rotation
+
+    def make():
+        try:
+            made.append(Store.create(tmp_path, {"dim": DIM}))
+        except UserError as exc:
+            refused.append(str(exc))
+
+    second = threading.Thread(target=make)
+
+    def slow(dim):
+        if second.ident is None:
+            second.start()
+            second.join(0.5)
+        return real(dim)
+
+    monkeypatch.setattr(store_module, "random_rotation", slow)
+    make()
+    second.join()
+    assert (len(made), len(refused)) == (1, 1)
+    assert "isn't an empty folder" in refused[0]
 
 
 def test_what_is_no_store_is_refused(tmp_path):
@@ -192,6 +248,13 @@ def test_conditions(tmp_path, where, expected):
     store = filled(tmp_path, unit(5))
     store.add(unit(1), [Row("other", "00", "x and y", {"year": "unknown"})])
     assert store.select(where).tolist() == expected
+
+
+def test_either_case_is_that_of_all_letters(tmp_path):
+    store = Store.create(tmp_path, {"dim": DIM})
+    store.add(unit(2), [Row("ÄPFEL.jpg", "c", "Straße", {"n": "É"}), Row("1.jpg", "c")])
+    for where in ("id~äpfel", "caption~STRAßE", "n~é"):
+        assert store.select(where).tolist() == [0], where
 
 
 @pytest.mark.parametrize("where", ["", "year", "year=", "year==1", "year=>1", "'; DROP TABLE rows", "a=1 and"])

@@ -3,13 +3,16 @@
 import asyncio
 import base64
 import threading
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from serve_files import as_file
 from starlette.testclient import TestClient
 
+from evaclip.runtime.store import Row, Store
 from evaclip.serve import create_app
 from evaclip.serve.limits import Guard, Limits, Rejected, decode
 
@@ -89,6 +92,21 @@ def test_thumbnails_come_from_the_store_or_from_the_rows_own_file(client, pictur
         assert client.get(f"/thumbnail/{path}").status_code in (404, 422)
 
 
+def test_what_others_write_counts_at_once_and_no_row_is_taken_for_another(store, encoder, pictures, tmp_path):
+    rows = [Row(str(n), f"c{n}", thumbnail=as_file(pictures[n])) for n in range(3)]
+    with Store.create(tmp_path / "store", store.model) as writer, Store.open(writer.folder) as reader:
+        client = TestClient(create_app(reader, encoder))
+        writer.add(encoder.images(pictures[:3]).numpy(), rows)
+        assert client.get("/about").json()["pictures"] == 3
+        hits = client.post("/search", data={"text": "a"}).json()["results"]
+        address = next(hit["thumbnail"] for hit in hits if hit["row"] == 1)
+        assert client.get(address).content == as_file(pictures[1])
+        writer.remove(["0"])
+        writer.compact()
+        assert "evaclip_rows 2.0" in client.get("/metrics").text
+        assert "search again" in _error(client.get(address), 404)
+
+
 def test_a_number_that_no_row_can_have_finds_nothing(client):
     answer = client.post("/search", data={"text": "a", "filter": f"n={10**30}"})
     assert (answer.status_code, answer.json()["results"]) == (200, [])
@@ -149,6 +167,14 @@ def test_bombs_are_refused_before_they_are_decoded(pictures):
     assert reason(bytes(png))[0] in (413, 415)
     scans = as_file(pictures[0], "JPEG") + b"\xff\xda" * 200
     assert "100 scans" in reason(scans)[1]
+
+
+def test_noise_in_a_png_file_is_no_scan_of_a_jpeg():
+    data = bytearray(as_file(Image.new("RGB", (8, 8)), "PNG"))
+    scans = b"\xff\xda" * 200
+    chunk = b"teXt" + scans
+    data[-12:-12] = len(scans).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+    assert decode(bytes(data), Limits()).size == (8, 8)
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):
