@@ -368,8 +368,10 @@ def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _options_beside(weights: Path, model_name: str) -> dict[str, Any]:
     """The options that a training has left beside its weights, if they are of this model."""
     try:
-        options: dict[str, Any] = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
+        options = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return {}
+    if not isinstance(options, dict) or "name" not in options:  # another program's file of that name
         return {}
     name = str(options.pop("name"))
     return options if (find_model(name) or name.partition(".")[0]) == model_name else {}

@@ -61,8 +61,9 @@ def test_a_checkpoints_model_is_as_trained_unless_told_otherwise(make, name, opt
         assert make(name, tmp_path, **otherwise).config == config
         assert "weights of another image size: positions are resized from" in caplog.text
         caplog.clear()
-    stored.write_text(json.dumps({"name": "another", **asdict(model.config)}))
-    assert make(name, tmp_path).config == make(name).config
+    for others in ({"name": "another", **asdict(model.config)}, {"layers": 3}, [name]):
+        stored.write_text(json.dumps(others))
+        assert make(name, tmp_path).config == make(name).config
 
 
 def test_transforms_fit_the_model() -> None:
