@@ -274,9 +274,7 @@ class FusedLAMB(_ApexOptimizer):
         params, lr, betas, eps, weight_decay: as of `evakernels.optim.Lamb`; a group may set them for itself.
         bias_correction, grad_averaging: whether moments are divided by `1 - beta ** step`, and whether a gradient
             enters the first one times `1 - beta1`; a group may set both.
-        amsgrad: not offered, as by apex.
-        adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
-        set_grad_none: whether `zero_grad` sets gradients to None.
+        amsgrad, adam_w_mode, set_grad_none: as of `FusedAdam`.
         max_grad_norm: bound on the norm of all gradients together; 0, None or infinity for none.
         use_nvlamb: whether tensors without weight decay have a trust ratio as well.
 
