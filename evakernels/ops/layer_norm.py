@@ -183,8 +183,14 @@ def rms_norm_add(
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_plain(x: Tensor, *rest: Any) -> Any:
-    weight, bias, eps, rms, out_dtype = rest
+def _check_plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+    out_dtype: torch.dtype | None,
+) -> Any:
     op = "rms_norm" if rms else "layer_norm"
     _check.floating(op, x=x)
     _check.out_dtype(op, out_dtype)
@@ -198,12 +204,21 @@ def _check_plain(x: Tensor, *rest: Any) -> Any:
 
 
 def _check_add(*args: Any) -> Any:
-    *joined, out_dtype = args
-    return *_check_joined("add_layer_norm", *joined, out_dtype=out_dtype), out_dtype
+    return *_check_joined("add_layer_norm", *args), args[-1]
 
 
-def _check_joined(op: str, residual: Tensor, branch: Tensor, *rest: Any, out_dtype: torch.dtype | None = None) -> Any:
-    weight, bias, layer_scale, row_scale, eps, rms = rest
+def _check_joined(
+    op: str,
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float | None,
+    rms: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
     op = op.replace("layer", "rms") if rms else op
     _check.floating(op, residual=residual, branch=branch)
     _check.out_dtype(op, out_dtype)

@@ -144,8 +144,20 @@ def _rows_of_places(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
     return rows.masked_fill((low < -1) | (high >= grid), grid * grid)
 
 
-def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any) -> Any:
-    op, (cos, sin, positions, max_seqlen, causal, interleaved, scale) = "packed_attention", rest
+def _check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float | None,
+) -> Any:
+    op = "packed_attention"
     _check.floating(op, q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads(op, "[T, H, D]", q, k, v)
@@ -193,9 +205,19 @@ def _forward_fake(q: Tensor, *rest: Any) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _check_values(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any) -> None:
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    *rest: Any,
+) -> None:
     """Only on a CPU: elsewhere the question would make the host wait for the device."""
-    op, (cos, _, token_index, max_seqlen, *_) = "packed_attention", rest
+    op = "packed_attention"
     if cos is not None and token_index is not None:
         check_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
     if cu_seqlens.device.type != "cpu":

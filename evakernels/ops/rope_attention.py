@@ -124,7 +124,7 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     _check.floating("rope_attention", q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads("rope_attention", "[B, N, H, D]", q, k, v)
-    num_prefix = _check_rotation(q, k, num_prefix, causal, cos, sin, token_index)
+    num_prefix = _check_rotation(q, k, cos, sin, token_index, num_prefix, causal)
     _check.scale("rope_attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
@@ -147,9 +147,16 @@ def _of_turned_keys(*args: Any) -> Any:
     return q, k, v, None, None, None, 0, causal, interleaved, scale
 
 
-def _check_rotation(q: Tensor, k: Tensor, num_prefix: int, causal: bool, *tables: Any) -> int:
+def _check_rotation(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+) -> int:
     """Returns `num_prefix`, as far as it has a meaning."""
-    cos, sin, token_index = tables
     op, (batch, tokens) = "rope_attention", k.shape[:2]
     _check.integer(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
     if not 0 <= num_prefix <= MAX_PREFIX or (cos is not None and num_prefix > tokens):

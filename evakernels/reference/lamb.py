@@ -95,7 +95,13 @@ def lamb_step(
 
 
 def _direction(
-    w: Tensor, m: Tensor, v: Tensor, t: Tensor, decay: float, betas_and_eps: list[float], nvlamb: bool
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    t: Tensor,
+    decay: float,
+    betas_and_eps: list[float],
+    nvlamb: bool,
 ) -> Tensor:
     beta1, beta2, eps = betas_and_eps
     # Both phases form it from the moments as stored, so that the norms are those of the step that is made.

@@ -36,10 +36,18 @@ def packed_attention_forward(
 
 
 def packed_attention(
-    attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any
+    attend: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attend` is what each batch of sequences is given to."""
-    cos, sin, token_index, _, *options = rest
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
     for batch in _batches(cu_seqlens, options[0]):
@@ -50,12 +58,23 @@ def packed_attention(
     return out, lse.T.contiguous()
 
 
-def packed_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor]:
+def packed_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor]:
     """The output alone, by torch's attention over all sequences at once, each as long as the longest may be.
 
     So no shape depends on what `cu_seqlens` hold.
     """
-    cos, sin, token_index, max_seqlen, causal, interleaved, scale = rest
     total = q.shape[0]
     if total == 0:
         return (torch.empty_like(q, memory_format=torch.contiguous_format),)

@@ -10,8 +10,6 @@ The inverse rotation, which carries the gradients of q' and k' back to q and k, 
 between the inputs and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, M].
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,10 +46,20 @@ def rope_attention_forward(
     return _heads_last(out, q.dtype), lse
 
 
-def rope_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor]:
+def rope_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    token_index: Tensor | None,
+    num_prefix: int,
+    causal: bool,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor]:
     """The output alone, by torch's attention, which whoever takes a program over has kernels for."""
-    *tables, causal, interleaved, scale = rest
-    rotation = rotation_of(q, *tables)
+    rotation = rotation_of(q, cos, sin, token_index, num_prefix)
     q, k = (turned(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
     mask, blind, v = None, 0, v.transpose(1, 2)
     if causal and q.shape[2] != k.shape[2]:
