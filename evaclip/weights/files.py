@@ -179,11 +179,11 @@ def _parts(index: Path) -> list[Path]:
     """The files that an index names; all of them exist."""
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        parts = [index.parent / Path(name).name for name in sorted(set(files))]
     except FileNotFoundError:
         raise UserError(f"there is no weights file {str(index)!r}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise UserError(f"{str(index)!r} can't be read: expected JSON with files by tensor in weight_map") from exc
-    parts = [index.parent / Path(name).name for name in sorted(set(files))]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise UserError(f"{str(index)!r} names {', '.join(missing)}, which {index.parent} doesn't have")

@@ -79,6 +79,14 @@ def test_unreadable_files(kind: str, tmp_path: Path) -> None:
         load_state_dict(path)
 
 
+@pytest.mark.parametrize("files", [{"a": 3}, {"a": ["x.safetensors"]}, {"a": "x.safetensors", "b": None}])
+def test_an_index_of_what_are_no_files(files: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match="expected JSON with files by tensor in weight_map"):
+        load_state_dict(path)
+
+
 def test_every_difference_is_named_and_nothing_is_loaded() -> None:
     model = create_model("tiny")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -88,12 +96,15 @@ def test_every_difference_is_named_and_nothing_is_loaded() -> None:
     del state["text.transformer.resblocks.1.mlp.c_fc.bias"]
     state["visual.extra"] = torch.zeros(1)
     state["text.text_projection"] = torch.zeros(3, 4)
+    for block in (1, 2):  # codes of 8 bits, without what they are to be multiplied by
+        state[f"visual.blocks.{block}.mlp.w1.weight"] = state[f"visual.blocks.{block}.mlp.w1.weight"].to(torch.int8)
     with pytest.raises(UserError) as caught:
         load_weights(model, state)
     assert str(caught.value) == (
         "the weights don't fit the model: missing: text.transformer.resblocks.{1}.mlp.c_fc.bias, "
         "visual.blocks.{0-2}.norm1.weight; unexpected: visual.extra; "
-        "of another shape: text.text_projection [3, 4] instead of [128, 128]"
+        "of another shape: text.text_projection [3, 4] instead of [128, 128]; "
+        "no floats: visual.blocks.{1-2}.mlp.w1.weight torch.int8"
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -143,7 +154,14 @@ def test_no_preprocessing_beside_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "isn't JSON"), ("[1]", "holds a list; expected an object"), ('{"men": 3}', "did you mean 'mean'")],
+    [
+        ("{", "isn't JSON"),
+        ("[1]", "holds a list; expected an object"),
+        ('{"men": 3}', "did you mean 'mean'"),
+        ('{"mean": [null, 0.5, 0.5]}', "expected 3 numbers"),
+        ('{"std": [0.5, NaN, 0.5]}', "expected 3 numbers"),
+        ('{"crop": "0.9"}', "expected 0 < share <= 1"),
+    ],
 )
 def test_damaged_preprocessing_is_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "preprocess.json").write_text(content)
