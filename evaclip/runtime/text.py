@@ -35,15 +35,8 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     Raises:
         UserError: the packages that write ONNX are missing (`evakernels[export]`), or the store can't be written.
     """
-    import torch
-
     from evaclip.model.export import export
-    from evakernels.nn import unfreeze
 
-    # The given one may be an encoder's: in 16 bits, on a GPU, with frozen weights.
-    kinds = {(type(weight), weight.dtype, weight.device.type) for weight in model.parameters()}
-    if kinds != {(torch.nn.Parameter, torch.float32, "cpu")}:
-        model = unfreeze(copy.deepcopy(model)).to("cpu", torch.float32)
     export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True, external=True)
     text = model.config.text
     # Written last: without it there is no program.

@@ -47,7 +47,7 @@ def test_the_program_equals_the_model_for_any_batch(model: CLIP, tower: str, tmp
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "evakernels" in name or "softmax" in name]
     assert "aten.scaled_dot_product_attention.default" in operators
-    for batch in (1, 3):
+    for batch in (0, 1, 3):
         inputs = example(model, tower, batch)
         torch.testing.assert_close(program.module()(inputs), embeddings(model, tower, inputs), atol=1e-5, rtol=0)
 
