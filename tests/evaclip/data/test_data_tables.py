@@ -205,6 +205,15 @@ def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
 
 
+def test_a_link_to_nowhere_is_a_bad_sample(tmp_path):
+    write_picture(tmp_path / "root/dog/1.png")
+    (tmp_path / "root/dog/2.png").symlink_to("nowhere.png")
+    source = open_source(str(tmp_path / "root"))
+    assert source[0].key == "dog/1.png"
+    with pytest.raises(BadSample, match=r"dog/2\.png.*no such file"):
+        source[1]
+
+
 def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
     for name in ("dog/1.png", "dog/2.GIF", "dog/more/3.tiff", "loose.png"):
         write_picture(tmp_path / "root" / name)
