@@ -131,7 +131,8 @@ def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
 def _fitted(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
     old = math.isqrt(max(patches, 0))
-    if patches < 1 or (old, old) == grid or old**2 != patches:
+    # As many patches are taken for those of this grid: weights of 2x8 patches aren't of 4x4.
+    if patches < 1 or patches == math.prod(grid) or old**2 != patches:
         return pos_embed
     _log.warning("weights of another image size: positions are resized from %dx%d to %dx%d patches", old, old, *grid)
     return resize_pos_embed(pos_embed, grid, antialias)

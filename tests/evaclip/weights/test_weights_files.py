@@ -130,6 +130,15 @@ def test_position_embedding_is_resized_without_antialiasing(old: int, new: int) 
     torch.testing.assert_close(resized[0, 1:], by_hand)
 
 
+def test_positions_of_a_wide_image_stay_in_their_places(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    wide = {"image_size": (16, 64)}  # 2 x 8 patches, as many as 4 x 4
+    state = create_model("tiny", vision=wide).state_dict()
+    torch.save(state, tmp_path / "wide.pt")
+    model = create_model("tiny", tmp_path / "wide.pt", vision=wide)
+    assert torch.equal(model.visual.pos_embed, state["visual.pos_embed"])
+    assert not caplog.messages
+
+
 def test_resizing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = create_model("tiny", vision={"image_size": 48})
     state = _state()
