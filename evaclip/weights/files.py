@@ -59,7 +59,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file on the CPU, under the names that models here use.
 
     Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running any code of theirs, and the
-    `.index.json` of weights in several parts. The tensors are views of the mapped file where its format allows.
+    `.index.json` of weights in several parts. The tensors are views of the mapped file where its format allows: what
+    changes them must not be saved over that file by `torch.save`.
     All layouts of EVA-CLIP are known: the authors', open_clip's, timm's, with wrappers of training programs, with a
     flat text tower.
 

@@ -45,17 +45,19 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 def materialize(model: nn.Module, source: Path, device: torch.device, antialias: bool = False) -> None:
     """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
 
-    Tensors that need no conversion are views of the mapped file; they are copied when they are first written to, or at
-    once where the model is sharded. `antialias` is for positions of another image size, see `resize_pos_embed`. The
-    rest is as for `load_weights`.
+    Tensors of a `.safetensors` file that need no conversion are views of the mapped file; they are copied when they are
+    first written to, or at once where the model is sharded. `antialias` is for positions of another image size, see
+    `resize_pos_embed`. The rest is as for `load_weights`.
     """
     state = _fitting(model, source, antialias)
     if is_sharded(model):
         put(model.to_empty(device=device), state)
         return
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    # torch.save cuts the file that it writes over, whose pages would go from under a model that was read from there.
+    copy = ".safetensors" not in source.name
     for name in list(state):
-        state[name] = state[name].to(device, dtypes[name])
+        state[name] = state[name].to(device, dtypes[name], copy=copy)
     model.load_state_dict(state, assign=True)
 
 

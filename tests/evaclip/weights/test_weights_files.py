@@ -48,6 +48,16 @@ def test_16_bit_weights_go_into_a_32_bit_model(tmp_path: Path) -> None:
     assert torch.equal(model.text.text_projection, state["text.text_projection"].float())
 
 
+def test_a_file_of_torch_may_be_written_over_by_the_model_that_was_read_from_it(tmp_path: Path) -> None:
+    path, state = tmp_path / "model.pt", _state()
+    torch.save(state, path)
+    model = create_model("tiny", path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # in place, as torch.save
+        file.write(bytes(size))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 class _Stranger:
     pass
 
