@@ -279,7 +279,7 @@ def add_model_config(path: str | Path) -> None:
     if not found:
         raise UserError(f"the folder {str(path)!r} has no .json file")
     for file in found:
-        if file.stem in _shipped():
+        if find_model(file.stem) in _shipped():  # an alias, or another spelling, would never be found
             raise UserError(f"{str(file)!r} has the name of a shipped model; give it another name")
         _read_config(file)
     _added.update({file.stem: file for file in found})
