@@ -125,7 +125,9 @@ def test_command_checks_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixt
     onnx.save(probe, target)
     assert main(["export", "--check", str(target)]) == 1
     assert "expected a cosine of 0.9999 or more" in capsys.readouterr().err
-    assert main(["export", "tiny", "--check", str(target)]) == 2
+    for ignored in (["tiny"], ["--random"], ["--dtype", "fp16"], ["--normalize"]):
+        assert main(["export", *ignored, "--check", str(target)]) == 2
+        assert "--check takes a file, --engine and --provider" in capsys.readouterr().err
     assert main(["export", "--check", str(tmp_path / "missing.onnx")]) == 2
 
 
