@@ -188,10 +188,10 @@ def test_the_fingerprint_of_a_table_follows_its_rows(pictures):
 def test_a_folder_of_classes(tmp_path):
     for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
         write_picture(tmp_path / "root" / name)
-    source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped")
+    source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped {or not}")
     assert list(source.classes) == ["dog", "tabby cat"]
     assert [source[i].key for i in range(3)] == ["dog/3.png", "dog/deep/2.JPG", "tabby_cat/1.png"]
-    assert source[2].caption == "a drawing of a tabby cat, cropped"
+    assert source[2].caption == "a drawing of a tabby cat, cropped {or not}"
 
 
 def test_hidden_and_empty_folders_are_no_classes(tmp_path):
