@@ -56,6 +56,7 @@ def run_two(config: TrainConfig, folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
+    assert "autograd" not in result.stderr
     return result.stdout
 
 
