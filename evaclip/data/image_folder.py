@@ -80,7 +80,7 @@ class FolderSource(_Files):
 
     def __getitem__(self, index: int) -> RawSample:
         key = self._files[index]
-        caption = self._template.format(_class_name(key.split("/", 1)[0]))
+        caption = self._template.replace("{}", _class_name(key.split("/", 1)[0]))
         return RawSample(key, read_image_file(self._root / key), (caption,))
 
 

@@ -192,6 +192,7 @@ def test_a_folder_of_classes(tmp_path):
     assert list(source.classes) == ["dog", "tabby cat"]
     assert [source[i].key for i in range(3)] == ["dog/3.png", "dog/deep/2.JPG", "tabby_cat/1.png"]
     assert source[2].caption == "a drawing of a tabby cat, cropped"
+    assert open_source(str(tmp_path / "root"), caption_template="{} {x}, {}")[0].caption == "dog {x}, dog"
 
 
 def test_hidden_and_empty_folders_are_no_classes(tmp_path):
