@@ -209,6 +209,7 @@ class Trainer:
                 batch = self.meter.fetch(batches)
             with self._watchdog.phase("step"):
                 result = self._step(batch)
+                reached = self.position.step
                 taken = self._lock is not None and self._lock.robber is not None
                 stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
             collect(self.position.step)
@@ -223,7 +224,8 @@ class Trainer:
             if time_is_up or self._is_due(saving.every_steps) or self._epochs_ended(before, saving.every_epochs):
                 self._save()
             is_due = self._is_due(evaluation.every_steps) or self._epochs_ended(before, evaluation.every_epochs)
-            if is_due and self._evaluate(signals):
+            # What was gone back to has been measured.
+            if is_due and self.position.step == reached and self._evaluate(signals):
                 return True
         return False
 
