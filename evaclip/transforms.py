@@ -22,6 +22,8 @@ Color = tuple[int, int, int]
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
+_FLATTEST = 100
+"""Longer side over the shorter, of what is resized to be cropped: a picture of 1 x 65,500 pixels would take 10 GB."""
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DRAWS = 16
 
@@ -32,7 +34,7 @@ class EvalTransform:
 
     Transparent pictures are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
     bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
-    transform.
+    transform; of pictures more than 100 times as long as wide the ends go first, which may change a last bit.
     """
 
     size: int | tuple[int, int]
@@ -50,6 +52,7 @@ class EvalTransform:
         height, width = shape = _shape(self.size)
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
+            image = _without_ends(image)
             resized = _shortest(image, resized[0]) if resized[0] == resized[1] else _covering(image, resized)
         image = _resize(image, resized, self.preprocess.interpolation)
         top, left = round((image.height - height) / 2), round((image.width - width) / 2)
@@ -155,6 +158,12 @@ def _shortest(image: Image.Image, side: int) -> list[int]:
     short, long = sorted(image.size)
     other = int(side * long / short)
     return [side, other] if image.height < image.width else [other, side]
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The centre of a picture that is flatter than any crop."""
+    left, top = (max(0, side - _FLATTEST * min(image.size)) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def _covering(image: Image.Image, shape: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,18 @@ def test_pictures_that_are_not_square_are_those_of_open_clip(size: tuple[int, in
     image, shape = _picture(size), (336, 196) if size == (216, 459) else (112, 196)
     theirs = image_transform(shape, is_train=False)(image)
     assert torch.equal(transforms.EvalTransform(shape)(image), theirs)
+
+
+@pytest.mark.parametrize("size", [(1, 3001), (901, 2)])
+def test_of_very_flat_pictures_the_centre_alone_is_resized(size: tuple[int, int], monkeypatch: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    expected = image_transform(32, is_train=False)(Image.fromarray(pixels))
+    resized, seen = transforms._resize, []
+    monkeypatch.setattr(
+        transforms, "_resize", lambda image, shape, how: seen.append(shape) or resized(image, shape, how)
+    )
+    torch.testing.assert_close(EvalTransform(32)(Image.fromarray(pixels)), expected, rtol=0, atol=0.02)
+    assert max(seen[0]) <= 101 * 32
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
