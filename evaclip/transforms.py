@@ -21,9 +21,9 @@ from evaclip.pixels import eight_bit
 Color = tuple[int, int, int]
 
 WHITE: Color = (255, 255, 255)
-LARGEST = 1 << 26
-"""Pixels that the resize for evaluation makes at most: 256 MiB. A line of 65,000 pixels would take 13 GB."""
 _CROP_ATTEMPTS = 10
+_FLATTEST = 100
+"""Longer side over the shorter, of what is resized to be cropped: a picture of 1 x 65,500 pixels would take 10 GB."""
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DRAWS = 16
 
@@ -34,8 +34,7 @@ class EvalTransform:
 
     Transparent pictures are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
     bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
-    transform, but for those so long and narrow that the resize would make more than `LARGEST` pixels of them: of these
-    only what the crop keeps is made, to within a level.
+    transform; of pictures more than 100 times as long as wide the ends go first, which may change a last bit.
     """
 
     size: int | tuple[int, int]
@@ -53,11 +52,10 @@ class EvalTransform:
         height, width = shape = _shape(self.size)
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
+            image = _without_ends(image)
             resized = _shortest(image, resized[0]) if resized[0] == resized[1] else _covering(image, resized)
-        top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
-        if math.prod(resized) > LARGEST:
-            return _resized_part(image, resized, (top, left, *shape), self.preprocess.interpolation)
         image = _resize(image, resized, self.preprocess.interpolation)
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
         if (top, left, *shape) != (0, 0, image.height, image.width):
             image = image.crop((left, top, left + width, top + height))
         return image
@@ -162,6 +160,12 @@ def _shortest(image: Image.Image, side: int) -> list[int]:
     return [side, other] if image.height < image.width else [other, side]
 
 
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The centre of a picture that is flatter than any crop."""
+    left, top = (max(0, side - _FLATTEST * min(image.size)) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+
+
 def _covering(image: Image.Image, shape: Sequence[int]) -> list[int]:
     """The smallest size of the image's own proportions that covers a rectangle."""
     # Divided, not multiplied by the reciprocal: as open_clip and timm round what lies between two pixels.
@@ -253,17 +257,6 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _resize(image: Image.Image, shape: Sequence[int], interpolation: Interpolation) -> Image.Image:
     size = (shape[1], shape[0])
     return image if image.size == size else image.resize(size, _RESAMPLING[interpolation])
-
-
-def _resized_part(
-    image: Image.Image, shape: Sequence[int], part: Sequence[int], interpolation: Interpolation
-) -> Image.Image:
-    """`part`, as top, left, height and width, of what `_resize` would make."""
-    top, left, height, width = part
-    down, right = image.height / shape[0], image.width / shape[1]
-    box = (left * right, top * down, (left + width) * right, (top + height) * down)
-    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # which rounding exceeds
-    return image.resize((width, height), _RESAMPLING[interpolation], box)
 
 
 def _move(image: Image.Image, options: Augmentation, background: Color, draws: Iterator[float]) -> Image.Image:

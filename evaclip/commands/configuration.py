@@ -11,7 +11,9 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     """Adds all that says what a run is: `configure` reads it."""
     parser.usage = "%(prog)s [RECIPE] [OPTION ...]"
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where the configuration starts; none lists them")
-    parser.add_argument("--config", metavar="YAML", help="a file whose keys replace the recipe's")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="YAML", help="a file whose keys replace the recipe's"
+    )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, after all else"
     )
@@ -25,7 +27,7 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
-    """The `TrainConfig` of a command line: the recipe, then the file, then the aliases, then `--set`.
+    """The `TrainConfig` of a command line: the recipe, then the files, then the aliases, then `--set`.
 
     Args:
         processes: how many there will be; None for those that torchrun has started.
@@ -36,9 +38,8 @@ def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
 
     if args.recipe is None:
         raise UserError("name a RECIPE: 'evaclip train' lists them; --set model.name=NAME takes another model")
-    recipe = config = get_recipe(args.recipe)
-    if args.config:
-        config = resolve(config, [load_yaml(args.config)])
+    recipe = get_recipe(args.recipe)
+    config = resolve(recipe, map(load_yaml, args.config))
     changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
     if getattr(args, "device", None):
         changes.append({"device": args.device})

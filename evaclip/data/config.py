@@ -12,7 +12,7 @@ Count = Annotated[int, Field(gt=0)]
 
 DEFAULT_WINDOW = 100_000
 DEFAULT_TEMPLATE = "a photo of a {}"
-_STRICT_KEYS = ConfigDict(extra="forbid")
+_STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

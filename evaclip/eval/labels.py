@@ -24,7 +24,8 @@ def assign_labels(
     """Reads each caption as the class of its sample.
 
     A caption is either a whole number, the place of the class in `classnames` from 0 (as `.cls` members hold
-    it), or the name of the class itself. Where no names are given, such numbers are the names.
+    it), or the name of the class itself. Where no names are given, such numbers are the names; and where all names are
+    numbers, but not those of their places, every number is a name: of classes 0, 2 and 5 none is called 1.
 
     Args:
         captions: one per sample.
@@ -52,7 +53,9 @@ def assign_labels(
     unclear = sorted(name for name, count in Counter(known).items() if count > 1 and name in set(captions))
     if unclear:
         raise UserError(f"several classes are called {unclear[0]!r}: label by number or by folder")
-    indices = [_index(caption, key, index_of, len(classnames)) for caption, key in zip(captions, keys, strict=True)]
+    named = all(map(str.isdecimal, known)) and list(map(int, known)) != list(range(len(known)))
+    places = 0 if named else len(known)
+    indices = [_index(caption, key, index_of, places) for caption, key in zip(captions, keys, strict=True)]
     return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
 
 
@@ -62,11 +65,11 @@ def _distinct(captions: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def _index(caption: str, key: str, index_of: dict[str, int], classes: int) -> int:
+def _index(caption: str, key: str, index_of: dict[str, int], places: int) -> int:
     if caption in index_of:
         return index_of[caption]
-    if caption.isdecimal():
-        if int(caption) < classes:
+    if places and caption.isdecimal():
+        if int(caption) < places:
             return int(caption)
-        raise UserError(f"sample {key!r} has label {caption}, but the {classes} classes are 0..{classes - 1}")
+        raise UserError(f"sample {key!r} has label {caption}, but the {places} classes are 0..{places - 1}")
     raise unknown_name(f"class of sample {key!r}:", caption, index_of)

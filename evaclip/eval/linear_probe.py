@@ -53,19 +53,21 @@ def linear_probe(
         over: has each strength fitted, here or in several processes that all have both sets, as `knn` takes it.
 
     Raises:
-        UserError: fewer than two classes, or fewer than ten pictures, to train on; nothing to test on.
+        UserError: fewer than two classes beside what is held out, or fewer than ten pictures, to train on; nothing to
+            test on.
     """
     features, labels = train
-    present = len(_present(labels))
-    if present < 2 or len(labels) < 10:
-        raise UserError(
-            f"a linear probe needs two classes and ten pictures to train on, got {present} and {len(labels)}"
-        )
-    if not len(test[1]):
-        raise UserError("a linear probe needs pictures to test on")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     cut = round(len(order) * HELD_OUT)
     held_out, fitted = order[:cut], order[cut:]
+    present = len(_present(labels[fitted]))
+    if present < 2 or len(labels) < 10:
+        raise UserError(
+            "a linear probe needs two classes, without the fifth that is held out, and ten pictures to train on, got "
+            f"{present} and {len(labels)}"
+        )
+    if not len(test[1]):
+        raise UserError("a linear probe needs pictures to test on")
 
     def accuracy_with(strength: float) -> float:
         probe = _fit(features[fitted], labels[fitted], strength, max_iter)

@@ -75,7 +75,7 @@ def load_templates(given: str | Path) -> tuple[str, ...]:
 def _read_list(path: Path, what: str, more: str = "") -> list[tuple[str, str]]:
     """(where it stands, text) of every entry."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
         raise UserError(

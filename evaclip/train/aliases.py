@@ -235,13 +235,20 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
         processes: that train together.
 
     Raises:
-        UserError: for a flag that is refused, with what does it here.
+        UserError: for a flag that is refused, with what does it here; for two that set one key to different values.
     """
     found = []
+    first: dict[str, Alias] = {}
     for alias in _used(given):
         value = given[alias.flag]
         if alias.refused:
             raise UserError(f"{alias.flag} isn't taken here: {alias.refused}")
+        if alias.key and alias.takes_value:
+            other = first.setdefault(alias.key, alias)
+            if given[other.flag] != value:
+                raise UserError(
+                    f"{other.flag} {given[other.flag]} and {alias.flag} {value} are one here, {alias.key}: give one"
+                )
         if alias.key == "batch_size":
             # There it counts one chunk of one process, here the whole batch.
             value = _times(value, _times(given.get("--accum-freq") or accumulation, processes))

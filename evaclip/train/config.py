@@ -30,7 +30,7 @@ def _inside(name: str) -> str:
 RunName = Annotated[str, AfterValidator(_inside)]
 SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
-_STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+_STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -62,6 +62,14 @@ class ModelConfig:
     def _whole_or_parts(self) -> Self:
         if self.pretrained and (self.pretrained_image or self.pretrained_text):
             raise ValueError("set either pretrained, for the whole model, or pretrained_image and pretrained_text")
+        return self
+
+    @model_validator(mode="after")
+    def _unlocked_is_of_what_is_locked(self) -> Self:
+        if self.lock_image_unlocked_groups and not self.lock_image:
+            raise ValueError(f"lock_image_unlocked_groups={self.lock_image_unlocked_groups} needs lock_image=true")
+        if self.lock_text_unlocked_layers and not self.lock_text:
+            raise ValueError(f"lock_text_unlocked_layers={self.lock_text_unlocked_layers} needs lock_text=true")
         return self
 
 

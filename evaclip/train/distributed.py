@@ -117,6 +117,7 @@ class World:
 
         return self.from_main((choose(ask), False))[0]
 
+    @torch.no_grad()  # or torch warns of each one's gradient in every backward pass
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites the tensors by the main process's."""
         if self.size > 1:

@@ -89,6 +89,10 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source |
             f"eval.sets.{name}.data is not set and nothing is held out: name its data, as eval.sets.{name}.data.train="
             "PATH, or set held_out"
         )
+    task = run.task.name
+    for key, user in (("fit", "masked_image"), ("templates", "contrastive")):
+        if getattr(config, key) is not None and task != user:
+            raise UserError(f"eval.sets.{name}.{key} is not used with task.name={task}, but with {user}: leave it out")
     # The names of class folders go into templates, and into a caption's template no less.
     whole = held_out if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
     assert whole is not None

@@ -25,6 +25,8 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
 def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, scalars: Mapping[str, Tensor]) -> None:
     """Restores what `take` gave, in the dtypes it had; rates and decays stay those of the present configuration.
 
+    What isn't trained any more gets none.
+
     Raises:
         UserError: a moment is of a parameter that doesn't exist, or that has another shape.
     """
@@ -34,12 +36,14 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, s
         parameter = _parameter(parameters, key)
         if parameter.shape != like.shape:
             raise UserError(f"the moment {key} is {list(like.shape)}, the parameter {list(parameter.shape)}")
-        moments[key] = torch.zeros_like(parameter, dtype=like.dtype)
+        if parameter.requires_grad:
+            moments[key] = torch.zeros_like(parameter, dtype=like.dtype)
     parts.read(moments, folder)
     optimizer.state.clear()
     for key, value in {**moments, **scalars}.items():
         parameter = _parameter(parameters, key)
-        optimizer.state[parameter][key.rpartition(".")[2]] = value.to(parameter.device)
+        if parameter.requires_grad:
+            optimizer.state[parameter][key.rpartition(".")[2]] = value.to(parameter.device)
 
 
 def _parameter(parameters: Mapping[str, nn.Parameter], key: str) -> nn.Parameter:

@@ -16,7 +16,7 @@ class Record:
         grad_norm: L2 norm of all gradients, before clipping.
         loss_scale: what the loss of the next step is multiplied by; 1 but under amp_fp16.
         skipped: steps so far whose update was left out because something was not finite.
-        bad_samples: samples so far that could not be used and were replaced, in the main process's part.
+        bad_samples: samples so far that could not be used and were replaced, over all processes.
         samples_per_second: over all processes, since the last record.
         tokens_per_second: the same of tokens that enter the towers' blocks; see `throughput.tokens_computed`.
         data_wait: share of that time spent waiting for data.

@@ -33,7 +33,7 @@ class Position:
     Attributes:
         step: optimizer steps done.
         samples: position in the stream of training samples, over all processes.
-        bad_samples: samples of this process's part that could not be used and were replaced.
+        bad_samples: those replaced, as they could not be used, over all processes, up to the last record or checkpoint.
         seconds: time that the run has taken, over all processes that went on with it.
         rollbacks: returns of this process to an earlier checkpoint.
     """

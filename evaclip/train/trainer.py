@@ -151,6 +151,7 @@ class Trainer:
         self.meter = Meter(position.seconds)
         self._communication = CommunicationSampler(self.world, self.config.log.communication_every)
         self.metrics: Metrics = {}
+        self._bad_samples = 0  # of this process, that the position doesn't count yet
         self._saved_at: int | None = None
         writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
@@ -208,6 +209,7 @@ class Trainer:
                 batch = self.meter.fetch(batches)
             with self._watchdog.phase("step"):
                 result = self._step(batch)
+                reached = self.position.step
                 taken = self._lock is not None and self._lock.robber is not None
                 stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
             collect(self.position.step)
@@ -222,7 +224,8 @@ class Trainer:
             if time_is_up or self._is_due(saving.every_steps) or self._epochs_ended(before, saving.every_epochs):
                 self._save()
             is_due = self._is_due(evaluation.every_steps) or self._epochs_ended(before, evaluation.every_epochs)
-            if is_due and self._evaluate(signals):
+            # What was gone back to has been measured.
+            if is_due and self.position.step == reached and self._evaluate(signals):
                 return True
         return False
 
@@ -240,7 +243,7 @@ class Trainer:
             result = parts.step(batch.images, batch.targets, position.step, measure=is_logged)
         position.step = after
         position.samples = batch.position
-        position.bad_samples += batch.skipped
+        self._bad_samples += batch.skipped
         if is_sampled and not is_logged:
             # The profiler's time is not the training's.
             self.meter.restart()
@@ -267,6 +270,7 @@ class Trainer:
         rates = {f"lr_{tower}": tower_rate(step.optimizer, tower) for tower in self.parts.task.towers}
         interval = self.meter.read()
         tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
+        self._count_bad_samples()
         flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
         self.report.record(
             Record(
@@ -298,6 +302,11 @@ class Trainer:
             self._go_back(problem)
         elif self._spikes.saw(loss):
             self._go_back(f"the loss was {loss:.4g}, far above what it was before")
+
+    def _count_bad_samples(self) -> None:
+        (found,) = self.world.sum(self._bad_samples)
+        self.position.bad_samples += int(found)
+        self._bad_samples = 0
 
     def _go_back(self, problem: str) -> None:
         policy = self.config.nonfinite
@@ -340,6 +349,7 @@ class Trainer:
         return False
 
     def _save(self) -> None:
+        self._count_bad_samples()
         self.position.seconds = self.meter.seconds
         with self._watchdog.phase("saving"):
             content = snapshot.take(self.parts, self.position, calm=self._spikes.is_calm)

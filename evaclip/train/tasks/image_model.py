@@ -9,7 +9,7 @@ from evaclip.errors import UserError
 from evaclip.model.config import VisionConfig
 from evaclip.model.vision_model import VisionModel
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
-from evaclip.train.config import LossConfig, ModelConfig, TrainConfig
+from evaclip.train.config import LossConfig, ModelConfig, TowerConfig, TrainConfig
 from evaclip.train.tasks.task import MeanOverSamples
 
 _OPTIONS = {each.name for each in fields(VisionConfig)}
@@ -33,6 +33,7 @@ class ImageModelTask(MeanOverSamples):
         """Raises UserError for settings that would do nothing."""
         given = [f"model.{key}" for key in cls.unused if getattr(config.model, key) != getattr(ModelConfig(), key)]
         given += ["loss"] if config.loss != LossConfig() else []
+        given += ["optim.text"] if config.optim.text != TowerConfig() else []
         given += [f"model.options.{key}" for key in config.model.options if key not in _OPTIONS]
         if given:
             raise UserError(f"task.name={config.task.name} has no {', '.join(given)}: leave that at its default")

@@ -25,6 +25,13 @@ def test_a_name_that_is_a_number_is_a_name() -> None:
     assert assign_labels(["1", "0"], list("xy"), ["1", "0"]).indices.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("caption", ["1", "7"])
+def test_numbers_that_are_names_are_no_places(caption: str) -> None:
+    """Those of the pictures that k-NN learns from, say, where a class of the others is missing."""
+    with pytest.raises(UserError, match=f"class of sample 'x': '{caption}'"):
+        assign_labels([caption], ["x"], ["0", "2", "5"])
+
+
 def test_folders_keep_their_classes_without_pictures() -> None:
     assert assign_labels(["b"], ["x"], None, ["a", "b"]).classnames == ("a", "b")
 

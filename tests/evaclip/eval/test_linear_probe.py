@@ -48,5 +48,10 @@ def test_too_little_data_is_told() -> None:
     features, labels = clusters(20, 2, 0.1, 0)
     with pytest.raises(UserError, match="got 1 and 20"):
         linear_probe((features, labels * 0), (features, labels), classes=2)
+    # One picture of the second class, among those on which the strength is chosen.
+    lone = torch.zeros(20, dtype=torch.int64)
+    lone[torch.randperm(20, generator=torch.Generator().manual_seed(0))[0]] = 1
+    with pytest.raises(UserError, match="got 1 and 20"):
+        linear_probe((features, lone), (features, labels), classes=2)
     with pytest.raises(UserError, match="to test on"):
         linear_probe((features, labels), (features[:0], labels[:0]), classes=2)

@@ -29,6 +29,9 @@ def test_names_come_from_lines_or_json(tmp_path: Path) -> None:
     lines = tmp_path / "names.txt"
     lines.write_text("keycap: #\ncafé \n#\n\n", encoding="utf-8")
     assert load_classnames(lines) == ("keycap: #", "café", "#")
+    marked = tmp_path / "marked.txt"
+    marked.write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert load_classnames(marked) == ("cat", "dog")
     listed = tmp_path / "names.json"
     listed.write_text('["a", "b c"]')
     assert load_classnames(listed) == ("a", "b c")

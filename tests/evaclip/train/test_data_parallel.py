@@ -56,6 +56,7 @@ def run_two(config: TrainConfig, folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
+    assert "autograd" not in result.stderr
     return result.stdout
 
 
@@ -103,6 +104,7 @@ def test_two_processes_equal_one(task: str, run_config: Callable[..., TrainConfi
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5, abs=1e-6)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
         assert right["samples"] == left["samples"]
+        assert right["bad_samples"] == left["bad_samples"]
         assert right.get("accuracy") == pytest.approx(left.get("accuracy"))
         for key in (key for key in left if key.startswith("update_")):
             assert right[key] == pytest.approx(left[key], rel=1e-3), key

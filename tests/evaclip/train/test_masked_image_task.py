@@ -274,6 +274,7 @@ def test_the_loss_is_measured_where_the_teacher_is() -> None:
     [
         ({"measure": ["classify"], "data": {"num_samples": 8}}, "measure is classify, which needs texts"),
         ({"measure": ["knn"], "data": {"num_samples": 8}}, "fit is not set: name labelled pictures that knn"),
+        ({"templates": "a {}", "data": {"num_samples": 8}}, "eval.sets.x.templates is not used"),
     ],
 )
 def test_what_cannot_be_measured_is_told(sets: dict[str, Any], message: str, run_config: Make) -> None:
@@ -284,6 +285,8 @@ def test_what_cannot_be_measured_is_told(sets: dict[str, Any], message: str, run
 def test_a_clip_in_training_is_not_probed(run_config: Make) -> None:
     with pytest.raises(UserError, match=r"measure has knn, which task\.name=masked_image has alone"):
         train(run_config("eval.sets.x={data: {num_samples: 8}, measure: [loss, knn]}"))
+    with pytest.raises(UserError, match=r"eval\.sets\.x\.fit is not used with task\.name=contrastive"):
+        train(run_config("eval.sets.x={data: {num_samples: 8}, fit: {num_samples: 8}}"))
 
 
 @pytest.mark.parametrize(
@@ -291,6 +294,7 @@ def test_a_clip_in_training_is_not_probed(run_config: Make) -> None:
     [
         ("model.lock_text=true", "has no model.lock_text"),
         ("loss.name=siglip", "has no loss"),
+        ("optim.text.lr=1e-3", "has no optim.text"),
         ("model.name=tiny", "unknown vision model 'tiny'"),
         ("task.teacher.name=no-such", "no-such"),
         ("task.mask_ratio=0.01", "is 0 of them"),

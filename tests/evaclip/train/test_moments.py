@@ -43,6 +43,16 @@ def test_moments_come_back_and_rates_stay(small_model: CLIP, name: Any, tmp_path
     assert max(group["peak_lr"] for group in second.param_groups) == 2e-2
 
 
+def test_what_is_locked_by_now_has_no_moments(small_model: CLIP, tmp_path: Path) -> None:
+    scalars = saved(small_model, stepped(small_model, OptimConfig()), tmp_path)
+    small_model.lock_image_tower()
+    second = build_optimizer(groups_of(small_model, OptimConfig()), OptimConfig())
+    moments.put_back(small_model, second, tmp_path, scalars)
+    trained = [parameter for parameter in small_model.parameters() if parameter.requires_grad]
+    assert second.state.keys() == set(trained)
+    assert all(second.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"} for parameter in trained)
+
+
 def test_moments_of_another_model_are_refused(small_model: CLIP, tmp_path: Path) -> None:
     optimizer = stepped(small_model, OptimConfig())
     scalars = saved(small_model, optimizer, tmp_path)

@@ -196,6 +196,14 @@ def test_a_tracker_that_does_not_exist_is_named() -> None:
         changed("--report-to", "wandbb")
 
 
+def test_two_spellings_of_one_key_have_one_value() -> None:
+    assert apply("--val-frequency", "2", "--zeroshot-frequency", "2").eval.every_epochs == 2
+    with pytest.raises(
+        UserError, match=r"--val-frequency 1 and --zeroshot-frequency 0 are one here, eval\.every_epochs"
+    ):
+        apply("--val-frequency", "1", "--zeroshot-frequency", "0")
+
+
 def _options(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
     """Each command's words with each spelling of each of its options."""
     for action in parser._actions:

@@ -91,12 +91,15 @@ def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
 
 def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Path) -> None:
     part = tmp_path / "part.yaml"
-    part.write_text("optim: {lr: 1.0, eps: 0.5}\nseed: 7\n")
-    arguments = ["train", "tiny", "--config", str(part), "--lr", "2.0", "--set", "seed=8", "log.every_steps=3"]
+    part.write_text("batch_size: 24\noptim: {lr: 1.0, eps: 0.5}\nseed: 7\n")
+    over = tmp_path / "over.yaml"
+    over.write_text("optim: {beta1: 0.5, eps: 0.25}\n")
+    arguments = ["train", "tiny", "--config", str(part), "--config", str(over)]
+    arguments += ["--lr", "2.0", "--set", "seed=8", "log.every_steps=3"]
     assert main([*arguments, "--device", "cpu", "--print-config"]) == 0
     config = validate(yaml.safe_load(capsys.readouterr().out))
-    assert (config.optim.lr, config.optim.eps, config.seed) == (2.0, 0.5, 8)
-    assert (config.log.every_steps, config.device) == (3, "cpu")
+    assert (config.optim.lr, config.optim.eps, config.optim.beta1, config.seed) == (2.0, 0.25, 0.5, 8)
+    assert (config.log.every_steps, config.device, config.batch_size) == (3, "cpu", 24)
     assert config.schedule == get_recipe("tiny").schedule
 
 

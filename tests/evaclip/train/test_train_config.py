@@ -46,6 +46,10 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
     [
         ("batch_size=-8", "batch_size=-8: input should be greater than 0"),
         ("optim.lr=fast", "optim.lr='fast': input should be a valid number"),
+        ("optim.lr=.inf", "optim.lr=inf: input should be a finite number"),
+        ("data.remote.cache_gb=.inf", "cache_gb=inf: input should be a finite number"),
+        ("model.lock_image_unlocked_groups=2", "lock_image_unlocked_groups=2 needs lock_image=true"),
+        ("model.lock_text_unlocked_layers=1", "lock_text_unlocked_layers=1 needs lock_text=true"),
         ("optim.name=sgd", "optim.name='sgd': input should be 'adamw' or 'lamb'"),
         ("name=../../x", "name='../../x': expected a folder inside of `output`; output=FOLDER puts runs elsewhere"),
         ("name=/tmp/x", "name='/tmp/x': expected a folder inside"),

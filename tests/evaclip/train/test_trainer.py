@@ -287,9 +287,12 @@ def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, caps
 
     monkeypatch.setattr(TrainStep, "__call__", spiking)
     spikes = "spikes={deviations: 20, patience: 2, window: 8}"
-    outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10"))
+    measured = "eval={every_steps: 7, sets: {val: {data: {num_samples: 4, workers: 0}}}}"
+    outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10", measured))
     assert "far above what it was before, up to step 9: went back to step_00000007" in capsys.readouterr().out
     records = read_log(outcome.folder / "log.jsonl")
+    assert [record["step"] for record in records if "eval" in record] == [7, 10]
+    records = [record for record in records if "eval" not in record]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
     assert records[-1]["samples"] == 12 * 8
     assert checkpoints(outcome.folder) == [f"step_{step:08d}" for step in range(1, 11)]
