@@ -278,7 +278,7 @@ def test_explain_knows_every_public_function(name):
 def test_explain_takes_functions_too():
     for function in (evakernels.layer_norm, torch.ops.evakernels.layer_norm_forward):
         assert evakernels.explain(function, torch.ones(2, 4)) == evakernels.explain("layer_norm", torch.ones(2, 4))
-    with pytest.raises(ValueError, match="unknown op <function layer_norm .*known: adamw_update"):
+    with pytest.raises(ValueError, match=r"unknown op <function layer_norm .*known: adamw_update"):
         evakernels.explain(torch.nn.functional.layer_norm, torch.ones(2, 4))
 
 
