@@ -86,7 +86,7 @@ class Store:
         self.refresh()
 
     @classmethod
-    def create(cls, folder: Path, model: Mapping[str, Any]) -> Self:
+    def create(cls, folder: str | Path, model: Mapping[str, Any]) -> Self:
         """Makes an empty store.
 
         Args:
@@ -98,9 +98,9 @@ class Store:
             UserError: the folder holds something, can't be written, or `model` has no `dim`.
 
         Example:
-            `Store.create(Path("photos.store"), {"name": "EVA02-CLIP-B-16", "sha256": "...", "dim": 512})`
+            `Store.create("photos.store", {"name": "EVA02-CLIP-B-16", "sha256": "...", "dim": 512})`
         """
-        dim = model.get("dim")
+        folder, dim = Path(folder), model.get("dim")
         if not isinstance(dim, int) or dim < 1:
             raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
         refused = UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
@@ -124,17 +124,18 @@ class Store:
         return cls.open(folder)
 
     @staticmethod
-    def exists(folder: Path) -> bool:
+    def exists(folder: str | Path) -> bool:
         """Whether the folder is a store."""
-        return (folder / ROWS_FILE).is_file()
+        return (Path(folder) / ROWS_FILE).is_file()
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: str | Path) -> Self:
         """Opens a store, to read and to write.
 
         Raises:
             UserError: the folder isn't a store, or is one of a later version.
         """
+        folder = Path(folder)
         path = folder / ROWS_FILE
         if not cls.exists(folder):
             raise UserError(f"{folder} isn't a store: there is no {ROWS_FILE} in it; `evaclip index` makes one")

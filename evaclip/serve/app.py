@@ -52,7 +52,7 @@ def create_app(
 
     Example:
         ```python
-        store = Store.open(Path("photos.store"))
+        store = Store.open("photos.store")
         app = create_app(store, Encoder(store.model["given"], precision=store.model["precision"]))
         ```
     """
