@@ -53,7 +53,11 @@ def _add_index(subparsers: Any) -> None:
     )
     add_reading(parser, decoding=False)
     parser.add_argument(
-        "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
+        "--thumbnails",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="keep small copies of this side, also of what STORE has without one (default: none)",
     )
     parser.add_argument(
         "--prune", action="store_true", help="also remove the rows of pictures that are gone from the folder PATH"

@@ -206,6 +206,17 @@ class Store:
         for name, dtype in _KINDS.items():
             write_header(self._path(name), dtype, self._slots, _columns(name, self.dim))
 
+    def without_thumbnail(self) -> dict[str, str]:
+        """The ids of rows that have no thumbnail, and the hashes of their content."""
+        query = "SELECT id, content FROM rows LEFT JOIN thumbnails USING (number) WHERE data IS NULL"
+        return dict(self._database.execute(query).fetchall())
+
+    def add_thumbnails(self, rows: Iterable[Row]) -> None:
+        """Gives those of `rows` that the store has without one, with the same content, their thumbnail."""
+        query = "INSERT OR IGNORE INTO thumbnails SELECT number, ? FROM rows WHERE id = ? AND content = ?"
+        with self._writing() as database:
+            database.executemany(query, ((row.thumbnail, row.id, row.content) for row in rows if row.thumbnail))
+
     def merge(self, other: "Store") -> int:
         """Takes over the rows of another store, but for those that this one has with the same id and content.
 
