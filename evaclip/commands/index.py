@@ -13,6 +13,7 @@ from evaclip.commands.parser import leaf
 from evaclip.commands.reading import add_reading, open_data
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
+from evaclip.words import counted
 
 if TYPE_CHECKING:
     from evaclip.data import Source
@@ -135,14 +136,14 @@ def _run_index(args: argparse.Namespace) -> None:
         gone = _gone(source, folder, args)  # which may refuse, before the work
         store = _ENGINES[args.engine](source, folder, str(model), args)
         if args.prune and _is_first(folder, args):
-            print(f"{store.remove(gone):,} rows of pictures that are gone were removed")
+            print(f"removed {counted(store.remove(gone), 'row')} of pictures that are gone")
         elif gone:
-            print(f"{len(gone):,} rows are of pictures that are gone from {args.images}: --prune removes them")
+            print(f"{counted(len(gone), 'row')} of pictures that are gone from {args.images}: --prune removes them")
     if args.approximate:
         from evaclip.runtime.approximate import build_approximate
 
         build_approximate(store)
-    print(f"{store.folder} has {len(store):,} pictures: {told}")
+    print(f"{store.folder} has {counted(len(store), 'picture')}: {told}")
 
 
 def _node_folder(store: Path) -> tuple[Path, str]:
@@ -234,7 +235,7 @@ def _merged(args: argparse.Namespace) -> "Store":
     for other in others:
         taken = store.merge(other)
         copy_text_tower(other, store)
-        print(f"{other.folder}: {taken:,} rows taken, {len(other) - taken:,} were there")
+        print(f"{other.folder}: {counted(taken, 'row')} taken, {len(other) - taken:,} there before")
     return store
 
 

@@ -10,6 +10,7 @@ from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.samples import Fault, FaultKind, RawSample, read_image_file
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
+from evaclip.words import counted
 
 _LOG = logging.getLogger("evaclip.data")
 
@@ -67,7 +68,8 @@ class FolderSource(_Files):
         files = [file for pictures in by_folder.values() for file in pictures]
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}")
+            found = counted(len(folders), "class folder")
+            raise UserError(f"there are 0 pictures ({suffixes}) in the {found} of {root}")
         super().__init__(root, files, left_out)
         self._template = template
         self.classes = [_class_name(folder.name) for folder in folders if by_folder[folder]]

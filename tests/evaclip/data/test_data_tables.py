@@ -235,7 +235,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 
 def test_a_folder_without_pictures(tmp_path):
     (tmp_path / "dog").mkdir()
-    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folders of"):
+    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folder of"):
         open_source(str(tmp_path))
 
 
