@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
@@ -124,7 +125,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
     take_over()
     if args.merge:
-        store, told = _merged(args), f"evaclip search {args.store} 'a red bicycle'"
+        store, told = _merged(args), _search_of(args.store)
     else:
         if args.thumbnails < 0:
             raise UserError(f"the side of thumbnails must be 0 (none) or more, got {args.thumbnails}")
@@ -151,10 +152,15 @@ def _node_folder(store: Path) -> tuple[Path, str]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if on_node == size:
-        return store, f"evaclip search {store} 'a red bicycle'"
+        return store, _search_of(store)
     # Processes of several machines can't rely on one lock.
     node = os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // on_node)
-    return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {store} --merge {store}-*"
+    name = quote(str(store))
+    return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {name} --merge {name}-*"
+
+
+def _search_of(store: Path) -> str:
+    return f"evaclip search {quote(str(store))} 'a red bicycle'"
 
 
 def _is_first(folder: Path, args: argparse.Namespace) -> bool:

@@ -41,8 +41,9 @@ def test_a_folder_is_indexed_and_later_what_is_new(model, folder, pictures, tmp_
     assert "1 embedded, 7 unchanged, 1 unreadable" in capsys.readouterr().out
     assert len(Store.open(store)) == 8
     folder.rename(tmp_path / "at 12:30")
-    assert main(["index", "b.store", "--images", "at 12:30", "--model", model, "--precision", "fp32"]) == 0
-    assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b.store").contents()
+    assert main(["index", "b c", "--images", "at 12:30", "--model", model, "--precision", "fp32"]) == 0
+    assert "evaclip search 'b c' 'a red bicycle'" in capsys.readouterr().out
+    assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b c").contents()
 
 
 def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, folder, pictures, tmp_path, capsys):
