@@ -235,8 +235,14 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 
 def test_a_folder_without_pictures(tmp_path):
     (tmp_path / "dog").mkdir()
-    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folder of"):
+    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folder of [^;]*$"):
         open_source(str(tmp_path))
+    write_picture(tmp_path / "loose.png")
+    write_picture(tmp_path / "dog" / "1.HEIC")
+    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic, 1 outside of the class folders"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic"):
+        open_source(str(tmp_path / "dog"), captions=False)
 
 
 def test_synthetic_pictures_follow_their_captions():
