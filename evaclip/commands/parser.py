@@ -85,6 +85,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         if debug:
             raise
         exc = with_remedy(raised)
+        if isinstance(exc, PermissionError) and exc.filename is not None:  # of what the user named, or is in it
+            exc = UserError(f"{exc.filename}: {exc.strerror}")
         print(f"error: {_one_line(exc)}", file=sys.stderr)
         if isinstance(exc, UserError):
             stop_restarts(str(exc))

@@ -1,5 +1,6 @@
 """`evaclip train` on the command line."""
 
+import errno
 import json
 import os
 import subprocess
@@ -87,6 +88,15 @@ def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
         assert (arguments, done.returncode, done.stderr) == (arguments, code, "")
     os.close(writer)
     assert (tmp_path / "tiny/checkpoints/step_00000002").is_dir()
+
+
+def test_what_may_not_be_read_is_told_as_a_mistake(monkeypatch: Any, capsys: Any) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert main(["watch", "locked"]) == 2
+    assert capsys.readouterr().err == "error: locked/config.yaml: Permission denied\n"
 
 
 def test_there_may_be_no_output_at_all() -> None:
