@@ -268,7 +268,8 @@ def print_comparison(comparison: Comparison) -> None:
     """Prints the differences: first what became worse in this library, then the rest."""
     console = make_console()
     for name, machine in (("before", comparison.before), ("after ", comparison.after)):
-        console.print(f"{name}  {machine.name}, commit {machine.commit or 'unknown'}, {machine.date}", markup=False)
+        facts = (machine.name, f"commit {machine.commit or 'unknown'}", machine.date, machine.package)
+        console.print(f"{name}  {', '.join(filter(None, facts))}", markup=False)
     for note in comparison.notes:
         console.print(Text(f"! {note}", "bold yellow"))
     drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"

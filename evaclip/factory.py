@@ -1,6 +1,5 @@
 """Models, transforms and tokenizers by name."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.savings import Savings
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
-from evaclip.run_files import MODEL_CONFIG_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
-from evaclip.weights.files import classifier_size, holds
+from evaclip.weights.files import classifier_size, holds, options_beside
 from evaclip.weights.hub import HUB, LOCAL, download_beside
 from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config
 from evaclip.weights.released import RELEASED
@@ -367,13 +365,8 @@ def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options_beside(weights: Path, model_name: str) -> dict[str, Any]:
     """The options that a training has left beside its weights, if they are of this model."""
-    try:
-        options = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(options, dict) or "name" not in options:  # another program's file of that name
-        return {}
-    name = str(options.pop("name"))
+    options = options_beside(weights)
+    name = str(options.pop("name", ""))
     return options if (find_model(name) or name.partition(".")[0]) == model_name else {}
 
 

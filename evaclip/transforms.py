@@ -21,6 +21,8 @@ from evaclip.pixels import eight_bit
 Color = tuple[int, int, int]
 
 WHITE: Color = (255, 255, 255)
+LARGEST = 1 << 26
+"""Pixels that the resize for evaluation makes at most: 256 MiB. A line of 65,000 pixels would take 13 GB."""
 _CROP_ATTEMPTS = 10
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DRAWS = 16
@@ -32,7 +34,8 @@ class EvalTransform:
 
     Transparent pictures are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
     bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
-    transform.
+    transform, but for those so long and narrow that the resize would make more than `LARGEST` pixels of them: of these
+    only what the crop keeps is made, to within a level.
     """
 
     size: int | tuple[int, int]
@@ -51,8 +54,10 @@ class EvalTransform:
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
             resized = _shortest(image, resized[0]) if resized[0] == resized[1] else _covering(image, resized)
+        top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+        if math.prod(resized) > LARGEST:
+            return _resized_part(image, resized, (top, left, *shape), self.preprocess.interpolation)
         image = _resize(image, resized, self.preprocess.interpolation)
-        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
         if (top, left, *shape) != (0, 0, image.height, image.width):
             image = image.crop((left, top, left + width, top + height))
         return image
@@ -248,6 +253,17 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _resize(image: Image.Image, shape: Sequence[int], interpolation: Interpolation) -> Image.Image:
     size = (shape[1], shape[0])
     return image if image.size == size else image.resize(size, _RESAMPLING[interpolation])
+
+
+def _resized_part(
+    image: Image.Image, shape: Sequence[int], part: Sequence[int], interpolation: Interpolation
+) -> Image.Image:
+    """`part`, as top, left, height and width, of what `_resize` would make."""
+    top, left, height, width = part
+    down, right = image.height / shape[0], image.width / shape[1]
+    box = (left * right, top * down, (left + width) * right, (top + height) * down)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # which rounding exceeds
+    return image.resize((width, height), _RESAMPLING[interpolation], box)
 
 
 def _move(image: Image.Image, options: Augmentation, background: Color, draws: Iterator[float]) -> Image.Image:

@@ -1,6 +1,6 @@
 """What the steps of all optimizers have in common: their tensors, and what is done to the moments."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -81,10 +81,16 @@ def work_of(shape: Shape, itemsize: int) -> Work:
     return Work(Cost(0, parameters * (3 * itemsize + 4 * 4) + steps * 2 * 4))
 
 
-def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> None:
-    step += 1
-    exp_avg.lerp_(grad, 1 - BETAS[0])
-    exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+def directions(params: Tensors, *state: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Takes the moments of one tensor after the other on: its parameter, Adam's direction, and its decay."""
+    for param, grad, exp_avg, exp_avg_sq, step, decay in zip(params, *state, decays_of(params), strict=True):
+        grad = grad.to(exp_avg.dtype)
+        step += 1
+        exp_avg.lerp_(grad, 1 - BETAS[0])
+        exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+        update = exp_avg / (1 - BETAS[0] ** step)
+        update /= (exp_avg_sq / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
+        yield param, update, decay
 
 
 def by_decay(

@@ -16,8 +16,8 @@ from benchmarks.cases._optimizer import (
     Tensors,
     by_decay,
     decays_of,
+    directions,
     register_step,
-    update_moments,
 )
 from benchmarks.operation import NVIDIA_APEX, Function, peer
 from benchmarks.shapes import Shape
@@ -31,11 +31,7 @@ def _ours(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tenso
 
 def _eager(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors) -> Tensors:
     """One tensor after the other."""
-    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, decays_of(params), strict=True)
-    for param, grad, exp_avg, exp_avg_sq, step, decay in tensors:
-        update_moments(grad.to(exp_avg.dtype), exp_avg, exp_avg_sq, step)
-        update = exp_avg / (1 - BETAS[0] ** step)
-        update /= (exp_avg_sq / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
+    for param, update, decay in directions(params, grads, exp_avgs, exp_avg_sqs, steps):
         if decay:
             weight = param.to(update.dtype)
             update.add_(weight, alpha=decay)

@@ -73,11 +73,7 @@ class Bundle:
         return self._in("hunters")
 
     def check(self, tree: Path) -> None:
-        """Raises UserError where it isn't for this Python, this torch, or the kernels of this checkout.
-
-        Args:
-            tree: the checkout.
-        """
+        """Raises UserError where it isn't for this Python, this torch, or the kernels of this checkout."""
         if self.sources != sources_hash(tree):
             raise UserError(f"the kernels changed since the bundle was made, of {self.commit}; {AGAIN}")
         here = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -31,12 +31,7 @@ _PLANNING = 120
 
 
 def main(argv: Sequence[str] | None = None, package: str = Settings.package) -> int:
-    """0 if all passed, 1 for failures, 2 for wrong input, 3 if work is left, 4 without a GPU, 5 for a full disk.
-
-    Args:
-        argv: the command line.
-        package: where the stages are.
-    """
+    """0 if all passed, 1 for failures, 2 for wrong input, 3 if work is left, 4 without a GPU, 5 for a full disk."""
     return run_command(_build_parser(package), argv)
 
 

@@ -25,13 +25,7 @@ _MEANING = "A prediction, of instructions and bytes that were counted without a 
 
 
 def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str, str]) -> dict[str, Any]:
-    """The counts of each stage, what failed, what was refused and what is open.
-
-    Args:
-        records: of a journal.
-        units: of this call's plan.
-        errors: stages that couldn't be planned, with the reason.
-    """
+    """The counts of each stage, what failed, what was refused and what is open."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: Counter[str] = Counter()
     failures = [{"stage": stage, "unit": "", "case": "", "error": error} for stage, error in errors.items()]
@@ -68,11 +62,7 @@ def summarize(records: Sequence[Record], units: Sequence[Unit], errors: dict[str
 
 
 def predictions(ends: Sequence[Record]) -> list[list[str]]:
-    """The lines of a table, of which the last one is the model's error; none without predictions.
-
-    Args:
-        ends: the last record of each case.
-    """
+    """The lines of a table, of which the last one is the model's error; none without predictions."""
     found, ratios = [], []
     for record in ends:
         told = record["data"].get("predicted") if record.get("status") == "passed" else None

@@ -11,12 +11,7 @@ _GIB = 2**30
 
 
 def sections(summary: dict[str, Any], ends: Sequence[Record]) -> list[str]:
-    """Paragraphs of Markdown.
-
-    Args:
-        summary: of all records.
-        ends: the last record of each case.
-    """
+    """Paragraphs of Markdown."""
     proofs = [[name, *(counts[kind] for kind in KINDS)] for name, counts in summary["stages"].items()]
     failures = "\n".join(f"- {line}" for line in lines(summary, refused=False))
     parts = [f"**{title(summary['header'])}**.", table_of(["stage", *KINDS], proofs), failures]

@@ -18,7 +18,7 @@ constexpr float kInfinity = __builtin_inff();
 inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 
 // What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN.
-inline F32 finite(F32 x) { return (x < kInfinity) & (x > -kInfinity) ? x : F32{}; }
+inline F32 finite(F32 x) { return ((x < kInfinity) & (x > -kInfinity)) ? x : F32{}; }
 
 // The smallest and the largest of some numbers; NaN is passed over.
 struct Range {

@@ -30,9 +30,9 @@ static inline void scale_vector(const From* source, To* target, int64_t width, f
 }
 
 static inline F32 swap_neighbours(F32 x) {
-  I32 neighbour;
+  U32 neighbour;
   for (int i = 0; i < kLanes; ++i) neighbour[i] = i ^ 1;
-  return __builtin_shuffle(x, neighbour);
+  return shuffle(x, x, neighbour);
 }
 
 template <class From, class To>

@@ -41,6 +41,19 @@ struct Tail {
 // -0 is 0.
 static inline F32 broadcast(float value) { return value - F32{}; }
 
+// Lane i is lane from[i] of both, one behind the other. Of constants clang makes one instruction, GCC
+// doesn't.
+template <class Vector>
+static inline Vector shuffle(Vector a, Vector b, U32 from) {
+#if defined(__clang__)
+  Vector result;
+  for (int i = 0; i < kLanes; ++i) result[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // __builtin_convertvector would do, but GCC builds it from halves.
 static inline U32 zero_extend(U16 bits) {
 #if defined(__AVX512F__)
@@ -255,16 +268,16 @@ static inline F32 exp_of_parts(F32 n, F32 r) {
 
 // Fitted to 2^r for |r| <= 1/2, for results of type T: to 2e-9 of the value, and for 16 bits to 3e-6.
 template <class T>
-constexpr float kExp2Series[] = {9.582861327e-03f, 5.590644479e-02f, 2.402409911e-01f, 6.931241751e-01f,
-                                 1.0f};
+inline constexpr float kExp2Series[] = {9.582861327e-03f, 5.590644479e-02f, 2.402409911e-01f,
+                                        6.931241751e-01f, 1.0f};
 template <>
-constexpr float kExp2Series<float>[] = {1.535336633e-04f,
-                                        1.339887618e-03f,
-                                        9.618436918e-03f,
-                                        5.550332367e-02f,
-                                        2.402264774e-01f,
-                                        6.931471825e-01f,
-                                        1.0f};
+inline constexpr float kExp2Series<float>[] = {1.535336633e-04f,
+                                               1.339887618e-03f,
+                                               9.618436918e-03f,
+                                               5.550332367e-02f,
+                                               2.402264774e-01f,
+                                               6.931471825e-01f,
+                                               1.0f};
 
 // e^x, for results of type T. NaN stays NaN. What would be subnormal is 0 on some instruction sets, and what
 // is above e^88.37 infinity.

@@ -17,8 +17,8 @@ static inline void swap_squares(U32 (&rows)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & kStep) continue;
     const U32 a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffle(a, b, low);
+    rows[i + kStep] = shuffle(a, b, high);
   }
 }
 

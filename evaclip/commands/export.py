@@ -105,8 +105,9 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from evaclip.portable.check import DEFAULT_PROVIDER, check, read_probe, require
 
-    if args.model is not None:
-        raise UserError("--check takes a file and nothing else; leave MODEL and OUT out")
+    ignored = (args.pretrained, args.random, args.int8, args.normalize, args.force, args.dtype != "fp32")
+    if args.model is not None or any(ignored):
+        raise UserError("--check takes a file, --engine and --provider and nothing else; leave the rest out")
     if args.provider and args.engine == "openvino":
         raise UserError("--provider is ONNX Runtime's; leave it out with --engine openvino")
     outcomes = check(args.check, args.engine or "onnxruntime", args.provider or [DEFAULT_PROVIDER])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,8 +66,7 @@ def time_stages(
     deadline = time.perf_counter() + seconds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for position in range(min(_STAGE_SAMPLES, len(source))):
-        index = order.index(position)[1]
+    for position, index in enumerate(order.indices(np.arange(min(_STAGE_SAMPLES, len(source)))).tolist()):
         marks = [time.thread_time()]
         try:
             raw = source[index]

@@ -75,11 +75,11 @@ class FolderSource(_Files):
             for folder in folders
             if not by_folder[folder]
         ]
-        self.fingerprint = hash_list("folder", ((name, (root / name).stat().st_size) for name in self._files))
+        self.fingerprint = hash_list("folder", ((name, _size(root / name)) for name in self._files))
 
     def __getitem__(self, index: int) -> RawSample:
         key = self._files[index]
-        caption = self._template.format(_class_name(key.split("/", 1)[0]))
+        caption = self._template.replace("{}", _class_name(key.split("/", 1)[0]))
         return RawSample(key, read_image_file(self._root / key), (caption,))
 
 
@@ -125,6 +125,13 @@ def _notes(left_out: Counter[str]) -> list[str]:
 def _no_pictures(where: str, left_out: Counter[str]) -> UserError:
     suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
     return UserError("; ".join([f"there are 0 pictures ({suffixes}) in {where}", *_notes(left_out)]))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # such as a link to nowhere: a fault of that sample, when it is read
+        return -1
 
 
 def _is_picture(file: Path, folder: Path) -> bool:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from evaclip.atomic import replacing
 from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.tar_index import ShardFacts, TarIndex
 from evaclip.machine import user_cache
+
+if TYPE_CHECKING:
+    from evaclip.data.shards import Shard
 
 _LOG = logging.getLogger("evaclip.data")
 _FORMAT = 3
@@ -39,27 +42,6 @@ _TRIM_EVERY = 256
 _CAPACITY = 10 * 10**9
 _ARRAYS = ("key_text", "key_ends", "starts", "codes", "blocks", "sizes")
 _DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
-
-
-class Indexed(Protocol):
-    """A shard, as far as its index goes.
-
-    Attributes:
-        identity: what its file in the cache folder is named after.
-        path: of the shard, if its index may lie beside it.
-    """
-
-    @property
-    def identity(self) -> bytes: ...
-
-    @property
-    def path(self) -> Path | None: ...
-
-    def stamp(self) -> tuple[int, int]:
-        """What a stored index must agree with; int64. Raises UserError or OSError."""
-
-    def index(self) -> TarIndex:
-        """Reads the headers. Raises UserError as `build_index` does."""
 
 
 class IndexCache:
@@ -79,7 +61,7 @@ class IndexCache:
         self._stored = 0
         self._closed = set[Path]()
 
-    def get(self, shard: Indexed) -> TarIndex:
+    def get(self, shard: "Shard") -> TarIndex:
         """The index of a shard, built if there is none. Raises UserError as `build_index` does."""
         key = shard.identity
         if key in self._unstored:
@@ -89,7 +71,7 @@ class IndexCache:
         self._recent.move_to_end(key)
         return self._recent[key]
 
-    def get_all(self, shards: Sequence[Indexed]) -> Iterator[TarIndex]:
+    def get_all(self, shards: Sequence["Shard"]) -> Iterator[TarIndex]:
         """The indexes of many shards in order, several being read at once. Raises as `get` does."""
         told = time.monotonic()
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -101,11 +83,11 @@ class IndexCache:
                         told = time.monotonic()
                         _LOG.info("indexed %d of %d shards", number + 1, len(shards))
 
-    def put(self, shard: Indexed, index: TarIndex) -> None:
+    def put(self, shard: "Shard", index: TarIndex) -> None:
         """Stores an index that was built elsewhere, if that can be done."""
         self._store(self._files(shard)[-1:], _stamp(shard), index)
 
-    def forget(self, shard: Indexed) -> None:
+    def forget(self, shard: "Shard") -> None:
         """Deletes the stored index of a shard that is not what it was, so that the next opening makes a new one."""
         with suppress(OSError):
             self._files(shard)[-1].unlink()
@@ -119,7 +101,7 @@ class IndexCache:
             self._unstored[key] = index
         return index
 
-    def _load_or_build(self, shard: Indexed) -> tuple[TarIndex, bool]:
+    def _load_or_build(self, shard: "Shard") -> tuple[TarIndex, bool]:
         """The index, and whether it lies in a file now."""
         stamp = _stamp(shard)
         files = self._files(shard)
@@ -131,7 +113,7 @@ class IndexCache:
         # What is mapped is shared, what was built is not.
         return (index, False) if stored is None else (_load(stored, stamp) or index, True)
 
-    def _files(self, shard: Indexed) -> list[Path]:
+    def _files(self, shard: "Shard") -> list[Path]:
         """Where an index may lie, the cache folder last."""
         cached = self._folder / f"{hashlib.sha256(shard.identity).hexdigest()[:32]}{_SUFFIX}"
         return [cached] if shard.path is None else [shard.path.with_name(shard.path.name + _SUFFIX), cached]
@@ -155,7 +137,7 @@ class IndexCache:
         return None
 
 
-def _stamp(shard: Indexed) -> list[int]:
+def _stamp(shard: "Shard") -> list[int]:
     return [_FORMAT, *shard.stamp()]
 
 

@@ -15,7 +15,7 @@ from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
 from evaclip.data.remote import is_remote
 from evaclip.data.samples import Decoding
-from evaclip.data.shard_cache import Fetching, ShardCache
+from evaclip.data.shard_cache import ShardCache
 from evaclip.data.shard_list import LIST_SUFFIX, ShardList, read_list
 from evaclip.data.shards import list_shards, shards_at
 from evaclip.data.source import Source
@@ -102,11 +102,6 @@ def _open(path: str, config: DataConfig, captions: bool) -> Source:
     return open_source(path, config.kind, **{name: getattr(config, name) for name in _KEYS}, captions=captions)
 
 
-def _fetching(config: RemoteConfig) -> Fetching:
-    folder = Path(config.cache_folder).expanduser() if config.cache_folder else None
-    return Fetching(folder, int(config.cache_gb * 1e9), config.timeout, config.attempts)
-
-
 def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
     """Opens tar shards, or lists of them, and writes the indexes of local ones beside them, where that is possible.
 
@@ -135,7 +130,7 @@ def _open_shards(
     part: tuple[int, int] = (0, 1),
 ) -> WebDatasetSource:
     _allow_open_files()
-    cache = ShardCache(_fetching(remote))
+    cache = ShardCache(remote)
     if paths[0].endswith(LIST_SUFFIX):
         if part[1] > 1:
             raise UserError(f"lists of shards are joined as a whole, so part {part[0]}/{part[1]} is none of {paths[0]}")

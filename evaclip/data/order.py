@@ -66,10 +66,6 @@ class SampleOrder:
         self._lengths = (self.num_samples - np.arange(nodes) + nodes - 1) // nodes
         self._firsts = np.cumsum(self._lengths) - self._lengths
 
-    def index(self, global_index: int) -> tuple[int, int]:
-        """The epoch and the sample index of one global index."""
-        return global_index // self.num_samples, int(self.indices(np.array([global_index], np.int64))[0])
-
     def indices(self, global_indices: I64) -> I64:
         """The sample indices [n] of global indices [n]."""
         epochs, positions = np.divmod(global_indices, self.num_samples)

@@ -13,13 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from evaclip.data.config import RemoteConfig
 from evaclip.data.remote import COMMAND, RemoteError, Version, open_remote
 from evaclip.errors import UserError
 from evaclip.machine import user_cache
 
 _LOG = logging.getLogger("evaclip.data")
 _CHUNK = 2**20
-_LONGEST_PAUSE = 30.0
+_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before the second try; each further pause is twice as long."""
 _FAILURES_LAST = 300.0
 """Seconds in which a shard that could not be had is not asked for again."""
 _TOUCH_AFTER = 10.0
@@ -28,25 +30,6 @@ _ABANDONED_AFTER = 3600.0
 T = TypeVar("T")
 Check = Callable[[Path], None]
 """Looks at a copy before anybody else sees it, and raises RemoteError to refuse it."""
-
-
-@dataclass(frozen=True)
-class Fetching:
-    """How shards are fetched.
-
-    Attributes:
-        folder: where the copies lie; None: `shards` in the user's cache.
-        capacity: bytes that the copies may take together; those being written come on top.
-        timeout: seconds without a byte after which a try fails.
-        attempts: tries, with pauses of 1, 2, 4, ... seconds between them.
-        pause: seconds before the second try.
-    """
-
-    folder: Path | None = None
-    capacity: int = 32 * 10**9
-    timeout: float = 60.0
-    attempts: int = 5
-    pause: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,19 +51,23 @@ class ShardCache:
 
     A copy appears complete or not at all. It is written under a lock that the kernel takes from a process that is
     killed. A shard that could not be had is not asked for again for five minutes.
+
+    Attributes:
+        capacity: bytes that the copies may take together; those being written come on top.
     """
 
-    def __init__(self, fetching: Fetching) -> None:
-        self.capacity = fetching.capacity
-        self._options = fetching
-        self._folder = fetching.folder or user_cache("shards")
+    def __init__(self, config: RemoteConfig) -> None:
+        self.capacity = int(config.cache_gb * 1e9)
+        self._config = config
+        folder = config.cache_folder
+        self._folder = Path(folder).expanduser() if folder else user_cache("shards")
         self._failures: dict[str, tuple[float, RemoteError]] = {}
 
     def version(self, url: str) -> Version:
         """The version that the server has now. Raises RemoteError."""
 
         def ask() -> Version:
-            with open_remote(url, self._options.timeout) as remote:
+            with open_remote(url, self._config.timeout) as remote:
                 return remote.version
 
         return Version() if url.startswith(COMMAND) else self._try(url, ask)
@@ -156,7 +143,7 @@ class ShardCache:
         self._make_room(0, path)
 
     def _copy(self, shard: Wanted, part: Path) -> None:
-        with open_remote(shard.url, self._options.timeout) as remote, part.open("wb") as file:
+        with open_remote(shard.url, self._config.timeout) as remote, part.open("wb") as file:
             if change := shard.version.difference(remote.version):
                 raise RemoteError(f"the shard changed after it was indexed: {change}", permanent=True)
             size = shard.version.size if remote.version.size is None else remote.version.size
@@ -181,15 +168,15 @@ class ShardCache:
                     total -= facts.st_size
 
     def _try(self, url: str, action: Callable[[], T]) -> T:
-        pause = self._options.pause
-        for attempt in range(1, self._options.attempts + 1):
+        pause = _PAUSE
+        for attempt in range(1, self._config.attempts + 1):
             try:
                 return action()
             except RemoteError as exc:
-                if exc.permanent or attempt == self._options.attempts:
+                if exc.permanent or attempt == self._config.attempts:
                     raise
                 wait = pause * random.uniform(0.75, 1.25)
-                _LOG.warning("%s: try %d of %d: %s; again in %.1f s", url, attempt, self._options.attempts, exc, wait)
+                _LOG.warning("%s: try %d of %d: %s; again in %.1f s", url, attempt, self._config.attempts, exc, wait)
                 time.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")

@@ -70,13 +70,7 @@ class Gallery:
 
 
 def build_gallery(title: str, pairs: "EncodedPairs", *, queries: int = 8, per_query: int = 8, seed: int = 0) -> Gallery:
-    """Two sections: queries drawn at random, and those answered best.
-
-    Args:
-        queries: of each section.
-        per_query: pictures shown for each.
-        seed: of the random draw.
-    """
+    """Two sections: queries drawn at random, and those answered best."""
     import torch
 
     from evaclip.eval.ranking import target_ranks, top_items

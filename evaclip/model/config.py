@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -68,14 +69,15 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
             _check(
-                isinstance(values, Sequence) and len(values) == 3,
+                isinstance(values, Sequence) and len(values) == 3 and all(map(_is_number, values)),
                 f"preprocess.{name} is {values!r}; expected 3 numbers, one per RGB channel",
             )
             object.__setattr__(self, name, tuple(float(value) for value in values))
         _check(min(self.std) > 0, f"preprocess.std is {self.std}; expected positive numbers")
         _check_choice("preprocess.interpolation", self.interpolation, Interpolation)
         _check_choice("preprocess.resize", self.resize, Resize)
-        _check(0 < self.crop <= 1, f"preprocess.crop is {self.crop}; expected 0 < share <= 1")
+        crop = self.crop
+        _check(_is_number(crop) and 0 < crop <= 1, f"preprocess.crop is {crop!r}; expected 0 < share <= 1")
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
         current = getattr(config, name)
         if is_dataclass(current) and isinstance(value, Mapping):
             value = override(current, value, f"{path}{name}.")
-        elif is_dataclass(current) != is_dataclass(value):
+        elif (is_dataclass(current) or is_dataclass(value)) and not isinstance(value, type(current)):
             raise UserError(f"model option {path}{name} is {value!r}; expected {_kind(current)}")
         values[name] = value
     return replace(config, **values)  # type: ignore[type-var]
@@ -277,7 +279,7 @@ def add_model_config(path: str | Path) -> None:
     if not found:
         raise UserError(f"the folder {str(path)!r} has no .json file")
     for file in found:
-        if file.stem in _shipped():
+        if find_model(file.stem) in _shipped():  # an alias, or another spelling, would never be found
             raise UserError(f"{str(file)!r} has the name of a shipped model; give it another name")
         _read_config(file)
     _added.update({file.stem: file for file in found})
@@ -349,11 +351,15 @@ def _check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_fields(part: str, config: Any) -> None:
     for entry in fields(config):
         value = getattr(config, entry.name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(value, tuple):
+        number = isinstance(value, int | float) and _is_number(value)
+        if entry.name == "image_size" and isinstance(value, tuple):
             continue
         if isinstance(entry.default, bool):
             accepted, expected = isinstance(value, bool), "true or false"

@@ -1,11 +1,12 @@
 """Towers as programs that run without this library: of torch's own operators, or ONNX files that were run before."""
 
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torch.export import Dim, ExportedProgram
 
 import evakernels
 from evaclip.atomic import replacing, require_space, writing
-from evaclip.errors import UserError
+from evaclip.errors import UserError, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
 from evaclip.outputs import check_output
+from evakernels.nn import FrozenWeight, unfreeze
 
 if TYPE_CHECKING:
     from evaclip.portable.check import Outcome
@@ -92,6 +94,7 @@ def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool 
 
 def exported(model: CLIP, tower: TowerName, normalize: bool = False) -> ExportedProgram:
     """The program that `export` writes to a `.pt2`. The ops of evakernels are replaced by what they mean in torch's."""
+    model = exportable(model, tower)
     # Of two samples: one is a size that programs take for a constant.
     if tower == "image":
         weight = model.visual.pos_embed
@@ -102,6 +105,20 @@ def exported(model: CLIP, tower: TowerName, normalize: bool = False) -> Exported
     encoder = _Encoder(model, tower, normalize).eval()
     with torch.no_grad(), evakernels.as_torch_operators():
         return torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def exportable(model: CLIP, tower: str) -> CLIP:
+    """The model, or a copy with dense weights of one whose weights are frozen.
+
+    Raises:
+        UserError: for another tower, or a model that takes images of another size than its configuration says.
+    """
+    if tower not in get_args(TowerName):
+        raise unknown_name("tower", tower, get_args(TowerName))
+    if (size := model.visual.present.image_size) != (own := model.config.vision.image_size):
+        raise UserError(f"set_image_size({size}) is in force; call set_image_size({own}) before the model is exported")
+    is_frozen = any(isinstance(weight, FrozenWeight) for weight in model.parameters())
+    return unfreeze(copy.deepcopy(model)) if is_frozen else model
 
 
 class _Encoder(nn.Module):
@@ -120,5 +137,8 @@ def _together(target: Path) -> Iterator[Path]:
     """A folder beside `target`, whose files get its place if the block succeeds: the file itself last."""
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         yield Path(folder)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name):
+        made = sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name)
+        for path in made:
             shutil.move(path, target.with_name(path.name))
+        if len(made) == 1:  # The file that is replaced may have had its weights in a second one.
+            target.with_name(f"{target.name}.data").unlink(missing_ok=True)

@@ -140,12 +140,7 @@ def _mlp(config: VisionConfig) -> SwiGLU | GeluMlp:
 
 
 class Block(ResidualBlock):
-    """Attention and MLP, each with its norm before or after it. `[B, N, width]` -> same, or the class token only.
-
-    Args:
-        config: of the tower.
-        index: which block this is, from 0.
-    """
+    """Attention and MLP, each with its norm before or after it. `[B, N, width]` -> same, or the class token only."""
 
     gamma_1: nn.Parameter | None
     gamma_2: nn.Parameter | None

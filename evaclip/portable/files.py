@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
+from evaclip.model.export import exportable
 from evaclip.portable.check import Outcome, check_everywhere, require
 from evaclip.portable.graph import DTYPES, Dtype, Graph, save
 from evaclip.portable.probe import LOWEST, SEED, Probe, make_inputs
@@ -53,6 +54,7 @@ def write_checked(model: CLIP, spec: Spec, path: Path) -> list[Outcome]:
     Raises:
         Refused: one of them doesn't give the model's embeddings. The file is there then; remove it.
     """
+    model = exportable(model, spec.tower)
     probe = make_probe(model, spec)
     save(build(model, spec, probe), path, spec.external)
     if spec.int8:

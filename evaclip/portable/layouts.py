@@ -98,8 +98,9 @@ def export_folder(
 def tokenizer_file(config: CLIPConfig) -> Tokenizer:
     """The model's tokenizer with all its steps inside, as `tokenizers` keeps them in a tokenizer.json.
 
-    It cuts words by the Unicode of its runtime, and repairs no mis-encoded characters: for all other text the ids are
-    those of `evaclip.get_tokenizer`, but for the padding, which is the end token; the model doesn't see it.
+    It cuts words by the Unicode of its runtime, and neither repairs mis-encoded characters nor resolves HTML entities:
+    for all other text the ids are those of `evaclip.get_tokenizer`, but for the padding, which is the end token; the
+    model doesn't see it.
     """
     vocab_size = config.text.vocab_size
     tokenizer = Tokenizer.from_str(byte_pair_encoder(vocab_size).to_str())

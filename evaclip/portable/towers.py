@@ -47,7 +47,7 @@ def image_graph(graph: Graph, tower: VisionTower, images: str) -> str:
     sizes: dict[str, Any] = {"kernel_shape": [config.patch_size] * 2, "strides": [config.patch_size] * 2}
     kernel, bias = graph.weight(_values(proj.weight)), graph.weight(_values(proj.bias))
     x = graph.op("Conv", graph.cast(images, "computed"), kernel, bias, **sizes)
-    x = graph.transpose(graph.reshape(x, 0, config.width, -1), 0, 2, 1)
+    x = graph.transpose(graph.reshape(x, 0, config.width, config.num_patches), 0, 2, 1)
     # The class token's row is 0 in front of the sum: no shape has to be asked for, as of a token to be repeated.
     positions = _values(tower.pos_embed)[0]
     positions[0] += _values(tower.cls_token)[0, 0]

@@ -66,9 +66,14 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
     axes.set_xlim(0, curve.samples[-1])
     axes.set_ylim(bottom * 1.12, top * 1.12)
     axes.set_xlabel("samples seen")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    over_samples(axes, ticks=6)
+
+
+def over_samples(axes: Axes, ticks: int) -> None:
+    """The look of a curve over the samples seen."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks))
     axes.grid(axis="y", color=PALETTE.line, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)

@@ -11,7 +11,7 @@ from evaclip.errors import UserError
 from evaclip.report.curves import RUN_COLOURS, compared, panel_html
 from evaclip.report.run_data import read_log_of
 from evaclip.report.state import duration
-from evaclip.report.theme import document
+from evaclip.report.theme import document, table
 
 KIND = "Comparison of training runs"
 _MISSING = "–"  # noqa: RUF001
@@ -34,7 +34,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
         f'<p class="kind">{KIND}</p><h1>{escape(", ".join(names))}</h1>',
         '<p class="summary">Every chart is over the samples seen.</p>',
         "<h2>Where they stand</h2>",
-        _table(["", *names], [[title, *values] for title, values in _standing(configs, logs)]),
+        table(["", *names], [[title, *values] for title, values in _standing(configs, logs)]),
         "<h2>Curves</h2>",
         f'<div class="curves">{"".join(panel_html(panel, names) for panel in compared(logs))}</div>',
         "<h2>What they were told differently</h2>",
@@ -85,7 +85,7 @@ def _differences(configs: Mapping[str, Mapping[str, Any]]) -> str:
     keys = sorted({key for leaves in flat.values() for key in leaves} - {"name", "output"})
     rows = [[key, *(str(leaves.get(key, _MISSING)) for leaves in flat.values())] for key in keys]
     different = [row for row in rows if len(set(row[1:])) > 1]
-    return _table(["", *flat], different) if different else "<p>Nothing: their configurations are the same.</p>"
+    return table(["", *flat], different) if different else "<p>Nothing: their configurations are the same.</p>"
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -94,9 +94,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         nested = isinstance(value, Mapping) and value
         leaves += _leaves(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
     return leaves
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
-from evaclip.report.charts import short_number
+from evaclip.report.charts import over_samples, short_number
 from evaclip.report.theme import COLOURS, PALETTE, STYLE, themed_svg
 from evaclip.train.sinks import is_share
 
@@ -197,10 +197,6 @@ def _draw(axes: Axes, panel: Panel, drawn: Sequence[tuple[Series, str]]) -> None
         marker = "o" if len(series.x) < 3 else None
         axes.plot(series.x, series.y, color=RUN_COLOURS[colour], linewidth=1.2, marker=marker, markersize=3)
     axes.set_xlim(0, max(1, *(series.x[-1] for series, _ in drawn)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.form(value)))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    axes.grid(axis="y", color=PALETTE.line, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines["left"].set_visible(False)
+    over_samples(axes, ticks=5)

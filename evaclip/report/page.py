@@ -7,7 +7,7 @@ from evaclip.eval.gallery import Found, Gallery, Query, Section
 from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
 from evaclip.report.curves import panel_html, panels
 from evaclip.report.run_data import BarGroup, LossCurve, RunData
-from evaclip.report.theme import document
+from evaclip.report.theme import document, table
 
 KIND = "Report of a training run"
 NO_EVALUATIONS = "Nothing has been evaluated yet: `evaclip eval` adds results."
@@ -96,12 +96,8 @@ def _picture(found: Found) -> str:
 
 
 def _events(run: RunData) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(time)}</td><td>{step:,}</td><td>{escape(text)}</td></tr>" for time, step, text in run.events
-    )
-    head = "<thead><tr><th>time</th><th>step</th><th>what</th></tr></thead>"
-    table = f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>'
-    return f"<h2>What happened</h2><p>{EVENTS_NOTE}</p>{table}" if run.events else ""
+    rows = [(time, f"{step:,}", text) for time, step, text in run.events]
+    return f"<h2>What happened</h2><p>{EVENTS_NOTE}</p>{table(['time', 'step', 'what'], rows)}" if rows else ""
 
 
 def _facts(run: RunData) -> str:

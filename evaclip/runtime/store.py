@@ -76,6 +76,8 @@ class Store:
         folder: where it is.
         model: what the embeddings are of, as given to `create`.
         dim: length of an embedding.
+        slots: how many numbers are given out: of the rows, and of those that are gone.
+        generation: counts the times that rows got other numbers.
     """
 
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
@@ -161,8 +163,8 @@ class Store:
             raise UserError(f"{self.folder} has the format {about.get('format')!r}; this version reads {_FORMAT}")
         self.model: dict[str, Any] = about["model"]
         self.dim: int = self.model["dim"]
-        self._slots: int = about["slots"]
-        self._generation: int = about["generation"]
+        self.slots: int = about["slots"]
+        self.generation: int = about["generation"]
         self._free = np.array([number for key, number in found if not key], dtype=np.int64)
         self._maps: dict[str, NDArray[Any]] = {}
 
@@ -190,7 +192,7 @@ class Store:
         """
         vectors = self._checked(embeddings, rows)
         with self._writing() as database:
-            first = self._slots
+            first = self.slots
             codes, scales = encode(vectors.astype(np.float32), self.rotation)
             for name, data in (("embeddings", vectors), ("codes", codes), ("scales", scales)):
                 write_rows(self._path(name), first, data)
@@ -204,7 +206,7 @@ class Store:
             database.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
             self._tell(database, "slots", first + len(rows))
         for name, dtype in _KINDS.items():
-            write_header(self._path(name), dtype, self._slots, _columns(name, self.dim))
+            write_header(self._path(name), dtype, self.slots, _columns(name, self.dim))
 
     def without_thumbnail(self) -> dict[str, str]:
         """The ids of rows that have no thumbnail, and the hashes of their content."""
@@ -259,7 +261,7 @@ class Store:
         with self._writing() as database:
             kept = np.flatnonzero(self.alive())
             for name, dtype in _KINDS.items():
-                path = self._path(name, self._generation + 1)
+                path = self._path(name, self.generation + 1)
                 write_header(path, dtype, len(kept), _columns(name, self.dim))
                 for start in range(0, len(kept), 65536):
                     write_rows(path, start, self._mapped(name)[kept[start : start + 65536]])
@@ -272,7 +274,7 @@ class Store:
             database.execute("DROP TABLE moved")
             database.execute("DELETE FROM free")
             self._tell(database, "slots", len(kept))
-            self._tell(database, "generation", self._generation + 1)
+            self._tell(database, "generation", self.generation + 1)
         self._database.execute("VACUUM")
         for name in _KINDS:
             for path in self.folder.glob(f"{name}-*.npy"):
@@ -280,17 +282,7 @@ class Store:
                     path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return self._slots - len(self._free)
-
-    @property
-    def slots(self) -> int:
-        """How many numbers are given out: of the rows, and of those that are gone."""
-        return self._slots
-
-    @property
-    def generation(self) -> int:
-        """Counts the times that rows got other numbers."""
-        return self._generation
+        return self.slots - len(self._free)
 
     @cached_property
     def rotation(self) -> NDArray[np.float32]:
@@ -317,7 +309,7 @@ class Store:
 
     def alive(self) -> NDArray[np.bool_]:
         """Which numbers have a row, bool `[slots]`."""
-        mask = np.ones(self._slots, dtype=np.bool_)
+        mask = np.ones(self.slots, dtype=np.bool_)
         mask[self._free] = False
         return mask
 
@@ -326,7 +318,7 @@ class Store:
         sql, values = as_sql(where)
         found = self._database.execute(f"SELECT number FROM rows WHERE {sql} ORDER BY number", values).fetchall()
         numbers = np.array(found, dtype=np.int64).reshape(-1)
-        return numbers[numbers < self._slots]
+        return numbers[numbers < self.slots]
 
     def rows(self, numbers: Iterable[int]) -> list[Row]:
         """The rows of these numbers, in their order.
@@ -337,7 +329,7 @@ class Store:
         found = [self._database.execute(_ROW, (int(number),)).fetchone() for number in numbers]
         # Looked up last, as a compaction in between has moved them.
         (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
-        if json.loads(generation) != self._generation or None in found:
+        if json.loads(generation) != self.generation or None in found:
             raise UserError(f"{self.folder} was changed by another process: open it again")
         return [
             Row(id, content, caption, json.loads(metadata), data) for _, id, content, caption, metadata, data in found
@@ -403,13 +395,13 @@ class Store:
         database.execute("UPDATE about SET value = ? WHERE key = ?", (json.dumps(value), key))
 
     def _path(self, name: str, generation: int | None = None) -> Path:
-        return self.folder / f"{name}-{self._generation if generation is None else generation}.npy"
+        return self.folder / f"{name}-{self.generation if generation is None else generation}.npy"
 
     def _mapped(self, name: str) -> NDArray[Any]:
         # Kept, as each page that is touched for the first time costs a fault.
         if name not in self._maps:
             with reading(self._path(name)):
-                self._maps[name] = map_rows(self._path(name), _KINDS[name], self._slots, _columns(name, self.dim))
+                self._maps[name] = map_rows(self._path(name), _KINDS[name], self.slots, _columns(name, self.dim))
         return self._maps[name]
 
 

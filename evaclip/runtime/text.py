@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROGRAM_FILE = "text.onnx"
 TOKENS_FILE = "text.json"
+BATCH = 32
+"""Texts of about the same length that the program embeds at a time, which bounds its memory."""
 
 TextEncoder = Callable[[Sequence[str]], NDArray[np.float32]]
 
@@ -33,15 +35,8 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     Raises:
         UserError: the packages that write ONNX are missing (`evakernels[export]`), or the store can't be written.
     """
-    import torch
-
     from evaclip.model.export import export
-    from evakernels.nn import unfreeze
 
-    # The given one may be an encoder's: in 16 bits, on a GPU, with frozen weights.
-    kinds = {(type(weight), weight.dtype, weight.device.type) for weight in model.parameters()}
-    if kinds != {(torch.nn.Parameter, torch.float32, "cpu")}:
-        model = unfreeze(copy.deepcopy(model)).to("cpu", torch.float32)
     export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True, external=True)
     text = model.config.text
     # Written last: without it there is no program.
@@ -111,9 +106,13 @@ class _Program:
             self._session = loading.result()
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        (found,) = self._session.run(None, {"inputs": self._tokens(list(texts))})
-        embeddings: NDArray[np.float32] = found
-        return embeddings
+        tokens = self._tokens(list(texts))
+        found = np.empty((len(tokens), self._session.get_outputs()[0].shape[1]), np.float32)
+        by_length = tokens.argmax(axis=1).argsort(kind="stable")
+        for first in range(0, len(tokens), BATCH):
+            rows = by_length[first : first + BATCH]
+            (found[rows],) = self._session.run(None, {"inputs": tokens[rows]})
+        return found
 
 
 def _session(path: Path) -> Any:

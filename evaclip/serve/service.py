@@ -64,13 +64,6 @@ class Hits(BaseModel):
 class Service:
     """The work behind the API. One thread has the encoder, another one the store, and some decode pictures.
 
-    Args:
-        store: to search in.
-        encoder: of the store's model.
-        limits: of requests.
-        metrics: told of each batch.
-        delay: seconds that a picture or text waits for others to be encoded with.
-
     Raises:
         Rejected: by all methods, for what isn't accepted.
     """

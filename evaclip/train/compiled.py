@@ -15,9 +15,6 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     once more without gradients. Stochastic depth makes every block another one, with graphs of its own. The number of
     samples and of the captions' tokens is no part of a graph. Names and values of parameters stay as they are, and so
     does all around the blocks: sharding, recomputation of whole blocks, packing.
-
-    Args:
-        backend: of torch.compile.
     """
     # All blocks count as one function to the compiler, which gives up at 8 graphs of it.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)

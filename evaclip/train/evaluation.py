@@ -114,30 +114,15 @@ def _options(run: TrainConfig, workers: int) -> FeatureOptions:
     return FeatureOptions(run.eval.batch_size, workers, autocast, progress=False)
 
 
+@dataclass(frozen=True)
 class Evaluation:
-    """Measures a model on its sets; every process encodes its part of each.
+    """Measures a model on its sets; every process encodes its part of each. `transform` is without augmentation."""
 
-    Args:
-        sets: what is measured on.
-        tokenizer: texts to tokens.
-        transform: a PIL image to a tensor, without augmentation.
-        loss: that of the training.
-        world: the processes that evaluate together.
-    """
-
-    def __init__(
-        self,
-        sets: Sequence[EvalSet],
-        tokenizer: Callable[[list[str]], Tensor],
-        transform: Callable[[Any], Tensor],
-        loss: ContrastiveLoss,
-        world: World,
-    ) -> None:
-        self._sets = sets
-        self._tokenizer = tokenizer
-        self._transform = transform
-        self._loss = loss
-        self._world = world
+    sets: Sequence[EvalSet]
+    tokenizer: Callable[[list[str]], Tensor]
+    transform: Callable[[Any], Tensor]
+    loss: ContrastiveLoss
+    world: World
 
     def __call__(self, model: CLIP, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
         """The metrics of all sets as `NAME/METRIC`, and a line on each set that could not be measured.
@@ -151,12 +136,12 @@ class Evaluation:
         Raises:
             Stopped: a process was asked to stop.
         """
-        clip = Spread(model, self._world, self._tokenizer, stop)
-        return measured(model, {each.name: partial(self._measure, each, clip) for each in self._sets})
+        clip = Spread(model, self.world, self.tokenizer, stop)
+        return measured(model, {each.name: partial(self._measure, each, clip) for each in self.sets})
 
     def _measure(self, each: EvalSet, clip: Spread, attempt: Attempt) -> Metrics:
         headlines = [name for measure in each.config.measure or ("classify",) for name in _HEADLINES[measure]]
-        return attempt(headlines, lambda: _Measurement(each, clip, self._transform, self._loss).metrics())
+        return attempt(headlines, lambda: _Measurement(each, clip, self.transform, self.loss).metrics())
 
 
 def measured(model: nn.Module, sets: Mapping[str, Callable[[Attempt], Metrics]]) -> tuple[Metrics, list[str]]:

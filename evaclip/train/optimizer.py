@@ -52,9 +52,6 @@ def build_optimizer(groups: list[Group], config: OptimConfig, seed: int = 0) -> 
 
     Both kinds divide the gradients by their attribute `grad_scale`, and skip a step when their `found_inf` is 1, on the
     device.
-
-    Args:
-        seed: of stochastic rounding.
     """
     for group in groups:
         # SigLIP's bias stays in float32.

@@ -34,9 +34,6 @@ class StopSignals:
 
     Launchers and schedulers repeat their signals, and send them to all processes: that changes nothing. Only a second
     Ctrl-C, some seconds after the first signal, ends the process at once.
-
-    Attributes:
-        received: the first signal's number, or None.
     """
 
     def __init__(self) -> None:

@@ -66,9 +66,6 @@ class Spread(nn.Module):
     def everywhere(self, action: Callable[[], Result], *, texts: bool = False) -> list[Result]:
         """What the action gives in every process.
 
-        Args:
-            action: encodes pictures, or `texts`.
-
         Raises:
             UserError: that of the first process in which it failed, in all; also for what can't be read, a lack of host
                 memory, and a data worker that died.

@@ -1,6 +1,5 @@
 """Weights under the names of another library."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig, find_model, get_config, list_models, override
 from evaclip.model.rotary import RotaryTable
+from evaclip.model.vision_names import is_vision_model, vision_config
 from evaclip.outputs import check_output
-from evaclip.run_files import MODEL_CONFIG_FILE
-from evaclip.weights.files import check_suffix, load_state_dict, save_tensors, weight_files
+from evaclip.weights.files import check_suffix, load_state_dict, options_beside, save_tensors, weight_files
 from evaclip.weights.layouts import is_image_tower, to_authors, to_open_clip, to_timm
 from evaclip.weights.load import differences
 
@@ -29,7 +28,7 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
         target: `.safetensors`, or `.pt`, `.pth`, `.bin` for a file of `torch.save`.
         layout: one of `FORMATS`.
         model: name of the configuration. `original` needs to know it; None finds it in the checkpoint that `source`
-            lies in, or by the shapes. So does `timm` of an `eva_large_*`.
+            lies in, or by the shapes.
         overwrite: replace `target` if it exists. What is read, and what lies in a run or a checkpoint, is never
             replaced.
 
@@ -42,8 +41,12 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
     if layout == "safetensors" and target.suffix != ".safetensors":
         raise UserError(f"{str(target)!r} doesn't end in .safetensors, which is the format asked for")
     check_suffix(target)
+    if model and not is_vision_model(model):
+        get_config(model)
     check_output(target, overwrite=overwrite, sources=[source, *weight_files(source)])
     state = load_state_dict(source)
+    if not any(name.startswith(("blocks.", "visual.blocks.")) for name in state):
+        raise UserError(f"{str(source)!r} holds no image tower of the EVA series, whose names begin with visual.blocks")
     save_tensors(_LAYOUTS[layout](state, model, source), target)
 
 
@@ -73,9 +76,8 @@ def _config_of(state: Mapping[str, Tensor], model: str | None, source: Path) -> 
     Raises:
         UserError: there is no such model, or the weights aren't of that one.
     """
-    beside = source.with_name(MODEL_CONFIG_FILE)
-    options = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {"name": model or identify(state)}
-    name = options.pop("name")
+    options = options_beside(source) or {"name": model or identify(state)}
+    name = str(options.pop("name"))
     if model and find_model(model) != find_model(name):
         raise UserError(f"the weights are of {name!r}, not of {model!r}; leave --model out")
     config = override(get_config(name), options)
@@ -99,9 +101,15 @@ def _with_rotary_tables(state: Mapping[str, Tensor], model: str | None, source: 
     return {**state, **{name: tensor.clone() for name, tensor in rotary.items()}}
 
 
+def _is_large(state: Mapping[str, Tensor]) -> bool:
+    """Whether the image tower is an `eva_large_*`, by its width and by q, k and v in one matrix."""
+    qkv = state.get("blocks.0.attn.qkv.weight", state.get("visual.blocks.0.attn.qkv.weight"))
+    return qkv is not None and qkv.shape[1] == vision_config("eva_large_patch14_196").width
+
+
 _LAYOUTS: dict[str, Callable[[dict[str, Tensor], str | None, Path], dict[str, Tensor]]] = {
     "original": _with_rotary_tables,
     "open_clip": lambda state, *_: to_open_clip(state),
-    "timm": lambda state, model, _: to_timm(state, joint_bias=(model or "").startswith("eva_large")),
+    "timm": lambda state, *_: to_timm(state, joint_bias=_is_large(state)),
     "safetensors": lambda state, *_: state,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
-from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_FILE
+from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_CONFIG_FILE, MODEL_FILE
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
 from evaclip.weights.parts import is_there, joined
@@ -59,7 +59,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file on the CPU, under the names that models here use.
 
     Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running any code of theirs, and the
-    `.index.json` of weights in several parts. The tensors are views of the mapped file where its format allows.
+    `.index.json` of weights in several parts. The tensors are views of the mapped file where its format allows: what
+    changes them must not be saved over that file by `torch.save`.
     All layouts of EVA-CLIP are known: the authors', open_clip's, timm's, with wrappers of training programs, with a
     flat text tower.
 
@@ -122,6 +123,15 @@ def weight_files(path: Path) -> list[Path]:
     return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
 
 
+def options_beside(weights: Path) -> dict[str, Any]:
+    """The options of its model that a training has left beside a weights file, with its `name`; none without any."""
+    try:
+        options = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return options if isinstance(options, dict) and "name" in options else {}  # another program's file of that name
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a `.safetensors` file, or one of `torch.save`; it appears complete or not at all.
 
@@ -129,7 +139,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         UserError: for another suffix, or where the file can't be written, on a full disk for example.
     """
     check_suffix(path)
-    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    dense, places = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        tied = tensor.data_ptr() in places  # safetensors refuses tensors that share memory
+        dense[name] = tensor.clone(memory_format=torch.contiguous_format) if tied else tensor.contiguous()
+        places.add(tensor.data_ptr())
     require_space(path, sum(tensor.nbytes for tensor in dense.values()))
     with writing(path), replacing(path) as temporary:
         try:
@@ -138,7 +152,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             else:
                 torch.save(dense, temporary)
         except (SafetensorError, RuntimeError) as exc:
-            raise OSError(f"{exc}".splitlines()[0]) from exc
+            raise OSError(f"{exc}".strip().splitlines()[0]) from exc
 
 
 def check_suffix(path: Path) -> None:
@@ -179,11 +193,11 @@ def _parts(index: Path) -> list[Path]:
     """The files that an index names; all of them exist."""
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        parts = [index.parent / Path(name).name for name in sorted(set(files))]
     except FileNotFoundError:
         raise UserError(f"there is no weights file {str(index)!r}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise UserError(f"{str(index)!r} can't be read: expected JSON with files by tensor in weight_map") from exc
-    parts = [index.parent / Path(name).name for name in sorted(set(files))]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise UserError(f"{str(index)!r} names {', '.join(missing)}, which {index.parent} doesn't have")

@@ -18,7 +18,7 @@ from evaclip.errors import UserError
 from evaclip.weights.packing import pack, pack_gates, unpack
 
 _WRAPPERS = ("model", "module", "state_dict")
-_PARALLEL = "module."
+_PARALLEL, _COMPILED = "module.", "_orig_mod."
 _FLAT_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 # Rotary tables are computed, never loaded: files disagree on their shape, and 16-bit files round them.
 _ROTARY = re.compile(r"(^|\.)rope\.freqs_(cos|sin)$")
@@ -128,12 +128,14 @@ def unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    strangers = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    strangers = [
+        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if strangers or not state:
         found = f"other things under {', '.join(strangers[:5])}" if strangers else "nothing"
         wrappers = " or ".join(_WRAPPERS)
         raise UserError(f"the weights hold {found}; expected tensors by name, or those under {wrappers}")
-    return _without_parallel_prefix(dict(state))
+    return _without_parallel_prefix({name.replace(_COMPILED, ""): tensor for name, tensor in state.items()})
 
 
 def _without_parallel_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:

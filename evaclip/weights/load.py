@@ -45,17 +45,19 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 def materialize(model: nn.Module, source: Path, device: torch.device, antialias: bool = False) -> None:
     """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
 
-    Tensors that need no conversion are views of the mapped file; they are copied when they are first written to, or at
-    once where the model is sharded. `antialias` is for positions of another image size, see `resize_pos_embed`. The
-    rest is as for `load_weights`.
+    Tensors of a `.safetensors` file that need no conversion are views of the mapped file; they are copied when they are
+    first written to, or at once where the model is sharded. `antialias` is for positions of another image size, see
+    `resize_pos_embed`. The rest is as for `load_weights`.
     """
     state = _fitting(model, source, antialias)
     if is_sharded(model):
         put(model.to_empty(device=device), state)
         return
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    # torch.save cuts the file that it writes over, whose pages would go from under a model that was read from there.
+    copy = ".safetensors" not in source.name
     for name in list(state):
-        state[name] = state[name].to(device, dtypes[name])
+        state[name] = state[name].to(device, dtypes[name], copy=copy)
     model.load_state_dict(state, assign=True)
 
 
@@ -131,7 +133,8 @@ def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
 def _fitted(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
     old = math.isqrt(max(patches, 0))
-    if patches < 1 or (old, old) == grid or old**2 != patches:
+    # As many patches are taken for those of this grid: weights of 2x8 patches aren't of 4x4.
+    if patches < 1 or patches == math.prod(grid) or old**2 != patches:
         return pos_embed
     _log.warning("weights of another image size: positions are resized from %dx%d to %dx%d patches", old, old, *grid)
     return resize_pos_embed(pos_embed, grid, antialias)
@@ -147,7 +150,9 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         for name in shared
         if state[name].shape != expected[name].shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    # Codes of quantized weights, whose scales nobody reads here, would be taken for values.
+    codes = [f"{name} {state[name].dtype}" for name in shared if not state[name].is_floating_point()]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen, "no floats": codes}
     return [f"{kind}: {', '.join(summarize(names))}" for kind, names in kinds.items() if names]
 
 

@@ -87,10 +87,12 @@ def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConf
     vision = replace(vision_config(architecture), pool="token")
     strange = {name: value for name, value in tower.items() if value not in (_TOWER.get(name), None, False)}
     strange |= {name: text.pop(name) for name in list(text) if name not in (*_TEXT, "mlp_ratio")}
+    if model.get("quick_gelu"):  # another activation of the text tower, which no weight tells of
+        strange["quick_gelu"] = True
     if size not in (vision.image_size, [vision.image_size] * 2):
         strange["image_size"] = size
     if strange:
         raise UserError(f"a model with {', '.join(f'{k}={v!r}' for k, v in strange.items())} doesn't exist here")
     images = {ours: preprocess[theirs] for ours, theirs in _PREPROCESS.items() if theirs in preprocess}
-    common = {name: model[name] for name in ("embed_dim", "init_logit_bias") if name in model}
+    common = {name: model[name] for name in ("embed_dim", "init_logit_scale", "init_logit_bias") if name in model}
     return override(CLIPConfig(vision=vision), {**common, "text": text, "preprocess": images})

@@ -52,7 +52,11 @@ class _FusedNorm(nn.Module):
     """What apex's norms share: any number of trailing dimensions, and under autocast a result in its dtype."""
 
     def __init__(
-        self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool, memory_efficient: bool
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, SupportsIndex) else normalized_shape
@@ -109,27 +113,9 @@ class FusedLayerNorm(_FusedNorm):
         memory_efficient: accepted, and without effect.
     """
 
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, memory_efficient)
-
 
 class FusedRMSNorm(_FusedNorm):
     """apex's `FusedRMSNorm`: RMSNorm over the trailing dimensions. Arguments as of `FusedLayerNorm`."""
-
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, memory_efficient)
 
     def _parameter_names(self) -> tuple[str, ...]:
         return ("weight",)
@@ -288,9 +274,7 @@ class FusedLAMB(_ApexOptimizer):
         params, lr, betas, eps, weight_decay: as of `evakernels.optim.Lamb`; a group may set them for itself.
         bias_correction, grad_averaging: whether moments are divided by `1 - beta ** step`, and whether a gradient
             enters the first one times `1 - beta1`; a group may set both.
-        amsgrad: not offered, as by apex.
-        adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
-        set_grad_none: whether `zero_grad` sets gradients to None.
+        amsgrad, adam_w_mode, set_grad_none: as of `FusedAdam`.
         max_grad_norm: bound on the norm of all gradients together; 0, None or infinity for none.
         use_nvlamb: whether tensors without weight decay have a trust ratio as well.
 
@@ -326,18 +310,11 @@ class FusedLAMB(_ApexOptimizer):
         self.use_nvlamb = use_nvlamb
         self._norm: Tensor | None = None
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step, but not for parameters without a gradient; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _batches(self) -> dict[tuple[Any, ...], Batch]:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         bound = self.defaults["max_grad_norm"] or math.inf
         self._norm = gradient_norm(grads) / bound if grads and bound < math.inf else None
-        super().step()
-        return loss
+        return super()._batches()
 
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None

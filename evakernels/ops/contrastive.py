@@ -287,9 +287,9 @@ def _empty_gradients(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, logit_scale, ctx.offset = inputs
-    row_lse, col_lse, _, row_max, col_max = output
+    row_lse, col_lse, _, row_max, col_max, *logits = output
     ctx.mark_non_differentiable(row_max, col_max)
-    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse)
+    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, *logits)
 
 
 def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
@@ -306,13 +306,6 @@ def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset:
     return *statistics, statistics[0].new_empty(image.shape[0], text.shape[0])
 
 
-def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, logit_scale, ctx.offset = inputs
-    row_lse, col_lse, _, row_max, col_max, logits = output
-    ctx.mark_non_differentiable(row_max, col_max)
-    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, logits)
-
-
 def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
     return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
 
@@ -324,7 +317,7 @@ def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
 
 _kept_forward = define(reference.contrastive_kept_forward, fake=_kept_forward_fake, composed=_kept_composed)
 _kept_backward = define(reference.contrastive_kept_backward, fake=_backward_fake)
-differentiable(_kept_forward, _kept_backward, setup_context=_kept_setup, formula=_kept_gradient, returned=5)
+differentiable(_kept_forward, _kept_backward, setup_context=_setup, formula=_kept_gradient, returned=5)
 
 
 def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:

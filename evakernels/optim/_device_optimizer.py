@@ -85,11 +85,6 @@ class DeviceOptimizer(Optimizer):
 
     Parameters may be DTensors, as `fully_shard` makes them: each process updates what it holds, and the moments are
     DTensors too.
-
-    The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element tensors set as
-    attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the device; a skipped step
-    isn't counted. Moments are float32 for 16-bit parameters too, and those of a state dict stay in the dtype that they
-    were saved in.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = ("betas", "eps")

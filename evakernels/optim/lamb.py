@@ -16,10 +16,7 @@ class Lamb(DeviceOptimizer):
     The trust ratio is that of the whole tensor also where `fully_shard` has cut it up: between the phases the squared
     norms of all tensors are summed over the processes, one all-reduce of two numbers a tensor.
 
-    The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element
-    tensors set as attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the
-    device; a skipped step isn't counted. Moments are float32 for 16-bit parameters too, and stay so in
-    `load_state_dict`.
+    Step counts, `found_inf`, `grad_scale` and the dtypes of moments are as `AdamW` has them.
 
     Args:
         params: parameters or groups; a group may set every option below for itself.
@@ -27,13 +24,8 @@ class Lamb(DeviceOptimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the moments, but inside the trust ratio.
-        amsgrad, maximize, foreach, capturable, differentiable, fused: as `AdamW` has them.
+        amsgrad, maximize, foreach, capturable, differentiable, fused, stochastic_rounding, seed: as `AdamW` has them.
         variant: `"deepspeed"` or `"nvlamb"`; see `evakernels.lamb_update`.
-        stochastic_rounding: for groups of bfloat16 parameters without float32 copies. What a step leaves is rounded up
-            with the probability of the part that is cut off, so that steps smaller than half a unit of bfloat16 add up
-            instead of being lost. The result is the same on every device and for any number of threads and, sharded, of
-            processes, as far as what is rounded is.
-        seed: of these roundings, from 0 to below 2^31.
 
     Raises:
         TypeError, ValueError: for options out of range or not offered, stochastic rounding to other than bfloat16, and

@@ -1,9 +1,9 @@
 """Kernels in Triton, one file per op family: the portable path for GPUs without the CUDA build.
 
-A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. The
-files are imported by the first call that they serve: importing evakernels doesn't import Triton, nor does asking why a
-call can't be served. `static_reasons` tells what holds for all calls of a device and dtypes, `shape_reasons` gives the
-question about a call's shapes.
+A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. Its
+arguments are those of the op's reference, where their types stand. The files are imported by the first call that they
+serve: importing evakernels doesn't import Triton, nor does asking why a call can't be served. `static_reasons` tells
+what holds for all calls of a device and dtypes, `shape_reasons` gives the question about a call's shapes.
 
 Without a GPU they are tested by an interpreter of the PTX that Triton makes of them: `interpret` lets them serve CPU
 tensors.

@@ -7,7 +7,6 @@ each element of float32.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from evakernels.triton._launch import on_device_of
 from evakernels.triton._tensor_table import (
@@ -92,24 +91,13 @@ def update_kernel(
 
 
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lrs: list[float],
-    weight_decays: list[float],
-    betas_and_eps: list[float],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seeds: list[int],
-    first_elements: list[int],
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, betas_and_eps, grad_scale, found_inf, *rounding
+):
     (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 4)
-        rounding, keys = table.rounding(seeds, first_elements)
-        table.prepare(prepare_kernel, rates, rounding, as_float(grad_scale), skip, factors, keys, *logs(*betas))
+        seeds, keys = table.rounding(*rounding)
+        table.prepare(prepare_kernel, rates, seeds, as_float(grad_scale), skip, factors, keys, *logs(*betas))
         table.launch(update_kernel, factors, keys, skip, *betas, eps)
         table.return_copies("PARAM", "M", "V")

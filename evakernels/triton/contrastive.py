@@ -236,15 +236,11 @@ def gradient_kernel(
     tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=inside)
 
 
-def contrastive_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def contrastive_forward(image, text, logit_scale, offset):
     return _statistics("contrastive_forward", image, text, logit_scale, offset, None)
 
 
-def contrastive_kept_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def contrastive_kept_forward(image, text, logit_scale, offset):
     logits = image.new_empty(image.shape[0], text.shape[0], dtype=torch.float32)
     return *_statistics("contrastive_kept_forward", image, text, logit_scale, offset, logits), logits
 
@@ -277,35 +273,14 @@ def _statistics(
     return row_lse, col_lse, positive, row_max, col_max
 
 
-def contrastive_backward(
-    drow_lse: Tensor,
-    dcol_lse: Tensor,
-    dpositive: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    offset: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, wanted):
     upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, None)
     return _backward("contrastive_backward", upstream, image, text, logit_scale, saved, offset, wanted)
 
 
 def contrastive_kept_backward(
-    drow_lse: Tensor,
-    dcol_lse: Tensor,
-    dpositive: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    logits: Tensor,
-    offset: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, offset, wanted
+):
     upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, logits.contiguous())
     return _backward("contrastive_kept_backward", upstream, image, text, logit_scale, saved, offset, wanted)
 
@@ -414,7 +389,7 @@ def siglip_kernel(
         tl.store(at, (gradient * UNIT).to(dlogits.dtype.element_ty), mask=inside)
 
 
-def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+def siglip_value(image, text, logit_scale, logit_bias, offset):
     launch = _launch("siglip_value", image)
     image, text = _padded(image, launch), _padded(text, launch)
     (programs,) = _grid(image.shape[0], text.shape[0], launch)
@@ -429,14 +404,7 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
     return _sum(losses)
 
 
-def siglip_forward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def siglip_forward(image, text, logit_scale, logit_bias, offset, wanted):
     unit = image.new_full((), UNIT.value, dtype=torch.float32)
     gradients = _Gradients("siglip_forward", image, text, logit_scale, unit, torch.float32, wanted)
     sums = []

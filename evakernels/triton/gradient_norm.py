@@ -6,7 +6,6 @@ Each byte is read once, and the order of every addition is fixed.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from evakernels.triton._launch import on_device_of
 from evakernels.triton._tensor_table import Table, buffer_at, chunk_at, load_floats
@@ -25,7 +24,7 @@ def squares_kernel(pointers, chunks, first, partials, GRAD: tl.constexpr, FITS: 
     tl.store(partials + position, tl.sum(squares))
 
 
-def gradient_norm(grads: list[Tensor]) -> Tensor:
+def gradient_norm(grads):
     with on_device_of(grads[0]):
         table = Table("gradient_norm", GRAD=grads)
         partials = table.room(len(table.layout.chunks), 1)

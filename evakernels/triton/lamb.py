@@ -7,7 +7,6 @@ float64 and in a fixed order. For each element of float32 update moves 24 bytes 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from evakernels.reference.lamb import DEEPSPEED_RATIO
 from evakernels.triton._launch import on_device_of
@@ -174,17 +173,8 @@ def apply_kernel(
 
 
 def lamb_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    weight_decays: list[float],
-    betas_and_eps: list[float],
-    nvlamb: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
+    params, grads, exp_avgs, exp_avg_sqs, steps, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf
+):
     (*betas, eps), skip, count = betas_and_eps, as_float(found_inf), len(params)
     with on_device_of(params[0]):
         table = Table("lamb_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
@@ -199,46 +189,20 @@ def lamb_update(
 
 
 def lamb_apply(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    squared_norms: Tensor,
-    lrs: list[float],
-    weight_decays: list[float],
-    betas_and_eps: list[float],
-    nvlamb: bool,
-    found_inf: Tensor | None,
-    seeds: list[int],
-    first_elements: list[int],
-) -> None:
+    params, exp_avgs, exp_avg_sqs, steps, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, *rounding
+):
     (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("lamb_apply", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs)
         decays, rates = (table.numbers(values, dtype=torch.float64) for values in (weight_decays, lrs))
-        rounding, keys = table.rounding(seeds, first_elements)
+        seeds, keys = table.rounding(*rounding)
         factors = table.room(len(params), 4)
-        arguments = decays, rates, rounding, squared_norms.contiguous(), None, skip, factors, keys, *logs(*betas)
+        arguments = decays, rates, seeds, norms.contiguous(), None, skip, factors, keys, *logs(*betas)
         table.prepare(prepare_kernel, *arguments, LISTS=4, NVLAMB=nvlamb)
         table.launch(apply_kernel, factors, keys, skip, eps, NVLAMB=nvlamb)
         table.return_copies("PARAM")
 
 
-def lamb_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lrs: list[float],
-    weight_decays: list[float],
-    betas_and_eps: list[float],
-    nvlamb: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seeds: list[int],
-    first_elements: list[int],
-) -> None:
-    state = exp_avgs, exp_avg_sqs, steps
-    norms = lamb_update(params, grads, *state, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf)
-    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, seeds, first_elements)
+def lamb_step(params, grads, m, v, steps, lrs, decays, betas_and_eps, nvlamb, grad_scale, found_inf, *rounding):
+    norms = lamb_update(params, grads, m, v, steps, decays, betas_and_eps, nvlamb, grad_scale, found_inf)
+    lamb_apply(params, m, v, steps, norms, lrs, decays, betas_and_eps, nvlamb, found_inf, *rounding)

@@ -175,29 +175,12 @@ class Parameters(NamedTuple):
     row_scale: Tensor | None = None
 
 
-def layer_norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_forward(x, weight, bias, eps, rms, out_dtype=None):
     out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     return out, *_forward("layer_norm_forward", x, None, Parameters(weight, bias), eps, rms, None, out)
 
 
-def add_layer_norm_forward(
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    rms: bool,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def add_layer_norm_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms, out_dtype=None):
     out, total = (
         torch.empty_like(residual, dtype=dtype, memory_format=torch.contiguous_format) for dtype in (out_dtype, None)
     )
@@ -205,16 +188,7 @@ def add_layer_norm_forward(
     return out, total, *_forward("add_layer_norm_forward", branch, residual, parameters, eps, rms, total, out)
 
 
-def layer_norm_add_forward(
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms):
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     parameters = Parameters(weight, bias, layer_scale, row_scale)
     return out, *_forward("layer_norm_add_forward", branch, residual, parameters, eps, rms, None, out)
@@ -252,28 +226,14 @@ def _forward(
     return mean, rstd
 
 
-def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_backward(dy, x, weight, mean, rstd, rms, wanted):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     inputs, statistics = (dy, None, x, None), (None if rms else mean, rstd)
     op, parameters = "layer_norm_backward", Parameters(weight, None)
     return dx, *_backward(op, inputs, parameters, statistics, (dx, None), (*wanted, False))[:2]
 
 
-def add_layer_norm_backward(
-    dy: Tensor,
-    dx: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rms: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def add_layer_norm_backward(dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, rms, wanted):
     op, parameters = "add_layer_norm_backward", Parameters(weight, None, layer_scale, row_scale)
     wants_branch, *of_parameters = wanted
     dresidual = torch.empty_like(x)
@@ -283,18 +243,7 @@ def add_layer_norm_backward(
     return dresidual, rstd.new_empty(0) if dbranch is None else dbranch, *sums
 
 
-def layer_norm_add_backward(
-    dx: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rms: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer_norm_add_backward(dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, rms, wanted):
     # The bias takes part in layer_scale's gradient alone.
     op, parameters = "layer_norm_add_backward", Parameters(weight, bias if wanted[-1] else None, layer_scale, row_scale)
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)

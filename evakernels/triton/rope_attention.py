@@ -155,39 +155,14 @@ def _padded(tokens: int, tile: int) -> int:
     return -(-tokens // tile) * tile
 
 
-def rope_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    token_index: Tensor | None,
-    num_prefix: int,
-    causal: bool,
-    interleaved: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def rope_attention_forward(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale):
     batch, tokens, heads, _ = q.shape
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     call = Attention(*dense_heads(q, k, v), tokens, causal, scale, None, cos, sin, token_index, num_prefix, interleaved)
     return call.forward("rope_attention_forward", lse), lse
 
 
-def rope_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    token_index: Tensor | None,
-    num_prefix: int,
-    causal: bool,
-    interleaved: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def rope_attention_backward(dout, q, k, v, out, lse, cos, sin, token_index, num_prefix, causal, interleaved, scale):
     call = Attention(
         *dense_heads(q, k, v), q.shape[1], causal, scale, None, cos, sin, token_index, num_prefix, interleaved
     )

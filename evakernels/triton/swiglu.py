@@ -5,12 +5,9 @@ grid. Backward walks over the rows with as many programs as the GPU runs at a ti
 give the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from evakernels.triton._launch import (
     dense,
@@ -109,9 +106,7 @@ def backward_kernel(
         store_partial_sum(dbias, bias_sum, channel, WIDTH)
 
 
-def swiglu_forward(
-    gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_forward(gate, up, norm_weight, norm_bias, eps):
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -134,15 +129,7 @@ def swiglu_forward(
     return out, mean, rstd
 
 
-def swiglu_backward(
-    dout: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    norm_weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, wanted):
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))

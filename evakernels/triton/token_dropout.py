@@ -5,8 +5,6 @@ what it is: each element is written once, and nothing is added atomically. A pro
 it also has all that the position's embedding sums.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -97,9 +95,7 @@ def backward_kernel(
         tl.store(dpos_embed + position * WIDTH + channel, total, mask=inside)
 
 
-def token_dropout_forward(
-    patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
-) -> Tensor:
+def token_dropout_forward(patches, token_index, prefix, pos_embed):
     batch, tokens, width = patches.shape
     kept = tokens if token_index is None else token_index.shape[1]
     num_prefix, dtype = 0 if prefix is None else prefix.shape[0], patches.dtype
@@ -126,9 +122,7 @@ def token_dropout_forward(
     return out
 
 
-def token_dropout_backward(
-    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def token_dropout_backward(dout, token_index, num_prefix, num_tokens, wanted):
     batch, rows, width = dout.shape
     sizes = (batch, num_tokens, width), (num_prefix, width), (num_prefix + num_tokens, width)
     dpatches, dprefix, dpos_embed = (

@@ -254,5 +254,7 @@ def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_the_output_of_nothing_and_of_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     print_comparison(changed())
     assert "no regressions" in capsys.readouterr().out
+    print_comparison(compare(simulate(0), replace(simulate(1), machine=machine(package="compiled, amx"))))
+    assert ", compiled, amx\n" in capsys.readouterr().out
     print_comparison(compare(simulate(0), replace(simulate(1), machine=machine(name="Other"))))
     assert "nothing is called a regression" in capsys.readouterr().out

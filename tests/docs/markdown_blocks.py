@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REASONS = (
-    "changes the environment", "downloads weights", "needs a container engine", "needs a GPU", "needs data",
-    "needs several processes", "needs the network", "never ends", "takes hours", "takes minutes",
+    "changes the environment", "downloads weights", "needs a container engine", "needs AMX", "needs a GPU",
+    "needs data", "needs several processes", "needs the network", "never ends", "takes hours", "takes minutes",
 )  # fmt: skip
 SHELL = ("bash", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "text")

@@ -47,7 +47,7 @@ def test_the_program_equals_the_model_for_any_batch(model: CLIP, tower: str, tmp
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "evakernels" in name or "softmax" in name]
     assert "aten.scaled_dot_product_attention.default" in operators
-    for batch in (1, 3):
+    for batch in (0, 1, 3):
         inputs = example(model, tower, batch)
         torch.testing.assert_close(program.module()(inputs), embeddings(model, tower, inputs), atol=1e-5, rtol=0)
 
@@ -125,7 +125,9 @@ def test_command_checks_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixt
     onnx.save(probe, target)
     assert main(["export", "--check", str(target)]) == 1
     assert "expected a cosine of 0.9999 or more" in capsys.readouterr().err
-    assert main(["export", "tiny", "--check", str(target)]) == 2
+    for ignored in (["tiny"], ["--random"], ["--dtype", "fp16"], ["--normalize"]):
+        assert main(["export", *ignored, "--check", str(target)]) == 2
+        assert "--check takes a file, --engine and --provider" in capsys.readouterr().err
     assert main(["export", "--check", str(tmp_path / "missing.onnx")]) == 2
 
 

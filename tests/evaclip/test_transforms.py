@@ -1,6 +1,7 @@
 """Transforms against open_clip's, and that randomness comes from the seed alone."""
 
 import dataclasses
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -100,6 +101,28 @@ def test_pictures_that_are_not_square_are_those_of_open_clip(size: tuple[int, in
     image, shape = _picture(size), (336, 196) if size == (216, 459) else (112, 196)
     theirs = image_transform(shape, is_train=False)(image)
     assert torch.equal(transforms.EvalTransform(shape)(image), theirs)
+
+
+@pytest.mark.parametrize("shape", [(65_000, 1), (1, 65_000), (30_001, 7)])
+def test_only_the_middle_of_a_line_is_resized(shape, monkeypatch):
+    resize = Image.Image.resize
+
+    def spied(image, size, *args):
+        assert math.prod(size) <= transforms.LARGEST
+        return resize(image, size, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", spied)
+    assert eval_transform(224)(Image.new("RGB", shape, "red")).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (41, 500), (64, 64), (7, 3), (1, 90)])
+def test_the_part_that_a_crop_keeps_is_resized_as_the_whole(size, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    for transform in (eval_transform(64), EvalTransform((48, 80), Preprocess(crop=0.9, interpolation="bilinear"))):
+        whole = transform.levels(image)
+        with monkeypatch.context() as patch:
+            patch.setattr(transforms, "LARGEST", 0)
+            assert (transform.levels(image).int() - whole).abs().max() <= 1
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

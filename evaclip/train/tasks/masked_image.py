@@ -32,11 +32,6 @@ class MaskedImage(ImageModelTask):
 
     Targets are the masked patches of each sample, int64 `[rows, masked]`, the same number in all: so the mean over
     samples of their means is that over all patches.
-
-    Args:
-        model: the student.
-        teacher: whose features it predicts.
-        config: of the masks.
     """
 
     captions: ClassVar[bool] = False

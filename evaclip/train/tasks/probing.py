@@ -58,21 +58,14 @@ def _open(each: EvalSet) -> _Probe:
     return _Probe(each, None if fit is None else open_configured(replace(fit, caption_template="{}")), measures)
 
 
+@dataclass(frozen=True)
 class Probing:
-    """Measures a student on its sets; every process encodes its part of each.
+    """Measures a student on its sets; every process encodes its part of each. `transform` is without augmentation."""
 
-    Args:
-        probes: the sets.
-        world: the processes that evaluate together.
-        teacher: for the loss.
-        transform: a PIL image to a tensor, without augmentation.
-    """
-
-    def __init__(self, probes: list[_Probe], world: World, teacher: Teacher, transform: EvalTransform) -> None:
-        self._probes = probes
-        self._world = world
-        self._teacher = teacher
-        self._transform = transform
+    probes: list[_Probe]
+    world: World
+    teacher: Teacher
+    transform: EvalTransform
 
     def __call__(self, model: MaskedImageModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
         """The metrics of all sets as `NAME/METRIC`, and a line on each measurement that failed; others go on.
@@ -80,20 +73,20 @@ class Probing:
         Raises:
             Stopped: a process was asked to stop.
         """
-        return measured(model, {each.tested.name: partial(self._measure, each, model, stop) for each in self._probes})
+        return measured(model, {each.tested.name: partial(self._measure, each, model, stop) for each in self.probes})
 
     def _measure(self, probe: _Probe, model: MaskedImageModel, stop: Callable[[], bool], attempt: Attempt) -> Metrics:
         metrics: Metrics = {}
         if "loss" in probe.measures:
             metrics |= attempt(["loss"], partial(self._loss, probe.tested, model, stop))
         if by_labels := [_METRICS[measure] for measure in probe.measures if measure != "loss"]:
-            spread = Spread(model, self._world, None, stop)
+            spread = Spread(model, self.world, None, stop)
             metrics |= attempt(by_labels, partial(self._classify, probe, spread, attempt))
         return metrics
 
     def _loss(self, each: EvalSet, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
-        spread = Spread(_Loss(model, self._teacher), self._world, None, stop)
-        found = encode_everywhere(spread, self._transform, each.source, each)
+        spread = Spread(_Loss(model, self.teacher), self.world, None, stop)
+        found = encode_everywhere(spread, self.transform, each.source, each)
         return {"loss": found.features.double().mean().item(), "samples": len(found)}
 
     def _classify(self, probe: _Probe, spread: Spread, attempt: Attempt) -> Metrics:
@@ -101,8 +94,8 @@ class Probing:
         assert fit is not None
         assert each.config.fit is not None
         learning = replace(each, options=replace(each.options, workers=each.config.fit.workers))
-        fitted = encode_everywhere(spread, self._transform, fit, learning)
-        tested = encode_everywhere(spread, self._transform, each.source, each)
+        fitted = encode_everywhere(spread, self.transform, fit, learning)
+        tested = encode_everywhere(spread, self.transform, each.source, each)
         names = [each.source.name(int(key)) for key in tested.keys]
         known = assign_labels(fitted.captions, fitted.keys, each.classnames, fit.classes)
         labels = assign_labels(tested.captions, names, known.classnames, each.source.classes)

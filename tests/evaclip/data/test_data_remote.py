@@ -17,10 +17,10 @@ import torch
 from data_samples import make_loader, numbers, sample, take
 from shard_server import ShardServer
 
-from evaclip.data import BadSample, FaultKind, open_source
+from evaclip.data import BadSample, FaultKind, open_source, shard_cache
 from evaclip.data.config import RemoteConfig
 from evaclip.data.remote import RemoteError, file_name
-from evaclip.data.shard_cache import Fetching, ShardCache, Wanted
+from evaclip.data.shard_cache import ShardCache, Wanted
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(Fetching.__init__, "__defaults__", (None, 32 * 10**9, 60.0, 5, 0.01))
+    monkeypatch.setattr(shard_cache, "_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(server, tmp_p
 
 
 def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
-    cache = ShardCache(Fetching(tmp_path / "copies"))
+    cache = ShardCache(RemoteConfig(cache_folder=str(tmp_path / "copies")))
     wanted = Wanted(server.url("00.tar"), cache.version(server.url("00.tar")))
     server.faults["00.tar"] = ["stall", "always"]
 
@@ -350,7 +350,7 @@ def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
 
 
 def test_a_refused_copy_is_never_seen(server, tmp_path):
-    cache = ShardCache(Fetching(tmp_path / "copies", attempts=2))
+    cache = ShardCache(RemoteConfig(cache_folder=str(tmp_path / "copies"), attempts=2))
 
     def refuse(path: Path) -> None:
         assert path.stat().st_size > 0

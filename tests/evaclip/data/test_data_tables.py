@@ -188,10 +188,10 @@ def test_the_fingerprint_of_a_table_follows_its_rows(pictures):
 def test_a_folder_of_classes(tmp_path):
     for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
         write_picture(tmp_path / "root" / name)
-    source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped")
+    source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped {or not}")
     assert list(source.classes) == ["dog", "tabby cat"]
     assert [source[i].key for i in range(3)] == ["dog/3.png", "dog/deep/2.JPG", "tabby_cat/1.png"]
-    assert source[2].caption == "a drawing of a tabby cat, cropped"
+    assert source[2].caption == "a drawing of a tabby cat, cropped {or not}"
 
 
 def test_hidden_and_empty_folders_are_no_classes(tmp_path):
@@ -203,6 +203,15 @@ def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     assert [source[i].key for i in range(len(source))] == ["dog/1.png"]
     (fault,) = source.faults
     assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
+
+
+def test_a_link_to_nowhere_is_a_bad_sample(tmp_path):
+    write_picture(tmp_path / "root/dog/1.png")
+    (tmp_path / "root/dog/2.png").symlink_to("nowhere.png")
+    source = open_source(str(tmp_path / "root"))
+    assert source[0].key == "dog/1.png"
+    with pytest.raises(BadSample, match=r"dog/2\.png.*no such file"):
+        source[1]
 
 
 def test_pictures_that_are_left_out_are_told(tmp_path, caplog):

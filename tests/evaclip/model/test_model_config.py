@@ -1,13 +1,14 @@
 """Configurations: names, options, and what is said about wrong ones."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from evaclip import CLIPConfig, Preprocess, VisionConfig, get_config, list_models
+from evaclip import CLIPConfig, Preprocess, TextConfig, VisionConfig, get_config, list_models
 from evaclip.errors import UserError
 from evaclip.model.config import ALIASES, override
 
@@ -55,6 +56,9 @@ def test_override_changes_nested_options_only() -> None:
         ({"vision": {"width": 132, "heads": 66}}, "multiple of 4; it is 2"),
         ({"vision": {"norm": "rms_norm"}}, "sub_norm needs"),
         ({"text": {"norm_eps": -1.0}}, "text.norm_eps is -1.0; expected a positive number"),
+        ({"vision": {"patch_size": (16, 16)}}, r"vision.patch_size is \(16, 16\); expected a positive integer"),
+        ({"vision": {"mlp_ratio": math.inf}}, "vision.mlp_ratio is inf; expected a positive number"),
+        ({"vision": TextConfig()}, r"vision is TextConfig\(.*; expected a mapping of its options"),
         ({"preprocess": {"std": [1, 1]}}, "expected 3 numbers"),
         ({"preprocess": {"std": [1, 1, 0]}}, "expected positive numbers"),
         ({"preprocess": {"resize": "crop"}}, "unknown preprocess.resize"),

@@ -141,6 +141,8 @@ def test_a_configuration_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("name", "content", "message"),
     [
         ("tiny.json", "{}", "has the name of a shipped model"),
+        ("TINY.json", "{}", "has the name of a shipped model"),
+        ("EVA02-B-16.json", "{}", "has the name of a shipped model"),
         ("a.json", '{"embed": 1}', "a.json' is no model configuration: unknown model option 'embed'"),
         ("a.json", "[]", "holds a list"),
         ("a.json", None, "No such file"),

@@ -1,5 +1,6 @@
 """ONNX files against the model that they come from, and what keeps a wrong one from being written."""
 
+import copy
 import importlib
 from functools import partial
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from evaclip.model.export import export
 from evaclip.portable import towers
 from evaclip.portable.check import check, read_probe
 from evaclip.portable.probe import KEY
+from evakernels.nn import FrozenWeight, freeze, unfreeze
 
 OPTIONS = {
     "large": {"vision": {"layers": 2, "sub_norm": False, "post_norm": True, "mlp": "gelu", "rope": False}},
@@ -33,7 +35,7 @@ def test_any_batch_gives_the_models_embeddings(model: CLIP, tower: str, normaliz
     assert {outcome.level for outcome in outcomes} >= {"none", "basic", "extended", "all"}
     session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
     encode = model.encode_image if tower == "image" else model.encode_text
-    for batch in (1, 3):
+    for batch in (0, 1, 3):
         images = torch.randn(batch, 3, *model.config.vision.image_shape)
         inputs = images if tower == "image" else torch.randint(1, 400, (batch, model.config.text.context_length))
         with torch.no_grad():
@@ -141,6 +143,37 @@ def test_weights_lie_beside_the_file_if_asked_for(model: CLIP, int8: bool, tmp_p
     assert path.stat().st_size < data.stat().st_size / 10
     assert path.stat().st_mode == data.stat().st_mode
     assert all(outcome.passes(0.99 if int8 else 0.9999) for outcome in check(path))
+
+
+def test_a_file_that_had_its_weights_beside_it_is_replaced_by_one(model: CLIP, tmp_path: Path) -> None:
+    export(model, "text", tmp_path / "text.onnx", external=True)
+    export(model, "text", tmp_path / "text.onnx", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.onnx"]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_weights_are_exported_dense(model: CLIP, int8: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    frozen = freeze(copy.deepcopy(model).to(dtype), int8=int8)
+    export(frozen, "image", tmp_path / "image.onnx")
+    export(frozen, "image", tmp_path / "image.pt2")
+    images = torch.randn(2, 3, *model.config.vision.image_shape)
+    with torch.no_grad():
+        expected = unfreeze(copy.deepcopy(frozen)).encode_image(images.to(dtype))
+        found = torch.export.load(tmp_path / "image.pt2").module()(images.to(dtype))
+    assert torch.cosine_similarity(found.float(), expected.float()).min() > 0.999
+    assert any(isinstance(weight, FrozenWeight) for weight in frozen.parameters())
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_no_other_tower_or_size_is_exported_unseen(model: CLIP, suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown tower 'img'; did you mean 'image'"):
+        export(model, "img", tmp_path / f"image.{suffix}")  # type: ignore[arg-type]
+    model = copy.deepcopy(model)
+    model.visual.set_image_size(48)
+    with pytest.raises(UserError, match=r"set_image_size\(48\) is in force; call set_image_size\(32\)"):
+        export(model, "image", tmp_path / f"image.{suffix}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_without_a_probe_and_other_files(model: CLIP, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,7 @@ from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Row, Store
-from evaclip.runtime.text import PROGRAM_FILE, TOKENS_FILE, save_text_tower, text_encoder
+from evaclip.runtime.text import BATCH, PROGRAM_FILE, TOKENS_FILE, save_text_tower, text_encoder
 
 TEXTS = ["a red bicycle", "a cat", "snow on [a] roof <b>"]
 
@@ -35,6 +37,24 @@ def test_the_program_is_the_text_tower(folder, loaded):
         found = text_encoder(store)(["a dog", *TEXTS])
     expected = Encoder(loaded, device="cpu", precision="fp32").texts(["a dog", *TEXTS]).numpy()
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_many_texts_are_embedded_in_batches_of_like_length(folder, loaded, monkeypatch):
+    texts = [" ".join(["dog"] * (7 * n % 50)) for n in range(2 * BATCH + 5)]
+    with Store.open(folder) as store:
+        program = text_encoder(store)
+    shapes, run = [], program._session.run
+
+    def spy(names, inputs):
+        shapes.append((inputs["inputs"] > 0).sum(1))
+        return run(names, inputs)
+
+    monkeypatch.setattr(program, "_session", SimpleNamespace(run=spy, get_outputs=program._session.get_outputs))
+    found = program(texts)
+    assert [len(lengths) for lengths in shapes] == [BATCH, BATCH, 5]
+    assert all(before.max() <= after.min() for before, after in pairwise(shapes))
+    assert found == pytest.approx(Encoder(loaded, device="cpu", precision="fp32").texts(texts).numpy(), abs=1e-5)
+    assert program([]).shape == (0, found.shape[1])
 
 
 def test_it_finds_without_torch(folder):

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaclip import create_model, load_state_dict
+from evaclip import create_model, create_vision_model, load_state_dict
 from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.train.overrides import dump_yaml
@@ -56,6 +57,36 @@ def test_image_tower_alone_to_timm_and_back(source: Path) -> None:
     assert not source.with_name("no.pt").exists()
 
 
+def test_weights_of_eva_large_leave_with_timms_joint_bias(tmp_path: Path) -> None:
+    model = create_vision_model("eva_large_patch14_196", layers=1)
+    torch.save(model.state_dict(), tmp_path / "large.pt")
+    convert(tmp_path / "large.pt", tmp_path / "timm.pt", "timm")
+    peer = timm.create_model("eva_large_patch14_196", depth=1)
+    peer.load_state_dict(torch.load(tmp_path / "timm.pt"))
+
+
+@pytest.mark.parametrize("layout", ["original", "open_clip", "timm", "safetensors"])
+def test_other_models_weights_are_refused(layout: str, tmp_path: Path) -> None:
+    torch.save({"visual.transformer.resblocks.0.ln_1.bias": torch.zeros(1)}, tmp_path / "vit.pt")
+    with pytest.raises(UserError, match="holds no image tower of the EVA series"):
+        convert(tmp_path / "vit.pt", tmp_path / "out.safetensors", layout)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_tied_weights_are_written_twice(source: Path) -> None:
+    state = load_state_dict(source)
+    state["visual.blocks.1.norm1.weight"] = state["visual.blocks.0.norm1.weight"]
+    torch.save(state, source.with_name("tied.pt"))
+    convert(source.with_name("tied.pt"), source.with_name("tied.safetensors"), "safetensors")
+    assert_equal(load_file(source.with_name("tied.safetensors")), state)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": "EVA"}'])
+def test_another_programs_model_json_says_nothing(content: str, source: Path) -> None:
+    source.with_name("model.json").write_text(content)
+    convert(source, source.with_name("out.pt"), "original")
+
+
 def test_original_file_has_the_authors_rotary_tables() -> None:
     """436 names for B/16, and tables that agree with the definition."""
     from evaclip.weights.convert import _with_rotary_tables
@@ -80,6 +111,7 @@ def test_original_file_has_the_authors_rotary_tables() -> None:
         (["out.onnx", "--to", "original"], "expected one of .safetensors, .pt"),
         (["out.pt", "--to", "original", "--model", "nothing"], "unknown model 'nothing'"),
         (["out.pt", "--to", "original", "--model", "emoji"], "the weights aren't of 'emoji': "),
+        (["out.pt", "--to", "timm", "--model", "eva_larg_patch14_196"], "unknown model 'eva_larg_patch14_196'"),
     ],
 )
 def test_mistakes_are_one_line(source, arguments, message, capsys, monkeypatch):

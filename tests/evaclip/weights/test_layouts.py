@@ -1,5 +1,6 @@
 """Every layout of a state dict leads to the same names."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
     "flat text": _flat_text,
     "rotary tables": _with_rotary,
     "parallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "compiled": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in to_open_clip(state).items()},
+    "compiled blocks": lambda state: {re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", name): state[name] for name in state},
     "model": lambda state: {"model": state, "epoch": 3},
     "module": lambda state: {"module": state, "optimizer": {"lr": 0.1}},
     "open_clip checkpoint": lambda state: {
@@ -65,6 +68,7 @@ def test_layouts_are_equal(layout: str, vision: dict[str, Any]) -> None:
         ({}, "the weights hold nothing"),
         ({"model": {}}, "the weights hold nothing"),
         ({"epoch": 3, "a": torch.zeros(1)}, "other things under epoch"),
+        ({0: torch.zeros(1)}, "other things under 0"),
     ],
 )
 def test_what_is_no_state_dict(state: dict[str, Any], message: str) -> None:

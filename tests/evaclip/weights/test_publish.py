@@ -227,6 +227,8 @@ def test_wrong_calls(options: dict[str, Any], message: str, tmp_path: Path, mode
         ({"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "unknown vision model 'vit_base_patch16_224'"),
         ({"vision_cfg": {"layers": 12}}, "lacks 'timm_model_name'"),
         ({"text_cfg": {"hf_model_name": "roberta"}}, "a model with hf_model_name='roberta' doesn't exist here"),
+        ({"quick_gelu": True}, "a model with quick_gelu=True doesn't exist here"),
+        ({"init_logit_scale": "high"}, "model.init_logit_scale is 'high'"),
     ],
 )
 def test_a_configuration_that_is_none_here(change: Any, message: str, folder: Path) -> None:

@@ -48,6 +48,16 @@ def test_16_bit_weights_go_into_a_32_bit_model(tmp_path: Path) -> None:
     assert torch.equal(model.text.text_projection, state["text.text_projection"].float())
 
 
+def test_a_file_of_torch_may_be_written_over_by_the_model_that_was_read_from_it(tmp_path: Path) -> None:
+    path, state = tmp_path / "model.pt", _state()
+    torch.save(state, path)
+    model = create_model("tiny", path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # in place, as torch.save
+        file.write(bytes(size))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 class _Stranger:
     pass
 
@@ -79,6 +89,14 @@ def test_unreadable_files(kind: str, tmp_path: Path) -> None:
         load_state_dict(path)
 
 
+@pytest.mark.parametrize("files", [{"a": 3}, {"a": ["x.safetensors"]}, {"a": "x.safetensors", "b": None}])
+def test_an_index_of_what_are_no_files(files: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match="expected JSON with files by tensor in weight_map"):
+        load_state_dict(path)
+
+
 def test_every_difference_is_named_and_nothing_is_loaded() -> None:
     model = create_model("tiny")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -88,12 +106,15 @@ def test_every_difference_is_named_and_nothing_is_loaded() -> None:
     del state["text.transformer.resblocks.1.mlp.c_fc.bias"]
     state["visual.extra"] = torch.zeros(1)
     state["text.text_projection"] = torch.zeros(3, 4)
+    for block in (1, 2):  # codes of 8 bits, without what they are to be multiplied by
+        state[f"visual.blocks.{block}.mlp.w1.weight"] = state[f"visual.blocks.{block}.mlp.w1.weight"].to(torch.int8)
     with pytest.raises(UserError) as caught:
         load_weights(model, state)
     assert str(caught.value) == (
         "the weights don't fit the model: missing: text.transformer.resblocks.{1}.mlp.c_fc.bias, "
         "visual.blocks.{0-2}.norm1.weight; unexpected: visual.extra; "
-        "of another shape: text.text_projection [3, 4] instead of [128, 128]"
+        "of another shape: text.text_projection [3, 4] instead of [128, 128]; "
+        "no floats: visual.blocks.{1-2}.mlp.w1.weight torch.int8"
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -117,6 +138,15 @@ def test_position_embedding_is_resized_without_antialiasing(old: int, new: int) 
     image = pos_embed[0, 1:].T.reshape(1, 8, old, old)
     by_hand = F.interpolate(image, (new, new), mode="bicubic")[0].flatten(1).T
     torch.testing.assert_close(resized[0, 1:], by_hand)
+
+
+def test_positions_of_a_wide_image_stay_in_their_places(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    wide = {"image_size": (16, 64)}  # 2 x 8 patches, as many as 4 x 4
+    state = create_model("tiny", vision=wide).state_dict()
+    torch.save(state, tmp_path / "wide.pt")
+    model = create_model("tiny", tmp_path / "wide.pt", vision=wide)
+    assert torch.equal(model.visual.pos_embed, state["visual.pos_embed"])
+    assert not caplog.messages
 
 
 def test_resizing_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +173,14 @@ def test_no_preprocessing_beside_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "isn't JSON"), ("[1]", "holds a list; expected an object"), ('{"men": 3}', "did you mean 'mean'")],
+    [
+        ("{", "isn't JSON"),
+        ("[1]", "holds a list; expected an object"),
+        ('{"men": 3}', "did you mean 'mean'"),
+        ('{"mean": [null, 0.5, 0.5]}', "expected 3 numbers"),
+        ('{"std": [0.5, NaN, 0.5]}', "expected 3 numbers"),
+        ('{"crop": "0.9"}', "expected 0 < share <= 1"),
+    ],
 )
 def test_damaged_preprocessing_is_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "preprocess.json").write_text(content)
