@@ -21,6 +21,8 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 LOSS_PRODUCTS = ("ieee", "tf32x3")
 """What `set_loss_products` takes."""
 
+_SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False, "": False}
+
 Reasons = Callable[..., list[str]]
 """Maps the arguments of a call to the reasons why a backend can't serve it; an empty list means that it can."""
 
@@ -166,11 +168,21 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
     reasons = "; ".join(f"{backend}: {', '.join(why_not(op, backend, *args))}" for backend in ("cuda", "triton"))
     text = f"{op} runs as its reference, in plain PyTorch, which is slow on a GPU ({reasons})"
-    if os.environ.get("EVAKERNELS_STRICT", "0") != "0":
+    if is_switched_on("EVAKERNELS_STRICT"):
         raise BackendError(f"{text}; EVAKERNELS_STRICT is set")
     if (op, reasons) not in _warned:
         _warned.add((op, reasons))
         warnings.warn(f"{text}; EVAKERNELS_STRICT=1 makes this an error", ReferenceWarning, stacklevel=2)
+
+
+def is_switched_on(variable: str) -> bool:
+    """Whether a variable of the environment is on; one that isn't set, or is empty, is off. Raises ValueError for what
+    is neither."""
+    value = os.environ.get(variable, "")
+    if value.lower() not in _SWITCHES:
+        accepted = ", ".join(filter(None, _SWITCHES))
+        raise ValueError(f"the environment variable {variable} is {value!r}; accepted: {accepted}, or nothing (off)")
+    return _SWITCHES[value.lower()]
 
 
 @contextmanager
@@ -212,11 +224,11 @@ def observe(op: str, backend: str) -> None:
         overrides.observer(op, backend)
 
 
-def explain(op: str, *args: Any) -> str:
+def explain(op: str | Callable[..., Any], *args: Any) -> str:
     """Which backend serves a call, and why the others don't, one line each.
 
     Args:
-        op: the name of a public function, such as `"layer_norm"` or `"clip_loss"`, or of one op in
+        op: a public function or its name, such as `"layer_norm"` or `"clip_loss"`, or those of one op in
             `torch.ops.evakernels`, such as `"layer_norm_backward"`. A function that takes one of several ops, as the
             case may be, has lines of each.
         args: of the op, in the order of its schema. Leading arguments are enough: without any, only what holds for
@@ -225,10 +237,12 @@ def explain(op: str, *args: Any) -> str:
     Raises:
         ValueError: for an unknown name.
     """
-    return "\n".join(_report(name, args) for name in ops_of(op))
+    # Another library's function of the same name is none of ours.
+    is_ours = "evakernels" in str(getattr(op, "__module__", ""))
+    return "\n".join(_report(name, args) for name in ops_of(getattr(op, "__name__", op) if is_ours else op))
 
 
-def ops_of(function: str) -> tuple[str, ...]:
+def ops_of(function: Any) -> tuple[str, ...]:
     """The ops that a public function calls, or the one of this name. Raises ValueError for an unknown one."""
     # A family's first op is its forward pass.
     family = next((name for name in _implementations if name.startswith(f"{function}_")), None)

@@ -10,6 +10,7 @@ from evaclip.commands.parser import leaf, positive
 from evaclip.commands.reading import add_reading, open_data
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
+from evaclip.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,7 +139,9 @@ def _run_emoji(args: argparse.Namespace) -> None:
         shards = emoji.build_emoji(folder, styles, args.size, args.skin_tones)
     console = Console()
     for style, paths in shards.items():
-        console.print(f"{style}: {len(paths)} shards {folder}/{style}-*.tar", soft_wrap=True, highlight=False)
+        console.print(
+            f"{style}: {counted(len(paths), 'shard')} {folder}/{style}-*.tar", soft_wrap=True, highlight=False
+        )
     console.print(f"done in {time.perf_counter() - began:.1f} s; the licences are in {folder / 'LICENSES'}")
 
 
@@ -159,7 +162,8 @@ def _run_index(args: argparse.Namespace) -> None:
         print(fault)
     with writing(out):
         write_list(out, source.shards)
-    print(f"{out}: {len(source.shards)} shards, {len(source)} samples, fingerprint {source.fingerprint}")
+    found = f"{counted(len(source.shards), 'shard')}, {counted(len(source), 'sample')}"
+    print(f"{out}: {found}, fingerprint {source.fingerprint}")
 
 
 def _part(text: str | None) -> tuple[int, int]:
@@ -185,12 +189,14 @@ def _run_check(args: argparse.Namespace) -> None:
     console = Console()
     report = check(source, args.workers, console)
     size = report.image_bytes / 1e6
-    console.print(f"{source.description}: {report.samples} samples, {size:.1f} MB of pictures", soft_wrap=True)
+    console.print(
+        f"{source.description}: {counted(report.samples, 'sample')}, {size:.1f} MB of pictures", soft_wrap=True
+    )
     console.print(f"fingerprint {source.fingerprint}")
     for note in source.notes:
         console.print(note, soft_wrap=True, highlight=False)
     for kind, count in report.converted.items():
-        console.print(f"converted: {kind} pixels of {count:,} pictures, to 8 bits")
+        console.print(f"converted: {kind} pixels of {counted(count, 'picture')}, to 8 bits")
     if args.json:
         report.save(args.json)
     if report.bad:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
 from evaclip.commands.reading import add_reading, open_data
 from evaclip.errors import UserError
 from evaclip.slurm import take_over
+from evaclip.words import counted
 
 if TYPE_CHECKING:
     from evaclip.data import Source
@@ -53,7 +55,11 @@ def _add_index(subparsers: Any) -> None:
     )
     add_reading(parser, decoding=False)
     parser.add_argument(
-        "--thumbnails", type=int, default=0, metavar="PIXELS", help="keep small copies of this side (default: none)"
+        "--thumbnails",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="keep small copies of this side, also of what STORE has without one (default: none)",
     )
     parser.add_argument(
         "--prune", action="store_true", help="also remove the rows of pictures that are gone from the folder PATH"
@@ -119,7 +125,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
     take_over()
     if args.merge:
-        store, told = _merged(args), f"evaclip search {args.store} 'a red bicycle'"
+        store, told = _merged(args), _search_of(args.store)
     else:
         if args.thumbnails < 0:
             raise UserError(f"the side of thumbnails must be 0 (none) or more, got {args.thumbnails}")
@@ -131,14 +137,14 @@ def _run_index(args: argparse.Namespace) -> None:
         gone = _gone(source, folder, args)  # which may refuse, before the work
         store = _ENGINES[args.engine](source, folder, str(model), args)
         if args.prune and _is_first(folder, args):
-            print(f"{store.remove(gone):,} rows of pictures that are gone were removed")
+            print(f"removed {counted(store.remove(gone), 'row')} of pictures that are gone")
         elif gone:
-            print(f"{len(gone):,} rows are of pictures that are gone from {args.images}: --prune removes them")
+            print(f"{counted(len(gone), 'row')} of pictures that are gone from {args.images}: --prune removes them")
     if args.approximate:
         from evaclip.runtime.approximate import build_approximate
 
         build_approximate(store)
-    print(f"{store.folder} has {len(store):,} pictures: {told}")
+    print(f"{store.folder} has {counted(len(store), 'picture')}: {told}")
 
 
 def _node_folder(store: Path) -> tuple[Path, str]:
@@ -146,10 +152,15 @@ def _node_folder(store: Path) -> tuple[Path, str]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if on_node == size:
-        return store, f"evaclip search {store} 'a red bicycle'"
+        return store, _search_of(store)
     # Processes of several machines can't rely on one lock.
     node = os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // on_node)
-    return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {store} --merge {store}-*"
+    name = quote(str(store))
+    return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {name} --merge {name}-*"
+
+
+def _search_of(store: Path) -> str:
+    return f"evaclip search {quote(str(store))} 'a red bicycle'"
 
 
 def _is_first(folder: Path, args: argparse.Namespace) -> bool:
@@ -230,7 +241,7 @@ def _merged(args: argparse.Namespace) -> "Store":
     for other in others:
         taken = store.merge(other)
         copy_text_tower(other, store)
-        print(f"{other.folder}: {taken:,} rows taken, {len(other) - taken:,} were there")
+        print(f"{other.folder}: {counted(taken, 'row')} taken, {len(other) - taken:,} there before")
     return store
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -57,21 +58,35 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     Returns:
         0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C, 141 where nobody read all that was printed.
     """
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        of = getattr(args, "parser", parser)
-        of.error(_unknown_arguments(unknown, of))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-: no file that is opened next shall get what is printed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    debug = False
     try:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            of = getattr(args, "parser", parser)
+            of.error(_unknown_arguments(unknown, of))
+        debug = args.debug
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except SystemExit as ended:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            if not isinstance(ended.__context__, BrokenPipeError):  # which rich makes this of
+                raise
+        silence()
+        return 141
     except Exception as raised:
         if isinstance(raised, BrokenPipeError) and silence():
             return 141
-        if args.debug:
+        if debug:
             raise
         exc = with_remedy(raised)
+        if isinstance(exc, PermissionError) and exc.filename is not None:  # of what the user named, or is in it
+            exc = UserError(f"{exc.filename}: {exc.strerror}")
         print(f"error: {_one_line(exc)}", file=sys.stderr)
         if isinstance(exc, UserError):
             stop_restarts(str(exc))

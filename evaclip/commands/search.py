@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
+from evaclip.words import counted
 
 if TYPE_CHECKING:
     from evaclip.runtime.store import Row, Store
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
         scores, numbers = search(store, _query(store, args), args.top, args.where)
         found = list(zip(scores.tolist(), store.rows(numbers), strict=True))
         if not found and not args.json:
-            print(f"none of {len(store):,} pictures" + (f" meets {args.where!r}" if args.where else ""))
+            print(f"none of {counted(len(store), 'picture')}" + (f" meets {args.where!r}" if args.where else ""))
     if args.html:
         write_text(args.html, _page(_title(args), found))
     if args.json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
+from evaclip.words import counted
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -120,7 +121,7 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
         # What comes next waits for all of a batch.
         encoder.batch_size = _CPU_BATCH
     store.require_model(describe(encoder))
-    print(f"{args.store}: {len(store):,} pictures, {encoder.name} on {encoder.device}", flush=True)
+    print(f"{args.store}: {counted(len(store), 'picture')}, {encoder.name} on {encoder.device}", flush=True)
     return create_app(store, encoder, key=key, hosts=hosts, delay=args.delay / 1000)
 
 

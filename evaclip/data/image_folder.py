@@ -10,6 +10,7 @@ from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.samples import Fault, FaultKind, RawSample, read_image_file
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
+from evaclip.words import counted
 
 _LOG = logging.getLogger("evaclip.data")
 
@@ -34,10 +35,9 @@ class _Files(Source):
 
     def __init__(self, root: Path, files: Sequence[Path], left_out: Counter[str]) -> None:
         self.description = str(root)
-        if left_out:
-            told = ", ".join(f"{count:,} {which}" for which, count in sorted(left_out.items()))
-            self.notes = [f"pictures left out: {told}"]
-            _LOG.warning("%s: %s", root, self.notes[0])
+        self.notes = _notes(left_out)
+        for note in self.notes:
+            _LOG.warning("%s: %s", root, note)
         self.shard_sizes = [len(files)]
         self._root = root
         self._files = PackedStrings.pack(file.relative_to(root).as_posix() for file in files)
@@ -66,8 +66,7 @@ class FolderSource(_Files):
         by_folder = {folder: _pictures(folder, left_out) for folder in folders}
         files = [file for pictures in by_folder.values() for file in pictures]
         if not files:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"there are 0 pictures ({suffixes}) in the {len(folders)} class folders of {root}")
+            raise _no_pictures(f"the {counted(len(folders), 'class folder')} of {root}", left_out)
         super().__init__(root, files, left_out)
         self._template = template
         self.classes = [_class_name(folder.name) for folder in folders if by_folder[folder]]
@@ -94,8 +93,7 @@ class PictureFolder(_Files):
         left_out = Counter[str]()
         files = _pictures(root, left_out)
         if not files:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"there are 0 pictures ({suffixes}) in {root}" + ("" if root.is_dir() else ": no folder"))
+            raise _no_pictures(f"{root}" + ("" if root.is_dir() else ": no folder"), left_out)
         super().__init__(root, files, left_out)
         self.fingerprint = hash_list("pictures", ((name, "") for name in self._files))
 
@@ -117,6 +115,16 @@ def _pictures(folder: Path, left_out: Counter[str]) -> list[Path]:
         elif file.suffix.lower() in _OTHER_SUFFIXES:
             left_out[file.suffix.lower()] += 1
     return found
+
+
+def _notes(left_out: Counter[str]) -> list[str]:
+    told = ", ".join(f"{count:,} {which}" for which, count in sorted(left_out.items()))
+    return [f"pictures left out: {told}"] if told else []
+
+
+def _no_pictures(where: str, left_out: Counter[str]) -> UserError:
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    return UserError("; ".join([f"there are 0 pictures ({suffixes}) in {where}", *_notes(left_out)]))
 
 
 def _size(file: Path) -> int:

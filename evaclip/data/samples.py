@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from stat import S_ISREG
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -153,9 +154,12 @@ def as_bytes(image: Image.Image, name: str) -> Image.Image:
         raise BadSample(FaultKind.UNKNOWN_RANGE, name, str(exc)) from exc
 
 
-def read_image_file(path: Path) -> bytes:
-    """The bytes of a picture. Raises BadSample if it is missing, empty or unreadable."""
+def read_image_file(path: Path, *, regular: bool = True) -> bytes:
+    """The bytes of a picture. Raises BadSample if it is missing, empty, unreadable or, if `regular`, a pipe or device,
+    for which one might wait without end."""
     try:
+        if regular and not S_ISREG(path.stat().st_mode):
+            raise BadSample(FaultKind.UNREADABLE, str(path), "not a regular file")
         data = path.read_bytes()
     except FileNotFoundError as exc:
         raise BadSample(FaultKind.MISSING_IMAGE, str(path), "no such file") from exc

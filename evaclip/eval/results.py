@@ -13,6 +13,7 @@ from rich.table import Table
 from evaclip.atomic import write_json
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
+from evaclip.words import counted
 
 Task = Literal["zero-shot", "classify", "retrieval", "linear-probe", "knn"]
 
@@ -97,8 +98,9 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     for what, unreadable in _unreadable(evaluation):
         console.print(f"{unreadable:,} {what} could not be read and took no part", style="yellow", soft_wrap=True)
     if lacking := evaluation.metrics.get("lacking"):
-        what = f"{evaluation.metrics['left_out']:,} pictures took no part: the classifier lacks {len(lacking):,} of"
-        console.print(f"{what} their classes, such as {lacking[0]}", style="yellow", markup=False, soft_wrap=True)
+        left_out = counted(evaluation.metrics["left_out"], "picture")
+        what = f"{left_out} took no part: the classifier lacks {len(lacking):,} of their classes"
+        console.print(f"{what}, such as {lacking[0]}", style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
         f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",

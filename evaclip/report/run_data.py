@@ -16,6 +16,7 @@ from evaclip.report.state import duration, told, what_stands_still
 from evaclip.run_files import CONFIG_FILE, EVALUATIONS_FOLDER, EVENTS_FILE, GALLERIES_FOLDER, LOG_FILE
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
+from evaclip.words import counted
 
 _SMOOTHING = 0.02
 
@@ -212,7 +213,7 @@ def _facts(
         facts["Machine"] = _machine(machine, latest.versions)
     if starts := [event["start"] for event in events if "start" in event]:
         trained_on = _machine(starts[-1]["machine"], starts[-1]["versions"])
-        facts["Training"].append(("processes", f"{starts[-1]['processes']:,}, started {len(starts)} times"))
+        facts["Training"].append(("processes", f"{starts[-1]['processes']:,}, started {counted(len(starts), 'time')}"))
         if facts.get("Machine") != trained_on:
             facts["Trained on" if evaluations else "Machine"] = trained_on
     return facts

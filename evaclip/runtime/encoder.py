@@ -303,7 +303,8 @@ def _is_one(given: Any) -> bool:
 
 def _decoded(given: Any) -> Image.Image:
     if isinstance(given, str | Path):
-        return decode_image(read_image_file(Path(given)), str(given), UPRIGHT)
+        # Not a regular one alone, as a shell's <(curl ...) is a pipe.
+        return decode_image(read_image_file(Path(given), regular=False), str(given), UPRIGHT)
     if isinstance(given, bytes):
         return decode_image(given, f"a picture of {len(given):,} bytes", UPRIGHT)
     if isinstance(given, Image.Image):

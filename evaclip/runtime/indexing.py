@@ -5,7 +5,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from evaclip.atomic import write_text, writing
 from evaclip.data import BadSample, Fault, RawSample, Source
 from evaclip.data.samples import UPRIGHT, decode_image
 from evaclip.eval.features import weights_hash
+from evaclip.runtime.ahead import ahead
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Row, Store
 
@@ -28,6 +30,8 @@ Parts = Iterator[tuple[list[Row], Array]]
 UNREADABLE_FILE = "unreadable-{}.jsonl"
 _ROWS, _SECONDS = 4096, 30.0
 """Embeddings are written when there are so many, or after this time; that much work a crash can cost."""
+_THREADS = 4
+"""That make small copies of pictures which aren't embedded."""
 
 
 @dataclass
@@ -81,7 +85,8 @@ def index(
         source: opened with `captions=False`, unless samples without a caption are to be left out.
         encoder: of the store's model.
         store: which is written.
-        thumbnail: side in pixels of small copies that the store keeps; 0 for none.
+        thumbnail: side in pixels of small copies that the store keeps, also of pictures that it has without one; 0 for
+            none.
         part: which part of how many this process does; several may write into one store at a time.
         progress: is kept up to date, for who wants to show it.
 
@@ -91,7 +96,7 @@ def index(
     numbers = _numbers(source, part)
     progress = progress or Progress(len(numbers))
     work = Work(source, store.contents(), thumbnail)
-    keep(work.embedded(numbers, encoder, progress), store)
+    keep(work.embedded(add_thumbnails(work, store, numbers, progress), encoder, progress), store)
     list_faults(source, store, progress, part[0])
     return progress
 
@@ -195,11 +200,15 @@ class Work:
             progress.seconds = time.monotonic() - began
             yield [job.row() for job in part.items], part.embeddings.numpy()
 
+    def id(self, number: int) -> str:
+        """Of the row of a sample."""
+        file = self.source.file(number)
+        return self.source.name(number) if file is None else str(file)
+
     def _changed(self, numbers: Iterable[int], progress: Progress) -> Iterator[_Job]:
         seen = set[str]()
         for number in numbers:
-            file, name = self.source.file(number), self.source.name(number)
-            key = name if file is None else str(file)
+            key, name = self.id(number), self.source.name(number)
             if key in seen:  # a table may name a picture with each of its captions
                 progress.unchanged += 1
                 continue
@@ -209,11 +218,50 @@ class Work:
             except BadSample as exc:
                 yield _Job(key, name, exc, "")
                 continue
-            content = hashlib.sha256(raw.image).hexdigest()
+            content = _content(raw)
             if self.known.get(key) == content:
                 progress.unchanged += 1
             else:
                 yield _Job(key, name, raw, content)
+
+
+def _content(raw: RawSample) -> str:
+    return hashlib.sha256(raw.image).hexdigest()
+
+
+def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: Progress) -> Sequence[int]:
+    """Makes the small copies that unchanged pictures of the store lack, without embedding these again.
+
+    Returns:
+        The numbers of the other samples.
+    """
+    lacking = store.without_thumbnail() if work.thumbnail else {}
+    if not lacking:
+        return numbers
+    others, rows = list[int](), list[Row]()
+
+    def unchanged() -> Iterator[_Job]:
+        for number in numbers:
+            id = work.id(number)
+            with suppress(BadSample):
+                if id in lacking and _content(raw := work.source[number]) == lacking[id]:
+                    yield _Job(id, work.source.name(number), raw, lacking[id])
+                    continue
+            others.append(number)
+
+    def made(job: _Job) -> Row:
+        with suppress(BadSample):
+            job.picture(work.thumbnail)
+        return job.row()
+
+    for row in ahead(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
+        rows.append(row)
+        progress.unchanged += 1
+        if len(rows) == _ROWS:
+            store.add_thumbnails(rows)
+            rows.clear()
+    store.add_thumbnails(rows)
+    return others
 
 
 def keep(parts: Parts, store: Store) -> None:

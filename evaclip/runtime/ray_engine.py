@@ -14,7 +14,7 @@ import numpy as np
 from evaclip.data import Source
 from evaclip.errors import UserError
 from evaclip.runtime.encoder import Encoder
-from evaclip.runtime.indexing import Array, Parts, Progress, Work, keep, list_faults
+from evaclip.runtime.indexing import Array, Parts, Progress, Work, add_thumbnails, keep, list_faults
 from evaclip.runtime.store import Row, Store
 
 _PICTURES = {"cuda": 4096, "cpu": 512}
@@ -104,6 +104,7 @@ def index_on_ray(
     """
     progress = progress or Progress(len(source))
     work = Work(source, store.contents(), thumbnail)
+    add_thumbnails(work, store, range(len(source)), Progress(len(source)))  # the workers count the same pictures
     keep(_embedded(work, encoder, cluster, progress), store)
     list_faults(source, store, progress)
     return progress

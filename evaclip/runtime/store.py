@@ -88,7 +88,7 @@ class Store:
         self.refresh()
 
     @classmethod
-    def create(cls, folder: Path, model: Mapping[str, Any]) -> Self:
+    def create(cls, folder: str | Path, model: Mapping[str, Any]) -> Self:
         """Makes an empty store.
 
         Args:
@@ -100,9 +100,9 @@ class Store:
             UserError: the folder holds something, can't be written, or `model` has no `dim`.
 
         Example:
-            `Store.create(Path("photos.store"), {"name": "EVA02-CLIP-B-16", "sha256": "...", "dim": 512})`
+            `Store.create("photos.store", {"name": "EVA02-CLIP-B-16", "sha256": "...", "dim": 512})`
         """
-        dim = model.get("dim")
+        folder, dim = Path(folder), model.get("dim")
         if not isinstance(dim, int) or dim < 1:
             raise UserError(f"a store's model needs 'dim', the length of its embeddings, got {dim!r}")
         refused = UserError(f"cannot make a store of {folder}: it isn't an empty folder; give another one")
@@ -126,17 +126,18 @@ class Store:
         return cls.open(folder)
 
     @staticmethod
-    def exists(folder: Path) -> bool:
+    def exists(folder: str | Path) -> bool:
         """Whether the folder is a store."""
-        return (folder / ROWS_FILE).is_file()
+        return (Path(folder) / ROWS_FILE).is_file()
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: str | Path) -> Self:
         """Opens a store, to read and to write.
 
         Raises:
             UserError: the folder isn't a store, or is one of a later version.
         """
+        folder = Path(folder)
         path = folder / ROWS_FILE
         if not cls.exists(folder):
             raise UserError(f"{folder} isn't a store: there is no {ROWS_FILE} in it; `evaclip index` makes one")
@@ -206,6 +207,17 @@ class Store:
             self._tell(database, "slots", first + len(rows))
         for name, dtype in _KINDS.items():
             write_header(self._path(name), dtype, self.slots, _columns(name, self.dim))
+
+    def without_thumbnail(self) -> dict[str, str]:
+        """The ids of rows that have no thumbnail, and the hashes of their content."""
+        query = "SELECT id, content FROM rows LEFT JOIN thumbnails USING (number) WHERE data IS NULL"
+        return dict(self._database.execute(query).fetchall())
+
+    def add_thumbnails(self, rows: Iterable[Row]) -> None:
+        """Gives those of `rows` that the store has without one, with the same content, their thumbnail."""
+        query = "INSERT OR IGNORE INTO thumbnails SELECT number, ? FROM rows WHERE id = ? AND content = ?"
+        with self._writing() as database:
+            database.executemany(query, ((row.thumbnail, row.id, row.content) for row in rows if row.thumbnail))
 
     def merge(self, other: "Store") -> int:
         """Takes over the rows of another store, but for those that this one has with the same id and content.

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Store
@@ -44,14 +44,15 @@ def create_app(
         store: to search in; it may grow meanwhile.
         encoder: of the store's model.
         key: what requests must bring; None for no key.
-        hosts: names that the server may be called by. Where there is no key, all but its own are to be refused: a web
-            page could reach it by a name that leads to this machine.
+        hosts: names that the server may be called by, `*` for any and `*.example.com` for all of a domain. Where there
+            is no key, all but its own are to be refused: a web page could reach it by a name that leads to this
+            machine.
         limits: of requests.
         delay: seconds that a picture or text waits for others to be encoded with.
 
     Example:
         ```python
-        store = Store.open(Path("photos.store"))
+        store = Store.open("photos.store")
         app = create_app(store, Encoder(store.model["given"], precision=store.model["precision"]))
         ```
     """
@@ -69,10 +70,19 @@ def create_app(
     _add_state(app, service, metrics)
     _add_api(app, service)
     _add_errors(app)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    app.add_middleware(Guard, limits=limits, key=key)
+    app.add_middleware(Guard, limits=limits, key=key, hosts=hosts)
     app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(_with_head)
     return app
+
+
+def _with_head(app: ASGIApp) -> ASGIApp:
+    """Answers HEAD as GET, which FastAPI's routes don't; servers leave the body away themselves."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+    return answer
 
 
 def _add_page(app: FastAPI) -> None:
@@ -153,7 +163,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, exc: HTTPException) -> Response:
-        return Rejected(exc.status_code, f"{exc.detail.rstrip('.')}: {request.method} {request.url.path}.").response()
+        sentence = f"{exc.detail.rstrip('.')}: {request.method} {request.url.path}."
+        return Rejected(exc.status_code, sentence).response(exc.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, exc: RequestValidationError) -> Response:

@@ -4,8 +4,9 @@ import asyncio
 import base64
 import hmac
 import io
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -50,10 +51,10 @@ class Rejected(Exception):
         super().__init__(reason)
         self.status, self.reason = status, reason
 
-    def response(self) -> JSONResponse:
-        """What is sent: `{"error": reason}`."""
-        headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'}}
-        return JSONResponse({"error": self.reason}, self.status, headers.get(self.status))
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """What is sent: `{"error": reason}`, with `headers` or those of the status."""
+        of_status = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'}}
+        return JSONResponse({"error": self.reason}, self.status, headers or of_status.get(self.status))
 
 
 def decode(data: bytes, limits: Limits) -> Image.Image:
@@ -105,10 +106,11 @@ class Guard:
         app: what answers.
         limits: see there.
         key: what requests must bring, as a bearer token or the password of basic authentication; None for no key.
+        hosts: names that the server may be called by; see `create_app`.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, key: str | None = None) -> None:
-        self._app, self._limits, self._key = app, limits, key
+    def __init__(self, app: ASGIApp, limits: Limits, key: str | None = None, hosts: Sequence[str] = ("*",)) -> None:
+        self._app, self._limits, self._key, self._hosts = app, limits, key, hosts
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,8 +126,10 @@ class Guard:
             await send(message)
 
         try:
+            headers = Headers(scope=scope)
+            self._require_host(headers.get("host", ""))
             if scope["path"] != "/healthz":
-                self._admit(Headers(scope=scope))
+                self._admit(headers)
             if self._running >= self._limits.requests:
                 raise Rejected(503, "The server has too much to do; try again in a second.")
             self._running += 1
@@ -136,6 +140,11 @@ class Guard:
         except Rejected as exc:
             if not begun:
                 await exc.response()(scope, receive, answer)
+
+    def _require_host(self, given: str) -> None:
+        name = re.sub(r":\d*$", "", given.lower())
+        if not any(name.endswith(host[1:]) if host.startswith("*") else name == host.lower() for host in self._hosts):
+            raise Rejected(400, f"The server isn't called {given!r} here; ask for {', '.join(self._hosts)}.")
 
     def _admit(self, headers: Headers) -> None:
         if self._key is not None and not _has_key(headers.get("authorization", ""), self._key):

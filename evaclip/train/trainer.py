@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -120,7 +121,7 @@ def _final_metrics(parts: Parts, folder: RunFolder, step: int) -> Metrics | None
 
 def _told(folder: RunFolder, step: int) -> str:
     model = folder.checkpoints / checkpoint.folder_name(step)
-    return f"the model is {model}; 'evaclip report {folder.path}' shows the run"
+    return f"the model is {model}; `evaclip report {quote(str(folder.path))}` shows the run"
 
 
 def _report(parts: Parts, folder: RunFolder | None, start_step: int) -> Report:

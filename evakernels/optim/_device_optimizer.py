@@ -121,6 +121,15 @@ class DeviceOptimizer(Optimizer):
         self.check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        for number, param in enumerate(added["params"]):
+            if param.layout == torch.strided and _is_expanded(param):
+                self.param_groups.pop()
+                name = added.get("param_names", {number: f"parameter {number} of a group"})[number]
+                raise ValueError(
+                    f"{type(self).__name__}: {name} of shape {tuple(param.shape)} is expanded, with strides "
+                    f"{param.stride()}: several of its elements are one number; accepted: a tensor of its own, as "
+                    "clone() makes it"
+                )
         others = {param.dtype for param in added["params"]} - {torch.bfloat16}
         if added.get("stochastic_rounding") and others:
             self.param_groups.pop()
@@ -237,6 +246,10 @@ class DeviceOptimizer(Optimizer):
         flag: Tensor | None = getattr(self, name, None)
         # To the host it must have arrived before it is read there.
         return None if flag is None else flag.to(device, non_blocking=device.type != "cpu")
+
+
+def _is_expanded(param: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True))
 
 
 def _check_tensor(name: str, option: str, value: Tensor) -> None:

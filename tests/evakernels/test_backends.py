@@ -275,6 +275,13 @@ def test_explain_knows_every_public_function(name):
     assert explained <= backends.ops().keys()
 
 
+def test_explain_takes_functions_too():
+    for function in (evakernels.layer_norm, torch.ops.evakernels.layer_norm_forward):
+        assert evakernels.explain(function, torch.ones(2, 4)) == evakernels.explain("layer_norm", torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"unknown op <function layer_norm .*known: adamw_update"):
+        evakernels.explain(torch.nn.functional.layer_norm, torch.ones(2, 4))
+
+
 def test_explain_takes_the_arguments_of_a_loss():
     features = torch.ones(2, 4)
     with evakernels.use_backend("reference"):
@@ -413,3 +420,12 @@ def test_the_reference_on_a_gpu_is_an_error_for_who_wants_it_to_be(refused, monk
     monkeypatch.setenv("EVAKERNELS_STRICT", "0")
     with pytest.warns(evakernels.ReferenceWarning):
         backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))
+    monkeypatch.setenv("EVAKERNELS_STRICT", "foo")
+    with pytest.raises(ValueError, match="EVAKERNELS_STRICT is 'foo'; accepted: 1, on, true, 0, off, false, or noth"):
+        backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("On", True), ("true", True), ("off", False), ("", False)])
+def test_a_switch_in_the_environment(monkeypatch, value, on):
+    monkeypatch.setenv("EVAKERNELS_STRICT", value)
+    assert backends.is_switched_on("EVAKERNELS_STRICT") is on

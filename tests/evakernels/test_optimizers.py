@@ -169,6 +169,16 @@ def stepped(kind, param, grad):
         (lambda kind: kind(ONE, amsgrad=True), ValueError, "amsgrad is True; accepted: False"),
         (lambda kind: kind([{"params": ONE, "amsgrad": True}]), ValueError, "amsgrad is True; accepted: False"),
         (lambda kind: kind(ONE, stochastic_rounding=True), TypeError, "stochastic_rounding .*these are torch.float32"),
+        (
+            lambda kind: kind([*ONE, nn.Parameter(torch.ones(1).expand(3))]),
+            ValueError,
+            r"parameter 1 of a group of s",
+        ),
+        (
+            lambda kind: kind([("b", torch.ones(1, 2).expand(3, 2))]),
+            ValueError,
+            r"b of shape .* with strides \(0, 1\): s",
+        ),
         (lambda kind: kind(ONE, seed=-1), ValueError, r"seed is -1; accepted: a number from 0 to below 2\^31"),
     ],
 )

@@ -87,7 +87,7 @@ def test_check_tells_what_it_converted_and_guessed(tmp_path, capsys):
     evaclip("data", "check", str(tmp_path / "pairs.csv"), "--workers", "0", "--json", str(tmp_path / "out.json"))
     lines = capsys.readouterr().out.splitlines()
     assert "converted: 16-bit pixels of 2 pictures, to 8 bits" in lines
-    assert "converted: float pixels of 1 pictures, to 8 bits" in lines
+    assert "converted: float pixels of 1 picture, to 8 bits" in lines
     assert "read as utf-8-sig, columns separated by pipes" in lines
     assert "no faults" in lines
     stored = json.loads((tmp_path / "out.json").read_text())

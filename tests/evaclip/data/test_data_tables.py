@@ -221,10 +221,29 @@ def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
         assert "1 by names that aren't UTF-8" in source.notes[0]
 
 
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "0.png").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "cats" / "1.png")
+    table = write(tmp_path / "pairs.csv", "filepath\ttitle\ncats/0.png\ta\ncats/1.png\tb\n")
+    for source in (open_source(str(tmp_path)), open_source(str(tmp_path), captions=False), open_source(table)):
+        for index in (0, 1):
+            with pytest.raises(BadSample) as caught:
+                source[index]
+            assert caught.value.fault.kind is FaultKind.UNREADABLE
+            assert caught.value.fault.detail == "not a regular file"
+
+
 def test_a_folder_without_pictures(tmp_path):
     (tmp_path / "dog").mkdir()
-    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folders of"):
+    with pytest.raises(UserError, match=r"0 pictures \(\.jpeg, .*\) in the 1 class folder of [^;]*$"):
         open_source(str(tmp_path))
+    write_picture(tmp_path / "loose.png")
+    write_picture(tmp_path / "dog" / "1.HEIC")
+    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic, 1 outside of the class folders"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic"):
+        open_source(str(tmp_path / "dog"), captions=False)
 
 
 def test_synthetic_pictures_follow_their_captions():

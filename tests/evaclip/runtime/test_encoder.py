@@ -1,6 +1,7 @@
 """Embeddings by `Encoder` are those of the model, whatever comes, in whatever batches."""
 
 import io
+import os
 import pickle
 import threading
 from contextlib import contextmanager
@@ -70,6 +71,14 @@ def test_files_are_turned_as_their_exif_data_says(encoder, pictures, tmp_path):
     # One picture is no sequence of them, neither are the letters of its path.
     for one in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), upright):
         torch.testing.assert_close(encoder.images(one), encoder.images([upright]))
+
+
+def test_a_picture_may_come_through_a_pipe(encoder, pictures):
+    reader, writer = os.pipe()
+    os.write(writer, _png(pictures[0]))
+    os.close(writer)
+    torch.testing.assert_close(encoder.images([f"/dev/fd/{reader}"]), encoder.images([pictures[0]]))
+    os.close(reader)
 
 
 def test_texts_come_back_in_their_order_whatever_their_length(encoder, loaded, monkeypatch):

@@ -41,8 +41,9 @@ def test_a_folder_is_indexed_and_later_what_is_new(model, folder, pictures, tmp_
     assert "1 embedded, 7 unchanged, 1 unreadable" in capsys.readouterr().out
     assert len(Store.open(store)) == 8
     folder.rename(tmp_path / "at 12:30")
-    assert main(["index", "b.store", "--images", "at 12:30", "--model", model, "--precision", "fp32"]) == 0
-    assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b.store").contents()
+    assert main(["index", "b c", "--images", "at 12:30", "--model", model, "--precision", "fp32"]) == 0
+    assert "evaclip search 'b c' 'a red bicycle'" in capsys.readouterr().out
+    assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b c").contents()
 
 
 def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, folder, pictures, tmp_path, capsys):
@@ -65,7 +66,7 @@ def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, f
     pictures[1].save(other / "new.png")
     capsys.readouterr()
     assert main([*index, str(folder)]) == 0
-    assert f"2 rows are of pictures that are gone from {folder}: --prune removes them" in capsys.readouterr().out
+    assert f"2 rows of pictures that are gone from {folder}: --prune removes them" in capsys.readouterr().out
     assert set(Store.open(store).contents()) == rows
     for name in ("s.tar", "y.png"):
         (folder / "disk" / name).rename(tmp_path / name)
@@ -75,7 +76,7 @@ def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, f
     for name in ("s.tar", "y.png"):
         (tmp_path / name).rename(folder / "disk" / name)
     assert main([*index, str(folder), "--prune"]) == 0
-    assert "2 rows of pictures that are gone were removed" in capsys.readouterr().out
+    assert "removed 2 rows of pictures that are gone" in capsys.readouterr().out
     assert set(Store.open(store).contents()) == rows - {str(folder / "3.png"), str(folder / "disk" / "x.png")}
     assert main([*index, str(shard), "--prune"]) == 2
     assert f"gone from a folder of pictures, which {shard} is not" in capsys.readouterr().err
@@ -116,7 +117,7 @@ def test_each_of_several_machines_writes_a_store_and_one_joins_them(model, folde
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name)
     assert main(["index", str(store), "--merge", *map(str, nodes)]) == 0
-    assert f"{nodes[1]}: 3 rows taken, 0 were there" in capsys.readouterr().out
+    assert f"{nodes[1]}: 3 rows taken, 0 there before" in capsys.readouterr().out
     assert (store / "text.json").exists() == (nodes[0] / "text.json").exists()
     assert main(["index", str(store), "--images", str(folder)]) == 0
     assert "0 embedded, 7 unchanged" in capsys.readouterr().out

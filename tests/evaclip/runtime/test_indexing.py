@@ -96,6 +96,21 @@ def test_small_copies_are_kept(folder, tmp_path, encoder):
     assert len(sizes) > 1
 
 
+def test_small_copies_come_later_without_new_embeddings(folder, tmp_path, encoder, pictures, monkeypatch):
+    monkeypatch.setattr(indexing, "_ROWS", 2)
+    _index(folder, tmp_path / "store", encoder)
+    pictures[1].save(folder / "0.png")
+    pictures[2].save(folder / "new.png")
+    store, progress = _index(folder, tmp_path / "store", encoder, thumbnail=16)
+    assert (progress.embedded, progress.unchanged, len(progress.faults)) == (2, 6, 1)
+    rows = _rows(store)
+    assert max(Image.open(io.BytesIO(row.thumbnail)).size[0] for row in rows) == 16
+    of_rows = [row.thumbnail for row in rows if Path(row.id).name in ("0.png", "1.png")]
+    assert of_rows[0] == of_rows[1]  # of the same picture, embedded and not
+    _is_right(store, _good(folder), encoder)
+    assert _index(folder, tmp_path / "store", encoder, thumbnail=16)[1].unchanged == 8
+
+
 def test_shards_keep_their_captions_and_may_lack_them(pictures, tmp_path, encoder):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, picture in enumerate(pictures[:3]):

@@ -44,6 +44,16 @@ def test_rows_come_back_from_a_store_opened_anew(tmp_path):
         np.testing.assert_array_equal(store.embeddings, unit(1).astype(np.float16))
 
 
+def test_a_name_is_as_good_as_a_path(tmp_path):
+    name = str(tmp_path / "s")
+    assert not Store.exists(name)
+    Store.create(name, {"dim": DIM}).close()
+    with Store.open(name) as store:
+        assert store.folder == tmp_path / "s"
+    with pytest.raises(TypeError, match=r"os\.PathLike"):
+        Store.open(3)
+
+
 def test_other_tools_read_its_files(tmp_path):
     filled(tmp_path, unit(3)).close()
     np.testing.assert_array_equal(np.load(tmp_path / "embeddings-0.npy", mmap_mode="r"), unit(3).astype(np.float16))

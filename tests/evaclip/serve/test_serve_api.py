@@ -142,7 +142,9 @@ def test_other_wrong_requests_get_a_sentence(client, pictures):
     assert "16 MiB" in _error(client.post("/search", content=iter([bytes(9 << 20)] * 2)), 413)
     _error(client.post("/search", content=b"x", headers={"content-type": "multipart/form-data; boundary=y"}), 400)
     assert "are forms" in _error(client.post("/search", json={"text": "a"}), 415)
-    _error(client.get("/search"), 405)
+    refused = client.get("/search")
+    _error(refused, 405)
+    assert refused.headers["allow"] == "POST"
     _error(client.get("/nowhere"), 404)
 
 
@@ -186,8 +188,22 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     assert client.get("/redoc").status_code == 404
 
 
-def test_other_names_are_refused(client):
-    assert client.get("/about", headers={"host": "evil.example"}).status_code == 400
+def test_head_is_get_without_its_body(client):
+    for path in ("/", "/page.js", "/about", "/healthz", "/thumbnail/2"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == get.headers["content-length"] != "0"
+    assert client.head("/search").status_code == 405
+
+
+def test_other_names_are_refused(store, encoder):
+    with TestClient(create_app(store, encoder, hosts=("localhost", "[::1]", "*.example.com"))) as client:
+        for host in ("localhost:80", "LOCALHOST", "[::1]:8000", "a.example.com"):
+            assert client.get("/about", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "", "localhost.evil.example", "::1", "example.com"):
+            for path in ("/about", "/healthz"):
+                sentence = f"isn't called {host!r} here; ask for localhost, [::1], *.example.com"
+                assert sentence in _error(client.get(path, headers={"host": host}), 400)
 
 
 def test_counters(client):

@@ -1,5 +1,6 @@
 """`evaclip train` on the command line."""
 
+import errno
 import json
 import os
 import subprocess
@@ -81,12 +82,27 @@ def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
         "schedule.steps=2 schedule.warmup_steps=1 log.every_steps=1 batch_size=8 eval.sets=null log.tensorboard=false"
     )
     train = ["train", "tiny", "--device", "cpu", "--set", f"output={tmp_path}", *small.split()]
-    for arguments, code in ((["train"], 141), (train, 0)):
+    for arguments, code in ((["train"], 141), (["--version"], 141), (["plan", "tiny"], 141), (train, 0)):
         command = [sys.executable, "-m", "evaclip", *arguments]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
-        assert (done.returncode, done.stderr) == (code, "")
+        assert (arguments, done.returncode, done.stderr) == (arguments, code, "")
     os.close(writer)
     assert (tmp_path / "tiny/checkpoints/step_00000002").is_dir()
+
+
+def test_what_may_not_be_read_is_told_as_a_mistake(monkeypatch: Any, capsys: Any) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert main(["watch", "locked"]) == 2
+    assert capsys.readouterr().err == "error: locked/config.yaml: Permission denied\n"
+
+
+def test_there_may_be_no_output_at_all() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "evaclip", "train"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Path) -> None:

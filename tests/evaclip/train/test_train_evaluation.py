@@ -60,16 +60,16 @@ def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the
 
 
 def test_a_run_at_its_end_is_not_measured_again_but_on_other_sets(run_config: Make, capsys: Any) -> None:
-    config = run_config("held_out=0.25")
+    config = run_config("held_out=0.25", "name=a run")
     outcome = train(config)
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
     capsys.readouterr()
     assert train(config, resume="auto") == outcome
     model = outcome.folder / "checkpoints/step_00000006"
-    told = f"the run is finished: the model is {model}; 'evaclip report {outcome.folder}' shows the run"
+    told = f"the run is finished: the model is {model}; `evaclip report '{outcome.folder}'` shows the run"
     assert told in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")} == before
-    more = train(run_config("held_out=0.25", "eval.sets.few={samples: 4}"), resume="auto")
+    more = train(run_config("held_out=0.25", "name=a run", "eval.sets.few={samples: 4}"), resume="auto")
     assert {name.partition("/")[0] for name in more.metrics} == {"held_out", "few"}
 
 
