@@ -68,11 +68,15 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
+            try:  # a command line's are texts
+                numbers = tuple(map(float, values))
+            except (TypeError, ValueError):
+                numbers = ()
             _check(
-                isinstance(values, Sequence) and len(values) == 3 and all(map(_is_number, values)),
+                len(numbers) == 3 and all(map(math.isfinite, numbers)),
                 f"preprocess.{name} is {values!r}; expected 3 numbers, one per RGB channel",
             )
-            object.__setattr__(self, name, tuple(float(value) for value in values))
+            object.__setattr__(self, name, numbers)
         _check(min(self.std) > 0, f"preprocess.std is {self.std}; expected positive numbers")
         _check_choice("preprocess.interpolation", self.interpolation, Interpolation)
         _check_choice("preprocess.resize", self.resize, Resize)
