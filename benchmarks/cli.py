@@ -17,7 +17,7 @@ from benchmarks import origin, plugins
 from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
-from evaclip.commands.parser import CommandParser, leaf, run_command
+from evaclip.commands.parser import CommandParser, leaf, positive, run_command
 from evaclip.errors import UserError, unknown_name
 
 _EXAMPLES = {
@@ -98,7 +98,7 @@ def _build_parser() -> argparse.ArgumentParser:
     serve = _add(verbs, "serve", "ask a server of embeddings from many clients at once", _serve)
     serve.add_argument("--model", default="tiny", help="with random weights (default: %(default)s)")
     serve.add_argument("--clients", type=int, default=50, metavar="N", help="default: %(default)s")
-    serve.add_argument("--seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
+    serve.add_argument("--seconds", type=positive, default=60.0, metavar="S", help="default: %(default)g")
     _add_infer(_add(verbs, "infer", "measure a model's towers by engine: this library, PyTorch, ONNX runtimes", _infer))
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
@@ -193,7 +193,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--passes", type=int, default=Plan.passes, metavar="N", help="over all cases (default: %(default)s)"
     )
     how.add_argument(
-        "--seconds", type=float, default=Plan.seconds, metavar="S", help="a candidate and pass (default: %(default)s)"
+        "--seconds", type=positive, default=Plan.seconds, metavar="S", help="a candidate and pass (default: %(default)s)"
     )
     how.add_argument("--profile", type=Path, metavar="FOLDER", help="also leave a trace of each candidate there")
     how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or is wrong")
@@ -302,8 +302,8 @@ def _measure_search(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from benchmarks import serve
 
-    if args.clients < 1 or args.seconds <= 0:
-        raise UserError(f"--clients is 1 or more and --seconds above 0, got {args.clients} and {args.seconds:g}")
+    if args.clients < 1:
+        raise UserError(f"--clients is 1 or more, got {args.clients}")
     serve.show(args.model, args.clients, serve.measure(args.model, args.clients, args.seconds))
 
 
@@ -349,8 +349,8 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    if args.passes < 1 or args.seconds <= 0:
-        raise UserError(f"--passes must be at least 1 and --seconds above 0, got {args.passes} and {args.seconds:g}")
+    if args.passes < 1:
+        raise UserError(f"--passes must be at least 1, got {args.passes}")
     if args.first < 0:
         raise UserError(f"--first must be 0, for all, or more, got {args.first}")
     if args.threads is not None:
