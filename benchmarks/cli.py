@@ -17,6 +17,7 @@ from benchmarks import origin, plugins
 from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
+from evaclip.atomic import require_writable, writing
 from evaclip.commands.parser import CommandParser, leaf, positive, run_command
 from evaclip.errors import UserError, unknown_name
 
@@ -125,8 +126,25 @@ def _build_parser() -> argparse.ArgumentParser:
         "--arch", action="append", default=[], choices=["sm_80", "sm_90", "sm_100"], help="whose PTX (default: all)"
     )
     audit.add_argument("--explain", action="store_true", help="also the ten lines of the source that cost most")
-    audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
+    audit.add_argument("--json", type=_file, metavar="FILE", help="all that was counted")
     return parser
+
+
+# Types of arguments: where nothing can be written is told before hours of measuring, not behind them.
+
+
+def _file(text: str) -> Path:
+    require_writable(Path(text))
+    return Path(text)
+
+
+def _folder(text: str) -> Path:
+    require_writable(Path(text, "index.html"))
+    return Path(text)
+
+
+def _file_or_folder(text: str) -> Path:
+    return _folder(text) if Path(text).is_dir() else _file(text)
 
 
 def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentParser:
@@ -166,7 +184,7 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="photographs (default: those of installed packages)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured; a folder will do")
+    parser.add_argument("--json", type=_file_or_folder, metavar="FILE", help="all that was measured; a folder will do")
 
 
 def _add_choice(parser: Any, shapes: str) -> None:
@@ -193,15 +211,19 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--passes", type=int, default=Plan.passes, metavar="N", help="over all cases (default: %(default)s)"
     )
     how.add_argument(
-        "--seconds", type=positive, default=Plan.seconds, metavar="S", help="a candidate and pass (default: %(default)s)"
+        "--seconds",
+        type=positive,
+        default=Plan.seconds,
+        metavar="S",
+        help="a candidate and pass (default: %(default)s)",
     )
-    how.add_argument("--profile", type=Path, metavar="FOLDER", help="also leave a trace of each candidate there")
+    how.add_argument("--profile", type=_folder, metavar="FOLDER", help="also leave a trace of each candidate there")
     how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or is wrong")
     results = parser.add_argument_group("what to leave")
     results.add_argument(
-        "--json", type=Path, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
+        "--json", type=_file_or_folder, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
     )
-    results.add_argument("--plot", type=Path, metavar="FOLDER", help="pages and plots")
+    results.add_argument("--plot", type=_folder, metavar="FOLDER", help="pages and plots")
     results.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
 
 
@@ -218,8 +240,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default = getattr(RatePlan, name)
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, such as data.png")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="all that was measured")
+    parser.add_argument("--plot", type=_file, metavar="FILE", help="a picture, such as data.png")
 
 
 def _measure_data(args: argparse.Namespace) -> None:
@@ -339,7 +361,7 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
     if args.json:
         results.write_json(args.json)
     if args.plot:
-        _write_report(results, args.plot)
+        print(_write_report(results, args.plot))
     if args.page:
         print(write_section(results, args.page))
     if args.profile:
@@ -426,10 +448,9 @@ def _report(args: argparse.Namespace) -> None:
         if others:
             raise UserError(f"--page takes one result, got {len(args.results)}")
         print(write_section(first, args.page))
-    if args.out and others:
-        print(write_beside(several, args.out))
-    elif args.out:
-        _write_report(first, args.out)
+    if args.out:
+        with writing(args.out):
+            print(write_beside(several, args.out) if others else _write_report(first, args.out))
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -452,11 +473,11 @@ def _audit(args: argparse.Namespace) -> None:
         write_json(counts, args.json)
 
 
-def _write_report(results: Results, folder: Path) -> None:
+def _write_report(results: Results, folder: Path) -> Path:
     from benchmarks.report.page import write_report
 
     plugins.load()  # pages say what each operation does
-    print(write_report(results, folder))
+    return write_report(results, folder)
 
 
 def _load(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
 
 from benchmarks import cli
+from benchmarks import machine as machine_module
 from benchmarks.operation import operations, peers_of
 from benchmarks.results import Results, read_results
 
@@ -88,6 +89,24 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pyt
 
 
 @pytest.mark.parametrize(
+    "command", ["op --json", "op --plot", "op --profile", "infer --json", "data --json", "data --plot", "audit --json"]
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine_module, "describe", None)  # what all of them begin with
+    (tmp_path / "file").touch()
+    verb, option = command.split()
+    names = ["layer_norm"] if verb == "op" else []
+    assert cli.main([verb, *names, option, str(tmp_path / "file" / "there")]) == 2
+    assert f"cannot write {tmp_path}/file/there" in capsys.readouterr().err
+
+
+def test_a_result_makes_its_folder(tmp_path: Path) -> None:
+    with registered(tanh_operation()):
+        assert cli.main(["op", "tanh", *QUICK, "--peer", "none", "--json", str(tmp_path / "new" / "run.json")]) == 0
+    assert (tmp_path / "new" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("from benchmarks import peer\n", "registers nothing; it needs a @peer(OPERATION, NAME)"),
@@ -138,6 +157,8 @@ def test_report_reads_what_was_kept(tmp_path: Path) -> None:
     both = [str(tmp_path / "run.json")] * 2
     assert cli.main(["report", *both, "--out", str(tmp_path / "beside")]) == 0
     assert "1: run and 2: run" in (tmp_path / "beside" / "index.html").read_text()
+    for results in (both, both[:1]):
+        assert cli.main(["report", *results, "--out", both[0]]) == 2
 
 
 @pytest.mark.parametrize(("times", "code"), [([2.0] * 3, 0), ([3.0] * 3, 1)])
