@@ -112,6 +112,9 @@ def test_a_result_makes_its_folder(tmp_path: Path) -> None:
         ("from benchmarks import peer\n", "registers nothing; it needs a @peer(OPERATION, NAME)"),
         ("from benchmarks import peer\n\n@peer('tahn', 'a')\ndef f(shape):\n    ...\n", "did you mean 'tanh'"),
         ("from benchmarks import peer\n\n@peer('tanh', 'torch eager')\ndef f(shape):\n    ...\n", "two candidates"),
+        ("def (:", "mine.py' ends with SyntaxError: "),
+        ("import not_there", "mine.py' ends with ModuleNotFoundError: No module named 'not_there'"),
+        ("raise SystemExit(0)", "mine.py' ends with SystemExit: 0"),
     ],
 )
 def test_a_plugin_that_adds_nothing_measurable_is_told(text, message, tmp_path, capsys):
