@@ -50,7 +50,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
     Raises:
         UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
     """
-    check_names(operations, plan.backends, plan.peers)
+    check_names(operations, plan.device, plan.backends, plan.peers)
     device = device_of(plan.device)
     keep_freed_memory()
     timer = timer_for(device)
@@ -71,15 +71,16 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
 
 
 def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
-    """The cases of a plan, in order."""
-    return [
+    """The cases of a plan, in order; what is named twice is measured once."""
+    cases = (
         Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
         for op in operations
         for shape in map(op.shape, plan.shapes or op.shapes[plan.device][: plan.first or None])
         for dtype in plan.dtypes or DEFAULT_DTYPES[plan.device]
         for mode in op.modes
         if not plan.modes or mode in plan.modes
-    ]
+    )
+    return list({case.key: case for case in cases}.values())
 
 
 def device_of(name: str) -> torch.device:
