@@ -362,6 +362,8 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
         results.write_json(args.json)
     if args.plot:
         print(_write_report(results, args.plot))
+    if results.interrupted:
+        raise KeyboardInterrupt  # a page keeps the whole table that it has
     if args.page:
         print(write_section(results, args.page))
     if args.profile:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
+from torch import Tensor
 
 from benchmarks import cli
 from benchmarks import machine as machine_module
@@ -98,6 +99,26 @@ def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path,
     names = ["layer_norm"] if verb == "op" else []
     assert cli.main([verb, *names, option, str(tmp_path / "file" / "there")]) == 2
     assert f"cannot write {tmp_path}/file/there" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
+    def interrupts_the_second_case(x: Tensor) -> Tensor:
+        if len(x) == 4:
+            raise KeyboardInterrupt
+        return x.tanh()
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmarks: begin -->whole<!-- benchmarks: end -->")
+    run = ["--peer", "none", "--json", str(tmp_path / "run.json"), "--page", str(page)]
+    with registered(tanh_operation(ours=interrupts_the_second_case)):
+        assert cli.main(["op", "tanh", *QUICK, "--shape", "tiny b4", *run]) == 130
+        results = read_results(tmp_path / "run.json")
+        assert {row.shape for row in results.rows} == {"tiny@32 b2"}
+        assert "interrupted: 1 of 2 measurements were made" in results.machine.notes
+        assert "whole" in page.read_text()
+        (tmp_path / "run.json").unlink()
+        assert cli.main(["op", "tanh", *QUICK[2:], "--shape", "tiny b4", *run]) == 130
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_a_result_makes_its_folder(tmp_path: Path) -> None:
