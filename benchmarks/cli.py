@@ -266,6 +266,8 @@ def _measure_data(args: argparse.Namespace) -> None:
 def _metadata(args: argparse.Namespace) -> None:
     from benchmarks import metadata
 
+    if min(*args.ranks, args.shards) < 1:
+        raise UserError(f"--ranks and --shards are 1 or more, got {min(args.ranks)} and {args.shards}")
     metadata.show(args.ranks, args.shards)
 
 
@@ -462,7 +464,7 @@ def _audit(args: argparse.Namespace) -> None:
     chosen = {kind: names for kind, names in cases.AUDITED.items() if args.kernels in (None, kind)}
     for name in args.names:
         if not any(name in names for names in chosen.values()):
-            raise unknown_name("audited operation", name, [name for names in chosen.values() for name in names])
+            raise unknown_name("audited operation", name, {name for names in chosen.values() for name in names})
     counts = []
     for kind, known in chosen.items():
         names = [name for name in args.names or known if name in known]
