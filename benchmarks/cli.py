@@ -256,11 +256,11 @@ def _measure_data(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
     result = DataResult(machine, plan, rates, mixing, shuffle.measure(mixing), spread, machines.measure(spread))
-    print_result(result)
     if args.json:
         result.write_json(args.json)
     if args.plot:
         save_plot(result, args.plot)
+    print_result(result)
 
 
 def _metadata(args: argparse.Namespace) -> None:
@@ -339,9 +339,9 @@ def _infer(args: argparse.Namespace) -> None:
     several = {"batches": tuple(args.batch), "dtypes": tuple(args.dtype), "engines": tuple(args.engine)}
     plan = infer.Plan(args.model, towers, **several, rounds=args.rounds, device=args.device, pictures=args.pictures)
     results = infer.measure(plan, partial(print, file=sys.stderr, flush=True))
-    infer.show(results)
     if args.json:
         results.write_json(args.json)
+    infer.show(results)
 
 
 def _measure_all(args: argparse.Namespace) -> None:
@@ -359,9 +359,9 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
         split_page(args.page)  # complains before minutes have gone by
     with _progress() as progress:
         results = run(chosen, plan, progress)
-    print_table(results)
-    if args.json:
+    if args.json:  # before anything is printed, whose reader may be gone
         results.write_json(args.json)
+    print_table(results)
     if args.plot:
         print(_write_report(results, args.plot))
     if results.interrupted:
@@ -472,9 +472,9 @@ def _audit(args: argparse.Namespace) -> None:
         for arch in build.ARCHS[kind] if asked else ():
             if not args.arch or arch in args.arch:
                 counts += build.count_all(asked, arch, kind)
-    print_audit(counts, explain=args.explain)
     if args.json:
         write_json(counts, args.json)
+    print_audit(counts, explain=args.explain)
 
 
 def _write_report(results: Results, folder: Path) -> Path:

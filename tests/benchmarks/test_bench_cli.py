@@ -6,7 +6,7 @@ import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
 from torch import Tensor
 
-from benchmarks import cli
+from benchmarks import cli, table
 from benchmarks import machine as machine_module
 from benchmarks.operation import operations, peers_of
 from benchmarks.results import Results, read_results
@@ -121,6 +121,17 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
         (tmp_path / "run.json").unlink()
         assert cli.main(["op", "tanh", *QUICK[2:], "--shape", "tiny b4", *run]) == 130
     assert not (tmp_path / "run.json").exists()
+
+
+def test_a_reader_that_is_gone_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "print_table", gone)
+    with registered(tanh_operation()), pytest.raises(BrokenPipeError):
+        cli.main(["op", "tanh", *QUICK, "--peer", "none", "--json", str(tmp_path / "run.json"), "--debug"])
+    assert len(read_results(tmp_path / "run.json").rows) == 3
+
+
+def gone(*args: object) -> None:
+    raise BrokenPipeError
 
 
 def test_a_result_makes_its_folder(tmp_path: Path) -> None:
