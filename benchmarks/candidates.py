@@ -14,10 +14,12 @@ import evakernels
 from benchmarks.operation import Function, Kind, Operation, peers_of
 from evaclip.errors import UserError, unknown_name
 from evaclip.machine import version_of
-from evakernels.backends import PREFERENCE, why_not
+from evakernels.backends import why_not
 
 OURS, COMPILE = "evakernels", "torch.compile"
 NOBODY = "none"
+SERVED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""The backends of each device type, in the order of `evakernels.backends.PREFERENCE`."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,8 @@ def _ours(op: Operation, device: str, backends: Sequence[str]) -> tuple[list[Can
     version = evakernels.info()["evakernels"] or ""
     if op.registered is None:
         return _composed(op, backends, version), {}
-    served = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}[device]
-    here = [backend for backend in PREFERENCE if backend in served]
-    reasons = {backend: why_not(op.registered, backend) for backend in here if not backends or backend in backends}
+    here = [backend for backend in SERVED[device] if not backends or backend in backends]
+    reasons = {backend: why_not(op.registered, backend) for backend in here}
     found = [_on_backend(op, backend, version) for backend, why in reasons.items() if not why]
     absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
     return found, absent
@@ -100,10 +101,13 @@ def _on_backend(op: Operation, backend: str, version: str) -> Candidate:
     return Candidate(f"{OURS} {backend}", "ours", version, _always(op.ours), context)
 
 
-def check_names(chosen: Sequence[Operation], backends: Sequence[str], peers: Sequence[str]) -> None:
-    """Raises `UserError` for a backend or peer that no operation of `chosen` knows."""
+def check_names(chosen: Sequence[Operation], device: str, backends: Sequence[str], peers: Sequence[str]) -> None:
+    """Raises `UserError` for a backend that the device type has not, or a peer that no operation of `chosen` knows."""
     known = [name for op in chosen for name in (op.baseline.name, *(peer.name for peer in peers_of(op.name)))]
-    for kind, given, accepted in (("backend", backends, PREFERENCE), ("peer", peers, [*known, COMPILE, NOBODY])):
+    for kind, given, accepted in (
+        (f"{device} backend", backends, SERVED[device]),
+        ("peer", peers, [*known, COMPILE, NOBODY]),
+    ):
         for name in given:
             if name not in accepted:
                 raise unknown_name(kind, name, accepted)

@@ -17,7 +17,8 @@ from benchmarks import origin, plugins
 from benchmarks.operation import Operation, get_operation, operations, suite_operations
 from benchmarks.results import Results, read_results
 from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, run
-from evaclip.commands.parser import CommandParser, leaf, run_command
+from evaclip.atomic import require_writable, writing
+from evaclip.commands.parser import CommandParser, leaf, positive, run_command
 from evaclip.errors import UserError, unknown_name
 
 _EXAMPLES = {
@@ -98,7 +99,7 @@ def _build_parser() -> argparse.ArgumentParser:
     serve = _add(verbs, "serve", "ask a server of embeddings from many clients at once", _serve)
     serve.add_argument("--model", default="tiny", help="with random weights (default: %(default)s)")
     serve.add_argument("--clients", type=int, default=50, metavar="N", help="default: %(default)s")
-    serve.add_argument("--seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
+    serve.add_argument("--seconds", type=positive, default=60.0, metavar="S", help="default: %(default)g")
     _add_infer(_add(verbs, "infer", "measure a model's towers by engine: this library, PyTorch, ONNX runtimes", _infer))
     compare = _add(verbs, "compare", "find what became slower between two results", _compare)
     compare.add_argument("before", type=Path, help="a result of --json")
@@ -125,8 +126,25 @@ def _build_parser() -> argparse.ArgumentParser:
         "--arch", action="append", default=[], choices=["sm_80", "sm_90", "sm_100"], help="whose PTX (default: all)"
     )
     audit.add_argument("--explain", action="store_true", help="also the ten lines of the source that cost most")
-    audit.add_argument("--json", type=Path, metavar="FILE", help="all that was counted")
+    audit.add_argument("--json", type=_file, metavar="FILE", help="all that was counted")
     return parser
+
+
+# Types of arguments: where nothing can be written is told before hours of measuring, not behind them.
+
+
+def _file(text: str) -> Path:
+    require_writable(Path(text))
+    return Path(text)
+
+
+def _folder(text: str) -> Path:
+    require_writable(Path(text, "index.html"))
+    return Path(text)
+
+
+def _file_or_folder(text: str) -> Path:
+    return _folder(text) if Path(text).is_dir() else _file(text)
 
 
 def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentParser:
@@ -166,7 +184,7 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="photographs (default: those of installed packages)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured; a folder will do")
+    parser.add_argument("--json", type=_file_or_folder, metavar="FILE", help="all that was measured; a folder will do")
 
 
 def _add_choice(parser: Any, shapes: str) -> None:
@@ -193,15 +211,19 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--passes", type=int, default=Plan.passes, metavar="N", help="over all cases (default: %(default)s)"
     )
     how.add_argument(
-        "--seconds", type=float, default=Plan.seconds, metavar="S", help="a candidate and pass (default: %(default)s)"
+        "--seconds",
+        type=positive,
+        default=Plan.seconds,
+        metavar="S",
+        help="a candidate and pass (default: %(default)s)",
     )
-    how.add_argument("--profile", type=Path, metavar="FOLDER", help="also leave a trace of each candidate there")
+    how.add_argument("--profile", type=_folder, metavar="FOLDER", help="also leave a trace of each candidate there")
     how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or is wrong")
     results = parser.add_argument_group("what to leave")
     results.add_argument(
-        "--json", type=Path, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
+        "--json", type=_file_or_folder, metavar="FILE", help="everything, for `compare` and `report`; a folder will do"
     )
-    results.add_argument("--plot", type=Path, metavar="FOLDER", help="pages and plots")
+    results.add_argument("--plot", type=_folder, metavar="FOLDER", help="pages and plots")
     results.add_argument("--page", type=Path, metavar="FILE", help=_PAGE)
 
 
@@ -218,8 +240,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default = getattr(RatePlan, name)
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, such as data.png")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="all that was measured")
+    parser.add_argument("--plot", type=_file, metavar="FILE", help="a picture, such as data.png")
 
 
 def _measure_data(args: argparse.Namespace) -> None:
@@ -234,16 +256,18 @@ def _measure_data(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rates = rate.measure(plan, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
     result = DataResult(machine, plan, rates, mixing, shuffle.measure(mixing), spread, machines.measure(spread))
-    print_result(result)
     if args.json:
         result.write_json(args.json)
     if args.plot:
         save_plot(result, args.plot)
+    print_result(result)
 
 
 def _metadata(args: argparse.Namespace) -> None:
     from benchmarks import metadata
 
+    if min(*args.ranks, args.shards) < 1:
+        raise UserError(f"--ranks and --shards are 1 or more, got {min(args.ranks)} and {args.shards}")
     metadata.show(args.ranks, args.shards)
 
 
@@ -302,8 +326,8 @@ def _measure_search(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from benchmarks import serve
 
-    if args.clients < 1 or args.seconds <= 0:
-        raise UserError(f"--clients is 1 or more and --seconds above 0, got {args.clients} and {args.seconds:g}")
+    if args.clients < 1:
+        raise UserError(f"--clients is 1 or more, got {args.clients}")
     serve.show(args.model, args.clients, serve.measure(args.model, args.clients, args.seconds))
 
 
@@ -315,9 +339,9 @@ def _infer(args: argparse.Namespace) -> None:
     several = {"batches": tuple(args.batch), "dtypes": tuple(args.dtype), "engines": tuple(args.engine)}
     plan = infer.Plan(args.model, towers, **several, rounds=args.rounds, device=args.device, pictures=args.pictures)
     results = infer.measure(plan, partial(print, file=sys.stderr, flush=True))
-    infer.show(results)
     if args.json:
         results.write_json(args.json)
+    infer.show(results)
 
 
 def _measure_all(args: argparse.Namespace) -> None:
@@ -335,11 +359,13 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
         split_page(args.page)  # complains before minutes have gone by
     with _progress() as progress:
         results = run(chosen, plan, progress)
-    print_table(results)
-    if args.json:
+    if args.json:  # before anything is printed, whose reader may be gone
         results.write_json(args.json)
+    print_table(results)
     if args.plot:
-        _write_report(results, args.plot)
+        print(_write_report(results, args.plot))
+    if results.interrupted:
+        raise KeyboardInterrupt  # a page keeps the whole table that it has
     if args.page:
         print(write_section(results, args.page))
     if args.profile:
@@ -349,8 +375,8 @@ def _measure(chosen: list[Operation], args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    if args.passes < 1 or args.seconds <= 0:
-        raise UserError(f"--passes must be at least 1 and --seconds above 0, got {args.passes} and {args.seconds:g}")
+    if args.passes < 1:
+        raise UserError(f"--passes must be at least 1, got {args.passes}")
     if args.first < 0:
         raise UserError(f"--first must be 0, for all, or more, got {args.first}")
     if args.threads is not None:
@@ -426,10 +452,9 @@ def _report(args: argparse.Namespace) -> None:
         if others:
             raise UserError(f"--page takes one result, got {len(args.results)}")
         print(write_section(first, args.page))
-    if args.out and others:
-        print(write_beside(several, args.out))
-    elif args.out:
-        _write_report(first, args.out)
+    if args.out:
+        with writing(args.out):
+            print(write_beside(several, args.out) if others else _write_report(first, args.out))
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -439,7 +464,7 @@ def _audit(args: argparse.Namespace) -> None:
     chosen = {kind: names for kind, names in cases.AUDITED.items() if args.kernels in (None, kind)}
     for name in args.names:
         if not any(name in names for names in chosen.values()):
-            raise unknown_name("audited operation", name, [name for names in chosen.values() for name in names])
+            raise unknown_name("audited operation", name, {name for names in chosen.values() for name in names})
     counts = []
     for kind, known in chosen.items():
         names = [name for name in args.names or known if name in known]
@@ -447,16 +472,16 @@ def _audit(args: argparse.Namespace) -> None:
         for arch in build.ARCHS[kind] if asked else ():
             if not args.arch or arch in args.arch:
                 counts += build.count_all(asked, arch, kind)
-    print_audit(counts, explain=args.explain)
     if args.json:
         write_json(counts, args.json)
+    print_audit(counts, explain=args.explain)
 
 
-def _write_report(results: Results, folder: Path) -> None:
+def _write_report(results: Results, folder: Path) -> Path:
     from benchmarks.report.page import write_report
 
     plugins.load()  # pages say what each operation does
-    print(write_report(results, folder))
+    return write_report(results, folder)
 
 
 def _load(args: argparse.Namespace) -> None:

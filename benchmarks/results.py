@@ -154,11 +154,16 @@ class Machine:
 
 @dataclass
 class Results:
-    """A run: the machine, the rows, and the peers that were absent, each with the reason."""
+    """A run: the machine, the rows, and the peers that were absent, each with the reason.
+
+    Attributes:
+        interrupted: by Ctrl-C, before all was measured; in a file a note says so.
+    """
 
     machine: Machine
     rows: list[Row]
     absent: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def file_name(self) -> str:

@@ -47,10 +47,12 @@ class Plan:
 def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda done, total, title: None) -> Results:
     """Measures the operations by the plan; the machine's ceilings before and after.
 
+    Ctrl-C ends it with what was measured until then.
+
     Raises:
         UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
     """
-    check_names(operations, plan.backends, plan.peers)
+    check_names(operations, plan.device, plan.backends, plan.peers)
     device = device_of(plan.device)
     keep_freed_memory()
     timer = timer_for(device)
@@ -59,27 +61,36 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
     machine = machines.describe(device, dict.fromkeys(case.dtype for case in cases), packages)
     watch = machines.Watch(machine, device)
     contestants = {op.name: candidates(op, plan.device, plan.backends, plan.peers) for op in operations}
-    total = len(cases) * plan.passes
-    for done in range(total):
-        case = cases[done % len(cases)]
-        progress(done, total, case.title)
-        measure(case, contestants[case.op.name][0], machine, timer, plan.seconds)
-    progress(total, total, "")
+    total, done = len(cases) * plan.passes, 0
+    try:
+        for done in range(total):
+            case = cases[done % len(cases)]
+            progress(done, total, case.title)
+            measure(case, contestants[case.op.name][0], machine, timer, plan.seconds)
+        progress(total, total, "")
+        interrupted = False
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        machine.notes.append(f"interrupted: {done} of {total} measurements were made")
+        interrupted = True
     machine.notes += watch.notes()
     absent = {f"{op}: {name}": why for op, (_, missing) in contestants.items() for name, why in missing.items()}
-    return Results(machine, [row for case in cases for row in case.rows.values()], absent)
+    rows = [row for case in cases for row in case.rows.values() if row.samples_ms or row.failure]
+    return Results(machine, rows, absent, interrupted)
 
 
 def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
-    """The cases of a plan, in order."""
-    return [
+    """The cases of a plan, in order; what is named twice is measured once."""
+    cases = (
         Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
         for op in operations
         for shape in map(op.shape, plan.shapes or op.shapes[plan.device][: plan.first or None])
         for dtype in plan.dtypes or DEFAULT_DTYPES[plan.device]
         for mode in op.modes
         if not plan.modes or mode in plan.modes
-    ]
+    )
+    return list({case.key: case for case in cases}.values())
 
 
 def device_of(name: str) -> torch.device:

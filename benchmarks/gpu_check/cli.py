@@ -22,7 +22,7 @@ from benchmarks.gpu_check.stage import Settings, Unit
 from benchmarks.gpu_check.supervisor import BUDGET, Supervisor
 from benchmarks.origin import ROOT
 from evaclip.atomic import writing
-from evaclip.commands.parser import CommandParser, run_command
+from evaclip.commands.parser import CommandParser, positive, run_command
 from evaclip.errors import UserError, unknown_name
 
 _PACKAGES = ROOT / "build/gpu-check-packages"
@@ -43,7 +43,7 @@ def _build_parser(package: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), metavar="FOLDER", help="of the journal")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this journal")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
+    parser.add_argument("--budget", type=positive, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="may be given several times")
     parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="libraries and wheels, of `make gpu-bundle`")
     parser.add_argument(
@@ -60,8 +60,6 @@ def _build_parser(package: str) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.budget <= 0:
-        raise UserError(f"--budget must be above 0 seconds, got {args.budget:g}")
     folder = str(args.bundle.resolve()) if args.bundle else ""
     settings = Settings("cpu" if args.rehearsal else "cuda", args.rehearsal, folder, package=args.package)
     known = stage_names(settings)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
+from torch import Tensor
 
-from benchmarks import cli
+from benchmarks import cli, table
+from benchmarks import machine as machine_module
 from benchmarks.operation import operations, peers_of
 from benchmarks.results import Results, read_results
 
@@ -61,12 +63,15 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "tanh", "--shape", "x"], "unknown shape 'x'"),
         (["op", "tanh", "--peer", "nobody"], "unknown peer 'nobody'"),
         (["op", "tanh", "--passes", "0"], "--passes must be at least 1"),
+        (["op", "tanh", "--seconds", "nan"], "argument --seconds: 'nan' is no number above 0"),
         (["op", "tanh", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["op", "tanh", "--shape", "tiny@32 2"], "unknown shape 'tiny@32 2'"),
         (["op", "tanh", "--shape", "tinyb2"], "did you mean 'tiny b2'?"),
         (["op", "tanh", "--shape", "4x8"], "shape '4x8': tanh needs more than sizes; expected a name"),
         (["op", "layer_norm", "--shape", "8"], "shape '8': layer_norm has 2 sizes of 1 or more, rows x channels"),
         (["op", "layer_norm", "--shape", "8x0"], "layer_norm has 2 sizes of 1 or more, rows x channels"),
+        (["metadata", "--ranks", "2", "0"], "--ranks and --shards are 1 or more, got 0 and 160000"),
+        (["audit", "nothing"], "known: adamw_step, add_layer_norm, "),
         (["op", "tanh", "--plugin", "missing.py"], "--plugin 'missing.py' isn't a Python file"),
         (["op", "tanh", "--first", "-1"], "--first must be 0, for all, or more, got -1"),
         (["op", "tanh", "--installed"], "--installed: no evakernels is installed for"),
@@ -87,11 +92,63 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pyt
 
 
 @pytest.mark.parametrize(
+    "command", ["op --json", "op --plot", "op --profile", "infer --json", "data --json", "data --plot", "audit --json"]
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine_module, "describe", None)  # what all of them begin with
+    (tmp_path / "file").touch()
+    verb, option = command.split()
+    names = ["layer_norm"] if verb == "op" else []
+    assert cli.main([verb, *names, option, str(tmp_path / "file" / "there")]) == 2
+    assert f"cannot write {tmp_path}/file/there" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path) -> None:
+    def interrupts_the_second_case(x: Tensor) -> Tensor:
+        if len(x) == 4:
+            raise KeyboardInterrupt
+        return x.tanh()
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmarks: begin -->whole<!-- benchmarks: end -->")
+    run = ["--peer", "none", "--json", str(tmp_path / "run.json"), "--page", str(page)]
+    with registered(tanh_operation(ours=interrupts_the_second_case)):
+        assert cli.main(["op", "tanh", *QUICK, "--shape", "tiny b4", *run]) == 130
+        results = read_results(tmp_path / "run.json")
+        assert {row.shape for row in results.rows} == {"tiny@32 b2"}
+        assert "interrupted: 1 of 2 measurements were made" in results.machine.notes
+        assert "whole" in page.read_text()
+        (tmp_path / "run.json").unlink()
+        assert cli.main(["op", "tanh", *QUICK[2:], "--shape", "tiny b4", *run]) == 130
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_reader_that_is_gone_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "print_table", gone)
+    with registered(tanh_operation()), pytest.raises(BrokenPipeError):
+        cli.main(["op", "tanh", *QUICK, "--peer", "none", "--json", str(tmp_path / "run.json"), "--debug"])
+    assert len(read_results(tmp_path / "run.json").rows) == 3
+
+
+def gone(*args: object) -> None:
+    raise BrokenPipeError
+
+
+def test_a_result_makes_its_folder(tmp_path: Path) -> None:
+    with registered(tanh_operation()):
+        assert cli.main(["op", "tanh", *QUICK, "--peer", "none", "--json", str(tmp_path / "new" / "run.json")]) == 0
+    assert (tmp_path / "new" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("from benchmarks import peer\n", "registers nothing; it needs a @peer(OPERATION, NAME)"),
         ("from benchmarks import peer\n\n@peer('tahn', 'a')\ndef f(shape):\n    ...\n", "did you mean 'tanh'"),
         ("from benchmarks import peer\n\n@peer('tanh', 'torch eager')\ndef f(shape):\n    ...\n", "two candidates"),
+        ("def (:", "mine.py' ends with SyntaxError: "),
+        ("import not_there", "mine.py' ends with ModuleNotFoundError: No module named 'not_there'"),
+        ("raise SystemExit(0)", "mine.py' ends with SystemExit: 0"),
     ],
 )
 def test_a_plugin_that_adds_nothing_measurable_is_told(text, message, tmp_path, capsys):
@@ -137,6 +194,8 @@ def test_report_reads_what_was_kept(tmp_path: Path) -> None:
     both = [str(tmp_path / "run.json")] * 2
     assert cli.main(["report", *both, "--out", str(tmp_path / "beside")]) == 0
     assert "1: run and 2: run" in (tmp_path / "beside" / "index.html").read_text()
+    for results in (both, both[:1]):
+        assert cli.main(["report", *results, "--out", both[0]]) == 2
 
 
 @pytest.mark.parametrize(("times", "code"), [([2.0] * 3, 0), ([3.0] * 3, 1)])

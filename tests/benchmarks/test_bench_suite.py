@@ -1,6 +1,7 @@
 """Who takes part, what is run, and what the machine says of itself."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -58,6 +59,8 @@ def test_a_plan_is_the_product_of_its_choices() -> None:
     plan = Plan(shapes=("tiny b2", "tiny b4"), dtypes=("float16",), modes=("training",))
     titles = [case.title for case in list_cases([tanh_operation()], plan)]
     assert titles == [f"tanh, training, tiny@{32} b{batch}, float16" for batch in (2, 4)]
+    twice = replace(plan, shapes=("tiny b2", "tiny@32 b2"), dtypes=("float16", "float16"))
+    assert len(list_cases([tanh_operation()] * 2, twice)) == 1
     assert len(list_cases([tanh_operation()], Plan())) == 4
     assert len(list_cases([tanh_operation(gradients=())], Plan())) == 2
 
@@ -78,7 +81,12 @@ def test_a_run_has_one_sample_list_a_pass(steady: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"), [(Plan(backends=("gpu",)), "unknown backend 'gpu'"), (Plan(device="cuda"), "no GPU here")]
+    ("plan", "message"),
+    [
+        (Plan(backends=("gpu",)), "unknown cpu backend 'gpu'"),
+        (Plan(backends=("triton",)), "unknown cpu backend 'triton'; known: cpu, reference"),
+        (Plan(device="cuda"), "no GPU here"),
+    ],
 )
 def test_wrong_plans_are_refused(plan: Plan, message: str) -> None:
     if plan.device == "cuda" and torch.cuda.is_available():
