@@ -150,6 +150,9 @@ def test_patches_in_any_layout(channels, token_index):
         actual = evakernels.token_dropout(view, token_index, prefix=prefix, pos_embed=pos_embed)
         assert actual.is_contiguous()
         assert torch.equal(actual, expected)
+    for lone in (torch.ones(1, 1, 1), torch.ones(3, 1, 1), torch.ones(0, 6, 4)):
+        odd = lone.as_strided(lone.shape, (lone.stride(0), 7, 7))  # strides that say nothing
+        assert torch.equal(evakernels.token_dropout(odd), lone)
     same = evakernels.token_dropout(patches[:1].expand(2, -1, -1), token_index)
     assert torch.equal(same, evakernels.token_dropout(patches[:1].repeat(2, 1, 1), token_index))
 
