@@ -132,6 +132,15 @@ def test_large_gates_stay_finite(dtype):
     assert dup.isfinite().all()
 
 
+@pytest.mark.cpu_only("on a GPU the product with the gradient comes first")
+def test_the_largest_gates_leave_no_nan():
+    gate = torch.tensor([-1e38, -1e38]).requires_grad_()
+    up = torch.ones(2, requires_grad=True)
+    out = evakernels.swiglu(gate, up)
+    (dup,) = torch.autograd.grad(out, up, torch.tensor([1.0, 10.0]))
+    assert torch.equal(dup, torch.zeros(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_the_dtype_that_the_next_linear_takes(dtype):
     x, (_, _, weight, bias) = randn(3, HIDDEN).float(), inputs("norm")
