@@ -108,13 +108,15 @@ def test_odd_shapes(shape, dtype):
         op_checks.assert_as_accurate_as_torch(*pair(token_index), wide_inputs(*shape), dtype)
 
 
-def test_no_samples_no_tokens_none_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_samples_no_tokens_none_kept_no_channels(dtype):
     for shape, index in (
         ((0, 4, 5), torch.zeros(0, 3, dtype=torch.int64)),
         ((2, 0, 5), None),
         ((2, 4, 5), torch.zeros(2, 0, dtype=torch.int64)),
+        ((2, 4, 0), torch.zeros(2, 1, dtype=torch.int64)),
     ):
-        inputs = [t.float() for t in wide_inputs(*shape)]
+        inputs = [t.to(dtype) for t in wide_inputs(*shape)]
         ours, theirs = (with_gradients(function, inputs) for function in pair(index))
         for actual, expected in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
             assert torch.equal(actual, expected)
