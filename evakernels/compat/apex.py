@@ -258,7 +258,7 @@ class FusedAdam(_ApexOptimizer):
         masters = []
         for owner, param in zip(batch.owners, batch.params, strict=True):
             state = self.state[owner]
-            if owner.dtype != torch.float32 and "master_param" not in state:
+            if owner.dtype.itemsize == 2 and "master_param" not in state:
                 state["master_param"] = owner.detach().float()
             masters.append(local(state["master_param"]) if "master_param" in state else param)
         return masters
