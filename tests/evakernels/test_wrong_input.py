@@ -127,6 +127,7 @@ def wrong_numbers() -> Iterator[Wrong]:
         ("clip_loss", "label_smoothing", "0.1"),
         ("clip_loss", "memory_budget", None),
         ("contrastive_statistics", "offset", "0"),
+        ("contrastive_statistics", "offset", 1.0),
         ("packed_attention", "max_seqlen", None),
         ("packed_attention", "max_seqlen", 5.0),
         ("packed_attention", "scale", "1"),
