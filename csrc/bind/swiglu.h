@@ -6,22 +6,28 @@
 
 namespace evakernels {
 
-// Whether the rows are dense and equally far apart, as halves of a packed projection are.
-inline bool has_even_rows(Sizes sizes, Sizes strides) {
-  if (sizes.empty()) return false;
-  if (product(sizes) == 0) return true;
-  if (strides.back() != 1) return false;
-  for (size_t axis = 0; axis + 2 < sizes.size(); ++axis) {
-    if (strides[axis] != sizes[axis + 1] * strides[axis + 1]) return false;
+// How far apart the rows are, where they are dense and equally far apart, as halves of a packed projection
+// are. The stride of an axis of one element says nothing.
+inline std::optional<int64_t> row_stride(Sizes sizes, Sizes strides) {
+  if (sizes.empty()) return std::nullopt;
+  const int64_t width = sizes.back();
+  if (product(sizes) == 0) return width;
+  if (width > 1 && strides.back() != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t rows = 1;
+  for (size_t axis = sizes.size() - 1; axis-- > 0;) {
+    if (sizes[axis] == 1) continue;
+    if (!stride) stride = strides[axis];
+    if (strides[axis] != rows * *stride) return std::nullopt;
+    rows *= sizes[axis];
   }
-  return true;
+  return stride.value_or(width);
 }
 
 inline SwigluRows even_rows(const Array& array) {
-  require(has_even_rows(array.sizes, array.strides),
-          std::string(array.name) + " must have dense rows that are equally far apart");
-  const size_t axes = array.sizes.size();
-  return {array.data, axes < 2 ? array.sizes[0] : array.strides[axes - 2]};
+  const std::optional<int64_t> stride = row_stride(array.sizes, array.strides);
+  require(stride.has_value(), std::string(array.name) + " must have dense rows that are equally far apart");
+  return {array.data, *stride};
 }
 
 // mean and rstd: of the rows, if there is a norm.

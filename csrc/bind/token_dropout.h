@@ -6,8 +6,10 @@
 
 namespace evakernels {
 
-// Whether the kernels know these strides of patches.
-inline bool has_readable_patches(Sizes strides) { return strides[2] == 1 || strides[1] == 1; }
+// Whether the kernels know these strides of patches; of a sample of one number they have no meaning.
+inline bool has_readable_patches(Sizes sizes, Sizes strides) {
+  return strides[2] == 1 || strides[1] == 1 || sizes[1] * sizes[2] == 1 || product(sizes) == 0;
+}
 
 inline const int64_t* index_of(const Array& token_index, int64_t batch) {
   require(!token_index || (token_index.sizes.size() == 2 && token_index.sizes[0] == batch),
@@ -53,7 +55,7 @@ struct TokenDropoutInputs {
 inline TokenDropoutForward token_dropout_forward_params(const TokenDropoutInputs& inputs, const Array& out) {
   const auto& [patches, token_index, prefix, pos_embed] = inputs;
   const TokenDropoutShape shape = inputs.shape();
-  require(has_readable_patches(patches.strides),
+  require(has_readable_patches(patches.sizes, patches.strides),
           "the channels of a patch or the patches of a channel must lie side by side");
   require_sizes(out, {shape.batch, shape.prefix_tokens + shape.kept_tokens, shape.channels});
   require_dtype(out, inputs.out_dtype());

@@ -9,7 +9,7 @@ namespace {
 
 // The kernels know even rows; others are served by a dense copy.
 Tensor with_even_rows(const Tensor& tensor) {
-  return has_even_rows(sizes_of(tensor), strides_of(tensor)) ? tensor : as_contiguous(tensor);
+  return row_stride(sizes_of(tensor), strides_of(tensor)) ? tensor : as_contiguous(tensor);
 }
 
 std::tuple<Tensor, Tensor, Tensor> swiglu_forward(const Tensor& gate_any, const Tensor& up_any,

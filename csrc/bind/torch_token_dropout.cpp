@@ -10,7 +10,7 @@ namespace {
 // Strides that the kernels don't know are made dense.
 Tensor readable_patches(const Tensor& patches) {
   require(patches.dim() == 3, "patches must be [B, N, C]");
-  return has_readable_patches(strides_of(patches)) ? patches : as_contiguous(patches);
+  return has_readable_patches(sizes_of(patches), strides_of(patches)) ? patches : as_contiguous(patches);
 }
 
 std::optional<Tensor> dense_index(const std::optional<Tensor>& token_index) {

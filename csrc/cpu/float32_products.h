@@ -33,11 +33,6 @@ static inline void multiply_columns(const TileProduct& product, int64_t vector) 
   const int64_t a_row = product.a_row, a_step = product.a_step, b_stride = product.b_stride;
   float* c = product.c + vector * kLanes;
   F32 sums[kTileRows][kVectors] = {};
-  if (product.add) {
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) sums[i][j] = load(c + i * product.c_stride + j * kLanes, Whole{});
-    }
-  }
   const float* a = product.a;
   const float* b = product.b + vector * kLanes;
   for (int64_t step = product.steps; step > 0; --step, a += a_step, b += b_stride) {
@@ -52,7 +47,11 @@ static inline void multiply_columns(const TileProduct& product, int64_t vector) 
     }
   }
   for (int i = 0; i < kTileRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) store(c + i * product.c_stride + j * kLanes, sums[i][j], Whole{});
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * product.c_stride + j * kLanes;
+      // Added last: of thousands of keys one sum of all would lose digits, one of each panel's sums doesn't.
+      store(to, product.add ? load(to, Whole{}) + sums[i][j] : sums[i][j], Whole{});
+    }
   }
 }
 

@@ -62,7 +62,7 @@ void normalised_rows(const SwigluForward& params, const float* weight, const flo
 template <class T, class Part>
 inline void store_gradients(T* dgate, T* dup, F32 dhidden, F32 g, F32 u, F32 s, Part part) {
   store(dgate, dhidden * u * s * (1.0f + g * (1.0f - s)), part);
-  store(dup, dhidden * g * s, part);
+  store(dup, dhidden * (g * s), part);  // dhidden * g may be infinite where s is 0
 }
 
 template <class T>

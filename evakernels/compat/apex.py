@@ -192,7 +192,7 @@ class _ApexOptimizer(DeviceOptimizer):
         if bias_correction:
             return batch.steps
         for step in batch.steps:
-            step += 1 if found_inf is None else (found_inf.reshape(()) <= 0).to(step.dtype)
+            step += 1 if found_inf is None else (found_inf <= 0).to(step.dtype)
         return [torch.full_like(step, _NO_CORRECTION) for step in batch.steps]
 
 
@@ -258,7 +258,7 @@ class FusedAdam(_ApexOptimizer):
         masters = []
         for owner, param in zip(batch.owners, batch.params, strict=True):
             state = self.state[owner]
-            if owner.dtype != torch.float32 and "master_param" not in state:
+            if owner.dtype.itemsize == 2 and "master_param" not in state:
                 state["master_param"] = owner.detach().float()
             masters.append(local(state["master_param"]) if "master_param" in state else param)
         return masters
@@ -321,7 +321,7 @@ class FusedLAMB(_ApexOptimizer):
     ) -> None:
         if self._norm is not None:
             # The norm is that of gradients which grad_scale has yet to divide.
-            scale = 1.0 if grad_scale is None else grad_scale.reshape(())
+            scale = 1.0 if grad_scale is None else grad_scale
             grad_scale = torch.maximum(self._norm, torch.ones_like(self._norm) * scale)
         bias_correction, averaging = options.pop("bias_correction"), options.pop("grad_averaging")
         steps = self._steps(batch, bias_correction, found_inf)

@@ -134,8 +134,8 @@ def _alternatives(dtypes: dict[torch.dtype, str]) -> str:
 
 def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Queries, keys and values fit together; `layout` names the dimensions of the queries."""
-    if q.dim() != layout.count(",") + 1:
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout}")
+    if q.dim() != layout.count(",") + 1 or q.shape[-1] == 0:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout} with D > 0")
     same_device(op, q=q, k=k, v=v)
     if k.dim() != q.dim() or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
         keys = layout.replace("N", "M").replace("H", "Hkv")

@@ -51,7 +51,7 @@ def contrastive_statistics(
     op = "contrastive_statistics"
     _check_features(op, image, text, ("image", "text"))
     logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
-    _check.number(op, "offset", offset, "0 to B - m")
+    _check.integer(op, "offset", offset, "0 to B - m")
     spare = text.shape[0] - image.shape[0]
     if spare < 0:
         raise ValueError(f"{op}: image has {image.shape[0]} rows and text {text.shape[0]}; expected m <= B")

@@ -245,7 +245,7 @@ class DeviceOptimizer(Optimizer):
     def _flag(self, name: str, device: torch.device) -> Tensor | None:
         flag: Tensor | None = getattr(self, name, None)
         # To the host it must have arrived before it is read there.
-        return None if flag is None else flag.to(device, non_blocking=device.type != "cpu")
+        return None if flag is None else flag.to(device, non_blocking=device.type != "cpu").reshape(())
 
 
 def _is_expanded(param: Tensor) -> bool:

@@ -14,7 +14,7 @@ def changed_moments(
 ) -> tuple[Tensor, Tensor]:
     """`beta1 m + (1 - beta1) g` and `beta2 v + (1 - beta2) g^2`, with `g` divided by the scale; in its dtype."""
     if grad_scale is not None:
-        g = g / grad_scale
+        g = g / grad_scale.reshape(())  # of shape [1] it would change that of the moments
     return beta1 * m.to(g.dtype) + (1 - beta1) * g, beta2 * v.to(g.dtype) + (1 - beta2) * g.square()
 
 
@@ -30,4 +30,4 @@ def rounded(value: Tensor, i: int, step: Tensor, seeds: Sequence[int], first_ele
 
 def write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
     """Copies `value` into `target` unless found_inf is set."""
-    target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))
+    target.copy_(value if found_inf is None else torch.where(found_inf.reshape(()) > 0, target, value))

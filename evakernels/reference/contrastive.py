@@ -164,8 +164,9 @@ class _Gradients:
         self.wants_image, self.wants_text = wanted
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
         self.image, self.text, self.scale = _widened(image, text, logit_scale)
-        self.dimage = torch.empty_like(self.image) if self.wants_image else self.image.new_empty(0)
-        self.dtext = torch.zeros_like(self.text) if self.wants_text else self.text.new_empty(0)
+        # Contiguous, as compiled code takes them to be, whatever the features are.
+        self.dimage = self.image.new_empty(self.image.shape if self.wants_image else 0)
+        self.dtext = self.text.new_zeros(self.text.shape if self.wants_text else 0)
         self.dscale = torch.zeros_like(self.scale)
 
     def tiles(self, kept: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:

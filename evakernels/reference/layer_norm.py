@@ -180,7 +180,7 @@ def _scale_gradients(
 
 
 def _row_sum(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).sum(0)
+    return x.unsqueeze(0).flatten(0, -2).sum(0)
 
 
 def _per_sample(row_scale: Tensor, like: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from evakernels.reference._numerics import accumulation_dtype
 def token_dropout_forward(
     patches: Tensor, token_index: Tensor | None, prefix: Tensor | None, pos_embed: Tensor | None
 ) -> Tensor:
-    batch, num_tokens, channels = patches.shape
+    batch, num_tokens, _ = patches.shape
     num_prefix = 0 if prefix is None else prefix.shape[0]
     tokens = patches
     if token_index is not None:
         rows = _flat_rows(token_index, num_tokens)
-        tokens = patches.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
+        tokens = patches.flatten(0, 1).index_select(0, rows).unflatten(0, token_index.shape)
     if pos_embed is not None:
         positions = pos_embed[num_prefix:]
         tokens = tokens + (positions if token_index is None else positions[token_index])
@@ -42,7 +42,7 @@ def token_dropout_backward(
     dtokens = dprefix = dpos_embed = dout[:, num_prefix:]
     if token_index is not None and (wants_patches or wants_pos_embed):
         rows = _flat_rows(token_index, num_tokens)
-        dtokens = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.reshape(-1, channels))
+        dtokens = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.flatten(0, 1))
         dtokens = dtokens.view(batch, num_tokens, channels)
     if wants_prefix or wants_pos_embed:
         dprefix = _batch_sum(dout[:, :num_prefix])

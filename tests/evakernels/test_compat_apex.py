@@ -167,6 +167,14 @@ def test_steps_of_a_scaler(make):
     assert [group["step"] for group in scaled.state_dict()["param_groups"]] == [2] * 4
 
 
+def test_master_weights_are_of_16_bits_alone():
+    ours, theirs = (apex.FusedAdam(groups(torch.float64), master_weights=master) for master in (True, False))
+    for optimizer in (ours, theirs):
+        step(optimizer, [g.double() for g in tensors(1)])
+    assert all(torch.equal(*pair) for pair in zip(parameters(ours), parameters(theirs), strict=True))
+    assert not any("master_param" in state for state in ours.state.values())
+
+
 def test_master_weights_keep_what_bfloat16_would_lose():
     ours = apex.FusedAdam(groups(torch.bfloat16), lr=1e-4, master_weights=True, capturable=True)
     theirs = torch.optim.AdamW(groups(torch.bfloat16), lr=1e-4)

@@ -242,6 +242,14 @@ def gradients_without(op: str, *frozen: int) -> list[torch.Tensor | None]:
     return [leaf.grad for leaf in leaves]
 
 
+@pytest.mark.parametrize("op", LOSSES)
+def test_gradients_are_contiguous_whatever_the_features_are(op):
+    """As the op's fake says, by which compiled code reads them."""
+    image, text = (randn(8, 6, seed=seed).T.requires_grad_() for seed in (0, 1))
+    gradients = torch.autograd.grad(LOSSES[op](image, text, scalar(2.0), scalar(-1.0)), (image, text))
+    assert all(gradient.is_contiguous() for gradient in gradients)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("op", LOSSES)
 def test_frozen_features_change_no_other_gradient(op, frozen):

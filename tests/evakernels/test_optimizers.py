@@ -47,6 +47,19 @@ def test_one_call_for_all_groups_and_one_more_for_other_betas(kind, op, monkeypa
 
 
 @every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flags_have_one_element_in_any_shape(kind, dtype):
+    """Also beside a parameter without dimensions, and in another dtype than its moments."""
+    plain, shaped = (optimizer_of([torch.ones((), dtype=dtype), *tensors(0, dtype)[1:]], kind) for _ in range(2))
+    for optimizer, shape in ((plain, ()), (shaped, (1,))):
+        optimizer.grad_scale = torch.full(shape, 4.0, dtype=torch.float64)
+        optimizer.found_inf = torch.zeros(shape)
+        step(optimizer, [torch.ones((), dtype=dtype), *tensors(1, dtype)[1:]])
+    for got, expected in zip(parameters(shaped), parameters(plain), strict=True):
+        assert torch.equal(got, expected)
+
+
+@every_optimizer
 @pytest.mark.parametrize("grad_scale", [None, 4.0])
 def test_maximize_is_a_step_down_the_negative_gradient(kind, grad_scale):
     """Of one group; the others go down. Gradients stay as they are."""

@@ -202,6 +202,12 @@ def test_as_accurate_as_torch_at_the_size_of_a_tower(dtype, sharpness):
     op_checks.assert_as_accurate_as_torch(*both(cos=cos, sin=sin, token_index=index, num_prefix=1), inputs, dtype)
 
 
+@pytest.mark.cpu_only("the order of its kernel's sums")
+def test_thousands_of_keys_are_as_accurate_as_torch():
+    inputs = [randn(1, 3001, 1, 16, seed=s) for s in range(3)]
+    op_checks.assert_as_accurate_as_torch(*both(num_prefix=0), inputs, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "causal"), [(37, True), (88, False)])
 def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal, dtype):

@@ -108,6 +108,16 @@ def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
 
 
 @pytest.mark.parametrize("norm", NORMS[:2])
+@pytest.mark.parametrize("shape", [(1, 1, 4), (2, 1, 4), (1, 2, 1), (2, 1, 1), (1,)], ids=str)
+def test_the_stride_of_an_axis_of_one_element_says_nothing(shape, norm):
+    gate, up, weight, bias = (None if t is None else t.float() for t in inputs(norm, shape[:-1], shape[-1]))
+    strides = [7 if size == 1 else stride for size, stride in zip(shape, gate.stride(), strict=True)]
+    odd = [torch.as_strided(t, shape, strides) for t in (gate, up)]
+    actual = with_gradients(ours, (*odd, weight, bias), as_they_lie=True)
+    op_checks.assert_bit_equal(actual, with_gradients(ours, (gate, up, weight, bias)))
+
+
+@pytest.mark.parametrize("norm", NORMS[:2])
 def test_no_columns(norm):
     outputs, gradients = with_gradients(ours, [None if t is None else t.float() for t in inputs(norm, (3,), 0)])
     assert all(t.numel() == 0 for t in outputs + gradients)
@@ -120,6 +130,15 @@ def test_large_gates_stay_finite(dtype):
     torch.testing.assert_close(out, F.silu(gate))
     assert dgate.isfinite().all()
     assert dup.isfinite().all()
+
+
+@pytest.mark.cpu_only("on a GPU the product with the gradient comes first")
+def test_the_largest_gates_leave_no_nan():
+    gate = torch.tensor([-1e38, -1e38]).requires_grad_()
+    up = torch.ones(2, requires_grad=True)
+    out = evakernels.swiglu(gate, up)
+    (dup,) = torch.autograd.grad(out, up, torch.tensor([1.0, 10.0]))
+    assert torch.equal(dup, torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -108,13 +108,15 @@ def test_odd_shapes(shape, dtype):
         op_checks.assert_as_accurate_as_torch(*pair(token_index), wide_inputs(*shape), dtype)
 
 
-def test_no_samples_no_tokens_none_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_samples_no_tokens_none_kept_no_channels(dtype):
     for shape, index in (
         ((0, 4, 5), torch.zeros(0, 3, dtype=torch.int64)),
         ((2, 0, 5), None),
         ((2, 4, 5), torch.zeros(2, 0, dtype=torch.int64)),
+        ((2, 4, 0), torch.zeros(2, 1, dtype=torch.int64)),
     ):
-        inputs = [t.float() for t in wide_inputs(*shape)]
+        inputs = [t.to(dtype) for t in wide_inputs(*shape)]
         ours, theirs = (with_gradients(function, inputs) for function in pair(index))
         for actual, expected in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
             assert torch.equal(actual, expected)
@@ -150,6 +152,9 @@ def test_patches_in_any_layout(channels, token_index):
         actual = evakernels.token_dropout(view, token_index, prefix=prefix, pos_embed=pos_embed)
         assert actual.is_contiguous()
         assert torch.equal(actual, expected)
+    for lone in (torch.ones(1, 1, 1), torch.ones(3, 1, 1), torch.ones(0, 6, 4)):
+        odd = lone.as_strided(lone.shape, (lone.stride(0), 7, 7))  # strides that say nothing
+        assert torch.equal(evakernels.token_dropout(odd), lone)
     same = evakernels.token_dropout(patches[:1].expand(2, -1, -1), token_index)
     assert torch.equal(same, evakernels.token_dropout(patches[:1].repeat(2, 1, 1), token_index))
 

@@ -127,6 +127,7 @@ def wrong_numbers() -> Iterator[Wrong]:
         ("clip_loss", "label_smoothing", "0.1"),
         ("clip_loss", "memory_budget", None),
         ("contrastive_statistics", "offset", "0"),
+        ("contrastive_statistics", "offset", 1.0),
         ("packed_attention", "max_seqlen", None),
         ("packed_attention", "max_seqlen", 5.0),
         ("packed_attention", "scale", "1"),
@@ -202,6 +203,7 @@ WRONG = {
     ],
     "rope_attention": [
         ({"k": HEADS[..., :4]}, ValueError, r"k has shape \(2, 5, 3, 4\); expected \[B, M, Hkv, D\] with q"),
+        ({"q": HEADS[..., :0]}, ValueError, r"q has shape \(2, 5, 3, 0\); expected \[B, N, H, D\] with D > 0"),
         ({"v": HEADS.half()}, TypeError, "v is torch.float16; accepted: torch.float32"),
         ({"k": HEADS[:, :, :2]}, ValueError, "k has 2 heads and q has 3; accepted: a number that divides 3"),
         ({"k": HEADS[:, :, :0]}, ValueError, "k has 0 heads and q has 3"),
