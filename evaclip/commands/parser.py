@@ -1,6 +1,7 @@
 """What all commands share: how a parser is made, and how a mistake becomes one line."""
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     if unknown:
         of = getattr(args, "parser", parser)
         of.error(_unknown_arguments(unknown, of))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a bar or a name that a terminal can't show ends no command
     try:
         args.run(args)
         sys.stdout.flush()
