@@ -1,5 +1,8 @@
 """`python -m benchmarks`."""
 
-from benchmarks.cli import main
+try:
+    from benchmarks.cli import main
+except ModuleNotFoundError as exc:
+    raise SystemExit(f"error: {exc}; in the checkout, pip install --no-build-isolation -e '.[bench]'") from exc
 
 raise SystemExit(main())

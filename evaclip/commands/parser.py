@@ -1,6 +1,7 @@
 """What all commands share: how a parser is made, and how a mistake becomes one line."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -61,6 +62,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-: no file that is opened next shall get what is printed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a bar or a name that a terminal can't show ends no command
     debug = False
     try:
         args, unknown = parser.parse_known_args(argv)

@@ -77,7 +77,11 @@ class _BatchFunction(Dataset[Any], Generic[P, T]):
 def run_batches(function: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> Iterator[T]:
     """Yields `function(position)` for each position, in order, computed by worker processes.
 
-    The default random generators are neither read nor changed. Raises UserError if the function does, and WorkerDied.
+    The default random generators are neither read nor changed.
+
+    Raises:
+        UserError: the function does, or no worker can be started.
+        WorkerDied: a worker has ended.
     """
     loader: DataLoader[Any] = DataLoader(
         _BatchFunction(function),
@@ -92,7 +96,12 @@ def run_batches(function: Callable[[P], T], positions: Iterable[P], options: Wor
         # it is.
         generator=torch.Generator(),
     )
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as exc:
+        needs = "a /dev/shm that can be written to, and of this user's limits processes and open files"
+        told = f"{options.workers} data workers can't be started ({exc}): they need {needs}"
+        raise UserError(f"{told}; 0 (data.workers, --workers) does without") from exc
     processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
     _raise_in_waits_alone()
     with _StallWatch(processes, options.patience) as watch:

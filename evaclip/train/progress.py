@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from evaclip.atomic import reading, write_text
-from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 from evaclip.outputs import silence
 from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
@@ -186,10 +185,8 @@ class TensorBoard(Sink):
     """Curves over the step."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as exc:
-            raise UserError("log.tensorboard needs `pip install tensorboard`; false logs without it") from exc
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def record(self, record: Record) -> None:

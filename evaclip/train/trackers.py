@@ -20,9 +20,14 @@ _PATIENCE = 30.0
 
 def require(config: LogConfig) -> None:
     """Raises a UserError for a tracker that the configuration asks for and that isn't installed."""
-    for name in ("wandb", "trackio"):
-        if getattr(config, name) is not None and find_spec(name) is None:
-            raise UserError(f"log.{name} needs `pip install 'evakernels[{name}]'`; log.{name}=null logs without it")
+    for name, extra, nothing in (
+        ("tensorboard", "clip", False),
+        ("wandb", "wandb", None),
+        ("trackio", "trackio", None),
+    ):
+        if getattr(config, name) is not nothing and find_spec(name) is None:
+            without = f"log.{name}={'null' if nothing is None else 'false'}"
+            raise UserError(f"log.{name} needs `pip install 'evakernels[{extra}]'`; {without} logs without it")
 
 
 def open_trackers(config: LogConfig, folder: Path, name: str, tree: Mapping[str, Any], say: Say) -> list[Sink]:

@@ -1,5 +1,7 @@
 """The command line, run on a tiny operation."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +213,10 @@ def test_list_shows_operations_and_who_is_absent(capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     for part in ("layer_norm", "rope_attention", "clip_step", "eva02-b16@224 b1", "runs on cuda only"):
         assert part in text
+
+
+def test_without_what_they_import_the_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks.cli")
+    monkeypatch.setitem(sys.modules, "torch", None)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match=r"^error: .*torch.*; .* pip install .* '\.\[bench\]'$"):
+        runpy.run_module("benchmarks", run_name="__main__")

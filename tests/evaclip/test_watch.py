@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import asdict, replace
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ def test_the_present_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "2.0000" in text
     assert "█▅ ▁" in text
     assert re.search(r"zero_shot_top1, step 4 +│ +25\.00%", text)
+
+
+def test_a_terminal_that_has_no_bars_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", [4.0, 2.0])
+    shown = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(shown, encoding="latin-1"))
+    assert main(["watch", str(tmp_path / "run"), "--once"]) == 0
+    assert b"??" in shown.getvalue()
 
 
 def test_what_is_sampled_stays_until_the_next_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import errno
 import gc
 import itertools
 import logging
@@ -292,6 +293,17 @@ class SlowTransform:
         while not self.gate.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         return number_transform(image, seed)
+
+
+def test_where_no_worker_can_be_started_the_way_without_is_told(shards, monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)  # as without /dev/shm
+    told = r"^2 data workers can't be started \(.*Read-only.*\): they need a /dev/shm .*; 0 \(data.workers, --workers\)"
+    with pytest.raises(UserError, match=told):
+        take(make_loader(open_source(shards), workers=2), 1)
+    assert len(take(make_loader(open_source(shards), workers=0), 1)) == 1
 
 
 def test_waiting_is_reported_while_it_lasts(shards, tmp_path, caplog):

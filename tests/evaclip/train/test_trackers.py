@@ -62,11 +62,21 @@ def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [log["step"] for log in logs if log.get("eval/top1") == 0.5] == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_what_is_not_installed_is_said_before_anything_is_written(name, run_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "extra", "without"),
+    [
+        ("wandb", "{project: p}", "wandb", "null"),
+        ("trackio", "{project: p}", "trackio", "null"),
+        ("tensorboard", "true", "clip", "false"),
+    ],
+)
+def test_what_is_not_installed_is_said_before_anything_is_written(
+    name, value, extra, without, run_config, tmp_path, monkeypatch
+):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"log\.{name} needs `pip install 'evakernels\[{name}\]'`"):
-        train(run_config(f"log.{name}={{project: p}}"))
+    told = rf"^log\.{name} needs `pip install 'evakernels\[{extra}\]'`; log\.{name}={without} logs without it$"
+    with pytest.raises(UserError, match=told):
+        train(run_config(f"log.{name}={value}"))
     assert not (tmp_path / "run").exists()
 
 
