@@ -4,41 +4,73 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaclip.augmentation import Augmentation as Augmentation
-    from evaclip.eval.prompts import IMAGENET_CLASSNAMES as IMAGENET_CLASSNAMES
-    from evaclip.eval.prompts import OPENAI_IMAGENET_TEMPLATES as OPENAI_IMAGENET_TEMPLATES
-    from evaclip.eval.prompts import SIMPLE_IMAGENET_TEMPLATES as SIMPLE_IMAGENET_TEMPLATES
-    from evaclip.eval.zero_shot import build_zero_shot_classifier as build_zero_shot_classifier
-    from evaclip.factory import create_model as create_model
-    from evaclip.factory import create_model_and_transforms as create_model_and_transforms
-    from evaclip.factory import create_model_from_pretrained as create_model_from_pretrained
-    from evaclip.factory import create_vision_model as create_vision_model
-    from evaclip.factory import get_tokenizer as get_tokenizer
-    from evaclip.model.clip import CLIP as CLIP
-    from evaclip.model.config import CLIPConfig as CLIPConfig
-    from evaclip.model.config import Preprocess as Preprocess
-    from evaclip.model.config import TextConfig as TextConfig
-    from evaclip.model.config import VisionConfig as VisionConfig
-    from evaclip.model.config import add_model_config as add_model_config
-    from evaclip.model.config import get_config as get_config
-    from evaclip.model.config import list_models as list_models
-    from evaclip.model.savings import Savings as Savings
-    from evaclip.model.vision_model import VisionModel as VisionModel
-    from evaclip.runtime.encoder import Encoder as Encoder
-    from evaclip.tokenizer import Tokenizer as Tokenizer
-    from evaclip.tokenizer import decode as decode
-    from evaclip.tokenizer import tokenize as tokenize
-    from evaclip.transforms import eval_transform as eval_transform
-    from evaclip.transforms import train_transform as train_transform
-    from evaclip.weights import load_state_dict as load_state_dict
-    from evaclip.weights import load_weights as load_weights
-    from evaclip.weights.publish import push_to_hf_hub as push_to_hf_hub
-    from evaclip.weights.publish import save_for_hf as save_for_hf
-    from evaclip.zoo import get_model_config as get_model_config
-    from evaclip.zoo import list_pretrained as list_pretrained
-    from evaclip.zoo import list_pretrained_tags_by_model as list_pretrained_tags_by_model
-    from evaclip.zoo import list_vision_models as list_vision_models
-    from evakernels import __version__ as __version__
+    from evaclip.augmentation import Augmentation
+    from evaclip.eval.prompts import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+    from evaclip.eval.zero_shot import build_zero_shot_classifier
+    from evaclip.factory import (
+        create_model,
+        create_model_and_transforms,
+        create_model_from_pretrained,
+        create_vision_model,
+        get_tokenizer,
+    )
+    from evaclip.model.clip import CLIP
+    from evaclip.model.config import (
+        CLIPConfig,
+        Preprocess,
+        TextConfig,
+        VisionConfig,
+        add_model_config,
+        get_config,
+        list_models,
+    )
+    from evaclip.model.savings import Savings
+    from evaclip.model.vision_model import VisionModel
+    from evaclip.runtime.encoder import Encoder
+    from evaclip.tokenizer import Tokenizer, decode, tokenize
+    from evaclip.transforms import eval_transform, train_transform
+    from evaclip.weights import load_state_dict, load_weights
+    from evaclip.weights.publish import push_to_hf_hub, save_for_hf
+    from evaclip.zoo import get_model_config, list_pretrained, list_pretrained_tags_by_model, list_vision_models
+    from evakernels import __version__
+
+__all__ = [
+    "CLIP",
+    "IMAGENET_CLASSNAMES",
+    "OPENAI_IMAGENET_TEMPLATES",
+    "SIMPLE_IMAGENET_TEMPLATES",
+    "Augmentation",
+    "CLIPConfig",
+    "Encoder",
+    "Preprocess",
+    "Savings",
+    "TextConfig",
+    "Tokenizer",
+    "VisionConfig",
+    "VisionModel",
+    "__version__",
+    "add_model_config",
+    "build_zero_shot_classifier",
+    "create_model",
+    "create_model_and_transforms",
+    "create_model_from_pretrained",
+    "create_vision_model",
+    "decode",
+    "eval_transform",
+    "get_config",
+    "get_model_config",
+    "get_tokenizer",
+    "list_models",
+    "list_pretrained",
+    "list_pretrained_tags_by_model",
+    "list_vision_models",
+    "load_state_dict",
+    "load_weights",
+    "push_to_hf_hub",
+    "save_for_hf",
+    "tokenize",
+    "train_transform",
+]
 
 _MODULES = {
     "evaclip.augmentation": ("Augmentation",),
@@ -72,8 +104,6 @@ _MODULES = {
     "evakernels": ("__version__",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
