@@ -130,10 +130,9 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
 
 @cache
 def active_isa() -> str | None:
-    """The instruction set that the kernels for CPUs run on: "baseline", "avx2", "avx512", "avx512_bf16" or "amx".
+    """The instruction set of the CPU kernels: "baseline", "avx2", "avx512", "avx512_bf16" or "amx".
 
-    The last, which nobody has measured yet, only where EVAKERNELS_ISA asks for it. None where there are no kernels, or
-    where EVAKERNELS_ISA asks for what this machine lacks.
+    None without compiled kernels, or if EVAKERNELS_ISA names an instruction set that this machine lacks.
     """
     try:
         isa: str = python_module().active_isa()

@@ -53,7 +53,7 @@ PYBIND11_MODULE(_C, m) {
         "Version, compiler, instruction sets built and available, GPUs built for.");
   m.def(
       "active_isa", [] { return std::string(cpu::name(cpu::active_isa())); },
-      "The instruction set in use: $EVAKERNELS_ISA, else the best but \"amx\", not measured yet; ValueError "
+      "The instruction set in use: $EVAKERNELS_ISA, else the best available one; ValueError "
       "if that one is unavailable.");
   register_layer_norm(m);
   register_residual_norm(m);

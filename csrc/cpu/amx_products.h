@@ -1,7 +1,5 @@
-// Products of bfloat16 on AMX's tiles: 16 rows of a panel, of 16 pairs each, by 16 pairs of 16 columns of a
-// pair matrix, added to 16 rows of 16 sums.
-//
-// Nothing here has run on such a processor yet: its machine code is tested on an emulator.
+// bfloat16 matmuls on AMX tiles: a tile multiply adds a 16 x 32 block of a panel times a 32 x 16 block of a
+// pair matrix to 16 x 16 float32 sums. Four sums are kept at a time, so four tile loads feed four multiplies.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -12,11 +10,11 @@ namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
 constexpr int64_t kTileRows = 16;
 
-// Two tiles.
+// A panel is two tiles high.
 constexpr int64_t kPanelRows = 2 * kTileRows;
 constexpr int64_t kPanelChunk = kPanelRows * kChunkPairs;
 
-// Products take pairs in steps of so many, a tile's.
+// Pairs per tile multiply.
 constexpr int64_t kPairStep = kTileRows;
 
 // Eight tiles of 16 rows of 64 bytes.
@@ -28,12 +26,12 @@ struct alignas(64) TileShapes {
 constexpr TileShapes kTileShapes = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// A thread multiplies between these two.
+// A thread calls begin_products before its first multiply and end_products after its last.
 static inline void begin_products() { _tile_loadconfig(&kTileShapes); }
 static inline void end_products() { _tile_release(); }
 
-// c[row.., vector..] = a b: kPanelRows rows, one or two vectors. Tiles are named by number: 0 to 3 are sums,
-// 0 and 1 the upper ones; 4 and 5 are of a, 6 and 7 of b.
+// c[row.., vector..] = a b, or += if product.add: kPanelRows rows, one or two vectors of columns.
+// Tiles: 0, 1 upper sums; 2, 3 lower sums; 4, 5 rows of a; 6, 7 columns of b.
 template <int kVectors>
 static inline void multiply_block(const Product& product, const uint32_t* a, int64_t row, int64_t vector) {
   constexpr bool kBoth = kVectors == 2;
@@ -42,7 +40,7 @@ static inline void multiply_block(const Product& product, const uint32_t* a, int
   const uint32_t* b = product.b + vector * kLanes;
   float* upper = product.c + row * product.c_stride + vector * kLanes;
   float* lower = upper + kTileRows * product.c_stride;
-  asm volatile("" ::: "memory");  // loads of tiles don't tell GCC that they read
+  asm volatile("" ::: "memory");  // GCC doesn't know that tile loads read memory
   if (product.add) {
     _tile_loadd(0, upper, c_bytes);
     _tile_loadd(2, lower, c_bytes);
@@ -79,7 +77,7 @@ static inline void multiply_block(const Product& product, const uint32_t* a, int
   }
 }
 
-// Rows of c from `row` on, of a panel a.
+// Rows of c from `row` on; `a` is one panel.
 static inline void multiply_rows(const Product& product, const uint32_t* a, int64_t row) {
   int64_t vector = 0;
   for (; vector + 1 < product.vectors; vector += 2) multiply_block<2>(product, a, row, vector);
@@ -90,7 +88,7 @@ __attribute__((noinline)) static void multiply_panel(const Product& product) {
   multiply_rows(product, product.a, 0);
 }
 
-// Tiles don't read columns, so a panel is made of these. Of at most kChunkPairs pairs.
+// c = a^T b with at most kChunkPairs pairs. Tiles can't read columns, so a's are transposed into a panel.
 __attribute__((noinline)) static void multiply_transposed(const Product& product) {
   alignas(64) uint32_t panel[kPanelChunk];
   for (int64_t row = 0; row < product.rows; row += kPanelRows) {

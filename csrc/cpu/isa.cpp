@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kOverride = "EVAKERNELS_ISA";
 
 #ifdef EVAKERNELS_AMX
-// Tiles, and products of bfloat16 on them. Linux has a process ask for the memory that their state takes.
+// AMX tiles with bfloat16 matmuls. On Linux a process must request permission for the tile state.
 bool has_tiles() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kStates = 3u << 17;
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -51,9 +51,8 @@ std::string join(const std::vector<Isa>& isas) {
   return text;
 }
 
-// Not Amx, which is left to who asks for it: nobody has measured it yet.
 Isa best() {
-  for (Isa isa : {Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2}) {
+  for (Isa isa : {Isa::Amx, Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2}) {
     if (machine_has(isa)) return isa;
   }
   return Isa::Baseline;
