@@ -22,12 +22,16 @@ def run_ops(
     choice: str = CHOICE,
     folder: Path = Path(__file__).parent,
     ops: Sequence[str] = OPS,
+    options: Sequence[str] = (),
     **environment: str,
 ) -> None:
-    """Runs the chosen tests of the ops from `folder`, inside the `with` statement `before` if it is given."""
+    """Runs the chosen tests of the ops from `folder`, inside the `with` statement `before` if it is given.
+
+    `options` are pytest's.
+    """
     # Threads that wait for others asleep, as other tests may need the processor.
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"} | environment
-    call = RUN.format(plugins=PLUGINS, choice=choice, arguments=[f"test_{op}.py" for op in ops])
+    call = RUN.format(plugins=PLUGINS, choice=choice, arguments=[*options, *(f"test_{op}.py" for op in ops)])
     code = f"import evakernels\n{before}:\n    {call}" if before else call
     result = subprocess.run(
         [sys.executable, "-c", code],
