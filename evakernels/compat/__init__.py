@@ -1,1 +1,1 @@
-"""What other libraries offer, under their names and with their signatures, on this library's ops."""
+"""Names and signatures of apex, flash-attn and xformers on evakernels' ops."""

@@ -1,21 +1,21 @@
-"""What a face lacks of its library: known names raise a sentence in the place of a bare ImportError."""
+"""Import errors for names of other libraries that `evakernels.compat` doesn't have."""
 
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 
-def missing(module: str, sentences: Mapping[str, str]) -> Callable[[str], NoReturn]:
-    """The `__getattr__` of a module that raises `ImportError` for the names of the library that it doesn't serve.
+def missing(module: str, replacements: Mapping[str, str]) -> Callable[[str], NoReturn]:
+    """Returns a module's `__getattr__`, which names the replacement of a missing name.
 
     Args:
-        module: its name.
-        sentences: what to do without them; a key is one name or several, with blanks between.
+        module: name of the module.
+        replacements: what to use instead, by name, or by several names separated by blanks.
     """
-    known = {name: sentence for names, sentence in sentences.items() for name in names.split()}
+    known = {name: replacement for names, replacement in replacements.items() for name in names.split()}
 
     def refuse(name: str) -> NoReturn:
         if name in known:
-            # `from module import name` makes a bare ImportError of any AttributeError.
+            # `from module import name` would drop the message of an AttributeError.
             raise ImportError(f"{module} has no {name}: {known[name]}", name=module)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 

@@ -1,9 +1,8 @@
-"""NVIDIA apex's fused norms and optimizers, with its signatures and state, without apex.
+"""NVIDIA apex's fused norms and optimizers on evakernels' ops; apex isn't needed.
 
     from evakernels.compat.apex import FusedAdam, FusedLAMB, FusedLayerNorm, MixedFusedRMSNorm
 
-in the place of `from apex.normalization import ...` and `from apex.optimizers import ...` is the whole change. All of
-it also runs on a CPU. State dicts go both ways.
+replaces the imports from `apex.normalization` and `apex.optimizers`. Signatures and state dicts are apex's.
 """
 
 import math
@@ -40,7 +39,7 @@ __getattr__ = missing(
         "fused_layer_norm fused_layer_norm_affine mixed_dtype_fused_layer_norm_affine": "use evakernels.layer_norm",
         "fused_rms_norm fused_rms_norm_affine mixed_dtype_fused_rms_norm_affine manual_rms_norm": "use "
         "evakernels.rms_norm",
-        "FusedSGD FusedNovoGrad FusedAdagrad FusedMixedPrecisionLamb": "FusedAdam and FusedLAMB are served",
+        "FusedSGD FusedNovoGrad FusedAdagrad FusedMixedPrecisionLamb": "use FusedAdam or FusedLAMB",
     },
 )
 
@@ -49,7 +48,9 @@ __getattr__ = missing(
 
 
 class _FusedNorm(nn.Module):
-    """What apex's norms share: any number of trailing dimensions, and under autocast a result in its dtype."""
+    """Norm over the trailing dimensions; under autocast the output has autocast's dtype."""
+
+    parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def __init__(
         self,
@@ -61,18 +62,11 @@ class _FusedNorm(nn.Module):
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, SupportsIndex) else normalized_shape
         self.normalized_shape = torch.Size(shape)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        # apex keeps the output in the place of the input then; here the statistics of a row are all that is added.
-        self.memory_efficient = memory_efficient
-        for name in self._parameter_names():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(self.normalized_shape)) if elementwise_affine else None
-            )
+        self.eps, self.elementwise_affine, self.memory_efficient = eps, elementwise_affine, memory_efficient
+        for name in self.parameter_names:
+            parameter = nn.Parameter(torch.empty(self.normalized_shape)) if elementwise_affine else None
+            self.register_parameter(name, parameter)
         self.reset_parameters()
-
-    def _parameter_names(self) -> tuple[str, ...]:
-        return ("weight", "bias")
 
     def reset_parameters(self) -> None:
         """Sets the weight to 1 and the bias to 0."""
@@ -83,20 +77,17 @@ class _FusedNorm(nn.Module):
         """`[..., *normalized_shape]` to the same shape."""
         device = input.device.type
         if not is_on(device):
-            return self._normalised(input)
+            return self._promoted(input)
         input = input.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self._normalised(input)
+            return self._promoted(input)
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        parameters = [
-            None if p is None else p.to(torch.promote_types(p.dtype, x.dtype))
-            for p in (getattr(self, name) for name in self._parameter_names())
-        ]
-        return self._norm(x, *parameters)
+    def _promoted(self, x: Tensor) -> Tensor:
+        parameters = (getattr(self, name) for name in self.parameter_names)
+        return self._norm(x, *(None if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in parameters))
 
     def _norm(self, x: Tensor, *parameters: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
-        norm: Callable[..., Tensor] = layer_norm if len(parameters) == 2 else rms_norm
+        norm: Callable[..., Tensor] = layer_norm if "bias" in self.parameter_names else rms_norm
         return over_trailing(self, norm, x, self.normalized_shape, *parameters, out_dtype=out_dtype)
 
     def extra_repr(self) -> str:
@@ -109,20 +100,22 @@ class FusedLayerNorm(_FusedNorm):
     Args:
         normalized_shape: size of the last dimension, or sizes of the last dimensions.
         eps: added to the variance.
-        elementwise_affine: whether there are a weight and a bias, of this shape.
-        memory_efficient: accepted, and without effect.
+        elementwise_affine: whether there are a weight and a bias of shape `normalized_shape`.
+        memory_efficient: accepted without effect; only the statistics of each row are saved besides the input.
+
+    Raises:
+        ValueError: in `forward`, for an input whose shape doesn't end in `normalized_shape`.
     """
 
 
 class FusedRMSNorm(_FusedNorm):
-    """apex's `FusedRMSNorm`: RMSNorm over the trailing dimensions. Arguments as of `FusedLayerNorm`."""
+    """apex's `FusedRMSNorm`: RMSNorm with a weight only. Arguments and errors as for `FusedLayerNorm`."""
 
-    def _parameter_names(self) -> tuple[str, ...]:
-        return ("weight",)
+    parameter_names = ("weight",)
 
 
 class _Mixed(_FusedNorm):
-    """The result is in the dtype of the weight, whatever that of the input."""
+    """Norm with the output in the dtype of the weight."""
 
     weight: nn.Parameter
 
@@ -130,45 +123,52 @@ class _Mixed(_FusedNorm):
         self, normalized_shape: int | Sequence[int], eps: float = 1e-5, *, memory_efficient: bool = False, **kwargs: Any
     ) -> None:
         if not kwargs.pop("elementwise_affine", True):
-            raise RuntimeError(f"{type(self).__name__}: elementwise_affine is False; accepted: True")
+            raise RuntimeError(f"{type(self).__name__}: elementwise_affine must be True, got False")
         if kwargs:
-            raise TypeError(f"{type(self).__name__}: unknown arguments {', '.join(kwargs)}; accepted: memory_efficient")
+            raise TypeError(f"{type(self).__name__}: keyword must be memory_efficient, got {', '.join(kwargs)}")
         super().__init__(normalized_shape, eps, True, memory_efficient)
 
     def forward(self, input: Tensor) -> Tensor:
-        parameters = (getattr(self, name) for name in self._parameter_names())
+        """`[..., *normalized_shape]` to the same shape, in the dtype of the weight."""
+        parameters = (getattr(self, name) for name in self.parameter_names)
         return self._norm(input, *parameters, out_dtype=self.weight.dtype)
 
 
 class MixedFusedLayerNorm(_Mixed, FusedLayerNorm):
-    """apex's `MixedFusedLayerNorm`: `FusedLayerNorm` whose result is in the dtype of the weight."""
+    """apex's `MixedFusedLayerNorm`: `FusedLayerNorm` with the output in the dtype of the weight."""
 
 
 class MixedFusedRMSNorm(_Mixed, FusedRMSNorm):
-    """apex's `MixedFusedRMSNorm`: `FusedRMSNorm` whose result is in the dtype of the weight."""
+    """apex's `MixedFusedRMSNorm`: `FusedRMSNorm` with the output in the dtype of the weight."""
 
 
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 _NO_CORRECTION = float(1 << 24)
-"""A number of steps after which bias correction is 1 in float32, for betas below 1 - 1e-6."""
+"""Step count at which bias correction is 1 in float32, for betas below 1 - 1e-6."""
 
 
 class _ApexOptimizer(DeviceOptimizer):
-    """apex counts the steps of a group, in the group; inside, each tensor has its count on the device."""
+    """Options and state dict of apex: one step count a group. Inside, every tensor has its count on the device."""
 
-    set_grad_none: bool
+    def __init__(
+        self, params: ParamsT, amsgrad: bool, adam_w_mode: bool, set_grad_none: bool, defaults: dict[str, Any]
+    ) -> None:
+        if amsgrad:
+            raise RuntimeError(f"{type(self).__name__}: amsgrad must be False, got True")
+        super().__init__(params, defaults)
+        self.adam_w_mode, self.set_grad_none = adam_w_mode, set_grad_none
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Sets gradients to None, or to zero where `set_grad_none` is False."""
+        """Sets gradients to None, or to zero if `set_grad_none` is False."""
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     def measured_step(self) -> dict[Tensor, Tensor]:
-        """Not offered, as apex has none."""
+        """Raises `NotImplementedError`: apex has no such method."""
         raise NotImplementedError(f"{type(self).__name__} has no measured_step; evakernels.optim's optimizers have one")
 
     def state_dict(self) -> dict[str, Any]:
-        """apex's: a group's `step` is an int, the largest among its tensors."""
+        """apex's state dict: `step` of a group is an int, the largest count of its tensors."""
         packed = super().state_dict()
         packed["state"] = {i: dict(state) for i, state in packed["state"].items()}
         for group in packed["param_groups"]:
@@ -177,7 +177,7 @@ class _ApexOptimizer(DeviceOptimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what apex's class or this one has saved."""
+        """Loads a state dict of apex's class or of this one."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         state = {i: dict(of_param) for i, of_param in state_dict["state"].items()}
         for group in groups:
@@ -188,7 +188,7 @@ class _ApexOptimizer(DeviceOptimizer):
         super().load_state_dict({"state": state, "param_groups": groups})
 
     def _steps(self, batch: Batch, bias_correction: bool, found_inf: Tensor | None) -> list[Tensor]:
-        """The counts for an op to count up; without a correction, others, at which there is none any more."""
+        """Step counts for the op to increment; without bias correction, copies at `_NO_CORRECTION`."""
         if bias_correction:
             return batch.steps
         for step in batch.steps:
@@ -200,14 +200,14 @@ class FusedAdam(_ApexOptimizer):
     """apex's `FusedAdam`: `torch.optim.AdamW`, or `torch.optim.Adam` with `adam_w_mode=False`.
 
     Args:
-        params, lr, betas, eps, weight_decay: as of `evakernels.optim.AdamW`; a group may set them for itself.
-        bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it, too.
+        params, lr, betas, eps, weight_decay: as for `evakernels.optim.AdamW`; a group may set them.
+        bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it.
         adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
-        amsgrad: not offered, as by apex.
+        amsgrad: must be False, as in apex.
         set_grad_none: whether `zero_grad` sets gradients to None.
-        capturable: accepted, and always so: no step waits for the device, and a CUDA graph can hold it, with the rate
-            that it was captured with. apex's is a tensor on the device then; here it stays what it is.
-        master_weights: steps are made on float32 copies of 16-bit parameters, which the state keeps.
+        capturable: accepted without effect: no step waits for the device. A CUDA graph keeps the learning rate of its
+            capture; in apex it is a tensor on the device.
+        master_weights: update float32 copies of 16-bit parameters, which are part of the state.
 
     Raises:
         RuntimeError: for amsgrad.
@@ -230,14 +230,9 @@ class FusedAdam(_ApexOptimizer):
         capturable: bool = False,
         master_weights: bool = False,
     ) -> None:
-        if amsgrad:
-            raise RuntimeError("FusedAdam: amsgrad is True; accepted: False")
         defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay})
-        self.adam_w_mode = adam_w_mode
-        self.set_grad_none = set_grad_none
-        self.capturable = capturable
-        self.master_weights = master_weights
+        super().__init__(params, amsgrad, adam_w_mode, set_grad_none, {**defaults, "weight_decay": weight_decay})
+        self.capturable, self.master_weights = capturable, master_weights
 
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -265,18 +260,17 @@ class FusedAdam(_ApexOptimizer):
 
 
 class FusedLAMB(_ApexOptimizer):
-    """apex's `FusedLAMB` (You et al. 2020), which clips the gradients' norm over all groups by itself.
+    """apex's `FusedLAMB` (You et al. 2020), which clips the global gradient norm itself.
 
-    Moments are float32 for 16-bit parameters too, which may be bfloat16, and gradients stay as they are, where apex
-    writes into them.
+    Moments are float32 for 16-bit parameters, which may be bfloat16. Gradients stay unchanged; apex overwrites them.
 
     Args:
-        params, lr, betas, eps, weight_decay: as of `evakernels.optim.Lamb`; a group may set them for itself.
-        bias_correction, grad_averaging: whether moments are divided by `1 - beta ** step`, and whether a gradient
-            enters the first one times `1 - beta1`; a group may set both.
-        amsgrad, adam_w_mode, set_grad_none: as of `FusedAdam`.
-        max_grad_norm: bound on the norm of all gradients together; 0, None or infinity for none.
-        use_nvlamb: whether tensors without weight decay have a trust ratio as well.
+        params, lr, betas, eps, weight_decay: as for `evakernels.optim.Lamb`; a group may set them.
+        bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it.
+        grad_averaging: whether the first moment adds `1 - beta1` times the gradient, not all of it; a group may set it.
+        amsgrad, adam_w_mode, set_grad_none: as for `FusedAdam`.
+        max_grad_norm: maximum global L2 norm of the gradients; 0, None or infinity disables clipping.
+        use_nvlamb: whether tensors without weight decay have a trust ratio, too.
 
     Raises:
         RuntimeError: for amsgrad.
@@ -300,13 +294,9 @@ class FusedLAMB(_ApexOptimizer):
         max_grad_norm: float | None = 1.0,
         use_nvlamb: bool = False,
     ) -> None:
-        if amsgrad:
-            raise RuntimeError("FusedLAMB: amsgrad is True; accepted: False")
         defaults: dict[str, Any] = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "grad_averaging": grad_averaging, "max_grad_norm": max_grad_norm}
-        super().__init__(params, defaults)
-        self.adam_w_mode = adam_w_mode
-        self.set_grad_none = set_grad_none
+        super().__init__(params, amsgrad, adam_w_mode, set_grad_none, defaults)
         self.use_nvlamb = use_nvlamb
         self._norm: Tensor | None = None
 
@@ -320,7 +310,7 @@ class FusedLAMB(_ApexOptimizer):
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         if self._norm is not None:
-            # The norm is that of gradients which grad_scale has yet to divide.
+            # The gradients of the norm aren't divided by grad_scale yet.
             scale = 1.0 if grad_scale is None else grad_scale
             grad_scale = torch.maximum(self._norm, torch.ones_like(self._norm) * scale)
         bias_correction, averaging = options.pop("bias_correction"), options.pop("grad_averaging")
@@ -339,7 +329,7 @@ class FusedLAMB(_ApexOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """The forms that the op hasn't: decay in the gradient, a sum in the place of an average, a ratio for all."""
+        """The step with options that the op lacks: L2 decay, no gradient averaging, a trust ratio for all tensors."""
         (beta1, beta2), eps = options["betas"], options["eps"]
         grads = batch.grads
         if not self.adam_w_mode:
@@ -365,7 +355,7 @@ class FusedLAMB(_ApexOptimizer):
 
 
 def _with_decay(batch: Batch, weights: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
-    """The gradients, divided by the scale, plus weight decay: L2 regularisation."""
+    """Gradients, divided by the scale, plus `decay * weight`: L2 regularisation."""
     grads = [g.to(accumulation_dtype(w)) for g, w in zip(batch.grads, weights, strict=True)]
     if grad_scale is not None:
         grads = [g / grad_scale for g in grads]

@@ -1,10 +1,9 @@
-"""flash-attn's functions, with its signatures and layouts, without flash-attn.
+"""flash-attn's attention functions on evakernels' ops; flash-attn isn't needed.
 
     from evakernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
-in the place of `from flash_attn import ...` is the whole change. All of it also runs on a CPU and in float32. What the
-ops don't serve is a `NotImplementedError` that says what is accepted: dropout, windows, ALiBi, a cap on scores, paged
-caches, and packed keys that lie otherwise than the queries.
+replaces the import from `flash_attn`. CPUs and float32 are supported, too. Dropout, windows, ALiBi, soft caps, paged
+caches, and packed keys with other sequence lengths than the queries raise `NotImplementedError`.
 """
 
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.compat._attention import attend, attend_packed, check_options, refuse_lengths
+from evakernels.compat._attention import attend, check_options, check_shape, refuse_lengths
 from evakernels.compat._missing import missing
 
-Result = Any  # a union would have every caller narrow it
-"""The output; with `return_attn_probs` also lse, and in the place of probabilities a tensor of no elements."""
+Result = Any
+"""The output; with `return_attn_probs` a tuple of output, lse and an empty tensor instead of probabilities."""
 
 __all__ = [
     "flash_attn_func",
@@ -30,9 +29,9 @@ __all__ = [
 __getattr__ = missing(
     __name__,
     {
-        "flash_attn_with_kvcache": "there is no cache; flash_attn_func takes more keys than queries",
-        "apply_rotary_emb RotaryEmbedding": "evakernels.rope_attention rotates queries and keys inside the attention",
-        "pad_input unpad_input": "torch.cat packs sequences, and torch.split gives them back",
+        "flash_attn_with_kvcache": "use flash_attn_func with more keys than queries",
+        "apply_rotary_emb RotaryEmbedding": "use evakernels.rope_attention, which rotates queries and keys",
+        "pad_input unpad_input": "use torch.cat and torch.split",
     },
 )
 
@@ -50,23 +49,22 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """Multi-head attention, by `evakernels.rope_attention` without a rotation.
+    """Multi-head attention by `evakernels.rope_attention`.
 
     Args:
         q: `[B, N, H, D]`; float64, float32, bfloat16 or float16.
         k, v: `[B, M, Hkv, D]` in the dtype of `q`; H is a multiple of Hkv.
         softmax_scale: factor of the scores; `D ** -0.5` by default.
-        causal: a query sees no later key; the last query sees all.
-        return_attn_probs: whether to return lse, `[B, H, N]` in float32, too, without a gradient. Behind it stands, as
-            of flash-attn without dropout, an empty tensor in the place of probabilities.
-        deterministic: accepted; two runs give the same bits, whatever it is.
-        dropout_p, window_size, softcap, alibi_slopes: not offered, so their defaults.
+        causal: mask later keys; the last query attends to all keys.
+        return_attn_probs: return lse, too, float32 `[B, H, N]` without gradient, then an empty tensor.
+        deterministic: accepted without effect: results are deterministic.
+        dropout_p, window_size, softcap, alibi_slopes: must have their defaults.
 
     Returns:
-        `[B, N, H, D]` in the dtype of `q`; with `return_attn_probs` three tensors.
+        `[B, N, H, D]` in the dtype of `q`; with `return_attn_probs` a tuple of three tensors.
 
     Raises:
-        NotImplementedError: for what isn't offered.
+        NotImplementedError: for an option that must have its default.
         TypeError, ValueError: as `evakernels.rope_attention`.
     """
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
@@ -124,29 +122,27 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Result:
-    """Attention of sequences that lie one behind the other, by `evakernels.packed_attention`.
+    """Attention within packed sequences by `evakernels.packed_attention`.
 
     Args:
-        q: `[T, H, D]`, the tokens of all sequences.
+        q: `[T, H, D]`, the tokens of all sequences; dtypes as for `flash_attn_func`.
         k, v: `[T, Hkv, D]` in the dtype of `q`; H is a multiple of Hkv.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`, where sequences begin and the last one ends. Both are the
-            same tensor; on a CPU also another with the same numbers, which elsewhere the host would have to wait for.
-        max_seqlen_q, max_seqlen_k: the same number; no sequence is longer.
-        block_table: not offered, so None. The others are as `flash_attn_func` has them.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`, first token of each sequence and T. Pass one tensor for
+            both; only on a CPU another one with equal values is accepted, as comparing would synchronise a GPU.
+        max_seqlen_q, max_seqlen_k: the same number; maximum sequence length.
+        block_table: must be None. The other options are those of `flash_attn_func`.
 
     Returns:
         `[T, H, D]` in the dtype of `q`; with `return_attn_probs` also lse, `[H, T]`, and an empty tensor.
 
     Raises:
-        NotImplementedError: for what isn't offered, and for keys that lie otherwise than queries.
+        NotImplementedError: for an option that must have its default, and for different lengths of keys and queries.
         TypeError, ValueError: as `evakernels.packed_attention`.
     """
+    check_options("flash_attn_varlen_func", block_table=block_table)
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    options["block_table"] = block_table
-    where = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return _attend(
-        "flash_attn_varlen_func", {"q": q, "k": k, "v": v}, options, softmax_scale, causal, return_attn_probs, where
-    )
+    lengths, qkv = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), {"q": q, "k": k, "v": v}
+    return _attend("flash_attn_varlen_func", qkv, options, softmax_scale, causal, return_attn_probs, lengths)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -167,10 +163,8 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Result:
     """`flash_attn_varlen_func` with keys and values in one tensor `[T, 2, Hkv, D]`."""
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    where = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return _attend(
-        "flash_attn_varlen_kvpacked_func", {"q": q, "kv": kv}, options, softmax_scale, causal, return_attn_probs, where
-    )
+    lengths, qkv = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), {"q": q, "kv": kv}
+    return _attend("flash_attn_varlen_kvpacked_func", qkv, options, softmax_scale, causal, return_attn_probs, lengths)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -188,9 +182,9 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Result:
     """`flash_attn_varlen_func` of one tensor `[T, 3, H, D]`: queries, keys and values."""
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    where = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    lengths, packed = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), {"qkv": qkv}
     return _attend(
-        "flash_attn_varlen_qkvpacked_func", {"qkv": qkv}, options, softmax_scale, causal, return_attn_probs, where
+        "flash_attn_varlen_qkvpacked_func", packed, options, softmax_scale, causal, return_attn_probs, lengths
     )
 
 
@@ -201,28 +195,23 @@ def _attend(
     scale: float | None,
     causal: bool,
     return_lse: bool,
-    where: tuple[Tensor, Tensor, int, int] | None = None,
+    lengths: tuple[Tensor, Tensor, int, int] | None = None,
 ) -> Result:
-    """Attention of tensors or, under a name such as `kv`, of some in one; `where` is of sequences that are packed."""
+    """Checks the arguments, splits packed tensors such as `kv`, and calls the op."""
     check_options(function, **options)
     qkv: dict[str, Tensor] = {}
     for names, tensor in given.items():
-        layout = f"[{'B, N' if where is None else 'T'}, {len(names)}, H, D]"
-        if len(names) > 1 and (tensor.dim() != layout.count(",") + 1 or tensor.shape[-3] != len(names)):
-            raise ValueError(f"{function}: {names} has shape {tuple(tensor.shape)}; expected {layout}")
-        qkv.update(zip(names, tensor.unbind(-3) if len(names) > 1 else [tensor], strict=True))
-    if where is None:
-        out, lse = attend(function, qkv, causal=causal, scale=scale, return_lse=return_lse)
-    else:
-        starts, others, longest, other = where
-        if other != longest:
-            refuse_lengths(function, f"max_seqlen_k is {other} and max_seqlen_q is {longest}")
-        if others is not starts and not _are_same(starts, others):
-            found = "cu_seqlens_k isn't cu_seqlens_q (pass one tensor for both: on a GPU none is compared)"
-            refuse_lengths(function, found)
-        out, lse = attend_packed(function, qkv, starts, longest, causal=causal, scale=scale, return_lse=return_lse)
-    return out if lse is None else (out, lse, out.new_empty(0))
-
-
-def _are_same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.device.type == theirs.device.type == "cpu" and torch.equal(ours, theirs)
+        if len(names) > 1:
+            check_shape(function, names, tensor, f"[{'B, N' if lengths is None else 'T'}, {len(names)}, H, D]")
+        qkv |= zip(names, tensor.unbind(-3) if len(names) > 1 else [tensor], strict=True)
+    packed = None
+    if lengths is not None:
+        cu_seqlens, of_keys, max_seqlen, max_of_keys = lengths
+        if max_of_keys != max_seqlen:
+            refuse_lengths(function, f"max_seqlen_k={max_of_keys} and max_seqlen_q={max_seqlen}")
+        on_cpu = cu_seqlens.device.type == of_keys.device.type == "cpu"
+        if of_keys is not cu_seqlens and not (on_cpu and torch.equal(of_keys, cu_seqlens)):
+            refuse_lengths(function, "another cu_seqlens_k than cu_seqlens_q (pass one tensor for both)")
+        packed = cu_seqlens, max_seqlen
+    result = attend(function, qkv, packed, causal=causal, scale=scale, return_lse=return_lse)
+    return (*result, result[0].new_empty(0)) if return_lse else result

@@ -99,10 +99,6 @@ def _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=
     return _varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
 
 
-class BlockDiagonalCausalMask(xformers.BlockDiagonalMask):
-    """Masks are known by their names."""
-
-
 class _LigerSiLUMul(torch.autograd.Function):
     """As Liger's: the gradients are written over the inputs."""
 
@@ -178,7 +174,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "flash_attn": {name: getattr(flash_attn, name) for name in flash_attn.__all__},
     "flash_attn.cute": {"flash_attn_func": _flash_4},
     "xformers.ops": {name: getattr(xformers, name) for name in xformers.__all__},
-    "xformers.ops.fmha.attn_bias": {"BlockDiagonalCausalMask": BlockDiagonalCausalMask},
+    "xformers.ops.fmha.attn_bias": {"BlockDiagonalCausalMask": xformers.BlockDiagonalCausalMask},
     "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _LigerSiLUMul},
     "quack.linear": {"linear_gated_func": _linear_gated},
     "inf_cl": {"cal_flash_loss": _flash_loss},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMPAT = tuple(f"evakernels.compat.{name}" for name in ("apex", "flash_attn", "liger", "xformers"))
+COMPAT = tuple(f"evakernels.compat.{name}" for name in ("apex", "flash_attn", "xformers"))
 PUBLIC = ("evakernels", "evakernels.nn", "evakernels.optim", *COMPAT, "evaclip", "evaclip.data")
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""apex's names: norms beside torch's, optimizers beside torch's and timm's, state in apex's layout."""
+"""`evakernels.compat.apex` compared with torch's norms, torch's and timm's optimizers and apex's state dicts."""
 
 import copy
 import importlib
@@ -40,7 +40,7 @@ def pair(cls, shape, **options):
 @pytest.mark.parametrize(
     "cls", [apex.FusedLayerNorm, apex.FusedRMSNorm, apex.MixedFusedLayerNorm, apex.MixedFusedRMSNorm]
 )
-def test_norms_equal_those_of_torch(cls, shape):
+def test_norms_match_torch(cls, shape):
     ours, theirs = pair(cls, shape)
     inputs = [randn(5, *np.atleast_1d(shape), seed=9).requires_grad_() for _ in range(2)]
     for module, x in zip((ours, theirs), inputs, strict=True):
@@ -52,7 +52,7 @@ def test_norms_equal_those_of_torch(cls, shape):
 
 
 @pytest.mark.parametrize("cls", [apex.FusedLayerNorm, apex.FusedRMSNorm])
-def test_norms_without_weights(cls):
+def test_norms_without_affine_match_torch(cls):
     module = cls(12, elementwise_affine=False, memory_efficient=True)
     assert not list(module.parameters())
     x = randn(5, 12)
@@ -61,7 +61,7 @@ def test_norms_without_weights(cls):
 
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_norms_give_the_dtype_of_the_weight(dtype, weight):
+def test_mixed_norms_return_weight_dtype(dtype, weight):
     ours, theirs = pair(apex.MixedFusedLayerNorm, 12)
     ours.to(weight)
     theirs.to(weight).float()
@@ -89,12 +89,12 @@ def test_plain_norms_follow_autocast():
         assert module(randn(5, 12)).dtype == torch.bfloat16
 
 
-def test_norms_name_what_is_wrong():
-    with pytest.raises(ValueError, match=r"FusedLayerNorm: input has shape \(2, 5\); expected \[..., 3, 4\]"):
+def test_norms_wrong_input_raises():
+    with pytest.raises(ValueError, match="FusedLayerNorm: input"):
         apex.FusedLayerNorm((3, 4))(randn(2, 5))
-    with pytest.raises(RuntimeError, match="MixedFusedRMSNorm: elementwise_affine is False"):
+    with pytest.raises(RuntimeError, match="MixedFusedRMSNorm: elementwise_affine"):
         apex.MixedFusedRMSNorm(4, elementwise_affine=False)
-    with pytest.raises(TypeError, match="MixedFusedLayerNorm: unknown arguments bias; accepted: memory_efficient"):
+    with pytest.raises(TypeError, match=r"MixedFusedLayerNorm: .* got bias"):
         apex.MixedFusedLayerNorm(4, bias=False)
 
 
@@ -115,14 +115,14 @@ def assert_same_path(ours, theirs, steps=5, **tolerance):
 
 
 @pytest.mark.parametrize("adam_w_mode", [True, False])
-def test_adam_is_that_of_torch(adam_w_mode):
+def test_adam_matches_torch(adam_w_mode):
     theirs = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(groups())
     assert_same_path(apex.FusedAdam(groups(), adam_w_mode=adam_w_mode), theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_nvlamb": True}, {"grad_averaging": False}, {"max_grad_norm": 1.0}])
 @pytest.mark.parametrize("bias_correction", [True, False])
-def test_lamb_is_that_of_timm(bias_correction, options):
+def test_lamb_matches_timm(bias_correction, options):
     names = {"use_nvlamb": "always_adapt"}
     shared = {"bias_correction": bias_correction, "max_grad_norm": None, **options}
     theirs = timm.optim.Lamb(groups(), **{names.get(name, name): value for name, value in shared.items()})
@@ -141,8 +141,8 @@ def test_adam_without_bias_correction():
     assert optimizer.state_dict()["param_groups"][0]["step"] == 3
 
 
-def test_lamb_with_decay_in_the_gradient():
-    """With one tensor and one step: the ratio times the sign of the gradient that decay has changed."""
+def test_lamb_l2_decay():
+    """One step of one tensor: the trust ratio times the sign of the gradient with decay."""
     w, g = randn(9).double(), randn(9, seed=1).double()
     optimizer = apex.FusedLAMB(
         [nn.Parameter(w.clone())], lr=0.1, weight_decay=0.5, adam_w_mode=False, max_grad_norm=0, eps=0
@@ -154,8 +154,8 @@ def test_lamb_with_decay_in_the_gradient():
 
 
 @pytest.mark.parametrize("make", [apex.FusedAdam, apex.FusedLAMB, lambda g: apex.FusedLAMB(g, use_nvlamb=True)])
-def test_steps_of_a_scaler(make):
-    """A loss scale is divided out, before the norm is bounded; an overflow changes nothing and isn't counted."""
+def test_grad_scaler_overflow_skips_step(make):
+    """Gradients are unscaled before clipping; a step with an overflow changes nothing and isn't counted."""
     plain, scaled = make(groups(torch.float32)), make(groups(torch.float32))
     for seed, overflow in ((1, False), (2, True), (3, False)):
         if not overflow:
@@ -167,7 +167,7 @@ def test_steps_of_a_scaler(make):
     assert [group["step"] for group in scaled.state_dict()["param_groups"]] == [2] * 4
 
 
-def test_master_weights_are_of_16_bits_alone():
+def test_master_weights_only_of_16_bit_params():
     ours, theirs = (apex.FusedAdam(groups(torch.float64), master_weights=master) for master in (True, False))
     for optimizer in (ours, theirs):
         step(optimizer, [g.double() for g in tensors(1)])
@@ -175,7 +175,7 @@ def test_master_weights_are_of_16_bits_alone():
     assert not any("master_param" in state for state in ours.state.values())
 
 
-def test_master_weights_keep_what_bfloat16_would_lose():
+def test_master_weights_bf16_match_float32():
     ours = apex.FusedAdam(groups(torch.bfloat16), lr=1e-4, master_weights=True, capturable=True)
     theirs = torch.optim.AdamW(groups(torch.bfloat16), lr=1e-4)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_master_weights_keep_what_bfloat16_would_lose():
 
 
 @pytest.mark.parametrize("cls", [apex.FusedAdam, apex.FusedLAMB])
-def test_state_is_that_of_apex(cls):
+def test_state_dict_has_apex_layout(cls):
     optimizer = cls(groups(torch.float32))
     for seed in (1, 2):
         step(optimizer, tensors(seed))
@@ -211,7 +211,7 @@ def test_state_is_that_of_apex(cls):
     assert "step" not in optimizer.param_groups[0]
 
 
-def test_adam_goes_on_where_torchs_has_ended():
+def test_adam_resumes_torch_state():
     theirs = torch.optim.AdamW(groups(torch.float32))
     step(theirs, tensors(1))
     ours = apex.FusedAdam(
@@ -224,7 +224,7 @@ def test_adam_goes_on_where_torchs_has_ended():
         torch.testing.assert_close(got, expected)
 
 
-def test_gradients_are_set_to_none_or_to_zero():
+def test_zero_grad_none_or_zero():
     for set_grad_none in (True, False):
         optimizer = apex.FusedAdam(groups(), set_grad_none=set_grad_none)
         step(optimizer, tensors(1))
@@ -233,6 +233,6 @@ def test_gradients_are_set_to_none_or_to_zero():
 
 
 @pytest.mark.parametrize("cls", [apex.FusedAdam, apex.FusedLAMB])
-def test_amsgrad_is_refused(cls):
-    with pytest.raises(RuntimeError, match=f"{cls.__name__}: amsgrad is True; accepted: False"):
+def test_amsgrad_raises(cls):
+    with pytest.raises(RuntimeError, match=f"{cls.__name__}: amsgrad"):
         cls(groups(), amsgrad=True)
