@@ -9,23 +9,42 @@
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
 template <class T>
-static inline float row_mean(const T* x, int64_t width) {
+static inline float row_sum(const T* x, int64_t width) {
   float sum[1];
   sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) { sums[0] += load(x + i, part); });
-  return sum[0] / static_cast<float>(width);
+  return sum[0];
 }
 
-// Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time to fetch
-// another.
+struct RowStatistics {
+  float mean;
+  float rstd;
+};
+
+// Of a row whose elements add up to `sum`; the mean is 0 with `rms`. The deviations add up to what rounding
+// the sum has cost, which would otherwise be all that is left of a row of equal elements, divided by
+// sqrt(eps). Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time
+// to fetch another.
 template <class T, class Body>
-static inline float row_rstd(const T* x, float mean, float eps, int64_t width, const Body& meanwhile) {
-  float sum[1];
-  sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
-    meanwhile(i);
-    const F32 deviation = zero_beyond(load(x + i, part) - mean, part);
-    sums[0] += deviation * deviation;
-  });
-  return 1.0f / __builtin_sqrtf(sum[0] / static_cast<float>(width) + eps);
+static inline RowStatistics row_statistics(const T* x, float sum, float eps, bool rms, int64_t width,
+                                           const Body& meanwhile) {
+  const float count = static_cast<float>(width);
+  float mean = rms ? 0.0f : sum / count;
+  float variance = 0.0f;
+  for (int pass = 0; pass < 2; ++pass) {
+    float sums[2];  // of the deviations and of their squares
+    sum_over_row(width, sums, [&](int64_t i, auto part, F32* sums) {
+      meanwhile(i);
+      const F32 deviation = zero_beyond(load(x + i, part) - mean, part);
+      sums[0] += deviation;
+      sums[1] += deviation * deviation;
+    });
+    const float offset = rms ? 0.0f : sums[0] / count, squares = sums[1] / count;
+    mean += offset;
+    variance = squares - offset * offset;
+    // Unless they cancel: then the row's elements are nearly equal.
+    if (!(variance < 0.1f * squares)) break;
+  }
+  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
 // The backward pass of a norm for one row: with g the gradient of the normalised row, that of x is

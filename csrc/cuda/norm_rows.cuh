@@ -154,7 +154,8 @@ struct RowStatistics {
 };
 
 // get(vector, slot, values) gives the elements. The second pass over the row makes the variance accurate when
-// the mean is large; it costs no memory access.
+// the mean is large; it costs no memory access. The deviations add up to what rounding the mean has cost, which
+// would otherwise be all that is left of a row of equal elements, divided by sqrt(eps).
 template <int E, int V, class Get>
 __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps, bool rms, RowSums& row_sums,
                                                         const Get& get) {
@@ -170,16 +171,28 @@ __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps
     });
     row_sums(sum);
   }
-  const float mean = sum[0] / count;
-  float squares[1] = {0.0f};
-  for_each_vector<V>(vectors, [&](int vector, int slot) {
-    float values[E];
-    get(vector, slot, values);
+  float mean = sum[0] / count, variance = 0.0f;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    float sums[2] = {0.0f, 0.0f};  // of the deviations and of their squares
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      float values[E];
+      get(vector, slot, values);
 #pragma unroll
-    for (int i = 0; i < E; ++i) squares[0] += (values[i] - mean) * (values[i] - mean);
-  });
-  row_sums(squares);
-  return {mean, 1.0f / sqrtf(squares[0] / count + eps)};
+      for (int i = 0; i < E; ++i) {
+        const float deviation = values[i] - mean;
+        sums[0] += deviation;
+        sums[1] += deviation * deviation;
+      }
+    });
+    row_sums(sums);
+    const float offset = rms ? 0.0f : sums[0] / count, squares = sums[1] / count;
+    mean += offset;
+    variance = squares - offset * offset;
+    // Unless they cancel: then the row's elements are nearly equal.
+    if (!(variance < 0.1f * squares)) break;
+  }
+  return {mean, 1.0f / sqrtf(variance + eps)};
 }
 
 // By one thread of the row.
