@@ -60,7 +60,7 @@ def _check_call(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias:
     _check.shape(op, "up", up, tuple(gate.shape), "the shape of gate")
     _check.shape(op, "norm_weight", norm_weight, (gate.shape[-1],), "[F]")
     _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
-    return gate, up, norm_weight, norm_bias, _check.eps(op, eps)
+    return gate, up, *_check.in_one_dtype(norm_weight, norm_bias), _check.eps(op, eps)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
