@@ -15,36 +15,39 @@ static inline float row_sum(const T* x, int64_t width) {
   return sum[0];
 }
 
+// Sums up body(offset, deviations from the mean), called for every vector.
+template <class T, class Body>
+static inline float sum_of_deviations(const T* x, float mean, int64_t width, const Body& body) {
+  float sum[1];
+  sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
+    sums[0] += body(i, zero_beyond(load(x + i, part) - mean, part));
+  });
+  return sum[0];
+}
+
 struct RowStatistics {
   float mean;
   float rstd;
 };
 
-// Of a row whose elements add up to `sum`; the mean is 0 with `rms`. The deviations add up to what rounding
-// the sum has cost, which would otherwise be all that is left of a row of equal elements, divided by
-// sqrt(eps). Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time
-// to fetch another.
+// Of a row whose elements add up to `sum`; the mean is 0 with `rms`. Rounding moves the mean: if that is
+// large against the deviations, and all there is of them if the elements are equal, their own mean corrects
+// it. Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time to fetch
+// another.
 template <class T, class Body>
 static inline RowStatistics row_statistics(const T* x, float sum, float eps, bool rms, int64_t width,
                                            const Body& meanwhile) {
   const float count = static_cast<float>(width);
   float mean = rms ? 0.0f : sum / count;
-  float variance = 0.0f;
-  for (int pass = 0; pass < 2; ++pass) {
-    float sums[2];  // of the deviations and of their squares
-    sum_over_row(width, sums, [&](int64_t i, auto part, F32* sums) {
-      meanwhile(i);
-      const F32 deviation = zero_beyond(load(x + i, part) - mean, part);
-      sums[0] += deviation;
-      sums[1] += deviation * deviation;
-    });
-    const float offset = rms ? 0.0f : sums[0] / count, squares = sums[1] / count;
-    mean += offset;
-    variance = squares - offset * offset;
-    // Unless they cancel: then the row's elements are nearly equal.
-    if (!(variance < 0.1f * squares)) break;
+  float squares = sum_of_deviations(x, mean, width, [&](int64_t i, F32 deviation) {
+    meanwhile(i);
+    return deviation * deviation;
+  });
+  if (mean * mean * count > 100.0f * squares) {
+    mean += sum_of_deviations(x, mean, width, [](int64_t, F32 deviation) { return deviation; }) / count;
+    squares = sum_of_deviations(x, mean, width, [](int64_t, F32 deviation) { return deviation * deviation; });
   }
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+  return {mean, 1.0f / __builtin_sqrtf(squares / count + eps)};
 }
 
 // The backward pass of a norm for one row: with g the gradient of the normalised row, that of x is

@@ -154,44 +154,30 @@ struct RowStatistics {
 };
 
 // get(vector, slot, values) gives the elements. The second pass over the row makes the variance accurate when
-// the mean is large; it costs no memory access. The deviations add up to what rounding the mean has cost, which
-// would otherwise be all that is left of a row of equal elements, divided by sqrt(eps).
+// the mean is large; it costs no memory access. Rounding moves the mean: if that is large against the
+// deviations, and all there is of them if the elements are equal, their own mean is subtracted too.
 template <int E, int V, class Get>
 __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps, bool rms, RowSums& row_sums,
                                                         const Get& get) {
   const int vectors = static_cast<int>(width / E);
-  const float count = static_cast<float>(width);
-  float sum[1] = {0.0f};
-  if (!rms) {
+  const auto mean_of = [&](const auto& of) {
+    float sum[1] = {0.0f};
     for_each_vector<V>(vectors, [&](int vector, int slot) {
       float values[E];
       get(vector, slot, values);
 #pragma unroll
-      for (int i = 0; i < E; ++i) sum[0] += values[i];
+      for (int i = 0; i < E; ++i) sum[0] += of(values[i]);
     });
     row_sums(sum);
-  }
-  float mean = sum[0] / count, variance = 0.0f;
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    float sums[2] = {0.0f, 0.0f};  // of the deviations and of their squares
-    for_each_vector<V>(vectors, [&](int vector, int slot) {
-      float values[E];
-      get(vector, slot, values);
-#pragma unroll
-      for (int i = 0; i < E; ++i) {
-        const float deviation = values[i] - mean;
-        sums[0] += deviation;
-        sums[1] += deviation * deviation;
-      }
-    });
-    row_sums(sums);
-    const float offset = rms ? 0.0f : sums[0] / count, squares = sums[1] / count;
-    mean += offset;
-    variance = squares - offset * offset;
-    // Unless they cancel: then the row's elements are nearly equal.
-    if (!(variance < 0.1f * squares)) break;
-  }
+    return sum[0] / static_cast<float>(width);
+  };
+  float mean = 0.0f, subtracted = 0.0f, variance;
+#pragma unroll 1  // else kernels spill registers
+  do {
+    if (!rms) subtracted = mean_of([&](float x) { return x - mean; });
+    mean += subtracted;
+    variance = mean_of([&](float x) { return (x - mean) * (x - mean); });
+  } while (subtracted * subtracted > 100.0f * variance);
   return {mean, 1.0f / sqrtf(variance + eps)};
 }
 

@@ -27,7 +27,7 @@ def layer_norm(
 
     Args:
         x: `[..., C]`, float64, float32, bfloat16 or float16.
-        weight, bias: `[C]`, in the dtype of `x`, that of the result or float32; None for none.
+        weight, bias: `[C]`, each in the dtype of `x`, that of the result or float32; None for none.
         eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
         out_dtype: that of the result, such as bfloat16 of a float32 residual stream, in front of a product in bfloat16;
             None for that of `x`. No copy of `x` is made, and the result is rounded once. Compiled kernels give float32
@@ -84,7 +84,7 @@ def add_layer_norm(
     Args:
         residual: `[B, ..., C]`.
         branch: the output of the sub-layer, same shape.
-        weight, bias: `[C]`, of the norm, in the dtype of `residual`, that of `y` or float32.
+        weight, bias: `[C]`, of the norm, each in the dtype of `residual`, that of `y` or float32.
         layer_scale: `[C]`, factor of each channel of the branch (CaiT, Touvron et al. 2021).
         row_scale: `[B]`, factor of each sample of the branch: 0 or 1/keep for stochastic depth (Huang et al. 2016).
             It gets no gradient.

@@ -24,7 +24,7 @@ def swiglu(
 
     Args:
         gate, up: `[..., F]` in one dtype; halves of one packed projection are fine.
-        norm_weight, norm_bias: `[F]`, in the dtype of `gate` or float32; None for no norm, or no bias.
+        norm_weight, norm_bias: `[F]`, each in the dtype of `gate` or float32; None for no norm, or no bias.
         eps: added to the variance; by default EVA-02's, where `layer_norm` has torch's.
 
     Returns:

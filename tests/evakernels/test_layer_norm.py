@@ -249,9 +249,8 @@ def test_norm_parameters_of_two_dtypes(form):
             assert torch.equal(actual, wide.to(actual.dtype))
 
 
-@pytest.mark.parametrize("form", ["plain", pytest.param("add", marks=pytest.mark.exhaustive)])
-def test_norm_parameters_of_two_dtypes_compile(form):
-    op_checks.assert_compiles(FORMS[form], with_dtypes(form, *MIXES[0]))
+def test_norm_parameters_of_two_dtypes_compile():
+    op_checks.assert_compiles(FORMS["add"], with_dtypes("add", *MIXES[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
