@@ -1,5 +1,8 @@
 #include "cpu/gelu.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/gelu_kernels.h"
 #include "cpu/rows.h"
 
@@ -31,9 +34,19 @@ void gelu_backward(const GeluBackward& given, Isa isa, ParallelFor parallel_for)
   const GeluKernels& kernels = kernels_for(isa);
   const FloatVector bias(params.bias, params.bias_dtype, params.width, 0.0f);
   const RowChunks chunks(params.rows, params.width);
+  // Of the n rows of a chunk first blocks of sqrt(n) are summed: rounding grows with the additions in a row.
+  const int64_t block_rows =
+      std::max(kMinRowsPerChunk, static_cast<int64_t>(std::sqrt(static_cast<double>(chunks.rows_each))));
   ChunkedSum dbias(params.dbias, params.bias_dtype, chunks.count, params.width);
   chunks.run(parallel_for, [&](int64_t chunk, int64_t first, int64_t last) {
-    kernels.backward(params, bias.data(), dbias.row(chunk), first, last);
+    float* sum = dbias.row(chunk);
+    if (!sum) return kernels.backward(params, bias.data(), nullptr, first, last);
+    AlignedFloats block(params.width);
+    for (int64_t begin = first; begin < last; begin += block_rows) {
+      std::fill(block.begin(), block.end(), 0.0f);
+      kernels.backward(params, bias.data(), block.data(), begin, std::min(begin + block_rows, last));
+      for (int64_t i = 0; i < params.width; ++i) sum[i] += block[i];
+    }
   });
   dbias.write_total(parallel_for);
 }

@@ -15,16 +15,17 @@ void forward_rows(const LayerNormForward& params, const float* weight, const flo
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(params.x) + row * width;
     Y* y = static_cast<Y*>(params.y) + row * width;
-    const float mean = params.rms ? 0.0f : row_mean(x, width);
+    const float sum = params.rms ? 0.0f : row_sum(x, width);
     // Fetching the next row meanwhile makes float32 rows 1.2 to 1.4 times as fast (EPYC 9005, November 2026).
     const T* next = row + 1 < end ? x + width : x;
-    const float rstd = row_rstd(x, mean, params.eps, width, [&](int64_t i) { __builtin_prefetch(next + i); });
+    const RowStatistics statistics = row_statistics(x, sum, params.eps, params.rms, width,
+                                                    [&](int64_t i) { __builtin_prefetch(next + i); });
     for_each_vector(width, [&](int64_t i, auto part) {
-      const F32 normalised = (load(x + i, part) - mean) * rstd;
+      const F32 normalised = (load(x + i, part) - statistics.mean) * statistics.rstd;
       store(y + i, normalised * load(weight + i, part) + load(bias + i, part), part);
     });
-    if (!params.rms) params.mean[row] = mean;
-    params.rstd[row] = rstd;
+    if (!params.rms) params.mean[row] = statistics.mean;
+    params.rstd[row] = statistics.rstd;
   }
 }
 

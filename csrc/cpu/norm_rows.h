@@ -9,23 +9,45 @@
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
 template <class T>
-static inline float row_mean(const T* x, int64_t width) {
+static inline float row_sum(const T* x, int64_t width) {
   float sum[1];
   sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) { sums[0] += load(x + i, part); });
-  return sum[0] / static_cast<float>(width);
+  return sum[0];
 }
 
-// Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time to fetch
-// another.
+// Sums up body(offset, deviations from the mean), called for every vector.
 template <class T, class Body>
-static inline float row_rstd(const T* x, float mean, float eps, int64_t width, const Body& meanwhile) {
+static inline float sum_of_deviations(const T* x, float mean, int64_t width, const Body& body) {
   float sum[1];
   sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
-    meanwhile(i);
-    const F32 deviation = zero_beyond(load(x + i, part) - mean, part);
-    sums[0] += deviation * deviation;
+    sums[0] += body(i, zero_beyond(load(x + i, part) - mean, part));
   });
-  return 1.0f / __builtin_sqrtf(sum[0] / static_cast<float>(width) + eps);
+  return sum[0];
+}
+
+struct RowStatistics {
+  float mean;
+  float rstd;
+};
+
+// Of a row whose elements add up to `sum`; the mean is 0 with `rms`. Rounding moves the mean: if that is
+// large against the deviations, and all there is of them if the elements are equal, their own mean corrects
+// it. Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time to fetch
+// another.
+template <class T, class Body>
+static inline RowStatistics row_statistics(const T* x, float sum, float eps, bool rms, int64_t width,
+                                           const Body& meanwhile) {
+  const float count = static_cast<float>(width);
+  float mean = rms ? 0.0f : sum / count;
+  float squares = sum_of_deviations(x, mean, width, [&](int64_t i, F32 deviation) {
+    meanwhile(i);
+    return deviation * deviation;
+  });
+  if (mean * mean * count > 100.0f * squares) {
+    mean += sum_of_deviations(x, mean, width, [](int64_t, F32 deviation) { return deviation; }) / count;
+    squares = sum_of_deviations(x, mean, width, [](int64_t, F32 deviation) { return deviation * deviation; });
+  }
+  return {mean, 1.0f / __builtin_sqrtf(squares / count + eps)};
 }
 
 // The backward pass of a norm for one row: with g the gradient of the normalised row, that of x is

@@ -79,16 +79,15 @@ void add_norm_rows(const AddNormForward& params, const ResidualNormVectors& vect
       store_rounded(x + i, value, part);
       sums[0] += zero_beyond(value, part);
     });
-    const float mean = shape.rms ? 0.0f : sum[0] / static_cast<float>(shape.width);
     const int64_t ahead = row + 1 < end ? shape.width : 0;
     const NextRow<R, B> next = {residual + ahead, branch + ahead};
-    const float rstd = row_rstd(total, mean, params.eps, shape.width, next);
+    const RowStatistics statistics = row_statistics(total, sum[0], params.eps, shape.rms, shape.width, next);
     for_each_vector(shape.width, [&](int64_t i, auto part) {
-      const F32 normalised = (load(total + i, part) - mean) * rstd;
+      const F32 normalised = (load(total + i, part) - statistics.mean) * statistics.rstd;
       store(y + i, normalised * load(vectors.weight + i, part) + load(vectors.bias + i, part), part);
     });
-    if (!shape.rms) params.mean[row] = mean;
-    params.rstd[row] = rstd;
+    if (!shape.rms) params.mean[row] = statistics.mean;
+    params.rstd[row] = statistics.rstd;
   }
 }
 
@@ -102,18 +101,18 @@ void norm_add_rows(const NormAddForward& params, const ResidualNormVectors& vect
     R* x = output_row<R>(params.x, row, shape);
     const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
 
-    const float mean = shape.rms ? 0.0f : row_mean(branch, shape.width);
+    const float sum = shape.rms ? 0.0f : row_sum(branch, shape.width);
     const int64_t ahead = row + 1 < end ? shape.width : 0;
     const NextRow<R, B> next = {residual + ahead, branch + ahead};
-    const float rstd = row_rstd(branch, mean, params.eps, shape.width, next);
+    const RowStatistics statistics = row_statistics(branch, sum, params.eps, shape.rms, shape.width, next);
     for_each_vector(shape.width, [&](int64_t i, auto part) {
-      const F32 normalised = (load(branch + i, part) - mean) * rstd;
+      const F32 normalised = (load(branch + i, part) - statistics.mean) * statistics.rstd;
       const F32 normed = normalised * load(vectors.weight + i, part) + load(vectors.bias + i, part);
       const F32 scaled = scale(normed, offset(vectors.layer_scale, i), sample_scale, part);
       store(x + i, load(residual + i, part) + scaled, part);
     });
-    if (!shape.rms) params.mean[row] = mean;
-    params.rstd[row] = rstd;
+    if (!shape.rms) params.mean[row] = statistics.mean;
+    params.rstd[row] = statistics.rstd;
   }
 }
 

@@ -4,7 +4,7 @@
 // and up are read once, and the exponential, the dearest part, is taken once.
 #include "cpu/swiglu_kernels.h"
 
-#include "cpu/simd.h"
+#include "cpu/norm_rows.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
@@ -43,18 +43,13 @@ void normalised_rows(const SwigluForward& params, const float* weight, const flo
       store(hidden + i, value, part);
       sums[0] += value;
     });
-    const float mean = sum[0] / static_cast<float>(width);
-    sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
-      const F32 deviation = zero_beyond(load(hidden + i, part) - mean, part);
-      sums[0] += deviation * deviation;
-    });
-    const float rstd = 1.0f / __builtin_sqrtf(sum[0] / static_cast<float>(width) + params.eps);
+    const RowStatistics statistics = row_statistics(hidden, sum[0], params.eps, false, width, [](int64_t) {});
     for_each_vector(width, [&](int64_t i, auto part) {
-      const F32 normalised = (load(hidden + i, part) - mean) * rstd;
+      const F32 normalised = (load(hidden + i, part) - statistics.mean) * statistics.rstd;
       store(out + i, normalised * load(weight + i, part) + load(bias + i, part), part);
     });
-    params.mean[row] = mean;
-    params.rstd[row] = rstd;
+    params.mean[row] = statistics.mean;
+    params.rstd[row] = statistics.rstd;
   }
 }
 

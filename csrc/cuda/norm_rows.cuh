@@ -154,32 +154,31 @@ struct RowStatistics {
 };
 
 // get(vector, slot, values) gives the elements. The second pass over the row makes the variance accurate when
-// the mean is large; it costs no memory access.
+// the mean is large; it costs no memory access. Rounding moves the mean: if that is large against the
+// deviations, and all there is of them if the elements are equal, their own mean is subtracted too.
 template <int E, int V, class Get>
 __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps, bool rms, RowSums& row_sums,
                                                         const Get& get) {
   const int vectors = static_cast<int>(width / E);
-  const float count = static_cast<float>(width);
-  float sum[1] = {0.0f};
-  if (!rms) {
+  const auto mean_of = [&](const auto& of) {
+    float sum[1] = {0.0f};
     for_each_vector<V>(vectors, [&](int vector, int slot) {
       float values[E];
       get(vector, slot, values);
 #pragma unroll
-      for (int i = 0; i < E; ++i) sum[0] += values[i];
+      for (int i = 0; i < E; ++i) sum[0] += of(values[i]);
     });
     row_sums(sum);
-  }
-  const float mean = sum[0] / count;
-  float squares[1] = {0.0f};
-  for_each_vector<V>(vectors, [&](int vector, int slot) {
-    float values[E];
-    get(vector, slot, values);
-#pragma unroll
-    for (int i = 0; i < E; ++i) squares[0] += (values[i] - mean) * (values[i] - mean);
-  });
-  row_sums(squares);
-  return {mean, 1.0f / sqrtf(squares[0] / count + eps)};
+    return sum[0] / static_cast<float>(width);
+  };
+  float mean = 0.0f, subtracted = 0.0f, variance;
+#pragma unroll 1  // else kernels spill registers
+  do {
+    if (!rms) subtracted = mean_of([&](float x) { return x - mean; });
+    mean += subtracted;
+    variance = mean_of([&](float x) { return (x - mean) * (x - mean); });
+  } while (subtracted * subtracted > 100.0f * variance);
+  return {mean, 1.0f / sqrtf(variance + eps)};
 }
 
 // By one thread of the row.

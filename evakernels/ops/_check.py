@@ -127,6 +127,14 @@ def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {_alternatives(accepted)}")
 
 
+def in_one_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    """Weight and bias in the wider of their dtypes, as kernels take one. Autograd casts each gradient back."""
+    if weight is None or bias is None or weight.dtype == bias.dtype:
+        return weight, bias
+    dtype = torch.promote_types(weight.dtype, bias.dtype)
+    return weight.to(dtype), bias.to(dtype)
+
+
 def _alternatives(dtypes: dict[torch.dtype, str]) -> str:
     """`torch.bfloat16 (as x) or torch.float32`."""
     return " or ".join(f"{dtype} ({why})" if why else str(dtype) for dtype, why in dtypes.items())

@@ -27,7 +27,7 @@ def layer_norm(
 
     Args:
         x: `[..., C]`, float64, float32, bfloat16 or float16.
-        weight, bias: `[C]`, in the dtype of `x`, that of the result or float32; None for none.
+        weight, bias: `[C]`, each in the dtype of `x`, that of the result or float32; None for none.
         eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
         out_dtype: that of the result, such as bfloat16 of a float32 residual stream, in front of a product in bfloat16;
             None for that of `x`. No copy of `x` is made, and the result is rounded once. Compiled kernels give float32
@@ -84,7 +84,7 @@ def add_layer_norm(
     Args:
         residual: `[B, ..., C]`.
         branch: the output of the sub-layer, same shape.
-        weight, bias: `[C]`, of the norm, in the dtype of `residual`, that of `y` or float32.
+        weight, bias: `[C]`, of the norm, each in the dtype of `residual`, that of `y` or float32.
         layer_scale: `[C]`, factor of each channel of the branch (CaiT, Touvron et al. 2021).
         row_scale: `[B]`, factor of each sample of the branch: 0 or 1/keep for stochastic depth (Huang et al. 2016).
             It gets no gradient.
@@ -198,7 +198,7 @@ def _check_plain(
         weight, bias = widened(weight, bias)
         if out_dtype is None and x.dtype != torch.float32:
             out_dtype = torch.float32
-    _check_norm(op, "x", x, weight, bias, out_dtype)
+    weight, bias = _checked_parameters(op, "x", x, weight, bias, out_dtype)
     _check.same_device(op, x=x, weight=weight, bias=bias)
     return x, weight, bias, _checked_eps(op, eps, x, rms), rms, out_dtype
 
@@ -225,7 +225,7 @@ def _check_joined(
     if widens_norms(residual):
         weight, bias = widened(weight, bias)
         residual = residual.float() if out_dtype is None else residual
-    _check_norm(op, "residual", residual, weight, bias, out_dtype)
+    weight, bias = _checked_parameters(op, "residual", residual, weight, bias, out_dtype)
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
@@ -246,9 +246,9 @@ def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     return torch.finfo(accumulation_dtype(x)).eps
 
 
-def _check_norm(
+def _checked_parameters(
     op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
-) -> None:
+) -> tuple[Any, ...]:
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} is a scalar; expected [..., C]")
     if bias is not None and weight is None:
@@ -256,6 +256,7 @@ def _check_norm(
     _check.parameter_dtype(op, x, out_dtype, weight=weight, bias=bias)
     _check.shape(op, "weight", weight, (x.shape[-1],), "[C]")
     _check.shape(op, "bias", bias, (x.shape[-1],), "[C]")
+    return _check.in_one_dtype(weight, bias)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -331,18 +332,24 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
     kept = branch if ctx.needs_input_grad[4] else branch.new_empty(0)
     ctx.save_for_backward(x, kept, weight, layer_scale, row_scale, mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def _add_gradient(ctx: Any, dy: Tensor, dx: Tensor) -> Any:
+def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
+    if dy is None and dx is None:
+        return ()
     saved = ctx.saved_tensors  # once: checkpointing computes them again for the first that asks
-    _, branch, _, layer_scale, row_scale, _, _ = saved
+    x, branch, _, layer_scale, row_scale, _, _ = saved
     _, wants_branch, *of_parameters = ctx.needs_input_grad[:5]
     scaled = layer_scale is not None or row_scale is not None
     wanted = wants_branch and scaled, *of_parameters
-    dresidual, dbranch, *rest = _add_backward(dy, dx, *saved, ctx.rms, wanted)
+    through_norm, dx = torch.zeros_like(x) if dy is None else dy, torch.zeros_like(x) if dx is None else dx
+    dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, wanted)
     if wants_branch and not scaled:
         dbranch = dresidual.to(branch.dtype)
-    return dresidual, dbranch, *rest
+    # Without a gradient of y the norm's parameters have none, as in torch: an optimizer then leaves them alone.
+    dweight, dbias = (None, None) if dy is None else (dweight, dbias)
+    return dresidual, dbranch, dweight, dbias, dlayer_scale
 
 
 _add_forward = define(

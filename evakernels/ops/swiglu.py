@@ -24,7 +24,7 @@ def swiglu(
 
     Args:
         gate, up: `[..., F]` in one dtype; halves of one packed projection are fine.
-        norm_weight, norm_bias: `[F]`, in the dtype of `gate` or float32; None for no norm, or no bias.
+        norm_weight, norm_bias: `[F]`, each in the dtype of `gate` or float32; None for no norm, or no bias.
         eps: added to the variance; by default EVA-02's, where `layer_norm` has torch's.
 
     Returns:
@@ -60,7 +60,7 @@ def _check_call(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias:
     _check.shape(op, "up", up, tuple(gate.shape), "the shape of gate")
     _check.shape(op, "norm_weight", norm_weight, (gate.shape[-1],), "[F]")
     _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
-    return gate, up, norm_weight, norm_bias, _check.eps(op, eps)
+    return gate, up, *_check.in_one_dtype(norm_weight, norm_bias), _check.eps(op, eps)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------

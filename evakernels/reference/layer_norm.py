@@ -123,7 +123,9 @@ def _normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor
     if rms:
         mean, centred = x.new_empty(0), x
     else:
-        mean = x.mean(-1).contiguous()
+        mean = x.mean(-1)
+        # By the mean of the deviations rounding has moved it: all that would be left of a row of equal elements.
+        mean = (mean + (x - mean.unsqueeze(-1)).mean(-1)).contiguous()
         centred = x - mean.unsqueeze(-1)
     rstd = torch.rsqrt(centred.square().mean(-1) + eps).contiguous()
     return centred * rstd.unsqueeze(-1), mean, rstd

@@ -28,6 +28,7 @@ from evakernels.triton._head import (
     store_unrotated,
     zeros,
 )
+from evakernels.triton._rows import product
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -290,7 +291,9 @@ def _dq_tile(
     if FORM.PAIRS is not None:
         store(dense[3], base, inside, q, FORM)
     dout = load(dense[0], base, inside, FORM)
-    delta = tl.sum(dout.to(tl.float32) * load(dense[1], base, inside, FORM).to(tl.float32), 1)
+    out = load(dense[1], base, inside, FORM)
+    # Lanes that hold the same row all store its delta: with a fused product theirs would differ in the last bit.
+    delta = tl.sum(product(dout.to(tl.float32), out.to(tl.float32)), 1)
     tl.store(of_rows[1] + offs_m, delta, mask=inside)
     tile = q, dout, _load_lse(of_rows[0], offs_m, inside, FORM), delta
     last_n, end = offs_m + span[2], span[1]

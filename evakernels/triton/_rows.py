@@ -50,6 +50,18 @@ def row_mean(values, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def centred(values, inside, WIDTH: tl.constexpr):
+    """The mean [ROWS, 1] and the values without it, zero outside of the row.
+
+    The deviations have a mean of their own, by which rounding has moved the first. Of a row of equal elements it would
+    be all that is left, divided by sqrt(eps).
+    """
+    mean = row_mean(values, WIDTH)
+    mean += row_mean(tl.where(inside, values - mean, 0.0), WIDTH)
+    return mean, tl.where(inside, values - mean, 0.0)
+
+
+@triton.jit
 def store_partial_sum(pointer, values, channel, WIDTH: tl.constexpr):
     """The sum over the tile's rows, as this program's row of [programs, WIDTH]."""
     total = tl.sum(values, 0)[None, :]

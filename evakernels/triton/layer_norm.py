@@ -22,7 +22,16 @@ from evakernels.triton._launch import (
     rows_of,
     total_of,
 )
-from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
+from evakernels.triton._rows import (
+    centred,
+    load_channels,
+    load_tile,
+    product,
+    row_mean,
+    store_partial_sum,
+    store_tile,
+    tile_at,
+)
 from evakernels.tuning import config
 
 
@@ -53,9 +62,8 @@ def forward_kernel(
         values = before + scaled(values, parameters, row, channel, exists, sample_rows, WIDTH)
         store_tile(total, values, row, channel, inside, WIDTH)
     if mean is not None:
-        centre = row_mean(values, WIDTH)
+        centre, values = centred(values, inside, WIDTH)
         tl.store(mean + row, centre, mask=exists)
-        values = tl.where(inside, values - centre, 0.0)
     scale = 1.0 / tl.sqrt(row_mean(product(values, values), WIDTH) + eps)
     tl.store(rstd + row, scale, mask=exists)
     values *= scale

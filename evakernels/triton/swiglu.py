@@ -19,7 +19,16 @@ from evakernels.triton._launch import (
     total_of,
 )
 from evakernels.triton._limits import MAX_SWIGLU_WIDTH
-from evakernels.triton._rows import load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
+from evakernels.triton._rows import (
+    centred,
+    load_channels,
+    load_tile,
+    product,
+    row_mean,
+    store_partial_sum,
+    store_tile,
+    tile_at,
+)
 from evakernels.tuning import config
 
 
@@ -48,8 +57,7 @@ def forward_kernel(
     g = load_tile(gate, row, channel, inside, gate_stride, VECTOR)
     values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, up_stride, VECTOR))
     if weight is not None:
-        centre = row_mean(values, WIDTH)
-        values = tl.where(inside, values - centre, 0.0)
+        centre, values = centred(values, inside, WIDTH)
         scale = 1.0 / tl.sqrt(row_mean(product(values, values), WIDTH) + eps)
         values = values * scale * load_channels(weight, channel, WIDTH)
         if bias is not None:

@@ -112,6 +112,16 @@ def test_the_number_of_threads_changes_no_bit(bias):
     op_checks.assert_threads_change_no_bit(pair("none")[0], many_rows)
 
 
+def test_bias_gradient_of_many_rows_is_accurate():
+    """A long chain of additions would have several times the error of torch's sum."""
+    x, bias = (t.float() for t in inputs(True, (1 << 18,), 8))
+    ours, theirs = pair("none")
+    _, (_, exact) = with_gradients(theirs, (x.double(), bias.double()))
+    _, (_, torchs) = with_gradients(theirs, (x, bias))
+    _, (_, found) = with_gradients(ours, (x, bias))
+    assert (found - exact).norm() <= 3 * (torchs - exact).norm()
+
+
 @BIAS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_rows_and_odd_addresses_change_no_value(bias, dtype):

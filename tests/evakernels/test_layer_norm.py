@@ -1,4 +1,5 @@
 import itertools
+from contextlib import nullcontext
 
 import op_checks
 import pytest
@@ -8,6 +9,7 @@ from case_tests import *  # noqa: F403
 from on_device import DEVICE
 from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, randn, with_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
@@ -214,6 +216,76 @@ def test_out_dtype_that_no_compiled_kernel_has_is_explained():
     y = x.bfloat16()
     assert "beside a residual of" in evakernels.explain("add_layer_norm_backward", y, x, x, x)
     assert "beside a residual of" not in evakernels.explain("add_layer_norm_backward", y, x, x, y)
+
+
+FORMS = {
+    "plain": lambda x, branch, weight, bias, scale: evakernels.layer_norm(x, weight, bias, EPS),
+    "add": lambda x, branch, weight, bias, scale: evakernels.add_layer_norm(
+        x, branch, weight, bias, layer_scale=scale, eps=EPS
+    ),
+    "post": lambda x, branch, weight, bias, scale: evakernels.layer_norm_add(
+        x, branch, weight, bias, layer_scale=scale, eps=EPS
+    ),
+}
+MIXES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+
+
+def with_dtypes(form, weight, bias):
+    """Inputs of bfloat16 with norm parameters of these dtypes; `plain` has no branch and no layer_scale."""
+    x, branch, scale = (None if form == "plain" and s else randn(2, 8, seed=s).bfloat16() for s in (0, 1, 4))
+    vectors = [randn(8, seed=s).bfloat16().to(dtype) for s, dtype in ((2, weight), (3, bias))]
+    return x, branch, *vectors, None if scale is None else scale[0].to(bias)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_norm_parameters_of_two_dtypes(form):
+    """Each gradient has the dtype of its parameter, and all results are those of float32 parameters."""
+    expected = with_gradients(FORMS[form], with_dtypes(form, torch.float32, torch.float32))
+    for mix in MIXES:
+        inputs = with_dtypes(form, *mix)
+        outputs, gradients = with_gradients(FORMS[form], inputs)
+        assert [g.dtype for g in gradients] == [t.dtype for t in inputs if t is not None]
+        for actual, wide in zip(outputs + gradients, expected[0] + expected[1], strict=True):
+            assert torch.equal(actual, wide.to(actual.dtype))
+
+
+def test_norm_parameters_of_two_dtypes_compile():
+    op_checks.assert_compiles(FORMS["add"], with_dtypes("add", *MIXES[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.1, 1.1, -300.3, 5e4])
+@pytest.mark.parametrize("width", [7, 768, 2050])
+def test_norm_of_equal_elements_is_accurate(width, value, dtype):
+    """Torch's is the bias: a mean that is rounded would leave its error, divided by sqrt(eps)."""
+    x, vectors = torch.full((2, 3, width), value, dtype=torch.float64), parameters("layer", width, True)
+    op_checks.assert_as_accurate_as_torch(*plain("layer"), (x, *vectors), dtype)
+    op_checks.assert_as_accurate_as_torch(*add_then_norm("layer", None), (x / 2, x / 2, *vectors, None), dtype)
+    op_checks.assert_as_accurate_as_torch(*norm_then_add("layer", None), (randn(2, 3, width), x, *vectors, None), dtype)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_norm_whose_output_is_unused_has_no_gradient(watched):
+    """As in torch, also where a mode sends the call to the dispatcher. The sum's gradient is still passed on."""
+    mode = BaseTorchFunctionMode() if watched else nullcontext()
+    x, branch, weight, bias, scale = (t.float().requires_grad_() for t in with_dtypes("add", *MIXES[0]))
+    with mode:
+        total = FORMS["add"](x, branch, weight, bias, scale)[1]
+    total.sum().backward()
+    assert weight.grad is bias.grad is None
+    assert torch.equal(x.grad, torch.ones_like(x))
+    torch.testing.assert_close((branch.grad, scale.grad), (scale.expand(2, 8), branch.sum(0)))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_norm_whose_sum_is_unused_has_all_gradients(watched):
+    leaves = [t.float().requires_grad_() for t in with_dtypes("add", *MIXES[0])]
+    cotangent = randn(2, 8, seed=5).float()
+    with BaseTorchFunctionMode() if watched else nullcontext():
+        y, _ = FORMS["add"](*leaves)
+    expected, _ = add_then_norm("layer", None)[1](*leaves)
+    actual, wanted = (torch.autograd.grad(output, leaves, cotangent) for output in (y, expected))
+    torch.testing.assert_close(actual, wanted)
 
 
 class Taken(TorchDispatchMode):

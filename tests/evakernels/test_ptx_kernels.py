@@ -59,8 +59,6 @@ FILES = {
 SERVED = "not several_tiles and (plain or not (4100 or 8199 or 8200 or 16390)) and not (30 and 24) and not negative"
 SMALL = "not (size_of_a_tower or several_chunks or thousands_of_keys or of_bfloat16_products)"
 SMALL += " and (not around-a-tile or tile-67) and (dtype1 or not shapes_of or tile-67)"
-# Of thousands of keys in heads of 16 channels neither: in float32 Triton's lanes that hold one row's delta differ in a
-# last bit, as a product is joined with the first of their sums, and all write it to one address, a race.
 # The tiles are the reference's.
 SMALL += " and not (many and tiles)"
 CHOSEN = f"({CHOICE}) and {SERVED} and {SMALL} and (accurate or not dtype2)"

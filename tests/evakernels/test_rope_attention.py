@@ -209,6 +209,13 @@ def test_thousands_of_keys_are_as_accurate_as_torch():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_16_channels_are_accurate(dtype):
+    """Fewer channels than threads: several hold the same row, and all must compute the same."""
+    inputs = [randn(1, 40, 1, 16, seed=s) for s in range(3)]
+    op_checks.assert_as_accurate_as_torch(*both(num_prefix=0), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "causal"), [(37, True), (88, False)])
 def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal, dtype):
     """More scores than are computed at a time; bfloat16 products where the machine has them."""

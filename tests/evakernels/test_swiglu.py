@@ -81,6 +81,26 @@ def test_a_row_of_one_element_is_as_exact_as_torch(norm, dtype):
     op_checks.assert_as_accurate_as_torch(ours, theirs, inputs(norm, (7,), 1), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [1.1, 30.3])
+def test_norm_of_equal_products_is_accurate(value, dtype):
+    gate, up, *vectors = inputs("norm", (7,), 2050)
+    equal = torch.full_like(gate, value), torch.full_like(up, value)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, (*equal, *vectors), dtype)
+
+
+@pytest.mark.parametrize("parameters", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_norm_parameters_of_two_dtypes(parameters):
+    """Each gradient has the dtype of its parameter, and all results are those of float32 parameters."""
+    gate, up, *vectors = (t.bfloat16() for t in inputs("norm"))
+    mixed = [t.to(dtype) for t, dtype in zip(vectors, parameters, strict=True)]
+    outputs, gradients = with_gradients(ours, (gate, up, *mixed))
+    expected = with_gradients(ours, (gate, up, *(t.float() for t in vectors)))
+    assert [g.dtype for g in gradients[2:]] == list(parameters)
+    for actual, wide in zip(outputs + gradients, expected[0] + expected[1], strict=True):
+        assert torch.equal(actual, wide.to(actual.dtype))
+
+
 @pytest.mark.parametrize("width", [6, 8, 36, 2048, 2730])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("norm", NORMS[:2])
