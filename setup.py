@@ -1,8 +1,7 @@
-"""Builds the native library with CMake and ninja, or records why it could not be built.
+"""Builds the native library with CMake and ninja.
 
-EVAKERNELS_NATIVE says what to do: "auto" (default) builds where the tools are there and installs the pure
-Python package where they are not, "on" makes their absence an error, "off" never builds. A build that fails
-is always an error.
+EVAKERNELS_NATIVE selects the build: "auto" (default) builds on Linux and installs the pure Python package elsewhere,
+"on" builds everywhere, "off" installs the pure Python package. A missing tool or a failed build is always an error.
 
 EVAKERNELS_CUDA says the same of the kernels for GPUs: "auto" builds them where there are an nvcc and a GPU, "on"
 wherever there is an nvcc. EVAKERNELS_CUDA_ARCHS says for which GPUs, as CMake spells them ("90-real,100"), or "all";
@@ -28,6 +27,8 @@ MODULE, SCAN = f"{PACKAGE}._C", "evaclip.runtime._scan"
 RECORD = "_build.json"
 LIBRARY = "_ops.so"
 MODES = ("auto", "on", "off")
+INSTALL_TOOLS = "pip install torch setuptools cmake ninja pybind11"
+INSTALL_COMPILER = "apt-get install g++, or set CXX"
 
 # Compute capabilities times ten. What the kernels need at least, and what a library for all GPUs is compiled for.
 OLDEST_GPU = 80
@@ -49,15 +50,19 @@ def find_compiler() -> str | None:
     return find_tool(*wanted.split()[:1]) if wanted else find_tool("c++", "g++", "clang++")
 
 
-def what_is_missing() -> str | None:
-    """Why the native library can't be built here; None if it can."""
-    if sys.platform != "linux":
-        return f"the native library is built on Linux only, this is {sys.platform}"
+def require_tools() -> None:
+    """Ends the build if a tool is missing, with the command that installs it."""
+    problems = []
     if not find_compiler():
-        return "no C++ compiler found (looked for " + (os.environ.get("CXX") or "c++, g++, clang++") + ")"
+        looked_for = os.environ.get("CXX") or "c++, g++, clang++"
+        problems.append(f"no C++ compiler found (looked for {looked_for}); {INSTALL_COMPILER}")
     missing = [name for name in ("cmake", "ninja") if not find_tool(name)]
     missing += [name for name in ("torch", "pybind11") if importlib.util.find_spec(name) is None]
-    return f"needed for the build, but not found: {', '.join(missing)}" if missing else None
+    if missing:
+        problems.append(f"needed for the build, but not found: {', '.join(missing)}; {INSTALL_TOOLS}")
+    if problems:
+        lines = "\n".join(f"error: {problem}" for problem in problems)
+        raise SystemExit(f"{lines}\nEVAKERNELS_NATIVE=off installs the package without compiled kernels.")
 
 
 def mode_of(variable: str) -> str:
@@ -73,10 +78,13 @@ def why_not_native() -> str | None:
     mode = mode_of("EVAKERNELS_NATIVE")
     if mode == "off":
         return "switched off by EVAKERNELS_NATIVE=off"
-    reason = what_is_missing()
-    if reason and mode == "on":
-        raise SystemExit(f"error: EVAKERNELS_NATIVE=on, but {reason}")
-    return reason
+    if sys.platform != "linux":
+        reason = f"the native library is built on Linux only, this is {sys.platform}"
+        if mode == "on":
+            raise SystemExit(f"error: EVAKERNELS_NATIVE=on, but {reason}")
+        return reason
+    require_tools()
+    return None
 
 
 def output_of(*command: str) -> str:

@@ -78,11 +78,13 @@ def tally_text(found: Sequence[Contest]) -> str:
 
 
 def verdict_text(contest: Contest) -> str:
-    """How this library does against the best of the others in a case: times as fast, or that nobody can tell."""
+    """The speedup over the best of the others in a case, or that the difference is noise."""
     found = verdict(contest)
-    if found is not None:
-        return LEVEL if found.level else times(found.ratio)
-    return NOTHING
+    if found is None:
+        return NOTHING
+    if found.level:
+        return LEVEL
+    return times(found.ratio) if found.word == "faster" else f"{times(found.ratio)} ({found.word})"
 
 
 def time_text(contest: Contest, *kinds: str) -> str:

@@ -118,15 +118,19 @@ def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparis
         threshold: share that a time may change without counting.
 
     Raises:
-        UserError: the threshold isn't above 0, or no row is in both results.
+        UserError: the threshold isn't above 0, or no row of this library is in both results.
     """
     if not 0 < threshold < math.inf:
         raise UserError(f"the threshold must be a share above 0 such as 0.1, got {threshold:g}")
     earlier = {row.key: row for row in before.rows}
     later = {row.key: row for row in after.rows}
     pairs = [(earlier[key], row) for key, row in later.items() if key in earlier]
-    if not pairs:
-        raise UserError("the two results have no row in common: another operation, shape, dtype, device or candidate")
+    if not any(row.kind == "ours" for _, row in pairs):
+        raise UserError(
+            "the two results have no row of evakernels in common\n"
+            f"before: {_contents(before)}\nafter: {_contents(after)}\n"
+            "Measure both with the same operations, modes, shapes, dtypes, device and backends."
+        )
     found = Comparison(before.machine, after.machine, threshold, _other_setup(before.machine, after.machine))
     found.only_before = [row for key, row in earlier.items() if key not in later]
     found.only_after = [row for key, row in later.items() if key not in earlier]
@@ -139,6 +143,15 @@ def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparis
         found.shifts = list(_shifts(pairs, drifts, threshold))
         _set_suspects_apart(found, pairs)
     return found
+
+
+def _contents(results: Results) -> str:
+    """The operations of a result, and of its rows of this library the modes, shapes and so on."""
+    columns = zip(*(row.key for row in results.rows if row.kind == "ours"), strict=True)
+    lists = [list(dict.fromkeys(values)) for values in columns]
+    return (
+        "; ".join(", ".join([*values[:4], *["..."][: len(values) > 4]]) for values in lists) or "no row of evakernels"
+    )
 
 
 def _shifts(

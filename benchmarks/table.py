@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from inspect import signature
 
 from rich import box
 from rich.console import Console
@@ -51,7 +52,7 @@ def print_table(results: Results) -> None:
 
 
 def print_operations(operations: Sequence[Operation], device: str) -> None:
-    """Prints the operations, their default shapes, who can be measured on `device`, and who is absent and why."""
+    """Prints the operations, their inputs, default shapes and candidates on `device`, and who is absent and why."""
     console = make_console()
     for op in operations:
         found, absent = candidates(op, device)
@@ -59,6 +60,7 @@ def print_operations(operations: Sequence[Operation], device: str) -> None:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(min_width=12, style="dim")
         facts.add_column()
+        facts.add_row("  inputs", Text(str(signature(op.eager))))
         facts.add_row("  shapes", ", ".join(op.shapes[device]))
         if op.raw_sizes:
             facts.add_row(

@@ -4,6 +4,7 @@ Every op has a `reference` implementation in plain PyTorch; further backends are
 first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
+import evakernels
 from evakernels import _names
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
@@ -21,6 +24,7 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 LOSS_PRODUCTS = ("ieee", "tf32x3")
 """What `set_loss_products` takes."""
 
+_TORCH_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False, "": False}
 
 Reasons = Callable[..., list[str]]
@@ -63,6 +67,7 @@ class Overrides(NamedTuple):
 
     forced: str | None = None
     observer: Callable[[str, str], None] | None = None
+    refusals: Callable[[str], None] | None = None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -201,9 +206,12 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def observed_by(observer: Callable[[str, str], None]) -> Iterator[None]:
-    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process."""
-    with _overridden(observer=observer):
+def observed_by(observer: Callable[[str, str], None], refusals: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process.
+
+    Also calls `refusals(reason)` where an accelerated module runs its own code.
+    """
+    with _overridden(observer=observer, refusals=refusals):
         yield
 
 
@@ -224,22 +232,73 @@ def observe(op: str, backend: str) -> None:
         overrides.observer(op, backend)
 
 
-def explain(op: str | Callable[..., Any], *args: Any) -> str:
-    """Which backend serves a call, and why the others don't, one line each.
+def refuse(reason: str) -> bool:
+    """Reports to `observed_by` why an accelerated module runs its own code. Returns False, as the failed condition."""
+    if not torch.compiler.is_compiling() and overrides is not None and overrides.refusals is not None:
+        overrides.refusals(reason)
+    return False
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Reports which backend serves a call and why the others don't, one line each.
+
+    The op doesn't run, and nothing is written. A loss over several processes still gathers its features, so every
+    process must call `explain`.
 
     Args:
-        op: a public function or its name, such as `"layer_norm"` or `"clip_loss"`, or those of one op in
-            `torch.ops.evakernels`, such as `"layer_norm_backward"`. A function that takes one of several ops, as the
-            case may be, has lines of each.
-        args: of the op, in the order of its schema. Leading arguments are enough: without any, only what holds for
-            every call is told.
+        op: a public function or its name, such as `"layer_norm"` or `"clip_loss"`, or an op of
+            `torch.ops.evakernels` or its name, such as `"layer_norm_backward"`.
+        args, options: the call: what the public function takes, by position or by keyword, or the op's arguments in
+            the order of its schema. Leading arguments are enough: without any, the lines hold for every call. Without
+            a whole call a function that chooses between several ops has lines of each.
 
     Raises:
         ValueError: for an unknown name.
+        TypeError: for arguments that the function doesn't take. What the function itself raises is raised too.
     """
     # Another library's function of the same name is none of ours.
     is_ours = "evakernels" in str(getattr(op, "__module__", ""))
-    return "\n".join(_report(name, args) for name in ops_of(getattr(op, "__name__", op) if is_ours else op))
+    name = getattr(op, "__name__", op) if is_ours else op
+    calls = [(found, args) for found in ops_of(name)]
+    public = None if isinstance(op, _TORCH_OPS) else getattr(evakernels.ops, str(name), None)
+    if public is not None and (args or options):
+        calls = _calls_of(public, args, options) or calls
+    elif options:
+        raise TypeError(f"{name} takes the arguments of its schema by position, got {', '.join(options)}")
+    return "\n".join(_report(*call) for call in calls)
+
+
+class _OpCalled(Exception):
+    """Ends a public function where it calls an op."""
+
+
+class _AtFirstOp(TorchFunctionMode):
+    """Raises `_OpCalled` with the name and the arguments of the first op that is called."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = str(func).partition(".")
+        if namespace == "evakernels":
+            raise _OpCalled(name.partition(".")[0], args)
+        return func(*args, **(kwargs or {}))
+
+
+def _calls_of(
+    public: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """The op that a public function calls with these arguments, and its own; nothing if some are missing."""
+    signature = inspect.signature(public)
+    try:
+        given = signature.bind_partial(*args, **options).arguments
+    except TypeError as error:
+        raise TypeError(f"{public.__name__}: {error}; accepted: {', '.join(signature.parameters)}") from None
+    if any(p.default is p.empty and name not in given for name, p in signature.parameters.items()):
+        return []
+    try:
+        with _AtFirstOp():
+            public(*args, **options)
+    except _OpCalled as call:
+        return [call.args]
+    return []
 
 
 def ops_of(function: Any) -> tuple[str, ...]:

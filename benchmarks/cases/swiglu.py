@@ -95,9 +95,18 @@ def _swiglu_eager(gate: Tensor, up: Tensor, norm_weight: Tensor, norm_bias: Tens
 def _mlp_with(product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Function:
     """The MLP with `product` for what stands between its matrix products: gate, up, and the norm's parameters."""
 
-    def mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, **given: Tensor) -> Tensor:
-        gate, up = (F.linear(x, given[f"w{number}"], given[f"b{number}"]) for number in (1, 2))
-        return F.linear(product(gate, up, norm_weight, norm_bias), given["w3"], given["b3"])
+    def mlp(
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+    ) -> Tensor:
+        return F.linear(product(F.linear(x, w1, b1), F.linear(x, w2, b2), norm_weight, norm_bias), w3, b3)
 
     return mlp
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evakernels import _native, triton
+from evakernels.backends import refuse
 from evakernels.ops._autocast import is_on
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -163,13 +164,15 @@ def serves(name: str, x: Tensor, *, of_product: bool = False, forced: bool = Fal
     there the untouched code runs. So it is asked before anything else about `x`. With `forced`, whether it can serve.
     """
     if not is_ordinary(x):
-        return False
+        return refuse("tensor subclass, transform or tracer")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if of_product and is_on(device) else x.dtype
     if _on_trial:
         return dtype in DTYPES
     least = (_FORCED if forced else _SERVED).get((name, device, dtype))
-    return least is not None and x.numel() >= least
+    if least is None:
+        return refuse(f"{str(dtype).removeprefix('torch.')} on {device}")
+    return x.numel() >= least or refuse("too small")
 
 
 _on_trial = False

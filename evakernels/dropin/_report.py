@@ -16,7 +16,7 @@ from evakernels.dropin._watch import Calls, watch
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module that runs on `op`, served by `backend`."""
+    """A module that can run on `op`, served by `backend`; each call decides by its arguments."""
 
     name: str
     module: str
@@ -52,11 +52,17 @@ class Ran:
 
 @dataclass(frozen=True)
 class Idle:
-    """A module that was swapped and ran on no op: in `calls` calls its own code ran."""
+    """A replaced module that ran on no op.
+
+    Attributes:
+        calls: calls that ran its own code; 0 if it was never called, as part of the step of another module.
+        reason: why its own code ran, such as `mask`, `dropout`, `too small` or `float64 on cpu`; empty if unknown.
+    """
 
     name: str
     module: str
     calls: int
+    reason: str = ""
 
 
 @dataclass
@@ -93,7 +99,8 @@ class Report:
     def headline(self) -> str:
         """Such as "12 of 12 blocks, 109 of 110 modules": of those that a rule knows and of attentions.
 
-        Blocks count that were replaced, or whose attention was, and that hold nothing of an unknown form.
+        Blocks count that were replaced, or whose attention was, and that hold nothing of an unknown form. After a
+        `watch` modules that ran their own code don't count.
         """
         verified = sum(done.verified for done in self.replaced)
         text = self._counted() + (f", {verified} by behaviour" if verified else "")
@@ -106,10 +113,15 @@ class Report:
         return text + (" and behaves differently" if self.tried else '; unknown="verify" tries by behaviour')
 
     def _counted(self) -> str:
-        modules = f"{len(self.replaced)} of {len(self.replaced) + len(self.left)} modules"
+        own_code = {idle.name: idle.reason for idle in self.idle if idle.calls}
+        ops = [done for done in self.replaced if done.name not in own_code]
+        modules = f"{len(ops)} of {len(self.replaced) + len(self.left)} modules"
+        if own_code:
+            reasons = ", ".join(dict.fromkeys(filter(None, own_code.values())))
+            modules += f", {len(own_code)} ran their own code{reasons and f' ({reasons})'}"
         if not self.blocks:
             return modules
-        main = [done for done in self.replaced if done.name in self.attentions or done.name in self.blocks]
+        main = [done for done in ops if done.name in self.attentions or done.name in self.blocks]
         served, strange = _holders(self.blocks, main), _holders(self.blocks, self.unknown)
         return f"{len(served - strange)} of {len(self.blocks)} blocks, {modules}"
 
@@ -140,7 +152,11 @@ class Report:
             for (module, op, backend), count in calls.ops.items()
         ]
         busy = {module for module, *_ in calls.ops}
-        self.idle = [Idle(*names(module), calls.modules[module]) for module in swapped if module not in busy]
+        self.idle = [
+            Idle(*names(module), calls.modules[module], ", ".join(calls.reasons.get(module, {})))
+            for module in swapped
+            if module not in busy
+        ]
 
     def __str__(self) -> str:
         tables = self._tables()
@@ -167,7 +183,7 @@ class Report:
             key = left.module, "", "", left.reason
             counts[key] = counts.get(key, 0) + 1
         rows = [(key[0], str(count), *key[1:]) for key, count in counts.items()]
-        return [("module", "count", "now runs", "backend", "left because"), *rows]
+        return [("module", "count", "can run", "backend", "left because"), *rows]
 
     def _what_ran(self) -> list[tuple[str, ...]]:
         counts: dict[tuple[str, ...], tuple[int, int]] = {}
@@ -176,7 +192,8 @@ class Report:
             modules, calls = counts.get(key, (0, 0))
             counts[key] = modules + 1, calls + ran.calls
         for idle in self.idle:
-            key = idle.module, "", "", "its own code ran" if idle.calls else "never called"
+            own_code = f"own code: {idle.reason}" if idle.reason else "own code"
+            key = idle.module, "", "", own_code if idle.calls else "never called"
             modules, calls = counts.get(key, (0, 0))
             counts[key] = modules + 1, calls + idle.calls
         rows = [(key[0], str(modules), *key[1:3], str(calls), key[3]) for key, (modules, calls) in counts.items()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evakernels.backends import refuse
 from evakernels.dropin._gate import serves
 from evakernels.ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
 from evakernels.ops._autocast import is_on
@@ -57,12 +58,14 @@ def norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None,
 def own_norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
     """The same of a module that is a norm for certain, watched or not."""
     if getattr(norm, "_fast_norm", False):  # timm's, which under autocast computes in its dtype
+        refuse("timm's fast norm")
         return None
     weight, bias, eps = norm.weight, getattr(norm, "bias", None), _eps(norm)
     shape = getattr(norm, "normalized_shape", None)
     if eps is None or (shape is not None and len(shape) != 1) or (weight is None and bias is not None):
         return None
     if weight is not None and (weight.dtype not in (x.dtype, torch.float32) or weight.shape[0] != x.shape[-1]):
+        refuse("its weight's dtype or size")
         return None
     return weight, bias, eps
 

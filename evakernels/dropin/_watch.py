@@ -21,6 +21,8 @@ class Calls:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules: Counter[nn.Module] = Counter()
         self.ops: Counter[tuple[nn.Module | None, str, str]] = Counter()
+        self.reasons: dict[nn.Module, dict[str, None]] = {}
+        """Why modules ran their own code, in the order of the calls."""
         self._watched = set(modules)
         self._running: list[nn.Module] = []
 
@@ -37,6 +39,10 @@ class Calls:
     def serve(self, op: str, backend: str) -> None:
         self.ops[self._running[-1] if self._running else None, op, backend] += 1
 
+    def refuse(self, reason: str) -> None:
+        if self._running:
+            self.reasons.setdefault(self._running[-1], {})[reason] = None
+
 
 @contextmanager
 def watch(modules: list[nn.Module]) -> Iterator[Calls]:
@@ -48,7 +54,7 @@ def watch(modules: list[nn.Module]) -> Iterator[Calls]:
     entering = register_module_forward_pre_hook(calls.enter)
     leaving = register_module_forward_hook(calls.leave, always_call=True)
     try:
-        with backends.observed_by(calls.serve):
+        with backends.observed_by(calls.serve, calls.refuse):
             yield calls
     finally:
         entering.remove()

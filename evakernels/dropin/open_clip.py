@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.backends import refuse
 from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
@@ -70,7 +71,8 @@ class Attention(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         op = "attention_training" if torch.is_grad_enabled() else "attention"
-        if attn_mask is not None or drops(self.attn_drop) or not serves(op, x, of_product=True, forced=self.is_forced):
+        plain = (attn_mask is None or refuse("mask")) and (not drops(self.attn_drop) or refuse("dropout"))
+        if not (plain and serves(op, x, of_product=True, forced=self.is_forced)):
             whole: Tensor = super().forward(x, attn_mask=attn_mask)
             return whole
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
@@ -168,7 +170,8 @@ class PatchDropout(Swapped):
     """The same draw; class token and kept patches come out of one gather."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0 or not serves("token_dropout", x, forced=self.is_forced):
+        drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
+        if not (drops_patches and serves("token_dropout", x, forced=self.is_forced)):
             whole: Tensor = super().forward(x)
             return whole
         prefix = 1 if self.exclude_first_token else 0
@@ -247,7 +250,7 @@ class SigLipLoss(Swapped):
 def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
     ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
     served = ones and serves(op, image, of_product=True, forced=forced)
-    return served and image.dtype == text.dtype and image.shape == text.shape
+    return served and ((image.dtype == text.dtype and image.shape == text.shape) or refuse("shape or dtype"))
 
 
 def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evakernels.backends import refuse
 from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
@@ -73,10 +74,10 @@ class _Attention(Swapped):
         unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
         op = unrotated if rope is None else "rope_attention"
         return (
-            attn_mask is None
-            and (self.read is None or is_causal is False)
-            and self.fused_attn
-            and not drops(self.attn_drop)
+            (attn_mask is None or refuse("mask"))
+            and (self.read is None or is_causal is False or refuse("causal"))
+            and (self.fused_attn or refuse("fused_attn is off"))
+            and (not drops(self.attn_drop) or refuse("dropout"))
             and serves(op, x, of_product=True, forced=self.is_forced)
         )
 
@@ -137,6 +138,7 @@ class RotaryAttention(_Attention):
             rotation = {} if rope is None else self._rotation(x, rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
+            refuse("rotary table")
         return self._ending(super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal)))
 
     def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
@@ -256,7 +258,9 @@ class PatchDropoutWithIndices(Swapped):
 
 
 def _drops_patches(module: Any, x: Tensor) -> bool:
-    return module.training and module.prob > 0 and serves("token_dropout", x, forced=module.is_forced) and x.dim() == 3
+    if not (module.training and module.prob > 0):
+        return refuse("nothing to drop")
+    return serves("token_dropout", x, forced=module.is_forced) and (x.dim() == 3 or refuse("shape"))
 
 
 def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.backends import refuse
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, own_norm_parameters, role
@@ -91,8 +92,12 @@ class MultiheadAttention(Swapped):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Any:
-        dropped = self.training and self.dropout > 0
-        plain = key is value and key_padding_mask is None and not is_causal and not dropped
+        plain = (
+            (key is value or refuse("other values than keys"))
+            and (key_padding_mask is None or refuse("mask"))
+            and (not is_causal or refuse("causal"))
+            and (not (self.training and self.dropout > 0) or refuse("dropout"))
+        )
         if not (plain and self._takes(query, key, attn_mask)):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -114,7 +119,8 @@ class MultiheadAttention(Swapped):
         if not serves("multi_head", key, of_product=True, forced=forced):
             return False
         mask_fits = mask is None or (mask.dim() in (2, 3) and mask.is_floating_point())
-        return query.dim() == key.dim() == 3 and query.dtype == key.dtype and mask_fits
+        fits = query.dim() == key.dim() == 3 and query.dtype == key.dtype
+        return (fits or refuse("shape or dtype")) and (mask_fits or refuse("mask"))
 
     def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, `[B, N, heads, head_dim]`."""
@@ -190,7 +196,7 @@ class TransformerEncoderLayer(Swapped):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if not self._takes(src, src_mask) or src_key_padding_mask is not None:
+        if not self._takes(src, src_mask) or not (src_key_padding_mask is None or refuse("mask")):
             y: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return y
         x, forced = src, self.is_forced

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.backends import refuse
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
 from evakernels.dropin._serve import add, add_norm, gated, own_norm_parameters
@@ -100,8 +101,9 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """`[B, N, H, D]` for queries, keys and values `[B, H, N, D]`: of an accelerated module by the op."""
-    served = isinstance(module, HookedAttention) and attention_mask is None and dropout == 0
-    if served and not _asks_more(options) and _takes(module, query, key, value):
+    plain = (attention_mask is None or refuse("mask")) and (dropout == 0 or refuse("dropout"))
+    plain = isinstance(module, HookedAttention) and plain and not _asks_more(options)
+    if plain and _takes(module, query, key, value):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         return rope_attention(q, k, v, causal=bool(causal), scale=scaling), None
@@ -113,14 +115,16 @@ def _attend(
 
 
 def _asks_more(options: dict[str, Any]) -> bool:
-    return any(options.get(name) is not None and options[name] is not False for name in _unserved)
+    given = [name for name in _unserved if options.get(name) is not None and options[name] is not False]
+    return bool(given) and not refuse(", ".join(sorted(given)))
 
 
 def _takes(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
     op = "attention_training" if torch.is_grad_enabled() else "attention"
     same = key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
     same = same and query.dtype == key.dtype == value.dtype
-    return same and query.dim() == 4 and serves(op, query, of_product=True, forced=module.is_forced)
+    same = same and query.dim() == 4
+    return (same or refuse("shape or dtype")) and serves(op, query, of_product=True, forced=module.is_forced)
 
 
 def _by_sdpa(module: Any) -> str | None:
@@ -161,9 +165,9 @@ class DINOv3Attention(HookedAttention):
 
     def _is_fused(self, x: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
         return (
-            attention_mask is None
-            and self.config._attn_implementation == "sdpa"
-            and not (self.training and self.dropout > 0)
+            (attention_mask is None or refuse("mask"))
+            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
+            and (not (self.training and self.dropout > 0) or refuse("dropout"))
             and not _asks_more(options)
             and serves("rope_attention", x, of_product=True, forced=self.is_forced)
             and x.dim() == 3

@@ -25,7 +25,8 @@ class Lamb(DeviceOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled from the moments, but inside the trust ratio.
         amsgrad, maximize, foreach, capturable, differentiable, fused, stochastic_rounding, seed: as `AdamW` has them.
-        variant: `"deepspeed"` or `"nvlamb"`; see `evakernels.lamb_update`.
+        variant: `"nvlamb"`, the form of the paper, apex and timm, or `"deepspeed"`, the form that EVA-CLIP was trained
+            with; see `evakernels.lamb_update`. Neither clips gradients, which apex and timm do by default.
 
     Raises:
         TypeError, ValueError: for options out of range or not offered, stochastic rounding to other than bfloat16, and
@@ -48,7 +49,7 @@ class Lamb(DeviceOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        variant: str = "deepspeed",
+        variant: str = "nvlamb",
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:

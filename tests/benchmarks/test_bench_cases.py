@@ -1,6 +1,7 @@
 """The operations: what they compute, what they cost, and on which shapes. Their peers: test_bench_cases_peers.py."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -196,3 +197,9 @@ def test_default_shapes_have_names_that_are_read(name: str, device: str) -> None
     if name in IN_FLOAT64:
         alike = {(s.model, s.tower, s.pixels, s.drop) for s in shapes}
         assert len(alike) < len(shapes), "a plot against the batch needs two"
+
+
+@pytest.mark.parametrize(("name", "shape"), [case for case in CASES if get_operation(case[0]).raw])
+def test_listed_inputs_are_those_of_the_call(name: str, shape: str) -> None:
+    op = get_operation(name)
+    assert set(draw(op, parse_shape(shape))) == set(signature(op.eager).parameters)

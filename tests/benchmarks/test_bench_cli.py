@@ -208,6 +208,16 @@ def test_compare_tells_by_its_exit_code(tmp_path: Path, times: list[float], code
     assert exit_code(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == code
 
 
+def test_compare_without_common_rows_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baseline = row(candidate="torch eager", kind="baseline")
+    for name, op in (("before", "layer_norm"), ("after", "gelu")):
+        Results(machine(), [baseline, row(op=op)]).write_json(tmp_path / f"{name}.json")
+    assert exit_code(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == 2
+    told = capsys.readouterr().err
+    assert "before: layer_norm" in told
+    assert "after: gelu" in told
+
+
 def test_list_shows_operations_and_who_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out

@@ -232,8 +232,19 @@ def test_wrong_input_is_refused() -> None:
     for threshold in (0.0, -0.1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="above 0"):
             compare(results, results, threshold)
-    with pytest.raises(UserError, match="no row in common"):
+    with pytest.raises(UserError, match="no row of evakernels in common"):
         compare(results, Results(machine(), [row(device="cuda")]))
+
+
+def test_results_without_a_common_row_are_an_error() -> None:
+    """Plain PyTorch alone in common says nothing of this library."""
+    baseline = row(candidate="torch eager", kind="baseline")
+    before = Results(machine(), [baseline, row(candidate="evakernels reference")])
+    after = Results(machine(), [baseline, row(mode="training")])
+    with pytest.raises(UserError, match=r"before: layer_norm; forward; .*reference\nafter: layer_norm; training; "):
+        compare(before, after)
+    with pytest.raises(UserError, match="after: no row of evakernels"):
+        compare(before, Results(machine(), [baseline]))
 
 
 def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,7 @@ def test_faster_and_slower_mean_that_the_spreads_do_not_touch() -> None:
         return verdict_text(contest)
 
     assert found([[1.0, 1.1]], [[2.0, 2.1]]) == "1.95 ×"  # noqa: RUF001
-    assert found([[2.0, 2.0]], [[1.0, 1.0]]) == "0.500 ×"  # noqa: RUF001
+    assert found([[2.0, 2.0]], [[1.0, 1.0]]) == "0.500 × (slower)"  # noqa: RUF001
     # What slows down a round slows down both.
     assert found([[1.0, 9.0, 1.0]], [[1.2, 11.0, 1.2]]) == "1.20 ×"  # noqa: RUF001
     assert found([[1.0, 1.0, 1.0, 1.0]], [[1.2, 0.9, 0.9, 1.2]]) == LEVEL

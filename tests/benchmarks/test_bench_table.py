@@ -96,6 +96,7 @@ def test_operations_are_listed_with_who_is_there_and_who_is_not(capsys: pytest.C
         print_operations([tanh_operation()], "cpu")
     text = capsys.readouterr().out
     assert "tanh  hyperbolic tangent  (forward, training)" in text
+    assert "  inputs      (x: torch.Tensor) -> torch.Tensor" in text
     assert "  shapes      tiny b2" in text
     assert "sizes" not in text
     print_operations([tanh_operation(raw=lambda rows, channels: Shape(batch=rows, width=channels))], "cpu")

@@ -93,7 +93,7 @@ def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls):
 
 
 def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
-    served = evakernels.explain("layer_norm", torch.ones(2, 4), None, None, 1e-6, False)
+    served = evakernels.explain("layer_norm", torch.ones(2, 4), eps=1e-6)
     assert served.splitlines() == [
         f"{OP} on cuda: {OP} has no cuda implementation",
         f"{OP} on triton: {OP} has no triton implementation",
@@ -285,8 +285,10 @@ def test_explain_takes_functions_too():
 def test_explain_takes_the_arguments_of_a_loss():
     features = torch.ones(2, 4)
     with evakernels.use_backend("reference"):
-        text = evakernels.explain("clip_loss", features, features, torch.ones(()), 0)
-    assert text.count("serves the call") == 2
+        text = evakernels.explain("clip_loss", features, features)
+        assert text.count("serves the call") == 2
+        text = evakernels.explain("clip_loss", features, features, torch.ones(()), label_smoothing=0.1)
+        assert text.count("serves the call") == 1
 
 
 def test_what_draws_alone_is_no_op():

@@ -25,6 +25,18 @@ def lamb_of(params: list[torch.Tensor], variant: str, *rates: list[float]) -> La
     return optimizer_of(params, Lamb, *rates, variant=variant)
 
 
+def paper_by_hand(params, all_grads):
+    """The paper's formula, one tensor after another; a tensor without weight decay has the ratio 1."""
+    for w, lr, decay, grads in zip(params, LRS, DECAYS, zip(*all_grads, strict=True), strict=True):
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        for t, g in enumerate(grads, start=1):
+            m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
+            u = m / (1 - 0.9**t) / ((v / (1 - 0.98**t)) ** 0.5 + EPS) + decay * w
+            w_norm, u_norm = (w**2).sum() ** 0.5, (u**2).sum() ** 0.5
+            w = w - lr * (w_norm / u_norm if decay and w_norm * u_norm > 0 else 1.0) * u
+        yield w
+
+
 def deepspeed_by_hand(params, all_grads):
     """The formula in plain numbers, one tensor after another."""
     for w, lr, decay, grads in zip(params, LRS, DECAYS, zip(*all_grads, strict=True), strict=True):
@@ -48,10 +60,29 @@ def test_deepspeed_equals_the_formula(dtype, tolerance):
         torch.testing.assert_close(got.detach().double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_default_equals_the_paper():
+    params, all_grads = tensors(0), [tensors(seed) for seed in range(1, 6)]
+    optimizer = optimizer_of(params, Lamb)
+    for grads in all_grads:
+        step(optimizer, grads)
+    for got, expected in zip(parameters(optimizer), paper_by_hand(params, all_grads), strict=True):
+        torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_state_dict_keeps_its_variant():
+    """A run of the former default goes on in DeepSpeed's form."""
+    former, resumed = lamb_of(tensors(0), "deepspeed"), optimizer_of(tensors(0), Lamb)
+    resumed.load_state_dict(former.state_dict())
+    for optimizer in (former, resumed):
+        step(optimizer, tensors(1))
+    for got, expected in zip(parameters(resumed), parameters(former), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_nvlamb_equals_timm(dtype, tolerance):
+def test_default_equals_timm(dtype, tolerance):
     optim = pytest.importorskip("timm.optim")
-    ours = lamb_of(tensors(0, dtype), "nvlamb")
+    ours = optimizer_of(tensors(0, dtype), Lamb)
     groups = copy.deepcopy([{k: g[k] for k in ("params", "lr", "weight_decay")} for g in ours.param_groups])
     theirs = optim.Lamb(groups, betas=BETAS, eps=EPS, max_grad_norm=None)
     for seed in range(1, 6):

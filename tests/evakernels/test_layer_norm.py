@@ -207,9 +207,9 @@ def test_out_dtype_of_every_pair(dtype, out_dtype):
 
 def test_out_dtype_that_no_compiled_kernel_has_is_explained():
     x = torch.ones(2, 3, 8)
-    told = evakernels.explain("layer_norm", x.bfloat16(), None, None, EPS, False, torch.float16)
+    told = evakernels.explain("layer_norm", x.bfloat16(), out_dtype=torch.float16)
     assert "y is torch.float16 beside torch.bfloat16: compiled kernels take" in told
-    told = evakernels.explain("add_layer_norm", x, x, None, None, None, None, EPS, False, torch.bfloat16)
+    told = evakernels.explain("add_layer_norm", x, x, out_dtype=torch.bfloat16)
     assert "torch.bfloat16 beside a residual of torch.float32 and a branch of torch.float32" in told
     backward = evakernels.explain("layer_norm_backward", x.half(), x.bfloat16())
     assert "y is torch.float16 beside torch.bfloat16" in backward

@@ -14,8 +14,8 @@ from evakernels.optim._device_optimizer import Batch
 
 KINDS = {
     "adamw": AdamW,
-    "deepspeed": Lamb,
-    "nvlamb": lambda params, **options: Lamb(params, variant="nvlamb", **options),
+    "deepspeed": lambda params, **options: Lamb(params, variant="deepspeed", **options),
+    "nvlamb": Lamb,
 }
 
 

@@ -3,6 +3,7 @@
 Those that every argument of a kind has are made of right calls; what is an op's own is in WRONG.
 """
 
+import copy
 import inspect
 import math
 import re
@@ -289,6 +290,18 @@ def test_all_tensors_of_all_ops_are_asked():
 @pytest.mark.parametrize("op", CALLS)
 def test_the_calls_are_right(op):
     getattr(evakernels, op)(**CALLS[op])
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_explain_takes_the_public_call(op):
+    before = copy.deepcopy(CALLS[op])
+    told = evakernels.explain(op, **CALLS[op])
+    assert told.count("serves the call") == 1
+    torch.testing.assert_close(CALLS[op], before, rtol=0, atol=0)
+    call = inspect.signature(getattr(evakernels, op)).bind(**CALLS[op])
+    assert evakernels.explain(getattr(evakernels, op), *call.args, **call.kwargs) == told
+    with pytest.raises(TypeError, match="no_such_argument"):
+        evakernels.explain(op, *call.args, **call.kwargs, no_such_argument=1)
 
 
 @pytest.mark.parametrize(("op", "changes", "exception", "message"), [*GENERAL, *OWN])

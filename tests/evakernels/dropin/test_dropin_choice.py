@@ -7,6 +7,7 @@ import pytest
 import torch
 from dropin_families import FAMILIES
 from dropin_family import log_ops, ops_of, run
+from timm.layers import Attention
 from timm.models.eva import EvaAttention
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -236,13 +237,72 @@ def test_a_call_that_ran_its_own_code_is_told(with_rich, monkeypatch):
         model[0](torch.randn(2, 8))
         model[1](torch.randn(2, 8, dtype=torch.float64))
     assert report.ran == [Ran("0", "GELU", "gelu", "cpu", 1)]
-    assert report.idle == [Idle("1", "GELU", 1), Idle("2", "GELU", 0)]
+    assert report.idle == [Idle("1", "GELU", 1, "float64 on cpu"), Idle("2", "GELU", 0)]
+    assert report.headline == "2 of 3 modules, 1 ran their own code (float64 on cpu)"
     if not with_rich:
         monkeypatch.setattr("evakernels.dropin._report.find_spec", lambda name: None)
     lines = [line.split() for line in str(report).splitlines()]
     assert any({"GELU", "gelu", "cpu"} <= set(line) for line in lines)
-    assert any(line[-3:-1] == ["own", "code"] or {"own", "code", "ran"} <= set(line) for line in lines)
+    assert any({"own", "code:", "float64", "on", "cpu"} <= set(line) for line in lines)
     assert any({"never", "called"} <= set(line) for line in lines)
+
+
+def _attention(**options):
+    return Attention(16, num_heads=2, **options)
+
+
+@native
+@pytest.mark.parametrize(
+    ("build", "call", "reason"),
+    [
+        (_attention, lambda model, x: model(x, attn_mask=torch.ones(4, 4, dtype=torch.bool)), "mask"),
+        (lambda: _attention(attn_drop=0.5), lambda model, x: model(x), "dropout"),
+        (_attention, lambda model, x: model.double()(x.double()), "float64 on cpu"),
+        (
+            lambda: nn.MultiheadAttention(16, 2, batch_first=True),
+            lambda model, x: model(x, x, x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool)),
+            "mask",
+        ),
+        (
+            lambda: nn.LayerNorm(16),
+            lambda model, x: torch.func.vmap(model)(x),
+            "tensor subclass, transform or tracer",
+        ),
+    ],
+)
+def test_report_names_the_reason_of_own_code(build, call, reason):
+    model = build()
+    report = evakernels.accelerate(model, include=type(model).__name__, force=True)
+    assert report.headline.startswith("1 of ")
+    with report.watch():
+        call(model, torch.randn(2, 4, 16))
+    assert report.idle == [Idle("", type(model).__name__, 1, reason)]
+    assert report.headline.startswith("0 of ")
+    assert report.headline.endswith(f", 1 ran their own code ({reason})")
+
+
+@native
+def test_report_names_a_call_that_is_too_small():
+    model = nn.GELU()
+    report = evakernels.accelerate(model)
+    with report.watch():
+        model(torch.zeros(1, 8))
+    assert report.idle == [Idle("", "GELU", 1, "too small")]
+
+
+@native
+def test_padding_mask_takes_blocks_from_the_report():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = transformers.ModernBertConfig(vocab_size=8, **sizes, **tokens)
+    model = transformers.ModernBertModel(config).eval()
+    report = evakernels.accelerate(model, include="*Attention", force=True)
+    assert report.headline.startswith("2 of 2 blocks")
+    with report.watch(), torch.no_grad():
+        model(torch.ones(2, 6, dtype=torch.int64), torch.tensor([[1] * 6, [1] * 3 + [0] * 3]))
+    assert {(idle.calls, idle.reason) for idle in report.idle} == {(1, "mask")}
+    assert report.headline.startswith("0 of 2 blocks")
 
 
 @native
