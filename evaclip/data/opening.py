@@ -13,7 +13,7 @@ from evaclip.data.index_files import IndexCache
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
-from evaclip.data.remote import is_remote
+from evaclip.data.remote import is_command, is_remote
 from evaclip.data.samples import Decoding
 from evaclip.data.shard_cache import ShardCache
 from evaclip.data.shard_list import LIST_SUFFIX, ShardList, read_list
@@ -110,9 +110,15 @@ def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
         part, parts: which of so many equal parts of the shards is indexed; from 0.
 
     Raises:
-        UserError: as `open_source` does, for parts of a list, and if there are fewer shards than parts.
+        UserError: as `open_source` does, for parts of a list, for shards that are commands, and if there are fewer
+            shards than parts.
     """
-    return _open_shards(expand_paths(path), RemoteConfig(), IndexCache(beside=True), part=(part, parts))
+    paths = expand_paths(path)
+    if not paths[0].endswith(LIST_SUFFIX) and (command := next(filter(is_command, paths), None)):
+        raise UserError(
+            f"a shard of a list must be a path or a URL, got {command!r}; set data.train to the command: lists run none"
+        )
+    return _open_shards(paths, RemoteConfig(), IndexCache(beside=True), part=(part, parts))
 
 
 def _allow_open_files() -> None:
