@@ -55,7 +55,8 @@ def _choose(source: Source, share: float, seed: int) -> I64:
     while True:
         indices, draws = _below(min(limit, 2**64 - 1), size, seed, pictures)
         if len(indices) >= wanted:
-            return indices[draws <= np.partition(draws, wanted - 1)[wanted - 1]]
+            chosen: I64 = indices[draws <= np.partition(draws, wanted - 1)[wanted - 1]]
+            return chosen
         limit *= 2
 
 
