@@ -1,10 +1,49 @@
-"""Pictures whose pixels are not bytes, as pictures of bytes."""
+"""Opening image files, and converting pixels that are not bytes."""
+
+import io
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
+from evaclip.data.config import DEFAULT_MAX_IMAGE_PIXELS
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""Pillow's names of the formats that are read. None of them starts a program, as EPS does with Ghostscript."""
 _INTEGER_RANGES = (65535,)
 _FLOAT_RANGES = (1, 255, 65535)
+
+
+def open_image(
+    data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, formats: Sequence[str] = FORMATS
+) -> ImageFile.ImageFile:
+    """Open an image file; the header is read, no pixel is decoded.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: width times height at most. A larger limit than Pillow's becomes Pillow's, for the whole process.
+        formats: accepted formats, of `FORMATS`.
+
+    Raises:
+        Image.DecompressionBombError: the image has more pixels.
+        UnidentifiedImageError: the file has none of these formats.
+    """
+    if max_pixels > DEFAULT_MAX_IMAGE_PIXELS and (Image.MAX_IMAGE_PIXELS or max_pixels) < max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    image = Image.open(io.BytesIO(data), formats=[name for name in formats if name in _readable()])
+    if image.width * image.height > max_pixels:
+        raise Image.DecompressionBombError(
+            f"width x height must be at most {max_pixels:,} pixels (max_image_pixels), got {image.width} x"
+            f" {image.height}"
+        )
+    return image
+
+
+@cache
+def _readable() -> frozenset[str]:
+    """Formats of this build of Pillow: AVIF, for one, is new."""
+    return frozenset(Image.registered_extensions().values())
 
 
 def pixel_kind(image: Image.Image) -> str:

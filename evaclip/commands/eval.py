@@ -236,8 +236,9 @@ def _set(
     args: argparse.Namespace, source: "Source", options: "FeatureOptions", loaded: "LoadedModel | LoadedClassifier"
 ) -> "Setting":
     from evaclip.eval.runs import Setting
+    from evaclip.redact import redacted
 
-    title = args.title or "/".join(Path(args.data).parts[-2:]).replace("//", "/")
+    title = args.title or "/".join(Path(redacted(args.data)).parts[-2:]).replace("//", "/")
     setting = Setting(loaded, args.data, source, title, options)
     return replace(setting, allowed_unreadable=1.0) if args.allow_unreadable else setting
 

@@ -8,7 +8,7 @@ from evaclip.data.kinds import KINDS
 if TYPE_CHECKING:
     from evaclip.data import Source
 
-_PASSED_ON = ("image_key", "caption_key", "csv_separator", "exif_orientation", "min_size")
+_PASSED_ON = ("image_key", "caption_key", "csv_separator", "exif_orientation", "min_size", "max_image_pixels")
 
 
 def add_reading(parser: Any, *, decoding: bool = True) -> None:
@@ -20,11 +20,12 @@ def add_reading(parser: Any, *, decoding: bool = True) -> None:
     if decoding:
         add("--exif-orientation", action="store_true", help="turn pictures as their EXIF data says")
         add("--min-size", type=int, default=0, metavar="N", help="pixels that a picture's shorter side must have")
+        add("--max-image-pixels", type=int, metavar="N", help="width times height at most (default: Pillow's limit)")
 
 
 def open_data(path: str, args: argparse.Namespace, **more: Any) -> "Source":
     """Opens it as these options say."""
     from evaclip.data import open_source
 
-    told = {name: getattr(args, name) for name in _PASSED_ON if hasattr(args, name)}
+    told = {name: value for name in _PASSED_ON if (value := getattr(args, name, None)) is not None}
     return open_source(path, args.kind, **told, **more)

@@ -12,6 +12,9 @@ Count = Annotated[int, Field(gt=0)]
 
 DEFAULT_WINDOW = 100_000
 DEFAULT_TEMPLATE = "a photo of a {}"
+DEFAULT_MAX_IMAGE_PIXELS = 2**28 // 3
+"""Pillow's own limit: 256 MiB of RGB."""
+DEFAULT_MAX_BAD_SHARE = 0.1
 _STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -75,6 +78,11 @@ class DataConfig:
     """Turn pictures as their EXIF data says; not done in the training of the released models."""
     min_size: Annotated[int, Field(ge=0)] = 0
     """Pixels of the shorter side; samples with smaller pictures are replaced, as bad ones are."""
+    max_image_pixels: Count = DEFAULT_MAX_IMAGE_PIXELS
+    """Width times height that an image may have; samples with larger images are replaced, as bad ones are."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
+    """Share of bad samples above which a training ends with an error, and an evaluation set isn't measured; 1 sets no
+    limit."""
     jpeg_reduction: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
     augmentation: Augmentation = Augmentation()

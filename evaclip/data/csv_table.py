@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from evaclip.data.table_text import Columns, Row, RowReader, text_encoding
-from evaclip.errors import UserError, unknown_name
+from evaclip.data.table_text import Columns, Row, RowReader, text_encoding, unknown_column
+from evaclip.errors import UserError
 
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "pipes"}
 _USUAL = ("\t", ",")
@@ -46,7 +46,9 @@ def _rows(path: Path, encoding: str, separator: str, columns: Columns) -> Iterat
             header = next(reader, None)
             if header is None:
                 raise UserError(f"{path} is empty: a header row with the columns {' and '.join(columns)} is needed")
-            image, caption = (_column(path, header, name) for name in columns)
+            if not set(columns) <= set(header):
+                raise unknown_column(path, columns, header)
+            image, caption = map(header.index, columns)
             for row in filter(None, reader):
                 yield _cell(row, image), (_cell(row, caption),)
         except csv.Error as exc:
@@ -55,9 +57,3 @@ def _rows(path: Path, encoding: str, separator: str, columns: Columns) -> Iterat
 
 def _cell(row: list[str], place: int) -> str:
     return row[place] if place < len(row) else ""
-
-
-def _column(path: Path, header: list[str], name: str) -> int:
-    if name not in header:
-        raise unknown_name(f"column of {path}", name, header)
-    return header.index(name)

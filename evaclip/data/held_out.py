@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaclip.data.mixture import MixtureSource
-from evaclip.data.order import I64, mix
+from evaclip.data.order import I64, U64, mix
 from evaclip.data.prefetch import Copy
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, View, hash_list
@@ -14,6 +14,8 @@ MOST = 5000
 """More make an evaluation slower and hardly more exact: 0.7 % is the standard error of a share of one half."""
 
 _HELD_OUT = 4
+_BLOCK = 2**16
+"""Samples that are hashed at a time: their arrays fit into a cache of the processor."""
 
 
 def hold_out(source: Source, share: float, seed: int, most: int = MOST) -> tuple[Source, Source | None]:
@@ -42,14 +44,32 @@ def hold_out(source: Source, share: float, seed: int, most: int = MOST) -> tuple
 
 
 def _choose(source: Source, share: float, seed: int) -> I64:
-    """The numbers of the samples, in rising order."""
-    wanted = int(share * len(source))
+    """The numbers of the samples with the smallest hashes, in rising order; equal hashes stay together."""
+    size = len(source)
+    wanted = int(share * size)
+    if not wanted:
+        return np.empty(0, np.int64)
     pictures = source.pictures()
-    draws = mix(seed, _HELD_OUT, np.arange(len(source)) if pictures is None else pictures)
-    order = np.argsort(draws, kind="stable")
-    while 0 < wanted < len(order) and draws[order[wanted]] == draws[order[wanted - 1]]:
-        wanted += 1
-    return np.sort(order[:wanted])
+    # A threshold that some more than `wanted` of the hashes are below, and that is raised if they aren't.
+    limit = 2 * (wanted + 32) * 2**64 // size
+    while True:
+        indices, draws = _below(min(limit, 2**64 - 1), size, seed, pictures)
+        if len(indices) >= wanted:
+            chosen: I64 = indices[draws <= np.partition(draws, wanted - 1)[wanted - 1]]
+            return chosen
+        limit *= 2
+
+
+def _below(limit: int, size: int, seed: int, pictures: I64 | None) -> tuple[I64, U64]:
+    """The samples whose hash is at most `limit`, in rising order, and their hashes."""
+    indices, draws = list[I64](), list[U64]()
+    for start in range(0, size, _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, size))
+        hashes = mix(seed, _HELD_OUT, block if pictures is None else pictures[block])
+        chosen = hashes <= np.uint64(limit)
+        indices.append(block[chosen])
+        draws.append(hashes[chosen])
+    return np.concatenate(indices), np.concatenate(draws)
 
 
 class Selection(View):

@@ -66,7 +66,10 @@ class FolderSource(_Files):
         by_folder = {folder: _pictures(folder, left_out) for folder in folders}
         files = [file for pictures in by_folder.values() for file in pictures]
         if not files:
-            raise _no_pictures(f"the {counted(len(folders), 'class folder')} of {root}", left_out)
+            wanted = f"{root} must hold one folder of images ({', '.join(sorted(IMAGE_SUFFIXES))}) per class"
+            given = "; ".join([f"{counted(len(folders), 'folder')} with 0 images", *_notes(left_out)])
+            table = "a table (.csv, .jsonl, .parquet) lists images with their captions instead"
+            raise UserError(f"{wanted}, got {given}; {table}")
         super().__init__(root, files, left_out)
         self._template = template
         self.classes = [_class_name(folder.name) for folder in folders if by_folder[folder]]

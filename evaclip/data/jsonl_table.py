@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.data.samples import sound, texts_of
-from evaclip.data.table_text import Columns, Row, RowReader, text_encoding
-from evaclip.errors import UserError, unknown_name
+from evaclip.data.table_text import Columns, Row, RowReader, text_encoding, unknown_column
+from evaclip.errors import UserError
 
 
 def read_jsonl(path: Path, columns: Columns) -> RowReader:
@@ -32,7 +32,7 @@ def _rows(path: Path, encoding: str, columns: Columns) -> Iterator[Row]:
             image = row.get(columns.image)
             yield sound(image) if isinstance(image, str) else "", texts_of(row.get(columns.caption))
     if first and missing:
-        raise unknown_name(f"key of the objects in {path}", missing.pop(), first)
+        raise unknown_column(path, columns, first)
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

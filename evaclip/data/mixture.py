@@ -129,16 +129,15 @@ class MixedOrder:
     def _turns(self, global_indices: I64) -> tuple[I64, I64]:
         """The part [n] that each index takes a sample of, and which turn [n] of that part it is."""
         periods, places = np.divmod(global_indices, _PERIOD)
-        parts, turns = np.empty_like(places), np.empty_like(places)
-        for period in np.unique(periods):
-            chosen = periods == period
-            pattern = self._slots[np.argsort(mix(self._seed, _PATTERN, period, np.arange(_PERIOD)), kind="stable")]
-            parts[chosen] = pattern[places[chosen]]
-            for number in range(len(self._orders)):
-                mine = chosen & (parts == number)
-                before = np.cumsum(pattern == number)[places[mine]] - 1
-                turns[mine] = period * self._counts[number] + before
-        return parts, turns
+        distinct, rows = np.unique(periods, return_inverse=True)
+        draws = mix(self._seed, _PATTERN, distinct[:, None], np.arange(_PERIOD))
+        patterns = self._slots[np.argsort(draws, axis=1, kind="stable")]
+        # Sorted by part, a period is `self._slots`: a place's rank there, less its part's first, is its turn.
+        ranks = np.empty_like(patterns)
+        np.put_along_axis(ranks, np.argsort(patterns, axis=1, kind="stable"), np.arange(_PERIOD)[None], axis=1)
+        parts = patterns[rows, places]
+        firsts = np.cumsum(self._counts) - self._counts
+        return parts, periods * self._counts[parts] + ranks[rows, places] - firsts[parts]
 
 
 def counts_of(weights: Sequence[float]) -> list[int]:

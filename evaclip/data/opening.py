@@ -7,13 +7,13 @@ from itertools import chain
 from pathlib import Path
 
 from evaclip.data import webdataset
-from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
+from evaclip.data.config import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_TEMPLATE, DataConfig, RemoteConfig
 from evaclip.data.image_folder import FolderSource, PictureFolder, class_folders
 from evaclip.data.index_files import IndexCache
 from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.paths import expand_paths
-from evaclip.data.remote import is_remote
+from evaclip.data.remote import is_command, is_remote
 from evaclip.data.samples import Decoding
 from evaclip.data.shard_cache import ShardCache
 from evaclip.data.shard_list import LIST_SUFFIX, ShardList, read_list
@@ -40,6 +40,7 @@ def open_source(
     remote: RemoteConfig | None = None,
     exif_orientation: bool = False,
     min_size: int = 0,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     captions: bool = True,
 ) -> Source:
     """Opens and indexes a data set.
@@ -52,6 +53,8 @@ def open_source(
     """
     if min_size < 0:
         raise UserError(f"the smallest size of pictures must be 0 or more, got {min_size}")
+    if max_image_pixels < 1:
+        raise UserError(f"max_image_pixels must be 1 or more, got {max_image_pixels}")
     if kind not in KINDS:
         raise unknown_name("kind of data", kind, KINDS)
     if kind == "synthetic" or (kind == "auto" and path == "synthetic"):
@@ -68,7 +71,7 @@ def open_source(
         else:
             columns = Columns(image_key or COLUMNS.image, caption_key or COLUMNS.caption)
             source = TableSource(_one_local(chosen, path, paths), chosen, columns, csv_separator)
-    source.decoding = Decoding(exif_orientation, min_size)
+    source.decoding = Decoding(exif_orientation, min_size, max_pixels=max_image_pixels)
     source.wants_captions = captions
     return source
 
@@ -94,7 +97,7 @@ def classes_of(config: DataConfig) -> Sequence[str]:
 
 _KEYS = (
     *("image_key", "caption_key", "csv_separator", "caption_template"),
-    *("num_samples", "remote", "exif_orientation", "min_size"),
+    *("num_samples", "remote", "exif_orientation", "min_size", "max_image_pixels"),
 )
 
 
@@ -110,9 +113,15 @@ def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
         part, parts: which of so many equal parts of the shards is indexed; from 0.
 
     Raises:
-        UserError: as `open_source` does, for parts of a list, and if there are fewer shards than parts.
+        UserError: as `open_source` does, for parts of a list, for shards that are commands, and if there are fewer
+            shards than parts.
     """
-    return _open_shards(expand_paths(path), RemoteConfig(), IndexCache(beside=True), part=(part, parts))
+    paths = expand_paths(path)
+    if not paths[0].endswith(LIST_SUFFIX) and (command := next(filter(is_command, paths), None)):
+        raise UserError(
+            f"a shard of a list must be a path or a URL, got {command!r}; set data.train to the command: lists run none"
+        )
+    return _open_shards(paths, RemoteConfig(), IndexCache(beside=True), part=(part, parts))
 
 
 def _allow_open_files() -> None:

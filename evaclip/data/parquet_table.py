@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.data.samples import texts_of
-from evaclip.data.table_text import Columns, Row, RowReader
-from evaclip.errors import UserError, unknown_name
+from evaclip.data.table_text import Columns, Row, RowReader, unknown_column
+from evaclip.errors import UserError
 
 
 def read_parquet(path: Path, columns: Columns) -> RowReader:
@@ -39,9 +39,8 @@ def _rows(path: Path, columns: Columns, failure: type[Exception]) -> Iterator[Ro
 def _check_columns(path: Path, schema: Any, columns: Columns) -> None:
     from pyarrow import types
 
-    for name in columns:
-        if name not in schema.names:
-            raise unknown_name(f"column of {path}", name, schema.names)
+    if not set(columns) <= set(schema.names):
+        raise unknown_column(path, columns, schema.names)
     kind = schema.field(columns.image).type
     text = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(text) or types.is_large_string(text)):

@@ -4,7 +4,7 @@ import glob
 import re
 from pathlib import Path
 
-from evaclip.data.remote import is_remote
+from evaclip.data.remote import is_remote, local_name
 from evaclip.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
@@ -32,11 +32,11 @@ def expand_paths(pattern: str) -> list[str]:
 def _local(pattern: str) -> list[str]:
     pattern = str(Path(pattern).expanduser())
     if not glob.has_magic(pattern) or Path(pattern).exists():
-        return [pattern]
+        return [local_name(Path(pattern))]
     matches = sorted(glob.glob(pattern))  # noqa: PTH207 - Path.glob refuses absolute patterns
     if not matches:
         raise UserError(f"no file matches {pattern!r}")
-    return matches
+    return [local_name(Path(match)) for match in matches]
 
 
 def expand_braces(pattern: str) -> list[str]:

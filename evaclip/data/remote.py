@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -67,9 +68,19 @@ class RemoteFile:
     read: Callable[[int], bytes]
 
 
+def is_command(path: str) -> bool:
+    """Whether a path is a command that the shell runs for its output."""
+    return path.startswith(COMMAND)
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is a URL or a command and not a local file."""
-    return path.startswith(COMMAND) or bool(_SCHEME.match(path))
+    return is_command(path) or bool(_SCHEME.match(path))
+
+
+def local_name(path: Path) -> str:
+    """The path as text; absolute where `is_remote` would take it for a command, such as a file called 'pipe:x.tar'."""
+    return str(path.absolute()) if is_remote(str(path)) else str(path)
 
 
 def file_name(url: str) -> str:
@@ -90,7 +101,7 @@ def open_remote(url: str, timeout: float) -> Iterator[RemoteFile]:
         RemoteError: it cannot be opened; in the block, `read` raises it too.
         UserError: there is no file system for that scheme.
     """
-    if url.startswith(COMMAND):
+    if is_command(url):
         opened = _command(url.removeprefix(COMMAND), timeout)
     elif url.startswith(("http://", "https://")):
         opened = _http(url, timeout)

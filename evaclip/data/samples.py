@@ -1,7 +1,5 @@
 """A sample as it is stored, and what can be wrong with one."""
 
-import io
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +9,8 @@ from stat import S_ISREG
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from evaclip.pixels import eight_bit
+from evaclip.data.config import DEFAULT_MAX_IMAGE_PIXELS
+from evaclip.pixels import FORMATS, eight_bit, open_image
 
 
 class FaultKind(StrEnum):
@@ -85,11 +84,13 @@ class Decoding:
         min_size: pixels that the shorter side must have.
         at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels;
             None decodes it whole.
+        max_pixels: pixels, width times height, that an image may have.
     """
 
     exif_orientation: bool = False
     min_size: int = 0
     at_least: int | None = None
+    max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
 
 
 WHOLE = Decoding()
@@ -101,8 +102,8 @@ UPRIGHT = Decoding(exif_orientation=True)
 def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
     """Decodes an image file completely, in its own mode, but for pixels that are no bytes: see `eight_bit`.
 
-    Raises BadSample for damaged data, too few pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, and pixels whose range
-    is not known.
+    Raises BadSample for damaged data, other formats than `FORMATS`, too few pixels, too many, and pixels whose range is
+    not known.
     """
     return as_bytes(load_image(data, name, decoding), name)
 
@@ -110,9 +111,7 @@ def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Im
 def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
     """As `decode_image`, the pixels being as they are stored."""
     with _faults(name):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = open_image(data, decoding.max_pixels)
         if min(image.size) < decoding.min_size:
             detail = f"{image.width} x {image.height} pixels; at least {decoding.min_size} are asked for"
             raise BadSample(FaultKind.UNDERSIZED_IMAGE, name, detail)
@@ -141,7 +140,7 @@ def _faults(name: str) -> Iterator[None]:
     except (BadSample, MemoryError):
         raise
     except UnidentifiedImageError as exc:
-        raise BadSample(FaultKind.CORRUPT_IMAGE, name, "no format of pictures that is known") from exc
+        raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"the format must be {', '.join(FORMATS)}") from exc
     except Exception as exc:  # the decoders raise almost anything on damaged data: struct.error, IndexError, ...
         raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"{type(exc).__name__}: {exc}") from exc
 

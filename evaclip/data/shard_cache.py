@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evaclip.data.config import RemoteConfig
-from evaclip.data.remote import COMMAND, RemoteError, Version, open_remote
+from evaclip.data.remote import RemoteError, Version, is_command, open_remote
 from evaclip.errors import UserError
 from evaclip.machine import user_cache
 
@@ -70,7 +70,7 @@ class ShardCache:
             with open_remote(url, self._config.timeout) as remote:
                 return remote.version
 
-        return Version() if url.startswith(COMMAND) else self._try(url, ask)
+        return Version() if is_command(url) else self._try(url, ask)
 
     @contextmanager
     def opened(self, shard: Wanted, check: Check | None = None) -> Iterator[int]:

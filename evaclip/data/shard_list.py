@@ -13,7 +13,7 @@ import numpy as np
 
 from evaclip.atomic import write_text
 from evaclip.data.packed_strings import StringPacker
-from evaclip.data.remote import COMMAND, RemoteError, Version, is_remote, open_remote
+from evaclip.data.remote import RemoteError, Version, is_command, is_remote, open_remote
 from evaclip.data.samples import Fault, FaultKind
 from evaclip.data.tar_index import ShardFacts
 from evaclip.errors import UserError
@@ -116,7 +116,8 @@ def write_list(path: Path, entries: Iterable[Entry]) -> None:
 def read_list(location: str) -> Iterator[Entry]:
     """Reads a list from a file or URL; relative names in it are taken from where it lies.
 
-    Raises UserError if it cannot be read or is none.
+    Raises UserError if it cannot be read or is none, and for a shard that is a command: what was downloaded runs
+    nothing.
     """
     text = _fetch(location) if is_remote(location) else Path(location).read_text(encoding="utf-8")
     try:
@@ -143,7 +144,13 @@ def _entry(shard: Mapping[str, Any], location: str) -> Entry:
     )
     size = shard["filesize"]
     version = Version(None if size is None else int(size), str(shard["etag"] or ""))
-    return Entry(_absolute(str(shard["url"]), location), version, facts)
+    name = _absolute(str(shard["url"]), location)
+    if is_command(name):
+        raise UserError(
+            f"the url of a shard in the list {location} must be a path or a URL, got the command {name!r}; commands run"
+            " from the command line and the configuration alone: set data.train to the command"
+        )
+    return Entry(name, version, facts)
 
 
 def _relative(location: str, folder: Path) -> str:
@@ -156,7 +163,7 @@ def _relative(location: str, folder: Path) -> str:
 def _absolute(url: str, location: str) -> str:
     if url.startswith("/") or is_remote(url):
         return url
-    if location.startswith(COMMAND):
+    if is_command(location):
         raise ValueError(f"{url!r} is relative, and a command has no folder")
     return _beside(location, url)
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evaclip.data.index_files import IndexCache
-from evaclip.data.remote import RemoteError, Version, is_remote
+from evaclip.data.remote import RemoteError, Version, is_remote, local_name
 from evaclip.data.shard_cache import Check, ShardCache, Wanted
 from evaclip.data.shard_list import Entry, ShardList
 from evaclip.data.tar_index import TarIndex, build_index
@@ -121,4 +121,4 @@ def _shards_in(path: str) -> list[str]:
     shards = sorted(Path(path).glob("*.tar"))
     if not shards:
         raise UserError(f"there are 0 .tar shards in the folder {path}")
-    return list(map(str, shards))
+    return list(map(local_name, shards))

@@ -1,7 +1,7 @@
 """What the readers of tables share: columns, rows, and the encoding of text."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,15 @@ class Columns(NamedTuple):
 
     image: str
     caption: str
+
+
+def unknown_column(path: Path, columns: Columns, given: Iterable[str]) -> UserError:
+    """The error for a table that lacks one of the two columns."""
+    return UserError(
+        f"{path} must have the columns {columns.image!r} (images) and {columns.caption!r} (captions), got"
+        f" {', '.join(map(repr, given))}; data.image_key and data.caption_key choose others, or on the command line"
+        " --csv-img-key and --csv-caption-key (train), --image-key and --caption-key (data, eval, index)"
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from evaclip.atomic import write_text, writing
 from evaclip.data.shard_writer import write_shards
 from evaclip.errors import UserError, unknown_name
+from evaclip.pixels import open_image
 
 SAMPLES_PER_SHARD = 512
 _EMOJI_PRESENTATION = "fe0f"
@@ -127,7 +128,7 @@ def render_png(file: str, size: int) -> tuple[bytes, bytes]:
     text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")
     side = _FINER * size
     drawn = _installed("resvg_py").svg_to_bytes(svg_string=text, width=side, height=side, skip_system_fonts=True)
-    image = Image.open(io.BytesIO(drawn)).convert("RGBA")
+    image = open_image(drawn).convert("RGBA")
     left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, side, side)
     # The square around the middle of what is drawn; what lies outside of the rendering is transparent.
     extent = max(right - left, bottom - top)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, EvalBatch, Source, iterate
+from evaclip.data.config import DEFAULT_MAX_BAD_SHARE
 from evaclip.errors import Refused, UserError
 from evaclip.eval.finite import require_finite
 from evaclip.model.config import Preprocess
@@ -27,7 +28,7 @@ from evaclip.weights.saving import save_file
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
-ALLOWED_UNREADABLE = 0.1
+ALLOWED_UNREADABLE = DEFAULT_MAX_BAD_SHARE
 """Share of the samples that may be unreadable."""
 _PROBES = 64
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,6 +25,7 @@ from evaclip.eval.labels import assign_labels
 from evaclip.eval.pairs import encode_pairs
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
 from evaclip.loading import LoadedClassifier, LoadedModel
+from evaclip.redact import redacted
 from evaclip.run_files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
 
 _ALLOW = "--allow-unreadable"
@@ -175,7 +176,7 @@ def _evaluation(
         metrics=metrics,
         model=ModelFacts(loaded.name, loaded.origin, parameters, weights_hash(loaded.model)),
         data=DataFacts(
-            setting.path,
+            redacted(setting.path),
             source.fingerprint,
             samples,
             len(source) - samples,

@@ -9,9 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
 from evaclip.errors import UserError
 from evaclip.eval.gallery import Gallery
 from evaclip.eval.results import Evaluation
+from evaclip.redact import redacted
 from evaclip.report.state import duration, told, what_stands_still
 from evaclip.run_files import CONFIG_FILE, EVALUATIONS_FOLDER, EVENTS_FILE, GALLERIES_FOLDER, LOG_FILE
 from evaclip.train.overrides import load_yaml
@@ -66,7 +69,7 @@ class RunData:
         log: what was logged, as the file has it.
         events: (time, step, what happened), from the first start on.
         facts: (name, value) pairs by heading.
-        config: the whole configuration as YAML text.
+        config: the whole configuration as YAML text, without credentials.
     """
 
     name: str
@@ -87,9 +90,8 @@ def read_run(folder: Path) -> RunData:
         UserError: it is no run folder, or nothing was logged yet.
     """
     config, log = read_log_of(folder)
-    text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
     records = [record for record in log if record.get("loss") is not None]
-    events = read_log(folder / EVENTS_FILE)
+    events: list[dict[str, Any]] = redacted(read_log(folder / EVENTS_FILE))
     evaluations = [Evaluation.load(path) for path in sorted((folder / EVALUATIONS_FOLDER).glob("*.json"))]
     evaluations.sort(key=lambda evaluation: (list(_TASKS).index(evaluation.task), evaluation.date))
     galleries = tuple(Gallery.load(path) for path in sorted((folder / GALLERIES_FOLDER).glob("*.json")))
@@ -99,11 +101,13 @@ def read_run(folder: Path) -> RunData:
     loss_name = config["loss"]["name"] if config["task"]["name"] == "contrastive" else None
     curve = loss_curve(records, config["batch_size"], loss_name)
     summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
-    return RunData(folder.name, summary, curve, groups, galleries, log, told, facts, text)
+    return RunData(
+        folder.name, summary, curve, groups, galleries, log, told, facts, yaml.safe_dump(config, sort_keys=False)
+    )
 
 
 def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The configuration and the whole log of a run.
+    """The configuration of a run, without credentials, and its whole log.
 
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
@@ -114,7 +118,7 @@ def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     log = read_log(folder / LOG_FILE)
     if not any(record.get("loss") is not None for record in log):
         raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")
-    return load_yaml(folder / CONFIG_FILE), log
+    return redacted(load_yaml(folder / CONFIG_FILE)), log
 
 
 _TASKS = {

@@ -3,9 +3,7 @@
 import asyncio
 import base64
 import hmac
-import io
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evaclip.data.samples import UPRIGHT, BadSample, decode_image
+from evaclip.pixels import open_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 _SCANS = 100
@@ -64,19 +63,16 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         Rejected: it is no picture, a damaged one, or one with too many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                (width, height), kind = header.size, header.format
-    except Image.DecompressionBombError as exc:
+        header = open_image(data, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise _too_large(limits) from exc
     except Exception as exc:  # the parsers raise almost anything on damaged data
         known = "JPEG, PNG, WebP, GIF or AVIF"
         raise Rejected(415, f"The file of {len(data):,} bytes is no picture that can be read; send {known}.") from exc
-    if width * height > limits.pixels:
-        raise _too_large(limits, f" of {width:,} x {height:,} pixels")
+    if header.width * header.height > limits.pixels:
+        raise _too_large(limits, f" of {header.width:,} x {header.height:,} pixels")
     # Noise in files of other formats has these bytes too.
-    if kind in ("JPEG", "MPO") and data.count(b"\xff\xda") > _SCANS:
+    if header.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _SCANS:
         raise Rejected(422, f"The JPEG file has more than {_SCANS} scans; save it anew.")
     try:
         return decode_image(data, "the picture", UPRIGHT)

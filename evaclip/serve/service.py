@@ -1,7 +1,6 @@
 """What the server answers with: embeddings, rows of the store, labels and small pictures."""
 
 import asyncio
-import io
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import UploadFile
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel
 
 from evaclip.data.samples import BadSample, Decoding, decode_image, read_image_file
 from evaclip.errors import UserError
+from evaclip.pixels import open_image
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.indexing import small_copy
 from evaclip.runtime.search import search
@@ -142,8 +141,8 @@ class Service:
             raise _changed()
         data = row.thumbnail or await _in(self._decoders, partial(self._small, row.id, row.content))
         try:
-            with Image.open(io.BytesIO(data or b""), formats=FORMATS) as image:
-                return data or b"", image.get_format_mimetype() or ""
+            image = open_image(data or b"", formats=FORMATS)
+            return data or b"", image.get_format_mimetype() or ""
         except Exception as exc:
             raise Rejected(404, f"There is no picture of row {number} to show.") from exc
 

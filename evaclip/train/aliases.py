@@ -113,7 +113,7 @@ _COOLDOWN = (
 _TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
 _SYNC = "copy the run beside the training, as with aws s3 sync: its checkpoints appear whole or not at all"
 _IN_PLACE_OF = {"schedule.epochs": "schedule.steps", "schedule.warmup_steps": "schedule.warmup_share"}
-_OF_EITHER_SET = ("--dataset-type", "--csv-img-key", "--csv-caption-key", "--csv-separator")
+_OF_EITHER_SET = ("--dataset-type", "--csv-img-key", "--csv-caption-key", "--csv-separator", "--max-image-pixels")
 
 ALIASES = (
     Alias("--train-data", "data.train"),
@@ -135,6 +135,7 @@ ALIASES = (
     Alias("--csv-img-key", "data.image_key"),
     Alias("--csv-caption-key", "data.caption_key"),
     Alias("--csv-separator", "data.csv_separator"),
+    Alias("--max-image-pixels", "data.max_image_pixels"),
     Alias("--workers", "data.workers"),
     Alias("--train-num-samples", "schedule.epoch_samples"),
     Alias("--epochs", "schedule.epochs"),

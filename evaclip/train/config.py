@@ -446,7 +446,7 @@ class EvalSetConfig:
     samples: Count | None = None
     """How many are used; none uses all."""
     allow_unreadable: bool = False
-    """Measure what is left even if more than 10 % of the samples cannot be read."""
+    """Measure what is left even if more than `data.max_bad_share` of the samples cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -542,6 +542,7 @@ def to_tree(config: TrainConfig) -> dict[str, Any]:
 def training_tree(config: TrainConfig) -> dict[str, Any]:
     """The part of the configuration that decides what weights come out."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
+    del tree["data"]["max_bad_share"]
     if isinstance(config.task, MaskedImageTask):
         for key in ("cache", "cache_leaves_gb", "shard"):
             del tree["task"]["teacher"][key]

@@ -16,7 +16,6 @@ from evaclip.data.image_folder import FolderSource
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.features import (
-    ALLOWED_UNREADABLE,
     FeatureOptions,
     ImageFeatures,
     NothingReadable,
@@ -55,6 +54,7 @@ class EvalSet:
 
     Attributes:
         options: how features are computed.
+        max_bad_share: share of the samples that may be unreadable.
         pictures: the distinct ones, once they have been looked for.
     """
 
@@ -64,6 +64,7 @@ class EvalSet:
     classnames: tuple[str, ...] | None
     templates: tuple[str, ...]
     options: FeatureOptions
+    max_bad_share: float
     pictures: list[Picture] | None = None
 
 
@@ -110,6 +111,7 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source |
         load_classnames(config.classes) if isinstance(config.classes, str) else config.classes,
         tuple(template for each in given for template in load_templates(each)),
         _options(run, (data or run.data).workers),
+        1.0 if config.allow_unreadable else (data or run.data).max_bad_share,
     )
 
 
@@ -284,8 +286,7 @@ def encode_everywhere(
     """
     found = [part for part in model.everywhere(partial(_encode_part, model, transform, source, each.options)) if part]
     captions = [caption for part in found for caption in part.captions]
-    allowed = 1.0 if each.config.allow_unreadable else ALLOWED_UNREADABLE
-    refuse_rest(source, len(source) - len(captions), allowed, f"eval.sets.{each.name}.allow_unreadable=true")
+    refuse_rest(source, len(source) - len(captions), each.max_bad_share, f"eval.sets.{each.name}.allow_unreadable=true")
     if not found:
         raise NothingReadable(f"none of the {len(source):,} samples of {source.description} could be read")
     return ImageFeatures(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.errors import UserError
+from evaclip.redact import redacted
 from evaclip.run_files import TRACKIO_FILE, WANDB_FOLDER
 from evaclip.train.config import LogConfig, TrackioConfig, WandbConfig
 from evaclip.train.sinks import Record, Sink
@@ -36,14 +37,15 @@ def open_trackers(config: LogConfig, folder: Path, name: str, tree: Mapping[str,
     Args:
         folder: of the run. A run that goes on is the same run there; one that starts anew is another.
         name: of the run.
-        tree: the whole configuration, which they show.
+        tree: the whole configuration, which they show without credentials.
         say: told what failed.
     """
     sinks: list[Sink] = []
+    shown: dict[str, Any] = redacted(tree)
     if (wandb := config.wandb) is not None:
-        sinks.append(Guarded("log.wandb", lambda: Wandb(wandb, folder, name, tree), say))
+        sinks.append(Guarded("log.wandb", lambda: Wandb(wandb, folder, name, shown), say))
     if (trackio := config.trackio) is not None:
-        sinks.append(Guarded("log.trackio", lambda: Trackio(trackio, folder, name, tree), say))
+        sinks.append(Guarded("log.trackio", lambda: Trackio(trackio, folder, name, shown), say))
     return sinks
 
 

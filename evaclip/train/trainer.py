@@ -12,6 +12,8 @@ from shlex import quote
 import torch
 
 from evaclip.data import Batch
+from evaclip.data.faults import BadShare
+from evaclip.errors import RunFailed
 from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
@@ -72,6 +74,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         UserError: the configuration cannot be run, the run exists already, or another process trains it.
         RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
+        RunFailed: more samples are bad than `data.max_bad_share` allows.
     """
     world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers, config.loss.products)
@@ -153,6 +156,8 @@ class Trainer:
         self._communication = CommunicationSampler(self.world, self.config.log.communication_every)
         self.metrics: Metrics = {}
         self._bad_samples = 0  # of this process, that the position doesn't count yet
+        allowed = self.config.data.max_bad_share
+        self._bad_share = BadShare(len(parts.source), allowed, position.samples, position.bad_samples)
         self._saved_at: int | None = None
         writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
@@ -295,6 +300,7 @@ class Trainer:
                 more={**values, **rates},
             )
         )
+        self._check_bad_share()
         if in_a_row >= self.config.nonfinite.max_skipped:
             problem = f"the loss or a gradient was not finite in {int(in_a_row)} steps in a row"
             if self.config.nonfinite.action == "stop":
@@ -308,6 +314,16 @@ class Trainer:
         (found,) = self.world.sum(self._bad_samples)
         self.position.bad_samples += int(found)
         self._bad_samples = 0
+
+    def _check_bad_share(self) -> None:
+        """Raises RunFailed if too many samples are bad; on all ranks alike, as `position` counts those of all."""
+        if excess := self._bad_share.excess(self.position.samples, self.position.bad_samples):
+            bad, read = excess
+            raise RunFailed(
+                f"bad samples must be at most {self.config.data.max_bad_share:.3g} of all (data.max_bad_share), got"
+                f" {bad:,} of {read:,} from {self.parts.source.description}; `evaclip data check` lists them;"
+                " --resume auto --set data.max_bad_share=1 trains on the rest all the same"
+            )
 
     def _go_back(self, problem: str) -> None:
         policy = self.config.nonfinite

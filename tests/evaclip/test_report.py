@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from html_page import Page
 from matplotlib.figure import Figure
 from PIL import Image
@@ -119,6 +120,19 @@ def test_the_page_says_what_was_measured(run: Path) -> None:
         "10,240 (10.0 epochs)",
     ):
         assert expected in text, expected
+
+
+def test_report_has_no_credentials(run: Path) -> None:
+    config = yaml.safe_load(CONFIG)
+    config["data"]["train"] = address = "s3://bucket/00.tar?X-Amz-Signature=abc123"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    save_events(run)
+    time = {"time": "2026-11-25T10:00:30+00:00", "step": 30}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({**time, "message": f"changed since the checkpoint: data.train: {address} -> x.tar"}))
+    text = render_page(read_run(run))
+    assert "s3://bucket/00.tar" in text
+    assert "abc123" not in text
 
 
 @pytest.mark.parametrize("task", ["contrastive", "classification", "masked_image"])

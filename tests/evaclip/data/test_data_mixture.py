@@ -9,6 +9,7 @@ from data_samples import number_tokens, number_transform
 from evaclip.data import DataConfig, TrainLoader, open_configured
 from evaclip.data.config import PartConfig
 from evaclip.data.mixture import MixtureSource, counts_of
+from evaclip.data.order import mix
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.errors import UserError
 
@@ -49,6 +50,24 @@ def test_a_position_means_the_same_from_wherever_one_starts():
     samples = drawn(3000)
     assert np.array_equal(drawn(700, start=1650), samples[1650:2350])
     assert not np.array_equal(drawn(3000, seed=1), samples)
+
+
+def test_mixture_order_is_that_of_published_runs():
+    indices = np.array([5000, 3, 999, 1000, 10**12 + 7, 3, 2500])
+    assert mixture().order(0, 0).indices(indices).tolist() == [27, 58, 115, 20, 62, 58, 92]
+
+
+def test_mixture_order_hashes_all_periods_at_once(monkeypatch):
+    """A pass over the batch for each of its periods would take quadratic time."""
+    calls = Counter()
+
+    def counted(seed, *values):
+        calls["mix"] += 1
+        return mix(seed, *values)
+
+    monkeypatch.setattr("evaclip.data.mixture.mix", counted)
+    drawn(100_000)
+    assert calls["mix"] == 1
 
 
 def test_batches_do_not_depend_on_processes():

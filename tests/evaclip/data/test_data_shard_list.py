@@ -97,6 +97,33 @@ def test_what_is_no_list(text, message, tmp_path):
         open_source(str(tmp_path / "list.json"))
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_shard_list_command_is_not_run(remote, shards, server, tmp_path):
+    index(shards, tmp_path / "list.json")
+    listed = json.loads((tmp_path / "list.json").read_text())
+    listed["shardlist"][1]["url"] = command = f"pipe:touch {tmp_path}/ran"
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    place = server.url("list.json") if remote else str(tmp_path / "list.json")
+    with pytest.raises(UserError) as caught:
+        open_source(place)[20]
+    assert place in str(caught.value)
+    assert command in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["*.tar", ".", "./pipe:touch ran;.tar"])
+def test_file_name_like_a_command_is_not_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "pipe:touch ran;.tar", [sample(1)])
+    assert open_source(path)[0].caption == "caption 1"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_data_index_of_command_is_refused(shards, tmp_path):
+    with pytest.raises(UserError, match=r"data\.train"):
+        index(f"pipe:cat {shards}", tmp_path / "list.json")
+
+
 @pytest.mark.parametrize("part", ["3", "2/2", "-1/2", "1/0", "a/b"])
 def test_what_is_no_part(part, shards, tmp_path):
     with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):

@@ -2,12 +2,14 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_samples import picture, sample
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from evaclip.data import BadSample, FaultKind, open_source
 from evaclip.data.samples import Decoding, decode_image
@@ -19,7 +21,7 @@ OPEN_FILES = Path("/proc/self/fd")
 
 def kind_of_fault(source, index: int) -> FaultKind:
     with pytest.raises(BadSample) as caught:
-        decode_image(source[index].image, source.name(index))
+        decode_image(source[index].image, source.name(index), source.decoding)
     assert f"{index:06d}" in str(caught.value.fault)
     return caught.value.fault.kind
 
@@ -98,12 +100,41 @@ def test_faults_by_kind(tmp_path, change, kind):
     assert source[1].caption == "caption 1"
 
 
-def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+def test_oversized_image_is_not_decoded(tmp_path):
+    path = str(tmp_path / "a.tar")
     write_shard(tmp_path / "a.tar", [sample(0)])
-    assert kind_of_fault(open_source(str(tmp_path / "a.tar")), 0) is FaultKind.OVERSIZED_IMAGE
+    assert kind_of_fault(open_source(path, max_image_pixels=63), 0) is FaultKind.OVERSIZED_IMAGE
+    source = open_source(path, max_image_pixels=64)
+    assert decode_image(source[0].image, "x", source.decoding).size == (8, 8)
+    with pytest.raises(UserError, match="max_image_pixels"):
+        open_source(path, max_image_pixels=0)
+
+
+def test_image_limit_above_pillows(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert kind_of_fault(open_source(str(tmp_path / "a.tar")), 0) is FaultKind.OVERSIZED_IMAGE
+    assert decode_image(picture(1), "x", Decoding(max_pixels=2**30)).size == (8, 8)
+
+
+def test_decoding_sets_no_warnings_filter(monkeypatch):
+    """Filters belong to the process: two threads that set and restore them leave the wrong ones."""
+    with monkeypatch.context() as patched:
+        patched.setattr(warnings, "simplefilter", lambda *_, **__: pytest.fail("a filter was set"))
+        assert decode_image(picture(1), "x").size == (8, 8)
+
+
+def test_eps_image_starts_no_ghostscript(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "eps")
+    with pytest.raises(BadSample, match="format") as caught:
+        decode_image(buffer.getvalue(), "x")
+    assert caught.value.fault.kind is FaultKind.CORRUPT_IMAGE
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "mpo", "png", "webp", "gif", "bmp", "tiff", "ppm"])
+def test_image_format_is_read(kind):
+    assert decode_image(picture(1, kind=kind), "x").size == (8, 8)
 
 
 def test_transparency_and_mode_are_kept_and_exif_is_applied_on_demand():

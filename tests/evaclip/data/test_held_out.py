@@ -1,6 +1,7 @@
 """Samples that are held out of the training data."""
 
 import itertools
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from data_samples import number_tokens, number_transform, picture
 from evaclip.data import Source, TrainLoader, open_source
 from evaclip.data.held_out import Rest, hold_out
 from evaclip.data.mixture import MixtureSource
+from evaclip.data.synthetic import SyntheticSource
 
 
 def numbers(source: Source) -> list[int]:
@@ -35,6 +37,21 @@ def test_both_halves_make_the_whole_and_keep_their_shards(shards: str) -> None:
     assert [rest.name(i) for i in range(len(rest))] == [whole.name(number) for number in numbers(rest)]
     with pytest.raises(IndexError):
         rest[len(rest)]
+
+
+def test_held_out_samples_are_those_of_published_runs() -> None:
+    golden = [275030, 403820, 409053, 420906, 435772, 643900, 739156, 901258, 904331, 948472]
+    _, held = hold_out(SyntheticSource(1_000_000), 1e-5, seed=3)
+    assert [int(held[index].key) for index in range(len(held))] == golden
+
+
+def test_hold_out_memory_is_bounded() -> None:
+    source = SyntheticSource(1_000_000)
+    tracemalloc.start()
+    hold_out(source, 0.01, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(source)
 
 
 def test_training_never_sees_them_in_any_epoch(shards: str) -> None:

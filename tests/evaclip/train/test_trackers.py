@@ -13,6 +13,7 @@ from test_progress import RECORD
 from evaclip.errors import UserError
 from evaclip.train import trackers
 from evaclip.train.config import LogConfig, TrackioConfig, WandbConfig
+from evaclip.train.sinks import Sink
 from evaclip.train.trainer import train
 
 WANDB = LogConfig(wandb=WandbConfig(project="p", mode="offline"))
@@ -26,6 +27,14 @@ def log_two_steps(config: LogConfig, folder: Path, first: int) -> None:
     sink.evaluation(first + 1, {"top1": 0.5})
     sink.close(None)
     assert messages == []
+
+
+def test_tracker_config_has_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(trackers, "Wandb", lambda config, folder, name, tree: shown.append(tree) or Sink())
+    tree = {"data": {"train": "https://me:abc123@host/00.tar"}, "optim": {"lr": 0.1}}
+    trackers.open_trackers(WANDB, tmp_path, "my-run", tree, print)
+    assert shown == [{"data": {"train": "https://host/00.tar"}, "optim": {"lr": 0.1}}]
 
 
 @pytest.mark.exhaustive

@@ -35,9 +35,11 @@ def test_an_open_clip_command_line() -> None:
         *("--name", "n", "--logs", "out", "--seed", "3", "--save-frequency", "2", "--siglip"),
         *("--lr-scheduler", "const"),
         *("--csv-img-key", "i", "--csv-caption-key", "c", "--csv-separator", ",", "--log-every-n-steps", "7"),
+        *("--max-image-pixels", "1000000"),
     )
     assert config.data.train == "shards/{000..009}.tar"
     assert (config.data.kind, config.data.workers) == ("webdataset", 6)
+    assert config.data.max_image_pixels == 1_000_000
     assert (config.data.image_key, config.data.caption_key, config.data.csv_separator) == ("i", "c", ",")
     schedule = config.schedule
     assert (schedule.epochs, schedule.steps, schedule.epoch_samples) == (32, None, 1_000_000)

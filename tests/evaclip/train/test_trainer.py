@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.data import Batch, TrainLoader
-from evaclip.errors import UserError
+from evaclip.errors import RunFailed, UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
 from evaclip.train import saver
@@ -304,6 +304,20 @@ def test_bad_samples_are_counted(run_config: Make, change_batches: Callable[[Cha
     (tmp_path / "run/checkpoints/step_00000003/state.pt").unlink()
     train(run_config("schedule.steps=3"), resume="auto")
     assert [record["bad_samples"] for record in read_log(tmp_path / "run" / "log.jsonl")] == [1, 3, 6]
+
+
+def test_too_many_bad_samples_end_the_run(run_config: Make, change_batches: Callable[[Change], None]) -> None:
+    """Of a window of 1,000 samples 112 bad ones are more than a tenth of what is read; each batch has 40."""
+    change_batches(lambda number, batch: replace(batch, skipped=40))
+    for resume in ("none", "auto"):  # which counts anew
+        with pytest.raises(RunFailed, match=r"data\.max_bad_share.* 120 of 144 "):
+            train(run_config("schedule.steps=9", "checkpoint.every_steps=1"), resume=resume)
+    assert train(run_config("data.max_bad_share=1", "schedule.steps=9"), resume="auto").steps == 9
+
+
+def test_one_bad_shard_of_many_ends_no_run(run_config: Make, change_batches: Callable[[Change], None]) -> None:
+    change_batches(lambda number, batch: replace(batch, skipped=100 if number == 1 else 0))
+    assert train(run_config()).steps == 6
 
 
 def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> None:

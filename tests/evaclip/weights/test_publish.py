@@ -20,8 +20,10 @@ import evaclip
 from evaclip.errors import UserError
 from evaclip.loading import load_model
 from evaclip.model import vision_names
-from evaclip.train.overrides import dump_yaml
+from evaclip.train.overrides import dump_yaml, resolve
 from evaclip.train.recipes import get_recipe
+from evaclip.train.tree import nest
+from evaclip.weights.card import card_text, run_facts
 from evaclip.weights.load import load_weights
 from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
 from evaclip.weights.publish import SAFE_FILE
@@ -169,6 +171,13 @@ def test_what_is_there_is_replaced_only_when_asked(folder: Path, model: evaclip.
     assert "license: mit\n---\n\n# mine\n\nCats.\n\n## Details\n\n- **Data:** a, b\n\n## Usage\n" in text
     assert text.endswith("## Citation\n\n```bibtex\n@misc{x}\n```\n")
     assert (folder / SAFE_FILE).read_bytes() == before
+
+
+def test_model_card_has_no_credentials(tmp_path: Path) -> None:
+    secret = "pipe:curl -H 'Authorization: Bearer abc123' https://host/{00..09}.tar"
+    (tmp_path / "config.yaml").write_text(dump_yaml(resolve(get_recipe("tiny"), [nest("data.train", secret)])))
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 5, "samples": 160, "loss": 0.5}) + "\n")
+    assert "abc123" not in card_text(run_facts(tmp_path), "name")
 
 
 def test_the_card_tells_what_the_run_did(model: evaclip.CLIP, tmp_path: Path) -> None:
