@@ -66,6 +66,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "B-amp-padded": {**CLIP_B, "savings": Savings(pack_text=False)},
     "B-activations": {**CLIP_B, "token_dropout": 0.5, "savings": Savings(recompute="activations")},
     "B-bf16": {**CLIP_B, "precision": "bf16", "savings": Savings(recompute="block")},
+    "B-bf16-chunks": {**CLIP_B, "precision": "bf16", "accumulation": 2, "savings": Savings(recompute="block")},
     "E-block": {**CLIP_E, "token_dropout": 0.5, "savings": Savings(recompute="block")},
     "E-activations": {**CLIP_E, "savings": Savings(recompute="activations")},
     "E-chunks": {**CLIP_E, **FP32, "accumulation": 2, "optimizer": "adamw"},
