@@ -37,10 +37,7 @@ EXHAUSTIVE = ("hybrid", "chunks", "replicate", "replicate-bf16", "replicate-bf16
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.exhaustive) if name in EXHAUSTIVE else name
-        for name in CASES
-    ],
+    [pytest.param(name, marks=pytest.mark.exhaustive) if name in EXHAUSTIVE else name for name in CASES],
 )
 def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Callable[..., TrainConfig]) -> None:
     """The trainer's own step, in its whole depth, with its optimizer, which the plan knows by formulas."""

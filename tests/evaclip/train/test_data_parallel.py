@@ -229,7 +229,7 @@ def test_connect_raises_the_limit_of_open_files(few_open_files, monkeypatch):
     def init_process_group(*args: Any, **options: Any) -> None:
         with ExitStack() as stack:
             for _ in range(1024):
-                stack.enter_context(open(os.devnull))
+                stack.enter_context(Path(os.devnull).open())
         original(*args, **options)
 
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
