@@ -124,8 +124,8 @@ def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
     return _open_shards(paths, RemoteConfig(), IndexCache(beside=True), part=(part, parts))
 
 
-def _allow_open_files() -> None:
-    """As many open files as this process may have: a source keeps 400 shards and indexes, and a mixture has several."""
+def allow_open_files() -> None:
+    """Raises the limit of open files to the hard one: a source keeps 400 shards open, a rank its connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -138,7 +138,7 @@ def _open_shards(
     keys: tuple[str, str] = (webdataset.IMAGE_KEY, webdataset.CAPTION_KEY),
     part: tuple[int, int] = (0, 1),
 ) -> WebDatasetSource:
-    _allow_open_files()
+    allow_open_files()
     cache = ShardCache(remote)
     if paths[0].endswith(LIST_SUFFIX):
         if part[1] > 1:

@@ -193,8 +193,14 @@ class Job:
 
     @property
     def weight_bytes(self) -> int:
-        """Of one parameter, and of its gradient when all processes have added to it."""
+        """Of one parameter."""
         return 2 if self.precision in ("bf16", "fp16") else 4
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one parameter's gradient when all ranks and micro-batches have added to it."""
+        is_summed = self.accumulation > 1 and (self.mode == "replicate" or self.accumulate == "shards")
+        return 4 if is_summed else self.weight_bytes
 
     @property
     def state_bytes(self) -> int:

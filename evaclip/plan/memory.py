@@ -54,13 +54,14 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     elements = traced.elements["rest"] + sum(depths[tower] * traced.elements[tower] for tower in depths)
     steps = deepen(few, depths, parameters + _besides(job, elements))
     if job.mode == "replicate" and job.gpus > 1:
-        steps = _with_buckets(steps, 3 * BUCKET_BYTES + max(BUCKET_BYTES, job.weight_bytes * traced.whole.largest))
+        most = 3 * BUCKET_BYTES + max(BUCKET_BYTES, 4 * traced.whole.largest)
+        steps = _with_buckets(steps, most, 4 // job.gradient_bytes)
     host = 0
     # It is as large as the parameters, in float32, and lies where they do.
     average = 4 * elements * job.averaged
     if job.offload != "none":
         # What is in no tower, such as a temperature, stays on the GPU.
-        host = (2 * job.weight_bytes + job.state_bytes) * (elements - traced.uncut) + average
+        host = (job.weight_bytes + job.gradient_bytes + job.state_bytes) * (elements - traced.uncut) + average
         steps = _offloaded(steps, job, traced)
     else:
         steps = replace(steps, start=steps.start + Counter({AVERAGE: average}))
@@ -74,8 +75,13 @@ def memory_of(job: Job, traced: Trace) -> Memory:
     return Memory(steps, moments, elements, whole.parameters, whole.flops_per_sample, host)
 
 
-def _with_buckets(steps: Steps, most: int) -> Steps:
-    """The step with the copies of gradients that are on their way to their mean, in its last backward pass."""
+def _with_buckets(steps: Steps, most: int, wider: int) -> Steps:
+    """The step with the copies of gradients that are on their way to their mean, in its last backward pass.
+
+    Args:
+        most: bytes of all copies.
+        wider: bytes of a copy over those of the gradient.
+    """
     phases, made = [], 0
     last = max(i for i, phase in enumerate(steps.phases) if phase.name == "loss")
     for index, phase in enumerate(steps.phases):
@@ -83,7 +89,7 @@ def _with_buckets(steps: Steps, most: int) -> Steps:
         begun = made if phase.name == "end" else made // BUCKET_BYTES * BUCKET_BYTES
         moving = Counter({COMMUNICATION: min(most, begun) if index > last else 0})
         phases.append(replace(phase, peak=phase.peak + moving))
-        made += phase.kept[GRADIENTS]
+        made += wider * phase.kept[GRADIENTS]
     return Steps(steps.start, tuple(phases))
 
 

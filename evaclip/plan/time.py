@@ -140,12 +140,12 @@ def _optimizer(job: Job, memory: Memory) -> Costs:
 
 def _optimizer_bytes(job: Job) -> int:
     """Of a parameter: AdamW reads four tensors and writes three; LAMB reads three of them again for the step itself."""
-    moved = 3 * job.weight_bytes + 2 * job.state_bytes
+    moved = 2 * job.weight_bytes + job.gradient_bytes + 2 * job.state_bytes
     return moved + job.weight_bytes + job.state_bytes if job.optimizer == "lamb" else moved
 
 
 def _mean(job: Job, memory: Memory) -> Costs:
-    """Under replication the trainer itself takes the mean of the gradients."""
+    """Under replication the trainer itself takes the mean of the gradients, in float32."""
     if job.mode != "replicate" or job.gpus == 1:
         return Costs()
-    return Costs({("backward", Cost("reduce", False, 0, 0, job.weight_bytes * memory.parameters)): 1})
+    return Costs({("backward", Cost("reduce", False, 0, 0, 4 * memory.parameters)): 1})

@@ -25,6 +25,7 @@ from evaclip.plan.phases import UNCAST, Bytes, Steps, read
 from evaclip.plan.recorder import FROZEN, GRADIENTS, INPUTS, PARAMETERS, Recorder, local
 from evaclip.plan.tasks import Batch, Planned, planned
 from evaclip.train.build import precision_of_parameters
+from evaclip.train.distributed import accumulate_in_float32
 from evaclip.train.sharding import forget_gathered, shard, synchronize_gradients
 from evaclip.train.tasks import task_class
 from evaclip.weights import is_cut
@@ -113,6 +114,8 @@ def _traced(job: Job, blocks: int) -> Trace:
     whole = _whole(replace(alone, global_batch=job.together, accumulation=1))
     with _ready(few) as (task, batch):
         model, recorder = task.model, _recorder(task, batch)
+        if few.accumulation > 1:
+            accumulate_in_float32(model.parameters(), reduce_each_chunk=job.accumulate == "shards")
         with recorder:
             for last in (False, True) if few.accumulation > 1 else (True,):
                 synchronize_gradients(_towers(task).values(), last or job.accumulate == "shards")

@@ -410,7 +410,7 @@ class LogConfig:
     """What is reported while training."""
 
     every_steps: Count = 10
-    communication_every: Count | None = 10
+    communication_every: Count | None = None
     """Records from one step to the next whose communication is measured, by torch's profiler; none measures none."""
     tensorboard: bool = True
     wandb: WandbConfig | None = None

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from evaclip.data.opening import allow_open_files
 from evaclip.errors import UserError
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_cut
@@ -141,6 +142,7 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
         UserError: the device does not exist.
     """
     config = config or ParallelConfig()
+    allow_open_files()  # each group has a connection to every rank
     size, offload = process_count(), config.offload != "none"
     device = device_of(device_name, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1 and not offload:
@@ -189,12 +191,34 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
+def accumulate_in_float32(parameters: Iterable[Tensor], *, reduce_each_chunk: bool) -> None:
+    """Makes 16-bit parameters sum the gradients of a step's micro-batches in float32.
+
+    From the first micro-batch on `grad` is float32. Call it only for steps of several micro-batches: one needs no sum.
+    `fully_shard` sums in float32 itself, unless it reduces after every micro-batch.
+
+    Args:
+        parameters: those that the optimizer updates; other dtypes are left alone.
+        reduce_each_chunk: whether gradients of shards are reduced after every micro-batch.
+    """
+    for parameter in parameters:
+        if parameter.dtype in (torch.bfloat16, torch.float16) and (reduce_each_chunk or not is_cut(parameter)):
+            parameter.grad_dtype = None  # any
+            parameter.register_post_accumulate_grad_hook(_widen_gradient)
+
+
+def _widen_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad.float()
+
+
 class GradientMean:
     """Takes the mean of gradients over all processes, while the backward pass that makes them goes on.
 
     Buckets are fixed, and so is their order: one begins when its gradients and those of all buckets before it are
     there. So every process sends the same, and a run that is resumed sums as one that isn't; torch's
     `DistributedDataParallel` makes other buckets after its first step. At most `_IN_FLIGHT` have memory at a time.
+    Gradients are summed in float32 (float64 of float64 parameters).
 
     Args:
         parameters: in the order in which a forward pass uses them; those that are cut up are left alone.
@@ -210,7 +234,7 @@ class GradientMean:
         if world.size == 1:
             return
         whole = [p for p in reversed(parameters) if p.requires_grad and not is_cut(p)]
-        self._buckets = [*_buckets(whole), *_buckets([p for p in others if not is_cut(p)])]
+        self._buckets = [*buckets(whole), *buckets([p for p in others if not is_cut(p)])]
         known = {id(p): index for index, bucket in enumerate(self._buckets) for p in bucket}
         for parameter in whole:
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, known[id(parameter)]))
@@ -241,7 +265,9 @@ class GradientMean:
         if len(self._running) == _IN_FLIGHT:
             self._take()
         if gradients:
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+            flat = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients), dtype=dtype)
+            torch.cat([gradient.reshape(-1) for gradient in gradients], out=flat)
             work = dist.all_reduce(flat, group=self._world.group, async_op=True)
             self._running.append((work, flat, gradients))
 
@@ -255,15 +281,16 @@ class GradientMean:
             gradient.copy_(part.view_as(gradient))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups neighbours of one dtype up to the bucket size: few large messages instead of many small ones."""
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups neighbours of one dtype whose float32 copies fill at most `BUCKET_BYTES`; a larger one is alone."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
+        copied = tensor.numel() * max(4, tensor.itemsize)
+        if bucket and (tensor.dtype != bucket[0].dtype or size + copied > BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)
-        size += tensor.nbytes
+        size += copied
     if bucket:
         yield bucket

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from evaclip.train.distributed import buckets
 from evaclip.train.sharding import forget_gathered
 from evaclip.weights import part_of
 
@@ -31,8 +33,10 @@ class Ema:
     def update(self, steps: int) -> None:
         """Call after each optimizer step; `steps` counts the steps so far, this one included."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        current = [_at_least_fp32(value) for value in self._parameters.values()]
-        torch._foreach_lerp_(list(self._average.values()), current, 1 - decay)
+        averages = iter(self._average.values())
+        # Few float32 copies of 16-bit weights at a time: those of a bucket are gone before the next one's.
+        for bucket in buckets(self._parameters.values()):
+            torch._foreach_lerp_(list(islice(averages, len(bucket))), [_at_least_fp32(v) for v in bucket], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

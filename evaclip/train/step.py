@@ -11,7 +11,7 @@ from torch import Tensor
 from evaclip.data.loader import part_of_batch
 from evaclip.data.rows import Rows
 from evaclip.train.config import Precision
-from evaclip.train.distributed import GradientMean, World
+from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.tasks.task import Task
@@ -118,6 +118,8 @@ class TrainStep:
         towers: dict[str, list[Tensor]] = {name: list(tower.parameters()) for name, tower in task.towers.items()}
         known = {id(parameter) for parameters in towers.values() for parameter in parameters}
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
+        if options.accumulation > 1:
+            accumulate_in_float32(self.parameters, reduce_each_chunk=options.reduce_each_chunk)
         self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)

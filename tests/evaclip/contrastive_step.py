@@ -15,11 +15,11 @@ def groups_of(model: CLIP, config: OptimConfig) -> list[Group]:
     return parameter_groups(model, Contrastive.towers_of(model), config)
 
 
-def random_batch(dtype=torch.float32):
-    """Eight pictures and captions."""
+def random_batch(dtype=torch.float32, rows=8):
+    """Images and captions."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(8, 3, 16, 16, generator=generator, dtype=dtype)
-    tokens = torch.randint(1, 40_000, (8, 16), generator=generator)
+    images = torch.randn(rows, 3, 16, 16, generator=generator, dtype=dtype)
+    tokens = torch.randint(1, 40_000, (rows, 16), generator=generator)
     tokens[:, 7] = 49_407
     return images, tokens
 

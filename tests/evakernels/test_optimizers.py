@@ -9,6 +9,7 @@ from op_checks import assert_opcheck
 from optimizer_checks import BETAS, DECAYS, EPS, LRS, optimizer_of, parameters, step, tensors
 from torch import nn
 
+import evakernels
 from evakernels.optim import AdamW, Lamb
 
 every_optimizer = pytest.mark.parametrize("kind", [AdamW, Lamb])
@@ -73,6 +74,27 @@ def test_maximize_is_a_step_down_the_negative_gradient(kind, grad_scale):
     for got, expected, grad in zip(parameters(up), parameters(down), grads, strict=True):
         assert torch.equal(got, expected)
         assert torch.equal(got.grad, grad)
+
+
+@every_optimizer
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_bf16_parameters_take_float32_gradients(kind, rounding, skipped):
+    """The step of a float32 gradient that bfloat16 holds too is bit-equal; a skipped one changes nothing."""
+    narrow, wide = (optimizer_of(tensors(0, torch.bfloat16), kind, stochastic_rounding=rounding) for _ in range(2))
+    before = [parameter.clone() for parameter in parameters(wide)]
+    for optimizer, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
+        for parameter, gradient in zip(parameters(optimizer), tensors(1, torch.bfloat16), strict=True):
+            parameter.grad_dtype = dtype
+            parameter.grad = gradient.to(dtype)
+        optimizer.grad_scale = evakernels.gradient_norm([p.grad for p in parameters(optimizer)])
+        optimizer.found_inf = torch.tensor(float(skipped))
+        optimizer.step()
+    assert torch.equal(narrow.grad_scale, wide.grad_scale)
+    for got, expected, start in zip(parameters(wide), parameters(narrow), before, strict=True):
+        assert torch.equal(got, expected)
+        assert torch.equal(wide.state[got]["exp_avg"], narrow.state[expected]["exp_avg"])
+        assert skipped == torch.equal(got, start)
 
 
 @every_optimizer

@@ -24,18 +24,20 @@ CASES = {
     "hybrid": ["parallel={mode: hybrid, shard_size: 2}", "precision=amp_bf16", "optim.name=lamb"],
     "chunks": ["parallel.mode=shard", "accumulation=2"],
     "replicate": ["model.patch_dropout=0.5"],
+    "replicate-bf16": ["precision=bf16"],
+    "replicate-bf16-chunks": ["precision=bf16", "accumulation=2"],
+    "shards-bf16": ["parallel={mode: shard, accumulate: shards}", "precision=bf16", "accumulation=2", "ema_decay=0.9"],
     "classification": ["parallel.mode=shard", "accumulation=2", "ema_decay=0.9"],
     "masked_image": ["parallel.mode=shard", "precision=amp_bf16", "task.teacher.shard=true"],
 }
+
+EXHAUSTIVE = ("hybrid", "chunks", "replicate", "replicate-bf16", "replicate-bf16-chunks")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.exhaustive) if name in ("hybrid", "chunks", "replicate") else name
-        for name in CASES
-    ],
+    [pytest.param(name, marks=pytest.mark.exhaustive) if name in EXHAUSTIVE else name for name in CASES],
 )
 def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Callable[..., TrainConfig]) -> None:
     """The trainer's own step, in its whole depth, with its optimizer, which the plan knows by formulas."""

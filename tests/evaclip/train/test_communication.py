@@ -1,6 +1,7 @@
 """What the profiler's events say of communication. Real processes: test_data_parallel.py, test_sharding.py."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.autograd import DeviceType
 
 from evaclip.train.communication import UNKNOWN, CommunicationSampler, shares_of
+from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 
 CPU = torch.device("cpu")
@@ -48,6 +50,11 @@ def test_on_a_gpu_kernels_count_and_named_ranges_do_not() -> None:
 def test_a_profiler_that_saw_nothing_gives_no_number() -> None:
     assert shares_of([event("cudaLaunchKernel", 0, 1)], 1.0) is UNKNOWN
     assert shares_of([event("aten::mm", 0, 1)], 1.0) == (0.0, 0.0)
+
+
+def test_nothing_is_profiled_by_default(run_config: Callable[..., TrainConfig]) -> None:
+    sampler = CommunicationSampler(World(CPU, size=2), run_config().log.communication_every)
+    assert not any(sampler.is_due(step, 1) for step in range(100))
 
 
 def test_the_first_step_after_every_nth_record_is_sampled() -> None:

@@ -3,17 +3,18 @@
 import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from small_tasks import TASKS
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 from evaclip.train import distributed, run_folder
-from evaclip.train.config import TrainConfig
-from evaclip.train.distributed import GradientMean, World, _buckets, connect
+from evaclip.train.config import ParallelConfig, TrainConfig
+from evaclip.train.distributed import GradientMean, World, buckets, connect
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.sharding import _mesh
@@ -85,6 +86,7 @@ def test_two_processes_equal_one(task: str, run_config: Callable[..., TrainConfi
     as_users_do = task == "siglip"
     common = [
         *TASKS[task].patch_dropout, "accumulation=2", "schedule.steps=4", "optim.name=lamb", "optim.grad_clip_norm=0.5",
+        "log.communication_every=10",
         "eval.sets.val={data: {num_samples: 64, workers: 0}, samples: 16}",
         *([f"data.train={uneven_shards(tmp_path / 'shards')}"] if as_users_do else []),
     ]  # fmt: skip
@@ -185,8 +187,53 @@ def test_a_world_of_one_changes_nothing() -> None:
 def test_buckets_hold_neighbours_of_one_type_up_to_the_limit() -> None:
     big = torch.empty(5 * 2**20)
     tensors = [torch.empty(3), big, big, torch.empty(2, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)]
-    assert [[t.numel() for t in bucket] for bucket in _buckets(tensors)] == [[3, 5 * 2**20], [5 * 2**20], [2, 1]]
-    assert list(_buckets([])) == []
+    assert [[t.numel() for t in bucket] for bucket in buckets(tensors)] == [[3, 5 * 2**20], [5 * 2**20], [2, 1]]
+    assert list(buckets([])) == []
+    # They are copied to float32.
+    halves = [torch.empty(5 * 2**20, dtype=torch.bfloat16)] * 2
+    assert [len(bucket) for bucket in buckets(halves)] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_mean_of_1024_ranks_is_exact(dtype, monkeypatch):
+    """A stand-in adds equal gradients of all ranks; 16-bit sums stop growing, or overflow, before the last one."""
+
+    def all_reduce(tensor: torch.Tensor, **_: Any) -> Any:
+        own = tensor.clone()
+        for _ in range(1023):
+            tensor += own
+        return Mock()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    mean = GradientMean([parameter], [], World(torch.device("cpu"), size=1024))
+    mean.begin()
+    (parameter * torch.tensor([1.0, -100.0, 0.01], dtype=dtype)).sum().backward()
+    expected = parameter.grad.clone()
+    mean.finish()
+    assert torch.equal(parameter.grad, expected)
+
+
+@pytest.fixture
+def few_open_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_connect_raises_the_limit_of_open_files(few_open_files, monkeypatch):
+    """A stand-in opens as many descriptors for the first group as 1,024 ranks take."""
+    original = dist.init_process_group
+
+    def init_process_group(*args: Any, **options: Any) -> None:
+        with ExitStack() as stack:
+            for _ in range(1024):
+                stack.enter_context(Path(os.devnull).open())
+        original(*args, **options)
+
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    connect("cpu", ParallelConfig(mode="shard", offload="cpu")).close()
 
 
 def write_course(folder: Path, chunks: int) -> None:

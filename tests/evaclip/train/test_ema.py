@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evaclip.train import distributed
 from evaclip.train.ema import Ema
 
 
@@ -57,7 +58,7 @@ def test_applied_shows_the_average_and_puts_back_even_on_an_error(dtype: torch.d
     assert torch.equal(ema.state_dict()["weight"], average)
 
 
-class Clones(TorchDispatchMode):
+class Copies(TorchDispatchMode):
     """Counts the bytes of copies that are there at the same time."""
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Clones(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
-        if func is torch.ops.aten.clone.default:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
             self.now += result.nbytes
             self.most = max(self.most, self.now)
             weakref.finalize(result.untyped_storage(), self._gone, result.nbytes)
@@ -79,6 +80,20 @@ class Clones(TorchDispatchMode):
 def test_applied_copies_one_tensor_at_a_time() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
     ema = Ema(model, decay=0.9)
-    with Clones() as clones, ema.applied():
+    with Copies() as copies, ema.applied():
         pass
-    assert clones.most == 8 * 8 * 4
+    assert copies.most == 8 * 8 * 4
+
+
+def test_update_copies_few_16_bit_weights_at_a_time(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 2 * 8 * 8 * 4, raising=False)
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5))).bfloat16()
+    ema = Ema(model, decay=0.9)
+    average = {name: value.clone() for name, value in ema.state_dict().items()}
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with Copies() as copies:
+        ema.update(1)
+    assert copies.most == 2 * 8 * 8 * 4
+    for name, parameter in model.named_parameters():
+        assert torch.equal(ema.state_dict()[name], average[name].lerp(parameter.detach().float(), 1 - 2 / 11)), name

@@ -2,18 +2,23 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contrastive_step import random_batch
 from processes import in_processes
 from sharded_run import train_all
 from small_tasks import TASKS
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
+from evaclip.train import rng
+from evaclip.train.build import build_step, build_task
 from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import connect
 from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 from evaclip.weights import part_of
@@ -172,6 +177,22 @@ def test_parts_are_what_torch_would_cut(alone: None) -> None:
     assert part.placements == like.placements
     assert torch.equal(part.to_local(), whole)
     assert part_of(whole, torch.zeros(5, 3)) is whole
+
+
+def test_16_bit_shards_are_summed_in_float32(run_config: Callable[..., TrainConfig]) -> None:
+    """Reduced after every micro-batch they are what whole gradients are, which FSDP sums in float32."""
+    found = []
+    for accumulate in ("whole", "shards"):
+        parallel = f"parallel={{mode: shard, offload: cpu, accumulate: {accumulate}}}"
+        config = run_config(parallel, "precision=bf16", "batch_size=32", "accumulation=32")
+        with closing(connect("cpu", config.parallel)) as world:
+            rng.seed_all(0, 0)
+            task = build_task(config, world)
+            build_step(config, world, task)(*random_batch(rows=32), 0)
+            cut = [parameter for parameter in task.model.parameters() if isinstance(parameter, DTensor)]
+            found.append(torch.cat([parameter.grad.to_local().double().flatten() for parameter in cut]))
+    # Whole ones are rounded to bfloat16 once.
+    assert (found[1] - found[0]).norm() < 2**-8 * found[0].norm()
 
 
 @pytest.mark.parametrize("task", TASKS)

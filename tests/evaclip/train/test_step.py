@@ -104,6 +104,28 @@ def test_a_step_that_is_not_finite_changes_nothing(small_model, batch, optimizer
     assert not torch.equal(small_model.visual.head.weight, before["visual.head.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_16_bit_gradients_are_summed_in_float32(small_model, batch, dtype, accumulation):
+    """The sum is that of the micro-batches' gradients in float64. One micro-batch keeps its 16-bit gradient."""
+    small_model.to(dtype)
+    sums: dict[str, Tensor] = {}
+    step = make_step(small_model, StepOptions(accumulation=accumulation, grad_clip_norm=1.0), name="lamb")
+    for name, parameter in small_model.named_parameters():
+        parameter.register_hook(lambda part, name=name: sums.update({name: sums.get(name, 0.0) + part.double()}))
+    for number in range(2):
+        sums.clear()
+        result = step(*batch, number)
+        found = gradients(step)
+        assert found.keys() == sums.keys()
+        for name, gradient in found.items():
+            assert gradient.dtype == (dtype if accumulation == 1 else torch.float32), name
+            torch.testing.assert_close(gradient.double(), sums[name], rtol=1e-6, atol=1e-6 * sums[name].abs().max())
+        norm = torch.cat([value.flatten() for value in sums.values()]).norm()
+        torch.testing.assert_close(result.grad_norm.double(), norm, rtol=1e-6, atol=0)
+    assert result.found_inf == 0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_precision_trains(small_model, batch, precision, accumulation):
