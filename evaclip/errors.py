@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""Exceptions that say what can be done about them: a mistake to correct, or a run that must not be repeated."""
 
 from collections.abc import Iterable
 
@@ -9,6 +9,10 @@ class UserError(Exception):
 
 class Refused(UserError):
     """What was asked for can be done, but its result would mislead; the message says how to have it all the same."""
+
+
+class RunFailed(RuntimeError):
+    """A training that can't go on and would fail again if a launcher restarted it."""
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
