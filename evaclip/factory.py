@@ -1,6 +1,7 @@
 """Models, transforms and tokenizers by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def create_model(
 
     Args:
         model_name: one of `list_models()`, or open_clip's name of the same model, in any spelling; or a repository of
-            the hub, `hf-hub:OWNER/NAME`, or a folder laid out as one, `local-dir:FOLDER`, whose weights are then taken.
+            the hub, `hf-hub:OWNER/NAME`, a folder laid out as one, `local-dir:FOLDER`, or a run or checkpoint folder,
+            whose weights are then taken, the averaged ones of a run that has some.
         pretrained: a weights file, a checkpoint or run folder, `hf-hub:OWNER/NAME[/FILE]`, or the tag of released
             weights; None for random ones.
         pretrained_image: weights that the image tower starts from, of masked image modelling or of a CLIP model, as a
@@ -103,6 +105,9 @@ def create_model(
     options = _options(overrides)
     described = _described(model_name)
     config = override(described, options)
+    if _is_folder(model_name):
+        model_name, latest = _run_of(model_name)
+        pretrained = pretrained or latest
     if model_name.startswith((HUB, LOCAL)) and not (pretrained or pretrained_image or pretrained_text):
         pretrained = model_name
     if pretrained and (pretrained_image or pretrained_text):
@@ -129,7 +134,8 @@ def create_model(
         if pretrained_text:
             start_text_tower(model.text, find_weights(pretrained_text, known_name))
         return model.to(dtype)
-    materialize(model.to(dtype), weights, target)
+    with _naming_other_model(weights, known_name):
+        materialize(model.to(dtype), weights, target)
     return model
 
 
@@ -192,7 +198,8 @@ def create_vision_model(
     if target.type == "meta":
         return model.to(dtype)
     if weights is not None and pretrained and (num_classes is None or classes == stored):
-        materialize(model.to(dtype), weights, target, antialias)
+        with _naming_other_model(weights, architecture):
+            materialize(model.to(dtype), weights, target, antialias)
         return model
     model.to_empty(device=target).reset_parameters()
     if weights is not None:
@@ -244,7 +251,9 @@ def create_masked_image_model(
     if target.type == "meta":
         return model.to(dtype)
     if pretrained:
-        materialize(model.to(dtype), find_weights(pretrained, model_name), target)
+        weights = find_weights(pretrained, model_name)
+        with _naming_other_model(weights, architecture):
+            materialize(model.to(dtype), weights, target)
         return model
     model.to_empty(device=target).reset_parameters()
     if pretrained_image:
@@ -311,7 +320,7 @@ def create_model_from_pretrained(
     Example:
         `model, preprocess = evaclip.create_model_from_pretrained("EVA02-B-16", "merged2b_s8b_b131k")`
     """
-    if not pretrained and not model_name.startswith((HUB, LOCAL)):
+    if not (pretrained or model_name.startswith((HUB, LOCAL)) or _is_folder(model_name)):
         get_config(model_name)
         tags = ", ".join(RELEASED.get(find_model(model_name) or "", {})) or "none"
         raise UserError(f"{model_name} needs pretrained: a file, a folder, hf-hub:OWNER/NAME, or a tag; it has: {tags}")
@@ -346,12 +355,47 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def _described(model_name: str) -> CLIPConfig:
-    """The configuration of a name, or the one that lies beside the weights of a repository or a folder."""
+    """The configuration of a name, or the one that lies beside the weights of a repository, a folder or a run."""
+    if _is_folder(model_name):
+        name, weights = _run_of(model_name)
+        return override(get_config(name), _options_beside(weights, name))
     if model_name.startswith(LOCAL):
         return read_open_clip_config(Path(model_name.removeprefix(LOCAL)).expanduser() / CONFIG_FILE)
     if model_name.startswith(HUB) and find_model(model_name) is None:
         return read_open_clip_config(download_beside(model_name, CONFIG_FILE))
     return get_config(model_name)
+
+
+def _is_folder(model_name: str) -> bool:
+    return find_model(model_name) is None and Path(model_name).expanduser().is_dir()
+
+
+def _run_of(folder: str) -> tuple[str, Path]:
+    """The CLIP model of a run or checkpoint folder, by its name here, and its weights."""
+    from evaclip.loading import read_checkpoint  # which needs this module
+
+    name, weights, *_ = read_checkpoint(Path(folder).expanduser(), average=True)
+    known = find_model(name)
+    if known is None:
+        raise UserError(
+            f"model_name must be a CLIP model or a run of one, got {folder!r}, a run of the image model {name!r}; "
+            f"create_vision_model({name!r}, {folder!r}) loads it"
+        )
+    return known, weights
+
+
+@contextmanager
+def _naming_other_model(weights: Path, model_name: str) -> Iterator[None]:
+    """Inside, weights that don't fit because a run of another model wrote them are refused in one line."""
+    try:
+        yield
+    except UserError as exc:
+        other = str(options_beside(weights).get("name", ""))
+        if not other or _options_beside(weights, model_name):
+            raise
+        raise UserError(
+            f"pretrained must be weights of model {model_name!r}, got those of model {other!r} ({weights})"
+        ) from exc
 
 
 def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,12 @@ def machine() -> dict[str, Any]:
     import torch  # here, as `evaclip report` reads what others found, and shall not wait for it
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": platform.platform(terse=True), "processor": _processor(), "cores": cores, "gpus": gpus}
+    return {"system": platform.platform(terse=True), "processor": _processor(), "cores": usable_cores(), "gpus": gpus}
+
+
+def usable_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_bfloat16() -> bool:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from evaclip.errors import UserError
+from evaclip.machine import usable_cores
 from evaclip.train import aliases
 
 
@@ -26,22 +27,27 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
         group.add_argument(alias.flag, dest=alias.flag, metavar="VALUE", nargs=nargs, help=alias.meaning)
 
 
-def configure(args: argparse.Namespace, processes: int | None = None) -> Any:
+def configure(args: argparse.Namespace, processes: int | None = None, *, here: bool = False) -> Any:
     """The `TrainConfig` of a command line: the recipe, then the files, then the aliases, then `--set`.
 
     Args:
         processes: how many there will be; None for those that torchrun has started.
+        here: whether the run will use this machine, so that a recipe's `data.workers` are at most its cores.
     """
     from evaclip.train.config import process_count
-    from evaclip.train.overrides import load_yaml, parse_assignment, resolve
+    from evaclip.train.overrides import in_layers, load_yaml, parse_assignment, resolve
     from evaclip.train.recipes import get_recipe, with_fitting_parts, with_own_evaluation
+    from evaclip.train.tree import nest
 
     if args.recipe is None:
         raise UserError("name a RECIPE: 'evaclip train' lists them; --set model.name=NAME takes another model")
     recipe = get_recipe(args.recipe)
-    config = resolve(recipe, map(load_yaml, args.config))
-    changes = aliases.changes(vars(args), config.accumulation, processes or process_count())
+    cores = [[nest("data.workers", min(recipe.data.workers, usable_cores()))]] if here else []
+    files = [*cores, *([load_yaml(path)] for path in args.config)]
+    accumulation = resolve(recipe, in_layers(files, recipe)).accumulation
+    changes = aliases.changes(vars(args), accumulation, processes or process_count())
     if getattr(args, "device", None):
         changes.append({"device": args.device})
-    config = resolve(config, [*changes, *map(parse_assignment, args.set)])
+    layers = [*files, changes, list(map(parse_assignment, args.set))]
+    config = resolve(recipe, in_layers(layers, recipe))
     return with_fitting_parts(with_own_evaluation(config, recipe), recipe)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from evaclip.errors import Refused, UserError
+from evaclip.errors import Refused, RunFailed, UserError
 from evaclip.extras import with_remedy
 from evaclip.outputs import silence
 from evaclip.torchrun import stop_restarts
@@ -91,8 +91,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of what the user named, or is in it
             exc = UserError(f"{exc.filename}: {exc.strerror}")
         print(f"error: {_one_line(exc)}", file=sys.stderr)
-        if isinstance(exc, UserError):
-            stop_restarts(str(exc))
+        if isinstance(exc, UserError | RunFailed):
+            stop_restarts(str(exc), at_once=isinstance(exc, RunFailed))
         else:
             print("(--debug shows the traceback)", file=sys.stderr)
         return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
@@ -110,4 +110,4 @@ def _unknown_arguments(unknown: Sequence[str], parser: argparse.ArgumentParser) 
 
 def _one_line(exc: Exception) -> str:
     text = " ".join(str(exc).split())
-    return text if isinstance(exc, UserError | ValueError | TypeError) else f"{type(exc).__name__}: {text}"
+    return text if isinstance(exc, UserError | RunFailed | ValueError | TypeError) else f"{type(exc).__name__}: {text}"

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         for name, description in described.items():
             print(f"{name:{width}}  {description}")
         return
-    config = configure(args, args.as_gpus)
+    config = configure(args, args.as_gpus, here=not args.print_config)
     if args.print_config:
         print(commented_yaml(config), end="")
         return

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaclip.atomic import reading, replacing, writing
-from evaclip.errors import UserError
+from evaclip.errors import UserError, unknown_name
 from evaclip.runtime.codes import encode, random_rotation
 from evaclip.runtime.matrix import map_rows, write_header, write_rows
-from evaclip.runtime.where import FOLD, as_sql
+from evaclip.runtime.where import COLUMNS, FOLD, as_sql, metadata_keys
 
 ROWS_FILE = "rows.sqlite"
 _ROTATION_FILE = "rotation.npy"
@@ -314,11 +314,23 @@ class Store:
         return mask
 
     def select(self, where: str) -> NDArray[np.int64]:
-        """Numbers of the rows that meet a condition, in rising order; see `where.as_sql`."""
+        """Numbers of the rows that meet a condition, in rising order; see `where.as_sql`.
+
+        Raises:
+            UserError: as `as_sql`, or no row has one of the condition's keys.
+        """
         sql, values = as_sql(where)
+        for key in metadata_keys(where) if len(self) else ():
+            self._require_key(key)
         found = self._database.execute(f"SELECT number FROM rows WHERE {sql} ORDER BY number", values).fetchall()
         numbers = np.array(found, dtype=np.int64).reshape(-1)
         return numbers[numbers < self.slots]
+
+    def _require_key(self, key: str) -> None:
+        has_it = "SELECT 1 FROM rows WHERE json_type(metadata, ?) IS NOT NULL LIMIT 1"
+        if self._database.execute(has_it, (f'$."{key}"',)).fetchone() is None:
+            known = self._database.execute("SELECT DISTINCT key FROM rows, json_each(metadata)").fetchall()
+            raise unknown_name("where key", key, {*COLUMNS, *(name for (name,) in known)})
 
     def rows(self, numbers: Iterable[int]) -> list[Row]:
         """The rows of these numbers, in their order.

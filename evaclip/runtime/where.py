@@ -34,10 +34,14 @@ def as_sql(where: str) -> tuple[str, list[object]]:
     return " AND ".join(sql for sql, _ in found), [value for _, values in found for value in values]
 
 
+def metadata_keys(where: str) -> list[str]:
+    """The keys of metadata that a condition names; raises as `as_sql`."""
+    keys = [_matched(text)["key"] for text in _AND.split(where)]
+    return [key for key in keys if key not in COLUMNS]
+
+
 def _one(text: str) -> tuple[str, list[object]]:
-    match = _CONDITION.match(text)
-    if match is None or not match["value"]:
-        raise UserError(f"the condition {text!r} can't be read; expected {HELP}, such as 'year>=2020 and caption~dog'")
+    match = _matched(text)
     key, op, raw = match["key"], match["op"], match["value"]
     quoted = raw[0] in "\"'"
     text_value = raw[1:-1] if quoted else raw
@@ -54,6 +58,13 @@ def _one(text: str) -> tuple[str, list[object]]:
     # SQLite holds every text for greater than every number.
     kind = " AND typeof({}) {} 'text'".format(column, "=" if isinstance(value, str) else "!=")
     return f"({column} {op} ?{kind})", [*values, value, *values]
+
+
+def _matched(text: str) -> re.Match[str]:
+    match = _CONDITION.match(text)
+    if match is None or not match["value"]:
+        raise UserError(f"the condition {text!r} can't be read; expected {HELP}, such as 'year>=2020 and caption~dog'")
+    return match
 
 
 def _value(raw: str) -> object:

@@ -112,7 +112,6 @@ _COOLDOWN = (
 )
 _TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
 _SYNC = "copy the run beside the training, as with aws s3 sync: its checkpoints appear whole or not at all"
-_IN_PLACE_OF = {"schedule.epochs": "schedule.steps", "schedule.warmup_steps": "schedule.warmup_share"}
 _OF_EITHER_SET = ("--dataset-type", "--csv-img-key", "--csv-caption-key", "--csv-separator", "--max-image-pixels")
 
 ALIASES = (
@@ -254,8 +253,6 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
             # There it counts one chunk of one process, here the whole batch.
             value = _times(value, _times(given.get("--accum-freq") or accumulation, processes))
         found.append(alias.change(value))
-        if alias.key in _IN_PLACE_OF:
-            found.append(nest(_IN_PLACE_OF[alias.key], None))
         if alias.flag in _OF_EITHER_SET and given.get("--val-data"):
             found.append(nest(_VALIDATION, alias.change(value)))
     return found

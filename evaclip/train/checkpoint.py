@@ -357,12 +357,12 @@ def prune(root: Path, step: int, keep: int, keep_every: int | None) -> None:
             _delete(folder)
 
 
-def go_back_to(folder: Path) -> None:
-    """Makes `folder` the latest checkpoint, and deletes those of later steps."""
-    for _, other in list(_steps(folder.parent)):
-        if other.name > folder.name:
-            _delete(other)
+def go_back_to(folder: Path, keep_every: int | None = None) -> None:
+    """Makes `folder` the latest checkpoint, and deletes those of later steps but multiples of `keep_every`."""
     _point_latest_at(folder.parent, folder.name)
+    for step, other in list(_steps(folder.parent)):
+        if other.name > folder.name and (keep_every is None or step % keep_every):
+            _delete(other)
 
 
 def _delete(folder: Path) -> None:

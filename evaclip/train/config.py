@@ -323,8 +323,9 @@ class WatchdogConfig:
 
     seconds: Annotated[float, Field(gt=0)] | None = 1800.0
     """Then it says so, with the stacks of its threads; none never does."""
-    abort: bool = False
-    """And ends, so that torchrun starts all processes anew."""
+    abort: bool | None = None
+    """And ends, so that torchrun starts all processes anew; none: only under torchrun, and only while steps follow one
+    another, as a first step, an evaluation and a checkpoint may take long."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -346,7 +347,7 @@ class ParallelConfig:
     A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
     """A process waits so long for another one, which opens a cold index or compiles, before the run fails; that one has
-    died is noticed at once."""
+    died is noticed at once. Between one step and the next it is 1.2 times `watchdog.seconds`, if less."""
     saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
     """And so long for one that writes its part of a checkpoint, before the run goes on without that checkpoint."""
 

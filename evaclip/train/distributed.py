@@ -3,15 +3,16 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
 from evaclip.errors import UserError
@@ -20,6 +21,8 @@ from evaclip.weights import is_cut
 
 BUCKET_BYTES = 32 * 2**20
 _IN_FLIGHT = 4
+_ABORT_LIMIT = timedelta(minutes=1)
+"""How long NCCL may take to end its kernels after an error."""
 
 
 def _no_group() -> None:
@@ -125,9 +128,45 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self.group)
 
+    def set_timeout(self, limit: timedelta, model: nn.Module) -> None:
+        """Sets how long collectives that start from now on wait for other ranks, but for those that write checkpoints.
+
+        Args:
+            limit: longest wait.
+            model: whose meshes have groups of their own if its parameters are sharded.
+        """
+        meshes = {parameter.device_mesh for parameter in model.parameters() if is_cut(parameter)}
+        groups = {self.group, self.control}.union(*(mesh.get_all_groups() for mesh in meshes))
+        for group in groups - {None}:
+            group.set_timeout(limit)
+
     def close(self) -> None:
+        """Leaves the process groups; under NCCL waits until all ranks have finished their collectives."""
         if self.group is not None:
             dist.destroy_process_group()
+
+    def abort(self) -> None:
+        """Leaves the process groups without waiting for other ranks, whose collectives this one will not join.
+
+        `destroy_process_group` waits for all NCCL kernels; another rank may never start its part of them.
+        """
+        if self.group is None:
+            return
+        if self.device.type == "cpu":
+            dist.destroy_process_group()  # gloo waits for nobody
+            return
+        self.group.set_timeout(_ABORT_LIMIT)
+        with suppress(RuntimeError):  # of an abort that takes longer; the error that led here is the one to report
+            dist.distributed_c10d._abort_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
 
 
 def connect(device_name: str, config: ParallelConfig | None = None) -> World:
@@ -169,8 +208,9 @@ def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
     except RuntimeError as exc:
         if any(sign in str(exc).lower() for sign in ("timed out", "timeout")):
             exc.add_note(
-                f"parallel.timeout_minutes={config.timeout_minutes:g}: so long a process waits for the others. The "
-                "watchdog's lines, if there are any, say which one it was and where; a longer limit waits longer for it"
+                f"parallel.timeout_minutes={config.timeout_minutes:g} is how long a process waits for the others; "
+                "between one step and the next 1.2 times watchdog.seconds is, if less. The watchdog's lines, if there "
+                "are any, say which process it was and where; a longer limit waits longer for it"
             )
         raise
 

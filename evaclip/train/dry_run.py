@@ -46,7 +46,7 @@ def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = Fals
     Raises:
         UserError: as the run itself would.
     """
-    with closing(connect(config.device, config.parallel)) as world:
+    with connect(config.device, config.parallel) as world:
         _try(config, world, resume, overwrite)
 
 

@@ -1,11 +1,10 @@
 """What training on a CPU asks of the machine: memory that stays, and cores for the data workers."""
 
-import os
 import resource
 
 import torch
 
-from evaclip.machine import multiplies_bfloat16
+from evaclip.machine import multiplies_bfloat16, usable_cores
 from evakernels import keep_freed_memory, set_loss_products
 
 
@@ -25,8 +24,7 @@ def leave_cores_to_workers(workers: int) -> None:
     A worker that shares a core with one of torch's threads holds up all of them. The demo trained 435 pairs/s with one
     thread beside one worker and 376 with two (two AMD EPYC cores, 2026-11-24).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() - workers)))
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:

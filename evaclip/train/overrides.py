@@ -1,7 +1,7 @@
 """From a recipe, a YAML file and `--set a.b=c` to one checked configuration, and back to YAML."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from evaclip.errors import UserError
-from evaclip.train.config import ADAPTER, TrainConfig, to_tree
+from evaclip.train.config import ADAPTER, ScheduleConfig, TrainConfig, to_tree
 from evaclip.train.tree import Tree, merge, nest
 
 
@@ -25,6 +25,34 @@ def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
         _check_keys(TrainConfig, change, ())
         tree = merge(tree, change)
     return validate(tree)
+
+
+_SPELLINGS = (("steps", "epochs"), ("warmup_steps", "warmup_share"), ("cooldown_steps", "cooldown_share"))
+"""Keys of `schedule` of which one says the same as the other."""
+
+
+def in_layers(layers: Iterable[Sequence[Tree]], base: TrainConfig) -> Iterator[Tree]:
+    """The changes of several layers, for `resolve`: files, then flags, then `--set`.
+
+    A layer that sets one spelling of the schedule unsets the other spelling of earlier layers. One that sets `epochs`
+    also unsets the `epoch_samples` of the recipe, so that an epoch is one pass over the data given.
+
+    Args:
+        layers: the changes of each layer.
+        base: the recipe that they change.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(ScheduleConfig)}
+    samples = base.schedule.epoch_samples
+    for changes in layers:
+        schedules = [change["schedule"] for change in changes if isinstance(change.get("schedule"), Mapping)]
+        given = {key: value for schedule in schedules for key, value in schedule.items()}
+        pairs = [pair for one, other in _SPELLINGS for pair in ((one, other), (other, one))]
+        unset = {other: defaults[other] for one, other in pairs if given.get(one) is not None and other not in given}
+        if given.get("epochs") is not None and samples == base.schedule.epoch_samples:
+            unset["epoch_samples"] = None
+        samples = given.get("epoch_samples", unset.get("epoch_samples", samples))
+        yield {"schedule": unset}
+        yield from changes
 
 
 def validate(tree: Mapping[str, Any]) -> TrainConfig:

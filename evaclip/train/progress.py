@@ -3,8 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from textwrap import fill
 from types import TracebackType
@@ -20,6 +22,9 @@ from evaclip.outputs import silence
 from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
 from evaclip.train.config import LogConfig
 from evaclip.train.sinks import Record, Sink, is_share
+
+_FURTHER = ("_top5", "/top5", "_r5")
+"""How metrics end whose value at 1 says more."""
 
 
 class Report:
@@ -85,7 +90,8 @@ class PlainLines(Sink):
         self.say(f"step {record.step}/{self._total}  {'  '.join(summary(record))}  eta {_eta(record, self._total)}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.say(f"step {step}/{self._total}  {_metrics_line(metrics)}")
+        for line in headlines(metrics):
+            self.say(f"step {step}/{self._total}  {line}")
 
     def say(self, message: str) -> None:
         try:
@@ -122,7 +128,8 @@ class LiveDisplay(Sink):
         self._progress.update(self._task, completed=record.step, eta=_eta(record, self._total))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.say(f"step {step}: {_metrics_line(metrics)}")
+        for line in headlines(metrics):
+            self.say(f"step {step}: {line}")
 
     def say(self, message: str) -> None:
         self._progress.console.print(message, markup=False, highlight=False)
@@ -131,25 +138,51 @@ class LiveDisplay(Sink):
         self._progress.stop()
 
 
+class _Lines:
+    """A file that JSON objects are appended to; on a full disk they wait in memory until there is room."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        self._waiting += json.dumps(value).encode() + b"\n"
+        self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as exc:
+            _warn(self._path.parent, exc.strerror or str(exc))
+
+
+@cache
+def _warn(folder: Path, reason: str) -> None:
+    """Says once what keeps the logs from being written."""
+    print(f"warning: the logs in {folder} can't be written ({reason}); the run goes on", file=sys.stderr, flush=True)
+
+
 class JsonLines(Sink):
     """A file with one JSON object per record: `Record`'s fields, or `step` and `eval`."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         _drop_later_records(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = _Lines(path)
 
     def record(self, record: Record) -> None:
-        self._write(_without_nan(record.flat()))
+        self._lines.write(_without_nan(record.flat()))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._write({"step": step, "eval": _without_nan(metrics)})
+        self._lines.write({"step": step, "eval": _without_nan(metrics)})
 
     def close(self, error: BaseException | None = None) -> None:
-        self._file.close()
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value) + "\n")
-        self._file.flush()
+        self._lines.close()
 
 
 class Events(Sink):
@@ -160,7 +193,7 @@ class Events(Sink):
     """
 
     def __init__(self, path: Path, start_step: int, processes: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = _Lines(path)
         self._step = start_step
         self._write("start", {"processes": processes, "machine": machine(), "versions": versions()})
 
@@ -173,33 +206,54 @@ class Events(Sink):
     def close(self, error: BaseException | None = None) -> None:
         reason = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
         self._write("end", reason)
-        self._file.close()
+        self._lines.close()
 
     def _write(self, kind: str, value: Any) -> None:
-        event = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self._step, kind: value}
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        self._lines.write({"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self._step, kind: value})
 
 
 class TensorBoard(Sink):
-    """Curves over the step."""
+    """Curves over the step; points that find the disk full are left out."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._folder = folder
+        self._writer: Any = None
+        self._open(start_step + 1)
 
     def record(self, record: Record) -> None:
-        for name, value in record.flat().items():
-            if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, record.step)
+        self._add("train", {name: value for name, value in record.flat().items() if name != "step"}, record.step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"eval/{name}", value, step)
+        self._add("eval", metrics, step)
 
     def close(self, error: BaseException | None = None) -> None:
-        self._writer.close()
+        with self._warning():
+            if self._writer is not None:
+                self._writer.close()
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=step)
+
+    def _add(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        with self._warning():
+            if self._writer is None:
+                self._open(step)
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Inside, an OSError gives the writer up, whose thread has ended; the next point opens another one."""
+        try:
+            yield
+        except OSError as exc:
+            _warn(self._folder.parent, exc.strerror or str(exc))
+            given_up, self._writer = self._writer, None
+            with suppress(OSError):
+                if given_up is not None:
+                    given_up.close()
 
 
 def summary(record: Record) -> list[str]:
@@ -236,14 +290,16 @@ def _drop_later_records(path: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _metrics_line(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {_number(name, value)}" for name, value in metrics.items())
-
-
-def _number(name: str, value: float) -> str:
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.2%}" if is_share(name) else f"{value:.4g}"
+def headlines(metrics: Mapping[str, float]) -> list[str]:
+    """A line on each evaluation set: its loss and accuracies at 1; the log has all metrics."""
+    lines: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        each, _, metric = name.rpartition("/")
+        is_count = isinstance(value, int) and not (metric == "unreadable" and value)
+        if name != "seconds" and not (is_count or metric.startswith("chance_") or metric.endswith(_FURTHER)):
+            shown = str(value) if isinstance(value, int) else f"{value:.2%}" if is_share(name) else f"{value:.4g}"
+            lines.setdefault(each, []).append(f"{metric} {shown}")
+    return [f"{each}: ".removeprefix(": ") + "  ".join(numbers) for each, numbers in lines.items()]
 
 
 def _eta(record: Record, total_steps: int) -> str:

@@ -1,6 +1,6 @@
 """What of a run a checkpoint holds, and how it comes back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -36,6 +36,7 @@ class Position:
         bad_samples: those replaced, as they could not be used, over all processes, up to the last record or checkpoint.
         seconds: time that the run has taken, over all processes that went on with it.
         rollbacks: returns of this process to an earlier checkpoint.
+        spikes: state of the `SpikeDetector`.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Position:
     bad_samples: int = 0
     seconds: float = 0.0
     rollbacks: int = 0
+    spikes: dict[str, Any] = field(default_factory=dict)
 
 
 def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content | None:
@@ -61,6 +63,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "samples": position.samples,
         "bad_samples": position.bad_samples,
         "seconds": position.seconds,
+        "spikes": position.spikes,
         "train_step": step.state_dict(),
         "moments": scalars,
         "rng": states,
@@ -146,7 +149,8 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         remarks.append(
             f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
         )
-    return Position(state["step"], state["samples"], state["bad_samples"], state["seconds"]), remarks
+    counters = {name: state[name] for name in ("step", "samples", "bad_samples", "seconds")}
+    return Position(**counters, spikes=state.get("spikes", {})), remarks
 
 
 def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:

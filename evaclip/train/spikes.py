@@ -2,7 +2,9 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 _SCALE = 1.4826
 """Times the median absolute deviation, an estimate of the standard deviation."""
@@ -31,6 +33,15 @@ class SpikeDetector:
     def is_calm(self) -> bool:
         """Whether the last record was ordinary."""
         return self.suspicious == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses that it judges by, as a checkpoint holds them."""
+        return {"ordinary": list(self._ordinary), "suspicious": self.suspicious}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`; without one, as of an earlier version, nothing is remembered."""
+        self._ordinary = deque(state.get("ordinary", ()), maxlen=self._window)
+        self.suspicious = state.get("suspicious", 0)
 
     def saw(self, loss: float) -> bool:
         """Takes the loss of the next record; true if a spike is complete, which is then forgotten."""

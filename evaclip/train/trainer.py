@@ -3,13 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shlex import quote
 
 import torch
+import torch.distributed as dist
 
 from evaclip.data import Batch
 from evaclip.data.faults import BadShare
@@ -41,8 +43,12 @@ from evaclip.train.tracing import Tracer, collecting
 from evaclip.train.watchdog import Watchdog
 from evaclip.weights import is_sharded
 
+_STEP_LIMIT = 1.2
+"""Share of `watchdog.seconds` that a collective of a step may wait: the watchdog looks up to 1.1 times as late, and its
+report says more than the timeout of a rank that waits."""
 
-class TrainingDiverged(RuntimeError):
+
+class TrainingDiverged(RunFailed):
     """Too many steps in a row had a loss or gradient that is not finite, or the loss jumped too often."""
 
 
@@ -74,11 +80,11 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         UserError: the configuration cannot be run, the run exists already, or another process trains it.
         RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
-        RunFailed: more samples are bad than `data.max_bad_share` allows.
+        RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_share` allows.
     """
     world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers, config.loss.products)
-    with closing(world), naming_timeouts(config.parallel), ExitStack() as stack:
+    with world, naming_timeouts(config.parallel), _out_of_memory_is_final(config), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
         folder, lock = RunFolder.of(config), None
@@ -106,6 +112,21 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
                 return Trainer(parts, folder, report, position, lock).run()
             report.say(f"the run is finished: {_told(folder, position.step)}")
             return Outcome(folder.path, position.step, metrics)
+
+
+@contextmanager
+def _out_of_memory_is_final(config: TrainConfig) -> Iterator[None]:
+    """Inside, an error of too little memory becomes a RunFailed: another start would take as much."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as exc:
+        if not isinstance(exc, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(exc):
+            raise
+        raise RunFailed(
+            f"batch_size={config.batch_size} with accumulation={config.accumulation} must fit into memory, got: "
+            f"{' '.join(str(exc).split()) or type(exc).__name__}; a larger accumulation or "
+            "model.savings.recompute=block takes less, and `evaclip plan` says how much"
+        ) from exc
 
 
 def _final_metrics(parts: Parts, folder: RunFolder, step: int) -> Metrics | None:
@@ -162,7 +183,9 @@ class Trainer:
         writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
-        self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort)
+        self._spikes.load_state_dict(position.spikes)
+        self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort is True)
+        self._is_steady = False
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
@@ -181,6 +204,7 @@ class Trainer:
             with collecting(self.config.collect_every) as collect, closing(self._tracer):
                 while not stopped and self.position.step < self.parts.total_steps:
                     stopped = self._part(signals, collect)
+            self._expect_steps(False)
             if self._saved_at != self.position.step:
                 self._save()
             self._saver.finish()
@@ -198,6 +222,7 @@ class Trainer:
 
     def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:
         """The steps to come with one image size; True if a signal stopped them before."""
+        self._expect_steps(False)  # the first step may open a cold index, and compiles
         self.parts.resolution.begin(self.position.step)
         # Time without batches is not the training's, and images of two sizes don't cost the same.
         self.meter.restart()
@@ -211,13 +236,15 @@ class Trainer:
         while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
             self._tracer.between(self.position.step)
             before = self.position.samples
-            with self._watchdog.phase("data"):
+            abort = self.config.watchdog.abort is None and self._is_steady and dist.is_torchelastic_launched()
+            with self._watchdog.phase("data", abort=abort):
                 batch = self.meter.fetch(batches)
-            with self._watchdog.phase("step"):
+            with self._watchdog.phase("step", abort=abort):
                 result = self._step(batch)
                 reached = self.position.step
                 taken = self._lock is not None and self._lock.robber is not None
                 stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
+            self._expect_steps(True)
             collect(self.position.step)
             if taken:
                 self._check_lock()
@@ -234,6 +261,16 @@ class Trainer:
             if is_due and self.position.step == reached and self._evaluate(signals):
                 return True
         return False
+
+    def _expect_steps(self, steady: bool) -> None:
+        """Says whether all ranks go from one step to the next, so that none has a reason to wait long for another."""
+        if steady == self._is_steady:
+            return
+        self._is_steady = steady
+        limit, seconds = timedelta(minutes=self.config.parallel.timeout_minutes), self.config.watchdog.seconds
+        if steady and seconds is not None:
+            limit = min(limit, timedelta(seconds=_STEP_LIMIT * seconds))
+        self.world.set_timeout(limit, self.parts.model)
 
     def _check_lock(self) -> None:
         if self._lock is not None:
@@ -330,6 +367,7 @@ class Trainer:
         problem = f"{problem}, up to step {self.position.step}"
         if self.position.rollbacks >= policy.max_rollbacks:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
+        self._expect_steps(False)
         self._saver.finish()
         root = self.folder.checkpoints
         choose = partial(checkpoint.choose, root, self.report.say, snapshot.is_good)
@@ -340,8 +378,10 @@ class Trainer:
         # The data goes on from here: what led to the failure would lead to it again.
         self.position.step = restored.step
         self.position.rollbacks += 1
+        # Judged by later losses, those of the restored weights would be a spike again.
+        self._spikes.load_state_dict(restored.spikes)
         if self.world.is_main:
-            checkpoint.go_back_to(good)
+            checkpoint.go_back_to(good, self.config.checkpoint.keep_every)
         self._saved_at = None
         self.report.say(f"{problem}: went back to {good.name}, leaving out the data in between")
 
@@ -350,6 +390,7 @@ class Trainer:
         evaluation, ema = self.parts.evaluation, self.parts.ema
         if evaluation is None:
             return False
+        self._expect_steps(False)
         begun = time.monotonic()
         whole = self.parts.resolution.whole()
         try:
@@ -366,8 +407,10 @@ class Trainer:
         return False
 
     def _save(self) -> None:
+        self._expect_steps(False)
         self._count_bad_samples()
         self.position.seconds = self.meter.seconds
+        self.position.spikes = self._spikes.state_dict()
         with self._watchdog.phase("saving"):
             content = snapshot.take(self.parts, self.position, calm=self._spikes.is_calm)
             if content is not None:

@@ -22,14 +22,14 @@ class Watchdog:
     Args:
         rank: of this process.
         seconds: a phase may take; None watches nothing.
-        abort: end the process then, with `EXIT_CODE`.
+        abort: end the process then, with `EXIT_CODE`, in every phase.
     """
 
     def __init__(self, rank: int, seconds: float | None, abort: bool) -> None:
         self._rank = rank
         self._seconds = seconds
         self._abort = abort
-        self._phase: tuple[str, float] | None = None
+        self._phase: tuple[str, float, bool] | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if seconds is not None:
@@ -37,13 +37,13 @@ class Watchdog:
             self._thread.start()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What is done inside."""
-        before, self._phase = self._phase, (name, time.monotonic())
+    def phase(self, name: str, *, abort: bool = False) -> Iterator[None]:
+        """Names what is done inside; `abort` ends the process if this phase takes too long."""
+        before, self._phase = self._phase, (name, time.monotonic(), abort or self._abort)
         try:
             yield
         finally:
-            self._phase = before and (before[0], time.monotonic())
+            self._phase = before and (before[0], time.monotonic(), before[2])
 
     def close(self) -> None:
         self._closed.set()
@@ -52,7 +52,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        told: tuple[str, float] | None = None
+        told: tuple[str, float, bool] | None = None
         while not self._closed.wait(self._seconds / 10):
             phase = self._phase
             if phase is None or phase is told or time.monotonic() - phase[1] < self._seconds:
@@ -65,5 +65,5 @@ class Watchdog:
                 flush=True,
             )
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-            if self._abort:
+            if phase[2]:
                 os._exit(EXIT_CODE)

@@ -105,26 +105,41 @@ def _fetch(file: HubFile, revision: str | None, optional: bool = False) -> Path 
     """The local copy; None for an optional file that the repository doesn't have."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
+    wanted = "weights" if optional else file.name
     known = isinstance(try_to_load_from_cache(file.repository, file.name, revision=revision), str)
     try:
-        path = Path(hf_hub_download(file.repository, file.name, revision=revision))
+        local = not known and not _is_reachable(file, revision)
+        path = Path(hf_hub_download(file.repository, file.name, revision=revision, local_files_only=local))
     except errors.LocalEntryNotFoundError as exc:
         reason = "it isn't in the cache, and the hub can't be reached or isn't to be asked"
-        raise _failure(file, reason) from exc
+        raise _failure(file, wanted, reason) from exc
     except errors.EntryNotFoundError as exc:
         if optional:
             return None
         raise UserError(f"{file.repository} on the Hugging Face hub has no file {file.name}") from exc
     except Exception as exc:  # The hub's client raises those of several libraries; all mean the same here.
-        raise _failure(file, type(exc).__name__) from exc
+        raise _failure(file, wanted, type(exc).__name__) from exc
     if not known:
         _verify(path, file)
     return path
 
 
-def _failure(file: HubFile, reason: str) -> UserError:
+def _is_reachable(file: HubFile, revision: str | None) -> bool:
+    """Whether the hub answers one request. `hf_hub_download` itself repeats a failed one for half a minute."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(file.repository, file.name, revision=revision))
+    except errors.HfHubHTTPError:
+        return True  # with an error, which the download reports
+    except Exception:  # of no network, by whichever library the client uses
+        return False
+    return True
+
+
+def _failure(file: HubFile, wanted: str, reason: str) -> UserError:
     return UserError(
-        f"can't get {file.name} of {file.repository} from the Hugging Face hub ({reason}); "
+        f"can't get {wanted} of {file.repository} from the Hugging Face hub ({reason}); "
         "where there is no network, download the file elsewhere and give its path"
     )
 

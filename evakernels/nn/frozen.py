@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Self, TypeVar
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,16 @@ class FrozenWeight(Tensor):
 
     Raises:
         TypeError: where it is written to, or a view of it is asked for.
-        RuntimeError: in a product with an input of another dtype, or one that wants a gradient.
+        RuntimeError: in a product with an input of another dtype, or one that wants a gradient, and in training mode
+            where gradients are enabled.
     """
 
     _packed: Tensor
     _scale: Tensor | None
     """Of each output in 8 bits, float32 `[out]`."""
     _pieces: dict[Any, tuple["FrozenWeight", ...]]
+    _module: Callable[[], nn.Module | None]
+    """Its module, while there is one."""
     _layout: tuple[int, int, torch.dtype]
     """Outputs, inputs and dtype: the properties of a tensor of another class take some microseconds each."""
 
@@ -43,6 +47,7 @@ class FrozenWeight(Tensor):
     def __new__(cls, packed: Tensor, scale: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Self:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=_CPU)
         self._packed, self._scale, self._pieces, self._layout = packed, scale, {}, (*shape, dtype)
+        self._module = lambda: None
         return self
 
     @classmethod
@@ -116,7 +121,16 @@ class FrozenWeight(Tensor):
                 f"linear: a weight that was frozen in {dtype} got {x.dtype}; freeze a model in the dtype that it "
                 "computes in, under autocast too, as by model.to(torch.bfloat16)"
             )
-        if x.requires_grad and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        # torch.compile, which takes this function by itself, knows no weak references.
+        module = None if torch.compiler.is_compiling() else self._module()
+        if module is not None and module.training:
+            raise RuntimeError(
+                "linear: the weight must not be frozen in training mode; evakernels.restore(model) undoes "
+                "accelerate(model, freeze=True), evakernels.nn.unfreeze(model) undoes freeze(model)"
+            )
+        if x.requires_grad:
             raise RuntimeError(
                 "linear: the weight is frozen, for inference alone, and the input wants a gradient: call the model "
                 "under torch.inference_mode()"
@@ -206,6 +220,7 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
             continue
         if weight not in frozen:
             frozen[weight] = nn.Parameter(FrozenWeight.of(weight, int8=in_int8), requires_grad=False)
+            frozen[weight]._module = ref(module)  # type: ignore[attr-defined]
         module.register_parameter(name.rpartition(".")[2], frozen[weight])
         if _with_dense_weights not in module._state_dict_hooks.values():
             module.register_state_dict_post_hook(_with_dense_weights)

@@ -267,3 +267,14 @@ def test_accelerate_freezes_and_restore_thaws():
 def test_compiled_code_leaves_frozen_products_to_eager_mode():
     froze, x = freeze(model()), torch.randn(4, 96)
     assert torch.equal(torch.compile(froze, backend="eager")(x), froze(x))
+
+
+def test_frozen_weight_in_training_mode():
+    layers = freeze(model())
+    layers.train()
+    with pytest.raises(RuntimeError, match=r"weight must not be frozen.*restore\(model\)"):
+        layers(torch.ones(2, 96))
+    with torch.no_grad():
+        layers(torch.ones(2, 96))
+    layers.eval()(torch.ones(2, 96))
+    unfreeze(layers).train()(torch.ones(2, 96)).sum().backward()

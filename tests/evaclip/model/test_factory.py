@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from small_models import random_images, small_model
 
 import evaclip
-from evaclip import CLIP, create_model, create_model_and_transforms, create_vision_model, get_config, get_tokenizer
+from evaclip import (
+    CLIP,
+    create_model,
+    create_model_and_transforms,
+    create_model_from_pretrained,
+    create_vision_model,
+    get_config,
+    get_tokenizer,
+)
 from evaclip.errors import UserError
 from evaclip.weights import describe_preprocess
 
@@ -127,3 +135,43 @@ def test_public_names_exist() -> None:
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         evaclip.create_modle  # noqa: B018
     assert get_config("tiny") is evaclip.get_config("tiny")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run of another image size, with averaged weights."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000007"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text("step_00000007\n")
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    model = create_model("tiny", vision={"image_size": 48, "layers": 1})
+    (checkpoint / "model.json").write_text(json.dumps({"name": "tiny", **asdict(model.config)}))
+    save_file(model.state_dict(), checkpoint / "model.safetensors")
+    save_file({name: value + 1 for name, value in model.state_dict().items()}, checkpoint / "ema.safetensors")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("form", [".", "checkpoints/step_00000007"])
+def test_create_model_takes_a_run(form: str, run_folder: Path) -> None:
+    model = create_model(str(run_folder / form))
+    expected = create_model("tiny", run_folder / "checkpoints" / "step_00000007" / "ema.safetensors")
+    assert model.config == expected.config
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    assert get_tokenizer(str(run_folder)).context_length == model.config.text.context_length
+    assert create_model_from_pretrained(str(run_folder))[1].size == 48
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(create_model, "EVA02-CLIP-B-16"), (create_vision_model, "eva02_tiny_patch14_224")]
+)
+def test_run_of_another_model_is_one_line(make, name, run_folder):
+    with pytest.raises(UserError, match=f"pretrained must be weights of model {name!r}, got .* 'tiny'") as caught:
+        make(name, run_folder, as_trained=False)
+    assert len(str(caught.value)) < 300
+
+
+def test_create_model_refuses_an_image_models_run(run_folder: Path) -> None:
+    file = run_folder / "checkpoints" / "step_00000007" / "model.json"
+    file.write_text(json.dumps({"name": "eva02_tiny_patch14_224"}))
+    with pytest.raises(UserError, match="model_name must be a CLIP model"):
+        create_model(str(run_folder))

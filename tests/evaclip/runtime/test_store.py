@@ -250,7 +250,6 @@ def test_stores_that_do_not_merge(two_stores, tmp_path):
         ("id = '2.jpg'", [2]),
         ("caption='x and y'", [5]),
         ("caption~%", []),
-        ("missing=1", []),
         ("year=123456789012345678901234567890", []),
     ],
 )
@@ -258,6 +257,12 @@ def test_conditions(tmp_path, where, expected):
     store = filled(tmp_path, unit(5))
     store.add(unit(1), [Row("other", "00", "x and y", {"year": "unknown"})])
     assert store.select(where).tolist() == expected
+
+
+@pytest.mark.parametrize("where", ["yaer=1", "yaer!=1", "year=2001 and yaer~x"])
+def test_where_key_that_no_row_has(where, tmp_path):
+    with pytest.raises(UserError, match=r"'yaer'.*'year'"):
+        filled(tmp_path, unit(5)).select(where)
 
 
 def test_either_case_is_that_of_all_letters(tmp_path):

@@ -240,6 +240,13 @@ def test_going_back_makes_later_ones_not_newer(tmp_path: Path) -> None:
     assert checkpoint.find("auto", tmp_path, pytest.fail) == older
 
 
+def test_going_back_keeps_multiples_of_keep_every(tmp_path: Path) -> None:
+    older, *_ = save(tmp_path, 1, 2, 3, 4)
+    checkpoint.go_back_to(older, keep_every=2)
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002", "step_00000004"]
+    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
+
+
 def test_choice_can_be_restricted(tmp_path: Path) -> None:
     (older,) = save(tmp_path, 1)
     checkpoint.save(tmp_path, 2, content(2, good=False))

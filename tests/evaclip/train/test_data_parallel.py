@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from processes import in_processes
 from safetensors.torch import load_file
 from sharded_run import train_all
 from small_tasks import TASKS
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
@@ -173,6 +174,34 @@ def group_limits(config: TrainConfig) -> None:
 def test_every_group_has_its_limit(run_config: Callable[..., TrainConfig]) -> None:
     limits = "timeout_minutes: 240, saving_timeout_minutes: 720"
     in_processes(2, group_limits, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
+
+
+@pytest.mark.parametrize(("error", "left"), [(None, "destroy"), (ValueError("one rank"), "abort")])
+def test_error_aborts_nccl_groups(error, left, monkeypatch):
+    """With a stand-in for NCCL's groups, whose `destroy_process_group` waits for kernels of other ranks."""
+    calls, group = [], Mock()
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: calls.append("abort"))
+    with suppress(ValueError), World(torch.device("cuda"), 0, 2, group, group):
+        if error is not None:
+            raise error
+    assert calls == [left]
+
+
+def shortened_limits(config: TrainConfig) -> None:
+    with connect("cpu", config.parallel) as world:
+        saving, mesh = world.new_saving_group(), _mesh(config.parallel, world)
+        model = torch.nn.Linear(4, 4, bias=False)
+        model.weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)]))
+        world.set_timeout(timedelta(minutes=5), model)
+        groups = [world.group, world.control, saving, *mesh.get_all_groups()]
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert [limit / timedelta(minutes=1) for limit in limits] == [5, 5, 1440, 5, 5]
+
+
+@pytest.mark.xdist_group("processes")
+def test_timeout_of_steps_leaves_saving_alone(run_config: Callable[..., TrainConfig]) -> None:
+    in_processes(2, shortened_limits, run_config("parallel={mode: hybrid, shard_size: 2}"))
 
 
 def test_a_world_of_one_changes_nothing() -> None:

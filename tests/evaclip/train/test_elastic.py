@@ -73,3 +73,36 @@ def _second(torchrun: int) -> psutil.Process:
     """The process of rank 1."""
     workers = [child for child in psutil.Process(torchrun).children() if child.environ().get("RANK") == "1"]
     return workers[0]
+
+
+FAILING = """
+import os, sys, torch
+from evaclip.commands.main import main
+from evaclip.train.step import TrainStep
+from evaclip.train.trainer import TrainingDiverged
+
+def fail(self, *args, **options):
+    if {kind!r} == "diverged":
+        raise TrainingDiverged("the loss was not finite")
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return step(self, *args, **options)
+
+with open({starts!r}, "a") as file:
+    file.write(os.environ["RANK"])
+step, TrainStep.__call__ = TrainStep.__call__, fail
+sys.exit(main(["train", "tiny", "--config", {config!r}, "--resume", "auto"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["diverged", "memory"])
+def test_final_error_starts_once(kind: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """In one rank or in all; torchrun ends with an error that no batch script takes for a stop by a signal."""
+    starts, program, path = tmp_path / "starts", tmp_path / "program.py", tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run_config()))
+    program.write_text(FAILING.format(kind=kind, starts=str(starts), config=str(path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert sorted(starts.read_text()) == ["0", "1"]

@@ -1,5 +1,6 @@
 """Reports: the log file, the lines, TensorBoard."""
 
+import errno
 import json
 import math
 import os
@@ -84,9 +85,22 @@ def test_the_terminal_shows_what_matters(progress, capsys, monkeypatch):
     text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     assert progress != "rich" or max(map(len, text.splitlines())) <= 80
     for part in ("resuming [from] somewhere", "loss 2.5000", "100.0 samples/s", "data wait 25%", "MFU 37.5%",
-                 "skipped 3", "bad samples 7", "eta", "5/20", "top1 50.00%", "samples 512", "val/loss 2.25",
-                 "val/r1 nan", "accuracy 12.5%", "lr 2.00e-03/4.00e-03"):  # fmt: skip
+                 "skipped 3", "bad samples 7", "eta", "5/20", "top1 50.00%", "val: loss 2.25 r1 nan",
+                 "accuracy 12.5%", "lr 2.00e-03/4.00e-03"):  # fmt: skip
         assert part in text
+
+
+def test_evaluation_lines_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracies = {"zero_shot_top1": 0.5, "zero_shot_top5": 0.75, "chance_top1": 0.001, "classes": 1000}
+    recalls = {f"{way}_r{k}": 0.25 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    each = {"samples": 512, "unreadable": 3, **accuracies, **recalls, "loss": 2.25}
+    with open_report(LogConfig(progress="plain"), None, 0, 20) as report:
+        report.evaluation(5, {f"{name}/{key}": value for name in ("imagenet", "val") for key, value in each.items()})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["step 5/20  imagenet", "step 5/20  val"]
+    assert lines[1].split(": ")[1].split("  ") == [
+        "unreadable 3", "zero_shot_top1 50.00%", "image_to_text_r1 25.00%", "text_to_image_r1 25.00%", "loss 2.25",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("progress", ["plain", "rich"])
@@ -108,6 +122,27 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 2.5)]
     assert [(event.step, event.value) for event in events.Scalars("eval/top1")] == [(5, 0.5)]
+
+
+def test_tensorboard_goes_on_after_a_full_disk(tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    original = SummaryWriter.add_scalar
+
+    def add(self: SummaryWriter, name: str, value: float, step: int) -> None:
+        if step in (5, 6):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add)
+    with open_report(LogConfig(progress="none"), tmp_path, 0, 20) as report:
+        for step in (4, 5, 6, 7):
+            report.record(replace(RECORD, step=step))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 7]
+    assert capsys.readouterr().err.count("No space left") == 1
 
 
 def test_meter_separates_waiting_from_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,3 +36,12 @@ def test_the_spike_does_not_move_the_measure() -> None:
 def test_nothing_is_judged_too_early_nor_when_switched_off() -> None:
     assert seen(SpikeDetector(8, 1, 20), [*noise(9), 9.0]) == []
     assert seen(SpikeDetector(None, 1, 2), [*noise(9), 9.0, math.nan]) == []
+
+
+def test_spike_detector_state_is_restored() -> None:
+    detector, again = SpikeDetector(8, 3, 20), SpikeDetector(8, 3, 20)
+    seen(detector, [*noise(30), 5.0])
+    again.load_state_dict(detector.state_dict())
+    assert seen(again, [5.0, 5.0]) == [1]
+    again.load_state_dict({})
+    assert seen(again, [9.0] * 9) == []

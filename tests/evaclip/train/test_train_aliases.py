@@ -15,7 +15,7 @@ from evaclip.commands.main import build_parser
 from evaclip.errors import UserError
 from evaclip.train import aliases
 from evaclip.train.config import TrainConfig
-from evaclip.train.overrides import _check_keys, resolve
+from evaclip.train.overrides import _check_keys, in_layers, resolve
 from evaclip.train.recipes import get_recipe
 from evaclip.train.tree import Tree, merge
 
@@ -23,7 +23,8 @@ from evaclip.train.tree import Tree, merge
 def apply(*arguments: str, accumulation: int = 1, processes: int = 1) -> TrainConfig:
     given = vars(build_parser().parse_args(["train", "tiny", *arguments]))
     changes = aliases.changes(given, accumulation, processes)
-    return resolve(get_recipe("tiny"), changes)
+    recipe = get_recipe("tiny")
+    return resolve(recipe, in_layers([changes], recipe))
 
 
 def test_an_open_clip_command_line() -> None:
@@ -170,7 +171,7 @@ def test_every_option_of_open_clip_is_known() -> None:
         (["--pretrained", ""], {"model": {"pretrained": None}}),
         (["--force-image-size", "64"], {"model": {"options": {"vision": {"image_size": 64}}}}),
         (["--force-image-size", "64", "96"], {"model": {"options": {"vision": {"image_size": [64, 96]}}}}),
-        (["--warmup", "7"], {"schedule": {"warmup_steps": "7", "warmup_share": None}}),
+        (["--warmup", "7"], {"schedule": {"warmup_steps": "7"}}),
         (
             ["--lock-image", "--lock-image-unlocked-groups", "2"],
             {"model": {"lock_image": True, "lock_image_unlocked_groups": "2"}},

@@ -3,23 +3,29 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
 from evaclip import create_model
-from evaclip.commands.main import main
+from evaclip.commands.main import build_parser, main
+from evaclip.errors import UserError
 from evaclip.train.config import TrainConfig
 from evaclip.train.overrides import dump_yaml, validate
 from evaclip.train.recipes import RECIPES, get_recipe
+from evaclip.train.step import TrainStep
+from evaclip.train.trainer import TrainingDiverged
 
 
 @pytest.fixture
@@ -117,6 +123,108 @@ def test_print_config_is_complete_and_later_words_win(capsys: Any, tmp_path: Pat
     assert (config.optim.lr, config.optim.eps, config.optim.beta1, config.seed) == (2.0, 0.25, 0.5, 8)
     assert (config.log.every_steps, config.device, config.batch_size) == (3, "cpu", 24)
     assert config.schedule == get_recipe("tiny").schedule
+
+
+def printed(capsys: Any, *arguments: str) -> TrainConfig:
+    """The configuration that a command line comes to."""
+    assert main(["train", *arguments, "--print-config"]) == 0
+    return validate(yaml.safe_load(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--epochs", "3"], None),
+        (["--set", "schedule.epochs=3"], None),
+        (["--epochs", "3", "--train-num-samples", "1000"], 1000),
+        (["--epochs", "3", "--train-num-samples", "40000000"], 40_000_000),
+        (["--epochs", "3", "--set", "schedule.epoch_samples=1000"], 1000),
+        (["--set", "schedule.steps=3"], 40_000_000),
+    ],
+)
+def test_epochs_are_of_the_data_given(arguments, expected, capsys, tmp_path):
+    assert printed(capsys, "eva02-b-16", *arguments).schedule.epoch_samples == expected
+    file = tmp_path / "my.yaml"  # a whole configuration, as --print-config writes it
+    file.write_text(dump_yaml(get_recipe("eva02-b-16")))
+    assert printed(capsys, "eva02-b-16", "--config", str(file), *arguments).schedule.epoch_samples == expected
+
+
+def test_own_epoch_samples_outlive_epochs(capsys: Any, tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("schedule: {epoch_samples: 1000}")
+    schedule = printed(capsys, "eva02-b-16", "--config", str(file), "--epochs", "3").schedule
+    assert (schedule.steps, schedule.epochs, schedule.epoch_samples) == (None, 3, 1000)
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "expected"),
+    [
+        ("{}", ["--set", "schedule.warmup_steps=20"], {"warmup_steps": 20, "warmup_share": None}),
+        ("{}", ["--set", "schedule.warmup_steps=0"], {"warmup_steps": 0, "warmup_share": None}),
+        ("{}", ["--warmup", "20", "--set", "schedule.warmup_share=0.2"], {"warmup_steps": 0, "warmup_share": 0.2}),
+        ("{schedule: {warmup_steps: 9}}", [], {"warmup_steps": 9, "warmup_share": None}),
+        ("{schedule: {warmup_steps: 9}}", ["--set", "schedule.warmup_share=0.2"], {"warmup_share": 0.2}),
+        ("{}", ["--set", "schedule.steps=7"], {"steps": 7, "epochs": None, "warmup_share": 0.1}),
+        ("{schedule: {steps: 9}}", ["--epochs", "2"], {"steps": None, "epochs": 2}),
+        (
+            "{schedule: {name: constant, cooldown_steps: 9}}",
+            ["--set", "schedule.cooldown_share=0.2"],
+            {"cooldown_steps": 0, "cooldown_share": 0.2},
+        ),
+    ],
+)
+def test_later_spelling_of_the_schedule_wins(file, arguments, expected, capsys, tmp_path):
+    (tmp_path / "my.yaml").write_text(file)
+    schedule = printed(capsys, "finetune", "--config", str(tmp_path / "my.yaml"), *arguments).schedule
+    assert {key: getattr(schedule, key) for key in expected} == expected
+
+
+def test_two_spellings_in_one_layer_are_refused(capsys: Any) -> None:
+    both = ["schedule.warmup_steps=20", "schedule.warmup_share=0.2"]
+    assert main(["train", "finetune", "--set", *both, "--print-config"]) == 2
+    assert "warmup_steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers"),
+    [([], 2), (["--workers", "4"], 4), (["--set", "data.workers=3"], 3), (["--print-config"], 4)],
+)
+def test_recipe_workers_are_at_most_the_cores(arguments, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    args = build_parser().parse_args(["train", "finetune", "--train-data", "x", *arguments])
+    seen = []
+    monkeypatch.setattr(
+        "evaclip.train.trainer.train", lambda config, **options: seen.append(config) or Mock(stopped_by=None)
+    )
+    monkeypatch.setattr("evaclip.train.comments.commented_yaml", lambda config: seen.append(config) or "")
+    args.run(args)
+    assert [config.data.workers for config in seen] == [workers]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "starts"),
+    [
+        (torch.OutOfMemoryError("no room"), 1, 1),
+        (TrainingDiverged("nan"), 1, 1),
+        (UserError("a key"), 2, 2),
+        (OSError("x"), 1, None),
+    ],
+)
+def test_final_errors_stop_torchrun(error, code, starts, config_file, monkeypatch, tmp_path):
+    """torchrun's agent is told to stop after so many starts."""
+
+    def step(*args: Any, **options: Any) -> Any:
+        raise error
+
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(os, "kill", lambda *given: signals.append(given))
+    for start in (1, 2):
+        for rank in (0, 1):
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_{start}" / str(rank) / "error.json"))
+            assert main(["train", "tiny", "--config", config_file, "--overwrite"]) == code
+        stopped = [given for given in signals if given == (os.getppid(), signal.SIGTERM)]
+        assert len(stopped) == (starts is not None and start >= starts)
 
 
 def test_released_weights_are_fine_tuned_on_a_folder(capsys, tmp_path, monkeypatch):

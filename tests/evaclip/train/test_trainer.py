@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +22,15 @@ from evaclip.data import Batch, TrainLoader
 from evaclip.errors import RunFailed, UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
-from evaclip.train import saver
-from evaclip.train.checkpoint import Lost, NotWritten
+from evaclip.train import saver, snapshot
+from evaclip.train.checkpoint import Lost, NotWritten, load_state
 from evaclip.train.config import TrainConfig
+from evaclip.train.distributed import World
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.tasks import task_class
 from evaclip.train.trainer import TrainingDiverged, train
+from evaclip.train.watchdog import Watchdog
 
 Make = Callable[..., TrainConfig]
 Change = Callable[[int, Batch], Batch]
@@ -296,6 +300,115 @@ def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, caps
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
     assert records[-1]["samples"] == 12 * 8
     assert checkpoints(outcome.folder) == [f"step_{step:08d}" for step in range(1, 11)]
+
+
+def test_spike_detector_returns_with_the_weights(run_config, monkeypatch, capsys):
+    """The loss of the restored weights is far above the loss before the spike, and no spike."""
+    original = TrainStep.__call__
+    calls = []
+
+    def step(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
+        calls.append(step)
+        loss = 100.0 if 20 <= len(calls) <= 21 else 3.0 - (step >= 12) + 0.01 * (step % 3)
+        return replace(original(self, images, tokens, step, **options), loss=torch.tensor(loss))
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    saving = "checkpoint={every_steps: 10, keep: 99}"
+    outcome = train(run_config("spikes={deviations: 20, patience: 2, window: 8}", saving, "schedule.steps=24"))
+    text = capsys.readouterr().out
+    assert [line.split(":")[0] for line in re.findall("went back to (.*),", text)] == ["step_00000010"]
+    assert outcome.steps == 24
+
+
+def test_spike_detector_is_resumed(run_config: Make, tmp_path: Path) -> None:
+    config = run_config("spikes={deviations: 1e9, window: 4}", "checkpoint.every_steps=3", "schedule.steps=6")
+    train(config)
+    losses = [record["loss"] for record in read_log(tmp_path / "run" / "log.jsonl")]
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (3, 6):
+        state = load_state(folder / f"step_{step:08d}")
+        assert state["spikes"] == {"ordinary": losses[max(0, step - 4) : step], "suspicious": 0}
+    straight = load_file(folder / "step_00000006" / "model.safetensors")
+    shutil.rmtree(folder / "step_00000006")
+    (folder / "latest").write_text("step_00000003\n")
+    train(config, resume="auto")
+    assert load_state(folder / "step_00000006")["spikes"]["ordinary"] == losses[2:]
+    resumed = load_file(folder / "step_00000006" / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_checkpoint_without_spikes_is_resumed(run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an earlier version wrote it."""
+    config = run_config("schedule={steps: 4, name: constant}")
+    original = snapshot.checkpoint.Content
+
+    def content(**parts: Any) -> Any:
+        return original(**{**parts, "state": {key: value for key, value in parts["state"].items() if key != "spikes"}})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot.checkpoint, "Content", content)
+        train(config)
+    assert train(run_config("schedule={steps: 6, name: constant}"), resume="latest").steps == 6
+
+
+def test_full_disk_costs_one_line(run_config, change_batches, tmp_path, capfd):
+    """Every file that the run has open there is full for two steps; what they report is written afterwards."""
+    full, opened = os.open("/dev/full", os.O_WRONLY), {}
+
+    def change(number: int, batch: Batch) -> Batch:
+        if number == 2:
+            files = {int(link.name): Path(os.path.realpath(link)) for link in Path("/proc/self/fd").iterdir()}
+            for descriptor in [of for of, file in files.items() if file.is_relative_to(tmp_path / "run")]:
+                opened[descriptor] = os.dup(descriptor)
+                os.dup2(full, descriptor)
+        if number == 4:
+            for descriptor, before in opened.items():
+                os.dup2(before, descriptor)
+        return batch
+
+    change_batches(change)
+    outcome = train(run_config("log.tensorboard=true"))
+    assert [record["step"] for record in read_log(outcome.folder / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert list(read_log(outcome.folder / "events.jsonl")[-1])[-1] == "end"
+    assert len(opened) >= 2
+    assert capfd.readouterr().err.count("can't be written") == 1
+
+
+def test_timeouts_are_short_between_steps_alone(run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    monkeypatch.setattr(World, "set_timeout", lambda self, limit, model: limits.append(limit.total_seconds()))
+    train(run_config("watchdog.seconds=100", "checkpoint.every_steps=2", "schedule.steps=4"))
+    assert limits == [120, 7200, 120, 7200]
+
+
+@pytest.mark.parametrize("abort", [None, False, True])
+def test_watchdog_aborts_steps_under_torchrun(abort, run_config, monkeypatch):
+    seen: list[tuple[str, bool]] = []
+    original = Watchdog.phase
+
+    def phase(self: Watchdog, name: str, **options: bool) -> Any:
+        context = original(self, name, **options)
+        seen.append((name, bool(options.get("abort"))))
+        return context
+
+    monkeypatch.setattr(Watchdog, "phase", phase)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    train(run_config(f"watchdog.abort={json.dumps(abort)}", "schedule.steps=3", "checkpoint.every_steps=2"))
+    assert {name for name, _ in seen} == {"data", "step", "saving"}
+    # Of three steps the second alone follows a step; a checkpoint comes before the third.
+    assert [name for name, ends in seen if ends] == (["data", "step"] if abort is None else [])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't")]
+)
+def test_out_of_memory_is_final(error, run_config, monkeypatch):
+    def step(*args: Any, **options: Any) -> StepResult:
+        raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    with pytest.raises(RunFailed, match="batch_size=8"):
+        train(run_config())
 
 
 def test_bad_samples_are_counted(run_config: Make, change_batches: Callable[[Change], None], tmp_path: Path) -> None:

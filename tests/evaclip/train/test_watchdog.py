@@ -23,8 +23,12 @@ with watchdog.phase("data"):
 """
 
 
-def test_who_hangs_where_and_the_end_of_it() -> None:
-    result = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=50, check=False)
+@pytest.mark.parametrize("of_phase", [False, True])
+def test_who_hangs_where_and_the_end_of_it(of_phase: bool) -> None:
+    program = HANGING
+    if of_phase:
+        program = HANGING.replace(", abort=True", ", abort=False").replace('phase("data")', 'phase("data", abort=True)')
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert result.returncode == EXIT_CODE
     assert "watchdog: process 3" in result.stderr
     assert "has been in 'data' for" in result.stderr

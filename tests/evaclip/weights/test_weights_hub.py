@@ -98,7 +98,7 @@ def test_weights_in_several_parts(hub: Hub) -> None:
     ("source", "message"),
     [
         (f"{SOURCE}/none.pt", r"timm/eva02\S+ on the Hugging Face hub has no file none\.pt"),
-        ("hf-hub:nobody/nothing", r"can't get open_clip_model\.safetensors of nobody/nothing .*RepositoryNotFound"),
+        ("hf-hub:nobody/nothing", r"can't get weights of nobody/nothing .*RepositoryNotFound"),
         ("hf-hub:nothing", r"'hf-hub:nothing' isn't a name on the hub; expected hf-hub:OWNER/NAME"),
     ],
 )
@@ -120,5 +120,10 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch)
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
     ask(closed, monkeypatch)
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
     with pytest.raises(UserError, match=r"can't get EVA02_CLIP_B_psz16_s8B\.pt of QuanSun/EVA-CLIP .*give its path"):
         create_model("EVA02-B-16", pretrained="eva_clip")
+    with pytest.raises(UserError, match="can't get weights of a/b"):
+        find_weights("hf-hub:a/b", "tiny")
+    assert waits == []
