@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._optimizer import rounded
+from evakernels.reference._stochastic_rounding import round_stochastically
 
 _PART = 2**18
 """Elements that are copied at a time, so that copies stay in the cache."""
@@ -36,7 +36,6 @@ def adamw_update(
 ) -> None:
     beta1, beta2, eps = betas_and_eps
     skip = None if found_inf is None else (found_inf.reshape(()) > 0).float()
-    options = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False, "found_inf": skip}
     for i, (step, lr, decay) in enumerate(zip(steps, lrs, weight_decays, strict=True)):
         step += 1 if skip is None else 1 - skip
         dtype = accumulation_dtype(params[i])
@@ -46,11 +45,16 @@ def adamw_update(
             w, m, v, g = (part.to(dtype) for part in parts)
             if grad_scale is not None:
                 g = g / grad_scale.reshape(())
-            torch._fused_adamw_([w], [g], [m], [v], [], [step], lr=lr, weight_decay=decay, **options)
-            w = rounded(w, i, step, seeds, [first + number * _PART for first in first_elements])
+            torch._fused_adamw_(
+                [w], [g], [m], [v], [], [step], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+                amsgrad=False, maximize=False, found_inf=skip,
+            )  # fmt: skip
+            if seeds:
+                w = round_stochastically(w, seeds[i], step, first_elements[i] + number * _PART)
             for part, value in zip(parts, (w, m, v), strict=False):
                 if value is not part:
                     part.copy_(value)
         for tensor, copy in zip(given[:3], dense, strict=False):
             if copy is not tensor:
                 tensor.copy_(copy)
+        torch.autograd.graph.increment_version(given[:3])  # the fused step doesn't
