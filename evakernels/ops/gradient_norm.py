@@ -50,7 +50,8 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     dtype, device = accumulation_dtype(*grads), grads[0].device
     alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for grad in grads:
-        parts = local(grad).reshape(-1).split(_PART) if grad.is_cpu else (local(grad),)
+        own = local(grad)
+        parts = own.reshape(-1).split(_PART) if own.is_cpu and own.numel() > _PART else (own,)
         alike[grad.device, grad.dtype, groups_of(grad)] += parts
     squares = []
     for (_, _, groups), parts in alike.items():

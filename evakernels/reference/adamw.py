@@ -8,7 +8,7 @@ gradients that it scales. So it gets float32 copies (float64 for float64 paramet
 results are rounded to the stored dtypes. Nothing waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from evakernels.reference._numerics import accumulation_dtype
 from evakernels.reference._stochastic_rounding import round_stochastically
 
-_PART = 2**18
+_PART = 2**17
 """Elements that are copied at a time, so that copies stay in the cache."""
 
 
@@ -36,15 +36,14 @@ def adamw_update(
 ) -> None:
     beta1, beta2, eps = betas_and_eps
     skip = None if found_inf is None else (found_inf.reshape(()) > 0).float()
+    factor = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
+    torch._foreach_add_(steps, 1.0 if skip is None else 1.0 - skip)
     for i, (step, lr, decay) in enumerate(zip(steps, lrs, weight_decays, strict=True)):
-        step += 1 if skip is None else 1 - skip
         dtype = accumulation_dtype(params[i])
-        given = params[i], exp_avgs[i], exp_avg_sqs[i], grads[i]
-        dense = [tensor.contiguous() for tensor in given]
-        for number, parts in enumerate(zip(*(tensor.view(-1).split(_PART) for tensor in dense), strict=True)):
-            w, m, v, g = (part.to(dtype) for part in parts)
-            if grad_scale is not None:
-                g = g / grad_scale.reshape(())
+        for number, parts in enumerate(_parts(params[i], exp_avgs[i], exp_avg_sqs[i], grads[i])):
+            w, m, v, g = (part.to(dtype).contiguous() for part in parts)
+            if factor is not None:
+                g = (g * factor).to(dtype) if g is parts[3] else g.mul_(factor)
             torch._fused_adamw_(
                 [w], [g], [m], [v], [], [step], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
                 amsgrad=False, maximize=False, found_inf=skip,
@@ -54,7 +53,11 @@ def adamw_update(
             for part, value in zip(parts, (w, m, v), strict=False):
                 if value is not part:
                     part.copy_(value)
-        for tensor, copy in zip(given[:3], dense, strict=False):
-            if copy is not tensor:
-                tensor.copy_(copy)
-        torch.autograd.graph.increment_version(given[:3])  # the fused step doesn't
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # the fused step doesn't
+
+
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors in parts of `_PART` elements; whole if they are small or not contiguous."""
+    if tensors[0].numel() <= _PART or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(_PART) for tensor in tensors), strict=True)
