@@ -306,7 +306,7 @@ def ops_of(function: Any) -> tuple[str, ...]:
     # A family's first op is its forward pass.
     family = next((name for name in _implementations if name.startswith(f"{function}_")), None)
     names = (function,) if function in _implementations else _functions.get(function) or ((family,) if family else ())
-    if function == "sample_token_index":
+    if function in ("gradient_norm", "sample_token_index"):
         raise ValueError(f"{function} is made of torch's own operators: no backend of this library serves it")
     if not names:
         public = {name.removesuffix("_forward") for name in _implementations if not name.endswith("_backward")}

@@ -44,8 +44,6 @@ SHAPES = {
     "causal_attention": ("eva02-b16:text b1",),
     "lamb_step": OPTIMIZED,
     "lamb_step of a large tensor": OPTIMIZED,
-    "adamw_step": OPTIMIZED,
-    "gradient_norm": OPTIMIZED,
 }
 """The operations, and the shapes that are usual for each."""
 _ROWS = ("eva02-b16@224 b1",)
@@ -67,7 +65,6 @@ TRITON_SHAPES = {
     "siglip_loss": _PAIRS,
     "lamb_step": OPTIMIZED,
     "adamw_step": OPTIMIZED,
-    "gradient_norm": OPTIMIZED,
 }
 """The same of those with Triton kernels: attention of 257 tokens in heads of 64 channels, and of 65 in those of 88."""
 AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}

@@ -32,13 +32,9 @@ def arguments(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         return next(calls.calls(op, tuning.table("", 80)[op][0]["shape"], draw))
 
 
-def _gradients(draw: _Draw) -> list[Tensor]:
-    return [draw(33), draw(20, 96), draw(5000)]
-
-
 def _state(draw: _Draw) -> list[list[Tensor]]:
     """Parameters, gradients, both moments and step counts of three tensors."""
-    values = _gradients(draw)
+    values = [draw(33), draw(20, 96), draw(5000)]
     grads, exp_avgs = ([draw(*value.shape) for value in values] for _ in range(2))
     exp_avg_sqs = [draw.statistic(*value.shape) for value in values]
     steps = [torch.tensor(3.0, device=draw.device) for _ in values]
@@ -61,7 +57,6 @@ _CALLS: dict[str, Callable[[_Draw], tuple[Any, ...]]] = {
     "siglip_backward": _siglip_backward,
     "gelu_forward": lambda draw: (draw(40, 96), draw(96), 0),
     "gelu_backward": lambda draw: (draw(40, 96), draw(40, 96), draw(96), 0, (True,)),
-    "gradient_norm": lambda draw: (_gradients(draw),),
     "adamw_update": lambda draw: (*_state(draw), _RATES, _DECAYS, _BETAS_AND_EPS, None, None, [], []),
     "lamb_update": lambda draw: (*_state(draw), _DECAYS, _BETAS_AND_EPS, False, None, None),
     "lamb_apply": _lamb_apply,

@@ -34,8 +34,7 @@ class TensorScratch final : public cuda::Scratch {
   std::optional<Tensor> memory_;
 };
 
-// On the device of `tensor`. For ops without CPU kernels: these are registered where there are GPU kernels
-// only.
+// On the device of `tensor`.
 template <auto Cuda, class Params>
 void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
   TensorScratch scratch(tensor);
@@ -68,11 +67,4 @@ void launch(const char* op, const Tensor& tensor, const Params& params) {
   __VA_ARGS__ STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
 #else
 #define EVAKERNELS_IMPLEMENT(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
-#endif
-
-// The same for an op without CPU kernels.
-#ifdef EVAKERNELS_INTERPRETED
-#define EVAKERNELS_IMPLEMENT_ON_GPU(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
-#else
-#define EVAKERNELS_IMPLEMENT_ON_GPU(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
 #endif

@@ -5,8 +5,6 @@
 #include <vector>
 
 #include "bind/array.h"
-#include "common/adamw.h"
-#include "common/gradient_norm.h"
 #include "common/lamb.h"
 
 namespace evakernels {
@@ -29,11 +27,6 @@ struct StepFlags {
 
 inline int64_t count_of(const OptimizedTensors& tensors) { return static_cast<int64_t>(tensors.size()); }
 
-inline AdamwUpdate adamw_update_params(const OptimizedTensors& tensors, double beta1, double beta2,
-                                       double eps, const StepFlags& flags) {
-  return {tensors.data(), count_of(tensors), beta1, beta2, eps, flags.grad_scale, flags.found_inf};
-}
-
 inline LambUpdate lamb_update_params(const OptimizedTensors& tensors, const LambOptions& options,
                                      float* squared_norms, const StepFlags& flags) {
   return {tensors.data(), count_of(tensors), options, squared_norms, flags.grad_scale, flags.found_inf};
@@ -47,10 +40,6 @@ inline LambApply lamb_apply_params(const OptimizedTensors& tensors, const LambOp
 inline LambStep lamb_step_params(const OptimizedTensors& tensors, const LambOptions& options,
                                  const StepFlags& flags) {
   return {tensors.data(), count_of(tensors), options, flags.grad_scale, flags.found_inf};
-}
-
-inline GradientNorm gradient_norm_params(const OptimizedTensors& tensors, float* norm) {
-  return {tensors.data(), count_of(tensors), norm};
 }
 
 // Without seeds: to the nearest.

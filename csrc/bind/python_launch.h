@@ -25,7 +25,6 @@ void register_residual_norm(pybind11::module_& m);
 void register_swiglu(pybind11::module_& m);
 void register_token_dropout(pybind11::module_& m);
 void register_lamb(pybind11::module_& m);
-void register_adamw(pybind11::module_& m);
 void register_gelu(pybind11::module_& m);
 void register_rope_attention(pybind11::module_& m);
 
@@ -58,15 +57,6 @@ void call_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
   const auto stream = reinterpret_cast<cuda::Stream>(arrays.stream());
   StreamScratch scratch(stream);
   call_launcher<Cuda>(op, params, scratch, stream);
-}
-
-// For ops without CPU kernels.
-template <auto Cuda, class Params>
-void launch_on_gpu(const char* op, const Arrays& arrays, const Params& params) {
-  const pybind11::gil_scoped_release unlocked;
-  const bool on_gpu = kCudaIsInterpreted || arrays.device().is_gpu();
-  require(on_gpu, std::string(op) + " has kernels for GPUs only; the arrays are on a CPU");
-  if constexpr (kCudaIsBuilt) call_on_gpu<Cuda>(op, arrays, params);
 }
 
 // The launchers are template arguments: those of a device that this build leaves out needn't be linked.

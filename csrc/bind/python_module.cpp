@@ -40,8 +40,8 @@ On the CPU a launcher runs on the calling thread alone. isa: "baseline", "avx2",
 or None for the active one. On a GPU, if this build has kernels for it, it returns before they have run; stream: the
 address of the cudaStream_t that they are put on, 0 for the default one.
 
-Attention and gradient_norm have launchers for GPUs only, the contrastive losses none: on the CPU they call functions of
-torch. Wrong arrays raise a ValueError or a TypeError that names them.)";
+Attention has launchers for GPUs only, the contrastive losses none: on the CPU they call functions of torch. Wrong arrays
+raise a ValueError or a TypeError that names them.)";
 
 }  // namespace
 }  // namespace evakernels
@@ -60,7 +60,6 @@ PYBIND11_MODULE(_C, m) {
   register_swiglu(m);
   register_token_dropout(m);
   register_lamb(m);
-  register_adamw(m);
   register_gelu(m);
   register_rope_attention(m);
 }

@@ -142,7 +142,7 @@ def objects() -> list[Path]:
 
 
 def source_of(path: Path) -> str:
-    """`adamw` of `adamw.cu.o`."""
+    """`lamb` of `lamb.cu.o`."""
     return path.name.removesuffix(".cu.o")
 
 

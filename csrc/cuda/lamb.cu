@@ -109,11 +109,10 @@ __device__ __forceinline__ void update(const LambEntry& entry, const StepOptions
       });
 }
 
-// Chunks from `first` on. partials is [chunks, 2].
+// partials is [chunks, 2].
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    lamb_update_kernel(const LambEntry* entries, int64_t count, const StepOptions options, float* partials,
-                       int64_t first) {
-  const int64_t chunk = first + blockIdx.x;
+    lamb_update_kernel(const LambEntry* entries, int64_t count, const StepOptions options, float* partials) {
+  const int64_t chunk = blockIdx.x;
   const LambEntry& entry = entry_of(entries, count, chunk);
   const ChunkRange range(entry, chunk);
   const bool changes = !is_set(options.found_inf);
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   partials[2 * chunk + 1] = sums[1];
 }
 
-// A block has one tensor, of those from `first_tensor` on.
+// A block has one tensor.
 struct LambNorms {
   LambEntry* entries;
   int64_t count;
@@ -139,9 +138,8 @@ struct LambNorms {
   bool sets_factors;  // for apply
 };
 
-__global__ void __launch_bounds__(kThreads)
-    lamb_norms_kernel(const LambNorms norms, const LambRule rule, int64_t first_tensor) {
-  const int64_t tensor = first_tensor + blockIdx.x;
+__global__ void __launch_bounds__(kThreads) lamb_norms_kernel(const LambNorms norms, const LambRule rule) {
+  const int64_t tensor = blockIdx.x;
   LambEntry& entry = norms.entries[tensor];
   const int64_t last = tensor + 1 < norms.count ? norms.entries[tensor + 1].first_chunk : norms.chunks;
   const float total = total_of<2>(norms.partials, entry.first_chunk, last);
@@ -183,11 +181,10 @@ __device__ __forceinline__ void apply(const LambEntry& entry, float eps, int cou
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    lamb_apply_kernel(const LambEntry* entries, int64_t count, float eps, const float* found_inf,
-                      int64_t first) {
+    lamb_apply_kernel(const LambEntry* entries, int64_t count, float eps, const float* found_inf) {
   if (is_set(found_inf)) return;
   // Backwards: what update wrote last may still be in the cache.
-  const int64_t chunk = first + gridDim.x - 1 - blockIdx.x;
+  const int64_t chunk = int64_t{gridDim.x} - 1 - blockIdx.x;
   const LambEntry& entry = entry_of(entries, count, chunk);
   const ChunkRange range(entry, chunk);
   apply<kVector>(entry, eps, range.vectors, [&](int i) { return range.vector(i); });
@@ -204,125 +201,67 @@ LambRule rule_of(const LambOptions& options, const float* found_inf, const float
   };
 }
 
-// Tensors [first, last), whose chunks are [first_chunk, last_chunk).
-struct TensorGroup {
-  int64_t first, last;
-  int64_t first_chunk, last_chunk;
-
-  dim3 tensor_grid() const { return {static_cast<unsigned>(last - first), 1, 1}; }
-  dim3 chunk_grid() const { return {static_cast<unsigned>(last_chunk - first_chunk), 1, 1}; }
-};
-
-// The next tensors whose parameters and moments are `most` bytes together, or a larger one alone.
-TensorGroup next_group(const OptimizedTensor* tensors, int64_t count, const TensorGroup& before,
-                       size_t most) {
-  TensorGroup group = {before.last, before.last, before.last_chunk, before.last_chunk};
-  size_t bytes = 0;
-  for (; group.last < count; ++group.last) {
-    const OptimizedTensor& tensor = tensors[group.last];
-    for (const TensorBuffer& buffer : {tensor.param, tensor.exp_avg, tensor.exp_avg_sq}) {
-      bytes += tensor.size * (buffer.dtype == DType::Float32 ? 4 : 2);
-    }
-    if (bytes > most && group.last > group.first) break;
-    group.last_chunk += chunks_of(tensor);
-  }
-  return group;
-}
-
 StepOptions step_options(const LambOptions& options, const float* grad_scale, const float* found_inf) {
   return {moment_rates(options.beta1, options.beta2), static_cast<float>(options.eps), grad_scale, found_inf};
 }
 
-// What the kernels of a call have in common, and their launches over a group of tensors.
-class LambLaunches {
- public:
-  // squared_norms: for apply alone; else null.
-  LambLaunches(const LambStep& step, const float* squared_norms, Stream stream)
-      : step_(step),
-        rule_(rule_of(step.options, step.found_inf, squared_norms)),
-        options_(step_options(step.options, step.grad_scale, step.found_inf)),
-        stream_(stream) {
-    norms_.count = step.count;
-    norms_.chunks = chunks_of(step.tensors, step.count);
+// Moments, step counts and norms; `entries` is the table. squared_norms: where the norms go; null: behind the
+// partial sums, and the table gets apply's factors.
+Error update(const LambStep& step, float* squared_norms, Scratch& scratch, Stream stream,
+             LambEntry** entries) {
+  const int64_t chunks = chunks_of(step.tensors, step.count), sums = 2 * chunks;
+  const LambRule rule = rule_of(step.options, step.found_inf, nullptr);
+  const int64_t floats = sums + (squared_norms ? 0 : 2 * step.count);
+  Error error = write_table(step, rule, floats, scratch, stream, entries);
+  float* const partials = reinterpret_cast<float*>(*entries + step.count);
+  if (!error && chunks > 0) {
+    error =
+        launch(lamb_update_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream, *entries,
+               step.count, step_options(step.options, step.grad_scale, step.found_inf), partials);
   }
+  if (error) return error;
+  const LambNorms norms = {
+      .entries = *entries,
+      .count = step.count,
+      .chunks = chunks,
+      .partials = partials,
+      .squared_norms = squared_norms ? squared_norms : partials + sums,
+      .sets_factors = !squared_norms,
+  };
+  return launch(lamb_norms_kernel, {static_cast<unsigned>(step.count), 1, 1}, {kThreads, 1, 1}, stream, norms,
+                rule);
+}
 
-  // Writes the table, for apply alone.
-  Error prepare(Scratch& scratch) { return prepare(scratch, 0); }
-
-  // The same, with partial sums for update. squared_norms: where the norms go; null: nobody but apply reads
-  // them.
-  Error prepare_update(Scratch& scratch, float* squared_norms) {
-    norms_.sets_factors = !squared_norms;
-    const int64_t partials = 2 * norms_.chunks;
-    if (const Error error = prepare(scratch, partials + (squared_norms ? 0 : 2 * norms_.count))) return error;
-    partials_ = reinterpret_cast<float*>(norms_.entries + norms_.count);
-    norms_.partials = partials_;
-    norms_.squared_norms = squared_norms ? squared_norms : partials_ + partials;
-    return nullptr;
-  }
-
-  TensorGroup all() const { return {0, norms_.count, 0, norms_.chunks}; }
-
-  Error update(const TensorGroup& group) const {
-    Error error = nullptr;
-    if (group.last_chunk > group.first_chunk) {
-      error = launch(lamb_update_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream_, norms_.entries,
-                     norms_.count, options_, partials_, group.first_chunk);
-    }
-    if (error) return error;
-    return launch(lamb_norms_kernel, group.tensor_grid(), {kThreads, 1, 1}, stream_, norms_, rule_,
-                  group.first);
-  }
-
-  Error apply(const TensorGroup& group) const {
-    if (group.last_chunk == group.first_chunk) return nullptr;
-    return launch(lamb_apply_kernel, group.chunk_grid(), {kThreads, 1, 1}, stream_, norms_.entries,
-                  norms_.count, options_.eps, options_.found_inf, group.first_chunk);
-  }
-
- private:
-  Error prepare(Scratch& scratch, int64_t floats) {
-    return write_table(step_, rule_, floats, scratch, stream_, &norms_.entries);
-  }
-
-  LambStep step_;
-  LambRule rule_;
-  StepOptions options_;
-  Stream stream_;
-  LambNorms norms_ = {};
-  float* partials_ = nullptr;
-};
+// Params: LambApply or LambStep, whose table is in `entries`.
+template <class Params>
+Error apply(const Params& params, const LambEntry* entries, Stream stream) {
+  const int64_t chunks = chunks_of(params.tensors, params.count);
+  if (chunks == 0) return nullptr;
+  return launch(lamb_apply_kernel, {static_cast<unsigned>(chunks), 1, 1}, {kThreads, 1, 1}, stream, entries,
+                params.count, static_cast<float>(params.options.eps), params.found_inf);
+}
 
 }  // namespace
 
 Error lamb_update(const LambUpdate& params, Scratch& scratch, Stream stream) {
   if (params.count == 0) return nullptr;
   const LambStep step = {params.tensors, params.count, params.options, params.grad_scale, params.found_inf};
-  LambLaunches launches(step, nullptr, stream);
-  const Error error = launches.prepare_update(scratch, params.squared_norms);
-  return error ? error : launches.update(launches.all());
+  LambEntry* entries = nullptr;
+  return update(step, params.squared_norms, scratch, stream, &entries);
 }
 
 Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream) {
-  if (chunks_of(params.tensors, params.count) == 0) return nullptr;
-  const LambStep step = {params.tensors, params.count, params.options, nullptr, params.found_inf};
-  LambLaunches launches(step, params.squared_norms, stream);
-  const Error error = launches.prepare(scratch);
-  return error ? error : launches.apply(launches.all());
+  const LambRule rule = rule_of(params.options, params.found_inf, params.squared_norms);
+  LambEntry* entries = nullptr;
+  const Error error = write_table(params, rule, 0, scratch, stream, &entries);
+  return error ? error : apply(params, entries, stream);
 }
 
 Error lamb_step(const LambStep& params, Scratch& scratch, Stream stream) {
   if (params.count == 0) return nullptr;
-  LambLaunches launches(params, nullptr, stream);
-  if (const Error error = launches.prepare_update(scratch, nullptr)) return error;
-  TensorGroup group = {};
-  while (group.last < params.count) {
-    group = next_group(params.tensors, params.count, group, cache_size() / 2);
-    Error error = launches.update(group);
-    if (!error) error = launches.apply(group);
-    if (error) return error;
-  }
-  return nullptr;
+  LambEntry* entries = nullptr;
+  const Error error = update(params, nullptr, scratch, stream, &entries);
+  return error ? error : apply(params, entries, stream);
 }
 
 }  // namespace evakernels::cuda

@@ -13,8 +13,7 @@ EVAKERNELS_API Error lamb_update(const LambUpdate& params, Scratch& scratch, Str
 
 EVAKERNELS_API Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream);
 
-// To the same bits as both. Tensors whose parameters and moments fit into half of the L2 cache together take
-// both phases before the next ones: apply then finds in the cache what update has left.
+// To the same bits as both.
 EVAKERNELS_API Error lamb_step(const LambStep& params, Scratch& scratch, Stream stream);
 
 }  // namespace evakernels::cuda

@@ -82,8 +82,6 @@ int resident_blocks(const void* kernel, int threads, size_t shared_bytes) {
 
 size_t max_shared_memory() { return attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-size_t cache_size() { return attribute_of_current_device(cudaDevAttrL2CacheSize); }
-
 int driver_version() {
   static Answers<int> answers;
   return answers.get(0, cudaDriverGetVersion);

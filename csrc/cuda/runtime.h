@@ -17,9 +17,8 @@ Error allow_shared_memory(const void* kernel, size_t bytes);
 // How many blocks run at the same time; 0 if that can't be told.
 int resident_blocks(const void* kernel, int threads, size_t shared_bytes);
 
-// In bytes, 0 if that can't be told: what a block may have of shared memory at most, and the L2 cache.
+// In bytes, 0 if that can't be told: what a block may have of shared memory at most.
 size_t max_shared_memory();
-size_t cache_size();
 
 // The CUDA that the driver serves, 12010 for 12.1; 0 if that can't be told.
 int driver_version();

@@ -34,8 +34,7 @@ def lamb_step(
 ) -> None:
     """`lamb_update` and `lamb_apply` of tensors that aren't sharded, in one call.
 
-    A GPU makes both phases of a few tensors before it turns to the next ones, so that the second finds in the cache
-    what the first has left. Takes and raises what the two do; all but `grads` and the flags are written.
+    Takes and raises what the two do; all but `grads` and the flags are written.
 
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))

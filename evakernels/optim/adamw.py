@@ -12,9 +12,9 @@ from evakernels.optim._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 class AdamW(DeviceOptimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); all tensors of all groups go through one op call.
 
-    It computes what `torch.optim.AdamW` does and exchanges state dicts with it. What it has beyond that: groups cost
-    nothing, gradients may be in another dtype than the parameters, and moments are float32 for 16-bit parameters too;
-    those of a loaded state dict stay in the dtype that they were saved in.
+    It computes what `torch.optim.AdamW` does and exchanges state dicts with it. Beyond that, groups cost nothing,
+    gradients may be in another dtype than the parameters, and moments are float32 for 16-bit parameters too. The
+    moments of a loaded state dict stay in the dtype that they were saved in.
 
     The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element
     tensors set as attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the

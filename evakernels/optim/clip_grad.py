@@ -23,9 +23,9 @@ def clip_grad_norm_(
 ) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their norm together is `max_norm` at most.
 
-    The norm is `gradient_norm`'s, in one call whose squares are summed in float32, where torch has a norm of each
-    tensor in its own dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this
-    library needs no pass over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
+    The norm is `gradient_norm`'s, whose squares are summed in float32, where torch has a norm of each tensor in its own
+    dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this library needs no pass
+    over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
 
     Args:
         parameters: those whose `grad` is scaled, or one; those without are left out. DTensors and parameters on several
@@ -58,7 +58,7 @@ def clip_grad_norm_(
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.tensor(0.0)
-    norm = _norm_over_devices(grads)
+    norm = gradient_norm(grads)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_: the norm of the gradients is {norm.item()}, so they cannot be clipped; accepted with "
@@ -75,14 +75,3 @@ def clip_grad_norm_(
         # To the host it must have arrived before it is read there.
         torch._foreach_mul_(some, factor.to(device, kept, non_blocking=device.type != "cpu"))
     return norm
-
-
-def _norm_over_devices(grads: list[Tensor]) -> Tensor:
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        by_device[grad.device].append(grad)
-    norms = [gradient_norm(some) for some in by_device.values()]
-    if len(norms) == 1:
-        return norms[0]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-    return total

@@ -1,19 +1,23 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over lists of tensors.
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over lists of tensors, as torch's fused step makes it.
 
     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
     w = (1 - lr * decay) w - lr * m' / (sqrt(v') + eps)
 
-with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). All is computed in float32 (float64 for float64 parameters),
-whatever the parameters and moments are stored in, and the step is that of the moments before they are rounded. Nothing
-waits for the device.
+with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). The fused step wants equal dtypes and dense tensors, and it writes
+gradients that it scales. So it gets float32 copies (float64 for float64 parameters) of tensors that differ, and the
+results are rounded to the stored dtypes. Nothing waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._optimizer import bias, changed_moments, rounded, write
+from evakernels.reference._stochastic_rounding import round_stochastically
+
+_PART = 2**17
+"""Elements that are copied at a time, so that copies stay in the cache."""
 
 
 def adamw_update(
@@ -31,15 +35,29 @@ def adamw_update(
     first_elements: Sequence[int],
 ) -> None:
     beta1, beta2, eps = betas_and_eps
-    for i, (w, g, m, v, t, lr, decay) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)
-    ):
-        g = g.to(accumulation_dtype(w))
-        average, average_sq = changed_moments(g, m, v, beta1, beta2, grad_scale)
-        write(t, t + 1, found_inf)
-        denominator = (average_sq / bias(beta2, t, g)).sqrt() + eps
-        step = average / bias(beta1, t, g) / denominator
-        value = (1 - lr * decay) * w.to(g.dtype) - lr * step
-        write(w, rounded(value, i, t, seeds, first_elements), found_inf)
-        write(m, average, found_inf)
-        write(v, average_sq, found_inf)
+    skip = None if found_inf is None else (found_inf.reshape(()) > 0).float()
+    factor = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
+    torch._foreach_add_(steps, 1.0 if skip is None else 1.0 - skip)
+    for i, (step, lr, decay) in enumerate(zip(steps, lrs, weight_decays, strict=True)):
+        dtype = accumulation_dtype(params[i])
+        for number, parts in enumerate(_parts(params[i], exp_avgs[i], exp_avg_sqs[i], grads[i])):
+            w, m, v, g = (part.to(dtype).contiguous() for part in parts)
+            if factor is not None:
+                g = (g * factor).to(dtype) if g is parts[3] else g.mul_(factor)
+            torch._fused_adamw_(
+                [w], [g], [m], [v], [], [step], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+                amsgrad=False, maximize=False, found_inf=skip,
+            )  # fmt: skip
+            if seeds:
+                w = round_stochastically(w, seeds[i], step, first_elements[i] + number * _PART)
+            for part, value in zip(parts, (w, m, v), strict=False):
+                if value is not part:
+                    part.copy_(value)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # the fused step doesn't
+
+
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors in parts of `_PART` elements; whole if they are small or not contiguous."""
+    if tensors[0].numel() <= _PART or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(_PART) for tensor in tensors), strict=True)

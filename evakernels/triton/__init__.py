@@ -31,7 +31,6 @@ FAMILIES = {
         "siglip_forward",
         "siglip_backward",
     ),
-    "gradient_norm": ("gradient_norm",),
     "lamb": ("lamb_update", "lamb_apply", "lamb_step"),
     "layer_norm": (
         "layer_norm_forward",

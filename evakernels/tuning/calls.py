@@ -223,11 +223,6 @@ def lamb_apply(draw: Draw) -> Iterator[tuple[Any, ...]]:
     yield *arguments, False, None, [], []
 
 
-def gradient_norm(draw: Draw) -> Iterator[tuple[Any, ...]]:
-    (_, grads, *_), *_ = _optimizer(draw)
-    yield (grads,)
-
-
 def _optimizer(draw: Draw) -> tuple[Any, ...]:
     """Tensors of a matrix and a bias, float32 moments; rates; flags; and, of bfloat16, seeds and first elements."""
     sizes = (ELEMENTS // 1024, 1024), (1365,)  # vectors don't fit the second

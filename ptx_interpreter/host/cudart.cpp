@@ -162,9 +162,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount:
       *value = 3;
       return cudaSuccess;
-    case cudaDevAttrL2CacheSize:
-      *value = 1 << 20;
-      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(max_shared_memory());
       return cudaSuccess;

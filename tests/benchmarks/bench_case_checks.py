@@ -54,7 +54,6 @@ OPERATIONS = {
     "siglip_loss": Traffic(("logit_scale", "logit_bias"), outputs=False, share=1e-4),
     "lamb_step": Traffic(written=_STATE),
     "adamw_step": Traffic(written=_STATE),
-    "gradient_norm": Traffic(outputs=False),
     "encode_image": Traffic(),
     "encode_text": Traffic(),
     "clip_step": Traffic(("token_index",), outputs=False, share=1e-4),

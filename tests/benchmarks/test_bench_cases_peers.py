@@ -161,11 +161,6 @@ def _multi_tensor_adam(chunk, overflow, lists, lr, beta1, beta2, epsilon, step, 
         p.sub_(lr * (m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + weight_decay * p))
 
 
-def _multi_tensor_l2norm(chunk, overflow, lists, per_tensor):
-    norms = torch.stack([values.float().norm() for values in lists[0]])
-    return norms.norm().view(1), norms if per_tensor else norms.new_empty(0)
-
-
 def _multi_tensor_applier(op: Any, overflow: Tensor, lists: list[list[Tensor]], *args: Any) -> Any:
     return op(2048 * 32, overflow, lists, *args)
 
@@ -183,7 +178,6 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "amp_C": {
         "multi_tensor_lamb": _multi_tensor_lamb,
         "multi_tensor_adam": _multi_tensor_adam,
-        "multi_tensor_l2norm": _multi_tensor_l2norm,
     },
     "apex.multi_tensor_apply": {"multi_tensor_applier": _multi_tensor_applier},
 }
@@ -195,7 +189,6 @@ ELSEWHERE = {
     "clip_loss": ("inf-cl", "cut-cross-entropy", "liger-kernel"),
     "lamb_step": ("apex",),
     "adamw_step": ("apex",),
-    "gradient_norm": ("apex",),
 }
 FORWARD_ONLY = [("rope_attention", FLEX), ("silu_mul", "liger-kernel"), ("swiglu_mlp", "quack-kernels")]
 OPTIMIZER_PEERS = [("lamb_step", "timm"), ("lamb_step", "apex"), ("adamw_step", "torch fused"), ("adamw_step", "apex")]

@@ -62,7 +62,6 @@ SIZES = {
     "causal_attention": "2x5x3x8",
     "clip_loss": "6x8",
     "gelu": "4x8",
-    "gradient_norm": "3x5",
     "lamb_step": "3x5",
     "layer_norm": "4x8",
     "layer_norm_add": "4x8",

@@ -28,7 +28,7 @@ FORWARD_AND_BACKWARD = {
     "clip_loss": (2.1, 0.8),
     NOT_KEPT: (TILES, 0.8),
 }
-FORWARD = {"siglip_loss": 1.51, "lamb_step": 1.46, "adamw_step": 1.01, "gradient_norm": 1.01}
+FORWARD = {"siglip_loss": 1.51, "lamb_step": 1.46, "adamw_step": 1.01}
 TRAFFIC = {(op, "forward"): most for op, most in FORWARD.items()}
 TRAFFIC |= {
     (op, direction): most

@@ -24,7 +24,6 @@ int main(int count, char** names) {
     if (wanted("swiglu")) drive_swiglu(c);
     if (wanted("token_dropout")) drive_token_dropout(c);
   }
-  if (wanted("adamw")) drive_adamw();
   if (wanted("lamb")) drive_lamb();
   if (wanted("rope_attention")) drive_rope_attention();
   if (failures == 0) std::printf("all right\n");

@@ -212,7 +212,6 @@ void drive_norms(const Case& c);
 void drive_swiglu(const Case& c);
 void drive_token_dropout(const Case& c);
 // And on inputs of their own.
-void drive_adamw();
 void drive_lamb();
 void drive_rope_attention();
 

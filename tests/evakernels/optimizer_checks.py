@@ -59,8 +59,11 @@ def update(
 ):
     """One step of the lists by "adamw", "lamb_step", or both phases of LAMB, whose squared norms it returns.
 
-    Unless rates are given every tensor has its own, the second no decay. `backend` of None is the best there is.
+    Unless rates are given every tensor has its own, the second no decay. `backend` of None is the best there is. AdamW
+    has no compiled kernels: its reference stands for them.
     """
+    if kind == "adamw" and backend not in ("triton", None):
+        backend = "reference"
     numbers = range(len(state[0]))
     lrs, decays = lrs or [0.01 * (i + 1) for i in numbers], decays or [0.0 if i == 1 else 0.05 for i in numbers]
     scale, found_inf = (None if value is None else torch.tensor(value) for value in (scale, found_inf))

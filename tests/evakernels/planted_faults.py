@@ -62,7 +62,6 @@ FAMILIES = {
     "swiglu_norm": "swiglu",
     "token_dropout": "token_dropout",
     "gelu": "gelu",
-    "adamw": "adamw",
     "lamb": "lamb",
     "rope_attention": "rope_attention",
 }
@@ -147,7 +146,7 @@ FAULTS = {
     ),
     "alignment of one buffer": Fault("misaligned at", "tensor_table.cuh", "common« || PLANTED» ? head : kNoVectors"),
     "one edge too many": Fault("out of bounds at", "tensor_table.cuh", "edges = size - vectors * kVector« + PLANTED»;"),
-    "part of a step": Fault("wrong", "adamw.cu", "entry.kept - «(PLANTED ? -entry.rate : »entry.rate«)»"),
+    "part of a step": Fault("wrong", "lamb.cu", "param[k] -= factor * «(PLANTED ? 2.0f : 1.0f) * »direction.of("),
     "a strip's columns": Fault("wrong", "gelu.cu", "partials + «(PLANTED ? 0 : »strip.first()«)»"),
     "one too far": Fault("out of bounds at", "norm_rows.cuh", "if (vector < vectors« + PLANTED») body"),
 }

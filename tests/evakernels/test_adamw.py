@@ -1,6 +1,7 @@
 """AdamW: the op on every backend, and the optimizer beside torch's own."""
 
 import inspect
+from itertools import product
 
 import optimizer_checks
 import pytest
@@ -9,8 +10,10 @@ from optimizer_checks import (
     BETAS,
     BUFFERS,
     DECAYS,
+    DTYPES,
     EPS,
     LRS,
+    SIZES,
     lists,
     optimizer_of,
     parameters,
@@ -21,11 +24,7 @@ from optimizer_checks import (
 from torch import nn
 
 import evakernels
-from evakernels import _native
 from evakernels.optim import AdamW
-
-NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
-
 
 # --- the op ---------------------------------------------------------------------------------------------------------
 
@@ -46,16 +45,25 @@ def by_torch(state, scale=1.0):
     return [[leaf.detach() for leaf in leaves], [g.double() for g in grads], *moments]
 
 
-@NATIVE
 @pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}])
-def test_kernels_equal_the_formula_of_torch(flags):
-    state = lists()
+def test_adamw_matches_formula_of_torch(flags):
+    state = lists(sizes=[*SIZES, 2**18 + 5])
     expected = by_torch(state, flags.get("scale", 1.0))
     update(state, "adamw", **flags)
     optimizer_checks.assert_states_close(state, [[t.float() for t in buffers] for buffers in expected])
 
 
-@NATIVE
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=4)), ids=str)
+def test_adamw_every_mix_of_dtypes(dtypes):
+    state = lists(dtypes, [1061, 5])
+    expected = by_torch(state)
+    update(state, "adamw")
+    for name, got, exact in zip(BUFFERS, state, expected, strict=False):
+        for a, b in zip(got, exact, strict=True):
+            unit = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a.double(), b, rtol=unit + 2e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_kernels_are_as_accurate_as_torch():
     state, peer = lists(sizes=[100_003]), lists(sizes=[100_003])
     exact = by_torch(state)

@@ -151,13 +151,7 @@ CASES = {
     "clip_loss": (*smoothed(0.1), inputs((3, 4), (3, 4), ())),
     "clip_loss-logits-not-kept": (*smoothed(0.0, memory_budget=0), inputs((3, 4), (3, 4), ())),
     "siglip_loss": (evakernels.siglip_loss, sigmoid_losses, inputs((3, 4), (3, 4), (), ())),
-    "gradient_norm": (
-        lambda *t: evakernels.gradient_norm(t),
-        lambda *t: torch.cat([x.flatten() for x in t]).norm(),
-        inputs((2, 3), (4,)),
-    ),
 }
-NO_GRADIENT = "gradient_norm"
 every_op = pytest.mark.parametrize(("ours", "theirs", "given"), CASES.values(), ids=CASES)
 
 
@@ -180,8 +174,9 @@ def as_one(function):
 
 
 def test_no_public_op_is_left_out():
-    """Those that only write, or only draw, have no derivative."""
-    without = {"adamw_update", "as_torch_operators", "lamb_apply", "lamb_step", "lamb_update", "sample_token_index"}
+    """Ops that only write, or only draw, have no derivative, and `gradient_norm` is made of torch's operators."""
+    without = {"adamw_update", "as_torch_operators", "gradient_norm", "lamb_apply", "lamb_step", "lamb_update"}
+    without.add("sample_token_index")
     assert {name.partition("-")[0] for name in CASES} == set(evakernels.ops.__all__) - without
 
 
@@ -238,10 +233,6 @@ def test_derivatives(derivative, ours, theirs, given):
 def test_gradients_of_a_batch(ours, theirs, given):
     """`grad` outside, `vmap` inside."""
     several = tuple(torch.stack([x, 2 * x]) for x in given)
-    if ours is CASES[NO_GRADIENT][0]:  # vmap doesn't know how to call an op of a list
-        with pytest.raises(RuntimeError, match="evakernels::gradient_norm"):
-            grad(lambda *t: vmap(as_one(ours))(*t).sum())(*several)
-        return
     results = [grad(lambda *t, f=f: vmap(as_one(f))(*t).sum(), everything(given))(*several) for f in (ours, theirs)]
     torch.testing.assert_close(*results)
 
@@ -252,7 +243,7 @@ def test_second_derivatives(ours, theirs, given):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != NO_GRADIENT])
+@pytest.mark.parametrize("name", CASES)
 def test_second_derivatives_by_autograd_are_refused(name):
     ours, _, given = CASES[name]
     leaves = [x.clone().requires_grad_() for x in given]
@@ -280,10 +271,6 @@ def test_backward_passes_of_several_cotangents(ours, theirs, given):
         leaves = [x.clone().requires_grad_() for x in given]
         output = function(*leaves)
         output = output if isinstance(output, Tensor) else output[0]
-        if function is CASES[NO_GRADIENT][0]:
-            with pytest.raises(RuntimeError, match=r"evakernels.gradient_norm.default but no autograd formula"):
-                output.backward()
-            return
         cotangents = randn(3, *output.shape, seed=9)
         found = torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, allow_unused=True)
         results.append(found[: 5 if len(leaves) == 6 else None])  # row_scale has no gradient

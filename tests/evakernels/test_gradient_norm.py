@@ -1,11 +1,9 @@
 import pytest
 import torch
-from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck
+from op_checks import DTYPES
 from optimizer_checks import SIZES, lists
 
 import evakernels
-
-NORM = torch.ops.evakernels.gradient_norm.default
 
 
 def gradients(dtype: torch.dtype = torch.float32, sizes=SIZES) -> list[torch.Tensor]:
@@ -55,8 +53,3 @@ def test_what_is_not_finite_is_not_lost(value):
     grads = gradients()
     grads[5][1060] = value
     assert not evakernels.gradient_norm(grads).isfinite()
-
-
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck(dtype):
-    assert_opcheck(NORM, (gradients(dtype, [3, 0, 5]),))

@@ -179,31 +179,28 @@ def test_lamb(nvlamb: bool) -> None:
 RATES = [0.1, 0.2], [0.05, 0.0]
 
 
-def stepped(
-    name: str, dtype: torch.dtype, flags: Any = (None, None), seeds: Any = (), firsts: Any = ()
-) -> list[Tensor]:
+def stepped(dtype: torch.dtype, flags: Any = (None, None), seeds: Any = (), firsts: Any = ()) -> list[Tensor]:
     """The parameters after a step in one call, which the operator makes of them too."""
     ours, theirs = states(), states()
     for state in (ours, theirs):
         state[0] = [param.to(dtype) for param in state[0]]
-    more, numbers = ((False,) if name == "lamb_step" else ()), {"seeds": list(seeds), "first_elements": list(firsts)}
+    numbers = {"seeds": list(seeds), "first_elements": list(firsts)}
     options = {"beta1": 0.9, "beta2": 0.98, "eps": EPS, "grad_scale": flags[0], "found_inf": flags[1]}
-    getattr(_C, name)(*ours, *RATES, **options, **numbers)
-    getattr(native, name)(*theirs, *RATES, (0.9, 0.98, EPS), *more, *flags, *numbers.values())
+    _C.lamb_step(*ours, *RATES, **options, **numbers)
+    native.lamb_step(*theirs, *RATES, (0.9, 0.98, EPS), False, *flags, *numbers.values())
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
     return ours[0]
 
 
-@pytest.mark.parametrize("name", ["adamw_update", "lamb_step"])
-def test_steps_in_one_call(name):
+def test_steps_in_one_call():
     """Rounded stochastically only where seeds are given: in bfloat16, by the same numbers."""
     for flags in ((None, None), (torch.tensor(4.0), torch.tensor(0.0))):
-        stepped(name, torch.float32, flags)
-    nearest, stochastic = stepped(name, torch.bfloat16), stepped(name, torch.bfloat16, seeds=(3, 4), firsts=(0, 1000))
+        stepped(torch.float32, flags)
+    nearest, stochastic = stepped(torch.bfloat16), stepped(torch.bfloat16, seeds=(3, 4), firsts=(0, 1000))
     assert not all(map(torch.equal, stochastic, nearest))
     with pytest.raises(ValueError, match="params must be bfloat16 where there are seeds"):
-        stepped(name, torch.float32, seeds=(3, 4), firsts=(0, 1000))
+        stepped(torch.float32, seeds=(3, 4), firsts=(0, 1000))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,13 +210,6 @@ def test_gelu(dtype: torch.dtype, form: str) -> None:
     number = FORMS.index(form)
     same("gelu_forward", (x, bias), (number,), approximate=form)
     same("gelu_backward", (dout, x, bias), (number, [True]), approximate=form)
-
-
-@gpu_kernels
-def test_gradient_norm() -> None:
-    grads, norm = [normal(5), normal(3000, dtype=torch.bfloat16)], torch.empty(())
-    _C.gradient_norm(grads, norm)
-    assert torch.equal(norm, native.gradient_norm(grads))
 
 
 @gpu_kernels
@@ -298,12 +288,6 @@ def test_packed_attention_refuses_offsets_that_do_not_fit(offsets: list[int], me
         _C.rope_attention_forward(
             q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=torch.tensor(offsets), max_seqlen=6, scale=1.0
         )
-
-
-@pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")
-def test_what_has_kernels_for_gpus_only_refuses_a_cpu() -> None:
-    with pytest.raises(ValueError, match="gradient_norm has kernels for GPUs only; the arrays are on a CPU"):
-        _C.gradient_norm([torch.ones(3)], torch.empty(()))
 
 
 X, ROWS = torch.zeros(2, 4), torch.zeros(2)

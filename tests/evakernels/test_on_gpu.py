@@ -7,7 +7,6 @@ import pytest
 import torch
 from on_device import DEVICE
 from test_functorch import CASES as DIFFERENTIABLE
-from test_functorch import NO_GRADIENT
 from test_wrong_input import CALLS
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -26,12 +25,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def results(function, given):
     """Outputs and gradients, without a look at the host: the cotangents are made of the outputs."""
-    has_gradient = function is not DIFFERENTIABLE[NO_GRADIENT][0]
-    leaves = [t.detach().requires_grad_(has_gradient) for t in given]
+    leaves = [t.detach().requires_grad_() for t in given]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    if not has_gradient:
-        return outputs
     gradients = torch.autograd.grad(outputs, leaves, [o.detach().sin() for o in outputs], allow_unused=True)
     return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
 

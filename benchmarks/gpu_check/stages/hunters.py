@@ -15,7 +15,7 @@ from benchmarks.origin import ROOT
 SECONDS = 60
 
 PROGRAM = "drive_gpu"
-FAMILIES = ("norms", "rope_attention", "swiglu", "token_dropout", "gelu", "adamw", "lamb")
+FAMILIES = ("norms", "rope_attention", "swiglu", "token_dropout", "gelu", "lamb")
 TOOLS = ("plain", "memcheck", "synccheck", "racecheck", "initcheck")
 _BUILT = ROOT / "build/gpu-check-hunters"
 _SUMMARY = re.compile(r"=+ (?:\w+ )?SUMMARY: (.*)")

@@ -21,14 +21,13 @@ FILES = {
     "swiglu": ("swiglu_forward", ("cuda", "triton")),
     "token_dropout": ("token_dropout_forward", ("cuda", "triton")),
     "gelu": ("gelu_forward", ("cuda",)),
-    "adamw": ("adamw_update", ("cuda", "triton")),
+    "adamw": ("adamw_update", ("triton",)),
     "lamb": ("lamb_step", ("cuda", "triton")),
-    "stochastic_rounding": ("adamw_update", ("cuda", "triton")),
+    "stochastic_rounding": ("lamb_step", ("cuda", "triton")),
     "packed_attention": ("packed_attention_forward", ("cuda", "triton")),
     "contrastive": ("contrastive_forward", ("triton",)),
-    "gradient_norm": ("gradient_norm", ("cuda", "triton")),
-    "native_optimizers": ("adamw_update", ("cuda", "triton")),
-    "optimizers": ("adamw_update", ("cuda", "triton")),
+    "native_optimizers": ("lamb_step", ("cuda", "triton")),
+    "optimizers": ("lamb_step", ("cuda", "triton")),
     "norm_widths": ("layer_norm_forward", ("cuda", "triton")),
 }
 """The most valuable first. Without a backend the first that serves a call does: other ones for what one lacks."""

@@ -20,7 +20,7 @@ from benchmarks.origin import ROOT
 
 SECONDS = 60
 _NORMS = ("layer_norm", "add_layer_norm", "layer_norm_add")
-_OPTIMIZERS = ("lamb_step", "adamw_step", "gradient_norm")
+_OPTIMIZERS = ("lamb_step", "adamw_step")
 _ATTENTION = ("rope_attention", "causal_attention", "packed_attention")
 _OPS = (*_ATTENTION, *_NORMS, "swiglu", "token_dropout", "gelu", *_OPTIMIZERS, "clip_loss", "siglip_loss")
 _SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats")
