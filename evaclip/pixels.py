@@ -7,10 +7,10 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFile
 
-from evaclip.data.config import DEFAULT_MAX_IMAGE_PIXELS
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Pillow's names of the formats that are read. None of them starts a program, as EPS does with Ghostscript."""
+DEFAULT_MAX_IMAGE_PIXELS = 2**28 // 3
+"""Pillow's own limit: 256 MiB of RGB."""
 _INTEGER_RANGES = (65535,)
 _FLOAT_RANGES = (1, 255, 65535)
 

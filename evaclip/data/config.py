@@ -7,13 +7,12 @@ from pydantic.dataclasses import dataclass
 
 from evaclip.augmentation import Augmentation
 from evaclip.data.kinds import Kind
+from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS
 
 Count = Annotated[int, Field(gt=0)]
 
 DEFAULT_WINDOW = 100_000
 DEFAULT_TEMPLATE = "a photo of a {}"
-DEFAULT_MAX_IMAGE_PIXELS = 2**28 // 3
-"""Pillow's own limit: 256 MiB of RGB."""
 DEFAULT_MAX_BAD_SHARE = 0.1
 _STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 

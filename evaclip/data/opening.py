@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from evaclip.data import webdataset
-from evaclip.data.config import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_TEMPLATE, DataConfig, RemoteConfig
+from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
 from evaclip.data.image_folder import FolderSource, PictureFolder, class_folders
 from evaclip.data.index_files import IndexCache
 from evaclip.data.kinds import KINDS, Kind
@@ -24,6 +24,7 @@ from evaclip.data.table import COLUMNS, TABLES, TableSource
 from evaclip.data.table_text import Columns
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
+from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.json$")
 

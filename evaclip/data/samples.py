@@ -9,8 +9,7 @@ from stat import S_ISREG
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from evaclip.data.config import DEFAULT_MAX_IMAGE_PIXELS
-from evaclip.pixels import FORMATS, eight_bit, open_image
+from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS, FORMATS, eight_bit, open_image
 
 
 class FaultKind(StrEnum):

@@ -20,6 +20,7 @@ from evaclip.portable import towers
 from evaclip.portable.check import check, read_probe
 from evaclip.portable.probe import KEY
 from evakernels.nn import FrozenWeight, freeze, unfreeze
+from evakernels.nn.linear import served_dtypes
 
 OPTIONS = {
     "large": {"vision": {"layers": 2, "sub_norm": False, "post_norm": True, "mlp": "gelu", "rope": False}},
@@ -162,7 +163,9 @@ def test_frozen_weights_are_exported_dense(model: CLIP, int8: bool, dtype: torch
         expected = unfreeze(copy.deepcopy(frozen)).encode_image(images.to(dtype))
         found = torch.export.load(tmp_path / "image.pt2").module()(images.to(dtype))
     assert torch.cosine_similarity(found.float(), expected.float()).min() > 0.999
-    assert any(isinstance(weight, FrozenWeight) for weight in frozen.parameters())
+    # float32 is frozen only where oneDNN's matmuls are faster than torch's.
+    is_frozen = any(isinstance(weight, FrozenWeight) for weight in frozen.parameters())
+    assert is_frozen == (int8 or dtype in served_dtypes())
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
