@@ -16,7 +16,7 @@ from torch import Tensor
 from evakernels.reference._numerics import accumulation_dtype
 from evakernels.reference._stochastic_rounding import round_stochastically
 
-_PART = 2**17
+_PART = 2**18
 """Elements that are copied at a time, so that copies stay in the cache."""
 
 
