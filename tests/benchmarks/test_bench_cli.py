@@ -73,7 +73,7 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "layer_norm", "--shape", "8"], "shape '8': layer_norm has 2 sizes of 1 or more, rows x channels"),
         (["op", "layer_norm", "--shape", "8x0"], "layer_norm has 2 sizes of 1 or more, rows x channels"),
         (["metadata", "--ranks", "2", "0"], "--ranks and --shards are 1 or more, got 0 and 160000"),
-        (["audit", "nothing"], "known: add_layer_norm, "),
+        (["audit", "nothing"], "known: adamw_step, add_layer_norm, "),
         (["op", "tanh", "--plugin", "missing.py"], "--plugin 'missing.py' isn't a Python file"),
         (["op", "tanh", "--first", "-1"], "--first must be 0, for all, or more, got -1"),
         (["op", "tanh", "--installed"], "--installed: no evakernels is installed for"),

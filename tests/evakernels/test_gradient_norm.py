@@ -53,3 +53,15 @@ def test_what_is_not_finite_is_not_lost(value):
     grads = gradients()
     grads[5][1060] = value
     assert not evakernels.gradient_norm(grads).isfinite()
+
+
+@pytest.mark.parametrize("value", [6e4, 6e-8])
+def test_gradient_norm_fp16_extreme_values(value):
+    """Squares that float16 can't hold, on either side, beside a tensor in another dtype."""
+    grads = [torch.full((1000,), value, dtype=torch.float16), torch.zeros(3)]
+    torch.testing.assert_close(evakernels.gradient_norm(grads).double(), exact(grads), rtol=1e-6, atol=0)
+
+
+def test_gradient_norm_is_differentiable():
+    grads = [t.double().requires_grad_() for t in gradients(sizes=[3, 5])]
+    assert torch.autograd.gradcheck(lambda *t: evakernels.gradient_norm(t), grads)
