@@ -1,4 +1,4 @@
-"""Leaving credentials out of what is published: model cards, trackers, reports and results."""
+"""Removal of credentials from model cards, trackers, reports and results."""
 
 import re
 from collections.abc import Mapping

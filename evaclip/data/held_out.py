@@ -61,7 +61,7 @@ def _choose(source: Source, share: float, seed: int) -> I64:
 
 
 def _below(limit: int, size: int, seed: int, pictures: I64 | None) -> tuple[I64, U64]:
-    """The samples whose hash is at most `limit`, in rising order, and their hashes."""
+    """Indices of samples with a hash of at most `limit`, in rising order, and their hashes."""
     indices, draws = list[I64](), list[U64]()
     for start in range(0, size, _BLOCK):
         block = np.arange(start, min(start + _BLOCK, size))

@@ -24,7 +24,7 @@ from evaclip.train.config import LogConfig
 from evaclip.train.sinks import Record, Sink, is_share
 
 _FURTHER = ("_top5", "/top5", "_r5")
-"""How metrics end whose value at 1 says more."""
+"""Suffixes of metrics that the terminal omits; it shows the value at 1."""
 
 
 class Report:

@@ -155,7 +155,7 @@ def test_zero_over_zero_without_eps_stays_where_it_is():
 
 
 @pytest.mark.parametrize("where", range(4))
-def test_float64_anywhere_in_the_lists_goes_to_the_reference(where):
+def test_float64_tensor_selects_the_reference(where):
     state = lists(sizes=[3, 4])
     state[where][1] = state[where][1].double()
     with pytest.raises(evakernels.BackendError, match="float64 is not one of float32, bfloat16, float16"):
