@@ -9,7 +9,7 @@ from benchmarks.origin import ROOT
 from evakernels import _native, backends
 
 _FAMILIES = re.compile(r"set\(CUDA_OPS ([^)]+)\)")
-_IMPLEMENTED = re.compile(r'm\.impl\("(\w+)"')
+_IMPLEMENTED = re.compile(r"EVAKERNELS_OP\(\s*m, (\w+)")
 
 
 @cache
@@ -17,7 +17,7 @@ def cuda_ops() -> tuple[str, ...]:
     """Those that the bindings of CMake's CUDA_OPS implement."""
     found = _FAMILIES.search((ROOT / "CMakeLists.txt").read_text())
     assert found is not None
-    bindings = [ROOT / f"csrc/bind/torch_{family}.cpp" for family in found[1].split()]
+    bindings = [ROOT / f"csrc/bind/{family}.cpp" for family in found[1].split()]
     return tuple(op for path in bindings for op in _IMPLEMENTED.findall(path.read_text()))
 
 

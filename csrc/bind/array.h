@@ -27,6 +27,7 @@ struct Array {
   Sizes sizes;
   Sizes strides;  // in elements
   bool exists = false;
+  bool is_int32 = false;  // of an index; otherwise int64
 
   explicit operator bool() const { return exists; }
   float* floats() const { return static_cast<float*>(data); }

@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "bind/build.h"
+#include "bind/launch.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -126,21 +126,6 @@ bool ArrayView::is_dense() const {
     if (shape_[i] > 1 && strides_[i] != dense[i]) return false;
   }
   return true;
-}
-
-Array Arrays::dense(const py::object& array, const char* name, Access access, Content content) {
-  const ArrayView& found = view(array, name, access, content);
-  if (!found.is_dense()) throw py::value_error(std::string(name) + " must be dense");
-  return found.array();
-}
-
-const ArrayView& Arrays::view(const py::object& array, const char* name, Access access, Content content) {
-  const ArrayView& added = views_.emplace_back(array, name, access, content, stream_);
-  if (added.device() != device()) {
-    throw py::value_error(std::string(name) + " and " + views_.front().array().name +
-                          " must be on the same device");
-  }
-  return added;
 }
 
 }  // namespace evakernels

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <deque>
 #include <string>
 #include <vector>
 
@@ -48,40 +47,6 @@ class ArrayView {
   std::vector<int64_t> strides_;  // in elements
   Device device_;
   pybind11::object owner_;
-};
-
-// Those of one call: all on one device, and dense unless said otherwise. They live as long as this does.
-class Arrays {
- public:
-  explicit Arrays(uintptr_t stream) : stream_(stream) {}
-
-  Array read(const pybind11::object& array, const char* name) { return dense(array, name, Access::Read); }
-  Array write(const pybind11::object& array, const char* name) { return dense(array, name, Access::Write); }
-  Array read_strided(const pybind11::object& array, const char* name) {
-    return view(array, name, Access::Read, Content::Numbers).array();
-  }
-
-  // None is an array that doesn't exist.
-  Array read_if(const pybind11::object& array, const char* name) {
-    return array.is_none() ? no_array(name) : read(array, name);
-  }
-  Array write_if(const pybind11::object& array, const char* name) {
-    return array.is_none() ? no_array(name) : write(array, name);
-  }
-  Array read_index_if(const pybind11::object& array, const char* name) {
-    return array.is_none() ? no_array(name) : dense(array, name, Access::Read, Content::Indices);
-  }
-
-  Device device() const { return views_.empty() ? Device{} : views_.front().device(); }
-  uintptr_t stream() const { return stream_; }
-
- private:
-  Array dense(const pybind11::object& array, const char* name, Access access,
-              Content content = Content::Numbers);
-  const ArrayView& view(const pybind11::object& array, const char* name, Access access, Content content);
-
-  uintptr_t stream_;
-  std::deque<ArrayView> views_;
 };
 
 }  // namespace evakernels

@@ -1,70 +1,48 @@
-// From a binding to the kernels: those for the CPU, or those for the GPU that the tensors are on.
+// The devices that this build has kernels for, and the call of a GPU launcher.
+//
+// EVAKERNELS_CUDA: the build includes the kernels of csrc/cuda. EVAKERNELS_INTERPRETED: a build for tests, in
+// which an interpreter runs the PTX of these kernels on CPU tensors, in place of the CPU kernels.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
-#include "bind/build.h"
-#include "bind/gpu_launch.h"
-#include "bind/torch_arguments.h"
-#include "bind/torch_stream.h"
-#include "cpu/isa.h"
+#include "bind/array.h"
+#include "common/residual_norm.h"
+#include "cuda/stream.h"
 
 namespace evakernels {
 
-inline cuda::Stream current_stream(int32_t device) {
-  static const StreamFunction torch_stream = find_stream_function();
-  cuda::Stream stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_stream(device, &stream));
-  return stream;
+#ifdef EVAKERNELS_CUDA
+constexpr bool kCudaIsBuilt = true;
+#else
+constexpr bool kCudaIsBuilt = false;
+#endif
+#ifdef EVAKERNELS_INTERPRETED
+constexpr bool kCudaIsInterpreted = true;
+#else
+constexpr bool kCudaIsInterpreted = false;
+#endif
+
+inline void raise_if_any(const char* op, cuda::Error error) {
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
 }
 
-// Memory of torch's allocator, which gives it to nobody else before the stream is done with it.
-class TensorScratch final : public cuda::Scratch {
- public:
-  explicit TensorScratch(const Tensor& like) : like_(like) {}
-
-  cuda::Error allocate(float** memory, int64_t floats) override {
-    memory_ = new_float32(like_, {floats});
-    *memory = static_cast<float*>(memory_->mutable_data_ptr());
-    return nullptr;
-  }
-
- private:
-  const Tensor& like_;
-  std::optional<Tensor> memory_;
-};
-
-// On the device of `tensor`.
+// Calls `Cuda`, a launcher with or without scratch memory, and raises its error.
 template <auto Cuda, class Params>
-void launch_on_gpu(const char* op, const Tensor& tensor, const Params& params) {
-  TensorScratch scratch(tensor);
-  if constexpr (kCudaIsInterpreted) {
-    call_launcher<Cuda>(op, params, scratch, nullptr);
+void call_launcher(const char* op, const Params& params, cuda::Scratch& scratch, cuda::Stream stream) {
+  if constexpr (requires { params.shape.branch_dtype; }) {
+    const DType dtype = params.shape.dtype, branch = params.shape.branch_dtype;
+    require(gpu_serves(dtype, branch), std::string(op) + ": branch is " + name_of(branch) + " beside " +
+                                           name_of(dtype) +
+                                           "; kernels for GPUs take the same dtype, or any beside float32");
+  }
+  if constexpr (std::is_invocable_v<decltype(Cuda), const Params&, cuda::Stream>) {
+    raise_if_any(op, Cuda(params, stream));
   } else {
-    const int32_t device = tensor.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    raise_if_any(op, cuda::use_device(device));
-    call_launcher<Cuda>(op, params, scratch, current_stream(device));
+    raise_if_any(op, Cuda(params, scratch, stream));
   }
-}
-
-// The launchers are template arguments: those of a device that this build leaves out are never called, so
-// they need not be linked.
-template <auto Cpu, auto Cuda, class Params>
-void launch(const char* op, const Tensor& tensor, const Params& params) {
-  if constexpr (kCudaIsBuilt) {
-    if (kCudaIsInterpreted || tensor.is_cuda()) return launch_on_gpu<Cuda>(op, tensor, params);
-  }
-  if constexpr (!kCudaIsInterpreted) Cpu(params, cpu::active_isa(), torch_parallel);
 }
 
 }  // namespace evakernels
-
-// Registers an op's functions, given as statements on the library m, for every device that this build serves.
-#if defined(EVAKERNELS_CUDA) && !defined(EVAKERNELS_INTERPRETED)
-#define EVAKERNELS_IMPLEMENT(m, ...)                   \
-  STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) \
-  __VA_ARGS__ STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) __VA_ARGS__
-#else
-#define EVAKERNELS_IMPLEMENT(m, ...) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) __VA_ARGS__
-#endif

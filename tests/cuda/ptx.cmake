@@ -7,7 +7,7 @@ target_link_libraries(ptx_runtime PRIVATE CUDA::toolkit)
 target_compile_options(ptx_runtime PRIVATE -Wall -Wextra)
 set(PTX_OBJECTS $<TARGET_OBJECTS:cuda_kernels> $<TARGET_OBJECTS:ptx_runtime>)
 
-list(TRANSFORM CUDA_OPS REPLACE ".+" "csrc/bind/torch_\\0.cpp" OUTPUT_VARIABLE BINDINGS)
+list(TRANSFORM CUDA_OPS REPLACE ".+" "csrc/bind/\\0.cpp" OUTPUT_VARIABLE BINDINGS)
 add_library(ptx_ops SHARED EXCLUDE_FROM_ALL ${BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp ${PTX_OBJECTS})
 compile_with_torch(ptx_ops)
 link_with_torch(ptx_ops)

@@ -3,12 +3,15 @@
 //
 // 16-bit features are widened: torch has no product of them with a float32 result on a CPU. (MKL has one for
 // bfloat16, but on a Zen 5 it was no faster than the float32 product.)
+#include "cpu/contrastive.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <algorithm>
 #include <limits>
 #include <numeric>
 
-#include "bind/torch_products.h"
-#include "cpu/contrastive.h"
+#include "bind/binding.h"
 
 namespace evakernels {
 namespace {
@@ -16,6 +19,26 @@ namespace {
 // Rows of a tile: enough for the products to run at full rate. At most 2^26 logits (256 MiB) exist at a time.
 constexpr int64_t kTileRows = 512;
 constexpr int64_t kTileElements = int64_t{1} << 26;
+
+// out = a @ b.
+void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// sum += a @ b.
+void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_tensor(TorchDevice(like), sizes, like.scalar_type());
+}
+
+Tensor new_float32(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_tensor(TorchDevice(like), sizes, ScalarType::Float);
+}
 
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
@@ -115,22 +138,22 @@ class LogitGradients : public Tiles {
  public:
   // Of the gradients of both features one that isn't wanted has no elements.
   LogitGradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset,
-                 const Wanted& wanted)
+                 NeedsGrad needs_grad)
       : Tiles(image, text, logit_scale, offset),
-        wants_image_(wanted.at(0)),
-        wants_text_(wanted.at(1)),
+        needs_dimage_(needs_grad.at(0)),
+        needs_dtext_(needs_grad.at(1)),
         like_scale_(logit_scale),
         text_dtype_(text.scalar_type()),
         // The gradient of the scale comes with that of the images, or from that of the texts.
-        multiplies_text_(wants_image_ || !wants_text_ || scale_ == 0.0f),
-        dimage_(multiplies_text_ ? new_tensor(image_, image_.sizes()) : new_tensor(image_, {0})),
-        dtext_(wants_text_ ? torch::stable::new_zeros(text_, text_.sizes()) : new_tensor(text_, {0})) {}
+        multiplies_text_(needs_dimage_ || !needs_dtext_ || scale_ == 0.0f),
+        dimage_(multiplies_text_ ? new_like(image_, {rows(), width()}) : new_like(image_, {0})),
+        dtext_(needs_dtext_ ? torch::stable::new_zeros(text_, text_.sizes()) : new_like(text_, {0})) {}
 
   // Takes in a tile that now holds the gradient of its logits.
   void add(const LogitTile& tile, int64_t start) {
     const Tensor dlogits = rows_of(logits_, 0, tile.rows);
     const Tensor scaled = rows_of(scaled_, 0, tile.rows);
-    if (wants_text_) add_product(dtext_, transposed(dlogits), scaled);
+    if (needs_dtext_) add_product(dtext_, transposed(dlogits), scaled);
     if (!multiplies_text_) return;
     multiply_into(scaled, dlogits, text_);
     std::vector<float> dot_products(tile.rows);
@@ -140,7 +163,7 @@ class LogitGradients : public Tiles {
   }
 
   std::tuple<Tensor, Tensor, Tensor> result() const {
-    const Tensor dimage = wants_image_ ? dimage_ : new_tensor(image_, {0});
+    const Tensor dimage = needs_dimage_ ? dimage_ : new_like(image_, {0});
     const double dscale = multiplies_text_ ? dscale_ : dot_product(dtext_, text_) / scale_;
     return {dimage, torch::stable::to(dtext_, text_dtype_), scalar_like(dscale, like_scale_)};
   }
@@ -157,7 +180,7 @@ class LogitGradients : public Tiles {
     return total;
   }
 
-  bool wants_image_, wants_text_;
+  bool needs_dimage_, needs_dtext_;
   Tensor like_scale_;
   ScalarType text_dtype_;
   bool multiplies_text_;
@@ -209,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& drow_lse_any, const Te
                                             const Tensor& dpositive_any, const Tensor& image,
                                             const Tensor& text, const Tensor& logit_scale,
                                             const Tensor& row_lse_any, const Tensor& col_lse_any,
-                                            const float* logits, int64_t offset, const Wanted& wanted) {
-  LogitGradients gradients(image, text, logit_scale, offset, wanted);
+                                            const float* logits, int64_t offset, NeedsGrad needs_grad) {
+  LogitGradients gradients(image, text, logit_scale, offset, needs_grad);
   const int64_t rows = gradients.rows(), columns = gradients.columns();
   const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
   const Tensor dcol_lse = float_vector(dcol_lse_any, columns, "dcol_lse");
@@ -237,9 +260,9 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse, 
                                                         const Tensor& dpositive, const Tensor& image,
                                                         const Tensor& text, const Tensor& logit_scale,
                                                         const Tensor& row_lse, const Tensor& col_lse,
-                                                        int64_t offset, Wanted wanted) {
+                                                        int64_t offset, NeedsGrad needs_grad) {
   return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset,
-                  wanted);
+                  needs_grad);
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
@@ -247,10 +270,10 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_
                                                              const Tensor& text, const Tensor& logit_scale,
                                                              const Tensor& row_lse, const Tensor& col_lse,
                                                              const Tensor& logits_any, int64_t offset,
-                                                             Wanted wanted) {
+                                                             NeedsGrad needs_grad) {
   const Tensor logits = float_vector(logits_any, image.size(0) * text.size(0), "logits");
   return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse,
-                  floats_of(logits), offset, wanted);
+                  floats_of(logits), offset, needs_grad);
 }
 
 Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
@@ -268,9 +291,9 @@ Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& image, const Tensor& text,
                                                                   const Tensor& logit_scale,
                                                                   const Tensor& logit_bias, int64_t offset,
-                                                                  Wanted wanted) {
+                                                                  NeedsGrad needs_grad) {
   require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
-  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset, wanted);
+  LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset, needs_grad);
   const float bias = scalar_of(logit_bias, "logit_bias");
   SiglipSums total;
   gradients.for_each([&](const LogitTile& tile, int64_t start) {
@@ -290,21 +313,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, 
                                                            const Tensor& dtext, const Tensor& dlogit_scale,
                                                            const Tensor& dlogit_bias) {
   const auto gradient = [&](const Tensor& unscaled, const Tensor& input) {
-    return torch::stable::to(product_of_elements(unscaled, dloss), input.scalar_type());
+    AtenTensorHandle scaled = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Tensor(unscaled.get(), dloss.get(), &scaled));
+    return torch::stable::to(Tensor(scaled), input.scalar_type());
   };
   return {gradient(dimage, image), gradient(dtext, text), gradient(dlogit_scale, logit_scale),
           gradient(dlogit_bias, logit_bias)};
 }
 
 }  // namespace
-}  // namespace evakernels
 
-STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) {
-  m.impl("contrastive_forward", TORCH_BOX(&evakernels::contrastive_forward));
-  m.impl("contrastive_backward", TORCH_BOX(&evakernels::contrastive_backward));
-  m.impl("contrastive_kept_forward", TORCH_BOX(&evakernels::contrastive_kept_forward));
-  m.impl("contrastive_kept_backward", TORCH_BOX(&evakernels::contrastive_kept_backward));
-  m.impl("siglip_value", TORCH_BOX(&evakernels::siglip_value));
-  m.impl("siglip_forward", TORCH_BOX(&evakernels::siglip_forward));
-  m.impl("siglip_backward", TORCH_BOX(&evakernels::siglip_backward));
+EVAKERNELS_CPU_OPS(contrastive, m) {
+  m.impl("contrastive_forward", TORCH_BOX(&contrastive_forward));
+  m.impl("contrastive_backward", TORCH_BOX(&contrastive_backward));
+  m.impl("contrastive_kept_forward", TORCH_BOX(&contrastive_kept_forward));
+  m.impl("contrastive_kept_backward", TORCH_BOX(&contrastive_kept_backward));
+  m.impl("siglip_value", TORCH_BOX(&siglip_value));
+  m.impl("siglip_forward", TORCH_BOX(&siglip_forward));
+  m.impl("siglip_backward", TORCH_BOX(&siglip_backward));
 }
+
+}  // namespace evakernels

@@ -4,10 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "bind/python_launch.h"
-
-namespace py = pybind11;
-using namespace pybind11::literals;
+#include "bind/binding.h"
 
 namespace evakernels {
 namespace {
@@ -55,11 +52,5 @@ PYBIND11_MODULE(_C, m) {
       "active_isa", [] { return std::string(cpu::name(cpu::active_isa())); },
       "The instruction set in use: $EVAKERNELS_ISA, else the best available one; ValueError "
       "if that one is unavailable.");
-  register_layer_norm(m);
-  register_residual_norm(m);
-  register_swiglu(m);
-  register_token_dropout(m);
-  register_lamb(m);
-  register_gelu(m);
-  register_rope_attention(m);
+  for (const Registration add_ops : registrations()) add_ops(m);
 }

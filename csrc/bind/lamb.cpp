@@ -1,0 +1,167 @@
+// LAMB over lists of tensors.
+#include "cpu/lamb.h"
+
+#include "bind/binding.h"
+#include "cuda/lamb.h"
+
+namespace evakernels {
+namespace {
+
+using Numbers = std::vector<int64_t>;
+using RealNumbers = std::vector<double>;
+using OptimizedTensors = std::vector<OptimizedTensor>;
+
+// Torch's schema has beta1, beta2 and eps in one list.
+using BetasAndEps = Either<const RealNumbers&, Absent>;
+using RealNumber = Either<Absent, double>;
+
+[[maybe_unused]] LambOptions lamb_options(const RealNumbers& numbers, Absent, Absent, Absent, bool nvlamb) {
+  return {numbers.at(0), numbers.at(1), numbers.at(2), nvlamb};
+}
+
+[[maybe_unused]] LambOptions lamb_options(Absent, double beta1, double beta2, double eps, bool nvlamb) {
+  return {beta1, beta2, eps, nvlamb};
+}
+
+int64_t count_of(const OptimizedTensors& tensors) { return static_cast<int64_t>(tensors.size()); }
+
+TensorBuffer buffer_of(const Array& array, int64_t size) {
+  require(product(array.sizes) == size, std::string(array.name) + " must have the sizes of params");
+  return {array.data, array.dtype};
+}
+
+float* one_float(const Array& array) {
+  if (!array) return nullptr;
+  require_dtype(array, DType::Float32);
+  require(product(array.sizes) == 1, std::string(array.name) + " must have one element");
+  return array.floats();
+}
+
+using Reader = Array (Call::*)(Input, const char*);
+
+// Everything but gradients, rates and rounding. A phase updates params or the moments and steps, or both.
+OptimizedTensors lamb_tensors(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
+                              const RealNumbers& weight_decays, Reader read_param, Reader read_state) {
+  const size_t count = params.size();
+  require(exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count &&
+              weight_decays.size() == count,
+          "the lists must be equally long");
+  OptimizedTensors tensors(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Array param = (call.*read_param)(params[i], "params");
+    const int64_t size = product(param.sizes);
+    tensors[i].param = buffer_of(param, size);
+    tensors[i].exp_avg = buffer_of((call.*read_state)(exp_avgs[i], "exp_avgs"), size);
+    tensors[i].exp_avg_sq = buffer_of((call.*read_state)(exp_avg_sqs[i], "exp_avg_sqs"), size);
+    tensors[i].step = one_float((call.*read_state)(steps[i], "steps"));
+    tensors[i].size = size;
+    tensors[i].weight_decay = weight_decays[i];
+  }
+  return tensors;
+}
+
+void set_grads(OptimizedTensors& tensors, Call& call, Inputs grads) {
+  require(grads.size() == tensors.size(), "the lists must be equally long");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i].grad = buffer_of(call.read(grads[i], "grads"), tensors[i].size);
+  }
+}
+
+void set_lrs(OptimizedTensors& tensors, const RealNumbers& lrs) {
+  require(lrs.size() == tensors.size(), "lrs must be as many as params");
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
+}
+
+// Without seeds: to nearest.
+void set_rounding(OptimizedTensors& tensors, const Numbers& seeds, const Numbers& first_elements) {
+  if (seeds.empty()) return;
+  require(seeds.size() == tensors.size() && first_elements.size() == tensors.size(),
+          "seeds and first_elements must be as many as params");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    require(tensors[i].param.dtype == DType::BFloat16, "params must be bfloat16 where there are seeds");
+    require(seeds[i] >= 0 && first_elements[i] >= 0, "seeds and first_elements must be 0 or more");
+    tensors[i].rounding = {seeds[i], first_elements[i]};
+  }
+}
+
+void lamb_update(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
+                 const RealNumbers& weight_decays, Output squared_norms, BetasAndEps betas_and_eps,
+                 RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb, OptionalInput grad_scale,
+                 OptionalInput found_inf) {
+  OptimizedTensors tensors =
+      lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::read, &Call::update);
+  set_grads(tensors, call, grads);
+  const int64_t sizes[] = {count_of(tensors), 2};
+  const LambUpdate update = {
+      .tensors = tensors.data(),
+      .count = count_of(tensors),
+      .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
+      .squared_norms = call.output(squared_norms, "squared_norms", sizes, DType::Float32).floats(),
+      .grad_scale = one_float(call.read_float32_optional(grad_scale, "grad_scale")),
+      .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
+  };
+  call.launch<cpu::lamb_update, cuda::lamb_update>("lamb_update", update);
+}
+
+void lamb_apply(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
+                Input squared_norms, const RealNumbers& lrs, const RealNumbers& weight_decays,
+                BetasAndEps betas_and_eps, RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb,
+                OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements) {
+  OptimizedTensors tensors =
+      lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::read);
+  set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
+  const Array norms = call.read_float32(squared_norms, "squared_norms");
+  require_sizes(norms, {count_of(tensors), 2});
+  const LambApply apply = {
+      .tensors = tensors.data(),
+      .count = count_of(tensors),
+      .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
+      .squared_norms = norms.floats(),
+      .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
+  };
+  call.launch<cpu::lamb_apply, cuda::lamb_apply>("lamb_apply", apply);
+}
+
+void lamb_step(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
+               const RealNumbers& lrs, const RealNumbers& weight_decays, BetasAndEps betas_and_eps,
+               RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb, OptionalInput grad_scale,
+               OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements) {
+  OptimizedTensors tensors =
+      lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::update);
+  set_grads(tensors, call, grads);
+  set_lrs(tensors, lrs);
+  set_rounding(tensors, seeds, first_elements);
+  const LambStep step = {
+      .tensors = tensors.data(),
+      .count = count_of(tensors),
+      .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
+      .grad_scale = one_float(call.read_float32_optional(grad_scale, "grad_scale")),
+      .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
+  };
+  call.launch<cpu::lamb_step, cuda::lamb_step>("lamb_step", step);
+}
+
+}  // namespace
+
+EVAKERNELS_OPS(lamb, m) {
+  EVAKERNELS_OP(
+      m, lamb_update, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "weight_decays"_a,
+      "squared_norms"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
+      "grad_scale"_a = py::none(), "found_inf"_a = py::none(),
+      R"(Advances the moments and steps in place and writes squared_norms [n, 2], of parameters and directions.
+
+Lists of n arrays, dense, of any dtypes and shapes; steps: float32 of one element. grad_scale, found_inf:
+float32 of one element, or None.)");
+  EVAKERNELS_OP(
+      m, lamb_apply, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "squared_norms"_a, "lrs"_a,
+      "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
+      "found_inf"_a = py::none(), "seeds"_a = Numbers{}, "first_elements"_a = Numbers{},
+      "Takes the step of the parameters in place. Arrays as for lamb_update, whose squared_norms it reads.");
+  EVAKERNELS_OP(m, lamb_step, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "lrs"_a,
+                "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
+                "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "seeds"_a = Numbers{},
+                "first_elements"_a = Numbers{}, "lamb_update and lamb_apply in one. Arrays as for these.");
+}
+
+}  // namespace evakernels

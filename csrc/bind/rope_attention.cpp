@@ -1,0 +1,251 @@
+// Attention with rotary embedding, of samples and of packed sequences: two torch operators, one Python
+// function.
+#include "cpu/rope_attention.h"
+
+#include <algorithm>
+
+#include "bind/binding.h"
+#include "cuda/rope_attention.h"
+
+namespace evakernels {
+namespace {
+
+struct AttentionOptions {
+  OptionalInput cos, sin, token_index;
+  Array offsets;  // of a packed batch
+  int64_t num_prefix, max_seqlen;
+  bool causal, interleaved;
+  double scale;
+};
+
+bool has_dense_vectors(Sizes sizes, Sizes strides) { return !sizes.empty() && strides.back() == 1; }
+
+Array read_heads(Call& call, Input heads, const char* name) {
+  return call.read_readable(heads, name, has_dense_vectors);
+}
+
+HeadsView view_of(const Array& heads) {
+  const size_t axes = heads.sizes.size();
+  require(axes == 3 || axes == 4, std::string(heads.name) + " must be [B, N, H, D] or [T, H, D]");
+  require(heads.strides[axes - 1] == 1, std::string(heads.name) + " must have dense vectors");
+  return {.data = heads.data,
+          .batch_stride = axes == 4 ? heads.strides[0] : 0,
+          .token_stride = heads.strides[axes - 3],
+          .head_stride = heads.strides[axes - 2]};
+}
+
+HeadsView view_like(const Array& heads, const Array& q) {
+  require_like(heads, q);
+  return view_of(heads);
+}
+
+// q, k and v, and what follows from them and the options.
+struct AttentionInputs {
+  Array q, k, v;
+  AttentionShape shape;
+  RotaryTables tables;
+
+  AttentionInputs(Call& call, Input q_in, Input k_in, Input v_in, const AttentionOptions& options)
+      : q(read_heads(call, q_in, "q")), k(read_heads(call, k_in, "k")), v(read_heads(call, v_in, "v")) {
+    view_of(q);
+    require_like(v, k);
+    require_dtype(k, q.dtype);
+    const size_t axes = q.sizes.size();
+    require(k.sizes.size() == axes && k.sizes[0] == q.sizes[0] && k.sizes.back() == q.sizes.back(),
+            "k must have as many samples and channels as q");
+    const int64_t heads = q.sizes[axes - 2], kv_heads = k.sizes[axes - 2];
+    require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "q's heads must be a multiple of k's");
+    set_shape(options);
+    if (const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape) : nullptr) require(false, reason);
+    set_tables(call, options);
+  }
+
+  // Of the log-sum-exps: [B, H, N] or [H, T].
+  std::vector<int64_t> lse_sizes() const {
+    if (shape.offsets.data) return {shape.heads, shape.offsets.tokens};
+    return {shape.batch, shape.heads, shape.tokens};
+  }
+
+  // Of the gradients of k and v: those of each query head.
+  std::vector<int64_t> gradient_sizes() const {
+    std::vector<int64_t> sizes(k.sizes.begin(), k.sizes.end());
+    sizes[sizes.size() - 2] = shape.heads;
+    return sizes;
+  }
+
+ private:
+  void set_shape(const AttentionOptions& options) {
+    const size_t axes = q.sizes.size();
+    shape = {
+        .batch = q.sizes[0],
+        .tokens = q.sizes[axes - 3],
+        .keys = k.sizes[axes - 3],
+        .heads = q.sizes[axes - 2],
+        .kv_heads = k.sizes[axes - 2],
+        .head_dim = q.sizes[axes - 1],
+        .num_prefix = options.num_prefix,
+        .scale = static_cast<float>(options.scale),
+        .causal = options.causal,
+        .dtype = q.dtype,
+        .offsets = {},
+    };
+    require(options.num_prefix >= 0 && options.num_prefix <= 16, "num_prefix must be from 0 to 16");
+    const Array& offsets = options.offsets;
+    require(bool(offsets) == (axes == 3), "cu_seqlens are for q [T, H, D], and needed there");
+    if (!offsets) return;
+    require(offsets.sizes.size() == 1 && offsets.sizes[0] > 0, "cu_seqlens must be [B + 1]");
+    require(options.num_prefix == 0,
+            "packed sequences have no num_prefix; a token_index of -1 stands for it");
+    require(options.max_seqlen > 0 || shape.tokens == 0, "max_seqlen must be positive");
+    shape.offsets = {offsets.data, !offsets.is_int32, shape.tokens};
+    shape.batch = offsets.sizes[0] - 1;
+    shape.tokens = shape.keys = std::min(options.max_seqlen, shape.tokens);
+  }
+
+  void set_tables(Call& call, const AttentionOptions& options) {
+    const Array cos = call.read_float32_optional(options.cos, "cos"),
+                sin = call.read_float32_optional(options.sin, "sin"),
+                index = call.read_index(options.token_index, "token_index");
+    require(bool(cos) == bool(sin), "cos and sin must be given both or neither");
+    tables = {};
+    if (!cos) return;
+    require(shape.num_prefix <= shape.tokens, "num_prefix must be no more than there are tokens");
+    require(shape.keys == shape.tokens, "keys are rotated only where there are as many as queries");
+    require_like(sin, cos);
+    const size_t axes = cos.sizes.size();
+    const bool compact = axes == 3 && cos.sizes[2] == shape.head_dim / 4;
+    require((axes == 2 && cos.sizes[1] == shape.head_dim / 2) ||
+                (axes == 3 && cos.sizes[0] == (compact ? 2 : shape.heads) &&
+                 (compact || cos.sizes[2] == shape.head_dim / 2)),
+            "cos must be [P, D/2], [H, P, D/2] or [2, G, D/4]");
+    require(axes == 2 || compact || shape.kv_heads == shape.heads,
+            "tables of each head need as many heads of keys");
+    const int64_t lines = cos.sizes[axes - 2], rows = compact ? lines * lines : lines;
+    const int64_t patches = shape.tokens - shape.num_prefix;
+    const bool packed = shape.offsets.data != nullptr;
+    if (index) {
+      packed ? require_sizes(index, {shape.offsets.tokens}) : require_sizes(index, {shape.batch, patches});
+    } else {
+      require(packed ? rows >= patches : rows == patches,
+              "without a token_index cos must have a row for each patch");
+    }
+    tables = {.cos = cos.floats(),
+              .sin = sin.floats(),
+              .token_index = static_cast<const int64_t*>(index.data),
+              .rows = rows,
+              .head_stride = axes == 3 && !compact ? lines * cos.sizes[2] : 0,
+              .grid = compact ? lines : 0,
+              .interleaved = options.interleaved};
+  }
+};
+
+void attend(const char* op, Call& call, Input q, Input k, Input v, Output out, Output lse,
+            const AttentionOptions& options) {
+  const AttentionInputs in(call, q, k, v, options);
+  const RopeAttentionForward params = {
+      .q = view_of(in.q),
+      .k = view_of(in.k),
+      .v = view_of(in.v),
+      .out = call.output(out, "out", in.q.sizes, in.q.dtype).data,
+      .lse = call.output(lse, "lse", in.lse_sizes(), DType::Float32).floats(),
+      .tables = in.tables,
+      .shape = in.shape,
+  };
+  call.launch<cpu::rope_attention_forward, cuda::rope_attention_forward>(op, params);
+}
+
+void attend_backward(const char* op, Call& call, Input dout, Input q, Input k, Input v, Input out,
+                     Input lse_in, Output dq, Output dk, Output dv, const AttentionOptions& options) {
+  const AttentionInputs in(call, q, k, v, options);
+  const Array lse = call.read(lse_in, "lse");
+  require_dtype(lse, DType::Float32);
+  require_sizes(lse, in.lse_sizes());
+  const RopeAttentionBackward params = {
+      .dout = view_like(read_heads(call, dout, "dout"), in.q),
+      .q = view_of(in.q),
+      .k = view_of(in.k),
+      .v = view_of(in.v),
+      .out = view_like(read_heads(call, out, "out"), in.q),
+      .lse = lse.floats(),
+      .dq = call.output(dq, "dq", in.q.sizes, in.q.dtype).data,
+      .dk = call.output(dk, "dk", in.gradient_sizes(), in.q.dtype).data,
+      .dv = call.output(dv, "dv", in.gradient_sizes(), in.q.dtype).data,
+      .tables = in.tables,
+      .shape = in.shape,
+  };
+  call.launch<cpu::rope_attention_backward, cuda::rope_attention_backward>(op, params);
+}
+
+// rope_attention has these arguments in Python only.
+using CuSeqlens = Either<Absent, OptionalInput>;
+using MaxSeqlen = Either<Absent, int64_t>;
+
+[[maybe_unused]] Array read_offsets(Call&, Absent) { return no_array("cu_seqlens"); }
+[[maybe_unused]] Array read_offsets(Call& call, OptionalInput cu_seqlens) {
+  return call.read_index(cu_seqlens, "cu_seqlens", true);
+}
+[[maybe_unused]] int64_t value_of(Absent) { return 0; }
+[[maybe_unused]] int64_t value_of(int64_t max_seqlen) { return max_seqlen; }
+
+void rope_attention_forward(Call& call, Input q, Input k, Input v, Output out, Output lse, OptionalInput cos,
+                            OptionalInput sin, OptionalInput token_index, CuSeqlens cu_seqlens,
+                            int64_t num_prefix, MaxSeqlen max_seqlen, bool causal, bool interleaved,
+                            double scale) {
+  attend("rope_attention_forward", call, q, k, v, out, lse,
+         {cos, sin, token_index, read_offsets(call, cu_seqlens), num_prefix, value_of(max_seqlen), causal,
+          interleaved, scale});
+}
+
+void rope_attention_backward(Call& call, Input dout, Input q, Input k, Input v, Input out, Input lse,
+                             Output dq, Output dk, Output dv, OptionalInput cos, OptionalInput sin,
+                             OptionalInput token_index, CuSeqlens cu_seqlens, int64_t num_prefix,
+                             MaxSeqlen max_seqlen, bool causal, bool interleaved, double scale) {
+  attend_backward("rope_attention_backward", call, dout, q, k, v, out, lse, dq, dk, dv,
+                  {cos, sin, token_index, read_offsets(call, cu_seqlens), num_prefix, value_of(max_seqlen),
+                   causal, interleaved, scale});
+}
+
+#ifndef EVAKERNELS_PYTHON
+void packed_attention_forward(Call& call, Input q, Input k, Input v, Output out, Output lse, Input cu_seqlens,
+                              OptionalInput cos, OptionalInput sin, OptionalInput token_index,
+                              int64_t max_seqlen, bool causal, bool interleaved, double scale) {
+  attend("packed_attention_forward", call, q, k, v, out, lse,
+         {cos, sin, token_index, read_offsets(call, cu_seqlens), 0, max_seqlen, causal, interleaved, scale});
+}
+
+void packed_attention_backward(Call& call, Input dout, Input q, Input k, Input v, Input out, Input lse,
+                               Input cu_seqlens, Output dq, Output dk, Output dv, OptionalInput cos,
+                               OptionalInput sin, OptionalInput token_index, int64_t max_seqlen, bool causal,
+                               bool interleaved, double scale) {
+  attend_backward(
+      "packed_attention_backward", call, dout, q, k, v, out, lse, dq, dk, dv,
+      {cos, sin, token_index, read_offsets(call, cu_seqlens), 0, max_seqlen, causal, interleaved, scale});
+}
+#endif
+
+}  // namespace
+
+EVAKERNELS_OPS(rope_attention, m) {
+  EVAKERNELS_OP(m, rope_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, py::kw_only(),
+                "cos"_a = py::none(), "sin"_a = py::none(), "token_index"_a = py::none(),
+                "cu_seqlens"_a = py::none(), "num_prefix"_a = 0, "max_seqlen"_a = 0, "causal"_a = false,
+                "interleaved"_a = true, "scale"_a,
+                R"(Writes out and the log-sum-exps lse.
+
+q: [B, N, H, D], k and v: [B, M, Hkv, D], with dense vectors; out: like q, dense; lse: float32 [B, H, N]. cos, sin: float32, as
+evakernels.rope_attention takes them, or None. With cu_seqlens, int64 [B + 1], the tensors are [T, H, D] and lse
+[H, T], as evakernels.packed_attention has them.)");
+  EVAKERNELS_OP(
+      m, rope_attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a,
+      py::kw_only(), "cos"_a = py::none(), "sin"_a = py::none(), "token_index"_a = py::none(),
+      "cu_seqlens"_a = py::none(), "num_prefix"_a = 0, "max_seqlen"_a = 0, "causal"_a = false,
+      "interleaved"_a = true, "scale"_a,
+      "Writes dq, dk and dv, dense; dk and dv [B, M, H, D], those of each query head. Arrays as for "
+      "rope_attention_forward.");
+#ifndef EVAKERNELS_PYTHON
+  EVAKERNELS_OP(m, packed_attention_forward);
+  EVAKERNELS_OP(m, packed_attention_backward);
+#endif
+}
+
+}  // namespace evakernels

@@ -1,0 +1,49 @@
+// Rows in 8 bits, and back from a matmul of them. CPU only.
+#include "cpu/row_quantization.h"
+
+#include "bind/binding.h"
+
+namespace evakernels {
+namespace {
+
+void quantize_rows(Call& call, Input x_in, Output codes, Output scale) {
+  const Array x = call.read(x_in, "x");
+  const RowSizes size(x);
+  const QuantizeRows params = {
+      .x = x.data,
+      .codes = static_cast<uint8_t*>(call.output_bytes(codes, x.sizes)),
+      .scale = call.statistic(true, scale, "scale", x).floats(),
+      .rows = size.rows,
+      .width = size.width,
+      .dtype = x.dtype,
+  };
+  call.launch<cpu::quantize_rows, nullptr>("quantize_rows", params);
+}
+
+void dequantize_rows(Call& call, Input y_in, Input scale_in, OptionalInput bias_in, Output out) {
+  const Array y = call.read(y_in, "y"), scale = call.read(scale_in, "scale"),
+              bias = call.read_optional(bias_in, "bias");
+  const RowSizes size(y);
+  require_dtype(scale, DType::Float32);
+  require(product(scale.sizes) == size.rows, "scale must have one element for each row");
+  const DequantizeRows params = {
+      .y = y.data,
+      .scale = scale.floats(),
+      .bias = bias.data,
+      .out = call.output(out, "out", y.sizes, y.dtype).data,
+      .rows = size.rows,
+      .width = size.width,
+      .dtype = y.dtype,
+      .bias_dtype = parameter_dtype(y, {&bias}),
+  };
+  call.launch<cpu::dequantize_rows, nullptr>("dequantize_rows", params);
+}
+
+}  // namespace
+
+EVAKERNELS_CPU_OPS(row_quantization, m) {
+  EVAKERNELS_OP(m, quantize_rows);
+  EVAKERNELS_OP(m, dequantize_rows);
+}
+
+}  // namespace evakernels

@@ -1,0 +1,277 @@
+// A call of a torch operator: its inputs as arrays, its outputs, and the way to the kernels.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind/launch.h"
+#include "bind/torch_stream.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace evakernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using Input = const Tensor&;
+using OptionalInput = const std::optional<Tensor>&;
+using Inputs = const std::vector<Tensor>&;
+using Output = std::optional<Tensor>&;
+using NeedsGrad = const std::vector<bool>&;
+using OutputDType = std::optional<ScalarType>;
+template <class Torch, class Python>
+using Either = Torch;
+
+template <>
+inline constexpr Source kSource<Output> = Source::Call;
+
+inline void torch_parallel(int64_t count, int64_t grain, cpu::RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      throw std::invalid_argument(std::string(name) +
+                                  ": the compiled kernels accept float32, bfloat16 and float16 only");
+  }
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) { return dtype_of(tensor.scalar_type(), name); }
+
+inline ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::BFloat16:
+      return ScalarType::BFloat16;
+    case DType::Float16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
+  }
+}
+
+// torch::stable::contiguous and new_empty look their operators up by name, which costs more than the rest of
+// a call.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+struct TorchDevice {
+  int32_t type, index;
+
+  explicit TorchDevice(const Tensor& tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  }
+};
+
+// Uninitialised and contiguous.
+inline Tensor new_tensor(const TorchDevice& device, Sizes sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t axis = sizes.size(); axis-- > 1;) {
+    strides[axis - 1] = strides[axis] * std::max<int64_t>(1, sizes[axis]);
+  }
+  const auto value = torch::stable::detail::from(dtype);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), torch::stable::detail::to<int32_t>(value),
+                                                  device.type, device.index, &handle));
+  return Tensor(handle);
+}
+
+inline cuda::Stream current_stream(int32_t device) {
+  static const StreamFunction torch_stream = find_stream_function();
+  cuda::Stream stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_stream(device, &stream));
+  return stream;
+}
+
+// Memory of torch's allocator, which reuses it only in the order of the stream.
+class TensorScratch final : public cuda::Scratch {
+ public:
+  explicit TensorScratch(const TorchDevice& device) : device_(device) {}
+
+  cuda::Error allocate(float** memory, int64_t floats) override {
+    memory_ = new_tensor(device_, {&floats, 1}, ScalarType::Float);
+    *memory = static_cast<float*>(memory_->mutable_data_ptr());
+    return nullptr;
+  }
+
+ private:
+  const TorchDevice& device_;
+  std::optional<Tensor> memory_;
+};
+
+class Call {
+ public:
+  // Dense; otherwise a dense copy.
+  Array read(const Tensor& tensor, const char* name) {
+    return read_strided(tensor, name, [](const Tensor& given) { return given.is_contiguous(); });
+  }
+  Array read_optional(OptionalInput tensor, const char* name) {
+    return tensor ? read(*tensor, name) : no_array(name);
+  }
+  // A tensor that isn't there has no elements in the schema.
+  Array read_if(bool exists, const Tensor& tensor, const char* name) {
+    return exists ? read(tensor, name) : no_array(name);
+  }
+  // A dense copy of what the kernels can't read.
+  Array read_readable(const Tensor& tensor, const char* name, bool (*is_readable)(Sizes, Sizes)) {
+    return read_strided(tensor, name,
+                        [&](const Tensor& given) { return is_readable(sizes_of(given), strides_of(given)); });
+  }
+  Array read_index(OptionalInput index, const char* name, bool accepts_int32 = false) {
+    if (!index) return no_array(name);
+    const ScalarType type = index->scalar_type();
+    require(type == ScalarType::Long || (accepts_int32 && type == ScalarType::Int),
+            std::string(name) + " must be int64" + (accepts_int32 ? " or int32" : ""));
+    Array array = view(keep(*index, index->is_contiguous()), name, DType::Float32);
+    array.is_int32 = type == ScalarType::Int;
+    return array;
+  }
+  // Converted if necessary; the host doesn't wait for its value.
+  Array read_float32(const Tensor& tensor, const char* name) {
+    if (tensor.scalar_type() == ScalarType::Float) return read(tensor, name);
+    return read(copies_.emplace_back(torch::stable::to(tensor, ScalarType::Float)), name);
+  }
+  Array read_float32_optional(OptionalInput tensor, const char* name) {
+    return tensor ? read_float32(*tensor, name) : no_array(name);
+  }
+  // Written in place; the launch copies a dense copy back.
+  Array update(const Tensor& tensor, const char* name) {
+    const bool is_dense = tensor.is_contiguous();
+    const Tensor& dense = keep(tensor, is_dense);
+    if (!is_dense) updated_.emplace_back(tensor, dense);
+    return array_of(dense, name);
+  }
+
+  Array output(Output result, const char* name, Sizes sizes, ScalarType dtype) {
+    result = new_tensor(device(), sizes, dtype);
+    return array_of(*result, name);
+  }
+  Array output(Output result, const char* name, Sizes sizes, DType dtype) {
+    return output(result, name, sizes, scalar_type_of(dtype));
+  }
+  // Of the dtype of `x` if there is none.
+  Array output(Output result, const char* name, const Array& x, OutputDType dtype) {
+    return output(result, name, x.sizes, dtype.value_or(scalar_type_of(x.dtype)));
+  }
+  void* output_bytes(Output result, Sizes sizes) {
+    result = new_tensor(device(), sizes, ScalarType::Byte);
+    return result->mutable_data_ptr();
+  }
+  // No elements, of the dtype `otherwise`, if `exists` is false.
+  Array output_if(bool exists, Output result, const char* name, Sizes sizes, DType dtype, DType otherwise) {
+    if (exists) return output(result, name, sizes, dtype);
+    result = new_tensor(device(), kNoElements, scalar_type_of(otherwise));
+    return no_array(name);
+  }
+  // One float for each row of `x`.
+  Array statistic(bool exists, Output result, const char* name, const Array& x) {
+    return output_if(exists, result, name, x.sizes.first(x.sizes.size() - 1), DType::Float32, DType::Float32);
+  }
+  // Like the parameter, if there is one.
+  Array gradient(bool needed, Output result, const char* name, const Array& parameter,
+                 DType otherwise = DType::Float32) {
+    const bool exists = parameter && needed;
+    return output_if(exists, result, name, parameter.sizes, parameter.dtype, otherwise);
+  }
+
+  bool is_on_gpu() const { return kCudaIsInterpreted || (kCudaIsBuilt && first_->is_cuda()); }
+
+  // The launchers are template arguments: those of a device that this build leaves out needn't be linked.
+  // Null: this op has no kernels for GPUs.
+  template <auto Cpu, auto Cuda, class Params>
+  void launch(const char* op, const Params& params) {
+    if constexpr (kCudaIsBuilt && !std::is_null_pointer_v<decltype(Cuda)>) {
+      if (is_on_gpu()) launch_on_gpu<Cuda>(op, params);
+    }
+    if constexpr (!kCudaIsInterpreted) {
+      if (!is_on_gpu()) Cpu(params, cpu::active_isa(), torch_parallel);
+    }
+    for (auto& [tensor, dense] : updated_) torch::stable::copy_(tensor, dense);
+  }
+
+ private:
+  static constexpr int64_t kNone = 0;
+  static constexpr Sizes kNoElements{&kNone, 1};
+
+  static Sizes sizes_of(const Tensor& tensor) { return {tensor.sizes().data(), tensor.sizes().size()}; }
+  static Sizes strides_of(const Tensor& tensor) { return {tensor.strides().data(), tensor.strides().size()}; }
+
+  static Array view(const Tensor& tensor, const char* name, DType dtype) {
+    return {name, const_cast<void*>(tensor.const_data_ptr()), dtype, sizes_of(tensor), strides_of(tensor),
+            true};
+  }
+  static Array array_of(const Tensor& tensor, const char* name) {
+    return view(tensor, name, dtype_of(tensor, name));
+  }
+
+  template <class IsReadable>
+  Array read_strided(const Tensor& tensor, const char* name, const IsReadable& is_readable) {
+    return array_of(keep(tensor, is_readable(tensor)), name);
+  }
+
+  // Arrays point into tensors: those of the caller outlive the call, copies are held by it.
+  const Tensor& keep(const Tensor& tensor, bool is_readable) {
+    if (!first_) first_ = &tensor;
+    return is_readable ? tensor : copies_.emplace_back(torch::stable::contiguous(tensor));
+  }
+
+  const TorchDevice& device() {
+    require(first_ != nullptr, "the list of tensors is empty");
+    return device_ ? *device_ : device_.emplace(*first_);
+  }
+
+  template <auto Cuda, class Params>
+  void launch_on_gpu(const char* op, const Params& params) {
+    TensorScratch scratch(device());
+    if constexpr (kCudaIsInterpreted) {
+      call_launcher<Cuda>(op, params, scratch, nullptr);
+    } else {
+      const torch::stable::accelerator::DeviceGuard guard(device().index);
+      raise_if_any(op, cuda::use_device(device().index));
+      call_launcher<Cuda>(op, params, scratch, current_stream(device().index));
+    }
+  }
+
+  const Tensor* first_ = nullptr;
+  std::optional<TorchDevice> device_;
+  std::list<Tensor> copies_;
+  std::vector<std::pair<Tensor, Tensor>> updated_;  // a tensor and its dense copy
+};
+
+}  // namespace evakernels
+
+// Registers a family's ops, for every device that this build has kernels for.
+#define EVAKERNELS_CPU_OPS(family, m) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m)
+#if defined(EVAKERNELS_CUDA) && !defined(EVAKERNELS_INTERPRETED)
+#define EVAKERNELS_OPS(family, m)                                                 \
+  static void register_##family(torch::stable::detail::StableLibrary& m);         \
+  STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m) { register_##family(m); }  \
+  STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m) { register_##family(m); } \
+  static void register_##family(torch::stable::detail::StableLibrary& m)
+#else
+#define EVAKERNELS_OPS(family, m) EVAKERNELS_CPU_OPS(family, m)
+#endif
+#define EVAKERNELS_OP(m, op, ...) m.impl(#op, TORCH_BOX(&Bound<&op>::Function<>::call))
