@@ -1,4 +1,4 @@
-"""Which ops must have a kernel: what the build's lists say, whatever has become of the library."""
+"""Which ops must have a kernel: those of the sources, whatever has become of the library."""
 
 import re
 from functools import cache
@@ -8,17 +8,15 @@ import evakernels.triton
 from benchmarks.origin import ROOT
 from evakernels import _native, backends
 
-_FAMILIES = re.compile(r"set\(CUDA_OPS ([^)]+)\)")
+_REGISTERED = re.compile(r"^EVAKERNELS_OPS\(", re.MULTILINE)
 _IMPLEMENTED = re.compile(r"EVAKERNELS_OP\(\s*m, (\w+)")
 
 
 @cache
 def cuda_ops() -> tuple[str, ...]:
-    """Those that the bindings of CMake's CUDA_OPS implement."""
-    found = _FAMILIES.search((ROOT / "CMakeLists.txt").read_text())
-    assert found is not None
-    bindings = [ROOT / f"csrc/bind/{family}.cpp" for family in found[1].split()]
-    return tuple(op for path in bindings for op in _IMPLEMENTED.findall(path.read_text()))
+    """The ops that the bindings in csrc/bind register for both devices."""
+    bindings = [path.read_text() for path in sorted((ROOT / "csrc/bind").glob("*.cpp"))]
+    return tuple(op for text in bindings if _REGISTERED.search(text) for op in _IMPLEMENTED.findall(text))
 
 
 def triton_ops() -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 //
 // 16-bit features are widened: torch has no product of them with a float32 result on a CPU. (MKL has one for
 // bfloat16, but on a Zen 5 it was no faster than the float32 product.)
-#include "cpu/contrastive.h"
+#include "include/contrastive.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 

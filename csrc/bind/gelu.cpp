@@ -1,8 +1,7 @@
 // gelu(x + bias) and its gradients.
-#include "cpu/gelu.h"
+#include "include/gelu.h"
 
 #include "bind/binding.h"
-#include "cuda/gelu.h"
 
 namespace evakernels {
 namespace {

@@ -1,8 +1,7 @@
 // LAMB over lists of tensors.
-#include "cpu/lamb.h"
+#include "include/lamb.h"
 
 #include "bind/binding.h"
-#include "cuda/lamb.h"
 
 namespace evakernels {
 namespace {

@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #include "bind/array.h"
-#include "common/residual_norm.h"
 #include "cuda/stream.h"
+#include "include/residual_norm.h"
 
 namespace evakernels {
 

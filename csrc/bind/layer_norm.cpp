@@ -1,8 +1,7 @@
 // LayerNorm and RMSNorm over the last dimension.
-#include "cpu/layer_norm.h"
+#include "include/layer_norm.h"
 
 #include "bind/binding.h"
-#include "cuda/layer_norm.h"
 
 namespace evakernels {
 namespace {

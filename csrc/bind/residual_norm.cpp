@@ -1,8 +1,7 @@
 // LayerNorm and RMSNorm joined with the residual connection around them.
-#include "cpu/residual_norm.h"
+#include "include/residual_norm.h"
 
 #include "bind/binding.h"
-#include "cuda/residual_norm.h"
 
 namespace evakernels {
 namespace {

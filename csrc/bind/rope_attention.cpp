@@ -1,11 +1,10 @@
 // Attention with rotary embedding, of samples and of packed sequences: two torch operators, one Python
 // function.
-#include "cpu/rope_attention.h"
+#include "include/rope_attention.h"
 
 #include <algorithm>
 
 #include "bind/binding.h"
-#include "cuda/rope_attention.h"
 
 namespace evakernels {
 namespace {

@@ -1,5 +1,5 @@
 // Rows in 8 bits, and back from a matmul of them. CPU only.
-#include "cpu/row_quantization.h"
+#include "include/row_quantization.h"
 
 #include "bind/binding.h"
 

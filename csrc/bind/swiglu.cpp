@@ -1,8 +1,7 @@
 // The gated product of a SwiGLU MLP and the LayerNorm after it.
-#include "cpu/swiglu.h"
+#include "include/swiglu.h"
 
 #include "bind/binding.h"
-#include "cuda/swiglu.h"
 
 namespace evakernels {
 namespace {

@@ -1,8 +1,7 @@
 // Token dropout: keeps some patches, adds position embeddings and prepends the prefix.
-#include "cpu/token_dropout.h"
+#include "include/token_dropout.h"
 
 #include "bind/binding.h"
-#include "cuda/token_dropout.h"
 
 namespace evakernels {
 namespace {

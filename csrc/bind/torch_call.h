@@ -137,8 +137,9 @@ class Call {
   }
   // A dense copy of what the kernels can't read.
   Array read_readable(const Tensor& tensor, const char* name, bool (*is_readable)(Sizes, Sizes)) {
-    return read_strided(tensor, name,
-                        [&](const Tensor& given) { return is_readable(sizes_of(given), strides_of(given)); });
+    return read_strided(tensor, name, [&](const Tensor& given) {
+      return is_readable(span_of(given.sizes()), span_of(given.strides()));
+    });
   }
   Array read_index(OptionalInput index, const char* name, bool accepts_int32 = false) {
     if (!index) return no_array(name);
@@ -216,12 +217,17 @@ class Call {
   static constexpr int64_t kNone = 0;
   static constexpr Sizes kNoElements{&kNone, 1};
 
-  static Sizes sizes_of(const Tensor& tensor) { return {tensor.sizes().data(), tensor.sizes().size()}; }
-  static Sizes strides_of(const Tensor& tensor) { return {tensor.strides().data(), tensor.strides().size()}; }
+  static Sizes span_of(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
+    return {numbers.data(), numbers.size()};
+  }
 
   static Array view(const Tensor& tensor, const char* name, DType dtype) {
-    return {name, const_cast<void*>(tensor.const_data_ptr()), dtype, sizes_of(tensor), strides_of(tensor),
-            true};
+    return {.name = name,
+            .data = const_cast<void*>(tensor.const_data_ptr()),
+            .dtype = dtype,
+            .sizes = span_of(tensor.sizes()),
+            .strides = span_of(tensor.strides()),
+            .exists = true};
   }
   static Array array_of(const Tensor& tensor, const char* name) {
     return view(tensor, name, dtype_of(tensor, name));

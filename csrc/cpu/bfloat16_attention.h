@@ -1,9 +1,9 @@
 // Attention with rotary embedding in bfloat16, on a CPU that has products of it.
 #pragma once
 
-#include "common/rope_attention.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::cpu {
 

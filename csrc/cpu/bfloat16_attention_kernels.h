@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/rope_attention.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::cpu {
 

@@ -1,11 +1,11 @@
-#include "cpu/contrastive.h"
+#include "include/contrastive.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "cpu/contrastive_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {

@@ -3,9 +3,8 @@
 // The exponential is by far the dearest part, so one serves both directions where that is possible: rows and
 // columns of a block are summed relative to one common shift, as long as no row or column lies so far below
 // it that its terms would vanish. Else each is summed relative to its own, which holds for any input.
-#include "cpu/contrastive_kernels.h"
-
 #include "cpu/simd.h"
+#include "include/contrastive.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

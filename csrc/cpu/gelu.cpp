@@ -1,9 +1,9 @@
-#include "cpu/gelu.h"
+#include "include/gelu.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/gelu_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {

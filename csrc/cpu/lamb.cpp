@@ -1,10 +1,10 @@
-#include "cpu/lamb.h"
+#include "include/lamb.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "cpu/lamb_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/tensor_chunks.h"
 
 namespace evakernels::cpu {

@@ -1,7 +1,6 @@
 // Compiled once for each instruction set.
-#include "cpu/lamb_kernels.h"
-
 #include "cpu/tensor_blocks.h"
+#include "include/lamb.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

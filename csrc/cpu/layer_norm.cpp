@@ -1,6 +1,6 @@
-#include "cpu/layer_norm.h"
+#include "include/layer_norm.h"
 
-#include "cpu/layer_norm_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {

@@ -1,8 +1,7 @@
 // Compiled once for each instruction set.
-#include "cpu/layer_norm_kernels.h"
-
 #include "cpu/dtype_dispatch.h"
 #include "cpu/norm_rows.h"
+#include "include/layer_norm.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

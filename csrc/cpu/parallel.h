@@ -5,6 +5,8 @@
 
 namespace evakernels::cpu {
 
+enum class Isa;  // cpu/isa.h
+
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls body on disjoint ranges that cover [0, count), none (but the last) shorter than grain.

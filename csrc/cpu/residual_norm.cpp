@@ -1,8 +1,8 @@
-#include "cpu/residual_norm.h"
+#include "include/residual_norm.h"
 
 #include <algorithm>
 
-#include "cpu/residual_norm_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {

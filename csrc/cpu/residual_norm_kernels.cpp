@@ -2,10 +2,9 @@
 //
 // Each row of the inputs is fetched from memory once and each row of the outputs written once; the further
 // passes over a row find it in the L1 cache.
-#include "cpu/residual_norm_kernels.h"
-
 #include "cpu/dtype_dispatch.h"
 #include "cpu/norm_rows.h"
+#include "include/residual_norm.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

@@ -1,11 +1,11 @@
-#include "cpu/rope_attention.h"
+#include "include/rope_attention.h"
 
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include "cpu/bfloat16_attention.h"
-#include "cpu/rope_attention_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/rotary_tables.h"
 #include "cpu/rows.h"
 

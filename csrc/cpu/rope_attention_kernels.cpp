@@ -3,13 +3,12 @@
 // A head's keys and values are laid out in float32 once; then a block of queries at a time, tile by tile,
 // meets the keys that it sees, a panel of them at a time. What is beyond the last query, key or channel of a
 // whole tile is whatever the workspace held, and only makes more of that.
-#include "cpu/rope_attention_kernels.h"
-
 #include "cpu/dtype_dispatch.h"
 #include "cpu/float32_products.h"
 #include "cpu/rotation.h"
 #include "cpu/softmax_rows.h"
 #include "cpu/transpose.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

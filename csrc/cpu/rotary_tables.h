@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "common/rope_attention.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::cpu {
 

@@ -1,8 +1,8 @@
 // The rotary embedding of a vector, and where a head's vectors lie.
 #pragma once
 
-#include "common/rope_attention.h"
 #include "cpu/simd.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 

@@ -1,6 +1,6 @@
-#include "cpu/row_quantization.h"
+#include "include/row_quantization.h"
 
-#include "cpu/row_quantization_kernels.h"
+#include "cpu/isa.h"
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {

@@ -1,8 +1,7 @@
 // Compiled once for each instruction set.
-#include "cpu/row_quantization_kernels.h"
-
 #include "cpu/dtype_dispatch.h"
 #include "cpu/simd.h"
+#include "include/row_quantization.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

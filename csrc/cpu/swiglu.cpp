@@ -1,9 +1,9 @@
-#include "cpu/swiglu.h"
+#include "include/swiglu.h"
 
 #include <algorithm>
 
+#include "cpu/isa.h"
 #include "cpu/rows.h"
-#include "cpu/swiglu_kernels.h"
 
 namespace evakernels::cpu {
 namespace {

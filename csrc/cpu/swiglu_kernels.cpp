@@ -2,9 +2,8 @@
 //
 // With a norm, a row's intermediate values stay in a scratch row of floats, which the L1 cache holds: gate
 // and up are read once, and the exponential, the dearest part, is taken once.
-#include "cpu/swiglu_kernels.h"
-
 #include "cpu/norm_rows.h"
+#include "include/swiglu.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {

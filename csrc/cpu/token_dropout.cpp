@@ -1,10 +1,10 @@
-#include "cpu/token_dropout.h"
+#include "include/token_dropout.h"
 
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/rows.h"
-#include "cpu/token_dropout_kernels.h"
 
 namespace evakernels::cpu {
 namespace {

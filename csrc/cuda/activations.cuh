@@ -1,14 +1,31 @@
 // Activation functions of one element.
 #pragma once
 
-#include "common/gelu.h"
 #include "cuda/device.h"
+#include "include/gelu.h"
 
 namespace evakernels::cuda {
 
 // __fdividef errs by 2 units in the last place, for a fraction of the division's instructions; for a large
 // divisor it gives 0, where silu and its derivative are below the normal numbers.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+
+// silu(gate) * up. Rounded before anything is added, so that backward finds the very value whose mean forward
+// took.
+__device__ __forceinline__ float gated(float gate, float sigmoid_of_gate, float up) {
+  return __fmul_rn(__fmul_rn(gate, sigmoid_of_gate), up);
+}
+
+struct GatedGradient {
+  float gate;
+  float up;
+};
+
+__device__ __forceinline__ GatedGradient gradient_of_gated(float upstream, float gate, float sigmoid_of_gate,
+                                                           float up) {
+  const float s = sigmoid_of_gate;
+  return {upstream * up * s * (1.0f + gate * (1.0f - s)), upstream * gate * s};
+}
 
 // x P(x), where P is the normal distribution.
 struct ExactGelu {

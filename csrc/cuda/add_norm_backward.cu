@@ -5,8 +5,8 @@
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
-#include "cuda/residual_norm.h"
 #include "cuda/staged_rows.cuh"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {

@@ -3,8 +3,8 @@
 // Each element of the inputs is read once and each of the outputs written once; the sum is kept in registers.
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
-#include "cuda/residual_norm.h"
 #include "cuda/staged_rows.cuh"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {

@@ -8,8 +8,8 @@
 #include "cuda/device.h"
 #include "cuda/dispatch.h"
 #include "cuda/elements.cuh"
-#include "cuda/rope_attention.h"
 #include "cuda/tensor_core.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::cuda {
 

@@ -9,9 +9,9 @@
 #include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/dispatch.h"
-#include "cuda/gelu.h"
 #include "cuda/norm_parameters.cuh"
 #include "cuda/row_parts.cuh"
+#include "include/gelu.h"
 
 namespace evakernels::cuda {
 namespace {

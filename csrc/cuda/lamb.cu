@@ -5,9 +5,8 @@
 // float32 update moves 24 bytes and apply 16: each buffer is read once, and what changes is written once.
 #include <cmath>
 
-#include "common/lamb.h"
-#include "cuda/lamb.h"
 #include "cuda/tensor_chunks.cuh"
+#include "include/lamb.h"
 
 namespace evakernels::cuda {
 namespace {

@@ -5,8 +5,9 @@
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
-#include "cuda/residual_norm.h"
 #include "cuda/staged_rows.cuh"
+#include "include/layer_norm.h"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -132,6 +133,25 @@ Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream 
   std::optional<WriteGradients> finish;
   if (params.gradients.any_wanted()) finish = {params.parameters, params.gradients};
   return launch_with_column_sums<kSums>(plan, shape.width, finish, scratch, stream, params);
+}
+
+Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream) {
+  const NormAddBackward norm_add = {
+      .dx = params.dy,
+      .branch = params.x,
+      .mean = params.mean,
+      .rstd = params.rstd,
+      .dbranch = params.dx,
+      .parameters = {.weight = {params.weight, params.weight_dtype},
+                     .bias = {},
+                     .layer_scale = {},
+                     .row_scale = {}},
+      .gradients = {.weight = {params.dweight, params.weight_dtype},
+                    .bias = {params.dbias, params.weight_dtype},
+                    .layer_scale = {}},
+      .shape = plain_norm_shape(params),
+  };
+  return norm_add_backward(norm_add, scratch, stream);
 }
 
 }  // namespace evakernels::cuda

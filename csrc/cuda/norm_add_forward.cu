@@ -3,8 +3,9 @@
 // Each element of the branch and of the residual is read once and each of x written once.
 #include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
-#include "cuda/residual_norm.h"
 #include "cuda/staged_rows.cuh"
+#include "include/layer_norm.h"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -74,6 +75,23 @@ Error norm_add_forward(const NormAddForward& params, Stream stream) {
                                                    buffer_of(parameters.bias),
                                                    buffer_of(parameters.layer_scale)});
   return plan.launch(stream, params);
+}
+
+Error layer_norm_forward(const LayerNormForward& params, Stream stream) {
+  const NormAddForward norm_add = {
+      .residual = nullptr,
+      .branch = params.x,
+      .x = params.y,
+      .mean = params.mean,
+      .rstd = params.rstd,
+      .eps = params.eps,
+      .parameters = {.weight = {params.weight, params.weight_dtype},
+                     .bias = {params.bias, params.weight_dtype},
+                     .layer_scale = {},
+                     .row_scale = {}},
+      .shape = plain_norm_shape(params),
+  };
+  return norm_add_forward(norm_add, stream);
 }
 
 }  // namespace evakernels::cuda

@@ -11,9 +11,11 @@
 
 #include <array>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "cuda/norm_plan.h"
+#include "include/swiglu.h"
 
 namespace evakernels::cuda {
 
@@ -112,7 +114,7 @@ auto plan_norm_add(const ResidualNormShape& shape, const std::vector<Buffer>& bu
 }
 
 // For add + norm, whose table has the type of y, too: what gpu_serves and add_norm_serves
-// (common/residual_norm.h) tell.
+// (include/residual_norm.h) tell.
 template <template <class Residual, class Branch, class Y> class Kernels>
 auto plan_add_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
   const auto plan = [&](auto residual, auto branch, auto y) {
@@ -124,6 +126,40 @@ auto plan_add_norm(const ResidualNormShape& shape, const std::vector<Buffer>& bu
   }
   return with_half_type(shape.branch_dtype, [&](auto branch) {
     return shape.y_dtype == DType::Float32 ? plan(float{}, branch, float{}) : plan(float{}, branch, branch);
+  });
+}
+
+// A plain norm as norm + add without a residual: the branch is x, the sum y.
+template <class Params>
+ResidualNormShape plain_norm_shape(const Params& params) {
+  return {
+      .rows = params.rows,
+      .width = params.width,
+      .rows_per_sample = 1,
+      .dtype = params.y_dtype,
+      .branch_dtype = params.dtype,
+      .y_dtype = params.y_dtype,
+      .rms = params.rms,
+  };
+}
+
+// The bounds of SwiGLU's kernels with a norm: a block of THREADS, though most have fewer, so that registers
+// leave room for as many threads on a multiprocessor as hide the latency of the memory.
+template <class L, int THREADS>
+constexpr int kThreadsFor = L::V == 0 ? L::kThreads : THREADS;
+template <class L>
+constexpr int kBlocksFor = L::V == 0 ? L::kBlocks : 1;
+
+// The largest number of elements that divides the width and the distances of the rows of gate and up.
+inline int64_t common_step(int64_t width, const SwigluRows& gate, const SwigluRows& up) {
+  return std::gcd(width, std::gcd(gate.stride, up.stride));
+}
+
+template <template <class T> class Kernels, class Params>
+auto plan_swiglu_norm(const Params& params, const std::vector<Buffer>& buffers) {
+  const int64_t step = common_step(params.width, params.gate, params.up);
+  return with_element_type(params.dtype, [&](auto element) {
+    return plan_rows<Kernels<decltype(element)>>(params.rows, params.width, step, buffers);
   });
 }
 

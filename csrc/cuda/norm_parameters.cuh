@@ -1,8 +1,8 @@
 // The factors and addends of a norm as its kernels read them.
 #pragma once
 
-#include "common/residual_norm.h"
 #include "cuda/elements.cuh"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 

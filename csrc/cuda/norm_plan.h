@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/residual_norm.h"
 #include "cuda/elements.cuh"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 

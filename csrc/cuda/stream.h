@@ -1,4 +1,7 @@
-// What a launcher is given and returns.
+// The stream and scratch memory of a GPU launcher, and the error that it returns.
+//
+// A launcher puts its kernels on the stream and returns without waiting for them. What its kernels keep in
+// between lies in scratch memory. Results depend on the shape and the GPU alone.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,11 @@
 // The gradient of out = norm(silu(gate) * up). The product is computed again. Each byte of dout, gate and up
 // is read once and each of dgate and dup written once.
+#include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
+#include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
-#include "cuda/swiglu.cuh"
-#include "cuda/swiglu.h"
+#include "include/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {

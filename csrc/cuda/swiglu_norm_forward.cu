@@ -1,9 +1,10 @@
 // out = norm(silu(gate) * up). Each byte of the inputs is read once and each byte of out written once; the
 // product is kept in registers, unrounded.
+#include "cuda/activations.cuh"
+#include "cuda/norm_launch.h"
 #include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
-#include "cuda/swiglu.cuh"
-#include "cuda/swiglu.h"
+#include "include/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {

@@ -2,10 +2,11 @@
 // each byte of the outputs written once.
 #include <limits>
 
+#include "cuda/activations.cuh"
+#include "cuda/norm_launch.h"
 #include "cuda/norm_rows.cuh"
 #include "cuda/row_parts.cuh"
-#include "cuda/swiglu.cuh"
-#include "cuda/swiglu.h"
+#include "include/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -134,6 +135,17 @@ Error swiglu_product_backward(const SwigluBackward& params, Stream stream) {
   };
   return launch_product(shape_of(params), params.dtype, stream, kernel_of, params.dout, params.dgate,
                         params.dup);
+}
+
+Error swiglu_forward(const SwigluForward& params, Stream stream) {
+  if (params.width == 0) return nullptr;
+  return params.norm_weight ? swiglu_norm_forward(params, stream) : swiglu_product_forward(params, stream);
+}
+
+Error swiglu_backward(const SwigluBackward& params, Scratch& scratch, Stream stream) {
+  if (params.width == 0) return nullptr;
+  return params.norm_weight ? swiglu_norm_backward(params, scratch, stream)
+                            : swiglu_product_backward(params, stream);
 }
 
 }  // namespace evakernels::cuda

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "common/token_dropout.h"
 #include "cuda/dispatch.h"
+#include "include/token_dropout.h"
 
 namespace evakernels::cuda {
 

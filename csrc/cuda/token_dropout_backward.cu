@@ -4,10 +4,9 @@
 //
 // A block has one position of all samples, which its warps share, and one part of the channels: so it also
 // has all that the position's embedding sums.
-#include "common/token_dropout.h"
 #include "cuda/dispatch.h"
 #include "cuda/norm_plan.h"
-#include "cuda/token_dropout.h"
+#include "include/token_dropout.h"
 
 namespace evakernels::cuda {
 namespace {

@@ -4,7 +4,7 @@
 
 #include "cuda/norm_plan.h"
 #include "cuda/token_dropout.cuh"
-#include "cuda/token_dropout.h"
+#include "include/token_dropout.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -91,6 +91,13 @@ Error token_dropout_forward_rows(const TokenDropoutForward& params, Stream strea
       return launch(token_rows_kernel<Types, elements()>, grid, {kWarpSize, kRows, 1}, stream, params);
     });
   });
+}
+
+Error token_dropout_forward(const TokenDropoutForward& params, Stream stream) {
+  const TokenDropoutShape& shape = params.shape;
+  if (shape.batch == 0 || shape.channels == 0 || shape.prefix_tokens + shape.kept_tokens == 0) return nullptr;
+  return params.patches.channel_stride == 1 ? token_dropout_forward_rows(params, stream)
+                                            : token_dropout_forward_tiles(params, stream);
 }
 
 }  // namespace evakernels::cuda

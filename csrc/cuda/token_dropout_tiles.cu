@@ -2,7 +2,7 @@
 // A block transposes a tile in shared memory: it reads along the tokens and writes along the channels.
 #include "cuda/norm_plan.h"
 #include "cuda/token_dropout.cuh"
-#include "cuda/token_dropout.h"
+#include "include/token_dropout.h"
 
 namespace evakernels::cuda {
 namespace {

@@ -15,7 +15,7 @@ from evakernels.reference._numerics import accumulation_dtype
 MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""
 
-_MAX_GPU_TOKENS, _MAX_GPU_HEAD_DIM = 4096, 128  # as in csrc/cuda/rope_attention.h
+_MAX_GPU_TOKENS, _MAX_GPU_HEAD_DIM = 4096, 128  # as in csrc/include/rope_attention.h
 
 
 @overload

@@ -1,5 +1,5 @@
-#include "cuda/gelu.h"
 #include "drive.h"
+#include "include/gelu.h"
 
 namespace evakernels::drive {
 namespace {

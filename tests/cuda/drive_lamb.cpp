@@ -1,5 +1,5 @@
-#include "cuda/lamb.h"
 #include "drive_optimizer.h"
+#include "include/lamb.h"
 
 namespace evakernels::drive {
 namespace {

@@ -1,6 +1,6 @@
-#include "cuda/layer_norm.h"
-#include "cuda/residual_norm.h"
 #include "drive.h"
+#include "include/layer_norm.h"
+#include "include/residual_norm.h"
 
 namespace evakernels::drive {
 namespace {

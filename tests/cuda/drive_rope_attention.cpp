@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "cuda/rope_attention.h"
 #include "drive.h"
+#include "include/rope_attention.h"
 
 namespace evakernels::drive {
 namespace {

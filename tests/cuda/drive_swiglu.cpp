@@ -1,5 +1,5 @@
-#include "cuda/swiglu.h"
 #include "drive.h"
+#include "include/swiglu.h"
 
 namespace evakernels::drive {
 namespace {

@@ -1,5 +1,5 @@
-#include "cuda/token_dropout.h"
 #include "drive.h"
+#include "include/token_dropout.h"
 
 namespace evakernels::drive {
 namespace {

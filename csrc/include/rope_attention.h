@@ -3,7 +3,11 @@
 
 #include <cstdint>
 
+#include "common/api.h"
 #include "common/dtype.h"
+#include "cpu/isa_namespaces.h"
+#include "cpu/parallel.h"
+#include "cuda/stream.h"
 
 namespace evakernels {
 
@@ -132,5 +136,89 @@ struct RopeAttentionBackward {
   RotaryTables tables;
   AttentionShape shape;
 };
+
+namespace cpu {
+
+// Both throw std::invalid_argument for offsets that don't rise from 0 to the number of
+// tokens.
+EVAKERNELS_API void rope_attention_forward(const RopeAttentionForward& params, Isa isa,
+                                           ParallelFor parallel_for);
+EVAKERNELS_API void rope_attention_backward(const RopeAttentionBackward& params, Isa isa,
+                                            ParallelFor parallel_for);
+
+// Heads [begin, end) of a sample, or of the sequence of a packed batch that begins at token `first` of the
+// only sample.
+struct SequenceHeads {
+  int64_t sample;
+  int64_t first;
+  int64_t tokens;
+  int64_t keys;
+  int64_t begin, end;
+};
+
+// Of a dense [B, tokens, H, D] or, of a packed batch, [T, H, D].
+static inline HeadsView dense_heads(void* data, const AttentionShape& shape, int64_t tokens) {
+  const int64_t token_stride = shape.heads * shape.head_dim;
+  return {.data = data,
+          .batch_stride = tokens * token_stride,
+          .token_stride = token_stride,
+          .head_stride = shape.head_dim};
+}
+
+// From a head's log-sum-exps to those of the next one: they are [B, H, N] or, of a packed batch, [H, T].
+static inline int64_t lse_stride(const AttentionShape& shape) {
+  return shape.offsets.data != nullptr ? shape.offsets.tokens : shape.tokens;
+}
+
+template <class T>
+static inline T* lse_of_head(T* lse, const AttentionShape& shape, const SequenceHeads& heads, int64_t head) {
+  return lse + (heads.sample * shape.heads + head) * lse_stride(shape) + heads.first;
+}
+
+// The loops of rope_attention and packed_attention: one table of functions for each instruction set.
+// workspace: as many floats as the function of that name tells of the most keys, aligned to 64 bytes.
+// What it holds doesn't matter. rotation: that of params.tables, whose token_index is of all tokens of a
+// packed batch; without one a token takes the row of its place in the sequence.
+struct RopeAttentionKernels {
+  int64_t (*forward_workspace)(int64_t keys, int64_t head_dim);
+  int64_t (*backward_workspace)(int64_t keys, int64_t head_dim);
+  void (*forward)(const RopeAttentionForward& params, const Rotation& rotation, float* workspace,
+                  const SequenceHeads& heads);
+  void (*backward)(const RopeAttentionBackward& params, const Rotation& rotation, float* workspace,
+                   const SequenceHeads& heads);
+};
+
+EVAKERNELS_FOR_EACH_ISA(extern const RopeAttentionKernels rope_attention;)
+
+}  // namespace cpu
+
+namespace cuda {
+
+// On tensor cores: float16 and bfloat16, compute capability 8.0 or later, head_dim up to kMaxHeadDim, up to
+// kMaxTokens queries and keys per sequence. An index in token_index or cu_seqlens that is out of range ends
+// the launch with an error. A query that sees no key has an output of 0, an lse of -inf and no gradient.
+constexpr int kMaxHeadDim = 128;
+constexpr int kMaxTokens = 4096;
+
+// Why the kernels don't serve a call; null if they do.
+inline Error unserved(const AttentionShape& shape) {
+  if (shape.dtype == DType::Float32) {
+    return "attention of float32 has no CUDA kernels; those for CPUs, Triton's and the reference serve it";
+  }
+  if (shape.tokens > kMaxTokens || shape.keys > kMaxTokens) {
+    return "a sequence has more tokens than the CUDA kernels serve, 4096";
+  }
+  if (shape.head_dim > kMaxHeadDim) return "q has more channels a head than the CUDA kernels serve, 128";
+  return nullptr;
+}
+
+EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
+
+// Scratch is for gradients of queries whose keys a block takes in several rounds. The result depends on the
+// shape and the GPU alone.
+EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch,
+                                             Stream stream);
+
+}  // namespace cuda
 
 }  // namespace evakernels

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
+#include "common/api.h"
 #include "common/dtype.h"
+#include "cpu/isa_namespaces.h"
+#include "cpu/parallel.h"
 
 namespace evakernels {
 
@@ -31,5 +34,24 @@ struct DequantizeRows {
   DType dtype;
   DType bias_dtype;
 };
+
+namespace cpu {
+
+EVAKERNELS_API void quantize_rows(const QuantizeRows& params, Isa isa, ParallelFor parallel_for);
+
+EVAKERNELS_API void dequantize_rows(const DequantizeRows& params, Isa isa, ParallelFor parallel_for);
+
+// The row loops of row_quantization: one table of functions for each instruction set.
+struct RowQuantizationKernels {
+  // Rows [begin, end), as in all of them.
+  void (*quantize)(const QuantizeRows& params, int64_t begin, int64_t end);
+
+  // bias replaces that of the parameters, [width].
+  void (*dequantize)(const DequantizeRows& params, const float* bias, int64_t begin, int64_t end);
+};
+
+EVAKERNELS_FOR_EACH_ISA(extern const RowQuantizationKernels row_quantization;)
+
+}  // namespace cpu
 
 }  // namespace evakernels

@@ -3,7 +3,11 @@
 
 #include <cstdint>
 
+#include "common/api.h"
 #include "common/dtype.h"
+#include "cpu/isa_namespaces.h"
+#include "cpu/parallel.h"
+#include "cuda/stream.h"
 
 namespace evakernels {
 
@@ -54,5 +58,34 @@ struct GeluBackward {
   DType bias_dtype;
   GeluForm form;
 };
+
+namespace cpu {
+
+EVAKERNELS_API void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for);
+
+// The result depends on the shape alone, never on the number of threads.
+EVAKERNELS_API void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for);
+
+// The row loops of gelu: one table of functions for each instruction set.
+struct GeluKernels {
+  // Rows [begin, end). bias replaces that of the parameters, [width].
+  void (*forward)(const GeluForward& params, const float* bias, int64_t begin, int64_t end);
+
+  // Writes dx for rows [begin, end) and adds their share to dbias, [width], which may be null.
+  void (*backward)(const GeluBackward& params, const float* bias, float* dbias, int64_t begin, int64_t end);
+};
+
+EVAKERNELS_FOR_EACH_ISA(extern const GeluKernels gelu;)
+
+}  // namespace cpu
+
+namespace cuda {
+
+EVAKERNELS_API Error gelu_forward(const GeluForward& params, Stream stream);
+
+// The result depends on the shape and the GPU alone.
+EVAKERNELS_API Error gelu_backward(const GeluBackward& params, Scratch& scratch, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace evakernels

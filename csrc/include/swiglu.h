@@ -1,0 +1,95 @@
+// Parameters of the swiglu launchers: hidden = silu(gate) * up, and its LayerNorm when there is a norm.
+#pragma once
+
+#include <cstdint>
+
+#include "common/api.h"
+#include "common/dtype.h"
+#include "cpu/isa_namespaces.h"
+#include "cpu/parallel.h"
+#include "cuda/stream.h"
+
+namespace evakernels {
+
+// Rows of one matrix, `stride` elements apart; each row is dense. Halves of a packed projection are two of
+// these.
+struct SwigluRows {
+  const void* data;
+  int64_t stride;
+};
+
+struct SwigluForward {
+  SwigluRows gate;          // [rows, width], dtype
+  SwigluRows up;            // [rows, width], dtype
+  const void* norm_weight;  // [width], weight_dtype; null: no norm
+  const void* norm_bias;    // [width], weight_dtype; null: zeros
+  void* out;                // [rows, width], dtype, dense
+  float* mean;              // [rows]; null without a norm
+  float* rstd;              // [rows]; null without a norm
+  int64_t rows;
+  int64_t width;
+  float eps;
+  DType dtype;
+  DType weight_dtype;
+};
+
+struct SwigluBackward {
+  const void* dout;         // [rows, width], dtype, dense
+  SwigluRows gate;          // [rows, width], dtype
+  SwigluRows up;            // [rows, width], dtype
+  const void* norm_weight;  // [width], weight_dtype; null: no norm
+  const float* mean;        // [rows]
+  const float* rstd;        // [rows]
+  void* dgate;              // [rows, width], dtype, dense
+  void* dup;                // [rows, width], dtype, dense
+  void* dweight;            // [width], weight_dtype; null: not wanted
+  void* dbias;              // [width], weight_dtype; null: not wanted
+  int64_t rows;
+  int64_t width;
+  DType dtype;
+  DType weight_dtype;
+};
+
+namespace cpu {
+
+EVAKERNELS_API void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for);
+
+// The result depends on the shape alone, never on the number of threads.
+EVAKERNELS_API void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for);
+
+// Floats that a row's intermediate values need, for each column.
+constexpr int64_t kSwigluScratch = 2;
+
+// The row loops of swiglu: one table of functions for each instruction set.
+struct SwigluKernels {
+  // Rows [begin, end). weight and bias replace those of the parameters, [width]; both null without a norm.
+  // scratch: kSwigluScratch * width floats.
+  void (*forward)(const SwigluForward& params, const float* weight, const float* bias, float* scratch,
+                  int64_t begin, int64_t end);
+
+  // Writes dgate and dup for rows [begin, end) and adds their share to dweight and dbias, [width] each,
+  // either may be null.
+  void (*backward)(const SwigluBackward& params, const float* weight, float* dweight, float* dbias,
+                   float* scratch, int64_t begin, int64_t end);
+};
+
+EVAKERNELS_FOR_EACH_ISA(extern const SwigluKernels swiglu;)
+
+}  // namespace cpu
+
+namespace cuda {
+
+EVAKERNELS_API Error swiglu_forward(const SwigluForward& params, Stream stream);
+
+// The result depends on the shape and the GPU alone.
+EVAKERNELS_API Error swiglu_backward(const SwigluBackward& params, Scratch& scratch, Stream stream);
+
+// Without and with the norm; what the above choose from.
+Error swiglu_product_forward(const SwigluForward& params, Stream stream);
+Error swiglu_product_backward(const SwigluBackward& params, Stream stream);
+Error swiglu_norm_forward(const SwigluForward& params, Stream stream);
+Error swiglu_norm_backward(const SwigluBackward& params, Scratch& scratch, Stream stream);
+
+}  // namespace cuda
+
+}  // namespace evakernels
