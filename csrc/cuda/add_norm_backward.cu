@@ -132,7 +132,7 @@ struct WriteGradients {
 template <int SUMS>
 struct BackwardOf {
   template <class Residual, class Branch, class Y>
-  struct Kernels : RowKernels<Residual, kLimits<SUMS>, kStages<SUMS>, SUMS> {
+  struct Kernels : RowKernels<kLimits<SUMS>, kStages<SUMS>, SUMS, Residual, Branch, Y> {
     template <class L>
     static auto kernel() {
       return add_norm_backward_kernel<SUMS, Residual, Branch, Y, L>;

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
 }
 
 template <class Residual, class Branch, class Y>
-struct Kernels : RowKernels<Residual, kForwardLimits, kStages> {
+struct Kernels : RowKernels<kForwardLimits, kStages, 0, Residual, Branch, Y> {
   template <class L>
   static auto kernel() {
     return add_norm_forward_kernel<Residual, Branch, Y, L>;

@@ -4,6 +4,7 @@
 // A block has a strip of columns and goes down the rows, with the bias of its columns in registers, and the
 // sums for their gradient. Without a bias there are no columns: what is dense is taken as rows of
 // kDenseWidth.
+#include <algorithm>
 #include <numeric>
 
 #include "cuda/activations.cuh"
@@ -18,6 +19,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBackwardBlocks = 3;  // of a multiprocessor, at least
+// Terms of a float32 partial sum of the bias gradient. The rounding error of a sum grows with its terms.
+constexpr int64_t kRowsPerSum = 512;
 
 struct Shape {
   int64_t size;  // of all rows together; the last one may be shorter
@@ -145,8 +148,8 @@ struct WriteGradient {
   }
 };
 
-// Of a kernel for E elements at a time. There are as many blocks as run at the same time, or fewer if the
-// rows are few.
+// The grid of a kernel for E elements at a time: one block per strip and resident slot, fewer if there are
+// fewer rows, and more if a thread would add up more than kRowsPerSum rows.
 template <class T, int E, class... Parameters>
 LaunchPlan<Parameters...> plan_strips(void (*kernel)(Parameters...), const Shape& shape) {
   const RowParts strips = even_parts(shape.width / E, kVectors<T, E>, kThreads);
@@ -154,7 +157,8 @@ LaunchPlan<Parameters...> plan_strips(void (*kernel)(Parameters...), const Shape
   LaunchPlan<Parameters...> plan = {kernel, {1, strips.count, 1}, {strips.threads, rows_per_block, 1}, 0};
   const int64_t rows = ceil_div(ceil_div(shape.size, shape.width), rows_per_block);
   const int64_t resident = plan.resident_blocks() / strips.count;
-  plan.grid.x = static_cast<unsigned>(std::min(rows, std::max<int64_t>(1, resident)));
+  plan.grid.x = static_cast<unsigned>(
+      std::min(rows, std::max({int64_t{1}, resident, ceil_div(rows, kRowsPerSum)})));
   return plan;
 }
 

@@ -113,7 +113,7 @@ struct WriteGradients {
 };
 
 template <class Residual, class Branch>
-struct Kernels : RowKernels<Wider<Residual, Branch>, kLimits, kStages, kSums> {
+struct Kernels : RowKernels<kLimits, kStages, kSums, Residual, Branch> {
   template <class L>
   static auto kernel() {
     return norm_add_backward_kernel<Residual, Branch, L>;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
 }
 
 template <class Residual, class Branch>
-struct Kernels : RowKernels<Wider<Residual, Branch>, kForwardLimits, kStages> {
+struct Kernels : RowKernels<kForwardLimits, kStages, 0, Residual, Branch> {
   template <class L>
   static auto kernel() {
     return norm_add_forward_kernel<Residual, Branch, L>;

@@ -9,9 +9,11 @@
 //   kernel<Layout>()  the kernel that is compiled for a layout
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/norm_plan.h"
@@ -29,26 +31,27 @@ constexpr RowLimits kForwardLimits = {32, 256};
 template <class L>
 constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
 
-template <class A, class B>
-using Wider = std::conditional_t<(sizeof(A) > sizeof(B)), A, B>;
-
-// What a table begins with; `Widest` is the element type that fewest are of in 16 bytes.
-template <class Widest, RowLimits LIMITS, int STAGES, int SUMS = 0>
+// What a table begins with; `First` and `Others` are the element types of its matrices. Kernels of one type
+// are compiled for every number of steps, those of mixed types for the largest alone.
+template <RowLimits LIMITS, int STAGES, int SUMS, class First, class... Others>
 struct RowKernels {
-  static constexpr int kWide = kWidestVector<Widest>;
+  static constexpr int kWide = std::min({kWidestVector<First>, kWidestVector<Others>...});
+  static constexpr int kMostSteps = LIMITS.elements / kStep;
+  static constexpr int kFewestSteps = (std::is_same_v<First, Others> && ...) ? 1 : kMostSteps;
   static constexpr RowLimits kLimits = LIMITS;
   static constexpr int kStages = STAGES;
   static constexpr int kSums = SUMS;
 };
 
-// Those of whole words, of 1, 2, ... steps.
+// The kernel for vectors of 16 bytes and `steps` steps.
 template <class Kernels, int... I>
 auto wide_kernel(int steps, std::integer_sequence<int, I...>) {
-  constexpr int kWide = Kernels::kWide, kMost = sizeof...(I);
+  constexpr int kWide = Kernels::kWide, kFewest = Kernels::kFewestSteps;
   const std::array kernels = {
-      Kernels::template kernel<Layout<kWide, (I + 1) * kStep / kWide,
-                                      I + 1 < kMost ? kThreadsOfFewSteps : Kernels::kLimits.threads>>()...};
-  return kernels[steps - 1];
+      Kernels::template kernel <
+      Layout<kWide, (kFewest + I) * kStep / kWide,
+             kFewest + I<Kernels::kMostSteps ? kThreadsOfFewSteps : Kernels::kLimits.threads>>()...};
+  return kernels[steps - kFewest];
 }
 
 // Rows of pairs of 16 bits are staged.
@@ -71,15 +74,16 @@ auto kernel_for(const RowPlan& row) {
     using StagedPairs = Staged<Pairs::V, kLimits.threads>;
     return Kernels::template kernel<std::conditional_t<kStagesPairs<Kernels>, StagedPairs, Pairs>>();
   }
-  return wide_kernel<Kernels>(row.vectors * kWide / kStep,
-                              std::make_integer_sequence<int, kLimits.elements / kStep>{});
+  return wide_kernel<Kernels>(
+      row.vectors * kWide / kStep,
+      std::make_integer_sequence<int, Kernels::kMostSteps - Kernels::kFewestSteps + 1>{});
 }
 
 // `step`: what divides the distance of any two rows, and the width.
 template <class Kernels>
 auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buffer>& buffers) {
   const int elements = aligned_elements(Kernels::kWide, step, buffers);
-  const RowPlan row = plan_row(width, Kernels::kWide, elements, Kernels::kLimits);
+  const RowPlan row = plan_row(width, Kernels::kWide, elements, Kernels::kLimits, Kernels::kFewestSteps);
   const bool staged = kStagesPairs<Kernels> && row.elements == 2;
   LaunchPlan plan = {kernel_for<Kernels>(row),
                      {1, 1, 1},

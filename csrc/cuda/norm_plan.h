@@ -80,16 +80,17 @@ inline int aligned_elements(int most, int64_t width, const std::vector<Buffer>& 
   return 1;
 }
 
-// `wide`: elements of 16 bytes.
-inline RowPlan plan_row(int64_t width, int wide, int elements, const RowLimits& limits) {
+// `wide`: elements of 16 bytes. `fewest_steps`: of the kernels for `wide` elements.
+inline RowPlan plan_row(int64_t width, int wide, int elements, const RowLimits& limits, int fewest_steps) {
   const int per_thread = elements_per_thread(elements, limits);
   const int64_t warps = std::max<int64_t>(1, ceil_div(width, per_thread * kWarpSize));
   if (warps * kWarpSize > limits.threads) return {elements == wide ? wide : 1, 0, {kStreamingThreads, 1, 1}};
   const unsigned threads = static_cast<unsigned>(warps * kWarpSize);
   const dim3 block = {threads, warps == 1 ? kRowsPerBlock : 1u, 1};
   if (elements < wide) return {elements, per_thread / elements, block};
-  // No more steps than the row needs: empty vectors would cost time.
-  const int steps = static_cast<int>(std::max<int64_t>(1, ceil_div(width, int64_t{threads} * kStep)));
+  // No more steps than the row needs, if there is such a kernel: empty vectors would cost time.
+  const int64_t needed = ceil_div(width, int64_t{threads} * kStep);
+  const int steps = static_cast<int>(std::max<int64_t>(fewest_steps, needed));
   return {elements, steps * kStep / elements, block};
 }
 

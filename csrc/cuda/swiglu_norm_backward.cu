@@ -116,7 +116,7 @@ struct WriteGradients {
 };
 
 template <class T>
-struct Kernels : RowKernels<T, kLimits, kStages, kSums> {
+struct Kernels : RowKernels<kLimits, kStages, kSums, T> {
   template <class L>
   static auto kernel() {
     return swiglu_norm_backward_kernel<T, L>;

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
 }
 
 template <class T>
-struct Kernels : RowKernels<T, kForwardLimits, kStages> {
+struct Kernels : RowKernels<kForwardLimits, kStages, 0, T> {
   template <class L>
   static auto kernel() {
     return swiglu_norm_forward_kernel<T, L>;

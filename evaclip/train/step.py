@@ -182,7 +182,7 @@ class TrainStep:
     def _set_divisor(self, norms: list[Tensor]) -> Tensor:
         scale = self.loss_scale.scale
         grad_norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        divisor = scale
+        divisor: Tensor | None = scale if self.loss_scale.enabled else None
         if self.options.grad_clip_norm is not None:
             divisor = scale * (grad_norm / self.options.grad_clip_norm).clamp(min=1.0)
         self.optimizer.grad_scale = divisor

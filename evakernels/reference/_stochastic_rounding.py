@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_CUT_OFF = 0xFFFF
 
 
 def round_stochastically(value: Tensor, seed: int, step: Tensor, first_element: int) -> Tensor:
@@ -19,23 +18,32 @@ def round_stochastically(value: Tensor, seed: int, step: Tensor, first_element: 
         step: its number, on the device of `value`; nothing waits for it.
         first_element: number of `value`'s first element within its whole tensor.
     """
-    bits = value.contiguous().view(torch.int32).to(torch.int64)
-    rounded = (bits + (random_bits(value, seed, step, first_element) >> 16)) & ~_CUT_OFF
-    return torch.where(value.isnan(), value, rounded.to(torch.int32).view(torch.float32))
+    bits = value.contiguous().view(torch.int32)
+    rounded = (_shifted(random_bits(value, seed, step, first_element), 16) + bits) & ~0xFFFF
+    return torch.where(value.isnan(), value, rounded.view(torch.float32))
 
 
 def random_bits(like: Tensor, seed: int, step: Tensor, first_element: int) -> Tensor:
-    """For each element an integer from 0 to below 2^32, int64; they come again after 2^32 elements."""
-    low, high, count = seed & _WORD, seed >> 32, step.to(torch.int64)
-    start = _scrambled(_scrambled(_scrambled(count.new_tensor(low)) + high) + count) + first_element
-    mask = _scrambled(_scrambled(_scrambled(count.new_tensor(high ^ 0x9E3779B9)) + low) + count)
-    numbers = torch.arange(like.numel(), device=like.device).view(like.shape)
+    """32 random bits for each element, int32; they repeat after 2^32 elements."""
+    low, high, count = _word(seed), _word(seed >> 32), step.to(torch.int32)
+    start = _scrambled(_scrambled(_scrambled(count.new_tensor(low)) + high) + count) + _word(first_element)
+    mask = _scrambled(_scrambled(_scrambled(count.new_tensor(_word(high ^ 0x9E3779B9))) + low) + count)
+    numbers = torch.arange(like.numel(), device=like.device).to(torch.int32).view(like.shape)
     return _scrambled(_scrambled(numbers + start) ^ mask)
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """lowbias32 of Chris Wellons's hash-prospector (2018), of the last 32 bits."""
-    x = x & _WORD
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _WORD
-    x = (x ^ (x >> 15)) * 0x846CA68B & _WORD
-    return x ^ (x >> 16)
+    """lowbias32 of Chris Wellons's hash-prospector (2018); int32 products wrap like unsigned ones."""
+    x = (x ^ _shifted(x, 16)) * 0x7FEB352D
+    x = (x ^ _shifted(x, 15)) * _word(0x846CA68B)
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """`x >> bits` of the unsigned number with the bits of `x`."""
+    return (x >> bits) & (_WORD >> bits)
+
+
+def _word(number: int) -> int:
+    """The int32 with the last 32 bits of `number`."""
+    return ((number & _WORD) ^ 0x80000000) - 0x80000000

@@ -34,7 +34,7 @@ def step(state, kind, backend=COMPILED, seeds=None, firsts=(), lr=0.01, decay=0.
 
 
 def bits(seed=0, step=1, first=0, size=1 << 18):
-    return random_bits(torch.empty(size), seed, torch.tensor(float(step)), first)
+    return random_bits(torch.empty(size), seed, torch.tensor(float(step)), first).to(torch.int64) & 0xFFFFFFFF
 
 
 def correlation(a, b):

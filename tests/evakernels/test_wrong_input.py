@@ -291,7 +291,7 @@ def test_the_calls_are_right(op):
     getattr(evakernels, op)(**CALLS[op])
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", sorted(CALLS.keys() - {"gradient_norm"}))  # no backend: torch's own operators
 def test_explain_takes_the_public_call(op):
     before = copy.deepcopy(CALLS[op])
     told = evakernels.explain(op, **CALLS[op])
