@@ -17,7 +17,10 @@ struct AttentionOptions {
   double scale;
 };
 
-bool has_dense_vectors(Sizes sizes, Sizes strides) { return !sizes.empty() && strides.back() == 1; }
+// The strides of no elements or of an axis of one element have no meaning.
+bool has_dense_vectors(Sizes sizes, Sizes strides) {
+  return !sizes.empty() && (strides.back() == 1 || sizes.back() == 1 || product(sizes) == 0);
+}
 
 Array read_heads(Call& call, Input heads, const char* name) {
   return call.read_readable(heads, name, has_dense_vectors);
@@ -26,7 +29,8 @@ Array read_heads(Call& call, Input heads, const char* name) {
 HeadsView view_of(const Array& heads) {
   const size_t axes = heads.sizes.size();
   require(axes == 3 || axes == 4, std::string(heads.name) + " must be [B, N, H, D] or [T, H, D]");
-  require(heads.strides[axes - 1] == 1, std::string(heads.name) + " must have dense vectors");
+  require(has_dense_vectors(heads.sizes, heads.strides),
+          std::string(heads.name) + " must have dense vectors");
   return {.data = heads.data,
           .batch_stride = axes == 4 ? heads.strides[0] : 0,
           .token_stride = heads.strides[axes - 3],

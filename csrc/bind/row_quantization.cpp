@@ -24,8 +24,8 @@ void dequantize_rows(Call& call, Input y_in, Input scale_in, OptionalInput bias_
   const Array y = call.read(y_in, "y"), scale = call.read(scale_in, "scale"),
               bias = call.read_optional(bias_in, "bias");
   const RowSizes size(y);
-  require_dtype(scale, DType::Float32);
-  require(product(scale.sizes) == size.rows, "scale must have one element for each row");
+  require(scale.dtype == DType::Float32 && product(scale.sizes) == size.rows,
+          "scale must be float32, one for each row");
   const DequantizeRows params = {
       .y = y.data,
       .scale = scale.floats(),

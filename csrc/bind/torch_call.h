@@ -245,7 +245,7 @@ class Call {
   }
 
   const TorchDevice& device() {
-    require(first_ != nullptr, "the list of tensors is empty");
+    require(first_ != nullptr, "the op needs at least one tensor, got none");
     return device_ ? *device_ : device_.emplace(*first_);
   }
 
