@@ -64,7 +64,7 @@ def _add_index(subparsers: Any) -> None:
     parser.add_argument(
         "--prune", action="store_true", help="also remove the rows of pictures that are gone from the folder PATH"
     )
-    parser.add_argument("--approximate", action="store_true", help="make what 'search --approximate' looks into, too")
+    parser.add_argument("--approximate", action="store_true", help="also make an index by faiss for 'search --approximate'")
     compute = _add_model(parser, "of a store that exists, by default its own")
     compute.add_argument(
         "--engine",
