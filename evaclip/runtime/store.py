@@ -44,10 +44,10 @@ _ROW = (
     "SELECT number, id, content, caption, metadata, data FROM rows LEFT JOIN thumbnails USING (number) WHERE number = ?"
 )
 _COLUMNS = ("id", "content", "caption")
-_FUNCTIONS = frozenset(
-    "abs coalesce contains glob ifnull instr json_array_length json_extract length like lower max min nullif round"
-    " substr trim typeof upper -> ->>".split()
-)
+_FUNCTIONS = {
+    *("abs", "coalesce", "contains", "glob", "ifnull", "instr", "json_array_length", "json_extract", "length", "like"),
+    *("lower", "max", "min", "nullif", "round", "substr", "trim", "typeof", "upper", "->", "->>"),
+}
 """What a condition may call. Conditions come from people who may search, and not more."""
 _LONGEST_CONDITION = 10.0
 """Seconds that a condition may take."""
@@ -326,7 +326,7 @@ class Store:
         keys = {name for (name,) in self._database.execute("SELECT name FROM keys")} - {*_COLUMNS}
         named = [key for key in keys if key in where and '"' not in key]
         paths = {key: key.replace("'", "''") for key in named}
-        columns = "".join(f", metadata ->> '$.\"{path}\"' AS \"{key}\"" for key, path in paths.items())
+        columns = "".join(f', metadata ->> \'$."{path}"\' AS "{key}"' for key, path in paths.items())
         # An unknown name in double quotes would be a text to SQLite.
         for quoted in re.findall(r'"([^"]*)"', re.sub(r"'[^']*'", "", where)):
             if quoted not in {*named, *_COLUMNS}:
@@ -468,4 +468,3 @@ def _is_left(file: Path) -> bool:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:12]}...{text[-8:]}"
-

@@ -249,7 +249,7 @@ def test_stores_that_do_not_merge(two_stores, tmp_path):
         ("id = '2.jpg' -- a comment", [2]),
         ("caption = 'x and y' or year in (2000, 2001)", [0, 1, 5]),
         ("contains(id, 'ÄPFEL')", [5]),
-        ("\"it's a key\" = 7", [5]),
+        ('"it\'s a key" = 7', [5]),
     ],
 )
 def test_select(tmp_path, where, expected):
