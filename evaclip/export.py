@@ -196,8 +196,12 @@ def _write_onnx(
         onnx_program: Any = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=names[:1], output_names=names[1:], verbose=False
         )
-    for node in onnx_program.model.graph.all_nodes():
+    graph = onnx_program.model.graph
+    for node in graph.all_nodes():
         node.metadata_props.clear()  # lines of this machine's files
+        for value in node.outputs:
+            if value.name in names and value not in graph.outputs:
+                value.name += "_inside"
     onnx_program.model.metadata_props.update(
         {**probe.to_metadata(), "evaclip.tower": tower, "evaclip.dtype": kind, "evaclip.normalize": str(normalize)}
     )

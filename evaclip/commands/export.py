@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
     is_classifier = isinstance(loaded.model, VisionModel)
     if args.tower is None and not is_classifier:
         raise UserError(f"--tower must be image or text for the CLIP {args.model!r}")
-    tower = args.tower or "image"
+    tower: Literal["image", "text"] = args.tower or "image"
     kind = {"normalize": args.normalize, "overwrite": args.force, "dtype": args.dtype, "int8": args.int8}
     _show(args.target.name, export(loaded.model.eval(), tower, args.target, **kind))
     if card:
