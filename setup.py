@@ -23,7 +23,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "evakernels"
-MODULE, SCAN = f"{PACKAGE}._C", "evaclip.runtime._scan"
+MODULE = f"{PACKAGE}._C"
 RECORD = "_build.json"
 LIBRARY = "_ops.so"
 MODES = ("auto", "on", "off")
@@ -226,8 +226,7 @@ class BuildPython(build_py):
         folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
         if NOT_NATIVE:
             # What an earlier build left in the source tree would be loaded in spite of the decision.
-            scans = (folder.parent / "evaclip" / "runtime").glob("_scan.*.so")
-            for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY), *scans]:
+            for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY)]:
                 stale.unlink()
         record = {
             "native": NOT_NATIVE is None,
@@ -247,8 +246,6 @@ class BuildNative(build_ext):
     """Runs CMake in place of the compiler commands of setuptools."""
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name != MODULE:
-            return  # made with it
         target = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
@@ -280,6 +277,6 @@ NOT_CUDA = why_not_cuda()
 CUDA_ARCHS = [] if NOT_CUDA else cuda_archs()
 
 setup(
-    ext_modules=[] if NOT_NATIVE else [Extension(name, sources=[]) for name in (MODULE, SCAN)],
+    ext_modules=[] if NOT_NATIVE else [Extension(MODULE, sources=[])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -161,7 +161,7 @@ def _in_torch(module: Callable[[Tensor], Tensor], subject: Subject, dtype: str) 
 
 
 def _onnxruntime(subject: Subject, dtype: str, plain: bool = False) -> Run:
-    from evaclip.portable.check import run_in_onnxruntime
+    from evaclip.onnx_check import run_in_onnxruntime
 
     if plain and (subject.tower, dtype) == ("text", "fp16"):
         raise UserError("onnxruntime 1.32.0 ends the process when it loads this file")
@@ -171,7 +171,7 @@ def _onnxruntime(subject: Subject, dtype: str, plain: bool = False) -> Run:
 
 
 def _openvino(subject: Subject, dtype: str, plain: bool = False) -> Run:
-    from evaclip.portable.check import run_in_openvino
+    from evaclip.onnx_check import run_in_openvino
 
     run = run_in_openvino(_file(subject, dtype, plain), torch.get_num_threads())
     return lambda batch: run(batch.array)
@@ -181,26 +181,21 @@ def _file(subject: Subject, dtype: str, plain: bool) -> Path:
     """The ONNX file of this library, or that which torch.onnx makes of open_clip's model."""
     path = subject.folder / f"{subject.tower}-{'plain' if plain else 'ours'}-{dtype}.onnx"
     if not path.exists():
-        part = path.with_suffix(".part")
-        (_export_plain if plain else _export_ours)(subject, "fp32" if dtype == "int8" else dtype, part)
-        if dtype == "int8":
-            from evaclip.portable.int8 import quantize
-
-            quantize(part)
+        part = path.with_name(f"part-{path.name}")
+        (_export_plain if plain else _export_ours)(subject, dtype, part)
         part.rename(path)
     return path
 
 
 def _export_ours(subject: Subject, dtype: str, path: Path) -> None:
-    """As `evaclip export` does, which also refuses what this shows: a low cosine."""
-    from evaclip.portable.files import Spec, build, make_probe
-    from evaclip.portable.graph import save
+    from evaclip.export import export
 
-    spec = Spec(subject.tower, dtype=dtype)
-    save(build(subject.loaded.model, spec, make_probe(subject.loaded.model, spec)), path)
+    kind: dict[str, Any] = {"int8": True} if dtype == "int8" else {"dtype": dtype}
+    export(subject.loaded.model, subject.tower, path, **kind)
 
 
 def _export_plain(subject: Subject, dtype: str, path: Path) -> None:
+    int8, dtype = dtype == "int8", "fp32" if dtype == "int8" else dtype
     module = subject.plain(dtype, "cpu")
     example = subject.example.to(PRECISIONS[dtype]) if subject.tower == "image" else subject.example
     batch = ({0: torch.export.Dim("batch")},)
@@ -208,11 +203,15 @@ def _export_plain(subject: Subject, dtype: str, path: Path) -> None:
     if program is None:
         raise UserError("torch.onnx made no program")
     program.save(path)
+    if int8:
+        from evaclip.export import quantize
+
+        quantize(path)
 
 
 _TORCH = ("fp32", "bf16", "fp16")
 _PLAIN = ("open_clip_torch", "timm")
-_OURS, _THEIRS = ("onnx",), ("onnx", "onnxscript", *_PLAIN)
+_OURS, _THEIRS = ("onnx", "onnxscript"), ("onnx", "onnxscript", *_PLAIN)
 
 ENGINES = (
     Engine("evaclip", "ours", ("evakernels",), DTYPES, _evaclip),

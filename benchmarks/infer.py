@@ -24,7 +24,7 @@ from benchmarks.table import make_console, plain_table, print_absent, print_mach
 from evaclip.errors import UserError, unknown_name
 from evaclip.loading import RANDOM, LoadedModel, load_model
 from evaclip.machine import version_of
-from evaclip.portable.probe import cosines
+from evaclip.onnx_check import cosines
 
 LONGEST = 15.0
 """Seconds of a call beyond which an engine isn't measured."""

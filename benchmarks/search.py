@@ -43,7 +43,7 @@ class Measured:
 def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], None]) -> list[Measured]:
     """Fills a store in `folder` and searches it, one query at a time.
 
-    Recall is against all scores in float32, of embeddings that are float16 as the store's.
+    Recall is against all scores in float32.
     """
     queries = _unit(_around(QUERIES, np.random.default_rng(1)))
     with Store.create(folder, {"name": "generated", "dim": DIM}) as store:
@@ -51,7 +51,7 @@ def measure(folder: Path, rows: int, approximate: bool, say: Callable[[str], Non
         for start in range(0, rows, BATCH):
             embeddings = _unit(_around(min(BATCH, rows - start), np.random.default_rng([2, start])))
             store.add(embeddings, [Row(f"{n}.jpg", "00") for n in range(start, start + len(embeddings))])
-            best.append(_best(queries @ embeddings.astype(np.float16).astype(np.float32).T, start))
+            best.append(_best(queries @ embeddings.T, start))
         say(f"{rows:,} rows: added and compared in {time.process_time() - began:.0f} s of processors")
         scores, numbers = (np.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
         truth = np.take_along_axis(numbers, np.argsort(-scores, axis=1)[:, :TOP], axis=1)

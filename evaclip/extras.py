@@ -9,7 +9,13 @@ DISTRIBUTION = "evakernels"
 _FOR_DEVELOPERS = ("bench", "docs", "test", "test-all")
 _REQUIREMENT = re.compile(r"""^(?P<name>[\w.-]+)[^;]*(;.*extra\s*==\s*["'](?P<extra>[\w-]+)["'])?""")
 # Under what other name a package is imported can't be looked up where it is missing.
-_IMPORTED_AS = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+_IMPORTED_AS = {
+    "faiss-cpu": "faiss",
+    "open_clip_torch": "open_clip",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
 
 
 def requirements() -> dict[str, list[str]]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import regex
 from numpy.typing import NDArray
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BpeTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from evaclip.errors import UserError
 
@@ -32,6 +32,7 @@ _FILE = "bpe_simple_vocab_16e6.txt.gz"
 _BYTES_AND_ENDS = 2 * 256 + 2
 _SPACE = "\u0120"  # the letter that stands for its byte
 _WORD = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+_WORD_OF_TOKENIZERS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -105,6 +106,25 @@ class Tokenizer:
                 raise ValueError(f"token id {index} is outside of 0..{self.vocab_size - 1}")
         tokens = [str(self._bpe.id_to_token(index)) for index in listed if index != self.start_id]
         return str(decoders.ByteLevel().decode([token.replace("</w>", _SPACE) for token in tokens])).strip()
+
+    def to_tokenizers(self) -> BpeTokenizer:
+        """The same tokenizer with all its steps inside, as `tokenizers` saves them in a tokenizer.json.
+
+        It cuts words by the Unicode of its runtime, and neither repairs mis-encoded characters nor resolves HTML
+        entities: for all other text the ids are those of a call, but for the padding, which is the end token; CLIP
+        models ignore it.
+        """
+        tokenizer = BpeTokenizer.from_str(self._bpe.to_str())
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(Regex(_WORD_OF_TOKENIZERS), "removed", invert=True)
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+        ends = [(START, self.start_id), (END, self.end_id)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+        tokenizer.enable_truncation(self.context_length)
+        tokenizer.enable_padding(length=self.context_length, pad_id=self.end_id, pad_token=END)
+        return tokenizer
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> "Tensor":

@@ -1,8 +1,7 @@
-"""`evaclip index` and `evaclip embed`: embeddings of pictures and texts, into a store to search in or a file."""
+"""`evaclip index`: embeddings of images and captions, into a store to search in or a file."""
 
 import argparse
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,35 +22,33 @@ if TYPE_CHECKING:
     from evaclip.runtime.store import Store
 
 _NAMED_FAULTS = 3
-_PATIENCE = 600.0
-"""Seconds in which the first process is to have loaded its model."""
-_IMAGES = "a folder of pictures, tar shards, or a table of paths: all that training reads"
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `index` and `embed` to the command line."""
-    _add_index(subparsers)
-    _add_embed(subparsers)
-
-
-def _add_index(subparsers: Any) -> None:
+    """Adds `index` to the command line."""
     parser = leaf(
         subparsers,
         "index",
-        help="embed pictures into a store that 'evaclip search' looks into; what is in it already is left as it is",
+        help="embed images into a store that 'evaclip search' reads; rows that it has already stay as they are",
         examples=[
             "evaclip index photos.store --images ~/Pictures --model EVA02-CLIP-B-16:merged2b_s8b_b131k",
             "evaclip index cc3m.store --images 'cc3m/{00000..00331}.tar' --model runs/b16 --thumbnails 128",
-            "evaclip index photos.store --images ~/Pictures     # later: what is new or changed, by the same model",
-            "evaclip index photos.store --images ~/Pictures --prune",
-            "evaclip index photos.store --merge photos.store-0 photos.store-1    # what two machines have embedded",
+            "evaclip index photos.store --images ~/Pictures --prune     # later: new, changed and deleted files",
+            "evaclip index photos.store --images ~/Pictures --part 0/2  # and 1/2 on another machine, then:",
+            "evaclip index photos.store --add photos.store-0 photos.store-1",
+            "evaclip index --npz queries.npz --texts queries.txt --model runs/b16",
         ],
     )
-    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store, which is made if there is none")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("store", metavar="STORE", type=Path, nargs="?", help="folder of the store, made if it is new")
+    target.add_argument("--npz", metavar="FILE", type=Path, help="write the arrays 'ids' and 'embeddings' instead")
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--images", metavar="PATH", help=_IMAGES)
     given.add_argument(
-        "--merge", nargs="+", type=Path, metavar="OTHER", help="stores of the same model, whose rows STORE takes"
+        "--images", metavar="PATH", help="a folder of images, tar shards, or a table of paths: all that training reads"
+    )
+    given.add_argument("--texts", metavar="FILE", type=Path, help="for --npz: a text in each line, in UTF-8")
+    given.add_argument(
+        "--add", nargs="+", type=Path, metavar="OTHER", help="stores of the same model, whose rows STORE takes"
     )
     add_reading(parser, decoding=False)
     parser.add_argument(
@@ -59,52 +56,42 @@ def _add_index(subparsers: Any) -> None:
         type=int,
         default=0,
         metavar="PIXELS",
-        help="keep small copies of this side, also of what STORE has without one (default: none)",
+        help="keep small copies of this side, also of rows that have none yet (default: none)",
     )
+    parser.add_argument("--prune", action="store_true", help="also remove rows of images deleted from the folder PATH")
+    parser.add_argument("--approximate", action="store_true", help="also make an index for 'search --approximate'")
+    parser.add_argument("--force", action="store_true", help="replace the file of --npz")
     parser.add_argument(
-        "--prune", action="store_true", help="also remove the rows of pictures that are gone from the folder PATH"
+        "--part",
+        metavar="I/N",
+        type=_part,
+        help="embed part I of N, from 0 on, into STORE-I (default: SLURM's task, if it started several)",
     )
-    parser.add_argument("--approximate", action="store_true", help="make what 'search --approximate' looks into, too")
-    compute = _add_model(parser, "of a store that exists, by default its own")
+    compute = _add_model(parser)
     compute.add_argument(
         "--engine",
         choices=tuple(_ENGINES),
         default="local",
-        help="ray: on the cluster that RAY_ADDRESS names, each node of which must see the pictures; or on this machine",
+        help="ray: on the cluster that RAY_ADDRESS names, each node of which must see the images; or on this machine",
     )
     compute.add_argument(
         "--workers", type=int, metavar="N", help="of ray (default: one a GPU or, if there is none, one a node)"
     )
-    parser.set_defaults(run=_run_index)
+    parser.set_defaults(run=_run)
 
 
-def _add_embed(subparsers: Any) -> None:
-    parser = leaf(
-        subparsers,
-        "embed",
-        help="write embeddings of pictures or texts into a file: .npz with the arrays 'ids' and 'embeddings'",
-        examples=[
-            "evaclip embed photos.npz --images ~/Pictures --model EVA02-CLIP-B-16:merged2b_s8b_b131k",
-            "evaclip embed queries.npz --texts queries.txt --model runs/b16",
-        ],
-    )
-    parser.add_argument("target", metavar="OUT", type=Path, help="the file, .npz")
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--images", metavar="PATH", help=_IMAGES)
-    given.add_argument("--texts", metavar="FILE", type=Path, help="a text in each line, in UTF-8")
-    add_reading(parser, decoding=False)
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    _add_model(parser, "")
-    parser.set_defaults(run=_run_embed)
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(number), int(count)
 
 
-def _add_model(parser: argparse.ArgumentParser, default: str) -> Any:
+def _add_model(parser: argparse.ArgumentParser) -> Any:
     compute = parser.add_argument_group("compute")
-    more = f"; {default}" if default else ""
     compute.add_argument(
         "--model",
-        required=not default,
-        help=f"NAME:WEIGHTS, a run, a checkpoint, hf-hub:OWNER/NAME, as for 'evaclip eval'{more}",
+        help="NAME:WEIGHTS, a run, a checkpoint, hf-hub:OWNER/NAME, as for 'evaclip eval' (default: the store's own)",
     )
     compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
     compute.add_argument(
@@ -113,107 +100,102 @@ def _add_model(parser: argparse.ArgumentParser, default: str) -> Any:
         default="auto",
         help="default: what the device has",
     )
-    compute.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 32, on a GPU 256)")
+    compute.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: 32, on a GPU 256)")
     compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")
     compute.add_argument("--compile", action="store_true", help="let torch.compile make the code, which takes minutes")
     return compute
 
 
-def _run_index(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
-    from evaclip.runtime.store import Store
-
     take_over()
-    if args.merge:
-        store, told = _merged(args), _search_of(args.store)
-    else:
-        if args.thumbnails < 0:
-            raise UserError(f"the side of thumbnails must be 0 (none) or more, got {args.thumbnails}")
-        folder, told = _node_folder(args.store)
-        model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
-        if not model:
-            raise UserError(f"there is no store {str(folder)!r} yet: --model says whose embeddings it is to hold")
-        source = open_data(_absolute(args.images), args, captions=False)
-        gone = _gone(source, folder, args)  # which may refuse, before the work
-        store = _ENGINES[args.engine](source, folder, str(model), args)
-        if args.prune and _is_first(folder, args):
-            print(f"removed {counted(store.remove(gone), 'row')} of pictures that are gone")
-        elif gone:
-            print(f"{counted(len(gone), 'row')} of pictures that are gone from {args.images}: --prune removes them")
+    if args.thumbnails < 0:
+        raise UserError(f"--thumbnails must be 0 (none) or more, got {args.thumbnails}")
+    if args.npz:
+        return _write_arrays(args)
+    if args.texts:
+        raise UserError("--texts is for --npz: a store holds images")
+    store, advice = _added(args) if args.add else _indexed(args)
     if args.approximate:
         from evaclip.runtime.approximate import build_approximate
 
         build_approximate(store)
-    print(f"{store.folder} has {counted(len(store), 'picture')}: {told}")
+    print(f"{store.folder} has {counted(len(store), 'image')}: {advice}")
 
 
-def _node_folder(store: Path) -> tuple[Path, str]:
-    """The store that this process writes, and the command that comes next."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if on_node == size:
-        return store, _search_of(store)
-    # Processes of several machines can't rely on one lock.
-    node = os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // on_node)
-    name = quote(str(store))
-    return store.with_name(f"{store.name}-{node}"), f"when all are done, evaclip index {name} --merge {name}-*"
+def _indexed(args: argparse.Namespace) -> tuple["Store", str]:
+    """The store with the images of --images, and the command that comes next."""
+    from evaclip.runtime.store import Store
+
+    part = args.part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    folder, advice = args.store, _search_of(args.store)
+    if part[1] > 1:
+        folder, name = args.store.with_name(f"{args.store.name}-{part[0]}"), quote(str(args.store))
+        advice = f"when all parts are done, evaclip index {name} --add {name}-*"
+    model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
+    if not model:
+        raise UserError(f"there is no store {str(folder)!r} yet: --model says whose embeddings it is to hold")
+    source = open_data(_absolute(args.images), args, captions=False)
+    gone = _gone(source, folder, args)  # which may refuse, before the work
+    store = _ENGINES[args.engine](source, folder, str(model), part, args)
+    if args.prune:
+        print(f"removed {counted(store.remove(gone), 'row')} of deleted images")
+    elif gone:
+        print(f"{counted(len(gone), 'row')} of images deleted from {args.images}: --prune removes them")
+    return store, advice
 
 
 def _search_of(store: Path) -> str:
     return f"evaclip search {quote(str(store))} 'a red bicycle'"
 
 
-def _is_first(folder: Path, args: argparse.Namespace) -> bool:
-    """Whether this process makes the store; where there are several machines, each has one."""
-    return (int(os.environ.get("RANK", "0")) if folder == args.store else _local_rank()) == 0
-
-
 def _gone(source: "Source", folder: Path, args: argparse.Namespace) -> list[str]:
-    """Ids of the store's rows whose pictures, of this folder, are no longer there."""
+    """Ids of the store's rows of images that were deleted from this folder."""
     from evaclip.data.image_folder import PictureFolder
     from evaclip.runtime.indexing import empty_folders, gone
     from evaclip.runtime.store import Store
 
     if not isinstance(source, PictureFolder):
         if args.prune:
-            raise UserError(f"--prune looks for what is gone from a folder of pictures, which {args.images} is not")
+            raise UserError(f"--prune removes rows of images deleted from a folder, which {args.images} is not")
         return []
-    if not (Store.exists(folder) and _is_first(folder, args)):
+    if not Store.exists(folder):
         return []
     root = Path(source.description)
     with Store.open(folder) as store:
         found = gone(root, store)
     if args.prune and (empty := empty_folders(root, found)):
         raise UserError(
-            f"{empty[0]} is empty, and the store has rows of pictures in it: mount what belongs there, or delete the "
+            f"{empty[0]} is empty, and the store has rows of images in it: mount the missing disk, or delete the "
             "folder; nothing was removed"
         )
     return found
 
 
-def _index_here(source: "Source", folder: Path, model: str, args: argparse.Namespace) -> "Store":
+def _index_here(source: "Source", folder: Path, model: str, part: tuple[int, int], args: argparse.Namespace) -> "Store":
     from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, index
 
     if args.workers is not None:
-        raise UserError("--workers is for --engine ray; here torchrun --nproc-per-node starts several processes")
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    encoder = _encoder(model, args)
-    store = _ready_store(folder, model, encoder, first=_is_first(folder, args))
-    progress = Progress(len(source) * (rank + 1) // size - len(source) * rank // size)
+        raise UserError("--workers is for --engine ray; several machines embed parts, with --part")
+    encoder, (number, count) = _encoder(model, args), part
+    store = _ready_store(folder, model, encoder)
+    progress = Progress(len(source) * (number + 1) // count - len(source) * number // count)
     with _shown(progress):
-        index(source, encoder, store, thumbnail=args.thumbnails, part=(rank, size), progress=progress)
-    _tell(progress, store.folder / UNREADABLE_FILE.format(rank))
+        index(source, encoder, store, thumbnail=args.thumbnails, part=part, progress=progress)
+    _tell(progress, store.folder / UNREADABLE_FILE.format(number))
     return store
 
 
-def _index_on_ray(source: "Source", folder: Path, model: str, args: argparse.Namespace) -> "Store":
+def _index_on_ray(
+    source: "Source", folder: Path, model: str, part: tuple[int, int], args: argparse.Namespace
+) -> "Store":
     from evaclip.loading import LoadedModel
     from evaclip.runtime.encoder import Encoder, chosen_precision
     from evaclip.runtime.indexing import UNREADABLE_FILE, Progress
     from evaclip.runtime.ray_engine import connected, index_on_ray
 
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("--engine ray starts its processes itself: run it without torchrun")
+    if part[1] > 1:
+        raise UserError("--engine ray shares the work itself: run it once, without --part")
     with connected(args.device, args.workers) as cluster:
         precision = chosen_precision(args.precision, cluster.device)
         # Here it says what the store is of; the workers have copies.
@@ -230,48 +212,37 @@ def _index_on_ray(source: "Source", folder: Path, model: str, args: argparse.Nam
 _ENGINES = {"local": _index_here, "ray": _index_on_ray}
 
 
-def _merged(args: argparse.Namespace) -> "Store":
+def _added(args: argparse.Namespace) -> tuple["Store", str]:
+    """The store with the rows of the stores of --add, and the command that comes next."""
     from evaclip.runtime.store import Store
     from evaclip.runtime.text import copy_text_tower
 
-    if unused := [name for name in ("model", "thumbnails", "workers", "prune") if getattr(args, name)]:
-        raise UserError(f"--merge takes rows as they are: --{unused[0]} is for --images")
-    others = [Store.open(folder) for folder in args.merge]
+    if unused := [name for name in ("model", "thumbnails", "workers", "prune", "part") if getattr(args, name)]:
+        raise UserError(f"--add takes rows as they are: --{unused[0]} is for --images")
+    others = [Store.open(folder) for folder in args.add]
     store = Store.open(args.store) if Store.exists(args.store) else Store.create(args.store, others[0].model)
     for other in others:
         taken = store.merge(other)
         copy_text_tower(other, store)
-        print(f"{other.folder}: {counted(taken, 'row')} taken, {len(other) - taken:,} there before")
-    return store
+        print(f"{other.folder}: {counted(taken, 'row')} added, {len(other) - taken:,} there before")
+    return store, _search_of(args.store)
 
 
-def _ready_store(folder: Path, model: str, encoder: "Encoder", *, first: bool = True) -> "Store":
-    """The store, which is made if there is none; by the first of several processes."""
+def _ready_store(folder: Path, model: str, encoder: "Encoder") -> "Store":
+    """The store, which is made if there is none."""
     from evaclip.runtime.indexing import describe
     from evaclip.runtime.store import Store
 
     described = {"given": model, **describe(encoder)}
-    if not Store.exists(folder) and first:
+    if not Store.exists(folder):
         try:
             _keep_text_tower(Store.create(folder, described), encoder)
         except UserError:
             if not Store.exists(folder):  # another command may have made it meanwhile
                 raise
-    store = _awaited(folder)
+    store = Store.open(folder)
     store.require_model(described)
     return store
-
-
-def _awaited(folder: Path) -> "Store":
-    """The store that the first of several processes makes."""
-    from evaclip.runtime.store import Store
-
-    end = time.monotonic() + _PATIENCE
-    while not Store.exists(folder):
-        if time.monotonic() > end:
-            raise UserError(f"the first process has made no store {str(folder)!r} within {_PATIENCE:g} seconds")
-        time.sleep(0.2)
-    return Store.open(folder)
 
 
 def _keep_text_tower(store: "Store", encoder: "Encoder") -> None:
@@ -283,19 +254,23 @@ def _keep_text_tower(store: "Store", encoder: "Encoder") -> None:
         print(f"searches will take seconds longer, for torch and the whole model: {exc}")
 
 
-def _run_embed(args: argparse.Namespace) -> None:
+def _write_arrays(args: argparse.Namespace) -> None:
     import numpy as np
 
     from evaclip.atomic import replacing, writing
     from evaclip.outputs import check_output
 
-    if args.target.suffix != ".npz":
-        raise UserError(f"{str(args.target)!r} can't be written; expected .npz")
-    check_output(args.target, overwrite=args.force)
-    ids, embeddings = _embedded_texts(args) if args.texts else _embedded_pictures(args)
-    with writing(args.target), replacing(args.target) as temporary, temporary.open("wb") as stream:
+    if unused := [name for name in ("add", "part", "prune", "approximate", "thumbnails") if getattr(args, name)]:
+        raise UserError(f"--{unused[0]} is for a STORE, not for --npz")
+    if not args.model:
+        raise UserError("--npz needs --model, whose embeddings it is to hold")
+    if args.npz.suffix != ".npz":
+        raise UserError(f"--npz must be a file that ends in .npz, got {str(args.npz)!r}")
+    check_output(args.npz, overwrite=args.force)
+    ids, embeddings = _embedded_texts(args) if args.texts else _embedded_images(args)
+    with writing(args.npz), replacing(args.npz) as temporary, temporary.open("wb") as stream:
         np.savez(stream, ids=np.array(ids), embeddings=embeddings)
-    print(f"wrote {args.target}: {embeddings.shape[0]:,} x {embeddings.shape[1]:,}")
+    print(f"wrote {args.npz}: {embeddings.shape[0]:,} x {embeddings.shape[1]:,}")
 
 
 def _embedded_texts(args: argparse.Namespace) -> tuple[list[str], Any]:
@@ -308,7 +283,7 @@ def _embedded_texts(args: argparse.Namespace) -> tuple[list[str], Any]:
     return texts, _encoder(args.model, args).texts(texts).numpy()
 
 
-def _embedded_pictures(args: argparse.Namespace) -> tuple[list[str], Any]:
+def _embedded_images(args: argparse.Namespace) -> tuple[list[str], Any]:
     import numpy as np
 
     from evaclip.runtime.indexing import Progress, embedded
@@ -331,16 +306,12 @@ def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder
 
     device = args.device
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{_local_rank()}"  # each process has its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each of SLURM's tasks has its own
     return Encoder(model, **{"device": device, "precision": args.precision, **_options(args), **otherwise})
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {"batch_size": args.batch_size, "threads": args.threads, "compile": args.compile}
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _absolute(path: str) -> str:
@@ -382,7 +353,7 @@ def _shown(progress: "Progress") -> Iterator[None]:
 def _tell(progress: "Progress", listed: Path | None = None) -> None:
     print(
         f"{progress.embedded:,} embedded, {progress.unchanged:,} unchanged, {len(progress.faults):,} unreadable in"
-        f" {progress.seconds:.0f} s: {progress.rate:,.1f} pictures/s, encoder busy {progress.busy:.0%}"
+        f" {progress.seconds:.0f} s: {progress.rate:,.1f} images/s, encoder busy {progress.busy:.0%}"
     )
     for fault in progress.faults[:_NAMED_FAULTS]:
         print(f"  {fault}")

@@ -23,7 +23,7 @@ def add_commands(subparsers: Any) -> None:
         help="find the pictures of a store that are nearest to a text or a picture",
         examples=[
             "evaclip search photos.store 'a red bicycle'",
-            "evaclip search photos.store 'a beach' --minus people --where 'year>=2020 and caption~sunset'",
+            "evaclip search photos.store 'a beach' --where \"year >= 2020 and contains(caption, 'sunset')\"",
             "evaclip search photos.store --image bicycle.jpg --top 50 --html found.html",
         ],
     )
@@ -33,9 +33,13 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("--minus", metavar="TEXT", help="and unlike this text")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(
-        "--where", metavar="CONDITION", help="among rows with such an id, caption or metadata: 'year>=2020 and id~.png'"
+        "--where",
+        metavar="SQL",
+        help="among rows that meet a condition on id, caption and metadata: \"year >= 2020 and id glob '*.png'\"",
     )
-    parser.add_argument("--approximate", action="store_true", help="by the store's index, which may miss some")
+    parser.add_argument(
+        "--approximate", action="store_true", help="by the index that 'evaclip index --approximate' made; may miss some"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the thumbnails")
     parser.set_defaults(run=_run)

@@ -1,19 +1,20 @@
-"""The store: embeddings with what they are of, in a folder that a killed process leaves whole.
+"""The store: embeddings and the rows that they belong to, in a folder that stays whole when a writer is killed.
 
-STORE/rows.sqlite has the rows, the free numbers and what model the embeddings are of; STORE/embeddings-G.npy has the
-embeddings, where row number i is that of the database; beside it is what a search reads in their place. Numbers in the
-database alone decide what counts: rows are appended to the matrices first, and a transaction then says that they are
-there. One process at a time has that transaction, so writers don't mix; the kernel ends it with the process.
+STORE/rows.sqlite holds the rows, the model and the number of slots. STORE/embeddings-G.f32 holds float32
+`[slots, dim]`, where slot i belongs to row number i; G counts compactions. A writer appends embeddings, waits for the
+disk, and commits the new number of slots. It holds SQLite's write transaction meanwhile, so writers take turns, and the
+kernel ends the transaction with the process.
 """
 
 import fcntl
 import json
 import os
+import re
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,19 +23,13 @@ from numpy.typing import NDArray
 
 from evaclip.atomic import reading, replacing, writing
 from evaclip.errors import UserError, unknown_name
-from evaclip.runtime.codes import encode, random_rotation
-from evaclip.runtime.matrix import map_rows, write_header, write_rows
-from evaclip.runtime.where import COLUMNS, FOLD, as_sql, metadata_keys
 
 ROWS_FILE = "rows.sqlite"
-_ROTATION_FILE = "rotation.npy"
+WHERE = "a condition in SQL on id, content, caption and keys of the metadata"
 
-_FORMAT = 1
-_KINDS = {"embeddings": "<f2", "codes": "|i1", "scales": "<f4"}
-_BEFORE = {_ROTATION_FILE, *(f"{name}-0.npy" for name in _KINDS)}
-"""What `create` makes before the folder is a store."""
+_FORMAT = 2
 _PATIENCE = 600.0
-"""Seconds that a writer waits for another one's transaction."""
+"""Seconds that a writer waits for another writer's transaction."""
 _BLOCK = 4096
 """Rows that `merge` takes at once."""
 _TABLES = """
@@ -43,10 +38,19 @@ CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, content 
                    metadata TEXT NOT NULL);
 CREATE TABLE thumbnails (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE free (number INTEGER PRIMARY KEY);
+CREATE TABLE keys (name TEXT PRIMARY KEY);
 """
 _ROW = (
     "SELECT number, id, content, caption, metadata, data FROM rows LEFT JOIN thumbnails USING (number) WHERE number = ?"
 )
+_COLUMNS = ("id", "content", "caption")
+_FUNCTIONS = {
+    *("abs", "coalesce", "contains", "glob", "ifnull", "instr", "json_array_length", "json_extract", "length", "like"),
+    *("lower", "max", "min", "nullif", "round", "substr", "trim", "typeof", "upper", "->", "->>"),
+}
+"""What a condition may call. Conditions come from people who may search, and not more."""
+_LONGEST_CONDITION = 10.0
+"""Seconds that a condition may take."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Store:
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
         self.folder = folder
         self._database = database
-        database.create_function(FOLD, 1, lambda text: text and str(text).casefold(), deterministic=True)
+        database.create_function("contains", 2, _contains, deterministic=True)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200)
         self._version: int | None = None
         self.refresh()
 
@@ -113,10 +118,8 @@ class Store:
         with writing(folder), _alone(folder):
             if not all(map(_is_left, folder.iterdir())):
                 raise refused
-            np.save(folder / _ROTATION_FILE, random_rotation(dim))
-            for name, dtype in _KINDS.items():
-                write_header(folder / f"{name}-0.npy", dtype, 0, _columns(name, dim))
-            # From when this file is there the folder is a store.
+            (folder / "embeddings-0.f32").touch()
+            # With this file the folder is a store.
             with replacing(folder / ROWS_FILE) as temporary, closing(sqlite3.connect(temporary)) as database:
                 about = {"format": _FORMAT, "model": dict(model), "slots": 0, "generation": 0}
                 database.executescript(_TABLES)
@@ -166,7 +169,7 @@ class Store:
         self.slots: int = about["slots"]
         self.generation: int = about["generation"]
         self._free = np.array([number for key, number in found if not key], dtype=np.int64)
-        self._maps: dict[str, NDArray[Any]] = {}
+        self._embeddings: NDArray[np.float32] | None = None
 
     def require_model(self, model: Mapping[str, Any]) -> None:
         """Raises UserError if embeddings of this model can't be compared with the store's.
@@ -184,7 +187,7 @@ class Store:
         """Adds rows, all or none of them, in place of those that have the same ids; when it returns they are on disk.
 
         Args:
-            embeddings: float `[n, dim]`, each of length 1; kept as float16.
+            embeddings: float `[n, dim]`, each of length 1; stored in float32.
             rows: what they are of; no two have the same id.
 
         Raises:
@@ -193,20 +196,18 @@ class Store:
         vectors = self._checked(embeddings, rows)
         with self._writing() as database:
             first = self.slots
-            codes, scales = encode(vectors.astype(np.float32), self.rotation)
-            for name, data in (("embeddings", vectors), ("codes", codes), ("scales", scales)):
-                write_rows(self._path(name), first, data)
+            _write(self.embeddings_file, first, vectors)
             self._forget(database, [row.id for row in rows])
             records = (
                 (number, row.id, row.content, row.caption, json.dumps(dict(row.metadata), ensure_ascii=False))
                 for number, row in enumerate(rows, start=first)
             )
             database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", records)
+            keys = {key for row in rows for key in row.metadata}
+            database.executemany("INSERT OR IGNORE INTO keys VALUES (?)", [(key,) for key in keys])
             pictures = ((number, row.thumbnail) for number, row in enumerate(rows, start=first) if row.thumbnail)
             database.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
-            self._tell(database, "slots", first + len(rows))
-        for name, dtype in _KINDS.items():
-            write_header(self._path(name), dtype, self.slots, _columns(name, self.dim))
+            self._set(database, "slots", first + len(rows))
 
     def without_thumbnail(self) -> dict[str, str]:
         """The ids of rows that have no thumbnail, and the hashes of their content."""
@@ -260,11 +261,10 @@ class Store:
         """Gives the space of removed rows back. Rows get other numbers: who searches meanwhile opens the store anew."""
         with self._writing() as database:
             kept = np.flatnonzero(self.alive())
-            for name, dtype in _KINDS.items():
-                path = self._path(name, self.generation + 1)
-                write_header(path, dtype, len(kept), _columns(name, self.dim))
-                for start in range(0, len(kept), 65536):
-                    write_rows(path, start, self._mapped(name)[kept[start : start + 65536]])
+            target = self.folder / f"embeddings-{self.generation + 1}.f32"
+            target.write_bytes(b"")
+            for start in range(0, len(kept), 65536):
+                _write(target, start, self.embeddings[kept[start : start + 65536]])
             database.execute("CREATE TEMP TABLE moved (old INTEGER PRIMARY KEY, new INTEGER)")
             database.executemany("INSERT INTO moved VALUES (?, ?)", zip(kept.tolist(), range(len(kept)), strict=True))
             for table in ("rows", "thumbnails"):
@@ -273,39 +273,32 @@ class Store:
                 database.execute(f"UPDATE {table} SET number = -1 - number")
             database.execute("DROP TABLE moved")
             database.execute("DELETE FROM free")
-            self._tell(database, "slots", len(kept))
-            self._tell(database, "generation", self.generation + 1)
+            self._set(database, "slots", len(kept))
+            self._set(database, "generation", self.generation + 1)
         self._database.execute("VACUUM")
-        for name in _KINDS:
-            for path in self.folder.glob(f"{name}-*.npy"):
-                if path != self._path(name):
-                    path.unlink(missing_ok=True)
+        for path in self.folder.glob("embeddings-*.f32"):
+            if path != self.embeddings_file:
+                path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return self.slots - len(self._free)
 
-    @cached_property
-    def rotation(self) -> NDArray[np.float32]:
-        """What vectors are turned by before they are rounded to codes, float32 `[dim, dim]`."""
-        path = self.folder / _ROTATION_FILE
-        with reading(path):
-            matrix: NDArray[np.float32] = np.load(path)
-        return matrix
+    @property
+    def embeddings_file(self) -> Path:
+        """The file of the embeddings."""
+        return self.folder / f"embeddings-{self.generation}.f32"
 
     @property
-    def embeddings(self) -> NDArray[np.float16]:
-        """All embeddings, float16 `[slots, dim]`, mapped into memory; `alive` says which of them count."""
-        return self._mapped("embeddings")
-
-    @property
-    def codes(self) -> NDArray[np.int8]:
-        """What a search reads first: `codes.encode` of all embeddings, int8 `[slots, dim]`."""
-        return self._mapped("codes")
-
-    @property
-    def scales(self) -> NDArray[np.float32]:
-        """Scale and error of each code, float32 `[slots, 2]`."""
-        return self._mapped("scales")
+    def embeddings(self) -> NDArray[np.float32]:
+        """All embeddings, float32 `[slots, dim]`, mapped into memory; `alive` says which of them have a row."""
+        if self._embeddings is None:  # kept, as each page that is touched for the first time costs a fault
+            with reading(self.embeddings_file):
+                self._embeddings = (
+                    np.memmap(self.embeddings_file, "<f4", "r", shape=(self.slots, self.dim))
+                    if self.slots
+                    else np.empty((0, self.dim), np.float32)
+                )
+        return self._embeddings
 
     def alive(self) -> NDArray[np.bool_]:
         """Which numbers have a row, bool `[slots]`."""
@@ -314,23 +307,50 @@ class Store:
         return mask
 
     def select(self, where: str) -> NDArray[np.int64]:
-        """Numbers of the rows that meet a condition, in rising order; see `where.as_sql`.
+        """Numbers of the rows that meet a condition, in rising order.
+
+        Args:
+            where: an expression of SQLite on `id`, `content`, `caption` and the keys of the metadata. Beside
+                operators, `like` and `glob` there is `contains(text, part)`, which heeds no case. Keys that aren't
+                plain words stand in double quotes.
 
         Raises:
-            UserError: as `as_sql`, or no row has one of the condition's keys.
-        """
-        sql, values = as_sql(where)
-        for key in metadata_keys(where) if len(self) else ():
-            self._require_key(key)
-        found = self._database.execute(f"SELECT number FROM rows WHERE {sql} ORDER BY number", values).fetchall()
-        numbers = np.array(found, dtype=np.int64).reshape(-1)
-        return numbers[numbers < self.slots]
+            UserError: SQLite can't read it, no row has one of its keys, it takes 10 seconds, or it asks for anything
+                but these rows.
 
-    def _require_key(self, key: str) -> None:
-        has_it = "SELECT 1 FROM rows WHERE json_type(metadata, ?) IS NOT NULL LIMIT 1"
-        if self._database.execute(has_it, (f'$."{key}"',)).fetchone() is None:
-            known = self._database.execute("SELECT DISTINCT key FROM rows, json_each(metadata)").fetchall()
-            raise unknown_name("where key", key, {*COLUMNS, *(name for (name,) in known)})
+        Example:
+            `store.select("year >= 2020 and contains(caption, 'bicycle')")`
+        """
+        if not len(self):
+            return np.empty(0, np.int64)
+        keys = {name for (name,) in self._database.execute("SELECT name FROM keys")} - {*_COLUMNS}
+        named = [key for key in keys if key in where and '"' not in key]
+        paths = {key: key.replace("'", "''") for key in named}
+        columns = "".join(f', metadata ->> \'$."{path}"\' AS "{key}"' for key, path in paths.items())
+        # An unknown name in double quotes would be a text to SQLite.
+        for quoted in re.findall(r'"([^"]*)"', re.sub(r"'[^']*'", "", where)):
+            if quoted not in {*named, *_COLUMNS}:
+                raise unknown_name("where key", quoted, {*_COLUMNS, *keys})
+        # The line break ends a comment.
+        query = f"SELECT number FROM (SELECT number, id, content, caption{columns} FROM rows) WHERE ({where}\n)"
+        end = time.monotonic() + _LONGEST_CONDITION
+        self._database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        self._database.set_authorizer(_allowed)
+        try:
+            found = self._database.execute(query).fetchall()
+        except (sqlite3.Error, sqlite3.Warning) as exc:
+            unknown = re.fullmatch(r"no such column: (\S+)", str(exc))
+            if unknown:
+                raise unknown_name("where key", unknown[1], {*_COLUMNS, *keys}) from None
+            why = f"it takes more than {_LONGEST_CONDITION:g} s" if str(exc) == "interrupted" else str(exc)
+            raise UserError(
+                f"where must be {WHERE}, such as \"year >= 2020 and caption like '%dog%'\", got {where!r}: {why}"
+            ) from exc
+        finally:
+            self._database.set_authorizer(None)
+            self._database.set_progress_handler(None, 0)
+        numbers = np.sort(np.array(found, dtype=np.int64).reshape(-1))
+        return numbers[numbers < self.slots]
 
     def rows(self, numbers: Iterable[int]) -> list[Row]:
         """The rows of these numbers, in their order.
@@ -357,11 +377,12 @@ class Store:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _checked(self, embeddings: NDArray[Any], rows: Sequence[Row]) -> NDArray[np.float16]:
+    def _checked(self, embeddings: NDArray[Any], rows: Sequence[Row]) -> NDArray[np.float32]:
         expected = (len(rows), self.dim)
         if embeddings.shape != expected:
             raise UserError(f"{len(rows)} rows need embeddings {list(expected)}, got {list(embeddings.shape)}")
-        lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
+        vectors = np.ascontiguousarray(embeddings, "<f4")
+        lengths = np.linalg.norm(vectors, axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) < 0.01))
         if len(wrong):
             raise UserError(f"embeddings must have length 1; that of {rows[wrong[0]].id!r} has {lengths[wrong[0]]:g}")
@@ -369,7 +390,7 @@ class Store:
         if len(set(ids)) < len(ids):
             twice = next(id for number, id in enumerate(ids) if id in ids[:number])
             raise UserError(f"the id {twice!r} is given twice: one row each")
-        return embeddings.astype("<f2")
+        return vectors
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -403,18 +424,29 @@ class Store:
         database.executemany("INSERT INTO free VALUES (?)", numbers)
         return len(numbers)
 
-    def _tell(self, database: sqlite3.Connection, key: str, value: int) -> None:
+    def _set(self, database: sqlite3.Connection, key: str, value: int) -> None:
         database.execute("UPDATE about SET value = ? WHERE key = ?", (json.dumps(value), key))
 
-    def _path(self, name: str, generation: int | None = None) -> Path:
-        return self.folder / f"{name}-{self.generation if generation is None else generation}.npy"
 
-    def _mapped(self, name: str) -> NDArray[Any]:
-        # Kept, as each page that is touched for the first time costs a fault.
-        if name not in self._maps:
-            with reading(self._path(name)):
-                self._maps[name] = map_rows(self._path(name), _KINDS[name], self.slots, _columns(name, self.dim))
-        return self._maps[name]
+def _write(path: Path, first: int, vectors: NDArray[np.float32]) -> None:
+    """Writes vectors from slot `first` on and waits for the disk."""
+    with path.open("r+b") as file:
+        file.seek(first * vectors.itemsize * vectors.shape[1])
+        file.write(vectors.data.cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _contains(text: object, part: object) -> bool | None:
+    return None if text is None or part is None else str(part).casefold() in str(text).casefold()
+
+
+def _allowed(action: int, first: str | None, second: str | None, *_: object) -> int:
+    """What the condition of `select` may do, asked by SQLite: read rows, and call the functions above."""
+    if action == sqlite3.SQLITE_FUNCTION:
+        return sqlite3.SQLITE_OK if second in _FUNCTIONS else sqlite3.SQLITE_DENY
+    reads = action == sqlite3.SQLITE_SELECT or (action == sqlite3.SQLITE_READ and first == "rows")
+    return sqlite3.SQLITE_OK if reads else sqlite3.SQLITE_DENY
 
 
 @contextmanager
@@ -430,13 +462,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _is_left(file: Path) -> bool:
     """Whether a `create` that was killed leaves such a file."""
-    return file.name in _BEFORE or file.name.startswith(f".{ROWS_FILE}.")
+    return file.name == "embeddings-0.f32" or file.name.startswith(f".{ROWS_FILE}.")
 
 
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:12]}...{text[-8:]}"
-
-
-def _columns(name: str, dim: int) -> int:
-    return 2 if name == "scales" else dim

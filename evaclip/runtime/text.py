@@ -35,7 +35,7 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     Raises:
         UserError: the packages that write ONNX are missing (`evakernels[export]`), or the store can't be written.
     """
-    from evaclip.model.export import export
+    from evaclip.export import export
 
     export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True, external=True)
     text = model.config.text

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from evaclip import create_model
 from evaclip.commands.main import main
 from evaclip.errors import UserError
+from evaclip.export import export, exported
 from evaclip.model.clip import CLIP
-from evaclip.model.export import export, exported
-from evaclip.portable.probe import OPSET
+from evaclip.onnx_check import OPSET
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_random_weights_are_exported_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "tiny", str(tmp_path / "text.pt2"), "--tower", "text"]) == 2
-    assert "one of the arguments --pretrained --random is required" in capsys.readouterr().err
+    assert "'tiny' has random weights" in capsys.readouterr().err
+    assert main(["export", "tiny", str(tmp_path / "text.pt2"), "--random"]) == 2
+    assert "--tower must be" in capsys.readouterr().err
     command = ["export", "tiny", str(tmp_path / "text.onnx"), "--tower", "text", "--random", "--engine", "openvino"]
     assert main(command) == 2
     assert "--engine and --provider say where --check FILE runs" in capsys.readouterr().err
@@ -99,16 +101,14 @@ def test_a_run_is_exported_as_it_was_trained(tmp_path: Path) -> None:
 def test_a_run_stays_as_it_is_and_no_model_is_made_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/config.yaml").touch()
-    monkeypatch.setattr("evaclip.factory.create_model", None)
+    monkeypatch.setattr("evaclip.loading.load_features", None)
     for target in (tmp_path / "run/image.onnx", tmp_path / "missing/image.onnx"):
         assert main(["export", "tiny", str(target), "--tower", "image", "--random", "--force"]) == 2
 
 
 def test_missing_packages_are_named(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    for name in [name for name in sys.modules if name.startswith("evaclip.portable")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r"the package onnx is not installed: pip install 'evakernels\[export\]'"):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"the package onnxscript is not installed: pip install 'evakernels\[export\]'"):
         export(model, "text", tmp_path / "text.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -71,7 +71,7 @@ def names_in(wheel: Path) -> set[str]:
 
 def package_files(wheel: Path) -> set[str]:
     """What a wheel holds apart from its metadata and from what is compiled."""
-    made = r"[^/]*\.dist-info/.*|evakernels/(_build\.json|_ops\.so|_C\..*\.so)|evaclip/runtime/_scan\..*\.so"
+    made = r"[^/]*\.dist-info/.*|evakernels/(_build\.json|_ops\.so|_C\..*\.so)"
     return {name for name in names_in(wheel) if not re.fullmatch(made, name)}
 
 
@@ -104,8 +104,7 @@ def test_wheel_with_native_library(wheel: Path, tmp_path: Path) -> None:
     assert package_files(wheel) == tracked(*PACKAGES)
     names = names_in(wheel)
     assert {"evakernels/_ops.so", "evakernels/_build.json"} <= names
-    for module in (r"evakernels/_C", r"evaclip/runtime/_scan"):
-        assert len([name for name in names if re.fullmatch(rf"{module}\..*\.so", name)]) == 1
+    assert len([name for name in names if re.fullmatch(r"evakernels/_C\..*\.so", name)]) == 1
     native = report_of(wheel, unpacked)["native"]
     assert native["loaded"] is True
     assert native["reason"] is None
@@ -213,8 +212,7 @@ def test_broken_compiler_fails_the_build(project: Path) -> None:
 
 
 def test_switched_off_build_removes_a_stale_library(project: Path) -> None:
-    files = "evakernels/_ops.so", "evakernels/_C.cpython-311-x86.so", "evaclip/runtime/_scan.cpython-311-x86.so"
-    stale = [project / file for file in files]
+    stale = [project / file for file in ("evakernels/_ops.so", "evakernels/_C.cpython-311-x86.so")]
     for path in stale:
         path.touch()
     result = run_setup(project, "editable_wheel", EVAKERNELS_NATIVE="off")

@@ -79,7 +79,7 @@ def test_with_the_core_alone_all_ops_are_imported(core: Room) -> None:
 def test_with_the_extra_clip_all_of_evaclip_is_imported(clip: Room) -> None:
     """But for the two folders that are an extra's alone."""
     missing = {name: package for name, package in missing_modules(clip).items() if name.startswith("evaclip")}
-    assert {name.split(".")[1] for name in missing} <= {"portable", "serve"}
+    assert {name.split(".")[1] for name in missing} <= {"serve"}
     assert set(missing.values()) <= {"onnx", "onnxruntime", "fastapi", "prometheus_client", "starlette"}
 
 

@@ -1,11 +1,15 @@
 """A small model with its tokenizer and transform, and pictures."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import evaclip
+import evaclip.export
+from evaclip.eval.features import weights_hash
 from evaclip.loading import LoadedModel
 from evaclip.transforms import EvalTransform
 
@@ -24,3 +28,21 @@ def pictures():
     draw = np.random.default_rng(0)
     sizes = [(40, 60), (64, 64), (90, 30), (33, 35), (50, 50), (20, 70), (64, 48)]
     return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory):
+    """A new store exports its text tower, which takes seconds; of equal weights it is done once."""
+    export, made = evaclip.export.export, {}
+
+    def copied(model, tower, target, **options):
+        key = weights_hash(model), tower, target.name, *sorted(options.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("exported")
+            export(model, tower, made[key] / target.name, **options)
+        for path in made[key].iterdir():
+            shutil.copy(path, target.with_name(path.name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaclip.export, "export", copied)
+        yield

@@ -1,4 +1,4 @@
-"""`evaclip index` and `evaclip embed` on the command line."""
+"""`evaclip index` on the command line."""
 
 import tarfile
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from evaclip.commands import index
 from evaclip.commands.main import main
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Store
@@ -66,59 +65,39 @@ def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, f
     pictures[1].save(other / "new.png")
     capsys.readouterr()
     assert main([*index, str(folder)]) == 0
-    assert f"2 rows of pictures that are gone from {folder}: --prune removes them" in capsys.readouterr().out
+    assert f"2 rows of images deleted from {folder}: --prune removes them" in capsys.readouterr().out
     assert set(Store.open(store).contents()) == rows
     for name in ("s.tar", "y.png"):
         (folder / "disk" / name).rename(tmp_path / name)
     assert main([*index, str(folder), "--prune"]) == 2  # as if a disk were not mounted
-    assert f"{folder / 'disk'} is empty, and the store has rows of pictures in it" in capsys.readouterr().err
+    assert f"{folder / 'disk'} is empty, and the store has rows of images in it" in capsys.readouterr().err
     assert set(Store.open(store).contents()) == rows
     for name in ("s.tar", "y.png"):
         (tmp_path / name).rename(folder / "disk" / name)
     assert main([*index, str(folder), "--prune"]) == 0
-    assert "removed 2 rows of pictures that are gone" in capsys.readouterr().out
+    assert "removed 2 rows of deleted images" in capsys.readouterr().out
     assert set(Store.open(store).contents()) == rows - {str(folder / "3.png"), str(folder / "disk" / "x.png")}
     assert main([*index, str(shard), "--prune"]) == 2
-    assert f"gone from a folder of pictures, which {shard} is not" in capsys.readouterr().err
+    assert f"images deleted from a folder, which {shard} is not" in capsys.readouterr().err
 
 
-def test_processes_of_torchrun_share_the_work(model, folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("by", ["--part", "environment"])
+def test_index_parts_are_joined(by, model, folder, tmp_path, capsys, monkeypatch):
     store = tmp_path / "a.store"
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        assert main(["index", str(store), "--images", str(folder), "--model", model]) == 0
-    found = capsys.readouterr().out
-    assert [found.count(f"{number} embedded") for number in (2, 3)] == [2, 1]  # of eight files one can't be read
-    assert len(Store.open(store)) == 7
-
-
-def test_a_process_that_is_early_waits_for_the_store_of_the_first(model, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(index, "_PATIENCE", 0.1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert main(["index", str(tmp_path / "a.store"), "--images", str(folder), "--model", model]) == 2
-    assert "the first process has made no store" in capsys.readouterr().err
-    assert not (tmp_path / "a.store").exists()
-
-
-def test_each_of_several_machines_writes_a_store_and_one_joins_them(model, folder, tmp_path, capsys, monkeypatch):
-    store = tmp_path / "a.store"
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for rank in range(4):
-        for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("GROUP_RANK", rank // 2)):
-            monkeypatch.setenv(name, str(value))
-        assert main(["index", str(store), "--images", str(folder), "--model", model, "--thumbnails", "16"]) == 0
-        assert f"evaclip index {store} --merge {store}-*" in capsys.readouterr().out
-    nodes = sorted(tmp_path.glob("a.store-*"))
-    assert [(node.name, len(Store.open(node))) for node in nodes] == [("a.store-0", 4), ("a.store-1", 3)]
+    command = ["index", str(store), "--images", str(folder), "--model", model, "--thumbnails", "16"]
+    for number in range(2):
+        if by == "environment":
+            for name, value in (("RANK", number), ("LOCAL_RANK", number), ("WORLD_SIZE", 2)):
+                monkeypatch.setenv(name, str(value))
+        assert main([*command, *(["--part", f"{number}/2"] if by == "--part" else [])]) == 0
+        assert f"evaclip index {store} --add {store}-*" in capsys.readouterr().out
+    monkeypatch.undo()
+    parts = sorted(tmp_path.glob("a.store-*"))
+    assert [(part.name, len(Store.open(part))) for part in parts] == [("a.store-0", 4), ("a.store-1", 3)]
     assert not store.exists()
-    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name)
-    assert main(["index", str(store), "--merge", *map(str, nodes)]) == 0
-    assert f"{nodes[1]}: 3 rows taken, 0 there before" in capsys.readouterr().out
-    assert (store / "text.json").exists() == (nodes[0] / "text.json").exists()
+    assert main(["index", str(store), "--add", *map(str, parts)]) == 0
+    assert f"{parts[1]}: 3 rows added, 0 there before" in capsys.readouterr().out
+    assert (store / "text.json").exists() == (parts[0] / "text.json").exists()
     assert main(["index", str(store), "--images", str(folder)]) == 0
     assert "0 embedded, 7 unchanged" in capsys.readouterr().out
 
@@ -134,12 +113,12 @@ def test_the_same_weights_may_lie_elsewhere(model, folder, loaded, tmp_path, cap
 def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictures, tmp_path):
     encoder = Encoder(loaded, device="cpu", precision="fp32")
     compute = ["--model", model, "--precision", "fp32"]
-    assert main(["embed", str(tmp_path / "a.npz"), "--images", str(folder), *compute]) == 0
+    assert main(["index", "--npz", str(tmp_path / "a.npz"), "--images", str(folder), *compute]) == 0
     with np.load(tmp_path / "a.npz") as found:
         assert found["ids"].tolist() == [str(folder / f"{number}.png") for number in range(7)]
         np.testing.assert_allclose(found["embeddings"], encoder.images(pictures), atol=1e-5)
     (tmp_path / "texts.txt").write_bytes("\ufeffa cat\r\na\u2028dög\n".encode())
-    assert main(["embed", str(tmp_path / "t.npz"), "--texts", str(tmp_path / "texts.txt"), *compute]) == 0
+    assert main(["index", "--npz", str(tmp_path / "t.npz"), "--texts", str(tmp_path / "texts.txt"), *compute]) == 0
     with np.load(tmp_path / "t.npz") as found:
         assert found["ids"].tolist() == ["a cat", "a\u2028dög"]
         np.testing.assert_allclose(found["embeddings"], encoder.texts(["a cat", "a\u2028dög"]), atol=1e-5)
@@ -167,13 +146,16 @@ def test_a_search_by_weights_that_have_changed_is_refused(precision, folder, loa
         (["index", "a.store", "--images", "pictures", "--model", "tiny"], "'tiny' has random weights"),
         (["index", "a.store", "--images", "nowhere", "--model", "MODEL"], "nowhere"),
         (["index", "a.store", "--images", "pictures", "--model", "MODEL", "--thumbnails", "-1"], "got -1"),
-        (["index", "a.store", "--merge", "pictures"], "pictures isn't a store"),
-        (["index", "a.store", "--merge", "pictures", "--model", "MODEL"], "--model is for --images"),
-        (["index", "a.store", "--merge", "pictures", "--prune"], "--prune is for --images"),
+        (["index", "a.store", "--add", "pictures"], "pictures isn't a store"),
+        (["index", "a.store", "--add", "pictures", "--model", "MODEL"], "--model is for --images"),
+        (["index", "a.store", "--add", "pictures", "--prune"], "--prune is for --images"),
+        (["index", "a.store", "--texts", "x.txt"], "--texts is for --npz"),
         (["index", "pictures", "--images", "pictures", "--model", "MODEL"], "it isn't an empty folder"),
-        (["embed", "a.npy", "--images", "pictures", "--model", "MODEL"], "expected .npz"),
-        (["embed", "a.npz", "--texts", "nowhere.txt", "--model", "MODEL"], "cannot read nowhere.txt"),
-        (["embed", "pictures/0.npz", "--images", "pictures", "--model", "MODEL"], "exists; --force"),
+        (["index", "--npz", "a.npy", "--images", "pictures", "--model", "MODEL"], "--npz must be"),
+        (["index", "--npz", "a.npz", "--images", "pictures"], "--npz needs --model"),
+        (["index", "--npz", "a.npz", "--images", "pictures", "--prune"], "--prune is for a STORE"),
+        (["index", "--npz", "a.npz", "--texts", "nowhere.txt", "--model", "MODEL"], "cannot read nowhere.txt"),
+        (["index", "--npz", "pictures/0.npz", "--images", "pictures", "--model", "MODEL"], "exists; --force"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says, model, folder, tmp_path, capsys, monkeypatch):

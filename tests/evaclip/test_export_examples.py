@@ -1,6 +1,7 @@
-"""The folders, loaded as the programs that they are for load them."""
+"""Folders that the example scripts write, loaded as the programs load them that they are for."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +9,26 @@ import onnxruntime
 import pytest
 import tokenizers
 import torch
-import yaml
+from lively_model import lively
 from PIL import Image
 
 from evaclip import get_tokenizer
-from evaclip.errors import Refused, UserError
+from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
-from evaclip.portable import layouts, towers
-from evaclip.portable.layouts import export_folder
 from evaclip.transforms import EvalTransform
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 TEXTS = ["A photo of a cat's  dinner, 2 dishes!", "", "word " * 40]
+
+
+@pytest.fixture
+def model() -> CLIP:
+    return lively(vision={"layers": 2}, text={"layers": 2})
+
+
+def write(program: str, model: CLIP, folder: Path, **kind: object) -> None:
+    runpy.run_path(str(EXAMPLES / f"export_{program}.py"))["write"](model, folder, **kind)
 
 
 def picture() -> Image.Image:
@@ -38,10 +48,7 @@ def encoded(model: CLIP, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_immich(model: CLIP, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    export_folder(model, folder, "immich", model_card={"license": "mit"})
-    header = (folder / "README.md").read_text().split("---")[1]
-    assert yaml.safe_load(header)["tags"] == ["clip", "onnx", "immich"]
-    assert "license: mit" in header
+    write("immich", model, folder)
     images, texts = encoded(model, TEXTS)
     # As its OpenClipVisualEncoder and OpenClipTextualEncoder do.
     given = json.loads((folder / "visual/preprocess_cfg.json").read_text())
@@ -68,7 +75,7 @@ def test_transformers_js(model: CLIP, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     folder = tmp_path / "tiny"
-    export_folder(model, folder, "transformers.js", dtype="fp16")
+    write("transformers_js", model, folder, dtype="fp16")
     images, texts = encoded(model, TEXTS)
     config = AutoConfig.from_pretrained(folder)
     assert (config.model_type, config.projection_dim, config.text_config.vocab_size) == ("clip", 128, 49408)
@@ -83,7 +90,8 @@ def test_transformers_js(model: CLIP, tmp_path: Path) -> None:
 
 
 def test_tokenizer_file_gives_the_ids_of_the_tokenizer(model: CLIP) -> None:
-    ours, file = get_tokenizer("tiny"), layouts.tokenizer_file(model.config)
+    ours = get_tokenizer("tiny")
+    file = ours.to_tokenizers()
     texts = [*TEXTS, "Ünïcödé ÀÉ 日本語 12345", "it's we'll 'tis\tnew\nline", "<end_of_text> a", "😀!!??..."]
     for text, row in zip(texts, ours(texts), strict=True):
         found = np.array(file.encode(text).ids)
@@ -92,19 +100,11 @@ def test_tokenizer_file_gives_the_ids_of_the_tokenizer(model: CLIP) -> None:
         assert (found[used:] == ours.end_id).all()
 
 
-def test_nothing_stays_of_a_refused_folder(model: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(towers, "_HIDDEN", 0.0)
-    with pytest.raises(Refused, match=r"model\.onnx' doesn't compute"):
-        export_folder(model, tmp_path / "tiny", "immich")
+@pytest.mark.parametrize("program", ["immich", "transformers_js"])
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"vision": {"image_size": (32, 48)}}, "square"), ({"preprocess": {"crop": 0.9}}, "crop")]
+)
+def test_models_without_a_place(program: str, options: dict[str, object], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        write(program, lively(**options), tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_there_and_models_without_a_place(model: CLIP, tmp_path: Path) -> None:
-    from lively_model import lively
-
-    with pytest.raises(UserError, match="exists; give a folder that isn't there yet"):
-        export_folder(model, tmp_path, "immich")
-    with pytest.raises(UserError, match="square"):
-        export_folder(lively(vision={"image_size": (32, 48)}), tmp_path / "tiny", "immich")
-    with pytest.raises(UserError, match=r"preprocess\.crop is 0\.9"):
-        export_folder(lively(preprocess={"crop": 0.9}), tmp_path / "tiny", "transformers.js")

@@ -1,0 +1,280 @@
+"""Towers as programs that run without this library: torch.export's, or ONNX files that passed their probe."""
+
+import copy
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
+
+import evakernels
+from evaclip.atomic import replacing, require_space, writing
+from evaclip.errors import UserError, unknown_name
+from evaclip.extras import with_remedy
+from evaclip.model.clip import CLIP
+from evaclip.model.vision_model import VisionModel
+from evaclip.onnx_check import LOWEST, OPSET, SEED, Outcome, Probe, check_everywhere, make_inputs, require
+from evaclip.outputs import check_output
+from evakernels.nn import FrozenWeight, unfreeze
+
+SUFFIXES = (".pt2", ".onnx")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TowerName = Literal["image", "text"]
+
+
+def export(
+    model: CLIP | VisionModel,
+    tower: TowerName,
+    target: Path,
+    *,
+    normalize: bool = False,
+    overwrite: bool = False,
+    dtype: str = "fp32",
+    int8: bool = False,
+    external: bool = False,
+    names: tuple[str, str] = ("inputs", "embeddings"),
+    int32: bool = False,
+) -> list[Outcome]:
+    """Writes a program from images `[B, 3, H, W]` or token ids `[B, context_length]` to embeddings `[B, embed_dim]`.
+
+    Of a `VisionModel` with a classifier it writes one from images to logits `[B, num_classes]`.
+
+    B is any number. An ONNX file takes float32 or int64 and gives float32, whatever its weights are; of texts it
+    computes the tokens of the longest alone. It holds a probe, inputs by a seed and the embeddings that the model
+    computes of them in float32, and is written only if ONNX Runtime reproduces these at every level of optimisation,
+    and OpenVINO where that is installed.
+
+    Args:
+        model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.
+        tower: which half of the model: `image` or `text`.
+        target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; appears complete or not at all. Weights
+            that are too large for one file lie in a second one, `NAME.onnx.data`.
+        normalize: whether embeddings have length 1.
+        overwrite: replace `target` if it exists. What lies in a run or a checkpoint is never replaced.
+        dtype: of an ONNX file's weights: fp32; fp16, computed in as well; bf16, computed in float32.
+        int8: matrix products of 8-bit integers, of ONNX files with fp32 weights otherwise.
+        external: the weights of an ONNX file lie in the second one in any case: ONNX Runtime then maps them into
+            memory, in a fraction of the time.
+        names: of an ONNX file's input and output.
+        int32: token ids of an ONNX file are int32, else int64.
+
+    Returns:
+        What each engine made of an ONNX file's probe; nothing for a `.pt2`.
+
+    Raises:
+        Refused: an engine's embeddings have a cosine of less than 0.9999 (int8: 0.99) to the model's.
+        UserError: for a target that may not or can't be written, options that don't fit it, or missing packages.
+
+    Example:
+        `export(model, "image", Path("image.onnx"), dtype="fp16")`
+    """
+    check_target(target, overwrite, dtype, int8)
+    if target.suffix == ".pt2":
+        program = exported(model, tower, normalize)
+        require_space(target, sum(tensor.nbytes for tensor in program.state_dict.values()))
+        with writing(target), replacing(target) as temporary, temporary.open("wb") as stream:
+            torch.export.save(program, stream)
+        return []
+    kind = "int8" if int8 else dtype
+    with writing(target), _together(target) as folder:
+        path, model = folder / target.name, exportable(model, tower)
+        return _write_onnx(model, tower, path, kind, normalize, external, names, int32)
+
+
+def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool = False) -> None:
+    """Raises UserError for a file that `export` doesn't write."""
+    if target.suffix not in SUFFIXES:
+        raise UserError(f"{str(target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    if int8 and dtype != "fp32":
+        raise UserError(f"int8 and dtype={dtype} don't go together; give one of them")
+    if target.suffix == ".pt2" and (dtype != "fp32" or int8):
+        raise UserError("dtype and int8 are those of ONNX files; a .pt2 has the dtype of the model's parameters")
+    for written in (target, target.with_name(f"{target.name}.data")):
+        check_output(written, overwrite=overwrite)
+
+
+def exported(model: CLIP | VisionModel, tower: TowerName, normalize: bool = False) -> ExportedProgram:
+    """The program that `export` writes to a `.pt2`. The ops of evakernels are replaced by what they mean in torch's."""
+    encoder = _Encoder(exportable(model, tower), tower, normalize).eval()
+    # Of two samples: programs take a size of one for a constant.
+    if tower == "image":
+        weight = encoder.tower.pos_embed
+        example = torch.zeros(2, 3, *encoder.tower.config.image_shape, dtype=weight.dtype, device=weight.device)
+    else:
+        device = encoder.tower.positional_embedding.device
+        example = torch.zeros(2, encoder.tower.config.context_length, dtype=torch.int64, device=device)
+    with torch.no_grad(), evakernels.as_torch_operators():
+        return torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def exportable(model: CLIP | VisionModel, tower: str) -> Any:
+    """The model, or a copy with dense weights of one whose weights are frozen.
+
+    Raises:
+        UserError: for another tower, or a model that takes images of another size than its configuration says.
+    """
+    towers = ("image",) if isinstance(model, VisionModel) else get_args(TowerName)
+    if tower not in towers:
+        raise unknown_name("tower", tower, towers)
+    visual = _tower(model, "image")
+    if (size := visual.present.image_size) != (own := visual.config.image_size):
+        raise UserError(f"set_image_size({size}) is in force; call set_image_size({own}) before the model is exported")
+    is_frozen = any(isinstance(weight, FrozenWeight) for weight in model.parameters())
+    return unfreeze(copy.deepcopy(model)) if is_frozen else model
+
+
+def _tower(model: CLIP | VisionModel, tower: TowerName) -> Any:
+    if isinstance(model, VisionModel):
+        return model
+    return model.visual if tower == "image" else model.text
+
+
+class _Encoder(nn.Module):
+    """A tower as a program. `dtype` is that of an ONNX file's weights; None for a program of torch.export."""
+
+    tower: Any
+
+    def __init__(self, model: CLIP | VisionModel, tower: TowerName, normalize: bool, dtype: str | None = None) -> None:
+        super().__init__()
+        self.tower = _tower(model, tower)
+        self.normalize, self.dtype = normalize, dtype
+        if dtype is not None:
+            self.tower = copy.deepcopy(self.tower).to("cpu", DTYPES[dtype])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.dtype is not None and not inputs.is_floating_point():
+            inputs = _longest(inputs.long())
+        if self.dtype == "fp16" and inputs.is_floating_point():
+            inputs = inputs.half()
+        # bfloat16 is widened by nodes of the graph, as few runtimes have kernels for it.
+        wide = {name: value.float() for name, value in self.tower.state_dict(keep_vars=True).items()}
+        features = functional_call(self.tower, wide, (inputs,)) if self.dtype == "bf16" else self.tower(inputs)
+        features = features if self.dtype is None else features.float()
+        return nn.functional.normalize(features, dim=-1) if self.normalize else features
+
+
+def _longest(tokens: Tensor) -> Tensor:
+    """Token ids without the padding that all rows share."""
+    longest = (tokens.argmax(1).max() + 1).item()
+    torch._check(longest >= 2)
+    torch._check(longest <= tokens.shape[1])
+    return tokens[:, :longest]
+
+
+def _write_onnx(
+    model: CLIP | VisionModel,
+    tower: TowerName,
+    path: Path,
+    kind: str,
+    normalize: bool,
+    external: bool,
+    names: tuple[str, str],
+    int32: bool,
+) -> list[Outcome]:
+    """Writes a file and runs its probe; raises Refused if an engine doesn't give the model's embeddings."""
+    probe = _probe(model, tower, normalize, LOWEST[kind])
+    example = torch.from_numpy(probe.inputs()[:3])
+    example = example.int() if int32 and tower == "text" else example
+    encoder = _Encoder(model, tower, normalize, "fp32" if kind == "int8" else kind).eval()
+    try:
+        import onnxscript  # noqa: F401, which the exporter needs
+    except ModuleNotFoundError as exc:
+        raise with_remedy(exc) from exc
+    with torch.no_grad(), evakernels.as_torch_operators(), _silence():
+        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch", min=0)},))
+        onnx_program: Any = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=names[:1], output_names=names[1:], verbose=False
+        )
+    graph = onnx_program.model.graph
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # lines of this machine's files
+        for value in node.outputs:
+            if value.name in names and value not in graph.outputs:
+                value.name += "_inside"
+    onnx_program.model.metadata_props.update(
+        {**probe.to_metadata(), "evaclip.tower": tower, "evaclip.dtype": kind, "evaclip.normalize": str(normalize)}
+    )
+    onnx_program.save(path, external_data=external)
+    if kind == "int8":
+        with _silence():
+            quantize(path)
+    data = path.with_name(f"{path.name}.data")
+    if data.exists():
+        data.chmod(path.stat().st_mode)
+    outcomes = check_everywhere(path)
+    require(outcomes, probe.lowest, path.name)
+    return outcomes
+
+
+def _probe(model: CLIP | VisionModel, tower: TowerName, normalize: bool, lowest: float) -> Probe:
+    """Inputs, and the embeddings or logits that the model gives for them in float32."""
+    encode = _Encoder(model, tower, normalize).eval()
+    config = encode.tower.config
+    shape = (3, *config.image_shape) if tower == "image" else (config.context_length,)
+    vocab_size = 0 if tower == "image" else config.vocab_size
+    inputs = torch.from_numpy(make_inputs(tower, shape, vocab_size, SEED))
+    weight = next(encode.parameters())
+    if weight.dtype != torch.float32:
+        encode = copy.deepcopy(encode).float()
+    with torch.no_grad():
+        expected = encode(inputs.to(weight.device)).cpu().numpy()
+    return Probe(tower, shape, vocab_size, lowest, expected)
+
+
+def quantize(path: Path) -> None:
+    """Replaces the weights of an ONNX file's matmuls by 8-bit integers with a scale for each output channel.
+
+    Activations are scaled while the model runs, so no images are needed for calibration. Weights take 7 of the 8 bits:
+    processors without VNNI add pairs of products in 16 bits, which overflow with all 8.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with TemporaryDirectory(dir=path.parent) as folder:
+        quantize_dynamic(
+            path,
+            Path(folder) / path.name,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=path.with_name(f"{path.name}.data").exists(),
+            extra_options={"MatMulConstBOnly": True},
+        )
+        for made in Path(folder).iterdir():
+            shutil.move(made, path.with_name(made.name))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what the exporter and the quantizer print, log and warn of for their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _together(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, whose files get its place if the block succeeds: the file itself last."""
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        yield Path(folder)
+        made = sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name)
+        for path in made:
+            shutil.move(path, target.with_name(path.name))
+        if len(made) == 1:  # The file that is replaced may have had its weights in a second one.
+            target.with_name(f"{target.name}.data").unlink(missing_ok=True)

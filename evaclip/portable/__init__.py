@@ -1,1 +1,0 @@
-"""Towers as ONNX files that carry the proof of what they compute."""

@@ -1,0 +1,70 @@
+"""Write both towers of a CLIP for Immich's machine learning service.
+
+python examples/export_immich.py EVA02-CLIP-B-16:merged2b_s8b_b131k EVA02-B-16__merged2b
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from evaclip.atomic import write_json
+from evaclip.errors import UserError
+from evaclip.export import export
+from evaclip.loading import load_model
+from evaclip.model.clip import CLIP
+from evaclip.tokenizer import END, START, Tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="NAME:WEIGHTS, a run, a checkpoint or hf-hub:OWNER/NAME")
+    parser.add_argument("folder", type=Path, help="to make; files that it has are replaced")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    kinds.add_argument("--int8", action="store_true")
+    args = parser.parse_args()
+    model = load_model(args.model, random=False).model.eval()
+    write(model, args.folder, dtype=args.dtype, int8=args.int8)
+
+
+def write(model: CLIP, folder: Path, **kind: Any) -> None:
+    """Towers of length 1, preprocessing and tokenizer; `kind` is `dtype` or `int8` of `evaclip.export.export`."""
+    check(model)
+    kind |= {"normalize": True, "overwrite": True, "int32": True}
+    for name in ("visual", "textual"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    export(model, "image", folder / "visual/model.onnx", names=("image", "embedding"), **kind)
+    export(model, "text", folder / "textual/model.onnx", names=("text", "embedding"), **kind)
+    write_tokenizer(model, folder / "textual")
+    config, images = model.config, model.config.preprocess
+    size = {"size": config.vision.image_size, "mode": "RGB", "mean": images.mean, "std": images.std}
+    resize = {"interpolation": images.interpolation, "resize_mode": images.resize, "fill_color": 0}
+    write_json(folder / "visual/preprocess_cfg.json", size | resize)
+    vision, text = (
+        {name: getattr(tower, name) for name in ("width", "heads", "layers")} for tower in (config.vision, config.text)
+    )
+    vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    text |= {"context_length": config.text.context_length, "vocab_size": config.text.vocab_size}
+    write_json(folder / "config.json", {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text})
+
+
+def write_tokenizer(model: CLIP, folder: Path) -> None:
+    text = model.config.text
+    Tokenizer(text.context_length, text.vocab_size).to_tokenizers().save(str(folder / "tokenizer.json"))
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", {**kind, **names})
+    write_json(folder / "special_tokens_map.json", names)
+
+
+def check(model: CLIP) -> None:
+    """Raises UserError for a model whose preprocessing the other program can't do."""
+    config = model.config
+    if not isinstance(config.vision.image_size, int):
+        raise UserError(f"the model's images must be square, got {config.vision.image_size}")
+    if config.preprocess.crop != 1:
+        raise UserError(f"preprocess.crop must be 1, got {config.preprocess.crop}")
+
+
+if __name__ == "__main__":
+    main()

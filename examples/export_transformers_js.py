@@ -1,0 +1,116 @@
+"""Write both towers of a CLIP for transformers.js, with the files of a Hugging Face repository.
+
+python examples/export_transformers_js.py EVA02-CLIP-B-16:merged2b_s8b_b131k EVA02-B-16 --dtype fp16
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from evaclip.atomic import write_json
+from evaclip.errors import UserError
+from evaclip.export import export
+from evaclip.loading import load_model
+from evaclip.model.clip import CLIP
+from evaclip.model.config import CLIPConfig
+from evaclip.tokenizer import END, START, Tokenizer
+
+_PILLOW = {"bilinear": 2, "bicubic": 3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="NAME:WEIGHTS, a run, a checkpoint or hf-hub:OWNER/NAME")
+    parser.add_argument("folder", type=Path, help="to make; files that it has are replaced")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    kinds.add_argument("--int8", action="store_true")
+    args = parser.parse_args()
+    model = load_model(args.model, random=False).model.eval()
+    write(model, args.folder, dtype=args.dtype, int8=args.int8)
+
+
+def write(model: CLIP, folder: Path, dtype: str = "fp32", int8: bool = False) -> None:
+    """Towers of length 1, configuration, preprocessing and tokenizer."""
+    check(model)
+    (folder / "onnx").mkdir(parents=True, exist_ok=True)
+    # transformers.js finds weights of another kind by the end of the file's name.
+    suffix = "_int8" if int8 else "" if dtype == "fp32" else f"_{dtype}"
+    kind: dict[str, Any] = {"dtype": dtype, "int8": int8, "normalize": True, "overwrite": True}
+    image, text = (folder / "onnx" / f"{name}_model{suffix}.onnx" for name in ("vision", "text"))
+    export(model, "image", image, names=("pixel_values", "image_embeds"), **kind)
+    export(model, "text", text, names=("input_ids", "text_embeds"), **kind)
+    write_tokenizer(model, folder)
+    write_json(folder / "config.json", model_config(model.config))
+    write_json(folder / "preprocessor_config.json", image_processor(model.config))
+
+
+def model_config(config: CLIPConfig) -> dict[str, Any]:
+    vision, text = config.vision, config.text
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": config.embed_dim,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_size": vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "projection_dim": config.embed_dim,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "max_position_embeddings": text.context_length,
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "projection_dim": config.embed_dim,
+            "bos_token_id": text.vocab_size - 2,
+            "eos_token_id": text.vocab_size - 1,
+            "pad_token_id": text.vocab_size - 1,
+        },
+    }
+
+
+def image_processor(config: CLIPConfig) -> dict[str, Any]:
+    side, images = config.vision.image_size, config.preprocess
+    cut = images.resize == "shortest"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side} if cut else {"height": side, "width": side},
+        "resample": _PILLOW[images.interpolation],
+        "do_center_crop": cut,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": images.mean,
+        "image_std": images.std,
+    }
+
+
+def write_tokenizer(model: CLIP, folder: Path) -> None:
+    text = model.config.text
+    Tokenizer(text.context_length, text.vocab_size).to_tokenizers().save(str(folder / "tokenizer.json"))
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", {**kind, **names})
+    write_json(folder / "special_tokens_map.json", names)
+
+
+def check(model: CLIP) -> None:
+    """Raises UserError for a model whose preprocessing the other program can't do."""
+    config = model.config
+    if not isinstance(config.vision.image_size, int):
+        raise UserError(f"the model's images must be square, got {config.vision.image_size}")
+    if config.preprocess.crop != 1:
+        raise UserError(f"preprocess.crop must be 1, got {config.preprocess.crop}")
+
+
+if __name__ == "__main__":
+    main()
