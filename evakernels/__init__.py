@@ -1,14 +1,15 @@
 """Fused ops for vision-language models: one schema and one reference per op, any number of backends."""
 
-from evakernels import nn, ops, optim
-from evakernels._checkpoint import checkpoint_policy
-from evakernels._info import info
-from evakernels._memory import keep_freed_memory
-from evakernels._version import __version__
-from evakernels.backends import BackendError, ReferenceWarning, explain, set_loss_products, use_backend
-from evakernels.dropin import UnknownFormWarning, accelerate, restore
-from evakernels.ops import *  # noqa: F403 - each is listed there
-from evakernels.optim import clip_grad_norm_
+from . import nn, ops, optim
+from ._checkpoint import checkpoint_policy
+from ._explain import explain
+from ._info import info
+from ._memory import keep_freed_memory
+from ._version import __version__
+from .backends import BackendError, ReferenceWarning, set_loss_products, use_backend
+from .dropin import UnknownFormWarning, accelerate, restore
+from .ops import *  # noqa: F403 - each is listed there
+from .optim import clip_grad_norm_
 
 __all__ = [
     "BackendError",

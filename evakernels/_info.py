@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from evakernels import _native
-from evakernels._version import __version__
+from . import _native
+from ._version import __version__
 
 
 def info() -> dict[str, Any]:

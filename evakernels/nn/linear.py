@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evakernels import _native, backends
-from evakernels.nn.frozen import FrozenWeight
-from evakernels.ops._autocast import is_on
-from evakernels.ops._eager import is_plain, wants_gradient
+from .. import _native, backends
+from ..ops._autocast import is_on
+from ..ops._modes import needs_dispatcher, needs_grad
+from .frozen import FrozenWeight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: bool = False) -> Tensor:
@@ -29,12 +29,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
     if isinstance(weight, FrozenWeight):
         return weight.product(x, bias)
     args = (x, weight, bias)
-    if not (x.is_cpu and weight.is_cpu and is_plain(*args) and _is_served(x, weight, bias, forced)):
+    if not (x.is_cpu and weight.is_cpu and _is_plain(*args) and _is_served(x, weight, bias, forced)):
         return F.linear(x, weight, bias)
-    if wants_gradient(args):
+    if needs_grad(*args):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     return _product(x, weight, bias)
+
+
+def _is_plain(*args: Tensor | None) -> bool:
+    """Whether all tensors are torch's own and nothing but autograd looks at the call."""
+    return not needs_dispatcher() and all(arg is None or type(arg) in (Tensor, nn.Parameter) for arg in args)
 
 
 class Linear(nn.Linear):

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.ops._eager import is_transformed
-from evakernels.reference._numerics import accumulation_dtype
+from ..reference._numerics import accumulation_dtype
+from ._modes import is_transformed
 
 # Names of torch 2.13 and of those before it.
 _gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels import _names
-from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._sharding import Rule
-from evakernels.reference import gelu as reference
+from .. import _names
+from ..reference import gelu as reference
+from . import _check
+from ._op import define, differentiable
+from ._sharding import ShardingRule
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -65,6 +65,8 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     return _backward(dout, *ctx.saved_tensors, ctx.form, ctx.needs_input_grad[1:2])
 
 
-_forward = define(reference.gelu_forward, check=_check_call, rule=Rule(whole_rows=lambda *args: False))
+_forward = define(
+    reference.gelu_forward, check=_check_call, sharding=ShardingRule(("x",), whole_rows=lambda *args: False)
+)
 _backward = define(reference.gelu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels import _names
-from evakernels.ops import _check, _tensor_lists
-from evakernels.ops._op import define
-from evakernels.ops._tensor_lists import Tensors
-from evakernels.reference import lamb as reference
-from evakernels.reference._numerics import accumulation_dtype
+from .. import _names
+from ..reference import lamb as reference
+from ..reference._numerics import accumulation_dtype
+from . import _check, _tensor_lists
+from ._op import define
+from ._tensor_lists import Tensors
 
 VARIANTS = ("deepspeed", "nvlamb")
 

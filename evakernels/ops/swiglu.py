@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._sharding import Rule
-from evakernels.reference import swiglu as reference
+from ..reference import swiglu as reference
+from . import _check
+from ._op import define, differentiable
+from ._sharding import ShardingRule
 
 
 def swiglu(
@@ -79,7 +79,7 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
 _forward = define(
     reference.swiglu_forward,
     check=_check_call,
-    rule=Rule(activations=2, whole_rows=lambda gate, up, norm_weight, *rest: norm_weight is not None),
+    sharding=ShardingRule(("gate", "up"), whole_rows=lambda gate, up, norm_weight, *rest: norm_weight is not None),
 )
 _backward = define(reference.swiglu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._token_index import check_range, check_unique
-from evakernels.reference import token_dropout as reference
+from ..reference import token_dropout as reference
+from . import _check
+from ._op import define, differentiable
+from ._token_index import check_range, check_unique
 
 
 def token_dropout(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evakernels.reference._stochastic_rounding import round_stochastically
+from ._stochastic_rounding import round_stochastically
 
 
 def changed_moments(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.reference import rope_attention
-from evakernels.reference._numerics import accumulation_dtype
+from ..backends import OPERATORS
+from . import rope_attention
+from ._numerics import accumulation_dtype
 
 CAUSAL_LENGTHS = 32
 """What the lengths of causal sequences are rounded up to a multiple of."""
@@ -31,7 +32,7 @@ def packed_attention_forward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    attend = torch.ops.evakernels.rope_attention_forward
+    attend = OPERATORS.rope_attention_forward
     return packed_attention(attend, q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale)
 
 
@@ -118,7 +119,7 @@ def packed_attention_backward(
         cotangent = _grid(dout, rows).mul_(batch.inside[..., None, None])
         given = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
         rotation = cos, sin, batch.token_index(cos, token_index), 0
-        found = torch.ops.evakernels.rope_attention_backward(*given, *rotation, causal, interleaved, scale)
+        found = OPERATORS.rope_attention_backward(*given, *rotation, causal, interleaved, scale)
         gradients = [_filled(x, batch, grid) for x, grid in zip(gradients, found, strict=True)]
     dq, dk, dv = gradients
     return dq, dk, dv

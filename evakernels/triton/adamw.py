@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from evakernels.triton._launch import on_device_of
-from evakernels.triton._tensor_table import (
+from ._launch import on_device_of
+from ._tensor_table import (
     Table,
     as_float,
     buffers_at,

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels import backends
-from evakernels.reference import contrastive as reference
-from evakernels.triton import INTERPRETED
-from evakernels.triton._launch import float32_products, on_device_of
-from evakernels.tuning import config
+from .. import backends
+from ..reference import contrastive as reference
+from ..tuning import config
+from . import INTERPRETED
+from ._launch import float32_products, on_device_of
 
 CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
 """What the partial sums of forward or the gradients of the logits take at a time; where kernels are interpreted, so

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from evakernels.reference.lamb import DEEPSPEED_RATIO
-from evakernels.triton._launch import on_device_of
-from evakernels.triton._tensor_table import (
+from ..reference.lamb import DEEPSPEED_RATIO
+from ._launch import on_device_of
+from ._tensor_table import (
     Table,
     as_float,
     buffers_at,

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import (
+from ..tuning import config
+from ._launch import (
     dense,
     on_device_of,
     partial_sums,
@@ -22,7 +23,7 @@ from evakernels.triton._launch import (
     rows_of,
     total_of,
 )
-from evakernels.triton._rows import (
+from ._rows import (
     centred,
     load_channels,
     load_tile,
@@ -32,7 +33,6 @@ from evakernels.triton._rows import (
     store_tile,
     tile_at,
 )
-from evakernels.tuning import config
 
 
 @triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "residual_stride"])

@@ -2,7 +2,7 @@
 
 import torch
 
-from evakernels.triton.rope_attention import Attention, dense_heads
+from .rope_attention import Attention, dense_heads
 
 
 def _call(q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale):

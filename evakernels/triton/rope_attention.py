@@ -7,10 +7,10 @@ import torch
 import triton
 from torch import Tensor
 
-from evakernels.reference.rope_attention import is_compact
-from evakernels.triton._attention import PREFIX_ROWS, Form, attention_kernel
-from evakernels.triton._launch import dense, float32_products, in_vectors, on_device_of
-from evakernels.tuning import config
+from ..reference.rope_attention import is_compact
+from ..tuning import config
+from ._attention import PREFIX_ROWS, Form, attention_kernel
+from ._launch import dense, float32_products, in_vectors, on_device_of
 
 _MOST_ROW_STRIDE = 1 << 23
 """Elements; a tile has 128 rows at most."""

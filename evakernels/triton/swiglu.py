@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from evakernels.triton._launch import (
+from ..tuning import config
+from . import MAX_SWIGLU_WIDTH
+from ._launch import (
     dense,
     on_device_of,
     partial_sums,
@@ -18,8 +20,7 @@ from evakernels.triton._launch import (
     rows_of,
     total_of,
 )
-from evakernels.triton._limits import MAX_SWIGLU_WIDTH
-from evakernels.triton._rows import (
+from ._rows import (
     centred,
     load_channels,
     load_tile,
@@ -29,7 +30,6 @@ from evakernels.triton._rows import (
     store_tile,
     tile_at,
 )
-from evakernels.tuning import config
 
 
 def _pieces(width: int) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, in_vectors, on_device_of
-from evakernels.tuning import config
+from ..tuning import config
+from ._launch import dense, in_vectors, on_device_of
 
 MAX_BLOCK = 1 << 10
 """Channels of a program."""

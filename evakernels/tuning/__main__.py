@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from evakernels import _names, tuning
+from .. import _names, tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def run(ops: Sequence[str]) -> int:
         missing = "there is no GPU here" if find_spec("triton") else "triton is not installed"
         print(f"configurations are chosen by time, and nothing can be measured: {missing}", file=sys.stderr)
         return 2
-    from evakernels.tuning import search
+    from . import search
 
     gpu, capability = tuning.gpu_of(torch.empty(0, device="cuda"))
     found = {}

@@ -180,46 +180,43 @@ def test_without_any_usable_backend_the_error_lists_all():
         evakernels.layer_norm(torch.ones(2, 4))
 
 
-def test_what_triton_serves_no_call_of_is_told_without_arguments(monkeypatch):
+WIDEST = {"layer_norm": 8192, "swiglu": 4096, "rope_attention": 128, "packed_attention": 128}
+TRITON_OPS = [(family, op) for family, ops in triton.FAMILIES.items() for op in ops]
+
+
+def triton_reasons(op, width, **given):
+    """Of tensors `[1, 1, 1, width]` on a GPU that nothing else refuses."""
+    with FakeTensorMode():
+        x = torch.ones(1, 1, 1, width, device="cuda", dtype=torch.bfloat16)
+    names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
+    return backends.why_not(op, "triton", *(given.get(name, x if i == 0 else None) for i, name in enumerate(names)))
+
+
+@pytest.mark.parametrize(("family", "op"), TRITON_OPS)
+def test_triton_refuses_long_rows(family, op, monkeypatch):
     monkeypatch.setattr(triton, "_installed", lambda: True)
-    monkeypatch.setattr(triton, "_too_old", lambda index: [f"GPU {index} is too old"])
-    served = torch.device("cuda", 1), (torch.bfloat16, torch.int64, torch.float32)
-    assert triton.static_reasons(OP, *served) == ["GPU 1 is too old"]
     monkeypatch.setattr(triton, "_too_old", lambda index: [])
-    assert triton.static_reasons(OP, *served) == []
-    assert triton.static_reasons(OP, torch.device("cpu"), (torch.float64,)) == [
+    widest = WIDEST.get(family)
+    given = {"scale": 1.0, "norm_weight": torch.ones(1)}
+    assert triton_reasons(op, widest or 1 << 20, **given) == []
+    assert triton_reasons(op, 2 * widest if widest else 1 << 20, **given) != [] or widest is None
+    if family == "swiglu":
+        assert triton_reasons(op, 1 << 20) == []
+    if "attention" in family:
+        assert "scale" in "".join(triton_reasons(op, 64, scale=-1.0))
+
+
+def test_triton_refuses_gpu_and_dtype(monkeypatch):
+    monkeypatch.setattr(triton, "_installed", lambda: True)
+    monkeypatch.setattr(triton, "_too_old", lambda index: ["it is too old"])
+    assert triton_reasons(OP, 4) == ["it is too old"]
+    assert backends.why_not(OP, "triton", torch.ones(2, 4).double()) == [
         "the tensors are on cpu, not on a GPU",
         "torch.float64 is not one of float32, bfloat16, float16",
     ]
-    assert triton.static_reasons("gelu_forward", *served) == ["gelu_forward has no triton implementation"]
+    assert backends.why_not("gelu_forward", "triton") == ["gelu_forward has no triton implementation"]
     monkeypatch.setattr(triton, "_installed", lambda: False)
-    assert triton.static_reasons(OP, *served) == ["triton is not installed"]
-
-
-@pytest.mark.parametrize("op", [op for ops in triton.FAMILIES.values() for op in ops])
-def test_questions_about_shapes_fit_the_schema_and_take_its_first_arguments(op):
-    """A wrong place of an argument would ask for the sizes of another one."""
-    question = triton.shape_reasons(op)
-    if question is None:
-        assert any(name in op for name in ("adamw", "contrastive", "lamb", "siglip", "token"))
-        return
-    names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
-    wide = torch.empty(1, 1, 1, 1 << 20)
-    places = {place for place in range(1, len(names)) if question(wide, *[None] * (place - 1), -1.0) != question(wide)}
-    attention, needs_norm = "attention" in op, "swiglu" in op
-    assert [names[place] for place in places] == ["scale"] * attention + ["norm_weight"] * needs_norm
-    assert (question(wide) == []) == needs_norm
-
-
-@pytest.mark.parametrize("op", [op for ops in triton.FAMILIES.values() for op in ops if op.endswith("_backward")])
-def test_triton_serves_both_directions_of_a_call_or_none(op):
-    def reasons(op, width):
-        question, arguments = triton.shape_reasons(op), getattr(torch.ops.evakernels, op).default._schema.arguments
-        x = torch.empty(1, 1, 1, width)
-        return question(*(1.0 if argument.name == "scale" else x for argument in arguments)) if question else []
-
-    for width in (1, 128, 129, 4096, 4097, 8192, 8193):
-        assert reasons(op.replace("backward", "forward"), width) == reasons(op, width)
+    assert triton_reasons(OP, 4) == ["triton is not installed"]
 
 
 def test_asking_triton_for_its_reasons_does_not_import_it():
@@ -228,9 +225,6 @@ def test_asking_triton_for_its_reasons_does_not_import_it():
         from evakernels import backends, triton
         x = torch.ones(2, 8)
         for op in ("layer_norm_forward", "swiglu_forward", "rope_attention_forward", "contrastive_forward"):
-            triton.static_reasons(op, x.device, (x.dtype,))
-            question = triton.shape_reasons(op)
-            assert question is None or question(x) == []
             backends.why_not(op, "triton", x)
         sys.exit("triton" in sys.modules)
     """
@@ -366,13 +360,12 @@ def test_what_a_check_makes_of_a_call_is_made_of_each_like_it():
         assert torch.equal(evakernels.rope_attention(q, k, v), evakernels.rope_attention(q, k, v, scale=8**-0.5))
 
 
-def test_so_many_plans_are_kept_and_no_more(monkeypatch):
-    op = layer_norm_family._forward
-    monkeypatch.setattr(sys.modules["evakernels.ops._op"], "MAX_PLANS", 3)
-    op.plans.clear()
+def test_choices_are_bounded(monkeypatch):
+    monkeypatch.setattr(sys.modules["evakernels.ops._fast"], "MAX_ENTRIES", 3)
+    backends.choices.clear()
     for rows in range(1, 9):
         evakernels.layer_norm(torch.ones(rows, 4))
-        assert len(op.plans) <= 3
+        assert len(backends.choices) <= 3
 
 
 def test_an_observer_sees_every_call_and_is_not_kept():

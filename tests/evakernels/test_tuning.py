@@ -190,7 +190,7 @@ def test_tuning_an_op_times_its_own_call(search, monkeypatch):
         return 1 / tuning.config("op", {}, torch.empty(0))["num_warps"]
 
     called = []
-    monkeypatch.setattr(search.evakernels.triton, "launcher", lambda op: lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(search, "launcher_of", lambda op: lambda *arguments: called.append(arguments))
     monkeypatch.setattr(search, "calls", lambda op, shape, draw: iter([(op, shape, draw.device, draw.dtype)]))
     monkeypatch.setattr(search, "kernels_of", kernels_of)
     shape = {"width": 512, "itemsize": 4}
