@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _names
+from .names import unknown
 
 NAMESPACE = "evakernels"
 """Of the operators, in `torch.ops`."""
@@ -100,7 +100,7 @@ def set_loss_products(kind: str) -> None:
     """
     global loss_products
     if kind not in LOSS_PRODUCTS:
-        raise ValueError(_names.unknown("kind of products", kind, LOSS_PRODUCTS))
+        raise ValueError(unknown("kind of products", kind, LOSS_PRODUCTS))
     loss_products = kind
 
 
@@ -119,7 +119,7 @@ def register(
         ValueError: for a backend that `PREFERENCE` doesn't rank.
     """
     if backend not in PREFERENCE:
-        raise ValueError(_names.unknown("backend", backend, PREFERENCE))
+        raise ValueError(unknown("backend", backend, PREFERENCE))
     _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
     choices.clear()
 
@@ -214,7 +214,7 @@ def use_backend(backend: str) -> Iterator[None]:
     can't serve a call.
     """
     if backend not in PREFERENCE:
-        raise ValueError(_names.unknown("backend", backend, PREFERENCE))
+        raise ValueError(unknown("backend", backend, PREFERENCE))
     with _overridden(forced=backend):
         yield
 
@@ -262,7 +262,7 @@ def ops_of(function: Any) -> tuple[str, ...]:
         raise ValueError(f"{function} is made of torch's own operators: no backend of this library serves it")
     if not names:
         public = {name.removesuffix("_forward") for name in _implementations if not name.endswith("_backward")}
-        raise ValueError(_names.unknown("op", function, sorted({*public, *_functions, *_implementations})))
+        raise ValueError(unknown("op", function, sorted({*public, *_functions, *_implementations})))
     return names
 
 

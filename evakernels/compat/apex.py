@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from ..autocast import is_on
 from ..nn.layer_norm import over_trailing
 from ..ops import adamw_update, gradient_norm, layer_norm, rms_norm
-from ..ops._autocast import is_on
 from ..ops._shards import local, sum_over
 from ..optim._device_optimizer import Batch, DeviceOptimizer
 from ..optim.lamb import make_step
-from ..reference._numerics import accumulation_dtype
+from ..reference import accumulation_dtype
 from ..reference._optimizer import bias, changed_moments, write
-from ._missing import missing
+from . import missing
 
 __all__ = [
     "FusedAdam",

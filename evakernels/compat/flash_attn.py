@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import missing
 from ._attention import attend, check_options, check_shape, refuse_lengths
-from ._missing import missing
 
 Result = Any
 """The output; with `return_attn_probs` a tuple of output, lse and an empty tensor instead of probabilities."""

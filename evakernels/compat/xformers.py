@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from . import missing
 from ._attention import attend, check_options, check_shape, refuse_lengths
-from ._missing import missing
 
 __all__ = [
     "BlockDiagonalCausalFromBottomRightMask",

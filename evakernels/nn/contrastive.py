@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..ops._collectives import Group
+from ..distributed import Group
 from ..ops.contrastive import MEMORY_BUDGET, clip_loss, siglip_loss
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .. import backends
-from ..ops._autocast import is_on
+from ..autocast import is_on
 from ..ops.row_quantization import dequantize_rows, quantize_rows
 from ..reference.row_quantization import LARGEST, ZERO
 

@@ -15,7 +15,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
 from .. import backends
-from ._modes import needs_dispatcher
+from .._modes import needs_dispatcher
 
 MAX_ENTRIES = 1 << 14
 """Of all ops; with more, as for packed captions of ever other lengths, the cache is emptied."""

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .. import _native, backends, triton
-from . import _autocast
+from .. import _native, autocast, backends, triton
+from .._modes import are_transforms_active, has_dual_numbers, is_transformed, needs_grad
 from ._fast import with_fast_path
-from ._modes import are_transforms_active, has_dual_numbers, is_transformed, needs_grad
 from ._sharding import ShardingRule, over_shards
 from ._shards import is_sharded
 
@@ -108,7 +107,7 @@ class Op:
         """The function of the backend that serves these arguments, with what has to happen around it."""
         function = backends.select(self.name, args).observed(self.name)
         tensor = backends.first_tensor(args)
-        without_autocast = tensor is not None and _autocast.is_on(tensor.device.type)
+        without_autocast = tensor is not None and autocast.is_on(tensor.device.type)
         check_values = self.check_values
         if check_values is None and not without_autocast:
             return function
@@ -263,7 +262,7 @@ class as_torch_operators(TorchFunctionMode):
 def _without_autocast(function: Callable[..., Any], *args: Any) -> Any:
     """The check has made autocast's casts already; left on, it would reach into the implementation."""
     tensor = backends.first_tensor(args)
-    if tensor is None or not _autocast.is_on(tensor.device.type):
+    if tensor is None or not autocast.is_on(tensor.device.type):
         return function(*args)
     with torch.autocast(tensor.device.type, enabled=False):
         return function(*args)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import backends
+from ..distributed import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
+from ..reference import accumulation_dtype
 from ..reference import contrastive as reference
-from ..reference._numerics import accumulation_dtype
 from . import _check
-from ._collectives import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
 from ._op import define, differentiable
 
 MEMORY_BUDGET = 1 << 28

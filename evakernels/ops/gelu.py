@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _names
+from .. import names
 from ..reference import gelu as reference
 from . import _check
 from ._op import define, differentiable
@@ -36,7 +36,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         torch.Size([2, 8])
     """
     if approximate not in reference.FORMS:
-        accepted = ", ".join(map(repr, reference.FORMS)) + _names.hint(approximate, reference.FORMS)
+        accepted = ", ".join(map(repr, reference.FORMS)) + names.hint(approximate, reference.FORMS)
         raise ValueError(f"gelu: approximate is {approximate!r}; accepted: {accepted}")
     out: Tensor = _forward(x, bias, reference.FORMS.index(approximate))
     return out

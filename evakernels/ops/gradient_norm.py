@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference._numerics import accumulation_dtype
+from ..reference import accumulation_dtype
 from . import _check, _tensor_lists
 from ._shards import groups_of, local, sum_over
 

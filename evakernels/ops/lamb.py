@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _names
+from .. import names
+from ..reference import accumulation_dtype
 from ..reference import lamb as reference
-from ..reference._numerics import accumulation_dtype
 from . import _check, _tensor_lists
 from ._op import define
 from ._tensor_lists import Tensors
@@ -26,7 +26,7 @@ def lamb_step(
     *,
     betas: tuple[float, float],
     eps: float,
-    variant: str = "deepspeed",
+    variant: str = "nvlamb",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seeds: Sequence[int] = (),
@@ -66,7 +66,7 @@ def lamb_update(
     *,
     betas: tuple[float, float],
     eps: float,
-    variant: str = "deepspeed",
+    variant: str = "nvlamb",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
@@ -125,7 +125,7 @@ def lamb_apply(
     *,
     betas: tuple[float, float],
     eps: float,
-    variant: str = "deepspeed",
+    variant: str = "nvlamb",
     found_inf: Tensor | None = None,
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
@@ -169,7 +169,7 @@ def lamb_apply(
 def check_variant(op: str, variant: str) -> None:
     """`variant` is one of `VARIANTS`."""
     if variant not in VARIANTS:
-        accepted = ", ".join(map(repr, VARIANTS)) + _names.hint(variant, VARIANTS)
+        accepted = ", ".join(map(repr, VARIANTS)) + names.hint(variant, VARIANTS)
         raise ValueError(f"{op}: variant is {variant!r}; accepted: {accepted}")
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import widened, widens_norms
+from ..reference import accumulation_dtype
 from ..reference import layer_norm as reference
-from ..reference._numerics import accumulation_dtype
 from . import _check
-from ._autocast import widened, widens_norms
 from ._op import define, differentiable
 from ._sharding import ShardingRule
 

@@ -6,13 +6,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..autocast import matmul_inputs
+from ..reference import accumulation_dtype, rope_attention
 from ..reference import packed_attention as reference
-from ..reference import rope_attention
-from ..reference._numerics import accumulation_dtype
 from . import _check
-from ._autocast import matmul_inputs
+from ._check import token_range
 from ._op import define, differentiable
-from ._token_index import check_range
 from .rope_attention import (
     check_tables,
     gpu_reasons,
@@ -219,7 +218,7 @@ def _check_values(
     """Only on a CPU: elsewhere the question would make the host wait for the device."""
     op = "packed_attention"
     if cos is not None and token_index is not None:
-        check_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
+        token_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
     if cu_seqlens.device.type != "cpu":
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])

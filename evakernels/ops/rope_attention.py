@@ -5,12 +5,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..autocast import matmul_inputs
+from ..reference import accumulation_dtype
 from ..reference import rope_attention as reference
-from ..reference._numerics import accumulation_dtype
 from . import _check
-from ._autocast import matmul_inputs
+from ._check import token_range
 from ._op import define, differentiable
-from ._token_index import check_range
 
 MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""
@@ -247,7 +247,7 @@ def _check_values(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, *rest: Any
 ) -> None:
     if cos is not None and token_index is not None:
-        check_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
+        token_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
 
 
 def gpu_reasons(q: Tensor, longest: int) -> list[str]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..reference import token_dropout as reference
 from . import _check
+from ._check import distinct_tokens, token_range
 from ._op import define, differentiable
-from ._token_index import check_range, check_unique
 
 
 def token_dropout(
@@ -111,8 +111,8 @@ def _check_call(patches: Tensor, token_index: Tensor | None, prefix: Tensor | No
 
 def _check_values(patches: Tensor, token_index: Tensor | None, *_: Tensor | None) -> None:
     if token_index is not None:
-        check_range("token_dropout", token_index, patches.shape[1])
-        check_unique("token_dropout", token_index, patches.shape[1])
+        token_range("token_dropout", token_index, patches.shape[1])
+        distinct_tokens("token_dropout", token_index, patches.shape[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..ops import _check
 from ..ops._shards import first_element_of, groups_of, local, sum_over
-from ..reference._numerics import accumulation_dtype
+from ..reference import accumulation_dtype
 
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 """Options of torch's optimizers that groups of ours have too."""

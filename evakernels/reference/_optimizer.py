@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._stochastic_rounding import round_stochastically
-
 
 def changed_moments(
     g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, grad_scale: Tensor | None
@@ -31,3 +29,45 @@ def rounded(value: Tensor, i: int, step: Tensor, seeds: Sequence[int], first_ele
 def write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
     """Copies `value` into `target` unless found_inf is set."""
     target.copy_(value if found_inf is None else torch.where(found_inf.reshape(()) > 0, target, value))
+
+
+# --- stochastic rounding --------------------------------------------------------------------------------------------
+
+_WORD = 0xFFFFFFFF
+_CUT_OFF = 0xFFFF
+
+
+def round_stochastically(value: Tensor, seed: int, step: Tensor, first_element: int) -> Tensor:
+    """Rounds to bfloat16: up with the probability of the part that is cut off.
+
+    So the mean of many roundings is the value itself, and steps smaller than half a unit add up (Gupta et al. 2015,
+    arXiv 1502.02551). The random numbers are a hash of (seed, step, number of the element in its tensor), the same on
+    every device and for every number of threads; `csrc/common/stochastic_rounding.h` is the same in C++.
+
+    Args:
+        step: number of the step, on the device of `value`; nothing waits for it.
+        first_element: number of `value`'s first element within its whole tensor.
+
+    Returns:
+        A float32 tensor with values of bfloat16.
+    """
+    bits = value.contiguous().view(torch.int32).to(torch.int64)
+    rounded = (bits + (random_bits(value, seed, step, first_element) >> 16)) & ~_CUT_OFF
+    return torch.where(value.isnan(), value, rounded.to(torch.int32).view(torch.float32))
+
+
+def random_bits(like: Tensor, seed: int, step: Tensor, first_element: int) -> Tensor:
+    """For each element an integer from 0 to below 2^32, int64; they come again after 2^32 elements."""
+    low, high, count = seed & _WORD, seed >> 32, step.to(torch.int64)
+    start = _scrambled(_scrambled(_scrambled(count.new_tensor(low)) + high) + count) + first_element
+    mask = _scrambled(_scrambled(_scrambled(count.new_tensor(high ^ 0x9E3779B9)) + low) + count)
+    numbers = torch.arange(like.numel(), device=like.device).view(like.shape)
+    return _scrambled(_scrambled(numbers + start) ^ mask)
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """lowbias32 of Chris Wellons's hash-prospector (2018), of the last 32 bits."""
+    x = x & _WORD
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _WORD
+    x = (x ^ (x >> 15)) * 0x846CA68B & _WORD
+    return x ^ (x >> 16)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._numerics import accumulation_dtype
+from . import accumulation_dtype
 from ._optimizer import bias, changed_moments, rounded, write
 
 DEEPSPEED_RATIO = (0.01, 10.0)

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import OPERATORS
-from . import rope_attention
-from ._numerics import accumulation_dtype
+from . import accumulation_dtype, rope_attention
 
 CAUSAL_LENGTHS = 32
 """What the lengths of causal sequences are rounded up to a multiple of."""

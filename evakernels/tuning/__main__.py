@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .. import _names, tuning
+from .. import names, tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _known(ops: Sequence[str]) -> Callable[[str], str]:
     def op(name: str) -> str:
         if name not in ops:
-            raise argparse.ArgumentTypeError(_names.unknown("op", name, ops))
+            raise argparse.ArgumentTypeError(names.unknown("op", name, ops))
         return name
 
     return op
