@@ -12,7 +12,7 @@ from . import _check, _tensor_lists
 from ._op import define
 from ._tensor_lists import Tensors
 
-VARIANTS = ("deepspeed", "nvlamb")
+VARIANTS = ("nvlamb", "deepspeed")
 
 
 def lamb_step(
@@ -39,7 +39,7 @@ def lamb_step(
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
         >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
-        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8}
         >>> evakernels.lamb_step(params, grads, *state, [0.1], [0.01], **options)
         >>> params
         [tensor([0.9000, 0.9000, 0.9000])]
@@ -79,9 +79,9 @@ def lamb_update(
         weight_decays: n numbers.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
-        variant: `"deepspeed"`: bias correction multiplies the whole step, the trust ratio is clipped to
-            [0.01, 10] and applies to every tensor. `"nvlamb"`: the paper's and apex's form, with corrected
-            moments and a trust ratio that is not clipped and applies to tensors with weight decay only.
+        variant: `"nvlamb"`: the form of the paper and of apex, with corrected moments and a trust ratio that is not
+            clipped and applies to tensors with weight decay only. `"deepspeed"`: bias correction multiplies the whole
+            step, the trust ratio is clipped to [0.01, 10] and applies to every tensor.
         grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is).
         found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
 
@@ -96,7 +96,7 @@ def lamb_update(
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
         >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
-        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8}
         >>> squared_norms = evakernels.lamb_update(params, grads, *state, [0.01], **options)
         >>> evakernels.lamb_apply(params, *state, squared_norms, [0.1], [0.01], **options)
         >>> params
