@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tuning import entry
 from ._launch import on_device_of
 from ._tensor_table import (
     Table,
@@ -24,6 +25,13 @@ from ._tensor_table import (
     store_gradient_factor,
     store_keys,
 )
+
+CONFIGS = {
+    80: {
+        "adamw_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @triton.jit(do_not_specialize=["count"])

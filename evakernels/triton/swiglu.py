@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import config
+from ..tuning import config, entry
 from . import MAX_SWIGLU_WIDTH
 from ._launch import (
     dense,
@@ -30,6 +30,24 @@ from ._rows import (
     store_tile,
     tile_at,
 )
+
+CONFIGS = {
+    80: {
+        "swiglu_forward": [
+            entry(width=512, ROWS=4, num_warps=4, num_stages=1),
+            entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
+            entry(width=2048, ROWS=2, num_warps=8, num_stages=1),
+            entry(width=4096, ROWS=1, num_warps=8, num_stages=1),
+        ],
+        "swiglu_backward": [
+            entry(width=512, ROWS=2, num_warps=4, num_stages=1),
+            entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
+            entry(width=2048, ROWS=2, num_warps=16, num_stages=1),
+            entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
+        ],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 def _pieces(width: int) -> tuple[int, int]:
