@@ -294,7 +294,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
+    needs_image, needs_text, *_ = ctx.needs_input_grad
+    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
 
 
 _forward = define(reference.contrastive_forward, fake=_forward_fake)
@@ -308,7 +309,8 @@ def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset:
 
 
 def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
+    needs_image, needs_text, *_ = ctx.needs_input_grad
+    return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
 
 
 def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
@@ -333,8 +335,9 @@ def _siglip_forward_fake(
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[5]
-    ctx.save_for_backward(*inputs[:4], *output[1:])
+    *tensors, _, ctx.wanted = inputs
+    _, *gradients = output
+    ctx.save_for_backward(*tensors, *gradients)
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:

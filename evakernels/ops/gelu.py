@@ -62,7 +62,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, ctx.form, ctx.needs_input_grad[1:2])
+    _, needs_bias, *_ = ctx.needs_input_grad
+    return _backward(dout, *ctx.saved_tensors, ctx.form, (needs_bias,))
 
 
 _forward = define(

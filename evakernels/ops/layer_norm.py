@@ -284,7 +284,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Any:
-    return _backward(dy, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[1:3])
+    _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    return _backward(dy, *ctx.saved_tensors, ctx.rms, (needs_weight, needs_bias))
 
 
 _forward = define(reference.layer_norm_forward, check=_check_plain, sharding=ShardingRule(("x",)), reasons=_reasons)
@@ -333,8 +334,9 @@ def _add_backward_reasons(*, dy: Tensor, x: Tensor | None = None, branch: Tensor
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, weight, _, layer_scale, row_scale, _, ctx.rms, *_ = inputs
     _, x, mean, rstd = output
+    _, _, _, _, needs_layer_scale, *_ = ctx.needs_input_grad
     # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
-    kept = branch if ctx.needs_input_grad[4] else branch.new_empty(0)
+    kept = branch if needs_layer_scale else branch.new_empty(0)
     ctx.save_for_backward(x, kept, weight, layer_scale, row_scale, mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -344,12 +346,12 @@ def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         return ()
     saved = ctx.saved_tensors  # once: checkpointing computes them again for the first that asks
     x, branch, _, layer_scale, row_scale, _, _ = saved
-    _, wants_branch, *of_parameters = ctx.needs_input_grad[:5]
+    _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
     scaled = layer_scale is not None or row_scale is not None
-    wanted = wants_branch and scaled, *of_parameters
+    wanted = needs_branch and scaled, needs_weight, needs_bias, needs_layer_scale
     through_norm, dx = torch.zeros_like(x) if dy is None else dy, torch.zeros_like(x) if dx is None else dx
     dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, wanted)
-    if wants_branch and not scaled:
+    if needs_branch and not scaled:
         dbranch = dresidual.to(branch.dtype)
     # Without a gradient of y the norm's parameters have none, as in torch: an optimizer then leaves them alone.
     dweight, dbias = (None, None) if dy is None else (dweight, dbias)
@@ -374,9 +376,11 @@ def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
-    if not any(ctx.needs_input_grad[1:5]):
+    _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
+    wanted = needs_weight, needs_bias, needs_layer_scale
+    if not (needs_branch or any(wanted)):
         return (dx,)
-    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[2:5])
+    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, wanted)
 
 
 _norm_add_forward = define(

@@ -73,7 +73,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, ctx.needs_input_grad[2:4])
+    _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    return _backward(dout, *ctx.saved_tensors, (needs_weight, needs_bias))
 
 
 _forward = define(

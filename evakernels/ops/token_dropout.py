@@ -125,8 +125,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     (token_index,) = ctx.saved_tensors
-    wants_patches, _, *of_tables = ctx.needs_input_grad[:4]
-    wanted = wants_patches and token_index is not None, *of_tables
+    needs_patches, _, needs_prefix, needs_pos_embed, *_ = ctx.needs_input_grad
+    wanted = needs_patches and token_index is not None, needs_prefix, needs_pos_embed
     found = dout[:, :0], dout[:, :0], dout[:, :0]
     if any(wanted):
         found = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, wanted)

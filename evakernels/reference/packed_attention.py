@@ -45,14 +45,15 @@ def packed_attention(
     sin: Tensor | None,
     token_index: Tensor | None,
     max_seqlen: int,
+    causal: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` is what each batch of sequences is given to."""
+    """Runs `attend`, attention of a padded batch, for the sequences of each length."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
-    for batch in _batches(cu_seqlens, options[0]):
+    for batch in _batches(cu_seqlens, causal):
         given = (_grid(x, batch.rows) for x in (q, k, v))
-        result = attend(*given, cos, sin, batch.token_index(cos, token_index), 0, *options)
+        result = attend(*given, cos, sin, batch.token_index(cos, token_index), 0, causal, *options)
         out = _filled(out, batch, result[0])
         lse = _filled(lse, batch, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
