@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from ..autocast import is_on
 from ..nn.layer_norm import over_trailing
 from ..ops import adamw_update, gradient_norm, layer_norm, rms_norm
-from ..ops._shards import local, sum_over
+from ..ops._dtensors import local, sum_over
 from ..optim._device_optimizer import Batch, DeviceOptimizer
 from ..optim.lamb import make_step
 from ..reference import accumulation_dtype

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _native, autocast, backends, triton
 from .._modes import are_transforms_active, has_dual_numbers, is_transformed, needs_grad
+from ._dtensors import ShardingRule, is_sharded, over_shards
 from ._fast import with_fast_path
-from ._sharding import ShardingRule, over_shards
-from ._shards import is_sharded
 
 _library = torch.library.Library(backends.NAMESPACE, "DEF")
 # Kernels of the compiled library need a namespace of their own: for the op itself the dispatcher would call them by

@@ -7,8 +7,8 @@ from torch import Tensor
 from .. import names
 from ..reference import gelu as reference
 from . import _check
+from ._dtensors import ShardingRule
 from ._op import define, differentiable
-from ._sharding import ShardingRule
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

@@ -11,8 +11,8 @@ from ..autocast import widened, widens_norms
 from ..reference import accumulation_dtype
 from ..reference import layer_norm as reference
 from . import _check
+from ._dtensors import ShardingRule
 from ._op import define, differentiable
-from ._sharding import ShardingRule
 
 
 def layer_norm(

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..reference import swiglu as reference
 from . import _check
+from ._dtensors import ShardingRule
 from ._op import define, differentiable
-from ._sharding import ShardingRule
 
 
 def swiglu(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..ops import _check
-from ..ops._shards import first_element_of, groups_of, local, sum_over
+from ..ops._dtensors import first_element_of, groups_of, local, sum_over
 from ..reference import accumulation_dtype
 
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")

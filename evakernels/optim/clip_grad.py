@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._shards import local
+from ..ops._dtensors import local
 from ..ops.gradient_norm import gradient_norm
 
 _SMALL = 1e-6  # torch's, beside the norm

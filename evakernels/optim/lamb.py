@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..ops._shards import sum_over
+from ..ops._dtensors import sum_over
 from ..ops.lamb import check_variant, lamb_apply, lamb_step, lamb_update
 from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 

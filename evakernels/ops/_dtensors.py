@@ -3,9 +3,11 @@
 Gradients of replicated parameters are `Partial` (sums over ranks that are still to be made), as those of torch's norms.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -57,7 +59,7 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
     channels = tuple(Shard(0) if p.is_shard(last) else Replicate() for p in rows)
     sums = tuple(Shard(0) if p.is_shard(last) else Partial() if p.is_shard() else p for p in rows)
 
-    def local(name: str, arg: Any) -> Any:
+    def shard_of(name: str, arg: Any) -> Any:
         if not isinstance(arg, DTensor):
             return arg
         place, gradient = channels, sums
@@ -69,7 +71,7 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
         arg = arg if arg.placements == place else arg.redistribute(mesh, place)
         return arg.to_local(grad_placements=gradient)
 
-    outputs = op(*[local(name, arg) for name, arg in args.items()])
+    outputs = op(*[shard_of(name, arg) for name, arg in args.items()])
     shape, stride = first.shape, _contiguous_stride(first.shape)
 
     def whole(out: Tensor) -> Any:
@@ -84,3 +86,60 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+# --- shards of parameters -------------------------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies in this process, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    # The import takes longer than many a step, and nobody has a DTensor who hasn't made it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def groups_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a tensor is cut: a sum over its elements is one over this process's, then these.
+
+    Raises:
+        TypeError: for a DTensor that holds sums still to be made.
+    """
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise TypeError(f"a DTensor is placed as {placements}; accepted: Shard and Replicate")
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
+
+
+def first_element_of(tensor: Tensor) -> int:
+    """Number of the first element that lies in this process, within the whole tensor.
+
+    Raises:
+        TypeError: for a DTensor whose parts aren't ranges of elements: one that isn't cut along its first dimension,
+            or more than once.
+    """
+    if not is_sharded(tensor):
+        return 0
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if not cut or not tensor.numel():
+        return 0
+    if len(cut) > 1 or not placements[cut[0]].is_shard(0):
+        raise TypeError(f"a DTensor is placed as {placements}; accepted: cut once, along the first dimension")
+    # As torch.chunk cuts it.
+    rows: int = -(-tensor.shape[0] // mesh.size(cut[0])) * mesh.get_local_rank(cut[0])
+    return min(rows, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+
+
+def sum_over(values: Tensor, groups: tuple[Any, ...]) -> None:
+    """Replaces values by their sums over the processes of all groups."""
+    for group in groups:
+        torch.distributed.all_reduce(values, group=group)
