@@ -102,8 +102,8 @@ $(VENV)/oldest-triton: | $(VENV)/.tools
 
 # What compiles the kernels to PTX, where there is no compiler on PATH: NVIDIA's packages, of the budget's release.
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm nvidia-cuda-cccl
-NVCC_RELEASE := $(shell sed -n 's/.*"nvcc": "\(.*\)".*/\1/p' csrc/cuda/budget.json)
-$(VENV)/.nvcc: csrc/cuda/budget.json | $(VENV)/.tools
+NVCC_RELEASE := $(shell sed -n 's/.*"nvcc": "\(.*\)".*/\1/p' tests/cuda/budget.json)
+$(VENV)/.nvcc: tests/cuda/budget.json | $(VENV)/.tools
 	@command -v $${CUDACXX:-nvcc} >/dev/null || \
 		$(PHASE) "Installing NVIDIA's compiler" $(PIP_INSTALL) $(NVCC_PACKAGES:%='%==$(NVCC_RELEASE).*')
 	@touch $@

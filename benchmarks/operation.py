@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.shapes import Shape, parse_shape
 from evaclip.errors import UserError, unknown_name
 from evaclip.machine import version_of
-from evakernels._names import hint
+from evakernels.names import hint
 
 Inputs = dict[str, Any]
 Outputs = Any

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.operation import registered
 from evaclip.errors import UserError
-from evakernels._names import hint
+from evakernels.names import hint
 
 
 def load(plugins: Sequence[Path] = ()) -> None:

@@ -18,6 +18,6 @@ class RunFailed(RuntimeError):
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with the nearest ones that do, in any spelling."""
     # Imported here as it brings torch along.
-    from evakernels._names import unknown
+    from evakernels.names import unknown
 
     return UserError(unknown(kind, given, sorted(known)))

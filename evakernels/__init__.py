@@ -1,14 +1,17 @@
 """Fused ops for vision-language models: one schema and one reference per op, any number of backends."""
 
-from evakernels import nn, ops, optim
-from evakernels._checkpoint import checkpoint_policy
-from evakernels._info import info
-from evakernels._memory import keep_freed_memory
-from evakernels._version import __version__
-from evakernels.backends import BackendError, ReferenceWarning, explain, set_loss_products, use_backend
-from evakernels.dropin import UnknownFormWarning, accelerate, restore
-from evakernels.ops import *  # noqa: F403 - each is listed there
-from evakernels.optim import clip_grad_norm_
+import ctypes
+import sys
+
+from . import nn, ops, optim
+from ._checkpoint import checkpoint_policy
+from ._explain import explain
+from ._info import info
+from ._version import __version__
+from .backends import BackendError, ReferenceWarning, set_loss_products, use_backend
+from .dropin import UnknownFormWarning, accelerate, restore
+from .ops import *  # noqa: F403 - each is listed there
+from .optim import clip_grad_norm_
 
 __all__ = [
     "BackendError",
@@ -28,3 +31,16 @@ __all__ = [
     "use_backend",
 ]
 __all__ += ops.__all__
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep this process's freed memory for what comes next; nothing on other systems.
+
+    By default glibc returns the memory of large activations, so that every call maps and zeroes it anew, which can take
+    longer than an op. The process stays as large as it has been.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1  # parameters in glibc's malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.checkpoint import CheckpointPolicy
 
-from evakernels import backends
-from evakernels.ops import _check
+from . import backends
+from .ops import _check
 
 
 def checkpoint_policy(
@@ -58,7 +57,7 @@ def _overloads(given: Any) -> list[OpOverload]:
         names = backends.ops_of(given)
     except ValueError as exc:
         raise ValueError(f"checkpoint_policy: {exc}") from None
-    return [getattr(torch.ops.evakernels, name).default for name in names]
+    return [backends.overload(name) for name in names]
 
 
 def _policy(kept: frozenset[OpOverload], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

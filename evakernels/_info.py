@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from evakernels import _native
-from evakernels._version import __version__
+from . import _native
+from ._version import __version__
 
 
 def info() -> dict[str, Any]:
@@ -15,8 +15,9 @@ def info() -> dict[str, Any]:
 
     Returns:
         `evakernels`, `python`, `torch`, `triton`: versions, None where not installed.
-        `native`: `loaded`, and the `reason` if not; the `isa` in use, or the `isa_error` if EVAKERNELS_ISA asks for
-            one that this machine can't run; where it was built also `version`, `compiler`, `isas_built`,
+        `native`: `loaded`, and the `reason` if not; `built`, whether the build made it, None if there was no build; the
+            `isa` in use, or the `isa_error` if EVAKERNELS_ISA asks for one that this machine can't run; `module_error`,
+            if the Python module is there and can't be imported; where it can also `version`, `compiler`, `isas_built`,
             `isas_available`, and `cuda_archs`, the GPUs that it has kernels for; `cuda_reason` says why there are none.
         `cuda`: `available`, the `version` that torch was built for, `devices` by name.
     """
@@ -43,12 +44,14 @@ def _native_info() -> dict[str, Any]:
         "reason": _native.REASON,
         "isa": None,
         "isa_error": None,
+        "module_error": None,
+        "built": _native.build_record().get("native"),
         "cuda_reason": _native.build_record().get("cuda_reason"),
     }
     try:
         compiled = _native.python_module()
-    except ImportError:
-        return state
+    except ImportError as exc:
+        return state | {"module_error": str(exc) if _native.is_module_built() else None}
     try:
         state["isa"] = compiled.active_isa()
     except ValueError as exc:

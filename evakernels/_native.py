@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
-from evakernels import backends
+from . import backends
+
+NAMESPACE = f"{backends.NAMESPACE}_native"
+"""Of the compiled library's operators."""
 
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "_ops.so"
 _BUILD_RECORD = _FOLDER / "_build.json"
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def build_record() -> dict[str, Any]:
@@ -56,7 +59,7 @@ LOADED: bool = REASON is None
 def register(op_name: str, reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None) -> None:
     """Makes the library's kernels of an op two of its backends.
 
-    `reasons` tell what none of them can serve, `gpu_reasons` what those for GPUs can't.
+    `reasons` and, for GPUs, `gpu_reasons` take the arguments that are given by name.
     """
     for device in _DEVICES:
         asked = _reasons(op_name, device, reasons, gpu_reasons)
@@ -64,7 +67,7 @@ def register(op_name: str, reasons: backends.Reasons | None, gpu_reasons: backen
 
 
 def _kernel(op_name: str) -> Callable[..., Any]:
-    overload = getattr(torch.ops.evakernels_native, op_name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), op_name).default
     # What an overload calls when it is called: a microsecond less.
     return backends.noting_writes(overload._op, overload)
 
@@ -77,7 +80,7 @@ def _reasons(
             return [f"the compiled library is not loaded: {REASON}"]
         if not implemented(op_name, device):
             return [f"{op_name} has no compiled {device.upper()} kernel"]
-        given = list(backends.tensors(args))
+        given = backends.tensors(args)
         if not given:
             return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
         place, found = given[0].device, []
@@ -85,22 +88,26 @@ def _reasons(
             found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
         elif device == "cuda" and (reason := why_not_on_gpu(place.index)):
             found.append(reason)
-        others = {dtype: None for dtype in backends.dtypes(args) if dtype.is_floating_point and dtype not in _DTYPES}
-        found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in others]
-        found += of_all(*args) if of_all is not None else []
-        return found + (of_gpus(*args) if of_gpus is not None and runs_gpu_kernels(device) else [])
+        if others := backends.dtypes(args) - _DTYPES:
+            unknown = sorted(str(dtype) for dtype in others if dtype.is_floating_point)
+            found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
+        if of_all is not None:
+            found += of_all(**backends.by_name(op_name, args))
+        if of_gpus is not None and runs_gpu_kernels(device):
+            found += of_gpus(**backends.by_name(op_name, args))
+        return found
 
     return reasons
 
 
 @cache
 def implemented(op_name: str, device_type: str) -> bool:
-    """Whether the compiled library has a kernel for `evakernels_native::<op_name>` on this type of device."""
+    """Whether the compiled library has a kernel for `<op_name>` on this type of device."""
     key = _DISPATCH_KEYS.get(device_type.lower())
     if not LOADED or key is None:
         return False
     try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"evakernels_native::{op_name}", key)
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op_name}", key)
     except RuntimeError:  # no such operator
         return False
 
@@ -159,4 +166,4 @@ def python_module() -> Any:
     """
     if not is_module_built():
         raise ImportError("evakernels._C is not built")
-    return importlib.import_module("evakernels._C")
+    return importlib.import_module("._C", __package__)

@@ -4,19 +4,22 @@ Every op has a `reference` implementation in plain PyTorch; further backends are
 first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
 """
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-import evakernels
-from evakernels import _names
+from .names import unknown
+
+NAMESPACE = "evakernels"
+"""Of the operators, in `torch.ops`."""
+
+OPERATORS = getattr(torch.ops, NAMESPACE)
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
@@ -24,7 +27,6 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 LOSS_PRODUCTS = ("ieee", "tf32x3")
 """What `set_loss_products` takes."""
 
-_TORCH_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False, "": False}
 
 Reasons = Callable[..., list[str]]
@@ -73,7 +75,8 @@ class Overrides(NamedTuple):
 _implementations: dict[str, dict[str, Implementation]] = {}
 _functions: dict[str, tuple[str, ...]] = {}
 """The ops that a public function of another name calls, one of them a call."""
-_kept: dict[str, dict[Any, Any]] = {}
+choices: dict[Any, Any] = {}
+"""Cache of what calls run, for `ops._fast`; emptied when a backend is added."""
 _warned: set[tuple[str, str]] = set()
 overrides: Overrides | None = None
 """None outside of all their blocks."""
@@ -97,7 +100,7 @@ def set_loss_products(kind: str) -> None:
     """
     global loss_products
     if kind not in LOSS_PRODUCTS:
-        raise ValueError(_names.unknown("kind of products", kind, LOSS_PRODUCTS))
+        raise ValueError(unknown("kind of products", kind, LOSS_PRODUCTS))
     loss_products = kind
 
 
@@ -116,9 +119,9 @@ def register(
         ValueError: for a backend that `PREFERENCE` doesn't rank.
     """
     if backend not in PREFERENCE:
-        raise ValueError(_names.unknown("backend", backend, PREFERENCE))
+        raise ValueError(unknown("backend", backend, PREFERENCE))
     _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
-    kept_for(op).clear()
+    choices.clear()
 
 
 def noting_writes(kernel: Callable[..., Any], overload: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -139,9 +142,20 @@ def noting_writes(kernel: Callable[..., Any], overload: torch._ops.OpOverload) -
     return run
 
 
-def kept_for(op: str) -> dict[Any, Any]:
-    """Where choices for `op` are kept; it is emptied when a backend is added."""
-    return _kept.setdefault(op, {})
+def overload(op: str) -> torch._ops.OpOverload:
+    """The operator of an op."""
+    found: torch._ops.OpOverload = getattr(OPERATORS, op).default
+    return found
+
+
+@cache
+def argument_names(op: str) -> tuple[str, ...]:
+    return tuple(argument.name for argument in overload(op)._schema.arguments)
+
+
+def by_name(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The leading arguments of an op by name."""
+    return dict(zip(argument_names(op), args, strict=False))
 
 
 def name_ops(function: str, *ops: str) -> None:
@@ -167,7 +181,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
             if backend == "reference" and tensor is not None and tensor.device.type == "cuda":
                 _warn_of_reference(op, args)
             return implementation
-    raise BackendError(f"no backend serves {op}: {_report(op, args)}")
+    raise BackendError(f"no backend serves {op}: {report(op, args)}")
 
 
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
@@ -200,7 +214,7 @@ def use_backend(backend: str) -> Iterator[None]:
     can't serve a call.
     """
     if backend not in PREFERENCE:
-        raise ValueError(_names.unknown("backend", backend, PREFERENCE))
+        raise ValueError(unknown("backend", backend, PREFERENCE))
     with _overridden(forced=backend):
         yield
 
@@ -239,68 +253,6 @@ def refuse(reason: str) -> bool:
     return False
 
 
-def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
-    """Reports which backend serves a call and why the others don't, one line each.
-
-    The op doesn't run, and nothing is written. A loss over several processes still gathers its features, so every
-    process must call `explain`.
-
-    Args:
-        op: a public function or its name, such as `"layer_norm"` or `"clip_loss"`, or an op of
-            `torch.ops.evakernels` or its name, such as `"layer_norm_backward"`.
-        args, options: the call: what the public function takes, by position or by keyword, or the op's arguments in
-            the order of its schema. Leading arguments are enough: without any, the lines hold for every call. Without
-            a whole call a function that chooses between several ops has lines of each.
-
-    Raises:
-        ValueError: for an unknown name.
-        TypeError: for arguments that the function doesn't take. What the function itself raises is raised too.
-    """
-    # Another library's function of the same name is none of ours.
-    is_ours = "evakernels" in str(getattr(op, "__module__", ""))
-    name = getattr(op, "__name__", op) if is_ours else op
-    calls = [(found, args) for found in ops_of(name)]
-    public = None if isinstance(op, _TORCH_OPS) else getattr(evakernels.ops, str(name), None)
-    if public is not None and (args or options):
-        calls = _calls_of(public, args, options) or calls
-    elif options:
-        raise TypeError(f"{name} takes the arguments of its schema by position, got {', '.join(options)}")
-    return "\n".join(_report(*call) for call in calls)
-
-
-class _OpCalled(Exception):
-    """Ends a public function where it calls an op."""
-
-
-class _AtFirstOp(TorchFunctionMode):
-    """Raises `_OpCalled` with the name and the arguments of the first op that is called."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = str(func).partition(".")
-        if namespace == "evakernels":
-            raise _OpCalled(name.partition(".")[0], args)
-        return func(*args, **(kwargs or {}))
-
-
-def _calls_of(
-    public: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
-) -> list[tuple[str, tuple[Any, ...]]]:
-    """The op that a public function calls with these arguments, and its own; nothing if some are missing."""
-    signature = inspect.signature(public)
-    try:
-        given = signature.bind_partial(*args, **options).arguments
-    except TypeError as error:
-        raise TypeError(f"{public.__name__}: {error}; accepted: {', '.join(signature.parameters)}") from None
-    if any(p.default is p.empty and name not in given for name, p in signature.parameters.items()):
-        return []
-    try:
-        with _AtFirstOp():
-            public(*args, **options)
-    except _OpCalled as call:
-        return [call.args]
-    return []
-
-
 def ops_of(function: Any) -> tuple[str, ...]:
     """The ops that a public function calls, or the one of this name. Raises ValueError for an unknown one."""
     # A family's first op is its forward pass.
@@ -310,7 +262,7 @@ def ops_of(function: Any) -> tuple[str, ...]:
         raise ValueError(f"{function} is made of torch's own operators: no backend of this library serves it")
     if not names:
         public = {name.removesuffix("_forward") for name in _implementations if not name.endswith("_backward")}
-        raise ValueError(_names.unknown("op", function, sorted({*public, *_functions, *_implementations})))
+        raise ValueError(unknown("op", function, sorted({*public, *_functions, *_implementations})))
     return names
 
 
@@ -332,7 +284,7 @@ def why_not(op: str, backend: str, *args: Any) -> list[str]:
     return implementation.reasons(*args)
 
 
-def _report(op: str, args: tuple[Any, ...]) -> str:
+def report(op: str, args: tuple[Any, ...]) -> str:
     lines, chosen = [], False
     for backend in PREFERENCE:
         reasons = why_not(op, backend, *args)
@@ -343,21 +295,27 @@ def _report(op: str, args: tuple[Any, ...]) -> str:
     return "\n".join(lines)
 
 
-def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
     """All tensors among the arguments of an op, those in lists too."""
+    found: list[torch.Tensor] = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            yield arg
-        elif isinstance(arg, list | tuple):
-            yield from (item for item in arg if isinstance(item, torch.Tensor))
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found += [item for item in arg if isinstance(item, torch.Tensor)]
+    return found
 
 
-def dtypes(args: Sequence[Any]) -> Iterator[torch.dtype]:
-    """Those of all tensors among the arguments of an op, and those that it is given by name, for its outputs."""
-    yield from (tensor.dtype for tensor in tensors(args))
-    yield from (arg for arg in args if isinstance(arg, torch.dtype))
+def dtypes(args: Sequence[Any]) -> set[torch.dtype]:
+    """Dtypes of all tensors among the arguments of an op, and those that are arguments themselves."""
+    found = {tensor.dtype for tensor in tensors(args)}
+    found.update([arg for arg in args if type(arg) is torch.dtype])
+    return found
 
 
 def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
     """The first tensor among the arguments of an op; it tells the device of the call."""
-    return args[0] if args and isinstance(args[0], torch.Tensor) else next(tensors(args), None)
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0]
+    found = tensors(args)
+    return found[0] if found else None

@@ -1,4 +1,4 @@
-"""csrc/cuda/budget.py, which is a script beside the kernels and no package's."""
+"""tests/cuda/budget.py, a script that is in no package."""
 
 import importlib.util
 from functools import cache
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 @cache
 def budget() -> ModuleType:
     """The module."""
-    spec = importlib.util.spec_from_file_location("budget", ROOT / "csrc/cuda/budget.py")
+    spec = importlib.util.spec_from_file_location("budget", ROOT / "tests/cuda/budget.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -72,7 +72,7 @@ class Launch:
     """One kernel.
 
     Attributes:
-        kernel: its name; of nvcc's kernels as `csrc/cuda/budget.json` has it but for the file.
+        kernel: its name; of nvcc's kernels as `tests/cuda/budget.json` has it but for the file.
         grid, block: sizes in x, y and z. The stand-in for the CUDA runtime plays a GPU of three multiprocessors.
         dynamic_bytes: of shared memory that a block asks for at its launch.
         barriers: of a warp, on average.

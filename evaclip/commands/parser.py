@@ -25,7 +25,7 @@ class CommandParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Python's own names all choices and, before 3.14, none that may be meant."""
         if action.choices is not None and value not in action.choices:
-            from evakernels._names import unknown  # and with it torch
+            from evakernels.names import unknown  # and with it torch
 
             raise argparse.ArgumentError(action, unknown("choice", value, map(str, action.choices)))
 
@@ -101,7 +101,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 def _unknown_arguments(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """What nobody asked for, and the option that the first one may mean."""
-    from evakernels._names import hint  # and with it torch
+    from evakernels.names import hint  # and with it torch
 
     option = unknown[0].partition("=")[0]
     known = parser._option_string_actions if option.startswith("-") else ()

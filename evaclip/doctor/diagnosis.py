@@ -19,8 +19,6 @@ def diagnose() -> Facts:
 
     Returns:
         What `evakernels.info()` returns, and None for any of these where there is nothing to tell:
-        `native["built"]`: whether the library was built when this package was.
-        `native["module_error"]`: why its Python module can't be imported.
         `cuda["driver"]`: its version. `cuda["capabilities"]`: those of the GPUs.
         `cuda["error"]`: why torch can't use the GPUs that are there.
         `machine`: see `evaclip.machine.machine`.
@@ -32,10 +30,8 @@ def diagnose() -> Facts:
     """
     from evaclip.machine import machine
     from evakernels import info
-    from evakernels._native import build_record
 
     facts: Facts = {"problems": [], "machine": machine(), **info()}
-    facts["native"] |= {"built": build_record().get("native"), "module_error": _module_error()}
     facts["cuda"] |= {"driver": _driver(), "capabilities": _capabilities(), "error": _cuda_error()}
     facts["packages"] = {extra: {name: version_of(name) for name in names} for extra, names in requirements().items()}
     facts["problems"] = list(problems(facts))
@@ -98,19 +94,6 @@ def _serves(archs: list[str], capability: str) -> bool:
         return True  # such as "native": nothing can be told
     own = int(capability.replace(".", ""))
     return numbers[-1] <= own or any(number // 10 == own // 10 and number <= own for number in numbers)
-
-
-def _module_error() -> str | None:
-    """Why the Python module of the compiled library, which is there, can't be imported."""
-    from evakernels._native import is_module_built, python_module
-
-    if not is_module_built():
-        return None
-    try:
-        python_module()
-    except ImportError as exc:
-        return str(exc)
-    return None
 
 
 def _driver(told_by: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -14,7 +14,7 @@ from evakernels import (
     rms_norm,
     rms_norm_add,
 )
-from evakernels.ops._autocast import is_on
+from evakernels.autocast import is_on
 
 
 def product_dtype(x: Tensor) -> torch.dtype | None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from evaclip.train.config import LossConfig
 from evakernels import clip_loss, siglip_loss
+from evakernels.distributed import gather_rows, resolved
 from evakernels.nn import ClipLoss, SigLipLoss
-from evakernels.ops._collectives import gather_rows, resolved
 
 SIGLIP_START = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}
 """Options of a model that is trained with SigLIP (arXiv 2303.15343, section 3.2)."""

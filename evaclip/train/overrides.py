@@ -110,7 +110,7 @@ def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> No
 
 
 def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
-    from evakernels._names import nearest  # and with it torch
+    from evakernels.names import nearest  # and with it torch
 
     *parents, key = path
     near = nearest(key, known)

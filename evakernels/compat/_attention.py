@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels.ops import _check, packed_attention, rope_attention
+from ..ops import _check, packed_attention, rope_attention
 
 _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alibi_slopes": (lambda slopes: slopes is None, "None"),

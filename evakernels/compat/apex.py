@@ -1,6 +1,6 @@
 """NVIDIA apex's fused norms and optimizers on evakernels' ops; apex isn't needed.
 
-    from evakernels.compat.apex import FusedAdam, FusedLAMB, FusedLayerNorm, MixedFusedRMSNorm
+    from .apex import FusedAdam, FusedLAMB, FusedLayerNorm, MixedFusedRMSNorm
 
 replaces the imports from `apex.normalization` and `apex.optimizers`. Signatures and state dicts are apex's.
 """
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from evakernels.compat._missing import missing
-from evakernels.nn.layer_norm import over_trailing
-from evakernels.ops import adamw_update, gradient_norm, layer_norm, rms_norm
-from evakernels.ops._autocast import is_on
-from evakernels.ops._shards import local, sum_over
-from evakernels.optim._device_optimizer import Batch, DeviceOptimizer
-from evakernels.optim.lamb import make_step
-from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._optimizer import bias, changed_moments, write
+from ..autocast import is_on
+from ..nn.layer_norm import over_trailing
+from ..ops import adamw_update, gradient_norm, layer_norm, rms_norm
+from ..ops._dtensors import local, sum_over
+from ..optim._device_optimizer import Batch, DeviceOptimizer
+from ..optim.lamb import make_step
+from ..reference import accumulation_dtype
+from ..reference._optimizer import bias, changed_moments, write
+from . import missing
 
 __all__ = [
     "FusedAdam",

@@ -1,6 +1,6 @@
 """flash-attn's attention functions on evakernels' ops; flash-attn isn't needed.
 
-    from evakernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
+    from .flash_attn import flash_attn_func, flash_attn_varlen_func
 
 replaces the import from `flash_attn`. CPUs and float32 are supported, too. Dropout, windows, ALiBi, soft caps, paged
 caches, and packed keys with other sequence lengths than the queries raise `NotImplementedError`.
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.compat._attention import attend, check_options, check_shape, refuse_lengths
-from evakernels.compat._missing import missing
+from . import missing
+from ._attention import attend, check_options, check_shape, refuse_lengths
 
 Result = Any
 """The output; with `return_attn_probs` a tuple of output, lse and an empty tensor instead of probabilities."""

@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from evakernels.compat._attention import attend, check_options, check_shape, refuse_lengths
-from evakernels.compat._missing import missing
+from . import missing
+from ._attention import attend, check_options, check_shape, refuse_lengths
 
 __all__ = [
     "BlockDiagonalCausalFromBottomRightMask",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from evakernels._names import nearest
+from evakernels.names import nearest
 
 Patterns = str | Iterable[str]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from evakernels import _native, triton
+from evakernels.autocast import is_on
 from evakernels.backends import refuse
-from evakernels.ops._autocast import is_on
 
 _HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALF)

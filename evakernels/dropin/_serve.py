@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evakernels.autocast import is_on
 from evakernels.backends import refuse
 from evakernels.dropin._gate import serves
 from evakernels.ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
-from evakernels.ops._autocast import is_on
 
 ROLES: dict[type, str] = {
     nn.Identity: "identity",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.autocast import is_on, matmul_inputs
 from evakernels.backends import refuse
 from evakernels.dropin import _pooled
 from evakernels.dropin._gate import serves
@@ -18,7 +19,6 @@ from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
 from evakernels.dropin.torch_modules import is_causal_mask, last_dimension
 from evakernels.nn import linear
 from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
-from evakernels.ops._autocast import is_on, matmul_inputs
 from evakernels.ops.contrastive import MEMORY_BUDGET, siglip_sum
 
 ROLES = {

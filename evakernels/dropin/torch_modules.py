@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evakernels.autocast import is_on
 from evakernels.backends import refuse
 from evakernels.dropin._gate import serves
 from evakernels.dropin._rule import Call, Rule
@@ -14,7 +15,6 @@ from evakernels.dropin._serve import add, add_norm, own_norm_parameters, role
 from evakernels.dropin._swap import Swapped
 from evakernels.nn import FrozenWeight, linear
 from evakernels.ops import gelu, layer_norm, rms_norm, rope_attention
-from evakernels.ops._autocast import is_on
 
 
 class Linear(Swapped):

@@ -1,12 +1,12 @@
 """Modules on top of the ops."""
 
-from evakernels.nn.contrastive import ClipLoss, SigLipLoss
-from evakernels.nn.frozen import FrozenWeight, freeze, unfreeze
-from evakernels.nn.layer_norm import LayerNorm, RMSNorm
-from evakernels.nn.linear import Linear, linear
-from evakernels.nn.rope_attention import RotaryAttention, axial_rope
-from evakernels.nn.swiglu import SwiGLU
-from evakernels.nn.token_dropout import PatchDropout
+from .contrastive import ClipLoss, SigLipLoss
+from .frozen import FrozenWeight, freeze, unfreeze
+from .layer_norm import LayerNorm, RMSNorm
+from .linear import Linear, linear
+from .rope_attention import RotaryAttention, axial_rope
+from .swiglu import SwiGLU
+from .token_dropout import PatchDropout
 
 __all__ = [
     "ClipLoss",

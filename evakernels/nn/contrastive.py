@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from evakernels.ops._collectives import Group
-from evakernels.ops.contrastive import MEMORY_BUDGET, clip_loss, siglip_loss
+from ..distributed import Group
+from ..ops.contrastive import MEMORY_BUDGET, clip_loss, siglip_loss
 
 
 class ClipLoss(nn.Module):

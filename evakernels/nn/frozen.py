@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from evakernels import backends
-from evakernels.ops._autocast import is_on
-from evakernels.ops.row_quantization import dequantize_rows, quantize_rows
-from evakernels.reference.row_quantization import LARGEST, ZERO
+from .. import backends
+from ..autocast import is_on
+from ..ops.row_quantization import dequantize_rows, quantize_rows
+from ..reference.row_quantization import LARGEST, ZERO
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -307,7 +307,7 @@ def _parts_of_torch_attention(model: nn.Module) -> set[nn.Module]:
 
 
 def _frozen_dtypes(int8: bool) -> frozenset[torch.dtype]:
-    from evakernels.nn.linear import multiplied_dtypes, served_dtypes
+    from .linear import multiplied_dtypes, served_dtypes
 
     return multiplied_dtypes() if int8 else served_dtypes()
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evakernels.ops import layer_norm, rms_norm
+from ..ops import layer_norm, rms_norm
 
 
 class LayerNorm(nn.LayerNorm):

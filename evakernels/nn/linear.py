@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evakernels import _native, backends
-from evakernels.nn.frozen import FrozenWeight
-from evakernels.ops._autocast import is_on
-from evakernels.ops._eager import is_plain, wants_gradient
+from .. import _native, backends
+from .._modes import needs_dispatcher, needs_grad
+from ..autocast import is_on
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: bool = False) -> Tensor:
@@ -26,15 +25,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
         `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
         has it, the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
     """
-    if isinstance(weight, FrozenWeight):
-        return weight.product(x, bias)
-    args = (x, weight, bias)
-    if not (x.is_cpu and weight.is_cpu and is_plain(*args) and _is_served(x, weight, bias, forced)):
+    # A frozen weight, of a class of its own, multiplies by itself.
+    is_plain = _is_plain(weight) and _is_plain(x) and (bias is None or _is_plain(bias))
+    if not (is_plain and x.is_cpu and weight.is_cpu and not needs_dispatcher() and _is_served(x, weight, bias, forced)):
         return F.linear(x, weight, bias)
-    if wants_gradient(args):
+    if needs_grad(x, weight, bias):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     return _product(x, weight, bias)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of torch's own class."""
+    return type(tensor) is Tensor or type(tensor) is nn.Parameter
 
 
 class Linear(nn.Linear):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from evakernels.nn.layer_norm import LayerNorm
-from evakernels.nn.linear import Linear
-from evakernels.ops import rope_attention
+from ..ops import rope_attention
+from .layer_norm import LayerNorm
+from .linear import Linear
 
 
 class RotaryAttention(nn.Module):

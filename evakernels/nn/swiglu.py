@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from evakernels.nn.layer_norm import LayerNorm
-from evakernels.nn.linear import Linear
-from evakernels.ops import swiglu
+from ..ops import swiglu
+from .layer_norm import LayerNorm
+from .linear import Linear
 
 
 class SwiGLU(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from evakernels.ops import sample_token_index, token_dropout
+from ..ops import sample_token_index, token_dropout
 
 
 class PatchDropout(nn.Module):

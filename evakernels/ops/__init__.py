@@ -1,12 +1,12 @@
 """The ops: argument checks, autograd and public docstring, one file per family."""
 
-from evakernels.ops._op import as_torch_operators
-from evakernels.ops.adamw import adamw_update
-from evakernels.ops.contrastive import clip_loss, contrastive_statistics, siglip_loss
-from evakernels.ops.gelu import gelu
-from evakernels.ops.gradient_norm import gradient_norm
-from evakernels.ops.lamb import lamb_apply, lamb_step, lamb_update
-from evakernels.ops.layer_norm import (
+from ._op import as_torch_operators
+from .adamw import adamw_update
+from .contrastive import clip_loss, contrastive_statistics, siglip_loss
+from .gelu import gelu
+from .gradient_norm import gradient_norm
+from .lamb import lamb_apply, lamb_step, lamb_update
+from .layer_norm import (
     add_layer_norm,
     add_rms_norm,
     layer_norm,
@@ -14,10 +14,10 @@ from evakernels.ops.layer_norm import (
     rms_norm,
     rms_norm_add,
 )
-from evakernels.ops.packed_attention import packed_attention
-from evakernels.ops.rope_attention import rope_attention
-from evakernels.ops.swiglu import swiglu
-from evakernels.ops.token_dropout import sample_token_index, token_dropout
+from .packed_attention import packed_attention
+from .rope_attention import rope_attention
+from .swiglu import swiglu
+from .token_dropout import sample_token_index, token_dropout
 
 __all__ = [
     "adamw_update",

@@ -1,143 +1,112 @@
-"""What an op is: a reference, whose annotated signature is its schema, and whatever serves it better.
+"""An op: a reference, whose annotated signature is the schema, and the backends that serve it.
 
-A call in plain eager mode is resolved once. What is asked about it, from the checks of its arguments to the choice of a
-backend, depends on dtypes, shapes, devices, numbers and a few switches of the process; the answer, a `Plan`, is kept by
-exactly those. Any later call that is like it costs one look-up and runs.
-
-The schema stands in two namespaces: `evakernels`, whose ops choose a backend when they run, and `evakernels_native`,
-whose kernels the compiled library fills in. Because the choice is made inside the op, it is one opaque boundary for
-`torch.compile`, and `use_backend` also holds in compiled code, where that runs the op anew.
+Torch's dispatcher runs an op; plain eager calls take a shorter way (`_fast`). It chooses its backend when it runs, so
+`torch.compile` sees one opaque op and `use_backend` also holds in compiled code.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C import _any_requires_grad, is_grad_enabled
-from torch._C._functorch import is_legacy_batchedtensor
-from torch._library.autograd import Info, make_autograd_impl
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch.overrides import TorchFunctionMode
 
-from evakernels import _native, backends, triton
-from evakernels.ops import _autocast, _shards
-from evakernels.ops._eager import has_dual_numbers, is_transformed, is_watched, likeness, wants_gradient
-from evakernels.ops._sharding import Rule, over_shards
+from .. import _native, autocast, backends, triton
+from .._modes import are_transforms_active, has_dual_numbers, is_transformed, needs_grad
+from ._dtensors import ShardingRule, is_sharded, over_shards
+from ._fast import with_fast_path
 
-_library = torch.library.Library("evakernels", "DEF")
-_native_library = torch.library.Library("evakernels_native", "DEF")
+_library = torch.library.Library(backends.NAMESPACE, "DEF")
+# Kernels of the compiled library need a namespace of their own: for the op itself the dispatcher would call them by
+# device, whatever `use_backend` and the backends' reasons say.
+_native_library = torch.library.Library(_native.NAMESPACE, "DEF")
 
-_composed: dict[Any, Callable[..., Any]] = {}
-"""What runs in the place of an op under `as_torch_operators`."""
-
-MAX_PLANS = 1 << 12
-"""Of an op; at more, such as of captions packed to ever other lengths, all are forgotten and made anew."""
+_decompositions: dict[Any, Callable[..., Any]] = {}
+"""By operator: the function that runs in its place under `as_torch_operators`."""
 
 Check = Callable[..., tuple[Any, ...]]
-"""Maps the arguments of a public function to those that the op takes, with autocast's casts made, or raises. What it
-says may depend on their types, dtypes, shapes and devices, and on numbers; not on what tensors hold."""
+"""Maps the arguments of a public function to those of the op, with autocast's casts, or raises.
 
-
-class Plan(NamedTuple):
-    """How calls that are like one another run."""
-
-    run: Callable[..., Any]
-    changes: tuple[tuple[int, Any], ...]
-    """What the check made of arguments: the number of each, with the dtype of a tensor or the value of another."""
-
-    def changed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found = list(args)
-        for i, value in self.changes:
-            found[i] = found[i].to(value) if isinstance(found[i], Tensor) else value
-        return tuple(found)
+It may depend on types, dtypes, shapes, devices and numbers, not on the values of tensors.
+"""
 
 
 class Op:
-    """An op as the public functions call it.
-
-    In plain eager mode a call runs the implementation at once, inside an `autograd.Function` of its own if a gradient
-    is wanted. Compilers, modes, transforms and subclasses of tensors get the op itself, `overload`.
-
-    The op's gradient is known in reverse mode alone, once. So under forward-mode differentiation and functorch's
-    transforms it runs as its reference, which torch differentiates and maps as often as is asked.
-    """
+    """An op as the public functions call it."""
 
     def __init__(
         self,
         overload: torch._ops.OpOverload,
-        seen_through: Callable[..., Any],
+        decomposition: Callable[..., Any],
         check: Check | None,
         check_values: Callable[..., None] | None,
-        rule: Rule | None,
+        sharding: ShardingRule | None,
     ) -> None:
         self.overload = overload
-        self.name = overload._schema.name.removeprefix("evakernels::")
-        self.seen_through = seen_through
+        self.name = overload._schema.name.partition("::")[2]
+        self.argument_names = backends.argument_names(self.name)  # which compiled code can't ask for
+        self.decomposition = decomposition
         self.check = check
         self.check_values = check_values
-        self.rule = rule
+        self.sharding = sharding
         self.returned: int | None = None
-        self.plans: dict[tuple[Any, ...], Plan] = backends.kept_for(self.name)
-        self.recording: Callable[..., Any] | None = None
-        self.recording_all: Callable[..., Any] | None = None
-        self.recorded = make_autograd_impl(overload, Info(None, None))
+        self.takes_gradients = False
+        self.function = _autograd_function(self.name, self._refuse_gradient)
 
+    @property
+    def family(self) -> str:
+        """The name that errors show."""
+        return self.name.removesuffix("_forward").removesuffix("_backward")
+
+    @with_fast_path
     def __call__(self, *args: Any) -> Any:
-        """The op's outputs, of which those behind the first `returned` are for its backward pass alone."""
-        key = None if is_watched() else likeness(args)
-        if key is None:
-            if self.rule is not None and any(_shards.is_sharded(tensor) for tensor in backends.tensors(args)):
-                return over_shards(self.name.removesuffix("_forward"), self, self.rule, args)
-            return self._first(self._dispatched(args))
-        plan = self.plans.get(key) or self._planned(args, key)
-        if plan.changes:
-            args = plan.changed(args)
-        if is_grad_enabled() and _any_requires_grad(*args):
-            return self.overload(*args) if self.recording is None else self.recording(*args, plan.run)
-        return self._first(plan.run(*args))
+        """The op's outputs but for those that only its backward pass reads."""
+        if self.sharding is not None and any(is_sharded(tensor) for tensor in backends.tensors(args)):
+            return over_shards(self.family, self, self.sharding, dict(zip(self.argument_names, args, strict=True)))
+        return self.public_outputs(self._dispatch(self.overload, args))
 
-    def _first(self, outputs: Any) -> Any:
+    def every_output(self, *args: Any) -> Any:
+        """All outputs; those that only the backward pass reads have no gradient."""
+        return self._dispatch(self.overload.overloadpacket, args)
+
+    def public_outputs(self, outputs: Any) -> Any:
         count = self.returned
         return outputs if count is None else outputs[0] if count == 1 else outputs[:count]
 
-    def run(self, *args: Any) -> Any:
-        """What the dispatcher calls: arguments have been checked, or come from compiled code."""
-        key = likeness(args)
-        if key is None:
-            return self._resolved(args)(*args)
-        key = "dispatched", *key
-        plan = self.plans.get(key) or self._kept(key, Plan(self._resolved(args), ()))
-        return plan.run(*args)
-
-    def _dispatched(self, args: tuple[Any, ...]) -> Any:
+    def _dispatch(self, operator: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self.check is not None:
             args = self.check(*args)
-        # Of dual numbers that compiled code itself makes only its tracer knows.
-        hidden = torch.compiler.is_compiling() and has_dual_numbers()
-        return self.seen_through(*args) if hidden else self.overload(*args)
+        # Only the tracer of compiled code knows of dual numbers that this code makes; `record` doesn't.
+        is_hidden = torch.compiler.is_compiling() and has_dual_numbers()
+        return self.decomposition(*args) if is_hidden else operator(*args)
 
-    def _planned(self, args: tuple[Any, ...], key: tuple[Any, ...]) -> Plan:
-        checked = args if self.check is None else self.check(*args)
-        changes = tuple(
-            (i, after.dtype if isinstance(after, Tensor) else after)
-            for i, (before, after) in enumerate(zip(args, checked, strict=True))
-            if after is not before
-        )
-        on_known_device = all(tensor.is_cpu or tensor.is_cuda for tensor in backends.tensors(checked))
-        return self._kept(key, Plan(self._resolved(checked) if on_known_device else self.overload, changes))
+    def record(self, *args: Any) -> Any:
+        """The op's kernel for autograd.
 
-    def _kept(self, key: tuple[Any, ...], plan: Plan) -> Plan:
-        if len(self.plans) >= MAX_PLANS:
-            self.plans.clear()
-        self.plans[key] = plan
-        return plan
+        The op's gradient is known in reverse mode, once. Under forward-mode differentiation and functorch's transforms
+        the decomposition runs, which torch differentiates and maps.
+        """
+        if is_transformed():
+            if self.check_values is not None and not are_transforms_active():  # vmap hides values
+                self.check_values(*args)
+            return self.decomposition(*args)
+        if needs_grad(*args):
+            return self.function.apply(*args, self._run_below_autograd, False)
+        return self._run_below_autograd(*args)
 
-    def _resolved(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """The implementation that serves calls like this, with whatever has to happen around it."""
+    def _run_below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def run(self, *args: Any) -> Any:
+        """The op's kernel for all devices. Arguments have been checked, or come from compiled code."""
+        return self.implementation(args)(*args)
+
+    def implementation(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The function of the backend that serves these arguments, with what has to happen around it."""
         function = backends.select(self.name, args).observed(self.name)
         tensor = backends.first_tensor(args)
-        without_autocast = tensor is not None and _autocast.is_on(tensor.device.type)
+        without_autocast = tensor is not None and autocast.is_on(tensor.device.type)
         check_values = self.check_values
         if check_values is None and not without_autocast:
             return function
@@ -145,17 +114,17 @@ class Op:
         def run(*args: Any) -> Any:
             if check_values is not None:
                 check_values(*args)
-            return _without_autocast(function, args)
+            return _without_autocast(function, *args)
 
         return run
 
-    def differentiated(self, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        """What the dispatcher calls for autograd."""
-        if not is_transformed():
-            return self.recorded(keyset, *args)
-        if self.check_values is not None and not torch._C._are_functorch_transforms_active():  # vmap hides values
-            self.check_values(*args)
-        return self.seen_through(*args)
+    def _refuse_gradient(self, ctx: Any, *grads: Any) -> Any:
+        if not self.takes_gradients:
+            raise RuntimeError(f"evakernels: {self.name} has no gradient")
+        raise RuntimeError(
+            f"evakernels: {self.family} has no second derivative; torch's own operators have one: make the forward "
+            "pass under `with evakernels.as_torch_operators():`"
+        )
 
 
 def define(
@@ -164,29 +133,28 @@ def define(
     check: Check | None = None,
     check_values: Callable[..., None] | None = None,
     fake: Callable[..., Any] | None = None,
-    composed: Callable[..., Any] | None = None,
-    lowered: Callable[..., Any] | None = None,
+    decomposition: Callable[..., Any] | None = None,
+    exported: Callable[..., Any] | None = None,
     mutates: Sequence[str] = (),
-    rule: Rule | None = None,
+    sharding: ShardingRule | None = None,
     reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
 ) -> Op:
-    """Defines `torch.ops.evakernels.<name of the reference>` and returns what calls it.
+    """Defines the operator that is named like the reference and returns its `Op`.
 
     Args:
-        reference: the op's meaning, in plain PyTorch. Its signature is the schema, its name the op's.
-        check: of what the public function is given, which it passes on as it is.
-        check_values: raises for what tensors hold that no implementation accepts. It sees them when the op runs, which
-            a check in front of the op can't under `torch.compile`.
-        fake: the reference on tensors without data, where it would ask them for some, or make others.
-        composed: stands for the reference where torch sees through the op, unless that is itself made of operators
-            that have all derivatives.
-        lowered: stands for both in programs, where one of torch's own operators, of one derivative alone, is better. It
-            may leave out the outputs that are for the backward pass.
-        mutates: the arguments that are written.
-        rule: how it runs on DTensors. Without one they get torch's error, that it knows no way to cut the op.
-        reasons: given the arguments, why no compiled kernels can serve them.
-        gpu_reasons: the same of those for GPUs alone.
+        reference: the op in plain PyTorch. Its signature is the schema.
+        check: of the arguments that the public function passes on as they are.
+        check_values: raises for values of tensors that no implementation accepts. It runs inside the op, as values are
+            hidden in front of it under `torch.compile`.
+        fake: the reference for tensors without data, where it reads values, or makes other tensors.
+        decomposition: in torch's operators, which have all derivatives; the reference by default.
+        exported: the same for exported programs and for inference, where an operator of torch that has one derivative
+            alone is better. It may leave out outputs that only the backward pass reads.
+        mutates: names of the arguments that are written.
+        sharding: how it runs on DTensors, for which torch raises otherwise.
+        reasons: why no compiled kernel serves a call. It takes the arguments that are given by name.
+        gpu_reasons: the same for kernels on GPUs alone.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -194,46 +162,86 @@ def define(
     _native_library.define(f"{name}{schema}")
     _native_library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # torch's own takes time to do nothing
 
-    def seen_through(*args: Any) -> Any:
-        return _without_autocast(composed or reference, args)
-
-    def without_data(*args: Any) -> Any:
-        return _without_autocast(fake or reference, args)
-
-    def in_torch_operators(*args: Any) -> Any:
-        eager = not torch.compiler.is_compiling()
-        if lowered is None or (eager and (wants_gradient(args) or is_transformed())):
-            return seen_through(*args)
-        return _without_autocast(lowered, args)
-
-    op = Op(getattr(torch.ops.evakernels, name).default, seen_through, check, check_values, rule)
+    decomposed = partial(_without_autocast, decomposition or reference)
+    op = Op(backends.overload(name), decomposed, check, check_values, sharding)
     returns = bool(op.overload._schema.returns)
     _library.impl(name, op.run, "CompositeExplicitAutograd")
-    fake_of_op = without_data if returns else lambda *args: None
-    torch.library.register_fake(f"evakernels::{name}", fake_of_op, lib=_library)
+    fake_of_op = partial(_without_autocast, fake or reference) if returns else lambda *args: None
+    torch.library.register_fake(f"{backends.NAMESPACE}::{name}", fake_of_op, lib=_library)
+    if returns:
+        _library.impl(name, op.record, "Autograd")
     backends.register(name, "reference", reference)
     triton.register(name)
     _native.register(name, reasons, gpu_reasons)
-    _composed[op.overload] = in_torch_operators
-    if returns:
-        _library.impl(name, op.differentiated, "Autograd", with_keyset=True)
+
+    def in_torch_operators(*args: Any) -> Any:
+        is_eager = not torch.compiler.is_compiling()
+        if exported is None or (is_eager and (needs_grad(*args) or is_transformed())):
+            return decomposed(*args)
+        return _without_autocast(exported, *args)
+
+    _decompositions[op.overload] = in_torch_operators
+    _decompositions[op.overload.overloadpacket] = decomposed  # for `every_output`
     return op
 
 
-def every_output(op: Op) -> Op:
-    """What calls `op`, which is `differentiable`, and returns all of its outputs. Those behind have no gradient.
+def differentiable(
+    forward: Op,
+    backward: Op,
+    *,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+    returned: int | None = None,
+) -> None:
+    """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused.
 
-    Under `as_torch_operators` it is never what the op is `lowered` to, which leaves these out.
+    Args:
+        forward, backward: the ops.
+        setup_context: as `torch.library.register_autograd` takes it.
+        formula: maps `ctx` and the gradients of the outputs to those of leading arguments; the others have none. For an
+            argument that needs no gradient (`ctx.needs_input_grad`) it may return any placeholder.
+        returned: how many outputs the public function returns; None for all. The others have no gradient.
     """
-    twin = copy.copy(op)  # with the same plans
-    twin.overload = op.overload.overloadpacket
-    twin.returned, twin.recording = None, op.recording_all
-    _composed[twin.overload] = op.seen_through
-    return twin
+    forward.returned = returned
+    backward.takes_gradients = True
+    forward.function = _autograd_function(forward.family, formula, setup_context, returned)
+
+
+def _autograd_function(
+    name: str,
+    formula: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    returned: int | None = None,
+) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        """Takes the op's arguments, the function that computes it, and whether to return public outputs alone."""
+
+        @staticmethod
+        def forward(ctx: Any, *args_and_options: Any) -> Any:
+            *args, run, only_public = args_and_options
+            outputs = run(*args)
+            if returned is not None and not only_public:
+                ctx.mark_non_differentiable(*outputs[returned:])
+            if setup_context is not None:
+                setup_context(ctx, args, outputs)
+            if returned is None or not only_public:
+                return outputs
+            return outputs[0] if returned == 1 else outputs[:returned]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            needed = ctx.needs_input_grad
+            gradients = [None] * len(needed)
+            for i, gradient in enumerate(formula(ctx, *grads[:returned])):
+                if needed[i]:
+                    gradients[i] = gradient
+            return tuple(gradients)
+
+    return type(name, (Function,), {})  # autograd graphs show the name
 
 
 class as_torch_operators(TorchFunctionMode):
-    """In its `with` block every op runs as its reference, in torch's own operators, and leaves no trace of its name.
+    """In its `with` block every op is decomposed into torch's own operators and leaves no trace of its name.
 
     For `torch.export`, ONNX and other tools that look into a program: what they write runs without this library.
     Attention is `torch.nn.functional.scaled_dot_product_attention` there, of which they have kernels of their own. And
@@ -247,87 +255,13 @@ class as_torch_operators(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _composed.get(func, func)(*args, **(kwargs or {}))
+        return _decompositions.get(func, func)(*args, **(kwargs or {}))
 
 
-def differentiable(
-    forward: Op,
-    backward: Op,
-    *,
-    setup_context: Callable[..., None],
-    formula: Callable[..., Any],
-    returned: int | None = None,
-) -> None:
-    """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused.
-
-    `formula` may return fewer gradients than there are arguments: of those behind there are none. In the place of a
-    gradient that doesn't exist or that nobody wants, which `ctx.needs_input_grad` tells, it may return anything, such
-    as the empty tensor that `backward` returns there. `returned` is how many outputs a caller gets, if not all:
-    autograd keeps books of each. Those behind have no gradient.
-    """
-    forward.returned = returned
-    count = len(forward.overload._schema.arguments)
-
-    def gradient(ctx: Any, *grads: Any) -> Any:
-        grads = grads[:returned]
-        for grad in grads:
-            if grad is not None and is_legacy_batchedtensor(grad):
-                # Several cotangents at once (`is_grads_batched`), by an older vmap of torch that no question tells of:
-                # any mode has the op called itself, which is then called with one after the other.
-                with BaseTorchFunctionMode():
-                    return filled(ctx, formula(ctx, *grads))
-        return filled(ctx, formula(ctx, *grads))
-
-    def filled(ctx: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
-        wanted = (x if wants else None for x, wants in zip(found, ctx.needs_input_grad, strict=False))
-        return *wanted, *[None] * (count - len(found))
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if returned is not None:
-            ctx.mark_non_differentiable(*output[returned:])
-        setup_context(ctx, inputs, output)
-
-    forward.recorded = make_autograd_impl(forward.overload, Info(gradient, setup))
-    family = forward.name.removesuffix("_forward")
-
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"evakernels: {family} has no second derivative; torch's own operators have one: make the forward pass "
-            "under `with evakernels.as_torch_operators():`"
-        )
-
-    backward.recorded = make_autograd_impl(backward.overload, Info(refuse, None))
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args_and_run: Any) -> Any:
-            *args, run = args_and_run
-            output = run(*args)
-            setup_context(ctx, args, output)
-            return forward._first(output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return *gradient(ctx, *grads), None
-
-    class FunctionOfAll(Function):
-        @staticmethod
-        def forward(ctx: Any, *args_and_run: Any) -> Any:
-            *args, run = args_and_run
-            output = run(*args)
-            setup(ctx, tuple(args), output)
-            return output
-
-    Function.__name__ = FunctionOfAll.__name__ = f"{family}_backward"
-    # Past `Function.apply` of Python, which asks about transforms of functorch: none is at work here.
-    forward.recording = super(torch.autograd.Function, Function).apply
-    forward.recording_all = super(torch.autograd.Function, FunctionOfAll).apply
-
-
-def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _without_autocast(function: Callable[..., Any], *args: Any) -> Any:
     """The check has made autocast's casts already; left on, it would reach into the implementation."""
     tensor = backends.first_tensor(args)
-    if tensor is None or not _autocast.is_on(tensor.device.type):
+    if tensor is None or not autocast.is_on(tensor.device.type):
         return function(*args)
     with torch.autocast(tensor.device.type, enabled=False):
         return function(*args)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check
+from . import _check
 
 Tensors = Sequence[Tensor]
 

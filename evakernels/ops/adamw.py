@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evakernels.ops import _tensor_lists
-from evakernels.ops._op import define
-from evakernels.ops._tensor_lists import Tensors
-from evakernels.reference import adamw as reference
+from ..reference import adamw as reference
+from . import _tensor_lists
+from ._op import define
+from ._tensor_lists import Tensors
 
 
 def adamw_update(

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from evakernels import backends
-from evakernels.ops import _check
-from evakernels.ops._collectives import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
-from evakernels.ops._op import define, differentiable
-from evakernels.reference import contrastive as reference
-from evakernels.reference._numerics import accumulation_dtype
+from .. import backends
+from ..distributed import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
+from ..reference import accumulation_dtype
+from ..reference import contrastive as reference
+from . import _check
+from ._op import define, differentiable
 
 MEMORY_BUDGET = 1 << 28
 """256 MiB: the logits in float32 of 8,192 pairs, or of 2,896 on each of 8 processes."""
@@ -274,7 +274,8 @@ def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int)
 def _backward_fake(
     drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
 ) -> Any:
-    return _empty_gradients(image, text, logit_scale, rest[-1])
+    *_, wanted = rest
+    return _empty_gradients(image, text, logit_scale, wanted)
 
 
 def _empty_gradients(
@@ -293,7 +294,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
+    needs_image, needs_text, *_ = ctx.needs_input_grad
+    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
 
 
 _forward = define(reference.contrastive_forward, fake=_forward_fake)
@@ -307,15 +309,16 @@ def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset:
 
 
 def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[:2])
+    needs_image, needs_text, *_ = ctx.needs_input_grad
+    return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
 
 
-def _kept_composed(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
+def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
     """What torch differentiates keeps what it needs itself."""
     return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
 
 
-_kept_forward = define(reference.contrastive_kept_forward, fake=_kept_forward_fake, composed=_kept_composed)
+_kept_forward = define(reference.contrastive_kept_forward, fake=_kept_forward_fake, decomposition=_kept_decomposition)
 _kept_backward = define(reference.contrastive_kept_backward, fake=_backward_fake)
 differentiable(_kept_forward, _kept_backward, setup_context=_setup, formula=_kept_gradient, returned=5)
 
@@ -332,8 +335,9 @@ def _siglip_forward_fake(
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[5]
-    ctx.save_for_backward(*inputs[:4], *output[1:])
+    *tensors, _, ctx.wanted = inputs
+    _, *gradients = output
+    ctx.save_for_backward(*tensors, *gradients)
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
@@ -341,7 +345,7 @@ def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
     return *(x if wants else None for x, wants in zip(gradients, ctx.wanted, strict=False)), *gradients[2:]
 
 
-def _siglip_composed(
+def _siglip_decomposition(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
 ) -> Any:
     """Without the gradients, which are torch's then."""
@@ -350,7 +354,7 @@ def _siglip_composed(
 
 
 _siglip_value = define(reference.siglip_value, fake=_siglip_value_fake)
-_siglip_forward = define(reference.siglip_forward, fake=_siglip_forward_fake, composed=_siglip_composed)
+_siglip_forward = define(reference.siglip_forward, fake=_siglip_forward_fake, decomposition=_siglip_decomposition)
 _siglip_backward = define(reference.siglip_backward)
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
 

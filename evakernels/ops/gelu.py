@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels import _names
-from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._sharding import Rule
-from evakernels.reference import gelu as reference
+from .. import names
+from ..reference import gelu as reference
+from . import _check
+from ._dtensors import ShardingRule
+from ._op import define, differentiable
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -36,7 +36,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         torch.Size([2, 8])
     """
     if approximate not in reference.FORMS:
-        accepted = ", ".join(map(repr, reference.FORMS)) + _names.hint(approximate, reference.FORMS)
+        accepted = ", ".join(map(repr, reference.FORMS)) + names.hint(approximate, reference.FORMS)
         raise ValueError(f"gelu: approximate is {approximate!r}; accepted: {accepted}")
     out: Tensor = _forward(x, bias, reference.FORMS.index(approximate))
     return out
@@ -62,9 +62,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, ctx.form, ctx.needs_input_grad[1:2])
+    _, needs_bias, *_ = ctx.needs_input_grad
+    return _backward(dout, *ctx.saved_tensors, ctx.form, (needs_bias,))
 
 
-_forward = define(reference.gelu_forward, check=_check_call, rule=Rule(whole_rows=lambda *args: False))
+_forward = define(
+    reference.gelu_forward, check=_check_call, sharding=ShardingRule(("x",), whole_rows=lambda *args: False)
+)
 _backward = define(reference.gelu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check, _tensor_lists
-from evakernels.ops._shards import groups_of, local, sum_over
-from evakernels.reference._numerics import accumulation_dtype
+from ..reference import accumulation_dtype
+from . import _check, _tensor_lists
+from ._dtensors import groups_of, local, sum_over
 
 _PART = 2**17
 """Elements that a CPU sums at a time: over millions of float32 the error reaches the fourth digit."""

@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels import _names
-from evakernels.ops import _check, _tensor_lists
-from evakernels.ops._op import define
-from evakernels.ops._tensor_lists import Tensors
-from evakernels.reference import lamb as reference
-from evakernels.reference._numerics import accumulation_dtype
+from .. import names
+from ..reference import accumulation_dtype
+from ..reference import lamb as reference
+from . import _check, _tensor_lists
+from ._op import define
+from ._tensor_lists import Tensors
 
-VARIANTS = ("deepspeed", "nvlamb")
+VARIANTS = ("nvlamb", "deepspeed")
 
 
 def lamb_step(
@@ -26,7 +26,7 @@ def lamb_step(
     *,
     betas: tuple[float, float],
     eps: float,
-    variant: str = "deepspeed",
+    variant: str = "nvlamb",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seeds: Sequence[int] = (),
@@ -39,7 +39,7 @@ def lamb_step(
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
         >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
-        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8}
         >>> evakernels.lamb_step(params, grads, *state, [0.1], [0.01], **options)
         >>> params
         [tensor([0.9000, 0.9000, 0.9000])]
@@ -66,7 +66,7 @@ def lamb_update(
     *,
     betas: tuple[float, float],
     eps: float,
-    variant: str = "deepspeed",
+    variant: str = "nvlamb",
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
@@ -79,9 +79,9 @@ def lamb_update(
         weight_decays: n numbers.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
-        variant: `"deepspeed"`: bias correction multiplies the whole step, the trust ratio is clipped to
-            [0.01, 10] and applies to every tensor. `"nvlamb"`: the paper's and apex's form, with corrected
-            moments and a trust ratio that is not clipped and applies to tensors with weight decay only.
+        variant: `"nvlamb"`: the form of the paper and of apex, with corrected moments and a trust ratio that is not
+            clipped and applies to tensors with weight decay only. `"deepspeed"`: bias correction multiplies the whole
+            step, the trust ratio is clipped to [0.01, 10] and applies to every tensor.
         grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is).
         found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
 
@@ -96,7 +96,7 @@ def lamb_update(
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
         >>> state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
-        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8, "variant": "nvlamb"}
+        >>> options = {"betas": (0.9, 0.999), "eps": 1e-8}
         >>> squared_norms = evakernels.lamb_update(params, grads, *state, [0.01], **options)
         >>> evakernels.lamb_apply(params, *state, squared_norms, [0.1], [0.01], **options)
         >>> params
@@ -125,7 +125,7 @@ def lamb_apply(
     *,
     betas: tuple[float, float],
     eps: float,
-    variant: str = "deepspeed",
+    variant: str = "nvlamb",
     found_inf: Tensor | None = None,
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
@@ -169,7 +169,7 @@ def lamb_apply(
 def check_variant(op: str, variant: str) -> None:
     """`variant` is one of `VARIANTS`."""
     if variant not in VARIANTS:
-        accepted = ", ".join(map(repr, VARIANTS)) + _names.hint(variant, VARIANTS)
+        accepted = ", ".join(map(repr, VARIANTS)) + names.hint(variant, VARIANTS)
         raise ValueError(f"{op}: variant is {variant!r}; accepted: {accepted}")
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels import backends
-from evakernels.ops import _check
-from evakernels.ops._autocast import widened, widens_norms
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._sharding import Rule
-from evakernels.reference import layer_norm as reference
-from evakernels.reference._numerics import accumulation_dtype
+from .. import backends
+from ..autocast import widened, widens_norms
+from ..reference import accumulation_dtype
+from ..reference import layer_norm as reference
+from . import _check
+from ._dtensors import ShardingRule
+from ._op import define, differentiable
 
 
 def layer_norm(
@@ -269,12 +269,12 @@ def _between(y: torch.dtype, x: torch.dtype) -> list[str]:
     return [f"y is {y} beside {x}: compiled kernels take the same dtype, or 16 bits beside float32"]
 
 
-def _reasons(x: Tensor, *rest: Any) -> list[str]:
-    return _between((rest[4] if len(rest) > 4 else None) or x.dtype, x.dtype)
+def _reasons(*, x: Tensor, out_dtype: torch.dtype | None = None, **_: Any) -> list[str]:
+    return _between(out_dtype or x.dtype, x.dtype)
 
 
-def _backward_reasons(dy: Tensor, *rest: Any) -> list[str]:
-    return _between(dy.dtype, rest[0].dtype) if rest else []
+def _backward_reasons(*, dy: Tensor, x: Tensor | None = None, **_: Any) -> list[str]:
+    return [] if x is None else _between(dy.dtype, x.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -284,27 +284,31 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Any:
-    return _backward(dy, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[1:3])
+    _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    return _backward(dy, *ctx.saved_tensors, ctx.rms, (needs_weight, needs_bias))
 
 
-_forward = define(reference.layer_norm_forward, check=_check_plain, rule=Rule(), reasons=_reasons)
+_forward = define(reference.layer_norm_forward, check=_check_plain, sharding=ShardingRule(("x",)), reasons=_reasons)
 _backward = define(reference.layer_norm_backward, reasons=_backward_reasons)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
 
-_OF_JOINED = Rule(activations=2, samples=5)
+_JOINED = ShardingRule(("residual", "branch"), samples="row_scale")
 
 
-def _gpu_reasons(branch: int) -> backends.Reasons:
-    """What the kernels for GPUs can't serve: a 16-bit residual with another dtype in the argument number `branch`."""
-
-    def reasons(first: Tensor, *rest: Any) -> list[str]:
-        residual, other = first.dtype, rest[branch - 1].dtype if len(rest) >= branch else first.dtype
-        if residual in (other, torch.float32):
-            return []
-        return [f"branch is {other} beside {residual}: kernels for GPUs take the same dtype, or any beside float32"]
-
-    return reasons
+def _gpu_reasons(
+    *,
+    residual: Tensor | None = None,
+    x: Tensor | None = None,
+    dx: Tensor | None = None,
+    branch: Tensor | None = None,
+    **_: Any,
+) -> list[str]:
+    """Why kernels for GPUs can't serve a branch next to a residual, which backward knows by `x` or `dx`."""
+    stream = next((tensor.dtype for tensor in (residual, x, dx) if tensor is not None), None)
+    if branch is None or stream in (None, branch.dtype, torch.float32):
+        return []
+    return [f"branch is {branch.dtype} beside {stream}: kernels for GPUs take the same dtype, or any beside float32"]
 
 
 def _of_sum(y: torch.dtype, residual: torch.dtype, branch: torch.dtype) -> list[str]:
@@ -317,20 +321,22 @@ def _of_sum(y: torch.dtype, residual: torch.dtype, branch: torch.dtype) -> list[
     ]
 
 
-def _add_reasons(residual: Tensor, *rest: Any) -> list[str]:
-    out_dtype = rest[7] if len(rest) > 7 else None
-    return [] if out_dtype is None else _of_sum(out_dtype, residual.dtype, rest[0].dtype)
+def _add_reasons(
+    *, residual: Tensor, branch: Tensor | None = None, out_dtype: torch.dtype | None = None, **_: Any
+) -> list[str]:
+    return [] if branch is None or out_dtype is None else _of_sum(out_dtype, residual.dtype, branch.dtype)
 
 
-def _add_backward_reasons(dy: Tensor, *rest: Any) -> list[str]:
-    return _of_sum(dy.dtype, rest[1].dtype, rest[2].dtype) if len(rest) > 2 else []
+def _add_backward_reasons(*, dy: Tensor, x: Tensor | None = None, branch: Tensor | None = None, **_: Any) -> list[str]:
+    return [] if x is None or branch is None else _of_sum(dy.dtype, x.dtype, branch.dtype)
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, weight, _, layer_scale, row_scale, _, ctx.rms, *_ = inputs
     _, x, mean, rstd = output
+    _, _, _, _, needs_layer_scale, *_ = ctx.needs_input_grad
     # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
-    kept = branch if ctx.needs_input_grad[4] else branch.new_empty(0)
+    kept = branch if needs_layer_scale else branch.new_empty(0)
     ctx.save_for_backward(x, kept, weight, layer_scale, row_scale, mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -340,12 +346,12 @@ def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
         return ()
     saved = ctx.saved_tensors  # once: checkpointing computes them again for the first that asks
     x, branch, _, layer_scale, row_scale, _, _ = saved
-    _, wants_branch, *of_parameters = ctx.needs_input_grad[:5]
+    _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
     scaled = layer_scale is not None or row_scale is not None
-    wanted = wants_branch and scaled, *of_parameters
+    wanted = needs_branch and scaled, needs_weight, needs_bias, needs_layer_scale
     through_norm, dx = torch.zeros_like(x) if dy is None else dy, torch.zeros_like(x) if dx is None else dx
     dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, wanted)
-    if wants_branch and not scaled:
+    if needs_branch and not scaled:
         dbranch = dresidual.to(branch.dtype)
     # Without a gradient of y the norm's parameters have none, as in torch: an optimizer then leaves them alone.
     dweight, dbias = (None, None) if dy is None else (dweight, dbias)
@@ -355,13 +361,11 @@ def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
 _add_forward = define(
     reference.add_layer_norm_forward,
     check=_check_add,
-    rule=_OF_JOINED,
+    sharding=_JOINED,
     reasons=_add_reasons,
-    gpu_reasons=_gpu_reasons(branch=1),
+    gpu_reasons=_gpu_reasons,
 )
-_add_backward = define(
-    reference.add_layer_norm_backward, reasons=_add_backward_reasons, gpu_reasons=_gpu_reasons(branch=3)
-)
+_add_backward = define(reference.add_layer_norm_backward, reasons=_add_backward_reasons, gpu_reasons=_gpu_reasons)
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
 
 
@@ -372,18 +376,20 @@ def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
-    if not any(ctx.needs_input_grad[1:5]):
+    _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
+    wanted = needs_weight, needs_bias, needs_layer_scale
+    if not (needs_branch or any(wanted)):
         return (dx,)
-    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[2:5])
+    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, wanted)
 
 
 _norm_add_forward = define(
     reference.layer_norm_add_forward,
     check=partial(_check_joined, "layer_norm_add"),
-    rule=_OF_JOINED,
-    gpu_reasons=_gpu_reasons(branch=1),
+    sharding=_JOINED,
+    gpu_reasons=_gpu_reasons,
 )
-_norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons(branch=1))
+_norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons)
 differentiable(
     _norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient, returned=1
 )

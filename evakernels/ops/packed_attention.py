@@ -6,11 +6,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check
-from evakernels.ops._autocast import matmul_inputs
-from evakernels.ops._op import define, differentiable, every_output
-from evakernels.ops._token_index import check_range
-from evakernels.ops.rope_attention import (
+from ..autocast import matmul_inputs
+from ..reference import accumulation_dtype, rope_attention
+from ..reference import packed_attention as reference
+from . import _check
+from ._check import token_range
+from ._op import define, differentiable
+from .rope_attention import (
     check_tables,
     gpu_reasons,
     gradients_fake,
@@ -18,9 +20,6 @@ from evakernels.ops.rope_attention import (
     refuse_gradients,
     table_rows,
 )
-from evakernels.reference import packed_attention as reference
-from evakernels.reference import rope_attention
-from evakernels.reference._numerics import accumulation_dtype
 
 
 @overload
@@ -119,7 +118,7 @@ def packed_attention(
         token_index = _rows_of_places(positions, cos, q)
     args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
     if return_lse:
-        both: tuple[Tensor, Tensor] = _forward_with_lse(*args)
+        both: tuple[Tensor, Tensor] = _forward.every_output(*args)
         return both[0], both[1].detach()
     out: Tensor = _forward(*args)
     return out
@@ -219,7 +218,7 @@ def _check_values(
     """Only on a CPU: elsewhere the question would make the host wait for the device."""
     op = "packed_attention"
     if cos is not None and token_index is not None:
-        check_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
+        token_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
     if cu_seqlens.device.type != "cpu":
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
@@ -232,16 +231,9 @@ def _check_values(
             raise ValueError(f"{op}: {found}; accepted: 0 to max_seqlen = {max_seqlen}")
 
 
-_MAX_SEQLEN = 7  # its place in forward's arguments
-
-
-def _forward_gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
-    longest = rest[_MAX_SEQLEN - 1] if len(rest) >= _MAX_SEQLEN else 0
-    return gpu_reasons(q, min(longest, q.shape[0])) if q.dim() == 3 else []
-
-
-def _backward_gpu_reasons(dout: Tensor, *rest: Any) -> list[str]:
-    return _forward_gpu_reasons(dout, *rest[1:3], *rest[5:])
+def _gpu_reasons(*, dout: Tensor | None = None, q: Tensor | None = None, max_seqlen: int = 0, **_: Any) -> list[str]:
+    tokens = q if dout is None else dout
+    return gpu_reasons(tokens, min(max_seqlen, len(tokens))) if tokens is not None and tokens.dim() == 3 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -261,15 +253,14 @@ _forward = define(
     check=_check_call,
     check_values=_check_values,
     fake=_forward_fake,
-    composed=partial(reference.packed_attention, rope_attention.rope_attention_forward),
-    lowered=reference.packed_attention_sdpa,
-    gpu_reasons=_forward_gpu_reasons,
+    decomposition=partial(reference.packed_attention, rope_attention.rope_attention_forward),
+    exported=reference.packed_attention_sdpa,
+    gpu_reasons=_gpu_reasons,
 )
 _backward = define(
     reference.packed_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=gradients_fake,
-    gpu_reasons=_backward_gpu_reasons,
+    gpu_reasons=_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
-_forward_with_lse = every_output(_forward)

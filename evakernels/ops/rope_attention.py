@@ -5,12 +5,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check
-from evakernels.ops._autocast import matmul_inputs
-from evakernels.ops._op import define, differentiable, every_output
-from evakernels.ops._token_index import check_range
-from evakernels.reference import rope_attention as reference
-from evakernels.reference._numerics import accumulation_dtype
+from ..autocast import matmul_inputs
+from ..reference import accumulation_dtype
+from ..reference import rope_attention as reference
+from . import _check
+from ._check import token_range
+from ._op import define, differentiable
 
 MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""
@@ -113,7 +113,7 @@ def rope_attention(
     if cos is not None and _are_first_of(q, k):
         args = _of_turned_keys(*args)
     if return_lse:
-        both: tuple[Tensor, Tensor] = _forward_with_lse(*args)
+        both: tuple[Tensor, Tensor] = _forward.every_output(*args)
         return both[0], both[1].detach()
     out: Tensor = _forward(*args)
     return out
@@ -247,7 +247,7 @@ def _check_values(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, *rest: Any
 ) -> None:
     if cos is not None and token_index is not None:
-        check_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
+        token_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
 
 
 def gpu_reasons(q: Tensor, longest: int) -> list[str]:
@@ -262,8 +262,11 @@ def gpu_reasons(q: Tensor, longest: int) -> list[str]:
     return found
 
 
-def _gpu_reasons(q: Tensor, *rest: Any) -> list[str]:
-    return gpu_reasons(q, max(x.shape[1] for x in (q, *rest[:2]))) if q.dim() == 4 else []
+def _gpu_reasons(
+    *, dout: Tensor | None = None, q: Tensor | None = None, k: Tensor | None = None, **_: Any
+) -> list[str]:
+    given = [x for x in (dout, q, k) if x is not None]
+    return gpu_reasons(given[0], max(x.shape[1] for x in given)) if given[0].dim() == 4 else []
 
 
 def refuse_gradients(op: str, *tables: Tensor | None) -> None:
@@ -299,7 +302,7 @@ _forward = define(
     check=_check_call,
     check_values=_check_values,
     fake=_forward_fake,
-    lowered=reference.rope_attention_sdpa,
+    exported=reference.rope_attention_sdpa,
     gpu_reasons=_gpu_reasons,
 )
 _backward = define(
@@ -309,4 +312,3 @@ _backward = define(
     gpu_reasons=_gpu_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
-_forward_with_lse = every_output(_forward)

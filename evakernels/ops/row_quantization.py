@@ -1,7 +1,7 @@
 """Rows in 8 bits, for products of integers. For inference: there are no gradients."""
 
-from evakernels.ops._op import define
-from evakernels.reference import row_quantization as reference
+from ..reference import row_quantization as reference
+from ._op import define
 
 quantize_rows = define(reference.quantize_rows)
 """`x [..., K]` to codes uint8 `[..., K]` and scales float32 `[...]`: x is `(codes - 128) * scale`, K at least 1."""

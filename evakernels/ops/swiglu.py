@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._sharding import Rule
-from evakernels.reference import swiglu as reference
+from ..reference import swiglu as reference
+from . import _check
+from ._dtensors import ShardingRule
+from ._op import define, differentiable
 
 
 def swiglu(
@@ -73,13 +73,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    return _backward(dout, *ctx.saved_tensors, ctx.needs_input_grad[2:4])
+    _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    return _backward(dout, *ctx.saved_tensors, (needs_weight, needs_bias))
 
 
 _forward = define(
     reference.swiglu_forward,
     check=_check_call,
-    rule=Rule(activations=2, whole_rows=lambda gate, up, norm_weight, *rest: norm_weight is not None),
+    sharding=ShardingRule(("gate", "up"), whole_rows=lambda gate, up, norm_weight, *rest: norm_weight is not None),
 )
 _backward = define(reference.swiglu_backward)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

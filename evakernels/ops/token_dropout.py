@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.ops import _check
-from evakernels.ops._op import define, differentiable
-from evakernels.ops._token_index import check_range, check_unique
-from evakernels.reference import token_dropout as reference
+from ..reference import token_dropout as reference
+from . import _check
+from ._check import distinct_tokens, token_range
+from ._op import define, differentiable
 
 
 def token_dropout(
@@ -111,8 +111,8 @@ def _check_call(patches: Tensor, token_index: Tensor | None, prefix: Tensor | No
 
 def _check_values(patches: Tensor, token_index: Tensor | None, *_: Tensor | None) -> None:
     if token_index is not None:
-        check_range("token_dropout", token_index, patches.shape[1])
-        check_unique("token_dropout", token_index, patches.shape[1])
+        token_range("token_dropout", token_index, patches.shape[1])
+        distinct_tokens("token_dropout", token_index, patches.shape[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,8 +125,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     (token_index,) = ctx.saved_tensors
-    wants_patches, _, *of_tables = ctx.needs_input_grad[:4]
-    wanted = wants_patches and token_index is not None, *of_tables
+    needs_patches, _, needs_prefix, needs_pos_embed, *_ = ctx.needs_input_grad
+    wanted = needs_patches and token_index is not None, needs_prefix, needs_pos_embed
     found = dout[:, :0], dout[:, :0], dout[:, :0]
     if any(wanted):
         found = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, wanted)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from evakernels.ops import _check
-from evakernels.ops._shards import first_element_of, groups_of, local, sum_over
-from evakernels.reference._numerics import accumulation_dtype
+from ..ops import _check
+from ..ops._dtensors import first_element_of, groups_of, local, sum_over
+from ..reference import accumulation_dtype
 
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 """Options of torch's optimizers that groups of ours have too."""

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from evakernels.ops.adamw import adamw_update
-from evakernels.optim._device_optimizer import SWITCHES, Batch, DeviceOptimizer
+from ..ops.adamw import adamw_update
+from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 
 
 class AdamW(DeviceOptimizer):

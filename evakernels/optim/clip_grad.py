@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evakernels.ops._shards import local
-from evakernels.ops.gradient_norm import gradient_norm
+from ..ops._dtensors import local
+from ..ops.gradient_norm import gradient_norm
 
 _SMALL = 1e-6  # torch's, beside the norm
 

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from evakernels.ops._shards import sum_over
-from evakernels.ops.lamb import check_variant, lamb_apply, lamb_step, lamb_update
-from evakernels.optim._device_optimizer import SWITCHES, Batch, DeviceOptimizer
+from ..ops._dtensors import sum_over
+from ..ops.lamb import check_variant, lamb_apply, lamb_step, lamb_update
+from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 
 
 class Lamb(DeviceOptimizer):

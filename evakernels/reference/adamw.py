@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._stochastic_rounding import round_stochastically
+from . import accumulation_dtype
+from ._optimizer import round_stochastically
 
 _PART = 2**18
 """Elements that are copied at a time, so that copies stay in the cache."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
+from . import accumulation_dtype
 
 TILE_ELEMENTS = 1 << 22
 """Most logits that exist at a time (16 MiB in float32), but never less than one row."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
+from . import accumulation_dtype
 
 FORMS = ("none", "tanh", "sigmoid")
 """By number: exact and torch's approximation have its own names."""

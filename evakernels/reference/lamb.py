@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
-from evakernels.reference._optimizer import bias, changed_moments, rounded, write
+from . import accumulation_dtype
+from ._optimizer import bias, changed_moments, rounded, write
 
 DEEPSPEED_RATIO = (0.01, 10.0)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
+from . import accumulation_dtype
 
 
 def layer_norm_forward(

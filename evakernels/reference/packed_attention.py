@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.reference import rope_attention
-from evakernels.reference._numerics import accumulation_dtype
+from ..backends import OPERATORS
+from . import accumulation_dtype, rope_attention
 
 CAUSAL_LENGTHS = 32
 """What the lengths of causal sequences are rounded up to a multiple of."""
@@ -31,7 +31,7 @@ def packed_attention_forward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    attend = torch.ops.evakernels.rope_attention_forward
+    attend = OPERATORS.rope_attention_forward
     return packed_attention(attend, q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale)
 
 
@@ -45,14 +45,15 @@ def packed_attention(
     sin: Tensor | None,
     token_index: Tensor | None,
     max_seqlen: int,
+    causal: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` is what each batch of sequences is given to."""
+    """Runs `attend`, attention of a padded batch, for the sequences of each length."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
-    for batch in _batches(cu_seqlens, options[0]):
+    for batch in _batches(cu_seqlens, causal):
         given = (_grid(x, batch.rows) for x in (q, k, v))
-        result = attend(*given, cos, sin, batch.token_index(cos, token_index), 0, *options)
+        result = attend(*given, cos, sin, batch.token_index(cos, token_index), 0, causal, *options)
         out = _filled(out, batch, result[0])
         lse = _filled(lse, batch, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
@@ -118,7 +119,7 @@ def packed_attention_backward(
         cotangent = _grid(dout, rows).mul_(batch.inside[..., None, None])
         given = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
         rotation = cos, sin, batch.token_index(cos, token_index), 0
-        found = torch.ops.evakernels.rope_attention_backward(*given, *rotation, causal, interleaved, scale)
+        found = OPERATORS.rope_attention_backward(*given, *rotation, causal, interleaved, scale)
         gradients = [_filled(x, batch, grid) for x, grid in zip(gradients, found, strict=True)]
     dq, dk, dv = gradients
     return dq, dk, dv

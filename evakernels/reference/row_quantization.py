@@ -10,7 +10,7 @@ has the scale 0, and one that isn't finite NaN, so that what is made of it is Na
 import torch
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
+from . import accumulation_dtype
 
 LARGEST, ZERO = 127, 128
 _MOST = 3.0e38

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.reference._numerics import accumulation_dtype
+from . import accumulation_dtype
 
 
 def swiglu_forward(

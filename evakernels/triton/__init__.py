@@ -2,8 +2,7 @@
 
 A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. Its
 arguments are those of the op's reference, where their types stand. The files are imported by the first call that they
-serve: importing evakernels doesn't import Triton, nor does asking why a call can't be served. `static_reasons` tells
-what holds for all calls of a device and dtypes, `shape_reasons` gives the question about a call's shapes.
+serve: importing evakernels doesn't import Triton, nor does asking why a call can't be served.
 
 Without a GPU they are tested by an interpreter of the PTX that Triton makes of them: `interpret` lets them serve CPU
 tensors.
@@ -16,9 +15,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from evakernels import backends
-from evakernels.triton import _limits
+from .. import backends
 
 FAMILIES = {
     "adamw": ("adamw_update",),
@@ -50,8 +49,18 @@ FAMILIES = {
 INTERPRETED = False
 """Whether the kernels serve CPU tensors. They read it when they are imported, so it holds for the whole process."""
 
+MAX_WIDTH = 1 << 13
+"""Channels of a norm's row: registers hold it, and in backward its gradient and the sums over rows."""
+
+MAX_SWIGLU_WIDTH = 1 << 12
+"""Channels of SwiGLU with a norm; without one, of a program's piece of a row. Backward holds more than forward. Both
+have one limit, so that one backend serves both."""
+
+MAX_HEAD_DIM = 128
+"""Channels of a head, whose rows registers hold."""
+
 _OLDEST_GPU = (8, 0)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 
 
@@ -59,7 +68,7 @@ def register(op: str) -> None:
     """Makes the Triton kernels of `op`, if there are any, one of its backends."""
     if op in _FAMILY_OF:
         device = "cpu" if INTERPRETED else "cuda"
-        overload = getattr(torch.ops.evakernels, op).default
+        overload = backends.overload(op)
         function = backends.noting_writes(lambda *args: launcher(op)(*args), overload)
         backends.register(op, "triton", function, lambda *args: _reasons(op, args), device)
 
@@ -82,31 +91,6 @@ def launcher(op: str) -> Callable[..., Any]:
     return function
 
 
-def static_reasons(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """Why Triton serves no call of `op` on this device with tensors of these dtypes, whatever their shapes.
-
-    Nothing is kept: who asks often keeps the answer. Dtypes of integers don't matter.
-    """
-    if op not in _FAMILY_OF:
-        return [f"{op} has no triton implementation"]
-    if not _installed():
-        return ["triton is not installed"]
-    found = []
-    if device.type != ("cpu" if INTERPRETED else "cuda"):
-        where = "a CPU, where kernels are interpreted" if INTERPRETED else "a GPU"
-        found.append(f"the tensors are on {device}, not on {where}")
-    elif device.type == "cuda":
-        found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
-    refused = dict.fromkeys(dtype for dtype in dtypes if dtype.is_floating_point and dtype not in _DTYPES)
-    return found + [f"{dtype} is not one of float32, bfloat16, float16" for dtype in refused]
-
-
-def shape_reasons(op: str) -> _limits.Reasons | None:
-    """What maps the arguments of a call of `op` to the reasons why Triton can't serve their shapes; None where it
-    serves all. It asks for sizes alone, and needs no Triton."""
-    return _limits.REASONS.get(op)
-
-
 @cache
 def _installed() -> bool:
     return find_spec("triton") is not None
@@ -123,10 +107,34 @@ def _too_old(device: int) -> list[str]:
 
 def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     """Why Triton can't serve a call; without arguments, what holds for every call."""
-    tensor, shapes = backends.first_tensor(args), shape_reasons(op)
+    if not _installed():
+        return ["triton is not installed"]
+    tensor = backends.first_tensor(args)
     if tensor is None:
-        if not _installed():
-            return ["triton is not installed"]
         return [] if INTERPRETED or torch.cuda.is_available() else ["there is no GPU here"]
-    found = static_reasons(op, tensor.device, tuple(backends.dtypes(args)))
-    return found if found or shapes is None else shapes(*args)
+    found, device = [], tensor.device
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        where = "a CPU, where kernels are interpreted" if INTERPRETED else "a GPU"
+        found.append(f"the tensors are on {device}, not on {where}")
+    elif device.type == "cuda":
+        found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
+    unknown = sorted(str(dtype) for dtype in backends.dtypes(args) - _DTYPES if dtype.is_floating_point)
+    found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
+    return found or _size_reasons(_FAMILY_OF[op], tensor, backends.by_name(op, args))
+
+
+def _size_reasons(family: str, tensor: Tensor, given: dict[str, Any]) -> list[str]:
+    """Why Triton can't serve the sizes of a call: its first tensor, and its arguments by name."""
+    found = []
+    if family in ("layer_norm", "swiglu"):
+        limit = MAX_SWIGLU_WIDTH if family == "swiglu" else MAX_WIDTH
+        has_norm = family == "layer_norm" or given.get("norm_weight") is not None
+        if has_norm and tensor.shape[-1] > limit:
+            found.append(f"rows of {tensor.shape[-1]} channels are longer than {limit}")
+    elif family in ("rope_attention", "packed_attention"):
+        head_dim, scale = tensor.shape[-1], given.get("scale")
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
+            found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
+        if scale is not None and not scale > 0:
+            found.append(f"scale {scale} is not positive")
+    return found

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from evakernels.triton._head import (
+from ._head import (
     accumulate,
     dot_transposed,
     load,
@@ -28,7 +28,7 @@ from evakernels.triton._head import (
     store_unrotated,
     zeros,
 )
-from evakernels.triton._rows import product
+from ._rows import product
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

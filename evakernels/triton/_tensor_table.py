@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from evakernels.tuning import config
+from ..tuning import config
 
 TENSORS = 128
 """Of a program that works out what holds for whole tensors."""

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from evakernels.triton._launch import on_device_of
-from evakernels.triton._tensor_table import (
+from ..tuning import entry
+from ._launch import on_device_of
+from ._tensor_table import (
     Table,
     as_float,
     buffers_at,
@@ -24,6 +25,13 @@ from evakernels.triton._tensor_table import (
     store_gradient_factor,
     store_keys,
 )
+
+CONFIGS = {
+    80: {
+        "adamw_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels import backends
-from evakernels.reference import contrastive as reference
-from evakernels.triton import INTERPRETED
-from evakernels.triton._launch import float32_products, on_device_of
-from evakernels.tuning import config
+from .. import backends
+from ..reference import contrastive as reference
+from ..tuning import config, entry
+from . import INTERPRETED
+from ._launch import float32_products, on_device_of
 
 CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
 """What the partial sums of forward or the gradients of the logits take at a time; where kernels are interpreted, so
@@ -48,6 +48,24 @@ tell how much of a row of logits may be moved at once."""
 
 BAND = tl.constexpr(8)
 """Rows of tiles that are worked on together: the features that they share stay in the L2 cache."""
+
+_SQUARE = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+_NARROW = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
+_FLOAT32 = entry(depth=768, itemsize=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
+_FLOAT32_VALUE = entry(depth=768, itemsize=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3)
+_FROM_LOGITS = entry(depth=768, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1)
+_LOGITS = ("contrastive_forward", "contrastive_backward", "contrastive_kept_forward")
+CONFIGS = {
+    80: {
+        **{op: [_SQUARE, _FLOAT32] for op in _LOGITS},
+        "contrastive_kept_backward": [_FROM_LOGITS],
+        "siglip_value": [_SQUARE, _FLOAT32_VALUE],
+        "siglip_forward": [_NARROW, _FLOAT32],
+    },
+    100: {op: [_NARROW, _FLOAT32] for op in _LOGITS},
+    120: {op: [_SQUARE, _FLOAT32] for op in _LOGITS},
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @triton.jit

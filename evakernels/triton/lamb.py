@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from evakernels.reference.lamb import DEEPSPEED_RATIO
-from evakernels.triton._launch import on_device_of
-from evakernels.triton._tensor_table import (
+from ..reference.lamb import DEEPSPEED_RATIO
+from ..tuning import entry
+from ._launch import on_device_of
+from ._tensor_table import (
     Table,
     as_float,
     buffers_at,
@@ -29,6 +30,14 @@ from evakernels.triton._tensor_table import (
 PARTIALS = 256
 """Of which a program adds up as many at a time."""
 _LOWEST, _HIGHEST = (tl.constexpr(bound) for bound in DEEPSPEED_RATIO)
+
+CONFIGS = {
+    80: {
+        "lamb_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
+        "lamb_apply": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import (
+from ..tuning import config, entry
+from ._launch import (
     dense,
     on_device_of,
     partial_sums,
@@ -22,7 +23,7 @@ from evakernels.triton._launch import (
     rows_of,
     total_of,
 )
-from evakernels.triton._rows import (
+from ._rows import (
     centred,
     load_channels,
     load_tile,
@@ -32,7 +33,39 @@ from evakernels.triton._rows import (
     store_tile,
     tile_at,
 )
-from evakernels.tuning import config
+
+_FORWARD = [
+    entry(width=512, ROWS=4, num_warps=4, num_stages=1),
+    entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
+    entry(width=2048, ROWS=2, num_warps=8, num_stages=1),
+    entry(width=4096, ROWS=1, num_warps=8, num_stages=1),
+    entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
+]
+_BACKWARD = [
+    entry(width=512, ROWS=2, num_warps=4, num_stages=1),
+    entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
+    entry(width=2048, ROWS=1, num_warps=8, num_stages=1),
+    entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
+    entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
+]
+_BACKWARD_WITH_BRANCH = [
+    entry(width=512, ROWS=2, num_warps=4, num_stages=1),
+    entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
+    entry(width=2048, ROWS=2, num_warps=16, num_stages=1),
+    entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
+    entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
+]
+CONFIGS = {
+    80: {
+        "layer_norm_forward": _FORWARD,
+        "layer_norm_backward": _BACKWARD,
+        "add_layer_norm_forward": _FORWARD,
+        "add_layer_norm_backward": _BACKWARD_WITH_BRANCH,
+        "layer_norm_add_forward": _FORWARD,
+        "layer_norm_add_backward": _BACKWARD_WITH_BRANCH,
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @triton.jit(do_not_specialize=["rows", "sample_rows", "x_stride", "residual_stride"])

@@ -2,7 +2,50 @@
 
 import torch
 
-from evakernels.triton.rope_attention import Attention, dense_heads
+from ..tuning import entry
+from .rope_attention import Attention, dense_heads
+
+CONFIGS = {
+    80: {
+        "packed_attention_forward": [
+            entry(head_dim=64, tokens=64, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=64, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+        "packed_attention_backward": [
+            entry(head_dim=64, tokens=64, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=64, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+        ],
+    },
+    90: {
+        "packed_attention_backward": [
+            entry(head_dim=64, tokens=64, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1),
+            entry(head_dim=64, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=3),
+        ],
+    },
+    100: {
+        "packed_attention_backward": [
+            entry(head_dim=64, tokens=64, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=3),
+        ],
+    },
+    120: {
+        "packed_attention_backward": [
+            entry(head_dim=64, tokens=64, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=64, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=64, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 def _call(q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale):

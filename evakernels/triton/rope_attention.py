@@ -7,13 +7,67 @@ import torch
 import triton
 from torch import Tensor
 
-from evakernels.reference.rope_attention import is_compact
-from evakernels.triton._attention import PREFIX_ROWS, Form, attention_kernel
-from evakernels.triton._launch import dense, float32_products, in_vectors, on_device_of
-from evakernels.tuning import config
+from ..reference.rope_attention import is_compact
+from ..tuning import config, entry
+from ._attention import PREFIX_ROWS, Form, attention_kernel
+from ._launch import dense, float32_products, in_vectors, on_device_of
 
 _MOST_ROW_STRIDE = 1 << 23
 """Elements; a tile has 128 rows at most."""
+
+CONFIGS = {
+    80: {
+        "rope_attention_forward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+        "rope_attention_backward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=1),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+    },
+    90: {
+        "rope_attention_forward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+        "rope_attention_backward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),
+        ],
+    },
+    100: {
+        "rope_attention_forward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+    },
+    120: {
+        "rope_attention_forward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+        "rope_attention_backward": [
+            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=1),
+            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+        ],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from evakernels.triton._launch import (
+from ..tuning import config, entry
+from . import MAX_SWIGLU_WIDTH
+from ._launch import (
     dense,
     on_device_of,
     partial_sums,
@@ -18,8 +20,7 @@ from evakernels.triton._launch import (
     rows_of,
     total_of,
 )
-from evakernels.triton._limits import MAX_SWIGLU_WIDTH
-from evakernels.triton._rows import (
+from ._rows import (
     centred,
     load_channels,
     load_tile,
@@ -29,7 +30,24 @@ from evakernels.triton._rows import (
     store_tile,
     tile_at,
 )
-from evakernels.tuning import config
+
+CONFIGS = {
+    80: {
+        "swiglu_forward": [
+            entry(width=512, ROWS=4, num_warps=4, num_stages=1),
+            entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
+            entry(width=2048, ROWS=2, num_warps=8, num_stages=1),
+            entry(width=4096, ROWS=1, num_warps=8, num_stages=1),
+        ],
+        "swiglu_backward": [
+            entry(width=512, ROWS=2, num_warps=4, num_stages=1),
+            entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
+            entry(width=2048, ROWS=2, num_warps=16, num_stages=1),
+            entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
+        ],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 def _pieces(width: int) -> tuple[int, int]:

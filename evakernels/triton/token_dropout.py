@@ -10,11 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels.triton._launch import dense, in_vectors, on_device_of
-from evakernels.tuning import config
+from ..tuning import config, entry
+from ._launch import dense, in_vectors, on_device_of
 
 MAX_BLOCK = 1 << 10
 """Channels of a program."""
+
+CONFIGS = {
+    80: {
+        "token_dropout_forward": [
+            entry(width=512, ROWS=4, num_warps=4, num_stages=1),
+            entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
+        ],
+        "token_dropout_backward": [
+            entry(width=512, ROWS=4, num_warps=4, num_stages=1),
+            entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
+        ],
+    },
+}
+"""Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
 @triton.jit(do_not_specialize=["rows", "kept", "tokens", "sample_stride", "token_stride"])

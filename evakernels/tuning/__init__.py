@@ -1,8 +1,7 @@
-"""Launch configurations of the Triton kernels, as data: one JSON file for each GPU.
+"""Launch configurations of the Triton kernels: the look-up in their files, and in the file of a GPU that was tuned.
 
-`config` is a pure look-up: nothing is tuned at import or at the first call. A file named after a compute capability
-(`sm_90.json`) holds the ops for which GPUs from there on differ from those before; its numbers were chosen by what
-compiles without spilling registers, not by time.
+`config` is a pure look-up: nothing is tuned at import or at the first call. `CONFIGS` in the kernels' files were chosen
+by what compiles without spilling registers. `python -m evakernels.tuning run` measures, and writes a GPU's own file.
 """
 
 import json
@@ -10,13 +9,21 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..triton import FAMILIES
+
 FOLDER = Path(__file__).parent
+
+SIZES = ("width", "depth", "head_dim", "tokens", "itemsize")
+"""Of calls: the last is the bytes of an element, the others name what the kernels' files measure."""
+
+Entry = dict[str, dict[str, int]]
+"""The sizes that a configuration is for, `shape`, and the keyword arguments of a launch, `config`."""
 
 _forced: dict[str, Mapping[str, int]] = {}
 
@@ -29,6 +36,12 @@ def config(op: str, shape: Mapping[str, int], tensor: Tensor) -> dict[str, int]:
     """
     found = _forced.get(op) or _nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor))
     return {**found, "enable_fp_fusion": True}  # Triton 3.10 changes the default
+
+
+def entry(**values: int) -> Entry:
+    """The entry of these sizes (`SIZES`) and keyword arguments of a launch."""
+    shape = {name: value for name, value in values.items() if name in SIZES}
+    return {"shape": shape, "config": {name: value for name, value in values.items() if name not in SIZES}}
 
 
 @contextmanager
@@ -56,26 +69,32 @@ def _gpu(device: int) -> tuple[str, int]:
 @cache
 def _nearest(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tuple[str, int]) -> Mapping[str, int]:
     wanted = dict(shape) | {"itemsize": itemsize}
-    entries: list[dict[str, Any]] = table(*gpu)[op]
+    entries = table(*gpu)[op]
 
-    def distance(entry: dict[str, Any]) -> tuple[float, int]:
+    def distance(entry: Entry) -> tuple[float, int]:
         sizes = entry["shape"].items()
         return sum(abs(math.log(size / max(1, wanted[name]))) for name, size in sizes), -len(sizes)
 
-    found: Mapping[str, int] = min(entries, key=distance)["config"]
-    return found
+    return min(entries, key=distance)["config"]
 
 
 @cache
-def table(name: str, capability: int) -> dict[str, Any]:
+def shipped() -> dict[int, dict[str, list[Entry]]]:
+    """The entries in the kernels' files, by compute capability and op."""
+    found: dict[int, dict[str, list[Entry]]] = {}
+    for family in FAMILIES:
+        for capability, entries in import_module(f"..triton.{family}", __package__).CONFIGS.items():
+            found.setdefault(capability, {}).update(entries)
+    return dict(sorted(found.items()))
+
+
+@cache
+def table(name: str, capability: int) -> dict[str, list[Entry]]:
     """The entries of a GPU by op: of its name's file, else of the highest capability, up to its own, that has any."""
-    shared = {int(path.stem.removeprefix("sm_")): path for path in FOLDER.glob("sm_*.json")}
-    fitting = [known for known in sorted(shared) if known <= capability] or [min(shared)]
-    files = [shared[known] for known in fitting]
+    fitting = [known for known in shipped() if known <= capability] or [min(shipped())]
+    found = {op: entries for known in fitting for op, entries in shipped()[known].items()}
     own = FOLDER / f"{file_name(name)}.json"
-    if name and own.exists():
-        files.append(own)
-    return {op: entries for file in files for op, entries in read(file).items()}
+    return found | read(own) if name and own.exists() else found
 
 
 def file_name(gpu: str) -> str:
@@ -83,7 +102,7 @@ def file_name(gpu: str) -> str:
     return "_".join(gpu.lower().split())
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, list[Entry]]:
     """The entries of a file by op."""
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, list[Entry]] = json.loads(path.read_text())
     return content

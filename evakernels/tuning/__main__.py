@@ -11,12 +11,15 @@ from importlib.util import find_spec
 
 import torch
 
-from evakernels import _names, tuning
+from .. import names, tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 on success, 2 where nothing can be measured."""
-    known = sorted({op for path in tuning.FOLDER.glob("*.json") for op in tuning.read(path)})
+    if find_spec("triton") is None:
+        print("triton is not installed, and its kernels' files have the configurations", file=sys.stderr)
+        return 2
+    known = sorted(tuning.shipped()[min(tuning.shipped())])
     parser = argparse.ArgumentParser(prog="python -m evakernels.tuning", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (("show", "print the shipped configurations"), ("run", "measure, and write this GPU's file")):
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _known(ops: Sequence[str]) -> Callable[[str], str]:
     def op(name: str) -> str:
         if name not in ops:
-            raise argparse.ArgumentTypeError(_names.unknown("op", name, ops))
+            raise argparse.ArgumentTypeError(names.unknown("op", name, ops))
         return name
 
     return op
@@ -38,13 +41,15 @@ def _known(ops: Sequence[str]) -> Callable[[str], str]:
 
 def show(ops: Sequence[str]) -> int:
     rows = [("GPU", "op", "shape", "configuration")]
-    for path in sorted(tuning.FOLDER.glob("*.json")):
-        for op, entries in tuning.read(path).items():
+    tables = {f"sm_{capability}": entries for capability, entries in tuning.shipped().items()}
+    tables |= {path.stem: tuning.read(path) for path in sorted(tuning.FOLDER.glob("*.json"))}
+    for gpu, ops_of_gpu in tables.items():
+        for op, entries in ops_of_gpu.items():
             pairs = [
                 [" ".join(f"{k}={v}" for k, v in entry[part].items()) for part in ("shape", "config")]
                 for entry in entries
             ]
-            rows += [(path.stem, op, shape, config) for shape, config in pairs if op in ops]
+            rows += [(gpu, op, shape, config) for shape, config in pairs if op in ops]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -52,11 +57,10 @@ def show(ops: Sequence[str]) -> int:
 
 
 def run(ops: Sequence[str]) -> int:
-    if find_spec("triton") is None or not torch.cuda.is_available():
-        missing = "there is no GPU here" if find_spec("triton") else "triton is not installed"
-        print(f"configurations are chosen by time, and nothing can be measured: {missing}", file=sys.stderr)
+    if not torch.cuda.is_available():
+        print("configurations are chosen by time, and nothing can be measured: there is no GPU here", file=sys.stderr)
         return 2
-    from evakernels.tuning import search
+    from . import search
 
     gpu, capability = tuning.gpu_of(torch.empty(0, device="cuda"))
     found = {}

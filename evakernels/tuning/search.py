@@ -12,9 +12,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
-import evakernels.triton
-from evakernels.tuning import FOLDER, file_name, forced, table
-from evakernels.tuning.calls import Draw, calls
+from ..triton import launcher as launcher_of
+from . import FOLDER, file_name, forced, table
+from .calls import Draw, calls
 
 Config = dict[str, int]
 TimeOf = Callable[[Config], float | None]
@@ -62,7 +62,7 @@ def search(start: Config, time_of: TimeOf) -> Config:
 
 def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
     """The entries of an op with the configurations that are fastest on this GPU."""
-    launcher, result = evakernels.triton.launcher(op), []
+    launcher, result = launcher_of(op), []
     for entry in entries:
         dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
         arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))

@@ -1,6 +1,5 @@
 """What becomes of journals: a result, tables in the page, launch configurations."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ PAGE = (
 def repository_in(top: Path) -> Path:
     for name in ("benchmarks/results", "docs", "evakernels/tuning"):
         (top / name).mkdir(parents=True, exist_ok=True)
-    for path in tuning.FOLDER.glob("sm_*.json"):
-        shutil.copy(path, top / "evakernels/tuning")
     (top / "docs/gpu-check.md").write_text(PAGE)
     return top
 

@@ -38,11 +38,11 @@ def served_by(op: str, implementations: dict[str, backends.Implementation]) -> I
     previous = backends._implementations[op]
     try:
         backends._implementations[op] = implementations
-        backends.kept_for(op).clear()
+        backends.choices.clear()
         yield
     finally:
         backends._implementations[op] = previous
-        backends.kept_for(op).clear()
+        backends.choices.clear()
 
 
 def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:

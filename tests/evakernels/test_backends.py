@@ -2,17 +2,17 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from op_checks import served_by
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
 from evakernels import _native, backends, triton
-
-layer_norm_family = sys.modules["evakernels.ops.layer_norm"]
 
 OP = "layer_norm_forward"
 NO_OPS = {"as_torch_operators", "gradient_norm", "sample_token_index"}
@@ -42,20 +42,20 @@ def calls():
         yield served
 
 
-def test_the_preferred_backend_serves_what_it_can_and_the_reference_the_rest(calls):
+def test_preferred_backend_serves_before_reference(calls):
     evakernels.layer_norm(torch.ones(2, 4))
     evakernels.layer_norm(torch.ones(2, 4).double())
     assert calls == ["cpu", "reference"]
 
 
-def test_a_forced_backend_that_cannot_serve_the_call_gives_all_its_reasons(calls):
+def test_forced_backend_raises_with_all_reasons(calls):
     message = "backend 'cpu' can't serve layer_norm_forward: torch.float64 is not float32; it is a test"
     with evakernels.use_backend("cpu"), pytest.raises(evakernels.BackendError, match=message):
         evakernels.layer_norm(torch.ones(2, 4).double())
     assert calls == []
 
 
-def test_nested_overrides_end_with_their_block_after_an_exception_too(calls):
+def test_overrides_end_with_their_block(calls):
     x = torch.ones(2, 4)
     with evakernels.use_backend("cpu"):
         with pytest.raises(ValueError, match="bias without weight"), evakernels.use_backend("reference"):
@@ -67,7 +67,7 @@ def test_nested_overrides_end_with_their_block_after_an_exception_too(calls):
     assert backends.overrides is None
 
 
-def test_forcing_the_reference_holds_inside_a_compiled_function(calls):
+def test_forced_reference_holds_in_compiled_code(calls):
     """Also when the function was compiled before, without the override."""
     compiled = torch.compile(lambda x: evakernels.layer_norm(x), fullgraph=True, backend="aot_eager")
     x = torch.ones(2, 4)
@@ -78,7 +78,7 @@ def test_forcing_the_reference_holds_inside_a_compiled_function(calls):
     assert calls == ["cpu", "reference", "cpu"]
 
 
-def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls):
+def test_forced_reference_holds_in_backward(calls):
     op, served = "layer_norm_backward", []
     compute = backends._implementations[op]["reference"].function
     fakes = {
@@ -93,7 +93,7 @@ def test_forcing_the_reference_holds_in_a_backward_pass_inside_the_block(calls):
     assert served == ["reference", "cpu"]
 
 
-def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
+def test_explain_lists_backends_and_reasons(calls):
     served = evakernels.explain("layer_norm", torch.ones(2, 4), eps=1e-6)
     assert served.splitlines() == [
         f"{OP} on cuda: {OP} has no cuda implementation",
@@ -110,7 +110,7 @@ def test_explain_tells_who_serves_a_call_and_why_others_do_not(calls):
     ]
 
 
-def test_the_compiled_library_refuses_what_it_has_no_kernel_for(monkeypatch):
+def test_compiled_library_refuses_missing_kernels(monkeypatch):
     """With the real reasons, whether or not the library is built here."""
     monkeypatch.setattr(_native, "LOADED", False)
     monkeypatch.setattr(_native, "REASON", "not built: no compiler")
@@ -144,7 +144,7 @@ ALL = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
         ((7, 5), [], True),
     ],
 )
-def test_a_gpu_that_nothing_was_compiled_for_is_refused(capability, codes, runs, monkeypatch):
+def test_gpu_without_compiled_code_is_refused(capability, codes, runs, monkeypatch):
     """For a reason, so that the next backend serves the call; CUDA would end it with `no kernel image`."""
     monkeypatch.setattr(_native, "LOADED", True)
     monkeypatch.setattr(_native, "implemented", lambda op, device: True)
@@ -163,14 +163,14 @@ def test_a_gpu_that_nothing_was_compiled_for_is_refused(capability, codes, runs,
 @pytest.mark.parametrize(
     ("capability", "cuda", "refused"), [((7, 5), "13.0", 1), ((8, 0), "13.0", 0), ((7, 5), None, 0)]
 )
-def test_triton_does_not_serve_gpus_that_it_compiles_nothing_for(capability, cuda, refused, monkeypatch):
+def test_triton_refuses_old_gpus(capability, cuda, refused, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     reasons = triton._too_old.__wrapped__(0)
     assert reasons == ["the GPU has compute capability 7.5; Triton needs 8.0 or later"] * refused
 
 
-def test_without_any_usable_backend_the_error_lists_all():
+def test_error_without_any_backend_lists_all():
     refusing = {
         backend: backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
         for backend in backends.PREFERENCE
@@ -180,57 +180,51 @@ def test_without_any_usable_backend_the_error_lists_all():
         evakernels.layer_norm(torch.ones(2, 4))
 
 
-def test_what_triton_serves_no_call_of_is_told_without_arguments(monkeypatch):
+WIDEST = {"layer_norm": 8192, "swiglu": 4096, "rope_attention": 128, "packed_attention": 128}
+TRITON_OPS = [(family, op) for family, ops in triton.FAMILIES.items() for op in ops]
+
+
+def triton_reasons(op, width, **given):
+    """Of tensors `[1, 1, 1, width]` on a GPU that nothing else refuses."""
+    with FakeTensorMode():
+        x = torch.ones(1, 1, 1, width, device="cuda", dtype=torch.bfloat16)
+    names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
+    return backends.why_not(op, "triton", *(given.get(name, x if i == 0 else None) for i, name in enumerate(names)))
+
+
+@pytest.mark.parametrize(("family", "op"), TRITON_OPS)
+def test_triton_refuses_long_rows(family, op, monkeypatch):
     monkeypatch.setattr(triton, "_installed", lambda: True)
-    monkeypatch.setattr(triton, "_too_old", lambda index: [f"GPU {index} is too old"])
-    served = torch.device("cuda", 1), (torch.bfloat16, torch.int64, torch.float32)
-    assert triton.static_reasons(OP, *served) == ["GPU 1 is too old"]
     monkeypatch.setattr(triton, "_too_old", lambda index: [])
-    assert triton.static_reasons(OP, *served) == []
-    assert triton.static_reasons(OP, torch.device("cpu"), (torch.float64,)) == [
+    widest = WIDEST.get(family)
+    given = {"scale": 1.0, "norm_weight": torch.ones(1)}
+    assert triton_reasons(op, widest or 1 << 20, **given) == []
+    assert triton_reasons(op, 2 * widest if widest else 1 << 20, **given) != [] or widest is None
+    if family == "swiglu":
+        assert triton_reasons(op, 1 << 20) == []
+    if "attention" in family:
+        assert "scale" in "".join(triton_reasons(op, 64, scale=-1.0))
+
+
+def test_triton_refuses_gpu_and_dtype(monkeypatch):
+    monkeypatch.setattr(triton, "_installed", lambda: True)
+    monkeypatch.setattr(triton, "_too_old", lambda index: ["it is too old"])
+    assert triton_reasons(OP, 4) == ["it is too old"]
+    assert backends.why_not(OP, "triton", torch.ones(2, 4).double()) == [
         "the tensors are on cpu, not on a GPU",
         "torch.float64 is not one of float32, bfloat16, float16",
     ]
-    assert triton.static_reasons("gelu_forward", *served) == ["gelu_forward has no triton implementation"]
+    assert backends.why_not("gelu_forward", "triton") == ["gelu_forward has no triton implementation"]
     monkeypatch.setattr(triton, "_installed", lambda: False)
-    assert triton.static_reasons(OP, *served) == ["triton is not installed"]
+    assert triton_reasons(OP, 4) == ["triton is not installed"]
 
 
-@pytest.mark.parametrize("op", [op for ops in triton.FAMILIES.values() for op in ops])
-def test_questions_about_shapes_fit_the_schema_and_take_its_first_arguments(op):
-    """A wrong place of an argument would ask for the sizes of another one."""
-    question = triton.shape_reasons(op)
-    if question is None:
-        assert any(name in op for name in ("adamw", "contrastive", "lamb", "siglip", "token"))
-        return
-    names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
-    wide = torch.empty(1, 1, 1, 1 << 20)
-    places = {place for place in range(1, len(names)) if question(wide, *[None] * (place - 1), -1.0) != question(wide)}
-    attention, needs_norm = "attention" in op, "swiglu" in op
-    assert [names[place] for place in places] == ["scale"] * attention + ["norm_weight"] * needs_norm
-    assert (question(wide) == []) == needs_norm
-
-
-@pytest.mark.parametrize("op", [op for ops in triton.FAMILIES.values() for op in ops if op.endswith("_backward")])
-def test_triton_serves_both_directions_of_a_call_or_none(op):
-    def reasons(op, width):
-        question, arguments = triton.shape_reasons(op), getattr(torch.ops.evakernels, op).default._schema.arguments
-        x = torch.empty(1, 1, 1, width)
-        return question(*(1.0 if argument.name == "scale" else x for argument in arguments)) if question else []
-
-    for width in (1, 128, 129, 4096, 4097, 8192, 8193):
-        assert reasons(op.replace("backward", "forward"), width) == reasons(op, width)
-
-
-def test_asking_triton_for_its_reasons_does_not_import_it():
+def test_triton_reasons_do_not_import_triton():
     code = """if True:
         import sys, torch
         from evakernels import backends, triton
         x = torch.ones(2, 8)
         for op in ("layer_norm_forward", "swiglu_forward", "rope_attention_forward", "contrastive_forward"):
-            triton.static_reasons(op, x.device, (x.dtype,))
-            question = triton.shape_reasons(op)
-            assert question is None or question(x) == []
             backends.why_not(op, "triton", x)
         sys.exit("triton" in sys.modules)
     """
@@ -258,7 +252,7 @@ def forced(name):
         (lambda name: backends.register(OP, name, lambda: None), "unknown backend 'quantum'; known: cuda, triton, cpu"),
     ],
 )
-def test_unknown_names_are_errors_that_list_near_misses_or_the_known_ones(call, message):
+def test_unknown_name_error_lists_known_names(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(message.split("'")[1])
 
@@ -292,7 +286,7 @@ def test_explain_takes_the_arguments_of_a_loss():
         assert text.count("serves the call") == 1
 
 
-def test_what_draws_alone_is_no_op():
+def test_explain_refuses_sample_token_index():
     with pytest.raises(ValueError, match="sample_token_index is made of torch's own operators"):
         evakernels.explain("sample_token_index")
 
@@ -302,8 +296,8 @@ def test_every_op_has_a_reference():
     assert {"layer_norm_forward", "rope_attention_backward", "swiglu_forward"} <= backends.ops().keys()
 
 
-def test_only_a_call_that_nobody_watches_goes_past_the_dispatcher(monkeypatch):
-    """A dispatch mode sees the op; without one a plain call reaches the implementation, with a gradient or without."""
+def test_plain_calls_bypass_the_dispatcher():
+    """A dispatch mode sees the op; the profiler of a plain call, with a gradient or without, sees a kernel alone."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -311,20 +305,32 @@ def test_only_a_call_that_nobody_watches_goes_past_the_dispatcher(monkeypatch):
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    op = torch.ops.evakernels.layer_norm_forward.default
     x = torch.ones(2, 4)
     with Watch():
         evakernels.layer_norm(x)
         evakernels.layer_norm(x.clone().requires_grad_())
-    assert seen.count(op) == 2
-    monkeypatch.setattr(layer_norm_family._forward, "overload", None)
-    evakernels.layer_norm(x)
-    with torch.profiler.profile():
+    assert seen.count(torch.ops.evakernels.layer_norm_forward.default) == 2
+    with torch.profiler.profile() as profiler:
         evakernels.layer_norm(x)
-    evakernels.layer_norm(x.clone().requires_grad_()).sum().backward()
+        evakernels.layer_norm(x.clone().requires_grad_()).sum().backward()
+    assert not [event.name for event in profiler.events() if event.name.startswith("evakernels::")]
 
 
-def test_a_call_is_resolved_once(calls, monkeypatch):
+@pytest.mark.parametrize("op", ["layer_norm", "gelu", "swiglu"])
+def test_fast_path_changes_no_bit(op):
+    """A mode that does nothing makes the dispatcher run the op."""
+    gate, up = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    given = {"layer_norm": (gate, up[0], up[1]), "gelu": (gate, up[0]), "swiglu": (gate, up)}[op]
+    results = []
+    for mode in (nullcontext(), BaseTorchFunctionMode()):
+        leaves = [x.clone().requires_grad_() for x in given]
+        with mode:
+            out = getattr(evakernels, op)(*leaves)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(map(torch.equal, *results))
+
+
+def test_choice_is_made_once(calls, monkeypatch):
     """By dtypes, shapes, devices, numbers and what the process has switched; wrong calls never are."""
     asked, select = [], backends.select
     monkeypatch.setattr(backends, "select", lambda op, args: asked.append(op) or select(op, args))
@@ -353,7 +359,7 @@ def test_a_call_is_resolved_once(calls, monkeypatch):
     assert asked == [OP] * 6
 
 
-def test_what_a_check_makes_of_a_call_is_made_of_each_like_it():
+def test_cached_calls_get_the_casts_of_the_check():
     """Autocast's casts, which autograd sees, and numbers that stand for None."""
     q, k, v = torch.randn(3, 1, 5, 2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     for _ in range(3):
@@ -366,16 +372,15 @@ def test_what_a_check_makes_of_a_call_is_made_of_each_like_it():
         assert torch.equal(evakernels.rope_attention(q, k, v), evakernels.rope_attention(q, k, v, scale=8**-0.5))
 
 
-def test_so_many_plans_are_kept_and_no_more(monkeypatch):
-    op = layer_norm_family._forward
-    monkeypatch.setattr(sys.modules["evakernels.ops._op"], "MAX_PLANS", 3)
-    op.plans.clear()
+def test_choices_are_bounded(monkeypatch):
+    monkeypatch.setattr(sys.modules["evakernels.ops._fast"], "MAX_ENTRIES", 3)
+    backends.choices.clear()
     for rows in range(1, 9):
         evakernels.layer_norm(torch.ones(rows, 4))
-        assert len(op.plans) <= 3
+        assert len(backends.choices) <= 3
 
 
-def test_an_observer_sees_every_call_and_is_not_kept():
+def test_observer_sees_every_call():
     x, seen = torch.ones(2, 4), []
     evakernels.layer_norm(x)
     with backends.observed_by(lambda op, backend: seen.append(op)):
@@ -403,7 +408,7 @@ def refused(monkeypatch):
         yield
 
 
-def test_the_reference_on_a_gpu_is_told_once(refused):
+def test_reference_on_gpu_warns_once(refused):
     given = on_a_gpu(), None, None, 1e-5, False
     text = "layer_norm_forward runs as its reference, in plain PyTorch, which is slow on a GPU (cuda: it is tired; "
     with pytest.warns(evakernels.ReferenceWarning, match=re.escape(text)):
@@ -416,7 +421,7 @@ def test_the_reference_on_a_gpu_is_told_once(refused):
             backends.select(OP, given)
 
 
-def test_the_reference_on_a_gpu_is_an_error_for_who_wants_it_to_be(refused, monkeypatch):
+def test_reference_on_gpu_is_an_error_when_strict(refused, monkeypatch):
     monkeypatch.setenv("EVAKERNELS_STRICT", "1")
     with pytest.raises(evakernels.BackendError, match=r"triton: it is tired\); EVAKERNELS_STRICT is set"):
         backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))
@@ -429,6 +434,6 @@ def test_the_reference_on_a_gpu_is_an_error_for_who_wants_it_to_be(refused, monk
 
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("On", True), ("true", True), ("off", False), ("", False)])
-def test_a_switch_in_the_environment(monkeypatch, value, on):
+def test_switch_in_the_environment(monkeypatch, value, on):
     monkeypatch.setenv("EVAKERNELS_STRICT", value)
     assert backends.is_switched_on("EVAKERNELS_STRICT") is on

@@ -62,7 +62,7 @@ def test_kernels_keep_to_their_budget() -> None:
     print("assembled:", *sorted(assembled))
     found = budget.measure(assembled)
     same_compiler = release == budget.nvcc_release()
-    remedy = "if that is meant to be so: python csrc/cuda/budget.py"
+    remedy = "if that is meant to be so: python tests/cuda/budget.py"
     sources = {budget.source_of(path) for path in budget.objects()}
     assert {kernel.partition(":")[0] for kernel in allowed["sm_80"]} == sources, remedy
     for arch, kernels in found.items():

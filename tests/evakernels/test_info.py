@@ -1,8 +1,10 @@
-"""`info()` on this machine; tests/packaging covers it without the native library."""
+"""`info()` on this machine (tests/packaging: without the native library), and the examples in docstrings."""
 
+import doctest
 import json
 import platform
 
+import pytest
 import torch
 
 import evaclip
@@ -37,3 +39,12 @@ def test_a_library_that_is_damaged_is_told_with_the_linkers_reason(tmp_path, mon
     reason = _native._load()
     assert reason.startswith(f"_ops.so can't be loaded under torch {torch.__version__}: ")
     assert reason.endswith("invalid ELF header")
+
+
+@pytest.mark.parametrize("name", [*evakernels.ops.__all__, "checkpoint_policy", "clip_grad_norm_"])
+def test_the_example_is_right(name):
+    names = {"torch": torch, "evakernels": evakernels}
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(evakernels, name), name, globs=names)
+    assert test.examples
+    report: list[str] = []
+    assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)

@@ -153,6 +153,22 @@ def test_one_call_is_both_phases_to_the_bit(variant, dtype, skipped):
     assert skipped == torch.equal(at_once[0][0], before[0][0])
 
 
+def test_ops_default_to_the_optimizers_variant():
+    """One step of the ops, with their default and in two phases, is one of `optim.Lamb` with its own."""
+    optimizer = optimizer_of(tensors(0), Lamb)
+    step(optimizer, tensors(1))
+    for in_phases in (False, True):
+        params, grads = tensors(0), tensors(1)
+        state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        steps, options = [torch.zeros(()) for _ in params], {"betas": BETAS, "eps": EPS}
+        if in_phases:
+            norms = evakernels.lamb_update(params, grads, *state, steps, DECAYS, **options)
+            evakernels.lamb_apply(params, *state, steps, norms, LRS, DECAYS, **options)
+        else:
+            evakernels.lamb_step(params, grads, *state, steps, LRS, DECAYS, **options)
+        torch.testing.assert_close(params, parameters(optimizer), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])

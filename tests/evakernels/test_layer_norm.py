@@ -13,7 +13,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
-from evakernels.ops import _autocast
+from evakernels import autocast
 
 EPS = 1e-6
 OPS = torch.ops.evakernels
@@ -305,7 +305,7 @@ class Taken(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_cuda_autocast_makes_no_copy_of_what_is_given(monkeypatch, kind):
-    monkeypatch.setattr(_autocast, "is_on", lambda device: device == "cuda")
+    monkeypatch.setattr(autocast, "is_on", lambda device: device == "cuda")
     half, full = torch.bfloat16, torch.float32
     with FakeTensorMode(), torch.device("cuda"), Taken() as taken:
         x, weight = torch.ones(2, 3, 8), torch.ones(8)
@@ -337,7 +337,7 @@ def test_autocast_gives_the_dtypes_of_torch(kind, dtype):
 @pytest.mark.parametrize("kind", NORMS)
 def test_cuda_autocast_gives_float32_of_a_model_in_bfloat16(monkeypatch, kind):
     """As torch, which casts the weight too. Autocast stays off without a GPU; fake tensors say that they are on one."""
-    monkeypatch.setattr(_autocast, "is_on", lambda device: device == "cuda")
+    monkeypatch.setattr(autocast, "is_on", lambda device: device == "cuda")
     with FakeTensorMode(), torch.device("cuda"):
         x, branch, weight = torch.ones(2, 3, 8).bfloat16(), torch.ones(2, 3, 8).bfloat16(), torch.ones(8).bfloat16()
         bias = weight if kind == "layer" else None

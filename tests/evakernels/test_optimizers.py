@@ -243,5 +243,5 @@ def test_what_one_optimizer_alone_refuses():
         AdamW(ONE, differentiable=True)
     with pytest.raises(ValueError, match="AdamW: amsgrad is True; accepted: False"):
         AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, amsgrad=True).state_dict())
-    with pytest.raises(ValueError, match="accepted: 'deepspeed', 'nvlamb'; did you mean 'nvlamb'"):
+    with pytest.raises(ValueError, match=r"variant is .*did you mean 'nvlamb'"):
         Lamb(ONE, variant="nvlam")

@@ -12,7 +12,7 @@ from torch import nn
 import evakernels
 from evakernels import _native
 from evakernels.optim import AdamW, Lamb
-from evakernels.reference._stochastic_rounding import random_bits, round_stochastically
+from evakernels.reference._optimizer import random_bits, round_stochastically
 
 NATIVE = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
 BACKENDS = ["reference", pytest.param(COMPILED, marks=NATIVE)]

@@ -38,7 +38,7 @@ def tree(tmp_path: Path) -> Path:
     (folder / "evakernels").mkdir()
     (folder / "CMakeLists.txt").write_text("project(kernels)")
     (folder / "csrc/cuda/norm.cu").write_text("__global__ void norm();")
-    (folder / "csrc/cuda/budget.json").write_text("{}")
+    (folder / "csrc/cuda/README.md").write_text("")
     (folder / "evakernels/_ops.so").write_text("stale")
     return folder
 
@@ -132,7 +132,7 @@ def test_each_kind_of_damage_has_its_line(folder: Path, damage: Callable[[Path],
 
 def test_kernels_that_changed_since_are_noticed(folder: Path, tree: Path) -> None:
     found = bundle.read(folder)
-    (tree / "csrc/cuda/budget.json").write_text("[]")  # nothing is compiled of it
+    (tree / "csrc/cuda/README.md").write_text("[]")  # nothing is compiled of it
     found.check(tree)
     (tree / "csrc/cuda/norm.cu").write_text("__global__ void other();")
     assert "the kernels changed since" in refusal(found.check, tree)

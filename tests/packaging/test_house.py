@@ -33,6 +33,14 @@ def test_the_kernels_know_nothing_of_the_models(path: Path) -> None:
     }
 
 
+def test_kernels_import_relatively() -> None:
+    """So that the package can be renamed, as a build for the Hub does."""
+    for path in KERNELS:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        assert "dropin" in path.parts or not {name for name in modules if name.startswith("evakernels")}, path
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_library_knows_no_command_line(path: Path) -> None:
     names = imported(path)

@@ -1,15 +1,17 @@
-"""The compiled library under AddressSanitizer and UndefinedBehaviorSanitizer, as the ops' own tests call it."""
+"""The ops' own tests on other builds and backends: clang, sanitizers, every instruction set, the references."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from op_suite import build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
+from op_suite import CHOICE, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
 
 import evakernels
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
 
+CLANG = shutil.which("clang++")
 SANITIZE = "-Og -fsanitize=address,undefined -fno-sanitize-recover=all"
 NATIVE = evakernels.info()["native"]
 ISAS = NATIVE.get("isas_available", [])
@@ -46,7 +48,6 @@ def tests(compiler: str, made_once: Callable[..., Path], tmp_path_factory: pytes
     return copy_with_library(tmp_path_factory.mktemp("watched"), build / "_ops.so")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not ISAS, reason="there are no compiled kernels")
 @pytest.mark.parametrize("isa", ISAS)
 def test_ops_are_clean(isa: str, tests: Path, compiler: str) -> None:
@@ -59,3 +60,25 @@ def test_ops_are_clean(isa: str, tests: Path, compiler: str) -> None:
         # half their alignment under GCC 12.
         ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
     )
+
+
+@pytest.mark.skipif(CLANG is None, reason="there is no clang++")
+def test_ops_compile_without_a_warning_and_are_as_accurate(tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    build_library(build, "_ops", CMAKE_CXX_COMPILER=CLANG, CMAKE_CXX_FLAGS="-Werror")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    tests = copy_with_library(tree, build / "_ops.so")
+    run_ops(folder=tests, PYTHONPATH=str(tree))
+
+
+@pytest.mark.skipif(not ISAS, reason="there are no compiled kernels")
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != NATIVE["isa"]])
+def test_instruction_set(isa: str) -> None:
+    run_ops(EVAKERNELS_ISA=isa)
+
+
+@pytest.mark.skipif(not NATIVE["loaded"], reason="the other tests run on the references already")
+def test_reference() -> None:
+    # Some tests are of the kernels' own tiles and polynomials.
+    run_ops("with evakernels.use_backend('reference')", choice=f"({CHOICE}) and not several_tiles and not 16_bits")

@@ -1,4 +1,4 @@
-"""Names that users give, of ops, models, options and files, and the known ones that are near."""
+"""Messages for misspelt names of ops, models, options and files, with the nearest known names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,6 +1,6 @@
 """What the GPU kernels take of a multiprocessor, as nvcc reports it, and how wide they access memory, as disassembled.
 
-    python csrc/cuda/budget.py     compiles the kernels and writes budget.json
+    python tests/cuda/budget.py     compiles the kernels and writes budget.json
 
 A kernel that takes more registers or shared memory than before runs in fewer copies at a time and is slower, which no
 test of its results shows; one that spills registers reads and writes memory that it should not; and the compiler may
@@ -30,8 +30,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from ptx_interpreter.runtime import newest_for, ptx_in
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc/cuda"
 BUILD = ROOT / "build/ptx"
 """What isn't changed is not compiled again, neither for the tests that run the PTX."""
 OBJECTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o"
@@ -39,7 +39,7 @@ PTX_OF = "80-virtual,100-virtual"
 """Machine code is made of this PTX, as setup.py has it for all GPUs."""
 FLAGS = ";-lineinfo;--no-compress"
 """Of nvcc: the PTX tells its lines, and can be read in objects."""
-BUDGET = FOLDER / "budget.json"
+BUDGET = Path(__file__).resolve().with_name("budget.json")
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DISASSEMBLED = "sm_90"
 ASSEMBLER_OPTIONS = ("-m64", "-v")
@@ -138,7 +138,7 @@ def _output(command: list[str], environment: Mapping[str, str] | None = None) ->
 
 def objects() -> list[Path]:
     """Those of today's sources, in the order of their names."""
-    return sorted(path for path in BUILD.glob(OBJECTS) if (FOLDER / path.stem).exists())
+    return sorted(path for path in BUILD.glob(OBJECTS) if (SOURCES / path.stem).exists())
 
 
 def source_of(path: Path) -> str:

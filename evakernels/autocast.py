@@ -1,4 +1,4 @@
-"""What `torch.autocast` does to the arguments of an op, as PyTorch does it to its own.
+"""The casts of `torch.autocast` for the arguments of an op, as PyTorch makes them for its own ops.
 
 PyTorch runs matrix work (linear, attention) in the autocast dtype on every device, and norms in float32 on CUDA but in
 the dtype of their input on a CPU. The casts are made by the public functions, in front of the op, so that autograd and
@@ -35,7 +35,7 @@ def widens_norms(x: Tensor) -> bool:
 
 
 def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Those of 16 bits in float32.
+    """The tensors, those of 16 bits in float32.
 
     A model in bfloat16 has parameters in bfloat16, which beside a norm in float32 no norm takes.
     """

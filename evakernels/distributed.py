@@ -1,4 +1,4 @@
-"""Collectives with gradients, for losses over the batch of all processes.
+"""Collectives with gradients, for losses over the global batch of all ranks.
 
 The rule: a loss has the value over the global batch on every rank, and its gradient is world_size times this
 rank's contribution. Averaged over ranks, as data-parallel training does, the contributions add up to the
@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.ops._eager import is_transformed
-from evakernels.reference._numerics import accumulation_dtype
+from ._modes import is_transformed
+from .reference import accumulation_dtype
 
 # Names of torch 2.13 and of those before it.
 _gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -22,11 +22,11 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "r
 
 
 Group = dist.ProcessGroup | Literal[False] | None
-"""Whose batches a loss is of: a group's; those of all processes, for None; this process's alone, for False."""
+"""The ranks whose batches make up the global batch: those of a group; all for None; this rank alone for False."""
 
 
 def resolved(op: str, group: Group) -> dist.ProcessGroup | None:
-    """The process group that `group` means; None for this process alone, as before `init_process_group`.
+    """The process group that `group` stands for; None for this rank alone, as before `init_process_group`.
 
     Raises `ValueError` for a group before `init_process_group`.
     """
@@ -104,7 +104,7 @@ def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | 
 
 
 def logsumexp_of_ranks(x: Tensor, summand: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Of each element of the vector `x` over the ranks, and the sum of `summand` `[]`; float64, without a gradient.
+    """Log-sum-exp over the ranks of each element of `x` `[n]`, and the sum of `summand` `[]`; float64, no gradient.
 
     By two all-reduces, of the largest elements and of the exponentials relative to them. One would do wherever float64
     holds the exponentials themselves, but to ask whether it does the host would have to wait for the device.

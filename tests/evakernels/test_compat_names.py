@@ -1,16 +1,42 @@
-"""Signatures of `evakernels.compat` are those of flash-attn and of xformers, where that is installed.
+"""Names of `evakernels.compat`: signatures are those of the other libraries; a missing name's error has a replacement.
 
-pip install --no-deps --target DIR xformers    and DIR in PYTHONPATH
+xformers' are compared where it is installed: pip install --no-deps --target DIR xformers    and DIR in PYTHONPATH
 """
 
 import importlib
 import inspect
+import operator
+import re
 from types import ModuleType
 
 import pytest
 import torch
 
+import evakernels
 from evakernels.compat import flash_attn, xformers
+
+MISSING = {
+    "apex": ["fused_layer_norm_affine", "fused_rms_norm", "FusedSGD"],
+    "flash_attn": ["flash_attn_with_kvcache", "apply_rotary_emb", "unpad_input"],
+    "xformers": ["RMSNorm", "AttentionBias", "SwiGLU", "memory_efficient_attention_forward", "rope_padded"],
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in MISSING for name in MISSING[module]])
+def test_missing_name_has_replacement(module, name):
+    with pytest.raises(ImportError, match=f"^evakernels.compat.{module} has no {name}: ") as caught:
+        exec(f"from evakernels.compat.{module} import {name}")
+    for path in re.findall(r"evakernels\.([\w.]+)", str(caught.value).partition(": ")[2]):
+        operator.attrgetter(path)(evakernels)
+
+
+@pytest.mark.parametrize("module", MISSING)
+def test_unknown_name_raises_attribute_error(module):
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = importlib.import_module(f"evakernels.compat.{module}").no_such_name
+
+
+# --- signatures -----------------------------------------------------------------------------------------------------
 
 OPTIONS = "window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
 OPTIONS = f"dropout_p=0.0, softmax_scale=None, causal=False, {OPTIONS}"

@@ -1,0 +1,75 @@
+"""Which backend serves a call of a public function, and why the others don't."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from . import backends, ops
+
+_TORCH_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Reports which backend serves a call and why the others don't, one line each.
+
+    The op doesn't run, and nothing is written. A loss over several processes still gathers its features, so every
+    process must call `explain`.
+
+    Args:
+        op: a public function or its name, such as `"layer_norm"` or `"clip_loss"`, or an op of
+            `torch.ops.evakernels` or its name, such as `"layer_norm_backward"`.
+        args, options: the call: what the public function takes, by position or by keyword, or the op's arguments in
+            the order of its schema. Leading arguments are enough: without any, the lines hold for every call. Without
+            a whole call a function that chooses between several ops has lines of each.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for arguments that the function doesn't take. What the function itself raises is raised too.
+    """
+    # Another library's function of the same name is none of ours.
+    module = str(getattr(op, "__module__", ""))
+    is_ours = str(__package__) in module or backends.NAMESPACE in module
+    name = getattr(op, "__name__", op) if is_ours else op
+    calls = [(found, args) for found in backends.ops_of(name)]
+    public = None if isinstance(op, _TORCH_OPS) else getattr(ops, str(name), None)
+    if public is not None and (args or options):
+        calls = _calls_of(public, args, options) or calls
+    elif options:
+        raise TypeError(f"{name} takes the arguments of its schema by position, got {', '.join(options)}")
+    return "\n".join(backends.report(*call) for call in calls)
+
+
+class _OpCalled(Exception):
+    """Ends a public function where it calls an op."""
+
+
+class _AtFirstOp(TorchFunctionMode):
+    """Raises `_OpCalled` with the name and the arguments of the first op that is called."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = str(func).partition(".")
+        if namespace == backends.NAMESPACE:
+            raise _OpCalled(name.partition(".")[0], args)
+        return func(*args, **(kwargs or {}))
+
+
+def _calls_of(
+    public: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """The op that a public function calls with these arguments, and its own; nothing if some are missing."""
+    signature = inspect.signature(public)
+    try:
+        given = signature.bind_partial(*args, **options).arguments
+    except TypeError as error:
+        raise TypeError(f"{public.__name__}: {error}; accepted: {', '.join(signature.parameters)}") from None
+    if any(p.default is p.empty and name not in given for name, p in signature.parameters.items()):
+        return []
+    try:
+        with _AtFirstOp():
+            public(*args, **options)
+    except _OpCalled as call:
+        return [call.args]
+    return []

@@ -1,0 +1,48 @@
+"""What watches the ops that run: compilers, tracers, modes, functorch's transforms and forward-mode differentiation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+# Looked up at every call: names of this module, as each dot costs.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_any_requires_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
+are_transforms_active = torch._C._are_functorch_transforms_active
+"""Whether a transform of functorch (`torch.func`) is at work."""
+
+
+def needs_dispatcher() -> bool:
+    """Whether more than autograd may look at the ops that run, so that a call has to go through torch's dispatcher."""
+    return (
+        is_compiling()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes() > 0
+        or _function_modes()
+        or are_transforms_active()
+        or _is_tracing()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of functorch or forward-mode differentiation is at work."""
+    return are_transforms_active() or has_dual_numbers()
+
+
+def has_dual_numbers() -> bool:
+    """Whether forward-mode differentiation is at work; a constant in compiled code."""
+    return forward_ad._current_level >= 0
+
+
+# As torch.compiler.assume_constant_result sets it, which imports the compiler.
+has_dual_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def needs_grad(*args: Any) -> bool:
+    """Whether autograd has to record a call with these arguments."""
+    return _is_grad_enabled() and _any_requires_grad(*args)

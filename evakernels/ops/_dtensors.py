@@ -1,0 +1,145 @@
+"""Ops on DTensors, as sequence and tensor parallelism make them: each rank computes the rows of its shard.
+
+Gradients of replicated parameters are `Partial` (sums over ranks that are still to be made), as those of torch's norms.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ShardingRule(NamedTuple):
+    """The layouts of an op's arguments, by name; those without one are `[C]`, parameters of all rows.
+
+    Attributes:
+        activations: arguments `[B, ..., C]`; the first is the op's first argument. Outputs have the same layout.
+        samples: an argument `[B]`, without a gradient.
+        whole_rows: given the arguments, whether a channel's result depends on other channels, so that rows stay whole.
+    """
+
+    activations: tuple[str, ...]
+    samples: str | None = None
+    whole_rows: Callable[..., bool] = lambda *args: True
+
+
+def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dict[str, Any]) -> Any:
+    """`op` of DTensors, on this rank's shards; `args` are its arguments by name.
+
+    Activations stay sharded where one of them is, but along the last dimension only if the op is elementwise; others
+    are redistributed. Outputs are placed as activations are.
+
+    Raises:
+        TypeError: for a plain tensor beside DTensors.
+        ValueError: for DTensors of several meshes.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    given = [arg for arg in args.values() if isinstance(arg, Tensor)]
+    sharded = [arg for arg in given if isinstance(arg, DTensor)]
+    if len(sharded) < len(given):
+        raise TypeError(
+            f"{name}: {len(sharded)} of {len(given)} tensors are DTensors; accepted: all or none "
+            "(torch.distributed.tensor.distribute_tensor makes one of a plain tensor)"
+        )
+    first = args[rule.activations[0]]
+    mesh, last = sharded[0].device_mesh, first.dim() - 1
+    if any(arg.device_mesh != mesh for arg in sharded):
+        raise ValueError(f"{name}: the DTensors are of several meshes; accepted: of one")
+    cuttable = range(last) if rule.whole_rows(*args.values()) else range(last + 1)
+
+    def of_activations(dimension: int) -> Any:
+        found = (args[name].placements[dimension] for name in rule.activations)
+        return next((Shard(p.dim) for p in found if isinstance(p, Shard) and p.dim in cuttable), Replicate())
+
+    rows = tuple(map(of_activations, range(mesh.ndim)))
+    samples = tuple(p if p.is_shard(0) else Replicate() for p in rows)
+    channels = tuple(Shard(0) if p.is_shard(last) else Replicate() for p in rows)
+    sums = tuple(Shard(0) if p.is_shard(last) else Partial() if p.is_shard() else p for p in rows)
+
+    def shard_of(name: str, arg: Any) -> Any:
+        if not isinstance(arg, DTensor):
+            return arg
+        place, gradient = channels, sums
+        if name in rule.activations:
+            place = gradient = rows
+        elif name == rule.samples:
+            place = gradient = samples
+        # A redistribution would make the sums of the gradient at once.
+        arg = arg if arg.placements == place else arg.redistribute(mesh, place)
+        return arg.to_local(grad_placements=gradient)
+
+    outputs = op(*[shard_of(name, arg) for name, arg in args.items()])
+    shape, stride = first.shape, _contiguous_stride(first.shape)
+
+    def whole(out: Tensor) -> Any:
+        return DTensor.from_local(out, mesh, rows, run_check=False, shape=shape, stride=stride)
+
+    return whole(outputs) if isinstance(outputs, Tensor) else tuple(map(whole, outputs))
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+# --- shards of parameters -------------------------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies in this process, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    # The import takes longer than many a step, and nobody has a DTensor who hasn't made it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def groups_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a tensor is cut: a sum over its elements is one over this process's, then these.
+
+    Raises:
+        TypeError: for a DTensor that holds sums still to be made.
+    """
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise TypeError(f"a DTensor is placed as {placements}; accepted: Shard and Replicate")
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
+
+
+def first_element_of(tensor: Tensor) -> int:
+    """Number of the first element that lies in this process, within the whole tensor.
+
+    Raises:
+        TypeError: for a DTensor whose parts aren't ranges of elements: one that isn't cut along its first dimension,
+            or more than once.
+    """
+    if not is_sharded(tensor):
+        return 0
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if not cut or not tensor.numel():
+        return 0
+    if len(cut) > 1 or not placements[cut[0]].is_shard(0):
+        raise TypeError(f"a DTensor is placed as {placements}; accepted: cut once, along the first dimension")
+    # As torch.chunk cuts it.
+    rows: int = -(-tensor.shape[0] // mesh.size(cut[0])) * mesh.get_local_rank(cut[0])
+    return min(rows, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+
+
+def sum_over(values: Tensor, groups: tuple[Any, ...]) -> None:
+    """Replaces values by their sums over the processes of all groups."""
+    for group in groups:
+        torch.distributed.all_reduce(values, group=group)

@@ -1,0 +1,108 @@
+"""A shorter way for plain eager calls: cached checks and choice of backend, past torch's dispatcher.
+
+The dispatcher takes several times as long to reach an op that is written in Python as a small kernel takes to run:
+`python -m benchmarks overhead` shows that for `layer_norm`, `gelu` and `swiglu`, next to torch's own functions. Results
+are the same without this file, whose only user is the decorator of `Op.__call__`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import _any_requires_grad, _is_any_autocast_enabled
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.nn import Parameter
+
+from .. import backends
+from .._modes import needs_dispatcher
+
+MAX_ENTRIES = 1 << 14
+"""Of all ops; with more, as for packed captions of ever other lengths, the cache is emptied."""
+
+_dtype = torch.dtype
+
+
+class DispatchEntry(NamedTuple):
+    """How calls with the same cache key run.
+
+    Attributes:
+        run: the implementation, with what has to happen around it.
+        record: `apply` of the op's `autograd.Function`, without its Python part, which asks about functorch.
+        changes: numbers of the arguments that the op's check replaces, each with a tensor's dtype or another value.
+    """
+
+    run: Callable[..., Any]
+    record: Callable[..., Any]
+    changes: tuple[tuple[int, Any], ...]
+
+    def changed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as the op's check returns them."""
+        found = list(args)
+        for i, value in self.changes:
+            found[i] = found[i].to(value) if isinstance(found[i], Tensor) else value
+        return tuple(found)
+
+
+def with_fast_path(dispatched: Callable[..., Any]) -> Callable[..., Any]:
+    """`dispatched`, the `__call__` of an op, for calls that need the dispatcher; for all others the cached way."""
+
+    def call(op: Any, *args: Any) -> Any:
+        key = None if needs_dispatcher() else cache_key(op, args)
+        if key is None:
+            return dispatched(op, *args)
+        entry = backends.choices.get(key) or _make_entry(op, args, key)
+        if entry.changes:
+            args = entry.changed(args)
+        if is_grad_enabled() and _any_requires_grad(*args):
+            return entry.record(*args, entry.run, True)
+        return op.public_outputs(entry.run(*args))
+
+    return call
+
+
+def cache_key(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Everything that checks and the choice of a backend depend on: all but the tensors' values.
+
+    None for a call that isn't plain: with lists or with subclasses of tensors, and while ops are observed.
+    """
+    overrides = backends.overrides
+    if overrides is not None and overrides.observer is not None:
+        return None
+    key: list[Any] = [op.name, overrides]
+    may_be_batched = op.takes_gradients  # by `is_grads_batched`, an older vmap that no mode shows
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if may_be_batched and is_legacy_batchedtensor(arg):
+                return None
+            key += arg.dtype, arg.shape, arg.device
+        elif arg is None or kind is float or kind is bool or kind is int or kind is _dtype:
+            key += kind, arg
+        elif (kind is tuple or kind is list) and arg and type(arg[0]) is bool:
+            key += tuple, *arg
+        else:
+            return None
+    if _is_any_autocast_enabled():
+        key += _autocast_dtype("cpu"), _autocast_dtype("cuda")
+    return tuple(key)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _make_entry(op: Any, args: tuple[Any, ...], key: tuple[Any, ...]) -> DispatchEntry:
+    checked = args if op.check is None else op.check(*args)
+    changes = tuple(
+        (i, after.dtype if isinstance(after, Tensor) else after)
+        for i, (before, after) in enumerate(zip(args, checked, strict=True))
+        if after is not before
+    )
+    on_known_device = all(tensor.is_cpu or tensor.is_cuda for tensor in backends.tensors(checked))
+    run = op.implementation(checked) if on_known_device else op.overload
+    entry = DispatchEntry(run, super(torch.autograd.Function, op.function).apply, changes)
+    if len(backends.choices) >= MAX_ENTRIES:
+        backends.choices.clear()
+    backends.choices[key] = entry
+    return entry
