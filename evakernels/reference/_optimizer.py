@@ -37,11 +37,18 @@ _WORD = 0xFFFFFFFF
 
 
 def round_stochastically(value: Tensor, seed: int, step: Tensor, first_element: int) -> Tensor:
-    """A float32 tensor with the values that bfloat16 has.
+    """Rounds to bfloat16: up with the probability of the part that is cut off.
+
+    So the mean of many roundings is the value itself, and steps smaller than half a unit add up (Gupta et al. 2015,
+    arXiv 1502.02551). The random numbers are a hash of (seed, step, number of the element in its tensor), the same on
+    every device and for every number of threads; `csrc/common/stochastic_rounding.h` is the same in C++.
 
     Args:
-        step: its number, on the device of `value`; nothing waits for it.
+        step: number of the step, on the device of `value`; nothing waits for it.
         first_element: number of `value`'s first element within its whole tensor.
+
+    Returns:
+        A float32 tensor with values of bfloat16.
     """
     bits = value.contiguous().view(torch.int32)
     rounded = (_shifted(random_bits(value, seed, step, first_element), 16) + bits) & ~0xFFFF
