@@ -2,6 +2,7 @@
 // files of this folder that are named after an op make its params from such arrays.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -14,8 +15,10 @@
 
 namespace evakernels {
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+// The message is put together only if the condition is false: a call checks dozens.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::invalid_argument((std::string() + ... + parts));
 }
 
 using Sizes = std::span<const int64_t>;
@@ -62,18 +65,15 @@ inline int64_t product(Sizes sizes) {
   return total;
 }
 
-inline bool same(Sizes a, Sizes b) {
-  return std::vector(a.begin(), a.end()) == std::vector(b.begin(), b.end());
-}
+inline bool same(Sizes a, Sizes b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 
 inline void require_dtype(const Array& array, DType dtype) {
-  require(array.dtype == dtype,
-          std::string(array.name) + " is " + name_of(array.dtype) + ", but must be " + name_of(dtype));
+  require(array.dtype == dtype, array.name, " is ", name_of(array.dtype), ", but must be ", name_of(dtype));
 }
 
 inline void require_sizes(const Array& array, Sizes sizes) {
-  require(same(array.sizes, sizes), std::string(array.name) + " has shape " + text_of(array.sizes) +
-                                        ", but must have " + text_of(sizes));
+  if (same(array.sizes, sizes)) return;
+  require(false, array.name, " has shape ", text_of(array.sizes), ", but must have ", text_of(sizes));
 }
 
 inline void require_sizes(const Array& array, std::initializer_list<int64_t> sizes) {
@@ -91,7 +91,7 @@ struct RowSizes {
   int64_t width;
 
   explicit RowSizes(const Array& x)
-      : rows((require(!x.sizes.empty(), std::string(x.name) + " must have at least one dimension"),
+      : rows((require(!x.sizes.empty(), x.name, " must have at least one dimension"),
               product(x.sizes.first(x.sizes.size() - 1)))),
         width(x.sizes.back()) {}
 };
@@ -104,14 +104,14 @@ inline DType parameter_dtype(const Array& x, std::initializer_list<const Array*>
   const DType other = y ? y->dtype : x.dtype;
   for (const Array* parameter : parameters) {
     if (!*parameter) continue;
-    const std::string name = parameter->name;
-    require(parameter->sizes.size() == 1 && parameter->sizes[0] == x.sizes.back(),
-            name + " must have one element for each of the " + std::to_string(x.sizes.back()) + " columns");
+    const char* const name = parameter->name;
+    require(parameter->sizes.size() == 1 && parameter->sizes[0] == x.sizes.back(), name,
+            " must have one element for each of the ", std::to_string(x.sizes.back()), " columns");
     require(parameter->dtype == x.dtype || parameter->dtype == other || parameter->dtype == DType::Float32,
-            name + " must be float32 or of " + x.name + "'s dtype" +
-                (other == x.dtype ? "" : std::string(" or ") + y->name + "'s"));
-    require(!first || parameter->dtype == first->dtype,
-            name + " must be of " + (first ? first->name : "") + "'s dtype");
+            name, " must be float32 or of ", x.name, "'s dtype", other == x.dtype ? "" : " or ",
+            other == x.dtype ? "" : y->name, other == x.dtype ? "" : "'s");
+    require(!first || parameter->dtype == first->dtype, name, " must be of ", first ? first->name : "",
+            "'s dtype");
     if (!first) first = parameter;
   }
   return first ? first->dtype : x.dtype;
@@ -123,8 +123,8 @@ inline void require_statistics(const Array& mean, const Array& rstd, int64_t row
   for (const Array* array : {&mean, &rstd}) {
     if (!*array) continue;
     require_dtype(*array, DType::Float32);
-    require(product(array->sizes) == rows,
-            "mean and rstd must have one element for each of the " + std::to_string(rows) + " rows");
+    require(product(array->sizes) == rows, "mean and rstd must have one element for each of the ",
+            std::to_string(rows), " rows");
   }
 }
 

@@ -25,14 +25,14 @@ using RealNumber = Either<Absent, double>;
 int64_t count_of(const OptimizedTensors& tensors) { return static_cast<int64_t>(tensors.size()); }
 
 TensorBuffer buffer_of(const Array& array, int64_t size) {
-  require(product(array.sizes) == size, std::string(array.name) + " must have the sizes of params");
+  require(product(array.sizes) == size, array.name, " must have the sizes of params");
   return {array.data, array.dtype};
 }
 
 float* one_float(const Array& array) {
   if (!array) return nullptr;
   require_dtype(array, DType::Float32);
-  require(product(array.sizes) == 1, std::string(array.name) + " must have one element");
+  require(product(array.sizes) == 1, array.name, " must have one element");
   return array.floats();
 }
 

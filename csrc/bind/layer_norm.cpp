@@ -9,9 +9,8 @@ namespace {
 // `y`: the output or its gradient.
 void require_norm_serves(const Array& x, const Array& y) {
   require_sizes(y, x.sizes);
-  require(norm_serves(x.dtype, y.dtype), std::string(y.name) + " is " + name_of(y.dtype) + " beside " +
-                                             name_of(x.dtype) +
-                                             "; the kernels take the same dtype, or 16 bits beside float32");
+  require(norm_serves(x.dtype, y.dtype), y.name, " is ", name_of(y.dtype), " beside ", name_of(x.dtype),
+          "; the kernels take the same dtype, or 16 bits beside float32");
 }
 
 void layer_norm_forward(Call& call, Input x_in, OptionalInput weight_in, OptionalInput bias_in, Output y_out,

@@ -11,8 +11,8 @@ struct NormArrays {
 
   ResidualNormParameters parameters(const Array& x) const {
     const auto vector = [](const Array& array, int64_t size) -> ParameterVector {
-      require(!array || (array.sizes.size() == 1 && array.sizes[0] == size),
-              std::string(array.name) + " must have " + std::to_string(size) + " elements");
+      require(!array || (array.sizes.size() == 1 && array.sizes[0] == size), array.name, " must have ",
+              std::to_string(size), " elements");
       return {array.data, array.dtype};
     };
     const int64_t width = x.sizes.back();
@@ -42,7 +42,7 @@ ResidualNormGradients norm_gradients(Call& call, const NormArrays& norm, int64_t
 
 // `y`: in add + norm the output beside the sum, or its gradient; in norm + add the sum.
 ResidualNormShape norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
-  require(x.sizes.size() > 1, std::string(x.name) + " must be [B, ..., C]");
+  require(x.sizes.size() > 1, x.name, " must be [B, ..., C]");
   const RowSizes size(x);
   const int64_t samples = x.sizes[0];
   return {
@@ -59,10 +59,9 @@ ResidualNormShape norm_shape(const Array& x, const Array& branch, const Array& y
 ResidualNormShape add_norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
   const ResidualNormShape shape = norm_shape(x, branch, y, rms);
   require_sizes(y, x.sizes);
-  require(add_norm_serves(shape),
-          std::string(y.name) + " is " + name_of(y.dtype) + " beside " + name_of(x.dtype) +
-              " and a branch of " + name_of(branch.dtype) +
-              "; the kernels take the residual's dtype, or beside a float32 residual the branch's");
+  require(add_norm_serves(shape), y.name, " is ", name_of(y.dtype), " beside ", name_of(x.dtype),
+          " and a branch of ", name_of(branch.dtype),
+          "; the kernels take the residual's dtype, or beside a float32 residual the branch's");
   return shape;
 }
 

@@ -28,9 +28,8 @@ Array read_heads(Call& call, Input heads, const char* name) {
 
 HeadsView view_of(const Array& heads) {
   const size_t axes = heads.sizes.size();
-  require(axes == 3 || axes == 4, std::string(heads.name) + " must be [B, N, H, D] or [T, H, D]");
-  require(has_dense_vectors(heads.sizes, heads.strides),
-          std::string(heads.name) + " must have dense vectors");
+  require(axes == 3 || axes == 4, heads.name, " must be [B, N, H, D] or [T, H, D]");
+  require(has_dense_vectors(heads.sizes, heads.strides), heads.name, " must have dense vectors");
   return {.data = heads.data,
           .batch_stride = axes == 4 ? heads.strides[0] : 0,
           .token_stride = heads.strides[axes - 3],

@@ -28,7 +28,7 @@ bool has_even_rows(Sizes sizes, Sizes strides) { return row_stride(sizes, stride
 
 SwigluRows even_rows(const Array& array) {
   const std::optional<int64_t> stride = row_stride(array.sizes, array.strides);
-  require(stride.has_value(), std::string(array.name) + " must have dense rows that are equally far apart");
+  require(stride.has_value(), array.name, " must have dense rows that are equally far apart");
   return {array.data, *stride};
 }
 

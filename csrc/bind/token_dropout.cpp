@@ -20,8 +20,8 @@ const int64_t* index_of(const Array& token_index, int64_t batch) {
 
 int64_t rows_of_table(const Array& table, int64_t channels) {
   if (!table) return 0;
-  require(table.sizes.size() == 2 && table.sizes[1] == channels,
-          std::string(table.name) + " must have " + std::to_string(channels) + " channels");
+  require(table.sizes.size() == 2 && table.sizes[1] == channels, table.name, " must have ",
+          std::to_string(channels), " channels");
   return table.sizes[0];
 }
 
