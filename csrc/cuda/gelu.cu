@@ -157,8 +157,8 @@ LaunchPlan<Parameters...> plan_strips(void (*kernel)(Parameters...), const Shape
   LaunchPlan<Parameters...> plan = {kernel, {1, strips.count, 1}, {strips.threads, rows_per_block, 1}, 0};
   const int64_t rows = ceil_div(ceil_div(shape.size, shape.width), rows_per_block);
   const int64_t resident = plan.resident_blocks() / strips.count;
-  plan.grid.x = static_cast<unsigned>(
-      std::min(rows, std::max({int64_t{1}, resident, ceil_div(rows, kRowsPerSum)})));
+  plan.grid.x =
+      static_cast<unsigned>(std::min(rows, std::max({int64_t{1}, resident, ceil_div(rows, kRowsPerSum)})));
   return plan;
 }
 

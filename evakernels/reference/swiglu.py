@@ -24,6 +24,8 @@ def swiglu_forward(
         return _contiguous(hidden, gate.dtype), hidden.new_empty(0), hidden.new_empty(0)
     weight, bias = (None if p is None else p.to(hidden.dtype) for p in (norm_weight, norm_bias))
     out, mean, rstd = torch.native_layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
+    # Rounding moved the mean; in a row of equal elements nothing but that error would reach the weight's gradient.
+    mean = mean + (hidden - mean).mean(-1, keepdim=True)
     return _contiguous(out, gate.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
