@@ -24,14 +24,14 @@ def layer_norm_forward(
     rms: bool,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normalized, mean, rstd = _normalize(x, eps, rms)
-    return _result(_affine(normalized, weight, bias), out_dtype or x.dtype), mean, rstd
+    normalized, mean, rstd = normalize(x, eps, rms)
+    return _result(affine(normalized, weight, bias), out_dtype or x.dtype), mean, rstd
 
 
 def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, rms, wanted)
+    dx, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, wanted)
     return _result(dx, x.dtype), dweight, dbias
 
 
@@ -48,8 +48,8 @@ def add_layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The norm sees the sum before it is rounded: one rounding less than an add followed by a norm.
     total = _accumulate(residual) + _scaled(_accumulate(branch), layer_scale, row_scale)
-    normalized, mean, rstd = _normalize(total, eps, rms)
-    y = _affine(normalized, weight, bias)
+    normalized, mean, rstd = normalize(total, eps, rms)
+    y = affine(normalized, weight, bias)
     return _result(y, out_dtype or residual.dtype), _result(total, residual.dtype), mean, rstd
 
 
@@ -68,7 +68,7 @@ def add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # An unscaled branch has the gradient of the residual, and none is wanted here.
     wants_branch, *of_norm, wants_layer_scale = wanted
-    through_norm, dweight, dbias = _norm_gradients(dy, x, weight, mean, rstd, rms, of_norm)
+    through_norm, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, of_norm)
     dtotal = _accumulate(dx) + through_norm
     of_scaled = wants_branch, wants_layer_scale
     dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale, of_scaled)
@@ -86,8 +86,8 @@ def layer_norm_add_forward(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normalized, mean, rstd = _normalize(branch, eps, rms)
-    total = _accumulate(residual) + _scaled(_affine(normalized, weight, bias), layer_scale, row_scale)
+    normalized, mean, rstd = normalize(branch, eps, rms)
+    total = _accumulate(residual) + _scaled(affine(normalized, weight, bias), layer_scale, row_scale)
     return _result(total, residual.dtype), mean, rstd
 
 
@@ -104,9 +104,9 @@ def layer_norm_add_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *of_norm, wants_layer_scale = wanted
-    normed = _affine(_standardize(branch, mean, rstd, rms), weight, bias) if wants_layer_scale else branch
+    normed = affine(_standardize(branch, mean, rstd, rms), weight, bias) if wants_layer_scale else branch
     dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale, (True, wants_layer_scale))
-    dbranch, dweight, dbias = _norm_gradients(dnormed, branch, weight, mean, rstd, rms, of_norm)
+    dbranch, dweight, dbias = norm_gradients(dnormed, branch, weight, mean, rstd, rms, of_norm)
     return _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
 
 
@@ -118,7 +118,7 @@ def _result(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous()
 
 
-def _normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
+def normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
     x = _accumulate(x)
     if rms:
         mean, centred = x.new_empty(0), x
@@ -136,13 +136,13 @@ def _standardize(x: Tensor, mean: Tensor, rstd: Tensor, rms: bool) -> Tensor:
     return (x if rms else x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
 
 
-def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
         normalized = normalized * weight
     return normalized if bias is None else normalized + bias
 
 
-def _norm_gradients(
+def norm_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in accumulation precision, dweight and dbias in theirs (empty where there is none or it isn't wanted)."""

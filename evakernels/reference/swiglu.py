@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import accumulation_dtype
+from .layer_norm import affine, norm_gradients, normalize
 
 
 def swiglu_forward(
@@ -22,11 +23,8 @@ def swiglu_forward(
     hidden = _hidden(*_accumulate(gate, up))
     if norm_weight is None:
         return _contiguous(hidden, gate.dtype), hidden.new_empty(0), hidden.new_empty(0)
-    weight, bias = (None if p is None else p.to(hidden.dtype) for p in (norm_weight, norm_bias))
-    out, mean, rstd = torch.native_layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
-    # Rounding moved the mean; in a row of equal elements nothing but that error would reach the weight's gradient.
-    mean = mean + (hidden - mean).mean(-1, keepdim=True)
-    return _contiguous(out, gate.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    normalized, mean, rstd = normalize(hidden, eps, rms=False)
+    return _contiguous(affine(normalized, norm_weight, norm_bias), gate.dtype), mean, rstd
 
 
 def swiglu_backward(
@@ -43,24 +41,10 @@ def swiglu_backward(
     if norm_weight is None:
         dweight, dbias = dhidden.new_empty(0), dhidden.new_empty(0)
     else:
-        dhidden, dweight, dbias = _norm_backward(dhidden, _hidden(gate, up), norm_weight, mean, rstd, wanted)
+        hidden = _hidden(gate, up)
+        dhidden, dweight, dbias = norm_gradients(dhidden, hidden, norm_weight, mean, rstd, False, wanted)
     dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
     return _contiguous(dgate, dtype), _contiguous(dhidden * F.silu(gate), dtype), dweight, dbias
-
-
-def _norm_backward(
-    dout: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    # torch's kernel makes one pass where the formula written out makes eleven. It wants a bias, but doesn't read it.
-    scale = weight.to(hidden.dtype)
-    statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    dhidden, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout, hidden, hidden.shape[-1:], *statistics, scale, scale, [True, *wanted]
-    )
-    found = (
-        x.to(weight.dtype) if wants else rstd.new_empty(0) for x, wants in zip((dweight, dbias), wanted, strict=True)
-    )
-    return dhidden, *found
 
 
 def _hidden(gate: Tensor, up: Tensor) -> Tensor:
