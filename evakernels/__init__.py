@@ -6,14 +6,14 @@ from evakernels._info import info
 from evakernels._memory import keep_freed_memory
 from evakernels._version import __version__
 from evakernels.backends import BackendError, ReferenceWarning, explain, set_loss_products, use_backend
-from evakernels.dropin import UnknownFormWarning, accelerate, restore
+from evakernels.dropin import ChangedModuleWarning, accelerate, restore
 from evakernels.ops import *  # noqa: F403 - each is listed there
 from evakernels.optim import clip_grad_norm_
 
 __all__ = [
     "BackendError",
+    "ChangedModuleWarning",
     "ReferenceWarning",
-    "UnknownFormWarning",
     "__version__",
     "accelerate",
     "checkpoint_policy",
