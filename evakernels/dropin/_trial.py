@@ -92,6 +92,9 @@ def narrow(module: nn.Module, omitted: set[nn.Module], dimensions: dict[int, int
     sizes = {size for tensor in tensors for size in tensor.shape if size}
     # Half of the width: a rotary table of each head has as many angles.
     units = {width // 2: small // 2}
+    # Numbers of tokens that are also multiples of the width shrink like the width, all of them by one offset.
+    shifts = [size // (width // 2) * (small // 2) - few for size, few in dimensions.items() if size % (width // 2) == 0]
+    dimensions = {size: few + sum(shifts[:1]) for size, few in dimensions.items()}
     layers = {getattr(part, name, 0) for part in parts for name in ("in_features", "out_features")}
     hidden = sorted(size for size in layers if size > HIDDEN and size % (width // 2))
     units |= {size: HIDDEN + 16 * number for number, size in enumerate(hidden)}  # different sizes stay different
