@@ -9,14 +9,14 @@ from ._explain import explain
 from ._info import info
 from ._version import __version__
 from .backends import BackendError, ReferenceWarning, set_loss_products, use_backend
-from .dropin import UnknownFormWarning, accelerate, restore
+from .dropin import ChangedModuleWarning, accelerate, restore
 from .ops import *  # noqa: F403 - each is listed there
 from .optim import clip_grad_norm_
 
 __all__ = [
     "BackendError",
+    "ChangedModuleWarning",
     "ReferenceWarning",
-    "UnknownFormWarning",
     "__version__",
     "accelerate",
     "checkpoint_policy",

@@ -1,6 +1,6 @@
 """Other people's models on these ops: `accelerate(model)` swaps modules in place, `restore(model)` swaps them back."""
 
-from evakernels.dropin._report import Idle, Left, Ran, Replaced, Report
-from evakernels.dropin._walk import UnknownFormWarning, accelerate, restore
+from ._accelerate import ChangedModuleWarning, accelerate, restore
+from ._report import Idle, Left, Ran, Replaced, Report
 
-__all__ = ["Idle", "Left", "Ran", "Replaced", "Report", "UnknownFormWarning", "accelerate", "restore"]
+__all__ = ["ChangedModuleWarning", "Idle", "Left", "Ran", "Replaced", "Report", "accelerate", "restore"]

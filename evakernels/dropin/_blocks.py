@@ -1,4 +1,4 @@
-"""The blocks of a model, as people count them."""
+"""The transformer blocks and attentions of a model."""
 
 from torch import nn
 

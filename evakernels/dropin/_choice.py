@@ -1,10 +1,10 @@
-"""Which modules of a model `accelerate` is asked to serve: patterns of names and classes."""
+"""The modules of a model that `accelerate` may replace: patterns of names and classes."""
 
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from evakernels.names import nearest
+from ..names import nearest
 
 Patterns = str | Iterable[str]
 
@@ -12,16 +12,17 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class Choice:
-    """Of modules, given as pairs of dotted name and class name, those that patterns of `fnmatch` match.
+    """A selection of modules by patterns of `fnmatch`.
 
-    A pattern that matches a name stands for all that is below it, too.
+    A pattern that matches a name selects all modules below it, too.
 
     Args:
-        known: those of `modules` that a rule knows.
+        modules: all modules, as pairs of dotted name and class name.
+        known: the supported ones of `modules`.
 
     Raises:
-        TypeError: for what isn't a pattern.
-        ValueError: for a pattern that matches none of `modules` or, to include, none of `known`.
+        TypeError: a pattern isn't a str.
+        ValueError: a pattern matches none of `modules` or, in `include`, none of `known`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ def _checked(argument: str, patterns: Patterns, modules: list[tuple[str, str]]) 
             near = nearest(pattern, sorted(known)) or sorted({cls for _, cls in modules})
             raise ValueError(
                 f"accelerate: {argument}={pattern!r} matches the name or class of no module"
-                f"{' that there is a rule for' if argument == 'include' else ''}; "
+                f"{' that is supported' if argument == 'include' else ''}; "
                 f"near are {', '.join(near)}; `*` stands for any characters"
             )
     return found

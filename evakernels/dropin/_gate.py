@@ -12,9 +12,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from evakernels import _native, triton
-from evakernels.autocast import is_on
-from evakernels.backends import refuse
+from .. import _native, triton
+from ..autocast import is_on
+from ..backends import refuse
 
 _HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALF)
@@ -167,7 +167,7 @@ def serves(name: str, x: Tensor, *, of_product: bool = False, forced: bool = Fal
         return refuse("tensor subclass, transform or tracer")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if of_product and is_on(device) else x.dtype
-    if _on_trial:
+    if _serves_all:
         return dtype in DTYPES
     least = (_FORCED if forced else _SERVED).get((name, device, dtype))
     if least is None:
@@ -175,18 +175,18 @@ def serves(name: str, x: Tensor, *, of_product: bool = False, forced: bool = Fal
     return x.numel() >= least or refuse("too small")
 
 
-_on_trial = False
+_serves_all = False
 
 
 @contextmanager
-def on_trial() -> Iterator[None]:
-    """Serves everything inside the `with` block, on whatever backend there is: to see what it does, not how fast."""
-    global _on_trial
-    _on_trial = True
+def serve_all() -> Iterator[None]:
+    """Serves every call inside the `with` block, at every size and on whatever backend there is."""
+    global _serves_all
+    _serves_all = True
     try:
         yield
     finally:
-        _on_trial = False
+        _serves_all = False
 
 
 def is_ordinary(x: Tensor) -> bool:

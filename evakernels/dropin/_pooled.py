@@ -1,8 +1,8 @@
-"""Towers of which one token of each sample is read: their last block computes no other.
+"""Towers that pool one token of each sample: their last block returns this token alone.
 
-In front of the last attention all tokens are needed, as its keys and values; behind it those that are pooled. A tower
-of which that is certain runs its own forward on a view of itself, whose last block ends with these tokens. The tower
-doesn't change, so whatever else is asked of it, such as all tokens, comes out as before.
+The last attention needs all tokens as keys and values; the layers behind it need the pooled token only. Such a tower
+runs its own forward on a view of itself with a shortened last block. The tower doesn't change, so its other methods
+still return all tokens.
 """
 
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evakernels.dropin._gate import DTYPES, is_ordinary
-from evakernels.dropin._serve import ROLES, is_watched
-from evakernels.dropin._swap import Swapped
+from ._gate import DTYPES, is_ordinary
+from ._serve import is_watched, role_of
+from ._swap import Swapped
 
 _OF_EACH_TOKEN = frozenset(
     {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Sequential, nn.GELU, nn.MultiheadAttention}
 )
 _OF_EACH_TOKEN_BY_NAME = frozenset({"timm.layers.mlp.Mlp"})
-"""Classes without a role whose output for a token depends, apart from attention, on that token alone."""
+"""Classes without a role that compute, apart from attention, each token from that token alone."""
 _COMPILES = torch.__version__ >= "2.12"
-"""Whether torch's compiler can follow `view`."""
+"""Whether torch's compiler can trace `view`."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """Which token of each sample is read: the first or, if there are `rows`, that of int64 `[B]`."""
+class Selection:
+    """The pooled token of each sample: the first or, with `rows`, int64 `[B]`, the token of that index."""
 
     rows: Tensor | None = None
 
@@ -38,7 +38,7 @@ class Read:
         return x[torch.arange(x.shape[0], device=x.device), self.rows].unsqueeze(1)
 
     def of_mask(self, mask: Tensor, heads: int) -> Tensor:
-        """What these tokens see by a mask `[N, N]`, for each head: `[B * heads, 1, N]`, or `[1, N]` of all samples."""
+        """The rows of a mask `[N, N]` for these tokens: `[B * heads, 1, N]`, or `[1, N]` if all samples share it."""
         return mask[:1] if self.rows is None else mask[self.rows].repeat_interleave(heads, 0).unsqueeze(1)
 
 
@@ -52,26 +52,38 @@ def view(module: Any, **changes: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a kind of tower ends.
+class Pooling:
+    """How a kind of tower pools one token.
 
     Args:
-        path: names that lead from the tower to the list of its blocks.
-        norm: name of the norm behind them.
-        attention: class of the attention in the last of them.
-        methods: of the tower, those that its own code calls.
-        more: tells why a tower needs more tokens of its last block than one, or None.
+        path: names of the children that lead from the tower to the list of its blocks.
+        norm: name of the norm behind the blocks.
+        attention: class of the attention in the last block.
+        methods: methods of the tower that its own code calls.
+        refusal: returns why a tower needs more tokens of its last block than one, or None.
+        other: names of children that the replaced method doesn't call.
+        stem: name of the child that makes tokens of images; a comparison starts behind it.
+        sizes: returns numbers of tokens and smaller ones for a comparison.
     """
 
     path: tuple[str, ...]
     norm: str
     attention: type
     methods: tuple[str, ...]
-    more: Callable[[Any], str | None]
+    refusal: Callable[[Any], str | None]
+    other: tuple[str, ...] = ()
+    stem: str = ""
+    sizes: Callable[[Any], dict[int, int]] = lambda tower: {}
+
+    def unused(self, tower: Any) -> set[nn.Module]:
+        """The parts that a comparison on a copy can do without: all blocks but the last, and `other`."""
+        *_, blocks = self._path(tower)
+        found = {tower._modules[name] for name in self.other if name in tower._modules}
+        return found | {*list(blocks)[:-1]} if isinstance(blocks, nn.Sequential | nn.ModuleList) else found
 
     def reason(self, tower: Any, class_of: Callable[[Any], type] = type) -> str | None:
-        """Why the last block of a tower can't end with fewer tokens, where `class_of` tells the classes of modules."""
-        if (more := self.more(tower)) is not None:
+        """Why the last block can't return fewer tokens, or None; `class_of` returns the classes of modules."""
+        if (more := self.refusal(tower)) is not None:
             return more
         *_, blocks = self._path(tower)
         if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
@@ -81,14 +93,14 @@ class Ending:
         if not issubclass(class_of(last), Swapped) or not issubclass(class_of(attention), self.attention):
             return f"its last block, {class_of(last).__name__}, computes all tokens"
         strange = [part for part in last.modules() if not _is_of_each_token(class_of(part))]
-        strange += [norm] if ROLES.get(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
+        strange += [norm] if role_of(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
         return f"{class_of(strange[0]).__name__} may need all tokens" if strange else None
 
-    def may_be_early(self, tower: Any, x: Tensor) -> bool:
-        """Whether for the input `x` nothing behind the last attention needs, or shows, other tokens than are read.
+    def can_shorten(self, tower: Any, x: Tensor) -> bool:
+        """Whether nothing behind the last attention needs, or shows, other tokens than the pooled one for input `x`.
 
-        Not where somebody watches, nor where dropout would draw other random numbers, nor in float64, of which no bit
-        is to change.
+        False where hooks watch the block, where dropout would draw other random numbers, and in float64, whose
+        results stay bit-exact.
         """
         if torch.compiler.is_compiling() and not _COMPILES:
             return False
@@ -103,16 +115,16 @@ class Ending:
             and not any(is_watched(part) or (part.training and _dropout(part) > 0) for part in parts)
         )
 
-    def early(self, tower: Any, read: Read, **changes: Any) -> Any:
-        """A view of the tower, with `changes`, whose last block ends with the tokens that are read."""
+    def shortened(self, tower: Any, selection: Selection, **changes: Any) -> Any:
+        """A view of the tower, with `changes`, whose last block returns the selected tokens."""
         *parts, blocks = self._path(tower)
-        seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], read=read)})
+        seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], selection=selection)})
         for part, name in zip(reversed(parts[1:]), reversed(self.path[1:]), strict=True):
             seen = view(part, **{name: seen})
         return view(tower, **{self.path[0]: seen}, **changes)
 
     def _path(self, tower: Any) -> list[Any]:
-        """The tower, and what leads from it to the list of its blocks."""
+        """The tower and the modules that lead from it to the list of its blocks."""
         parts = [tower]
         for name in self.path:
             parts.append(getattr(parts[-1], "_modules", {}).get(name))
@@ -121,7 +133,7 @@ class Ending:
 
 def _is_of_each_token(cls: type) -> bool:
     known = cls in _OF_EACH_TOKEN or f"{cls.__module__}.{cls.__qualname__}" in _OF_EACH_TOKEN_BY_NAME
-    return known or issubclass(cls, Swapped) or cls in ROLES
+    return known or issubclass(cls, Swapped) or role_of(cls) is not None
 
 
 def _dropout(module: nn.Module) -> float:

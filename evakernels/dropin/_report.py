@@ -1,4 +1,4 @@
-"""What `accelerate` did and what then ran, as data and as tables."""
+"""The report of `accelerate`: replaced modules and the ops that then ran, as data and as tables."""
 
 import importlib
 import weakref
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from evakernels.dropin._swap import original_class, own_class
-from evakernels.dropin._watch import Calls, watch
+from ._swap import original_class, own_class
+from ._watch import Calls, watch
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,14 @@ class Replaced:
     module: str
     op: str
     backend: str
-    verified: bool = False
-    """Whether it was tried out, as its form isn't known."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """A module that runs as before, and why; `library` is the one whose version isn't known, if that is why."""
+    """A module that keeps its own code, and why.
+
+    `library` is the name and version of the library of a supported class that behaves differently; otherwise empty.
+    """
 
     name: str
     module: str
@@ -67,14 +68,13 @@ class Idle:
 
 @dataclass
 class Report:
-    """What `accelerate` found and, after a `watch`, what ran: `ran` and `idle`.
+    """Replaced modules and modules that were left; after a `watch` also ops that `ran` and `idle` modules.
 
     `str` of it is the headline and a table of each, a line for each kind of module; rich prints it in colour.
 
     Attributes:
         blocks: names of the model's transformer blocks.
         attentions: names of its attentions, and of blocks whose attention isn't a module of its own.
-        tried: whether modules of an unknown form were tried out.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -84,33 +84,27 @@ class Report:
     model: "weakref.ref[nn.Module] | None" = field(default=None, repr=False, compare=False)
     blocks: list[str] = field(default_factory=list)
     attentions: frozenset[str] = frozenset()
-    tried: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy and a pickle are of no model: nothing copies or pickles a weak reference."""
+        """A copy and a pickle have no model: weak references can't be copied."""
         return {**self.__dict__, "model": None}
 
     @property
-    def unknown(self) -> list[Left]:
-        """What was left because its form isn't known."""
+    def changed(self) -> list[Left]:
+        """Modules of a supported class that behave differently from their replacement."""
         return [left for left in self.left if left.library]
 
     @property
     def headline(self) -> str:
-        """Such as "12 of 12 blocks, 109 of 110 modules": of those that a rule knows and of attentions.
+        """Such as "12 of 12 blocks, 109 of 110 modules": of supported modules and attentions.
 
-        Blocks count that were replaced, or whose attention was, and that hold nothing of an unknown form. After a
+        A block counts if it or its attention was replaced, and it holds no module that behaves differently. After a
         `watch` modules that ran their own code don't count.
         """
-        verified = sum(done.verified for done in self.replaced)
-        text = self._counted() + (f", {verified} by behaviour" if verified else "")
-        if not self.unknown:
-            return text
-        libraries = ", ".join(dict.fromkeys(left.library for left in self.unknown))
-        text = f"{text}: {libraries} is unknown"
-        if not any("reads differently" in left.reason for left in self.unknown):
-            return text
-        return text + (" and behaves differently" if self.tried else '; unknown="verify" tries by behaviour')
+        if not self.changed:
+            return self._counted()
+        names = dict.fromkeys(f"{left.module} of {left.library}" for left in self.changed)
+        return f"{self._counted()}; not supported: {', '.join(names)}"
 
     def _counted(self) -> str:
         own_code = {idle.name: idle.reason for idle in self.idle if idle.calls}
@@ -122,15 +116,15 @@ class Report:
         if not self.blocks:
             return modules
         main = [done for done in ops if done.name in self.attentions or done.name in self.blocks]
-        served, strange = _holders(self.blocks, main), _holders(self.blocks, self.unknown)
+        served, strange = _holders(self.blocks, main), _holders(self.blocks, self.changed)
         return f"{len(served - strange)} of {len(self.blocks)} blocks, {modules}"
 
     @contextmanager
     def watch(self) -> Iterator["Report"]:
         """Counts, in eager mode, what the accelerated modules run inside the `with` block, and fills `ran` and `idle`.
 
-        A module that was never called may well be part of the step of another, which reads its parameters. Code under
-        `torch.compile` tells of its ops, but not of the modules that ask for them.
+        A module that was never called may be part of a fused step of another module, which reads its parameters. Code
+        under `torch.compile` counts its ops, but not the modules that run them.
 
         Raises:
             RuntimeError: if the model doesn't exist any more.

@@ -1,13 +1,26 @@
-"""What the children that a fused step reads do: forwards to compare those of an unknown form with."""
+"""Forwards of the roles that child modules have for fused steps, to compare the children with."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.dropin._rule import Rule
-from evakernels.dropin._serve import drawn_rows
-from evakernels.dropin._swap import Swapped
-from evakernels.dropin.timm import LayerNorm
-from evakernels.dropin.torch_modules import RMSNorm
+from ._replacement import Replacement
+from ._serve import drawn_rows
+from ._swap import Swapped
+from .torch_modules import LayerNorm, RMSNorm, last_dimension
+
+
+class Identity(Swapped):
+    """The identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Dropout(Swapped):
+    """Dropout of elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training, self.inplace)
 
 
 class LayerScale(Swapped):
@@ -35,10 +48,12 @@ class SiLU(Swapped):
 
 
 _FORWARDS = {
+    "identity": Identity,
+    "dropout": Dropout,
     "layer_norm": LayerNorm,
     "rms_norm": RMSNorm,
     "layer_scale": LayerScale,
     "drop_path": DropPath,
     "silu": SiLU,
 }
-ROLE_RULES = {role: Rule(forward, f"{role}.", "") for role, forward in _FORWARDS.items()}
+ROLE_REPLACEMENTS = {role: Replacement(forward, "", "", reason=last_dimension) for role, forward in _FORWARDS.items()}

@@ -1,7 +1,7 @@
-"""What the swapped forwards share: which child modules may be looked into, and the fused steps themselves.
+"""The fused steps that replaced forwards share, and the roles of the child modules that these steps read.
 
-A fused step reads the parameters of a child module without calling it. It may do so only while the child is just what
-its role says, without hooks; otherwise the child is called, as in the untouched model.
+A fused step reads the parameters of a child module without calling it. It does so only while the child's class has the
+expected role and the child has no hooks; otherwise the child is called, as in the untouched model.
 """
 
 from typing import Any
@@ -9,28 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evakernels.autocast import is_on
-from evakernels.backends import refuse
-from evakernels.dropin._gate import serves
-from evakernels.ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
+from ..autocast import is_on
+from ..backends import refuse
+from ..ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
+from ._gate import serves
+from ._swap import original_class
 
-ROLES: dict[type, str] = {
-    nn.Identity: "identity",
-    nn.Dropout: "dropout",
-    nn.SiLU: "silu",
-    nn.LayerNorm: "layer_norm",
-    nn.RMSNorm: "rms_norm",
-}
-"""What a module of exactly this class does. The rules of a library add its classes when it is in use."""
+ROLES: dict[type, str] = {}
+"""Roles of exact classes whose modules `accelerate` has found to behave like their role."""
 
 
 def role(module: Any) -> str | None:
-    """What the module does, or None if that isn't certain: another class, hooks, a forward of its own."""
-    found = ROLES.get(type(module))
+    """The module's role, or None for a class without one, a module with hooks or with its own forward."""
+    found = role_of(type(module))
     return None if found is None or is_watched(module) else found
 
 
+def role_of(cls: type) -> str | None:
+    """The role of a class, or of the class that it replaces."""
+    return ROLES.get(cls) or ROLES.get(original_class(cls) or cls)
+
+
 def is_watched(module: nn.Module) -> bool:
+    """Whether hooks, a compiler or its own forward may see a call of the module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -56,7 +57,7 @@ def norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 
 def own_norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
-    """The same of a module that is a norm for certain, watched or not."""
+    """Weight, bias and eps of a module that is known to be a norm, even if it has hooks."""
     if getattr(norm, "_fast_norm", False):  # timm's, which under autocast computes in its dtype
         refuse("timm's fast norm")
         return None
@@ -84,7 +85,7 @@ def add_norm(
     """
     factor = _factor(scale)
     op = "add_norm" if factor is None else "scaled_add_norm"
-    if factor is not _UNKNOWN and serves(op, residual, forced=forced) and _fits(residual, branch, factor):
+    if factor is not _UNREADABLE and serves(op, residual, forced=forced) and _fits(residual, branch, factor):
         parameters = norm_parameters(norm, residual)
         if parameters is not None and _is_readable(drop):
             rows = _row_scale(drop, branch, factor)
@@ -118,21 +119,21 @@ def add(residual: Tensor, branch: Tensor, scale: Any = None, drop: Any = None) -
     return residual + (branch if drop is None else drop(branch))
 
 
-_UNKNOWN: Any = object()
+_UNREADABLE: Any = object()
 
 
 def _factor(scale: Any) -> Any:
-    """The factors of each channel, None for none, `_UNKNOWN` where the module has to be called."""
+    """The factor of each channel, None without a layer scale, `_UNREADABLE` where the module has to be called."""
     if scale is None or isinstance(scale, Tensor):
         return scale
     known = role(scale)
     if known == "identity":
         return None
-    return getattr(scale, "gamma", getattr(scale, "lambda1", _UNKNOWN)) if known == "layer_scale" else _UNKNOWN
+    return getattr(scale, "gamma", getattr(scale, "lambda1", _UNREADABLE)) if known == "layer_scale" else _UNREADABLE
 
 
 def _fits(residual: Tensor, branch: Tensor, factor: Tensor | None) -> bool:
-    """Whether torch's sum has the shape and the dtype of the residual, as that of the op."""
+    """Whether torch's sum has the residual's shape and dtype, as the op's sum does."""
     dtype = residual.dtype
     if branch.shape != residual.shape or residual.dim() < 2:
         return False
@@ -152,7 +153,7 @@ def _is_active(drop: Any) -> bool:
 
 
 def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | None:
-    """The factor of each sample, drawn as the module draws it; None for none."""
+    """The factor of each sample, drawn as the module draws it; None if nothing is dropped."""
     if drop is None or not _is_active(drop):
         return None
     dtype = branch.dtype if factor is None else torch.promote_types(branch.dtype, factor.dtype)

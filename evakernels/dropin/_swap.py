@@ -3,48 +3,53 @@
 Parameters, buffers, hooks and names stay, so do `isinstance` and the class's name; the way back is the same step.
 """
 
+import inspect
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from evakernels.dropin._serve import ROLES
-
-_SERVED: dict[tuple[type, type, bool], type] = {}
-_ORIGINAL: dict[type, type] = {}
+_CLASSES: dict[Any, type] = {}
+_KEYS: dict[type, Any] = {}
+_PROCESS = uuid.uuid4().hex
+"""Verdicts on modules hold for one process and its forks; a pickle of another one has its original classes."""
 
 
 class Swapped(nn.Module):
-    """Base of the classes whose forward takes the place of another; the class that it serves stands behind it."""
+    """Base of the classes with a replaced forward; the original class comes behind it in the order of bases."""
+
+    method = "forward"
+    """Name of the replaced method."""
 
     is_forced = False
     """Whether the ops serve it where its own code would be faster, too."""
 
-    read: Any = None
-    """Which tokens it ends with, a `_pooled.Read`, where others aren't needed; None for all."""
+    selection: Any = None
+    """The tokens that the module returns, a `_pooled.Selection`; None for all."""
 
-    def _ending(self, x: Tensor) -> Tensor:
-        """Of `x`, `[B, N, C]`, the tokens that it ends with."""
-        return x if self.read is None else self.read(x)
+    def _select(self, x: Tensor) -> Tensor:
+        """The tokens of `x`, `[B, N, C]`, that the module returns."""
+        return x if self.selection is None else self.selection(x)
 
     if TYPE_CHECKING:
         # Its attributes are those of another library's class.
         def __getattr__(self, name: str) -> Any: ...
 
     def __prepare_scriptable__(self) -> Any:
-        """`torch.jit.script` asks for what it shall read instead; it can't read this."""
+        """`torch.jit.script` calls this to get the module to compile; it can't compile this one."""
         raise RuntimeError("torch.jit.script can't read an accelerated model; call evakernels.restore(model) first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the original class: that can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
-        original = _ORIGINAL.get(type(self))
-        if original is None:
+        if type(self) not in _KEYS:
             return reduced
-        return _rebuild, (original, self.is_forced, type(self).__bases__[0]), *reduced[2:]
+        original, forward, forced, untried = _KEYS[type(self)]
+        return _rebuild, (original, forced, forward, untried, _PROCESS), *reduced[2:]
 
 
 def own_class(module: nn.Module) -> type:
-    """The module's class, seen through those that FSDP2 and parametrizations put in front of it."""
+    """The module's class behind the classes that FSDP2 and parametrizations put in front of it."""
     cls = type(module)
     while _is_wrapper(cls):
         cls = cls.__bases__[-1]
@@ -52,24 +57,85 @@ def own_class(module: nn.Module) -> type:
 
 
 def original_class(cls: type) -> type | None:
-    """The class that `cls` serves, or None for a class that isn't of this package."""
-    return _ORIGINAL.get(cls)
+    """The class that `cls` replaces, or None for a class that isn't of this package."""
+    key = _KEYS.get(cls)
+    return None if key is None else key[0]
 
 
-def served_class(original: type, forward: type[Swapped], forced: bool = False) -> type:
-    """The subclass of `original` that runs `forward`'s forward, always the same one."""
-    key = original, forward, forced
-    if key not in _SERVED:
-        names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        served = type(original.__name__, (forward, original), {**names, "is_forced": forced})
-        _SERVED[key], _ORIGINAL[served] = served, original
-        if original in ROLES:
-            ROLES[served] = ROLES[original]
-    return _SERVED[key]
+def original_class_of(module: nn.Module) -> type:
+    """The class that the module has without this package, FSDP2 and parametrizations."""
+    own = own_class(module)
+    return original_class(own) or own
+
+
+def replacement_class(
+    original: type, forward: type[Swapped], forced: bool = False, tried: frozenset[str] | None = None
+) -> type:
+    """The subclass of `original` that runs `forward`'s forward, always the same one.
+
+    Args:
+        original: class of the module.
+        forward: class with the new forward.
+        forced: whether the ops serve it where its own code would be faster, too.
+        tried: arguments for which both forwards were compared; a call with others runs the original forward. None for
+            all.
+    """
+    key = original, forward, forced, _untried(original, forward, tried)
+    if key not in _CLASSES:
+        members = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members["is_forced"] = forced
+        if key[3]:
+            members[forward.method] = _guarded(
+                getattr(original, forward.method), getattr(forward, forward.method), frozenset(key[3])
+            )
+        cls = type(original.__name__, (forward, original), members)
+        _CLASSES[key], _KEYS[cls] = cls, key
+    return _CLASSES[key]
+
+
+def parameters_of(original: Any, replacement: Any) -> list[inspect.Parameter]:
+    """The parameters of a method but for `self`; of its replacement, where `*args` hides them."""
+    parameters = list(inspect.signature(original).parameters.values())
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        parameters = list(inspect.signature(replacement).parameters.values())
+    return parameters[1:]
+
+
+def _untried(original: Any, forward: Any, tried: frozenset[str] | None) -> tuple[str, ...]:
+    """Arguments of the original forward that were not compared; of any other name if the new one takes fewer."""
+    new = getattr(forward, forward.method)
+    if tried is None or new is nn.Module.forward:
+        return ()
+    open_ended = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    kinds = {parameter.kind for parameter in inspect.signature(new).parameters.values()}
+    return tuple(
+        parameter.name
+        for parameter in parameters_of(getattr(original, forward.method), new)
+        if (parameter.kind not in kinds if parameter.kind in open_ended else parameter.name not in tried)
+    )
+
+
+def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
+    """A method that calls the new one, or its own if an untried argument differs from its default."""
+    parameters = parameters_of(own, new)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = [p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in named if p.name in untried}
+    known = {p.name for p in named} - untried
+    takes_any = any(p.kind is p.VAR_KEYWORD and p.name not in untried for p in parameters)
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **options}
+        strange = [name for name in given if name in untried or not (name in known or takes_any)]
+        if len(args) > len(names) or any(given[n] is not defaults.get(n, inspect.Parameter.empty) for n in strange):
+            return own(self, *args, **options)
+        return new(self, **{name: value for name, value in given.items() if name not in strange})
+
+    return forward
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Gives the module the class `cls`, behind what FSDP2 or a parametrization has put there."""
+    """Gives the module the class `cls`, behind the classes that FSDP2 or a parametrization has put there."""
     module.__class__ = _behind(type(module), cls)
 
 
@@ -84,7 +150,7 @@ def _behind(current: type, cls: type) -> type:
 
 
 def _is_wrapper(cls: type) -> bool:
-    """Such a class is made at run time, of the module's own and, if it is FSDP2's, one of torch.distributed."""
+    """Whether a class was made at run time by FSDP2 or a parametrization, as a subclass of the module's own."""
     of_fsdp = len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed.")
     return of_fsdp or (cls.__module__ == _PARAMETRIZE and cls.__name__.startswith("Parametrized"))
 
@@ -92,9 +158,10 @@ def _is_wrapper(cls: type) -> bool:
 _PARAMETRIZE = "torch.nn.utils.parametrize"
 
 
-def _rebuild(original: type, forced: bool = False, forward: Any = None) -> Any:
-    """An empty module for `pickle` and `copy` to fill: swapped where the class is known or, in this process, was."""
-    from evakernels.dropin._rule import served
-
-    cls: Any = _SERVED.get((original, forward, forced)) or served(original, forced) or original
+def _rebuild(
+    original: type, forced: bool = False, forward: Any = None, untried: tuple[str, ...] = (), process: str = ""
+) -> Any:
+    """An empty module for `pickle` and `copy` to fill, of its replaced class in the process that has verified it."""
+    cls: Any = _CLASSES.get((original, forward, forced, untried)) if process == _PROCESS else None
+    cls = cls or original
     return cls.__new__(cls)

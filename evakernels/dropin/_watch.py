@@ -1,4 +1,4 @@
-"""What accelerated modules run: the calls of them, and of the ops that they ask for."""
+"""Counts of calls of accelerated modules and of the ops that they run."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from evakernels import backends
+from .. import backends
 
 
 class Calls:
-    """Counts of calls, by module and by (module, op, backend); an op that no module of them asked for has None.
+    """Counts of calls, by module and by (module, op, backend); the module is None for ops outside of all modules.
 
-    Modules of whose calls nothing is told are those inside of compiled code.
+    Calls of modules inside of compiled code aren't counted.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:

@@ -1,5 +1,6 @@
-"""Rules for open_clip: both towers, their blocks, and the losses. Its towers by timm have timm's rules."""
+"""Replacements for open_clip: both towers, their blocks, the losses. Its towers of timm have timm's replacements."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -7,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.autocast import is_on, matmul_inputs
-from evakernels.backends import refuse
-from evakernels.dropin import _pooled
-from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import add, add_norm, drops, is_watched
-from evakernels.dropin._swap import Swapped
-from evakernels.dropin.timm import LayerNorm, block_gate, masked
-from evakernels.dropin.torch_modules import QuickGELU as _QuickGELU
-from evakernels.dropin.torch_modules import is_causal_mask, last_dimension
-from evakernels.nn import linear
-from evakernels.ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
-from evakernels.ops.contrastive import MEMORY_BUDGET, siglip_sum
+from ..autocast import is_on, matmul_inputs
+from ..backends import refuse
+from ..nn import linear
+from ..ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
+from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
+from . import _pooled
+from ._gate import serves
+from ._replacement import Call, Replacement
+from ._serve import add, add_norm, drops, is_watched
+from ._swap import Swapped
+from .timm import LayerNorm, block_gate, masked
+from .torch_modules import QuickGELU as _QuickGELU
+from .torch_modules import is_causal_mask, last_dimension
 
 ROLES = {
     "open_clip.transformer.LayerNorm": "layer_norm",
@@ -29,7 +30,7 @@ ROLES = {
 
 
 class QuickGELU(_QuickGELU):
-    """With an argument of another name."""
+    """open_clip's, whose argument has another name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -39,7 +40,7 @@ class QuickGELU(_QuickGELU):
 
 
 class ResidualAttentionBlock(Swapped):
-    """With torch's attention."""
+    """A block with torch's attention."""
 
     def forward(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
@@ -48,17 +49,17 @@ class ResidualAttentionBlock(Swapped):
         k_x = self.ln_1_kv(k_x) if crosses and k_x is not None else None
         v_x = self.ln_1_kv(v_x) if crosses and v_x is not None else None
         queries = self.ln_1(q_x)
-        if self.read is not None:
+        if self.selection is not None:
             k_x = v_x = queries
-            q_x, queries = self.read(q_x), self.read(queries)
-            attn_mask = None if attn_mask is None else self.read.of_mask(attn_mask, self.attn.num_heads)
+            q_x, queries = self.selection(q_x), self.selection(queries)
+            attn_mask = None if attn_mask is None else self.selection.of_mask(attn_mask, self.attn.num_heads)
         branch = self.attention(q_x=queries, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         y, x = add_norm(q_x, branch, self.ln_2, self.ls_1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls_2)
 
 
 class CustomResidualAttentionBlock(Swapped):
-    """With open_clip's."""
+    """A block with open_clip's attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         branch = self.ln_attn(self.attn(self.ln_1(x), attn_mask=attn_mask))
@@ -98,13 +99,13 @@ def _first(module: Any) -> str | None:
     return None if getattr(module, "batch_first", True) else "its sequences come first"
 
 
-def _all_are_read(module: Any) -> str | None:
+def _pools_all(module: Any) -> str | None:
     """Why the last block has to compute all patches."""
     read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
     return _first(module.transformer) if read else "all of its tokens are read"
 
 
-def _reads_more(module: Any) -> str | None:
+def _pools_more(module: Any) -> str | None:
     """Why a text tower has to compute more tokens than one."""
     pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
     of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
@@ -113,61 +114,64 @@ def _reads_more(module: Any) -> str | None:
 
 
 _PATH = ("transformer", "resblocks")
-_VISION = _pooled.Ending(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _all_are_read)
-_TEXT = _pooled.Ending(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _reads_more)
+_VISION = _pooled.Pooling(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _pools_all)
+_TEXT = _pooled.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _pools_more)
+_CLIP = dataclasses.replace(_TEXT, other=("visual",))
 
 
 class VisionTower(Swapped):
-    """Of which the class token is read."""
+    """A vision tower that pools its class token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tower: Any = _VISION.early(self, _pooled.Read()) if _VISION.may_be_early(self, x) else self
+        tower: Any = _VISION.shortened(self, _pooled.Selection()) if _VISION.can_shorten(self, x) else self
         features: Tensor = super(VisionTower, tower).forward(x)
         return features
 
 
 class TextTower(Swapped):
-    """Of which the end token is read, or the last."""
+    """A text tower that pools its end token or its last token."""
 
     def forward(self, text: Tensor) -> Tensor:
-        tower, text = _of_end(self, text, "pool_type")
+        tower, text = _at_end(self, text, "pool_type")
         features: Tensor = super(TextTower, tower).forward(text)
         return features
 
 
 class Clip(Swapped):
-    """A model that is its text tower itself."""
+    """A model that is its own text tower."""
+
+    method = "encode_text"
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        tower, text = _of_end(self, text, "text_pool_type")
+        tower, text = _at_end(self, text, "text_pool_type")
         features: Tensor = super(Clip, tower).encode_text(text, normalize)  # type: ignore[misc]
         return features
 
 
-def _of_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
-    """A view of a text tower whose last block ends with the token that is pooled, and the text for it.
+def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
+    """A view of a text tower whose last block returns the pooled token, and the text for it.
 
-    Behind the end a causal tower computes nothing that is read: on a CPU, where to look at a text costs nothing, it is
-    cut there.
+    Tokens behind the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU reading
+    its length would synchronize.
     """
     mask = tower.attn_mask
-    if not _TEXT.may_be_early(tower, text) or text.dim() != 2 or text.shape[0] == 0:
+    if not _TEXT.can_shorten(tower, text) or text.dim() != 2 or text.shape[0] == 0:
         return tower, text
     if mask is not None and mask.shape[-1] != text.shape[1]:
         return tower, text
-    of_end, length = getattr(tower, pool) == "argmax", text.shape[1]
-    rows = text.argmax(-1) if of_end else torch.full(text.shape[:1], length - 1, device=text.device)
+    pools_end, length = getattr(tower, pool) == "argmax", text.shape[1]
+    rows = text.argmax(-1) if pools_end else torch.full(text.shape[:1], length - 1, device=text.device)
     changes: dict[str, Any] = {pool: "first"}
     parts = tower.token_embedding, *tower.transformer.modules()
-    if of_end and mask is not None and is_causal_mask(mask) and not any(map(is_watched, parts)):
+    if pools_end and mask is not None and is_causal_mask(mask) and not any(map(is_watched, parts)):
         length = int(rows.max()) + 1
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
-    return _TEXT.early(tower, _pooled.Read(rows), **changes), text[:, :length]
+    return _TEXT.shortened(tower, _pooled.Selection(rows), **changes), text[:, :length]
 
 
 class PatchDropout(Swapped):
-    """The same draw; class token and kept patches come out of one gather."""
+    """Patch dropout with the same random numbers; one gather returns class token and kept patches."""
 
     def forward(self, x: Tensor) -> Tensor:
         drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
@@ -187,7 +191,7 @@ class PatchDropout(Swapped):
 
 
 class ClipLoss(Swapped):
-    """From log-sum-exps instead of logits, with open_clip's own exchange between processes."""
+    """CLIP's loss from log-sum-exps instead of logits, with open_clip's own exchange between ranks."""
 
     def forward(
         self,
@@ -214,7 +218,7 @@ class ClipLoss(Swapped):
         return {"contrastive_loss": loss} if options.get("output_dict") else loss
 
     def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """The features of this process, followed by those of all if there are several."""
+        """The features of this rank, followed by the features of all ranks if there are several."""
         if self.world_size == 1:
             return image, text
         gather = sys.modules["open_clip.loss"].gather_features
@@ -223,7 +227,7 @@ class ClipLoss(Swapped):
 
 
 class SigLipLoss(Swapped):
-    """One product with the texts of all processes; every exchange of open_clip's gives that value and gradient."""
+    """SigLIP's loss by one matmul with the texts of all ranks; each exchange of open_clip has equal results."""
 
     def forward(
         self,
@@ -254,70 +258,55 @@ def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) ->
 
 
 def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
-    """That of torch's cross-entropy of these logits."""
+    """The dtype of torch's cross-entropy of these logits."""
     return torch.float32 if is_on(image.device.type) else torch.result_type(image, logit_scale)
 
 
-# --- what to try a module of an unknown form with --------------------------------------------------------------------
+# --- arguments for the comparison -------------------------------------------------------------------------------------
+
+
+def _queries(module: Any, x: Tensor) -> list[Call]:
+    mask = torch.randn(x.shape[1], x.shape[1])
+    return [((x,), {}), ((x,), {"attn_mask": mask}), ((x[:, :3],), {"k_x": x, "v_x": x.flip(1)})]
+
+
+def _images(module: Any, x: Tensor) -> list[Call]:
+    return [((torch.randn(2, module.conv1.weight.shape[1], *module.image_size, requires_grad=True),), {})]
+
+
+def _texts(module: Any, x: Tensor) -> list[Call]:
+    text = torch.randint(1, module.token_embedding.weight.shape[0] - 1, (2, module.positional_embedding.shape[0]))
+    text[0, 5], text[0, 6:] = module.token_embedding.weight.shape[0] - 1, 0
+    return [((text,), {}), ((text,), {"normalize": True})]
 
 
 def _pairs(module: Any, x: Tensor) -> list[Call]:
-    if module.world_size > 1:
-        raise ValueError("its features would be those of several processes")
     image, text = F.normalize(x, dim=-1).flatten(0, 1).chunk(2)
-    options = {"image_features": image, "text_features": text, "logit_scale": x.new_tensor(10.0).requires_grad_()}
-    biased = {**options, "logit_bias": x.new_tensor(-2.0).requires_grad_()}
+    options = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0, requires_grad=True)}
+    biased = {**options, "logit_bias": torch.tensor(-2.0, requires_grad=True)}
     calls: list[Call] = [((), {**o, **form}) for o in (options, biased) for form in ({}, {"output_dict": True})]
     return calls[2:] if hasattr(module, "_loss") else calls
 
 
 _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
-_SCALE = (f"{_TRANSFORMER}.LayerScale.forward",)
+_ONE_RANK = (("rank", 0), ("world_size", 1))
 
 
-def _tower(forward: type[Swapped], name: str, token: str, ending: _pooled.Ending, *helpers: str) -> Rule:
-    forms = *helpers, "open_clip.transformer.Transformer.forward"
-    return Rule(forward, name, "torch", f"last block, {token}", forms, ending=ending)
+def _tower(forward: type[Swapped], name: str, token: str, pooling: _pooled.Pooling, **more: Any) -> Replacement:
+    return Replacement(forward, name, "torch", f"last block, {token}", pooling=pooling, **more)
 
 
-def _loss(forward: type[Swapped], gate: str, *helpers: str) -> Rule:
-    name = forward.__name__
-    return Rule(forward, f"{_LOSS}.{name}", gate, gate, tuple(f"{_LOSS}.{part}" for part in helpers), calls=_pairs)
-
-
-RULES = (
-    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension),
-    Rule(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension),
-    Rule(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "quick_gelu"),
-    *(
-        Rule(forward, f"{_TRANSFORMER}.{forward.__name__}", block_gate, helpers=_SCALE, calls=masked)
-        for forward in (ResidualAttentionBlock, CustomResidualAttentionBlock)
-    ),
-    Rule(Attention, f"{_TRANSFORMER}.Attention", "attention", reason=_has_dot_products, calls=masked),
-    Rule(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout"),
-    _tower(
-        VisionTower,
-        f"{_TRANSFORMER}.VisionTransformer",
-        "class token",
-        _VISION,
-        *(f"{_TRANSFORMER}.VisionTransformer.{name}" for name in _VISION.methods),
-    ),
-    _tower(
-        TextTower,
-        f"{_TRANSFORMER}.TextTransformer",
-        "end token",
-        _TEXT,
-        f"{_TRANSFORMER}.TextTransformer._embeds",
-        f"{_TRANSFORMER}.text_global_pool",
-    ),
-    _tower(
-        Clip,
-        "open_clip.model.CLIP",
-        "end token",
-        _TEXT,
-        "open_clip.model.CLIP.encode_text",
-        f"{_TRANSFORMER}.text_global_pool",
-    ),
-    _loss(ClipLoss, "clip_loss", "ClipLoss.get_logits", "ClipLoss.get_ground_truth", "gather_features"),
-    _loss(SigLipLoss, "siglip_loss", *(f"SigLipLoss.{name}" for name in ("get_ground_truth", "get_logits", "_loss"))),
+REPLACEMENTS = (
+    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension),
+    Replacement(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "quick_gelu"),
+    Replacement(ResidualAttentionBlock, f"{_TRANSFORMER}.ResidualAttentionBlock", block_gate, calls=_queries),
+    Replacement(CustomResidualAttentionBlock, f"{_TRANSFORMER}.CustomResidualAttentionBlock", block_gate, calls=masked),
+    Replacement(Attention, f"{_TRANSFORMER}.Attention", "attention", reason=_has_dot_products, calls=masked),
+    Replacement(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout"),
+    _tower(VisionTower, f"{_TRANSFORMER}.VisionTransformer", "class token", _VISION, calls=_images),
+    _tower(TextTower, f"{_TRANSFORMER}.TextTransformer", "end token", _TEXT, calls=_texts),
+    _tower(Clip, "open_clip.model.CLIP", "end token", _CLIP, calls=_texts),
+    Replacement(ClipLoss, f"{_LOSS}.ClipLoss", "clip_loss", "clip_loss", calls=_pairs, settings=_ONE_RANK),
+    Replacement(SigLipLoss, f"{_LOSS}.SigLipLoss", "siglip_loss", "siglip_loss", calls=_pairs, settings=_ONE_RANK),
 )

@@ -1,21 +1,21 @@
-"""Rules for timm: the EVA family, ViT, DINOv3 and the Perception Encoder share these modules."""
+"""Replacements for timm: the EVA family, ViT, DINOv3 and the Perception Encoder share these modules."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evakernels.backends import refuse
-from evakernels.dropin import _pooled
-from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import add, add_norm, drops, gated, norm_add, role
-from evakernels.dropin._swap import Swapped
-from evakernels.dropin.torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
-from evakernels.dropin.torch_modules import LayerNorm as _LayerNorm
-from evakernels.nn import linear
-from evakernels.ops import rope_attention, token_dropout
-from evakernels.ops.rope_attention import MAX_PREFIX
+from ..backends import refuse
+from ..nn import linear
+from ..ops import rope_attention, token_dropout
+from ..ops.rope_attention import MAX_PREFIX
+from . import _pooled
+from ._gate import serves
+from ._replacement import Call, Replacement
+from ._serve import add, add_norm, drops, gated, norm_add, role
+from ._swap import Swapped
+from .torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
+from .torch_modules import LayerNorm as _LayerNorm
 
 ROLES = {
     "timm.layers.norm.LayerNorm": "layer_norm",
@@ -26,7 +26,7 @@ ROLES = {
 
 
 class LayerNorm(_LayerNorm):
-    """As torch's, whose argument has another name."""
+    """timm's, whose argument has another name than torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -36,7 +36,7 @@ class LayerNorm(_LayerNorm):
 
 
 class SwiGLU(Swapped):
-    """Two projections."""
+    """SwiGLU with two projections."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = gated(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm, forced=self.is_forced)
@@ -45,7 +45,7 @@ class SwiGLU(Swapped):
 
 
 class GluMlp(Swapped):
-    """One packed projection."""
+    """A gated MLP with one packed projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1(x).chunk(2, dim=-1)
@@ -63,19 +63,19 @@ def _packed_by_silu(module: Any) -> str | None:
 
 
 def _causal(is_causal: bool) -> dict[str, bool]:
-    """The option where it is given: before 1.0.26 timm had none. Under torch.fx it is what stands for a bool."""
+    """The option if it is given: before 1.0.26 timm had none. Under torch.fx it is a proxy of a bool."""
     return {} if is_causal is False else {"is_causal": is_causal}
 
 
 class _Attention(Swapped):
-    """What the attention modules share."""
+    """Common parts of the attention modules."""
 
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
         op = unrotated if rope is None else "rope_attention"
         return (
             (attn_mask is None or refuse("mask"))
-            and (self.read is None or is_causal is False or refuse("causal"))
+            and (self.selection is None or is_causal is False or refuse("causal"))
             and (self.fused_attn or refuse("fused_attn is off"))
             and (not drops(self.attn_drop) or refuse("dropout"))
             and serves(op, x, of_product=True, forced=self.is_forced)
@@ -109,7 +109,7 @@ class _Attention(Swapped):
         return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
     def _attend(self, x: Tensor, **options: Any) -> Tensor:
-        queried = self._ending(x)
+        queried = self._select(x)
         q, k, v = self._project(queried, x)
         out = self.norm(rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2))
         gate = getattr(self, "gate", None)
@@ -120,16 +120,16 @@ class _Attention(Swapped):
 
 
 class Attention(_Attention):
-    """Without a rotation."""
+    """Attention without rotary embedding."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self._is_fused(x, None, attn_mask, is_causal):
             return self._attend(x, causal=is_causal)
-        return self._ending(super().forward(x, attn_mask=attn_mask, **_causal(is_causal)))
+        return self._select(super().forward(x, attn_mask=attn_mask, **_causal(is_causal)))
 
 
 class RotaryAttention(_Attention):
-    """With one, by tables of all heads or of each, of all samples or of each."""
+    """Attention with rotary embedding; tables may differ by head and by sample."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -139,7 +139,7 @@ class RotaryAttention(_Attention):
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
             refuse("rotary table")
-        return self._ending(super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal)))
+        return self._select(super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal)))
 
     def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
         """`rope_attention`'s arguments for timm's table `[..., P, 2 * head_dim]`, which holds each angle twice."""
@@ -172,41 +172,41 @@ class RotaryAttention(_Attention):
 
 
 class _Block(Swapped):
-    """What the blocks share."""
+    """Common parts of the blocks."""
 
     def _attention(self) -> Any:
-        return self.attn if self.read is None else _pooled.view(self.attn, read=self.read)
+        return self.attn if self.selection is None else _pooled.view(self.attn, selection=self.selection)
 
 
 class Block(_Block):
-    """ViT's, and that with a bias by relative position, which its attention adds."""
+    """A block of ViT, or of ViT with a bias by relative position, which its attention adds."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         branch = self._attention()(self.norm1(x), *args, **options)
-        y, x = add_norm(self._ending(x), branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
+        y, x = add_norm(self._select(x), branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls2, self.drop_path2)
 
 
 class EvaBlock(_Block):
-    """EVA's, whose layer scale is a parameter of its own."""
+    """A block of EVA, whose layer scale is its own parameter."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         branch = self._attention()(self.norm1(x), *args, **options)
-        y, x = add_norm(self._ending(x), branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
+        y, x = add_norm(self._select(x), branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
         return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
 
 
 class PostNormBlock(_Block):
-    """Of any of them, with the norms behind the branches."""
+    """A block of any of these models with the norms behind the branches."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         branch = self._attention()(x, *args, **options)
-        x = norm_add(self._ending(x), branch, self.norm1, self.drop_path1, forced=self.is_forced)
+        x = norm_add(self._select(x), branch, self.norm1, self.drop_path1, forced=self.is_forced)
         return norm_add(x, self.mlp(x), self.norm2, self.drop_path2, forced=self.is_forced)
 
 
 def block_gate(module: Any) -> str:
-    """What a block with a layer scale, or without, runs."""
+    """The gate of a block with or without a layer scale."""
     scales = (getattr(module, name, None) for name in ("gamma_1", "ls1", "ls_1"))
     scale = next((scale for scale in scales if scale is not None), None)
     return "add_norm" if scale is None or role(scale) == "identity" else "scaled_add_norm"
@@ -215,21 +215,31 @@ def block_gate(module: Any) -> str:
 # --- towers ---------------------------------------------------------------------------------------------------------
 
 
-def _all_are_read(module: Any) -> str | None:
+def _pools_all(module: Any) -> str | None:
     """Why the last block has to compute all tokens."""
     read = module.global_pool == "token" and module.attn_pool is None and module.num_prefix_tokens > 0
     return None if read else "all of its tokens are read"
 
 
 _METHODS = ("forward_features", "forward_head", "pool")
-_ENDING = _pooled.Ending(("blocks",), "norm", _Attention, _METHODS, _all_are_read)
+
+
+def _fewer_tokens(module: Any) -> dict[int, int]:
+    stem, prefix = module.patch_embed, module.num_prefix_tokens
+    patches = getattr(stem, "num_patches", None)
+    return {patches: 9, patches + prefix: 9 + prefix} if patches and getattr(stem, "flatten", True) else {}
+
+
+_POOLING = _pooled.Pooling(
+    ("blocks",), "norm", _Attention, _METHODS, _pools_all, stem="patch_embed", sizes=_fewer_tokens
+)
 
 
 class Tower(Swapped):
-    """Of which the class token is read."""
+    """A tower that pools its class token."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        tower: Any = _ENDING.early(self, _pooled.Read()) if _ENDING.may_be_early(self, x) else self
+        tower: Any = _POOLING.shortened(self, _pooled.Selection()) if _POOLING.can_shorten(self, x) else self
         own = super(Tower, tower).forward
         options = ({} if attn_mask is None else {"attn_mask": attn_mask}) | _causal(is_causal)
         if isinstance(attn_mask, torch.fx.Proxy):  # what isn't given is one too; before 1.0.26 Eva had neither option
@@ -242,7 +252,7 @@ class Tower(Swapped):
 
 
 class PatchDropout(Swapped):
-    """The same draw; prefix and kept patches come out of one gather."""
+    """Patch dropout with the same random numbers; one gather returns prefix and kept patches."""
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _drop_patches(self, x)[0] if _drops_patches(self, x) else super().forward(x)
@@ -250,7 +260,7 @@ class PatchDropout(Swapped):
 
 
 class PatchDropoutWithIndices(Swapped):
-    """As `PatchDropout`, with the indices."""
+    """`PatchDropout` that returns the indices, too."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         y: tuple[Tensor, Tensor | None] = _drop_patches(self, x) if _drops_patches(self, x) else super().forward(x)
@@ -276,7 +286,7 @@ def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return token_dropout(x, rows), keep
 
 
-# --- what to try a module of an unknown form with --------------------------------------------------------------------
+# --- arguments for the comparison -------------------------------------------------------------------------------------
 
 
 def masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
@@ -302,43 +312,43 @@ def _biased(module: Any, x: Tensor) -> list[Call]:
     return [((x,), {}), ((x,), {"shared_rel_pos": torch.randn_like(x @ x.mT)[:1, None]})]
 
 
+def _patches(module: Any, x: Tensor) -> list[Call]:
+    flat, prefix = getattr(module.patch_embed, "flatten", True), module.num_prefix_tokens
+    shape = (2, module.patch_embed.num_patches or 9) if flat else (2, 3, 3)  # of images of any size
+    patches = torch.randn(*shape, module.embed_dim, requires_grad=True)
+    count = prefix + patches[0, ..., 0].numel()
+    options: tuple[dict[str, Any], ...] = ({}, {"attn_mask": torch.randn(count, count)}, {"is_causal": True})
+    return [((patches,), given) for given in options]
+
+
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"
 _ACTIVATIONS = f"{_LAYERS}.activations"
 _RELATIVE = f"{_VIT}_relpos"
-_ROTATION = tuple(
-    f"{_LAYERS}.pos_embed_sincos.{name}"
-    for name in ("apply_rot_embed_cat", "apply_rot_embed", "rot", "rope_rotate_half")
-)
-_DROP_PATH = (f"{_LAYERS}.drop.DropPath.forward", f"{_LAYERS}.drop.drop_path")
 _DROP = f"{_LAYERS}.patch_dropout"
-_DROP_PATCHES = (f"{_DROP}.patch_dropout_forward",)
-
-_TOKEN = "last block, class token"
-_TOWER = (f"{_LAYERS}.pool1d.global_pool_nlc", f"{_LAYERS}.mlp.Mlp.forward")
 
 
-def _tower(name: str) -> Rule:
-    return Rule(Tower, name, "torch", _TOKEN, (*(f"{name}.{part}" for part in _METHODS), *_TOWER), ending=_ENDING)
+def _tower(name: str) -> Replacement:
+    return Replacement(Tower, name, "torch", "last block, class token", calls=_patches, pooling=_POOLING)
 
 
-RULES = (
-    Rule(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=last_dimension),
-    Rule(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu"),
-    Rule(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "quick_gelu", helpers=(f"{_ACTIVATIONS}.quick_gelu",)),
-    Rule(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=by_silu),
-    Rule(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", reason=_packed_by_silu),
-    Rule(Attention, f"{_LAYERS}.attention.Attention", "attention", calls=masked),
-    Rule(RotaryAttention, f"{_LAYERS}.attention.AttentionRope", "rope_attention", helpers=_ROTATION, calls=_rotated),
-    Rule(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", helpers=_ROTATION, calls=_rotated),
-    Rule(Block, f"{_VIT}.Block", block_gate, helpers=_DROP_PATH, calls=masked),
-    Rule(Block, f"{_RELATIVE}.RelPosBlock", block_gate, helpers=_DROP_PATH, calls=_biased),
-    Rule(EvaBlock, f"{_EVA}.EvaBlock", block_gate, helpers=_DROP_PATH, calls=_rotated),
-    Rule(PostNormBlock, f"{_VIT}.ResPostBlock", "norm_add", helpers=_DROP_PATH, calls=masked),
-    Rule(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "norm_add", helpers=_DROP_PATH, calls=_rotated),
-    Rule(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", helpers=_DROP_PATH, calls=_biased),
+REPLACEMENTS = (
+    Replacement(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=last_dimension),
+    Replacement(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Replacement(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu"),
+    Replacement(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "quick_gelu"),
+    Replacement(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=by_silu),
+    Replacement(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", reason=_packed_by_silu),
+    Replacement(Attention, f"{_LAYERS}.attention.Attention", "attention", calls=masked),
+    Replacement(RotaryAttention, f"{_LAYERS}.attention.AttentionRope", "rope_attention", calls=_rotated),
+    Replacement(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", calls=_rotated),
+    Replacement(Block, f"{_VIT}.Block", block_gate, calls=masked),
+    Replacement(Block, f"{_RELATIVE}.RelPosBlock", block_gate, calls=_biased),
+    Replacement(EvaBlock, f"{_EVA}.EvaBlock", block_gate, calls=_rotated),
+    Replacement(PostNormBlock, f"{_VIT}.ResPostBlock", "norm_add", calls=masked),
+    Replacement(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "norm_add", calls=_rotated),
+    Replacement(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", calls=_biased),
     _tower(f"{_VIT}.VisionTransformer"),
     _tower(f"{_EVA}.Eva"),
-    Rule(PatchDropout, f"{_DROP}.PatchDropout", "token_dropout", helpers=_DROP_PATCHES),
-    Rule(PatchDropoutWithIndices, f"{_DROP}.PatchDropoutWithIndices", "token_dropout", helpers=_DROP_PATCHES),
+    Replacement(PatchDropout, f"{_DROP}.PatchDropout", "token_dropout"),
+    Replacement(PatchDropoutWithIndices, f"{_DROP}.PatchDropoutWithIndices", "token_dropout"),
 )

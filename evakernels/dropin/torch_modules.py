@@ -1,4 +1,4 @@
-"""Rules for torch's own modules."""
+"""Replacements for torch's own modules."""
 
 from functools import cache
 from typing import Any
@@ -7,18 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.autocast import is_on
-from evakernels.backends import refuse
-from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import add, add_norm, own_norm_parameters, role
-from evakernels.dropin._swap import Swapped
-from evakernels.nn import FrozenWeight, linear
-from evakernels.ops import gelu, layer_norm, rms_norm, rope_attention
+from ..autocast import is_on
+from ..backends import refuse
+from ..nn import FrozenWeight, linear
+from ..ops import gelu, layer_norm, rms_norm, rope_attention
+from ._gate import serves
+from ._replacement import Call, Replacement
+from ._serve import add, add_norm, own_norm_parameters, role
+from ._swap import Swapped
+
+ROLES = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.dropout.Dropout": "dropout",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.normalization.LayerNorm": "layer_norm",
+    "torch.nn.modules.normalization.RMSNorm": "rms_norm",
+}
 
 
 class Linear(Swapped):
-    """On a CPU, by oneDNN where that is faster."""
+    """A linear layer; on a CPU by oneDNN where that is faster."""
 
     linear_weights = ("weight",)
 
@@ -27,7 +35,7 @@ class Linear(Swapped):
 
 
 class LayerNorm(Swapped):
-    """Over the last dimension."""
+    """LayerNorm over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
         if serves("layer_norm", input, forced=self.is_forced):
@@ -39,7 +47,7 @@ class LayerNorm(Swapped):
 
 
 class RMSNorm(Swapped):
-    """Over the last dimension."""
+    """RMSNorm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         if serves("rms_norm", x, forced=self.is_forced):
@@ -52,7 +60,7 @@ class RMSNorm(Swapped):
 
 
 class GELU(Swapped):
-    """By tanh, the only one that some classes have, or as torch's module says."""
+    """GELU in the form of torch's module or, in classes without this attribute, by tanh."""
 
     approximate = "tanh"
 
@@ -64,7 +72,7 @@ class GELU(Swapped):
 
 
 class QuickGELU(GELU):
-    """CLIP's, of three libraries."""
+    """CLIP's QuickGELU, of three libraries."""
 
     approximate = "sigmoid"
 
@@ -73,10 +81,10 @@ class QuickGELU(GELU):
 
 
 class MultiheadAttention(Swapped):
-    """Of a sequence with itself or with another, which is keys and values both: without copies of the projection.
+    """Attention of a sequence to itself or to another, which is both keys and values.
 
-    torch multiplies sequences that come first, so it turns those that don't. Where the weight has no gradient either,
-    it then makes a copy of the weight for each token: in bfloat16 that was half of the time of SigLIP's model.
+    torch transposes sequences with `batch_first`. If the weight needs no gradient either, its matmul then copies the
+    weight for each token, which this forward avoids.
     """
 
     linear_weights = ("in_proj_weight",)
@@ -145,7 +153,7 @@ class MultiheadAttention(Swapped):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same with its weights, `[B, heads, queries, keys]`."""
+        """Attention with its weights, `[B, heads, queries, keys]`."""
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         scores = q * self.head_dim**-0.5 @ k.mT
         # Under autocast the product's dtype is another one than the mask's.
@@ -174,20 +182,23 @@ def _packs_all(module: Any) -> str | None:
 
 
 def _with_itself_and_others(module: Any, x: Tensor) -> list[Call]:
-    options = {"need_weights": False}
-    masks = _causal_mask(x.shape[1], x.dtype).to(x.device), torch.randn_like(x @ x.mT)[0]
-    given = [(x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)]
-    of_heads = torch.randn_like(x[:, :1] @ x.mT).repeat_interleave(module.num_heads, 0)
+    causal, any_mask = _causal_mask(x.shape[1], x.dtype), torch.randn(x.shape[1], x.shape[1])
+    of_heads = torch.randn(x.shape[0] * module.num_heads, 1, x.shape[1])
+    padding = torch.arange(x.shape[1]).expand(x.shape[0], -1) > 8
+    plain: dict[str, Any] = {"need_weights": False}
+    itself, one, other = (x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)
     return [
-        *((tokens, options) for tokens in given),
-        *((given[0], {**options, "attn_mask": mask}) for mask in masks),
-        *((tokens, {"average_attn_weights": mean}) for tokens in given for mean in (True, False)),
-        *((given[1], {"attn_mask": mask}) for mask in (masks[1][:1], of_heads)),
+        (itself, plain),
+        (itself, {**plain, "attn_mask": causal, "is_causal": True}),
+        (itself, {**plain, "attn_mask": any_mask}),
+        (itself, {"average_attn_weights": False}),
+        (one, {"attn_mask": of_heads}),
+        (other, {"key_padding_mask": padding}),
     ]
 
 
 class TransformerEncoderLayer(Swapped):
-    """Without torch's path for inference, which reads the weights of all children and asks none of them."""
+    """An encoder layer without torch's fast path for inference, which calls none of its children."""
 
     def forward(
         self,
@@ -220,21 +231,23 @@ def _attends(module: Any) -> str | None:
 
 
 def _masked(module: Any, x: Tensor) -> list[Call]:
-    # Of other masks of floats torch's path for inference makes NaN.
-    return [((x,), {}), ((x,), {"src_mask": _causal_mask(x.shape[1], x.dtype).to(x.device)})]
+    # With other masks of floats torch's fast path for inference makes NaN.
+    causal, padding = _causal_mask(x.shape[1], x.dtype), torch.zeros(x.shape[:2], dtype=torch.bool)
+    options: tuple[dict[str, Any], ...] = ({}, {"src_mask": causal}, {"src_mask": causal, "is_causal": True})
+    return [*(((x,), given) for given in options), ((x,), {"src_key_padding_mask": padding})]
 
 
 # --- which modules --------------------------------------------------------------------------------------------------
 
 
 def last_dimension(module: Any) -> str | None:
-    """Why a norm isn't one of the last dimension."""
-    shape = module.normalized_shape
+    """Why a module isn't supported that norms more than the last dimension."""
+    shape = getattr(module, "normalized_shape", (0,))
     return None if len(shape) == 1 else f"it normalises {len(shape)} dimensions"
 
 
 def by_silu(module: Any) -> str | None:
-    """Why a gated MLP isn't SwiGLU."""
+    """The reason why a gated MLP isn't SwiGLU, or None."""
     act = getattr(module, "act_fn", getattr(module, "act", None))
     return None if role(act) == "silu" else f"its activation is {type(act).__name__}"
 
@@ -246,12 +259,12 @@ def _gelu_gate(module: Any) -> str:
 _NORMS = "torch.nn.modules.normalization"
 _LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
-RULES = (
-    Rule(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
-    Rule(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension),
-    Rule(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
-    Rule(GELU, "torch.nn.modules.activation.GELU", _gelu_gate),
-    Rule(
+REPLACEMENTS = (
+    Replacement(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
+    Replacement(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension),
+    Replacement(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Replacement(GELU, "torch.nn.modules.activation.GELU", _gelu_gate),
+    Replacement(
         MultiheadAttention,
         "torch.nn.modules.activation.MultiheadAttention",
         "multi_head",
@@ -259,5 +272,5 @@ RULES = (
         reason=_packs_all,
         calls=_with_itself_and_others,
     ),
-    Rule(TransformerEncoderLayer, _LAYER, "multi_head", "add_layer_norm", reason=_attends, calls=_masked),
+    Replacement(TransformerEncoderLayer, _LAYER, "multi_head", "add_layer_norm", reason=_attends, calls=_masked),
 )

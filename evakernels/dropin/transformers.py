@@ -1,5 +1,5 @@
-"""Rules for transformers: CLIP, SigLIP, SigLIP2, DINOv3; in any model what reads like Llama's MLP and RMSNorm, and the
-attention of all that ask its `AttentionInterface`, by way of that."""
+"""Replacements for transformers: CLIP, SigLIP, SigLIP2, DINOv3; Llama's MLP and RMSNorm and CLIP's layer in any model;
+and the attention of all models that call its `AttentionInterface`, through that interface."""
 
 import inspect
 import sys
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels.backends import refuse
-from evakernels.dropin._gate import serves
-from evakernels.dropin._rule import Call, Rule
-from evakernels.dropin._serve import add, add_norm, gated, own_norm_parameters
-from evakernels.dropin._swap import Swapped
-from evakernels.dropin.torch_modules import GELU, QuickGELU, by_silu
-from evakernels.ops import rms_norm, rope_attention
-from evakernels.ops.rope_attention import MAX_PREFIX
+from ..backends import refuse
+from ..ops import rms_norm, rope_attention
+from ..ops.rope_attention import MAX_PREFIX
+from ._gate import serves
+from ._replacement import Call, Replacement
+from ._serve import add, add_norm, gated, own_norm_parameters
+from ._swap import Swapped
+from .torch_modules import GELU, QuickGELU, by_silu
 
 ROLES = {
     "transformers.activations.SiLUActivation": "silu",
@@ -27,7 +27,7 @@ ROLES = {
 
 
 class RMSNorm(Swapped):
-    """Llama's."""
+    """Llama's RMSNorm."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if serves("rms_norm", hidden_states, forced=self.is_forced) and self.weight.dtype == hidden_states.dtype:
@@ -39,7 +39,7 @@ class RMSNorm(Swapped):
 
 
 class GatedMLP(Swapped):
-    """Llama's."""
+    """Llama's gated MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
@@ -47,7 +47,7 @@ class GatedMLP(Swapped):
 
 
 class ExactGELU(GELU):
-    """The one of DINOv3 and of ViTs."""
+    """The exact GELU of DINOv3 and ViT."""
 
     approximate = "none"
 
@@ -60,18 +60,18 @@ def _by_torch(module: Any) -> str | None:
 
 
 class HookedAttention(Swapped):
-    """Of any model that asks transformers' `AttentionInterface`: its own forward, whose call of "sdpa" is served."""
+    """Attention that calls transformers' `AttentionInterface`: its own forward; `_attend` serves its call of "sdpa"."""
 
 
 _INTERFACE = "transformers.modeling_utils.AttentionInterface"
 _ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
 _sdpa: Callable[..., Any] | None = None
 _unserved: frozenset[str] = frozenset()
-"""Options of a call that transformers' scaled dot product attention takes or refuses, and that the op lacks."""
+"""Options of transformers' scaled dot product attention that the op lacks."""
 
 
 def prepare() -> None:
-    """Registers what serves accelerated modules as "sdpa", unless somebody else has put their own there."""
+    """Registers `_attend` as "sdpa", unless another function than transformers' own is registered."""
     global _sdpa, _unserved
     interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     current = None if interface is None else interface().get("sdpa")
@@ -81,8 +81,8 @@ def prepare() -> None:
         interface.register("sdpa", _attend)
 
 
-def asks_the_interface(cls: Any) -> bool:
-    """Whether the forward of a class takes its attention from transformers' common interface."""
+def calls_interface(cls: Any) -> bool:
+    """Whether the forward of a class calls transformers' common attention interface."""
     forward = inspect.unwrap(cls.forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     interface = forward.__globals__.get("ALL_ATTENTION_FUNCTIONS") if "ALL_ATTENTION_FUNCTIONS" in names else None
@@ -133,7 +133,7 @@ def _by_sdpa(module: Any) -> str | None:
 
 
 class DINOv3Attention(HookedAttention):
-    """DINOv3's, which rotates the patches behind class token and registers; here the op does."""
+    """DINOv3's attention; the op rotates the patches behind class token and registers."""
 
     def forward(
         self,
@@ -178,7 +178,7 @@ class DINOv3Attention(HookedAttention):
 
 
 class EncoderLayer(Swapped):
-    """That of CLIP and SigLIP."""
+    """The encoder layer of CLIP and SigLIP."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         branch, _ = self.self_attn(self.layer_norm1(hidden_states), *args, **kwargs)
@@ -187,7 +187,7 @@ class EncoderLayer(Swapped):
 
 
 class DINOv3Layer(Swapped):
-    """DINOv3's, with layer scale and stochastic depth."""
+    """DINOv3's layer, with layer scale and stochastic depth."""
 
     def forward(
         self,
@@ -203,7 +203,7 @@ class DINOv3Layer(Swapped):
         return add(x, self.mlp(y), self.layer_scale2, self.drop_path)
 
 
-# --- what to try a module of an unknown form with --------------------------------------------------------------------
+# --- arguments for the comparison -------------------------------------------------------------------------------------
 
 
 def _masked(module: Any, x: Tensor) -> list[Call]:
@@ -220,23 +220,30 @@ _MODELS = "transformers.models"
 _CLIP, _SIGLIP = (f"{_MODELS}.{name}.modeling_{name}" for name in ("clip", "siglip"))
 _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama.modeling_llama"
 
-RULES = (
-    Rule(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu", reason=_by_torch),
-    Rule(GELU, "transformers.activations.GELUTanh", "gelu"),
-    Rule(GELU, "transformers.activations.NewGELUActivation", "gelu"),
-    Rule(QuickGELU, "transformers.activations.QuickGELUActivation", "quick_gelu"),
-    Rule(RMSNorm, f"{_LLAMA}.LlamaRMSNorm", "rms_norm", "rms_norm", any_class=True),
-    Rule(GatedMLP, f"{_LLAMA}.LlamaMLP", "swiglu", reason=by_silu, any_class=True),
-    Rule(
+_ENCODER_LAYER = "layer_norm1", "self_attn", "layer_norm2", "mlp"
+
+REPLACEMENTS = (
+    Replacement(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu", reason=_by_torch),
+    Replacement(GELU, "transformers.activations.GELUTanh", "gelu"),
+    Replacement(GELU, "transformers.activations.NewGELUActivation", "gelu"),
+    Replacement(QuickGELU, "transformers.activations.QuickGELUActivation", "quick_gelu"),
+    Replacement(RMSNorm, f"{_LLAMA}.LlamaRMSNorm", "rms_norm", "rms_norm", attributes=("weight", "variance_epsilon")),
+    Replacement(
+        GatedMLP,
+        f"{_LLAMA}.LlamaMLP",
+        "swiglu",
+        reason=by_silu,
+        attributes=("gate_proj", "up_proj", "down_proj", "act_fn"),
+    ),
+    Replacement(
         DINOv3Attention,
         f"{_DINOV3}.DINOv3ViTAttention",
         "rope_attention",
-        helpers=(f"{_DINOV3}.apply_rotary_pos_emb", f"{_DINOV3}.rotate_half"),
         reason=_by_sdpa,
         calls=_rotated,
     ),
-    Rule(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", any_class=True, calls=_masked),
-    Rule(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", any_class=True, calls=_masked),
-    Rule(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotated),
-    Rule(HookedAttention, _INTERFACE, "attention", reason=_by_sdpa, hook=asks_the_interface),
+    Replacement(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", attributes=_ENCODER_LAYER, calls=_masked),
+    Replacement(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked),
+    Replacement(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotated),
+    Replacement(HookedAttention, _INTERFACE, "attention", reason=_by_sdpa, hook=calls_interface),
 )

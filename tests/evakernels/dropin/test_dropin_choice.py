@@ -110,8 +110,8 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(argument, pattern, ne
 
 
 @pytest.mark.parametrize("pattern", ["Conv2d", "patch_embed"])
-def test_what_no_rule_knows_can_not_be_included(pattern):
-    with pytest.raises(ValueError, match="matches the name or class of no module that there is a rule for; near are"):
+def test_unsupported_module_cannot_be_included(pattern):
+    with pytest.raises(ValueError, match="matches the name or class of no module that is supported; near are"):
         evakernels.accelerate(FAMILIES["eva02"].build(), include=pattern)
 
 

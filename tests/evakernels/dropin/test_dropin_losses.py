@@ -83,7 +83,7 @@ def test_a_bias_of_the_logits_and_a_number_as_scale_run_as_before():
 def test_a_loss_that_inherits_is_left():
     loss = CoCaLoss(1.0, 1.0)
     (left,) = (entry for entry in evakernels.accelerate(loss).left if entry.module == "CoCaLoss")
-    assert left.reason == "a subclass of ClipLoss changed it"
+    assert left.reason.startswith("behaves differently: ")
 
 
 def _process(rank, store, failures):

@@ -20,7 +20,7 @@ from transformers.activations import GELUActivation
 
 import evakernels
 from evakernels import _native
-from evakernels.dropin import Report, _form, _gate
+from evakernels.dropin import Report, _gate
 
 everything_served = pytest.mark.usefixtures("everything_served")
 
@@ -148,7 +148,7 @@ def test_parametrized_modules_are_served_and_restored(first):
         evakernels.accelerate(model)
         for name in layers:
             register_parametrization(model.get_submodule(name), "weight", nn.Tanh())
-    report = evakernels.accelerate(model)
+    report = evakernels.accelerate(model, strict=True)
     assert {done.module for done in report.replaced if done.name in layers} == {"Linear", "LayerNorm"}
     close(run(family, model, 1), run(family, untouched, 1))
     close(run(family, copy.deepcopy(model), 1), run(family, untouched, 1))
@@ -195,41 +195,12 @@ def _reason(report, name):
     return next(left.reason for left in report.left if left.name == name)
 
 
-def test_a_subclass_that_changes_a_module_is_left():
-    class Mine(EvaAttention):
-        def forward(self, x, rope=None, attn_mask=None, is_causal=False):
-            return 0.5 * super().forward(x, rope, attn_mask, is_causal)
-
-    model = FAMILIES["eva02"].build()
-    model.blocks[0].attn.__class__ = Mine
-    report = evakernels.accelerate(model)
-    assert _reason(report, "blocks.0.attn") == "a subclass of EvaAttention changed it"
-    assert type(model.blocks[0].attn) is Mine
-
-
 def test_a_forward_set_on_a_module_is_left():
     model = FAMILIES["eva02"].build()
     model.blocks[0].attn.forward = lambda x, **_: x
     report = evakernels.accelerate(model)
     assert _reason(report, "blocks.0.attn") == "its forward was replaced"
     assert type(model.blocks[0].attn) is EvaAttention
-
-
-@pytest.mark.parametrize("changed", ["forward", "helper"])
-def test_a_library_that_reads_differently_is_left(changed, monkeypatch):
-    def forward(self, x, rope=None, attn_mask=None, is_causal=False):
-        return x
-
-    if changed == "forward":
-        monkeypatch.setattr(EvaAttention, "forward", forward)
-    else:
-        monkeypatch.setattr("timm.layers.pos_embed_sincos.rot", lambda x: x)
-    model = FAMILIES["eva02"].build()
-    with pytest.warns(evakernels.UnknownFormWarning, match="0 of 2 blocks, .*: timm .* is unknown"):
-        report = evakernels.accelerate(model)
-    assert "unknown version" in _reason(report, "blocks.0.attn")
-    assert type(model.blocks[0].attn) is EvaAttention
-    assert any(done.module == "EvaBlock" for done in report.replaced)
 
 
 def test_options_that_the_forward_lacks_are_named():
@@ -290,7 +261,7 @@ def test_small_calls_run_the_untouched_code():
     assert not _gate.serves("layer_norm", torch.zeros(1, 4, 8, dtype=torch.bfloat16))
 
 
-# --- report and forms -----------------------------------------------------------------------------------------------
+# --- report ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_a_table(monkeypatch):
@@ -313,16 +284,6 @@ def test_the_report_needs_no_rich(monkeypatch):
     assert header.split() == ["module", "count", "can", "run", "backend", "left", "because"]
     assert any(line.split()[:3] == ["EvaBlock", "2", "add_layer_norm"] for line in lines)
     assert str(Report()).split() == ["0", "of", "0", "modules", *header.split()]
-
-
-def test_a_fingerprint_sees_code_only():
-    same = 'def f(self, x: int) -> int:\n    """Doc."""\n    # comment\n    return x + 1\n'
-    assert _form.fingerprint("    def f(self, x):\n        return x + 1") == _form.fingerprint(same)
-    assert _form.fingerprint("def f(self, x):\n    return x + 2") != _form.fingerprint(same)
-    assert _form.fingerprint(
-        '    def f(self):\n        """Doc\nto the left."""\n        return 1'
-    ) != _form.fingerprint(same)
-    assert _form.fingerprint("@nodes\ndef f(self, x):\n    return x + 1") != _form.fingerprint(same)
 
 
 def test_importing_the_library_imports_none_of_the_others():

@@ -17,11 +17,11 @@ LEFT = {
         ("VisionTransformer", f"its last block, Parallel{kind}Block, computes all tokens")
         for kind in ("Things", "Scaling")
     ),
-    *((name, "no rule is for it") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
+    *((name, "not supported") for name in ("AttentionPoolLatent", "RelPosAttention", "DiffAttention")),
     # Its attention is in the block itself.
-    *((name, "no rule is for it") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),
+    *((name, "not supported") for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")),
 }
-"""Modules of classes that a rule knows, and why they are left."""
+"""Modules of supported classes, and why they are left."""
 
 WITHOUT_RULE = {
     # torch's own is as fast, or the op of the parent reads them.
@@ -34,7 +34,7 @@ WITHOUT_RULE = {
     "VisionTransformerRelPos", "Sequential", "ModuleList", "PatchEmbed", "HybridEmbed",
     "RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed",
 }  # fmt: skip
-"""Classes in the models, but for convolutional stems, that no rule knows, and why."""
+"""Classes in the models, but for convolutional stems, that are not supported, and why."""
 
 
 @pytest.fixture(autouse=True)
