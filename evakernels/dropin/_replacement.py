@@ -170,7 +170,7 @@ def library_of(cls: type) -> str:
 
 @cache
 def _file(name: str) -> Any:
-    return importlib.import_module(f"evakernels.dropin.{name}")
+    return importlib.import_module(f".{name}", __package__)
 
 
 def why_not_here(module: Any, forced: bool = False) -> str:
