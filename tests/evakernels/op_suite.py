@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OPS = ("contrastive", "gelu", "lamb", "layer_norm", "residual_norm")
+OPS = ("contrastive", "gelu", "lamb", "layer_norm", "norm_widths", "residual_norm")
 OPS += ("native_optimizers", "packed_attention", "rope_attention", "row_quantization", "stochastic_rounding", "swiglu")
 OPS += ("token_dropout",)
 CHOICE = "accurate or odd_shapes or formula or error_rule"

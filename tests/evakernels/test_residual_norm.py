@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import DTYPES, assert_as_accurate_as_torch, assert_threads_change_no_bit, randn, with_gradients
-from test_layer_norm import add_then_norm, norm_then_add, plain
+from test_layer_norm import add_then_norm, norm_then_add
 from torch import Tensor
 
 import evakernels
@@ -157,64 +157,3 @@ def test_kernels_for_gpus_take_what_models_and_autocast_make(op, residual, branc
         served = residual in (branch, torch.float32)
         assert (f"branch is {branch} beside {residual}" in reasons) == (not served)
         assert backends.why_not(name, "cpu", a) == []
-
-
-# --- widths of models, and those where kernels change how they lay a row over threads --------------------------------
-
-WIDTHS = (1, 2, 250, 512, 768, 1024, 1280, 1408, 1792, 2730, 4096, 5120)
-# No kernel keeps all of these in registers.
-WIDE = (8199, 16_390, 25_600)
-
-
-def plain_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    return randn(rows, width) + 0.5, randn(width, seed=1), randn(width, seed=2)
-
-
-@pytest.mark.parametrize(("rows", "width"), [*((29, width) for width in WIDTHS), (2000, 24)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_plain_norm_keeps_the_error_rule(kind, dtype, rows, width):
-    x, weight, bias = plain_inputs(rows, width)
-    assert_as_accurate_as_torch(*plain(kind), (x, weight, None if kind == "rms" else bias), dtype)
-
-
-@pytest.mark.parametrize("width", WIDTHS[2:])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_joined_norm_keeps_the_error_rule(form, dtype, width):
-    assert_as_accurate_as_torch(ours(form), theirs(form), inputs_of(13, width), dtype)
-
-
-@pytest.mark.parametrize("width", WIDE)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_wide_rows_keep_the_error_rule(dtype, width):
-    assert_as_accurate_as_torch(*plain("layer"), plain_inputs(4, width), dtype)
-    for form in FORMS:
-        assert_as_accurate_as_torch(ours(form), theirs(form), inputs_of(4, width), dtype)
-
-
-@pytest.mark.parametrize("width", [250, 264])
-@pytest.mark.parametrize("offset", [1, 2, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset, width):
-    def at_offset(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor.new_zeros(offset), tensor.flatten()])[offset:].view(tensor.shape)
-
-    aligned = [t.to(dtype) for t in inputs_of(7, width)]
-    actual = with_gradients(ours(form), [at_offset(t) for t in aligned], as_they_lie=True)
-    torch.testing.assert_close(actual, with_gradients(ours(form), aligned), rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_float32_residual_with_a_narrow_branch_gives_the_formula(form):
-    """At a width that fits one warp, and at one that doesn't."""
-    for width in (768, 2048):
-        residual, branch, weight, bias, layer_scale = (t.float() for t in inputs_of(13, width))
-        for dtype in DTYPES[1:]:
-            inputs = (residual, branch.to(dtype), weight, bias, layer_scale)
-            actual = with_gradients(ours(form), inputs)
-            expected = with_gradients(theirs(form), [inputs[0], inputs[1].float(), *inputs[2:]])
-            for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
-                tolerance = 2 * torch.finfo(a.dtype).eps
-                torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=1e-4)
