@@ -30,17 +30,23 @@ def pictures():
     return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def exported_once(tmp_path_factory):
-    """A new store exports its text tower, which takes seconds; of equal weights it is done once."""
-    export, made = evaclip.export.export, {}
+@pytest.fixture(scope="session")
+def exported():
+    """Folders of exported towers."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def exported_once(exported, tmp_path_factory):
+    """A new store exports its text tower, which takes seconds; for equal weights it is done once."""
+    export = evaclip.export.export
 
     def copied(model, tower, target, **options):
         key = weights_hash(model), tower, target.name, *sorted(options.items())
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("exported")
-            export(model, tower, made[key] / target.name, **options)
-        for path in made[key].iterdir():
+        if key not in exported:
+            exported[key] = tmp_path_factory.mktemp("exported")
+            export(model, tower, exported[key] / target.name, **options)
+        for path in exported[key].iterdir():
             shutil.copy(path, target.with_name(path.name))
 
     with pytest.MonkeyPatch.context() as patch:

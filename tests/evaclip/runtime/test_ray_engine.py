@@ -143,7 +143,7 @@ def test_mistakes_are_one_line_and_leave_nothing(more, says, arguments, tmp_path
     assert not (tmp_path / "a.store").exists()
 
 
-def test_torchrun_and_ray_do_not_mix(arguments, tmp_path, capsys, monkeypatch):
+def test_parts_and_ray_do_not_mix(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["index", str(tmp_path / "a.store"), *arguments, "--engine", "ray"]) == 2
-    assert "without torchrun" in capsys.readouterr().err
+    assert "without --part" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_a_file_of_a_run_has_a_card_beside_it(run_folder: Path, capsys: pytest.C
     converted, exported = (run_folder.with_name(name) for name in ("mine.pt", "text.pt2"))
     for command in (
         ["convert", str(run_folder), str(converted), "--to", "open_clip"],
-        ["export", "tiny", str(exported), "--tower", "text", "--pretrained", str(run_folder)],
+        ["export", str(run_folder), str(exported), "--tower", "text"],
     ):
         assert main(command) == 0
         assert main([*command, "--force"]) == 0
