@@ -119,7 +119,7 @@ def exported(model: CLIP | VisionModel, tower: TowerName, normalize: bool = Fals
 
 
 def exportable(model: CLIP | VisionModel, tower: str) -> Any:
-    """The model, or a copy with dense weights of one whose weights are frozen.
+    """Returns the model, or a copy with dense weights if its weights are prepacked (`evakernels.nn.freeze`).
 
     Raises:
         UserError: for another tower, or a model that takes images of another size than its configuration says.
@@ -141,7 +141,7 @@ def _tower(model: CLIP | VisionModel, tower: TowerName) -> Any:
 
 
 class _Encoder(nn.Module):
-    """A tower as a program. `dtype` is that of an ONNX file's weights; None for a program of torch.export."""
+    """The module that is exported: a tower. `dtype`: weights of an ONNX file, None for torch.export."""
 
     tower: Any
 
@@ -270,7 +270,7 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _together(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, whose files get its place if the block succeeds: the file itself last."""
+    """Yields a temporary folder. If the block succeeds its files move next to `target`, `target` itself last."""
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         yield Path(folder)
         made = sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name)

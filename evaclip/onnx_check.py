@@ -1,7 +1,7 @@
 """Does an ONNX file compute its model's embeddings? A probe in the file's metadata says which they are.
 
-The probe's inputs come from a seed by numpy's `RandomState`, whose stream is frozen: noise images of several scales,
-and captions of several lengths. Needs numpy and onnxruntime (openvino for that engine), and no torch.
+The probe's inputs are noise images of several scales and captions of several lengths. numpy's `RandomState` draws them
+from a seed; its stream never changes. Needs numpy and onnxruntime (openvino for that engine), and no torch.
 """
 
 import base64

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BpeTokenizer
 
+from evaclip.atomic import write_json
 from evaclip.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,8 +108,17 @@ class Tokenizer:
         tokens = [str(self._bpe.id_to_token(index)) for index in listed if index != self.start_id]
         return str(decoders.ByteLevel().decode([token.replace("</w>", _SPACE) for token in tokens])).strip()
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `to_tokenizers` with the configuration files that transformers and Immich read next to it."""
+        folder = Path(folder)
+        self.to_tokenizers().save(str(folder / "tokenizer.json"))
+        names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, "do_lower_case": True}
+        write_json(folder / "tokenizer_config.json", {**kind, **names})
+        write_json(folder / "special_tokens_map.json", names)
+
     def to_tokenizers(self) -> BpeTokenizer:
-        """The same tokenizer with all its steps inside, as `tokenizers` saves them in a tokenizer.json.
+        """Returns the same tokenizer with all its steps inside, for a tokenizer.json.
 
         It cuts words by the Unicode of its runtime, and neither repairs mis-encoded characters nor resolves HTML
         entities: for all other text the ids are those of a call, but for the padding, which is the end token; CLIP

@@ -307,7 +307,7 @@ def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def dtypes(args: Sequence[Any]) -> set[torch.dtype]:
-    """Dtypes of all tensors among the arguments of an op, and those that are arguments themselves."""
+    """Returns the dtypes of an op's tensor arguments, and the dtypes that are arguments."""
     found = {tensor.dtype for tensor in tensors(args)}
     found.update([arg for arg in args if type(arg) is torch.dtype])
     return found

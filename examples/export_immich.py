@@ -12,7 +12,7 @@ from evaclip.errors import UserError
 from evaclip.export import export
 from evaclip.loading import load_model
 from evaclip.model.clip import CLIP
-from evaclip.tokenizer import END, START, Tokenizer
+from evaclip.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def write(model: CLIP, folder: Path, **kind: Any) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     export(model, "image", folder / "visual/model.onnx", names=("image", "embedding"), **kind)
     export(model, "text", folder / "textual/model.onnx", names=("text", "embedding"), **kind)
-    write_tokenizer(model, folder / "textual")
+    Tokenizer(model.config.text.context_length, model.config.text.vocab_size).save_pretrained(folder / "textual")
     config, images = model.config, model.config.preprocess
     size = {"size": config.vision.image_size, "mode": "RGB", "mean": images.mean, "std": images.std}
     resize = {"interpolation": images.interpolation, "resize_mode": images.resize, "fill_color": 0}
@@ -46,15 +46,6 @@ def write(model: CLIP, folder: Path, **kind: Any) -> None:
     vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
     text |= {"context_length": config.text.context_length, "vocab_size": config.text.vocab_size}
     write_json(folder / "config.json", {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text})
-
-
-def write_tokenizer(model: CLIP, folder: Path) -> None:
-    text = model.config.text
-    Tokenizer(text.context_length, text.vocab_size).to_tokenizers().save(str(folder / "tokenizer.json"))
-    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, "do_lower_case": True}
-    write_json(folder / "tokenizer_config.json", {**kind, **names})
-    write_json(folder / "special_tokens_map.json", names)
 
 
 def check(model: CLIP) -> None:

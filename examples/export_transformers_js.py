@@ -13,7 +13,7 @@ from evaclip.export import export
 from evaclip.loading import load_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig
-from evaclip.tokenizer import END, START, Tokenizer
+from evaclip.tokenizer import Tokenizer
 
 _PILLOW = {"bilinear": 2, "bicubic": 3}
 
@@ -40,7 +40,7 @@ def write(model: CLIP, folder: Path, dtype: str = "fp32", int8: bool = False) ->
     image, text = (folder / "onnx" / f"{name}_model{suffix}.onnx" for name in ("vision", "text"))
     export(model, "image", image, names=("pixel_values", "image_embeds"), **kind)
     export(model, "text", text, names=("input_ids", "text_embeds"), **kind)
-    write_tokenizer(model, folder)
+    Tokenizer(model.config.text.context_length, model.config.text.vocab_size).save_pretrained(folder)
     write_json(folder / "config.json", model_config(model.config))
     write_json(folder / "preprocessor_config.json", image_processor(model.config))
 
@@ -92,15 +92,6 @@ def image_processor(config: CLIPConfig) -> dict[str, Any]:
         "image_mean": images.mean,
         "image_std": images.std,
     }
-
-
-def write_tokenizer(model: CLIP, folder: Path) -> None:
-    text = model.config.text
-    Tokenizer(text.context_length, text.vocab_size).to_tokenizers().save(str(folder / "tokenizer.json"))
-    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, "do_lower_case": True}
-    write_json(folder / "tokenizer_config.json", {**kind, **names})
-    write_json(folder / "special_tokens_map.json", names)
 
 
 def check(model: CLIP) -> None:

@@ -116,7 +116,7 @@ class Pooling:
         )
 
     def shortened(self, tower: Any, selection: Selection, **changes: Any) -> Any:
-        """A view of the tower, with `changes`, whose last block returns the selected tokens."""
+        """Returns a view of the tower with `changes`. Its last block returns the selected tokens alone."""
         *parts, blocks = self._path(tower)
         seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], selection=selection)})
         for part, name in zip(reversed(parts[1:]), reversed(self.path[1:]), strict=True):

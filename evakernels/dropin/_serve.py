@@ -16,7 +16,7 @@ from ._gate import serves
 from ._swap import original_class
 
 ROLES: dict[type, str] = {}
-"""Roles of exact classes whose modules `accelerate` has found to behave like their role."""
+"""Role by class, for classes that `accelerate` has compared and found equal. Subclasses don't count."""
 
 
 def role(module: Any) -> str | None:

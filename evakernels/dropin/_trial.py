@@ -108,7 +108,7 @@ def narrow(module: nn.Module, omitted: set[nn.Module], dimensions: dict[int, int
 
 
 def width_of(module: nn.Module) -> int:
-    """Channels of a module's input: of its own matrix, of the first layer that it holds, or of its first parameter."""
+    """Returns the channels of a module's input, read from its own matrix, its first layer or its first parameter."""
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 2:
             return int(parameter.shape[-1])

@@ -30,7 +30,7 @@ ROLES = {
 
 
 class QuickGELU(_QuickGELU):
-    """open_clip's, whose argument has another name."""
+    """open_clip's LayerNorm, which names its argument `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)

@@ -45,7 +45,7 @@ def test_any_batch_gives_the_models_embeddings(model: CLIP, tower: str, normaliz
     assert {outcome.level for outcome in outcomes} >= {"none", "basic", "extended", "all"}
     session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
     encode = model.encode_image if tower == "image" else model.encode_text
-    for batch in (1, 2, 5):
+    for batch in (0, 1, 3) if tower == "image" else (1, 3):
         images = torch.randn(batch, 3, *model.config.vision.image_shape)
         inputs = images if tower == "image" else torch.randint(1, 400, (batch, model.config.text.context_length))
         with torch.no_grad():
@@ -138,7 +138,7 @@ def with_zeros(image_file, path, choose):
     return check(path)
 
 
-def test_a_file_whose_weights_change_afterwards_is_found_out(image_file, tmp_path):
+def test_onnx_check_finds_changed_weights(image_file, tmp_path):
     found = with_zeros(image_file, tmp_path / "image.onnx", partial(max, key=lambda tensor: len(tensor.raw_data)))
     assert not any(outcome.passes(0.9999) for outcome in found)
 
