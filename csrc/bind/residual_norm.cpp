@@ -40,7 +40,7 @@ ResidualNormGradients norm_gradients(Call& call, const NormArrays& norm, int64_t
           gradient(2, dlayer_scale, "dlayer_scale", norm.layer_scale)};
 }
 
-// `y`: in add + norm the output beside the sum, or its gradient; in norm + add the sum.
+// `y`: the output of the norm or its gradient in add + norm; the sum in norm + add.
 ResidualNormShape norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
   require(x.sizes.size() > 1, x.name, " must be [B, ..., C]");
   const RowSizes size(x);

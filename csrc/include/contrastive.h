@@ -1,5 +1,5 @@
-// Parameters of the contrastive launchers: what is done to one tile of logits, which a matrix product has
-// written and, backward, two others read.
+// Parameters of the contrastive launchers. Each works on one tile of logits, the output of a matmul; in the
+// backward pass two matmuls read the tile.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +74,7 @@ void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFo
 // Without a gradient.
 SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
-// With that of the logits in their place.
+// Overwrites the logits with their gradient.
 SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
 // scaled = scale * image.

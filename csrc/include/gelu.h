@@ -68,7 +68,7 @@ EVAKERNELS_API void gelu_backward(const GeluBackward& params, Isa isa, ParallelF
 
 // The row loops of gelu: one table of functions for each instruction set.
 struct GeluKernels {
-  // Rows [begin, end). bias replaces that of the parameters, [width].
+  // Rows [begin, end). `bias`, [width] in float32, is used instead of params.bias.
   void (*forward)(const GeluForward& params, const float* bias, int64_t begin, int64_t end);
 
   // Writes dx for rows [begin, end) and adds their share to dbias, [width], which may be null.

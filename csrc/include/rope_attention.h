@@ -176,9 +176,9 @@ static inline T* lse_of_head(T* lse, const AttentionShape& shape, const Sequence
 }
 
 // The loops of rope_attention and packed_attention: one table of functions for each instruction set.
-// workspace: as many floats as the function of that name tells of the most keys, aligned to 64 bytes.
-// What it holds doesn't matter. rotation: that of params.tables, whose token_index is of all tokens of a
-// packed batch; without one a token takes the row of its place in the sequence.
+// `workspace`: uninitialized floats, aligned to 64 bytes; forward_workspace and backward_workspace return
+// their number for the longest sequence. `rotation`: the tables' rows by token_index, which covers all tokens
+// of a packed batch; without a token_index the row is the token's position in its sequence.
 struct RopeAttentionKernels {
   int64_t (*forward_workspace)(int64_t keys, int64_t head_dim);
   int64_t (*backward_workspace)(int64_t keys, int64_t head_dim);
@@ -214,8 +214,8 @@ inline Error unserved(const AttentionShape& shape) {
 
 EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 
-// Scratch is for gradients of queries whose keys a block takes in several rounds. The result depends on the
-// shape and the GPU alone.
+// `scratch` holds partial query gradients if a block loops over the keys in several rounds. Results depend on
+// the shape and the GPU alone.
 EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch,
                                              Stream stream);
 

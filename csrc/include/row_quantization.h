@@ -46,7 +46,7 @@ struct RowQuantizationKernels {
   // Rows [begin, end), as in all of them.
   void (*quantize)(const QuantizeRows& params, int64_t begin, int64_t end);
 
-  // bias replaces that of the parameters, [width].
+  // `bias`, [width] in float32, is used instead of params.bias.
   void (*dequantize)(const DequantizeRows& params, const float* bias, int64_t begin, int64_t end);
 };
 

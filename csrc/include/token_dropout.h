@@ -103,8 +103,8 @@ EVAKERNELS_API Error token_dropout_forward(const TokenDropoutForward& params, St
 EVAKERNELS_API Error token_dropout_backward(const TokenDropoutBackward& params, Scratch& scratch,
                                             Stream stream);
 
-// For patches whose channels lie side by side, and for channels whose patches do; what the first chooses
-// from.
+// Kernels for patches with contiguous channels ("rows") and for channels with contiguous patches ("tiles").
+// token_dropout_forward chooses between them.
 Error token_dropout_forward_rows(const TokenDropoutForward& params, Stream stream);
 Error token_dropout_forward_tiles(const TokenDropoutForward& params, Stream stream);
 
