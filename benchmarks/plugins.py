@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.operation import registered
-from evaclip.errors import UserError
-from evakernels.names import hint
+from evaclip.errors import UserError, hint
 
 
 def load(plugins: Sequence[Path] = ()) -> None:

@@ -6,11 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaclip.commands.parser import leaf, positive
-from evaclip.commands.reading import add_reading, open_data
-from evaclip.errors import UserError
-from evaclip.slurm import take_over
-from evaclip.words import counted
+from evaclip.commands.parser import add_reading, leaf, open_data, positive
+from evaclip.errors import UserError, counted
+from evaclip.launchers import take_over
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,25 +92,16 @@ def _add_bench(verbs: Any) -> None:
         help="measure how fast batches are read, decoded and augmented, and say how many cores a node needs",
         examples=[
             "evaclip data bench 'data/cc3m/{00000..00331}.tar' --workers 8 --batch-size 256",
-            "evaclip data bench 'data/cc3m/{00000..00331}.tar' --model EVA02-CLIP-L-14 --gpu h100-80g --mfu 0.4",
             "evaclip data bench 'data/cc3m/{00000..00331}.tar' --images-per-second 2600",
         ],
     )
     _add_source_options(parser)
     add = parser.add_argument
     add("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
-    add("--image-size", type=int, help="side of the tensors (default: the model's, else 224)")
+    add("--image-size", type=int, default=224, help="side of the tensors (default: 224)")
     add("--seconds", type=positive, default=10.0, help="how long to measure (default: 10)")
-    add("--model", metavar="NAME", help="with --gpu: the model that is trained")
-    add("--gpu", metavar="KIND", help="which kind of GPU, as in `evaclip plan`")
-    add("--mfu", type=float, default=0.5, help="share of its peak in 16 bits that the GPU reaches (default: 0.5)")
-    add(
-        "--images-per-second",
-        type=positive,
-        metavar="N",
-        help="that a GPU trains, where it is known, in place of --gpu",
-    )
-    add("--gpus", type=int, default=8, metavar="N", help="of a node (default: 8)")
+    add("--images-per-second", type=positive, metavar="N", help="rate of a GPU, measured or from 'evaclip plan'")
+    add("--gpus", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
     parser.set_defaults(run=_run_bench)
 
 
@@ -224,22 +213,19 @@ def _run_bench(args: argparse.Namespace) -> None:
 
     from evaclip.data import bench
     from evaclip.data.samples import REDUCTION_MARGIN
-    from evaclip.model.config import get_config
     from evaclip.transforms import TrainTransform
 
-    if args.image_size is not None and args.image_size < 1:
-        raise UserError(f"--image-size must be 1 or more, got {args.image_size}")
-    rate = _training_rate(args)
+    for name in ("image_size", "gpus"):
+        if (given := getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {given}")
+    rate: float | None = args.images_per_second
     console = Console()
     began = time.perf_counter()
     source = open_data(args.path, args)
     opened = time.perf_counter() - began
-    size = (224, 224) if args.image_size is None else (args.image_size, args.image_size)
-    if args.model and args.image_size is None:
-        size = get_config(args.model).vision.image_shape
-    transform = TrainTransform(size).levels
+    transform = TrainTransform(args.image_size).levels
     loader = bench.make_loader(source, transform, args.batch_size, args.workers)
-    reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * max(size))
+    reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * args.image_size)
     decoders = {"whole": source.decoding, "jpeg_reduction": reduced}
     stages = {name: bench.time_stages(source, transform, decoding) for name, decoding in decoders.items()}
     console.print(_stage_table(stages, rate, args.gpus))
@@ -260,30 +246,6 @@ def _run_bench(args: argparse.Namespace) -> None:
     for name, value in found.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _training_rate(args: argparse.Namespace) -> float | None:
-    """Images that a GPU trains a second; None where nothing says so."""
-    if args.gpus < 1:
-        raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
-    if args.images_per_second:
-        rate: float = args.images_per_second
-        return rate
-    if not args.gpu:
-        return None
-    from evaclip.model.config import get_config
-    from evaclip.model.flops import flops_per_sample
-    from evaclip.plan.gpus import get_gpu
-    from evaclip.train.throughput import BACKWARD_FACTOR
-
-    if not args.model:
-        raise UserError("--gpu needs --model NAME: what an image costs depends on it; or give --images-per-second")
-    if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu}")
-    flops = BACKWARD_FACTOR * flops_per_sample(get_config(args.model))
-    peak = 1e12 * get_gpu(args.gpu).half_tflops
-    mfu: float = args.mfu
-    return peak * mfu / flops
 
 
 def _stage_table(stages: dict[str, "StageTimes"], rate: float | None, gpus: int) -> "Table":

@@ -21,8 +21,7 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints one screen; exits with 1 if something is there that doesn't work."""
-    from evaclip.doctor.diagnosis import diagnose
-    from evaclip.doctor.screen import MAX_WIDTH, MIN_WIDTH, marks_for, render
+    from evaclip.doctor import MAX_WIDTH, MIN_WIDTH, diagnose, marks_for, render
 
     facts = diagnose()
     if args.json:

@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaclip.commands.parser import leaf
-from evaclip.commands.reading import add_reading, open_data
+from evaclip.commands.parser import add_reading, leaf, open_data
 
 if TYPE_CHECKING:
     from evaclip.data import Source

@@ -9,11 +9,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from evaclip.commands.parser import leaf
-from evaclip.commands.reading import add_reading, open_data
-from evaclip.errors import UserError
-from evaclip.slurm import take_over
-from evaclip.words import counted
+from evaclip.commands.parser import add_reading, leaf, open_data
+from evaclip.errors import UserError, counted
+from evaclip.launchers import take_over
 
 if TYPE_CHECKING:
     from evaclip.data import Source

@@ -1,8 +1,6 @@
-"""The `evaclip` command, assembled of its verbs."""
+"""The `evaclip` command."""
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from evaclip.commands import (
     convert,
@@ -21,24 +19,16 @@ from evaclip.commands import (
     weights,
 )
 from evaclip.commands.parser import CommandParser, run_command
+from evaclip.extras import DISTRIBUTION
+from evaclip.machine import version_of
 
 _VERBS = (train, watch, plan, eval, index, search, serve, data, weights, convert, export, demo, report, doctor)
 
 
-class _Version(argparse.Action):
-    """Asks for the version when it is wanted: no other command shall wait for torch."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        from evaclip import __version__
-
-        print(f"evaclip {__version__}")
-        parser.exit()
-
-
 def build_parser() -> CommandParser:
-    """The whole command line."""
+    """Return the parser of all commands."""
     parser = CommandParser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version of evaclip and evakernels")
+    parser.add_argument("--version", action="version", version=f"evaclip {version_of(DISTRIBUTION)}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for verb in _VERBS:
         verb.add_commands(subparsers)
@@ -46,5 +36,5 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command of `evaclip`."""
+    """Run a command of `evaclip`; see `run_command` for the exit codes."""
     return run_command(build_parser(), argv)

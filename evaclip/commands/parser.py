@@ -1,4 +1,4 @@
-"""What all commands share: how a parser is made, and how a mistake becomes one line."""
+"""Parsers, options and error messages that the commands share."""
 
 import argparse
 import io
@@ -7,39 +7,43 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaclip.errors import Refused, RunFailed, UserError
+from evaclip.data.kinds import KINDS
+from evaclip.errors import Refused, RunFailed, UserError, hint, unknown_name
 from evaclip.extras import with_remedy
+from evaclip.launchers import stop_restarts
 from evaclip.outputs import silence
-from evaclip.torchrun import stop_restarts
+
+if TYPE_CHECKING:
+    from evaclip.data import Source
+
+_SOURCE_OPTIONS = ("image_key", "caption_key", "csv_separator", "exif_orientation", "min_size", "max_image_pixels")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Reports a wrong command line in the same form as every other mistake."""
+    """Report a wrong command line in the form of all other errors."""
 
     def error(self, message: str) -> Any:
         print(f"error: {message} (see '{self.prog} --help')", file=sys.stderr)
         raise SystemExit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Python's own names all choices and, before 3.14, none that may be meant."""
+        # Before Python 3.14, argparse suggests no near choice.
         if action.choices is not None and value not in action.choices:
-            from evakernels.names import unknown  # and with it torch
-
-            raise argparse.ArgumentError(action, unknown("choice", value, map(str, action.choices)))
+            raise argparse.ArgumentError(action, str(unknown_name("choice", value, map(str, action.choices))))
 
 
 def positive(text: str) -> float:
-    """A number above 0, as the `type` of an argument."""
+    """Parse a number above 0, as the `type` of an argument."""
     with suppress(ValueError):
         if 0 < (number := float(text)) < math.inf:
             return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
 def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Adds the parser of one command, with `--debug` and its examples in `--help`."""
+    """Add the parser of a command, with `--debug`, and its examples in `--help`."""
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
@@ -53,23 +57,45 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
     return parser
 
 
+def add_reading(parser: Any, *, decoding: bool = True) -> None:
+    """Add `--kind`, `--image-key`, `--caption-key`, and with `decoding` the options on decoding."""
+    add = parser.add_argument
+    add("--kind", choices=KINDS, default="auto", help="format of the data (default: auto)")
+    add("--image-key", metavar="KEY", help="member suffixes ('jpg;png') in shards, or column, of the images")
+    add("--caption-key", metavar="KEY", help="'txt', 'cls', 'json:FIELD', or column, of the captions or labels")
+    if decoding:
+        add("--exif-orientation", action="store_true", help="rotate images as their EXIF data says")
+        add("--min-size", type=int, default=0, metavar="N", help="least pixels of an image's shorter side")
+        add("--max-image-pixels", type=int, metavar="N", help="most pixels of an image (default: Pillow's limit)")
+
+
+def open_data(path: str, args: argparse.Namespace, **options: Any) -> "Source":
+    """Open a data set with the options of `add_reading`."""
+    from evaclip.data import open_source
+
+    chosen = {name: value for name in _SOURCE_OPTIONS if (value := getattr(args, name, None)) is not None}
+    return open_source(path, args.kind, **chosen, **options)
+
+
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Runs the command that `argv` names.
+    """Run the command that `argv` names.
 
     Returns:
-        0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C, 141 where nobody read all that was printed.
+        0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C, 141 if the reader of stdout is gone.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by >&-: no file that is opened next shall get what is printed
+        if getattr(sys, name) is None:  # closed by the shell's >&-; the next file that is opened must not replace it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a bar or a name that a terminal can't show ends no command
+        sys.stdout.reconfigure(errors="replace")  # for terminals without a character of a bar or a name
     debug = False
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            of = getattr(args, "parser", parser)
-            of.error(_unknown_arguments(unknown, of))
+            command = getattr(args, "parser", parser)
+            option = unknown[0].partition("=")[0]
+            known = command._option_string_actions if option.startswith("-") else ()
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")
         debug = args.debug
         args.run(args)
         sys.stdout.flush()
@@ -78,7 +104,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     except SystemExit as ended:
         with suppress(BrokenPipeError):
             sys.stdout.flush()
-            if not isinstance(ended.__context__, BrokenPipeError):  # which rich makes this of
+            if not isinstance(ended.__context__, BrokenPipeError):  # rich turns one into a SystemExit
                 raise
         silence()
         return 141
@@ -88,7 +114,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         if debug:
             raise
         exc = with_remedy(raised)
-        if isinstance(exc, PermissionError) and exc.filename is not None:  # of what the user named, or is in it
+        if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
         print(f"error: {_one_line(exc)}", file=sys.stderr)
         if isinstance(exc, UserError | RunFailed):
@@ -97,15 +123,6 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
             print("(--debug shows the traceback)", file=sys.stderr)
         return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
     return 0
-
-
-def _unknown_arguments(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """What nobody asked for, and the option that the first one may mean."""
-    from evakernels.names import hint  # and with it torch
-
-    option = unknown[0].partition("=")[0]
-    known = parser._option_string_actions if option.startswith("-") else ()
-    return f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}"
 
 
 def _one_line(exc: Exception) -> str:

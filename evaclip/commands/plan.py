@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from evaclip.commands.configuration import add_configuration, configure
 from evaclip.commands.parser import leaf, positive
+from evaclip.commands.train import add_configuration, configure
 
 _EXAMPLES = (
     "evaclip plan eva02-e-14-plus --gpus 144 --gpu a100-80g --savings",

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf
-from evaclip.errors import UserError
-from evaclip.words import counted
+from evaclip.errors import UserError, counted
 
 if TYPE_CHECKING:
     from evaclip.runtime.store import Row, Store

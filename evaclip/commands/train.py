@@ -1,13 +1,14 @@
-"""`evaclip train`."""
+"""`evaclip train`, and the options of a configuration that `evaclip plan` shares."""
 
 import argparse
 from functools import partial
+from textwrap import fill
 from typing import Any
 
-from evaclip.commands.configuration import add_configuration, configure
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
-from evaclip.slurm import take_over
+from evaclip.launchers import take_over
+from evaclip.machine import usable_cores
 from evaclip.train import aliases
 
 _EXAMPLES = (
@@ -85,3 +86,48 @@ def run(args: argparse.Namespace) -> None:
     outcome = train(config, resume=args.resume, overwrite=args.overwrite, steal=args.steal)
     if outcome.stopped_by is not None:
         raise SystemExit(outcome.stopped_by)
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `configure` reads."""
+    parser.usage = "%(prog)s [RECIPE] [OPTION ...]"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="initial configuration; none lists the recipes")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="YAML", help="file with keys that replace the recipe's"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, last"
+    )
+    flags = fill(" ".join(alias.flag for alias in aliases.ALIASES), 110, break_on_hyphens=False)
+    group = parser.add_argument_group("options of open_clip and EVA-CLIP, see docs/start/open-clip.md", flags)
+    for alias in aliases.ALIASES:
+        takes: dict[str, Any] = (
+            {"nargs": "*" if alias.many else None} if alias.takes_value else {"action": "store_true"}
+        )
+        group.add_argument(alias.flag, dest=alias.flag, help=argparse.SUPPRESS, **takes)
+
+
+def configure(args: argparse.Namespace, processes: int | None = None, *, here: bool = False) -> Any:
+    """Return the `TrainConfig` of a command line: the recipe, then the files, then open_clip's options, then `--set`.
+
+    Args:
+        processes: number of ranks; None for the number that torchrun has started.
+        here: limit the recipe's `data.workers` to this machine's cores.
+    """
+    from evaclip.train.config import process_count
+    from evaclip.train.overrides import in_layers, load_yaml, parse_assignment, resolve
+    from evaclip.train.recipes import get_recipe, with_fitting_parts, with_own_evaluation
+    from evaclip.train.tree import nest
+
+    if args.recipe is None:
+        raise UserError("name a RECIPE: 'evaclip train' lists them; --set model.name=NAME takes another model")
+    recipe = get_recipe(args.recipe)
+    cores = [[nest("data.workers", min(recipe.data.workers, usable_cores()))]] if here else []
+    files = [*cores, *([load_yaml(path)] for path in args.config)]
+    accumulation = resolve(recipe, in_layers(files, recipe)).accumulation
+    changes = aliases.changes(vars(args), accumulation, processes or process_count())
+    if getattr(args, "device", None):
+        changes.append({"device": args.device})
+    layers = [*files, changes, list(map(parse_assignment, args.set))]
+    config = resolve(recipe, in_layers(layers, recipe))
+    return with_fitting_parts(with_own_evaluation(config, recipe), recipe)

@@ -9,8 +9,7 @@ from evaclip.data.config import DEFAULT_TEMPLATE
 from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.samples import Fault, FaultKind, RawSample, read_image_file
 from evaclip.data.source import Source, hash_list
-from evaclip.errors import UserError
-from evaclip.words import counted
+from evaclip.errors import UserError, counted
 
 _LOG = logging.getLogger("evaclip.data")
 

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evaclip.atomic import write_json
-from evaclip.errors import UserError
+from evaclip.errors import UserError, counted
 from evaclip.machine import machine, versions
-from evaclip.words import counted
 
 Task = Literal["zero-shot", "classify", "retrieval", "linear-probe", "knn"]
 

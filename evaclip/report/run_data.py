@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from evaclip.errors import UserError
+from evaclip.errors import UserError, counted
 from evaclip.eval.gallery import Gallery
 from evaclip.eval.results import Evaluation
 from evaclip.redact import redacted
@@ -19,7 +19,6 @@ from evaclip.report.state import duration, told, what_stands_still
 from evaclip.run_files import CONFIG_FILE, EVALUATIONS_FOLDER, EVENTS_FILE, GALLERIES_FOLDER, LOG_FILE
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
-from evaclip.words import counted
 
 _SMOOTHING = 0.02
 

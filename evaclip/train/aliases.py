@@ -36,13 +36,6 @@ class Alias:
     def takes_value(self) -> bool:
         return self.constant is None
 
-    @property
-    def meaning(self) -> str:
-        """What `--help` says about it."""
-        if self.refused:
-            return f"refused: {self.refused}"
-        return self.key or f"accepted: {self.note}"
-
     def change(self, given: Any) -> Tree:
         """What it changes, with the value that was given."""
         value = given if self.takes_value else self.constant

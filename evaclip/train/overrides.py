@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import ValidationError
 
-from evaclip.errors import UserError
+from evaclip.errors import UserError, nearest
 from evaclip.train.config import ADAPTER, ScheduleConfig, TrainConfig, to_tree
 from evaclip.train.tree import Tree, merge, nest
 
@@ -110,8 +110,6 @@ def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> No
 
 
 def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
-    from evakernels.names import nearest  # and with it torch
-
     *parents, key = path
     near = nearest(key, known)
     if near:

@@ -65,7 +65,7 @@ def test_a_file_of_ones_own_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "tanh", "--shape", "x"], "unknown shape 'x'"),
         (["op", "tanh", "--peer", "nobody"], "unknown peer 'nobody'"),
         (["op", "tanh", "--passes", "0"], "--passes must be at least 1"),
-        (["op", "tanh", "--seconds", "nan"], "argument --seconds: 'nan' is no number above 0"),
+        (["op", "tanh", "--seconds", "nan"], "argument --seconds: must be a number above 0, got 'nan'"),
         (["op", "tanh", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["op", "tanh", "--shape", "tiny@32 2"], "unknown shape 'tiny@32 2'"),
         (["op", "tanh", "--shape", "tinyb2"], "did you mean 'tiny b2'?"),

@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from evaclip import extras
+from evaclip import doctor, extras
 from evaclip.commands.main import main
-from evaclip.doctor import diagnosis, screen
 from evakernels import backends
 from evakernels.ops import layer_norm
 
-ASCII = screen.ASCII_MARKS
+ASCII = doctor.ASCII_MARKS
 
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
     """The diagnosis of this machine."""
-    return diagnosis.diagnose()
+    return doctor.diagnose()
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -63,14 +62,14 @@ def ops(**states: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def what(found: dict[str, Any]) -> list[str]:
-    return [f"{problem['what']}; fix: {problem['fix']}" for problem in diagnosis.problems(found)]
+def problem_lines(found: dict[str, Any]) -> list[str]:
+    return [f"{problem['what']}; fix: {problem['fix']}" for problem in doctor.find_problems(found)]
 
 
 GPU = {"available": True, "version": "13.0", "devices": ["H100"] * 2, "driver": "580.65.06"}
 
 
-def test_the_command_shows_one_screen(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fits_on_a_screen(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -82,61 +81,20 @@ def test_the_command_shows_one_screen(capsys: Any, monkeypatch: pytest.MonkeyPat
     assert "broken" not in text
 
 
-def test_it_fits_where_no_extra_is_there(known: dict[str, Any]) -> None:
+def test_doctor_without_extras_names_all_packages(known: dict[str, Any]) -> None:
     packages = {extra: dict.fromkeys(names) for extra, names in extras.requirements().items() if extra}
-    text = screen.render(known | {"packages": packages}, False, 80, ASCII)
+    text = doctor.render(known | {"packages": packages}, False, 80, ASCII)
     assert len(text.splitlines()) <= 40
     assert all(name in text for names in packages.values() for name in names)
 
 
-def test_each_family_is_a_row_of_the_matrix(known: dict[str, Any]) -> None:
-    families = {op["family"] for op in known["ops"].values()}
-    shown = [
-        line.split()[0] for line in screen.render(known, False, 80, ASCII).splitlines() if line.endswith((" *", " o"))
-    ]
-    assert sorted(shown) == sorted(families)
-    assert {"layer_norm", "contrastive", "rope_attention"} <= families
-
-
-def test_the_matrix_agrees_with_what_serves_a_call(known: dict[str, Any]) -> None:
+def test_doctor_matrix_agrees_with_dispatch(known: dict[str, Any]) -> None:
     x = torch.randn(3, 8)
     forward = known["ops"]["layer_norm_forward"]["backends"]
     live = next(backend for backend, verdict in forward.items() if verdict["state"] == "live")
     arguments = (x, None, None, 1e-5, False)
     assert backends.select("layer_norm_forward", arguments).backend == (live if live != "cuda" else "cpu")
     assert layer_norm(x, None, None).shape == x.shape
-
-
-def test_ops_of_a_family_that_differ_are_rows_of_their_own() -> None:
-    states = ops(
-        norm_forward=("unable", "unable", "live", "usable"),
-        norm_backward=("unable", "unable", "live", "usable"),
-        norm_other=("unable", "unable", "unable", "live"),
-    )
-    rows = screen.render(facts() | {"ops": states}, False, 80, ASCII).splitlines()
-    assert [row.split() for row in rows if row.startswith("norm")] == [
-        ["norm:", "norm", "-", "-", "*", "o"],
-        ["norm:", "other", "-", "-", "-", "*"],
-    ]
-
-
-def test_each_reason_is_told_once_with_its_ops() -> None:
-    states = ops(
-        norm_forward=("unable", "live", "usable", "usable"),
-        norm_backward=("unable", "live", "usable", "usable"),
-        loss_forward=("unable", "unable", "live", "usable"),
-        loss_backward=("unable", "live", "usable", "usable"),
-    )
-    for op in states.values():
-        op["backends"]["cuda"]["reasons"] = ["there is no library"]
-    states["loss_forward"]["backends"]["triton"]["reasons"] = ["there is no library", "loss_forward has no kernel"]
-    assert list(screen.reason_rows(states)) == [
-        ("cuda, triton", "there is no library: cuda for all ops; triton for loss_forward"),
-        ("triton", "no kernel: loss_forward"),
-    ]
-    for op in ("norm_forward", "norm_backward"):
-        states[op]["backends"]["triton"] = {"state": "unable", "reasons": [f"{op} has no kernel"]}
-    assert ("triton", "no kernel: loss_forward, norm") in list(screen.reason_rows(states))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +112,8 @@ def test_each_reason_is_told_once_with_its_ops() -> None:
         ({"cuda": GPU}, "2 x H100, driver 580.65.06, CUDA 13.0"),
     ],
 )
-def test_each_state_is_told(changes: dict[str, Any], expected: str) -> None:
-    assert any(expected in state for _, state in screen.system_rows(facts(**changes)))
+def test_system_rows_of_each_state(changes: dict[str, Any], expected: str) -> None:
+    assert any(expected in state for _, state in doctor._system_rows(facts(**changes)))
 
 
 @pytest.mark.parametrize(
@@ -178,21 +136,21 @@ def test_each_state_is_told(changes: dict[str, Any], expected: str) -> None:
         ),
         (
             {"native": {"cuda_archs": ["90", "100"]}, "cuda": GPU | {"capabilities": ["8.0", "9.0"]}},
-            "built for 90, 100, not for 80, which is here; fix: EVAKERNELS_CUDA_ARCHS='80' pip install",
+            "built for 90, 100, but this machine's GPU is 80; fix: EVAKERNELS_CUDA_ARCHS='80' pip install",
         ),
         (
             {"native": {"cuda_archs": ["80", "100"]}, "cuda": GPU | {"capabilities": ["9.0", "9.0"]}},
-            "built for 80, 100, not for 90, which is here",
+            "built for 80, 100, but this machine's GPU is 90",
         ),
     ],
 )
-def test_what_is_broken_is_told_at_the_top_with_the_fix(changes: dict[str, Any], expected: str) -> None:
+def test_doctor_lists_problems_first(changes: dict[str, Any], expected: str) -> None:
     found = facts(**changes)
-    assert len(what(found)) == 1
-    assert expected in what(found)[0]
-    found |= {"problems": list(diagnosis.problems(found)), "ops": ops(norm=("unable", "unable", "fails", "usable"))}
-    top = screen.render(found, False, 80, ASCII).split("\n\n")[0]
-    assert " ".join(top.split()) == f"broken {what(found)[0]}"
+    assert len(problem_lines(found)) == 1
+    assert expected in problem_lines(found)[0]
+    found |= {"problems": list(doctor.find_problems(found)), "ops": ops(norm=("unable", "unable", "fails", "usable"))}
+    top = doctor.render(found, False, 80, ASCII).split("\n\n")[0]
+    assert " ".join(top.split()) == f"broken {problem_lines(found)[0]}"
 
 
 @pytest.mark.parametrize(
@@ -206,12 +164,12 @@ def test_what_is_broken_is_told_at_the_top_with_the_fix(changes: dict[str, Any],
         {"native": {"cuda_archs": ["native"]}, "cuda": GPU | {"capabilities": ["7.5"]}},
     ],
 )
-def test_what_was_left_out_is_no_fault(changes: dict[str, Any]) -> None:
-    assert what(facts(**changes)) == []
+def test_optional_parts_are_no_problem(changes: dict[str, Any]) -> None:
+    assert problem_lines(facts(**changes)) == []
 
 
-def test_a_backend_whose_calls_fail_is_marked(known: dict[str, Any]) -> None:
-    states = diagnosis.op_states({"cpu": "the instruction set is unknown"})
+def test_op_states_of_a_broken_backend(known: dict[str, Any]) -> None:
+    states = doctor.op_states({"cpu": "the instruction set is unknown"})
     able = {op: verdict["backends"]["cpu"]["state"] != "unable" for op, verdict in known["ops"].items()}
     assert any(able.values())
     for op, was_able in able.items():
@@ -221,7 +179,7 @@ def test_a_backend_whose_calls_fail_is_marked(known: dict[str, Any]) -> None:
         assert reference["state"] == known["ops"][op]["backends"]["reference"]["state"]
 
 
-def test_a_wrong_instruction_set_exits_with_1_in_plain_ascii() -> None:
+def test_doctor_wrong_isa_exits_with_1() -> None:
     environment = {**os.environ, "EVAKERNELS_ISA": "avx1024", "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "evaclip", "doctor"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -231,7 +189,7 @@ def test_a_wrong_instruction_set_exits_with_1_in_plain_ascii() -> None:
     assert "x calls fail" in result.stdout
 
 
-def test_json_holds_all_that_is_known(known: dict[str, Any], capsys: Any) -> None:
+def test_doctor_json(known: dict[str, Any], capsys: Any) -> None:
     assert main(["doctor", "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree == known
@@ -242,31 +200,31 @@ def test_json_holds_all_that_is_known(known: dict[str, Any], capsys: Any) -> Non
     assert tree["ops"]["swiglu_forward"]["family"] == "swiglu"
 
 
-def test_verbose_tells_of_every_op_and_package(known: dict[str, Any]) -> None:
-    text = screen.render(known, True, 80, ASCII)
+def test_doctor_verbose_lists_ops_and_packages(known: dict[str, Any]) -> None:
+    text = doctor.render(known, True, 80, ASCII)
     for op in backends.ops():
         assert f"\n{op}  cuda: " in text
     for names in extras.requirements().values():
         assert all(f"\n{name} " in text for name in names)
 
 
-def test_missing_packages_come_once_with_the_command() -> None:
+def test_doctor_missing_packages() -> None:
     found = facts(packages={"clip": {"rich": None, "pyyaml": "6", "ftfy": None}, "demo": {"emoji": "2"}})
-    text = screen.render(found | {"ops": ops(norm=("unable", "unable", "live", "usable"))}, False, 80, ASCII)
+    text = doctor.render(found | {"ops": ops(norm=("unable", "unable", "live", "usable"))}, False, 80, ASCII)
     assert text.endswith("missing      pip install 'evakernels[clip]' brings rich, ftfy")
 
 
-def test_the_driver_is_read_from_its_module(tmp_path: Path) -> None:
-    told = tmp_path / "version"
-    assert diagnosis._driver(told) is None
-    told.write_text(
+def test_driver_version(tmp_path: Path) -> None:
+    file = tmp_path / "version"
+    assert doctor._driver_version(file) is None
+    file.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
         "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
     )
-    assert diagnosis._driver(told) == "580.65.06"
+    assert doctor._driver_version(file) == "580.65.06"
 
 
-def test_a_gpu_that_torch_can_not_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_error_of_an_unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init() -> None:
         raise RuntimeError("The NVIDIA driver on your system\nis too old")
 
@@ -274,8 +232,8 @@ def test_a_gpu_that_torch_can_not_use_is_an_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert diagnosis._cuda_error(tmp_path) is None
+    assert doctor._cuda_error(tmp_path) is None
     (tmp_path / "nvidia0").touch()
-    assert diagnosis._cuda_error(tmp_path) == "The NVIDIA driver on your system is too old"
+    assert doctor._cuda_error(tmp_path) == "The NVIDIA driver on your system is too old"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert diagnosis._cuda_error(tmp_path) is None
+    assert doctor._cuda_error(tmp_path) is None

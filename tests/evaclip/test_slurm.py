@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evaclip.slurm import take_over
+from evaclip.launchers import take_over
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "train.sbatch"
 STEP = {

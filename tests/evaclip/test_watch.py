@@ -66,7 +66,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is no run folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["watch", str(tmp_path), "--seconds", "0"])
-    assert "--seconds: '0' is no number above 0" in capsys.readouterr().err
+    assert "--seconds: must be a number above 0, got '0'" in capsys.readouterr().err
 
 
 def test_a_damaged_run_is_shown_as_far_as_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,4 @@
 import json
-import math
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from evaclip.data.samples import Decoding
 from evaclip.data.shard_writer import write_shard
 from evaclip.demo import emoji
 from evaclip.errors import UserError
-from evaclip.model.config import get_config
-from evaclip.model.flops import flops_per_sample
 from evaclip.transforms import train_transform
 
 
@@ -148,33 +145,20 @@ def test_bench_does_not_count_bad_samples(tmp_path):
     assert min(stages.read_ms, stages.decode_ms, stages.transform_ms) > 0
 
 
-@pytest.mark.parametrize(
-    ("rate", "options"),
-    [
-        (250, ["--images-per-second", "250"]),
-        (
-            312e12 * 0.4 / (3 * flops_per_sample(get_config("tiny"))),
-            ["--model", "tiny", "--gpu", "a100-80g", "--mfu", "0.4"],
-        ),
-    ],
-)
-def test_bench_says_how_many_cores_a_node_needs(shards, capsys, monkeypatch, rate, options):
+def test_bench_cores_of_a_node(shards, capsys, monkeypatch):
     monkeypatch.setattr(bench, "time_stages", lambda *_: StageTimes(1.0, 2.0, 5.0, 100.0))
     monkeypatch.setattr(bench, "time_loader", lambda *_: Throughput(1.0, 2.0, 0.5, None))
-    evaclip("data", "bench", shards, "--workers", "0", "--gpus", "4", *options)
+    evaclip("data", "bench", shards, "--workers", "0", "--gpus", "4", "--images-per-second", "250")
     output = capsys.readouterr().out
-    assert f"cores for 4 GPUs of {rate:,.0f} images/s" in output
+    assert "cores for 4 GPUs of 250 images/s" in output
     for decoding in ("whole", "jpeg_reduction"):
         (line,) = [line for line in output.splitlines() if decoding in line]
-        assert line.replace("│", " ").split()[-2:] == ["125", f"{math.ceil(4 * rate / 125):,}"]
+        assert line.replace("│", " ").split()[-2:] == ["125", "8"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu", "h100-80g"], "--gpu needs --model NAME"),
-        (["--gpu", "h100", "--model", "tiny"], "unknown GPU"),
-        (["--gpu", "h100-80g", "--model", "tiny", "--mfu", "40"], "--mfu must be more than 0 and at most 1, got 40"),
         (["--image-size", "-3"], "--image-size must be 1 or more, got -3"),
         (["--images-per-second", "9", "--gpus", "0"], "--gpus must be 1 or more, got 0"),
     ],
@@ -188,7 +172,7 @@ def test_mistakes(shards, tmp_path, capsys):
     for option in ("--seconds", "--images-per-second"):
         with pytest.raises(SystemExit):
             evaclip("data", "bench", shards, option, "nan")
-        assert f"argument {option}: 'nan' is no number above 0" in capsys.readouterr().err
+        assert f"argument {option}: must be a number above 0, got 'nan'" in capsys.readouterr().err
     with pytest.raises(UserError, match="the picture size must be 8 to 4096 pixels, not 100000"):
         evaclip("data", "emoji", str(tmp_path), "--size", "100000")
     with pytest.raises(UserError, match="64 samples are too few for one global batch of 65"):

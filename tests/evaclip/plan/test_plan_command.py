@@ -117,7 +117,7 @@ def test_a_size_that_is_none_is_one_line(option: str, value: str, capsys: Any) -
         main(["plan", "tiny", option, value])
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"argument {option}: {value!r} is no number above 0" in line
+    assert f"argument {option}: must be a number above 0, got {value!r}" in line
 
 
 def test_gpus_are_complete() -> None:

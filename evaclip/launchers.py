@@ -1,8 +1,12 @@
-"""Processes that SLURM's `srun` has started, which are told what torchrun tells its own."""
+"""SLURM and torchrun, which start the processes of a run."""
 
 import os
 import re
+import signal
+import sys
 from collections.abc import MutableMapping
+from contextlib import suppress
+from pathlib import Path
 
 _PORTS = range(20000, 30000)
 
@@ -40,3 +44,27 @@ def _tasks_of(counts: str) -> list[int]:
 def _first_host(hosts: str) -> str:
     """Of a list as `rack1n[04-07,12],login`: `rack1n04`."""
     return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", hosts)[0])
+
+
+def stop_restarts(mistake: str, *, at_once: bool = False) -> None:
+    """Ends the agent if the previous start ended in the same mistake; without torchrun does nothing.
+
+    A second start may find a file system that was away; a wrong key fails in every start. No exit code keeps the agent
+    from a restart, so it gets a SIGTERM.
+
+    Args:
+        mistake: the message that identifies the error.
+        at_once: end the agent after this start already.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_N/LOCAL_RANK/error.json
+    if error_file is None:
+        return
+    folder = Path(error_file).parents[2]
+    before = folder / f"mistake-{Path(error_file).parent.name}.txt"
+    if not (at_once or (before.is_file() and before.read_text(encoding="utf-8") == mistake)):
+        before.write_text(mistake, encoding="utf-8")
+        return
+    print("another start would fail in the same way: torchrun is told to stop", file=sys.stderr, flush=True)
+    with suppress(FileExistsError):  # another rank has sent the signal, and a second one would interrupt the clean-up
+        (folder / "stopped").touch(exist_ok=False)
+        os.kill(os.getppid(), signal.SIGTERM)

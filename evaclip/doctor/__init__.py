@@ -1,1 +1,0 @@
-"""`evaclip doctor`: what is installed, which backends are live, and why others are not."""
