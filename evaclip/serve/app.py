@@ -135,7 +135,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def search(query: Annotated[Query, Form(media_type="multipart/form-data")]) -> Hits:
         """Pictures that are like a text, a picture, a row of the store or all of these at once, the nearest first.
 
-        `minus` is a text that they shall be unlike; `filter` a condition such as `year>=2020 and caption~bicycle`.
+        `minus` is a text that they shall be unlike; `filter` a condition in SQL such as `year >= 2020`.
         """
         began = time.perf_counter()
         return Hits(results=await service.search(query), seconds=time.perf_counter() - began)
