@@ -20,8 +20,8 @@ PHASE := bash tools/phase.sh
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 BUILD_TOOLS := setuptools cmake ninja pybind11
 BUNDLE ?= build/gpu-bundle
-# Options of `python -m benchmarks.gpu_check`, such as `--resume FILE`.
-GPU_CHECK ?= --out build/gpu-check
+# Options of `python -m benchmarks.gpu_check`, such as `--only tuning`.
+GPU_CHECK ?=
 CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 # A process for each processor, each with one thread: torch's own would only take each other's processor. What Python
@@ -65,7 +65,7 @@ gpu-bundle:
 
 # With the Python and the torch that are there. What they lack is in the bundle, if there is one.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(if $(wildcard $(BUNDLE)/manifest.json),--bundle $(BUNDLE)) $(GPU_CHECK)
+	$(PYTHON) -m benchmarks.gpu_check --bundle $(BUNDLE) $(GPU_CHECK)
 
 lint: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/ruff check .

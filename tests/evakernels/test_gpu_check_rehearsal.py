@@ -1,4 +1,4 @@
-"""`make gpu-check` from end to end without a GPU: the kernels' PTX is run, and nothing takes it for a measurement."""
+"""`make gpu-check` without a GPU: its tests run nvcc's and Triton's kernels in the interpreter."""
 
 import json
 import os
@@ -6,22 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from op_suite import ROOT
 from ptx_build import BUILD, budget
-from warm import warm
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.skipif(budget.nvcc() is None, reason="no nvcc")]
-RUN = "import sys; sys.executable = sys.argv.pop(1); from benchmarks.gpu_check.cli import main; sys.exit(main())"
 LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
 
 
 @pytest.fixture
-def tree(made_once: Callable[..., Path], tmp_path: Path) -> Path:
+def tree(made_once, tmp_path):
     """A copy of the tree with a library in which the kernels that nvcc compiled serve the CPU."""
     made_once("ptx", lambda folder: budget.build("ptx"))
     for name in ("evakernels", "evaclip", "benchmarks", "csrc", "ptx_interpreter", "tests/evakernels"):
@@ -32,83 +27,70 @@ def tree(made_once: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-def leave_one_file_of_triton(tree: Path) -> None:
-    """Of Triton's kernels those of layer_norm alone are looked at, as all are in the test of all stages."""
-    path = tree / "benchmarks/gpu_check/stages/first_light.py"
-    every = "for family in evakernels.triton.FAMILIES\n"
-    assert path.read_text().count(every) == 1
-    path.write_text(path.read_text().replace(every, 'for family in ("layer_norm",)\n'))
-
-
-def rehearse(tree: Path, *stages: str, python: Path = Path(sys.executable)) -> tuple[int, list[dict[str, Any]], str]:
-    """The exit status, the records, and what was printed. `python` runs the units."""
+def rehearse(tree, only, tests):
+    """Exit status, results by step, and output; `tests` is pytest's -k."""
+    options = f"-p interpreted_gpu -n 1 -k '{tests}'"
+    folders = os.pathsep.join([str(tree), str(tree / "tests/evakernels")])
+    environment = os.environ | {"PYTHONPATH": folders, "PYTEST_ADDOPTS": options, "OMP_NUM_THREADS": "1"}
     out = tree.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
-    call = [sys.executable, "-c", RUN, python, "--rehearsal", "--out", out, "--budget", "3000"]
-    changed = environment(tree)
-    for stage in stages:
-        call += ["--only", stage]
-    result = subprocess.run(call, cwd=tree, env=changed, capture_output=True, text=True, check=False)
-    (journal,) = out.glob("*.jsonl")
-    records = [json.loads(line) for line in journal.read_text().splitlines()]
-    return result.returncode, records, result.stdout + result.stderr
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--out", out, "--budget", "3000"]
+    done = subprocess.run(
+        [*command, "--only", only], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines() if line]
+    logs = "".join(path.read_text() for path in out.glob("*.log"))
+    return done.returncode, {result["step"]: result for result in results}, done.stdout + done.stderr + logs
 
 
-def environment(tree: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-
-
-def statuses(records: list[dict[str, Any]], stage: str) -> dict[str, str]:
-    return {end["case"]: end["status"] for end in records if end["record"] == "end" and end["stage"] == stage}
-
-
-def test_all_stages_pass_on_interpreted_kernels(tree: Path) -> None:
-    with warm(Path(sys.executable), environment(tree)) as programs:  # thirty processes
-        status, records, output = rehearse(tree, python=programs / "python")
+def test_first_light_on_interpreted_kernels(tree):
+    status, results, output = rehearse(tree, "first light", "swiglu or gelu or lamb_apply")
     assert status == 0, output
-    assert records[0]["rehearsal"]
-    light = statuses(records, "first_light")
-    assert light.pop("another stream") == "refused"
-    assert set(light.values()) == {"passed"}
-    assert {"lamb_apply on cuda", "rope_attention_backward on cuda", "siglip_backward on triton"} <= set(light)
-    truth = [end for end in records if end["record"] == "end" and end["stage"] == "truth"]
-    assert {(end["unit"], end["status"]) for end in truth} == {("swiglu cuda", "passed"), ("swiglu triton", "passed")}
-    assert len(truth) == 18
-    assert statuses(records, "hunters") == {"norms": "refused"}  # nothing is compiled in a rehearsal
-    timing = statuses(records, "timing")
-    assert set(timing.values()) == {"passed"}
-    assert {"ceilings", "emoji b4 drop50", "layer_norm, training, 4x64, bfloat16"} <= set(timing)
-    rows = [row for end in records if end["record"] == "end" for row in end["data"].get("rows", ())]
-    assert any(row["candidate"] == "evakernels cpu" and row["op"] == "rope_attention" for row in rows)
-    assert all(row["failure"] is None for row in rows if row["kind"] == "ours")
-    journal = next((tree.parent / "out").glob("*.jsonl"))
-    call = [sys.executable, "-m", "benchmarks.gpu_check", "merge", journal]
-    merged = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert merged.returncode == 2
-    assert "is a rehearsal" in merged.stderr
+    assert "9 passed" in results["first light"]["summary"], output
 
 
-def test_kernels_that_fail_are_failures(tree: Path) -> None:
-    leave_one_file_of_triton(tree)
+def test_ops_tests_on_interpreted_kernels(tree):
+    status, results, output = rehearse(tree, "tests of swiglu", "(test_as_accurate_as_torch and plain) or no_columns")
+    assert status == 0, output
+    assert results.keys() == {"tests of swiglu on cpu", "tests of swiglu on triton"}
+
+
+def test_wrong_kernel_is_a_failure(tree):
     path = tree / "evakernels/_ops.so"
-    library = path.read_bytes()
     entry = re.compile(rb"\.entry [^(]*gelu_forward[^(]*\(.*?\n\}", re.DOTALL)
-    path.write_bytes(entry.sub(lambda found: found[0].replace(b"\nret;\n", b"\ntrap;"), library))
-    status, records, output = rehearse(tree, "first_light")
+    path.write_bytes(entry.sub(lambda found: found[0].replace(b"\nret;\n", b"\ntrap;"), path.read_bytes()))
+    status, results, output = rehearse(tree, "first light", "gelu")
     assert status == 1, output
-    light = statuses(records, "first_light")
-    assert light["gelu_forward on cuda"] == "failed"
-    assert light["layer_norm_forward on triton"] == "passed"
-    assert "gelu_forward: CUDA error: trap" in output
+    assert ["gelu_forward" in failure for failure in results["first light"]["failures"]] == [True], output
 
 
-def test_without_the_library_nothing_is_green(tree: Path) -> None:
-    leave_one_file_of_triton(tree)
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [("import os; os.kill(os.getpid(), 11)", "crashed"), ("import time; time.sleep(99)", "crashed")],
+)
+def test_crash_or_hang_costs_one_test(tree, planted, message):
+    file = tree / "tests/evakernels/test_first_light.py"
+    file.write_text(file.read_text() + f"\n\ndef test_planted_gelu():\n    {planted}\n")
+    check = tree / "benchmarks/gpu_check.py"
+    check.write_text(check.read_text().replace('"--test-seconds", "60"', '"--test-seconds", "20"'))
+    status, results, output = rehearse(tree, "first light", "gelu")
+    assert status == 1, output
+    assert message in output
+    assert "1 failed, 2 passed" in results["first light"]["summary"], output
+
+
+def test_missing_library_is_a_failure(tree):
     (tree / "evakernels/_ops.so").unlink()
-    status, records, output = rehearse(tree, "first_light")
+    file = tree / "tests/evakernels/test_first_light.py"
+    file.write_text(
+        file.read_text().replace('DEVICE.type == "cpu"', "False").replace('DEVICE.type == "cuda":', "True:")
+    )
+    status, _, output = rehearse(tree, "first light", "gelu")
     assert status == 1, output
-    light = statuses(records, "first_light")
-    assert {case for case, found in light.items() if case.endswith("on cuda")} == {
-        case for case, found in light.items() if found == "failed" and case != "library"
-    }
-    assert "the compiled library is not loaded: not built" in output
+
+
+def test_times_on_the_cpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--only", "times of layer_norm"]
+    done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "times-of-layer_norm.json").exists()

@@ -1,4 +1,4 @@
-"""A small call of each op that has a kernel for GPUs, with the arguments of its schema."""
+"""Arguments of a small call of each op with a GPU kernel, by the op's schema."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,0 +1,27 @@
+"""A plugin of pytest: the GPU kernels, of nvcc and of Triton, run in the interpreter on CPU tensors.
+
+nvcc's kernels are in the library of tests/cuda/ptx.cmake, which takes the place of evakernels/_ops.so.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import evakernels.triton
+from evakernels import _native
+from ptx_interpreter.runtime import Launches
+from ptx_interpreter.triton_driver import Driver
+
+_CAPABILITY = 90
+_contexts = ExitStack()
+
+
+def pytest_configure():
+    evakernels.triton.interpret()
+    _contexts.enter_context(Driver(_CAPABILITY, count=False))
+    if _native.runs_gpu_kernels("cpu"):
+        library = Path(evakernels.__file__).with_name("_ops.so")
+        _contexts.enter_context(Launches(library, _CAPABILITY, count=False))
+
+
+def pytest_unconfigure():
+    _contexts.close()
