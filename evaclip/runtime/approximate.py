@@ -1,6 +1,6 @@
 """An approximate index of a store by faiss, for more rows than an exact search is quick with.
 
-STORE/faiss-G-N.index is an inverted file with 8-bit codes of the first N slots of generation G. Rows that were added
+STORE/faiss-N.index is an inverted file with 8-bit codes of the first N slots. Rows that were added
 later are compared exactly.
 """
 
@@ -40,7 +40,7 @@ def build_approximate(store: Store) -> None:
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
         index.add_with_ids(store.embeddings[block], block)
-    path = store.folder / f"faiss-{store.generation}-{store.slots}.index"
+    path = store.folder / f"faiss-{store.slots}.index"
     with writing(store.folder), replacing(path) as temporary:
         faiss.write_index(index, str(temporary))
     for other in store.folder.glob("faiss-*.index"):
@@ -59,13 +59,12 @@ def search_approximate(
             condition, the search is exact.
 
     Raises:
-        UserError: there is no index, or `Store.compact` has given the rows other numbers since; faiss is missing; or
-            as for `search`.
+        UserError: there is no index, faiss is missing, or as for `search`.
     """
     if probes < 1:
         raise UserError(f"probes must be 1 or more, got {probes}")
     faiss, queries = _faiss(), checked(store, query, top)
-    path = next(store.folder.glob(f"faiss-{store.generation}-*.index"), None)
+    path = next(store.folder.glob("faiss-*.index"), None)
     if path is None:
         raise UserError(f"{store.folder} has no approximate index of its rows: `evaclip index --approximate` makes one")
     index, covered = _loaded(path), int(path.stem.rpartition("-")[2])

@@ -18,7 +18,6 @@ from evaclip.eval.finite import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
 from evaclip.runtime.ahead import ahead
-from evaclip.runtime.graphs import GraphedTower
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
@@ -69,10 +68,8 @@ class Encoded(Generic[T]):
 class Encoder:
     """A model for inference. Embeddings are those of `encode_image` and `encode_text`, of length 1.
 
-    On a CPU the weights of linear layers are laid out once for its products (`evakernels.nn.freeze`), unless the tower
-    is compiled, and under Linux the process keeps memory that it has freed, which passes needn't have zeroed again.
-    On a GPU the image tower runs as CUDA graphs, compiled or not. There, and wherever it is compiled, batches are
-    filled up to powers of two.
+    On a CPU, linear weights are prepacked (`evakernels.nn.freeze`) unless the tower is compiled, and under Linux the
+    process keeps freed memory for the next pass. For a compiled tower, batches are padded to powers of two.
 
     Args:
         model: what `evaclip eval` takes, `NAME[:WEIGHTS]`, a run or checkpoint folder, `hf-hub:OWNER/NAME`; or a model
@@ -125,14 +122,12 @@ class Encoder:
             raise UserError("precision int8 isn't compiled; expected compile=False")
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.threads = threads or min(8, torch.get_num_threads())
-        on_gpu = self.device.type == "cuda"
-        self._fills_up = compile or on_gpu
+        self._fills_up = compile
         self._prepare()
         self._tower: Callable[[Tensor], Tensor] = self.model.visual
         if compile:
-            self._tower = torch.compile(self.model.visual, mode="reduce-overhead" if on_gpu else "default")
-        elif on_gpu:
-            self._tower = GraphedTower(self.model.visual)
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
+            self._tower = torch.compile(self.model.visual, mode=mode)
 
     def _prepare(self) -> None:
         if self.device.type == "cpu":

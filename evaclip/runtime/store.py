@@ -1,9 +1,9 @@
 """The store: embeddings and the rows that they belong to, in a folder that stays whole when a writer is killed.
 
-STORE/rows.sqlite holds the rows, the model and the number of slots. STORE/embeddings-G.f32 holds float32
-`[slots, dim]`, where slot i belongs to row number i; G counts compactions. A writer appends embeddings, waits for the
-disk, and commits the new number of slots. It holds SQLite's write transaction meanwhile, so writers take turns, and the
-kernel ends the transaction with the process.
+STORE/rows.sqlite holds the rows, the model and the number of slots. STORE/embeddings.f32 holds float32 `[slots, dim]`,
+where slot i belongs to row number i; numbers are never reused. A writer appends embeddings, waits for the disk, and
+commits the new number of slots. It holds SQLite's write transaction meanwhile, so writers take turns, and the kernel
+ends the transaction with the process.
 """
 
 import fcntl
@@ -25,9 +25,10 @@ from evaclip.atomic import reading, replacing, writing
 from evaclip.errors import UserError, unknown_name
 
 ROWS_FILE = "rows.sqlite"
+EMBEDDINGS_FILE = "embeddings.f32"
 WHERE = "a condition in SQL on id, content, caption and keys of the metadata"
 
-_FORMAT = 2
+_FORMAT = 3
 _PATIENCE = 600.0
 """Seconds that a writer waits for another writer's transaction."""
 _BLOCK = 4096
@@ -80,8 +81,7 @@ class Store:
         folder: where it is.
         model: what the embeddings are of, as given to `create`.
         dim: length of an embedding.
-        slots: how many numbers are given out: of the rows, and of those that are gone.
-        generation: counts the times that rows got other numbers.
+        slots: numbers given out, to rows and to removed rows.
     """
 
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
@@ -118,10 +118,10 @@ class Store:
         with writing(folder), _alone(folder):
             if not all(map(_is_left, folder.iterdir())):
                 raise refused
-            (folder / "embeddings-0.f32").touch()
+            (folder / EMBEDDINGS_FILE).touch()
             # With this file the folder is a store.
             with replacing(folder / ROWS_FILE) as temporary, closing(sqlite3.connect(temporary)) as database:
-                about = {"format": _FORMAT, "model": dict(model), "slots": 0, "generation": 0}
+                about = {"format": _FORMAT, "model": dict(model), "slots": 0}
                 database.executescript(_TABLES)
                 values = ((key, json.dumps(value)) for key, value in about.items())
                 database.executemany("INSERT INTO about VALUES (?, ?)", values)
@@ -167,7 +167,6 @@ class Store:
         self.model: dict[str, Any] = about["model"]
         self.dim: int = self.model["dim"]
         self.slots: int = about["slots"]
-        self.generation: int = about["generation"]
         self._free = np.array([number for key, number in found if not key], dtype=np.int64)
         self._embeddings: NDArray[np.float32] | None = None
 
@@ -257,36 +256,13 @@ class Store:
         """The hash of what each id held when it was embedded."""
         return dict(self._database.execute("SELECT id, content FROM rows").fetchall())
 
-    def compact(self) -> None:
-        """Gives the space of removed rows back. Rows get other numbers: who searches meanwhile opens the store anew."""
-        with self._writing() as database:
-            kept = np.flatnonzero(self.alive())
-            target = self.folder / f"embeddings-{self.generation + 1}.f32"
-            target.write_bytes(b"")
-            for start in range(0, len(kept), 65536):
-                _write(target, start, self.embeddings[kept[start : start + 65536]])
-            database.execute("CREATE TEMP TABLE moved (old INTEGER PRIMARY KEY, new INTEGER)")
-            database.executemany("INSERT INTO moved VALUES (?, ?)", zip(kept.tolist(), range(len(kept)), strict=True))
-            for table in ("rows", "thumbnails"):
-                # By way of negative numbers, as no two rows may have the same one in between.
-                database.execute(f"UPDATE {table} SET number = (SELECT -1 - new FROM moved WHERE old = number)")
-                database.execute(f"UPDATE {table} SET number = -1 - number")
-            database.execute("DROP TABLE moved")
-            database.execute("DELETE FROM free")
-            self._set(database, "slots", len(kept))
-            self._set(database, "generation", self.generation + 1)
-        self._database.execute("VACUUM")
-        for path in self.folder.glob("embeddings-*.f32"):
-            if path != self.embeddings_file:
-                path.unlink(missing_ok=True)
-
     def __len__(self) -> int:
         return self.slots - len(self._free)
 
     @property
     def embeddings_file(self) -> Path:
         """The file of the embeddings."""
-        return self.folder / f"embeddings-{self.generation}.f32"
+        return self.folder / EMBEDDINGS_FILE
 
     @property
     def embeddings(self) -> NDArray[np.float32]:
@@ -356,12 +332,10 @@ class Store:
         """The rows of these numbers, in their order.
 
         Raises:
-            UserError: one of them is gone, as another process has replaced or moved it.
+            UserError: another process has removed or replaced one of them.
         """
         found = [self._database.execute(_ROW, (int(number),)).fetchone() for number in numbers]
-        # Looked up last, as a compaction in between has moved them.
-        (generation,) = self._database.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()
-        if json.loads(generation) != self.generation or None in found:
+        if None in found:
             raise UserError(f"{self.folder} was changed by another process: open it again")
         return [
             Row(id, content, caption, json.loads(metadata), data) for _, id, content, caption, metadata, data in found
@@ -462,7 +436,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _is_left(file: Path) -> bool:
     """Whether a `create` that was killed leaves such a file."""
-    return file.name == "embeddings-0.f32" or file.name.startswith(f".{ROWS_FILE}.")
+    return file.name == EMBEDDINGS_FILE or file.name.startswith(f".{ROWS_FILE}.")
 
 
 def _short(value: object) -> str:

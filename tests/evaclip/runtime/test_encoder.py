@@ -4,9 +4,6 @@ import io
 import os
 import pickle
 import threading
-from contextlib import contextmanager
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from evaclip.errors import UserError
 from evaclip.loading import LoadedModel
 from evaclip.runtime import encoder as runtime
 from evaclip.runtime.encoder import Encoder
-from evaclip.runtime.graphs import GraphedTower
 from evakernels.nn import FrozenWeight
 from evakernels.nn.frozen import why_not_int8
 
@@ -197,53 +193,6 @@ def test_a_compiled_tower_gives_the_same_for_any_number(loaded, pictures, monkey
         found = encoder.images(pictures[:count])
         torch.testing.assert_close(found, _expected(loaded, pictures[:count]), rtol=0, atol=1e-5)
     assert sizes == [1, 4, 6, 1]
-
-
-class _Gpu:
-    """Stands for torch.cuda: a graph is the tower's calls while it was captured, made again at each replay."""
-
-    def __init__(self, monkeypatch, tower):
-        self.tower, self.recorded, self.pools, self.calls = tower, None, [], []
-        for name in ("Stream", "current_stream", "stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda *args: MagicMock())
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", self._graph)
-        monkeypatch.setattr(torch.cuda, "graph", self._capture)
-
-    def __call__(self, images):
-        self.calls.append(len(images))
-        out = torch.empty(len(images), 1)  # what a capture computes isn't there yet
-        if self.recorded is None:
-            return self.tower(images)
-        self.recorded.append((images, out))
-        return out
-
-    def _graph(self):
-        recorded = []
-
-        def replay():
-            for images, out in recorded:
-                out.copy_(self.tower(images))
-
-        return SimpleNamespace(recorded=recorded, replay=replay, pool=lambda: "pool")
-
-    @contextmanager
-    def _capture(self, graph, pool, stream):
-        assert stream is not None
-        self.pools.append(pool)
-        self.recorded = graph.recorded
-        yield
-        self.recorded = None
-
-
-def test_a_graph_is_captured_once_for_each_size_and_gives_each_batch_its_own_features(monkeypatch):
-    gpu = _Gpu(monkeypatch, lambda images: images.sum((1, 2, 3))[:, None])
-    tower = GraphedTower(gpu)
-    batches = [torch.rand(size, 3, 2, 2) for size in (2, 4, 2, 4, 2)]
-    found = [tower(batch) for batch in batches]
-    for features, batch in zip(found, batches, strict=True):
-        torch.testing.assert_close(features, batch.sum((1, 2, 3))[:, None])
-    assert gpu.calls == [2] * 4 + [4] * 4  # to warm up, and the capture
-    assert gpu.pools == [None, "pool"]
 
 
 @pytest.mark.parametrize(

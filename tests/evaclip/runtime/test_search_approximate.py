@@ -25,9 +25,6 @@ def test_approximate_finds_most_and_new_rows(tmp_path):
     assert 7 not in search_approximate(store, unit(3000)[7], 1)[1]
     store.add(unit(1, seed=8), named(1, 9000))
     assert search_approximate(store, unit(1, seed=8)[0], 1)[1].tolist() == [3000]
-    store.compact()
-    with pytest.raises(UserError, match="has no approximate index"):
-        search_approximate(store, unit(1)[0])
 
 
 def test_approximate_with_conditions_and_few_rows(tmp_path):

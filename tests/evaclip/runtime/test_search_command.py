@@ -82,7 +82,7 @@ def test_table_and_page_show_names_as_they_are(folder, tmp_path, capsys):
     assert "<b>" not in text
 
 
-@pytest.mark.parametrize("name", ["embeddings-0.f32", TOKENS_FILE])
+@pytest.mark.parametrize("name", ["embeddings.f32", TOKENS_FILE])
 def test_a_damaged_file_of_the_store_is_named(name, folder, tmp_path, capsys):
     store = tmp_path / "store"
     shutil.copytree(folder, store)

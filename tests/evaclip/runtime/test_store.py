@@ -55,7 +55,7 @@ def test_a_name_is_as_good_as_a_path(tmp_path):
 
 def test_other_tools_read_its_files(tmp_path):
     filled(tmp_path, unit(3)).close()
-    np.testing.assert_array_equal(np.fromfile(tmp_path / "embeddings-0.f32", "<f4").reshape(-1, DIM), unit(3))
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "embeddings.f32", "<f4").reshape(-1, DIM), unit(3))
     rows = sqlite3.connect(tmp_path / ROWS_FILE).execute("SELECT id, metadata FROM rows").fetchall()
     assert [(id, json.loads(text)["year"]) for id, text in rows] == [("0.jpg", 2000), ("1.jpg", 2001), ("2.jpg", 2002)]
 
@@ -70,20 +70,16 @@ def test_a_row_takes_the_place_of_that_of_the_same_id(tmp_path):
     np.testing.assert_allclose(alive, expected, atol=1e-3)
 
 
-def test_removed_rows_are_gone_and_compacting_gives_their_space_back(tmp_path):
-    store = filled(tmp_path, unit(100))
+def test_removed_rows_take_no_space_in_a_merged_copy(tmp_path):
+    store = filled(tmp_path / "a", unit(100))
+    reader = Store.open(store.folder)
     assert store.remove([f"{n}.jpg" for n in range(0, 100, 2)] + ["0.jpg", "none"]) == 50
-    before = (tmp_path / "embeddings-0.f32").stat().st_size
-    reader = Store.open(tmp_path)
-    store.compact()
-    assert (len(store), store.slots) == (50, 50)
-    assert is_whole(tmp_path) == 50
-    (file,) = tmp_path.glob("embeddings-*.f32")
-    assert file.stat().st_size < 0.6 * before
     with pytest.raises(UserError, match="open it again"):
-        reader.rows([1])
-    store.add(unit(101)[100:], named(1, 100))
-    assert is_whole(tmp_path) == 51
+        reader.rows([0])
+    copy = Store.create(tmp_path / "b", store.model)
+    assert copy.merge(store) == len(copy) == copy.slots == 50
+    copy.add(unit(101)[100:], named(1, 100))
+    assert is_whole(copy.folder) == 51
 
 
 def test_readers_see_one_state_whatever_is_written_meanwhile(tmp_path):
@@ -94,8 +90,7 @@ def test_readers_see_one_state_whatever_is_written_meanwhile(tmp_path):
 
     def numbers():
         yield 5
-        other.remove(["0.jpg"])
-        other.compact()
+        other.remove(["6.jpg"])
         yield 6
 
     with pytest.raises(UserError, match="open it again"):
@@ -132,7 +127,7 @@ def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_create_leaves_is_no_obstacle(tmp_path):
-    for name in ("embeddings-0.f32", ".rows.sqlite.4752.tmp", ".rows.sqlite.4752.tmp-journal"):
+    for name in ("embeddings.f32", ".rows.sqlite.4752.tmp", ".rows.sqlite.4752.tmp-journal"):
         (tmp_path / name).write_bytes(b"")
     assert len(filled(tmp_path, unit(3))) == 3
 
@@ -226,16 +221,11 @@ def test_a_merge_that_is_ended_goes_on_where_it_was(two_stores, monkeypatch):
 
 
 def test_stores_that_do_not_merge(two_stores, tmp_path):
-    store, other = two_stores
+    store, _ = two_stores
     with pytest.raises(UserError, match="can't be merged into itself"):
         store.merge(Store.open(store.folder))
     with pytest.raises(UserError, match=r"another model \(name is 'tiny' there, 'huge' here\)"):
         store.merge(Store.create(tmp_path / "c", {"name": "huge", "dim": DIM}))
-    with Store.open(other.folder) as writer:
-        writer.add(unit(4)[3:], named(1, 3))
-        writer.compact()
-    with pytest.raises(UserError, match="open it again"):
-        store.merge(other)
     assert is_whole(store.folder) == 6
 
 
@@ -302,8 +292,6 @@ store = Store.open(Path(sys.argv[1]))
 for n in range(start, stop, 10):
     store.add(vectors[n : n + 10], named(10, n))
     print(n + 10, flush=True)
-    if n % 50 == 40 and start == 0:
-        store.compact()
 """
 
 
@@ -326,9 +314,6 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(tmp_path, see
     count = is_whole(tmp_path)
     assert count % 10 == 0
     assert told <= count <= told + 10
-    with Store.open(tmp_path) as store:
-        store.compact()
-    assert is_whole(tmp_path) == count
 
 
 def test_two_writers_do_not_mix(tmp_path):
