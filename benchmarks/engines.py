@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -166,15 +167,20 @@ def _onnxruntime(subject: Subject, dtype: str, plain: bool = False) -> Run:
     if plain and (subject.tower, dtype) == ("text", "fp16"):
         raise UserError("onnxruntime 1.32.0 ends the process when it loads this file")
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[subject.device]
-    run = run_in_onnxruntime(_file(subject, dtype, plain), "all", provider, torch.get_num_threads())
+    run = run_in_onnxruntime(_file(subject, dtype, plain), provider, torch.get_num_threads())
     return lambda batch: run(batch.array)
 
 
 def _openvino(subject: Subject, dtype: str, plain: bool = False) -> Run:
-    from evaclip.onnx_check import run_in_openvino
-
-    run = run_in_openvino(_file(subject, dtype, plain), torch.get_num_threads())
-    return lambda batch: run(batch.array)
+    try:
+        import openvino
+    except ModuleNotFoundError as exc:
+        raise UserError("the package openvino is not installed: pip install openvino") from exc
+    # By default OpenVINO computes in bfloat16 on a CPU that has it, whatever the file's dtype is.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(str(_file(subject, dtype, plain)), "CPU", options)
+    kind = compiled.input(0).element_type.to_dtype()
+    return lambda batch: np.asarray(compiled(batch.array.astype(kind, copy=False))[0])
 
 
 def _file(subject: Subject, dtype: str, plain: bool) -> Path:

@@ -22,7 +22,7 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
 from evaclip.model.vision_model import VisionModel
-from evaclip.onnx_check import LOWEST, OPSET, SEED, Outcome, Probe, check_everywhere, make_inputs, require
+from evaclip.onnx_check import LOWEST, OPSET, SEED, Outcome, Probe, check, make_inputs, require
 from evaclip.outputs import check_output
 from evakernels.nn import FrozenWeight, unfreeze
 
@@ -50,8 +50,7 @@ def export(
 
     B is any number. An ONNX file takes float32 or int64 and gives float32, whatever its weights are; of texts it
     computes the tokens of the longest alone. It holds a probe, inputs by a seed and the embeddings that the model
-    computes of them in float32, and is written only if ONNX Runtime reproduces these at every level of optimisation,
-    and OpenVINO where that is installed.
+    computes of them in float32, and is written only if ONNX Runtime reproduces these.
 
     Args:
         model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.
@@ -68,10 +67,10 @@ def export(
         int32: token ids of an ONNX file are int32, else int64.
 
     Returns:
-        What each engine made of an ONNX file's probe; nothing for a `.pt2`.
+        The outcome of an ONNX file's probe; nothing for a `.pt2`.
 
     Raises:
-        Refused: an engine's embeddings have a cosine of less than 0.9999 (int8: 0.99) to the model's.
+        Refused: ONNX Runtime's embeddings have a cosine of less than 0.9999 (int8: 0.99) to the model's.
         UserError: for a target that may not or can't be written, options that don't fit it, or missing packages.
 
     Example:
@@ -182,7 +181,7 @@ def _write_onnx(
     names: tuple[str, str],
     int32: bool,
 ) -> list[Outcome]:
-    """Writes a file and runs its probe; raises Refused if an engine doesn't give the model's embeddings."""
+    """Writes a file and runs its probe; raises Refused if ONNX Runtime doesn't give the model's embeddings."""
     probe = _probe(model, tower, normalize, LOWEST[kind])
     example = torch.from_numpy(probe.inputs()[:3])
     example = example.int() if int32 and tower == "text" else example
@@ -212,7 +211,7 @@ def _write_onnx(
     data = path.with_name(f"{path.name}.data")
     if data.exists():
         data.chmod(path.stat().st_mode)
-    outcomes = check_everywhere(path)
+    outcomes = check(path)
     require(outcomes, probe.lowest, path.name)
     return outcomes
 

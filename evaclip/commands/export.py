@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 _TOWERS = ("image", "text")
 _DTYPES = ("fp32", "fp16", "bf16")
-_ENGINES = ("onnxruntime", "openvino")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -45,8 +44,7 @@ def add_commands(subparsers: Any) -> None:
     kinds.add_argument("--int8", action="store_true", help="ONNX with matmuls of 8-bit integers")
     parser.add_argument("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
-    parser.add_argument("--engine", choices=_ENGINES, help=f"what --check runs the file in (default: {_ENGINES[0]})")
-    parser.add_argument("--provider", nargs="+", help="execution providers of ONNX Runtime that --check tries")
+    parser.add_argument("--provider", nargs="+", help="execution providers of ONNX Runtime for --check (default: CPU)")
     parser.set_defaults(run=_run)
 
 
@@ -56,8 +54,8 @@ def _run(args: argparse.Namespace) -> None:
         return
     if args.model is None or args.target is None:
         raise UserError("MODEL and OUT aren't both given; expected `evaclip export MODEL OUT ...`")
-    if args.engine or args.provider:
-        raise UserError("--engine and --provider say where --check FILE runs a file that is there; leave them out")
+    if args.provider:
+        raise UserError("--provider is for --check FILE")
     # Imported here so that `evaclip --help` doesn't wait for torch.
     from evaclip.atomic import write_text
     from evaclip.export import check_target, export
@@ -90,16 +88,12 @@ def _check(args: argparse.Namespace) -> None:
 
     ignored = (args.random, args.int8, args.normalize, args.force, args.dtype != "fp32")
     if args.model is not None or any(ignored):
-        raise UserError("--check takes a file, --engine and --provider and nothing else; leave the rest out")
-    if args.provider and args.engine == "openvino":
-        raise UserError("--provider is ONNX Runtime's; leave it out with --engine openvino")
-    outcomes = check(args.check, args.engine or "onnxruntime", args.provider or [DEFAULT_PROVIDER])
+        raise UserError("--check takes FILE and --provider, and no other option")
+    outcomes = check(args.check, args.provider or [DEFAULT_PROVIDER])
     _show(args.check.name, outcomes)
     require(outcomes, read_probe(args.check).lowest, str(args.check))
 
 
 def _show(name: str, outcomes: "list[Outcome]") -> None:
-    if outcomes:
-        from evaclip.onnx_check import table
-
-        print(f"{name}, lowest cosine to the model's embeddings in float32:\n{table(outcomes)}")
+    for outcome in outcomes:
+        print(f"{name}, lowest cosine to the model's embeddings in float32, {outcome}")

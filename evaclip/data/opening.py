@@ -20,8 +20,7 @@ from evaclip.data.shard_list import LIST_SUFFIX, ShardList, read_list
 from evaclip.data.shards import list_shards, shards_at
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
-from evaclip.data.table import COLUMNS, TABLES, TableSource
-from evaclip.data.table_text import Columns
+from evaclip.data.tables import COLUMNS, TABLES, Columns, TableSource
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
 from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS

@@ -2,7 +2,6 @@
 
 import copy
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ def image_file(model, tmp_path_factory):
 @pytest.mark.parametrize(("tower", "normalize"), [("image", True), ("text", False)])
 def test_any_batch_gives_the_models_embeddings(model: CLIP, tower: str, normalize: bool, tmp_path: Path) -> None:
     outcomes = export(model, tower, tmp_path / "tower.onnx", normalize=normalize)
-    assert {outcome.level for outcome in outcomes} >= {"none", "basic", "extended", "all"}
+    assert [outcome.provider for outcome in outcomes] == ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
     encode = model.encode_image if tower == "image" else model.encode_text
     for batch in (0, 1, 3) if tower == "image" else (1, 3):
@@ -124,7 +123,7 @@ def test_onnx_of_a_wrong_program_is_refused(model, tmp_path, monkeypatch):
         return make(program, **options)
 
     monkeypatch.setattr(torch.onnx, "export", wrong)
-    with pytest.raises(Refused, match=r"expected a cosine of 0\.9999 or more: onnxruntime .* none: 0\."):
+    with pytest.raises(Refused, match=r"expected a cosine of 0\.9999 or more: CPUExecutionProvider: 0\."):
         export(model, "image", tmp_path / "image.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -148,14 +147,6 @@ def test_one_vector_for_all_inputs_is_found_out(image_file, tmp_path):
         return next(tensor for tensor in weights if tuple(tensor.dims)[2:] == (8, 8))
 
     assert not any(outcome.apart for outcome in with_zeros(image_file, tmp_path / "image.onnx", patches))
-
-
-@pytest.mark.skipif(not find_spec("openvino"), reason="openvino isn't installed")
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_openvino_is_asked_where_it_is_there(model: CLIP, tower: str, dtype: str, tmp_path: Path) -> None:
-    outcomes = export(model, tower, tmp_path / "tower.onnx", dtype=dtype)
-    assert [outcome.cosine > 0.9999 for outcome in outcomes if "openvino" in outcome.engine] == [True]
 
 
 def test_weights_lie_beside_the_file_if_asked_for(model: CLIP, tmp_path: Path) -> None:
@@ -215,7 +206,7 @@ def test_files_without_a_probe_and_other_files(image_file: Path, tmp_path: Path)
 
 
 def test_unknown_providers_and_dtypes_are_named(model: CLIP, image_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'TPU' isn't there; this onnxruntime has: .*CPUExecutionProvider"):
+    with pytest.raises(UserError, match=r"provider must be .*CPUExecutionProvider, got 'TPU'"):
         check(image_file, providers=["TPU"])
     with pytest.raises(UserError, match="fp23"):
         export(model, "text", tmp_path / "other.onnx", dtype="fp23")
