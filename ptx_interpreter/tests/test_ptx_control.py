@@ -17,7 +17,7 @@ def result(body, block=64):
     return found.tolist()
 
 
-def test_a_branch_separates_threads_and_brings_them_together():
+def test_branch_diverges_and_reconverges():
     """After it all are there again: ldmatrix and shuffles need it, and each instruction is counted once for each."""
     body = """
     and.b32 %r3, %r1, 1; setp.eq.s32 %p1, %r3, 0;
@@ -137,7 +137,7 @@ def test_shuffles(mode, segment):
 @pytest.mark.parametrize(
     "meeting", ["shfl.sync.bfly.b32 %r2|%p2, %r4, 16, 31, -1;", "bar.warp.sync -1; mov.u32 %r2, %r4;"]
 )
-def test_a_warp_meets_though_some_come_from_farther_down(meeting):
+def test_warp_reconverges_from_a_later_address(meeting):
     """Compilers put the code of an unlikely branch behind the block where it ends."""
     body = f"""
     add.s32 %r4, %r1, 100; and.b32 %r5, %r1, 16; setp.ne.s32 %p1, %r5, 0;
@@ -152,7 +152,7 @@ def test_a_warp_meets_though_some_come_from_farther_down(meeting):
     assert result(body) == ([values[n ^ 16] for n in range(64)] if "shfl" in meeting else values)
 
 
-def test_a_warpgroup_meets_though_a_warp_comes_from_farther_down():
+def test_warpgroup_reconverges_from_a_later_address():
     body = """
     mov.u32 %r2, 0; mov.b64 %d5, 0; setp.ge.u32 %p1, %r1, 96; setp.ne.s32 %p2, %r2, 0;
     shl.b32 %r3, %r1, 4; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};
@@ -169,7 +169,7 @@ def test_a_warpgroup_meets_though_a_warp_comes_from_farther_down():
     assert found.tolist() == [0] * 96 + [1] * 32
 
 
-def test_a_shuffle_by_a_register_goes_where_each_lane_asks():
+def test_shuffle_by_a_register():
     body = "xor.b32 %r3, %r1, 3; and.b32 %r3, %r3, 31; shfl.sync.idx.b32 %r2|%p1, %r1, %r3, 31, 0xffffffff;"
     assert result(body) == [n ^ 3 for n in range(64)]
 
@@ -231,7 +231,7 @@ def test_a_trap_is_told():
     assert (fault.kind, fault.thread, fault.count) == ("trap", 5, 1)
 
 
-def test_what_a_kernel_says_when_it_ends_the_launch_is_told():
+def test_trap_reports_the_message_of_an_assert():
     head = (
         ".global .align 1 .b8 $str$1[8] = {111, 110, 101, 32, 116, 111, 111};\n.func refuse(.param .b64 a).noreturn ;"
     )

@@ -217,7 +217,7 @@ def test_fused_sums_of_16_bits_are_rounded_once(name):
     assert (both == found.astype(np.uint32) | found[::-1].astype(np.uint32) << 16).all()
 
 
-def test_to_tf32_is_to_the_nearest_with_halves_away_from_zero():
+def test_tf32_rounds_halves_away_from_zero():
     x = floats(3000)
     x = x[np.isfinite(x) & (np.abs(x) >= 2.0**-126) & (np.abs(x) < 2.0**127)]
     x[::3] = (x[::3].view(np.uint32) & np.uint32(0xFFFFE000) | np.uint32(0x1000)).view(np.float32)  # halves

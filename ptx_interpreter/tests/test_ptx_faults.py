@@ -74,7 +74,7 @@ def test_races_between_blocks():
 
 @pytest.mark.parametrize(("barrier", "wanted"), [("", ["race"]), ("bar.sync 0;", [])])
 @pytest.mark.parametrize("first", ["st.global.u32 [%d2], %r1;", "ld.global.u32 %r4, [%d2];"])
-def test_races_between_threads_of_a_block_in_global_memory(first, barrier, wanted):
+def test_global_memory_race_within_a_block(first, barrier, wanted):
     """The second warp writes where the first one has written or read."""
     body = f"setp.lt.u32 %p1, %r1, 32; @%p1 {first} {barrier} @!%p1 st.global.u32 [%d2+-128], %r1;"
     assert of_body(body) == wanted
@@ -95,7 +95,7 @@ def test_global_memory_that_nobody_has_written():
     assert kinds == ["uninitialised"]
 
 
-def test_elements_of_one_word_belong_to_whoever_writes_them():
+def test_bytes_of_one_word_have_their_own_writers():
     """Blocks that write neighbouring elements of 2 bytes are no race."""
     array = np.zeros(2, np.uint16)
     body = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %d1, %r1, 2; add.s64 %d2, %d1, %d30; st.global.u16 [%d2], %h1;"
@@ -191,7 +191,7 @@ def test_several_threads_may_write_the_same():
     assert of_body("st.shared.u32 [0], %r1;", block=32, shared=16) == ["race"]
 
 
-def test_what_ldmatrix_reads_is_overwritten_behind_a_barrier():
+def test_ldmatrix_source_overwritten_after_a_barrier():
     """All lanes execute it at once, but its reads are weak: a barrier of the warp orders what another lane writes."""
     body = """
     and.b32 %r5, %r1, 31; shl.b32 %r6, %r5, 4; and.b32 %r7, %r1, 32; {own}

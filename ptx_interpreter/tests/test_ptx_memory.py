@@ -102,14 +102,14 @@ def test_cycles_of_ldmatrix(pitch, cycles):
 
 
 @pytest.mark.parametrize(("stride", "words", "ways"), [(144, 8, 1), (208, 12, 2), (192, 12, 1)])
-def test_conflicts_where_a_row_ends_among_the_lanes_served_at_once(stride, words, ways):
+def test_bank_conflicts_at_the_end_of_a_row(stride, words, ways):
     body = f"mul.lo.s32 %r2, %r1, {-(-1024 // words)}; shr.u32 %r2, %r2, 10; mul.lo.s32 %r3, %r2, {words};"
     body += f"sub.s32 %r3, %r1, %r3; mul.lo.s32 %r2, %r2, {stride}; mul.lo.s32 %r3, %r3, 16; add.s32 %r2, %r2, %r3;"
     report = run(kernel(HEAD + body + "st.shared.v4.u32 [%r2], {%r1, %r1, %r1, %r1};"), [np.zeros(1)], shared=1 << 12)
     assert report.total("shared store").worst == ways
 
 
-def test_lanes_that_leave_out_a_round_are_not_met_in_another():
+def test_lanes_that_skip_an_iteration_do_not_meet():
     """Each lane leaves out one round of four, in which the others share a line of 128 bytes."""
     body = "and.b32 %r2, %r1, 3; mul.wide.u32 %d1, %r1, 4; add.s64 %d1, %d1, %d30;"
     for n in range(4):

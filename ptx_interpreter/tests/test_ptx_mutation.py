@@ -57,7 +57,7 @@ def said_of(program: Kernel) -> str:
     return kinds[0] if kinds else "right" if found.tolist() == list(range(63, 31, -1)) else "wrong"
 
 
-def test_one_instruction_is_changed_and_the_kernel_itself_is_not() -> None:
+def test_mutation_changes_one_instruction_of_a_copy() -> None:
     program = kernel(REVERSED)
     said = {}
     for mutant in mutants_of(program.parsed):

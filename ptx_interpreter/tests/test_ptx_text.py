@@ -109,7 +109,7 @@ def test_lines_are_those_of_the_text():
         run(program, [np.zeros(1, np.uint32)], block=1)
 
 
-def test_inlined_calls_are_told_from_the_last_to_the_first():
+def test_inlined_calls_are_listed_innermost_first():
     inner, outer = "function_name info, inlined_at 1 70 5", "function_name info, inlined_at 2 85 3"
     lines = [f".loc 1 70 5, {outer}", f".loc 3 56 3, {inner}", "mov.u32 %r1, 1;", ".loc 2 86 3", "mov.u32 %r2, 1;"]
     first, second = kernel("\n".join(lines)).parsed.blocks[0].instructions[1:3]

@@ -39,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_page_is_there_and_needs_nothing_from_elsewhere(site: Path) -> None:
+def test_site_pages_load_nothing_from_elsewhere(site: Path) -> None:
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     pages |= {"contributing.md", "changelog.md"}
     for page in pages:
@@ -50,7 +50,7 @@ def test_every_page_is_there_and_needs_nothing_from_elsewhere(site: Path) -> Non
         assert loaded == []
 
 
-def test_contributing_and_changelog_are_those_of_the_top_level(site: Path) -> None:
+def test_site_has_contributing_and_changelog(site: Path) -> None:
     assert "Add an op in an hour" in (site / "contributing/index.html").read_text("utf-8")
     assert "Keep a Changelog" in (site / "changelog/index.html").read_text("utf-8")
 

@@ -45,7 +45,7 @@ def test_it_does_as_python(bash: Bash, script: str) -> None:
     assert (ours.returncode, ours.stdout) == (pythons.returncode, pythons.stdout), ours.stderr
 
 
-def test_torch_is_there_already_and_nothing_of_this_project(bash: Bash) -> None:
+def test_warm_process_has_torch_and_no_evakernels(bash: Bash) -> None:
     code = "import sys; print(sorted({'torch', 'evakernels', 'evaclip', 'benchmarks', 'run_docs'} & {*sys.modules}))"
     assert bash(f'python -c "{code}"').stdout == "['torch']\n"
 

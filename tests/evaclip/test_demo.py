@@ -118,7 +118,7 @@ def test_the_budget_shortens_but_never_lengthens(data, tmp_path, monkeypatch, sp
 
 
 @pytest.mark.parametrize(("multiplies", "precision"), [(True, "amp_bf16"), (False, "fp32")])
-def test_bfloat16_only_where_the_processor_multiplies_it(tmp_path, monkeypatch, multiplies, precision):
+def test_demo_precision_depends_on_the_processor(tmp_path, monkeypatch, multiplies, precision):
     monkeypatch.setattr("evaclip.machine.multiplies_bfloat16", lambda: multiplies)
     assert demo.demo_config(tmp_path / "run", tmp_path).precision == precision
 
@@ -143,7 +143,7 @@ def test_shards_that_are_missing_are_drawn(data: Path, tmp_path: Path, monkeypat
     assert drawn == [(data, ("twemoji", "openmoji"))]
 
 
-def test_without_the_packages_that_write_it_there_is_no_text_tower(data, tmp_path, monkeypatch):
+def test_demo_without_onnx_has_no_text_tower(data, tmp_path, monkeypatch):
     """The server then has the model itself."""
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     monkeypatch.setattr("evaclip.runtime.encoder.load_model", lambda given, **how: load_model("tiny"))

@@ -13,7 +13,7 @@ from evaclip.train.recipes import get_recipe
 from evaclip.train.transform import training_transform
 
 
-def test_the_recipe_gives_the_pictures_that_its_results_were_measured_with() -> None:
+def test_drawing_transform_is_unchanged() -> None:
     transform = training_transform(get_recipe("emoji").data, 32, PLAIN)
     digest = hashlib.sha256()
     for seed in range(16):
@@ -21,7 +21,7 @@ def test_the_recipe_gives_the_pictures_that_its_results_were_measured_with() -> 
     assert digest.hexdigest() == "2ca93bc2376b06ba5c5c2f3fb413013267824c0dd91d84c5ff95d3f008b62208"
 
 
-def test_a_random_colour_fills_what_is_transparent_and_what_moves_in() -> None:
+def test_drawing_transform_fills_the_background() -> None:
     still = Augmentation(scale=(1, 1), ratio=(1, 1))
     transform = DrawingTransform(64, PLAIN, replace(still, rotation=40, zoom=(0.5, 0.5)))
     corners = []

@@ -99,7 +99,7 @@ def test_a_second_build_gives_the_same_bytes(few, tmp_path):
     assert set(contents[0]) == {"LICENSES", "classes.json", "classes.txt", *(f"twemoji-{i:05d}.tar" for i in range(3))}
 
 
-def test_drawings_fill_their_pictures_whatever_margin_a_style_leaves(tmp_path):
+def test_render_png_crops_margins(tmp_path):
     frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 80 80">{}</svg>'
     drawings = {
         "small": '<rect x="30" y="20" width="12" height="12" fill="red"/>',

@@ -98,7 +98,7 @@ def test_a_run_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     torch.testing.assert_close(program(images), trained.encode_image(images))
 
 
-def test_a_run_stays_as_it_is_and_no_model_is_made_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_into_a_run_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/config.yaml").touch()
     monkeypatch.setattr("evaclip.loading.load_features", None)
@@ -148,7 +148,7 @@ assert main(["export", "--check", {str(tmp_path / "other.onnx")!r}]) == 2
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_disk_without_the_space_is_told_before_torch_meets_it(model, tmp_path, monkeypatch):
+def test_export_to_a_full_disk(model, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(UserError, match=r"cannot write \S+image.pt2: it takes \d\.\d MB, and its disk has 0\.0 free"):
         export(model, "image", tmp_path / "image.pt2")

@@ -106,7 +106,7 @@ def test_int8(model: CLIP, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "image.onnx.data"]
 
 
-def test_weights_of_another_dtype_are_checked_against_float32(model: CLIP, tmp_path: Path) -> None:
+def test_onnx_of_bf16_weights_equals_float32(model: CLIP, tmp_path: Path) -> None:
     halved = lively(vision={"layers": 2}, text={"layers": 2}).bfloat16()
     assert all(outcome.cosine > 0.999999 for outcome in export(halved, "image", tmp_path / "image.onnx"))
     assert halved.logit_scale.dtype == torch.bfloat16

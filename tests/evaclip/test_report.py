@@ -90,7 +90,7 @@ def save_events(folder: Path) -> None:
     write_lines(folder / "events.jsonl", [{**next(times), **event} for event in events])
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path) -> None:
+def test_report_loads_nothing_from_elsewhere(run: Path) -> None:
     save_evaluations(run)
     save_gallery(run)
     text = write_report(run).read_text(encoding="utf-8")
@@ -263,7 +263,7 @@ def test_without_evaluations_the_report_says_so(run: Path) -> None:
     assert "Nothing has been evaluated yet" in write_report(run).read_text(encoding="utf-8")
 
 
-def test_a_report_is_written_where_asked_and_twice_the_same(run: Path, tmp_path: Path) -> None:
+def test_report_is_deterministic(run: Path, tmp_path: Path) -> None:
     save_evaluations(run)
     first = write_report(run, tmp_path / "a")
     second = write_report(run, tmp_path / "b")
@@ -277,7 +277,7 @@ def test_the_command_prints_the_path(run: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.split() == [str(run / "report.html")]
 
 
-def test_groups_come_from_evaluations_in_the_order_of_tasks(run: Path) -> None:
+def test_report_groups_follow_the_order_of_tasks(run: Path) -> None:
     save_evaluations(run)
     found = replace(Evaluation.load(run / "evaluations" / "zero-shot.json"), task="classify")
     found.save(run / "evaluations" / "a.json")

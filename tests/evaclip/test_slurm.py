@@ -41,7 +41,7 @@ def test_the_first_host_leads(hosts: str, first: str) -> None:
     assert taken(SLURM_STEP_NODELIST=hosts)["MASTER_ADDR"] == first
 
 
-def test_torchrun_a_single_task_and_a_batch_script_are_left_alone() -> None:
+def test_slurm_variables_are_ignored_elsewhere() -> None:
     assert taken(WORLD_SIZE="2") == {"WORLD_SIZE": "2"}
     assert taken(SLURM_STEP_NUM_TASKS="1") == {}
     script = {name: value for name, value in STEP.items() if not name.startswith("SLURM_STEP_")}
@@ -50,7 +50,7 @@ def test_torchrun_a_single_task_and_a_batch_script_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("code", "is_requeued"), [(143, True), (0, False), (2, False), (1, False), (137, False)])
-def test_the_batch_script_goes_back_into_the_queue_when_a_signal_has_stopped_the_run(code, is_requeued, tmp_path):
+def test_batch_script_is_requeued_after_a_signal(code, is_requeued, tmp_path):
     told = tmp_path / "told"
     for name in ("srun", "scontrol"):
         program = tmp_path / name

@@ -64,7 +64,7 @@ def test_levels_normalised_later_are_the_same_bits(mode: str) -> None:
     assert torch.equal(later.squeeze(2), expected)
 
 
-def test_tensors_that_normalisation_does_not_give_stay_as_they_are() -> None:
+def test_levels_of_other_transforms() -> None:
     class Noisy(TrainTransform):
         def __call__(self, image: Image.Image, seed: int | None = None) -> torch.Tensor:
             return super().__call__(image, seed) + 1
@@ -96,7 +96,7 @@ def test_evaluation_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int]
 
 
 @pytest.mark.parametrize("size", [(216, 459), (504, 585), (88, 429), (48, 114), (90, 70)])
-def test_pictures_that_are_not_square_are_those_of_open_clip(size: tuple[int, int]) -> None:
+def test_rectangular_sizes_equal_open_clip(size: tuple[int, int]) -> None:
     """The first ones end between two pixels, where a last bit decides."""
     image, shape = _picture(size), (336, 196) if size == (216, 459) else (112, 196)
     theirs = image_transform(shape, is_train=False)(image)
@@ -104,7 +104,7 @@ def test_pictures_that_are_not_square_are_those_of_open_clip(size: tuple[int, in
 
 
 @pytest.mark.parametrize("size", [(1, 3001), (901, 2)])
-def test_of_very_flat_pictures_the_centre_alone_is_resized(size: tuple[int, int], monkeypatch: Any) -> None:
+def test_very_flat_images_are_cropped_first(size: tuple[int, int], monkeypatch: Any) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     expected = image_transform(32, is_train=False)(Image.fromarray(pixels))
     resized, seen = transforms._resize, []

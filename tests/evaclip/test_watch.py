@@ -129,7 +129,7 @@ def state(folder: Path) -> str:
     return " ".join(" ".join(shown(folder, 400)).split())
 
 
-def test_a_run_without_a_sign_of_life_has_no_time_to_go(tmp_path: Path) -> None:
+def test_dead_run_has_no_remaining_time(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     write_run(folder, [4.0, 3.0])
     age(folder, 7 * 3600)

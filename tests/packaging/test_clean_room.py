@@ -61,7 +61,7 @@ def missing_modules(room: Room) -> dict[str, str]:
     return found
 
 
-def test_the_source_distribution_holds_what_is_compiled(sdist: Path) -> None:
+def test_sdist_holds_the_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {*tracked("csrc", *PACKAGES), "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
@@ -76,14 +76,14 @@ def test_with_the_core_alone_all_ops_are_imported(core: Room) -> None:
     assert {name for name in missing if name.startswith("evakernels.ops")} == set()
 
 
-def test_with_the_extra_clip_all_of_evaclip_is_imported(clip: Room) -> None:
+def test_extra_clip_imports_all_of_evaclip(clip: Room) -> None:
     """But for the two folders that are an extra's alone."""
     missing = {name: package for name, package in missing_modules(clip).items() if name.startswith("evaclip")}
     assert {name.split(".")[1] for name in missing} <= {"serve"}
     assert set(missing.values()) <= {"onnx", "onnxruntime", "fastapi", "prometheus_client", "starlette"}
 
 
-def test_ops_of_all_families_run_on_the_compiled_library(core: Room) -> None:
+def test_ops_run_on_the_compiled_library(core: Room) -> None:
     assert json.loads(core.script(CHECK))["ops"] == FAMILIES
 
 
@@ -107,7 +107,7 @@ def test_the_doctor_finds_the_compiled_library(name: str, request: pytest.Fixtur
     assert "layer_norm" in room.script("run_evaclip.py", "doctor")
 
 
-def test_a_command_that_lacks_its_packages_names_the_extra(core: Room) -> None:
+def test_command_without_its_packages_names_the_extra(core: Room) -> None:
     result = core.run_script("ask_without_packages.py")
     assert result.returncode == 0, result.stderr
     answers, told = result.stdout.splitlines(), result.stderr.splitlines()
@@ -139,7 +139,7 @@ def test_the_first_hour_of_profiling(wheel: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.exhaustive
-def test_the_source_distribution_installs_without_a_compiler(sdist, tmp_path_factory):
+def test_sdist_installs_without_a_compiler(sdist, tmp_path_factory):
     plain = make_room(tmp_path_factory.mktemp("plain"), sdist, tools=BUILD_TOOLS, EVAKERNELS_NATIVE="off")
     with closing(plain) as room:
         assert {name for name in missing_modules(room) if name.startswith("evakernels.ops")} == set()

@@ -87,7 +87,7 @@ def test_the_gpus_of_this_machine_are_compiled_for(machine: Machine, nvcc: tuple
     assert record["cuda_archs"] == ["86", "90-virtual"]
 
 
-def test_a_gpu_whose_capability_is_unknown_gets_the_library_for_all(machine: Machine) -> None:
+def test_unknown_gpu_gets_kernels_for_all(machine: Machine) -> None:
     machine.add_nvcc(*NVCC_13)
     write_program(machine.programs / "nvidia-smi", {"-L": "GPU 0: NVIDIA H100"})
     record, _ = machine.decide()
@@ -96,7 +96,7 @@ def test_a_gpu_whose_capability_is_unknown_gets_the_library_for_all(machine: Mac
 
 
 @without_gpu
-def test_without_a_gpu_kernels_are_compiled_only_if_asked_for(machine: Machine) -> None:
+def test_kernels_without_a_gpu_are_optional(machine: Machine) -> None:
     machine.add_nvcc(*NVCC_13)
     record, _ = machine.decide()
     assert (record["cuda"], record["cuda_reason"], record["cuda_archs"]) == (False, NO_GPU, [])
@@ -123,7 +123,7 @@ def test_an_older_nvcc_compiles_for_what_it_knows(machine: Machine) -> None:
         (["120-real"], ["120,code=sm_120"]),
     ],
 )
-def test_gpus_that_nvcc_reads_the_sources_alike_for_share_a_ptx(archs, codes, monkeypatch):
+def test_gpus_of_one_generation_share_ptx(archs, codes, monkeypatch):
     monkeypatch.setenv("EVAKERNELS_CUDA", "off")
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     options = runpy.run_path(str(ROOT / "setup.py"))["codes_to_generate"](archs)

@@ -54,7 +54,7 @@ def test_check_lists_faults_by_kind_and_ends_with_1(tmp_path, capsys):
     assert not any("000106" in line for line in lines)
 
 
-def test_check_writes_all_faults_and_names_them_on_demand(tmp_path, capsys):
+def test_check_writes_and_names_all_faults(tmp_path, capsys):
     samples = [sample(i) for i in range(80)]
     for i in range(60, 70):
         samples[i][1]["png"] = picture(i)[:30]
@@ -103,7 +103,7 @@ def test_check_decodes_as_it_is_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words", [("check", "SHARDS", "--json", "OUT"), ("index", "SHARDS", "--out", "OUT"), ("emoji", "OUT")]
 )
-def test_outputs_that_cannot_be_written_are_told_at_once(shards, tmp_path, monkeypatch, words):
+def test_unwritable_output_is_refused_first(shards, tmp_path, monkeypatch, words):
     (tmp_path / "file").touch()
     monkeypatch.setattr("evaclip.data.open_source", lambda *_, **__: pytest.fail("the data is opened"))
     monkeypatch.setattr(emoji, "build_emoji", lambda *_: pytest.fail("the pictures are drawn"))

@@ -71,7 +71,7 @@ def test_parts_of_a_batch_are_the_batch(shards, monkeypatch, workers):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_the_stream_is_the_same_for_any_number_of_workers_and_processes(shards):
+def test_stream_does_not_depend_on_workers_and_ranks(shards):
     """One process, four workers, two processes with a worker each: epoch ends, captions and augmentation."""
     source = open_source(shards, caption_key="json:captions")
     alone = take(make_loader(source, 8), 10)
@@ -85,7 +85,7 @@ def test_the_stream_is_the_same_for_any_number_of_workers_and_processes(shards):
         assert one.position == other.position == left.position == right.position
 
 
-def test_a_position_in_the_middle_of_an_epoch_goes_on_bit_for_bit(shards):
+def test_position_within_an_epoch_resumes_bit_exactly(shards):
     source = open_source(shards, caption_key="json:captions")
     straight = take(make_loader(source), 20)
     resumed = take(make_loader(source, workers=2), 9, position=straight[10].position)
@@ -95,7 +95,7 @@ def test_a_position_in_the_middle_of_an_epoch_goes_on_bit_for_bit(shards):
         assert expected.position == batch.position
 
 
-def test_a_position_holds_for_another_batch_size_and_world_size(shards):
+def test_position_with_other_batch_and_world_size(shards):
     source = open_source(shards)
     expected = numbers(take(make_loader(source, 8), 12))
     position = take(make_loader(source, 8), 3)[-1].position
@@ -105,7 +105,7 @@ def test_a_position_holds_for_another_batch_size_and_world_size(shards):
     assert numbers(regrouped) == expected[24 : 24 + 36]
 
 
-def test_augmentation_and_captions_change_from_epoch_to_epoch(shards):
+def test_augmentation_and_captions_vary_by_epoch(shards):
     batches = take(make_loader(open_source(shards, caption_key="json:captions")), 16)
     draws = [{}, {}]
     for epoch, batch in ((i // 8, batch) for i, batch in enumerate(batches)):
@@ -122,7 +122,7 @@ def _collects_garbage(image, seed):
     return torch.full((3, 1, 1), float(gc.isenabled()))
 
 
-def test_workers_collect_garbage_whatever_the_trainer_does(shards):
+def test_workers_collect_garbage(shards):
     loader = make_loader(open_source(shards), workers=1)
     loader.set_transform(_collects_garbage, number_tokens)
     gc.disable()
@@ -295,7 +295,7 @@ class SlowTransform:
         return number_transform(image, seed)
 
 
-def test_where_no_worker_can_be_started_the_way_without_is_told(shards, monkeypatch):
+def test_failed_worker_start_names_workers_0(shards, monkeypatch):
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -350,7 +350,7 @@ def test_captions_that_give_no_targets_are_placed(shards, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_every_sample_once_and_in_order(shards, workers):
+def test_evaluation_order_is_that_of_the_data(shards, workers):
     batches = list(iterate(open_source(shards, caption_key="json:captions"), number_transform, 10, workers))
     assert [len(keys) for _, _, keys in batches] == [10] * 6 + [4]
     assert [key for _, _, keys in batches for key in keys] == [f"{i:06d}" for i in range(64)]
@@ -369,7 +369,7 @@ def test_evaluation_leaves_bad_samples_out(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("nodes", [2, 4])
-def test_canonical_nodes_give_each_process_shards_of_its_own(tmp_path, nodes):
+def test_canonical_nodes_give_each_rank_its_shards(tmp_path, nodes):
     for shard in range(16):
         write_shard(tmp_path / f"{shard:02d}.tar", map(sample, range(16 * shard, 16 * shard + 16)))
     source = open_source(str(tmp_path))

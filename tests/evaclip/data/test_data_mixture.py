@@ -29,7 +29,7 @@ def parts(samples: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum(SIZES), samples, side="right")
 
 
-def test_proportions_are_exact_and_every_stretch_is_mixed():
+def test_mixture_proportions_are_exact_everywhere():
     chosen = parts(drawn(4000))
     for period in chosen.reshape(4, 1000):
         assert np.bincount(period).tolist() == [600, 300, 100]
@@ -46,7 +46,7 @@ def test_each_part_goes_through_epochs_of_its_own():
         assert all(len(set(epoch)) == size for epoch in whole)
 
 
-def test_a_position_means_the_same_from_wherever_one_starts():
+def test_mixture_position_does_not_depend_on_the_start():
     samples = drawn(3000)
     assert np.array_equal(drawn(700, start=1650), samples[1650:2350])
     assert not np.array_equal(drawn(3000, seed=1), samples)
@@ -112,7 +112,7 @@ def test_configured():
         mixture(weights=(1, 1, 1e-5))
 
 
-def test_canonical_nodes_shards_and_replacements_of_a_mixture():
+def test_canonical_nodes_of_a_mixture():
     order = mixture().order(0, 16, nodes=2)
     whole = np.arange(4000)
     samples, nodes = order.indices(whole), order.nodes(whole)

@@ -44,12 +44,12 @@ def test_a_window_reads_few_shards():
         assert len(set((order.indices(np.arange(first, first + 200)) // 100).tolist())) <= 3
 
 
-def test_shards_are_visited_in_another_order_each_epoch():
+def test_shard_order_varies_by_epoch():
     order = sample_order(60, 0, window=1, shard_sizes=[1] * 60)
     assert order.indices(np.arange(60)).tolist() != order.indices(np.arange(60, 120)).tolist()
 
 
-def test_each_sample_is_as_likely_as_any_other_in_each_place():
+def test_order_is_uniform():
     draws = 1500
     order = sample_order(6, seed=5)
     table = order.indices(np.arange(6 * draws)).reshape(draws, 6)
@@ -58,7 +58,7 @@ def test_each_sample_is_as_likely_as_any_other_in_each_place():
         assert abs(counts - draws / 6).max() < 5 * (draws / 6) ** 0.5
 
 
-def test_memory_does_not_grow_with_the_number_of_samples():
+def test_order_memory_is_constant():
     order = sample_order(2_000_000_000_000, seed=0, window=0)
     indices = order.indices(np.arange(10**15, 10**15 + 1000))
     assert len(set(indices.tolist())) == 1000
@@ -102,7 +102,7 @@ def test_one_canonical_node_is_the_order_without_them():
 
 @settings(max_examples=60, deadline=None)
 @given(shard_lists, st.integers(1, 60), st.integers(1, 3), st.integers(0, 500))
-def test_the_shards_that_are_read_now_and_after_are_foretold(sizes, window, nodes, start):
+def test_order_predicts_the_next_shards(sizes, window, nodes, start):
     nodes = min(nodes, sum(sizes))
     total = sum(sizes)
     order = sample_order(total, 5, window, sizes, nodes)

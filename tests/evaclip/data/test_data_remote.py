@@ -96,7 +96,7 @@ def test_remote_shards_are_what_local_ones_are(how, shards, server, tmp_path, co
         assert torch.equal(one.targets, other.targets)
 
 
-def test_a_shard_is_fetched_once_for_all_processes_and_runs(server, copies):
+def test_shard_is_fetched_once_by_all_workers(server, copies):
     path = server.url("{00..02}.tar")
     take(make_loader(open_source(path), workers=3), 30)
     # Once for its version, once for its bytes.
@@ -127,7 +127,7 @@ def test_what_may_pass_is_tried_again(fault, server, copies, caplog):
     ("fault", "reason", "requests"),
     [(404, "HTTP 404", 1), (403, "HTTP 403", 1), (500, "HTTP 500", 3), ("cut", "bytes came", 3)],
 )
-def test_what_does_not_pass_is_a_fault_and_not_asked_for_again(fault, reason, requests, server, copies):
+def test_permanent_error_is_not_retried(fault, reason, requests, server, copies):
     source = open_source(server.url("{00..02}.tar"), remote=QUICK)
     forget_copies(copies)
     server.faults["01.tar"] = [fault, "always"]
@@ -142,7 +142,7 @@ def test_what_does_not_pass_is_a_fault_and_not_asked_for_again(fault, reason, re
     assert source[50].caption == "caption 50"
 
 
-def test_samples_of_a_shard_that_is_gone_are_replaced_counted_and_named(server, copies, caplog):
+def test_samples_of_a_missing_shard_are_replaced(server, copies, caplog):
     path = server.url("{00..02}.tar")
     sound = numbers(take(make_loader(open_source(path)), 8))
     source = open_source(path, remote=QUICK)
@@ -213,7 +213,7 @@ def test_a_shard_that_changes_gives_no_wrong_data(how, server, copies, tmp_path)
     assert open_source(path)[3].caption == "caption 103"
 
 
-def test_copies_stay_within_their_bound_and_the_oldest_go_first(server, copies, tmp_path):
+def test_shard_cache_evicts_the_oldest_copies(server, copies, tmp_path):
     size = (tmp_path / "00.tar").stat().st_size
     write_twenties(tmp_path, 6)
     config = RemoteConfig(cache_gb=2.5 * size / 1e9)
@@ -235,7 +235,7 @@ def test_copies_stay_within_their_bound_and_the_oldest_go_first(server, copies, 
     assert server.gets("n5.tar") == before + 1
 
 
-def test_a_window_that_does_not_fit_is_an_error_at_the_start(server):
+def test_window_larger_than_the_cache_is_refused(server):
     source = open_source(server.url("{00..02}.tar"), remote=RemoteConfig(cache_gb=1e-4))
     with pytest.raises(
         UserError, match=r"window of 0 samples .* takes 3 remote shards, \S+ GB, but .* may take 0\.0001"
@@ -274,7 +274,7 @@ def test_the_next_window_is_fetched_before_it_is_read(tmp_path, copies):
         stream.close()
 
 
-def test_a_worker_that_is_killed_while_it_fetches_leaves_nothing_locked(server, copies):
+def test_killed_worker_leaves_no_lock(server, copies):
     source = open_source(server.url("{00..02}.tar"))
     forget_copies(copies)
     server.faults["00.tar"] = server.faults["01.tar"] = server.faults["02.tar"] = ["stall", "always"]
@@ -318,7 +318,7 @@ def test_a_command_that_breaks_off_without_saying_so(shards, tmp_path, copies):
     assert "changed after it was indexed: it has 10 samples now; no end" in fault_of(source, 3).detail
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(server, tmp_path):
+def test_unwritable_cache_folder_is_named(server, tmp_path):
     (tmp_path / "file").touch()
     config = RemoteConfig(cache_folder=str(tmp_path / "file" / "copies"))
     with pytest.raises(UserError, match=r"cannot be written to \S+/file/copies: Not a directory; data.remote.cache_fo"):

@@ -37,7 +37,7 @@ def test_a_list_opens_the_data_without_a_look_at_it(
     assert server.gets("00.tar") == int(remote)
 
 
-def test_a_list_moves_with_its_shards_and_can_be_remote(shards, server, tmp_path):
+def test_shard_list_moves_with_its_shards(shards, server, tmp_path):
     index(shards, tmp_path / "list.json")
     assert [shard["url"] for shard in json.loads((tmp_path / "list.json").read_text())["shardlist"]] == [
         "00.tar",
@@ -53,7 +53,7 @@ def test_a_list_moves_with_its_shards_and_can_be_remote(shards, server, tmp_path
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_shards_that_changed_since_they_were_listed_are_faults(remote, shards, server, tmp_path):
+def test_shards_changed_after_listing_are_faults(remote, shards, server, tmp_path):
     (tmp_path / "00.tar").rename(tmp_path / "kept.tar")
     write_shard(tmp_path / "00.tar", map(sample, range(100, 120)))
     index(server.url("{00..02}.tar") if remote else shards, tmp_path / "list.json")
@@ -169,7 +169,7 @@ def test_parts_are_indexed_apart_and_joined(shards, tmp_path, monkeypatch, capsy
         index(str(tmp_path / "whole.json"), tmp_path / "list.json")
 
 
-def test_indexes_lie_beside_the_shards_and_are_not_made_again(shards, tmp_path, cache_folder, monkeypatch, caplog):
+def test_shard_indexes_are_stored_next_to_shards(shards, tmp_path, cache_folder, monkeypatch, caplog):
     index(shards, tmp_path / "list.json")
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["00.tar.index", "01.tar.index", "02.tar.index"]
     assert not cache_folder.exists()

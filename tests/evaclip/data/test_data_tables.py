@@ -40,7 +40,7 @@ def test_a_table_with_the_usual_columns(pictures, separator):
     assert source.place(1) == (path, "b.png")
 
 
-def test_other_columns_another_separator_quotes_and_absolute_paths(pictures):
+def test_csv_columns_separators_and_quotes(pictures):
     text = f'url;text\n"{pictures / "a.png"}";"one; ""two""\nthree"\n'
     path = write(pictures / "pairs.txt", text, "utf-8-sig")
     for separator in (";", None):
@@ -97,7 +97,7 @@ def test_json_lines(pictures):
     assert open_source(renamed, image_key="img", caption_key="text")[0].caption == "x"
 
 
-def test_half_a_character_is_no_reason_to_lose_a_caption(pictures):
+def test_caption_with_an_invalid_character_is_kept(pictures):
     path = write(pictures / "x.jsonl", r'{"filepath": "a.png", "title": "caf\u00e9 \ud83d"}')
     assert open_source(path)[0].caption == "café ?"
 
@@ -124,7 +124,7 @@ def test_parquet(pictures):
         open_source(write(pictures / "no.parquet", "filepath,title\n"))
 
 
-def test_the_fingerprint_of_json_lines_tells_one_row_from_two(pictures):
+def test_jsonl_fingerprint_depends_on_rows(pictures):
     one = write(pictures / "one.jsonl", '{"filepath": "a.png", "title": ["x", "y"]}')
     two = write(pictures / "two.jsonl", '{"filepath": "a.png", "title": "x"}\n{"filepath": "a.png", "title": "y"}')
     assert open_source(one).fingerprint != open_source(two).fingerprint
@@ -319,7 +319,7 @@ def test_braces_that_are_no_pattern():
         expand_braces("x{abc}")
 
 
-def test_file_names_with_glob_characters_are_files_first(tmp_path):
+def test_file_names_with_glob_characters(tmp_path):
     file = tmp_path / "a[1].tar"
     file.touch()
     assert expand_paths(str(file)) == [str(file)]

@@ -34,7 +34,7 @@ def test_offsets_lead_to_the_contents(shard):
     assert index.facts.damage == ""
 
 
-def test_members_need_not_be_adjacent_and_folders_count(tmp_path):
+def test_tar_members_need_not_be_adjacent(tmp_path):
     path = tmp_path / "mixed.tar"
     entries = [("a/1.PNG", b"x"), ("b/1.png", b"yy"), ("a/1.txt", b"t"), ("a/._1.png", b"mac"), ("b/1.seg.png", b"s")]
     with tarfile.open(path, "w") as tar:
@@ -77,7 +77,7 @@ def test_where_a_truncation_lies_decides_what_is_left(shard):
         assert damage in index.facts.damage
 
 
-def test_a_copy_that_is_cut_off_does_not_take_the_first_with_it(tmp_path):
+def test_truncated_duplicate_keeps_the_first_member(tmp_path):
     write_shard(tmp_path / "a.tar", [*map(sample, range(3)), sample(1)])
     whole = build_index(tmp_path / "a.tar")
     assert list(whole.facts.duplicates) == ["000001"]
@@ -117,7 +117,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
         build_index(tmp_path / "missing.tar")
 
 
-def test_plain_headers_are_read_without_tarfile_and_to_the_same_end(tmp_path, monkeypatch):
+def test_plain_headers_equal_those_of_tarfile(tmp_path, monkeypatch):
     for form, mtime in ((tarfile.USTAR_FORMAT, 0), (tarfile.GNU_FORMAT, 0), (tarfile.PAX_FORMAT, 1.5)):
         path = tmp_path / "plain.tar"
         with tarfile.open(path, "w", format=form) as tar:
@@ -167,7 +167,7 @@ def test_what_is_not_plain_is_left_to_tarfile(names, form, tmp_path, monkeypatch
     assert [found.members(i) for i in range(len(found))] == [expected.members(i) for i in range(len(found))]
 
 
-def test_the_cache_folder_has_a_bound_and_the_oldest_go_first(tmp_path, cache_folder, monkeypatch):
+def test_index_cache_evicts_the_oldest_files(tmp_path, cache_folder, monkeypatch):
     monkeypatch.setattr(index_files, "_TRIM_EVERY", 1)
     monkeypatch.setattr(index_files, "_CAPACITY", 4000)
     left_behind = cache_folder / "older.npz"
@@ -214,7 +214,7 @@ def test_a_damaged_cache_file_is_replaced(shard, cache_folder):
         assert file.read_bytes() == sound
 
 
-def test_a_folder_that_cannot_be_used_costs_nothing_but_time(shard, tmp_path, monkeypatch, caplog):
+def test_unusable_index_folder_is_ignored(shard, tmp_path, monkeypatch, caplog):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder should be")
     cache = IndexCache(blocked / "cache", capacity=1)

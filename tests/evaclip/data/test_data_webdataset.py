@@ -39,7 +39,7 @@ def test_samples_of_all_shards_in_order(shards):
     assert not source.faults
 
 
-def test_patterns_lists_globs_and_folders_name_the_same_shards(shards, tmp_path):
+def test_patterns_globs_and_folders_are_equivalent(shards, tmp_path):
     expected = open_source(shards).fingerprint
     listed = "::".join(str(tmp_path / f"{i:02d}.tar") for i in range(3))
     for path in (listed, str(tmp_path / "*.tar"), str(tmp_path), f"{tmp_path}/00.tar::{tmp_path}/{{01,02}}.tar"):
@@ -137,7 +137,7 @@ def test_image_format_is_read(kind):
     assert decode_image(picture(1, kind=kind), "x").size == (8, 8)
 
 
-def test_transparency_and_mode_are_kept_and_exif_is_applied_on_demand():
+def test_decoding_keeps_mode_and_applies_exif():
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (10, 20, 30, 40)).save(buffer, "png")
     assert decode_image(buffer.getvalue(), "x").getpixel((0, 0)) == (10, 20, 30, 40)
@@ -150,7 +150,7 @@ def test_transparency_and_mode_are_kept_and_exif_is_applied_on_demand():
         assert (image.size, image.mode) == (size, "L")
 
 
-def test_pictures_below_the_smallest_size_are_bad_samples(tmp_path):
+def test_images_below_min_size_are_bad_samples(tmp_path):
     key, members = sample(1)
     write_shard(tmp_path / "a.tar", [sample(0), (key, {**members, "png": picture(1, 7)})])
     source = open_source(str(tmp_path / "a.tar"), min_size=8)
@@ -162,7 +162,7 @@ def test_pictures_below_the_smallest_size_are_bad_samples(tmp_path):
         open_source(str(tmp_path / "a.tar"), min_size=-1)
 
 
-def test_jpegs_are_reduced_on_demand_and_never_below_the_size_asked_for():
+def test_jpeg_reduction_keeps_the_least_size():
     buffer = io.BytesIO()
     Image.new("RGB", (400, 320)).save(buffer, "jpeg")
     sizes = {
@@ -183,7 +183,7 @@ def test_a_truncated_shard_is_used_up_to_the_damage(shards, tmp_path):
     assert [source[i].caption for i in (0, 20, len(source) - 1)] == ["caption 0", "caption 20", "caption 63"]
 
 
-def test_the_first_of_two_samples_with_one_key_is_used_and_the_other_is_a_fault(tmp_path):
+def test_second_sample_with_a_key_is_a_fault(tmp_path):
     again = ("000001", {"png": picture(70), "txt": b"another"})
     write_shard(tmp_path / "a.tar", [sample(0), sample(1), again, sample(2)])
     source = open_source(str(tmp_path / "a.tar"))
@@ -201,7 +201,7 @@ def test_the_first_of_two_samples_with_one_key_is_used_and_the_other_is_a_fault(
     assert source.shards[0].facts.digest == open_source(str(tmp_path / "once.tar")).shards[0].facts.digest
 
 
-def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):
+def test_data_without_samples_lists_its_members(tmp_path):
     (tmp_path / "empty.tar").touch()
     with pytest.raises(UserError, match=r"0 samples in 1 shard.*empty\.tar.*0 bytes"):
         open_source(str(tmp_path / "empty.tar"))
@@ -237,7 +237,7 @@ def test_a_source_can_be_pickled_with_files_open(shards):
     assert copy.fingerprint == source.fingerprint
 
 
-def test_a_shard_cut_short_after_indexing_gives_no_wrong_data(shards, tmp_path):
+def test_shard_truncated_after_indexing(shards, tmp_path):
     source = open_source(shards)
     os.truncate(tmp_path / "01.tar", 600)
     with pytest.raises(BadSample, match="changed after it was indexed") as caught:

@@ -26,7 +26,7 @@ def trained_on(source: Source, seed: int, batches: int, workers: int = 0) -> Ite
         yield from batch.images[:, 0, 0, 0].int().tolist()
 
 
-def test_both_halves_make_the_whole_and_keep_their_shards(shards: str) -> None:
+def test_split_halves_make_the_whole(shards: str) -> None:
     whole = open_source(shards)
     rest, held = hold_out(whole, 0.25, seed=3)
     assert len(held) == 16
@@ -70,7 +70,7 @@ def test_they_follow_from_the_seed_alone(shards: str) -> None:
     assert other[0].fingerprint != first[0].fingerprint
 
 
-def test_no_more_than_a_limit_and_less_than_one_is_none(shards: str) -> None:
+def test_split_limits(shards: str) -> None:
     whole = open_source(shards)
     assert len(hold_out(whole, 0.5, seed=0, most=10)[1]) == 10
     for share in (0.0, 0.01):

@@ -39,7 +39,7 @@ def _png(picture):
     return buffer.getvalue()
 
 
-def test_every_form_of_a_picture_gives_the_models_embedding(encoder, loaded, pictures, tmp_path):
+def test_encoder_accepts_all_image_types(encoder, loaded, pictures, tmp_path):
     for number, picture in enumerate(pictures):
         picture.save(tmp_path / f"{number}.png")
     forms = {
@@ -77,7 +77,7 @@ def test_a_picture_may_come_through_a_pipe(encoder, pictures):
     os.close(reader)
 
 
-def test_texts_come_back_in_their_order_whatever_their_length(encoder, loaded, monkeypatch):
+def test_texts_keep_their_order(encoder, loaded, monkeypatch):
     texts = ["a", "a red bicycle in front of a blue wall", "", "two cats", "a " * 30, "dog"]
     with torch.no_grad():
         expected = loaded.model.encode_text(loaded.tokenizer(texts), normalize=True)
@@ -98,14 +98,14 @@ def test_nothing_gives_nothing(encoder):
     assert encoder.images([]).shape == encoder.texts([]).shape == (0, encoder.dim)
 
 
-def test_a_picture_that_pillow_has_not_read_yet_may_turn_out_broken(encoder, pictures):
+def test_broken_lazy_image_is_a_fault(encoder, pictures):
     lazy = Image.open(io.BytesIO(_png(pictures[0])[:-60]))
     (part,) = encoder.stream([pictures[1], lazy])
     assert (part.items, [fault.kind for fault in part.faults]) == ([pictures[1]], [FaultKind.CORRUPT_IMAGE])
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("int8", marks=needs_int8)])
-def test_in_another_process_weights_are_laid_out_as_in_the_first(loaded, pictures, precision):
+def test_pickled_encoder_prepacks_its_weights(loaded, pictures, precision):
     model = evaclip.create_model("tiny").eval()
     model.load_state_dict(loaded.model.state_dict())
     given = LoadedModel("tiny", "", model, loaded.tokenizer, loaded.transform)
@@ -116,7 +116,7 @@ def test_in_another_process_weights_are_laid_out_as_in_the_first(loaded, picture
     torch.testing.assert_close(first.images(pictures), second.images(pictures), rtol=0, atol=1e-2)
 
 
-def test_what_cannot_be_read_is_a_fault_and_what_is_none_is_left_out(encoder, loaded, pictures):
+def test_stream_reports_faults_and_skips_none(encoder, loaded, pictures):
     def picture(number):
         if number == 2:
             raise BadSample(FaultKind.CORRUPT_IMAGE, "the third")
@@ -181,7 +181,7 @@ def test_8_bits_where_there_are_none(options, says, monkeypatch):
         Encoder("tiny", **{"device": "cpu", "precision": "int8", **options})
 
 
-def test_a_compiled_tower_gives_the_same_for_any_number(loaded, pictures, monkeypatch):
+def test_compiled_tower_pads_batches(loaded, pictures, monkeypatch):
     sizes = []
 
     def compiled(tower, mode):
@@ -228,7 +228,7 @@ def test_wrong_options_are_refused(options, says):
         Encoder("tiny:nowhere.safetensors", **{"device": "cpu", **options})
 
 
-def test_a_name_alone_is_refused_as_its_weights_would_be_random():
+def test_model_name_without_weights_is_refused():
     with pytest.raises(UserError, match=r"'tiny' has random weights, .* give NAME:WEIGHTS or a run; .* of tiny: none"):
         Encoder("tiny", device="cpu")
 

@@ -45,7 +45,7 @@ def test_a_folder_is_indexed_and_later_what_is_new(model, folder, pictures, tmp_
     assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b c").contents()
 
 
-def test_rows_of_pictures_that_are_gone_are_told_and_with_prune_removed(model, folder, pictures, tmp_path, capsys):
+def test_prune_removes_rows_of_deleted_images(model, folder, pictures, tmp_path, capsys):
     """Those of this folder alone: not of another, nor of a shard in it that is there."""
     store, other = tmp_path / "a.store", tmp_path / "pictures more"
     other.mkdir()
@@ -125,7 +125,7 @@ def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictu
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_search_by_weights_that_have_changed_is_refused(precision, folder, loaded, tmp_path, capsys):
+def test_search_by_changed_weights_is_refused(precision, folder, loaded, tmp_path, capsys):
     weights, store = tmp_path / "tiny.safetensors", str(tmp_path / "a.store")
     state = loaded.model.state_dict()
     save_file(state, weights)
@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(arguments, says, model, folder, tmp_path, capsys,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_store_takes_embeddings_of_its_own_model_alone(model, folder, loaded, tmp_path, capsys):
+def test_index_by_another_model_is_refused(model, folder, loaded, tmp_path, capsys):
     store = tmp_path / "a.store"
     assert main(["index", str(store), "--images", str(folder), "--model", model, "--precision", "fp32"]) == 0
     other = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}

@@ -79,7 +79,7 @@ def test_all_pictures_of_a_folder_and_what_is_none(folder, tmp_path, encoder):
     assert [(fault["name"], fault["what"]) for fault in listed] == [(str(folder / "broken.jpg"), "corrupt image")]
 
 
-def test_later_what_is_new_or_changed_is_embedded_alone(folder, tmp_path, encoder, pictures):
+def test_index_embeds_new_and_changed_images_only(folder, tmp_path, encoder, pictures):
     _index(folder, tmp_path / "store", encoder)
     pictures[0].save(folder / "new.png")
     pictures[1].save(folder / "0.png")
@@ -96,7 +96,7 @@ def test_small_copies_are_kept(folder, tmp_path, encoder):
     assert len(sizes) > 1
 
 
-def test_small_copies_come_later_without_new_embeddings(folder, tmp_path, encoder, pictures, monkeypatch):
+def test_thumbnails_are_added_without_embedding(folder, tmp_path, encoder, pictures, monkeypatch):
     monkeypatch.setattr(indexing, "_ROWS", 2)
     _index(folder, tmp_path / "store", encoder)
     pictures[1].save(folder / "0.png")
@@ -144,7 +144,7 @@ def test_what_is_embedded_is_written_before_the_end(folder, tmp_path, encoder, m
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_killed_fifty_times_no_picture_is_lost_and_none_twice(tmp_path, encoder, monkeypatch):
+def test_index_killed_fifty_times_is_complete(tmp_path, encoder, monkeypatch):
     root, draw = tmp_path / "pictures", np.random.default_rng(0)
     root.mkdir()
     for number in range(200):

@@ -39,7 +39,7 @@ def test_approximate_with_conditions_and_few_rows(tmp_path):
         search_approximate(store, query, probes=0)
 
 
-def test_approximate_of_rows_that_a_reader_has_not_seen(tmp_path):
+def test_approximate_index_of_a_newer_store(tmp_path):
     store = filled(tmp_path, unit(40))
     with Store.open(tmp_path) as other:
         other.add(unit(40, seed=8), named(40, 9000))

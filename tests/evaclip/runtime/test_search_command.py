@@ -39,7 +39,7 @@ def test_the_program_is_the_text_tower(folder, loaded):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_many_texts_are_embedded_in_batches_of_like_length(folder, loaded, monkeypatch):
+def test_texts_are_batched_by_length(folder, loaded, monkeypatch):
     texts = [" ".join(["dog"] * (7 * n % 50)) for n in range(2 * BATCH + 5)]
     with Store.open(folder) as store:
         program = text_encoder(store)

@@ -82,7 +82,7 @@ def test_removed_rows_take_no_space_in_a_merged_copy(tmp_path):
     assert is_whole(copy.folder) == 51
 
 
-def test_readers_see_one_state_whatever_is_written_meanwhile(tmp_path):
+def test_reader_sees_one_state(tmp_path):
     store, other = filled(tmp_path, unit(9)), Store.open(tmp_path)
     mapped = store.embeddings
     store.refresh()
@@ -189,7 +189,7 @@ def two_stores(tmp_path, monkeypatch):
     return store, other
 
 
-def test_of_another_store_what_is_new_or_differs_is_taken(two_stores):
+def test_merge_takes_new_and_changed_rows(two_stores):
     store, other = two_stores
     other.remove(["9.jpg"])
     assert store.merge(other) == 4
@@ -302,7 +302,7 @@ def writer(folder, start, stop):
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 20))])
-def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(tmp_path, seed):
+def test_killed_writer_keeps_committed_rows(tmp_path, seed):
     Store.create(tmp_path, {"name": "tiny", "dim": DIM}).close()
     with writer(tmp_path, 0, 100_000) as process:
         for _ in range(5):

@@ -47,14 +47,14 @@ def _first(batcher, held):
     return future
 
 
-def test_what_waits_is_computed_together_up_to_the_size(batcher, held):
+def test_waiting_items_make_a_batch(batcher, held):
     futures = [_first(batcher, held)] + [_submit(batcher, "a", str(number)) for number in range(6)]
     held.go.set()
     assert [future.result(10) for future in futures] == ["firstfirst", *(str(number) * 2 for number in range(6))]
     assert held.batches == [["first"], ["0", "1", "2", "3"], ["4", "5"]]
 
 
-def test_a_batch_waits_for_others_while_nothing_else_is_done():
+def test_batch_waits_for_the_delay():
     sizes = []
     batcher = Batcher({"a": list}, size=2, delay=10, depth=8, observe=lambda kind, count: sizes.append((kind, count)))
     wait([_submit(batcher, "a", 1), _submit(batcher, "a", 2)], timeout=5)
@@ -62,7 +62,7 @@ def test_a_batch_waits_for_others_while_nothing_else_is_done():
     assert sizes == [("a", 2)]
 
 
-def test_kinds_are_not_mixed_and_the_oldest_comes_first(batcher, held):
+def test_batches_have_one_kind_oldest_first(batcher, held):
     first = _first(batcher, held)
     other, later = _submit(batcher, "b", 5), _submit(batcher, "a", "later")
     other.add_done_callback(lambda future: held.batches.append("b"))

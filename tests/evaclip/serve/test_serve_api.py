@@ -43,7 +43,7 @@ def test_embeddings_are_those_of_the_encoder(client, encoder, pictures):
     np.testing.assert_allclose(found, encoder.texts(["a cat", "a red bicycle"]), atol=1e-5)
 
 
-def test_a_search_adds_what_is_given_and_takes_away_minus(client, encoder, store, pictures):
+def test_search_adds_queries_and_subtracts_minus(client, encoder, store, pictures):
     picture = as_file(pictures[4])
     assert _rows(client.post("/search", files={"image": picture}))[0] == 4
     answer = client.post("/search", files={"image": picture}, data={"text": "a", "minus": "b", "like": 3, "top": 5})
@@ -71,7 +71,7 @@ def test_labels_have_probabilities(client, encoder, pictures):
     assert {label["label"]: label["probability"] for label in found} == pytest.approx(expected)
 
 
-def test_labels_of_a_model_with_siglips_bias_stand_by_themselves(store, encoder, pictures, monkeypatch):
+def test_labels_of_a_siglip_model_are_independent(store, encoder, pictures, monkeypatch):
     monkeypatch.setattr(encoder.model, "logit_bias", torch.tensor(-3.0))
     cosine = float(encoder.texts(["a photo of a cat"])[0] @ encoder.images([pictures[0]])[0])
     with TestClient(create_app(store, encoder, hosts=("localhost",)), base_url="http://localhost") as client:
@@ -81,7 +81,7 @@ def test_labels_of_a_model_with_siglips_bias_stand_by_themselves(store, encoder,
     assert found["cat"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_thumbnails_come_from_the_store_or_from_the_rows_own_file(client, pictures):
+def test_thumbnails_of_store_and_file(client, pictures):
     stored, made = client.get("/thumbnail/2"), client.get("/thumbnail/10")
     assert (stored.content, stored.headers["content-type"]) == (as_file(pictures[2]), "image/png")
     assert made.headers["content-type"] == "image/webp"
@@ -92,7 +92,7 @@ def test_thumbnails_come_from_the_store_or_from_the_rows_own_file(client, pictur
         assert client.get(f"/thumbnail/{path}").status_code in (404, 422)
 
 
-def test_what_others_write_counts_at_once_and_no_row_is_taken_for_another(store, encoder, pictures, tmp_path):
+def test_server_follows_a_changing_store(store, encoder, pictures, tmp_path):
     rows = [Row(str(n), f"c{n}", thumbnail=as_file(pictures[n])) for n in range(3)]
     with Store.create(tmp_path / "store", store.model) as writer, Store.open(writer.folder) as reader:
         client = TestClient(create_app(reader, encoder))

@@ -70,7 +70,7 @@ def _search(page, text):
     page.locator(".card").first.wait_for()
 
 
-def test_a_search_shows_pictures_with_captions_and_scores(page):
+def test_page_search_shows_captions_and_scores(page):
     assert page.get_by_text("Find a picture by what it shows.").is_visible()
     _search(page, "a red bicycle")
     assert page.locator(".card").count() == 12
@@ -85,7 +85,7 @@ def test_a_search_shows_pictures_with_captions_and_scores(page):
     assert page.get_by_label("What to look for").input_value() == "a red bicycle"
 
 
-def test_a_picture_can_be_dropped_and_is_compared_with_words(page, pictures):
+def test_page_dropped_image_gets_labels(page, pictures):
     page.evaluate(DROP, [list(as_file(pictures[5])), "five.png", "image/png"])
     page.locator(".card").first.wait_for()
     assert page.locator(".caption").first.inner_text() == "picture 5"
@@ -109,7 +109,7 @@ def test_a_picture_can_be_pasted_into_the_search_box(page, pictures):
     assert page.evaluate(PASTE, [[104, 105], "text/plain"]) is True
 
 
-def test_drawings_keep_clear_of_their_frames_and_photos_fill_them(page, pictures):
+def test_page_pads_drawings_only(page, pictures):
     page.evaluate(DROP, [list(as_file(pictures[5])), "photo.png", "image/png"])
     page.locator(".card").first.wait_for()
     assert page.evaluate(PADDINGS) == [0, 0]
@@ -128,7 +128,7 @@ def test_a_picture_can_be_chosen(page, pictures):
     assert page.locator(".caption").first.inner_text() == "picture 7"
 
 
-def test_a_click_shows_more_like_that_and_back_leads_back(page):
+def test_page_click_shows_similar_images(page):
     _search(page, "a")
     name = page.locator(".caption").nth(3).inner_text()
     page.locator(".card").nth(3).click()

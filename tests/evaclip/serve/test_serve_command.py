@@ -36,7 +36,7 @@ def test_mistakes_are_one_line(arguments, key, says, tmp_path, capsys, monkeypat
     assert says in line
 
 
-def test_a_port_in_use_is_told_before_the_model_is_loaded(store, capsys, monkeypatch):
+def test_port_in_use_is_refused_first(store, capsys, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setattr("evaclip.runtime.encoder.Encoder", lambda *args, **kwargs: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:

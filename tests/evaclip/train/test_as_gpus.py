@@ -53,7 +53,7 @@ def test_the_step_of_one_of_four_holds_what_is_planned(name: str, run_config: Ca
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_step_that_waits_for_the_device_could_not_be_traced(waits, run_config, monkeypatch):
+def test_traced_step_that_reads_the_device_fails(waits, run_config, monkeypatch):
     """So none does, cut up and in chunks: these tensors have no values that anyone could wait for."""
     original = TrainStep.__call__
 

@@ -60,7 +60,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         *product(["meta.json"], ["truncated", "missing"]),
     ],
 )
-def test_damage_is_detected_and_the_previous_one_is_used(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path: Path, name: str, damage: str) -> None:
     older, newer = save(tmp_path, 1, 2)
     path = newer / name
     data = bytearray(path.read_bytes())
@@ -81,7 +81,7 @@ def test_damage_is_detected_and_the_previous_one_is_used(tmp_path: Path, name: s
         checkpoint.find("latest", tmp_path, said.append)
 
 
-def test_auto_refuses_where_none_is_whole_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_auto_without_a_whole_checkpoint(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1, 2)
     (older / "state.pt").unlink()
     (newer / "model.safetensors").write_bytes(b"")
@@ -96,7 +96,7 @@ def test_auto_refuses_where_none_is_whole_and_says_how_to_go_on(tmp_path: Path) 
         checkpoint.find("auto", tmp_path, pytest.fail)
 
 
-def test_auto_refuses_where_only_those_are_left_that_the_run_went_back_from(tmp_path: Path) -> None:
+def test_auto_with_abandoned_checkpoints_only(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 9)
     (tmp_path / "latest").write_text("step_00000001\n")
     with pytest.raises(UserError, match=rf"step_00000009: later than `latest` says\); --resume {folder} goes on"):
@@ -141,7 +141,7 @@ def test_a_guard_keeps_everything_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "left"), [((), "no earlier one is there"), ((1, 2), "step_00000002 and what is older")]
 )
-def test_what_is_left_where_one_can_not_be_written_is_true(tmp_path: Path, steps: tuple[int, ...], left: str) -> None:
+def test_failed_checkpoint_leaves_the_former_ones(tmp_path: Path, steps: tuple[int, ...], left: str) -> None:
     save(tmp_path, *steps)
     said: list[str] = []
 

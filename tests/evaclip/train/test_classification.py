@@ -246,7 +246,7 @@ def test_recipes_have_the_published_values(name: str) -> None:
     assert get_recipe(config.model.name) == config
 
 
-def test_every_classifier_that_was_fine_tuned_has_its_recipe() -> None:
+def test_released_classifiers_have_recipes() -> None:
     assert set(PUBLISHED) == {name for name in RECIPES if name.startswith("finetune-")}
     wanted = {
         f"{model}.{tag}"

@@ -35,7 +35,7 @@ def test_on_a_cpu_collectives_are_those_of_gloo() -> None:
     assert shares_of(events, 10.0) == pytest.approx((0.4, 0.3))
 
 
-def test_on_a_gpu_kernels_count_and_named_ranges_do_not() -> None:
+def test_communication_counts_kernels_not_ranges() -> None:
     events = [
         event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 0, 4, DeviceType.CUDA),
         event("gemm_kernel", 1, 2, DeviceType.CUDA),
@@ -57,7 +57,7 @@ def test_nothing_is_profiled_by_default(run_config: Callable[..., TrainConfig]) 
     assert not any(sampler.is_due(step, 1) for step in range(100))
 
 
-def test_the_first_step_after_every_nth_record_is_sampled() -> None:
+def test_communication_is_sampled_every_nth_record() -> None:
     two = CommunicationSampler(World(CPU, size=2), every=3)
     assert [step for step in range(80) if two.is_due(step, 5)] == [5, 20, 35, 50, 65]
     assert [step for step in range(9) if CommunicationSampler(World(CPU, size=2), 1).is_due(step, 4)] == [4, 8]

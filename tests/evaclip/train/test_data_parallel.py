@@ -213,7 +213,7 @@ def test_a_world_of_one_changes_nothing() -> None:
     assert world.mean_(torch.tensor(2.0)) == 2.0
 
 
-def test_buckets_hold_neighbours_of_one_type_up_to_the_limit() -> None:
+def test_buckets_have_one_dtype_and_a_size_limit() -> None:
     big = torch.empty(5 * 2**20)
     tensors = [torch.empty(3), big, big, torch.empty(2, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)]
     assert [[t.numel() for t in bucket] for bucket in buckets(tensors)] == [[3, 5 * 2**20], [5 * 2**20], [2, 1]]

@@ -38,7 +38,7 @@ def test_16_bit_weights_are_averaged_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_applied_shows_the_average_and_puts_back_even_on_an_error(dtype: torch.dtype) -> None:
+def test_ema_applied_restores_weights_on_errors(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 2).to(dtype)
     ema = Ema(model, decay=0.9)
     nn.init.ones_(model.weight)

@@ -50,7 +50,7 @@ def test_the_last_checkpoint_survives_a_slow_disk(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("faults")
-def test_no_process_ends_while_another_writes_the_last_checkpoint(bench: Bench) -> None:
+def test_ranks_wait_for_the_last_checkpoint(bench: Bench) -> None:
     """Torchrun would kill the one that writes."""
     fault = {"kind": "SIGTERM", "rank": 1, "step": 6, "seconds": 0.0, "save": 4, "slow": 5.0}
     outcome = bench.strike(2, fault, "replicate")

@@ -84,7 +84,7 @@ def test_the_teacher_follows_the_students_grid() -> None:
     assert teacher(torch.rand(1, 3, 32, 32), (2, 6)).shape == (1, 12, 16)
 
 
-def test_the_teacher_computes_in_its_own_precision_without_gradients() -> None:
+def test_teacher_has_its_own_precision() -> None:
     teacher = small_teacher()
     teacher.tower.bfloat16()
     with torch.autocast("cpu", dtype=torch.float16):
@@ -332,7 +332,7 @@ def test_a_teacher_may_be_an_image_model(run_config: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["eva02_base_patch14_224", "eva02_tiny_patch14_224"])
-def test_weights_leave_in_timms_and_the_authors_names_and_come_back(name, run_config, tmp_path):
+def test_masked_image_weights_convert_both_ways(name, run_config, tmp_path):
     small = {**OPTIONS["vision"], "layers": 2}
     run = train(run_config(f"model.name={name}", "schedule.steps=1", task="masked_image")).folder
     file = run / "checkpoints/step_00000001/model.safetensors"

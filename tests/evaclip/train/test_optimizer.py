@@ -37,7 +37,7 @@ def test_published_models(recipe, groups, visual_embedding, visual_first, text_e
     assert found["logit_scale.no_decay"]["lr"] == 5e-4
 
 
-def test_every_parameter_is_in_one_group_and_the_right_ones_decay() -> None:
+def test_parameter_groups_decay_matrices_only() -> None:
     model = create_model("EVA02-CLIP-B-16", device="meta")
     groups = groups_of(model, OptimConfig(weight_decay=0.1))
     members = [id(parameter) for group in groups for parameter in group["params"]]
@@ -74,7 +74,7 @@ def test_set_lr_factor_scales_each_peak() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_only_parameters_in_bfloat16_are_rounded_stochastically(name: str) -> None:
+def test_stochastic_rounding_of_bf16_parameters_only(name: str) -> None:
     """SigLIP's bias is in float32."""
     model = create_model("tiny", precision="bf16", init_logit_bias=-10.0)
     model.logit_bias.data = model.logit_bias.data.float()

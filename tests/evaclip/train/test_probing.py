@@ -51,7 +51,7 @@ def write_measured(path: Path) -> None:
 
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_votes_and_fits_and_find_what_one_finds(count: int, tmp_path: Path) -> None:
+def test_probes_on_ranks_equal_one_process(count: int, tmp_path: Path) -> None:
     in_processes(count, write_measured, tmp_path / "found.json")
     found, votes, fits = zip(*json.loads((tmp_path / "found.json").read_text()), strict=True)
     assert all(each == measured() for each in found)

@@ -155,7 +155,7 @@ def test_meter_separates_waiting_from_work(monkeypatch: pytest.MonkeyPatch) -> N
     assert meter.seconds == 111.0
 
 
-def test_the_first_signal_is_remembered_repeats_are_ignored_and_handlers_come_back() -> None:
+def test_first_signal_counts_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         assert signals.received is None

@@ -30,7 +30,7 @@ PHASES = "schedule.resolutions=[{image_size: 8, steps: 2}, {image_size: 12, shar
 
 
 @pytest.mark.parametrize("early_drop", [True, False])
-def test_a_smaller_image_is_that_of_a_model_of_its_size(small_model: CLIP, early_drop: bool) -> None:
+def test_smaller_image_equals_a_smaller_model(small_model: CLIP, early_drop: bool) -> None:
     small = create_model("tiny", **{**OPTIONS, "vision": {**OPTIONS["vision"], "image_size": 8}})
     load_weights(small, small_model.state_dict())
     images, kept = torch.randn(3, 3, 8, 8), torch.tensor([[0, 3], [1, 2], [3, 1]])
@@ -81,7 +81,7 @@ def test_a_size_of_parts_of_patches_is_refused(run_config: Make) -> None:
         train(run_config("schedule.resolutions=[{image_size: 10, steps: 2}]"))
 
 
-def test_a_run_goes_on_bit_for_bit_within_a_part_and_over_its_end(run_config, tmp_path, monkeypatch):
+def test_resolution_parts_resume_bit_exactly(run_config, tmp_path, monkeypatch):
     original, seen = TrainStep.__call__, list[int]()
 
     def step(self: TrainStep, images: torch.Tensor, *rest: Any, **options: bool) -> StepResult:

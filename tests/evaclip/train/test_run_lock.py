@@ -66,7 +66,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_living_process_is_named_and_the_lock_goes_with_it(tmp_path: Path) -> None:
+def test_lock_names_its_living_holder(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "run"
     with acquire(folder):
         with pytest.raises(
@@ -77,7 +77,7 @@ def test_a_living_process_is_named_and_the_lock_goes_with_it(tmp_path: Path) -> 
     assert not folder.parent.exists()
 
 
-def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: list[float]) -> None:
+def test_lock_of_a_killed_process_is_free(tmp_path: Path, sleeps: list[float]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -93,7 +93,7 @@ def test_a_killed_process_of_this_machine_holds_nothing(tmp_path: Path, sleeps: 
     assert names(tmp_path) == []
 
 
-def test_a_number_that_another_process_has_now_holds_nothing(tmp_path: Path) -> None:
+def test_lock_of_a_reused_process_number_is_free(tmp_path: Path) -> None:
     dead = write(tmp_path, born="1")
     with acquire(tmp_path) as lock:
         assert lock.taken_from == dead
@@ -142,7 +142,7 @@ def test_of_many_who_find_it_stale_one_gets_it(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_who_is_late_leaves_the_lock_to_who_took_it_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_process_leaves_a_stolen_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = write(tmp_path, born="1")
     path, rename = tmp_path / LOCK_FILE, Path.rename
 
@@ -159,7 +159,7 @@ def test_who_is_late_leaves_the_lock_to_who_took_it_over(tmp_path: Path, monkeyp
     assert holder_of(tmp_path) not in (None, dead)
 
 
-def test_nobody_else_removes_a_lock_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_is_removed_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A third process could otherwise make a lock while that of the second is taken away and put back."""
     write(tmp_path, born="1")
     rename, held, goes_on, won = Path.rename, threading.Event(), threading.Event(), list[object]()
@@ -188,7 +188,7 @@ def test_nobody_else_removes_a_lock_that_is_being_removed(tmp_path: Path, monkey
     assert len(won) == 1
 
 
-def test_a_claim_whose_owner_died_holds_up_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_claim_of_a_dead_process_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = write(tmp_path, born="1")
     (tmp_path / f".{LOCK_FILE}.claim.{dead.id}").touch()
     monkeypatch.setattr(run_lock, "CLAIM", 0.1)
@@ -207,7 +207,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: p
     assert names(tmp_path) == []
 
 
-def test_who_was_robbed_knows_and_leaves_the_lock_alone(tmp_path: Path, sleeps: list[float]) -> None:
+def test_holder_notices_a_stolen_lock(tmp_path: Path, sleeps: list[float]) -> None:
     robbed = acquire(tmp_path)
     with acquire(tmp_path, steal=True) as thief:
         assert sum(sleeps) == 2 * run_lock.HEARTBEAT
@@ -231,7 +231,7 @@ def test_a_sign_of_life_comes_by_itself(tmp_path: Path, monkeypatch: pytest.Monk
         assert all(beats.acquire(timeout=30) for _ in range(3))
 
 
-def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(tmp_path, monkeypatch):
+def test_deleted_lock_is_made_again(tmp_path, monkeypatch):
     with acquire(tmp_path) as lock:
         (tmp_path / LOCK_FILE).unlink()
         lock.check()
@@ -242,7 +242,7 @@ def test_a_deleted_lock_is_made_again_unless_others_may_have_come_and_gone(tmp_p
             lock.check()
 
 
-def test_sigterm_outside_of_the_loop_gives_the_lock_back(tmp_path: Path) -> None:
+def test_sigterm_outside_of_the_loop_frees_the_lock(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught, unwinding_on_sigterm(), acquire(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.code == 143

@@ -23,7 +23,7 @@ def test_a_jump_that_stays_is_found_once() -> None:
     assert seen(detector, [5.0, 5.0]) == []
 
 
-def test_noise_a_single_outlier_and_a_slow_rise_are_ordinary() -> None:
+def test_noise_and_single_outliers_are_no_spike() -> None:
     assert seen(SpikeDetector(8, 2, 20), [*noise(500), 9.0, *noise(30)]) == []
     assert seen(SpikeDetector(8, 3, 20), [loss + 0.02 * i for i, loss in enumerate(noise(200))]) == []
 
@@ -33,7 +33,7 @@ def test_the_spike_does_not_move_the_measure() -> None:
     assert seen(detector, [*noise(30), *[4.0, 5.0, 7.0, 11.0, 17.0]]) == [34]
 
 
-def test_nothing_is_judged_too_early_nor_when_switched_off() -> None:
+def test_spikes_need_history() -> None:
     assert seen(SpikeDetector(8, 1, 20), [*noise(9), 9.0]) == []
     assert seen(SpikeDetector(None, 1, 2), [*noise(9), 9.0, math.nan]) == []
 

@@ -141,11 +141,11 @@ def test_every_precision_trains(small_model, batch, precision, accumulation):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_the_loss_of_one_process_gathers_nothing_whatever_group_there_is(name: Any) -> None:
+def test_loss_of_one_rank_gathers_nothing(name: Any) -> None:
     assert ContrastiveLoss(LossConfig(name=name)).loss.group is False
 
 
-def test_amp_runs_the_model_in_16_bits_and_the_loss_in_32(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
+def test_amp_computes_the_loss_in_float32(small_model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         image_features, text_features, _ = small_model(*batch)
     expected = ContrastiveLoss(LossConfig())(
@@ -203,7 +203,7 @@ def test_logit_scale_is_clamped(small_model: CLIP, batch: tuple[Tensor, Tensor],
     assert small_model.logit_scale.item() == pytest.approx(bound)
 
 
-def test_kept_tokens_do_not_depend_on_the_number_of_processes() -> None:
+def test_token_dropout_does_not_depend_on_ranks() -> None:
     cpu = torch.device("cpu")
     whole = token_index((7, 3), range(600), 16, 8, cpu)
     parts = [token_index((7, 3), range(start, start + 200), 16, 8, cpu) for start in (0, 200, 400)]
@@ -360,7 +360,7 @@ def test_levels_in_parts_are_the_normalised_batch(small_model, batch, accumulati
         assert all(torch.equal(value, found[0][name]) for name, value in others.items())
 
 
-def test_the_next_chunk_is_copied_while_the_present_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_micro_batch_is_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of work on two streams, of a GPU that isn't there."""
     log: list[str] = []
 

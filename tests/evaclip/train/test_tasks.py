@@ -86,7 +86,7 @@ def test_unequal_parts_of_processes_add_up_to_it(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "shard"), expected(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_options_of_the_image_tower_are_those_of_a_model_that_is_one() -> None:
+def test_image_tower_options_of_image_models() -> None:
     model = ImageLabels.create_model()
     config: Any = {"lr": 1.0, "visual": {"lr": 0.5, "weight_decay": 0.2, "layer_decay": 0.5}}
     groups = parameter_groups(model, ImageLabels.towers_of(model), OptimConfig(**config))

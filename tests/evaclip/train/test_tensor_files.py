@@ -104,7 +104,7 @@ def test_parts_are_joined_in_one_pass(ranks: int, tmp_path: Path) -> None:
     assert sorted(opened) == sorted([*names(*range(ranks)), "index.json", "joined.safetensors"])
 
 
-def test_the_file_is_the_same_from_any_number_of_processes(tmp_path: Path) -> None:
+def test_tensor_file_does_not_depend_on_ranks(tmp_path: Path) -> None:
     files = []
     for shape in ((1,), (3,), (8,), (3, 2)):
         name = "x".join(map(str, shape))

@@ -33,7 +33,7 @@ def test_data_sheet(monkeypatch: pytest.MonkeyPatch, name: str, half: float, sin
     assert peak_flops(cuda, "fp32") == single
 
 
-def test_a_cpu_is_measured_once_and_a_runs_random_numbers_stay() -> None:
+def test_peak_of_a_cpu_is_measured_once() -> None:
     throughput._measure_peak.cache_clear()
     before = torch.get_rng_state()
     found = peak_flops(torch.device("cpu"), "fp32")

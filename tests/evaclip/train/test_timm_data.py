@@ -107,7 +107,7 @@ def mixed(rows: int = 8, step: int = 0, **task: Any) -> tuple[Tensor, Tensor]:
     return Mixing(ClassificationTask(**task), 3)(pictures(rows), step, 0)
 
 
-def test_mixup_is_a_convex_combination_with_the_neighbour() -> None:
+def test_mixup_is_a_convex_combination() -> None:
     """x = lam a + (1 - lam) b, and so are the labels (Zhang et al. 2018, equation 1); lam is of Beta(0.8, 0.8)."""
     images, rows = pictures(400), torch.arange(400)
     found, shares = mixed(400, mixup=0.8, mix_mode="pair")

@@ -79,9 +79,7 @@ def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("tensorboard", "true", "clip", "false"),
     ],
 )
-def test_what_is_not_installed_is_said_before_anything_is_written(
-    name, value, extra, without, run_config, tmp_path, monkeypatch
-):
+def test_missing_tracker_is_refused_first(name, value, extra, without, run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     told = rf"^log\.{name} needs `pip install 'evakernels\[{extra}\]'`; log\.{name}={without} logs without it$"
     with pytest.raises(UserError, match=told):

@@ -100,7 +100,7 @@ def changed(*arguments: str) -> Tree:
 
 
 @pytest.mark.parametrize("alias", aliases.ALIASES, ids=lambda alias: alias.flag)
-def test_every_alias_sets_an_existing_key_or_is_refused(alias: aliases.Alias) -> None:
+def test_aliases_set_known_keys(alias: aliases.Alias) -> None:
     arguments = [alias.flag, *(VALUES.get(alias.flag, ["1"]) if alias.takes_value else [])]
     if alias.refused:
         with pytest.raises(UserError, match=f"^{alias.flag} isn't taken here: ."):

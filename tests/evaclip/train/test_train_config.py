@@ -73,7 +73,7 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("data.train=null", "data.train=None: input should be a valid string"),
     ],
 )
-def test_bad_values_name_the_key_the_value_and_what_is_accepted(run_config, assignment, message):
+def test_wrong_values_name_key_and_accepted_values(run_config, assignment, message):
     with pytest.raises(UserError) as caught:
         resolve(run_config(), [parse_assignment(assignment)])
     assert message in str(caught.value)
@@ -115,7 +115,7 @@ def test_assignments_that_cannot_be_read(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_recipes_batch_has_as_many_samples_of_each_part_of_the_data(name):
+def test_recipe_batches_divide_by_their_parts(name):
     config = get_recipe(name)
     assert config.batch_size % config.data.canonical_nodes == 0
     if config.batch_size > 10_000:
@@ -123,7 +123,7 @@ def test_a_recipes_batch_has_as_many_samples_of_each_part_of_the_data(name):
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_recipes_survive_yaml_and_comments_change_nothing(name: str, tmp_path: Path) -> None:
+def test_recipes_survive_yaml(name: str, tmp_path: Path) -> None:
     config = resolve(get_recipe(name), [nest("eval.sets.val.data.train", "a: b # c " * 30)])
     path = tmp_path / "config.yaml"
     for text in (dump_yaml(config), commented_yaml(config)):
@@ -209,14 +209,14 @@ def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:
     assert config_hash(run_config("loss.products=tf32x3")) != config_hash(run_config())
 
 
-def test_hash_of_masked_image_modelling_leaves_out_where_features_lie(run_config: Make) -> None:
+def test_config_hash_ignores_the_feature_folder(run_config: Make) -> None:
     plain = config_hash(run_config(task="masked_image"))
     for same in ("cache=elsewhere", "cache_leaves_gb=1.0", "shard=true"):
         assert config_hash(run_config(f"task.teacher.{same}", task="masked_image")) == plain
     assert config_hash(run_config("task.teacher.precision=bf16", task="masked_image")) != plain
 
 
-def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
+def test_own_data_drops_the_recipes_evaluation() -> None:
     tiny = get_recipe("tiny")
     mine = resolve(tiny, [nest("data.train", "mine")])
     found = with_own_evaluation(mine, tiny)
@@ -228,7 +228,7 @@ def test_other_data_is_not_measured_on_the_drawn_circles() -> None:
         assert with_own_evaluation(kept, tiny) == kept
 
 
-def test_a_batch_of_ones_own_takes_as_many_parts_of_the_recipe_as_divide_it() -> None:
+def test_own_batch_size_keeps_fitting_parts() -> None:
     recipe = get_recipe("eva02-b-16")
     assert recipe.data.canonical_nodes == 64
     for batch, nodes in ((131_072, 64), (1_000, 8), (7, 1)):
@@ -251,7 +251,7 @@ def test_a_recipe_may_be_called_by_its_model() -> None:
         assert get_recipe(name) == expected
 
 
-def test_a_transform_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch, run_config):
+def test_own_transform_is_named_by_its_module(tmp_path, monkeypatch, run_config):
     (tmp_path / "my_pictures.py").write_text(
         "from evaclip.transforms import TrainTransform\n"
         "class OnBlack(TrainTransform):\n"

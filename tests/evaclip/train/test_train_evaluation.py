@@ -42,7 +42,7 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the_same(run_config, capsys):
+def test_validation_split_survives_a_resume(run_config, capsys):
     """40 samples, 10 of which are held out: an epoch is 30 samples, and the third step of 8 ends none."""
     config = ("held_out=0.25", "eval.every_epochs=1", "schedule.steps=8")
     outcome = train(run_config(*config, "checkpoint.every_steps=3"))
@@ -59,7 +59,7 @@ def test_held_out_samples_are_evaluated_every_epoch_and_the_run_goes_on_with_the
         train(run_config(*config, "held_out=0.3"), resume="auto")
 
 
-def test_a_run_at_its_end_is_not_measured_again_but_on_other_sets(run_config: Make, capsys: Any) -> None:
+def test_finished_run_evaluates_new_sets_only(run_config: Make, capsys: Any) -> None:
     config = run_config("held_out=0.25", "name=a run")
     outcome = train(config)
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
@@ -176,7 +176,7 @@ def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "{mode: shard, offload: cpu}"])
-def test_features_that_are_not_finite_cost_a_line_and_no_training(run_config, monkeypatch, capsys, parallel):
+def test_evaluation_with_nan_features_is_one_line(run_config, monkeypatch, capsys, parallel):
     original = CLIP.encode_image
 
     def encode_image(self: CLIP, *args: Any, **options: Any) -> Tensor:

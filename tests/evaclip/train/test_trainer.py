@@ -106,7 +106,7 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     assert not torch.equal(model.visual.head.weight, averaged.visual.head.weight)
 
 
-def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_path: Path) -> None:
+def test_existing_run_is_kept(run_config: Make, tmp_path: Path) -> None:
     config = run_config()
     train(config)
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -125,7 +125,7 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run_config: Make, tmp_p
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_locked_tower_stays_as_it_is_and_the_run_goes_on(run_config: Make, accumulation: int) -> None:
+def test_locked_tower_is_unchanged_and_resumes(run_config: Make, accumulation: int) -> None:
     locked = ("model.lock_image=true", "model.lock_image_unlocked_groups=1", f"accumulation={accumulation}")
     folder = train(run_config(*locked, "checkpoint.every_steps=3")).folder / "checkpoints"
     first, last = (load_file(folder / f"step_{step:08d}/model.safetensors") for step in (3, 6))
@@ -162,7 +162,7 @@ def test_both_towers_may_be_locked(run_config: Make) -> None:
     assert records[-1]["logit_scale"] != records[0]["logit_scale"]
 
 
-def test_checkpoints_come_by_step_and_epoch_and_are_thinned_out(run_config: Make, tmp_path: Path) -> None:
+def test_checkpoints_by_step_and_epoch(run_config: Make, tmp_path: Path) -> None:
     train(run_config("checkpoint.every_steps=2", "checkpoint.keep=2", "checkpoint.keep_every=2", "schedule.steps=7"))
     assert checkpoints(tmp_path / "run") == [f"step_{step:08d}" for step in (2, 4, 6, 7)]
     train(run_config("checkpoint.every_epochs=1", "schedule.epoch_samples=16", "name=epochs", "checkpoint.keep=1"))
@@ -190,7 +190,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes(run_config, change_batches
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(run_config, monkeypatch):
+def test_signals_during_the_last_checkpoint(run_config, monkeypatch):
     original = saver.checkpoint.save
 
     def save(*args: Any) -> Any:
@@ -210,7 +210,7 @@ def test_signals_while_the_last_checkpoint_is_written_do_not_cost_it(run_config,
     [([Lost], 2, True), ([Lost, Lost], 2, False), ([NotWritten], 1, False)],
     ids=["lost once", "lost twice", "full disk"],
 )
-def test_the_last_checkpoint_is_tried_again_in_a_new_group(run_config, monkeypatch, failures, tries, succeeds):
+def test_last_checkpoint_is_retried_in_a_new_group(run_config, monkeypatch, failures, tries, succeeds):
     original, steps, left = saver.checkpoint.save, list[int](), list(failures)
 
     def save(root: Path, step: int, *rest: Any) -> Path:
@@ -257,7 +257,7 @@ def test_nan_for_long_stops_the_run(run_config: Make, change_batches: Callable[[
         train(run_config("nonfinite.max_skipped=3"))
 
 
-def test_nan_for_long_goes_back_and_leaves_the_data_out(run_config, change_batches, capsys):
+def test_lasting_nan_returns_to_a_checkpoint(run_config, change_batches, capsys):
     change_batches(nan_in(4, 5, 6))
     config = run_config(
         "nonfinite={max_skipped: 2, action: rollback}", "checkpoint={every_steps: 1, keep: 9}", "schedule.steps=8"
@@ -522,7 +522,7 @@ def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     "name", ["", "run", "run/checkpoints", "run/config.yaml/x", "run/log.jsonl/x", "run/events.jsonl/x"]
 )
-def test_a_folder_that_can_not_be_written_is_one_sentence(run_config: Make, tmp_path: Path, name: str) -> None:
+def test_unwritable_run_folder(run_config: Make, tmp_path: Path, name: str) -> None:
     path = tmp_path / "runs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -530,7 +530,7 @@ def test_a_folder_that_can_not_be_written_is_one_sentence(run_config: Make, tmp_
         train(run_config(f"output={tmp_path / 'runs'}"), overwrite=True)
 
 
-def test_resume_auto_without_a_checkpoint_starts_at_the_beginning(run_config: Make, capsys: Any) -> None:
+def test_resume_auto_without_a_checkpoint(run_config: Make, capsys: Any) -> None:
     assert train(run_config(), resume="auto").steps == 6
     assert "starting from the beginning" in capsys.readouterr().out
 
