@@ -15,14 +15,13 @@ from evaclip.commands import (
     search,
     serve,
     train,
-    watch,
     weights,
 )
 from evaclip.commands.parser import CommandParser, run_command
 from evaclip.extras import DISTRIBUTION
 from evaclip.machine import version_of
 
-_VERBS = (train, watch, plan, eval, index, search, serve, data, weights, convert, export, demo, report, doctor)
+_VERBS = (train, eval, data, convert, export, index, search, serve, plan, report, weights, doctor, demo)
 
 
 def build_parser() -> CommandParser:

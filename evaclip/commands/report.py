@@ -1,38 +1,64 @@
-"""`evaclip report`: a run as a page, or several runs beside each other."""
+"""`evaclip report`: a run as a page or in the terminal, or a comparison of several runs."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
-from evaclip.commands.parser import leaf
+from evaclip.commands.parser import leaf, positive
 from evaclip.errors import UserError
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `report` to the command line."""
+    """Add `report` to the command line."""
     parser = leaf(
         subparsers,
         "report",
-        help="write report.html of a run, or comparison.html of several",
+        help="write report.html of a run, or comparison.html of several runs; --text shows a run in the terminal",
         examples=[
             "evaclip report runs/demo",
-            "evaclip report runs/demo --output docs/report",
+            "evaclip report runs/demo --text --follow",
             "evaclip report runs/a runs/b --output runs/a-and-b",
         ],
     )
-    parser.add_argument(
-        "run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="the folder of a run, which may be going on still"
-    )
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to write it (default: a single RUN_DIR)")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run, which may be training")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to write the page (default: a single RUN)")
+    parser.add_argument("--text", action="store_true", help="show numbers, evaluations and events in the terminal")
+    parser.add_argument("--follow", action="store_true", help="with --text: update until Ctrl-C")
+    parser.add_argument("--seconds", type=positive, default=2.0, metavar="S", help="between updates (default: 2)")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.follow and not args.text:
+        raise UserError("--follow is for --text")
+    if args.text:
+        if len(args.runs) > 1 or args.output:
+            raise UserError("--text takes one RUN and no --output")
+        _show(args.runs[0], args.seconds if args.follow else None)
+        return
     from evaclip.report import write_comparison, write_report
 
-    if len(args.run_dirs) == 1:
-        print(write_report(args.run_dirs[0], args.output))
+    if len(args.runs) == 1:
+        print(write_report(args.runs[0], args.output))
         return
     if args.output is None:
-        raise UserError("--output FOLDER is not set: a comparison of several runs belongs into none of them")
-    print(write_comparison(args.run_dirs, args.output))
+        raise UserError("--output must name a folder for the comparison of several runs")
+    print(write_comparison(args.runs, args.output))
+
+
+def _show(run: Path, interval: float | None) -> None:
+    """Print the state of a run, once or every `interval` seconds."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from evaclip.report.live import render
+
+    console = Console()
+    if interval is None or not console.is_terminal:
+        console.print(render(run, console.width))
+        return
+    with Live(render(run, *console.size), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            live.update(render(run, *console.size), refresh=True)

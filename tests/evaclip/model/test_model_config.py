@@ -84,7 +84,7 @@ def test_what_computes_nothing_does_not_import_torch(tmp_path: Path) -> None:
         import sys, evaclip
         from evaclip.commands.main import main
         main(["train", "tiny", "--print-config"])
-        main(["watch", {str(tmp_path)!r}, "--once"])
+        main(["report", {str(tmp_path)!r}, "--text"])
         print("torch" in sys.modules, "create_model" in dir(evaclip))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

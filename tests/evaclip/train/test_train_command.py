@@ -101,7 +101,7 @@ def test_what_may_not_be_read_is_told_as_a_mistake(monkeypatch: Any, capsys: Any
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "is_file", refuse)
-    assert main(["watch", "locked"]) == 2
+    assert main(["report", "locked", "--text"]) == 2
     assert capsys.readouterr().err == "error: locked/config.yaml: Permission denied\n"
 
 

@@ -3,7 +3,7 @@
 from evaclip.commands.main import main
 
 COMMANDS = (
-    "train tiny", "watch runs/x", "plan eva02-b-16", "eval zero-shot runs/x --data x.csv", "data check x.csv",
+    "train tiny", "report runs/x --text", "plan eva02-b-16", "eval zero-shot runs/x --data x.csv", "data check x.csv",
     "convert x.pt y.pt --to timm", "export tiny x.pt2 --tower image --random", "demo", "report runs/x",
 )  # fmt: skip
 

@@ -118,7 +118,7 @@ def main() -> None:
     finally:
         first.kill()
         first.join()
-    expect(evaclip("watch", str(RUN), "--once"), "no sign of life")
+    expect(evaclip("report", str(RUN), "--text"), "no sign of life")
 
     second = started()
     second.terminate()

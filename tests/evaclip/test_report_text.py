@@ -1,4 +1,4 @@
-"""`evaclip watch` shows a run from its folder."""
+"""`evaclip report --text` shows a run from its folder."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def write_run(folder: Path, losses: list[float | None]) -> None:
 
 def test_the_present_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", [4.0, 3.0, None, 2.0])
-    assert main(["watch", str(tmp_path / "run"), "--once"]) == 0
+    assert main(["report", str(tmp_path / "run"), "--text"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "run, step 4 of 20, 0:00:08 so far, about 0:00:32 to go" in text
     assert "2.0000" in text
@@ -41,7 +41,7 @@ def test_a_terminal_that_has_no_bars_ends_nothing(tmp_path: Path, monkeypatch: p
     write_run(tmp_path / "run", [4.0, 2.0])
     shown = BytesIO()
     monkeypatch.setattr(sys, "stdout", TextIOWrapper(shown, encoding="latin-1"))
-    assert main(["watch", str(tmp_path / "run"), "--once"]) == 0
+    assert main(["report", str(tmp_path / "run"), "--text"]) == 0
     assert b"??" in shown.getvalue()
 
 
@@ -50,31 +50,31 @@ def test_what_is_sampled_stays_until_the_next_sample(tmp_path: Path, capsys: pyt
     shares = [None, 0.42, None]
     lines = [{"step": i, "loss": None, "seconds": 1.0, "communication": share} for i, share in enumerate(shares)]
     (tmp_path / "run" / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["watch", str(tmp_path / "run"), "--once"]) == 0
+    assert main(["report", str(tmp_path / "run"), "--text"]) == 0
     assert "42%" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_logged_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", [])
     (tmp_path / "run" / LOG_FILE).unlink()
-    assert main(["watch", str(tmp_path / "run")]) == 0
+    assert main(["report", str(tmp_path / "run"), "--text"]) == 0
     assert "run, step 0 of 20" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["watch", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path), "--text"]) == 2
     assert "is no run folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["watch", str(tmp_path), "--seconds", "0"])
+        main(["report", str(tmp_path), "--seconds", "0", "--text"])
     assert "--seconds: must be a number above 0, got '0'" in capsys.readouterr().err
 
 
 def test_a_damaged_run_is_shown_as_far_as_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / CONFIG_FILE).write_text("name: x\n")
-    assert main(["watch", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path), "--text"]) == 0
     assert f"{tmp_path.name}, step 0" in capsys.readouterr().out.replace("\n", "")
     (tmp_path / LOG_FILE).write_text("no JSON\n")
-    assert main(["watch", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path), "--text"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / LOG_FILE} can't be read: Expecting value" in line
 
