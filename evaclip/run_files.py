@@ -1,6 +1,6 @@
 """What the files of a run are called: the trainer writes them, evaluation and report read them.
 
-RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  trackio  checkpoints/latest  checkpoints/step_00000100/
+RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  checkpoints/latest  checkpoints/step_00000100/
 RUN/lock (while a process trains)  evaluations/  galleries/ (what `evaclip eval` measured)  report.html
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  classes.json  state.pt  meta.json
 step_.../model.safetensors.parts/  ema.safetensors.parts/ (of a sharded run, until they are joined in their place)
@@ -12,7 +12,6 @@ EVENTS_FILE = "events.jsonl"
 LOCK_FILE = "lock"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"
-TRACKIO_FILE = "trackio"
 CHECKPOINTS_FOLDER = "checkpoints"
 EVALUATIONS_FOLDER = "evaluations"
 GALLERIES_FOLDER = "galleries"

@@ -82,7 +82,6 @@ _KINDS = (
     _Kind("Tokens a second", {"": "tokens_per_second"}),
     _Kind("Model FLOP/s over the peak (MFU)", {"": "mfu"}, _share),
     _Kind("Time spent waiting for data", {"": "data_wait"}, _share),
-    _Kind("Time in communication", {"all": "communication", "nothing beside it": "communication_exposed"}, _share),
     _Kind("Memory, GiB", {"": "memory_gib"}),
     _Kind("Left out so far", {"steps": "skipped", "samples": "bad_samples"}),
 )
@@ -179,7 +178,7 @@ def _is_worth_it(panel: Panel) -> bool:
     values = [value for series in panel.series for value in series.y]
     if panel.title.startswith("Loss scale"):
         return len(set(values)) > 1
-    return any(values) if panel.title.startswith(("Left out", "Time in communication")) else bool(values)
+    return any(values) if panel.title.startswith("Left out") else bool(values)
 
 
 def _svg(panel: Panel, drawn: Sequence[tuple[Series, str]]) -> str:

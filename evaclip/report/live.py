@@ -27,15 +27,12 @@ _ROWS = (
     ("memory, GiB", "memory_gib", "{:.2f}"),
     ("logit scale", "logit_scale", "{:.2f}"),
     ("loss scale", "loss_scale", "{:g}"),
-    ("communication", "communication", "{:.0%}"),
-    ("communication, nothing beside it", "communication_exposed", "{:.0%}"),
     ("update / weights, image tower", "update_ratio_visual", "{:.2e}"),
     ("update / weights, text tower", "update_ratio_text", "{:.2e}"),
     ("gradient norm, image tower", "grad_norm_visual", "{:.3g}"),
     ("gradient norm, text tower", "grad_norm_text", "{:.3g}"),
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
 )
-_SAMPLED = ("communication", "communication_exposed")
 _LAST_EVENTS = 3
 _FRAME = 10  # columns that a table of three columns takes for borders and padding
 _HEADING = 4  # lines that it takes beside its rows
@@ -81,9 +78,7 @@ def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
     rows = []
     for title, key, form in _ROWS:
         values = [record.get(key) for record in records]
-        # What is sampled is missing in most records.
-        known = values if key not in _SAMPLED else [value for value in values if value is not None]
-        now = known[-1] if known else None
+        now = values[-1] if values else None
         rows.append(_Row(title, "" if now is None else form.format(now), values))
     if evaluations:
         last = evaluations[-1]

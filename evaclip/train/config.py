@@ -398,24 +398,12 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
-class TrackioConfig:
-    """A run of trackio (extra `trackio`), under the run's own name."""
-
-    project: str
-    space_id: str | None = None
-    """A Space of Hugging Face; none logs to a database on this machine."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class LogConfig:
     """What is reported while training."""
 
     every_steps: Count = 10
-    communication_every: Count | None = None
-    """Records from one step to the next whose communication is measured, by torch's profiler; none measures none."""
     tensorboard: bool = True
     wandb: WandbConfig | None = None
-    trackio: TrackioConfig | None = None
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """auto: a live display on a terminal, plain lines elsewhere."""
 

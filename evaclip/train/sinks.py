@@ -20,9 +20,6 @@ class Record:
         samples_per_second: over all processes, since the last record.
         tokens_per_second: the same of tokens that enter the towers' blocks; see `throughput.tokens_computed`.
         data_wait: share of that time spent waiting for data.
-        communication: share of a step's time in which a collective ran, of one step sampled since the last record, the
-            mean over all processes; not a number where none was.
-        communication_exposed: the part of it in which nothing else ran.
         mfu: model FLOP/s over the device's peak.
         memory_gib: most memory held so far: that of the GPU's allocator, or of the main process where there is none.
         seconds: that the run has taken so far, over all processes that went on with it.
@@ -44,8 +41,6 @@ class Record:
     samples_per_second: float
     tokens_per_second: float
     data_wait: float
-    communication: float
-    communication_exposed: float
     mfu: float
     memory_gib: float
     seconds: float

@@ -1,4 +1,4 @@
-"""Weights & Biases and trackio, each an extra: a service that fails costs the run a line, and nothing else."""
+"""Weights & Biases: if the service fails, it is dropped with one line, and the run goes on."""
 
 import math
 import uuid
@@ -9,8 +9,8 @@ from typing import Any
 
 from evaclip.errors import UserError
 from evaclip.redact import redacted
-from evaclip.run_files import TRACKIO_FILE, WANDB_FOLDER
-from evaclip.train.config import LogConfig, TrackioConfig, WandbConfig
+from evaclip.run_files import WANDB_FOLDER
+from evaclip.train.config import LogConfig, WandbConfig
 from evaclip.train.sinks import Record, Sink
 
 Say = Callable[[str], None]
@@ -24,7 +24,6 @@ def require(config: LogConfig) -> None:
     for name, extra, nothing in (
         ("tensorboard", "clip", False),
         ("wandb", "wandb", None),
-        ("trackio", "trackio", None),
     ):
         if getattr(config, name) is not nothing and find_spec(name) is None:
             without = f"log.{name}={'null' if nothing is None else 'false'}"
@@ -44,8 +43,6 @@ def open_trackers(config: LogConfig, folder: Path, name: str, tree: Mapping[str,
     shown: dict[str, Any] = redacted(tree)
     if (wandb := config.wandb) is not None:
         sinks.append(Guarded("log.wandb", lambda: Wandb(wandb, folder, name, shown), say))
-    if (trackio := config.trackio) is not None:
-        sinks.append(Guarded("log.trackio", lambda: Trackio(trackio, folder, name, shown), say))
     return sinks
 
 
@@ -111,33 +108,6 @@ class Wandb(Sink):
 
     def close(self, error: BaseException | None = None) -> None:
         self._run.finish(exit_code=0 if error is None else 1)
-
-
-class Trackio(Sink):
-    """A run of trackio: on this machine (TRACKIO_DIR), or in a Space."""
-
-    def __init__(self, config: TrackioConfig, folder: Path, name: str, tree: Mapping[str, Any]) -> None:
-        import trackio
-
-        known = folder / TRACKIO_FILE
-        self._run: Any = trackio.init(
-            project=config.project,
-            name=name,
-            space_id=config.space_id,
-            config=dict(tree),
-            resume="allow" if known.exists() else "never",
-            embed=False,
-        )
-        known.touch()
-
-    def record(self, record: Record) -> None:
-        self._run.log(_scalars("train", record.flat()), step=record.step)
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(_scalars("eval", metrics), step=step)
-
-    def close(self, error: BaseException | None = None) -> None:
-        self._run.finish()
 
 
 def _scalars(kind: str, values: Mapping[str, float]) -> dict[str, float]:

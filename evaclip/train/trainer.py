@@ -19,7 +19,6 @@ from evaclip.errors import RunFailed
 from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
-from evaclip.train.communication import CommunicationSampler
 from evaclip.train.config import TrainConfig, to_tree
 from evaclip.train.distributed import World, connect, naming_timeouts
 from evaclip.train.evaluation import Metrics
@@ -174,7 +173,6 @@ class Trainer:
         self.report = report
         self.position = position
         self.meter = Meter(position.seconds)
-        self._communication = CommunicationSampler(self.world, self.config.log.communication_every)
         self.metrics: Metrics = {}
         self._bad_samples = 0  # of this process, that the position doesn't count yet
         allowed = self.config.data.max_bad_share
@@ -281,17 +279,11 @@ class Trainer:
         after = position.step + 1
         set_lr_factor(parts.step.optimizer, self._lr_factor(), position.step)
         is_logged = after % log_every == 0 or after == parts.total_steps
-        is_sampled = self._communication.is_due(position.step, log_every) and not self._tracer.is_on
-        with self._communication.step() if is_sampled else nullcontext():
-            result = parts.step(batch.images, batch.targets, position.step, measure=is_logged)
+        result = parts.step(batch.images, batch.targets, position.step, measure=is_logged)
         position.step = after
         position.samples = batch.position
         self._bad_samples += batch.skipped
-        if is_sampled and not is_logged:
-            # The profiler's time is not the training's.
-            self.meter.restart()
-        else:
-            self.meter.count(self.config.batch_size, parts.task.tokens_computed(batch.targets))
+        self.meter.count(self.config.batch_size, parts.task.tokens_computed(batch.targets))
         if parts.ema:
             parts.ema.update(position.step)
         return result
@@ -312,7 +304,7 @@ class Trainer:
         loss, in_a_row = values.pop("loss"), values.pop("skipped_in_a_row")
         rates = {f"lr_{tower}": tower_rate(step.optimizer, tower) for tower in self.parts.task.towers}
         interval = self.meter.read()
-        tokens, *communication = self.world.sum(interval.tokens, *self._communication.take())
+        (tokens,) = self.world.sum(interval.tokens)
         self._count_bad_samples()
         flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
         self.report.record(
@@ -329,8 +321,6 @@ class Trainer:
                 samples_per_second=interval.samples / interval.seconds,
                 tokens_per_second=tokens / interval.seconds,
                 data_wait=interval.waited / interval.seconds,
-                communication=communication[0] / self.world.size,
-                communication_exposed=communication[1] / self.world.size,
                 mfu=flops / self.parts.peak_flops,
                 memory_gib=peak_memory(self.world.device) / 2**30,
                 seconds=self.meter.seconds,

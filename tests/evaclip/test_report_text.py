@@ -45,15 +45,6 @@ def test_a_terminal_that_has_no_bars_ends_nothing(tmp_path: Path, monkeypatch: p
     assert b"??" in shown.getvalue()
 
 
-def test_what_is_sampled_stays_until_the_next_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "run", [])
-    shares = [None, 0.42, None]
-    lines = [{"step": i, "loss": None, "seconds": 1.0, "communication": share} for i, share in enumerate(shares)]
-    (tmp_path / "run" / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["report", str(tmp_path / "run"), "--text"]) == 0
-    assert "42%" in capsys.readouterr().out
-
-
 def test_a_run_that_has_not_logged_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", [])
     (tmp_path / "run" / LOG_FILE).unlink()

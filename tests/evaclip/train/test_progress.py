@@ -21,8 +21,7 @@ from evaclip.train.sinks import Record
 
 RECORD = Record(
     step=5, samples=40, epoch=0.4, loss=2.5, lr=1e-3, grad_norm=1.0, loss_scale=65536.0, skipped=0, bad_samples=0,
-    samples_per_second=100.0, tokens_per_second=3000.0, data_wait=0.25, communication=math.nan,
-    communication_exposed=math.nan, mfu=0.375, memory_gib=1.5, seconds=1.0,
+    samples_per_second=100.0, tokens_per_second=3000.0, data_wait=0.25, mfu=0.375, memory_gib=1.5, seconds=1.0,
     more={"accuracy": 0.125, "lr_visual": 2e-3, "lr_text": 4e-3, "logit_scale": 14.3, "update_ratio_text": 1e-3},
 )  # fmt: skip
 

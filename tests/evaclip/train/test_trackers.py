@@ -1,4 +1,4 @@
-"""Weights & Biases and trackio: what they are told, what a run does without them, and when they fail."""
+"""Weights & Biases: what is logged there, and what a run does without it or when it fails."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from test_progress import RECORD
 
 from evaclip.errors import UserError
 from evaclip.train import trackers
-from evaclip.train.config import LogConfig, TrackioConfig, WandbConfig
+from evaclip.train.config import LogConfig, WandbConfig
 from evaclip.train.sinks import Sink
 from evaclip.train.trainer import train
 
@@ -52,30 +52,12 @@ def test_wandb_offline(tmp_path: Path) -> None:
         for expected in (b"my-run", b"train/loss", b"train/update_ratio_text", b"eval/top1", b"0.123"):
             assert expected in content, expected
         # Nothing was sampled: what is no number is left out.
-        assert b"train/communication" not in content
-
-
-@pytest.mark.exhaustive
-def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "database"))
-    pytest.importorskip("trackio", reason="the extra [trackio] is not installed")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    config = LogConfig(trackio=TrackioConfig(project="p"))
-    for first in (1, 3):
-        log_two_steps(config, tmp_path, first)
-    assert SQLiteStorage.get_runs("p") == ["my-run"]
-    logs = SQLiteStorage.get_logs("p", "my-run")
-    losses = {log["step"]: log["train/loss"] for log in logs if "train/loss" in log}
-    assert losses == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4})
-    assert [log["step"] for log in logs if log.get("eval/top1") == 0.5] == [2, 4]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "extra", "without"),
     [
         ("wandb", "{project: p}", "wandb", "null"),
-        ("trackio", "{project: p}", "trackio", "null"),
         ("tensorboard", "true", "clip", "false"),
     ],
 )

@@ -97,7 +97,7 @@ def test_later_changes_win_and_the_rest_stays(run_config: Make) -> None:
         ("optim.lr=0.001", 1e-3),
         ("optim.visual.lr=null", None),
         ("name=123", "123"),
-        ("log.communication_every=10", 10),
+        ("log.every_steps=10", 10),
         ("checkpoint.allow_data_change=true", True),
     ],
 )
