@@ -18,11 +18,10 @@ from evaclip.commands import (
     serve,
     train,
     watch,
-    weights,
 )
 from evaclip.commands.parser import CommandParser, run_command
 
-_VERBS = (train, watch, plan, eval, index, search, serve, data, weights, convert, export, demo, report, doctor)
+_VERBS = (train, watch, plan, eval, index, search, serve, data, convert, export, demo, report, doctor)
 
 
 class _Version(argparse.Action):

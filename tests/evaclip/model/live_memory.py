@@ -1,4 +1,4 @@
-"""How much a forward pass keeps for its backward pass, wherever it keeps it."""
+"""Memory that a forward pass saves for its backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 
 
 class _Storages(TorchDispatchMode):
-    """Notes the storages of all results, without keeping them alive."""
+    """Records the storages of all results, without keeping them alive."""
 
     def __init__(self) -> None:
         super().__init__()

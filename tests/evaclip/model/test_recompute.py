@@ -1,4 +1,4 @@
-"""What each policy of recomputation keeps, computes again, and that it survives compilation."""
+"""Memory and matmuls of each policy of activation checkpointing."""
 
 from collections import Counter
 from typing import Any
@@ -20,16 +20,16 @@ def _kept(policy: Any, **vision: Any) -> int:
     return kept_bytes(model.visual, lambda: model.visual(images))
 
 
-def test_bytes_kept_by_a_block() -> None:
-    # Per token and block, in channels: the block's input, the attention's output and its branch, gate and up; two
-    # numbers for each head and norm are left out. Another 3 % are the embeddings.
+def test_saved_bytes_of_block() -> None:
+    # Per token and block, in channels: the block's input, the attention's output and branch, gate and up. The
+    # tolerance covers two numbers for each head and norm, and the embeddings (3 %).
     tokens, layers, width, hidden, item = 4 * 17, 4, 128, 384, 4
     expected = tokens * layers * (3 * width + 2 * hidden) * item
     assert _kept("activations") == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("vision", "activations", "block"), [({}, 0.6, 0.15), (E, 0.7, 0.2)])
-def test_policies_keep_less(vision: dict[str, Any], activations: float, block: float) -> None:
+def test_policies_save_less(vision: dict[str, Any], activations: float, block: float) -> None:
     everything = _kept("none", **vision)
     assert _kept("activations", **vision) < activations * everything
     assert _kept("block", **vision) < block * everything
@@ -46,8 +46,8 @@ class _Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("vision", [{"layers": 3}, {**E, "layers": 3}, {**NO_ROPE, "layers": 3}])
-def test_activations_repeats_the_projections_alone(vision: dict[str, Any]) -> None:
-    """Of the matrix products only those in front of attention are done twice; attention itself is not."""
+def test_activations_recomputes_only_projections(vision: dict[str, Any]) -> None:
+    """Only matmuls before attention run twice; attention does not."""
     counts = {}
     for policy in ("none", "activations"):
         model = small_model(**vision).train()
@@ -64,7 +64,7 @@ def test_activations_repeats_the_projections_alone(vision: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("policy", ["none", "activations", "block"])
 def test_blocks_are_called_as_modules(policy: Any) -> None:
-    """Sharding hooks into the calls of blocks: one that goes past a hook finds no weights."""
+    """Sharding needs the hooks of blocks, which gather the weights."""
     model = small_model(layers=3).train()
     model.set_savings(Savings(recompute=policy))
     called: list[int] = []
