@@ -118,15 +118,15 @@ class ClassSpace:
         return cls(tuple(names), tuple(folders), tuple(range(len(names))), len(names))
 
     @cached_property
-    def places(self) -> Tensor:
+    def known_labels(self) -> Tensor:
         """Labels that the classifier has, ascending, `[classes]` int64."""
         return torch.tensor([label for label, column in enumerate(self.columns) if column is not None])
 
     @cached_property
-    def chosen(self) -> Tensor | None:
+    def known_outputs(self) -> Tensor | None:
         """Outputs of these labels, `[classes]` int64; None if they are all outputs in order."""
-        chosen = [column for column in self.columns if column is not None]
-        return None if chosen == list(range(self.outputs)) else torch.tensor(chosen)
+        outputs = [column for column in self.columns if column is not None]
+        return None if outputs == list(range(self.outputs)) else torch.tensor(outputs)
 
     @property
     def lacking(self) -> list[str]:
@@ -329,11 +329,11 @@ def predict(
         logits = model(batch.images)
         if logits.shape[1:] != (classes.outputs,):
             raise ValueError(f"expected logits [B, {classes.outputs}], got {list(logits.shape)}")
-        if classes.chosen is not None:
-            logits = logits[:, classes.chosen.to(logits.device)]
+        if classes.known_outputs is not None:
+            logits = logits[:, classes.known_outputs.to(logits.device)]
         require_finite(logits, batch.keys, "image")
         order = logits.float().sort(dim=1, descending=True, stable=True).indices
-        best.append(classes.places[order[:, :TOP].cpu()])
+        best.append(classes.known_labels[order[:, :TOP].cpu()])
         keys.extend(batch.keys)
 
     for_each_batch(model, add, transform, source, options or FeatureOptions())
@@ -353,11 +353,11 @@ def evaluate(
     Raises:
         UserError: no image is left, or none has a reassessed label.
     """
-    rows = torch.isin(predictions.labels, classes.places).nonzero().flatten()
+    rows = torch.isin(predictions.labels, classes.known_labels).nonzero().flatten()
     if not len(rows):
         raise UserError("there are no images of classes that the classifier has")
     best, labels = predictions.best[rows], predictions.labels[rows]
-    accuracy = summarize(_ranks(best == labels[:, None]), best[:, 0], labels, classes.names, len(classes.places))
+    accuracy = summarize(_ranks(best == labels[:, None]), best[:, 0], labels, classes.names, len(classes.known_labels))
     real_result = None
     if real is not None:
         real_result = _evaluate_real(best, [real[_validation_index(predictions.keys[row])] for row in rows.tolist()])

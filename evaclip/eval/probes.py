@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.eval.ranking import Over, Result, here, hit_rate, top_items
+from evaclip.eval.ranking import Over, Result, hit_rate, map_locally, top_items
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -64,7 +64,7 @@ def knn(
     classes: int,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-    over: Over = here,
+    over: Over = map_locally,
 ) -> KnnResult:
     """Classify `test` by the nearest of `train`, each (features [N, width], labels [N] int64 in [0, classes)).
 
@@ -115,7 +115,7 @@ def linear_probe(
     classes: int,
     seed: int = 0,
     max_iter: int = 1000,
-    over: Over = here,
+    over: Over = map_locally,
 ) -> LinearProbeResult:
     """Fit logistic regression to `train` and score `test`; both as for `knn`.
 

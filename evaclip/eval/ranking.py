@@ -37,7 +37,7 @@ def _with_string_keys(tree: Any) -> Any:
     return {key if isinstance(key, str) else f"{key:g}": _with_string_keys(value) for key, value in tree.items()}
 
 
-def here(items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
+def map_locally(items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
     """Map in this process alone, see `Over`."""
     return [function(item) for item in items]
 
