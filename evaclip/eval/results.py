@@ -109,8 +109,8 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
         images = counted(evaluation.metrics["left_out"], "image")
         reason = f"the classifier lacks {len(lacking):,} of their classes, such as {lacking[0]}"
         left_out.append(f"{images} left out: {reason}")
-    for line in left_out:
-        console.print(line, style="yellow", markup=False, soft_wrap=True)
+    for note in left_out:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
         f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",

@@ -1,5 +1,7 @@
-"""Memory options change neither embeddings nor gradients."""
+"""Memory options: equal embeddings and gradients, fewer FLOPs, less memory."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -8,7 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import NO_ROPE, random_images, random_tokens, small_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaclip import CLIP, Savings
@@ -27,11 +32,12 @@ SAVINGS = {
     "all-activations": Savings(recompute="activations"),
     "all-block": Savings(recompute="block"),
 }
+POST_NORM = {**NO_ROPE, "post_norm": True}
 MODELS: dict[str, dict[str, Any]] = {
     "B": {"layers": 3},
     "B-drop-path": {"layers": 2, "drop_path": 0.5, "layer_scale_init": 0.5},
     "one-block": {"layers": 1},
-    "E": {**NO_ROPE, "post_norm": True, "layers": 2, "drop_path": 0.5},
+    "E": {**POST_NORM, "layers": 2, "drop_path": 0.5},
     "8B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False, "layers": 2},
     "18B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False, "post_norm": True, "layers": 2},
     "g": {**NO_ROPE, "layers": 2, "layer_scale_init": 0.5},
@@ -207,3 +213,90 @@ def test_compiled_text_of_any_length() -> None:
         tokens = random_tokens(4)[:, :length].clone()
         tokens[:, -1] = 49407
         torch.testing.assert_close(compiled(cut_padding(tokens)), model.encode_text(tokens), atol=1e-5, rtol=0)
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that `forward()` allocates and that are still alive when it has returned, parameters left out."""
+    with _Storages() as storages:
+        output = forward()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive = {pointer: size for pointer, size, weak in storages.seen if not weak.expired()}
+    assert output is not None
+    return sum(size for pointer, size in alive.items() if pointer not in parameters)
+
+
+class _Storages(TorchDispatchMode):
+    """Records the storages of all results without keeping them alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, StorageWeakRef]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.seen.append((storage.data_ptr(), storage.nbytes(), StorageWeakRef(storage)))
+        return result
+
+
+def _kept(policy: Any, **vision: Any) -> int:
+    model = small_model(layers=4, **vision).train()
+    model.set_savings(Savings(pooled_last_block=False, recompute=policy))
+    images = random_images(4)
+    return kept_bytes(model.visual, lambda: model.visual(images))
+
+
+def test_saved_bytes_of_block() -> None:
+    # Per token and block, in channels: the block's input, the attention's output and branch, gate and up. The
+    # tolerance covers two numbers for each head and norm, and the embeddings (3 %).
+    tokens, layers, width, hidden, item = 4 * 17, 4, 128, 384, 4
+    expected = tokens * layers * (3 * width + 2 * hidden) * item
+    assert _kept("activations") == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("vision", "activations", "block"), [({}, 0.6, 0.15), (POST_NORM, 0.7, 0.2)])
+def test_policies_save_less(vision: dict[str, Any], activations: float, block: float) -> None:
+    everything = _kept("none", **vision)
+    assert _kept("activations", **vision) < activations * everything
+    assert _kept("block", **vision) < block * everything
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vision", [{"layers": 3}, {**POST_NORM, "layers": 3}, {**NO_ROPE, "layers": 3}])
+def test_activations_recomputes_only_projections(vision: dict[str, Any]) -> None:
+    """Only matmuls before attention run twice; attention does not."""
+    counts = {}
+    for policy in ("none", "activations"):
+        model = small_model(**vision).train()
+        model.set_savings(Savings(pooled_last_block=False, recompute=policy))  # type: ignore[arg-type]
+        with _Calls() as calls:
+            model.visual(random_images(2)).sum().backward()
+        counts[policy] = calls.counts
+    products = {policy: count["aten::mm"] + count["aten::addmm"] for policy, count in counts.items()}
+    projections = 3 if model.config.vision.sub_norm else 1
+    assert products["activations"] - products["none"] == 3 * projections
+    forward = "evakernels::rope_attention_forward"
+    assert counts["activations"][forward] == counts["none"][forward] == 3
+
+
+@pytest.mark.parametrize("policy", ["none", "activations", "block"])
+def test_blocks_are_called_as_modules(policy: Any) -> None:
+    """Sharding needs the hooks of blocks, which gather the weights."""
+    model = small_model(layers=3).train()
+    model.set_savings(Savings(recompute=policy))
+    called: list[int] = []
+    for index, block in enumerate(model.visual.blocks):
+        block.register_forward_hook(lambda *_, index=index: called.append(index))
+    model.visual(random_images(2))
+    assert called == [0, 1, 2]
