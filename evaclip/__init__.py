@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaclip.augmentation import Augmentation
-    from evaclip.eval.prompts import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-    from evaclip.eval.zero_shot import build_zero_shot_classifier
+    from evaclip.eval.zero_shot import (
+        IMAGENET_CLASSNAMES,
+        OPENAI_IMAGENET_TEMPLATES,
+        SIMPLE_IMAGENET_TEMPLATES,
+        build_zero_shot_classifier,
+    )
     from evaclip.factory import (
         create_model,
         create_model_and_transforms,
@@ -18,13 +22,13 @@ if TYPE_CHECKING:
     from evaclip.model.config import (
         CLIPConfig,
         Preprocess,
+        Savings,
         TextConfig,
         VisionConfig,
         add_model_config,
         get_config,
         list_models,
     )
-    from evaclip.model.savings import Savings
     from evaclip.model.vision_model import VisionModel
     from evaclip.runtime.encoder import Encoder
     from evaclip.tokenizer import Tokenizer, decode, tokenize
@@ -74,8 +78,12 @@ __all__ = [
 
 _MODULES = {
     "evaclip.augmentation": ("Augmentation",),
-    "evaclip.eval.prompts": ("IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES"),
-    "evaclip.eval.zero_shot": ("build_zero_shot_classifier",),
+    "evaclip.eval.zero_shot": (
+        "IMAGENET_CLASSNAMES",
+        "OPENAI_IMAGENET_TEMPLATES",
+        "SIMPLE_IMAGENET_TEMPLATES",
+        "build_zero_shot_classifier",
+    ),
     "evaclip.factory": (
         "create_model",
         "create_model_and_transforms",
@@ -87,13 +95,13 @@ _MODULES = {
     "evaclip.model.config": (
         "CLIPConfig",
         "Preprocess",
+        "Savings",
         "TextConfig",
         "VisionConfig",
         "add_model_config",
         "get_config",
         "list_models",
     ),
-    "evaclip.model.savings": ("Savings",),
     "evaclip.model.vision_model": ("VisionModel",),
     "evaclip.runtime.encoder": ("Encoder",),
     "evaclip.tokenizer": ("Tokenizer", "decode", "tokenize"),

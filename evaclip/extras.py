@@ -11,7 +11,6 @@ _REQUIREMENT = re.compile(r"""^(?P<name>[\w.-]+)[^;]*(;.*extra\s*==\s*["'](?P<ex
 # Under what other name a package is imported can't be looked up where it is missing.
 _IMPORTED_AS = {
     "faiss-cpu": "faiss",
-    "open_clip_torch": "open_clip",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",

@@ -13,18 +13,16 @@ from torch.overrides import TorchFunctionMode
 from evaclip.augmentation import Augmentation
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
-from evaclip.model.config import CLIPConfig, TextConfig, find_model, get_config, list_models, override
+from evaclip.model.config import CLIPConfig, Savings, TextConfig, find_model, get_config, list_models, override
 from evaclip.model.masked_image import MaskedImageModel
-from evaclip.model.savings import Savings
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
-from evaclip.weights.files import classifier_size, holds, options_beside
-from evaclip.weights.hub import HUB, LOCAL, download_beside
-from evaclip.weights.open_clip_config import CONFIG_FILE, read_open_clip_config
-from evaclip.weights.released import RELEASED
+from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, read_open_clip_config
+from evaclip.weights.files import classifier_size, options_beside, read_checkpoint, read_tensors
+from evaclip.weights.hub import HUB, LOCAL, RELEASED, download_beside
 
 __all__ = [
     "create_masked_image_model",
@@ -118,7 +116,7 @@ def create_model(
         if as_trained:
             config = override(override(described, _options_beside(weights, known_name)), options)
         config = _with_stored_preprocess(config, weights, options)
-        if target.type != "meta" and config.init_logit_bias is None and holds(weights, "logit_bias"):
+        if target.type != "meta" and config.init_logit_bias is None and "logit_bias" in read_tensors(weights):
             config = replace(config, init_logit_bias=0.0)  # which the weights replace
     # On the meta device first: no value is computed that is overwritten afterwards.
     with torch.device("meta"), _WithoutValues():
@@ -360,9 +358,9 @@ def _described(model_name: str) -> CLIPConfig:
         name, weights = _run_of(model_name)
         return override(get_config(name), _options_beside(weights, name))
     if model_name.startswith(LOCAL):
-        return read_open_clip_config(Path(model_name.removeprefix(LOCAL)).expanduser() / CONFIG_FILE)
+        return read_open_clip_config(Path(model_name.removeprefix(LOCAL)).expanduser() / OPEN_CLIP_CONFIG_FILE)
     if model_name.startswith(HUB) and find_model(model_name) is None:
-        return read_open_clip_config(download_beside(model_name, CONFIG_FILE))
+        return read_open_clip_config(download_beside(model_name, OPEN_CLIP_CONFIG_FILE))
     return get_config(model_name)
 
 
@@ -372,8 +370,6 @@ def _is_folder(model_name: str) -> bool:
 
 def _run_of(folder: str) -> tuple[str, Path]:
     """The CLIP model of a run or checkpoint folder, by its name here, and its weights."""
-    from evaclip.loading import read_checkpoint  # which needs this module
-
     name, weights, *_ = read_checkpoint(Path(folder).expanduser(), average=True)
     known = find_model(name)
     if known is None:

@@ -1,11 +1,11 @@
-"""What models and weights there are, under the names of the functions of open_clip and timm that tell it."""
+"""Lists of models and weights, with the function names of open_clip and timm."""
 
 from fnmatch import fnmatch
 from typing import Any
 
 from evaclip.model.config import find_model, get_config
 from evaclip.model.vision_names import RELEASES
-from evaclip.weights.released import RELEASED
+from evaclip.weights.hub import RELEASED
 
 
 def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
@@ -28,10 +28,10 @@ def list_pretrained_tags_by_model(model: str) -> list[str]:
 
 
 def list_vision_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """The names that `create_vision_model` takes.
+    """Names for `create_vision_model`.
 
     Args:
-        filter: a pattern with `*` and `?`; none for all.
+        filter: a pattern with `*` and `?`; empty for all.
         pretrained: list `NAME.TAG` for each of the released weights.
 
     Example:

@@ -35,9 +35,9 @@ def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
     from evaclip.atomic import write_text
     from evaclip.outputs import check_output
-    from evaclip.weights.card import card_beside
     from evaclip.weights.convert import convert
     from evaclip.weights.files import find_weights
+    from evaclip.weights.publish import card_beside
 
     source = find_weights(args.source, args.model or "")
     check_output(args.target, overwrite=args.force, sources=[source])

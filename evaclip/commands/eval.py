@@ -10,8 +10,7 @@ from evaclip.commands.parser import add_reading, leaf, open_data
 if TYPE_CHECKING:
     from evaclip.data import Source
     from evaclip.eval.features import FeatureOptions
-    from evaclip.eval.gallery import Gallery
-    from evaclip.eval.results import Evaluation
+    from evaclip.eval.results import Evaluation, Gallery
     from evaclip.eval.runs import Setting
     from evaclip.loading import LoadedClassifier, LoadedModel
 
@@ -152,9 +151,9 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, 
 
 
 def _run_zero_shot(args: argparse.Namespace) -> None:
-    from evaclip.eval.prompts import IMAGENET, PLACEHOLDER, load_templates
     from evaclip.eval.results import print_classes
     from evaclip.eval.runs import run_zero_shot
+    from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_templates
 
     templates = load_templates(args.templates or (IMAGENET if args.classes == IMAGENET else PLACEHOLDER))
     setting = _setting(args)
@@ -165,7 +164,7 @@ def _run_zero_shot(args: argparse.Namespace) -> None:
 
 
 def _run_classify(args: argparse.Namespace) -> None:
-    from evaclip.eval.class_space import class_space, load_real_labels
+    from evaclip.eval.classify import class_space, load_real_labels
     from evaclip.eval.results import print_classes
     from evaclip.eval.runs import run_classify
     from evaclip.loading import find_classifier
@@ -243,7 +242,7 @@ def _set(
 
 
 def _classnames(args: argparse.Namespace) -> tuple[str, ...] | None:
-    from evaclip.eval.prompts import load_classnames
+    from evaclip.eval.zero_shot import load_classnames
 
     return load_classnames(args.classes) if args.classes else None
 

@@ -15,13 +15,12 @@ from evaclip.commands import (
     search,
     serve,
     train,
-    weights,
 )
 from evaclip.commands.parser import CommandParser, run_command
 from evaclip.extras import DISTRIBUTION
 from evaclip.machine import version_of
 
-_VERBS = (train, eval, data, convert, export, index, search, serve, plan, report, weights, doctor, demo)
+_VERBS = (train, eval, data, convert, export, index, search, serve, plan, report, doctor, demo)
 
 
 def build_parser() -> CommandParser:

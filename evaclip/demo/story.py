@@ -147,8 +147,8 @@ def evaluate_run(run: Path, data: Path) -> list["Evaluation"]:
     import torch
 
     from evaclip.data import open_source
-    from evaclip.eval.prompts import load_classnames
     from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot, store
+    from evaclip.eval.zero_shot import load_classnames
     from evaclip.loading import load_model
 
     loaded = load_model(str(run), device="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,30 +1,265 @@
-"""Classification by a model's own classifier: top-1 and top-5 of its logits, as timm's `validate` counts them."""
+"""Classification: labels of a data set, the classes of a classifier, and top-1 and top-5 as timm's `validate`."""
 
+import json
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from evaclip.data import EvalBatch, Source
-from evaclip.errors import UserError
-from evaclip.eval.class_space import ClassSpace, validation_number
+from evaclip.errors import UserError, unknown_name
 from evaclip.eval.features import FeatureOptions, for_each_batch
-from evaclip.eval.finite import require_finite
-from evaclip.eval.ranking import Result, hit_rate
-from evaclip.eval.zero_shot import ZeroShotResult, summarize
+from evaclip.eval.ranking import Result, hit_rate, require_finite
+from evaclip.eval.zero_shot import IMAGENET, ZeroShotResult, read_text, summarize
 
 TOP = 5
+IN1K = "in1k"
+_IN1K_NAME = "imagenet-1k"
+_VALIDATION_IMAGES = 50_000
+_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(\.\w+)?$")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class indices `[N]` int64 into `classnames`."""
+
+    indices: Tensor
+    classnames: tuple[str, ...]
+
+
+def assign_labels(
+    captions: Sequence[str], keys: Sequence[str], classnames: Sequence[str] | None = None, folders: Sequence[str] = ()
+) -> Labels:
+    """Map the caption of each sample to a class index.
+
+    A caption is the name of its class, or the index of the class in `classnames` (as `.cls` members have it). Without
+    `classnames`, numbers are names. If all names are numbers but not their own indices (classes 0, 2, 5), every number
+    is a name.
+
+    Args:
+        captions: one per sample.
+        keys: names of the samples, for error messages.
+        classnames: in label order; None takes `folders`, or else the distinct captions, sorted.
+        folders: names that the source itself has for all classes, in label order. They may differ from `classnames`
+            (as for ImageNet) if there are as many: the n-th folder is the n-th class. Numeric folders are labels (as
+            for ImageNet-V2): folder 10 is class 10, though it sorts before 2.
+
+    Raises:
+        UserError: a caption that is no class, with the sample and the nearest names.
+    """
+    if classnames is None:
+        classnames = folders or _distinct(captions)
+    known = classnames
+    if folders and not set(folders) <= set(classnames) and not all(map(str.isdecimal, folders)):
+        if len(folders) != len(classnames):
+            raise UserError(
+                f"there are {len(classnames)} class names for {len(folders)} folders of other names"
+                f" (such as {folders[0]!r}): give one name per folder, in their sorted order"
+            )
+        known = folders
+    index_of = {name: index for index, name in enumerate(known)}
+    # Two classes may have the same name, as in ImageNet; only numbers and folders distinguish them.
+    ambiguous = sorted(name for name, count in Counter(known).items() if count > 1 and name in set(captions))
+    if ambiguous:
+        raise UserError(f"several classes are called {ambiguous[0]!r}: label by number or by folder")
+    are_names = all(map(str.isdecimal, known)) and list(map(int, known)) != list(range(len(known)))
+    numbers = 0 if are_names else len(known)
+    indices = [_index(caption, key, index_of, numbers) for caption, key in zip(captions, keys, strict=True)]
+    return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
+
+
+def _distinct(captions: Sequence[str]) -> list[str]:
+    names = set(captions)
+    numeric = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
+
+
+def _index(caption: str, key: str, index_of: dict[str, int], numbers: int) -> int:
+    if caption in index_of:
+        return index_of[caption]
+    if numbers and caption.isdecimal():
+        if int(caption) < numbers:
+            return int(caption)
+        raise UserError(f"sample {key!r} has label {caption}, but the {numbers} classes are 0..{numbers - 1}")
+    raise unknown_name(f"class of sample {key!r}:", caption, index_of)
+
+
+@dataclass(frozen=True)
+class ClassSpace:
+    """The classes of a labelled data set, and the output of a classifier for each.
+
+    Attributes:
+        names: class names by label.
+        folders: names that the source has for its classes, see `assign_labels`.
+        columns: the classifier's output for each label; None for a class that it lacks.
+        outputs: number of the classifier's outputs.
+
+    Raises:
+        UserError: for folders that are no classes.
+    """
+
+    names: tuple[str, ...]
+    folders: tuple[str, ...]
+    columns: tuple[int | None, ...]
+    outputs: int
+
+    def __post_init__(self) -> None:
+        self.labels(self.folders)
+
+    @classmethod
+    def whole(cls, names: Sequence[str], folders: Sequence[str] = ()) -> Self:
+        """All classes of a classifier that has these."""
+        return cls(tuple(names), tuple(folders), tuple(range(len(names))), len(names))
+
+    @cached_property
+    def known_labels(self) -> Tensor:
+        """Labels that the classifier has, ascending, `[classes]` int64."""
+        return torch.tensor([label for label, column in enumerate(self.columns) if column is not None])
+
+    @cached_property
+    def known_outputs(self) -> Tensor | None:
+        """Outputs of these labels, `[classes]` int64; None if they are all outputs in order."""
+        outputs = [column for column in self.columns if column is not None]
+        return None if outputs == list(range(self.outputs)) else torch.tensor(outputs)
+
+    @property
+    def lacking(self) -> list[str]:
+        """Names of the classes that the classifier lacks."""
+        return [name for name, column in zip(self.names, self.columns, strict=True) if column is None]
+
+    def labels(self, captions: Sequence[str], keys: Sequence[str] | None = None) -> Tensor:
+        """Class indices `[n]` int64 of n captions, by `assign_labels`; `keys` (default: captions) name them in errors.
+
+        Raises:
+            UserError: a caption that is no class.
+        """
+        return assign_labels(captions, keys or captions, self.names, self.folders).indices
+
+
+def class_space(
+    outputs: int, source: Source, classnames: Sequence[str] | None = None, subset: str | Path | None = None
+) -> ClassSpace:
+    """Match the classes of a source with the outputs of a classifier.
+
+    Args:
+        outputs: number of classes of the classifier.
+        source: its class folders are the classes in sorted order, unless their names are numbers or in `classnames`.
+            Other data is labelled by numbers from 0, or by `classnames`.
+        classnames: by label.
+        subset: outputs among which the classifier chooses. `in1k`: ImageNet's 1,000 classes, which classifiers of
+            timm's larger ImageNet sets have by WordNet number. Otherwise a file with one output's number a line, in
+            label order.
+
+    Raises:
+        UserError: the classes of data, names and subset don't fit the classifier's.
+    """
+    if not outputs:
+        raise UserError("the model has no classifier: its weights are not those of one")
+    names, columns = _columns(outputs, subset)
+    folders = tuple(source.classes)
+    if classnames is None and names is None and folders and not all(map(str.isdecimal, folders)):
+        names = folders
+    names = tuple(classnames or names or map(str, range(len(columns))))
+    if len(names) != len(columns):
+        what = f"{len(names):,} classes are named" if classnames else f"the data has {len(names):,} class folders"
+        raise UserError(
+            f"the classifier has {len(columns):,} classes{' in ' + str(subset) if subset else ''}, but {what}, such as"
+            f" {names[0]!r}: name all of the classifier's in its order (--classes), or what it shall choose among"
+            " (--subset)"
+        )
+    return ClassSpace(names, folders, columns, outputs)
+
+
+def _columns(outputs: int, subset: str | Path | None) -> tuple[tuple[str, ...] | None, tuple[int | None, ...]]:
+    """Names by label, if the subset has them, and the output of each label."""
+    if subset is None:
+        return None, tuple(range(outputs))
+    if subset != IN1K:
+        return None, _read_numbers(Path(subset), outputs)
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset  # seconds
+
+    known = infer_imagenet_subset({"num_classes": outputs})
+    if known in (None, _IN1K_NAME):
+        raise UserError(
+            f"--subset in1k is for classifiers of 21,841, 21,842, 21,843, 11,821 or 11,221 classes of ImageNet, got one"
+            f" of {outputs:,}"
+        )
+    column_of = {name: column for column, name in enumerate(ImageNetInfo(known).label_names())}
+    names = ImageNetInfo(_IN1K_NAME).label_names()
+    return tuple(names), tuple(map(column_of.get, names))
+
+
+def _read_numbers(path: Path, outputs: int) -> tuple[int, ...]:
+    lines = read_text(path, "the subset").split()
+    if bad := [line for line in lines if not line.isdecimal() or int(line) >= outputs]:
+        raise UserError(f"{path} holds {bad[0]!r}; expected numbers of the classifier's classes, 0..{outputs - 1}")
+    numbers = tuple(map(int, lines))
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UserError(f"{path} holds {'a number twice' if numbers else 'no numbers'}; expected one a line, each once")
+    return numbers
+
+
+def load_real_labels(file: str | Path, source: Source, classes: int) -> list[frozenset[int]]:
+    """Reassessed labels of ImageNet's validation set (Beyer et al. 2020, arXiv 2006.07159), by image.
+
+    Args:
+        file: JSON with a list of labels for each image, in the order of their numbers, or `imagenet` for timm's.
+        source: images called `ILSVRC2012_val_00000001` and so on, from 1, one for each list.
+        classes: number of classes, which bounds the labels.
+
+    Raises:
+        UserError: no such file, or its labels are not those of the source.
+    """
+    try:
+        labels = [frozenset(map(_require_int, each)) for each in _real_labels(file)]
+    except (TypeError, ValueError) as exc:
+        raise UserError(f"{file}: expected a JSON list with a list of labels for each image ({exc})") from exc
+    if len(labels) != len(source):
+        raise UserError(f"{file} has labels of {len(labels):,} images, but {source.description} has {len(source):,}")
+    if outside := [label for each in labels for label in each if not 0 <= label < classes]:
+        raise UserError(f"{file} has label {outside[0]}, but the {classes:,} classes are 0..{classes - 1}")
+    for index in range(len(source)):
+        if not 0 <= _validation_index(source.place(index)[1]) < len(labels):
+            raise UserError(
+                f"{source.name(index)} has no labels in {file}: expected images called ILSVRC2012_val_00000001 to"
+                f" ILSVRC2012_val_{len(labels):08d}"
+            )
+    return labels
+
+
+def _validation_index(key: str) -> int:
+    """Index of an image in ImageNet's validation set, from 0, by its file name; -1 for another image."""
+    match = _VALIDATION_NAME.search(key)
+    return int(match[1]) - 1 if match else -1
+
+
+def _real_labels(file: str | Path) -> Any:
+    if file != IMAGENET:
+        return json.loads(read_text(Path(file), "labels"))
+    from timm.data.real_labels import RealLabelsImagenet
+
+    return RealLabelsImagenet(range(_VALIDATION_IMAGES)).real_labels.values()
+
+
+def _require_int(label: object) -> int:
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise ValueError(f"{label!r} is no label")
+    return label
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What `predict` gives, in the order of the source; unreadable samples are left out.
+    """Predictions in the order of the source, without unreadable samples.
 
     Attributes:
         best: [N, min(5, classes)] int64, the labels of the highest logits, best first.
-        labels: [N] int64, the pictures' own.
+        labels: [N] int64, the true labels.
         keys: the N names of the samples.
     """
 
@@ -38,7 +273,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RealResult:
-    """Accuracies by reassessed labels, any of which counts, of the pictures that have any."""
+    """Accuracies by reassessed labels, any of which counts, over the images that have any."""
 
     samples: int
     top1: float
@@ -47,12 +282,12 @@ class RealResult:
 
 @dataclass(frozen=True)
 class ClassifyResult(Result):
-    """Accuracies as for zero-shot classification, with what is peculiar to a classifier.
+    """Accuracies of a classifier.
 
     Attributes:
         accuracy: among the classes that the classifier has.
-        lacking: the classes that it lacks; their pictures take no part.
-        left_out: how many these are.
+        lacking: classes that the classifier lacks; their images are left out.
+        left_out: number of these images.
         real: by reassessed labels, if there are any.
     """
 
@@ -62,9 +297,9 @@ class ClassifyResult(Result):
     real: RealResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        given = super().to_dict()
-        return {**given.pop("accuracy"), **given}
+        """Plain data for JSON, the accuracies at its top level."""
+        content = super().to_dict()
+        return {**content.pop("accuracy"), **content}
 
 
 def predict(
@@ -74,13 +309,13 @@ def predict(
     classes: ClassSpace,
     options: FeatureOptions | None = None,
 ) -> Predictions:
-    """The best classes of all pictures of a source. Of equal logits the one with the lower place counts as the better.
+    """Best classes of all images of a source. Of equal logits the one with the lower label wins.
 
     Args:
         model: a module, from images to logits `[B, classes.outputs]`.
-        transform: PIL image to what the model takes, see `LoadedClassifier.transform`.
-        source: labelled pictures.
-        classes: what their captions and the logits stand for.
+        transform: PIL image to the model's input, see `LoadedClassifier.transform`.
+        source: labelled images.
+        classes: of captions and logits.
         options: the cache is not used.
 
     Raises:
@@ -89,53 +324,54 @@ def predict(
     """
     best, labels, keys = list[Tensor](), list[Tensor](), list[str]()
 
-    def take(batch: EvalBatch) -> None:
+    def add(batch: EvalBatch) -> None:
         labels.append(classes.labels(batch.captions, batch.keys))
         logits = model(batch.images)
         if logits.shape[1:] != (classes.outputs,):
             raise ValueError(f"expected logits [B, {classes.outputs}], got {list(logits.shape)}")
-        if classes.chosen is not None:
-            logits = logits[:, classes.chosen.to(logits.device)]
-        require_finite(logits, batch.keys, "picture")
+        if classes.known_outputs is not None:
+            logits = logits[:, classes.known_outputs.to(logits.device)]
+        require_finite(logits, batch.keys, "image")
         order = logits.float().sort(dim=1, descending=True, stable=True).indices
-        best.append(classes.places[order[:, :TOP].cpu()])
+        best.append(classes.known_labels[order[:, :TOP].cpu()])
         keys.extend(batch.keys)
 
-    for_each_batch(model, take, transform, source, options or FeatureOptions())
+    for_each_batch(model, add, transform, source, options or FeatureOptions())
     return Predictions(torch.cat(best), torch.cat(labels), keys)
 
 
-def evaluate(found: Predictions, classes: ClassSpace, real: Sequence[frozenset[int]] | None = None) -> ClassifyResult:
+def evaluate(
+    predictions: Predictions, classes: ClassSpace, real: Sequence[frozenset[int]] | None = None
+) -> ClassifyResult:
     """Top-1, top-5 and mean-per-class accuracy.
 
     Args:
-        found: of all pictures; those of several processes are put together.
-        classes: those that `predict` was given.
-        real: labels by place in ImageNet's validation set, from `load_real_labels`.
+        predictions: of all images; concatenate those of several ranks.
+        classes: as for `predict`.
+        real: labels by index in ImageNet's validation set, from `load_real_labels`.
 
     Raises:
-        UserError: no picture is left, or none has a reassessed label.
+        UserError: no image is left, or none has a reassessed label.
     """
-    rows = torch.isin(found.labels, classes.places).nonzero().flatten()
+    rows = torch.isin(predictions.labels, classes.known_labels).nonzero().flatten()
     if not len(rows):
-        raise UserError("there are no pictures of classes that the classifier has")
-    best, labels = found.best[rows], found.labels[rows]
-    return ClassifyResult(
-        summarize(_ranks(best == labels[:, None]), best[:, 0], labels, classes.names, len(classes.places)),
-        tuple(classes.lacking),
-        len(found) - len(rows),
-        None if real is None else _real(best, [real[validation_number(found.keys[row])] for row in rows.tolist()]),
-    )
+        raise UserError("there are no images of classes that the classifier has")
+    best, labels = predictions.best[rows], predictions.labels[rows]
+    accuracy = summarize(_ranks(best == labels[:, None]), best[:, 0], labels, classes.names, len(classes.known_labels))
+    real_result = None
+    if real is not None:
+        real_result = _evaluate_real(best, [real[_validation_index(predictions.keys[row])] for row in rows.tolist()])
+    return ClassifyResult(accuracy, tuple(classes.lacking), len(predictions) - len(rows), real_result)
 
 
-def _real(best: Tensor, labels: Sequence[frozenset[int]]) -> RealResult:
+def _evaluate_real(best: Tensor, labels: Sequence[frozenset[int]]) -> RealResult:
     hits = [[place in own for place in row] for row, own in zip(best.tolist(), labels, strict=True) if own]
     if not hits:
-        raise UserError("no picture has a reassessed label")
+        raise UserError("no image has a reassessed label")
     ranks = _ranks(torch.tensor(hits))
     return RealResult(len(hits), hit_rate(ranks, 1), hit_rate(ranks, TOP))
 
 
 def _ranks(hits: Tensor) -> Tensor:
-    """[N] the first column that hits, or TOP where none does."""
+    """First column that hits, `[N]`; TOP if none does."""
     return torch.where(hits.any(1), hits.int().argmax(1), TOP)

@@ -1,10 +1,10 @@
-"""Features of pictures and texts: batched, in inference mode, under autocast and cached on disk if asked."""
+"""Features of images and texts: in batches, under autocast, optionally cached on disk."""
 
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -18,34 +18,32 @@ from torch import Tensor, nn
 
 from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, EvalBatch, Source, iterate
-from evaclip.data.config import DEFAULT_MAX_BAD_SHARE
 from evaclip.errors import Refused, UserError
-from evaclip.eval.finite import require_finite
+from evaclip.eval.ranking import require_finite
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
 from evaclip.weights import is_cut
-from evaclip.weights.saving import save_file
+from evaclip.weights.files import save_file
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
-ALLOWED_UNREADABLE = DEFAULT_MAX_BAD_SHARE
-"""Share of the samples that may be unreadable."""
 _PROBES = 64
+"""Samples of a source that the name of its cache file depends on."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NothingReadable(UserError):
-    """Not one of the samples could be read."""
+    """None of the samples could be read."""
 
 
 class ImageModel(Protocol):
-    """What features of pictures need of a model."""
+    """A module with image features: evaclip's CLIP and image models, or any other with this method."""
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
 
 
 class ImageTextModel(ImageModel, Protocol):
-    """What the evaluation needs of a model: evaclip's CLIP, or any `nn.Module` with the same two methods."""
+    """A module with image and text features: evaclip's CLIP, or any other with these two methods."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
@@ -56,14 +54,14 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """How features are computed.
+    """Options of the computation of features.
 
     Attributes:
-        batch_size: pictures (or texts) at once.
-        workers: processes that decode pictures; 0 decodes in this one.
-        precision: fp32, or the 16-bit type of the autocast.
-        cache: a folder in which features are kept for the next time.
-        progress: show a bar, on a terminal.
+        batch_size: images (or texts) per batch.
+        workers: processes that decode images; 0 decodes in this one.
+        precision: fp32, or the 16-bit dtype of autocast.
+        cache: folder of cached features; None for no cache.
+        progress: show a progress bar, on a terminal.
     """
 
     batch_size: int = 64
@@ -74,14 +72,14 @@ class FeatureOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise UserError(f"the batch size must be 1 or more, got {self.batch_size}")
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
         if self.workers < 0:
-            raise UserError(f"the number of workers must be 0 or more, got {self.workers}")
+            raise UserError(f"workers must be 0 or more, got {self.workers}")
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What `encode_images` gives, in the order of the source; unreadable samples are left out.
+    """Features of images in the order of the source, without unreadable samples.
 
     Attributes:
         features: [N, embed_dim] float32 on the CPU, of length 1.
@@ -100,31 +98,32 @@ class ImageFeatures:
 def encode_images(
     model: ImageModel, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions | None = None
 ) -> ImageFeatures:
-    """Normalised features of all pictures of a source.
+    """Normalized features of all images of a source.
 
-    The cache, if there is one, is keyed by the weights, the data, the transform and the precision.
+    The cache is keyed by the weights, the data, the transform and the precision.
 
     Raises:
         NothingReadable: no sample could be read.
         UserError: the model gave NaN or infinity (the sample is named).
     """
     options = options or FeatureOptions()
-    cached = _CacheFile.of(options, model, "images", [_describe_source(source), _describe(transform)])
-    if cached and (hit := cached.load()):
-        return ImageFeatures(hit["features"], _unpack(hit["captions"]), _unpack(hit["keys"]))
-    rows, captions, keys = [], list[str](), list[str]()
 
-    def encode(batch: EvalBatch) -> None:
-        rows.append(model.encode_image(batch.images, normalize=True).float().cpu())
-        captions.extend(batch.captions)
-        keys.extend(batch.keys)
+    def encode() -> dict[str, Tensor]:
+        rows, captions, keys = list[Tensor](), list[str](), list[str]()
 
-    for_each_batch(model, encode, transform, source, options)
-    result = ImageFeatures(torch.cat(rows), captions, keys)
-    require_finite(result.features, keys, "picture")
-    if cached:
-        cached.save({"features": result.features, "captions": _pack(captions), "keys": _pack(keys)})
-    return result
+        def add(batch: EvalBatch) -> None:
+            rows.append(model.encode_image(batch.images, normalize=True).float().cpu())
+            captions.extend(batch.captions)
+            keys.extend(batch.keys)
+
+        for_each_batch(model, add, transform, source, options)
+        features = torch.cat(rows)
+        require_finite(features, keys, "image")
+        return {"features": features, "captions": _pack(captions), "keys": _pack(keys)}
+
+    inputs = [] if options.cache is None else [_describe_source(source), _describe(transform)]
+    content = _cached(options, model, "images", inputs, encode)
+    return ImageFeatures(content["features"], _unpack(content["captions"]), _unpack(content["keys"]))
 
 
 def for_each_batch(
@@ -134,13 +133,13 @@ def for_each_batch(
     source: Source,
     options: FeatureOptions,
 ) -> None:
-    """Hands every batch of a source to `action`, its pictures on the device of the model, which is in evaluation mode.
+    """Call `action` with every batch of a source, the images on the model's device, the model in evaluation mode.
 
     Raises:
         NothingReadable: no sample could be read.
     """
-    found = False
-    # Workers send uint8: a quarter of the shared memory, and of the way to the device.
+    is_empty = True
+    # Workers send uint8: a quarter of the shared memory and of the host-to-device copy.
     preprocess = getattr(transform, "preprocess", Preprocess())
     levels = levels_of(transform, preprocess)
     batches = iterate(source, levels, options.batch_size, workers=options.workers)
@@ -148,20 +147,20 @@ def for_each_batch(
         finish = nn.Identity() if levels is transform else Normalization(preprocess, device)
         for batch in _progress(batches, len(source), "images", options):
             action(batch._replace(images=finish(batch.images.to(device))))
-            found = True
-    if not found:
+            is_empty = False
+    if is_empty:
         raise NothingReadable(f"none of the {len(source)} samples could be read")
 
 
 def refuse_rest(source: Source, unreadable: int, allowed: float, option: str) -> None:
-    """Refuses to measure what is left of a source where more than a share `allowed` of it could not be read.
+    """Refuse to evaluate a source of which more than a share `allowed` could not be read.
 
     Args:
-        unreadable: samples that could not be read, or that have fewer pixels than was asked for.
-        option: what has the rest measured all the same.
+        unreadable: number of samples that could not be read, or that have too few pixels.
+        option: name of the option that allows them.
 
     Raises:
-        Refused: they are more.
+        Refused: there are more.
     """
     if unreadable <= allowed * len(source):
         return
@@ -176,9 +175,9 @@ def refuse_rest(source: Source, unreadable: int, allowed: float, option: str) ->
 def encode_texts(
     model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], options: FeatureOptions | None = None
 ) -> Tensor:
-    """Normalised features [len(texts), embed_dim] float32 on the CPU.
+    """Normalized features [len(texts), embed_dim] float32 on the CPU.
 
-    The cache, if there is one, is keyed by the weights, the texts and the precision.
+    The cache is keyed by the weights, the texts and the precision.
 
     Raises:
         UserError: no texts, or the model gave NaN or infinity (the text is named).
@@ -186,26 +185,25 @@ def encode_texts(
     options = options or FeatureOptions()
     if not texts:
         raise UserError("there are no texts to encode")
-    cached = _CacheFile.of(options, model, "texts", texts)
-    if cached and (hit := cached.load()):
-        return hit["features"]
-    batches = [list(texts[i : i + options.batch_size]) for i in range(0, len(texts), options.batch_size)]
-    with _inference(model, options.precision) as device:
-        rows = [
-            model.encode_text(tokenizer(batch).to(device), normalize=True).float().cpu()
-            for batch in _progress(batches, len(texts), "texts", options)
-        ]
-    features = torch.cat(rows)
-    require_finite(features, texts, "text")
-    if cached:
-        cached.save({"features": features})
-    return features
+
+    def encode() -> dict[str, Tensor]:
+        batches = [list(texts[i : i + options.batch_size]) for i in range(0, len(texts), options.batch_size)]
+        with _inference(model, options.precision) as device:
+            rows = [
+                model.encode_text(tokenizer(batch).to(device), normalize=True).float().cpu()
+                for batch in _progress(batches, len(texts), "texts", options)
+            ]
+        features = torch.cat(rows)
+        require_finite(features, texts, "text")
+        return {"features": features}
+
+    return _cached(options, model, "texts", texts, encode)["features"]
 
 
 def weights_hash(model: object) -> str:
-    """SHA-256 (hex) over the names, types, shapes and bytes of all weights; the same anywhere.
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all weights, equal on all machines.
 
-    Of a module that is cut up it is that of the whole, which all processes put together, a tensor at a time.
+    A sharded module has the hash of the whole one. All ranks must call: they gather one tensor at a time.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_module(model).state_dict().items()):
@@ -217,7 +215,7 @@ def weights_hash(model: object) -> str:
 
 @contextmanager
 def _inference(model: object, precision: Precision) -> Iterator[torch.device]:
-    """Evaluation mode (until the end), no gradients, autocast; yields the model's device."""
+    """Evaluation mode until the end, no gradients, autocast; yields the model's device."""
     module = _module(model)
     device = next(module.parameters()).device
     autocast: AbstractContextManager[object] = nullcontext()
@@ -226,7 +224,7 @@ def _inference(model: object, precision: Precision) -> Iterator[torch.device]:
     was_training = module.training
     module.eval()
     try:
-        # Not inference_mode: what a sharded model gathers in it could never take part in training again.
+        # Not inference_mode: tensors that a sharded model gathers in it could never take part in training again.
         with torch.no_grad(), autocast:
             yield device
     finally:
@@ -252,7 +250,7 @@ def _progress(batches: Iterable[Item], samples: int, what: str, options: Feature
 
 
 def _describe_source(source: Source) -> str:
-    # The fingerprint covers names and sizes only; which member is the caption shows in the samples.
+    # The fingerprint covers names and sizes only; the member with the caption shows in the samples.
     digest = hashlib.sha256(f"{source.fingerprint} {source.decoding}".encode())
     for index in range(0, len(source), max(1, len(source) // _PROBES)):
         try:
@@ -266,42 +264,37 @@ def _describe_source(source: Source) -> str:
 def _describe(transform: Callable[[Any], Tensor]) -> str:
     text = repr(transform)
     if re.search(r" at 0x[0-9a-f]+", text):
-        raise UserError(f"features can be cached only for a transform whose repr tells what it does, got {text}")
+        raise UserError(f"features can be cached only for a transform whose repr describes it, got {text}")
     return text
 
 
-@dataclass(frozen=True)
-class _CacheFile:
-    """One safetensors file, named after the hash of all that its contents depend on."""
-
-    path: Path
-
-    @classmethod
-    def of(cls, options: FeatureOptions, model: object, kind: str, inputs: Sequence[str]) -> "_CacheFile | None":
-        if options.cache is None:
-            return None
-        described = json.dumps([kind, weights_hash(model), options.precision, *inputs])
-        return cls(options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors")
-
-    def load(self) -> dict[str, Tensor] | None:
-        """The tensors, or None if there are none or the file is damaged (it is then written anew)."""
-        try:
-            return load_file(self.path)
-        except (OSError, SafetensorError):
-            return None
-
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        try:
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(self.path) as temporary:
-                    save_file(tensors, temporary)
-        except SafetensorError as exc:  # of a full disk, for one
-            raise UserError(f"cannot write {self.path}: {exc}") from exc
+def _cached(
+    options: FeatureOptions,
+    model: object,
+    kind: str,
+    inputs: Sequence[str],
+    encode: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Tensors of `encode`, from the cache if it has them; a damaged file is replaced."""
+    if options.cache is None:
+        return encode()
+    described = json.dumps([kind, weights_hash(model), options.precision, *inputs])
+    path = options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors"
+    with suppress(OSError, SafetensorError):
+        return load_file(path)
+    tensors = encode()
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary)
+    except SafetensorError as exc:  # a full disk, for example
+        raise UserError(f"cannot write {path}: {exc}") from exc
+    return tensors
 
 
 def _pack(texts: list[str]) -> Tensor:
-    """A list of texts as bytes: safetensors holds tensors only."""
+    """Strings as bytes, as safetensors holds tensors only."""
     return torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
 
 

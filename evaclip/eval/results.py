@@ -1,7 +1,6 @@
-"""What an evaluation leaves behind: a JSON file that says what was measured, on what and how; and a table."""
+"""Stored results of an evaluation: a JSON file, a table, and a gallery of retrieved images."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ Task = Literal["zero-shot", "classify", "retrieval", "linear-probe", "knn"]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Which weights were measured."""
+    """The weights that were evaluated."""
 
     name: str
     origin: str
@@ -29,7 +28,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What they were measured on; `unreadable` samples, and those below `min_size` pixels, took no part."""
+    """The data of an evaluation; `unreadable` samples, and those below `min_size` pixels, are left out."""
 
     path: str
     fingerprint: str
@@ -41,13 +40,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result with everything needed to repeat it.
+    """A result with everything needed to repeat it.
 
     Attributes:
-        title: what the data is called in tables and in the report.
+        title: name of the data in tables and in the report.
         metrics: the result's `to_dict()`.
-        prompts: the templates and their class names' number, for tasks that use them.
-        date: when it was measured, UTC, ISO 8601.
+        prompts: templates and number of classes, for tasks that have them.
+        date: UTC, ISO 8601.
     """
 
     task: Task
@@ -65,12 +64,16 @@ class Evaluation:
     machine: dict[str, Any] = field(default_factory=machine)
 
     def save(self, path: Path) -> None:
-        """Writes the JSON file, atomically."""
+        """Write the JSON file, atomically."""
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """Reads what `save` wrote; UserError for a file that it did not write."""
+        """Read a file of `save`.
+
+        Raises:
+            UserError: for any other file.
+        """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             known = {entry.name for entry in fields(cls)}
@@ -83,7 +86,7 @@ class Evaluation:
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
-    """A table of the result, and for classes the best and the worst of them."""
+    """Print a table of the result, and what was left out."""
     console = console or Console()
     rows = _retrieval_rows if evaluation.task == "retrieval" else _class_rows
     (size, *header), *lines = rows(evaluation.metrics)
@@ -94,12 +97,19 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    for what, unreadable in _unreadable(evaluation):
-        console.print(f"{unreadable:,} {what} could not be read and took no part", style="yellow", soft_wrap=True)
+    data, train = evaluation.data, evaluation.metrics.get("train_unreadable", 0)
+    left_out = []
+    if data.unreadable:
+        left_out.append(f"{data.unreadable:,} of {data.samples + data.unreadable:,} samples could not be read")
+    if train:
+        samples = evaluation.metrics["train_samples"] + train
+        left_out.append(f"{train:,} of {samples:,} samples to train on could not be read")
     if lacking := evaluation.metrics.get("lacking"):
-        left_out = counted(evaluation.metrics["left_out"], "picture")
-        what = f"{left_out} took no part: the classifier lacks {len(lacking):,} of their classes"
-        console.print(f"{what}, such as {lacking[0]}", style="yellow", markup=False, soft_wrap=True)
+        images = counted(evaluation.metrics["left_out"], "image")
+        reason = f"the classifier lacks {len(lacking):,} of their classes, such as {lacking[0]}"
+        left_out.append(f"{images} left out: {reason}")
+    for note in left_out:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
         f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",
@@ -108,16 +118,8 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     )
 
 
-def _unreadable(evaluation: Evaluation) -> Iterator[tuple[str, int]]:
-    data, train = evaluation.data, evaluation.metrics.get("train_unreadable", 0)
-    if data.unreadable:
-        yield f"of {data.samples + data.unreadable:,} samples", data.unreadable
-    if train:
-        yield f"of {evaluation.metrics['train_samples'] + train:,} samples to train on", train
-
-
 def print_classes(evaluation: Evaluation, console: Console | None = None) -> None:
-    """The table of all classes of a classification, worst first."""
+    """Print a table of all classes of a classification, worst first."""
     table = Table(title=f"classes of {evaluation.title}", title_justify="left")
     for name in ("class", "samples", "top-1", "top-5", "most often taken for"):
         table.add_column(name, justify="right" if name in ("samples", "top-1", "top-5") else "left")
@@ -130,11 +132,11 @@ def print_classes(evaluation: Evaluation, console: Console | None = None) -> Non
 
 
 def _class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Of all tasks that find a picture's class, each with what it has."""
+    """Size and rows of a task that predicts classes."""
     if "train_samples" in metrics:
         size = f"{metrics['train_samples']:,} to train, {metrics['samples']:,} to test"
     else:
-        size = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
+        size = f"{metrics['samples']:,} images, {metrics['classes']:,} classes"
     chance = _percent(metrics["chance_top1"])
     chance5 = _percent(metrics["chance_top5"]) if "chance_top5" in metrics else ""
     rows: list[tuple[str, ...]] = [(size, "accuracy", "chance")]
@@ -150,7 +152,7 @@ def _class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
     cutoffs = list(metrics["text_to_image"]["recall"])
-    what = f"{metrics['images']:,} pictures, {metrics['captions']:,} captions"
+    what = f"{metrics['images']:,} images, {metrics['captions']:,} captions"
     rows: list[tuple[str, ...]] = [(what, *(f"R@{k}" for k in cutoffs), "median rank", "mean rank")]
     for name in ("text_to_image", "image_to_text"):
         direction = metrics[name]
@@ -164,3 +166,61 @@ def _retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A retrieved image: the key of its sample, whether it is the right one, and a WebP data URI."""
+
+    key: str
+    correct: bool
+    image: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """A text query, the rank (from 1) of its own image among all, and the retrieved images, best first."""
+
+    text: str
+    rank: int
+    found: tuple[Found, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Queries chosen by one rule, which `note` describes."""
+
+    title: str
+    note: str
+    queries: tuple[Query, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Examples of a retrieval; `pictures` is the number of images searched."""
+
+    title: str
+    pictures: int
+    sections: tuple[Section, ...]
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file, atomically."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Gallery":
+        """Read a file of `save`.
+
+        Raises:
+            UserError: for any other file.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["title"], content["pictures"], tuple(map(_section, content["sections"])))
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise UserError(f"{path} is no gallery ({type(exc).__name__}: {exc})") from exc
+
+
+def _section(content: dict[str, Any]) -> Section:
+    queries = (Query(q["text"], q["rank"], tuple(Found(**found) for found in q["found"])) for q in content["queries"])
+    return Section(content["title"], content["note"], tuple(queries))

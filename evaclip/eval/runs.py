@@ -1,5 +1,7 @@
-"""Whole evaluations: from a loaded model and a data set to a result that can be stored."""
+"""Whole evaluations: from a loaded model and a data set to a stored result."""
 
+import base64
+import io
 import re
 import time
 from collections.abc import Sequence
@@ -8,22 +10,23 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from evaclip.data import Source
-from evaclip.eval import classify, knn, linear_probe, retrieval, zero_shot
-from evaclip.eval.class_space import ClassSpace
+from evaclip.data.config import DEFAULT_MAX_BAD_SHARE
+from evaclip.eval import classify, probes, retrieval, zero_shot
+from evaclip.eval.classify import ClassSpace, assign_labels
 from evaclip.eval.features import (
-    ALLOWED_UNREADABLE,
     FeatureOptions,
     ImageFeatures,
     encode_images,
     refuse_rest,
     weights_hash,
 )
-from evaclip.eval.gallery import Gallery, build_gallery
-from evaclip.eval.labels import assign_labels
-from evaclip.eval.pairs import encode_pairs
-from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, Task
+from evaclip.eval.ranking import target_ranks, top_items
+from evaclip.eval.results import DataFacts, Evaluation, Found, Gallery, ModelFacts, Query, Section, Task
+from evaclip.eval.retrieval import EncodedPairs, encode_pairs
 from evaclip.loading import LoadedClassifier, LoadedModel
 from evaclip.redact import redacted
 from evaclip.run_files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
@@ -33,15 +36,15 @@ _ALLOW = "--allow-unreadable"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is common to all evaluations.
+    """Model, data and options of an evaluation.
 
     Attributes:
         loaded: the model; for `run_classify` a classifier, for `run_linear_probe` and `run_knn` either.
-        path: where the data lies, as the user wrote it.
+        path: of the data, as the user wrote it.
         source: the data, opened.
-        title: what the data is called in tables and reports.
-        options: how features are computed.
-        allowed_unreadable: share of the samples that may be unreadable; with more of them there is no result.
+        title: name of the data in tables and reports.
+        options: of the computation of features.
+        allowed_unreadable: share of the samples that may be unreadable; more of them are refused.
     """
 
     loaded: LoadedModel | LoadedClassifier
@@ -49,14 +52,14 @@ class Setting:
     source: Source
     title: str
     options: FeatureOptions = field(default_factory=FeatureOptions)
-    allowed_unreadable: float = ALLOWED_UNREADABLE
+    allowed_unreadable: float = DEFAULT_MAX_BAD_SHARE
 
 
 def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates: Sequence[str]) -> Evaluation:
-    """Zero-shot classification of a source whose captions are class names or label numbers.
+    """Zero-shot classification of a source with class names or label numbers as captions.
 
     Args:
-        classnames: in the order of the labels; None takes the source's own, or else the distinct captions.
+        classnames: in label order; None takes the source's own, or else the distinct captions.
         templates: each with the placeholder `{}`.
 
     Raises:
@@ -73,7 +76,7 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
 
 
 def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
-    """Retrieval both ways over all pictures and captions of a source, and a gallery of what was found.
+    """Retrieval both ways over all images and captions of a source, and a gallery of examples.
 
     Raises:
         Refused: more samples than `setting` allows could not be read.
@@ -85,7 +88,7 @@ def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
     result = retrieval.evaluate(pairs.image_features, pairs.text_features, pairs.image_of_text)
     readable = len(setting.source) - pairs.unreadable
     evaluation = _evaluation("retrieval", setting, result.to_dict(), started, readable)
-    return evaluation, build_gallery(f"{setting.title}: texts and what they find", pairs)
+    return evaluation, build_gallery(f"{setting.title}: captions and the images they retrieve", pairs)
 
 
 def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
@@ -98,7 +101,7 @@ def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] 
 
 
 def run_knn(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
-    """The same by votes of the nearest of `train`."""
+    """k nearest neighbours among the features of `train`; the rest as for `run_linear_probe`."""
     return _by_features("knn", setting, train, classnames)
 
 
@@ -109,7 +112,7 @@ def _by_features(
     fitted, tested = _encode(setting, train), _encode(setting, setting.source)
     train_labels = assign_labels(fitted.captions, fitted.keys, classnames, train.classes)
     test_labels = assign_labels(tested.captions, tested.keys, train_labels.classnames, setting.source.classes)
-    measure = linear_probe.linear_probe if task == "linear-probe" else knn.knn
+    measure = probes.linear_probe if task == "linear-probe" else probes.knn
     result = measure(
         (fitted.features, train_labels.indices),
         (tested.features, test_labels.indices),
@@ -120,10 +123,10 @@ def _by_features(
 
 
 def run_classify(setting: Setting, classes: ClassSpace, real: Sequence[frozenset[int]] | None = None) -> Evaluation:
-    """Classification of a source by the model's own classifier.
+    """Classification of a source by the model's classifier.
 
     Args:
-        classes: what captions and logits stand for, from `class_space`.
+        classes: of captions and logits, from `class_space`.
         real: reassessed labels, from `load_real_labels`.
 
     Raises:
@@ -132,14 +135,54 @@ def run_classify(setting: Setting, classes: ClassSpace, real: Sequence[frozenset
     started = time.monotonic()
     loaded, source = setting.loaded, setting.source
     assert isinstance(loaded, LoadedClassifier)
-    found = classify.predict(loaded.model, loaded.transform, source, classes, setting.options)
-    refuse_rest(source, len(source) - len(found), setting.allowed_unreadable, _ALLOW)
-    result = classify.evaluate(found, classes, real)
-    return _evaluation("classify", setting, result.to_dict(), started, len(found))
+    predictions = classify.predict(loaded.model, loaded.transform, source, classes, setting.options)
+    refuse_rest(source, len(source) - len(predictions), setting.allowed_unreadable, _ALLOW)
+    result = classify.evaluate(predictions, classes, real)
+    return _evaluation("classify", setting, result.to_dict(), started, len(predictions))
+
+
+def build_gallery(title: str, pairs: EncodedPairs, *, queries: int = 8, per_query: int = 8, seed: int = 0) -> Gallery:
+    """A gallery of two sections: queries drawn at random, and those answered best."""
+    ranks = target_ranks(pairs.text_features, pairs.image_features, pairs.image_of_text)
+    drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+    best = _answered_best(pairs, ranks)[:queries]
+
+    def answer(index: int) -> Query:
+        items = top_items(pairs.text_features[index : index + 1], pairs.image_features, per_query)[1][0].tolist()
+        own = int(pairs.image_of_text[index])
+        shown = tuple(Found(pairs.key(item), item == own, thumbnail(pairs.picture(item))) for item in items)
+        return Query(pairs.texts[index], int(ranks[index]) + 1, shown)
+
+    sections = [Section("Drawn at random", f"Queries drawn with seed {seed}, not selected.", tuple(map(answer, drawn)))]
+    if best:
+        note = "The right image first, and by the widest margin."
+        sections.append(Section("Answered best", note, tuple(map(answer, best))))
+    return Gallery(title, len(pairs.image_features), tuple(sections))
+
+
+def thumbnail(image: Image.Image, size: int = 80) -> str:
+    """A small copy on white, as a data URI."""
+    small = image.convert("RGBA")
+    small.thumbnail((size, size))
+    canvas = Image.new("RGB", (size, size), "white")
+    canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2), small)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _answered_best(pairs: EncodedPairs, ranks: Tensor) -> list[int]:
+    """Captions that rank their image first, by the margin to the second; one caption per image."""
+    scores = top_items(pairs.text_features, pairs.image_features, 2)[0]
+    order = (scores[:, 0] - scores[:, -1]).argsort(descending=True, stable=True)
+    best: dict[int, int] = {}
+    for text in order[ranks[order] == 0].tolist():
+        best.setdefault(int(pairs.image_of_text[text]), text)
+    return list(best.values())
 
 
 def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> Path:
-    """Keeps a result in the folder of its run, for its report; one of the same name is replaced."""
+    """Write a result into the folder of its run, for the report; one of the same name is replaced."""
     name = f"{evaluation.task}-{re.sub(r'[^a-z0-9]+', '-', evaluation.title.lower()).strip('-')}.json"
     evaluation.save(run / EVALUATIONS_FOLDER / name)
     if gallery:

@@ -1,7 +1,14 @@
-"""Zero-shot classification: pictures against each class's mean prompt (arXiv 2103.00020, section 3.1)."""
+"""Zero-shot classification: class names, prompts, and images against each class's mean prompt (arXiv 2103.00020)."""
 
+import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +16,129 @@ from torch.nn.functional import normalize
 
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_texts
-from evaclip.eval.prompts import PLACEHOLDER, prompts
 from evaclip.eval.ranking import Result, hit_rate, target_ranks, top_items
+
+IMAGENET = "imagenet"
+PLACEHOLDER = "{}"
+
+IMAGENET_CLASSNAMES: Sequence[str]
+"""open_clip's list of the 1,000 cleaned class names, in label order."""
+OPENAI_IMAGENET_TEMPLATES: Sequence[Callable[[str], str]]
+"""open_clip's 80 templates of the CLIP paper, functions from a class name to a sentence."""
+SIMPLE_IMAGENET_TEMPLATES: Sequence[Callable[[str], str]]
+"""The 7 of them that do nearly as well."""
+_FROM_OPEN_CLIP = ("IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_OPEN_CLIP:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_open_clip_data(), name)
+
+
+def imagenet_classnames() -> tuple[str, ...]:
+    """The 1,000 cleaned ImageNet class names, in label order."""
+    return tuple(_open_clip_data().IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 prompt templates of the CLIP paper (arXiv 2103.00020, section 3.1.4)."""
+    return tuple(template(PLACEHOLDER) for template in _open_clip_data().OPENAI_IMAGENET_TEMPLATES)
+
+
+def load_classnames(source: str | Path) -> tuple[str, ...]:
+    """Class names of `imagenet`, or of a file with one a line (or a JSON list), in label order.
+
+    Raises:
+        UserError: no such file, or an empty name (with its line).
+    """
+    if str(source) == IMAGENET:
+        return imagenet_classnames()
+    return tuple(name for _, name in _read_list(Path(source), "class names"))
+
+
+def load_templates(source: str | Path) -> tuple[str, ...]:
+    """Templates of `imagenet`, a template itself (a string with `{}`), or those of a file (lines or a JSON list).
+
+    Raises:
+        UserError: no such file, or a template without the placeholder `{}` (with its line).
+    """
+    if str(source) == IMAGENET:
+        return imagenet_templates()
+    if PLACEHOLDER in str(source):
+        return (str(source),)
+    entries = _read_list(Path(source), "templates", f", or one template with {PLACEHOLDER}")
+    for where, template in entries:
+        if PLACEHOLDER not in template:
+            raise UserError(f"{source}, {where}: template {template!r} lacks the placeholder {PLACEHOLDER}")
+    return tuple(template for _, template in entries)
+
+
+def read_text(path: Path, what: str, hint: str = "") -> str:
+    """Contents of a UTF-8 file.
+
+    Raises:
+        UserError: it can't be read; `what` names its contents, `hint` ends the message.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read {what} from {str(path)!r}: {reason}{hint}") from exc
+
+
+def _read_list(path: Path, what: str, alternative: str = "") -> list[tuple[str, str]]:
+    """Position and text of every entry."""
+    text = read_text(path, what, f"; give a file with one a line, a JSON list, or 'imagenet'{alternative}")
+    if path.suffix == ".json":
+        entries = _parse_json(path, text)
+    else:
+        entries = [(f"line {number}", line.strip()) for number, line in enumerate(text.rstrip().splitlines(), 1)]
+    for where, entry in entries:
+        if not entry:
+            raise UserError(f"{path}, {where}: empty; every line must hold one of the {what}")
+    if not entries:
+        raise UserError(f"{path} holds no {what}")
+    return entries
+
+
+def _parse_json(path: Path, text: str) -> list[tuple[str, str]]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise UserError(f"{path}, line {exc.lineno}: not valid JSON ({exc.msg})") from exc
+    if not isinstance(values, list):
+        raise UserError(f"{path}: expected a JSON list of strings, got {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise UserError(f"{path}, entry {number}: expected a string, got {json.dumps(value)}")
+    return [(f"entry {number}", value.strip()) for number, value in enumerate(values, 1)]
+
+
+@cache
+def _open_clip_data() -> ModuleType:
+    """open_clip's data file as a separate module, without importing the open_clip package."""
+    try:
+        distribution = metadata.distribution("open_clip_torch")
+    except metadata.PackageNotFoundError as exc:
+        raise UserError(
+            "ImageNet's class names and templates come from open_clip_torch, which is not installed: "
+            "pip install 'open_clip_torch>=3.3'"
+        ) from exc
+    path = Path(str(distribution.locate_file("open_clip/zero_shot_metadata.py")))
+    spec = importlib.util.spec_from_file_location("evaclip.eval._imagenet_prompts", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(
+            f"open_clip_torch {distribution.version} has no {path.name}; evaclip needs open_clip_torch>=3.3"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class: the share of its pictures that were found, and the class they were most often taken for."""
+    """Accuracies of one class, and the class most often predicted in its place."""
 
     name: str
     samples: int
@@ -26,12 +149,12 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class ZeroShotResult(Result):
-    """Accuracies are shares in [0, 1]; classes without pictures take no part in the mean per class.
+    """Accuracies in [0, 1]; the mean per class is over classes that have images.
 
     Attributes:
         chance_top1: the accuracy of guessing, 1 / classes.
         chance_top5: min(1, 5 / classes).
-        per_class: the classes that have pictures, in the order of the labels.
+        per_class: the classes that have images, in label order.
     """
 
     samples: int
@@ -51,13 +174,13 @@ def build_classifier(
     templates: Sequence[str],
     options: FeatureOptions | None = None,
 ) -> Tensor:
-    """One feature per class: every prompt encoded and normalised, their mean, normalised again.
+    """One feature per class: every prompt encoded and normalized, their mean, normalized again.
 
     Returns:
         [classes, embed_dim] float32 on the CPU.
     """
-    texts = [text for name in classnames for text in prompts(name, templates)]
-    features = encode_texts(model, tokenizer, texts, options)
+    prompts = [template.replace(PLACEHOLDER, name) for name in classnames for template in templates]
+    features = encode_texts(model, tokenizer, prompts, options)
     return normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 
@@ -70,49 +193,49 @@ def build_zero_shot_classifier(
     device: str | torch.device | None = None,
     use_tqdm: bool = False,
 ) -> Tensor:
-    """`build_classifier` as open_clip spells it: one column per class.
+    """`build_classifier` with open_clip's signature: one column per class.
 
     Args:
-        templates: texts with `{}`, or functions from a class's name to a sentence.
+        templates: strings with `{}`, or functions from a class name to a sentence.
         num_classes_per_batch: classes that are encoded at once; None for all.
         device: of the result; None for the model's.
-        use_tqdm: show a bar, on a terminal.
+        use_tqdm: show a progress bar, on a terminal.
 
     Returns:
         `[embed_dim, classes]` in the dtype of the model's parameters.
 
     Raises:
-        UserError: without classes or templates, or for a template without a place for the class.
+        UserError: without classes or templates, or for a template without a placeholder.
 
     Example:
         `classifier = evaclip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog"], ["a photo of a {}."])`
     """
-    texts = [template if isinstance(template, str) else template(PLACEHOLDER) for template in templates]
-    for text in texts:
-        if PLACEHOLDER not in text:
-            raise UserError(f"template {text!r} lacks the placeholder {PLACEHOLDER}")
-    if not texts or not classnames:
-        raise UserError(f"expected classes and templates, got {len(classnames)} and {len(texts)}")
+    strings = [template if isinstance(template, str) else template(PLACEHOLDER) for template in templates]
+    for template in strings:
+        if PLACEHOLDER not in template:
+            raise UserError(f"template {template!r} lacks the placeholder {PLACEHOLDER}")
+    if not strings or not classnames:
+        raise UserError(f"expected classes and templates, got {len(classnames)} and {len(strings)}")
     assert isinstance(model, nn.Module)
     parameter = next(model.parameters())
-    options = FeatureOptions(batch_size=len(texts) * (num_classes_per_batch or len(classnames)), progress=use_tqdm)
-    classifier = build_classifier(model, tokenizer, classnames, texts, options)
+    options = FeatureOptions(batch_size=len(strings) * (num_classes_per_batch or len(classnames)), progress=use_tqdm)
+    classifier = build_classifier(model, tokenizer, classnames, strings, options)
     return classifier.T.to(device or parameter.device, parameter.dtype)
 
 
 def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: Sequence[str]) -> ZeroShotResult:
-    """Top-1, top-5 and mean-per-class accuracy of normalised picture features.
+    """Top-1, top-5 and mean-per-class accuracy of normalized image features.
 
-    Among classes of equal score the one with the lower label counts as the better.
+    Among classes of equal score the one with the lower label wins.
 
     Args:
         features: [N, embed_dim].
         labels: [N] int64 in [0, classes).
         classifier: [classes, embed_dim], from `build_classifier`.
-        classnames: their names.
+        classnames: by label.
     """
     if not len(labels):
-        raise UserError("there are no labelled pictures to classify")
+        raise UserError("there are no labelled images to classify")
     if len(classnames) != len(classifier):
         raise ValueError(f"expected {len(classifier)} class names, got {len(classnames)}")
     ranks = target_ranks(features, classifier, labels)
@@ -123,14 +246,14 @@ def evaluate(features: Tensor, labels: Tensor, classifier: Tensor, classnames: S
 def summarize(
     ranks: Tensor, predictions: Tensor, labels: Tensor, classnames: Sequence[str], classes: int
 ) -> ZeroShotResult:
-    """The accuracies that follow from ranks.
+    """Accuracies from ranks.
 
     Args:
-        ranks: [N] the place (0 is best) of each picture's own class; from 5 on they are all the same.
-        predictions: [N] int64, the classes that the pictures were taken for.
-        labels: [N] int64, their own.
+        ranks: [N] rank (0 is best) of each image's true class; all ranks from 5 on are equivalent.
+        predictions: [N] int64, the predicted classes.
+        labels: [N] int64, the true classes.
         classnames: by label.
-        classes: how many there are to choose among.
+        classes: number of classes to choose among.
     """
     per_class = tuple(
         _class_result(label, classnames, ranks[labels == label], predictions[labels == label])

@@ -1,1 +1,1 @@
-"""The model: configurations, the two towers, and their cost."""
+"""Models: configurations, image and text towers, and their cost."""

@@ -1,4 +1,4 @@
-"""The two towers and the temperature between them."""
+"""CLIP: two towers and a temperature."""
 
 from dataclasses import replace
 
@@ -6,28 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip.model.captions import Layout
-from evaclip.model.config import CLIPConfig
-from evaclip.model.savings import Savings
-from evaclip.model.text import TextTower
+from evaclip.model.config import CLIPConfig, Savings
+from evaclip.model.text import Layout, TextTower
 from evaclip.model.vision import VisionTower
 
 
 class CLIP(nn.Module):
     """EVA-CLIP (Sun et al. 2023, arXiv 2303.15389): images and texts in one space.
 
-    All that a forward pass depends on is in the configuration, the parameters and the arguments.
-
     Args:
         config: of both towers.
-        savings: what they leave out without changing a result.
+        savings: memory options.
 
     Attributes:
         visual, text: the towers.
         logit_scale: 0-D, the logarithm of the factor of the cosine similarities.
-        logit_bias: 0-D, what SigLIP adds to them then; None for a model without one.
-        config: what the model was built from.
-        context_length: tokens of the longest text.
+        logit_bias: 0-D, the bias of SigLIP; None for a model without one.
+        config: of the model.
+        context_length: maximum number of tokens of a text.
     """
 
     def __init__(self, config: CLIPConfig, savings: Savings | None = None) -> None:
@@ -49,7 +45,7 @@ class CLIP(nn.Module):
             nn.init.constant_(self.logit_bias, self.config.init_logit_bias or 0.0)
 
     def set_savings(self, savings: Savings) -> None:
-        """Changes what both towers leave out, from the next forward pass on."""
+        """Set the memory options of both towers from the next forward pass on."""
         self.visual.savings = self.text.savings = savings
 
     @property
@@ -57,7 +53,7 @@ class CLIP(nn.Module):
         return self.config.text.context_length
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps each block's input alone, and computes the block again in the backward pass.
+        """Checkpoint whole blocks in training: only their inputs are saved for backward.
 
         Example:
             `model.set_grad_checkpointing()`
@@ -65,13 +61,12 @@ class CLIP(nn.Module):
         self.set_savings(replace(self.visual.savings, recompute="block" if enable else "none"))
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Takes the image tower out of training (LiT, Zhai et al. 2022, arXiv 2111.07991); an optimizer made
-        afterwards has nothing of it.
+        """Freeze the image tower (LiT, Zhai et al. 2022, arXiv 2111.07991); call before the optimizer is made.
 
         Args:
-            unlocked_groups: groups that are trained all the same, counted from the output: the projection, the last
-                block with the norm behind it, each block before it, the embeddings.
-            freeze_bn_stats: changes nothing, as there is no batch norm.
+            unlocked_groups: groups that stay trainable, from the output: the projection, the last block with the norm
+                after it, each block before it, the embeddings.
+            freeze_bn_stats: no effect, as there is no batch norm.
 
         Example:
             `model.lock_image_tower(unlocked_groups=2)`
@@ -79,7 +74,7 @@ class CLIP(nn.Module):
         self.visual.lock(unlocked_groups)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """As `lock_image_tower`; the norms of what is locked are locked as well, whatever `freeze_layer_norm` says.
+        """Freeze the text tower, as `lock_image_tower`; `freeze_layer_norm` has no effect: frozen blocks include norms.
 
         Example:
             `model.lock_text_tower()`
@@ -90,7 +85,7 @@ class CLIP(nn.Module):
         """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`, of length 1 if `normalize`.
 
         Args:
-            images: as the preprocessing gives them.
+            images: preprocessed.
             normalize: divide by the L2 norm.
             token_index: int64 `[B, K]`, the patches to keep; see `VisionTower.forward`.
         """
@@ -103,8 +98,9 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def get_logits(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine similarities times `logit_scale.exp()`, `[B, M]`, of images `[B, 3, height, width]` and token ids
-        `[M, N]`, plus `logit_bias` where the model has one; and the same transposed.
+        """Logits `[B, M]` of images `[B, 3, height, width]` and token ids `[M, N]`, and their transpose.
+
+        Cosine similarities times `logit_scale.exp()`, plus `logit_bias` if the model has one.
 
         Example:
             `model.get_logits(images, tokenizer(names))[0].softmax(-1)`; with a `logit_bias` `.sigmoid()`

@@ -1,4 +1,4 @@
-"""What a model is made of: frozen dataclasses, and the shipped configurations as JSON files.
+"""Model configurations: frozen dataclasses, shipped JSON files, and memory options.
 
 A configuration file holds only what differs from the defaults here, which are those of EVA02-CLIP (Sun et al.
 2023, arXiv 2303.15389).
@@ -22,7 +22,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "squash"]
 Pool = Literal["token", "mean"]
 
-# Names under which the same models are known elsewhere: those of open_clip, of the model cards, and of the hub.
+# Names of the same models in open_clip, in model cards, and on the hub.
 ALIASES = {
     "EVA01-g-14": "EVA01-CLIP-g-14",
     "EVA01-g-14-plus": "EVA01-CLIP-g-14-plus",
@@ -47,17 +47,20 @@ ALIASES = {
 
 _HUB = "hf-hub:"
 _added: dict[str, Path] = {}
-"""Files of `add_model_config`, by name."""
+"""Files of `add_model_config` by model name."""
 
 _RATES = ("drop_path", "patch_dropout")
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an image goes through before the model sees it; stored beside the weights.
+    """Preprocessing of images; stored next to the weights.
 
-    `mean` and `std` are per RGB channel on the scale 0..1. `resize` is how evaluation gives an image its size:
-    shortest side and centre crop, or squashed; `crop` is the share of the side that the centre crop keeps.
+    Attributes:
+        mean, std: per RGB channel, on the scale 0..1.
+        interpolation: of resizing.
+        resize: of evaluation: shortest side and centre crop, or squash.
+        crop: share of the side that the centre crop keeps.
     """
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -68,20 +71,20 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
-            try:  # a command line's are texts
+            try:  # those of a command line are strings
                 numbers = tuple(map(float, values))
             except (TypeError, ValueError):
                 numbers = ()
             _check(
                 len(numbers) == 3 and all(map(math.isfinite, numbers)),
-                f"preprocess.{name} is {values!r}; expected 3 numbers, one per RGB channel",
+                f"preprocess.{name} must be 3 numbers, one per RGB channel, got {values!r}",
             )
             object.__setattr__(self, name, numbers)
-        _check(min(self.std) > 0, f"preprocess.std is {self.std}; expected positive numbers")
+        _check(min(self.std) > 0, f"preprocess.std must be positive, got {self.std}")
         _check_choice("preprocess.interpolation", self.interpolation, Interpolation)
         _check_choice("preprocess.resize", self.resize, Resize)
         crop = self.crop
-        _check(_is_number(crop) and 0 < crop <= 1, f"preprocess.crop is {crop!r}; expected 0 < share <= 1")
+        _check(_is_number(crop) and 0 < crop <= 1, f"preprocess.crop must be 0 < share <= 1, got {crop!r}")
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,16 @@ class VisionConfig:
         mlp_ratio: hidden width of the MLP is `int(width * mlp_ratio)`.
         sub_norm: a norm before the output projection of attention and of the SwiGLU MLP; q, k and v are then
             three matrices, otherwise one.
-        attn_sub_norm: false where `sub_norm` leaves the norm in attention out, as in EVA-02 before CLIP training.
-        post_norm: the norm is applied to the output of a sub-layer, inside the residual branch, not to its
-            input.
+        attn_sub_norm: false for `sub_norm` without the norm in attention, as in EVA-02 before CLIP training.
+        post_norm: norm of the output of a sub-layer, inside the residual branch, instead of its input.
         rope: rotary position embedding on the patches, in addition to the learned absolute one.
-        pt_hw_seq_len: grid side that rotary positions are stretched to, whatever the actual grid is.
+        pt_hw_seq_len: grid side to which the rotary positions of every grid are scaled.
         qkv_bias: biases on q and v (never on k) and on the final projection.
         layer_scale_init: start value of the learned factor per channel of each residual branch; None for no
             factor.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
-        patch_dropout: share of the patches that training leaves out (FLIP, Li et al. 2022).
-        pool: what the head sees: the class token, or the mean of the patches.
+        patch_dropout: share of the patches that training drops (FLIP, Li et al. 2022).
+        pool: input of the head: the class token, or the mean of the patches.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -141,11 +143,11 @@ class VisionConfig:
         )
         _check(
             not self.rope or self.head_dim % 4 == 0,
-            f"vision.rope needs width / heads to be a multiple of 4; it is {self.head_dim}",
+            f"vision.width / vision.heads must be a multiple of 4 with rope, got {self.head_dim}",
         )
         _check(
             not self.sub_norm or (self.mlp == "swiglu" and self.norm == "layer_norm"),
-            f"vision.sub_norm needs mlp=swiglu and norm=layer_norm; given {self.mlp} and {self.norm}",
+            f"vision.sub_norm needs mlp=swiglu and norm=layer_norm, got {self.mlp} and {self.norm}",
         )
 
     @property
@@ -205,10 +207,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, the width of the space they share, and the preprocessing of images.
+    """Both towers, the width of their embeddings, and the preprocessing of images.
 
     Attributes:
-        init_logit_scale: start value of the temperature, the logarithm of what similarities are multiplied by.
+        init_logit_scale: start value of the logarithm of the factor of the similarities.
         init_logit_bias: start value of the bias of a model for SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343), as
             in open_clip's configurations; None for a model without one.
     """
@@ -224,7 +226,7 @@ class CLIPConfig:
         _check_fields("model", self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as plain data; `override(CLIPConfig(), ...)` makes them a configuration again."""
+        """All options as plain data; `override(CLIPConfig(), ...)` is the inverse."""
         return asdict(self)
 
 
@@ -237,7 +239,7 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
     Args:
         config: a frozen dataclass.
         changes: new values by field name, such as `{"embed_dim": 256, "vision": {"layers": 2}}`.
-        path: where `config` stands in the whole configuration, for error messages.
+        path: prefix of the option names in error messages.
 
     Raises:
         UserError: for a field that doesn't exist or a value that isn't accepted.
@@ -251,7 +253,7 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
         if is_dataclass(current) and isinstance(value, Mapping):
             value = override(current, value, f"{path}{name}.")
         elif (is_dataclass(current) or is_dataclass(value)) and not isinstance(value, type(current)):
-            raise UserError(f"model option {path}{name} is {value!r}; expected {_kind(current)}")
+            raise UserError(f"model option {path}{name} must be {_kind(current)}, got {value!r}")
         values[name] = value
     return replace(config, **values)  # type: ignore[type-var]
 
@@ -266,34 +268,34 @@ def list_models() -> list[str]:
 
 
 def add_model_config(path: str | Path) -> None:
-    """Adds configurations of one's own under the names of their files, in this process.
+    """Add your own configurations under the names of their files, in this process.
 
     Args:
-        path: a JSON file with what differs from `CLIPConfig()`, such as `{"vision": {"layers": 6}}`, or a folder of
+        path: a JSON file with the differences from `CLIPConfig()`, such as `{"vision": {"layers": 6}}`, or a folder of
             such files.
 
     Raises:
-        UserError: for a file that is none, or that has the name of a shipped configuration.
+        UserError: for another file, or one with the name of a shipped configuration.
 
     Example:
         `evaclip.add_model_config("my-small-clip.json"); evaclip.create_model("my-small-clip")`
     """
     path = Path(path)
-    found = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not found:
+    files_added = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files_added:
         raise UserError(f"the folder {str(path)!r} has no .json file")
-    for file in found:
+    for file in files_added:
         if find_model(file.stem) in _shipped():  # an alias, or another spelling, would never be found
             raise UserError(f"{str(file)!r} has the name of a shipped model; give it another name")
         _read_config(file)
-    _added.update({file.stem: file for file in found})
+    _added.update({file.stem: file for file in files_added})
     get_config.cache_clear()
 
 
 def find_model(name: str) -> str | None:
-    """The configuration's own name, from any spelling of it; None if there is none.
+    """Name of a configuration from any spelling; None if there is none.
 
-    Case doesn't matter, nor do `_` and `/` in the place of `-`, and `hf-hub:` in front of a name of the hub.
+    Case, `_` or `/` instead of `-`, and the prefix `hf-hub:` of a name on the hub don't matter.
     """
     spellings = {_spelling(known): known for known in list_models()}
     spellings |= {_spelling(alias): known for alias, known in ALIASES.items()}
@@ -302,7 +304,7 @@ def find_model(name: str) -> str | None:
 
 @cache
 def get_config(name: str) -> CLIPConfig:
-    """The configuration called `name`, in any spelling that `find_model` knows; names of open_clip are accepted too.
+    """The configuration called `name`, in any spelling of `find_model`, names of open_clip included.
 
     Raises:
         UserError: for an unknown name, with the nearest known ones.
@@ -333,7 +335,7 @@ def _read_config(file: Path) -> CLIPConfig:
     try:
         options = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(options, dict):
-            raise ValueError(f"it holds a {type(options).__name__}; expected an object with options")
+            raise ValueError(f"expected an object with options, got a {type(options).__name__}")
         return override(CLIPConfig(), options)
     except (OSError, ValueError, UserError) as exc:
         raise UserError(f"{str(file)!r} is no model configuration: {exc}") from exc
@@ -341,7 +343,7 @@ def _read_config(file: Path) -> CLIPConfig:
 
 def _pair(sizes: Sequence[Any]) -> tuple[int, int]:
     good = len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
-    _check(good, f"vision.image_size is {sizes!r}; expected a positive integer, or height and width")
+    _check(good, f"vision.image_size must be a positive integer, or height and width, got {sizes!r}")
     height, width = sizes
     return height, width
 
@@ -377,7 +379,7 @@ def _check_fields(part: str, config: Any) -> None:
             accepted, expected = (number and value > 0) or value is entry.default, "a positive number"
         else:
             continue
-        _check(accepted, f"{part}.{entry.name} is {value!r}; expected {expected}")
+        _check(accepted, f"{part}.{entry.name} must be {expected}, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -386,4 +388,30 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 
 def _check_heads(part: str, width: int, heads: int) -> None:
-    _check(width % heads == 0, f"{part}.width {width} isn't a multiple of heads {heads}")
+    _check(width % heads == 0, f"{part}.width must be a multiple of heads {heads}, got {width}")
+
+
+Recompute = Literal["none", "activations", "block"]
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Options that save work and memory. Embeddings and gradients stay equal up to rounding; see docs/savings.md.
+
+    Attributes:
+        pack_text: run the text tower without padding. Has no effect in a graph of `torch.compile`, where shapes would
+            depend on the data; use `cut_padding` there.
+        pooled_last_block: compute the last block of each tower only for the pooled token.
+        early_drop: embed only the patches that token dropout keeps.
+        recompute: activation checkpointing in training: none; of norms, activation functions and the query-key-value
+            projections; or of whole blocks.
+    """
+
+    pack_text: bool = True
+    pooled_last_block: bool = True
+    early_drop: bool = True
+    recompute: Recompute = "none"
+
+    def __post_init__(self) -> None:
+        if self.recompute not in get_args(Recompute):
+            raise unknown_name("savings.recompute", str(self.recompute), get_args(Recompute))

@@ -1,33 +1,32 @@
-"""What a forward pass costs, from the configuration alone."""
+"""FLOPs of a forward pass, from the configuration alone."""
 
 from dataclasses import replace
 
-from evaclip.model.config import CLIPConfig, TextConfig, VisionConfig
-from evaclip.model.savings import Savings
+from evaclip.model.config import CLIPConfig, Savings, TextConfig, VisionConfig
 
 PLAIN = Savings(pack_text=False, pooled_last_block=False, early_drop=False)
-"""Nothing is left out: the cost that a model is known by."""
+"""No memory options: the cost that is usually quoted for a model."""
 
 
 def flops_per_sample(
     config: CLIPConfig, token_keep: float = 1.0, savings: Savings = PLAIN, text_tokens: int | None = None
 ) -> int:
-    """Floating-point operations of one image-text pair, forward, in matrix products and attention; 2 per MAC.
+    """FLOPs of one image-text pair, forward, in matmuls and attention; 2 per MAC.
 
-    A backward pass costs twice as much again, but for the patch embedding, whose input needs no gradient.
+    A backward pass costs twice as much, except for the patch embedding, as images need no gradient.
 
     Args:
         config: of the model.
         token_keep: share of the patches that patch dropout keeps.
-        savings: what isn't computed; see docs/savings.md for the difference that each one makes.
-        text_tokens: length of the caption, from the start token to the end token; None for the full context.
+        savings: memory options; see docs/savings.md for the effect of each.
+        text_tokens: length of the caption with start and end token; None for the full context.
     """
     image = vision_flops(config.vision, config.embed_dim, token_keep, savings)
     return image + text_flops(config.text, config.embed_dim, savings, text_tokens)
 
 
 def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0, savings: Savings = PLAIN) -> int:
-    """Floating-point operations of one image."""
+    """FLOPs of one image, forward."""
     kept = max(1, int(config.num_patches * token_keep))
     embedded = kept if savings.early_drop else config.num_patches
     embedding = embedded * config.width * 3 * config.patch_size**2
@@ -37,30 +36,31 @@ def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0, 
 
 
 def masked_image_flops(config: VisionConfig, features: int, masked: int, decoder_layers: int = 0) -> int:
-    """Floating-point operations of one image in masked image modelling, forward, without the teacher.
+    """FLOPs of one image in masked image modelling, forward, without the teacher.
 
     Args:
-        features: width of what is predicted.
-        masked: patches that are; with `decoder_layers` the blocks don't see them, and that many more see all.
+        features: width of the predictions.
+        masked: number of masked patches.
+        decoder_layers: further blocks that see all patches; the others then see only visible ones.
     """
     patches, mlp_columns = config.num_patches, (3 if config.mlp == "swiglu" else 2) * config.hidden
-    seen = patches - masked if decoder_layers else patches
-    blocks = _block_macs(config, 1 + seen, mlp_columns, PLAIN)
+    visible = patches - masked if decoder_layers else patches
+    blocks = _block_macs(config, 1 + visible, mlp_columns, PLAIN)
     if decoder_layers:
         blocks += _block_macs(replace(config, layers=decoder_layers), 1 + patches, mlp_columns, PLAIN)
-    return 2 * (seen * config.width * 3 * config.patch_size**2 + blocks + masked * config.width * features)
+    return 2 * (visible * config.width * 3 * config.patch_size**2 + blocks + masked * config.width * features)
 
 
 def text_flops(config: TextConfig, embed_dim: int, savings: Savings = PLAIN, text_tokens: int | None = None) -> int:
-    """Floating-point operations of one text; `text_tokens` matters where texts are packed."""
+    """FLOPs of one text, forward; `text_tokens` matters for packed texts."""
     tokens = text_tokens if savings.pack_text and text_tokens is not None else config.context_length
     return 2 * (_block_macs(config, tokens, 2 * config.hidden, savings) + config.width * embed_dim)
 
 
 def _block_macs(config: VisionConfig | TextConfig, tokens: int, mlp_columns: int, savings: Savings) -> int:
-    """Of all blocks of a tower. The pooled last one needs keys and values of all tokens, the rest of one token."""
+    """MACs of all blocks of a tower. A pooled last block needs keys and values of all tokens, the rest of one."""
     width, layers = config.width, config.layers
     keys_and_values = 2 * tokens * width**2
-    a_query = 2 * width**2 + 2 * tokens * width + width * mlp_columns
+    per_query = 2 * width**2 + 2 * tokens * width + width * mlp_columns
     queries = (layers - 1) * tokens + 1 if savings.pooled_last_block else layers * tokens
-    return layers * keys_and_values + queries * a_query
+    return layers * keys_and_values + queries * per_query

@@ -1,4 +1,4 @@
-"""One norm, three places to put it: alone, behind a residual add, and inside the residual branch."""
+"""Norms: alone, after a residual add, or inside the residual branch; and the residual stream."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from evakernels.autocast import is_on
 
 
 def product_dtype(x: Tensor) -> torch.dtype | None:
-    """That of autocast, if it is on and would cast a float32 `x` in front of a product; else None."""
+    """Autocast's dtype if autocast would cast a float32 `x` in a matmul; else None."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if x.dtype == torch.float32 and is_on(device) else None
 
@@ -26,8 +26,8 @@ def product_dtype(x: Tensor) -> torch.dtype | None:
 class Norm(nn.Module):
     """LayerNorm, or RMSNorm (which has no bias), over the last dimension of `[..., width]`.
 
-    The two residual forms take `layer_scale` `[width]` and `row_scale` `[B]`, which multiply the branch. `out_dtype`
-    is that of `norm(x)`, None for that of `x`; `product_dtype` in front of products spares a float32 copy.
+    The residual forms take `layer_scale` `[width]` and `row_scale` `[B]`, factors of the branch. `out_dtype` is the
+    dtype of `norm(x)`, None for that of `x`; `product_dtype` before matmuls saves a float32 copy.
     """
 
     bias: nn.Parameter | None
@@ -80,13 +80,13 @@ class Norm(nn.Module):
 
 
 class Stream(NamedTuple):
-    """The residual stream between two blocks. The branch of the last one is added by the norm that reads it.
+    """The residual stream between two blocks; the next norm adds the last branch.
 
     Attributes:
         x: `[..., width]`.
-        branch: of the shape of `x`, what is still to be added; None for nothing.
+        branch: of the shape of `x`, still to be added; None for none.
         layer_scale: `[width]`, factors of the branch; None for none.
-        row_scale: `[B]`, the same.
+        row_scale: `[B]`, factors of the branch per sample; None for none.
     """
 
     x: Tensor
@@ -95,7 +95,7 @@ class Stream(NamedTuple):
     row_scale: Tensor | None = None
 
     def total(self) -> Tensor:
-        """The sum."""
+        """`x` plus the scaled branch."""
         branch = self.branch
         if branch is None:
             return self.x
@@ -106,7 +106,7 @@ class Stream(NamedTuple):
         return self.x + branch
 
     def read(self, norm: Norm, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """`(norm(x), x)` of the sum `x`; `out_dtype` as in `Norm`."""
+        """`(norm(total), total)`; `out_dtype` as in `Norm`."""
         if self.branch is None:
             return norm(self.x, out_dtype), self.x
         return norm.of_sum(self.x, self.branch, self.layer_scale, self.row_scale, out_dtype)

@@ -1,26 +1,94 @@
 """The text tower: the causal transformer of CLIP (Radford et al. 2021), with exact GELU."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip.model.captions import Layout
-from evaclip.model.config import TextConfig
+from evaclip.model.config import Savings, TextConfig
 from evaclip.model.norm import Norm, Stream, product_dtype
-from evaclip.model.recompute import ResidualBlock
-from evaclip.model.savings import Savings
-from evaclip.model.tower import Tower
+from evaclip.model.tower import ResidualBlock, Tower
 from evakernels import gelu, packed_attention, rope_attention
 from evakernels.nn import Linear, linear
 
 
-def cut_padding(tokens: Tensor) -> Tensor:
-    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: the same embeddings for less work.
+class Layout(NamedTuple):
+    """Tokens of a batch as rows `[T, ...]`, packed or padded, and their cells in a grid `[batch, length, ...]`.
 
-    The text tower saves more than that by itself. This is for a model under `torch.compile`, where it can't: call
-    it in front of the compiled code. On a device the host waits.
+    Attributes:
+        batch, length: shape of the grid.
+        last: int64 `[batch]`, position of each caption's end token.
+        cu_seqlens: int64 `[batch + 1]`, the first row of each caption, and the number of rows.
+        rows: int64 `[T]`, each row's cell of the grid; None for a row per cell.
+    """
+
+    batch: int
+    length: int
+    last: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def padded(cls, tokens: Tensor) -> Self:
+        """All positions of token ids `[B, N]`; a caption ends at the first occurrence of its largest id."""
+        batch, length = tokens.shape
+        cu_seqlens = length * torch.arange(batch + 1, device=tokens.device)
+        return cls(batch, length, tokens.argmax(dim=-1), cu_seqlens, None)
+
+    @classmethod
+    def packed(cls, tokens: Tensor) -> Self:
+        """Positions up to each caption's end, in a grid as long as the longest; synchronizes with the device."""
+        last = tokens.argmax(dim=-1)
+        length = int(last.max()) + 1
+        used = torch.arange(length, device=tokens.device) <= last.unsqueeze(1)
+        rows = used.flatten().nonzero().squeeze(1)
+        return cls(len(tokens), length, last, F.pad((last + 1).cumsum(0), (1, 0)), rows)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """A layout with all tensors moved."""
+        rows = None if self.rows is None else move(self.rows)
+        return self._replace(last=move(self.last), cu_seqlens=move(self.cu_seqlens), rows=rows)
+
+    def positions(self) -> Tensor:
+        """Position of each packed row in its caption, int64 `[T]`."""
+        assert self.rows is not None
+        return self.rows % self.length
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Rows `[T, C]` -> grid `[batch, length, C]`, 0 in cells without a row."""
+        if self.rows is not None:
+            x = _Spread.apply(x, self.rows, self.batch * self.length)  # type: ignore[no-untyped-call]
+        return x.view(self.batch, self.length, x.shape[-1])
+
+    def at_ends(self, x: Tensor) -> Tensor:
+        """Rows `[T, C]` -> rows of the end tokens, `[batch, C]`."""
+        return x.index_select(0, self.cu_seqlens[:-1] + self.last)
+
+    def before_ends(self) -> Tensor:
+        """Mask of the positions up to each caption's end, bool `[batch, length]`."""
+        return torch.arange(self.length, device=self.last.device) <= self.last.unsqueeze(1)
+
+
+class _Spread(torch.autograd.Function):
+    # Rows are distinct, so a copy suffices where autograd's formula would add.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, cells: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(cells, x.shape[1]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def cut_padding(tokens: Tensor) -> Tensor:
+    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings for less work.
+
+    The text tower packs captions by itself, but not under `torch.compile`: call this before the compiled code. It
+    synchronizes with the device.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
 
@@ -38,20 +106,20 @@ class TextAttention(nn.Module):
         self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
-        """`layout` says whose the rows of `x` are; `pooled` asks for the end tokens' rows only, `[B, width]`."""
-        out = self._at_ends(x, layout) if pooled else self._everywhere(x, layout)
+        """`layout` is that of the rows of `x`; `pooled` computes only the end tokens' rows, `[B, width]`."""
+        out = self._attend_ends(x, layout) if pooled else self._attend_all(x, layout)
         projected: Tensor = self.out_proj(out)
         return projected
 
-    def _everywhere(self, x: Tensor, layout: Layout) -> Tensor:
+    def _attend_all(self, x: Tensor, layout: Layout) -> Tensor:
         q, k, v = self._heads(linear(x, self.in_proj_weight, self.in_proj_bias))
         if layout.rows is None:
-            # What stands behind a caption's end is seen by no token in front of it.
+            # No token of a caption sees the padding after it.
             grid = (part.unflatten(0, (layout.batch, layout.length)) for part in (q, k, v))
             return rope_attention(*grid, causal=True).flatten(0, 1).flatten(1)
         return packed_attention(q, k, v, layout.cu_seqlens, max_seqlen=layout.length).flatten(1)
 
-    def _at_ends(self, x: Tensor, layout: Layout) -> Tensor:
+    def _attend_ends(self, x: Tensor, layout: Layout) -> Tensor:
         width = x.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
@@ -93,7 +161,7 @@ class TextBlock(ResidualBlock):
         self.kept_columns = config.hidden
 
     def reset_parameters(self, layers: int) -> None:
-        """Normal weights that shrink with the width, and where a branch ends with the layers; bias 0."""
+        """Normal weights with a std by width, and by layers at the end of a branch; bias 0."""
         attn, mlp = self.attn, self.mlp
         width = attn.out_proj.in_features
         branch_std = (2 * layers * width) ** -0.5
@@ -108,7 +176,7 @@ class TextBlock(ResidualBlock):
 
     def attend(self, stream: Stream, layout: Layout, pooled: bool = False) -> tuple[Tensor, Tensor]:
         """`layout` and `pooled` as in `TextAttention`."""
-        # Of two readers, the gradients of a 16-bit y would be summed in 16 bits.
+        # A pooled block reads y twice: gradients of a 16-bit y would be summed in 16 bits.
         y, x = stream.read(self.ln_1, None if pooled else product_dtype(stream.x))
         return layout.at_ends(x) if pooled else x, self.attn(y, layout, pooled)
 
@@ -118,7 +186,7 @@ class TextBlock(ResidualBlock):
 
 
 class Transformer(nn.Module):
-    """The blocks, under the name that the state dict has for them."""
+    """The blocks, under their name in the state dict."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -142,7 +210,7 @@ class TextTower(Tower):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values of CLIP."""
+        """Initialize as CLIP."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.config.width**-0.5)
@@ -154,11 +222,12 @@ class TextTower(Tower):
     def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, N at most the context length.
 
-        The embedding is that of the first occurrence of the largest id in each row, which is the end token;
-        what comes after it has no influence.
+        The embedding is taken at the first occurrence of the largest id in each row, which is the end token;
+        later tokens have no influence.
 
         Args:
-            layout: of these tokens, where it is known already; None finds it out.
+            tokens: int64 or int32.
+            layout: of these tokens; None computes it.
 
         Raises:
             TypeError: for ids that aren't integers.
@@ -173,18 +242,18 @@ class TextTower(Tower):
         return embeddings
 
     def layout(self, tokens: Tensor) -> Layout:
-        """Where the tower computes the tokens of ids `[B, N]`. If they are on a device, the host may wait for it."""
-        # How many tokens there are is known from the data alone, and a graph can't ask for it.
-        known = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
-        return Layout.packed(tokens) if known and self.savings.pack_text else Layout.padded(tokens)
+        """The tower's layout of token ids `[B, N]`; may synchronize with their device."""
+        # The number of tokens depends on the data, which a graph can't read.
+        readable = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
+        return Layout.packed(tokens) if readable and self.savings.pack_text else Layout.padded(tokens)
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Rows `[T, width]`."""
+        """Token embeddings with positions, rows `[T, width]`."""
         tokens = tokens[:, : layout.length]
         if layout.rows is None:
             embedded: Tensor = self.token_embedding(tokens) + self.positional_embedding[: layout.length]
             return embedded.flatten(0, 1)
-        # As embeddings both: the gradient of an index is a sum of threads in any order on a CPU, this one isn't.
+        # Both by F.embedding: on a CPU the gradient of indexing is summed by threads in any order.
         positions = F.embedding(layout.positions(), self.positional_embedding)
         packed: Tensor = self.token_embedding(tokens.flatten()[layout.rows]) + positions
         return packed
@@ -192,6 +261,6 @@ class TextTower(Tower):
     def _check(self, tokens: Tensor) -> None:
         longest = self.config.context_length
         if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens are {tokens.dtype}; expected int64 or int32 ids")
+            raise TypeError(f"tokens must be int64 or int32 ids, got {tokens.dtype}")
         if tokens.ndim != 2 or not 0 < tokens.shape[1] <= longest:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected [batch, 1..{longest}]")
+            raise ValueError(f"tokens must have shape [batch, 1..{longest}], got {tuple(tokens.shape)}")

@@ -1,13 +1,74 @@
-"""What both towers share: running their blocks, and the depth that a parameter belongs to."""
+"""Base of both towers: blocks with activation checkpointing, depth of parameters, freezing."""
 
 import re
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import evakernels
+from evaclip.model.config import Recompute, Savings
 from evaclip.model.norm import Stream
-from evaclip.model.recompute import ResidualBlock, run_block
-from evaclip.model.savings import Savings
+
+
+class ResidualBlock(nn.Module):
+    """A transformer block in two parts: `mix(*attend(stream))`.
+
+    All policies but "block" save the outputs of `attend`, so no matmul before them runs twice.
+    """
+
+    kept_columns: int | None
+    """Width of the matmuls in `mix` whose outputs "activations" saves; None for all."""
+
+    def forward(self, stream: Stream, *context: Any, keep_products: bool = False) -> Stream:
+        """The stream after the block; `context` as for `attend`. `keep_products` recomputes all but matmuls."""
+        if keep_products:
+            return _keeping_products(self, stream, *context)
+        return self.mix(*self.attend(stream, *context))
+
+    @abstractmethod
+    def attend(self, stream: Stream, *context: Any) -> tuple[Tensor, Tensor]:
+        """The rows of the stream that continue, and their branch: attention up to its projection."""
+
+    @abstractmethod
+    def mix(self, x: Tensor, branch: Tensor) -> Stream:
+        """Everything from the residual add of the attention branch to the end of the block."""
+
+
+def run_block(block: ResidualBlock, recompute: Recompute, stream: Stream, *context: Any) -> Stream:
+    """`block(stream, *context)` with the activation checkpointing of `recompute`."""
+    # All policies call the block as a module, for hooks such as those of sharding.
+    if recompute == "block":
+        return _checkpointed(block, stream, *context)
+    return block(stream, *context, keep_products=recompute == "activations")  # type: ignore[no-any-return]
+
+
+def _keeping_products(block: ResidualBlock, stream: Stream, *context: Any) -> Stream:
+    # Two regions, because the recomputation of a region stops before its last matmul: so neither the attention's
+    # output projection nor the MLP's runs twice.
+    x, branch = checkpoint(block.attend, stream, *context, use_reentrant=False, context_fn=_keep_attention)
+    keep = partial(create_selective_checkpoint_contexts, partial(_is_kept_product, block.kept_columns))
+    return _checkpointed(block.mix, x, branch, context_fn=keep)
+
+
+def _checkpointed(step: Callable[..., Stream], *args: Any, **options: Any) -> Stream:
+    """The stream after a step that is recomputed: its sum, as each tensor between two steps is saved."""
+    return Stream(checkpoint(lambda *args: step(*args).total(), *args, use_reentrant=False, **options))
+
+
+def _is_kept_product(columns: int | None, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # The right matrix is the last argument of both.
+    product = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    keep = product and columns in (None, args[-1].shape[-1])
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_attention = partial(create_selective_checkpoint_contexts, evakernels.checkpoint_policy())
+
 
 _BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
 
@@ -17,13 +78,13 @@ class Tower(nn.Module):
 
     Attributes:
         layers: number of blocks.
-        savings: what is left out; may be changed at any time.
+        savings: memory options; may be changed at any time.
     """
 
     embeddings: ClassVar[tuple[str, ...]]
-    """First parts of the names of the parameters in front of the first block."""
+    """First parts of the names of parameters before the first block."""
     projection: ClassVar[str]
-    """First part of the names of the parameters behind the last norm."""
+    """First part of the names of parameters after the last norm."""
 
     def __init__(self, layers: int, savings: Savings) -> None:
         super().__init__()
@@ -32,7 +93,7 @@ class Tower(nn.Module):
 
     @property
     def num_layer_ids(self) -> int:
-        """How many values `layer_id` has: the embeddings, each block, and what follows."""
+        """Number of values of `layer_id`: the embeddings, each block, and the rest."""
         return self.layers + 2
 
     def layer_id(self, name: str) -> int:
@@ -47,19 +108,19 @@ class Tower(nn.Module):
         return int(block[1]) + 1 if block else self.layers + 1
 
     def lock(self, unlocked_groups: int = 0) -> None:
-        """Takes the tower out of training but for its last groups, counted from the output: the projection, the last
-        block with the norm behind it, each block before it, the embeddings.
+        """Freeze the tower except its last groups, from the output: the projection, the last block with the norm after
+        it, each block before it, the embeddings.
         """
         for name, parameter in self.named_parameters():
             layer = self.layer_id(name)
-            behind = layer > self.layers and not name.startswith(self.projection)
-            parameter.requires_grad_(layer - behind >= self.num_layer_ids - unlocked_groups)
+            is_norm = layer > self.layers and not name.startswith(self.projection)
+            parameter.requires_grad_(layer - is_norm >= self.num_layer_ids - unlocked_groups)
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any, pooled_last: bool = True) -> Tensor:
         """`x` through all blocks; each is called as `block(stream, *context, pooled)`.
 
-        `pooled` asks a block for the one token of each sample that the tower uses. It is true for the last block,
-        if that saving is on and `pooled_last` says that no other token is used.
+        `pooled` asks a block for the one token of each sample that the tower uses. It is true for the last block if
+        `pooled_last` and the memory option are on.
         """
         recompute = self.savings.recompute if self.training else "none"
         stream = Stream(x)

@@ -1,21 +1,66 @@
-"""The vision tower of all EVA-CLIP models: options of one transformer, not a class for each model."""
+"""The vision tower of all EVA-CLIP models, one class with options, and its rotary table."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
-from evaclip.model.config import VisionConfig
+from evaclip.model.config import Savings, VisionConfig
 from evaclip.model.norm import Norm
-from evaclip.model.rotary import RotaryTable
-from evaclip.model.savings import Savings
 from evaclip.model.tower import Tower
 from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
 from evakernels import sample_token_index, token_dropout
-from evakernels.nn import linear
+from evakernels.nn import axial_rope, linear
+
+
+class RotaryTable(nn.Module):
+    """Table of the two-dimensional rotary embedding (EVA-02, Fang et al. 2023, arXiv 2303.11331).
+
+    Cosines and sines, float32 `[num_patches, head_dim / 2]`, are buffers outside the state dict. They stay exact
+    through `.half()`, `.to_empty()` and every other conversion of the model: only the device follows, and the values
+    are computed again.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.fill(torch.get_default_device())
+
+    def resize(self, config: VisionConfig) -> None:
+        """Compute the table for the grid of `config` on its device."""
+        self._config = config
+        self.fill(self.cos.device)
+
+    def fill(self, device: torch.device) -> None:
+        """Compute the table on `device`."""
+        for name, values in zip(("cos", "sin"), self._table(device), strict=True):
+            self.register_buffer(name, values, persistent=False)
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self._config
+        if device.type == "meta":
+            # torch.arange on meta would import torch's compiler, which takes seconds.
+            shape = math.prod(config.grid), config.head_dim // 2
+            return torch.empty(shape, device=device), torch.empty(shape, device=device)
+        size, theta = config.pt_hw_seq_len, config.rope_theta
+        return axial_rope(*config.grid, config.head_dim, reference_size=size, theta=theta, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Every conversion of a module calls this. An empty tensor shows the device of the result.
+        try:
+            device = fn(torch.empty(0, device=self.cos.device)).device
+        except NotImplementedError:  # Tensors can't be copied from the meta device, but the table can be computed.
+            device = fn(torch.empty(0, device="cpu")).device
+        self.fill(device)
+        return self
+
 
 _HEAD_INIT_FACTOR = 0.001
 
@@ -33,31 +78,30 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        # For a CPU's inference: 0.3 ms in place of 0.5 of one picture of B/16 in bfloat16, 17 in place of 21 of 32 in
-        # float32 (AMD EPYC, Zen 5, 2 threads, 2026-11-29). With gradients in float32 the convolution is the faster one.
+        # Inference on CPUs is faster as a matmul; with gradients in float32 the convolution is faster.
         if images.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._multiply(self._grid(images).flatten(1, 2).flatten(2))
         patches: Tensor = self.proj(images.to(self.proj.weight.dtype))
-        return self._gently(patches.flatten(2).transpose(1, 2))
+        return self._scale_gradient(patches.flatten(2).transpose(1, 2))
 
-    def of_kept(self, images: Tensor, token_index: Tensor) -> Tensor:
-        """Only the patches `token_index` `[B, K]`, `[B, K, width]`: one matrix product instead of the convolution."""
+    def embed_kept(self, images: Tensor, token_index: Tensor) -> Tensor:
+        """Embed only the patches `token_index` `[B, K]`, `[B, K, width]`: a matmul instead of the convolution."""
         grid = self._grid(images)
         rows, columns = token_index // grid.shape[2], token_index % grid.shape[2]
         samples = torch.arange(len(images), device=images.device).unsqueeze(1)
         return self._multiply(grid[samples, rows, columns].flatten(2))
 
     def _grid(self, images: Tensor) -> Tensor:
-        """The same pixels as `[B, rows, columns, 3, side, side]`."""
+        """Pixels as patches `[B, rows, columns, 3, side, side]`."""
         side = self.proj.kernel_size[0]
         grid: Tensor = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
         return grid
 
     def _multiply(self, pixels: Tensor) -> Tensor:
         weight = self.proj.weight
-        return self._gently(linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias))
+        return self._scale_gradient(linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias))
 
-    def _gently(self, patches: Tensor) -> Tensor:
+    def _scale_gradient(self, patches: Tensor) -> Tensor:
         return patches if self.gradient == 1.0 else patches.detach().lerp(patches, self.gradient)
 
 
@@ -66,13 +110,13 @@ class VisionTower(Tower):
 
     Args:
         config: of the tower.
-        embed_dim: width of the embedding; 0 for no head, whose input is then the result.
-        savings: what is left out without changing a result.
+        embed_dim: width of the embedding; 0 for no head.
+        savings: memory options.
 
     Attributes:
-        present: `config`, but for the image size that `set_image_size` gave.
+        present: `config` with the image size of `set_image_size`.
         num_patches: patches in an image.
-        patch_dropout: share of the patches left out in training; may be changed at any time.
+        patch_dropout: share of the patches that training drops; may be changed at any time.
     """
 
     embeddings: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed", "cls_token")
@@ -90,7 +134,7 @@ class VisionTower(Tower):
         self.register_buffer("resizing", None, persistent=False)
         self.rope = RotaryTable(config) if config.rope else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
-        # Behind the mean of the patches the last norm has another name.
+        # After mean pooling the last norm has another name.
         of_tokens = config.pool == "token"
         self.norm = vision_norm(config, config.width) if of_tokens else None
         self.fc_norm = None if of_tokens else vision_norm(config, config.width)
@@ -99,7 +143,7 @@ class VisionTower(Tower):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values of EVA-CLIP."""
+        """Initialize as EVA-CLIP."""
         self.patch_embed.proj.reset_parameters()
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=INIT_STD)
@@ -110,25 +154,25 @@ class VisionTower(Tower):
         self.reset_head()
 
     def reset_head(self) -> None:
-        """Start values of the head alone."""
+        """Initialize the head alone."""
         if self.head is not None:
             reset_linear(self.head, _HEAD_INIT_FACTOR)
 
     @property
     def last_norm(self) -> Norm:
-        """The norm in front of the head."""
+        """The norm before the head."""
         norm = self.norm or self.fc_norm
         assert norm is not None
         return norm
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
-        """Takes images of another size from now on; the parameters stay as they are.
+        """Change the image size without changing parameters.
 
-        The position embedding keeps the grid of `config`, and is resized in every forward pass: bicubic, as weights are
-        for another image size, but as a product with a fixed matrix, whose gradient is the same in every run.
+        The position embedding keeps the grid of `config` and is resized in every forward pass: bicubic, as for weights
+        of another image size, but by a matmul with a fixed matrix, which has a deterministic gradient.
 
         Raises:
-            UserError: for a size that isn't a multiple of the patches'.
+            UserError: for a size that isn't a multiple of the patch size.
         """
         self.present = replace(self.config, image_size=image_size)
         self.num_patches = self.present.num_patches
@@ -138,7 +182,7 @@ class VisionTower(Tower):
             self.rope.resize(self.present)
 
     def num_kept_patches(self) -> int:
-        """Patches that training keeps at the present rate of patch dropout, at least one."""
+        """Number of patches that training keeps at the current `patch_dropout`, at least one."""
         return max(1, int(self.num_patches * (1 - self.patch_dropout)))
 
     def forward(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
@@ -146,8 +190,8 @@ class VisionTower(Tower):
 
         Args:
             images: normalised; cast to the dtype of the weights.
-            token_index: int64 `[B, K]`, the patches to keep, each at most once in a row. None keeps all in
-                evaluation; in training it is drawn at random where `patch_dropout` isn't 0.
+            token_index: int64 `[B, K]`, the patches to keep, each at most once in a row. None keeps all, or draws them
+                at random in training with `patch_dropout`.
 
         Raises:
             TypeError: for images that aren't floating-point.
@@ -156,15 +200,15 @@ class VisionTower(Tower):
         return self.embed_tokens(self.tokens(images, token_index, pooled=self.config.pool == "token"))
 
     def tokens(self, images: Tensor, token_index: Tensor | None = None, *, pooled: bool = False) -> Tensor:
-        """What the last block gives, `[B, 1 + K, width]`, class token first, without the last norm.
+        """Outputs of the last block `[B, 1 + K, width]`, class token first, without the last norm.
 
-        `pooled` says that only the class token will be used, and lets the last block leave out the rest.
+        `pooled` lets the last block compute the class token alone.
         """
         x, context = self.start(images, token_index)
         return self.run_blocks(self.blocks, x, *context, pooled_last=pooled)
 
     def start(self, images: Tensor, token_index: Tensor | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """What the first block gets: tokens `[B, 1 + K, width]`, and the other arguments of every block."""
+        """Input of the first block: tokens `[B, 1 + K, width]`, and the other arguments of every block."""
         self._check(images)
         if token_index is None and self.training and self.patch_dropout > 0:
             keep = self.num_kept_patches()
@@ -175,13 +219,13 @@ class VisionTower(Tower):
         return x, (self.rope.cos, self.rope.sin, token_index)
 
     def embed_tokens(self, x: Tensor) -> Tensor:
-        """The embedding, from what `tokens` gives."""
-        # A norm works on each token by itself: the class token's is the only one that is needed.
+        """The embedding, from the outputs of `tokens`."""
+        # A norm is per token: only the class token's is needed.
         pooled: Tensor = self.last_norm(x[:, 0] if self.config.pool == "token" else x[:, 1:].mean(1))
         return pooled if self.head is None else self.head(pooled)
 
     def patch_features(self, images: Tensor) -> Tensor:
-        """Every patch through the last norm and the head, as the embedding is made, `[B, num_patches, embed_dim]`."""
+        """Every patch through the last norm and the head, `[B, num_patches, embed_dim]`."""
         patches: Tensor = self.last_norm(self.tokens(images)[:, 1:])
         return patches if self.head is None else self.head(patches)
 
@@ -191,35 +235,35 @@ class VisionTower(Tower):
         if token_index is None or not self.savings.early_drop:
             return token_dropout(self.patch_embed(images), token_index, prefix=prefix, pos_embed=pos_embed)
         first, positions = pos_embed.split([1, self.num_patches])
-        patches = self.patch_embed.of_kept(images, token_index) + F.embedding(token_index, positions)
+        patches = self.patch_embed.embed_kept(images, token_index) + F.embedding(token_index, positions)
         return torch.cat(((prefix + first).expand(len(images), -1, -1), patches), 1)
 
     def _positions(self) -> Tensor:
-        """Of the class token and of all patches of the present size, `[1 + num_patches, width]`."""
+        """Position embedding of the class token and of all patches of the current size, `[1 + num_patches, width]`."""
         if self.resizing is None:
             return self.pos_embed[0]
         first, patches = self.pos_embed[0].split([1, self.config.num_patches])
         with torch.autocast(patches.device.type, enabled=False):
-            # Parameters that are offloaded are gathered on the GPU.
+            # Offloaded parameters are gathered on the GPU.
             resized = self.resizing.to(patches.device).float() @ patches.float()
         return torch.cat((first, resized.to(first.dtype)))
 
     def _check(self, images: Tensor) -> None:
         height, width = self.present.image_shape
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected [batch, 3, {height}, {width}]")
+            raise ValueError(f"images must have shape [batch, 3, {height}, {width}], got {tuple(images.shape)}")
         if not images.is_floating_point():
-            raise TypeError(f"images are {images.dtype}; expected normalised floating-point pixels")
+            raise TypeError(f"images must be normalized floating-point pixels, got {images.dtype}")
 
 
 def resizing(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """The float32 matrix `[new rows * columns, old rows * columns]` that resizes what a grid of patches has."""
-    each = torch.eye(math.prod(old)).unflatten(1, old).unsqueeze(0)
-    return F.interpolate(each, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
+    """The float32 matrix `[new rows * columns, old rows * columns]` that resizes values of a grid of patches."""
+    identity = torch.eye(math.prod(old)).unflatten(1, old).unsqueeze(0)
+    return F.interpolate(identity, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
 
 
 def _table_follows_weights(tower: nn.Module, _: Any) -> None:
-    # `load_state_dict(assign=True)` gives a tower on the meta device real weights, but no real table.
+    # `load_state_dict(assign=True)` gives a tower on the meta device real weights, but no table.
     assert isinstance(tower, VisionTower)
     if tower.rope is not None and tower.rope.cos.device != tower.cls_token.device:
         tower.rope.fill(tower.cls_token.device)

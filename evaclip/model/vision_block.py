@@ -1,4 +1,4 @@
-"""The transformer block of the vision tower, with all options that distinguish the models."""
+"""The transformer block of the vision tower, with all options of the models."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
 from evaclip.model.norm import Norm, Stream, product_dtype
-from evaclip.model.recompute import ResidualBlock
+from evaclip.model.tower import ResidualBlock
 from evakernels import gelu, rope_attention
 from evakernels.nn import Linear, SwiGLU, linear
 
@@ -15,7 +15,7 @@ INIT_STD = 0.02
 
 
 def vision_norm(config: VisionConfig, width: int) -> Norm:
-    """The kind of norm that the tower has."""
+    """A norm of the tower's kind."""
     return Norm(width, config.norm, config.norm_eps)
 
 
@@ -29,13 +29,13 @@ def reset_linear(layer: nn.Linear, factor: float = 1.0) -> None:
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """`x` in the dtype of autocast, if it is on: the linears that read `x` would each make a cast of their own."""
+    """`x` in the dtype of autocast, if it is on: otherwise each linear that reads `x` would cast it."""
     dtype = product_dtype(x)
     return x if dtype is None else x.to(dtype)
 
 
 def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`layer(x) + bias`, by one product. What stands in the layer's place, such as one with an adapter, is called."""
+    """`layer(x) + bias` by one matmul; a module in the layer's place, such as one with an adapter, is called."""
     if type(layer) is Linear:
         return linear(x, layer.weight, bias)
     y: Tensor = layer(x)
@@ -45,7 +45,7 @@ def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions. `[B, N, width]` -> same.
 
-    There are biases on q and v, but none on k: it would shift all scores of a query alike, without effect.
+    q and v have biases, k has none: it would shift all scores of a query alike, without effect.
     """
 
     q_bias: nn.Parameter | None
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def reset_parameters(self, branch_factor: float) -> None:
-        """Start values; the output projection is smaller by `branch_factor`."""
+        """Initialize; the output projection is scaled by `branch_factor`."""
         if self.sub_norm:
             for layer in (self.q_proj, self.k_proj, self.v_proj):
                 reset_linear(layer)
@@ -89,15 +89,15 @@ class Attention(nn.Module):
         token_index: Tensor | None = None,
         pooled: bool = False,
     ) -> Tensor:
-        """`cos` and `sin` as in `RotaryTable`, `token_index` the patches that `x` holds; None for all.
+        """`cos` and `sin` as in `RotaryTable`, `token_index` the patches in `x`; None for all.
 
-        `pooled` asks for the class token only, `[B, 1, width]`.
+        `pooled` computes the class token only, `[B, 1, width]`.
         """
         q, k, v = self._project(x, pooled)
-        # The class token, in front of the patches, has no place in the image and isn't rotated.
+        # The class token, before the patches, has no position in the image and isn't rotated.
         out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
         if self.sub_norm and self.inner_attn_ln is not None:
-            out = self.inner_attn_ln(out, out.dtype)  # which is the projection's, under autocast too
+            out = self.inner_attn_ln(out, out.dtype)  # the projection's dtype, under autocast too
         projected: Tensor = self.proj(out)
         return projected
 
@@ -158,11 +158,11 @@ class Block(ResidualBlock):
         for name in ("gamma_1", "gamma_2"):
             scaled = config.layer_scale_init is not None
             self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if scaled else None)
-        # The MLP's last product is needed again by a norm or a factor that follows it.
+        # A norm or a factor after the MLP's last matmul reads its output again.
         self.kept_columns = None if self.post_norm or self.gamma_2 is not None else config.hidden
 
     def reset_parameters(self) -> None:
-        """Start values; the deeper the block, the smaller the last matrix of each branch."""
+        """Initialize; the deeper the block, the smaller the last matrix of each branch."""
         branch_factor = 1 / math.sqrt(2 * (self.index + 1))
         self.norm1.reset_parameters()
         self.attn.reset_parameters(branch_factor)
@@ -188,7 +188,7 @@ class Block(ResidualBlock):
         token_index: Tensor | None = None,
         pooled: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The other arguments are those of `Attention`."""
+        """The other arguments as for `Attention`."""
         if self.post_norm:
             y = x = stream.total()
         else:

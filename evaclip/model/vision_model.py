@@ -1,4 +1,4 @@
-"""The image models of the EVA series by themselves: what CLIP training starts from, and classifiers."""
+"""Image models of the EVA series alone: classifiers, and starting points of CLIP training."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
-from evaclip.model.config import Pool, Preprocess, VisionConfig
+from evaclip.model.config import Pool, Preprocess, Savings, VisionConfig
 from evaclip.model.norm import Stream
-from evaclip.model.savings import Savings
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_block import Block
 
@@ -21,8 +20,8 @@ class VisionModel(VisionTower):
     Args:
         config: of the transformer.
         num_classes: of the classifier; 0 for none.
-        preprocess: what images go through before the model sees them.
-        savings: what is left out without changing a result.
+        preprocess: of images.
+        savings: memory options.
 
     Attributes:
         num_classes: of the classifier.
@@ -42,12 +41,12 @@ class VisionModel(VisionTower):
         self.preprocess = preprocess or Preprocess()
 
     def forward_features(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
-        """Tokens `[B, 1 + K, width]`, class token first; behind the last norm, unless that follows the pooling."""
+        """Tokens `[B, 1 + K, width]`, class token first; after the last norm, unless that follows the pooling."""
         tokens = self.tokens(images, token_index)
         return tokens if self.norm is None else self.norm(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """From what `forward_features` gives: logits `[B, num_classes]`, or the classifier's input."""
+        """Logits `[B, num_classes]` from the outputs of `forward_features`, or the classifier's input."""
         x = tokens[:, 0] if self.config.pool == "token" else tokens[:, 1:].mean(1)
         if self.fc_norm is not None:
             x = self.fc_norm(x)
@@ -61,37 +60,37 @@ class VisionModel(VisionTower):
     def forward_intermediates(
         self, images: Tensor, indices: int | Sequence[int] | None = None, *, norm: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """What `forward_features` gives, and the patches behind some blocks as images `[B, width, rows, columns]`.
+        """Outputs of `forward_features`, and the patches after some blocks as images `[B, width, rows, columns]`.
 
         Args:
             images: as for `forward`.
-            indices: which blocks; a number stands for the last so many, None for all. Negative ones count from the end.
-            norm: whether the last norm is applied to them, where it isn't behind the pooling.
+            indices: blocks; an int for the last so many, None for all. Negative ones count from the end.
+            norm: whether to apply the last norm to them, unless it follows the pooling.
 
         Raises:
             UserError: for a block that doesn't exist.
         """
-        wanted = self._blocks(indices)
+        chosen = self._blocks(indices)
         x, context = self.start(images)
-        stream, found = Stream(x), dict[int, Tensor]()
+        stream, outputs = Stream(x), dict[int, Tensor]()
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             stream = block(stream, *context, False)
-            if index in wanted:
+            if index in chosen:
                 x = stream.total()
                 patches = (x if self.norm is None or not norm else self.norm(x))[:, 1:]
-                found[index] = patches.transpose(1, 2).unflatten(2, self.present.grid)
+                outputs[index] = patches.transpose(1, 2).unflatten(2, self.present.grid)
         x = stream.total()
-        return x if self.norm is None else self.norm(x), [found[index] for index in wanted]
+        return x if self.norm is None else self.norm(x), [outputs[index] for index in chosen]
 
     def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:
-        """Gives the model another classifier with start values, and another way of pooling if one is named.
+        """Give the model a new, initialized classifier.
 
         Raises:
-            UserError: for a way of pooling that would take the last norm from where it was trained.
+            UserError: for another `pool` than that of the trained last norm.
         """
         if pool is not None and pool != self.config.pool:
-            raise UserError(f"pool is {pool!r}, but the model's last norm was trained for {self.config.pool!r}")
+            raise UserError(f"pool must be {self.config.pool!r}, for which the last norm was trained, got {pool!r}")
         self.num_classes, like = num_classes, self.pos_embed
         self.head = None
         if num_classes:
@@ -105,5 +104,5 @@ class VisionModel(VisionTower):
         if isinstance(indices, int):
             indices = range(-indices, 0)
         if any(not -count <= index < count for index in indices):
-            raise UserError(f"indices are {list(indices)}; expected blocks from {-count} to {count - 1}")
+            raise UserError(f"indices must be blocks from {-count} to {count - 1}, got {list(indices)}")
         return [index % count for index in indices]

@@ -1,4 +1,4 @@
-"""The image models of the EVA series under timm's names, and the weights that were released for them."""
+"""Image models of the EVA series under timm's names, and their released weights."""
 
 import re
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _SQUASH_IMAGENET = Preprocess(resize="squash", **_IMAGENET)  # type: ignore[arg-
 
 @dataclass(frozen=True)
 class Release:
-    """Weights on the hub, `timm/NAME.TAG`, and what belongs to them."""
+    """Released weights on the hub, `timm/NAME.TAG`."""
 
     num_classes: int
     preprocess: Preprocess
@@ -116,10 +116,10 @@ def is_vision_model(name: str) -> bool:
 
 
 def vision_config(model: str) -> VisionConfig:
-    """The configuration of a model.
+    """Configuration of a model of timm.
 
     Raises:
-        UserError: for a name that isn't of this form.
+        UserError: for a name of another form.
     """
     match = _NAME.fullmatch(model)
     if match is None or match["size"] not in _SIZES:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import get_args
 
-from evaclip.model.savings import Recompute
+from evaclip.model.config import Recompute
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.job import Job, Mode
 from evaclip.plan.memory import Memory, plan_memory

@@ -7,8 +7,7 @@ import torch
 
 from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
-from evaclip.model.config import CLIPConfig, VisionConfig, get_config, override
-from evaclip.model.savings import Savings
+from evaclip.model.config import CLIPConfig, Savings, VisionConfig, get_config, override
 from evaclip.model.vision_names import split_name, vision_config
 from evaclip.plan.tasks import planned
 from evaclip.train.build import check_batch

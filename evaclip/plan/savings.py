@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from evaclip.model.savings import Savings
+from evaclip.model.config import Savings
 from evaclip.plan.gpus import Gpu
 from evaclip.plan.job import Job
 from evaclip.plan.memory import Memory, plan_memory

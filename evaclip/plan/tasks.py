@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from evaclip.model.captions import Layout
 from evaclip.model.config import TextConfig
+from evaclip.model.text import Layout
 from evaclip.plan.phases import TEACHER
 from evaclip.train.config import ClassificationTask, MaskedImageTask, TaskConfig, TrainConfig
 from evaclip.train.step import Chunk

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from evaclip.errors import UserError
 from evaclip.model.norm import Stream
-from evaclip.model.recompute import ResidualBlock
-from evaclip.model.tower import Tower
+from evaclip.model.tower import ResidualBlock, Tower
 from evaclip.plan.job import Job
 from evaclip.plan.phases import UNCAST, Bytes, Steps, read
 from evaclip.plan.recorder import FROZEN, GRADIENTS, INPUTS, PARAMETERS, Recorder, local

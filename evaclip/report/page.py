@@ -3,7 +3,7 @@
 from html import escape
 from importlib.resources import files
 
-from evaclip.eval.gallery import Found, Gallery, Query, Section
+from evaclip.eval.results import Found, Gallery, Query, Section
 from evaclip.report.charts import accuracy_svg, loss_svg, percent, times_chance
 from evaclip.report.curves import panel_html, panels
 from evaclip.report.run_data import BarGroup, LossCurve, RunData

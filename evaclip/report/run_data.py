@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from evaclip.errors import UserError, counted
-from evaclip.eval.gallery import Gallery
-from evaclip.eval.results import Evaluation
+from evaclip.eval.results import Evaluation, Gallery
 from evaclip.redact import redacted
 from evaclip.report.state import duration, told, what_stands_still
 from evaclip.run_files import CONFIG_FILE, EVALUATIONS_FOLDER, EVENTS_FILE, GALLERIES_FOLDER, LOG_FILE

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, loaded_image, read_image_file
 from evaclip.errors import UserError, unknown_name
-from evaclip.eval.finite import require_finite
+from evaclip.eval.ranking import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
 from evaclip.runtime.ahead import ahead

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from evaclip.model.recompute import ResidualBlock
+from evaclip.model.tower import ResidualBlock
 
 _MOST_GRAPHS = 64
 

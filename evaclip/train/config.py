@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_valid
 from pydantic.dataclasses import dataclass
 
 from evaclip.data.config import DataConfig
-from evaclip.model.savings import Savings
+from evaclip.model.config import Savings
 
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 Count = Annotated[int, Field(gt=0)]

@@ -15,6 +15,7 @@ from evaclip.data.held_out import Selection
 from evaclip.data.image_folder import FolderSource
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
+from evaclip.eval.classify import assign_labels
 from evaclip.eval.features import (
     FeatureOptions,
     ImageFeatures,
@@ -23,9 +24,8 @@ from evaclip.eval.features import (
     encode_texts,
     refuse_rest,
 )
-from evaclip.eval.labels import assign_labels
-from evaclip.eval.pairs import Picture, distinct_pictures, merge
-from evaclip.eval.prompts import IMAGENET, PLACEHOLDER, load_classnames, load_templates
+from evaclip.eval.retrieval import Picture, distinct_pictures, merge
+from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_classnames, load_templates
 from evaclip.model.clip import CLIP
 from evaclip.train.config import EvalSetConfig, Measure, TrainConfig
 from evaclip.train.distributed import World

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from evaclip.augmentation import Augmentation
 from evaclip.data.config import DataConfig, RemoteConfig
 from evaclip.errors import unknown_name
-from evaclip.model.savings import Savings
+from evaclip.model.config import Savings
 from evaclip.train.config import (
     CheckpointConfig,
     ClassificationTask,

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.errors import UserError
 from evaclip.model.norm import Stream
-from evaclip.model.recompute import ResidualBlock
+from evaclip.model.tower import ResidualBlock
 from evaclip.train.config import ParallelConfig, Precision
 from evaclip.train.distributed import World
 from evaclip.weights import is_cut, part_of

@@ -7,9 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evaclip.weights.parts import DTYPES, INDEX, PLACES, part_name
-from evaclip.weights.saving import save_file
-from evaclip.weights.shards import first_row, is_cut
+from evaclip.weights.files import save_file
+from evaclip.weights.parts import DTYPES, INDEX, PLACES, first_row, is_cut, part_name
 
 
 def write_whole(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,11 +1,10 @@
-"""Reading weights: files of every known layout, released models, and their preprocessing."""
+"""Weights: files of every known layout, released models, and their preprocessing."""
 
+from evaclip.weights.config_files import describe_preprocess, read_preprocess
 from evaclip.weights.files import find_weights, load_state_dict
-from evaclip.weights.layouts import to_authors, to_open_clip, to_original, to_timm
-from evaclip.weights.load import load_weights, materialize
-from evaclip.weights.preprocess import describe_preprocess, read_preprocess
-from evaclip.weights.shards import is_cut, is_sharded, part_of, put
-from evaclip.weights.towers import start_image_tower, start_text_tower
+from evaclip.weights.layouts import to_open_clip, to_original, to_timm
+from evaclip.weights.load import load_weights, materialize, start_image_tower, start_text_tower
+from evaclip.weights.parts import is_cut, is_sharded, part_of, put
 
 __all__ = [
     "describe_preprocess",
@@ -20,7 +19,6 @@ __all__ = [
     "read_preprocess",
     "start_image_tower",
     "start_text_tower",
-    "to_authors",
     "to_open_clip",
     "to_original",
     "to_timm",

@@ -1,40 +1,63 @@
-"""Weights files: what a path or a name stands for, reading and writing them."""
+"""Weights files: find, read and write them."""
 
 import json
+import stat
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
-from evaclip.run_files import CHECKPOINTS_FOLDER, LATEST_FILE, MODEL_CONFIG_FILE, MODEL_FILE
+from evaclip.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    EMA_FILE,
+    LATEST_FILE,
+    MODEL_CONFIG_FILE,
+    MODEL_FILE,
+    PREPROCESS_FILE,
+)
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
 from evaclip.weights.parts import is_there, joined
-from evaclip.weights.saving import save_file
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors into a `.safetensors` file with the mode that the umask gives a new file.
+
+    safetensors 0.8 makes files readable by their owner alone, whatever the umask is.
+
+    Raises:
+        SafetensorError, OSError: the file can't be written.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    safetensors.save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
+
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _INDEX = ".index.json"
-"""How the name of a file ends that tells which tensor lies in which file."""
+"""Suffix of the index of weights in several files."""
 
 
 def find_weights(source: str | Path, model: str) -> Path:
-    """The weights file that `source` stands for.
+    """Find a weights file.
 
     Args:
         source: a weights file, the index of one in several parts, a checkpoint folder (or the pointer
             `checkpoints/latest` to one), a run folder (its latest checkpoint), a repository or a file of the
             Hugging Face hub (`hf-hub:OWNER/NAME[/FILE][@REVISION]`), a folder laid out as a repository
             (`local-dir:FOLDER`), or the tag of released weights.
-        model: name of the configuration whose released weights are meant.
+        model: name of the configuration, for tags of its released weights.
 
     Raises:
         UserError: for a source that is none of these.
@@ -56,12 +79,12 @@ def find_weights(source: str | Path, model: str) -> Path:
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights file on the CPU, under the names that models here use.
+    """Read the tensors of a weights file on the CPU, under the names of models here.
 
-    Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running any code of theirs, and the
-    `.index.json` of weights in several parts. The tensors are views of the mapped file where its format allows: what
-    changes them must not be saved over that file by `torch.save`.
-    All layouts of EVA-CLIP are known: the authors', open_clip's, timm's, with wrappers of training programs, with a
+    Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running code in them, and the
+    `.index.json` of weights in several files. The tensors are views of the mapped file where its format allows: never
+    save changed ones over that file by `torch.save`.
+    All layouts of EVA-CLIP are supported: the authors', open_clip's, timm's, with wrappers of training programs, with a
     flat text tower.
 
     Raises:
@@ -71,7 +94,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights file under the names that they have there, less what training programs put around.
+    """Read the tensors of a weights file under the names in the file, without wrappers of training programs.
 
     Raises:
         UserError: as `load_state_dict`.
@@ -87,20 +110,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def holds(path: Path, name: str) -> bool:
-    """Whether a weights file has a tensor of this name, whatever is put around it; of safetensors reads no tensor.
-
-    Raises:
-        UserError: as `load_state_dict`.
-    """
-    if all(part.suffix == ".safetensors" and part.is_file() for part in weight_files(path)):
-        with suppress(SafetensorError):  # which reading the tensors explains
-            return any(f".{key}".endswith(f".{name}") for part in weight_files(path) for key in _names(part))
-    return name in read_tensors(path)
-
-
 def classifier_size(path: Path) -> int:
-    """The number of classes that the classifier of an image model's weights has; 0 without one.
+    """Number of classes of the classifier in an image model's weights; 0 without one.
 
     Raises:
         UserError: as `load_state_dict`.
@@ -109,22 +120,17 @@ def classifier_size(path: Path) -> int:
     return 0 if head is None else len(head)
 
 
-def _names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
-
-
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the tensors: those that an index names, else `path` itself, which is joined if it must be.
+    """Files with the tensors of `path`: those of an index, or `path` itself, joined from its parts if necessary.
 
     Raises:
-        UserError: for an index that can't be read or that names what isn't there; as `parts.joined`.
+        UserError: for an index that can't be read or whose files are missing; as `parts.joined`.
     """
     return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
 
 
 def options_beside(weights: Path) -> dict[str, Any]:
-    """The options of its model that a training has left beside a weights file, with its `name`; none without any."""
+    """Model options in the model.json of a training next to a weights file, with `name`; empty without one."""
     try:
         options = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -132,18 +138,46 @@ def options_beside(weights: Path) -> dict[str, Any]:
     return options if isinstance(options, dict) and "name" in options else {}  # another program's file of that name
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a `.safetensors` file, or one of `torch.save`; it appears complete or not at all.
+def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, Any], Path | None]:
+    """Model name, weights, options of `create_model`, and run folder of a run or checkpoint folder.
+
+    Args:
+        folder: of a run or a checkpoint.
+        average: take the averaged weights if there are any.
 
     Raises:
-        UserError: for another suffix, or where the file can't be written, on a full disk for example.
+        UserError: there is no checkpoint, or it has no model.json.
+    """
+    weights = find_weights(folder, "")
+    checkpoint = weights.parent
+    if average and is_there(checkpoint / EMA_FILE):
+        weights = checkpoint / EMA_FILE
+    path = checkpoint / MODEL_CONFIG_FILE
+    try:
+        options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise UserError(
+            f"{path} cannot be read, so the model of this checkpoint is unknown ({exc}); give it as NAME:{checkpoint}"
+        ) from exc
+    name = str(options.pop("name"))
+    if (checkpoint / PREPROCESS_FILE).is_file():
+        options.pop("preprocess", None)
+    run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
+    return name, weights, options, run if (run / CONFIG_FILE).is_file() else None
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a `.safetensors` file, or one of `torch.save`; it appears complete or not at all.
+
+    Raises:
+        UserError: for another suffix, or if the file can't be written, on a full disk for example.
     """
     check_suffix(path)
-    dense, places = dict[str, Tensor](), set[int]()
+    dense, pointers = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
-        tied = tensor.data_ptr() in places  # safetensors refuses tensors that share memory
+        tied = tensor.data_ptr() in pointers  # safetensors refuses tensors that share memory
         dense[name] = tensor.clone(memory_format=torch.contiguous_format) if tied else tensor.contiguous()
-        places.add(tensor.data_ptr())
+        pointers.add(tensor.data_ptr())
     require_space(path, sum(tensor.nbytes for tensor in dense.values()))
     with writing(path), replacing(path) as temporary:
         try:
@@ -156,7 +190,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def check_suffix(path: Path) -> None:
-    """Raises UserError for a file that `save_tensors` doesn't write."""
+    """Check that `save_tensors` writes files of this suffix.
+
+    Raises:
+        UserError: it doesn't.
+    """
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{str(path)!r} can't be written; expected one of {', '.join(_SUFFIXES)}")
 
@@ -190,7 +228,7 @@ def _read(path: Path) -> Any:
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files that an index names; all of them exist."""
+    """Files of an index; all of them exist."""
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         parts = [index.parent / Path(name).name for name in sorted(set(files))]

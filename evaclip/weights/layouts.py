@@ -1,21 +1,23 @@
-"""The names that the same weights have in different files.
+"""Names and packing of the same weights in different files.
 
 Models here use the names of the original EVA-CLIP release. open_clip has its own for the parts of the vision
 tower, which are timm's with a prefix; old files have the text tower without a prefix; training programs wrap the
-names or the whole dictionary. No tensor is ever changed.
+names or the whole dictionary. No value is ever changed.
 
 A file may hold an image tower alone, under the names of the whole model without `visual.`: those of masked image
-modelling, which CLIP training starts from, and timm's. Some of timm's put several tensors into one; see `packing`.
+modelling, which CLIP training starts from, and timm's. timm puts several parameters into one tensor: both SwiGLU
+matrices of the two smallest EVA-02 models, as the authors' files do, and the bias of q, k and v of EVA-L. The bias of k
+is 0 here: it adds the same to all scores of a query, which changes no result.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.weights.packing import pack, pack_gates, unpack
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PARALLEL, _COMPILED = "module.", "_orig_mod."
@@ -25,27 +27,31 @@ _ROTARY = re.compile(r"(^|\.)rope\.freqs_(cos|sin)$")
 
 _ORIGINAL, _OPEN_CLIP = "visual.", "visual.trunk."
 MASKED_IMAGE = re.compile(r"(mask_token|lm_head|decoder_blocks|decoder_norm)(\.|$)")
-"""How the names begin of what masked image modelling has beside the model."""
+"""Prefixes of the parameters that only masked image modelling has."""
 _IN_BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
-# Inside a block, original -> open_clip; each pair also stands for all names that go on with a dot.
+# Inside a block, original -> open_clip; each pair also holds for names that continue with a dot.
 _SPLIT_QKV_NAMES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
     "attn.inner_attn_ln": "attn.norm",
 }
 _SWIGLU_NAMES = {"mlp.w1": "mlp.fc1_g", "mlp.w2": "mlp.fc1_x", "mlp.ffn_ln": "mlp.norm", "mlp.w3": "mlp.fc2"}
-# A table holds for a model that has one of these parameters.
+# A table applies to a model with one of these parameters.
 _SPLIT_QKV_SIGNS = ("attn.q_proj.weight",)
 _SWIGLU_SIGNS = ("mlp.w1.weight", "mlp.fc1_g.weight")
 
 
 def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict of any known layout in that of the original EVA-CLIP, which models here use.
+    """Rename a state dict of any known layout to the names of the original EVA-CLIP, which models here use.
 
     Raises:
-        UserError: for contents that are no state dict.
+        UserError: for anything but a state dict.
     """
-    flat = {_with_text_prefix(name): tensor for name, tensor in unwrapped(state).items() if not _ROTARY.search(name)}
+    flat = {
+        f"text.{name}" if name.split(".")[0] in _FLAT_TEXT else name: tensor
+        for name, tensor in unwrapped(state).items()
+        if not _ROTARY.search(name)
+    }
     old = _OPEN_CLIP if any(name.startswith(_OPEN_CLIP) for name in flat) else ""
     if not old and not is_image_tower(flat):
         return flat
@@ -55,7 +61,7 @@ def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a model here under open_clip's names; `to_original` is its inverse.
+    """Rename the state dict of a model here to open_clip's names; `to_original` is the inverse.
 
     Raises:
         UserError: for an image tower alone.
@@ -67,17 +73,14 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_renamed(name, _ORIGINAL, _OPEN_CLIP, names): tensor for name, tensor in packed.items()}
 
 
-def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An image tower alone under the names of the authors' files of masked image modelling and fine-tuning."""
-    return pack_gates(state)
-
-
 def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Tensor]:
-    """The image tower of a model here, or an image tower alone, under timm's names.
+    """Rename the image tower of a model here, or an image tower alone, to timm's names.
 
-    From masked image modelling it leaves with what timm's models have, its last norm behind the mean of the patches.
+    Weights of masked image modelling lose the parameters that timm's models lack; their last norm becomes `fc_norm`.
 
-    `joint_bias` is for `eva_large_*`, whose q, k and v have one bias there.
+    Args:
+        state: under the names of models here.
+        joint_bias: for `eva_large_*`, where timm has one bias for q, k and v.
     """
     old = "" if is_image_tower(state) else _ORIGINAL
     if "mask_token" in state:
@@ -89,7 +92,7 @@ def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, 
 
 
 def is_image_tower(names: Iterable[str]) -> bool:
-    """Whether these are the names of an image tower alone."""
+    """Whether names of parameters are those of an image tower alone."""
     return any(name.startswith("blocks.") for name in names)
 
 
@@ -119,30 +122,86 @@ def _renamed_in_block(name: str, block_names: Mapping[str, str]) -> str:
 
 
 def unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict without the wrappers of training programs.
+    """Tensors of a state dict without the wrappers of training programs.
 
     Raises:
-        UserError: for contents that are no state dict.
+        UserError: for anything but a state dict.
     """
     for key in _WRAPPERS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    strangers = [
-        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
-    if strangers or not state:
-        found = f"other things under {', '.join(strangers[:5])}" if strangers else "nothing"
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others or not state:
+        content = f"other things under {', '.join(others[:5])}" if others else "nothing"
         wrappers = " or ".join(_WRAPPERS)
-        raise UserError(f"the weights hold {found}; expected tensors by name, or those under {wrappers}")
-    return _without_parallel_prefix({name.replace(_COMPILED, ""): tensor for name, tensor in state.items()})
+        raise UserError(f"the weights hold {content}; expected tensors by name, or those under {wrappers}")
+    tensors = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    if all(name.startswith(_PARALLEL) for name in tensors):
+        return {name.removeprefix(_PARALLEL): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
-def _without_parallel_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if all(name.startswith(_PARALLEL) for name in state):
-        return {name.removeprefix(_PARALLEL): tensor for name, tensor in state.items()}
-    return state
+def unpack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with one tensor per matrix and bias."""
+    unpacked: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, layer, kind = _split(name)
+        is_gated = layer == "w12" or (layer in ("fc1", "fc2") and _is_gated(state, module))
+        if is_gated and layer == "fc2":
+            unpacked[f"{module}.w3.{kind}"] = tensor
+        elif is_gated:
+            unpacked[f"{module}.w1.{kind}"], unpacked[f"{module}.w2.{kind}"] = tensor.chunk(2)
+        elif (layer, kind) == ("qkv", "bias"):
+            unpacked[f"{module}.q_bias"], _, unpacked[f"{module}.v_bias"] = tensor.chunk(3)
+        else:
+            unpacked[name] = tensor
+    return unpacked
 
 
-def _with_text_prefix(name: str) -> str:
-    return f"text.{name}" if name.split(".")[0] in _FLAT_TEXT else name
+def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an image tower alone to the authors' names of masked image modelling and fine-tuning.
+
+    Both matrices of a SwiGLU without a norm are one there, `w12`.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, layer, kind = _split(name)
+        if layer not in ("w1", "w2") or f"{module}.ffn_ln.weight" in state:
+            packed[name] = tensor
+        elif layer == "w1":
+            packed[f"{module}.w12.{kind}"] = torch.cat([tensor, state[f"{module}.w2.{kind}"]])
+    return packed
+
+
+def pack(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Tensor]:
+    """The inverse of `unpack`, under timm's names; `joint_bias` joins the biases of q, k and v."""
+    gates = to_authors(state)
+    packed: dict[str, Tensor] = {}
+    for name, tensor in gates.items():
+        module, layer, kind = _split(name)
+        if layer == "w12":
+            packed[f"{module}.fc1.{kind}"] = tensor
+        elif layer == "w3" and f"{module}.w12.weight" in gates:
+            packed[f"{module}.fc2.{kind}"] = tensor
+        elif joint_bias and kind == "q_bias":
+            attention = name.removesuffix(".q_bias")
+            packed[f"{attention}.qkv.bias"] = torch.cat(
+                [tensor, torch.zeros_like(tensor), state[f"{attention}.v_bias"]]
+            )
+        elif not (joint_bias and kind == "v_bias"):
+            packed[name] = tensor
+    return packed
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Module, layer and kind of a parameter, such as ("blocks.0.mlp", "w1", "weight")."""
+    layer, _, kind = name.rpartition(".")
+    module, _, layer = layer.rpartition(".")
+    return module, layer, kind
+
+
+def _is_gated(state: Mapping[str, Tensor], mlp: str) -> bool:
+    """Whether an MLP of timm is a SwiGLU with both matrices in `fc1`."""
+    first, last = state.get(f"{mlp}.fc1.weight"), state.get(f"{mlp}.fc2.weight")
+    return first is not None and last is not None and first.shape[0] == 2 * last.shape[1]

@@ -1,4 +1,9 @@
-"""Putting weights into a model, all or nothing."""
+"""Load weights into a model, or into one of its towers; all or nothing.
+
+The image tower can start from masked image modelling (EVA, EVA-02), a CLIP model or a classifier; the text tower from a
+CLIP model of OpenAI, open_clip, transformers or EVA. Parts of other tasks are left out: the heads, the mask token, the
+projections and the temperature (Sun et al. 2023, section 3).
+"""
 
 import logging
 import math
@@ -15,9 +20,9 @@ from evaclip.model.clip import CLIP
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_model import VisionModel
-from evaclip.weights.files import load_state_dict
-from evaclip.weights.layouts import MASKED_IMAGE, to_original
-from evaclip.weights.shards import is_sharded, put
+from evaclip.weights.files import load_state_dict, read_tensors
+from evaclip.weights.layouts import MASKED_IMAGE, is_image_tower, to_original
+from evaclip.weights.parts import is_sharded, put
 
 _log = logging.getLogger(__name__)
 
@@ -27,26 +32,25 @@ _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Copies weights into `model`, whose device and dtypes stay.
+    """Copy weights into `model`; its device and dtypes stay.
 
-    The position embedding of another image size is resized, as the authors did from 224 to 336 pixels; this
-    is logged.
+    The position embedding of another image size is resized as the authors did from 224 to 336 pixels, with a warning.
 
     Args:
         model: a `CLIP`; not on the meta device.
         source: a weights file or a state dict, in any layout that `load_state_dict` knows.
 
     Raises:
-        UserError: naming every missing, unexpected and misshapen parameter; the model is then unchanged.
+        UserError: names every missing, unexpected and misshapen parameter; the model is unchanged.
     """
     put(model, _fitting(model, source))
 
 
 def materialize(model: nn.Module, source: Path, device: torch.device, antialias: bool = False) -> None:
-    """Gives a model on the meta device its weights: no memory is taken beside that of the weights themselves.
+    """Give a model on the meta device its weights, without other memory than theirs.
 
-    Tensors of a `.safetensors` file that need no conversion are views of the mapped file; they are copied when they are
-    first written to, or at once where the model is sharded. `antialias` is for positions of another image size, see
+    Tensors of a `.safetensors` file that need no conversion are views of the mapped file; they are copied at the
+    first write, or at once if the model is sharded. `antialias` is for positions of another image size, see
     `resize_pos_embed`. The rest is as for `load_weights`.
     """
     state = _fitting(model, source, antialias)
@@ -54,7 +58,7 @@ def materialize(model: nn.Module, source: Path, device: torch.device, antialias:
         put(model.to_empty(device=device), state)
         return
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    # torch.save cuts the file that it writes over, whose pages would go from under a model that was read from there.
+    # torch.save truncates the file that it overwrites, and with it the pages of a model that is mapped from it.
     copy = ".safetensors" not in source.name
     for name in list(state):
         state[name] = state[name].to(device, dtypes[name], copy=copy)
@@ -62,7 +66,7 @@ def materialize(model: nn.Module, source: Path, device: torch.device, antialias:
 
 
 def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antialias: bool = False) -> dict[str, Tensor]:
-    """The weights of `source`, which have the names and shapes of the model's."""
+    """Weights of `source` with the names and shapes of the model."""
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
     if isinstance(model, VisionModel):
@@ -71,7 +75,7 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
         state = with_last_norm_of(model, state)
         fit_image_size(state, expected, model.config.grid, antialias=antialias)
     elif isinstance(model, CLIP):
-        if model.config.init_logit_bias is not None:  # It may be that of a model that goes on with SigLIP's loss.
+        if model.config.init_logit_bias is not None:  # the model may continue with SigLIP's loss
             state.setdefault("logit_bias", torch.tensor(float(model.config.init_logit_bias)))
         elif state.pop("logit_bias", None) is not None:
             _log.warning("the weights' logit_bias is left out: this model, without SigLIP's loss, has none")
@@ -84,11 +88,11 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
 
 
 def with_last_norm_of(tower: VisionTower, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an image tower, whose last norm has the name of this one's: behind the mean it has another."""
-    theirs, own = ("fc_norm.", "norm.") if tower.norm is not None else ("norm.", "fc_norm.")
+    """Rename the last norm of an image tower to that of `tower`: after mean pooling it is called `fc_norm`."""
+    other, own = ("fc_norm.", "norm.") if tower.norm is not None else ("norm.", "fc_norm.")
     if f"{own}weight" in state:
         return state
-    return {own + name.removeprefix(theirs) if name.startswith(theirs) else name: t for name, t in state.items()}
+    return {own + name.removeprefix(other) if name.startswith(other) else name: t for name, t in state.items()}
 
 
 def fit_image_size(
@@ -98,19 +102,18 @@ def fit_image_size(
     prefix: str = "",
     antialias: bool = False,
 ) -> None:
-    """Resizes the position embedding and the patch kernel among `state` to those of the model, and logs it."""
+    """Resize position embedding and patch kernel in `state` to those of the model, with a warning."""
     pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
     if pos_embed in state:
-        state[pos_embed] = _fitted(state[pos_embed], grid, antialias)
+        state[pos_embed] = _fit_positions(state[pos_embed], grid, antialias)
     if kernel in state and kernel in expected:
-        state[kernel] = _fitted_kernel(state[kernel], expected[kernel].shape)
+        state[kernel] = _fit_kernel(state[kernel], expected[kernel].shape)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
-    """A position embedding `[1, 1 + g*g, C]` for a grid of rows and columns of patches; the class token's stays.
+    """Resize a position embedding `[1, 1 + g*g, C]` to a grid (rows, columns); the class token's stays.
 
-    Bicubic without antialiasing, as the released models were adapted to other sizes. Libraries that antialias, as timm
-    does, get other numbers: those of `antialias`.
+    Bicubic without antialiasing, as the released models were adapted to other sizes; timm antialiases.
     """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     old = math.isqrt(patches.shape[1])
@@ -119,21 +122,21 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], antialias: bool =
     return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
-def _fitted_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+def _fit_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
     if kernel.ndim != 4 or kernel.shape == shape or kernel.shape[:2] != shape[:2]:
         return kernel
     _log.warning(
         "weights of another patch size: the kernel is resized from %d to %d pixels", kernel.shape[-1], shape[-1]
     )
-    # Bicubic as the position embedding, without regard to its norm: so the released B/16 came from patches of 14.
+    # Bicubic like the position embedding; its norm changes. The released B/16 came so from patches of 14.
     resized = F.interpolate(kernel.float(), size=shape[2:], mode="bicubic", align_corners=False, antialias=False)
     return resized.to(kernel.dtype)
 
 
-def _fitted(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+def _fit_positions(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
     old = math.isqrt(max(patches, 0))
-    # As many patches are taken for those of this grid: weights of 2x8 patches aren't of 4x4.
+    # An equal number of patches is taken for this grid: 2x8 patches stay as they are in a grid of 4x4.
     if patches < 1 or patches == math.prod(grid) or old**2 != patches:
         return pos_embed
     _log.warning("weights of another image size: positions are resized from %dx%d to %dx%d patches", old, old, *grid)
@@ -141,7 +144,7 @@ def _fitted(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor
 
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `state` from being loaded, by kind; names that differ in their block only are put together."""
+    """Reasons why `state` can't be loaded, by kind; names that differ only in the block are joined."""
     missing = expected.keys() - state.keys()
     unexpected = state.keys() - expected.keys()
     shared = [name for name in expected if name in state]
@@ -150,21 +153,22 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         for name in shared
         if state[name].shape != expected[name].shape
     ]
-    # Codes of quantized weights, whose scales nobody reads here, would be taken for values.
+    # Codes of quantized weights would be taken for values: their scales aren't read.
     codes = [f"{name} {state[name].dtype}" for name in shared if not state[name].is_floating_point()]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen, "no floats": codes}
     return [f"{kind}: {', '.join(summarize(names))}" for kind, names in kinds.items() if names]
 
 
 def summarize(names: Iterable[str]) -> list[str]:
-    """Names that differ only in their block as one, such as `visual.blocks.{0-11}.norm1.weight`."""
+    """Join names that differ only in their block, such as `visual.blocks.{0-11}.norm1.weight`."""
     blocks: dict[str, list[int]] = {}
     for name in names:
         match = _INDEX.search(name)
         pattern = _INDEX.sub(r"\1.{}.", name, count=1)
         blocks.setdefault(pattern, []).extend([int(match[2])] if match else [])
     return sorted(
-        pattern.replace("{}", "{" + _ranges(found) + "}", 1) if found else pattern for pattern, found in blocks.items()
+        pattern.replace("{}", "{" + _ranges(numbers) + "}", 1) if numbers else pattern
+        for pattern, numbers in blocks.items()
     )
 
 
@@ -176,3 +180,110 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+_log = logging.getLogger(__name__)
+
+_IMAGE_SKIPPED = re.compile(r"(head|lm_head|mask_token|decoder\w*|text_projection|logit_scale)(\.|$)")
+_TEXT_SKIPPED = re.compile(r"(text_projection|logit_scale|logit_bias)(\.|$)")
+_TEXT, _IMAGE = "text.", "visual."
+
+_HF_TEXT = "text_model."
+_HF_NAMES = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.": "ln_final.",
+}
+_HF_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
+_HF_LAYER_NAMES = {
+    "self_attn.out_proj.": "attn.out_proj.",
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+
+
+def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], antialias: bool = False) -> None:
+    """Copy the image tower of `source` into `tower`.
+
+    Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic), or with `antialias`
+    as timm does. The head keeps its start values; so do parameters that the source lacks, with a warning.
+
+    Raises:
+        UserError: names every unexpected and misshapen parameter; the tower is unchanged.
+    """
+    state = to_original(source if isinstance(source, Mapping) else read_tensors(source))
+    if not is_image_tower(state):
+        state = {name.removeprefix(_IMAGE): t for name, t in state.items() if name.startswith(_IMAGE)}
+    state = with_last_norm_of(tower, state)
+    state = {name: tensor for name, tensor in state.items() if not _IMAGE_SKIPPED.match(name)}
+    fit_image_size(state, tower.state_dict(), tower.config.grid, antialias=antialias)
+    _start(tower, state, "image tower", source, ("head.", "lm_head.", "mask_token", "decoder_"))
+
+
+def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> None:
+    """Copy the text tower of `source` into `tower`, a `TextTower`; the projection keeps its start values.
+
+    Raises:
+        UserError: as `start_image_tower`.
+    """
+    tensors = source if isinstance(source, Mapping) else read_tensors(source)
+    if any(name.startswith(_HF_TEXT) for name in tensors):
+        state = _from_transformers(tensors)
+    else:
+        state = {n.removeprefix(_TEXT): t for n, t in to_original(tensors).items() if n.startswith(_TEXT)}
+    state = {name: tensor for name, tensor in state.items() if not _TEXT_SKIPPED.match(name)}
+    _start(tower, state, "text tower", source, ("text_projection",))
+
+
+def _start(
+    tower: nn.Module, state: Mapping[str, Tensor], kind: str, source: Path | Mapping[str, Tensor], own: tuple[str, ...]
+) -> None:
+    origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
+    if not state:
+        raise UserError(f"{origin} have no {kind}")
+    expected = {name: tensor for name, tensor in tower.state_dict().items() if not name.startswith(own)}
+    problems = differences({**expected, **state}, expected)
+    if problems:
+        raise UserError(f"{origin} don't fit the {kind}: {'; '.join(problems)}")
+    missing = expected.keys() - state.keys()
+    if missing:
+        listed = ", ".join(summarize(missing))
+        _log.warning("%s lack %s of the %s; they keep their start values", origin, listed, kind)
+    put(tower, state, strict=False)
+
+
+def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower of a CLIP model of transformers, with q, k and v packed."""
+    text: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if match := _HF_LAYER.fullmatch(name):
+            rest = _replaced(match[2], _HF_LAYER_NAMES)
+            if rest is not None:
+                text[f"transformer.resblocks.{match[1]}.{rest}"] = tensor
+            elif match[2] == "self_attn.q_proj.weight":
+                text |= _pack_qkv(state, match[1])
+            elif not match[2].startswith("self_attn."):
+                text[name] = tensor  # unknown, and so reported as unexpected
+        elif (known := _replaced(name, _HF_NAMES)) is not None:
+            text[known] = tensor
+    return text
+
+
+def _pack_qkv(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """q, k and v of a layer as one matrix and one bias; incomplete ones are left out, and so reported as missing."""
+    packed = {}
+    for kind in ("weight", "bias"):
+        names = [f"text_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+        if all(name in state for name in names):
+            joined = torch.cat([state[name] for name in names])
+            packed[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = joined
+    return packed
+
+
+def _replaced(name: str, table: Mapping[str, str]) -> str | None:
+    for old, new in table.items():
+        if name == old or (old.endswith(".") and name.startswith(old)):
+            return new + name.removeprefix(old)
+    return None

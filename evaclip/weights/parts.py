@@ -1,11 +1,11 @@
-"""Tensors in parts: what each process holds of them in a file of its own, and an index of all.
+"""Sharded tensors and models (DTensors), and tensors saved in parts: one file per rank, and an index.
 
 FOLDER/00000.safetensors  00001.safetensors ...  index.json
 
-A tensor is cut by rows as `fully_shard` cuts it: `count` processes have ceil(rows / count) each, the last of them fewer
-or none. So `{"files": N, "tensors": {NAME: {"dtype", "shape", "files": [first, count]}}}` tells of any rows in which
-files they are, at any number of processes, in as many bytes as a list of the tensors. Each file says of its parts where
-they begin, as torch's distributed checkpointing does, which reads these folders too.
+A tensor is split by rows as `fully_shard` splits it: each of `count` ranks has ceil(rows / count), the last ranks fewer
+or none. So `{"files": N, "tensors": {NAME: {"dtype", "shape", "files": [first, count]}}}` locates any rows, for any
+number of ranks. The metadata of each file has the first row of each of its parts, as torch's distributed checkpointing
+writes it, which reads these folders too.
 """
 
 import fcntl
@@ -19,23 +19,83 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.atomic import replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.run_files import META_FILE, PARTS
-from evaclip.weights.shards import first_row, is_cut
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def put(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """`module.load_state_dict(state)` for whole tensors, of which each rank takes its shard."""
+    own = module.state_dict()
+    module.load_state_dict({n: part_of(t, own[n]) if n in own else t for n, t in state.items()}, strict=strict)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module has a sharded parameter."""
+    return any(is_cut(parameter) for parameter in module.parameters())
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The shard of a whole tensor, sharded like `like`; the tensor itself if `like` is whole. Reads only the shard."""
+    if not is_cut(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(like, DTensor)
+    mesh, local = like.device_mesh, whole
+    for dim, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            parts = local.chunk(mesh.size(dim), placement.dim)
+            index = mesh.get_local_rank(dim)
+            local = parts[index] if index < len(parts) else local.narrow(placement.dim, 0, 0)
+    part: DTensor = DTensor.from_local(
+        local.to(like.device), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return part
+
+
+def first_row(tensor: Tensor) -> int:
+    """First row of this rank's shard in the whole tensor; 0 for a whole tensor.
+
+    Raises:
+        NotImplementedError: it isn't sharded by rows over one mesh dimension.
+    """
+    if not is_cut(tensor):
+        return 0
+    from torch.distributed.tensor import Shard
+
+    mesh, shards = tensor.device_mesh, [dim for dim, how in enumerate(tensor.placements) if isinstance(how, Shard)]
+    if len(shards) > 1 or any(tensor.placements[dim] != Shard(0) for dim in shards):
+        raise NotImplementedError(f"placements must be Shard(0) or Replicate(), got {tensor.placements}")
+    rows = tensor.shape[0]
+    return max((min(rows, mesh.get_local_rank(dim) * -(-rows // mesh.size(dim))) for dim in shards), default=0)
+
+
+def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor."""
+    # The import takes half a second; without it there is no DTensor.
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
 
 INDEX = "index.json"
 PLACES = "DCP_SHARDING_INFO"
-"""Where the place of each part is noted, in the metadata of a file, by torch's writer too."""
+"""Key of the parts' offsets in the metadata of a file, as in files of torch."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _NAMED = {name: dtype for dtype, name in DTYPES.items()}
 _JOINED = "joined.json"
-"""The size and the hash of the file that was made of the parts."""
+"""Size and hash of the joined file."""
 
 
 class _Part(NamedTuple):
@@ -54,14 +114,14 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class _Index:
-    """What is in a folder: tensors on the meta device, and the first of their files and how many they are."""
+    """Tensors of a folder on the meta device, and the first file and the number of files of each."""
 
     files: list[Path]
     tensors: dict[str, Tensor]
     places: dict[str, tuple[int, int]]
 
-    def holding(self, name: str, begin: int, end: int) -> list[Path]:
-        """The files in which rows `begin` to `end` of a tensor are."""
+    def files_of(self, name: str, begin: int, end: int) -> list[Path]:
+        """Files with rows `begin` to `end` of a tensor."""
         if begin == end:
             return []
         first, count = self.places[name]
@@ -70,46 +130,47 @@ class _Index:
 
 
 def parts_of(path: Path) -> Path:
-    """Where the parts are that `path` can be joined of."""
+    """Folder of the parts of a weights file."""
     return path.with_name(path.name + PARTS)
 
 
 def part_name(number: int) -> str:
+    """File name of a rank's parts."""
     return f"{number:05d}.safetensors"
 
 
 def is_there(path: Path) -> bool:
-    """Whether a weights file is there, whole or in parts."""
+    """Whether a weights file exists, whole or in parts."""
     return path.is_file() or parts_of(path).is_dir()
 
 
 def likes(folder: Path) -> dict[str, Tensor]:
-    """Tensors without values, on the meta device, like those in `folder`."""
+    """The tensors in `folder` on the meta device, without values."""
     return _read_index(folder).tensors
 
 
 @torch.no_grad()
 def read(targets: Mapping[str, Tensor], folder: Path) -> None:
-    """Fills tensors or DTensors from the parts in `folder`, of which it opens those that hold rows of them.
+    """Fill tensors or DTensors from the parts in `folder`; opens only files with rows of them.
 
     Raises:
-        UserError: a tensor isn't there, or has another shape.
-        OSError: the files don't hold all rows, or can't be read.
+        UserError: a tensor is missing or has another shape.
+        OSError: rows are missing, or a file can't be read.
     """
     index = _read_index(folder)
-    wanted: dict[Path, dict[str, tuple[Tensor, int]]] = defaultdict(dict)
+    targets_of: dict[Path, dict[str, tuple[Tensor, int]]] = defaultdict(dict)
     missing = {}
     for name, target in targets.items():
         like = index.tensors.get(name)
         if like is None or like.shape != target.shape:
-            had = "isn't there" if like is None else f"is {list(like.shape)}"
-            raise UserError(f"{name} {had} in {str(folder)!r}; expected {list(target.shape)}")
+            got = "none" if like is None else list(like.shape)
+            raise UserError(f"{name} must have shape {list(target.shape)}, got {got} in {str(folder)!r}")
         local, begin = (target.to_local() if is_cut(target) else target), first_row(target)
         local = local if local.ndim else local.reshape(1)
         missing[name] = len(local)
-        for path in index.holding(name, begin, begin + len(local)):
-            wanted[path][name] = local, begin
-    for path, held in wanted.items():
+        for path in index.files_of(name, begin, begin + len(local)):
+            targets_of[path][name] = local, begin
+    for path, held in targets_of.items():
         for part in _parts(path):
             if part.name in held:
                 missing[part.name] -= _copy(part, *held[part.name])
@@ -117,7 +178,7 @@ def read(targets: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _copy(part: _Part, local: Tensor, begin: int) -> int:
-    """Copies what `local`, the rows of a tensor from `begin` on, shares with a part; returns how many rows."""
+    """Copy the common rows of a part and of `local`, the rows from `begin` on; returns their number."""
     first, last = max(begin, part.first), min(begin + len(local), part.first + part.rows)
     if first >= last:
         return 0
@@ -127,13 +188,12 @@ def _copy(part: _Part, local: Tensor, begin: int) -> int:
 
 
 def joined(path: Path) -> Path:
-    """`path`; where only its parts are there, it is made of them first, complete or not at all.
+    """`path`, which is joined from its parts first if only they exist, complete or not at all.
 
-    Processes on one machine wait for the one that does it. Where the file system knows no locks each makes a file of
-    its own, and they are equal.
+    Processes on one machine wait for the first. On a file system without locks each joins; the files are equal.
 
     Raises:
-        UserError: a part is missing or isn't what was written, or the file can't be written.
+        UserError: a part is missing or damaged, or the file can't be written.
     """
     folder = parts_of(path)
     if path.is_file() or not folder.is_dir():
@@ -142,7 +202,7 @@ def joined(path: Path) -> Path:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
-            print(f"joining the parts of {path}, once for all who read it", file=sys.stderr, flush=True)
+            print(f"joining the parts of {path}, once for all readers", file=sys.stderr, flush=True)
             with replacing(path) as temporary:
                 join(folder, temporary, _checks(path.parent))
                 write_json(folder / _JOINED, fingerprint(temporary))
@@ -150,20 +210,20 @@ def joined(path: Path) -> Path:
 
 
 def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda part: None) -> None:
-    """Puts all tensors in `folder` whole into one safetensors file, and flushes it to the disk.
+    """Write all tensors in `folder` whole into one safetensors file, and flush it to the disk.
 
-    Each file of the folder is opened once and each part goes straight to its place, so no tensor is ever whole in
-    memory. The file is the same from any number of processes.
+    Each part is written straight to its offset, so no tensor is ever whole in memory. The file doesn't depend on the
+    number of ranks.
 
     Args:
-        check: is called with each file before it is read.
+        check: called with each file before it is read.
 
     Raises:
         OSError: the parts don't make up the tensors of the index, or can't be read or written.
     """
     index = _read_index(folder)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    rows: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}  # what they are, where they begin, bytes of one
+    rows: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}  # dtype, shape of a row, offset, bytes of a row
     missing = {}
     end = 0
     for name, whole in sorted(index.tensors.items()):
@@ -180,7 +240,7 @@ def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda part: 
             for part in _parts(source):
                 dtype, shape, start, size = rows.get(part.name, (None, (), 0, 0))
                 if (part.dtype, part.shape[1:]) != (dtype, shape):
-                    raise OSError(f"{source} has a part of {part.name} that doesn't belong to what {INDEX} names")
+                    raise OSError(f"{source} has a part of {part.name} that doesn't fit {INDEX}")
                 missing[part.name] -= part.rows
                 _write_at(file.fileno(), begin + start + part.first * size, part.data)
         _require_all(folder, missing)
@@ -188,19 +248,19 @@ def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda part: 
 
 
 def _write_at(file: int, at: int, data: memoryview) -> None:
-    while data:  # a call writes 2 GiB at the most
+    while data:  # a call writes at most 2 GiB
         written = os.pwrite(file, data, at)
         at, data = at + written, data[written:]
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """The size of a file and its SHA-256."""
+    """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def damage(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file, of which `fingerprint` gave `expected`; None if nothing is."""
+    """How a file differs from the `fingerprint` `expected`; None if it doesn't."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
@@ -212,13 +272,13 @@ def damage(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
 
 
 def joined_fingerprint(path: Path) -> Mapping[str, Any] | None:
-    """What `fingerprint` gave of `path` when it was joined; None if it hasn't been."""
+    """The `fingerprint` of `path` when it was joined; None if it wasn't."""
     record = parts_of(path) / _JOINED
     return json.loads(record.read_text(encoding="utf-8")) if path.is_file() and record.is_file() else None
 
 
 def _checks(checkpoint: Path) -> Callable[[Path], None]:
-    """A check of a file against what the checkpoint says that it was; of a folder that says nothing, none."""
+    """A function that compares a file with the checkpoint's fingerprint, if it has one."""
     known = {}
     with suppress(OSError, ValueError, KeyError):
         known = json.loads((checkpoint / META_FILE).read_text(encoding="utf-8"))["files"]
@@ -237,18 +297,19 @@ def _require_all(folder: Path, missing: Mapping[str, int]) -> None:
 
 
 def _read_index(folder: Path) -> _Index:
-    found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    files = [folder / part_name(number) for number in range(found["files"])]
-    about = found["tensors"]
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    files = [folder / part_name(number) for number in range(index["files"])]
+    entries = index["tensors"]
     tensors = {
-        name: torch.empty(entry["shape"], dtype=_NAMED[entry["dtype"]], device="meta") for name, entry in about.items()
+        name: torch.empty(entry["shape"], dtype=_NAMED[entry["dtype"]], device="meta")
+        for name, entry in entries.items()
     }
-    return _Index(files, tensors, {name: tuple(entry["files"]) for name, entry in about.items()})
+    return _Index(files, tensors, {name: tuple(entry["files"]) for name, entry in entries.items()})
 
 
 def _parts(path: Path) -> Iterator[_Part]:
     with path.open("rb") as file:
-        # Private: torch warns of memory that it may not write to. Nobody does.
+        # A private mapping: torch warns of memory that isn't writable.
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(bytes(content[8 : 8 + size])), content[8 + size :]

@@ -1,22 +1,135 @@
-"""A trained model as a folder and as a repository of the Hugging Face hub, for open_clip and for evaclip to load."""
+"""Publish a trained model as a folder or a repository of the Hugging Face hub, with a model card."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import yaml
+
 from evaclip.atomic import write_json, write_text, writing
-from evaclip.errors import UserError
+from evaclip.errors import UserError, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
 from evaclip.outputs import check_output
+from evaclip.run_files import CONFIG_FILE, LOG_FILE
 from evaclip.tokenizer import Tokenizer
-from evaclip.weights.card import CARD_FILE, card_text, check_card, run_facts
+from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_config
 from evaclip.weights.files import save_tensors
 from evaclip.weights.hub import HUB, LOCAL
 from evaclip.weights.layouts import to_open_clip
-from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
-from evaclip.weights.shards import is_sharded
+from evaclip.weights.parts import is_sharded
+
+CARD_FILE = "README.md"
+_CARD_PARTS = (
+    *("library_name", "license", "tags", "datasets", "pipeline_tag"),
+    *("description", "details", "evaluation", "usage", "comparison", "citation"),
+)
+_CHECKPOINT = re.compile(r"step_(\d+)")
+
+
+def run_facts(source: str | Path) -> dict[str, Any]:
+    """Parts of a model card from the configuration and the log of a run.
+
+    Args:
+        source: a run folder, or one of its checkpoints (the log is then read up to its step).
+
+    Raises:
+        UserError: it is neither.
+    """
+    from evaclip.report.run_data import read_log_of
+
+    folder, last = Path(source), None
+    if match := _CHECKPOINT.fullmatch(folder.name):
+        folder, last = folder.parent.parent, int(match[1])
+    config, log = read_log_of(folder)
+    log = [record for record in log if last is None or record["step"] <= last]
+    records = [record for record in log if record.get("loss") is not None]
+    evaluations = [record for record in log if "eval" in record]
+    data, optim = config["data"], config["optim"]
+    sets = [part["train"] for part in data["mixture"].values()] if data.get("mixture") else [data["train"]]
+    details = {
+        "Model": config["model"]["name"],
+        "Starts from": [v for k, v in config["model"].items() if k.startswith("pretrained") and v] or "random values",
+        "Training data": sets,
+        **_progress(config, records),
+        "Optimizer": f"{optim['name']}, peak rate {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
+        "Precision": config["precision"],
+        "Seed": config["seed"],
+    }
+    facts: dict[str, Any] = {"details": details}
+    if evaluations:
+        newest = evaluations[-1]
+        values = {name: "not measured" if value is None else f"{value:.6g}" for name, value in newest["eval"].items()}
+        rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+        facts["evaluation"] = f"At step {newest['step']:,}:\n\n| measure | value |\n|---|---|\n{rows}"
+    return facts
+
+
+def _progress(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Steps and loss, if a step has been logged."""
+    if not records:
+        return {"Loss": config["loss"]["name"]}
+    last = records[-1]
+    return {
+        "Steps": f"{last['step']:,} of {config['batch_size']:,} pairs, {last['samples']:,} in all",
+        "Loss": f"{config['loss']['name']}, at the end {last['loss']:.4g}",
+    }
+
+
+def card_beside(target: Path, source: str | Path | None, *, overwrite: bool) -> tuple[Path, str] | None:
+    """Path and text of the card next to a weights file, `NAME.safetensors.md`.
+
+    Args:
+        target: the weights file.
+        source: a run folder that has logged a loss, or a checkpoint in one; None is returned for anything else.
+        overwrite: replace the card if it exists.
+
+    Raises:
+        UserError: it may not be written.
+    """
+    folder = Path(source or "")
+    if source is None or not folder.is_dir() or not any(map(_is_run, (folder, folder.absolute().parent.parent))):
+        return None
+    path = target.with_name(f"{target.name}.md")
+    check_output(path, overwrite=overwrite)
+    return path, card_text(run_facts(source), target.stem)
+
+
+def _is_run(folder: Path) -> bool:
+    log = folder / LOG_FILE
+    return (folder / CONFIG_FILE).is_file() and log.is_file() and '"loss"' in log.read_text(encoding="utf-8")
+
+
+def card_text(facts: Mapping[str, Any], name: str) -> str:
+    """The text of a model card, with the header that the hub reads."""
+    header = {
+        **{key: facts[key] for key in ("library_name",) if key in facts},
+        "tags": list(facts.get("tags", ["clip"])),
+        "pipeline_tag": facts.get("pipeline_tag", "zero-shot-image-classification"),
+        **{key: facts[key] for key in ("license", "datasets") if key in facts},
+    }
+    details = "\n".join(f"- **{key}:** {_inline(value)}" for key, value in facts.get("details", {}).items())
+    citations = facts.get("citation", [])
+    cited = [f"```bibtex\n{text}\n```" for text in ([citations] if isinstance(citations, str) else citations)]
+    sections = {
+        "Details": details,
+        "Evaluation": facts.get("evaluation", ""),
+        "Usage": facts.get("usage", ""),
+        "Comparison": facts.get("comparison", ""),
+        "Citation": "\n".join(cited),
+    }
+    parts = [f"# {name}", facts.get("description", "")]
+    parts += [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{key}: {each}" for key, each in value.items()]
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
 
 SAFE_FILE = "open_clip_model.safetensors"
 PICKLE_FILE = "open_clip_pytorch_model.bin"
@@ -48,20 +161,20 @@ def save_for_hf(
     run: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder that `create_model("local-dir:FOLDER")` loads, of evaclip and of open_clip: configuration, model
-    card, and the weights under open_clip's names, in their dtypes.
+    """Write a folder that `create_model("local-dir:FOLDER")` of evaclip and of open_clip loads.
+
+    The folder has the configuration, a model card, and the weights under open_clip's names, in their dtypes.
 
     Args:
-        model: has a configuration that open_clip has, too: one of the EVA01 and EVA02 models that it lists.
-        tokenizer, model_config: taken as in open_clip's calls; the model knows both itself.
-        save_directory: the folder; it is made if it isn't there.
+        model: of a configuration that open_clip has too: one of the EVA01 and EVA02 models that it lists.
+        tokenizer, model_config: accepted as in open_clip's calls; the model has both.
+        save_directory: the folder; it is made if it doesn't exist.
         safe_serialization: True for a `.safetensors` file, False for one of `torch.save`, or `"both"`.
         skip_weights: write the configuration and the card only.
-        model_card: what the card says: `license`, `tags`, `datasets`, `description`, `details` (a mapping), `usage`,
+        model_card: parts of the card: `license`, `tags`, `datasets`, `description`, `details` (a mapping), `usage`,
             `comparison`, `citation`.
-        run: the run folder, or the checkpoint in it, that the weights are of: the card then tells data, recipe, steps
-            and evaluations.
-        overwrite: replace files that are there.
+        run: run folder of the weights, or the checkpoint in it: the card then has data, recipe, steps and evaluations.
+        overwrite: replace existing files.
 
     Raises:
         UserError: for a model that open_clip doesn't have, a tokenizer of another kind, or files that may not be
@@ -71,7 +184,7 @@ def save_for_hf(
         `evaclip.save_for_hf(model, save_directory="my-clip")`
     """
     if not str(save_directory):
-        raise UserError("save_directory isn't given: name the folder to write")
+        raise UserError("save_directory must be the folder to write, got ''")
     card = _card(model_card, run, Path(save_directory).name, f"{LOCAL}{save_directory}")
     _save(model, tokenizer, Path(save_directory), _weight_files(safe_serialization, skip_weights), card, overwrite)
 
@@ -91,20 +204,20 @@ def push_to_hf_hub(
     *,
     run: str | Path | None = None,
 ) -> str:
-    """Pushes what `save_for_hf` writes to a repository of the hub, which is made if it isn't there.
+    """Push the files of `save_for_hf` to a repository of the hub, which is made if it doesn't exist.
 
     A model card that the repository has stays as it is.
 
     Args:
-        repo_id: `OWNER/NAME`, or `NAME` of one's own.
-        token: None for that of `hf auth login` or HF_TOKEN.
+        repo_id: `OWNER/NAME`, or `NAME` for your own account.
+        token: None for the token of `hf auth login` or HF_TOKEN.
         revision: the branch; None for main.
         private: whether a new repository is private.
         create_pr: make a pull request instead of a commit.
         model, tokenizer, model_config, model_card, safe_serialization, run: as for `save_for_hf`.
 
     Returns:
-        The address of the commit, an object of huggingface_hub with more facts.
+        The URL of the commit, a `CommitInfo` of huggingface_hub.
 
     Raises:
         UserError: as `save_for_hf`, or when the hub can't be reached or refuses.
@@ -113,13 +226,13 @@ def push_to_hf_hub(
         `evaclip.push_to_hf_hub(model, repo_id="me/my-clip", private=True)`
     """
     if not repo_id:
-        raise UserError("repo_id isn't given: name the repository, OWNER/NAME")
+        raise UserError("repo_id must be OWNER/NAME, got ''")
     try:
         from huggingface_hub import HfApi, errors
     except ModuleNotFoundError as exc:
         raise with_remedy(exc) from exc
     files = _weight_files(safe_serialization, skip=False)
-    # Before anything is made on the hub.
+    # Check everything before anything is made on the hub.
     _card(model_card, run, "", "")
     _described(model, tokenizer)
     api = HfApi(token=token)
@@ -153,12 +266,12 @@ def _save(
     config = _described(model, tokenizer)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in (*weights, CONFIG_FILE, *([] if card is None else [CARD_FILE])):
+    for name in (*weights, OPEN_CLIP_CONFIG_FILE, *([] if card is None else [CARD_FILE])):
         check_output(folder / name, overwrite=overwrite)
     state = to_open_clip(model.state_dict()) if weights else {}
     for name in weights:
         save_tensors(state, folder / name)
-    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / OPEN_CLIP_CONFIG_FILE, config)
     if card is not None:
         with writing(folder / CARD_FILE):
             write_text(folder / CARD_FILE, card)
@@ -166,30 +279,31 @@ def _save(
 
 def _described(model: CLIP, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if not isinstance(model, CLIP):
-        raise UserError(f"expected a model of evaclip.create_model, got a {type(model).__name__}")
+        raise UserError(f"model must be one of evaclip.create_model, got a {type(model).__name__}")
     if is_sharded(model):
-        raise UserError("the model is cut over several processes; load its checkpoint with create_model")
+        raise UserError("model must be whole, got a sharded one; load its checkpoint with create_model")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        raise UserError(f"expected the tokenizer of evaclip.get_tokenizer or None, got a {type(tokenizer).__name__}")
+        raise UserError(f"tokenizer must be one of evaclip.get_tokenizer or None, got a {type(tokenizer).__name__}")
     return to_open_clip_config(model.config)
 
 
 def _weight_files(safe_serialization: bool | str, skip: bool) -> tuple[str, ...]:
     if safe_serialization not in _FILES:
-        raise UserError(f"safe_serialization is {safe_serialization!r}; expected True, False or 'both'")
+        raise UserError(f"safe_serialization must be True, False or 'both', got {safe_serialization!r}")
     return () if skip else _FILES[safe_serialization]
 
 
 def _card(facts: Mapping[str, Any] | None, run: str | Path | None, name: str, source: str) -> str:
     usage = "\n".join(_USAGE.format(library=each, source=source) for each in ("evaclip", "open_clip"))
-    told, facts = run_facts(run) if run else {}, facts or {}
-    check_card(facts)
-    details = {**told.get("details", {}), **facts.get("details", {})}
-    return card_text({"library_name": "open_clip", "usage": usage, **told, **facts, "details": details}, name)
+    of_run, facts = run_facts(run) if run else {}, facts or {}
+    if unknown := [part for part in facts if part not in _CARD_PARTS]:
+        raise unknown_name("part of a model card", unknown[0], _CARD_PARTS)
+    details = {**of_run.get("details", {}), **facts.get("details", {})}
+    return card_text({"library_name": "open_clip", "usage": usage, **of_run, **facts, "details": details}, name)
 
 
 def _reason(exc: Exception, errors: Any) -> str:
-    """One line, with what to do where that is known."""
+    """One line, with the remedy where it is known."""
     status = getattr(getattr(exc, "response", None), "status_code", None)
     if isinstance(exc, errors.LocalTokenNotFoundError) or status == 401:
         return "there is no valid token; run `hf auth login`, set HF_TOKEN or pass token="

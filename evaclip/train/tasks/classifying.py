@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from evaclip.data import Source
 from evaclip.errors import UserError
-from evaclip.eval.class_space import ClassSpace
-from evaclip.eval.classify import TOP, Predictions, evaluate
+from evaclip.eval.classify import TOP, ClassSpace, Predictions, evaluate
 from evaclip.model.vision_model import VisionModel
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World

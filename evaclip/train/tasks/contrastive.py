@@ -13,9 +13,9 @@ from evaclip.data import Source
 from evaclip.data.loader import Targets, part_of_batch, tokenized
 from evaclip.errors import UserError
 from evaclip.factory import create_model
-from evaclip.model.captions import Layout
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
+from evaclip.model.text import Layout
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng

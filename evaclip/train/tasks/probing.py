@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from evaclip.data import Source, open_configured
 from evaclip.errors import UserError
-from evaclip.eval.knn import KnnResult, knn
-from evaclip.eval.labels import assign_labels
-from evaclip.eval.linear_probe import LinearProbeResult, linear_probe
+from evaclip.eval.classify import assign_labels
+from evaclip.eval.probes import KnnResult, LinearProbeResult, knn, linear_probe
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.train.config import Measure, TrainConfig
 from evaclip.train.distributed import World

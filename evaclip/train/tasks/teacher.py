@@ -33,7 +33,7 @@ from evaclip.train.config import ParallelConfig, TeacherConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.sharding import WholeRandomNumbers, shard
 from evaclip.weights import is_cut
-from evaclip.weights.saving import save_file
+from evaclip.weights.files import save_file
 
 _log = logging.getLogger(__name__)
 

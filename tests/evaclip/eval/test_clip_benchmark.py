@@ -1,4 +1,4 @@
-"""clip_benchmark measures our models, and on drawings from packages it gives the numbers that `evaclip eval` gives."""
+"""clip_benchmark evaluates our models with the numbers of `evaclip eval`, on drawings from packages."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def concepts():
 
 @pytest.fixture(scope="module")
 def pictures(concepts):
-    """On white: what is transparent is white to us and whatever lies under it to webdataset."""
+    """On white: transparent pixels are white here, and of the colour under them in webdataset."""
     drawings = emoji.style_drawings("twemoji")
     drawn = (Image.open(io.BytesIO(emoji.render_png(drawings[concept.key], 48)[0])) for concept in concepts)
     return [Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB") for image in drawn]
@@ -58,7 +58,7 @@ def data(concepts, pictures, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(concepts, pictures, tmp_path_factory):
-    """A little trained: where all features are alike, rounding decides who is first."""
+    """A little trained: with equal features rounding would decide the order."""
     torch.manual_seed(0)
     model, _, preprocess = package.create_model_and_transforms("tiny")
     images = torch.stack([preprocess(picture) for picture in pictures])
@@ -114,7 +114,7 @@ def test_retrieval(data, weights, tmp_path, monkeypatch):
         assert ours["image_to_text"]["recall"][k] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
 
 
-def test_without_clip_benchmark_the_error_tells_what_to_install(monkeypatch):
+def test_missing_clip_benchmark(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
     with pytest.raises(UserError, match="pip install clip-benchmark requests"):
         clip_benchmark.main(["eval"])

@@ -35,7 +35,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_zero_shot_prints_stores_and_writes(run: Path, color_shard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_shot_command(run: Path, color_shard: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names, out = run / "names.txt", run / "result.json"
     names.write_text("\n".join(COLORS))
     common = ("--data", color_shard, "--classes", names, "--title", "Eight Colours!", "--workers", 0)
@@ -53,7 +53,7 @@ def test_zero_shot_prints_stores_and_writes(run: Path, color_shard: Path, capsys
     assert by_label["metrics"] == stored["metrics"]
 
 
-def test_retrieval_leaves_what_the_report_needs(run: Path, color_shard: Path) -> None:
+def test_retrieval_command_and_report(run: Path, color_shard: Path) -> None:
     evaclip("eval", "retrieval", run / "checkpoints" / "step_00000004", "--data", color_shard, "--workers", 0)
     (result,) = (run / "evaluations").iterdir()
     assert json.loads(result.read_text())["metrics"]["images"] == 8
@@ -62,7 +62,7 @@ def test_retrieval_leaves_what_the_report_needs(run: Path, color_shard: Path) ->
 
 @pytest.mark.parametrize("task", ["linear-probe", "knn"])
 @pytest.mark.parametrize("kind", ["clip", "image model"])
-def test_frozen_features_of_folders(task: str, kind: str, run: Path, tmp_path: Path) -> None:
+def test_probe_command(task: str, kind: str, run: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         for color in ("red", "blue"):
             folder = tmp_path / part / color
@@ -81,7 +81,7 @@ def test_frozen_features_of_folders(task: str, kind: str, run: Path, tmp_path: P
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_the_average_is_loaded_unless_refused(run: Path) -> None:
+def test_load_model_of_run(run: Path) -> None:
     checkpoint = run / "checkpoints" / "step_00000004"
     for average, file in ((True, "ema.safetensors"), (False, "model.safetensors")):
         loaded = load_model(str(run), average=average)
@@ -93,7 +93,7 @@ def test_the_average_is_loaded_unless_refused(run: Path) -> None:
     assert loaded.transform.size == loaded.model.config.vision.image_size
 
 
-def test_a_checkpoint_outside_a_run_and_a_name_are_loaded(run: Path, tmp_path: Path) -> None:
+def test_load_model_of_checkpoint_or_name(run: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "alone"))
     alone = load_model(str(checkpoint), average=False)
     assert alone.run is None
@@ -102,7 +102,7 @@ def test_a_checkpoint_outside_a_run_and_a_name_are_loaded(run: Path, tmp_path: P
     assert load_model("tiny").origin == "random weights"
 
 
-def test_wrong_models_are_told(run: Path, tmp_path: Path) -> None:
+def test_load_model_wrong_name(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no folder 'runs/none'; give a run folder"):
         load_model("runs/none")
     with pytest.raises(UserError, match="did you mean 'tiny'"):
@@ -114,7 +114,7 @@ def test_wrong_models_are_told(run: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_what_could_not_be_read_decides_the_exit_code(run, tmp_path, capsys):
+def test_retrieval_command_unreadable_samples(run, tmp_path, capsys):
     samples = {name: {"png": png(color), "txt": name.encode()} for name, color in COLORS.items()}
     samples["red"]["png"] = samples["blue"]["png"] = b"damaged"
     path = str(write_tar(tmp_path / "x.tar", samples))
@@ -131,31 +131,31 @@ def test_what_could_not_be_read_decides_the_exit_code(run, tmp_path, capsys):
     assert (data["unreadable"], data["exif_orientation"]) == (2, True)
 
 
-def test_small_pictures_are_left_out_when_asked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_shot_command_min_size(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sides = dict.fromkeys(COLORS, 32) | {"red": 8, "blue": 8}
     samples = {name: {"png": png(COLORS[name], side), "txt": name.encode()} for name, side in sides.items()}
     path, out = str(write_tar(tmp_path / "x.tar", samples)), tmp_path / "out.json"
     words = ["eval", "zero-shot", str(run), "--data", path, "--workers", "0", "--min-size", "16"]
     assert main(words) == 1
     assert "2 of the 8 samples of" in (error := capsys.readouterr().err)
-    assert "could not be read or has fewer than 16 pixels a side, more than 10%" in error
+    assert "fewer than 16 pixels a side" in error
     assert main([*words, "--allow-unreadable", "--json", str(out)]) == 0
     data = json.loads(out.read_text())["data"]
     assert (data["samples"], data["unreadable"], data["min_size"]) == (6, 2, 16)
 
 
 @pytest.mark.parametrize("option", ["--json", "--cache"])
-def test_outputs_that_cannot_be_written_are_told_before_the_model_is_looked_for(tmp_path, color_shard, option):
+def test_unwritable_output_is_noticed_before_loading(tmp_path, color_shard, option):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file/out\S*: Not a directory"):
         evaclip("eval", "zero-shot", "no-model", "--data", color_shard, option, tmp_path / "file" / "out")
 
 
-def test_wrong_data_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+def test_wrong_data_is_noticed_before_loading(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "x.tar", {"a": {"png": png((0, 0, 0)), "txt": b"black"}})
     with pytest.raises(UserError, match=r"none\.tar"):
         evaclip("eval", "zero-shot", "no-model", "--data", tmp_path / "none.tar")
-    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+    with pytest.raises(UserError, match="batch_size"):
         evaclip("eval", "retrieval", "no-model", "--data", shard, "--batch-size", 0)
     with pytest.raises(UserError, match=r"lacks the placeholder|cannot read templates"):
         evaclip("eval", "zero-shot", "no-model", "--data", shard, "--templates", "a photo")

@@ -21,7 +21,7 @@ from evaclip.transforms import EvalTransform
 OPTIONS = FeatureOptions(batch_size=3, progress=False)
 
 
-def test_features_are_normalised_and_in_order(color_model: ColorModel, color_shard: Path) -> None:
+def test_encode_images_and_texts(color_model: ColorModel, color_shard: Path) -> None:
     images = encode_images(color_model, ToTensor(), open_source(str(color_shard)), OPTIONS)
     assert images.captions == list(COLORS)
     assert images.keys == [f"{number:03d}" for number in range(len(COLORS))]
@@ -30,7 +30,7 @@ def test_features_are_normalised_and_in_order(color_model: ColorModel, color_sha
     assert torch.allclose(encode_texts(color_model, tokenize_colors, list(COLORS), OPTIONS), images.features)
 
 
-def test_workers_send_uint8_and_features_are_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encode_images_with_workers_sends_uint8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Floats(EvalTransform):
         def __call__(self, image: Image.Image) -> torch.Tensor:
             return super().__call__(image)
@@ -61,7 +61,7 @@ def noise(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_models_mode_is_put_back_and_no_gradient_kept(color_model: ColorModel) -> None:
+def test_encode_texts_restores_mode(color_model: ColorModel) -> None:
     color_model.train()
     features = encode_texts(color_model, tokenize_colors, ["red"], OPTIONS)
     assert color_model.modes == [False]
@@ -69,7 +69,7 @@ def test_the_models_mode_is_put_back_and_no_gradient_kept(color_model: ColorMode
     assert not features.requires_grad
 
 
-def test_unreadable_samples_are_left_out(tmp_path: Path, color_model: ColorModel) -> None:
+def test_encode_images_without_unreadable_samples(tmp_path: Path, color_model: ColorModel) -> None:
     samples = {
         "a": {"png": png((255, 0, 0)), "txt": b"red"},
         "b": {"png": b"no picture", "txt": b"green"},
@@ -79,10 +79,7 @@ def test_unreadable_samples_are_left_out(tmp_path: Path, color_model: ColorModel
     images = encode_images(color_model, ToTensor(), source, OPTIONS)
     assert images.keys == ["a", "c"]
     assert images.features.shape == (2, 3)
-
-
-def test_nothing_readable_is_an_error(tmp_path: Path, color_model: ColorModel) -> None:
-    shard = write_tar(tmp_path / "x.tar", {"b": {"png": b"no picture", "txt": b"green"}})
+    shard = write_tar(tmp_path / "y.tar", {"b": {"png": b"no picture", "txt": b"green"}})
     with pytest.raises(UserError, match="none of the 1 samples could be read"):
         encode_images(color_model, ToTensor(), open_source(str(shard)), OPTIONS)
     with pytest.raises(UserError, match="no texts"):
@@ -102,7 +99,7 @@ def test_the_cache_spares_the_model_and_gives_the_same(tmp_path, color_model, co
     assert color_model.calls == calls
 
 
-def test_the_cache_knows_weights_data_transform_and_precision_apart(tmp_path, color_model, color_shard):
+def test_cache_is_keyed_by_all_inputs(tmp_path, color_model, color_shard):
     options = replace(OPTIONS, cache=tmp_path / "cache")
 
     class Other(ToTensor):
@@ -121,7 +118,7 @@ def test_the_cache_knows_weights_data_transform_and_precision_apart(tmp_path, co
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
-def test_a_damaged_cache_file_is_written_anew(tmp_path: Path, color_model: ColorModel) -> None:
+def test_damaged_cache_file_is_replaced(tmp_path: Path, color_model: ColorModel) -> None:
     options = replace(OPTIONS, cache=tmp_path)
     expected = encode_texts(color_model, tokenize_colors, ["red"], options)
     (file,) = tmp_path.iterdir()
@@ -131,7 +128,7 @@ def test_a_damaged_cache_file_is_written_anew(tmp_path: Path, color_model: Color
 
 
 def test_a_transform_that_tells_nothing_is_not_cached(tmp_path, color_model, color_shard):
-    with pytest.raises(UserError, match="repr tells what it does"):
+    with pytest.raises(UserError, match="repr"):
         encode_images(
             color_model,
             lambda image: ToTensor()(image),
@@ -140,7 +137,7 @@ def test_a_transform_that_tells_nothing_is_not_cached(tmp_path, color_model, col
         )
 
 
-def test_autocast_runs_the_model_in_16_bits() -> None:
+def test_encode_texts_under_autocast() -> None:
     model = ColorModel()
     model.linear = torch.nn.Linear(3, 3)
     seen = []
@@ -150,14 +147,14 @@ def test_autocast_runs_the_model_in_16_bits() -> None:
     assert features.dtype == torch.float32
 
 
-def test_features_that_are_not_finite_name_their_sample(color_model: ColorModel) -> None:
+def test_encode_texts_not_finite(color_model: ColorModel) -> None:
     with torch.no_grad():
         color_model.scale[0] = float("nan")
     with pytest.raises(UserError, match="for 2 of 2 texts, first for 'red'"):
         encode_texts(color_model, tokenize_colors, ["red", "blue"], OPTIONS)
 
 
-def test_weights_hash_is_of_every_bit_place_and_name() -> None:
+def test_weights_hash_depends_on_all_weights() -> None:
     def made(change: Callable[[Tensor], Tensor] = lambda weight: weight, name: str = "a") -> nn.Module:
         weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
         return nn.ParameterDict({name: nn.Parameter(change(weights)), "empty": nn.Parameter(torch.empty(0))})
@@ -172,8 +169,8 @@ def test_weights_hash_is_of_every_bit_place_and_name() -> None:
     assert weights_hash(made()) == found[0]
 
 
-def test_wrong_numbers_are_told() -> None:
-    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+def test_feature_options_out_of_range() -> None:
+    with pytest.raises(UserError, match="batch_size"):
         FeatureOptions(batch_size=0)
-    with pytest.raises(UserError, match="workers must be 0 or more, got -1"):
+    with pytest.raises(UserError, match="workers"):
         FeatureOptions(workers=-1)

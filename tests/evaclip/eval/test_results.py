@@ -1,13 +1,20 @@
+"""Stored and printed results, and whole evaluations with unreadable samples."""
+
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from eval_fakes import COLORS, ColorModel, ToTensor, png, tokenize_colors, write_tar
 from rich.console import Console
 
-from evaclip.errors import UserError
+from evaclip.data import open_source
+from evaclip.errors import Refused, UserError
+from evaclip.eval.features import FeatureOptions
 from evaclip.eval.results import DataFacts, Evaluation, ModelFacts, print_classes, print_evaluation
+from evaclip.eval.runs import Setting, run_knn, run_linear_probe, run_retrieval, run_zero_shot
+from evaclip.loading import LoadedModel
 
 
 def evaluation(task: Any = "zero-shot", **metrics: Any) -> Evaluation:
@@ -31,7 +38,7 @@ def printed(function: Any, subject: Evaluation) -> str:
     return console.export_text()
 
 
-def test_a_result_survives_its_file(tmp_path: Path) -> None:
+def test_evaluation_round_trip(tmp_path: Path) -> None:
     result = zero_shot()
     result.save(tmp_path / "deep" / "r.json")
     assert Evaluation.load(tmp_path / "deep" / "r.json") == result
@@ -39,32 +46,72 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert stored["versions"]["torch"]
     assert stored["machine"]["cores"] >= 1
     assert stored["date"].endswith("+00:00")
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"task": "zero-shot"}', '{"model": {}, "data": {}}'])
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "[1]", '{"model": {}, "data": {}}'])
+def test_evaluation_load_wrong_file(tmp_path: Path, content: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"r\.json is no evaluation result"):
         Evaluation.load(path)
 
 
-def test_the_table_shows_accuracy_beside_chance() -> None:
+def test_print_evaluation_and_classes() -> None:
     text = printed(print_evaluation, zero_shot())
-    assert "8 pictures, 1,000 classes" in text
+    assert "1,000 classes" in text
     assert any("top-1" in line and "50.00 %" in line and "0.10 %" in line for line in text.splitlines())
-    assert "2 of 10 samples could not be read" in text
-
-
-def test_the_table_tells_of_unreadable_training_samples() -> None:
+    assert "2 of 10 samples" in text
     metrics = {"samples": 8, "top1": 0.5, "top5": 1.0, "mean_per_class": 0.5, "chance_top1": 0.5, "strength": 1.0}
     text = printed(print_evaluation, evaluation("linear-probe", train_samples=20, train_unreadable=1, **metrics))
-    assert "1 of 21 samples to train on could not be read" in text
-
-
-def test_the_classes_come_worst_first() -> None:
+    assert "1 of 21 samples to train on" in text
     lines = printed(print_classes, zero_shot()).splitlines()
     red, blue = (next(i for i, line in enumerate(lines) if line.startswith(f"│ {name}")) for name in ("red", "blue"))
     assert red < blue
     assert "blue" in lines[red]
+
+
+def shard(path: Path, unreadable: int) -> Path:
+    """20 images of two colours, the first ones damaged."""
+    names = list(COLORS)[:2]
+    samples = {
+        f"{number:03d}": {
+            "png": b"damaged" if number < unreadable else png(COLORS[names[number % 2]], 4 + number),
+            "txt": names[number % 2].encode(),
+        }
+        for number in range(20)
+    }
+    return write_tar(path, samples)
+
+
+def setting(path: Path, **options: Any) -> Setting:
+    loaded = LoadedModel("fake", "nowhere", ColorModel(), tokenize_colors, ToTensor())  # type: ignore[arg-type]
+    features = FeatureOptions(batch_size=1, progress=False)
+    return Setting(loaded, str(path), open_source(str(path)), "Two colours", features, **options)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda setting: run_zero_shot(setting, None, ["{}"]),
+        lambda setting: run_retrieval(setting)[0],
+        lambda setting: run_linear_probe(setting, setting.source, None),
+        lambda setting: run_knn(setting, setting.source, None),
+    ],
+    ids=["zero-shot", "retrieval", "linear-probe", "knn"],
+)
+def test_run_refuses_many_unreadable_samples(run: Any, tmp_path: Path) -> None:
+    result = run(setting(shard(tmp_path / "few.tar", 2)))
+    assert (result.data.samples, result.data.unreadable) == (18, 2)
+    many = shard(tmp_path / "many.tar", 3)
+    with pytest.raises(Refused, match=r"^3 of the 20 samples of \S*many.tar could not be read, more than 10%, .*allow"):
+        run(setting(many))
+    result = run(setting(many, allowed_unreadable=1.0))
+    assert (result.data.samples, result.data.unreadable) == (17, 3)
+
+
+def test_run_refuses_unreadable_training_samples(tmp_path: Path) -> None:
+    good, bad = setting(shard(tmp_path / "good.tar", 0)), shard(tmp_path / "bad.tar", 5)
+    with pytest.raises(Refused, match=r"5 of the 20 samples of .*bad\.tar"):
+        run_linear_probe(good, open_source(str(bad)), None)
+    few = open_source(str(shard(tmp_path / "few.tar", 1)))
+    assert run_linear_probe(good, few, None).metrics["train_unreadable"] == 1

@@ -1,13 +1,85 @@
+"""Class names, templates, and zero-shot classification by them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from eval_fakes import ColorModel
 
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions
-from evaclip.eval.zero_shot import build_classifier, evaluate
+from evaclip.eval.zero_shot import (
+    build_classifier,
+    evaluate,
+    imagenet_classnames,
+    imagenet_templates,
+    load_classnames,
+    load_templates,
+)
 
 
-def test_the_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
+def test_imagenet_names_and_templates() -> None:
+    names, templates = imagenet_classnames(), imagenet_templates()
+    assert len(names) == 1000
+    assert (names[0], names[-1]) == ("tench", "toilet paper")
+    assert len(templates) == 80
+    assert all(template.count("{}") == 1 for template in templates)
+    assert "a bad photo of a {}." in templates
+
+
+def test_imagenet_data_without_importing_open_clip() -> None:
+    code = (
+        "import sys; from evaclip.eval.zero_shot import imagenet_templates; imagenet_templates();"
+        "sys.exit('open_clip' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("names.txt", "keycap: #\ncafé \n#\n\n", ("keycap: #", "café", "#")),
+        ("bom.txt", "\ufeffcat\ndog\n", ("cat", "dog")),
+        ("names.json", '["a", "b c"]', ("a", "b c")),
+    ],
+)
+def test_load_classnames(tmp_path: Path, name: str, content: str, expected: tuple[str, ...]) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert load_classnames(tmp_path / name) == expected
+
+
+def test_load_templates(tmp_path: Path) -> None:
+    file = tmp_path / "templates.txt"
+    file.write_text("a photo of {}\n{}, drawn\n")
+    assert load_templates(file) == ("a photo of {}", "{}, drawn")
+    assert load_templates("a sketch of {}") == ("a sketch of {}",)
+    file.write_text("a photo of {}\na photo of {c}\n")
+    with pytest.raises(UserError, match=r"line 2: template 'a photo of \{c\}' lacks the placeholder \{\}"):
+        load_templates(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"cat\n\ndog\n", "a.txt, line 2: empty"),
+        ("a.txt", b"", "holds no class names"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.txt", None, "No such file or directory; give a file"),
+        ("a.json", b'["cat", 3]', "a.json, entry 2"),
+        ("a.json", b'{"cat": 1}', "JSON list"),
+        ("a.json", b'["cat",\n', "a.json, line 2: not valid JSON"),
+    ],
+)
+def test_load_classnames_wrong_file(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_classnames(tmp_path / name)
+
+
+def test_classifier_is_mean_of_normalized_prompts() -> None:
     model = ColorModel()
     templates = ["{}", "red and {}", "a {} {}"]
     with torch.no_grad():
@@ -24,8 +96,8 @@ def test_the_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
         assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
 
 
-def test_accuracies_are_counted_as_by_hand() -> None:
-    # Class scores per picture are the rows themselves.
+def test_evaluate_counts_accuracies() -> None:
+    # Class scores per image are the rows themselves.
     features = torch.tensor(
         [
             [0.9, 0.5, 0.4, 0.3, 0.2, 0.1],  # right at once
@@ -34,8 +106,7 @@ def test_accuracies_are_counted_as_by_hand() -> None:
             [0.9, 0.1, 0.1, 0.1, 0.1, 0.1],  # label 0
         ]
     )
-    names = list("abcdef")
-    result = evaluate(features, torch.tensor([0, 4, 0, 0]), torch.eye(6), names)
+    result = evaluate(features, torch.tensor([0, 4, 0, 0]), torch.eye(6), list("abcdef"))
     assert (result.top1, result.top5) == (0.5, 0.75)
     assert result.mean_per_class == pytest.approx((2 / 3 + 0) / 2)
     assert (result.chance_top1, result.chance_top5) == (1 / 6, 5 / 6)
@@ -45,14 +116,14 @@ def test_accuracies_are_counted_as_by_hand() -> None:
     assert (by_name["e"].top1, by_name["e"].top5, by_name["e"].mistaken_for) == (0.0, 1.0, "a")
 
 
-def test_equal_scores_prefer_the_lower_label() -> None:
+def test_evaluate_tie_goes_to_lower_label() -> None:
     result = evaluate(torch.ones(4, 3), torch.arange(4), torch.ones(4, 3), list("abcd"))
     assert [entry.top1 for entry in result.per_class] == [1.0, 0.0, 0.0, 0.0]
     assert result.top1 == result.chance_top1
 
 
-def test_nothing_to_classify_is_an_error() -> None:
-    with pytest.raises(UserError, match="no labelled pictures"):
+def test_evaluate_wrong_arguments() -> None:
+    with pytest.raises(UserError, match="no labelled images"):
         evaluate(torch.ones(0, 3), torch.ones(0, dtype=torch.int64), torch.eye(3), list("abc"))
     with pytest.raises(ValueError, match="expected 3 class names, got 2"):
         evaluate(torch.ones(1, 3), torch.zeros(1, dtype=torch.int64), torch.eye(3), list("ab"))

@@ -1,4 +1,4 @@
-"""Small models with weights under which no term of the equations vanishes."""
+"""Small models without zero weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ NO_ROPE = {"mlp": "gelu", "sub_norm": False, "rope": False}
 
 
 class without_start_values(TorchFunctionMode):
-    """In its `with` block random start values are zeros, which cost less: for what is stirred or loaded next."""
+    """Random initialization gives zeros in the `with` block, which is faster: for weights that are loaded next."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_):

@@ -32,7 +32,7 @@ def _checkpoint(folder: Path, model: CLIP) -> Path:
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "pointer", "run"])
-def test_a_checkpoint_restores_weights_and_preprocessing(form: str, tmp_path: Path) -> None:
+def test_create_model_of_checkpoint(form: str, tmp_path: Path) -> None:
     preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": "squash"}
     model = create_model("tiny", preprocess=preprocess).eval()
     folder = _checkpoint(tmp_path / "checkpoints" / "step_00000007", model)
@@ -52,36 +52,36 @@ def test_a_checkpoint_restores_weights_and_preprocessing(form: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("make", "name", "options", "told"),
+    ("make", "name", "options", "overrides"),
     [
         (create_model, "tiny", {"vision": {"image_size": 64}}, {"vision": {"image_size": 48}}),
         (create_vision_model, "eva02_tiny_patch14_224", {"image_size": 56, "num_classes": 3}, {"image_size": 70}),
     ],
 )
-def test_a_checkpoints_model_is_as_trained_unless_told_otherwise(make, name, options, told, tmp_path, caplog):
+def test_create_model_as_trained(make, name, options, overrides, tmp_path, caplog):
     model = make(name, **options)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     stored = tmp_path / "model.json"
     stored.write_text(json.dumps({"name": name, **asdict(model.config)}))
     assert make(name, tmp_path).config == model.config
     assert not caplog.records
-    for otherwise, config in ((told, make(name, **told).config), ({"as_trained": False}, make(name).config)):
-        assert make(name, tmp_path, **otherwise).config == config
-        assert "weights of another image size: positions are resized from" in caplog.text
+    for other, config in ((overrides, make(name, **overrides).config), ({"as_trained": False}, make(name).config)):
+        assert make(name, tmp_path, **other).config == config
+        assert "positions are resized from" in caplog.text
         caplog.clear()
     for others in ({"name": "another", **asdict(model.config)}, {"layers": 3}, [name]):
         stored.write_text(json.dumps(others))
         assert make(name, tmp_path).config == make(name).config
 
 
-def test_transforms_fit_the_model() -> None:
+def test_transforms_fit_model() -> None:
     model, train, evaluate = create_model_and_transforms("tiny")
     image = Image.new("RGB", (50, 40), (200, 10, 30))
     batch = torch.stack([train(image, 3), evaluate(image)])
     assert model(batch, get_tokenizer("tiny")(["a", "b"]))[0].shape == (2, 128)
 
 
-def test_tokenizer_has_the_context_length_of_the_model() -> None:
+def test_tokenizer_has_context_length_of_model() -> None:
     assert get_tokenizer("tiny")("a cat").shape == (1, 16)
     assert get_tokenizer("EVA02-B-16")("a cat").shape == (1, 77)
 
@@ -89,7 +89,7 @@ def test_tokenizer_has_the_context_length_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_precision_is_that_of_the_parameters(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_create_model_precision(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
     exact = small_model()
     folder = _checkpoint(tmp_path / "step", exact)
     for pretrained in (None, folder):
@@ -102,7 +102,7 @@ def test_precision_is_that_of_the_parameters(precision: str, dtype: torch.dtype,
     assert (rough.float() - expected).abs().max() < 0.03
 
 
-def test_same_seed_gives_the_same_weights() -> None:
+def test_create_model_is_deterministic() -> None:
     states = []
     for _ in range(2):
         torch.manual_seed(7)
@@ -115,16 +115,14 @@ def test_same_seed_gives_the_same_weights() -> None:
     [
         ({"model_name": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; did you mean"),
-        ({"precision": "float32"}, "unknown precision 'float32'"),
         ({"device": "gpu"}, "device 'gpu' can't be used; accepted: cpu"),
         ({"layers": 3}, "unknown model option 'layers'"),
         ({"pretrained": "nowhere/at/all"}, "no weights file or checkpoint folder 'nowhere/at/all'"),
-        ({"pretrained": "weights.pt"}, "no weights file or checkpoint folder 'weights.pt'"),
         ({"pretrained": "eva_clip"}, "tiny has no released weights"),
         ({"model_name": "EVA02-L-14", "pretrained": "merged2b_s4b"}, "did you mean 'merged2b_s4b_b131k'"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, str], message: str) -> None:
+def test_create_model_wrong_arguments(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         create_model(**{"model_name": "tiny", "device": "meta", **arguments})
 
@@ -152,7 +150,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [".", "checkpoints/step_00000007"])
-def test_create_model_takes_a_run(form: str, run_folder: Path) -> None:
+def test_create_model_of_run(form: str, run_folder: Path) -> None:
     model = create_model(str(run_folder / form))
     expected = create_model("tiny", run_folder / "checkpoints" / "step_00000007" / "ema.safetensors")
     assert model.config == expected.config
@@ -164,13 +162,13 @@ def test_create_model_takes_a_run(form: str, run_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "name"), [(create_model, "EVA02-CLIP-B-16"), (create_vision_model, "eva02_tiny_patch14_224")]
 )
-def test_run_of_another_model_is_one_line(make, name, run_folder):
+def test_create_model_of_run_of_another_model(make, name, run_folder):
     with pytest.raises(UserError, match=f"pretrained must be weights of model {name!r}, got .* 'tiny'") as caught:
         make(name, run_folder, as_trained=False)
     assert len(str(caught.value)) < 300
 
 
-def test_create_model_refuses_an_image_models_run(run_folder: Path) -> None:
+def test_create_model_of_run_of_image_model(run_folder: Path) -> None:
     file = run_folder / "checkpoints" / "step_00000007" / "model.json"
     file.write_text(json.dumps({"name": "eva02_tiny_patch14_224"}))
     with pytest.raises(UserError, match="model_name must be a CLIP model"):

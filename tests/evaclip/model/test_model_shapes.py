@@ -37,13 +37,13 @@ def test_parameters_and_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_operations(name: str) -> None:
+def test_flops(name: str) -> None:
     config = get_config(name)
     assert round(vision_flops(config.vision, config.embed_dim) / 1e9, 2) == MODELS[name][3]
     assert round(text_flops(config.text, config.embed_dim) / 1e9, 2) == MODELS[name][4]
 
 
-def test_operations_of_kept_tokens() -> None:
+def test_flops_of_kept_tokens() -> None:
     config = get_config("EVA02-CLIP-B-16")
     kept = 1 + 98
     macs = 196 * 768 * 3 * 16**2 + 768 * 512
@@ -57,7 +57,7 @@ def _with_bias(*modules: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["tiny", "EVA02-CLIP-L-14"])
-def test_layer_ids_follow_the_depth(name: str) -> None:
+def test_layer_ids(name: str) -> None:
     model = create_model(name, device="meta")
     for tower, blocks in ((model.visual, "blocks"), (model.text, "transformer.resblocks")):
         layers = tower.layers
@@ -77,13 +77,7 @@ def test_layer_ids_follow_the_depth(name: str) -> None:
             assert last == {"text_projection"} | _with_bias("ln_final")
 
 
-def test_tiny_is_small() -> None:
-    model = create_model("tiny", device="meta")
-    parameters = sum(p.numel() for p in model.parameters()) - model.text.token_embedding.weight.numel()
-    assert 0.8e6 < parameters < 1.3e6
-
-
-def test_models_are_built_on_the_ops() -> None:
+def test_model_calls_ops() -> None:
     model, called = small_model(), set()
     with backends.observed_by(lambda op, backend: called.add(op)), torch.no_grad():
         model(random_images(1), random_tokens(1))

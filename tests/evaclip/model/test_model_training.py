@@ -1,4 +1,4 @@
-"""Training behaviour: dropout of patches and branches, recomputation, independence of models, compilation."""
+"""Training: dropout of patches and branches, recomputation, independent models, compilation."""
 
 import dataclasses
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip import CLIP, Savings
+from evaclip.model.config import Recompute
 from evaclip.model.norm import Norm, Stream
-from evaclip.model.savings import Recompute
 from evakernels import clip_loss, sample_token_index
 
 
@@ -26,7 +26,7 @@ def _assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
 
 
-def test_patch_dropout_draws_from_the_default_generator_in_training_only() -> None:
+def test_patch_dropout_in_training_only() -> None:
     model = small_model(patch_dropout=0.5)
     images = random_images(4)
     assert (model.visual.num_patches, model.visual.num_kept_patches()) == (16, 8)
@@ -50,7 +50,7 @@ def test_number_of_kept_patches(rate: float, kept: int) -> None:
     assert small_model(patch_dropout=rate).visual.num_kept_patches() == kept
 
 
-def test_drop_path_leaves_out_or_scales_whole_branches() -> None:
+def test_drop_path_drops_or_scales_branches() -> None:
     model = small_model(drop_path=0.5, layers=2).train()
     rates = [block.drop_path for block in model.visual.blocks]
     assert rates == [0.0, 0.5]
@@ -69,7 +69,7 @@ def test_drop_path_leaves_out_or_scales_whole_branches() -> None:
     assert (close.sum(dim=1) > 6).all()
 
 
-def test_recomputation_after_a_second_forward_uses_its_own_tokens() -> None:
+def test_recomputation_after_second_forward() -> None:
     model = small_model().train()
     model.set_savings(Savings(recompute="block"))
     indices = [sample_token_index(4, 16, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
@@ -81,29 +81,6 @@ def test_recomputation_after_a_second_forward_uses_its_own_tokens() -> None:
     model.zero_grad()
     losses[1].backward()
     _assert_same(alone[1], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
-    def build() -> list[CLIP]:
-        models = [small_model(1, patch_dropout=0.5), small_model(2, **NO_ROPE), small_model(3, image_size=40)]
-        for model in models:
-            model.train().set_savings(Savings(recompute="block"))
-        return models
-
-    def loss(model: CLIP, seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return clip_loss(*model(random_images(4, model.config.vision.image_size), random_tokens(4)))
-
-    alone = []
-    for seed, model in enumerate(build()):
-        loss(model, seed).backward()
-        alone.append({n: p.grad for n, p in model.named_parameters()})
-    together = build()
-    losses = [loss(model, seed) for seed, model in enumerate(together)]
-    for value in reversed(losses):
-        value.backward()
-    for expected, model in zip(alone, together, strict=True):
-        _assert_same(expected, {n: p.grad for n, p in model.named_parameters()})
 
 
 @pytest.mark.slow
@@ -122,8 +99,8 @@ def test_models_with_and_without_rope_do_not_disturb_each_other() -> None:
         ),
     ],
 )
-def test_compiles_without_a_graph_break(vision: dict[str, object], recompute: Any) -> None:
-    torch._dynamo.reset()  # which would take what differs from the last model for dynamic
+def test_compiles_without_graph_break(vision: dict[str, object], recompute: Any) -> None:
+    torch._dynamo.reset()  # otherwise differences from the last model become dynamic
     model = small_model(**vision, layers=2, text={"layers": 1}).train()
     model.set_savings(Savings(recompute=recompute))
     images, tokens = random_images(2), random_tokens(2)
@@ -149,7 +126,7 @@ def _gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_stays_close_to_float32(dtype: torch.dtype) -> None:
+def test_autocast_is_close_to_float32(dtype: torch.dtype) -> None:
     model = small_model(patch_dropout=0.5, drop_path=0.2, layer_scale_init=1.0).train()
     index = sample_token_index(4, 16, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -163,7 +140,7 @@ def test_autocast_stays_close_to_float32(dtype: torch.dtype) -> None:
 
 
 class _Casts(TorchDispatchMode):
-    """Shapes of what is cast from float32 to bfloat16."""
+    """Shapes of tensors that are cast from float32 to bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,18 +152,9 @@ class _Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, 0), ({"post_norm": True}, 2)])
-def test_linears_that_share_an_input_share_its_cast_if_no_norm_gives_it(options: dict[str, Any], expected: int) -> None:
-    block = small_model(**options).train().visual.blocks[0]
-    x = torch.randn(2, 17, 128)
-    with _Casts() as casts, torch.autocast("cpu", torch.bfloat16):
-        block(Stream(x))
-    assert casts.shapes.count((2, 17, 128)) == expected
-
-
 @pytest.mark.parametrize("recompute", ["none", "activations", "block"])
-def test_every_add_but_the_last_is_a_norms(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where activations are computed again each block adds up its stream: of two tensors both would be kept."""
+def test_norms_add_branches(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With recomputation each block adds its branch: otherwise two tensors would be saved."""
     model = small_model(layer_scale_init=1.0).train()
     model.set_savings(dataclasses.replace(model.visual.savings, recompute=recompute))
     total, summed = Stream.total, []
@@ -202,7 +170,7 @@ def test_every_add_but_the_last_is_a_norms(recompute: Recompute, monkeypatch: py
     (out[0].sum() + out[1].sum()).backward()
 
 
-def test_norms_in_front_of_products_change_nothing_but_the_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_16_bit_norms_save_casts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(layer_scale_init=1.0).train()
 
     def results() -> tuple[Tensor, Tensor, dict[str, Tensor], int]:

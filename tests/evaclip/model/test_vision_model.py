@@ -32,11 +32,11 @@ def ours(name: str, peer: nn.Module, depth: int = 2, num_classes: int = 7, **opt
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if "enormous" in name else []) for name in RELEASES]
 )
-def test_outputs_and_names_equal_those_of_timm(name: str) -> None:
+def test_outputs_and_names_match_timm(name: str) -> None:
     config, tiny = vision_config(name), "tiny" in name
     depth, side = (2, config.image_shape[0]) if tiny else (1, 8 * config.patch_size)
     peer = peer_of(name, depth, img_size=side)
-    if name.startswith("eva_large"):  # The one bias that models here don't have changes no result.
+    if name.startswith("eva_large"):  # the bias of k, which models here lack, changes no result
         with torch.no_grad():
             for block in peer.blocks:
                 block.attn.qkv.bias[1024:2048] = 0
@@ -54,7 +54,7 @@ def test_outputs_and_names_equal_those_of_timm(name: str) -> None:
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-def test_every_name_of_timm_is_known() -> None:
+def test_releases_match_timm() -> None:
     assert set(RELEASES) == set(timm.list_models("eva*"))
     for name in timm.list_pretrained("eva*"):
         model, tag = split_name(name)
@@ -68,23 +68,18 @@ def test_every_name_of_timm_is_known() -> None:
         assert release.preprocess.crop == theirs.crop_pct
 
 
-QUICK = ("eva02_base_patch14_224", "eva_large_patch14_196")
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.exhaustive) for name in RELEASES]
+    "name", [pytest.param(name, marks=[] if "base" in name else pytest.mark.exhaustive) for name in RELEASES]
 )
-def test_number_of_parameters_at_full_depth(name: str) -> None:
+def test_number_of_parameters_matches_timm(name: str) -> None:
     with torch.device("meta"):
         peer = timm.create_model(name, num_classes=7)
     model = create_vision_model(name, num_classes=7, device="meta")
-    expected = sum(p.numel() for p in peer.parameters())
-    if name.startswith("eva_large"):
-        expected -= 24 * 1024  # the bias of k
-    assert sum(p.numel() for p in model.parameters()) == expected
+    bias_of_k = 24 * 1024 if name.startswith("eva_large") else 0
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in peer.parameters()) - bias_of_k
 
 
-def test_gradients_equal_those_of_timm() -> None:
+def test_gradients_match_timm() -> None:
     name = "eva02_base_patch14_224"
     peer = peer_of(name, depth=1, img_size=112)
     model = ours(name, peer, depth=1, image_size=112)
@@ -96,7 +91,7 @@ def test_gradients_equal_those_of_timm() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-5, rtol=1e-3)
 
 
-def test_features_and_head_are_timms() -> None:
+def test_features_and_head_match_timm() -> None:
     name = "eva02_tiny_patch14_224"
     peer = peer_of(name, depth=3)
     model = ours(name, peer, depth=3)
@@ -112,12 +107,12 @@ def test_features_and_head_are_timms() -> None:
         for mine, expected in zip(maps, their_maps, strict=True):
             torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
         assert [m.shape for m in model.forward_intermediates(images, 2)[1]] == [(2, 192, 16, 16)] * 2
-    with pytest.raises(UserError, match=r"indices are \[3\]; expected blocks from -3 to 2"):
+    with pytest.raises(UserError, match="indices"):
         model.forward_intermediates(images, [3])
 
 
-def test_images_that_are_not_square() -> None:
-    """Positions are resized as the authors do, rotary tables are those of the new grid."""
+def test_oblong_images_match_timm() -> None:
+    """Positions are resized as the authors did; rotary tables are those of the new grid."""
     name, shape = "eva02_tiny_patch14_224", (112, 196)
     peer = peer_of(name, img_size=shape)
     model = ours(name, peer, image_size=shape)
@@ -128,9 +123,9 @@ def test_images_that_are_not_square() -> None:
     load_weights(model, square.state_dict())
     resized = timm.layers.resample_abs_pos_embed(square.pos_embed, [8, 14], num_prefix_tokens=1, antialias=False)
     torch.testing.assert_close(model.pos_embed, resized)
-    with pytest.raises(ValueError, match=r"expected \[batch, 3, 112, 196\]"):
+    with pytest.raises(ValueError, match=r"\[batch, 3, 112, 196\]"):
         model(random_images(1, 224))
-    with pytest.raises(UserError, match=r"image_size is \(112, 0\)"):
+    with pytest.raises(UserError, match=r"image_size .* got \(112, 0\)"):
         create_vision_model(name, image_size=(112, 0))
 
 
@@ -148,11 +143,11 @@ def test_classifier_of_another_size(tmp_path: Path) -> None:
         peer.reset_classifier(0)
         images = random_images(1, 336)
         torch.testing.assert_close(bare(images), peer(images), atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="pool is 'token', but the model's last norm was trained for 'mean'"):
+    with pytest.raises(UserError, match="pool must be 'mean'"):
         bare.reset_classifier(3, "token")
 
 
-def test_the_classifier_and_the_preprocessing_of_the_weights_are_taken(tmp_path: Path) -> None:
+def test_classifier_and_preprocessing_of_weights(tmp_path: Path) -> None:
     name, file = "eva02_tiny_patch14_336.mim_in22k_ft_in1k", tmp_path / "weights.pt"
     peer = peer_of("eva02_tiny_patch14_336", depth=1, num_classes=10)
     torch.save(peer.state_dict(), file)
@@ -168,7 +163,7 @@ def test_the_classifier_and_the_preprocessing_of_the_weights_are_taken(tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["masked image modelling", "CLIP", "classifier"])
-def test_all_but_the_classifier_starts_from_other_weights(kind: str, tmp_path: Path) -> None:
+def test_start_from_other_weights(kind: str, tmp_path: Path) -> None:
     name, options = "eva02_tiny_patch14_336", {"layers": 1, "image_size": 28}
     source = create_vision_model(name, num_classes=5, **options)
     stir(source)
@@ -207,6 +202,6 @@ def test_all_but_the_classifier_starts_from_other_weights(kind: str, tmp_path: P
         ("eva02_base_patch14_448.mim", "unknown tag of eva02_base_patch14_448 'mim'"),
     ],
 )
-def test_unknown_names(name: str, message: str) -> None:
+def test_create_vision_model_unknown_name(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         create_vision_model(name)

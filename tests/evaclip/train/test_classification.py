@@ -18,7 +18,7 @@ from evaclip import create_vision_model
 from evaclip.commands.main import main
 from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
-from evaclip.eval.class_space import ClassSpace
+from evaclip.eval.classify import ClassSpace
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES
 from evaclip.report import write_report

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from evaclip.data.masks import BlockMasks
 from evaclip.factory import create_masked_image_model, create_model
+from evaclip.model.config import Savings
 from evaclip.model.masked_image import MaskedImageModel
-from evaclip.model.savings import Savings
 from evaclip.train.config import MaskedImageTask, OptimConfig
 from evaclip.train.distributed import World
 from evaclip.train.optimizer import build_optimizer, parameter_groups

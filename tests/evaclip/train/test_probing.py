@@ -12,7 +12,7 @@ import torch
 from processes import in_processes
 from torch import Tensor, nn
 
-from evaclip.eval import knn, linear_probe
+from evaclip.eval import probes
 from evaclip.train.distributed import World, connect
 from evaclip.train.spread import Spread, Stopped
 
@@ -34,15 +34,15 @@ def drawn(samples: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def measured(**how: Any) -> list[dict[str, Any]]:
     train, test = drawn(150, 0), drawn(77, 1)
-    both = [measure(train, test, classes=CLASSES, **how) for measure in (knn.knn, linear_probe.linear_probe)]
+    both = [measure(train, test, classes=CLASSES, **how) for measure in (probes.knn, probes.linear_probe)]
     return [result.to_dict() for result in both]
 
 
 def write_measured(path: Path) -> None:
     """What a process finds, and how many blocks of queries and fits it had, in all of them."""
-    places = patch.object(knn, "_places", wraps=knn._places)
-    fit = patch.object(linear_probe, "_fit", wraps=linear_probe._fit)
-    with closing(connect("cpu")) as world, patch.object(knn, "_QUERIES", 16), places as votes, fit as fits:
+    places = patch.object(probes, "top_items", wraps=probes.top_items)
+    fit = patch.object(probes, "_fit", wraps=probes._fit)
+    with closing(connect("cpu")) as world, patch.object(probes, "_QUERIES", 16), places as votes, fit as fits:
         found = measured(over=Spread(Model(), world, None, lambda: False).over)
         everywhere = world.gather_everywhere((found, votes.call_count, fits.call_count))
         if world.is_main:

@@ -14,8 +14,8 @@ from small_options import OPTIONS
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
+from evaclip.model.config import Savings
 from evaclip.model.flops import flops_per_sample
-from evaclip.model.savings import Savings
 from evaclip.train.build import build
 from evaclip.train.config import ScheduleConfig, TrainConfig
 from evaclip.train.distributed import World

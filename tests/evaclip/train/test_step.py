@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from evaclip.data.rows import Rows
 from evaclip.model.clip import CLIP
-from evaclip.model.savings import Savings
+from evaclip.model.config import Savings
 from evaclip.train import rng
 from evaclip.train.as_gpus import pretended
 from evaclip.train.config import LossConfig, OptimConfig

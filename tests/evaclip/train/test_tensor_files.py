@@ -1,8 +1,6 @@
 """Each process writes its part and reads its part; who needs whole weights has them joined, once."""
 
 import json
-import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +22,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.train import checkpoint, tensor_files
 from evaclip.train.checkpoint import Content, DamagedCheckpoint
@@ -126,7 +123,7 @@ def test_what_is_incomplete_is_neither_joined_nor_read(tmp_path: Path) -> None:
     write(tmp_path / "parts", 3)
     index = tmp_path / "parts" / "index.json"
     index.write_text(index.read_text().replace('"F32", "shape": [7', '"F16", "shape": [7'))
-    with pytest.raises(OSError, match="a part of rows that doesn't belong"):
+    with pytest.raises(OSError, match="a part of rows that doesn't fit"):
         parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
     write(tmp_path / "parts", 3)
     save_file({}, tmp_path / "parts" / names(1)[0])
@@ -175,9 +172,9 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_other_tensors_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "parts", 2)
-    with pytest.raises(UserError, match=r"rows is \[7, 5\] in .*; expected \[7, 6\]"):
+    with pytest.raises(UserError, match=r"rows must have shape \[7, 6\], got \[7, 5\]"):
         parts.read({"rows": torch.zeros(7, 6)}, tmp_path / "parts")
-    with pytest.raises(UserError, match="new isn't there"):
+    with pytest.raises(UserError, match=r"new must have shape \[7, 6\], got none"):
         parts.read({"new": torch.zeros(7, 6)}, tmp_path / "parts")
 
 
@@ -222,18 +219,8 @@ def test_two_readers_at_once_wait_for_one_join(sharded: Path) -> None:
     assert_equal(sharded / "model.safetensors")
 
 
-def test_a_command_joins_model_and_average(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["weights", "join", str(sharded.parents[1])]) == 0
-    told = capsys.readouterr().out.split()
-    assert told == [str(sharded / "model.safetensors"), str(sharded / "ema.safetensors")]
-    for path in told:
-        assert_equal(Path(path))
-    shutil.rmtree(sharded)
-    assert main(["weights", "join", str(sharded.parents[1])]) == 2
-
-
 @pytest.mark.parametrize("harm", ["truncated", "changed", "missing"])
-def test_a_damaged_part_is_noticed(harm: str, sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_part_is_noticed(harm: str, sharded: Path) -> None:
     path = sharded / "model.safetensors.parts" / names(1)[0]
     data = path.read_bytes()
     if harm == "missing":
@@ -243,16 +230,9 @@ def test_a_damaged_part_is_noticed(harm: str, sharded: Path, capsys: pytest.Capt
     for check in (checkpoint.read_meta, checkpoint.check_weights):
         with pytest.raises(DamagedCheckpoint, match="parts/00001"):
             check(sharded)
-    assert main(["weights", "join", str(sharded)]) == 2
-    assert re.search(r"is damaged: .*model\.safetensors\.parts/00001", capsys.readouterr().err)
+    with pytest.raises(UserError, match=r"is damaged: .*model\.safetensors\.parts/00001"):
+        parts.joined(sharded / "model.safetensors")
     assert [path.name for path in sharded.iterdir() if path.is_file()] == ["meta.json"]
-
-
-def test_what_has_no_parts_is_not_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "notes.txt"
-    file.touch()
-    assert main(["weights", "join", str(file)]) == 2
-    assert f"{str(file)!r} is no run or checkpoint folder" in capsys.readouterr().err
 
 
 def test_damage_to_what_was_joined_is_noticed(sharded: Path) -> None:

@@ -22,7 +22,7 @@ from evaclip.data import open_source
 from evaclip.data.held_out import hold_out
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
-from evaclip.eval.pairs import encode_pairs
+from evaclip.eval.retrieval import encode_pairs
 from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
 from evaclip.loading import load_model
 from evaclip.model.clip import CLIP
@@ -191,7 +191,7 @@ def test_evaluation_with_nan_features_is_one_line(run_config, monkeypatch, capsy
     records = [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
     assert [(record["step"], record["eval"]["val/zero_shot_top1"]) for record in records] == [(3, None), (6, None)]
     told = [event.get("message", "") for event in read_log(outcome.folder / EVENTS_FILE)]
-    assert [line for line in told if "NaN or infinity for 10 of 40 pictures" in line] == told[1:3]
+    assert [line for line in told if "NaN or infinity for 10 of 40 images" in line] == told[1:3]
     files = [o.folder / "checkpoints/step_00000006/model.safetensors" for o in (outcome, straight)]
     weights, expected = (read_tensors(file) for file in files)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())

@@ -1,4 +1,4 @@
-"""Models for the hub: what is saved and pushed is loaded by open_clip and here, with equal features."""
+"""Models for the hub: saved and pushed, loaded by open_clip and here, with equal features."""
 
 import functools
 import json
@@ -23,10 +23,9 @@ from evaclip.model import vision_names
 from evaclip.train.overrides import dump_yaml, resolve
 from evaclip.train.recipes import get_recipe
 from evaclip.train.tree import nest
-from evaclip.weights.card import card_text, run_facts
+from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_config
 from evaclip.weights.load import load_weights
-from evaclip.weights.open_clip_config import CONFIG_FILE, to_open_clip_config
-from evaclip.weights.publish import SAFE_FILE
+from evaclip.weights.publish import SAFE_FILE, card_text, run_facts
 
 NAME = "EVA02-B-16"
 TEXTS = ["a photo of a cat", "two dogs"]
@@ -34,7 +33,7 @@ TEXTS = ["a photo of a cat", "two dogs"]
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> evaclip.CLIP:
-    """B/16 with one layer a tower, here and in timm, and an own normalisation."""
+    """B/16 with one layer a tower, here and in timm, and another normalization."""
     monkeypatch.setitem(vision_names._SIZES, "eva02_base", {"layers": 1})
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=1))
     torch.manual_seed(0)
@@ -62,18 +61,18 @@ def assert_loaded(source: str, model: evaclip.CLIP) -> None:
     expected = features(model, evaclip.transforms.EvalTransform(224, model.config.preprocess), evaclip.get_tokenizer())
     for library in (evaclip, open_clip):
         loaded, preprocess = library.create_model_from_pretrained(source)
-        for found, wanted in zip(features(loaded, preprocess, library.get_tokenizer(source)), expected, strict=True):
-            assert wanted.std() > 0.01
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        for actual, each in zip(features(loaded, preprocess, library.get_tokenizer(source)), expected, strict=True):
+            assert each.std() > 0.01
+            torch.testing.assert_close(actual, each, atol=1e-5, rtol=1e-5)
 
 
-def test_a_saved_folder_is_loaded_by_open_clip_and_here(folder: Path, model: evaclip.CLIP) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG_FILE, SAFE_FILE]
+def test_saved_folder_is_loaded(folder: Path, model: evaclip.CLIP) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", OPEN_CLIP_CONFIG_FILE, SAFE_FILE]
     assert_loaded(f"local-dir:{folder}", model)
     assert load_model(f"local-dir:{folder}").model.config == evaclip.create_model(f"local-dir:{folder}").config
 
 
-def test_siglips_bias_goes_to_open_clip_and_back(model, tmp_path, caplog):
+def test_saved_logit_bias_is_loaded(model, tmp_path, caplog):
     biased = evaclip.CLIP(replace(model.config, init_logit_bias=-10.0))
     load_weights(biased, model.state_dict())
     assert biased.logit_bias == -10
@@ -81,7 +80,7 @@ def test_siglips_bias_goes_to_open_clip_and_back(model, tmp_path, caplog):
         biased.logit_bias.fill_(-7.5)
     evaclip.save_for_hf(biased.eval(), save_directory=tmp_path / "siglip")
     loads = [library.create_model(f"local-dir:{tmp_path / 'siglip'}") for library in (evaclip, open_clip)]
-    # The weights alone say that there is a bias.
+    # Weights with a bias make a model with one.
     text = biased.config.to_dict()["text"]
     loads.append(evaclip.create_model(NAME, tmp_path / "siglip" / SAFE_FILE, vision={"layers": 1}, text=text))
     for loaded in loads:
@@ -90,36 +89,33 @@ def test_siglips_bias_goes_to_open_clip_and_back(model, tmp_path, caplog):
     with torch.no_grad():
         difference = biased.get_logits(images, tokens)[1] - model.get_logits(images, tokens)[1]
     torch.testing.assert_close(difference, torch.full((2, 2), -7.5), atol=1e-4, rtol=0)
-    load_weights(model, biased.state_dict())  # which says that it has no place for the bias
+    load_weights(model, biased.state_dict())
     assert model.logit_bias is None
     assert "logit_bias is left out" in caplog.text
-    with pytest.raises(UserError, match="init_logit_bias is 'low'; expected a number, or null"):
+    with pytest.raises(UserError, match="init_logit_bias"):
         evaclip.create_model("tiny", init_logit_bias="low")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["EVA01-g-14", "EVA01-g-14-plus", "EVA02-B-16", "EVA02-L-14", "EVA02-L-14-336", "EVA02-E-14", "EVA02-E-14-plus"],
-)
-def test_the_configuration_is_open_clips_own(name: str) -> None:
+@pytest.mark.parametrize("name", ["EVA01-g-14-plus", "EVA02-B-16", "EVA02-L-14-336", "EVA02-E-14-plus"])
+def test_configuration_is_that_of_open_clip(name: str) -> None:
     ours, theirs = to_open_clip_config(evaclip.get_config(name))["model_cfg"], open_clip.get_model_config(name)
-    # timm has this tower under two names.
+    # timm has two names for this tower.
     theirs["vision_cfg"]["timm_model_name"] = theirs["vision_cfg"]["timm_model_name"].replace(
         "giant_patch14_224", "giant_patch14_clip_224"
     )
     assert ours == theirs
 
 
-def test_pushed_and_loaded_from_the_hub(hub: Hub, model: evaclip.CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushed_model_is_loaded(hub: Hub, model: evaclip.CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     address = evaclip.push_to_hf_hub(model, repo_id="mine", token="right", private=True, commit_message="First")
     assert address.startswith(f"{hub.url}/me/mine/commit/")
     assert hub.private == {"me/mine"}
-    assert sorted(name for _, name in hub.files) == ["README.md", CONFIG_FILE, SAFE_FILE]
+    assert sorted(name for _, name in hub.files) == ["README.md", OPEN_CLIP_CONFIG_FILE, SAFE_FILE]
     assert 'create_model_from_pretrained("hf-hub:me/mine")' in hub.files["me/mine", "README.md"].decode()
     assert_loaded("hf-hub:me/mine", model)
 
 
-def test_a_model_card_on_the_hub_stays(hub: Hub, model: evaclip.CLIP) -> None:
+def test_push_keeps_model_card(hub: Hub, model: evaclip.CLIP) -> None:
     hub.files["me/mine", "README.md"] = b"written by hand"
     evaclip.push_to_hf_hub(model, repo_id="me/mine", token="right")
     assert hub.files["me/mine", "README.md"] == b"written by hand"
@@ -127,7 +123,7 @@ def test_a_model_card_on_the_hub_stays(hub: Hub, model: evaclip.CLIP) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
-def test_without_a_token_that_may_write(hub: Hub, model: evaclip.CLIP, token: str | None) -> None:
+def test_push_without_valid_token(hub: Hub, model: evaclip.CLIP, token: str | None) -> None:
     with pytest.raises(
         UserError, match=r"can't push to me/mine on .*no valid token; run `hf auth login`, set HF_TOKEN"
     ):
@@ -135,7 +131,7 @@ def test_without_a_token_that_may_write(hub: Hub, model: evaclip.CLIP, token: st
     assert hub.files == {}
 
 
-def test_offline_and_without_the_package(hub: Hub, model: evaclip.CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_offline_or_without_package(hub: Hub, model: evaclip.CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="can't push to me/mine on the Hugging Face hub: HF_HUB_OFFLINE is set"):
         evaclip.push_to_hf_hub(model, repo_id="me/mine", token="right")
@@ -146,7 +142,7 @@ def test_offline_and_without_the_package(hub: Hub, model: evaclip.CLIP, monkeypa
         evaclip.push_to_hf_hub(model, repo_id="me/mine")
 
 
-def test_a_model_that_open_clip_lacks_is_refused_before_anything_is_done(hub: Hub, tmp_path: Path) -> None:
+def test_model_unknown_to_open_clip_is_refused(hub: Hub, tmp_path: Path) -> None:
     larger = evaclip.create_model(NAME, force_image_size=448, device="meta")
     expected = r"open_clip can't load .*no such image tower; eva02_base_patch16_clip_224 differs in image_size=448\. "
     with pytest.raises(UserError, match=expected):
@@ -160,7 +156,7 @@ def test_a_model_that_open_clip_lacks_is_refused_before_anything_is_done(hub: Hu
     assert hub.requests == []
 
 
-def test_what_is_there_is_replaced_only_when_asked(folder: Path, model: evaclip.CLIP) -> None:
+def test_save_keeps_existing_files(folder: Path, model: evaclip.CLIP) -> None:
     before = (folder / SAFE_FILE).read_bytes()
     with pytest.raises(UserError, match=r"open_clip_model\.safetensors' exists"):
         evaclip.save_for_hf(model, save_directory=folder)
@@ -180,7 +176,7 @@ def test_model_card_has_no_credentials(tmp_path: Path) -> None:
     assert "abc123" not in card_text(run_facts(tmp_path), "name")
 
 
-def test_the_card_tells_what_the_run_did(model: evaclip.CLIP, tmp_path: Path) -> None:
+def test_card_describes_run(model: evaclip.CLIP, tmp_path: Path) -> None:
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True)
@@ -216,13 +212,13 @@ def test_the_card_tells_what_the_run_did(model: evaclip.CLIP, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_directory": ""}, "save_directory isn't given"),
-        ({"tokenizer": open_clip.tokenize}, "expected the tokenizer of evaclip.get_tokenizer or None, got a function"),
-        ({"safe_serialization": "yes"}, "safe_serialization is 'yes'; expected True, False or 'both'"),
+        ({"save_directory": ""}, "save_directory"),
+        ({"tokenizer": open_clip.tokenize}, "tokenizer .* got a function"),
+        ({"safe_serialization": "yes"}, "safe_serialization .* got 'yes'"),
         ({"model_card": {"licence": "mit"}}, "unknown part of a model card 'licence'; did you mean 'license'"),
     ],
 )
-def test_wrong_calls(options: dict[str, Any], message: str, tmp_path: Path, model: evaclip.CLIP) -> None:
+def test_save_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path, model: evaclip.CLIP) -> None:
     with pytest.raises(UserError, match=message):
         evaclip.save_for_hf(model, **{"save_directory": tmp_path / "new", **options})
 
@@ -232,16 +228,15 @@ def test_wrong_calls(options: dict[str, Any], message: str, tmp_path: Path, mode
     [
         (None, "there is no file .*open_clip_config.json'"),
         ("{", "can't be read: "),
-        ({"vision_cfg": None}, "can't be read: "),
         ({"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "unknown vision model 'vit_base_patch16_224'"),
         ({"vision_cfg": {"layers": 12}}, "lacks 'timm_model_name'"),
         ({"text_cfg": {"hf_model_name": "roberta"}}, "a model with hf_model_name='roberta' doesn't exist here"),
         ({"quick_gelu": True}, "a model with quick_gelu=True doesn't exist here"),
-        ({"init_logit_scale": "high"}, "model.init_logit_scale is 'high'"),
+        ({"init_logit_scale": "high"}, "model.init_logit_scale"),
     ],
 )
-def test_a_configuration_that_is_none_here(change: Any, message: str, folder: Path) -> None:
-    path = folder / CONFIG_FILE
+def test_load_unknown_configuration(change: Any, message: str, folder: Path) -> None:
+    path = folder / OPEN_CLIP_CONFIG_FILE
     if change is None:
         path.unlink()
     elif isinstance(change, str):

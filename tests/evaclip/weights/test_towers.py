@@ -17,7 +17,7 @@ from evaclip.weights import start_image_tower, start_text_tower, to_open_clip, t
 State = dict[str, Tensor]
 
 
-def stirred(seed: int = 1, **vision: object) -> CLIP:
+def random_model(seed: int = 1, **vision: object) -> CLIP:
     """A small model without a parameter that has its start value."""
     model = create_model("tiny", vision={"layers": 2, **vision}, text={"layers": 2})
     generator = torch.Generator().manual_seed(seed)
@@ -27,25 +27,24 @@ def stirred(seed: int = 1, **vision: object) -> CLIP:
     return model
 
 
-def bare(state: State) -> State:
+def masked_image_layout(state: State) -> State:
     """The image tower of a model, as files of masked image modelling have it."""
     tower = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
     return {**tower, "mask_token": torch.zeros(1, 1, 8), "lm_head.weight": torch.zeros(5, 8)}
 
 
-@pytest.mark.parametrize("layout", ["whole", "open_clip", "timm", "masked image modelling"])
-def test_image_tower(layout: str) -> None:
-    source, model = stirred(1).state_dict(), stirred(2)
+@pytest.mark.parametrize("layout", [dict, to_open_clip, to_timm, masked_image_layout])
+def test_start_image_tower(layout) -> None:
+    source, model = random_model(1).state_dict(), random_model(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    layouts = {"whole": dict, "open_clip": to_open_clip, "timm": to_timm, "masked image modelling": bare}
-    start_image_tower(model.visual, layouts[layout](source))
+    start_image_tower(model.visual, layout(source))
     for name, tensor in model.state_dict().items():
         own = not name.startswith("visual.") or name.startswith("visual.head.")
         assert torch.equal(tensor, before[name] if own else source[name]), name
 
 
-def test_image_tower_of_timm_with_the_mean_of_patches(tmp_path: Path) -> None:
-    """timm's own model, fine-tuned form: a classifier, and the last norm behind the mean."""
+def test_start_image_tower_of_timm_classifier(tmp_path: Path) -> None:
+    """timm's own model, fine-tuned form: a classifier, and the last norm after the mean."""
     peer = eva.Eva(
         img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, mlp_ratio=3, swiglu_mlp=True, scale_mlp=True,
         scale_attn_inner=True, qkv_fused=False, use_rot_pos_emb=True, ref_feat_shape=(16, 16), num_classes=5,
@@ -59,52 +58,40 @@ def test_image_tower_of_timm_with_the_mean_of_patches(tmp_path: Path) -> None:
     assert torch.equal(model.visual.blocks[1].attn.q_bias, peer.blocks[1].attn.q_proj.bias)
 
 
-def test_other_image_and_patch_sizes_are_resized_as_the_authors_did(caplog: pytest.LogCaptureFixture) -> None:
-    source, model = stirred(1, image_size=28, patch_size=7), stirred(2, image_size=32, patch_size=8)
-    large = stirred(3, image_size=48, patch_size=8)
+def test_start_image_tower_resizes(caplog: pytest.LogCaptureFixture) -> None:
+    source, model = random_model(1, image_size=28, patch_size=7), random_model(2, image_size=32, patch_size=8)
+    large = random_model(3, image_size=48, patch_size=8)
     with caplog.at_level(logging.INFO, logger="evaclip"):
         start_image_tower(model.visual, source.state_dict())
         start_image_tower(large.visual, source.state_dict())
-    assert "the kernel is resized from 7 to 8 pixels" in caplog.text
-    assert "positions are resized from 4x4 to 6x6 patches" in caplog.text
+    assert "resized from 7 to 8 pixels" in caplog.text
+    assert "resized from 4x4 to 6x6 patches" in caplog.text
     kernel = source.visual.patch_embed.proj.weight
     assert torch.equal(model.visual.patch_embed.proj.weight, F.interpolate(kernel, size=(8, 8), mode="bicubic"))
     assert torch.equal(model.visual.pos_embed, source.visual.pos_embed)
 
 
-def test_what_a_source_lacks_is_named_and_keeps_its_start_values(caplog: pytest.LogCaptureFixture) -> None:
-    model = stirred(2)
+def test_start_image_tower_missing_parameters(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(2)
     kept = model.visual.blocks[0].attn.inner_attn_ln.weight.clone()
-    state = {name: t for name, t in stirred(1).state_dict().items() if "inner_attn_ln" not in name}
+    state = {name: t for name, t in random_model(1).state_dict().items() if "inner_attn_ln" not in name}
     start_image_tower(model.visual, state)
-    expected = "lack blocks.{0-1}.attn.inner_attn_ln.bias, blocks.{0-1}.attn.inner_attn_ln.weight of the image tower"
-    assert expected in caplog.text
+    assert "lack blocks.{0-1}.attn.inner_attn_ln.bias, blocks.{0-1}.attn.inner_attn_ln.weight of" in caplog.text
     assert torch.equal(model.visual.blocks[0].attn.inner_attn_ln.weight, kept)
 
 
-def test_what_does_not_fit_is_named_and_nothing_changes() -> None:
-    model = stirred(2)
+def test_start_tower_wrong_source_changes_nothing() -> None:
+    model, source = random_model(2), random_model(1).state_dict()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = {**stirred(1).state_dict(), "visual.blocks.1.extra": torch.zeros(1), "visual.norm.bias": torch.zeros(3)}
+    state = {**source, "visual.blocks.1.extra": torch.zeros(1), "visual.norm.bias": torch.zeros(3)}
     with pytest.raises(UserError, match=r"image tower: unexpected: blocks\.\{1\}\.extra; of another shape: norm\.bias"):
         start_image_tower(model.visual, state)
     with pytest.raises(UserError, match="have no text tower"):
-        start_text_tower(model.text, bare(stirred(1).state_dict()))
+        start_text_tower(model.text, masked_image_layout(source))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["text.", ""])
-def test_text_tower(layout: str) -> None:
-    source, model = stirred(1).state_dict(), stirred(2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    start_text_tower(model.text, {name.replace("text.", layout, 1): tensor for name, tensor in source.items()})
-    for name, tensor in model.state_dict().items():
-        own = not name.startswith("text.") or name == "text.text_projection"
-        assert torch.equal(tensor, before[name] if own else source[name]), name
-
-
-def test_text_tower_of_transformers(tmp_path: Path) -> None:
-    """Its own model, in its own file; both then compute the same."""
+def test_start_text_tower_of_transformers(tmp_path: Path) -> None:
     model = create_model("tiny", text={"layers": 2}).eval()
     text = model.config.text
     config = CLIPTextConfig(
@@ -116,28 +103,28 @@ def test_text_tower_of_transformers(tmp_path: Path) -> None:
     peer = CLIPTextModel(config).eval()
     for parameter in peer.parameters():
         nn.init.normal_(parameter, std=0.1)
-    names = {
-        name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in peer.state_dict().items()
-    }
-    torch.save(
-        {**names, "logit_scale": torch.ones(()), "vision_model.x": torch.ones(1)}, tmp_path / "pytorch_model.bin"
-    )
+    state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in peer.state_dict().items()}
+    state |= {"logit_scale": torch.ones(()), "vision_model.x": torch.ones(1)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
     start_text_tower(model.text, tmp_path / "pytorch_model.bin")
     tokens = torch.randint(1, 400, (2, 7))
     tokens[:, -1] = text.vocab_size - 1
     with torch.no_grad():
         model.text.text_projection.copy_(torch.eye(text.width, model.config.embed_dim))
-        theirs = peer(tokens).last_hidden_state[:, -1]
-        torch.testing.assert_close(model.encode_text(tokens)[:, : text.width], theirs, atol=1e-5, rtol=1e-4)
+        expected = peer(tokens).last_hidden_state[:, -1]
+        torch.testing.assert_close(model.encode_text(tokens)[:, : text.width], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_both_towers_from_files(tmp_path: Path) -> None:
-    source = stirred(1)
-    torch.save(bare(source.state_dict()), tmp_path / "image.pt")
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "text.pt")
-    parts = {"pretrained_image": tmp_path / "image.pt", "pretrained_text": tmp_path / "text.pt"}
-    model = create_model("tiny", vision={"layers": 2}, text={"layers": 2}, precision="bf16", **parts)
-    assert torch.equal(model.visual.pos_embed, source.visual.pos_embed.bfloat16())
-    assert torch.equal(model.text.ln_final.weight, source.text.ln_final.weight.bfloat16())
+@pytest.mark.parametrize("prefix", ["text.", ""])
+def test_create_model_from_two_towers(prefix: str, tmp_path: Path) -> None:
+    source = random_model(1)
+    state = {name.replace("text.", prefix, 1): tensor for name, tensor in source.state_dict().items()}
+    torch.save(masked_image_layout(state), tmp_path / "image.pt")
+    torch.save({"state_dict": state}, tmp_path / "text.pt")
+    towers = {"pretrained_image": tmp_path / "image.pt", "pretrained_text": tmp_path / "text.pt"}
+    model = create_model("tiny", vision={"layers": 2}, text={"layers": 2}, precision="bf16", **towers)
+    for name, tensor in model.state_dict().items():
+        own = name.startswith("visual.head.") or name in ("text.text_projection", "logit_scale")
+        assert torch.equal(tensor, source.state_dict()[name].bfloat16()) is not own, name
     with pytest.raises(UserError, match="either pretrained, for the whole model, or pretrained_image"):
-        create_model("tiny", pretrained=tmp_path / "text.pt", **parts)
+        create_model("tiny", pretrained=tmp_path / "text.pt", **towers)

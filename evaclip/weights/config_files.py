@@ -1,4 +1,4 @@
-"""open_clip_config.json: what open_clip keeps beside weights, so that they are loaded without the model's name."""
+"""Configuration files next to weights: open_clip_config.json and preprocess.json."""
 
 import json
 from collections.abc import Mapping
@@ -9,8 +9,9 @@ from typing import Any
 from evaclip.errors import UserError
 from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, override
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
+from evaclip.run_files import PREPROCESS_FILE
 
-CONFIG_FILE = "open_clip_config.json"
+OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 _TEXT = ("context_length", "vocab_size", "width", "heads", "layers")
 _PREPROCESS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
@@ -18,7 +19,7 @@ _TOWER = {"timm_model_pretrained": False, "timm_pool": "token", "timm_proj": Non
 
 
 def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """The file's contents. What only training uses, such as `drop_path`, is left out.
+    """Contents of open_clip_config.json, without options of training alone such as `drop_path`.
 
     Raises:
         UserError: open_clip has no model of this configuration.
@@ -45,7 +46,7 @@ def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def read_open_clip_config(path: Path) -> CLIPConfig:
-    """The configuration in such a file.
+    """Configuration in an open_clip_config.json.
 
     Raises:
         UserError: there is no such file, or it describes a model that doesn't exist here.
@@ -54,7 +55,7 @@ def read_open_clip_config(path: Path) -> CLIPConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         return _parsed(content["model_cfg"], content.get("preprocess_cfg", {}))
     except FileNotFoundError:
-        raise UserError(f"there is no file {str(path)!r}, which says what model the weights beside it are of") from None
+        raise UserError(f"there is no file {str(path)!r}, which names the model of the weights next to it") from None
     except (OSError, ValueError, TypeError, AttributeError) as exc:
         raise UserError(f"{str(path)!r} can't be read: {exc}") from exc
     except KeyError as exc:
@@ -65,12 +66,12 @@ def read_open_clip_config(path: Path) -> CLIPConfig:
 
 def _tower(vision: VisionConfig) -> str:
     """timm's name of the image tower."""
-    wanted = replace(vision, drop_path=0.0, patch_dropout=0.0)
+    plain = replace(vision, drop_path=0.0, patch_dropout=0.0)
     towers = {name: vision_config(name) for name in RELEASES if "_clip_" in name}
     for name, known in towers.items():
-        if known == wanted:
+        if known == plain:
             return name
-    fields = asdict(wanted).items()
+    fields = asdict(plain).items()
     gaps = {name: [f"{k}={v}" for k, v in fields if v != getattr(known, k)] for name, known in towers.items()}
     nearest = min(gaps, key=lambda name: len(gaps[name]))
     raise UserError(
@@ -81,18 +82,49 @@ def _tower(vision: VisionConfig) -> str:
 
 def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConfig:
     tower, text = dict(model["vision_cfg"]), dict(model["text_cfg"])
-    for of_training in ("patch_dropout", "timm_drop_path"):
-        tower.pop(of_training, None)
+    for training_option in ("patch_dropout", "timm_drop_path"):
+        tower.pop(training_option, None)
     architecture, size = split_name(tower.pop("timm_model_name"))[0], tower.pop("image_size")
     vision = replace(vision_config(architecture), pool="token")
-    strange = {name: value for name, value in tower.items() if value not in (_TOWER.get(name), None, False)}
-    strange |= {name: text.pop(name) for name in list(text) if name not in (*_TEXT, "mlp_ratio")}
-    if model.get("quick_gelu"):  # another activation of the text tower, which no weight tells of
-        strange["quick_gelu"] = True
+    unknown = {name: value for name, value in tower.items() if value not in (_TOWER.get(name), None, False)}
+    unknown |= {name: text.pop(name) for name in list(text) if name not in (*_TEXT, "mlp_ratio")}
+    if model.get("quick_gelu"):  # another activation of the text tower, without any weights
+        unknown["quick_gelu"] = True
     if size not in (vision.image_size, [vision.image_size] * 2):
-        strange["image_size"] = size
-    if strange:
-        raise UserError(f"a model with {', '.join(f'{k}={v!r}' for k, v in strange.items())} doesn't exist here")
+        unknown["image_size"] = size
+    if unknown:
+        raise UserError(f"a model with {', '.join(f'{k}={v!r}' for k, v in unknown.items())} doesn't exist here")
     images = {ours: preprocess[theirs] for ours, theirs in _PREPROCESS.items() if theirs in preprocess}
     common = {name: model[name] for name in ("embed_dim", "init_logit_scale", "init_logit_bias") if name in model}
     return override(CLIPConfig(vision=vision), {**common, "text": text, "preprocess": images})
+
+
+_SIZE = "image_size"
+
+
+def describe_preprocess(config: CLIPConfig) -> dict[str, Any]:
+    """Contents of preprocess.json: image size, mean, standard deviation, interpolation, resize mode."""
+    return {_SIZE: config.vision.image_size, **config.to_dict()["preprocess"]}
+
+
+def read_preprocess(weights: Path) -> Preprocess | None:
+    """Preprocessing in the preprocess.json next to a weights file; None without one.
+
+    Raises:
+        UserError: for a file that can't be understood.
+    """
+    path = weights.parent / PREPROCESS_FILE
+    if not path.is_file():
+        return None
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise UserError(f"{path} isn't JSON: {exc}") from exc
+    if not isinstance(options, dict):
+        raise UserError(f"{path} holds a {type(options).__name__}; expected an object with the preprocessing")
+    # The size follows from the model; it is there for other readers of the file.
+    options.pop(_SIZE, None)
+    try:
+        return override(Preprocess(), options)
+    except UserError as exc:
+        raise UserError(f"{path}: {exc}") from exc
