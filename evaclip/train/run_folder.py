@@ -120,6 +120,7 @@ class RunFolder:
         # Only what is of the run, what was measured on its weights too: the folder may hold notes of its owner.
         for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, EVALUATIONS_FOLDER, GALLERIES_FOLDER):
             shutil.rmtree(self.path / folder, ignore_errors=True)
+        for file in (LOG_FILE, EVENTS_FILE, REPORT_FILE, CONFIG_FILE):
             (self.path / file).unlink(missing_ok=True)
 
 
