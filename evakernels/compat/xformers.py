@@ -132,29 +132,27 @@ def memory_efficient_attention(
     check_options(name, p=p, op=op)
     if output_dtype not in (None, query.dtype):
         raise NotImplementedError(f"{name}: output_dtype must be None or {query.dtype} (as query), got {output_dtype}")
+    shape = query.shape
     if query.dim() == key.dim() == value.dim() == 3:
         query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
-        return memory_efficient_attention(query, key, value, attn_bias, p, scale).squeeze(2)
-    if query.dim() == key.dim() == value.dim() == 5:
-        flat, (key, value) = query.flatten(2, 3), _shared(key, value)
-        out: Tensor = memory_efficient_attention(flat, key, value, attn_bias, p, scale).unflatten(2, query.shape[2:4])
-        return out
+    elif query.dim() == key.dim() == value.dim() == 5:
+        query, (key, value) = query.flatten(2, 3), _shared(key, value)
     qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
     if attn_bias is not None and mask not in _CAUSAL:
         raise NotImplementedError(f"{name}: attn_bias must be None, {', '.join(_CAUSAL)}, got {mask}")
-    if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
-        refuse_lengths(name, f"key of {key.shape[1]} tokens and query of {query.shape[1]} with a {mask}")
-    if attn_bias is None or mask.startswith("LowerTriangular"):
+    if not mask.startswith("BlockDiagonal"):
+        if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
+            refuse_lengths(name, f"key of {key.shape[1]} tokens and query of {query.shape[1]} with a {mask}")
         result: Tensor = attend(name, qkv, causal=attn_bias is not None, scale=scale)
-        return result
-    queries, keys = attn_bias.q_seqinfo, attn_bias.k_seqinfo
-    if queries.seqstart_py != keys.seqstart_py:
+        return result.view(shape)
+    queries = attn_bias.q_seqinfo
+    if queries.seqstart_py != attn_bias.k_seqinfo.seqstart_py:
         refuse_lengths(name, f"attn_bias, a {mask}, with other sequences of keys")
     check_shape(name, "query", query, "[1, T, H, K]")
     qkv = {part: tensor.flatten(0, 1) for part, tensor in qkv.items()}
     packed = queries.seqstart.to(query.device), queries.max_seqlen
     result = attend(name, qkv, packed, causal=_CAUSAL[mask], scale=scale)
-    return result.unsqueeze(0)
+    return result.view(shape)
 
 
 def _shared(*tensors: Tensor) -> list[Tensor]:
