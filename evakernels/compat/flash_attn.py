@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import _check, packed_attention, rope_attention
 from . import missing
-from ._attention import attend, check_options, check_shape, refuse_lengths
+from ._attention import check_options, refuse_lengths
 
 Result = Any
 """The output; with `return_attn_probs` a tuple of output, lse and an empty tensor instead of probabilities."""
@@ -69,21 +70,19 @@ def flash_attn_func(
     """
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
     check_options("flash_attn_func", **options)
-    qkv = {"q": q, "k": k, "v": v}
-    result = attend("flash_attn_func", qkv, causal=causal, scale=softmax_scale, return_lse=return_attn_probs)
-    return (*result, q.new_empty(0)) if return_attn_probs else result
+    if not return_attn_probs:
+        return rope_attention(q, k, v, causal=causal, scale=softmax_scale)
+    return *rope_attention(q, k, v, causal=causal, scale=softmax_scale, return_lse=True), q.new_empty(0)
 
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """`flash_attn_func` with keys and values in one tensor `[B, M, 2, Hkv, D]`; further arguments as there."""
-    check_shape("flash_attn_kvpacked_func", "kv", kv, "[B, N, 2, H, D]")
-    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+    return flash_attn_func(q, *_unpacked("kv", kv, "[B, N, 2, H, D]"), *args, **kwargs)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values; further arguments as there."""
-    check_shape("flash_attn_qkvpacked_func", "qkv", qkv, "[B, N, 3, H, D]")
-    return flash_attn_func(*qkv.unbind(2), *args, **kwargs)
+    return flash_attn_func(*_unpacked("qkv", qkv, "[B, N, 3, H, D]"), *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -121,7 +120,7 @@ def flash_attn_varlen_func(
         NotImplementedError: for an option that must have its default, and for different lengths of keys and queries.
         TypeError, ValueError: as `evakernels.packed_attention`.
     """
-    name, qkv = "flash_attn_varlen_func", {"q": q, "k": k, "v": v}
+    name = "flash_attn_varlen_func"
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
     check_options(name, **options, block_table=block_table)
     if max_seqlen_k != max_seqlen_q:
@@ -129,21 +128,28 @@ def flash_attn_varlen_func(
     on_cpu = cu_seqlens_q.device.type == cu_seqlens_k.device.type == "cpu"
     if cu_seqlens_k is not cu_seqlens_q and not (on_cpu and torch.equal(cu_seqlens_k, cu_seqlens_q)):
         refuse_lengths(name, "another cu_seqlens_k than cu_seqlens_q (pass one tensor for both)")
-    packed = cu_seqlens_q, max_seqlen_q
-    result = attend(name, qkv, packed, causal=causal, scale=softmax_scale, return_lse=return_attn_probs)
-    return (*result, q.new_empty(0)) if return_attn_probs else result
+    shared: dict[str, Any] = {"max_seqlen": max_seqlen_q, "causal": causal, "scale": softmax_scale}
+    if not return_attn_probs:
+        return packed_attention(q, k, v, cu_seqlens_q, **shared)
+    return *packed_attention(q, k, v, cu_seqlens_q, **shared, return_lse=True), q.new_empty(0)
 
 
 def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """`flash_attn_varlen_func` with keys and values in one tensor `[T, 2, Hkv, D]`; further arguments as there."""
-    check_shape("flash_attn_varlen_kvpacked_func", "kv", kv, "[T, 2, H, D]")
-    return flash_attn_varlen_func(q, *kv.unbind(1), *args, **kwargs)
+    return flash_attn_varlen_func(q, *_unpacked("kv", kv, "[T, 2, H, D]"), *args, **kwargs)
 
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Result:
     """`flash_attn_varlen_func` of one tensor `[T, 3, H, D]`: queries, keys and values; further arguments as there."""
-    check_shape("flash_attn_varlen_qkvpacked_func", "qkv", qkv, "[T, 3, H, D]")
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    return flash_attn_varlen_func(*qkv.unbind(1), *lengths, *args, **kwargs)
+    return flash_attn_varlen_func(*_unpacked("qkv", qkv, "[T, 3, H, D]"), *lengths, *args, **kwargs)
+
+
+def _unpacked(name: str, packed: Tensor, layout: str) -> tuple[Tensor, ...]:
+    """The tensors in `packed`, whose name has a letter for each of them."""
+    _check.floating("flash_attn", **{name: packed})
+    if packed.dim() != layout.count(",") + 1 or packed.shape[-3] != len(name):
+        raise ValueError(f"flash_attn: {name} must have shape {layout}, got {tuple(packed.shape)}")
+    return packed.unbind(-3)

@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..ops import packed_attention, rope_attention
 from . import missing
-from ._attention import attend, check_options, check_shape, refuse_lengths
+from ._attention import check_options, refuse_lengths
 
 __all__ = [
     "BlockDiagonalCausalFromBottomRightMask",
@@ -137,22 +138,22 @@ def memory_efficient_attention(
         query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
     elif query.dim() == key.dim() == value.dim() == 5:
         query, (key, value) = query.flatten(2, 3), _shared(key, value)
-    qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
+    mask = type(attn_bias).__name__
     if attn_bias is not None and mask not in _CAUSAL:
         raise NotImplementedError(f"{name}: attn_bias must be None, {', '.join(_CAUSAL)}, got {mask}")
     if not mask.startswith("BlockDiagonal"):
         if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
             refuse_lengths(name, f"key of {key.shape[1]} tokens and query of {query.shape[1]} with a {mask}")
-        result: Tensor = attend(name, qkv, causal=attn_bias is not None, scale=scale)
-        return result.view(shape)
+        return rope_attention(query, key, value, causal=attn_bias is not None, scale=scale).view(shape)
     queries = attn_bias.q_seqinfo
     if queries.seqstart_py != attn_bias.k_seqinfo.seqstart_py:
         refuse_lengths(name, f"attn_bias, a {mask}, with other sequences of keys")
-    check_shape(name, "query", query, "[1, T, H, K]")
-    qkv = {part: tensor.flatten(0, 1) for part, tensor in qkv.items()}
-    packed = queries.seqstart.to(query.device), queries.max_seqlen
-    result = attend(name, qkv, packed, causal=_CAUSAL[mask], scale=scale)
-    return result.view(shape)
+    if query.dim() != 4 or len(query) != 1:
+        raise ValueError(f"{name}: query must have shape [1, T, H, K], got {tuple(query.shape)}")
+    packed = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    cu_seqlens = queries.seqstart.to(query.device)
+    options: dict[str, Any] = {"max_seqlen": queries.max_seqlen, "causal": _CAUSAL[mask], "scale": scale}
+    return packed_attention(*packed, cu_seqlens, **options).view(shape)
 
 
 def _shared(*tensors: Tensor) -> list[Tensor]:
