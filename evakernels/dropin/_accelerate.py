@@ -182,6 +182,14 @@ class _Match(IntEnum):
     """It has the replacement's attributes, or stands in the file of a class that the library no longer has."""
 
 
+def _find_matches(cls: Any) -> list[tuple[Replacement, _Match]]:
+    """The replacements that a class matches, best match first."""
+    if not hasattr(cls, "forward"):
+        return []
+    matches = [(r, match) for r in _REPLACEMENTS if (match := _match(r, cls)) is not None]
+    return sorted(matches, key=lambda pair: pair[1])
+
+
 def _match(replacement: Replacement, cls: Any) -> _Match | None:
     if replacement.hook is not None:
         return _Match.NAMED if replacement.hook(cls) else None
@@ -224,13 +232,7 @@ class _Plan:
         self.exclude: list[str] = []
         self.classes: dict[nn.Module, type] = {}
         self._changed_roles: dict[type, str] = {}
-        self._matches = cache(self._find_matches)
-
-    def _find_matches(self, cls: Any) -> list[tuple[Replacement, _Match]]:
-        if not hasattr(cls, "forward"):
-            return []
-        matches = [(r, match) for r in _REPLACEMENTS if (match := _match(r, cls)) is not None]
-        return sorted(matches, key=lambda pair: pair[1])
+        self._matches = cache(_find_matches)
 
     def candidates(self, module: nn.Module, cls: type) -> list[tuple[Replacement, _Match]]:
         """The replacements to compare a module with, best match first."""
