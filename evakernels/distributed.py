@@ -26,7 +26,7 @@ Group = dist.ProcessGroup | Literal[False] | None
 
 
 def resolved(op: str, group: Group) -> dist.ProcessGroup | None:
-    """The process group that `group` stands for; None for this rank alone, as before `init_process_group`.
+    """Returns the process group that `group` means; None for this rank alone, as before `init_process_group`.
 
     Raises `ValueError` for a group before `init_process_group`.
     """
@@ -36,23 +36,22 @@ def resolved(op: str, group: Group) -> dist.ProcessGroup | None:
     if group is False:
         return None
     if not initialized:
-        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
+        raise ValueError(f"{op}: group must be None or False before init_process_group, got {group!r}")
     return group
 
 
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's place in `group`, a resolved one; (0, 1) for None.
+    """Returns rank and world size in a resolved `group`; (0, 1) for None.
 
-    Raises `ValueError` when the process isn't in the group, and `RuntimeError` for several processes where more is
-    asked of a loss than its gradient.
+    Raises `ValueError` if this rank isn't in the group, and `RuntimeError` for several ranks under forward-mode
+    differentiation or functorch's transforms.
     """
     if group is None:
         return 0, 1
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(
-            f"{op}: this process is not a member of group; accepted: a group that contains it, None for all processes, "
-            "False for this one alone"
+            f"{op}: group must contain this rank, got one without it; None is all ranks, False is this rank alone"
         )
     world_size = dist.get_world_size(group)
     if world_size > 1 and is_transformed():
@@ -66,14 +65,13 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
 def gather_rows(
     op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None, counts: Sequence[int] | None = None
 ) -> tuple[Tensor, int]:
-    """The rows of all ranks, in rank order, and the place of this rank's first; ranks may have different numbers.
+    """Returns the rows of all ranks in rank order, and the index of this rank's first row.
 
-    The owner of a row gets the sum of all ranks' gradients of it. `counts` are the numbers of rows, where the caller
-    knows them. Otherwise the ranks tell one another, and the host waits for the device.
+    Ranks may have unequal numbers of rows, `counts`. Without `counts` the ranks exchange them, and the host waits for
+    the device. The owner of a row gets the sum of all ranks' gradients of it.
 
-    Raises `ValueError`, on every rank, where the widths differ, where some rows require a gradient and others don't,
-    and where there are none: a collective would hang or mix up the rows. With `counts`, where they aren't those of this
-    rank and its group.
+    Raises `ValueError` on every rank if the widths differ, if only some ranks require a gradient, or if no rank has
+    rows: a collective would hang or mix up the rows. Also if `counts` contradict this rank's rows or the group's size.
     """
     rank, world_size = rank_and_size(op, group)
     if counts is not None and (len(counts) != world_size or counts[rank] != len(rows)):
@@ -85,20 +83,20 @@ def gather_rows(
         return rows, 0
     counts = _agreed_counts(op, name, rows, group) if counts is None else list(counts)
     if not any(counts):
-        raise ValueError(f"{op}: {name} has no rows on any of {world_size} ranks; expected a batch on one at least")
+        raise ValueError(f"{op}: {name} must have rows on one rank at least, got none on {world_size} ranks")
     gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
     return gathered, sum(counts[:rank])
 
 
 def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    wants_gradient = rows.requires_grad and torch.is_grad_enabled()
-    found = _all_gather(torch.tensor([*rows.shape, wants_gradient], device=rows.device), group).tolist()
-    shapes, wanting = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
+    needs_grad = rows.requires_grad and torch.is_grad_enabled()
+    found = _all_gather(torch.tensor([*rows.shape, needs_grad], device=rows.device), group).tolist()
+    shapes, needing = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
-        raise ValueError(f"{op}: {name} has shape {listed}; expected rows of the same width on every rank")
-    if len(set(wanting)) > 1 and any(shape[0] for shape in shapes):
-        listed = ", ".join(str(rank) for rank, wanted in enumerate(wanting) if wanted)
+        raise ValueError(f"{op}: {name} must have rows of the same width on every rank, got shape {listed}")
+    if len(set(needing)) > 1 and any(shape[0] for shape in shapes):
+        listed = ", ".join(str(rank) for rank, needed in enumerate(needing) if needed)
         raise ValueError(f"{op}: {name} requires a gradient on rank {listed} alone; expected that on all ranks or none")
     return [shape[0] for shape in shapes]
 
@@ -106,8 +104,8 @@ def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | 
 def logsumexp_of_ranks(x: Tensor, summand: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the ranks of each element of `x` `[n]`, and the sum of `summand` `[]`; float64, no gradient.
 
-    By two all-reduces, of the largest elements and of the exponentials relative to them. One would do wherever float64
-    holds the exponentials themselves, but to ask whether it does the host would have to wait for the device.
+    Two all-reduces: of the maxima, and of the exponentials relative to them. One would do where float64 holds the
+    exponentials themselves, but checking that would make the host wait for the device.
     """
     highest = x.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
@@ -119,7 +117,7 @@ def logsumexp_of_ranks(x: Tensor, summand: Tensor, group: dist.ProcessGroup | No
 
 
 def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of `x` over the ranks; this rank's part alone has a gradient, world_size times the sum's."""
+    """Sums `x` over the ranks; the gradient of this rank's `x` is world_size times the sum's."""
     if group is None:
         return x
     total: Tensor = _SumOfRanks.apply(x, group)  # type: ignore[no-untyped-call]
@@ -133,12 +131,12 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Ranks with fewer rows than others send zeros behind them, for collectives want equal parts."""
+    """Collectives need equal parts, so ranks with fewer rows pad them with zeros."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
         ctx.counts, ctx.group, ctx.own = counts, group, len(rows)
-        parts = _all_gather(_lengthened(rows, max(counts)), group)
+        parts = _all_gather(_pad_rows(rows, max(counts)), group)
         if min(counts) == max(counts):
             return parts.flatten(0, 1)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
@@ -148,13 +146,13 @@ class _GatherRows(torch.autograd.Function):
         height, dtype = max(ctx.counts), gradient.dtype
         gradient = gradient.to(accumulation_dtype(gradient))  # sums over ranks aren't rounded on the way
         if min(ctx.counts) != height:
-            gradient = torch.cat([_lengthened(part, height) for part in gradient.split(ctx.counts)])
+            gradient = torch.cat([_pad_rows(part, height) for part in gradient.split(ctx.counts)])
         own = gradient.new_empty(height, gradient.shape[1])
         _scatter(own, gradient.contiguous(), group=ctx.group)
         return own[: ctx.own].to(dtype), None, None
 
 
-def _lengthened(rows: Tensor, height: int) -> Tensor:
+def _pad_rows(rows: Tensor, height: int) -> Tensor:
     return rows if len(rows) == height else F.pad(rows, (0, 0, 0, height - len(rows)))
 
 

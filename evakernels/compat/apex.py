@@ -8,7 +8,7 @@ replaces the imports from `apex.normalization` and `apex.optimizers`. Signatures
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,11 @@ __getattr__ = missing(
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-class _FusedNorm(nn.Module):
-    """Norm over the trailing dimensions; under autocast the output has autocast's dtype."""
+class _Norm(nn.Module):
+    """apex's arguments and dtypes, in front of a norm of torch in the order of bases."""
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    norm: ClassVar[Callable[..., Tensor]]
+    normalized_shape: tuple[int, ...]
 
     def __init__(
         self,
@@ -59,42 +60,24 @@ class _FusedNorm(nn.Module):
         elementwise_affine: bool = True,
         memory_efficient: bool = False,
     ) -> None:
-        super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, SupportsIndex) else normalized_shape
-        self.normalized_shape = torch.Size(shape)
-        self.eps, self.elementwise_affine, self.memory_efficient = eps, elementwise_affine, memory_efficient
-        for name in self.parameter_names:
-            parameter = nn.Parameter(torch.empty(self.normalized_shape)) if elementwise_affine else None
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Sets the weight to 1 and the bias to 0."""
-        for name, parameter in self.named_parameters(recurse=False):
-            nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+        super().__init__(normalized_shape, eps, elementwise_affine)
+        self.memory_efficient = memory_efficient
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., *normalized_shape]` to the same shape."""
+        """`[..., *normalized_shape]` to the same shape; under autocast the output has autocast's dtype."""
         device = input.device.type
         if not is_on(device):
             return self._promoted(input)
-        input = input.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self._promoted(input)
+            return self._promoted(input.to(torch.get_autocast_dtype(device)))
 
     def _promoted(self, x: Tensor) -> Tensor:
-        parameters = (getattr(self, name) for name in self.parameter_names)
-        return self._norm(x, *(None if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in parameters))
-
-    def _norm(self, x: Tensor, *parameters: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
-        norm: Callable[..., Tensor] = layer_norm if "bias" in self.parameter_names else rms_norm
-        return over_trailing(self, norm, x, self.normalized_shape, *parameters, out_dtype=out_dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.normalized_shape)}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        parameters = self._parameters.values()
+        promoted = (None if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in parameters)
+        return over_trailing(self, type(self).norm, x, self.normalized_shape, *promoted)
 
 
-class FusedLayerNorm(_FusedNorm):
+class FusedLayerNorm(_Norm, nn.LayerNorm):
     """apex's `FusedLayerNorm`: LayerNorm over the trailing dimensions, in the dtype of the input.
 
     Args:
@@ -107,38 +90,43 @@ class FusedLayerNorm(_FusedNorm):
         ValueError: in `forward`, for an input whose shape doesn't end in `normalized_shape`.
     """
 
+    norm = staticmethod(layer_norm)
 
-class FusedRMSNorm(_FusedNorm):
+
+class FusedRMSNorm(_Norm, nn.RMSNorm):
     """apex's `FusedRMSNorm`: RMSNorm with a weight only. Arguments and errors as for `FusedLayerNorm`."""
 
-    parameter_names = ("weight",)
+    norm = staticmethod(rms_norm)
 
 
-class _Mixed(_FusedNorm):
+class _MixedNorm(_Norm):
     """Norm with the output in the dtype of the weight."""
 
     weight: nn.Parameter
 
     def __init__(
-        self, normalized_shape: int | Sequence[int], eps: float = 1e-5, *, memory_efficient: bool = False, **kwargs: Any
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        *,
+        memory_efficient: bool = False,
+        elementwise_affine: bool = True,
     ) -> None:
-        if not kwargs.pop("elementwise_affine", True):
+        if not elementwise_affine:
             raise RuntimeError(f"{type(self).__name__}: elementwise_affine must be True, got False")
-        if kwargs:
-            raise TypeError(f"{type(self).__name__}: keyword must be memory_efficient, got {', '.join(kwargs)}")
         super().__init__(normalized_shape, eps, True, memory_efficient)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., *normalized_shape]` to the same shape, in the dtype of the weight."""
-        parameters = (getattr(self, name) for name in self.parameter_names)
-        return self._norm(input, *parameters, out_dtype=self.weight.dtype)
+        parameters, dtype = self._parameters.values(), self.weight.dtype
+        return over_trailing(self, type(self).norm, input, self.normalized_shape, *parameters, out_dtype=dtype)
 
 
-class MixedFusedLayerNorm(_Mixed, FusedLayerNorm):
+class MixedFusedLayerNorm(_MixedNorm, FusedLayerNorm):
     """apex's `MixedFusedLayerNorm`: `FusedLayerNorm` with the output in the dtype of the weight."""
 
 
-class MixedFusedRMSNorm(_Mixed, FusedRMSNorm):
+class MixedFusedRMSNorm(_MixedNorm, FusedRMSNorm):
     """apex's `MixedFusedRMSNorm`: `FusedRMSNorm` with the output in the dtype of the weight."""
 
 

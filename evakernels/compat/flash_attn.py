@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import _check, packed_attention, rope_attention
 from . import missing
-from ._attention import attend, check_options, check_shape, refuse_lengths
+from ._attention import check_options, refuse_lengths
 
 Result = Any
 """The output; with `return_attn_probs` a tuple of output, lse and an empty tensor instead of probabilities."""
@@ -68,40 +69,20 @@ def flash_attn_func(
         TypeError, ValueError: as `evakernels.rope_attention`.
     """
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    return _attend("flash_attn_func", {"q": q, "k": k, "v": v}, options, softmax_scale, causal, return_attn_probs)
+    check_options("flash_attn_func", **options)
+    if not return_attn_probs:
+        return rope_attention(q, k, v, causal=causal, scale=softmax_scale)
+    return *rope_attention(q, k, v, causal=causal, scale=softmax_scale, return_lse=True), q.new_empty(0)
 
 
-def flash_attn_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_func` with keys and values in one tensor `[B, M, 2, Hkv, D]`."""
-    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    return _attend("flash_attn_kvpacked_func", {"q": q, "kv": kv}, options, softmax_scale, causal, return_attn_probs)
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
+    """`flash_attn_func` with keys and values in one tensor `[B, M, 2, Hkv, D]`; further arguments as there."""
+    return flash_attn_func(q, *_unpacked("kv", kv, "[B, N, 2, H, D]"), *args, **kwargs)
 
 
-def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values."""
-    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    return _attend("flash_attn_qkvpacked_func", {"qkv": qkv}, options, softmax_scale, causal, return_attn_probs)
+def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Result:
+    """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values; further arguments as there."""
+    return flash_attn_func(*_unpacked("qkv", qkv, "[B, N, 3, H, D]"), *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -139,79 +120,36 @@ def flash_attn_varlen_func(
         NotImplementedError: for an option that must have its default, and for different lengths of keys and queries.
         TypeError, ValueError: as `evakernels.packed_attention`.
     """
-    check_options("flash_attn_varlen_func", block_table=block_table)
+    name = "flash_attn_varlen_func"
     options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    lengths, qkv = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), {"q": q, "k": k, "v": v}
-    return _attend("flash_attn_varlen_func", qkv, options, softmax_scale, causal, return_attn_probs, lengths)
+    check_options(name, **options, block_table=block_table)
+    if max_seqlen_k != max_seqlen_q:
+        refuse_lengths(name, f"max_seqlen_k={max_seqlen_k} and max_seqlen_q={max_seqlen_q}")
+    on_cpu = cu_seqlens_q.device.type == cu_seqlens_k.device.type == "cpu"
+    if cu_seqlens_k is not cu_seqlens_q and not (on_cpu and torch.equal(cu_seqlens_k, cu_seqlens_q)):
+        refuse_lengths(name, "another cu_seqlens_k than cu_seqlens_q (pass one tensor for both)")
+    shared: dict[str, Any] = {"max_seqlen": max_seqlen_q, "causal": causal, "scale": softmax_scale}
+    if not return_attn_probs:
+        return packed_attention(q, k, v, cu_seqlens_q, **shared)
+    return *packed_attention(q, k, v, cu_seqlens_q, **shared, return_lse=True), q.new_empty(0)
 
 
-def flash_attn_varlen_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_varlen_func` with keys and values in one tensor `[T, 2, Hkv, D]`."""
-    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    lengths, qkv = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), {"q": q, "kv": kv}
-    return _attend("flash_attn_varlen_kvpacked_func", qkv, options, softmax_scale, causal, return_attn_probs, lengths)
+def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
+    """`flash_attn_varlen_func` with keys and values in one tensor `[T, 2, Hkv, D]`; further arguments as there."""
+    return flash_attn_varlen_func(q, *_unpacked("kv", kv, "[T, 2, H, D]"), *args, **kwargs)
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Result:
-    """`flash_attn_varlen_func` of one tensor `[T, 3, H, D]`: queries, keys and values."""
-    options = {"dropout_p": dropout_p, "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    lengths, packed = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), {"qkv": qkv}
-    return _attend(
-        "flash_attn_varlen_qkvpacked_func", packed, options, softmax_scale, causal, return_attn_probs, lengths
-    )
+    """`flash_attn_varlen_func` of one tensor `[T, 3, H, D]`: queries, keys and values; further arguments as there."""
+    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return flash_attn_varlen_func(*_unpacked("qkv", qkv, "[T, 3, H, D]"), *lengths, *args, **kwargs)
 
 
-def _attend(
-    function: str,
-    given: dict[str, Tensor],
-    options: dict[str, Any],
-    scale: float | None,
-    causal: bool,
-    return_lse: bool,
-    lengths: tuple[Tensor, Tensor, int, int] | None = None,
-) -> Result:
-    """Checks the arguments, splits packed tensors such as `kv`, and calls the op."""
-    check_options(function, **options)
-    qkv: dict[str, Tensor] = {}
-    for names, tensor in given.items():
-        if len(names) > 1:
-            check_shape(function, names, tensor, f"[{'B, N' if lengths is None else 'T'}, {len(names)}, H, D]")
-        qkv |= zip(names, tensor.unbind(-3) if len(names) > 1 else [tensor], strict=True)
-    packed = None
-    if lengths is not None:
-        cu_seqlens, of_keys, max_seqlen, max_of_keys = lengths
-        if max_of_keys != max_seqlen:
-            refuse_lengths(function, f"max_seqlen_k={max_of_keys} and max_seqlen_q={max_seqlen}")
-        on_cpu = cu_seqlens.device.type == of_keys.device.type == "cpu"
-        if of_keys is not cu_seqlens and not (on_cpu and torch.equal(of_keys, cu_seqlens)):
-            refuse_lengths(function, "another cu_seqlens_k than cu_seqlens_q (pass one tensor for both)")
-        packed = cu_seqlens, max_seqlen
-    result = attend(function, qkv, packed, causal=causal, scale=scale, return_lse=return_lse)
-    return (*result, result[0].new_empty(0)) if return_lse else result
+def _unpacked(name: str, packed: Tensor, layout: str) -> tuple[Tensor, ...]:
+    """The tensors in `packed`, whose name has a letter for each of them."""
+    _check.floating("flash_attn", **{name: packed})
+    if packed.dim() != layout.count(",") + 1 or packed.shape[-3] != len(name):
+        raise ValueError(f"flash_attn: {name} must have shape {layout}, got {tuple(packed.shape)}")
+    return packed.unbind(-3)

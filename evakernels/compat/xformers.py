@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..ops import packed_attention, rope_attention
 from . import missing
-from ._attention import attend, check_options, check_shape, refuse_lengths
+from ._attention import check_options, refuse_lengths
 
 __all__ = [
     "BlockDiagonalCausalFromBottomRightMask",
@@ -132,29 +133,27 @@ def memory_efficient_attention(
     check_options(name, p=p, op=op)
     if output_dtype not in (None, query.dtype):
         raise NotImplementedError(f"{name}: output_dtype must be None or {query.dtype} (as query), got {output_dtype}")
+    shape = query.shape
     if query.dim() == key.dim() == value.dim() == 3:
         query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
-        return memory_efficient_attention(query, key, value, attn_bias, p, scale).squeeze(2)
-    if query.dim() == key.dim() == value.dim() == 5:
-        flat, (key, value) = query.flatten(2, 3), _shared(key, value)
-        out: Tensor = memory_efficient_attention(flat, key, value, attn_bias, p, scale).unflatten(2, query.shape[2:4])
-        return out
-    qkv, mask = {"query": query, "key": key, "value": value}, type(attn_bias).__name__
+    elif query.dim() == key.dim() == value.dim() == 5:
+        query, (key, value) = query.flatten(2, 3), _shared(key, value)
+    mask = type(attn_bias).__name__
     if attn_bias is not None and mask not in _CAUSAL:
         raise NotImplementedError(f"{name}: attn_bias must be None, {', '.join(_CAUSAL)}, got {mask}")
-    if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
-        refuse_lengths(name, f"key of {key.shape[1]} tokens and query of {query.shape[1]} with a {mask}")
-    if attn_bias is None or mask.startswith("LowerTriangular"):
-        result: Tensor = attend(name, qkv, causal=attn_bias is not None, scale=scale)
-        return result
-    queries, keys = attn_bias.q_seqinfo, attn_bias.k_seqinfo
-    if queries.seqstart_py != keys.seqstart_py:
+    if not mask.startswith("BlockDiagonal"):
+        if mask == "LowerTriangularMask" and query.shape[1] != key.shape[1]:
+            refuse_lengths(name, f"key of {key.shape[1]} tokens and query of {query.shape[1]} with a {mask}")
+        return rope_attention(query, key, value, causal=attn_bias is not None, scale=scale).view(shape)
+    queries = attn_bias.q_seqinfo
+    if queries.seqstart_py != attn_bias.k_seqinfo.seqstart_py:
         refuse_lengths(name, f"attn_bias, a {mask}, with other sequences of keys")
-    check_shape(name, "query", query, "[1, T, H, K]")
-    qkv = {part: tensor.flatten(0, 1) for part, tensor in qkv.items()}
-    packed = queries.seqstart.to(query.device), queries.max_seqlen
-    result = attend(name, qkv, packed, causal=_CAUSAL[mask], scale=scale)
-    return result.unsqueeze(0)
+    if query.dim() != 4 or len(query) != 1:
+        raise ValueError(f"{name}: query must have shape [1, T, H, K], got {tuple(query.shape)}")
+    packed = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    cu_seqlens = queries.seqstart.to(query.device)
+    options: dict[str, Any] = {"max_seqlen": queries.max_seqlen, "causal": _CAUSAL[mask], "scale": scale}
+    return packed_attention(*packed, cu_seqlens, **options).view(shape)
 
 
 def _shared(*tensors: Tensor) -> list[Tensor]:

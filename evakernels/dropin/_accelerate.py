@@ -1,22 +1,31 @@
 """`accelerate` and `restore`."""
 
+import re
+import sys
 import warnings
-import weakref
+from collections.abc import Iterable
+from enum import IntEnum
+from fnmatch import fnmatchcase
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 from torch import nn
 
+from ..names import nearest
 from ..nn import frozen
-from . import _replacement, _swap
-from ._blocks import attentions, blocks
-from ._choice import Choice, Patterns
-from ._replacement import Match, Replacement
+from . import _swap, open_clip, timm, torch_modules, transformers
+from ._comparison import Comparisons, Verdict
+from ._fused import ROLES
+from ._replacement import Replacement, why_no_backend
 from ._report import Left, Replaced, Report
-from ._roles import ROLE_REPLACEMENTS
-from ._serve import ROLES
 from ._swap import original_class_of
-from ._trial import Trials, Verdict
+
+Patterns = str | Iterable[str]
+
+_LIBRARIES = (torch_modules, timm, transformers, open_clip)
+_REPLACEMENTS = [replacement for library in _LIBRARIES for replacement in library.REPLACEMENTS]
+_ROLES = {name: role for library in _LIBRARIES for name, role in library.ROLES.items()}
 
 
 class ChangedModuleWarning(UserWarning):
@@ -67,23 +76,23 @@ def accelerate(
     _check("accelerate", model)
     if freeze:
         frozen.check(model)
-    _replacement.prepare()
+    transformers.prepare()
     named = [(name, module, original_class_of(module)) for name, module in model.named_modules()]
     plan = _Plan(force)
     modules = [(name, cls.__name__) for name, _, cls in named]
-    supported = [(name, cls.__name__) for name, module, cls in named if plan.candidates(module, cls)]
-    plan.choice = Choice(modules, supported, include, exclude)
-    report = Report(model=weakref.ref(model), blocks=blocks(model))
-    report.attentions = attentions(model, report.blocks)
+    if include is not None:
+        supported = [(name, cls.__name__) for name, module, cls in named if plan.candidates(module, cls)]
+        plan.include = _check_patterns("include", include, supported)
+    if exclude is not None:
+        plan.exclude = _check_patterns("exclude", exclude, modules)
+    report = Report.of(model)
     plan.verify_roles(named)
-    steps = [(name, module, plan.step(name, module, cls)) for name, module, cls in reversed(named)]
-    for name, module, found in reversed(steps):
-        if isinstance(found, Replaced):
-            report.replaced.append(found)
-        elif found is not None:
-            report.left.append(found)
-        elif name in report.attentions:
-            report.left.append(Left(name, type(module).__name__, "not supported"))
+    entries = [(name, module, plan.add(name, module, cls)) for name, module, cls in reversed(named)]
+    for name, module, entry in reversed(entries):
+        if isinstance(entry, Replaced):
+            report.replaced.append(entry)
+        elif entry is not None or name in report.attentions:
+            report.left.append(entry or Left(name, type(module).__name__, "not supported"))
     if report.changed:  # a filter may make an error of the warning, so before anything is changed
         message = f"{report.headline} ({report.changed[0].reason})"
         if strict:
@@ -129,37 +138,120 @@ def _is_swapped(module: nn.Module) -> bool:
 
 def _check(function: str, model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model is a {type(model).__name__}; accepted: a torch.nn.Module")
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+def _matches(patterns: list[str], name: str, cls: str) -> bool:
+    """Whether a pattern of `fnmatch` matches a module's class, its name or the name of a module that holds it."""
+    paths = [name, *(name[: dot.start()] for dot in re.finditer(r"\.", name)), cls]
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
+
+
+def _check_patterns(argument: str, patterns: Patterns, modules: list[tuple[str, str]]) -> list[str]:
+    """The patterns as a list; each must match one of the modules, pairs of dotted name and class name."""
+    found = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"accelerate: {argument} must be patterns of names and classes, each a str, got {pattern!r}"
+            )
+        if not any(_matches([pattern], *module) for module in modules):
+            known = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name, _ in modules} | {cls for _, cls in modules}
+            near = nearest(pattern, sorted(known - {""})) or sorted({cls for _, cls in modules})
+            accepted = "the name or class of a module" + (" that is supported" if argument == "include" else "")
+            raise ValueError(
+                f"accelerate: {argument} must match {accepted}, such as {', '.join(near)}, got {pattern!r}; `*` stands "
+                "for any characters"
+            )
+    return found
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+class _Match(IntEnum):
+    """How a class matches a replacement, best first."""
+
+    NAMED = 0
+    """It is the class that the replacement names, or has its name in another file of the library."""
+    SUBCLASS = 1
+    SIMILAR = 2
+    """It has the replacement's attributes, or stands in the file of a class that the library no longer has."""
+
+
+def _find_matches(cls: Any) -> list[tuple[Replacement, _Match]]:
+    """The replacements that a class matches, best match first."""
+    if not hasattr(cls, "forward"):
+        return []
+    matches = [(r, match) for r in _REPLACEMENTS if (match := _match(r, cls)) is not None]
+    return sorted(matches, key=lambda pair: pair[1])
+
+
+def _match(replacement: Replacement, cls: Any) -> _Match | None:
+    if replacement.hook is not None:
+        return _Match.NAMED if replacement.hook(cls) else None
+    target, (file, _, name) = _find(replacement.target), replacement.target.rpartition(".")
+    if target is None and file in sys.modules:
+        if name == cls.__name__ and file.partition(".")[0] == cls.__module__.partition(".")[0]:
+            return _Match.NAMED
+        return _Match.SIMILAR if cls.__module__ == file else None
+    if target is cls:
+        return _Match.NAMED
+    if isinstance(target, type) and issubclass(cls, target):
+        return _Match.SUBCLASS
+    return _Match.SIMILAR if replacement.attributes else None
+
+
+def _find(name: str) -> Any:
+    """The class of this dotted name, if its module has been imported."""
+    file, _, cls = name.rpartition(".")
+    return getattr(sys.modules.get(file), cls, None)
+
+
+def _library_of(cls: type) -> str:
+    """Name and version of the package that a class is of."""
+    package = cls.__module__.partition(".")[0]
+    try:
+        return f"{package} {metadata.version({'open_clip': 'open_clip_torch'}.get(package, package))}"
+    except metadata.PackageNotFoundError:
+        return package
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 class _Plan:
     """The class of each module after `accelerate`; planning changes no module."""
 
-    choice: Choice
-
     def __init__(self, force: bool) -> None:
-        self.force, self.trials = force, Trials()
+        self.force, self.comparisons = force, Comparisons()
+        self.include: list[str] | None = None
+        self.exclude: list[str] = []
         self.classes: dict[nn.Module, type] = {}
-        self._candidates = cache(_replacement.candidates)
         self._changed_roles: dict[type, str] = {}
+        self._matches = cache(_find_matches)
 
-    def candidates(self, module: nn.Module, cls: type) -> list[tuple[Replacement, Match]]:
+    def candidates(self, module: nn.Module, cls: type) -> list[tuple[Replacement, _Match]]:
         """The replacements to compare a module with, best match first."""
         return [
             (replacement, match)
-            for replacement, match in self._candidates(cls)
-            if match is not Match.ALIKE or all(hasattr(module, name) for name in replacement.attributes)
+            for replacement, match in self._matches(cls)
+            if match is not _Match.SIMILAR or all(hasattr(module, name) for name in replacement.attributes)
         ]
 
     def verify_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
         """Gives a role to each class of children all of which behave like it."""
-        roles = {cls: role for cls in {cls for *_, cls in modules} if (role := _replacement.role_name(cls)) is not None}
+        known = {_find(name): role for name, role in _ROLES.items()}
+        roles = {cls: known[cls] for *_, cls in modules if cls in known}
         for _, module, cls in modules:
             if cls not in roles or "forward" in module.__dict__:
                 continue
-            replacement = ROLE_REPLACEMENTS[roles[cls]]
+            replacement = torch_modules.ROLE_REPLACEMENTS[roles[cls]]
             if replacement.reason(module) is None:
-                difference = self.trials.verdict(module, replacement).difference
+                difference = self.comparisons.verdict(module, replacement).difference
                 if difference is not None:
                     self._changed_roles[cls] = f"behaves differently: {difference}"
         for cls, role in roles.items():
@@ -168,20 +260,20 @@ class _Plan:
             else:
                 ROLES[cls] = role
 
-    def step(self, name: str, module: nn.Module, cls: type) -> Replaced | Left | None:
+    def add(self, name: str, module: nn.Module, cls: type) -> Replaced | Left | None:
         """Plans the class of a module, after the classes of its children; returns the entry for the report."""
-        found, self.classes[module] = self._step(name, module, cls)
-        return found
+        entry, self.classes[module] = self._choose(name, module, cls)
+        return entry
 
-    def _step(self, name: str, module: nn.Module, cls: type) -> tuple[Replaced | Left | None, type]:
+    def _choose(self, name: str, module: nn.Module, cls: type) -> tuple[Replaced | Left | None, type]:
         current, candidates = _swap.own_class(module), self.candidates(module, cls)
         if not candidates:
             if cls not in self._changed_roles:
                 return None, current
-            return Left(name, cls.__name__, self._changed_roles[cls], _replacement.library_of(cls)), current
-        if self.choice.excludes(name, cls.__name__):
+            return Left(name, cls.__name__, self._changed_roles[cls], _library_of(cls)), current
+        if _matches(self.exclude, name, cls.__name__):
             return Left(name, cls.__name__, "excluded"), cls
-        included = self.choice.includes(name, cls.__name__)
+        included = self.include is None or _matches(self.include, name, cls.__name__)
         if not included and not _is_swapped(module):
             return Left(name, cls.__name__, "not included"), current
         if "forward" in module.__dict__:
@@ -194,11 +286,11 @@ class _Plan:
                 new = _swap.replacement_class(cls, replacement.forward, forced, verdict.tried or None)
                 backend = replacement.backend(module, forced)
                 if backend is None:
-                    return Left(name, cls.__name__, _replacement.why_not_here(module, forced)), new
+                    return Left(name, cls.__name__, why_no_backend(module, forced)), new
                 return Replaced(name, cls.__name__, replacement.op_of(module), backend), new
-            changed = match is Match.NAMED and verdict.difference is not None
-            refusals.append(Left(name, cls.__name__, reason, _replacement.library_of(cls) if changed else ""))
-        return (refusals[0] if candidates[0][1] is not Match.ALIKE else None), cls
+            changed = match is _Match.NAMED and verdict.difference is not None
+            refusals.append(Left(name, cls.__name__, reason, _library_of(cls) if changed else ""))
+        return (refusals[0] if candidates[0][1] is not _Match.SIMILAR else None), cls
 
     def _compare(self, module: nn.Module, replacement: Replacement) -> tuple[str | None, Verdict]:
         """Why a module keeps its own code, or None, and the verdict on its behaviour, if that was compared."""
@@ -212,7 +304,7 @@ class _Plan:
         if reason is not None or replacement.hook is not None:
             return reason, Verdict(None)
         children = {} if replacement.pooling is None else {m: c for m, c in self.classes.items() if m is not module}
-        verdict = self.trials.verdict(module, replacement, children)
+        verdict = self.comparisons.verdict(module, replacement, children)
         return (None if verdict.difference is None else f"behaves differently: {verdict.difference}"), verdict
 
     def _class_of(self, module: Any) -> type:

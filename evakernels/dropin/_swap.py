@@ -15,7 +15,7 @@ _PROCESS = uuid.uuid4().hex
 """Verdicts on modules hold for one process and its forks; a pickle of another one has its original classes."""
 
 
-class Swapped(nn.Module):
+class AcceleratedModule(nn.Module):
     """Base of the classes with a replaced forward; the original class comes behind it in the order of bases."""
 
     method = "forward"
@@ -25,7 +25,7 @@ class Swapped(nn.Module):
     """Whether the ops serve it where its own code would be faster, too."""
 
     selection: Any = None
-    """The tokens that the module returns, a `_pooled.Selection`; None for all."""
+    """The tokens that the module returns, a `_pooling.Selection`; None for all."""
 
     def _select(self, x: Tensor) -> Tensor:
         """The tokens of `x`, `[B, N, C]`, that the module returns."""
@@ -69,7 +69,7 @@ def original_class_of(module: nn.Module) -> type:
 
 
 def replacement_class(
-    original: type, forward: type[Swapped], forced: bool = False, tried: frozenset[str] | None = None
+    original: type, forward: type[AcceleratedModule], forced: bool = False, tried: frozenset[str] | None = None
 ) -> type:
     """The subclass of `original` that runs `forward`'s forward, always the same one.
 

@@ -13,11 +13,11 @@ from ..backends import refuse
 from ..nn import linear
 from ..ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
 from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
-from . import _pooled
-from ._gate import serves
+from . import _pooling
+from ._dispatch import attention_op, dispatches_to
+from ._fused import add, add_norm, drops, is_observed
 from ._replacement import Call, Replacement
-from ._serve import add, add_norm, drops, is_watched
-from ._swap import Swapped
+from ._swap import AcceleratedModule
 from .timm import LayerNorm, block_gate, masked
 from .torch_modules import QuickGELU as _QuickGELU
 from .torch_modules import is_causal_mask, last_dimension
@@ -39,7 +39,7 @@ class QuickGELU(_QuickGELU):
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-class ResidualAttentionBlock(Swapped):
+class ResidualAttentionBlock(AcceleratedModule):
     """A block with torch's attention."""
 
     def forward(
@@ -58,7 +58,7 @@ class ResidualAttentionBlock(Swapped):
         return add(x, self.mlp(y), self.ls_2)
 
 
-class CustomResidualAttentionBlock(Swapped):
+class CustomResidualAttentionBlock(AcceleratedModule):
     """A block with open_clip's attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -67,13 +67,12 @@ class CustomResidualAttentionBlock(Swapped):
         return add(x, self.mlp(y), self.ls_2)
 
 
-class Attention(Swapped):
+class Attention(AcceleratedModule):
     """open_clip's own, without a mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        op = "attention_training" if torch.is_grad_enabled() else "attention"
         plain = (attn_mask is None or refuse("mask")) and (not drops(self.attn_drop) or refuse("dropout"))
-        if not (plain and serves(op, x, of_product=True, forced=self.is_forced)):
+        if not (plain and dispatches_to(attention_op(), x, after_linear=True, forced=self.is_forced)):
             whole: Tensor = super().forward(x, attn_mask=attn_mask)
             return whole
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
@@ -114,21 +113,21 @@ def _pools_more(module: Any) -> str | None:
 
 
 _PATH = ("transformer", "resblocks")
-_VISION = _pooled.Pooling(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _pools_all)
-_TEXT = _pooled.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _pools_more)
+_VISION = _pooling.Pooling(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _pools_all)
+_TEXT = _pooling.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _pools_more)
 _CLIP = dataclasses.replace(_TEXT, other=("visual",))
 
 
-class VisionTower(Swapped):
+class VisionTower(AcceleratedModule):
     """A vision tower that pools its class token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tower: Any = _VISION.shortened(self, _pooled.Selection()) if _VISION.can_shorten(self, x) else self
+        tower: Any = _VISION.shortened(self, _pooling.Selection()) if _VISION.can_shorten(self, x) else self
         features: Tensor = super(VisionTower, tower).forward(x)
         return features
 
 
-class TextTower(Swapped):
+class TextTower(AcceleratedModule):
     """A text tower that pools its end token or its last token."""
 
     def forward(self, text: Tensor) -> Tensor:
@@ -137,7 +136,7 @@ class TextTower(Swapped):
         return features
 
 
-class Clip(Swapped):
+class Clip(AcceleratedModule):
     """A model that is its own text tower."""
 
     method = "encode_text"
@@ -163,19 +162,19 @@ def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     rows = text.argmax(-1) if pools_end else torch.full(text.shape[:1], length - 1, device=text.device)
     changes: dict[str, Any] = {pool: "first"}
     parts = tower.token_embedding, *tower.transformer.modules()
-    if pools_end and mask is not None and is_causal_mask(mask) and not any(map(is_watched, parts)):
+    if pools_end and mask is not None and is_causal_mask(mask) and not any(map(is_observed, parts)):
         length = int(rows.max()) + 1
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
-    return _TEXT.shortened(tower, _pooled.Selection(rows), **changes), text[:, :length]
+    return _TEXT.shortened(tower, _pooling.Selection(rows), **changes), text[:, :length]
 
 
-class PatchDropout(Swapped):
+class PatchDropout(AcceleratedModule):
     """Patch dropout with the same random numbers; one gather returns class token and kept patches."""
 
     def forward(self, x: Tensor) -> Tensor:
         drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
-        if not (drops_patches and serves("token_dropout", x, forced=self.is_forced)):
+        if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)):
             whole: Tensor = super().forward(x)
             return whole
         prefix = 1 if self.exclude_first_token else 0
@@ -190,7 +189,7 @@ class PatchDropout(Swapped):
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
-class ClipLoss(Swapped):
+class ClipLoss(AcceleratedModule):
     """CLIP's loss from log-sum-exps instead of logits, with open_clip's own exchange between ranks."""
 
     def forward(
@@ -226,7 +225,7 @@ class ClipLoss(Swapped):
         return image, text, *gather(image, text, **{name: getattr(self, name) for name in options})
 
 
-class SigLipLoss(Swapped):
+class SigLipLoss(AcceleratedModule):
     """SigLIP's loss by one matmul with the texts of all ranks; each exchange of open_clip has equal results."""
 
     def forward(
@@ -253,7 +252,7 @@ class SigLipLoss(Swapped):
 
 def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
     ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
-    served = ones and serves(op, image, of_product=True, forced=forced)
+    served = ones and dispatches_to(op, image, after_linear=True, forced=forced)
     return served and ((image.dtype == text.dtype and image.shape == text.shape) or refuse("shape or dtype"))
 
 
@@ -292,7 +291,9 @@ _TRANSFORMER, _LOSS = "open_clip.transformer", "open_clip.loss"
 _ONE_RANK = (("rank", 0), ("world_size", 1))
 
 
-def _tower(forward: type[Swapped], name: str, token: str, pooling: _pooled.Pooling, **more: Any) -> Replacement:
+def _tower(
+    forward: type[AcceleratedModule], name: str, token: str, pooling: _pooling.Pooling, **more: Any
+) -> Replacement:
     return Replacement(forward, name, "torch", f"last block, {token}", pooling=pooling, **more)
 
 

@@ -9,11 +9,11 @@ from ..backends import refuse
 from ..nn import linear
 from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
-from . import _pooled
-from ._gate import serves
+from . import _pooling
+from ._dispatch import attention_op, dispatches_to
+from ._fused import add, add_norm, drops, gated, norm_add, role
 from ._replacement import Call, Replacement
-from ._serve import add, add_norm, drops, gated, norm_add, role
-from ._swap import Swapped
+from ._swap import AcceleratedModule
 from .torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
 from .torch_modules import LayerNorm as _LayerNorm
 
@@ -22,6 +22,7 @@ ROLES = {
     "timm.layers.norm.RmsNorm": "rms_norm",
     "timm.layers.drop.DropPath": "drop_path",
     "timm.layers.layer_scale.LayerScale": "layer_scale",
+    "timm.models.vision_transformer.LayerScale": "layer_scale",  # before 1.0.22
 }
 
 
@@ -35,7 +36,7 @@ class LayerNorm(_LayerNorm):
 # --- MLPs -----------------------------------------------------------------------------------------------------------
 
 
-class SwiGLU(Swapped):
+class SwiGLU(AcceleratedModule):
     """SwiGLU with two projections."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class SwiGLU(Swapped):
         return y
 
 
-class GluMlp(Swapped):
+class GluMlp(AcceleratedModule):
     """A gated MLP with one packed projection."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,23 +63,25 @@ def _packed_by_silu(module: Any) -> str | None:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def _causal(is_causal: bool) -> dict[str, bool]:
-    """The option if it is given: before 1.0.26 timm had none. Under torch.fx it is a proxy of a bool."""
-    return {} if is_causal is False else {"is_causal": is_causal}
+def _given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The options of a call that differ from their defaults: before 1.0.16 and 1.0.26 timm had neither."""
+    options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    if is_causal is not False:  # under torch.fx it is a proxy
+        options["is_causal"] = is_causal
+    return options
 
 
-class _Attention(Swapped):
+class _Attention(AcceleratedModule):
     """Common parts of the attention modules."""
 
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
-        unrotated = "attention_training" if torch.is_grad_enabled() else "attention"
-        op = unrotated if rope is None else "rope_attention"
+        op = attention_op() if rope is None else "rope_attention"
         return (
             (attn_mask is None or refuse("mask"))
             and (self.selection is None or is_causal is False or refuse("causal"))
             and (self.fused_attn or refuse("fused_attn is off"))
             and (not drops(self.attn_drop) or refuse("dropout"))
-            and serves(op, x, of_product=True, forced=self.is_forced)
+            and dispatches_to(op, x, after_linear=True, forced=self.is_forced)
         )
 
     def _project(self, queried: Tensor, x: Tensor) -> list[Tensor]:
@@ -100,7 +103,8 @@ class _Attention(Swapped):
             parts = projected.chunk(3, dim=-1)
         head_dim = parts[0].shape[-1] // self.num_heads
         q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
-        return [self.q_norm(q), self.k_norm(k), v]
+        norms = self._modules
+        return [norms["q_norm"](q), norms["k_norm"](k), v] if "q_norm" in norms else [q, k, v]
 
     def _bias(self) -> Tensor | None:
         if getattr(self, "q_bias", None) is None:
@@ -111,8 +115,10 @@ class _Attention(Swapped):
     def _attend(self, x: Tensor, **options: Any) -> Tensor:
         queried = self._select(x)
         q, k, v = self._project(queried, x)
-        out = self.norm(rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2))
-        gate = getattr(self, "gate", None)
+        out = rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2)
+        norm, gate = self._modules.get("norm"), getattr(self, "gate", None)
+        if norm is not None:
+            out = norm(out)
         if gate is not None:
             out = out * gate(queried).sigmoid()
         y: Tensor = self.proj_drop(self.proj(out))
@@ -125,7 +131,7 @@ class Attention(_Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self._is_fused(x, None, attn_mask, is_causal):
             return self._attend(x, causal=is_causal)
-        return self._select(super().forward(x, attn_mask=attn_mask, **_causal(is_causal)))
+        return self._select(super().forward(x, **_given(attn_mask, is_causal)))
 
 
 class RotaryAttention(_Attention):
@@ -139,7 +145,7 @@ class RotaryAttention(_Attention):
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
             refuse("rotary table")
-        return self._select(super().forward(x, rope=rope, attn_mask=attn_mask, **_causal(is_causal)))
+        return self._select(super().forward(x, rope=rope, **_given(attn_mask, is_causal)))
 
     def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
         """`rope_attention`'s arguments for timm's table `[..., P, 2 * head_dim]`, which holds each angle twice."""
@@ -171,11 +177,11 @@ class RotaryAttention(_Attention):
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-class _Block(Swapped):
+class _Block(AcceleratedModule):
     """Common parts of the blocks."""
 
     def _attention(self) -> Any:
-        return self.attn if self.selection is None else _pooled.view(self.attn, selection=self.selection)
+        return self.attn if self.selection is None else _pooling.view(self.attn, selection=self.selection)
 
 
 class Block(_Block):
@@ -217,7 +223,7 @@ def block_gate(module: Any) -> str:
 
 def _pools_all(module: Any) -> str | None:
     """Why the last block has to compute all tokens."""
-    read = module.global_pool == "token" and module.attn_pool is None and module.num_prefix_tokens > 0
+    read = module.global_pool == "token" and getattr(module, "attn_pool", None) is None and module.num_prefix_tokens > 0
     return None if read else "all of its tokens are read"
 
 
@@ -230,19 +236,19 @@ def _fewer_tokens(module: Any) -> dict[int, int]:
     return {patches: 9, patches + prefix: 9 + prefix} if patches and getattr(stem, "flatten", True) else {}
 
 
-_POOLING = _pooled.Pooling(
+_POOLING = _pooling.Pooling(
     ("blocks",), "norm", _Attention, _METHODS, _pools_all, stem="patch_embed", sizes=_fewer_tokens
 )
 
 
-class Tower(Swapped):
+class Tower(AcceleratedModule):
     """A tower that pools its class token."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        tower: Any = _POOLING.shortened(self, _pooled.Selection()) if _POOLING.can_shorten(self, x) else self
+        tower: Any = _POOLING.shortened(self, _pooling.Selection()) if _POOLING.can_shorten(self, x) else self
         own = super(Tower, tower).forward
-        options = ({} if attn_mask is None else {"attn_mask": attn_mask}) | _causal(is_causal)
-        if isinstance(attn_mask, torch.fx.Proxy):  # what isn't given is one too; before 1.0.26 Eva had neither option
+        options = _given(attn_mask, is_causal)
+        if isinstance(attn_mask, torch.fx.Proxy):  # options that aren't given are proxies, too
             options = {name: value for name, value in options.items() if name in own.__code__.co_varnames}
         y: Tensor = own(x, **options)
         return y
@@ -251,39 +257,32 @@ class Tower(Swapped):
 # --- patch dropout --------------------------------------------------------------------------------------------------
 
 
-class PatchDropout(Swapped):
+class PatchDropout(AcceleratedModule):
     """Patch dropout with the same random numbers; one gather returns prefix and kept patches."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _drop_patches(self, x)[0] if _drops_patches(self, x) else super().forward(x)
-        return y
+    returns_indices = False
+
+    def forward(self, x: Tensor) -> Any:
+        drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
+        if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)) or x.dim() != 3:
+            return super().forward(x)
+        prefix = self.num_prefix_tokens
+        batch, patches = x.shape[0], x.shape[1] - prefix
+        kept = max(1, int(patches * (1.0 - self.prob)))
+        keep = torch.argsort(torch.randn(batch, patches, device=x.device), dim=-1)[:, :kept]
+        if self.ordered:
+            keep = keep.sort(dim=-1)[0]
+        rows = keep
+        if prefix:
+            rows = torch.cat((torch.arange(prefix, device=x.device).expand(batch, -1), keep + prefix), 1)
+        tokens = token_dropout(x, rows)
+        return (tokens, keep) if self.returns_indices else tokens
 
 
-class PatchDropoutWithIndices(Swapped):
+class PatchDropoutWithIndices(PatchDropout):
     """`PatchDropout` that returns the indices, too."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y: tuple[Tensor, Tensor | None] = _drop_patches(self, x) if _drops_patches(self, x) else super().forward(x)
-        return y
-
-
-def _drops_patches(module: Any, x: Tensor) -> bool:
-    if not (module.training and module.prob > 0):
-        return refuse("nothing to drop")
-    return serves("token_dropout", x, forced=module.is_forced) and (x.dim() == 3 or refuse("shape"))
-
-
-def _drop_patches(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    prefix = module.num_prefix_tokens
-    batch, patches = x.shape[0], x.shape[1] - prefix
-    kept = max(1, int(patches * (1.0 - module.prob)))
-    keep = torch.argsort(torch.randn(batch, patches, device=x.device), dim=-1)[:, :kept]
-    if module.ordered:
-        keep = keep.sort(dim=-1)[0]
-    rows = (
-        keep if prefix == 0 else torch.cat((torch.arange(prefix, device=x.device).expand(batch, -1), keep + prefix), 1)
-    )
-    return token_dropout(x, rows), keep
+    returns_indices = True
 
 
 # --- arguments for the comparison -------------------------------------------------------------------------------------
@@ -339,6 +338,7 @@ REPLACEMENTS = (
     Replacement(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=by_silu),
     Replacement(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", reason=_packed_by_silu),
     Replacement(Attention, f"{_LAYERS}.attention.Attention", "attention", calls=masked),
+    Replacement(Attention, f"{_VIT}.Attention", "attention", calls=masked),  # before 1.0.16
     Replacement(RotaryAttention, f"{_LAYERS}.attention.AttentionRope", "rope_attention", calls=_rotated),
     Replacement(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", calls=_rotated),
     Replacement(Block, f"{_VIT}.Block", block_gate, calls=masked),

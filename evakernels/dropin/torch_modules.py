@@ -11,10 +11,10 @@ from ..autocast import is_on
 from ..backends import refuse
 from ..nn import FrozenWeight, linear
 from ..ops import gelu, layer_norm, rms_norm, rope_attention
-from ._gate import serves
+from ._dispatch import attention_op, dispatches_to
+from ._fused import add, add_norm, drawn_rows, own_norm_parameters, role
 from ._replacement import Call, Replacement
-from ._serve import add, add_norm, own_norm_parameters, role
-from ._swap import Swapped
+from ._swap import AcceleratedModule
 
 ROLES = {
     "torch.nn.modules.linear.Identity": "identity",
@@ -25,7 +25,7 @@ ROLES = {
 }
 
 
-class Linear(Swapped):
+class Linear(AcceleratedModule):
     """A linear layer; on a CPU by oneDNN where that is faster."""
 
     linear_weights = ("weight",)
@@ -34,11 +34,11 @@ class Linear(Swapped):
         return linear(input, self.weight, self.bias, forced=self.is_forced)
 
 
-class LayerNorm(Swapped):
+class LayerNorm(AcceleratedModule):
     """LayerNorm over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if serves("layer_norm", input, forced=self.is_forced):
+        if dispatches_to("layer_norm", input, forced=self.is_forced):
             parameters = own_norm_parameters(self, input)
             if parameters is not None:
                 return layer_norm(input, *parameters)
@@ -46,11 +46,11 @@ class LayerNorm(Swapped):
         return y
 
 
-class RMSNorm(Swapped):
+class RMSNorm(AcceleratedModule):
     """RMSNorm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if serves("rms_norm", x, forced=self.is_forced):
+        if dispatches_to("rms_norm", x, forced=self.is_forced):
             parameters = own_norm_parameters(self, x)
             if parameters is not None:
                 weight, _, eps = parameters
@@ -59,13 +59,13 @@ class RMSNorm(Swapped):
         return y
 
 
-class GELU(Swapped):
+class GELU(AcceleratedModule):
     """GELU in the form of torch's module or, in classes without this attribute, by tanh."""
 
     approximate = "tanh"
 
     def forward(self, input: Tensor) -> Tensor:
-        if serves(_gelu_gate(self), input, forced=self.is_forced):
+        if dispatches_to(_gelu_gate(self), input, forced=self.is_forced):
             return gelu(input, approximate=self.approximate)
         y: Tensor = super().forward(input)
         return y
@@ -80,7 +80,7 @@ class QuickGELU(GELU):
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-class MultiheadAttention(Swapped):
+class MultiheadAttention(AcceleratedModule):
     """Attention of a sequence to itself or to another, which is both keys and values.
 
     torch transposes sequences with `batch_first`. If the weight needs no gradient either, its matmul then copies the
@@ -124,7 +124,7 @@ class MultiheadAttention(Swapped):
     def _takes(self, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
         # Of a frozen weight torch's code would make a dense one at each call.
         forced = self.is_forced or isinstance(self.in_proj_weight, FrozenWeight)
-        if not serves("multi_head", key, of_product=True, forced=forced):
+        if not dispatches_to("multi_head", key, after_linear=True, forced=forced):
             return False
         mask_fits = mask is None or (mask.dim() in (2, 3) and mask.is_floating_point())
         fits = query.dim() == key.dim() == 3 and query.dtype == key.dtype
@@ -145,9 +145,8 @@ class MultiheadAttention(Swapped):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, N, heads, head_dim]`."""
-        op = "attention_training" if torch.is_grad_enabled() else "attention"
         causal = mask is not None and mask.dim() == 2 and is_causal_mask(mask)
-        if q.shape == k.shape and (mask is None or causal) and serves(op, q, forced=self.is_forced):
+        if q.shape == k.shape and (mask is None or causal) and dispatches_to(attention_op(), q, forced=self.is_forced):
             return rope_attention(q, k, v, causal=causal)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
@@ -197,7 +196,7 @@ def _with_itself_and_others(module: Any, x: Tensor) -> list[Call]:
     ]
 
 
-class TransformerEncoderLayer(Swapped):
+class TransformerEncoderLayer(AcceleratedModule):
     """An encoder layer without torch's fast path for inference, which calls none of its children."""
 
     def forward(
@@ -219,7 +218,7 @@ class TransformerEncoderLayer(Swapped):
         return y
 
     def _takes(self, src: Tensor, mask: Tensor | None) -> bool:
-        if not serves("multi_head", src, of_product=True, forced=self.is_forced) or src.is_nested:
+        if not dispatches_to("multi_head", src, after_linear=True, forced=self.is_forced) or src.is_nested:
             return False
         if is_on("cpu") and not self.training:  # torch's path gives another dtype then
             return False
@@ -235,6 +234,47 @@ def _masked(module: Any, x: Tensor) -> list[Call]:
     causal, padding = _causal_mask(x.shape[1], x.dtype), torch.zeros(x.shape[:2], dtype=torch.bool)
     options: tuple[dict[str, Any], ...] = ({}, {"src_mask": causal}, {"src_mask": causal, "is_causal": True})
     return [*(((x,), given) for given in options), ((x,), {"src_key_padding_mask": padding})]
+
+
+# --- children of fused steps ------------------------------------------------------------------------------------------
+
+
+class Identity(AcceleratedModule):
+    """The identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Dropout(AcceleratedModule):
+    """Dropout of elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training, self.inplace)
+
+
+class LayerScale(AcceleratedModule):
+    """A factor of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor: Tensor = self.gamma if hasattr(self, "gamma") else self.lambda1
+        return x * factor
+
+
+class DropPath(AcceleratedModule):
+    """Stochastic depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0 or not self.training:
+            return x
+        return x * drawn_rows(self, x, x.dtype)
+
+
+class SiLU(AcceleratedModule):
+    """The activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
 
 
 # --- which modules --------------------------------------------------------------------------------------------------
@@ -274,3 +314,17 @@ REPLACEMENTS = (
     ),
     Replacement(TransformerEncoderLayer, _LAYER, "multi_head", "add_layer_norm", reason=_attends, calls=_masked),
 )
+
+_ROLE_FORWARDS = {
+    "identity": Identity,
+    "dropout": Dropout,
+    "layer_norm": LayerNorm,
+    "rms_norm": RMSNorm,
+    "layer_scale": LayerScale,
+    "drop_path": DropPath,
+    "silu": SiLU,
+}
+ROLE_REPLACEMENTS = {
+    role: Replacement(forward, "", "", reason=last_dimension) for role, forward in _ROLE_FORWARDS.items()
+}
+"""Forwards of the roles that child modules have in fused steps, to compare the children with."""

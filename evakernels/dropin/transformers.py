@@ -13,10 +13,10 @@ from torch import Tensor
 from ..backends import refuse
 from ..ops import rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
-from ._gate import serves
+from ._dispatch import attention_op, dispatches_to
+from ._fused import add, add_norm, gated, own_norm_parameters
 from ._replacement import Call, Replacement
-from ._serve import add, add_norm, gated, own_norm_parameters
-from ._swap import Swapped
+from ._swap import AcceleratedModule
 from .torch_modules import GELU, QuickGELU, by_silu
 
 ROLES = {
@@ -26,11 +26,11 @@ ROLES = {
 }
 
 
-class RMSNorm(Swapped):
+class RMSNorm(AcceleratedModule):
     """Llama's RMSNorm."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if serves("rms_norm", hidden_states, forced=self.is_forced) and self.weight.dtype == hidden_states.dtype:
+        if dispatches_to("rms_norm", hidden_states, forced=self.is_forced) and self.weight.dtype == hidden_states.dtype:
             parameters = own_norm_parameters(self, hidden_states)
             if parameters is not None:
                 return rms_norm(hidden_states, parameters[0], parameters[2])
@@ -38,7 +38,7 @@ class RMSNorm(Swapped):
         return y
 
 
-class GatedMLP(Swapped):
+class GatedMLP(AcceleratedModule):
     """Llama's gated MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _by_torch(module: Any) -> str | None:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-class HookedAttention(Swapped):
+class HookedAttention(AcceleratedModule):
     """Attention that calls transformers' `AttentionInterface`: its own forward; `_attend` serves its call of "sdpa"."""
 
 
@@ -120,11 +120,10 @@ def _asks_more(options: dict[str, Any]) -> bool:
 
 
 def _takes(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    op = "attention_training" if torch.is_grad_enabled() else "attention"
-    same = key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
-    same = same and query.dtype == key.dtype == value.dtype
-    same = same and query.dim() == 4
-    return (same or refuse("shape or dtype")) and serves(op, query, of_product=True, forced=module.is_forced)
+    fits = query.dim() == 4 and query.dtype == key.dtype == value.dtype
+    fits = fits and key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
+    forced = module.is_forced
+    return (fits or refuse("shape or dtype")) and dispatches_to(attention_op(), query, after_linear=True, forced=forced)
 
 
 def _by_sdpa(module: Any) -> str | None:
@@ -169,7 +168,7 @@ class DINOv3Attention(HookedAttention):
             and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
             and (not (self.training and self.dropout > 0) or refuse("dropout"))
             and not _asks_more(options)
-            and serves("rope_attention", x, of_product=True, forced=self.is_forced)
+            and dispatches_to("rope_attention", x, after_linear=True, forced=self.is_forced)
             and x.dim() == 3
         )
 
@@ -177,7 +176,7 @@ class DINOv3Attention(HookedAttention):
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-class EncoderLayer(Swapped):
+class EncoderLayer(AcceleratedModule):
     """The encoder layer of CLIP and SigLIP."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -186,7 +185,14 @@ class EncoderLayer(Swapped):
         return add(x, self.mlp(y))
 
 
-class DINOv3Layer(Swapped):
+class EncoderLayerWithTuple(EncoderLayer):
+    """The encoder layer of CLIP and SigLIP before transformers 5, which returns a tuple."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (super().forward(hidden_states, *args, **kwargs),)
+
+
+class DINOv3Layer(AcceleratedModule):
     """DINOv3's layer, with layer scale and stochastic depth."""
 
     def forward(
@@ -207,7 +213,10 @@ class DINOv3Layer(Swapped):
 
 
 def _masked(module: Any, x: Tensor) -> list[Call]:
-    return [((x, None), {}), ((x, torch.randn_like(x @ x.mT)[:, None]), {})]
+    mask = torch.randn_like(x @ x.mT)[:, None]
+    if "causal_attention_mask" in inspect.signature(type(module).forward).parameters:  # CLIP before transformers 5
+        return [((x, first), {"causal_attention_mask": second}) for first in (None, mask) for second in (None, mask)]
+    return [((x, None), {}), ((x, mask), {})]
 
 
 def _rotated(module: Any, x: Tensor) -> list[Call]:
@@ -244,6 +253,8 @@ REPLACEMENTS = (
     ),
     Replacement(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", attributes=_ENCODER_LAYER, calls=_masked),
     Replacement(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked),
+    Replacement(EncoderLayerWithTuple, f"{_CLIP}.CLIPEncoderLayer", "add_norm", calls=_masked),
+    Replacement(EncoderLayerWithTuple, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked),
     Replacement(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotated),
     Replacement(HookedAttention, _INTERFACE, "attention", reason=_by_sdpa, hook=calls_interface),
 )

@@ -9,11 +9,11 @@ from ..ops.contrastive import MEMORY_BUDGET, clip_loss, siglip_loss
 
 
 class ClipLoss(nn.Module):
-    """`evakernels.clip_loss` over the batch of all processes of `group`.
+    """`evakernels.clip_loss` over the global batch of `group`.
 
     Args:
-        label_smoothing, memory_budget: as `clip_loss` has them.
-        group: None for all processes, which must all call it; False for this one alone, as `clip_loss` has it.
+        label_smoothing, memory_budget: as in `clip_loss`.
+        group: None for all ranks, which must all call it; False for this rank alone, as in `clip_loss`.
     """
 
     def __init__(self, label_smoothing: float = 0.0, group: Group = None, memory_budget: int = MEMORY_BUDGET) -> None:
@@ -25,7 +25,7 @@ class ClipLoss(nn.Module):
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, counts: Sequence[int] | None = None
     ) -> Tensor:
-        """Features `[b, D]` and the exponentiated scale to a 0-D float32 loss; `counts` as `clip_loss` has it."""
+        """Features `[b, D]` and the exponentiated scale to a 0-D float32 loss; `counts` as in `clip_loss`."""
         return clip_loss(
             image_features,
             text_features,
@@ -41,7 +41,7 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """`evakernels.siglip_loss` over the batch of all processes of `group`, as `ClipLoss` has it."""
+    """`evakernels.siglip_loss` over the global batch of `group`; arguments as for `ClipLoss`."""
 
     def __init__(self, group: Group = None) -> None:
         super().__init__()

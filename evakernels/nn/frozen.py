@@ -1,4 +1,4 @@
-"""Weights of linear layers, laid out once for the products of a CPU, or in 8 bits: for inference."""
+"""Prepacked weights of linear layers for a CPU, also in 8 bits: for inference."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,25 +23,25 @@ _VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class FrozenWeight(Tensor):
-    """A linear layer's weight `[out, in]` as products take it, in the place of the dense one, which it doesn't keep.
+    """A linear layer's weight `[out, in]`, prepacked for oneDNN's matmuls; it replaces the dense weight.
 
-    `torch.nn.functional.linear` and `evakernels.nn.linear` multiply by it. Other functions that read it get `dense()`,
-    made anew. Pickled, it is dense.
+    `torch.nn.functional.linear` and `evakernels.nn.linear` multiply by it. Other functions get a new `dense()` copy. A
+    pickle holds the dense weight.
 
     Raises:
-        TypeError: where it is written to, or a view of it is asked for.
-        RuntimeError: in a product with an input of another dtype, or one that wants a gradient, and in training mode
-            where gradients are enabled.
+        TypeError: for a write and for a view.
+        RuntimeError: in a matmul, for an input of another dtype or one that requires a gradient, and in training mode
+            with gradients enabled.
     """
 
     _packed: Tensor
     _scale: Tensor | None
-    """Of each output in 8 bits, float32 `[out]`."""
+    """Scale of each output in 8 bits, float32 `[out]`."""
     _pieces: dict[Any, tuple["FrozenWeight", ...]]
     _module: Callable[[], nn.Module | None]
-    """Its module, while there is one."""
+    """A weak reference to its module."""
     _layout: tuple[int, int, torch.dtype]
-    """Outputs, inputs and dtype: the properties of a tensor of another class take some microseconds each."""
+    """Outputs, inputs and dtype: reading them from a tensor subclass takes microseconds."""
 
     @staticmethod
     def __new__(cls, packed: Tensor, scale: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Self:
@@ -52,7 +52,7 @@ class FrozenWeight(Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, *, int8: bool = False) -> Self:
-        """`weight`, dense, float32 or bfloat16 `[out, in]`, on a CPU."""
+        """Prepacks a dense weight, float32 or bfloat16 `[out, in]`, on a CPU."""
         weight = weight.detach()
         if not int8:
             return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), None, weight.shape, weight.dtype)
@@ -65,16 +65,16 @@ class FrozenWeight(Tensor):
 
     @property
     def is_int8(self) -> bool:
-        """Whether it is in 8 bits."""
+        """Whether the weight is in 8 bits."""
         return self._scale is not None
 
     def dense(self) -> Tensor:
-        """`[out, in]`, made anew; in 8 bits what these stand for."""
+        """Returns a new dense weight `[out, in]`, dequantized from 8 bits."""
         dense = self._packed.to_dense()
         return dense if self._scale is None else (dense.t() * self._scale.unsqueeze(1)).to(self.dtype).contiguous()
 
     def rows(self, sizes: tuple[int, ...]) -> tuple["FrozenWeight", ...]:
-        """Its parts of so many outputs each; made once."""
+        """Splits the weight into parts of these numbers of outputs; the parts are cached."""
         if sizes not in self._pieces:
             if self._scale is None:
                 parts = [FrozenWeight.of(part) for part in self._packed.to_dense().split(sizes)]
@@ -85,9 +85,9 @@ class FrozenWeight(Tensor):
         return self._pieces[sizes]
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x [..., in]` to `[..., out]`."""
-        if torch.compiler.is_compiling():  # which then leaves what is around it to eager mode
-            raise RuntimeError("linear: torch.compile lays out weights itself (`freezing`): unfreeze the model for it")
+        """Multiplies `x` `[..., in]`; returns `[..., out]`."""
+        if torch.compiler.is_compiling():  # dynamo then breaks the graph and runs the matmul in eager mode
+            raise RuntimeError("linear: torch.compile prepacks weights itself (`freezing`): unfreeze the model for it")
         if is_on("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         outputs, inputs, dtype = self._layout
@@ -115,15 +115,15 @@ class FrozenWeight(Tensor):
 
     def _check(self, x: Tensor, inputs: int, dtype: torch.dtype) -> None:
         if x.dim() == 0 or x.shape[-1] != inputs:
-            raise RuntimeError(f"linear: x has shape {list(x.shape)}; expected [..., {inputs}]")
+            raise RuntimeError(f"linear: x must have shape [..., {inputs}], got {list(x.shape)}")
         if x.dtype != dtype:
             raise RuntimeError(
-                f"linear: a weight that was frozen in {dtype} got {x.dtype}; freeze a model in the dtype that it "
-                "computes in, under autocast too, as by model.to(torch.bfloat16)"
+                f"linear: x must be {dtype}, as the frozen weight, got {x.dtype}; freeze a model in the dtype that it "
+                "computes in, also under autocast: model.to(torch.bfloat16)"
             )
         if not torch.is_grad_enabled():
             return
-        # torch.compile, which takes this function by itself, knows no weak references.
+        # Dynamo, which may compile this function alone, doesn't support weak references.
         module = None if torch.compiler.is_compiling() else self._module()
         if module is not None and module.training:
             raise RuntimeError(
@@ -132,8 +132,8 @@ class FrozenWeight(Tensor):
             )
         if x.requires_grad:
             raise RuntimeError(
-                "linear: the weight is frozen, for inference alone, and the input wants a gradient: call the model "
-                "under torch.inference_mode()"
+                "linear: x must not require a gradient, as the weight is frozen for inference: call the model under "
+                "torch.inference_mode()"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -148,8 +148,8 @@ class FrozenWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        served = _SERVED.get(func)
-        if served is not None and (result := served(*args, **kwargs)) is not NotImplemented:
+        override = _OVERRIDES.get(func)
+        if override is not None and (result := override(*args, **kwargs)) is not NotImplemented:
             return result
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -163,7 +163,7 @@ class FrozenWeight(Tensor):
             given = args[place] if place < len(args) else (kwargs or {}).get(argument.name)
             if argument.alias_info is not None and isinstance(given, cls):
                 written = argument.alias_info.is_write
-                raise TypeError(f"{func}: {_FROZEN if written else 'a frozen weight has no views: see dense()'}")
+                raise TypeError(f"{func}: {_FROZEN if written else 'a frozen weight has no views: call dense()'}")
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -173,30 +173,27 @@ _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model:
-    """Lays out the weights of a model's linear layers for the products of this CPU, in place, once: for inference.
+    """Prepacks the weights of a model's linear layers for this CPU, in place: for inference.
 
-    In bfloat16 a product of ten rows took 1.3 to 1.5 times as long in torch, of 1,576 rows 1.08 to 1.1 times (AMD EPYC,
-    Zen 5, 2 threads, 2026-11-28). Weights become `FrozenWeight`, which nothing can change: load before, and `unfreeze`
-    to change them, their dtype or their device. State dicts have dense ones. A weight stays as it is where torch has no
-    layout of its own for this processor, or one that isn't faster: float16, and float32 on all but AMD's processors
-    with AVX-512; and where another module has it too, such as a tied embedding. `torch.compile` has such layouts
-    itself (`freezing`).
+    Weights become `FrozenWeight`, which nothing can change: load before, and `unfreeze` to change them, their dtype or
+    their device. State dicts hold dense weights. A weight stays dense where torch has no layout of its own for this
+    processor, or one that isn't faster: float16, and float32 on all but AMD's processors with AVX-512. So does a weight
+    that another module shares, such as a tied embedding. `torch.compile` prepacks weights itself (`freezing`).
 
     Args:
-        model: in evaluation mode, on a CPU. Of each `torch.nn.Linear` the weight is frozen, unless its class has a
-            forward of its own, and of other modules the parameters that their class names in `linear_weights`. No
-            parameter wants a gradient afterwards but those of a `torch.nn.MultiheadAttention` that
-            `evakernels.accelerate` doesn't serve. It stays as it is: torch takes several times as long for it in
-            bfloat16 where its weights have no gradient.
-        int8: compute in 8 bits: weights with a scale for each output, inputs with one for each row, sums in 32 bits. A
-            function tells of the name of a parameter, as in `named_parameters`, whether to.
+        model: in evaluation mode, on a CPU. The weight of each `torch.nn.Linear` is frozen, unless its class has its
+            own forward; in other modules the parameters that their class names in `linear_weights`. Afterwards no
+            parameter requires a gradient. A `torch.nn.MultiheadAttention` that `evakernels.accelerate` hasn't replaced
+            doesn't change: in bfloat16 torch is several times slower for weights without a gradient.
+        int8: compute in 8 bits: weights with a scale for each output, inputs with a scale for each row, int32 sums. A
+            function of a parameter's name, as in `named_parameters`, chooses layers.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for a model in training mode, on another device, or frozen otherwise before.
-        RuntimeError: for `int8` on a processor that has no products of bytes (VNNI, AMX), where they are slow or wrong.
+        ValueError: for a model in training mode, on another device, or frozen with another `int8` before.
+        RuntimeError: for `int8` on a processor without int8 matmuls (VNNI, AMX).
 
     Examples:
         >>> model = evakernels.nn.freeze(torch.nn.Linear(4, 8).eval())
@@ -210,7 +207,7 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
     weights = list(_weights(model))
     of_linear = Counter(weight for *_, weight in weights)
     of_all = Counter(weight for module in model.modules() for weight in module._parameters.values())
-    _want_no_gradients(model)
+    _disable_gradients(model)
     for module, name, weight in weights:
         in_int8 = int8(name) if callable(int8) else int8
         if isinstance(weight, FrozenWeight) and weight.is_int8 != in_int8:
@@ -227,46 +224,46 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
     return model
 
 
-def _want_no_gradients(model: nn.Module) -> None:
-    """Notes for `unfreeze`, in each module, which of its parameters have wanted one."""
+def _disable_gradients(model: nn.Module) -> None:
+    """Notes in each module, for `unfreeze`, which of its parameters required a gradient."""
     closed = _parts_of_torch_attention(model)
-    wanted = [
+    trainable = [
         (module, name)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad and module not in closed
     ]
-    for module, name in wanted:  # all are noted before a tied one changes
-        module.__dict__.setdefault(_WANTED, set()).add(name)
+    for module, name in trainable:  # the list is complete before a tied parameter changes
+        module.__dict__.setdefault(_TRAINABLE, set()).add(name)
         module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
 
 
-_WANTED = "_evakernels_wanted_gradients"
+_TRAINABLE = "_evakernels_wanted_gradients"
 
 
 def check(model: nn.Module) -> None:
-    """Raises what `freeze` raises for a model that it can't take."""
+    """Raises `ValueError` for a model that `freeze` doesn't support."""
     if model.training:
-        raise ValueError("freeze: the model is in training mode; frozen weights are for inference: model.eval()")
+        raise ValueError("freeze: model must be in evaluation mode, got training mode: call model.eval()")
     for _, name, weight in _weights(model):
         if weight.device.type != "cpu":
-            raise ValueError(f"freeze: {name} is on {weight.device}; frozen weights are a CPU's")
+            raise ValueError(f"freeze: {name} must be on a CPU, got {weight.device}")
 
 
 def unfreeze(model: Model) -> Model:
-    """Makes the weights dense again that `freeze` has laid out, in place; returns the model.
+    """Makes frozen weights dense again, in place; returns the model.
 
-    Parameters want gradients if they did before.
+    Parameters require gradients if they did before `freeze`. Tied weights stay tied.
     """
-    dense: dict[Tensor, nn.Parameter] = {}  # what is tied stays so
+    dense: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
-        wanted = module.__dict__.pop(_WANTED, ())
+        trainable = module.__dict__.pop(_TRAINABLE, ())
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, FrozenWeight):
                 if weight not in dense:
                     dense[weight] = nn.Parameter(weight.dense(), requires_grad=False)
                 module.register_parameter(name, dense[weight])
-            if name in wanted:
+            if name in trainable:
                 module._parameters[name].requires_grad_()  # type: ignore[union-attr]
     return model
 
@@ -280,16 +277,16 @@ def _with_dense_weights(module: nn.Module, state: dict[str, Any], prefix: str, m
 
 @cache
 def why_not_int8() -> str | None:
-    """Why this machine computes no linear layers in 8 bits; None if it does."""
+    """Returns why this machine doesn't support linear layers in 8 bits, or None."""
     if not any(torch.cpu.get_capabilities().get(name) for name in _VNNI):
-        return "needs a processor with products of bytes: AVX-512 VNNI, AVX-VNNI or AMX"
+        return "needs a processor with int8 matmuls: AVX-512 VNNI, AVX-VNNI or AMX"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "needs a torch with oneDNN"
     return None
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Modules, and name in the model and value of their parameters that products of linear layers take."""
+    """Module, name in the model and value of each weight of a linear layer."""
     closed = _parts_of_torch_attention(model)
     for path, module in model.named_modules():
         of_torch = ("weight",) if type(module).forward is nn.Linear.forward else ()
@@ -301,7 +298,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _parts_of_torch_attention(model: nn.Module) -> set[nn.Module]:
-    """It takes views of its weights, and of its output layer reads the weight alone."""
+    """Modules inside torch's own attention, which takes views of its weights."""
     closed = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and not hasattr(m, "linear_weights"))
     return {part for module in closed for part in module.modules()}
 
@@ -326,11 +323,11 @@ def _split(weight: FrozenWeight, sizes: int | list[int], dim: int = 0) -> Any:
 
 
 def _refuse_sharing(weight: FrozenWeight) -> None:
-    raise TypeError("a frozen weight isn't shared between processes; share the model's memory before it is frozen")
+    raise TypeError("share_memory: the weight must not be frozen; share the model's memory before `freeze`")
 
 
 def _attend_densely(*args: Any, **kwargs: Any) -> Any:
-    # What `evakernels.accelerate` doesn't serve of a torch.nn.MultiheadAttention, such as a mask of padding.
+    # Calls of torch.nn.MultiheadAttention that `evakernels.accelerate` leaves to torch, such as with a padding mask.
     args, kwargs = tree_map_only(FrozenWeight, FrozenWeight.dense, (args, kwargs))
     return F.multi_head_attention_forward(*args, **kwargs)
 
@@ -342,12 +339,12 @@ def _refuse_item(weight: Any, *args: Any) -> Any:
 
 
 def _refuse_data(weight: FrozenWeight, data: Tensor) -> None:
-    # A module that is moved to where it is sets what it has.
+    # `module.to` with the same device sets the same data.
     if not isinstance(data, FrozenWeight) or data._packed is not weight._packed:
         raise TypeError(_FROZEN)
 
 
-_SERVED: dict[Any, Callable[..., Any]] = {
+_OVERRIDES: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.multi_head_attention_forward: _attend_densely,
     Tensor.split: _split,

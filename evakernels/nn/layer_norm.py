@@ -16,9 +16,9 @@ class LayerNorm(nn.LayerNorm):
         normalized_shape: size of the last dimension, or sizes of the last dimensions.
         eps: added to the variance; 1e-5 by default, as in torch. EVA's norms have 1e-6.
         elementwise_affine: whether there is a weight, of this shape.
-        bias: whether there is a bias beside the weight.
+        bias: whether there is a bias, too.
         device, dtype: of both.
-        out_dtype: of the result, as `evakernels.layer_norm` has it; None for that of the input.
+        out_dtype: dtype of the output, as in `evakernels.layer_norm`; None for the input's.
 
     Raises:
         ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
         self.out_dtype = out_dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., *normalized_shape]` to the same shape; dtypes as `evakernels.layer_norm` has them."""
+        """`[..., *normalized_shape]` to the same shape; dtypes as in `evakernels.layer_norm`."""
         parameters = self.weight, self.bias
         return over_trailing(self, layer_norm, input, self.normalized_shape, *parameters, out_dtype=self.out_dtype)
 
@@ -57,7 +57,7 @@ class RMSNorm(nn.RMSNorm):
         eps: added to the mean square; None, as in torch: `torch.finfo` of the dtype of the sums, float32 or float64.
         elementwise_affine: whether there is a weight, of this shape.
         device, dtype: of the weight.
-        out_dtype: of the result, as `evakernels.rms_norm` has it; None for that of the input.
+        out_dtype: dtype of the output, as in `evakernels.rms_norm`; None for the input's.
 
     Raises:
         ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
@@ -79,7 +79,7 @@ class RMSNorm(nn.RMSNorm):
         self.out_dtype = out_dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., *normalized_shape]` to the same shape; dtypes as `evakernels.rms_norm` has them."""
+        """`[..., *normalized_shape]` to the same shape; dtypes as in `evakernels.rms_norm`."""
         return over_trailing(self, rms_norm, x, self.normalized_shape, self.weight, out_dtype=self.out_dtype)
 
     def extra_repr(self) -> str:
@@ -102,7 +102,7 @@ def over_trailing(
     first = x.dim() - len(shape)
     if not shape or tuple(x.shape[max(first, 0) :]) != tuple(shape):
         expected = ", ".join(("...", *map(str, shape)))
-        raise ValueError(f"{type(module).__name__}: input has shape {tuple(x.shape)}; expected [{expected}]")
+        raise ValueError(f"{type(module).__name__}: input must have shape [{expected}], got {tuple(x.shape)}")
     if len(shape) == 1:
         return norm(x, *parameters, eps=module.eps, out_dtype=out_dtype)
     flat = (None if parameter is None else parameter.flatten() for parameter in parameters)

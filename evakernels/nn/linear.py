@@ -1,4 +1,4 @@
-"""Matrix products of a linear layer, from the faster of torch's two libraries for CPUs."""
+"""Matmuls of linear layers, by the faster of torch's two libraries for CPUs."""
 
 from functools import cache
 from typing import Any
@@ -13,21 +13,23 @@ from ..autocast import is_on
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: bool = False) -> Tensor:
-    """`torch.nn.functional.linear`, which it takes the place of, with another library where that is faster.
+    """`torch.nn.functional.linear`, by another library where that is faster.
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`, which `evakernels.nn.freeze` may have laid out.
+        weight: `[out, in]`, dense or prepacked by `evakernels.nn.freeze`.
         bias: `[out]`.
-        forced: take oneDNN's where torch's function would be faster, too. Gradients are taken from the faster one.
+        forced: use oneDNN where torch's function is faster, too; gradients use the faster one.
 
     Returns:
         `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
-        has it, the product and the sum with the bias are one call of oneDNN. Otherwise this is torch's function.
+        supports it, the matmul and the bias are one call of oneDNN. Otherwise this is torch's function.
     """
-    # A frozen weight, of a class of its own, multiplies by itself.
+    # A frozen weight is a tensor subclass with its own matmul.
     is_plain = _is_plain(weight) and _is_plain(x) and (bias is None or _is_plain(bias))
-    if not (is_plain and x.is_cpu and weight.is_cpu and not needs_dispatcher() and _is_served(x, weight, bias, forced)):
+    if not (
+        is_plain and x.is_cpu and weight.is_cpu and not needs_dispatcher() and _is_supported(x, weight, bias, forced)
+    ):
         return F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -54,24 +56,24 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         y = _product(x, weight, bias)
-        # oneDNN gives a view of rows, which autograd wouldn't let an activation change in place.
+        # oneDNN returns a view of rows, which autograd doesn't let an activation change in place.
         own: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return own
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])  # which vmap knows, unlike flatten
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])  # vmap supports reshape, but not flatten
         return (
-            linear(dy, weight.t()) if dx_wanted else None,
-            _weight_gradient(rows, x.flatten(0, -2)) if dweight_wanted else None,
-            rows.sum(0) if dbias_wanted else None,
+            linear(dy, weight.t()) if needs_dx else None,
+            _weight_gradient(rows, x.flatten(0, -2)) if needs_dweight else None,
+            rows.sum(0) if needs_dbias else None,
         )
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    # oneDNN wants the longer side as the columns of the result; otherwise MKL is as fast.
+    # oneDNN is faster than MKL only with the longer side as the columns of the result.
     return linear(dy.t(), x.t()) if x.shape[1] > dy.shape[1] else dy.t() @ x
 
 
@@ -81,7 +83,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None, forced: bool) -> bool:
+def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None, forced: bool) -> bool:
     dtype = x.dtype
     return (
         (
@@ -101,13 +103,12 @@ def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None, forced: bool) -> 
 
 
 _MIN_MACS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 31}
-"""Smaller products take less time than it would save: in bfloat16 with gradients 0.91 to 1.00 times as fast up to
-800 rows of 768 to 3,072 columns and back (AMD EPYC, 2 threads, torch 2.13, 2026-11-25)."""
+"""Minimum number of multiplications by dtype; oneDNN's call overhead exceeds its gain in smaller matmuls."""
 
 
 @cache
 def multiplied_dtypes() -> frozenset[torch.dtype]:
-    """Those that oneDNN multiplies on this machine."""
+    """The dtypes of oneDNN's matmuls on this machine."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     half = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
@@ -116,7 +117,10 @@ def multiplied_dtypes() -> frozenset[torch.dtype]:
 
 @cache
 def served_dtypes() -> frozenset[torch.dtype]:
-    """In bfloat16 torch asks oneDNN itself, but gives the bias a pass of its own. In float32 it asks MKL, which isn't
-    at its best on AMD's processors with AVX-512. On those with AVX2 oneDNN is 0.67 to 1.1 times as fast (Zen 3)."""
+    """The dtypes in which oneDNN is faster than torch's function.
+
+    In bfloat16 torch calls oneDNN, too, but adds the bias in another pass. In float32 it calls MKL, which is slow on
+    AMD's processors with AVX-512, but not on those with AVX2.
+    """
     slow_in_torch = _native.is_amd() and torch.cpu.get_capabilities().get("avx512_f", False)
     return multiplied_dtypes() - (set() if slow_in_torch else {torch.float32})

@@ -94,7 +94,7 @@ def test_norms_wrong_input_raises():
         apex.FusedLayerNorm((3, 4))(randn(2, 5))
     with pytest.raises(RuntimeError, match="MixedFusedRMSNorm: elementwise_affine"):
         apex.MixedFusedRMSNorm(4, elementwise_affine=False)
-    with pytest.raises(TypeError, match=r"MixedFusedLayerNorm: .* got bias"):
+    with pytest.raises(TypeError, match="bias"):
         apex.MixedFusedLayerNorm(4, bias=False)
 
 

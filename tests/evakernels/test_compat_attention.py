@@ -109,8 +109,8 @@ def test_flash_attn_compiles_without_graph_break():
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_attn_unsupported_option_raises(packed, option):
     q, k, v = heads(*((sum(LENGTHS),) if packed else (B, N)), H, D)
-    for name, function in functions(packed).items():
-        with pytest.raises(NotImplementedError, match=f"^{name}: {next(iter(option))} must be .*, got .*$"):
+    for function in functions(packed).values():
+        with pytest.raises(NotImplementedError, match=f"^flash_attn_.*func: {next(iter(option))} must be .*, got .*$"):
             function(q, k, v, **option)
 
 
@@ -123,7 +123,7 @@ varlen, others = partial(flash_attn.flash_attn_varlen_func, *tokens), OFFSETS + 
     ("call", "error", "argument"),
     [
         (lambda: flash_attn.flash_attn_func(q, k[:, :, :2], v[:, :, :2]), ValueError, "k has 2 heads"),
-        (lambda: flash_attn.flash_attn_func(q[0], k, v), ValueError, r"q must have shape \[B, N, H, D\]"),
+        (lambda: flash_attn.flash_attn_func(q[0], k, v), ValueError, "q has shape"),
         (lambda: flash_attn.flash_attn_qkvpacked_func(q), ValueError, r"qkv must have shape \[B, N, 3, H, D\]"),
         (lambda: flash_attn.flash_attn_kvpacked_func(q, q), ValueError, r"kv must have shape \[B, N, 2, H, D\]"),
         (lambda: flash_attn.flash_attn_varlen_qkvpacked_func(q, OFFSETS, 7), ValueError, r"qkv must .* \[T, 3, H, D\]"),
@@ -134,8 +134,8 @@ varlen, others = partial(flash_attn.flash_attn_varlen_func, *tokens), OFFSETS + 
         (lambda: varlen(*PACKED, block_table=OFFSETS), NotImplementedError, "block_table must be None"),
         (
             lambda: flash_attn.flash_attn_varlen_func(tokens[0], tokens[1][:4], tokens[2][:4], *PACKED),
-            NotImplementedError,
-            "k of 4 tokens and q of 13",
+            ValueError,
+            "k has shape",
         ),
     ],
 )
@@ -229,9 +229,9 @@ other_keys = mask("BlockDiagonalMask", OFFSETS[[0, 1, 3, 3, 4]])
         ),
         (lambda: attention(q, k, v, other_keys), NotImplementedError, "attn_bias, a BlockDiagonalMask"),
         (lambda: attention(q, k, v, mask("BlockDiagonalMask")), ValueError, r"query must have shape \[1, T, H, K\]"),
-        (lambda: attention(q[0, 0], k, v), ValueError, r"query must have shape \[B, N, H, D\]"),
+        (lambda: attention(q[0, 0], k, v), ValueError, "q has shape"),
     ],
 )
 def test_xformers_wrong_input_raises(call, error, argument):
-    with pytest.raises(error, match=f"^memory_efficient_attention: .*{argument}.*$"):
+    with pytest.raises(error, match=argument):
         call()

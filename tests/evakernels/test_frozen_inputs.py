@@ -1,4 +1,4 @@
-"""A gradient that nobody wants, as of frozen weights, is neither computed nor allocated, and no other one changes."""
+"""Gradients of inputs that require none, such as frozen weights, are neither computed nor allocated."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -47,7 +47,7 @@ CASES = {
     "token_dropout": ("token_dropout_backward", dropout, PATCHES, {0: 0, 1: 1, 2: 2}),
     "token_dropout of all": ("token_dropout_backward", lambda *x: dropout(*x, None), PATCHES, {1: 1, 2: 2}),
 }
-"""The op, what calls it, the shapes of its inputs, and of those whose gradient it can leave out the place of that."""
+"""The op, its caller, the shapes of the inputs, and by input the place of a gradient that the op can omit."""
 FROZEN = [pytest.param(name, i, id=f"{name}-{i}") for name, (*_, places) in CASES.items() for i in places]
 BACKENDS = pytest.mark.parametrize("backend", [None, "reference"])
 
@@ -64,11 +64,11 @@ class Work(TorchDispatchMode):
 
 
 @contextmanager
-def watched(op):
-    """The calls of `op`, arguments and results, and how much their operators do."""
+def recorded(op):
+    """The calls of `op`, arguments and results, and the elements that their operators return."""
     calls, work = [], Work()
 
-    def watching(implementation):
+    def recording(implementation):
         def function(*args):
             with work:
                 calls.append((args, implementation.function(*args)))
@@ -76,12 +76,12 @@ def watched(op):
 
         return replace(implementation, function=function)
 
-    with served_by(op, {name: watching(found) for name, found in backends._implementations[op].items()}):
+    with served_by(op, {name: recording(found) for name, found in backends._implementations[op].items()}):
         yield calls, work
 
 
 def on(backend):
-    """With None the calls have the backend that serves them best."""
+    """None leaves the choice of the backend to the op."""
     return nullcontext() if backend is None else evakernels.use_backend(backend)
 
 
@@ -98,9 +98,9 @@ def gradients(name, *frozen, function=None):
 
 @BACKENDS
 @pytest.mark.parametrize(("name", "i"), FROZEN)
-def test_a_frozen_input_costs_nothing(name, i, backend):
+def test_frozen_input_has_empty_gradient(name, i, backend):
     op, _, shapes, places = CASES[name]
-    with on(backend), watched(op) as (calls, _):
+    with on(backend), recorded(op) as (calls, _):
         expected, actual = gradients(name), gradients(name, i)
     assert [result[places[i]].numel() for _, result in calls] == [torch.Size(shapes[i]).numel(), 0]
     for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
@@ -108,10 +108,10 @@ def test_a_frozen_input_costs_nothing(name, i, backend):
 
 
 @pytest.mark.parametrize(("name", "i"), FROZEN)
-def test_the_reference_computes_nothing_for_a_frozen_input(name, i):
+def test_reference_computes_less_for_frozen_input(name, i):
     op, _, shapes, _ = CASES[name]
     others = {len(shapes) - 1} - {i}  # such as the position embedding, of whose sums the prefix's is one
-    with evakernels.use_backend("reference"), watched(op) as (_, work):
+    with evakernels.use_backend("reference"), recorded(op) as (_, work):
         gradients(name, *others)
         every = work.elements
         gradients(name, i, *others)
@@ -120,7 +120,7 @@ def test_the_reference_computes_nothing_for_a_frozen_input(name, i):
 
 @BACKENDS
 @pytest.mark.parametrize("name", CASES)
-def test_many_frozen_inputs_change_no_other_gradient(name, backend):
+def test_frozen_inputs_change_no_other_gradient(name, backend):
     with on(backend):
         every, inputs = gradients(name), range(len(CASES[name][2]))
         for frozen in ((0,), inputs[1:], inputs[:-1]):
@@ -129,11 +129,11 @@ def test_many_frozen_inputs_change_no_other_gradient(name, backend):
 
 
 @pytest.mark.parametrize(("name", "i"), FROZEN)
-def test_compiled_it_costs_nothing(name, i):
+def test_frozen_input_compiled(name, i):
     op, function, _, places = CASES[name]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    with watched(op) as (calls, _):
+    with recorded(op) as (calls, _):
         actual = gradients(name, i, function=compiled)
     assert all(result[places[i]].numel() == 0 for _, result in calls)
     for a, b in zip(actual, gradients(name, i), strict=True):
@@ -141,16 +141,16 @@ def test_compiled_it_costs_nothing(name, i):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_opcheck_where_nothing_is_wanted(name):
+def test_opcheck_without_gradients(name):
     op, *_ = CASES[name]
-    with watched(op) as (calls, _):
+    with recorded(op) as (calls, _):
         gradients(name)
     ((*given, wanted), _), *_ = calls
     arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
     assert_opcheck(getattr(torch.ops.evakernels, op).default, (*arguments, [False] * len(wanted)))
 
 
-def test_a_branch_is_kept_for_a_layer_scale_that_is_trained():
+def test_branch_is_saved_only_for_layer_scale():
     def kept(*frozen):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -160,8 +160,7 @@ def test_a_branch_is_kept_for_a_layer_scale_that_is_trained():
     assert kept() - kept(4) == torch.Size(ROWS).numel()
 
 
-def test_a_second_call_like_the_first_asks_no_backend_again():
-    """The flags belong to what a call is known by."""
+def test_backend_choice_is_cached_by_flags():
     backends.choices.clear()
     for frozen in ((), (1,), (), (1,)):
         gradients("gelu", *frozen)

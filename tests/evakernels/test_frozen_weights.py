@@ -1,4 +1,4 @@
-"""Weights that are laid out once: the same products, and no way to change them unseen."""
+"""Prepacked weights: equal results, and no unnoticed changes."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def served(monkeypatch):
     monkeypatch.setattr(module, "served_dtypes", module.multiplied_dtypes)
 
 
-def skip_unless_served(int8):
+def skip_without_int8(int8):
     if int8 and (reason := frozen.why_not_int8()):
         pytest.skip(f"int8 {reason}")
 
@@ -44,7 +44,7 @@ def error(found, expected):
 
 
 def with_int8(weight, x):
-    """What a product in 8 bits is to give, in float64."""
+    """The expected result of an int8 matmul, in float64."""
     scale, rows = weight.abs().amax(1, keepdim=True) / 127, x.abs().amax(-1, keepdim=True) / 127
     return ((x / rows).round() @ (weight / scale).round().T) * rows * scale.T
 
@@ -52,8 +52,8 @@ def with_int8(weight, x):
 @pytest.mark.parametrize(("dtype", "int8"), KINDS)
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (10, 96), (3, 50, 96), (0, 96)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_product(dtype, int8, shape, bias):
-    skip_unless_served(int8)
+def test_frozen_linear_matches_torch(dtype, int8, shape, bias):
+    skip_without_int8(int8)
     layer = nn.Linear(96, 200, bias=bias).to(dtype).eval().requires_grad_(False)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight, expected = layer.weight.double(), layer.double()(x.double())
@@ -75,8 +75,8 @@ def test_product(dtype, int8, shape, bias):
 
 
 @pytest.mark.parametrize(("dtype", "int8"), KINDS)
-def test_what_is_thawed_is_what_was_frozen(dtype, int8):
-    skip_unless_served(int8)
+def test_unfreeze_restores_weights(dtype, int8):
+    skip_without_int8(int8)
     plain = model(dtype)
     thawed = unfreeze(freeze(copy.deepcopy(plain), int8=int8))
     assert [type(p) for p in thawed.parameters()] == [nn.Parameter] * 4
@@ -86,8 +86,8 @@ def test_what_is_thawed_is_what_was_frozen(dtype, int8):
 
 
 @pytest.mark.parametrize(("dtype", "int8"), KINDS)
-def test_a_model_can_be_read_copied_and_saved(dtype, int8):
-    skip_unless_served(int8)
+def test_frozen_model_is_read_copied_and_saved(dtype, int8):
+    skip_without_int8(int8)
     froze = freeze(model(dtype), int8=int8)
     weight, x = froze[0].weight, torch.ones(2, 96, dtype=dtype)
     twin, thawed = copy.deepcopy(froze), unfreeze(copy.deepcopy(froze))
@@ -122,7 +122,7 @@ def test_a_model_can_be_read_copied_and_saved(dtype, int8):
         lambda m: m.share_memory(),
     ],
 )
-def test_a_change_is_refused(change):
+def test_frozen_weight_change_raises(change):
     froze = freeze(model())
     before = froze(torch.ones(2, 96))
     with torch.no_grad(), pytest.raises(TypeError, match="frozen"):
@@ -133,30 +133,30 @@ def test_a_change_is_refused(change):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(torch.ones(2, 96, requires_grad=True)), "the input wants a gradient"),
-        (lambda m: m(torch.ones(2, 96, dtype=torch.bfloat16)), "frozen in torch.float32 got torch.bfloat16"),
-        (lambda m: m(torch.ones(2, 95)), r"x has shape \[2, 95\]; expected \[..., 96\]"),
-        (lambda m: torch.autocast("cpu")(m)(torch.ones(2, 96)), "under autocast too"),
+        (lambda m: m(torch.ones(2, 96, requires_grad=True)), "x must not require a gradient"),
+        (lambda m: m(torch.ones(2, 96, dtype=torch.bfloat16)), "x must be torch.float32.*got torch.bfloat16"),
+        (lambda m: m(torch.ones(2, 95)), r"x must have shape \[..., 96\]"),
+        (lambda m: torch.autocast("cpu")(m)(torch.ones(2, 96)), "also under autocast"),
         (lambda m: m.load_state_dict(model().state_dict()), r"frozen; change it before `evakernels\.nn\.freeze`"),
     ],
 )
-def test_what_a_frozen_model_refuses(call, message):
+def test_frozen_model_wrong_call_raises(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(freeze(model()))
 
 
-def test_models_that_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+def test_freeze_wrong_model_raises(monkeypatch):
+    with pytest.raises(ValueError, match="model must be"):
         freeze(model().train())
-    with pytest.raises(ValueError, match="weight is on meta"):
+    with pytest.raises(ValueError, match="weight must be on a CPU"):
         freeze(model().to("meta"))
-    monkeypatch.setattr(frozen, "why_not_int8", lambda: "needs a processor with products of bytes")
-    with pytest.raises(RuntimeError, match="int8 needs a processor with products of bytes"):
+    monkeypatch.setattr(frozen, "why_not_int8", lambda: "needs a processor with int8 matmuls")
+    with pytest.raises(RuntimeError, match="int8 needs a processor with int8 matmuls"):
         freeze(model(), int8=True)
 
 
 @pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
-def test_frozen_twice():
+def test_freeze_twice():
     froze = freeze(model())
     weight = froze[0].weight
     assert freeze(froze)[0].weight is weight
@@ -164,17 +164,17 @@ def test_frozen_twice():
         freeze(froze, int8=True)
 
 
-def test_other_dtypes_stay_as_they_are():
+def test_freeze_leaves_float64():
     assert type(freeze(model(torch.float64))[0].weight) is nn.Parameter
 
 
 @pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
-def test_layers_are_chosen_by_name():
+def test_freeze_int8_by_name():
     froze = freeze(model(), int8=lambda name: name == "2.weight")
     assert [froze[0].weight.is_int8, froze[2].weight.is_int8] == [False, True]
 
 
-def test_autocast_to_the_dtype_of_the_weights():
+def test_frozen_model_under_autocast():
     froze = freeze(model(torch.bfloat16))
     x = torch.randn(4, 96)
     with torch.autocast("cpu"):
@@ -182,7 +182,7 @@ def test_autocast_to_the_dtype_of_the_weights():
     assert torch.equal(found, froze(x.bfloat16()))
 
 
-def test_tied_weights_stay_tied():
+def test_freeze_keeps_tied_weights():
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     tied[1].weight = tied[0].weight
     freeze(tied)
@@ -192,7 +192,7 @@ def test_tied_weights_stay_tied():
     assert tied[0].weight.requires_grad
 
 
-def test_a_weight_that_an_embedding_has_too_stays_as_it_is():
+def test_freeze_leaves_tied_embedding():
     tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8)).eval()
     tied[1].weight = tied[0].weight
     freeze(tied)
@@ -201,7 +201,7 @@ def test_a_weight_that_an_embedding_has_too_stays_as_it_is():
     assert not tied[1].weight.requires_grad
 
 
-def test_a_forward_of_its_own_keeps_its_weight():
+def test_freeze_leaves_linear_with_own_forward():
     """As FalconLinear, which reads a view of it."""
 
     class Transposed(nn.Linear):
@@ -214,7 +214,7 @@ def test_a_forward_of_its_own_keeps_its_weight():
     assert torch.equal(layer(x), expected)
 
 
-def test_what_was_trained_is_again():
+def test_unfreeze_restores_requires_grad():
     partly = model()
     partly[0].weight.requires_grad_(False)
     partly[2].bias.requires_grad_(False)
@@ -226,8 +226,8 @@ def test_what_was_trained_is_again():
 
 
 @pytest.mark.parametrize(("dtype", "int8"), KINDS)
-def test_parts_of_a_weight_are_laid_out_once(dtype, int8):
-    skip_unless_served(int8)
+def test_frozen_weight_split_is_cached(dtype, int8):
+    skip_without_int8(int8)
     layer, x = nn.Linear(8, 24, bias=False).to(dtype).eval(), torch.ones(2, 8, dtype=dtype)
     freeze(layer, int8=int8)
     parts = layer.weight.split([8, 16])
@@ -235,7 +235,7 @@ def test_parts_of_a_weight_are_laid_out_once(dtype, int8):
     torch.testing.assert_close(torch.cat([linear(x, part) for part in parts], 1), layer(x))
 
 
-def test_attention_of_torch_stays_as_it_is():
+def test_freeze_leaves_torch_attention():
     layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
     expected = layer(x)
@@ -249,7 +249,7 @@ def test_attention_of_torch_stays_as_it_is():
         layer(x)
 
 
-def test_accelerate_freezes_and_restore_thaws():
+def test_accelerate_freezes_and_restore_unfreezes():
     plain = model()
     x = torch.randn(4, 96)
     accelerated = copy.deepcopy(plain)
@@ -264,12 +264,12 @@ def test_accelerate_freezes_and_restore_thaws():
         evakernels.accelerate(accelerated.train(), freeze=True)
 
 
-def test_compiled_code_leaves_frozen_products_to_eager_mode():
+def test_frozen_model_compiles_with_graph_breaks():
     froze, x = freeze(model()), torch.randn(4, 96)
     assert torch.equal(torch.compile(froze, backend="eager")(x), froze(x))
 
 
-def test_frozen_weight_in_training_mode():
+def test_frozen_weight_in_training_mode_raises():
     layers = freeze(model())
     layers.train()
     with pytest.raises(RuntimeError, match=r"weight must not be frozen.*restore\(model\)"):

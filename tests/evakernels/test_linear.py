@@ -1,4 +1,4 @@
-"""The products of linear layers, whichever library makes them."""
+"""`evakernels.nn.linear` by oneDNN compared with torch's function."""
 
 import sys
 
@@ -17,7 +17,7 @@ _module = sys.modules[linear.__module__]
 
 @pytest.fixture
 def direct(monkeypatch):
-    """The calls that oneDNN served, on every machine that has it and for small products too."""
+    """The calls that oneDNN ran; it runs on every machine that has it, and for small matmuls."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(_module, "_MIN_MACS", dict.fromkeys(_module._MIN_MACS, 0))
@@ -36,14 +36,14 @@ def _inputs(rows, inner, columns, bias=True):
 
 @pytest.mark.parametrize(("inner", "columns"), [(40, 70), (70, 40)], ids=["widens", "narrows"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_linear_is_as_accurate_as_that_of_torch(direct, inner, columns, bias):
+def test_linear_as_accurate_as_torch(direct, inner, columns, bias):
     inputs = _inputs(33, inner, columns, bias)
     assert_as_accurate_as_torch(linear, F.linear, inputs, torch.float32)
     assert_deterministic(linear, inputs)
     assert direct
 
 
-def test_rows_that_are_apart_and_columns_that_are(direct):
+def test_linear_strided_inputs(direct):
     x, weight, bias = _inputs(33, 40, 70)
     with torch.no_grad():
         torch.testing.assert_close(linear(x[:, :1], weight, bias), F.linear(x[:, :1], weight, bias))
@@ -51,7 +51,7 @@ def test_rows_that_are_apart_and_columns_that_are(direct):
     assert len(direct) == 2
 
 
-def test_an_activation_may_change_the_result_in_place(direct):
+def test_linear_result_may_change_in_place(direct):
     leaves = [t.requires_grad_() for t in _inputs(3, 5, 4)]
     ours, theirs = (
         torch.autograd.grad(function(*leaves).relu_().square().sum(), leaves) for function in (linear, F.linear)
@@ -71,7 +71,7 @@ def test_linear_has_a_second_derivative(direct):
     assert direct
 
 
-def test_who_watches_sees_the_product_of_torch(direct):
+def test_linear_compiles_and_counts_flops(direct):
     inputs = _inputs(3, 5, 4)
     assert_compiles(linear, inputs)
     called = len(direct)
@@ -81,7 +81,7 @@ def test_who_watches_sees_the_product_of_torch(direct):
     assert len(direct) == called
 
 
-def test_autocast_and_other_dtypes_are_left_to_torch(direct):
+def test_linear_autocast_and_float64_use_torch(direct):
     x, weight, bias = _inputs(3, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16
@@ -91,7 +91,7 @@ def test_autocast_and_other_dtypes_are_left_to_torch(direct):
     assert not direct
 
 
-def test_a_changed_weight_is_seen(direct):
+def test_linear_uses_changed_weight(direct):
     module = Linear(5, 4)
     x = torch.randn(3, 5)
     with torch.no_grad():
@@ -105,14 +105,14 @@ def test_a_changed_weight_is_seen(direct):
     ("name", "avx512", "expected"),
     [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel(R) Xeon(R)", True, False)],
 )
-def test_float32_goes_to_the_faster_library(monkeypatch, name, avx512, expected):
+def test_linear_float32_uses_faster_library(monkeypatch, name, avx512, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": avx512})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert (torch.float32 in _module.served_dtypes.__wrapped__()) is expected
 
 
-def test_derivatives_that_are_asked_for_in_other_ways(direct):
-    """Forward-mode ones, by dual numbers and by functorch, and those of several cotangents at once."""
+def test_linear_forward_mode_and_batched_gradients(direct):
+    """Forward mode by dual numbers and by functorch, and gradients of several cotangents at once."""
     given = tuple(_inputs(3, 5, 4))
     tangents = tuple(t.flip(0) for t in given)
 

@@ -36,7 +36,7 @@ def arguments_of(function):
     ids=lambda norm: str(norm),
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_norms_take_the_place_of_those_of_torch(ours, theirs, dtype):
+def test_norms_match_torch(ours, theirs, dtype):
     """Of inputs so small that eps tells."""
     ours, theirs = copy.deepcopy(ours).to(dtype), copy.deepcopy(theirs).to(dtype)
     state = {name: randn(*value.shape, seed=i) for i, (name, value) in enumerate(theirs.state_dict().items())}
@@ -54,16 +54,16 @@ def test_norms_take_the_place_of_those_of_torch(ours, theirs, dtype):
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 @pytest.mark.parametrize(("shape", "expected"), [(8, r"\[..., 8\]"), ((2, 3, 4), r"\[..., 2, 3, 4\]")])
-def test_norms_name_an_input_of_another_width(norm, shape, expected):
+def test_norms_input_of_another_width_raises(norm, shape, expected):
     """Without a weight nothing else would notice it."""
     for affine in (True, False):
-        with pytest.raises(ValueError, match=rf"{norm.__name__}: input has shape \(3, 4\); expected {expected}"):
+        with pytest.raises(ValueError, match=rf"{norm.__name__}: input .*{expected}"):
             norm(shape, elementwise_affine=affine)(randn(3, 4))
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 @pytest.mark.parametrize("shape", [8, (3, 8)])
-def test_norms_give_the_dtype_that_they_are_told(norm, shape):
+def test_norms_return_out_dtype(norm, shape):
     module, x = norm(shape, out_dtype=torch.bfloat16), torch.randn(2, 3, 8)
     assert torch.equal(module(x), norm(shape)(x).bfloat16())
     assert "out_dtype=torch.bfloat16" in repr(module)
@@ -71,7 +71,7 @@ def test_norms_give_the_dtype_that_they_are_told(norm, shape):
     assert module(x).dtype == torch.float32
 
 
-def test_functions_have_the_eps_of_torch_too():
+def test_norm_functions_have_eps_of_torch():
     x, branch = 1e-3 * randn(2, 8), 1e-3 * randn(2, 8, seed=1)
     given = x, branch, x + branch
     of_layer, of_rms = ([norm(t, (8,)) for t in given] for norm in (F.layer_norm, F.rms_norm))
@@ -81,7 +81,7 @@ def test_functions_have_the_eps_of_torch_too():
         torch.testing.assert_close(getattr(evakernels, f"{name}_add")(x, branch), x + of_branch)
 
 
-def test_a_norm_with_the_eps_of_the_dtype_compiles():
+def test_rms_norm_with_eps_none_compiles():
     x = 1e-3 * randn(2, 8)
     compiled = torch.compile(lambda x: evakernels.rms_norm(x, eps=None), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.rms_norm(x, (8,)))
@@ -98,7 +98,7 @@ def test_modules_run_the_ops(module, monkeypatch):
     assert len(called) == 1
 
 
-def test_swiglu_is_the_mlp_of_eva():
+def test_swiglu_matches_timm():
     """timm's SwiGLU names its projections fc1_g, fc1_x and fc2, and its sub-LN norm."""
     names = {"w1": "fc1_g", "w2": "fc1_x", "ffn_ln": "norm", "w3": "fc2"}
     theirs = TimmSwiGLU(6, 14, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
@@ -113,7 +113,7 @@ def test_swiglu_is_the_mlp_of_eva():
 
 @pytest.mark.parametrize("half", [False, True], ids=["interleaved", "rotate-half"])
 @pytest.mark.parametrize("sub_ln", [False, True])
-def test_rotary_attention_is_that_of_timm(half, sub_ln):
+def test_rotary_attention_matches_timm(half, sub_ln):
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
     theirs = AttentionRope(24, 2, num_prefix_tokens=2, scale_norm=sub_ln, norm_layer=norm, rotate_half=half)
     ours = nn.RotaryAttention(24, 2, num_prefix=2, interleaved=not half, sub_ln=sub_ln)
@@ -125,7 +125,7 @@ def test_rotary_attention_is_that_of_timm(half, sub_ln):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_rotary_attention_of_kept_patches_and_of_earlier_tokens():
+def test_rotary_attention_token_index_and_causal():
     x, index = randn(2, 7, 8), torch.tensor([[4, 1, 0], [2, 3, 5]])
     cos, sin = nn.axial_rope(2, 3, 4)
     module = nn.RotaryAttention(8, 2)
@@ -136,7 +136,7 @@ def test_rotary_attention_of_kept_patches_and_of_earlier_tokens():
     torch.testing.assert_close(causal(x)[:, :3], causal(x[:, :3]))
 
 
-def test_swiglu_without_sub_ln_and_biases():
+def test_swiglu_without_norm_and_biases():
     module = nn.SwiGLU(6, 14, sub_ln=False, bias=False)
     assert list(module.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
     x = randn(2, 6)
@@ -148,12 +148,12 @@ def test_swiglu_without_sub_ln_and_biases():
     "module",
     [nn.LayerNorm, nn.RMSNorm, lambda *a, **k: nn.SwiGLU(*a, 12, **k), lambda *a, **k: nn.RotaryAttention(*a, 2, **k)],
 )
-def test_modules_are_built_where_they_are_told(module):
+def test_modules_take_device_and_dtype(module):
     built = module(8, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in built.parameters()} == {("meta", torch.bfloat16)}
 
 
-def test_patch_dropout_keeps_prefix_and_part_of_the_patches_in_training():
+def test_patch_dropout_keeps_prefix_in_training():
     module = nn.PatchDropout(0.5)
     patches, prefix, pos_embed = randn(3, 9, 4), randn(2, 4, seed=1), randn(11, 4, seed=2)
     tokens, index = module(patches, prefix=prefix, pos_embed=pos_embed)
@@ -166,7 +166,7 @@ def test_patch_dropout_keeps_prefix_and_part_of_the_patches_in_training():
 
 
 @pytest.mark.parametrize(("rate", "training"), [(0.5, False), (0.0, True)])
-def test_patch_dropout_keeps_all_in_evaluation_and_at_rate_zero(rate, training):
+def test_patch_dropout_keeps_all_in_evaluation(rate, training):
     patches = randn(3, 9, 4)
     tokens, index = nn.PatchDropout(rate).train(training)(patches)
     assert index is None
@@ -180,7 +180,7 @@ def test_patch_dropout_rounds_down_but_keeps_one(rate, patches, kept):
 
 
 @pytest.mark.parametrize(("grid", "head_dim"), [((14, 14), 64), ((24, 24), 64), ((3, 5), 88)])
-def test_axial_rope_is_the_table_of_timm(grid, head_dim):
+def test_axial_rope_matches_timm(grid, head_dim):
     peer = RotaryEmbeddingCat(head_dim, in_pixels=False, feat_shape=list(grid), ref_feat_shape=[16, 16])
     sin, cos = (t[:, ::2] for t in peer.get_embed().chunk(2, -1))  # timm stores each angle twice
     actual = nn.axial_rope(*grid, head_dim)
@@ -188,20 +188,20 @@ def test_axial_rope_is_the_table_of_timm(grid, head_dim):
     torch.testing.assert_close(actual, (cos, sin), atol=2e-6, rtol=0)
 
 
-def test_axial_rope_turns_by_row_first_and_by_column_second():
+def test_axial_rope_pairs_rotate_by_row_then_column():
     cos, sin = nn.axial_rope(2, 4, 8, reference_size=16, theta=100.0)
     angle = torch.tensor([8.0, 0.8, 12.0, 1.2])  # row 1 of 2 and column 3 of 4, in 16 cells; 100 ** -(j / 2)
     torch.testing.assert_close(cos[1 * 4 + 3], angle.cos())
     torch.testing.assert_close(sin[1 * 4 + 3], angle.sin())
 
 
-def test_a_compact_table_has_the_same_angles():
+def test_axial_rope_compact_matches_full():
     full, compact = nn.axial_rope(3, 3, 8), nn.axial_rope(3, 3, 8, compact=True)
     for table, (rows, columns) in zip(full, compact, strict=True):
         assert torch.equal(table[1 * 3 + 2], torch.cat((rows[1], columns[2])))
 
 
-def test_scores_depend_on_relative_positions_only():
+def test_axial_rope_scores_are_relative():
     """A patch and its neighbour give the same score anywhere on the grid."""
     cos, sin = nn.axial_rope(4, 4, 16)
     q = randn(1, 1, 1, 16).expand(1, 16, 1, 16).contiguous()
@@ -222,6 +222,6 @@ def test_scores_depend_on_relative_positions_only():
         (lambda: nn.PatchDropout(1.0), "rate is 1.0; accepted: 0 <= rate < 1"),
     ],
 )
-def test_wrong_sizes_say_what_is_accepted(call, message):
+def test_modules_wrong_size_raises(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -48,7 +48,7 @@ def _classes(model):
 
 
 def _is_left(model):
-    return not any(isinstance(module, _swap.Swapped) for module in model.modules())
+    return not any(isinstance(module, _swap.AcceleratedModule) for module in model.modules())
 
 
 def _replaced(report):
@@ -58,13 +58,12 @@ def _replaced(report):
 # --- equal behaviour --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("everything_served")
 def test_attention_with_other_code_is_replaced(monkeypatch):
     own = EvaAttention.forward
     monkeypatch.setattr(EvaAttention, "forward", lambda self, *args, **options: own(self, *args, **options))
     family, model = FAMILIES["eva02"], FAMILIES["eva02"].build()
     untouched = copy.deepcopy(model)
-    report = evakernels.accelerate(model, strict=True)
+    report = evakernels.accelerate(model, strict=True, force=True)
     assert "EvaAttention" in _replaced(report)
     assert ops_of(family, model) >= {"rope_attention", "add_layer_norm", "swiglu"}
     close(run(family, model, 1), run(family, untouched, 1))
@@ -73,7 +72,7 @@ def test_attention_with_other_code_is_replaced(monkeypatch):
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-4)
 
 
-def test_replaced_modules_stay_so_in_copies(gated):
+def test_second_call_and_copies_stay_replaced(gated):
     model = gated(_same)
     first = evakernels.accelerate(model, force=True)
     assert "SwiGLU" in _replaced(first)
@@ -232,7 +231,6 @@ PATCHES = {
 }
 
 
-@pytest.mark.usefixtures("everything_served")
 @pytest.mark.parametrize("how", PATCHES)
 def test_patched_code_is_noticed(how, monkeypatch):
     """Also after an unpatched module was accepted."""
@@ -240,14 +238,16 @@ def test_patched_code_is_noticed(how, monkeypatch):
     family = FAMILIES[name]
     model = family.build()
     model.global_pool = "token"
-    assert left not in {entry.module for entry in evakernels.accelerate(copy.deepcopy(model), strict=True).left}
+    assert left not in {
+        entry.module for entry in evakernels.accelerate(copy.deepcopy(model), strict=True, force=True).left
+    }
     if isinstance(target, str):
         monkeypatch.setattr(target, patch)
     else:
         monkeypatch.setattr(target, *patch)
     accelerated = copy.deepcopy(model)
     with pytest.warns(ChangedModuleWarning):
-        report = evakernels.accelerate(accelerated)
+        report = evakernels.accelerate(accelerated, force=True)
     assert left in {entry.module for entry in report.changed}
     inputs = family.inputs(1)
     for m in (model, accelerated):
@@ -257,7 +257,7 @@ def test_patched_code_is_noticed(how, monkeypatch):
     )
     close(actual, expected)
     monkeypatch.undo()
-    assert left not in {entry.module for entry in evakernels.accelerate(family.build()).changed}
+    assert left not in {entry.module for entry in evakernels.accelerate(family.build(), force=True).changed}
 
 
 def test_strict_raises_and_changes_nothing(gated):
@@ -307,7 +307,7 @@ def test_subclass_is_compared():
     model = nn.Sequential(Mine(8, 12), Doubled(8, 12))
     report = evakernels.accelerate(model, strict=True)  # it isn't the library's
     assert [left.name for left in report.left if left.name in "01"] == ["1"]
-    assert isinstance(model[0], _swap.Swapped)
+    assert isinstance(model[0], _swap.AcceleratedModule)
     assert type(model[1]) is Doubled
 
 
@@ -391,14 +391,13 @@ def test_unsupported_attention_is_reported():
 # --- transformers' own interface -------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("everything_served")
-def test_attention_interface_is_served(monkeypatch):
+def test_attention_interface_dispatches_to_op(monkeypatch):
     own = CLIPAttention.forward
     code = own.__code__.replace(co_name="later")
     monkeypatch.setattr(CLIPAttention, "forward", type(own)(code, own.__globals__, "later", own.__defaults__))
     family, untouched = FAMILIES["clip"], FAMILIES["clip"].build()
     model = copy.deepcopy(untouched)
-    report = evakernels.accelerate(model, include="CLIPAttention", strict=True)
+    report = evakernels.accelerate(model, include="CLIPAttention", strict=True, force=True)
     assert report.headline.startswith("4 of 4 blocks, 4 of ")
     assert ops_of(family, model) == {"rope_attention"}
     close(run(family, model, 1), run(family, untouched, 1))

@@ -1,4 +1,4 @@
-"""Every family beside its untouched model: features, gradients, a training run."""
+"""Every family compared with its untouched model: features, gradients, a training run."""
 
 import copy
 
@@ -7,9 +7,7 @@ import torch
 from dropin_families import FAMILIES, assert_same_gradients, pair
 from dropin_family import gradients, ops_of, run
 
-pytestmark = pytest.mark.usefixtures("everything_served")
-
-# Steps are dear, and every family's gradients are compared anyway.
+# Steps are slow, and gradients are compared for every family.
 TRAINED = ("vit", "eva02", "clip", "open-clip-eva", "siglip2")
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -25,7 +23,7 @@ def _assert_close(actual, expected, bound):
 
 @every_family
 @both_modes
-def test_features_are_those_of_the_untouched_model(name, training):
+def test_features_match_untouched(name, training):
     """With gradients and without."""
     family, model, untouched = pair(name)
     for enabled in (True, False):
@@ -35,7 +33,7 @@ def test_features_are_those_of_the_untouched_model(name, training):
 
 
 @every_family
-def test_gradients_are_those_of_the_untouched_model(name):
+def test_gradients_match_untouched(name):
     family, model, untouched = pair(name)
     actual, expected = (gradients(family, m.train(), 2) for m in (model, untouched))
     assert list(actual) == list(expected)
@@ -43,7 +41,7 @@ def test_gradients_are_those_of_the_untouched_model(name):
 
 
 @every_family
-def test_the_model_runs_on_the_ops(name):
+def test_model_runs_on_the_ops(name):
     family, model, untouched = pair(name)
     assert ops_of(family, model.train()) == family.ops
     assert ops_of(family, untouched.train()) == set()
@@ -51,7 +49,7 @@ def test_the_model_runs_on_the_ops(name):
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_16_bit_the_error_is_that_of_the_untouched_model(name, dtype):
+def test_16_bit_error_matches_untouched(name, dtype):
     family, model, untouched = pair(name)
     with torch.no_grad():
         exact = run(family, untouched, 1)
@@ -66,7 +64,7 @@ def test_in_16_bit_the_error_is_that_of_the_untouched_model(name, dtype):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in TRAINED else pytest.mark.exhaustive) for name in FAMILIES]
 )
-def test_steps_of_training_follow_the_untouched_model(name):
+def test_training_follows_untouched(name):
     family, model, untouched = pair(name)
     curves = []
     for m in (model, untouched):

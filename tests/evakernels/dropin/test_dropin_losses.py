@@ -1,4 +1,4 @@
-"""open_clip's losses, alone and between processes, in each of their ways to exchange features."""
+"""open_clip's losses, on one rank and on several, with each exchange of features."""
 
 import copy
 import multiprocessing
@@ -12,8 +12,6 @@ from dropin_family import log_ops
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 
 import evakernels
-
-pytestmark = pytest.mark.usefixtures("everything_served")
 
 ROWS, WIDTH, WORLD = 5, 8, 3
 CLIP_MODES = [{"local_loss": a, "gather_with_grad": b} for a in (False, True) for b in (False, True)]
@@ -33,7 +31,7 @@ def _value_and_gradients(loss, inputs):
 
 
 def _assert_same(ours, theirs, inputs):
-    report = evakernels.accelerate(ours, force=True)  # no fixture reaches another process
+    report = evakernels.accelerate(ours, force=True)
     assert [done.module for done in report.replaced] == [type(theirs).__name__]
     for actual, expected in zip(*(_value_and_gradients(loss, inputs) for loss in (ours, theirs)), strict=True):
         assert actual.dtype == expected.dtype
@@ -42,14 +40,14 @@ def _assert_same(ours, theirs, inputs):
 
 
 @pytest.mark.parametrize(("kind", "bias"), [(ClipLoss, False), (SigLipLoss, True)])
-def test_value_and_gradients(kind, bias):
+def test_loss_value_and_gradients(kind, bias):
     _assert_same(kind(), kind(), _inputs(bias=bias))
 
 
 @pytest.mark.parametrize(("kind", "bias", "op"), [(ClipLoss, False, "contrastive_kept"), (SigLipLoss, True, "siglip")])
-def test_the_loss_runs_on_the_op_and_keeps_its_output(kind, bias, op):
+def test_loss_runs_on_the_op(kind, bias, op):
     loss = kind()
-    evakernels.accelerate(loss)
+    evakernels.accelerate(loss, force=True)
     with log_ops() as ops:
         out = loss(*_inputs(bias=bias), output_dict=True)
     assert list(out) == ["contrastive_loss"]
@@ -61,18 +59,18 @@ def test_the_loss_runs_on_the_op_and_keeps_its_output(kind, bias, op):
 
 
 @pytest.mark.parametrize(("kind", "bias"), [(ClipLoss, False), (SigLipLoss, True)])
-def test_under_autocast_the_loss_is_float32(kind, bias):
+def test_loss_under_autocast_is_float32(kind, bias):
     ours, inputs = kind(), _inputs(bias=bias)
-    evakernels.accelerate(ours)
+    evakernels.accelerate(ours, force=True)
     with torch.autocast("cpu", torch.bfloat16):
         value, expected = ours(*inputs), kind()(*inputs)
     assert value.dtype == expected.dtype
     torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_a_bias_of_the_logits_and_a_number_as_scale_run_as_before():
+def test_loss_bias_and_float_scale_run_own_code():
     ours = ClipLoss()
-    evakernels.accelerate(ours)
+    evakernels.accelerate(ours, force=True)
     image, text, scale = _inputs()
     with log_ops() as ops:
         ours(image, text, scale, logit_bias=torch.zeros(()))
@@ -80,9 +78,9 @@ def test_a_bias_of_the_logits_and_a_number_as_scale_run_as_before():
     assert not ops
 
 
-def test_a_loss_that_inherits_is_left():
+def test_loss_subclass_is_left():
     loss = CoCaLoss(1.0, 1.0)
-    (left,) = (entry for entry in evakernels.accelerate(loss).left if entry.module == "CoCaLoss")
+    (left,) = (entry for entry in evakernels.accelerate(loss, force=True).left if entry.module == "CoCaLoss")
     assert left.reason.startswith("behaves differently: ")
 
 
@@ -103,8 +101,8 @@ def _process(rank, store, failures):
 
 @pytest.mark.exhaustive
 @pytest.mark.xdist_group("processes")
-def test_every_exchange_between_processes(tmp_path):
-    # Forked from a process that has imported what they need.
+def test_loss_exchanges_between_ranks(tmp_path):
+    # Forked from a process with the imports done.
     multiprocessing.set_forkserver_preload(["evakernels", "open_clip", "torch.distributed"])
     mp.start_processes(_process, (tmp_path / "store", tmp_path), nprocs=WORLD, start_method="forkserver")
     assert [path.name for path in tmp_path.iterdir()] in ([], ["store"])

@@ -10,8 +10,6 @@ from torch import nn
 import evakernels
 from evakernels.nn import FrozenWeight, linear
 
-everything_served = pytest.mark.usefixtures("everything_served")
-
 WIDTH, HEADS, QUERIES, KEYS = 48, 3, 4, 20
 
 
@@ -29,9 +27,9 @@ def attention(bias=True, dtype=torch.float32):
     return nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=True).to(dtype).eval()
 
 
-def accelerated(untouched, **options):
+def accelerated(untouched, force=True, **options):
     module = copy.deepcopy(untouched)
-    assert evakernels.accelerate(module, **options).replaced[0].name == ""
+    assert evakernels.accelerate(module, force=force, **options).replaced[0].name == ""
     return module
 
 
@@ -73,10 +71,9 @@ def assert_same(found, expected, **tolerance):
             torch.testing.assert_close(a, b, **tolerance)
 
 
-@everything_served
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("call", calls())
-def test_values_weights_and_gradients(call, bias):
+def test_mha_matches_torch(call, bias):
     untouched = attention(bias)
     ours = accelerated(untouched)
     args, options = calls()[call]
@@ -89,9 +86,8 @@ def test_values_weights_and_gradients(call, bias):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
-@everything_served
 @pytest.mark.parametrize("call", calls())
-def test_dtypes_under_autocast(call):
+def test_mha_under_autocast(call):
     untouched = attention()
     args, options = calls()[call]
     with torch.autocast("cpu", torch.bfloat16):
@@ -99,9 +95,8 @@ def test_dtypes_under_autocast(call):
     assert_same(found, expected, rtol=2e-2, atol=2e-2)
 
 
-@everything_served
 @pytest.mark.parametrize("call", ["itself", "other", "other, weights"])
-def test_no_weight_is_copied_for_each_token(call):
+def test_mha_copies_no_weight_for_each_token(call):
     """torch does so in products of a turned sequence where the weight has no gradient."""
     ours = accelerated(attention(dtype=torch.bfloat16)).requires_grad_(False)
     args, options = calls(torch.bfloat16)[call]
@@ -113,10 +108,10 @@ def test_no_weight_is_copied_for_each_token(call):
     assert largest <= max(3 * WIDTH * WIDTH, 2 * KEYS * 3 * WIDTH)
 
 
-@pytest.mark.usefixtures("everything_served", "onednn")
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("call", calls())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen(call, dtype):
+def test_mha_with_frozen_weights(call, dtype):
     untouched = attention(dtype=dtype)
     ours = accelerated(untouched, freeze=True)
     assert isinstance(ours.in_proj_weight, FrozenWeight)
@@ -134,15 +129,15 @@ def test_frozen(call, dtype):
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="without kernels nothing is served")
-def test_small_calls_of_frozen_weights_are_served_too(monkeypatch):
-    ours = accelerated(attention(dtype=torch.bfloat16), freeze=True)
+def test_mha_small_call_of_frozen_weights(monkeypatch):
+    ours = accelerated(attention(dtype=torch.bfloat16), force=False, freeze=True)
     monkeypatch.setattr(FrozenWeight, "dense", lambda self: pytest.fail("a dense weight was made"))
     x = tokens(3, torch.bfloat16)
     with torch.inference_mode():
         assert ours(x, x, x, need_weights=False)[0].shape == x.shape
 
 
-def test_sequences_that_come_first_are_left():
+def test_mha_with_sequence_first_is_left():
     report = evakernels.accelerate(nn.MultiheadAttention(WIDTH, HEADS))
     assert "its sequences come first" in {left.reason for left in report.left}
 
@@ -152,7 +147,6 @@ def test_sequences_that_come_first_are_left():
 _PADDING = torch.arange(KEYS).expand(2, -1) > torch.tensor([[KEYS], [KEYS - 3]])
 
 
-@everything_served
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize(
     ("options", "served"),
@@ -165,12 +159,12 @@ _PADDING = torch.arange(KEYS).expand(2, -1) > torch.tensor([[KEYS], [KEYS - 3]])
     ],
     ids=["no mask", "causal", "hint", "bool", "padding"],
 )
-def test_an_encoder_layer_runs_on_the_ops_in_inference_too(norm_first, options, served):
+def test_encoder_layer_runs_on_the_ops(norm_first, options, served):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 96, activation="gelu", batch_first=True, norm_first=norm_first)
     untouched = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
     ours = copy.deepcopy(untouched)
-    report = evakernels.accelerate(ours)
+    report = evakernels.accelerate(ours, force=True)
     assert report.headline == "2 of 2 blocks, 14 of 14 modules"
     x, kept = tokens(KEYS), ~options.get("src_key_padding_mask", torch.zeros(2, KEYS, dtype=torch.bool))
     with torch.no_grad(), report.watch():
@@ -187,13 +181,12 @@ def test_an_encoder_layer_runs_on_the_ops_in_inference_too(norm_first, options, 
         torch.testing.assert_close(parameter.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-@everything_served
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_dtypes_of_an_encoder_layer_under_autocast(graph, training):
+def test_encoder_layer_under_autocast(graph, training):
     untouched = nn.TransformerEncoderLayer(WIDTH, 2, 96, dropout=0.0, batch_first=True).train(training)
     ours = copy.deepcopy(untouched)
-    evakernels.accelerate(ours)
+    evakernels.accelerate(ours, force=True)
     with torch.set_grad_enabled(graph), torch.autocast("cpu", torch.bfloat16):
         found, expected = ours(tokens(KEYS)), untouched(tokens(KEYS))
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dropin_families import FAMILIES, close, pair
-from dropin_family import ops_of, run
-from timm.layers import GluMlp, LayerNorm
+from dropin_family import log_ops, run
+from timm.layers import Attention, GluMlp, LayerNorm, LayerScale, apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 from torch.autograd import forward_ad
@@ -17,12 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from transformers.activations import GELUActivation
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 import evakernels
-from evakernels import _native
-from evakernels.dropin import Report, _gate
-
-everything_served = pytest.mark.usefixtures("everything_served")
 
 
 def _classes(model):
@@ -32,7 +29,7 @@ def _classes(model):
 # --- what is kept and what comes back -------------------------------------------------------------------------------
 
 
-def test_modules_and_parameters_stay_the_same_objects():
+def test_modules_and_parameters_stay_the_same():
     model = FAMILIES["eva02"].build()
     modules, parameters = list(model.modules()), list(model.parameters())
     evakernels.accelerate(model)
@@ -42,26 +39,10 @@ def test_modules_and_parameters_stay_the_same_objects():
     assert isinstance(model.blocks[0].attn.proj, nn.Linear)
 
 
-def test_a_second_call_changes_nothing_and_reports_the_same():
-    model = FAMILIES["eva02"].build()
-    first, classes = evakernels.accelerate(model), _classes(model)
-    assert evakernels.accelerate(model) == first
-    assert _classes(model) == classes
-
-
-@everything_served
-def test_a_copy_is_changed_on_its_own():
-    _, model, _ = pair("eva02")
-    classes = _classes(model)
-    evakernels.restore(copy.deepcopy(model))
-    assert _classes(model) == classes
-
-
 # --- tracers -------------------------------------------------------------------------------------------------------
 
 
-@everything_served
-def test_transforms_and_tracers_see_the_untouched_code():
+def test_transforms_and_jit_trace_run_own_code():
     family, model, untouched = pair("eva02")
     x = family.inputs(1)["x"]
     parameters = dict(model.named_parameters())
@@ -70,7 +51,7 @@ def test_transforms_and_tracers_see_the_untouched_code():
 
 
 @pytest.mark.parametrize("name", ["eva02", "vit"])
-def test_torch_fx_traces_the_untouched_code(name):
+def test_torch_fx_traces_own_code(name):
     """The model's own options, such as `is_causal`, are proxies then."""
     family, model, untouched = pair(name)
     evakernels.accelerate(model.eval(), force=True)
@@ -81,7 +62,6 @@ def test_torch_fx_traces_the_untouched_code(name):
     close(create_feature_extractor(model, [last])(x)[last], untouched.eval()(x))
 
 
-@everything_served
 @pytest.mark.parametrize("name", ["eva02", "vit"])
 def test_forward_mode_derivatives(name):
     """By dual numbers, which the fused ops see, and by the transform, under which the untouched code runs."""
@@ -99,7 +79,7 @@ def test_forward_mode_derivatives(name):
         close(jvp(model, (x,), (tangent,))[1], expected)
 
 
-def test_torchscript_asks_for_the_restored_model():
+def test_torchscript_needs_restore():
     _, model, _ = pair("vit")
     with pytest.raises(RuntimeError, match=r"call evakernels.restore\(model\) first"):
         torch.jit.script(model)
@@ -110,10 +90,9 @@ def test_torchscript_asks_for_the_restored_model():
 # --- children that somebody watches or has replaced -----------------------------------------------------------------
 
 
-@everything_served
 @pytest.mark.parametrize("path", ["blocks.1.norm2", "blocks.1.mlp.norm", "blocks.1.drop_path1", "blocks.1.attn.proj"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_a_hook_on_a_child_is_called(path, training):
+def test_hook_on_child_is_called(path, training):
     family, model, untouched = pair("eva02")
     model.train(training), untouched.train(training)
     seen = []
@@ -122,8 +101,7 @@ def test_a_hook_on_a_child_is_called(path, training):
     assert len(seen) == 1
 
 
-@everything_served
-def test_a_child_that_was_replaced_is_called():
+def test_replaced_child_is_called():
     class Doubled(nn.Module):
         def forward(self, x):
             return 2 * x
@@ -135,9 +113,8 @@ def test_a_child_that_was_replaced_is_called():
     close(run(family, model, 1), run(family, untouched, 1))
 
 
-@everything_served
 @pytest.mark.parametrize("first", ["parametrize", "accelerate"])
-def test_parametrized_modules_are_served_and_restored(first):
+def test_parametrized_modules_are_replaced(first):
     family, _, untouched = pair("eva02")
     layers = "blocks.0.attn.proj", "blocks.0.mlp.fc2", "blocks.1.attn.q_proj", "blocks.1.norm2"
     for name in layers:
@@ -145,10 +122,10 @@ def test_parametrized_modules_are_served_and_restored(first):
     model = copy.deepcopy(untouched)
     if first == "accelerate":
         model = FAMILIES["eva02"].build()
-        evakernels.accelerate(model)
+        evakernels.accelerate(model, force=True)
         for name in layers:
             register_parametrization(model.get_submodule(name), "weight", nn.Tanh())
-    report = evakernels.accelerate(model, strict=True)
+    report = evakernels.accelerate(model, strict=True, force=True)
     assert {done.module for done in report.replaced if done.name in layers} == {"Linear", "LayerNorm"}
     close(run(family, model, 1), run(family, untouched, 1))
     close(run(family, copy.deepcopy(model), 1), run(family, untouched, 1))
@@ -159,18 +136,7 @@ def test_parametrized_modules_are_served_and_restored(first):
         assert type(model.get_submodule(name)) in (nn.Linear, LayerNorm)
 
 
-@everything_served
-def test_a_forward_of_its_own_is_called():
-    family, model, _ = pair("eva02")
-    called = []
-    norm = model.blocks[0].norm2
-    norm.forward = lambda x: called.append(x) or F.layer_norm(x, (64,), norm.weight, norm.bias, norm.eps)
-    run(family, model, 1)
-    assert len(called) == 1
-
-
-@everything_served
-def test_what_the_op_does_not_have_runs_as_before():
+def test_mask_and_dropout_run_own_code():
     """A mask, dropout of the weights, attention that isn't fused."""
     _, model, untouched = pair("eva02")
     x, mask = torch.randn(2, 17, 64), torch.randn(17, 17)
@@ -195,7 +161,7 @@ def _reason(report, name):
     return next(left.reason for left in report.left if left.name == name)
 
 
-def test_a_forward_set_on_a_module_is_left():
+def test_forward_set_on_module_is_left():
     model = FAMILIES["eva02"].build()
     model.blocks[0].attn.forward = lambda x, **_: x
     report = evakernels.accelerate(model)
@@ -203,7 +169,7 @@ def test_a_forward_set_on_a_module_is_left():
     assert type(model.blocks[0].attn) is EvaAttention
 
 
-def test_options_that_the_forward_lacks_are_named():
+def test_report_names_unsupported_options():
     assert _reason(evakernels.accelerate(nn.LayerNorm((3, 4))), "") == "it normalises 2 dimensions"
     gated = nn.Sequential(GluMlp(8, 12, act_layer=nn.Sigmoid), GluMlp(8, 12, act_layer=nn.SiLU, use_conv=True))
     report = evakernels.accelerate(gated)
@@ -212,81 +178,111 @@ def test_options_that_the_forward_lacks_are_named():
     assert _reason(report, "") == "it makes GELU of other functions"
 
 
-def test_attention_of_timm_that_holds_no_head_dim_runs():
-    """Before 1.0.26 it held none."""
-    family, model, untouched = pair("eva02")
-    evakernels.accelerate(model, force=True)
-    for block in model.blocks:
-        del block.attn.head_dim
-    close(run(family, model, 1), run(family, untouched, 1))
+# --- older releases ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_as_fast_in_torch_is_left_and_said(monkeypatch):
-    monkeypatch.delitem(_gate._SERVED, ("layer_norm", "cpu", torch.float32), raising=False)
-    report = evakernels.accelerate(nn.Sequential(nn.LayerNorm(8), nn.GELU()))
-    wide = _gate.is_served("exact_gelu", "cpu", torch.float32)
-    reasons = ["its own float32 on cpu is as fast", *([] if wide else ["its own is as fast"])]
-    assert [left.reason for left in report.left] == reasons
-    assert [done.module for done in report.replaced] == (["GELU"] if wide else [])
+class OldEvaAttention(EvaAttention):
+    """timm's before 1.0.16, without norms of queries and keys and without `head_dim`."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        del self.q_norm, self.k_norm, self.head_dim
+
+    def forward(self, x, rope=None, attn_mask=None):
+        q, k, v = (
+            p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rope is not None:
+            q, k = (torch.cat((t[:, :, :1], apply_rot_embed_cat(t[:, :, 1:], rope)), 2) for t in (q, k))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(self.norm(x)))
 
 
-def test_without_avx512_less_is_served():
-    wide, narrow = _gate.cpu_table("avx512_bf16"), _gate.cpu_table("avx2")
-    assert _gate.cpu_table("avx512") is wide
-    for faster in (_gate.cpu_table("avx512_bf16", amd=True), _gate.cpu_table("amx")):
-        assert all(faster[op].get(dtype, least) <= least for op, t in wide.items() for dtype, least in t.items())
-    assert _gate.cpu_table("avx2", amd=True) is narrow
-    assert _gate.cpu_table("baseline") is _gate.cpu_table(None) is narrow
-    assert torch.bfloat16 in wide["attention"].keys() - narrow["attention"].keys()
-    assert all(narrow[op].get(dtype, least) >= least for op, table in wide.items() for dtype, least in table.items())
-    isa = evakernels.info()["native"]["isa"]
-    assert _native.active_isa() == isa
-    served = {name for name, device, dtype in _gate._SERVED if (device, dtype) == ("cpu", torch.bfloat16)}
-    assert _gate.is_served("attention", "cpu", torch.bfloat16) == (isa is not None)  # in training at least
-    if isa is not None:
-        assert served == {
-            name for name, table in _gate.cpu_table(isa, _native.is_amd()).items() if torch.bfloat16 in table
-        }
+class OldAttention(Attention):
+    """timm's before 1.0.16, without a norm behind attention and without a mask."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        del self.norm
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(x))
 
 
-def test_only_modules_are_taken():
+class OldCLIPAttention(CLIPAttention):
+    """transformers' before 5, with two masks."""
+
+    def forward(self, hidden_states, attention_mask=None, causal_attention_mask=None, output_attentions=False):
+        masks = [mask for mask in (attention_mask, causal_attention_mask) if mask is not None]
+        return super().forward(hidden_states, sum(masks) if masks else None)
+
+
+class OldEncoderLayer(CLIPEncoderLayer):
+    """transformers' before 5, which returns a tuple."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.self_attn = OldCLIPAttention(config)
+
+    def forward(self, hidden_states, attention_mask, causal_attention_mask, output_attentions=False):
+        masks = attention_mask, causal_attention_mask
+        branch, weights = self.self_attn(self.layer_norm1(hidden_states), *masks, output_attentions)
+        x = hidden_states + branch
+        x = x + self.mlp(self.layer_norm2(x))
+        return (x, weights) if output_attentions else (x,)
+
+
+def _old_encoder_layer():
+    return OldEncoderLayer(FAMILIES["clip"].build().config.vision_config)
+
+
+@pytest.mark.parametrize(
+    ("build", "op", "args"),
+    [
+        (lambda: OldEvaAttention(64, 2, qkv_fused=False, norm_layer=nn.LayerNorm), "rope_attention", ()),
+        (lambda: OldAttention(64, 2), "rope_attention", ()),
+        (_old_encoder_layer, "add_layer_norm", (None, None)),
+        (_old_encoder_layer, "add_layer_norm", (torch.zeros(1, 1, 9, 9), None)),
+        (_old_encoder_layer, "add_layer_norm", (None, None, True)),
+    ],
+)
+def test_module_of_older_release_is_replaced(build, op, args):
+    untouched = build().eval()
+    model = copy.deepcopy(untouched)
+    assert "" in {done.name for done in evakernels.accelerate(model, force=True).replaced}
+    x = torch.randn(2, 9, 64)
+    with log_ops() as ops:
+        actual = model(x, *args)
+    torch.testing.assert_close(actual[0], untouched(x, *args)[0], rtol=1e-5, atol=1e-5)
+    assert (len(actual), op in ops) == (len(untouched(x, *args)), args[2:] == ())
+
+
+@pytest.mark.usefixtures("old_names")
+def test_tower_of_older_timm_ends_early():
+    model = FAMILIES["vit"].build()
+    report = evakernels.accelerate(model, force=True)
+    assert "VisionTransformer" in {done.module for done in report.replaced}
+
+
+@pytest.fixture
+def old_names(monkeypatch):
+    """timm's before 1.0.22, whose LayerScale is in the file of its model."""
+    monkeypatch.setattr(LayerScale, "__module__", "timm.models.vision_transformer")
+    monkeypatch.delattr("timm.layers.layer_scale.LayerScale")
+
+
+def test_model_must_be_a_module():
     for function in (evakernels.accelerate, evakernels.restore):
-        with pytest.raises(TypeError, match=r"model is a list; accepted: a torch.nn.Module"):
+        with pytest.raises(TypeError, match="model must be"):
             function([])
-
-
-def test_small_calls_run_the_untouched_code():
-    family, model, _ = pair("vit")
-    assert ops_of(family, model) <= {"rope_attention"}  # which AMD's processors gain from at every size
-    assert not _gate.serves("layer_norm", torch.zeros(1, 4, 8, dtype=torch.bfloat16))
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_is_a_table(monkeypatch):
-    monkeypatch.delitem(_gate._SERVED, ("layer_norm", "cpu", torch.float32), raising=False)
-    report = evakernels.accelerate(FAMILIES["eva02"].build())
-    blocks = [done for done in report.replaced if done.module == "EvaBlock"]
-    assert [(b.name, b.op, b.backend) for b in blocks] == [(f"blocks.{i}", "add_layer_norm", "cpu") for i in range(2)]
-    text = str(report)
-    line = next(line for line in text.splitlines() if "EvaBlock" in line)
-    assert "2" in line
-    assert "add_layer_norm" in line
-    assert "as fast" in next(line for line in text.splitlines() if "LayerNorm" in line)
-
-
-def test_the_report_needs_no_rich(monkeypatch):
-    report = evakernels.accelerate(FAMILIES["eva02"].build())
-    monkeypatch.setattr("evakernels.dropin._report.find_spec", lambda name: None)
-    headline, header, *lines = str(report).splitlines()
-    assert headline == f"2 of 2 blocks, {len(report.replaced)} of {len(report.replaced + report.left)} modules"
-    assert header.split() == ["module", "count", "can", "run", "backend", "left", "because"]
-    assert any(line.split()[:3] == ["EvaBlock", "2", "add_layer_norm"] for line in lines)
-    assert str(Report()).split() == ["0", "of", "0", "modules", *header.split()]
-
-
-def test_importing_the_library_imports_none_of_the_others():
+def test_accelerate_imports_no_other_library():
     import subprocess
 
     code = (

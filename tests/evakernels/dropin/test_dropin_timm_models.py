@@ -23,7 +23,7 @@ LEFT = {
 }
 """Modules of supported classes, and why they are left."""
 
-WITHOUT_RULE = {
+UNSUPPORTED = {
     # torch's own is as fast, or the op of the parent reads them.
     "Conv2d", "Dropout", "Identity", "LayerScale", "DropPath", "Mlp", "SiLU",
     # One query, scores with a bias, or a difference of two softmaxes: the op has none of these.
@@ -38,7 +38,7 @@ WITHOUT_RULE = {
 
 
 @pytest.fixture(autouse=True)
-def start_values_cost_nothing(monkeypatch):
+def skip_initialisation(monkeypatch):
     """On meta there are none."""
     for name in ("trunc_normal_", "normal_", "xavier_uniform_", "kaiming_normal_", "uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
@@ -58,7 +58,7 @@ def _modules(model):
 
 
 @pytest.mark.parametrize("family", ["eva*", "vit_[!prs]*", "vit_[prs]*"])
-def test_every_model_of_the_family_is_recognised(family):
+def test_every_timm_model_is_supported(family):
     unexpected = {}
     for name in timm.list_models(family):
         model = _build(name)
@@ -67,8 +67,8 @@ def test_every_model_of_the_family_is_recognised(family):
         assert list(model.state_dict()) == before
         left = {(entry.module, entry.reason) for entry in report.left} - LEFT
         left |= (
-            {type(m).__name__ for m in modules if not isinstance(m, _swap.Swapped)}
-            - WITHOUT_RULE
+            {type(m).__name__ for m in modules if not isinstance(m, _swap.AcceleratedModule)}
+            - UNSUPPORTED
             - {module for module, _ in LEFT}
         )
         if left:

@@ -1,4 +1,4 @@
-"""A pytest plugin: every model and loss that timm, open_clip and transformers build is accelerated.
+"""A pytest plugin that accelerates every model and loss that timm, open_clip and transformers build.
 
     PYTHONPATH=tests/evakernels/dropin/peer_tests pytest -p accelerated SDIST/tests/test_models.py ...
 
@@ -7,7 +7,6 @@ tests run against the untouched ones.
 """
 
 import os
-import sys
 from collections import Counter
 from functools import wraps
 
@@ -17,8 +16,6 @@ import torch
 import transformers
 
 import evakernels
-from evakernels.dropin import _gate
-from evakernels.nn import linear
 
 _ON = os.environ.get("ACCELERATED", "1") == "1"
 _counts: Counter[str] = Counter()
@@ -30,18 +27,10 @@ def _accelerated(build):
         model = build(*args, **kwargs)
         for part in model if isinstance(model, tuple) else (model,):
             if isinstance(part, torch.nn.Module):
-                _counts.update(done.op for done in evakernels.accelerate(part).replaced)
+                _counts.update(done.op for done in evakernels.accelerate(part, force=True).replaced)
         return model
 
     return built
-
-
-def _serve_every_size() -> None:
-    for name in _gate.OPS:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            _gate._SERVED[name, "cpu", dtype] = 0
-    module = sys.modules[linear.__module__]
-    module._MIN_MACS = dict.fromkeys(module._MIN_MACS, 0)
 
 
 def _patch(function: str, *modules) -> None:
@@ -56,13 +45,12 @@ def _accelerate_after_post_init() -> None:
     @wraps(original)
     def post_init(self):
         original(self)
-        _counts.update(done.op for done in evakernels.accelerate(self).replaced)
+        _counts.update(done.op for done in evakernels.accelerate(self, force=True).replaced)
 
     transformers.PreTrainedModel.post_init = post_init
 
 
 if _ON:
-    _serve_every_size()
     _patch("create_model", timm.models._factory, timm.models, timm)
     _patch("create_model", open_clip.factory, open_clip)
     _patch("create_loss", open_clip.factory, open_clip)

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from ._gate import serve_all
+from ._dispatch import run_all
 from ._replacement import Call, Replacement
 from ._swap import original_class_of, parameters_of, replacement_class
 
@@ -125,7 +125,7 @@ def _count(module: nn.Module, omitted: set[nn.Module]) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter not in left_out)
 
 
-class Trials:
+class Comparisons:
     """Verdicts for the modules of one model."""
 
     def __init__(self) -> None:
@@ -398,7 +398,7 @@ def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
                 continue
             if not replacement.target:
                 del expected["input"]  # a fused step has no use for its child's input
-            for serving in (serve_all, nullcontext) if mode.unfused and not replacement.pooling else (serve_all,):
+            for serving in (run_all, nullcontext) if mode.unfused and not replacement.pooling else (run_all,):
                 try:
                     with serving():
                         actual = _run(new, call, mode, replacement.forward.method)

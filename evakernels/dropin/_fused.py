@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autocast import is_on
 from ..backends import refuse
 from ..ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
-from ._gate import serves
+from ._dispatch import dispatches_to
 from ._swap import original_class
 
 ROLES: dict[type, str] = {}
@@ -22,7 +22,7 @@ ROLES: dict[type, str] = {}
 def role(module: Any) -> str | None:
     """The module's role, or None for a class without one, a module with hooks or with its own forward."""
     found = role_of(type(module))
-    return None if found is None or is_watched(module) else found
+    return None if found is None or is_observed(module) else found
 
 
 def role_of(cls: type) -> str | None:
@@ -30,7 +30,7 @@ def role_of(cls: type) -> str | None:
     return ROLES.get(cls) or ROLES.get(original_class(cls) or cls)
 
 
-def is_watched(module: nn.Module) -> bool:
+def is_observed(module: nn.Module) -> bool:
     """Whether hooks, a compiler or its own forward may see a call of the module."""
     return bool(
         module._forward_hooks
@@ -85,7 +85,7 @@ def add_norm(
     """
     factor = _factor(scale)
     op = "add_norm" if factor is None else "scaled_add_norm"
-    if factor is not _UNREADABLE and serves(op, residual, forced=forced) and _fits(residual, branch, factor):
+    if factor is not _UNREADABLE and dispatches_to(op, residual, forced=forced) and _fits(residual, branch, factor):
         parameters = norm_parameters(norm, residual)
         if parameters is not None and _is_readable(drop):
             rows = _row_scale(drop, branch, factor)
@@ -99,7 +99,7 @@ def add_norm(
 
 def norm_add(residual: Tensor, branch: Tensor, norm: nn.Module, drop: Any = None, *, forced: bool) -> Tensor:
     """`residual + drop(norm(branch))`."""
-    if serves("norm_add", residual, forced=forced) and _fits(residual, branch, None):
+    if dispatches_to("norm_add", residual, forced=forced) and _fits(residual, branch, None):
         parameters = norm_parameters(norm, branch)
         if parameters is not None and _is_readable(drop) and role(norm) == "layer_norm":
             rows = _row_scale(drop, branch, None)
@@ -179,11 +179,11 @@ def gated(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None
     """`norm(drop(act(gate) * up))`."""
     by_silu = role(act) == "silu"
     is_normed = by_silu and role(norm) == "layer_norm" and (drop is None or not drops(drop))
-    if is_normed and serves("swiglu_norm", gate, forced=forced):
+    if is_normed and dispatches_to("swiglu_norm", gate, forced=forced):
         parameters = norm_parameters(norm, gate)
         if parameters is not None and parameters[0] is not None and gate.dtype == up.dtype:
             return swiglu(gate, up, *parameters)
-    fused = by_silu and serves("swiglu", gate, forced=forced) and gate.dtype == up.dtype
+    fused = by_silu and dispatches_to("swiglu", gate, forced=forced) and gate.dtype == up.dtype
     hidden = swiglu(gate, up) if fused else act(gate) * up
     hidden = hidden if drop is None else drop(hidden)
     return hidden if norm is None else norm(hidden)

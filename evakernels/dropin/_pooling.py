@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._gate import DTYPES, is_ordinary
-from ._serve import is_watched, role_of
-from ._swap import Swapped
+from ._dispatch import DTYPES, is_plain
+from ._fused import is_observed, role_of
+from ._swap import AcceleratedModule
 
 _OF_EACH_TOKEN = frozenset(
     {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Sequential, nn.GELU, nn.MultiheadAttention}
@@ -90,7 +90,7 @@ class Pooling:
             return "it has no list of blocks"
         last, norm = blocks[-1], tower._modules[self.norm]
         attention = getattr(last, "attn", None)
-        if not issubclass(class_of(last), Swapped) or not issubclass(class_of(attention), self.attention):
+        if not issubclass(class_of(last), AcceleratedModule) or not issubclass(class_of(attention), self.attention):
             return f"its last block, {class_of(last).__name__}, computes all tokens"
         strange = [part for part in last.modules() if not _is_of_each_token(class_of(part))]
         strange += [norm] if role_of(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
@@ -104,7 +104,7 @@ class Pooling:
         """
         if torch.compiler.is_compiling() and not _COMPILES:
             return False
-        if not is_ordinary(x) or any(name in tower.__dict__ for name in self.methods) or self.reason(tower) is not None:
+        if not is_plain(x) or any(name in tower.__dict__ for name in self.methods) or self.reason(tower) is not None:
             return False
         _, *path = self._path(tower)
         parameter = next(path[-1][-1].parameters(), None)  # none where FSDP1 has flattened them
@@ -112,7 +112,7 @@ class Pooling:
         return (
             parameter is not None
             and parameter.dtype in DTYPES
-            and not any(is_watched(part) or (part.training and _dropout(part) > 0) for part in parts)
+            and not any(is_observed(part) or (part.training and _dropout(part) > 0) for part in parts)
         )
 
     def shortened(self, tower: Any, selection: Selection, **changes: Any) -> Any:
@@ -133,7 +133,7 @@ class Pooling:
 
 def _is_of_each_token(cls: type) -> bool:
     known = cls in _OF_EACH_TOKEN or f"{cls.__module__}.{cls.__qualname__}" in _OF_EACH_TOKEN_BY_NAME
-    return known or issubclass(cls, Swapped) or role_of(cls) is not None
+    return known or issubclass(cls, AcceleratedModule) or role_of(cls) is not None
 
 
 def _dropout(module: nn.Module) -> float:

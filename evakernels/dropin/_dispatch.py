@@ -1,0 +1,187 @@
+"""Where an op is worth its call: by type of device, dtype and size, and on a CPU by instruction set.
+
+The CPU tables hold what is faster than the untouched modules. The GPU table isn't measured: it holds the ops that make
+one pass over memory instead of several.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .. import _native, triton
+from ..autocast import is_on
+from ..backends import refuse
+
+_HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *_HALF)
+"""The dtypes of all ops."""
+
+OPS = {
+    "layer_norm": "layer_norm_forward",
+    "rms_norm": "layer_norm_forward",
+    "add_norm": "add_layer_norm_forward",
+    "scaled_add_norm": "add_layer_norm_forward",
+    "norm_add": "layer_norm_add_forward",
+    "attention": "rope_attention_forward",
+    "attention_training": "rope_attention_forward",
+    "multi_head": "rope_attention_forward",
+    "rope_attention": "rope_attention_forward",
+    "swiglu": "swiglu_forward",
+    "swiglu_norm": "swiglu_forward",
+    "gelu": "gelu_forward",
+    "exact_gelu": "gelu_forward",
+    "quick_gelu": "gelu_forward",
+    "token_dropout": "token_dropout_forward",
+    "clip_loss": "contrastive_forward",
+    "siglip_loss": "siglip_value",
+}
+"""The op of each entry of the tables."""
+
+_Table = dict[str, dict[torch.dtype, int]]
+
+_CPU: _Table = {
+    "layer_norm": dict.fromkeys(_HALF, 1 << 18),
+    "rms_norm": dict.fromkeys(DTYPES, 0),
+    "add_norm": {torch.float32: 1 << 20} | dict.fromkeys(_HALF, 1 << 18),
+    "scaled_add_norm": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 18),
+    "norm_add": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 18),
+    # torch's float32 attention is as fast without a rotation; its 16-bit gradients are slow.
+    "attention": dict.fromkeys(_HALF, 1 << 18),
+    "attention_training": dict.fromkeys(_HALF, 1 << 15),
+    "multi_head": dict.fromkeys(DTYPES, 1 << 15),
+    "rope_attention": dict.fromkeys(DTYPES, 1 << 14),
+    "swiglu": {torch.float32: 0} | dict.fromkeys(_HALF, 1 << 18),
+    "swiglu_norm": dict.fromkeys(DTYPES, 0),
+    "gelu": dict.fromkeys(DTYPES, 0),
+    "exact_gelu": dict.fromkeys(DTYPES, 1 << 16),
+    "quick_gelu": dict.fromkeys(DTYPES, 1 << 13),
+    "token_dropout": dict.fromkeys(DTYPES, 0),
+    # In 16 bits torch's matmuls are faster than the op's float32 ones.
+    "clip_loss": {torch.float32: 1 << 16},
+    "siglip_loss": {torch.float32: 1 << 16},
+}
+"""Minimum number of elements by op and dtype, with AVX-512."""
+
+_CPU_AMD: _Table = _CPU | {
+    "attention": dict.fromkeys(DTYPES, 0),
+    "attention_training": dict.fromkeys(DTYPES, 0),
+    "layer_norm": {torch.float32: 3 << 16} | dict.fromkeys(_HALF, 1 << 17),
+    "add_norm": {torch.float32: 3 << 16} | dict.fromkeys(_HALF, 1 << 17),
+    "scaled_add_norm": {torch.float32: 3 << 16} | dict.fromkeys(_HALF, 1 << 17),
+}
+"""The same on AMD's processors, where torch's matmuls by MKL are slow."""
+
+_CPU_AMX: _Table = _CPU | {
+    "layer_norm": {torch.float32: 1 << 20} | dict.fromkeys(_HALF, 1 << 17),
+    "add_norm": {torch.float32: 1 << 19} | dict.fromkeys(_HALF, 1 << 17),
+    "scaled_add_norm": {torch.float32: 1 << 18} | dict.fromkeys(_HALF, 1 << 17),
+    "attention": dict.fromkeys(_HALF, 0),
+    "attention_training": dict.fromkeys(_HALF, 0),
+}
+"""The same with AMX."""
+
+_CPU_AVX2: _Table = _CPU | {
+    "layer_norm": dict.fromkeys(_HALF, 1 << 19),
+    "add_norm": dict.fromkeys(DTYPES, 1 << 20),
+    "norm_add": {torch.float32: 1 << 19} | dict.fromkeys(_HALF, 1 << 19),
+    # The op computes scores in float32 here.
+    "attention": {torch.float16: 1 << 18},
+    "exact_gelu": dict.fromkeys(_HALF, 1 << 17),
+    "quick_gelu": dict.fromkeys(DTYPES, 1 << 17),
+}
+"""The same without AVX-512."""
+
+_MATMULS = ("attention", "attention_training", "multi_head", "rope_attention")
+_GPU: _Table = {name: dict.fromkeys(DTYPES, 0) for name in _CPU if name not in (*_MATMULS, "gelu", "exact_gelu")} | {
+    # Tensor cores take 16 bits. Without a rotation torch's own attention kernels have nothing to gain.
+    "rope_attention": dict.fromkeys(_HALF, 0),
+}
+
+
+def _has_kernels(name: str, device: str) -> bool:
+    """Whether the op has compiled or Triton kernels for this type of device; the reference would be slower."""
+    op = OPS[name]
+    has_triton = any(op in ops for ops in triton.FAMILIES.values()) and find_spec("triton") is not None
+    return _native.implemented(op, device) or (device == "cuda" and has_triton)
+
+
+def cpu_table(isa: str | None, amd: bool = False) -> _Table:
+    """The table for the instruction set of the kernels, and for AMD's processors or others."""
+    if isa == "amx":
+        return _CPU_AMX
+    if isa is None or not isa.startswith("avx512"):
+        return _CPU_AVX2
+    return _CPU_AMD if amd else _CPU
+
+
+_TABLES = {"cpu": cpu_table(_native.active_isa(), _native.is_amd()), "cuda": _GPU}
+DEVICES = tuple(_TABLES)
+"""The types of devices with kernels."""
+
+_MIN_SIZES: dict[tuple[str, str, torch.dtype], int] = {
+    (name, device, dtype): size
+    for device, table in _TABLES.items()
+    for name, dtypes in table.items()
+    if _has_kernels(name, device)
+    for dtype, size in dtypes.items()
+}
+_FORCED: dict[tuple[str, str, torch.dtype], int] = {
+    (name, device, dtype): 0 for device in DEVICES for name in OPS if _has_kernels(name, device) for dtype in DTYPES
+}
+"""The same for modules that run on the ops even where their own code is faster."""
+
+
+def has_op(name: str, device: str, dtype: torch.dtype, forced: bool = False) -> bool:
+    """Whether there are sizes at which the op `name` is worth its call, in training or in inference."""
+    table = _FORCED if forced else _MIN_SIZES
+    return any((entry, device, dtype) in table for entry in (name, f"{name}_training"))
+
+
+def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: bool = False) -> bool:
+    """Whether the op `name` is worth a call with `x`, or with `after_linear` with a linear layer's output for `x`.
+
+    False for tensor subclasses, such as a DTensor or a tracer's proxy, and under functorch's transforms. Call it before
+    anything else reads `x`. With `forced`: whether the op supports the call.
+    """
+    if not is_plain(x):
+        return refuse("tensor subclass, transform or tracer")
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if after_linear and is_on(device) else x.dtype
+    if _runs_all:
+        return dtype in DTYPES
+    size = (_FORCED if forced else _MIN_SIZES).get((name, device, dtype))
+    if size is None:
+        return refuse(f"{str(dtype).removeprefix('torch.')} on {device}")
+    return x.numel() >= size or refuse("too small")
+
+
+def attention_op() -> str:
+    """The entry of attention without a rotation: with gradients it pays at other sizes."""
+    return "attention_training" if torch.is_grad_enabled() else "attention"
+
+
+_runs_all = False
+
+
+@contextmanager
+def run_all() -> Iterator[None]:
+    """Runs every op inside the `with` block, at every size and on any backend."""
+    global _runs_all
+    _runs_all = True
+    try:
+        yield
+    finally:
+        _runs_all = False
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether `x` is a tensor of torch's own class that only autograd and a compiler trace."""
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return False
+    # Dynamo handles transforms itself and can't trace these two queries.
+    return torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    )
