@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _native, autocast, backends, triton
 from .._modes import are_transforms_active, has_dual_numbers, is_transformed, needs_grad
 from ._dtensors import ShardingRule, is_sharded, over_shards
-from ._fast import with_fast_path
+from ._fast import implementation, with_fast_path
 
 _library = torch.library.Library(backends.NAMESPACE, "DEF")
 # Kernels of the compiled library need a namespace of their own: for the op itself the dispatcher would call them by
@@ -100,7 +100,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """The op's kernel for all devices. Arguments have been checked, or come from compiled code."""
-        return self.implementation(args)(*args)
+        return implementation(self, args)(*args)
 
     def implementation(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The function of the backend that serves these arguments, with what has to happen around it."""
