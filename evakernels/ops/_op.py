@@ -139,6 +139,7 @@ def define(
     sharding: ShardingRule | None = None,
     reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
+    triton_reasons: backends.Reasons = lambda *args, **given: [],
 ) -> Op:
     """Defines the operator that is named like the reference and returns its `Op`.
 
@@ -155,6 +156,8 @@ def define(
         sharding: how it runs on DTensors, for which torch raises otherwise.
         reasons: why no compiled kernel serves a call. It takes the arguments that are given by name.
         gpu_reasons: the same for kernels on GPUs alone.
+        triton_reasons: why no Triton kernel serves the sizes of a call. It takes the first tensor, and all arguments
+            that are given by name.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -171,7 +174,7 @@ def define(
     if returns:
         _library.impl(name, op.record, "Autograd")
     backends.register(name, "reference", reference)
-    triton.register(name)
+    triton.register(name, backends.family(name), triton_reasons)
     _native.register(name, reasons, gpu_reasons)
 
     def in_torch_operators(*args: Any) -> Any:

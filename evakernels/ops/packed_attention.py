@@ -9,6 +9,7 @@ from torch import Tensor
 from ..autocast import matmul_inputs
 from ..reference import accumulation_dtype, rope_attention
 from ..reference import packed_attention as reference
+from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
@@ -256,11 +257,13 @@ _forward = define(
     decomposition=partial(reference.packed_attention, rope_attention.rope_attention_forward),
     exported=reference.packed_attention_sdpa,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 _backward = define(
     reference.packed_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=gradients_fake,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..autocast import matmul_inputs
 from ..reference import accumulation_dtype
 from ..reference import rope_attention as reference
+from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
@@ -304,11 +305,13 @@ _forward = define(
     fake=_forward_fake,
     exported=reference.rope_attention_sdpa,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 _backward = define(
     reference.rope_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=gradients_fake,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
