@@ -4,6 +4,7 @@ import pytest
 import torch
 from optimizer_checks import (
     BETAS,
+    CALL,
     DECAYS,
     EPS,
     LRS,
@@ -215,3 +216,11 @@ def test_compiles_without_graph_break(variant):
         return norms
 
     assert_compiles_in_place(both_phases)
+
+
+CALLS = {
+    "lamb_apply": CALL | {"squared_norms": torch.ones(1, 2), "lrs": [1.0]},
+    "lamb_step": CALL | {"grads": [torch.ones(4)], "lrs": [1.0], "grad_scale": torch.ones(())},
+    "lamb_update": CALL | {"grads": [torch.ones(4)], "grad_scale": torch.ones(())},
+}
+"""For test_wrong_input."""

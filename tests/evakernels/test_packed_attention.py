@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from on_device import COMPILED
 from op_checks import DTYPES, OPCHECK_DTYPES, randn
-from test_rope_attention import attention, expanded
+from test_rope_attention import attention, expanded, tables_of
 
 import evakernels
 from evakernels import _native, backends
@@ -119,6 +119,7 @@ CASES = [
     ),
 ]
 QUICK = dict.fromkeys(("test_gradcheck", "test_compiles_without_graph_break"), ("causal", "places"))
+TRANSFORMED = ["causal", "rows"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,3 +252,45 @@ def test_of_a_long_table_the_rows_count_that_are_asked_for(per_head):
         for table, index in ((angles, positions), (short, own))
     ]
     assert torch.equal(*results)
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+TOKENS, ROWS = torch.ones(5, 3, 8), torch.arange(5)
+PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
+TO_PLACES, IN_ORDER = {"positions": PLACES}, {"positions": None}
+CALLS = {
+    "packed_attention": dict.fromkeys("qkv", TOKENS)
+    | {"cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5, "positions": ROWS}
+    | tables_of(2, 3, 2)
+}
+WRONG = {
+    "packed_attention": [
+        (ValueError, "k", {"k": TOKENS[..., :4]}),
+        (TypeError, "v", {"v": TOKENS.half()}),
+        (ValueError, "k", dict.fromkeys("kv", TOKENS[:, :2])),
+        (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([[0, 5]])}),
+        (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 4])}),
+        (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([1, 5])}),
+        (ValueError, "max_seqlen", {"cu_seqlens": torch.tensor([0, 6, 5])}),
+        (ValueError, "max_seqlen", {"cu_seqlens": torch.tensor([0, 5, 5]), "max_seqlen": 4}),
+        (ValueError, "max_seqlen", {"max_seqlen": 4}),
+        (ValueError, "max_seqlen", {"max_seqlen": -1}),
+        (TypeError, "max_seqlen", {"max_seqlen": None}),
+        (TypeError, "max_seqlen", {"max_seqlen": 5.0}),
+        (TypeError, "scale", {"scale": "1"}),
+        (ValueError, "positions", {"cos": None, "sin": None}),
+        (ValueError, "positions", {"cos": None, "sin": None} | TO_PLACES),
+        (ValueError, "sin", {"sin": None}),
+        (ValueError, "positions", {"positions": PLACES.repeat(1, 2)}),
+        (TypeError, "positions", {"positions": PLACES.int()}),
+        (IndexError, "positions", {"positions": ROWS + 5}),
+        (IndexError, "positions", {"positions": ROWS - 2}),
+        (IndexError, "positions", {"positions": PLACES + 1}),
+        (IndexError, "positions", {"positions": PLACES - 2}),
+        (ValueError, "positions", tables_of(9, 4) | TO_PLACES),
+        (ValueError, "positions", dict.fromkeys("qkv", TOKENS[:, :2]) | tables_of(2, 5, 4) | TO_PLACES),
+        (ValueError, "cos", tables_of(4, 4) | IN_ORDER),
+        (ValueError, "cos", dict.fromkeys("kv", TOKENS[:, :1]) | tables_of(3, 5, 4) | IN_ORDER),
+    ]
+}

@@ -151,6 +151,7 @@ QUICK = {
         "more-keys-causal",
     ],
 }
+TRANSFORMED = ["text", "shared", "heads-share-keys", "fewer-keys-causal"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -482,3 +483,51 @@ def test_the_gpu_kernels_say_what_they_do_not_serve(q, reason, monkeypatch):
     for op in ("rope_attention_forward", "rope_attention_backward"):
         found = backends.why_not(op, "cuda", q)
         assert found[1:] == ([] if reason is None else [reason])
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+
+def tables_of(*shape):
+    return dict.fromkeys(("cos", "sin"), torch.ones(shape))
+
+
+QKV, TABLE, INDEX = torch.ones(2, 5, 3, 8), torch.ones(4, 4), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+NO_TABLES, NO_INDEX = dict.fromkeys(("cos", "sin", "token_index")), {"token_index": None}
+FIRST, TRAINED = {"q": QKV[:, :1]}, {"cos": TABLE.clone().requires_grad_()}
+CALLS = {"rope_attention": dict.fromkeys("qkv", QKV) | tables_of(4, 4) | {"token_index": INDEX, "num_prefix": 1}}
+WRONG = {
+    "rope_attention": [
+        (ValueError, "k", {"k": QKV[..., :4]}),
+        (ValueError, "q", {"q": QKV[..., :0]}),
+        (TypeError, "v", {"v": QKV.half()}),
+        (ValueError, "k", {"k": QKV[:, :, :2]}),
+        (ValueError, "k", {"k": QKV[:, :, :0]}),
+        (ValueError, "v", {"v": QKV[:, :4]}),
+        (ValueError, "cos", dict.fromkeys("kv", QKV[:, [0, 0, 1, 2, 3, 4]]) | NO_INDEX),
+        (ValueError, "cos", dict.fromkeys("kv", QKV[:, :, :1]) | tables_of(3, 4, 4)),
+        (ValueError, "head_dim", dict.fromkeys("qkv", QKV[..., :7])),
+        (TypeError, "num_prefix", {"num_prefix": "1"}),
+        (ValueError, "num_prefix", NO_TABLES | {"num_prefix": 17}),
+        (ValueError, "num_prefix", NO_INDEX | {"num_prefix": 6}),
+        (ValueError, "token_index", NO_TABLES | {"token_index": INDEX}),
+        (ValueError, "sin", {"sin": None}),
+        (ValueError, "cos", {"cos": None}),
+        (ValueError, "cos", NO_INDEX | {"num_prefix": 0}),
+        (ValueError, "sin", {"sin": TABLE[:3]}),
+        (ValueError, "cos", {"cos": TABLE.expand(2, 4, 4)}),
+        (ValueError, "cos", {"cos": torch.ones(4, 8)}),
+        (ValueError, "cos", TRAINED),
+        (IndexError, "token_index", {"token_index": INDEX + 1}),
+        (IndexError, "token_index", {"token_index": INDEX - 2}),
+        (ValueError, "num_prefix", tables_of(2, 3, 2) | NO_INDEX),
+        (ValueError, "cos", tables_of(3, 2, 2) | NO_INDEX),
+        (IndexError, "token_index", tables_of(2, 3, 2) | {"token_index": INDEX + 6}),
+        (TypeError, "scale", {"scale": [1.0]}),
+        # Queries of the first tokens alone, which no kernel rotates.
+        (ValueError, "causal", FIRST | NO_INDEX | {"causal": True}),
+        (ValueError, "num_prefix", FIRST | {"num_prefix": 0}),
+        (ValueError, "cos", FIRST | TRAINED),
+        (IndexError, "token_index", FIRST | {"token_index": INDEX + 1}),
+    ]
+}
