@@ -8,12 +8,12 @@ from _pytest.runner import runtestprotocol
 
 from benchmarks.gpu_check.stage import Refusal, Session, Settings, Unit
 from benchmarks.origin import ROOT
-from evakernels import backends
+from evakernels import backends, triton
 
 SECONDS = 120
 
 FILES = {
-    # Test file: an op that its kernels serve, and the backends that have any.
+    # Test file: an op that its kernels serve, and the backends that have any. Those that aren't here come last.
     "rope_attention": ("rope_attention_forward", ("cuda", "triton")),
     "layer_norm": ("layer_norm_forward", ("cuda", "triton")),
     "on_gpu": ("layer_norm_forward", ("", "triton")),
@@ -31,6 +31,13 @@ FILES = {
     "norm_widths": ("layer_norm_forward", ("cuda", "triton")),
 }
 """The most valuable first. Without a backend the first that serves a call does: other ones for what one lacks."""
+for _op in backends.ops():
+    _family = backends.family(_op)
+    _binding = ROOT / f"csrc/bind/{_family}.cpp"
+    _has_cuda = _binding.exists() and "\nEVAKERNELS_OPS(" in _binding.read_text()
+    _backends = *("cuda",) * _has_cuda, *("triton",) * (_family in triton.FAMILIES)
+    if _backends:
+        FILES.setdefault(_family, (_op, _backends))
 FIRST = ("accurate", "error_rule", "formula", "odd", "tail", "sizes", "stream", "captured", "huge", "bit_equal")
 LAST = ("gradcheck", "opcheck", "compiles", "wrong_input", "autocast", "second_derivative")
 """Parts of tests' names: those that are run in front of the others, and behind them."""
