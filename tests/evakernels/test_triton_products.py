@@ -25,17 +25,13 @@ def restored():
     evakernels.set_loss_products("ieee")
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_torchs_setting_holds_for_float32(precision, kind):
-    torch.set_float32_matmul_precision(precision)
-    assert (float32_products(FLOAT32), float32_products(BFLOAT16)) == (kind, "ieee")
-
-
-def test_torchs_newer_setting_holds_too():
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert float32_products(FLOAT32) == "tf32"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert float32_products(FLOAT32) == "ieee"
+def test_torchs_settings_hold_for_float32():
+    for precision, kind in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        torch.set_float32_matmul_precision(precision)
+        assert (float32_products(FLOAT32), float32_products(BFLOAT16)) == (kind, "ieee")
+    for newer in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = newer
+        assert float32_products(FLOAT32) == newer
 
 
 @pytest.fixture
@@ -92,7 +88,7 @@ def test_losses_split_float32_where_they_are_told_to(matrix_units, op):
 
 
 @pytest.mark.exhaustive
-def test_attention_is_not_told(matrix_units):
+def test_attention_never_splits_float32(matrix_units):
     evakernels.set_loss_products("tf32x3")
     assert matrix_units("packed_attention_forward") == set()
 
