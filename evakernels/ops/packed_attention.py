@@ -232,9 +232,16 @@ def _check_values(
             raise ValueError(f"{op}: {found}; accepted: 0 to max_seqlen = {max_seqlen}")
 
 
-def _gpu_reasons(*, dout: Tensor | None = None, q: Tensor | None = None, max_seqlen: int = 0, **_: Any) -> list[str]:
-    tokens = q if dout is None else dout
-    return gpu_reasons(tokens, min(max_seqlen, len(tokens))) if tokens is not None and tokens.dim() == 3 else []
+def _gpu_reasons(
+    *,
+    dout: Tensor | None = None,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    max_seqlen: int = 0,
+    **_: Any,
+) -> list[str]:
+    given = [x for x in (dout, q, k) if x is not None]
+    return gpu_reasons(given, min(max_seqlen, len(given[0]))) if given[0].dim() == 3 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

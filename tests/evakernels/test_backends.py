@@ -145,6 +145,20 @@ def test_gpu_without_compiled_code_is_refused(capability, codes, runs, monkeypat
     assert len(reasons) == (not runs)
 
 
+@pytest.mark.parametrize(("release", "driver", "runs"), [("13.0", 12080, False), ("12.9", 12040, True)])
+def test_driver_of_older_major_cuda_is_refused(release, driver, runs, monkeypatch):
+    """For a reason, so that the next backend serves the call; the runtime would end it with an error."""
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
+    monkeypatch.setattr(_native, "build_record", lambda: {"cuda_release": release})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    _native.why_not_on_gpu.cache_clear()
+    reasons = backends.why_not(OP, "cuda", on_a_gpu(), None, None, 1e-6, False)
+    _native.why_not_on_gpu.cache_clear()
+    assert ["driver" in reason for reason in reasons] == [True] * (not runs)
+
+
 @pytest.mark.parametrize(
     ("capability", "cuda", "refused"), [((7, 5), "13.0", 1), ((8, 0), "13.0", 0), ((7, 5), None, 0)]
 )

@@ -100,4 +100,9 @@ def test_split_float32_keeps_the_error_rule():
     """The ops' own tests; with TF32 alone each of them fails."""
     pytest.importorskip("triton")
     before = "evakernels.set_loss_products('tf32x3')\nfrom ptx_launches import triton_kernels\nwith triton_kernels(90)"
-    run_ops(before, "test_as_accurate_as_torch and one and dtype0", ops=["contrastive"], PYTHONPATH=str(ROOT))
+    run_ops(
+        before,
+        "test_as_accurate_as_torch and one and dtype0 and (statistics or siglip)",
+        ops=["contrastive"],
+        PYTHONPATH=str(ROOT),
+    )

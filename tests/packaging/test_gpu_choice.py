@@ -93,6 +93,7 @@ def test_a_gpu_whose_capability_is_unknown_gets_the_library_for_all(machine: Mac
     record, _ = machine.decide()
     assert record["cuda_archs"] == ["80-real", "90-real", "100-real", "120"]
     assert record["cuda_codes"] == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
+    assert record["cuda_release"].startswith("13.")
 
 
 @without_gpu
