@@ -312,33 +312,35 @@ def test_fast_path_changes_no_bit(op):
     assert all(map(torch.equal, *results))
 
 
-def test_choice_is_made_once(calls, monkeypatch):
-    """By dtypes, shapes, devices, numbers and what the process has switched; wrong calls never are."""
+@pytest.mark.parametrize("mode", [nullcontext, BaseTorchFunctionMode])
+def test_choice_is_made_once(calls, monkeypatch, mode):
+    """By dtypes, shapes, devices, numbers and switches, also by the dispatcher, to which a mode leads; not for errors."""
     asked, select = [], backends.select
     monkeypatch.setattr(backends, "select", lambda op, args: asked.append(op) or select(op, args))
     x, weight = torch.ones(2, 4), torch.nn.Parameter(torch.ones(4))
-    for _ in range(2):
-        evakernels.layer_norm(x, weight)
-        evakernels.layer_norm(x.clone(), weight.detach())
-    assert asked == [OP]
-    changed = (
-        lambda: evakernels.layer_norm(x[:1], weight),
-        lambda: evakernels.layer_norm(x.double(), weight),
-        lambda: evakernels.layer_norm(x, weight, eps=1e-6),
-        lambda: evakernels.rms_norm(x, weight),
-    )
-    for call in changed:
+    with mode():
         for _ in range(2):
-            call()
-    assert asked == [OP] * 5
-    with torch.autocast("cpu"):
-        evakernels.layer_norm(x, weight)
-        evakernels.layer_norm(x, weight)
-    assert asked == [OP] * 6
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
-            evakernels.layer_norm(x, weight[:3])
-    assert asked == [OP] * 6
+            evakernels.layer_norm(x, weight)
+            evakernels.layer_norm(x.clone(), weight.detach())
+        assert asked == [OP]
+        changed = (
+            lambda: evakernels.layer_norm(x[:1], weight),
+            lambda: evakernels.layer_norm(x.double(), weight),
+            lambda: evakernels.layer_norm(x, weight, eps=1e-6),
+            lambda: evakernels.rms_norm(x, weight),
+        )
+        for call in changed:
+            for _ in range(2):
+                call()
+        assert asked == [OP] * 5
+        with torch.autocast("cpu"):
+            evakernels.layer_norm(x, weight)
+            evakernels.layer_norm(x, weight)
+        assert asked == [OP] * 6
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
+                evakernels.layer_norm(x, weight[:3])
+        assert asked == [OP] * 6
 
 
 def test_cached_calls_get_the_casts_of_the_check():
