@@ -314,7 +314,7 @@ def test_fast_path_changes_no_bit(op):
 
 @pytest.mark.parametrize("mode", [nullcontext, BaseTorchFunctionMode])
 def test_choice_is_made_once(calls, monkeypatch, mode):
-    """By dtypes, shapes, devices, numbers and switches, also by the dispatcher, to which a mode leads; not for errors."""
+    """By dtypes, shapes, devices, numbers and switches; a mode leads to the dispatcher. Errors are never cached."""
     asked, select = [], backends.select
     monkeypatch.setattr(backends, "select", lambda op, args: asked.append(op) or select(op, args))
     x, weight = torch.ones(2, 4), torch.nn.Parameter(torch.ones(4))
