@@ -114,12 +114,18 @@ def why_not_nvcc() -> str | None:
     nvcc = find_nvcc()
     if nvcc is None:
         return f"no CUDA compiler found (looked for {os.environ.get('CUDACXX') or 'nvcc'})"
-    release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    release = nvcc_release()
     if release is None or not archs_of_nvcc(nvcc):
         return "nvcc doesn't tell its version and the GPUs that it compiles for"
-    if tuple(map(int, release.groups())) < OLDEST_NVCC:
-        return f"nvcc {'.'.join(release.groups())} is too old; needed is {'.'.join(map(str, OLDEST_NVCC))} or later"
+    if tuple(map(int, release.split("."))) < OLDEST_NVCC:
+        return f"nvcc {release} is too old; needed is {'.'.join(map(str, OLDEST_NVCC))} or later"
     return None
+
+
+def nvcc_release() -> str | None:
+    """The release of nvcc, such as `12.8`; None if it doesn't print one."""
+    release = re.search(r"release (\d+\.\d+)", output_of(str(find_nvcc()), "--version"))
+    return release[1] if release else None
 
 
 def find_gpus() -> list[int]:
@@ -234,6 +240,7 @@ class BuildPython(build_py):
             "cuda": NOT_CUDA is None,
             "cuda_reason": NOT_CUDA,
             "cuda_archs": CUDA_ARCHS,
+            "cuda_release": None if NOT_CUDA else nvcc_release(),
             "cuda_codes": [option.rpartition("=")[2] for option in codes_to_generate(CUDA_ARCHS)],
         }
         (folder / RECORD).write_text(json.dumps(record) + "\n")

@@ -56,9 +56,11 @@ def list_steps(device: str, out: Path) -> list[Step]:
     pytest = (python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--device", device, "-n", "2")
     pytest += ("--max-worker-restart", "50", "--test-seconds", "60")
     folder = ROOT / "tests/evakernels"
+    others = sorted(path.stem for path in (ROOT / "evakernels/reference").glob("[a-z]*.py"))
+    tested = [name for name in dict.fromkeys((*_TESTS, *others)) if (folder / f"test_{name}.py").exists()]
     steps = [Step("first light", (*pytest, str(folder / "test_first_light.py")), 300)]
     for backend in (device, "triton"):
-        for name in _TESTS:
+        for name in tested:
             command = (*pytest, "--backend", backend, str(folder / f"test_{name}.py"))
             steps.append(Step(f"tests of {name} on {backend}", command, 240))
 

@@ -26,6 +26,7 @@ def build_record() -> dict[str, Any]:
     """What the build decided: `native`, `cuda`, and why not, as `reason` and `cuda_reason`; empty where none ran.
 
     `cuda_archs` are the GPUs that were asked for, `cuda_codes` what nvcc made: `sm_90` machine code, `compute_90` PTX.
+    `cuda_release` is nvcc's.
     """
     try:
         record: dict[str, Any] = json.loads(_BUILD_RECORD.read_text())
@@ -120,6 +121,11 @@ def runs_gpu_kernels(device_type: str) -> bool:
 @cache
 def why_not_on_gpu(index: int) -> str | None:
     """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
+    if release := build_record().get("cuda_release"):
+        driver = torch._C._cuda_getDriverVersion() // 1000
+        # A driver runs what later toolkits of its own major version link.
+        if driver < int(release.partition(".")[0]):
+            return f"the driver is for CUDA {driver}; the library was compiled with CUDA {release}: update the driver"
     codes: list[str] = build_record().get("cuda_codes") or []
     capability = torch.cuda.get_device_capability(index)
     if not codes or any(_runs_on(code, capability) for code in codes):

@@ -88,6 +88,22 @@ def cache_key(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
+def implementation(op: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The op's `implementation` for arguments that the dispatcher passes on, cached."""
+    key = cache_key(op, args)
+    if key is None:
+        return op.implementation(args)  # type: ignore[no-any-return]
+    key = "dispatched", *key
+    return backends.choices.get(key) or _cache(key, op.implementation(args))
+
+
+def _cache(key: tuple[Any, ...], value: Any) -> Any:
+    if len(backends.choices) >= MAX_ENTRIES:
+        backends.choices.clear()
+    backends.choices[key] = value
+    return value
+
+
 def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -101,8 +117,4 @@ def _make_entry(op: Any, args: tuple[Any, ...], key: tuple[Any, ...]) -> Dispatc
     )
     on_known_device = all(tensor.is_cpu or tensor.is_cuda for tensor in backends.tensors(checked))
     run = op.implementation(checked) if on_known_device else op.overload
-    entry = DispatchEntry(run, super(torch.autograd.Function, op.function).apply, changes)
-    if len(backends.choices) >= MAX_ENTRIES:
-        backends.choices.clear()
-    backends.choices[key] = entry
-    return entry
+    return _cache(key, DispatchEntry(run, super(torch.autograd.Function, op.function).apply, changes))

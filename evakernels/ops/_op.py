@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _native, autocast, backends, triton
 from .._modes import are_transforms_active, has_dual_numbers, is_transformed, needs_grad
 from ._dtensors import ShardingRule, is_sharded, over_shards
-from ._fast import with_fast_path
+from ._fast import implementation, with_fast_path
 
 _library = torch.library.Library(backends.NAMESPACE, "DEF")
 # Kernels of the compiled library need a namespace of their own: for the op itself the dispatcher would call them by
@@ -100,7 +100,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """The op's kernel for all devices. Arguments have been checked, or come from compiled code."""
-        return self.implementation(args)(*args)
+        return implementation(self, args)(*args)
 
     def implementation(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The function of the backend that serves these arguments, with what has to happen around it."""
@@ -139,6 +139,7 @@ def define(
     sharding: ShardingRule | None = None,
     reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
+    triton_reasons: backends.Reasons = lambda *args, **given: [],
 ) -> Op:
     """Defines the operator that is named like the reference and returns its `Op`.
 
@@ -155,6 +156,8 @@ def define(
         sharding: how it runs on DTensors, for which torch raises otherwise.
         reasons: why no compiled kernel serves a call. It takes the arguments that are given by name.
         gpu_reasons: the same for kernels on GPUs alone.
+        triton_reasons: why no Triton kernel serves the sizes of a call. It takes the first tensor, and all arguments
+            that are given by name.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -171,7 +174,7 @@ def define(
     if returns:
         _library.impl(name, op.record, "Autograd")
     backends.register(name, "reference", reference)
-    triton.register(name)
+    triton.register(name, backends.family(name), triton_reasons)
     _native.register(name, reasons, gpu_reasons)
 
     def in_torch_operators(*args: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, triton
 from ..autocast import widened, widens_norms
 from ..reference import accumulation_dtype
 from ..reference import layer_norm as reference
@@ -277,6 +277,10 @@ def _backward_reasons(*, dy: Tensor, x: Tensor | None = None, **_: Any) -> list[
     return [] if x is None else _between(dy.dtype, x.dtype)
 
 
+def _triton_reasons(first: Tensor, /, **_: Any) -> list[str]:
+    return triton.row_reasons(first)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, ctx.rms, *_ = inputs
     _, mean, rstd = output
@@ -288,8 +292,14 @@ def _gradient(ctx: Any, dy: Tensor) -> Any:
     return _backward(dy, *ctx.saved_tensors, ctx.rms, (needs_weight, needs_bias))
 
 
-_forward = define(reference.layer_norm_forward, check=_check_plain, sharding=ShardingRule(("x",)), reasons=_reasons)
-_backward = define(reference.layer_norm_backward, reasons=_backward_reasons)
+_forward = define(
+    reference.layer_norm_forward,
+    check=_check_plain,
+    sharding=ShardingRule(("x",)),
+    reasons=_reasons,
+    triton_reasons=_triton_reasons,
+)
+_backward = define(reference.layer_norm_backward, reasons=_backward_reasons, triton_reasons=_triton_reasons)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
 
@@ -364,8 +374,14 @@ _add_forward = define(
     sharding=_JOINED,
     reasons=_add_reasons,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=_triton_reasons,
 )
-_add_backward = define(reference.add_layer_norm_backward, reasons=_add_backward_reasons, gpu_reasons=_gpu_reasons)
+_add_backward = define(
+    reference.add_layer_norm_backward,
+    reasons=_add_backward_reasons,
+    gpu_reasons=_gpu_reasons,
+    triton_reasons=_triton_reasons,
+)
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
 
 
@@ -388,8 +404,9 @@ _norm_add_forward = define(
     check=partial(_check_joined, "layer_norm_add"),
     sharding=_JOINED,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=_triton_reasons,
 )
-_norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons)
+_norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons, triton_reasons=_triton_reasons)
 differentiable(
     _norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient, returned=1
 )

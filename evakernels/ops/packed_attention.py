@@ -9,6 +9,7 @@ from torch import Tensor
 from ..autocast import matmul_inputs
 from ..reference import accumulation_dtype, rope_attention
 from ..reference import packed_attention as reference
+from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
@@ -231,9 +232,16 @@ def _check_values(
             raise ValueError(f"{op}: {found}; accepted: 0 to max_seqlen = {max_seqlen}")
 
 
-def _gpu_reasons(*, dout: Tensor | None = None, q: Tensor | None = None, max_seqlen: int = 0, **_: Any) -> list[str]:
-    tokens = q if dout is None else dout
-    return gpu_reasons(tokens, min(max_seqlen, len(tokens))) if tokens is not None and tokens.dim() == 3 else []
+def _gpu_reasons(
+    *,
+    dout: Tensor | None = None,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    max_seqlen: int = 0,
+    **_: Any,
+) -> list[str]:
+    given = [x for x in (dout, q, k) if x is not None]
+    return gpu_reasons(given, min(max_seqlen, len(given[0]))) if given[0].dim() == 3 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -256,11 +264,13 @@ _forward = define(
     decomposition=partial(reference.packed_attention, rope_attention.rope_attention_forward),
     exported=reference.packed_attention_sdpa,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 _backward = define(
     reference.packed_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=gradients_fake,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..autocast import matmul_inputs
 from ..reference import accumulation_dtype
 from ..reference import rope_attention as reference
+from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
@@ -16,6 +17,7 @@ MAX_PREFIX = 16
 """The most tokens (class token and registers) that may stand unrotated before the patches."""
 
 _MAX_GPU_TOKENS, _MAX_GPU_HEAD_DIM = 4096, 128  # as in csrc/include/rope_attention.h
+_MAX_GPU_STRIDE = (1 << 29) - 1  # as in csrc/cuda/attention_plan.h
 
 
 @overload
@@ -250,9 +252,11 @@ def _check_values(
         token_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
 
 
-def gpu_reasons(q: Tensor, longest: int) -> list[str]:
-    """Why the GPU kernels can't serve sequences of up to `longest` tokens; `q` is any of an op's tensors `[..., D]`."""
-    found, head_dim = [], q.shape[-1]
+def gpu_reasons(heads: list[Tensor], longest: int) -> list[str]:
+    """Why the GPU kernels can't serve sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
+    q, found, head_dim = heads[0], [], heads[0].shape[-1]
+    if (apart := max(x.stride(-3) for x in heads)) > _MAX_GPU_STRIDE:
+        found.append(f"tokens are {apart} elements apart; the GPU kernels serve up to {_MAX_GPU_STRIDE}")
     if q.dtype == torch.float32:
         found.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")
     if longest > _MAX_GPU_TOKENS:
@@ -266,7 +270,7 @@ def _gpu_reasons(
     *, dout: Tensor | None = None, q: Tensor | None = None, k: Tensor | None = None, **_: Any
 ) -> list[str]:
     given = [x for x in (dout, q, k) if x is not None]
-    return gpu_reasons(given[0], max(x.shape[1] for x in given)) if given[0].dim() == 4 else []
+    return gpu_reasons(given, max(x.shape[1] for x in given)) if given[0].dim() == 4 else []
 
 
 def refuse_gradients(op: str, *tables: Tensor | None) -> None:
@@ -304,11 +308,13 @@ _forward = define(
     fake=_forward_fake,
     exported=reference.rope_attention_sdpa,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 _backward = define(
     reference.rope_attention_backward,
     check_values=lambda dout, q, k, v, out, lse, *rest: _check_values(q, k, v, *rest),
     fake=gradients_fake,
     gpu_reasons=_gpu_reasons,
+    triton_reasons=head_reasons,
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

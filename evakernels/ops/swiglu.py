@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import triton
 from ..reference import swiglu as reference
 from . import _check
 from ._dtensors import ShardingRule
@@ -77,10 +78,15 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     return _backward(dout, *ctx.saved_tensors, (needs_weight, needs_bias))
 
 
+def _triton_reasons(first: Tensor, /, *, norm_weight: Tensor | None = None, **_: Any) -> list[str]:
+    return [] if norm_weight is None else triton.row_reasons(first, triton.MAX_SWIGLU_WIDTH)
+
+
 _forward = define(
     reference.swiglu_forward,
     check=_check_call,
     sharding=ShardingRule(("gate", "up"), whole_rows=lambda gate, up, norm_weight, *rest: norm_weight is not None),
+    triton_reasons=_triton_reasons,
 )
-_backward = define(reference.swiglu_backward)
+_backward = define(reference.swiglu_backward, triton_reasons=_triton_reasons)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)

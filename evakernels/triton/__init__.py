@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,32 +20,8 @@ from torch import Tensor
 
 from .. import backends
 
-FAMILIES = {
-    "adamw": ("adamw_update",),
-    "contrastive": (
-        "contrastive_forward",
-        "contrastive_backward",
-        "contrastive_kept_forward",
-        "contrastive_kept_backward",
-        "siglip_value",
-        "siglip_forward",
-        "siglip_backward",
-    ),
-    "lamb": ("lamb_update", "lamb_apply", "lamb_step"),
-    "layer_norm": (
-        "layer_norm_forward",
-        "layer_norm_backward",
-        "add_layer_norm_forward",
-        "add_layer_norm_backward",
-        "layer_norm_add_forward",
-        "layer_norm_add_backward",
-    ),
-    "packed_attention": ("packed_attention_forward", "packed_attention_backward"),
-    "rope_attention": ("rope_attention_forward", "rope_attention_backward"),
-    "swiglu": ("swiglu_forward", "swiglu_backward"),
-    "token_dropout": ("token_dropout_forward", "token_dropout_backward"),
-}
-"""The ops that each file here serves."""
+FAMILIES: dict[str, list[str]] = {}
+"""The ops that each file here serves: all of its family."""
 
 INTERPRETED = False
 """Whether the kernels serve CPU tensors. They read it when they are imported, so it holds for the whole process."""
@@ -61,16 +38,24 @@ MAX_HEAD_DIM = 128
 
 _OLDEST_GPU = (8, 0)
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-_FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
+_FAMILY_OF: dict[str, str] = {}
+_size_reasons: dict[str, backends.Reasons] = {}
 
 
-def register(op: str) -> None:
-    """Makes the Triton kernels of `op`, if there are any, one of its backends."""
-    if op in _FAMILY_OF:
-        device = "cpu" if INTERPRETED else "cuda"
-        overload = backends.overload(op)
-        function = backends.noting_writes(lambda *args: launcher(op)(*args), overload)
-        backends.register(op, "triton", function, lambda *args: _reasons(op, args), device)
+def register(op: str, family: str, size_reasons: backends.Reasons) -> None:
+    """Makes the Triton kernels of `op`, if there is a file of its family, one of its backends.
+
+    Args:
+        size_reasons: takes the first tensor of a call, and all arguments that are given by name.
+    """
+    if not Path(__file__).with_name(f"{family}.py").exists():
+        return
+    if op not in _FAMILY_OF:
+        FAMILIES.setdefault(family, []).append(op)
+        _FAMILY_OF[op] = family
+        _size_reasons[op] = size_reasons
+    function = backends.noting_writes(lambda *args: launcher(op)(*args), backends.overload(op))
+    backends.register(op, "triton", function, lambda *args: _reasons(op, args), "cpu" if INTERPRETED else "cuda")
 
 
 def interpret() -> None:
@@ -80,8 +65,8 @@ def interpret() -> None:
     """
     global INTERPRETED
     INTERPRETED = True
-    for op in _FAMILY_OF:
-        register(op)
+    for op, family in _FAMILY_OF.items():
+        register(op, family, _size_reasons[op])
 
 
 @cache
@@ -120,21 +105,19 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
         found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
     unknown = sorted(str(dtype) for dtype in backends.dtypes(args) - _DTYPES if dtype.is_floating_point)
     found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
-    return found or _size_reasons(_FAMILY_OF[op], tensor, backends.by_name(op, args))
+    return found or _size_reasons[op](tensor, **backends.by_name(op, args))
 
 
-def _size_reasons(family: str, tensor: Tensor, given: dict[str, Any]) -> list[str]:
-    """Why Triton can't serve the sizes of a call: its first tensor, and its arguments by name."""
-    found = []
-    if family in ("layer_norm", "swiglu"):
-        limit = MAX_SWIGLU_WIDTH if family == "swiglu" else MAX_WIDTH
-        has_norm = family == "layer_norm" or given.get("norm_weight") is not None
-        if has_norm and tensor.shape[-1] > limit:
-            found.append(f"rows of {tensor.shape[-1]} channels are longer than {limit}")
-    elif family in ("rope_attention", "packed_attention"):
-        head_dim, scale = tensor.shape[-1], given.get("scale")
-        if not 1 <= head_dim <= MAX_HEAD_DIM:
-            found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
-        if scale is not None and not scale > 0:
-            found.append(f"scale {scale} is not positive")
+def row_reasons(rows: Tensor, limit: int = MAX_WIDTH) -> list[str]:
+    """Why the kernels can't serve rows of this many channels, which they hold in registers."""
+    return [f"rows of {rows.shape[-1]} channels are longer than {limit}"] if rows.shape[-1] > limit else []
+
+
+def head_reasons(heads: Tensor, /, *, scale: float | None = None, **_: Any) -> list[str]:
+    """Why the kernels can't serve heads of this many channels, or this scale."""
+    head_dim, found = heads.shape[-1], []
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
+    if scale is not None and not scale > 0:
+        found.append(f"scale {scale} is not positive")
     return found

@@ -155,6 +155,16 @@ def _copied(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)  # what a graph copies from, torch keeps as long as the graph
 
 
+def draw_tensors(draw):
+    """For a configuration: a matrix and a bias, float32 moments; rates; flags; of bfloat16 seeds and first elements."""
+    sizes = (draw.elements // 1024, 1024), (1365,)  # vectors don't fit the second
+    params, grads = ([draw(*size) for size in sizes] for _ in range(2))
+    exp_avgs, exp_avg_sqs = ([draw.statistic(*size) for size in sizes] for _ in range(2))
+    rounding = ([1, 2], [0, 0]) if draw.dtype == torch.bfloat16 else ([], [])
+    tensors = params, grads, exp_avgs, exp_avg_sqs, [draw.statistic() for _ in sizes]
+    return tensors, [0.1, 0.2], (draw.statistic(), torch.zeros((), device=draw.device)), rounding
+
+
 # --- in kernels -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import entry
+from ..tuning.calls import BETAS_AND_EPS
 from ._launch import on_device_of
 from ._tensor_table import (
     Table,
@@ -16,6 +17,7 @@ from ._tensor_table import (
     buffers_at,
     changed_moments,
     chunk_at,
+    draw_tensors,
     is_set,
     lanes_at,
     load_floats,
@@ -109,3 +111,13 @@ def adamw_update(
         table.prepare(prepare_kernel, rates, seeds, as_float(grad_scale), skip, factors, keys, *logs(*betas))
         table.launch(update_kernel, factors, keys, skip, *betas, eps)
         table.return_copies("PARAM", "M", "V")
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def adamw_update_calls(draw):
+    tensors, numbers, flags, rounding = draw_tensors(draw)
+    rates = numbers, numbers
+    yield *tensors, *rates, BETAS_AND_EPS, *flags, *rounding
+    yield *tensors, *rates, BETAS_AND_EPS, None, None, [], []

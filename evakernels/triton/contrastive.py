@@ -535,3 +535,37 @@ def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> Any:
     if a.is_cuda:
         return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
     return acc.addmm_(a.float(), b.float())
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def contrastive_forward_calls(draw, depth):
+    image, text, scale, _ = _pairs(draw, depth)
+    yield image, text, scale, 0
+
+
+def contrastive_backward_calls(draw, depth):
+    image, text, scale, _ = _pairs(draw, depth)
+    of_row = draw.statistic(len(image))
+    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0, (True, True)
+
+
+contrastive_kept_forward_calls = contrastive_forward_calls
+
+
+def contrastive_kept_backward_calls(draw, depth):
+    for *inputs, offset, wanted in contrastive_backward_calls(draw, depth):
+        yield *inputs, draw.statistic(draw.pairs, draw.pairs), offset, wanted
+
+
+def siglip_forward_calls(draw, depth):
+    yield *_pairs(draw, depth), 0, (True, True)
+
+
+def siglip_value_calls(draw, depth):
+    yield *_pairs(draw, depth), 0
+
+
+def _pairs(draw, depth):
+    return draw(draw.pairs, depth), draw(draw.pairs, depth), draw.statistic(), draw.statistic()

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..reference.lamb import DEEPSPEED_RATIO
 from ..tuning import entry
+from ..tuning.calls import BETAS_AND_EPS
 from ._launch import on_device_of
 from ._tensor_table import (
     Table,
@@ -17,6 +18,7 @@ from ._tensor_table import (
     buffers_at,
     changed_moments,
     chunk_at,
+    draw_tensors,
     is_set,
     lanes_at,
     load_floats,
@@ -215,3 +217,19 @@ def lamb_apply(
 def lamb_step(params, grads, m, v, steps, lrs, decays, betas_and_eps, nvlamb, grad_scale, found_inf, *rounding):
     norms = lamb_update(params, grads, m, v, steps, decays, betas_and_eps, nvlamb, grad_scale, found_inf)
     lamb_apply(params, m, v, steps, norms, lrs, decays, betas_and_eps, nvlamb, found_inf, *rounding)
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def lamb_update_calls(draw):
+    tensors, numbers, flags, _ = draw_tensors(draw)
+    yield *tensors, numbers, BETAS_AND_EPS, True, *flags
+    yield *tensors, numbers, BETAS_AND_EPS, False, None, None
+
+
+def lamb_apply_calls(draw):
+    (params, _, *state), numbers, (_, found_inf), rounding = draw_tensors(draw)
+    arguments = params, *state, draw.statistic(len(params), 2), numbers, numbers, BETAS_AND_EPS
+    yield *arguments, True, found_inf, *rounding
+    yield *arguments, False, None, [], []

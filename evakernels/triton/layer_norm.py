@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import config, entry
+from ..tuning.calls import EPS
 from ._launch import (
     dense,
     on_device_of,
@@ -322,3 +323,60 @@ def _backward(
                 **options,
             )
     return total_of(weight, sums[0], x), total_of(weight, sums[1], x), total_of(layer_scale, sums[2], x)
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def layer_norm_forward_calls(draw, width):
+    x, _, weight, bias, _, _ = _norm(draw, width)
+    yield x, weight, bias, EPS, False
+    yield x, weight, None, EPS, True
+    yield x, None, None, EPS, False
+    yield x.float(), weight.float(), bias.float(), EPS, False, draw.dtype  # of a float32 stream
+
+
+def layer_norm_backward_calls(draw, width):
+    x, dy, weight, _, mean, rstd = *_norm(draw, width)[:4], *_statistics(draw, width)
+    yield dy, x, weight, mean, rstd, False, (True, True)
+    yield dy, x, weight, mean[:0], rstd, True, (True, False)
+    yield dy, x, None, mean, rstd, False, (False, False)
+    yield dy, x.float(), weight.float(), mean, rstd, False, (True, True)
+
+
+def add_layer_norm_forward_calls(draw, width):
+    residual, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
+    yield residual, branch, weight, bias, layer_scale, row_scale, EPS, False
+    yield residual, branch, weight, bias, None, None, EPS, False
+    yield residual, branch, weight, None, None, None, EPS, True
+
+
+def add_layer_norm_backward_calls(draw, width):
+    x, branch, weight, _, layer_scale, row_scale = _norm(draw, width)
+    dy, dx, mean, rstd = draw(*x.shape), draw(*x.shape), *_statistics(draw, width)
+    yield dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, False, (True, True, True, True)
+    yield dy, dx, x, branch[:0], weight, None, None, mean, rstd, False, (False, True, True, False)
+    yield dy, dx, x, branch[:0], weight, None, None, mean[:0], rstd, True, (False, True, False, False)
+
+
+layer_norm_add_forward_calls = add_layer_norm_forward_calls
+
+
+def layer_norm_add_backward_calls(draw, width):
+    dx, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
+    mean, rstd = _statistics(draw, width)
+    yield dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, False, (True, True, True)
+    yield dx, branch, weight, bias, None, None, mean, rstd, False, (True, True, False)
+    yield dx, branch, weight, None, None, None, mean[:0], rstd, True, (True, False, False)
+
+
+def _norm(draw, width):
+    """Two activations, weight, bias, layer_scale and row_scale; width as the 768 channels of EVA02-B."""
+    width = 3 * width // 4
+    size = draw.batch, draw.elements // draw.batch // width, width
+    return draw(*size), draw(*size), draw(width), draw(width), draw(width), draw.statistic(draw.batch)
+
+
+def _statistics(draw, width):
+    size = draw.batch, draw.elements // draw.batch // (3 * width // 4)
+    return draw.statistic(*size), draw.statistic(*size)

@@ -3,7 +3,7 @@
 import torch
 
 from ..tuning import entry
-from .rope_attention import Attention, dense_heads
+from .rope_attention import Attention, dense_heads, draw_heads
 
 CONFIGS = {
     80: {
@@ -60,3 +60,21 @@ def packed_attention_forward(q, k, v, *options):
 
 def packed_attention_backward(dout, q, k, v, out, lse, *options):
     return _call(q, k, v, *options).backward("packed_attention_backward", dout, out, lse)
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def packed_attention_forward_calls(draw, head_dim, tokens):
+    (q, k, v), tables = draw_heads(draw, head_dim, tokens)
+    cu_seqlens = torch.arange(0, q.shape[0] * tokens + 1, tokens, device=draw.device)
+    qkv = [x.flatten(0, 1) for x in (q, k, v)]
+    options = tokens, True, True, head_dim**-0.5
+    yield *qkv, cu_seqlens, None, None, None, *options
+    index = torch.zeros(len(qkv[0]), dtype=torch.int64, device=draw.device)
+    yield *qkv, cu_seqlens, *tables, index, *options
+
+
+def packed_attention_backward_calls(draw, head_dim, tokens):
+    for q, k, v, *rest in packed_attention_forward_calls(draw, head_dim, tokens):
+        yield draw(*q.shape), q, k, v, draw(*q.shape), draw.statistic(draw.heads, len(q)), *rest

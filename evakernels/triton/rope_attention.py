@@ -221,3 +221,29 @@ def rope_attention_backward(dout, q, k, v, out, lse, cos, sin, token_index, num_
         *dense_heads(q, k, v), q.shape[1], causal, scale, None, cos, sin, token_index, num_prefix, interleaved
     )
     return call.backward("rope_attention_backward", dout, out, lse)
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def rope_attention_forward_calls(draw, head_dim, tokens):
+    qkv, tables = draw_heads(draw, head_dim, tokens)
+    yield *qkv, *tables, None, 1, False, True, head_dim**-0.5
+    yield *qkv, None, None, None, 0, True, True, head_dim**-0.5
+    of_patches = [table[4:] for table in tables]  # behind a class token and four registers
+    yield *qkv, *of_patches, None, 5, True, True, head_dim**-0.5
+    q, k, v = qkv
+    yield q, k[:, 1:], v[:, 1:], None, None, None, 0, True, True, head_dim**-0.5  # a query may see no key
+
+
+def rope_attention_backward_calls(draw, head_dim, tokens):
+    for q, k, v, *rest in rope_attention_forward_calls(draw, head_dim, tokens):
+        lse = draw.statistic(q.shape[0], draw.heads, tokens)
+        yield draw(*q.shape), q, k, v, draw(*q.shape), lse, *rest
+
+
+def draw_heads(draw, head_dim, tokens):
+    """q, k and v, views of one packed projection, and the tables of all tokens but the class token."""
+    batch = max(1, draw.elements // (tokens * draw.heads * head_dim))
+    tables = draw.statistic(tokens - 1, head_dim // 2), draw.statistic(tokens - 1, head_dim // 2)
+    return draw(batch, tokens, 3, draw.heads, head_dim).unbind(2), tables

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import config, entry
+from ..tuning.calls import EPS
 from . import MAX_SWIGLU_WIDTH
 from ._launch import (
     dense,
@@ -176,3 +177,27 @@ def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, wanted):
             )
     dweight, dbias = (total_of(norm_weight, partial, gate) for partial in sums)
     return dgate, dup, dweight, dbias
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def swiglu_forward_calls(draw, width):
+    gate, up, weight, bias = _swiglu(draw, width)
+    yield gate, up, weight, bias, EPS
+    yield gate, up, weight, None, EPS
+    yield gate, up, None, None, EPS
+
+
+def swiglu_backward_calls(draw, width):
+    gate, up, weight, _ = _swiglu(draw, width)
+    dout, mean, rstd = draw(*gate.shape), draw.statistic(len(gate)), draw.statistic(len(gate))
+    yield dout, gate, up, weight, mean, rstd, (True, True)
+    yield dout, gate, up, None, mean[:0], rstd[:0], (False, False)
+
+
+def _swiglu(draw, width):
+    """Halves of a packed projection, whose rows begin at any even address, as at the 2730 channels of EVA02-L."""
+    width = 2 * (width // 3)
+    gate, up = draw(draw.elements // width, 2 * width).chunk(2, -1)
+    return gate, up, draw(width), draw(width)

@@ -165,3 +165,29 @@ def _places(token_index: Tensor, num_tokens: int) -> Tensor:
     batch, kept = token_index.shape
     in_order = torch.arange(kept, device=token_index.device, dtype=torch.int32).expand(batch, kept)
     return in_order.new_full((batch, num_tokens), -1).scatter_(1, token_index, in_order)
+
+
+# --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
+
+
+def token_dropout_forward_calls(draw, width):
+    patches, token_index = _patches(draw, width)
+    _, tokens, width = patches.shape
+    yield patches, token_index, draw(1, width), draw(1 + tokens, width)
+    yield patches, None, draw(1, width), draw(1 + tokens, width)
+
+
+def token_dropout_backward_calls(draw, width):
+    patches, token_index = _patches(draw, width)
+    (_, tokens, width), kept = patches.shape, token_index.shape[1]
+    yield draw(draw.batch, 1 + kept, width), token_index, 1, tokens, (True, True, True)
+    yield draw(draw.batch, kept, width), token_index, 0, tokens, (True, False, False)
+    yield draw(draw.batch, 1 + tokens, width), None, 1, tokens, (False, True, True)
+
+
+def _patches(draw, width):
+    """Patches, and the half of them that is kept."""
+    width = 3 * width // 4
+    tokens = draw.elements // draw.batch // width
+    token_index = torch.rand(draw.batch, tokens, device=draw.device).argsort(1)[:, : tokens // 2].sort(1).values
+    return draw(draw.batch, tokens, width), token_index

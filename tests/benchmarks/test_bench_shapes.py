@@ -56,24 +56,9 @@ def test_wrong_names_are_told(name: str, message: str) -> None:
         parse_shape(name)
 
 
-SIZES = {
-    "adamw_step": "3x5",
-    "add_layer_norm": "4x8",
-    "causal_attention": "2x5x3x8",
-    "clip_loss": "6x8",
-    "gelu": "4x8",
-    "lamb_step": "3x5",
-    "layer_norm": "4x8",
-    "layer_norm_add": "4x8",
-    "packed_attention": "3x5x2x8",
-    "quick_gelu": "4x8",
-    "rope_attention": "2x5x3x8",
-    "siglip_loss": "6x8",
-    "silu_mul": "4x8",
-    "swiglu": "4x8",
-    "swiglu_mlp": "4x8x16",
-    "token_dropout": "2x9x4x8",
-}
+SMALL = {"batch": 2, "captions": 3, "channels": 8, "elements": 5, "head_dim": 8, "heads": 3, "hidden": 16, "images": 2}
+SMALL |= {"kept": 4, "pairs": 6, "patches": 9, "rows": 4, "tensors": 3, "tokens": 5, "width": 8}
+SIZES = {op.name: "x".join(str(SMALL[name]) for name in op.raw_sizes) for op in operations().values() if op.raw_sizes}
 OF_MODELS = {"encode_image", "encode_text", "clip_step", "dropin", "dropin_frozen"}
 
 

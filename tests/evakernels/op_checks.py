@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from on_device import DEVICE
 from torch import Tensor
 
+import evakernels
 from evakernels import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +24,12 @@ OPCHECK_DTYPES = [
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers in float64, the same for the same seed."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def op_files() -> dict[str, ModuleType]:
+    """The test file of each file in `evakernels/ops` that has public functions, by the name of that file."""
+    names = {getattr(evakernels, name).__module__.rpartition(".")[2] for name in evakernels.ops.__all__}
+    return {name: import_module(f"test_{name}") for name in sorted(names) if not name.startswith("_")}
 
 
 def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:

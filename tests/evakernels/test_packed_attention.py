@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from on_device import COMPILED
 from op_checks import DTYPES, OPCHECK_DTYPES, randn
-from test_rope_attention import attention, expanded
+from test_rope_attention import attention, expanded, tables_of
 
 import evakernels
 from evakernels import _native, backends
@@ -119,6 +119,7 @@ CASES = [
     ),
 ]
 QUICK = dict.fromkeys(("test_gradcheck", "test_compiles_without_graph_break"), ("causal", "places"))
+TRANSFORMED = ["causal", "rows"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,16 +201,6 @@ def test_a_batch_may_be_empty(lengths):
     assert out.shape == q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(causal):
-    q, k, v = packed([5]).unbind(1)
-    _, lse = OPS.packed_attention_forward(q, k, v, offsets_of([5]), *UNROTATED, 5, causal, True, 0.5)
-    scores = 0.5 * torch.einsum("nhd,mhd->hnm", q, k)
-    if causal:
-        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
-    torch.testing.assert_close(lse, scores.logsumexp(-1))
-
-
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 @pytest.mark.parametrize("rotated", [False, True])
 def test_opcheck_of_shared_heads(dtype, rotated):
@@ -220,13 +211,17 @@ def test_opcheck_of_shared_heads(dtype, rotated):
     op_checks.assert_opcheck_of_attention("packed_attention", *given, rest)
 
 
-def test_lse_is_returned_without_a_gradient():
-    q, k, v = (t.requires_grad_() for t in packed([5, 3]).unbind(1))
-    out, lse = evakernels.packed_attention(q, k, v, offsets_of([5, 3]), max_seqlen=5, return_lse=True)
-    _, expected = OPS.packed_attention_forward(q, k, v, offsets_of([5, 3]), *UNROTATED, 5, True, True, HEAD_DIM**-0.5)
+@pytest.mark.parametrize("causal", [True, False])
+def test_lse_is_returned_without_a_gradient(causal):
+    q, k, v = (t.requires_grad_() for t in packed([5]).unbind(1))
+    options = {"max_seqlen": 5, "causal": causal, "scale": 0.5, "return_lse": True}
+    out, lse = evakernels.packed_attention(q, k, v, offsets_of([5]), **options)
     assert out.requires_grad
     assert not lse.requires_grad
-    torch.testing.assert_close(lse, expected)
+    scores = 0.5 * torch.einsum("nhd,mhd->hnm", q, k)
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1).detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -251,3 +246,45 @@ def test_of_a_long_table_the_rows_count_that_are_asked_for(per_head):
         for table, index in ((angles, positions), (short, own))
     ]
     assert torch.equal(*results)
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+TOKENS, ROWS = torch.ones(5, 3, 8), torch.arange(5)
+PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
+TO_PLACES, IN_ORDER = {"positions": PLACES}, {"positions": None}
+CALLS = {
+    "packed_attention": dict.fromkeys("qkv", TOKENS)
+    | {"cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5, "positions": ROWS}
+    | tables_of(2, 3, 2)
+}
+WRONG = {
+    "packed_attention": [
+        (ValueError, "k", {"k": TOKENS[..., :4]}),
+        (TypeError, "v", {"v": TOKENS.half()}),
+        (ValueError, "k", dict.fromkeys("kv", TOKENS[:, :2])),
+        (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([[0, 5]])}),
+        (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 4])}),
+        (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([1, 5])}),
+        (ValueError, "max_seqlen", {"cu_seqlens": torch.tensor([0, 6, 5])}),
+        (ValueError, "max_seqlen", {"cu_seqlens": torch.tensor([0, 5, 5]), "max_seqlen": 4}),
+        (ValueError, "max_seqlen", {"max_seqlen": 4}),
+        (ValueError, "max_seqlen", {"max_seqlen": -1}),
+        (TypeError, "max_seqlen", {"max_seqlen": None}),
+        (TypeError, "max_seqlen", {"max_seqlen": 5.0}),
+        (TypeError, "scale", {"scale": "1"}),
+        (ValueError, "positions", {"cos": None, "sin": None}),
+        (ValueError, "positions", {"cos": None, "sin": None} | TO_PLACES),
+        (ValueError, "sin", {"sin": None}),
+        (ValueError, "positions", {"positions": PLACES.repeat(1, 2)}),
+        (TypeError, "positions", {"positions": PLACES.int()}),
+        (IndexError, "positions", {"positions": ROWS + 5}),
+        (IndexError, "positions", {"positions": ROWS - 2}),
+        (IndexError, "positions", {"positions": PLACES + 1}),
+        (IndexError, "positions", {"positions": PLACES - 2}),
+        (ValueError, "positions", tables_of(9, 4) | TO_PLACES),
+        (ValueError, "positions", dict.fromkeys("qkv", TOKENS[:, :2]) | tables_of(2, 5, 4) | TO_PLACES),
+        (ValueError, "cos", tables_of(4, 4) | IN_ORDER),
+        (ValueError, "cos", dict.fromkeys("kv", TOKENS[:, :1]) | tables_of(3, 5, 4) | IN_ORDER),
+    ]
+}

@@ -151,6 +151,7 @@ QUICK = {
         "more-keys-causal",
     ],
 }
+TRANSFORMED = ["text", "shared", "heads-share-keys", "fewer-keys-causal"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -363,15 +364,6 @@ def test_opcheck(qkv, index, dtype):
     op_checks.assert_opcheck_of_attention("rope_attention", *given, (*index, True, True, 0.5))
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
-def test_lse_is_the_natural_logarithm_of_the_softmax_denominator(dtype, expected):
-    q, k, v = packed(0, dtype=dtype).unbind(2)
-    _, lse = OPS.rope_attention_forward(q, k, v, None, None, None, 0, False, True, 0.5)
-    assert lse.dtype == expected
-    scores = 0.5 * torch.einsum("bnhd,bmhd->bhnm", q.to(expected), k.to(expected))
-    torch.testing.assert_close(lse, scores.logsumexp(-1))
-
-
 def with_lse(q, k, v):
     return evakernels.rope_attention(q, k, v, causal=True, return_lse=True)
 
@@ -396,15 +388,17 @@ def test_lse_has_no_gradient(how):
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), expected)
 
 
-def test_lse_is_there_without_gradients_too():
-    q, k, v = packed(0, dtype=torch.float32).unbind(2)
-    expected = (HEAD_DIM**-0.5 * torch.einsum("bnhd,bmhd->bhnm", q, k)).logsumexp(-1)
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_lse_is_there_without_gradients_too(dtype, expected):
+    q, k, v = packed(0, dtype=dtype).unbind(2)
+    exact = (HEAD_DIM**-0.5 * torch.einsum("bnhd,bmhd->bhnm", q.to(expected), k.to(expected))).logsumexp(-1)
     with torch.no_grad():
         _, lse = evakernels.rope_attention(q, k, v, return_lse=True)
         with evakernels.as_torch_operators():
             out, same = evakernels.rope_attention(q, k, v, return_lse=True)
-    torch.testing.assert_close(lse, expected)
-    torch.testing.assert_close(same, expected)
+    assert lse.dtype == expected
+    torch.testing.assert_close(lse, exact)
+    torch.testing.assert_close(same, exact)
     assert out.shape == q.shape
 
 
@@ -463,22 +457,72 @@ def test_results_are_contiguous_and_inputs_untouched():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-GPU_FLOAT32 = "float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too"
-
-
 @pytest.mark.parametrize(
     ("q", "reason"),
     [
-        (torch.ones(1, 5, 2, 256).half(), "head_dim 256; the GPU kernels serve up to 128"),
-        (torch.ones(1, 4097, 1, 1).half(), "4097 tokens; the GPU kernels serve up to 4096"),
+        (torch.ones(1, 5, 2, 256).half(), "head_dim 256"),
+        (torch.ones(1, 4097, 1, 1).half(), "4097 tokens"),
         (torch.ones(1, 4096, 1, 128).half(), None),
-        (torch.ones(1, 5, 2, 64), GPU_FLOAT32),
+        (torch.ones(1, 5, 2, 64), "float32"),
+        (
+            torch.empty_strided((1, 2, 1, 8), (0, 1 << 29, 8, 1), dtype=torch.half, device="meta"),
+            f"tokens are {1 << 29} elements apart",
+        ),
     ],
 )
-def test_the_gpu_kernels_say_what_they_do_not_serve(q, reason, monkeypatch):
+def test_gpu_kernels_explain_what_they_refuse(q, reason, monkeypatch):
     """With the real reasons, whether or not they are built here."""
     monkeypatch.setattr(_native, "LOADED", True)
     monkeypatch.setattr(_native, "implemented", lambda op, device: op.startswith("rope_attention"))
     for op in ("rope_attention_forward", "rope_attention_backward"):
-        found = backends.why_not(op, "cuda", q)
-        assert found[1:] == ([] if reason is None else [reason])
+        _, *found = backends.why_not(op, "cuda", q)
+        assert len(found) == (reason is not None)
+        assert all(text.startswith(reason) for text in found)
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+
+def tables_of(*shape):
+    return dict.fromkeys(("cos", "sin"), torch.ones(shape))
+
+
+QKV, TABLE, INDEX = torch.ones(2, 5, 3, 8), torch.ones(4, 4), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+NO_TABLES, NO_INDEX = dict.fromkeys(("cos", "sin", "token_index")), {"token_index": None}
+FIRST, TRAINED = {"q": QKV[:, :1]}, {"cos": TABLE.clone().requires_grad_()}
+CALLS = {"rope_attention": dict.fromkeys("qkv", QKV) | tables_of(4, 4) | {"token_index": INDEX, "num_prefix": 1}}
+WRONG = {
+    "rope_attention": [
+        (ValueError, "k", {"k": QKV[..., :4]}),
+        (ValueError, "q", {"q": QKV[..., :0]}),
+        (TypeError, "v", {"v": QKV.half()}),
+        (ValueError, "k", {"k": QKV[:, :, :2]}),
+        (ValueError, "k", {"k": QKV[:, :, :0]}),
+        (ValueError, "v", {"v": QKV[:, :4]}),
+        (ValueError, "cos", dict.fromkeys("kv", QKV[:, [0, 0, 1, 2, 3, 4]]) | NO_INDEX),
+        (ValueError, "cos", dict.fromkeys("kv", QKV[:, :, :1]) | tables_of(3, 4, 4)),
+        (ValueError, "head_dim", dict.fromkeys("qkv", QKV[..., :7])),
+        (TypeError, "num_prefix", {"num_prefix": "1"}),
+        (ValueError, "num_prefix", NO_TABLES | {"num_prefix": 17}),
+        (ValueError, "num_prefix", NO_INDEX | {"num_prefix": 6}),
+        (ValueError, "token_index", NO_TABLES | {"token_index": INDEX}),
+        (ValueError, "sin", {"sin": None}),
+        (ValueError, "cos", {"cos": None}),
+        (ValueError, "cos", NO_INDEX | {"num_prefix": 0}),
+        (ValueError, "sin", {"sin": TABLE[:3]}),
+        (ValueError, "cos", {"cos": TABLE.expand(2, 4, 4)}),
+        (ValueError, "cos", {"cos": torch.ones(4, 8)}),
+        (ValueError, "cos", TRAINED),
+        (IndexError, "token_index", {"token_index": INDEX + 1}),
+        (IndexError, "token_index", {"token_index": INDEX - 2}),
+        (ValueError, "num_prefix", tables_of(2, 3, 2) | NO_INDEX),
+        (ValueError, "cos", tables_of(3, 2, 2) | NO_INDEX),
+        (IndexError, "token_index", tables_of(2, 3, 2) | {"token_index": INDEX + 6}),
+        (TypeError, "scale", {"scale": [1.0]}),
+        # Queries of the first tokens alone, which no kernel rotates.
+        (ValueError, "causal", FIRST | NO_INDEX | {"causal": True}),
+        (ValueError, "num_prefix", FIRST | {"num_prefix": 0}),
+        (ValueError, "cos", FIRST | TRAINED),
+        (IndexError, "token_index", FIRST | {"token_index": INDEX + 1}),
+    ]
+}

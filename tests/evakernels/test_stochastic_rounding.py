@@ -69,27 +69,7 @@ def test_neighbours_have_unrelated_numbers():
     assert all(correlation(numbers[:-shift], numbers[shift:]) < 5 for shift in (1, 2, 3, 4, 8, 16, 256, 4096))
 
 
-def test_a_part_has_the_numbers_of_the_whole():
-    assert torch.equal(bits(first=1000, size=50), bits(size=1050)[1000:])
-    late = bits(first=(1 << 32) + 7, size=5)
-    assert torch.equal(late, bits(first=7, size=5))
-
-
 # --- a rounding -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [1.001, -1.003, 3e-5, 2.0**-130 * 1.3, 7.77e30])
-def test_the_mean_of_many_roundings_is_the_value(value):
-    exact = torch.tensor(value)
-    unit = (exact.to(torch.float64).abs().log2().floor().clamp(min=-126) - 7).exp2().item()
-    rounded = round_stochastically(exact.expand(1 << 18), 3, torch.tensor(1.0), 0).double()
-    assert torch.equal(rounded, rounded.to(HALF).double())
-    low, high = rounded.min().item(), rounded.max().item()
-    assert high - low == unit
-    assert low < exact.item() < high
-    share = (exact.item() - low) / unit
-    error = (rounded.mean().item() - exact.item()) / unit
-    assert abs(error) < 5 * (share * (1 - share) / len(rounded)) ** 0.5
 
 
 def test_what_bfloat16_holds_stays_and_what_is_not_finite_too():

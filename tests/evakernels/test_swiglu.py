@@ -33,6 +33,7 @@ def inputs(norm, rows=(2, 3), width=HIDDEN):
 NORMS = ("plain", "norm", "norm-without-bias")
 CASES = [pytest.param((ours, theirs), inputs(norm), id=norm) for norm in NORMS]
 CASES += [pytest.param((ours, theirs), inputs(norm, (2, 0)), id=f"{norm}-no rows") for norm in NORMS]
+TRANSFORMED = NORMS
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -173,10 +174,16 @@ def test_autocast_gives_the_dtype_that_the_next_linear_takes(dtype):
     assert ours(x, x, weight.float(), bias.float()).dtype == torch.float32
 
 
-def test_float32_norm_parameters_beside_a_16_bit_projection():
-    gate, up, weight, bias = inputs("norm")
-    leaves = [t.requires_grad_() for t in (gate.bfloat16(), up.bfloat16(), weight.float(), bias.float())]
-    out = ours(*leaves)
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert [t.grad.dtype for t in leaves] == [torch.bfloat16] * 2 + [torch.float32] * 2
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+X, VECTOR = torch.ones(2, 3, 4), torch.ones(4)
+CALLS = {"swiglu": {"gate": X, "up": X, "norm_weight": VECTOR, "norm_bias": VECTOR}}
+WRONG = {
+    "swiglu": [
+        (ValueError, "gate", {"gate": torch.ones(()), "up": torch.ones(())}),
+        (TypeError, "up", {"up": X.half()}),
+        (TypeError, "norm_weight", {"norm_weight": VECTOR.half()}),
+        (ValueError, "norm_bias", {"norm_weight": None}),
+        (TypeError, "eps", {"eps": None}),
+    ]
+}

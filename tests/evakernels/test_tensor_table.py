@@ -107,16 +107,6 @@ def test_a_steady_step_copies_nothing_and_a_changed_rate_rates_alone(launched, c
     assert copied == [(3, 5)]
 
 
-def test_what_is_kept_is_bounded_and_told_apart_by_dtype(launched, table):
-    state = lists(sizes=[16])
-    for i in range(2 * table.KEPT):
-        adamw(state, [float(i)])
-    assert table._numbers.cache_info().currsize == table.KEPT
-    one = table.Table("lamb_apply", PARAM=state[0])
-    assert one.numbers([1]).dtype == torch.int64
-    assert one.numbers([1.0], dtype=torch.float64).dtype == torch.float64
-
-
 class Capture:
     """`torch.cuda`, as a thread finds it: on stream 7, or while a graph is captured there."""
 
@@ -134,38 +124,6 @@ def test_a_captured_graph_has_copies_of_its_own(monkeypatch, table):
         monkeypatch.setattr(torch, "cuda", Capture(is_captured))
         table._kept(table._numbers, gpu, ((1, 2),), torch.int64)
         assert len(made) == copies
-
-
-def test_the_host_waits_for_no_copy(table):
-    class Host:
-        def pin_memory(self):
-            return self
-
-        def to(self, device, non_blocking):
-            return device, non_blocking
-
-    gpu = torch.device("cuda", 0)
-    assert table._copied(Host(), gpu) == (gpu, True)
-
-
-@pytest.mark.parametrize(("size", "offset", "fits"), [(64, 0, True), (64, 4, True), (64, 1, False), (63, 0, False)])
-def test_vectors_are_for_tensors_that_begin_and_end_with_one(table, size, offset, fits):
-    whole, shifted = torch.zeros(size), torch.zeros(size + offset)[offset:]
-    for params, moments in ((whole, shifted), (shifted, whole)):
-        ((_, _, constants),) = table.Table("lamb_apply", PARAM=[params], M=[moments]).layout.launches
-        assert constants == {"PARAM": table.tl.float32, "M": table.tl.float32, "FITS": fits}
-
-
-def test_tensors_that_are_not_dense_are_written_through_copies(launched, monkeypatch, table):
-    state = lists(sizes=[48])
-    state[0] = [torch.arange(48.0).view(6, 8).T]
-    dense = table.Table("lamb_apply", PARAM=state[0], M=state[2])
-    (copy,) = dense._dense["PARAM"]
-    assert copy.is_contiguous()
-    copy.fill_(7)
-    dense.return_copies("PARAM", "M")
-    assert (state[0][0] == 7).all()
-    assert dense._dense["M"][0] is state[2][0]
 
 
 def test_sizes_beyond_32_bits_are_cut_into_chunks_of_64_bit_bounds(table):

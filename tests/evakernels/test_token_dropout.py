@@ -47,6 +47,7 @@ CASES = [
     for index, *given in VARIANTS
 ]
 QUICK = {"test_compiles_without_graph_break": ["dropped-True-True"]}
+TRANSFORMED = ["dropped-True-True"]
 
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
@@ -255,3 +256,21 @@ def test_sampling_compiles_without_graph_break():
 def test_an_impossible_number_of_kept_tokens_is_an_error(num_keep):
     with pytest.raises(ValueError, match=f"num_keep is {num_keep}; accepted: 1 to num_tokens = 6"):
         evakernels.sample_token_index(2, 6, num_keep)
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+CALLED = torch.tensor([[0], [1]])
+CALLS = {
+    "token_dropout": {"patches": torch.ones(2, 3, 4), "token_index": CALLED}
+    | {"prefix": torch.ones(1, 4), "pos_embed": torch.ones(4, 4)}
+}
+WRONG = {
+    "token_dropout": [
+        (ValueError, "token_index", {"token_index": CALLED[:1]}),
+        (IndexError, "token_index", {"token_index": CALLED + 2}),
+        (IndexError, "token_index", {"token_index": CALLED - 1}),
+        (IndexError, "token_index", {"token_index": torch.tensor([[0, 1], [2, 2]])}),
+        (ValueError, "prefix", {"prefix": torch.ones(1, 5)}),
+    ]
+}

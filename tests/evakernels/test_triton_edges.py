@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import evakernels
-from evakernels import backends
 from evakernels.triton import launcher
 
 pytestmark = [
@@ -68,24 +67,3 @@ def test_a_class_token_costs_no_tiles_of_its_own_in_heads_of_88_channels(reports
     least = {"forward_kernel": 0.41, "dq_kernel": 0.37, "dkdv_kernel": 0.41}
     assert {kernel: share for kernel, share in useful.items() if not least[kernel] < share <= 1} == {}, useful
     assert useful.keys() == least.keys()
-
-
-def test_rows_that_registers_dont_hold_are_refused_with_a_reason():
-    def why_not(op, width, *rest):
-        return backends.why_not(op, "triton", torch.empty(1, width), *rest)
-
-    assert why_not("layer_norm_forward", 8193) == ["rows of 8193 channels are longer than 8192"]
-    gate, weight = torch.empty(1, 4097), torch.empty(4097)
-    for norm_weight, reasons in ((weight, ["rows of 4097 channels are longer than 4096"]), (None, [])):
-        assert why_not("swiglu_forward", 4097, gate, norm_weight) == reasons
-        assert why_not("swiglu_backward", 4097, gate, gate, norm_weight) == reasons
-
-
-def test_what_attention_refuses():
-    def why_not(head_dim, scale):
-        x = torch.ones(1, 2, 1, head_dim)
-        return backends.why_not("rope_attention_forward", "triton", x, x, x, None, None, None, 0, False, True, scale)
-
-    assert why_not(128, 1.0) == []
-    assert why_not(136, 1.0) == ["head_dim 136 is not one of 1 to 128"]
-    assert why_not(64, -1.0) == ["scale -1.0 is not positive"]

@@ -3,14 +3,11 @@
 That results keep the error rule under "highest", the default, is what the ops' own tests show on Triton's PTX.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from op_suite import ROOT, run_ops
 
 import evakernels
 from evakernels.triton._launch import float32_products
@@ -25,17 +22,13 @@ def restored():
     evakernels.set_loss_products("ieee")
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_torchs_setting_holds_for_float32(precision, kind):
-    torch.set_float32_matmul_precision(precision)
-    assert (float32_products(FLOAT32), float32_products(BFLOAT16)) == (kind, "ieee")
-
-
-def test_torchs_newer_setting_holds_too():
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert float32_products(FLOAT32) == "tf32"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert float32_products(FLOAT32) == "ieee"
+def test_torchs_settings_hold_for_float32():
+    for precision, kind in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        torch.set_float32_matmul_precision(precision)
+        assert (float32_products(FLOAT32), float32_products(BFLOAT16)) == (kind, "ieee")
+    for newer in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = newer
+        assert float32_products(FLOAT32) == newer
 
 
 @pytest.fixture
@@ -92,7 +85,7 @@ def test_losses_split_float32_where_they_are_told_to(matrix_units, op):
 
 
 @pytest.mark.exhaustive
-def test_attention_is_not_told(matrix_units):
+def test_attention_never_splits_float32(matrix_units):
     evakernels.set_loss_products("tf32x3")
     assert matrix_units("packed_attention_forward") == set()
 
@@ -102,63 +95,14 @@ def test_other_products_are_refused():
         evakernels.set_loss_products("tf32x2")
 
 
-ERRORS = """
-import torch, torch.nn.functional as F
-import evakernels
-from ptx_launches import triton_kernels
-
-random = torch.Generator().manual_seed(0)
-def directions(rows):
-    return F.normalize(torch.randn(rows, 768, dtype=torch.float64, generator=random), dim=1)
-pairs, common = directions(64), directions(1)
-data = [F.normalize(0.32 * pairs + 0.3 * common + 0.9 * directions(64), dim=1).float() for _ in range(2)]
-
-def found(loss, dtype):
-    features = [x.to(dtype).detach().requires_grad_() for x in data]
-    values = loss(*features, torch.tensor(100.0, dtype=dtype))
-    sum(value.mean() for value in values).backward()
-    return [x.double() for x in (*(value.detach() for value in values), *(x.grad for x in features))]
-def statistics(image, text, scale):
-    logits = scale * image @ text.T
-    return logits.logsumexp(1), logits.logsumexp(0), -2 * logits.diagonal()
-def siglip(image, text, scale):
-    signs = 2 * torch.eye(64, dtype=image.dtype) - 1
-    return (-F.logsigmoid(signs * (scale * image @ text.T - 10)).sum() / 64,)
-def our_statistics(image, text, scale):
-    row_lse, col_lse, positive = evakernels.contrastive_statistics(image, text, scale)[:3]
-    return row_lse, col_lse, -2 * positive
-def our_siglip(image, text, scale):
-    return (evakernels.siglip_loss(image, text, scale, torch.tensor(-10.0)),)
-
-with triton_kernels(90):
-    for plain, ours in ((statistics, our_statistics), (siglip, our_siglip)):
-        exact, torchs = found(plain, torch.float64), found(plain, torch.float32)
-        for precision in ("highest", "high"):
-            evakernels.set_loss_products("tf32x3")
-            torch.set_float32_matmul_precision(precision)
-            results = found(ours, torch.float32)
-            factors = [2] * (len(exact) - 2) + [3] * 2
-            for factor, e, p, o in zip(factors, exact, torchs, results):
-                limit = factor * (p - e).abs().max() + torch.finfo(torch.float32).eps * e.abs().max()
-                print(((o - e).abs().max() / limit).item(), end=" ")
-            print()
-"""
-
-
 @pytest.mark.slow
-def test_sums_of_three_products_keep_the_error_rule():
-    """What the losses are made of, and features' gradients, as `assert_as_accurate_as_torch`; TF32 alone is far off.
-
-    The loss of CLIP itself is a lone number, whose error torch may have small by luck.
-    """
+def test_split_float32_keeps_the_error_rule():
+    """The ops' own tests; with TF32 alone each of them fails."""
     pytest.importorskip("triton")
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1])))}
-    call = [sys.executable, "-c", ERRORS]
-    result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-5000:]
-    clip, rounded_clip, siglip, rounded_siglip = (
-        [float(share) for share in line.split()] for line in result.stdout.splitlines()
+    before = "evakernels.set_loss_products('tf32x3')\nfrom ptx_launches import triton_kernels\nwith triton_kernels(90)"
+    run_ops(
+        before,
+        "test_as_accurate_as_torch and one and dtype0 and (statistics or siglip)",
+        ops=["contrastive"],
+        PYTHONPATH=str(ROOT),
     )
-    assert max(clip + siglip) <= 1, (clip, siglip)
-    assert min(rounded_clip + rounded_siglip) > 30, (rounded_clip, rounded_siglip)

@@ -220,7 +220,7 @@ def test_switched_off_build_removes_a_stale_library(project: Path) -> None:
     assert not [path for path in stale if path.exists()]
     record = json.loads((project / "evakernels/_build.json").read_text())
     reason = "switched off by EVAKERNELS_NATIVE=off"
-    nothing = {"native": False, "cuda": False, "cuda_archs": [], "cuda_codes": []}
+    nothing = {"native": False, "cuda": False, "cuda_archs": [], "cuda_release": None, "cuda_codes": []}
     assert record == nothing | {"reason": reason, "cuda_reason": reason}
 
 

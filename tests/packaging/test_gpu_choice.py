@@ -93,6 +93,7 @@ def test_unknown_gpu_gets_kernels_for_all(machine: Machine) -> None:
     record, _ = machine.decide()
     assert record["cuda_archs"] == ["80-real", "90-real", "100-real", "120"]
     assert record["cuda_codes"] == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
+    assert record["cuda_release"].startswith("13.")
 
 
 @without_gpu
