@@ -52,7 +52,7 @@ def _show(run: Path, interval: float | None) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from evaclip.report.live import render
+    from evaclip.report.text import render
 
     console = Console()
     if interval is None or not console.is_terminal:

@@ -35,7 +35,7 @@ def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
     Raises:
         UserError: one is no run folder or logged nothing yet, there are too many, or the page can't be written.
     """
-    from evaclip.report.comparison import render_comparison
+    from evaclip.report.page import render_comparison
 
     return _written(output / COMPARISON_FILE, render_comparison(run_folders))
 

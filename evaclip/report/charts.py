@@ -1,6 +1,9 @@
-"""The report's charts, drawn with matplotlib."""
+"""The report's charts, as SVG: loss, accuracy against chance, and one small chart for each logged number."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -8,10 +11,204 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from evaclip.report.run_data import Bar, BarGroup, LossCurve
-from evaclip.report.theme import PALETTE, STYLE, themed_svg
+from evaclip.report.theme import COLOURS, PALETTE, STYLE, themed_svg
+from evaclip.train.sinks import is_share
 
 _ROW = 0.36  # height of one bar's row in inches: the chart grows with what it shows
 _TITLE_ROWS = 1.5  # a group's title, with some air above it
+MOST_POINTS = 2000
+RUN_COLOURS: Mapping[str, str] = {
+    "accent": PALETTE.accent,
+    "chance": PALETTE.chance,
+    "hit": PALETTE.hit,
+    "run-4": "#8a3ab9",
+    "run-5": "#b8860b",
+    "run-6": "#0f8b8d",
+}
+"""Of the lines of a chart, in order, by the name of the CSS variable."""
+
+Log = Sequence[Mapping[str, Any]]
+
+
+def short_number(value: float) -> str:
+    """1200000 -> '1.2M'."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: `y` over the samples seen."""
+
+    label: str
+    x: list[int]
+    y: list[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart.
+
+    Attributes:
+        form: how its numbers are written.
+        log: whether they are drawn on a logarithmic scale.
+    """
+
+    title: str
+    series: tuple[Series, ...]
+    form: Callable[[float], str]
+    log: bool = False
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    title: str
+    keys: Mapping[str, str]
+    form: Callable[[float], str] = short_number
+    log: bool = False
+
+
+_TOWERS = {"image tower": "{}_visual", "text tower": "{}_text"}
+
+
+def _of_towers(key: str) -> dict[str, str]:
+    return {label: form.format(key) for label, form in _TOWERS.items()}
+
+
+_KINDS = (
+    _Kind("Accuracy in the batch", {"": "accuracy"}, _share),
+    _Kind("Learning rate", {**_of_towers("lr"), "the rest": "lr"}, "{:.2g}".format),
+    _Kind("Temperature: the factor of the similarities", {"": "logit_scale"}),
+    _Kind("Gradient norm", {"all": "grad_norm", **_of_towers("grad_norm")}, "{:.2g}".format, log=True),
+    _Kind("Loss scale", {"": "loss_scale"}, log=True),
+    _Kind("Update over weights, a step", _of_towers("update_ratio"), "{:.1g}".format, log=True),
+    _Kind("Samples a second", {"": "samples_per_second"}),
+    _Kind("Tokens a second", {"": "tokens_per_second"}),
+    _Kind("Model FLOP/s over the peak (MFU)", {"": "mfu"}, _share),
+    _Kind("Time spent waiting for data", {"": "data_wait"}, _share),
+    _Kind("Memory, GiB", {"": "memory_gib"}),
+    _Kind("Left out so far", {"steps": "skipped", "samples": "bad_samples"}),
+)
+
+
+def panels(log: Log) -> list[Panel]:
+    """The charts of one run; what it has no numbers of is left out, and so are counts that stayed 0."""
+    found = []
+    for kind in _KINDS:
+        series = tuple(_line(label, log, key) for label, key in kind.keys.items())
+        found.append(Panel(kind.title, series, kind.form, kind.log))
+    found += [Panel(title, (line,), form) for title, line, form in _evaluations(log)]
+    return [panel for panel in found if _is_worth_it(panel)]
+
+
+def compared(logs: Mapping[str, Log]) -> list[Panel]:
+    """The charts of several runs by name, a line for each run, a chart for each number."""
+    kinds = [_Kind("Loss", {"": "loss"}), *_KINDS]
+    singles = [
+        (f"{kind.title}: {label}" if label else kind.title, key, kind)
+        for kind in kinds
+        for label, key in kind.keys.items()
+    ]
+    found = [
+        Panel(title, tuple(_line(name, log, key) for name, log in logs.items()), kind.form, kind.log)
+        for title, key, kind in singles
+    ]
+    by_title: dict[str, list[Series]] = {}
+    forms = {}
+    for name, log in logs.items():
+        for title, series, form in _evaluations(log):
+            by_title.setdefault(title, []).append(Series(name, series.x, series.y))
+            forms[title] = form
+    found += [Panel(title, tuple(series), forms[title]) for title, series in by_title.items()]
+    return [panel for panel in found if _is_worth_it(panel)]
+
+
+def panel_html(panel: Panel, runs: Sequence[str] = ()) -> str:
+    """The chart with its title, and a legend where it has several lines.
+
+    Args:
+        runs: the runs that the colours stand for; none gives the lines of each chart colours of their own.
+    """
+    order = list(runs) or [series.label for series in panel.series]
+    drawn = [(series, list(RUN_COLOURS)[order.index(series.label)]) for series in panel.series if series.x]
+    legend = ""
+    if len(order) > 1:
+        keys = (
+            f'<span><i class="line" style="background: var(--{colour})"></i>{escape(series.label)}</span>'
+            for series, colour in drawn
+        )
+        legend = f'<div class="legend">{"".join(keys)}</div>'
+    return f"<figure><figcaption>{escape(panel.title)}</figcaption>{legend}{_svg(panel, drawn)}</figure>"
+
+
+def _line(label: str, log: Log, key: str) -> Series:
+    known = [record for record in log if record.get(key) is not None]
+    points = thinned([(record["samples"], float(record[key])) for record in known])
+    return Series(label, [x for x, _ in points], [y for _, y in points])
+
+
+def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `MOST_POINTS` of the points: the least and the largest of each stretch, so that no peak is lost."""
+    if len(points) <= MOST_POINTS:
+        return points
+    kept = []
+    stretches = MOST_POINTS // 2
+    for number in range(stretches):
+        part = points[number * len(points) // stretches : (number + 1) * len(points) // stretches]
+        ends = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def _evaluations(log: Log) -> list[tuple[str, Series, Callable[[float], str]]]:
+    """The metrics of evaluations in between, but for counts, which do not change."""
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    samples = 0
+    for record in log:
+        samples = record.get("samples", samples)
+        for name, value in record.get("eval", {}).items():
+            if isinstance(value, float):
+                x, y = lines.setdefault(name, ([], []))
+                x.append(samples)
+                y.append(value)
+    return [
+        (f"Evaluation: {name}", Series("", x, y), _share if is_share(name) else short_number)
+        for name, (x, y) in lines.items()
+        if "chance" not in name
+    ]
+
+
+def _is_worth_it(panel: Panel) -> bool:
+    values = [value for series in panel.series for value in series.y]
+    if panel.title.startswith("Loss scale"):
+        return len(set(values)) > 1
+    return any(values) if panel.title.startswith("Left out") else bool(values)
+
+
+def _svg(panel: Panel, drawn: Sequence[tuple[Series, str]]) -> str:
+    with mpl.rc_context(STYLE):
+        # Fixed margins: a layout that looks for them would take most of the time.
+        figure = Figure(figsize=(4.8, 2.1))
+        _draw(figure.add_axes((0.14, 0.13, 0.83, 0.83), facecolor="none"), panel, drawn)
+        return themed_svg(figure, f"Line plot: {panel.title}", {**COLOURS, **RUN_COLOURS})
+
+
+def _draw(axes: Axes, panel: Panel, drawn: Sequence[tuple[Series, str]]) -> None:
+    if panel.log and all(value > 0 for series, _ in drawn for value in series.y):
+        axes.set_yscale("log")
+    for series, colour in drawn:
+        marker = "o" if len(series.x) < 3 else None
+        axes.plot(series.x, series.y, color=RUN_COLOURS[colour], linewidth=1.2, marker=marker, markersize=3)
+    axes.set_xlim(0, max(1, *(series.x[-1] for series, _ in drawn)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.form(value)))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    over_samples(axes, ticks=5)
 
 
 def loss_svg(curve: LossCurve) -> str:
@@ -136,11 +333,3 @@ def percent(share: float) -> str:
     if value == 0 or value >= 10:
         return f"{value:.1f} %" if value else "0 %"
     return f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
-
-
-def short_number(value: float) -> str:
-    """1200000 -> '1.2M'."""
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"

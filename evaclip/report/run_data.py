@@ -1,12 +1,14 @@
-"""Everything that a report shows, read from a run folder and brought into the form in which it is shown."""
+"""The contents of a report, read from a run folder, and the state of a run."""
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -14,12 +16,28 @@ import yaml
 from evaclip.errors import UserError, counted
 from evaclip.eval.results import Evaluation, Gallery
 from evaclip.redact import redacted
-from evaclip.report.state import duration, told, what_stands_still
-from evaclip.run_files import CONFIG_FILE, EVALUATIONS_FOLDER, EVENTS_FILE, GALLERIES_FOLDER, LOG_FILE
+from evaclip.run_files import (
+    CONFIG_FILE,
+    EVALUATIONS_FOLDER,
+    EVENTS_FILE,
+    GALLERIES_FOLDER,
+    LOCK_FILE,
+    LOG_FILE,
+    STOPPED,
+)
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
+from evaclip.train.run_lock import STALE, read_lock
+from evaclip.train.sinks import is_share
 
 _SMOOTHING = 0.02
+_CLASSES = 5
+_USUAL = 20
+"""Records that tell how long it usually takes from one to the next."""
+_PATIENCE = 5.0
+"""Times the usual interval after which it is said that nothing was written."""
+
+Objects = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,8 @@ class RunData:
     """A run as the report shows it.
 
     Attributes:
+        classes: (class, samples, top-1, most often taken for) by evaluation, the best and the worst classes.
+        validation: (set and metric, value, step) of the last evaluation while training.
         log: what was logged, as the file has it.
         events: (time, step, what happened), from the first start on.
         facts: (name, value) pairs by heading.
@@ -74,6 +94,8 @@ class RunData:
     summary: str
     curve: LossCurve
     groups: tuple[BarGroup, ...]
+    classes: dict[str, list[tuple[str, ...]]]
+    validation: list[tuple[str, str, str]]
     galleries: tuple[Gallery, ...]
     log: list[dict[str, Any]]
     events: list[tuple[str, int, str]]
@@ -100,7 +122,17 @@ def read_run(folder: Path) -> RunData:
     curve = loss_curve(records, config["batch_size"], loss_name)
     summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(
-        folder.name, summary, curve, groups, galleries, log, told, facts, yaml.safe_dump(config, sort_keys=False)
+        name=folder.name,
+        summary=summary,
+        curve=curve,
+        groups=groups,
+        classes={evaluation.title: rows for evaluation in evaluations if (rows := _class_rows(evaluation))},
+        validation=_validation_rows(log),
+        galleries=galleries,
+        log=log,
+        events=told,
+        facts=facts,
+        config=yaml.safe_dump(config, sort_keys=False),
     )
 
 
@@ -158,6 +190,25 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
     chance = metrics["chance_top1"]
     top = Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))
     yield BarGroup(f"{evaluation.title}: {_TASKS[evaluation.task]}", detail, top)
+
+
+def _class_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Return the `_CLASSES` best and the `_CLASSES` worst classes of a classification, best first."""
+    found = sorted(evaluation.metrics.get("per_class", ()), key=lambda entry: (-entry["top1"], entry["name"]))
+    chosen = found if len(found) <= 2 * _CLASSES else [*found[:_CLASSES], *found[-_CLASSES:]]
+    return [
+        (entry["name"], f"{entry['samples']:,}", f"{entry['top1']:.0%}", entry["mistaken_for"] or "")
+        for entry in chosen
+    ]
+
+
+def _validation_rows(log: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    last: dict[str, tuple[str, str, str]] = {}
+    for record in log:
+        for name, value in record.get("eval", {}).items():
+            if isinstance(value, float) and name != "seconds":
+                last[name] = (name, f"{value:.2%}" if is_share(name) else f"{value:.4g}", f"{record['step']:,}")
+    return list(last.values())
 
 
 def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation]) -> str:
@@ -228,3 +279,68 @@ def _machine(machine: dict[str, Any], versions: dict[str, str]) -> list[tuple[st
         ("system", machine["system"]),
         *versions.items(),
     ]
+
+
+def what_stands_still(folder: Path, records: Objects, events: Objects) -> str | None:
+    """How a run ended, or for how long it has been silent; None for one that goes on as usual."""
+    now = time.time()
+    written = max((_changed(folder / name) for name in (LOG_FILE, EVENTS_FILE)), default=0.0)
+    silence = duration(max(0.0, now - max(written, _changed(folder / LOCK_FILE))))
+    usual = _usual_interval(records)
+    is_late = usual is not None and now - written > max(STALE, _PATIENCE * usual)
+    if _is_held(folder / LOCK_FILE, now):
+        if events and "end" in events[-1]:
+            return "starting again"
+        return f"its process lives, but has written nothing for {duration(now - written)}" if is_late else None
+    if events and "end" in events[-1]:
+        return ended(events)
+    # Where no events were written, no lock was held either.
+    return f"no sign of life for {silence}" if events or is_late else None
+
+
+def ended(events: Objects) -> str:
+    """How a run ended whose last event is its end."""
+    if error := events[-1]["end"]:
+        return f"ended by an error: {shorten(error, 200)}"
+    is_stopped = len(events) > 1 and STOPPED in events[-2].get("message", "")
+    return "ended: stopped by a signal" if is_stopped else "ended: done"
+
+
+def told(event: Mapping[str, Any]) -> tuple[datetime, int, str]:
+    """When something happened (UTC), at what step, and what."""
+    moment = datetime.fromisoformat(event["time"])
+    if "start" in event:
+        count = event["start"]["processes"]
+        return moment, event["step"], f"start of {count} process{'es' if count > 1 else ''}"
+    if "end" in event:
+        return moment, event["step"], event["end"] or "end"
+    return moment, event["step"], event["message"]
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '6 min 10 s' or '3 h 5 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _is_held(path: Path, now: float) -> bool:
+    found = read_lock(path)
+    if found is None:
+        return False
+    holder, beat = found
+    dead = holder.is_dead()
+    return now - beat / 1e9 < STALE if dead is None else not dead
+
+
+def _usual_interval(records: Objects) -> float | None:
+    seconds = [record["seconds"] for record in records[-_USUAL:]]
+    return median(later - earlier for earlier, later in pairwise(seconds)) if len(seconds) > 1 else None
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

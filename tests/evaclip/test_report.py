@@ -19,8 +19,7 @@ from evaclip.errors import UserError
 from evaclip.eval.results import DataFacts, Evaluation, Found, Gallery, ModelFacts, Query, Section
 from evaclip.eval.runs import thumbnail
 from evaclip.report import write_report
-from evaclip.report.charts import Bar, draw_loss, percent, short_number, times_chance
-from evaclip.report.curves import Series, panels, thinned
+from evaclip.report.charts import Bar, Series, draw_loss, panels, percent, short_number, thinned, times_chance
 from evaclip.report.page import render_page
 from evaclip.report.run_data import duration, loss_curve, read_run
 from evaclip.train.trainer import train
@@ -51,7 +50,10 @@ def log_record(step: int, loss: float | None) -> dict[str, Any]:
 def save_evaluations(folder: Path) -> None:
     model = ModelFacts("tiny", "runs/shapes/checkpoints/step_00000040/model.safetensors", 1_500_000, "ab" * 32)
     data = DataFacts("data", "f", 200, 0)
-    zero_shot = {"samples": 200, "classes": 50, "top1": 0.4, "top5": 0.8, "chance_top1": 0.02}
+    per_class = [
+        {"name": f"<{n}>", "samples": 4, "top1": n / 50, "mistaken_for": "<0>" if n else None} for n in range(50)
+    ]
+    zero_shot = {"samples": 200, "classes": 50, "top1": 0.4, "top5": 0.8, "chance_top1": 0.02, "per_class": per_class}
     direction = {"recall": {"1": 0.1, "5": 0.3, "10": 0.6}, "chance": {"1": 0.005, "5": 0.025, "10": 0.05}}
     retrieval = {"images": 200, "captions": 400, "image_to_text": direction, "text_to_image": direction}
     for task, metrics in (("zero-shot", zero_shot), ("retrieval", retrieval)):
@@ -120,6 +122,17 @@ def test_the_page_says_what_was_measured(run: Path) -> None:
         "10,240 (10.0 epochs)",
     ):
         assert expected in text, expected
+
+
+def test_report_shows_classes_and_validation(run: Path) -> None:
+    save_evaluations(run)
+    data = read_run(run)
+    (rows,) = data.classes.values()
+    assert [row[0] for row in rows] == [f"<{n}>" for n in (49, 48, 47, 46, 45, 4, 3, 2, 1, 0)]
+    assert data.validation == [("top1", "40.00%", "40")]
+    words = " ".join(Page(render_page(data)).words)
+    for expected in ("<49> 4 98% <0>", "Validation while training", "top1 40.00% 40"):
+        assert expected in words, expected
 
 
 def test_report_has_no_credentials(run: Path) -> None:
@@ -318,5 +331,5 @@ def test_numbers_have_the_digits_they_deserve() -> None:
 
 
 def test_no_report_waits_for_torch() -> None:
-    code = "import sys, evaclip.report.comparison, evaclip.report.page; sys.exit('torch' in sys.modules)"
+    code = "import sys, evaclip.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from evaclip.commands.main import main
-from evaclip.report.live import render, sparkline
+from evaclip.report.text import render, sparkline
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOCK_FILE, LOG_FILE
 from evaclip.train.run_lock import Holder
 

@@ -120,7 +120,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 def _title(
     folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> str:
-    from evaclip.report.state import what_stands_still
+    from evaclip.report.run_data import what_stands_still
 
     total = (config.get("schedule") or {}).get("steps")
     step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
@@ -139,7 +139,7 @@ def _title(
 
 
 def _told(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    from evaclip.report.state import told
+    from evaclip.report.run_data import told
 
     last = map(told, events[-_LAST_EVENTS:])
     return [f"{moment:%d %b %H:%M:%S}  step {step:,}  {what}" for moment, step, what in last]
