@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import cli, gpu_check
 from benchmarks.gpu_check import Step, hash_csrc, install, list_steps, read_results, run_steps
 
 PYTHON = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
@@ -73,6 +73,14 @@ def test_steps_have_unique_names_and_files(tmp_path):
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
         assert all(gpu_check.Path(word).exists() for word in step.command if word.endswith(".py"))
+
+
+def test_commands_of_benchmarks_are_accepted(tmp_path):
+    parser = cli._build_parser()
+    commands = [step.command for step in list_steps("cuda", tmp_path) if step.command[2:3] == ("benchmarks",)]
+    assert len(commands) > 20
+    for command in commands:
+        parser.parse_args(command[3:])
 
 
 def conclude(statuses, tmp_path):
