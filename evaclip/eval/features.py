@@ -30,6 +30,8 @@ Item = TypeVar("Item")
 _PROBES = 64
 """Samples of a source that the name of its cache file depends on."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts to int64 tokens [n, context_length]."""
 
 
 class NothingReadable(UserError):
@@ -46,10 +48,6 @@ class ImageTextModel(ImageModel, Protocol):
     """A module with image and text features: evaclip's CLIP, or any other with these two methods."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
-
-
-Tokenizer = Callable[[list[str]], Tensor]
-"""Texts to int64 tokens [n, context_length]."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ NormKind = Literal["layer_norm", "rms_norm"]
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "squash"]
 Pool = Literal["token", "mean"]
+Recompute = Literal["none", "activations", "block"]
 
 # Names of the same models in open_clip, in model cards, and on the hub.
 ALIASES = {
@@ -44,12 +45,12 @@ ALIASES = {
     "timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k": "EVA02-CLIP-bigE-14-plus",
 }
 
-
 _HUB = "hf-hub:"
 _added: dict[str, Path] = {}
 """Files of `add_model_config` by model name."""
 
 _RATES = ("drop_path", "patch_dropout")
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -230,9 +231,6 @@ class CLIPConfig:
         return asdict(self)
 
 
-Config = TypeVar("Config")
-
-
 def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Config:
     """A copy of a dataclass with some fields changed; a mapping changes fields of a nested dataclass.
 
@@ -389,9 +387,6 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 def _check_heads(part: str, width: int, heads: int) -> None:
     _check(width % heads == 0, f"{part}.width must be a multiple of heads {heads}, got {width}")
-
-
-Recompute = Literal["none", "activations", "block"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import evakernels
 from evaclip.model.config import Recompute, Savings
 from evaclip.model.norm import Stream
 
+_keep_attention = partial(create_selective_checkpoint_contexts, evakernels.checkpoint_policy())
+_BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
+
 
 class ResidualBlock(nn.Module):
     """A transformer block in two parts: `mix(*attend(stream))`.
@@ -65,12 +68,6 @@ def _is_kept_product(columns: int | None, _: Any, op: Any, *args: Any, **kwargs:
     product = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
     keep = product and columns in (None, args[-1].shape[-1])
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_keep_attention = partial(create_selective_checkpoint_contexts, evakernels.checkpoint_policy())
-
-
-_BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
 
 
 class Tower(nn.Module):

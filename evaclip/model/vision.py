@@ -16,6 +16,8 @@ from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_nor
 from evakernels import sample_token_index, token_dropout
 from evakernels.nn import axial_rope, linear
 
+_HEAD_INIT_FACTOR = 0.001
+
 
 class RotaryTable(nn.Module):
     """Table of the two-dimensional rotary embedding (EVA-02, Fang et al. 2023, arXiv 2303.11331).
@@ -60,9 +62,6 @@ class RotaryTable(nn.Module):
             device = fn(torch.empty(0, device="cpu")).device
         self.fill(device)
         return self
-
-
-_HEAD_INIT_FACTOR = 0.001
 
 
 class PatchEmbed(nn.Module):

@@ -16,6 +16,7 @@ OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 _TEXT = ("context_length", "vocab_size", "width", "heads", "layers")
 _PREPROCESS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
 _TOWER = {"timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None}
+_SIZE = "image_size"
 
 
 def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
@@ -97,9 +98,6 @@ def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConf
     images = {ours: preprocess[theirs] for ours, theirs in _PREPROCESS.items() if theirs in preprocess}
     common = {name: model[name] for name in ("embed_dim", "init_logit_scale", "init_logit_bias") if name in model}
     return override(CLIPConfig(vision=vision), {**common, "text": text, "preprocess": images})
-
-
-_SIZE = "image_size"
 
 
 def describe_preprocess(config: CLIPConfig) -> dict[str, Any]:

@@ -29,6 +29,10 @@ from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in
 from evaclip.weights.layouts import to_original, unwrapped
 from evaclip.weights.parts import is_there, joined
 
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_INDEX = ".index.json"
+"""Suffix of the index of weights in several files."""
+
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write contiguous tensors into a `.safetensors` file with the mode that the umask gives a new file.
@@ -42,11 +46,6 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     mode = stat.S_IMODE(path.stat().st_mode)
     safetensors.save_file(dict(tensors), path, metadata)
     path.chmod(mode)
-
-
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_INDEX = ".index.json"
-"""Suffix of the index of weights in several files."""
 
 
 def find_weights(source: str | Path, model: str) -> Path:

@@ -12,6 +12,22 @@ from pathlib import Path
 
 from evaclip.errors import UserError, unknown_name
 
+HUB = "hf-hub:"
+"""Prefix of a repository on the hub."""
+LOCAL = "local-dir:"
+"""Prefix of a local folder with the files of a repository."""
+_NAME = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
+# Files that are looked for in a repository, in this order.
+_USUAL = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -63,24 +79,6 @@ RELEASED: dict[str, dict[str, HubFile]] = {
     "EVA-CLIP-8B-plus": {"eva_clip": HubFile("BAAI/EVA-CLIP-8B-448", "EVA_CLIP_8B_psz14_plus_s0.6B.pt")},
     "EVA-CLIP-18B": {"eva_clip": HubFile("BAAI/EVA-CLIP-18B", "EVA_CLIP_18B_psz14_s6B.fp16.pt")},
 }
-
-
-HUB = "hf-hub:"
-"""Prefix of a repository on the hub."""
-LOCAL = "local-dir:"
-"""Prefix of a local folder with the files of a repository."""
-
-_NAME = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
-# Files that are looked for in a repository, in this order.
-_USUAL = (
-    "open_clip_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def download(source: str) -> Path:

@@ -27,8 +27,24 @@ from evaclip.weights.parts import is_sharded, put
 _log = logging.getLogger(__name__)
 
 _POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
-_IMAGE = "visual."
+_TEXT, _IMAGE = "text.", "visual."
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
+_IMAGE_SKIPPED = re.compile(r"(head|lm_head|mask_token|decoder\w*|text_projection|logit_scale)(\.|$)")
+_TEXT_SKIPPED = re.compile(r"(text_projection|logit_scale|logit_bias)(\.|$)")
+_HF_TEXT = "text_model."
+_HF_NAMES = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.": "ln_final.",
+}
+_HF_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
+_HF_LAYER_NAMES = {
+    "self_attn.out_proj.": "attn.out_proj.",
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
@@ -180,28 +196,6 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-_log = logging.getLogger(__name__)
-
-_IMAGE_SKIPPED = re.compile(r"(head|lm_head|mask_token|decoder\w*|text_projection|logit_scale)(\.|$)")
-_TEXT_SKIPPED = re.compile(r"(text_projection|logit_scale|logit_bias)(\.|$)")
-_TEXT, _IMAGE = "text.", "visual."
-
-_HF_TEXT = "text_model."
-_HF_NAMES = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.": "ln_final.",
-}
-_HF_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
-_HF_LAYER_NAMES = {
-    "self_attn.out_proj.": "attn.out_proj.",
-    "layer_norm1.": "ln_1.",
-    "layer_norm2.": "ln_2.",
-    "mlp.fc1.": "mlp.c_fc.",
-    "mlp.fc2.": "mlp.c_proj.",
-}
 
 
 def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], antialias: bool = False) -> None:

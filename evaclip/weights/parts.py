@@ -31,6 +31,14 @@ from evaclip.run_files import META_FILE, PARTS
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+INDEX = "index.json"
+PLACES = "DCP_SHARDING_INFO"
+"""Key of the parts' offsets in the metadata of a file, as in files of torch."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_NAMED = {name: dtype for dtype, name in DTYPES.items()}
+_JOINED = "joined.json"
+"""Size and hash of the joined file."""
+
 
 def put(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """`module.load_state_dict(state)` for whole tensors, of which each rank takes its shard."""
@@ -87,15 +95,6 @@ def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
-
-
-INDEX = "index.json"
-PLACES = "DCP_SHARDING_INFO"
-"""Key of the parts' offsets in the metadata of a file, as in files of torch."""
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_NAMED = {name: dtype for dtype, name in DTYPES.items()}
-_JOINED = "joined.json"
-"""Size and hash of the joined file."""
 
 
 class _Part(NamedTuple):

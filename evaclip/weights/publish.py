@@ -27,6 +27,21 @@ _CARD_PARTS = (
     *("description", "details", "evaluation", "usage", "comparison", "citation"),
 )
 _CHECKPOINT = re.compile(r"step_(\d+)")
+SAFE_FILE = "open_clip_model.safetensors"
+PICKLE_FILE = "open_clip_pytorch_model.bin"
+_FILES: dict[bool | str, tuple[str, ...]] = {
+    True: (SAFE_FILE,),
+    False: (PICKLE_FILE,),
+    "both": (SAFE_FILE, PICKLE_FILE),
+}
+_USAGE = """\
+```python
+import {library}
+
+model, preprocess = {library}.create_model_from_pretrained("{source}")
+tokenizer = {library}.get_tokenizer("{source}")
+```
+"""
 
 
 def run_facts(source: str | Path) -> dict[str, Any]:
@@ -129,24 +144,6 @@ def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
         value = [f"{key}: {each}" for key, each in value.items()]
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-SAFE_FILE = "open_clip_model.safetensors"
-PICKLE_FILE = "open_clip_pytorch_model.bin"
-_FILES: dict[bool | str, tuple[str, ...]] = {
-    True: (SAFE_FILE,),
-    False: (PICKLE_FILE,),
-    "both": (SAFE_FILE, PICKLE_FILE),
-}
-
-_USAGE = """\
-```python
-import {library}
-
-model, preprocess = {library}.create_model_from_pretrained("{source}")
-tokenizer = {library}.get_tokenizer("{source}")
-```
-"""
 
 
 def save_for_hf(

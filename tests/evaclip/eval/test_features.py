@@ -86,7 +86,7 @@ def test_encode_images_without_unreadable_samples(tmp_path: Path, color_model: C
         encode_texts(color_model, tokenize_colors, [], OPTIONS)
 
 
-def test_the_cache_spares_the_model_and_gives_the_same(tmp_path, color_model, color_shard):
+def test_cache_returns_equal_features(tmp_path, color_model, color_shard):
     options = replace(OPTIONS, cache=tmp_path / "cache")
     source = open_source(str(color_shard))
     first = encode_images(color_model, ToTensor(), source, options)
@@ -127,14 +127,11 @@ def test_damaged_cache_file_is_replaced(tmp_path: Path, color_model: ColorModel)
     assert encode_texts(color_model, tokenize_colors, ["red"], options).shape == (1, 3)
 
 
-def test_a_transform_that_tells_nothing_is_not_cached(tmp_path, color_model, color_shard):
+def test_transform_without_repr_is_not_cached(tmp_path, color_model, color_shard):
+    source = open_source(str(color_shard))
+    assert len(encode_images(color_model, lambda image: ToTensor()(image), source, OPTIONS)) == 8
     with pytest.raises(UserError, match="repr"):
-        encode_images(
-            color_model,
-            lambda image: ToTensor()(image),
-            open_source(str(color_shard)),
-            replace(OPTIONS, cache=tmp_path),
-        )
+        encode_images(color_model, lambda image: ToTensor()(image), source, replace(OPTIONS, cache=tmp_path))
 
 
 def test_encode_texts_under_autocast() -> None:

@@ -45,7 +45,7 @@ def test_smaller_image_equals_a_smaller_model(small_model: CLIP, early_drop: boo
     found.square().sum().backward()
     gradient = small_model.visual.pos_embed.grad
     assert gradient.shape == small_model.visual.pos_embed.shape
-    with pytest.raises(ValueError, match=r"expected \[batch, 3, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"\[batch, 3, 8, 8\]"):
         small_model.encode_image(whole)
     small_model.visual.set_image_size(16)
     assert torch.equal(small_model.encode_image(whole), before)
