@@ -27,7 +27,7 @@ from evaclip.run_files import (
 )
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import read_log
-from evaclip.train.run_lock import STALE, read_lock
+from evaclip.train.run_lock import STALE, is_held
 from evaclip.train.sinks import is_share
 
 _SMOOTHING = 0.02
@@ -288,7 +288,7 @@ def what_stands_still(folder: Path, records: Objects, events: Objects) -> str | 
     silence = duration(max(0.0, now - max(written, _changed(folder / LOCK_FILE))))
     usual = _usual_interval(records)
     is_late = usual is not None and now - written > max(STALE, _PATIENCE * usual)
-    if _is_held(folder / LOCK_FILE, now):
+    if is_held(folder / LOCK_FILE):
         if events and "end" in events[-1]:
             return "starting again"
         return f"its process lives, but has written nothing for {duration(now - written)}" if is_late else None
@@ -323,15 +323,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _is_held(path: Path, now: float) -> bool:
-    found = read_lock(path)
-    if found is None:
-        return False
-    holder, beat = found
-    dead = holder.is_dead()
-    return now - beat / 1e9 < STALE if dead is None else not dead
 
 
 def _usual_interval(records: Objects) -> float | None:

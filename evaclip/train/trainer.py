@@ -240,7 +240,7 @@ class Trainer:
             with self._watchdog.phase("step", abort=abort):
                 result = self._step(batch)
                 reached = self.position.step
-                taken = self._lock is not None and self._lock.robber is not None
+                taken = self._lock is not None and self._lock.thief is not None
                 stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
             self._expect_steps(True)
             collect(self.position.step)

@@ -16,7 +16,7 @@ from rich.console import Console
 from evaclip.commands.main import main
 from evaclip.report.text import render, sparkline
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOCK_FILE, LOG_FILE
-from evaclip.train.run_lock import Holder
+from evaclip.train.run_lock import Owner, RunLock
 
 
 def write_run(folder: Path, losses: list[float | None]) -> None:
@@ -130,19 +130,21 @@ def test_dead_run_has_no_remaining_time(tmp_path: Path) -> None:
     assert "to go" not in state(folder)
 
 
-def test_the_lock_tells_whether_the_process_lives(tmp_path: Path) -> None:
+def test_report_of_a_locked_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     write_run(folder, [4.0, 3.0])
     add_events(folder)
-    mine = Holder.of_this_process()
-    for holder, seconds, expected in (
-        (mine, 0, "to go"),
-        (mine, 7200, "its process lives, but has written nothing for 2 h 0 min"),
-        (replace(mine, born="1"), 0, "no sign of life for"),
-        (replace(mine, host="elsewhere"), 0, "to go"),
-        (replace(mine, host="elsewhere"), 7200, "no sign of life for 2 h 0 min"),
+    with RunLock.acquire(folder, say=print):
+        assert "to go" in state(folder)
+        age(folder, 7200)
+        assert "its process lives, but has written nothing for 2 h 0 min" in state(folder)
+    local = Owner.of_this_process()
+    for owner, seconds, expected in (
+        (local, 0, "no sign of life for"),
+        (replace(local, machine="elsewhere"), 0, "to go"),
+        (replace(local, machine="elsewhere"), 7200, "no sign of life for 2 h 0 min"),
     ):
-        (folder / LOCK_FILE).write_text(json.dumps(asdict(holder)))
+        (folder / LOCK_FILE).write_text(json.dumps(asdict(owner)))
         age(folder, seconds)
         assert expected in state(folder)
 
@@ -158,8 +160,8 @@ def test_the_end_is_told(tmp_path: Path) -> None:
         add_events(folder, *events)
         assert expected in state(folder)
         assert "to go" not in state(folder)
-    (folder / LOCK_FILE).write_text(json.dumps(asdict(Holder.of_this_process())))
-    assert "starting again" in state(folder)
+    with RunLock.acquire(folder, say=print):
+        assert "starting again" in state(folder)
 
 
 def test_sparklines() -> None:
