@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,10 +27,13 @@ from evaclip.train.signals import unwinding_on_sigterm
 from evaclip.train.trainer import train
 
 HOLDING = """
-import sys
+import os, sys, time
 from pathlib import Path
 from evaclip.train.run_lock import RunLock
 RunLock.acquire(Path(sys.argv[1]), say=print)
+if os.fork() == 0:  # a worker that outlives a killed trainer
+    time.sleep(10)
+    os._exit(0)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -137,18 +139,6 @@ def test_lock_without_flock_uses_heartbeats(tmp_path, monkeypatch, sleeps):
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(tmp_path / LOCK_FILE, (10, 10)))
     with pytest.raises(UserError, match="trains the run"):
         acquire(tmp_path)
-
-
-def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    lock = acquire(tmp_path)
-    child = os.fork()
-    if not child:
-        time.sleep(60)
-    lock.release()
-    with acquire(tmp_path) as again:
-        assert again.taken_from is None
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
 
 
 def test_holder_notices_a_stolen_lock(tmp_path: Path, sleeps: list[float]) -> None:
