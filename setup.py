@@ -39,7 +39,7 @@ NEXT_COMPILER = 100
 
 
 def find_tool(*names: str) -> str | None:
-    """The first of these programs beside this Python (where pip puts CMake and ninja) or on PATH."""
+    """The first of these programs next to this Python (where pip puts CMake and ninja) or on PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return next((found for name in names if (found := shutil.which(name, path=path))), None)
 
@@ -104,7 +104,7 @@ def find_nvcc() -> str | None:
 
 
 def archs_of_nvcc(nvcc: str) -> list[int]:
-    """The GPUs that it compiles for, of those that the kernels run on."""
+    """The GPU architectures to compile for."""
     found = re.findall(r"^compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), flags=re.MULTILINE)
     return sorted(arch for arch in map(int, found) if arch >= OLDEST_GPU)
 
@@ -129,9 +129,9 @@ def nvcc_release() -> str | None:
 
 
 def find_gpus() -> list[int]:
-    """The compute capabilities of the GPUs in this machine, 90 for 9.0; 0 is one whose driver doesn't tell."""
-    told = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", told, flags=re.MULTILINE)}
+    """The compute capabilities of the GPUs in this machine, 90 for 9.0; 0 if the driver doesn't report it."""
+    output = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", output, flags=re.MULTILINE)}
     # Containers may have a GPU and no nvidia-smi, and its older versions don't know of compute_cap.
     there = "GPU 0" in output_of("nvidia-smi", "-L") or Path("/dev/nvidia0").exists()
     return sorted(found) or [0] * (there or any(Path("/proc/driver/nvidia/gpus").glob("*")))

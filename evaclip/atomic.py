@@ -16,7 +16,7 @@ from evaclip.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to, which takes its place if the block succeeds."""
+    """Gives a temporary path next to `path` to write to, which replaces it if the block succeeds."""
     # Machines that share a folder may have processes of the same number.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

@@ -7,7 +7,7 @@ _IGNORED = str.maketrans("", "", "-_ ")
 
 
 class UserError(Exception):
-    """Wrong input; the message says what was given and what is accepted."""
+    """Wrong input; the message names the given and the accepted values."""
 
 
 class Refused(UserError):

@@ -58,7 +58,7 @@ def export(
         target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; appears complete or not at all. Weights
             that are too large for one file lie in a second one, `NAME.onnx.data`.
         normalize: whether embeddings have length 1.
-        overwrite: replace `target` if it exists. What lies in a run or a checkpoint is never replaced.
+        overwrite: replace `target` if it exists. Files of a run or a checkpoint are never replaced.
         dtype: of an ONNX file's weights: fp32; fp16, computed in as well; bf16, computed in float32.
         int8: matrix products of 8-bit integers, of ONNX files with fp32 weights otherwise.
         external: the weights of an ONNX file lie in the second one in any case: ONNX Runtime then maps them into

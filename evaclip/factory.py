@@ -76,7 +76,7 @@ def create_model(
     Args:
         model_name: one of `list_models()`, or open_clip's name of the same model, in any spelling; or a repository of
             the hub, `hf-hub:OWNER/NAME`, a folder laid out as one, `local-dir:FOLDER`, or a run or checkpoint folder,
-            whose weights are then taken, the averaged ones of a run that has some.
+            the weights come from it, averaged ones if a run has them.
         pretrained: a weights file, a checkpoint or run folder, `hf-hub:OWNER/NAME[/FILE]`, or the tag of released
             weights; None for random ones.
         pretrained_image: weights that the image tower starts from, of masked image modelling or of a CLIP model, as a
@@ -156,11 +156,11 @@ def create_vision_model(
     Args:
         model_name: timm's name, such as `eva02_base_patch14_448.mim_in22k_ft_in1k`; without a tag the model's first.
         pretrained: True for the weights that the tag stands for; or a file, a checkpoint or run folder, or
-            `hf-hub:OWNER/NAME`, in timm's layout or the authors'. A `preprocess.json` beside it is taken.
+            `hf-hub:OWNER/NAME`, in timm's layout or the authors'. A `preprocess.json` next to it is used.
         pretrained_image: weights that all but the classifier starts from, of masked image modelling, of a CLIP model
             or of another classifier.
-        num_classes: of the classifier; None for that of the weights, 0 for none. A classifier of another size than
-            that of the weights gets start values.
+        num_classes: of the classifier; None for the size in the weights, 0 for none. A classifier of another size than
+            in the weights is initialised.
         device, precision, savings, prepare: as for `create_model`.
         antialias: resize the positions of weights of another image size as timm does, not as the authors do.
         as_trained: as for `create_model`.
@@ -330,7 +330,7 @@ def create_model_from_pretrained(
 
 
 def get_tokenizer(model_name: str = "", context_length: int | None = None) -> Tokenizer:
-    """The tokenizer of a model, with its context length and vocabulary; without a name that of all released models.
+    """The tokenizer of a model, with its context length and vocabulary; by default that of all released models.
 
     Example:
         `evaclip.get_tokenizer("EVA02-B-16")(["a cat", "a dog"])` is int64 `[2, 77]`.
@@ -353,7 +353,7 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def _described(model_name: str) -> CLIPConfig:
-    """The configuration of a name, or the one that lies beside the weights of a repository, a folder or a run."""
+    """The configuration of a name, or the one next to the weights of a repository, a folder or a run."""
     if _is_folder(model_name):
         name, weights = _run_of(model_name)
         return override(get_config(name), _options_beside(weights, name))
@@ -404,14 +404,14 @@ def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options_beside(weights: Path, model_name: str) -> dict[str, Any]:
-    """The options that a training has left beside its weights, if they are of this model."""
+    """The options stored next to a run's weights, if they are of this model."""
     options = options_beside(weights)
     name = str(options.pop("name", ""))
     return options if (find_model(name) or name.partition(".")[0]) == model_name else {}
 
 
 def _with_stored_preprocess(config: CLIPConfig, weights: Path, options: Mapping[str, Any]) -> CLIPConfig:
-    """The preprocessing that is stored beside the weights, but for what was asked for."""
+    """The preprocessing stored next to the weights, with the given overrides."""
     stored, asked = read_preprocess(weights), options.get("preprocess", {})
     if stored is None or not isinstance(asked, Mapping):
         return config

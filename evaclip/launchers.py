@@ -16,7 +16,7 @@ def take_over(environment: MutableMapping[str, str] = os.environ) -> None:
 
     Addresses that are set already stay, so MASTER_ADDR and MASTER_PORT may be given.
     """
-    # A batch script, and what it starts without srun, isn't part of a step.
+    # A batch script and its children without srun aren't part of a step.
     size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if size == 1 or "WORLD_SIZE" in environment:
         return
@@ -64,7 +64,7 @@ def stop_restarts(mistake: str, *, at_once: bool = False) -> None:
     if not (at_once or (before.is_file() and before.read_text(encoding="utf-8") == mistake)):
         before.write_text(mistake, encoding="utf-8")
         return
-    print("another start would fail in the same way: torchrun is told to stop", file=sys.stderr, flush=True)
+    print("another start would fail in the same way: torchrun stops", file=sys.stderr, flush=True)
     with suppress(FileExistsError):  # another rank has sent the signal, and a second one would interrupt the clean-up
         (folder / "stopped").touch(exist_ok=False)
         os.kill(os.getppid(), signal.SIGTERM)

@@ -84,8 +84,8 @@ class FoundClassifier:
 
         Args:
             device: of the model.
-            image_size: side, or height and width; None for that of the model.
-            crop: share of the side that the centre crop keeps; None for that of the weights.
+            image_size: side, or height and width; None for the model's.
+            crop: share of the side that the centre crop keeps; None for the weights' own.
             antialias: resize positions as timm does, see `create_vision_model`.
 
         Raises:
@@ -173,7 +173,7 @@ def load_model(source: str, *, device: str = "cpu", average: bool = True, random
     if not (weights or random) and find_model(name):
         tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
-            f"the model {source!r} has random weights, whose embeddings find nothing: give NAME:WEIGHTS or a run;"
+            f"the model {source!r} has random weights and its embeddings are useless: give NAME:WEIGHTS or a run;"
             f" released weights of {name}: {tags}"
         )
     model = create_model(name, pretrained=weights or None, device=device)

@@ -1,4 +1,4 @@
-"""Where files may be written: never over what is read, and over others only if asked. Who reads what is said."""
+"""Where files may be written: never over inputs, and over other files only on request. Closed pipes."""
 
 import os
 import select
@@ -25,18 +25,18 @@ def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ())
     """
     name = repr(str(target))
     if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
-        raise UserError(f"{name} is what is read, and is never written over; choose another file")
+        raise UserError(f"{name} is an input and is never overwritten; choose another file")
     if (training := _run_around(target)) is not None:
-        raise UserError(f"{name} lies in {str(training)!r}, where only the training writes; choose a place outside")
+        raise UserError(f"{name} is inside of {str(training)!r}, where only the training writes; choose another folder")
     require_writable(target, make_folder=False)
     if os.path.lexists(target) and not overwrite:
         raise UserError(f"{name} exists; --force (overwrite=True in Python) replaces it")
 
 
 def silence() -> bool:
-    """Discards what is printed from now on, if whoever read it, such as `head`, is gone; whether that is so."""
+    """Discards further output if the reader of stdout, such as `head`, has closed it; returns whether it has."""
     said = select.poll()
-    said.register(sys.stdout, 0)  # errors are told unasked: a pipe that nobody reads is one
+    said.register(sys.stdout, 0)  # an error event means that the pipe has no reader
     gone = bool(said.poll(0))
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -54,7 +54,7 @@ def pixel_kind(image: Image.Image) -> str:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """A picture whose pixels are no bytes as a grey one (mode L, or LA if a value is transparent); others as they are.
+    """Convert an image with non-byte pixels to grey (mode L, or LA with transparency); return others unchanged.
 
     Pillow's own conversion cuts such pixels off at 255 instead. Integers are scaled from 0..65535; floats from the
     smallest of 0..1, 0..255 and 0..65535 that holds all of them. Raises ValueError for pixels beyond that and for NaN.

@@ -23,7 +23,7 @@ Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
 _FLATTEST = 100
-"""Longer side over the shorter, of what is resized to be cropped: a picture of 1 x 65,500 pixels would take 10 GB."""
+"""Limit of the longer side over the shorter one before a crop: an image of 1 x 65,500 pixels would take 10 GB."""
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DRAWS = 16
 
@@ -99,7 +99,7 @@ class TrainTransform:
             seed = int(torch.randint(2**63 - 1, ()))
         generator = torch.Generator().manual_seed(seed)
         options = self.augmentation
-        # Before the crop: the range of the pixels is that of the whole picture.
+        # Before the crop: the pixel range is taken from the whole image.
         image = eight_bit(image)
         top, left, height, width = crop_box(image.height, image.width, options.scale, options.ratio, generator)
         draws = _draws(generator)
@@ -114,7 +114,7 @@ class TrainTransform:
         return _rgb(self.recolored(image, draws))
 
     def background(self, draws: Iterator[float]) -> Color:
-        """The colour behind a transparent picture and beside one that is moved; `draws` are numbers in [0, 1)."""
+        """The colour behind a transparent image and around a shifted one; `draws` are numbers in [0, 1)."""
         return WHITE
 
     def recolored(self, image: Image.Image, draws: Iterator[float]) -> Image.Image:
@@ -168,7 +168,7 @@ def _without_ends(image: Image.Image) -> Image.Image:
 
 def _covering(image: Image.Image, shape: Sequence[int]) -> list[int]:
     """The smallest size of the image's own proportions that covers a rectangle."""
-    # Divided, not multiplied by the reciprocal: as open_clip and timm round what lies between two pixels.
+    # Divided, not multiplied by the reciprocal: to round like open_clip and timm.
     ratio = min(image.height / shape[0], image.width / shape[1])
     return [round(image.height / ratio), round(image.width / ratio)]
 

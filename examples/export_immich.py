@@ -49,7 +49,7 @@ def write(model: CLIP, folder: Path, **kind: Any) -> None:
 
 
 def check(model: CLIP) -> None:
-    """Raises UserError for a model whose preprocessing the other program can't do."""
+    """Raise UserError if Immich can't do the model's preprocessing."""
     config = model.config
     if not isinstance(config.vision.image_size, int):
         raise UserError(f"the model's images must be square, got {config.vision.image_size}")

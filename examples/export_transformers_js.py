@@ -95,7 +95,7 @@ def image_processor(config: CLIPConfig) -> dict[str, Any]:
 
 
 def check(model: CLIP) -> None:
-    """Raises UserError for a model whose preprocessing the other program can't do."""
+    """Raise UserError if transformers.js can't do the model's preprocessing."""
     config = model.config
     if not isinstance(config.vision.image_size, int):
         raise UserError(f"the model's images must be square, got {config.vision.image_size}")

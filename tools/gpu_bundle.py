@@ -99,7 +99,7 @@ def python_version(python: Path | str) -> str:
 
 
 def build_python(interpreter: str, version: str) -> Path:
-    """Return a Python of this version that can build: the interpreter, or that of an environment, made once."""
+    """Return a Python of this version that can build: the interpreter, or a new environment's."""
     folder = ROOT / "build/gpu-bundle-tools" / version
     for python in (Path(interpreter).absolute(), folder / "bin/python"):
         if python.exists() and wheel.has_modules(python, *wheel.BUILD_MODULES):

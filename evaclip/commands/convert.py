@@ -25,9 +25,9 @@ def add_commands(subparsers: Any) -> None:
         "source", metavar="IN", help="weights file, checkpoint or run folder, or hf-hub:OWNER/NAME[/FILE]"
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
-    parser.add_argument("--to", choices=_FORMATS, required=True, help="whose names; timm has the image tower only")
+    parser.add_argument("--to", choices=_FORMATS, required=True, help="tensor names; timm has the image tower only")
     parser.add_argument("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists; what is read never is")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists; inputs are never replaced")
     parser.set_defaults(run=_run)
 
 

@@ -71,7 +71,7 @@ def _add_check(verbs: Any) -> None:
     parser = leaf(
         verbs,
         "check",
-        help="read every sample and list what is wrong; exit code 1 if anything is",
+        help="read every sample and list faults; exit code 1 if there are any",
         examples=[
             "evaclip data check 'data/emoji/twemoji-{00000..00003}.tar'",
             "evaclip data check pairs.csv --json faults.json",

@@ -1,4 +1,4 @@
-"""`evaclip doctor`: what is installed and which backends are live."""
+"""`evaclip doctor`: installed packages and available backends."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from evaclip.commands.parser import leaf
 
 def add_commands(subparsers: Any) -> None:
     """Adds `doctor` to the command line."""
-    help = "show what is installed, which backends are live, and why others are not"
+    help = "show installed packages, available backends, and why others are not available"
     examples = ["evaclip doctor", "evaclip doctor --verbose", "evaclip doctor --json > doctor.json"]
     parser = leaf(subparsers, "doctor", help=help, examples=examples)
     parser.add_argument("--verbose", action="store_true", help="every op and every package too")

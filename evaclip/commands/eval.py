@@ -100,7 +100,7 @@ def _add_classify(tasks: Any) -> None:
     parser.add_argument(
         "--real-labels",
         metavar="FILE",
-        help="reassessed labels of ImageNet's validation set (real.json), or 'imagenet' for those that timm carries",
+        help="reassessed labels of ImageNet's validation set (real.json), or 'imagenet' for timm's copy",
     )
     parser.add_argument("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
     pictures = parser.add_argument_group("pictures")
@@ -129,7 +129,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, 
     data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
     add_reading(data)
     data.add_argument(
-        "--allow-unreadable", action="store_true", help="measure what is left even if many samples cannot be read"
+        "--allow-unreadable", action="store_true", help="evaluate the readable samples even if many cannot be read"
     )
     data.add_argument(
         "--title", metavar="TEXT", help="what the data is called in tables and reports (default: the end of its path)"
@@ -142,7 +142,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, 
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
     )
     if cache:
-        compute.add_argument("--cache", type=Path, metavar="FOLDER", help="keep features here, and use what is kept")
+        compute.add_argument("--cache", type=Path, metavar="FOLDER", help="store features here and reuse stored ones")
     else:
         parser.set_defaults(cache=None)
     compute.add_argument("--no-average", action="store_true", help="the weights themselves, not their moving average")
@@ -171,7 +171,7 @@ def _run_classify(args: argparse.Namespace) -> None:
     from evaclip.model.config import Preprocess
 
     if args.crop_pct is not None:
-        Preprocess(crop=args.crop_pct)  # told before weights are looked for
+        Preprocess(crop=args.crop_pct)  # raises before weights are looked for
     classnames = _classnames(args)
     source, options = _prepare(args)
     found = find_classifier(args.model, average=not args.no_average)

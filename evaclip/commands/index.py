@@ -46,7 +46,7 @@ def add_commands(subparsers: Any) -> None:
     )
     given.add_argument("--texts", metavar="FILE", type=Path, help="for --npz: a text in each line, in UTF-8")
     given.add_argument(
-        "--add", nargs="+", type=Path, metavar="OTHER", help="stores of the same model, whose rows STORE takes"
+        "--add", nargs="+", type=Path, metavar="OTHER", help="stores of the same model; STORE takes their rows"
     )
     add_reading(parser, decoding=False)
     parser.add_argument(
@@ -132,7 +132,7 @@ def _indexed(args: argparse.Namespace) -> tuple["Store", str]:
         advice = f"when all parts are done, evaclip index {name} --add {name}-*"
     model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
     if not model:
-        raise UserError(f"there is no store {str(folder)!r} yet: --model says whose embeddings it is to hold")
+        raise UserError(f"there is no store {str(folder)!r} yet: --model must name the model of its embeddings")
     source = open_data(_absolute(args.images), args, captions=False)
     gone = _gone(source, folder, args)  # which may refuse, before the work
     store = _ENGINES[args.engine](source, folder, str(model), part, args)
@@ -261,7 +261,7 @@ def _write_arrays(args: argparse.Namespace) -> None:
     if unused := [name for name in ("add", "part", "prune", "approximate", "thumbnails") if getattr(args, name)]:
         raise UserError(f"--{unused[0]} is for a STORE, not for --npz")
     if not args.model:
-        raise UserError("--npz needs --model, whose embeddings it is to hold")
+        raise UserError("--npz needs --model, the model of the embeddings")
     if args.npz.suffix != ".npz":
         raise UserError(f"--npz must be a file that ends in .npz, got {str(args.npz)!r}")
     check_output(args.npz, overwrite=args.force)

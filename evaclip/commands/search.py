@@ -28,7 +28,7 @@ def add_commands(subparsers: Any) -> None:
     )
     parser.add_argument("store", metavar="STORE", type=Path, help="folder that 'evaclip index' made")
     parser.add_argument("text", metavar="TEXT", nargs="?", help="what to look for")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="look for what is like this picture, and the text")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="search by this image, together with the text")
     parser.add_argument("--minus", metavar="TEXT", help="and unlike this text")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _query(store: "Store", args: argparse.Namespace) -> Any:
-    """The sum of what is wanted less what isn't, each of length 1."""
+    """The sum of the queries minus the excluded ones, each of length 1."""
     texts = [text for text in (args.text, args.minus) if text is not None]
     query: Any = 0
     if args.image:

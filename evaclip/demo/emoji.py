@@ -130,7 +130,7 @@ def render_png(file: str, size: int) -> tuple[bytes, bytes]:
     drawn = _installed("resvg_py").svg_to_bytes(svg_string=text, width=side, height=side, skip_system_fonts=True)
     image = open_image(drawn).convert("RGBA")
     left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, side, side)
-    # The square around the middle of what is drawn; what lies outside of the rendering is transparent.
+    # The square around the middle of the drawing; outside of the rendering it is transparent.
     extent = max(right - left, bottom - top)
     left, top = (left + right - extent) // 2, (top + bottom - extent) // 2
     image = image.crop((left, top, left + extent, top + extent))

@@ -43,7 +43,7 @@ def run_demo(
         out: the folder of the run; an earlier demo in it is replaced.
         data: where the shards lie; they are drawn if they do not.
         minutes: what the training may take; it is shortened to that where the machine is slow.
-        say: is told what happens.
+        say: receives progress messages.
 
     Returns:
         The paths of `report.html` and the store.

@@ -75,7 +75,7 @@ class MaskedImageModel(VisionModel):
     def reset_parameters(self) -> None:
         """Initialize as EVA-02, or as EVA without SwiGLU."""
         super().reset_parameters()
-        if not hasattr(self, "lm_head"):  # called by the base class, whose parameters alone exist yet
+        if not hasattr(self, "lm_head"):  # called by the base class before the parameters of this class exist
             return
         for block in self.decoder_blocks:
             assert isinstance(block, Block)

@@ -27,7 +27,7 @@ class Norm(nn.Module):
     """LayerNorm, or RMSNorm (which has no bias), over the last dimension of `[..., width]`.
 
     The residual forms take `layer_scale` `[width]` and `row_scale` `[B]`, factors of the branch. `out_dtype` is the
-    dtype of `norm(x)`, None for that of `x`; `product_dtype` before matmuls saves a float32 copy.
+    dtype of `norm(x)`, None for the dtype of `x`; `product_dtype` before matmuls saves a float32 copy.
     """
 
     bias: nn.Parameter | None

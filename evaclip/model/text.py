@@ -106,7 +106,7 @@ class TextAttention(nn.Module):
         self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
-        """`layout` is that of the rows of `x`; `pooled` computes only the end tokens' rows, `[B, width]`."""
+        """`layout` describes the rows of `x`; `pooled` computes only the end tokens' rows, `[B, width]`."""
         out = self._attend_ends(x, layout) if pooled else self._attend_all(x, layout)
         projected: Tensor = self.out_proj(out)
         return projected

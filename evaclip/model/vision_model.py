@@ -87,7 +87,7 @@ class VisionModel(VisionTower):
         """Give the model a new, initialized classifier.
 
         Raises:
-            UserError: for another `pool` than that of the trained last norm.
+            UserError: if `pool` differs from the trained last norm's.
         """
         if pool is not None and pool != self.config.pool:
             raise UserError(f"pool must be {self.config.pool!r}, for which the last norm was trained, got {pool!r}")

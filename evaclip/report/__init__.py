@@ -30,7 +30,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
-    """Writes `comparison.html`, several runs beside each other, and returns its path.
+    """Writes `comparison.html`, several runs next to each other, and returns its path.
 
     Raises:
         UserError: one is no run folder or logged nothing yet, there are too many, or the page can't be written.

@@ -14,7 +14,7 @@ from evaclip.report.run_data import Bar, BarGroup, LossCurve
 from evaclip.report.theme import COLOURS, PALETTE, STYLE, themed_svg
 from evaclip.train.sinks import is_share
 
-_ROW = 0.36  # height of one bar's row in inches: the chart grows with what it shows
+_ROW = 0.36  # height of one bar's row in inches: the chart grows with its rows
 _TITLE_ROWS = 1.5  # a group's title, with some air above it
 MOST_POINTS = 2000
 RUN_COLOURS: Mapping[str, str] = {
@@ -98,7 +98,7 @@ _KINDS = (
 
 
 def panels(log: Log) -> list[Panel]:
-    """The charts of one run; what it has no numbers of is left out, and so are counts that stayed 0."""
+    """The charts of one run, without series that have no numbers or stayed 0."""
     found = []
     for kind in _KINDS:
         series = tuple(_line(label, log, key) for label, key in kind.keys.items())
@@ -225,7 +225,7 @@ def accuracy_svg(groups: Sequence[BarGroup]) -> str:
         rows = sum(len(group.bars) + _TITLE_ROWS for group in groups)
         figure = Figure(figsize=(9.6, 0.5 + _ROW * rows), layout="constrained")
         _draw_accuracy(figure.subplots(), groups)
-        return themed_svg(figure, "Bars: every accuracy beside its chance level")
+        return themed_svg(figure, "Bars: every accuracy next to its chance level")
 
 
 def draw_loss(axes: Axes, curve: LossCurve) -> None:
@@ -236,7 +236,7 @@ def draw_loss(axes: Axes, curve: LossCurve) -> None:
         axes.plot(curve.samples, curve.loss, "o", color=PALETTE.accent)
     for place in curve.returns:
         axes.axvline(place, color=PALETTE.chance, linewidth=1.0)
-    # A negative cosine lies below 0.
+    # A cosine may be negative.
     bottom, top = min(0.0, *curve.loss), max(0.0, *curve.loss)
     if curve.guessing is not None:
         axes.axhline(curve.guessing, color=PALETTE.chance, linewidth=1.0, dashes=(4, 3))

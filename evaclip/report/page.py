@@ -31,7 +31,7 @@ GUESSING_NOTE = " The dashed line is the loss of guessing which of the batch's t
 RETURNS_NOTE = " Vertical lines: the run went back to a checkpoint and left data out."
 CURVES_NOTE = "What else was logged, over the samples seen."
 EVENTS_NOTE = "Starts, messages and ends of the run, in UTC."
-ACCURACY_NOTE = "Every number stands beside what guessing would reach on the same data."
+ACCURACY_NOTE = "Every number is shown next to the chance level on the same data."
 GALLERY_NOTE = "Each row is a text and the pictures nearest to it, best first."
 
 
@@ -159,7 +159,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
         table(["", *names], [[title, *values] for title, values in _standing(configs, logs)]),
         "<h2>Curves</h2>",
         f'<div class="curves">{"".join(panel_html(panel, names) for panel in compared(logs))}</div>',
-        "<h2>What they were told differently</h2>",
+        "<h2>Differences of the configurations</h2>",
         _differences(configs),
     ]
     return document(f"{', '.join(names)}: {COMPARISON_KIND.lower()}", "\n".join(body), css)

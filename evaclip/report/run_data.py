@@ -60,7 +60,7 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Bar:
-    """One accuracy in [0, 1] beside what guessing gives; the `main` one of a group stands out."""
+    """One accuracy in [0, 1] next to its chance level; the `main` one of a group stands out."""
 
     label: str
     value: float
@@ -299,7 +299,7 @@ def what_stands_still(folder: Path, records: Objects, events: Objects) -> str | 
 
 
 def ended(events: Objects) -> str:
-    """How a run ended whose last event is its end."""
+    """How a run ended, by its last event."""
     if error := events[-1]["end"]:
         return f"ended by an error: {shorten(error, 200)}"
     is_stopped = len(events) > 1 and STOPPED in events[-2].get("message", "")

@@ -35,7 +35,7 @@ _ROWS = (
 )
 _LAST_EVENTS = 3
 _FRAME = 10  # columns that a table of three columns takes for borders and padding
-_HEADING = 4  # lines that it takes beside its rows
+_HEADING = 4  # lines besides the rows
 _FEWEST_BARS = 8
 
 

@@ -31,7 +31,7 @@ TEXT_TOKENS = 4096
 
 
 def chosen_precision(given: str, device: str) -> str:
-    """What `auto` is on a device; raises UserError for what is none."""
+    """The precision that `auto` means on a device. Raises UserError for an unknown one."""
     if given == "auto":
         return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
     if given not in (*PRECISIONS, INT8):
@@ -53,7 +53,7 @@ class Encoded(Generic[T]):
     """Some of the items that `Encoder.stream` was given, in their order.
 
     Attributes:
-        items: those that were encoded.
+        items: encoded items.
         embeddings: float32 `[len(items), dim]` on the CPU, of length 1.
         faults: of the items of this part that can't be read.
         waited: seconds in which this thread had no picture to encode.
@@ -76,7 +76,7 @@ class Encoder:
             that is loaded already, which then is this object's alone. A NAME alone, without weights, is refused; an
             `Encoder(load_model(NAME))` has random ones.
         device: `auto` for a GPU if there is one, else the CPU.
-        precision: of the weights and of what is computed between them. `auto` is bf16 where the device has
+        precision: of the weights and activations. `auto` is bf16 where the device has
             instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own. `int8`, on
             a CPU with VNNI or AMX, multiplies in 8 bits in linear layers, but for the first block's, and does the rest
             as `auto` does.
@@ -154,7 +154,7 @@ class Encoder:
 
         Raises:
             UserError: for a picture that can't be read, which is named.
-            TypeError: for what is no picture.
+            TypeError: an item is no image.
         """
         if isinstance(pictures, str | Path | bytes | Image.Image) or _is_one(pictures):
             pictures = [pictures]
@@ -185,7 +185,7 @@ class Encoder:
         Args:
             items: whatever stands for a picture; one thread goes through them.
             picture: of an item, in any form that `images` takes, called in threads; without it items are pictures. An
-                item whose picture is None is left out, and BadSample makes a fault of it.
+                item with the image None is left out; BadSample becomes a fault.
 
         Raises:
             UserError: if the model gives NaN or infinity.

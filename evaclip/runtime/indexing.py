@@ -40,8 +40,8 @@ class Progress:
 
     Attributes:
         seen: pictures that were looked at, of `total`.
-        embedded, unchanged: those that were embedded, and those that the store had with the same content.
-        faults: what was wrong with those that can't be read.
+        embedded, unchanged: images that were embedded, and images that the store had with the same content.
+        faults: why images couldn't be read.
         waited, seconds: in which the encoder had nothing to do, and in all.
     """
 
@@ -108,7 +108,7 @@ def embedded(source: Source, encoder: Encoder, progress: Progress) -> Parts:
 
 
 def gone(root: Path, store: Store) -> list[str]:
-    """Ids of the rows of pictures below a folder that aren't there any more; what can't be told counts as there."""
+    """Ids of the rows of deleted images below a folder; an image counts as there if its state is unknown."""
     inside = f"{str(root).rstrip('/')}/"
     return [id for id in store.contents() if id.startswith(inside) and not any(map(_is_there, _files_of(id)))]
 
@@ -127,7 +127,7 @@ def _files_of(id: str) -> Iterator[str]:
 
 
 def _is_there(path: str) -> bool:
-    # Path.exists takes what may not be looked at, or a server that doesn't answer, for what is gone.
+    # Path.exists is False also without permission and for a server that doesn't answer.
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -180,7 +180,7 @@ def _numbers(source: Source, part: tuple[int, int]) -> range:
 
 @dataclass(frozen=True)
 class Work:
-    """The pictures of a source whose content isn't that of the same id in `known`.
+    """The images of a source that differ from the content of the same id in `known`.
 
     Attributes:
         thumbnail: side in pixels of small copies that rows get; 0 for none.

@@ -1,4 +1,4 @@
-"""From pictures to a store by many machines: a pipeline of Ray Data, whose driver alone writes the store."""
+"""Index images on many machines: a pipeline of Ray Data; only the driver writes the store."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ class Cluster:
 
     Attributes:
         workers: how many there are.
-        device: `cuda`, where each worker has a GPU of its own, or `cpu`.
+        device: `cuda`, with one GPU per worker, or `cpu`.
         cpus: of each worker.
     """
 
@@ -50,7 +50,7 @@ def connected(device: str = "auto", workers: int | None = None) -> Iterator[Clus
     import ray
 
     if device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"Ray gives each worker a GPU of its own: the device is auto, cuda or cpu, got {device!r}")
+        raise UserError(f"device must be auto, cuda or cpu with Ray (one GPU per worker), got {device!r}")
     if workers is not None and workers < 1:
         raise UserError(f"the number of workers must be 1 or more, got {workers}")
     # Neither reports to Ray's makers, nor notes for them.
@@ -97,7 +97,7 @@ def index_on_ray(
 
     Args:
         source: is sent to the workers, and its files must be there on every node.
-        encoder: makes one of the store's model when it is called with `device`; is sent with what it holds.
+        encoder: called with `device`, makes an encoder of the store's model; is pickled to the workers.
 
     Raises:
         UserError: as `index`.

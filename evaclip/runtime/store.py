@@ -99,7 +99,7 @@ class Store:
         Args:
             folder: to make; one that exists must be empty.
             model: what its embeddings are made with: `dim`, and name, weights, their hash, precision or whatever else
-                tells them from those of other models. JSON values.
+                distinguishes them from other models' embeddings. JSON values.
 
         Raises:
             UserError: the folder holds something, can't be written, or `model` has no `dim`.
@@ -183,7 +183,7 @@ class Store:
             raise UserError(f"the embeddings in {self.folder} are of another model ({unlike}): make a new store")
 
     def add(self, embeddings: NDArray[np.floating[Any]], rows: Sequence[Row]) -> None:
-        """Adds rows, all or none of them, in place of those that have the same ids; when it returns they are on disk.
+        """Add rows atomically, replacing rows with the same ids; they are on disk on return.
 
         Args:
             embeddings: float `[n, dim]`, each of length 1; stored in float32.
@@ -220,7 +220,7 @@ class Store:
             database.executemany(query, ((row.thumbnail, row.id, row.content) for row in rows if row.thumbnail))
 
     def merge(self, other: "Store") -> int:
-        """Takes over the rows of another store, but for those that this one has with the same id and content.
+        """Copy the rows of another store, except rows that this one has with the same id and content.
 
         A block of rows is written after the other, each as a whole; what was ended goes on when it is asked for again.
 
@@ -359,7 +359,7 @@ class Store:
         lengths = np.linalg.norm(vectors, axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) < 0.01))
         if len(wrong):
-            raise UserError(f"embeddings must have length 1; that of {rows[wrong[0]].id!r} has {lengths[wrong[0]]:g}")
+            raise UserError(f"embeddings must have length 1, got {lengths[wrong[0]]:g} for {rows[wrong[0]].id!r}")
         ids = [row.id for row in rows]
         if len(set(ids)) < len(ids):
             twice = next(id for number, id in enumerate(ids) if id in ids[:number])

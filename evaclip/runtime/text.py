@@ -75,7 +75,7 @@ def encoder_of(store: Store) -> "Encoder":
     """The model of a store's embeddings, in float32 on the CPU.
 
     Raises:
-        UserError: the store doesn't name it, or what it names has other weights by now.
+        UserError: the store doesn't name it, or the named model has other weights by now.
     """
     from evaclip.eval.features import weights_hash
     from evaclip.loading import load_model

@@ -25,7 +25,7 @@ class _Job:
 class Batcher:
     """Collects items of some kinds, each from any thread, and computes those of a kind together.
 
-    The kind whose oldest item has waited longest comes first. Items whose future is cancelled before it is their turn
+    The kind with the oldest waiting item comes first. Items with a future that is cancelled before their turn
     are never computed.
 
     Args:
@@ -34,7 +34,7 @@ class Batcher:
         size: items of a batch at most.
         delay: seconds that an item waits at most for others to come, while nothing else is computed.
         depth: items that may wait.
-        observe: is told the kind and number of items of each batch.
+        observe: called with the kind and number of items of each batch.
 
     Example:
         ```python
@@ -66,7 +66,7 @@ class Batcher:
         return self._thread.is_alive()
 
     def waiting(self) -> int:
-        """Items whose turn hasn't come."""
+        """Waiting items."""
         with self._changed:
             return self._count()
 
@@ -128,7 +128,7 @@ class Batcher:
             if len(jobs) == 1:
                 jobs[0].future.set_exception(exc)
                 return
-            # One item's fault is no fault of those that came with it.
+            # One bad item must not fail the others of its batch.
             for job in jobs:
                 if not job.future.done():
                     self._finish(compute, [job])

@@ -10,7 +10,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The counters of one app. The status of a request for whose answer nobody waited is 499."""
+    """The counters of one app. The status of a request that the client abandoned is 499."""
 
     def __init__(self) -> None:
         self.registry = of = CollectorRegistry()

@@ -32,7 +32,7 @@ _SIDE, _KEPT = 256, 2048
 
 
 class Query(BaseModel, extra="forbid"):
-    """What to search for: the direction of the sum of what is given, less that of `minus`."""
+    """The query: the direction of the sum of the given parts minus the parts of `minus`."""
 
     text: str = ""
     image: UploadFile | None = None
@@ -135,7 +135,7 @@ class Service:
         return len(self.store)
 
     async def thumbnail(self, number: int, content: str = "") -> tuple[bytes, str]:
-        """A small copy of a row's picture, whose hash begins with `content`, and its media type."""
+        """A thumbnail of a row's image with a hash that begins with `content`, and its media type."""
         row = (await _in(self._reader, partial(self._rows, [number])))[0]
         if not row.content.startswith(content):
             raise _changed()
@@ -163,7 +163,7 @@ class Service:
             self._rows([query.like])
             vector = vector + self.store.embeddings[query.like].astype(np.float32)
         try:
-            # One more, as the row itself isn't told.
+            # One more, as the row itself is left out.
             found = search(self.store, vector, query.top + 1, query.filter.strip() or None)
         except (UserError, sqlite3.Error) as exc:
             raise Rejected(422, f"The search can't be made: {exc}.") from exc
@@ -187,14 +187,14 @@ def _changed() -> Rejected:
 
 
 def _hit(score: float, number: int, row: Row) -> Hit:
-    # What a row holds tells apart the pictures that have been under its number.
+    # The content distinguishes images that have had the same row number.
     address = f"/thumbnail/{number}?v={row.content[:16]}"
     metadata = dict(row.metadata)
     return Hit(row=number, score=score, thumbnail=address, id=row.id, caption=row.caption, metadata=metadata)
 
 
 def _small_copy_of_file(id: str, content: str) -> bytes | None:
-    """Of the picture that was embedded, where that is a file. The content tells apart what a file held when."""
+    """URL of the embedded image, if it is a file. The content distinguishes versions of the file."""
     path = Path(id)
     try:
         if not (path.is_absolute() and path.is_file()):

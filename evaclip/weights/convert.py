@@ -27,7 +27,7 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
         source: a file that `load_state_dict` reads.
         target: `.safetensors`, or `.pt`, `.pth`, `.bin` for a file of `torch.save`.
         layout: one of `FORMATS`.
-        model: name of the configuration, for `original`; None takes that of the checkpoint of `source`, or finds it
+        model: name of the configuration, for `original`; None takes the name in the checkpoint of `source`, or finds it
             by the shapes.
         overwrite: replace `target` if it exists. The source, and files in a run or a checkpoint, are never replaced.
 
@@ -44,7 +44,7 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
     check_output(target, overwrite=overwrite, sources=[source, *weight_files(source)])
     state = load_state_dict(source)
     if not any(name.startswith(("blocks.", "visual.blocks.")) for name in state):
-        raise UserError(f"{str(source)!r} holds no image tower of the EVA series, whose names begin with visual.blocks")
+        raise UserError(f"{str(source)!r} holds no image tower of the EVA series (names that begin with visual.blocks)")
     match layout:
         case "original":
             state = _with_rotary_tables(state, model, source)

@@ -123,7 +123,7 @@ def weight_files(path: Path) -> list[Path]:
     """Files with the tensors of `path`: those of an index, or `path` itself, joined from its parts if necessary.
 
     Raises:
-        UserError: for an index that can't be read or whose files are missing; as `parts.joined`.
+        UserError: for an index that can't be read or names missing files; as `parts.joined`.
     """
     return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
 

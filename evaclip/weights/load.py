@@ -104,7 +104,7 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
 
 
 def with_last_norm_of(tower: VisionTower, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the last norm of an image tower to that of `tower`: after mean pooling it is called `fc_norm`."""
+    """Rename the last norm of an image tower as in `tower`: after mean pooling it is called `fc_norm`."""
     other, own = ("fc_norm.", "norm.") if tower.norm is not None else ("norm.", "fc_norm.")
     if f"{own}weight" in state:
         return state

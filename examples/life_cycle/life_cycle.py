@@ -65,7 +65,7 @@ class Life:
         )  # fmt: skip
 
     def classifier(self, name: str, start: Path | None) -> Path:
-        """The image tower of `start`, or one with start values, is told the concepts of the drawings."""
+        """Classify the concepts of the drawings with the image tower of `start`, or an untrained one."""
         weights = "null" if start is None else str(start)
         options = TOWER | {"attn_sub_norm": True, "drop_path": 0.0}
         openmoji = f"{{data: {{train: {DATA}/openmoji-*.tar}}}}"

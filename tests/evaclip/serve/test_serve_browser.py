@@ -71,7 +71,7 @@ def _search(page, text):
 
 
 def test_page_search_shows_captions_and_scores(page):
-    assert page.get_by_text("Find a picture by what it shows.").is_visible()
+    assert page.get_by_text("Search images by content.").is_visible()
     _search(page, "a red bicycle")
     assert page.locator(".card").count() == 12
     assert "text=a+red+bicycle" in page.url
@@ -96,7 +96,7 @@ def test_page_dropped_image_gets_labels(page, pictures):
     assert len(shares) == 3
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.2)
     page.get_by_label("Search without this picture").click()
-    assert page.get_by_text("Find a picture by what it shows.").is_visible()
+    assert page.get_by_text("Search images by content.").is_visible()
 
 
 def test_a_picture_can_be_pasted_into_the_search_box(page, pictures):
@@ -153,7 +153,7 @@ def test_keys_move_through_the_grid(page):
     page.keyboard.press("Enter")
     page.get_by_text("More like this", exact=True).wait_for()
     page.keyboard.press("Escape")
-    assert page.get_by_text("Find a picture by what it shows.").is_visible()
+    assert page.get_by_text("Search images by content.").is_visible()
     assert page.evaluate("document.activeElement.id") == "text"
 
 
