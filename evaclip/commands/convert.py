@@ -1,10 +1,11 @@
-"""`evaclip convert`: weights under the names of another library."""
+"""`evaclip convert`: weights under the names of another library, and means of weights."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from evaclip.commands.parser import leaf
+from evaclip.errors import UserError
 
 _FORMATS = ("original", "open_clip", "timm", "safetensors")
 
@@ -14,11 +15,13 @@ def add_commands(subparsers: Any) -> None:
     parser = leaf(
         subparsers,
         "convert",
-        help="write weights under the names of another library; no value changes",
+        help="write weights under the names of another library, or average them",
         examples=[
             "evaclip convert EVA02_CLIP_B_psz16_s8B.pt b16.safetensors --to open_clip",
             "evaclip convert runs/demo demo.pt --to original",
             "evaclip convert hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k b16.pt --to original",
+            "evaclip convert zero-shot.safetensors wise.safetensors --to safetensors --interpolate runs/finetune 0.5",
+            "evaclip convert runs/a soup.safetensors --to safetensors --average runs/b runs/c",
         ],
     )
     parser.add_argument(
@@ -27,6 +30,14 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
     parser.add_argument("--to", choices=_FORMATS, required=True, help="tensor names; timm has the image tower only")
     parser.add_argument("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
+    mean = parser.add_mutually_exclusive_group()
+    mean.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("OTHER", "ALPHA"),
+        help="write (1 - ALPHA) IN + ALPHA OTHER (WiSE-FT: IN is the zero-shot model, OTHER the fine-tuned one)",
+    )
+    mean.add_argument("--average", nargs="+", metavar="OTHER", help="write the mean of IN and OTHER... (a model soup)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists; inputs are never replaced")
     parser.set_defaults(run=_run)
 
@@ -40,9 +51,25 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.weights.publish import card_beside
 
     source = find_weights(args.source, args.model or "")
+    others = [(find_weights(other, args.model or ""), share) for other, share in _shares(args)]
     check_output(args.target, overwrite=args.force, sources=[source])
     card = card_beside(args.target, args.source, overwrite=args.force)
-    convert(source, args.target, args.to, args.model, overwrite=args.force)
+    convert(source, args.target, args.to, args.model, others=others, overwrite=args.force)
     if card:
         write_text(*card)
     print(f"wrote {args.target}")
+
+
+def _shares(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """The other weights and their shares in the mean."""
+    if args.interpolate:
+        other, text = args.interpolate
+        try:
+            alpha = float(text)
+        except ValueError:
+            raise UserError(f"--interpolate ALPHA must be a number, got {text!r}") from None
+        if not 0 <= alpha <= 1:
+            raise UserError(f"--interpolate ALPHA must be in [0, 1], got {text}")
+        return [(other, alpha)]
+    others = args.average or []
+    return [(other, 1 / (1 + len(others))) for other in others]

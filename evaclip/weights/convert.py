@@ -1,6 +1,6 @@
 """Convert weights to the names of another library."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,16 @@ FORMATS = ("original", "open_clip", "timm", "safetensors")
 """`original`: the authors' file, rotary tables included; `safetensors`: the same names without the tables."""
 
 
-def convert(source: Path, target: Path, layout: str, model: str | None = None, *, overwrite: bool = False) -> None:
-    """Write the weights of `source`, in any layout, in another; values and dtypes stay.
+def convert(
+    source: Path,
+    target: Path,
+    layout: str,
+    model: str | None = None,
+    *,
+    others: Sequence[tuple[Path, float]] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write the weights of `source`, in any layout, in another; values and dtypes stay without `others`.
 
     Args:
         source: a file that `load_state_dict` reads.
@@ -29,6 +37,9 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
         layout: one of `FORMATS`.
         model: name of the configuration, for `original`; None takes the name in the checkpoint of `source`, or finds it
             by the shapes.
+        others: weights of the same model with their shares in a weighted mean; `source` has the rest. One other with
+            the share alpha is WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903), equal shares are a model soup
+            (Wortsman et al. 2022, arXiv 2203.05482).
         overwrite: replace `target` if it exists. The source, and files in a run or a checkpoint, are never replaced.
 
     Raises:
@@ -41,8 +52,13 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
     check_suffix(target)
     if model and not is_vision_model(model):
         get_config(model)
-    check_output(target, overwrite=overwrite, sources=[source, *weight_files(source)])
+    inputs = [source, *(path for path, _ in others)]
+    check_output(
+        target, overwrite=overwrite, sources=[*inputs, *(file for path in inputs for file in weight_files(path))]
+    )
     state = load_state_dict(source)
+    if others:
+        state = weighted_mean(state, [(load_state_dict(path), share) for path, share in others])
     if not any(name.startswith(("blocks.", "visual.blocks.")) for name in state):
         raise UserError(f"{str(source)!r} holds no image tower of the EVA series (names that begin with visual.blocks)")
     match layout:
@@ -53,6 +69,34 @@ def convert(source: Path, target: Path, layout: str, model: str | None = None, *
         case "timm":
             state = to_timm(state, joint_bias=_is_large(state))
     save_tensors(state, target)
+
+
+def weighted_mean(
+    state: Mapping[str, Tensor], others: Sequence[tuple[Mapping[str, Tensor], float]]
+) -> dict[str, Tensor]:
+    """Average weights of one model, in float64, in the dtypes of `state`.
+
+    Args:
+        state: has one minus the sum of the shares of the others.
+        others: state dicts with equal names and shapes, and their shares.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    for other, _ in others:
+        if problems := differences(other, state):
+            raise UserError(f"weights to average must be of one model, got {'; '.join(problems)}")
+    rest = 1 - sum(share for _, share in others)
+
+    def mean(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        total = tensor.double() * rest
+        for other, share in others:
+            total.add_(other[name].double(), alpha=share)
+        return total.to(tensor.dtype)
+
+    return {name: mean(name, tensor) for name, tensor in state.items()}
 
 
 def identify(state: Mapping[str, Tensor]) -> str:

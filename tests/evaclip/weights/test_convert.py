@@ -123,6 +123,8 @@ def test_identify_by_shapes() -> None:
         (["out.pt", "--to", "timm", "--model", "eva_larg_patch14_196"], "unknown model 'eva_larg_patch14_196'"),
         (["no/such/folder/out.pt", "--to", "original"], "there is no folder"),
         (["folder.pt", "--to", "original"], "is a folder"),
+        (["out.pt", "--to", "original", "--interpolate", "source.pt", "2"], "ALPHA must be in [0, 1], got 2"),
+        (["out.pt", "--to", "original", "--interpolate", "source.pt", "half"], "ALPHA must be a number, got 'half'"),
     ],
 )
 def test_convert_wrong_arguments(source, arguments, message, capsys, monkeypatch):
@@ -155,6 +157,27 @@ def test_convert_joins_sharded_run(run_folder: Path, source: Path) -> None:
     assert_equal(load_file(source.with_name("out.safetensors")), state)
 
 
+def test_convert_interpolates(source: Path) -> None:
+    torch.manual_seed(1)
+    other, out = source.with_name("other.safetensors"), source.with_name("out.safetensors")
+    save_file(create_model("tiny").state_dict(), other)
+    a, b = load_state_dict(source), load_state_dict(other)
+    for options, shares in (
+        (["--interpolate", str(other), "0.25"], (0.75, 0.25)),
+        (["--interpolate", str(other), "0"], (1.0, 0.0)),
+        (["--average", str(other), str(other)], (1 / 3, 2 / 3)),
+    ):
+        assert main(["convert", str(source), str(out), "--to", "safetensors", "--force", *options]) == 0
+        expected = {name: (shares[0] * a[name].double() + shares[1] * b[name].double()).bfloat16() for name in a}
+        torch.testing.assert_close(load_file(out), expected, rtol=2**-8, atol=0)
+
+
+def test_convert_averages_one_model_only(source: Path, run_folder: Path) -> None:
+    with pytest.raises(UserError, match="of one model"):
+        convert(source, source.with_name("out.pt"), "original", others=[(find_weights(run_folder, ""), 0.5)])
+    assert not source.with_name("out.pt").exists()
+
+
 def test_convert_keeps_existing_file(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = source.with_name("there.safetensors")
     target.write_bytes(b"mine")
@@ -172,7 +195,7 @@ def test_convert_never_overwrites_source(source: Path, link: str | None) -> None
     if link:
         target = source.with_name("alias.pt")
         getattr(target, link)(source)
-    with pytest.raises(UserError, match="never written over"):
+    with pytest.raises(UserError, match="never overwritten"):
         convert(source, target, "original", overwrite=True)
     assert source.read_bytes() == before
 
@@ -182,7 +205,7 @@ def test_convert_never_overwrites_file_of_index(source: Path) -> None:
     convert(source, part, "safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(part), part.name)}))
     before = part.read_bytes()
-    with pytest.raises(UserError, match="never written over"):
+    with pytest.raises(UserError, match="never overwritten"):
         convert(index, part, "safetensors", overwrite=True)
     assert part.read_bytes() == before
 
@@ -192,7 +215,7 @@ def test_convert_never_writes_into_run(run_folder: Path, name: str, capsys: pyte
     files = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     for source in (run_folder, run_folder / "checkpoints/step_00000001"):
         assert main(["convert", str(source), str(run_folder / name), "--to", "open_clip", "--force"]) == 2
-        assert "never written over" in (error := capsys.readouterr().err) or "only the training writes" in error
+        assert "never overwritten" in (error := capsys.readouterr().err) or "only the training writes" in error
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == files
 
 
