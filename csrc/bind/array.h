@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "common/dtype.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 

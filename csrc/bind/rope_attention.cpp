@@ -58,8 +58,15 @@ struct AttentionInputs {
     const int64_t heads = q.sizes[axes - 2], kv_heads = k.sizes[axes - 2];
     require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "q's heads must be a multiple of k's");
     set_shape(options);
-    if (const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape) : nullptr) require(false, reason);
     set_tables(call, options);
+  }
+
+  // `views`: the inputs of the launch.
+  void require_served(const Call& call, std::initializer_list<HeadsView> views) const {
+    int64_t max_stride = 0;
+    for (const HeadsView& view : views) max_stride = std::max(max_stride, view.token_stride);
+    const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape, tables, max_stride) : nullptr;
+    if (reason) require(false, reason);
   }
 
   // Of the log-sum-exps: [B, H, N] or [H, T].
@@ -153,6 +160,7 @@ void attend(const char* op, Call& call, Input q, Input k, Input v, Output out, O
       .tables = in.tables,
       .shape = in.shape,
   };
+  in.require_served(call, {params.q, params.k, params.v});
   call.launch<cpu::rope_attention_forward, cuda::rope_attention_forward>(op, params);
 }
 
@@ -175,6 +183,7 @@ void attend_backward(const char* op, Call& call, Input dout, Input q, Input k, I
       .tables = in.tables,
       .shape = in.shape,
   };
+  in.require_served(call, {params.q, params.k, params.v, params.dout, params.out});
   call.launch<cpu::rope_attention_backward, cuda::rope_attention_backward>(op, params);
 }
 

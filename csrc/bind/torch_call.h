@@ -16,10 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "bind/launch.h"
 #include "bind/torch_stream.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 

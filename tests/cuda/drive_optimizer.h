@@ -3,8 +3,8 @@
 
 #include <utility>
 
-#include "common/optimizer.h"
 #include "drive.h"
+#include "include/lamb.h"
 
 namespace evakernels::drive {
 
