@@ -1,4 +1,4 @@
-// A call of a function of evakernels._C: its inputs and outputs as arrays, and the way to the kernels.
+// Call of a function of evakernels._C: inputs and outputs as arrays, and the launch of the kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -35,7 +35,7 @@ inline constexpr Source kSource<NeedsGrad> = Source::Nobody;
 
 using IsaName = std::optional<std::string>;
 
-// As DLPack numbers them.
+// In DLPack's numbering.
 struct Device {
   int32_t type = 1;
   int32_t number = 0;
@@ -154,7 +154,7 @@ class ArrayView {
     if (device_.type != Device{}.type && !(kServesGpus && device_.is_gpu())) {
       throw py::value_error(name + " must be on the CPU" + (kServesGpus ? " or on a GPU" : ""));
     }
-    // In DLPack's words 1 is the default stream.
+    // DLPack's 1 is the default stream.
     py::object capsule = device_.is_gpu() ? array.attr("__dlpack__")("stream"_a = stream == 0 ? 1 : stream)
                                           : array.attr("__dlpack__")();
     const auto* tensor = static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
@@ -179,7 +179,7 @@ class ArrayView {
   py::object owner_;
 };
 
-// Memory of the CUDA runtime, given back in the stream's order.
+// Stream-ordered memory of the CUDA runtime.
 class StreamScratch final : public cuda::Scratch {
  public:
   explicit StreamScratch(cuda::Stream stream) : stream_(stream) {}
@@ -233,7 +233,7 @@ class Call {
     require_dtype(given, dtype);
     return given;
   }
-  // Of any dtype.
+  // Output of any dtype.
   Array output(Output array, const char* name, const Array& x, OutputDType) {
     const Array given = update(array, name);
     require_sizes(given, x.sizes);
@@ -242,7 +242,7 @@ class Call {
   Array output_if(bool, Output array, const char* name, Sizes sizes, DType dtype, DType /*otherwise*/) {
     return array.is_none() ? no_array(name) : output(array, name, sizes, dtype);
   }
-  // The binding checks these two.
+  // Shapes and dtypes of these two are checked by the binding.
   Array statistic(bool, Output array, const char* name, const Array& /*x*/) {
     return array.is_none() ? no_array(name) : update(array, name);
   }
@@ -252,7 +252,7 @@ class Call {
 
   bool is_on_gpu() const { return kCudaIsInterpreted || device().is_gpu(); }
 
-  // The launchers are template arguments: those of a device that this build leaves out needn't be linked.
+  // Launchers are template arguments, so that those of a device without kernels needn't be linked.
   template <auto Cpu, auto Cuda, class Params>
   void launch(const char* op, const Params& params) {
     const py::gil_scoped_release unlocked;
@@ -275,7 +275,7 @@ class Call {
     return given.array();
   }
 
-  // All on one device; they live as long as the call.
+  // Checks that all arrays are on one device; views live as long as the call.
   const ArrayView& view(Input array, const char* name, Access access, Content content) {
     const ArrayView& added = views_.emplace_back(array, name, access, content, stream_);
     if (added.device() != device()) {
@@ -301,7 +301,7 @@ class Call {
 
 using Registration = void (*)(py::module_&);
 
-// What the module adds to itself, one function for each family of ops.
+// Functions that add the ops of a family to the module.
 inline std::vector<Registration>& registrations() {
   static std::vector<Registration> all;
   return all;
