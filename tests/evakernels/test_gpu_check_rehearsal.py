@@ -62,7 +62,7 @@ def statuses(records: list[dict[str, Any]], stage: str) -> dict[str, str]:
     return {end["case"]: end["status"] for end in records if end["record"] == "end" and end["stage"] == stage}
 
 
-def test_all_stages_pass_on_interpreted_kernels(tree: Path) -> None:
+def test_rehearsal_passes_all_stages(tree: Path) -> None:
     with warm(Path(sys.executable), environment(tree)) as programs:  # thirty processes
         status, records, output = rehearse(tree, python=programs / "python")
     assert status == 0, output
@@ -88,7 +88,7 @@ def test_all_stages_pass_on_interpreted_kernels(tree: Path) -> None:
     assert "is a rehearsal" in merged.stderr
 
 
-def test_kernels_that_fail_are_failures(tree: Path) -> None:
+def test_rehearsal_reports_failing_kernels(tree: Path) -> None:
     leave_one_file_of_triton(tree)
     path = tree / "evakernels/_ops.so"
     library = path.read_bytes()
@@ -102,7 +102,7 @@ def test_kernels_that_fail_are_failures(tree: Path) -> None:
     assert "gelu_forward: CUDA error: trap" in output
 
 
-def test_without_the_library_nothing_is_green(tree: Path) -> None:
+def test_rehearsal_without_library_fails(tree: Path) -> None:
     leave_one_file_of_triton(tree)
     (tree / "evakernels/_ops.so").unlink()
     status, records, output = rehearse(tree, "first_light")
