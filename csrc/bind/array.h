@@ -1,5 +1,4 @@
-// An array that a binding was given or has made, whoever owns it, and the checks that bindings share. The
-// files of this folder that are named after an op make its params from such arrays.
+// Array views of inputs and outputs, and the checks that bindings share.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +10,11 @@
 #include <string>
 #include <vector>
 
-#include "common/dtype.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// The message is put together only if the condition is false: a call checks dozens.
+// Formats the message only on failure: a call has dozens of checks.
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument((std::string() + ... + parts));
@@ -26,11 +25,11 @@ using Sizes = std::span<const int64_t>;
 struct Array {
   const char* name = "";
   void* data = nullptr;
-  DType dtype = DType::Float32;  // of an index: has no meaning
+  DType dtype = DType::Float32;  // no meaning for an index
   Sizes sizes;
   Sizes strides;  // in elements
   bool exists = false;
-  bool is_int32 = false;  // of an index; otherwise int64
+  bool is_int32 = false;  // index dtype; otherwise int64
 
   explicit operator bool() const { return exists; }
   float* floats() const { return static_cast<float*>(data); }
@@ -96,8 +95,8 @@ struct RowSizes {
         width(x.sizes.back()) {}
 };
 
-// Parameters of a norm, and their gradients: [width], all of one dtype, which is x's, float32 or, where the
-// result has another than x, that of `y`.
+// Checks parameters of a norm or their gradients: [width], all of one dtype, which is x's, y's or float32.
+// Returns it.
 inline DType parameter_dtype(const Array& x, std::initializer_list<const Array*> parameters,
                              const Array* y = nullptr) {
   const Array* first = nullptr;
@@ -117,7 +116,7 @@ inline DType parameter_dtype(const Array& x, std::initializer_list<const Array*>
   return first ? first->dtype : x.dtype;
 }
 
-// The mean and the reciprocal standard deviation of each row, in any shape.
+// Checks the mean and reciprocal standard deviation of each row, of any shape.
 inline void require_statistics(const Array& mean, const Array& rstd, int64_t rows, bool has_mean = true) {
   require(!has_mean || mean, "mean is needed unless rms=True");
   for (const Array* array : {&mean, &rstd}) {

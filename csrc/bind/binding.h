@@ -1,7 +1,7 @@
-// One function per op, from which the torch operator in _ops.so and the Python function in _C are both made.
+// One function per op makes both the torch operator in _ops.so and the Python function in _C.
 //
-// A binding is `void op(Call& call, arguments...)`. It reads its inputs through the call, gets its outputs
-// from it and launches the kernels. Its file is compiled for each library, where the argument types mean:
+// A binding is `void op(Call& call, arguments...)`: it reads inputs and allocates outputs through the call,
+// and launches the kernels. Its file is compiled for each library, where the argument types mean:
 //
 //   Input, OptionalInput, Inputs   a tensor, a tensor or None, a list of tensors
 //   Output                         torch: a result, allocated by the call; Python: an array of the caller
@@ -10,6 +10,9 @@
 //   Absent                         no argument in this library
 //
 // EVAKERNELS_OPS(family, m) { EVAKERNELS_OP(m, op, names, defaults, docstring); } registers them.
+//
+// EVAKERNELS_CUDA: the build includes the kernels of csrc/cuda. EVAKERNELS_INTERPRETED: a test build, in
+// which an interpreter runs the PTX of these kernels on CPU tensors instead of the CPU kernels.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +22,40 @@
 #include <type_traits>
 #include <utility>
 
+#include "bind/array.h"
+#include "include/residual_norm.h"
+
 namespace evakernels {
+
+#ifdef EVAKERNELS_CUDA
+constexpr bool kCudaIsBuilt = true;
+#else
+constexpr bool kCudaIsBuilt = false;
+#endif
+#ifdef EVAKERNELS_INTERPRETED
+constexpr bool kCudaIsInterpreted = true;
+#else
+constexpr bool kCudaIsInterpreted = false;
+#endif
+
+inline void raise_if_any(const char* op, cuda::Error error) {
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
+}
+
+// Calls a GPU launcher, with or without scratch memory, and raises its error.
+template <auto Cuda, class Params>
+void call_launcher(const char* op, const Params& params, cuda::Scratch& scratch, cuda::Stream stream) {
+  if constexpr (requires { params.shape.branch_dtype; }) {
+    const DType dtype = params.shape.dtype, branch = params.shape.branch_dtype;
+    require(gpu_serves(dtype, branch), op, ": branch is ", name_of(branch), " beside ", name_of(dtype),
+            "; kernels for GPUs take the same dtype, or any beside float32");
+  }
+  if constexpr (std::is_invocable_v<decltype(Cuda), const Params&, cuda::Stream>) {
+    raise_if_any(op, Cuda(params, stream));
+  } else {
+    raise_if_any(op, Cuda(params, scratch, stream));
+  }
+}
 
 struct Absent {};
 
@@ -40,7 +76,7 @@ inline constexpr Source kSource<Absent> = Source::Nobody;
 
 namespace evakernels {
 
-// The function that callers see, of a binding.
+// The public function of a binding.
 template <auto kBinding>
 struct Bound;
 
@@ -49,7 +85,7 @@ struct Bound<kBinding> {
   static constexpr std::array<Source, sizeof...(Args)> kSources = {kSource<Args>...};
   static constexpr size_t kOutputs = std::count(kSources.begin(), kSources.end(), Source::Call);
 
-  // How many arguments before number `i` have the same source.
+  // Number of arguments before `i` with the same source.
   static constexpr size_t rank(size_t i) {
     return std::count(kSources.begin(), kSources.begin() + i, kSources[i]);
   }

@@ -1,8 +1,6 @@
-// The contrastive losses as torch operators: torch's matrix products around one pass over each tile of
-// logits.
+// The contrastive losses as torch operators: torch's matmuls around one pass over each tile of logits.
 //
-// 16-bit features are widened: torch has no product of them with a float32 result on a CPU. (MKL has one for
-// bfloat16, but on a Zen 5 it was no faster than the float32 product.)
+// 16-bit features are widened: torch has no matmul of them with a float32 result on a CPU.
 #include "include/contrastive.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -16,7 +14,7 @@
 namespace evakernels {
 namespace {
 
-// Rows of a tile: enough for the products to run at full rate. At most 2^26 logits (256 MiB) exist at a time.
+// Rows per tile: enough for matmuls at full rate. At most 2^26 logits (256 MiB) exist at a time.
 constexpr int64_t kTileRows = 512;
 constexpr int64_t kTileElements = int64_t{1} << 26;
 
@@ -32,12 +30,12 @@ void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return new_tensor(TorchDevice(like), sizes, like.scalar_type());
+Tensor rows_of(Tensor& matrix, int64_t start, int64_t count) {
+  return torch::stable::narrow(matrix, 0, start, count);
 }
 
-Tensor new_float32(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return new_tensor(TorchDevice(like), sizes, ScalarType::Float);
+Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_tensor(TorchDevice(like), sizes, like.scalar_type());
 }
 
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -47,35 +45,23 @@ Tensor as_float32(const Tensor& tensor) {
 }
 
 float scalar_of(const Tensor& tensor, const char* name) {
-  require(tensor.numel() == 1, std::string(name) + " must have one element");
-  return *static_cast<const float*>(as_float32(tensor).const_data_ptr());
+  require(tensor.numel() == 1, name, " must have one element");
+  return *floats_of(as_float32(tensor));
 }
 
-// `count` floats that the caller gave, dense.
-Tensor float_vector(const Tensor& tensor, int64_t count, const char* name) {
-  require(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count,
-          std::string(name) + " must be float32 with " + std::to_string(count) + " elements");
-  return as_contiguous(tensor);
-}
-
-Tensor scalar_like(double value, const Tensor& like) {
-  const Tensor result = new_float32(like, {});
+Tensor scalar_of_dtype(double value, ScalarType dtype, const Tensor& like) {
+  const Tensor result = new_tensor(TorchDevice(like), {}, ScalarType::Float);
   *floats_of(result) = static_cast<float>(value);
-  return torch::stable::to(result, like.scalar_type());
+  return torch::stable::to(result, dtype);
 }
 
-Tensor rows_of(Tensor& matrix, int64_t start, int64_t count) {
-  return torch::stable::narrow(matrix, 0, start, count);
-}
-
-// Computes logit_scale * image @ text^T tile by tile, and the gradients of the features from those of the
-// logits.
+// Computes logit_scale * image @ text^T tile by tile.
 class Tiles {
  public:
-  // `keeps`: tiles lie one below the other in one matrix of logits, else each takes the place of the last.
+  // `logits`: the matrix of all logits, which tiles are rows of; null if each tile overwrites the last.
   Tiles(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset,
-        bool keeps = false)
-      : dtype_(dtype_of(image, "image")), offset_(offset), keeps_(keeps) {
+        const Tensor* logits = nullptr)
+      : dtype_(dtype_of(image, "image")), offset_(offset), keeps_(logits != nullptr) {
     require(image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1),
             "image and text must be matrices of one width");
     require(dtype_of(text, "text") == dtype_, "text must be of image's dtype");
@@ -85,17 +71,15 @@ class Tiles {
     text_ = as_float32(text);
     scale_ = scalar_of(logit_scale, "logit_scale");
     height_ = std::min({rows(), kTileRows, std::max<int64_t>(1, kTileElements / columns())});
-    scaled_ = new_float32(text_, {height_, width()});
-    logits_ = new_float32(text_, {keeps_ ? rows() : height_, columns()});
+    scaled_ = new_like(text_, {height_, width()});
+    logits_ = keeps_ ? *logits : new_like(text_, {height_, columns()});
   }
 
   int64_t rows() const { return image_.size(0); }
   int64_t columns() const { return text_.size(0); }
   int64_t width() const { return text_.size(1); }
-  const Tensor& logits() const { return logits_; }
-  Tensor vector(int64_t count) const { return new_float32(text_, {count}); }
 
-  // Calls body(tile, its first row). The logits are computed, or copied if there are any already.
+  // Calls body(tile, its first row). `known`: all logits, if they needn't be computed.
   template <class Body>
   void for_each(const Body& body, const float* known = nullptr) {
     for (int64_t start = 0; start < rows(); start += height_) {
@@ -136,20 +120,20 @@ class Tiles {
 
 class LogitGradients : public Tiles {
  public:
-  // Of the gradients of both features one that isn't wanted has no elements.
+  // A gradient that isn't needed has no elements.
   LogitGradients(const Tensor& image, const Tensor& text, const Tensor& logit_scale, int64_t offset,
                  NeedsGrad needs_grad)
       : Tiles(image, text, logit_scale, offset),
         needs_dimage_(needs_grad.at(0)),
         needs_dtext_(needs_grad.at(1)),
-        like_scale_(logit_scale),
+        scale_dtype_(logit_scale.scalar_type()),
         text_dtype_(text.scalar_type()),
-        // The gradient of the scale comes with that of the images, or from that of the texts.
+        // The gradient of the scale needs that of the images or of the texts.
         multiplies_text_(needs_dimage_ || !needs_dtext_ || scale_ == 0.0f),
         dimage_(multiplies_text_ ? new_like(image_, {rows(), width()}) : new_like(image_, {0})),
         dtext_(needs_dtext_ ? torch::stable::new_zeros(text_, text_.sizes()) : new_like(text_, {0})) {}
 
-  // Takes in a tile that now holds the gradient of its logits.
+  // Adds the share of a tile that holds the gradient of its logits.
   void add(const LogitTile& tile, int64_t start) {
     const Tensor dlogits = rows_of(logits_, 0, tile.rows);
     const Tensor scaled = rows_of(scaled_, 0, tile.rows);
@@ -162,14 +146,15 @@ class LogitGradients : public Tiles {
     for (float product : dot_products) dscale_ += product;
   }
 
-  std::tuple<Tensor, Tensor, Tensor> result() const {
-    const Tensor dimage = needs_dimage_ ? dimage_ : new_like(image_, {0});
-    const double dscale = multiplies_text_ ? dscale_ : dot_product(dtext_, text_) / scale_;
-    return {dimage, torch::stable::to(dtext_, text_dtype_), scalar_like(dscale, like_scale_)};
+  void write(Output dimage, Output dtext, Output dscale) const {
+    dimage = needs_dimage_ ? dimage_ : new_like(image_, {0});
+    dtext = torch::stable::to(dtext_, text_dtype_);
+    const double total = multiplies_text_ ? dscale_ : dot_product(dtext_, text_) / scale_;
+    dscale = scalar_of_dtype(total, scale_dtype_, text_);
   }
 
  private:
-  // Row by row, which keeps the digits.
+  // Summed in double over rows.
   static double dot_product(const Tensor& a, const Tensor& b) {
     const float *x = floats_of(a), *y = floats_of(b);
     const int64_t rows = a.size(0), width = a.size(1);
@@ -181,117 +166,121 @@ class LogitGradients : public Tiles {
   }
 
   bool needs_dimage_, needs_dtext_;
-  Tensor like_scale_;
-  ScalarType text_dtype_;
+  ScalarType scale_dtype_, text_dtype_;
   bool multiplies_text_;
   Tensor dimage_, dtext_;
   double dscale_ = 0;
 };
 
-using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Statistics statistics(Tiles& tiles) {
-  const Tensor row_lse = tiles.vector(tiles.rows());
-  const Tensor positive = tiles.vector(tiles.rows());
-  const Tensor row_max = tiles.vector(tiles.rows());
-  const Tensor col_lse = tiles.vector(tiles.columns());
-  const Tensor col_max = tiles.vector(tiles.columns());
-  std::vector<float> col_sum(tiles.columns());
-  std::fill_n(floats_of(col_max), tiles.columns(), -std::numeric_limits<float>::infinity());
+void write_statistics(Call& call, Tiles& tiles, Output row_lse_out, Output col_lse_out, Output positive_out,
+                      Output row_max_out, Output col_max_out) {
+  const int64_t rows = tiles.rows(), columns = tiles.columns();
+  const auto vector = [&](Output out, const char* name, int64_t count) {
+    return call.output(out, name, {&count, 1}, DType::Float32).floats();
+  };
+  float *const row_lse = vector(row_lse_out, "row_lse", rows), *const col_lse =
+                                                                   vector(col_lse_out, "col_lse", columns);
+  float *const positive = vector(positive_out, "positive", rows), *const row_max =
+                                                                      vector(row_max_out, "row_max", rows);
+  float* const col_max = vector(col_max_out, "col_max", columns);
+  std::vector<float> col_sum(columns);
+  std::fill_n(col_max, columns, -std::numeric_limits<float>::infinity());
   tiles.for_each([&](const LogitTile& tile, int64_t start) {
     const ContrastiveForward params = {
         .tile = tile,
-        .row_lse = floats_of(row_lse) + start,
-        .row_max = floats_of(row_max) + start,
-        .positive = floats_of(positive) + start,
-        .col_max = floats_of(col_max),
+        .row_lse = row_lse + start,
+        .row_max = row_max + start,
+        .positive = positive + start,
+        .col_max = col_max,
         .col_sum = col_sum.data(),
     };
     cpu::contrastive_forward(params, cpu::active_isa(), torch_parallel);
   });
-  cpu::finish_columns(col_sum.data(), floats_of(col_max), floats_of(col_lse), tiles.columns());
-  return {row_lse, col_lse, positive, row_max, col_max};
+  cpu::finish_columns(col_sum.data(), col_max, col_lse, columns);
 }
 
-Statistics contrastive_forward(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
-                               int64_t offset) {
+void contrastive_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
+                         Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max) {
+  call.read(image, "image");
   Tiles tiles(image, text, logit_scale, offset);
-  return statistics(tiles);
+  write_statistics(call, tiles, row_lse, col_lse, positive, row_max, col_max);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_kept_forward(const Tensor& image,
-                                                                                    const Tensor& text,
-                                                                                    const Tensor& logit_scale,
-                                                                                    int64_t offset) {
-  Tiles tiles(image, text, logit_scale, offset, true);
-  return std::tuple_cat(statistics(tiles), std::make_tuple(tiles.logits()));
+void contrastive_kept_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
+                              Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max,
+                              Output logits) {
+  call.read(image, "image");
+  const int64_t sizes[] = {image.size(0), text.size(0)};
+  call.output(logits, "logits", sizes, DType::Float32);
+  Tiles tiles(image, text, logit_scale, offset, &*logits);
+  write_statistics(call, tiles, row_lse, col_lse, positive, row_max, col_max);
 }
 
-// Without `logits` they are computed again.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& drow_lse_any, const Tensor& dcol_lse_any,
-                                            const Tensor& dpositive_any, const Tensor& image,
-                                            const Tensor& text, const Tensor& logit_scale,
-                                            const Tensor& row_lse_any, const Tensor& col_lse_any,
-                                            const float* logits, int64_t offset, NeedsGrad needs_grad) {
-  LogitGradients gradients(image, text, logit_scale, offset, needs_grad);
+// `logits`: null if they are recomputed.
+void write_gradients(Call& call, LogitGradients& gradients, Input drow_lse_in, Input dcol_lse_in,
+                     Input dpositive_in, Input row_lse_in, Input col_lse_in, const float* logits) {
   const int64_t rows = gradients.rows(), columns = gradients.columns();
-  const Tensor drow_lse = float_vector(drow_lse_any, rows, "drow_lse");
-  const Tensor dcol_lse = float_vector(dcol_lse_any, columns, "dcol_lse");
-  const Tensor dpositive = float_vector(dpositive_any, rows, "dpositive");
-  const Tensor row_lse = float_vector(row_lse_any, rows, "row_lse");
-  const Tensor col_lse = float_vector(col_lse_any, columns, "col_lse");
+  const auto vector = [&](Input in, const char* name, int64_t count) {
+    const Array array = call.read(in, name);
+    require_dtype(array, DType::Float32);
+    require_sizes(array, {count});
+    return static_cast<const float*>(array.data);
+  };
+  const float *const drow_lse = vector(drow_lse_in, "drow_lse", rows), *const row_lse = vector(
+                                                                           row_lse_in, "row_lse", rows);
+  const float *const dcol_lse = vector(dcol_lse_in, "dcol_lse", columns), *const col_lse = vector(
+                                                                              col_lse_in, "col_lse", columns);
+  const float* const dpositive = vector(dpositive_in, "dpositive", rows);
   const auto add = [&](const LogitTile& tile, int64_t start) {
     const ContrastiveBackward params = {
         .tile = tile,
-        .drow_lse = floats_of(drow_lse) + start,
-        .dcol_lse = floats_of(dcol_lse),
-        .dpositive = floats_of(dpositive) + start,
-        .row_lse = floats_of(row_lse) + start,
-        .col_lse = floats_of(col_lse),
+        .drow_lse = drow_lse + start,
+        .dcol_lse = dcol_lse,
+        .dpositive = dpositive + start,
+        .row_lse = row_lse + start,
+        .col_lse = col_lse,
     };
     cpu::contrastive_backward(params, cpu::active_isa(), torch_parallel);
     gradients.add(tile, start);
   };
   gradients.for_each(add, logits);
-  return gradients.result();
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
-                                                        const Tensor& dpositive, const Tensor& image,
-                                                        const Tensor& text, const Tensor& logit_scale,
-                                                        const Tensor& row_lse, const Tensor& col_lse,
-                                                        int64_t offset, NeedsGrad needs_grad) {
-  return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, nullptr, offset,
-                  needs_grad);
+void contrastive_backward(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image,
+                          Input text, Input logit_scale, Input row_lse, Input col_lse, int64_t offset,
+                          NeedsGrad needs_grad, Output dimage, Output dtext, Output dscale) {
+  LogitGradients gradients(image, text, logit_scale, offset, needs_grad);
+  write_gradients(call, gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, nullptr);
+  gradients.write(dimage, dtext, dscale);
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(const Tensor& drow_lse, const Tensor& dcol_lse,
-                                                             const Tensor& dpositive, const Tensor& image,
-                                                             const Tensor& text, const Tensor& logit_scale,
-                                                             const Tensor& row_lse, const Tensor& col_lse,
-                                                             const Tensor& logits_any, int64_t offset,
-                                                             NeedsGrad needs_grad) {
-  const Tensor logits = float_vector(logits_any, image.size(0) * text.size(0), "logits");
-  return backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse,
-                  floats_of(logits), offset, needs_grad);
+void contrastive_kept_backward(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image,
+                               Input text, Input logit_scale, Input row_lse, Input col_lse, Input logits_in,
+                               int64_t offset, NeedsGrad needs_grad, Output dimage, Output dtext,
+                               Output dscale) {
+  LogitGradients gradients(image, text, logit_scale, offset, needs_grad);
+  const Array logits = call.read(logits_in, "logits");
+  require_dtype(logits, DType::Float32);
+  require_sizes(logits, {gradients.rows(), gradients.columns()});
+  write_gradients(call, gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, logits.floats());
+  gradients.write(dimage, dtext, dscale);
 }
 
-Tensor siglip_value(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
-                    const Tensor& logit_bias, int64_t offset) {
+void siglip_value(Call&, Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset,
+                  Output loss) {
   Tiles tiles(image, text, logit_scale, offset);
   const float bias = scalar_of(logit_bias, "logit_bias");
   double total = 0;
   tiles.for_each([&](const LogitTile& tile, int64_t) {
     total += cpu::siglip_value({.tile = tile, .bias = bias}, cpu::active_isa(), torch_parallel).loss;
   });
-  return scalar_like(total, tiles.vector(0));
+  loss = scalar_of_dtype(total, ScalarType::Float, image);
 }
 
-// The gradients are float32: backward multiplies them and rounds once.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& image, const Tensor& text,
-                                                                  const Tensor& logit_scale,
-                                                                  const Tensor& logit_bias, int64_t offset,
-                                                                  NeedsGrad needs_grad) {
+// The gradients are float32: backward multiplies them by dloss and rounds once.
+void siglip_forward(Call&, Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset,
+                    NeedsGrad needs_grad, Output loss, Output dimage, Output dtext, Output dscale,
+                    Output dbias) {
   require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
   LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset, needs_grad);
   const float bias = scalar_of(logit_bias, "logit_bias");
@@ -303,34 +292,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(const Tensor& 
     total.dbias += sums.dbias;
     gradients.add(tile, start);
   });
-  auto [dimage, dtext, dscale] = gradients.result();
-  return {scalar_like(total.loss, dscale), dimage, dtext, dscale, scalar_like(total.dbias, dscale)};
+  gradients.write(dimage, dtext, dscale);
+  loss = scalar_of_dtype(total.loss, ScalarType::Float, image);
+  dbias = scalar_of_dtype(total.dbias, ScalarType::Float, image);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(const Tensor& dloss, const Tensor& image,
-                                                           const Tensor& text, const Tensor& logit_scale,
-                                                           const Tensor& logit_bias, const Tensor& dimage,
-                                                           const Tensor& dtext, const Tensor& dlogit_scale,
-                                                           const Tensor& dlogit_bias) {
-  const auto gradient = [&](const Tensor& unscaled, const Tensor& input) {
+void siglip_backward(Call&, Input dloss, Input image, Input text, Input logit_scale, Input logit_bias,
+                     Input dimage, Input dtext, Input dlogit_scale, Input dlogit_bias, Output dimage_out,
+                     Output dtext_out, Output dscale_out, Output dbias_out) {
+  const auto scale = [&](Output out, const Tensor& unscaled, const Tensor& input) {
     AtenTensorHandle scaled = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Tensor(unscaled.get(), dloss.get(), &scaled));
-    return torch::stable::to(Tensor(scaled), input.scalar_type());
+    out = torch::stable::to(Tensor(scaled), input.scalar_type());
   };
-  return {gradient(dimage, image), gradient(dtext, text), gradient(dlogit_scale, logit_scale),
-          gradient(dlogit_bias, logit_bias)};
+  scale(dimage_out, dimage, image);
+  scale(dtext_out, dtext, text);
+  scale(dscale_out, dlogit_scale, logit_scale);
+  scale(dbias_out, dlogit_bias, logit_bias);
 }
 
 }  // namespace
 
 EVAKERNELS_CPU_OPS(contrastive, m) {
-  m.impl("contrastive_forward", TORCH_BOX(&contrastive_forward));
-  m.impl("contrastive_backward", TORCH_BOX(&contrastive_backward));
-  m.impl("contrastive_kept_forward", TORCH_BOX(&contrastive_kept_forward));
-  m.impl("contrastive_kept_backward", TORCH_BOX(&contrastive_kept_backward));
-  m.impl("siglip_value", TORCH_BOX(&siglip_value));
-  m.impl("siglip_forward", TORCH_BOX(&siglip_forward));
-  m.impl("siglip_backward", TORCH_BOX(&siglip_backward));
+  EVAKERNELS_OP(m, contrastive_forward);
+  EVAKERNELS_OP(m, contrastive_backward);
+  EVAKERNELS_OP(m, contrastive_kept_forward);
+  EVAKERNELS_OP(m, contrastive_kept_backward);
+  EVAKERNELS_OP(m, siglip_value);
+  EVAKERNELS_OP(m, siglip_forward);
+  EVAKERNELS_OP(m, siglip_backward);
 }
 
 }  // namespace evakernels

@@ -38,7 +38,8 @@ float* one_float(const Array& array) {
 
 using Reader = Array (Call::*)(Input, const char*);
 
-// Everything but gradients, rates and rounding. A phase updates params or the moments and steps, or both.
+// Everything but gradients, learning rates and rounding. A phase updates params, or moments and steps, or
+// both.
 OptimizedTensors lamb_tensors(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
                               const RealNumbers& weight_decays, Reader read_param, Reader read_state) {
   const size_t count = params.size();
@@ -71,7 +72,7 @@ void set_lrs(OptimizedTensors& tensors, const RealNumbers& lrs) {
   for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
 }
 
-// Without seeds: to nearest.
+// Without seeds: round to nearest.
 void set_rounding(OptimizedTensors& tensors, const Numbers& seeds, const Numbers& first_elements) {
   if (seeds.empty()) return;
   require(seeds.size() == tensors.size() && first_elements.size() == tensors.size(),

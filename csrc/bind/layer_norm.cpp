@@ -6,7 +6,7 @@
 namespace evakernels {
 namespace {
 
-// `y`: the output or its gradient.
+// y: the output or its gradient.
 void require_norm_serves(const Array& x, const Array& y) {
   require_sizes(y, x.sizes);
   require(norm_serves(x.dtype, y.dtype), y.name, " is ", name_of(y.dtype), " beside ", name_of(x.dtype),

@@ -1,4 +1,4 @@
-// evakernels._C: what was built and what this machine can run, and the launchers on raw buffers.
+// evakernels._C: build information, and the launchers on raw buffers.
 #include <iterator>
 #include <sstream>
 #include <string>

@@ -1,4 +1,4 @@
-// LayerNorm and RMSNorm joined with the residual connection around them.
+// LayerNorm and RMSNorm fused with the residual connection around them.
 #include "include/residual_norm.h"
 
 #include "bind/binding.h"
@@ -27,7 +27,7 @@ NormArrays read_norm(Call& call, OptionalInput weight, OptionalInput bias, Optio
           call.read_optional(layer_scale, "layer_scale"), call.read_optional(row_scale, "row_scale")};
 }
 
-// `needs_grad`: its last three elements.
+// first: index of the weight in needs_grad.
 ResidualNormGradients norm_gradients(Call& call, const NormArrays& norm, int64_t width, Output dweight,
                                      Output dbias, Output dlayer_scale, NeedsGrad needs_grad,
                                      size_t first = 0) {
@@ -40,7 +40,7 @@ ResidualNormGradients norm_gradients(Call& call, const NormArrays& norm, int64_t
           gradient(2, dlayer_scale, "dlayer_scale", norm.layer_scale)};
 }
 
-// `y`: the output of the norm or its gradient in add + norm; the sum in norm + add.
+// y: in add + norm the norm's output or its gradient, in norm + add the sum.
 ResidualNormShape norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
   require(x.sizes.size() > 1, x.name, " must be [B, ..., C]");
   const RowSizes size(x);

@@ -1,5 +1,5 @@
 // Attention with rotary embedding, of samples and of packed sequences: two torch operators, one Python
-// function.
+// function per direction.
 #include "include/rope_attention.h"
 
 #include <algorithm>
@@ -11,13 +11,13 @@ namespace {
 
 struct AttentionOptions {
   OptionalInput cos, sin, token_index;
-  Array offsets;  // of a packed batch
+  Array offsets;  // cu_seqlens of a packed batch
   int64_t num_prefix, max_seqlen;
   bool causal, interleaved;
   double scale;
 };
 
-// The strides of no elements or of an axis of one element have no meaning.
+// Strides of empty tensors and of dimensions of size 1 have no meaning.
 bool has_dense_vectors(Sizes sizes, Sizes strides) {
   return !sizes.empty() && (strides.back() == 1 || sizes.back() == 1 || product(sizes) == 0);
 }
@@ -41,7 +41,7 @@ HeadsView view_like(const Array& heads, const Array& q) {
   return view_of(heads);
 }
 
-// q, k and v, and what follows from them and the options.
+// q, k and v, with shape and tables of the call.
 struct AttentionInputs {
   Array q, k, v;
   AttentionShape shape;
@@ -58,17 +58,24 @@ struct AttentionInputs {
     const int64_t heads = q.sizes[axes - 2], kv_heads = k.sizes[axes - 2];
     require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "q's heads must be a multiple of k's");
     set_shape(options);
-    if (const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape) : nullptr) require(false, reason);
     set_tables(call, options);
   }
 
-  // Of the log-sum-exps: [B, H, N] or [H, T].
+  // Checks that the CUDA kernels support the call. views: inputs of the launch.
+  void require_served(const Call& call, std::initializer_list<HeadsView> views) const {
+    int64_t max_stride = 0;
+    for (const HeadsView& view : views) max_stride = std::max(max_stride, view.token_stride);
+    const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape, tables, max_stride) : nullptr;
+    if (reason) require(false, reason);
+  }
+
+  // Sizes of lse: [B, H, N] or [H, T].
   std::vector<int64_t> lse_sizes() const {
     if (shape.offsets.data) return {shape.heads, shape.offsets.tokens};
     return {shape.batch, shape.heads, shape.tokens};
   }
 
-  // Of the gradients of k and v: those of each query head.
+  // Sizes of dk and dv, per query head.
   std::vector<int64_t> gradient_sizes() const {
     std::vector<int64_t> sizes(k.sizes.begin(), k.sizes.end());
     sizes[sizes.size() - 2] = shape.heads;
@@ -153,6 +160,7 @@ void attend(const char* op, Call& call, Input q, Input k, Input v, Output out, O
       .tables = in.tables,
       .shape = in.shape,
   };
+  in.require_served(call, {params.q, params.k, params.v});
   call.launch<cpu::rope_attention_forward, cuda::rope_attention_forward>(op, params);
 }
 
@@ -175,10 +183,11 @@ void attend_backward(const char* op, Call& call, Input dout, Input q, Input k, I
       .tables = in.tables,
       .shape = in.shape,
   };
+  in.require_served(call, {params.q, params.k, params.v, params.dout, params.out});
   call.launch<cpu::rope_attention_backward, cuda::rope_attention_backward>(op, params);
 }
 
-// rope_attention has these arguments in Python only.
+// Only Python's rope_attention has these arguments.
 using CuSeqlens = Either<Absent, OptionalInput>;
 using MaxSeqlen = Either<Absent, int64_t>;
 

@@ -6,8 +6,8 @@
 namespace evakernels {
 namespace {
 
-// The distance between rows that are dense and equally far apart, as halves of a packed projection are. The
-// stride of an axis of one element has no meaning.
+// The row stride if rows are dense and evenly spaced, as halves of a packed projection are. Strides of
+// dimensions of size 1 have no meaning.
 std::optional<int64_t> row_stride(Sizes sizes, Sizes strides) {
   if (sizes.empty()) return std::nullopt;
   const int64_t width = sizes.back();

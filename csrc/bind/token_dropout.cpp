@@ -6,7 +6,7 @@
 namespace evakernels {
 namespace {
 
-// Channels of a patch or patches of a channel side by side. Strides of one number have no meaning.
+// Contiguous channels or contiguous patches. Strides of dimensions of size 1 have no meaning.
 bool has_readable_patches(Sizes sizes, Sizes strides) {
   require(sizes.size() == 3, "patches must be [B, N, C]");
   return strides[2] == 1 || strides[1] == 1 || sizes[1] * sizes[2] == 1 || product(sizes) == 0;

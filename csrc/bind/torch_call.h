@@ -1,4 +1,4 @@
-// A call of a torch operator: its inputs as arrays, its outputs, and the way to the kernels.
+// Call of a torch operator: inputs as arrays, outputs, and the launch of the kernels.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -16,10 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "bind/launch.h"
 #include "bind/torch_stream.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
@@ -70,8 +69,7 @@ inline ScalarType scalar_type_of(DType dtype) {
   }
 }
 
-// torch::stable::contiguous and new_empty look their operators up by name, which costs more than the rest of
-// a call.
+// torch::stable::contiguous looks its operator up by name, which costs more than the rest of a call.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -85,7 +83,7 @@ struct TorchDevice {
   }
 };
 
-// Uninitialised and contiguous.
+// Uninitialised, contiguous.
 inline Tensor new_tensor(const TorchDevice& device, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t axis = sizes.size(); axis-- > 1;) {
@@ -106,7 +104,7 @@ inline cuda::Stream current_stream(int32_t device) {
   return stream;
 }
 
-// Memory of torch's allocator, which reuses it only in the order of the stream.
+// Stream-ordered memory of torch's allocator.
 class TensorScratch final : public cuda::Scratch {
  public:
   explicit TensorScratch(const TorchDevice& device) : device_(device) {}
@@ -124,18 +122,18 @@ class TensorScratch final : public cuda::Scratch {
 
 class Call {
  public:
-  // Dense; otherwise a dense copy.
+  // The tensor, or a contiguous copy.
   Array read(const Tensor& tensor, const char* name) {
     return read_strided(tensor, name, [](const Tensor& given) { return given.is_contiguous(); });
   }
   Array read_optional(OptionalInput tensor, const char* name) {
     return tensor ? read(*tensor, name) : no_array(name);
   }
-  // A tensor that isn't there has no elements in the schema.
+  // A tensor that doesn't exist has no elements in the schema.
   Array read_if(bool exists, const Tensor& tensor, const char* name) {
     return exists ? read(tensor, name) : no_array(name);
   }
-  // A dense copy of what the kernels can't read.
+  // The tensor, or a contiguous copy if the kernels can't read its strides.
   Array read_readable(const Tensor& tensor, const char* name, bool (*is_readable)(Sizes, Sizes)) {
     return read_strided(tensor, name, [&](const Tensor& given) {
       return is_readable(span_of(given.sizes()), span_of(given.strides()));
@@ -150,7 +148,7 @@ class Call {
     array.is_int32 = type == ScalarType::Int;
     return array;
   }
-  // Converted if necessary; the host doesn't wait for its value.
+  // Converted if necessary, without a host sync.
   Array read_float32(const Tensor& tensor, const char* name) {
     if (tensor.scalar_type() == ScalarType::Float) return read(tensor, name);
     return read(copies_.emplace_back(torch::stable::to(tensor, ScalarType::Float)), name);
@@ -158,7 +156,7 @@ class Call {
   Array read_float32_optional(OptionalInput tensor, const char* name) {
     return tensor ? read_float32(*tensor, name) : no_array(name);
   }
-  // Written in place; the launch copies a dense copy back.
+  // Updated in place; a contiguous copy is copied back after the launch.
   Array update(const Tensor& tensor, const char* name) {
     const bool is_dense = tensor.is_contiguous();
     const Tensor& dense = keep(tensor, is_dense);
@@ -173,7 +171,7 @@ class Call {
   Array output(Output result, const char* name, Sizes sizes, DType dtype) {
     return output(result, name, sizes, scalar_type_of(dtype));
   }
-  // Of the dtype of `x` if there is none.
+  // dtype: default x's.
   Array output(Output result, const char* name, const Array& x, OutputDType dtype) {
     return output(result, name, x.sizes, dtype.value_or(scalar_type_of(x.dtype)));
   }
@@ -181,17 +179,17 @@ class Call {
     result = new_tensor(device(), sizes, ScalarType::Byte);
     return result->mutable_data_ptr();
   }
-  // No elements, of the dtype `otherwise`, if `exists` is false.
+  // An empty tensor of dtype `otherwise` if `exists` is false.
   Array output_if(bool exists, Output result, const char* name, Sizes sizes, DType dtype, DType otherwise) {
     if (exists) return output(result, name, sizes, dtype);
     result = new_tensor(device(), kNoElements, scalar_type_of(otherwise));
     return no_array(name);
   }
-  // One float for each row of `x`.
+  // One float per row of `x`.
   Array statistic(bool exists, Output result, const char* name, const Array& x) {
     return output_if(exists, result, name, x.sizes.first(x.sizes.size() - 1), DType::Float32, DType::Float32);
   }
-  // Like the parameter, if there is one.
+  // Like the parameter, if there is one and its gradient is needed.
   Array gradient(bool needed, Output result, const char* name, const Array& parameter,
                  DType otherwise = DType::Float32) {
     const bool exists = parameter && needed;
@@ -200,8 +198,8 @@ class Call {
 
   bool is_on_gpu() const { return kCudaIsInterpreted || (kCudaIsBuilt && first_->is_cuda()); }
 
-  // The launchers are template arguments: those of a device that this build leaves out needn't be linked.
-  // Null: this op has no kernels for GPUs.
+  // Launchers are template arguments, so that those of a device without kernels needn't be linked. Cuda:
+  // nullptr for an op without GPU kernels.
   template <auto Cpu, auto Cuda, class Params>
   void launch(const char* op, const Params& params) {
     if constexpr (kCudaIsBuilt && !std::is_null_pointer_v<decltype(Cuda)>) {
@@ -238,7 +236,7 @@ class Call {
     return array_of(keep(tensor, is_readable(tensor)), name);
   }
 
-  // Arrays point into tensors: those of the caller outlive the call, copies are held by it.
+  // Arrays point into tensors: the caller's outlive the call, copies are kept by it.
   const Tensor& keep(const Tensor& tensor, bool is_readable) {
     if (!first_) first_ = &tensor;
     return is_readable ? tensor : copies_.emplace_back(torch::stable::contiguous(tensor));
@@ -264,12 +262,12 @@ class Call {
   const Tensor* first_ = nullptr;
   std::optional<TorchDevice> device_;
   std::list<Tensor> copies_;
-  std::vector<std::pair<Tensor, Tensor>> updated_;  // a tensor and its dense copy
+  std::vector<std::pair<Tensor, Tensor>> updated_;  // a tensor and its contiguous copy
 };
 
 }  // namespace evakernels
 
-// Registers a family's ops, for every device that this build has kernels for.
+// Registers a family's ops for every device with kernels.
 #define EVAKERNELS_CPU_OPS(family, m) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CPU, m)
 #if defined(EVAKERNELS_CUDA) && !defined(EVAKERNELS_INTERPRETED)
 #define EVAKERNELS_OPS(family, m)                                                 \

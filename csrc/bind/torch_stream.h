@@ -1,5 +1,5 @@
-// Torch's current CUDA stream, of a function that only libtorch_cuda has. This library isn't linked with
-// that, so that it also loads beside a torch without CUDA, and looks for the function when it needs it.
+// Looks up torch's function for the current CUDA stream at run time: it is in libtorch_cuda, which this
+// library isn't linked with, so that it also loads with a CPU build of torch.
 #pragma once
 
 #include <dlfcn.h>
@@ -8,19 +8,19 @@
 #include <stdexcept>
 #include <string>
 
-// Weak: null where none of the libraries that this one was loaded with has it.
+// Weak: null if no linked library defines it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace evakernels {
 
 using StreamFunction = int32_t (*)(int32_t device, void** stream);
 
-// Throws an error that says where it was looked for.
+// Throws an error that lists the searched libraries.
 inline StreamFunction find_stream_function() {
   constexpr const char *kName = "aoti_torch_get_current_cuda_stream", *kLibrary = "libtorch_cuda.so";
   if (aoti_torch_get_current_cuda_stream) return aoti_torch_get_current_cuda_stream;
   if (void* const found = dlsym(RTLD_DEFAULT, kName)) return reinterpret_cast<StreamFunction>(found);
-  // Python loads torch's libraries for themselves, which hides them from the line above.
+  // Python loads torch's libraries with RTLD_LOCAL, which hides them from the line above.
   void* const library = dlopen(kLibrary, RTLD_LAZY | RTLD_NOLOAD);
   void* const found = library ? dlsym(library, kName) : nullptr;
   if (found) return reinterpret_cast<StreamFunction>(found);

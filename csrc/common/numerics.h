@@ -1,10 +1,10 @@
-// Conversions between float and the 16-bit formats, for scalars and for GCC/Clang vectors of them.
+// Conversions between float and the 16-bit formats, for scalars and GCC/Clang vectors.
 //
-// F is float or a vector of floats, U is uint32_t or a vector as wide; a 16-bit value lies in the low half of
-// its 32-bit lane. All round to nearest even and keep NaN a NaN.
+// F is float or a vector of floats, U is uint32_t or a vector as wide; a 16-bit value is in the low half of
+// its lane. All round to nearest even and preserve NaN.
 //
-// Everything here is `static`: the files that include it are compiled for several instruction sets, and a
-// shared inline function would let the linker keep one copy (say, the AVX-512 one) for all of them.
+// Everything is `static`: files that include this are compiled for several instruction sets, and the linker
+// would keep one copy of an inline function for all of them.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,8 @@
-// Stochastic rounding of float32 to bfloat16: up with the probability of the part that is cut off, so that
-// the mean of many roundings is the value itself, and sums of steps smaller than half a unit aren't lost.
+// Stochastic rounding of float32 to bfloat16: up with a probability of the truncated fraction, so that the
+// expected value is exact and steps below half a ulp aren't lost.
 //
-// The random numbers are a hash of (seed, step, number of the element), for scalars and for GCC/Clang vectors
-// of them: they depend on no thread, no device and no order. tests/evakernels/test_stochastic_rounding.py
-// judges them.
+// Random numbers are a hash of (seed, step, element index), for scalars and GCC/Clang vectors: independent of
+// threads, device and order.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +20,8 @@ constexpr int64_t kNearest = -1;
 
 // How a parameter is rounded to bfloat16.
 struct Rounding {
-  int64_t seed;           // kNearest: to the nearest, ties to even
-  int64_t first_element;  // number of the buffer's first element within its whole tensor
+  int64_t seed;           // kNearest: round to nearest even
+  int64_t first_element;  // index of the buffer's first element in the unsharded tensor
 };
 
 // A rounding in one step.
@@ -32,8 +31,7 @@ struct RoundingKey {
   bool is_stochastic;
 };
 
-// lowbias32 of Chris Wellons's hash-prospector (2018): each bit of x changes each of the result in half of
-// all cases.
+// lowbias32 of Chris Wellons's hash-prospector (2018).
 template <class U>
 EVAKERNELS_EVERYWHERE U scrambled(U x) {
   x ^= x >> 16;
@@ -53,13 +51,13 @@ EVAKERNELS_EVERYWHERE RoundingKey key_of(const Rounding& rounding, float step) {
   return {start + static_cast<uint32_t>(rounding.first_element), mask, rounding.seed != kNearest};
 }
 
-// 32 random bits for element `i` of the buffer; they come again after 2^32 elements.
+// 32 random bits for element `i` of the buffer, with a period of 2^32 elements.
 template <class U>
 EVAKERNELS_EVERYWHERE U random_bits(const RoundingKey& key, U i) {
   return scrambled(scrambled(i + key.start) ^ key.mask);
 }
 
-// The value with the last 16 bits zero, as bfloat16 holds it. NaN stays as it is.
+// The value rounded to bfloat16, as a float. Preserves NaN.
 template <class U, class F>
 EVAKERNELS_EVERYWHERE F rounded_to_bfloat16(F value, U random) {
   U bits;

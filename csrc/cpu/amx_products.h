@@ -40,7 +40,7 @@ static inline void multiply_block(const Product& product, const uint32_t* a, int
   const uint32_t* b = product.b + vector * kLanes;
   float* upper = product.c + row * product.c_stride + vector * kLanes;
   float* lower = upper + kTileRows * product.c_stride;
-  asm volatile("" ::: "memory");  // GCC doesn't know that tile loads read memory
+  asm volatile("" ::: "memory");  // GCC ignores that tile loads read memory
   if (product.add) {
     _tile_loadd(0, upper, c_bytes);
     _tile_loadd(2, lower, c_bytes);

@@ -1,8 +1,8 @@
-// Compiled for AVX-512 with its BF16 extension, without and with AMX.
+// bfloat16 attention, compiled for AVX512_BF16 and for AMX.
 //
-// A head's keys and values are laid out for the products once; then kPanelRows queries at a time meet all
-// keys that they see. Scores stay in the cache, in float32; only the weights, and in backward the scores'
-// gradients, are rounded to bfloat16, for the products that follow.
+// A head's keys and values are packed for the matmuls once; then kPanelRows queries at a time are multiplied
+// with all visible keys. Scores stay in the cache in float32; only weights, and in backward dS, are rounded
+// to bfloat16 for the next matmul.
 #include "cpu/bfloat16_attention_kernels.h"
 
 #ifdef __AMX_BF16__
@@ -27,8 +27,8 @@ static_assert(kBlockPairs <= kChunkPairs, "a block's pairs fit into one chunk");
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Lengths in elements of what is kept of a head. Rows of a product are written in whole blocks. Pairs beyond
-// the channels are zero.
+// Padded lengths of a head's matrices, in elements. Matmuls write whole blocks of rows. Pairs beyond head_dim
+// are zero.
 struct Extents {
   explicit Extents(const HeadsShape& shape)
       : tokens(round_up(shape.tokens, 2 * kPanelRows)),
@@ -44,7 +44,7 @@ struct Extents {
   int64_t pair_vectors;
 };
 
-// Parts of a workspace; without one, their total size.
+// Bump allocator over a workspace; with data null it computes the size.
 struct Arena {
   float* data;
   int64_t used = 0;
@@ -61,9 +61,9 @@ uint32_t* take_panel(Arena& arena, int64_t pairs) {
   return arena.take<uint32_t>((pairs + kChunkPairs - 1) / kChunkPairs * kPanelChunk);
 }
 
-// --- laying out --------------------------------------------------------------------------------------------
+// --- packing ---
 
-// Vectors of the caller, and what they are multiplied with on the way.
+// A tensor of the caller, with the rotation and factor of its copy.
 struct Vectors {
   HeadsView view;
   Rotation rotation;
@@ -72,7 +72,7 @@ struct Vectors {
 
 Vectors plain(const HeadsView& view) { return {view, Rotation{}, 1.0f}; }
 
-// `count` tokens from `first` on as rows of a panel or a slab.
+// Copies `count` tokens from `first` on to rows of a panel or slab.
 void load_rows(const Vectors& source, const HeadsShape& shape, Position first, int64_t count,
                uint32_t* rows) {
   for (int64_t i = 0; i < count; ++i, ++first.token) {
@@ -95,7 +95,7 @@ void store_rows(const float* rows, const Vectors& target, const HeadsShape& shap
   }
 }
 
-// Keys or values of a head. Beyond its tokens they are zero, up to a whole vector.
+// Packed keys or values of a head, zero-padded to a whole vector of tokens.
 struct HeadMatrix {
   uint32_t* by_channel;  // pairs of channels x tokens; may be null
   uint32_t* by_token;    // pairs of tokens x channels; may be null
@@ -125,67 +125,66 @@ uint32_t* take_by_token(Arena& arena, const Extents& extents) {
   return arena.take<uint32_t>(extents.tokens / 2 * extents.channels);
 }
 
-// Brings nearer what load_rows will read of the next head, the same tokens as are worked on of this one. They
-// are so far apart that the machine doesn't foresee them: this saves a tenth of the time (Zen 5).
+// Prefetches the next head's tokens at the position of the current ones; the hardware doesn't predict this
+// stride.
 template <int kCount>
-void prefetch_next_head(const HeadsView (&views)[kCount], const AttentionOfHeads& of, Position at,
+void prefetch_next_head(const HeadsView (&views)[kCount], const BFloat16Attention& params, Position at,
                         int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(BFloat16);
-  const int64_t next = at.sample * of.shape.heads + at.head + 1;
-  if (next == of.count) return;
-  at.sample = next / of.shape.heads;
-  at.head = next % of.shape.heads;
+  const int64_t next = at.sample * params.shape.heads + at.head + 1;
+  if (next == params.count) return;
+  at.sample = next / params.shape.heads;
+  at.head = next % params.shape.heads;
   for (const HeadsView& view : views) {
     for (int64_t i = 0; i < count; ++i) {
       const BFloat16* vector = Position{at.sample, at.head, at.token + i}.in<BFloat16>(view);
-      for (int64_t channel = 0; channel < of.shape.head_dim; channel += kLine) {
+      for (int64_t channel = 0; channel < params.shape.head_dim; channel += kLine) {
         _mm_prefetch(vector + channel, _MM_HINT_T0);
       }
     }
   }
 }
 
-// --- products ----------------------------------------------------------------------------------------------
+// --- matmuls ---
 
-// A panel of queries, and the keys that it sees.
+// A panel of queries, and the keys that are visible to it.
 struct Tile {
   int64_t first;    // query
   int64_t rows;     // queries
   int64_t columns;  // keys
   int64_t vectors;  // of keys
 
-  Tile(const AttentionOfHeads& of, int64_t first, int64_t most_rows)
+  Tile(const BFloat16Attention& params, int64_t first, int64_t most_rows)
       : first(first),
-        rows(smaller(most_rows, of.shape.tokens - first)),
-        columns(of.causal ? first + rows : of.shape.tokens),
+        rows(smaller(most_rows, params.shape.tokens - first)),
+        columns(params.causal ? first + rows : params.shape.tokens),
         vectors((columns + kLanes - 1) / kLanes) {}
 
-  // With rows of zeros that make whole steps of pairs.
+  // Rows, zero-padded to whole steps of pairs.
   int64_t rows_in_steps() const { return round_up(rows, 2 * kPairStep); }
 
-  int64_t visible(const AttentionOfHeads& of, int64_t row) const {
-    return of.causal ? smaller(first + row + 1, columns) : columns;
+  int64_t visible(const BFloat16Attention& params, int64_t row) const {
+    return params.causal ? smaller(first + row + 1, columns) : columns;
   }
 };
 
-// Dot products of a panel's vectors with all keys' or values'.
+// scores = panel * keys^T, or dout * values^T.
 void score(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_channel,
            float* scores) {
   multiply_panel({panel, 1, 0, by_channel, extents.tokens, scores, extents.tokens, tile.rows, tile.vectors,
                   extents.pairs, false});
 }
 
-// Sums of all keys' or values' vectors by a panel's weights. What whole steps of pairs have beyond its keys
-// lies beyond the head's tokens, where both are zero.
+// sums = weights * values, or dS * keys. Padding of the last step is zero in both factors.
 void combine(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_token,
              float* sums) {
   multiply_panel({panel, 1, kPanelChunk, by_token, extents.channels, sums, extents.channels, tile.rows,
                   extents.channel_vectors, round_up(tile.columns, 2 * kPairStep) / 2, false});
 }
 
-// --- forward -----------------------------------------------------------------------------------------------
+// --- forward ---
 
-// Where vector i of a row of a panel lies.
+// Vector i of a panel's row.
 BFloat16* panel_vector(uint32_t* panel, int64_t row, int64_t i) {
   constexpr int64_t kChunkVectors = 2 * kChunkPairs / kLanes;
   return reinterpret_cast<BFloat16*>(panel + i / kChunkVectors * kPanelChunk + row * kChunkPairs) +
@@ -194,7 +193,7 @@ BFloat16* panel_vector(uint32_t* panel, int64_t row, int64_t i) {
 
 F32 exp2_of(F32 x) { return exp2_of_negative(at_least(x, -200.0f)); }
 
-// The softmax of a row of scores, not yet divided by its denominator. Returns 1 / denominator.
+// Unnormalised softmax of a row. Returns 1 / denominator.
 float softmax(const float* scores, int64_t visible, int64_t vectors, uint32_t* panel, int64_t row,
               float* lse) {
   F32 highest = broadcast(-__builtin_inff());
@@ -234,43 +233,41 @@ struct ForwardBuffers {
         out(arena.take<float>(kPanelRows * extents.channels)) {}
 };
 
-void forward_tile(const BFloat16AttentionForward& params, const ForwardBuffers& buffers, const Tile& tile,
+void forward_tile(const BFloat16Attention& params, const ForwardBuffers& buffers, const Tile& tile,
                   Position at, float* lse) {
-  const AttentionOfHeads& of = params.of;
-  const Extents extents(of.shape);
+  const Extents extents(params.shape);
   at.token = tile.first;
-  prefetch_next_head({params.q, params.k, params.v}, of, at, tile.rows);
-  load_rows({params.q, of.rotation, of.scale}, of.shape, at, tile.rows, buffers.queries);
+  prefetch_next_head({params.q, params.k, params.v}, params, at, tile.rows);
+  load_rows({params.q, params.rotation, params.scale}, params.shape, at, tile.rows, buffers.queries);
   score(tile, extents, buffers.queries, buffers.keys.by_channel, buffers.scores);
   float factors[kPanelRows];
   for (int64_t row = 0; row < tile.rows; ++row) {
-    factors[row] = softmax(buffers.scores + row * extents.tokens, tile.visible(of, row), tile.vectors,
+    factors[row] = softmax(buffers.scores + row * extents.tokens, tile.visible(params, row), tile.vectors,
                            buffers.weights, row, lse + tile.first + row);
   }
   combine(tile, extents, buffers.weights, buffers.values.by_token, buffers.out);
   for (int64_t row = 0; row < tile.rows; ++row, ++at.token) {
-    scale_vector(buffers.out + row * extents.channels, at.in<BFloat16>(params.out), of.shape.head_dim,
+    scale_vector(buffers.out + row * extents.channels, at.in<BFloat16>(params.out), params.shape.head_dim,
                  factors[row]);
   }
 }
 
-void forward(const BFloat16AttentionForward& params, float* workspace, int64_t begin, int64_t end) {
-  const AttentionOfHeads& of = params.of;
+void forward(const BFloat16Attention& params, float* workspace, int64_t begin, int64_t end) {
   Arena arena{workspace};
-  const ForwardBuffers buffers(arena, Extents(of.shape));
-  const int64_t blocks = (of.shape.tokens + kAttentionBlockRows - 1) / kAttentionBlockRows;
+  const ForwardBuffers buffers(arena, Extents(params.shape));
+  const int64_t blocks = (params.shape.tokens + kAttentionBlockRows - 1) / kAttentionBlockRows;
   begin_products();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t head = block / blocks;
-    const Position at = position_of(of.shape, head * of.shape.tokens);
+    const Position at = position_of(params.shape, head * params.shape.tokens);
     if (block == begin || block % blocks == 0) {
-      buffers.keys.fill({params.k, of.rotation, 1.0f}, of.shape, at, buffers.slab);
-      buffers.values.fill(plain(params.v), of.shape, at, buffers.slab);
+      buffers.keys.fill({params.k, params.rotation, 1.0f}, params.shape, at, buffers.slab);
+      buffers.values.fill(plain(params.v), params.shape, at, buffers.slab);
     }
     const int64_t first = block % blocks * kAttentionBlockRows;
-    const int64_t last = smaller(first + kAttentionBlockRows, of.shape.tokens);
+    const int64_t last = smaller(first + kAttentionBlockRows, params.shape.tokens);
     for (int64_t row = first; row < last; row += kPanelRows) {
-      forward_tile(params, buffers, Tile(of, row, kPanelRows), at, params.lse + head * params.lse_stride);
+      forward_tile(params, buffers, Tile(params, row, kPanelRows), at, params.lse + head * params.lse_stride);
     }
   }
   end_products();
@@ -282,20 +279,19 @@ int64_t forward_workspace(const HeadsShape& shape) {
   return arena.used;
 }
 
-// --- backward ----------------------------------------------------------------------------------------------
+// --- backward ---
 
 struct BackwardBuffers {
   uint32_t* slab;
   HeadMatrix keys, values;
-  // A panel's: queries, gradients of the output, scores and gradients of the weights, gradients of the
-  // scores.
+  // Per panel.
   uint32_t *queries, *dout;
   float *scores, *dweights;
   uint32_t* dscores;
   float* dqueries;
-  // A block's, as pairs of queries.
+  // Per block, as pairs of queries.
   uint32_t *weight_pairs, *dscore_pairs, *query_pairs, *dout_pairs;
-  // The head's.
+  // Per head.
   float *dkeys, *dvalues;
 
   BackwardBuffers(Arena& arena, const Extents& extents)
@@ -316,13 +312,13 @@ struct BackwardBuffers {
         dvalues(arena.take<float>(extents.tokens * extents.channels)) {}
 };
 
-// A row of scores, and what its softmax and the gradient of that take.
+// A row of scores and dP, with its softmax statistics.
 struct SoftmaxRow {
   const float* scores;
   const float* dweights;
   int64_t visible;
-  float shift;  // log-sum-exp, of base 2
-  float mean;   // of dweights under the weights
+  float shift;  // log-sum-exp to base 2
+  float mean;   // dPsum
 
   template <bool kMasked>
   void vector(int64_t i, F32* weight, F32* dscore) const {
@@ -336,9 +332,9 @@ struct SoftmaxRow {
   }
 };
 
-// Where two rows of weights and their scores' gradients go.
+// Writes two rows of P and dS.
 struct GradientRows {
-  uint32_t* panel;  // of dscores
+  uint32_t* panel;  // of dS
   int64_t row;
   uint32_t *weight_pairs, *dscore_pairs;
 
@@ -353,7 +349,7 @@ struct GradientRows {
     store_pairs(weight_pairs + i, interleave(narrow(weights[0], BFloat16{}), narrow(weights[1], BFloat16{})));
   }
 
-  // Up to column `end` with zeros.
+  // Fills up to column `end` with zeros.
   void fill(const SoftmaxRow (&rows)[2], int64_t columns, int64_t end) const {
     int64_t i = 0;
     for (; i + kLanes <= rows[0].visible; i += kLanes) vector<false>(rows, i);
@@ -367,40 +363,40 @@ struct GradientRows {
 
 class HeadBackward {
  public:
-  HeadBackward(const BFloat16AttentionBackward& params, const BackwardBuffers& buffers, int64_t head)
+  HeadBackward(const BFloat16Attention& params, const BackwardBuffers& buffers, int64_t head)
       : params_(params),
-        of_(params.of),
         buffers_(buffers),
-        extents_(params.of.shape),
-        at_(position_of(params.of.shape, head * params.of.shape.tokens)),
+        extents_(params.shape),
+        at_(position_of(params.shape, head * params.shape.tokens)),
         lse_(params.lse + head * params.lse_stride),
-        unrotation_(params.of.rotation) {
+        unrotation_(params.rotation) {
     unrotation_.backwards = !unrotation_.backwards;
   }
 
   void run() const {
-    buffers_.keys.fill({params_.k, of_.rotation, 1.0f}, of_.shape, at_, buffers_.slab);
-    buffers_.values.fill(plain(params_.v), of_.shape, at_, buffers_.slab);
-    // From the last block on, which sees all keys, so that it begins every sum.
-    const int64_t tokens = of_.shape.tokens;
+    buffers_.keys.fill({params_.k, params_.rotation, 1.0f}, params_.shape, at_, buffers_.slab);
+    buffers_.values.fill(plain(params_.v), params_.shape, at_, buffers_.slab);
+    // Backwards: the last block sees all keys and initialises every sum.
+    const int64_t tokens = params_.shape.tokens;
     const int64_t last = (tokens - 1) / kAttentionBlockRows * kAttentionBlockRows;
     for (int64_t first = last; first >= 0; first -= kAttentionBlockRows) {
-      const Tile block(of_, first, kAttentionBlockRows);
+      const Tile block(params_, first, kAttentionBlockRows);
       for (int64_t row = 0; row < block.rows; row += kPanelRows) run_tile(block, row);
       add_over_queries(block, buffers_.weight_pairs, buffers_.dout_pairs, buffers_.dvalues, first < last);
       add_over_queries(block, buffers_.dscore_pairs, buffers_.query_pairs, buffers_.dkeys, first < last);
     }
-    store_rows(buffers_.dvalues, plain(params_.dv), of_.shape, at_, tokens);
-    store_rows(buffers_.dkeys, {params_.dk, unrotation_, 1.0f}, of_.shape, at_, tokens);  // q has the scale
+    store_rows(buffers_.dvalues, plain(params_.dv), params_.shape, at_, tokens);
+    store_rows(buffers_.dkeys, {params_.dk, unrotation_, 1.0f}, params_.shape, at_,
+               tokens);  // q includes the scale
   }
 
  private:
   void run_tile(const Tile& block, int64_t start) const {
-    const Tile tile(of_, block.first + start, smaller(kPanelRows, block.rows - start));
+    const Tile tile(params_, block.first + start, smaller(kPanelRows, block.rows - start));
     Position at = at_;
     at.token = tile.first;
-    prefetch_next_head({params_.q, params_.k, params_.v, params_.dout, params_.out}, of_, at, tile.rows);
-    load_queries({params_.q, of_.rotation, of_.scale}, tile, buffers_.queries,
+    prefetch_next_head({params_.q, params_.k, params_.v, params_.dout, params_.out}, params_, at, tile.rows);
+    load_queries({params_.q, params_.rotation, params_.scale}, tile, buffers_.queries,
                  buffers_.query_pairs + start / 2 * extents_.channels);
     load_queries(plain(params_.dout), tile, buffers_.dout,
                  buffers_.dout_pairs + start / 2 * extents_.channels);
@@ -414,14 +410,14 @@ class HeadBackward {
       target.fill({softmax_row(tile, row), softmax_row(tile, row + 1)}, tile.columns, end);
     }
     combine(tile, extents_, buffers_.dscores, buffers_.keys.by_token, buffers_.dqueries);
-    store_rows(buffers_.dqueries, {params_.dq, unrotation_, of_.scale}, of_.shape, at, tile.rows);
+    store_rows(buffers_.dqueries, {params_.dq, unrotation_, params_.scale}, params_.shape, at, tile.rows);
   }
 
-  // As a panel and as pairs of rows, the last of which may have zeros.
+  // As a panel and as pairs of rows, zero-padded.
   void load_queries(const Vectors& source, const Tile& tile, uint32_t* panel, uint32_t* pairs) const {
     Position at = at_;
     at.token = tile.first;
-    load_rows(source, of_.shape, at, tile.rows, panel);
+    load_rows(source, params_.shape, at, tile.rows, panel);
     for (int64_t row = tile.rows; row < tile.rows_in_steps(); ++row) clear_row(panel, row);
     pair_rows(panel, tile.rows_in_steps(), extents_.channel_vectors, pairs, extents_.channels);
   }
@@ -432,10 +428,10 @@ class HeadBackward {
     if (row >= tile.rows) return result;
     Position at = at_;
     at.token = tile.first + row;
-    result.visible = tile.visible(of_, row);
+    result.visible = tile.visible(params_, row);
     result.shift = lse_[at.token] * kLog2E;
-    // The mean of the weights' gradients is that of dout * out over the channels (Dao et al. 2022).
-    result.mean = dot(at.in<BFloat16>(params_.dout), at.in<BFloat16>(params_.out), of_.shape.head_dim);
+    // dPsum = sum(dout * out) over the channels (Dao et al. 2022).
+    result.mean = dot(at.in<BFloat16>(params_.dout), at.in<BFloat16>(params_.out), params_.shape.head_dim);
     return result;
   }
 
@@ -446,18 +442,17 @@ class HeadBackward {
                          block.rows_in_steps() / 2, add});
   }
 
-  const BFloat16AttentionBackward& params_;
-  const AttentionOfHeads& of_;
+  const BFloat16Attention& params_;
   const BackwardBuffers& buffers_;
   Extents extents_;
-  Position at_;  // of the head's first token
+  Position at_;  // the head's first token
   const float* lse_;
   Rotation unrotation_;
 };
 
-void backward(const BFloat16AttentionBackward& params, float* workspace, int64_t begin, int64_t end) {
+void backward(const BFloat16Attention& params, float* workspace, int64_t begin, int64_t end) {
   Arena arena{workspace};
-  const BackwardBuffers buffers(arena, Extents(params.of.shape));
+  const BackwardBuffers buffers(arena, Extents(params.shape));
   begin_products();
   for (int64_t head = begin; head < end; ++head) HeadBackward(params, buffers, head).run();
   end_products();

@@ -1,27 +1,37 @@
-// The loops of attention in bfloat16, for the instruction sets that have products of it.
+// bfloat16 attention of whole heads, on CPUs with dot products of bfloat16 pairs.
 #pragma once
-
-#include <cstdint>
 
 #include "include/rope_attention.h"
 
 namespace evakernels::cpu {
 
-// Rows of queries that a task of forward has, and that backward takes at a time.
+// Query rows per task of the forward pass, and per step of the backward pass.
 constexpr int64_t kAttentionBlockRows = 96;
 
 constexpr int64_t kMaxAttentionHeadDim = 128;
 
-// workspace: as many floats as the function of that name tells, zeros, aligned to 64 bytes.
+struct BFloat16Attention {
+  HeadsView q, k, v, out;
+  float* lse;  // [count, N], lse_stride apart
+  int64_t lse_stride;
+  HeadsView dout, dq, dk, dv;  // backward only
+  HeadsShape shape;
+  Rotation rotation;
+  int64_t count;  // heads of all samples
+  float scale;
+  bool causal;
+};
+
+// workspace: floats, zeroed and aligned to 64 bytes, as many as the functions of that name return.
 struct BFloat16AttentionKernels {
   int64_t (*forward_workspace)(const HeadsShape& shape);
   int64_t (*backward_workspace)(const HeadsShape& shape);
 
-  // Blocks [begin, end) of query rows; those of a head follow each other.
-  void (*forward)(const BFloat16AttentionForward& params, float* workspace, int64_t begin, int64_t end);
+  // Blocks [begin, end) of query rows; those of a head are consecutive.
+  void (*forward)(const BFloat16Attention& params, float* workspace, int64_t begin, int64_t end);
 
   // Heads [begin, end).
-  void (*backward)(const BFloat16AttentionBackward& params, float* workspace, int64_t begin, int64_t end);
+  void (*backward)(const BFloat16Attention& params, float* workspace, int64_t begin, int64_t end);
 };
 
 namespace avx512_bf16 {

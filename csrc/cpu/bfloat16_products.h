@@ -1,4 +1,4 @@
-// Products of bfloat16 for AVX-512 with its BF16 extension: vdpbf16ps adds the products of both of a pair.
+// bfloat16 matmuls with AVX512_BF16: vdpbf16ps adds the products of a pair.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -7,19 +7,18 @@
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
-// Divisible by the rows of every block of the products below.
+// Divisible by the rows of every block below.
 constexpr int64_t kPanelRows = 24;
 constexpr int64_t kPanelChunk = kPanelRows * kChunkPairs;
 
-// Products take pairs in steps of so many.
+// Pairs per step.
 constexpr int64_t kPairStep = 1;
 
-// A thread multiplies between these two.
+// AMX needs these around matmuls.
 static inline void begin_products() {}
 static inline void end_products() {}
 
-// c[row.., vector..] = a b: kRows * kVectors sums, few enough for the registers and enough to hide the
-// latency.
+// c[row.., vector..] = a b: kRows * kVectors sums fit into registers and hide the latency.
 template <int kRows, int kVectors, int kRowDistance>
 static inline void multiply_block(const Product& product, int64_t row, int64_t vector) {
   float* c = product.c + row * product.c_stride + vector * kLanes;
@@ -65,10 +64,10 @@ static inline void multiply_columns(const Product& product, int64_t vector) {
   }
 }
 
-// Not inline: four kinds of blocks are enough code once.
+// Not inlined, to limit code size.
 template <int kRowDistance>
 __attribute__((noinline)) static void multiply(const Product& product) {
-  // Blocks of equal width, give or take one.
+  // Blocks whose widths differ by at most one.
   int64_t blocks = (product.vectors + 3) / 4;
   for (int64_t vector = 0; vector < product.vectors; --blocks) {
     const int64_t width = (product.vectors - vector + blocks - 1) / blocks;

@@ -11,9 +11,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const ContrastiveKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, contrastive); }
-
-// Calls body(block, first column, one past the last) for the column blocks of a tile.
+// Calls body(block, begin column, end column) for the column blocks of a tile.
 template <class Body>
 void for_each_block(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
   const int64_t blocks = ceil_div(tile.columns, kBlockColumns);
@@ -26,7 +24,7 @@ void for_each_block(const LogitTile& tile, ParallelFor parallel_for, const Body&
   });
 }
 
-// The sum over the tile of what the blocks return, in the order of the blocks.
+// Sum of body over the blocks of a tile, in order.
 template <class Body>
 SiglipSums sum_of_blocks(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
   std::vector<SiglipSums> sums(ceil_div(tile.columns, kBlockColumns));
@@ -44,10 +42,10 @@ float log_sum_exp(float sum, float highest) {
   return std::log(sum) + (std::isfinite(highest) ? highest : 0.0f);
 }
 
-// The maxima of the loops pass over NaN; the sums show it.
+// Maxima ignore NaN; sums don't.
 float maximum(float sum, float highest) { return std::isnan(sum) ? sum : highest; }
 
-// The sums of every column block, one row of the tile after the other within a block.
+// Row sums per column block.
 class BlockSums {
  public:
   explicit BlockSums(const LogitTile& tile)
@@ -77,8 +75,8 @@ class BlockSums {
   std::vector<float> values_;
 };
 
-// Where a pair's probability is almost 1 its gradient is the small rest beside dpositive, so that it needs
-// exponentials without the error of a common shift.
+// Gradients of the positives, with exact exponentials: where the probability is almost 1, the terms cancel
+// with dpositive.
 std::vector<float> gradients_of_pairs(const ContrastiveBackward& params) {
   const LogitTile& tile = params.tile;
   std::vector<float> gradients(tile.rows);
@@ -95,7 +93,7 @@ std::vector<float> gradients_of_pairs(const ContrastiveBackward& params) {
 }  // namespace
 
 void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
+  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
   const LogitTile& tile = params.tile;
   BlockSums sums(tile);
   for_each_block(tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
@@ -115,7 +113,7 @@ void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_
 }
 
 void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
+  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
   const LogitTile& tile = params.tile;
   const std::vector<float> pairs = gradients_of_pairs(params);
   for_each_block(tile, parallel_for,
@@ -126,26 +124,26 @@ void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFo
 }
 
 SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
+  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
   return sum_of_blocks(params.tile, parallel_for,
                        [&](int64_t begin, int64_t end) { return kernels.siglip_value(params, begin, end); });
 }
 
 SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
+  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
   return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
     return kernels.siglip_forward(params, begin, end);
   });
 }
 
 void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
+  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width),
                [&](int64_t begin, int64_t end) { kernels.scale_image(params, begin, end); });
 }
 
 void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = kernels_for(isa);
+  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width),
                [&](int64_t begin, int64_t end) { kernels.finish_image(params, begin, end); });
 }

@@ -1,25 +1,25 @@
 // Compiled once for each instruction set.
 //
-// The exponential is by far the dearest part, so one serves both directions where that is possible: rows and
-// columns of a block are summed relative to one common shift, as long as no row or column lies so far below
-// it that its terms would vanish. Else each is summed relative to its own, which holds for any input.
+// The exponential dominates, so rows and columns of a block share it where possible: they are summed relative
+// to one common shift, unless a row or column is so far below it that its terms would underflow. Otherwise
+// each is summed relative to its own maximum.
 #include "cpu/simd.h"
 #include "include/contrastive.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
-// How far a row's or column's largest logit may lie below the shift of its block. exp gives 0 below -87.3:
-// what is lost is smaller than that row's largest term by e^-27.
+// Maximum distance of a row's or column's largest logit from the common shift. exp underflows below -87.3:
+// lost terms are e^-27 of the row's largest.
 constexpr float kSpread = 60.0f;
 constexpr float kInfinity = __builtin_inff();
 
 inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 
-// What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN.
+// 0 for infinite values: inf - inf would be NaN.
 inline F32 finite(F32 x) { return ((x < kInfinity) & (x > -kInfinity)) ? x : F32{}; }
 
-// The smallest and the largest of some numbers; NaN is passed over.
+// Minimum and maximum, ignoring NaN.
 struct Range {
   F32 low = broadcast(kInfinity);
   F32 high = broadcast(-kInfinity);
@@ -34,7 +34,7 @@ struct Range {
   }
   float lowest() const { return -horizontal_max(-low); }
   float highest() const { return horizontal_max(high); }
-  // False when a bound is infinite: the difference is then infinite or NaN.
+  // False if a bound is infinite.
   bool is_narrow() const { return highest() - lowest() <= kSpread; }
 };
 
@@ -48,7 +48,7 @@ struct Block {
   float* row(int64_t i) const { return logits + i * stride; }
 };
 
-// Calls body(block, its first row) for the blocks that columns [begin, end) of a tile consist of.
+// Calls body(block, first row) for the blocks of columns [begin, end) of a tile.
 template <class Body>
 inline void for_each_row_block(const LogitTile& tile, int64_t begin, int64_t end, const Body& body) {
   for (int64_t first = 0; first < tile.rows; first += kBlockRows) {
@@ -58,7 +58,7 @@ inline void for_each_row_block(const LogitTile& tile, int64_t begin, int64_t end
   }
 }
 
-// --- forward -----------------------------------------------------------------------------------------------
+// --- forward ---
 
 void find_maxima(const Block& block, float* row_max, float* col_max) {
   for_each_vector(block.width,
@@ -75,7 +75,7 @@ void find_maxima(const Block& block, float* row_max, float* col_max) {
   }
 }
 
-// Sums of exp(logit - shift), one shift for the block.
+// Sums of exp(logit - shift) with one shift for the block.
 void sum_together(const Block& block, float shift, float* row_sum, float* col_sum) {
   for (int64_t row = 0; row < block.rows; ++row) {
     const float* logits = block.row(row);
@@ -89,7 +89,7 @@ void sum_together(const Block& block, float shift, float* row_sum, float* col_su
   }
 }
 
-// The same relative to the maximum of each row and of each column.
+// Sums relative to the maximum of each row and each column.
 void sum_apart(const Block& block, const float* row_max, const float* col_max, float* row_sum,
                float* col_sum) {
   for (int64_t row = 0; row < block.rows; ++row) {
@@ -106,7 +106,7 @@ void sum_apart(const Block& block, const float* row_max, const float* col_max, f
   }
 }
 
-// Takes a block's sums of columns, which are relative to `shift`, into those of the tiles so far.
+// Adds a block's sums of columns, relative to `shift`, to those of earlier tiles.
 void add_to_columns(int64_t width, const float* highest, const float* shift, const float* sum, float* col_max,
                     float* col_sum) {
   for_each_vector(width, [&](int64_t i, auto part) {
@@ -143,7 +143,7 @@ void forward(const ContrastiveForward& params, const RowSums& row_sums, int64_t 
   });
 }
 
-// --- backward ----------------------------------------------------------------------------------------------
+// --- backward ---
 
 // factor = gradient * exp(shift - lse).
 void factors(const float* gradient, const float* lse, float shift, int64_t count, float* factor) {
@@ -186,10 +186,10 @@ void backward(const ContrastiveBackward& params, int64_t begin, int64_t end) {
   });
 }
 
-// --- siglip ------------------------------------------------------------------------------------------------
+// --- siglip ---
 
-// log(1 + t) for t in [0, 1]: the series of 2 artanh(z) with z = t / (2 + t) <= 1 / 3, whose remainder lies
-// below float32's resolution.
+// log(1 + t) for t in [0, 1]: the series of 2 artanh(z) with z = t / (2 + t) <= 1 / 3, to float32's
+// resolution.
 inline F32 log1p(F32 t) {
   const F32 z = t / (2.0f + t), square = z * z;
   F32 series = broadcast(1.0f / 15);
@@ -203,7 +203,7 @@ inline F32 log1p(F32 t) {
   return 2.0f * z * series;
 }
 
-// Of a logit x that should be negative: its loss log(1 + e^x), from e^-|x|.
+// log(1 + e^x) from power = e^-|x|.
 inline F32 softplus(F32 x, F32 power) {
   const F32 positive = x < 0.0f ? F32{} : x;  // keeps NaN
   return positive + log1p(power);
@@ -211,7 +211,7 @@ inline F32 softplus(F32 x, F32 power) {
 
 inline F32 power_of(F32 x) { return exp(x < 0.0f ? x : -x); }
 
-// Returns what the pair's value was; 0 where it lies in other columns.
+// Returns the pair's value before; 0 if it is in other columns.
 inline float negate_pair(const LogitTile& tile, float* logits, int64_t row, int64_t begin, int64_t end) {
   const int64_t column = tile.pair + row;
   if (column < begin || column >= end) return 0;
@@ -220,7 +220,7 @@ inline float negate_pair(const LogitTile& tile, float* logits, int64_t row, int6
   return value;
 }
 
-// Adds the bias and turns the sign of the pairs: afterwards every logit should be negative.
+// Adds the bias and negates the positives, so that the loss is the same function of every logit.
 inline void prepare_row(const SiglipTile& params, float* logits, int64_t row, int64_t begin, int64_t end) {
   for_each_vector(end - begin, [&](int64_t i, auto part) {
     store(logits + i, load(logits + i, part) + params.bias, part);
@@ -245,7 +245,7 @@ SiglipSums siglip_value(const SiglipTile& params, int64_t begin, int64_t end) {
   return total;
 }
 
-// Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
+// Negating the positives before and after the sigmoid computes sigmoid(x) - 1 without cancellation.
 SiglipSums siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) {
   SiglipSums total;
   for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
@@ -268,7 +268,7 @@ SiglipSums siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) 
   return total;
 }
 
-// --- features ----------------------------------------------------------------------------------------------
+// --- features ---
 
 template <class T>
 void scale_rows(const ImageRows& params, int64_t begin, int64_t end) {
@@ -295,25 +295,11 @@ void finish_rows(const ImageRows& params, int64_t begin, int64_t end) {
 }
 
 void scale_image(const ImageRows& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::Float32:
-      return scale_rows<float>(params, begin, end);
-    case DType::BFloat16:
-      return scale_rows<BFloat16>(params, begin, end);
-    case DType::Float16:
-      return scale_rows<Float16>(params, begin, end);
-  }
+  with_element_type(params.dtype, [&]<class T>(T) { scale_rows<T>(params, begin, end); });
 }
 
 void finish_image(const ImageRows& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::Float32:
-      return finish_rows<float>(params, begin, end);
-    case DType::BFloat16:
-      return finish_rows<BFloat16>(params, begin, end);
-    case DType::Float16:
-      return finish_rows<Float16>(params, begin, end);
-  }
+  with_element_type(params.dtype, [&]<class T>(T) { finish_rows<T>(params, begin, end); });
 }
 
 }  // namespace

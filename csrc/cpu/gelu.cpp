@@ -9,8 +9,6 @@
 namespace evakernels::cpu {
 namespace {
 
-const GeluKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, gelu); }
-
 template <class Params>
 Params in_long_rows(Params params) {
   const int64_t merged = params.bias ? 1 : rows_in_one(params.rows, params.width);
@@ -23,7 +21,7 @@ Params in_long_rows(Params params) {
 
 void gelu_forward(const GeluForward& given, Isa isa, ParallelFor parallel_for) {
   const auto params = in_long_rows(given);
-  const GeluKernels& kernels = kernels_for(isa);
+  const GeluKernels& kernels = EVAKERNELS_OF_ISA(isa, gelu);
   const FloatVector bias(params.bias, params.bias_dtype, params.width, 0.0f);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width),
                [&](int64_t begin, int64_t end) { kernels.forward(params, bias.data(), begin, end); });
@@ -31,10 +29,10 @@ void gelu_forward(const GeluForward& given, Isa isa, ParallelFor parallel_for) {
 
 void gelu_backward(const GeluBackward& given, Isa isa, ParallelFor parallel_for) {
   const auto params = in_long_rows(given);
-  const GeluKernels& kernels = kernels_for(isa);
+  const GeluKernels& kernels = EVAKERNELS_OF_ISA(isa, gelu);
   const FloatVector bias(params.bias, params.bias_dtype, params.width, 0.0f);
   const RowChunks chunks(params.rows, params.width);
-  // Of the n rows of a chunk first blocks of sqrt(n) are summed: rounding grows with the additions in a row.
+  // Sums blocks of sqrt(n) of a chunk's n rows first, which limits the rounding error.
   const int64_t block_rows =
       std::max(kMinRowsPerChunk, static_cast<int64_t>(std::sqrt(static_cast<double>(chunks.rows_each))));
   ChunkedSum dbias(params.dbias, params.bias_dtype, chunks.count, params.width);

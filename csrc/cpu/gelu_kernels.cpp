@@ -1,5 +1,4 @@
 // Compiled once for each instruction set.
-#include "cpu/dtype_dispatch.h"
 #include "cpu/simd.h"
 #include "include/gelu.h"
 
@@ -8,8 +7,8 @@ namespace {
 
 inline F32 magnitude(F32 x) { return __builtin_bit_cast(F32, __builtin_bit_cast(U32, x) & 0x7FFFFFFFu); }
 
-// The normal distribution's tail 1 - P(z) and gelu'(-z) = tail - z density, for 0 <= z <= kNoTail and results
-// of type T. From kNoTail on both are 0, and an infinity times them would be no number.
+// The normal tail 1 - P(z), and gelu'(-z) = tail - z density, for 0 <= z <= kNoTail and results of type T.
+// Both are 0 from kNoTail on; inf * 0 would be NaN.
 constexpr float kNoTail = 16.0f;
 
 template <class T>
@@ -21,7 +20,7 @@ struct Normal {
   }
 };
 
-// Of 16 bits: to 2^-17 of the value up to z = 6, and below 2^-29 of one beyond.
+// For 16-bit results: relative error 2^-17 up to z = 6, absolute error 2^-29 beyond.
 struct NormalOf16Bits {
   static F32 tail(F32 z) {
     constexpr float kLog2Tail[] = {-1.793765136e-06f, 6.072589531e-05f,  -9.231839795e-04f, 8.476841263e-03f,
@@ -29,7 +28,7 @@ struct NormalOf16Bits {
     return exp2_of_negative<BFloat16>(polynomial(kLog2Tail, z));
   }
 
-  // Over exp(-z^2 / 2) it is nearly a straight line.
+  // Divided by exp(-z^2 / 2) it is nearly linear.
   static F32 falling(F32 z) {
     constexpr float kOverDensity[] = {
         -1.671528480e-06f, 4.539497604e-05f,  -5.368781858e-04f, 3.674663370e-03f,  -1.645081118e-02f,
@@ -42,7 +41,7 @@ struct Normal<BFloat16> : NormalOf16Bits {};
 template <>
 struct Normal<Float16> : NormalOf16Bits {};
 
-// x P(x), where P is the normal distribution.
+// x P(x), with the normal CDF P.
 template <class T>
 struct ExactGelu {
   static F32 of(F32 x) {
@@ -56,7 +55,7 @@ struct ExactGelu {
   }
 };
 
-// x sigmoid(u) for a polynomial u of x.
+// x sigmoid(u) with u = Curve::of(x).
 template <class T, class Curve>
 struct SigmoidOf {
   static F32 of(F32 x) { return x / (1.0f + exp<T>(-Curve::of(x))); }
@@ -65,7 +64,7 @@ struct SigmoidOf {
     const F32 u = Curve::of(x);
     const F32 e = exp<T>(-u);
     const F32 s = 1.0f / (1.0f + e);
-    // 1 - s, which would cancel where s is close to 1; e overflows only where it isn't.
+    // 1 - s without cancellation for s close to 1.
     const F32 rest = u > 0.0f ? e * s : 1.0f - s;
     return s + x * s * rest * Curve::slope(x);
   }
@@ -112,7 +111,7 @@ void backward_rows(const GeluBackward& params, const float* bias, float* dbias, 
   }
 }
 
-// Calls body with a value of the type that computes the form for elements of type T.
+// Calls body(Gelu{}) for the form.
 template <class T, class Body>
 void with_form(GeluForm form, const Body& body) {
   switch (form) {

@@ -1,11 +1,11 @@
-// The instruction sets that the kernels are compiled for, and the one that this process uses.
+// Instruction sets of the CPU kernels, and the one in use.
 #pragma once
 
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "common/api.h"
+#include "include/launcher.h"
 
 namespace evakernels::cpu {
 

@@ -1,11 +1,70 @@
 // Compiled once for each instruction set.
-#include "cpu/tensor_blocks.h"
+//
+// Four buffers of three dtypes each would make 81 loops, so the loops process floats, in blocks that fit into
+// the L1 cache: float buffers in place, others converted to a scratch block first.
+#include "cpu/simd.h"
 #include "include/lamb.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
-// What a load gives after a store.
+constexpr int64_t kBlock = 1024;
+
+struct alignas(64) Scratch {
+  float values[kBlock];
+};
+
+template <class T>
+float* widened(const TensorBuffer& buffer, int64_t begin, int64_t size, float* scratch) {
+  const T* source = static_cast<const T*>(buffer.data) + begin;
+  for_each_vector(size, [&](int64_t i, auto part) { store(scratch + i, load(source + i, part), part); });
+  return scratch;
+}
+
+// Elements [begin, begin + size) as floats, in place if possible.
+float* as_floats(const TensorBuffer& buffer, int64_t begin, int64_t size, Scratch& scratch) {
+  switch (buffer.dtype) {
+    case DType::BFloat16:
+      return widened<BFloat16>(buffer, begin, size, scratch.values);
+    case DType::Float16:
+      return widened<Float16>(buffer, begin, size, scratch.values);
+    default:
+      return static_cast<float*>(buffer.data) + begin;
+  }
+}
+
+template <class T>
+void narrowed(const TensorBuffer& buffer, int64_t begin, int64_t size, const float* values) {
+  T* target = static_cast<T*>(buffer.data) + begin;
+  for_each_vector(size, [&](int64_t i, auto part) { store(target + i, load(values + i, part), part); });
+}
+
+// Stores the result of as_floats, unless it is the buffer itself.
+void write_back(const TensorBuffer& buffer, int64_t begin, int64_t size, const float* values) {
+  switch (buffer.dtype) {
+    case DType::BFloat16:
+      return narrowed<BFloat16>(buffer, begin, size, values);
+    case DType::Float16:
+      return narrowed<Float16>(buffer, begin, size, values);
+    default:
+      return;
+  }
+}
+
+// Elements from `first` on, rounded to bfloat16 stochastically if there is a seed.
+F32 rounded_by(const RoundingKey& rounding, F32 values, int64_t first) {
+  if (!rounding.is_stochastic) return values;
+  U32 lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return rounded_to_bfloat16(values, random_bits(rounding, lanes + static_cast<uint32_t>(first)));
+}
+
+void change_moments(F32 gradient, const MomentRates& rates, F32& average, F32& average_sq) {
+  average = average * rates.beta1 + gradient * rates.one_minus_beta1;
+  average_sq = average_sq * rates.beta2 + gradient * gradient * rates.one_minus_beta2;
+}
+
+// The value after a store and a load.
 inline F32 as_stored(F32 value, DType dtype) {
   switch (dtype) {
     case DType::BFloat16:
@@ -44,7 +103,7 @@ LambSquaredNorms update(const OptimizedTensor& tensor, const LambMoments* moment
       const F32 value = load(w + i, part);
       const F32 u = direction_of(value, average, average_sq, direction);
       sums[0] += value * value;
-      sums[1] += zero_beyond(u * u, part);  // without eps, 0 / 0 stands beyond the tail
+      sums[1] += zero_beyond(u * u, part);  // without eps the padding is 0 / 0
     });
     norms.param += sum[0];
     norms.direction += sum[1];

@@ -4,14 +4,8 @@
 #include "cpu/rows.h"
 
 namespace evakernels::cpu {
-namespace {
-
-const LayerNormKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, layer_norm); }
-
-}  // namespace
-
 void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for) {
-  const LayerNormKernels& kernels = kernels_for(isa);
+  const LayerNormKernels& kernels = EVAKERNELS_OF_ISA(isa, layer_norm);
   const FloatVector weight(params.weight, params.weight_dtype, params.width, 1.0f);
   const FloatVector bias(params.bias, params.weight_dtype, params.width, 0.0f);
   run_parallel(parallel_for, params.rows, tasks_grain(params.width), [&](int64_t begin, int64_t end) {
@@ -20,7 +14,7 @@ void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor par
 }
 
 void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for) {
-  const LayerNormKernels& kernels = kernels_for(isa);
+  const LayerNormKernels& kernels = EVAKERNELS_OF_ISA(isa, layer_norm);
   const FloatVector weight(params.weight, params.weight_dtype, params.width, 1.0f);
   const RowChunks chunks(params.rows, params.width);
   ChunkedSum dweight(params.dweight, params.weight_dtype, chunks.count, params.width);

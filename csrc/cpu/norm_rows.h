@@ -1,7 +1,6 @@
-// The statistics of a row and of its gradient that the kernels of all norms take.
+// Statistics of a row and of its gradient, for all norm kernels.
 //
-// A row is read two or three times (mean, squared deviations, output) instead of once with a running mean: it
-// stays in the L1 cache, and the two-pass variance is accurate when the mean is large.
+// Two-pass variance: accurate for a large mean, and the row stays in the L1 cache.
 #pragma once
 
 #include "cpu/simd.h"
@@ -15,7 +14,7 @@ static inline float row_sum(const T* x, int64_t width) {
   return sum[0];
 }
 
-// Sums up body(offset, deviations from the mean), called for every vector.
+// Sum of body(offset, deviations from the mean) over all vectors.
 template <class T, class Body>
 static inline float sum_of_deviations(const T* x, float mean, int64_t width, const Body& body) {
   float sum[1];
@@ -30,10 +29,9 @@ struct RowStatistics {
   float rstd;
 };
 
-// Of a row whose elements add up to `sum`; the mean is 0 with `rms`. Rounding moves the mean: if that is
-// large against the deviations, and all there is of them if the elements are equal, their own mean corrects
-// it. Calls meanwhile(offset) for every vector: the pass over a row that is in the cache is the time to fetch
-// another.
+// Statistics of a row with the given sum; the mean is 0 with `rms`. If the mean's rounding error is large
+// compared with the deviations, their mean is added. Calls meanwhile(offset) for every vector, to prefetch
+// the next row.
 template <class T, class Body>
 static inline RowStatistics row_statistics(const T* x, float sum, float eps, bool rms, int64_t width,
                                            const Body& meanwhile) {
@@ -50,10 +48,9 @@ static inline RowStatistics row_statistics(const T* x, float sum, float eps, boo
   return {mean, 1.0f / __builtin_sqrtf(squares / count + eps)};
 }
 
-// The backward pass of a norm for one row: with g the gradient of the normalised row, that of x is
-// (g - shift - normalised * slope) * rstd. g is rounded before it is summed and before the sums are
-// subtracted: in a row of one element they cancel, and rstd, then 1 / sqrt(eps), would make what is left of a
-// fused product large.
+// Gradient of a norm: dx = (g - shift - normalised * slope) * rstd, with g the gradient of the normalised
+// row. g is rounded (no FMA) before it is summed and subtracted: in a row of one element the terms cancel,
+// and rstd = 1 / sqrt(eps) would amplify a rounding difference.
 struct RowGradient {
   float mean;
   float rstd;

@@ -1,32 +1,31 @@
-// Matrices of bfloat16 as products take them, with sums in float32. A pair is two neighbours along the axis
-// that is summed over.
+// bfloat16 operands of a matmul with float32 sums. A pair is two neighbours along the reduction axis.
 //
-// The left matrix is a panel of rows, or the transpose of a pair matrix. A pair matrix has a row for each
-// pair, which holds that pair of every column; it is what stands at the right.
+// The left operand is a panel of rows or the transpose of a pair matrix. The right operand is a pair matrix,
+// with one row per pair.
 #pragma once
 
-#include "cpu/transpose.h"
+#include "cpu/simd.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
-// A panel is a stack of chunks of so many pairs a row, so that the distance of rows is known to the compiler.
+// A panel is a stack of chunks of this many pairs per row, so that the row stride is a compile-time constant.
 constexpr int64_t kChunkPairs = 64;
 
 struct Product {
   const uint32_t* a;  // panel: rows kChunkPairs apart; transposed pair matrix: 1
-  int64_t a_step;     // from pair to pair
-  int64_t a_chunk;    // from chunk to chunk
+  int64_t a_step;     // stride of pairs
+  int64_t a_chunk;    // stride of chunks
   const uint32_t* b;  // pair matrix, aligned to a vector
-  int64_t b_stride;   // of pair rows, as are all strides a multiple of kLanes
+  int64_t b_stride;   // stride of pair rows; all strides are multiples of kLanes
   float* c;
   int64_t c_stride;
-  int64_t rows;     // of c; up to a whole block more are written
+  int64_t rows;     // of c, rounded up to a whole block
   int64_t vectors;  // of kLanes columns of c
   int64_t pairs;    // a multiple of kPairStep
-  bool add;         // to what c holds
+  bool add;         // accumulate into c
 };
 
-// Two rows as one of pairs: lane i has a[i] below b[i].
+// Lane i is the pair (a[i], b[i]).
 static inline U32 interleave(U16 a, U16 b) { return zero_extend(a) | (zero_extend(b) << 16); }
 
 static inline void store_pairs(uint32_t* target, U32 pairs) {
@@ -41,7 +40,7 @@ static inline U16 load_bits(const BFloat16* source) {
   return bits;
 }
 
-// Rows [0, rows) of a slab as rows of pairs of rows: target[i] = (slab[2 i], slab[2 i + 1]). rows is even.
+// target[i] = pairs (slab[2 i], slab[2 i + 1]) of rows [0, rows); rows is even.
 static inline void pair_rows(const uint32_t* slab, int64_t rows, int64_t vectors, uint32_t* target,
                              int64_t stride) {
   for (int64_t row = 0; row < rows; row += 2) {
@@ -54,7 +53,7 @@ static inline void pair_rows(const uint32_t* slab, int64_t rows, int64_t vectors
   }
 }
 
-// kLanes rows as columns: target[pair][row] = source[row][pair], for `vectors` vectors of pairs.
+// Transposes kLanes rows: target[pair][row] = source[row][pair], for `vectors` vectors of pairs.
 static inline void transpose_rows(const uint32_t* source, int64_t source_stride, int64_t vectors,
                                   uint32_t* target, int64_t stride) {
   for (int64_t vector = 0; vector < vectors; ++vector) {

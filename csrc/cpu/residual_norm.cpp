@@ -8,9 +8,7 @@
 namespace evakernels::cpu {
 namespace {
 
-const ResidualNormKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, residual_norm); }
-
-// The parameters as floats, for as long as a launcher runs.
+// The parameters as floats.
 class FloatParameters {
  public:
   FloatParameters(const ResidualNormParameters& parameters, const ResidualNormShape& shape)
@@ -50,9 +48,8 @@ float layer_scale_at(const ResidualNormVectors& vectors, int64_t i) {
   return vectors.layer_scale ? vectors.layer_scale[i] : 1.0f;
 }
 
-// With g = row_scale * dx and n the normalised row: the branch is scaled by s = layer_scale after weight w
-// and bias b, so that sums over rows give dw = s * sum(g n), db = s * sum(g) and ds = w * sum(g n) + b *
-// sum(g).
+// With g = row_scale * dx and n the normalised row: dweight = layer_scale * sum(g n), dbias = layer_scale *
+// sum(g), dlayer_scale = weight * sum(g n) + bias * sum(g).
 void write_gradients(const ResidualNormGradients& gradients, const ResidualNormVectors& vectors,
                      const AlignedFloats& sum, const AlignedFloats& sum_normalised) {
   const int64_t width = sum.size();
@@ -76,7 +73,7 @@ void write_gradients(const ResidualNormGradients& gradients, const ResidualNormV
 }  // namespace
 
 void add_norm_forward(const AddNormForward& params, Isa isa, ParallelFor parallel_for) {
-  const ResidualNormKernels& kernels = kernels_for(isa);
+  const ResidualNormKernels& kernels = EVAKERNELS_OF_ISA(isa, residual_norm);
   const int64_t width = params.shape.width;
   const FloatParameters parameters(params.parameters, params.shape);
   run_parallel(parallel_for, params.shape.rows, tasks_grain(width), [&](int64_t begin, int64_t end) {
@@ -86,7 +83,7 @@ void add_norm_forward(const AddNormForward& params, Isa isa, ParallelFor paralle
 }
 
 void norm_add_forward(const NormAddForward& params, Isa isa, ParallelFor parallel_for) {
-  const ResidualNormKernels& kernels = kernels_for(isa);
+  const ResidualNormKernels& kernels = EVAKERNELS_OF_ISA(isa, residual_norm);
   const FloatParameters parameters(params.parameters, params.shape);
   run_parallel(parallel_for, params.shape.rows, tasks_grain(params.shape.width),
                [&](int64_t begin, int64_t end) {
@@ -95,7 +92,7 @@ void norm_add_forward(const NormAddForward& params, Isa isa, ParallelFor paralle
 }
 
 void add_norm_backward(const AddNormBackward& params, Isa isa, ParallelFor parallel_for) {
-  const ResidualNormKernels& kernels = kernels_for(isa);
+  const ResidualNormKernels& kernels = EVAKERNELS_OF_ISA(isa, residual_norm);
   const FloatParameters parameters(params.parameters, params.shape);
   const RowChunks chunks(params.shape.rows, params.shape.width);
   ChunkedSum dweight = chunked_sum(params.gradients.weight, chunks);
@@ -111,7 +108,7 @@ void add_norm_backward(const AddNormBackward& params, Isa isa, ParallelFor paral
 }
 
 void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor parallel_for) {
-  const ResidualNormKernels& kernels = kernels_for(isa);
+  const ResidualNormKernels& kernels = EVAKERNELS_OF_ISA(isa, residual_norm);
   const FloatParameters parameters(params.parameters, params.shape);
   const ResidualNormVectors vectors = parameters.vectors();
   const ResidualNormGradients& gradients = params.gradients;
@@ -119,12 +116,12 @@ void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor paral
   AlignedFloats scaled_weight(width);
   for (int64_t i = 0; i < width; ++i) scaled_weight[i] = vectors.weight[i] * layer_scale_at(vectors, i);
 
-  const bool wanted = gradients.weight.data || gradients.bias.data || gradients.layer_scale.data;
-  AlignedFloats total(wanted ? width : 0), total_normalised(wanted ? width : 0);
+  const bool needed = gradients.any_wanted();
+  AlignedFloats total(needed ? width : 0), total_normalised(needed ? width : 0);
   const RowChunks chunks(params.shape.rows, params.shape.width);
-  ChunkedSum sum = chunked_sum({wanted ? total.data() : nullptr, DType::Float32}, chunks);
+  ChunkedSum sum = chunked_sum({needed ? total.data() : nullptr, DType::Float32}, chunks);
   ChunkedSum sum_normalised =
-      chunked_sum({wanted ? total_normalised.data() : nullptr, DType::Float32}, chunks);
+      chunked_sum({needed ? total_normalised.data() : nullptr, DType::Float32}, chunks);
   chunks.run(parallel_for, [&](int64_t chunk, int64_t first, int64_t last) {
     const NormAddSums sums = {sum.row(chunk), sum_normalised.row(chunk)};
     kernels.norm_add_backward(params, scaled_weight.data(), vectors.row_scale, sums, first, last);

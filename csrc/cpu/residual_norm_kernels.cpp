@@ -1,15 +1,13 @@
 // Compiled once for each instruction set.
 //
-// Each row of the inputs is fetched from memory once and each row of the outputs written once; the further
-// passes over a row find it in the L1 cache.
-#include "cpu/dtype_dispatch.h"
+// Each row is read from memory once; further passes find it in the L1 cache.
 #include "cpu/norm_rows.h"
 #include "include/residual_norm.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
-// Null where the matrix is.
+// Null for a null matrix.
 template <class T>
 const T* input_row(const void* matrix, int64_t row, const ResidualNormShape& shape) {
   return matrix ? static_cast<const T*>(matrix) + row * shape.width : nullptr;
@@ -20,8 +18,7 @@ T* output_row(void* matrix, int64_t row, const ResidualNormShape& shape) {
   return matrix ? static_cast<T*>(matrix) + row * shape.width : nullptr;
 }
 
-// Fetches a row of both inputs into the cache while the kernel works on the row before. In the backward
-// passes, which read more, the same was slower by up to 30 % (EPYC 9005, one core, November 2026).
+// Prefetches the next row of both inputs. Backward passes, which read more, are slower with it.
 template <class R, class B>
 struct NextRow {
   const R* residual;
@@ -33,7 +30,7 @@ struct NextRow {
   }
 };
 
-// Where the sum lies before it is rounded: in x itself if x is float.
+// Buffer of the unrounded sum: x itself if x is float32.
 inline float* unrounded(float* x, float*) { return x; }
 template <class R>
 float* unrounded(R*, float* scratch) {
@@ -47,8 +44,8 @@ inline void store_rounded(R* x, F32 value, Part part) {
   store(x, value, part);
 }
 
-// Times layer_scale, if there is one, and the factor of the sample. A vector of ones in its place would push
-// other rows out of the L1 cache: 4 to 8 % of the time at widths of 1024 and 1792.
+// Multiplies by layer_scale, if any, and by the sample's factor. A vector of ones instead would evict rows
+// from the L1 cache.
 template <class Part>
 inline F32 scale(F32 value, const float* layer_scale, float sample_scale, Part part) {
   if (layer_scale) value *= load(layer_scale, part);
@@ -57,7 +54,7 @@ inline F32 scale(F32 value, const float* layer_scale, float sample_scale, Part p
 
 const float* offset(const float* vector, int64_t i) { return vector ? vector + i : nullptr; }
 
-// R is the element type of the residual, B that of the branch, Y that of y.
+// Element types: R of residual, B of branch, Y of y.
 template <class R, class B, class Y>
 void add_norm_rows(const AddNormForward& params, const ResidualNormVectors& vectors, float* scratch,
                    int64_t begin, int64_t end) {
@@ -179,7 +176,7 @@ void norm_add_rows_backward(const NormAddBackward& params, const float* scaled_w
   }
 }
 
-// Calls body with the element types of residual and branch.
+// Calls body(R{}, B{}).
 template <class Body>
 void with_element_types(const ResidualNormShape& shape, const Body& body) {
   with_element_type(shape.dtype, [&](auto residual) {
@@ -187,7 +184,7 @@ void with_element_types(const ResidualNormShape& shape, const Body& body) {
   });
 }
 
-// Calls body with the element types of residual, branch and y, of those that add_norm_serves tells.
+// Calls body(R{}, B{}, Y{}) for the types that add_norm_serves accepts.
 template <class Body>
 void with_types_of_y(const ResidualNormShape& shape, const Body& body) {
   if (shape.y_dtype == shape.dtype) {

@@ -1,23 +1,124 @@
 // Compiled once for each instruction set.
 //
-// A head's keys and values are laid out in float32 once; then a block of queries at a time, tile by tile,
-// meets the keys that it sees, a panel of them at a time. What is beyond the last query, key or channel of a
-// whole tile is whatever the workspace held, and only makes more of that.
-#include "cpu/dtype_dispatch.h"
-#include "cpu/float32_products.h"
+// A head's keys and values are copied to float32 once; then each block of queries is multiplied with its
+// visible keys, a panel at a time. Padding of the last tile is uninitialised and only affects padding.
 #include "cpu/rotation.h"
-#include "cpu/softmax_rows.h"
-#include "cpu/transpose.h"
 #include "include/rope_attention.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
-// Queries that are taken at a time: backward adds up over them.
+// --- matmul ---
+
+// kTileRows * kTileVectors sums fit into registers and hide the latency of FMA.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 3;
+
+// c = a b, or c += a b, for kTileRows rows.
+struct TileProduct {
+  const float* a;  // element [row][step]
+  int64_t a_row;   // strides in elements
+  int64_t a_step;
+  const float* b;  // [step][column]
+  int64_t b_stride;
+  float* c;  // [row][column]
+  int64_t c_stride;
+  int64_t vectors;  // of kLanes columns
+  int64_t steps;
+  bool add;
+};
+
+template <int kVectors>
+static inline void multiply_columns(const TileProduct& product, int64_t vector) {
+  const int64_t a_row = product.a_row, a_step = product.a_step, b_stride = product.b_stride;
+  float* c = product.c + vector * kLanes;
+  F32 sums[kTileRows][kVectors] = {};
+  const float* a = product.a;
+  const float* b = product.b + vector * kLanes;
+  for (int64_t step = product.steps; step > 0; --step, a += a_step, b += b_stride) {
+    F32 right[kVectors];
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kLanes, Whole{});
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const F32 left = broadcast(a[i * a_row]);
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) sums[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * product.c_stride + j * kLanes;
+      // Adds per panel: a single float32 sum over thousands of keys would lose accuracy.
+      store(to, product.add ? load(to, Whole{}) + sums[i][j] : sums[i][j], Whole{});
+    }
+  }
+}
+
+// Not inlined, to limit code size.
+__attribute__((noinline)) static void multiply_tile(const TileProduct& product) {
+  // Blocks of columns whose widths differ by at most one.
+  int64_t blocks = (product.vectors + kTileVectors - 1) / kTileVectors;
+  for (int64_t vector = 0; vector < product.vectors; --blocks) {
+    const int64_t width = (product.vectors - vector + blocks - 1) / blocks;
+    switch (width) {
+      case 3:
+        multiply_columns<3>(product, vector);
+        break;
+      case 2:
+        multiply_columns<2>(product, vector);
+        break;
+      default:
+        multiply_columns<1>(product, vector);
+    }
+    vector += width;
+  }
+}
+
+// --- softmax ---
+
+static inline void clear(float* row, int64_t width) {
+  for_each_vector(width, [&](int64_t i, auto part) { store(row + i, F32{}, part); });
+}
+
+// Softmax over the visible keys in place. Returns the log-sum-exp.
+static inline float softmax_row(float* row, int64_t visible) {
+  F32 highest = broadcast(-__builtin_inff());
+  for_each_vector(visible, [&](int64_t i, auto part) {
+    highest = larger(fill_beyond(load(row + i, part), -__builtin_inff(), part), highest);
+  });
+  const float shift = horizontal_max(highest);
+  float sum[1];
+  sum_over_row(visible, sum, [&](int64_t i, auto part, F32* sums) {
+    const F32 e = exp(load(row + i, part) - shift);
+    store(row + i, e, part);
+    sums[0] += zero_beyond(e, part);
+  });
+  const float factor = 1.0f / sum[0];
+  for_each_vector(visible, [&](int64_t i, auto part) { store(row + i, load(row + i, part) * factor, part); });
+  return shift + __builtin_logf(sum[0]);
+}
+
+// Recomputes P from scores, and turns dP into dS = P (dP - mean); mean: dPsum.
+static inline void softmax_row_backward(float* scores, float* gradients, int64_t visible, float lse,
+                                        float mean) {
+  for_each_vector(visible, [&](int64_t i, auto part) {
+    const F32 weight = exp(load(scores + i, part) - lse);
+    store(scores + i, weight, part);
+    store(gradients + i, weight * (load(gradients + i, part) - mean), part);
+  });
+}
+
+// --- a head ---
+
+// Queries per block: backward sums over them.
 constexpr int64_t kBlockRows = 48;
 
-// Keys that the tiles of a block meet one after the other, so that these stay in the cache, and whole
-// vectors.
+// Keys per panel, which stay in the cache for all tiles of a block.
 constexpr int64_t kPanelKeys = 256;
 
 static_assert(kBlockRows % kTileRows == 0, "a block consists of tiles");
@@ -28,7 +129,7 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t vectors_of(int64_t elements) { return (elements + kLanes - 1) / kLanes; }
 
-// Lengths of what is kept of a head, in whole vectors.
+// Lengths of a head's matrices, padded to whole vectors.
 struct Extents {
   Extents(int64_t keys, int64_t head_dim)
       : columns(vectors_of(keys) * kLanes),
@@ -40,7 +141,7 @@ struct Extents {
   int64_t channels;
 };
 
-// Queries of a head, and the keys that they see. A causal query sees those up to its own number and `shift`.
+// Queries of a head, and their visible keys. shift: seqlen_k - seqlen_q of the causal mask.
 struct Queries {
   int64_t first;  // query
   int64_t rows;   // queries
@@ -53,7 +154,7 @@ struct Queries {
   }
   int64_t columns() const { return visible(rows - 1); }
 
-  // Tile `row` of the block that these are, and whatever is in it.
+  // The tile of this block that begins at `row`.
   Queries tile(int64_t row) const {
     return {first + row, smaller(kTileRows, rows - row), keys, shift, causal};
   }
@@ -61,14 +162,14 @@ struct Queries {
 
 const Rotation kUnrotated = {};
 
-// A tensor of the caller's, of which one head is asked for, and how that is rotated on the way.
+// One head of a tensor of the caller, with the rotation of its copy.
 struct Vectors {
   HeadsView view;
   int64_t head;
   const Rotation& rotation;
 };
 
-// A head of a sample or sequence, and its vectors in the caller's tensors of T.
+// A head of a sample or sequence, with elements of type T.
 template <class T>
 struct Head {
   const AttentionShape& shape;
@@ -93,7 +194,7 @@ struct Head {
   Vectors values_of(const HeadsView& view) const { return {view, shared_number(), kUnrotated}; }
   int64_t shared_number() const { return number / (shape.heads / shape.kv_heads); }
 
-  // target = factor * rotate(source). Apart from the loops of what isn't rotated, which it would slow down.
+  // target = factor * rotate(source). Not inlined, which would slow down the loops without rotation.
   template <class From, class To>
   [[gnu::noinline]] void rotate(const From* source, To* target, const Rotation& by, float factor,
                                 int64_t token) const {
@@ -101,7 +202,7 @@ struct Head {
     rotate_vector(source, target, {tokens(), shape.heads, shape.head_dim}, by, factor, at);
   }
 
-  // Tokens [begin, begin + count), one behind the other.
+  // Copies tokens [begin, begin + count) to consecutive rows.
   void load_rows(const Vectors& from, int64_t begin, int64_t count, float factor, float* rows) const {
     const int64_t stride = extents().channels;
     if (from.rotation.cos == nullptr) {
@@ -129,7 +230,7 @@ struct Head {
     }
   }
 
-  // All keys as columns: [channels][columns]. row_of: where a key's channels begin.
+  // Transposes all keys to [channels][columns]. row_of(key) returns the key's row.
   template <class RowOf>
   void transpose_rows(const RowOf& row_of, float* columns) const {
     const int64_t stride = extents().columns;
@@ -138,7 +239,7 @@ struct Head {
         U32 square[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          // Beyond the last key stands that one again.
+          // Padding repeats the last key.
           const auto* source = row_of(smaller(key + i, keys() - 1));
           square[i] = __builtin_bit_cast(U32, load(source + channel, part));
         }
@@ -160,7 +261,7 @@ struct Head {
   }
 };
 
-// Parts of a workspace; without one, their total size.
+// Bump allocator over a workspace; with data null it computes the size.
 struct Arena {
   float* data;
   int64_t used = 0;
@@ -172,8 +273,8 @@ struct Arena {
   }
 };
 
-// Calls body(row, tile, first, count) for the tiles of a block of queries and the keys [first, first + count)
-// of each panel that they see; of the first panel at least, with no keys if need be.
+// Calls body(row, tile, first, count) for each tile of a block and keys [first, first + count) of each
+// visible panel; at least for the first panel, which may have no keys.
 template <class Body>
 void for_each_panel(const Queries& block, const Body& body) {
   for (int64_t first = 0; first == 0 || first < block.columns(); first += kPanelKeys) {
@@ -185,7 +286,7 @@ void for_each_panel(const Queries& block, const Body& body) {
   }
 }
 
-// Dot products of a block's vectors with all keys or values that it sees.
+// scores = rows * columns over the visible keys.
 void score(const Queries& block, const Extents& extents, int64_t head_dim, const float* rows,
            const float* columns, float* scores) {
   for_each_panel(block, [&](int64_t row, const Queries&, int64_t first, int64_t count) {
@@ -195,7 +296,7 @@ void score(const Queries& block, const Extents& extents, int64_t head_dim, const
   });
 }
 
-// Sums of the keys or values that a block sees, by its weights.
+// sums = weights * rows over the visible keys.
 void combine(const Queries& block, const Extents& extents, const float* weights, const float* rows,
              float* sums) {
   for_each_panel(block, [&](int64_t row, const Queries&, int64_t first, int64_t count) {
@@ -205,7 +306,7 @@ void combine(const Queries& block, const Extents& extents, const float* weights,
   });
 }
 
-// --- forward -----------------------------------------------------------------------------------------------
+// --- forward ---
 
 struct ForwardBuffers {
   float *keys, *values, *queries, *scores, *out;
@@ -228,7 +329,7 @@ void forward_head(const RopeAttentionForward& params, float* workspace, const He
   float* lse = lse_of_head(params.lse, shape, head.sequence, head.number);
   if (head.rotation.cos == nullptr) {
     head.load_columns(head.keys_of(params.k), buffers.keys);
-  } else {  // the values' place is free as yet
+  } else {  // uses the buffer of the values, which is still free
     head.load_rows(head.keys_of(params.k), 0, head.keys(), 1.0f, buffers.values);
     head.load_columns(buffers.values, buffers.keys);
   }
@@ -248,11 +349,11 @@ void forward_head(const RopeAttentionForward& params, float* workspace, const He
   }
 }
 
-// --- backward ----------------------------------------------------------------------------------------------
+// --- backward ---
 
 struct BackwardBuffers {
   float *keys, *key_columns, *value_columns;
-  // A block's: queries, gradients of the output, weights, and gradients of the scores and of the queries.
+  // Per block.
   float *queries, *dout, *weights, *dscores, *dqueries;
   float *dkeys, *dvalues;
 
@@ -305,7 +406,7 @@ class HeadBackward {
     return {dense_heads(data, shape_, tokens), head_.number, rotation};
   }
 
-  // Weights, gradients of the scores and those of the queries.
+  // P, dS and dq of a block.
   void differentiate(const Queries& block) const {
     score(block, extents_, shape_.head_dim, buffers_.queries, buffers_.key_columns, buffers_.weights);
     score(block, extents_, shape_.head_dim, buffers_.dout, buffers_.value_columns, buffers_.dscores);
@@ -314,7 +415,7 @@ class HeadBackward {
       float* dscores = buffers_.dscores + row * extents_.columns;
       const int64_t token = block.first + row, visible = block.visible(row);
       const int64_t written = vectors_of(block.tile(row - row % kTileRows).columns()) * kLanes;
-      // The mean of the weights' gradients is that of dout * out over the channels (Dao et al. 2022).
+      // dPsum = sum(dout * out) over the channels (Dao et al. 2022).
       const float mean = dot<T>(head_.vector(params_.dout, head_.number, token),
                                 head_.vector(params_.out, head_.number, token), shape_.head_dim);
       softmax_row_backward(weights, dscores, visible, lse_[token], mean);
@@ -326,12 +427,12 @@ class HeadBackward {
                      block.rows, shape_.scale);
   }
 
-  // Adds to each key's row of `sums` the block's vectors by what their queries give it.
+  // sums += factors^T * vectors: dv from P and dout, dk from dS and q.
   void add_over_queries(const Queries& block, const float* factors, const float* vectors, float* sums) const {
-    // Keys from here on no block before this one has seen.
+    // Earlier blocks have initialised the sums of keys before this one.
     const int64_t unseen = block.first == 0 ? 0 : head_.queries(block.first - 1, 1).columns();
     for (int64_t key = 0; key < block.columns(); key += kTileRows) {
-      // No query in front of this one sees the key.
+      // The first query that sees the key.
       const int64_t begin = block.causal ? larger_of(0, key - block.shift - block.first) : 0;
       multiply_tile({factors + begin * extents_.columns + key, 1, extents_.columns,
                      vectors + begin * extents_.channels, extents_.channels, sums + key * extents_.channels,
@@ -349,7 +450,7 @@ class HeadBackward {
   const float* lse_;
 };
 
-// --- the table ---------------------------------------------------------------------------------------------
+// --- table ---
 
 template <class Buffers>
 int64_t workspace(int64_t keys, int64_t head_dim) {
@@ -358,7 +459,7 @@ int64_t workspace(int64_t keys, int64_t head_dim) {
   return arena.used;
 }
 
-// Calls body with each of the heads.
+// Calls body(Head<T>) for each head.
 template <class Body>
 void for_each_head(const AttentionShape& shape, const Rotation& rotation, const SequenceHeads& heads,
                    const Body& body) {

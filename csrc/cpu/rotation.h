@@ -1,4 +1,4 @@
-// The rotary embedding of a vector, and where a head's vectors lie.
+// Rotary embedding of a vector, and indexing of heads.
 #pragma once
 
 #include "cpu/simd.h"
@@ -6,7 +6,7 @@
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 
-// A token's vector of a head.
+// Index of a token's vector.
 struct Position {
   int64_t sample, head, token;
 
@@ -17,7 +17,7 @@ struct Position {
   }
 };
 
-// Vector number `row` of those of all heads, one head after the other.
+// Vector number `row`, counted head by head.
 static inline Position position_of(const HeadsShape& shape, int64_t row) {
   const int64_t number = row / shape.tokens;
   return {number / shape.heads, number % shape.heads, row % shape.tokens};

@@ -1,5 +1,4 @@
 // Compiled once for each instruction set.
-#include "cpu/dtype_dispatch.h"
 #include "cpu/simd.h"
 #include "include/row_quantization.h"
 
@@ -10,7 +9,7 @@ typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 
 inline F32 magnitude(F32 x) { return __builtin_bit_cast(F32, __builtin_bit_cast(U32, x) & 0x7FFFFFFFu); }
 
-// Whole numbers from 0 to 255.
+// Stores integral values from 0 to 255.
 template <class Part>
 inline void store_bytes(uint8_t* target, F32 value, Part part) {
   const I32 whole = __builtin_convertvector(value, I32);
@@ -28,10 +27,10 @@ void quantize_row(const T* x, uint8_t* codes, float* scale, int64_t width) {
   for_each_vector(width, [&](int64_t i, auto part) {
     const F32 value = load(x + i, part);
     largest = larger(magnitude(value), largest);
-    no_number += value - value;  // 0, but NaN of infinities and NaN
+    no_number += value - value;  // 0, but NaN for infinities and NaN
   });
   const float bound = horizontal_max(largest), nan = horizontal_sum(no_number);
-  // A row of zeros has the scale 0, and one of the smallest numbers, whose inverse is infinite, too.
+  // Rows of zeros, or of values whose reciprocal is infinite, have scale 0.
   const float inverse = kInt8Largest / bound;
   const bool is_finite = inverse <= 3.0e38f && nan == 0.0f;
   *scale = (is_finite ? bound / kInt8Largest : 0.0f) + nan;

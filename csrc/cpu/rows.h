@@ -1,4 +1,4 @@
-// What the launchers of row-wise ops share: how rows are dealt out to threads, and sums over all rows.
+// Distribution of rows over threads, and sums over all rows.
 #pragma once
 
 #include <algorithm>
@@ -6,17 +6,16 @@
 #include <new>
 #include <numeric>
 
-#include "common/dtype.h"
 #include "common/numerics.h"
-#include "cpu/parallel.h"
+#include "include/launcher.h"
 
 namespace evakernels::cpu {
 
-// Fewer elements than this are not worth waking a thread for.
+// Minimum elements per task.
 constexpr int64_t kElementsPerTask = 16384;
 
-// Rows are summed into dweight and dbias in chunks whose number depends on the shape alone: enough to keep
-// many cores busy, few enough that the partial sums stay small.
+// Rows are summed in chunks whose number depends on the shape alone, so that results don't depend on the
+// number of threads.
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinRowsPerChunk = 32;
 
@@ -26,16 +25,15 @@ inline int64_t tasks_grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
 }
 
-// How many dense rows of an op that knows no rows are taken as one: short ones are tails of vectors alone.
+// How many dense rows an elementwise op merges into one, as short rows would be tails only.
 inline int64_t rows_in_one(int64_t rows, int64_t width) {
   return width < 64 ? std::gcd(rows, int64_t{64}) : 1;
 }
 
-// Floats that begin at a cache line, as torch's tensors do. A vector of 64 bytes that straddles two lines
-// costs twice; std::vector aligns to 16 bytes only.
+// Floats aligned to a cache line; std::vector aligns to 16 bytes only.
 class AlignedFloats {
  public:
-  // Not initialised.
+  // Uninitialised.
   explicit AlignedFloats(int64_t size)
       : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))), size_(size) {}
   AlignedFloats(int64_t size, float value) : AlignedFloats(size) { std::fill(begin(), end(), value); }
@@ -58,7 +56,7 @@ class AlignedFloats {
   int64_t size_;
 };
 
-// A parameter vector as floats: the caller's own buffer where it already is that, else a converted copy.
+// A parameter as floats: the caller's buffer if it is float32, otherwise a converted copy.
 class FloatVector {
  public:
   FloatVector(const void* data, DType dtype, int64_t width, float missing)
@@ -97,15 +95,13 @@ inline void store_as(DType dtype, void* target, int64_t index, float value) {
   }
 }
 
-// Sums of rows that several tasks build, one row of floats for each chunk, added up in the order of the
-// chunks.
+// Sums over rows: one row of partial sums per chunk, added in the order of the chunks.
 class ChunkedSum {
  public:
   ChunkedSum(void* target, DType dtype, int64_t chunks, int64_t width)
       : target_(target), dtype_(dtype), chunks_(chunks), width_(width), rows_(target ? chunks * width : 0) {}
 
-  // The row of a chunk, set to zero: for the task that fills it, which so finds it in its cache. Null when no
-  // sum is wanted.
+  // The zeroed row of a chunk, zeroed by the task that uses it; null if no sum is needed.
   float* row(int64_t chunk) {
     if (target_ == nullptr) return nullptr;
     float* sum = rows_.data() + chunk * width_;
@@ -133,15 +129,15 @@ class ChunkedSum {
   AlignedFloats rows_;
 };
 
-// How many rows a chunk has whose share of such sums is built by one task.
-inline int64_t rows_per_chunk(int64_t rows) { return std::max(kMinRowsPerChunk, ceil_div(rows, kMaxChunks)); }
-
 // The chunks of a matrix.
 struct RowChunks {
   RowChunks(int64_t rows, int64_t width)
-      : rows(rows), width(width), rows_each(rows_per_chunk(rows)), count(ceil_div(rows, rows_each)) {}
+      : rows(rows),
+        width(width),
+        rows_each(std::max(kMinRowsPerChunk, ceil_div(rows, kMaxChunks))),
+        count(ceil_div(rows, rows_each)) {}
 
-  // Runs body(chunk, first row, row behind the last) for every chunk.
+  // Runs body(chunk, begin row, end row) for every chunk.
   template <class Body>
   void run(ParallelFor parallel_for, const Body& body) const {
     run_parallel(parallel_for, count, tasks_grain(rows_each * width), [&](int64_t begin, int64_t end) {

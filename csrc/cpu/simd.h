@@ -1,14 +1,13 @@
-// Vectors of floats, as wide as the instruction set that the including file is compiled for.
+// Vectors of floats of the instruction set that the including file is compiled for.
 //
-// Everything lies in a namespace named after the instruction set (EVAKERNELS_ISA_NAMESPACE), so that no two
-// builds of a kernel share a symbol. For the same reason nothing here, nor in the kernels, uses inline
-// functions of namespace std.
+// Everything is in a namespace of the instruction set (EVAKERNELS_ISA_NAMESPACE), so that builds of a kernel
+// share no symbol. For the same reason neither this nor the kernels use inline functions of namespace std.
 #pragma once
 
 #include <cstdint>
 
-#include "common/dtype.h"
 #include "common/numerics.h"
+#include "include/launcher.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -29,7 +28,7 @@ typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
-// A whole vector of a row, or the last `lanes` elements of a row that is no multiple of kLanes.
+// A whole vector, or the last `lanes` elements of a row whose width is no multiple of kLanes.
 struct Whole {
   static constexpr int lanes = kLanes;
 };
@@ -37,12 +36,10 @@ struct Tail {
   int lanes;
 };
 
-// The difference is the value whatever its sign, so that compilers know it; of 0 + value they don't: that of
-// -0 is 0.
+// value - 0 is an identity that compilers simplify; value + 0 isn't, for -0.
 static inline F32 broadcast(float value) { return value - F32{}; }
 
-// Lane i is lane from[i] of both, one behind the other. Of constants clang makes one instruction, GCC
-// doesn't.
+// Lane i is lane from[i] of a and b concatenated. clang needs the loop, GCC the builtin, for one instruction.
 template <class Vector>
 static inline Vector shuffle(Vector a, Vector b, U32 from) {
 #if defined(__clang__)
@@ -54,7 +51,7 @@ static inline Vector shuffle(Vector a, Vector b, U32 from) {
 #endif
 }
 
-// __builtin_convertvector would do, but GCC builds it from halves.
+// GCC splits __builtin_convertvector in halves.
 static inline U32 zero_extend(U16 bits) {
 #if defined(__AVX512F__)
   return __builtin_bit_cast(U32, _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, bits)));
@@ -68,7 +65,7 @@ static inline U32 zero_extend(U16 bits) {
 static inline F32 widen(U16 bits, BFloat16) { return bfloat16_to_float<F32>(zero_extend(bits)); }
 
 #if defined(__AVX512BF16__)
-// What is subnormal becomes 0.
+// Subnormal values become 0.
 static inline U16 narrow_normal(F32 value) {
   return __builtin_bit_cast(U16, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, value)));
 }
@@ -189,7 +186,7 @@ static inline F32 zero_beyond(F32 value, Part part) {
   return fill_beyond(value, 0.0f, part);
 }
 
-// b where a is NaN.
+// Returns b where a is NaN.
 static inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 
 static inline F32 sqrt(F32 value) {
@@ -203,7 +200,7 @@ static inline F32 sqrt(F32 value) {
 #endif
 }
 
-// NaN stays NaN.
+// Preserves NaN.
 static inline F32 at_most(F32 x, float limit) {
 #if defined(__AVX512F__)
   return __builtin_bit_cast(F32, _mm512_min_ps(broadcast(limit), x));
@@ -224,7 +221,7 @@ static inline F32 at_least(F32 x, float limit) {
 #endif
 }
 
-// value 2^n for whole n: with AVX-512 for any, else for -126 to 127.
+// value 2^n for integral n; without AVX-512 for -126 to 127.
 static inline F32 multiplied_by_power(F32 value, F32 n) {
 #if defined(__AVX512F__)
   return __builtin_bit_cast(F32, _mm512_scalef_ps(value, n));
@@ -233,7 +230,7 @@ static inline F32 multiplied_by_power(F32 value, F32 n) {
 #endif
 }
 
-// Of x below 2^22.
+// For |x| below 2^22.
 static inline F32 nearest_integer(F32 x) {
 #if defined(__AVX512F__)
   return __builtin_bit_cast(F32,
@@ -244,7 +241,7 @@ static inline F32 nearest_integer(F32 x) {
 #endif
 }
 
-// The highest power first.
+// coefficients: highest power first.
 template <int kTerms>
 static inline F32 polynomial(const float (&coefficients)[kTerms], F32 x) {
   F32 sum = broadcast(coefficients[0]);
@@ -252,8 +249,7 @@ static inline F32 polynomial(const float (&coefficients)[kTerms], F32 x) {
   return sum;
 }
 
-// 2^n e^r for |r| <= ln 2 / 2, to about one unit in the last place: e^r is its Taylor polynomial of degree 7,
-// whose remainder (5e-9 of the value) lies below float32's resolution.
+// 2^n e^r for |r| <= ln 2 / 2, to about 1 ulp: a Taylor polynomial of degree 7 with a relative error of 5e-9.
 static inline F32 exp_of_parts(F32 n, F32 r) {
   F32 series = broadcast(1.0f / 5040);
   series = series * r + 1.0f / 720;
@@ -266,7 +262,7 @@ static inline F32 exp_of_parts(F32 n, F32 r) {
   return multiplied_by_power(series, n);
 }
 
-// Fitted to 2^r for |r| <= 1/2, for results of type T: to 2e-9 of the value, and for 16 bits to 3e-6.
+// Fitted to 2^r for |r| <= 1/2, for results of type T: relative error 2e-9, for 16 bits 3e-6.
 template <class T>
 inline constexpr float kExp2Series[] = {9.582861327e-03f, 5.590644479e-02f, 2.402409911e-01f,
                                         6.931241751e-01f, 1.0f};
@@ -279,11 +275,11 @@ inline constexpr float kExp2Series<float>[] = {1.535336633e-04f,
                                                6.931471825e-01f,
                                                1.0f};
 
-// e^x, for results of type T. NaN stays NaN. What would be subnormal is 0 on some instruction sets, and what
-// is above e^88.37 infinity.
+// e^x, for results of type T. Preserves NaN. On some instruction sets subnormal results are 0 and results
+// above e^88.37 infinite.
 template <class T = float>
 static inline F32 exp(F32 x) {
-  // ln 2 is subtracted in two parts, so that n times the first is exact.
+  // ln 2 in two parts, so that n times the first is exact.
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 #if defined(__AVX512F__)
   constexpr float kLow = -104.0f, kHigh = 89.0f;
@@ -305,7 +301,7 @@ static inline F32 exp(F32 x) {
 #endif
 }
 
-// 2^x for x from -2^22 to 0. NaN stays NaN; what would be subnormal is 0 on some instruction sets.
+// 2^x for x in [-2^22, 0]. Preserves NaN; on some instruction sets subnormal results are 0.
 template <class T = float>
 static inline F32 exp2_of_negative(F32 x) {
 #if defined(__AVX512F__)
@@ -320,7 +316,7 @@ static inline F32 exp2_of_negative(F32 x) {
 
 static inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
-// The value rounded to float: keeps the compiler from fusing the product behind it with a sum that follows.
+// Keeps the compiler from fusing the multiplication that made the value with a following addition.
 static inline F32 rounded(F32 value) {
 #if defined(__x86_64__)
   asm("" : "+v"(value));
@@ -345,7 +341,7 @@ static inline float horizontal_max(F32 value) {
   return result;
 }
 
-// Calls body(offset, Whole or Tail) for the vectors of a row.
+// Calls body(offset, Whole or Tail) for each vector of a row.
 template <class Body>
 static inline void for_each_vector(int64_t width, const Body& body) {
   int64_t i = 0;
@@ -353,9 +349,8 @@ static inline void for_each_vector(int64_t width, const Body& body) {
   if (i < width) body(i, Tail{static_cast<int>(width - i)});
 }
 
-// As for_each_vector, in two steps: write(offset, what compute(offset, Whole or Tail) gives, Whole or Tail).
-// Several vectors are computed before any is written, because one is a long chain of operations that wait for
-// each other.
+// write(offset, compute(offset, part), part) for each vector, part: Whole or Tail. Four vectors are computed
+// before any is written, to overlap long dependency chains.
 template <class Compute, class Write>
 static inline void for_several_vectors(int64_t width, const Compute& compute, const Write& write) {
   constexpr int kAtOnce = 4;
@@ -372,8 +367,8 @@ static inline void for_several_vectors(int64_t width, const Compute& compute, co
   }
 }
 
-// Sums kCount values at once: body(offset, Whole or Tail, sums) adds one vector of a row to sums[0..kCount).
-// Four sets of sums are kept, because one would leave the adders waiting for each other.
+// Sums kCount values: body(offset, Whole or Tail, sums) adds one vector to sums[0..kCount). Four independent
+// sets of sums hide the latency of additions.
 template <int kCount, class Body>
 static inline void sum_over_row(int64_t width, float (&totals)[kCount], const Body& body) {
   F32 sums[4][kCount] = {};
@@ -389,6 +384,43 @@ static inline void sum_over_row(int64_t width, float (&totals)[kCount], const Bo
   for (int k = 0; k < kCount; ++k) {
     totals[k] = horizontal_sum((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
   }
+}
+
+// Calls body(T{}) for the element type.
+template <class Body>
+static inline void with_element_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::Float32:
+      return body(float{});
+    case DType::BFloat16:
+      return body(BFloat16{});
+    case DType::Float16:
+      return body(Float16{});
+  }
+}
+
+// Swaps the off-diagonal blocks of each square of 2 kStep lanes in rows i and i + kStep.
+template <int kStep>
+static inline void swap_squares(U32 (&rows)[kLanes]) {
+  U32 low, high;
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    low[lane] = lane & kStep ? kLanes + lane - kStep : lane;
+    high[lane] = lane & kStep ? kLanes + lane : lane + kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const U32 a = rows[i], b = rows[i + kStep];
+    rows[i] = shuffle(a, b, low);
+    rows[i + kStep] = shuffle(a, b, high);
+  }
+}
+
+// Transposes in place.
+template <int kStep = kLanes / 2>
+static inline void transpose_square(U32 (&rows)[kLanes]) {
+  swap_squares<kStep>(rows);
+  if constexpr (kStep > 1) transpose_square<kStep / 2>(rows);
 }
 
 }  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

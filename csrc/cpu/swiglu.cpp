@@ -8,8 +8,6 @@
 namespace evakernels::cpu {
 namespace {
 
-const SwigluKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, swiglu); }
-
 template <class Params>
 Params in_long_rows(Params params) {
   const bool dense = params.gate.stride == params.width && params.up.stride == params.width;
@@ -23,7 +21,7 @@ Params in_long_rows(Params params) {
 
 void swiglu_forward(const SwigluForward& given, Isa isa, ParallelFor parallel_for) {
   const auto params = in_long_rows(given);
-  const SwigluKernels& kernels = kernels_for(isa);
+  const SwigluKernels& kernels = EVAKERNELS_OF_ISA(isa, swiglu);
   const bool norm = params.norm_weight != nullptr;
   const FloatVector weight(params.norm_weight, params.weight_dtype, norm ? params.width : 0, 1.0f);
   const FloatVector bias(params.norm_bias, params.weight_dtype, norm ? params.width : 0, 0.0f);
@@ -35,21 +33,16 @@ void swiglu_forward(const SwigluForward& given, Isa isa, ParallelFor parallel_fo
 
 void swiglu_backward(const SwigluBackward& given, Isa isa, ParallelFor parallel_for) {
   const auto params = in_long_rows(given);
-  const SwigluKernels& kernels = kernels_for(isa);
+  const SwigluKernels& kernels = EVAKERNELS_OF_ISA(isa, swiglu);
   const bool norm = params.norm_weight != nullptr;
   const FloatVector weight(params.norm_weight, params.weight_dtype, norm ? params.width : 0, 1.0f);
-  const int64_t chunk_rows = rows_per_chunk(params.rows);
-  const int64_t chunks = ceil_div(params.rows, chunk_rows);
-  ChunkedSum dweight(params.dweight, params.weight_dtype, chunks, params.width);
-  ChunkedSum dbias(params.dbias, params.weight_dtype, chunks, params.width);
-  run_parallel(parallel_for, chunks, tasks_grain(chunk_rows * params.width), [&](int64_t begin, int64_t end) {
+  const RowChunks chunks(params.rows, params.width);
+  ChunkedSum dweight(params.dweight, params.weight_dtype, chunks.count, params.width);
+  ChunkedSum dbias(params.dbias, params.weight_dtype, chunks.count, params.width);
+  chunks.run(parallel_for, [&](int64_t chunk, int64_t first, int64_t last) {
     AlignedFloats scratch(norm ? kSwigluScratch * params.width : 0);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * chunk_rows;
-      const int64_t last = std::min(first + chunk_rows, params.rows);
-      kernels.backward(params, norm ? weight.data() : nullptr, dweight.row(chunk), dbias.row(chunk),
-                       scratch.data(), first, last);
-    }
+    kernels.backward(params, norm ? weight.data() : nullptr, dweight.row(chunk), dbias.row(chunk),
+                     scratch.data(), first, last);
   });
   dweight.write_total(parallel_for);
   dbias.write_total(parallel_for);

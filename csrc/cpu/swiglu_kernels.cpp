@@ -1,7 +1,7 @@
 // Compiled once for each instruction set.
 //
-// With a norm, a row's intermediate values stay in a scratch row of floats, which the L1 cache holds: gate
-// and up are read once, and the exponential, the dearest part, is taken once.
+// With a norm, intermediate values stay in a scratch row in the L1 cache: gate and up are read once, and the
+// exponential is computed once.
 #include "cpu/norm_rows.h"
 #include "include/swiglu.h"
 
@@ -88,11 +88,11 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
     const float mean = params.mean[row];
     const float rstd = params.rstd[row];
 
-    float sum[2];  // of the gradient with respect to the normalised row: as it is, and times that row
+    float sum[2];  // of the normalised row's gradient g, and of g * normalised
     sum_over_row(width, sum, [&](int64_t i, auto part, F32* sums) {
       const F32 g = load(gate + i, part);
       const F32 s = sigmoid(g);
-      // The very product whose mean forward took: in a row of one element they cancel.
+      // Rounded as in forward: in a row of one element it cancels with the mean.
       const F32 value = (rounded(g * s * load(up + i, part)) - mean) * rstd;
       store(sigmoids + i, s, part);
       store(normalised + i, value, part);
@@ -106,7 +106,7 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
     for_each_vector(width, [&](int64_t i, auto part) {
       const F32 upstream = load(dout + i, part);
       const F32 value = load(normalised + i, part);
-      // Where a gradient cancels, as in a row of one element, its rounding would be left over, times rstd.
+      // Rounded as above: in a row of one element it cancels, and rstd would amplify the difference.
       const F32 dhidden = (rounded(upstream * load(weight + i, part)) - shift - value * slope) * rstd;
       store_gradients(static_cast<T*>(params.dgate) + start + i, static_cast<T*>(params.dup) + start + i,
                       dhidden, load(gate + i, part), load(up + i, part), load(sigmoids + i, part), part);
@@ -116,42 +116,20 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
   }
 }
 
-template <class T>
-void forward_rows(const SwigluForward& params, const float* weight, const float* bias, float* scratch,
-                  int64_t begin, int64_t end) {
-  if (weight == nullptr) return product_rows<T>(params, begin, end);
-  normalised_rows<T>(params, weight, bias, scratch, begin, end);
-}
-
-template <class T>
-void backward_rows(const SwigluBackward& params, const float* weight, float* dweight, float* dbias,
-                   float* scratch, int64_t begin, int64_t end) {
-  if (weight == nullptr) return product_rows_backward<T>(params, begin, end);
-  normalised_rows_backward<T>(params, weight, dweight, dbias, scratch, begin, end);
-}
-
 void forward(const SwigluForward& params, const float* weight, const float* bias, float* scratch,
              int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::Float32:
-      return forward_rows<float>(params, weight, bias, scratch, begin, end);
-    case DType::BFloat16:
-      return forward_rows<BFloat16>(params, weight, bias, scratch, begin, end);
-    case DType::Float16:
-      return forward_rows<Float16>(params, weight, bias, scratch, begin, end);
-  }
+  with_element_type(params.dtype, [&]<class T>(T) {
+    if (weight == nullptr) return product_rows<T>(params, begin, end);
+    normalised_rows<T>(params, weight, bias, scratch, begin, end);
+  });
 }
 
 void backward(const SwigluBackward& params, const float* weight, float* dweight, float* dbias, float* scratch,
               int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::Float32:
-      return backward_rows<float>(params, weight, dweight, dbias, scratch, begin, end);
-    case DType::BFloat16:
-      return backward_rows<BFloat16>(params, weight, dweight, dbias, scratch, begin, end);
-    case DType::Float16:
-      return backward_rows<Float16>(params, weight, dweight, dbias, scratch, begin, end);
-  }
+  with_element_type(params.dtype, [&]<class T>(T) {
+    if (weight == nullptr) return product_rows_backward<T>(params, begin, end);
+    normalised_rows_backward<T>(params, weight, dweight, dbias, scratch, begin, end);
+  });
 }
 
 }  // namespace

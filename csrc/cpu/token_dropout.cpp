@@ -9,10 +9,8 @@
 namespace evakernels::cpu {
 namespace {
 
-const TokenDropoutKernels& kernels_for(Isa isa) { return EVAKERNELS_OF_ISA(isa, token_dropout); }
-
-// Where each token lies among the kept ones of its sample, -1 where it was dropped: [batch, tokens]. Empty
-// without an index.
+// [batch, tokens]: a token's index among the kept tokens of its sample, -1 if it was dropped. Empty without
+// token_index.
 std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape& shape) {
   if (token_index == nullptr) return {};
   std::vector<int32_t> place(shape.batch * shape.tokens, -1);
@@ -31,7 +29,7 @@ std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape&
 }  // namespace
 
 void token_dropout_forward(const TokenDropoutForward& params, Isa isa, ParallelFor parallel_for) {
-  const TokenDropoutKernels& kernels = kernels_for(isa);
+  const TokenDropoutKernels& kernels = EVAKERNELS_OF_ISA(isa, token_dropout);
   const TokenDropoutShape& shape = params.shape;
   const FloatVector prefix(params.prefix, params.prefix_dtype, shape.prefix_tokens * shape.channels, 0.0f);
   if (params.patches.channel_stride == 1) {
@@ -50,7 +48,7 @@ void token_dropout_forward(const TokenDropoutForward& params, Isa isa, ParallelF
 }
 
 void token_dropout_backward(const TokenDropoutBackward& params, Isa isa, ParallelFor parallel_for) {
-  const TokenDropoutKernels& kernels = kernels_for(isa);
+  const TokenDropoutKernels& kernels = EVAKERNELS_OF_ISA(isa, token_dropout);
   const TokenDropoutShape& shape = params.shape;
   const std::vector<int32_t> place = places(params.token_index, shape);
   const bool prefix_only = params.dpatches == nullptr && params.dpos_embed == nullptr;

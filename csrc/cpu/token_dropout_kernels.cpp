@@ -1,12 +1,11 @@
 // Compiled once for each instruction set.
-#include "cpu/dtype_dispatch.h"
 #include "cpu/simd.h"
 #include "include/token_dropout.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
 namespace {
 
-// A part of one row of out: its first `count` channels from `channel` on.
+// Channels [channel, channel + count) of a row of out.
 struct Segment {
   int64_t channel;
   int64_t count;
@@ -28,7 +27,7 @@ int64_t kept_token(const TokenDropoutForward& params, int64_t sample, int64_t i)
   return params.token_index ? params.token_index[sample * params.shape.kept_tokens + i] : i;
 }
 
-// O is the element type of out, P that of pos_embed, T that of the patches.
+// Element types: O of out, P of pos_embed, T of the patches.
 template <class O, class P, class T>
 void write_segment(O* out, const T* token, const P* position, int64_t count) {
   if (position == nullptr) {
@@ -67,7 +66,7 @@ void rows_of(const TokenDropoutForward& params, const float* prefix, int64_t beg
   }
 }
 
-// Reads the kept patches channel by channel, each channel's patches side by side, into rows of kTileChannels.
+// Transposes the kept patches, contiguous per channel, to rows of kTileChannels.
 template <class T>
 void turn_round(const TokenDropoutForward& params, int64_t sample, Segment segment, T* tile) {
   const PatchTensor& patches = params.patches;
@@ -117,7 +116,7 @@ void store_sum(void* target, int64_t position, const float* sum, int64_t width) 
 
 void clear(void* row, int64_t bytes) { __builtin_memset(row, 0, bytes); }
 
-// Adds one row of dout to the sum of its position, and writes the gradient of its patch if that is wanted.
+// Adds one row of dout to the sum of its position, and writes the gradient of its patch if needed.
 template <class T>
 void row_backward(const TokenDropoutBackward& params, const int32_t* place, float* sum, int64_t sample,
                   int64_t position) {
@@ -144,7 +143,7 @@ void row_backward(const TokenDropoutBackward& params, const int32_t* place, floa
   if (params.dpos_embed) add_to(sum, gradient, shape.channels);
 }
 
-// Goes through the samples once for several positions, whose rows lie side by side in each.
+// One pass over the samples for several positions, whose rows are contiguous in each.
 template <class T>
 void positions_backward(const TokenDropoutBackward& params, const int32_t* place, float* sums, int64_t first,
                         int64_t last) {
@@ -163,11 +162,11 @@ void positions_backward(const TokenDropoutBackward& params, const int32_t* place
   }
 }
 
-// Calls body with the element types of out, pos_embed and patches.
+// Calls body(O{}, P{}, T{}).
 template <class Body>
 void with_element_types(const TokenDropoutForward& params, const Body& body) {
   with_element_type(params.out_dtype, [&]<class O>(O out) {
-    // A 16-bit result has inputs of its own dtype only: it is the widest of theirs.
+    // A 16-bit result has inputs of its own dtype only: it is their widest.
     if constexpr (sizeof(O) == 2) {
       body(out, O{}, O{});
     } else {

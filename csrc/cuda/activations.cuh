@@ -1,4 +1,4 @@
-// Activation functions of one element.
+// Activation functions and their derivatives.
 #pragma once
 
 #include "cuda/device.h"
@@ -6,12 +6,11 @@
 
 namespace evakernels::cuda {
 
-// __fdividef errs by 2 units in the last place, for a fraction of the division's instructions; for a large
-// divisor it gives 0, where silu and its derivative are below the normal numbers.
+// __fdividef: 2 ulp for a fraction of a division's instructions; 0 for a huge divisor, where silu is
+// subnormal.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 
-// silu(gate) * up. Rounded before anything is added, so that backward finds the very value whose mean forward
-// took.
+// silu(gate) * up, without FMA, so that forward and backward compute equal values.
 __device__ __forceinline__ float gated(float gate, float sigmoid_of_gate, float up) {
   return __fmul_rn(__fmul_rn(gate, sigmoid_of_gate), up);
 }
@@ -27,7 +26,7 @@ __device__ __forceinline__ GatedGradient gradient_of_gated(float upstream, float
   return {upstream * up * s * (1.0f + gate * (1.0f - s)), upstream * gate * s};
 }
 
-// x P(x), where P is the normal distribution.
+// x P(x), with the normal CDF P.
 struct ExactGelu {
   static __device__ __forceinline__ float of(float x) {
     const float z = magnitude(x);
@@ -36,25 +35,24 @@ struct ExactGelu {
 
   static __device__ __forceinline__ float derivative(float x) {
     const float z = magnitude(x);
-    const float slope = z * kNormalDensityAtZero * exp2_approximated(-kHalfLog2E * z * z);
+    const float slope = z * kNormalDensityAtZero * exp2_approx(-kHalfLog2E * z * z);
     return 0.5f + copysignf(0.5f - tail(z) + slope, x);
   }
 
  private:
-  // From here on the tail is 0, and an infinity times it would be no number. Not by fmin, which would lose a
-  // NaN.
+  // The tail is 0 from 16 on; inf * 0 would be NaN. Unlike fmin, keeps NaN.
   static __device__ __forceinline__ float magnitude(float x) { return fabsf(x) > 16.0f ? 16.0f : fabsf(x); }
 
   static __device__ __forceinline__ float tail(float z) {
-    constexpr auto kPolynomial = kLog2NormalTail;  // a global one is the host's
+    constexpr auto kPolynomial = kLog2NormalTail;  // a global constant is the host's
     float exponent = kPolynomial.coefficients[0];
 #pragma unroll
     for (int i = 1; i < 9; ++i) exponent = exponent * z + kPolynomial.coefficients[i];
-    return exp2_approximated(exponent);
+    return exp2_approx(exponent);
   }
 };
 
-// x sigmoid(u) for the polynomial u of x that Curve gives.
+// x sigmoid(u) with u = Curve::of(x).
 template <class Curve>
 struct SigmoidOf {
   static __device__ __forceinline__ float of(float x) { return x * sigmoid(Curve::of(x)); }
@@ -63,7 +61,7 @@ struct SigmoidOf {
     const float u = Curve::of(x);
     const float e = expf(-u);
     const float s = __fdividef(1.0f, 1.0f + e);
-    // 1 - s, which would cancel where s is close to 1; e overflows only where it isn't.
+    // 1 - s without cancellation for s close to 1.
     const float rest = u > 0.0f ? e * s : 1.0f - s;
     return s + x * s * rest * Curve::slope(x);
   }

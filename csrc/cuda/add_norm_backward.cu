@@ -1,22 +1,19 @@
-// The gradient of x = residual + layer_scale * row_scale * branch, y = norm(x).
+// Backward of x = residual + layer_scale * row_scale * branch, y = norm(x).
 //
-// Each element of dy, dx, x and, where layer_scale has a gradient, of the branch is read once; each of
-// dresidual and dbranch is written once.
+// Traffic: dy, dx, x, dresidual and dbranch once; branch once if layer_scale needs a gradient.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
 #include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {
 
-// SUMS over the rows: of dy times the normalised row, of dy, and, where there is a layer_scale, of the
-// gradient of the scaled branch times the branch.
+// SUMS over rows: dy * normalised, dy, and for layer_scale the gradient of the scaled branch * branch.
 template <int SUMS>
 constexpr RowLimits kLimits = {SUMS == 2 ? 24 : 16, SUMS == 2 ? 224 : 320};
 
-// Two of each input, one of each gradient.
+// Two stages per input, one per gradient.
 template <int SUMS>
 constexpr int kStages = SUMS == 2 ? 8 : 10;
 
@@ -32,8 +29,8 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   const auto gradient_of = [&](int64_t row) {
     return gradient_of_row(row, params.mean, params.rstd, shape.rms);
   };
-  // The gradient of the normalised row.
-  const auto through_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
+  // Gradient of the normalised row.
+  const auto times_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
     load_weight(params.parameters.weight, vector, g);
 #pragma unroll
     for (int i = 0; i < E; ++i) g[i] = __fmul_rn(upstream[i], g[i]);
@@ -43,18 +40,18 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   if (row < shape.rows) {
     InputRow<Y, L, 2> dy;
     InputRow<Residual, L, 2> x;
-    PassingInputRow<Residual, L, 2> dx;
-    std::conditional_t<SUMS == 3, PassingInputRow<Branch, L, 2>, NoRow> branch;
+    ReadOnceInputRow<Residual, L, 2> dx;
+    std::conditional_t<SUMS == 3, ReadOnceInputRow<Branch, L, 2>, NoRow> branch;
     OutputRow<Residual, L> dresidual;
     OutputRow<Branch, L> dbranch;
-    use_stages<L, kStages<SUMS>>(shape.width, dy, x, dx, branch, dresidual, dbranch);
-    const auto point_to = [&](int64_t row) {
-      dy.point_to(params.dy, row, shape.width);
-      x.point_to(params.x, row, shape.width);
-      dx.point_to(params.dx, row, shape.width);
-      branch.point_to(params.branch, row, shape.width);
+    assign_stages<L, kStages<SUMS>>(shape.width, dy, x, dx, branch, dresidual, dbranch);
+    const auto set_row = [&](int64_t row) {
+      dy.set_row(params.dy, row, shape.width);
+      x.set_row(params.x, row, shape.width);
+      dx.set_row(params.dx, row, shape.width);
+      branch.set_row(params.branch, row, shape.width);
     };
-    point_to(row);
+    set_row(row);
     const auto fetch = [&](int64_t elements_ahead, auto... part) {
       dy.fetch(part..., elements_ahead);
       x.fetch(part..., elements_ahead);
@@ -67,19 +64,19 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
       const bool more = row + step < shape.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of(row + step);
-      point_to(row);
-      dresidual.point_to(params.dresidual, row, shape.width);
-      dbranch.point_to(params.dbranch, row, shape.width);
+      set_row(row);
+      dresidual.set_row(params.dresidual, row, shape.width);
+      dbranch.set_row(params.dbranch, row, shape.width);
       wait_for_rows<L>(dy, x, dx, branch);
       prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
-      complete<E, V>(gradient, shape.width, shape.rms, row_sums,
-                     [&](int vector, int slot, float (&g)[E], float (&x_values)[E]) {
-                       float upstream[E];
-                       dy.get(vector, slot, upstream);
-                       through_weight(vector, upstream, g);
-                       x.get(vector, slot, x_values);
-                     });
+      reduce_gradient<E, V>(gradient, shape.width, shape.rms, row_sums,
+                            [&](int vector, int slot, float (&g)[E], float (&x_values)[E]) {
+                              float upstream[E];
+                              dy.get(vector, slot, upstream);
+                              times_weight(vector, upstream, g);
+                              x.get(vector, slot, x_values);
+                            });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
         float upstream[E], x_values[E], total[E], g[E];
@@ -87,7 +84,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
         dy.get(vector, slot, upstream);
         x.get(vector, slot, x_values);
         prefetch_vector<L>(more, ahead, vector, slot, fetch);
-        through_weight(vector, upstream, g);
+        times_weight(vector, upstream, g);
         float times_normalised[E];
 #pragma unroll
         for (int i = 0; i < E; ++i) {
@@ -112,7 +109,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
         multiply_by(params.parameters.layer_scale, vector, total);
         dbranch.put(vector, total);
       });
-      finish_rows<L>(dresidual, dbranch);
+      finish_rows<L>(dresidual, dbranch);  // #stored-rows
     }
   }
   column_sums.write();

@@ -1,15 +1,14 @@
-// x = residual + layer_scale * row_scale * branch, y = norm(x), of the sum before it is rounded.
+// x = residual + layer_scale * row_scale * branch, y = norm(x), with x unrounded.
 //
-// Each element of the inputs is read once and each of the outputs written once; the sum is kept in registers.
+// Traffic: inputs and outputs once; the sum stays in registers.
 #include "cuda/norm_launch.h"
-#include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
 #include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kStages = 4;  // one of each matrix
+constexpr int kStages = 4;  // one per matrix
 
 template <class Residual, class Branch, class Y, class L>
 __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
@@ -21,14 +20,14 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
   InputRow<Branch, L> branch;
   OutputRow<Residual, L> x;
   OutputRow<Y, L> y;
-  use_stages<L, kStages>(shape.width, residual, branch, x, y);
+  assign_stages<L, kStages>(shape.width, residual, branch, x, y);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
     const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
-    residual.point_to(params.residual, row, shape.width);
-    branch.point_to(params.branch, row, shape.width);
-    x.point_to(params.x, row, shape.width);
-    y.point_to(params.y, row, shape.width);
+    residual.set_row(params.residual, row, shape.width);
+    branch.set_row(params.branch, row, shape.width);
+    x.set_row(params.x, row, shape.width);
+    y.set_row(params.y, row, shape.width);
     fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
       residual.fetch(part..., ahead);
       branch.fetch(part..., ahead);

@@ -1,7 +1,7 @@
-// Sums over all rows, one for each column: gradients of weights.
+// Sums over all rows, one per column: gradients of weights.
 //
-// Each block adds up its rows, in registers, and writes one partial sum a column; a small second kernel adds
-// the partial sums. The order of every addition is fixed by the sizes and the GPU, so two runs are bit-equal.
+// Each block accumulates its rows in registers and writes one partial sum per column; a second kernel adds
+// these. The order of additions depends on the sizes and the GPU alone: two runs are bit-equal.
 #pragma once
 
 #include <optional>
@@ -10,8 +10,8 @@
 
 namespace evakernels::cuda {
 
-// Of COUNT sums; partials is [COUNT, blocks, width], or null: none is wanted. Where a block has a part of
-// each row, with STRIPS, partials points to the first of its `columns`.
+// COUNT sums per column. partials: [COUNT, blocks, width], or null if no gradient is needed. With STRIPS a
+// block has `columns` of each row, and partials points to the first of them.
 template <int COUNT, int E, int V, bool STRIPS = false>
 class ColumnSums {
  public:
@@ -38,7 +38,7 @@ class ColumnSums {
     }
   }
 
-  // A column is always the same thread's, so that with V = 0 the block's partial sums can lie in memory.
+  // A thread always has the same columns, so with V = 0 partial sums are accumulated in global memory.
   __device__ __forceinline__ void add(int n, int vector, int slot, const float (&values)[E]) {
     if constexpr (V == 0) {
       if (!partials_) return;
@@ -70,7 +70,7 @@ class ColumnSums {
 
  private:
   struct Scratch {
-    float sums[V * E * kWarpSize];  // a row of one warp
+    float sums[V * E * kWarpSize];  // one warp's row
   };
 
   __device__ __forceinline__ int vectors() const {
@@ -81,7 +81,7 @@ class ColumnSums {
     return partials_ + (int64_t{n} * gridDim.x + blockIdx.x) * width_;
   }
 
-  // The block's rows one after the other; the last one is left with the total.
+  // Adds up the block's rows in order; the last one has the total.
   __device__ __forceinline__ void add_rows_of_block(float (&sums)[V > 0 ? V : 1][E]) {
     float* const total = shared_memory<Scratch>().sums;
     const int count = vectors();
@@ -90,14 +90,14 @@ class ColumnSums {
         for_each_vector<V>(count, [&](int vector, int slot) {
 #pragma unroll
           for (int i = 0; i < E; ++i) {
-            // In this order the lanes of a warp meet no two columns of one bank.
+            // This layout avoids bank conflicts.
             float& column = total[i * count + vector];
             if (row > 0) sums[slot][i] += column;
             column = sums[slot][i];
           }
         });
       }
-      __syncthreads();
+      __syncthreads();  // #rows-of-block
     }
   }
 
@@ -114,7 +114,7 @@ struct TotalsScratch {
   float sums[COUNT][kPartialsAtOnce][kWarpSize];
 };
 
-// Each block has as many columns as a warp has lanes. finish(column, totals) writes what is wanted of them.
+// Adds up partial sums: one column per lane. finish(column, totals) writes the gradients.
 template <int COUNT, class Finish>
 __global__ void __launch_bounds__(kWarpSize* kPartialsAtOnce)
     column_totals_kernel(const float* partials, int64_t partial_rows, int64_t width, Finish finish) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kWarpSize* kPartialsAtOnce)
         sum += load_once(partials + (n * partial_rows + row) * width + column);
       }
     }
-    scratch.sums[n][threadIdx.y][threadIdx.x] = sum;
+    scratch.sums[n][threadIdx.y][threadIdx.x] = sum;  // #partial-sums
   }
   __syncthreads();
   if (threadIdx.y > 0 || column >= width) return;
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kWarpSize* kPartialsAtOnce)
   finish(column, totals);
 }
 
-// Launches a kernel whose last argument are its partial sums, [COUNT, blocks, width], and the second pass
-// over them; without `finish` none are wanted.
+// Launches a kernel whose last argument is its partial sums, [COUNT, blocks, width], and then the kernel that
+// adds them up; only the first without `finish`.
 template <int COUNT, class Finish, class... Parameters, class... Arguments>
 Error launch_with_column_sums(const LaunchPlan<Parameters...>& plan, int64_t width,
                               const std::optional<Finish>& finish, Scratch& scratch, Stream stream,

@@ -1,4 +1,4 @@
-// What device code includes: launches, and accesses to memory in the widths and ways that they are meant.
+// Kernel launches, and loads and stores of a given width and cache policy.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,24 +9,24 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/dtype.h"
 #include "cuda/runtime.h"
+#include "include/launcher.h"
 
-// Of <cassert>, which declares it only where asserts are compiled in.
+// <cassert> declares it only where asserts are compiled in.
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
                                                   const char* function) noexcept __attribute__((noreturn));
 
 namespace evakernels::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr unsigned kWholeWarp = ~0u;
+constexpr unsigned kFullMask = ~0u;
 
 template <class Integer>
 __host__ __device__ constexpr Integer ceil_div(Integer a, std::type_identity_t<Integer> b) {
   return (a + b - 1) / b;
 }
 
-// The least that is not below `n`.
+// The smallest power of two that is at least `n`.
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
 template <class... Parameters>
@@ -39,7 +39,7 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_by
   return resident_blocks(address_of(kernel), threads, shared_bytes);
 }
 
-// shared_bytes: of the memory that dynamic_shared_memory gives.
+// shared_bytes: size of dynamic_shared_memory().
 template <class... Parameters>
 Error launch_with_memory(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                          [[maybe_unused]] Stream stream,
@@ -56,33 +56,33 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream
   return launch_with_memory(kernel, grid, block, 0, stream, arguments...);
 }
 
-// A kernel and how to launch it: worked out once, and read by whoever sizes the scratch and by the launch.
+// A kernel with its launch configuration; the grid also determines the scratch size.
 template <class... Parameters>
 struct LaunchPlan {
   void (*kernel)(Parameters...);
   dim3 grid;
   dim3 block;
-  size_t shared_bytes;  // of dynamic shared memory
+  size_t shared_bytes;  // dynamic
 
   int resident_blocks() const {
     return cuda::resident_blocks(address_of(kernel), static_cast<int>(block.x * block.y), shared_bytes);
   }
 
-  // Nothing if the grid has no blocks.
+  // No-op for an empty grid.
   Error launch(Stream stream, const std::type_identity_t<Parameters>&... arguments) const {
     if (grid.x == 0) return nullptr;
     return launch_with_memory(kernel, grid, block, shared_bytes, stream, arguments...);
   }
 };
 
-// The block's one T in shared memory. Give each use a type of its own.
+// The block's T in static shared memory. Each use needs its own type.
 template <class T>
 __device__ __forceinline__ T& shared_memory() {
   __shared__ T memory;
   return memory;
 }
 
-// The shared memory that the launch asked for, at a multiple of 16 bytes.
+// The launch's dynamic shared memory, aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared_memory() {
   extern __shared__ uint4 dynamic_memory[];
@@ -94,7 +94,7 @@ __device__ __forceinline__ Word load(const Word* from) {
   return *from;
 }
 
-// Of what no later kernel reads from the cache, so that it stays free for what others do.
+// Evict-first, for data that no later kernel reads from the cache.
 template <class Word>
 __device__ __forceinline__ Word load_once(const Word* from) {
   return __ldcs(from);
@@ -105,9 +105,9 @@ __device__ __forceinline__ void store(Word* to, Word word) {
   *to = word;
 }
 
-// To global memory, in one instruction; in some kernels the compiler splits what `store` does.
+// Stores to global memory in one instruction; the compiler may split `store`.
 template <class Word>
-__device__ __forceinline__ void store_whole(Word* to, Word word) {
+__device__ __forceinline__ void store_vector(Word* to, Word word) {
   if constexpr (sizeof(Word) == sizeof(uint4)) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z),
                  "r"(word.w)
@@ -123,8 +123,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 or 4 bytes from global memory, or zeros, to shared memory, past the registers. They are there for the
-// thread that copied them once it has waited.
+// cp.async of 16 or 4 bytes from global to shared memory; zeros if `exists` is false. Visible to this thread
+// after wait_for_copies.
 template <int BYTES = 16>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool exists = true) {
   static_assert(BYTES == 16 || BYTES == 4);
@@ -141,33 +141,31 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Ends the launch with an error: for arguments that only the kernel sees. The driver prints op and what is
-// wrong, as of an assertion. Never inlined: so it takes no registers from those who don't call it.
+// Fails the launch for arguments that only the kernel sees; the driver prints op and message like an
+// assertion. Not inlined, so that it costs callers no registers.
 inline __device__ __noinline__ __attribute__((noreturn)) void refuse(const char* op, const char* what) {
   __assert_fail(what, "", 0, op);
 }
 
-// The same without words, for attention, whose kernels would take 2 to 68 registers more for the call
-// (nvcc 13.0).
+// The same without a message, for attention: the call would take up to 68 registers.
 __device__ __forceinline__ void refuse_silently(const char*, const char*) { __trap(); }
 
-// Tells the compiler what it doesn't know of a pointer that was itself read from memory. To store through the
-// result won't do: it makes nvcc 13 cut a word into pieces; `store_whole` doesn't need it.
+// Declares that a pointer read from memory is global. Only for loads: nvcc 13 splits stores through it.
 template <class T>
-__device__ __forceinline__ T* in_global_memory(T* pointer) {
+__device__ __forceinline__ T* assume_global(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
 
-// To 2 units in the last place, in one instruction; 0 where the result would be subnormal.
-__device__ __forceinline__ float exp2_approximated(float x) {
+// 2^x to 2 ulp in one instruction; subnormal results are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
-// Lets the compiler not know where the value comes from, so that it can't move what depends on it.
-__device__ __forceinline__ void hide_origin(unsigned& value) { asm volatile("" : "+r"(value)); }
+// Keeps the compiler from hoisting what depends on the value.
+__device__ __forceinline__ void optimization_barrier(unsigned& value) { asm volatile("" : "+r"(value)); }
 
 __device__ __forceinline__ float to_float(BFloat16 value) {
   return __uint_as_float(uint32_t{value.bits} << 16);
@@ -176,14 +174,14 @@ __device__ __forceinline__ float to_float(Float16 value) {
   return __half2float(__ushort_as_half(value.bits));
 }
 
-// To the nearest, ties to even; one instruction for both.
-__device__ __forceinline__ uint32_t round_pair(float low, float high, BFloat16) {
+// Rounds two values to nearest even in one instruction.
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, BFloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t bits;
   memcpy(&bits, &pair, sizeof bits);
   return bits;
 }
-__device__ __forceinline__ uint32_t round_pair(float low, float high, Float16) {
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, Float16) {
   const __half2 pair = __floats2half2_rn(low, high);
   uint32_t bits;
   memcpy(&bits, &pair, sizeof bits);

@@ -1,9 +1,33 @@
-// Elements of a dtype in memory, read and written several at a time.
+// Vectorised loads and stores of elements of any dtype, and dispatch on it.
 #pragma once
 
-#include "cuda/dispatch.h"
+#include "cuda/device.h"
 
 namespace evakernels::cuda {
+
+// Returns body(T{}) for the element type. nv_exec_check_disable: body is a host or a device function.
+#pragma nv_exec_check_disable
+template <class Body>
+__host__ __device__ __forceinline__ auto with_element_type(DType dtype, const Body& body) {
+  if (dtype == DType::Float32) return body(float{});
+  if (dtype == DType::BFloat16) return body(BFloat16{});
+  return body(Float16{});
+}
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Returns body(Constant<N>{}) for the number of elements per access, see aligned_elements (norm_plan.h).
+template <int WIDE, class Body>
+Error with_elements(int elements, const Body& body) {
+  if constexpr (WIDE > 2) {
+    if (elements == WIDE) return body(Constant<WIDE>{});
+  }
+  if constexpr (WIDE > 1) {
+    if (elements == 2) return body(Constant<2>{});
+  }
+  return body(Constant<1>{});
+}
 
 constexpr int kWidestAccess = 16;  // bytes
 
@@ -31,7 +55,7 @@ struct WordOf<2> {
 
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// E elements of type T as they lie in memory: one word, or several where one would be too wide.
+// E elements of type T in one word, or in several of 16 bytes.
 template <class T, int E>
 struct Packed {
   static constexpr int kBytes = smaller(kWidestAccess, E* int{sizeof(T)});
@@ -60,16 +84,16 @@ struct Packed {
     for (int i = 0; i < kWords; ++i) cuda::store(reinterpret_cast<Word*>(to) + i, words[i]);
   }
 
-  __device__ __forceinline__ void store_whole(T* to) const {
+  __device__ __forceinline__ void store_vector(T* to) const {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) cuda::store_whole(reinterpret_cast<Word*>(to) + i, words[i]);
+    for (int i = 0; i < kWords; ++i) cuda::store_vector(reinterpret_cast<Word*>(to) + i, words[i]);
   }
 
   __device__ __forceinline__ void unpack(float (&values)[E]) const {
     if constexpr (std::is_same_v<T, float>) {
       memcpy(values, words, sizeof values);
     } else if constexpr (std::is_same_v<T, BFloat16> && E % 2 == 0) {
-      // An instruction an element: the compiler would take the upper ones out in three.
+      // One instruction per element; the compiler would take three for the upper halves.
       uint32_t pairs[E / 2];
       memcpy(pairs, words, sizeof pairs);
 #pragma unroll
@@ -89,11 +113,11 @@ struct Packed {
     if constexpr (std::is_same_v<T, float>) {
       memcpy(packed.words, values, sizeof values);
     } else if constexpr (E == 1) {
-      packed.words[0] = static_cast<uint16_t>(round_pair(values[0], 0.0f, T{}));
+      packed.words[0] = static_cast<uint16_t>(pack_pair(values[0], 0.0f, T{}));
     } else {
       uint32_t pairs[E / 2];
 #pragma unroll
-      for (int i = 0; i < E / 2; ++i) pairs[i] = round_pair(values[2 * i], values[2 * i + 1], T{});
+      for (int i = 0; i < E / 2; ++i) pairs[i] = pack_pair(values[2 * i], values[2 * i + 1], T{});
       memcpy(packed.words, pairs, sizeof pairs);
     }
     return packed;
@@ -110,7 +134,7 @@ __device__ __forceinline__ void store_floats(T* to, const float (&values)[E]) {
   Packed<T, E>::pack(values).store(to);
 }
 
-// Elements [first, first + E) of a vector whose dtype is known at run time.
+// Loads elements [first, first + E) of a vector whose dtype is known at run time.
 template <int E>
 __device__ __forceinline__ void load_floats(const void* vector, DType dtype, int64_t first,
                                             float (&values)[E]) {

@@ -1,29 +1,25 @@
-// out = gelu(x + bias), and in one pass over dout and x the gradients of both: backward computes the sum
-// again. Each byte is read once and each byte of out and dx written once.
+// out = gelu(x + bias), and its backward in one pass over dout and x. Traffic: inputs and outputs once.
 //
-// A block has a strip of columns and goes down the rows, with the bias of its columns in registers, and the
-// sums for their gradient. Without a bias there are no columns: what is dense is taken as rows of
-// kDenseWidth.
+// A block loops over the rows of a strip of columns, with their bias and the sums of its gradient in
+// registers. Without a bias a dense matrix is processed as rows of kDenseWidth.
 #include <algorithm>
 #include <numeric>
 
 #include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
-#include "cuda/dispatch.h"
-#include "cuda/norm_parameters.cuh"
-#include "cuda/row_parts.cuh"
+#include "cuda/norm_plan.h"
 #include "include/gelu.h"
 
 namespace evakernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBackwardBlocks = 3;  // of a multiprocessor, at least
-// Terms of a float32 partial sum of the bias gradient. The rounding error of a sum grows with its terms.
+constexpr int kBackwardBlocks = 3;  // minimum per SM
+// Terms per float32 partial sum of the bias gradient, as rounding errors grow with the terms.
 constexpr int64_t kRowsPerSum = 512;
 
 struct Shape {
-  int64_t size;  // of all rows together; the last one may be shorter
+  int64_t size;  // elements of all rows; the last row may be shorter
   int64_t width;
 };
 
@@ -32,7 +28,7 @@ Shape shape_of(const Params& params) {
   return {params.rows * params.width, params.bias ? params.width : kDenseWidth};
 }
 
-// The columns of a block: its part of each row.
+// A block's columns: its part of each row.
 template <int E>
 class Strip {
  public:
@@ -46,7 +42,7 @@ class Strip {
   __device__ __forceinline__ int64_t first() const { return first_; }
   __device__ __forceinline__ int vectors() const { return vectors_; }
 
-  // Of a row, which may end within the strip or in front of it.
+  // Vectors of a row, which may end within the strip or before it.
   __device__ __forceinline__ int vectors_of(int64_t row) const {
     const int64_t left = (shape_.size - row * shape_.width - first_) / E;
     return static_cast<int>(left < vectors_ ? left : vectors_);
@@ -91,8 +87,8 @@ __global__ void __launch_bounds__(kThreads)
   const BiasPart<E, V> bias_part(bias, strip);
   for (int64_t row = first_row(); row < strip.rows(); row += row_step()) {
     const int vectors = strip.vectors_of(row);
-    RowPart<T, E, V> part;
-    part.point_to(x, row, shape.width);
+    RegisterRow<T, E, V> part;
+    part.set_row(x, row, shape.width);
     for_each_vector<V>(vectors, [&](int vector, int slot) { part.fetch(vector, slot, strip.first()); });
     T* const target = static_cast<T*>(out) + row * shape.width + strip.first();
     for_each_vector<V>(vectors, [&](int vector, int slot) {
@@ -101,12 +97,12 @@ __global__ void __launch_bounds__(kThreads)
       bias_part.add_to(values, slot);
 #pragma unroll
       for (int i = 0; i < E; ++i) values[i] = Gelu::of(values[i]);
-      Packed<T, E>::pack(values).store_whole(target + int64_t{vector} * E);
+      Packed<T, E>::pack(values).store_vector(target + int64_t{vector} * E);
     });
   }
 }
 
-// partials is [gridDim.x, width], or null: no gradient of the bias is wanted.
+// partials: [gridDim.x, width], or null if the bias needs no gradient.
 template <class T, int E, class Gelu>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     gelu_backward_kernel(const Shape shape, const void* dout, const void* x, const ParameterVector bias,
@@ -114,13 +110,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   constexpr int V = kVectors<T, E>;
   const Strip<E> strip(shape);
   const BiasPart<E, V> bias_part(bias, strip);
-  ColumnSums<1, E, V, true> sums(partials ? partials + strip.first() : nullptr, shape.width,
+  ColumnSums<1, E, V, true> sums(partials ? partials + strip.first() : nullptr, shape.width,  // #strip
                                  int64_t{strip.vectors()} * E);
   for (int64_t row = first_row(); row < strip.rows(); row += row_step()) {
     const int vectors = strip.vectors_of(row);
-    RowPart<T, E, V> part, upstream;
-    part.point_to(x, row, shape.width);
-    upstream.point_to(dout, row, shape.width);
+    RegisterRow<T, E, V> part, upstream;
+    part.set_row(x, row, shape.width);
+    upstream.set_row(dout, row, shape.width);
     for_each_vector<V>(vectors, [&](int vector, int slot) {
       part.fetch(vector, slot, strip.first());
       upstream.fetch(vector, slot, strip.first());
@@ -133,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       bias_part.add_to(values, slot);
 #pragma unroll
       for (int i = 0; i < E; ++i) gradient[i] *= Gelu::derivative(values[i]);
-      Packed<T, E>::pack(gradient).store_whole(target + int64_t{vector} * E);
+      Packed<T, E>::pack(gradient).store_vector(target + int64_t{vector} * E);
       sums.add(0, vector, slot, gradient);
     });
   }
@@ -148,8 +144,8 @@ struct WriteGradient {
   }
 };
 
-// The grid of a kernel for E elements at a time: one block per strip and resident slot, fewer if there are
-// fewer rows, and more if a thread would add up more than kRowsPerSum rows.
+// Grid of a kernel with E elements per access: the resident blocks per strip, fewer if there are fewer rows,
+// and more if a thread would add up more than kRowsPerSum rows.
 template <class T, int E, class... Parameters>
 LaunchPlan<Parameters...> plan_strips(void (*kernel)(Parameters...), const Shape& shape) {
   const RowParts strips = even_parts(shape.width / E, kVectors<T, E>, kThreads);
@@ -162,7 +158,7 @@ LaunchPlan<Parameters...> plan_strips(void (*kernel)(Parameters...), const Shape
   return plan;
 }
 
-// kernel_of(T{}, Constant<E>{}, Gelu{}) names the kernel.
+// kernel_of(T{}, Constant<E>{}, Gelu{}) returns the kernel.
 template <class Params, class KernelOf>
 auto plan_gelu(const Params& params, const std::vector<Buffer>& buffers, const KernelOf& kernel_of) {
   const Shape shape = shape_of(params);
@@ -179,7 +175,7 @@ auto plan_gelu(const Params& params, const std::vector<Buffer>& buffers, const K
           return kernel_of(element, E, ExactGelu{});
       }
     };
-    // Nothing in between: every model's hidden width is a multiple of 16 bytes.
+    // No width in between: every model's hidden width is a multiple of 16 bytes.
     const int elements = aligned_elements(kWide, std::gcd(shape.width, shape.size), buffers);
     return elements == kWide ? plan_strips<T, kWide>(kernel(Constant<kWide>{}), shape)
                              : plan_strips<T, 1>(kernel(Constant<1>{}), shape);

@@ -1,10 +1,8 @@
-// The gradient of x = residual + layer_scale * row_scale * norm(branch), but for that of the residual, which
-// is the one of x.
+// Backward of x = residual + layer_scale * row_scale * norm(branch). The residual's gradient is dx.
 //
-// Each element of dx and of the branch is read once and each of dbranch written once.
+// Traffic: dx, branch and dbranch once.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
 #include "include/residual_norm.h"
@@ -12,11 +10,11 @@
 namespace evakernels::cuda {
 namespace {
 
-// Over the rows, of g = row_scale * dx and of g times the normalised row.
+// Sums over rows: g = row_scale * dx, and g * normalised.
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {32, 192};
-constexpr int kStages = 5;  // two of each input, one of the gradient
+constexpr int kStages = 5;  // two per input, one for the gradient
 
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
@@ -30,8 +28,8 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   const auto gradient_of = [&](int64_t row) {
     return gradient_of_row(row, params.mean, params.rstd, shape.rms);
   };
-  // The gradient of the normalised row, before row_scale.
-  const auto through_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
+  // Gradient of the normalised row, without row_scale.
+  const auto times_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
     load_weight(params.parameters.weight, vector, g);
     multiply_by(params.parameters.layer_scale, vector, g);
 #pragma unroll
@@ -43,12 +41,12 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
     InputRow<Residual, L, 2> dx;
     InputRow<Branch, L, 2> branch;
     OutputRow<Branch, L> dbranch;
-    use_stages<L, kStages>(shape.width, dx, branch, dbranch);
-    const auto point_to = [&](int64_t row) {
-      dx.point_to(params.dx, row, shape.width);
-      branch.point_to(params.branch, row, shape.width);
+    assign_stages<L, kStages>(shape.width, dx, branch, dbranch);
+    const auto set_row = [&](int64_t row) {
+      dx.set_row(params.dx, row, shape.width);
+      branch.set_row(params.branch, row, shape.width);
     };
-    point_to(row);
+    set_row(row);
     const auto fetch = [&](int64_t elements_ahead, auto... part) {
       dx.fetch(part..., elements_ahead);
       branch.fetch(part..., elements_ahead);
@@ -59,25 +57,25 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
       const bool more = row + step < shape.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of(row + step);
-      point_to(row);
-      dbranch.point_to(params.dbranch, row, shape.width);
-      wait_for_rows<L>(dx, branch);
+      set_row(row);
+      dbranch.set_row(params.dbranch, row, shape.width);
+      wait_for_rows<L>(dx, branch);  // #next-stage
       prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
-      complete<E, V>(gradient, shape.width, shape.rms, row_sums,
-                     [&](int vector, int slot, float (&g)[E], float (&x)[E]) {
-                       float upstream[E];
-                       dx.get(vector, slot, upstream);
-                       through_weight(vector, upstream, g);
-                       branch.get(vector, slot, x);
-                     });
+      reduce_gradient<E, V>(gradient, shape.width, shape.rms, row_sums,
+                            [&](int vector, int slot, float (&g)[E], float (&x)[E]) {
+                              float upstream[E];
+                              dx.get(vector, slot, upstream);
+                              times_weight(vector, upstream, g);
+                              branch.get(vector, slot, x);
+                            });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
         float upstream[E], x[E], g[E];
         dx.get(vector, slot, upstream);
         branch.get(vector, slot, x);
         prefetch_vector<L>(more, ahead, vector, slot, fetch);
-        through_weight(vector, upstream, g);
+        times_weight(vector, upstream, g);
         float scaled[E], scaled_normalised[E];
 #pragma unroll
         for (int i = 0; i < E; ++i) {
@@ -96,8 +94,8 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   column_sums.write();
 }
 
-// With weight w, bias b, layer_scale s, and the sums of g and of g n: dw = s * sum(g n), db = s * sum(g) and
-// ds = w * sum(g n) + b * sum(g).
+// dweight = layer_scale * sum(g n), dbias = layer_scale * sum(g), dlayer_scale = weight * sum(g n) + bias *
+// sum(g), with n the normalised row.
 struct WriteGradients {
   ResidualNormParameters parameters;
   ResidualNormGradients gradients;

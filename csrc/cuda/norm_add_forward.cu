@@ -1,8 +1,7 @@
-// x = residual + layer_scale * row_scale * norm(branch); without a residual it is the plain norm.
+// x = residual + layer_scale * row_scale * norm(branch); without a residual the plain norm.
 //
-// Each element of the branch and of the residual is read once and each of x written once.
+// Traffic: branch, residual and x once.
 #include "cuda/norm_launch.h"
-#include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
 #include "include/residual_norm.h"
@@ -10,7 +9,7 @@
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kStages = 3;  // one of each matrix
+constexpr int kStages = 3;  // one per matrix
 
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
@@ -19,14 +18,14 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
   const ResidualNormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
   InputRow<Branch, L> branch;
-  PassingInputRow<Residual, L> residual;
+  ReadOnceInputRow<Residual, L> residual;
   OutputRow<Residual, L> x;
-  use_stages<L, kStages>(shape.width, branch, residual, x);
+  assign_stages<L, kStages>(shape.width, branch, residual, x);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
-    branch.point_to(params.branch, row, shape.width);
-    residual.point_to(params.residual, row, shape.width);
-    x.point_to(params.x, row, shape.width);
+    branch.set_row(params.branch, row, shape.width);
+    residual.set_row(params.residual, row, shape.width);
+    x.set_row(params.x, row, shape.width);
     fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
       branch.fetch(part..., ahead);
       if (params.residual) residual.fetch(part..., ahead);

@@ -1,12 +1,12 @@
-// From the sizes and buffers of a norm to the plan of its launch.
+// Launch plans of the norm kernels, from sizes and buffers.
 //
-// An op has a table of kernels for each mix of element types:
+// An op has a table of kernels per combination of element types:
 //
-//   kWide             elements of 16 bytes of the widest matrix
-//   kLimits           what registers allow
-//   kStages           of a row that goes by way of shared memory
-//   kSums             over the rows, of which each block leaves partial ones; 0: none
-//   kernel<Layout>()  the kernel that is compiled for a layout
+//   kWide             elements per 16 bytes of the widest matrix
+//   kLimits           elements per thread and threads per block that registers allow
+//   kStages           stages of a row in shared memory
+//   kSums             sums over rows, of which each block writes partial ones
+//   kernel<Layout>()  the kernel for a layout
 #pragma once
 
 #include <algorithm>
@@ -21,18 +21,17 @@
 
 namespace evakernels::cuda {
 
-// Rows with fewer steps than are possible are shared by three warps at most, or a block has kRowsPerBlock.
+// Bound for kernels with fewer steps than the maximum: three warps share a row, or a block has kRowsPerBlock.
 constexpr int kThreadsOfFewSteps = 128;
 
 constexpr RowLimits kForwardLimits = {32, 256};
 
-// Of a multiprocessor, at least. Rows that go by way of shared memory leave registers for as many as hide the
-// latency of the memory.
+// Minimum blocks per SM. Staged rows leave registers for enough blocks to hide memory latency.
 template <class L>
 constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
 
-// What a table begins with; `First` and `Others` are the element types of its matrices. Kernels of one type
-// are compiled for every number of steps, those of mixed types for the largest alone.
+// Base of a table; `First` and `Others` are the element types of the matrices. Kernels of one type are
+// compiled for every number of steps, those of mixed types only for the largest.
 template <RowLimits LIMITS, int STAGES, int SUMS, class First, class... Others>
 struct RowKernels {
   static constexpr int kWide = std::min({kWidestVector<First>, kWidestVector<Others>...});
@@ -43,7 +42,7 @@ struct RowKernels {
   static constexpr int kSums = SUMS;
 };
 
-// The kernel for vectors of 16 bytes and `steps` steps.
+// The kernel for 16-byte vectors and `steps` steps.
 template <class Kernels, int... I>
 auto wide_kernel(int steps, std::integer_sequence<int, I...>) {
   constexpr int kWide = Kernels::kWide, kFewest = Kernels::kFewestSteps;
@@ -54,7 +53,7 @@ auto wide_kernel(int steps, std::integer_sequence<int, I...>) {
   return kernels[steps - kFewest];
 }
 
-// Rows of pairs of 16 bits are staged.
+// Rows of 16-bit pairs are staged.
 template <class Kernels>
 constexpr bool kStagesPairs = Kernels::kWide == 8;
 
@@ -79,7 +78,7 @@ auto kernel_for(const RowPlan& row) {
       std::make_integer_sequence<int, Kernels::kMostSteps - Kernels::kFewestSteps + 1>{});
 }
 
-// `step`: what divides the distance of any two rows, and the width.
+// `step`: a divisor of the width and of every row stride.
 template <class Kernels>
 auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buffer>& buffers) {
   const int elements = aligned_elements(Kernels::kWide, step, buffers);
@@ -89,7 +88,7 @@ auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buff
                      {1, 1, 1},
                      row.block,
                      staged ? row.block.y * size_t{Kernels::kStages} * stage_bytes(width) : 0};
-  // With partial sums to leave, no more blocks than run at the same time.
+  // Kernels with partial sums launch no more blocks than are resident.
   const int64_t most =
       Kernels::kSums > 0 ? std::max(1, plan.resident_blocks()) : std::numeric_limits<int>::max();
   plan.grid.x = static_cast<unsigned>(std::min(ceil_div(rows, row.block.y), most));
@@ -101,8 +100,8 @@ auto with_half_type(DType dtype, const Body& body) {
   return dtype == DType::BFloat16 ? body(BFloat16{}) : body(Float16{});
 }
 
-// For norm + add, whose table has the types of residual and branch. 16 bits of the residual beside a float32
-// branch are those of a plain norm, which has no residual, but an output.
+// Plan of norm + add, with a table by the types of residual and branch. A 16-bit residual with a float32
+// branch is the output of a plain norm.
 template <template <class Residual, class Branch> class Kernels>
 auto plan_norm_add(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
   const auto plan = [&](auto residual, auto branch) {
@@ -117,8 +116,8 @@ auto plan_norm_add(const ResidualNormShape& shape, const std::vector<Buffer>& bu
              : with_half_type(shape.dtype, [&](auto residual) { return plan(residual, float{}); });
 }
 
-// For add + norm, whose table has the type of y, too: what gpu_serves and add_norm_serves
-// (include/residual_norm.h) tell.
+// Plan of add + norm, with a table by the types of residual, branch and y that gpu_serves and add_norm_serves
+// accept.
 template <template <class Residual, class Branch, class Y> class Kernels>
 auto plan_add_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
   const auto plan = [&](auto residual, auto branch, auto y) {
@@ -147,14 +146,14 @@ ResidualNormShape plain_norm_shape(const Params& params) {
   };
 }
 
-// The bounds of SwiGLU's kernels with a norm: a block of THREADS, though most have fewer, so that registers
-// leave room for as many threads on a multiprocessor as hide the latency of the memory.
+// Launch bounds of SwiGLU with a norm: THREADS per block, more than most launches have, which limits
+// registers and so leaves enough resident threads to hide memory latency.
 template <class L, int THREADS>
 constexpr int kThreadsFor = L::V == 0 ? L::kThreads : THREADS;
 template <class L>
 constexpr int kBlocksFor = L::V == 0 ? L::kBlocks : 1;
 
-// The largest number of elements that divides the width and the distances of the rows of gate and up.
+// The greatest common divisor of the width and of the row strides of gate and up.
 inline int64_t common_step(int64_t width, const SwigluRows& gate, const SwigluRows& up) {
   return std::gcd(width, std::gcd(gate.stride, up.stride));
 }

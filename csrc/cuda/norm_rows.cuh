@@ -1,18 +1,18 @@
-// How the threads of a block share rows, and what the kernels of all norms do with one.
+// Row-wise building blocks of the norm kernels: loads, reductions, statistics and gradients of a row.
 //
-// A row is cut into vectors of E elements; V of them belong to each of its threads, which keeps them in
-// registers, so that memory is read once. With V = 0 a row is too wide for that and is read again each time.
-// Rows that one warp can hold need no barrier: a block has several, one for each threadIdx.y. Wider ones have
-// a block to themselves.
+// A row is split into vectors of E elements; each thread keeps V of them in registers. With V = 0 the row is
+// too wide for registers and is read again in every pass. A row that fits into one warp needs no block
+// barrier, and a block processes several, one per threadIdx.y; a wider row has a block of its own.
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 
 constexpr int kMaxBlockWarps = 32;
 
-// Calls body(vector, slot) for each vector of the row that is this thread's.
+// Calls body(vector, slot) for each of this thread's vectors of a row.
 template <int V, class Body>
 __device__ __forceinline__ void for_each_vector(int vectors, const Body& body) {
   if constexpr (V == 0) {
@@ -21,16 +21,16 @@ __device__ __forceinline__ void for_each_vector(int vectors, const Body& body) {
 #pragma unroll
     for (int slot = 0; slot < V; ++slot) {
       const int vector = slot * blockDim.x + threadIdx.x;
-      if (vector < vectors) body(vector, slot);
+      if (vector < vectors) body(vector, slot);  // #vectors
     }
   }
 }
 
-// The rows of a thread, from first_row() on in steps of row_step().
+// Grid-stride loop over rows.
 __device__ __forceinline__ int64_t first_row() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
 __device__ __forceinline__ int64_t row_step() { return int64_t{gridDim.x} * blockDim.y; }
 
-// Sums over the threads of a row, of which all get the same.
+// All-reduces sums over the threads of a row.
 class RowSums {
  public:
   template <int N>
@@ -38,27 +38,26 @@ class RowSums {
 #pragma unroll
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) values[n] += __shfl_xor_sync(kWholeWarp, values[n], distance);
+      for (int n = 0; n < N; ++n) values[n] += __shfl_xor_sync(kFullMask, values[n], distance);
     }
     if (blockDim.x > kWarpSize) add_warps(values);
   }
 
  private:
   struct Scratch {
-    float sums[2][2][kMaxBlockWarps];  // by buffer, sum and warp
+    float sums[2][2][kMaxBlockWarps];  // [buffer][sum][warp]
   };
 
   template <int N>
   __device__ __forceinline__ void add_warps(float (&values)[N]) {
     static_assert(N <= 2);
-    // Double-buffered: a warp may write the next sum while another still reads this one, but not the one
-    // after.
+    // Double-buffered: a warp may write the next sum while another still reads this one.
     float (&sums)[2][kMaxBlockWarps] = shared_memory<Scratch>().sums[buffer_];
-    buffer_ ^= 1;
-    if (threadIdx.x % kWarpSize == 0) {
+    buffer_ ^= 1;                        // #buffer
+    if (threadIdx.x % kWarpSize == 0) {  // #first-lane
       for (int n = 0; n < N; ++n) sums[n][threadIdx.x / kWarpSize] = values[n];
     }
-    __syncthreads();
+    __syncthreads();  // #warp-sums
     const int warps = blockDim.x / kWarpSize;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -70,17 +69,16 @@ class RowSums {
   int buffer_ = 0;
 };
 
-// The part of a matrix's row that is a thread's, as it lies in memory.
+// A thread's part of an input row, in its memory format.
 template <class T, int E, int V>
-class RowPart {
+class RegisterRow {
  public:
-  // For each row anew: kernels that moved their pointers on from row to row took up to 20 registers more
-  // (nvcc 13.0, sm_90).
-  __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
+  // Computed per row: pointers that advance from row to row would take up to 20 registers more.
+  __device__ __forceinline__ void set_row(const void* matrix, int64_t row, int64_t width) {
     row_ = static_cast<const T*>(matrix) + row * width;
   }
 
-  // From the row that begins `ahead` elements after the one that this points to.
+  // Loads from the row that begins `ahead` elements after the current one.
   __device__ __forceinline__ void fetch(int vector, int slot, int64_t ahead = 0) {
     if constexpr (V > 0) held_[slot] = Packed<T, E>::load_once(row_ + ahead + int64_t{vector} * E);
   }
@@ -98,22 +96,22 @@ class RowPart {
   Packed<T, E> held_[V > 0 ? V : 1];
 };
 
-// The row of a matrix that a kernel doesn't have.
+// Placeholder for a matrix that a kernel doesn't have.
 struct NoRow {
   static constexpr int kStages = 0;
 
   __device__ __forceinline__ void use(int64_t, const char*) const {}
-  __device__ __forceinline__ void point_to(const void*, int64_t, int64_t) const {}
+  __device__ __forceinline__ void set_row(const void*, int64_t, int64_t) const {}
   template <class... Part>
   __device__ __forceinline__ void fetch(Part...) const {}
   __device__ __forceinline__ void change_stages() const {}
 };
 
-// A row whose elements are needed once, and loaded then. The matrix may be null.
+// An input row whose elements are loaded where they are used, once. The matrix may be null.
 template <class T, int E>
-class PassingRow {
+class ReadOnceRow {
  public:
-  __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
+  __device__ __forceinline__ void set_row(const void* matrix, int64_t row, int64_t width) {
     matrix_ = static_cast<const T*>(matrix);
     first_ = row * width;
   }
@@ -130,11 +128,11 @@ class PassingRow {
   int64_t first_;
 };
 
-// The row of a matrix that is written.
+// An output row.
 template <class T, int E>
 class RowOutput {
  public:
-  __device__ __forceinline__ void point_to(void* matrix, int64_t row, int64_t width) {
+  __device__ __forceinline__ void set_row(void* matrix, int64_t row, int64_t width) {
     matrix_ = static_cast<T*>(matrix);
     first_ = row * width;
   }
@@ -153,9 +151,8 @@ struct RowStatistics {
   float rstd;
 };
 
-// get(vector, slot, values) gives the elements. The second pass over the row makes the variance accurate when
-// the mean is large; it costs no memory access. Rounding moves the mean: if that is large against the
-// deviations, and all there is of them if the elements are equal, their own mean is subtracted too.
+// Two-pass mean and variance; get(vector, slot, values) returns the elements. If the mean's rounding error is
+// large compared with the deviations, the mean of the deviations is subtracted as well.
 template <int E, int V, class Get>
 __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps, bool rms, RowSums& row_sums,
                                                         const Get& get) {
@@ -172,7 +169,7 @@ __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps
     return sum[0] / static_cast<float>(width);
   };
   float mean = 0.0f, subtracted = 0.0f, variance;
-#pragma unroll 1  // else kernels spill registers
+#pragma unroll 1  // unrolled kernels spill
   do {
     if (!rms) subtracted = mean_of([&](float x) { return x - mean; });
     mean += subtracted;
@@ -181,7 +178,6 @@ __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps
   return {mean, 1.0f / sqrtf(variance + eps)};
 }
 
-// By one thread of the row.
 __device__ __forceinline__ void write_statistics(const RowStatistics& statistics, int64_t row, bool rms,
                                                  float* mean, float* rstd) {
   if (threadIdx.x != 0) return;
@@ -189,9 +185,9 @@ __device__ __forceinline__ void write_statistics(const RowStatistics& statistics
   rstd[row] = statistics.rstd;
 }
 
-// The gradient of a norm: with g that of the normalised row, (g - shift - normalised * slope) * rstd is that
-// of x. g is rounded before it is summed and before the sums are subtracted: in a row of one element they
-// cancel, and rstd, then 1 / sqrt(eps), would make what is left of a fused product large.
+// Gradient of a norm: dx = (g - shift - normalised * slope) * rstd, with g the gradient of the normalised
+// row. g is rounded (no FMA) before it is summed and subtracted: in a row of one element the terms cancel,
+// and rstd = 1 / sqrt(eps) would amplify a rounding difference.
 struct RowGradient {
   float mean;
   float rstd;
@@ -204,16 +200,16 @@ struct RowGradient {
   }
 };
 
-// Without shift and slope yet.
+// shift and slope are set by reduce_gradient.
 __device__ __forceinline__ RowGradient gradient_of_row(int64_t row, const float* mean, const float* rstd,
                                                        bool rms) {
   return {rms ? 0.0f : mean[row], rstd[row], 0.0f, 0.0f};
 }
 
-// get(vector, slot, g, x) gives the gradient of the normalised row and the row.
+// get(vector, slot, g, x) returns the gradient of the normalised row, and the row.
 template <int E, int V, class Get>
-__device__ __forceinline__ void complete(RowGradient& row, int64_t width, bool rms, RowSums& row_sums,
-                                         const Get& get) {
+__device__ __forceinline__ void reduce_gradient(RowGradient& row, int64_t width, bool rms, RowSums& row_sums,
+                                                const Get& get) {
   float sums[2] = {0.0f, 0.0f};
   for_each_vector<V>(static_cast<int>(width / E), [&](int vector, int slot) {
     float g[E], x[E];
@@ -227,6 +223,57 @@ __device__ __forceinline__ void complete(RowGradient& row, int64_t width, bool r
   row_sums(sums);
   row.shift = rms ? 0.0f : sums[0] / static_cast<float>(width);
   row.slope = sums[1] / static_cast<float>(width);
+}
+
+// --- weight, bias and scales ---
+
+template <int E>
+__device__ __forceinline__ void multiply_by(const ParameterVector& factors, int vector, float (&values)[E]) {
+  if (!factors.data) return;
+  float factor[E];
+  load_floats(factors.data, factors.dtype, int64_t{vector} * E, factor);
+#pragma unroll
+  for (int i = 0; i < E; ++i) values[i] *= factor[i];
+}
+
+// The weight, or ones if there is none.
+template <int E>
+__device__ __forceinline__ void load_weight(const ParameterVector& weight, int vector, float (&values)[E]) {
+#pragma unroll
+  for (int i = 0; i < E; ++i) values[i] = 1.0f;
+  if (weight.data) load_floats(weight.data, weight.dtype, int64_t{vector} * E, values);
+}
+
+// values * weight + bias.
+template <int E>
+__device__ __forceinline__ void transform(const ResidualNormParameters& parameters, int vector,
+                                          float (&values)[E]) {
+  multiply_by(parameters.weight, vector, values);
+  if (!parameters.bias.data) return;
+  float bias[E];
+  load_floats(parameters.bias.data, parameters.bias.dtype, int64_t{vector} * E, bias);
+#pragma unroll
+  for (int i = 0; i < E; ++i) values[i] += bias[i];
+}
+
+__device__ __forceinline__ float row_scale_of(const ResidualNormParameters& parameters, int64_t row,
+                                              int64_t rows_per_sample) {
+  const ParameterVector& scales = parameters.row_scale;
+  float scale[1] = {1.0f};
+  if (scales.data) load_floats(scales.data, scales.dtype, row / rows_per_sample, scale);
+  return scale[0];
+}
+
+__device__ __forceinline__ float parameter_at(const ParameterVector& vector, int64_t column,
+                                              float otherwise) {
+  float value[1] = {otherwise};
+  if (vector.data) load_floats(vector.data, vector.dtype, column, value);
+  return value[0];
+}
+
+__device__ __forceinline__ void write_gradient(const ParameterGradient& gradient, int64_t column,
+                                               float value) {
+  if (gradient.data) store_float(gradient.data, gradient.dtype, column, value);
 }
 
 }  // namespace evakernels::cuda

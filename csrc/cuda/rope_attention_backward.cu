@@ -1,109 +1,95 @@
-// The gradients of q, k and v. The weights are computed again from the log-sum-exps, and everything is summed
-// in one order: no atomics.
+// Backward attention with rotary embedding: dq, dk and dv. Weights are recomputed from the log-sum-exps.
 //
-// A block has a head. Its warps own keys, 16 or 32 of them, whose dk and dv they sum in registers, and all
-// walk over the queries, which come in stages of 32, the next one while the warps multiply:
-//
-//   S^T = k q^T,  P = exp(S - lse),  dP^T = v dout^T,  dS = P (dP - delta),  dv += P^T dout,  dk += dS^T q
-//
-// and put dS into shared memory, in 16 bits, from which they make dq = dS k together: five products. Keys
-// that are more than the warps own take several rounds; between rounds the sums of dq are floats in a
-// workspace, which the cache holds.
-//
-// Bytes: 8 B N H D s; q and dout once more for each further round, and 8 B N H D of the workspace.
-//
-// Memory plan. Of S slots of queries, W warps with K keys each (32 with D up to 64, else 16), a block has, in
-// shared memory, rows of 2 (D + 8) bytes: 2 K W for k and v and 128 for two stages of q and dout; rows of 80
-// bytes: K W for dS; 32 rows of 4 (D + 8) bytes for dq; and 8 S bytes for the log-sum-exps and delta.
-// Registers hold 8 warps a multiprocessor. With a token of prefix, as in rope_attention_forward.cu:
-//
-//    D     N   W   KB a block   rounds         D     N   W   KB a block   rounds
-//   64    77   3    62          1             112   197   7   108          2
-//   64   197   7   109          1             112   257   6   100          3
-//   64   257   5    87          2             112   577   8   120          5
-//   64   577   7   112          3             112  1025   8   123          9
-//   64  1025   7   116          5             128   257   6   112          3
-//   96   257   6    88          3             128   577   8   134          5
+// Grid: one block per (batch, head).
+// Block: each warp owns 16 or 32 keys, whose dk and dv it accumulates in registers. All warps loop over
+// stages of 32 queries, double-buffered with cp.async:
+//   S^T = k q^T,  P = exp(S - lse),  dP^T = v dout^T,  dS = P (dP - dPsum),  dv += P^T dout,  dk += dS^T q
+// dS goes to shared memory in 16 bits, from where the warps compute dq = dS k together: five matmuls.
+// Rounds: more keys than the warps own take several rounds; between them dq is accumulated in a float32
+// workspace. The order of every sum is fixed: no atomics.
+// Shared memory: padded rows of 2 (D + 8) bytes for k, v and two stages of q and dout, 80 bytes per key for
+// dS, 32 rows of floats for dq, and lse and dPsum of all queries. Traffic: 8 B N H D elements; q and dout
+// again per further round, and 8 B N H D bytes of the workspace.
 #include "cuda/attention_plan.h"
 #include "cuda/attention_tiles.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
-// Of 16 keys that a warp owns, and of 16 queries that it meets at a time: two of either, so that what is
-// loaded of the others feeds four products in place of two. (Both would spill registers.)
+// Key tiles that a warp owns, and query tiles per step. Two of either, so that each load of the other feeds
+// twice as many mma; two of both would spill.
 template <int D>
 constexpr int kKeyTiles = D <= 64 ? 2 : 1;
 template <int D>
 constexpr int kQueryTiles = D <= 64 || D > 112 ? 1 : 2;
 constexpr int kStageTiles = 2;
 constexpr int kStageRows = kStageTiles * kTile;
-// Slots of whole stages.
-__host__ __device__ __forceinline__ int stage_slots(int tiles) {
+// Padded query rows, rounded up to whole stages.
+__host__ __device__ __forceinline__ int stage_rows(int tiles) {
   return (tiles + kStageTiles - 1) / kStageTiles * kStageRows;
 }
-// With 255 registers a thread.
+// With 255 registers per thread.
 constexpr int kMaxWarps = 8;
-// A row of dS^T: of a key, with the queries of a stage. 16 bytes longer than these.
+// Row stride of dS^T: a key's scores for the queries of a stage, padded by 16 bytes.
 constexpr int kScoreRow = kStageRows + kWide;
 
-// What a warp sums for its keys.
+// A warp's accumulators.
 template <int D>
 struct KeyGradients {
-  Accumulator dk[kKeyTiles<D>][D / kTile] = {};  // rotated, and without the scale
+  Accumulator dk[kKeyTiles<D>][D / kTile] = {};  // rotated and unscaled
   Accumulator dv[kKeyTiles<D>][D / kTile] = {};
 };
 
-// Of each slot: the log-sum-exp of its query, to base 2, and delta, the mean of its weights' gradients under
-// the weights, which is dout * out summed over the channels (Dao et al. 2022).
-struct QueryScalars {
+// Per padded query row: the log-sum-exp to base 2, and dPsum = sum(dout * out) over the channels (Dao et al.
+// 2022).
+struct SoftmaxStats {
   float* lse;
-  float* delta;
+  float* dPsum;
 };
 
 // A block's shared memory.
 template <class T, int D>
 struct BackwardMemory {
-  static constexpr int kOwnElements = kKeyTiles<D> * kTileElements<D>;  // of a warp's keys
+  static constexpr int kOwnElements = kKeyTiles<D> * kTileElements<D>;  // per warp
   static constexpr int kStageElements = kStageTiles * kTileElements<D>;
   static constexpr int kScoreElements = kKeyTiles<D> * kTile * kScoreRow;
 
-  T* k;  // of all warps; then their gradients in float
+  T* k;  // of all warps; at the end dk and dv in float32
   T* v;
-  T* stages;  // two: the queries, and behind them dout
+  T* stages;  // two stages of q, each followed by dout
   T* scores;  // dS^T
-  float* dq;  // of a stage
-  QueryScalars scalars;
+  float* dq;  // of one stage
+  SoftmaxStats stats;
 
-  // Computed where it is used: kept for a whole loop, the addresses would take registers of the products.
+  // Constructed where it is used: addresses that live through a loop would take registers from the matmuls.
   __device__ __forceinline__ explicit BackwardMemory(const AttentionPlan& plan) {
     unsigned warps = static_cast<unsigned>(plan.warps);
-    hide_origin(warps);
+    optimization_barrier(warps);
     k = dynamic_shared_memory<T>();
     v = k + warps * kOwnElements;
     stages = v + warps * kOwnElements;
     scores = stages + 4 * kStageElements;
     dq = reinterpret_cast<float*>(scores + warps * kScoreElements);
-    scalars.lse = dq + kStageElements;
-    scalars.delta = scalars.lse + stage_slots(plan.tiles);
+    stats.lse = dq + kStageElements;
+    stats.dPsum = stats.lse + stage_rows(plan.tiles);
   }
 
   __device__ __forceinline__ T* queries(int stage) const {
-    return stages + (stage / kStageTiles & 1) * 2 * kStageElements;
+    return stages + (stage / kStageTiles & 1) * 2 * kStageElements;  // #stages
   }
   __device__ __forceinline__ T* dout(int stage) const { return queries(stage) + kStageElements; }
 
   static size_t bytes(const AttentionPlan& plan) {
     const int warp = 2 * kOwnElements + kScoreElements;
     return (plan.warps * warp + 4 * kStageElements) * sizeof(T) +
-           (kStageElements + 2 * stage_slots(plan.tiles)) * sizeof(float);
+           (kStageElements + 2 * stage_rows(plan.tiles)) * sizeof(float);
   }
 };
 
-// Lanes that share a row where rows are read once: together they read whole sectors.
+// Lanes that share a row of dout and out, so that they read whole sectors.
 constexpr int kLanesOfRow = 8;
 
-// The lane's part, which is number `part` of those of its row.
+// The share of lane `part` in the dot product of a row.
 template <class T, int E>
 __device__ __forceinline__ float part_of_dot(const T* a, const T* b, int width, int part) {
   float sum = 0.0f;
@@ -118,84 +104,83 @@ __device__ __forceinline__ float part_of_dot(const T* a, const T* b, int width, 
 }
 
 template <class T, int D>
-__device__ __forceinline__ void compute_scalars(const QueryScalars& scalars,
-                                                const RopeAttentionBackward& params, const Head<T, D>& head) {
+__device__ __forceinline__ void compute_dPsum(const SoftmaxStats& stats, const RopeAttentionBackward& params,
+                                              const Head<T, D>& head) {
   const float* const lse = params.lse + head.first_number();
   const auto dout = head.rows_of(params.dout), out = head.rows_of(params.out);
   const int thread = static_cast<int>(threadIdx.x), part = thread % kLanesOfRow;
   const int rows = static_cast<int>(blockDim.x) / kLanesOfRow;
-  // All lanes of a warp have a slot, or none: it has four, and there are sixteen a tile.
-  for (int slot = thread / kLanesOfRow; slot < stage_slots(head.tiles()); slot += rows) {
-    const int token = slot - head.slots().shift;
-    const bool exists = head.slots().has(token);
-    float delta = 0.0f;
+  // A warp processes four rows at a time and a tile has sixteen, so all of its lanes loop equally often.
+  for (int row = thread / kLanesOfRow; row < stage_rows(head.tiles()); row += rows) {
+    const int token = row - head.padded_rows().offset;
+    const bool exists = head.padded_rows().contains(token);
+    float dPsum = 0.0f;
     if (exists) {
       const T *const a = dout.at(token), *const b = out.at(token);
-      delta = head.plan.wide ? part_of_dot<T, kWide>(a, b, head.width(), part)
+      dPsum = head.plan.wide ? part_of_dot<T, kWide>(a, b, head.width(), part)
                              : part_of_dot<T, 1>(a, b, head.width(), part);
     }
 #pragma unroll
     for (int distance = kLanesOfRow / 2; distance > 0; distance /= 2) {
-      delta += __shfl_xor_sync(kWholeWarp, delta, distance);
+      dPsum += __shfl_xor_sync(kFullMask, dPsum, distance);
     }
     if (part == 0) {
-      scalars.delta[slot] = delta;
-      // So that the weights of an empty slot are 0.
-      scalars.lse[slot] = exists ? lse[token] * kLog2E : INFINITY;
+      stats.dPsum[row] = dPsum;
+      // Padding rows get weights of 0.
+      stats.lse[row] = exists ? lse[token] * kLog2E : INFINITY;
     }
-    __syncwarp();  // Else some lanes would ask for the next rows before the others.
+    __syncwarp();  // Keeps the lanes of a warp on the same rows, so that they read whole sectors. #dPsum
   }
 }
 
 // products[m][n] = own rows * other rows^T.
 template <class T, int D, int M, int N>
 __device__ __forceinline__ void multiply_rows(Accumulator (&products)[M][N], const T* own, const T* other) {
-#pragma unroll 2  // All at once would spill 12 to 84 bytes (nvcc 13.0, sm_90).
+#pragma unroll 2  // A full unroll would spill.
   for (int d = 0; d < D; d += kTile) {
-    LeftFragment left[M];
+    FragmentA left[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) left[m] = load_left(own + m * kTileElements<D> + d, kRow<D>);
+    for (int m = 0; m < M; ++m) left[m] = load_a(own + m * kTileElements<D> + d, kRow<D>);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const RightFragment right = load_right_transposed(other + n * kTileElements<D> + d, kRow<D>);
+      const FragmentB right = load_b_transposed(other + n * kTileElements<D> + d, kRow<D>);
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_add<T>(products[m][n], left[m], right);
+      for (int m = 0; m < M; ++m) mma<T>(products[m][n], left[m], right);
     }
   }
 }
 
 // sums[m] += left[m] * rows.
 template <class T, int D, int M>
-__device__ __forceinline__ void add_products(Accumulator (&sums)[M][D / kTile], const LeftFragment (&left)[M],
+__device__ __forceinline__ void add_products(Accumulator (&sums)[M][D / kTile], const FragmentA (&left)[M],
                                              const T* rows) {
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) {
-    const RightFragment right = load_right(rows + d * kTile, kRow<D>);
+    const FragmentB right = load_b(rows + d * kTile, kRow<D>);
 #pragma unroll
-    for (int m = 0; m < M; ++m) multiply_add<T>(sums[m][d], left[m], right);
+    for (int m = 0; m < M; ++m) mma<T>(sums[m][d], left[m], right);
   }
 }
 
-// Weights that don't count, of a transposed tile.
+// Sets masked weights of a transposed tile to 0.
 template <class T, int D>
 __device__ __forceinline__ void mask_weights(Accumulator& weights, const Head<T, D>& head, int query_tile,
                                              int key_tile) {
-  // A branch, as in forward.
+  // Keeps the index arithmetic out of unmasked tiles.
   unsigned lane = threadIdx.x % kWarpSize;
-  hide_origin(lane);
+  optimization_barrier(lane);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int query = query_tile * kTile + column_in_tile(lane, i);
     const int key = key_tile * kTile + row_in_tile(lane, i);
-    if (!head.counts(query, key)) weights.values[i] = 0.0f;
+    if (!head.is_visible(query, key)) weights.values[i] = 0.0f;
   }
 }
 
-// What the queries from `query_tile` on give to a warp's keys, and the gradients of their scores,
-// transposed, to `scores`. q, dout: the rows of the queries; k, v: those of the keys.
+// Adds the share of kQueryTiles query tiles to a warp's dk and dv, and stores dS^T in `scores`.
 template <class T, int D>
 __device__ __forceinline__ void add_queries(KeyGradients<D>& sums, const T* k, const T* v, const T* q,
-                                            const T* dout, T* scores, const QueryScalars& scalars,
+                                            const T* dout, T* scores, const SoftmaxStats& stats,
                                             const Head<T, D>& head, int key_tile, int query_tile) {
   constexpr int KT = kKeyTiles<D>, QT = kQueryTiles<D>;
   const float factor = head.shape.scale * kLog2E;
@@ -206,32 +191,32 @@ __device__ __forceinline__ void add_queries(KeyGradients<D>& sums, const T* k, c
 #pragma unroll
   for (int n = 0; n < QT; ++n) {
     const int first = (query_tile + n) * kTile;
-    LeftFragment weights[KT], gradients[KT];
+    FragmentA weights[KT], gradients[KT];
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float lse = scalars.lse[first + column_in_tile(lane, i)];
-        p[t][n].values[i] = exp2_approximated(p[t][n].values[i] * factor - lse);
+        const float lse = stats.lse[first + column_in_tile(lane, i)];
+        p[t][n].values[i] = exp2_approx(p[t][n].values[i] * factor - lse);
       }
-      if (head.is_masked(query_tile + n, key_tile + t)) {
+      if (head.needs_mask(query_tile + n, key_tile + t)) {
         mask_weights(p[t][n], head, query_tile + n, key_tile + t);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float delta = scalars.delta[first + column_in_tile(lane, i)];
-        ds[t][n].values[i] = p[t][n].values[i] * (ds[t][n].values[i] - delta);
+        const float dPsum = stats.dPsum[first + column_in_tile(lane, i)];
+        ds[t][n].values[i] = p[t][n].values[i] * (ds[t][n].values[i] - dPsum);
       }
-      weights[t] = as_left<T>(p[t][n]);
-      gradients[t] = as_left<T>(ds[t][n]);
-      store_left(gradients[t], scores + t * kTile * kScoreRow + n * kTile, kScoreRow);
+      weights[t] = as_fragment_a<T>(p[t][n]);
+      gradients[t] = as_fragment_a<T>(ds[t][n]);
+      store_a(gradients[t], scores + t * kTile * kScoreRow + n * kTile, kScoreRow);
     }
     add_products<T, D>(sums.dv, weights, dout + n * kTileElements<D>);
     add_products<T, D>(sums.dk, gradients, q + n * kTileElements<D>);
   }
 }
 
-// A round's keys and values, and a stage's queries with dout, on their way into shared memory.
+// Start the copies of a round's k and v, and of a stage's q and dout, into shared memory.
 template <class T, int D>
 __device__ __forceinline__ void load_keys(const Head<T, D>& head, const RopeAttentionBackward& params,
                                           int round) {
@@ -255,7 +240,7 @@ __device__ __forceinline__ void rotate_stage(const Head<T, D>& head, int stage) 
   head.rotate(rows, Threads::of_block(), stage * kTile, kStageRows);
 }
 
-// What a stage gives to a warp's keys.
+// Adds a stage's share to a warp's dk and dv.
 template <class T, int D>
 __device__ __forceinline__ void add_stage(KeyGradients<D>& sums, const Head<T, D>& head, int warp,
                                           int key_tile, int stage) {
@@ -264,16 +249,16 @@ __device__ __forceinline__ void add_stage(KeyGradients<D>& sums, const Head<T, D
   const int stop = min(stage + kStageTiles, head.tiles());
 #pragma unroll 1
   for (int query = stage; query < stop; query += kQueryTiles<D>) {
-    if (query + kQueryTiles<D> + head.plan.sight.reach <= key_tile) continue;
+    if (query + kQueryTiles<D> + head.plan.mask.max_tile <= key_tile) continue;
     const int row = (query - stage) * kTileElements<D>;
     add_queries(sums, memory.k + warp * Memory::kOwnElements, memory.v + warp * Memory::kOwnElements,
                 memory.queries(stage) + row, memory.dout(stage) + row,
-                memory.scores + warp * Memory::kScoreElements + (query - stage) * kTile, memory.scalars, head,
+                memory.scores + warp * Memory::kScoreElements + (query - stage) * kTile, memory.stats, head,
                 key_tile, query);
   }
 }
 
-// dq of a stage, from tile `stage` on, of the keys of a round: a warp makes 16 columns of all its rows.
+// dq of a stage from the keys of a round; each warp computes 16 columns of all rows.
 template <class T, int D>
 __device__ __forceinline__ void multiply_scores(const Head<T, D>& head, int warp, int stage, int first_key,
                                                 int keys) {
@@ -284,14 +269,14 @@ __device__ __forceinline__ void multiply_scores(const Head<T, D>& head, int warp
     Accumulator dq[kStageTiles] = {};
 #pragma unroll 1
     for (int key = 0; key < keys; ++key) {
-      // Of keys that queries don't see nobody has written any.
-      const int seen = first_key + key - stage - head.plan.sight.reach;
-      const RightFragment right = load_right(memory.k + key * kTileElements<D> + d * kTile, kRow<D>);
+      // dS of fully masked tiles is never written.
+      const int seen = first_key + key - stage - head.plan.mask.max_tile;
+      const FragmentB right = load_b(memory.k + key * kTileElements<D> + d * kTile, kRow<D>);
 #pragma unroll
       for (int m = 0; m < kStageTiles; ++m) {
         if (m < seen || m >= tiles) continue;
         const T* const scores = memory.scores + key * kTile * kScoreRow + m * kTile;
-        multiply_add<T>(dq[m], load_left_transposed(scores, kScoreRow), right);
+        mma<T>(dq[m], load_a_transposed(scores, kScoreRow), right);
       }
     }
 #pragma unroll
@@ -302,8 +287,8 @@ __device__ __forceinline__ void multiply_scores(const Head<T, D>& head, int warp
   }
 }
 
-// E floats of a row in shared memory. Of eight lanes in a row the first four take the first half first: so
-// they ask for different banks.
+// Loads E floats of a row in shared memory. Half of the lanes load their second half first, which avoids bank
+// conflicts.
 template <int E>
 __device__ __forceinline__ void load_sums(const float* row, int i, float (&values)[E]) {
   if constexpr (E == 1) {
@@ -321,7 +306,7 @@ __device__ __forceinline__ void load_sums(const float* row, int i, float (&value
   }
 }
 
-// Leaves the sums of dq of a stage, with those of earlier rounds, in `workspace`, [slots, D], for the next.
+// Accumulates dq of a stage in `workspace`, [padded rows, D], for the next round.
 template <class T, int D>
 __device__ __forceinline__ void keep_queries(const Head<T, D>& head, float* workspace, int stage,
                                              bool is_first) {
@@ -329,7 +314,7 @@ __device__ __forceinline__ void keep_queries(const Head<T, D>& head, float* work
   const float* const rows = BackwardMemory<T, D>(head.plan).dq;
   head.template for_each_chunk<E>(Threads::of_block(), stage * kTile, kStageRows,
                                   [&](int token, int row, int i) {
-                                    if (!head.slots().has(token)) return;
+                                    if (!head.padded_rows().contains(token)) return;
                                     float sums[E], before[E] = {};
                                     float* const kept = workspace + (stage * kTile + row) * D + i;
                                     load_sums(rows + row * kRow<D>, i, sums);
@@ -340,7 +325,7 @@ __device__ __forceinline__ void keep_queries(const Head<T, D>& head, float* work
                                   });
 }
 
-// Stores dq of a stage, its sums with those that earlier rounds have left in `workspace`, if there were any.
+// Stores dq of a stage, added to the workspace unless this round is the first.
 template <class T, int D>
 __device__ __forceinline__ void store_queries(const Head<T, D>& head, const float* workspace, void* dq,
                                               int stage, bool is_first) {
@@ -350,7 +335,7 @@ __device__ __forceinline__ void store_queries(const Head<T, D>& head, const floa
                const auto load = [&](int from, auto& sums) {
                  constexpr int E = sizeof(sums) / sizeof(float);
                  load_sums(rows + row * kRow<D>, from, sums);
-                 if (is_first) return;
+                 if (is_first) return;  // #earlier-rounds
                  float before[E];
                  load_floats(workspace + (stage * kTile + row) * D + from, before);
 #pragma unroll
@@ -361,7 +346,7 @@ __device__ __forceinline__ void store_queries(const Head<T, D>& head, const floa
              });
 }
 
-// A warp's sums for 16 keys, by way of its own floats in shared memory.
+// Stores a warp's dk and dv of 16 keys through its floats in shared memory.
 template <class T, int D>
 __device__ __forceinline__ void store_keys(const Head<T, D>& head, const KeyGradients<D>& sums, int t,
                                            float* rows, const RopeAttentionBackward& params, int tile) {
@@ -375,13 +360,13 @@ __device__ __forceinline__ void store_keys(const Head<T, D>& head, const KeyGrad
     load(i, values);
     head.rotate_back(values, token, i, load);
   });
-  __syncwarp();
+  __syncwarp();  // #dk-stored
 #pragma unroll
   for (int d = 0; d < D / kTile; ++d) store_tile(sums.dv[t][d], 1.0f, rows + d * kTile, kRow<D>);
   __syncwarp();
   head.store(params.dv, Side::Keys, warp, tile * kTile, kTile,
              [&](int, int row, int i, auto& values) { load_sums(rows + row * kRow<D>, i, values); });
-  __syncwarp();
+  __syncwarp();  // #dv-stored
 }
 
 template <class T, int D>
@@ -394,15 +379,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   const Head<T, D> head(shape, params.tables, plan);
   const Threads block = Threads::of_block();
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, round_tiles = plan.warps * KT;
-  // The first queries that see keys of a round; of the first one, those that see none, too.
+  // The first stage that sees keys of a round; the first round includes queries that see none.
   const auto first_stage = [&](int round) {
-    return round == 0 ? 0 : max(round - plan.sight.reach, 0) / kStageTiles * kStageTiles;
+    return round == 0 ? 0 : max(round - plan.mask.max_tile, 0) / kStageTiles * kStageTiles;
   };
 
   if (head.tiles() == 0 && head.key_tiles() == 0) return;
-  compute_scalars(Memory(plan).scalars, params, head);
+  compute_dPsum(Memory(plan).stats, params, head);
   int round = 0;
-  do {  // Once at least: without keys dq is 0.
+  do {  // At least once: without keys dq is 0.
     const int key_tile = round + warp * KT, keys = min(round_tiles, head.key_tiles() - round);
     KeyGradients<D> sums;
     __syncthreads();
@@ -417,12 +402,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       const int next = stage + kStageTiles;
       if (next < head.tiles()) copy_stage(head, params, next);
       if (key_tile < head.key_tiles()) add_stage(sums, head, warp, key_tile, stage);
-      __syncthreads();  // dS is there.
+      __syncthreads();  // dS is complete. #dS
       multiply_scores(head, warp, stage, round, keys);
       wait_for_copies();
-      __syncthreads();  // So are dq and the next stage.
+      __syncthreads();  // dq is complete, and the next stage has arrived.
       if (next < head.tiles()) rotate_stage(head, next);
-      // A later round adds to dq of these queries, too.
+      // Whether a later round adds to dq of these queries.
       const int next_round = round + round_tiles;
       const bool is_kept = next_round < head.key_tiles() && first_stage(next_round) <= stage;
       float* const kept = workspace + int64_t{blockIdx.x} * plan.tiles * kTile * D;
@@ -442,14 +427,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   } while ((round += round_tiles) < head.key_tiles());
 }
 
-// A block has all keys of a head in as few rounds as registers and shared memory allow.
+// Processes a head's keys in as few rounds as registers and shared memory allow.
 template <class T, int D>
 Error plan_backward(const AttentionShape& shape, AttentionPlan& plan) {
   plan = begin_plan(shape);
   const size_t limit = max_shared_memory();
-  const int units = ceil_div(plan.key_tiles, kKeyTiles<D>);
+  const int warp_tiles = ceil_div(plan.key_tiles, kKeyTiles<D>);
   for (int most = kMaxWarps; most > 0; --most) {
-    plan.warps = warps_for(units, most);
+    plan.warps = warps_for(warp_tiles, most);
     if (BackwardMemory<T, D>::bytes(plan) <= limit) return nullptr;
   }
   return "too little shared memory for so many tokens";
@@ -459,9 +444,6 @@ Error plan_backward(const AttentionShape& shape, AttentionPlan& plan) {
 
 Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch, Stream stream) {
   const AttentionShape& shape = params.shape;
-  if (const Error reason =
-          unserved(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out}))
-    return reason;
   if (is_empty(shape, std::max(shape.tokens, shape.keys))) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);

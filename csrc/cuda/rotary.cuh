@@ -1,19 +1,19 @@
-// The rotary embedding of rows in shared memory: pairs (a, b) become (a cos - b sin, a sin + b cos).
+// Rotary embedding of rows in shared memory: (a, b) -> (a cos - b sin, a sin + b cos).
 #pragma once
 
 #include "cuda/attention_plan.h"
 
 namespace evakernels::cuda {
 
-// Of one head. COMPACT: the tables are.
+// One head's rotation. COMPACT: the tables are [2, G, D/4].
 template <bool COMPACT>
 struct Rotary {
   const AttentionShape& shape;
   const RotaryTables& tables;
   unsigned head;
-  unsigned first;  // of token_index, where that of its first patch is; 32 bits spare registers
+  unsigned first;  // offset of the head's first patch in token_index; 32 bits save registers
 
-  // Rotates the row's pairs whose first elements are among [i, i + E), where any are.
+  // Rotates the pairs whose first elements are in [i, i + E).
   template <int E, class T>
   __device__ __forceinline__ void rotate(T* row, int token, int i) const {
     int angles;
@@ -43,7 +43,8 @@ struct Rotary {
     store_floats(partners, b);
   }
 
-  // Rotates values[E], a row's elements [i, i + E), backwards; load(n, partners) gives those from n on.
+  // Rotates values, a row's elements [i, i + E), by the negative angle; load(n, partners) returns those from
+  // n on.
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
     int angles;
@@ -68,7 +69,7 @@ struct Rotary {
   }
 
  private:
-  // The token's row of the tables, unless it isn't rotated.
+  // Finds the token's row of the tables; false if the token isn't rotated.
   __device__ __forceinline__ bool find_angles(int token, int& row) const {
     row = token - static_cast<int>(shape.num_prefix);
     if (row < 0) return false;
@@ -79,14 +80,14 @@ struct Rotary {
     return index >= 0;
   }
 
-  // Of E pairs from `pair` on of a row of the tables.
+  // cos and sin of E pairs from `pair` on.
   template <int E>
   __device__ __forceinline__ void load_angles(int row, int pair, float (&c)[E], float (&s)[E]) const {
     if constexpr (COMPACT) {
       const int quarter = static_cast<int>(shape.head_dim / 4);
       const unsigned grid = static_cast<unsigned>(tables.grid), patch = static_cast<unsigned>(row);
-      // Less the pairs before its own, that the column's line begins with.
-      const int of_row = patch / grid * quarter, of_column = (grid + patch % grid - 1) * quarter;
+      // The column's line holds the second half of the pairs, so a quarter is subtracted.
+      const int of_row = patch / grid * quarter, of_column = (grid + patch % grid - 1) * quarter;  // #column
 #pragma unroll
       for (int n = 0; n < E; ++n) {
         const int at = (pair + n < quarter ? of_row : of_column) + pair + n;
@@ -94,7 +95,7 @@ struct Rotary {
         s[n] = load(tables.sin + at);
       }
     } else {
-      const int64_t column = head * tables.head_stride + pair;  // stays, from row to row
+      const int64_t column = head * tables.head_stride + pair;  // invariant over rows
       const int at = row * static_cast<int>(shape.head_dim / 2);
       load_floats(tables.cos + column + at, c);
       load_floats(tables.sin + column + at, s);

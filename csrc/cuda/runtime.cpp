@@ -10,10 +10,24 @@
 namespace evakernels::cuda {
 namespace {
 
-// Keys are shapes too, of which a long process may see many.
+// A function of the driver; null if it has none of that name.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
+  return error == cudaSuccess ? reinterpret_cast<Function*>(function) : nullptr;
+}
+
+// Keys include shapes, of which a long process may see many.
 constexpr size_t kMostAnswers = 4096;
 
-// Calls ask(int*) for an answer that isn't known yet. Returns 0 where it fails, and asks again the next time.
+// Cache of ask(int*) by key. A failed query returns 0 and is not cached.
 template <class Key>
 class Answers {
  public:
@@ -34,7 +48,6 @@ class Answers {
   std::map<Key, int> answers_;
 };
 
-// 0 if that can't be told.
 int attribute_of(cudaDeviceAttr attribute, int device) {
   static Answers<std::pair<cudaDeviceAttr, int>> answers;
   return answers.get({attribute, device},
@@ -49,18 +62,18 @@ size_t attribute_of_current_device(cudaDeviceAttr attribute) {
 }  // namespace
 
 Error error_of(int code) {
-  if (code != cudaSuccess) cudaGetLastError();  // Else the next check of somebody else would find it.
+  if (code != cudaSuccess) cudaGetLastError();  // Clears the error for later checks by others.
   return code == cudaSuccess ? nullptr : cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
 Error allow_shared_memory(const void* kernel, size_t bytes) {
-  // Without leave a kernel gets 48 KB, and no more than 16 are static.
+  // 48 KB need no attribute, and at most 16 are static.
   if (bytes <= 32 * 1024) return nullptr;
   int device = 0;
   if (const Error error = error_of(cudaGetDevice(&device))) return error;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;
-  // What is set last holds, also if it is less: so it only grows, and under the lock.
+  // The attribute may shrink as well: only larger values are set, under a lock.
   const std::lock_guard lock(mutex);
   size_t& most = allowed[{kernel, device}];
   if (bytes <= most) return nullptr;
@@ -85,6 +98,31 @@ size_t max_shared_memory() { return attribute_of_current_device(cudaDevAttrMaxSh
 int driver_version() {
   static Answers<int> answers;
   return answers.get(0, cudaDriverGetVersion);
+}
+
+Error use_device(int device) { return error_of(cudaSetDevice(device)); }
+
+DeviceGuard::DeviceGuard(int device) {
+  static auto* const current_context = driver_function<int(void**)>("cuCtxGetCurrent");
+  if (!current_context || current_context(&context_) != 0) {
+    error_ = "the driver doesn't tell the current context";
+    return;
+  }
+  error_ = use_device(device);
+  restores_ = true;
+}
+
+DeviceGuard::~DeviceGuard() {
+  static auto* const set_context = driver_function<int(void*)>("cuCtxSetCurrent");
+  if (restores_ && set_context) set_context(context_);
+}
+
+Error allocate(void** memory, size_t bytes, Stream stream) {
+  return error_of(cudaMallocAsync(memory, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+Error release(void* memory, Stream stream) {
+  return error_of(cudaFreeAsync(memory, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace evakernels::cuda

@@ -1,10 +1,10 @@
-// Rows of 16-bit elements that begin at any multiple of 4 bytes, by way of shared memory: words of 16 bytes
-// go between it and global memory, and a thread finds its pairs of elements there.
+// Rows of 16-bit elements that begin at any multiple of 4 bytes, staged in shared memory: aligned 16-byte
+// words move between global and shared memory, and each thread reads its pairs of elements from shared
+// memory.
 //
-// A row lies in its stage as in global memory, as far from a line of 128 bytes, and the requests of a warp
-// begin where lines do: each sector is asked for once. A word at either end that is not the row's alone goes
-// by pieces of 4 bytes, as the rest of it is another row's or nobody's. So, of a row that begins 24 bytes
-// after a line and ends 8 bytes after a word:
+// A stage has the row's offset within a 128-byte line, and a warp's requests begin where lines do, so that
+// each sector is requested once. Words at either end that belong only partly to the row are copied in 4-byte
+// pieces. Example, a row that begins 24 bytes after a line and ends 8 bytes after a word:
 //
 //   line           0       16      32      48              112     128           16 k
 //   word           |-------|-------|-------|-------| ... |-------|-------| ... |-------|
@@ -12,14 +12,12 @@
 //   word copied by  (0)     (1)     2       3              7       8             (k)        thread
 //   piece copied by         2..3                                                 4..5       thread
 //
-// Threads in brackets have no word. Thread t has the pieces 4 t of the first word for t < 4, and of the last
-// for 4 <= t < 8. What is computed with is dealt otherwise: vector `v` of a row is the pair of elements 4 v
-// bytes from its beginning, of thread v modulo the threads of the row. The lanes of a warp so find theirs in
-// 32 banks side by side, wherever the row begins.
+// Threads in parentheses copy no word. Thread t copies piece t of the first word for t < 4 and piece t - 4 of
+// the last for 4 <= t < 8. Compute uses another distribution: vector v of a row is the pair of elements at
+// byte 4 v, of thread v modulo the row's threads, so that the lanes of a warp access 32 consecutive banks.
 //
-// A block has kRowsPerBlock rows of one warp each, or one of several warps. Each row has its stages one
-// behind the other, a stage for each matrix; in backward two for each input, of which one is read while the
-// next row is on its way into the other.
+// Each row of a block has one stage per matrix, in backward two per input: one is read while the next row is
+// copied into the other.
 #pragma once
 
 #include "cuda/norm_plan.h"
@@ -29,7 +27,7 @@ namespace evakernels::cuda {
 
 constexpr int kPiece = 4;  // bytes
 
-// The threads of a row wait for each other.
+// Barrier of a row's threads.
 __device__ __forceinline__ void synchronize_row() {
   if (blockDim.x > kWarpSize) {
     __syncthreads();
@@ -42,25 +40,25 @@ __device__ __forceinline__ int place_in_line(const void* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kLine);
 }
 
-// Calls word(at) for the words of 16 bytes and piece(at) for the pieces of a row that are this thread's, `at`
-// bytes from its beginning.
+// Calls word(at) and piece(at) for this thread's 16-byte words and 4-byte pieces, at `at` bytes from the
+// row's beginning.
 template <class Word, class Piece>
 __device__ __forceinline__ void for_each_word(const void* row, int bytes, const Word& word,
                                               const Piece& piece) {
   const int thread = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x) * kWidestAccess;
   const int before = place_in_line(row);
-  // Where whole words begin and end.
+  // Begin and end of the whole words.
   const int begin = -before & (kWidestAccess - 1), end = bytes - ((before + bytes) & (kWidestAccess - 1));
-  for (int at = thread * kWidestAccess - before; at < end; at += step) {
+  for (int at = thread * kWidestAccess - before; at < end; at += step) {  // #last-word
     if (at >= 0) word(at);
   }
   constexpr int kPieces = kWidestAccess / kPiece;
   const bool last = thread >= kPieces;
   const int at = (last ? end : begin) - kWidestAccess + thread * kPiece;
-  if (thread < 2 * kPieces && at >= (last ? begin : 0) && at < bytes) piece(at);
+  if (thread < 2 * kPieces && at >= (last ? begin : 0) && at < bytes) piece(at);  // #first-word
 }
 
-// Like RowPart, but for whole rows. With two STAGES the next is on its way while one is read. The matrix may
+// Staged counterpart of RegisterRow. With two STAGES the next row is copied while one is read. The matrix may
 // be null.
 template <class T, int STAGES>
 class StagedInput {
@@ -73,11 +71,11 @@ class StagedInput {
     next_stage_ = stages + (STAGES - 1) * stage_bytes(width);
   }
 
-  __device__ __forceinline__ void point_to(const void* matrix, int64_t row, int64_t width) {
+  __device__ __forceinline__ void set_row(const void* matrix, int64_t row, int64_t width) {
     row_ = matrix ? static_cast<const T*>(matrix) + row * width : nullptr;
   }
 
-  // Sends the row that begins `ahead` elements after the one that this points to on its way.
+  // Starts the copy of the row that begins `ahead` elements after the current one.
   __device__ __forceinline__ void fetch(int64_t ahead) const {
     const T* const row = row_ + ahead;
     const char* const from = reinterpret_cast<const char*>(row);
@@ -105,7 +103,7 @@ class StagedInput {
   char* next_stage_;
 };
 
-// Like RowOutput, but for the end: when all threads have put what is theirs, they store it.
+// Staged counterpart of RowOutput: store() writes the row once all threads have put their elements.
 template <class T>
 class StagedOutput {
  public:
@@ -116,7 +114,7 @@ class StagedOutput {
     stage_ = stage;
   }
 
-  __device__ __forceinline__ void point_to(void* matrix, int64_t row, int64_t width) {
+  __device__ __forceinline__ void set_row(void* matrix, int64_t row, int64_t width) {
     row_ = matrix ? static_cast<T*>(matrix) + row * width : nullptr;
   }
 
@@ -124,7 +122,7 @@ class StagedOutput {
     store_floats(reinterpret_cast<T*>(stage_ + place_in_line(row_)) + 2 * vector, values);
   }
 
-  // Nothing if there is no matrix.
+  // No-op without a matrix.
   __device__ __forceinline__ void store() const {
     if (!row_) return;
     const char* const from = stage_ + place_in_line(row_);
@@ -138,7 +136,7 @@ class StagedOutput {
   template <int BYTES>
   static __device__ __forceinline__ void store_word(char* to, const char* from) {
     using Word = typename WordOf<BYTES>::type;
-    store_whole(reinterpret_cast<Word*>(to), load(reinterpret_cast<const Word*>(from)));
+    store_vector(reinterpret_cast<Word*>(to), load(reinterpret_cast<const Word*>(from)));
   }
 
   T* row_;
@@ -146,18 +144,18 @@ class StagedOutput {
   char* stage_;
 };
 
-// The rows of a kernel with the layout L: rows that are read several times, with two STAGES if each is
-// fetched while the one before is read; rows that are read once; rows that are written.
+// Row types of a kernel with layout L: inputs that are read several times, with two STAGES if the next row is
+// prefetched; inputs that are read once; outputs.
 template <class T, class L, int STAGES = 1>
-using InputRow = std::conditional_t<L::kStaged, StagedInput<T, STAGES>, RowPart<T, L::E, L::V>>;
+using InputRow = std::conditional_t<L::kStaged, StagedInput<T, STAGES>, RegisterRow<T, L::E, L::V>>;
 template <class T, class L, int STAGES = 1>
-using PassingInputRow = std::conditional_t<L::kStaged, StagedInput<T, STAGES>, PassingRow<T, L::E>>;
+using ReadOnceInputRow = std::conditional_t<L::kStaged, StagedInput<T, STAGES>, ReadOnceRow<T, L::E>>;
 template <class T, class L>
 using OutputRow = std::conditional_t<L::kStaged, StagedOutput<T>, RowOutput<T, L::E>>;
 
-// Gives the rows of a kernel their stages, so many in all.
+// Distributes a block's STAGES stages per row to the matrices.
 template <class L, int STAGES, class... Rows>
-__device__ __forceinline__ void use_stages(int64_t width, Rows&... rows) {
+__device__ __forceinline__ void assign_stages(int64_t width, Rows&... rows) {
   if constexpr (L::kStaged) {
     static_assert((Rows::kStages + ...) == STAGES);
     const int bytes = stage_bytes(width);
@@ -166,8 +164,7 @@ __device__ __forceinline__ void use_stages(int64_t width, Rows&... rows) {
   }
 }
 
-// Sends rows on their way: fetch(rows ahead) does so with whole rows, fetch(rows ahead, vector, slot) with
-// their parts.
+// Loads rows: fetch(ahead) copies whole rows, fetch(ahead, vector, slot) a thread's vector.
 template <class L, class Fetch>
 __device__ __forceinline__ void fetch_rows(int vectors, const Fetch& fetch) {
   if constexpr (L::kStaged) {
@@ -177,9 +174,9 @@ __device__ __forceinline__ void fetch_rows(int vectors, const Fetch& fetch) {
   }
 }
 
-// Sends the next row on its way, if there is more, while this one is read. Staged rows have another stage for
-// it: prefetch_row, as soon as this one is there. Others have but their registers, which prefetch_vector
-// fills: when a vector of this row was read for the last time.
+// Prefetches the next row while this one is processed. Staged rows have a second stage: prefetch_row runs
+// when this row has arrived. Others reuse their registers: prefetch_vector runs when a vector was read for
+// the last time.
 template <class L, class Fetch>
 __device__ __forceinline__ void prefetch_row(bool more, int64_t ahead, const Fetch& fetch) {
   if constexpr (L::kStaged) {
@@ -194,21 +191,21 @@ __device__ __forceinline__ void prefetch_vector(bool more, int64_t ahead, int ve
   }
 }
 
-// Until the rows that were fetched can be read.
+// Waits until fetched rows can be read.
 template <class L, class... Inputs>
 __device__ __forceinline__ void wait_for_rows(Inputs&... inputs) {
   if constexpr (L::kStaged) {
     wait_for_copies();
-    synchronize_row();
+    synchronize_row();  // #rows-arrived
     (inputs.change_stages(), ...);
   }
 }
 
-// Ends the rows that were put.
+// Stores the output rows.
 template <class L, class... Outputs>
 __device__ __forceinline__ void finish_rows(const Outputs&... outputs) {
   if constexpr (L::kStaged) {
-    synchronize_row();
+    synchronize_row();  // #rows-put
     (outputs.store(), ...);
   }
 }

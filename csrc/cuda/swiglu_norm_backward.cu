@@ -1,22 +1,21 @@
-// The gradient of out = norm(silu(gate) * up). The product is computed again. Each byte of dout, gate and up
-// is read once and each of dgate and dup written once.
+// Backward of out = norm(silu(gate) * up); the product is recomputed. Traffic: dout, gate, up, dgate and dup
+// once.
 #include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
 #include "include/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {
 
-// Over the rows: of dout times the normalised row, and of dout.
+// Sums over rows: dout * normalised, and dout.
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {16, 384};
-constexpr int kStages = 8;  // two of each input, one of each gradient
+constexpr int kStages = 8;  // two per input, one per gradient
 
-// Those with the most elements a thread need registers for them.
+// Kernels with the most elements per thread need the registers of fewer threads.
 template <class L>
 constexpr int kThreads = kThreadsFor<L, (L::V * L::E == kLimits.elements ? kLimits.threads : 512)>;
 
@@ -28,7 +27,7 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
   const int vectors = static_cast<int>(width / E);
   ColumnSums<kSums, E, V> column_sums(partials, width);
   RowSums row_sums;
-  const auto through_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
+  const auto times_weight = [&](int vector, const float (&upstream)[E], float (&g)[E]) {
     load_weight({params.norm_weight, params.weight_dtype}, vector, g);
 #pragma unroll
     for (int i = 0; i < E; ++i) g[i] = __fmul_rn(upstream[i], g[i]);
@@ -38,13 +37,13 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
   if (row < params.rows) {
     InputRow<T, L, 2> dout, gate, up;
     OutputRow<T, L> dgate, dup;
-    use_stages<L, kStages>(width, dout, gate, up, dgate, dup);
-    const auto point_to = [&](int64_t row) {
-      dout.point_to(params.dout, row, width);
-      gate.point_to(params.gate.data, row, params.gate.stride);
-      up.point_to(params.up.data, row, params.up.stride);
+    assign_stages<L, kStages>(width, dout, gate, up, dgate, dup);
+    const auto set_row = [&](int64_t row) {
+      dout.set_row(params.dout, row, width);
+      gate.set_row(params.gate.data, row, params.gate.stride);
+      up.set_row(params.up.data, row, params.up.stride);
     };
-    point_to(row);
+    set_row(row);
     const auto fetch = [&](int64_t rows_ahead, auto... part) {
       dout.fetch(part..., rows_ahead * width);
       gate.fetch(part..., rows_ahead * params.gate.stride);
@@ -56,25 +55,25 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
       const bool more = row + step < params.rows;
       RowGradient gradient = next;
       if (more) next = gradient_of_row(row + step, params.mean, params.rstd, false);
-      point_to(row);
-      dgate.point_to(params.dgate, row, width);
-      dup.point_to(params.dup, row, width);
+      set_row(row);
+      dgate.set_row(params.dgate, row, width);
+      dup.set_row(params.dup, row, width);
       wait_for_rows<L>(dout, gate, up);
       prefetch_row<L>(more, step, fetch);
       float sigmoids[V > 0 ? V : 1][E];
-      complete<E, V>(gradient, width, false, row_sums,
-                     [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
-                       float upstream[E], gates[E];
-                       dout.get(vector, slot, upstream);
-                       through_weight(vector, upstream, g);
-                       gate.get(vector, slot, gates);
-                       up.get(vector, slot, product);
+      reduce_gradient<E, V>(gradient, width, false, row_sums,
+                            [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
+                              float upstream[E], gates[E];
+                              dout.get(vector, slot, upstream);
+                              times_weight(vector, upstream, g);
+                              gate.get(vector, slot, gates);
+                              up.get(vector, slot, product);
 #pragma unroll
-                       for (int i = 0; i < E; ++i) {
-                         sigmoids[slot][i] = sigmoid(gates[i]);
-                         product[i] = gated(gates[i], sigmoids[slot][i], product[i]);
-                       }
-                     });
+                              for (int i = 0; i < E; ++i) {
+                                sigmoids[slot][i] = sigmoid(gates[i]);
+                                product[i] = gated(gates[i], sigmoids[slot][i], product[i]);
+                              }
+                            });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
         float upstream[E], g[E], u[E], to_product[E];
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
         gate.get(vector, slot, g);
         up.get(vector, slot, u);
         prefetch_vector<L>(more, step, vector, slot, fetch);
-        through_weight(vector, upstream, to_product);
+        times_weight(vector, upstream, to_product);
         float times_normalised[E];
 #pragma unroll
         for (int i = 0; i < E; ++i) {

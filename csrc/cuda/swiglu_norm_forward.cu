@@ -1,15 +1,13 @@
-// out = norm(silu(gate) * up). Each byte of the inputs is read once and each byte of out written once; the
-// product is kept in registers, unrounded.
+// out = norm(silu(gate) * up). Traffic: gate, up and out once; the product stays in registers, unrounded.
 #include "cuda/activations.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/norm_parameters.cuh"
 #include "cuda/staged_rows.cuh"
 #include "include/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kStages = 3;  // one of each matrix
+constexpr int kStages = 3;  // one per matrix
 
 template <class T, class L>
 constexpr int kThreads = kThreadsFor<L, (L::kStaged ? 1024 : 1024 / int{sizeof(T)})>;
@@ -23,12 +21,12 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
       {params.norm_weight, params.weight_dtype}, {params.norm_bias, params.weight_dtype}, {}, {}};
   InputRow<T, L> gate, up;
   OutputRow<T, L> out;
-  use_stages<L, kStages>(params.width, gate, up, out);
+  assign_stages<L, kStages>(params.width, gate, up, out);
   RowSums row_sums;
   for (int64_t row = first_row(); row < params.rows; row += row_step()) {
-    gate.point_to(params.gate.data, row, params.gate.stride);
-    up.point_to(params.up.data, row, params.up.stride);
-    out.point_to(params.out, row, params.width);
+    gate.set_row(params.gate.data, row, params.gate.stride);
+    up.set_row(params.up.data, row, params.up.stride);
+    out.set_row(params.out, row, params.width);
     fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
       gate.fetch(part..., ahead);
       up.fetch(part..., ahead);

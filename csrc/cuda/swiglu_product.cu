@@ -1,11 +1,9 @@
-// out = silu(gate) * up without a norm: every element by itself. Each byte of the inputs is read once and
-// each byte of the outputs written once.
+// out = silu(gate) * up without a norm, elementwise, and its backward. Traffic: inputs and outputs once.
 #include <limits>
 
 #include "cuda/activations.cuh"
 #include "cuda/norm_launch.h"
 #include "cuda/norm_rows.cuh"
-#include "cuda/row_parts.cuh"
 #include "include/swiglu.h"
 
 namespace evakernels::cuda {
@@ -13,9 +11,9 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// The matrices as the kernels see them: dense ones as rows of kDenseWidth, the last of which may be shorter.
+// Matrices as the kernels process them: dense ones as rows of kDenseWidth, of which the last may be shorter.
 struct Shape {
-  int64_t size;  // of all rows together
+  int64_t size;  // elements of all rows
   int64_t width;
   SwigluRows gate;
   SwigluRows up;
@@ -30,8 +28,8 @@ Shape shape_of(const Params& params) {
   return shape;
 }
 
-// Calls body(row, first, vectors) for the block's parts of rows: so many vectors from the element `first` on.
-// blockIdx.x counts rows, blockIdx.y the even parts of one.
+// Calls body(row, first, vectors) for the block's parts of rows, `vectors` vectors from element `first` on.
+// blockIdx.x counts rows and blockIdx.y the parts of one.
 template <int E, class Body>
 __device__ __forceinline__ void for_each_part(const Shape& shape, const Body& body) {
   const int64_t rows = ceil_div(shape.size, shape.width);
@@ -42,16 +40,15 @@ __device__ __forceinline__ void for_each_part(const Shape& shape, const Body& bo
   }
 }
 
-// The part of one matrix that is a thread's.
 template <class T, int E>
-using Part = RowPart<T, E, kVectors<T, E>>;
+using Part = RegisterRow<T, E, kVectors<T, E>>;
 
 template <class T, int E>
 __global__ void __launch_bounds__(kThreads) swiglu_product_forward_kernel(const Shape shape, void* out) {
   for_each_part<E>(shape, [&](int64_t row, int64_t first, int vectors) {
     Part<T, E> gate, up;
-    gate.point_to(shape.gate.data, row, shape.gate.stride);
-    up.point_to(shape.up.data, row, shape.up.stride);
+    gate.set_row(shape.gate.data, row, shape.gate.stride);
+    up.set_row(shape.up.data, row, shape.up.stride);
     for_each_vector<kVectors<T, E>>(vectors, [&](int vector, int slot) {
       gate.fetch(vector, slot, first);
       up.fetch(vector, slot, first);
@@ -73,9 +70,9 @@ __global__ void __launch_bounds__(kThreads)
     swiglu_product_backward_kernel(const Shape shape, const void* dout, void* dgate, void* dup) {
   for_each_part<E>(shape, [&](int64_t row, int64_t first, int vectors) {
     Part<T, E> gate, up, upstream;
-    gate.point_to(shape.gate.data, row, shape.gate.stride);
-    up.point_to(shape.up.data, row, shape.up.stride);
-    upstream.point_to(dout, row, shape.width);
+    gate.set_row(shape.gate.data, row, shape.gate.stride);
+    up.set_row(shape.up.data, row, shape.up.stride);
+    upstream.set_row(dout, row, shape.width);
     for_each_vector<kVectors<T, E>>(vectors, [&](int vector, int slot) {
       gate.fetch(vector, slot, first);
       up.fetch(vector, slot, first);

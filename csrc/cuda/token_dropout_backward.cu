@@ -1,10 +1,8 @@
-// The backward of token_dropout. Where each token lies among the kept ones is found first, so that every row
-// of the gradients knows what it is: each is written once, nothing is cleared beforehand and no atomics are
-// needed.
+// Backward of token_dropout. A first kernel inverts token_index, so that every row of the gradients is
+// written once, without clearing or atomics.
 //
-// A block has one position of all samples, which its warps share, and one part of the channels: so it also
-// has all that the position's embedding sums.
-#include "cuda/dispatch.h"
+// A block has one position of all samples and a part of the channels, and therefore all terms of the position
+// embedding's gradient.
 #include "cuda/norm_plan.h"
 #include "include/token_dropout.h"
 
@@ -12,29 +10,29 @@ namespace evakernels::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kAtOnce = 4;  // samples of a warp whose rows are on their way together
+constexpr int kAtOnce = 4;  // rows in flight per warp
 constexpr int kThreads = 256;
 
-// place is [batch, tokens]: where the token is among the kept ones of its sample, -1 where it was dropped.
+// place: [batch, tokens], a token's index among the kept tokens of its sample, -1 if it was dropped.
 __global__ void __launch_bounds__(kThreads)
     token_places_kernel(const int64_t* token_index, const TokenDropoutShape shape, int32_t* place) {
   int32_t* const places = place + blockIdx.x * shape.tokens;
   const int64_t* const index = token_index + blockIdx.x * shape.kept_tokens;
   const auto is_token = [&](int64_t token) { return token >= 0 && token < shape.tokens; };
   for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) places[token] = -1;
-  __syncthreads();
+  __syncthreads();  // #no-places
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
     if (!is_token(index[i])) refuse("token_dropout", "token_index is out of range");
     if (is_token(index[i])) places[index[i]] = static_cast<int32_t>(i);
   }
-  __syncthreads();
+  __syncthreads();  // #places
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
     if (is_token(index[i]) && places[index[i]] != i)
       refuse("token_dropout", "token_index names a token twice");
   }
 }
 
-// The row of dout, among those of its sample, that a position's gradient is; -1: none, the token was dropped.
+// The sample's row of dout at a position; -1 if the token was dropped.
 __device__ __forceinline__ int64_t row_of(const TokenDropoutShape& shape, const int32_t* place,
                                           int64_t sample, int64_t position) {
   if (position < shape.prefix_tokens) return position;
@@ -49,13 +47,13 @@ struct WarpSums {
   float sums[kWarps][E][kWarpSize];
 };
 
-// The total of the warps' partial sums, which the first warp gets.
+// Adds the warps' partial sums up in the first warp.
 template <int E>
 __device__ __forceinline__ void add_warps(float (&sums)[E]) {
   WarpSums<E>& scratch = shared_memory<WarpSums<E>>();
 #pragma unroll
   for (int i = 0; i < E; ++i) scratch.sums[threadIdx.y][i][threadIdx.x] = sums[i];
-  __syncthreads();
+  __syncthreads();  // #sums-of-samples
   if (threadIdx.y > 0) return;
   for (int warp = 1; warp < kWarps; ++warp) {
 #pragma unroll
@@ -91,8 +89,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
       const int64_t sample = first + n * kWarps;
       if (sample >= shape.batch) continue;
       if (is_patch && params.dpatches) {
-        gradients[n].store_whole(static_cast<T*>(params.dpatches) +
-                                 (sample * shape.tokens + token) * shape.channels + channel);
+        gradients[n].store_vector(static_cast<T*>(params.dpatches) +
+                                  (sample * shape.tokens + token) * shape.channels + channel);
       }
       float values[E];
       gradients[n].unpack(values);
@@ -105,11 +103,11 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
   if (threadIdx.y > 0 || !inside) return;
   const int64_t target = position * shape.channels + channel;
   const auto total = Packed<T, E>::pack(sums);
-  if (!is_patch && params.dprefix) total.store_whole(static_cast<T*>(params.dprefix) + target);
-  if (params.dpos_embed) total.store_whole(static_cast<T*>(params.dpos_embed) + target);
+  if (!is_patch && params.dprefix) total.store_vector(static_cast<T*>(params.dprefix) + target);
+  if (params.dpos_embed) total.store_vector(static_cast<T*>(params.dpos_embed) + target);
 }
 
-// Leaves null where there is no index.
+// `place` stays null without an index.
 Error find_places(const TokenDropoutBackward& params, Scratch& scratch, Stream stream, int32_t** place) {
   const int64_t size = params.shape.batch * params.shape.tokens;
   if (!params.token_index || params.shape.batch == 0) return nullptr;

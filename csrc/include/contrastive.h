@@ -1,16 +1,11 @@
-// Parameters of the contrastive launchers. Each works on one tile of logits, the output of a matmul; in the
-// backward pass two matmuls read the tile.
+// Parameters of the contrastive launchers. Each processes one tile of logits, the output of a matmul.
 #pragma once
 
-#include <cstdint>
-
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// Logits of `rows` images and all texts. The pair of row i stands in column pair + i.
+// Logits of `rows` images and all captions. The positive of row i is in column pair + i.
 struct LogitTile {
   float* logits;  // [rows, columns], dense
   int64_t rows;
@@ -29,7 +24,7 @@ struct ContrastiveForward {
 };
 
 struct ContrastiveBackward {
-  LogitTile tile;          // becomes the gradient of the logits
+  LogitTile tile;          // overwritten with the gradient of the logits
   const float* drow_lse;   // [rows]
   const float* dcol_lse;   // [columns]
   const float* dpositive;  // [rows]
@@ -38,17 +33,17 @@ struct ContrastiveBackward {
 };
 
 struct SiglipTile {
-  LogitTile tile;  // becomes the gradient of the logits, where that is wanted
+  LogitTile tile;  // siglip_forward overwrites it with the gradient of the logits
   float bias;
 };
 
-// Of a tile: its share of the loss and of the bias's gradient.
+// A tile's share of the loss and of the bias gradient.
 struct SiglipSums {
   double loss = 0;
   double dbias = 0;
 };
 
-// Rows of image features on their way into the matrix product and back.
+// Rows of image features before and after the matmuls.
 struct ImageRows {
   const void* image;    // [rows, width], dtype, dense
   float* scaled;        // [rows, width]: scale * image; backward: the gradient of that
@@ -62,40 +57,36 @@ struct ImageRows {
 
 namespace cpu {
 
-// Each makes one pass over a tile of logits. Results depend on the shapes alone, never on the number of
-// threads.
+// Each makes one pass over a tile of logits. Results don't depend on the number of threads.
 void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor parallel_for);
 
-// Turns the columns' sums into their log-sum-exps, when every tile has been seen.
+// Turns the sums of columns into log-sum-exps after the last tile.
 void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_t columns);
 
 void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for);
 
-// Without a gradient.
 SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
-// Overwrites the logits with their gradient.
 SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
 // scaled = scale * image.
 void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);
 
-// dimage = scale * scaled, and the dot products that the gradient of the scale is the sum of.
+// dimage = scale * scaled, and the dot products whose sum is the gradient of the scale.
 void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);
 
-// A tile is worked on in blocks that the L2 cache holds (256 KiB): each is read from memory once and then
-// again from the cache.
+// Blocks of a tile fit into the L2 cache (256 KiB), so that each is read from memory once.
 constexpr int64_t kBlockColumns = 512;
 constexpr int64_t kBlockRows = 128;
 
-// Of one column block and every row of the tile: the sum of exp(logit - shift), [rows] each.
+// Sums of exp(logit - shift) over one column block, [rows] each.
 struct RowSums {
   float* highest;
   float* shift;
   float* sum;
 };
 
-// The loops of the contrastive losses: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct ContrastiveKernels {
   // Columns [begin, end), kBlockColumns at most.
   void (*forward)(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end);

@@ -1,13 +1,7 @@
-// Parameters of the gelu launchers: gelu(x + bias), element by element.
+// Parameters of the gelu launchers: gelu(x + bias), elementwise.
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
-#include "cuda/stream.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
@@ -18,9 +12,9 @@ struct DegreeEight {
   float coefficients[9];  // the highest power first
 };
 
-// The tail 1 - P(z) of the normal distribution P is 2^(this polynomial of z) for z >= 0. It is fitted so that
-// z times the error of the tail is below 1.6e-8 everywhere: closer than 0.5 + 0.5 erf(x / sqrt(2)), which
-// cancels for negative x, for half of its instructions.
+// The tail 1 - P(z) of the normal CDF P is 2^(this polynomial of z) for z >= 0. Fitted so that z times the
+// tail's error is below 1.6e-8: more accurate than 0.5 + 0.5 erf(x / sqrt(2)), which cancels for negative x,
+// and half as expensive.
 constexpr DegreeEight kLog2NormalTail = {{-2.334947112e-06f, 3.373779327e-05f, -1.612937194e-04f,
                                           -1.917038608e-04f, 7.126865443e-03f, -5.253361166e-02f,
                                           -4.591982961e-01f, -1.151106000e+00f, -1.0f}};
@@ -51,7 +45,7 @@ struct GeluBackward {
   const void* x;     // [rows, width], dtype
   const void* bias;  // [width], bias_dtype; null: zeros
   void* dx;          // [rows, width], dtype
-  void* dbias;       // [width], bias_dtype; null: not wanted
+  void* dbias;       // [width], bias_dtype; null if not needed
   int64_t rows;
   int64_t width;
   DType dtype;
@@ -63,15 +57,15 @@ namespace cpu {
 
 EVAKERNELS_API void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for);
 
-// The result depends on the shape alone, never on the number of threads.
+// The result doesn't depend on the number of threads.
 EVAKERNELS_API void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for);
 
-// The row loops of gelu: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct GeluKernels {
-  // Rows [begin, end). `bias`, [width] in float32, is used instead of params.bias.
+  // Rows [begin, end). bias: [width] floats, in place of params.bias.
   void (*forward)(const GeluForward& params, const float* bias, int64_t begin, int64_t end);
 
-  // Writes dx for rows [begin, end) and adds their share to dbias, [width], which may be null.
+  // Writes dx for rows [begin, end) and adds their share to dbias, [width] or null.
   void (*backward)(const GeluBackward& params, const float* bias, float* dbias, int64_t begin, int64_t end);
 };
 
@@ -83,7 +77,6 @@ namespace cuda {
 
 EVAKERNELS_API Error gelu_forward(const GeluForward& params, Stream stream);
 
-// The result depends on the shape and the GPU alone.
 EVAKERNELS_API Error gelu_backward(const GeluBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda

@@ -1,18 +1,42 @@
-// Parameters of the lamb launchers: the two phases of the optimizer over all tensors of a model. Norms and
-// flags lie where the kernels run.
+// Parameters of the lamb launchers: two phases over all tensors of a model, of any sizes and dtypes. Arrays
+// of structs are in host memory; buffers, steps, norms and flags are on the kernels' device.
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/optimizer.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
-#include "cuda/stream.h"
+#include "common/stochastic_rounding.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// The limits of the trust ratio in the DeepSpeed variant.
+struct TensorBuffer {
+  void* data;
+  DType dtype;
+};
+
+// The dense buffers of one parameter, `size` elements each. Those that a launcher doesn't access may be null.
+struct OptimizedTensor {
+  TensorBuffer param;
+  TensorBuffer grad;
+  TensorBuffer exp_avg;
+  TensorBuffer exp_avg_sq;
+  float* step;  // number of steps taken
+  int64_t size;
+  double lr;
+  double weight_decay;
+  Rounding rounding = {kNearest, 0};  // of the parameter
+};
+
+// m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2.
+struct MomentRates {
+  float beta1, one_minus_beta1;
+  float beta2, one_minus_beta2;
+};
+
+inline MomentRates moment_rates(double beta1, double beta2) {
+  return {static_cast<float>(beta1), static_cast<float>(1.0 - beta1), static_cast<float>(beta2),
+          static_cast<float>(1.0 - beta2)};
+}
+
+// Bounds of the trust ratio in the DeepSpeed variant.
 constexpr double kLowestRatio = 0.01, kHighestRatio = 10.0;
 
 struct LambOptions {
@@ -52,13 +76,13 @@ struct LambStep {
 
 namespace cpu {
 
-// The squared norms depend on the shapes alone, never on the number of threads.
+// The squared norms don't depend on the number of threads.
 EVAKERNELS_API void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
 
 EVAKERNELS_API void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
 EVAKERNELS_API void lamb_step(const LambStep& params, Isa isa, ParallelFor parallel_for);
 
-// How a tensor's moments change with its gradient times grad_factor.
+// Rates of the moments, and the factor that gradients are multiplied with.
 struct LambMoments {
   MomentRates rates;
   float grad_factor;
@@ -77,9 +101,9 @@ struct LambSquaredNorms {
   double direction;
 };
 
-// The element loops of lamb: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct LambKernels {
-  // Elements [begin, end): the moments (null: they stay as they are), and their share of the norms.
+  // Elements [begin, end): updates the moments unless `moments` is null, and returns a share of the norms.
   LambSquaredNorms (*update)(const OptimizedTensor& tensor, const LambMoments* moments,
                              const LambDirection& direction, int64_t begin, int64_t end);
 
@@ -94,13 +118,13 @@ EVAKERNELS_FOR_EACH_ISA(extern const LambKernels lamb;)
 
 namespace cuda {
 
-// A launcher reads the array of tensors before it returns; the kernels read the buffers.
-// The squared norms depend on the sizes and on how the buffers are aligned, never on the GPU.
+// A launcher reads the array of tensors before it returns.
+// The squared norms depend on sizes and alignment, not on the GPU.
 EVAKERNELS_API Error lamb_update(const LambUpdate& params, Scratch& scratch, Stream stream);
 
 EVAKERNELS_API Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream);
 
-// To the same bits as both.
+// Bit-equal to update and apply.
 EVAKERNELS_API Error lamb_step(const LambStep& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda

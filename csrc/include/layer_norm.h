@@ -1,13 +1,7 @@
-// Parameters of the layer_norm launchers. All buffers are dense, row after row.
+// Parameters of the layer_norm launchers. All buffers are dense.
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
-#include "cuda/stream.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
@@ -44,25 +38,23 @@ struct LayerNormBackward {
   bool rms;
 };
 
-// Whether there are kernels that read rows of one dtype and write them in the other: 16 bits become float32
-// and float32 becomes 16 bits, but no 16 bits the other ones.
+// Whether there are kernels for x and y of these dtypes: equal ones, or 16 bits with float32.
 inline bool norm_serves(DType a, DType b) { return a == b || a == DType::Float32 || b == DType::Float32; }
 
 namespace cpu {
 
 EVAKERNELS_API void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
 
-// The result depends on the shape alone, never on the number of threads.
+// The result doesn't depend on the number of threads.
 EVAKERNELS_API void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
 
-// The row loops of layer_norm: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct LayerNormKernels {
-  // Normalises rows [begin, end). weight and bias replace those of the parameters: never null, [width].
+  // Rows [begin, end). weight, bias: [width] floats, in place of the parameters'; never null.
   void (*forward)(const LayerNormForward& params, const float* weight, const float* bias, int64_t begin,
                   int64_t end);
 
-  // Writes dx for rows [begin, end) and adds their share to dweight and dbias, [width] each, either may be
-  // null.
+  // Writes dx for rows [begin, end) and adds their share to dweight and dbias, [width] or null.
   void (*backward)(const LayerNormBackward& params, const float* weight, float* dweight, float* dbias,
                    int64_t begin, int64_t end);
 };
@@ -75,7 +67,6 @@ namespace cuda {
 
 EVAKERNELS_API Error layer_norm_forward(const LayerNormForward& params, Stream stream);
 
-// The result depends on the shape and the GPU alone.
 EVAKERNELS_API Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda

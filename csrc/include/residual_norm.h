@@ -1,29 +1,22 @@
-// Parameters of the launchers that join a norm with the residual connection around it. All buffers are dense.
+// Parameters of the launchers that fuse a norm with the residual connection around it. All buffers are dense.
 //
 //   add + norm   x = residual + scaled(branch),        y = norm(x)
 //   norm + add   x = residual + scaled(norm(branch))
 //
-// scaled multiplies by layer_scale, one factor a column, and by row_scale, one a sample (an even share of the
-// rows).
+// scaled multiplies by layer_scale, one factor per column, and by row_scale, one per sample.
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
-#include "cuda/stream.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// A vector of factors or addends; null: it isn't there.
+// A parameter; null if there is none.
 struct ParameterVector {
   const void* data;
   DType dtype;
 };
 
-// A gradient to write, in the dtype of its parameter; null: not wanted.
+// A gradient to write, in the dtype of its parameter; null if not needed.
 struct ParameterGradient {
   void* data;
   DType dtype;
@@ -54,14 +47,14 @@ struct ResidualNormShape {
   bool rms;            // no mean is subtracted
 };
 
-// Whether the kernels for GPUs serve such a branch: one dtype is a model's, and a float32 residual with a
-// branch of 16 bits is what autocast makes.
+// Whether there are GPU kernels: for equal dtypes, and for a float32 residual with a 16-bit branch, as under
+// autocast.
 inline bool gpu_serves(DType dtype, DType branch_dtype) {
   return branch_dtype == dtype || dtype == DType::Float32;
 }
 
-// Whether any kernels serve such a y: that of the residual's dtype, and what autocast makes of a float32
-// stream, where branch and y are of the 16 bits that the products around the norm have.
+// Whether there are kernels for y: of the residual's dtype, or for a float32 residual of the branch's, as
+// under autocast.
 inline bool add_norm_serves(const ResidualNormShape& shape) {
   return shape.y_dtype == shape.dtype ||
          (shape.dtype == DType::Float32 && shape.y_dtype == shape.branch_dtype);
@@ -81,13 +74,13 @@ struct AddNormForward {
 
 struct AddNormBackward {
   const void* dy;      // [rows, width], y_dtype
-  const void* dx;      // [rows, width]: the gradient that reaches the sum beside that of the norm
+  const void* dx;      // [rows, width]: the gradient that reaches x past the norm
   const void* x;       // [rows, width]
   const void* branch;  // [rows, width]; read for the gradient of layer_scale only
   const float* mean;   // [rows]; not read when rms
   const float* rstd;   // [rows]
   void* dresidual;     // [rows, width]
-  void* dbranch;       // [rows, width]; null: not wanted
+  void* dbranch;       // [rows, width]; null if not needed
   ResidualNormParameters parameters;
   ResidualNormGradients gradients;
   ResidualNormShape shape;
@@ -120,11 +113,11 @@ namespace cpu {
 EVAKERNELS_API void add_norm_forward(const AddNormForward& params, Isa isa, ParallelFor parallel_for);
 EVAKERNELS_API void norm_add_forward(const NormAddForward& params, Isa isa, ParallelFor parallel_for);
 
-// The results depend on the shape alone, never on the number of threads.
+// The results don't depend on the number of threads.
 EVAKERNELS_API void add_norm_backward(const AddNormBackward& params, Isa isa, ParallelFor parallel_for);
 EVAKERNELS_API void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor parallel_for);
 
-// The parameters as floats. Ones and zeros stand for missing ones, but for layer_scale.
+// The parameters as floats; ones or zeros for missing ones, but null for layer_scale.
 struct ResidualNormVectors {
   const float* weight;       // [width]
   const float* bias;         // [width]
@@ -132,20 +125,20 @@ struct ResidualNormVectors {
   const float* row_scale;    // [samples]
 };
 
-// Sums over rows that the backward pass adds to, [width] each.
+// Sums over rows that the backward pass accumulates, [width] each; null if not needed.
 struct AddNormSums {
   float* weight;       // null: not wanted
   float* bias;         // null: not wanted
   float* layer_scale;  // null: not wanted
 };
 
-// Of g = row_scale * dx. The gradients of all three parameters are multiples of these two.
+// Sums of g = row_scale * dx, from which all parameter gradients follow.
 struct NormAddSums {
   float* gradient;             // g
-  float* gradient_normalised;  // g times the normalised row
+  float* gradient_normalised;  // g * normalised
 };
 
-// The row loops of the norms with a residual connection: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct ResidualNormKernels {
   // Rows [begin, end). scratch: width floats.
   void (*add_norm_forward)(const AddNormForward& params, const ResidualNormVectors& vectors, float* scratch,
@@ -166,12 +159,10 @@ EVAKERNELS_FOR_EACH_ISA(extern const ResidualNormKernels residual_norm;)
 
 namespace cuda {
 
-// `gpu_serves` and `add_norm_serves` list the accepted dtypes. norm + add without a residual accepts the
-// dtypes of `norm_serves` (layer_norm.h).
+// Dtypes: gpu_serves and add_norm_serves; norm + add without a residual: norm_serves (layer_norm.h).
 EVAKERNELS_API Error add_norm_forward(const AddNormForward& params, Stream stream);
 EVAKERNELS_API Error norm_add_forward(const NormAddForward& params, Stream stream);
 
-// The results depend on the shape and the GPU alone.
 EVAKERNELS_API Error add_norm_backward(const AddNormBackward& params, Scratch& scratch, Stream stream);
 EVAKERNELS_API Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream stream);
 

@@ -1,17 +1,12 @@
-// Parameters of the row_quantization launchers: rows in 8 bits, each with a scale of its own, and back from
-// what a product made of them.
+// Parameters of the row_quantization launchers: rows in 8 bits with a scale per row, and back from a matmul
+// of them.
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// Of products that multiply unsigned by signed bytes, as those of VNNI do.
+// VNNI multiplies unsigned by signed bytes.
 constexpr float kUint8Zero = 128.0f;
 constexpr float kInt8Largest = 127.0f;
 
@@ -41,12 +36,12 @@ EVAKERNELS_API void quantize_rows(const QuantizeRows& params, Isa isa, ParallelF
 
 EVAKERNELS_API void dequantize_rows(const DequantizeRows& params, Isa isa, ParallelFor parallel_for);
 
-// The row loops of row_quantization: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct RowQuantizationKernels {
-  // Rows [begin, end), as in all of them.
+  // Rows [begin, end).
   void (*quantize)(const QuantizeRows& params, int64_t begin, int64_t end);
 
-  // `bias`, [width] in float32, is used instead of params.bias.
+  // Rows [begin, end). bias: [width] floats, in place of params.bias.
   void (*dequantize)(const DequantizeRows& params, const float* bias, int64_t begin, int64_t end);
 };
 

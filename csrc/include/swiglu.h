@@ -1,18 +1,11 @@
-// Parameters of the swiglu launchers: hidden = silu(gate) * up, and its LayerNorm when there is a norm.
+// Parameters of the swiglu launchers: silu(gate) * up, and optionally its LayerNorm.
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
-#include "cuda/stream.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// Rows of one matrix, `stride` elements apart; each row is dense. Halves of a packed projection are two of
-// these.
+// Dense rows, `stride` elements apart, such as a half of a packed projection.
 struct SwigluRows {
   const void* data;
   int64_t stride;
@@ -54,21 +47,20 @@ namespace cpu {
 
 EVAKERNELS_API void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for);
 
-// The result depends on the shape alone, never on the number of threads.
+// The result doesn't depend on the number of threads.
 EVAKERNELS_API void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for);
 
-// Floats that a row's intermediate values need, for each column.
+// Scratch floats per column.
 constexpr int64_t kSwigluScratch = 2;
 
-// The row loops of swiglu: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct SwigluKernels {
-  // Rows [begin, end). weight and bias replace those of the parameters, [width]; both null without a norm.
+  // Rows [begin, end). weight, bias: [width] floats, in place of the parameters'; null without a norm.
   // scratch: kSwigluScratch * width floats.
   void (*forward)(const SwigluForward& params, const float* weight, const float* bias, float* scratch,
                   int64_t begin, int64_t end);
 
-  // Writes dgate and dup for rows [begin, end) and adds their share to dweight and dbias, [width] each,
-  // either may be null.
+  // Writes dgate and dup for rows [begin, end) and adds their share to dweight and dbias, [width] or null.
   void (*backward)(const SwigluBackward& params, const float* weight, float* dweight, float* dbias,
                    float* scratch, int64_t begin, int64_t end);
 };
@@ -81,10 +73,9 @@ namespace cuda {
 
 EVAKERNELS_API Error swiglu_forward(const SwigluForward& params, Stream stream);
 
-// The result depends on the shape and the GPU alone.
 EVAKERNELS_API Error swiglu_backward(const SwigluBackward& params, Scratch& scratch, Stream stream);
 
-// Without and with the norm; what the above choose from.
+// Without and with the norm.
 Error swiglu_product_forward(const SwigluForward& params, Stream stream);
 Error swiglu_product_backward(const SwigluBackward& params, Stream stream);
 Error swiglu_norm_forward(const SwigluForward& params, Stream stream);

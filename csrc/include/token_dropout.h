@@ -4,18 +4,12 @@
 //   out[b, prefix_tokens + i] = patches[b, t] + pos_embed[prefix_tokens + t]   with t = token_index[b, i]
 #pragma once
 
-#include <cstdint>
-
-#include "common/api.h"
-#include "common/dtype.h"
-#include "cpu/isa_namespaces.h"
-#include "cpu/parallel.h"
-#include "cuda/stream.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
-// Patches as they lie in memory, strides in elements. Either the channels of a patch lie side by side
-// (channel_stride 1) or the patches of a channel do (token_stride 1), as a convolution leaves them.
+// Patches, strides in elements. Either the channels of a patch are contiguous (channel_stride 1) or the
+// patches of a channel (token_stride 1), as a convolution writes them.
 struct PatchTensor {
   const void* data;  // [batch, tokens, channels]
   int64_t sample_stride;
@@ -56,36 +50,33 @@ struct TokenDropoutBackward {
 
 namespace cpu {
 
-// The indices are in range and distinct in a sample; backward throws std::invalid_argument where they are
-// not.
+// Indices must be in range and distinct in a sample; backward throws std::invalid_argument otherwise.
 EVAKERNELS_API void token_dropout_forward(const TokenDropoutForward& params, Isa isa,
                                           ParallelFor parallel_for);
 
-// The sums over the batch are taken in the order of the samples, whatever the number of threads.
+// The result doesn't depend on the number of threads.
 EVAKERNELS_API void token_dropout_backward(const TokenDropoutBackward& params, Isa isa,
                                            ParallelFor parallel_for);
 
-// Patches that lie channel by channel are turned round in tiles of this many channels.
+// Channels per tile in the transpose of contiguous patches.
 constexpr int64_t kTileChannels = 32;
 
-// Backward sums over the samples for this many positions at a time: what lies side by side is fetched before
-// it is asked for, and the sums stay in the cache.
+// Positions that backward sums over the samples at a time: contiguous reads, and sums that stay in the cache.
 constexpr int64_t kSumPositions = 8;
 
-// The loops of token_dropout: one table of functions for each instruction set.
+// The loops of one instruction set.
 struct TokenDropoutKernels {
-  // Rows [begin, end) of out, counted through the batch, when the channels of a patch lie side by side.
-  // prefix: as floats.
+  // Contiguous channels: rows [begin, end) of out, counted through the batch. prefix: as floats.
   void (*forward_rows)(const TokenDropoutForward& params, const float* prefix, int64_t begin, int64_t end);
 
-  // Tiles [begin, end) of out, kTileChannels of one sample each, when the patches of a channel lie side by
-  // side. scratch: kept_tokens * kTileChannels floats.
+  // Contiguous patches: tiles [begin, end) of out, kTileChannels of one sample each. scratch: kept_tokens *
+  // kTileChannels floats.
   void (*forward_tiles)(const TokenDropoutForward& params, const float* prefix, float* scratch, int64_t begin,
                         int64_t end);
 
-  // Positions [begin, end), those of the prefix first: the gradients of a patch in all samples and the sums
-  // over the samples. place: where a token lies in its sample of dout, -1 where it was dropped,
-  // [batch, tokens]; null: the first ones were kept. sums: kSumPositions * channels floats.
+  // Positions [begin, end), prefix first: gradients of the patches in all samples, and sums over the samples.
+  // place: [batch, tokens], a token's index in dout, -1 if it was dropped; null if the first ones were kept.
+  // sums: kSumPositions * channels floats.
   void (*backward)(const TokenDropoutBackward& params, const int32_t* place, float* sums, int64_t begin,
                    int64_t end);
 };
@@ -99,14 +90,8 @@ namespace cuda {
 // A token_index that is out of range, or in backward a duplicate, ends the launch with an error.
 EVAKERNELS_API Error token_dropout_forward(const TokenDropoutForward& params, Stream stream);
 
-// The result depends on the shape alone.
 EVAKERNELS_API Error token_dropout_backward(const TokenDropoutBackward& params, Scratch& scratch,
                                             Stream stream);
-
-// Kernels for patches with contiguous channels ("rows") and for channels with contiguous patches ("tiles").
-// token_dropout_forward chooses between them.
-Error token_dropout_forward_rows(const TokenDropoutForward& params, Stream stream);
-Error token_dropout_forward_tiles(const TokenDropoutForward& params, Stream stream);
 
 }  // namespace cuda
 

@@ -10,10 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "common/dtype.h"
 #include "common/numerics.h"
-#include "cuda/stream.h"
 #include "drive_memory.h"
+#include "include/launcher.h"
 
 namespace evakernels::drive {
 

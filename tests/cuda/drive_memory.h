@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/stream.h"
+#include "include/launcher.h"
 
 namespace evakernels::drive {
 

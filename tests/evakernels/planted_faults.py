@@ -1,171 +1,130 @@
-"""Faults planted in the kernels for GPUs, each of which strikes when asked for.
+"""Faults planted in the GPU kernels. Each one is compiled in and applies only when its number is requested.
 
-All are compiled at once (`ptx_build.build_planted`), so that a source file is compiled once for all of its own.
+A fault names a line of csrc/cuda by its tag, a comment such as `// #warp-sums` on the line or alone above it.
+`ptx_build.build_planted` compiles all faults at once, so that every source is compiled only once more.
 """
 
 import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 from op_suite import ROOT
 
-ASKED_FOR = "EVAKERNELS_PLANTED"
+SOURCES = ROOT / "csrc/cuda"
+TAG = re.compile(r"//.*#([\w-]+)$")
+REQUESTED = "EVAKERNELS_PLANTED"
+"""Environment variable with a fault's number."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`text` stands once in the file, but for what is planted, between « and »; PLANTED is true if it is asked for.
+    """A change of one line.
 
-    `said` is a part of what the driver then says.
+    Attributes:
+        report: part of the driver's error message.
+        change: expression in the line and the one that replaces it; None: the whole statement is skipped.
+        unless: C++ condition under which the statement is executed after all.
+        tag: tag of the line; "": the fault's own name.
     """
 
-    said: str
-    file: str
-    text: str
+    report: str
+    change: tuple[str, str] | None = None
+    unless: str = "false"
+    tag: str = ""
 
-    @property
-    def right(self) -> str:
-        return re.sub("«.*?»", "", self.text, flags=re.DOTALL)
-
-    @property
-    def wrong(self) -> str:
-        return re.sub("[«»]", "", self.text)
-
-    @property
-    def unit(self) -> str:
-        """The source file that shows it."""
-        return COMPILED_IN.get(self.file, self.file)
-
-    @property
-    def family(self) -> str:
-        """What the driver is to drive."""
-        return next(family for prefix, family in FAMILIES.items() if self.unit.startswith(prefix))
+    def applied(self, line: str, number: int) -> str:
+        """The line with this fault as an alternative."""
+        requested = f"(planted_fault == {number})"
+        if self.change is None:
+            statement = line.lstrip()
+            return f"{line[: -len(statement)]}if (!{requested} || ({self.unless})) {statement}"
+        right, wrong = self.change
+        code, slashes, comment = line.partition("//")
+        assert code.count(right) == 1, (line, right)
+        return code.replace(right, f"({requested} ? {wrong} : {right})") + slashes + comment
 
 
-# The file that a changed header is compiled in, which the others are linked with as they are.
+# The source that is compiled with a changed header; the other sources are linked unchanged.
 COMPILED_IN = {
     "norm_rows.cuh": "add_norm_forward.cu",
     "norm_plan.h": "add_norm_forward.cu",
     "column_sums.cuh": "swiglu_norm_backward.cu",
     "staged_rows.cuh": "swiglu_norm_forward.cu",
-    "tensor_chunks.cuh": "lamb.cu",
-    "tensor_table.cuh": "lamb.cu",
     "attention_plan.h": "rope_attention_forward.cu",
     "attention_tiles.cuh": "rope_attention_forward.cu",
     "online_softmax.cuh": "rope_attention_forward.cu",
     "rotary.cuh": "rope_attention_forward.cu",
 }
-FAMILIES = {
-    "add_norm": "norms",
-    "norm_add": "norms",
-    "swiglu_norm": "swiglu",
-    "token_dropout": "token_dropout",
-    "gelu": "gelu",
-    "lamb": "lamb",
-    "rope_attention": "rope_attention",
-}
 FAULTS = {
-    "barrier": Fault("race at", "norm_rows.cuh", "«    if (!PLANTED)\n»    __syncthreads();\n    const int warps"),
-    "reuse": Fault("race at", "norm_rows.cuh", "«if (!PLANTED) »buffer_ ^= 1;"),
-    "rows of a block": Fault("race at", "column_sums.cuh", "      }\n      «if (!PLANTED) »__syncthreads();\n    }"),
-    # Before the next one, with which it shares a place.
-    "uneven barrier": Fault(
-        "race at",
-        "norm_rows.cuh",
-        "«      if (PLANTED) __syncthreads();\n»    }\n«    if (!PLANTED)\n»    __syncthreads();\n    const int warps",
-    ),
-    "uninitialised": Fault(
-        "uninitialised at",
-        "column_sums.cuh",
-        "    «if (!PLANTED || sum != 0.0f) »scratch.sums[n][threadIdx.y][threadIdx.x] = sum;",
-    ),
-    "rows that haven't arrived": Fault(
-        "race at", "staged_rows.cuh", "    wait_for_copies();\n    «if (!PLANTED) »synchronize_row();\n"
-    ),
-    "a row that isn't finished": Fault(
-        "race at", "staged_rows.cuh", "    «if (!PLANTED) »synchronize_row();\n    (outputs"
-    ),
-    "the whole of a last word": Fault(
-        "out of bounds at", "staged_rows.cuh", "at < «(PLANTED ? bytes : »end«)»; at += step"
-    ),
-    "the whole of a first word": Fault(
-        "uninitialised at", "staged_rows.cuh", "at >= (last ? begin : «PLANTED && begin > 0 ? -kWidestAccess : »0)"
-    ),
-    "a stage that isn't changed": Fault(
-        "uninitialised at", "norm_add_backward.cu", "«PLANTED ? wait_for_rows<L>(dx) : »wait_for_rows<L>(dx, branch);"
-    ),
-    "a row that isn't stored": Fault(
-        "error inf",
-        "add_norm_backward.cu",
-        "«PLANTED ? finish_rows<L>(dresidual) : »finish_rows<L>(dresidual, dbranch);",
-    ),
-    "tile": Fault("race at", "token_dropout_tiles.cu", "    }\n    «if (!PLANTED) »__syncthreads();\n\n"),
-    "sums over samples": Fault(
-        "race at", "token_dropout_backward.cu", "sums[i];\n  «if (!PLANTED) »__syncthreads();\n"
-    ),
-    "alignment": Fault("misaligned at", "norm_plan.h", "«(PLANTED ? width > 0 : »width % elements == 0«)»"),
-    "barrier of a stage": Fault(
-        "race at", "rope_attention_forward.cu", "        «if (!PLANTED) »__syncthreads();  // The stage has arrived"
-    ),
-    "wait for copies": Fault(
-        "not waited for at",
-        "rope_attention_forward.cu",
-        "        «if (!PLANTED) »wait_for_copies();\n        __syncthreads();  // The stage has arrived",
-    ),
-    "gradients of scores": Fault(
-        "race at", "rope_attention_backward.cu", "      «if (!PLANTED) »__syncthreads();  // dS is there."
-    ),
-    "a stage that is overwritten": Fault(
-        "race at", "rope_attention_backward.cu", "stages + («PLANTED ? 0 : »stage / kStageTiles & 1) * 2"
-    ),
-    "sums of earlier rounds": Fault("wrong: dq of", "rope_attention_backward.cu", "if (is_first« || PLANTED») return;"),
-    "rows of the gradient before": Fault(
-        "race at", "rope_attention_backward.cu", "  });\n  «if (!PLANTED) »__syncwarp();\n#pragma unroll\n"
-    ),
-    "slots before the first token": Fault("wrong: out of", "attention_plan.h", "return «(»first < 0« && !PLANTED)» ||"),
-    "empty slots": Fault("wrong: out of", "rope_attention_forward.cu", "values[i] = «PLANTED ? 0.0f : »-INFINITY"),
-    "a column's angles": Fault("wrong: out of", "rotary.cuh", "(«(PLANTED ? 1 : »grid«)» + patch % grid - 1)"),
-    "a query that sees nothing": Fault(
-        "wrong: out of", "online_softmax.cuh", "fmaxf(row_sum[row], «PLANTED ? 0.0f : »FLT_MIN)"
-    ),
-    "the last key that is seen": Fault(
-        "wrong: out of", "attention_plan.h", "static_cast<int>(«PLANTED ? 0 : »shape.keys - shape.tokens) : k"
-    ),
-    "a head of keys for itself": Fault(
-        "wrong: out of", "attention_tiles.cuh", "«(PLANTED ? 0 : »head«)» / static_cast"
-    ),
-    "the place of an index": Fault(
-        "out of bounds at", "attention_tiles.cuh", "first = shape.offsets.data« && !PLANTED» ?"
-    ),
-    "another sequence": Fault(
-        "wrong: out of", "attention_tiles.cuh", "«(PLANTED ? sample : »first_token()«)» * view.token_stride"
-    ),
-    "barrier of the norms": Fault(
-        "race at", "tensor_chunks.cuh", "  «if (!PLANTED) »__syncthreads();\n  if (threadIdx.x >= N) return 0.0f;"
-    ),
-    "alignment of one buffer": Fault("misaligned at", "tensor_table.cuh", "common« || PLANTED» ? head : kNoVectors"),
-    "one edge too many": Fault("out of bounds at", "tensor_table.cuh", "edges = size - vectors * kVector« + PLANTED»;"),
-    "part of a step": Fault("wrong", "lamb.cu", "param[k] -= factor * «(PLANTED ? 2.0f : 1.0f) * »direction.of("),
-    "a strip's columns": Fault("wrong", "gelu.cu", "partials + «(PLANTED ? 0 : »strip.first()«)»"),
-    "one too far": Fault("out of bounds at", "norm_rows.cuh", "if (vector < vectors« + PLANTED») body"),
+    "warp-sums": Fault("race at"),
+    "uneven-barrier": Fault("race at", unless="threadIdx.x % kWarpSize == 0", tag="warp-sums"),
+    "buffer": Fault("race at"),
+    "vectors": Fault("out of bounds at", ("vector < vectors", "vector < vectors + 1")),
+    "rows-of-block": Fault("race at"),
+    "partial-sums": Fault("uninitialised at", unless="sum != 0.0f"),
+    "rows-arrived": Fault("race at"),
+    "rows-put": Fault("race at"),
+    "last-word": Fault("out of bounds at", ("at < end", "at < bytes")),
+    "first-word": Fault("uninitialised at", ("last ? begin : 0", "last ? begin : begin > 0 ? -kWidestAccess : 0")),
+    "next-stage": Fault("uninitialised at", ("wait_for_rows<L>(dx, branch)", "wait_for_rows<L>(dx)")),
+    "stored-rows": Fault("error inf", ("finish_rows<L>(dresidual, dbranch)", "finish_rows<L>(dresidual)")),
+    "aligned-rows": Fault("misaligned at", ("width % elements == 0", "width > 0")),
+    "tile": Fault("race at"),
+    "sums-of-samples": Fault("race at"),
+    "strip": Fault("wrong", ("strip.first()", "0")),
+    "total": Fault("race at"),
+    "common-head": Fault("misaligned at", ("common", "true")),
+    "edges": Fault("out of bounds at", ("size - vectors * kVector", "size - vectors * kVector + 1")),
+    "step": Fault("wrong", ("factor", "2.0f * factor")),
+    "stage": Fault("race at"),
+    "stage-copies": Fault("not waited for at"),
+    "masked-scores": Fault("wrong: out of", ("-INFINITY", "0.0f")),
+    "padded-rows": Fault("wrong: out of", ("first < 0", "false")),
+    "last-key": Fault("wrong: out of", ("shape.keys - shape.tokens", "0")),
+    "kv-head": Fault("wrong: out of", ("head / static_cast<unsigned>(plan.qhead_per_khead)", "0u")),
+    "sequence": Fault("wrong: out of", ("first_token()", "sample")),
+    "first-index": Fault("out of bounds at", ("shape.offsets.data", "nullptr")),
+    "column": Fault("wrong: out of", ("grid + patch % grid - 1", "1u + patch % grid - 1")),
+    "no-keys": Fault("wrong: out of", ("FLT_MIN", "0.0f")),
+    "dS": Fault("race at"),
+    "stages": Fault("race at", ("stage / kStageTiles & 1", "0")),
+    "earlier-rounds": Fault("wrong: dq of", ("is_first", "true")),
+    "dk-stored": Fault("race at"),
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
 
 
+def tags_in(lines: list[str]) -> dict[int, str]:
+    """Index of each tagged line of code, and its tag."""
+    found = {i: match[1] for i, line in enumerate(lines) if (match := TAG.search(line))}
+    return {i + lines[i].lstrip().startswith("//"): tag for i, tag in found.items()}
+
+
+def files_of_tags() -> dict[str, str]:
+    """Name of the file with each tag."""
+    return {tag: path.name for path in SOURCES.iterdir() for tag in tags_in(path.read_text().splitlines()).values()}
+
+
 def changed_files() -> dict[str, str]:
-    """The text of each file in which faults are planted."""
+    """Name and text of every file with planted faults."""
     files: dict[str, str] = {}
-    # What is right of one may be a part of what is right of another.
-    for name in sorted(FAULTS, key=lambda name: len(FAULTS[name].right), reverse=True):
-        fault = FAULTS[name]
-        text = files.get(fault.file) or (ROOT / "csrc/cuda" / fault.file).read_text()
-        assert text.count(fault.right) == 1, (fault.file, fault.right)
-        asked_for = f"(planted_fault == {NUMBERS[name]})"
-        files[fault.file] = text.replace(fault.right, re.sub(r"\bPLANTED\b", asked_for, fault.wrong))
+    names = files_of_tags()
+    for name, fault in FAULTS.items():
+        tag = fault.tag or name
+        lines = files.get(names[tag], (SOURCES / names[tag]).read_text()).splitlines()
+        (at,) = (i for i, found in tags_in(lines).items() if found == tag)
+        lines[at] = fault.applied(lines[at], NUMBERS[name])
+        files[names[tag]] = "\n".join(lines) + "\n"
     return files
 
 
-def call(command: list[str], folder: Path) -> None:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-5000:]
+def units() -> dict[str, str]:
+    """The source file whose object shows each fault."""
+    names = files_of_tags()
+    found = {name: names[fault.tag or name] for name, fault in FAULTS.items()}
+    return {name: COMPILED_IN.get(file, file) for name, file in found.items()}
+
+
+def driver_of(unit: str) -> str:
+    """The driver family that runs a source file."""
+    families = ("gelu", "lamb", "rope_attention", "swiglu", "token_dropout")
+    return next((family for family in families if unit.startswith(family)), "norms")

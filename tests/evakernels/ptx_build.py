@@ -1,4 +1,4 @@
-"""Builds what lets ptx_interpreter run nvcc's kernels: tests/cuda/ptx.cmake, as it is or with faults planted."""
+"""Builds tests/cuda/ptx.cmake, on which ptx_interpreter runs nvcc's kernels, with or without planted faults."""
 
 import os
 import shlex
@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 from op_suite import ROOT, tool
-from planted_faults import ASKED_FOR, FAULTS, call, changed_files
+from planted_faults import REQUESTED, changed_files, units
 
 from benchmarks.audit.budget import budget as load_budget
 
 budget = load_budget()
 BUILD: Path = budget.BUILD
 OBJECTS = "CMakeFiles/cuda_kernels.dir/csrc/cuda"
-# Device code can't ask for the environment: tests/cuda/drive.py puts the number into the PTX.
+# Device code can't read the environment: tests/cuda/drive.py writes the number into the PTX.
 DECLARATION = f"""#pragma once
 #include <cstdlib>
 __host__ __device__ inline int planted() {{
@@ -22,7 +22,7 @@ __host__ __device__ inline int planted() {{
 #ifdef __CUDA_ARCH__
   asm("mov.u32 %0, PLANTED_FAULT;" : "=r"(number));
 #else
-  if (const char* const text = std::getenv("{ASKED_FOR}")) number = std::atoi(text);
+  if (const char* const text = std::getenv("{REQUESTED}")) number = std::atoi(text);
 #endif
   return number;
 }}
@@ -31,10 +31,15 @@ __host__ __device__ inline int planted() {{
 
 
 def build_allocations(folder: Path) -> None:
-    """Makes `folder/allocations.so`, to be preloaded."""
+    """Builds `folder/allocations.so`, for LD_PRELOAD."""
     folder.mkdir(exist_ok=True)
     source = ROOT / "ptx_interpreter/host/allocations.cpp"
     call([str(gxx()), "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", "allocations.so"], folder)
+
+
+def call(command: list[str], folder: Path) -> None:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-5000:]
 
 
 def gxx() -> str | None:
@@ -42,7 +47,7 @@ def gxx() -> str | None:
 
 
 def build_planted(folder: Path) -> None:
-    """Makes `folder/drive.so`, the driver with all faults; each strikes when asked for."""
+    """Builds `folder/drive.so`, the driver with all faults; each applies when it is requested."""
     files = changed_files()
     changed = folder / "csrc/cuda"
     changed.mkdir(parents=True)
@@ -52,10 +57,10 @@ def build_planted(folder: Path) -> None:
     listing = [tool("ninja"), "-t", "commands", "ptx_drive"]
     commands = subprocess.run(listing, cwd=BUILD, capture_output=True, text=True, check=True).stdout.splitlines()
     objects = {}
-    for unit in sorted({fault.unit for fault in FAULTS.values()}):
+    for unit in sorted(set(units().values())):
         true, faulty = f"{OBJECTS}/{unit}.o", str(folder / f"{unit}.o")
         (compiling,) = (shlex.split(command) for command in commands if f"-o {true}" in command)
-        # The folder of the changed files comes before that of the right ones.
+        # Include the changed files instead of the original ones.
         first = next(i for i, word in enumerate(compiling) if word.startswith("-"))
         compiling[first:first] = ["-include", str(folder / "planted.h"), f"-I{folder / 'csrc'}"]
         words = [word.replace(true, faulty) for word in compiling if "compute_100" not in word]

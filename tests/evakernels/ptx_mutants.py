@@ -1,12 +1,11 @@
-"""Mutants of nvcc's kernels (compute capability 8.0): which of them the driver program of tests/cuda would not notice.
+"""Mutants of nvcc's kernels (compute capability 8.0): the driver of tests/cuda must notice each changed instruction.
 
-    python tests/evakernels/ptx_mutants.py [--write] [KIND=COUNT ...]
+    python tests/evakernels/ptx_mutants.py
 
-The program's launches are recorded once, with the memory that they may touch. A mutant is run on the recorded launches
-that reach its instruction, the smallest first, until one has a fault or other results.
+The driver's launches are recorded once, with the memory that they may access. A mutant is run on the recorded launches
+that reach its instruction, the smallest first, until one reports a fault or writes other results.
 """
 
-import argparse
 import ctypes
 import gc
 import hashlib
@@ -17,6 +16,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -24,33 +24,31 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).parents[2]))
 
 from op_suite import ROOT
+from planted_faults import tags_in
 from ptx_build import BUILD, budget, build_allocations
 
 from ptx_interpreter import Faults, GlobalMemory, Kernel, Report, launch
 from ptx_interpreter.memory import Interval, Shadow
-from ptx_interpreter.mutants import KINDS, Mutant, mutants_of, mutated, narrowest_access
+from ptx_interpreter.mutants import Mutant, mutants_of, mutated, narrowest_access
 from ptx_interpreter.runtime import Launches
 
 MOST_LAUNCHES = 40
-"""That a mutant survives at most before it is taken to survive all."""
-SHORT = 30
-"""Characters of a line that doesn't tell where it is."""
+"""Launches on which a mutant is tried."""
 LIST = ROOT / "tests/cuda/survivors.json"
-BY_CHANCE = "By chance: "
-"""So begins the reason why some runs notice a mutant and others don't."""
+"""By reason: kernel, kind, place and number of the mutants that nothing notices."""
 ALL = 10_000
 COMPLETE = {"barrier": ALL, "warp barrier": ALL, "wait": ALL}
 SMALL = COMPLETE | {"factor": 8, "predicate": 24, "operands": 24, "address": 24}
 LARGE = COMPLETE | {"factor": 40, "predicate": 150, "operands": 150, "address": 150}
-"""How many of a kind are tried."""
+"""Mutants that are tried, by kind."""
 
 Memory = list[tuple[int, bytes]]
-"""What lies at which address."""
+"""Contents by address."""
 
 
 @dataclass
 class Recorded:
-    """A launch: everything that it depends on, and what memory held when it had ended."""
+    """A launch: its inputs, and memory before and after it."""
 
     kernel: Kernel
     sizes: tuple[Any, Any]
@@ -61,8 +59,8 @@ class Recorded:
     runs: Counter[int]
     work: int
 
-    def said_of(self, kernel: Kernel) -> str:
-        """Which fault another kernel has in its place, or that it has other results; "" if there is no difference."""
+    def difference(self, kernel: Kernel) -> str:
+        """The fault that `kernel` has in place of the recorded one, "result" for other results, "" for none."""
         for address, data in self.before:
             ctypes.memmove(address, data, len(data))
         cell = narrowest_access(kernel.parsed)
@@ -83,7 +81,7 @@ class Recorded:
 
 
 class Recorder(Launches):
-    """Keeps the launches that it serves. Memory that is freed must stay as it is: ALLOCATIONS_STAY."""
+    """Records the launches that it runs. Needs ALLOCATIONS_STAY, which keeps freed memory."""
 
     def __init__(self, library: str) -> None:
         super().__init__(library, 80, count=False, watch=False)
@@ -94,14 +92,14 @@ class Recorder(Launches):
     def _launch(self, kernel: Kernel, sizes: tuple[Any, Any], params: bytes, shared: int) -> str:
         self._memory.refresh()
         before = self._contents()
-        said = super()._launch(kernel, sizes, params, shared)
+        error = super()._launch(kernel, sizes, params, shared)
         (report,) = self.reports
         self.reports.clear()
         instructions = sum(len(block.instructions) for block in kernel.parsed.blocks if report.blocks[block.number])
         work = report.instructions // 1000 + instructions
         made = Recorded(kernel, sizes, params, shared, before, self._contents(), report.blocks, work)
         self.recorded.append(made)
-        return said
+        return error
 
     def _contents(self) -> Memory:
         pairs = [(at.start, ctypes.string_at(at.start, at.end - at.start)) for at in self._memory.intervals]
@@ -109,49 +107,47 @@ class Recorder(Launches):
 
 
 class Outcome(NamedTuple):
-    """Of one mutant: the fault that it had, "result" if that was another one, or "" if nothing noticed it.
+    """A mutant, and what noticed it: the kind of a fault, "result", or "" for nothing.
 
-    `kernel` is without its template's arguments; `number` counts what these, kind and lines have in common.
+    `kernel` is the template's name; `place` is a tag of its source lines, else their file; `number` counts the mutants
+    of the same kernel, kind and place.
     """
 
     kernel: str
     kind: str
-    file: str
-    source: str
-    caller: str
+    place: str
     number: int
-    said: str = ""
+    noticed: str = ""
 
 
 @dataclass
 class Trial:
-    """One mutant, in all kernels that a template was compiled to: the launches that reach it, the smallest first."""
+    """One mutant in every instance of a template: the launches that reach it, the smallest first."""
 
     mutant: Outcome
     choices: list[tuple[Recorded, Mutant]]
 
     @property
     def key(self) -> str:
-        """By which samples are drawn."""
-        return hashlib.sha256(repr(self.mutant[:6]).encode()).hexdigest()
+        """Sort key of the sample."""
+        return hashlib.sha256(repr(self.mutant[:4]).encode()).hexdigest()
 
     def run(self) -> str:
-        said = (launch.said_of(mutated(launch.kernel, mutant)) for launch, mutant in self.choices[:MOST_LAUNCHES])
-        return next(filter(None, said), "")
+        tried = (launch.difference(mutated(launch.kernel, mutant)) for launch, mutant in self.choices[:MOST_LAUNCHES])
+        return next(filter(None, tried), "")
 
 
 def trials_of(launches: Sequence[Recorded], kinds: Iterable[str]) -> list[Trial]:
-    """All of these kinds."""
+    """All mutants of these kinds."""
     by_kernel: dict[str, list[Recorded]] = defaultdict(list)
     for recorded in sorted(launches, key=lambda each: each.work):
         by_kernel[recorded.kernel.name].append(recorded)
     trials: dict[Outcome, Trial] = {}
-    places = Places()
-    for own, short in zip(by_kernel.values(), short_names(by_kernel), strict=True):
+    for own, name in zip(by_kernel.values(), budget.readable(list(by_kernel)), strict=True):
         numbers: Counter[tuple[str, ...]] = Counter()
         for mutant in mutants_of(own[0].kernel.parsed):
             if mutant.kind in kinds:
-                site = (short, mutant.kind, *places.of(own[0].kernel, mutant))
+                site = (name.partition("<")[0], mutant.kind, place_of(own[0].kernel, mutant))
                 outcome = Outcome(*site, numbers[site])
                 numbers[site] += 1
                 trial = trials.setdefault(outcome, Trial(outcome, []))
@@ -161,36 +157,23 @@ def trials_of(launches: Sequence[Recorded], kinds: Iterable[str]) -> list[Trial]
     return [trials[key] for key in sorted(trials)]
 
 
-def short_names(symbols: Iterable[str]) -> list[str]:
-    """`norm_add_backward` of each mangled name."""
-    return [name.partition("<")[0] for name in budget.readable(list(symbols))]
+def place_of(kernel: Kernel, mutant: Mutant) -> str:
+    """The tag of the instruction's line in csrc/cuda or of a call that was inlined, else the file."""
+    places = [
+        (kernel.module.files.get(number, ""), line) for number, line in (mutant.changed.line, *mutant.changed.callers)
+    ]
+    own = [(file, line) for file, line in places if "csrc/cuda" in file]
+    tags = (tags_of(file).get(line - 1) for file, line in own)
+    return next(filter(None, tags), Path(own[0][0]).name if own else "")
 
 
-class Places:
-    """Lines of sources."""
-
-    def __init__(self) -> None:
-        self._lines: dict[str, list[str]] = {}
-
-    def of(self, kernel: Kernel, mutant: Mutant) -> tuple[str, str, str]:
-        """The file in csrc/cuda that an instruction comes from, its line, and that of the call that was inlined."""
-        files = kernel.module.files
-        places = [(files.get(number, ""), line) for number, line in (mutant.changed.line, *mutant.changed.callers)]
-        own = [(name, self._line(name, line)) for name, line in places if "csrc/cuda" in name]
-        (name, source), (_, caller) = (*own, ("", ""), ("", ""))[:2]
-        return Path(name).name, source, caller
-
-    def _line(self, name: str, number: int) -> str:
-        """Behind the one before, if it is too short to tell which one it is."""
-        if name not in self._lines:
-            self._lines[name] = Path(name).read_text().splitlines()
-        line = self._lines[name][number - 1].strip()
-        before = next((text.strip() for text in reversed(self._lines[name][: number - 1]) if text.strip()), "")
-        return f"{before} {line}" if len(line) < SHORT else line
+@cache
+def tags_of(file: str) -> dict[int, str]:
+    return tags_in(Path(file).read_text().splitlines())
 
 
 def chosen(trials: Iterable[Trial], kinds: Mapping[str, int]) -> list[Trial]:
-    """Of each kind as many, by their hashes: of barriers and waits also those that no launch reaches."""
+    """A sample of each kind; all barriers and waits, also those that no launch reaches."""
     found = []
     for kind, count in kinds.items():
         own = [trial for trial in trials if trial.mutant.kind == kind and (trial.choices or kind in COMPLETE)]
@@ -203,7 +186,7 @@ def record(library: str) -> list[Recorded]:
     with Recorder(library) as recorder:
         name = library.encode()
         if ctypes.CDLL(library).main(1, (ctypes.c_char_p * 1)(name)):
-            raise RuntimeError("the driver has complaints of the kernels as they are")
+            raise RuntimeError("the driver fails without a mutant")
     return recorder.recorded
 
 
@@ -211,13 +194,13 @@ def run(library: str, kinds: Mapping[str, int]) -> list[Outcome]:
     """Tries mutants of a driver's kernels."""
     trials = chosen(trials_of(record(library), kinds), kinds)
     for recorded in {id(trial.choices[0][0]): trial.choices[0][0] for trial in trials if trial.choices}.values():
-        if said := recorded.said_of(recorded.kernel):
-            raise RuntimeError(f"{recorded.kernel.name} as it is: {said}")
-    return [trial.mutant._replace(said=trial.run()) for trial in trials]
+        if difference := recorded.difference(recorded.kernel):
+            raise RuntimeError(f"{recorded.kernel.name} without a change: {difference}")
+    return [trial.mutant._replace(noticed=trial.run()) for trial in trials]
 
 
 def outcomes_of(library: Path, kinds: Mapping[str, int]) -> list[Outcome]:
-    """The same in a process that knows its allocations."""
+    """`run` in a process that tracks its allocations."""
     with TemporaryDirectory() as folder:
         build_allocations(Path(folder))
         out = Path(folder) / "outcomes.json"
@@ -229,77 +212,43 @@ def outcomes_of(library: Path, kinds: Mapping[str, int]) -> list[Outcome]:
         return [Outcome(*outcome) for outcome in json.loads(out.read_text())]
 
 
-# --- the list of survivors -----------------------------------------------------------------------------------------
+# --- survivors ---
 
 
-def listed() -> dict[Outcome, str]:
-    """Why nothing notices these."""
-    reasons = json.loads(LIST.read_text()) if LIST.exists() else {}
+def listed() -> dict[str, list[tuple[str, str, str, int]]]:
+    """By reason: kernel, kind, place and number of the survivors."""
     return {
-        Outcome(*site, number): reason
-        for reason, sites in reasons.items()
-        for *site, numbers in sites
-        for number in map(int, numbers.split())
+        reason: [(k, kind, place, n) for k, kind, place, n in rows]
+        for reason, rows in json.loads(LIST.read_text()).items()
     }
 
 
-def write_list(reasons: Mapping[Outcome, str]) -> None:
-    """By reason a line for each place: kernel, kind, file, source, caller, and the numbers of the mutants there."""
-    entries: dict[str, dict[tuple[Any, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for outcome in sorted(reasons):
-        entries[reasons[outcome]][outcome[:5]].append(outcome.number)
-    made = []
-    for reason, places in entries.items():
-        lines = ([*place, " ".join(map(str, numbers))] for place, numbers in places.items())
-        rows = ",\n".join(f"    {json.dumps(line, ensure_ascii=False)}" for line in lines)
-        made.append(f"  {json.dumps(reason, ensure_ascii=False)}: [\n{rows}\n  ]")
-    LIST.write_text("{\n" + ",\n".join(made) + "\n}\n")
-
-
-def compared(outcomes: Iterable[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
-    """Survivors that the list doesn't explain; and what it names that was noticed, or that there isn't any more."""
-    reasons, tried = listed(), {outcome._replace(said=""): outcome.said for outcome in outcomes}
-    unexplained = [outcome for outcome, said in tried.items() if not said and not reasons.get(outcome)]
-    complete = COMPLETE.keys() & {outcome.kind for outcome in tried}
-    fixed = [outcome for outcome, reason in reasons.items() if not reason.startswith(BY_CHANCE)]
-    outdated = [outcome for outcome in fixed if tried.get(outcome, "missing" if outcome.kind in complete else "")]
-    return unexplained, outdated
+def unexpected(outcomes: Iterable[Outcome]) -> list[tuple[object, ...]]:
+    """Places with more survivors than the list explains, or with fewer where every mutant is tried."""
+    allowed: Counter[tuple[str, ...]] = Counter()
+    for rows in listed().values():
+        for *place, number in rows:
+            allowed[tuple(map(str, place))] += number
+    found = Counter(outcome[:3] for outcome in outcomes if not outcome.noticed)
+    return [
+        (*place, f"{found[place]} survive, {allowed[place]} are listed")
+        for place in sorted(allowed | found)
+        if found[place] > allowed[place] or (place[1] in COMPLETE and found[place] < allowed[place])
+    ]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """How many of each kind there are, and what noticed them."""
-    counts = Counter((o.kind, "result" if o.said == "result" else "fault" if o.said else "survives") for o in outcomes)
-    lines = [f"{'kind':14}{'mutants':>9}{'fault':>9}{'result':>9}{'survives':>9}"]
-    for kind in dict.fromkeys(kind for kind, _ in counts):
-        own = [counts[kind, how] for how in ("fault", "result", "survives")]
-        lines.append(f"{kind:14}" + "".join(f"{count:9}" for count in (sum(own), *own)))
+    """Mutants by kind and by what noticed them."""
+    columns = ("mutants", "fault", "result", "survives")
+    counts = Counter(
+        (o.kind, column)
+        for o in outcomes
+        for column in ("mutants", o.noticed if o.noticed == "result" else "fault" if o.noticed else "survives")
+    )
+    lines = [f"{'kind':14}" + "".join(f"{column:>9}" for column in columns)]
+    kinds = dict.fromkeys(kind for kind, _ in counts)
+    lines += [f"{kind:14}" + "".join(f"{counts[kind, column]:9}" for column in columns) for kind in kinds]
     return "\n".join(lines)
-
-
-def kind_and_count(text: str) -> tuple[str, int]:
-    kind, _, count = text.partition("=")
-    if kind not in KINDS or not count.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} isn't KIND=COUNT with one of the kinds {', '.join(KINDS)}")
-    return kind, int(count)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    told = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
-    parser.add_argument("kinds", nargs="*", type=kind_and_count, metavar="KIND=COUNT", help=f"default: {LARGE}. {told}")
-    parser.add_argument("--write", action="store_true", help=f"brings {LIST.name} up to date; reasons are yours to add")
-    arguments = parser.parse_args()
-    kinds = dict(arguments.kinds) or LARGE
-    budget.build("ptx")
-    outcomes = outcomes_of(BUILD / "ptx/drive.so", kinds)
-    unexplained, outdated = compared(outcomes)
-    print(table(outcomes))
-    for what, found in (("isn't explained", unexplained), ("is outdated", outdated)):
-        for outcome in found:
-            print(f"{what}: {outcome}")
-    if arguments.write:
-        kept = {outcome: reason for outcome, reason in listed().items() if outcome not in outdated}
-        write_list(kept | dict.fromkeys(unexplained, ""))
 
 
 if __name__ == "__main__":
@@ -307,4 +256,6 @@ if __name__ == "__main__":
         gc.disable()
         Path(sys.argv[3]).write_text(json.dumps(run(sys.argv[2], json.loads(sys.argv[4]))))
     else:
-        main()
+        budget.build("ptx")
+        found = outcomes_of(BUILD / "ptx/drive.so", LARGE)
+        print(table(found), *unexpected(found), sep="\n")

@@ -87,7 +87,7 @@ def counts(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> li
     return count_all(ASKED[request.param], request.param, library=BUILD / "ptx/_ops.so")
 
 
-def test_each_byte_is_moved_once_in_whole_words_and_no_bank_is_asked_twice(counts: list[Count]) -> None:
+def test_memory_traffic_is_minimal(counts: list[Count]) -> None:
     wrong = []
     for count in counts:
         case = count.op, count.shape, count.direction
@@ -108,7 +108,7 @@ def test_each_byte_is_moved_once_in_whole_words_and_no_bank_is_asked_twice(count
     assert wrong == []
 
 
-def test_a_step_moves_few_bytes_a_parameter(counts: list[Count]) -> None:
+def test_optimizer_traffic_per_parameter(counts: list[Count]) -> None:
     steps = [count for count in counts if count.op in BYTES_A_PARAMETER and count.dtype == "float32"]
     if counts[0].arch != "sm_80":
         pytest.skip("counted on 8.0")

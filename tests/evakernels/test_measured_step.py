@@ -34,7 +34,7 @@ def set_gradients(optimizer: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_step_is_the_same_and_the_norms_are_right(kind: str, dtype: torch.dtype) -> None:
+def test_measured_step_is_bit_equal(kind: str, dtype: torch.dtype) -> None:
     plain, measured = build(kind, dtype), build(kind, dtype)
     for seed in range(3):
         before = [param.detach().double() for param in parameters(measured)]
@@ -54,14 +54,14 @@ def test_the_step_is_the_same_and_the_norms_are_right(kind: str, dtype: torch.dt
             torch.testing.assert_close(found[param].double(), squares, rtol=tolerance, atol=1e-12)
 
 
-def test_a_skipped_step_moves_nothing() -> None:
+def test_measured_step_skipped() -> None:
     optimizer = build("adamw")
     set_gradients(optimizer, 0)
     optimizer.found_inf = torch.ones(())
     assert all(squares[1] == 0 for squares in optimizer.measured_step().values())
 
 
-def test_a_parameter_without_gradient_has_no_norms() -> None:
+def test_measured_step_without_gradient() -> None:
     optimizer = build("adamw")
     set_gradients(optimizer, 0)
     first, *others = parameters(optimizer)
@@ -69,12 +69,12 @@ def test_a_parameter_without_gradient_has_no_norms() -> None:
     assert set(optimizer.measured_step()) == set(others)
 
 
-def test_apex_has_none() -> None:
+def test_apex_has_no_measured_step() -> None:
     with pytest.raises(NotImplementedError, match="FusedLAMB has no measured_step"):
         FusedLAMB([torch.zeros(1, requires_grad=True)]).measured_step()
 
 
-def test_no_more_than_the_largest_tensor_is_copied() -> None:
+def test_measured_step_copies_parts() -> None:
     batch = Batch()
     for size in (3, 3, 5, 1, 4, 5, 5):
         batch.owners.append(torch.empty(size))
@@ -93,7 +93,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_are_measured_as_a_whole(alone: None, kind: str) -> None:
+def test_measured_step_of_shards(alone: None, kind: str) -> None:
     mesh = init_device_mesh("cpu", (1,))
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(6, 4, generator=generator).requires_grad_() for _ in range(2)]

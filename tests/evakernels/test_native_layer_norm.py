@@ -121,7 +121,7 @@ def test_nan_and_infinity_spread_as_in_torch(isa: str, dtype: torch.dtype, bad: 
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
-def test_result_does_not_depend_on_the_number_of_threads() -> None:
+def test_threads_do_not_change_the_result() -> None:
     assert_threads_change_no_bit(evakernels.layer_norm, norm_inputs(1500, 133))
 
 

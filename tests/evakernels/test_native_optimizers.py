@@ -26,7 +26,7 @@ def test_equals_the_reference(variant, flags):
 
 
 @every_kind
-def test_more_tensors_than_one_launch_brings_to_the_device_change_no_formula(kind):
+def test_many_tensors_formula(kind):
     sizes = [i % 3 for i in range(700)]
     ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
     norms, expected_norms = update(ours, kind), update(theirs, kind, "reference")
@@ -85,7 +85,7 @@ def test_every_mix_of_dtypes(dtypes):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_norms_are_those_of_the_moments_as_stored(variant, dtype):
+def test_norms_use_stored_moments(variant, dtype):
     params, grads, *moments = lists((torch.float32, torch.float32, dtype, dtype))
     options = {"betas": (0.9, 0.98), "eps": 1e-6, "variant": variant}
     decays = [0.05] * len(params)
@@ -107,7 +107,7 @@ def test_norms_are_as_accurate_as_torchs(variant):
 @pytest.mark.parametrize("name", BUFFERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_kind
-def test_tensors_that_are_strided(kind, name, dtype):
+def test_strided_tensors(kind, name, dtype):
     dense, strided = (lists((dtype,) * 4, [60]) for _ in range(2))
     for state in (dense, strided):
         state[:4] = ([t.view(6, 10) for t in tensors] for tensors in state[:4])
@@ -128,7 +128,7 @@ def test_an_expanded_gradient():
 
 
 @every_kind
-def test_the_number_of_threads_changes_nothing(kind):
+def test_threads_do_not_change_the_step(kind):
     def step():
         state = lists()
         return everything(state, update(state, kind))
@@ -138,7 +138,7 @@ def test_the_number_of_threads_changes_nothing(kind):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @every_kind
-def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(kind, value):
+def test_non_finite_gradient_stays_in_its_tensor(kind, value):
     bad, good = lists(), lists()
     bad[1][5][3] = value
     for state in (bad, good):
@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(kind, value):
     assert all(i == 5 or torch.equal(bad[0][i], good[0][i]) for i in range(len(SIZES)))
 
 
-def test_zero_over_zero_without_eps_stays_where_it_is():
+def test_zero_eps_padding_is_ignored():
     params, _, exp_avgs, exp_avg_sqs, steps = lists(sizes=[5])
     options = {"betas": (0.9, 0.98), "eps": 0.0}
     norms = evakernels.lamb_update(params, params, exp_avgs, exp_avg_sqs, steps, [0.0], **options)

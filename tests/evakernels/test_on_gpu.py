@@ -116,7 +116,7 @@ def captured(call):
 @NEEDS_GPU
 @every_dtype
 @every_op
-def test_a_captured_graph_is_replayed_on_other_values(op, dtype):
+def test_captured_graph_replays_new_values(op, dtype):
     function, given = DIFFERENTIABLE[op][0], inputs_of(op, dtype)
     static = clone(given)
     graph, found = captured(lambda: results(function, static))
@@ -130,7 +130,7 @@ def test_a_captured_graph_is_replayed_on_other_values(op, dtype):
 @NEEDS_GPU
 @every_flag
 @every_writing_op
-def test_a_captured_step_of_an_optimizer_is_replayed(op, found_inf):
+def test_captured_optimizer_step_replays(op, found_inf):
     step = step_of(op, found_inf)
     static, eager = clone(step), clone(step)
     graph, found = captured(lambda: written(op, static))
@@ -215,7 +215,7 @@ def needs_memory(bytes_needed):
 
 
 @every_wide
-def test_the_last_rows_of_a_huge_tensor(name):
+def test_huge_tensor_last_rows(name):
     """Zeros but for its last rows: all results there, and the parameters' gradients, are those of these rows alone."""
     function, count, shape, parameters = WIDE[name]
     # Of attention the outputs, a third of the packed inputs, are to be as large.
@@ -254,7 +254,7 @@ def optimizer_state(size, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("step", [evakernels.adamw_update, evakernels.lamb_step])
-def test_the_last_elements_of_a_huge_parameter(step):
+def test_huge_parameter_last_elements(step):
     needs_memory(4 * 2 * ELEMENTS)
     whole, part = optimizer_state(ELEMENTS + TAIL + 1), optimizer_state(TAIL)
     for state in (whole, part):
@@ -264,7 +264,7 @@ def test_the_last_elements_of_a_huge_parameter(step):
     assert not whole[0][0][:-TAIL].any()
 
 
-def test_the_norm_of_a_huge_gradient():
+def test_huge_gradient_norm():
     needs_memory(2 * ELEMENTS)
     whole = torch.zeros(ELEMENTS + TAIL + 1, dtype=torch.bfloat16, device=DEVICE)
     whole[-TAIL:] = 1
@@ -272,7 +272,7 @@ def test_the_norm_of_a_huge_gradient():
 
 
 @NEEDS_GPU
-def test_gradients_on_two_devices_have_one_norm():
+def test_gradient_norm_over_two_devices():
     weights = [torch.nn.Parameter(torch.zeros(2, device=device)) for device in (DEVICE, "cpu")]
     for weight in weights:
         weight.grad = torch.tensor([3.0, 4.0], device=weight.device)
@@ -287,7 +287,7 @@ def test_gradients_on_two_devices_have_one_norm():
 
 @NEEDS_GPU
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_losses_of_a_large_batch_need_no_matrix(backend):
+def test_large_batch_loss_memory(backend):
     batch = 32_768  # the matrix would have 4 GiB
     image, text = (torch.nn.functional.normalize(normal(batch, 64, seed=s).float()).requires_grad_() for s in (0, 1))
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
@@ -300,7 +300,7 @@ def test_losses_of_a_large_batch_need_no_matrix(backend):
     assert torch.cuda.max_memory_allocated() - before < 1 << 30
 
 
-def test_sampled_rows_are_drawn_on_the_device():
+def test_token_index_is_sampled_on_device():
     index = evakernels.sample_token_index(512, 577, 288, device=DEVICE)
     assert index.device.type == DEVICE.type
     assert (index.diff(dim=1) > 0).all()

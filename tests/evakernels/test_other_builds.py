@@ -50,7 +50,7 @@ def tests(compiler: str, made_once: Callable[..., Path], tmp_path_factory: pytes
 
 @pytest.mark.skipif(not ISAS, reason="there are no compiled kernels")
 @pytest.mark.parametrize("isa", ISAS)
-def test_ops_are_clean(isa: str, tests: Path, compiler: str) -> None:
+def test_ops_under_sanitizers(isa: str, tests: Path, compiler: str) -> None:
     run_ops(
         folder=tests,
         EVAKERNELS_ISA=isa,
@@ -63,7 +63,7 @@ def test_ops_are_clean(isa: str, tests: Path, compiler: str) -> None:
 
 
 @pytest.mark.skipif(CLANG is None, reason="there is no clang++")
-def test_ops_compile_without_a_warning_and_are_as_accurate(tmp_path: Path) -> None:
+def test_clang_build_is_accurate(tmp_path: Path) -> None:
     build = tmp_path / "build"
     build_library(build, "_ops", CMAKE_CXX_COMPILER=CLANG, CMAKE_CXX_FLAGS="-Werror")
     tree = tmp_path / "tree"

@@ -1,8 +1,7 @@
-"""The kernels for GPUs as nvcc and Triton compiled them: their PTX, run on the CPU by ptx_interpreter.
+"""GPU kernels as compiled by nvcc and Triton: ptx_interpreter runs their PTX on the CPU, under the ops' own tests.
 
-The ops' own tests call them. A race, a read of what nobody has written, an access out of bounds or misaligned, a copy
-that wasn't waited for and an uneven barrier are errors of the op. The program that drives the launchers runs on them
-too. Faults that are planted in the kernels before nvcc compiles them show that these checks see something.
+Races, uninitialised reads, accesses out of bounds or misaligned, copies without a wait and uneven barriers fail the op.
+The driver program of tests/cuda runs on them as well, also with planted faults, which it must report.
 """
 
 import json
@@ -17,7 +16,7 @@ from tempfile import mkdtemp
 
 import pytest
 from op_suite import CHOICE, ROOT, copy_with_library, run_ops
-from planted_faults import ASKED_FOR, FAULTS, NUMBERS
+from planted_faults import FAULTS, NUMBERS, REQUESTED, driver_of, units
 from ptx_build import BUILD, budget, build_allocations, build_planted, gxx
 
 from evakernels.triton import FAMILIES
@@ -31,26 +30,25 @@ OPS = {
     "attention": ("packed_attention", "rope_attention"),
     "elements": ("gelu", "swiglu", "token_dropout"),
 }
-"""What one process runs: it reads the kernels that these have in common once."""
+"""Test files by process, which parses the kernels that they share once."""
 MORE = (
     "every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "lamb", "native_optimizers", "any_layout",
 )  # fmt: skip
-# Not the tests that are about the size of other kernels' chunks and tiles, nor those of the files that "lamb" and
-# "native_optimizers" name which are of their ops, whichever kernels serve them.
+# Tests of chunk and tile sizes of other kernels, and tests that don't depend on the kernels.
 OTHERS = "several_chunks or opcheck or compiles or training or of_bfloat16_products"
 CHECKS = f"({' or '.join((CHOICE, *MORE))}) and not ({OTHERS})"
 CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not dtype2"}
-"""By the compute capability that the PTX is for: float16 runs on the older one alone."""
+"""Tests by compute capability of the PTX; float16 only on the older one."""
 SHARED_KB = {80: 163, 100: 227}
-"""What a block may have, by the compute capability that PTX was made for: attention plans for it."""
+"""Shared memory per block by compute capability, which attention plans for."""
 AGAIN = OPS.keys() - {"widths"}
-"""What of the ops the PTX for the later one runs, too: of each kernel what another compiler made."""
+"""Ops that also run on the newer PTX, which another compiler generates."""
 FILES = {
     "layer_norm": ("layer_norm", "residual_norm"),
     "adamw": ("adamw", "native_optimizers", "optimizers", "stochastic_rounding"),
     "lamb": ("lamb", "optimizers"),
 }
-"""Test files of a family, where it has others than its own."""
+"""Test files of families with other files than their own."""
 
 # Rows that are longer than registers hold are refused where there is a norm, as is a scale that isn't positive. The
 # interpreter is slow: no residual of (40, 30, 24), of float16 the first test only, and of attention's larger shapes
@@ -63,9 +61,9 @@ SMALL += " and (not around-a-tile or tile-67) and (dtype1 or not shapes_of or ti
 SMALL += " and not (many and tiles)"
 CHOSEN = f"({CHOICE}) and {SERVED} and {SMALL} and (accurate or not dtype2)"
 TRITON = {80: f"({CHOSEN}) and dtype1", 90: CHOSEN}
-"""Which tests run on Triton's PTX, by the compute capability that it is for: of the older one those in bfloat16."""
+"""Tests on Triton's PTX by compute capability; on the older one only bfloat16."""
 OPTIMIZERS = {80: "formula or accurate or rounds_by", 90: f"({CHECKS} or seen or odd) and not every_mix"}
-"""The same of tests over lists of tensors, whose names tell no dtypes. Every mix of dtypes is 81 kernels."""
+"""The same for optimizers, whose test names contain no dtypes. Every mix of dtypes is 81 kernels."""
 LEAST_COVERAGE = 0.95
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.skipif(gxx() is None, reason="no g++")]
@@ -76,7 +74,7 @@ Environment = Callable[..., dict[str, str]]
 
 @pytest.fixture(scope="module")
 def served(made_once: Callable[..., Path]) -> Environment:
-    """`served(folder, NAME=value)` is the environment of a process whose launches are served."""
+    """`served(folder, NAME=value)`: environment of a process with interpreted launches."""
     library = made_once("allocations", build_allocations) / "allocations.so"
 
     def environment(*folders: Path, **more: object) -> dict[str, str]:
@@ -88,14 +86,14 @@ def served(made_once: Callable[..., Path]) -> Environment:
 
 @pytest.fixture(scope="module")
 def built(made_once: Callable[..., Path]) -> Path:
-    """The folder of the library and of the program that drives launchers."""
+    """Folder of the library and the driver."""
     made_once("ptx", lambda folder: budget.build("ptx"))
     return BUILD / "ptx"
 
 
 @pytest.fixture(scope="module")
 def lines_run(built: Path, served: Environment, made_once: Callable[..., Path]) -> Callable[[int, str], Path]:
-    """`lines_run(capability, name)` runs the tests of OPS[name], and is the file that tells which lines they ran."""
+    """`lines_run(capability, name)` runs the tests of OPS[name] and returns the file of executed lines."""
 
     def run(folder: Path, capability: int, ops: str) -> None:
         folder.mkdir(exist_ok=True)  # after a failure
@@ -117,7 +115,7 @@ def test_ops(lines_run: Callable[[int, str], Path], capability: int, ops: str) -
 
 
 @needs_nvcc
-def test_ops_run_nearly_every_line_of_device_code(built: Path, lines_run: Callable[[int, str], Path]) -> None:
+def test_ops_cover_device_code(built: Path, lines_run: Callable[[int, str], Path]) -> None:
     counts = [count for ops in OPS for count in json.loads(lines_run(80, ops).read_text())]
     runs = {(file, line) for file, line, count in counts if count}
     lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
@@ -129,14 +127,14 @@ def test_ops_run_nearly_every_line_of_device_code(built: Path, lines_run: Callab
     report = "\n".join(f"{share:.0%} {name}" for name, share in sorted(shares.items()))
     print(report)
     assert len(shares) >= 20, report
-    # Of a header with a few lines one is more than that share.
+    # One line of a small header is more than that share.
     missed = {name: len(own - runs) for name, own in lines.items() if len(own - runs) > 1}
     assert all(count <= (1 - LEAST_COVERAGE) * len(lines[name]) for name, count in missed.items()), report
 
 
 @pytest.fixture
 def printed(built: Path, served: Environment, tmp_path: Path) -> Callable[..., str]:
-    """What a Python program prints whose kernels are nvcc's, for compute capability 8.0."""
+    """Output of a Python program that runs nvcc's kernels for compute capability 8.0."""
     tests = copy_with_library(tmp_path, built / "_ops.so", *built.glob("_C*.so"))
 
     def run(code: str, **environment: object) -> str:
@@ -151,15 +149,15 @@ def printed(built: Path, served: Environment, tmp_path: Path) -> Callable[..., s
 
 
 @needs_nvcc
-def test_the_launchers_on_raw_buffers_serve_these_kernels_too(built: Path, served: Environment, tmp_path: Path) -> None:
+def test_raw_launchers_on_interpreted_kernels(built: Path, served: Environment, tmp_path: Path) -> None:
     tests = copy_with_library(tmp_path, built / "_ops.so", *built.glob("_C*.so"))
     before = "from ptx_launches import nvcc_kernels\nwith nvcc_kernels(80)"
     run_ops(before, "test", tests, ["native_launchers"], **served(tests.parent))
 
 
 @needs_nvcc
-def test_the_launchers_on_raw_buffers_leave_the_current_device_as_it_is(printed: Callable[..., str]) -> None:
-    """Also where there was none, so that no context begins on a GPU that the process doesn't use."""
+def test_raw_launchers_restore_the_device(printed: Callable[..., str]) -> None:
+    """Also if there was none, so that no context is created on an unused GPU."""
     code = """if True:
         import ctypes, torch
         from evakernels import _C, _native
@@ -179,12 +177,11 @@ def test_the_launchers_on_raw_buffers_leave_the_current_device_as_it_is(printed:
 @pytest.mark.parametrize(
     ("shape", "rotated", "kb"), [((1, 1025, 1, 64), True, 99), ((1, 145, 6, 16), False, 163)], ids=["most", "rounds"]
 )
-def test_attention_of_many_tokens_is_as_accurate_as_torch(
+def test_attention_many_tokens_accuracy(
     printed: Callable[..., str], shape: tuple[int, ...], rotated: bool, kb: int
 ) -> None:
-    """The most that is promised: a rotated image of 32 by 32 patches, forward, of one head; no other test has so many
-    stages and parts of a head. And heads that fill the GPU, with more tiles of queries than a block has warps: a warp
-    takes queries in two rounds."""
+    """A rotated image of 32 x 32 patches, with many stages and blocks per head; and heads that fill the GPU, so that a
+    warp processes queries in two rounds."""
     code = f"""if True:
         import torch, evakernels
         from op_checks import error
@@ -200,9 +197,8 @@ def test_attention_of_many_tokens_is_as_accurate_as_torch(
 
 
 @needs_nvcc
-def test_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: Callable[..., str]) -> None:
-    """Of 99 KB, of which the scalars of all tokens take a part. The blocks have what max_seqlen asks for; the sequences
-    themselves are short."""
+def test_long_backward_fits_99_kb_shared_memory(printed: Callable[..., str]) -> None:
+    """max_seqlen determines the shared memory; the sequences themselves are short."""
     code = """if True:
         import torch, evakernels
         offsets = torch.arange(0, 1537, 64)
@@ -218,8 +214,8 @@ def test_gradients_of_long_sequences_fit_into_the_least_shared_memory(printed: C
 
 
 @needs_nvcc
-def test_the_cuda_runtime_is_asked_once_for_what_does_not_change(printed: Callable[..., str]) -> None:
-    """A second step of the same shapes asks for no attribute, occupancy or version again."""
+def test_cuda_runtime_queries_are_cached(printed: Callable[..., str]) -> None:
+    """A second step with the same shapes queries no attribute, occupancy or version."""
     code = """if True:
         import ctypes, torch, evakernels
         from evakernels import _native
@@ -244,8 +240,8 @@ def test_the_cuda_runtime_is_asked_once_for_what_does_not_change(printed: Callab
 
 
 @needs_nvcc
-def test_what_a_kernel_was_let_have_it_keeps(printed: Callable[..., str]) -> None:
-    """The runtime takes the last word: after a launch with less shared memory a larger one still runs."""
+def test_shared_memory_limit_only_grows(printed: Callable[..., str]) -> None:
+    """A larger launch still works after one with less shared memory."""
     code = """if True:
         import torch, evakernels
         for tokens in (257, 200, 257):
@@ -255,7 +251,7 @@ def test_what_a_kernel_was_let_have_it_keeps(printed: Callable[..., str]) -> Non
 
 
 @needs_nvcc
-def test_a_driver_that_takes_no_large_arguments_is_told(printed: Callable[..., str]) -> None:
+def test_old_driver_is_reported(printed: Callable[..., str]) -> None:
     code = """if True:
         import torch, evakernels
         tensor = torch.ones(4)
@@ -273,9 +269,8 @@ def test_a_driver_that_takes_no_large_arguments_is_told(printed: Callable[..., s
 
 
 @needs_nvcc
-def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[..., str]) -> None:
-    """A wrong index, of patches in either order and of a rotation, and sequences that don't fit. On a GPU nobody but
-    the kernels checks them."""
+def test_kernel_rejects_wrong_indices(printed: Callable[..., str]) -> None:
+    """Wrong indices of patches and of rotations, and wrong cu_seqlens: only the kernels see them on a GPU."""
     code = """if True:
         import torch, evakernels
         native = torch.ops.evakernels_native
@@ -308,8 +303,7 @@ def test_arguments_that_only_a_kernel_sees_end_the_launch(printed: Callable[...,
 
 
 @needs_nvcc
-def test_attention_is_refused_where_the_kernels_would_reckon_wrong(printed: Callable[..., str]) -> None:
-    """Beyond an int, and of rows that tables don't have."""
+def test_attention_refuses_overflow_and_short_tables(printed: Callable[..., str]) -> None:
     code = """if True:
         import torch
         native = torch.ops.evakernels_native
@@ -325,7 +319,7 @@ def test_attention_is_refused_where_the_kernels_would_reckon_wrong(printed: Call
             try:
                 call()
                 print("no error")
-            except (RuntimeError, ValueError) as error:
+            except ValueError as error:
                 print(str(error).splitlines()[0])
         native.rope_attention_forward(*[q[None]] * 3, None, None, None, 0, False, True, 1.0)
     """
@@ -340,7 +334,7 @@ def test_attention_is_refused_where_the_kernels_would_reckon_wrong(printed: Call
 
 @pytest.fixture
 def complaint(served: Environment) -> Callable[..., str]:
-    """What the program says; nothing if all is right."""
+    """The driver's error output; "" on success."""
 
     def run(driver: Path, capability: int, *families: str, **environment: str) -> str:
         command = [sys.executable, ROOT / "tests/cuda/drive.py", driver, str(capability), *families]
@@ -353,30 +347,29 @@ def complaint(served: Environment) -> Callable[..., str]:
 
 @needs_nvcc
 @pytest.mark.parametrize("capability", SHARED_KB)
-def test_the_driver_has_no_complaint(built: Path, complaint: Callable[..., str], capability: int) -> None:
+def test_driver_passes(built: Path, complaint: Callable[..., str], capability: int) -> None:
     assert complaint(built / "drive.so", capability) == ""
 
 
 @pytest.fixture(scope="module")
 def planted(built: Path, made_once: Callable[..., Path]) -> Path:
-    """The driver that has all faults."""
+    """The driver with all faults."""
     return made_once("ptx-planted", build_planted) / "drive.so"
 
 
 @needs_nvcc
 @pytest.mark.xdist_group("planted ptx")
-def test_what_is_planted_is_the_only_fault(planted: Path, complaint: Callable[..., str]) -> None:
+def test_driver_passes_without_requested_fault(planted: Path, complaint: Callable[..., str]) -> None:
     assert complaint(planted, 80) == ""
 
 
 @needs_nvcc
 @pytest.mark.xdist_group("planted ptx")
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(planted: Path, complaint: Callable[..., str], name: str) -> None:
-    fault = FAULTS[name]
-    asked_for = {ASKED_FOR: str(NUMBERS[name]), "EVAKERNELS_FIRST_COMPLAINT": "1"}
-    said = complaint(planted, 80, fault.family, **asked_for)
-    assert fault.said in said, said
+def test_planted_fault_is_reported(planted: Path, complaint: Callable[..., str], name: str) -> None:
+    requested = {REQUESTED: str(NUMBERS[name]), "EVAKERNELS_FIRST_COMPLAINT": "1"}
+    report = complaint(planted, 80, driver_of(units()[name]), **requested)
+    assert FAULTS[name].report in report, report
 
 
 # --- Triton --------------------------------------------------------------------------------------------------------
@@ -393,10 +386,10 @@ def run_triton(served, capability, choice, ops, options=()):
 def test_triton_ops(served: Environment, capability: int, family: str) -> None:
     files = FILES.get(family, [family])
     if family in ("adamw", "lamb"):
-        # Their tests name the backend, and skip what it refuses: float64, which other tests of the same names have.
+        # These tests select the backend themselves and skip calls that it refuses.
         choice = OPTIMIZERS[capability]
         if family == "adamw":
-            choice = f"({choice}) and not (deepspeed or nvlamb)"  # what of its files is LAMB's
+            choice = f"({choice}) and not (deepspeed or nvlamb)"  # tests of LAMB in the same files
         run_triton(served, capability, choice, files, ["--backend", "triton"])
     else:
         run_triton(served, capability, TRITON[capability], files)
