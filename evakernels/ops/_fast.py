@@ -6,7 +6,7 @@ are the same without this file, whose only user is the decorator of `Op.__call__
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -21,6 +21,7 @@ MAX_ENTRIES = 1 << 14
 """Of all ops; with more, as for packed captions of ever other lengths, the cache is emptied."""
 
 _dtype = torch.dtype
+_Value = TypeVar("_Value")
 
 
 class DispatchEntry(NamedTuple):
@@ -94,10 +95,11 @@ def implementation(op: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
     if key is None:
         return op.implementation(args)  # type: ignore[no-any-return]
     key = "dispatched", *key
-    return backends.choices.get(key) or _cache(key, op.implementation(args))
+    found: Callable[..., Any] = backends.choices.get(key) or _cache(key, op.implementation(args))
+    return found
 
 
-def _cache(key: tuple[Any, ...], value: Any) -> Any:
+def _cache(key: tuple[Any, ...], value: _Value) -> _Value:
     if len(backends.choices) >= MAX_ENTRIES:
         backends.choices.clear()
     backends.choices[key] = value

@@ -1,7 +1,7 @@
 """InfoNCE and SigLIP over the batch of all processes, without a matrix of logits unless it is small."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..distributed import Group, gather_rows, logsumexp_of_ranks, rank_and_size,
 from ..reference import accumulation_dtype
 from ..reference import contrastive as reference
 from . import _check
-from ._op import define, differentiable
+from ._op import Op, define, differentiable
 
 MEMORY_BUDGET = 1 << 28
 """256 MiB: the logits in float32 of 8,192 pairs, or of 2,896 on each of 8 processes."""
@@ -271,10 +271,8 @@ def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int)
     return of_row, of_col, torch.empty_like(of_row), torch.empty_like(of_row), torch.empty_like(of_col)
 
 
-def _backward_fake(
-    drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
-) -> Any:
-    *_, wanted = rest
+def _backward_fake(*args: Any) -> Any:
+    _, _, _, image, text, logit_scale, *_, wanted = args
     return _empty_gradients(image, text, logit_scale, wanted)
 
 
@@ -293,24 +291,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, *logits)
 
 
-def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    needs_image, needs_text, *_ = ctx.needs_input_grad
-    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
+def _gradient_by(backward: Op) -> Callable[..., Any]:
+    def gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
+        needs_image, needs_text, *_ = ctx.needs_input_grad
+        return backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
+
+    return gradient
 
 
 _forward = define(reference.contrastive_forward, fake=_forward_fake)
 _backward = define(reference.contrastive_backward, fake=_backward_fake)
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient_by(_backward))
 
 
 def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
     statistics = _forward_fake(image, text, logit_scale, offset)
     return *statistics, statistics[0].new_empty(image.shape[0], text.shape[0])
-
-
-def _kept_gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-    needs_image, needs_text, *_ = ctx.needs_input_grad
-    return _kept_backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
 
 
 def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
@@ -320,7 +316,7 @@ def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset
 
 _kept_forward = define(reference.contrastive_kept_forward, fake=_kept_forward_fake, decomposition=_kept_decomposition)
 _kept_backward = define(reference.contrastive_kept_backward, fake=_backward_fake)
-differentiable(_kept_forward, _kept_backward, setup_context=_setup, formula=_kept_gradient, returned=5)
+differentiable(_kept_forward, _kept_backward, setup_context=_setup, formula=_gradient_by(_kept_backward), returned=5)
 
 
 def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:

@@ -262,19 +262,26 @@ def _checked_parameters(
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
-def _between(y: torch.dtype, x: torch.dtype) -> list[str]:
-    """Why compiled kernels can't read one and write the other, if they can't."""
-    if y == x or torch.float32 in (y, x):
+def _reasons(
+    *,
+    x: Tensor | None = None,
+    residual: Tensor | None = None,
+    branch: Tensor | None = None,
+    dy: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> list[str]:
+    """Why compiled kernels can't write `y` next to `x`, or to a residual stream and its branch, in these dtypes."""
+    stream = x if residual is None else residual
+    y = out_dtype if dy is None else dy.dtype
+    if stream is None or y in (None, stream.dtype):
         return []
-    return [f"y is {y} beside {x}: compiled kernels take the same dtype, or 16 bits beside float32"]
-
-
-def _reasons(*, x: Tensor, out_dtype: torch.dtype | None = None, **_: Any) -> list[str]:
-    return _between(out_dtype or x.dtype, x.dtype)
-
-
-def _backward_reasons(*, dy: Tensor, x: Tensor | None = None, **_: Any) -> list[str]:
-    return [] if x is None else _between(dy.dtype, x.dtype)
+    if branch is None:
+        served, accepted = torch.float32 in (y, stream.dtype), "16 bits next to float32"
+    else:
+        served = stream.dtype == torch.float32 and y == branch.dtype
+        accepted = f"the dtype of the branch, {branch.dtype}, next to a float32 residual"
+    return [] if served else [f"y is {y}; compiled kernels take {stream.dtype}, or {accepted}"]
 
 
 def _triton_reasons(first: Tensor, /, **_: Any) -> list[str]:
@@ -299,7 +306,7 @@ _forward = define(
     reasons=_reasons,
     triton_reasons=_triton_reasons,
 )
-_backward = define(reference.layer_norm_backward, reasons=_backward_reasons, triton_reasons=_triton_reasons)
+_backward = define(reference.layer_norm_backward, reasons=_reasons, triton_reasons=_triton_reasons)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
 
@@ -319,26 +326,6 @@ def _gpu_reasons(
     if branch is None or stream in (None, branch.dtype, torch.float32):
         return []
     return [f"branch is {branch.dtype} beside {stream}: kernels for GPUs take the same dtype, or any beside float32"]
-
-
-def _of_sum(y: torch.dtype, residual: torch.dtype, branch: torch.dtype) -> list[str]:
-    """Why compiled kernels of add + norm can't serve these, if they can't."""
-    if y == residual or (residual == torch.float32 and y == branch):
-        return []
-    return [
-        f"y is {y} beside a residual of {residual} and a branch of {branch}: compiled kernels take the residual's "
-        "dtype, or beside a float32 residual the branch's"
-    ]
-
-
-def _add_reasons(
-    *, residual: Tensor, branch: Tensor | None = None, out_dtype: torch.dtype | None = None, **_: Any
-) -> list[str]:
-    return [] if branch is None or out_dtype is None else _of_sum(out_dtype, residual.dtype, branch.dtype)
-
-
-def _add_backward_reasons(*, dy: Tensor, x: Tensor | None = None, branch: Tensor | None = None, **_: Any) -> list[str]:
-    return [] if x is None or branch is None else _of_sum(dy.dtype, x.dtype, branch.dtype)
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -372,13 +359,13 @@ _add_forward = define(
     reference.add_layer_norm_forward,
     check=_check_add,
     sharding=_JOINED,
-    reasons=_add_reasons,
+    reasons=_reasons,
     gpu_reasons=_gpu_reasons,
     triton_reasons=_triton_reasons,
 )
 _add_backward = define(
     reference.add_layer_norm_backward,
-    reasons=_add_backward_reasons,
+    reasons=_reasons,
     gpu_reasons=_gpu_reasons,
     triton_reasons=_triton_reasons,
 )

@@ -337,7 +337,8 @@ def layer_norm_forward_calls(draw, width):
 
 
 def layer_norm_backward_calls(draw, width):
-    x, dy, weight, _, mean, rstd = *_norm(draw, width)[:4], *_statistics(draw, width)
+    x, dy, weight, *_ = _norm(draw, width)
+    mean, rstd = _statistics(draw, width)
     yield dy, x, weight, mean, rstd, False, (True, True)
     yield dy, x, weight, mean[:0], rstd, True, (True, False)
     yield dy, x, None, mean, rstd, False, (False, False)
@@ -353,7 +354,8 @@ def add_layer_norm_forward_calls(draw, width):
 
 def add_layer_norm_backward_calls(draw, width):
     x, branch, weight, _, layer_scale, row_scale = _norm(draw, width)
-    dy, dx, mean, rstd = draw(*x.shape), draw(*x.shape), *_statistics(draw, width)
+    dy, dx = draw(*x.shape), draw(*x.shape)
+    mean, rstd = _statistics(draw, width)
     yield dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, False, (True, True, True, True)
     yield dy, dx, x, branch[:0], weight, None, None, mean, rstd, False, (False, True, True, False)
     yield dy, dx, x, branch[:0], weight, None, None, mean[:0], rstd, True, (False, True, False, False)

@@ -13,7 +13,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
-from evakernels import autocast
+from evakernels import autocast, backends
 
 EPS = 1e-6
 OPS = torch.ops.evakernels
@@ -163,6 +163,7 @@ def with_out_dtype(form, half, width=None):
     return ours, theirs, (*inputs, randn(2, 3, width, seed=4).to(half).double(), layer_scale)
 
 
+FULL, HALF = torch.ones(2, 3, 8), torch.ones(2, 3, 8).bfloat16()
 OUT_FORMS = ["to half", "to float32", "add", "add, rms"]
 
 
@@ -207,17 +208,21 @@ def test_out_dtype_of_every_pair(dtype, out_dtype):
         assert weight.grad.dtype == weight.dtype
 
 
-def test_out_dtype_that_no_compiled_kernel_has_is_explained():
-    x = torch.ones(2, 3, 8)
-    told = evakernels.explain("layer_norm", x.bfloat16(), out_dtype=torch.float16)
-    assert "y is torch.float16 beside torch.bfloat16: compiled kernels take" in told
-    told = evakernels.explain("add_layer_norm", x, x, out_dtype=torch.bfloat16)
-    assert "torch.bfloat16 beside a residual of torch.float32 and a branch of torch.float32" in told
-    backward = evakernels.explain("layer_norm_backward", x.half(), x.bfloat16())
-    assert "y is torch.float16 beside torch.bfloat16" in backward
-    y = x.bfloat16()
-    assert "beside a residual of" in evakernels.explain("add_layer_norm_backward", y, x, x, x)
-    assert "beside a residual of" not in evakernels.explain("add_layer_norm_backward", y, x, x, y)
+@pytest.mark.parametrize(
+    ("op", "given", "served"),
+    [
+        ("layer_norm_forward", {"x": HALF, "out_dtype": torch.float32}, True),
+        ("layer_norm_forward", {"x": HALF, "out_dtype": torch.float16}, False),
+        ("layer_norm_backward", {"dy": HALF.half(), "x": HALF}, False),
+        ("add_layer_norm_forward", {"residual": FULL, "branch": FULL, "out_dtype": torch.bfloat16}, False),
+        ("add_layer_norm_backward", {"dy": HALF, "dx": FULL, "x": FULL, "branch": FULL}, False),
+        ("add_layer_norm_backward", {"dy": HALF, "dx": FULL, "x": FULL, "branch": HALF}, True),
+    ],
+)
+def test_out_dtype_without_kernel_is_explained(op, given, served):
+    names = backends.argument_names(op)
+    args = [given.get(name) for name in names[: 1 + max(map(names.index, given))]]
+    assert ("y is torch." in "".join(backends.why_not(op, "cpu", *args))) != served
 
 
 FORMS = {
@@ -337,19 +342,14 @@ def test_autocast_gives_the_dtypes_of_torch(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_cuda_autocast_gives_float32_of_a_model_in_bfloat16(monkeypatch, kind):
+def test_cuda_autocast_of_bf16_model_gives_float32(monkeypatch, kind):
     """As torch, which casts the weight too. Autocast stays off without a GPU; fake tensors say that they are on one."""
     monkeypatch.setattr(autocast, "is_on", lambda device: device == "cuda")
     with FakeTensorMode(), torch.device("cuda"):
-        x, branch, weight = torch.ones(2, 3, 8).bfloat16(), torch.ones(2, 3, 8).bfloat16(), torch.ones(8).bfloat16()
+        x, weight = torch.ones(2, 3, 8).bfloat16(), torch.ones(8).bfloat16()
         bias = weight if kind == "layer" else None
-        y, total = add_then_norm(kind, None)[0](x, branch, weight, bias, None)
-        results = [
-            y,
-            total,
-            norm_then_add(kind, None)[0](x, branch, weight, bias, None),
-            plain(kind)[0](x, weight, bias),
-        ]
+        results = [*add_then_norm(kind, None)[0](x, x, weight, bias, None), plain(kind)[0](x, weight, bias)]
+        results.append(norm_then_add(kind, None)[0](x, x, weight, bias, None))
     assert [result.dtype for result in results] == [torch.float32] * 4
 
 

@@ -190,36 +190,29 @@ def stepped(kind, param, grad):
 
 @every_optimizer
 @pytest.mark.parametrize(
-    ("wrong", "exception", "message"),
+    ("exception", "name", "params", "options"),
     [
-        (lambda kind: kind(ONE, lr=-1.0), ValueError, "lr is -1.0; accepted: 0 or more"),
-        (lambda kind: kind(ONE, lr=float("nan")), ValueError, "lr is nan"),
-        (lambda kind: kind(ONE, lr=torch.ones(2)), TypeError, r"lr is a tensor of shape \(2,\) on cpu; accepted: a"),
-        (lambda kind: kind(ONE, lr=torch.ones((), device="meta")), TypeError, "lr .* on meta; accepted: "),
-        (lambda kind: kind(ONE, lr=torch.tensor(-1.0)), ValueError, "lr is -1.0; accepted: 0 or more"),
-        (lambda kind: kind(ONE, weight_decay=torch.ones(())), TypeError, "weight_decay is a tensor; accepted: a num"),
-        (lambda kind: kind([{"params": ONE, "weight_decay": -0.1}]), ValueError, "weight_decay is -0.1"),
-        (lambda kind: kind(ONE, eps=-1e-6), ValueError, "eps is -1e-06"),
-        (lambda kind: kind(ONE, betas=(0.9, 1.0)), ValueError, r"betas are \(0.9, 1.0\)"),
-        (lambda kind: kind(ONE, amsgrad=True), ValueError, "amsgrad is True; accepted: False"),
-        (lambda kind: kind([{"params": ONE, "amsgrad": True}]), ValueError, "amsgrad is True; accepted: False"),
-        (lambda kind: kind(ONE, stochastic_rounding=True), TypeError, "stochastic_rounding .*these are torch.float32"),
-        (
-            lambda kind: kind([*ONE, nn.Parameter(torch.ones(1).expand(3))]),
-            ValueError,
-            r"parameter 1 of a group of s",
-        ),
-        (
-            lambda kind: kind([("b", torch.ones(1, 2).expand(3, 2))]),
-            ValueError,
-            r"b of shape .* with strides \(0, 1\): s",
-        ),
-        (lambda kind: kind(ONE, seed=-1), ValueError, r"seed is -1; accepted: a number from 0 to below 2\^31"),
+        (ValueError, "lr", ONE, {"lr": -1.0}),
+        (ValueError, "lr", ONE, {"lr": float("nan")}),
+        (ValueError, "lr", ONE, {"lr": torch.tensor(-1.0)}),
+        (TypeError, "lr", ONE, {"lr": torch.ones(2)}),
+        (TypeError, "lr", ONE, {"lr": torch.ones((), device="meta")}),
+        (TypeError, "weight_decay", ONE, {"weight_decay": torch.ones(())}),
+        (ValueError, "weight_decay", [{"params": ONE, "weight_decay": -0.1}], {}),
+        (ValueError, "eps", ONE, {"eps": -1e-6}),
+        (ValueError, "betas", ONE, {"betas": (0.9, 1.0)}),
+        (ValueError, "amsgrad", ONE, {"amsgrad": True}),
+        (ValueError, "amsgrad", [{"params": ONE, "amsgrad": True}], {}),
+        (ValueError, "differentiable", ONE, {"differentiable": True}),
+        (TypeError, "stochastic_rounding", ONE, {"stochastic_rounding": True}),
+        (ValueError, "parameter 1 of a group", [*ONE, nn.Parameter(torch.ones(1).expand(3))], {}),
+        (ValueError, "b of shape", [("b", torch.ones(1, 2).expand(3, 2))], {}),
+        (ValueError, "seed", ONE, {"seed": -1}),
     ],
 )
-def test_wrong_options_say_what_is_accepted(kind, wrong, exception, message):
-    with pytest.raises(exception, match=f"^{kind.__name__}: {message}"):
-        wrong(kind)
+def test_wrong_option_is_named(kind, exception, name, params, options):
+    with pytest.raises(exception, match=f"^{kind.__name__}: {name}"):
+        kind(params, **options)
 
 
 @every_optimizer
@@ -239,9 +232,7 @@ def test_wrong_gradients_and_parameters_are_named(kind):
 
 
 def test_what_one_optimizer_alone_refuses():
-    with pytest.raises(ValueError, match="AdamW: differentiable is True; accepted: False"):
-        AdamW(ONE, differentiable=True)
-    with pytest.raises(ValueError, match="AdamW: amsgrad is True; accepted: False"):
+    with pytest.raises(ValueError, match="AdamW: amsgrad"):
         AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, amsgrad=True).state_dict())
     with pytest.raises(ValueError, match=r"variant is .*did you mean 'nvlamb'"):
         Lamb(ONE, variant="nvlam")

@@ -241,20 +241,17 @@ def test_sampling_is_reproducible_from_its_generator():
     assert torch.equal(first, evakernels.sample_token_index(4, 50, 25))
 
 
-def test_sampling_follows_the_device():
+def test_sampling_follows_the_device_and_compiles():
     for device in ("meta", DEVICE.type):
         assert evakernels.sample_token_index(4, 50, 25, device=device).device.type == device
     assert evakernels.sample_token_index(4, 50, 25, generator=torch.Generator("cpu")).device.type == "cpu"
-
-
-def test_sampling_compiles_without_graph_break():
     compiled = torch.compile(evakernels.sample_token_index, fullgraph=True, backend="aot_eager")
     assert (compiled(4, 50, 25).diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("num_keep", [0, 7, -1])
-def test_an_impossible_number_of_kept_tokens_is_an_error(num_keep):
-    with pytest.raises(ValueError, match=f"num_keep is {num_keep}; accepted: 1 to num_tokens = 6"):
+def test_wrong_number_of_kept_tokens_is_refused(num_keep):
+    with pytest.raises(ValueError, match="num_keep"):
         evakernels.sample_token_index(2, 6, num_keep)
 
 
