@@ -103,7 +103,7 @@ class _Attention(AcceleratedModule):
             parts = projected.chunk(3, dim=-1)
         head_dim = parts[0].shape[-1] // self.num_heads
         q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
-        norms = self._modules
+        norms: dict[str, Any] = self._modules
         return [norms["q_norm"](q), norms["k_norm"](k), v] if "q_norm" in norms else [q, k, v]
 
     def _bias(self) -> Tensor | None:
