@@ -36,7 +36,7 @@ def resolved(op: str, group: Group) -> dist.ProcessGroup | None:
     if group is False:
         return None
     if not initialized:
-        raise ValueError(f"{op}: group must be None or False before init_process_group, got {group!r}")
+        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
     return group
 
 
@@ -51,7 +51,8 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(
-            f"{op}: group must contain this rank, got one without it; None is all ranks, False is this rank alone"
+            f"{op}: this process is not a member of group; accepted: a group that contains it, None for all processes, "
+            "False for this one alone"
         )
     world_size = dist.get_world_size(group)
     if world_size > 1 and is_transformed():
@@ -83,7 +84,7 @@ def gather_rows(
         return rows, 0
     counts = _agreed_counts(op, name, rows, group) if counts is None else list(counts)
     if not any(counts):
-        raise ValueError(f"{op}: {name} must have rows on one rank at least, got none on {world_size} ranks")
+        raise ValueError(f"{op}: {name} has no rows on any of {world_size} ranks; expected a batch on one at least")
     gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
     return gathered, sum(counts[:rank])
 
@@ -94,7 +95,7 @@ def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | 
     shapes, needing = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
-        raise ValueError(f"{op}: {name} must have rows of the same width on every rank, got shape {listed}")
+        raise ValueError(f"{op}: {name} has shape {listed}; expected rows of the same width on every rank")
     if len(set(needing)) > 1 and any(shape[0] for shape in shapes):
         listed = ", ".join(str(rank) for rank, needed in enumerate(needing) if needed)
         raise ValueError(f"{op}: {name} requires a gradient on rank {listed} alone; expected that on all ranks or none")

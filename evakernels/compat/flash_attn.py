@@ -77,12 +77,12 @@ def flash_attn_func(
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """`flash_attn_func` with keys and values in one tensor `[B, M, 2, Hkv, D]`; further arguments as there."""
-    return flash_attn_func(q, *_unpacked("kv", kv, "[B, N, 2, H, D]"), *args, **kwargs)
+    return flash_attn_func(q, *_unpack("kv", kv, "[B, N, 2, H, D]"), *args, **kwargs)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """`flash_attn_func` of one tensor `[B, N, 3, H, D]`: queries, keys and values; further arguments as there."""
-    return flash_attn_func(*_unpacked("qkv", qkv, "[B, N, 3, H, D]"), *args, **kwargs)
+    return flash_attn_func(*_unpack("qkv", qkv, "[B, N, 3, H, D]"), *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -136,19 +136,19 @@ def flash_attn_varlen_func(
 
 def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
     """`flash_attn_varlen_func` with keys and values in one tensor `[T, 2, Hkv, D]`; further arguments as there."""
-    return flash_attn_varlen_func(q, *_unpacked("kv", kv, "[T, 2, H, D]"), *args, **kwargs)
+    return flash_attn_varlen_func(q, *_unpack("kv", kv, "[T, 2, H, D]"), *args, **kwargs)
 
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Result:
     """`flash_attn_varlen_func` of one tensor `[T, 3, H, D]`: queries, keys and values; further arguments as there."""
-    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    return flash_attn_varlen_func(*_unpacked("qkv", qkv, "[T, 3, H, D]"), *lengths, *args, **kwargs)
+    q, k, v = _unpack("qkv", qkv, "[T, 3, H, D]")
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
-def _unpacked(name: str, packed: Tensor, layout: str) -> tuple[Tensor, ...]:
-    """The tensors in `packed`, whose name has a letter for each of them."""
+def _unpack(name: str, packed: Tensor, layout: str) -> Any:
+    """Splits `packed` into tensors, one for each letter of its name."""
     _check.floating("flash_attn", **{name: packed})
     if packed.dim() != layout.count(",") + 1 or packed.shape[-3] != len(name):
         raise ValueError(f"flash_attn: {name} must have shape {layout}, got {tuple(packed.shape)}")

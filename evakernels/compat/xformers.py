@@ -150,10 +150,10 @@ def memory_efficient_attention(
         refuse_lengths(name, f"attn_bias, a {mask}, with other sequences of keys")
     if query.dim() != 4 or len(query) != 1:
         raise ValueError(f"{name}: query must have shape [1, T, H, K], got {tuple(query.shape)}")
-    packed = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
     cu_seqlens = queries.seqstart.to(query.device)
-    options: dict[str, Any] = {"max_seqlen": queries.max_seqlen, "causal": _CAUSAL[mask], "scale": scale}
-    return packed_attention(*packed, cu_seqlens, **options).view(shape)
+    causal, max_seqlen = _CAUSAL[mask], queries.max_seqlen
+    return packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale).view(shape)
 
 
 def _shared(*tensors: Tensor) -> list[Tensor]:

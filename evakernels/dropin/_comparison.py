@@ -284,10 +284,11 @@ def _clean_state() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+@dataclass
 class _Copies:
     """Copies of modules with their original classes, without hooks, with random parameters on the CPU.
 
-    Args:
+    Attributes:
         sizes: the sizes of the copies.
         omitted: modules to leave out.
         stem: a module to replace by the identity.
@@ -295,28 +296,23 @@ class _Copies:
         classes: classes to give to copies, by their originals.
     """
 
-    def __init__(
-        self,
-        sizes: Sizes,
-        omitted: set[nn.Module],
-        stem: nn.Module | None,
-        parameters: dict[Any, Tensor],
-        classes: dict[nn.Module, type],
-    ) -> None:
-        self._sizes, self._omitted, self._stem = sizes, omitted, stem
-        self._parameters, self._classes = parameters, classes
-        self._copies: dict[nn.Module, Any] = {}
+    sizes: Sizes
+    omitted: set[nn.Module]
+    stem: nn.Module | None
+    parameters: dict[Any, Tensor]
+    classes: dict[nn.Module, type]
+    copies: dict[nn.Module, Any] = field(default_factory=dict)
 
     def of(self, module: nn.Module) -> Any:
-        if module in self._copies:
-            return self._copies[module]
-        cls: Any = self._classes.get(module) or original_class_of(module)
-        copied = self._copies[module] = cls.__new__(cls)
+        if module in self.copies:
+            return self.copies[module]
+        cls: Any = self.classes.get(module) or original_class_of(module)
+        copied = self.copies[module] = cls.__new__(cls)
         nn.Module.__init__(copied)
         for name, value in vars(module).items():
             if name not in _INTERNAL:
                 copied.__dict__[name] = self._attribute(name, value)
-        if module is self._stem:
+        if module is self.stem:
             copied.__class__ = nn.Identity
             return copied
         for name, parameter in module._parameters.items():
@@ -326,7 +322,7 @@ class _Copies:
         if is_parametrized(module):
             for name in module.parametrizations:  # type: ignore[union-attr]
                 copied._parameters[name] = self._parameter(getattr(module, name), (id(module), name))
-        children = {name: child for name, child in module._modules.items() if child not in self._omitted}
+        children = {name: child for name, child in module._modules.items() if child not in self.omitted}
         if len(children) < len(module._modules) and isinstance(module, nn.Sequential | nn.ModuleList):
             children = {str(number): child for number, child in enumerate(children.values())}
         for name, child in children.items():
@@ -339,17 +335,17 @@ class _Copies:
             return self._buffer(value)
         if type(value) in (dict, set):
             return value.copy()
-        return self._sizes.attribute(name, value)
+        return self.sizes.attribute(name, value)
 
     def _parameter(self, parameter: Tensor, key: Any) -> Tensor:
-        if key not in self._parameters:
+        if key not in self.parameters:
             is_float = parameter.is_floating_point()
-            value = _random(self._sizes.shape(parameter)) if is_float else self._buffer(parameter)
-            self._parameters[key] = nn.Parameter(value, requires_grad=is_float)
-        return self._parameters[key]
+            value = _random(self.sizes.shape(parameter)) if is_float else self._buffer(parameter)
+            self.parameters[key] = nn.Parameter(value, requires_grad=is_float)
+        return self.parameters[key]
 
     def _buffer(self, buffer: Tensor) -> Tensor:
-        shape, dtype = self._sizes.shape(buffer), torch.float32 if buffer.is_floating_point() else buffer.dtype
+        shape, dtype = self.sizes.shape(buffer), torch.float32 if buffer.is_floating_point() else buffer.dtype
         if buffer.is_meta or shape != tuple(buffer.shape):
             return torch.full(shape, 0.5 if dtype == torch.float32 else 0, dtype=dtype)
         copied: Tensor = buffer.detach().to("cpu", dtype, copy=True)
@@ -375,14 +371,13 @@ def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
     signature = inspect.Signature(parameters_of(*methods))
     try:
         x = torch.randn(2, TOKENS, width_of(own), requires_grad=True)
-        calls = [call for call in replacement.calls(own, x) if _is_accepted(signature, call)]
+        calls = [bound for call in replacement.calls(own, x) if (bound := _bind(signature, call))]
     except Exception as error:
         return Verdict(f"no input can be made: {_line(error)}")
     if not calls:
         return Verdict("its arguments have other names")
     tried: set[str] = set()
-    for number, (args, options) in enumerate(calls):
-        bound = signature.bind(*args, **options)
+    for number, bound in enumerate(calls):
         by_position = bound.args, bound.kwargs
         by_name = _by_name(signature, bound) if replacement.target else by_position
         for mode in _MODES if number == 0 else _MODES[:1] if replacement.pooling else _MODES[:2]:
@@ -450,12 +445,11 @@ def _cast(call: Call, dtype: torch.dtype) -> Call:
     return result
 
 
-def _is_accepted(signature: inspect.Signature, call: Call) -> bool:
-    try:
-        signature.bind(*call[0], **call[1])
-    except TypeError:
-        return False
-    return True
+def _bind(signature: inspect.Signature, call: Call) -> inspect.BoundArguments | None:
+    """The call's arguments by name; None if the signature lacks one of them."""
+    with suppress(TypeError):
+        return signature.bind(*call[0], **call[1])
+    return None
 
 
 def _by_name(signature: inspect.Signature, bound: inspect.BoundArguments) -> Call:

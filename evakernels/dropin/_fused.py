@@ -31,19 +31,19 @@ def role_of(cls: type) -> str | None:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, a compiler or its own forward may see a call of the module."""
+    """Whether hooks, `module.compile()` or a forward of the instance depend on calls of the module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or module._compiled_call_impl is not None  # what `module.compile()` sets, which has its own idea of the module
+        or module._compiled_call_impl is not None  # set by `module.compile()`
         or "forward" in module.__dict__
     )
 
 
-def drops(module: Any) -> bool:
-    """Whether a dropout may change its input now; True for a module that isn't known to be one."""
+def may_drop(module: Any) -> bool:
+    """Whether a module may change its input as dropout does; True for a module without the role."""
     known = role(module)
     return known != "identity" and not (known == "dropout" and (module.p == 0 or not module.training))
 
@@ -51,14 +51,14 @@ def drops(module: Any) -> bool:
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
+def read_child_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
     """Weight, bias and eps of a child that is a norm of the last dimension, if the ops take them with `x`."""
-    return own_norm_parameters(norm, x) if role(norm) in ("layer_norm", "rms_norm") else None
+    return read_norm(norm, x) if role(norm) in ("layer_norm", "rms_norm") else None
 
 
-def own_norm_parameters(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
+def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
     """Weight, bias and eps of a module that is known to be a norm, even if it has hooks."""
-    if getattr(norm, "_fast_norm", False):  # timm's, which under autocast computes in its dtype
+    if getattr(norm, "_fast_norm", False):  # timm's fast norm computes in autocast's dtype
         refuse("timm's fast norm")
         return None
     weight, bias, eps = norm.weight, getattr(norm, "bias", None), _eps(norm)
@@ -86,7 +86,7 @@ def add_norm(
     factor = _factor(scale)
     op = "add_norm" if factor is None else "scaled_add_norm"
     if factor is not _UNREADABLE and dispatches_to(op, residual, forced=forced) and _fits(residual, branch, factor):
-        parameters = norm_parameters(norm, residual)
+        parameters = read_child_norm(norm, residual)
         if parameters is not None and _is_readable(drop):
             rows = _row_scale(drop, branch, factor)
             weight, bias, eps = parameters
@@ -100,7 +100,7 @@ def add_norm(
 def norm_add(residual: Tensor, branch: Tensor, norm: nn.Module, drop: Any = None, *, forced: bool) -> Tensor:
     """`residual + drop(norm(branch))`."""
     if dispatches_to("norm_add", residual, forced=forced) and _fits(residual, branch, None):
-        parameters = norm_parameters(norm, branch)
+        parameters = read_child_norm(norm, branch)
         if parameters is not None and _is_readable(drop) and role(norm) == "layer_norm":
             rows = _row_scale(drop, branch, None)
             weight, bias, eps = parameters
@@ -111,7 +111,7 @@ def norm_add(residual: Tensor, branch: Tensor, norm: nn.Module, drop: Any = None
 def add(residual: Tensor, branch: Tensor, scale: Any = None, drop: Any = None) -> Tensor:
     """`residual + drop(scale(branch))`."""
     factor = _factor(scale)
-    # addcmul's backward would make a pass more.
+    # addcmul's backward needs another pass over memory.
     if isinstance(factor, Tensor) and not torch.is_grad_enabled() and (drop is None or not _is_active(drop)):
         return torch.addcmul(residual, branch, factor)
     if scale is not None:
@@ -138,7 +138,7 @@ def _fits(residual: Tensor, branch: Tensor, factor: Tensor | None) -> bool:
     if branch.shape != residual.shape or residual.dim() < 2:
         return False
     if residual.is_cuda and dtype != torch.float32 and is_on("cuda"):
-        return False  # the op gives float32 then, as torch's norm, but the sum too
+        return False  # the op would return the sum in float32, too
     return dtype == torch.float32 or (branch.dtype == dtype and (factor is None or factor.dtype == dtype))
 
 
@@ -157,10 +157,10 @@ def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | Non
     if drop is None or not _is_active(drop):
         return None
     dtype = branch.dtype if factor is None else torch.promote_types(branch.dtype, factor.dtype)
-    return drawn_rows(drop, branch, dtype).flatten()
+    return draw_rows(drop, branch, dtype).flatten()
 
 
-def drawn_rows(drop: Any, branch: Tensor, dtype: torch.dtype) -> Tensor:
+def draw_rows(drop: Any, branch: Tensor, dtype: torch.dtype) -> Tensor:
     """The factor of each sample, `[B, 1, ...]`, drawn as an active module draws it."""
     keep, shape = 1 - drop.drop_prob, (branch.shape[0],) + (1,) * (branch.dim() - 1)
     if hasattr(drop, "scale_by_keep"):
@@ -175,12 +175,12 @@ def drawn_rows(drop: Any, branch: Tensor, dtype: torch.dtype) -> Tensor:
 # --- MLPs -----------------------------------------------------------------------------------------------------------
 
 
-def gated(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None, *, forced: bool) -> Tensor:
+def apply_gate(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None, *, forced: bool) -> Tensor:
     """`norm(drop(act(gate) * up))`."""
     by_silu = role(act) == "silu"
-    is_normed = by_silu and role(norm) == "layer_norm" and (drop is None or not drops(drop))
+    is_normed = by_silu and role(norm) == "layer_norm" and (drop is None or not may_drop(drop))
     if is_normed and dispatches_to("swiglu_norm", gate, forced=forced):
-        parameters = norm_parameters(norm, gate)
+        parameters = read_child_norm(norm, gate)
         if parameters is not None and parameters[0] is not None and gate.dtype == up.dtype:
             return swiglu(gate, up, *parameters)
     fused = by_silu and dispatches_to("swiglu", gate, forced=forced) and gate.dtype == up.dtype

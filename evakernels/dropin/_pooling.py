@@ -115,7 +115,7 @@ class Pooling:
             and not any(is_observed(part) or (part.training and _dropout(part) > 0) for part in parts)
         )
 
-    def shortened(self, tower: Any, selection: Selection, **changes: Any) -> Any:
+    def shorten(self, tower: Any, selection: Selection, **changes: Any) -> Any:
         """Returns a view of the tower with `changes`. Its last block returns the selected tokens alone."""
         *parts, blocks = self._path(tower)
         seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], selection=selection)})

@@ -15,6 +15,10 @@ from ._swap import AcceleratedModule
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def _pass_tokens(module: Any, x: Tensor) -> list[Call]:
+    return [((x,), {})]
+
+
 @dataclass(frozen=True)
 class Replacement:
     """A forward and the classes that it may replace; a comparison of both decides.
@@ -42,7 +46,7 @@ class Replacement:
     reason: Callable[[Any], str | None] = field(default=lambda module: None)
     attributes: tuple[str, ...] = ()
     hook: Callable[[type], bool] | None = None
-    calls: Callable[[Any, Tensor], list[Call]] = field(default=lambda module, x: [((x,), {})])
+    calls: Callable[[Any, Tensor], list[Call]] = field(default=_pass_tokens)
     settings: tuple[tuple[str, Any], ...] = ()
     pooling: Pooling | None = None
 

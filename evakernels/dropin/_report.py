@@ -157,7 +157,7 @@ class Report:
         counts = Counter((done.module, done.op, done.backend, "") for done in self.replaced)
         counts += Counter((left.module, "", "", left.reason) for left in self.left)
         rows = [(key[0], str(count), *key[1:]) for key, count in counts.items()]
-        tables = [[("module", "count", "can run", "backend", "left because"), *rows]]
+        tables: list[list[tuple[str, ...]]] = [[("module", "count", "can run", "backend", "left because"), *rows]]
         if self.ran or self.idle:
             tables.append(self._table_of_calls())
         return f"{self.headline}\n" + "\n\n".join(map(_format, tables))

@@ -1,6 +1,6 @@
-"""The swap: a module's class becomes a subclass of its own with another forward. Nothing else of it changes.
+"""Replaces a module's class by a subclass of its own with another forward, and restores it.
 
-Parameters, buffers, hooks and names stay, so do `isinstance` and the class's name; the way back is the same step.
+Parameters, buffers, hooks, names, `isinstance` and the class's name stay.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 _CLASSES: dict[Any, type] = {}
 _KEYS: dict[type, Any] = {}
 _PROCESS = uuid.uuid4().hex
-"""Verdicts on modules hold for one process and its forks; a pickle of another one has its original classes."""
+"""Verdicts hold for one process and its forks; in another process a pickle has its original classes."""
 
 
 class AcceleratedModule(nn.Module):
@@ -22,7 +22,7 @@ class AcceleratedModule(nn.Module):
     """Name of the replaced method."""
 
     is_forced = False
-    """Whether the ops serve it where its own code would be faster, too."""
+    """Whether it runs on the ops even where its own code is faster."""
 
     selection: Any = None
     """The tokens that the module returns, a `_pooling.Selection`; None for all."""
@@ -32,7 +32,7 @@ class AcceleratedModule(nn.Module):
         return x if self.selection is None else self.selection(x)
 
     if TYPE_CHECKING:
-        # Its attributes are those of another library's class.
+        # The attributes of another library's class.
         def __getattr__(self, name: str) -> Any: ...
 
     def __prepare_scriptable__(self) -> Any:
@@ -40,7 +40,7 @@ class AcceleratedModule(nn.Module):
         raise RuntimeError("torch.jit.script can't read an accelerated model; call evakernels.restore(model) first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A pickle names the original class: that can be imported."""
+        """A pickle names the original class, which can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         if type(self) not in _KEYS:
             return reduced
@@ -76,9 +76,8 @@ def replacement_class(
     Args:
         original: class of the module.
         forward: class with the new forward.
-        forced: whether the ops serve it where its own code would be faster, too.
-        tried: arguments for which both forwards were compared; a call with others runs the original forward. None for
-            all.
+        forced: whether the module runs on the ops even where its own code is faster.
+        tried: arguments of the comparison; a call with others runs the original forward. None for all.
     """
     key = original, forward, forced, _untried(original, forward, tried)
     if key not in _CLASSES:
@@ -94,7 +93,7 @@ def replacement_class(
 
 
 def parameters_of(original: Any, replacement: Any) -> list[inspect.Parameter]:
-    """The parameters of a method but for `self`; of its replacement, where `*args` hides them."""
+    """The parameters of a method without `self`; of its replacement if `*args` hides them."""
     parameters = list(inspect.signature(original).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         parameters = list(inspect.signature(replacement).parameters.values())
@@ -102,7 +101,7 @@ def parameters_of(original: Any, replacement: Any) -> list[inspect.Parameter]:
 
 
 def _untried(original: Any, forward: Any, tried: frozenset[str] | None) -> tuple[str, ...]:
-    """Arguments of the original forward that were not compared; of any other name if the new one takes fewer."""
+    """Arguments of the original forward that weren't compared or that the new forward lacks."""
     new = getattr(forward, forward.method)
     if tried is None or new is nn.Module.forward:
         return ()
@@ -142,7 +141,7 @@ def set_class(module: nn.Module, cls: type) -> None:
 def _behind(current: type, cls: type) -> type:
     if not _is_wrapper(current):
         return cls
-    # Its forward isn't FSDP2's: transformers' layers put one into every subclass, with that of `current` inside.
+    # transformers' layers put a forward with the one of `current` inside into every subclass, also into FSDP2's.
     left = "__dict__", "__weakref__", "forward"
     kept = {name: value for name, value in vars(current).items() if name not in left}
     *others, last = current.__bases__

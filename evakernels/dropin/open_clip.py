@@ -15,7 +15,7 @@ from ..ops import clip_loss, contrastive_statistics, rope_attention, token_dropo
 from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, drops, is_observed
+from ._fused import add, add_norm, is_observed, may_drop
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .timm import LayerNorm, block_gate, masked
@@ -30,7 +30,7 @@ ROLES = {
 
 
 class QuickGELU(_QuickGELU):
-    """open_clip's LayerNorm, which names its argument `x`."""
+    """open_clip's QuickGELU, whose argument is `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -71,7 +71,7 @@ class Attention(AcceleratedModule):
     """open_clip's own, without a mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        plain = (attn_mask is None or refuse("mask")) and (not drops(self.attn_drop) or refuse("dropout"))
+        plain = (attn_mask is None or refuse("mask")) and (not may_drop(self.attn_drop) or refuse("dropout"))
         if not (plain and dispatches_to(attention_op(), x, after_linear=True, forced=self.is_forced)):
             whole: Tensor = super().forward(x, attn_mask=attn_mask)
             return whole
@@ -98,13 +98,13 @@ def _first(module: Any) -> str | None:
     return None if getattr(module, "batch_first", True) else "its sequences come first"
 
 
-def _pools_all(module: Any) -> str | None:
+def _why_all_patches(module: Any) -> str | None:
     """Why the last block has to compute all patches."""
     read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
     return _first(module.transformer) if read else "all of its tokens are read"
 
 
-def _pools_more(module: Any) -> str | None:
+def _why_all_tokens(module: Any) -> str | None:
     """Why a text tower has to compute more tokens than one."""
     pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
     of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
@@ -113,8 +113,8 @@ def _pools_more(module: Any) -> str | None:
 
 
 _PATH = ("transformer", "resblocks")
-_VISION = _pooling.Pooling(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _pools_all)
-_TEXT = _pooling.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _pools_more)
+_VISION = _pooling.Pooling(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _why_all_patches)
+_TEXT = _pooling.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _why_all_tokens)
 _CLIP = dataclasses.replace(_TEXT, other=("visual",))
 
 
@@ -122,7 +122,7 @@ class VisionTower(AcceleratedModule):
     """A vision tower that pools its class token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tower: Any = _VISION.shortened(self, _pooling.Selection()) if _VISION.can_shorten(self, x) else self
+        tower: Any = _VISION.shorten(self, _pooling.Selection()) if _VISION.can_shorten(self, x) else self
         features: Tensor = super(VisionTower, tower).forward(x)
         return features
 
@@ -150,8 +150,8 @@ class Clip(AcceleratedModule):
 def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     """A view of a text tower whose last block returns the pooled token, and the text for it.
 
-    Tokens behind the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU reading
-    its length would synchronize.
+    Tokens behind the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU that
+    would need a synchronisation.
     """
     mask = tower.attn_mask
     if not _TEXT.can_shorten(tower, text) or text.dim() != 2 or text.shape[0] == 0:
@@ -166,7 +166,7 @@ def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
         length = int(rows.max()) + 1
         positions = tower.positional_embedding[:length]
         changes.update(attn_mask=mask[:length, :length], positional_embedding=positions)
-    return _TEXT.shortened(tower, _pooling.Selection(rows), **changes), text[:, :length]
+    return _TEXT.shorten(tower, _pooling.Selection(rows), **changes), text[:, :length]
 
 
 class PatchDropout(AcceleratedModule):
@@ -202,7 +202,7 @@ class ClipLoss(AcceleratedModule):
     ) -> Any:
         # Before 2.32 there was no bias, and the fourth argument was another.
         given, biased = (image_features, text_features, logit_scale), options.get("logit_bias") is not None
-        if args or biased or not _takes("clip_loss", *given, forced=self.is_forced):
+        if args or biased or not _can_fuse("clip_loss", *given, forced=self.is_forced):
             return super().forward(*given, *args, **options)
         image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
@@ -237,7 +237,7 @@ class SigLipLoss(AcceleratedModule):
         output_dict: bool = False,
     ) -> Any:
         given = image_features, text_features, logit_scale, logit_bias
-        if logit_bias is None or not _takes("siglip_loss", *given, forced=self.is_forced):
+        if logit_bias is None or not _can_fuse("siglip_loss", *given, forced=self.is_forced):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         dtype = _loss_dtype(image_features, logit_scale)
         texts, rows, rank = text_features, len(image_features), 0
@@ -250,10 +250,10 @@ class SigLipLoss(AcceleratedModule):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _takes(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
+def _can_fuse(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
     ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
-    served = ones and dispatches_to(op, image, after_linear=True, forced=forced)
-    return served and ((image.dtype == text.dtype and image.shape == text.shape) or refuse("shape or dtype"))
+    is_faster = ones and dispatches_to(op, image, after_linear=True, forced=forced)
+    return is_faster and ((image.dtype == text.dtype and image.shape == text.shape) or refuse("shape or dtype"))
 
 
 def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:

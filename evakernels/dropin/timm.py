@@ -11,7 +11,7 @@ from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, drops, gated, norm_add, role
+from ._fused import add, add_norm, apply_gate, may_drop, norm_add, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
@@ -27,7 +27,7 @@ ROLES = {
 
 
 class LayerNorm(_LayerNorm):
-    """timm's, whose argument has another name than torch's."""
+    """timm's LayerNorm, whose argument is `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -40,7 +40,7 @@ class SwiGLU(AcceleratedModule):
     """SwiGLU with two projections."""
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = gated(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm, forced=self.is_forced)
+        hidden = apply_gate(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm, forced=self.is_forced)
         y: Tensor = self.drop2(self.fc2(hidden))
         return y
 
@@ -51,7 +51,7 @@ class GluMlp(AcceleratedModule):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1(x).chunk(2, dim=-1)
         gate, up = (second, first) if self.gate_last else (first, second)
-        hidden = gated(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
+        hidden = apply_gate(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
         y: Tensor = self.drop2(self.fc2(hidden))
         return y
 
@@ -80,7 +80,7 @@ class _Attention(AcceleratedModule):
             (attn_mask is None or refuse("mask"))
             and (self.selection is None or is_causal is False or refuse("causal"))
             and (self.fused_attn or refuse("fused_attn is off"))
-            and (not drops(self.attn_drop) or refuse("dropout"))
+            and (not may_drop(self.attn_drop) or refuse("dropout"))
             and dispatches_to(op, x, after_linear=True, forced=self.is_forced)
         )
 
@@ -103,7 +103,7 @@ class _Attention(AcceleratedModule):
             parts = projected.chunk(3, dim=-1)
         head_dim = parts[0].shape[-1] // self.num_heads
         q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
-        norms = self._modules
+        norms: dict[str, Any] = self._modules
         return [norms["q_norm"](q), norms["k_norm"](k), v] if "q_norm" in norms else [q, k, v]
 
     def _bias(self) -> Tensor | None:
@@ -221,7 +221,7 @@ def block_gate(module: Any) -> str:
 # --- towers ---------------------------------------------------------------------------------------------------------
 
 
-def _pools_all(module: Any) -> str | None:
+def _why_all_tokens(module: Any) -> str | None:
     """Why the last block has to compute all tokens."""
     read = module.global_pool == "token" and getattr(module, "attn_pool", None) is None and module.num_prefix_tokens > 0
     return None if read else "all of its tokens are read"
@@ -237,7 +237,7 @@ def _fewer_tokens(module: Any) -> dict[int, int]:
 
 
 _POOLING = _pooling.Pooling(
-    ("blocks",), "norm", _Attention, _METHODS, _pools_all, stem="patch_embed", sizes=_fewer_tokens
+    ("blocks",), "norm", _Attention, _METHODS, _why_all_tokens, stem="patch_embed", sizes=_fewer_tokens
 )
 
 
@@ -245,7 +245,7 @@ class Tower(AcceleratedModule):
     """A tower that pools its class token."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        tower: Any = _POOLING.shortened(self, _pooling.Selection()) if _POOLING.can_shorten(self, x) else self
+        tower: Any = _POOLING.shorten(self, _pooling.Selection()) if _POOLING.can_shorten(self, x) else self
         own = super(Tower, tower).forward
         options = _given(attn_mask, is_causal)
         if isinstance(attn_mask, torch.fx.Proxy):  # options that aren't given are proxies, too

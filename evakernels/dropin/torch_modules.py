@@ -12,7 +12,7 @@ from ..backends import refuse
 from ..nn import FrozenWeight, linear
 from ..ops import gelu, layer_norm, rms_norm, rope_attention
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, drawn_rows, own_norm_parameters, role
+from ._fused import add, add_norm, draw_rows, read_norm, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 
@@ -39,7 +39,7 @@ class LayerNorm(AcceleratedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if dispatches_to("layer_norm", input, forced=self.is_forced):
-            parameters = own_norm_parameters(self, input)
+            parameters = read_norm(self, input)
             if parameters is not None:
                 return layer_norm(input, *parameters)
         y: Tensor = super().forward(input)
@@ -51,7 +51,7 @@ class RMSNorm(AcceleratedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if dispatches_to("rms_norm", x, forced=self.is_forced):
-            parameters = own_norm_parameters(self, x)
+            parameters = read_norm(self, x)
             if parameters is not None:
                 weight, _, eps = parameters
                 return rms_norm(x, weight, eps)
@@ -106,7 +106,7 @@ class MultiheadAttention(AcceleratedModule):
             and (not is_causal or refuse("causal"))
             and (not (self.training and self.dropout > 0) or refuse("dropout"))
         )
-        if not (plain and self._takes(query, key, attn_mask)):
+        if not (plain and self._can_fuse(query, key, attn_mask)):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -121,8 +121,8 @@ class MultiheadAttention(AcceleratedModule):
             out = self._attend(q, k, v, attn_mask)
         return linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias), weights
 
-    def _takes(self, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-        # Of a frozen weight torch's code would make a dense one at each call.
+    def _can_fuse(self, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+        # torch's code would make a frozen weight dense in each call.
         forced = self.is_forced or isinstance(self.in_proj_weight, FrozenWeight)
         if not dispatches_to("multi_head", key, after_linear=True, forced=forced):
             return False
@@ -155,13 +155,13 @@ class MultiheadAttention(AcceleratedModule):
         """Attention with its weights, `[B, heads, queries, keys]`."""
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         scores = q * self.head_dim**-0.5 @ k.mT
-        # Under autocast the product's dtype is another one than the mask's.
+        # Under autocast the scores have another dtype than the mask.
         weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
         return (weights @ v).transpose(1, 2), weights
 
 
 def is_causal_mask(mask: Tensor) -> bool:
-    """Whether the mask hides later keys and nothing else; on a CPU only, where looking at it costs nothing."""
+    """Whether the mask hides later keys and nothing else; False on a GPU, where reading it would synchronise."""
     if not mask.is_cpu or torch.compiler.is_compiling() or mask.shape[0] != mask.shape[1]:
         return False
     return torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
@@ -206,7 +206,7 @@ class TransformerEncoderLayer(AcceleratedModule):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if not self._takes(src, src_mask) or not (src_key_padding_mask is None or refuse("mask")):
+        if not self._can_fuse(src, src_mask) or not (src_key_padding_mask is None or refuse("mask")):
             y: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return y
         x, forced = src, self.is_forced
@@ -217,10 +217,10 @@ class TransformerEncoderLayer(AcceleratedModule):
         y, _ = add_norm(x, self._ff_block(x), self.norm2, forced=forced)
         return y
 
-    def _takes(self, src: Tensor, mask: Tensor | None) -> bool:
+    def _can_fuse(self, src: Tensor, mask: Tensor | None) -> bool:
         if not dispatches_to("multi_head", src, after_linear=True, forced=self.is_forced) or src.is_nested:
             return False
-        if is_on("cpu") and not self.training:  # torch's path gives another dtype then
+        if is_on("cpu") and not self.training:  # torch's fast path then returns another dtype
             return False
         return isinstance(self.self_attn, MultiheadAttention) and (mask is None or mask.is_floating_point())
 
@@ -267,7 +267,7 @@ class DropPath(AcceleratedModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.drop_prob == 0 or not self.training:
             return x
-        return x * drawn_rows(self, x, x.dtype)
+        return x * draw_rows(self, x, x.dtype)
 
 
 class SiLU(AcceleratedModule):

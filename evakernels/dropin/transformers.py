@@ -14,7 +14,7 @@ from ..backends import refuse
 from ..ops import rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, gated, own_norm_parameters
+from ._fused import add, add_norm, apply_gate, read_norm
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, QuickGELU, by_silu
@@ -31,7 +31,7 @@ class RMSNorm(AcceleratedModule):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if dispatches_to("rms_norm", hidden_states, forced=self.is_forced) and self.weight.dtype == hidden_states.dtype:
-            parameters = own_norm_parameters(self, hidden_states)
+            parameters = read_norm(self, hidden_states)
             if parameters is not None:
                 return rms_norm(hidden_states, parameters[0], parameters[2])
         y: Tensor = super().forward(hidden_states)
@@ -42,7 +42,7 @@ class GatedMLP(AcceleratedModule):
     """Llama's gated MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
+        y: Tensor = self.down_proj(apply_gate(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
         return y
 
 
@@ -60,23 +60,23 @@ def _by_torch(module: Any) -> str | None:
 
 
 class HookedAttention(AcceleratedModule):
-    """Attention that calls transformers' `AttentionInterface`: its own forward; `_attend` serves its call of "sdpa"."""
+    """Attention with its own forward, whose call of "sdpa" by transformers' `AttentionInterface` reaches `_attend`."""
 
 
 _INTERFACE = "transformers.modeling_utils.AttentionInterface"
 _ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
 _sdpa: Callable[..., Any] | None = None
-_unserved: frozenset[str] = frozenset()
+_unsupported: frozenset[str] = frozenset()
 """Options of transformers' scaled dot product attention that the op lacks."""
 
 
 def prepare() -> None:
     """Registers `_attend` as "sdpa", unless another function than transformers' own is registered."""
-    global _sdpa, _unserved
+    global _sdpa, _unsupported
     interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     current = None if interface is None else interface().get("sdpa")
     if current is not None and current.__module__.startswith("transformers."):
-        _unserved = frozenset(inspect.signature(current).parameters) - _ARGUMENTS | {"output_attentions", "softcap"}
+        _unsupported = frozenset(inspect.signature(current).parameters) - _ARGUMENTS | {"output_attentions", "softcap"}
         _sdpa = current
         interface.register("sdpa", _attend)
 
@@ -100,10 +100,10 @@ def _attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """`[B, N, H, D]` for queries, keys and values `[B, H, N, D]`: of an accelerated module by the op."""
+    """`[B, N, H, D]` for queries, keys and values `[B, H, N, D]`; by the op for an accelerated module."""
     plain = (attention_mask is None or refuse("mask")) and (dropout == 0 or refuse("dropout"))
-    plain = isinstance(module, HookedAttention) and plain and not _asks_more(options)
-    if plain and _takes(module, query, key, value):
+    plain = isinstance(module, HookedAttention) and plain and not _has_other_options(options)
+    if plain and _can_fuse(module, query, key, value):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         return rope_attention(q, k, v, causal=bool(causal), scale=scaling), None
@@ -114,12 +114,12 @@ def _attend(
     return result
 
 
-def _asks_more(options: dict[str, Any]) -> bool:
-    given = [name for name in _unserved if options.get(name) is not None and options[name] is not False]
+def _has_other_options(options: dict[str, Any]) -> bool:
+    given = [name for name in _unsupported if options.get(name) is not None and options[name] is not False]
     return bool(given) and not refuse(", ".join(sorted(given)))
 
 
-def _takes(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _can_fuse(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
     fits = query.dim() == 4 and query.dtype == key.dtype == value.dtype
     fits = fits and key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
     forced = module.is_forced
@@ -167,7 +167,7 @@ class DINOv3Attention(HookedAttention):
             (attention_mask is None or refuse("mask"))
             and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
             and (not (self.training and self.dropout > 0) or refuse("dropout"))
-            and not _asks_more(options)
+            and not _has_other_options(options)
             and dispatches_to("rope_attention", x, after_linear=True, forced=self.is_forced)
             and x.dim() == 3
         )
@@ -195,16 +195,8 @@ class EncoderLayerWithTuple(EncoderLayer):
 class DINOv3Layer(AcceleratedModule):
     """DINOv3's layer, with layer scale and stochastic depth."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        branch, _ = self.attention(
-            self.norm1(hidden_states), attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
-        )
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        branch, _ = self.attention(self.norm1(hidden_states), *args, **kwargs)
         y, x = add_norm(hidden_states, branch, self.norm2, self.layer_scale1, self.drop_path, forced=self.is_forced)
         return add(x, self.mlp(y), self.layer_scale2, self.drop_path)
 
