@@ -150,7 +150,8 @@ def plan_step(
         world = closing(fake_ranks("cpu", gpus))
     with world as ranks:
         trace = _Trace(traced, ranks, is_cut, depths, caption_tokens)
-        loss = [trace.loss(config.batch_size), trace.loss(traced.batch_size)] if config.accumulation > 2 else []
+        sizes = [config.batch_size, traced.batch_size] if config.accumulation > 2 else []
+        loss = [trace.loss(size) for size in sizes if isinstance(trace.task, Contrastive)]
     return _summarize(config, gpus, (local_batch, micro_batch), sum(p.numel() for p in whole.parameters()), trace, loss)
 
 

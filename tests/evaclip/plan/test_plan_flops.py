@@ -6,28 +6,30 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan_memory import BLOCK, CLIP_E, SHARD, STUDENT, TASK, run_of
+from test_plan_memory import BLOCK, CLIP_E, SHARD, run_of
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from evaclip import Savings, create_model
+from evaclip import Savings
 from evaclip.plan.recorder import FLOPS
 from evaclip.plan.step import plan_step
 from evaclip.train.build import build_step, build_task
-from evaclip.train.config import ClassificationTask, TrainConfig
+from evaclip.train.config import ClassificationTask, MaskedImageTask, TeacherConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.recipes import get_recipe
 
 SMALL = {
-    "vision": {"width": 64, "heads": 4, "layers": 7, "image_size": 64},
-    "text": {"width": 64, "heads": 4, "layers": 6, "vocab_size": 600},
+    "vision": {"width": 64, "heads": 4, "layers": 2, "image_size": 64},
+    "text": {"width": 64, "heads": 4, "layers": 2, "vocab_size": 600},
 }
 IMAGE = {**SMALL["vision"], "image_size": 56}
+TEACHER = TeacherConfig(name="EVA01-CLIP-g-14", options={"vision": {"width": 32, "heads": 2, "layers": 3}})
+TASK = MaskedImageTask(teacher=TEACHER, smallest_block=2)
 CLASSES = ClassificationTask(classes=10, mixup=0.8)
 COUNTED = {
     "B": run_of("EVA02-CLIP-B-16", SMALL, 2, dropout=0.5, savings=BLOCK),
     "E": run_of(CLIP_E, {**SMALL, "vision": IMAGE}, 2, savings=Savings(recompute="activations")),
     "classifier": run_of("eva02_base_patch14_448", IMAGE, 2, dropout=0.5, task=CLASSES),
-    "student": run_of("eva02_base_patch14_224", IMAGE, 2, task=replace(TASK, smallest_block=2), savings=BLOCK),
+    "student": run_of("eva02_base_patch14_224", IMAGE, 2, task=TASK, savings=BLOCK),
 }
 
 
@@ -58,29 +60,26 @@ def test_flops_equal_those_of_a_real_step(name: str) -> None:
     assert ("teacher" in plan.flops) == (name == "student")
 
 
-def test_micro_batches_of_pairs_pass_forward_twice() -> None:
-    run = run_of("EVA02-CLIP-B-16", SMALL, 8 * 64, parallel=SHARD)
-    whole, cut = (plan_step(replace(run, accumulation=number), 8).flops for number in (1, 4))
-    assert cut["forward"] == pytest.approx(2 * whole["forward"], rel=0.02)
-    assert cut["backward"] == pytest.approx(whole["backward"], rel=0.02)
-
-
-def test_micro_batches_of_a_mean_pass_once() -> None:
-    run = run_of(*STUDENT, 96, task=TASK)
-    whole, cut = (plan_step(replace(run, accumulation=number), 2).flops for number in (1, 4))
-    assert whole.keys() == cut.keys() == {"teacher", "forward", "backward"}
+@pytest.mark.parametrize("name", ["B", "student"])
+def test_micro_batches_pass_forward_again(name: str) -> None:
+    """Those of pairs twice, those of a mean over samples once; the backward pass is as long in any case."""
+    run = replace(COUNTED[name], batch_size=96)
+    words = 77 if name == "B" else None
+    whole, cut = (plan_step(replace(run, accumulation=number), 2, caption_tokens=words).flops for number in (1, 4))
+    assert whole.keys() == cut.keys()
     for stage, flops in cut.items():
+        times = 2 if (name, stage) == ("B", "forward") else 1
         # The teacher's positions are resized once a micro-batch.
-        assert flops == pytest.approx(whole[stage], rel=0.02)
+        assert flops == pytest.approx(times * whole[stage], rel=0.02)
 
 
 @pytest.mark.parametrize(("reshard", "gathers"), [(True, 2), (False, 1)])
 def test_sharding_communicates_each_parameter(reshard: bool, gathers: int) -> None:
-    run = run_of("EVA02-CLIP-L-14", {}, 8 * 16, precision="amp_bf16", parallel=replace(SHARD, reshard=reshard))
-    received = plan_step(run, 8).received
-    parameters = sum(p.numel() for p in create_model("EVA02-CLIP-L-14", device="meta").parameters())
-    assert received["all-gather"] == pytest.approx(7 / 8 * gathers * 2 * parameters, rel=0.01)
-    assert received["reduce-scatter"] == pytest.approx(7 / 8 * 4 * parameters, rel=0.01)
+    run = run_of("EVA02-CLIP-B-16", SMALL, 8, precision="amp_bf16", parallel=replace(SHARD, reshard=reshard))
+    plan = plan_step(run, 8)
+    # Padding makes every shard as large as the first rank's; features and scalars are small.
+    assert plan.received["all-gather"] == pytest.approx(7 * gathers * 2 * plan.parameters, rel=0.04)
+    assert plan.received["reduce-scatter"] == pytest.approx(7 * 4 * plan.parameters, rel=0.04)
 
 
 def test_replicas_reduce_each_gradient() -> None:
@@ -89,10 +88,8 @@ def test_replicas_reduce_each_gradient() -> None:
 
 
 RECIPES = [
-    ("finetune-eva02-b-in1k", 768, 12, 2048, 87_117_544),
     ("finetune-eva02-l-in1k", 1024, 24, 2730, 305_080_232),
-    ("pretrain-mim-eva02-base", 768, 12, 2048, 86_546_944),
-    ("pretrain-mim-eva02-large", 1024, 24, 2730, 304_319_424),
+    pytest.param("pretrain-mim-eva02-base", 768, 12, 2048, 86_546_944, marks=pytest.mark.exhaustive),
 ]
 
 
@@ -119,8 +116,3 @@ def test_recipes_equal_formula(name: str, width: int, blocks: int, hidden: int, 
         embedding, body = flops_of_image(patches, 1408, 40, 2 * 1408 * 6144)
         expected["teacher"] = samples * (embedding + body + 2 * patches * 1408 * 1024)
     assert plan.flops == expected
-
-
-def test_time_is_flops_over_peak() -> None:
-    plan = plan_step(run_of("tiny", {}))
-    assert plan.seconds(1e12, 0.5) == sum(plan.flops.values()) / 5e11

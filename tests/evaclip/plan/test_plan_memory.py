@@ -90,7 +90,7 @@ def test_peak_matches_real_step(name: str) -> None:
 
 
 L, BIG_E = "EVA02-CLIP-L-14", "EVA02-CLIP-bigE-14"
-NINE = {"vision": {"layers": 9}, "text": {"layers": 8}}
+NINE = {"vision": {"layers": 9, "width": 256, "heads": 4}, "text": {"layers": 8}}
 NINE_BLOCKS = {
     "shard": run_of(L, NINE, 16 * 64, savings=BLOCK, parallel=SHARD),
     "hybrid": run_of(BIG_E, NINE, 16 * 64, parallel=ParallelConfig(mode="hybrid", shard_size=8)),
@@ -168,7 +168,7 @@ def test_teacher_is_whole_or_sharded() -> None:
 
 def test_casts_are_freed_after_autocast() -> None:
     """Recomputation saves no cast of a weight for the backward pass, and each block makes its casts anew."""
-    run = run_of(CLIP_B, {"vision": {"layers": 9}, "text": {"layers": 9}}, 4, savings=BLOCK, precision="amp_bf16")
+    run = run_of(CLIP_B, {"vision": {"layers": 8}, "text": {"layers": 2}}, 4, savings=BLOCK, precision="amp_bf16")
     few, whole = (plan_step(run, blocks=blocks) for blocks in (5, None))
     assert few.memory[CASTS] == whole.memory[CASTS]
 
