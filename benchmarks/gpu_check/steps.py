@@ -36,25 +36,28 @@ def measure(model: str, batch: int, dropout: float, settings: Settings) -> dict[
     """
     if version_of("pydantic") is None:
         raise Refusal("the trainer needs pydantic, which isn't installed")
+    from evaclip.data.config import DataConfig
     from evaclip.model.config import get_config
     from evaclip.model.flops import flops_per_sample
-    from evaclip.plan.job import Job
-    from evaclip.plan.memory import plan_memory
+    from evaclip.plan.step import plan_step
+    from evaclip.train.config import ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
     from evaclip.train.throughput import BACKWARD_FACTOR, peak_flops
 
     device = torch.device(settings.device)
-    longest = get_config(model).text.context_length
-    job = Job(
-        model=model,
-        global_batch=batch,
-        token_dropout=dropout,
-        mode="replicate",
-        caption_tokens=min(_CAPTION_TOKENS, longest),
+    run = TrainConfig(
+        name="step",
+        batch_size=batch,
+        data=DataConfig(),
+        schedule=ScheduleConfig(steps=1),
+        precision="amp_bf16",
+        model=ModelConfig(name=model, patch_dropout=dropout),
+        optim=OptimConfig(name="lamb"),
     )
-    planned = plan_memory(job).peak.total
-    step, images, tokens, note = _step(job, device)
+    words = min(_CAPTION_TOKENS, get_config(model).text.context_length)
+    planned = plan_step(run, caption_tokens=words).memory.total()
+    step, images, tokens, note = _step(run, words, device)
     seconds, peak = _timed(step, images, tokens, device, settings.rehearsal)
-    flops = BACKWARD_FACTOR * flops_per_sample(job.config, 1 - dropout) * batch
+    flops = BACKWARD_FACTOR * flops_per_sample(get_config(model), 1 - dropout) * batch
     return {
         "model": model,
         "batch": batch,
@@ -68,40 +71,31 @@ def measure(model: str, batch: int, dropout: float, settings: Settings) -> dict[
     }
 
 
-def _step(job: Any, device: torch.device) -> tuple[Any, Tensor, Tensor, str]:
-    from evaclip import create_model
-    from evaclip.train.config import LossConfig, OptimConfig
+def _step(run: Any, words: int, device: torch.device) -> tuple[Any, Tensor, Tensor, str]:
+    from evaclip.train.build import build_step, build_task
     from evaclip.train.distributed import World
-    from evaclip.train.loss import ContrastiveLoss
-    from evaclip.train.optimizer import build_optimizer, parameter_groups
-    from evaclip.train.step import StepOptions, TrainStep
-    from evaclip.train.tasks.contrastive import Contrastive
 
     torch.manual_seed(0)
-    model = create_model(job.model, device=device, vision={"patch_dropout": job.token_dropout})
-    task, options = Contrastive(model, ContrastiveLoss(LossConfig()).to(device)), OptimConfig()
-    optimizer = build_optimizer(parameter_groups(model, task.towers, options), options)
-    images = torch.randn(job.global_batch, 3, *job.config.vision.image_shape, device=device)
-    tokens, note = _tokens(job)
-    step = TrainStep(task, optimizer, StepOptions(job.precision), World(device))
-    return step, images, tokens.to(device), note
+    task: Any = build_task(run, World(device))
+    images = torch.randn(run.batch_size, 3, *task.visual.config.image_shape, device=device)
+    tokens, note = _tokens(task.model.config.text, run.batch_size, words)
+    return build_step(run, World(device), task), images, tokens.to(device), note
 
 
-def _tokens(job: Any) -> tuple[Tensor, str]:
+def _tokens(text: Any, count: int, words: int) -> tuple[Tensor, str]:
     """Captions of photographs; where their tokenizer can't be had, ids drawn at random."""
-    text = job.config.text
     try:
         from benchmarks.cases._captions import captions
 
         known = captions(text.context_length)
         if int(known.max()) < text.vocab_size:
-            return known[torch.randint(len(known), (job.global_batch,))], ""
+            return known[torch.randint(len(known), (count,))], ""
     except (ImportError, UserError):
         pass
-    ids = torch.randint(1, text.vocab_size - 2, (job.global_batch, text.context_length))
-    ids[:, 0], ids[:, job.caption_tokens - 1] = text.vocab_size - 2, text.vocab_size - 1
-    ids[:, job.caption_tokens :] = 0
-    return ids, f"captions of {job.caption_tokens} tokens drawn at random"
+    ids = torch.randint(1, text.vocab_size - 2, (count, text.context_length))
+    ids[:, 0], ids[:, words - 1] = text.vocab_size - 2, text.vocab_size - 1
+    ids[:, words:] = 0
+    return ids, f"captions of {words} tokens drawn at random"
 
 
 def _timed(step: Any, images: Tensor, tokens: Tensor, device: torch.device, short: bool) -> tuple[list[float], int]:

@@ -222,7 +222,9 @@ def _memory_table(plan: "StepPlan", gpu: "Gpu") -> "Table":
     other = "CUDA context, NCCL, workspaces, fragments" + ("" if measured else " (assumed)")
     table.add_row(other, f"{low:.1f}" if measured else f"{low:.0f} to {high:.0f}", "")
     free = [gpu.memory_gib - total / _GIB - reserved for reserved in (high, low)]
-    words = "fits, {:.1f} to {:.1f} free" if free[0] >= 0 else "may fit" if free[1] >= 0 else "misses by {:.1f} to {:.1f}"
+    words = (
+        "fits, {:.1f} to {:.1f} free" if free[0] >= 0 else "may fit" if free[1] >= 0 else "misses by {:.1f} to {:.1f}"
+    )
     table.add_row("of the GPU", f"{gpu.memory_gib:.1f}", words.format(*sorted(map(abs, free))))
     if plan.host:
         table.add_row("in host memory", f"{plan.host / _GIB:.2f}", "")

@@ -11,6 +11,7 @@ from evaclip.plan.step import StepPlan, plan_step
 from evaclip.train.config import ParallelConfig, TrainConfig
 from evaclip.train.tasks import task_class
 
+
 def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None = None) -> list[StepPlan]:
     """A plan for each parallelism and policy of recomputation, sorted by FLOPs and then by memory.
 

@@ -182,7 +182,9 @@ class _Trace:
         self.extra = {name: depths[name] - tower.layers for name, tower in self.towers.items()}
         if caption_tokens is not None:
             if not isinstance(task, Contrastive):
-                raise UserError(f"--caption-tokens must be left out for task.name={config.task.name}: it has no captions")
+                raise UserError(
+                    f"--caption-tokens must be left out for task.name={config.task.name}: it has no captions"
+                )
             longest = task.model.context_length
             if not 2 <= caption_tokens <= longest:
                 raise UserError(f"--caption-tokens must be 2 to {longest}, got {caption_tokens}")

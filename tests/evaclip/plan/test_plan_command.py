@@ -24,7 +24,7 @@ def test_json_adds_up(plan: Any) -> None:
     (part,) = tree["parts"]
     assert part["peak"] == sum(part["kinds"].values())
     assert tree["room"] == tree["of_the_gpu"] - 3.5 * 2**30 == int(79.1 * 2**30) - 3.5 * 2**30
-    assert part["seconds"] == pytest.approx(sum(part["flops"].values()) / 989e12 / 0.5)
+    assert part["seconds"] == pytest.approx(sum(part["flops"].values()) / 67e12 / 0.5)
     assert part["gpu_hours"] == pytest.approx(part["steps"] * part["seconds"] / 3600)
 
 
@@ -37,8 +37,9 @@ def test_config_file_and_nodes(plan: Any, tmp_path: Path) -> None:
     whole = 12 * part["model_parameters"]
     assert nodes["batches waiting in a node, bytes"] == 8 * 3 * 2 * 4 * 3 * 32**2
     # One that is kept, one that is being written, and those of steps 45, 90, 135 and 180.
-    assert (nodes["checkpoint, bytes"], nodes["storage, bytes"]) == (whole, 6 * whole)
-    assert nodes["writing a checkpoint, seconds"] == whole / 2e9 + whole / 1.9e9
+    assert nodes["checkpoint, bytes"] == pytest.approx(whole, rel=1e-4)
+    assert nodes["storage, bytes"] == pytest.approx(6 * whole, rel=1e-4)
+    assert nodes["writing a checkpoint, seconds"] == pytest.approx(whole / 2e9 + whole / 1.9e9, rel=1e-4)
     assert nodes["decoding cores of a node"] == pytest.approx(32 / part["seconds"] / 100)
 
 

@@ -17,6 +17,7 @@ from evaclip.plan.step import plan_step
 from evaclip.train.build import build_step, build_task
 from evaclip.train.config import (
     ClassificationTask,
+    EvalConfig,
     MaskedImageTask,
     ModelConfig,
     OptimConfig,
@@ -110,13 +111,14 @@ def test_five_blocks_equal_nine(name: str) -> None:
     assert few.received == pytest.approx(whole.received, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_5b_model_on_one_gpu() -> None:
     recipe = replace(get_recipe("eva02-e-14-plus"), batch_size=8)
     plan = plan_step(recipe)
     assert plan.parameters == plan.model_parameters == 5_044_889_089
     assert plan.memory[PARAMETERS] == 4 * 5_044_889_089
-    assert plan.memory[OPTIMIZER] == 8 * 5_044_889_089
-    assert plan.checkpoint_bytes == 12 * 5_044_889_089
+    assert plan.memory[OPTIMIZER] == pytest.approx(8 * 5_044_889_089, rel=1e-6)
+    assert plan.checkpoint_bytes == pytest.approx(12 * 5_044_889_089, rel=1e-6)
 
 
 TINY = {"embed_dim": 16, "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4}}
@@ -151,9 +153,7 @@ def test_average_and_evaluation_are_counted() -> None:
 def test_reduced_shards_replace_whole_gradients() -> None:
     options = {"vision": {"layers": 3}, "text": {"layers": 2, "vocab_size": 1000}}
     run = run_of(CLIP_B, options, 64, accumulation=4)
-    whole, shards = (
-        plan_step(replace(run, parallel=replace(SHARD, accumulate=how)), 8) for how in ("whole", "shards")
-    )
+    whole, shards = (plan_step(replace(run, parallel=replace(SHARD, accumulate=how)), 8) for how in ("whole", "shards"))
     assert whole.memory[WHOLE_GRADIENTS] > shards.memory[WHOLE_GRADIENTS]
     assert 0.5 < (whole.memory.total() - shards.memory.total()) / (4 * 7 / 8 * whole.model_parameters) < 1
     assert shards.received["reduce-scatter"] == pytest.approx(4 * whole.received["reduce-scatter"], rel=0.1)
