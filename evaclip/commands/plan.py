@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
     largest = max((plan for plan, _ in parts), key=lambda plan: plan.memory.total())
     peak_flops = 1e12 * (gpu.single_tflops if config.precision == "fp32" else gpu.half_tflops)
     layouts = plan_layouts(largest.config, args.gpus, gpu, args.caption_tokens) if args.layouts else []
-    steps = None if parts[0][1] is None else sum(steps or 0 for _, steps in parts)
-    host = _host(largest, steps, min(plan.seconds(peak_flops, args.mfu) for plan, _ in parts), args)
     trees = [_tree(plan, steps, gpu, peak_flops * args.mfu) for plan, steps in parts]
+    steps = None if parts[0][1] is None else sum(steps or 0 for _, steps in parts)
+    host = _host(largest, steps, min(tree["seconds"] for tree in trees), args)
     layout_trees = [_tree(plan, None, gpu, peak_flops * args.mfu) for plan in layouts]
     if args.json:
         memory = {"of_the_gpu": int(gpu.memory_gib * _GIB), "room": gpu.room, "host": largest.host}

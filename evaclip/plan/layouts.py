@@ -8,7 +8,7 @@ from evaclip.model.savings import Recompute
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.recorder import AVERAGE, FROZEN, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS
 from evaclip.plan.step import StepPlan, plan_step
-from evaclip.train.config import ParallelConfig, TrainConfig
+from evaclip.train.config import MaskedImageTask, ParallelConfig, TrainConfig
 from evaclip.train.tasks import task_class
 
 
@@ -19,7 +19,7 @@ def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int |
     for all.
     """
     plans = []
-    for parallel in _parallelisms(config.parallel, gpus):
+    for parallel in _parallelisms(config, gpus):
         for recompute in reversed(get_args(Recompute)):
             savings = replace(config.model.savings, recompute=recompute)
             layout = replace(config, parallel=parallel, model=replace(config.model, savings=savings))
@@ -29,11 +29,13 @@ def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int |
     return sorted(plans, key=lambda plan: (sum(plan.flops.values()), plan.memory.total()))
 
 
-def _parallelisms(given: ParallelConfig, gpus: int) -> Iterator[ParallelConfig]:
+def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
+    given = config.parallel
     if gpus == 1:
         yield given
         return
-    if given.offload == "none":
+    shards_teacher = isinstance(config.task, MaskedImageTask) and config.task.teacher.shard
+    if given.offload == "none" and not shards_teacher:
         yield replace(given, mode="replicate", shard_size=None)
     yield replace(given, mode="shard", shard_size=None)
     if gpus > PER_NODE and gpus % PER_NODE == 0:

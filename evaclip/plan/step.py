@@ -93,10 +93,6 @@ class StepPlan:
     image_shape: tuple[int, int]
     checkpoint_bytes: int
 
-    def seconds(self, peak_flops: float, mfu: float) -> float:
-        """Time of a step at the share `mfu` of the peak, recomputation included."""
-        return sum(self.flops.values()) / (peak_flops * mfu)
-
 
 def plan_step(
     config: TrainConfig,
