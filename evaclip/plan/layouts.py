@@ -6,7 +6,7 @@ from typing import get_args
 
 from evaclip.model.savings import Recompute
 from evaclip.plan.gpus import PER_NODE, Gpu
-from evaclip.plan.recorder import AVERAGE, FROZEN, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS
+from evaclip.plan.recorder import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS
 from evaclip.plan.step import StepPlan, plan_step
 from evaclip.train.config import MaskedImageTask, ParallelConfig, TrainConfig
 from evaclip.train.tasks import task_class
@@ -48,7 +48,7 @@ def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_toke
     # All that isn't fixed is at most in proportion to the micro-batch; several of them add gradients that stay.
     needed = plan.memory.total() - _fixed(plan)
     for number in micro_batch_counts(config.batch_size // gpus // together)[1:]:
-        room = gpu.room - _fixed(plan) - plan.memory[WHOLE_GRADIENTS]
+        room = gpu.room - _fixed(plan) - plan.memory[GRADIENTS] - plan.memory[WHOLE_GRADIENTS]
         if plan.memory.total() <= gpu.room or room <= 0:
             break
         if number * room >= needed:
