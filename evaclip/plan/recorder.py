@@ -251,7 +251,7 @@ def _contrastive(gemms: int, first: int = 0) -> Callable[..., int]:
 
     def formula(*args: Any, **_: Any) -> int:
         image, text = args[first : first + 2]
-        return gemms * 2 * len(image) * len(text) * image.shape[1]
+        return int(gemms * 2 * len(image) * len(text) * image.shape[1])
 
     return formula
 

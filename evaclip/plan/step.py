@@ -9,7 +9,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -412,6 +412,6 @@ def _options(config: TrainConfig, vision: dict[str, Any], text: dict[str, Any] |
     return {**options, **{name: {**options.get(name, {}), **change} for name, change in changes.items() if change}}
 
 
-def _blocks(tower: Tower) -> list[nn.Module]:
+def _blocks(tower: Tower) -> list[ResidualBlock]:
     """Without those of a decoder, which follow."""
     return [module for module in tower.modules() if isinstance(module, ResidualBlock)][: tower.layers]
