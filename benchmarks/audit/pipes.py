@@ -61,7 +61,7 @@ class Rates:
     """Of a whole GPU, in a second, if its multiprocessors are evenly loaded.
 
     Attributes:
-        gpu: the name in `evaclip.plan.gpus`.
+        gpu: the name in `evaclip.plan.gpus.GPUS`.
         pipes: instructions of warps, by pipe; `issue` takes those of all pipes, `cycles` is for cycles of a
             multiprocessor, of which each serves a request's part to shared memory or 128 bytes of the first cache.
         flops: of products of matrices in 16 bits.

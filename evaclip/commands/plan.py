@@ -2,100 +2,289 @@
 
 import argparse
 import json
-from dataclasses import asdict, replace
-from typing import Any
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf, positive
 from evaclip.commands.train import add_configuration, configure
+from evaclip.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evaclip.plan.gpus import Gpu
+    from evaclip.plan.step import StepPlan
 
 _EXAMPLES = (
-    "evaclip plan eva02-e-14-plus --gpus 144 --gpu a100-80g --savings",
+    "evaclip plan eva02-e-14-plus --gpus 144 --gpu a100-80g",
+    "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --layouts",
     "evaclip plan eva02-b-16 --config my.yaml --set accumulation=8 --gpus 8 --gpu h100-80g",
     "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --set batch_size=16384 model.savings.recompute=activations --json",
-    "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --fit",
     "evaclip plan finetune-eva02-b-in1k --gpus 8 --set schedule.epoch_samples=1281167",
     "evaclip plan eva02-l-14 --gpus 128 --images-per-core 400 --storage-gbps 5",
 )
+_GIB, _GB = 2**30, 1e9
+_MFU = 0.4
+_HASHED = 1.9e9
+"""Bytes of which one core computes SHA-256 in a second."""
+_STATIC = ("parameters", "frozen weights", "weights in 16 bits", "gradients", "optimizer state", "averaged weights")
 
 
 def add_commands(subparsers: Any) -> None:
     """Adds `plan` to the command line."""
-    help = "say what a training run needs before a GPU is rented: memory, operations, time"
+    help = "plan a training run before a GPU is rented: memory, FLOPs, communication, layouts that fit"
     parser = leaf(subparsers, "plan", help=help, examples=_EXAMPLES)
     add = parser.add_argument
-    add("--gpus", type=int, default=1, metavar="N", help="how many (1)")
-    add("--gpu", default="a100-80g", metavar="KIND", help="which kind (a100-80g)")
-    add("--caption-tokens", type=int, metavar="N", help="mean length of captions, with start and end (15)")
-    add("--state-dtype", default="fp32", choices=("fp32", "bf16"), help="of the moments (fp32)")
-    add("--beside", type=positive, metavar="GIB", help="what a GPU holds besides tensors, as 'train --dry-run' finds")
-    add(
-        "--images-per-core", type=positive, metavar="N", help="that one core decodes a second ('data bench'), for cores"
-    )
-    add(
-        "--storage-gbps",
-        type=positive,
-        metavar="GB/S",
-        help="at which all GPUs write together, for a checkpoint's time",
-    )
-    add("--savings", action="store_true", help="say what each saving is worth")
-    add("--fit", action="store_true", help="search the largest batch, the cheapest policy and the fewest GPUs")
+    add("--gpus", type=int, default=1, metavar="N", help="number of GPUs (1)")
+    add("--gpu", default="a100-80g", metavar="KIND", help="kind of GPU (a100-80g)")
+    add("--mfu", type=float, default=_MFU, metavar="SHARE", help=f"share of the GPU's peak FLOP/s, for times ({_MFU})")
+    add("--caption-tokens", type=int, metavar="N", help="mean length of captions, with start and end token (15)")
+    add("--beside", type=positive, metavar="GIB", help="memory of a GPU besides tensors, as 'train --dry-run' measures")
+    add("--images-per-core", type=positive, metavar="N", help="images that a core decodes a second ('data bench')")
+    add("--storage-gbps", type=positive, metavar="GB/S", help="rate at which all ranks write together")
+    add("--layouts", "--fit", action="store_true", help="plan every parallelism and policy of recomputation")
     add("--json", action="store_true", help="print everything as one JSON object")
     add_configuration(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the plan that the command line asks for."""
-    # Imported here so that `evaclip --help` does not wait for torch.
-    from evaclip.plan import tables, time_tables
-    from evaclip.plan.fit import fit
-    from evaclip.plan.gpus import get_gpu
-    from evaclip.plan.host import host_table, host_tree
-    from evaclip.plan.job import Job
-    from evaclip.plan.parts import parts_table, parts_tree, plan_parts, run_hours
-    from evaclip.plan.savings import ladder
-    from evaclip.plan.time import ASSUMPTIONS
+    """Prints the plan that the command line asks for.
 
+    Raises:
+        UserError: as the run itself would, or for an unknown GPU.
+    """
+    # Imported here so that `evaclip --help` does not wait for torch.
+    from evaclip.plan.gpus import get_gpu
+    from evaclip.plan.layouts import plan_layouts
+
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu}")
     config, gpu = configure(args, args.gpus), get_gpu(args.gpu)
     if args.beside is not None:
-        gpu = replace(gpu, beside_gib=(args.beside, args.beside))
-    captions = {} if args.caption_tokens is None else {"caption_tokens": args.caption_tokens}
-    job = Job.of(config, args.gpus, state_dtype=args.state_dtype, **captions)
-    parts = plan_parts(config, job, gpu)
-    largest = max(parts, key=lambda part: part.memory.peak.total)
-    memory, time = largest.memory, largest.time
-    fastest = min((part.time for part in parts), key=lambda time: sum(time.step))
-    host = host_tree(config, job, memory, fastest, args.images_per_core, args.storage_gbps)
-    # What follows is of a step with the largest images; the hours of a run of several parts stand with these.
-    of_step = largest.job if len(parts) == 1 else replace(largest.job, samples=None)
-    rungs = ladder(of_step, gpu) if args.savings else None
-    found = fit(of_step, gpu) if args.fit else None
+        gpu = replace(gpu, other_gib=(args.beside, args.beside))
+    parts = _plan_parts(config, args)
+    largest = max((plan for plan, _ in parts), key=lambda plan: plan.memory.total())
+    peak_flops = 1e12 * (gpu.single_tflops if config.precision == "fp32" else gpu.half_tflops)
+    layouts = plan_layouts(largest.config, args.gpus, gpu, args.caption_tokens) if args.layouts else []
+    trees = [_tree(plan, steps, gpu, peak_flops * args.mfu) for plan, steps in parts]
+    steps = None if parts[0][1] is None else sum(steps or 0 for _, steps in parts)
+    host = _host(largest, steps, min(tree["seconds"] for tree in trees), args)
+    layout_trees = [_tree(plan, None, gpu, peak_flops * args.mfu) for plan in layouts]
     if args.json:
-        tree: dict[str, Any] = {
-            "job": asdict(job),
-            "gpu": asdict(gpu),
-            "assumptions": asdict(ASSUMPTIONS),
-            "memory": tables.memory_tree(memory, gpu),
-            "time": {**time_tables.time_tree(time, of_step, gpu), "gpu_hours": run_hours(parts)},
-            "parts": parts_tree(parts, args.images_per_core),
-            "host": host,
-            **({"savings": time_tables.savings_tree(rungs)} if rungs else {}),
-            **({"fit": time_tables.fit_tree(found)} if found else {}),
-        }
+        memory = {"of_the_gpu": int(gpu.memory_gib * _GIB), "room": gpu.room, "host": largest.host}
+        tree = {"gpu": gpu.name, "mfu": args.mfu, **memory, "parts": trees, "layouts": layout_trees, "nodes": host}
         print(json.dumps(tree, indent=2))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(tables.summary(of_step, memory, gpu))
-    console.print(tables.memory_table(memory, gpu, job.gpus))
-    console.print(time_tables.flops_table(time, of_step))
-    console.print(time_tables.time_table(time, of_step, gpu))
-    if len(parts) > 1:
-        console.print(parts_table(parts, args.images_per_core))
-    console.print(host_table(host))
-    if rungs:
-        console.print(time_tables.savings_table(rungs))
-    if found:
-        console.print(time_tables.fit_table(found, gpu))
-    console.print(time_tables.assumptions_text(gpu), highlight=False)
+    console.print(_summary(largest, gpu))
+    console.print(_memory_table(largest, gpu))
+    console.print(_step_table(largest, gpu, peak_flops * args.mfu, args.mfu))
+    if len(parts) > 1 or parts[0][1]:
+        console.print(_parts_table(trees, args.gpus))
+    console.print(_host_table(host))
+    if layouts:
+        console.print(_layouts_table(layout_trees, gpu))
+    if not any(tree["fits"] for tree in layout_trees or trees):
+        console.print(
+            "Nothing fits. More GPUs (--gpus), precision=bf16, parallel.offload=cpu or a smaller batch take less"
+            if layouts
+            else "It doesn't fit. --layouts tries other parallelism, recomputation and numbers of micro-batches"
+        )
+
+
+def _plan_parts(config: Any, args: argparse.Namespace) -> "list[tuple[StepPlan, int | None]]":
+    """A plan, and the number of steps if known, for each image size of the run."""
+    from evaclip.plan.step import plan_step
+    from evaclip.train.schedule import image_parts, total_steps
+
+    schedule, sizes = config.schedule, [(None, part.image_size) for part in config.schedule.resolutions]
+    parts: list[tuple[int | None, int | None]] = [*sizes, (None, None)]
+    if schedule.steps or schedule.epoch_samples:
+        steps = total_steps(schedule, config.batch_size, 0)
+        parts = [(len(part), size) for part, size in image_parts(steps, schedule)]
+    plans = []
+    for steps_of_part, size in parts:
+        plan = plan_step(config, args.gpus, caption_tokens=args.caption_tokens, image_size=size)
+        plans.append((plan, steps_of_part))
+    return plans
+
+
+def _host(plan: "StepPlan", steps: int | None, seconds: float, args: argparse.Namespace) -> dict[str, float]:
+    """What nodes and storage need besides GPUs: bytes, cores, seconds.
+
+    Args:
+        steps: steps of the run; None if unknown.
+        seconds: time of a step with the smallest images.
+    """
+    from evaclip.data.loader import UNIT
+    from evaclip.plan.gpus import PER_NODE
+
+    config, in_node = plan.config, min(PER_NODE, plan.gpus)
+    # Each worker holds as many parts of batches as there are batches waiting.
+    rows = max(plan.local_batch, config.data.workers * min(UNIT, plan.local_batch))
+    checkpoint = plan.checkpoint_bytes
+    # Without shards rank 0 alone copies what the background thread writes.
+    copy = checkpoint * plan.parameters * in_node // plan.model_parameters if plan.is_cut else checkpoint
+    host: dict[str, float] = {
+        "batches waiting in a node, bytes": in_node * config.data.prefetch * rows * 3 * math.prod(plan.image_shape),
+        "copy of a checkpoint in a node, bytes": copy if config.checkpoint.background else 0,
+        "checkpoint, bytes": checkpoint,
+    }
+    if steps is not None:
+        forever = steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
+        host["storage, bytes"] = checkpoint * (config.checkpoint.keep + forever + 1)
+    if plan.host:
+        host["offloaded in a node, bytes"] = in_node * plan.host
+    if args.images_per_core:
+        host["decoding cores of a node"] = in_node * plan.local_batch / seconds / args.images_per_core
+    if args.storage_gbps:
+        hashing = checkpoint / _HASHED / (plan.gpus if plan.is_cut else 1)
+        host["writing a checkpoint, seconds"] = checkpoint / (args.storage_gbps * _GB) + hashing
+    return host
+
+
+def _tree(plan: "StepPlan", steps: int | None, gpu: "Gpu", rate: float) -> dict[str, Any]:
+    """A plan as plain data: bytes, FLOPs, seconds."""
+    seconds = sum(plan.flops.values()) / rate
+    return {
+        "image_size": max(plan.image_shape),
+        "steps": steps,
+        "mode": plan.config.parallel.mode if plan.is_cut else "replicate",
+        "shard_size": plan.config.parallel.shard_size if plan.is_cut else None,
+        "recompute": plan.config.model.savings.recompute,
+        "accumulation": plan.config.accumulation,
+        "micro_batch": plan.micro_batch,
+        "parameters": plan.parameters,
+        "model_parameters": plan.model_parameters,
+        "peak": plan.memory.total(),
+        "peak_phase": plan.phase,
+        "kinds": dict(plan.memory),
+        "flops": plan.flops,
+        "traffic": plan.traffic,
+        "received": plan.received,
+        "seconds": seconds,
+        "gpu_hours": None if steps is None else steps * seconds * plan.gpus / 3600,
+        "fits": plan.memory.total() <= gpu.room,
+    }
+
+
+def _table(name: str, *columns: str, title: str | None = None) -> "Table":
+    """An empty table in which all columns except the first are numbers."""
+    from rich.table import Column, Table
+
+    return Table(name, *(Column(column, justify="right") for column in columns), title=title)
+
+
+def _summary(plan: "StepPlan", gpu: "Gpu") -> "Table":
+    from rich.table import Table
+
+    config, parallel = plan.config, plan.config.parallel
+    spread = "whole on each GPU"
+    if plan.is_cut:
+        size = parallel.shard_size or plan.gpus
+        spread = f"cut over {size} GPUs" + (f", {plan.gpus // size} copies" if size < plan.gpus else "")
+        spread += "; in host memory" if parallel.offload != "none" else ""
+    samples = f"{plan.gpus} (GPUs) x {config.accumulation} (micro-batches) x {plan.micro_batch:,}"
+    is_uneven = config.batch_size % (plan.gpus * config.accumulation) > 0
+    table = Table(show_header=False, title="Plan")
+    for row in (
+        ("model", f"{config.model.name}; {config.task.name}"),
+        ("GPUs", f"{plan.gpus} x {gpu.name}"),
+        ("batch", f"{config.batch_size:,} = {samples}" + (" at most" if is_uneven else "")),
+        ("precision", f"{config.precision}; {config.optim.name}"),
+        ("parameters", f"{plan.model_parameters:,}, {spread}: {plan.parameters:,} on a GPU"),
+        ("recomputed", config.model.savings.recompute),
+    ):
+        table.add_row(*row)
+    return table
+
+
+def _memory_table(plan: "StepPlan", gpu: "Gpu") -> "Table":
+    """Memory of one GPU by kind, at the highest moment of a step."""
+    total = plan.memory.total()
+    tower, *place = plan.phase.lstrip("~").split(".")
+    phase = f"{tower} tower, {place[0]}" if place else tower
+    direction = "backward pass of the " if plan.phase.startswith("~") else ""
+    table = _table("kind", "GiB", "share", title=f"Memory of one GPU at its peak: {direction}{phase}")
+    first = [kind for kind in _STATIC if plan.memory[kind]]
+    others = sorted(plan.memory.keys() - set(first), key=lambda kind: -plan.memory[kind])
+    for kind in (*first, *others):
+        if plan.memory[kind] >= 1 << 20 or kind in first:
+            table.add_row(kind, f"{plan.memory[kind] / _GIB:.2f}", f"{plan.memory[kind] / total:.1%}")
+    table.add_section()
+    table.add_row("tensors", f"{total / _GIB:.2f}", "")
+    low, high = gpu.other_gib
+    measured = low == high
+    other = "CUDA context, NCCL, workspaces, fragments" + ("" if measured else " (assumed)")
+    table.add_row(other, f"{low:.1f}" if measured else f"{low:.0f} to {high:.0f}", "")
+    free = [gpu.memory_gib - total / _GIB - reserved for reserved in (high, low)]
+    words = (
+        "fits, {:.1f} to {:.1f} free" if free[0] >= 0 else "may fit" if free[1] >= 0 else "misses by {:.1f} to {:.1f}"
+    )
+    table.add_row("of the GPU", f"{gpu.memory_gib:.1f}", words.format(*sorted(map(abs, free))))
+    if plan.host:
+        table.add_row("in host memory", f"{plan.host / _GIB:.2f}", "")
+    return table
+
+
+def _step_table(plan: "StepPlan", gpu: "Gpu", rate: float, mfu: float) -> "Table":
+    """FLOPs, memory traffic and communication of one GPU in a step."""
+    table = _table("of a GPU and step", "", "of a sample")
+    for stage, flops in (*plan.flops.items(), ("all", sum(plan.flops.values()))):
+        table.add_row(f"FLOPs, {stage}", f"{flops / 1e12:,.1f} T", f"{flops / plan.local_batch / 1e9:,.1f} G")
+    table.add_section()
+    table.add_row("read and written by operators", f"{plan.traffic / _GB:,.0f} GB", "")
+    for collective, size in plan.received.items():
+        table.add_row(f"received, {collective}", f"{size / _GB:,.2f} GB", "")
+    table.add_section()
+    seconds = sum(plan.flops.values()) / rate
+    table.add_row(f"FLOPs at {mfu:.0%} of {rate / mfu / 1e12:g} TFLOP/s", f"{seconds:,.3g} s", "")
+    table.add_row("samples a second, all GPUs", f"{plan.config.batch_size / seconds:,.0f}", "")
+    return table
+
+
+def _parts_table(trees: list[dict[str, Any]], gpus: int) -> "Table":
+    table = _table("image size", "steps", "GiB", "TFLOP of a GPU and step", "seconds a step", "GPU-hours", title="Run")
+    for tree in trees:
+        flops, hours = sum(tree["flops"].values()) / 1e12, tree["gpu_hours"]
+        steps = "?" if tree["steps"] is None else f"{tree['steps']:,}"
+        spent = "?" if hours is None else f"{hours:,.0f}"
+        row = (f"{tree['peak'] / _GIB:.2f}", f"{flops:,.1f}", f"{tree['seconds']:,.3g}", spent)
+        table.add_row(f"{tree['image_size']}", steps, *row)
+    if all(tree["gpu_hours"] is not None for tree in trees):
+        hours = sum(tree["gpu_hours"] for tree in trees)
+        steps = sum(tree["steps"] for tree in trees)
+        table.add_section()
+        table.add_row("all", f"{steps:,}", "", "", "", f"{hours:,.0f}, {hours / gpus / 24:,.1f} days")
+    return table
+
+
+def _layouts_table(trees: list[dict[str, Any]], gpu: "Gpu") -> "Table":
+    columns = ("recomputed", "micro-batches", "GiB", "TFLOP", "GB received", "seconds", "fits")
+    table = _table("parallel", *columns, title=f"Layouts with the fewest micro-batches that fit {gpu.name}")
+    for tree in trees:
+        size = f" {tree['shard_size']}" if tree["shard_size"] else ""
+        table.add_row(
+            f"{tree['mode']}{size}",
+            tree["recompute"],
+            f"{tree['accumulation']} x {tree['micro_batch']:,}",
+            f"{tree['peak'] / _GIB:,.1f}",
+            f"{sum(tree['flops'].values()) / 1e12:,.0f}",
+            f"{sum(tree['received'].values()) / _GB:,.1f}",
+            f"{tree['seconds']:,.3g}",
+            "yes" if tree["fits"] else "no",
+        )
+    return table
+
+
+def _host_table(host: dict[str, float]) -> "Table":
+    table = _table("besides the GPUs", "", title="Nodes and storage")
+    for name, value in host.items():
+        what, _, unit = name.partition(", ")
+        text = f"{value / _GB:,.1f} GB" if unit == "bytes" else f"{value:,.1f} s" if unit else f"{value:,.1f}"
+        table.add_row(what, text)
+    return table

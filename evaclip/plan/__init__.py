@@ -1,1 +1,1 @@
-"""What a training run will need, before a GPU is rented: memory, operations, time, and what each saving is worth."""
+"""Memory, FLOPs and communication of a training step, before a GPU is rented."""

@@ -1,9 +1,6 @@
-"""What is known of GPUs, from `gpus.json`."""
+"""Memory and peak rates of GPUs."""
 
-import json
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 
 from evaclip.errors import unknown_name
 
@@ -15,14 +12,11 @@ class Gpu:
     """One kind of GPU, in nodes of eight.
 
     Attributes:
-        memory_gib: what a program can have of it.
-        half_tflops, single_tflops: dense rate of products in 16 bits and in float32.
-        memory_gbps: of its own memory, in GB/s.
-        node_gbps: GB/s from one GPU to the others of its node, in one direction.
-        network_gbps: GB/s of a whole node to other nodes: from what slow to what fast clusters have.
-        source: where the numbers are from.
-        beside_gib: what else it holds than tensors, from the least to the most: the CUDA context, buffers of NCCL and
-            cuBLAS, and what the allocator can't use. Assumed, until `evaclip train --dry-run` has measured it.
+        memory_gib: memory that a program can use, as torch reports it.
+        half_tflops, single_tflops: dense peak of GEMMs in 16 bits and in float32, from the maker's data sheet.
+        memory_gbps: bandwidth of its memory, in GB/s.
+        other_gib: memory that isn't tensors, least and most: CUDA context, workspaces of NCCL and cuBLAS, fragments.
+            An assumption; `evaclip train --dry-run` measures it.
     """
 
     name: str
@@ -30,30 +24,31 @@ class Gpu:
     half_tflops: float
     single_tflops: float
     memory_gbps: float
-    node_gbps: float
-    network_gbps: tuple[float, float]
-    source: str
-    beside_gib: tuple[float, float] = (2.0, 4.0)
+    other_gib: tuple[float, float] = (2.0, 4.0)
 
     @property
-    def memory(self) -> int:
-        """Bytes."""
-        return int(self.memory_gib * 2**30)
+    def room(self) -> int:
+        """Bytes left for tensors if everything else takes the most that is assumed."""
+        return int((self.memory_gib - self.other_gib[1]) * 2**30)
 
 
-@cache
-def gpus() -> dict[str, Gpu]:
-    """All that are known, by their short names."""
-    entries = json.loads((files("evaclip.plan") / "gpus.json").read_text(encoding="utf-8"))
-    return {name: Gpu(**{**entry, "network_gbps": tuple(entry["network_gbps"])}) for name, entry in entries.items()}
+GPUS = {
+    "a100-40g": Gpu("NVIDIA A100 40 GB SXM", 39.5, 312, 19.5, 1555),
+    "a100-80g": Gpu("NVIDIA A100 80 GB SXM", 79.1, 312, 19.5, 2039),
+    "h100-80g": Gpu("NVIDIA H100 80 GB SXM", 79.1, 989, 67, 3350),
+    "h200": Gpu("NVIDIA H200 SXM", 139.8, 989, 67, 4800),
+    "b200": Gpu("NVIDIA B200 SXM", 178.3, 2250, 75, 8000),
+    "l40s": Gpu("NVIDIA L40S", 44.4, 362, 91.6, 864),
+    "rtx-4090": Gpu("NVIDIA RTX 4090", 23.5, 165.2, 82.6, 1008),
+}
 
 
 def get_gpu(name: str) -> Gpu:
     """The GPU called `name`.
 
     Raises:
-        UserError: for an unknown name, with the nearest known ones.
+        UserError: `name` is unknown; the message has the nearest known names.
     """
-    if name not in gpus():
-        raise unknown_name("GPU", name, gpus())
-    return gpus()[name]
+    if name not in GPUS:
+        raise unknown_name("GPU", name, GPUS)
+    return GPUS[name]

@@ -1,181 +1,276 @@
-"""Watches tensors come and go, and what each operator costs, while a model runs."""
+"""Records which storages live, what operators compute and what collectives send, while a step runs."""
 
-import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from evaclip.plan.operators import Cost, cost_of
+import evakernels  # noqa: F401  (registers the ops)
 from evaclip.weights import is_cut
 
-PARAMETERS, FROZEN, INPUTS, CASTS, GRADIENTS, COMMUNICATION = (
-    "parameters",
-    "frozen weights",
-    "inputs",
-    "weights in 16 bits",
-    "gradients",
-    "communication",
-)
+PARAMETERS, FROZEN, CASTS, GRADIENTS = "parameters", "frozen weights", "weights in 16 bits", "gradients"
+WHOLE_GRADIENTS = "whole gradients of micro-batches"
+OPTIMIZER, AVERAGE, INPUTS, HOST = "optimizer state", "averaged weights", "inputs", "host memory"
+COMMUNICATION, WORKING = "communication", "working memory"
+STAGES = ("teacher", "forward", "backward", "recomputation")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
 
-# The innermost of these classes or functions on the stack says what a tensor is for.
-_MAKERS = {
-    "Attention": "attention",
-    "TextAttention": "attention",
-    "GeluMlp": "MLP",
-    "TextMlp": "MLP",
-    "SwiGLU": "MLP",
-    "Norm.of_branch": "residual stream",
-    "Norm": "norms",
-    "Block": "residual stream",
-    "TextBlock": "residual stream",
-    "ResidualBlock": "residual stream",
-    "PatchEmbed": "embedding",
-    "VisionTower._embed": "embedding",
-    "TextTower._embed": "embedding",
-    "MaskedImageModel._among_all": "embedding",
-    "Teacher": "teacher's features",
-}
-_SHARDING = "/torch/distributed/"
+CHUNK_BYTES, MIN_CHUNK = 1 << 28, 2048
+"""Gradient of the logits that the GPU's contrastive loss holds at a time, as in `evakernels.triton.contrastive`."""
+
+Amounts = Counter[str]
 
 
-@dataclass
-class Recording:
-    """Everything that happened, in order.
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step.
 
     Attributes:
-        changes: (storage, bytes) each time that one is allocated (+), freed (-) or resized.
-        makers: of each storage, what made it.
-        costs: of each operator.
-        marks: (name, changes so far, costs so far) at the beginning of each phase.
+        name: `image.block.0`, in the backward pass `~image.block.0`.
+        number: how many forward passes began before or with it.
+        change: bytes by kind at its end minus those at its beginning.
+        peak: bytes by kind at its highest moment minus those at its beginning.
+        costs: FLOPs by stage, bytes that each collective receives, and `bytes` that operators read and write.
     """
 
-    changes: list[tuple[int, int]] = field(default_factory=list)
-    makers: list[str] = field(default_factory=list)
-    costs: list[Cost] = field(default_factory=list)
-    marks: list[tuple[str, int, int]] = field(default_factory=list)
+    name: str
+    number: int
+    change: Amounts
+    peak: Amounts
+    costs: Amounts
 
 
 class Recorder(TorchDispatchMode):
-    """In its `with` block every operator is recorded; works on fake and on real tensors.
+    """Records every operator inside its `with` block, on fake or real tensors.
 
-    A storage counts once however many views it has, from the operator that returns it to the moment that nothing
-    refers to it any more. What an operator allocates and frees inside itself is not seen.
+    A storage counts once, from the operator that returns it until nothing refers to it. Memory that an operator
+    allocates and frees internally isn't seen, except the workspace of the contrastive loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: dict[str, Iterable[Tensor]], opening: str) -> None:
+        """
+        Args:
+            kinds: tensors that exist before the step, by kind. `HOST` isn't counted.
+            opening: phase with which each forward pass begins.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.recording = Recording()
-        self._indices: dict[int, int] = {}
+        self._kinds: list[str] = []
         self._sizes: list[int] = []
+        self._changes: list[tuple[int, int]] = []
+        self._costs: list[Amounts] = [Counter()]
+        self._marks: list[tuple[str, int]] = []
+        self._known: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
+        self._gathered: dict[int, Any] = {}
+        self._opening = opening
+        for kind, tensors in kinds.items():
+            for tensor in tensors:
+                self._know(tensor, kind)
 
     def mark(self, name: str) -> None:
         """Begins a phase."""
-        self.recording.marks.append((name, len(self.recording.changes), len(self.recording.costs)))
+        self._marks.append((name, len(self._changes)))
+        self._costs.append(Counter())
 
-    def know(self, tensor: Tensor, maker: str) -> int:
-        """The number of the tensor's storage, which from now on is known as `maker` made it, if it wasn't known."""
-        storage = local(tensor).untyped_storage()
-        index = self._indices.get(id(storage))
-        if index is None:
-            index = len(self._sizes)
-            self._indices[id(storage)] = index
-            self._sizes.append(0)
-            self.recording.makers.append(maker)
-            self._references[index] = weakref.ref(storage, self._forget(id(storage), index))
-            self._resize(index, storage.nbytes())
-        return index
+    def label(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Sets the kind of the tensors' storages, also for the time before this call."""
+        for tensor in tensors:
+            self._kinds[self._know(tensor, kind)] = kind
 
-    def relabel(self, tensor: Tensor, maker: str) -> None:
-        """Says anew what made the tensor."""
-        self.recording.makers[self.know(tensor, maker)] = maker
+    def phases(self) -> tuple[Amounts, list[Phase]]:
+        """Bytes by kind before the first phase, and the phases.
+
+        Optimizer state counts from the start, although the first step creates it at its end.
+        """
+        kinds = self._final_kinds()
+        changes = [(kinds[index], size) for index, size in self._changes]
+        start: Amounts = Counter()
+        for kind, size in changes[: self._marks[0][1]]:
+            start[kind] += size
+        late = [(kind, size) for kind, size in changes[self._marks[0][1] :] if kind == OPTIMIZER]
+        start[OPTIMIZER] += sum(size for _, size in late)
+        phases, number = [], 0
+        bounds = pairwise([*(place for _, place in self._marks), len(changes)])
+        for (name, _), (first, end), costs in zip(self._marks, bounds, self._costs[1:], strict=True):
+            number += name == self._opening
+            change: Amounts = Counter()
+            peak, highest, total = Counter(change), 0, 0
+            for kind, size in changes[first:end]:
+                if kind not in (HOST, OPTIMIZER):
+                    change[kind] += size
+                    total += size
+                    if total > highest:
+                        peak, highest = Counter(change), total
+            phases.append(Phase(name, number, change, peak, costs))
+        del start[HOST]
+        return start, phases
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.recording.costs.append(cost_of(func, args, kwargs, result))
-        maker = None
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(local(leaf).untyped_storage()) not in self._indices:
-                maker = maker or self._maker(func, args)
-                self.know(leaf, maker)
+        for index, storage in self._gathered.items():
+            # Sharding frees and allocates gathered parameters by resizing their storages, which is no operator.
+            self._resize(index, storage.nbytes())
+        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
+        casts = func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) == PARAMETERS
+        for tensor in outputs:
+            self._know(tensor, CASTS if casts else "")
+        if func.namespace in ("c10d", "fsdp"):
+            self._communicate(func, args, kwargs, result)
+        else:
+            self._count(func, args, kwargs, result, [*inputs, *outputs])
         return result
 
-    def __enter__(self) -> "Recorder":
-        self._unpatch = _on_resize(self._resized)
-        self._unpatch.__enter__()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+    def _communicate(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = func._overloadpacket.__name__
+        written = kwargs.get("out", args[0] if func.namespace == "c10d" else result)
+        for tensor in tree_leaves(written):
+            if isinstance(tensor, Tensor):
+                index = self._know(tensor, "")
+                self._kinds[index] = self._kinds[index] or COMMUNICATION
+                if name == "split_with_sizes_copy":
+                    self._gathered[index] = local(tensor).untyped_storage()
+        starts = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+        collective = next((value for start, value in starts.items() if name.strip("_").startswith(start)), None)
+        if collective:
+            size = max(sum(_size(x) for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args[:2])
+            group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
+            ranks = dist.ProcessGroup.unbox(group).size()
+            self._costs[-1][collective] += (1 + (collective == "all-reduce")) * size * (ranks - 1) // ranks
 
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        self._unpatch.__exit__(*exc)
-        self._references.clear()  # and with them the news of what is freed from here on
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, tensors: list[Tensor]) -> None:
+        packet, costs = func._overloadpacket, self._costs[-1]
+        name = packet.__name__
+        if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view"))):
+            costs["bytes"] += sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
+        if name in ("contrastive_backward", "contrastive_kept_backward"):
+            rows, columns = len(args[3]), len(args[4])
+            workspace = 4 * columns * min(rows, max(MIN_CHUNK, CHUNK_BYTES // (4 * columns)))
+            self._kinds.append(WORKING)
+            self._sizes.append(0)
+            self._resize(len(self._sizes) - 1, workspace)
+            self._resize(len(self._sizes) - 1, 0)
+        formula = FLOPS.get(packet)
+        if formula:
+            # The backward pass itself builds no graph, and our own forward ops run in it for recomputation alone.
+            in_backward = torch._C._current_graph_task_id() >= 0
+            again = in_backward and (torch.is_grad_enabled() or name.endswith("_forward"))
+            is_teacher = bool(self._marks) and self._marks[-1][0] == "teacher"
+            stage = "recomputation" if again else "backward" if in_backward else "forward"
+            costs["teacher" if is_teacher else stage] += formula(*args, **kwargs, out_val=result)
 
-    def _maker(self, func: Any, args: Any) -> str:
-        if func is torch.ops.aten._to_copy.default:
-            source = self._indices.get(id(local(args[0]).untyped_storage()))
-            if source is not None and self.recording.makers[source] == PARAMETERS:
-                return CASTS
-        return _maker_on_stack()
+    def _know(self, tensor: Tensor, kind: str) -> int:
+        storage = local(tensor).untyped_storage()
+        index = self._known.get(id(storage))
+        if index is None:
+            index = len(self._sizes)
+            self._known[id(storage)] = index
+            self._kinds.append(kind)
+            self._sizes.append(0)
+            self._references[index] = weakref.ref(storage, self._forget(id(storage), index))
+            self._resize(index, storage.nbytes())
+        return index
 
-    def _forget(self, key: int, index: int) -> Any:
+    def _kind_of(self, tensor: Tensor) -> str:
+        index = self._known.get(id(local(tensor).untyped_storage()))
+        return "" if index is None else self._kinds[index]
+
+    def _forget(self, key: int, index: int) -> Callable[[Any], None]:
         def freed(_: Any) -> None:
-            self._indices.pop(key, None)
+            self._known.pop(key, None)
             self._references.pop(index, None)
             self._resize(index, 0)
 
         return freed
 
-    def _resized(self, storage: Any) -> None:
-        index = self._indices.get(id(storage))
-        if index is not None:
-            self._resize(index, storage.nbytes())
-
     def _resize(self, index: int, size: int) -> None:
-        change = size - self._sizes[index]
-        if change:
+        if size != self._sizes[index]:
+            self._changes.append((index, size - self._sizes[index]))
             self._sizes[index] = size
-            self.recording.changes.append((index, change))
+
+    def _final_kinds(self) -> list[str]:
+        """Kinds of all storages; those without a label get one from the phases in which they begin and end."""
+        self._references.clear()  # what is freed from here on isn't of the step
+        names, passes = [""], [0]
+        for name, _ in self._marks:
+            names.append(name)
+            passes.append(passes[-1] + (name == self._opening))
+        born: dict[int, int] = {}
+        died: dict[int, int] = {}
+        phase = 0
+        for place, (index, size) in enumerate(self._changes):
+            while phase < len(self._marks) and place >= self._marks[phase][1]:
+                phase += 1
+            born.setdefault(index, phase)
+            if size < 0:
+                died[index] = phase
+        kinds = []
+        for index, kind in enumerate(self._kinds):
+            first = born.get(index, 0)
+            last = died.get(index, len(self._marks) + 1)
+            name = names[first]
+            if not kind and last > first and name.partition(".")[0] in ("image", "text"):
+                kind = f"activations of the {name.partition('.')[0]} tower"
+            elif not kind and name.startswith("~") and last < len(passes) and passes[last] > passes[first]:
+                kind = WHOLE_GRADIENTS
+            kinds.append(kind or WORKING)
+        return kinds
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor._local_tensor if is_cut(tensor) else tensor
 
 
-def _maker_on_stack() -> str:
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if _SHARDING in code.co_filename:
-            return COMMUNICATION
-        maker = _MAKERS.get(code.co_qualname) or _MAKERS.get(code.co_qualname.partition(".")[0])
-        if maker is not None:
-            return maker
-        frame = frame.f_back  # type: ignore[assignment]
-    return "features"
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
-@contextmanager
-def _on_resize(callback: Any) -> Iterator[None]:
-    """Sharding gives and takes the memory of gathered parameters by resizing storages, which is no operator."""
-    original = torch.UntypedStorage.resize_
+def _rope_attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    batch, queries, heads, channels = q.shape
+    return 4 * batch * heads * queries * k.shape[1] * channels
 
-    def resize_(storage: Any, size: int) -> Any:
-        result = original(storage, size)
-        callback(storage)
-        return result
 
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Any, **__: Any) -> int:
+    # Exact for captions of equal length; the lengths are data, which the trace doesn't have.
+    tokens, heads, channels = q.shape
+    return 4 * heads * channels * tokens * tokens // max(len(cu_seqlens) - 1, 1)
+
+
+def _contrastive(gemms: int, first: int = 0) -> Callable[..., int]:
+    """FLOPs of `gemms` products of the logits' size; `first` is the index of the image features."""
+
+    def formula(*args: Any, **_: Any) -> int:
+        image, text = args[first : first + 2]
+        return int(gemms * 2 * len(image) * len(text) * image.shape[1])
+
+    return formula
+
+
+# The backward pass of attention has 5 GEMMs to the 2 of the forward pass, as torch counts its own attention.
+_aten, _ops = torch.ops.aten, torch.ops.evakernels
+_flash = "_scaled_dot_product_flash_attention"
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    getattr(_aten, f"{_flash}_for_cpu"): flop_registry[getattr(_aten, _flash)],
+    getattr(_aten, f"{_flash}_for_cpu_backward"): flop_registry[getattr(_aten, f"{_flash}_backward")],
+    _ops.rope_attention_forward: _rope_attention,
+    _ops.rope_attention_backward: lambda dout, q, k, *_, **__: 5 * _rope_attention(q, k) // 2,
+    _ops.packed_attention_forward: _packed_attention,
+    _ops.packed_attention_backward: lambda dout, q, *rest, **__: 5 * _packed_attention(q, q, q, rest[4]) // 2,
+    _ops.contrastive_forward: _contrastive(1),
+    _ops.contrastive_backward: _contrastive(3, first=3),
+    _ops.contrastive_kept_forward: _contrastive(1),
+    _ops.contrastive_kept_backward: _contrastive(2, first=3),
+    _ops.siglip_forward: _contrastive(3),
+}
+"""FLOPs by operator, two for a MAC; called with the operator's arguments and `out_val`."""

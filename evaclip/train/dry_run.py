@@ -16,7 +16,7 @@ from evaclip.train import host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.checkpoint import Start
 from evaclip.train.config import ModelConfig, TrainConfig
-from evaclip.train.distributed import World, connect
+from evaclip.train.distributed import World, connect, device_of
 from evaclip.train.optimizer import set_lr_factor
 from evaclip.train.run_folder import RunFolder, locate
 from evaclip.train.schedule import lr_factor
@@ -59,15 +59,16 @@ def dry_run_as(config: TrainConfig, gpus: int, *, resume: str = "none", overwrit
         UserError: as the run itself would.
     """
     # Imported here because torch's tools take a second, which other runs needn't wait.
-    from evaclip.train.as_gpus import pretended, traced_peak
+    from evaclip.plan.step import plan_step
+    from evaclip.train.fake_ranks import fake_ranks
 
-    with closing(pretended(config.device, gpus)) as world:
-        if world.device.type == "cpu":
-            peak = traced_peak(config, world)
-            rows = [(kind, f"{size / _GIB:,.3f} GiB") for kind, size in (*peak.most_common(), ("all", peak.total()))]
-            Console().print(_table([("one of", f"{gpus} GPUs, at the highest moment of a step, as traced"), *rows]))
-        else:
-            _try(config, world, resume, overwrite)
+    if device_of(config.device).type == "cpu":
+        memory = plan_step(config, gpus, blocks=None).memory
+        rows = [(kind, f"{size / _GIB:,.3f} GiB") for kind, size in (*memory.most_common(), ("all", memory.total()))]
+        Console().print(_table([("one of", f"{gpus} GPUs, at the highest moment of a step, as traced"), *rows]))
+        return
+    with closing(fake_ranks(config.device, gpus)) as world:
+        _try(config, world, resume, overwrite)
 
 
 def _try(config: TrainConfig, world: World, resume: str, overwrite: bool) -> None:

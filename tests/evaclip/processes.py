@@ -16,7 +16,7 @@ from evaclip.train import throughput
 SECONDS = 500
 PRELOADED = [
     "torch.distributed.fsdp", "torch._dynamo", "evaclip.train.trainer",
-    "evaclip.train.tasks.contrastive", "evaclip.plan.memory", "tensorboard",
+    "evaclip.train.tasks.contrastive", "evaclip.plan.step", "tensorboard",
 ]  # fmt: skip
 
 

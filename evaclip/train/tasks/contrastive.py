@@ -56,6 +56,8 @@ class Contrastive(Task):
     """
 
     model: CLIP
+    mean_caption_tokens = 15
+    """Mean length of a caption that `stand_ins` assumes, with start and end token."""
 
     def __init__(self, model: CLIP, loss: ContrastiveLoss) -> None:
         super().__init__(model, self.towers_of(model), model.config.preprocess)
@@ -138,16 +140,12 @@ class Contrastive(Task):
         return len(targets) * (1 + patches) + text
 
     def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
-        # Imported here because torch's tools take a second, which a run needn't wait.
-        from evaclip.plan.job import CAPTION_TOKENS
-        from evaclip.plan.tasks import caption_lengths, caption_tokens
-
-        text = self.model.text
-        tokens = caption_tokens(
-            caption_lengths(rows, CAPTION_TOKENS, self.model.context_length), self.model.config.text
-        )
+        text, config = self.model.text, self.model.config.text
+        lengths = _caption_lengths(rows, self.mean_caption_tokens, config.context_length)
+        tokens = torch.zeros(rows, config.context_length, dtype=torch.int64)
+        tokens[torch.arange(rows), torch.tensor(lengths) - 1] = config.vocab_size - 1
         # Which rows a caption has can't be read from tokens without data.
-        layouts = fake({size: text.layout(tokens[:size]) for size in chunks})
+        layouts = fake({size: type(text).layout(text, tokens[:size]) for size in chunks})
         text.layout = lambda tokens: layouts[len(tokens)]  # type: ignore[method-assign]
         found: Tensor = fake(tokens)
         return found
@@ -204,6 +202,14 @@ class Contrastive(Task):
             None if bias is None else _at_least_fp32(bias),
         )
         return loss
+
+
+def _caption_lengths(count: int, mean: int, longest: int) -> list[int]:
+    """Lengths of `count` captions with this mean; one is the longest possible, as in any large batch."""
+    if count == 1:
+        return [mean]
+    rest, extra = divmod(max(count * mean - longest, 2 * (count - 1)), count - 1)
+    return [longest, *(min(rest + (index < extra), longest) for index in range(count - 1))]
 
 
 def _gradient(value: Tensor) -> Tensor:

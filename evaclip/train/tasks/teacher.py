@@ -226,7 +226,7 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
             found = create_model(config.name, pretrained, prepare=prepare, **how)
     tower, own = _tower(found), found.config.preprocess if isinstance(found, CLIP) else found.preprocess
     if mode is not None:
-        from evaclip.plan.trace import without_data
+        from evaclip.train.fake_ranks import without_data
 
         without_data(tower, mode)
         if cut:

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from evaclip.loading import load_features
 from evaclip.model.config import Preprocess
 from evaclip.model.flops import masked_image_flops, vision_flops
 from evaclip.model.vision_names import vision_config
-from evaclip.train.as_gpus import pretended, traced_peak
+from evaclip.plan.step import plan_step
 from evaclip.train.config import MaskedImageTask, TeacherConfig, TrainConfig
 from evaclip.train.evaluation import EvalSet, encode_everywhere
 from evaclip.train.progress import read_log
@@ -421,8 +420,7 @@ def test_a_teacher_of_random_weights_is_told(run_config, tmp_path, capsys):
 def test_a_traced_step_counts_the_teacher(shard: bool, run_config: Make) -> None:
     changes = ["batch_size=64", "parallel.mode=shard", "precision=amp_bf16", f"task.teacher.shard={str(shard).lower()}"]
     config = run_config(*changes, task="masked_image")
-    with closing(pretended("cpu", 4)) as world:
-        peak = traced_peak(config, world)
+    peak = plan_step(config, 4).memory
     tower = create_model("tiny", **OPTIONS).visual
     whole = 2 * sum(parameter.numel() for parameter in tower.parameters())
     assert peak["frozen weights"] == pytest.approx(whole / 4 if shard else whole, rel=0.3)

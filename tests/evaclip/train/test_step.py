@@ -18,8 +18,8 @@ from evaclip.data.rows import Rows
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.train import rng
-from evaclip.train.as_gpus import pretended
 from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.fake_ranks import fake_ranks
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.token_sampling import token_index
@@ -331,7 +331,7 @@ def test_a_step_never_waits_for_the_device(
     monkeypatch.setattr(rng, "capture", lambda device: {})
     monkeypatch.setattr(rng, "restore", lambda state, device: None)
     options = StepOptions(accumulation=accumulation, grad_clip_norm=1.0, batch_size=processes * BATCH)
-    with closing(pretended("cpu", processes)) as made:
+    with closing(fake_ranks("cpu", processes)) as made:
         world = replace(made, device=torch.device("meta"))
         step = make_step(small_model.to("meta"), options, device="meta", world=world, name=optimizer)
         with _Waits() as waits:

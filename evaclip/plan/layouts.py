@@ -1,0 +1,71 @@
+"""Ways to spread a run over its GPUs: parallelism, recomputation, and the fewest micro-batches that fit."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import get_args
+
+from evaclip.model.savings import Recompute
+from evaclip.plan.gpus import PER_NODE, Gpu
+from evaclip.plan.recorder import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS
+from evaclip.plan.step import StepPlan, plan_step
+from evaclip.train.config import MaskedImageTask, ParallelConfig, TrainConfig
+from evaclip.train.tasks import task_class
+
+
+def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None = None) -> list[StepPlan]:
+    """A plan for each parallelism and policy of recomputation, sorted by FLOPs and then by memory.
+
+    Each has as few micro-batches as fit `gpu`. Where parameters and optimizer state alone don't fit, one policy stands
+    for all.
+    """
+    plans = []
+    for parallel in _parallelisms(config, gpus):
+        for recompute in reversed(get_args(Recompute)):
+            savings = replace(config.model.savings, recompute=recompute)
+            layout = replace(config, parallel=parallel, model=replace(config.model, savings=savings))
+            plans.append(_fewest_micro_batches(layout, gpus, gpu, caption_tokens))
+            if _fixed(plans[-1]) > gpu.room:
+                break
+    return sorted(plans, key=lambda plan: (sum(plan.flops.values()), plan.memory.total()))
+
+
+def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
+    given = config.parallel
+    if gpus == 1:
+        yield given
+        return
+    shards_teacher = isinstance(config.task, MaskedImageTask) and config.task.teacher.shard
+    if given.offload == "none" and not shards_teacher:
+        yield replace(given, mode="replicate", shard_size=None)
+    yield replace(given, mode="shard", shard_size=None)
+    if gpus > PER_NODE and gpus % PER_NODE == 0:
+        yield replace(given, mode="hybrid", shard_size=PER_NODE)
+
+
+def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None) -> StepPlan:
+    together = task_class(config.task.name).rows_together(config)
+    plan = plan_step(replace(config, accumulation=1), gpus, caption_tokens=caption_tokens)
+    # All that isn't fixed is at most in proportion to the micro-batch; several of them add gradients that stay.
+    needed = plan.memory.total() - _fixed(plan)
+    for number in micro_batch_counts(config.batch_size // gpus // together)[1:]:
+        room = gpu.room - _fixed(plan) - plan.memory[GRADIENTS] - plan.memory[WHOLE_GRADIENTS]
+        if plan.memory.total() <= gpu.room or room <= 0:
+            break
+        if number * room >= needed:
+            plan = plan_step(replace(config, accumulation=number), gpus, caption_tokens=caption_tokens)
+    return plan
+
+
+def _fixed(plan: StepPlan) -> int:
+    """Bytes that no number of micro-batches changes."""
+    return sum(plan.memory[kind] for kind in (PARAMETERS, FROZEN, OPTIMIZER, AVERAGE))
+
+
+def micro_batch_counts(batch: int, ratio: float = 1.8) -> list[int]:
+    """Numbers of micro-batches for a rank's batch, each at least `ratio` times the one before, equal ones preferred."""
+    numbers = [1]
+    for number in range(2, batch + 1):
+        enough = ratio * numbers[-1]
+        if number == batch or (number >= enough and (batch % number == 0 or number >= 2 * enough)):
+            numbers.append(number)
+    return numbers

@@ -1,0 +1,417 @@
+"""What one rank holds, computes and receives in a step: the trainer's own step on tensors without data."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from evaclip.data.loader import part_of_batch
+from evaclip.errors import UserError
+from evaclip.model.norm import Stream
+from evaclip.model.recompute import ResidualBlock
+from evaclip.model.tower import Tower
+from evaclip.plan.recorder import (
+    AVERAGE,
+    CASTS,
+    COLLECTIVES,
+    COMMUNICATION,
+    FROZEN,
+    GRADIENTS,
+    HOST,
+    INPUTS,
+    OPTIMIZER,
+    PARAMETERS,
+    STAGES,
+    Amounts,
+    Phase,
+    Recorder,
+    local,
+)
+from evaclip.train import rng
+from evaclip.train.build import build_step, check_batch, is_cut_up, precision_of_parameters
+from evaclip.train.config import ContrastiveTask, TrainConfig
+from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World
+from evaclip.train.ema import Ema
+from evaclip.train.fake_ranks import fake_ranks, without_data
+from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.sharding import forget_gathered, shard
+from evaclip.train.step import Chunk, TrainStep
+from evaclip.train.tasks import task_class
+from evaclip.train.tasks.contrastive import Contrastive
+
+BLOCKS = 5
+"""Blocks of each tower that are traced; the middle one stands for those left out."""
+_TOWERS = {"visual": "image", "text": "text"}
+_OPENING = "image.embed"
+_SHARD_COPIES = 2
+"""Copies of a block's shard under offload: the parameters to gather, and the reduced gradient."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's step.
+
+    Attributes:
+        config: the run.
+        gpus: ranks, one per GPU.
+        local_batch: samples of a step on the rank with most.
+        micro_batch: samples of a micro-batch, at most.
+        parameters: parameters that one rank holds.
+        model_parameters: parameters of the model.
+        phase: phase in which most memory is in use.
+        memory: bytes by kind at that moment.
+        host: bytes of parameters, gradients and optimizer state that offload keeps in host memory.
+        flops: FLOPs of a step by stage, two for a MAC.
+        traffic: bytes that operators read and write in a step.
+        received: bytes that the rank receives in a step, by collective.
+        is_cut: whether parameters are sharded.
+        image_shape: height and width of the images.
+        checkpoint_bytes: parameters, optimizer state and averaged weights of the model.
+    """
+
+    config: TrainConfig
+    gpus: int
+    local_batch: int
+    micro_batch: int
+    parameters: int
+    model_parameters: int
+    phase: str
+    memory: Amounts
+    host: int
+    flops: dict[str, int]
+    traffic: int
+    received: dict[str, int]
+    is_cut: bool
+    image_shape: tuple[int, int]
+    checkpoint_bytes: int
+
+
+def plan_step(
+    config: TrainConfig,
+    gpus: int = 1,
+    *,
+    caption_tokens: int | None = None,
+    image_size: int | None = None,
+    blocks: int | None = BLOCKS,
+) -> StepPlan:
+    """Traces one step of one of `gpus` ranks.
+
+    Args:
+        config: of the run; weights are never loaded.
+        caption_tokens: mean length of a caption, with start and end token; None for the task's assumption.
+        image_size: side of the images; None for the model's own.
+        blocks: blocks of each tower that are traced; None for all.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    if gpus < 1:
+        raise UserError(f"gpus must be at least 1, got {gpus}")
+    check_batch(config, World(torch.device("cpu"), size=gpus))
+    plain = replace(config.model, pretrained=None, pretrained_image=None, pretrained_text=None)
+    config = replace(config, model=plain)
+    if image_size is not None:
+        # Evaluations have the model's own size.
+        plain = replace(plain, options=_options(config, vision={"image_size": image_size}))
+        config = replace(config, model=plain, eval=replace(config.eval, sets=None), held_out=None)
+    kind = task_class(config.task.name)
+    together = kind.rows_together(config)
+    local_batch = together * -(-config.batch_size // together // gpus)
+    micro_batch = together * -(-local_batch // together // config.accumulation)
+    precision = precision_of_parameters(config.precision)
+    whole = kind.create_model(config, device="meta", precision=precision)
+    depths = {_TOWERS[name]: cast(Tower, tower).layers for name, tower in kind.towers_of(whole).items()}
+    few = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
+    options = _options(config, vision=few["image"], **({"text": few["text"]} if "text" in few else {}))
+    # Two micro-batches, the first and the last, stand for any number.
+    chunks = min(config.accumulation, 2)
+    traced = replace(
+        config,
+        model=replace(plain, options=options),
+        batch_size=gpus * chunks * micro_batch,
+        accumulation=chunks,
+        parallel=replace(config.parallel, offload="none"),
+    )
+    is_cut = is_cut_up(config, World(torch.device("cpu"), size=gpus))
+    world: AbstractContextManager[World] = nullcontext(World(torch.device("cpu")))
+    if gpus > 1 or is_cut:
+        world = closing(fake_ranks("cpu", gpus))
+    with world as ranks:
+        trace = _Trace(traced, ranks, is_cut, depths, caption_tokens)
+        sizes = [config.batch_size, traced.batch_size] if config.accumulation > 2 else []
+        loss = [trace.loss(size) for size in sizes if isinstance(trace.task, Contrastive)]
+    return _summarize(config, gpus, (local_batch, micro_batch), sum(p.numel() for p in whole.parameters()), trace, loss)
+
+
+class _Trace:
+    """The recorded step of a model with few blocks.
+
+    Attributes:
+        start: bytes by kind before the step, of the model with all its blocks.
+        phases: of the model with all its blocks.
+        evaluation: the forward pass of an evaluation; None for a run without one.
+        elements: parameters that the rank holds, of the model with all its blocks.
+        largest: elements of the largest group of parameters that are gathered together, on this rank.
+        largest_parameter: elements of the largest parameter.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, is_cut: bool, depths: dict[str, int], caption_tokens: int | None
+    ) -> None:
+        self.config, self.world, self.is_cut, self._fake = config, world, is_cut, FakeTensorMode()
+        kind = task_class(config.task.name)
+        precision = precision_of_parameters(config.precision)
+        model = kind.create_model(config, device="meta", precision=precision).train()
+        without_data(model, self._fake)
+        if is_cut:
+            shard(kind.towers_of(model).values(), config.parallel, config.precision, world)
+        self.task = task = kind.build(config, world, model)
+        self.towers = {_TOWERS[name]: cast(Tower, tower) for name, tower in task.towers.items()}
+        self.extra = {name: depths[name] - tower.layers for name, tower in self.towers.items()}
+        if caption_tokens is not None:
+            if not isinstance(task, Contrastive):
+                raise UserError(
+                    f"--caption-tokens must be left out for task.name={config.task.name}: it has no captions"
+                )
+            longest = task.model.context_length
+            if not 2 <= caption_tokens <= longest:
+                raise UserError(f"--caption-tokens must be 2 to {longest}, got {caption_tokens}")
+            task.mean_caption_tokens = caption_tokens
+        # Random states are read as numbers, and nothing is drawn here.
+        with patch.multiple(rng, capture=lambda device: {}, restore=lambda state, device: None):
+            self._record(Ema(model, config.ema_decay) if config.ema_decay is not None else None)
+
+    def _record(self, ema: Ema | None) -> None:
+        config, task, model = self.config, self.task, self.task.model
+        rows = config.batch_size // self.world.size
+        micro = rows // config.accumulation
+        is_evaluated = bool(config.eval.sets or config.held_out)
+        together = task.rows_together(config)
+        few = max(config.eval.batch_size, together) if is_evaluated else micro
+        evaluated = self._samples(few, {few})
+        fixed = {FROZEN: list(task.beside()), AVERAGE: list(ema.state_dict().values()) if ema else []}
+        with self._fake:
+            step = build_step(config, self.world, task)
+            step.mean = GradientMean([], [], self.world)  # counted by `_summarize`: buckets depend on the depth
+            # The first forward pass gathers all parameters once: it is that of an evaluation.
+            evaluation = self._evaluate(step, *evaluated, fixed)
+        self.evaluation = evaluation if is_evaluated else None
+        images, targets = self._samples(rows, {micro})
+        with self._fake:
+            model.train()
+            present = [images[:micro].clone(), targets[:micro].clone(), *model.buffers()]
+            kinds = {**fixed, PARAMETERS: model.parameters(), INPUTS: present, HOST: [images, targets]}
+            recorder = Recorder(kinds, _OPENING)
+            with recorder, self._marking(recorder, step):
+                recorder.mark("teacher" if hasattr(task, "teacher") else "begin")
+                step(images, targets, 1)
+                recorder.label((p.grad for p in step.parameters if p.grad is not None), GRADIENTS)
+                state = step.optimizer.state
+                recorder.label((value for values in state.values() for value in values.values()), OPTIMIZER)
+                if ema:
+                    ema.update(1)
+        self.start, phases = recorder.phases()
+        self.phases = self._deepen(phases)
+        self._add_blocks(step, ema)
+
+    def loss(self, batch_size: int) -> Phase:
+        """The contrastive loss alone, forward and backward, of a global batch of this size."""
+        counts = [len(part_of_batch(batch_size, rank, self.world.size)) for rank in range(self.world.size)]
+        assert isinstance(self.task, Contrastive)
+        with self._fake:
+            loss = ContrastiveLoss(self.config.loss, self.world.group, counts)
+            width = self.task.model.config.embed_dim
+            features = [torch.empty(counts[-1], width, requires_grad=True) for _ in range(2)]
+            bias = None if self.task.model.logit_bias is None else torch.ones(())
+            recorder = Recorder({INPUTS: features}, _OPENING)
+            recorder.mark("loss")
+            with recorder:
+                loss(*features, torch.ones((), requires_grad=True), bias).backward()
+        return recorder.phases()[1][0]
+
+    def _samples(self, rows: int, chunks: set[int]) -> tuple[Tensor, Tensor]:
+        """Images and targets of a rank; `chunks` has the sizes of their micro-batches."""
+        targets = self.task.stand_ins(rows, chunks, partial(tree_map_only, Tensor, self._fake.from_tensor))
+        with self._fake:
+            return torch.empty(rows, 3, *self.task.visual.config.image_shape), targets
+
+    def _evaluate(self, step: TrainStep, images: Tensor, targets: Tensor, fixed: dict[str, list[Tensor]]) -> Phase:
+        task, dtype = self.task, step.autocast_dtype
+        task.model.eval()
+        recorder = Recorder({**fixed, PARAMETERS: task.model.parameters(), INPUTS: task.model.buffers()}, _OPENING)
+        recorder.mark("evaluation")
+        with recorder, torch.no_grad(), torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
+            if isinstance(task, Contrastive):
+                task.model(images, targets, layout=task.model.text.layout(targets))
+            else:
+                cast(Any, task).of_samples(images, Chunk(slice(0, len(images)), targets, None, 0, 0))
+        phase = recorder.phases()[1][0]
+        forget_gathered(task.model)
+        return phase
+
+    @contextmanager
+    def _marking(self, recorder: Recorder, step: TrainStep) -> Iterator[None]:
+        """Marks where phases begin, in the forward and in the backward pass."""
+
+        def mark(name: str, before: str, stream: Stream) -> None:
+            if torch._C._current_graph_task_id() >= 0:
+                return  # recomputation
+            recorder.mark(name)
+            # The gradient of the branch arrives first.
+            last = stream.x if stream.branch is None else stream.branch
+            if last.requires_grad:
+                last.register_hook(lambda _: recorder.mark(f"~{before}"))
+
+        def begin(name: str, before: str, _: Any, args: Any) -> None:
+            mark(name, before, args[0])
+
+        def end(name: str, before: str, _: Any, args: Any, output: Stream) -> None:
+            mark(name, before, output)
+
+        handles = [step.optimizer.register_step_pre_hook(lambda *_: recorder.mark("optimizer"))]
+        handles.append(self.task.model.register_forward_hook(lambda *_: recorder.mark("loss")))
+        if teacher := getattr(self.task, "teacher", None):
+            handles.append(teacher.tower.patch_embed.register_forward_pre_hook(lambda *_: recorder.mark("teacher")))
+        for name, tower in self.towers.items():
+            mark_embed = partial(lambda name, *_: recorder.mark(f"{name}.embed"), name)
+            handles.append(tower.register_forward_pre_hook(mark_embed, prepend=True))
+            blocks = _blocks(tower)
+            for index, block in enumerate(blocks):
+                before = f"{name}.block.{index - 1}" if index else f"{name}.embed"
+                hook = partial(begin, f"{name}.block.{index}", before)
+                handles.append(block.register_forward_pre_hook(hook, prepend=True))
+            hook = partial(end, f"{name}.head", f"{name}.block.{len(blocks) - 1}")
+            handles.append(blocks[-1].register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _deepen(self, phases: list[Phase]) -> list[Phase]:
+        """The phases of the model with all its blocks: each tower's middle block is repeated."""
+        middles = {f"{name}.block.{tower.layers // 2}": self.extra[name] for name, tower in self.towers.items()}
+        # Casts of weights that nothing has saved for backward go all at once when autocast ends, behind the model.
+        casts: Amounts = Counter()
+        for phase in phases:
+            casts[str(phase.number)] += middles.get(phase.name.lstrip("~"), 0) * phase.change[CASTS]
+        deep = []
+        for phase in phases:
+            if phase.name == "loss":
+                change = Counter(phase.change)
+                change[CASTS] -= casts[str(phase.number)]
+                phase = replace(phase, change=change)
+            deep += [phase] * (1 + middles.get(phase.name.lstrip("~"), 0))
+        return deep
+
+    def _add_blocks(self, step: TrainStep, ema: Ema | None) -> None:
+        """Adds to `start` the parameters of blocks left out, with their optimizer state and averages."""
+        everything = list(self.task.model.parameters())
+        self.elements = rest = sum(local(p).numel() for p in everything)
+        self.largest, self.largest_parameter = 0, max(p.numel() for p in everything)
+        for name, tower in self.towers.items():
+            blocks, extra = _blocks(tower), self.extra[name]
+            parameters = list(blocks[len(blocks) // 2].parameters())
+            elements = sum(local(p).numel() for p in parameters)
+            state = [value for p in parameters for value in step.optimizer.state.get(p, {}).values()]
+            self.start[PARAMETERS] += extra * sum(local(p).nbytes for p in parameters)
+            self.start[OPTIMIZER] += extra * sum(local(value).nbytes for value in state)
+            self.start[AVERAGE] += extra * 4 * elements if ema else 0
+            self.elements += extra * elements
+            self.largest = max(self.largest, elements)
+            rest -= elements * len(blocks)
+        self.largest = max(self.largest, rest)
+
+
+def _summarize(
+    config: TrainConfig, gpus: int, batches: tuple[int, int], parameters: int, trace: _Trace, loss: list[Phase]
+) -> StepPlan:
+    (local_batch, micro_batch), task = batches, trace.task
+    others = local_batch - trace.config.batch_size // gpus
+    start, offload = Counter(trace.start), config.parallel.offload != "none"
+    if others > 0:
+        # Which patches are kept is drawn for all micro-batches, and a contrastive loss holds all features.
+        if task.visual.patch_dropout:
+            start[INPUTS] += others * task.visual.num_kept_patches() * 8
+        if isinstance(task, Contrastive):
+            start["features of other micro-batches"] += 4 * others * task.model.config.embed_dim * 4
+    moments, live, buckets = [], Counter(start), Counter[str]()
+    is_replicated = gpus > 1 and not trace.is_cut
+    last_loss = max(index for index, phase in enumerate(trace.phases) if phase.name == "loss")
+    for index, phase in enumerate(trace.phases):
+        moments.append((phase.name, _sum(live, phase.peak, buckets)))
+        live.update(phase.change)
+        if is_replicated and index == last_loss:
+            # Copies of gradients whose mean is being computed.
+            most = 3 * BUCKET_BYTES + max(BUCKET_BYTES, 4 * trace.largest_parameter)
+            buckets[COMMUNICATION] = min(4 * trace.elements, most)
+    if trace.evaluation:
+        moments.append(("evaluation", _sum(start, trace.evaluation.peak)))
+    if loss:
+        moments.append(("loss", _sum(start, loss[0].peak)))
+    host = 0
+    if offload:
+        host = sum(start[kind] for kind in (PARAMETERS, OPTIMIZER, AVERAGE)) + live[GRADIENTS]
+        copies = _SHARD_COPIES * trace.largest * (start[PARAMETERS] // trace.elements)
+        for _, memory in moments:
+            for kind in (PARAMETERS, OPTIMIZER, AVERAGE, GRADIENTS):
+                del memory[kind]
+            memory[COMMUNICATION] += copies
+    name, memory = max(moments, key=lambda moment: moment[1].total())
+    costs: Amounts = Counter()
+    for phase in trace.phases:
+        # Of several forward passes the odd ones are of the first micro-batch, which stands for all but the last.
+        times = config.accumulation - 1 if config.accumulation > 1 and phase.number % 2 else 1
+        costs.update({key: times * value for key, value in phase.costs.items()})
+    if loss:
+        costs.update(loss[0].costs)
+        costs.subtract(loss[1].costs)
+    if is_replicated:
+        costs["all-reduce"] += 2 * 4 * trace.elements * (gpus - 1) // gpus
+    return StepPlan(
+        config=config,
+        gpus=gpus,
+        local_batch=local_batch,
+        micro_batch=micro_batch,
+        parameters=trace.elements,
+        model_parameters=parameters,
+        phase=name,
+        memory=Counter({kind: size for kind, size in memory.items() if size}),
+        host=host,
+        flops={stage: costs[stage] for stage in STAGES if costs[stage]},
+        traffic=costs["bytes"],
+        received={collective: costs[collective] for collective in COLLECTIVES if costs[collective]},
+        is_cut=trace.is_cut,
+        image_shape=task.visual.config.image_shape,
+        checkpoint_bytes=parameters * sum(start[kind] for kind in (PARAMETERS, OPTIMIZER, AVERAGE)) // trace.elements,
+    )
+
+
+def _sum(*amounts: Amounts) -> Amounts:
+    """Unlike `+` this keeps negative amounts."""
+    total: Amounts = Counter()
+    for each in amounts:
+        total.update(each)
+    return total
+
+
+def _options(config: TrainConfig, vision: dict[str, Any], text: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Options of the model with these changes of its towers; those of an image model are not nested."""
+    options = config.model.options
+    if not isinstance(config.task, ContrastiveTask):
+        return {**options, **vision}
+    changes = {"vision": vision, "text": text or {}}
+    return {**options, **{name: {**options.get(name, {}), **change} for name, change in changes.items() if change}}
+
+
+def _blocks(tower: Tower) -> list[ResidualBlock]:
+    """Without those of a decoder, which follow."""
+    return [module for module in tower.modules() if isinstance(module, ResidualBlock)][: tower.layers]
