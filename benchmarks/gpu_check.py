@@ -27,10 +27,10 @@ BUNDLE = ROOT / "build/gpu-bundle"
 PASSED, FAILED, WRONG_INPUT, OPEN, NO_GPU = range(5)
 """Exit statuses."""
 
-_TESTS = ("rope_attention", "layer_norm", "on_gpu", "residual_norm", "swiglu", "token_dropout", "gelu", "adamw", "lamb")
-_TESTS += ("stochastic_rounding", "packed_attention", "contrastive", "native_optimizers", "optimizers", "norm_widths")
-_OPS = ("rope_attention", "causal_attention", "packed_attention", "layer_norm", "add_layer_norm", "layer_norm_add")
-_OPS += ("swiglu", "token_dropout", "gelu", "clip_loss", "siglip_loss", "lamb_step", "adamw_step")
+_TESTS = ["rope_attention", "layer_norm", "on_gpu", "residual_norm", "swiglu", "token_dropout", "gelu", "adamw", "lamb"]
+_TESTS += ["stochastic_rounding", "packed_attention", "contrastive", "native_optimizers", "optimizers", "norm_widths"]
+_OPS = ["rope_attention", "causal_attention", "packed_attention", "layer_norm", "add_layer_norm", "layer_norm_add"]
+_OPS += ["swiglu", "token_dropout", "gelu", "clip_loss", "siglip_loss", "lamb_step", "adamw_step"]
 _DRIVEN = ("norms", "rope_attention", "swiglu", "token_dropout", "gelu", "lamb")
 _SANITIZERS = ("memcheck", "synccheck", "racecheck", "initcheck")
 _PACKAGES = ("torch", "numpy", "triton", "pytest", "xdist", "hypothesis", "rich", "psutil", "pydantic", "yaml", "timm")
@@ -53,8 +53,8 @@ def list_steps(device: str, out: Path) -> list[Step]:
     """Return all steps, the most valuable first: proofs, then times, then the search for launch configurations."""
     python = sys.executable
     # A test that hangs or breaks the GPU's context ends its worker; pytest-xdist goes on with another worker.
-    pytest = (python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--device", device, "-n", "2")
-    pytest += ("--max-worker-restart", "50", "--test-seconds", "60")
+    pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--device", device, "-n", "2"]
+    pytest += ["--max-worker-restart", "50", "--test-seconds", "60"]
     folder = ROOT / "tests/evakernels"
     others = sorted(path.stem for path in (ROOT / "evakernels/reference").glob("[a-z]*.py"))
     tested = [name for name in dict.fromkeys((*_TESTS, *others)) if (folder / f"test_{name}.py").exists()]

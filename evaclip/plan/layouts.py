@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
 
-from evaclip.model.savings import Recompute
+from evaclip.model.config import Recompute
 from evaclip.plan.gpus import PER_NODE, Gpu
 from evaclip.plan.recorder import AVERAGE, FROZEN, GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS
 from evaclip.plan.step import StepPlan, plan_step

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_map_only
 from evaclip.data.loader import part_of_batch
 from evaclip.errors import UserError
 from evaclip.model.norm import Stream
-from evaclip.model.recompute import ResidualBlock
-from evaclip.model.tower import Tower
+from evaclip.model.tower import ResidualBlock, Tower
 from evaclip.plan.recorder import (
     AVERAGE,
     CASTS,
