@@ -229,7 +229,7 @@ def test_wrong_options_are_refused(options, says):
 
 
 def test_model_name_without_weights_is_refused():
-    with pytest.raises(UserError, match=r"'tiny' has random weights, .* give NAME:WEIGHTS or a run; .* of tiny: none"):
+    with pytest.raises(UserError, match=r"'tiny' has random weights .* give NAME:WEIGHTS or a run; .* of tiny: none"):
         Encoder("tiny", device="cpu")
 
 

@@ -142,7 +142,7 @@ def test_search_by_changed_weights_is_refused(precision, folder, loaded, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["index", "a.store", "--images", "pictures"], "there is no store 'a.store' yet: --model says"),
+        (["index", "a.store", "--images", "pictures"], "there is no store 'a.store' yet: --model must"),
         (["index", "a.store", "--images", "pictures", "--model", "tiny"], "'tiny' has random weights"),
         (["index", "a.store", "--images", "nowhere", "--model", "MODEL"], "nowhere"),
         (["index", "a.store", "--images", "pictures", "--model", "MODEL", "--thumbnails", "-1"], "got -1"),

@@ -129,7 +129,10 @@ def test_a_device_that_no_node_has():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--engine", "ray", "--device", "cuda:1"], "the device is auto, cuda or cpu, got 'cuda:1'"),
+        (
+            ["--engine", "ray", "--device", "cuda:1"],
+            "device must be auto, cuda or cpu with Ray (one GPU per worker), got 'cuda:1'",
+        ),
         (["--engine", "ray", "--workers", "0"], "1 or more, got 0"),
         (["--workers", "2"], "--workers is for --engine ray"),
     ],
