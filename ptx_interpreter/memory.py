@@ -86,6 +86,11 @@ class GlobalMemory:
         self._sort()
         return int(start)
 
+    def hold(self, intervals: list[Interval]) -> None:
+        """Lets kernels touch these and no others."""
+        self.intervals = intervals
+        self._sort()
+
     def remove(self, start: int) -> None:
         """Forgets an array that was added."""
         self.intervals = [interval for interval in self.intervals if interval.start != start]
