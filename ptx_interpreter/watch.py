@@ -24,6 +24,7 @@ class Access:
     """What an instruction does to memory, `size` bytes a lane.
 
     `together`: the lanes of a warp read as one. `arriving`: what is written will be there when it has been waited for.
+    `atomic`: the order of an access that is.
     """
 
     instruction: Instruction
@@ -32,6 +33,7 @@ class Access:
     write: bool = False
     together: bool = False
     arriving: bool = False
+    atomic: str = ""
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -78,6 +80,8 @@ class Watch:
             good = ~outside if good is None else good & ~outside
         if self.machine.watch and good is None:
             self._watch_global(access, active, addresses, interval)
+            if access.atomic:
+                self._order(access, self._lanes(active))
         if self.machine.count:
             self._count_global(access, active, addresses)
         return good
@@ -95,6 +99,8 @@ class Watch:
     def _note_global(self, access: Access, interval: Interval, addresses: Array, lanes: Array) -> None:
         shadow = interval.shadow
         assert shadow is not None
+        if access.size < shadow.cell:
+            shadow.divide(access.size)
         each = max(1, access.size // shadow.cell)
         cells = (addresses - interval.start) // shadow.cell
         if each > 1:
@@ -102,16 +108,23 @@ class Watch:
         mine = np.broadcast_to(self.machine.block_numbers[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         stamps = np.broadcast_to(self.machine.stamps[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         writer = shadow.writer[cells]
-        near = (writer == mine) & _unordered(shadow.written[cells], stamps)
+        memory = self.machine.memory
+        # Synchronised by a release of the other block and an acquire of this one since.
+        since = shadow.at[cells]
+        after = memory.acquired[mine] > since
+        both = shadow.atomic[cells] if access.atomic else np.bool_(False)
+        near = (writer == mine) & _unordered(shadow.written[cells], stamps) & ~both
         self._blame(access, lanes, near, "race", f"another thread wrote to {interval.name} there, without a barrier")
-        others = (writer > 0) & (writer != mine)
+        others = (writer > 0) & (writer != mine) & ~both & ~(after & (memory.released[writer] > since))
         if access.write:
             reader = shadow.reader[cells]
-            read = (reader == MANY) | (reader > 0) & (reader != mine)
+            read = (reader == MANY) & ~after | (reader > 0) & (reader != mine) & ~(after & (memory.released[reader] > since))
             near = (reader == mine) & _unordered(shadow.read[cells], stamps)
             self._blame(access, lanes, near, "race", f"another thread read {interval.name} there, without a barrier")
-            shadow.writer[cells], shadow.written[cells] = mine, stamps
-            others |= shadow.writer[cells] != mine
+            shadow.writer[cells], shadow.written[cells], shadow.at[cells] = mine, stamps, memory.clock
+            shadow.atomic[cells] = bool(access.atomic)
+            if not access.atomic:
+                others |= shadow.writer[cells] != mine
             self._blame(access, lanes, read, "race", f"another block reads what this writes to {interval.name}")
             self._blame(access, lanes, others, "race", f"another block writes to {interval.name} there too")
         else:
@@ -119,7 +132,17 @@ class Watch:
             self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
             self._blame(access, lanes, others, "race", f"another block writes what this reads of {interval.name}")
             _note_readers(shadow, cells, mine)
-            shadow.read[cells] = stamps
+            # The first thread's stays: where threads hold copies of a value, compilers let it write.
+            shadow.read[cells[::-1]], shadow.at[cells] = stamps[::-1], memory.clock
+
+    def _order(self, access: Access, lanes: Array) -> None:
+        """Notes that these blocks released what they wrote, or acquired what others had released."""
+        memory, blocks = self.machine.memory, np.unique(self.machine.block_numbers[lanes])
+        memory.clock += 1
+        if access.atomic in ("release", "acq_rel"):
+            memory.released[blocks] = memory.clock
+        if access.atomic in ("acquire", "acq_rel"):
+            memory.acquired[blocks] = memory.clock
 
     def _blame(self, access: Access, lanes: Array, wrong: Array, kind: str, detail: str) -> None:
         if wrong.any():
