@@ -250,6 +250,30 @@ def run_once(function: Callable[[], Any], *_: Any, quantiles: Any = None, **__: 
     return [math.nan] * len(quantiles) if quantiles else math.nan
 
 
+class Stream:
+    """Has nothing to do: launches are over when they return."""
+
+    cuda_stream = 0
+    device = CUDA
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+
+class Event(Stream):
+    """Measures no time, as an interpreter has none."""
+
+    def record(self, stream: object = None) -> None: ...
+
+    def elapsed_time(self, end: object) -> float:
+        return math.nan
+
+
 @contextmanager
 def gpu(checker: Checker) -> Iterator[None]:
     """torch and Triton see a GPU that is the CPU and `checker`."""
@@ -265,12 +289,9 @@ def gpu(checker: Checker) -> Iterator[None]:
         "manual_seed": None, "manual_seed_all": None, "is_initialized": True, "is_current_stream_capturing": False,
         "reset_peak_memory_stats": None, "get_rng_state": torch.get_rng_state(),
     }  # fmt: skip
-    stream = types.SimpleNamespace(cuda_stream=0, synchronize=none, wait_stream=none, wait_event=none, device=CUDA)
-    contexts = ("device", "device_of", "stream")
     functions = {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}
-    functions |= {name: lambda *_, **__: nullcontext() for name in contexts}
-    functions |= {name: lambda *_, **__: stream for name in ("current_stream", "default_stream", "Stream")}
-    functions |= {"Event": no_times}
+    functions |= dict.fromkeys(("device", "device_of", "stream"), nullcontext)
+    functions |= dict.fromkeys(("Stream", "current_stream", "default_stream"), Stream) | {"Event": Event}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **functions))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "12.8"))
@@ -280,14 +301,6 @@ def gpu(checker: Checker) -> Iterator[None]:
         for context in (checker, checker.tensors, CudaDevices()):
             stack.enter_context(context)
         yield
-
-
-def none(*_: Any, **__: Any) -> None:
-    """Streams do nothing: launches are in order."""
-
-
-def no_times(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError("torch.cuda.Event: an interpreter has no times; benchmarks need a GPU")
 
 
 def run_file(checker: Checker, path: str, arguments: Sequence[str] = ()) -> None:

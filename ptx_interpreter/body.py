@@ -214,11 +214,17 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
     told, pending = (0, 0), ""
     callers: Places = ()
     callers_of: dict[tuple[str, ...], Places] = {}
+    places = -1  # within inline assembly, where LLVM counts lines up from the first place
     for number, raw in enumerate(text.split("\n"), first_line):
-        line = raw.partition("//")[0].strip()
+        line, _, comment = (part.strip() for part in raw.partition("//"))
+        if comment in ("begin inline asm", "end inline asm"):
+            places = 0 if comment[0] == "b" else -1
         if not line:
             continue
         if line.startswith((".loc ", ".loc\t")):
+            places += places >= 0
+            if places > 1:
+                continue
             words = line.replace(",", " ").split()
             if int(words[2]):
                 told = (int(words[1]), int(words[2]))

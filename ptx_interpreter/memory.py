@@ -24,8 +24,7 @@ class Shadow:
     """Who accessed an array, by cells of its elements' size, as 1 + number of the block in the launch.
 
     Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several. The stamps of shared.py of
-    the last ones tell threads of a block apart. `atomic`: the last write was; `at`: the launch's clock then and at the
-    last read.
+    the last ones tell threads of a block apart. `atomic`: the last write was. `written_at`, `read_at`: the launch's clock.
     """
 
     cell: int
@@ -34,19 +33,20 @@ class Shadow:
     written: Array
     read: Array
     atomic: Array
-    at: Array
+    written_at: Array
+    read_at: Array
 
     @classmethod
     def of(cls, size: int, cell: int, *, written: bool) -> "Shadow":
         """Of so many bytes."""
         cells = -(-size // cell)
         stamps = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
-        more = np.zeros(cells, bool), np.zeros(cells, np.int32)
+        more = np.zeros(cells, bool), np.zeros(cells, np.int32), np.zeros(cells, np.int32)
         return cls(cell, np.full(cells, -int(written), np.int32), np.zeros(cells, np.int32), *stamps, *more)
 
     def divide(self, cell: int) -> None:
         """Makes cells smaller, for accesses that are."""
-        for name in ("writer", "reader", "written", "read", "atomic", "at"):
+        for name in ("writer", "reader", "written", "read", "atomic", "written_at", "read_at"):
             setattr(self, name, np.repeat(getattr(self, name), self.cell // cell))
         self.cell = cell
 

@@ -70,8 +70,8 @@ class Watch:
         size, good = access.size, None
         if size > 1 and (off := addresses & (size - 1)).any():
             good = off == 0
-            address = int(addresses[np.argmin(good)])
-            self._fault("misaligned", access, self._lanes(active)[~good], f"{size} bytes at address {address:#x}")
+            near = self.machine.memory.near(int(addresses[np.argmin(good)]))
+            self._fault("misaligned", access, self._lanes(active)[~good], f"{access.verb} of {size} bytes {near}")
         interval, outside = self.machine.memory.find(addresses, size)
         if outside is not None:
             near = self.machine.memory.near(int(addresses[np.argmax(outside)]))
@@ -108,32 +108,36 @@ class Watch:
         mine = np.broadcast_to(self.machine.block_numbers[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         stamps = np.broadcast_to(self.machine.stamps[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         writer = shadow.writer[cells]
+        reader = shadow.reader[cells]
         memory = self.machine.memory
-        # Synchronised by a release of the other block and an acquire of this one since.
-        since = shadow.at[cells]
-        after = memory.acquired[mine] > since
+        # Another block's access is over if it has released since, and this block acquired.
+        acquired, written_at, read_at = memory.acquired[mine], shadow.written_at[cells], shadow.read_at[cells]
         both = shadow.atomic[cells] if access.atomic else np.bool_(False)
         near = (writer == mine) & _unordered(shadow.written[cells], stamps) & ~both
+        is_over = (acquired > read_at) & ((reader == MANY) | (memory.released[reader] > read_at))
+        reader = np.where(is_over, 0, reader)
         self._blame(access, lanes, near, "race", f"another thread wrote to {interval.name} there, without a barrier")
-        others = (writer > 0) & (writer != mine) & ~both & ~(after & (memory.released[writer] > since))
+        if not access.write or (access.atomic and "exch" not in access.instruction.mods):
+            never = writer == 0
+            self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
+        others = (writer > 0) & (writer != mine) & ~both
+        others &= ~((acquired > written_at) & (memory.released[writer] > written_at))
         if access.write:
-            reader = shadow.reader[cells]
-            read = (reader == MANY) & ~after | (reader > 0) & (reader != mine) & ~(after & (memory.released[reader] > since))
+            read = (reader == MANY) | (reader > 0) & (reader != mine)
             near = (reader == mine) & _unordered(shadow.read[cells], stamps)
             self._blame(access, lanes, near, "race", f"another thread read {interval.name} there, without a barrier")
-            shadow.writer[cells], shadow.written[cells], shadow.at[cells] = mine, stamps, memory.clock
+            shadow.writer[cells], shadow.written[cells], shadow.written_at[cells] = mine, stamps, memory.clock
             shadow.atomic[cells] = bool(access.atomic)
             if not access.atomic:
                 others |= shadow.writer[cells] != mine
             self._blame(access, lanes, read, "race", f"another block reads what this writes to {interval.name}")
             self._blame(access, lanes, others, "race", f"another block writes to {interval.name} there too")
         else:
-            never = writer == 0
-            self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
             self._blame(access, lanes, others, "race", f"another block writes what this reads of {interval.name}")
+            shadow.reader[cells] = reader
             _note_readers(shadow, cells, mine)
             # The first thread's stays: where threads hold copies of a value, compilers let it write.
-            shadow.read[cells[::-1]], shadow.at[cells] = stamps[::-1], memory.clock
+            shadow.read[cells[::-1]], shadow.read_at[cells] = stamps[::-1], memory.clock
 
     def _order(self, access: Access, lanes: Array) -> None:
         """Notes that these blocks released what they wrote, or acquired what others had released."""
