@@ -1,5 +1,7 @@
 """Control flow: who runs what, who meets again where, and what the lanes of a warp tell each other."""
 
+from functools import reduce
+
 import numpy as np
 import pytest
 from ptx_programs import faults, kernel, run
@@ -113,11 +115,11 @@ def test_threads_and_blocks_have_their_numbers():
 
 
 @pytest.mark.parametrize("segment", [0, 24, 28])
-@pytest.mark.parametrize("mode", ["bfly", "idx"])
+@pytest.mark.parametrize("mode", ["bfly", "idx", "up", "down"])
 def test_shuffles(mode, segment):
     """The pseudo code of PTX ISA; c has the mask of segments in bits 8 to 12, and the clamp."""
     for b in (0, 1, 2, 5, 16, 31):
-        for clamp in (31, 20):
+        for clamp in (31, 20) if mode != "up" else (0, 9):
             c = segment << 8 | clamp
             body = f"""
             add.s32 %r3, %r1, 1000;
@@ -128,8 +130,8 @@ def test_shuffles(mode, segment):
             for thread in range(64):
                 lane = thread % 32
                 last, first = lane & segment | clamp & ~segment & 31, lane & segment
-                source = lane ^ b if mode == "bfly" else first | b & ~segment & 31
-                there = source <= last
+                source = {"bfly": lane ^ b, "up": lane - b, "down": lane + b}.get(mode, first | b & ~segment & 31)
+                there = source >= last if mode == "up" else source <= last
                 expected.append(1000 + thread - lane + (source if there else lane) + 5000 * there)
             assert result(body) == expected
 
@@ -182,6 +184,20 @@ def test_votes_are_a_warps_own(mode, agree, holds, lanes):
     body = f"setp.{holds}.s32 %p1, %r1, 32; vote.sync.{mode}.pred %p2, %p1, -1; selp.b32 %r2, 1, 0, %p2;"
     votes = [int(agree(n in lanes for n in range(first, first + 32))) for first in (0, 32)]
     assert result(body) == [vote for vote in votes for _ in range(32)]
+    body = f"setp.{holds}.s32 %p1, %r1, 32; vote.sync.ballot.b32 %r2, %p1, -1;"
+    ballots = [sum(1 << n for n in range(32) if first + n in lanes) for first in (0, 32)]
+    assert result(body) == [ballot for ballot in ballots for _ in range(32)]
+
+
+@pytest.mark.parametrize("op", ["add.s32", "min.s32", "max.u32", "and.b32", "or.b32", "xor.b32"])
+def test_reductions_of_a_warp(op):
+    values = [(thread * 2654435761) % (1 << 32) for thread in range(64)]
+    if op.endswith("s32"):
+        values = [value - (1 << 32) if value >> 31 else value for value in values]
+    function = {"add": int.__add__, "min": min, "max": max, "and": int.__and__, "or": int.__or__}.get(op[:-4], int.__xor__)
+    expected = [reduce(function, values[first : first + 32]) % (1 << 32) for first in (0, 32)]
+    body = f"mul.lo.s32 %r3, %r1, 0x9E3779B1; redux.sync.{op} %r2, %r3, -1;"
+    assert result(body) == [total for total in expected for _ in range(32)]
 
 
 def test_a_barrier_waits_for_all_warps():

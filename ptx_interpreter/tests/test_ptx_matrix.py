@@ -149,8 +149,25 @@ def words_of(matrix, place, elements, lanes=32):
     return bits.view(np.uint32) | random.integers(0, 1 << 13, bits.shape).astype(np.uint32)
 
 
+def bytes_of(matrix, rows_first):
+    """[32, registers] words of the factors of m16n8k32: four bytes along k, from column 4 threadID on, + 16."""
+    words = []
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        starts = [(group + 8 * (i % 2), 4 * thread + 16 * (i // 2)) for i in range(4)]
+        if not rows_first:
+            matrix_of_k, starts = matrix.T, [(group, 4 * thread + 16 * i) for i in range(2)]
+        else:
+            matrix_of_k = matrix
+        words.append([matrix_of_k[row, k : k + 4].astype(np.int8).copy().view(np.uint32)[0] for row, k in starts])
+    return np.array(words, np.uint32)
+
+
 def factors(kind):
-    """Of C [16, 8] = A B in 16 bits or in TF32: the shape and types of the instruction, A, B, and the words of both."""
+    """Of C [16, 8] = A B in 8 bits, in 16 or in TF32: the shape and types of the instruction, A, B, and the words of both."""
+    if kind == "s8":
+        a, b = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8))
+        return "k32.row.col.satfinite.s32.s8.s8", a, b, bytes_of(a, True), bytes_of(b, False)
     if kind == "tf32":
         a, b = small_numbers(16, 8), small_numbers(8, 8)
         return "k8.row.col.f32.tf32.tf32", a, b, words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2)
@@ -158,17 +175,18 @@ def factors(kind):
     return f"k16.row.col.f32.{kind}.{kind}", a, b, packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32", "s8"])
 def test_mma(kind):
     types, a, b, *words = factors(kind)
-    c, found = small_numbers(16, 8), np.zeros((32, 4), np.float32)
-    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
+    total, dtype = ("s32", np.int32) if kind == "s8" else ("f32", np.float32)
+    c, found = small_numbers(16, 8).round(), np.zeros((32, 4), dtype)
+    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], dtype)
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8;
     add.s64 %d3, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d3];
     add.s64 %d4, %d2, %d31; ld.global.v2.u32 {{%r20, %r21}}, [%d4];
     add.s64 %d5, %d1, %d32; ld.global.v4.f32 {{{listed("%f", 4)}}}, [%d5];
-    mma.sync.aligned.m16n8{types}.f32
+    mma.sync.aligned.m16n8{types}.{total}
         {{{listed("%f", 4)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", 4)}}};
     add.s64 %d6, %d1, %d33; st.global.v4.f32 [%d6], {{{listed("%f", 4)}}};
     """

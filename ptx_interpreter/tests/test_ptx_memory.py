@@ -156,3 +156,57 @@ def test_traffic_is_told_by_instruction():
     }
     assert report.total("global").requests == 4
     assert report.total("global store").requests == 2
+
+
+ATOMICS = {
+    "add.u32": lambda old, new: old + new,
+    "min.s32": min,
+    "max.u32": max,
+    "and.b32": int.__and__,
+    "or.b32": int.__or__,
+    "xor.b32": int.__xor__,
+    "exch.b32": lambda old, new: new,
+}
+
+
+@pytest.mark.parametrize("op", ATOMICS)
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_atomics_take_turns(op, space):
+    """Four threads have a word each; the first eight threads have none."""
+    results, words = np.zeros(64, np.uint32), np.full(16, 5, np.uint32)
+    address = "%d3" if space == "global" else "%r4"
+    body = f"""{HEAD}
+    shr.u32 %r3, %r1, 2; shl.b32 %r4, %r3, 2; mul.wide.u32 %d3, %r3, 4; add.s64 %d3, %d3, %d31;
+    mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; mov.u32 %r5, 5; st.shared.u32 [%r4], %r5; bar.sync 0;
+    setp.ge.u32 %p1, %r1, 8;
+    @%p1 atom.{space}.acq_rel.gpu.{op} %r2, [{address}], %r1;
+    bar.sync 0;
+    ld.{space}.u32 %r6, [{address}]; bar.sync 0; st.global.u32 [%d2], %r2; st.global.u32 [%d3], %r6;
+    """
+    run(kernel(body, 2), [results, words], block=64, shared=64)
+    old = 5
+    for thread in range(8, 64):
+        old = 5 if thread % 4 == 0 else old
+        assert results[thread] == old
+        old = ATOMICS[op](old, thread)
+        assert thread % 4 < 3 or words[thread // 4] == old
+    assert words[:2].tolist() == [5, 5]
+
+
+def test_compare_and_swap_replaces_what_is_equal():
+    results, words = np.zeros(32, np.uint32), np.zeros(1, np.uint32)
+    body = f"{HEAD} mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; add.s32 %r3, %r1, 1;"
+    body += "atom.global.cas.b32 %r2, [%d31], %r1, %r3; st.global.u32 [%d2], %r2;"
+    run(kernel(body, 2), [results, words], block=32)
+    assert results.tolist() == list(range(32))
+    assert words[0] == 32
+
+
+@pytest.mark.parametrize("kind", ["f16", "f16x2", "f32"])
+def test_atomic_sums_of_floats(kind):
+    dtype = np.float32 if kind == "f32" else np.float16
+    sums = np.zeros(2, dtype)
+    one = {"f16": "mov.b16 %h1, 0x3C00;", "f16x2": "mov.b32 %r2, 0x40003C00;", "f32": "mov.b32 %r2, 0f3FC00000;"}[kind]
+    noftz = "" if kind == "f32" else "noftz."
+    run(kernel(f"{one} red.global.add.{noftz}{kind} [%d30], {'%h1' if kind == 'f16' else '%r2'};"), [sums], block=32)
+    assert sums.tolist() == {"f16": [32, 0], "f16x2": [32, 64], "f32": [48, 0]}[kind]

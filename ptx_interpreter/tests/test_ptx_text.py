@@ -75,7 +75,7 @@ def test_statements_over_several_lines():
     ("statement", "named"),
     [
         ("frobnicate.u32 %r1, %r2", "the opcode frobnicate"),
-        ("atom.global.add.u32 %r1, [%d30], 1", "the opcode atom"),
+        ("dp4a.u32.u32 %r1, %r1, %r1, %r1", "the opcode dp4a"),
         ("add.sat.s32 %r1, %r2, %r3", "the modifier .sat of add"),
         (
             "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1}",
