@@ -24,7 +24,8 @@ class Shadow:
     """Who accessed an array, by cells of its elements' size, as 1 + number of the block in the launch.
 
     Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several. The stamps of shared.py of
-    the last ones tell threads of a block apart. `atomic`: the last write was. `written_at`, `read_at`: the launch's clock.
+    the last ones tell threads of a block apart. `atomic`: the last write was. `written_at`, `read_at`: by the launch's
+    clock.
     """
 
     cell: int

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import rounding
 from ..body import Instruction
 from ..memory import BASE, WORDS
 from ..step import Active, Step, by_lanes, put
 from ..types import DTYPES, SHIFTS, SIZES, Array, Unsupported, type_of, unsigned
 from ..watch import Access
+from .arithmetic import HALVES as OF_HALVES
 from .memory import addresses_of, of_active, space_of
 from .registry import makes, one_of
 
@@ -29,6 +29,7 @@ OPERATIONS: dict[str, Any] = {
     "cas": lambda old, compared, new: np.where(old == compared, new, old),
 }
 TYPES = "b16 b32 b64 u32 s32 u64 s64 f32 f64 f16 bf16 f16x2 bf16x2"
+HALVES = OF_HALVES | {f"{kind}x2": functions for kind, functions in OF_HALVES.items()}
 ORDERS = "relaxed acquire release acq_rel"
 
 
@@ -37,7 +38,7 @@ def atomic(machine: Machine, i: Instruction) -> Step:
     """d, [a], b: d = *a, *a = operation(*a, b); cas compares with b and writes c."""
     kind, name = type_of(i.mods), one_of(i, " ".join(OPERATIONS)) or "add"
     result, address, *given = i.args if i.op == "atom" else ["_", *i.args]
-    half, size = kind.removesuffix("x2") if "16" in kind[-4:] and kind[0] != "b" or kind[:2] == "bf" else None, SIZES[kind]
+    half, size = HALVES.get(kind), SIZES[kind]
     carrier = unsigned(size) if half else kind
     sources = [machine.registers.source(arg, carrier) for arg in given[: 2 if name == "cas" else 1]]
     target, addresses = machine.registers.target(result, carrier), addresses_of(machine, address)
@@ -78,8 +79,8 @@ def _turns(places: Array, good: Array | None) -> list[Array]:
     return [order[ranks == turn] for turn in range(int(counts.max(initial=0)))]
 
 
-def _add_halves(kind: str) -> Any:
-    widen, narrow = {"bf16": (rounding.from_bf16, rounding.to_bf16), "f16": (rounding.from_f16, rounding.to_f16)}[kind]
+def _add_halves(half: Any) -> Any:
+    widen, narrow = half
 
     def add(old: Array, new: Array) -> Array:
         parts = (np.ascontiguousarray(v).view(np.uint16) for v in (old, new))

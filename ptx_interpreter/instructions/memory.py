@@ -130,6 +130,7 @@ def _gather_params(machine: Machine, i: Instruction, targets: list[Array | None]
 
     return by_lanes(run)
 
+
 UNEQUAL = "another thread writes something else there in the same instruction"
 
 

@@ -52,7 +52,9 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
             chosen = lane - offset
             inside = chosen >= last
         else:
-            chosen = {"bfly": lane ^ offset, "down": lane + offset}.get(i.mods[1], (lane & segment) | (offset & ~segment))
+            chosen = {"bfly": lane ^ offset, "down": lane + offset}.get(
+                i.mods[1], (lane & segment) | (offset & ~segment)
+            )
             inside = chosen <= last
         return first + np.where(inside, chosen, lane), inside
 

@@ -194,7 +194,9 @@ def test_reductions_of_a_warp(op):
     values = [(thread * 2654435761) % (1 << 32) for thread in range(64)]
     if op.endswith("s32"):
         values = [value - (1 << 32) if value >> 31 else value for value in values]
-    function = {"add": int.__add__, "min": min, "max": max, "and": int.__and__, "or": int.__or__}.get(op[:-4], int.__xor__)
+    function = {"add": int.__add__, "min": min, "max": max, "and": int.__and__, "or": int.__or__}.get(
+        op[:-4], int.__xor__
+    )
     expected = [reduce(function, values[first : first + 32]) % (1 << 32) for first in (0, 32)]
     body = f"mul.lo.s32 %r3, %r1, 0x9E3779B1; redux.sync.{op} %r2, %r3, -1;"
     assert result(body) == [total for total in expected for _ in range(32)]

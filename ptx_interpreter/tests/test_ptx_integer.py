@@ -114,7 +114,9 @@ def test_bits_are_counted_and_reversed(width):
     }
     for op, wanted in expected.items():
         given = np.array(values, f"u{width // 8}")
-        assert apply(f"{op}.b{width} %o, %a0;", given, out=given.dtype if op == "brev" else np.uint32).tolist() == wanted
+        assert (
+            apply(f"{op}.b{width} %o, %a0;", given, out=given.dtype if op == "brev" else np.uint32).tolist() == wanted
+        )
 
 
 @pytest.mark.parametrize("mode", ["wrap", "clamp"])

@@ -164,7 +164,7 @@ def bytes_of(matrix, rows_first):
 
 
 def factors(kind):
-    """Of C [16, 8] = A B in 8 bits, in 16 or in TF32: the shape and types of the instruction, A, B, and the words of both."""
+    """Of C [16, 8] = A B: the shape and types of the instruction, A, B, and the words of both."""
     if kind == "s8":
         a, b = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8))
         return "k32.row.col.satfinite.s32.s8.s8", a, b, bytes_of(a, True), bytes_of(b, False)
