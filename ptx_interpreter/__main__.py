@@ -29,9 +29,10 @@ Place = tuple[str, int]
 
 
 def shown(place: Place) -> str:
-    """The place in words, and the text of the line."""
+    """The place and the text of the line; the path as it is imported."""
     path, line = place
-    return f"{path.removeprefix(f'{Path.cwd()}/')}:{line}: {linecache.getline(path, line).strip()}"
+    folder = max((folder for folder in sys.path if path.startswith(f"{folder}{os.sep}")), key=len, default="")
+    return f"{path[len(folder) :].lstrip(os.sep) if folder else path}:{line}: {linecache.getline(path, line).strip()}"
 
 
 @dataclass
@@ -113,8 +114,9 @@ class Checker(Driver):
         print(f"\n{'memory':14}{'requests':>10}{'sectors or cycles each':>24}{'at least':>10}  line")
         for (place, space), t in sorted(self.traffic.items()):
             if t.requests:
-                least = max(1, -(-t.bytes // (32 * t.requests))) if space.startswith("global") else t.least / t.requests
-                print(f"{space:14}{t.requests:10}{t.sectors / t.requests:24.1f}{least:10.1f}  {shown(place)}")
+                each = t.sectors / t.requests
+                least = max(1, t.bytes / (32 * t.requests)) if space.startswith("global") else t.least / t.requests
+                print(f"{space:14}{t.requests:10}{each:24.1f}{min(each, least):10.1f}  {shown(place)}")
         print("", *self.found.values(), *(f"unsupported: {message}" for message in self.unsupported), sep="\n")
         kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.items())
         print(f"{len(self.found)} findings in {sum(self.kernels.values())} launches: {kernels or 'no kernels'}")

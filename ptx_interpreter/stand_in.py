@@ -139,6 +139,12 @@ def run_once(function: Callable[[], Any], *_: Any, quantiles: Any = None, **__: 
     return [math.nan] * len(quantiles) if quantiles else math.nan
 
 
+class Context(nullcontext[None]):
+    """torch.cuda.device(0) and the like."""
+
+    idx = 0
+
+
 class Stream:
     """Of launches that are over when they return; an event too, which has no times."""
 
@@ -170,11 +176,12 @@ def gpu(driver: Driver, tensors: Tensors) -> Iterator[None]:
     silent = ("synchronize", "empty_cache", "set_device", "init", "_lazy_init", "manual_seed", "manual_seed_all")
     answers |= dict.fromkeys(silent)
     functions: dict[str, Any] = {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}
-    functions |= dict.fromkeys(("device", "device_of", "stream"), nullcontext)
+    functions |= dict.fromkeys(("device", "device_of", "stream"), Context)
     functions |= dict.fromkeys(("Stream", "Event", "current_stream", "default_stream"), Stream)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **functions))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "12.8"))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
         stack.enter_context(
             mock.patch.multiple(Autotuner, prune_configs=first_fitting, _bench=lambda *_, **__: [0.0] * 3)
         )

@@ -78,20 +78,23 @@ class Watch:
             told = f"{access.verb} of {size} bytes {near}"
             self._fault("out of bounds", access, self._lanes(active)[outside], told)
             good = ~outside if good is None else good & ~outside
-        if self.machine.watch and good is None:
-            self._watch_global(access, active, addresses, interval)
+        if self.machine.watch:
+            lanes = self._lanes(active)
+            if good is None:
+                self._watch_global(access, lanes, addresses, interval)
+            elif good.any():
+                self._watch_global(access, lanes[good], addresses[good], None)
             if access.atomic:
-                self._order(access, self._lanes(active))
+                self._note_order(access, lanes)
         if self.machine.count:
             self._count_global(access, active, addresses)
         return good
 
-    def _watch_global(self, access: Access, active: Active | None, addresses: Array, inside: Interval | None) -> None:
+    def _watch_global(self, access: Access, lanes: Array, addresses: Array, inside: Interval | None) -> None:
         if inside is not None:
             if inside.shadow is not None:
-                self._note_global(access, inside, addresses, self._lanes(active))
+                self._note_global(access, inside, addresses, lanes)
         elif len(addresses) and self.machine.memory.intervals:
-            lanes = self._lanes(active)
             for interval, mask in self.machine.memory.holders(addresses):
                 if interval.shadow is not None:
                     self._note_global(access, interval, addresses[mask], lanes[mask])
@@ -139,7 +142,7 @@ class Watch:
             # The first thread's stays: where threads hold copies of a value, compilers let it write.
             shadow.read[cells[::-1]], shadow.read_at[cells] = stamps[::-1], memory.clock
 
-    def _order(self, access: Access, lanes: Array) -> None:
+    def _note_order(self, access: Access, lanes: Array) -> None:
         """Notes that these blocks released what they wrote, or acquired what others had released."""
         memory, blocks = self.machine.memory, np.unique(self.machine.block_numbers[lanes])
         memory.clock += 1
