@@ -5,6 +5,7 @@ compiles for the GPU in the interpreter. README.md shows reports.
 """
 
 import argparse
+import gc
 import linecache
 import os
 import runpy
@@ -132,6 +133,7 @@ def run_file(checker: Checker, path: str, arguments: Sequence[str] = ()) -> None
     folders = [str(Path(path).resolve().parent), *sys.path]
     with mock.patch.multiple(sys, argv=[path, *arguments], path=folders), gpu(checker, checker.tensors):
         runpy.run_path(path, run_name="__main__")
+        gc.collect()  # Triton unloads kernels from the driver that is active.
 
 
 def main() -> int:

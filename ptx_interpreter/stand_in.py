@@ -181,7 +181,7 @@ def gpu(driver: Driver, tensors: Tensors) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **functions))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "12.8"))
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0))
         stack.enter_context(
             mock.patch.multiple(Autotuner, prune_configs=first_fitting, _bench=lambda *_, **__: [0.0] * 3)
         )

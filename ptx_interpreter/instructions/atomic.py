@@ -33,37 +33,43 @@ HALVES = OF_HALVES | {f"{kind}x2": functions for kind, functions in OF_HALVES.it
 ORDERS = "relaxed acquire release acq_rel"
 
 
-@makes("atom red", f"global shared cta gpu sys noftz L2::cache_hint {ORDERS} {TYPES} {' '.join(OPERATIONS)}")
+@makes("atom red", f"global shared cta gpu sys noftz v2 v4 L2::cache_hint {ORDERS} {TYPES} {' '.join(OPERATIONS)}")
 def atomic(machine: Machine, i: Instruction) -> Step:
-    """d, [a], b: d = *a, *a = operation(*a, b); cas compares with b and writes c."""
+    """d, [a], b: d = *a, *a = operation(*a, b); cas compares with b and writes c. Elements of a vector are separate."""
     kind, name = type_of(i.mods), one_of(i, " ".join(OPERATIONS)) or "add"
-    result, address, *given = i.args if i.op == "atom" else ["_", *i.args]
+    result, address, value, *more = i.args if i.op == "atom" else ["_", *i.args]
     half, size = HALVES.get(kind), SIZES[kind]
-    carrier = unsigned(size) if half else kind
-    sources = [machine.registers.source(arg, carrier) for arg in given[: 2 if name == "cas" else 1]]
-    target, addresses = machine.registers.target(result, carrier), addresses_of(machine, address)
     if half and name != "add":
         raise Unsupported(f"{i.op}.{name} of {kind}")
     function = _add_halves(half) if half else OPERATIONS[name]
-    space, order = space_of(i), one_of(i, ORDERS)
-    access = machine.checks.access(Access(i, space, size, write=True, atomic=order or "relaxed"))
+    carrier = unsigned(size) if half else kind
+    values = value if isinstance(value, list) else [value]
+    results = result if isinstance(result, list) else [result] * len(values)
+    operands = [[one, *more[:1]] if name == "cas" else [one] for one in values]
+    sources = [[machine.registers.source(arg, carrier) for arg in args] for args in operands]
+    targets = [machine.registers.target(each, carrier) for each in results]
+    space, addresses = space_of(i), addresses_of(machine, address)
+    order = one_of(i, ORDERS) or "relaxed"
+    access = machine.checks.access(Access(i, space, size * len(values), write=True, atomic=order))
     dtype = DTYPES[carrier]
 
     def run(active: Active | None) -> None:
         at = addresses(active)
         if space == "shared":
-            places, good = machine.checks.check_shared(access, active, at)
-            words, places = machine.shared.words[size], places >> SHIFTS[size]
+            at, good = machine.checks.check_shared(access, active, at)
+            words = machine.shared.words[size]
         else:
             good = machine.checks.check_global(access, active, at)
-            words, places = WORDS[size], (at - BASE) >> SHIFTS[size]
-        values = [np.broadcast_to(of_active(source, active), at.shape) for source in sources]
-        found = np.zeros(len(at), dtype)
-        for turn in _turns(places, good):
-            old = words[places[turn]].view(dtype)
-            words[places[turn]] = np.asarray(function(old, *(v[turn] for v in values)), dtype).view(words.dtype)
-            found[turn] = old
-        put(target, active, found)
+            at, words = at - BASE, WORDS[size]
+        for n, (target, given) in enumerate(zip(targets, sources, strict=True)):
+            places = (at >> SHIFTS[size]) + n
+            mine = [np.broadcast_to(of_active(source, active), at.shape) for source in given]
+            found = np.zeros(len(at), dtype)
+            for turn in _turns(places, good):
+                old = words[places[turn]].view(dtype)
+                words[places[turn]] = np.asarray(function(old, *(v[turn] for v in mine)), dtype).view(words.dtype)
+                found[turn] = old
+            put(target, active, found)
 
     return by_lanes(run)
 

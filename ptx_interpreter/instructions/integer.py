@@ -9,7 +9,7 @@ import numpy as np
 
 from ..body import Instruction
 from ..step import Step, elementwise
-from ..types import DTYPES, SIZES, Unsupported, Value, type_of, unsigned
+from ..types import DTYPES, SIZES, Value, type_of, unsigned
 from .registry import makes
 
 if TYPE_CHECKING:
@@ -118,25 +118,6 @@ def funnel_shift(machine: Machine, i: Instruction) -> Step:
         return ((both << count >> np.uint64(32)) if left else (both >> count)).astype(np.uint32)
 
     return elementwise(machine.registers.target(i.args[0], "b32"), shifted, a, b, amount)
-
-
-@makes("lop3", "b32")
-def any_logic(machine: Machine, i: Instruction) -> Step:
-    """The function of three bits whose values are the bits of the last operand."""
-    sources = [machine.registers.source(arg, "u32") for arg in i.args[1:4]]
-    table = machine.registers.number(i.args[4])
-    if table is None:
-        raise Unsupported("a table in a register")
-
-    def looked_up(*values: Value) -> Value:
-        found = np.uint32(0)
-        for n in range(8):
-            if table >> n & 1:
-                a, b, c = (v if n >> 2 - k & 1 else ~v for k, v in enumerate(values))
-                found = found | (a & b & c)
-        return found
-
-    return elementwise(machine.registers.target(i.args[0], "b32"), looked_up, *sources)
 
 
 @makes("prmt", "b32")

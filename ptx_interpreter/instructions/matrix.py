@@ -101,10 +101,11 @@ def numbers(bits: Array, kind: str) -> Array:
 
 
 SHAPES = {
-    "tf32": ("m16n8k8", "f32"),
-    **dict.fromkeys(("bf16", "f16"), ("m16n8k16", "f32")),
-    **dict.fromkeys(("s8", "u8"), ("m16n8k32", "s32")),
+    ("f32", "tf32"): "m16n8k8",
+    **dict.fromkeys((("f32", "bf16"), ("f32", "f16"), ("f16", "f16")), "m16n8k16"),
+    **dict.fromkeys((("s32", "s8"), ("s32", "u8")), "m16n8k32"),
 }
+"""Of products, by the types of sums and factors."""
 
 
 @makes("mma", "sync aligned m16n8k32 m16n8k16 m16n8k8 row col f32 bf16 f16 tf32 satfinite s32 s8 u8")
@@ -116,13 +117,14 @@ def multiply(machine: Machine, i: Instruction) -> Step:
     TF32 is in the place of a pair, in m16n8k32 four integers of 8 bits are.
     """
     kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16", "tf32", "s32", "s8", "u8")]
-    shape, kind = SHAPES.get(kinds[1], ("", ""))
-    if kinds[0] != kind or kinds[3] != kind or kinds[1] != kinds[2] or shape not in i.mods:
+    kind = kinds[0]
+    if kinds[3] != kind or kinds[1] != kinds[2] or SHAPES.get((kind, kinds[1])) not in i.mods:
         raise Unsupported(f"a product of {kinds} in this shape")
     d, a, b, c = i.args
-    targets = [machine.registers.target(name, kind) for name in d]
+    carrier = "u32" if kind == "f16" else kind  # of pairs
+    targets = [machine.registers.target(name, carrier) for name in d]
     left, right = ([machine.registers.source(name, "u32") for name in names] for names in (a, b))
-    start = [machine.registers.source(name, kind) for name in c]
+    start = [machine.registers.source(name, carrier) for name in c]
 
     def run(active: Active | None) -> None:
         warps = groups_of(machine, active, i)
@@ -138,10 +140,17 @@ def multiply(machine: Machine, i: Instruction) -> Step:
         rows = numbers(factor.reshape(count, 16, 8), kinds[1])
         columns = numbers(other.reshape(count, 8, 8), kinds[1])
         product = np.matmul(rows, columns.swapaxes(1, 2)).reshape(count, 2, 8, 4, 2)
-        product = product.astype(np.float32 if kind == "f32" else np.int64)
-        sums = [product[:, n // 2, :, :, n % 2] + rows_of(machine, start[n], warps) for n in range(4)]
+        if kind == "s32":
+            product = product.astype(np.int64)
+        before = [rows_of(machine, register, warps) for register in start]
+        if kind == "f16":
+            before = [rounding.from_f16(words >> shift & 0xFFFF) for words in before for shift in (0, 16)]
+        sums = [product[:, n // 2, :, :, n % 2] + before[n] for n in range(4)]
         if "satfinite" in i.mods:
             sums = [np.clip(total, -(1 << 31), (1 << 31) - 1) for total in sums]
+        if kind == "f16":
+            halves = [rounding.to_f16(total).astype(np.uint32) for total in sums]
+            sums = [halves[n] | halves[n + 1] << 16 for n in (0, 2)]
         for target, total in zip(targets, sums, strict=True):
             put_rows(target, warps, total)
 

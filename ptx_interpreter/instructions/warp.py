@@ -95,21 +95,18 @@ def reduce(machine: Machine, i: Instruction) -> Step:
     return by_lanes(run)
 
 
-@makes("vote", "sync any all ballot pred b32")
+@makes("vote", "sync any all pred")
 def vote(machine: Machine, i: Instruction) -> Step:
-    """Whether a predicate holds in any lane, or in all lanes; or those in which it does, as bits."""
-    registers, ballot = machine.registers, "ballot" in i.mods
-    value, target = registers.source(i.args[1], "pred"), registers.target(i.args[0], i.mods[-1])
+    """Whether a predicate holds in any lane, or in all lanes."""
+    registers = machine.registers
+    value, target = registers.source(i.args[1], "pred"), registers.target(i.args[0], "pred")
     if registers.number(i.args[2]) not in EVERY_LANE:
         raise Unsupported("a vote of some lanes of a warp")
     agree = np.logical_or if "any" in i.mods else np.logical_and
 
     def run(active: Active | None) -> None:
         groups_of(machine, active, i)  # All of a warp must be there.
-        rows = np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP)
-        if ballot and active is not None:
-            rows = rows & active.mask.reshape(-1, WARP)
-        agreed = np.packbits(rows, axis=1, bitorder="little").view(np.uint32)[:, 0] if ballot else agree.reduce(rows, 1)
+        agreed = agree.reduce(np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP), axis=1)
         found = np.repeat(agreed, WARP)
         put(target, active, found if active is None else found[active.lanes])
 

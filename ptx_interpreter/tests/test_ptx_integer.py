@@ -130,14 +130,6 @@ def test_funnel_shifts(mode):
     assert right.tolist() == [((b << 32 | a) >> n) % (1 << 32) for n in counts]
 
 
-@pytest.mark.parametrize("table", [0x80, 0xFE, 0x96, 0xCA, 0x1B])
-def test_lop3_of_every_combination(table):
-    """The table of a function is its value of 0xF0, 0xCC and 0xAA."""
-    a, b, c = (np.array([value], np.uint32) for value in (0xF0, 0xCC, 0xAA))
-    found = apply(f"lop3.b32 %o, %a0, %a1, %a2, {table};", a, b, c, out=np.uint32)
-    assert found[0] & 0xFF == table
-
-
 def test_prmt_of_every_selection():
     selector = np.arange(0, 1 << 16, 7, dtype=np.uint32)
     a, b = random.integers(0, 1 << 32, (2, len(selector)), np.uint32)

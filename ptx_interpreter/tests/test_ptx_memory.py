@@ -202,11 +202,17 @@ def test_compare_and_swap_replaces_what_is_equal():
     assert words[0] == 32
 
 
-@pytest.mark.parametrize("kind", ["f16", "f16x2", "f32"])
-def test_atomic_sums_of_floats(kind):
-    dtype = np.float32 if kind == "f32" else np.float16
-    sums = np.zeros(2, dtype)
-    one = {"f16": "mov.b16 %h1, 0x3C00;", "f16x2": "mov.b32 %r2, 0x40003C00;", "f32": "mov.b32 %r2, 0f3FC00000;"}[kind]
-    noftz = "" if kind == "f32" else "noftz."
-    run(kernel(f"{one} red.global.add.{noftz}{kind} [%d30], {'%h1' if kind == 'f16' else '%r2'};"), [sums], block=32)
-    assert sums.tolist() == {"f16": [32, 0], "f16x2": [32, 64], "f32": [48, 0]}[kind]
+@pytest.mark.parametrize(
+    ("instruction", "dtype", "sums"),
+    [
+        ("add.noftz.f16 [%d30], %h1", np.float16, [32, 0]),
+        ("add.noftz.f16x2 [%d30], %r2", np.float16, [32, 64]),
+        ("add.f32 [%d30], %f1", np.float32, [48, 0]),
+        ("add.v2.f32 [%d30], {%f1, %f2}", np.float32, [48, -64]),
+    ],
+)
+def test_atomic_sums_of_floats(instruction, dtype, sums):
+    found = np.zeros(2, dtype)
+    numbers = "mov.b16 %h1, 0x3C00; mov.b32 %r2, 0x40003C00; mov.f32 %f1, 0f3FC00000; mov.f32 %f2, 0fC0000000;"
+    run(kernel(f"{numbers} red.global.{instruction};"), [found], block=32)
+    assert found.tolist() == sums

@@ -21,7 +21,7 @@ from planted_faults import ASKED_FOR, FAULTS, NUMBERS
 from ptx_build import BUILD, budget, build_allocations, build_planted, gxx
 
 from evakernels.triton import FAMILIES
-from ptx_interpreter.lines import lines_of
+from ptx_interpreter import Module
 from ptx_interpreter.runtime import newest_for, ptx_in
 
 OPS = {
@@ -122,7 +122,7 @@ def test_ops_run_nearly_every_line_of_device_code(built: Path, lines_run: Callab
     runs = {(file, line) for file, line, count in counts if count}
     lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for texts in ptx_in((built / "_ops.so").read_bytes()):
-        for file, line in lines_of(newest_for(texts, 80)):
+        for file, line in Module(newest_for(texts, 80)).lines():
             if Path(file).parent == ROOT / "csrc/cuda":
                 lines[Path(file).name].add((file, line))
     shares = {name: len(own & runs) / len(own) for name, own in lines.items()}
