@@ -20,7 +20,7 @@ from unittest import mock
 import triton
 
 from ptx_interpreter import Fault, GlobalMemory, Kernel, Report, Traffic, Unsupported
-from ptx_interpreter.instructions.memory import UNEQUAL
+from ptx_interpreter.report import UNEQUAL
 from ptx_interpreter.stand_in import Tensors, gpu
 from ptx_interpreter.triton_driver import Driver
 

@@ -7,12 +7,15 @@ from .parse import Kernel
 from .registers import Dim3
 from .sectors import Sectors
 
+UNEQUAL = "another thread writes something else there in the same instruction"
+"""The detail of a race that may be of no consequence: of copies of a sum that were rounded differently."""
+
 
 @dataclass
 class Fault:
     """Something that a kernel must not do.
 
-    Of a kind at one instruction the first is kept, with its block and thread, and how many there were.
+    Of a kind at one instruction (UNEQUAL is one of its own) the first is kept, with its block and thread, and how many there were.
     """
 
     kind: str

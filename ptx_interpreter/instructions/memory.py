@@ -9,6 +9,7 @@ import numpy as np
 
 from ..body import Address, Instruction
 from ..memory import BASE, WORDS
+from ..report import UNEQUAL
 from ..step import NO_STEP, Active, Step, by_lanes, elementwise, put, several
 from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
 from ..watch import Access
@@ -129,9 +130,6 @@ def _gather_params(machine: Machine, i: Instruction, targets: list[Array | None]
             put(target, active, found[:, n])
 
     return by_lanes(run)
-
-
-UNEQUAL = "another thread writes something else there in the same instruction"
 
 
 @makes("createpolicy", "fractional L2::evict_first L2::evict_last L2::evict_normal b64")
