@@ -90,6 +90,7 @@ def _add_halves(half: Any) -> Any:
 
     def add(old: Array, new: Array) -> Array:
         parts = (np.ascontiguousarray(v).view(np.uint16) for v in (old, new))
-        return narrow(np.add(*map(widen, parts))).view(old.dtype)
+        total: Array = narrow(np.add(*map(widen, parts)))
+        return total.view(old.dtype)
 
     return add

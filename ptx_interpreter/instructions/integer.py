@@ -79,45 +79,11 @@ def _insert(value: Value, into: Value, start: Value, length: Value) -> Value:
     return (into & ~mask | value.astype(np.uint64) << start & mask).astype(into.dtype)
 
 
-@makes("popc clz brev", "b32 b64")
-def bits(machine: Machine, i: Instruction) -> Step:
-    """How many bits are set, how many zeros come first, or the bits in reverse order."""
-    kind = type_of(i.mods)
-    source = machine.registers.source(i.args[1], unsigned(SIZES[kind]))
-    target = machine.registers.target(i.args[0], kind if i.op == "brev" else "u32")
-    return elementwise(target, partial(BITS[i.op], 8 * SIZES[kind]), source)
-
-
-def _reversed(width: int, x: Value) -> Value:
-    bits = np.unpackbits(np.asarray(x)[..., None].view(np.uint8), axis=-1, bitorder="little")
-    return np.packbits(bits[..., ::-1], axis=-1, bitorder="little").view(x.dtype)[..., 0]
-
-
-def _leading_zeros(width: int, x: Value) -> Value:
-    for shift in (1, 2, 4, 8, 16, 32)[: width.bit_length() - 1]:
-        x = x | x >> x.dtype.type(shift)
-    return (width - np.bitwise_count(x)).astype(np.uint32)
-
-
-BITS = {
-    "popc": lambda width, x: np.bitwise_count(x).astype(np.uint32),
-    "clz": _leading_zeros,
-    "brev": _reversed,
-}
-
-
-@makes("shf", "l r wrap clamp b32")
-def funnel_shift(machine: Machine, i: Instruction) -> Step:
-    """Of the 64 bits of b and a: the upper half after a shift to the left, the lower one after one to the right."""
-    a, b, amount = (machine.registers.source(arg, "u32") for arg in i.args[1:])
-    left, wrap = "l" in i.mods, "wrap" in i.mods
-
-    def shifted(a: Value, b: Value, amount: Value) -> Value:
-        both = b.astype(np.uint64) << np.uint64(32) | a
-        count = (amount & np.uint32(31) if wrap else np.minimum(amount, np.uint32(32))).astype(np.uint64)
-        return ((both << count >> np.uint64(32)) if left else (both >> count)).astype(np.uint32)
-
-    return elementwise(machine.registers.target(i.args[0], "b32"), shifted, a, b, amount)
+@makes("popc", "b32 b64")
+def count(machine: Machine, i: Instruction) -> Step:
+    """How many bits are set."""
+    source = machine.registers.source(i.args[1], unsigned(SIZES[type_of(i.mods)]))
+    return elementwise(machine.registers.target(i.args[0], "u32"), np.bitwise_count, source)
 
 
 @makes("prmt", "b32")

@@ -92,7 +92,7 @@ def numbers(bits: Array, kind: str) -> Array:
     """float32 of elements [..., n] in 32 bits: pairs of 16 bits, the lower half first, [..., 2 n]; TF32 [..., n];
     integers of 8 bits [..., 4 n]."""
     if kind in ("s8", "u8"):
-        return bits.view(DTYPES[kind]).astype(np.float32)
+        return np.asarray(bits.view(DTYPES[kind]), np.float32)
     if kind == "tf32":
         return rounding.cut_to_tf32(bits.view(np.uint32))
     if kind == "f16":

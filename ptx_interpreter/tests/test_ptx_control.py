@@ -287,7 +287,7 @@ def test_a_warp_that_is_not_complete(instruction):
 
 
 def test_counts():
-    """Thread-instructions by opcode, by line, and in all."""
+    """Thread-instructions by line and in all."""
     text = """
     .file 1 "folder/norm.cu"
     """
@@ -305,7 +305,6 @@ def test_counts():
     """
     )
     report = run(kernel(body, head=text), [np.zeros(64, np.uint32)], block=64, grid=3)
-    assert report.executed["add"] == 3 * (64 + 2 * 54)
     assert report.lines()["folder/norm.cu", 11] == 3 * 2 * 54
     assert report.lines()["folder/norm.cu", 10] == 3 * 2 * 64
-    assert report.instructions == sum(report.executed.values()) == sum(report.lines().values())
+    assert report.instructions == sum(report.lines().values())
