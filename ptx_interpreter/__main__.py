@@ -129,7 +129,6 @@ def run_file(checker: Checker, path: str, arguments: Sequence[str] = ()) -> None
     Raises:
         Unsupported: names an instruction that the interpreter doesn't know. Errors of the file are raised as they are.
     """
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it compiles for the CPU
     folders = [str(Path(path).resolve().parent), *sys.path]
     with mock.patch.multiple(sys, argv=[path, *arguments], path=folders), gpu(checker, checker.tensors):
         runpy.run_path(path, run_name="__main__")
@@ -143,6 +142,7 @@ def main() -> int:
     parser.add_argument("file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the file")
     given = parser.parse_args()
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # It would compile for the CPU.
     checker = Checker(given.sm, given.multiprocessors)
     try:
         run_file(checker, given.file, given.arguments)

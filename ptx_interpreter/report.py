@@ -71,8 +71,8 @@ TrafficKey = tuple[str, str, str]
 class Report:
     """Of a launch.
 
-    `blocks`: how many threads ran each basic block. If it was counted, `warps`: how many warps did, `traffic`: by space,
-    place and instruction, `loads` and `stores`: which sectors of global memory.
+    `blocks`: how many threads ran each basic block. If it was counted, `warps`: how many warps did, `traffic`: by
+    space, place and instruction, `loads` and `stores`: which sectors of global memory.
     """
 
     kernel: str

@@ -27,9 +27,10 @@ ANSWERS: dict[Any, Any] = {
     torch.Tensor.is_cpu.__get__: False,
     torch.Tensor.get_device: 0,
     torch.Tensor.is_pinned: False,
+    torch.Tensor.record_stream: None,
 }
 """Properties and methods of tensors that name the device, and what a tensor of the GPU returns."""
-PRUNE = Autotuner.prune_configs
+PRUNE, ENGINE = Autotuner.prune_configs, torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 """torch's operators that return memory which nobody has written."""
 
@@ -45,10 +46,6 @@ class CudaDevices(TorchFunctionMode):
         if func is torch.Tensor.cpu:
             return args[0].clone()
         given = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        if func is torch.Tensor.backward:  # whose functions of the user's need the mode
-            given |= dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), args[1:], strict=False))
-            with self:
-                return torch.autograd.backward(args[0], given.pop("gradient", None), **given)
         args = [CPU if isinstance(arg, torch.device) and arg.type == "cuda" else arg for arg in args]
         if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
             args[1] = CPU
@@ -65,14 +62,17 @@ class Tensors(TorchDispatchMode):
         self._known: dict[int, tuple[StorageWeakRef, Interval]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        given = dict(kwargs or {})
+        if getattr(given.get("device"), "type", "") == "cuda":  # of torch.set_default_device
+            given["device"] = CPU
+        result = func(*args, **given)
         is_empty = func.overloadpacket.__name__ in EMPTY
         for value in result if isinstance(result, tuple | list) else [result]:
             if isinstance(value, torch.Tensor):
                 self.interval_of(value, written=not is_empty)
         for number, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
+                value = args[number] if number < len(args) else given.get(argument.name)
                 for each in value if isinstance(value, tuple | list) else [value]:
                     if isinstance(each, torch.Tensor):
                         self._mark_written(each)
@@ -133,6 +133,12 @@ def first_fitting(self: Autotuner, kwargs: dict[str, Any]) -> list[triton.Config
     return configs[:1]
 
 
+def run_backward(*args: Any, **kwargs: Any) -> Any:
+    """The backward pass, whose functions run within a call of torch, that is without the mode."""
+    with CudaDevices():
+        return ENGINE(*args, **kwargs)
+
+
 def run_once(function: Callable[[], Any], *_: Any, quantiles: Any = None, **__: Any) -> Any:
     """In place of triton.testing.do_bench: an interpreter has no times."""
     function()
@@ -186,6 +192,7 @@ def gpu(driver: Driver, tensors: Tensors) -> Iterator[None]:
             mock.patch.multiple(Autotuner, prune_configs=first_fitting, _bench=lambda *_, **__: [0.0] * 3)
         )
         stack.enter_context(mock.patch.object(triton.testing, "do_bench", run_once))
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         for context in (driver, tensors, CudaDevices()):
             stack.enter_context(context)
         yield

@@ -112,12 +112,32 @@ def unknown(x, y, B: tl.constexpr):
     tl.store(y + i, tl.inline_asm_elementwise("szext.wrap.b32 $0, $1, 8;", "=r,r", [loaded], tl.float32, False, 1))
 
 
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        y = torch.empty_like(x)
+        right[(1,)](x, y, 100, B=128)
+        return y
+
+    @staticmethod
+    def backward(context, gradient):
+        assert gradient.is_cuda
+        return Double.forward(context, gradient.contiguous())
+
+
 def launch(name: str) -> None:
     x, y = torch.randn(1000, device="cuda"), torch.empty(1000).cuda()
     assert x.is_cuda and y.device == torch.device("cuda", 0)  # noqa: PT018
     if name == "right":
         right[(4,)](x, y, 1000, B=256)
         torch.testing.assert_close(y, 2 * x)
+    elif name == "differentiated":
+        torch.set_default_device("cuda")
+        x = torch.ones(100, requires_grad=True)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            Double.apply(x).sum().backward()
+        torch.set_default_device(None)
+        assert x.grad.tolist() == [2] * 100
     elif name == "tuned":
         tuned[(1,)](x, y, 16, B=16)
         assert tuned.best_config.num_warps == 2
@@ -126,9 +146,8 @@ def launch(name: str) -> None:
         described[(2,)](x, y, B=16)
         torch.testing.assert_close(y[:256:16], x[:256].view(16, 16)[:, :8].sum(1))
     elif name == "locked":
-        locked[(4,)](
-            x, sums := torch.zeros(128, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda"), B=128
-        )
+        sums, lock = torch.zeros(128, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+        locked[(4,)](x, sums, lock, B=128)
         torch.testing.assert_close(sums, x[:512].view(4, 128).sum(0))
     elif name == "no_barrier":
         no_barrier[(1,)](x, y, torch.empty_like(x), B=256)
@@ -137,6 +156,7 @@ def launch(name: str) -> None:
     elif name == "wrong_hint":
         wrong_hint[(1,)](x, torch.ones(1000, device="cuda"), B=512)
     else:
+        y[:64] = 1
         globals()[name][(4 if name == "one_address" else 1,)](x, y, B=128)
 
 

@@ -24,9 +24,9 @@ def check(*kernels, capability=80):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_checker_right_kernels_have_no_findings(capability):
-    checker = check("right", "tuned", "locked", capability=capability)
+    checker = check("right", "differentiated", "tuned", "locked", capability=capability)
     assert not checker.found
-    assert checker.kernels == {"right": 1, "tuned": 1, "locked": 1}
+    assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1}
 
 
 def test_checker_runs_tensor_descriptors():
@@ -44,6 +44,7 @@ def test_checker_names_the_planted_line(name):
     finding = next(iter(check(name).found.values()))
     assert (finding.kernel, finding.kind) == (name, lines[number].partition("  # ")[2])
     assert finding.place == (str(FILE), number + 1)
+    assert name != "unwritten" or finding.accesses == 64
     callers = {lines[line - 1].strip()[:5] for _, line in finding.callers}  # Triton 3.6 names none
     assert callers <= ({"write"} if name == "wrong_mask" else set())
 
