@@ -23,8 +23,8 @@ from ptx_interpreter.triton_driver import SHARED_KB, WARP, Driver
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ANSWERS: dict[Any, Any] = {
     torch.Tensor.device.__get__: CUDA,
-    torch.Tensor.is_cuda.__get__: True,
-    torch.Tensor.is_cpu.__get__: False,
+    torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
     torch.Tensor.get_device: 0,
     torch.Tensor.is_pinned: False,
     torch.Tensor.record_stream: None,
@@ -58,7 +58,7 @@ class Tensors(TorchDispatchMode):
     """The memory of all tensors, and which of it has been written."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[int, tuple[StorageWeakRef, Interval]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
