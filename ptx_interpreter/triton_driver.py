@@ -120,7 +120,8 @@ class Driver:
             for param, value in zip(kernel.params, values, strict=False):
                 params[param.offset : param.offset + len(value)] = value
             self.prepare_memory(self._memory, {name: getattr(v, "base", v) for name, _, v in arguments})
-            self._launch(kernel, (x, y, z), WARP * metadata.num_warps, bytes(params), metadata.shared)
+            if x * y * z:
+                self._launch(kernel, (x, y, z), WARP * metadata.num_warps, bytes(params), metadata.shared)
 
         return run
 

@@ -130,6 +130,7 @@ def launch(name: str) -> None:
     assert x.is_cuda and y.device == torch.device("cuda", 0)  # noqa: PT018
     if name == "right":
         right[(4,)](x, y, 1000, B=256)
+        right[(0,)](x, y, 1000, B=256)
         torch.testing.assert_close(y, 2 * x)
     elif name == "differentiated":
         torch.set_default_device("cuda")
