@@ -12,7 +12,7 @@ from .types import SIZES, WARP, Unsupported
 
 ENDS = {"bra", "ret", "exit", "trap", "bar"}
 """What ends a basic block. Of the barriers only those of a whole block of threads do."""
-WRITES_NOTHING = {"st", "bra", "bar", "cp", "stmatrix", "ret", "exit", "trap", "fence", "membar", "wgmma"}
+WRITES_NOTHING = {"st", "red", "bra", "bar", "cp", "stmatrix", "ret", "exit", "trap", "fence", "membar", "wgmma"}
 
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)\s*")
 _VARIABLE = re.compile(r"\.(\w+)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?")
@@ -48,7 +48,7 @@ class Instruction:
     """One statement, such as `@!%p1 ld.global.v2.f32 {%f1, %f2}, [%rd1+8];`.
 
     `line` is file number and line of the source where the text tells, else 0 and the line of the PTX; `callers` the
-    same of the calls that were inlined, the last one first.
+    same of the calls that were inlined, the last one first. `number`: the line of the PTX.
     """
 
     op: str
@@ -61,6 +61,7 @@ class Instruction:
     writes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     callers: Places = ()
+    number: int = 0
 
     @property
     def ends_block(self) -> bool:
@@ -99,7 +100,7 @@ class Body:
         self._types: dict[str, str] = {}
         self._counted: dict[str, str] = {}
         self._labels: dict[str, int] = {}
-        for statement, line, self._callers in _statements(text, first_line):
+        for statement, line, self._callers, self._number in _statements(text, first_line):
             self._read(statement, line)
         if not self.blocks[-1].instructions:
             line = self.blocks[-2].instructions[-1].line if len(self.blocks) > 1 else (0, first_line)
@@ -166,7 +167,7 @@ class Body:
             args = [_operand(part) for part in _split(rest)]
         except Unsupported as error:
             raise Unsupported(f"{error} in {statement!r} at {self.where(line)}") from None
-        made = Instruction(op, mods, args, guard, unless, statement, line, callers=self._callers)
+        made = Instruction(op, mods, args, guard, unless, statement, line, callers=self._callers, number=self._number)
         written: list[str] = []
         read: list[str] = [guard] if guard else []
         for number, arg in enumerate(args):
@@ -207,16 +208,23 @@ def module_variables(text: str) -> list[Variable]:
     return [variable(match) for match in _VARIABLE.finditer(text) if match[1] == "shared"]
 
 
-def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, int], Places]]:
-    """Statements without semicolons, with single spaces, the lines that they stand for, and those of their callers."""
+def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, int], Places, int]]:
+    """Statements without semicolons, with single spaces, the lines of the source that they stand for, those of their
+    callers, and their own."""
     told, pending = (0, 0), ""
     callers: Places = ()
     callers_of: dict[tuple[str, ...], Places] = {}
+    places = -1  # within inline assembly, where LLVM counts lines up from the first place
     for number, raw in enumerate(text.split("\n"), first_line):
-        line = raw.partition("//")[0].strip()
+        line, _, comment = (part.strip() for part in raw.partition("//"))
+        if comment in ("begin inline asm", "end inline asm"):
+            places = 0 if comment[0] == "b" else -1
         if not line:
             continue
         if line.startswith((".loc ", ".loc\t")):
+            places += places >= 0
+            if places > 1:
+                continue
             words = line.replace(",", " ").split()
             if int(words[2]):
                 told = (int(words[1]), int(words[2]))
@@ -229,11 +237,11 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
         where = told if told[0] else (0, number)
         *complete, rest = (pending + line).split(";")
         for statement in complete:
-            yield _bare(statement), where, callers
+            yield _bare(statement), where, callers, number
         pending = ""
         if rest and (rest := _bare(rest)):
             if rest.endswith(":"):
-                yield rest, where, callers
+                yield rest, where, callers, number
             elif not _IGNORED.match(rest):
                 pending = rest + " "
 
@@ -254,7 +262,7 @@ def _names(arg: Operand) -> list[str]:
 
 @cache
 def _opcode(name: str) -> tuple[str, tuple[str, ...]]:
-    op, *mods = name.split(".")
+    op, *mods = name.replace("shared::cta", "shared").split(".")
     return op, tuple(mods)
 
 

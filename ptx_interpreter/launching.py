@@ -56,8 +56,8 @@ def launch(
     if kernel.most_threads and math.prod(sizes[1]) > math.prod(kernel.most_threads):
         raise ValueError(f"{kernel.name} allows blocks of {kernel.most_threads} threads, not {sizes[1]}")
     report = Report(kernel.name, kernel, *sizes, dynamic_shared)
-    memory.begin_launch()
     blocks = math.prod(sizes[0])
+    memory.begin_launch(blocks)
     fitting = max(1, LANES // (-(-math.prod(sizes[1]) // WARP) * WARP))
     together = -(-blocks // -(-blocks // fitting))  # rounds of the same size
     with errors_of_numpy():

@@ -16,7 +16,7 @@ from .instructions import make
 from .memory import GlobalMemory
 from .parse import Kernel
 from .registers import Dim3, Registers
-from .report import Fault, Faults, Report, Traffic
+from .report import UNEQUAL, Fault, Faults, Report, Traffic
 from .shared import SharedMemory
 from .step import Active, Step
 from .types import SIZES, WARP, Array, Unsupported
@@ -89,8 +89,9 @@ class Machine:
 
     def fault(self, kind: str, instruction: Instruction, lanes: Array, detail: str) -> None:
         where = self.body.where(instruction.line)
+        key = (kind, instruction.text, where, detail == UNEQUAL)
         for known in self.report.faults:
-            if (known.kind, known.instruction, known.where) == (kind, instruction.text, where):
+            if (known.kind, known.instruction, known.where, known.detail == UNEQUAL) == key:
                 known.count += len(lanes)
                 return
         lane = int(lanes[0])

@@ -24,7 +24,8 @@ class Shadow:
     """Who accessed an array, by cells of its elements' size, as 1 + number of the block in the launch.
 
     Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several. The stamps of shared.py of
-    the last ones tell threads of a block apart.
+    the last ones tell threads of a block apart. `atomic`: the last write was. `written_at`, `read_at`: by the launch's
+    clock.
     """
 
     cell: int
@@ -32,13 +33,23 @@ class Shadow:
     reader: Array
     written: Array
     read: Array
+    atomic: Array
+    written_at: Array
+    read_at: Array
 
     @classmethod
     def of(cls, size: int, cell: int, *, written: bool) -> "Shadow":
         """Of so many bytes."""
         cells = -(-size // cell)
         stamps = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
-        return cls(cell, np.full(cells, -int(written), np.int32), np.zeros(cells, np.int32), *stamps)
+        more = np.zeros(cells, bool), np.zeros(cells, np.int32), np.zeros(cells, np.int32)
+        return cls(cell, np.full(cells, -int(written), np.int32), np.zeros(cells, np.int32), *stamps, *more)
+
+    def divide(self, cell: int) -> None:
+        """Makes cells smaller, for accesses that are."""
+        for name in ("writer", "reader", "written", "read", "atomic", "written_at", "read_at"):
+            setattr(self, name, np.repeat(getattr(self, name), self.cell // cell))
+        self.cell = cell
 
 
 @dataclass
@@ -86,6 +97,11 @@ class GlobalMemory:
         self._sort()
         return int(start)
 
+    def hold(self, intervals: list[Interval]) -> None:
+        """Lets kernels touch these and no others."""
+        self.intervals = intervals
+        self._sort()
+
     def remove(self, start: int) -> None:
         """Forgets an array that was added."""
         self.intervals = [interval for interval in self.intervals if interval.start != start]
@@ -115,9 +131,15 @@ class GlobalMemory:
         self.intervals = added + [Interval(start, end) for start, end in pairs if start not in known]
         self._sort()
 
-    def begin_launch(self) -> None:
-        """What was written is from now on written before this launch."""
+    def begin_launch(self, blocks: int = 0) -> None:
+        """What was written is from now on written before this launch.
+
+        `clock` counts atomic instructions. `released` and `acquired`: when each block of the grid made its last one
+        that releases, or acquires.
+        """
         self.refresh()
+        self.clock = 1
+        self.released, self.acquired = np.zeros((2, blocks + 1), np.int32)
         for interval in self.intervals:
             if shadow := interval.shadow:
                 shadow.writer[shadow.writer > 0] = -1

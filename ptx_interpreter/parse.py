@@ -79,6 +79,12 @@ class Module:
             line, counted = line + text.count("\n", counted, brace), brace
             self.kernels[entry[1]] = Kernel(entry[1], text[start:brace], text[brace + 1 : end], line, self)
 
+    def lines(self) -> set[tuple[str, int]]:
+        """File and number of each line of the source with an instruction; of inlined code the line of its function."""
+        bodies = (kernel.parsed for kernel in self.kernels.values())
+        places = {i.line for body in bodies for block in body.blocks for i in block.instructions}
+        return {(self.files[file], line) for file, line in places if file}
+
 
 def _found(pattern: re.Pattern[str], word: str, text: str) -> Iterator[re.Match[str]]:
     """Matches of a pattern that begins with this word, outside comments; a pattern alone would take far longer."""

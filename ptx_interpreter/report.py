@@ -7,12 +7,16 @@ from .parse import Kernel
 from .registers import Dim3
 from .sectors import Sectors
 
+UNEQUAL = "another thread writes something else there in the same instruction"
+"""The detail of a race that may be of no consequence: of copies of a sum that were rounded differently."""
+
 
 @dataclass
 class Fault:
     """Something that a kernel must not do.
 
-    Of a kind at one instruction the first is kept, with its block and thread, and how many there were.
+    Of a kind at one instruction the first is kept, with its block and thread, and how many there were. Those of UNEQUAL
+    are of a kind of their own.
     """
 
     kind: str
@@ -67,9 +71,8 @@ TrafficKey = tuple[str, str, str]
 class Report:
     """Of a launch.
 
-    `executed`: instructions times threads, by opcode. `blocks`: how many threads ran each basic block. If it was
-    counted, `warps`: how many warps did, `traffic`: by space, place and instruction, `loads` and `stores`: which
-    sectors of global memory.
+    `blocks`: how many threads ran each basic block. If it was counted, `warps`: how many warps did, `traffic`: by
+    space, place and instruction, `loads` and `stores`: which sectors of global memory.
     """
 
     kernel: str
@@ -83,15 +86,6 @@ class Report:
     warps: Counter[int] = field(default_factory=Counter)
     loads: Sectors = field(default_factory=Sectors)
     stores: Sectors = field(default_factory=Sectors)
-
-    @property
-    def executed(self) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for block in self.of.parsed.blocks:
-            if threads := self.blocks[block.number]:
-                for instruction in block.instructions:
-                    found[instruction.op] += threads
-        return found
 
     @property
     def instructions(self) -> int:

@@ -6,7 +6,8 @@
 Only kernels that this process hasn't launched before on another driver are compiled for this one.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -14,14 +15,19 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ptx_interpreter import GlobalMemory, Kernel, Module, Report, launch
+from ptx_interpreter import GlobalMemory, Kernel, Module, Report, Unsupported, launch
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """What a block may have, by compute capability times ten (CUDA C++ Programming Guide, technical specifications)."""
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Of the largest GPU that is sold, by compute capability times ten."""
 THREADS = 1024
 WARP = 32
 FORMATS = {"fp32": "f4", "fp64": "f8", "i1": "i1", "u1": "u1"}
 """Of scalar arguments, as numpy calls them; integers are those of their bits."""
+
+
+DESCRIPTOR = re.compile(r"tensordesc<([^[>]*)\[")
 
 
 def without_assembling(*stages: Any) -> tuple[str, str] | None:
@@ -39,6 +45,7 @@ class Driver:
 
     Args:
         capability: the GPU's, times ten.
+        multiprocessors: how many the GPU has; None: MULTIPROCESSORS.
         options: of `launch`.
 
     Attributes:
@@ -46,8 +53,9 @@ class Driver:
         reports: of all launches, if it is set to a list.
     """
 
-    def __init__(self, capability: int, **options: bool) -> None:
+    def __init__(self, capability: int, multiprocessors: int | None = None, **options: bool) -> None:
         self.target = GPUTarget("cuda", capability, WARP)
+        self.multiprocessors = multiprocessors or MULTIPROCESSORS[capability]
         self.utils = self
         self.launches = 0
         self.reports: list[Report] | None = None
@@ -75,7 +83,21 @@ class Driver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_KB[self.target.arch] * 1024}
+        return {
+            "max_shared_mem": SHARED_KB[self.target.arch] * 1024,
+            "multiprocessor_count": self.multiprocessors,
+            "warpSize": WARP,
+        }
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self) -> Any:
+        import torch
+
+        return torch.cuda
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Kernel, Kernel, int, int, int]:
         kernel = Module(ptx.decode()).kernels[name]
@@ -85,37 +107,60 @@ class Driver:
         """Nothing holds it but Triton."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        kinds = flat(source.signature.values())
+        signature = list(source.signature.items())
+        if metadata.global_scratch_size or getattr(metadata, "tensordesc_meta", None):
+            raise Unsupported(f"{metadata.name}: tensor descriptors in memory (TMA); --sm 80 compiles them to pointers")
 
         def run(x: int, y: int, z: int, stream: int, kernel: Kernel, *given: Any) -> None:
-            arguments = flat(given[4:])  # behind metadata, and the hooks of whoever watches
-            values = [packed(kind, a) for kind, a in zip(kinds, arguments, strict=True) if kind != "constexpr"]
-            # Kernels have two more, of scratch memory that none of ours uses.
+            # Metadata and the hooks of whoever watches come first.
+            arguments = list(flat(signature, given[4:]))
+            # Kernels have two more, of scratch memory that none of them uses.
             params = bytearray(kernel.param_bytes)
+            values = [part for _, kind, value in arguments for part in packed(kind, value)]
             for param, value in zip(kernel.params, values, strict=False):
                 params[param.offset : param.offset + len(value)] = value
-            self._launch(kernel, (x, y, z), WARP * metadata.num_warps, bytes(params), metadata.shared)
+            self.prepare_memory(self._memory, {name: getattr(v, "base", v) for name, _, v in arguments})
+            if x * y * z:
+                self._launch(kernel, (x, y, z), WARP * metadata.num_warps, bytes(params), metadata.shared)
 
         return run
+
+    def prepare_memory(self, memory: GlobalMemory, arguments: dict[str, Any]) -> None:
+        """Is called before each launch with its arguments by name."""
 
     def _launch(self, kernel: Kernel, grid: tuple[int, int, int], threads: int, params: bytes, shared: int) -> None:
         report = launch(kernel, grid, (threads,), params, self._memory, shared, check=False, **self._options)
         self.launches += 1
         if self.reports is not None:
             self.reports.append(report)
+        self.handle(report)
+
+    def handle(self, report: Report) -> None:
+        """Is called after each launch."""
         if report.faults:
             raise RuntimeError("\n".join(map(str, report.faults)))
 
 
-def flat(values: Iterable[Any]) -> list[Any]:
-    """Triton takes tuples as arguments, and tuples in them; of constants, those too that a kernel takes whole."""
-    return [one for value in values for one in (flat(value) if type(value) is tuple else [value])]
+def flat(signature: Iterable[tuple[str, Any]], values: Iterable[Any]) -> Iterator[tuple[str, str, Any]]:
+    """Name, type and value of each argument that isn't constant; Triton takes tuples too, and tuples in them."""
+    for (name, kind), value in zip(signature, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from flat([(f"{name}[{n}]", each) for n, each in enumerate(kind)], value)
+        elif kind != "constexpr":
+            yield name, kind, value
 
 
-def packed(kind: str, value: Any) -> bytes:
-    """An argument of Triton's type `kind`, as its kernel takes it."""
+def packed(kind: str, value: Any) -> list[bytes]:
+    """An argument of Triton's type `kind`, as its kernel takes it: one parameter, or those of a tensor descriptor."""
+    if found := DESCRIPTOR.match(kind):
+        sizes, strides = list(value.shape), list(value.strides)
+        flags = [value.padding == "nan", *([value.round_f32_to_tf32] if hasattr(value, "round_f32_to_tf32") else [])]
+        kinds = ["*" + found[1], *["i64"] * 2 * len(sizes), *["i1"] * len(flags), *["i32"] * len(sizes)]
+        kinds += ["i64"] * len(sizes)
+        values = [value.base, *sizes, *strides, *flags, *sizes, *strides]
+        return [part for each in zip(kinds, values, strict=True) for part in packed(*each)]
     if kind.startswith("*"):
-        return np.int64(value if isinstance(value, int) else value.data_ptr()).tobytes()
+        return [np.int64(value if isinstance(value, int) else value.data_ptr()).tobytes()]
     if kind in FORMATS:
-        return np.array(value, FORMATS[kind]).tobytes()
-    return np.array(value, f"{kind[0]}{int(kind[1:]) // 8}").tobytes()
+        return [np.array(value, FORMATS[kind]).tobytes()]
+    return [np.array(value, f"{kind[0]}{int(kind[1:]) // 8}").tobytes()]

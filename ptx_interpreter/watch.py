@@ -24,6 +24,7 @@ class Access:
     """What an instruction does to memory, `size` bytes a lane.
 
     `together`: the lanes of a warp read as one. `arriving`: what is written will be there when it has been waited for.
+    `atomic`: the order of an access that is.
     """
 
     instruction: Instruction
@@ -32,6 +33,7 @@ class Access:
     write: bool = False
     together: bool = False
     arriving: bool = False
+    atomic: str = ""
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -68,26 +70,31 @@ class Watch:
         size, good = access.size, None
         if size > 1 and (off := addresses & (size - 1)).any():
             good = off == 0
-            address = int(addresses[np.argmin(good)])
-            self._fault("misaligned", access, self._lanes(active)[~good], f"{size} bytes at address {address:#x}")
+            near = self.machine.memory.near(int(addresses[np.argmin(good)]))
+            self._fault("misaligned", access, self._lanes(active)[~good], f"{access.verb} of {size} bytes {near}")
         interval, outside = self.machine.memory.find(addresses, size)
         if outside is not None:
             near = self.machine.memory.near(int(addresses[np.argmax(outside)]))
             told = f"{access.verb} of {size} bytes {near}"
             self._fault("out of bounds", access, self._lanes(active)[outside], told)
             good = ~outside if good is None else good & ~outside
-        if self.machine.watch and good is None:
-            self._watch_global(access, active, addresses, interval)
+        if self.machine.watch:
+            lanes = self._lanes(active)
+            if good is None:
+                self._watch_global(access, lanes, addresses, interval)
+            elif good.any():
+                self._watch_global(access, lanes[good], addresses[good], None)
+            if access.atomic:
+                self._note_order(access, lanes)
         if self.machine.count:
             self._count_global(access, active, addresses)
         return good
 
-    def _watch_global(self, access: Access, active: Active | None, addresses: Array, inside: Interval | None) -> None:
+    def _watch_global(self, access: Access, lanes: Array, addresses: Array, inside: Interval | None) -> None:
         if inside is not None:
             if inside.shadow is not None:
-                self._note_global(access, inside, addresses, self._lanes(active))
+                self._note_global(access, inside, addresses, lanes)
         elif len(addresses) and self.machine.memory.intervals:
-            lanes = self._lanes(active)
             for interval, mask in self.machine.memory.holders(addresses):
                 if interval.shadow is not None:
                     self._note_global(access, interval, addresses[mask], lanes[mask])
@@ -95,6 +102,8 @@ class Watch:
     def _note_global(self, access: Access, interval: Interval, addresses: Array, lanes: Array) -> None:
         shadow = interval.shadow
         assert shadow is not None
+        if access.size < shadow.cell:
+            shadow.divide(access.size)
         each = max(1, access.size // shadow.cell)
         cells = (addresses - interval.start) // shadow.cell
         if each > 1:
@@ -102,24 +111,45 @@ class Watch:
         mine = np.broadcast_to(self.machine.block_numbers[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         stamps = np.broadcast_to(self.machine.stamps[lanes].reshape((-1,) + (1,) * (cells.ndim - 1)), cells.shape)
         writer = shadow.writer[cells]
-        near = (writer == mine) & _unordered(shadow.written[cells], stamps)
+        reader = shadow.reader[cells]
+        memory = self.machine.memory
+        # Another block's access is over if it has released since, and this block acquired.
+        acquired, written_at, read_at = memory.acquired[mine], shadow.written_at[cells], shadow.read_at[cells]
+        both = shadow.atomic[cells] if access.atomic else np.bool_(False)
+        near = (writer == mine) & _unordered(shadow.written[cells], stamps) & ~both
+        is_over = (acquired > read_at) & ((reader == MANY) | (memory.released[reader] > read_at))
+        reader = np.where(is_over, 0, reader)
         self._blame(access, lanes, near, "race", f"another thread wrote to {interval.name} there, without a barrier")
-        others = (writer > 0) & (writer != mine)
+        if not access.write or (access.atomic and "exch" not in access.instruction.mods):
+            never = writer == 0
+            self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
+        others = (writer > 0) & (writer != mine) & ~both
+        others &= ~((acquired > written_at) & (memory.released[writer] > written_at))
         if access.write:
-            reader = shadow.reader[cells]
             read = (reader == MANY) | (reader > 0) & (reader != mine)
             near = (reader == mine) & _unordered(shadow.read[cells], stamps)
             self._blame(access, lanes, near, "race", f"another thread read {interval.name} there, without a barrier")
-            shadow.writer[cells], shadow.written[cells] = mine, stamps
-            others |= shadow.writer[cells] != mine
+            shadow.writer[cells], shadow.written[cells], shadow.written_at[cells] = mine, stamps, memory.clock
+            shadow.atomic[cells] = bool(access.atomic)
+            if not access.atomic:
+                others |= shadow.writer[cells] != mine
             self._blame(access, lanes, read, "race", f"another block reads what this writes to {interval.name}")
             self._blame(access, lanes, others, "race", f"another block writes to {interval.name} there too")
         else:
-            never = writer == 0
-            self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
             self._blame(access, lanes, others, "race", f"another block writes what this reads of {interval.name}")
+            shadow.reader[cells] = reader
             _note_readers(shadow, cells, mine)
-            shadow.read[cells] = stamps
+            # The first thread's stays: where threads hold copies of a value, compilers let it write.
+            shadow.read[cells[::-1]], shadow.read_at[cells] = stamps[::-1], memory.clock
+
+    def _note_order(self, access: Access, lanes: Array) -> None:
+        """Notes that these blocks released what they wrote, or acquired what others had released."""
+        memory, blocks = self.machine.memory, np.unique(self.machine.block_numbers[lanes])
+        memory.clock += 1
+        if access.atomic in ("release", "acq_rel"):
+            memory.released[blocks] = memory.clock
+        if access.atomic in ("acquire", "acq_rel"):
+            memory.acquired[blocks] = memory.clock
 
     def _blame(self, access: Access, lanes: Array, wrong: Array, kind: str, detail: str) -> None:
         if wrong.any():

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 from ..body import Instruction
 from ..step import Step
 from ..types import Unsupported
-from . import arithmetic, asynchronous, conversion, integer, matrix, memory, warp, warpgroup
+from . import arithmetic, asynchronous, atomic, conversion, integer, matrix, memory, warp, warpgroup
 from .registry import MAKERS
 
 if TYPE_CHECKING:
     from ..machine import Machine
 
-__all__ = ["arithmetic", "asynchronous", "conversion", "integer", "make", "matrix", "memory", "warp", "warpgroup"]
+__all__ = [
+    "arithmetic",
+    "asynchronous",
+    "atomic",
+    "conversion",
+    "integer",
+    "make",
+    "matrix",
+    "memory",
+    "warp",
+    "warpgroup",
+]
 
 
 def make(machine: Machine, i: Instruction) -> Step:
@@ -31,4 +42,6 @@ def make(machine: Machine, i: Instruction) -> Step:
         return maker(machine, i)
     except (Unsupported, KeyError, ValueError, IndexError, TypeError) as error:
         reason = error if isinstance(error, Unsupported) else f"{type(error).__name__} {error}"
-        raise Unsupported(f"{reason} in `{i.text}` at {machine.body.where(i.line)} is not supported") from error
+        raise Unsupported(
+            f"{reason} in `{i.text}` at {machine.body.where(i.line)}, line {i.number} of the PTX, is not supported"
+        ) from error

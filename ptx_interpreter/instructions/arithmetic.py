@@ -43,6 +43,14 @@ def larger(a: Value, b: Value) -> Value:
     return found
 
 
+def smaller_or_nan(a: Value, b: Value) -> Value:
+    return np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), smaller(a, b))
+
+
+def larger_or_nan(a: Value, b: Value) -> Value:
+    return np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), larger(a, b))
+
+
 def quotient(a: Value, b: Value) -> Value:
     """Of integers, towards zero."""
     if a.dtype.kind == "u":
@@ -67,6 +75,11 @@ OF_FLOATS: dict[str, Any] = {
     "ex2": np.exp2,
     "sqrt": np.sqrt,
     "rcp": reciprocal,
+    "rsqrt": lambda x: reciprocal(np.sqrt(x)),
+    "lg2": np.log2,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
     "copysign": copied_sign,
 }
 OF_INTEGERS: dict[str, Any] = {
@@ -75,9 +88,11 @@ OF_INTEGERS: dict[str, Any] = {
     "div": quotient,
     "rem": np.fmod,
     "neg": np.negative,
+    "abs": np.abs,
     "min": np.minimum,
     "max": np.maximum,
 }
+OR_NAN = {"min": smaller_or_nan, "max": larger_or_nan}
 
 
 HALVES = {"bf16": (rounding.from_bf16, rounding.to_bf16), "f16": (rounding.from_f16, rounding.to_f16)}
@@ -108,9 +123,12 @@ def halved(machine: Machine, i: Instruction, function: Any) -> Step:
 def operation(machine: Machine, i: Instruction) -> Step:
     """An operation on floats or integers of one type."""
     kind = type_of(i.mods)
-    if kind.removesuffix("x2") in HALVES:
-        return halved(machine, i, OF_FLOATS[i.op])
-    function = (OF_FLOATS if kind in FLOATS else OF_INTEGERS)[i.op]
+    is_half = kind.removesuffix("x2") in HALVES
+    function = (OF_FLOATS if is_half or kind in FLOATS else OF_INTEGERS)[i.op]
+    if "NaN" in i.mods:
+        function = OR_NAN[i.op]
+    if is_half:
+        return halved(machine, i, function)
     sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
     if "ftz" in i.mods:
         function = partial(_flushing, function)
@@ -121,15 +139,17 @@ def operation(machine: Machine, i: Instruction) -> Step:
     return elementwise(machine.registers.target(i.args[0], kind), function, *sources)
 
 
-makes("add sub", "rn f32 f64 bf16 f16 bf16x2 f16x2 s16 s32 s64")(operation)
-makes("neg", "f32 f64 s32 u32 s64 u64")(operation)
-makes("min max", "relu f32 f64 s32 u32 s64 u64")(operation)
-makes("div", "rn approx full f32 f64 s32 u32 s64 u64")(operation)
-makes("rem", "s32 u32 s64 u64")(operation)
-makes("ex2", "approx ftz f32")(operation)
+HALF = "f16 bf16 f16x2 bf16x2"
+makes("add sub", f"rn ftz f32 f64 {HALF} s16 s32 s64 u16 u32 u64")(operation)
+makes("neg abs", f"ftz f32 f64 {HALF} s16 s32 u32 s64 u64")(operation)
+makes("min max", f"relu ftz NaN f32 f64 {HALF} s16 u16 s32 u32 s64 u64")(operation)
+makes("div", "rn approx full ftz f32 f64 s16 u16 s32 u32 s64 u64")(operation)
+makes("rem", "s16 u16 s32 u32 s64 u64")(operation)
+makes("ex2 tanh", f"approx ftz f32 {HALF}")(operation)
+makes("rsqrt lg2 sin cos", "approx ftz f32 f64")(operation)
 makes("sqrt", "rn approx ftz f32 f64")(operation)
-makes("rcp", "rn f32 f64")(operation)
-makes("abs copysign", "f32 f64")(operation)
+makes("rcp", "rn approx ftz f32 f64")(operation)
+makes("copysign", "f32 f64")(operation)
 
 
 def _flushing(function: Any, *sources: Value) -> Value:
@@ -178,21 +198,23 @@ def _quick_fma(machine: Machine, target: Array, sources: list[Value]) -> Step:
 WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 
 
-@makes("mul mad", "lo hi wide rn f32 f64 u16 s16 u32 s32 u64 s64")
+@makes("mul mad", f"lo hi wide rn ftz f32 f64 {HALF} u16 s16 u32 s32 u64 s64")
 def product(machine: Machine, i: Instruction) -> Step:
     """mul of floats; mul and mad of integers: the low half of the product, the high half, or the whole."""
     kind, wide = type_of(i.mods), "wide" in i.mods
+    if kind.removesuffix("x2") in HALVES:
+        return halved(machine, i, np.multiply)
     to = WIDE[kind] if wide else kind
     sources = [machine.registers.source(arg, kind) for arg in i.args[1:3]]
     sources += [machine.registers.source(arg, to) for arg in i.args[3:]]
     target = machine.registers.target(i.args[0], to)
     if kind in FLOATS:
-        return elementwise(target, np.multiply, *sources)
+        return elementwise(target, partial(_flushing, np.multiply) if "ftz" in i.mods else np.multiply, *sources)
     function: Any = np.multiply
     if wide:
         function = partial(np.multiply, dtype=DTYPES[to])
     elif "hi" in i.mods:
-        function = partial(_high_half, DTYPES[kind], DTYPES[WIDE[kind]])
+        function = _high_half_of_64 if kind[1:] == "64" else partial(_high_half, DTYPES[kind], DTYPES[WIDE[kind]])
     if i.op == "mul":
         return elementwise(target, function, *sources)
     return elementwise(target, lambda a, b, c: function(a, b) + c, *sources)
@@ -200,6 +222,17 @@ def product(machine: Machine, i: Instruction) -> Step:
 
 def _high_half(dtype: Any, wide: Any, a: Value, b: Value) -> Value:
     return (np.multiply(a, b, dtype=wide) >> wide(8 * np.dtype(dtype).itemsize)).astype(dtype)
+
+
+def _high_half_of_64(a: Value, b: Value) -> Value:
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    x, y = a.astype(np.uint64), b.astype(np.uint64)
+    (x1, x0), (y1, y0) = ((v >> half, v & low) for v in (x, y))
+    middle = x1 * y0 + (x0 * y0 >> half)
+    high = x1 * y1 + (middle >> half) + ((middle & low) + x0 * y1 >> half)
+    if a.dtype.kind == "i":  # what the signs' weight adds
+        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    return high.astype(a.dtype)
 
 
 def _unequal(a: Value, b: Value) -> Value:
@@ -225,10 +258,18 @@ COMPARISONS: dict[str, Any] = {
     "nan": lambda a, b: (a != a) | (b != b),
 }
 
+UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
-@makes("setp", " ".join(COMPARISONS) + " f32 f64 b16 u16 s16 b32 u32 s32 b64 u64 s64")
+
+@makes("setp", " ".join(COMPARISONS) + f" ftz lo ls hi hs f32 f64 {HALF} b16 u16 s16 b32 u32 s32 b64 u64 s64")
 def compare(machine: Machine, i: Instruction) -> Step:
-    name, kind = i.mods
+    name, kind = i.mods[0], i.mods[-1]
+    name = UNSIGNED.get(name, name)
+    if kind in HALVES:
+        widen, _ = HALVES[kind]
+        sources = [machine.registers.source(arg, "u16") for arg in i.args[1:]]
+        target = machine.registers.target(i.args[0], "pred")
+        return elementwise(target, lambda a, b: COMPARISONS[name](widen(a), widen(b)), *sources)
     a, b = (machine.registers.source(arg, kind) for arg in i.args[1:])
     function = np.not_equal if name == "ne" and kind not in FLOATS else COMPARISONS[name]
     return elementwise(machine.registers.target(i.args[0], "pred"), function, a, b)

@@ -92,6 +92,6 @@ def _copy(machine: Machine, i: Instruction) -> Step:
     return by_lanes(run)
 
 
-@makes("fence membar", "proxy async shared::cta shared cta gl sc acq_rel gpu")
+@makes("fence membar", "proxy async shared cta gl sc acq_rel gpu sys")
 def fence(machine: Machine, i: Instruction) -> Step:
     return NO_STEP

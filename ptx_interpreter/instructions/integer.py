@@ -9,7 +9,7 @@ import numpy as np
 
 from ..body import Instruction
 from ..step import Step, elementwise
-from ..types import DTYPES, SIZES, Value, type_of
+from ..types import DTYPES, SIZES, Value, type_of, unsigned
 from .registry import makes
 
 if TYPE_CHECKING:
@@ -77,6 +77,13 @@ def _insert(value: Value, into: Value, start: Value, length: Value) -> Value:
     start, length = (np.minimum(v & np.uint32(0xFF), 64).astype(np.uint64) for v in (start, length))
     mask = ~(~np.uint64(0) << length) << start
     return (into & ~mask | value.astype(np.uint64) << start & mask).astype(into.dtype)
+
+
+@makes("popc", "b32 b64")
+def count(machine: Machine, i: Instruction) -> Step:
+    """How many bits are set."""
+    source = machine.registers.source(i.args[1], unsigned(SIZES[type_of(i.mods)]))
+    return elementwise(machine.registers.target(i.args[0], "u32"), np.bitwise_count, source)
 
 
 @makes("prmt", "b32")

@@ -9,7 +9,7 @@ import numpy as np
 from .. import rounding
 from ..body import Instruction
 from ..step import Active, Step, by_lanes
-from ..types import CARRIERS, WARP, Array, Unsupported, Value
+from ..types import CARRIERS, DTYPES, WARP, Array, Unsupported, Value
 from ..watch import Access
 from .memory import addresses_of, read_shared, write_shared
 from .registry import makes, one_of
@@ -89,7 +89,10 @@ def store_matrices(machine: Machine, i: Instruction) -> Step:
 
 
 def numbers(bits: Array, kind: str) -> Array:
-    """float32 of elements [..., n] in 32 bits: pairs of 16 bits, the lower half first, [..., 2 n]; TF32 [..., n]."""
+    """float32 of elements [..., n] in 32 bits: pairs of 16 bits, the lower half first, [..., 2 n]; TF32 [..., n];
+    integers of 8 bits [..., 4 n]."""
+    if kind in ("s8", "u8"):
+        return np.asarray(bits.view(DTYPES[kind]), np.float32)
     if kind == "tf32":
         return rounding.cut_to_tf32(bits.view(np.uint32))
     if kind == "f16":
@@ -97,22 +100,31 @@ def numbers(bits: Array, kind: str) -> Array:
     return rounding.from_bf16(bits.view(np.uint16))
 
 
-@makes("mma", "sync aligned m16n8k16 m16n8k8 row col f32 bf16 f16 tf32")
+SHAPES = {
+    ("f32", "tf32"): "m16n8k8",
+    **dict.fromkeys((("f32", "bf16"), ("f32", "f16"), ("f16", "f16")), "m16n8k16"),
+    **dict.fromkeys((("s32", "s8"), ("s32", "u8")), "m16n8k32"),
+}
+"""Of products, by the types of sums and factors."""
+
+
+@makes("mma", "sync aligned m16n8k32 m16n8k16 m16n8k8 row col f32 bf16 f16 tf32 satfinite s32 s8 u8")
 def multiply(machine: Machine, i: Instruction) -> Step:
     """d = a b + c. In PTX's figures for m16n8k16: row or column of an element is lane / 4, its pair lane % 4.
 
     Register n of a (16 x 16) has rows 8 (n % 2) on and columns 8 (n / 2) on; that of b (16 x 8) has rows 8 n on; of d
     and c (16 x 8) registers 2 n and 2 n + 1 have the two columns of a pair in rows 8 n on. In m16n8k8 an element of
-    TF32 is in the place of a pair.
+    TF32 is in the place of a pair, in m16n8k32 four integers of 8 bits are.
     """
-    kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16", "tf32")]
-    shape = "m16n8k8" if kinds[1] == "tf32" else "m16n8k16"
-    if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2] or shape not in i.mods:
+    kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16", "tf32", "s32", "s8", "u8")]
+    kind = kinds[0]
+    if kinds[3] != kind or kinds[1] != kinds[2] or SHAPES.get((kind, kinds[1])) not in i.mods:
         raise Unsupported(f"a product of {kinds} in this shape")
     d, a, b, c = i.args
-    targets = [machine.registers.target(name, "f32") for name in d]
+    carrier = "u32" if kind == "f16" else kind  # of pairs
+    targets = [machine.registers.target(name, carrier) for name in d]
     left, right = ([machine.registers.source(name, "u32") for name in names] for names in (a, b))
-    start = [machine.registers.source(name, "f32") for name in c]
+    start = [machine.registers.source(name, carrier) for name in c]
 
     def run(active: Active | None) -> None:
         warps = groups_of(machine, active, i)
@@ -124,10 +136,21 @@ def multiply(machine: Machine, i: Instruction) -> Step:
         other = np.empty((count, 8, 2, 4), np.uint32)
         for n, register in enumerate(right):
             other[:, :, n] = rows_of(machine, register, warps)
+        # Products of integers are exact: their sums have fewer than 24 bits.
         rows = numbers(factor.reshape(count, 16, 8), kinds[1])
         columns = numbers(other.reshape(count, 8, 8), kinds[1])
         product = np.matmul(rows, columns.swapaxes(1, 2)).reshape(count, 2, 8, 4, 2)
-        sums = [product[:, n // 2, :, :, n % 2] + rows_of(machine, start[n], warps) for n in range(4)]
+        if kind == "s32":
+            product = product.astype(np.int64)
+        before = [rows_of(machine, register, warps) for register in start]
+        if kind == "f16":
+            before = [rounding.from_f16(words >> shift & 0xFFFF) for words in before for shift in (0, 16)]
+        sums = [product[:, n // 2, :, :, n % 2] + before[n] for n in range(4)]
+        if "satfinite" in i.mods:
+            sums = [np.clip(total, -(1 << 31), (1 << 31) - 1) for total in sums]
+        if kind == "f16":
+            halves = [rounding.to_f16(total).astype(np.uint32) for total in sums]
+            sums = [halves[n] | halves[n + 1] << 16 for n in (0, 2)]
         for target, total in zip(targets, sums, strict=True):
             put_rows(target, warps, total)
 

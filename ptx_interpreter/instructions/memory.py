@@ -9,7 +9,8 @@ import numpy as np
 
 from ..body import Address, Instruction
 from ..memory import BASE, WORDS
-from ..step import Active, Step, by_lanes, elementwise, put, several
+from ..report import UNEQUAL
+from ..step import NO_STEP, Active, Step, by_lanes, elementwise, put, several
 from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
 from ..watch import Access
 from .registry import makes
@@ -68,7 +69,12 @@ def _vector(arg: object) -> list[str]:
     return arg if isinstance(arg, list) else [str(arg)]
 
 
-@makes("ld", f"global shared param ca cg cs nc v2 v4 {TYPES}")
+CACHING = "ca cg cs cv wb wt nc volatile relaxed acquire release cta gpu sys L1::evict_last L1::evict_first"
+CACHING += " L1::no_allocate L1::evict_unchanged L1::evict_normal L2::cache_hint"
+"""Caches change no result, and an order of memory neither, as memory is that of one process."""
+
+
+@makes("ld", f"global shared param {CACHING} v2 v4 {TYPES}")
 def load(machine: Machine, i: Instruction) -> Step:
     space, kind = space_of(i), type_of(i.mods)
     names = _vector(i.args[0])
@@ -126,7 +132,12 @@ def _gather_params(machine: Machine, i: Instruction, targets: list[Array | None]
     return by_lanes(run)
 
 
-@makes("st", f"global shared v2 v4 {TYPES}")
+@makes("createpolicy", "fractional L2::evict_first L2::evict_last L2::evict_normal b64")
+def policy(machine: Machine, i: Instruction) -> Step:
+    return NO_STEP
+
+
+@makes("st", f"global shared {CACHING} v2 v4 {TYPES}")
 def store(machine: Machine, i: Instruction) -> Step:
     space, size = space_of(i), SIZES[type_of(i.mods)]
     sources = [machine.registers.source(arg, unsigned(size)) for arg in _vector(i.args[1])]
@@ -169,5 +180,4 @@ def write_shared(machine: Machine, access: Access, active: Active | None, addres
         there = memory.take(at).view(np.uint8)
         lost = (there != words.view(np.uint8)).reshape(len(words), -1).any(1)
         if lost.any():
-            told = "another thread writes something else there in the same instruction"
-            machine.fault("race", access.instruction, lanes[lost], told)
+            machine.fault("race", access.instruction, lanes[lost], UNEQUAL)

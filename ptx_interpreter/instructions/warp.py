@@ -9,7 +9,7 @@ import numpy as np
 from ..body import Instruction
 from ..shared import WARP_BARRIER
 from ..step import Active, Step, by_lanes, put
-from ..types import WARP, Array, Unsupported
+from ..types import WARP, Array, Unsupported, type_of
 from .registry import makes
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def groups_of(machine: Machine, active: Active | None, i: Instruction, size: int
     return np.flatnonzero(some)
 
 
-@makes("shfl", "sync bfly idx b32")
+@makes("shfl", "sync bfly idx up down b32")
 def shuffle(machine: Machine, i: Instruction) -> Step:
     """d|p, a, b, c, members. c holds the last lane that may be read, and in bits 8 to 12 a mask of segments."""
     name, _, flag = str(i.args[0]).partition("|")
@@ -48,8 +48,15 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
         segment = (clamp >> 8) & 31
         last = (lane & segment) | (clamp & 31 & ~segment)
         offset = offset & 31
-        chosen = lane ^ offset if "bfly" in i.mods else (lane & segment) | (offset & ~segment)
-        return first + np.where(chosen <= last, chosen, lane), chosen <= last
+        if "up" in i.mods:
+            chosen = lane - offset
+            inside = chosen >= last
+        else:
+            chosen = {"bfly": lane ^ offset, "down": lane + offset}.get(
+                i.mods[1], (lane & segment) | (offset & ~segment)
+            )
+            inside = chosen <= last
+        return first + np.where(inside, chosen, lane), inside
 
     fixed = None if isinstance(b, np.ndarray) or isinstance(c, np.ndarray) else plan()
 
@@ -63,6 +70,27 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
                 machine.fault("divergent warp", i, active.lanes[asleep], told)
         put(target, active, value[source] if isinstance(value, np.ndarray) else value)
         put(inside_of, active, inside)
+
+    return by_lanes(run)
+
+
+REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+
+
+@makes("redux", "sync add min max and or xor u32 s32 b32")
+def reduce(machine: Machine, i: Instruction) -> Step:
+    """The sum (or minimum, ...) of a value over all lanes of a warp."""
+    registers, kind = machine.registers, type_of(i.mods)
+    value, target = registers.source(i.args[1], kind), registers.target(i.args[0], kind)
+    if registers.number(i.args[2]) not in EVERY_LANE:
+        raise Unsupported("a reduction over some lanes of a warp")
+    function = REDUCTIONS.get(i.mods[1], np.bitwise_xor)
+
+    def run(active: Active | None) -> None:
+        groups_of(machine, active, i)
+        rows = np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP)
+        found = np.repeat(function.reduce(rows, axis=1, dtype=rows.dtype), WARP)
+        put(target, active, found if active is None else found[active.lanes])
 
     return by_lanes(run)
 

@@ -57,6 +57,13 @@ def two_blocks(body, **options):
     return report.faults
 
 
+def test_copies_of_a_value_are_no_race():
+    """Two warps read the same words, and the first one writes them: compilers let one holder of a value write it."""
+    body = "and.b32 %r4, %r1, 31; mul.wide.u32 %d1, %r4, 4; add.s64 %d2, %d1, %d30; ld.global.u32 %r2, [%d2];"
+    assert of_body(body + "setp.lt.u32 %p1, %r1, 32; @%p1 st.global.u32 [%d2], %r2;") == []
+    assert of_body(body + "setp.ge.u32 %p1, %r1, 32; @%p1 st.global.u32 [%d2], %r2;") == ["race"]
+
+
 def test_races_between_blocks():
     own = (
         "mul.wide.u32 %d3, %r5, 128; add.s64 %d3, %d3, %d30; setp.ge.u32 %p1, %r1, 32; @%p1 ret; add.s64 %d4, %d3, %d1;"
@@ -80,6 +87,34 @@ def test_global_memory_race_within_a_block(first, barrier, wanted):
     assert of_body(body) == wanted
     if first.startswith("st"):
         assert of_body(body.replace("st.global.u32 [%d2+-128], %r1", "ld.global.u32 %r4, [%d2+-128]")) == wanted
+
+
+ADD = "red.global.relaxed.gpu.add.u32 [%d2], %r1;"
+
+
+def test_atomics_race_with_plain_accesses_alone():
+    assert not two_blocks(ADD)
+    for plain in ("st.global.u32 [%d2], %r1;", "ld.global.u32 %r2, [%d2];"):
+        for first, second in ((ADD, plain), (plain, ADD)):
+            found = two_blocks(f"setp.eq.s32 %p1, %r5, 0; @%p1 {first} @!%p1 {second}")
+            assert [fault.kind for fault in found] == ["race"]
+    assert [fault.kind for fault in two_blocks(ADD, written=False)] == ["uninitialised"]
+
+
+@pytest.mark.parametrize(("order", "wanted"), [("acq_rel", []), ("relaxed", ["race"])])
+def test_a_lock_orders_blocks(order, wanted):
+    body = f"""
+    LOCK: setp.eq.s32 %p1, %r1, 0; @%p1 atom.global.{order}.gpu.cas.b32 %r2, [%d30+4], 0, 1;
+    @%p1 st.shared.u32 [0], %r2;
+    bar.sync 0; ld.shared.u32 %r2, [0]; bar.sync 0; setp.ne.s32 %p2, %r2, 0;
+    @%p2 bra LOCK;
+    @%p1 ld.global.u32 %r4, [%d30]; add.s32 %r4, %r4, 1; @%p1 st.global.u32 [%d30], %r4;
+    @%p1 atom.global.{order}.gpu.exch.b32 %r2, [%d30+4], 0;
+    """
+    array = np.zeros(2, np.uint32)
+    found = faults(kernel(HEAD + body), [array], grid=3, block=64, shared=16)
+    assert sorted(set(found)) == wanted
+    assert array.tolist() == [3, 0]
 
 
 def test_one_launch_is_ordered_after_another():

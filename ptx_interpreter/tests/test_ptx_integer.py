@@ -103,6 +103,13 @@ def permuted(a, b, selector):
     return int.from_bytes(bytes(made), "little")
 
 
+@pytest.mark.parametrize("width", [32, 64])
+def test_bits_are_counted(width):
+    values = [0, 1, 255, 1 << width - 1, (1 << width) - 1, 0x9ABCDEF012345678 % (1 << width)]
+    found = apply(f"popc.b{width} %o, %a0;", np.array(values, f"u{width // 8}"), out=np.uint32)
+    assert found.tolist() == [f"{value:b}".count("1") for value in values]
+
+
 def test_prmt_of_every_selection():
     selector = np.arange(0, 1 << 16, 7, dtype=np.uint32)
     a, b = random.integers(0, 1 << 32, (2, len(selector)), np.uint32)

@@ -149,31 +149,52 @@ def words_of(matrix, place, elements, lanes=32):
     return bits.view(np.uint32) | random.integers(0, 1 << 13, bits.shape).astype(np.uint32)
 
 
+def bytes_of(rows, starts):
+    """[32, registers] words of m16n8k32: 4 bytes of a row of A, or a column of B, from (row, column) of starts on."""
+    words = [[rows[row, k : k + 4] for row, k in starts(lane >> 2, 4 * (lane % 4))] for lane in range(32)]
+    return np.array(words, np.int8).view(np.uint32)[..., 0]
+
+
 def factors(kind):
-    """Of C [16, 8] = A B in 16 bits or in TF32: the shape and types of the instruction, A, B, and the words of both."""
+    """Of C [16, 8] = A B: k of the instruction, A, B, and the words of both."""
+    if kind == "s8":
+        a, b = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8))
+        of_a = bytes_of(a, lambda group, k: [(group, k), (group + 8, k), (group, k + 16), (group + 8, k + 16)])
+        return "k32", a, b, of_a, bytes_of(b.T, lambda group, k: [(group, k), (group, k + 16)])
     if kind == "tf32":
         a, b = small_numbers(16, 8), small_numbers(8, 8)
-        return "k8.row.col.f32.tf32.tf32", a, b, words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2)
+        return "k8", a, b, words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2)
     a, b = small_numbers(16, 16), small_numbers(16, 8)
-    return f"k16.row.col.f32.{kind}.{kind}", a, b, packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind)
+    return "k16", a, b, packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
-def test_mma(kind):
-    types, a, b, *words = factors(kind)
-    c, found = small_numbers(16, 8), np.zeros((32, 4), np.float32)
-    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
+@pytest.mark.parametrize(
+    ("kind", "sums", "dtype"),
+    [
+        ("bf16", "f32", np.float32),
+        ("f16", "f32", np.float32),
+        ("f16", "f16", np.float16),
+        ("tf32", "f32", np.float32),
+        ("s8", "s32", np.int32),
+    ],
+)
+def test_mma(kind, sums, dtype):
+    shape, a, b, *words = factors(kind)
+    c, found = small_numbers(16, 8).round(), np.zeros((32, 4), dtype)
+    start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], dtype)
+    count = 4 * found.itemsize // 4  # registers of c and d
+    types = f"{'satfinite.' if kind == 's8' else ''}{sums}.{kind}.{kind}.{sums}"
     body = f"""{FILL}
-    mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8;
+    mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8; mul.wide.u32 %d7, %r1, {4 * count};
     add.s64 %d3, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d3];
     add.s64 %d4, %d2, %d31; ld.global.v2.u32 {{%r20, %r21}}, [%d4];
-    add.s64 %d5, %d1, %d32; ld.global.v4.f32 {{{listed("%f", 4)}}}, [%d5];
-    mma.sync.aligned.m16n8{types}.f32
-        {{{listed("%f", 4)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", 4)}}};
-    add.s64 %d6, %d1, %d33; st.global.v4.f32 [%d6], {{{listed("%f", 4)}}};
+    add.s64 %d5, %d7, %d32; ld.global.v{count}.f32 {{{listed("%f", count)}}}, [%d5];
+    mma.sync.aligned.m16n8{shape}.row.col.{types}
+        {{{listed("%f", count)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", count)}}};
+    add.s64 %d6, %d7, %d33; st.global.v{count}.f32 [%d6], {{{listed("%f", count)}}};
     """
     run(kernel(body, 4), [*words, start, found])
-    exact = a @ b + c
+    exact = (a @ b + c).astype(dtype)
     assert (found == [[exact[place_in_c(lane, i)] for i in range(4)] for lane in range(32)]).all()
 
 

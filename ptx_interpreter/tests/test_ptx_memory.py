@@ -156,3 +156,63 @@ def test_traffic_is_told_by_instruction():
     }
     assert report.total("global").requests == 4
     assert report.total("global store").requests == 2
+
+
+ATOMICS = {
+    "add.u32": lambda old, new: old + new,
+    "min.s32": min,
+    "max.u32": max,
+    "and.b32": int.__and__,
+    "or.b32": int.__or__,
+    "xor.b32": int.__xor__,
+    "exch.b32": lambda old, new: new,
+}
+
+
+@pytest.mark.parametrize("op", ATOMICS)
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_atomics_take_turns(op, space):
+    """Four threads have a word each; the first eight threads have none."""
+    results, words = np.zeros(64, np.uint32), np.full(16, 5, np.uint32)
+    address = "%d3" if space == "global" else "%r4"
+    body = f"""{HEAD}
+    shr.u32 %r3, %r1, 2; shl.b32 %r4, %r3, 2; mul.wide.u32 %d3, %r3, 4; add.s64 %d3, %d3, %d31;
+    mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; mov.u32 %r5, 5; st.shared.u32 [%r4], %r5; bar.sync 0;
+    setp.ge.u32 %p1, %r1, 8;
+    @%p1 atom.{space}.acq_rel.gpu.{op} %r2, [{address}], %r1;
+    bar.sync 0;
+    ld.{space}.u32 %r6, [{address}]; bar.sync 0; st.global.u32 [%d2], %r2; st.global.u32 [%d3], %r6;
+    """
+    run(kernel(body, 2), [results, words], block=64, shared=64)
+    old = 5
+    for thread in range(8, 64):
+        old = 5 if thread % 4 == 0 else old
+        assert results[thread] == old
+        old = ATOMICS[op](old, thread)
+        assert thread % 4 < 3 or words[thread // 4] == old
+    assert words[:2].tolist() == [5, 5]
+
+
+def test_compare_and_swap_replaces_what_is_equal():
+    results, words = np.zeros(32, np.uint32), np.zeros(1, np.uint32)
+    body = f"{HEAD} mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; add.s32 %r3, %r1, 1;"
+    body += "atom.global.cas.b32 %r2, [%d31], %r1, %r3; st.global.u32 [%d2], %r2;"
+    run(kernel(body, 2), [results, words], block=32)
+    assert results.tolist() == list(range(32))
+    assert words[0] == 32
+
+
+@pytest.mark.parametrize(
+    ("instruction", "dtype", "sums"),
+    [
+        ("add.noftz.f16 [%d30], %h1", np.float16, [32, 0]),
+        ("add.noftz.f16x2 [%d30], %r2", np.float16, [32, 64]),
+        ("add.f32 [%d30], %f1", np.float32, [48, 0]),
+        ("add.v2.f32 [%d30], {%f1, %f2}", np.float32, [48, -64]),
+    ],
+)
+def test_atomic_sums_of_floats(instruction, dtype, sums):
+    found = np.zeros(2, dtype)
+    numbers = "mov.b16 %h1, 0x3C00; mov.b32 %r2, 0x40003C00; mov.f32 %f1, 0f3FC00000; mov.f32 %f2, 0fC0000000;"
+    run(kernel(f"{numbers} red.global.{instruction};"), [found], block=32)
+    assert found.tolist() == sums

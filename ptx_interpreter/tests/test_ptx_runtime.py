@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from ptx_interpreter.lines import lines_of
 from ptx_interpreter.runtime import COMPRESSED, FAT_BINARY, MAGIC, PART, PTX, newest_for, ptx_in
 
 HOST = Path(__file__).parents[1] / "host"
@@ -44,32 +43,6 @@ def test_a_gpu_gets_the_newest_ptx_that_it_can_run(capability: int, text: str) -
 def test_a_gpu_that_is_too_old_is_told() -> None:
     with pytest.raises(ValueError, match=r"compute capability 7\.5, only for \[80\]"):
         newest_for({80: "a"}, 75)
-
-
-def test_lines_are_those_with_an_instruction() -> None:
-    ptx = """
-    .visible .entry first()
-    {
-    .loc 1 10 3
-    .loc 1 11 3, function_name $L__info_string0, inlined_at 2 5 1
-    mov.u32 %r1, 0;
-    .loc 2 7 1
-    @%p1 bra $L__BB0_1;
-    .loc 1 12 1
-    $L__BB0_1:
-    .loc 2 8 1
-    ret;
-    }
-    .func refuse()
-    {
-    .loc 1 99 1
-    trap;
-    }
-    .file 1 "/somewhere/a.cuh"
-    .file 2 "/somewhere/b.cu"
-    """
-    a, b = "/somewhere/a.cuh", "/somewhere/b.cu"
-    assert lines_of(ptx) == {(a, 11), (b, 7), (b, 8)}
 
 
 COPY = """

@@ -75,7 +75,7 @@ def test_statements_over_several_lines():
     ("statement", "named"),
     [
         ("frobnicate.u32 %r1, %r2", "the opcode frobnicate"),
-        ("atom.global.add.u32 %r1, [%d30], 1", "the opcode atom"),
+        ("dp4a.u32.u32 %r1, %r1, %r1, %r1", "the opcode dp4a"),
         ("add.sat.s32 %r1, %r2, %r3", "the modifier .sat of add"),
         (
             "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1}",
@@ -112,9 +112,11 @@ def test_lines_are_those_of_the_text():
 def test_inlined_calls_are_listed_innermost_first():
     inner, outer = "function_name info, inlined_at 1 70 5", "function_name info, inlined_at 2 85 3"
     lines = [f".loc 1 70 5, {outer}", f".loc 3 56 3, {inner}", "mov.u32 %r1, 1;", ".loc 2 86 3", "mov.u32 %r2, 1;"]
-    first, second = kernel("\n".join(lines)).parsed.blocks[0].instructions[1:3]
+    program = kernel("\n".join(lines), head='.file 1 "a.cuh"\n.file 2 "b.cu"\n.file 3 "c.cuh"')
+    first, second = program.parsed.blocks[0].instructions[1:3]
     assert (first.line, first.callers) == ((3, 56), ((1, 70), (2, 85)))
     assert (second.line, second.callers) == ((2, 86), ())
+    assert program.module.lines() == {("c.cuh", 56), ("b.cu", 86)}
 
 
 def test_a_launch_must_fit_the_kernel():

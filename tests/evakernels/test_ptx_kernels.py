@@ -20,7 +20,7 @@ from planted_faults import FAULTS, NUMBERS, REQUESTED, driver_of, units
 from ptx_build import BUILD, budget, build_allocations, build_planted, gxx
 
 from evakernels.triton import FAMILIES
-from ptx_interpreter.lines import lines_of
+from ptx_interpreter import Module
 from ptx_interpreter.runtime import newest_for, ptx_in
 
 OPS = {
@@ -120,7 +120,7 @@ def test_ops_cover_device_code(built: Path, lines_run: Callable[[int, str], Path
     runs = {(file, line) for file, line, count in counts if count}
     lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for texts in ptx_in((built / "_ops.so").read_bytes()):
-        for file, line in lines_of(newest_for(texts, 80)):
+        for file, line in Module(newest_for(texts, 80)).lines():
             if Path(file).parent == ROOT / "csrc/cuda":
                 lines[Path(file).name].add((file, line))
     shares = {name: len(own & runs) / len(own) for name, own in lines.items()}

@@ -1,0 +1,58 @@
+"""The command runs a file's Triton kernels and finds what was planted in them, at the right line."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+FILE = Path(__file__).with_name("planted_kernels.py")
+ROOT = Path(__file__).parents[2]
+
+
+def check(*kernels, capability=80):
+    from ptx_interpreter.__main__ import Checker, run_file
+
+    checker = Checker(capability)
+    run_file(checker, str(FILE), kernels)
+    return checker
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_checker_right_kernels_have_no_findings(capability):
+    checker = check("right", "differentiated", "tuned", "locked", capability=capability)
+    assert not checker.found
+    assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1}
+
+
+def test_checker_runs_tensor_descriptors():
+    assert not check("described").found
+
+
+@pytest.mark.parametrize(
+    "name", ["one_address", "no_barrier", "no_mask", "wrong_mask", "unwritten", "wrong_hint", "uneven"]
+)
+def test_checker_names_the_planted_line(name):
+    lines = FILE.read_text().splitlines()
+    function = "write" if name == "wrong_mask" else name
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"def {function}("))
+    number = next(n for n in range(start, len(lines)) if "  # " in lines[n])
+    finding = next(iter(check(name).found.values()))
+    assert (finding.kernel, finding.kind) == (name, lines[number].partition("  # ")[2])
+    assert finding.place == (str(FILE), number + 1)
+    assert name != "unwritten" or finding.accesses == 64
+    callers = {lines[line - 1].strip()[:5] for _, line in finding.callers}  # Triton 3.6 names none
+    assert callers <= ({"write"} if name == "wrong_mask" else set())
+
+
+def test_command_reports_lines_and_the_unknown():
+    command = [sys.executable, "-m", "ptx_interpreter", "--multiprocessors", "7", str(FILE), "no_mask", "unknown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert "out of bounds in no_mask" in done.stdout
+    assert "szext.wrap.b32" in done.stdout
+    assert "line" in done.stdout.partition("szext")[2]
