@@ -13,13 +13,31 @@
 and `python -m benchmarks op layer_norm --plugin that_file.py` measures it beside the others.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# First of all: it decides where later imports find evakernels and evaclip.
-from benchmarks import origin
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = "--installed"
 
-origin.choose()
+
+def choose_evakernels() -> None:
+    """Have evakernels and evaclip imported from where they are installed, not from this checkout.
+
+    `python -m benchmarks` has Python look into the checkout first. That stays if the checkout is compiled, unless
+    `INSTALLED` is among the arguments, and if no other evakernels is installed.
+    """
+    compiled = (ROOT / "evakernels" / "_ops.so").exists()
+    if "evakernels" in sys.modules or (compiled and INSTALLED not in sys.argv):
+        return
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    if PathFinder.find_spec("evakernels", elsewhere) is not None:
+        sys.path[:] = elsewhere
+
+
+choose_evakernels()  # before anything imports either
 
 if TYPE_CHECKING:
     from benchmarks.operation import Cost, Draw, Operation, Work, peer, register

@@ -45,6 +45,8 @@ ROUGHEST = 2.0**-8
 """One rounding to bfloat16: a peer that rounds to it, or to TF32, where plain PyTorch doesn't is inexact, not wrong."""
 UNRELATED = 0.5
 """That of a result which has little to do with the truth, whatever the dtype."""
+QUANTIZED = 0.15
+"""The error that candidates of fewer bits may have: embeddings with a cosine of 0.99."""
 FINEST = 2.0**-24
 """One rounding to float32: a smaller error is none."""
 
@@ -81,7 +83,7 @@ def allowed_error(kind: str, mode: str, baseline: float | None, least: float = F
     """The largest error of a result that isn't wrong: ours by the rule, a peer's as far as rounding explains it.
 
     Args:
-        kind: `ours`, `baseline` or `peer`.
+        kind: `ours`, `baseline`, `peer` or `quantized`.
         mode: `forward` for an error of outputs, `training` for one of gradients.
         baseline: the error of plain PyTorch in the same dtype; None or NaN where there is none to compare with.
         least: what is accepted in any case; see `luck`.
@@ -89,7 +91,9 @@ def allowed_error(kind: str, mode: str, baseline: float | None, least: float = F
     if baseline is None or math.isnan(baseline):
         return UNRELATED
     ours = max(ERROR_RULE[mode] * baseline, least)
-    return ours if kind == "ours" else max(ours, min(PEER_RULE * baseline, UNRELATED), ROUGHEST)
+    if kind == "ours":
+        return ours
+    return max(ours, min(PEER_RULE * baseline, UNRELATED), QUANTIZED if kind == "quantized" else ROUGHEST)
 
 
 _ZERO = 1e-12

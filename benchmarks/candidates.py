@@ -64,7 +64,7 @@ def candidates(
         if reason is not None:
             absent[peer.name] = reason
         else:
-            found.append(Candidate(peer.name, "peer", peer.version or "", peer.build))
+            found.append(Candidate(peer.name, peer.kind, peer.version or "", peer.build))
     if twice := [name for name, count in Counter(one.name for one in found).items() if count > 1]:
         raise UserError(f"{op.name} has two candidates called {twice[0]!r}; name the peer differently")
     return found, absent
@@ -87,7 +87,7 @@ def _composed(op: Operation, backends: Sequence[str], version: str) -> list[Cand
     if set(backends) != {"reference"}:
         ways = {OURS: op.ours, **{f"{OURS} {name}": function for name, function in op.variants.items()}}
         found += [Candidate(name, "ours", version, _always(function)) for name, function in ways.items()]
-    if not backends or "reference" in backends:
+    if "reference" in backends or (op.references and not backends):
         found.append(_on_backend(op, "reference", version))
     return found
 

@@ -98,6 +98,7 @@ register(
         work=_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("image_features", "text_features", "logit_scale"),
         registered="contrastive_forward",
     )
@@ -112,6 +113,7 @@ register(
         work=_work,
         shapes=_SHAPES | {"cpu": _SHAPES["cpu"][:2]},
         raw=_raw,
+        small="4x64",
         gradients=("image_features", "text_features", "logit_scale", "logit_bias"),
         registered="siglip_forward",
     )

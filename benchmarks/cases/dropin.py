@@ -311,7 +311,10 @@ register(
             "cuda": tuple(f"{name} b64" for name in MODELS),
         },
         gradients=("parameters",),
+        small="timm/vit-b b1",
         by_request=True,
+        is_model=True,
+        references=False,  # the models on them are of no interest
     )
 )
 
@@ -326,7 +329,10 @@ register(
         work=_work,
         parse=parse,
         shapes={"cpu": tuple(f"{name} b{2 if name == 'timm/eva02-l' else 4}" for name in MODELS)},
+        small="timm/vit-b b1",
         by_request=True,
+        is_model=True,
+        references=False,
         compiles=False,
     )
 )

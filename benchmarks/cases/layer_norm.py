@@ -77,6 +77,7 @@ register(
         work=_work(forward=2, backward=3),
         shapes=_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("x", "weight", "bias"),
         registered="layer_norm_forward",
     )
@@ -91,6 +92,7 @@ register(
         work=_work(forward=4, backward=4),
         shapes=_RESIDUAL_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("residual", "branch", "weight", "bias"),
         registered="add_layer_norm_forward",
     )
@@ -105,6 +107,7 @@ register(
         work=_work(forward=3, backward=3),
         shapes=_RESIDUAL_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("residual", "branch", "weight", "bias"),
         registered="layer_norm_add_forward",
     )

@@ -27,9 +27,6 @@ from evaclip.model.flops import text_flops, vision_flops
 from evaclip.tokenizer import VOCAB_SIZE
 from evaclip.weights import to_open_clip
 
-MODEL_OPERATIONS = ("encode_image", "encode_text", "clip_step")
-"""Names of the operations of this file: those that are whole models."""
-
 _NOISE = 0.02
 """Added to the start values of training, under which biases are zero and the towers end in almost nothing."""
 
@@ -106,8 +103,8 @@ def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
 def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
     """Both networks of a part of the model, and its parameters: as in use, the same for every set of samples."""
     check_comparable(f"shape {shape.name!r}", shape.config)
-    pixels = _pixels(shape)
-    parameters = _parameters(shape.model, pixels, draw.device)
+    pixels = pixels_of(shape)
+    parameters = parameters_of(shape.model, pixels, draw.device)
     own = [values.detach().to(dtype) for name, values in parameters.items() if name.startswith(part)]
     return {"pair": _pair(shape.model, pixels, draw.device, part), "parameters": own}
 
@@ -122,13 +119,13 @@ def check_comparable(what: str, config: CLIPConfig) -> None:
         )
 
 
-def _pixels(shape: Shape) -> int:
+def pixels_of(shape: Shape) -> int:
     """The side of the images, that of the model for a shape of the text tower."""
     return shape.pixels or shape.config.vision.image_shape[0]
 
 
 def _images(shape: Shape, draw: Draw) -> Tensor:
-    return draw.normal(shape.batch, 3, _pixels(shape), _pixels(shape))
+    return draw.normal(shape.batch, 3, pixels_of(shape), pixels_of(shape))
 
 
 def _texts(shape: Shape, draw: Draw) -> Tensor:
@@ -138,7 +135,8 @@ def _texts(shape: Shape, draw: Draw) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _parameters(model: str, pixels: int, device: torch.device) -> dict[str, Tensor]:
+def parameters_of(model: str, pixels: int, device: torch.device) -> dict[str, Tensor]:
+    """The parameters of a model in float32, by name."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         built = create_model(short_names()[model], device=device, vision={"image_size": pixels})
@@ -263,11 +261,11 @@ def _unread(shape: Shape) -> int:
 
 
 def _config(shape: Shape) -> CLIPConfig:
-    return override(shape.config, {"vision": {"image_size": _pixels(shape)}})
+    return override(shape.config, {"vision": {"image_size": pixels_of(shape)}})
 
 
 def _count(shape: Shape, part: str) -> int:
-    return _counts(shape.model, _pixels(shape), part)
+    return _counts(shape.model, pixels_of(shape), part)
 
 
 @cache
@@ -284,6 +282,7 @@ register(
         eager=_encode_plain,
         ours=_encode_ours,
         baseline=OPEN_CLIP,
+        is_model=True,
         work=_image_work,
         shapes={
             "cpu": ("eva02-b16@224 b1",),
@@ -299,6 +298,7 @@ register(
         eager=_encode_plain,
         ours=_encode_ours,
         baseline=OPEN_CLIP,
+        is_model=True,
         work=_text_work,
         shapes={
             "cpu": ("eva02-b16:text b1",),
@@ -314,6 +314,7 @@ register(
         eager=_step_plain,
         ours=_step_ours,
         baseline=OPEN_CLIP,
+        is_model=True,
         variants={"recompute activations": partial(_step_ours, savings=_RECOMPUTE)},
         work=_step_work,
         shapes={

@@ -82,6 +82,7 @@ register(
         work=_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="1x4x1x64",
         gradients=("q", "k", "v"),
         registered="packed_attention_forward",
     )

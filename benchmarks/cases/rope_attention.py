@@ -138,6 +138,7 @@ register(
         work=_work(visible=1),
         shapes=_ROPE_SHAPES,
         raw=_raw,
+        small="1x5x1x64",
         gradients=("q", "k", "v"),
         registered="rope_attention_forward",
     )
@@ -152,6 +153,7 @@ register(
         work=_work(visible=0.5),
         shapes=_CAUSAL_SHAPES,
         raw=_raw,
+        small="1x5x1x64",
         gradients=("q", "k", "v"),
         registered="rope_attention_forward",
     )

@@ -121,6 +121,7 @@ register(
         work=_product_work,
         shapes=_PRODUCT_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("gate", "up"),
         registered="swiglu_forward",
     )
@@ -135,6 +136,7 @@ register(
         work=_product_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("gate", "up", "norm_weight", "norm_bias"),
         registered="swiglu_forward",
     )
@@ -149,6 +151,7 @@ register(
         work=_mlp_work,
         shapes=_MLP_SHAPES,
         raw=_raw_mlp,
+        small="4x64x64",
         gradients=("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "w3", "b3"),
     )
 )

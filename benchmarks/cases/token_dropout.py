@@ -67,6 +67,7 @@ register(
         work=_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="1x4x2x64",
         gradients=("patches", "prefix", "pos_embed"),
         registered="token_dropout_forward",
     )

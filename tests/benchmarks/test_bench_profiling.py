@@ -61,7 +61,7 @@ def test_the_candidates_context_surrounds_the_calls(tmp_path: Path) -> None:
     assert seen == [True] * 6
 
 
-def test_what_ncu_runs_makes_one_call_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ncu_main_makes_one_call_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
     def ours(x: torch.Tensor) -> torch.Tensor:
