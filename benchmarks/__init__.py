@@ -1,6 +1,6 @@
-"""What every op costs: against its peers, against this machine's roofline, and against float64.
+"""Time, memory and error of every op, against its peers, this machine's roofline, and float64.
 
-`python -m benchmarks list` shows what can be measured. A file of one's own can add a candidate:
+`python -m benchmarks list` shows what can be measured. A file of yours can add a candidate:
 
     from benchmarks import peer
 
@@ -10,7 +10,7 @@
 
         return lambda x, weight, bias: fast_norm(x, weight, bias, 1e-6)
 
-and `python -m benchmarks op layer_norm --plugin that_file.py` measures it beside the others.
+and `python -m benchmarks op layer_norm --plugin that_file.py` measures it next to the others.
 """
 
 import sys
@@ -47,7 +47,7 @@ __all__ = ["Cost", "Draw", "Operation", "Shape", "Work", "peer", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: what supervises a GPU's checks shall neither wait for torch nor hold it.
+    # Loaded on first use: `benchmarks.gpu_check` must not load torch.
     if name not in __all__:
         raise AttributeError(f"module 'benchmarks' has no attribute {name!r}")
     return getattr(import_module("benchmarks.shapes" if name == "Shape" else "benchmarks.operation"), name)

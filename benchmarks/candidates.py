@@ -1,4 +1,4 @@
-"""Who is measured on an operation: this library on each of its backends, plain PyTorch, and the peers."""
+"""The candidates of an operation: this library on each of its backends, plain PyTorch, and the peers."""
 
 import warnings
 from collections import Counter
@@ -43,14 +43,14 @@ class Candidate:
 def candidates(
     op: Operation, device: str, backends: Sequence[str] = (), peers: Sequence[str] = ()
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Everybody who can be measured on `op`, and those who can't, with the reason.
+    """Return all candidates of `op`, and the absent ones with the reason.
 
     Args:
         op: the operation.
         device: the device type.
         backends: backends of this library; by default all that implement the op.
         peers: names of peers, `torch.compile` among them; by default all. `none` for none. The operation's baseline is
-            always there: it is what the others are compared with.
+            always there: the others are compared with it.
     """
     found, absent = _ours(op, device, backends)
     version = version_of(op.baseline.package) or ""

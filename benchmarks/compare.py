@@ -1,4 +1,4 @@
-"""What became slower, larger, less exact or impossible between two results, with the noise of the machine taken out.
+"""Differences of two results in time, memory, errors and failures, with the noise of the machine taken out.
 
 Noise on a shared machine has one sign: others can only make a call take longer. So the fastest round of a pass stands
 for the pass, and a run's passes tell how well that repeats. A row counts as slower if
@@ -82,14 +82,14 @@ class Comparison:
     """Two results side by side.
 
     Attributes:
-        other_setup: what makes the machines different, such as `name`; empty for the same machine. Differences between
+        other_setup: facts in which the machines differ, such as `name`; empty for the same machine. Differences between
             machines are not regressions.
         drift: time of plain PyTorch after over before, the median of all cases; 1 between different machines.
         compared: rows that both results measured.
-        regressions: what became worse in this library's rows.
+        regressions: rows of this library that became worse.
         shifts: operations on which this library became slower as a whole.
         suspects: single rows of this library that became slower, where the operation's others did not.
-        others: what else differs: improvements, and rows of PyTorch and of the peers.
+        others: other differences: improvements, and rows of PyTorch and of the peers.
         only_before, only_after: rows that one result lacks.
         notes: why to be careful.
     """
@@ -110,7 +110,7 @@ class Comparison:
 
 
 def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparison:
-    """Finds what changed from one result to the other.
+    """Find the changes from one result to the other.
 
     Args:
         before, after: results of the same operations.
@@ -240,7 +240,7 @@ def _drifts(pairs: Sequence[tuple[Row, Row]]) -> dict[tuple[str, ...], float]:
 
 
 def _exact_differences(old: Row, new: Row) -> Iterator[Difference]:
-    """What has no noise: failures, errors on the same inputs, memory."""
+    """Differences without noise: failures, errors on the same inputs, memory."""
     if old.failure is None and new.failure is not None:
         yield Difference("fails", new)
     if new.failure is not None:
@@ -261,7 +261,7 @@ def _exact_differences(old: Row, new: Row) -> Iterator[Difference]:
 
 
 def _other_setup(before: Machine, after: Machine) -> tuple[str, ...]:
-    """What keeps times from being comparable."""
+    """Facts that differ, and keep times from being comparable."""
     names = ("device", "name", "threads") if before.device == "cpu" else ("device", "name")
     return tuple(name for name in names if getattr(before, name) != getattr(after, name))
 

@@ -1,4 +1,4 @@
-"""The machine: what it is, what it can do at most, and whether it was left alone while it was measured."""
+"""The machine: its name, its ceilings, and disturbances of a run."""
 
 import datetime
 import importlib
@@ -38,7 +38,7 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
     Args:
         device: where to measure.
         dtypes: for which the rate of a matrix product is needed.
-        packages: distributions whose versions the result shall name.
+        packages: distributions; the result has their versions.
     """
     copy, matmul = ceilings(device, dtypes)
     return Machine(
@@ -121,7 +121,7 @@ def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4
 
 
 class Watch:
-    """Notices what disturbs a run: other processes, ceilings that fall or rise, a GPU that is throttled."""
+    """Notices disturbances of a run: other processes, ceilings that fall or rise, a GPU that is throttled."""
 
     def __init__(self, machine: Machine, device: torch.device) -> None:
         self._machine, self._device = machine, device
@@ -129,7 +129,7 @@ class Watch:
         self._gpu = read_gpu_state(device)
 
     def notes(self) -> list[str]:
-        """What made the numbers since the start doubtful; empty if nothing did.
+        """Return reasons to doubt the numbers since the start.
 
         Measures the ceilings again, and fills in the machine's clocks.
         """
@@ -161,7 +161,7 @@ def _busy_seconds() -> tuple[float, float, float]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the processor or the GPU calls itself."""
+    """The name of the processor or the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(host()["processor"])
@@ -181,7 +181,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of this repository, with `+` when files were changed; empty outside of one."""
+    """The commit of this repository, with `+` if files were changed; empty outside of a repository."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent
@@ -282,7 +282,7 @@ def _ask(nvml: Any, handle: Any) -> GpuState:
 
 
 def gpu_notes(before: GpuState | None, after: GpuState | None) -> list[str]:
-    """Return what made times between two states doubtful; empty if nothing did, or without a state."""
+    """Return reasons to doubt times between two states; empty without a state."""
     if before is None or after is None:
         return []
     elapsed = max(after.seconds - before.seconds, 1e-9)

@@ -16,8 +16,9 @@ from torch import Tensor
 from benchmarks import accuracy, memory
 from benchmarks import machine as machines
 from benchmarks.candidates import Candidate, candidates, check_names
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Sizes, peers_of
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, peers_of
 from benchmarks.results import WRONG, Machine, Results, Row
+from benchmarks.shapes import Shape
 from benchmarks.timing import Rotation, Timer
 from evaclip.errors import UserError
 from evakernels import keep_freed_memory
@@ -29,20 +30,20 @@ Progress = Callable[[int, int, str], None]
 
 _MAX_SETS = 64
 _JUDGED_SEED = -1
-"""Of the inputs that results are judged on: others than those of the first call, which a candidate might remember."""
+"""Seed of the inputs that results are judged on; a candidate might cache those of its first call."""
 _JUDGED = {"forward": "outputs", "training": "gradients"}
-"""What the errors of a mode are those of."""
+"""The tensors that have the errors of a mode."""
 
 
 @dataclass
 class Case:
     """An operation on a shape, in one dtype and mode, on one device.
 
-    It keeps what was built and its rows, so that it can be measured again in later passes over the suite.
+    It keeps its rows and the built functions, so that it can be measured again in later passes over the suite.
     """
 
     op: Operation
-    shape: Sizes
+    shape: Shape
     mode: str
     dtype: torch.dtype
     device: torch.device
@@ -56,7 +57,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What its rows have in common; see `Row.case`."""
+        """Identifies the case; see `Row.case`."""
         return (self.op.name, self.mode, self.shape.name, _name(self.dtype), self.device.type)
 
     def draw(self, seed: int = 0) -> Inputs:
@@ -80,8 +81,8 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
         if not case.rows:
             _prepare(case, contestants, machine, timer)
         _time(case, contestants, machine, timer, seconds, first_seed=one_pass * _MAX_SETS)
-    except Exception as exc:  # of what all of them share: inputs, the truth, the timer
-        if not case.rows:  # an operation that can't say what its work is
+    except Exception as exc:  # of the inputs, the truth or the timer, which all share
+        if not case.rows:  # the formula of the cost fails
             raise
         for candidate in contestants:
             if case.rows[candidate.name].failure is None:
@@ -107,7 +108,7 @@ def _time(
 
 @dataclass(frozen=True)
 class _Judge:
-    """What results of a case are judged by.
+    """The standard by which results of a case are judged.
 
     Attributes:
         truth: outputs, and in training gradients, in float64, by the mode whose errors they tell; none where memory
@@ -226,7 +227,7 @@ def _upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _results(case: Case, function: Function, inputs: Inputs) -> Iterator[tuple[str, list[Tensor]]]:
-    """What errors are taken of, by the mode whose errors they tell: the outputs, and in training then the gradients."""
+    """Yield the outputs, and in training the gradients, each with the mode that has their errors."""
     if case.mode == "forward":
         yield "forward", accuracy.forward_outputs(function, inputs)
         return
@@ -283,7 +284,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and how long.
+    """Cases and candidates to measure, and the time to spend.
 
     Attributes:
         device: `cpu` or `cuda`.
@@ -308,7 +309,7 @@ class Plan:
 def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda done, total, title: None) -> Results:
     """Measures the operations by the plan; the machine's ceilings before and after.
 
-    Ctrl-C ends it with what was measured until then.
+    Ctrl-C ends it with the results so far.
 
     Raises:
         UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
@@ -342,7 +343,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
 
 
 def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
-    """The cases of a plan, in order; what is named twice is measured once."""
+    """The cases of a plan, in order; a case that is named twice is measured once."""
     cases = (
         Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
         for op in operations

@@ -1,4 +1,4 @@
-"""What can be measured: an operation with its inputs, its cost by formula, and everybody who offers it."""
+"""Operations with their inputs, their cost by formula and their peers, and the registry of both."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,22 +24,9 @@ Kind = Literal["ours", "baseline", "peer", "quantized"]
 """Candidates of fewer bits than the dtype measured, `quantized`, take no part in verdicts."""
 
 
-class Sizes(Protocol):
-    """What every shape tells of itself; each operation knows more of its own."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What one pass must do at least.
+    """Least work of one pass.
 
     Attributes:
         flops: floating-point operations of the matrix products; one multiply-add counts as two.
@@ -78,7 +65,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Who `Operation.eager` is: how it is shown, and the distribution it comes from."""
+    """The name under which `Operation.eager` is shown, and its distribution."""
 
     name: str
     package: str
@@ -94,21 +81,21 @@ class Operation:
     """One op.
 
     Attributes:
-        name: what it is called on the command line, and the title of its page.
-        summary: one line: what it computes.
+        name: name on the command line.
+        summary: one line about the computation.
         inputs: draws the keyword arguments that every candidate is called with.
-        eager: the same thing in plain PyTorch. It is what every candidate's speed and error are compared with; on
-            float64 inputs it is the truth.
+        eager: the same in plain PyTorch. Speed and error of every candidate are compared with it; on float64 inputs it
+            is the truth.
         ours: this library's function.
-        baseline: who `eager` is.
+        baseline: name and distribution of `eager`.
         variants: other ways to call this library's function, by name.
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
         parse: the shape that a name stands for.
         raw: the shape of sizes alone, such as those of `4096x768`; its parameters name them. None where sizes aren't
             enough.
-        gradients: names of the inputs whose gradients the training pass computes; none for an op without backward.
-        registered: the op whose backends are measured one by one, such as `layer_norm_forward`; None for a composition
+        gradients: names of the inputs that get gradients in training; none for an op without backward.
+        registered: the registered op, such as `layer_norm_forward`; None for a composition
             of several ops, which is measured with the backends that are chosen for it, and on the references.
         small: a shape so small that the host's part of a call counts; `--shape small`.
         by_request: it takes so long that it is measured only when it is named.
@@ -128,7 +115,7 @@ class Operation:
     registered: str | None = None
     baseline: Baseline = TORCH_EAGER
     variants: Mapping[str, Function] = field(default_factory=dict)
-    parse: Callable[[str], Sizes] = parse_shape
+    parse: Callable[[str], Shape] = parse_shape
     raw: Callable[..., Shape] | None = None
     small: str = "tiny@32 b1"
     by_request: bool = False
@@ -146,7 +133,7 @@ class Operation:
         """Names of the sizes that `4096x768` gives; empty where there are none."""
         return tuple(signature(self.raw).parameters) if self.raw else ()
 
-    def shape(self, name: str) -> Sizes:
+    def shape(self, name: str) -> Shape:
         """The shape called `name`, the one of sizes alone, such as `4096x768`, or `small`.
 
         Raises:
@@ -164,7 +151,7 @@ class Operation:
                 raise
             raise UserError(f"{exc}{hint(name, known)}") from None
 
-    def _raw_shape(self, name: str) -> Sizes:
+    def _raw_shape(self, name: str) -> Shape:
         if self.raw is None:
             example = next(iter(self.shapes.values()))[0]
             raise UserError(f"shape {name!r}: {self.name} needs more than sizes; expected a name such as {example!r}")
@@ -180,7 +167,7 @@ class Peer:
 
     Attributes:
         name: how it is shown.
-        build: makes the function for a shape; imports what it needs.
+        build: makes the function for a shape, and imports its package.
         package: the distribution it comes from; None for torch itself and for one's own files.
         devices: the device types it runs on.
         install: how to get it; None for `pip install` of the package.
@@ -197,7 +184,7 @@ class Peer:
     kind: Kind = "peer"
 
     def absence(self, device: str) -> str | None:
-        """Why it can't be measured here; None if it can."""
+        """The reason why it can't be measured here; None if it can."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
         missing = [name for name in (self.package, *self.needs) if name is not None and version_of(name) is None]

@@ -62,7 +62,7 @@ def draw_speedups(results: Results, op: str) -> Figure | None:
         figure = _picture(results.machine, 1.0 + _LINE * max(map(len, panels.values())), 9.0)
         for axes, (mode, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             _draw_bars(axes, panel)
-            axes.set_title(f"{op}, {_TITLES[mode]}, {panel[0].dtype}, times as fast", loc="left", fontweight="bold")
+            axes.set_title(f"{op}, {_TITLES[mode]}, times as fast", loc="left", fontweight="bold")
     return figure
 
 
@@ -162,7 +162,7 @@ def _draw_bars(axes: Axes, panel: Sequence[Contest]) -> None:
             axes.annotate(text, (speedup, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.axvline(1, color=PALETTE.muted, linewidth=1.0)
     axes.set_xlim(0, 1.6 * max(contest.speedup(row) or 0 for contest in panel for row in contest.measured))
-    axes.set_yticks(range(len(panel)), [contest.shape for contest in panel])
+    axes.set_yticks(range(len(panel)), [f"{contest.shape}\n{contest.dtype}" for contest in panel])
     axes.invert_yaxis()
     axes.set_xticks([])
     for spine in axes.spines.values():

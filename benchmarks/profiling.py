@@ -69,8 +69,11 @@ def main(arguments: Sequence[str], device: str = "cuda") -> None:
     found = {candidate.name: candidate for candidate in candidates(case.op, device)[0]}
     if name not in found:
         raise unknown_name("candidate", name, found)
-    with _warm_call(case, found[name]) as call, _marks(case), _range(case, found[name]):
-        call()
+    marks = torch.cuda.profiler.profile() if device == "cuda" else nullcontext()
+    with _warm_call(case, found[name]) as call, marks:
+        with _range(case, found[name]):
+            call()
+        _wait(case)
 
 
 @contextmanager
@@ -90,13 +93,6 @@ def _range(case: Case, candidate: Candidate) -> Iterator[None]:
     name = f"{case.op.name}: {candidate.name}"
     with record_function(name), torch.cuda.nvtx.range(name) if case.device.type == "cuda" else nullcontext():
         yield
-
-
-@contextmanager
-def _marks(case: Case) -> Iterator[None]:
-    with torch.cuda.profiler.profile() if case.device.type == "cuda" else nullcontext():
-        yield
-        _wait(case)
 
 
 def _wait(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves: rows, the machine they were measured on, and the file that holds both."""
+"""Results of a run: rows, the machine, contests of candidates, verdicts, and the file."""
 
 import json
 import re
@@ -19,7 +19,7 @@ FORMAT = 1
 """Version of the file format."""
 
 WRONG = "wrong: "
-"""What the failure of a row begins with if the candidate computes something else."""
+"""Prefix of the failure of a row whose candidate computes something else."""
 
 
 @dataclass
@@ -31,13 +31,13 @@ class Row:
         version: of the distribution that the candidate comes from.
         samples_ms: time of one call in milliseconds: a list for each pass over the whole suite, of one value a round.
         first_call_ms: the first call, compilation and tuning included.
-        flops, bytes: what the mode must do at least, by formula.
+        flops, bytes: least work of the mode, by formula.
         floor_ms: the least time that this machine's measured ceilings allow for that.
         peak_bytes: the most memory that a call held beyond its inputs.
-        saved_bytes: what the forward pass keeps for the backward pass, inputs not counted.
+        saved_bytes: memory saved for backward, inputs not counted.
         error, baseline_error: relative RMS error against float64, the candidate's and that of plain PyTorch in the
             same dtype: of the outputs, or in training of the gradients; the worst one.
-        failure: why there is no time: an error that was raised, or behind `WRONG` what is wrong with the result.
+        failure: why there is no time: the error that was raised, or `WRONG` and the reason.
     """
 
     op: str
@@ -62,12 +62,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes rows of two runs the same measurement."""
+        """Identifies the measurement in two runs."""
         return (self.op, self.mode, self.shape, self.dtype, self.device, self.candidate)
 
     @property
     def case(self) -> tuple[str, ...]:
-        """What candidates that were measured side by side share."""
+        """Identifies the case: candidates with the same one were measured side by side."""
         return (self.op, self.mode, self.shape, self.dtype, self.device)
 
     @property
@@ -104,7 +104,7 @@ class Row:
     @property
     def breaks_error_rule(self) -> bool:
         """Whether the error is larger than this library allows its own ops, or no number at all."""
-        from benchmarks.accuracy import allowed_error  # which imports torch: who only reads results needs none
+        from benchmarks.accuracy import allowed_error  # imports torch, which reading results doesn't need
 
         if self.error is None:
             return False
@@ -112,7 +112,7 @@ class Row:
 
     @property
     def mark(self) -> str:
-        """What stands in the place of a time that there isn't: `wrong` or `failed`; empty for a row without failure."""
+        """`wrong` or `failed`, shown in place of a time; empty for a row without failure."""
         if self.failure is None:
             return ""
         return "wrong" if self.failure.startswith(WRONG) else "failed"
@@ -124,7 +124,7 @@ class Row:
 
 @dataclass
 class Machine:
-    """Where and when a run was made, and what the machine can do.
+    """Place and date of a run, and the ceilings of the machine.
 
     Attributes:
         device: `cpu` or `cuda`.
@@ -136,7 +136,7 @@ class Machine:
         versions: of Python, torch and whatever else was measured.
         commit: of this repository, with `+` when files were changed.
         package: where evakernels was imported from, its version, and whether it is compiled.
-        notes: what makes the numbers doubtful: a busy or throttled machine.
+        notes: reasons to doubt the numbers, such as a busy or throttled machine.
         clocks: the GPU's clocks in MHz, power in W and temperature in °C at the end of the run.
     """
 
@@ -307,7 +307,7 @@ class Verdict:
 
 
 def verdict(contest: Contest) -> Verdict | None:
-    """How this library does in a case; None if it or all others have no time.
+    """Compare this library with the others in a case; None if it or all others have no time.
 
     Both were measured in the same rounds. The difference is noise if the ratios of these rounds lie on both sides of 1,
     the outer fifths left out, or if the medians of the passes over the suite do, or the ratio of all times and that of
@@ -333,5 +333,5 @@ def verdict(contest: Contest) -> Verdict | None:
 
 
 def tally(found: Iterable[Contest]) -> Counter[str]:
-    """In how many cases this library is `faster`, `slower` or `level`; the sum is of those that have a verdict."""
+    """Count the cases with the verdict `faster`, `slower` and `level`."""
     return Counter(one.word for one in map(verdict, found) if one is not None)

@@ -28,7 +28,7 @@ _STYLES = {"best": "bold", "good": "green", "bad": "red", "ours": "bold cyan", "
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """That many significant digits, without an exponent: 0.0123, 1.20, 1,230."""
+    """A number with so many significant digits and no exponent: 0.0123, 1.20, 1,230."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -66,8 +66,8 @@ class Cell:
     """One cell.
 
     Attributes:
-        text: what is shown.
-        value: what the column is sorted by; None is last.
+        text: shown in the table.
+        value: key by which the column is sorted; None is last.
         style: `best`, `good`, `bad`, `ours`, `peer`, or empty.
     """
 
@@ -96,10 +96,10 @@ class Table:
         table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for index, (title, _) in enumerate(self.columns):
             if index < self.texts:
-                table.add_column(title, overflow="fold")
+                longest = max((len(row[index].text) for row in self.rows), default=0)
+                table.add_column(title, overflow="fold", min_width=min(longest, 10))
             else:
-                broken = title if "," in title else title.replace(" ", "\n")
-                table.add_column(broken, justify="right", no_wrap=True)
+                table.add_column(title.replace(*(", ", ",\n") if "," in title else (" ", "\n")), justify="right")
         for row in self.rows:
             table.add_row(*(Text(cell.text, _STYLES.get(cell.style, "")) for cell in row))
         return table
@@ -300,12 +300,12 @@ def _number(contest: Contest, row: Row, column: Column) -> Cell:
 
 
 def failures(found: Iterable[Contest]) -> dict[str, str]:
-    """Why rows have no time, by case and candidate."""
+    """Reasons why rows have no time, by case and candidate."""
     return {f"{one.title}: {row.candidate}": row.failure for one in found for row in one.rows if row.failure}
 
 
 def tally_text(found: Sequence[Contest]) -> str:
-    """In how many cases this library is faster than all others, in one sentence."""
+    """The number of cases in which this library is faster than all others, as a sentence."""
     counts = tally(found)
     return (
         f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "

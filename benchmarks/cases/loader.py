@@ -3,7 +3,6 @@
 import random
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,13 @@ from evaclip.data.shard_writer import write_shards
 _CAPTION = b"a caption of some forty characters %08d"
 
 
-@dataclass(frozen=True, eq=False)
-class Shards:
-    """Shards of images of random bytes, with captions, in a temporary folder."""
-
-    pattern: str
-    folder: Any
-
-    def files(self) -> list[Path]:
-        """The shards, in order."""
-        return sorted(Path(self.folder.name).glob("*.tar"))
-
-
 def _raw(shards: int, samples: int, image_bytes: int) -> Shape:
     return Shape(batch=shards, tokens=samples, width=image_bytes)
 
 
 @lru_cache(maxsize=1)
-def _shards(count: int, samples: int, image_bytes: int) -> Shards:
+def _shards(count: int, samples: int, image_bytes: int) -> Any:
+    """A temporary folder with shards of images of random bytes, and captions."""
     folder = tempfile.TemporaryDirectory()
     rng = random.Random(0)
     content = (
@@ -44,11 +32,12 @@ def _shards(count: int, samples: int, image_bytes: int) -> Shards:
         for number in range(count * samples)
     )
     write_shards(Path(folder.name), "s", content, samples)
-    return Shards(f"{folder.name}/s-{{00000..{count - 1:05d}}}.tar", folder)
+    return folder
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {"shards": _shards(shape.batch, shape.tokens, shape.width)}
+    folder = _shards(shape.batch, shape.tokens, shape.width).name
+    return {"shards": f"{folder}/s-{{00000..{shape.batch - 1:05d}}}.tar"}
 
 
 def _sum(images: Any) -> Tensor:
@@ -57,22 +46,18 @@ def _sum(images: Any) -> Tensor:
     return torch.tensor([len(sizes), sum(sizes)], dtype=torch.float64)
 
 
-def _tarfile(shards: Shards) -> Tensor:
+def _tarfile(shards: str) -> Tensor:
     def images() -> Any:
-        for path in shards.files():
+        for path in sorted(Path(shards).parent.glob("*.tar")):
             with tarfile.open(path) as tar:
-                for member in tar:
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    data = content.read()
-                    if member.name.endswith(".jpg"):
-                        yield data
+                read = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+            yield from (content for name, content in read.items() if name.endswith(".jpg"))
 
     return _sum(images())
 
 
-def _ours(shards: Shards) -> Tensor:
-    source = open_source(shards.pattern)
+def _ours(shards: str) -> Tensor:
+    source = open_source(shards)
     return _sum(source[index].image for index in range(len(source)))
 
 
@@ -105,8 +90,4 @@ def webdataset(shape: Shape) -> Function:
     """webdataset, without shuffling."""
     import webdataset
 
-    def read(shards: Shards) -> Tensor:
-        samples = webdataset.WebDataset(shards.pattern, shardshuffle=False)
-        return _sum(sample["jpg"] for sample in samples)
-
-    return read
+    return lambda shards: _sum(sample["jpg"] for sample in webdataset.WebDataset(shards, shardshuffle=False))

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import evakernels
-from benchmarks.cases._captions import captions
+from benchmarks.cases._inputs import captions, kept_patches
 from benchmarks.cases._open_clip import PlainClip
-from benchmarks.cases._patches import kept_patches
 from benchmarks.cases.contrastive import clip_loss
 from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names

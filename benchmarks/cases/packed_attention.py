@@ -10,7 +10,7 @@ from torch import Tensor
 
 import evakernels
 from benchmarks.candidates import compiled
-from benchmarks.cases._captions import captions
+from benchmarks.cases._inputs import captions
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.errors import UserError

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evakernels
 from benchmarks.candidates import compiled
-from benchmarks.cases._patches import kept_patches
+from benchmarks.cases._inputs import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 

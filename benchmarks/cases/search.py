@@ -1,39 +1,29 @@
 """The nearest rows of a store, such as the images of `evaclip index`, to a few queries."""
 
 import tempfile
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operation import Baseline, Cost, Draw, Function, Inputs, Operation, Work, peer, register
-from benchmarks.shapes import Shape, parse_shape
-from evaclip.errors import UserError
+from benchmarks.shapes import Shape
 from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 
-TOP, QUERIES, BLOCK = 10, 1, 50_000
+TOP, BLOCK = 10, 50_000
 TOPICS, SPREAD, DECAY = 300, 1.5, 0.5
 """Embeddings lie around so many centres; the n-th direction has a share of n^-DECAY, as in embeddings of models."""
 
 
-@dataclass(frozen=True, eq=False)
-class Embeddings:
-    """Unit vectors float32 `[rows, dim]`, and the same in a store on disk."""
-
-    rows: Tensor
-    store: Store
-    folder: Any
+Embeddings = tuple[Tensor, Store, Any]
+"""Unit vectors float32 `[rows, dim]`, the same in a store, and the temporary folder of the store."""
 
 
 def _raw(rows: int, channels: int) -> Shape:
-    if rows < TOP:
-        raise UserError(f"rows must be at least {TOP}, got {rows}")
     return Shape(batch=rows, width=channels)
 
 
@@ -46,7 +36,7 @@ def _embeddings(rows: int, dim: int) -> Embeddings:
         generator = torch.Generator().manual_seed(start + 1)
         blocks.append(_around(min(BLOCK, rows - start), dim, generator))
         store.add(blocks[-1].numpy(), [Row(f"{start + n}.jpg", "00") for n in range(len(blocks[-1]))])
-    return Embeddings(torch.cat(blocks), store, folder)
+    return torch.cat(blocks), store, folder
 
 
 def _around(count: int, dim: int, generator: torch.Generator) -> Tensor:
@@ -57,24 +47,24 @@ def _around(count: int, dim: int, generator: torch.Generator) -> Tensor:
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
-    queries = _around(QUERIES, shape.width, draw.generator).to(draw.dtype)
+    queries = _around(1, shape.width, draw.generator).to(draw.dtype)
     return {"embeddings": _embeddings(shape.batch, shape.width), "queries": queries}
 
 
 def _eager(embeddings: Embeddings, queries: Tensor) -> Tensor:
     """All scores, then the largest, in float32 at least."""
     wide = F.normalize(queries.to(torch.promote_types(queries.dtype, torch.float32)), dim=-1)
-    parts = embeddings.rows.split(BLOCK) if wide.dtype == torch.float64 else (embeddings.rows,)
-    return torch.cat([wide @ part.to(wide.dtype).T for part in parts], 1).topk(TOP).values
+    rows = embeddings[0].to(wide.dtype)
+    return (wide @ rows.T).topk(min(TOP, len(rows))).values
 
 
 def _ours(embeddings: Embeddings, queries: Tensor) -> Tensor:
-    return torch.from_numpy(search(embeddings.store, queries.float().numpy(), TOP)[0])
+    return torch.from_numpy(search(embeddings[1], queries.float().numpy(), TOP)[0])
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
-    """One product of the queries with all rows, which are float32."""
-    return Work(Cost(2 * QUERIES * shape.batch * shape.width, 4 * shape.batch * shape.width))
+    """One product of the query with all rows, which are float32."""
+    return Work(Cost(2 * shape.batch * shape.width, 4 * shape.batch * shape.width))
 
 
 register(
@@ -87,7 +77,6 @@ register(
         baseline=Baseline("torch product and topk", "torch"),
         work=_work,
         shapes={"cpu": ("10000x512", "1000000x512")},
-        parse=parse_shape,
         raw=_raw,
         small="64x16",
         by_request=True,
@@ -102,14 +91,8 @@ def faiss(shape: Shape) -> Function:
     """faiss' exact index of inner products."""
     import faiss
 
-    @cache
-    def index() -> Any:
-        flat = faiss.IndexFlatIP(shape.width)
-        flat.add(_embeddings(shape.batch, shape.width).rows.numpy())
-        return flat
-
-    def nearest(embeddings: Embeddings, queries: Tensor) -> Tensor:
-        scores: np.ndarray = index().search(F.normalize(queries.float(), dim=-1).numpy(), TOP)[0]
-        return torch.from_numpy(scores)
-
-    return nearest
+    index = faiss.IndexFlatIP(shape.width)
+    index.add(_embeddings(shape.batch, shape.width)[0].numpy())
+    return lambda embeddings, queries: torch.from_numpy(
+        index.search(F.normalize(queries.float(), dim=-1).numpy(), TOP)[0]
+    )

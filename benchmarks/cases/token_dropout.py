@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import evakernels
-from benchmarks.cases._patches import kept_patches
+from benchmarks.cases._inputs import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.errors import UserError

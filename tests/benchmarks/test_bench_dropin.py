@@ -120,7 +120,7 @@ def test_dropin_is_measured(tmp_path: Path) -> None:
 
 
 def test_frozen_models_agree_with_untouched() -> None:
-    operation, shape = get_operation(dropin.FROZEN), dropin.ModelShape("timm/small", 2)
+    operation, shape = get_operation(dropin.FROZEN), dropin.parse("timm/small b2")
     dropin._frozen.cache_clear()
     inputs = operation.inputs(shape, Draw(torch.float32, CPU, torch.Generator()))
     with torch.no_grad():
