@@ -234,7 +234,7 @@ def verdict_cells(contest: Contest | None) -> list[Cell]:
         return [Cell(NOTHING)] * 3
     found = verdict(contest)
     style = {"faster": "good", "slower": "bad"}.get(found.word, "") if found else ""
-    last = Cell(verdict_text(contest), found and found.ratio, style)
+    last = Cell(verdict_text(contest), found.ratio if found else None, style)
     return [_time_cell(contest, "ours"), _time_cell(contest, "baseline", "peer"), last]
 
 

@@ -8,7 +8,7 @@ samples, and laid out once by whoever can.
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -286,7 +286,7 @@ def _counted(name: str) -> tuple[int, int]:
     return counter.get_total_flops(), sum(parameter.numel() for parameter in module.parameters())
 
 
-register(
+_DROPIN = register(
     Operation(
         name=DROPIN,
         summary="other people's models after evakernels.accelerate, weights in float32, autocast to the dtype measured",
@@ -309,20 +309,15 @@ register(
 )
 
 register(
-    Operation(
+    replace(
+        _DROPIN,
         name=FROZEN,
         summary="other people's models for inference after evakernels.accelerate(freeze=True), weights in this dtype",
         inputs=_frozen_inputs,
         eager=_encode,
         ours=partial(_encode, accelerated=True),
-        baseline=Baseline("untouched", "torch"),
-        work=_work,
-        parse=parse,
         shapes={"cpu": tuple(f"{name} b{2 if name == 'timm/eva02-l' else 4}" for name in MODELS)},
-        small="timm/vit-b b1",
-        by_request=True,
-        is_model=True,
-        references=False,
+        gradients=(),
         compiles=False,
     )
 )

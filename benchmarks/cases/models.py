@@ -5,7 +5,7 @@ with the same parameters. The models themselves hold no values: parameters are i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any, cast
 
@@ -273,7 +273,7 @@ def _counts(model: str, pixels: int, part: str) -> int:
     return sum(values.numel() for name, values in built.named_parameters() if name.startswith(part))
 
 
-register(
+_ENCODE_IMAGE = register(
     Operation(
         name="encode_image",
         summary="the vision tower, weights in the dtype measured",
@@ -290,14 +290,11 @@ register(
     )
 )
 register(
-    Operation(
+    replace(
+        _ENCODE_IMAGE,
         name="encode_text",
         summary="the text tower, weights in the dtype measured",
         inputs=_text_inputs,
-        eager=_encode_plain,
-        ours=_encode_ours,
-        baseline=OPEN_CLIP,
-        is_model=True,
         work=_text_work,
         shapes={
             "cpu": ("eva02-b16:text b1",),

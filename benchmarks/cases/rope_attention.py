@@ -1,6 +1,7 @@
 """Attention: with the axial rotary embedding of EVA-02 inside (vision), and causal without one (text)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -128,7 +129,7 @@ def _fused_rotation(shape: Shape) -> Function:
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
-register(
+_ROPE = register(
     Operation(
         name="rope_attention",
         summary="attention with the axial rotary embedding inside, token dropout included",
@@ -144,7 +145,8 @@ register(
     )
 )
 register(
-    Operation(
+    replace(
+        _ROPE,
         name="causal_attention",
         summary="causal attention without a rotary embedding, as in the text tower",
         inputs=_qkv,
@@ -152,10 +154,6 @@ register(
         ours=partial(evakernels.rope_attention, causal=True),
         work=_work(visible=0.5),
         shapes=_CAUSAL_SHAPES,
-        raw=_raw,
-        small="1x5x1x64",
-        gradients=("q", "k", "v"),
-        registered="rope_attention_forward",
     )
 )
 
@@ -208,10 +206,22 @@ _attention_peer("sdpa cudnn", devices=("cuda",))(_on_sdpa(SDPBackend.CUDNN_ATTEN
 _attention_peer("sdpa math")(_on_sdpa(SDPBackend.MATH))
 
 
+def compile_flex() -> Function:
+    """FlexAttention of q, k and v `[B, H, N, D]` under a mask of blocks, compiled for one shape."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def flex_only(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
+        out = flex_attention(q, k, v, block_mask=block_mask)
+        assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
+        return out
+
+    return compiled(flex_only)
+
+
 @_attention_peer("FlexAttention")
 def flex(shape: Shape, causal: bool) -> Attention:
     """PyTorch's FlexAttention, compiled; on a CPU forward only."""
-    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     @cache
     def mask(device: torch.device) -> BlockMask | None:
@@ -220,12 +230,7 @@ def flex(shape: Shape, causal: bool) -> Attention:
         tokens = shape.tokens
         return create_block_mask(lambda b, h, query, key: query >= key, None, None, tokens, tokens, device=device)
 
-    def flex_only(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
-        out = flex_attention(q, k, v, block_mask=block_mask)
-        assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
-        return out
-
-    compiled_flex = compiled(flex_only)
+    compiled_flex = compile_flex()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.requires_grad and q.device.type == "cpu":  # it says so itself, buried in the words of the compiler

@@ -1,6 +1,7 @@
 """SwiGLU: the gated product alone, with the sub-LayerNorm of EVA-02, and the whole MLP around it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -111,7 +112,7 @@ def _mlp_with(product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Fu
     return mlp
 
 
-register(
+_SILU_MUL = register(
     Operation(
         name="silu_mul",
         summary="silu(gate) * up",
@@ -127,18 +128,15 @@ register(
     )
 )
 register(
-    Operation(
+    replace(
+        _SILU_MUL,
         name="swiglu",
         summary="silu(gate) * up, then LayerNorm over the hidden channels (sub-LN)",
         inputs=_swiglu_inputs,
         eager=_swiglu_eager,
         ours=partial(evakernels.swiglu, eps=EPS),
-        work=_product_work,
         shapes=_SHAPES,
-        raw=_raw,
-        small="4x64",
         gradients=("gate", "up", "norm_weight", "norm_bias"),
-        registered="swiglu_forward",
     )
 )
 register(

@@ -32,7 +32,7 @@ COUNT = Count(
 )  # fmt: skip
 
 
-def test_large_buffers_count_each_time_and_small_ones_once() -> None:
+def test_small_buffers_count_once() -> None:
     assert COUNT.streamed == {"x", "out 0"}
     assert COUNT.traffic == pytest.approx(32 * (160 + 160 + 32 + 1) / 10240)
     assert COUNT.touched == COUNT.traffic
@@ -136,7 +136,7 @@ def test_every_kernel_of_the_budget_has_its_occupancy() -> None:
     assert occupancy("no such kernel", 128) == {}
 
 
-def test_shared_memory_of_a_launch_leaves_room_for_fewer_blocks() -> None:
+def test_dynamic_shared_memory_limits_occupancy() -> None:
     # Two blocks of four warps, with what the system takes.
     half = SHARED["sm_90"] // 2 - 2048
     assert occupancy(KERNEL, 128, half)["sm_90"] == 2 * 4 / WARPS

@@ -223,7 +223,7 @@ def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
     assert floor_ms(Cost(flops=0, bytes=1e9), "float32", machine()) == pytest.approx(100.0)
 
 
-def test_cpu_timer_measures_each_candidate_in_every_round() -> None:
+def test_cpu_timer_interleaves_candidates() -> None:
     calls: list[str] = []
     rotations = [Rotation([lambda name=name: calls.append(name)]) for name in "ab"]  # type: ignore[misc]
     samples = Timer().rounds(rotations, 0.0)
