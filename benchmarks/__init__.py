@@ -1,6 +1,6 @@
-"""What every op costs: against its peers, against this machine's roofline, and against float64.
+"""Time, memory and error of every op, against its peers, this machine's roofline, and float64.
 
-`python -m benchmarks list` shows what can be measured. A file of one's own can add a candidate:
+`python -m benchmarks list` shows what can be measured. A file of yours can add a candidate:
 
     from benchmarks import peer
 
@@ -10,16 +10,34 @@
 
         return lambda x, weight, bias: fast_norm(x, weight, bias, 1e-6)
 
-and `python -m benchmarks op layer_norm --plugin that_file.py` measures it beside the others.
+and `python -m benchmarks op layer_norm --plugin that_file.py` measures it next to the others.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# First of all: it decides where later imports find evakernels and evaclip.
-from benchmarks import origin
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = "--installed"
 
-origin.choose()
+
+def choose_evakernels() -> None:
+    """Have evakernels and evaclip imported from where they are installed, not from this checkout.
+
+    `python -m benchmarks` has Python look into the checkout first. That stays if the checkout is compiled, unless
+    `INSTALLED` is among the arguments, and if no other evakernels is installed.
+    """
+    compiled = (ROOT / "evakernels" / "_ops.so").exists()
+    if "evakernels" in sys.modules or (compiled and INSTALLED not in sys.argv):
+        return
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    if PathFinder.find_spec("evakernels", elsewhere) is not None:
+        sys.path[:] = elsewhere
+
+
+choose_evakernels()  # before anything imports either
 
 if TYPE_CHECKING:
     from benchmarks.operation import Cost, Draw, Operation, Work, peer, register
@@ -29,7 +47,7 @@ __all__ = ["Cost", "Draw", "Operation", "Shape", "Work", "peer", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: what supervises a GPU's checks shall neither wait for torch nor hold it.
+    # Loaded on first use: `benchmarks.gpu_check` must not load torch.
     if name not in __all__:
         raise AttributeError(f"module 'benchmarks' has no attribute {name!r}")
     return getattr(import_module("benchmarks.shapes" if name == "Shape" else "benchmarks.operation"), name)

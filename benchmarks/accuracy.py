@@ -1,4 +1,4 @@
-"""Errors against float64 on the same inputs, the candidate's beside those of plain PyTorch in the same dtype.
+"""Errors against float64 on the same inputs, of a candidate and of plain PyTorch in the same dtype.
 
 A wrong result is no competitor of a right one, so it is told apart from an inexact one first: it has another shape or
 dtype, or an error beyond `allowed_error`, which is no matter of rounding.
@@ -20,7 +20,7 @@ def as_double(inputs: Inputs) -> Inputs:
 
 
 def forward_outputs(function: Function, inputs: Inputs) -> list[Tensor]:
-    """What the function returns, without a graph."""
+    """The tensors that the function returns, without a graph."""
     with torch.no_grad():
         return tensors(function(**inputs))
 
@@ -44,7 +44,9 @@ PEER_RULE = 10.0
 ROUGHEST = 2.0**-8
 """One rounding to bfloat16: a peer that rounds to it, or to TF32, where plain PyTorch doesn't is inexact, not wrong."""
 UNRELATED = 0.5
-"""That of a result which has little to do with the truth, whatever the dtype."""
+"""The error of a result that has little to do with the truth, whatever the dtype."""
+QUANTIZED = 0.15
+"""The error that candidates of fewer bits may have: embeddings with a cosine of 0.99."""
 FINEST = 2.0**-24
 """One rounding to float32: a smaller error is none."""
 
@@ -53,7 +55,7 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 
 class WrongResultError(Exception):
-    """What a candidate computes is something else."""
+    """A candidate computes something else."""
 
 
 def forms(values: Sequence[Tensor]) -> list[Form]:
@@ -81,19 +83,21 @@ def allowed_error(kind: str, mode: str, baseline: float | None, least: float = F
     """The largest error of a result that isn't wrong: ours by the rule, a peer's as far as rounding explains it.
 
     Args:
-        kind: `ours`, `baseline` or `peer`.
+        kind: `ours`, `baseline`, `peer` or `quantized`.
         mode: `forward` for an error of outputs, `training` for one of gradients.
         baseline: the error of plain PyTorch in the same dtype; None or NaN where there is none to compare with.
-        least: what is accepted in any case; see `luck`.
+        least: an error that is accepted in any case; see `luck`.
     """
     if baseline is None or math.isnan(baseline):
         return UNRELATED
     ours = max(ERROR_RULE[mode] * baseline, least)
-    return ours if kind == "ours" else max(ours, min(PEER_RULE * baseline, UNRELATED), ROUGHEST)
+    if kind == "ours":
+        return ours
+    return max(ours, min(PEER_RULE * baseline, UNRELATED), QUANTIZED if kind == "quantized" else ROUGHEST)
 
 
 _ZERO = 1e-12
-"""What is this small beside the other tensors is float64's rounding of a zero, such as the gradient of keys' biases."""
+"""A tensor this small relative to the others is float64's rounding of a zero, such as the gradient of keys' biases."""
 
 
 def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

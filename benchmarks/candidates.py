@@ -1,4 +1,4 @@
-"""Who is measured on an operation: this library on each of its backends, plain PyTorch, and the peers."""
+"""The candidates of an operation: this library on each of its backends, plain PyTorch, and the peers."""
 
 import warnings
 from collections import Counter
@@ -43,14 +43,14 @@ class Candidate:
 def candidates(
     op: Operation, device: str, backends: Sequence[str] = (), peers: Sequence[str] = ()
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Everybody who can be measured on `op`, and those who can't, with the reason.
+    """Return all candidates of `op`, and the absent ones with the reason.
 
     Args:
         op: the operation.
         device: the device type.
         backends: backends of this library; by default all that implement the op.
         peers: names of peers, `torch.compile` among them; by default all. `none` for none. The operation's baseline is
-            always there: it is what the others are compared with.
+            always there: the others are compared with it.
     """
     found, absent = _ours(op, device, backends)
     version = version_of(op.baseline.package) or ""
@@ -64,7 +64,7 @@ def candidates(
         if reason is not None:
             absent[peer.name] = reason
         else:
-            found.append(Candidate(peer.name, "peer", peer.version or "", peer.build))
+            found.append(Candidate(peer.name, peer.kind, peer.version or "", peer.build))
     if twice := [name for name, count in Counter(one.name for one in found).items() if count > 1]:
         raise UserError(f"{op.name} has two candidates called {twice[0]!r}; name the peer differently")
     return found, absent
@@ -87,7 +87,7 @@ def _composed(op: Operation, backends: Sequence[str], version: str) -> list[Cand
     if set(backends) != {"reference"}:
         ways = {OURS: op.ours, **{f"{OURS} {name}": function for name, function in op.variants.items()}}
         found += [Candidate(name, "ours", version, _always(function)) for name, function in ways.items()]
-    if not backends or "reference" in backends:
+    if "reference" in backends or (op.references and not backends):
         found.append(_on_backend(op, "reference", version))
     return found
 

@@ -1,4 +1,4 @@
-"""What became slower, larger, less exact or impossible between two results, with the noise of the machine taken out.
+"""Differences of two results in time, memory, errors and failures, with the noise of the machine taken out.
 
 Noise on a shared machine has one sign: others can only make a call take longer. So the fastest round of a pass stands
 for the pass, and a run's passes tell how well that repeats. A row counts as slower if
@@ -24,12 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rich.console import Console
 from rich.text import Text
 
 from benchmarks.results import Machine, Results, Row
-from benchmarks.table import make_console, plain_table
-from evaclip.errors import UserError
+from benchmarks.tables import Cell, Table, make_console, print_notes
+from evaclip.errors import UserError, counted
 
 What = Literal["slower", "faster", "fails", "works again", "less exact", "peak memory", "saved memory"]
 BETTER = ("faster", "works again")
@@ -83,14 +82,14 @@ class Comparison:
     """Two results side by side.
 
     Attributes:
-        other_setup: what makes the machines different, such as `name`; empty for the same machine. Differences between
+        other_setup: facts in which the machines differ, such as `name`; empty for the same machine. Differences between
             machines are not regressions.
         drift: time of plain PyTorch after over before, the median of all cases; 1 between different machines.
         compared: rows that both results measured.
-        regressions: what became worse in this library's rows.
+        regressions: rows of this library that became worse.
         shifts: operations on which this library became slower as a whole.
         suspects: single rows of this library that became slower, where the operation's others did not.
-        others: what else differs: improvements, and rows of PyTorch and of the peers.
+        others: other differences: improvements, and rows of PyTorch and of the peers.
         only_before, only_after: rows that one result lacks.
         notes: why to be careful.
     """
@@ -111,7 +110,7 @@ class Comparison:
 
 
 def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparison:
-    """Finds what changed from one result to the other.
+    """Find the changes from one result to the other.
 
     Args:
         before, after: results of the same operations.
@@ -241,7 +240,7 @@ def _drifts(pairs: Sequence[tuple[Row, Row]]) -> dict[tuple[str, ...], float]:
 
 
 def _exact_differences(old: Row, new: Row) -> Iterator[Difference]:
-    """What has no noise: failures, errors on the same inputs, memory."""
+    """Differences without noise: failures, errors on the same inputs, memory."""
     if old.failure is None and new.failure is not None:
         yield Difference("fails", new)
     if new.failure is not None:
@@ -262,7 +261,7 @@ def _exact_differences(old: Row, new: Row) -> Iterator[Difference]:
 
 
 def _other_setup(before: Machine, after: Machine) -> tuple[str, ...]:
-    """What keeps times from being comparable."""
+    """Facts that differ, and keep times from being comparable."""
     names = ("device", "name", "threads") if before.device == "cpu" else ("device", "name")
     return tuple(name for name in names if getattr(before, name) != getattr(after, name))
 
@@ -278,30 +277,37 @@ def _notes(before: Machine, after: Machine, pairs: Sequence[tuple[Row, Row]]) ->
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Prints the differences: first what became worse in this library, then the rest."""
+    """Print the differences: first regressions of this library, then the rest."""
     console = make_console()
     for name, machine in (("before", comparison.before), ("after ", comparison.after)):
         facts = (machine.name, f"commit {machine.commit or 'unknown'}", machine.date, machine.package)
-        console.print(f"{name}  {', '.join(filter(None, facts))}", markup=False)
-    for note in comparison.notes:
-        console.print(Text(f"! {note}", "bold yellow"))
+        console.print(Text(f"{name}  {', '.join(filter(None, facts))}"))
+    print_notes(console, comparison.notes)
     drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
     console.print(f"{comparison.compared} rows have times in both{drift}", markup=False)
     for shift in comparison.shifts:
         change = f"{_percent(shift.change)}, give or take {shift.error:.0%}, in the median of {shift.rows} rows"
         console.print(Text(f"{shift.op} is slower with {shift.candidate}: {change}", "bold red"))
-    _print_differences(console, "regressions", comparison.regressions, "bold red")
-    _print_differences(console, "single rows, to be measured again", comparison.suspects, "bold yellow")
     other = " and ".join(comparison.other_setup)
     rest = f"differences between machines (another {other})" if other else "other differences"
-    _print_differences(console, rest, comparison.others, "bold")
+    for title, differences, style in (
+        ("regressions", comparison.regressions, "bold red"),
+        ("single rows, to be measured again", comparison.suspects, "bold yellow"),
+        (rest, comparison.others, "bold"),
+    ):
+        if differences:
+            console.print(Text(f"\n{title}", style))
+            console.print(_differences(differences).to_terminal())
+        for one in differences:
+            if one.what == "fails":
+                console.print(Text(f"{' · '.join(one.row.key)}: {one.row.failure}", "red"))
     for name, rows in (("before", comparison.only_before), ("after", comparison.only_after)):
         for op, count in Counter(row.op for row in rows).items():
-            console.print(Text(f"only {name}: {count} {'row' if count == 1 else 'rows'} of {op}", "dim"))
-    console.print(_verdict(comparison))
+            console.print(Text(f"only {name}: {counted(count, 'row')} of {op}", "dim"))
+    console.print(_conclusion(comparison))
 
 
-def _verdict(comparison: Comparison) -> Text:
+def _conclusion(comparison: Comparison) -> Text:
     if comparison.other_setup:
         return Text("a comparison of machines: nothing is called a regression")
     ops = {difference.row.op for difference in comparison.regressions} | {shift.op for shift in comparison.shifts}
@@ -310,28 +316,15 @@ def _verdict(comparison: Comparison) -> Text:
     return Text("no regressions", "bold green")
 
 
-def _print_differences(console: Console, title: str, differences: Sequence[Difference], style: str) -> None:
-    if not differences:
-        return
-    table = plain_table("what", "operation", "candidate", "before", "after", "change", texts=3)
-    for difference in sorted(differences, key=lambda one: (one.what, -(one.change or 0))):
-        table.add_row(*map(Text, _cells(difference)))
-    console.print()
-    console.print(Text(title, style))
-    console.print(table)
-    for difference in differences:
-        if difference.what == "fails":
-            console.print(Text(f"{' · '.join(difference.row.key)}: {difference.row.failure}", "red"))
-
-
-def _cells(difference: Difference) -> Iterator[str]:
-    row = difference.row
-    yield difference.what
-    yield f"{row.op} {row.mode} {row.shape} {row.dtype}"
-    yield row.candidate
-    for value in (difference.before, difference.after):
-        yield "" if value is None else _value(difference.what, value)
-    yield "" if difference.change is None else _percent(difference.change)
+def _differences(differences: Sequence[Difference]) -> Table:
+    columns = [(title, "") for title in ("what", "operation", "candidate", "before", "after", "change")]
+    table = Table("differences", columns, texts=3)
+    for one in sorted(differences, key=lambda one: (one.what, -(one.change or 0))):
+        case = " ".join((one.row.op, one.row.mode, one.row.shape, one.row.dtype))
+        values = ["" if value is None else _value(one.what, value) for value in (one.before, one.after)]
+        change = "" if one.change is None else _percent(one.change)
+        table.rows.append([Cell(text) for text in (one.what, case, one.row.candidate, *values, change)])
+    return table
 
 
 def _value(what: What, value: float) -> str:

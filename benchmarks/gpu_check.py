@@ -71,7 +71,7 @@ def list_steps(device: str, out: Path) -> list[Step]:
 
     quick = ("--first", "2", "--dtype", "bfloat16")
     steps += [measure(f"times of {op}", 240, "op", op, *quick) for op in _OPS]
-    steps += [measure("times of models", 600, "model"), measure("times of drop-in models", 600, "dropin")]
+    steps += [measure("times of models", 600, "model"), measure("times of drop-in models", 600, "model", "dropin")]
     steps += list(_sanitizer_steps())
     steps += [measure(f"all shapes of {op}", 600, "op", op, "--dtype", "bfloat16", "--dtype", "float32") for op in _OPS]
     steps.append(Step("tuning", (python, "-m", "evakernels.tuning", "run"), 1800))

@@ -1,6 +1,7 @@
-"""The machine: what it is, what it can do at most, and whether it was left alone while it was measured."""
+"""The machine: its name, its ceilings, and disturbances of a run."""
 
 import datetime
+import importlib
 import os
 import platform
 import shlex
@@ -8,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 import evakernels
-from benchmarks import origin
-from benchmarks.gpu_state import notes as gpu_notes
-from benchmarks.gpu_state import read_state
+from benchmarks import ROOT
 from benchmarks.results import Machine
 from evaclip.machine import machine as host
 from evaclip.machine import version_of
@@ -37,7 +38,7 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
     Args:
         device: where to measure.
         dtypes: for which the rate of a matrix product is needed.
-        packages: distributions whose versions the result shall name.
+        packages: distributions; the result has their versions.
     """
     copy, matmul = ceilings(device, dtypes)
     return Machine(
@@ -48,22 +49,34 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
         matmul_tflops=matmul,
         cache_bytes=_cache_bytes(device),
         versions=_versions(packages) | {"evakernels": evakernels.__version__},
-        date=_now(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=commit(),
         command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
-        package=origin.describe(),
-        notes=[note] if (note := origin.warning()) else [],
+        package=_package(),
+        notes=[note] if (note := warning()) else [],
     )
 
 
-def byline(device: torch.device) -> str:
-    """The machine, torch and the date in one line, for what isn't held against ceilings, with its warning."""
-    facts = f"{device_name(device)}, torch {torch.__version__}, {_now()}"
-    return facts + (f"; {note}" if (note := origin.warning()) else "")
+def is_checkout() -> bool:
+    """Whether the evakernels that is imported is that of this checkout."""
+    return Path(evakernels.__file__).resolve().parent.parent == ROOT
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def warning() -> str | None:
+    """Return the warning about a run without the compiled library; None with it."""
+    native = evakernels.info()["native"]
+    if native["loaded"]:
+        return None
+    return f"NO COMPILED LIBRARY ({native['reason']}): evakernels is measured on its references, and on a GPU on Triton"
+
+
+def _package() -> str:
+    """The file that evakernels came from, its version, and whether it is compiled."""
+    file = Path(evakernels.__file__).resolve()
+    where = f"{file.relative_to(ROOT)} of this checkout" if is_checkout() else str(file)
+    native = evakernels.info()["native"]
+    state = f"compiled, {native['isa']}" if native["loaded"] else "not compiled"
+    return f"{where}, {evakernels.__version__}, {state}"
 
 
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:
@@ -108,15 +121,15 @@ def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4
 
 
 class Watch:
-    """Notices what disturbs a run: other processes, ceilings that fall or rise, a GPU that is throttled."""
+    """Notices disturbances of a run: other processes, ceilings that fall or rise, a GPU that is throttled."""
 
     def __init__(self, machine: Machine, device: torch.device) -> None:
         self._machine, self._device = machine, device
         self._start = _busy_seconds()
-        self._gpu = read_state(device)
+        self._gpu = read_gpu_state(device)
 
     def notes(self) -> list[str]:
-        """What made the numbers since the start doubtful; empty if nothing did.
+        """Return reasons to doubt the numbers since the start.
 
         Measures the ceilings again, and fills in the machine's clocks.
         """
@@ -134,7 +147,7 @@ class Watch:
         ]
         if others > BUSY_SHARE:
             notes.insert(0, f"busy: other processes used {others:.0%} of the processors during the run")
-        now = read_state(self._device)
+        now = read_gpu_state(self._device)
         self._machine.clocks = now.clocks if now else {}
         return notes + gpu_notes(self._gpu, now)
 
@@ -148,7 +161,7 @@ def _busy_seconds() -> tuple[float, float, float]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the processor or the GPU calls itself."""
+    """The name of the processor or the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(host()["processor"])
@@ -168,7 +181,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of this repository, with `+` when files were changed; empty outside of one."""
+    """The commit of this repository, with `+` if files were changed; empty outside of a repository."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent
@@ -178,3 +191,109 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+# --- the GPU, as NVML describes it ----------------------------------------------------------------------------------
+
+_REASONS = {
+    "SwPowerCap": "power cap",
+    "SwThermalSlowdown": "temperature",
+    "HwSlowdown": "hardware slowdown",
+    "HwThermalSlowdown": "hardware temperature limit",
+    "HwPowerBrakeSlowdown": "external power brake",
+}
+"""NVML's reasons for lower clocks that mean trouble; an idle GPU and clocks that somebody set do not."""
+_COUNTERS = {"NVML_PERF_POLICY_POWER": "power cap", "NVML_PERF_POLICY_THERMAL": "temperature"}
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """The state of a GPU at a moment; values that the driver doesn't have are left out.
+
+    Attributes:
+        seconds: of a monotonic clock.
+        clocks: clocks in MHz, power in W and temperature in degrees Celsius, by name with unit.
+        reasons: why the clocks are lowered just now.
+        limited: seconds that clocks were lowered since the driver was loaded, by reason.
+        others: processes on the GPU besides this one.
+    """
+
+    seconds: float
+    clocks: dict[str, float] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+    limited: dict[str, float] = field(default_factory=dict)
+    others: int = 0
+
+
+def read_gpu_state(device: torch.device) -> GpuState | None:
+    """Return the state of the GPU that torch calls `device`; a few milliseconds.
+
+    This process must already have used it, since one process on the GPU is taken to be this one: in a container the
+    driver names processes by numbers from outside, so they can't be told apart.
+
+    Returns:
+        None without a GPU, without nvidia-ml-py, or if the driver doesn't answer.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ModuleNotFoundError:
+        return None
+    try:
+        nvml.nvmlInit()
+        try:
+            # By UUID: torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML those of the machine.
+            uuid = torch.cuda.get_device_properties(device).uuid
+            return _ask(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        finally:
+            nvml.nvmlShutdown()
+    except (nvml.NVMLError, AttributeError):  # later versions have other names for some of it
+        return None
+
+
+def _ask(nvml: Any, handle: Any) -> GpuState:
+    def ask(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(handle, *args)
+        except nvml.NVMLError:  # not supported on this card
+            return None
+
+    power = ask(nvml.nvmlDeviceGetPowerUsage)
+    clocks = {
+        "sm_mhz": ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+        "memory_mhz": ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+        "power_w": None if power is None else power / 1e3,
+        "temperature_c": ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+    }
+    reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons) or 0
+    counters = {
+        reason: ask(nvml.nvmlDeviceGetViolationStatus, getattr(nvml, policy)) for policy, reason in _COUNTERS.items()
+    }
+    return GpuState(
+        seconds=time.monotonic(),
+        clocks={name: value for name, value in clocks.items() if value is not None},
+        reasons=tuple(
+            text for name, text in _REASONS.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}", 0)
+        ),
+        limited={reason: status.violationTime / 1e9 for reason, status in counters.items() if status},
+        others=max(0, len(ask(nvml.nvmlDeviceGetComputeRunningProcesses) or ()) - 1),
+    )
+
+
+def gpu_notes(before: GpuState | None, after: GpuState | None) -> list[str]:
+    """Return reasons to doubt times between two states; empty without a state."""
+    if before is None or after is None:
+        return []
+    elapsed = max(after.seconds - before.seconds, 1e-9)
+    grown = {reason: total - before.limited.get(reason, total) for reason, total in after.limited.items()}
+    limited = {reason: seconds for reason, seconds in grown.items() if seconds > 0}
+    notes = [
+        f"throttled: {reason} for {seconds:.1f} s ({seconds / elapsed:.0%} of the run)"
+        for reason, seconds in limited.items()
+    ]
+    current = dict.fromkeys((*before.reasons, *after.reasons))
+    notes += [f"throttled: {reason}, before or after the run" for reason in current if reason not in limited]
+    if others := max(before.others, after.others):
+        notes.append(f"busy: {others} other {'process' if others == 1 else 'processes'} on the GPU")
+    return notes

@@ -1,4 +1,7 @@
-"""Measures one case, an operation on a shape in a dtype and mode, with all candidates side by side."""
+"""Measures cases, each an operation on a shape in a dtype and mode, with all candidates side by side.
+
+Many cases are run in several passes, so that a disturbance of minutes falls on all of them alike.
+"""
 
 import math
 import zlib
@@ -11,27 +14,36 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, memory
-from benchmarks.candidates import Candidate
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Sizes
-from benchmarks.results import WRONG, Machine, Row
+from benchmarks import machine as machines
+from benchmarks.candidates import Candidate, candidates, check_names
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, peers_of
+from benchmarks.results import WRONG, Machine, Results, Row
+from benchmarks.shapes import Shape
 from benchmarks.timing import Rotation, Timer
+from evaclip.errors import UserError
+from evakernels import keep_freed_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+Progress = Callable[[int, int, str], None]
+"""Receives the measurements that are done, their total, and the title of the next one."""
 
 _MAX_SETS = 64
 _JUDGED_SEED = -1
-"""Of the inputs that results are judged on: others than those of the first call, which a candidate might remember."""
+"""Seed of the inputs that results are judged on; a candidate might cache those of its first call."""
 _JUDGED = {"forward": "outputs", "training": "gradients"}
-"""What the errors of a mode are those of."""
+"""The tensors that have the errors of a mode."""
 
 
 @dataclass
 class Case:
     """An operation on a shape, in one dtype and mode, on one device.
 
-    It keeps what was built and its rows, so that it can be measured again in later passes over the suite.
+    It keeps its rows and the built functions, so that it can be measured again in later passes over the suite.
     """
 
     op: Operation
-    shape: Sizes
+    shape: Shape
     mode: str
     dtype: torch.dtype
     device: torch.device
@@ -45,7 +57,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What its rows have in common; see `Row.case`."""
+        """Identifies the case; see `Row.case`."""
         return (self.op.name, self.mode, self.shape.name, _name(self.dtype), self.device.type)
 
     def draw(self, seed: int = 0) -> Inputs:
@@ -69,8 +81,8 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
         if not case.rows:
             _prepare(case, contestants, machine, timer)
         _time(case, contestants, machine, timer, seconds, first_seed=one_pass * _MAX_SETS)
-    except Exception as exc:  # of what all of them share: inputs, the truth, the timer
-        if not case.rows:  # an operation that can't say what its work is
+    except Exception as exc:  # of the inputs, the truth or the timer, which all share
+        if not case.rows:  # the formula of the cost fails
             raise
         for candidate in contestants:
             if case.rows[candidate.name].failure is None:
@@ -96,7 +108,7 @@ def _time(
 
 @dataclass(frozen=True)
 class _Judge:
-    """What results of a case are judged by.
+    """The standard by which results of a case are judged.
 
     Attributes:
         truth: outputs, and in training gradients, in float64, by the mode whose errors they tell; none where memory
@@ -142,7 +154,7 @@ def _first(case: Case, candidate: Candidate, timer: Timer, judge: _Judge) -> Non
 
 
 def _check(row: Row, found: Iterable[tuple[str, list[Tensor]]], judge: _Judge) -> None:
-    """Takes the errors; raises `WrongResultError` for what isn't the result."""
+    """Take the errors; raise `WrongResultError` for a wrong result."""
     for mode, values in found:
         if mode == "forward" and judge.forms is not None:
             accuracy.check_forms(accuracy.forms(values), judge.forms)
@@ -215,7 +227,7 @@ def _upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _results(case: Case, function: Function, inputs: Inputs) -> Iterator[tuple[str, list[Tensor]]]:
-    """What errors are taken of, by the mode whose errors they tell: the outputs, and in training then the gradients."""
+    """Yield the outputs, and in training the gradients, each with the mode that has their errors."""
     if case.mode == "forward":
         yield "forward", accuracy.forward_outputs(function, inputs)
         return
@@ -265,3 +277,100 @@ def _fail(case: Case, candidate: Candidate, exc: Exception) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# --- many cases in several passes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cases and candidates to measure, and the time to spend.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        shapes: names of shapes; by default those of each operation.
+        first: so many of an operation's own shapes; 0 is all of them.
+        dtypes, modes, backends, peers: by default all that make sense on the device.
+        passes: how often the whole suite is gone through.
+        seconds: time for each candidate in each pass.
+    """
+
+    device: str = "cpu"
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    passes: int = 3
+    seconds: float = 0.15
+    first: int = 0
+
+
+def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda done, total, title: None) -> Results:
+    """Measures the operations by the plan; the machine's ceilings before and after.
+
+    Ctrl-C ends it with the results so far.
+
+    Raises:
+        UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
+    """
+    check_names(operations, plan.device, plan.backends, plan.peers)
+    device = device_of(plan.device)
+    keep_freed_memory()
+    timer = timer_for(device)
+    cases = list_cases(operations, plan)
+    packages = {peer.package for op in operations for peer in peers_of(op.name) if peer.package}
+    machine = machines.describe(device, dict.fromkeys(case.dtype for case in cases), packages)
+    watch = machines.Watch(machine, device)
+    contestants = {op.name: candidates(op, plan.device, plan.backends, plan.peers) for op in operations}
+    total, done = len(cases) * plan.passes, 0
+    try:
+        for done in range(total):
+            case = cases[done % len(cases)]
+            progress(done, total, case.title)
+            measure(case, contestants[case.op.name][0], machine, timer, plan.seconds)
+        progress(total, total, "")
+        interrupted = False
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        machine.notes.append(f"interrupted: {done} of {total} measurements were made")
+        interrupted = True
+    machine.notes += watch.notes()
+    absent = {f"{op}: {name}": why for op, (_, missing) in contestants.items() for name, why in missing.items()}
+    rows = [row for case in cases for row in case.rows.values() if row.samples_ms or row.failure]
+    return Results(machine, rows, absent, interrupted)
+
+
+def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
+    """The cases of a plan, in order; a case that is named twice is measured once."""
+    cases = (
+        Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
+        for op in operations
+        for shape in map(op.shape, plan.shapes or _default_shapes(op, plan))
+        for dtype in plan.dtypes or DEFAULT_DTYPES[plan.device]
+        for mode in op.modes
+        if not plan.modes or mode in plan.modes
+    )
+    return list({case.key: case for case in cases}.values())
+
+
+def _default_shapes(op: Operation, plan: Plan) -> Sequence[str]:
+    if plan.device not in op.shapes:
+        raise UserError(f"{op.name} has no shapes for {plan.device}; expected --shape NAME")
+    return op.shapes[plan.device][: plan.first or None]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a type. Raises `UserError` where there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU here: torch.cuda.is_available() is False; --device cpu measures the processor")
+    return torch.device(name)
+
+
+def timer_for(device: torch.device) -> Timer:
+    if device.type == "cuda":
+        from benchmarks.timing_cuda import CudaTimer
+
+        return CudaTimer(device)
+    return Timer()

@@ -1,4 +1,4 @@
-"""What a call holds in memory: at its peak, and between forward and backward."""
+"""Memory of a call: at its peak, and saved for backward."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that a call held at once beyond what was there before it, outputs included.
+    """The most bytes that a call held at once beyond the memory before it, outputs included.
 
     On a GPU the allocator counts them. On a CPU the allocator keeps no account, so the profiler's record of every
     allocation is added up.
@@ -34,7 +34,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(forward: Callable[[], object], device: torch.device) -> int:
-    """The bytes that stay allocated for the backward pass after `forward`: what only autograd's graph holds.
+    """The bytes saved for backward: those that only autograd's graph holds after `forward`.
 
     They are counted where they are allocated and not as autograd saves them, so that what a recomputation policy keeps
     in places of its own counts too. What was there before, such as inputs, doesn't.

@@ -1,10 +1,13 @@
-"""What can be measured: an operation with its inputs, its cost by formula, and everybody who offers it."""
+"""Operations with their inputs, their cost by formula and their peers, and the registry of both."""
 
+import importlib
+import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,25 +20,13 @@ Inputs = dict[str, Any]
 Outputs = Any
 """A tensor, or a tuple of tensors."""
 Function = Callable[..., Outputs]
-Kind = Literal["ours", "baseline", "peer"]
-
-
-class Sizes(Protocol):
-    """What every shape tells of itself; each operation knows more of its own."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def tokens(self) -> int: ...
+Kind = Literal["ours", "baseline", "peer", "quantized"]
+"""Candidates of fewer bits than the dtype measured, `quantized`, take no part in verdicts."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass must do at least.
+    """Least work of one pass.
 
     Attributes:
         flops: floating-point operations of the matrix products; one multiply-add counts as two.
@@ -74,7 +65,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Who `Operation.eager` is: how it is shown, and the distribution it comes from."""
+    """The name under which `Operation.eager` is shown, and its distribution."""
 
     name: str
     package: str
@@ -90,23 +81,26 @@ class Operation:
     """One op.
 
     Attributes:
-        name: what it is called on the command line, and the title of its page.
-        summary: one line: what it computes.
+        name: name on the command line.
+        summary: one line about the computation.
         inputs: draws the keyword arguments that every candidate is called with.
-        eager: the same thing in plain PyTorch. It is what every candidate's speed and error are compared with; on
-            float64 inputs it is the truth.
+        eager: the same in plain PyTorch. Speed and error of every candidate are compared with it; on float64 inputs it
+            is the truth.
         ours: this library's function.
-        baseline: who `eager` is.
+        baseline: name and distribution of `eager`.
         variants: other ways to call this library's function, by name.
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
         parse: the shape that a name stands for.
         raw: the shape of sizes alone, such as those of `4096x768`; its parameters name them. None where sizes aren't
             enough.
-        gradients: names of the inputs whose gradients the training pass computes; none for an op without backward.
-        registered: the op whose backends are measured one by one, such as `layer_norm_forward`; None for a composition
+        gradients: names of the inputs that get gradients in training; none for an op without backward.
+        registered: the registered op, such as `layer_norm_forward`; None for a composition
             of several ops, which is measured with the backends that are chosen for it, and on the references.
+        small: a shape so small that the host's part of a call counts; `--shape small`.
         by_request: it takes so long that it is measured only when it is named.
+        is_model: whole models, which the command `model` measures.
+        references: a composition is also measured on this library's references.
         compiles: `eager` through torch.compile is a peer; False where peers of its own do that in another way.
     """
 
@@ -121,9 +115,12 @@ class Operation:
     registered: str | None = None
     baseline: Baseline = TORCH_EAGER
     variants: Mapping[str, Function] = field(default_factory=dict)
-    parse: Callable[[str], Sizes] = parse_shape
+    parse: Callable[[str], Shape] = parse_shape
     raw: Callable[..., Shape] | None = None
+    small: str = "tiny@32 b1"
     by_request: bool = False
+    is_model: bool = False
+    references: bool = True
     compiles: bool = True
 
     @property
@@ -136,12 +133,14 @@ class Operation:
         """Names of the sizes that `4096x768` gives; empty where there are none."""
         return tuple(signature(self.raw).parameters) if self.raw else ()
 
-    def shape(self, name: str) -> Sizes:
-        """The shape called `name`, or that of sizes alone, such as `4096x768`.
+    def shape(self, name: str) -> Shape:
+        """The shape called `name`, the one of sizes alone, such as `4096x768`, or `small`.
 
         Raises:
             UserError: there is no such shape.
         """
+        if name == "small":
+            name = self.small
         if _NUMBERS.fullmatch(name.strip()):
             return self._raw_shape(name.strip())
         try:
@@ -152,7 +151,7 @@ class Operation:
                 raise
             raise UserError(f"{exc}{hint(name, known)}") from None
 
-    def _raw_shape(self, name: str) -> Sizes:
+    def _raw_shape(self, name: str) -> Shape:
         if self.raw is None:
             example = next(iter(self.shapes.values()))[0]
             raise UserError(f"shape {name!r}: {self.name} needs more than sizes; expected a name such as {example!r}")
@@ -168,10 +167,12 @@ class Peer:
 
     Attributes:
         name: how it is shown.
-        build: makes the function for a shape; imports what it needs.
+        build: makes the function for a shape, and imports its package.
         package: the distribution it comes from; None for torch itself and for one's own files.
         devices: the device types it runs on.
         install: how to get it; None for `pip install` of the package.
+        needs: further distributions that it needs.
+        kind: `peer`; `ours` for another way to use this library; `quantized` for fewer bits than the dtype measured.
     """
 
     name: str
@@ -179,14 +180,15 @@ class Peer:
     package: str | None
     devices: tuple[str, ...]
     install: str | None = None
+    needs: tuple[str, ...] = ()
+    kind: Kind = "peer"
 
     def absence(self, device: str) -> str | None:
-        """Why it can't be measured here; None if it can."""
+        """The reason why it can't be measured here; None if it can."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
-        if self.package is not None and self.version is None:
-            return f"not installed: {self.install or f'pip install {self.package}'}"
-        return None
+        missing = [name for name in (self.package, *self.needs) if name is not None and version_of(name) is None]
+        return f"not installed: {self.install or 'pip install ' + ' '.join(missing)}" if missing else None
 
     @property
     def version(self) -> str | None:
@@ -217,12 +219,12 @@ def peer(
     *,
     package: str | None = None,
     devices: Sequence[str] = ("cpu", "cuda"),
-    install: str | None = None,
+    **options: Any,
 ) -> Callable[[Callable[[Any], Function]], Callable[[Any], Function]]:
     """Registers the decorated builder as a peer of the operation `op`.
 
     The builder takes a `Shape` and returns the function that is called with the operation's inputs by keyword. It is
-    shown as `name`, or else as `package`.
+    shown as `name`, or else as `package`; further `options` are attributes of `Peer`.
 
     Raises:
         UserError: it has neither, or there is no such operation.
@@ -233,7 +235,7 @@ def peer(
         raise UserError(f"a peer of {op!r} has neither a name nor a package")
 
     def add(build: Callable[[Any], Function]) -> Callable[[Any], Function]:
-        _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices), install))
+        _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices), **options))
         return build
 
     return add
@@ -244,14 +246,9 @@ def operations() -> dict[str, Operation]:
     return dict(_registry.operations)
 
 
-def registered() -> tuple[int, int]:
-    """How many operations there are, and how many peers."""
-    return len(_registry.operations), sum(map(len, _registry.peers.values()))
-
-
-def suite_operations() -> list[Operation]:
-    """Those that are measured when no operation is named."""
-    return [op for op in _registry.operations.values() if not op.by_request]
+def suite(models: bool) -> list[Operation]:
+    """The ops, or the whole models, that are measured when none is named."""
+    return [op for op in _registry.operations.values() if op.is_model == models and not op.by_request]
 
 
 def get_operation(name: str) -> Operation:
@@ -264,3 +261,31 @@ def get_operation(name: str) -> Operation:
 def peers_of(op: str) -> list[Peer]:
     """Everybody registered for an operation, in the order of registration."""
     return list(_registry.peers.get(op, ()))
+
+
+def load(plugins: Sequence[Path] = ()) -> None:
+    """Register the operations that ship, and run the user's files, which register theirs.
+
+    Raises:
+        UserError: a file isn't there, can't be run, registers nothing, or names an operation that doesn't exist.
+    """
+    importlib.import_module("benchmarks.cases")
+    for path in plugins:
+        before = _count()
+        _run(path)
+        if _count() == before:
+            raise UserError(f"--plugin {str(path)!r} registers nothing; it needs a @peer(OPERATION, NAME)")
+
+
+def _count() -> int:
+    return len(_registry.operations) + sum(map(len, _registry.peers.values()))
+
+
+def _run(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"--plugin {str(path)!r} isn't a Python file{hint(path, map(str, path.parent.glob('*.py')))}")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except (Exception, SystemExit) as exc:
+        raise UserError(f"--plugin {str(path)!r} ends with {type(exc).__name__}: {exc}") from exc

@@ -5,7 +5,6 @@ one call between the marks of the CUDA profiler.
 """
 
 import gzip
-import importlib
 import re
 import sys
 import tempfile
@@ -16,11 +15,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import origin
+from benchmarks import INSTALLED
 from benchmarks.candidates import Candidate, candidates
-from benchmarks.measure import Case, make_call
-from benchmarks.operation import get_operation
-from benchmarks.suite import DTYPES
+from benchmarks.measure import DTYPES, Case, make_call
+from benchmarks.operation import get_operation, load
 from evaclip.atomic import replacing
 from evaclip.errors import unknown_name
 
@@ -58,21 +56,24 @@ def main(arguments: Sequence[str], device: str = "cuda") -> None:
     """Makes one call of a candidate between the marks of the CUDA profiler.
 
     Args:
-        arguments: names of operation, shape, mode, dtype and candidate; `origin.FLAG` was heeded before.
+        arguments: names of operation, shape, mode, dtype and candidate; `--installed` was obeyed before.
         device: where.
 
     Raises:
         UserError: a name is unknown.
     """
-    importlib.import_module("benchmarks.cases")
-    op, shape, mode, dtype, name = (word for word in arguments if word != origin.FLAG)
+    load()
+    op, shape, mode, dtype, name = (word for word in arguments if word != INSTALLED)
     operation = get_operation(op)
     case = Case(operation, operation.shape(shape), mode, DTYPES[dtype], torch.device(device))
     found = {candidate.name: candidate for candidate in candidates(case.op, device)[0]}
     if name not in found:
         raise unknown_name("candidate", name, found)
-    with _warm_call(case, found[name]) as call, _marks(case), _range(case, found[name]):
-        call()
+    marks = torch.cuda.profiler.profile() if device == "cuda" else nullcontext()
+    with _warm_call(case, found[name]) as call, marks:
+        with _range(case, found[name]):
+            call()
+        _wait(case)
 
 
 @contextmanager
@@ -92,13 +93,6 @@ def _range(case: Case, candidate: Candidate) -> Iterator[None]:
     name = f"{case.op.name}: {candidate.name}"
     with record_function(name), torch.cuda.nvtx.range(name) if case.device.type == "cuda" else nullcontext():
         yield
-
-
-@contextmanager
-def _marks(case: Case) -> Iterator[None]:
-    with torch.cuda.profiler.profile() if case.device.type == "cuda" else nullcontext():
-        yield
-        _wait(case)
 
 
 def _wait(case: Case) -> None:

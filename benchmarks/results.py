@@ -1,20 +1,25 @@
-"""What a run leaves: rows, the machine they were measured on, and the file that holds both."""
+"""Results of a run: rows, the machine, contests of candidates, verdicts, and the file."""
 
 import json
 import re
 import statistics
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 FORMAT = 1
 """Version of the file format."""
 
 WRONG = "wrong: "
-"""What the failure of a row begins with if the candidate computes something else."""
+"""Prefix of the failure of a row whose candidate computes something else."""
 
 
 @dataclass
@@ -26,14 +31,13 @@ class Row:
         version: of the distribution that the candidate comes from.
         samples_ms: time of one call in milliseconds: a list for each pass over the whole suite, of one value a round.
         first_call_ms: the first call, compilation and tuning included.
-        flops, bytes: what the mode must do at least, by formula.
+        flops, bytes: least work of the mode, by formula.
         floor_ms: the least time that this machine's measured ceilings allow for that.
         peak_bytes: the most memory that a call held beyond its inputs.
-        saved_bytes: what the forward pass keeps for the backward pass, inputs not counted.
+        saved_bytes: memory saved for backward, inputs not counted.
         error, baseline_error: relative RMS error against float64, the candidate's and that of plain PyTorch in the
             same dtype: of the outputs, or in training of the gradients; the worst one.
-        cosine: of embeddings to those in float32, the lowest one; measured by `infer` alone.
-        failure: why there is no time: an error that was raised, or behind `WRONG` what is wrong with the result.
+        failure: why there is no time: the error that was raised, or `WRONG` and the reason.
     """
 
     op: str
@@ -54,17 +58,16 @@ class Row:
     saved_bytes: int | None = None
     error: float | None = None
     baseline_error: float | None = None
-    cosine: float | None = None
     failure: str | None = None
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes rows of two runs the same measurement."""
+        """Identifies the measurement in two runs."""
         return (self.op, self.mode, self.shape, self.dtype, self.device, self.candidate)
 
     @property
     def case(self) -> tuple[str, ...]:
-        """What candidates that were measured side by side share."""
+        """Identifies the case: candidates with the same one were measured side by side."""
         return (self.op, self.mode, self.shape, self.dtype, self.device)
 
     @property
@@ -101,7 +104,7 @@ class Row:
     @property
     def breaks_error_rule(self) -> bool:
         """Whether the error is larger than this library allows its own ops, or no number at all."""
-        from benchmarks.accuracy import allowed_error  # which imports torch: who only reads results needs none
+        from benchmarks.accuracy import allowed_error  # imports torch, which reading results doesn't need
 
         if self.error is None:
             return False
@@ -109,7 +112,7 @@ class Row:
 
     @property
     def mark(self) -> str:
-        """What stands in the place of a time that there isn't: `wrong` or `failed`; empty for a row without failure."""
+        """`wrong` or `failed`, shown in place of a time; empty for a row without failure."""
         if self.failure is None:
             return ""
         return "wrong" if self.failure.startswith(WRONG) else "failed"
@@ -121,7 +124,7 @@ class Row:
 
 @dataclass
 class Machine:
-    """Where and when a run was made, and what the machine can do.
+    """Place and date of a run, and the ceilings of the machine.
 
     Attributes:
         device: `cpu` or `cuda`.
@@ -133,7 +136,7 @@ class Machine:
         versions: of Python, torch and whatever else was measured.
         commit: of this repository, with `+` when files were changed.
         package: where evakernels was imported from, its version, and whether it is compiled.
-        notes: what makes the numbers doubtful: a busy or throttled machine.
+        notes: reasons to doubt the numbers, such as a busy or throttled machine.
         clocks: the GPU's clocks in MHz, power in W and temperature in °C at the end of the run.
     """
 
@@ -186,7 +189,7 @@ def _shortened(row: Row) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> Results:
-    """Reads what `Results.write_json` wrote.
+    """Reads what `Results.write_json` wrote; fields of a row that earlier versions had are left out.
 
     Raises:
         UserError: the file is missing, no JSON, or of another format.
@@ -197,8 +200,138 @@ def read_results(path: Path) -> Results:
         raise UserError(f"can't read {path}: {exc}") from exc
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path} isn't a benchmark result of format {FORMAT}")
+    known = {field.name for field in fields(Row)}
     try:
-        rows = [Row(**row) for row in data["rows"]]
+        rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in data["rows"]]
         return Results(Machine(**data["machine"]), rows, data["absent"])
     except (KeyError, TypeError) as exc:
         raise UserError(f"{path} isn't a whole benchmark result: {exc}") from exc
+
+
+class Contest:
+    """The rows of one case, `op`, `mode`, `shape` and `dtype`: candidates that were measured side by side."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = tuple(rows)
+        self.op, self.mode, self.shape, self.dtype, _ = rows[0].case
+
+    @property
+    def title(self) -> str:
+        """One line that names it."""
+        return f"{self.op}, {self.mode}, {self.shape}, {self.dtype}"
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows that have a time, in the order of measurement: no failures and no wrong results."""
+        return [row for row in self.rows if row.failure is None and row.median_ms is not None]
+
+    @property
+    def fastest_ms(self) -> float | None:
+        """The lowest median of all."""
+        return min((row.median_ms for row in self.measured if row.median_ms is not None), default=None)
+
+    @property
+    def ours(self) -> Row | None:
+        """The fastest of this library."""
+        return self.fastest("ours")
+
+    @property
+    def eager(self) -> Row | None:
+        """Plain PyTorch."""
+        return self.fastest("baseline")
+
+    @property
+    def peer(self) -> Row | None:
+        """The fastest of the peers, `torch.compile` among them."""
+        return self.fastest("peer")
+
+    @property
+    def rival(self) -> Row | None:
+        """The fastest of all that isn't this library's."""
+        return self.fastest("baseline", "peer")
+
+    @property
+    def intensity(self) -> float | None:
+        """FLOPs a byte; None for an operation without matrix products."""
+        row = self.rows[0]
+        return row.flops / row.bytes if row.flops and row.bytes else None
+
+    def speedup(self, row: Row) -> float | None:
+        """The median time of plain PyTorch over that of `row`: 2 is twice as fast."""
+        ours, eager = row.median_ms, self.eager and self.eager.median_ms
+        return eager / ours if ours and eager and row.failure is None else None
+
+    def fastest(self, *kinds: str) -> Row | None:
+        """The fastest candidate of these kinds; None if none has a time."""
+        rows = [row for row in self.measured if row.kind in kinds]
+        return min(rows, key=lambda row: row.median_ms or 0.0, default=None)
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their keys, in the order of the first ones."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def contests(rows: Iterable[Row]) -> list[Contest]:
+    """The rows by case, in the order of their first rows."""
+    return list(map(Contest, grouped(rows, lambda row: row.case).values()))
+
+
+def panels(found: Iterable[Contest]) -> dict[tuple[str, str, str], list[Contest]]:
+    """The contests that are shown together: of the same operation, mode and dtype; they differ in their shapes."""
+    return grouped(found, lambda contest: (contest.op, contest.mode, contest.dtype))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """This library's fastest against the fastest of all others, plain PyTorch among them.
+
+    Attributes:
+        rival: that other.
+        ratio: its median time over ours: 2 is twice as fast.
+        level: whether the difference is within the noise.
+    """
+
+    ours: Row
+    rival: Row
+    ratio: float
+    level: bool
+
+    @property
+    def word(self) -> str:
+        """`faster`, `slower` or `level`."""
+        return "level" if self.level else "faster" if self.ratio > 1 else "slower"
+
+
+def verdict(contest: Contest) -> Verdict | None:
+    """Compare this library with the others in a case; None if it or all others have no time.
+
+    Both were measured in the same rounds. The difference is noise if the ratios of these rounds lie on both sides of 1,
+    the outer fifths left out, or if the medians of the passes over the suite do, or the ratio of all times and that of
+    the rounds: a machine whose speed changes between passes can turn the former round.
+    """
+    ours, rival = contest.ours, contest.rival
+    if ours is None or rival is None or not ours.median_ms or not rival.median_ms:
+        return None
+    passes = [
+        sorted(other / own for own, other in zip(mine, theirs, strict=False))
+        for mine, theirs in zip(ours.samples_ms, rival.samples_ms, strict=False)
+    ]
+    ratios = sorted(ratio for one_pass in passes for ratio in one_pass)
+    if not ratios:
+        return None
+    low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
+    medians = [statistics.median(one_pass) for one_pass in passes if one_pass]
+    ratio = rival.median_ms / ours.median_ms
+    level = any(
+        min(several) <= 1 <= max(several) for several in ((low, high), medians, (ratio, statistics.median(ratios)))
+    )
+    return Verdict(ours, rival, ratio, level)
+
+
+def tally(found: Iterable[Contest]) -> Counter[str]:
+    """Count the cases with the verdict `faster`, `slower` and `level`."""
+    return Counter(one.word for one in map(verdict, found) if one is not None)

@@ -1,4 +1,4 @@
-"""Shapes named after what they are, a tower of a model at a resolution and a batch size, or numbers alone.
+"""Shapes by name: a tower of a model at a resolution and a batch size, or numbers alone.
 
 `eva02-l14@224 b256` is the vision tower of EVA02-CLIP-L/14 at 224 pixels with 256 images, `eva02-l14@224 b256 drop50`
 the same with half of the patches dropped, `eva02-l14:text b256` the text tower with 256 captions of 77 tokens. Which
@@ -24,7 +24,7 @@ class Shape:
     """The sizes that an op meets in one tower of one model, or sizes alone: those that it has no use for are 1.
 
     Attributes:
-        name: what `--shape` reads.
+        name: value of `--shape`.
         batch: images or captions.
         tokens: that a block sees: the class token and the patches that remain, or the caption.
         width: channels of a token.
@@ -34,7 +34,7 @@ class Shape:
         grid: rows and columns of patches before any is dropped; zeros in the text tower.
         kept_patches: patches that remain.
         model: short name of the configuration, such as `eva02-l14`; empty for sizes alone.
-        tower: whose tokens, width and heads are meant.
+        tower: the tower that the tokens, width and heads are of.
         pixels: side of the image; 0 in the text tower.
         drop: percentage of the patches that are dropped.
     """

@@ -11,16 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import benchmarks.cases
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.machine import describe
-from benchmarks.measure import Case, measure
-from benchmarks.operation import suite_operations
+from benchmarks.measure import DEFAULT_DTYPES, DTYPES, Case, Plan, list_cases, measure
+from benchmarks.operation import load, suite
 from benchmarks.results import Machine
-from benchmarks.suite import DEFAULT_DTYPES, DTYPES, Plan, list_cases
 from benchmarks.timing import Call, Rotation, Timer
-
-__all__ = ["benchmarks"]  # imported for the operations that its cases register
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,10 +49,12 @@ def _each_in_turn(calls: Sequence[Call]) -> Call:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each candidate of each case."""
-    contestants = {op.name: candidates(op, DEVICE)[0] for op in suite_operations()}
+    load()
+    ops = suite(models=False) + suite(models=True)
+    contestants = {op.name: candidates(op, DEVICE)[0] for op in ops}
     pairs = [
         pytest.param(case, candidate, id=f"{_name(case)}-{candidate.name}")
-        for case in list_cases(suite_operations(), Plan(DEVICE))
+        for case in list_cases(ops, Plan(DEVICE))
         for candidate in contestants[case.op.name]
     ]
     metafunc.parametrize(("case", "candidate"), pairs)

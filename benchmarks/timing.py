@@ -24,7 +24,7 @@ MIN_ROUNDS, MAX_ROUNDS = 8, 40
 ROUNDS_OF_SECONDS = 5
 """Rounds where one call takes a second or more."""
 _WINDOW_MS = 2.0
-"""What one sample lasts at least: far above the clock's resolution and the loop's own cost."""
+"""Least duration of a sample: far above the clock's resolution and the loop's own cost."""
 _ESTIMATES = 3
 """Samples from which a call's time is estimated: a single one may have been interrupted."""
 
@@ -33,7 +33,7 @@ class Timer:
     """Measures several candidates side by side by the clock on the wall; the threads are those that PyTorch is set to.
 
     Attributes:
-        launched: candidates of the last `rounds` whose time includes what others are spared, with the reason.
+        launched: candidates of the last `rounds` whose time includes launching, with the reason.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def schedule(once_ms: Sequence[float], window_ms: float, seconds: float) -> tupl
 
     Args:
         once_ms: about how long one call of each candidate takes.
-        window_ms: what a sample lasts at least.
+        window_ms: least duration of a sample.
         seconds: for each candidate.
     """
     repeats = [max(1, math.ceil(window_ms / max(once, 1e-4))) for once in once_ms]

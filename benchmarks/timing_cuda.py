@@ -6,9 +6,8 @@ launched call by call instead; its time then includes launching, and `CudaTimer.
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 
 import torch
@@ -16,23 +15,13 @@ import torch
 from benchmarks.timing import Call, Rotation, Timer, interleave, schedule
 
 _WINDOW_MS = 1.0
-"""What one sample lasts at least: a thousand times the resolution of events."""
+"""Least duration of a sample: a thousand times the resolution of events."""
 _WARM_UPS = 3
 """Calls before capture, on the same stream: libraries make their handles and workspaces for a stream at first use."""
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What one replay does: `calls` calls of a candidate, to be launched within `context`."""
-
-    launch: Callable[[], object]
-    calls: int
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
-    graph: torch.cuda.CUDAGraph | None = None
-
-
 class CudaTimer(Timer):
-    """Times on one GPU; `launched` are those that were not captured."""
+    """Times on one GPU; `launched` names the candidates that were not captured."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -52,51 +41,30 @@ class CudaTimer(Timer):
     def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
         """See `Timer.rounds`."""
         self.launched = {}
-        works: list[_Work] = []
+        graphs: list[torch.cuda.CUDAGraph | None] = []
         with torch.cuda.device(self._device):
             try:
-                works.extend(self._prepare(index, rotation) for index, rotation in enumerate(rotations))
-                return self._interleave(works, seconds)
+                graphs.extend(self._capture_or_none(index, rotation) for index, rotation in enumerate(rotations))
+                pairs = list(zip(rotations, graphs, strict=True))
+                once = [min(_sample(*pair, 1) for _ in range(2)) for pair in pairs]
+                repeats, count = schedule(once, _WINDOW_MS, seconds)
+
+                def sample(index: int, current: int) -> float:
+                    return _sample(*pairs[index], repeats[index]) / (repeats[index] * len(rotations[index].calls))
+
+                return interleave(len(rotations), count, sample)
             finally:
                 torch.cuda.synchronize(self._device)
-                for work in works:
-                    if work.graph is not None:
-                        work.graph.reset()
+                for graph in filter(None, graphs):
+                    graph.reset()
                 self._pool = torch.cuda.graph_pool_handle()
 
-    def _interleave(self, works: Sequence[_Work], seconds: float) -> list[list[float]]:
-        once = [min(self._sample(work, 1) for _ in range(2)) for work in works]
-        repeats, count = schedule(once, _WINDOW_MS, seconds)
-
-        def sample(index: int, current: int) -> float:
-            return self._sample(works[index], repeats[index]) / (repeats[index] * works[index].calls)
-
-        return interleave(len(works), count, sample)
-
-    def _sample(self, work: _Work, repeats: int) -> float:
-        """Milliseconds of several replays; one more goes ahead, so that the GPU has work while they are queued."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with work.context():
-            work.launch()
-            start.record()
-            for _ in range(repeats):
-                work.launch()
-            end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    def _prepare(self, index: int, rotation: Rotation) -> _Work:
+    def _capture_or_none(self, index: int, rotation: Rotation) -> torch.cuda.CUDAGraph | None:
         try:
-            graph = self._capture(rotation)
+            return self._capture(rotation)
         except Exception as exc:
             self.launched[index] = f"{type(exc).__name__}: {' '.join(str(exc).split())}"[:300]
-
-            def launch() -> None:
-                for call in rotation.calls:
-                    call()
-
-            return _Work(launch, len(rotation.calls), rotation.context)
-        return _Work(graph.replay, len(rotation.calls), graph=graph)
+            return None
 
     def _capture(self, rotation: Rotation) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -120,6 +88,25 @@ class CudaTimer(Timer):
                 raise
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
+
+
+def _sample(rotation: Rotation, graph: torch.cuda.CUDAGraph | None, repeats: int) -> float:
+    """Milliseconds of launching a candidate so often, by its graph if there is one.
+
+    One more launch goes first, so that the GPU has work while the others are queued.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    calls: Sequence[Call] = rotation.calls if graph is None else (graph.replay,)
+    with rotation.context() if graph is None else nullcontext():
+        for call in calls:
+            call()
+        start.record()
+        for _ in range(repeats):
+            for call in calls:
+                call()
+        end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 @contextmanager

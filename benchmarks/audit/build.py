@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,9 +32,8 @@ def count_all(cases: Sequence[Case], arch: str, kernels: str = "cuda", library: 
     Raises:
         UserError: there is no nvcc or no Triton, or the build or a case failed.
     """
+    require({kernels})
     if kernels == "triton":
-        if find_spec("triton") is None:
-            raise UserError("the audit of Triton kernels compiles them, and triton is not installed")
         return _count(cases, arch, "triton", ROOT)
     library = library or _build()
     with tempfile.TemporaryDirectory() as package:
@@ -45,12 +44,18 @@ def count_all(cases: Sequence[Case], arch: str, kernels: str = "cuda", library: 
         return _count(cases, arch, str(beside), Path(package))
 
 
+def require(kinds: Collection[str]) -> None:
+    """Raise `UserError` with the command that installs what the audit of these kernels lacks here."""
+    packages = []
+    if "cuda" in kinds and budget().nvcc() is None:
+        packages += ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"]
+    if "triton" in kinds and find_spec("triton") is None:
+        packages.append("triton")
+    if packages:
+        raise UserError(f"the audit compiles the GPU kernels; not installed: pip install {' '.join(packages)}")
+
+
 def _build() -> Path:
-    if budget().nvcc() is None:
-        raise UserError(
-            "the audit runs what nvcc makes of the GPU kernels, and there is no nvcc: "
-            "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
-        )
     try:
         budget().build("ptx_ops")
     except RuntimeError as error:

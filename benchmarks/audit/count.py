@@ -23,9 +23,9 @@ from benchmarks.audit.budget import budget
 from benchmarks.audit.cases import Case, operation
 from benchmarks.audit.pipes import flops_of, instructions_of, pipe_of
 from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
+from benchmarks.measure import DTYPES
 from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape
-from benchmarks.suite import DTYPES
 from ptx_interpreter import Report
 from ptx_interpreter.runtime import Launches
 from ptx_interpreter.sectors import Sectors

@@ -6,15 +6,13 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from rich.table import Table
 from rich.text import Text
 
 from benchmarks.audit.occupancy import occupancy, source_of
 from benchmarks.audit.pipes import GPUS
 from benchmarks.audit.result import Count, Launch, Line
 from benchmarks.audit.roofline import PARTS, limiter, share_of_floor, times, times_of_line
-from benchmarks.columns import NOTHING, TIMES, percent, significant
-from benchmarks.table import make_console, plain_table
+from benchmarks.tables import NOTHING, TIMES, Cell, Table, make_console, percent, significant
 from evaclip.atomic import write_text
 
 PREDICTED = "predicted from counted instructions, not measured"
@@ -43,11 +41,13 @@ def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
         found = list(group)
         console.print()
         console.print(Text(f"{name}: {kernels}, {arch} ({GPUS[arch]})", "bold"))
-        console.print(_table("shape, dtype, direction", _OF_CALL, [(_title(count), *_cells(count)) for count in found]))
-        console.print(_table("kernel, us", _OF_KERNEL, [cells for count in found for cells in _kernels(count)]))
+        calls = [(_title(count), *_cells(count)) for count in found]
+        console.print(_table("shape, dtype, direction", _OF_CALL, calls).to_terminal())
+        kernels_of_calls = [cells for count in found for cells in _kernels(count)]
+        console.print(_table("kernel, us", _OF_KERNEL, kernels_of_calls).to_terminal())
         for count in found if explain else ():
             lines = [[line.place, *_microseconds(times_of_line(count.arch, line))] for line in costly_lines(count)]
-            console.print(_table(f"line of {_title(count)}, us", PARTS, lines))
+            console.print(_table(f"line of {_title(count)}, us", PARTS, lines).to_terminal())
     console.print()
     for line in _MEANING:
         console.print(Text(line, "dim"))
@@ -69,10 +69,8 @@ def write_json(counts: Sequence[Count], file: Path) -> None:
 
 
 def _table(first: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = plain_table(first, *(title.replace(" ", "\n") for title in titles))
-    for row in rows:
-        table.add_row(*row)
-    return table
+    columns = [(title, "") for title in (first, *titles)]
+    return Table(first, columns, [[Cell(text) for text in row] for row in rows])
 
 
 def _title(count: Count) -> str:

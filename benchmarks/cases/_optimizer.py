@@ -60,6 +60,7 @@ def register_step(name: str, algorithm: str, registered: str, eager: Function, o
             work=work_of,
             shapes=SHAPES,
             raw=raw,
+            small="4x64",
             registered=registered,
         )
     )

@@ -1,6 +1,7 @@
 """Contrastive losses over one batch of pairs: InfoNCE, and the sigmoid loss of SigLIP."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def _widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-register(
+_CLIP_LOSS = register(
     Operation(
         name="clip_loss",
         summary="symmetric InfoNCE over a batch of pairs",
@@ -98,20 +99,20 @@ register(
         work=_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("image_features", "text_features", "logit_scale"),
         registered="contrastive_forward",
     )
 )
 register(
-    Operation(
+    replace(
+        _CLIP_LOSS,
         name="siglip_loss",
         summary="sigmoid loss over all combinations of a batch of pairs",
         inputs=_siglip_inputs,
         eager=siglip_loss,
         ours=evakernels.siglip_loss,
-        work=_work,
         shapes=_SHAPES | {"cpu": _SHAPES["cpu"][:2]},
-        raw=_raw,
         gradients=("image_features", "text_features", "logit_scale", "logit_bias"),
         registered="siglip_forward",
     )

@@ -8,7 +8,7 @@ samples, and laid out once by whoever can.
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
 from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, peer, register
+from benchmarks.shapes import Shape
 from evaclip.errors import UserError, unknown_name
 
 DROPIN, FROZEN = "dropin", "dropin_frozen"
@@ -46,22 +47,10 @@ class Model:
     context: int = 0
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """A model, how many samples it gets at once, and how many tokens of each text are no padding: all, if 0."""
+def parse(name: str) -> Shape:
+    """The shape called `name`, such as `timm/vit-b b4`, or `open_clip/vit-b-32 b4 t13` for captions of 13 tokens.
 
-    model: str
-    batch: int
-    tokens: int = 0
-
-    @property
-    def name(self) -> str:
-        """The name that `parse` reads."""
-        return f"{self.model} b{self.batch}" + (f" t{self.tokens}" if self.tokens else "")
-
-
-def parse(name: str) -> ModelShape:
-    """The shape called `name`, such as `timm/vit-b b4`, or `open_clip/vit-b-32 b4 t13` for texts of 13 tokens.
+    Its `tokens` are 0 where all tokens of a caption count.
 
     The model is one of `MODELS`, or any other of timm or open_clip by its name there.
 
@@ -75,7 +64,8 @@ def parse(name: str) -> ModelShape:
     tokens, context = int(match["tokens"] or 0), model_of(match["model"]).context
     if tokens > context:
         raise UserError(f"shape {name!r}: {match['model']} takes texts of up to {context} tokens")
-    return ModelShape(match["model"], int(match["batch"]), tokens)
+    shown = f"{match['model']} b{int(match['batch'])}" + (f" t{tokens}" if tokens else "")
+    return Shape(shown, int(match["batch"]), tokens, model=match["model"])
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -227,7 +217,7 @@ def _without_chance(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
+def _inputs(shape: Shape, draw: Draw) -> Inputs:
     pair = _pair(shape.model, draw.device)
     return {
         "pair": pair,
@@ -237,7 +227,7 @@ def _inputs(shape: ModelShape, draw: Draw) -> Inputs:
     }
 
 
-def _samples(shape: ModelShape, draw: Draw) -> Inputs:
+def _samples(shape: Shape, draw: Draw) -> Inputs:
     model = model_of(shape.model)
     texts = None
     if model.vocabulary:
@@ -248,7 +238,7 @@ def _samples(shape: ModelShape, draw: Draw) -> Inputs:
     return {"images": draw.normal(shape.batch, 3, model.pixels, model.pixels), "texts": texts}
 
 
-def _frozen_inputs(shape: ModelShape, draw: Draw) -> Inputs:
+def _frozen_inputs(shape: Shape, draw: Draw) -> Inputs:
     return {"model": shape.model, **_samples(shape, draw)}
 
 
@@ -275,7 +265,7 @@ def _run(
         return functional_call(encoder, tensors, (images, texts))
 
 
-def _work(shape: ModelShape, itemsize: int) -> Work:
+def _work(shape: Shape, itemsize: int) -> Work:
     """FLOPs as torch counts them in the untouched model, backward twice as many; bytes are those of the parameters."""
     flops, parameters = _counted(shape.model)
     read = 4.0 * parameters
@@ -296,7 +286,7 @@ def _counted(name: str) -> tuple[int, int]:
     return counter.get_total_flops(), sum(parameter.numel() for parameter in module.parameters())
 
 
-register(
+_DROPIN = register(
     Operation(
         name=DROPIN,
         summary="other people's models after evakernels.accelerate, weights in float32, autocast to the dtype measured",
@@ -311,34 +301,35 @@ register(
             "cuda": tuple(f"{name} b64" for name in MODELS),
         },
         gradients=("parameters",),
+        small="timm/vit-b b1",
         by_request=True,
+        is_model=True,
+        references=False,  # the models on them are of no interest
     )
 )
 
 register(
-    Operation(
+    replace(
+        _DROPIN,
         name=FROZEN,
         summary="other people's models for inference after evakernels.accelerate(freeze=True), weights in this dtype",
         inputs=_frozen_inputs,
         eager=_encode,
         ours=partial(_encode, accelerated=True),
-        baseline=Baseline("untouched", "torch"),
-        work=_work,
-        parse=parse,
         shapes={"cpu": tuple(f"{name} b{2 if name == 'timm/eva02-l' else 4}" for name in MODELS)},
-        by_request=True,
+        gradients=(),
         compiles=False,
     )
 )
 
 
 @peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
-def _compile_freezing(shape: ModelShape) -> Callable[..., Any]:
+def _compile_freezing(shape: Shape) -> Callable[..., Any]:
     return _compiled(options={"freezing": True})
 
 
 @peer(FROZEN, package="zentorch", devices=("cpu",))
-def _zentorch(shape: ModelShape) -> Callable[..., Any]:
+def _zentorch(shape: Shape) -> Callable[..., Any]:
     import zentorch  # noqa: F401, which registers it
 
     return _compiled(backend="zentorch")

@@ -50,6 +50,7 @@ _GELU = register(
         work=_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("x", "bias"),
         registered="gelu_forward",
     )

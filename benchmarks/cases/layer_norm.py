@@ -1,6 +1,7 @@
 """LayerNorm: plain, with the residual add before it and with the residual add after it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch.nn.functional as F
@@ -77,11 +78,12 @@ register(
         work=_work(forward=2, backward=3),
         shapes=_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("x", "weight", "bias"),
         registered="layer_norm_forward",
     )
 )
-register(
+_ADD_NORM = register(
     Operation(
         name="add_layer_norm",
         summary="residual add, then LayerNorm of the sum; both are returned",
@@ -91,21 +93,19 @@ register(
         work=_work(forward=4, backward=4),
         shapes=_RESIDUAL_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("residual", "branch", "weight", "bias"),
         registered="add_layer_norm_forward",
     )
 )
 register(
-    Operation(
+    replace(
+        _ADD_NORM,
         name="layer_norm_add",
         summary="LayerNorm of a branch, then the residual add (post-norm)",
-        inputs=_residual_inputs,
         eager=_norm_add_eager,
         ours=partial(evakernels.layer_norm_add, eps=EPS),
         work=_work(forward=3, backward=3),
-        shapes=_RESIDUAL_SHAPES,
-        raw=_raw,
-        gradients=("residual", "branch", "weight", "bias"),
         registered="layer_norm_add_forward",
     )
 )

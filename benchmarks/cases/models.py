@@ -5,7 +5,7 @@ with the same parameters. The models themselves hold no values: parameters are i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any, cast
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import evakernels
-from benchmarks.cases._captions import captions
+from benchmarks.cases._inputs import captions, kept_patches
 from benchmarks.cases._open_clip import PlainClip
-from benchmarks.cases._patches import kept_patches
 from benchmarks.cases.contrastive import clip_loss
 from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names
@@ -26,9 +25,6 @@ from evaclip.model.config import override
 from evaclip.model.flops import text_flops, vision_flops
 from evaclip.tokenizer import VOCAB_SIZE
 from evaclip.weights import to_open_clip
-
-MODEL_OPERATIONS = ("encode_image", "encode_text", "clip_step")
-"""Names of the operations of this file: those that are whole models."""
 
 _NOISE = 0.02
 """Added to the start values of training, under which biases are zero and the towers end in almost nothing."""
@@ -106,8 +102,8 @@ def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
 def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
     """Both networks of a part of the model, and its parameters: as in use, the same for every set of samples."""
     check_comparable(f"shape {shape.name!r}", shape.config)
-    pixels = _pixels(shape)
-    parameters = _parameters(shape.model, pixels, draw.device)
+    pixels = pixels_of(shape)
+    parameters = parameters_of(shape.model, pixels, draw.device)
     own = [values.detach().to(dtype) for name, values in parameters.items() if name.startswith(part)]
     return {"pair": _pair(shape.model, pixels, draw.device, part), "parameters": own}
 
@@ -122,13 +118,13 @@ def check_comparable(what: str, config: CLIPConfig) -> None:
         )
 
 
-def _pixels(shape: Shape) -> int:
+def pixels_of(shape: Shape) -> int:
     """The side of the images, that of the model for a shape of the text tower."""
     return shape.pixels or shape.config.vision.image_shape[0]
 
 
 def _images(shape: Shape, draw: Draw) -> Tensor:
-    return draw.normal(shape.batch, 3, _pixels(shape), _pixels(shape))
+    return draw.normal(shape.batch, 3, pixels_of(shape), pixels_of(shape))
 
 
 def _texts(shape: Shape, draw: Draw) -> Tensor:
@@ -138,7 +134,8 @@ def _texts(shape: Shape, draw: Draw) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _parameters(model: str, pixels: int, device: torch.device) -> dict[str, Tensor]:
+def parameters_of(model: str, pixels: int, device: torch.device) -> dict[str, Tensor]:
+    """The parameters of a model in float32, by name."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         built = create_model(short_names()[model], device=device, vision={"image_size": pixels})
@@ -263,11 +260,11 @@ def _unread(shape: Shape) -> int:
 
 
 def _config(shape: Shape) -> CLIPConfig:
-    return override(shape.config, {"vision": {"image_size": _pixels(shape)}})
+    return override(shape.config, {"vision": {"image_size": pixels_of(shape)}})
 
 
 def _count(shape: Shape, part: str) -> int:
-    return _counts(shape.model, _pixels(shape), part)
+    return _counts(shape.model, pixels_of(shape), part)
 
 
 @cache
@@ -276,7 +273,7 @@ def _counts(model: str, pixels: int, part: str) -> int:
     return sum(values.numel() for name, values in built.named_parameters() if name.startswith(part))
 
 
-register(
+_ENCODE_IMAGE = register(
     Operation(
         name="encode_image",
         summary="the vision tower, weights in the dtype measured",
@@ -284,6 +281,7 @@ register(
         eager=_encode_plain,
         ours=_encode_ours,
         baseline=OPEN_CLIP,
+        is_model=True,
         work=_image_work,
         shapes={
             "cpu": ("eva02-b16@224 b1",),
@@ -292,13 +290,11 @@ register(
     )
 )
 register(
-    Operation(
+    replace(
+        _ENCODE_IMAGE,
         name="encode_text",
         summary="the text tower, weights in the dtype measured",
         inputs=_text_inputs,
-        eager=_encode_plain,
-        ours=_encode_ours,
-        baseline=OPEN_CLIP,
         work=_text_work,
         shapes={
             "cpu": ("eva02-b16:text b1",),
@@ -314,6 +310,7 @@ register(
         eager=_step_plain,
         ours=_step_ours,
         baseline=OPEN_CLIP,
+        is_model=True,
         variants={"recompute activations": partial(_step_ours, savings=_RECOMPUTE)},
         work=_step_work,
         shapes={

@@ -1,6 +1,7 @@
 """Attention: with the axial rotary embedding of EVA-02 inside (vision), and causal without one (text)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evakernels
 from benchmarks.candidates import compiled
-from benchmarks.cases._patches import kept_patches
+from benchmarks.cases._inputs import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 
@@ -128,7 +129,7 @@ def _fused_rotation(shape: Shape) -> Function:
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
-register(
+_ROPE = register(
     Operation(
         name="rope_attention",
         summary="attention with the axial rotary embedding inside, token dropout included",
@@ -138,12 +139,14 @@ register(
         work=_work(visible=1),
         shapes=_ROPE_SHAPES,
         raw=_raw,
+        small="1x5x1x64",
         gradients=("q", "k", "v"),
         registered="rope_attention_forward",
     )
 )
 register(
-    Operation(
+    replace(
+        _ROPE,
         name="causal_attention",
         summary="causal attention without a rotary embedding, as in the text tower",
         inputs=_qkv,
@@ -151,9 +154,6 @@ register(
         ours=partial(evakernels.rope_attention, causal=True),
         work=_work(visible=0.5),
         shapes=_CAUSAL_SHAPES,
-        raw=_raw,
-        gradients=("q", "k", "v"),
-        registered="rope_attention_forward",
     )
 )
 
@@ -206,10 +206,22 @@ _attention_peer("sdpa cudnn", devices=("cuda",))(_on_sdpa(SDPBackend.CUDNN_ATTEN
 _attention_peer("sdpa math")(_on_sdpa(SDPBackend.MATH))
 
 
+def compile_flex() -> Function:
+    """FlexAttention of q, k and v `[B, H, N, D]` under a mask of blocks, compiled for one shape."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def flex_only(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
+        out = flex_attention(q, k, v, block_mask=block_mask)
+        assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
+        return out
+
+    return compiled(flex_only)
+
+
 @_attention_peer("FlexAttention")
 def flex(shape: Shape, causal: bool) -> Attention:
     """PyTorch's FlexAttention, compiled; on a CPU forward only."""
-    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     @cache
     def mask(device: torch.device) -> BlockMask | None:
@@ -218,12 +230,7 @@ def flex(shape: Shape, causal: bool) -> Attention:
         tokens = shape.tokens
         return create_block_mask(lambda b, h, query, key: query >= key, None, None, tokens, tokens, device=device)
 
-    def flex_only(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
-        out = flex_attention(q, k, v, block_mask=block_mask)
-        assert isinstance(out, Tensor)  # not a tuple: no log-sum-exp was asked for
-        return out
-
-    compiled_flex = compiled(flex_only)
+    compiled_flex = compile_flex()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.requires_grad and q.device.type == "cpu":  # it says so itself, buried in the words of the compiler

@@ -1,6 +1,7 @@
 """SwiGLU: the gated product alone, with the sub-LayerNorm of EVA-02, and the whole MLP around it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -111,7 +112,7 @@ def _mlp_with(product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Fu
     return mlp
 
 
-register(
+_SILU_MUL = register(
     Operation(
         name="silu_mul",
         summary="silu(gate) * up",
@@ -121,22 +122,21 @@ register(
         work=_product_work,
         shapes=_PRODUCT_SHAPES,
         raw=_raw,
+        small="4x64",
         gradients=("gate", "up"),
         registered="swiglu_forward",
     )
 )
 register(
-    Operation(
+    replace(
+        _SILU_MUL,
         name="swiglu",
         summary="silu(gate) * up, then LayerNorm over the hidden channels (sub-LN)",
         inputs=_swiglu_inputs,
         eager=_swiglu_eager,
         ours=partial(evakernels.swiglu, eps=EPS),
-        work=_product_work,
         shapes=_SHAPES,
-        raw=_raw,
         gradients=("gate", "up", "norm_weight", "norm_bias"),
-        registered="swiglu_forward",
     )
 )
 register(
@@ -149,6 +149,7 @@ register(
         work=_mlp_work,
         shapes=_MLP_SHAPES,
         raw=_raw_mlp,
+        small="4x64x64",
         gradients=("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "w3", "b3"),
     )
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import evakernels
-from benchmarks.cases._patches import kept_patches
+from benchmarks.cases._inputs import kept_patches
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.errors import UserError
@@ -67,6 +67,7 @@ register(
         work=_work,
         shapes=_SHAPES,
         raw=_raw,
+        small="1x4x2x64",
         gradients=("patches", "prefix", "pos_embed"),
         registered="token_dropout_forward",
     )

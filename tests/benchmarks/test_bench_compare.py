@@ -69,35 +69,28 @@ def whats(comparison: Comparison) -> list[str]:
     return [difference.what for difference in comparison.regressions]
 
 
-def test_two_runs_of_the_same_code_differ_by_noise_only() -> None:
+def test_same_code_differs_by_noise_only() -> None:
     alarms = [len(compare(simulate(2 * seed), simulate(2 * seed + 1)).regressions) for seed in range(200)]
     assert sum(alarms) <= 4  # of 8000 rows
 
 
 @pytest.mark.parametrize("drift", [1.3, 1 / 1.3])
-def test_the_drift_of_the_whole_machine_is_no_regression(drift: float) -> None:
-    for seed in range(50):
+def test_drift_of_the_machine_is_no_regression(drift: float) -> None:
+    for seed in range(20):
         found = compare(simulate(2 * seed), simulate(2 * seed + 1, drift=drift))
         assert found.regressions == []
         assert found.drift == pytest.approx(drift, rel=0.05)
 
 
 @pytest.mark.parametrize("drift", [1.0, 1.3, 1 / 1.3])
-def test_an_op_slower_by_20_percent_is_found_under_drift_too(drift: float) -> None:
-    for seed in range(50):
+def test_slower_op_is_found_under_drift(drift: float) -> None:
+    for seed in range(20):
         found = compare(simulate(2 * seed), simulate(2 * seed + 1, drift, in_op("swiglu", 1.2)))
         slower = [(one.row.op, one.row.candidate) for one in found.regressions if one.what == "slower"]
         assert ("swiglu", "evakernels cpu") in slower
 
 
-def test_a_baseline_that_became_faster_does_not_make_the_others_slower() -> None:
-    def plant(row: Row) -> float:
-        return 0.7 if row.kind == "baseline" and row.op == "lamb" else 1.0
-
-    assert compare(simulate(0), simulate(1, plant=plant)).regressions == []
-
-
-def test_a_faster_op_is_told_but_no_regression() -> None:
+def test_faster_op_is_no_regression() -> None:
     found = compare(simulate(0), simulate(1, plant=in_op("swiglu", 0.5)))
     assert found.regressions == []
     faster = [one for one in found.others if one.what == "faster"]
@@ -105,7 +98,7 @@ def test_a_faster_op_is_told_but_no_regression() -> None:
     assert all(one.change == pytest.approx(0.5, rel=0.15) for one in faster)
 
 
-def test_a_slower_peer_is_context() -> None:
+def test_slower_peer_is_no_regression() -> None:
     def plant(row: Row) -> float:
         return 2.0 if row.candidate == "evakernels reference" else 1.0
 
@@ -125,7 +118,7 @@ def test_the_threshold_decides() -> None:
     assert whats(compare(before, after, 0.2)) == []
 
 
-def test_passes_that_do_not_repeat_hide_a_change() -> None:
+def test_unsteady_passes_hide_a_change() -> None:
     steady, unsteady, one_slow = [[1.0], [1.0], [1.0]], [[1.0], [1.2], [1.2]], [[1.0], [1.0], [1.3]]
     slower = [[1.25], [1.25], [1.25]]
     for before, expected in ((steady, ["slower"]), (unsteady, []), (one_slow, [])):
@@ -133,7 +126,7 @@ def test_passes_that_do_not_repeat_hide_a_change() -> None:
         assert whats(found) == expected
 
 
-def test_an_old_failure_is_none() -> None:
+def test_old_failure_is_no_regression() -> None:
     broken = row(failure="RuntimeError: no kernel", samples_ms=[])
     before = Results(machine(), [broken])
     assert compare(before, Results(machine(), [broken])).regressions == []
@@ -155,12 +148,12 @@ def test_an_old_failure_is_none() -> None:
         ({"saved_bytes": None, "peak_bytes": None, "error": None}, []),
     ],
 )
-def test_nothing_may_fail_and_errors_and_memory_may_not_grow(change: dict[str, Any], expected: list[str]) -> None:
+def test_failures_errors_and_memory(change: dict[str, Any], expected: list[str]) -> None:
     assert whats(changed(**change)) == expected
 
 
 @pytest.mark.parametrize("setup", [{"name": "Another CPU"}, {"threads": 8}])
-def test_another_machine_has_no_regressions(setup: dict[str, Any]) -> None:
+def test_other_machine_has_no_regressions(setup: dict[str, Any]) -> None:
     before = simulate(0)
     after = replace(simulate(1, drift=2.0, plant=in_op("swiglu", 2.0)), machine=machine(**setup))
     after.rows[1] = replace(after.rows[1], failure="RuntimeError: too large", samples_ms=[])
@@ -173,14 +166,7 @@ def test_another_machine_has_no_regressions(setup: dict[str, Any]) -> None:
     assert sum(one.what == "fails" for one in found.others) == 1
 
 
-def test_rows_of_one_result_only_are_listed() -> None:
-    before = Results(machine(), [row(), row(op="old")])
-    found = compare(before, Results(machine(), [row(), row(op="new")]))
-    assert [one.op for one in found.only_before] == ["old"]
-    assert [one.op for one in found.only_after] == ["new"]
-
-
-def test_notes_tell_why_to_be_careful() -> None:
+def test_notes_of_both_results() -> None:
     before = Results(machine(versions={"torch": "2.11"}, notes=["busy"]), [row(samples_ms=[[1.0]])])
     after = Results(machine(versions={"torch": "2.12"}, notes=["throttled"]), [row(samples_ms=[[1.0]])])
     notes = compare(before, after).notes
@@ -190,7 +176,7 @@ def test_notes_tell_why_to_be_careful() -> None:
     assert changed().notes == []
 
 
-def test_a_single_row_is_a_suspect_and_two_are_a_regression() -> None:
+def test_single_slow_row_is_a_suspect() -> None:
     def in_shapes(*shapes: str) -> Plant:
         return lambda row: (
             2.0
@@ -207,7 +193,7 @@ def test_a_single_row_is_a_suspect_and_two_are_a_regression() -> None:
     assert not both.suspects
 
 
-def test_a_slow_down_within_the_noise_of_every_row_shows_in_the_operation() -> None:
+def test_shift_of_all_rows_of_an_op() -> None:
     def noisy(seed: int, factor: float) -> Results:
         rng, results = random.Random(seed), Results(machine(), [])
         for case in range(12):
@@ -227,7 +213,7 @@ def test_a_slow_down_within_the_noise_of_every_row_shows_in_the_operation() -> N
     assert not compare(noisy(0, 1.0), noisy(1, 1.0)).shifts
 
 
-def test_wrong_input_is_refused() -> None:
+def test_wrong_threshold_is_refused() -> None:
     results = Results(machine(), [row()])
     for threshold in (0.0, -0.1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="above 0"):
@@ -236,18 +222,7 @@ def test_wrong_input_is_refused() -> None:
         compare(results, Results(machine(), [row(device="cuda")]))
 
 
-def test_results_without_a_common_row_are_an_error() -> None:
-    """Plain PyTorch alone in common says nothing of this library."""
-    baseline = row(candidate="torch eager", kind="baseline")
-    before = Results(machine(), [baseline, row(candidate="evakernels reference")])
-    after = Results(machine(), [baseline, row(mode="training")])
-    with pytest.raises(UserError, match=r"before: layer_norm; forward; .*reference\nafter: layer_norm; training; "):
-        compare(before, after)
-    with pytest.raises(UserError, match="after: no row of evakernels"):
-        compare(before, Results(machine(), [baseline]))
-
-
-def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     after = simulate(1, plant=in_op("swiglu", 1.5))
     after.rows[4] = replace(after.rows[4], failure="RuntimeError: no [kernel]", samples_ms=[])
@@ -260,12 +235,3 @@ def test_the_output_says_it_all(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "RuntimeError: no [kernel]" in output
     assert "3 MiB" in output
     assert "swiglu training eva02-b16@224 b8 float32" in output
-
-
-def test_the_output_of_nothing_and_of_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    print_comparison(changed())
-    assert "no regressions" in capsys.readouterr().out
-    print_comparison(compare(simulate(0), replace(simulate(1), machine=machine(package="compiled, amx"))))
-    assert ", compiled, amx\n" in capsys.readouterr().out
-    print_comparison(compare(simulate(0), replace(simulate(1), machine=machine(name="Other"))))
-    assert "nothing is called a regression" in capsys.readouterr().out

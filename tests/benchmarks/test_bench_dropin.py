@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks import cli
 from benchmarks.cases import dropin
-from benchmarks.operation import Draw, get_operation, suite_operations
+from benchmarks.operation import Draw, get_operation
 from benchmarks.results import read_results
 from evaclip.errors import UserError
 
@@ -37,7 +37,7 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_model
-def test_models_exist_and_are_those_that_are_meant(name: str) -> None:
+def test_models_have_published_flops(name: str) -> None:
     """FLOPs of one sample, in 1e9, as their authors give them (a multiply-add as two)."""
     flops, parameters = dropin._counted(name)
     expected = {
@@ -72,7 +72,7 @@ def test_shapes_have_names() -> None:
             dropin.parse(name)
 
 
-def test_other_models_of_the_libraries_go_by_their_own_names() -> None:
+def test_other_models_by_their_own_names() -> None:
     assert dropin.model_of("timm/vit_base_patch16_dinov3").pixels == 256
     model = dropin.model_of("open_clip/ViT-B-16-SigLIP-256")
     assert (model.pixels, model.vocabulary, model.context) == (256, 32_000, 64)
@@ -109,9 +109,8 @@ def test_it_compiles_without_a_break() -> None:
     torch.testing.assert_close(compiled(), op.eager(**inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_measured_by_request_only(tmp_path: Path) -> None:
-    assert "dropin" not in [op.name for op in suite_operations()]
-    command = ["dropin", "--shape", "timm/small b2", "--dtype", "float32", "--peer", "none"]
+def test_dropin_is_measured(tmp_path: Path) -> None:
+    command = ["model", "dropin", "--shape", "timm/small b2", "--dtype", "float32", "--peer", "none"]
     command += ["--passes", "1", "--seconds", "0.01"]
     assert cli.main([*command, "--json", str(tmp_path / "run.json")]) == 0
     rows = read_results(tmp_path / "run.json").rows
@@ -120,8 +119,8 @@ def test_it_is_measured_by_request_only(tmp_path: Path) -> None:
     assert not [row.failure for row in rows if row.failure]
 
 
-def test_frozen_models_give_what_untouched_ones_give() -> None:
-    operation, shape = get_operation(dropin.FROZEN), dropin.ModelShape("timm/small", 2)
+def test_frozen_models_agree_with_untouched() -> None:
+    operation, shape = get_operation(dropin.FROZEN), dropin.parse("timm/small b2")
     dropin._frozen.cache_clear()
     inputs = operation.inputs(shape, Draw(torch.float32, CPU, torch.Generator()))
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
 from itertools import groupby
 from typing import Any
 
@@ -13,11 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import accuracy, memory
 from benchmarks.candidates import Candidate, candidates
-from benchmarks.measure import Case, floor_ms, measure
-from benchmarks.operation import Cost, Operation
+from benchmarks.cases import layer_norm  # noqa: F401  registers the operations
+from benchmarks.measure import Case, Plan, floor_ms, list_cases, measure, run
+from benchmarks.operation import Cost, Operation, get_operation, peer
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
 from benchmarks.timing import MIN_ROUNDS, Rotation, Timer
+from evaclip.errors import UserError
+from evakernels import backends
 
 CPU = torch.device("cpu")
 
@@ -72,7 +77,7 @@ def test_training_adds_the_backward_pass() -> None:
     assert 0 < row.error < 1e-6
 
 
-def test_a_candidate_that_fails_leaves_its_error() -> None:
+def test_failing_candidate_leaves_its_error() -> None:
     def broken(x: Tensor) -> Tensor:
         raise RuntimeError("out of\nluck")
 
@@ -94,7 +99,7 @@ WRONG = {
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_peer_has_a_reason_and_no_numbers(name: str, mode: str) -> None:
+def test_wrong_peer_has_a_reason_and_no_numbers(name: str, mode: str) -> None:
     function, reason = WRONG[name]
     row = rows_of(mode, passes=2, **{name: function})[name]
     assert row.failure == f"wrong: {reason}"
@@ -102,7 +107,7 @@ def test_a_wrong_peer_has_a_reason_and_no_numbers(name: str, mode: str) -> None:
     assert (row.samples_ms, row.first_call_ms, row.peak_bytes, row.saved_bytes) == ([], None, None, None)
 
 
-def test_wrong_gradients_are_wrong_though_the_outputs_are_right() -> None:
+def test_wrong_gradients_of_right_outputs() -> None:
     def twice(x: Tensor) -> Tensor:
         return 2 * x.tanh() - x.tanh().detach()
 
@@ -112,7 +117,7 @@ def test_wrong_gradients_are_wrong_though_the_outputs_are_right() -> None:
     assert row.error == pytest.approx(1.0, rel=1e-3)
 
 
-def test_a_peer_that_remembers_its_first_result_is_wrong() -> None:
+def test_peer_that_caches_its_result_is_wrong() -> None:
     first: list[Tensor] = []
 
     def remembering(x: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def test_a_peer_that_remembers_its_first_result_is_wrong() -> None:
     assert rows_of(remembering=remembering)["remembering"].mark == "wrong"
 
 
-def test_a_peer_that_rounds_is_inexact_and_not_wrong() -> None:
+def test_peer_that_rounds_is_inexact() -> None:
     rows = rows_of("training", rounding=lambda x: x.tanh().bfloat16().float())
     row = rows["rounding"]
     assert row.failure is None
@@ -131,7 +136,7 @@ def test_a_peer_that_rounds_is_inexact_and_not_wrong() -> None:
     assert row.breaks_error_rule
 
 
-def test_ours_is_wrong_by_a_stricter_rule() -> None:
+def test_ours_has_a_stricter_rule() -> None:
     def inexact(x: Tensor) -> Tensor:
         return (1 + 3e-6) * x.tanh()
 
@@ -139,7 +144,7 @@ def test_ours_is_wrong_by_a_stricter_rule() -> None:
     assert marks == {"evakernels": "wrong", "evakernels reference": "wrong", "torch eager": "", "same": ""}
 
 
-def test_the_error_of_a_lone_number_may_be_small_by_luck() -> None:
+def test_allowed_error_of_a_single_number() -> None:
     """Of a loss in bfloat16: plain PyTorch errs by 1e-5, and 1e-3 is no mistake."""
     assert accuracy.luck([torch.ones(())], torch.bfloat16) == 2.0**-5
     assert accuracy.luck([torch.ones(()), torch.ones(9)], torch.bfloat16) == accuracy.FINEST
@@ -157,19 +162,20 @@ def test_the_error_of_a_lone_number_may_be_small_by_luck() -> None:
         ("peer", "training", 0.18, 0.54),
         ("peer", "training", 0.1, accuracy.UNRELATED),
         ("peer", "forward", None, accuracy.UNRELATED),
+        ("quantized", "forward", 1e-7, accuracy.QUANTIZED),
         ("ours", "forward", float("nan"), accuracy.UNRELATED),
     ],
 )
-def test_what_error_is_accepted(kind: str, mode: str, baseline: float | None, allowed: float) -> None:
+def test_allowed_error(kind: str, mode: str, baseline: float | None, allowed: float) -> None:
     assert accuracy.allowed_error(kind, mode, baseline) == pytest.approx(allowed)
 
 
-def test_without_memory_for_float64_there_is_no_error() -> None:
+def test_no_memory_for_float64_leaves_no_error() -> None:
     rows = rows_of(changes={"eager": tanh_but_in_float64(torch.OutOfMemoryError())}).values()
     assert [(row.failure, row.error, row.baseline_error) for row in rows] == [(None, None, None)] * 3
 
 
-def test_a_truth_or_a_timer_that_fails_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_truth_or_timer_fails_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(changes={"eager": tanh_but_in_float64(RuntimeError("no kernel for float64"))})
     assert {row.failure for row in rows.values()} == {"RuntimeError: no kernel for float64"}
 
@@ -180,7 +186,7 @@ def test_a_truth_or_a_timer_that_fails_is_a_failure_of_its_case(monkeypatch: pyt
     assert {row.failure for row in rows_of().values()} == {"RuntimeError: an illegal memory access"}
 
 
-def test_inputs_go_round_beyond_the_cache() -> None:
+def test_inputs_rotate_beyond_the_cache() -> None:
     with registered(tanh_operation()) as op:
         case, timer = case_of(op), CountingTimer()
         one_set = 2 * case.shape.width * 4
@@ -189,15 +195,7 @@ def test_inputs_go_round_beyond_the_cache() -> None:
     assert timer.rotations == [10] * 3
 
 
-def test_inputs_are_the_same_for_the_same_seed_and_never_zero() -> None:
-    case = Case(tanh_operation(), parse_shape("tiny b2"), "forward", torch.bfloat16, CPU)
-    assert torch.equal(case.draw(1)["x"], case.draw(1)["x"])
-    assert not torch.equal(case.draw(1)["x"], case.draw(2)["x"])
-    assert case.draw()["x"].dtype is torch.bfloat16
-    assert case.draw()["x"].count_nonzero() > 0
-
-
-def test_the_context_surrounds_every_call() -> None:
+def test_context_surrounds_every_call() -> None:
     inside: list[bool] = []
     seen: list[bool] = []
 
@@ -225,7 +223,7 @@ def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
     assert floor_ms(Cost(flops=0, bytes=1e9), "float32", machine()) == pytest.approx(100.0)
 
 
-def test_cpu_timer_measures_each_candidate_in_every_round() -> None:
+def test_cpu_timer_interleaves_candidates() -> None:
     calls: list[str] = []
     rotations = [Rotation([lambda name=name: calls.append(name)]) for name in "ab"]  # type: ignore[misc]
     samples = Timer().rounds(rotations, 0.0)
@@ -251,7 +249,7 @@ def test_saved_bytes_leave_inputs_out() -> None:
     assert memory.saved_bytes(lambda: x.exp() + 1, CPU) == 4000  # the output isn't kept
 
 
-def test_saved_bytes_count_what_a_recomputation_keeps() -> None:
+def test_saved_bytes_of_recomputation() -> None:
     x = torch.randn(1000, requires_grad=True)
 
     def chain(x: Tensor) -> Tensor:
@@ -264,17 +262,7 @@ def test_saved_bytes_count_what_a_recomputation_keeps() -> None:
     )
 
 
-def test_double_keeps_gradients_integers_and_lists() -> None:
-    x, index = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.long)
-    double = accuracy.as_double({"x": x, "list": [x.detach()], "index": index, "eps": 1e-6})
-    assert double["x"].dtype is torch.float64
-    assert double["x"].requires_grad
-    assert double["list"][0].dtype is torch.float64
-    assert double["index"].dtype is torch.long
-    assert double["eps"] == 1e-6
-
-
-def test_relative_error_is_the_worst_tensor() -> None:
+def test_relative_error_is_of_the_worst_tensor() -> None:
     truth = [torch.ones(4), torch.ones(4)]
     assert accuracy.relative_error([torch.ones(4), torch.full((4,), 1.5)], truth) == pytest.approx(0.5)
     assert accuracy.relative_error([torch.ones(4), torch.full((4,), float("nan"))], truth) != 0
@@ -282,7 +270,68 @@ def test_relative_error_is_the_worst_tensor() -> None:
         accuracy.relative_error([torch.ones(4), torch.ones(1)], truth)
 
 
-def test_a_zero_is_measured_by_the_others() -> None:
+def test_relative_error_of_a_zero_tensor() -> None:
     truth = [torch.full((4,), 100.0), torch.full((9,), 1e-18)]
     assert accuracy.relative_error([truth[0], torch.full((9,), 1e-3)], truth) == pytest.approx(1e-5)
     assert accuracy.relative_error([torch.ones(2)], [torch.zeros(2)]) == 1
+
+
+# --- many cases -----------------------------------------------------------------------------------------------------
+
+
+def test_backends_are_separate_candidates() -> None:
+    found, absent = candidates(get_operation("layer_norm"), "cpu", peers=["none"])
+    assert [candidate.name for candidate in found] == ["evakernels cpu", "evakernels reference", "torch eager"]
+    assert absent == {}
+
+
+def test_missing_backend_is_absent_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._implementations, "tanh_forward", {})
+    op = tanh_operation(registered="tanh_forward")
+    found, absent = candidates(op, "cpu", backends=["cpu"], peers=["none"])
+    assert [candidate.name for candidate in found] == ["torch eager"]
+    assert absent == {"evakernels cpu": "tanh_forward has no cpu implementation"}
+
+
+def test_absent_peers_have_a_reason() -> None:
+    _, absent = candidates(get_operation("layer_norm"), "cpu")
+    assert absent["liger-kernel"] == "runs on cuda only"
+    _, absent = candidates(get_operation("layer_norm"), "cuda")
+    assert absent["quack-kernels"] == "not installed: pip install quack-kernels"
+    assert absent["apex"].startswith("not installed: from the source of https://github.com/NVIDIA/apex")
+
+
+def test_peers_can_be_chosen() -> None:
+    with registered(tanh_operation(), one=tanh, two=tanh) as op:
+        names = [[c.name for c in candidates(op, "cpu", peers=peers)[0]][2:] for peers in ([], ["two"], ["none"])]
+    assert names == [["torch eager", "torch.compile", "one", "two"], ["torch eager", "two"], ["torch eager"]]
+
+
+def test_peer_without_name_is_refused() -> None:
+    with pytest.raises(UserError, match="neither a name nor a package"):
+        peer("layer_norm")
+
+
+def test_plan_is_the_product_of_its_choices() -> None:
+    plan = Plan(shapes=("tiny b2", "tiny b4"), dtypes=("float16",), modes=("training",))
+    titles = [case.title for case in list_cases([tanh_operation()], plan)]
+    assert titles == [f"tanh, training, tiny@{32} b{batch}, float16" for batch in (2, 4)]
+    twice = replace(plan, shapes=("tiny b2", "tiny@32 b2"), dtypes=("float16", "float16"))
+    assert len(list_cases([tanh_operation()] * 2, twice)) == 1
+    assert len(list_cases([tanh_operation()], Plan())) == 4
+    assert len(list_cases([tanh_operation(gradients=())], Plan())) == 2
+
+
+def test_run_has_one_sample_list_a_pass(steady: None) -> None:
+    seen: list[tuple[int, int]] = []
+    with registered(tanh_operation()) as op:
+        results = run(
+            [op],
+            Plan(dtypes=("float32",), peers=("none",), passes=2, seconds=0.001),
+            lambda done, total, title: seen.append((done, total)),
+        )
+    assert [row.candidate for row in results.rows] == ["evakernels", "evakernels reference", "torch eager"] * 2
+    assert all(len(row.samples_ms) == 2 and row.failure is None for row in results.rows)
+    assert seen == [(done, 4) for done in range(5)]
+    assert results.machine.copy_gbps == 10.0
+    assert results.machine.versions["torch"] == metadata.version("torch")

@@ -1,17 +1,23 @@
-"""Rows, their derived numbers, and the files."""
+"""Rows, verdicts and files; shapes by name and by sizes alone."""
 
+import json
 from pathlib import Path
 
 import pytest
+from bench_case_checks import assert_exact, draw
 from bench_fakes import machine, row
 
-from benchmarks.results import Results, read_results
+import benchmarks.cases
+from benchmarks.operation import get_operation, operations
+from benchmarks.results import Results, contests, read_results, verdict
+from benchmarks.shapes import parse_shape, short_names
+from benchmarks.tables import LEVEL, time_text, verdict_text
+from evaclip import create_model
 from evaclip.errors import UserError
 
 
-def test_derived_numbers() -> None:
+def test_row_derived_numbers() -> None:
     measured = row(samples_ms=[[4.0, 1.0], [2.0, 3.0, 5.0]], bytes=6e6, flops=3e9, floor_ms=1.5)
-    assert measured.times == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert measured.median_ms == 3.0
     assert (measured.quantile_ms(0.2), measured.quantile_ms(0.8)) == (2.0, 4.0)
     assert measured.gigabytes_per_second == pytest.approx(2.0)
@@ -20,38 +26,140 @@ def test_derived_numbers() -> None:
 
 
 @pytest.mark.parametrize(("error", "broken"), [(2e-3, False), (2.1e-3, True), (float("nan"), True), (None, False)])
-def test_the_error_rule(error: float | None, broken: bool) -> None:
+def test_row_error_rule(error: float | None, broken: bool) -> None:
     assert row(error=error, baseline_error=1e-3).breaks_error_rule is broken
 
 
-def test_a_file_holds_everything(tmp_path: Path) -> None:
-    results = Results(
-        machine(notes=["busy"]), [row(), row(candidate="torch eager", failure="E: x")], {"apex": "absent"}
-    )
+def test_results_round_trip(tmp_path: Path) -> None:
+    rows = [row(), row(candidate="torch eager", failure="E: x")]
+    results = Results(machine(notes=["busy"]), rows, {"apex": "absent"})
     results.write_json(tmp_path / "run.json")
+    assert read_results(tmp_path / "run.json") == results
+    stored = json.loads((tmp_path / "run.json").read_text())
+    stored["rows"][0]["cosine"] = 0.99  # a field of earlier versions
+    (tmp_path / "run.json").write_text(json.dumps(stored))
     assert read_results(tmp_path / "run.json") == results
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "can't read"),
-        ("[]", "isn't a benchmark result of format"),
-        ('{"format": 0}', "isn't a benchmark result of format"),
-        ('{"format": 1, "rows": []}', "isn't a whole benchmark result"),
-        ('{"format": 1, "rows": [{"op": 1}], "machine": {}, "absent": {}}', "isn't a whole benchmark result"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize("path", sorted((benchmarks.ROOT / "benchmarks/results").glob("*.json")), ids=lambda p: p.stem)
+def test_published_results_are_readable(path: Path) -> None:
+    assert contests(read_results(path).rows)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}', '{"format": 1, "rows": []}'])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"run\.json"):
         read_results(path)
-    with pytest.raises(UserError, match="can't read"):
+    with pytest.raises(UserError, match=r"missing\.json"):
         read_results(tmp_path / "missing.json")
 
 
-def test_in_a_folder_the_file_is_named_after_the_run(tmp_path: Path) -> None:
+def test_folder_gets_file_named_after_run(tmp_path: Path) -> None:
     where = machine(name="NVIDIA H100 80GB HBM3", date="2026-11-24T19:00:00+00:00", commit="1ba15733d153+")
     Results(where, []).write_json(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h100-80gb-hbm3-2026-11-24-1ba15733d153.json"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "eager", "word"),
+    [
+        ([[1.0, 1.1]], [[2.0, 2.1]], "faster"),
+        ([[2.0, 2.0]], [[1.0, 1.0]], "slower"),
+        # A disturbance slows down both candidates of its round.
+        ([[1.0, 9.0, 1.0]], [[1.2, 11.0, 1.2]], "faster"),
+        ([[1.0, 1.0, 1.0, 1.0]], [[1.2, 0.9, 0.9, 1.2]], "level"),
+        # Nearly all rounds are faster, the second pass is not.
+        ([[1.0] * 9, [1.0]], [[1.1] * 9, [0.9]], "level"),
+        # Ours is faster in nearly all rounds, but its median over both passes is the larger one.
+        ([[1.8] * 8, [3.9] * 8], [[2.4] * 7 + [2.6], [6.7] * 5 + [2.3] * 3], "level"),
+    ],
+)
+def test_verdict(ours: list[list[float]], eager: list[list[float]], word: str) -> None:
+    (contest,) = contests([row(samples_ms=ours), row(samples_ms=eager, candidate="torch eager", kind="baseline")])
+    assert verdict(contest).word == word
+    assert (verdict_text(contest) == LEVEL) == (word == "level")
+    assert ("(slower)" in verdict_text(contest)) == (word == "slower")
+
+
+def test_verdict_without_time_is_none() -> None:
+    assert verdict(contests([row(failure="x")])[0]) is None
+    assert verdict(contests([row()])[0]) is None
+
+
+def test_best_peer_is_the_fastest_right_one() -> None:
+    eager = row(candidate="torch eager", kind="baseline", samples_ms=[[3.0]])
+    fast = row(candidate="fast", kind="peer", samples_ms=[], failure="wrong: NaN among the outputs")
+    slow = row(candidate="slow", kind="peer", samples_ms=[[4.0]])
+    int8 = row(candidate="int8", kind="quantized", samples_ms=[[1.0]])
+    (contest,) = contests([row(samples_ms=[[2.0]]), eager, fast, slow, int8])
+    assert (contest.rival, contest.peer) == (eager, slow)
+    assert contest.ours.candidate == "evakernels cpu"
+    assert time_text(contest, "baseline", "peer") == "3.00 torch eager"
+    (alone,) = contests([row(samples_ms=[[2.0]]), fast])
+    assert time_text(alone, "baseline", "peer") == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eva02-l14@224 b256", {"tokens": 257, "width": 1024, "heads": 16, "head_dim": 64, "hidden": 2730}),
+        ("eva02-l14@224 b256 drop50", {"tokens": 129, "patches": 256, "kept_patches": 128}),
+        ("eva-18b@224 b1", {"head_dim": 128}),
+        ("eva02-l14:text b256", {"tokens": 77, "width": 768, "heads": 12, "patches": 0}),
+    ],
+)
+def test_shape_sizes(name: str, expected: dict[str, int]) -> None:
+    shape = parse_shape(name)
+    assert {key: getattr(shape, key) for key in expected} == expected
+    assert shape.name == name
+
+
+def test_shape_names_of_models() -> None:
+    assert parse_shape("eva02-l14-336 b2").pixels == 336
+    assert parse_shape("EVA02-B16 b2").name == "eva02-b16@224 b2"
+    names = short_names()
+    assert len(set(names.values())) == len(names)
+    assert all(parse_shape(f"{short} b1").model == short for short in names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eva02-l14", "eva02-l15@224 b1", "eva02-l14@225 b1", "eva02-l14@224 b0", "eva02-l14@224 b1 drop100",
+     "eva02-l14:text b1 drop50"],
+)  # fmt: skip
+def test_wrong_shape_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"eva02-l1|225 pixels"):
+        parse_shape(name)
+
+
+SMALL = {"batch": 2, "captions": 3, "channels": 8, "elements": 5, "head_dim": 8, "heads": 3, "hidden": 16, "images": 2}
+SMALL |= {"kept": 4, "pairs": 6, "patches": 9, "rows": 4, "tensors": 3, "tokens": 5, "width": 8}
+SIZES = {
+    op.name: "x".join(str(SMALL[name]) for name in op.raw_sizes)
+    for op in operations().values()
+    if op.raw_sizes and not op.by_request
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_alone_make_a_shape(name: str) -> None:
+    op = get_operation(name)
+    for given in (SIZES[name], "small"):
+        shape = op.shape(given)
+        assert op.work(shape, 4).forward.bytes > 0
+        assert_exact(op, op.ours, shape, training=bool(op.gradients))  # type: ignore[arg-type]
+    assert op.shape(SIZES[name]).name == SIZES[name]
+
+
+def test_every_operation_has_a_small_shape() -> None:
+    for op in operations().values():
+        assert op.shape("small").name == op.shape(op.small).name
+    with pytest.raises(UserError, match="token_dropout"):
+        get_operation("token_dropout").shape("2x9x10x8")
+
+
+def test_lamb_steps_over_every_parameter() -> None:
+    shapes = [parameter.shape for parameter in create_model("tiny", device="meta").parameters()]
+    assert [values.shape for values in draw(get_operation("lamb_step"), parse_shape("tiny b1"))["grads"]] == shapes

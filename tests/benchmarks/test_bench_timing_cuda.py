@@ -140,7 +140,7 @@ def test_a_sample_is_the_time_of_one_call(gpu: FakeCuda) -> None:
     assert len(samples[0]) == len(samples[1]) == round(100 / 3)
 
 
-def test_every_set_of_inputs_is_in_the_graph_and_graphs_are_freed(gpu: FakeCuda) -> None:
+def test_graphs_hold_all_inputs_and_are_freed(gpu: FakeCuda) -> None:
     CudaTimer("cuda").rounds([rotation(gpu, 0.1, 0.2, 0.3), rotation(gpu, 1.0)], seconds=0.01)
     assert [graph.work for graph in gpu.graphs] == [[0.1, 0.2, 0.3], [1.0]]
     assert not any(graph.live for graph in gpu.graphs)
@@ -153,7 +153,7 @@ def test_rounds_start_with_another_candidate_each() -> None:
     assert order == [0, 1, 1, 0, 0, 1]
 
 
-def test_capture_happens_in_the_candidates_context(gpu: FakeCuda) -> None:
+def test_capture_is_in_the_candidates_context(gpu: FakeCuda) -> None:
     inside = []
 
     @contextmanager
@@ -170,7 +170,7 @@ def test_capture_happens_in_the_candidates_context(gpu: FakeCuda) -> None:
 
 
 @pytest.mark.parametrize("kind", ["wait", "wait_unseen"])
-def test_what_cannot_be_captured_is_launched_and_told(gpu: FakeCuda, kind: str) -> None:
+def test_failed_capture_is_launched_and_named(gpu: FakeCuda, kind: str) -> None:
     timer = CudaTimer("cuda")
     samples = timer.rounds([rotation(gpu, 0.5, 1.5, also=getattr(gpu, kind)), rotation(gpu, 2.0)], seconds=0.01)
     assert set(samples[0]) == {1.0}
@@ -183,7 +183,7 @@ def test_what_cannot_be_captured_is_launched_and_told(gpu: FakeCuda, kind: str) 
     assert timer.launched == {}
 
 
-def test_a_broken_capture_leaves_nothing_behind_but_its_pool(gpu: FakeCuda) -> None:
+def test_failed_capture_leaves_only_its_pool(gpu: FakeCuda) -> None:
     before = gpu.current
     timer = CudaTimer("cuda")
     timer.rounds([rotation(gpu, 1.0, also=gpu.wait_unseen), rotation(gpu, 1.0)], seconds=0.01)
@@ -192,7 +192,7 @@ def test_a_broken_capture_leaves_nothing_behind_but_its_pool(gpu: FakeCuda) -> N
     assert timer._broken == [gpu.graphs[0]]
 
 
-def test_a_first_call_waits_for_the_gpu_before_and_after(gpu: FakeCuda) -> None:
+def test_first_call_waits_for_the_gpu(gpu: FakeCuda) -> None:
     CudaTimer("cuda").first_call(lambda: gpu.log.append("call"))
     assert gpu.log == ["synchronize", "call", "synchronize"]
 

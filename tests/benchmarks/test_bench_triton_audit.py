@@ -99,7 +99,7 @@ def test_only_what_a_cache_serves_is_read_again(counts: list[Count]) -> None:
     assert wrong == []
 
 
-def test_each_tile_of_queries_and_the_class_token_walk_over_all_values(counts: list[Count]) -> None:
+def test_attention_reads_all_values_for_each_tile(counts: list[Count]) -> None:
     walks = {"sm_80": 5, "sm_90": 3}[counts[0].arch]  # tiles of 64 queries, or of 128, and the class token's
     chosen = by_kernel(counts, lambda count: (count.op, count.direction) == ("rope_attention", "forward"))
     rotate, forward = (launch for count, launch in chosen if "l14" in count.shape)
@@ -112,7 +112,7 @@ def test_each_tile_of_queries_and_the_class_token_walk_over_all_values(counts: l
 USEFUL = {("sm_80", "dq_kernel"): 0.65, ("sm_80", "dkdv_kernel"): 0.7}
 
 
-def test_a_class_token_in_front_of_256_patches_costs_no_tiles(counts: list[Count]) -> None:
+def test_class_token_costs_no_tiles(counts: list[Count]) -> None:
     """Heads of 88 channels have a test in test_triton_edges.py: of all heads of a tower they take a minute."""
     chosen = by_kernel(counts, lambda count: count.op == "rope_attention" and "l14" in count.shape)
     chosen = [(count, launch) for count, launch in chosen if launch.kernel != "rotate_kernel"]

@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import socket
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -285,3 +287,32 @@ def test_work_ends_when_nobody_waits_for_it():
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert state == [b"x", "cancelled"]
+
+
+@pytest.mark.exhaustive
+def test_many_clients_get_their_own_embeddings(store, encoder, pictures):
+    """50 clients ask a server over the network for images and captions at the same time, without an error."""
+    import httpx2  # the client that starlette's TestClient asks for
+    import uvicorn
+
+    texts = [f"picture {number}" for number in range(12)]
+    expected = {"image": encoder.images(pictures).numpy(), "text": encoder.texts(texts).numpy()}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(create_app(store, encoder), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+
+        def ask(number):
+            kind, row = ("image", "text")[number % 2], number % 12
+            body = {"files": [("image", as_file(pictures[row]))]} if kind == "image" else {"data": {"text": texts[row]}}
+            answer = httpx2.post(f"{address}/embed/{kind}", timeout=60, **body)
+            assert answer.status_code == 200, answer.text
+            return np.abs(answer.json()["embeddings"][0] - expected[kind][row]).max()
+
+        try:
+            with ThreadPoolExecutor(50) as clients:
+                assert max(clients.map(ask, range(300))) < 1e-5
+        finally:
+            server.should_exit = True
+            thread.join()

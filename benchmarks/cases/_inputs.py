@@ -1,4 +1,7 @@
-"""What operations on the patches of an image share."""
+"""Inputs that several operations share: captions of photographs, and the patches that token dropout keeps."""
+
+from functools import cache
+from pathlib import Path
 
 from torch import Tensor
 
@@ -6,10 +9,17 @@ import evakernels
 from benchmarks.operation import Draw
 from benchmarks.shapes import Shape
 from evaclip.errors import UserError
+from evaclip.tokenizer import Tokenizer
+
+
+@cache
+def captions(context_length: int) -> Tensor:
+    """Token ids int64 `[captions, context_length]`, as in use: most of a row is padding."""
+    return Tokenizer(context_length)((Path(__file__).parents[1] / "captions.txt").read_text().splitlines())
 
 
 def kept_patches(op: str, shape: Shape, draw: Draw) -> Tensor | None:
-    """Which patches of each image remain, int64 `[B, K]` in the order of the grid; None where all do.
+    """The patches of each image that remain, int64 `[B, K]` in the order of the grid; None where all do.
 
     Raises:
         UserError: the shape is that of a text tower.
