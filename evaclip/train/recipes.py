@@ -398,7 +398,8 @@ def _cut(config: TrainConfig) -> TrainConfig:
 def _in_parts(batch_size: int) -> DataConfig:
     """Shards whose samples are mixed over eight batches, and of which a machine reads its part only.
 
-    In 64 parts, as most batches can be divided by it: a batch of 131,072 is drawn from 165 shards. On two machines and more the local copies have room for the next window.
+    In 64 parts, as most batches can be divided by it: a batch of 131,072 is drawn from 165 shards. On two machines and
+    more the local copies have room for the next window.
     """
     parts = math.gcd(batch_size, 64)
     return DataConfig(
