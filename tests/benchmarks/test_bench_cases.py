@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 import evakernels
 from benchmarks.accuracy import tensors
 from benchmarks.cases.packed_attention import lengths_of
-from benchmarks.operation import get_operation
+from benchmarks.operation import get_operation, operations
 from benchmarks.shapes import parse_shape
 
 pytestmark = pytest.mark.usefixtures("few_parameters")
@@ -156,6 +156,11 @@ def test_uncounted_inputs_are_negligible(name: str) -> None:
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_operation_has_a_formula_test():
+    norms, others = {"layer_norm", "add_layer_norm", "layer_norm_add"}, {"dropin", "dropin_frozen", "loader", "search"}
+    assert set(operations()) == set(OPERATIONS) | norms | others
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

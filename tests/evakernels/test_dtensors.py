@@ -1,6 +1,8 @@
 """Row-wise ops and apex's optimizers on DTensors of two processes, beside the same on whole tensors."""
 
+import importlib
 import multiprocessing
+import pkgutil
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 import evakernels
+from evakernels import ops
 from evakernels.compat.apex import FusedAdam, FusedLAMB
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -42,6 +45,17 @@ OPTIMIZERS = {
     "lamb": FusedLAMB,
     "nvlamb": partial(FusedLAMB, use_nvlamb=True),
 }
+
+
+def test_every_sharded_op_has_a_case():
+    modules = [importlib.import_module(f"evakernels.ops.{each.name}") for each in pkgutil.iter_modules(ops.__path__)]
+    sharded = {
+        module.__name__.rpartition(".")[2]
+        for module in modules
+        if any(getattr(op, "sharding", None) for op in vars(module).values())
+    }
+    named = {case.partition("-")[0].replace("rms", "layer").replace("add_", "").replace("_add", "") for case in CASES}
+    assert sharded == named
 
 
 def whole_inputs(shapes):
