@@ -1,6 +1,7 @@
 """Reads everything once and lists what is wrong."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.progress import track
 from evaclip.atomic import write_json
 from evaclip.data.samples import BadSample, Fault, FaultKind, as_bytes, load_image
 from evaclip.data.source import Source
-from evaclip.data.workers import WorkerOptions, run_batches
+from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
 from evaclip.pixels import pixel_kind
 
 _CHUNK = 64
@@ -54,9 +55,9 @@ def check(source: Source, workers: int = 0, console: Console | None = None) -> C
     for fault in source.faults:
         report.faults[fault.kind].append(fault)
     chunks = range(0, len(source), _CHUNK)
-    results = run_batches(_ChunkReader(source), chunks, WorkerOptions(workers))
+    results: Iterable[_Chunk] = WorkerLoader(_ChunkReader(source), chunks, WorkerOptions(workers))
     if console:
-        results = iter(track(results, "reading", total=len(chunks), console=console, transient=True))
+        results = track(results, "reading", total=len(chunks), console=console, transient=True)
     for chunk in results:
         report.samples += chunk.samples
         report.image_bytes += chunk.image_bytes
@@ -75,21 +76,21 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _ChunkReader:
+class _ChunkReader(BatchReader[int, _Chunk]):
     source: Source
 
-    def __call__(self, first: int) -> _Chunk:
+    def read(self, first: int) -> _Chunk:
         indices = range(first, min(first + _CHUNK, len(self.source)))
         chunk = _Chunk(len(indices))
         for index in indices:
             try:
-                self._read(index, chunk)
+                self._add(index, chunk)
             except BadSample as exc:
                 file, key = self.source.place(index)
                 chunk.faults.append(replace(exc.fault, file=file, key=key, index=index))
         return chunk
 
-    def _read(self, index: int, chunk: _Chunk) -> None:
+    def _add(self, index: int, chunk: _Chunk) -> None:
         raw, name = self.source[index], self.source.name(index)
         chunk.image_bytes += len(raw.image)
         picture = load_image(raw.image, name, self.source.decoding)

@@ -1,6 +1,6 @@
-"""Batches for training: an endless, seed-reproducible stream whose position is one integer."""
+"""Batches for training, an endless stream whose position is one integer, and batches for evaluation."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from evaclip.data.config import DEFAULT_WINDOW
-from evaclip.data.faults import FaultLog
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, U64, SampleOrder, mix, sample_order
-from evaclip.data.prefetch import Prefetcher
-from evaclip.data.rows import Rows
-from evaclip.data.samples import BadSample, Decoding, Fault, RawSample, decode_image
+from evaclip.data.remote import Prefetcher
+from evaclip.data.samples import BadSample, Decoding, Fault, FaultLog, RawSample, decode_image
 from evaclip.data.source import Source
-from evaclip.data.workers import WorkerOptions, run_batches
+from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
 
 TrainTransform = Callable[[Image.Image, int], Tensor]
@@ -29,11 +27,48 @@ Targets = Callable[[list[str], U64], Tensor]
 """(n captions, as many seeds) -> [n, ...], what is learnt of the pictures: tokens, labels, masks; a pure function of
 each sample's own caption and seed."""
 
+EvalTransform = Callable[[Image.Image], Tensor]
+"""picture -> float32 [3, H, W]."""
+
 UNIT = 64
+"""Most samples that a worker reads at a time."""
 _ATTEMPTS = 100
 _KEPT_BYTES = 2**26
 _NEARBY = 50
 _REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
+
+
+class Rows:
+    """Tensors `[n_i, ...]` one after the other, as a tensor `[sum of n_i, ...]` that nobody has put together yet.
+
+    What is pinned stays pinned so: the parts meet on the device.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        """Some of the rows, which must follow one another."""
+        start, stop, _ = rows.indices(len(self))
+        chosen = []
+        for part in self.parts:
+            if start < len(part) and stop > 0:
+                chosen.append(part[max(start, 0) : stop])
+            start, stop = start - len(part), stop - len(part)
+        return Rows(chosen)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
+        """All rows in one tensor on that device."""
+        first, *others = self.parts
+        if not others:
+            return first.to(device, non_blocking=non_blocking)
+        whole = first.new_empty((len(self), *first.shape[1:]), device=device)
+        for part, rows in zip(self.parts, whole.split([len(part) for part in self.parts]), strict=True):
+            rows.copy_(part, non_blocking=non_blocking)
+        return whole
 
 
 @dataclass(frozen=True)
@@ -129,9 +164,13 @@ class TrainLoader:
         self._units = _units(len(part))
         held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
         self._options = WorkerOptions(workers, held, pin, patience)
-        self._reader = _BatchReader(
+        if isinstance(source, MixtureSource):
+            order: SampleOrder | MixedOrder = source.order(seed, window, nodes)
+        else:
+            order = sample_order(len(source), seed, window, source.shard_sizes, nodes)
+        self._reader = _TrainReader(
             source,
-            _order(source, seed, window, nodes),
+            order,
             part,
             batch_size,
             transform,
@@ -160,7 +199,7 @@ class TrainLoader:
         step = self._global_batch
         ends = count(position + step, step)
         units = ((start, rows) for start in count(position, step) for rows in self._units)
-        loaded = run_batches(self._reader, units, self._options)
+        loaded = iter(WorkerLoader(self._reader, units, self._options))
         for end in ends:
             images, targets, faults = zip(*islice(loaded, len(self._units)), strict=True)
             found = list(chain.from_iterable(faults))
@@ -173,12 +212,6 @@ def _units(batch_size: int) -> list[slice]:
     """The rows of a process's batch in equal parts, each the work of one worker at a time."""
     bounds = np.linspace(0, batch_size, -(-batch_size // UNIT) + 1).astype(int).tolist()
     return list(map(slice, bounds, bounds[1:]))
-
-
-def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | MixedOrder:
-    if isinstance(source, MixtureSource):
-        return source.order(seed, window, nodes)
-    return sample_order(len(source), seed, window, source.shard_sizes, nodes)
 
 
 def part_of_batch(batch_size: int, rank: int, processes: int, together: int = 1) -> range:
@@ -206,8 +239,8 @@ class _Loaded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _BatchReader:
-    """Loads some rows of the batch at a position; everything a worker needs."""
+class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
+    """Loads some rows of the batch at a position."""
 
     source: Source
     order: SampleOrder | MixedOrder
@@ -220,13 +253,13 @@ class _BatchReader:
     prefetcher: Prefetcher
     kept: dict[int, tuple[RawSample, Image.Image]] = field(default_factory=dict)
     ordered: dict[int, I64] = field(default_factory=dict)
-    """The batch in order, by its position; the last one alone, of which a worker has several units."""
+    """The batch in order, by its position; the last one only, of which a worker has several units."""
 
     def check_room(self, window: int, processes: int) -> None:
         """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
         copies = self.source.copies(self.order.shards(self._global_indices(0))[0]) if self.source.remote else []
         size = sum(copy.size for copy in copies)
-        if copies and size > (capacity := copies[0].cache.capacity):
+        if copies and size > (capacity := copies[0].shard.cache.capacity):
             readers = f", which {processes} processes of this machine read," if processes > 1 else ""
             raise UserError(
                 f"a shuffle window of {window} samples (0: all){readers} takes {len(copies)} remote shards,"
@@ -234,7 +267,7 @@ class _BatchReader:
                 " to twice as much for the next window to be fetched meanwhile, or lower data.shuffle_window"
             )
 
-    def __call__(self, unit: tuple[int, slice]) -> _Loaded:
+    def read(self, unit: tuple[int, slice]) -> _Loaded:
         position, rows = unit
         global_indices = self._global_indices(position)[rows]
         if self.source.remote:
@@ -297,3 +330,55 @@ class _BatchReader:
             draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
             # First of the same window, whose shards are read anyway.
             yield self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)
+
+
+class EvalBatch(NamedTuple):
+    """Samples in the order of the source.
+
+    Attributes:
+        images: float32 [n, 3, H, W].
+        captions: the n main captions.
+        keys: the n sample keys.
+    """
+
+    images: Tensor
+    captions: list[str]
+    keys: list[str]
+
+
+def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: int = 0) -> Iterator[EvalBatch]:
+    """Yields every usable sample once, in order.
+
+    Bad samples are logged and left out, so a batch can be smaller than `batch_size`; an empty one is not
+    yielded. Raises UserError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+    faults = FaultLog()
+    faults.add(source.faults)
+    reader = _EvalReader(source, transform, batch_size)
+    for images, captions, keys, bad in WorkerLoader(reader, range(0, len(source), batch_size), WorkerOptions(workers)):
+        faults.add(bad)
+        if keys:
+            yield EvalBatch(torch.stack(images), captions, keys)
+
+
+@dataclass(frozen=True)
+class _EvalReader(BatchReader[int, tuple[list[Tensor], list[str], list[str], list[Fault]]]):
+    source: Source
+    transform: EvalTransform
+    batch_size: int
+
+    def read(self, first: int) -> tuple[list[Tensor], list[str], list[str], list[Fault]]:
+        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
+        for index in range(first, min(first + self.batch_size, len(self.source))):
+            try:
+                raw = self.source[index]
+                picture = decode_image(raw.image, self.source.name(index), self.source.decoding)
+            except BadSample as exc:
+                faults.append(exc.fault)
+                continue
+            images.append(self.transform(picture))
+            captions.append(raw.caption)
+            keys.append(raw.key)
+        return images, captions, keys, faults

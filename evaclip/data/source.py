@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evaclip.data.order import I64
-from evaclip.data.prefetch import Copy
+from evaclip.data.remote import Copy
 from evaclip.data.samples import WHOLE, Decoding, Fault, RawSample
 
 
@@ -69,35 +69,6 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027 - most kinds hold nothing open
         """Releases open files; the source stays usable and opens them again on demand."""
-
-
-class View(Source):
-    """Samples of another source under numbers of their own: `number` says which one each is.
-
-    Who makes one sets `shard_sizes` and `fingerprint`.
-    """
-
-    def __init__(self, whole: Source) -> None:
-        self.whole = whole
-        self.description = whole.description
-        self.faults = whole.faults
-        self.decoding = whole.decoding
-
-    @abstractmethod
-    def number(self, index: int) -> int:
-        """That of a sample in the other source."""
-
-    def __getitem__(self, index: int) -> RawSample:
-        return self.whole[self.number(index)]
-
-    def name(self, index: int) -> str:
-        return self.whole.name(self.number(index))
-
-    def place(self, index: int) -> tuple[str, str]:
-        return self.whole.place(self.number(index))
-
-    def close(self) -> None:
-        self.whole.close()
 
 
 def hash_list(kind: str, entries: Iterable[tuple[str, object]]) -> str:

@@ -1,4 +1,4 @@
-"""Runs a data set of batches in worker processes, and says so when one dies or nothing comes."""
+"""Batches from worker processes, with an error when a worker dies and a warning when no batch comes."""
 
 import gc
 import logging
@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -54,70 +55,67 @@ class WorkerOptions:
             raise UserError(f"the number of batches to prefetch must be 1 or more, got {self.prefetch}")
 
 
-@dataclass(frozen=True)
-class _Refused:
-    """A UserError on its way out of a worker, where an exception would lose its plain message."""
+class BatchReader(Dataset[Any], ABC, Generic[P, T]):
+    """Reads the batch at a position, in a worker."""
 
-    message: str
+    @abstractmethod
+    def read(self, position: P) -> T:
+        """The batch. Raises UserError."""
 
-
-class _BatchFunction(Dataset[Any], Generic[P, T]):
-    """A function from a position to a batch, as the map-style data set that DataLoader wants."""
-
-    def __init__(self, function: Callable[[P], T]) -> None:
-        self._function = function
-
-    def __getitem__(self, position: P) -> T | _Refused:
+    def __getitem__(self, position: P) -> T | UserError:
         try:
-            return self._function(position)
-        except UserError as exc:
-            return _Refused(str(exc))
+            return self.read(position)
+        except UserError as exc:  # as a value: DataLoader would put the worker's traceback into its message
+            return exc
 
 
-def run_batches(function: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> Iterator[T]:
-    """Yields `function(position)` for each position, in order, computed by worker processes.
+class WorkerLoader(DataLoader[T]):
+    """Iterates over the batches at the given positions, in order, read by worker processes.
 
     The default random generators are neither read nor changed.
 
     Raises:
-        UserError: the function does, or no worker can be started.
+        UserError: the reader does, or no worker can be started.
         WorkerDied: a worker has ended.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _BatchFunction(function),
-        batch_size=None,
-        sampler=positions,
-        num_workers=options.workers,
-        prefetch_factor=options.prefetch if options.workers else None,
-        collate_fn=_unchanged,
-        pin_memory=options.pin,
-        worker_init_fn=_init_worker,
-        # DataLoader draws a seed for its workers; from this generator, so that the training's own stays as
-        # it is.
-        generator=torch.Generator(),
-    )
-    try:
-        batches = iter(loader)
-    except OSError as exc:
-        needs = "a /dev/shm that can be written to, and of this user's limits processes and open files"
-        told = f"{options.workers} data workers can't be started ({exc}): they need {needs}"
-        raise UserError(f"{told}; 0 (data.workers, --workers) does without") from exc
-    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
-    _raise_in_waits_alone()
-    with _StallWatch(processes, options.patience) as watch:
-        while True:
-            try:
-                with watch.waiting():
-                    batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
-                if not (ended := _ended(processes)):
-                    raise
-                raise WorkerDied(ended) from exc
-            if isinstance(batch, _Refused):
-                raise UserError(batch.message)
-            yield batch
+
+    def __init__(self, reader: BatchReader[P, T], positions: Iterable[P], options: WorkerOptions) -> None:
+        super().__init__(
+            reader,
+            batch_size=None,
+            sampler=positions,
+            num_workers=options.workers,
+            prefetch_factor=options.prefetch if options.workers else None,
+            pin_memory=options.pin,
+            worker_init_fn=_init_worker,
+            # A seed for the workers is drawn from it, and not from the generator of the training.
+            generator=torch.Generator(),
+        )
+        self._patience = options.patience
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]  # DataLoader's has private methods too
+        try:
+            batches = super().__iter__()
+        except OSError as exc:
+            needs = "a /dev/shm that can be written to, and of this user's limits processes and open files"
+            told = f"{self.num_workers} data workers can't be started ({exc}): they need {needs}"
+            raise UserError(f"{told}; 0 (data.workers, --workers) does without") from exc
+        processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+        _raise_in_waits_alone()
+        with _StallWatch(processes, self._patience) as watch:
+            while True:
+                try:
+                    with watch.waiting():
+                        batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
+                    if not (ended := _ended(processes)):
+                        raise
+                    raise WorkerDied(ended) from exc
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
 
 
 def _raise_in_waits_alone() -> None:
@@ -128,10 +126,6 @@ def _raise_in_waits_alone() -> None:
     found: Any = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is threading.main_thread() and getattr(found, "__module__", "").startswith("torch."):
         signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if _StallWatch.waits else None)
-
-
-def _unchanged(batch: T) -> T:
-    return batch
 
 
 def _init_worker(worker: int) -> None:

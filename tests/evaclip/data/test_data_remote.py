@@ -17,10 +17,10 @@ import torch
 from data_samples import make_loader, numbers, sample, take
 from shard_server import ShardServer
 
-from evaclip.data import BadSample, FaultKind, open_source, shard_cache
+from evaclip.data import BadSample, FaultKind, open_source
+from evaclip.data import remote as data_remote
 from evaclip.data.config import RemoteConfig
-from evaclip.data.remote import RemoteError, file_name
-from evaclip.data.shard_cache import ShardCache, Wanted
+from evaclip.data.remote import RemoteError, RemoteShard, ShardCache, file_name
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(shard_cache, "_PAUSE", 0.01)
+    monkeypatch.setattr(data_remote, "_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def test_unwritable_cache_folder_is_named(server, tmp_path):
 
 def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
     cache = ShardCache(RemoteConfig(cache_folder=str(tmp_path / "copies")))
-    wanted = Wanted(server.url("00.tar"), cache.version(server.url("00.tar")))
+    wanted = RemoteShard(server.url("00.tar"), cache)
     server.faults["00.tar"] = ["stall", "always"]
 
     def read() -> None:
@@ -356,7 +356,7 @@ def test_a_refused_copy_is_never_seen(server, tmp_path):
         assert path.stat().st_size > 0
         raise RemoteError("not this one")
 
-    wanted = Wanted(server.url("00.tar"), cache.version(server.url("00.tar")))
+    wanted = RemoteShard(server.url("00.tar"), cache)
     with pytest.raises(RemoteError, match="not this one"), cache.opened(wanted, refuse):
         pass
     assert {path.suffix for path in (tmp_path / "copies").iterdir()} == {".lock"}

@@ -8,7 +8,6 @@ from data_samples import sample
 
 from evaclip.commands.main import build_parser
 from evaclip.data import BadSample, FaultKind, open_source
-from evaclip.data import shards as data_shards
 from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
@@ -29,7 +28,7 @@ def test_a_list_opens_the_data_without_a_look_at_it(
     shutil.rmtree(cache_folder.parent)
     server.requests.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(data_shards, "build_index", lambda *_: pytest.fail("a shard is read"))
+        patched.setattr("evaclip.data.tar_index.scan", lambda _: pytest.fail("a shard is read"))
         listed = open_source(str(tmp_path / "list.json"))
     assert not server.requests
     assert (listed.fingerprint, listed.shard_sizes) == (source.fingerprint, source.shard_sizes)
@@ -174,7 +173,7 @@ def test_shard_indexes_are_stored_next_to_shards(shards, tmp_path, cache_folder,
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["00.tar.index", "01.tar.index", "02.tar.index"]
     assert not cache_folder.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(data_shards, "build_index", lambda *_: pytest.fail("a shard is read"))
+        patched.setattr("evaclip.data.tar_index.scan", lambda _: pytest.fail("a shard is read"))
         index(shards, tmp_path / "again.json")
         assert open_source(shards)[63] == open_source(str(tmp_path / "again.json"))[63]
     write_shard(tmp_path / "01.tar", map(sample, range(100, 120)))

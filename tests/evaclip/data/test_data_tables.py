@@ -8,8 +8,8 @@ from data_samples import picture
 from evaclip.data import BadSample, FaultKind, open_source
 from evaclip.data.order import mix
 from evaclip.data.packed_strings import PackedStrings
-from evaclip.data.paths import expand_braces, expand_paths
 from evaclip.data.samples import decode_image
+from evaclip.data.shard_list import expand_braces, expand_paths
 from evaclip.errors import UserError
 
 

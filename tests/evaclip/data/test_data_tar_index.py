@@ -8,11 +8,9 @@ from data_samples import sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaclip.data import index_files, shards, tar_headers, tar_index
-from evaclip.data.index_files import IndexCache
+from evaclip.data import tar_index
 from evaclip.data.shard_writer import write_shard
-from evaclip.data.shards import LocalShard
-from evaclip.data.tar_index import build_index
+from evaclip.data.tar_index import IndexCache, LocalShard, build_index
 from evaclip.errors import UserError
 
 
@@ -127,7 +125,7 @@ def test_plain_headers_equal_those_of_tarfile(tmp_path, monkeypatch):
                 info.type = tarfile.DIRTYPE if name == "set" else tarfile.REGTYPE
                 tar.addfile(info, io.BytesIO(bytes(info.size)))
         with monkeypatch.context() as patched:
-            patched.setattr(tar_headers, "_TOGETHER", 16)
+            patched.setattr(tar_index, "_TOGETHER", 16)
             patched.setattr(tar_index, "_scan", lambda *_: pytest.fail("tarfile is asked"))
             fast = build_index(path)
         with monkeypatch.context() as patched:
@@ -168,8 +166,8 @@ def test_what_is_not_plain_is_left_to_tarfile(names, form, tmp_path, monkeypatch
 
 
 def test_index_cache_evicts_the_oldest_files(tmp_path, cache_folder, monkeypatch):
-    monkeypatch.setattr(index_files, "_TRIM_EVERY", 1)
-    monkeypatch.setattr(index_files, "_CAPACITY", 4000)
+    monkeypatch.setattr(tar_index, "_TRIM_EVERY", 1)
+    monkeypatch.setattr(tar_index, "_CAPACITY", 4000)
     left_behind = cache_folder / "older.npz"
     cache_folder.mkdir(parents=True)
     left_behind.write_bytes(bytes(4000))
@@ -185,7 +183,7 @@ def test_index_cache_evicts_the_oldest_files(tmp_path, cache_folder, monkeypatch
 def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
     first = IndexCache().get(LocalShard(shard))
     assert len(list(cache_folder.iterdir())) == 1
-    monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(tar_index, "build_index", lambda *args: pytest.fail("built again"))
     second = IndexCache().get(LocalShard(shard))
     assert second.facts == first.facts
     assert list(second.keys) == list(first.keys)
@@ -221,12 +219,12 @@ def test_unusable_index_folder_is_ignored(shard, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG, "evaclip.data"):
         index = cache.get(LocalShard(shard))
     assert "not stored" in caplog.text
-    monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(tar_index, "build_index", lambda *args: pytest.fail("built again"))
     assert cache.get(LocalShard(shard)) is index
 
 
 def test_slow_indexing_reports_how_far_it_is(shard, monkeypatch, caplog):
-    monkeypatch.setattr(index_files, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(tar_index, "_SECONDS_BETWEEN_REPORTS", 0.0)
     with caplog.at_level(logging.INFO, "evaclip.data"):
         list(IndexCache().get_all([LocalShard(shard)] * 2))
     assert [record.getMessage() for record in caplog.records] == ["indexed 1 of 2 shards", "indexed 2 of 2 shards"]
@@ -239,8 +237,8 @@ def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):
     cache = IndexCache(capacity=2)
     first, second, third = cache.get_all(list(map(LocalShard, paths)))
     loads = []
-    load = index_files._load
-    monkeypatch.setattr(index_files, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
+    load = tar_index._load
+    monkeypatch.setattr(tar_index, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
     assert cache.get(LocalShard(paths[1])) is second
     assert cache.get(LocalShard(paths[2])) is third
     assert not loads

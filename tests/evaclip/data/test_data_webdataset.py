@@ -247,7 +247,7 @@ def test_shard_truncated_after_indexing(shards, tmp_path):
 
 def test_a_shard_indexed_again_gives_no_wrong_data(shards, tmp_path, monkeypatch):
     """Every index is forgotten at once, as the older ones of a large data set are."""
-    monkeypatch.setattr("evaclip.data.index_files.IndexCache._keep", lambda self, path, index, stored: index)
+    monkeypatch.setattr("evaclip.data.tar_index.IndexCache._keep", lambda self, path, index, stored: index)
     source = open_source(shards)
     write_shard(tmp_path / "00.tar", map(sample, range(100, 120)))
     with pytest.raises(BadSample, match="changed after it was indexed") as caught:

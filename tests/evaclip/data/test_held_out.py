@@ -9,9 +9,9 @@ import pytest
 from data_samples import number_tokens, number_transform, picture
 
 from evaclip.data import Source, TrainLoader, open_source
-from evaclip.data.held_out import Rest, hold_out
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.synthetic import SyntheticSource
+from evaclip.data.validation import Rest, hold_out
 
 
 def numbers(source: Source) -> list[int]:

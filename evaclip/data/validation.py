@@ -1,14 +1,15 @@
-"""Samples that are held out of the training data: which ones, and both halves as sources."""
+"""The validation split: which samples it has, and both parts as sources."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.order import I64, U64, mix
-from evaclip.data.prefetch import Copy
+from evaclip.data.remote import Copy
 from evaclip.data.samples import RawSample
-from evaclip.data.source import Source, View, hash_list
+from evaclip.data.source import Source, hash_list
 
 MOST = 5000
 """More make an evaluation slower and hardly more exact: 0.7 % is the standard error of a share of one half."""
@@ -70,6 +71,35 @@ def _below(limit: int, size: int, seed: int, pictures: I64 | None) -> tuple[I64,
         indices.append(block[chosen])
         draws.append(hashes[chosen])
     return np.concatenate(indices), np.concatenate(draws)
+
+
+class View(Source):
+    """Samples of another source under numbers of their own: `number` says which one each is.
+
+    Who makes one sets `shard_sizes` and `fingerprint`.
+    """
+
+    def __init__(self, whole: Source) -> None:
+        self.whole = whole
+        self.description = whole.description
+        self.faults = whole.faults
+        self.decoding = whole.decoding
+
+    @abstractmethod
+    def number(self, index: int) -> int:
+        """That of a sample in the other source."""
+
+    def __getitem__(self, index: int) -> RawSample:
+        return self.whole[self.number(index)]
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.number(index))
+
+    def place(self, index: int) -> tuple[str, str]:
+        return self.whole.place(self.number(index))
+
+    def close(self) -> None:
+        self.whole.close()
 
 
 class Selection(View):
