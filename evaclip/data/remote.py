@@ -4,7 +4,6 @@ HTTP is read by urllib: fsspec's needs aiohttp. The copies are bounded in bytes,
 and compared with the index before they are used; fsspec's caches are neither.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from evaclip.atomic import locked
 from evaclip.data.config import RemoteConfig
 from evaclip.data.tar_index import TarIndex, build_index
 from evaclip.errors import UserError
@@ -343,7 +343,7 @@ class ShardCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             # One of 256 locks, so that there aren't as many lock files as shards.
-            with _locked(self._folder / f"{path.name[:2]}.lock", wait):
+            with locked(self._folder / f"{path.name[:2]}.lock", wait):
                 if not path.exists():
                     self._fetch_locked(shard, path, check)
         except RemoteError as exc:
@@ -385,7 +385,7 @@ class ShardCache:
 
     def _make_room(self, size: int, kept: Path) -> None:
         """Deletes the copies that were read longest ago until `size` more bytes fit; never `kept`."""
-        with _locked(self._folder / "room.lock"):
+        with locked(self._folder / "room.lock"):
             copies = list[tuple[Path, os.stat_result]]()
             for path in self._folder.iterdir():
                 if path.suffix in (".tar", ".part"):
@@ -414,19 +414,6 @@ class ShardCache:
                 time.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of that name against all processes and threads; without `wait`, or raises BlockingIOError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        # Not left to close: a process forked meanwhile has the descriptor too.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

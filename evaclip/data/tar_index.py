@@ -4,34 +4,28 @@
 sample side by side): it parses headers together and makes no Python object a member. Anything else, damage too, is left
 to `tarfile`, which is slower.
 
-An index file is one of safetensors: the arrays of a `TarIndex`, and its other parts as JSON in the metadata. Processes
-map it, so an index costs none of them memory.
+Processes map index files, so an index costs none of them memory.
 """
 
 import hashlib
-import json
 import logging
-import mmap
 import os
 import re
 import tarfile
 import time
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-from evaclip.atomic import replacing
-from evaclip.data.packed_strings import PackedStrings
+from evaclip.data.packed_strings import PackedStrings, map_arrays, narrow, write_arrays
 from evaclip.errors import UserError
 from evaclip.machine import user_cache
 
@@ -62,7 +56,6 @@ _SECONDS_BETWEEN_REPORTS = 10.0
 _TRIM_EVERY = 256
 _CAPACITY = 10 * 10**9
 _ARRAYS = ("key_text", "key_ends", "starts", "codes", "blocks", "sizes")
-_DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
 class Members(NamedTuple):
@@ -295,18 +288,14 @@ def _index_of(found: Members, damage: str, duplicates: tuple[str, ...]) -> TarIn
         digest.update(part if isinstance(part, bytes) else part.tobytes())
     end = int((found.offsets + found.sizes).max(initial=0))
     return TarIndex(
-        PackedStrings(found.key_text, _narrow(found.key_ends)),
-        _narrow(found.starts),
+        PackedStrings(found.key_text, narrow(found.key_ends)),
+        narrow(found.starts),
         tuple(found.suffixes),
-        _narrow(found.codes),
-        _narrow(found.offsets // BLOCK),
-        _narrow(found.sizes),
+        narrow(found.codes),
+        narrow(found.offsets // BLOCK),
+        narrow(found.sizes),
         ShardFacts(len(found.key_ends), digest.hexdigest(), damage, end, duplicates),
     )
-
-
-def _narrow(numbers: NDArray[np.int64]) -> Unsigned:
-    return numbers.astype(np.min_scalar_type(numbers.max(initial=0)))
 
 
 def _scan(path: Path, name: str) -> tuple[dict[str, dict[str, Member]], set[str], str]:
@@ -457,12 +446,21 @@ class IndexCache:
         stamp = _stamp(shard)
         files = self._files(shard)
         for file in files[:1] if self._beside else files:
-            if (index := _load(file, stamp)) is not None:
+            if index := self._load(file, stamp):
                 return index, True
         index = shard.index()
         stored = self._store(files if self._beside else files[-1:], stamp, index)
         # What is mapped is shared, what was built is not.
-        return (index, False) if stored is None else (_load(stored, stamp) or index, True)
+        return (index, False) if stored is None else (self._load(stored, stamp) or index, True)
+
+    def _load(self, file: Path, stamp: list[int]) -> TarIndex | None:
+        if not (found := map_arrays(file, stamp, _ARRAYS)):
+            return None
+        (text, ends, starts, codes, blocks, sizes), notes = found[0].values(), found[1]
+        *facts, duplicates = notes["facts"]
+        suffixes = tuple(notes["suffixes"])
+        packed = PackedStrings(text, ends)
+        return TarIndex(packed, starts, suffixes, codes, blocks, sizes, ShardFacts(*facts, tuple(duplicates)))
 
     def _files(self, shard: Shard) -> list[Path]:
         """Where an index may lie, the cache folder last."""
@@ -470,12 +468,12 @@ class IndexCache:
         return [cached] if shard.path is None else [shard.path.with_name(shard.path.name + _SUFFIX), cached]
 
     def _store(self, files: Sequence[Path], stamp: Sequence[int], index: TarIndex) -> Path | None:
-        """Writes the index to the first file that can be written, and says which."""
+        """Writes the index to the first file that can be written, and returns that."""
+        arrays = (index.keys.text, index.keys.ends, index.starts, index.codes, index.blocks, index.sizes)
+        notes = {"suffixes": index.suffixes, "facts": astuple(index.facts)}
         for file in files:
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(file) as temporary:
-                    temporary.write_bytes(_packed(stamp, index))
+                write_arrays(file, stamp, dict(zip(_ARRAYS, arrays, strict=True)), notes)
             except OSError as exc:
                 told = logging.DEBUG if file == files[-1] or file.parent in self._closed else logging.WARNING
                 self._closed.add(file.parent)
@@ -507,45 +505,3 @@ def _trim(folder: Path) -> None:
         with suppress(OSError):
             path.unlink()
         total -= size
-
-
-def _packed(stamp: Sequence[int], index: TarIndex) -> bytes:
-    arrays = (index.keys.text, index.keys.ends, index.starts, index.codes, index.blocks, index.sizes)
-    notes = {
-        "stamp": list(stamp),
-        "suffixes": index.suffixes,
-        "facts": astuple(index.facts),
-        "crc32": _checksum(arrays),
-    }
-    return save(dict(zip(_ARRAYS, arrays, strict=True)), {"index": json.dumps(notes)})
-
-
-def _load(file: Path, stamp: Sequence[int]) -> TarIndex | None:
-    try:
-        with file.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        # safetensors' own reader copies what it reads.
-        body = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:body])
-        notes = json.loads(header["__metadata__"]["index"])
-        if notes["stamp"] != list(stamp):
-            return None
-        arrays = [
-            np.frombuffer(data, np.dtype(_DTYPES[part["dtype"]]), part["shape"][0], body + part["data_offsets"][0])
-            for part in map(header.__getitem__, _ARRAYS)
-        ]
-        if _checksum(arrays) != notes["crc32"]:
-            raise ValueError("its checksum differs")
-        text, ends, starts, codes, blocks, sizes = arrays
-        samples, digest, damage, end, duplicates = notes["facts"]
-        facts = ShardFacts(samples, digest, damage, end, tuple(duplicates))
-        return TarIndex(PackedStrings(text, ends), starts, tuple(notes["suffixes"]), codes, blocks, sizes, facts)
-    except FileNotFoundError:
-        return None
-    except Exception as exc:  # whatever is damaged: ValueError, KeyError, TypeError, OSError, RecursionError, ...
-        _LOG.debug("the index %s is not usable: %s", file, exc)
-        return None
-
-
-def _checksum(arrays: Iterable[NDArray[Any]]) -> int:
-    return reduce(lambda crc, array: zlib.crc32(array.data, crc), arrays, 0)

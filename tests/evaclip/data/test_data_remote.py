@@ -327,7 +327,7 @@ def test_unwritable_cache_folder_is_named(server, tmp_path):
 
 def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
     cache = ShardCache(RemoteConfig(cache_folder=str(tmp_path / "copies")))
-    wanted = RemoteShard(server.url("00.tar"), cache)
+    wanted = RemoteShard(server.url("00.tar"), cache, cache.version(server.url("00.tar")))
     server.faults["00.tar"] = ["stall", "always"]
 
     def read() -> None:
@@ -356,7 +356,7 @@ def test_a_refused_copy_is_never_seen(server, tmp_path):
         assert path.stat().st_size > 0
         raise RemoteError("not this one")
 
-    wanted = RemoteShard(server.url("00.tar"), cache)
+    wanted = RemoteShard(server.url("00.tar"), cache, cache.version(server.url("00.tar")))
     with pytest.raises(RemoteError, match="not this one"), cache.opened(wanted, refuse):
         pass
     assert {path.suffix for path in (tmp_path / "copies").iterdir()} == {".lock"}

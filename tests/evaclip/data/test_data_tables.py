@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_samples import picture
@@ -257,15 +259,70 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 
 
 def test_a_folder_without_pictures(tmp_path):
-    (tmp_path / "dog").mkdir()
-    with pytest.raises(UserError, match=r"one folder of images \(\.jpeg, .*\) per class, got 1 folder with 0 images;"):
-        open_source(str(tmp_path))
-    write_picture(tmp_path / "loose.png")
-    write_picture(tmp_path / "dog" / "1.HEIC")
-    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic, 1 outside of the class folders; a table"):
-        open_source(str(tmp_path))
-    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic"):
-        open_source(str(tmp_path / "dog"), captions=False)
+    root = tmp_path / "root"
+    (root / "dog").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"per class, got 1 folder with 0 images"):
+        open_source(str(root))
+    write_picture(root / "loose.png")
+    write_picture(root / "dog" / "1.HEIC")
+    with pytest.raises(UserError, match=r"1 \.heic, 1 outside of the class folders"):
+        open_source(str(root))
+    with pytest.raises(UserError, match=r"1 \.heic"):
+        open_source(str(root / "dog"), captions=False)
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    for number, name in enumerate(("b_b/z/1.JPG", "b_b/z.png", "b_b/z-.png", "a/é.webp", "c/10.jpeg", "c/9.png")):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(bytes(number + 1))
+    return tmp_path / "root"
+
+
+def keys(source):
+    return [source[index].key for index in range(len(source))]
+
+
+def test_class_folder_order_is_that_of_old_runs(class_folder):
+    for _ in ("scanned", "stored"):
+        source = open_source(str(class_folder))
+        assert keys(source) == ["a/é.webp", "b_b/z/1.JPG", "b_b/z-.png", "b_b/z.png", "c/10.jpeg", "c/9.png"]
+        assert list(source.classes) == ["a", "b b", "c"]
+        assert source.fingerprint == "5694ee000e24ee92a2285325417009ee"
+        assert open_source(str(class_folder), captions=False).fingerprint == "aeaef2dbfa635431c566c05126029b94"
+
+
+def test_class_folder_is_scanned_by_one_rank(class_folder, monkeypatch):
+    scanned = []
+    scandir = os.scandir
+
+    def counted(path):
+        scanned.append(os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    with ThreadPoolExecutor(4) as ranks:
+        sources = list(ranks.map(open_source, [str(class_folder)] * 4))
+    assert len({source.fingerprint for source in sources}) == 1
+    assert scanned.count(str(class_folder / "c")) == 1
+
+
+def test_class_folder_change_is_noticed(class_folder):
+    before = open_source(str(class_folder))
+    (class_folder / "b_b/z/2.jpg").write_bytes(b"new")
+    os.utime(class_folder / "b_b/z", ns=(0, 1))  # whatever the file system's resolution of times
+    changed = open_source(str(class_folder))
+    assert set(keys(changed)) - set(keys(before)) == {"b_b/z/2.jpg"}
+    assert changed.fingerprint != before.fingerprint
+    shutil.rmtree(class_folder / "b_b")
+    os.utime(class_folder, ns=(0, 1))
+    assert list(open_source(str(class_folder)).classes) == ["a", "c"]
+
+
+def test_class_folder_without_a_cache_is_read(class_folder, cache_folder):
+    cache_folder.parent.mkdir(parents=True)
+    cache_folder.touch()
+    assert len(open_source(str(class_folder))) == 6
 
 
 def test_synthetic_pictures_follow_their_captions():

@@ -237,8 +237,8 @@ def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):
     cache = IndexCache(capacity=2)
     first, second, third = cache.get_all(list(map(LocalShard, paths)))
     loads = []
-    load = tar_index._load
-    monkeypatch.setattr(tar_index, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
+    load = tar_index.map_arrays
+    monkeypatch.setattr(tar_index, "map_arrays", lambda file, *args: loads.append(file) or load(file, *args))
     assert cache.get(LocalShard(paths[1])) is second
     assert cache.get(LocalShard(paths[2])) is third
     assert not loads
