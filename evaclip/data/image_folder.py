@@ -86,6 +86,7 @@ class FolderSource(_Files):
             table = "a table (.csv, .jsonl, .parquet) lists images with their captions instead"
             raise UserError(f"{wanted}, got {given}; {table}")
         self._template = template
+        self._labels = {name: label for label, name in enumerate(classes)}
         self.classes = list(map(_class_name, classes))
         self.faults = [
             Fault(FaultKind.EMPTY_CLASS, str(root / name), "it is not taken for a class", file=str(root / name))
@@ -96,6 +97,9 @@ class FolderSource(_Files):
         key = self._files[index]
         caption = self._template.replace("{}", _class_name(key.split("/", 1)[0]))
         return RawSample(key, read_image_file(self._root / key), (caption,))
+
+    def label(self, index: int) -> int:
+        return self._labels[self._files[index].split("/", 1)[0]]
 
 
 class PictureFolder(_Files):

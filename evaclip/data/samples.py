@@ -100,6 +100,9 @@ REDUCTION_MARGIN = 2
 UPRIGHT = Decoding(exif_orientation=True)
 
 
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
+
+
 def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
     """Decodes an image file completely, in its own mode, but for pixels that are no bytes: see `eight_bit`.
 
@@ -122,6 +125,13 @@ def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Imag
         if decoding.exif_orientation:
             ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def image_suffix(data: bytes, name: str) -> str:
+    """The suffix of files of an image's format, such as 'jpg'. Raises BadSample for other formats than `FORMATS`."""
+    with _faults(name):
+        image = open_image(data)
+    return _SUFFIXES.get(image.format or "", str(image.format).lower())
 
 
 def loaded_image(image: Image.Image, name: str) -> Image.Image:

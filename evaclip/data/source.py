@@ -59,6 +59,10 @@ class Source(ABC):
         """The file that is a sample's picture; None where that is a part of another."""
         return None
 
+    def label(self, index: int) -> int | None:
+        """The place of a sample's class in `classes`; None where the kind of data has no classes."""
+        return None
+
     def pictures(self) -> I64 | None:
         """A number for each sample, the same for those that share a picture; None where each has its own."""
         return None

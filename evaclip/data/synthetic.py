@@ -50,6 +50,9 @@ class SyntheticSource(Source):
         _draw(*kind, seed=index).save(buffer, "png", compress_level=1)
         return RawSample(self.name(index), buffer.getvalue(), (_caption(*kind),))
 
+    def label(self, index: int) -> int:
+        return index % len(self._kinds)
+
     def name(self, index: int) -> str:
         return f"synthetic-{index:08d}"
 

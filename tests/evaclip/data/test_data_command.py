@@ -2,12 +2,12 @@ import json
 
 import numpy as np
 import pytest
-from data_samples import picture, sample
+from data_samples import number_transform, picture, sample
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from evaclip.commands.main import build_parser
-from evaclip.data import DataConfig, bench, open_configured, open_source
+from evaclip.data import DataConfig, bench, iterate, open_configured, open_source
 from evaclip.data.bench import StageTimes, Throughput, time_stages
 from evaclip.data.check import check
 from evaclip.data.samples import Decoding
@@ -220,3 +220,67 @@ def test_the_configuration_opens_its_data(shards):
 def test_configuration_mistakes_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         TypeAdapter(DataConfig).validate_python(wrong)
+
+
+def read(source) -> list[tuple]:
+    """Captions and tensors of all samples, as evaluation reads them."""
+    batches = list(iterate(source, number_transform, 5))
+    return [(c, i.tolist()) for images, captions, _ in batches for c, i in zip(captions, images, strict=True)]
+
+
+@pytest.fixture
+def sources(shards, tmp_path):
+    """The paths of equal images as class folders, table and shards."""
+    rows = []
+    for number in range(12):
+        name = f"{['dog', 'cat'][number % 2]}/{number:02d}.v1.png"
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(picture(number))
+        rows.append({"filepath": f"root/{name}", "title": [f"caption {number}", "again"][: 1 + number % 2]})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[1]])))
+    return {"folder": str(tmp_path / "root"), "table": str(tmp_path / "pairs.jsonl"), "shards": shards}
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "shards"])
+def test_converted_shards_hold_the_same_samples(kind, sources, tmp_path, capsys):
+    evaclip("data", "convert", sources[kind], str(tmp_path / "out"), "--samples-per-shard", "5")
+    source, converted = open_source(sources[kind]), open_source(str(tmp_path / "out"))
+    count = {"folder": 12, "table": 13, "shards": 64}[kind]
+    assert f"{-(-count // 5)} shards, {count} samples" in capsys.readouterr().out
+    assert list(converted.shard_sizes[:-1]) == [5] * (-(-count // 5) - 1)
+    assert read(converted) == read(source)
+    assert [converted[i].captions for i in range(count)] == [source[i].captions for i in range(count)]
+    keys = open_source(str(tmp_path / "out"), caption_key="json:key")
+    assert [keys[i].caption for i in range(count)] == [source[i].key for i in range(count)]
+
+
+def test_converted_class_folders_keep_their_labels(sources, tmp_path):
+    evaclip("data", "convert", sources["folder"], str(tmp_path / "out"))
+    labels = open_source(str(tmp_path / "out"), caption_key="cls")
+    assert [labels[i].caption for i in range(12)] == ["0"] * 6 + ["1"] * 6
+    assert (tmp_path / "out/classes.txt").read_text() == "cat\ndog\n"
+
+
+def test_convert_twice_gives_equal_bytes(sources, tmp_path):
+    for out in ("one", "two"):
+        evaclip("data", "convert", sources["table"], str(tmp_path / out))
+    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+
+
+def test_convert_leaves_bad_samples_out(tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "c.tiff")
+    (tmp_path / "b.png").write_bytes(b"rubbish")
+    (tmp_path / "pairs.csv").write_text("filepath,title\ngone.png,x\nb.png,x\nc.tiff,x\n")
+    evaclip("data", "convert", str(tmp_path / "pairs.csv"), str(tmp_path / "out"))
+    output = capsys.readouterr().out
+    assert "1 sample" in output
+    assert "2 bad samples" in output
+    assert "data.image_key='tiff'" in output
+    assert open_source(str(tmp_path / "out"), image_key="tiff")[0].caption == "x"
+
+
+def test_convert_overwrites_no_shards(shards, tmp_path):
+    with pytest.raises(UserError, match=f"OUT .*{tmp_path}"):
+        evaclip("data", "convert", shards, str(tmp_path))
+    with pytest.raises(UserError, match="--samples-per-shard"):
+        evaclip("data", "convert", shards, str(tmp_path / "out"), "--samples-per-shard", "0")
