@@ -141,7 +141,7 @@ def _http(url: str, timeout: float) -> Iterator[RemoteFile]:
         response = urlopen(request, timeout=timeout)
     with response:
         size, tag = response.headers["Content-Length"], response.headers["ETag"] or response.headers["Last-Modified"]
-        yield RemoteFile(Version(int(size) if size else None, tag or ""), _translating(response.read))
+        yield RemoteFile(Version(int(size) if size else None, tag or ""), _translated()(response.read))
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def _file_system(url: str) -> Iterator[RemoteFile]:
         stream = files.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
     with stream:
         tag = next((str(facts[name]) for name in _TAGS if facts.get(name)), "")
-        yield RemoteFile(Version(facts.get("size"), tag), _translating(stream.read))
+        yield RemoteFile(Version(facts.get("size"), tag), _translated()(stream.read))
 
 
 @contextmanager
@@ -201,14 +201,6 @@ def _command(command: str, timeout: float) -> Iterator[RemoteFile]:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def _translating(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    def translated(size: int) -> bytes:
-        with _translated():
-            return read(size)
-
-    return translated
 
 
 @contextmanager
@@ -318,7 +310,7 @@ class ShardCache:
                 break
             except (FileNotFoundError, NotADirectoryError):
                 # Another process may have put it out again before it is opened: then once more.
-                self._fetch(shard, check)
+                self.fetch(shard, check)
             except OSError as exc:
                 raise UserError(f"the copy {path} of {shard.url} cannot be read: {exc.strerror}") from exc
         try:
@@ -328,12 +320,13 @@ class ShardCache:
         finally:
             os.close(descriptor)
 
-    def fetch_ahead(self, shard: RemoteShard, check: Check) -> None:
-        """Fetches a shard unless it is there, or another process fetches it now. Raises as `opened`."""
-        with suppress(BlockingIOError):
-            self._fetch(shard, check, wait=False)
+    def fetch(self, shard: RemoteShard, check: Check | None, wait: bool = True) -> None:
+        """Fetches a shard unless it is there.
 
-    def _fetch(self, shard: RemoteShard, check: Check | None, wait: bool = True) -> None:
+        Raises:
+            BlockingIOError: without `wait`, another process or thread fetches it.
+            RemoteError, UserError: as `opened`.
+        """
         path = self._folder / shard.file_name
         if path.exists():
             return
@@ -467,8 +460,8 @@ class Prefetcher:
             self._news.clear()
             for copy in self._copies:
                 try:
-                    copy.shard.cache.fetch_ahead(copy.shard, copy.check)
-                except (RemoteError, UserError) as exc:  # who reads the shard is told
+                    copy.shard.cache.fetch(copy.shard, copy.check, wait=False)
+                except (RemoteError, UserError, BlockingIOError) as exc:  # the reader of the shard gets the error
                     _LOG.debug("%s is not fetched ahead: %s", copy.shard.url, exc)
                 if self._news.is_set():
                     break

@@ -339,8 +339,8 @@ def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
     for reader in readers:
         reader.start()
     server.stalled.wait(20)
-    # Who only wants it ahead of time doesn't wait for the one who fetches it.
-    cache.fetch_ahead(wanted, lambda path: None)
+    with pytest.raises(BlockingIOError):
+        cache.fetch(wanted, None, wait=False)
     server.faults.clear()
     server.release()
     for reader in readers:
