@@ -83,17 +83,15 @@ class _ChunkReader(BatchReader[int, _Chunk]):
         indices = range(first, min(first + _CHUNK, len(self.source)))
         chunk = _Chunk(len(indices))
         for index in indices:
+            name = self.source.name(index)
             try:
-                self._add(index, chunk)
+                raw = self.source[index]
+                chunk.image_bytes += len(raw.image)
+                image = load_image(raw.image, name, self.source.decoding)
+                as_bytes(image, name)
             except BadSample as exc:
                 file, key = self.source.place(index)
                 chunk.faults.append(replace(exc.fault, file=file, key=key, index=index))
+            else:
+                chunk.converted.update(filter(None, [pixel_kind(image)]))
         return chunk
-
-    def _add(self, index: int, chunk: _Chunk) -> None:
-        raw, name = self.source[index], self.source.name(index)
-        chunk.image_bytes += len(raw.image)
-        picture = load_image(raw.image, name, self.source.decoding)
-        as_bytes(picture, name)
-        if kind := pixel_kind(picture):
-            chunk.converted[kind] += 1

@@ -181,7 +181,7 @@ class _StallWatch:
     def __init__(self, processes: Sequence[BaseProcess], patience: float) -> None:
         self._processes = processes
         self._patience = patience
-        self._waiting_since: float | None = None
+        self._since: float | None = None
         self._batches = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="evaclip-data-watch", daemon=True)
@@ -199,27 +199,22 @@ class _StallWatch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The time in which the consumer waits for one batch."""
-        self._waiting_since, _StallWatch.waits = time.monotonic(), True
+        self._since, _StallWatch.waits = time.monotonic(), True
         try:
             yield
         finally:
-            self._waiting_since, _StallWatch.waits = None, False
+            self._since, _StallWatch.waits = None, False
             self._batches += 1
 
     def _watch(self) -> None:
-        warned_at = 0.0
+        warned = 0.0
         while not self._closed.wait(min(self._patience / 4, 5.0)):
-            since = self._waiting_since
-            now = time.monotonic()
-            if since is not None and now - max(since, warned_at) >= self._patience:
-                warned_at = now
-                worker = self._batches % len(self._processes)
-                process = self._processes[worker]
-                _LOG.warning(
-                    "no samples for %.0f s: waiting for part %d from data worker %d (pid %s, %s)",
-                    now - since,
-                    self._batches,
-                    worker,
-                    process.pid,
-                    "alive" if process.is_alive() else "dead",
-                )
+            since, now = self._since, time.monotonic()
+            if since is None or now - max(since, warned) < self._patience:
+                continue
+            warned = now
+            worker = self._batches % len(self._processes)
+            process = self._processes[worker]
+            state = f"pid {process.pid}, {'alive' if process.is_alive() else 'dead'}"
+            waited = f"no samples for {now - since:.0f} s: waiting for part {self._batches}"
+            _LOG.warning("%s from data worker %d (%s)", waited, worker, state)

@@ -27,13 +27,6 @@ def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
 
 
-def test_check_of_sound_data(shards, capsys):
-    evaclip("data", "check", shards, "--workers", "0")
-    output = capsys.readouterr().out
-    assert "64 samples" in output
-    assert "no faults" in output
-
-
 def test_check_lists_faults_by_kind_and_ends_with_1(tmp_path, capsys):
     samples = [sample(i) for i in range(150)]
     for i in range(100, 110):
@@ -91,13 +84,6 @@ def test_check_tells_what_it_converted_and_guessed(tmp_path, capsys):
     assert stored["converted"] == {"16-bit": 2, "float": 1}
     assert stored["notes"] == ["read as utf-8-sig, columns separated by pipes"]
     assert stored["faults"] == []
-
-
-def test_check_decodes_as_it_is_told(tmp_path, capsys):
-    write_shard(tmp_path / "a.tar", [sample(0)])
-    with pytest.raises(SystemExit):
-        evaclip("data", "check", str(tmp_path / "a.tar"), "--workers", "0", "--min-size", "9")
-    assert "undersized image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

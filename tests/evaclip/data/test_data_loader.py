@@ -40,14 +40,6 @@ def test_every_epoch_holds_every_sample_once(shards):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize(("size", "parts"), [(1, 1), (64, 1), (65, 2), (1125, 18)])
-def test_the_work_of_a_batch_is_divided_equally(size, parts):
-    units = loader._units(size)
-    sizes = [len(range(size)[rows]) for rows in units]
-    assert [index for rows in units for index in range(size)[rows]] == list(range(size))
-    assert (len(sizes), max(sizes) - min(sizes)) == (parts, size % parts > 0)
-
-
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_parts_of_a_batch_are_the_batch(shards, monkeypatch, workers):
@@ -131,11 +123,6 @@ def test_workers_collect_garbage(shards):
     finally:
         gc.enable()
     assert batch.images.all()
-
-
-def test_another_seed_gives_another_order(shards):
-    source = open_source(shards)
-    assert numbers(take(make_loader(source, seed=1), 8)) != numbers(take(make_loader(source, seed=2), 8))
 
 
 @pytest.mark.parametrize(("limit", "decoded"), [(2**26, 64), (64 * 8, 192)])

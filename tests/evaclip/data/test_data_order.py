@@ -44,11 +44,6 @@ def test_a_window_reads_few_shards():
         assert len(set((order.indices(np.arange(first, first + 200)) // 100).tolist())) <= 3
 
 
-def test_shard_order_varies_by_epoch():
-    order = sample_order(60, 0, window=1, shard_sizes=[1] * 60)
-    assert order.indices(np.arange(60)).tolist() != order.indices(np.arange(60, 120)).tolist()
-
-
 def test_order_is_uniform():
     draws = 1500
     order = sample_order(6, seed=5)

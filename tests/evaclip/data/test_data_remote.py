@@ -144,7 +144,6 @@ def test_permanent_error_is_not_retried(fault, reason, requests, server, copies)
 
 def test_samples_of_a_missing_shard_are_replaced(server, copies, caplog):
     path = server.url("{00..02}.tar")
-    sound = numbers(take(make_loader(open_source(path)), 8))
     source = open_source(path, remote=QUICK)
     forget_copies(copies)
     server.faults["00.tar"] = [404, "always"]
@@ -155,8 +154,6 @@ def test_samples_of_a_missing_shard_are_replaced(server, copies, caplog):
     assert not set(range(20)) & set(numbers(batches))
     assert loader.faults.counts["unreachable shard"] == sum(batch.skipped for batch in batches) >= 20
     assert f"unreachable shard: {server.url('00.tar')} (sample " in caplog.text
-    windowed = numbers(take(make_loader(source), 8))
-    assert [new for old, new in zip(sound, windowed, strict=True) if old >= 20] == [n for n in sound if n >= 20]
 
 
 def test_replacements_come_from_the_same_window(tmp_path):

@@ -67,12 +67,14 @@ def test_shards_changed_after_listing_are_faults(remote, shards, server, tmp_pat
     assert source[30].caption == "caption 30"
 
 
-def test_damage_is_listed_too(shards, tmp_path, capsys):
+def test_list_has_the_faults_of_shards(shards, tmp_path):
     path = tmp_path / "01.tar"
     path.write_bytes(path.read_bytes()[:50_000])
+    write_shard(tmp_path / "02.tar", [*map(sample, range(3)), sample(1)])
     index(shards, tmp_path / "list.json")
-    assert "damaged shard: " in capsys.readouterr().out
-    assert open_source(str(tmp_path / "list.json")).faults == open_source(shards).faults
+    faults = open_source(shards).faults
+    assert [fault.kind for fault in faults] == [FaultKind.DAMAGED_SHARD, FaultKind.DUPLICATE_KEY]
+    assert open_source(str(tmp_path / "list.json")).faults == faults
 
 
 @pytest.mark.parametrize(
@@ -134,14 +136,6 @@ def test_mistakes(shards, server, tmp_path):
         index(shards, tmp_path / "list")
     with pytest.raises(UserError, match=r"cannot read the list of shards \S+none\.json: HTTP 404"):
         open_source(server.url("none.json"))
-
-
-def test_a_list_knows_of_keys_that_come_again(tmp_path):
-    write_shard(tmp_path / "a.tar", [*map(sample, range(3)), sample(1)])
-    index(str(tmp_path / "a.tar"), tmp_path / "list.json")
-    opened = open_source(str(tmp_path / "a.tar")).faults
-    assert [fault.key for fault in opened] == ["000001"]
-    assert open_source(str(tmp_path / "list.json")).faults == opened
 
 
 def test_parts_are_indexed_apart_and_joined(shards, tmp_path, monkeypatch, capsys):

@@ -8,8 +8,6 @@ import pytest
 from data_samples import picture
 
 from evaclip.data import BadSample, FaultKind, open_source
-from evaclip.data.order import mix
-from evaclip.data.packed_strings import PackedStrings
 from evaclip.data.samples import decode_image
 from evaclip.data.shard_list import expand_braces, expand_paths
 from evaclip.errors import UserError
@@ -201,14 +199,6 @@ def test_tables_that_cannot_be_used(pictures):
         open_source(f"{pictures}/{{a,b}}.csv")
 
 
-def test_the_fingerprint_of_a_table_follows_its_rows(pictures):
-    path = write(pictures / "a.csv", "filepath,title\na.png,x\n")
-    before = open_source(path).fingerprint
-    assert open_source(path).fingerprint == before
-    write(pictures / "a.csv", "filepath,title\na.png,y\n")
-    assert open_source(path).fingerprint != before
-
-
 def test_a_folder_of_classes(tmp_path):
     for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
         write_picture(tmp_path / "root" / name)
@@ -380,20 +370,3 @@ def test_file_names_with_glob_characters(tmp_path):
     file = tmp_path / "a[1].tar"
     file.touch()
     assert expand_paths(str(file)) == [str(file)]
-
-
-def test_packed_strings_are_a_sequence():
-    strings = ["", "é", "abc", "\udcff", ""]
-    packed = PackedStrings.pack(iter(strings))
-    assert list(packed) == strings
-    assert packed[-2] == "\udcff"
-    assert packed[1:3] == ["é", "abc"]
-    assert len(PackedStrings.pack([])) == 0
-    with pytest.raises(IndexError):
-        packed[5]
-
-
-def test_packed_strings_cost_little():
-    count = 20_000
-    packed = PackedStrings.pack(f"{int(mix(0, i)[0]) % 10**6:06d}.jpg" for i in range(count))
-    assert packed.text.nbytes + packed.ends.nbytes == count * (10 + 8)
