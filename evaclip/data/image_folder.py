@@ -203,13 +203,13 @@ def _scan(root: Path, by_class: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
-    """What isn't hidden in a folder, by name; nothing in one that may not be read."""
+    """The entries of a folder that aren't hidden, by name; none if the folder may not be read."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
     except PermissionError:
         return
-    # The last is where archives of macOS keep what isn't hidden there.
+    # Archives of macOS keep its metadata in that folder.
     yield from (entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX")
 
 

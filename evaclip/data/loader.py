@@ -22,13 +22,13 @@ from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
 
 TrainTransform = Callable[[Image.Image, int], Tensor]
-"""(picture, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
+"""(image, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
 Targets = Callable[[list[str], U64], Tensor]
-"""(n captions, as many seeds) -> [n, ...], what is learnt of the pictures: tokens, labels, masks; a pure function of
+"""(n captions, n seeds) -> [n, ...]: tokens, labels or masks to be learnt; a pure function of
 each sample's own caption and seed."""
 
 EvalTransform = Callable[[Image.Image], Tensor]
-"""picture -> float32 [3, H, W]."""
+"""image -> float32 [3, H, W]."""
 
 UNIT = 64
 """Most samples that a worker reads at a time."""
@@ -39,9 +39,9 @@ _REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
 
 
 class Rows:
-    """Tensors `[n_i, ...]` one after the other, as a tensor `[sum of n_i, ...]` that nobody has put together yet.
+    """Tensors `[n_i, ...]` that stand for their concatenation `[sum of n_i, ...]`.
 
-    What is pinned stays pinned so: the parts meet on the device.
+    Pinned parts stay pinned: they are joined on the device.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -184,7 +184,7 @@ class TrainLoader:
         of_machine.check_room(window, len(ends))
 
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
-        """What the iterators of later calls of `batches` make of samples; which ones and how drawn stays the same."""
+        """Sets the transform and targets of later calls of `batches`. Order and random draws stay the same."""
         self._reader = replace(self._reader, transform=transform, targets=targets)
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
@@ -278,11 +278,11 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
         seeds = mix(self.seed, _AUGMENTATION, global_indices) >> np.uint64(1)
         images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
         for slot, sample in enumerate(samples.tolist()):
-            raw, picture = self._load(sample, int(global_indices[slot]), faults)
+            raw, image = self._load(sample, int(global_indices[slot]), faults)
             keys.append(raw.key)
             captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
             try:
-                images.append(self.transform(picture, int(seeds[slot])))
+                images.append(self.transform(image, int(seeds[slot])))
             except Exception as exc:
                 exc.add_note(f"while transforming {raw.key} of {self.source.description}")
                 raise
@@ -309,9 +309,9 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
                 return self.kept[candidate]
             try:
                 raw = self.source[candidate]
-                picture = decode_image(raw.image, self.source.name(candidate), self.decoding)
-                self._keep(candidate, raw, picture)
-                return raw, picture
+                image = decode_image(raw.image, self.source.name(candidate), self.decoding)
+                self._keep(candidate, raw, image)
+                return raw, image
             except BadSample as exc:
                 faults.append(exc.fault)
         raise UserError(
@@ -319,11 +319,11 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
             " `evaclip data check` lists what is wrong"
         )
 
-    def _keep(self, sample: int, raw: RawSample, picture: Image.Image) -> None:
-        """Keeps a decoded picture for the epochs to come, where all of a small data set would fit into the memory."""
-        size = len(raw.image) + picture.width * picture.height * 4
+    def _keep(self, sample: int, raw: RawSample, image: Image.Image) -> None:
+        """Keeps a decoded image for later epochs if all images of the data set would fit into memory."""
+        size = len(raw.image) + image.width * image.height * 4
         if size * len(self.source) <= _KEPT_BYTES:
-            self.kept[sample] = raw, picture
+            self.kept[sample] = raw, image
 
     def _replacements(self, global_index: int) -> Iterator[int]:
         for attempt in range(1, _ATTEMPTS):
@@ -374,11 +374,11 @@ class _EvalReader(BatchReader[int, tuple[list[Tensor], list[str], list[str], lis
         for index in range(first, min(first + self.batch_size, len(self.source))):
             try:
                 raw = self.source[index]
-                picture = decode_image(raw.image, self.source.name(index), self.source.decoding)
+                image = decode_image(raw.image, self.source.name(index), self.source.decoding)
             except BadSample as exc:
                 faults.append(exc.fault)
                 continue
-            images.append(self.transform(picture))
+            images.append(self.transform(image))
             captions.append(raw.caption)
             keys.append(raw.key)
         return images, captions, keys, faults

@@ -91,8 +91,8 @@ def write_arrays(
     """Writes arrays [n] of integers as safetensors, and the file's folder. The file appears complete or not at all.
 
     Args:
-        stamp: with what `map_arrays` must be called to get them; a list as JSON has it.
-        facts: what JSON can hold.
+        stamp: a JSON list; `map_arrays` needs an equal one.
+        facts: values for JSON.
 
     Raises:
         OSError: it can't be written.

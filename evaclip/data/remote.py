@@ -38,14 +38,14 @@ _TAR_NAME = re.compile(r"[^\s/?#'\"=]+\.tar(?![\w.])")
 _WORTH_ANOTHER_TRY = {408, 425, 429}
 _NOT_RUNNABLE = {126, 127}
 _BLOCK = 16 * 2**20
-# What file systems call that by which a changed file is known, the most exact one first.
+# Names of a file's version in fsspec's file systems, the most exact one first.
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
 _CHUNK = 2**20
 _PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the second try; each further pause is twice as long."""
 _FAILURES_LAST = 300.0
-"""Seconds in which a shard that could not be had is not asked for again."""
+"""Seconds after a failed fetch in which a shard is not fetched again."""
 _TOUCH_AFTER = 10.0
 _ABANDONED_AFTER = 3600.0
 
@@ -55,7 +55,7 @@ Check = Callable[[Path], None]
 
 
 class RemoteError(Exception):
-    """Bytes could not be had. `permanent` says that another try would end the same way."""
+    """A fetch failed; `permanent` if another try would fail too."""
 
     def __init__(self, reason: str, permanent: bool = False) -> None:
         super().__init__(reason)
@@ -64,18 +64,18 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class Version:
-    """By what a changed file is known, as far as its server tells.
+    """The version of a remote file, as far as its server gives one.
 
     Attributes:
-        size: in bytes; None where it isn't told.
-        tag: the ETag or the time of the last change; empty where there is neither.
+        size: in bytes; None if unknown.
+        tag: the ETag or the time of the last change; empty if unknown.
     """
 
     size: int | None = None
     tag: str = ""
 
     def difference(self, found: "Version") -> str:
-        """How `found` differs, in words; empty where nothing that both tell does."""
+        """How `found` differs, in words; empty if all that both versions know is equal."""
         if None not in (self.size, found.size) and self.size != found.size:
             return f"it has {found.size} bytes and had {self.size}"
         if self.tag and found.tag and self.tag != found.tag:
@@ -205,7 +205,7 @@ def _command(command: str, timeout: float) -> Iterator[RemoteFile]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Turns what servers and libraries raise into RemoteError."""
+    """Turns exceptions of servers and libraries into RemoteError."""
     try:
         yield
     except HTTPError as exc:
@@ -270,10 +270,10 @@ class RemoteShard:
 
 
 class ShardCache:
-    """Fetches whole shards, once for all processes of a machine, and forgets those that were read longest ago.
+    """Fetches whole shards, once for all processes of a machine, and deletes the copies that were read longest ago.
 
     A copy appears complete or not at all. It is written under a lock that the kernel takes from a process that is
-    killed. A shard that could not be had is not asked for again for five minutes.
+    killed. A shard whose fetch failed is not fetched again for five minutes.
 
     Attributes:
         capacity: bytes that the copies may take together; those being written come on top.
@@ -300,7 +300,7 @@ class ShardCache:
         """A file descriptor of the shard's copy, which is fetched if it isn't there.
 
         Raises:
-            RemoteError: it cannot be had, is another version, or `check` refuses it.
+            RemoteError: the fetch fails, the shard has another version, or `check` refuses it.
             UserError: the folder cannot be written.
         """
         path = self._folder / shard.file_name
@@ -426,7 +426,7 @@ class Copy:
 class Prefetcher:
     """One thread of each process that reads, started when it is first needed.
 
-    Processes divide the work among themselves: a shard that another one fetches at the moment is left to it.
+    Processes share the work: a shard that another process is fetching is left to it.
     """
 
     def __init__(self) -> None:
@@ -436,7 +436,7 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def want(self, copies: Iterable[Copy]) -> None:
-        """Fetches these in the background, in order and as many as fit, in place of those that were named before."""
+        """Fetches these in the background, in order and as many as fit, instead of those of the last call."""
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]  # a thread isn't forked
         fitting, room = list[Copy](), None
@@ -450,7 +450,7 @@ class Prefetcher:
             return
         self._news.set()
         if self._thread is None:
-            # A daemon: a worker that ends doesn't wait for what it won't read.
+            # A daemon: a worker that ends doesn't wait for its fetch.
             self._thread = threading.Thread(target=self._run, name="evaclip-prefetch", daemon=True)
             self._thread.start()
 
@@ -462,7 +462,7 @@ class Prefetcher:
                 try:
                     copy.shard.cache.fetch(copy.shard, copy.check, wait=False)
                 except (RemoteError, UserError, BlockingIOError) as exc:  # the reader of the shard gets the error
-                    _LOG.debug("%s is not fetched ahead: %s", copy.shard.url, exc)
+                    _LOG.debug("%s is not prefetched: %s", copy.shard.url, exc)
                 if self._news.is_set():
                     break
 

@@ -15,7 +15,7 @@ from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS, FORMATS, eight_bit, open_im
 
 
 class FaultKind(StrEnum):
-    """What was wrong; the values are the words of logs and tables."""
+    """Kinds of faults; the values are the words of logs and tables."""
 
     DAMAGED_SHARD = "damaged shard"
     DUPLICATE_KEY = "duplicate key"
@@ -32,7 +32,7 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, where (shard and key, or path) and the details.
+    """One fault: its kind, its place (shard and key, or path) and details.
 
     Attributes:
         name: the sample, or the file if it is none of a sample.
@@ -81,7 +81,7 @@ class Decoding:
     """How image files are decoded.
 
     Attributes:
-        exif_orientation: turn pictures as their EXIF data says.
+        exif_orientation: rotate images as their EXIF data says.
         min_size: pixels that the shorter side must have.
         at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels;
             None decodes it whole.
@@ -96,7 +96,7 @@ class Decoding:
 
 WHOLE = Decoding()
 REDUCTION_MARGIN = 2
-"""`at_least` over the size of a model's pictures, where `jpeg_reduction` is on."""
+"""`at_least` divided by the model's image size, where `jpeg_reduction` is on."""
 UPRIGHT = Decoding(exif_orientation=True)
 
 
@@ -135,7 +135,7 @@ def image_suffix(data: bytes, name: str) -> str:
 
 
 def loaded_image(image: Image.Image, name: str) -> Image.Image:
-    """As `decode_image`, of a picture that is open, as it lies. Raises BadSample as that does."""
+    """As `decode_image`, of an open image, without rotation. Raises BadSample."""
     with _faults(name):
         image.load()
     return as_bytes(image, name)
@@ -143,7 +143,7 @@ def loaded_image(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _faults(name: str) -> Iterator[None]:
-    """Turns what Pillow raises on a sample's file into BadSample."""
+    """Turns Pillow's exceptions on a sample's file into BadSample."""
     try:
         yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:
@@ -157,7 +157,7 @@ def _faults(name: str) -> Iterator[None]:
 
 
 def as_bytes(image: Image.Image, name: str) -> Image.Image:
-    """`eight_bit` of a sample's picture. Raises BadSample where that raises ValueError."""
+    """`eight_bit` of a sample's image. Raises BadSample where that raises ValueError."""
     try:
         return eight_bit(image)
     except ValueError as exc:
@@ -165,8 +165,10 @@ def as_bytes(image: Image.Image, name: str) -> Image.Image:
 
 
 def read_image_file(path: Path, *, regular: bool = True) -> bytes:
-    """The bytes of a picture. Raises BadSample if it is missing, empty, unreadable or, if `regular`, a pipe or device,
-    for which one might wait without end."""
+    """The bytes of an image file.
+
+    Raises BadSample if it is missing, empty, unreadable or, if `regular`, a pipe or device, which could block forever.
+    """
     try:
         if regular and not S_ISREG(path.stat().st_mode):
             raise BadSample(FaultKind.UNREADABLE, str(path), "not a regular file")
@@ -181,7 +183,7 @@ def read_image_file(path: Path, *, regular: bool = True) -> bytes:
 
 
 def texts_of(value: object) -> tuple[str, ...]:
-    """The captions in a value of a JSON file or a table: one, or a list of several. What is no text is left out."""
+    """The captions in a value of a JSON file or a table: one, or a list. Values that are no text are left out."""
     listed: Sequence[object] = value if isinstance(value, list) else [value]
     # A number is a caption too: class labels often are.
     return tuple(sound(str(item)) for item in listed if isinstance(item, str | int) and not isinstance(item, bool))

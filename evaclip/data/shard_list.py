@@ -81,7 +81,7 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         raise UserError(f"{match[0]!r} in {pattern!r} is neither a list {{a,b}} nor a range {{000..123}}")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    # The innermost pair goes first, so what stands beside it in a list comes once per choice.
+    # The innermost pair goes first, so its neighbours in a list come once per choice.
     return list(dict.fromkeys(text for choice in choices for text in expand_braces(head + choice + tail)))
 
 
@@ -157,7 +157,7 @@ class ShardList(Sequence[Entry]):
         return ((location, digest) for location, _, digest in zip(texts, texts, texts, strict=True))
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong with shards as a whole."""
+        """Faults of shards as a whole."""
         for number in self._odd:
             entry = self[number]
             shard, facts = entry.location, entry.facts
@@ -200,8 +200,8 @@ def write_list(path: Path, entries: Iterable[Entry]) -> None:
 def read_list(location: str) -> Iterator[Entry]:
     """Reads a list from a file or URL; relative names in it are taken from where it lies.
 
-    Raises UserError if it cannot be read or is none, and for a shard that is a command: what was downloaded runs
-    nothing.
+    Raises UserError if it cannot be read or is none, and for a shard that is a command: downloaded data starts no
+    program.
     """
     text = _fetch(location) if is_remote(location) else Path(location).read_text(encoding="utf-8")
     try:

@@ -45,7 +45,7 @@ def write_shards(folder: Path, prefix: str, samples: Iterable[WritableSample], p
 
 
 class Converted(NamedTuple):
-    """What `convert` wrote.
+    """The result of `convert`.
 
     Attributes:
         samples, shards: their numbers.

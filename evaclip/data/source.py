@@ -1,4 +1,4 @@
-"""The one interface behind which every kind of data set lies."""
+"""The interface of every kind of data set."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -15,11 +15,11 @@ class Source(ABC):
     """An indexed list of samples with random access.
 
     Attributes:
-        description: what it is and where, for messages.
+        description: kind and place, for messages.
         fingerprint: hash of the indexed list (names and sizes); equal for equal data wherever it lies.
         shard_sizes: samples per shard, in order; one entry where there are no shards.
-        faults: what was wrong with the list itself, such as damaged shards.
-        notes: what was guessed on opening, for whoever asks.
+        faults: of the list itself, such as damaged shards.
+        notes: guesses that were made on opening.
         decoding: how its image files are to be decoded.
         classes: names of the classes where the kind of data has them, in label order; else empty.
         wants_captions: whether a sample without a caption can't be used.
@@ -52,11 +52,11 @@ class Source(ABC):
         """The sample's name for messages: file, or shard and key."""
 
     def place(self, index: int) -> tuple[str, str]:
-        """The file that holds a sample (shard, table or picture) and its key there; "" for what isn't known."""
+        """The file that holds a sample (shard, table or image) and its key there; "" if unknown."""
         return "", self.name(index)
 
     def file(self, index: int) -> Path | None:
-        """The file that is a sample's picture; None where that is a part of another."""
+        """A sample's image file; None if the image is a part of another file."""
         return None
 
     def label(self, index: int) -> int | None:
@@ -64,7 +64,7 @@ class Source(ABC):
         return None
 
     def pictures(self) -> I64 | None:
-        """A number for each sample, the same for those that share a picture; None where each has its own."""
+        """A number for each sample, equal for samples that share an image; None if no samples do."""
         return None
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:

@@ -43,7 +43,7 @@ _NAME, _SIZE, _SUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), 156
 _MAGIC, _PREFIX = slice(257, 262), slice(345, 500)
 _FILE, _FOLDER, _PAX = (0, ord("0")), ord("5"), ord("x")
 _LONGEST_PAX = 16 * BLOCK
-# What changes neither name nor size of the member that follows.
+# Fields that change neither name nor size of the next member.
 _HARMLESS = re.compile(rb"(?:\d+ (?:[acm]time|[ug]id|[ug]name|comment)=[^\n\0]*\n)+\0*")
 _COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -90,7 +90,7 @@ def scan(descriptor: int) -> Members | None:
 
 
 def _walk(descriptor: int) -> list[tuple[U8, I64, I64]]:
-    """Names [k, 100], offsets [k] and sizes [k] of files, by chunks. Raises ValueError for what isn't plain."""
+    """Names [k, 100], offsets [k] and sizes [k] of files, by chunks. Raises ValueError if the tar isn't plain."""
     end, position = os.fstat(descriptor).st_size, 0
     ahead, base = b"", 0
     chunks, headers, offsets, sizes = list[tuple[U8, I64, I64]](), list[bytes](), list[int](), list[int]()
@@ -128,16 +128,16 @@ def _walk(descriptor: int) -> list[tuple[U8, I64, I64]]:
 
 
 def _files(parts: list[bytes], offsets: list[int], sizes: list[int]) -> tuple[U8, I64, I64]:
-    """Of some headers those of files, once their checksums are compared."""
+    """Names, offsets and sizes of the files among some headers, after a check of their checksums."""
     headers = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, BLOCK)
     sums = headers.sum(axis=1, dtype=np.int64) - headers[:, _SUM].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
-    told = np.zeros(len(headers), np.int64)
+    stored = np.zeros(len(headers), np.int64)
     for column in headers[:, _SUM].T.astype(np.int64):
-        told = np.where((column >= ord("0")) & (column < ord("8")), told * 8 + column - ord("0"), told)
+        stored = np.where((column >= ord("0")) & (column < ord("8")), stored * 8 + column - ord("0"), stored)
     names = headers[:, _NAME]
     ended = np.maximum.accumulate(names == 0, axis=1)
     odd = (names > 127).any() or (names * ended).any() or headers[:, _PREFIX].any() or (names[:, 0] == ord("/")).any()
-    if odd or not np.array_equal(sums, told) or (headers[:, _MAGIC] != np.frombuffer(b"ustar", np.uint8)).any():
+    if odd or not np.array_equal(sums, stored) or (headers[:, _MAGIC] != np.frombuffer(b"ustar", np.uint8)).any():
         raise ValueError("an unusual header")
     kept = np.isin(headers[:, _TYPE], _FILE)
     return names[kept], np.array(offsets, np.int64)[kept], np.array(sizes, np.int64)[kept]
@@ -177,7 +177,7 @@ def _grouped(names: U8, offsets: I64, sizes: I64) -> Members | None:
 
 
 def _at(names: U8, columns: I64) -> U8:
-    """The bytes at one column of each row; what lies beyond the last column is 0."""
+    """The bytes at one column of each row; 0 beyond the last column."""
     inside = np.minimum(columns, names.shape[1] - 1)
     return np.where(columns < names.shape[1], names[np.arange(len(names)), inside], 0).astype(np.uint8)
 
@@ -192,7 +192,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What the order of samples and the fingerprint are made of.
+    """What the sample order and the fingerprint depend on.
 
     Attributes:
         samples: how many the shard has.
@@ -224,7 +224,7 @@ class TarIndex:
         codes: [m], of each member the number of its suffix.
         blocks: [m], where the bytes of each member begin, in blocks of 512 bytes.
         sizes: [m], in bytes.
-        facts: what is known of the shard as a whole.
+        facts: of the shard as a whole.
     """
 
     keys: PackedStrings
@@ -301,7 +301,7 @@ def _index_of(found: Members, damage: str, duplicates: tuple[str, ...]) -> TarIn
 def _scan(path: Path, name: str) -> tuple[dict[str, dict[str, Member]], set[str], str]:
     """The members by sample key and suffix, the keys of which a member came again, and the damage.
 
-    Of several members with one name the first counts, so that a sample stays what it is when others are appended.
+    Of several members with one name the first counts: appended members don't change a sample.
     """
     groups: dict[str, dict[str, Member]] = {}
     again: set[str] = set()
@@ -347,7 +347,7 @@ class Shard(Protocol):
     """A shard that can be indexed.
 
     Attributes:
-        identity: what a stored index is named after.
+        identity: the name that its index file is derived from.
         path: the shard's file; None if it isn't on this machine.
     """
 
@@ -357,7 +357,7 @@ class Shard(Protocol):
     def path(self) -> Path | None: ...
 
     def stamp(self) -> tuple[int, int]:
-        """What a stored index must agree with to be this shard's. Raises OSError or UserError."""
+        """The stamp that this shard's index file must have. Raises OSError or UserError."""
 
     def index(self) -> TarIndex:
         """Reads the headers. Raises UserError as `build_index` does."""
@@ -387,7 +387,7 @@ class LocalShard:
 class IndexCache:
     """Indexes of shards, on disk and, for the `capacity` most recent ones, mapped.
 
-    A file is valid for one stamp: the shard's size and its modification time or ETag. It lies beside the shard
+    A file is valid for one stamp: the shard's size and its modification time or ETag. It lies next to the shard
     (`00000.tar.index`), where `beside` writes it, or else in the cache folder, which is held to 10 GB. A folder that
     cannot be read or written costs time, nothing else: indexes that could not be stored stay in memory.
     """
@@ -413,14 +413,14 @@ class IndexCache:
 
     def get_all(self, shards: Sequence[Shard]) -> Iterator[TarIndex]:
         """The indexes of many shards in order, several being read at once. Raises as `get` does."""
-        told = time.monotonic()
+        reported = time.monotonic()
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(shards), _AT_A_TIME):
                 some = shards[first : first + _AT_A_TIME]
                 for number, found in enumerate(pool.map(self._load_or_build, some), first):
                     yield self._keep(shards[number].identity, *found)
-                    if time.monotonic() - told >= _SECONDS_BETWEEN_REPORTS:
-                        told = time.monotonic()
+                    if time.monotonic() - reported >= _SECONDS_BETWEEN_REPORTS:
+                        reported = time.monotonic()
                         _LOG.info("indexed %d of %d shards", number + 1, len(shards))
 
     def put(self, shard: Shard, index: TarIndex) -> None:
@@ -428,7 +428,7 @@ class IndexCache:
         self._store(self._files(shard)[-1:], _stamp(shard), index)
 
     def forget(self, shard: Shard) -> None:
-        """Deletes the stored index of a shard that is not what it was, so that the next opening makes a new one."""
+        """Deletes the stored index of a changed shard; the next opening makes a new one."""
         with suppress(OSError):
             self._files(shard)[-1].unlink()
 
@@ -450,7 +450,7 @@ class IndexCache:
                 return index, True
         index = shard.index()
         stored = self._store(files if self._beside else files[-1:], stamp, index)
-        # What is mapped is shared, what was built is not.
+        # Processes share a mapped index, not a built one.
         return (index, False) if stored is None else (self._load(stored, stamp) or index, True)
 
     def _load(self, file: Path, stamp: list[int]) -> TarIndex | None:
@@ -475,9 +475,9 @@ class IndexCache:
             try:
                 write_arrays(file, stamp, dict(zip(_ARRAYS, arrays, strict=True)), notes)
             except OSError as exc:
-                told = logging.DEBUG if file == files[-1] or file.parent in self._closed else logging.WARNING
+                level = logging.DEBUG if file == files[-1] or file.parent in self._closed else logging.WARNING
                 self._closed.add(file.parent)
-                _LOG.log(told, "the index is not stored in %s: %s", file, exc)
+                _LOG.log(level, "the index is not stored in %s: %s", file, exc)
                 continue
             self._stored += 1
             if file.parent == self._folder and self._stored % _TRIM_EVERY == 0:

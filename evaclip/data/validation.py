@@ -20,14 +20,14 @@ _BLOCK = 2**16
 
 
 def hold_out(source: Source, share: float, seed: int, most: int = MOST) -> tuple[Source, Source | None]:
-    """What is trained on, and what training never sees: `share` of the samples, and no more than `most`.
+    """Splits a source into training samples and validation samples: `share` of all, at most `most`.
 
-    Which ones follows from the seed and their numbers alone, so a run that goes on, on any number of processes, holds
-    out the same. Samples that share a picture, as in a table with a row per caption, are held out together. Of a
-    mixture each part gives its share.
+    The split is a function of the seed and the samples' indices, so a resumed run, on any number of ranks, has the same
+    one. Samples that share an image, as in a table with a row per caption, stay together. Each part of a mixture gives
+    its share.
 
     Returns:
-        both sources; None for the second where the share is less than one sample.
+        training and validation source; None for the second if the share is less than one sample.
     """
     if not share:
         return source, None
@@ -51,7 +51,7 @@ def _choose(source: Source, share: float, seed: int) -> I64:
     if not wanted:
         return np.empty(0, np.int64)
     pictures = source.pictures()
-    # A threshold that some more than `wanted` of the hashes are below, and that is raised if they aren't.
+    # A threshold above slightly more than `wanted` hashes; it is raised if there are fewer.
     limit = 2 * (wanted + 32) * 2**64 // size
     while True:
         indices, draws = _below(min(limit, 2**64 - 1), size, seed, pictures)
@@ -74,10 +74,7 @@ def _below(limit: int, size: int, seed: int, pictures: I64 | None) -> tuple[I64,
 
 
 class View(Source):
-    """Samples of another source under numbers of their own: `number` says which one each is.
-
-    Who makes one sets `shard_sizes` and `fingerprint`.
-    """
+    """Samples of another source in another order; subclasses set `shard_sizes` and `fingerprint`."""
 
     def __init__(self, whole: Source) -> None:
         self.whole = whole
@@ -87,7 +84,7 @@ class View(Source):
 
     @abstractmethod
     def number(self, index: int) -> int:
-        """That of a sample in the other source."""
+        """The index of a sample in the other source."""
 
     def __getitem__(self, index: int) -> RawSample:
         return self.whole[self.number(index)]

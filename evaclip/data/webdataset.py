@@ -115,7 +115,7 @@ class WebDatasetSource(Source):
             raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
 
     def _shard(self, number: int) -> tuple[Shard, ShardFacts]:
-        # The thread that fetches ahead asks too, and may clear what is kept.
+        # The prefetching thread calls this too, and may clear the dict.
         found = self._recent.get(number)
         if found is None:
             if len(self._recent) >= _SHARDS_KEPT:
@@ -125,7 +125,7 @@ class WebDatasetSource(Source):
         return found
 
     def _table(self, number: int, position: int) -> TarIndex:
-        """The index of a shard that is what it was on opening."""
+        """The index of a shard. Raises BadSample if the shard changed after the source was opened."""
         shard, facts = self._shard(number)
         try:
             table = self._indexes.get(shard)
@@ -198,7 +198,7 @@ class WebDatasetSource(Source):
 
 
 def _name(location: str) -> str:
-    """What goes into the fingerprint: equal wherever the shard lies."""
+    """The name for the fingerprint: equal wherever the shard lies."""
     return file_name(location) if is_remote(location) else location.rpartition("/")[2]
 
 

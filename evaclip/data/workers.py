@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class WorkerDied(RuntimeError):
-    """A data worker is gone; the message has its number and how it ended."""
+    """A data worker ended; the message has its number and exit status."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class WorkerOptions:
     Attributes:
         workers: processes; 0 works in the calling process.
         prefetch: results that each worker may hold ready.
-        pin: a thread copies the tensors of what workers give into pinned memory, where there is a GPU.
+        pin: a thread copies the workers' tensors into pinned memory, if there is a GPU.
         patience: seconds without a batch after which a warning is logged, and again after each such time.
     """
 
@@ -98,8 +98,8 @@ class WorkerLoader(DataLoader[T]):
             batches = super().__iter__()
         except OSError as exc:
             needs = "a /dev/shm that can be written to, and of this user's limits processes and open files"
-            told = f"{self.num_workers} data workers can't be started ({exc}): they need {needs}"
-            raise UserError(f"{told}; 0 (data.workers, --workers) does without") from exc
+            failed = f"{self.num_workers} data workers can't be started ({exc}): they need {needs}"
+            raise UserError(f"{failed}; 0 (data.workers, --workers) does without") from exc
         processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
         _raise_in_waits_alone()
         with _StallWatch(processes, self._patience) as watch:
