@@ -2,6 +2,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -285,14 +287,20 @@ def test_class_folder_order_is_that_of_old_runs(class_folder):
 def test_class_folder_is_scanned_by_one_rank(class_folder, monkeypatch):
     scanned = []
     scandir = os.scandir
+    start = threading.Barrier(4)
 
-    def counted(path):
+    def slow_scandir(path):
         scanned.append(os.fspath(path))
+        time.sleep(0.02)  # the others come meanwhile
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", counted)
+    def rank(path):
+        start.wait()
+        return open_source(path)
+
+    monkeypatch.setattr(os, "scandir", slow_scandir)
     with ThreadPoolExecutor(4) as ranks:
-        sources = list(ranks.map(open_source, [str(class_folder)] * 4))
+        sources = list(ranks.map(rank, [str(class_folder)] * 4))
     assert len({source.fingerprint for source in sources}) == 1
     assert scanned.count(str(class_folder / "c")) == 1
 
