@@ -9,6 +9,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,12 @@ def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
     Returns:
         arrays of `PackedStrings`; `classes` (folders with images), `empty` (others), `left_out` and `fingerprint`.
     """
-    stamp = [_FORMAT, by_class, os.fsdecode(root.absolute())]
+    try:
+        inode = root.stat()
+    except OSError:
+        return _scan(root, by_class)
+    # Machines that share the cache may have copies of their own at this path: they don't wait for one another.
+    stamp = [_FORMAT, by_class, str(root.absolute()), inode.st_ino, inode.st_ctime_ns]
     name = hashlib.sha256(repr(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     file = user_cache("tar-index") / f"{name}.files"
     if found := _stored(file, stamp, root):
@@ -138,10 +144,11 @@ def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
         with locked(file.parent / f".{name}.lock"):
             if found := _stored(file, stamp, root):
                 return found
-            arrays, facts = _scan(root, by_class)
-            if len(arrays["ends"]):
-                write_arrays(file, stamp, arrays, facts)
-            return _stored(file, stamp, root) or (arrays, facts)
+            scanned = _scan(root, by_class)
+            with suppress(OSError):
+                if len(scanned[0]["ends"]):
+                    write_arrays(file, stamp, *scanned)
+            return _stored(file, stamp, root) or scanned
     except OSError as exc:
         _LOG.debug("the files of %s are not listed in %s: %s", root, file, exc)
     return _scan(root, by_class)
