@@ -322,30 +322,6 @@ def test_unwritable_cache_folder_is_named(server, tmp_path):
         open_source(server.url("00.tar"), remote=config)
 
 
-def test_two_that_want_a_shard_fetch_it_once(server, tmp_path):
-    cache = ShardCache(RemoteConfig(cache_folder=str(tmp_path / "copies")))
-    wanted = RemoteShard(server.url("00.tar"), cache, cache.version(server.url("00.tar")))
-    server.faults["00.tar"] = ["stall", "always"]
-
-    def read() -> None:
-        with cache.opened(wanted) as descriptor:
-            sizes.append(os.fstat(descriptor).st_size)
-
-    sizes: list[int] = []
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    server.stalled.wait(20)
-    with pytest.raises(BlockingIOError):
-        cache.fetch(wanted, None, wait=False)
-    server.faults.clear()
-    server.release()
-    for reader in readers:
-        reader.join(20)
-    assert len(sizes) == 3
-    assert server.gets("00.tar") == 3  # version, broken transfer, second try
-
-
 def test_a_refused_copy_is_never_seen(server, tmp_path):
     cache = ShardCache(RemoteConfig(cache_folder=str(tmp_path / "copies"), attempts=2))
 
