@@ -80,7 +80,7 @@ class StringPacker:
         return PackedStrings(np.frombuffer(bytes(self._buffer), np.uint8), np.array(self._ends, np.int64))
 
 
-def narrow(numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger[Any]]:
+def narrow(numbers: NDArray[np.integer[Any]]) -> NDArray[np.unsignedinteger[Any]]:
     """Numbers of 0 or more in the narrowest unsigned type."""
     return numbers.astype(np.min_scalar_type(numbers.max(initial=0)))
 

@@ -457,10 +457,9 @@ class IndexCache:
         if not (found := map_arrays(file, stamp, _ARRAYS)):
             return None
         (text, ends, starts, codes, blocks, sizes), notes = found[0].values(), found[1]
-        *facts, duplicates = notes["facts"]
-        suffixes = tuple(notes["suffixes"])
-        packed = PackedStrings(text, ends)
-        return TarIndex(packed, starts, suffixes, codes, blocks, sizes, ShardFacts(*facts, tuple(duplicates)))
+        samples, digest, damage, end, duplicates = notes["facts"]
+        facts = ShardFacts(samples, digest, damage, end, tuple(duplicates))
+        return TarIndex(PackedStrings(text, ends), starts, tuple(notes["suffixes"]), codes, blocks, sizes, facts)
 
     def _files(self, shard: Shard) -> list[Path]:
         """Where an index may lie, the cache folder last."""

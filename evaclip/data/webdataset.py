@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from evaclip.data.remote import Copy, RemoteError, ShardCache, file_name, is_remote
+from evaclip.data.remote import Copy, RemoteError, RemoteShard, ShardCache, file_name, is_remote
 from evaclip.data.samples import BadSample, FaultKind, RawSample, not_blank, texts_of
-from evaclip.data.shard_list import LocalShard, RemoteShard, Shard, ShardList, shard_at
+from evaclip.data.shard_list import Shard, ShardList, shard_at
 from evaclip.data.source import Source, hash_list
-from evaclip.data.tar_index import IndexCache, Member, ShardFacts, TarIndex, build_index
+from evaclip.data.tar_index import IndexCache, LocalShard, Member, ShardFacts, TarIndex, build_index
 from evaclip.errors import UserError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"

@@ -86,6 +86,7 @@ class WorkerLoader(DataLoader[T]):
             sampler=positions,
             num_workers=options.workers,
             prefetch_factor=options.prefetch if options.workers else None,
+            collate_fn=_unchanged,
             pin_memory=options.pin,
             worker_init_fn=_init_worker,
             # A seed for the workers is drawn from it, and not from the generator of the training.
@@ -126,6 +127,10 @@ def _raise_in_waits_alone() -> None:
     found: Any = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is threading.main_thread() and getattr(found, "__module__", "").startswith("torch."):
         signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if _StallWatch.waits else None)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _init_worker(worker: int) -> None:
