@@ -56,7 +56,7 @@ class _Files(Source):
         self.fingerprint = facts["fingerprint"]
         self.shard_sizes = [len(self._files)]
         left_out = ", ".join(f"{count:,} {which}" for which, count in sorted(facts["left_out"].items()))
-        self.notes = [f"pictures left out: {left_out}"] if left_out else []
+        self.notes = [f"images left out: {left_out}"] if left_out else []
         if len(self._files):
             for note in self.notes:
                 _LOG.warning("%s: %s", root, note)
@@ -114,7 +114,7 @@ class PictureFolder(_Files):
         if not len(self):
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             where = str(root) if root.is_dir() else f"{root}: no folder"
-            raise UserError("; ".join([f"there are 0 pictures ({suffixes}) in {where}", *self.notes]))
+            raise UserError("; ".join([f"there are 0 images ({suffixes}) in {where}", *self.notes]))
 
     def __getitem__(self, index: int) -> RawSample:
         return RawSample(self._files[index], read_image_file(self._root / self._files[index]), ())

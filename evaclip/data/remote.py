@@ -15,10 +15,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
@@ -435,18 +436,14 @@ class Prefetcher:
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def want(self, copies: Iterable[Copy]) -> None:
+    def want(self, copies: Sequence[Copy]) -> None:
         """Fetches these in the background, in order and as many as fit, instead of those of the last call."""
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]  # a thread isn't forked
-        fitting, room = list[Copy](), None
-        for copy in copies:
-            room = (copy.shard.cache.capacity if room is None else room) - copy.size
-            if room < 0:
-                break
-            fitting.append(copy)
-        self._copies = fitting
-        if not fitting:
+        totals = accumulate(copy.size for copy in copies)
+        fits = (total <= copy.shard.cache.capacity for copy, total in zip(copies, totals, strict=True))
+        self._copies = list(compress(copies, fits))
+        if not self._copies:
             return
         self._news.set()
         if self._thread is None:

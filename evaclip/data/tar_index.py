@@ -446,7 +446,7 @@ class IndexCache:
         stamp = _stamp(shard)
         files = self._files(shard)
         for file in files[:1] if self._beside else files:
-            if index := self._load(file, stamp):
+            if (index := self._load(file, stamp)) is not None:
                 return index, True
         index = shard.index()
         stored = self._store(files if self._beside else files[-1:], stamp, index)

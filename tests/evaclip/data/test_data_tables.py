@@ -227,9 +227,9 @@ def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
         write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"))
     assert len(source) == 1
-    assert source.notes == ["pictures left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
+    assert source.notes == ["images left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
     assert caplog.messages == [f"{tmp_path}/root: {source.notes[0]}"]
-    assert open_source(str(tmp_path / "root"), captions=False).notes == ["pictures left out: 1 .gif, 1 .tiff"]
+    assert open_source(str(tmp_path / "root"), captions=False).notes == ["images left out: 1 .gif, 1 .tiff"]
     os.link(tmp_path / "root/dog/1.png", os.fsencode(tmp_path / "root/dog") + b"/\xff.png")
     for captions, count in ((True, 1), (False, 2)):
         source = open_source(str(tmp_path / "root"), captions=captions)
