@@ -51,7 +51,7 @@ def test_check_writes_and_names_all_faults(tmp_path, capsys):
     assert all(f["name"] == f"{shard}:{f['key']}" and f["detail"] for f in corrupt)
 
 
-def test_check_tells_what_it_converted_and_guessed(tmp_path, capsys):
+def test_check_prints_conversions_and_guesses(tmp_path, capsys):
     for name, values in (("a", np.uint16(30000)), ("b", np.float32(0.5)), ("c", np.uint8(9))):
         Image.fromarray(np.full((4, 4), values)).save(tmp_path / f"{name}.tiff")
     (tmp_path / "pairs.csv").write_text("filepath|title\na.tiff|x\nb.tiff|x\na.tiff|y\nc.tiff|y\n")
@@ -79,7 +79,7 @@ def test_unwritable_output_is_refused_first(shards, tmp_path, monkeypatch, words
         evaclip("data", *({"SHARDS": shards, "OUT": out}.get(word, word) for word in words))
 
 
-def test_a_folder_is_no_output_file(shards, tmp_path):
+def test_check_output_folder_is_refused(shards, tmp_path):
     with pytest.raises(UserError, match=f"^cannot write {tmp_path}: it is a folder; give the file to write$"):
         evaclip("data", "check", shards, "--json", str(tmp_path))
 
@@ -91,7 +91,7 @@ def test_check_counts_every_sample(shards):
     assert report.image_bytes == sum(len(picture(i)) for i in range(64))
 
 
-def test_check_takes_the_columns_of_a_table(tmp_path, capsys):
+def test_check_reads_chosen_table_columns(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(picture(1))
     (tmp_path / "pairs.txt").write_text("url;text\na.png;a cat\n")
     options = ["--kind", "csv", "--image-key", "url", "--caption-key", "text", "--csv-separator", ";"]
@@ -123,7 +123,7 @@ def test_bench_cores_of_a_node(shards, capsys, monkeypatch):
         assert line.replace("│", " ").split()[-2:] == ["125", "8"]
 
 
-def test_mistakes(shards, tmp_path, capsys):
+def test_data_command_wrong_number_is_refused(shards, tmp_path, capsys):
     for option in ("--seconds", "--images-per-second"):
         with pytest.raises(SystemExit):
             evaclip("data", "bench", shards, option, "nan")
@@ -138,7 +138,7 @@ def test_mistakes(shards, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("style", "expected"), [("both", ("twemoji", "openmoji")), ("openmoji", ("openmoji",))])
-def test_emoji_passes_its_options_on(tmp_path, monkeypatch, capsys, style, expected):
+def test_emoji_passes_its_options(tmp_path, monkeypatch, capsys, style, expected):
     calls = []
 
     def build(folder, styles, size, skin_tones):
@@ -151,7 +151,7 @@ def test_emoji_passes_its_options_on(tmp_path, monkeypatch, capsys, style, expec
     assert f"{tmp_path}/openmoji-*.tar" in capsys.readouterr().out
 
 
-def test_the_configuration_opens_its_data(shards):
+def test_configuration_opens_its_data(shards):
     options = {"caption_key": "json:captions", "exif_orientation": True, "min_size": 8}
     config = TypeAdapter(DataConfig).validate_python({"train": shards, **options})
     source = open_configured(config)

@@ -19,9 +19,7 @@ def index(path: str, out, *options: str) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_list_opens_the_data_without_a_look_at_it(
-    remote, shards, server, tmp_path, cache_folder, capsys, monkeypatch
-):
+def test_shard_list_opens_without_reading_shards(remote, shards, server, tmp_path, cache_folder, capsys, monkeypatch):
     source = open_source(shards)
     index(server.url("{00..02}.tar") if remote else shards, tmp_path / "list.json")
     assert f"3 shards, 64 samples, fingerprint {source.fingerprint}" in capsys.readouterr().out
@@ -67,7 +65,7 @@ def test_shards_changed_after_listing_are_faults(remote, shards, server, tmp_pat
     assert source[30].caption == "caption 30"
 
 
-def test_list_has_the_faults_of_shards(shards, tmp_path):
+def test_shard_list_has_the_faults_of_shards(shards, tmp_path):
     path = tmp_path / "01.tar"
     path.write_bytes(path.read_bytes()[:50_000])
     write_shard(tmp_path / "02.tar", [*map(sample, range(3)), sample(1)])
@@ -92,7 +90,7 @@ def test_list_has_the_faults_of_shards(shards, tmp_path):
         ),
     ],
 )
-def test_what_is_no_list(text, message, tmp_path):
+def test_shard_list_of_wrong_content_is_refused(text, message, tmp_path):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(UserError, match=message):
         open_source(str(tmp_path / "list.json"))
@@ -126,19 +124,19 @@ def test_data_index_of_command_is_refused(shards, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["3", "2/2", "-1/2", "1/0", "a/b"])
-def test_what_is_no_part(part, shards, tmp_path):
+def test_data_index_wrong_part_is_refused(part, shards, tmp_path):
     with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):
         index(shards, tmp_path / "list.json", f"--part={part}")
 
 
-def test_mistakes(shards, server, tmp_path):
+def test_data_index_wrong_path_is_refused(shards, server, tmp_path):
     with pytest.raises(UserError, match=r"--out must end in \.json, got '\S+list'"):
         index(shards, tmp_path / "list")
     with pytest.raises(UserError, match=r"cannot read the list of shards \S+none\.json: HTTP 404"):
         open_source(server.url("none.json"))
 
 
-def test_parts_are_indexed_apart_and_joined(shards, tmp_path, monkeypatch, capsys):
+def test_shard_list_parts_are_joined(shards, tmp_path, monkeypatch, capsys):
     index(shards, tmp_path / "list.json", "--part", "0/2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -33,7 +33,7 @@ def write(path, text: str, encoding: str = "utf-8") -> str:
 
 
 @pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
-def test_a_table_with_the_usual_columns(pictures, separator):
+def test_table_with_default_columns(pictures, separator):
     rows = [("filepath", "id", "title"), ("a.png", "1", "a cat"), ("b.png", "2", "ein Hund\u00e9")]
     path = write(pictures / "pairs.csv", "".join(separator.join(row) + "\n" for row in rows))
     source = open_source(path)
@@ -63,7 +63,7 @@ def test_csv_columns_separators_and_quotes(pictures):
         ("cp1252", "read as cp1252, columns separated by semicolons"),
     ],
 )
-def test_what_is_guessed_of_a_table_is_said(pictures, caplog, encoding, note):
+def test_table_guesses_are_logged(pictures, caplog, encoding, note):
     path = write(pictures / "pairs.csv", "filepath;title\na.png;Käse, 5 €\n", encoding)
     with caplog.at_level(logging.WARNING, "evaclip.data"):
         source = open_source(path)
@@ -72,7 +72,7 @@ def test_what_is_guessed_of_a_table_is_said(pictures, caplog, encoding, note):
     assert [record.getMessage() for record in caplog.records] == [f"{path}: {note}"]
 
 
-def test_the_usual_table_needs_no_warning(pictures, caplog):
+def test_default_table_logs_no_warning(pictures, caplog):
     with caplog.at_level(logging.WARNING, "evaclip.data"):
         open_source(write(pictures / "pairs.csv", "filepath,title\na.png,x;y\n"))
         open_source(write(pictures / "pairs.jsonl", '{"filepath": "a.png", "title": "x"}\n'))
@@ -141,12 +141,12 @@ def test_jsonl_fingerprint_depends_on_rows(pictures):
         ('{"FilePath": "a.png", "title": "x"}', "'filepath' .* got 'FilePath', 'title'"),
     ],
 )
-def test_json_lines_that_cannot_be_used(pictures, text, message):
+def test_json_lines_of_wrong_content_are_refused(pictures, text, message):
     with pytest.raises(UserError, match=message):
         open_source(write(pictures / "x.jsonl", text))
 
 
-def test_rows_with_faults(pictures):
+def test_table_rows_with_faults(pictures):
     (pictures / "void.png").touch()
     rows = ["filepath,title", "a.png,", "gone.png,text", ",text", "b.png", "", ".,text", "void.png,text", "a.png,good"]
     source = open_source(write(pictures / "pairs.csv", "\n".join(rows)))
@@ -185,7 +185,7 @@ def test_table_cell_like_a_command_is_not_run(pictures):
     assert not (pictures / "ran").exists()
 
 
-def test_tables_that_cannot_be_used(pictures):
+def test_table_of_wrong_content_is_refused(pictures):
     write(pictures / "a.csv", "file_path,title\na.png,x\n")
     with pytest.raises(UserError, match="0 rows"):
         open_source(write(pictures / "b.csv", "filepath,title\n"))
@@ -201,7 +201,7 @@ def test_tables_that_cannot_be_used(pictures):
         open_source(f"{pictures}/{{a,b}}.csv")
 
 
-def test_a_folder_of_classes(tmp_path):
+def test_class_folder_captions_and_keys(tmp_path):
     for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
         write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped")
@@ -222,7 +222,7 @@ def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
 
 
-def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
+def test_other_image_files_are_counted(tmp_path, caplog):
     for name in ("dog/1.png", "dog/2.GIF", "dog/more/3.tiff", "loose.png"):
         write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"))
@@ -237,7 +237,7 @@ def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
         assert "1 by names that aren't UTF-8" in source.notes[0]
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+def test_pipe_as_image_is_a_fault(tmp_path):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "0.png").symlink_to("/dev/null")
     os.mkfifo(tmp_path / "cats" / "1.png")
@@ -250,7 +250,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
             assert caught.value.fault.detail == "not a regular file"
 
 
-def test_a_folder_without_pictures(tmp_path):
+def test_folder_without_images_is_refused(tmp_path):
     root = tmp_path / "root"
     (root / "dog").mkdir(parents=True)
     with pytest.raises(UserError, match=r"per class, got 1 folder with 0 images"):
@@ -323,7 +323,7 @@ def test_class_folder_without_a_cache_is_read(class_folder, cache_folder):
     assert len(open_source(str(class_folder))) == 6
 
 
-def test_synthetic_pictures_follow_their_captions():
+def test_synthetic_images_match_their_captions():
     source = open_source("synthetic", num_samples=200)
     assert len(source) == 200
     assert len(set(source.classes)) == 64
@@ -339,7 +339,7 @@ def test_synthetic_pictures_follow_their_captions():
         open_source("synthetic", num_samples=0)
 
 
-def test_paths_that_are_not_data(tmp_path):
+def test_wrong_data_path_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.tar does not exist"):
         open_source(str(tmp_path / "nowhere.tar"))
     with pytest.raises(UserError, match=r"notes\.md is neither"):
@@ -369,7 +369,7 @@ def test_braces(pattern, expected):
     assert expand_braces(pattern) == expected
 
 
-def test_braces_that_are_no_pattern():
+def test_braces_without_pattern_are_refused():
     with pytest.raises(UserError, match=r"'\{abc\}' in 'x\{abc\}' is neither"):
         expand_braces("x{abc}")
 
