@@ -73,13 +73,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a global batch.
+    """One rank's part of a global batch.
 
     Attributes:
-        images: [rows, 3, H, W], as the transform gives them; in parts where they are pinned.
+        images: [rows, 3, H, W], the results of the transform; in parts if they are pinned.
         targets: [rows, ...], see Targets.
-        position: global samples consumed, over all processes, once this batch is used; `batches(position)`
-            goes on.
+        position: samples that all ranks have consumed after this batch; `batches(position)` continues there.
         skipped: bad samples that were replaced in this batch.
     """
 
@@ -92,29 +91,29 @@ class Batch:
 class TrainLoader:
     """Endless shuffled batches of a source, decoded and augmented by worker processes.
 
-    The global batch at position p holds the samples with the global indices [p, p + batch_size), by canonical node, of
-    which rank r gets the r-th part, see `part_of_batch`: which samples a batch holds, their order, captions and
-    augmentation depend on seed and position alone. Epochs follow one another without a gap, so a batch can hold the end
-    of one and the start of the next. A bad sample is logged and replaced by one that its global index determines.
-    Shards that are read soon are fetched meanwhile, if they are remote.
+    The global batch at position p holds the samples with the global indices [p, p + batch_size), sorted by canonical
+    node; rank r gets the r-th part, see `part_of_batch`. Samples, order, captions and augmentation of a batch depend on
+    seed and position only. Epochs have no gap between them, so a batch can hold the end of one and the start of the
+    next. A bad sample is logged and replaced by one that its global index determines. The next remote shards are
+    prefetched.
 
     Args:
         source: the indexed samples.
-        batch_size: samples of a global batch, over all processes.
+        batch_size: samples of a global batch, over all ranks.
         transform: see TrainTransform; its seed is a hash of `seed` and the global index.
         targets: see Targets; a sample with several captions gives one at random.
         seed: of everything random.
         workers: processes that read and decode; 0 does it in the calling process.
-        rank, world_size: this process and the number of processes.
+        rank, world_size: this rank and the number of ranks.
         window: samples that the shuffle mixes with one another; 0 mixes all.
         nodes: parts that the shards are divided among, see `sample_order`; machines, in general.
-        machine: ranks of the processes of this machine, which share its copies of remote shards; None: this one alone.
-        prefetch: batches that wait ready, over all workers; or as many parts a worker, if these are more.
-        pin: give `images` in parts that are pinned, for a GPU to fetch.
+        machine: ranks of this machine, which share its copies of remote shards; None: this rank only.
+        prefetch: batches that are ready ahead, over all workers, or as many parts a worker, if these are more.
+        pin: return `images` in pinned parts, for copies to a GPU.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
         patience: seconds without a batch after which a warning is logged.
-        together: rows of a global batch that stay in one process, see `part_of_batch`.
+        together: rows of a global batch that stay on one rank, see `part_of_batch`.
 
     Raises:
         UserError: the source has fewer samples than one global batch, or a number is out of range.
@@ -141,16 +140,16 @@ class TrainLoader:
         together: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         if batch_size < world_size:
-            raise UserError(f"a global batch of {batch_size} samples is none for some of {world_size} processes")
+            raise UserError(f"batch_size must be {world_size} or more, a sample for each rank, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
         if window < 0:
-            raise UserError(f"the shuffle window must be 0 (everything) or more, got {window}")
+            raise UserError(f"data.shuffle_window must be 0 (everything) or more, got {window}")
         if nodes < 1 or batch_size % nodes:
             raise UserError(
-                f"the global batch of {batch_size} samples must be a multiple of data.canonical_nodes, got {nodes}"
+                f"batch_size must be a multiple of data.canonical_nodes={nodes}, 1 or more, got {batch_size}"
             )
         if len(source) < batch_size:
             raise UserError(
@@ -195,7 +194,7 @@ class TrainLoader:
         RuntimeError if a worker process dies.
         """
         if position < 0:
-            raise ValueError(f"the data position must be 0 or more, got {position}")
+            raise ValueError(f"position must be 0 or more, got {position}")
         step = self._global_batch
         ends = count(position + step, step)
         units = ((start, rows) for start in count(position, step) for rows in self._units)
@@ -353,7 +352,7 @@ def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: 
     yielded. Raises UserError for a batch size below 1.
     """
     if batch_size < 1:
-        raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
     faults = FaultLog()
     faults.add(source.faults)
     reader = _EvalReader(source, transform, batch_size)

@@ -48,7 +48,7 @@ def open_source(
     and says what was found.
     """
     if min_size < 0:
-        raise UserError(f"the smallest size of pictures must be 0 or more, got {min_size}")
+        raise UserError(f"min_size must be 0 or more, got {min_size}")
     if max_image_pixels < 1:
         raise UserError(f"max_image_pixels must be 1 or more, got {max_image_pixels}")
     if kind not in KINDS:

@@ -50,9 +50,9 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise UserError(f"the number of data workers must be 0 or more, got {self.workers}")
+            raise UserError(f"workers must be 0 or more, got {self.workers}")
         if self.prefetch < 1:
-            raise UserError(f"the number of batches to prefetch must be 1 or more, got {self.prefetch}")
+            raise UserError(f"prefetch must be 1 or more, got {self.prefetch}")
 
 
 class BatchReader(Dataset[Any], ABC, Generic[P, T]):

@@ -208,13 +208,13 @@ def test_loader_needs_a_global_batch_of_samples(shards):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch size must be 1 or more, got 0"),
-        ({"batch_size": -4}, "batch size must be 1 or more, got -4"),
+        ({"batch_size": 0}, "batch_size .* got 0"),
+        ({"batch_size": -4}, "batch_size .* got -4"),
         ({"workers": -1}, "workers must be 0 or more, got -1"),
         ({"window": -1}, "window must be 0 .* got -1"),
         ({"prefetch": 0}, "prefetch must be 1 or more, got 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
-        ({"world_size": 9}, "a global batch of 8 samples is none for some of 9 processes"),
+        ({"world_size": 9}, "batch_size must be 9 or more, .* got 8"),
     ],
 )
 def test_loader_wrong_number_is_refused(shards, options, message):
@@ -351,7 +351,7 @@ def test_iterate_leaves_bad_samples_out(tmp_path, caplog):
     batches = list(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 4))
     assert [batch.keys for batch in batches] == [[f"{i:06d}" for i in group] for group in ((4, 5, 6, 7), (8, 10, 11))]
     assert "a.tar:000009" in caplog.text
-    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+    with pytest.raises(UserError, match=r"batch_size .* got 0"):
         next(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 0))
 
 
@@ -369,5 +369,5 @@ def test_canonical_nodes_give_each_rank_its_shards(tmp_path, nodes):
     assert [len({number // 16 for number in numbers(batches)}) for batches in ranks] == [8, 8]
     # The position means the same for any batch size.
     assert sorted(numbers(take(make_loader(source, 32, **options), 4, 128))) == sorted(numbers(alone[8:16]))
-    with pytest.raises(UserError, match=r"batch of 16 samples must be a multiple of data\.canonical_nodes, got 3"):
+    with pytest.raises(UserError, match=r"batch_size .* data\.canonical_nodes=3, .* got 16"):
         make_loader(source, 16, rank=0, world_size=2, nodes=3)
