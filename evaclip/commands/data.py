@@ -1,4 +1,4 @@
-"""`evaclip data`: build the emoji shards, list shards, check a data set, measure how fast it is read."""
+"""`evaclip data`: build the emoji shards, list shards, convert, check and time data sets."""
 
 import argparse
 import os
@@ -22,10 +22,11 @@ _NAMED_FAULTS = 5
 
 def add_commands(subparsers: Any) -> None:
     """Adds `data` with its verbs to the command line."""
-    parser = subparsers.add_parser("data", help="build, check and time data sets")
+    parser = subparsers.add_parser("data", help="build, convert, check and time data sets")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_emoji(verbs)
     _add_index(verbs)
+    _add_convert(verbs)
     _add_check(verbs)
     _add_bench(verbs)
 
@@ -65,6 +66,25 @@ def _add_index(verbs: Any) -> None:
         " each process takes one",
     )
     parser.set_defaults(run=_run_index)
+
+
+def _add_convert(verbs: Any) -> None:
+    parser = leaf(
+        verbs,
+        "convert",
+        help="write class folders, a table or other shards as tar shards",
+        examples=[
+            "evaclip data convert imagenet/train shards/",
+            "evaclip data convert pairs.csv shards/ --samples-per-shard 5000",
+            "evaclip train tiny --set data.train=shards/",
+        ],
+    )
+    parser.add_argument("path", metavar="SOURCE", help="class folders, a table, tar shards, or the word synthetic")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder that the shards are written to, without others")
+    add_reading(parser, decoding=False)
+    parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: %(default)s")
+    parser.set_defaults(run=_run_convert)
 
 
 def _add_check(verbs: Any) -> None:
@@ -164,6 +184,26 @@ def _part(text: str | None) -> tuple[int, int]:
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"--part must be I/N, with I from 0 to N - 1, got {text!r}")
     return int(number), int(count)
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from evaclip.atomic import require_writable, writing
+    from evaclip.data.shard_writer import convert
+    from evaclip.data.webdataset import IMAGE_KEY
+
+    out: Path = args.out
+    if args.samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard must be 1 or more, got {args.samples_per_shard}")
+    require_writable(out / "classes.txt")
+    with writing(out):
+        written = convert(open_data(args.path, args), out, args.samples_per_shard, Console(stderr=True))
+    print(f"{out}: {counted(written.shards, 'shard')}, {counted(written.samples, 'sample')}")
+    if bad := written.faults.counts.total():
+        print(f"left out: {counted(bad, 'bad sample')}; `evaclip data check` lists them")
+    if written.suffixes - set(IMAGE_KEY.split(";")):
+        print(f"set data.image_key='{';'.join(sorted(written.suffixes))}' to read these shards")
 
 
 def _run_check(args: argparse.Namespace) -> None:

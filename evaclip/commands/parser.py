@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from evaclip.data.kinds import KINDS
+from evaclip.data import KINDS
 from evaclip.errors import Refused, RunFailed, UserError, hint, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.launchers import stop_restarts

@@ -1,12 +1,11 @@
 """Image-text data: sources, the order of samples, and loaders for training and evaluation."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from evaclip.data.config import DataConfig
-    from evaclip.data.evaluation import EvalBatch, iterate
-    from evaclip.data.loader import Batch, TrainLoader, tokenized
+    from evaclip.data.loader import Batch, EvalBatch, TrainLoader, iterate, tokenized
     from evaclip.data.opening import open_configured, open_source
     from evaclip.data.order import SampleOrder, sample_order
     from evaclip.data.samples import BadSample, Decoding, Fault, FaultKind, RawSample
@@ -31,10 +30,12 @@ __all__ = [
     "tokenized",
 ]
 
+Kind = Literal["auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
 _MODULES = {
     "config": ("DataConfig",),
-    "evaluation": ("EvalBatch", "iterate"),
-    "loader": ("Batch", "TrainLoader", "tokenized"),
+    "loader": ("Batch", "EvalBatch", "TrainLoader", "iterate", "tokenized"),
     "opening": ("open_configured", "open_source"),
     "order": ("SampleOrder", "sample_order"),
     "samples": ("BadSample", "Decoding", "Fault", "FaultKind", "RawSample"),

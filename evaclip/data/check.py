@@ -1,6 +1,7 @@
-"""Reads everything once and lists what is wrong."""
+"""Reads every sample once and lists the faults."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,21 +11,23 @@ from rich.progress import track
 from evaclip.atomic import write_json
 from evaclip.data.samples import BadSample, Fault, FaultKind, as_bytes, load_image
 from evaclip.data.source import Source
-from evaclip.data.workers import WorkerOptions, run_batches
+from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
 from evaclip.pixels import pixel_kind
 
 _CHUNK = 64
+_Chunk = tuple[int, Counter[str], list[Fault]]
+"""Bytes of the image files, conversions and faults of up to 64 samples."""
 
 
 @dataclass
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         data: the source's description, fingerprint and notes.
-        samples: samples that were looked at, good and bad.
+        samples: samples that were read, good and bad.
         image_bytes: size of the image files that could be read.
-        converted: pictures whose pixels were no bytes and became such, by what they were; no faults.
+        converted: images whose pixels were converted to bytes, by their type; no faults.
         faults: the faults by kind, in the order of the source.
     """
 
@@ -50,49 +53,37 @@ class CheckReport:
 
 def check(source: Source, workers: int = 0, console: Console | None = None) -> CheckReport:
     """Reads and decodes every sample, with a progress bar on `console` if there is one."""
-    report = CheckReport(source.description, source.fingerprint, list(source.notes))
+    report = CheckReport(source.description, source.fingerprint, list(source.notes), len(source))
     for fault in source.faults:
         report.faults[fault.kind].append(fault)
     chunks = range(0, len(source), _CHUNK)
-    results = run_batches(_ChunkReader(source), chunks, WorkerOptions(workers))
+    results: Iterable[_Chunk] = WorkerLoader(_ChunkReader(source), chunks, WorkerOptions(workers))
     if console:
-        results = iter(track(results, "reading", total=len(chunks), console=console, transient=True))
-    for chunk in results:
-        report.samples += chunk.samples
-        report.image_bytes += chunk.image_bytes
-        report.converted += chunk.converted
-        for fault in chunk.faults:
+        results = track(results, "reading", total=len(chunks), console=console, transient=True)
+    for image_bytes, converted, faults in results:
+        report.image_bytes += image_bytes
+        report.converted += converted
+        for fault in faults:
             report.faults[fault.kind].append(fault)
     return report
 
 
-@dataclass
-class _Chunk:
-    samples: int
-    image_bytes: int = 0
-    converted: Counter[str] = field(default_factory=Counter)
-    faults: list[Fault] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
-class _ChunkReader:
+class _ChunkReader(BatchReader[int, _Chunk]):
     source: Source
 
-    def __call__(self, first: int) -> _Chunk:
-        indices = range(first, min(first + _CHUNK, len(self.source)))
-        chunk = _Chunk(len(indices))
-        for index in indices:
+    def read(self, first: int) -> _Chunk:
+        image_bytes, converted, faults = 0, Counter[str](), list[Fault]()
+        for index in range(first, min(first + _CHUNK, len(self.source))):
+            name = self.source.name(index)
             try:
-                self._read(index, chunk)
+                raw = self.source[index]
+                image_bytes += len(raw.image)
+                image = load_image(raw.image, name, self.source.decoding)
+                as_bytes(image, name)
             except BadSample as exc:
                 file, key = self.source.place(index)
-                chunk.faults.append(replace(exc.fault, file=file, key=key, index=index))
-        return chunk
-
-    def _read(self, index: int, chunk: _Chunk) -> None:
-        raw, name = self.source[index], self.source.name(index)
-        chunk.image_bytes += len(raw.image)
-        picture = load_image(raw.image, name, self.source.decoding)
-        as_bytes(picture, name)
-        if kind := pixel_kind(picture):
-            chunk.converted[kind] += 1
+                faults.append(replace(exc.fault, file=file, key=key, index=index))
+            else:
+                converted.update(filter(None, [pixel_kind(image)]))
+        return image_bytes, converted, faults

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from evaclip.augmentation import Augmentation
-from evaclip.data.kinds import Kind
+from evaclip.data import Kind
 from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS
 
 Count = Annotated[int, Field(gt=0)]

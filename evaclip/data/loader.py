@@ -1,6 +1,6 @@
-"""Batches for training: an endless, seed-reproducible stream whose position is one integer."""
+"""Batches for training, an endless stream whose position is one integer, and batches for evaluation."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
@@ -13,38 +13,72 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from evaclip.data.config import DEFAULT_WINDOW
-from evaclip.data.faults import FaultLog
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, U64, SampleOrder, mix, sample_order
-from evaclip.data.prefetch import Prefetcher
-from evaclip.data.rows import Rows
-from evaclip.data.samples import BadSample, Decoding, Fault, RawSample, decode_image
+from evaclip.data.remote import Prefetcher
+from evaclip.data.samples import BadSample, Decoding, Fault, FaultLog, RawSample, decode_image
 from evaclip.data.source import Source
-from evaclip.data.workers import WorkerOptions, run_batches
+from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
 
 TrainTransform = Callable[[Image.Image, int], Tensor]
-"""(picture, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
+"""(image, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
 Targets = Callable[[list[str], U64], Tensor]
-"""(n captions, as many seeds) -> [n, ...], what is learnt of the pictures: tokens, labels, masks; a pure function of
+"""(n captions, n seeds) -> [n, ...]: tokens, labels or masks to be learnt; a pure function of
 each sample's own caption and seed."""
 
+EvalTransform = Callable[[Image.Image], Tensor]
+"""image -> float32 [3, H, W]."""
+
 UNIT = 64
+"""Most samples that a worker reads at a time."""
 _ATTEMPTS = 100
 _KEPT_BYTES = 2**26
 _NEARBY = 50
 _REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
 
 
+class Rows:
+    """Tensors `[n_i, ...]` that stand for their concatenation `[sum of n_i, ...]`.
+
+    Pinned parts stay pinned: they are joined on the device.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        """Some of the rows, which must follow one another."""
+        start, stop, _ = rows.indices(len(self))
+        chosen = []
+        for part in self.parts:
+            if start < len(part) and stop > 0:
+                chosen.append(part[max(start, 0) : stop])
+            start, stop = start - len(part), stop - len(part)
+        return Rows(chosen)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
+        """All rows in one tensor on that device."""
+        first, *others = self.parts
+        if not others:
+            return first.to(device, non_blocking=non_blocking)
+        whole = first.new_empty((len(self), *first.shape[1:]), device=device)
+        for part, rows in zip(self.parts, whole.split([len(part) for part in self.parts]), strict=True):
+            rows.copy_(part, non_blocking=non_blocking)
+        return whole
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a global batch.
+    """One rank's part of a global batch.
 
     Attributes:
-        images: [rows, 3, H, W], as the transform gives them; in parts where they are pinned.
+        images: [rows, 3, H, W], the results of the transform; in parts if they are pinned.
         targets: [rows, ...], see Targets.
-        position: global samples consumed, over all processes, once this batch is used; `batches(position)`
-            goes on.
+        position: samples that all ranks have consumed after this batch; `batches(position)` continues there.
         skipped: bad samples that were replaced in this batch.
     """
 
@@ -57,29 +91,29 @@ class Batch:
 class TrainLoader:
     """Endless shuffled batches of a source, decoded and augmented by worker processes.
 
-    The global batch at position p holds the samples with the global indices [p, p + batch_size), by canonical node, of
-    which rank r gets the r-th part, see `part_of_batch`: which samples a batch holds, their order, captions and
-    augmentation depend on seed and position alone. Epochs follow one another without a gap, so a batch can hold the end
-    of one and the start of the next. A bad sample is logged and replaced by one that its global index determines.
-    Shards that are read soon are fetched meanwhile, if they are remote.
+    The global batch at position p holds the samples with the global indices [p, p + batch_size), sorted by canonical
+    node; rank r gets the r-th part, see `part_of_batch`. Samples, order, captions and augmentation of a batch depend on
+    seed and position only. Epochs have no gap between them, so a batch can hold the end of one and the start of the
+    next. A bad sample is logged and replaced by one that its global index determines. The next remote shards are
+    prefetched.
 
     Args:
         source: the indexed samples.
-        batch_size: samples of a global batch, over all processes.
+        batch_size: samples of a global batch, over all ranks.
         transform: see TrainTransform; its seed is a hash of `seed` and the global index.
         targets: see Targets; a sample with several captions gives one at random.
         seed: of everything random.
         workers: processes that read and decode; 0 does it in the calling process.
-        rank, world_size: this process and the number of processes.
+        rank, world_size: this rank and the number of ranks.
         window: samples that the shuffle mixes with one another; 0 mixes all.
         nodes: parts that the shards are divided among, see `sample_order`; machines, in general.
-        machine: ranks of the processes of this machine, which share its copies of remote shards; None: this one alone.
-        prefetch: batches that wait ready, over all workers; or as many parts a worker, if these are more.
-        pin: give `images` in parts that are pinned, for a GPU to fetch.
+        machine: ranks of this machine, which share its copies of remote shards; None: this rank only.
+        prefetch: batches that are ready ahead, over all workers, or as many parts a worker, if these are more.
+        pin: return `images` in pinned parts, for copies to a GPU.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
         patience: seconds without a batch after which a warning is logged.
-        together: rows of a global batch that stay in one process, see `part_of_batch`.
+        together: rows of a global batch that stay on one rank, see `part_of_batch`.
 
     Raises:
         UserError: the source has fewer samples than one global batch, or a number is out of range.
@@ -106,16 +140,16 @@ class TrainLoader:
         together: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         if batch_size < world_size:
-            raise UserError(f"a global batch of {batch_size} samples is none for some of {world_size} processes")
+            raise UserError(f"batch_size must be {world_size} or more, a sample for each rank, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
         if window < 0:
-            raise UserError(f"the shuffle window must be 0 (everything) or more, got {window}")
+            raise UserError(f"data.shuffle_window must be 0 (everything) or more, got {window}")
         if nodes < 1 or batch_size % nodes:
             raise UserError(
-                f"the global batch of {batch_size} samples must be a multiple of data.canonical_nodes, got {nodes}"
+                f"batch_size must be a multiple of data.canonical_nodes={nodes}, 1 or more, got {batch_size}"
             )
         if len(source) < batch_size:
             raise UserError(
@@ -129,9 +163,13 @@ class TrainLoader:
         self._units = _units(len(part))
         held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
         self._options = WorkerOptions(workers, held, pin, patience)
-        self._reader = _BatchReader(
+        if isinstance(source, MixtureSource):
+            order: SampleOrder | MixedOrder = source.order(seed, window, nodes)
+        else:
+            order = sample_order(len(source), seed, window, source.shard_sizes, nodes)
+        self._reader = _TrainReader(
             source,
-            _order(source, seed, window, nodes),
+            order,
             part,
             batch_size,
             transform,
@@ -145,7 +183,7 @@ class TrainLoader:
         of_machine.check_room(window, len(ends))
 
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
-        """What the iterators of later calls of `batches` make of samples; which ones and how drawn stays the same."""
+        """Sets the transform and targets of later calls of `batches`. Order and random draws stay the same."""
         self._reader = replace(self._reader, transform=transform, targets=targets)
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
@@ -156,11 +194,11 @@ class TrainLoader:
         RuntimeError if a worker process dies.
         """
         if position < 0:
-            raise ValueError(f"the data position must be 0 or more, got {position}")
+            raise ValueError(f"position must be 0 or more, got {position}")
         step = self._global_batch
         ends = count(position + step, step)
         units = ((start, rows) for start in count(position, step) for rows in self._units)
-        loaded = run_batches(self._reader, units, self._options)
+        loaded = iter(WorkerLoader(self._reader, units, self._options))
         for end in ends:
             images, targets, faults = zip(*islice(loaded, len(self._units)), strict=True)
             found = list(chain.from_iterable(faults))
@@ -173,12 +211,6 @@ def _units(batch_size: int) -> list[slice]:
     """The rows of a process's batch in equal parts, each the work of one worker at a time."""
     bounds = np.linspace(0, batch_size, -(-batch_size // UNIT) + 1).astype(int).tolist()
     return list(map(slice, bounds, bounds[1:]))
-
-
-def _order(source: Source, seed: int, window: int, nodes: int) -> SampleOrder | MixedOrder:
-    if isinstance(source, MixtureSource):
-        return source.order(seed, window, nodes)
-    return sample_order(len(source), seed, window, source.shard_sizes, nodes)
 
 
 def part_of_batch(batch_size: int, rank: int, processes: int, together: int = 1) -> range:
@@ -206,8 +238,8 @@ class _Loaded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _BatchReader:
-    """Loads some rows of the batch at a position; everything a worker needs."""
+class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
+    """Loads some rows of the batch at a position."""
 
     source: Source
     order: SampleOrder | MixedOrder
@@ -220,13 +252,13 @@ class _BatchReader:
     prefetcher: Prefetcher
     kept: dict[int, tuple[RawSample, Image.Image]] = field(default_factory=dict)
     ordered: dict[int, I64] = field(default_factory=dict)
-    """The batch in order, by its position; the last one alone, of which a worker has several units."""
+    """The batch in order, by its position; the last one only, of which a worker has several units."""
 
     def check_room(self, window: int, processes: int) -> None:
         """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
         copies = self.source.copies(self.order.shards(self._global_indices(0))[0]) if self.source.remote else []
         size = sum(copy.size for copy in copies)
-        if copies and size > (capacity := copies[0].cache.capacity):
+        if copies and size > (capacity := copies[0].shard.cache.capacity):
             readers = f", which {processes} processes of this machine read," if processes > 1 else ""
             raise UserError(
                 f"a shuffle window of {window} samples (0: all){readers} takes {len(copies)} remote shards,"
@@ -234,7 +266,7 @@ class _BatchReader:
                 " to twice as much for the next window to be fetched meanwhile, or lower data.shuffle_window"
             )
 
-    def __call__(self, unit: tuple[int, slice]) -> _Loaded:
+    def read(self, unit: tuple[int, slice]) -> _Loaded:
         position, rows = unit
         global_indices = self._global_indices(position)[rows]
         if self.source.remote:
@@ -245,11 +277,11 @@ class _BatchReader:
         seeds = mix(self.seed, _AUGMENTATION, global_indices) >> np.uint64(1)
         images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
         for slot, sample in enumerate(samples.tolist()):
-            raw, picture = self._load(sample, int(global_indices[slot]), faults)
+            raw, image = self._load(sample, int(global_indices[slot]), faults)
             keys.append(raw.key)
             captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
             try:
-                images.append(self.transform(picture, int(seeds[slot])))
+                images.append(self.transform(image, int(seeds[slot])))
             except Exception as exc:
                 exc.add_note(f"while transforming {raw.key} of {self.source.description}")
                 raise
@@ -276,9 +308,9 @@ class _BatchReader:
                 return self.kept[candidate]
             try:
                 raw = self.source[candidate]
-                picture = decode_image(raw.image, self.source.name(candidate), self.decoding)
-                self._keep(candidate, raw, picture)
-                return raw, picture
+                image = decode_image(raw.image, self.source.name(candidate), self.decoding)
+                self._keep(candidate, raw, image)
+                return raw, image
             except BadSample as exc:
                 faults.append(exc.fault)
         raise UserError(
@@ -286,14 +318,66 @@ class _BatchReader:
             " `evaclip data check` lists what is wrong"
         )
 
-    def _keep(self, sample: int, raw: RawSample, picture: Image.Image) -> None:
-        """Keeps a decoded picture for the epochs to come, where all of a small data set would fit into the memory."""
-        size = len(raw.image) + picture.width * picture.height * 4
+    def _keep(self, sample: int, raw: RawSample, image: Image.Image) -> None:
+        """Keeps a decoded image for later epochs if all images of the data set would fit into memory."""
+        size = len(raw.image) + image.width * image.height * 4
         if size * len(self.source) <= _KEPT_BYTES:
-            self.kept[sample] = raw, picture
+            self.kept[sample] = raw, image
 
     def _replacements(self, global_index: int) -> Iterator[int]:
         for attempt in range(1, _ATTEMPTS):
             draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
             # First of the same window, whose shards are read anyway.
             yield self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)
+
+
+class EvalBatch(NamedTuple):
+    """Samples in the order of the source.
+
+    Attributes:
+        images: float32 [n, 3, H, W].
+        captions: the n main captions.
+        keys: the n sample keys.
+    """
+
+    images: Tensor
+    captions: list[str]
+    keys: list[str]
+
+
+def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: int = 0) -> Iterator[EvalBatch]:
+    """Yields every usable sample once, in order.
+
+    Bad samples are logged and left out, so a batch can be smaller than `batch_size`; an empty one is not
+    yielded. Raises UserError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+    faults = FaultLog()
+    faults.add(source.faults)
+    reader = _EvalReader(source, transform, batch_size)
+    for images, captions, keys, bad in WorkerLoader(reader, range(0, len(source), batch_size), WorkerOptions(workers)):
+        faults.add(bad)
+        if keys:
+            yield EvalBatch(torch.stack(images), captions, keys)
+
+
+@dataclass(frozen=True)
+class _EvalReader(BatchReader[int, tuple[list[Tensor], list[str], list[str], list[Fault]]]):
+    source: Source
+    transform: EvalTransform
+    batch_size: int
+
+    def read(self, first: int) -> tuple[list[Tensor], list[str], list[str], list[Fault]]:
+        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
+        for index in range(first, min(first + self.batch_size, len(self.source))):
+            try:
+                raw = self.source[index]
+                image = decode_image(raw.image, self.source.name(index), self.source.decoding)
+            except BadSample as exc:
+                faults.append(exc.fault)
+                continue
+            images.append(self.transform(image))
+            captions.append(raw.caption)
+            keys.append(raw.key)
+        return images, captions, keys, faults

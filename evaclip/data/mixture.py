@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 
 from evaclip.data.order import I64, SampleOrder, mix, sample_order
-from evaclip.data.prefetch import Copy
+from evaclip.data.remote import Copy
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError

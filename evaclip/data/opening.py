@@ -6,21 +6,17 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from evaclip.data import webdataset
+from evaclip.data import KINDS, Kind, webdataset
 from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
 from evaclip.data.image_folder import FolderSource, PictureFolder, class_folders
-from evaclip.data.index_files import IndexCache
-from evaclip.data.kinds import KINDS, Kind
 from evaclip.data.mixture import MixtureSource
-from evaclip.data.paths import expand_paths
-from evaclip.data.remote import is_command, is_remote
+from evaclip.data.remote import ShardCache, is_command, is_remote
 from evaclip.data.samples import Decoding
-from evaclip.data.shard_cache import ShardCache
-from evaclip.data.shard_list import LIST_SUFFIX, ShardList, read_list
-from evaclip.data.shards import list_shards, shards_at
+from evaclip.data.shard_list import LIST_SUFFIX, ShardList, expand_paths, list_shards, read_list, shards_at
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.data.tables import COLUMNS, TABLES, Columns, TableSource
+from evaclip.data.tar_index import IndexCache
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
 from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS
@@ -52,7 +48,7 @@ def open_source(
     and says what was found.
     """
     if min_size < 0:
-        raise UserError(f"the smallest size of pictures must be 0 or more, got {min_size}")
+        raise UserError(f"min_size must be 0 or more, got {min_size}")
     if max_image_pixels < 1:
         raise UserError(f"max_image_pixels must be 1 or more, got {max_image_pixels}")
     if kind not in KINDS:

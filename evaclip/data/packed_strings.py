@@ -1,11 +1,23 @@
-"""Many strings in two flat arrays."""
+"""Many strings in two flat arrays, and files of arrays that processes share."""
 
+import json
+import logging
+import mmap
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from evaclip.atomic import replacing
+
+_LOG = logging.getLogger("evaclip.data")
+_DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
 
 
 class PackedStrings(Sequence[str]):
@@ -66,3 +78,60 @@ class StringPacker:
     def packed(self) -> PackedStrings:
         """All of them, copied."""
         return PackedStrings(np.frombuffer(bytes(self._buffer), np.uint8), np.array(self._ends, np.int64))
+
+
+def narrow(numbers: NDArray[np.integer[Any]]) -> NDArray[np.unsignedinteger[Any]]:
+    """Numbers of 0 or more in the narrowest unsigned type."""
+    return numbers.astype(np.min_scalar_type(numbers.max(initial=0)))
+
+
+def write_arrays(
+    file: Path, stamp: Sequence[Any], arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]
+) -> None:
+    """Writes arrays [n] of integers as safetensors, and the file's folder. The file appears complete or not at all.
+
+    Args:
+        stamp: a JSON list; `map_arrays` needs an equal one.
+        facts: values for JSON.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    notes = {"stamp": stamp, **facts, "crc32": _checksum(arrays.values())}
+    with replacing(file) as temporary:
+        temporary.write_bytes(save(dict(arrays), {"index": json.dumps(notes)}))
+
+
+def map_arrays(
+    file: Path, stamp: Sequence[Any], names: Sequence[str]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
+    """The arrays of these names, mapped, and the facts of a file; None if it is missing, damaged or of another stamp.
+
+    `names` are in the order in which the arrays were given to `write_arrays`.
+    """
+    try:
+        with file.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        # safetensors' own reader copies what it reads.
+        body = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:body])
+        facts = json.loads(header["__metadata__"]["index"])
+        if facts["stamp"] != stamp:
+            return None
+        arrays = {
+            name: np.frombuffer(data, _DTYPES[part["dtype"]], part["shape"][0], body + part["data_offsets"][0])
+            for name, part in ((name, header[name]) for name in names)
+        }
+        if _checksum(arrays.values()) != facts["crc32"]:
+            raise ValueError("its checksum differs")
+        return arrays, facts
+    except FileNotFoundError:
+        return None
+    except Exception as exc:  # whatever is damaged: ValueError, KeyError, TypeError, OSError, RecursionError, ...
+        _LOG.debug("the index %s is not usable: %s", file, exc)
+        return None
+
+
+def _checksum(arrays: Iterable[NDArray[Any]]) -> int:
+    return reduce(lambda crc, array: zlib.crc32(array.data, crc), arrays, 0)

@@ -1,33 +1,62 @@
-"""Bytes from elsewhere, as a stream: HTTP, the output of a command, and whatever fsspec knows (s3://, gs://, hf://)."""
+"""Remote shards: HTTP, the output of commands and fsspec's file systems (s3://, gs://, hf://), read from local copies.
 
+HTTP is read by urllib: fsspec's needs aiohttp. The copies are bounded in bytes, shared by all processes of a machine
+and compared with the index before they are used; fsspec's caches are neither.
+"""
+
+import hashlib
+import logging
 import os
+import random
 import re
 import select
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from evaclip.atomic import locked
+from evaclip.data.config import RemoteConfig
+from evaclip.data.tar_index import TarIndex, build_index
 from evaclip.errors import UserError
+from evaclip.machine import user_cache
 
-COMMAND = "pipe:"
+_LOG = logging.getLogger("evaclip.data")
+
+_COMMAND = "pipe:"
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _TAR_NAME = re.compile(r"[^\s/?#'\"=]+\.tar(?![\w.])")
 _WORTH_ANOTHER_TRY = {408, 425, 429}
 _NOT_RUNNABLE = {126, 127}
 _BLOCK = 16 * 2**20
-# What file systems call that by which a changed file is known, the most exact one first.
+# Names of a file's version in fsspec's file systems, the most exact one first.
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
+
+_CHUNK = 2**20
+_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before the second try; each further pause is twice as long."""
+_FAILURES_LAST = 300.0
+"""Seconds after a failed fetch in which a shard is not fetched again."""
+_TOUCH_AFTER = 10.0
+_ABANDONED_AFTER = 3600.0
+
+T = TypeVar("T")
+Check = Callable[[Path], None]
+"""Looks at a copy before anybody else sees it, and raises RemoteError to refuse it."""
 
 
 class RemoteError(Exception):
-    """Bytes could not be had. `permanent` says that another try would end the same way."""
+    """A fetch failed; `permanent` if another try would fail too."""
 
     def __init__(self, reason: str, permanent: bool = False) -> None:
         super().__init__(reason)
@@ -36,18 +65,18 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class Version:
-    """By what a changed file is known, as far as its server tells.
+    """The version of a remote file, as far as its server gives one.
 
     Attributes:
-        size: in bytes; None where it isn't told.
-        tag: the ETag or the time of the last change; empty where there is neither.
+        size: in bytes; None if unknown.
+        tag: the ETag or the time of the last change; empty if unknown.
     """
 
     size: int | None = None
     tag: str = ""
 
     def difference(self, found: "Version") -> str:
-        """How `found` differs, in words; empty where nothing that both tell does."""
+        """How `found` differs, in words; empty if all that both versions know is equal."""
         if None not in (self.size, found.size) and self.size != found.size:
             return f"it has {found.size} bytes and had {self.size}"
         if self.tag and found.tag and self.tag != found.tag:
@@ -55,12 +84,11 @@ class Version:
         return ""
 
 
-@dataclass(frozen=True)
-class RemoteFile:
+class RemoteFile(NamedTuple):
     """An open stream.
 
     Attributes:
-        version: of the file, as told when it was opened.
+        version: of the file, when it was opened.
         read: up to that many bytes; none at the end. Raises RemoteError.
     """
 
@@ -70,7 +98,7 @@ class RemoteFile:
 
 def is_command(path: str) -> bool:
     """Whether a path is a command that the shell runs for its output."""
-    return path.startswith(COMMAND)
+    return path.startswith(_COMMAND)
 
 
 def is_remote(path: str) -> bool:
@@ -89,8 +117,7 @@ def file_name(url: str) -> str:
     return found[-1] if found else url
 
 
-@contextmanager
-def open_remote(url: str, timeout: float) -> Iterator[RemoteFile]:
+def open_remote(url: str, timeout: float) -> AbstractContextManager[RemoteFile]:
     """Opens a URL or starts a command.
 
     Args:
@@ -102,13 +129,10 @@ def open_remote(url: str, timeout: float) -> Iterator[RemoteFile]:
         UserError: there is no file system for that scheme.
     """
     if is_command(url):
-        opened = _command(url.removeprefix(COMMAND), timeout)
-    elif url.startswith(("http://", "https://")):
-        opened = _http(url, timeout)
-    else:
-        opened = _file_system(url)
-    with opened as file:
-        yield file
+        return _command(url.removeprefix(_COMMAND), timeout)
+    if url.startswith(("http://", "https://")):
+        return _http(url, timeout)
+    return _file_system(url)
 
 
 @contextmanager
@@ -118,7 +142,7 @@ def _http(url: str, timeout: float) -> Iterator[RemoteFile]:
         response = urlopen(request, timeout=timeout)
     with response:
         size, tag = response.headers["Content-Length"], response.headers["ETag"] or response.headers["Last-Modified"]
-        yield RemoteFile(Version(int(size) if size else None, tag or ""), _translating(response.read))
+        yield RemoteFile(Version(int(size) if size else None, tag or ""), _translated()(response.read))
 
 
 @contextmanager
@@ -136,7 +160,7 @@ def _file_system(url: str) -> Iterator[RemoteFile]:
         stream = files.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
     with stream:
         tag = next((str(facts[name]) for name in _TAGS if facts.get(name)), "")
-        yield RemoteFile(Version(facts.get("size"), tag), _translating(stream.read))
+        yield RemoteFile(Version(facts.get("size"), tag), _translated()(stream.read))
 
 
 @contextmanager
@@ -180,17 +204,9 @@ def _command(command: str, timeout: float) -> Iterator[RemoteFile]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _translating(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    def translated(size: int) -> bytes:
-        with _translated():
-            return read(size)
-
-    return translated
-
-
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Turns what servers and libraries raise into RemoteError."""
+    """Turns exceptions of servers and libraries into RemoteError."""
     try:
         yield
     except HTTPError as exc:
@@ -198,10 +214,254 @@ def _translated() -> Iterator[None]:
         permanent = 400 <= exc.code < 500 and exc.code not in _WORTH_ANOTHER_TRY
         raise RemoteError(f"HTTP {exc.code} {exc.reason}", permanent) from exc
     except (FileNotFoundError, PermissionError) as exc:
-        raise RemoteError(_words(exc), permanent=True) from exc
+        raise RemoteError(f"{type(exc).__name__}: {exc}", permanent=True) from exc
     except Exception as exc:  # the clients of object stores have exceptions of their own, without a common base
-        raise RemoteError(_words(exc)) from exc
+        raise RemoteError(f"{type(exc).__name__}: {exc}") from exc
 
 
-def _words(exc: Any) -> str:
-    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+class RemoteShard:
+    """A tar elsewhere; a `Shard`.
+
+    Args:
+        url: as `open_remote` takes it.
+        cache: holds the copy that is read.
+        version: as which the shard was indexed; None asks the server when it is needed.
+    """
+
+    path = None
+
+    def __init__(self, url: str, cache: "ShardCache", version: Version | None = None) -> None:
+        self.url = url
+        self.identity = os.fsencode(url)
+        self.cache = cache
+        self._version = version
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def version(self) -> Version:
+        """Raises RemoteError."""
+        if self._version is None:
+            self._version = self.cache.version(self.url)
+        return self._version
+
+    @cached_property
+    def file_name(self) -> str:
+        """The name of its copy. Raises RemoteError."""
+        name = f"{self.url}\0{self.version.size}\0{self.version.tag}"
+        return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.tar"
+
+    def stamp(self) -> tuple[int, int]:
+        with self._readable():
+            size, tag = self.version.size, self.version.tag
+        return -1 if size is None else size, int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7])
+
+    def index(self) -> TarIndex:
+        """Fetches the shard, if there is no copy, and reads the headers. Raises UserError as `build_index` does."""
+        with self._readable(), self.cache.opened(self) as descriptor:
+            return build_index(Path(f"/proc/self/fd/{descriptor}"), self.url)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except RemoteError as exc:
+            raise UserError(f"cannot read the shard {self.url}: {exc}") from exc
+
+
+class ShardCache:
+    """Fetches whole shards, once for all processes of a machine, and deletes the copies that were read longest ago.
+
+    A copy appears complete or not at all. It is written under a lock that the kernel takes from a process that is
+    killed. A shard whose fetch failed is not fetched again for five minutes.
+
+    Attributes:
+        capacity: bytes that the copies may take together; those being written come on top.
+    """
+
+    def __init__(self, config: RemoteConfig) -> None:
+        self.capacity = int(config.cache_gb * 1e9)
+        self._config = config
+        folder = config.cache_folder
+        self._folder = Path(folder).expanduser() if folder else user_cache("shards")
+        self._failures: dict[str, tuple[float, RemoteError]] = {}
+
+    def version(self, url: str) -> Version:
+        """The version that the server has now. Raises RemoteError."""
+
+        def ask() -> Version:
+            with open_remote(url, self._config.timeout) as remote:
+                return remote.version
+
+        return Version() if is_command(url) else self._try(url, ask)
+
+    @contextmanager
+    def opened(self, shard: RemoteShard, check: Check | None = None) -> Iterator[int]:
+        """A file descriptor of the shard's copy, which is fetched if it isn't there.
+
+        Raises:
+            RemoteError: the fetch fails, the shard has another version, or `check` refuses it.
+            UserError: the folder cannot be written.
+        """
+        path = self._folder / shard.file_name
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                # Another process may have put it out again before it is opened: then once more.
+                self.fetch(shard, check)
+            except OSError as exc:
+                raise UserError(f"the copy {path} of {shard.url} cannot be read: {exc.strerror}") from exc
+        try:
+            if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_AFTER:
+                os.utime(descriptor)  # by this time the oldest copies are found
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def fetch(self, shard: RemoteShard, check: Check | None, wait: bool = True) -> None:
+        """Fetches a shard unless it is there.
+
+        Raises:
+            BlockingIOError: without `wait`, another process or thread fetches it.
+            RemoteError, UserError: as `opened`.
+        """
+        path = self._folder / shard.file_name
+        if path.exists():
+            return
+        moment, failure = self._failures.get(shard.url, (-_FAILURES_LAST, None))
+        if failure and time.monotonic() - moment < _FAILURES_LAST:
+            raise RemoteError(str(failure), failure.permanent)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # One of 256 locks, so that there aren't as many lock files as shards.
+            with locked(self._folder / f"{path.name[:2]}.lock", wait):
+                if not path.exists():
+                    self._fetch_locked(shard, path, check)
+        except RemoteError as exc:
+            self._failures[shard.url] = (time.monotonic(), exc)
+            raise
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            raise UserError(
+                f"a copy of {shard.url} cannot be written to {self._folder}: {exc.strerror or exc};"
+                " data.remote.cache_folder names another folder"
+            ) from exc
+
+    def _fetch_locked(self, shard: RemoteShard, path: Path, check: Check | None) -> None:
+        part = path.with_suffix(".part")
+
+        def copy() -> None:
+            self._copy(shard, part)
+            if check:
+                check(part)
+
+        try:
+            self._try(shard.url, copy)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        self._make_room(0, path)
+
+    def _copy(self, shard: RemoteShard, part: Path) -> None:
+        with open_remote(shard.url, self._config.timeout) as remote, part.open("wb") as file:
+            if change := shard.version.difference(remote.version):
+                raise RemoteError(f"the shard changed after it was indexed: {change}", permanent=True)
+            size = shard.version.size if remote.version.size is None else remote.version.size
+            self._make_room(size or 0, part)
+            while chunk := remote.read(_CHUNK):
+                file.write(chunk)
+            if size not in (None, file.tell()):
+                raise RemoteError(f"only {file.tell()} of {size} bytes came")
+
+    def _make_room(self, size: int, kept: Path) -> None:
+        """Deletes the copies that were read longest ago until `size` more bytes fit; never `kept`."""
+        with locked(self._folder / "room.lock"):
+            copies = list[tuple[Path, os.stat_result]]()
+            for path in self._folder.iterdir():
+                if path.suffix in (".tar", ".part"):
+                    with suppress(FileNotFoundError):
+                        copies.append((path, path.stat()))
+            total = sum(facts.st_size for _, facts in copies)
+            now = time.time()
+            for path, facts in sorted(copies, key=lambda entry: entry[1].st_mtime):
+                written = path.suffix == ".part" and now - facts.st_mtime < _ABANDONED_AFTER
+                if total + size <= self.capacity:
+                    break
+                if path != kept and not written:
+                    path.unlink(missing_ok=True)
+                    total -= facts.st_size
+
+    def _try(self, url: str, action: Callable[[], T]) -> T:
+        pause = _PAUSE
+        for attempt in range(1, self._config.attempts + 1):
+            try:
+                return action()
+            except RemoteError as exc:
+                if exc.permanent or attempt == self._config.attempts:
+                    raise
+                wait = pause * random.uniform(0.75, 1.25)
+                _LOG.warning("%s: try %d of %d: %s; again in %.1f s", url, attempt, self._config.attempts, exc, wait)
+                time.sleep(wait)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A local copy of a remote shard, there or not.
+
+    Attributes:
+        check: refuses a copy that is not the shard that was indexed.
+        size: of the shard in bytes, nearly.
+    """
+
+    shard: RemoteShard
+    check: Check
+    size: int
+
+
+class Prefetcher:
+    """One thread of each process that reads, started when it is first needed.
+
+    Processes share the work: a shard that another process is fetching is left to it.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._copies = list[Copy]()
+        self._news = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def want(self, copies: Sequence[Copy]) -> None:
+        """Fetches these in the background, in order and as many as fit, instead of those of the last call."""
+        if self._process != os.getpid():
+            self.__init__()  # type: ignore[misc]  # a thread isn't forked
+        totals = accumulate(copy.size for copy in copies)
+        fits = (total <= copy.shard.cache.capacity for copy, total in zip(copies, totals, strict=True))
+        self._copies = list(compress(copies, fits))
+        if not self._copies:
+            return
+        self._news.set()
+        if self._thread is None:
+            # A daemon: a worker that ends doesn't wait for its fetch.
+            self._thread = threading.Thread(target=self._run, name="evaclip-prefetch", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._news.wait()
+            self._news.clear()
+            for copy in self._copies:
+                try:
+                    copy.shard.cache.fetch(copy.shard, copy.check, wait=False)
+                except (RemoteError, UserError, BlockingIOError) as exc:  # the reader of the shard gets the error
+                    _LOG.debug("%s is not prefetched: %s", copy.shard.url, exc)
+                if self._news.is_set():
+                    break
+
+    def __reduce__(self) -> Any:
+        return Prefetcher, ()

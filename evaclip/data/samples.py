@@ -1,6 +1,8 @@
-"""A sample as it is stored, and what can be wrong with one."""
+"""A sample as it is stored, its decoding, and its faults."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,7 +15,7 @@ from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS, FORMATS, eight_bit, open_im
 
 
 class FaultKind(StrEnum):
-    """What was wrong; the values are the words of logs and tables."""
+    """Kinds of faults; the values are the words of logs and tables."""
 
     DAMAGED_SHARD = "damaged shard"
     DUPLICATE_KEY = "duplicate key"
@@ -30,7 +32,7 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, where (shard and key, or path) and the details.
+    """One fault: its kind, its place (shard and key, or path) and details.
 
     Attributes:
         name: the sample, or the file if it is none of a sample.
@@ -79,7 +81,7 @@ class Decoding:
     """How image files are decoded.
 
     Attributes:
-        exif_orientation: turn pictures as their EXIF data says.
+        exif_orientation: rotate images as their EXIF data says.
         min_size: pixels that the shorter side must have.
         at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels;
             None decodes it whole.
@@ -94,8 +96,11 @@ class Decoding:
 
 WHOLE = Decoding()
 REDUCTION_MARGIN = 2
-"""`at_least` over the size of a model's pictures, where `jpeg_reduction` is on."""
+"""`at_least` divided by the model's image size, where `jpeg_reduction` is on."""
 UPRIGHT = Decoding(exif_orientation=True)
+
+
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 
 
 def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
@@ -122,8 +127,15 @@ def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Imag
     return image
 
 
+def image_suffix(data: bytes, name: str) -> str:
+    """The suffix of files of an image's format, such as 'jpg'. Raises BadSample for other formats than `FORMATS`."""
+    with _faults(name):
+        image = open_image(data)
+    return _SUFFIXES.get(image.format or "", str(image.format).lower())
+
+
 def loaded_image(image: Image.Image, name: str) -> Image.Image:
-    """As `decode_image`, of a picture that is open, as it lies. Raises BadSample as that does."""
+    """As `decode_image`, of an open image, without rotation. Raises BadSample."""
     with _faults(name):
         image.load()
     return as_bytes(image, name)
@@ -131,7 +143,7 @@ def loaded_image(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _faults(name: str) -> Iterator[None]:
-    """Turns what Pillow raises on a sample's file into BadSample."""
+    """Turns Pillow's exceptions on a sample's file into BadSample."""
     try:
         yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:
@@ -145,7 +157,7 @@ def _faults(name: str) -> Iterator[None]:
 
 
 def as_bytes(image: Image.Image, name: str) -> Image.Image:
-    """`eight_bit` of a sample's picture. Raises BadSample where that raises ValueError."""
+    """`eight_bit` of a sample's image. Raises BadSample where that raises ValueError."""
     try:
         return eight_bit(image)
     except ValueError as exc:
@@ -153,8 +165,10 @@ def as_bytes(image: Image.Image, name: str) -> Image.Image:
 
 
 def read_image_file(path: Path, *, regular: bool = True) -> bytes:
-    """The bytes of a picture. Raises BadSample if it is missing, empty, unreadable or, if `regular`, a pipe or device,
-    for which one might wait without end."""
+    """The bytes of an image file.
+
+    Raises BadSample if it is missing, empty, unreadable or, if `regular`, a pipe or device, which could block forever.
+    """
     try:
         if regular and not S_ISREG(path.stat().st_mode):
             raise BadSample(FaultKind.UNREADABLE, str(path), "not a regular file")
@@ -169,7 +183,7 @@ def read_image_file(path: Path, *, regular: bool = True) -> bytes:
 
 
 def texts_of(value: object) -> tuple[str, ...]:
-    """The captions in a value of a JSON file or a table: one, or a list of several. What is no text is left out."""
+    """The captions in a value of a JSON file or a table: one, or a list. Values that are no text are left out."""
     listed: Sequence[object] = value if isinstance(value, list) else [value]
     # A number is a caption too: class labels often are.
     return tuple(sound(str(item)) for item in listed if isinstance(item, str | int) and not isinstance(item, bool))
@@ -183,3 +197,55 @@ def sound(text: str) -> str:
 def not_blank(captions: Sequence[str]) -> tuple[str, ...]:
     """The captions without spaces around them, and without those that are nothing else."""
     return tuple(filter(None, (caption.strip() for caption in captions)))
+
+
+_LOG = logging.getLogger("evaclip.data")
+_NAMED_PER_KIND = 20
+_SUMMARY_EVERY = 1000
+_MIN_WINDOW, _MAX_WINDOW = 1_000, 10_000_000
+
+
+class FaultLog:
+    """Names the first faults of each kind in the log "evaclip.data"; from then on it only counts them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[FaultKind] = Counter()
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Counts and logs faults."""
+        for fault in faults:
+            self.counts[fault.kind] += 1
+            count = self.counts[fault.kind]
+            if count < _NAMED_PER_KIND:
+                _LOG.warning("%s", fault)
+            elif count == _NAMED_PER_KIND:
+                _LOG.warning("%s; more of this kind are only counted, `evaclip data check` lists them", fault)
+            elif count % _SUMMARY_EVERY == 0:
+                _LOG.warning("%d samples with %s so far, the last: %s", count, fault.kind, fault.name)
+
+
+class BadShare:
+    """The share of bad samples that a training reads, in windows of one epoch each.
+
+    The windows follow one another from where counting begins. One has 1,000 to 10,000,000 samples, so that neither a
+    handful of samples nor one bad shard of many is taken for the whole data set.
+
+    Args:
+        epoch: samples of the data set.
+        allowed: share of bad samples among all that are read.
+        samples, bad: where counting begins: the samples used so far, and the bad ones that were replaced.
+    """
+
+    def __init__(self, epoch: int, allowed: float, samples: int, bad: int) -> None:
+        self._window = min(max(epoch, _MIN_WINDOW), _MAX_WINDOW)
+        self._allowed = allowed
+        self._samples, self._bad = samples, bad
+
+    def excess(self, samples: int, bad: int) -> tuple[int, int] | None:
+        """The window's bad samples and all that it read, if more are bad than a whole window may have; else None."""
+        used, found = samples - self._samples, bad - self._bad
+        if found > self._allowed * (max(used, self._window) + found):
+            return found, used + found
+        if used >= self._window:
+            self._samples, self._bad = samples, bad
+        return None

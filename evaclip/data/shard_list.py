@@ -1,7 +1,9 @@
-"""A list of shards with all that opening a data set needs to know of them: a JSON file, made once."""
+"""From path patterns to shards, and lists of shards in JSON files with all that opening them takes."""
 
+import glob
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +15,93 @@ import numpy as np
 
 from evaclip.atomic import write_text
 from evaclip.data.packed_strings import StringPacker
-from evaclip.data.remote import RemoteError, Version, is_command, is_remote, open_remote
+from evaclip.data.remote import (
+    RemoteError,
+    RemoteShard,
+    ShardCache,
+    Version,
+    is_command,
+    is_remote,
+    local_name,
+    open_remote,
+)
 from evaclip.data.samples import Fault, FaultKind
-from evaclip.data.tar_index import ShardFacts
+from evaclip.data.tar_index import IndexCache, LocalShard, ShardFacts
 from evaclip.errors import UserError
 
+_INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 KIND = "evaclip-shards-v1"
 LIST_SUFFIX = ".json"
 _TIMEOUT = 60.0
+
+Shard = LocalShard | RemoteShard
+
+
+def expand_paths(pattern: str) -> list[str]:
+    """'a-{000..012}.tar::b/*.tar' -> the files, in the order given (globs sorted); URLs and commands as they are.
+
+    Raises UserError for a glob without a match, or local files that do not exist.
+    """
+    paths: list[str] = []
+    for part in filter(None, (part.strip() for part in pattern.split("::"))):
+        for expanded in expand_braces(part):
+            paths += [expanded] if is_remote(expanded) else _local(expanded)
+    if not paths:
+        raise UserError(f"the data path {pattern!r} names no file")
+    missing = [path for path in paths if not is_remote(path) and not Path(path).exists()]
+    if missing:
+        subject = f"{missing[0]} does not exist"
+        raise UserError(subject if len(paths) == 1 else f"{len(missing)} of {len(paths)} files are missing: {subject}")
+    return paths
+
+
+def _local(pattern: str) -> list[str]:
+    pattern = str(Path(pattern).expanduser())
+    if not glob.has_magic(pattern) or Path(pattern).exists():
+        return [local_name(Path(pattern))]
+    matches = sorted(glob.glob(pattern))  # noqa: PTH207 - Path.glob refuses absolute patterns
+    if not matches:
+        raise UserError(f"no file matches {pattern!r}")
+    return [local_name(Path(match)) for match in matches]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """'x{a,b}{08..10}' -> ['xa08', 'xa09', 'xa10', 'xb08', ...]: lists and zero-padded ranges, nested too."""
+    match = _INNERMOST_BRACES.search(pattern)
+    if not match:
+        return [pattern]
+    if bounds := _RANGE.fullmatch(match[1]):
+        first, last = int(bounds[1]), int(bounds[2])
+        width = len(bounds[1]) if bounds[1].startswith("0") else 0
+        step = 1 if last >= first else -1
+        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise UserError(f"{match[0]!r} in {pattern!r} is neither a list {{a,b}} nor a range {{000..123}}")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    # The innermost pair goes first, so its neighbours in a list come once per choice.
+    return list(dict.fromkeys(text for choice in choices for text in expand_braces(head + choice + tail)))
+
+
+def shard_at(location: str, cache: ShardCache, version: Version | None = None) -> Shard:
+    """The shard of a path, URL or command; arguments as those of `RemoteShard`."""
+    return RemoteShard(location, cache, version) if is_remote(location) else LocalShard(Path(location))
+
+
+def shards_at(paths: Sequence[str], cache: ShardCache) -> list[Shard]:
+    """The shards of paths, URLs, commands and folders. Raises UserError for a folder without shards."""
+    locations = list[str]()
+    for path in paths:
+        if is_remote(path) or not Path(path).is_dir():
+            locations.append(path)
+            continue
+        inside = sorted(Path(path).glob("*.tar"))
+        if not inside:
+            raise UserError(f"there are 0 .tar shards in the folder {path}")
+        locations += map(local_name, inside)
+    return [shard_at(location, cache) for location in locations]
 
 
 @dataclass(frozen=True)
@@ -30,11 +111,6 @@ class Entry:
     location: str
     version: Version
     facts: ShardFacts
-
-
-def agree(listed: ShardFacts, found: ShardFacts) -> bool:
-    """Whether a shard is the one that is listed."""
-    return (listed.samples, listed.digest) == (found.samples, found.digest)
 
 
 class ShardList(Sequence[Entry]):
@@ -81,7 +157,7 @@ class ShardList(Sequence[Entry]):
         return ((location, digest) for location, _, digest in zip(texts, texts, texts, strict=True))
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong with shards as a whole."""
+        """Faults of shards as a whole."""
         for number in self._odd:
             entry = self[number]
             shard, facts = entry.location, entry.facts
@@ -91,6 +167,14 @@ class ShardList(Sequence[Entry]):
             for key in facts.duplicates:
                 detail = "it comes again in this shard; the first copy is used"
                 yield Fault(FaultKind.DUPLICATE_KEY, f"{shard}:{key}", detail, shard, key)
+
+
+def list_shards(shards: Sequence[Shard], indexes: IndexCache) -> ShardList:
+    """Indexes shards, as far as that isn't done. Raises UserError as `build_index` does."""
+    return ShardList(
+        Entry(str(shard), shard.version if isinstance(shard, RemoteShard) else Version(), index.facts)
+        for shard, index in zip(shards, indexes.get_all(shards), strict=True)
+    )
 
 
 def write_list(path: Path, entries: Iterable[Entry]) -> None:
@@ -116,8 +200,8 @@ def write_list(path: Path, entries: Iterable[Entry]) -> None:
 def read_list(location: str) -> Iterator[Entry]:
     """Reads a list from a file or URL; relative names in it are taken from where it lies.
 
-    Raises UserError if it cannot be read or is none, and for a shard that is a command: what was downloaded runs
-    nothing.
+    Raises UserError if it cannot be read or is none, and for a shard that is a command: downloaded data starts no
+    program.
     """
     text = _fetch(location) if is_remote(location) else Path(location).read_text(encoding="utf-8")
     try:
@@ -161,19 +245,14 @@ def _relative(location: str, folder: Path) -> str:
 
 
 def _absolute(url: str, location: str) -> str:
+    """The url of a shard in the list at `location`, from whose folder relative ones are taken."""
     if url.startswith("/") or is_remote(url):
         return url
     if is_command(location):
         raise ValueError(f"{url!r} is relative, and a command has no folder")
-    return _beside(location, url)
-
-
-def _beside(location: str, name: str) -> str:
     if not is_remote(location):
-        return str(Path(location).absolute().parent / name)
-    if location.startswith("http"):
-        return urljoin(location, name)
-    return f"{location.rpartition('/')[0]}/{name}"
+        return str(Path(location).absolute().parent / url)
+    return urljoin(location, url) if location.startswith("http") else f"{location.rpartition('/')[0]}/{url}"
 
 
 def _fetch(url: str) -> str:

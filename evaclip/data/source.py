@@ -1,4 +1,4 @@
-"""The one interface behind which every kind of data set lies."""
+"""The interface of every kind of data set."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evaclip.data.order import I64
-from evaclip.data.prefetch import Copy
+from evaclip.data.remote import Copy
 from evaclip.data.samples import WHOLE, Decoding, Fault, RawSample
 
 
@@ -15,11 +15,11 @@ class Source(ABC):
     """An indexed list of samples with random access.
 
     Attributes:
-        description: what it is and where, for messages.
+        description: kind and place, for messages.
         fingerprint: hash of the indexed list (names and sizes); equal for equal data wherever it lies.
         shard_sizes: samples per shard, in order; one entry where there are no shards.
-        faults: what was wrong with the list itself, such as damaged shards.
-        notes: what was guessed on opening, for whoever asks.
+        faults: of the list itself, such as damaged shards.
+        notes: guesses that were made on opening.
         decoding: how its image files are to be decoded.
         classes: names of the classes where the kind of data has them, in label order; else empty.
         wants_captions: whether a sample without a caption can't be used.
@@ -52,15 +52,19 @@ class Source(ABC):
         """The sample's name for messages: file, or shard and key."""
 
     def place(self, index: int) -> tuple[str, str]:
-        """The file that holds a sample (shard, table or picture) and its key there; "" for what isn't known."""
+        """The file that holds a sample (shard, table or image) and its key there; "" if unknown."""
         return "", self.name(index)
 
     def file(self, index: int) -> Path | None:
-        """The file that is a sample's picture; None where that is a part of another."""
+        """A sample's image file; None if the image is a part of another file."""
+        return None
+
+    def label(self, index: int) -> int | None:
+        """The place of a sample's class in `classes`; None where the kind of data has no classes."""
         return None
 
     def pictures(self) -> I64 | None:
-        """A number for each sample, the same for those that share a picture; None where each has its own."""
+        """A number for each sample, equal for samples that share an image; None if no samples do."""
         return None
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
@@ -69,35 +73,6 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027 - most kinds hold nothing open
         """Releases open files; the source stays usable and opens them again on demand."""
-
-
-class View(Source):
-    """Samples of another source under numbers of their own: `number` says which one each is.
-
-    Who makes one sets `shard_sizes` and `fingerprint`.
-    """
-
-    def __init__(self, whole: Source) -> None:
-        self.whole = whole
-        self.description = whole.description
-        self.faults = whole.faults
-        self.decoding = whole.decoding
-
-    @abstractmethod
-    def number(self, index: int) -> int:
-        """That of a sample in the other source."""
-
-    def __getitem__(self, index: int) -> RawSample:
-        return self.whole[self.number(index)]
-
-    def name(self, index: int) -> str:
-        return self.whole.name(self.number(index))
-
-    def place(self, index: int) -> tuple[str, str]:
-        return self.whole.place(self.number(index))
-
-    def close(self) -> None:
-        self.whole.close()
 
 
 def hash_list(kind: str, entries: Iterable[tuple[str, object]]) -> str:

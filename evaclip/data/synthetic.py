@@ -35,7 +35,7 @@ class SyntheticSource(Source):
 
     def __init__(self, num_samples: int) -> None:
         if num_samples < 1:
-            raise UserError(f"the number of synthetic samples must be 1 or more, got {num_samples}")
+            raise UserError(f"num_samples must be 1 or more, got {num_samples}")
         self._kinds = list(product(COLOURS, SIDES, GROUNDS))
         self.classes = [_caption(*kind) for kind in self._kinds]
         self.description = f"{num_samples} synthetic samples"
@@ -49,6 +49,9 @@ class SyntheticSource(Source):
         buffer = io.BytesIO()
         _draw(*kind, seed=index).save(buffer, "png", compress_level=1)
         return RawSample(self.name(index), buffer.getvalue(), (_caption(*kind),))
+
+    def label(self, index: int) -> int:
+        return index % len(self._kinds)
 
     def name(self, index: int) -> str:
         return f"synthetic-{index:08d}"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaclip.data.kinds import Kind
+from evaclip.data import Kind
 from evaclip.data.order import I64
 from evaclip.data.packed_strings import StringPacker
 from evaclip.data.samples import BadSample, FaultKind, RawSample, not_blank, read_image_file, sound, texts_of

@@ -11,15 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from evaclip.data.index_files import IndexCache
-from evaclip.data.prefetch import Copy
-from evaclip.data.remote import RemoteError, file_name, is_remote
+from evaclip.data.remote import Copy, RemoteError, RemoteShard, ShardCache, file_name, is_remote
 from evaclip.data.samples import BadSample, FaultKind, RawSample, not_blank, texts_of
-from evaclip.data.shard_cache import ShardCache
-from evaclip.data.shard_list import ShardList, agree
-from evaclip.data.shards import LocalShard, RemoteShard, Shard, shard_at
+from evaclip.data.shard_list import Shard, ShardList, shard_at
 from evaclip.data.source import Source, hash_list
-from evaclip.data.tar_index import Member, ShardFacts, TarIndex, build_index
+from evaclip.data.tar_index import IndexCache, LocalShard, Member, ShardFacts, TarIndex, build_index
 from evaclip.errors import UserError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"
@@ -85,7 +81,7 @@ class WebDatasetSource(Source):
 
     def copies(self, shards: Sequence[int]) -> list[Copy]:
         return [
-            Copy(shard.cache, shard.wanted, partial(self._check, number), facts.size)
+            Copy(shard, partial(self._check, number), facts.size)
             for number, (shard, facts) in ((number, self._shard(number)) for number in shards)
             if isinstance(shard, RemoteShard)
         ]
@@ -119,7 +115,7 @@ class WebDatasetSource(Source):
             raise BadSample(FaultKind.UNREADABLE, self.name(index), str(exc)) from exc
 
     def _shard(self, number: int) -> tuple[Shard, ShardFacts]:
-        # The thread that fetches ahead asks too, and may clear what is kept.
+        # The prefetching thread calls this too, and may clear the dict.
         found = self._recent.get(number)
         if found is None:
             if len(self._recent) >= _SHARDS_KEPT:
@@ -129,14 +125,14 @@ class WebDatasetSource(Source):
         return found
 
     def _table(self, number: int, position: int) -> TarIndex:
-        """The index of a shard that is what it was on opening."""
+        """The index of a shard. Raises BadSample if the shard changed after the source was opened."""
         shard, facts = self._shard(number)
         try:
             table = self._indexes.get(shard)
         except (UserError, OSError) as exc:
             kind = FaultKind.UNREACHABLE if isinstance(shard, RemoteShard) else FaultKind.UNREADABLE
             raise BadSample(kind, str(shard), f"sample {position}: {exc}") from exc
-        if not agree(facts, table.facts):
+        if not facts.matches(table.facts):
             detail = f"sample {position}: the shard changed after it was indexed"
             raise BadSample(FaultKind.UNREADABLE, str(shard), detail)
         return table
@@ -148,7 +144,7 @@ class WebDatasetSource(Source):
             index = build_index(path, str(shard))
         except UserError as exc:
             raise RemoteError(str(exc)) from exc
-        if agree(facts, index.facts):
+        if facts.matches(index.facts):
             self._indexes.put(shard, index)
             return
         self._indexes.forget(shard)
@@ -189,7 +185,7 @@ class WebDatasetSource(Source):
         shard, _ = self._shard(number)
         # A copy is opened for each sample: one that is held open would still take room after it was deleted.
         if isinstance(shard, RemoteShard):
-            return shard.opened(partial(self._check, number))
+            return shard.cache.opened(shard, partial(self._check, number))
         return nullcontext(self._handle(number, shard))
 
     def _handle(self, number: int, shard: LocalShard) -> int:
@@ -202,7 +198,7 @@ class WebDatasetSource(Source):
 
 
 def _name(location: str) -> str:
-    """What goes into the fingerprint: equal wherever the shard lies."""
+    """The name for the fingerprint: equal wherever the shard lies."""
     return file_name(location) if is_remote(location) else location.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""Runs a data set of batches in worker processes, and says so when one dies or nothing comes."""
+"""Batches from worker processes, with an error when a worker dies and a warning when no batch comes."""
 
 import gc
 import logging
@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 class WorkerDied(RuntimeError):
-    """A data worker is gone; the message has its number and how it ended."""
+    """A data worker ended; the message has its number and exit status."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class WorkerOptions:
     Attributes:
         workers: processes; 0 works in the calling process.
         prefetch: results that each worker may hold ready.
-        pin: a thread copies the tensors of what workers give into pinned memory, where there is a GPU.
+        pin: a thread copies the workers' tensors into pinned memory, if there is a GPU.
         patience: seconds without a batch after which a warning is logged, and again after each such time.
     """
 
@@ -49,75 +50,73 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise UserError(f"the number of data workers must be 0 or more, got {self.workers}")
+            raise UserError(f"workers must be 0 or more, got {self.workers}")
         if self.prefetch < 1:
-            raise UserError(f"the number of batches to prefetch must be 1 or more, got {self.prefetch}")
+            raise UserError(f"prefetch must be 1 or more, got {self.prefetch}")
 
 
-@dataclass(frozen=True)
-class _Refused:
-    """A UserError on its way out of a worker, where an exception would lose its plain message."""
+class BatchReader(Dataset[Any], ABC, Generic[P, T]):
+    """Reads the batch at a position, in a worker."""
 
-    message: str
+    @abstractmethod
+    def read(self, position: P) -> T:
+        """The batch. Raises UserError."""
 
-
-class _BatchFunction(Dataset[Any], Generic[P, T]):
-    """A function from a position to a batch, as the map-style data set that DataLoader wants."""
-
-    def __init__(self, function: Callable[[P], T]) -> None:
-        self._function = function
-
-    def __getitem__(self, position: P) -> T | _Refused:
+    def __getitem__(self, position: P) -> T | UserError:
         try:
-            return self._function(position)
-        except UserError as exc:
-            return _Refused(str(exc))
+            return self.read(position)
+        except UserError as exc:  # as a value: DataLoader would put the worker's traceback into its message
+            return exc
 
 
-def run_batches(function: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> Iterator[T]:
-    """Yields `function(position)` for each position, in order, computed by worker processes.
+class WorkerLoader(DataLoader[T]):
+    """Iterates over the batches at the given positions, in order, read by worker processes.
 
     The default random generators are neither read nor changed.
 
     Raises:
-        UserError: the function does, or no worker can be started.
+        UserError: the reader does, or no worker can be started.
         WorkerDied: a worker has ended.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _BatchFunction(function),
-        batch_size=None,
-        sampler=positions,
-        num_workers=options.workers,
-        prefetch_factor=options.prefetch if options.workers else None,
-        collate_fn=_unchanged,
-        pin_memory=options.pin,
-        worker_init_fn=_init_worker,
-        # DataLoader draws a seed for its workers; from this generator, so that the training's own stays as
-        # it is.
-        generator=torch.Generator(),
-    )
-    try:
-        batches = iter(loader)
-    except OSError as exc:
-        needs = "a /dev/shm that can be written to, and of this user's limits processes and open files"
-        told = f"{options.workers} data workers can't be started ({exc}): they need {needs}"
-        raise UserError(f"{told}; 0 (data.workers, --workers) does without") from exc
-    processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
-    _raise_in_waits_alone()
-    with _StallWatch(processes, options.patience) as watch:
-        while True:
-            try:
-                with watch.waiting():
-                    batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
-                if not (ended := _ended(processes)):
-                    raise
-                raise WorkerDied(ended) from exc
-            if isinstance(batch, _Refused):
-                raise UserError(batch.message)
-            yield batch
+
+    def __init__(self, reader: BatchReader[P, T], positions: Iterable[P], options: WorkerOptions) -> None:
+        super().__init__(
+            reader,
+            batch_size=None,
+            sampler=positions,
+            num_workers=options.workers,
+            prefetch_factor=options.prefetch if options.workers else None,
+            collate_fn=_unchanged,
+            pin_memory=options.pin,
+            worker_init_fn=_init_worker,
+            # A seed for the workers is drawn from it, and not from the generator of the training.
+            generator=torch.Generator(),
+        )
+        self._patience = options.patience
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]  # DataLoader's has private methods too
+        try:
+            batches = super().__iter__()
+        except OSError as exc:
+            needs = "a /dev/shm that can be written to, and of this user's limits processes and open files"
+            failed = f"{self.num_workers} data workers can't be started ({exc}): they need {needs}"
+            raise UserError(f"{failed}; 0 (data.workers, --workers) does without") from exc
+        processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+        _raise_in_waits_alone()
+        with _StallWatch(processes, self._patience) as watch:
+            while True:
+                try:
+                    with watch.waiting():
+                        batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
+                    if not (ended := _ended(processes)):
+                        raise
+                    raise WorkerDied(ended) from exc
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
 
 
 def _raise_in_waits_alone() -> None:
@@ -130,7 +129,7 @@ def _raise_in_waits_alone() -> None:
         signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if _StallWatch.waits else None)
 
 
-def _unchanged(batch: T) -> T:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -187,7 +186,7 @@ class _StallWatch:
     def __init__(self, processes: Sequence[BaseProcess], patience: float) -> None:
         self._processes = processes
         self._patience = patience
-        self._waiting_since: float | None = None
+        self._since: float | None = None
         self._batches = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="evaclip-data-watch", daemon=True)
@@ -205,27 +204,22 @@ class _StallWatch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The time in which the consumer waits for one batch."""
-        self._waiting_since, _StallWatch.waits = time.monotonic(), True
+        self._since, _StallWatch.waits = time.monotonic(), True
         try:
             yield
         finally:
-            self._waiting_since, _StallWatch.waits = None, False
+            self._since, _StallWatch.waits = None, False
             self._batches += 1
 
     def _watch(self) -> None:
-        warned_at = 0.0
+        warned = 0.0
         while not self._closed.wait(min(self._patience / 4, 5.0)):
-            since = self._waiting_since
-            now = time.monotonic()
-            if since is not None and now - max(since, warned_at) >= self._patience:
-                warned_at = now
-                worker = self._batches % len(self._processes)
-                process = self._processes[worker]
-                _LOG.warning(
-                    "no samples for %.0f s: waiting for part %d from data worker %d (pid %s, %s)",
-                    now - since,
-                    self._batches,
-                    worker,
-                    process.pid,
-                    "alive" if process.is_alive() else "dead",
-                )
+            since, now = self._since, time.monotonic()
+            if since is None or now - max(since, warned) < self._patience:
+                continue
+            warned = now
+            worker = self._batches % len(self._processes)
+            process = self._processes[worker]
+            state = f"pid {process.pid}, {'alive' if process.is_alive() else 'dead'}"
+            waited = f"no samples for {now - since:.0f} s: waiting for part {self._batches}"
+            _LOG.warning("%s from data worker %d (%s)", waited, worker, state)

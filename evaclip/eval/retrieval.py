@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip.data import BadSample, Source
-from evaclip.data.faults import FaultLog
-from evaclip.data.held_out import Selection
-from evaclip.data.samples import decode_image
+from evaclip.data.samples import FaultLog, decode_image
+from evaclip.data.validation import Selection
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_images, encode_texts
 from evaclip.eval.ranking import BLOCK, Result, hit_rate, target_ranks

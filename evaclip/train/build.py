@@ -8,11 +8,11 @@ from torch import nn
 
 from evaclip.data import Source, TrainLoader, open_configured
 from evaclip.data.config import DataConfig
-from evaclip.data.held_out import hold_out
 from evaclip.data.loader import part_of_batch
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.samples import REDUCTION_MARGIN
 from evaclip.data.shard_list import LIST_SUFFIX
+from evaclip.data.validation import hold_out
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError
 from evaclip.train import rng

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.data import Source, open_configured
-from evaclip.data.held_out import Selection
 from evaclip.data.image_folder import FolderSource
+from evaclip.data.validation import Selection
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.classify import assign_labels

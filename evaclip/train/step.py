@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip.data.loader import part_of_batch
-from evaclip.data.rows import Rows
+from evaclip.data.loader import Rows, part_of_batch
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.loss_scale import LossScale

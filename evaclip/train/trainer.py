@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from evaclip.data import Batch
-from evaclip.data.faults import BadShare
+from evaclip.data.samples import BadShare
 from evaclip.errors import RunFailed
 from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, host, snapshot, trackers

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from evaclip.data.rows import Rows
+from evaclip.data.loader import Rows
 from evaclip.transforms import Normalization
 
 

@@ -2,12 +2,12 @@ import json
 
 import numpy as np
 import pytest
-from data_samples import picture, sample
+from data_samples import number_transform, picture, sample
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from evaclip.commands.main import build_parser
-from evaclip.data import DataConfig, bench, open_configured, open_source
+from evaclip.data import DataConfig, bench, iterate, open_configured, open_source
 from evaclip.data.bench import StageTimes, Throughput, time_stages
 from evaclip.data.check import check
 from evaclip.data.samples import Decoding
@@ -27,41 +27,15 @@ def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
 
 
-def test_check_of_sound_data(shards, capsys):
-    evaclip("data", "check", shards, "--workers", "0")
-    output = capsys.readouterr().out
-    assert "64 samples" in output
-    assert "no faults" in output
-
-
-def test_check_lists_faults_by_kind_and_ends_with_1(tmp_path, capsys):
-    samples = [sample(i) for i in range(150)]
-    for i in range(100, 110):
-        samples[i][1].pop("txt")
-        samples[i][1].pop("json")
-    samples[3][1]["png"] = picture(3)[:30]
-    write_shard(tmp_path / "a.tar", samples)
-    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:2000])
-    with pytest.raises(SystemExit) as caught:
-        evaclip("data", "check", str(tmp_path), "--workers", "2")
-    assert caught.value.code == 1
-    lines = capsys.readouterr().out.splitlines()
-    (missing,) = [line for line in lines if "missing caption" in line]
-    assert "10" in missing.split()
-    assert "a.tar:000100" in missing
-    assert any("corrupt image" in line and "a.tar:000003" in line for line in lines)
-    assert any("damaged shard" in line and "b.tar" in line for line in lines)
-    assert not any("000106" in line for line in lines)
-
-
 def test_check_writes_and_names_all_faults(tmp_path, capsys):
     samples = [sample(i) for i in range(80)]
     for i in range(60, 70):
         samples[i][1]["png"] = picture(i)[:30]
     write_shard(tmp_path / "a.tar", [*samples, sample(5)])
     out = tmp_path / "deep" / "faults.json"
-    with pytest.raises(SystemExit):
-        evaclip("data", "check", str(tmp_path / "a.tar"), "--workers", "0", "--all", "--json", str(out))
+    with pytest.raises(SystemExit) as caught:
+        evaclip("data", "check", str(tmp_path / "a.tar"), "--workers", "2", "--all", "--json", str(out))
+    assert caught.value.code == 1
     printed = capsys.readouterr().out
     assert all(f"a.tar:{i:06d}" in printed for i in (5, *range(60, 70)))
     stored = json.loads(out.read_text())
@@ -77,7 +51,7 @@ def test_check_writes_and_names_all_faults(tmp_path, capsys):
     assert all(f["name"] == f"{shard}:{f['key']}" and f["detail"] for f in corrupt)
 
 
-def test_check_tells_what_it_converted_and_guessed(tmp_path, capsys):
+def test_check_prints_conversions_and_guesses(tmp_path, capsys):
     for name, values in (("a", np.uint16(30000)), ("b", np.float32(0.5)), ("c", np.uint8(9))):
         Image.fromarray(np.full((4, 4), values)).save(tmp_path / f"{name}.tiff")
     (tmp_path / "pairs.csv").write_text("filepath|title\na.tiff|x\nb.tiff|x\na.tiff|y\nc.tiff|y\n")
@@ -93,13 +67,6 @@ def test_check_tells_what_it_converted_and_guessed(tmp_path, capsys):
     assert stored["faults"] == []
 
 
-def test_check_decodes_as_it_is_told(tmp_path, capsys):
-    write_shard(tmp_path / "a.tar", [sample(0)])
-    with pytest.raises(SystemExit):
-        evaclip("data", "check", str(tmp_path / "a.tar"), "--workers", "0", "--min-size", "9")
-    assert "undersized image" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "words", [("check", "SHARDS", "--json", "OUT"), ("index", "SHARDS", "--out", "OUT"), ("emoji", "OUT")]
 )
@@ -112,7 +79,7 @@ def test_unwritable_output_is_refused_first(shards, tmp_path, monkeypatch, words
         evaclip("data", *({"SHARDS": shards, "OUT": out}.get(word, word) for word in words))
 
 
-def test_a_folder_is_no_output_file(shards, tmp_path):
+def test_check_output_folder_is_refused(shards, tmp_path):
     with pytest.raises(UserError, match=f"^cannot write {tmp_path}: it is a folder; give the file to write$"):
         evaclip("data", "check", shards, "--json", str(tmp_path))
 
@@ -124,7 +91,7 @@ def test_check_counts_every_sample(shards):
     assert report.image_bytes == sum(len(picture(i)) for i in range(64))
 
 
-def test_check_takes_the_columns_of_a_table(tmp_path, capsys):
+def test_check_reads_chosen_table_columns(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(picture(1))
     (tmp_path / "pairs.txt").write_text("url;text\na.png;a cat\n")
     options = ["--kind", "csv", "--image-key", "url", "--caption-key", "text", "--csv-separator", ";"]
@@ -156,31 +123,22 @@ def test_bench_cores_of_a_node(shards, capsys, monkeypatch):
         assert line.replace("│", " ").split()[-2:] == ["125", "8"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--image-size", "-3"], "--image-size must be 1 or more, got -3"),
-        (["--images-per-second", "9", "--gpus", "0"], "--gpus must be 1 or more, got 0"),
-    ],
-)
-def test_bench_of_an_impossible_node(shards, options, message):
-    with pytest.raises(UserError, match=message):
-        evaclip("data", "bench", shards, *options)
-
-
-def test_mistakes(shards, tmp_path, capsys):
+def test_data_command_wrong_number_is_refused(shards, tmp_path, capsys):
     for option in ("--seconds", "--images-per-second"):
         with pytest.raises(SystemExit):
             evaclip("data", "bench", shards, option, "nan")
         assert f"argument {option}: must be a number above 0, got 'nan'" in capsys.readouterr().err
     with pytest.raises(UserError, match="the picture size must be 8 to 4096 pixels, not 100000"):
         evaclip("data", "emoji", str(tmp_path), "--size", "100000")
+    for options in (["--image-size", "-3"], ["--images-per-second", "9", "--gpus", "0"]):
+        with pytest.raises(UserError, match=options[-2]):
+            evaclip("data", "bench", shards, *options)
     with pytest.raises(UserError, match="64 samples are too few for one global batch of 65"):
         evaclip("data", "bench", shards, "--batch-size", "65", "--workers", "0")
 
 
 @pytest.mark.parametrize(("style", "expected"), [("both", ("twemoji", "openmoji")), ("openmoji", ("openmoji",))])
-def test_emoji_passes_its_options_on(tmp_path, monkeypatch, capsys, style, expected):
+def test_emoji_passes_its_options(tmp_path, monkeypatch, capsys, style, expected):
     calls = []
 
     def build(folder, styles, size, skin_tones):
@@ -193,7 +151,7 @@ def test_emoji_passes_its_options_on(tmp_path, monkeypatch, capsys, style, expec
     assert f"{tmp_path}/openmoji-*.tar" in capsys.readouterr().out
 
 
-def test_the_configuration_opens_its_data(shards):
+def test_configuration_opens_its_data(shards):
     options = {"caption_key": "json:captions", "exif_orientation": True, "min_size": 8}
     config = TypeAdapter(DataConfig).validate_python({"train": shards, **options})
     source = open_configured(config)
@@ -220,3 +178,67 @@ def test_the_configuration_opens_its_data(shards):
 def test_configuration_mistakes_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         TypeAdapter(DataConfig).validate_python(wrong)
+
+
+def read(source) -> list[tuple]:
+    """Captions and tensors of all samples, as evaluation reads them."""
+    batches = list(iterate(source, number_transform, 5))
+    return [(c, i.tolist()) for images, captions, _ in batches for c, i in zip(captions, images, strict=True)]
+
+
+@pytest.fixture
+def sources(shards, tmp_path):
+    """The paths of equal images as class folders, table and shards."""
+    rows = []
+    for number in range(12):
+        name = f"{['dog', 'cat'][number % 2]}/{number:02d}.v1.png"
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(picture(number))
+        rows.append({"filepath": f"root/{name}", "title": [f"caption {number}", "again"][: 1 + number % 2]})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[1]])))
+    return {"folder": str(tmp_path / "root"), "table": str(tmp_path / "pairs.jsonl"), "shards": shards}
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "shards"])
+def test_converted_shards_hold_the_same_samples(kind, sources, tmp_path, capsys):
+    evaclip("data", "convert", sources[kind], str(tmp_path / "out"), "--samples-per-shard", "5")
+    source, converted = open_source(sources[kind]), open_source(str(tmp_path / "out"))
+    count = {"folder": 12, "table": 13, "shards": 64}[kind]
+    assert f"{-(-count // 5)} shards, {count} samples" in capsys.readouterr().out
+    assert list(converted.shard_sizes[:-1]) == [5] * (-(-count // 5) - 1)
+    assert read(converted) == read(source)
+    assert [converted[i].captions for i in range(count)] == [source[i].captions for i in range(count)]
+    keys = open_source(str(tmp_path / "out"), caption_key="json:key")
+    assert [keys[i].caption for i in range(count)] == [source[i].key for i in range(count)]
+
+
+def test_converted_class_folders_keep_their_labels(sources, tmp_path):
+    evaclip("data", "convert", sources["folder"], str(tmp_path / "out"))
+    labels = open_source(str(tmp_path / "out"), caption_key="cls")
+    assert [labels[i].caption for i in range(12)] == ["0"] * 6 + ["1"] * 6
+    assert (tmp_path / "out/classes.txt").read_text() == "cat\ndog\n"
+
+
+def test_convert_twice_gives_equal_bytes(sources, tmp_path):
+    for out in ("one", "two"):
+        evaclip("data", "convert", sources["table"], str(tmp_path / out))
+    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+
+
+def test_convert_leaves_bad_samples_out(tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "c.tiff")
+    (tmp_path / "b.png").write_bytes(b"rubbish")
+    (tmp_path / "pairs.csv").write_text("filepath,title\ngone.png,x\nb.png,x\nc.tiff,x\n")
+    evaclip("data", "convert", str(tmp_path / "pairs.csv"), str(tmp_path / "out"))
+    output = capsys.readouterr().out
+    assert "1 sample" in output
+    assert "2 bad samples" in output
+    assert "data.image_key='tiff'" in output
+    assert open_source(str(tmp_path / "out"), image_key="tiff")[0].caption == "x"
+
+
+def test_convert_overwrites_no_shards(shards, tmp_path):
+    with pytest.raises(UserError, match=f"OUT .*{tmp_path}"):
+        evaclip("data", "convert", shards, str(tmp_path))
+    with pytest.raises(UserError, match="--samples-per-shard"):
+        evaclip("data", "convert", shards, str(tmp_path / "out"), "--samples-per-shard", "0")

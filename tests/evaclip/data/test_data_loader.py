@@ -23,7 +23,7 @@ def damaged(number: int, **changes) -> tuple[str, dict[str, bytes]]:
     return key, {name: content for name, content in {**members, **changes}.items() if content is not None}
 
 
-def test_batches_hold_what_the_interface_says(shards):
+def test_batch_shapes_dtypes_and_positions(shards):
     first, second = take(make_loader(open_source(shards)), 2)
     assert (first.images.shape, first.images.dtype) == ((8, 3, 1, 1), torch.float32)
     assert (first.targets.shape, first.targets.dtype) == ((8, 2), torch.int64)
@@ -33,24 +33,16 @@ def test_batches_hold_what_the_interface_says(shards):
     assert len(set(draws)) == len(draws)  # each sample has its own, and another one for its pixels
 
 
-def test_every_epoch_holds_every_sample_once(shards):
+def test_epoch_has_every_sample_once(shards):
     batches = take(make_loader(open_source(shards)), 24)
     epochs = [numbers(batches[start : start + 8]) for start in (0, 8, 16)]
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize(("size", "parts"), [(1, 1), (64, 1), (65, 2), (1125, 18)])
-def test_the_work_of_a_batch_is_divided_equally(size, parts):
-    units = loader._units(size)
-    sizes = [len(range(size)[rows]) for rows in units]
-    assert [index for rows in units for index in range(size)[rows]] == list(range(size))
-    assert (len(sizes), max(sizes) - min(sizes)) == (parts, size % parts > 0)
-
-
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_parts_of_a_batch_are_the_batch(shards, monkeypatch, workers):
+def test_batch_in_parts_is_bit_exact(shards, monkeypatch, workers):
     """To the bit, with bad samples in it, from a position in the middle, as one tensor or in parts for a GPU."""
     write_shard(
         Path(shards).parent / "01.tar", (damaged(i, **({"png": None} if i == 33 else {})) for i in range(20, 50))
@@ -133,13 +125,8 @@ def test_workers_collect_garbage(shards):
     assert batch.images.all()
 
 
-def test_another_seed_gives_another_order(shards):
-    source = open_source(shards)
-    assert numbers(take(make_loader(source, seed=1), 8)) != numbers(take(make_loader(source, seed=2), 8))
-
-
 @pytest.mark.parametrize(("limit", "decoded"), [(2**26, 64), (64 * 8, 192)])
-def test_pictures_of_a_small_data_set_are_decoded_once(shards, monkeypatch, limit, decoded):
+def test_small_data_set_is_decoded_once(shards, monkeypatch, limit, decoded):
     calls = []
 
     def decode(*args):
@@ -154,7 +141,7 @@ def test_pictures_of_a_small_data_set_are_decoded_once(shards, monkeypatch, limi
     assert all(torch.equal(one.images, other.images) for one, other in zip(expected, batches, strict=True))
 
 
-def test_bad_samples_are_replaced_counted_and_named(tmp_path, caplog):
+def test_bad_samples_are_replaced_and_logged(tmp_path, caplog):
     faults = {3: {"png": picture(3)[:30]}, 8: {"txt": None, "json": None}, 11: {"png": None}}
     faults[13] = {"png": picture(13, 7)}
     write_shard(tmp_path / "a.tar", (damaged(i, **faults.get(i, {})) for i in range(16)))
@@ -174,7 +161,7 @@ def test_bad_samples_are_replaced_counted_and_named(tmp_path, caplog):
     assert [batch.skipped for batch in again] == [batch.skipped for batch in batches]
 
 
-def test_samples_beside_a_bad_one_keep_their_places(tmp_path, shards):
+def test_samples_next_to_a_bad_one_stay(tmp_path, shards):
     sound = numbers(take(make_loader(open_source(shards)), 8))
     path = tmp_path / "01.tar"
     write_shard(path, (damaged(i, **({"txt": None, "json": None} if i == 33 else {})) for i in range(20, 50)))
@@ -182,7 +169,7 @@ def test_samples_beside_a_bad_one_keep_their_places(tmp_path, shards):
     assert [new for old, new in zip(sound, replaced, strict=True) if old != 33] == [n for n in sound if n != 33]
 
 
-def test_the_log_is_not_flooded(tmp_path, caplog):
+def test_fault_log_is_bounded(tmp_path, caplog):
     faulty = {"txt": None, "json": None}
     write_shard(tmp_path / "a.tar", (damaged(i, **(faulty if i % 2 else {})) for i in range(64)))
     loader = make_loader(open_source(str(tmp_path / "a.tar")), 64)
@@ -194,14 +181,14 @@ def test_the_log_is_not_flooded(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_bad_samples_is_an_error(tmp_path, workers):
+def test_source_of_bad_samples_is_an_error(tmp_path, workers):
     write_shard(tmp_path / "a.tar", (damaged(i, png=b"rubbish") for i in range(8)))
     loader = make_loader(open_source(str(tmp_path / "a.tar")), workers=workers)
     with pytest.raises(UserError, match=r"^\S*a\.tar: 100 samples in a row cannot be used, the last: corrupt image"):
         take(loader, 1)
 
 
-def test_damaged_shards_are_named_at_the_start(shards, tmp_path, caplog):
+def test_loader_logs_damaged_shards_at_the_start(shards, tmp_path, caplog):
     path = tmp_path / "01.tar"
     path.write_bytes(path.read_bytes()[:50_000])
     with caplog.at_level(logging.WARNING, "evaclip.data"):
@@ -211,7 +198,7 @@ def test_damaged_shards_are_named_at_the_start(shards, tmp_path, caplog):
     assert loader.faults.counts["damaged shard"] == 1
 
 
-def test_too_few_samples_for_the_global_batch(shards):
+def test_loader_needs_a_global_batch_of_samples(shards):
     source = open_source(shards)
     with pytest.raises(UserError, match="64 samples are too few for one global batch of 66"):
         make_loader(source, 66, world_size=2)
@@ -221,32 +208,32 @@ def test_too_few_samples_for_the_global_batch(shards):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch size must be 1 or more, got 0"),
-        ({"batch_size": -4}, "batch size must be 1 or more, got -4"),
+        ({"batch_size": 0}, "batch_size .* got 0"),
+        ({"batch_size": -4}, "batch_size .* got -4"),
         ({"workers": -1}, "workers must be 0 or more, got -1"),
         ({"window": -1}, "window must be 0 .* got -1"),
         ({"prefetch": 0}, "prefetch must be 1 or more, got 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
-        ({"world_size": 9}, "a global batch of 8 samples is none for some of 9 processes"),
+        ({"world_size": 9}, "batch_size must be 9 or more, .* got 8"),
     ],
 )
-def test_impossible_numbers(shards, options, message):
+def test_loader_wrong_number_is_refused(shards, options, message):
     with pytest.raises((UserError, ValueError), match=message):
         make_loader(open_source(shards), **options)
 
 
-def test_a_negative_position_is_refused(shards):
+def test_loader_negative_position_is_refused(shards):
     with pytest.raises(ValueError, match="0 or more, got -8"):
         next(make_loader(open_source(shards)).batches(-8))
 
 
-def test_the_default_generators_stay_as_they_are(shards):
+def test_loader_keeps_the_default_generators(shards):
     before = torch.get_rng_state()
     take(make_loader(open_source(shards), workers=1), 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_closing_the_stream_ends_the_workers(shards):
+def test_loader_close_ends_the_workers(shards):
     stream = make_loader(open_source(shards), workers=2).batches()
     next(stream)
     assert len(multiprocessing.active_children()) == 2
@@ -254,7 +241,7 @@ def test_closing_the_stream_ends_the_workers(shards):
     assert not multiprocessing.active_children()
 
 
-def test_only_the_parent_ends_a_worker(shards):
+def test_worker_ignores_signals_of_its_group(shards):
     """Ctrl-C and a scheduler's SIGTERM go to the whole process group, while the trainer wants to save."""
     expected = numbers(take(make_loader(open_source(shards)), 12))
     stream = make_loader(open_source(shards), workers=1, prefetch=1).batches()
@@ -270,7 +257,7 @@ def test_only_the_parent_ends_a_worker(shards):
     stream.close()
 
 
-def test_a_worker_that_dies_interrupts_no_step(shards):
+def test_dead_worker_interrupts_no_step(shards):
     """Torch's handler of SIGCHLD would raise between any two lines, and leave other processes in a collective."""
     stream = make_loader(open_source(shards), workers=1, prefetch=1).batches()
     next(stream)
@@ -306,7 +293,7 @@ def test_failed_worker_start_names_workers_0(shards, monkeypatch):
     assert len(take(make_loader(open_source(shards), workers=0), 1)) == 1
 
 
-def test_waiting_is_reported_while_it_lasts(shards, tmp_path, caplog):
+def test_slow_worker_is_logged(shards, tmp_path, caplog):
     gate = tmp_path / "gate"
 
     class OpensTheGate(logging.Handler):
@@ -331,7 +318,7 @@ def broken_transform(image, seed):
     raise AttributeError("no such thing")
 
 
-def test_a_mistake_in_the_transform_is_no_bad_sample(shards):
+def test_transform_error_is_no_bad_sample(shards):
     loader = TrainLoader(open_source(shards), batch_size=8, transform=broken_transform, targets=number_tokens, seed=0)
     with pytest.raises(AttributeError, match="no such thing") as caught:
         take(loader, 1)
@@ -343,14 +330,14 @@ def no_class(captions, seeds):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_captions_that_give_no_targets_are_placed(shards, workers):
+def test_target_error_names_its_samples(shards, workers):
     options = {"batch_size": 2, "transform": number_transform, "targets": no_class, "seed": 0, "workers": workers}
     with pytest.raises(UserError, match=r"^label 7 is no class; in 3 shards, .*, one of 0000\d+, 0000\d+$"):
         take(TrainLoader(open_source(shards), **options), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_order_is_that_of_the_data(shards, workers):
+def test_iterate_keeps_the_order_of_the_source(shards, workers):
     batches = list(iterate(open_source(shards, caption_key="json:captions"), number_transform, 10, workers))
     assert [len(keys) for _, _, keys in batches] == [10] * 6 + [4]
     assert [key for _, _, keys in batches for key in keys] == [f"{i:06d}" for i in range(64)]
@@ -358,13 +345,13 @@ def test_evaluation_order_is_that_of_the_data(shards, workers):
     assert torch.cat([images[:, 0, 0, 0] for images, _, _ in batches]).tolist() == list(range(64))
 
 
-def test_evaluation_leaves_bad_samples_out(tmp_path, caplog):
+def test_iterate_leaves_bad_samples_out(tmp_path, caplog):
     bad = {0, 1, 2, 3, 9}
     write_shard(tmp_path / "a.tar", (damaged(i, **({"png": b"rubbish"} if i in bad else {})) for i in range(12)))
     batches = list(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 4))
     assert [batch.keys for batch in batches] == [[f"{i:06d}" for i in group] for group in ((4, 5, 6, 7), (8, 10, 11))]
     assert "a.tar:000009" in caplog.text
-    with pytest.raises(UserError, match="batch size must be 1 or more, got 0"):
+    with pytest.raises(UserError, match=r"batch_size .* got 0"):
         next(iterate(open_source(str(tmp_path / "a.tar")), number_transform, 0))
 
 
@@ -382,5 +369,5 @@ def test_canonical_nodes_give_each_rank_its_shards(tmp_path, nodes):
     assert [len({number // 16 for number in numbers(batches)}) for batches in ranks] == [8, 8]
     # The position means the same for any batch size.
     assert sorted(numbers(take(make_loader(source, 32, **options), 4, 128))) == sorted(numbers(alone[8:16]))
-    with pytest.raises(UserError, match=r"batch of 16 samples must be a multiple of data\.canonical_nodes, got 3"):
+    with pytest.raises(UserError, match=r"batch_size .* data\.canonical_nodes=3, .* got 16"):
         make_loader(source, 16, rank=0, world_size=2, nodes=3)

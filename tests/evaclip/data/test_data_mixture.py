@@ -37,7 +37,7 @@ def test_mixture_proportions_are_exact_everywhere():
         assert np.all(np.bincount(stretch, minlength=3) > 0)
 
 
-def test_each_part_goes_through_epochs_of_its_own():
+def test_mixture_parts_have_their_own_epochs():
     samples = drawn(4000)
     for number, size in enumerate(SIZES):
         own = samples[parts(samples) == number]
@@ -70,7 +70,7 @@ def test_mixture_order_hashes_all_periods_at_once(monkeypatch):
     assert calls["mix"] == 1
 
 
-def test_batches_do_not_depend_on_processes():
+def test_mixture_batches_do_not_depend_on_ranks():
     def batches(size: int, world_size: int, count: int):
         loaders = [
             TrainLoader(
@@ -85,13 +85,13 @@ def test_batches_do_not_depend_on_processes():
     assert batches(8, 1, 6) == batches(8, 3, 6) == batches(4, 2, 12)
 
 
-def test_counts_add_up():
+def test_mixture_counts_add_up():
     assert counts_of([1, 1, 1]) == [334, 333, 333]
     assert counts_of([0.8, 0.2]) == [800, 200]
     assert Counter(counts_of([1] * 7)) == {143: 6, 142: 1}
 
 
-def test_samples_and_names_are_those_of_the_parts():
+def test_mixture_samples_are_those_of_its_parts():
     source = mixture()
     assert len(source) == 140
     assert source[75].key == source.parts[1][5].key
@@ -101,7 +101,7 @@ def test_samples_and_names_are_those_of_the_parts():
         source[140]
 
 
-def test_configured():
+def test_mixture_is_configured():
     pieces = {name: PartConfig(train="synthetic", weight=weight) for name, weight in (("a", 4), ("b", 1))}
     source = open_configured(DataConfig(train="", mixture=pieces, num_samples=50))
     assert source.counts == [800, 200]
@@ -112,7 +112,7 @@ def test_configured():
         mixture(weights=(1, 1, 1e-5))
 
 
-def test_canonical_nodes_of_a_mixture():
+def test_mixture_canonical_nodes():
     order = mixture().order(0, 16, nodes=2)
     whole = np.arange(4000)
     samples, nodes = order.indices(whole), order.nodes(whole)

@@ -8,7 +8,6 @@ from data_samples import sample
 
 from evaclip.commands.main import build_parser
 from evaclip.data import BadSample, FaultKind, open_source
-from evaclip.data import shards as data_shards
 from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
@@ -20,16 +19,14 @@ def index(path: str, out, *options: str) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_list_opens_the_data_without_a_look_at_it(
-    remote, shards, server, tmp_path, cache_folder, capsys, monkeypatch
-):
+def test_shard_list_opens_without_reading_shards(remote, shards, server, tmp_path, cache_folder, capsys, monkeypatch):
     source = open_source(shards)
     index(server.url("{00..02}.tar") if remote else shards, tmp_path / "list.json")
     assert f"3 shards, 64 samples, fingerprint {source.fingerprint}" in capsys.readouterr().out
     shutil.rmtree(cache_folder.parent)
     server.requests.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(data_shards, "build_index", lambda *_: pytest.fail("a shard is read"))
+        patched.setattr("evaclip.data.tar_index.scan", lambda _: pytest.fail("a shard is read"))
         listed = open_source(str(tmp_path / "list.json"))
     assert not server.requests
     assert (listed.fingerprint, listed.shard_sizes) == (source.fingerprint, source.shard_sizes)
@@ -68,12 +65,14 @@ def test_shards_changed_after_listing_are_faults(remote, shards, server, tmp_pat
     assert source[30].caption == "caption 30"
 
 
-def test_damage_is_listed_too(shards, tmp_path, capsys):
+def test_shard_list_has_the_faults_of_shards(shards, tmp_path):
     path = tmp_path / "01.tar"
     path.write_bytes(path.read_bytes()[:50_000])
+    write_shard(tmp_path / "02.tar", [*map(sample, range(3)), sample(1)])
     index(shards, tmp_path / "list.json")
-    assert "damaged shard: " in capsys.readouterr().out
-    assert open_source(str(tmp_path / "list.json")).faults == open_source(shards).faults
+    faults = open_source(shards).faults
+    assert [fault.kind for fault in faults] == [FaultKind.DAMAGED_SHARD, FaultKind.DUPLICATE_KEY]
+    assert open_source(str(tmp_path / "list.json")).faults == faults
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_damage_is_listed_too(shards, tmp_path, capsys):
         ),
     ],
 )
-def test_what_is_no_list(text, message, tmp_path):
+def test_shard_list_of_wrong_content_is_refused(text, message, tmp_path):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(UserError, match=message):
         open_source(str(tmp_path / "list.json"))
@@ -125,27 +124,19 @@ def test_data_index_of_command_is_refused(shards, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["3", "2/2", "-1/2", "1/0", "a/b"])
-def test_what_is_no_part(part, shards, tmp_path):
+def test_data_index_wrong_part_is_refused(part, shards, tmp_path):
     with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):
         index(shards, tmp_path / "list.json", f"--part={part}")
 
 
-def test_mistakes(shards, server, tmp_path):
+def test_data_index_wrong_path_is_refused(shards, server, tmp_path):
     with pytest.raises(UserError, match=r"--out must end in \.json, got '\S+list'"):
         index(shards, tmp_path / "list")
     with pytest.raises(UserError, match=r"cannot read the list of shards \S+none\.json: HTTP 404"):
         open_source(server.url("none.json"))
 
 
-def test_a_list_knows_of_keys_that_come_again(tmp_path):
-    write_shard(tmp_path / "a.tar", [*map(sample, range(3)), sample(1)])
-    index(str(tmp_path / "a.tar"), tmp_path / "list.json")
-    opened = open_source(str(tmp_path / "a.tar")).faults
-    assert [fault.key for fault in opened] == ["000001"]
-    assert open_source(str(tmp_path / "list.json")).faults == opened
-
-
-def test_parts_are_indexed_apart_and_joined(shards, tmp_path, monkeypatch, capsys):
+def test_shard_list_parts_are_joined(shards, tmp_path, monkeypatch, capsys):
     index(shards, tmp_path / "list.json", "--part", "0/2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -174,7 +165,7 @@ def test_shard_indexes_are_stored_next_to_shards(shards, tmp_path, cache_folder,
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["00.tar.index", "01.tar.index", "02.tar.index"]
     assert not cache_folder.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(data_shards, "build_index", lambda *_: pytest.fail("a shard is read"))
+        patched.setattr("evaclip.data.tar_index.scan", lambda _: pytest.fail("a shard is read"))
         index(shards, tmp_path / "again.json")
         assert open_source(shards)[63] == open_source(str(tmp_path / "again.json"))[63]
     write_shard(tmp_path / "01.tar", map(sample, range(100, 120)))

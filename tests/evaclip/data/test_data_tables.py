@@ -1,15 +1,17 @@
 import json
 import logging
 import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_samples import picture
 
 from evaclip.data import BadSample, FaultKind, open_source
-from evaclip.data.order import mix
-from evaclip.data.packed_strings import PackedStrings
-from evaclip.data.paths import expand_braces, expand_paths
 from evaclip.data.samples import decode_image
+from evaclip.data.shard_list import expand_braces, expand_paths
 from evaclip.errors import UserError
 
 
@@ -31,7 +33,7 @@ def write(path, text: str, encoding: str = "utf-8") -> str:
 
 
 @pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
-def test_a_table_with_the_usual_columns(pictures, separator):
+def test_table_with_default_columns(pictures, separator):
     rows = [("filepath", "id", "title"), ("a.png", "1", "a cat"), ("b.png", "2", "ein Hund\u00e9")]
     path = write(pictures / "pairs.csv", "".join(separator.join(row) + "\n" for row in rows))
     source = open_source(path)
@@ -61,7 +63,7 @@ def test_csv_columns_separators_and_quotes(pictures):
         ("cp1252", "read as cp1252, columns separated by semicolons"),
     ],
 )
-def test_what_is_guessed_of_a_table_is_said(pictures, caplog, encoding, note):
+def test_table_guesses_are_logged(pictures, caplog, encoding, note):
     path = write(pictures / "pairs.csv", "filepath;title\na.png;Käse, 5 €\n", encoding)
     with caplog.at_level(logging.WARNING, "evaclip.data"):
         source = open_source(path)
@@ -70,7 +72,7 @@ def test_what_is_guessed_of_a_table_is_said(pictures, caplog, encoding, note):
     assert [record.getMessage() for record in caplog.records] == [f"{path}: {note}"]
 
 
-def test_the_usual_table_needs_no_warning(pictures, caplog):
+def test_default_table_logs_no_warning(pictures, caplog):
     with caplog.at_level(logging.WARNING, "evaclip.data"):
         open_source(write(pictures / "pairs.csv", "filepath,title\na.png,x;y\n"))
         open_source(write(pictures / "pairs.jsonl", '{"filepath": "a.png", "title": "x"}\n'))
@@ -139,12 +141,12 @@ def test_jsonl_fingerprint_depends_on_rows(pictures):
         ('{"FilePath": "a.png", "title": "x"}', "'filepath' .* got 'FilePath', 'title'"),
     ],
 )
-def test_json_lines_that_cannot_be_used(pictures, text, message):
+def test_json_lines_of_wrong_content_are_refused(pictures, text, message):
     with pytest.raises(UserError, match=message):
         open_source(write(pictures / "x.jsonl", text))
 
 
-def test_rows_with_faults(pictures):
+def test_table_rows_with_faults(pictures):
     (pictures / "void.png").touch()
     rows = ["filepath,title", "a.png,", "gone.png,text", ",text", "b.png", "", ".,text", "void.png,text", "a.png,good"]
     source = open_source(write(pictures / "pairs.csv", "\n".join(rows)))
@@ -183,7 +185,7 @@ def test_table_cell_like_a_command_is_not_run(pictures):
     assert not (pictures / "ran").exists()
 
 
-def test_tables_that_cannot_be_used(pictures):
+def test_table_of_wrong_content_is_refused(pictures):
     write(pictures / "a.csv", "file_path,title\na.png,x\n")
     with pytest.raises(UserError, match="0 rows"):
         open_source(write(pictures / "b.csv", "filepath,title\n"))
@@ -199,15 +201,7 @@ def test_tables_that_cannot_be_used(pictures):
         open_source(f"{pictures}/{{a,b}}.csv")
 
 
-def test_the_fingerprint_of_a_table_follows_its_rows(pictures):
-    path = write(pictures / "a.csv", "filepath,title\na.png,x\n")
-    before = open_source(path).fingerprint
-    assert open_source(path).fingerprint == before
-    write(pictures / "a.csv", "filepath,title\na.png,y\n")
-    assert open_source(path).fingerprint != before
-
-
-def test_a_folder_of_classes(tmp_path):
+def test_class_folder_captions_and_keys(tmp_path):
     for name in ("tabby_cat/1.png", "dog/deep/2.JPG", "dog/3.png", "dog/notes.txt"):
         write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"), caption_template="a drawing of a {}, cropped")
@@ -228,14 +222,14 @@ def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
 
 
-def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
+def test_other_image_files_are_counted(tmp_path, caplog):
     for name in ("dog/1.png", "dog/2.GIF", "dog/more/3.tiff", "loose.png"):
         write_picture(tmp_path / "root" / name)
     source = open_source(str(tmp_path / "root"))
     assert len(source) == 1
-    assert source.notes == ["pictures left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
+    assert source.notes == ["images left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
     assert caplog.messages == [f"{tmp_path}/root: {source.notes[0]}"]
-    assert open_source(str(tmp_path / "root"), captions=False).notes == ["pictures left out: 1 .gif, 1 .tiff"]
+    assert open_source(str(tmp_path / "root"), captions=False).notes == ["images left out: 1 .gif, 1 .tiff"]
     os.link(tmp_path / "root/dog/1.png", os.fsencode(tmp_path / "root/dog") + b"/\xff.png")
     for captions, count in ((True, 1), (False, 2)):
         source = open_source(str(tmp_path / "root"), captions=captions)
@@ -243,7 +237,7 @@ def test_pictures_that_are_left_out_are_told(tmp_path, caplog):
         assert "1 by names that aren't UTF-8" in source.notes[0]
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+def test_pipe_as_image_is_a_fault(tmp_path):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "0.png").symlink_to("/dev/null")
     os.mkfifo(tmp_path / "cats" / "1.png")
@@ -256,19 +250,80 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
             assert caught.value.fault.detail == "not a regular file"
 
 
-def test_a_folder_without_pictures(tmp_path):
-    (tmp_path / "dog").mkdir()
-    with pytest.raises(UserError, match=r"one folder of images \(\.jpeg, .*\) per class, got 1 folder with 0 images;"):
-        open_source(str(tmp_path))
-    write_picture(tmp_path / "loose.png")
-    write_picture(tmp_path / "dog" / "1.HEIC")
-    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic, 1 outside of the class folders; a table"):
-        open_source(str(tmp_path))
-    with pytest.raises(UserError, match=r"; pictures left out: 1 \.heic"):
-        open_source(str(tmp_path / "dog"), captions=False)
+def test_folder_without_images_is_refused(tmp_path):
+    root = tmp_path / "root"
+    (root / "dog").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"per class, got 1 folder with 0 images"):
+        open_source(str(root))
+    write_picture(root / "loose.png")
+    write_picture(root / "dog" / "1.HEIC")
+    with pytest.raises(UserError, match=r"1 \.heic, 1 outside of the class folders"):
+        open_source(str(root))
+    with pytest.raises(UserError, match=r"1 \.heic"):
+        open_source(str(root / "dog"), captions=False)
 
 
-def test_synthetic_pictures_follow_their_captions():
+@pytest.fixture
+def class_folder(tmp_path):
+    for number, name in enumerate(("b_b/z/1.JPG", "b_b/z.png", "b_b/z-.png", "a/é.webp", "c/10.jpeg", "c/9.png")):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(bytes(number + 1))
+    return tmp_path / "root"
+
+
+def keys(source):
+    return [source[index].key for index in range(len(source))]
+
+
+def test_class_folder_order_is_that_of_old_runs(class_folder):
+    for _ in ("scanned", "stored"):
+        source = open_source(str(class_folder))
+        assert keys(source) == ["a/é.webp", "b_b/z/1.JPG", "b_b/z-.png", "b_b/z.png", "c/10.jpeg", "c/9.png"]
+        assert list(source.classes) == ["a", "b b", "c"]
+        assert source.fingerprint == "5694ee000e24ee92a2285325417009ee"
+        assert open_source(str(class_folder), captions=False).fingerprint == "aeaef2dbfa635431c566c05126029b94"
+
+
+def test_class_folder_is_scanned_by_one_rank(class_folder, monkeypatch):
+    scanned = []
+    scandir = os.scandir
+    start = threading.Barrier(4)
+
+    def slow_scandir(path):
+        scanned.append(os.fspath(path))
+        time.sleep(0.02)  # the others come meanwhile
+        return scandir(path)
+
+    def rank(path):
+        start.wait()
+        return open_source(path)
+
+    monkeypatch.setattr(os, "scandir", slow_scandir)
+    with ThreadPoolExecutor(4) as ranks:
+        sources = list(ranks.map(rank, [str(class_folder)] * 4))
+    assert len({source.fingerprint for source in sources}) == 1
+    assert scanned.count(str(class_folder / "c")) == 1
+
+
+def test_class_folder_change_is_noticed(class_folder):
+    before = open_source(str(class_folder))
+    (class_folder / "b_b/z/2.jpg").write_bytes(b"new")
+    os.utime(class_folder / "b_b/z", ns=(0, 1))  # whatever the file system's resolution of times
+    changed = open_source(str(class_folder))
+    assert set(keys(changed)) - set(keys(before)) == {"b_b/z/2.jpg"}
+    assert changed.fingerprint != before.fingerprint
+    shutil.rmtree(class_folder / "b_b")
+    os.utime(class_folder, ns=(0, 1))
+    assert list(open_source(str(class_folder)).classes) == ["a", "c"]
+
+
+def test_class_folder_without_a_cache_is_read(class_folder, cache_folder):
+    cache_folder.parent.mkdir(parents=True)
+    cache_folder.touch()
+    assert len(open_source(str(class_folder))) == 6
+
+
+def test_synthetic_images_match_their_captions():
     source = open_source("synthetic", num_samples=200)
     assert len(source) == 200
     assert len(set(source.classes)) == 64
@@ -284,7 +339,7 @@ def test_synthetic_pictures_follow_their_captions():
         open_source("synthetic", num_samples=0)
 
 
-def test_paths_that_are_not_data(tmp_path):
+def test_wrong_data_path_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.tar does not exist"):
         open_source(str(tmp_path / "nowhere.tar"))
     with pytest.raises(UserError, match=r"notes\.md is neither"):
@@ -314,7 +369,7 @@ def test_braces(pattern, expected):
     assert expand_braces(pattern) == expected
 
 
-def test_braces_that_are_no_pattern():
+def test_braces_without_pattern_are_refused():
     with pytest.raises(UserError, match=r"'\{abc\}' in 'x\{abc\}' is neither"):
         expand_braces("x{abc}")
 
@@ -323,20 +378,3 @@ def test_file_names_with_glob_characters(tmp_path):
     file = tmp_path / "a[1].tar"
     file.touch()
     assert expand_paths(str(file)) == [str(file)]
-
-
-def test_packed_strings_are_a_sequence():
-    strings = ["", "é", "abc", "\udcff", ""]
-    packed = PackedStrings.pack(iter(strings))
-    assert list(packed) == strings
-    assert packed[-2] == "\udcff"
-    assert packed[1:3] == ["é", "abc"]
-    assert len(PackedStrings.pack([])) == 0
-    with pytest.raises(IndexError):
-        packed[5]
-
-
-def test_packed_strings_cost_little():
-    count = 20_000
-    packed = PackedStrings.pack(f"{int(mix(0, i)[0]) % 10**6:06d}.jpg" for i in range(count))
-    assert packed.text.nbytes + packed.ends.nbytes == count * (10 + 8)

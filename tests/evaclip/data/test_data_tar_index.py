@@ -8,11 +8,9 @@ from data_samples import sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaclip.data import index_files, shards, tar_headers, tar_index
-from evaclip.data.index_files import IndexCache
+from evaclip.data import tar_index
 from evaclip.data.shard_writer import write_shard
-from evaclip.data.shards import LocalShard
-from evaclip.data.tar_index import build_index
+from evaclip.data.tar_index import IndexCache, LocalShard, build_index
 from evaclip.errors import UserError
 
 
@@ -23,7 +21,7 @@ def shard(tmp_path):
     return path
 
 
-def test_offsets_lead_to_the_contents(shard):
+def test_tar_index_offsets_lead_to_the_contents(shard):
     index = build_index(shard)
     assert list(index.keys) == [f"{number:06d}" for number in range(12)]
     data = shard.read_bytes()
@@ -48,7 +46,7 @@ def test_tar_members_need_not_be_adjacent(tmp_path):
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_truncated_tar_is_indexed_up_to_the_damage(shard, data):
+def test_truncated_tar_is_indexed_up_to_the_damage(shard, data):
     whole = shard.read_bytes()
     full = build_index(shard)
     content_end = full.members(11)["json"].offset + full.members(11)["json"].size
@@ -63,18 +61,6 @@ def test_a_truncated_tar_is_indexed_up_to_the_damage(shard, data):
         assert all(member.offset + member.size <= cut for member in index.members(number).values())
     complete = sum(full.members(i)["json"].offset + full.members(i)["json"].size <= cut for i in range(12))
     assert complete <= len(index) <= complete + 1
-
-
-def test_where_a_truncation_lies_decides_what_is_left(shard):
-    whole = shard.read_bytes()
-    members = build_index(shard).members(4)
-    in_a_member = members["json"].offset + 5
-    at_a_header = members["json"].offset - 512
-    for cut, left, damage in ((in_a_member, 4, "000004.json is cut off"), (at_a_header, 5, "no end-of-archive")):
-        shard.write_bytes(whole[:cut])
-        index = build_index(shard)
-        assert len(index) == left
-        assert damage in index.facts.damage
 
 
 def test_truncated_duplicate_keeps_the_first_member(tmp_path):
@@ -93,7 +79,7 @@ def test_truncated_duplicate_keeps_the_first_member(tmp_path):
 @pytest.mark.parametrize(
     "rubbish", [b"\xff" * 512, b"\0" * 512, b"y"], ids=["unreadable header", "lone zero block", "another checksum"]
 )
-def test_a_broken_header_in_the_middle_is_noticed(shard, rubbish):
+def test_broken_tar_header_is_damage(shard, rubbish):
     header = build_index(shard).members(5)["png"].offset - 512
     data = bytearray(shard.read_bytes())
     data[header : header + len(rubbish)] = rubbish
@@ -103,7 +89,7 @@ def test_a_broken_header_in_the_middle_is_noticed(shard, rubbish):
     assert "unreadable from byte" in index.facts.damage
 
 
-def test_what_is_no_tar_is_refused(tmp_path):
+def test_index_of_other_files_is_refused(tmp_path):
     text = tmp_path / "text.tar"
     text.write_text("not a tar\n" * 200)
     with pytest.raises(UserError, match=r"text\.tar is not a plain tar shard"):
@@ -127,7 +113,7 @@ def test_plain_headers_equal_those_of_tarfile(tmp_path, monkeypatch):
                 info.type = tarfile.DIRTYPE if name == "set" else tarfile.REGTYPE
                 tar.addfile(info, io.BytesIO(bytes(info.size)))
         with monkeypatch.context() as patched:
-            patched.setattr(tar_headers, "_TOGETHER", 16)
+            patched.setattr(tar_index, "_TOGETHER", 16)
             patched.setattr(tar_index, "_scan", lambda *_: pytest.fail("tarfile is asked"))
             fast = build_index(path)
         with monkeypatch.context() as patched:
@@ -152,7 +138,7 @@ def test_plain_headers_equal_those_of_tarfile(tmp_path, monkeypatch):
     ids=["apart", "again", "not ASCII", "absolute", "two fields", "long", "bare"],
 )
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_what_is_not_plain_is_left_to_tarfile(names, form, tmp_path, monkeypatch):
+def test_odd_tar_is_indexed_by_tarfile(names, form, tmp_path, monkeypatch):
     path = tmp_path / "odd.tar"
     with tarfile.open(path, "w", format=form) as tar:
         for name in names if form != tarfile.USTAR_FORMAT else [name for name in names if len(name) < 115]:
@@ -168,8 +154,8 @@ def test_what_is_not_plain_is_left_to_tarfile(names, form, tmp_path, monkeypatch
 
 
 def test_index_cache_evicts_the_oldest_files(tmp_path, cache_folder, monkeypatch):
-    monkeypatch.setattr(index_files, "_TRIM_EVERY", 1)
-    monkeypatch.setattr(index_files, "_CAPACITY", 4000)
+    monkeypatch.setattr(tar_index, "_TRIM_EVERY", 1)
+    monkeypatch.setattr(tar_index, "_CAPACITY", 4000)
     left_behind = cache_folder / "older.npz"
     cache_folder.mkdir(parents=True)
     left_behind.write_bytes(bytes(4000))
@@ -182,17 +168,17 @@ def test_index_cache_evicts_the_oldest_files(tmp_path, cache_folder, monkeypatch
     assert sum(file.stat().st_size for file in cache_folder.iterdir()) <= 4000
 
 
-def test_the_second_time_comes_from_the_cache(shard, cache_folder, monkeypatch):
+def test_index_cache_is_reused(shard, cache_folder, monkeypatch):
     first = IndexCache().get(LocalShard(shard))
     assert len(list(cache_folder.iterdir())) == 1
-    monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(tar_index, "build_index", lambda *args: pytest.fail("built again"))
     second = IndexCache().get(LocalShard(shard))
     assert second.facts == first.facts
     assert list(second.keys) == list(first.keys)
     assert [second.members(i) for i in range(12)] == [first.members(i) for i in range(12)]
 
 
-def test_a_changed_shard_is_indexed_again(shard):
+def test_index_of_a_changed_shard_is_rebuilt(shard):
     assert len(IndexCache().get(LocalShard(shard))) == 12
     stat = shard.stat()
     write_shard(shard, map(sample, range(12, 24)))
@@ -204,7 +190,7 @@ def test_a_changed_shard_is_indexed_again(shard):
     assert len(IndexCache().get(LocalShard(shard))) == 3
 
 
-def test_a_damaged_cache_file_is_replaced(shard, cache_folder):
+def test_damaged_index_file_is_replaced(shard, cache_folder):
     IndexCache().get(LocalShard(shard))
     (file,) = cache_folder.iterdir()
     sound = file.read_bytes()
@@ -221,26 +207,26 @@ def test_unusable_index_folder_is_ignored(shard, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG, "evaclip.data"):
         index = cache.get(LocalShard(shard))
     assert "not stored" in caplog.text
-    monkeypatch.setattr(shards, "build_index", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(tar_index, "build_index", lambda *args: pytest.fail("built again"))
     assert cache.get(LocalShard(shard)) is index
 
 
-def test_slow_indexing_reports_how_far_it_is(shard, monkeypatch, caplog):
-    monkeypatch.setattr(index_files, "_SECONDS_BETWEEN_REPORTS", 0.0)
+def test_slow_indexing_reports_progress(shard, monkeypatch, caplog):
+    monkeypatch.setattr(tar_index, "_SECONDS_BETWEEN_REPORTS", 0.0)
     with caplog.at_level(logging.INFO, "evaclip.data"):
         list(IndexCache().get_all([LocalShard(shard)] * 2))
     assert [record.getMessage() for record in caplog.records] == ["indexed 1 of 2 shards", "indexed 2 of 2 shards"]
 
 
-def test_memory_holds_the_most_recent_indexes_only(tmp_path, monkeypatch):
+def test_index_cache_maps_recent_indexes_only(tmp_path, monkeypatch):
     paths = [tmp_path / f"{i}.tar" for i in range(3)]
     for path in paths:
         write_shard(path, map(sample, range(2)))
     cache = IndexCache(capacity=2)
     first, second, third = cache.get_all(list(map(LocalShard, paths)))
     loads = []
-    load = index_files._load
-    monkeypatch.setattr(index_files, "_load", lambda file, stamp: loads.append(file) or load(file, stamp))
+    load = tar_index.map_arrays
+    monkeypatch.setattr(tar_index, "map_arrays", lambda file, *args: loads.append(file) or load(file, *args))
     assert cache.get(LocalShard(paths[1])) is second
     assert cache.get(LocalShard(paths[2])) is third
     assert not loads

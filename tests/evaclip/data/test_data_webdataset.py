@@ -1,12 +1,10 @@
 import io
-import json
 import os
 import pickle
 import subprocess
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from data_samples import picture, sample
 from PIL import EpsImagePlugin, Image
@@ -26,7 +24,7 @@ def kind_of_fault(source, index: int) -> FaultKind:
     return caught.value.fault.kind
 
 
-def test_samples_of_all_shards_in_order(shards):
+def test_shard_samples_are_in_order(shards):
     source = open_source(shards)
     assert len(source) == 64
     assert source.shard_sizes == [20, 30, 14]
@@ -46,7 +44,7 @@ def test_patterns_globs_and_folders_are_equivalent(shards, tmp_path):
         assert open_source(path).fingerprint == expected
 
 
-def test_the_fingerprint_follows_names_and_sizes(shards, tmp_path):
+def test_fingerprint_depends_on_names_and_sizes(shards, tmp_path):
     before = open_source(shards).fingerprint
     assert open_source(f"{tmp_path}/{{01,00,02}}.tar").fingerprint != before
     write_shard(tmp_path / "02.tar", map(sample, range(51, 65)))
@@ -172,7 +170,7 @@ def test_jpeg_reduction_keeps_the_least_size():
     assert sizes == {None: (400, 320), 40: (50, 40), 81: (200, 160), 320: (400, 320), 1000: (400, 320)}
 
 
-def test_a_truncated_shard_is_used_up_to_the_damage(shards, tmp_path):
+def test_truncated_shard_is_used_up_to_the_damage(shards, tmp_path):
     path = tmp_path / "01.tar"
     path.write_bytes(path.read_bytes()[:50_000])
     source = open_source(shards)
@@ -228,7 +226,7 @@ def test_open_files_stay_bounded_and_close(tmp_path):
     assert source[7].caption == "caption 7"
 
 
-def test_a_source_can_be_pickled_with_files_open(shards):
+def test_source_with_open_files_can_be_pickled(shards):
     source = open_source(shards)
     image = source[25].image
     copy = pickle.loads(pickle.dumps(source))
@@ -245,9 +243,9 @@ def test_shard_truncated_after_indexing(shards, tmp_path):
     assert caught.value.fault.kind is FaultKind.UNREADABLE
 
 
-def test_a_shard_indexed_again_gives_no_wrong_data(shards, tmp_path, monkeypatch):
+def test_reindexed_shard_is_a_fault(shards, tmp_path, monkeypatch):
     """Every index is forgotten at once, as the older ones of a large data set are."""
-    monkeypatch.setattr("evaclip.data.index_files.IndexCache._keep", lambda self, path, index, stored: index)
+    monkeypatch.setattr("evaclip.data.tar_index.IndexCache._keep", lambda self, path, index, stored: index)
     source = open_source(shards)
     write_shard(tmp_path / "00.tar", map(sample, range(100, 120)))
     with pytest.raises(BadSample, match="changed after it was indexed") as caught:
@@ -256,13 +254,7 @@ def test_a_shard_indexed_again_gives_no_wrong_data(shards, tmp_path, monkeypatch
     assert source[20].caption == "caption 20"
 
 
-def test_equal_samples_give_equal_shards(tmp_path):
-    for name in ("a", "b"):
-        write_shard(tmp_path / f"{name}.tar", map(sample, range(3)))
-    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-
-
-def test_fewer_shards_replace_more(tmp_path):
+def test_write_shards_deletes_stale_shards(tmp_path):
     write_shards(tmp_path, "s", map(sample, range(10)), 2)
     (tmp_path / "s-extra.tar").touch()
     assert [path.name for path in write_shards(tmp_path, "s", map(sample, range(3)), 2)] == [
@@ -272,7 +264,7 @@ def test_fewer_shards_replace_more(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["s-00000.tar", "s-00001.tar", "s-extra.tar"]
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path):
+def test_failed_shard_write_leaves_no_file(tmp_path):
     def broken():
         yield sample(0)
         raise RuntimeError("no more")
@@ -280,11 +272,3 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="no more"):
         write_shard(tmp_path / "a.tar", broken())
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
-
-
-def test_real_captions_survive(tmp_path):
-    text = "Ein Café, 東京 🗼"
-    write_shard(tmp_path / "a.tar", [("0", {"png": picture(0), "json": json.dumps({"caption": text}).encode()})])
-    source = open_source(str(tmp_path / "a.tar"))
-    assert source[0].caption == text
-    assert np.array(decode_image(source[0].image, "x")).shape == (8, 8, 3)

@@ -49,7 +49,7 @@ def borders(masks: list[Grid]) -> float:
     ("grid", "ratio", "count"),
     [((16, 16), 105 / 256, 105), ((16, 16), 0.4, 102), ((14, 10), 0.75, 105), ((4, 4), 0.4, 6), ((2, 2), 0.75, 3)],
 )
-def test_the_number_of_masked_patches_is_exact(grid: tuple[int, int], ratio: float, count: int) -> None:
+def test_mask_count_is_exact(grid: tuple[int, int], ratio: float, count: int) -> None:
     masks = BlockMasks(grid, ratio)
     for seed in range(200):
         found = masks(seed)
@@ -59,7 +59,7 @@ def test_the_number_of_masked_patches_is_exact(grid: tuple[int, int], ratio: flo
         assert 0 <= found[0] <= found[-1] < math.prod(grid)
 
 
-def test_masks_are_distributed_as_the_published_ones() -> None:
+def test_mask_distribution_is_that_of_beit() -> None:
     rng = random.Random(0)
     theirs = [published(rng) for _ in range(1500)]
     ours = [as_grid(BlockMasks((16, 16), 105 / 256), seed) for seed in range(1500)]
@@ -73,7 +73,7 @@ def test_masks_are_distributed_as_the_published_ones() -> None:
     assert borders([np.isin(np.arange(256), each).reshape(16, 16) for each in scattered]) > 2 * borders(ours)
 
 
-def test_the_smallest_block_counts() -> None:
+def test_mask_smallest_block_sets_block_size() -> None:
     small, large = (
         borders([as_grid(BlockMasks((16, 16), 0.4, smallest=smallest), seed) for seed in range(300)])
         for smallest in (1, 40)
@@ -81,7 +81,7 @@ def test_the_smallest_block_counts() -> None:
     assert small > 1.15 * large
 
 
-def test_nothing_but_the_seed_decides() -> None:
+def test_mask_depends_on_the_seed_only() -> None:
     masks = BlockMasks((16, 16), 0.4)
     one = masks(2**63 - 1)
     random.seed(5)
@@ -94,6 +94,6 @@ def test_nothing_but_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize(("grid", "ratio"), [((1, 16), 0.4), ((3, 3), 0.01), ((3, 3), 0.99)])
-def test_what_cannot_be_masked_is_refused(grid: tuple[int, int], ratio: float) -> None:
+def test_mask_of_impossible_size_is_refused(grid: tuple[int, int], ratio: float) -> None:
     with pytest.raises(UserError, match="expected two rows and columns at least, some patches masked and some not"):
         BlockMasks(grid, ratio)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from evaclip import create_vision_model
 from evaclip.commands.main import main
 from evaclip.data import iterate, open_source
-from evaclip.data.held_out import Selection
+from evaclip.data.validation import Selection
 from evaclip.errors import UserError
 from evaclip.eval.classify import ClassSpace, Predictions, assign_labels, class_space, evaluate, predict
 from evaclip.eval.features import FeatureOptions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evaclip.data.rows import Rows
+from evaclip.data.loader import Rows
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.train import rng

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from evaclip.data import open_source
-from evaclip.data.held_out import hold_out
 from evaclip.data.shard_writer import write_shard
+from evaclip.data.validation import hold_out
 from evaclip.errors import UserError
 from evaclip.eval.retrieval import encode_pairs
 from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot

@@ -1,14 +1,15 @@
-"""Samples that are held out of the training data: which ones, and both halves as sources."""
+"""The validation split: which samples it has, and both parts as sources."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.order import I64, U64, mix
-from evaclip.data.prefetch import Copy
+from evaclip.data.remote import Copy
 from evaclip.data.samples import RawSample
-from evaclip.data.source import Source, View, hash_list
+from evaclip.data.source import Source, hash_list
 
 MOST = 5000
 """More make an evaluation slower and hardly more exact: 0.7 % is the standard error of a share of one half."""
@@ -19,14 +20,14 @@ _BLOCK = 2**16
 
 
 def hold_out(source: Source, share: float, seed: int, most: int = MOST) -> tuple[Source, Source | None]:
-    """What is trained on, and what training never sees: `share` of the samples, and no more than `most`.
+    """Splits a source into training samples and validation samples: `share` of all, at most `most`.
 
-    Which ones follows from the seed and their numbers alone, so a run that goes on, on any number of processes, holds
-    out the same. Samples that share a picture, as in a table with a row per caption, are held out together. Of a
-    mixture each part gives its share.
+    The split is a function of the seed and the samples' indices, so a resumed run, on any number of ranks, has the same
+    one. Samples that share an image, as in a table with a row per caption, stay together. Each part of a mixture gives
+    its share.
 
     Returns:
-        both sources; None for the second where the share is less than one sample.
+        training and validation source; None for the second if the share is less than one sample.
     """
     if not share:
         return source, None
@@ -50,7 +51,7 @@ def _choose(source: Source, share: float, seed: int) -> I64:
     if not wanted:
         return np.empty(0, np.int64)
     pictures = source.pictures()
-    # A threshold that some more than `wanted` of the hashes are below, and that is raised if they aren't.
+    # A threshold above slightly more than `wanted` hashes; it is raised if there are fewer.
     limit = 2 * (wanted + 32) * 2**64 // size
     while True:
         indices, draws = _below(min(limit, 2**64 - 1), size, seed, pictures)
@@ -70,6 +71,32 @@ def _below(limit: int, size: int, seed: int, pictures: I64 | None) -> tuple[I64,
         indices.append(block[chosen])
         draws.append(hashes[chosen])
     return np.concatenate(indices), np.concatenate(draws)
+
+
+class View(Source):
+    """Samples of another source in another order; subclasses set `shard_sizes` and `fingerprint`."""
+
+    def __init__(self, whole: Source) -> None:
+        self.whole = whole
+        self.description = whole.description
+        self.faults = whole.faults
+        self.decoding = whole.decoding
+
+    @abstractmethod
+    def number(self, index: int) -> int:
+        """The index of a sample in the other source."""
+
+    def __getitem__(self, index: int) -> RawSample:
+        return self.whole[self.number(index)]
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.number(index))
+
+    def place(self, index: int) -> tuple[str, str]:
+        return self.whole.place(self.number(index))
+
+    def close(self) -> None:
+        self.whole.close()
 
 
 class Selection(View):

@@ -1,17 +1,18 @@
-"""Samples that are held out of the training data."""
+"""The validation split of the training data."""
 
 import itertools
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_samples import number_tokens, number_transform, picture
 
 from evaclip.data import Source, TrainLoader, open_source
-from evaclip.data.held_out import Rest, hold_out
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.synthetic import SyntheticSource
+from evaclip.data.validation import Rest, hold_out
 
 
 def numbers(source: Source) -> list[int]:
@@ -54,14 +55,14 @@ def test_hold_out_memory_is_bounded() -> None:
     assert peak < 4 * len(source)
 
 
-def test_training_never_sees_them_in_any_epoch(shards: str) -> None:
+def test_training_never_reads_the_split(shards: str) -> None:
     rest, held = hold_out(open_source(shards), 0.25, seed=3)
     seen = list(trained_on(rest, seed=3, batches=36))
     assert set(seen) == set(range(64)) - set(numbers(held))
     assert sorted(seen[:48]) == sorted(set(seen))
 
 
-def test_they_follow_from_the_seed_alone(shards: str) -> None:
+def test_split_depends_on_the_seed_only(shards: str) -> None:
     first, again = (hold_out(open_source(shards), 0.25, seed=3) for _ in range(2))
     assert first[0].fingerprint == again[0].fingerprint
     assert numbers(first[1]) == numbers(again[1])
@@ -77,16 +78,14 @@ def test_split_limits(shards: str) -> None:
         assert hold_out(whole, share, seed=0) == (whole, None)
 
 
-def test_a_shard_may_lose_all_of_its_samples(shards: str) -> None:
-    import numpy as np
-
+def test_split_may_take_a_whole_shard(shards: str) -> None:
     rest = Rest(open_source(shards), np.arange(20, 50))
     assert list(rest.shard_sizes) == [20, 0, 14]
     assert numbers(rest) == [*range(20), *range(50, 64)]
     assert set(trained_on(rest, seed=1, batches=9)) == set(numbers(rest))
 
 
-def test_the_captions_of_one_picture_stay_together(tmp_path: Path) -> None:
+def test_captions_of_one_image_stay_together(tmp_path: Path) -> None:
     rows = ["filepath,title"]
     for number in range(30):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
@@ -97,7 +96,7 @@ def test_the_captions_of_one_picture_stay_together(tmp_path: Path) -> None:
     assert not set(numbers(rest)) & set(numbers(held))
 
 
-def test_each_part_of_a_mixture_gives_its_share(shards: str) -> None:
+def test_split_takes_a_share_of_each_mixture_part(shards: str) -> None:
     parts = [open_source(shards), open_source(shards.replace("{00..02}", "00"))]
     mixed = MixtureSource(parts, [3, 1])
     rest, held = hold_out(mixed, 0.25, seed=0)
