@@ -140,7 +140,7 @@ def test_comments_say_what_keys_mean_once(run_config: Make) -> None:
     assert above["batch_size: 8"] == "# Samples of one optimizer step, over all processes: the contrastive batch."
     assert above["optim:"] == "# The optimizer; the moments' defaults are those of the released EVA-CLIP models."
     assert above["hue: 0.0"].startswith("# largest shift of the hue")
-    assert "# run the text tower on the tokens up to each caption's end alone, without padding." in text
+    assert "# compute the last block of each tower only for the pooled token." in text
     assert text.count("# Batches that wait ready, over all workers; of small ones as many a worker.") == 1
 
 
