@@ -20,7 +20,7 @@ def checkpoint_policy(
     activations and everything else in the region run again in the backward pass.
 
     Args:
-        save: what is kept: a name of a public function, such as `"swiglu"`, or a list of names and of overloads of any
+        save: ops to save: a name of a public function, such as `"swiglu"`, or a list of names and of overloads of any
             operators, such as `torch.ops.aten.mm.default`. Under `torch.compile` what isn't named runs again unless
             the compiler finds it better kept.
 
@@ -28,7 +28,7 @@ def checkpoint_policy(
         What `torch.utils.checkpoint.create_selective_checkpoint_contexts` takes.
 
     Raises:
-        TypeError: for what is neither, as an operator without its overload, `torch.ops.aten.mm`.
+        TypeError: for anything else, such as an operator without its overload, `torch.ops.aten.mm`.
         ValueError: for an unknown name.
 
     Examples:

@@ -1,4 +1,4 @@
-"""What is installed and what is live, for error reports and for `evaclip doctor`."""
+"""Installed packages and available backends, for error reports and `evaclip doctor`."""
 
 import platform
 from importlib import metadata

@@ -46,7 +46,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as exc:
-        # Torch's own error names the file only; the linker's, which it was raised from, says what is wrong.
+        # Torch's error names the file only; the linker's, which caused it, names the reason.
         return f"{_LIBRARY.name} can't be loaded under torch {torch.__version__}: {exc.__cause__ or exc}"
     return None
 
@@ -160,7 +160,7 @@ def is_amd() -> bool:
 
 
 def is_module_built() -> bool:
-    """Whether `evakernels._C` lies beside this file."""
+    """Whether `evakernels._C` is next to this file."""
     return any(_FOLDER.glob("_C.*.so"))
 
 

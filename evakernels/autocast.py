@@ -15,7 +15,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def is_on(device: str) -> bool:
     """Whether autocast is on for this type of device; it doesn't exist for some, such as meta."""
-    # The compiler of torch 2.11 can't ask what is available.
+    # The compiler of torch 2.11 can't query this.
     available = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
 

@@ -1,6 +1,6 @@
 """Which implementation serves a call, and the reasons why another can't.
 
-Every op has a `reference` implementation in plain PyTorch; further backends are registered beside it. A call takes the
+Every op has a `reference` implementation in plain PyTorch; further backends are registered too. A call takes the
 first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
 """
 
@@ -44,7 +44,7 @@ class ReferenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One op on one backend. A call whose tensors are on another type of device than `device` isn't for it."""
+    """One op on one backend, for calls with tensors on `device`."""
 
     backend: str
     function: Callable[..., Any]
@@ -52,7 +52,7 @@ class Implementation:
     device: str | None = None
 
     def observed(self, op: str) -> Callable[..., Any]:
-        """The function, which tells the observer of each call while there is one."""
+        """The function; it reports each call to the observer if there is one."""
         observer = None if overrides is None else overrides.observer
         if observer is None:
             return self.function
@@ -277,7 +277,7 @@ def family(op: str) -> str:
 
 
 def why_not(op: str, backend: str, *args: Any) -> list[str]:
-    """The reasons why `backend` can't serve `op(*args)`; without arguments, those that hold for every call."""
+    """The reasons why `backend` can't run `op(*args)`; without arguments, reasons for every call."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
         return [f"{op} has no {backend} implementation"]
@@ -314,7 +314,7 @@ def dtypes(args: Sequence[Any]) -> set[torch.dtype]:
 
 
 def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
-    """The first tensor among the arguments of an op; it tells the device of the call."""
+    """The first tensor among the arguments of an op; the call runs on its device."""
     if args and isinstance(args[0], torch.Tensor):
         return args[0]
     found = tensors(args)

@@ -22,7 +22,7 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "r
 
 
 Group = dist.ProcessGroup | Literal[False] | None
-"""Ranks whose batches form the global batch: a process group, None for all ranks, False for this rank alone."""
+"""The ranks of the global batch: a process group, None for all ranks, False for this rank alone."""
 
 
 def resolved(op: str, group: Group) -> dist.ProcessGroup | None:

@@ -19,7 +19,7 @@ def hint(given: object, known: Iterable[str]) -> str:
 
 
 def nearest(given: object, known: Iterable[str]) -> list[str]:
-    """Up to three known names: the given one in another spelling, or else those that hold it, or that are similar."""
+    """Up to three known names: another spelling of the given one, or names that contain it or are similar."""
     names = {_plain(name): name for name in known}
     plain = _plain(given)
     near = [plain] if plain in names else [name for name in names if plain and plain in name]

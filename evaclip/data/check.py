@@ -27,7 +27,7 @@ class CheckReport:
         data: the source's description, fingerprint and notes.
         samples: samples that were read, good and bad.
         image_bytes: size of the image files that could be read.
-        converted: images whose pixels were converted to bytes, by their type; no faults.
+        converted: images with pixels converted to bytes, by pixel type; no faults.
         faults: the faults by kind, in the order of the source.
     """
 

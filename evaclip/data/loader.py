@@ -1,4 +1,4 @@
-"""Batches for training, an endless stream whose position is one integer, and batches for evaluation."""
+"""Batches for training, an endless stream with one integer as its position, and batches for evaluation."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -302,7 +302,7 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
         return self.ordered[position]
 
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
-        """The sample, or the first good one of those that replace it."""
+        """The sample, or its first good replacement."""
         for candidate in chain([sample], self._replacements(global_index)):
             if candidate in self.kept:
                 return self.kept[candidate]
@@ -327,7 +327,7 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
     def _replacements(self, global_index: int) -> Iterator[int]:
         for attempt in range(1, _ATTEMPTS):
             draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
-            # First of the same window, whose shards are read anyway.
+            # First from the same window: its shards are read anyway.
             yield self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)
 
 

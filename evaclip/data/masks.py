@@ -50,7 +50,7 @@ class BlockMasks:
 
     def __call__(self, seed: int) -> I64:
         """Numbers of the masked patches, row by row, int64 `[count]`, ascending; a pure function of `seed`."""
-        uniform = Random(seed).random  # the one generator whose numbers Python promises to keep
+        uniform = Random(seed).random  # Python guarantees this generator's numbers
         masked = np.zeros(self.grid, dtype=bool)
         left, smallest = self.count, self.smallest
         while left:

@@ -81,7 +81,7 @@ class MixedOrder:
 
     Every period of 1,000 indices holds a fixed number of each part, at places that are shuffled anew in each period;
     the n-th place of a part in all takes the n-th sample of its own order. So proportions are exact, each part goes
-    through epochs of its own, and any position means the same under any batch size and number of processes.
+    through its own epochs, and any position means the same under any batch size and number of processes.
     """
 
     def __init__(self, orders: Sequence[SampleOrder], counts: Sequence[int], seed: int) -> None:

@@ -102,7 +102,7 @@ def _open(path: str, config: DataConfig, captions: bool) -> Source:
 
 
 def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
-    """Opens tar shards, or lists of them, and writes the indexes of local ones beside them, where that is possible.
+    """Opens tar shards, or lists of them, and writes the indexes of local ones next to them, if possible.
 
     Args:
         path: as `open_source` takes it.

@@ -113,7 +113,7 @@ def map_arrays(
     try:
         with file.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        # safetensors' own reader copies what it reads.
+        # safetensors' own reader copies.
         body = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:body])
         facts = json.loads(header["__metadata__"]["index"])

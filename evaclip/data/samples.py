@@ -37,7 +37,7 @@ class Fault:
     Attributes:
         name: the sample, or the file if it is none of a sample.
         file, key: the parts of the name, where they are known; see `Source.place`.
-        index: the sample's place in its source, if it is that of a sample and known.
+        index: the sample's index in its source, if known.
     """
 
     kind: FaultKind
@@ -195,7 +195,7 @@ def sound(text: str) -> str:
 
 
 def not_blank(captions: Sequence[str]) -> tuple[str, ...]:
-    """The captions without spaces around them, and without those that are nothing else."""
+    """The captions without surrounding spaces, without empty ones."""
     return tuple(filter(None, (caption.strip() for caption in captions)))
 
 

@@ -198,7 +198,7 @@ def write_list(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def read_list(location: str) -> Iterator[Entry]:
-    """Reads a list from a file or URL; relative names in it are taken from where it lies.
+    """Reads a list from a file or URL; relative names are resolved next to the list.
 
     Raises UserError if it cannot be read or is none, and for a shard that is a command: downloaded data starts no
     program.
@@ -245,7 +245,7 @@ def _relative(location: str, folder: Path) -> str:
 
 
 def _absolute(url: str, location: str) -> str:
-    """The url of a shard in the list at `location`, from whose folder relative ones are taken."""
+    """The URL of a shard in the list at `location`; relative ones are resolved next to it."""
     if url.startswith("/") or is_remote(url):
         return url
     if is_command(location):

@@ -16,7 +16,7 @@ class Source(ABC):
 
     Attributes:
         description: kind and place, for messages.
-        fingerprint: hash of the indexed list (names and sizes); equal for equal data wherever it lies.
+        fingerprint: hash of the indexed list (names and sizes); equal for equal data in any place.
         shard_sizes: samples per shard, in order; one entry where there are no shards.
         faults: of the list itself, such as damaged shards.
         notes: guesses that were made on opening.

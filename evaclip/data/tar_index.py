@@ -51,7 +51,7 @@ _FORMAT = 3
 _SUFFIX = ".index"
 _THREADS = 8
 _AT_A_TIME = 64
-"""Shards whose indexes wait to be taken: each holds a file open."""
+"""Pending shards: each keeps a file open."""
 _SECONDS_BETWEEN_REPORTS = 10.0
 _TRIM_EVERY = 256
 _CAPACITY = 10 * 10**9
@@ -442,7 +442,7 @@ class IndexCache:
         return index
 
     def _load_or_build(self, shard: Shard) -> tuple[TarIndex, bool]:
-        """The index, and whether it lies in a file now."""
+        """The index, and whether it is in a file now."""
         stamp = _stamp(shard)
         files = self._files(shard)
         for file in files[:1] if self._beside else files:

@@ -198,7 +198,7 @@ class WebDatasetSource(Source):
 
 
 def _name(location: str) -> str:
-    """The name for the fingerprint: equal wherever the shard lies."""
+    """The name for the fingerprint: equal in any folder."""
     return file_name(location) if is_remote(location) else location.rpartition("/")[2]
 
 

@@ -199,7 +199,7 @@ class Recorder(TorchDispatchMode):
 
     def _final_kinds(self) -> list[str]:
         """Kinds of all storages; those without a label get one from the phases in which they begin and end."""
-        self._references.clear()  # what is freed from here on isn't of the step
+        self._references.clear()  # later frees aren't part of the step
         names, passes = [""], [0]
         for name, _ in self._marks:
             names.append(name)

@@ -200,7 +200,7 @@ class _Trace:
         with self._fake:
             step = build_step(config, self.world, task)
             step.mean = GradientMean([], [], self.world)  # counted by `_summarize`: buckets depend on the depth
-            # The first forward pass gathers all parameters once: it is that of an evaluation.
+            # The first forward pass gathers all parameters once: an evaluation's.
             evaluation = self._evaluate(step, *evaluated, fixed)
         self.evaluation = evaluation if is_evaluated else None
         images, targets = self._samples(rows, {micro})
@@ -349,7 +349,7 @@ def _summarize(
         moments.append((phase.name, _sum(live, phase.peak, buckets)))
         live.update(phase.change)
         if is_replicated and index == last_loss:
-            # Copies of gradients whose mean is being computed.
+            # Copies of gradients during the mean over ranks.
             most = 3 * BUCKET_BYTES + max(BUCKET_BYTES, 4 * trace.largest_parameter)
             buckets[COMMUNICATION] = min(4 * trace.elements, most)
     if trace.evaluation:

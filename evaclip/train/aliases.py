@@ -55,7 +55,7 @@ def _pretrained(value: str) -> Tree:
 
 
 def _validation(value: str) -> Tree:
-    """A set of its own, so that nothing need be held out of the training data."""
+    """An evaluation set, so that no training data is held out."""
     return {"held_out": None, **nest(f"{_VALIDATION}.data.train", value)}
 
 
@@ -223,7 +223,7 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
     """The configuration changes that flags ask for.
 
     Args:
-        given: values by flag, True for a flag without one; of those that aren't given None, False or nothing.
+        given: values by flag, True for a flag without a value; None, False or nothing for flags that aren't given.
         accumulation: of the configuration so far.
         processes: that train together.
 
@@ -257,7 +257,7 @@ def notes(given: Mapping[str, Any]) -> list[str]:
 
 
 def _times(value: Any, factor: Any) -> Any:
-    """The product; what is not a number stays as it is, for the configuration to refuse."""
+    """The product; other values stay, and the configuration refuses them."""
     numbers = all(str(number).lstrip("-").isdecimal() for number in (value, factor))
     return int(value) * int(factor) if numbers else value
 

@@ -41,7 +41,7 @@ class Parts:
         resolution: which size images have at each step, and what that costs.
         peak_flops: FLOP/s of all devices together.
         epoch_samples: samples that count as one epoch.
-        remarks: what is to be said about the data and the task before the run begins.
+        remarks: lines on the data and the task to print before the run begins.
     """
 
     config: TrainConfig

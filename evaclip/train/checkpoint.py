@@ -32,7 +32,7 @@ _FOLDER = re.compile(r"step_(\d{8})")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint folder whose contents are not what was written; the message says what is wrong."""
+    """A checkpoint folder with damaged contents; the message names the damage."""
 
 
 class NotWritten(Exception):
@@ -59,7 +59,7 @@ class Content:
         model: the weights, under the model's own names.
         ema: the averaged weights under the same names, or None.
         moments: of the optimizer, tensors of at least one dimension.
-        descriptions: JSON files that lie beside the weights, by file name.
+        descriptions: JSON files next to the weights, by file name.
         state: everything else that resuming needs; tensors and plain values only.
         meta: facts for people and for choosing among checkpoints.
     """
@@ -278,7 +278,7 @@ def choose(
 
 
 def _checked(root: Path, ask: Ask) -> Iterator[tuple[Path, dict[str, Any] | DamagedCheckpoint]]:
-    """The checkpoints up to the latest, the newest first, with their facts or what is wrong with them."""
+    """The checkpoints up to the latest, newest first, with their facts or their damage."""
     for _, folder in sorted(_steps(root), reverse=True):
         if folder.name <= _latest_name(root, default=folder.name):
             try:

@@ -33,7 +33,7 @@ def _lines(config: Any, tree: Mapping[str, Any], margin: str, seen: set[type]) -
         text = comments.get(field.name, "")
         if nested and not text and type(value) not in seen:
             text = inspect.getdoc(value) or ""
-        # A blank line ends the paragraph that a line can be told in.
+        # Only the first paragraph becomes a comment.
         for line in wrap(text.partition("\n\n")[0], width - 2):
             yield f"{margin}# {line}\n"
         if nested:

@@ -12,7 +12,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compiles every block of the towers in place; the compiler runs when a block is called first.
 
     Blocks that are alike share one graph: a tower has two, since its last block computes one token alone, and each
-    once more without gradients. Stochastic depth makes every block another one, with graphs of its own. The number of
+    once more without gradients. Stochastic depth makes every block different, each with its own graphs. The number of
     samples and of the captions' tokens is no part of a graph. Names and values of parameters stay as they are, and so
     does all around the blocks: sharding, recomputation of whole blocks, packing.
     """

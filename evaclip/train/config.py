@@ -376,7 +376,7 @@ class CheckpointConfig:
     every_epochs: Count | None = None
     keep: Count = 3
     keep_every: Count | None = None
-    """Steps whose multiples are kept for good."""
+    """Checkpoints at multiples of this step are never deleted."""
     background: bool = True
     """Write from a copy in host memory, while the training goes on."""
     allow_data_change: bool = False
@@ -435,7 +435,7 @@ class EvalSetConfig:
     samples: Count | None = None
     """How many are used; none uses all."""
     allow_unreadable: bool = False
-    """Measure what is left even if more than `data.max_bad_share` of the samples cannot be read."""
+    """Evaluate the readable samples even if more than `data.max_bad_share` of the samples cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

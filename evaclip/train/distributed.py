@@ -36,7 +36,7 @@ class World:
     Attributes:
         group: of all processes, for tensors on `device`; None for one process.
         control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
-        new_saving_group: makes one like `control`, if all processes call it, for a thread beside the training; it waits
+        new_saving_group: makes a group like `control`, if all ranks call it, for the checkpoint thread; it waits
             longer, as a slow disk is no failure.
     """
 
@@ -133,7 +133,7 @@ class World:
 
         Args:
             limit: longest wait.
-            model: whose meshes have groups of their own if its parameters are sharded.
+            model: its meshes have groups if its parameters are sharded.
         """
         meshes = {parameter.device_mesh for parameter in model.parameters() if is_cut(parameter)}
         groups = {self.group, self.control}.union(*(mesh.get_all_groups() for mesh in meshes))
@@ -146,7 +146,7 @@ class World:
             dist.destroy_process_group()
 
     def abort(self) -> None:
-        """Leaves the process groups without waiting for other ranks, whose collectives this one will not join.
+        """Leaves the process groups without waiting for the collectives of other ranks.
 
         `destroy_process_group` waits for all NCCL kernels; another rank may never start its part of them.
         """
@@ -238,7 +238,7 @@ def accumulate_in_float32(parameters: Iterable[Tensor], *, reduce_each_chunk: bo
     `fully_shard` sums in float32 itself, unless it reduces after every micro-batch.
 
     Args:
-        parameters: those that the optimizer updates; other dtypes are left alone.
+        parameters: trained parameters; only 16-bit ones change.
         reduce_each_chunk: whether gradients of shards are reduced after every micro-batch.
     """
     for parameter in parameters:
@@ -261,8 +261,8 @@ class GradientMean:
     Gradients are summed in float32 (float64 of float64 parameters).
 
     Args:
-        parameters: in the order in which a forward pass uses them; those that are cut up are left alone.
-        others: whose gradients may be there before the last backward pass begins.
+        parameters: in the order of the forward pass; sharded ones are skipped.
+        others: parameters with gradients that may exist before the last backward pass.
     """
 
     def __init__(self, parameters: Sequence[Tensor], others: Sequence[Tensor], world: World) -> None:
@@ -322,7 +322,7 @@ class GradientMean:
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups neighbours of one dtype whose float32 copies fill at most `BUCKET_BYTES`; a larger one is alone."""
+    """Groups neighbours of one dtype up to `BUCKET_BYTES` of float32 copies; a larger tensor is alone."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

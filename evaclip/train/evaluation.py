@@ -34,7 +34,7 @@ from evaclip.train.spread import Spread
 
 Metrics = dict[str, float]
 Attempt = Callable[[Sequence[str], Callable[[], Metrics]], Metrics]
-"""(metrics, what measures them) -> what it gives; where it can't, those metrics are not a number."""
+"""(names of metrics, function that measures them) -> metrics; NaN for each if the function fails."""
 
 HELD_OUT = "held_out"
 _DIRECTIONS = ("image_to_text", "text_to_image")
@@ -75,7 +75,7 @@ def open_sets(config: TrainConfig, held_out: Source | None) -> list[EvalSet]:
         held_out: samples that are held out of the training data; they are a set too.
 
     Raises:
-        UserError: a set, or what it names, is not there.
+        UserError: a set or one of its files doesn't exist.
     """
     sets = dict(config.eval.sets or {})
     if held_out is not None:

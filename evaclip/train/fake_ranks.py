@@ -11,7 +11,7 @@ from evaclip.train.distributed import World, device_of
 
 
 def fake_ranks(device: str, size: int) -> World:
-    """The world of rank 0 of `size` ranks, whose collectives return at once with uninitialised memory.
+    """The world of rank 0 of `size` ranks. Collectives return at once with uninitialised memory.
 
     Raises:
         UserError: a process group exists already, or the device does not exist.

@@ -22,7 +22,7 @@ def leave_cores_to_workers(workers: int) -> None:
     """Takes torch's threads back to the cores that the data workers leave, at least one; never adds any.
 
     A worker that shares a core with one of torch's threads holds up all of them. The demo trained 435 pairs/s with one
-    thread beside one worker and 376 with two (two AMD EPYC cores, 2026-11-24).
+    thread and one worker, and 376 with two threads (two AMD EPYC cores).
     """
     torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() - workers)))
 

@@ -56,7 +56,7 @@ class ContrastiveLoss(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """The share of images whose own text is the most similar one of all; a mean over processes makes it that.
+        """Share of images that match their own caption best; average it over ranks.
 
         Of equal ones the first counts, so that features that are all alike have no more than chance.
 

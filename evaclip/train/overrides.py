@@ -59,7 +59,7 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     """Checks a tree of plain values.
 
     Raises:
-        UserError: names the key, the value that was given and what is accepted.
+        UserError: names the key, the accepted values and the given one.
     """
     _check_keys(TrainConfig, tree, ())
     try:
@@ -144,7 +144,7 @@ def _meant(options: tuple[Any, ...], value: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _describe(error: Any) -> str:
-    """One pydantic error as `path=value: what is accepted`."""
+    """One pydantic error as `path=value: accepted values`."""
     parts = list(error["loc"])
     if parts[:1] == ["task"]:
         del parts[1:2]  # the kind of task, which is no key

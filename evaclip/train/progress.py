@@ -53,7 +53,7 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        # The last ones first: those in front are still there to be told of it, should one fail.
+        # In reverse order, so that the first sinks can still report a failure.
         for sink in reversed(self._sinks):
             sink.close(error)
 
@@ -101,7 +101,7 @@ class PlainLines(Sink):
 
 
 class _BarAndNumbers(Progress):
-    """Numbers in a line of their own: beside the bar a terminal of 80 columns has no place for them."""
+    """Numbers in their own line: next to the bar, 80 columns aren't enough."""
 
     numbers = ""
 
@@ -245,7 +245,7 @@ class TensorBoard(Sink):
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
-        """Inside, an OSError gives the writer up, whose thread has ended; the next point opens another one."""
+        """Inside, an OSError drops the writer (its thread has ended); the next point opens another one."""
         try:
             yield
         except OSError as exc:

@@ -75,7 +75,7 @@ def get_recipe(name: str) -> TrainConfig:
 
 
 def with_fitting_parts(config: TrainConfig, base: TrainConfig) -> TrainConfig:
-    """`config`, whose batch the recipe's `canonical_nodes` divide, or as many of them as do."""
+    """`config` with as many of the recipe's `canonical_nodes` as divide its batch."""
     nodes = config.data.canonical_nodes
     if nodes != base.data.canonical_nodes or config.batch_size % nodes == 0:
         return config
@@ -168,7 +168,7 @@ def emoji() -> TrainConfig:
 def finetune() -> TrainConfig:
     """Released weights on your own pictures and captions: AdamW, 10 epochs, batches of 256; 5 % are held out.
 
-    The contrastive loss stays that of the pretraining (FLYP, Goyal et al. 2022, arXiv 2212.00638). A small rate that
+    The contrastive loss of the pretraining stays (FLYP, Goyal et al. 2022, arXiv 2212.00638). A small rate that
     falls with the distance from the output, few epochs and hardly any augmentation keep what the model knows (FT-CLIP,
     Dong et al. 2022, arXiv 2212.06138): 5e-5 at the projections and 1e-6 at the embeddings of 12 blocks. The precision
     is float32, which every machine has; say amp_bf16 on a GPU.
@@ -211,11 +211,11 @@ class _FineTuning(NamedTuple):
     def config(self) -> TrainConfig:
         """Fine-tuning on ImageNet-1K, or on ImageNet-21K with larger crops and without a moving average.
 
-        Every number is that of the authors' commands: the README files of EVA-02/asuka and of EVA-01/eva in
+        Every number is from the authors' commands: the README files of EVA-02/asuka and of EVA-01/eva in
         baaivision/EVA, with the defaults of `run_class_finetuning.py` there (AdamW's moments, the average's decay, the
         policy, jitter that the policy turns off). They neither mix nor erase, and don't clip gradients.
 
-        Two things differ from theirs: the last norm starts from that of the pre-training, as in timm, where theirs
+        Two things differ from theirs: the last norm starts from the pre-trained one, as in timm, where theirs
         starts anew; and the moving average warms up, see `Ema`.
         """
         large, options = self.model.endswith("_ft_in22k"), {"drop_path": self.drop_path}
@@ -384,7 +384,7 @@ for _size, _letters, _batch, _epochs, _rate, _drop in (
 def _sun_2024(model: str, batch_size: int, steps: int) -> TrainConfig:
     """What Sun et al. 2024 (arXiv 2402.04252) share; the bound on the gradient isn't published, nor the epoch."""
     config = _cut(_published(model, batch_size, steps, TowerConfig(lr=4e-4, layer_decay=0.9), patch_dropout=0.5))
-    # The temperature stays 0.01: its rate is that of what belongs to no tower.
+    # The temperature stays 0.01: its rate is the one of parameters outside the towers.
     fixed = replace(config.model, options={"init_logit_scale": math.log(100.0)})
     optim = replace(config.optim, lr=0.0, beta2=0.95, weight_decay=0.0)
     return replace(config, precision="amp_bf16", model=fixed, optim=optim)
@@ -396,7 +396,7 @@ def _cut(config: TrainConfig) -> TrainConfig:
 
 
 def _in_parts(batch_size: int) -> DataConfig:
-    """Shards whose samples are mixed over eight batches, and of which a machine reads its part only.
+    """Shards with samples mixed over eight batches; a machine reads only its part of them.
 
     In 64 parts, as most batches can be divided by it: a batch of 131,072 is drawn from 165 shards. On two machines and
     more the local copies have room for the next window.

@@ -33,7 +33,7 @@ class Resolution:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, the model takes images of its own size."""
+        """Inside, the model takes images of its final size."""
         visual = self.task.visual
         size = visual.present.image_size
         visual.set_image_size(visual.config.image_size)

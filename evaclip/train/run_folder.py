@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and who may write into it."""
+"""The folder of a run: its files, and permission to write into it."""
 
 import shutil
 import socket
@@ -90,7 +90,7 @@ class RunFolder:
 
     def _sees(self, lock: str) -> bool:
         try:
-            # Listing makes NFS ask the server again for what it has found missing.
+            # Listing makes NFS ask the server again for missing files.
             next(self.path.iterdir(), None)
             found = read_lock(self.path / LOCK_FILE)
         except OSError:
@@ -117,7 +117,7 @@ class RunFolder:
         write_text(self.path / CONFIG_FILE, dump_yaml(config))
 
     def _delete_run(self) -> None:
-        # Only what is of the run, what was measured on its weights too: the folder may hold notes of its owner.
+        # Only files of the run and its evaluations: the folder may contain notes of its owner.
         for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, EVALUATIONS_FOLDER, GALLERIES_FOLDER):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for file in (LOG_FILE, EVENTS_FILE, REPORT_FILE, CONFIG_FILE):
@@ -179,5 +179,5 @@ def _weights_of(source: Path, folder: RunFolder, overwrite: bool, say: Callable[
 
 
 def _at_once(message: str) -> None:
-    # Nothing reports yet, and what is waited for must be known meanwhile.
+    # No report is open yet, and the user must see what the process waits for.
     print(message, file=sys.stderr, flush=True)

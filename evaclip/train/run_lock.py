@@ -103,7 +103,7 @@ class RunLock:
         Args:
             folder: of the run; is created if necessary.
             steal: also take the lock from a living owner, which then stops at its next step.
-            say: reports what is waited for.
+            say: called with a line before each wait.
 
         Raises:
             UserError: a living process holds it.

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training: from a copy, in a thread, one at a time."""
+"""Write checkpoints during training: from a copy, in a thread, one at a time."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,7 +58,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for what is being written."""
+        """Waits for the checkpoint in progress."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

@@ -31,7 +31,7 @@ _RANDOM = (_aten.normal_.default, _aten.uniform_.default)
 
 
 def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precision, world: World) -> None:
-    """Makes every block of the towers, and what is left of each tower, a group of its own.
+    """Shards every block of the towers, and the rest of each tower, as its own FSDP group.
 
     The parameters become DTensors under the same names. What belongs to no tower stays whole in every process, as a
     temperature: a number can't be cut. Under amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits,
@@ -71,7 +71,7 @@ def _without_views(block: nn.Module, args: Any, stream: Stream) -> Stream:
 
 
 def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
-    """Moves buffers, and parameters that aren't cut up, to the device; for a model whose shards stay in host memory."""
+    """Moves buffers, and parameters that aren't cut up, to the device; for a model with shards in host memory."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -1,4 +1,4 @@
-"""What a run reports, and the form of those that are told."""
+"""Records of a run, and the interface of their sinks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Record:
         lr: the rate of this step of what belongs to no tower, such as logit_scale.
         grad_norm: L2 norm of all gradients, before clipping.
         loss_scale: what the loss of the next step is multiplied by; 1 but under amp_fp16.
-        skipped: steps so far whose update was left out because something was not finite.
+        skipped: steps so far without an update because a number was not finite.
         bad_samples: samples so far that could not be used and were replaced, over all processes.
         samples_per_second: over all processes, since the last record.
         tokens_per_second: the same of tokens that enter the towers' blocks; see `throughput.tokens_computed`.
@@ -52,7 +52,7 @@ class Record:
 
 
 class Sink:
-    """Something that is told what happens; what it has no method of its own for is nothing to it."""
+    """A destination of records and messages. Unimplemented hooks are no-ops."""
 
     def record(self, record: Record) -> None:
         """One logged step."""
@@ -68,5 +68,5 @@ class Sink:
 
 
 def is_share(metric: str) -> bool:
-    """Whether this metric of an evaluation lies in [0, 1]."""
+    """Whether this metric of an evaluation is in [0, 1]."""
     return metric.rpartition("/")[2] not in ("loss", "seconds")

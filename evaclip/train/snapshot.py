@@ -50,7 +50,7 @@ class Position:
 def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content | None:
     """The checkpoint of this moment, in the processes that write it; every process must call it.
 
-    `calm` says that the loss is what it was before.
+    `calm`: the loss shows no spike.
     """
     states = parts.world.gather(rng.capture(parts.world.device))
     if not (parts.world.is_main or is_sharded(parts.model)):
@@ -117,7 +117,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     """Restores weights, moments, loss scale, random states and counters.
 
     Returns:
-        the position, and lines on what is no longer as it was when the checkpoint was written.
+        the position, and lines on settings that changed since the checkpoint was written.
 
     Raises:
         UserError: the data or the model is another one, or steps that are done would have had another rate or image
@@ -154,7 +154,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
 
 
 def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:
-    """A changed schedule is a change of what is to come: the steps that are done must have the same place in both."""
+    """A changed schedule may only change future steps: done steps must have the same place in both."""
     before = ScheduleConfig(**state["config"]["schedule"])
     total = total_steps(before, state["config"]["batch_size"], len(parts.source))
     if (before, total) == (parts.config.schedule, parts.total_steps):
@@ -196,12 +196,10 @@ def _data_changed(parts: Parts) -> str:
 
 
 def _teacher_changed(folder: Path, other: list[str], parts: Parts) -> str:
-    told = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
+    message = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
     if not parts.config.checkpoint.allow_teacher_change:
-        raise UserError(
-            f"{told}: put back what task.teacher named then; checkpoint.allow_teacher_change=true goes on nevertheless"
-        )
-    return told
+        raise UserError(f"{message}: restore task.teacher; checkpoint.allow_teacher_change=true goes on nevertheless")
+    return message
 
 
 def _put_model(path: Path, model: nn.Module) -> None:

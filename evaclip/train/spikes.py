@@ -1,4 +1,4 @@
-"""Losses that jump: what is out of the ordinary is judged by the losses before it."""
+"""Loss spikes, judged by the losses before them."""
 
 import math
 from collections import deque
@@ -11,7 +11,7 @@ _SCALE = 1.4826
 
 
 class SpikeDetector:
-    """Tells when the loss has been far above what it was, for several records in a row.
+    """Detects a loss far above its earlier level for several records in a row.
 
     Far above is more than `deviations` standard deviations over the median of the last `window` ordinary records;
     both estimates are robust, so that a spike doesn't move the measure that it is judged by.

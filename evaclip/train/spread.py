@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 
 class Spread(nn.Module):
-    """A model whose pictures and texts are shared by all processes.
+    """A model that encodes images and texts shared by all ranks.
 
     They meet before each batch. Where parameters are sharded, every call takes all processes, so those with fewer
     batches compute blank ones until none has any left.

@@ -54,11 +54,11 @@ class StepResult:
     Attributes:
         loss: mean over the batch of all processes.
         grad_norm: L2 norm of all gradients before clipping.
-        tower_norms: that of each tower's, by name.
+        tower_norms: L2 norm of each tower's gradients, by name.
         found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
         updates: for each tower `[2]`, the L2 norm of what its weights changed by, and that over the norm of the weights
             themselves; None where it was not asked for.
-        measures: what the task measured of the batch and of the model beside the loss, by the names in the log; None
+        measures: the task's other metrics of the batch and the model, by the names in the log; None
             where it was not asked for.
     """
 
@@ -134,7 +134,7 @@ class TrainStep:
             images: [b, 3, height, width], this process's rows of the batch: float32, or uint8 to be normalised as the
                 model says. In host memory they may be larger than the device: it gets each chunk while the one before
                 is computed, and the host doesn't wait if they are pinned.
-            targets: [b, ...], what the task has beside them, in host memory: if not, the host waits for the device.
+            targets: [b, ...], targets of the task, in host memory: otherwise the host waits for the device.
             step: number of the step from 0; decides which tokens are kept.
             measure: also tell what the task measures and how far the weights moved. The step stays the same, to the
                 bit.

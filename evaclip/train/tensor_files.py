@@ -1,4 +1,4 @@
-"""Writing tensors by name into safetensors files: whole ones, or in each process's file what it holds of them."""
+"""Write tensors by name into safetensors files: whole, or each rank's shards into its own file."""
 
 import json
 from collections.abc import Mapping

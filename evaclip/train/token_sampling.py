@@ -13,7 +13,7 @@ _BLOCK = 256
 def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: int, device: torch.device) -> Tensor:
     """Kept tokens of these rows of the batch of all processes.
 
-    Rows are drawn in fixed blocks, each from a generator of its own: every process draws just the blocks that its rows
+    Rows are drawn in fixed blocks, one generator per block: every rank draws just the blocks that its rows
     touch, and the number of processes does not change the outcome.
 
     Args:

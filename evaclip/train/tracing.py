@@ -52,7 +52,7 @@ class Tracer:
         return self._profiler is not None
 
     def between(self, step: int) -> None:
-        """Call it before the first step and after each; `step` counts those that are done."""
+        """Call it before the first step and after each step; `step` counts finished steps."""
         try:
             if self._profiler is None:
                 if step % self._every == 0 and self._is_asked():
@@ -110,7 +110,7 @@ class Tracer:
         folder = self._folder / TRACES
         folder.mkdir(exist_ok=True)
         file = folder / f"step_{step:08d}{f'-rank{self._rank}' if self._rank else ''}.json"
-        # Written beside it first, so that nobody opens half of one.
+        # Written under another name first, so that nobody opens half a file.
         profiler.export_chrome_trace(str(file.with_suffix(".part")))
         file.with_suffix(".part").replace(file)
         if self._on_gpu:

@@ -37,7 +37,7 @@ def open_trackers(config: LogConfig, folder: Path, name: str, tree: Mapping[str,
         folder: of the run. A run that goes on is the same run there; one that starts anew is another.
         name: of the run.
         tree: the whole configuration, which they show without credentials.
-        say: told what failed.
+        say: called with a line for each failure.
     """
     sinks: list[Sink] = []
     shown: dict[str, Any] = redacted(tree)
@@ -97,7 +97,7 @@ class Wandb(Sink):
             config=dict(tree),
             settings=wandb.Settings(init_timeout=_PATIENCE, finish_timeout=_PATIENCE, console="off", quiet=True),
         )
-        # Its own step must grow, which that of a run that goes back to a checkpoint does not.
+        # W&B's own step must grow; a run that returns to a checkpoint repeats steps.
         self._run.define_metric("*", step_metric="train/samples")
 
     def record(self, record: Record) -> None:
@@ -111,5 +111,5 @@ class Wandb(Sink):
 
 
 def _scalars(kind: str, values: Mapping[str, float]) -> dict[str, float]:
-    """By the names that TensorBoard has for them, without what is no number."""
+    """Finite values under TensorBoard's names."""
     return {f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)}

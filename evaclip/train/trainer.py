@@ -209,7 +209,7 @@ class Trainer:
             if self._saver.lost():
                 self._save()  # in a new group; nothing follows that could make up for this one
                 self._saver.finish()
-            # Torchrun ends those that still write, once one has ended.
+            # torchrun kills ranks that still write once one has ended.
             self.world.any(False)
             stopped = stopped or self._evaluate(signals)
         if stopped:

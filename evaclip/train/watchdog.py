@@ -38,7 +38,7 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str, *, abort: bool = False) -> Iterator[None]:
-        """Names what is done inside; `abort` ends the process if this phase takes too long."""
+        """Names the phase; `abort` ends the process if it takes too long."""
         before, self._phase = self._phase, (name, time.monotonic(), abort or self._abort)
         try:
             yield
@@ -52,12 +52,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        told: tuple[str, float, bool] | None = None
+        reported: tuple[str, float, bool] | None = None
         while not self._closed.wait(self._seconds / 10):
             phase = self._phase
-            if phase is None or phase is told or time.monotonic() - phase[1] < self._seconds:
+            if phase is None or phase is reported or time.monotonic() - phase[1] < self._seconds:
                 continue
-            told = phase
+            reported = phase
             print(
                 f"watchdog: process {self._rank} ({socket.gethostname()}, pid {os.getpid()}) has been in "
                 f"'{phase[0]}' for {time.monotonic() - phase[1]:.0f} s; where its threads are:",

@@ -29,5 +29,5 @@ def check_options(function: str, **options: Any) -> None:
 
 
 def refuse_lengths(function: str, given: str) -> None:
-    """Raises for keys whose sequence lengths differ from the queries'."""
+    """Raises if keys have other sequence lengths than queries."""
     raise NotImplementedError(f"{function}: keys must have the queries' sequence lengths, got {given}")

@@ -87,7 +87,7 @@ class FusedLayerNorm(_Norm, nn.LayerNorm):
         memory_efficient: accepted without effect; only the statistics of each row are saved besides the input.
 
     Raises:
-        ValueError: in `forward`, for an input whose shape doesn't end in `normalized_shape`.
+        ValueError: in `forward`, if the input's shape doesn't end in `normalized_shape`.
     """
 
     norm = staticmethod(layer_norm)

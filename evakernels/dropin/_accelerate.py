@@ -56,7 +56,7 @@ def accelerate(
             `"EvaBlock"`, and with its name, such as `"visual"`, which includes all modules below it. Default: all.
         exclude: one or more patterns of modules that keep, or get back, their own code. A fused step of another module
             may still read the parameters of an excluded child.
-        force: also replace modules whose own code is as fast, at every size, until `restore`.
+        force: also replace modules that are as fast without, at every size, until `restore`.
         strict: raise instead of warning about modules that behave differently.
         freeze: prepack the weights of all linear layers for this CPU, by `evakernels.nn.freeze`; inference only.
 

@@ -75,7 +75,7 @@ class Report:
 
     Attributes:
         blocks: names of the model's transformer blocks.
-        attentions: names of its attentions, and of blocks whose attention isn't a module of its own.
+        attentions: names of its attentions, and of blocks without an attention module.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -203,7 +203,7 @@ class _Calls:
     @contextmanager
     def count(self) -> Iterator[None]:
         """Counts what runs inside the `with` block, in the whole process."""
-        # Hooks of all modules, since a hook of its own would keep a module out of fused steps.
+        # Global hooks, since a hook on a module would keep it out of fused steps.
         entering = register_module_forward_pre_hook(self._enter)
         leaving = register_module_forward_hook(self._leave, always_call=True)
         try:
@@ -250,7 +250,7 @@ def _find_blocks(model: nn.Module) -> list[str]:
 
 
 def _find_attentions(model: nn.Module, blocks: list[str]) -> frozenset[str]:
-    """Names of the innermost modules whose class is an attention by its name, and of the blocks without one."""
+    """Names of the innermost modules with an attention's class name, and of blocks without one."""
     named = {name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()} | {*blocks}
     return frozenset(named - {path for name in named for path in _prefixes(name) if path != name})
 

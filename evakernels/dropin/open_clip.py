@@ -30,7 +30,7 @@ ROLES = {
 
 
 class QuickGELU(_QuickGELU):
-    """open_clip's QuickGELU, whose argument is `x`."""
+    """open_clip's QuickGELU; its argument is `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -148,7 +148,7 @@ class Clip(AcceleratedModule):
 
 
 def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
-    """A view of a text tower whose last block returns the pooled token, and the text for it.
+    """A view of a text tower with a last block that returns the pooled token, and the text for it.
 
     Tokens behind the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU that
     would need a synchronisation.

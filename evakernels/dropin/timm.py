@@ -27,7 +27,7 @@ ROLES = {
 
 
 class LayerNorm(_LayerNorm):
-    """timm's LayerNorm, whose argument is `x`."""
+    """timm's LayerNorm; its argument is `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -194,7 +194,7 @@ class Block(_Block):
 
 
 class EvaBlock(_Block):
-    """A block of EVA, whose layer scale is its own parameter."""
+    """A block of EVA with layer scale as its own parameter."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         branch = self._attention()(self.norm1(x), *args, **options)

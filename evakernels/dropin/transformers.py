@@ -60,7 +60,7 @@ def _by_torch(module: Any) -> str | None:
 
 
 class HookedAttention(AcceleratedModule):
-    """Attention with its own forward, whose call of "sdpa" by transformers' `AttentionInterface` reaches `_attend`."""
+    """Attention with its own forward; its "sdpa" call through `AttentionInterface` reaches `_attend`."""
 
 
 _INTERFACE = "transformers.modeling_utils.AttentionInterface"

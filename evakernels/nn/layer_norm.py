@@ -98,7 +98,7 @@ def over_trailing(
     *parameters: Tensor | None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A norm with the `eps` of `module` over the trailing dimensions of `x`, whose sizes are `shape`."""
+    """A norm with the `eps` of `module` over the trailing dimensions of `x`, of sizes `shape`."""
     first = x.dim() - len(shape)
     if not shape or tuple(x.shape[max(first, 0) :]) != tuple(shape):
         expected = ", ".join(("...", *map(str, shape)))

@@ -9,7 +9,7 @@ from .linear import Linear
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head self-attention whose queries and keys are rotated inside `evakernels.rope_attention`.
+    """Multi-head self-attention with queries and keys rotated inside `evakernels.rope_attention`.
 
     Args:
         width: channels of input and output.
@@ -88,7 +88,7 @@ def axial_rope(
 
     The first half of the pairs turns with the patch's row, the second half with its column. Pair j of a half
     turns by `position * theta ** (-4 * j / head_dim)`. Positions are scaled so that a grid of any size spans
-    `reference_size` cells: cell i of n lies at `i / n * reference_size`. So a model keeps its angles' range
+    `reference_size` cells: cell i of n is at `i / n * reference_size`. So a model keeps its angles' range
     when its resolution changes.
 
     A model computes the tables once for its grid, keeps them as non-persistent buffers, shared by all layers, and

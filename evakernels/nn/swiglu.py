@@ -9,7 +9,7 @@ from .linear import Linear
 
 
 class SwiGLU(nn.Module):
-    """`w3(ffn_ln(silu(w1(x)) * w2(x)))`, the MLP of EVA-02 (Fang et al. 2023), whose state-dict names it has.
+    """`w3(ffn_ln(silu(w1(x)) * w2(x)))`, the MLP of EVA-02 (Fang et al. 2023), with its state-dict names.
 
     Args:
         width: channels of input and output.

@@ -1,4 +1,4 @@
-"""Argument checks that several ops share. Each raises with what was given and what is accepted."""
+"""Argument checks that several ops share. Each error names the given and the accepted values."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def floating(op: str, **tensors: Any) -> None:
 
 
 def floating_or_none(op: str, **tensors: Any) -> None:
-    """The same of what is given."""
+    """Describes the given value in the same way."""
     for name, tensor in tensors.items():
         if tensor is not None:
             floating(op, **{name: tensor})
@@ -114,7 +114,7 @@ def out_dtype(op: str, dtype: Any) -> None:
 
 
 def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **tensors: Tensor | None) -> None:
-    """Per-channel parameters have the dtype of `x`, that of the result or float32 (mixed precision)."""
+    """Per-channel parameters have the dtype of `x`, of the result, or float32 (mixed precision)."""
     accepted = {x.dtype: "as x", torch.float32: ""}
     if out_dtype is not None:
         accepted.setdefault(out_dtype, "as out_dtype")

@@ -32,7 +32,7 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
     are redistributed. Outputs are placed as activations are.
 
     Raises:
-        TypeError: for a plain tensor beside DTensors.
+        TypeError: for a plain tensor together with DTensors.
         ValueError: for DTensors of several meshes.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -92,7 +92,7 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lies in this process, sharing its memory; any other tensor as it is."""
+    """The local part of a DTensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -120,7 +120,7 @@ def groups_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def first_element_of(tensor: Tensor) -> int:
-    """Number of the first element that lies in this process, within the whole tensor.
+    """Index of the first local element in the whole tensor.
 
     Raises:
         TypeError: for a DTensor whose parts aren't ranges of elements: one that isn't cut along its first dimension,

@@ -1,4 +1,4 @@
-"""An op: a reference, whose annotated signature is the schema, and the backends that serve it.
+"""An op: a reference with its annotated signature as schema, and the backends that run it.
 
 Torch's dispatcher runs an op; plain eager calls take a shorter way (`_fast`). It chooses its backend when it runs, so
 `torch.compile` sees one opaque op and `use_backend` also holds in compiled code.
@@ -60,13 +60,13 @@ class Op:
 
     @with_fast_path
     def __call__(self, *args: Any) -> Any:
-        """The op's outputs but for those that only its backward pass reads."""
+        """The op's outputs without those that only backward reads."""
         if self.sharding is not None and any(is_sharded(tensor) for tensor in backends.tensors(args)):
             return over_shards(self.family, self, self.sharding, dict(zip(self.argument_names, args, strict=True)))
         return self.public_outputs(self._dispatch(self.overload, args))
 
     def every_output(self, *args: Any) -> Any:
-        """All outputs; those that only the backward pass reads have no gradient."""
+        """All outputs; outputs that only backward reads are non-differentiable."""
         return self._dispatch(self.overload.overloadpacket, args)
 
     def public_outputs(self, outputs: Any) -> Any:

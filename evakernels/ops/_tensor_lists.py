@@ -12,7 +12,7 @@ Tensors = Sequence[Tensor]
 
 
 def tensors(op: str, params: Tensors, **lists: Tensors) -> None:
-    """`params` and the lists beside it hold dense floating-point tensors of the same shapes on one device."""
+    """`params` and the other lists hold dense floating-point tensors of equal shapes on one device."""
     given = {"params": params, **lists}
     for name, values in given.items():
         sequence(op, name, values)
@@ -55,7 +55,7 @@ def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> Non
 
 
 def options(op: str, betas: tuple[float, float], eps: float) -> None:
-    """Two decay rates, and what is added to the root of the second moment."""
+    """Two decay rates, and the epsilon added to the root of the second moment."""
     _check.betas(op, betas)
     _check.eps(op, eps)
 

@@ -152,7 +152,7 @@ def _shared_statistics(
 
 
 def _nothing(*inputs: Tensor) -> Tensor:
-    """0, from which a backward pass reaches all inputs: that of gathered rows is a collective, and awaited."""
+    """0 with a graph to all inputs, as the backward pass of gathered rows is a collective of all ranks."""
     dtype = accumulation_dtype(inputs[0])  # as the loss of other ranks, with which it is summed
     return torch.stack([x.reshape(-1)[:0].sum(dtype=dtype) for x in inputs]).sum()
 
@@ -206,7 +206,7 @@ def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
 
 
 class _GlobalLoss(torch.autograd.Function):
-    """InfoNCE from the statistics of every rank's rows. All ranks get its value, each the gradient of its own part."""
+    """InfoNCE from the statistics of every rank's rows. All ranks get its value and their local gradient."""
 
     @staticmethod
     def forward(ctx: Any, row_lse: Tensor, col_lse: Tensor, target: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -310,7 +310,7 @@ def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset:
 
 
 def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
-    """What torch differentiates keeps what it needs itself."""
+    """torch saves its own tensors for backward."""
     return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
 
 

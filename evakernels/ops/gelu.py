@@ -14,8 +14,8 @@ from ._op import define, differentiable
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """`gelu(x + bias)` (Hendrycks and Gimpel 2016), element by element.
 
-    `bias` is that of the linear layer that gives `x`, which then runs without: its gradient is summed up in the
-    pass that computes that of `x`. Backward keeps `x`, not the sum, and computes the sum again.
+    `bias` belongs to the linear layer before, which then runs without: its gradient is summed in the
+    pass that computes the gradient of `x`. `x` is saved for backward; the sum is recomputed.
 
     Args:
         x: `[..., F]`.

@@ -27,15 +27,15 @@ def layer_norm(
 
     Args:
         x: `[..., C]`, float64, float32, bfloat16 or float16.
-        weight, bias: `[C]`, each in the dtype of `x`, that of the result or float32; None for none.
+        weight, bias: `[C]`, each in the dtype of `x`, of the result, or float32; None for none.
         eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
-        out_dtype: that of the result, such as bfloat16 of a float32 residual stream, in front of a product in bfloat16;
-            None for that of `x`. No copy of `x` is made, and the result is rounded once. Compiled kernels give float32
+        out_dtype: dtype of the result, such as bfloat16 for a float32 residual stream before a bfloat16 matmul;
+            None for the dtype of `x`, which isn't copied; the result is rounded once. Compiled kernels give float32
             of 16 bits and 16 bits of float32; other pairs are served by the next backend.
 
     Returns:
         `[..., C]` in `out_dtype`. Statistics and sums are float32 (float64 for float64 input). Under CUDA autocast
-        the result is float32 unless `out_dtype` says otherwise, as that of `torch.nn.functional.layer_norm`.
+        the result is float32 without `out_dtype`, as in `torch.nn.functional.layer_norm`.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -84,12 +84,12 @@ def add_layer_norm(
     Args:
         residual: `[B, ..., C]`.
         branch: the output of the sub-layer, same shape.
-        weight, bias: `[C]`, of the norm, each in the dtype of `residual`, that of `y` or float32.
+        weight, bias: `[C]`, of the norm, each in the dtype of `residual`, of `y`, or float32.
         layer_scale: `[C]`, factor of each channel of the branch (CaiT, Touvron et al. 2021).
         row_scale: `[B]`, factor of each sample of the branch: 0 or 1/keep for stochastic depth (Huang et al. 2016).
             It gets no gradient.
         eps: added to the variance.
-        out_dtype: of `y`, None for that of `residual`; `x`, the residual stream, stays in that of `residual`. Compiled
+        out_dtype: of `y`, None for the dtype of `residual`, which `x`, the residual stream, keeps. Compiled
             kernels serve a float32 residual with a branch of 16 bits and a `y` of the same 16 bits; other pairs are
             served by the next backend.
 
@@ -124,7 +124,7 @@ def add_rms_norm(
     eps: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
+    """`add_layer_norm` with RMSNorm; `eps` may be None, as in `rms_norm`.
 
     Examples:
         >>> y, x = evakernels.add_rms_norm(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]))
@@ -170,7 +170,7 @@ def rms_norm_add(
     row_scale: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`layer_norm_add` with RMSNorm, whose `eps` may be None, as that of `rms_norm`.
+    """`layer_norm_add` with RMSNorm; `eps` may be None, as in `rms_norm`.
 
     Examples:
         >>> evakernels.rms_norm_add(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))

@@ -76,8 +76,8 @@ def packed_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head attention of sequences that lie one behind the other, without padding between them.
 
-    A token sees the tokens of its own sequence. This is what text needs, whose sequences differ in length, and images
-    of several sizes in one batch, whose queries and keys are rotated by their places.
+    A token sees the tokens of its own sequence: for texts of different lengths, and for images
+    of several sizes in one batch, with queries and keys rotated by position.
 
     Args:
         q: `[T, H, D]`, the tokens of all sequences; views of one packed projection are fine.
@@ -126,7 +126,7 @@ def packed_attention(
 
 
 def _rows_of_places(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
-    """The table rows of (y, x), `[T, 2]` -> `[T]`; what is outside the grid names a row behind the last one."""
+    """The table rows of (y, x), `[T, 2]` -> `[T]`; positions outside the grid give a row after the last one."""
     op = "packed_attention"
     _check.floating(op, q=q)
     _check.integers(op, (torch.int64,), positions=positions)

@@ -68,7 +68,7 @@ def rope_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Multi-head attention whose queries and keys are rotated on the way in (RoPE, Su et al. 2021).
+    """Multi-head attention with rotary embedding of queries and keys (RoPE, Su et al. 2021).
 
     The rotated queries and keys never exist outside the op; backward starts from `q`, `k` and `v` as given.
 
@@ -138,7 +138,7 @@ def _are_first_of(q: Any, k: Any) -> bool:
 
 
 def _of_turned_keys(*args: Any) -> Any:
-    """The arguments without a rotation: that of the keys is made here, and tokens of the prefix have none."""
+    """The arguments without a rotation: keys are rotated here, prefix tokens stay."""
     _check_call(*args)
     q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale = args
     refuse_gradients("rope_attention", cos, sin)

@@ -38,8 +38,8 @@ def token_dropout(
         ValueError: for shapes or devices that don't fit together.
         IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere
             neither is checked beforehand, as that would make the host wait for the device. The CUDA kernels
-            end in a CUDA error then, as torch's own gather does for what is out of range. Triton's give NaN
-            for what is out of range; with them and the reference a token that stands twice gets the gradient
+            raise a CUDA error then, as torch's gather does for indices out of range. Triton's give NaN
+            for such an index; with them and the reference a repeated token gets the gradient
             of one of its copies only.
 
     Examples:
@@ -65,7 +65,7 @@ def sample_token_index(
         batch: number of samples; their sets are independent.
         num_tokens, num_keep: 1 <= num_keep <= num_tokens.
         generator: source of the randomness; the default generator of the device if None.
-        device: of the result; that of the generator if None.
+        device: of the result; None for the generator's.
 
     Returns:
         int64 `[batch, num_keep]`, ascending in each row. The host doesn't wait for the device.

@@ -81,9 +81,9 @@ class Batch:
 
 
 class DeviceOptimizer(Optimizer):
-    """An optimizer with two moments, whose step is one call an op over all tensors of all groups.
+    """An optimizer with two moments and one op call per step over all tensors of all groups.
 
-    Parameters may be DTensors, as `fully_shard` makes them: each process updates what it holds, and the moments are
+    Parameters may be DTensors, as `fully_shard` makes them: each rank updates its shards, and the moments are
     DTensors too.
     """
 

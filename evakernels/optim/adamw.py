@@ -24,7 +24,7 @@ class AdamW(DeviceOptimizer):
     Args:
         params: parameters or groups; a group may set every option below for itself.
         lr: learning rate; a number, or a tensor of one element on the CPU, which each step reads. A CUDA graph keeps
-            that of its capture: capture the step anew when it changes, or leave it out of the graph.
+            the captured one: capture the step again when it changes, or leave it out of the graph.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: a step takes `lr * weight_decay` of a parameter away.
@@ -35,7 +35,7 @@ class AdamW(DeviceOptimizer):
         stochastic_rounding: for groups of bfloat16 parameters without float32 copies. What a step leaves is rounded up
             with the probability of the part that is cut off, so that steps smaller than half a unit of bfloat16 add up
             instead of being lost. The result is the same on every device and for any number of threads and, sharded, of
-            processes, as far as what is rounded is.
+            ranks, as long as the unrounded values are.
         seed: of these roundings, from 0 to below 2^31.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops._dtensors import local
 from ..ops.gradient_norm import gradient_norm
 
-_SMALL = 1e-6  # torch's, beside the norm
+_SMALL = 1e-6  # as in torch, added to the norm
 
 
 @torch.no_grad()
@@ -23,12 +23,12 @@ def clip_grad_norm_(
 ) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their norm together is `max_norm` at most.
 
-    The norm is `gradient_norm`'s, whose squares are summed in float32, where torch has a norm of each tensor in its own
+    The norm is `gradient_norm`'s, with squares summed in float32; torch computes a norm of each tensor in its own
     dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this library needs no pass
     over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
 
     Args:
-        parameters: those whose `grad` is scaled, or one; those without are left out. DTensors and parameters on several
+        parameters: one or several; their `grad` is scaled unless it is None. DTensors and parameters on several
             devices, too.
         max_norm: bound on the norm.
         norm_type: of other norms than 2 torch's function is called.
@@ -37,7 +37,7 @@ def clip_grad_norm_(
 
     Returns:
         0-D, the norm before: float32 (float64 when a gradient is float64), on the device of the first gradient; of
-        DTensors that of the whole. 0.0 without a gradient.
+        DTensors the norm of the whole. 0.0 without a gradient.
 
     Raises:
         TypeError: for sparse and complex gradients.

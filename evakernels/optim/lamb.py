@@ -13,7 +13,7 @@ from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 class Lamb(DeviceOptimizer):
     """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call.
 
-    The trust ratio is that of the whole tensor also where `fully_shard` has cut it up: between the phases the squared
+    The trust ratio is the whole tensor's, also under `fully_shard`: between the phases the squared
     norms of all tensors are summed over the processes, one all-reduce of two numbers a tensor.
 
     Step counts, `found_inf`, `grad_scale` and the dtypes of moments are as `AdamW` has them.

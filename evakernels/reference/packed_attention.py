@@ -1,4 +1,4 @@
-"""Attention within the sequences of a packed batch: that of `rope_attention`, for all sequences of a length at once.
+"""Attention within the sequences of a packed batch: `rope_attention` for all sequences of a length at once.
 
 When causal, a sequence may be followed by anything, as no token of it sees that. Then lengths are rounded up, so that
 a batch has few of them; copies of a sequence's last token fill the cells behind it, and get no gradient.

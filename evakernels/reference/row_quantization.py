@@ -1,4 +1,4 @@
-"""Rows in 8 bits, each with a scale of its own, and back from what a product made of them.
+"""Rows in 8 bits, one scale per row, and dequantization of a matmul's result.
 
     scale = max |x| / 127, codes = round(x / scale) + 128
     (codes - 128) @ w * scale + bias

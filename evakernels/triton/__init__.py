@@ -34,7 +34,7 @@ MAX_SWIGLU_WIDTH = 1 << 12
 have one limit, so that one backend serves both."""
 
 MAX_HEAD_DIM = 128
-"""Channels of a head, whose rows registers hold."""
+"""Channels of a head; registers hold its rows."""
 
 _OLDEST_GPU = (8, 0)
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}

@@ -52,7 +52,7 @@ PREFIX_ROWS = tl.constexpr(16)
 
 
 class Form(NamedTuple):
-    """What an attention kernel is compiled for, beside its tiles.
+    """Compile-time parameters of an attention kernel besides its tiles.
 
     Attributes:
         D: channels of a head.
@@ -238,7 +238,7 @@ def _forward_tile(
 
 @triton.jit
 def _load_lse(lse, offs, inside, FORM: tl.constexpr):
-    """Times log2(e). A query that sees nothing, or lies behind the last one, has no probabilities."""
+    """Times log2(e). A query without keys, or past the last query, has no probabilities."""
     found = tl.load(lse + offs, mask=inside, other=float("inf"))
     if FORM.UNSEEN:
         found = tl.where(found == float("-inf"), float("inf"), found)

@@ -122,7 +122,7 @@ def scaled(values, parameters, row, channel, exists, sample_rows, WIDTH: tl.cons
 
 @triton.jit
 def scale_of(row_scale, row, exists, sample_rows):
-    """[ROWS, 1]: that of a row's sample."""
+    """[ROWS, 1]: the value of each row's sample."""
     return tl.load(row_scale + row.to(tl.int32) // sample_rows, mask=exists, other=0.0).to(tl.float32)
 
 

@@ -197,7 +197,7 @@ def swiglu_backward_calls(draw, width):
 
 
 def _swiglu(draw, width):
-    """Halves of a packed projection, whose rows begin at any even address, as at the 2730 channels of EVA02-L."""
+    """Halves of a packed projection; rows begin at any even address, as with EVA02-L's 2,730 channels."""
     width = 2 * (width // 3)
     gate, up = draw(draw.elements // width, 2 * width).chunk(2, -1)
     return gate, up, draw(width), draw(width)

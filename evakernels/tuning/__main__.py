@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(ops: Sequence[str]) -> None:
-    """Measures the ops one after the other; what is found is written at once, should a later op fail."""
+    """Measures the ops one by one; each result is written at once, in case a later op fails."""
     from . import search
 
     gpu, capability = tuning.gpu_of(torch.empty(0, device="cuda"))

@@ -1,4 +1,4 @@
-"""The search for launch configurations: what is shipped, changed step by step for as long as it becomes faster."""
+"""Search for launch configurations: the shipped one, changed step by step while it becomes faster."""
 
 import json
 import os

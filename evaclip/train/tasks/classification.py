@@ -36,7 +36,7 @@ class Classification(ImageModelTask):
     """The loss is cross-entropy with smoothed labels, of pictures that may be mixed with their neighbours in the batch.
 
     Args:
-        model: whose targets are int64 labels [b].
+        model: its targets are int64 labels [b].
         config: of the labels and of the pictures.
         classes: of the labels.
         seed: of the mixing.

@@ -25,7 +25,7 @@ def open_classifying(
     """The measurement that a configuration asks for; None for one without sets.
 
     Args:
-        classes: of the training data, whose folders the held-out samples have.
+        classes: of the training data and the validation split.
         held_out: samples that are held out of the training data.
 
     Raises:
@@ -78,7 +78,7 @@ def _measure(spread: Spread, transform: EvalTransform, each: EvalSet, classes: C
 
 
 class _Best(nn.Module):
-    """A classifier whose features of a picture are the labels of its highest logits, best first, exact in float32."""
+    """A classifier that encodes an image as the labels of its highest logits, best first, exact in float32."""
 
     def __init__(self, model: VisionModel) -> None:
         super().__init__()

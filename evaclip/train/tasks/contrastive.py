@@ -48,10 +48,10 @@ class Contrastive(Task):
     With several chunks the loss still sees every pair of the batch: features of all chunks are computed without a
     graph, one loss gives the gradient of each feature and of logit_scale, then each chunk is computed again and its
     features' gradients are passed backward (Gao et al. 2021, arXiv 2101.06983). Both passes use the same kept tokens
-    and the same random states, so that the result equals that of the whole batch at once.
+    and the same random states, so that the result equals the whole batch's.
 
     Args:
-        model: whose targets are int64 tokens [b, context_length].
+        model: its targets are int64 tokens [b, context_length].
         loss: over the batch of all processes.
     """
 

@@ -40,7 +40,7 @@ class ImageModelTask(MeanOverSamples):
 
 
 def described(model: VisionModel, config: TrainConfig, num_classes: int, **options: Any) -> dict[str, Any]:
-    """`Task.descriptions` of an image model with so many classes, whose `options` differ from the model's."""
+    """`Task.descriptions` of an image model with so many classes; `options` replace the model's."""
     return {
         PREPROCESS_FILE: {"image_size": model.config.image_size, **asdict(model.preprocess)},
         MODEL_CONFIG_FILE: {"name": config.model.name, "num_classes": num_classes, **asdict(model.config), **options},

@@ -97,7 +97,7 @@ class MaskedImage(ImageModelTask):
         return BACKWARD_FACTOR * student + self.teacher.flops_per_sample(masks.grid)
 
     def tokens_computed(self, targets: Tensor) -> int:
-        """Of each image the class token and all patches; those that aren't masked where masked ones are dropped."""
+        """The class token and all patches of each image, or only the unmasked ones if masked patches are dropped."""
         seen = self.model.num_patches - (targets.shape[1] if len(self.model.decoder_blocks) else 0)
         return len(targets) * (1 + seen)
 

@@ -24,7 +24,7 @@ _METRICS: dict[Measure, str] = {"linear_probe": "linear_probe_top1", "knn": "knn
 
 @dataclass(frozen=True)
 class _Probe:
-    """A set, the labelled pictures that its classes are learnt from, and what it is measured by."""
+    """An evaluation set, the labelled images for its classes, and its measures."""
 
     tested: EvalSet
     fit: Source | None
@@ -116,7 +116,7 @@ def _tops(name: str, result: KnnResult | LinearProbeResult) -> Metrics:
 
 
 class _Loss(nn.Module):
-    """A student whose features of a picture are its loss, every second patch masked, as the authors watch it."""
+    """A student that encodes an image as its loss with every second patch masked, the authors' measure."""
 
     def __init__(self, model: MaskedImageModel, teacher: Teacher) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class _Loss(nn.Module):
         self._teacher = teacher
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        images = images.to(self._teacher.tower.cls_token.device)  # that of an offloaded student is host memory
+        images = images.to(self._teacher.tower.cls_token.device)  # an offloaded student is in host memory
         grid = self.student.present.grid
         masked = torch.arange(0, self.student.num_patches, 2, device=images.device).expand(len(images), -1)
         wanted = self._teacher(images, grid)[:, ::2].flatten(0, 1)

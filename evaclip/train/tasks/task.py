@@ -25,15 +25,15 @@ Evaluate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]
 
 
 class Task(ABC):
-    """A model in training, and all that depends on what it learns.
+    """A model in training, with its loss, data and measures.
 
     Whatever is the same for all tasks stays in the trainer: accumulation's chunks, processes, precision, clipping,
     skipped updates, checkpoints, resolution, averages. It asks nothing but this class.
 
     Attributes:
         model: in training precision, on its device, sharded if the configuration says so. What it holds is trained and
-            saved; what a task needs beside it, such as a teacher, it keeps for itself.
-        towers: parts of the model by name, whose rates, gradients and updates are logged each; those named `visual` and
+            saved; other modules of a task, such as a teacher, aren't part of it.
+        towers: parts of the model by name, with learning rates, gradient and update norms in the log; `visual` and
             `text` have the options of `optim.visual` and `optim.text`. `visual` is always there; of an image model it
             is the model itself.
         preprocess: what the model's images go through; the device normalises them so.
@@ -65,14 +65,14 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def build(cls, config: TrainConfig, world: World, model: Any) -> Self:
-        """The task, on a model of `create_model`, out of whose training it takes what the configuration locks."""
+        """The task for a model of `create_model`; locked parameters aren't trained."""
 
     def beside(self) -> Iterable[Tensor]:
-        """The tensors beside the model that a step needs: what `--as-gpus` counts, too."""
+        """Tensors besides the model that a step needs; plans count them too."""
         return ()
 
     def taught_by(self) -> dict[str, Any]:
-        """What tells the teacher from any other, such as a hash of its weights: plain values by name.
+        """Identifies the teacher, for example by a hash of its weights: plain values by name.
 
         A checkpoint keeps it, and a run goes on with the same alone. Without a teacher it is empty.
         """
@@ -98,14 +98,14 @@ class Task(ABC):
 
     @abstractmethod
     def targets(self, size: Size) -> Targets:
-        """What they make beside the pixels, of captions and seeds: tokens, labels of classes, masks of patches."""
+        """Makes the targets of captions and seeds in the data workers: tokens, labels, masks."""
 
     @abstractmethod
     def backward(self, passes: "Passes") -> dict[str, Tensor]:
         """Passes this process's rows of a batch through the model, and adds up the loss's gradients.
 
         Returns:
-            0-D tensors on the device, whose mean over the processes is that of the batch: `loss`, and where
+            0-D tensors on the device, to be averaged over ranks: `loss`, and where
             `passes.measure` asks for it what else is logged of a batch, by the names in the log, such as `accuracy`.
         """
 
@@ -142,12 +142,12 @@ class Task(ABC):
         What a step on them reads of the values of targets in chunks of these sizes is settled here.
 
         Args:
-            fake: takes the values from all tensors in what it is given.
+            fake: replaces all tensors in its argument by fake ones.
         """
 
     @abstractmethod
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
-        """What lies beside the weights in a checkpoint, by file name, for those who read them: JSON's values."""
+        """JSON files next to the weights in a checkpoint, by file name."""
 
     @property
     def visual(self) -> VisionTower:
@@ -158,7 +158,7 @@ class Task(ABC):
 
 
 class MeanOverSamples(Task):
-    """A task whose loss is the mean over all samples of the batch, so that gradients of chunks add up."""
+    """A task with a mean over samples as loss, so that gradients of micro-batches add up."""
 
     @abstractmethod
     def of_samples(self, images: Tensor, chunk: "Chunk") -> dict[str, Tensor]:

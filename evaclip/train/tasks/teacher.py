@@ -1,4 +1,4 @@
-"""The frozen image tower whose features masked image modelling predicts, and a cache of them on disk."""
+"""The frozen image tower that masked image modelling learns from, and a disk cache of its features."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ class Teacher:
         tower: on its device, in its own precision.
         own, students: what images go through for the one and for the other.
         cache: of features; None always computes them.
-        facts: what tells it from any other, see `Task.taught_by`.
+        facts: identify the teacher, see `Task.taught_by`.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ def similarity(predicted: Tensor, wanted: Tensor) -> Tensor:
 
 
 class FeatureCache:
-    """Features of views on disk, a file each, by what is in their pixels: what was kept is never another view's.
+    """Features of views on disk, one file each, named by a hash of the pixels.
 
     A file's name is a hash of 128 bits of the normalised pixels and the grid, in a folder for the teacher's weights,
     architecture, precision and preprocessing. It appears complete or not at all, and is mapped when it is read; a
