@@ -142,7 +142,7 @@ def test_its_arguments_are_torchs():
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"fused": False, "capturable": True}, {"foreach": True}], ids=str)
-def test_switches_of_torch_that_say_how_a_step_is_made_are_accepted(options):
+def test_torchs_step_switches_are_accepted(options):
     ours, plain = optimizer_of(tensors(0), **options), optimizer_of(tensors(0))
     for optimizer in (ours, plain):
         step(optimizer, tensors(1))

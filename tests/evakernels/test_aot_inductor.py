@@ -44,7 +44,7 @@ def run(folder: Path, name: str, library: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stderr.rstrip().rpartition("\n")[2]
 
 
-def test_a_package_with_our_ops_runs_where_the_library_is_imported(folder: Path) -> None:
+def test_aoti_package_runs_after_import(folder: Path) -> None:
     assert "Error" not in run(folder, "ours", "import")
 
 

@@ -74,7 +74,7 @@ KEPT = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("given", "kept"), KEPT.values(), ids=KEPT)
-def test_what_is_kept_runs_once_and_no_gradient_changes(given, kept, compiled):
+def test_saved_ops_run_once_with_equal_gradients(given, kept, compiled):
     torch.manual_seed(0)
     torch._dynamo.reset()
     block = Block()

@@ -82,7 +82,7 @@ def test_nothing_waits_unless_it_is_asked_for():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_norm_that_is_not_finite_is_an_error_if_asked(value):
+def test_nonfinite_norm_raises_on_request(value):
     given = parameters(torch.float32)
     given[0].grad[0, 0] = value
     before = given[2].grad.clone()

@@ -119,14 +119,14 @@ def test_a_trained_scale_is_as_accurate_as_torch(pair, scalars, dtype):
     [smoothed(0.1), smoothed(0.1, memory_budget=0), (evakernels.siglip_loss, sigmoid_losses)],
     ids=["clip", "clip-not-kept", "siglip"],
 )
-def test_several_tiles_of_an_odd_size_are_as_accurate_as_torch(pair, dtype):
+def test_odd_tiles_as_accurate_as_torch(pair, dtype):
     inputs = [F.normalize(randn(1043, 37, seed=s), dim=1) for s in (0, 1)]
     scalars = [scalar(10.0)] if pair[1] is not sigmoid_losses else [scalar(10.0), scalar(-10.0)]
     op_checks.assert_as_accurate_as_torch(*pair, [*inputs, *scalars], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_and_columns_far_below_the_others_are_as_accurate_as_torch(dtype):
+def test_small_logits_as_accurate_as_torch(dtype):
     """The largest logits of rows and of columns lie 200 apart, where no common shift serves all."""
     image, text = randn(150, 3), randn(600, 3, seed=1)
     image[:, 0] = torch.where(torch.arange(150) % 2 == 0, 100, -100)
@@ -166,7 +166,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)])
-def test_logits_are_kept_within_the_budget_and_for_a_gradient_alone(dtype, itemsize):
+def test_logits_are_saved_within_the_budget(dtype, itemsize):
     def largest_saved(budget, **needs):
         image, text, scale = (t.to(dtype).requires_grad_(**needs) for t in SQUARE)
         sizes = [0]
@@ -243,7 +243,7 @@ def gradients_without(op: str, *frozen: int) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("op", LOSSES)
-def test_gradients_are_contiguous_whatever_the_features_are(op):
+def test_gradients_are_contiguous(op):
     """As the op's fake says, by which compiled code reads them."""
     image, text = (randn(8, 6, seed=seed).T.requires_grad_() for seed in (0, 1))
     gradients = torch.autograd.grad(LOSSES[op](image, text, scalar(2.0), scalar(-1.0)), (image, text))
@@ -304,7 +304,7 @@ def test_maxima_give_the_accuracies_in_the_batch():
     assert 0 < (positive >= row_max).sum() < 7
 
 
-def test_a_scale_of_shape_one_gets_a_gradient_of_its_shape():
+def test_scale_gradient_has_the_scales_shape():
     scale, bias = torch.tensor([5.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
     image, text, _ = (t.float() for t in SQUARE)
     loss = ClipLoss()(image, text, scale) + SigLipLoss()(image, text, scale, bias)
@@ -328,7 +328,7 @@ def test_autocast_leaves_the_loss_in_float32():
 
 
 @pytest.mark.usefixtures("tiles")
-def test_infinite_logits_give_infinite_statistics_and_nan_spreads():
+def test_nonfinite_logits_propagate():
     image, text, scale = torch.full((7, 1), -1e20), torch.full((7, 1), 1e20), torch.tensor(1.0)
     row_lse, col_lse, *_ = evakernels.contrastive_statistics(image, text, scale)
     assert row_lse.isneginf().all()

@@ -272,7 +272,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [*SIZES, *UNEVEN])
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_and_mean_of_gradients_are_those_of_the_whole_batch(ranks, name, size):
+def test_value_and_gradient_match_global_batch(ranks, name, size):
     rows = UNEVEN[size] if size in UNEVEN else EVEN[:size]
     model = TwoTowers()
     loss = model.loss(name, *batch(sum(rows)), None)
@@ -288,7 +288,7 @@ def test_a_group_of_one_is_no_group(ranks):
     assert torch.equal(ranks[0]["alone"], TwoTowers().loss("clip", *batch(ROWS), None).detach())
 
 
-def test_no_group_is_all_processes_and_false_this_one_alone(ranks):
+def test_group_none_is_global_and_false_is_local(ranks):
     """None as in torch.distributed."""
     same = batch(ROWS)  # on every rank
     of_all = [TwoTowers().loss(name, *(x.repeat(WORLD, 1) for x in same), None).detach() for name in LOSSES]
@@ -299,7 +299,7 @@ def test_no_group_is_all_processes_and_false_this_one_alone(ranks):
         torch.testing.assert_close(rank["transformed alone"], torch.func.grad(global_loss)(*same))
 
 
-def test_half_precision_features_are_gathered_as_they_are(ranks):
+def test_16_bit_features_are_gathered_in_16_bits(ranks):
     images, texts = (x.to(torch.bfloat16).repeat(WORLD, 1).requires_grad_() for x in batch(ROWS))
     loss = ClipLoss()(images, texts, torch.tensor(1.0))
     loss.backward()
@@ -311,7 +311,7 @@ def test_half_precision_features_are_gathered_as_they_are(ranks):
         torch.testing.assert_close(gradient, WORLD * own, rtol=2e-2, atol=2e-3)
 
 
-def test_half_the_features_travel_and_a_third_or_half_of_the_products_is_saved(ranks):
+def test_ranks_exchange_text_features_only(ranks):
     """Beside open_clip's loss with `local_loss` and `gather_with_grad`; a product is that of this rank's logits.
 
     The text features are gathered, their gradient is scattered, and two all-reduces have the largest number and a sum
@@ -333,7 +333,7 @@ def test_half_the_features_travel_and_a_third_or_half_of_the_products_is_saved(r
         }
 
 
-def test_given_counts_change_no_bit_and_wrong_ones_are_named(ranks):
+def test_given_counts_are_checked_and_bit_equal(ranks):
     for rank in range(WORLD):
         agreed, given = ranks[rank]["counted"]
         torch.testing.assert_close(given, agreed, rtol=0, atol=0)
@@ -343,7 +343,7 @@ def test_given_counts_change_no_bit_and_wrong_ones_are_named(ranks):
 
 
 @pytest.mark.parametrize("name", FAR)
-def test_sums_beyond_float64_are_formed_relative_to_the_largest(ranks, name):
+def test_large_sums_are_relative_to_the_largest(ranks, name):
     features = [x.requires_grad_() for x in far_features(name)]
     loss = ClipLoss()(*features, torch.ones((), dtype=torch.float64))
     gradients = torch.autograd.grad(loss, features)
@@ -368,7 +368,7 @@ def test_what_does_not_fit_is_named_on_every_rank(ranks, key, message):
     assert all(message in rank[key] for rank in ranks)
 
 
-def test_the_dtype_of_the_scalars_is_not_that_of_an_empty_batchs_loss(ranks):
+def test_empty_batch_loss_has_the_features_dtype(ranks):
     """Which would be added to those of others."""
     for rank in range(WORLD):
         assert [loss.dtype for loss in ranks[rank]["wide"]] == [torch.float32] * 2

@@ -96,7 +96,7 @@ def assert_rounded_right(dtype, least):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_as_accurate_as_rounding_leaves_them(dtype):
+def test_16_bit_error_is_one_rounding(dtype):
     assert_rounded_right(dtype, -3.5)
 
 
@@ -125,7 +125,7 @@ def test_bias_gradient_of_many_rows_is_accurate():
 
 @BIAS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_rows_and_odd_addresses_change_no_value(bias, dtype):
+def test_strides_and_odd_addresses_are_bit_equal(bias, dtype):
     x, b = (None if t is None else t.to(dtype) for t in inputs(bias, (5,), 40))
     wider, shifted = torch.cat((x, x[:, :3]), -1), torch.cat((x.new_zeros(1), x.flatten()))
     expected = with_gradients(evakernels.gelu, (x, b))
@@ -144,7 +144,7 @@ def test_large_values_stay_finite(approximate, dtype):
     assert dx.isfinite().all()
 
 
-def test_sigmoid_of_what_is_not_finite_is_that_of_the_formula():
+def test_sigmoid_of_nonfinite_matches_reference():
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, -1e38, 1e38, -0.0])
     for actual, expected in zip(*(with_gradients(f, (x, None)) for f in pair("sigmoid")), strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True)

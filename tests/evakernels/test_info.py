@@ -32,7 +32,7 @@ def test_info_says_which_instruction_set_runs() -> None:
         assert set(native["isas_available"]) <= set(native["isas_built"])
 
 
-def test_a_library_that_is_damaged_is_told_with_the_linkers_reason(tmp_path, monkeypatch):
+def test_damaged_library_gives_the_linkers_reason(tmp_path, monkeypatch):
     library = tmp_path / "_ops.so"
     library.write_bytes(bytes(4096))
     monkeypatch.setattr(_native, "_LIBRARY", library)

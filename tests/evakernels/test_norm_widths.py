@@ -53,7 +53,7 @@ def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset, width):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_float32_residual_with_a_narrow_branch_gives_the_formula(form):
+def test_float32_residual_with_16_bit_branch(form):
     """At a width that fits one warp, and at one that doesn't."""
     for width in (768, 2048):
         residual, branch, weight, bias, layer_scale = (t.float() for t in inputs_of(13, width))

@@ -16,7 +16,7 @@ every_optimizer = pytest.mark.parametrize("kind", [AdamW, Lamb])
 
 
 @every_optimizer
-def test_grad_scaler_drives_it_without_reading_the_flag(kind):
+def test_grad_scaler_reads_no_flag_on_the_host(kind):
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     optimizer, plain = (optimizer_of(tensors(0, torch.float32), kind) for _ in range(2))
     before = [p.clone() for p in parameters(optimizer)]
@@ -36,7 +36,7 @@ def test_grad_scaler_drives_it_without_reading_the_flag(kind):
 
 
 @pytest.mark.parametrize(("kind", "op"), [(AdamW, "adamw_update"), (Lamb, "lamb_step")])
-def test_one_call_for_all_groups_and_one_more_for_other_betas(kind, op, monkeypatch):
+def test_one_call_per_pair_of_betas(kind, op, monkeypatch):
     calls = []
     module = sys.modules[kind.__module__]
     monkeypatch.setattr(module, op, lambda params, *args, **options: calls.append(len(params)))
@@ -112,7 +112,7 @@ def test_a_parameter_without_gradient_is_left_alone(kind):
 
 @every_optimizer
 @pytest.mark.parametrize("saved", [int, float, torch.Tensor.double])
-def test_steps_count_in_float32_whatever_they_were_saved_in(kind, saved):
+def test_loaded_steps_become_float32(kind, saved):
     """As numbers by torch before 1.12, and since then in torch's default dtype, which is the user's to set."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -134,7 +134,7 @@ def test_steps_count_in_float32_whatever_they_were_saved_in(kind, saved):
 
 
 @every_optimizer
-def test_the_closure_runs_with_gradients_and_its_loss_is_returned(kind):
+def test_closure_runs_with_gradients(kind):
     optimizer = optimizer_of(tensors(0), kind)
     before = [p.clone() for p in parameters(optimizer)]
 
@@ -149,7 +149,7 @@ def test_the_closure_runs_with_gradients_and_its_loss_is_returned(kind):
 
 
 @every_optimizer
-def test_a_step_is_seen_by_a_graph_that_saved_the_parameter(kind):
+def test_step_bumps_the_parameters_version(kind):
     weight = nn.Parameter(torch.ones(3))
     loss = weight.square().sum()
     weight.grad = torch.ones(3)

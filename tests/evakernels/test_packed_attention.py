@@ -130,13 +130,13 @@ TRANSFORMED = ["causal", "rows"]
         *(([1, 4, 7, 8, 9, 48, 49, 97], head_dim, causal) for head_dim, causal in ((20, True), (64, False))),
     ],
 )
-def test_as_accurate_as_torch_at_lengths_around_those_of_tiles(lengths, head_dim, causal, dtype):
+def test_as_accurate_as_torch_around_tile_sizes(lengths, head_dim, causal, dtype):
     given = [packed(lengths, heads=1, head_dim=head_dim)]
     op_checks.assert_as_accurate_as_torch(*pair(lengths, causal=causal), given, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_images_of_several_sizes_are_as_accurate_as_torch(dtype):
+def test_mixed_image_sizes_as_accurate_as_torch(dtype):
     """Three aspect ratios in one batch, each with a class token, and two heads of queries to one of keys."""
     sizes, grid, head_dim = [(7, 9), (1, 16), (12, 4)], 16, 64
     patches = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in sizes]
@@ -230,7 +230,7 @@ def test_autocast_casts_as_for_torch(dtype):
 
 
 @pytest.mark.parametrize("per_head", [False, True])
-def test_of_a_long_table_the_rows_count_that_are_asked_for(per_head):
+def test_long_table_uses_the_first_rows(per_head):
     """However many there are, and in whichever order."""
     q, k, v = (x.float() for x in packed([5, 2]).unbind(1))
     heads, head_dim = q.shape[1:]

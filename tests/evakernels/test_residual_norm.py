@@ -46,7 +46,7 @@ def test_odd_shapes_keep_the_error_rule(form, dtype, shape):
 
 
 @pytest.mark.parametrize(("residual", "branch"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
-def test_an_eps_of_none_is_that_of_the_sums_of_what_is_normed(residual, branch):
+def test_eps_none_is_the_accumulation_dtypes(residual, branch):
     x = torch.full((1, 4), 1e-6, dtype=branch)
     found = evakernels.rms_norm_add(torch.zeros(1, 4, dtype=residual), x)
     torch.testing.assert_close(found.to(branch), F.rms_norm(x, (4,)), atol=1e-6, rtol=1e-6)
@@ -72,7 +72,7 @@ def test_a_row_of_one_element_is_its_own_mean(form):
 @pytest.mark.parametrize("residual_dtype", DTYPES)
 @pytest.mark.parametrize("branch_dtype", DTYPES)
 @pytest.mark.parametrize("parameter_dtype", ["that of the norm's input", torch.float32])
-def test_every_mix_of_dtypes_gives_what_the_reference_gives(form, residual_dtype, branch_dtype, parameter_dtype, rms):
+def test_every_mix_of_dtypes_matches_reference(form, residual_dtype, branch_dtype, parameter_dtype, rms):
     if isinstance(parameter_dtype, str):
         parameter_dtype = residual_dtype
     residual, branch, weight, bias, layer_scale = inputs_of(2, 3, 21)
@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_in_its_row(form, dtype, value):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_dropped_branch_that_is_infinite_is_not_hidden(form):
+def test_dropped_infinite_branch_gives_nan(form):
     residual, branch, *parameters = (t.float() for t in inputs_of(2, 3, 19))
     branch[0, 1, 2] = float("inf")  # row_scale is 0 for sample 0, and 0 * inf is NaN
     outputs, _ = with_gradients(ours(form), (residual, branch, *parameters))
@@ -148,7 +148,7 @@ def test_a_float64_factor_is_left_to_the_reference():
 @pytest.mark.parametrize("op", ["add_layer_norm", "layer_norm_add"])
 @pytest.mark.parametrize("residual", DTYPES)
 @pytest.mark.parametrize("branch", DTYPES)
-def test_kernels_for_gpus_take_what_models_and_autocast_make(op, residual, branch, monkeypatch):
+def test_gpu_kernels_support_autocast_dtypes(op, residual, branch, monkeypatch):
     monkeypatch.setattr(_native, "runs_gpu_kernels", lambda device: True)
     a, b = torch.ones(2, 3, 8, dtype=residual), torch.ones(2, 3, 8, dtype=branch)
     backward = (a, a, a, b) if op == "add_layer_norm" else (a, b)

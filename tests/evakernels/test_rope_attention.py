@@ -165,7 +165,7 @@ TRANSFORMED = ["text", "shared", "heads-share-keys", "fewer-keys-causal"]
         pytest.param((1, 130), (4, 2), {}, id="one-query"),
     ],
 )
-def test_shared_heads_and_other_numbers_of_keys_are_as_accurate_as_torch(sizes, heads, options, dtype):
+def test_gqa_and_cross_attention_accuracy(sizes, heads, options, dtype):
     x = randn(2, max(sizes), heads[0] + 2 * heads[1], 64)
     op_checks.assert_as_accurate_as_torch(*shared(heads[0], *sizes, **options), [x], dtype)
 
@@ -217,7 +217,7 @@ def test_heads_of_16_channels_are_accurate(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "causal"), [(37, True), (88, False)])
-def test_several_chunks_of_an_odd_size_are_as_accurate_as_torch(head_dim, causal, dtype):
+def test_odd_chunks_as_accurate_as_torch(head_dim, causal, dtype):
     """More scores than are computed at a time; bfloat16 products where the machine has them."""
     cos, sin = (None, None) if causal else axial_rope(20, 15, head_dim, device=DEVICE)
     # Values with a mean: their products with dout, less the mean of these, cancel.
@@ -262,7 +262,7 @@ def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, d
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 88, 112, 128])
 @pytest.mark.parametrize("tokens", [32, 50, 197, 257, 300])
-def test_sizes_of_bfloat16_products_are_as_accurate_as_torch(tokens, head_dim, causal):
+def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim, causal):
     """Whole tiles of keys, of queries, of channels and of pairs of any of these, and parts of one."""
     angles = randn(tokens - 1, head_dim // 2, seed=3) * 3
     ours, theirs = both(cos=angles.cos().float(), sin=angles.sin().float(), num_prefix=1, causal=causal)
@@ -426,7 +426,7 @@ def test_rotation_is_that_of_timm(interleaved):
     torch.testing.assert_close(actual, expected)
 
 
-def test_kept_tokens_attend_as_in_the_full_grid_when_the_others_are_masked():
+def test_kept_tokens_match_masked_full_grid():
     cos, sin = tables("shared")
     qkv = packed(dtype=torch.float32)
     index = KEPT.sort(1).values

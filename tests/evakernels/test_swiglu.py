@@ -53,7 +53,7 @@ def test_opcheck(norm, dtype):
     assert_opcheck(OPS.swiglu_backward.default, (torch.ones_like(out), gate, up, weight, mean, rstd, wanted))
 
 
-def test_halves_of_a_packed_projection_are_served_in_place():
+def test_packed_halves_are_read_in_place():
     given = (*randn(2, 3, 2 * HIDDEN).chunk(2, -1), randn(HIDDEN, seed=2), randn(HIDDEN, seed=3))
     outputs, gradients = with_gradients(ours, given, as_they_lie=True)
     torch.testing.assert_close((outputs, gradients), with_gradients(theirs, given))
@@ -105,7 +105,7 @@ def test_norm_parameters_of_two_dtypes(parameters):
 @pytest.mark.parametrize("width", [6, 8, 36, 2048, 2730])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("norm", NORMS[:2])
-def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
+def test_strides_and_odd_addresses_are_bit_equal(norm, dtype, width):
     """Halves of a packed projection, parts of wider rows, rows that begin anywhere, columns, and one row for all.
 
     Of an even number of short rows a kernel may take two as one, where nothing lies between them.
@@ -130,7 +130,7 @@ def test_strided_rows_and_odd_addresses_change_no_value(norm, dtype, width):
 
 @pytest.mark.parametrize("norm", NORMS[:2])
 @pytest.mark.parametrize("shape", [(1, 1, 4), (2, 1, 4), (1, 2, 1), (2, 1, 1), (1,)], ids=str)
-def test_the_stride_of_an_axis_of_one_element_says_nothing(shape, norm):
+def test_stride_of_a_size_1_axis_is_ignored(shape, norm):
     gate, up, weight, bias = (None if t is None else t.float() for t in inputs(norm, shape[:-1], shape[-1]))
     strides = [7 if size == 1 else stride for size, stride in zip(shape, gate.stride(), strict=True)]
     odd = [torch.as_strided(t, shape, strides) for t in (gate, up)]
@@ -163,7 +163,7 @@ def test_the_largest_gates_leave_no_nan():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gives_the_dtype_that_the_next_linear_takes(dtype):
+def test_autocast_gives_the_next_linears_dtype(dtype):
     x, (_, _, weight, bias) = randn(3, HIDDEN).float(), inputs("norm")
     layer = torch.nn.Linear(HIDDEN, HIDDEN).to(DEVICE)
     with torch.autocast(DEVICE.type, dtype=dtype):

@@ -60,7 +60,7 @@ def adamw(state, lrs=None, seeds=()):
     triton.launcher("adamw_update")(*state, *arguments)
 
 
-def test_a_call_is_one_launch_a_phase_whatever_the_number_of_tensors(launched):
+def test_optimizer_step_launches_once_per_phase(launched):
     state = lists(sizes=[16 * (1 + i % 7) for i in range(300)])
     adamw(state)
     assert launched == ["prepare_kernel", "update_kernel"]
@@ -71,7 +71,7 @@ def test_a_call_is_one_launch_a_phase_whatever_the_number_of_tensors(launched):
     assert launched == update + apply
 
 
-def test_other_dtypes_and_what_fits_no_words_have_launches_of_their_own(launched):
+def test_dtypes_and_alignments_split_launches(launched):
     mixed = [lists((dtype, dtype, F32, F32), [32, 33, 64]) for dtype in (F32, BF16, F16)]
     adamw([[t for part in parts for t in part] for parts in zip(*mixed, strict=True)])
     assert Counter(launched) == {"prepare_kernel": 1, "update_kernel": 6}
@@ -81,7 +81,7 @@ def test_other_dtypes_and_what_fits_no_words_have_launches_of_their_own(launched
     assert launched == ["prepare_kernel"]
 
 
-def test_a_kernel_is_compiled_for_dtypes_and_not_for_numbers(monkeypatch, launched):
+def test_kernels_are_compiled_per_dtype_only(monkeypatch, launched):
     from triton import knobs
 
     keys = set()
@@ -92,7 +92,7 @@ def test_a_kernel_is_compiled_for_dtypes_and_not_for_numbers(monkeypatch, launch
     assert Counter(name.rpartition(".")[2] for name, _ in keys) == {"prepare_kernel": 1, "update_kernel": 2}
 
 
-def test_a_steady_step_copies_nothing_and_a_changed_rate_rates_alone(launched, copied):
+def test_step_copies_changed_rates_only(launched, copied):
     state = lists((BF16, BF16, F32, F32), [32, 64, 8192 + 16])
     adamw(state, seeds=[1, 2, 3])
     assert sorted(copied) == [(3, 2), (3, 2), (3, 2), (3, 5), (4, 3)]  # seeds, rates, spans; pointers; chunks
@@ -126,7 +126,7 @@ def test_a_captured_graph_has_copies_of_its_own(monkeypatch, table):
         assert len(made) == copies
 
 
-def test_sizes_beyond_32_bits_are_cut_into_chunks_of_64_bit_bounds(table):
+def test_sizes_beyond_32_bits_use_64_bit_bounds(table):
     device, size = torch.device("cpu"), (1 << 31) + 5
     kinds = ((False, F32), (False, F32))
     layout = table._layout(device, None, ("GRAD",), kinds, (size, 3), 1 << 20)

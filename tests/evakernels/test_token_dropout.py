@@ -62,7 +62,7 @@ def test_opcheck(token_index, with_prefix, with_pos_embed, dtype):
     assert_opcheck(OPS.token_dropout_backward.default, (dout, *rest))
 
 
-def test_where_all_patches_are_kept_their_gradient_is_not_copied():
+def test_full_grid_gradient_is_not_copied():
     patches, prefix, pos_embed = (t.float().requires_grad_() for t in wide_inputs(2, 6, 5))
     out = evakernels.token_dropout(patches, prefix=prefix, pos_embed=pos_embed)
     dout = torch.ones_like(out)
@@ -202,7 +202,7 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 @pytest.mark.skipif(not _native.implemented("token_dropout_backward", "cpu"), reason="no compiled kernel")
 @pytest.mark.parametrize("wrong", [KEPT + 1, KEPT - 1, torch.tensor([[0, 1, 2], [3, 3, 4]])])
-def test_the_backward_kernel_refuses_a_wrong_index_itself(wrong):
+def test_backward_kernel_refuses_a_wrong_index(wrong):
     with pytest.raises((ValueError, RuntimeError), match="token_index"):
         torch.ops.evakernels_native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, [True, True, True])
 

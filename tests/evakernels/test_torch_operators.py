@@ -32,7 +32,7 @@ def assert_attention_is_torchs(graph, calls=1):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("pair", "inputs"), CASES)
-def test_an_exported_program_holds_torchs_attention_and_gives_the_same(pair, inputs, grad):
+def test_export_contains_torchs_attention(pair, inputs, grad):
     ours, qkv = pair[0], inputs[0].float()
     with torch.set_grad_enabled(grad), evakernels.as_torch_operators():
         program = torch.export.export(Calls(ours), (qkv.requires_grad_(grad),))
@@ -52,7 +52,7 @@ def test_in_bfloat16_the_error_is_at_most_twice_torchs(pair, inputs):
     assert error(found, exact) <= 2 * error(theirs(qkv), exact) + torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
-def test_sizes_of_batches_and_of_packed_batches_stay_free():
+def test_batch_sizes_stay_dynamic():
     images, _ = of_images.pair()
     qkv = of_images.packed(dtype=torch.float32)
     free = torch.export.Dim("free")

@@ -27,7 +27,7 @@ def reports():
         yield found
 
 
-def test_more_tiles_than_are_merged_at_once_give_the_log_sum_exps(reports):
+def test_many_tiles_merge_to_log_sum_exps(reports):
     from evakernels.triton import contrastive
 
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +39,7 @@ def test_more_tiles_than_are_merged_at_once_give_the_log_sum_exps(reports):
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
-def test_an_index_out_of_range_reads_nothing_and_gives_nan(reports, wrong):
+def test_index_out_of_range_gives_nan(reports, wrong):
     from benchmarks.audit.count import launch_of, spans_of
 
     patches, token_index = torch.ones(2, 4, 8), torch.tensor([[0, 3], [1, wrong]])
@@ -51,7 +51,7 @@ def test_an_index_out_of_range_reads_nothing_and_gives_nan(reports, wrong):
     assert launch.loads["patches"].touched == 3  # each row is a sector
 
 
-def test_a_class_token_costs_no_tiles_of_its_own_in_heads_of_88_channels(reports):
+def test_class_token_adds_no_tiles_with_88_channels(reports):
     """257 tokens: products of 257 queries with 256 keys, or the other way round, in tiles of 272 by 256. 88 channels
     are multiplied as 128, and the class token's tile of 16 rows in each of several warps."""
     from benchmarks.audit.count import launch_of
