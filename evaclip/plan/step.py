@@ -41,8 +41,9 @@ from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World
 from evaclip.train.ema import Ema
 from evaclip.train.fake_ranks import fake_ranks, without_data
 from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.micro_batch import MicroBatch
 from evaclip.train.sharding import forget_gathered, shard
-from evaclip.train.step import Chunk, TrainStep
+from evaclip.train.step import TrainStep
 from evaclip.train.tasks import task_class
 from evaclip.train.tasks.contrastive import Contrastive
 
@@ -131,12 +132,12 @@ def plan_step(
     few = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
     options = _options(config, vision=few["image"], **({"text": few["text"]} if "text" in few else {}))
     # Two micro-batches, the first and the last, stand for any number.
-    chunks = min(config.accumulation, 2)
+    parts = min(config.accumulation, 2)
     traced = replace(
         config,
         model=replace(plain, options=options),
-        batch_size=gpus * chunks * micro_batch,
-        accumulation=chunks,
+        batch_size=gpus * parts * micro_batch,
+        accumulation=parts,
         parallel=replace(config.parallel, offload="none"),
     )
     is_cut = is_cut_up(config, World(torch.device("cpu"), size=gpus))
@@ -236,9 +237,9 @@ class _Trace:
                 loss(*features, torch.ones((), requires_grad=True), bias).backward()
         return recorder.phases()[1][0]
 
-    def _samples(self, rows: int, chunks: set[int]) -> tuple[Tensor, Tensor]:
-        """Images and targets of a rank; `chunks` has the sizes of their micro-batches."""
-        targets = self.task.stand_ins(rows, chunks, partial(tree_map_only, Tensor, self._fake.from_tensor))
+    def _samples(self, rows: int, sizes: set[int]) -> tuple[Tensor, Tensor]:
+        """Images and targets of a rank; `sizes` are those of their micro-batches."""
+        targets = self.task.stand_ins(rows, sizes, partial(tree_map_only, Tensor, self._fake.from_tensor))
         with self._fake:
             return torch.empty(rows, 3, *self.task.visual.config.image_shape), targets
 
@@ -251,7 +252,7 @@ class _Trace:
             if isinstance(task, Contrastive):
                 task.model(images, targets, layout=task.model.text.layout(targets))
             else:
-                cast(Any, task).of_samples(images, Chunk(slice(0, len(images)), targets, None, 0, 0))
+                cast(Any, task).of_samples(images, MicroBatch(slice(0, len(images)), targets, None, 0, 0))
         phase = recorder.phases()[1][0]
         forget_gathered(task.model)
         return phase

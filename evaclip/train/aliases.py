@@ -243,7 +243,7 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
                     f"{other.flag} {given[other.flag]} and {alias.flag} {value} are one here, {alias.key}: give one"
                 )
         if alias.key == "batch_size":
-            # There it counts one chunk of one process, here the whole batch.
+            # There it is the micro-batch of one rank, here the global batch.
             value = _times(value, _times(given.get("--accum-freq") or accumulation, processes))
         found.append(alias.change(value))
         if alias.flag in _OF_EITHER_SET and given.get("--val-data"):

@@ -143,7 +143,7 @@ def build_step(config: TrainConfig, world: World, task: Task) -> TrainStep:
         first_row=part_of_batch(config.batch_size, world.rank, world.size, together).start,
         batch_size=config.batch_size,
         together=together,
-        reduce_each_chunk=config.parallel.accumulate == "shards",
+        reduce_each_micro_batch=config.parallel.accumulate == "shards",
     )
     return TrainStep(task, optimizer, options, world)
 
@@ -159,15 +159,15 @@ def precision_of_parameters(precision: Precision) -> str:
 
 
 def check_batch(config: TrainConfig, world: World) -> None:
-    """Raises UserError if a batch has less than one sample for each chunk of each process, or than belong together."""
-    chunks, together = world.size * config.accumulation, task_class(config.task.name).rows_together(config)
+    """Raise UserError if a micro-batch of a rank has no sample, or a batch cuts rows that belong together."""
+    parts, together = world.size * config.accumulation, task_class(config.task.name).rows_together(config)
     if config.batch_size % together:
         raise UserError(f"batch_size={config.batch_size} is no multiple of {together}, the samples that are mixed")
-    if config.batch_size < chunks * together:
+    if config.batch_size < parts * together:
         least = "one sample" if together == 1 else f"{together} samples"
         raise UserError(
-            f"batch_size={config.batch_size} is less than {least} for each of {chunks} chunks "
-            f"({world.size} processes x accumulation {config.accumulation})"
+            f"batch_size={config.batch_size} is less than {least} for each of {parts} micro-batches "
+            f"({world.size} ranks x accumulation {config.accumulation})"
         )
 
 

@@ -340,8 +340,8 @@ class ParallelConfig:
     reshard: bool = True
     """Gather a block's parameters once more for the backward pass (ZeRO-3) instead of keeping them (ZeRO-2)."""
     accumulate: Literal["whole", "shards"] = "whole"
-    """What the chunks of `accumulation` add up under shard and hybrid. whole: every process keeps whole gradients, in
-    float32 under amp_*, and sums them over the processes once a step; shards: its part, and sums with every chunk."""
+    """Gradients that micro-batches add up under shard and hybrid. whole: every rank keeps whole gradients, in
+    float32 under amp_*, and reduces them once per step; shards: its shard, reduced after every micro-batch."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
     A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
@@ -471,7 +471,7 @@ class TrainConfig:
     precision: Precision = "fp32"
     """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: parameters themselves in 16 bits."""
     accumulation: Count = 1
-    """Chunks that each process passes through the model one after the other, with one exact loss."""
+    """Micro-batches per step and rank, with one exact loss over the global batch."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: every block of both towers goes through torch.compile."""
     parallel: ParallelConfig = ParallelConfig()
@@ -493,7 +493,7 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _no_chunk_is_empty(self) -> Self:
+    def _no_micro_batch_is_empty(self) -> Self:
         if self.batch_size < self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} is less than accumulation={self.accumulation}")
         return self

@@ -231,7 +231,7 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def accumulate_in_float32(parameters: Iterable[Tensor], *, reduce_each_chunk: bool) -> None:
+def accumulate_in_float32(parameters: Iterable[Tensor], *, reduce_each_micro_batch: bool) -> None:
     """Makes 16-bit parameters sum the gradients of a step's micro-batches in float32.
 
     From the first micro-batch on `grad` is float32. Call it only for steps of several micro-batches: one needs no sum.
@@ -239,10 +239,10 @@ def accumulate_in_float32(parameters: Iterable[Tensor], *, reduce_each_chunk: bo
 
     Args:
         parameters: trained parameters; only 16-bit ones change.
-        reduce_each_chunk: whether gradients of shards are reduced after every micro-batch.
+        reduce_each_micro_batch: whether gradients of shards are reduced after every micro-batch.
     """
     for parameter in parameters:
-        if parameter.dtype in (torch.bfloat16, torch.float16) and (reduce_each_chunk or not is_cut(parameter)):
+        if parameter.dtype in (torch.bfloat16, torch.float16) and (reduce_each_micro_batch or not is_cut(parameter)):
             parameter.grad_dtype = None  # any
             parameter.register_post_accumulate_grad_hook(_widen_gradient)
 
@@ -292,7 +292,7 @@ class GradientMean:
         self._missing = []
 
     def _arrived(self, index: int, _: Tensor) -> None:
-        if not self._missing:  # other chunks follow
+        if not self._missing:  # other micro-batches follow
             return
         self._missing[index] -= 1
         while self._begun < len(self._buckets) and self._missing[self._begun] == 0:

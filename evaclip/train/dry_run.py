@@ -114,13 +114,16 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
     sizes = ", ".join(f"{name} {_count(tower)}" for name, tower in parts.task.towers.items())
     kept = visual.num_kept_patches() if visual.patch_dropout else visual.num_patches
     samples = parts.total_steps * config.batch_size
-    chunk = config.batch_size / world.size / config.accumulation
+    micro_batch = config.batch_size / world.size / config.accumulation
     return [
         ("model", f"{config.model.name}: {_count(parts.model)} parameters ({sizes})"),
         ("weights from", _weights(config.model)),
         ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
         *(("", remark) for remark in parts.remarks),
-        ("batch", f"{config.batch_size:,} = {world.size} processes x {config.accumulation} chunks x {chunk:,.6g}"),
+        (
+            "batch",
+            f"{config.batch_size:,} = {world.size} ranks x {config.accumulation} micro-batches x {micro_batch:,.6g}",
+        ),
         ("patches kept", f"{kept} of {visual.num_patches}"),
         ("length", f"{parts.total_steps:,} steps, {samples:,} samples, {samples / parts.epoch_samples:.2f} epochs"),
         ("optimizer", f"{config.optim.name}, {len(parts.step.optimizer.param_groups)} parameter groups"),

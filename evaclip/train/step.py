@@ -1,8 +1,7 @@
-"""One optimizer step of any task: its loss and gradients, their mean over the processes, a guarded update."""
+"""One optimizer step of any task: loss and gradients, their mean over ranks, a guarded update."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from evaclip.data.loader import Rows, part_of_batch
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.loss_scale import LossScale
+from evaclip.train.micro_batch import MicroBatch, StepContext, Upload
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.tasks.task import Task
 from evaclip.train.token_sampling import token_index
-from evaclip.train.upload import Upload, send
 from evaclip.transforms import Normalization
 from evaclip.weights import is_sharded
 from evakernels import gradient_norm
@@ -25,16 +24,16 @@ _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is done.
+    """Options of one optimizer step.
 
     Attributes:
-        accumulation: chunks that each process passes through the model one after the other.
-        grad_clip_norm: bound on the L2 norm of all gradients, or None.
-        seed: of the token dropout.
-        first_row: of the batch of all processes that this one has.
-        batch_size: of all processes together; None: each has as many rows.
-        together: rows that one chunk has, from each multiple of that on.
-        reduce_each_chunk: gradients of shards are summed over the processes with every chunk, not with the last alone.
+        accumulation: micro-batches per step and rank.
+        grad_clip_norm: maximum global L2 norm of the gradients; None disables clipping.
+        seed: seed of token dropout.
+        first_row: index of this rank's first row in the global batch.
+        batch_size: global batch size; None if all ranks have equal local batches.
+        together: number of consecutive rows that stay in one micro-batch.
+        reduce_each_micro_batch: reduce-scatter after every micro-batch instead of only the last.
     """
 
     precision: Precision = "fp32"
@@ -44,7 +43,7 @@ class StepOptions:
     first_row: int = 0
     batch_size: int | None = None
     together: int = 1
-    reduce_each_chunk: bool = False
+    reduce_each_micro_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,29 +76,6 @@ class StepResult:
         return {**(self.measures or {}), **found}
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Rows that pass through the model together.
-
-    Attributes:
-        rows: which of this process's.
-        targets: theirs, in host memory as the loader gave them.
-        token_index: int64 [rows, kept], patches that patch dropout leaves, on the device; None keeps all.
-        step: number of the step, from 0.
-        first_row: of the batch of all processes that is the first of these.
-    """
-
-    rows: slice
-    targets: Tensor
-    token_index: Tensor | None
-    step: int
-    first_row: int
-
-    def sent(self, device: torch.device) -> "Chunk":
-        """The same, with targets on the device."""
-        return replace(self, targets=send(self.targets, device))
-
-
 class TrainStep:
     """Trains a task's model on one batch per call.
 
@@ -118,7 +94,7 @@ class TrainStep:
         known = {id(parameter) for parameters in towers.values() for parameter in parameters}
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
         if options.accumulation > 1:
-            accumulate_in_float32(self.parameters, reduce_each_chunk=options.reduce_each_chunk)
+            accumulate_in_float32(self.parameters, reduce_each_micro_batch=options.reduce_each_micro_batch)
         self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)
@@ -132,8 +108,8 @@ class TrainStep:
         """
         Args:
             images: [b, 3, height, width], this process's rows of the batch: float32, or uint8 to be normalised as the
-                model says. In host memory they may be larger than the device: it gets each chunk while the one before
-                is computed, and the host doesn't wait if they are pinned.
+                model says. In host memory they may be larger than the device: each micro-batch is copied while the one
+                before is computed, and the host doesn't wait if they are pinned.
             targets: [b, ...], targets of the task, in host memory: otherwise the host waits for the device.
             step: number of the step from 0; decides which tokens are kept.
             measure: also tell what the task measures and how far the weights moved. The step stays the same, to the
@@ -141,7 +117,7 @@ class TrainStep:
         """
         self.task.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        found = self.task.backward(Passes(self, images, targets, step, measure))
+        found = self.task.backward(self._context(images, targets, step, measure))
         self.mean.finish()
         loss = self.world.mean_(found.pop("loss").detach().clone())
         tower_norms = self._tower_norms()
@@ -167,6 +143,42 @@ class TrainStep:
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
+
+    def _context(self, images: Tensor | Rows, targets: Tensor, step: int, measure: bool) -> StepContext:
+        options, count = self.options, len(targets)
+        kept = self._kept_tokens(count, step)
+        parts = [part_of_batch(count, i, options.accumulation, options.together) for i in range(options.accumulation)]
+        micro_batches = [
+            MicroBatch(rows, targets[rows], None if kept is None else kept[rows], step, options.first_row + rows.start)
+            for rows in (slice(part.start, part.stop) for part in parts)
+        ]
+        return StepContext(
+            micro_batches,
+            images,
+            device=self.world.device,
+            step=step,
+            measure=measure,
+            upload=self._upload,
+            autocast_dtype=self.autocast_dtype,
+            loss_scale=self.loss_scale.scale,
+            share=self.world.size / (options.batch_size or count * self.world.size),
+            begin_backward=self._begin_backward,
+        )
+
+    def _upload(self, images: Iterable[Tensor | Rows]) -> Upload:
+        return Upload(images, self.world.device, self.copies, self.normalize)
+
+    def _begin_backward(self, is_last: bool) -> None:
+        synchronize_gradients(self.task.towers.values(), is_last or self.options.reduce_each_micro_batch)
+        if is_last:
+            self.mean.begin()
+
+    def _kept_tokens(self, count: int, step: int) -> Tensor | None:
+        visual, options = self.task.visual, self.options
+        if not visual.patch_dropout:
+            return None
+        rows = range(options.first_row, options.first_row + count)
+        return token_index((options.seed, step), rows, visual.num_patches, visual.num_kept_patches(), self.world.device)
 
     @torch.no_grad()
     def _tower_norms(self) -> dict[str, Tensor]:
@@ -209,71 +221,3 @@ class TrainStep:
         self.skipped_in_a_row.copy_(torch.where(found_inf > 0, self.skipped_in_a_row + 1, 0))
         self.task.after_update()
         return found_inf, moved
-
-
-class Passes:
-    """What a task has to pass the rows of one step through its model with.
-
-    Attributes:
-        chunks: this process's rows, in parts that pass one after the other.
-        step: its number, from 0.
-        measure: whether more than the loss is asked for.
-        device: that computes.
-    """
-
-    def __init__(self, owner: TrainStep, images: Tensor | Rows, targets: Tensor, step: int, measure: bool) -> None:
-        self._owner = owner
-        self._images = images
-        self.step = step
-        self.measure = measure
-        self.device = owner.world.device
-        count, parts = len(targets), owner.options.accumulation
-        self._rows = count * owner.world.size if owner.options.batch_size is None else owner.options.batch_size
-        kept = self._kept_tokens(count)
-        first = owner.options.first_row
-        chunks = [part_of_batch(count, number, parts, owner.options.together) for number in range(parts)]
-        self.chunks = [
-            Chunk(rows, targets[rows], None if kept is None else kept[rows], step, first + rows.start)
-            for rows in (slice(chunk.start, chunk.stop) for chunk in chunks)
-        ]
-
-    def images(self, rounds: int = 1) -> Iterator[Tensor]:
-        """Each chunk's, on the device and normalised, float32 [rows, 3, height, width]; all of them `rounds` times.
-
-        Ask for them with `next`, in the call that takes them: what holds one needs memory for it, beside the next one,
-        which is copied meanwhile.
-        """
-        owner = self._owner
-        parts = (self._images[chunk.rows] for chunk in self.chunks * rounds)
-        return Upload(parts, self.device, owner.copies, owner.normalize)
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Around one pass: its cache of cast weights would carry casts without a graph over into the next."""
-        dtype = self._owner.autocast_dtype
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
-
-    def begin(self, chunk: Chunk) -> None:
-        """Call it before the backward pass through the model of each chunk, the last one's last."""
-        is_last = chunk is self.chunks[-1]
-        synchronize_gradients(self._owner.task.towers.values(), is_last or self._owner.options.reduce_each_chunk)
-        if is_last:
-            self._owner.mean.begin()
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        """What `backward` is to be called on; only under amp_fp16 it isn't the loss."""
-        return loss * self._owner.loss_scale.scale
-
-    def mean_of(self, values: Tensor) -> Tensor:
-        """The part of these rows in a mean over all samples: their sum over chunks, its mean over processes, is that.
-
-        Processes may have unequal numbers of rows.
-        """
-        return values.sum() * (self._owner.world.size / self._rows)
-
-    def _kept_tokens(self, count: int) -> Tensor | None:
-        visual, options = self._owner.task.visual, self._owner.options
-        if not visual.patch_dropout:
-            return None
-        rows = range(options.first_row, options.first_row + count)
-        kept = visual.num_kept_patches()
-        return token_index((options.seed, self.step), rows, visual.num_patches, kept, self.device)

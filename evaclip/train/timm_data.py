@@ -20,7 +20,7 @@ from evaclip.model.config import Preprocess
 from evaclip.pixels import eight_bit
 from evaclip.train import rng
 from evaclip.train.config import ClassificationTask
-from evaclip.train.upload import send
+from evaclip.train.micro_batch import send
 from evaclip.transforms import Normalization
 
 _CROP = ("scale", "ratio")

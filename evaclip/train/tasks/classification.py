@@ -22,7 +22,7 @@ from evaclip.model.vision_model import VisionModel
 from evaclip.run_files import CLASSES_FILE
 from evaclip.train.config import ClassificationTask, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.step import Chunk
+from evaclip.train.micro_batch import MicroBatch
 from evaclip.train.tasks.classifying import open_classifying
 from evaclip.train.tasks.image_model import ImageModelTask, described
 from evaclip.train.tasks.task import Evaluate, Size
@@ -92,12 +92,12 @@ class Classification(ImageModelTask):
     def targets(self, size: Size) -> Targets:
         return partial(_labels, self._classes)
 
-    def of_samples(self, images: Tensor, chunk: Chunk) -> dict[str, Tensor]:
-        labels, others, shares = chunk.targets, None, None
+    def of_samples(self, images: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        labels, others, shares = micro_batch.targets, None, None
         if self._mixing is not None:
-            images, shares = self._mixing(images, chunk.step, chunk.first_row)
+            images, shares = self._mixing(images, micro_batch.step, micro_batch.first_row)
             others = partners(labels)
-        logits = self.model(images, chunk.token_index)
+        logits = self.model(images, micro_batch.token_index)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=self._config.label_smoothing)
         loss = cross_entropy(labels)
@@ -120,7 +120,7 @@ class Classification(ImageModelTask):
         patches = self.visual.num_kept_patches() if self.visual.patch_dropout else self.visual.num_patches
         return len(targets) * (1 + patches)
 
-    def stand_ins(self, rows: int, chunks: set[int], fake: Any) -> Tensor:
+    def stand_ins(self, rows: int, sizes: set[int], fake: Any) -> Tensor:
         labels: Tensor = fake(torch.arange(rows) % self.model.num_classes)
         return labels
 

@@ -1,4 +1,4 @@
-"""Contrastive training of a CLIP: exact gradients of one loss over the whole batch, whatever the number of chunks."""
+"""Contrastive training of a CLIP: exact gradients of one loss over the whole batch, for any number of micro-batches."""
 
 import math
 from collections.abc import Callable
@@ -23,10 +23,9 @@ from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.evaluation import Evaluation, open_sets
 from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
-from evaclip.train.step import Chunk, Passes
+from evaclip.train.micro_batch import MicroBatch, StepContext, send
 from evaclip.train.tasks.task import Size, Task
 from evaclip.train.throughput import BACKWARD_FACTOR
-from evaclip.train.upload import send
 from evaclip.transforms import EvalTransform
 from evaclip.weights import describe_preprocess
 
@@ -35,9 +34,9 @@ MAX_LOG_SCALE = math.log(100.0)
 
 @dataclass(frozen=True)
 class _Pairs:
-    """A chunk of pairs, its captions on the device with where their tokens lie."""
+    """A micro-batch of pairs, with its tokens on the device and their layout."""
 
-    chunk: Chunk
+    micro_batch: MicroBatch
     tokens: Tensor
     layout: Layout
 
@@ -45,10 +44,10 @@ class _Pairs:
 class Contrastive(Task):
     """Images and texts of pairs are made alike, and unlike all others of the batch.
 
-    With several chunks the loss still sees every pair of the batch: features of all chunks are computed without a
-    graph, one loss gives the gradient of each feature and of logit_scale, then each chunk is computed again and its
-    features' gradients are passed backward (Gao et al. 2021, arXiv 2101.06983). Both passes use the same kept tokens
-    and the same random states, so that the result equals the whole batch's.
+    With several micro-batches the loss still sees every pair of the batch: features of all micro-batches are computed
+    without a graph, one loss gives the gradients of the features and of logit_scale, then each micro-batch is computed
+    again and its features' gradients are passed backward (Gao et al. 2021, arXiv 2101.06983). Both passes use the same
+    kept tokens and random states, so that the result equals the whole batch's.
 
     Args:
         model: its targets are int64 tokens [b, context_length].
@@ -102,11 +101,11 @@ class Contrastive(Task):
     def targets(self, size: Size) -> Targets:
         return tokenized(self._tokenizer)
 
-    def backward(self, passes: Passes) -> dict[str, Tensor]:
-        pairs = [self._pairs(chunk, passes.device) for chunk in passes.chunks]
-        backward = self._backward if len(pairs) == 1 else self._backward_in_chunks
-        loss, *features = backward(pairs, passes)
-        return {"loss": loss, "accuracy": self.loss.accuracy(*features)} if passes.measure else {"loss": loss}
+    def backward(self, context: StepContext) -> dict[str, Tensor]:
+        pairs = [self._pairs(part, context.device) for part in context.micro_batches]
+        backward = self._backward if len(pairs) == 1 else self._backward_in_micro_batches
+        loss, *features = backward(pairs, context)
+        return {"loss": loss, "accuracy": self.loss.accuracy(*features)} if context.measure else {"loss": loss}
 
     def after_update(self) -> None:
         self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
@@ -139,13 +138,13 @@ class Contrastive(Task):
         text = int(targets.argmax(dim=-1).sum()) + len(targets) if packed else targets.numel()
         return len(targets) * (1 + patches) + text
 
-    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+    def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         text, config = self.model.text, self.model.config.text
         lengths = _caption_lengths(rows, self.mean_caption_tokens, config.context_length)
         tokens = torch.zeros(rows, config.context_length, dtype=torch.int64)
         tokens[torch.arange(rows), torch.tensor(lengths) - 1] = config.vocab_size - 1
         # Which rows a caption has can't be read from tokens without data.
-        layouts = fake({size: type(text).layout(text, tokens[:size]) for size in chunks})
+        layouts = fake({size: type(text).layout(text, tokens[:size]) for size in sizes})
         text.layout = lambda tokens: layouts[len(tokens)]  # type: ignore[method-assign]
         found: Tensor = fake(tokens)
         return found
@@ -156,41 +155,41 @@ class Contrastive(Task):
             MODEL_CONFIG_FILE: {"name": config.model.name, **self.model.config.to_dict()},
         }
 
-    def _pairs(self, chunk: Chunk, device: torch.device) -> _Pairs:
-        layout = self.model.text.layout(chunk.targets).moved(partial(send, device=device))
-        return _Pairs(chunk, send(chunk.targets, device), layout)
+    def _pairs(self, micro_batch: MicroBatch, device: torch.device) -> _Pairs:
+        layout = self.model.text.layout(micro_batch.targets).moved(partial(send, device=device))
+        return _Pairs(micro_batch, send(micro_batch.targets, device), layout)
 
-    def _backward(self, pairs: list[_Pairs], passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the features that it is of."""
-        image_features, text_features = self._features(pairs[0], next(passes.images()), passes)
+        image_features, text_features = self._features(pairs[0], next(context.images()), context)
         loss = self._loss(image_features, text_features)
-        passes.begin(pairs[0].chunk)
-        passes.scaled(loss).backward()
+        context.begin(pairs[0].micro_batch)
+        context.scaled(loss).backward()
         return loss, image_features.detach(), text_features.detach()
 
-    def _backward_in_chunks(self, pairs: list[_Pairs], passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
-        states, features, images = [], [], passes.images(rounds=2)
+    def _backward_in_micro_batches(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
+        states, features, images = [], [], context.images(rounds=2)
         for part in pairs:
-            states.append(rng.capture(passes.device))
+            states.append(rng.capture(context.device))
             with torch.no_grad():
-                features.append(self._features(part, next(images), passes))
+                features.append(self._features(part, next(images), context))
         image_features, text_features = (torch.cat(each).requires_grad_() for each in zip(*features, strict=True))
         loss = self._loss(image_features, text_features)
-        passes.scaled(loss).backward()
+        context.scaled(loss).backward()
         for part, state in zip(pairs, states, strict=True):
-            passes.begin(part.chunk)
-            rng.restore(state, passes.device)
-            gradients = [_gradient(value)[part.chunk.rows] for value in (image_features, text_features)]
+            context.begin(part.micro_batch)
+            rng.restore(state, context.device)
+            gradients = [_gradient(value)[part.micro_batch.rows] for value in (image_features, text_features)]
             # The features of a locked tower have no graph.
-            found = zip(self._features(part, next(images), passes), gradients, strict=True)
+            found = zip(self._features(part, next(images), context), gradients, strict=True)
             trained = [(value, gradient) for value, gradient in found if value.requires_grad]
             if trained:
                 torch.autograd.backward([value for value, _ in trained], [gradient for _, gradient in trained])
         return loss, image_features.detach(), text_features.detach()
 
-    def _features(self, pairs: _Pairs, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
-        with passes.autocast():
-            features = self.model(images, pairs.tokens, token_index=pairs.chunk.token_index, layout=pairs.layout)
+    def _features(self, pairs: _Pairs, images: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
+        with context.autocast():
+            features = self.model(images, pairs.tokens, token_index=pairs.micro_batch.token_index, layout=pairs.layout)
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:

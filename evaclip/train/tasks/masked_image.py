@@ -18,7 +18,7 @@ from evaclip.model.flops import masked_image_flops
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.train.config import MaskedImageTask, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.step import Chunk
+from evaclip.train.micro_batch import MicroBatch
 from evaclip.train.tasks.image_model import ImageModelTask, described
 from evaclip.train.tasks.probing import open_probing
 from evaclip.train.tasks.task import Evaluate, Size
@@ -79,8 +79,8 @@ class MaskedImage(ImageModelTask):
     def targets(self, size: Size) -> Targets:
         return partial(_masked, self._masks(size))
 
-    def of_samples(self, images: Tensor, chunk: Chunk) -> dict[str, Tensor]:
-        masked = chunk.targets
+    def of_samples(self, images: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        masked = micro_batch.targets
         features = self.teacher(images, self.model.present.grid)
         wanted = features.gather(1, masked.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
         cosines = similarity(self.model(images, masked), wanted.flatten(0, 1))
@@ -101,7 +101,7 @@ class MaskedImage(ImageModelTask):
         seen = self.model.num_patches - (targets.shape[1] if len(self.model.decoder_blocks) else 0)
         return len(targets) * (1 + seen)
 
-    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+    def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         found: Tensor = fake(torch.arange(self._masks(self.model.config.image_size).count).repeat(rows, 1))
         return found
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -13,11 +13,9 @@ from evaclip.model.config import Preprocess
 from evaclip.model.vision import VisionTower
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.micro_batch import MicroBatch, StepContext
 from evaclip.train.transform import training_transform
 from evaclip.transforms import levels_of
-
-if TYPE_CHECKING:
-    from evaclip.train.step import Chunk, Passes
 
 Size = int | tuple[int, int]
 Evaluate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]]]
@@ -27,7 +25,7 @@ Evaluate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]
 class Task(ABC):
     """A model in training, with its loss, data and measures.
 
-    Whatever is the same for all tasks stays in the trainer: accumulation's chunks, processes, precision, clipping,
+    Whatever is the same for all tasks stays in the trainer: accumulation, processes, precision, clipping,
     skipped updates, checkpoints, resolution, averages. It asks nothing but this class.
 
     Attributes:
@@ -89,7 +87,7 @@ class Task(ABC):
 
     @classmethod
     def rows_together(cls, config: TrainConfig) -> int:
-        """How many rows of a batch belong together, from each multiple of that on: no process or chunk parts them."""
+        """Number of consecutive rows that share a rank and a micro-batch."""
         return 1
 
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
@@ -101,12 +99,12 @@ class Task(ABC):
         """Makes the targets of captions and seeds in the data workers: tokens, labels, masks."""
 
     @abstractmethod
-    def backward(self, passes: "Passes") -> dict[str, Tensor]:
-        """Passes this process's rows of a batch through the model, and adds up the loss's gradients.
+    def backward(self, context: StepContext) -> dict[str, Tensor]:
+        """Runs this rank's rows through the model and accumulates the gradients of the loss.
 
         Returns:
             0-D tensors on the device, to be averaged over ranks: `loss`, and where
-            `passes.measure` asks for it what else is logged of a batch, by the names in the log, such as `accuracy`.
+            `context.measure` asks for it what else is logged of a batch, by the names in the log, such as `accuracy`.
         """
 
     def after_update(self) -> None:  # noqa: B027 - most bound nothing
@@ -136,10 +134,10 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def stand_ins(self, rows: int, chunks: set[int], fake: Callable[[Any], Any]) -> Tensor:
+    def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         """Targets of samples that are as they are on average, without values, for `--as-gpus`.
 
-        What a step on them reads of the values of targets in chunks of these sizes is settled here.
+        What a step on them reads of the values of targets in micro-batches of these sizes is settled here.
 
         Args:
             fake: replaces all tensors in its argument by fake ones.
@@ -161,23 +159,23 @@ class MeanOverSamples(Task):
     """A task with a mean over samples as loss, so that gradients of micro-batches add up."""
 
     @abstractmethod
-    def of_samples(self, images: Tensor, chunk: "Chunk") -> dict[str, Tensor]:
-        """What is measured of each sample of a chunk, `[rows]` in float32 at least: `loss`, and others of the log.
+    def of_samples(self, images: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        """Per-sample values of a micro-batch, `[rows]` in float32 or wider: `loss` and others for the log.
 
         It runs under autocast where the configuration says so.
 
         Args:
             images: float32 [rows, 3, height, width], on the device and normalised.
-            chunk: the rest of them; its targets are on the device.
+            micro_batch: its other values; targets are on the device.
         """
 
-    def backward(self, passes: "Passes") -> dict[str, Tensor]:
-        images, sums = passes.images(), dict[str, Tensor]()
-        for chunk in passes.chunks:
-            with passes.autocast():
-                found = self.of_samples(next(images), chunk.sent(passes.device))
-            means = {name: passes.mean_of(values) for name, values in found.items()}
-            passes.begin(chunk)
-            passes.scaled(means["loss"]).backward()
+    def backward(self, context: StepContext) -> dict[str, Tensor]:
+        images, sums = context.images(), dict[str, Tensor]()
+        for micro_batch in context.micro_batches:
+            with context.autocast():
+                found = self.of_samples(next(images), micro_batch.to(context.device))
+            means = {name: context.mean_of(values) for name, values in found.items()}
+            context.begin(micro_batch)
+            context.scaled(means["loss"]).backward()
             sums = {name: value.detach() + sums.get(name, 0.0) for name, value in means.items()}
         return sums

@@ -90,7 +90,7 @@ def test_micro_batches_divide_the_batch() -> None:
         (["tiny", "--gpu", "a100"], "did you mean 'a100-40g' or 'a100-80g'"),
         (["eva02"], "unknown recipe"),
         (["tiny", "--gpus", "0"], "gpus must be"),
-        (["tiny", "--gpus", "64"], "64 chunks"),
+        (["tiny", "--gpus", "64"], "64 micro-batches"),
         (["tiny", "--mfu", "0"], "--mfu must be"),
         (["tiny", "--caption-tokens", "-1"], "--caption-tokens must be 2 to"),
         (["tiny", "--set", "schedule.resolutions=[{image_size: 30, steps: 2}]"], "image_size 30"),

@@ -11,7 +11,7 @@ from evaclip.model.config import VisionConfig
 from evaclip.model.vision_model import VisionModel
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.step import Chunk
+from evaclip.train.micro_batch import MicroBatch
 from evaclip.train.tasks.task import MeanOverSamples, Size
 
 CLASSES = 5
@@ -42,10 +42,13 @@ class ImageLabels(MeanOverSamples):
     def targets(self, size: Size) -> Targets:
         return lambda captions, seeds: torch.tensor([len(caption) % CLASSES for caption in captions])
 
-    def of_samples(self, images: Tensor, chunk: Chunk) -> dict[str, Tensor]:
-        logits = self.model(images, token_index=chunk.token_index)
-        hits = logits.argmax(dim=-1) == chunk.targets
-        return {"loss": F.cross_entropy(logits, chunk.targets, reduction="none"), "accuracy": hits.to(logits.dtype)}
+    def of_samples(self, images: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        logits = self.model(images, token_index=micro_batch.token_index)
+        hits = logits.argmax(dim=-1) == micro_batch.targets
+        return {
+            "loss": F.cross_entropy(logits, micro_batch.targets, reduction="none"),
+            "accuracy": hits.to(logits.dtype),
+        }
 
     def evaluation(self, config: TrainConfig, world: World, held_out: Any) -> None:
         return None
@@ -56,7 +59,7 @@ class ImageLabels(MeanOverSamples):
     def tokens_computed(self, targets: Tensor) -> int:
         return len(targets)
 
-    def stand_ins(self, rows: int, chunks: set[int], fake: Any) -> Tensor:
+    def stand_ins(self, rows: int, sizes: set[int], fake: Any) -> Tensor:
         found: Tensor = fake(torch.zeros(rows, dtype=torch.int64))
         return found
 

@@ -47,7 +47,7 @@ def test_step_never_waits_for_the_device(
     [
         (["--as-gpus", "4"], "--as-gpus is for a --dry-run"),
         (["--as-gpus", "0", "--dry-run"], "gpus must be"),
-        (["--as-gpus", "64", "--dry-run"], "64 chunks"),
+        (["--as-gpus", "64", "--dry-run"], "64 micro-batches"),
     ],
 )
 def test_mistake_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,7 +185,7 @@ def test_a_locked_model_trains_its_classifier(run_config: Callable[..., TrainCon
     ("assignments", "message"),
     [
         (["batch_size=7"], "batch_size=7 is no multiple of 2, the samples that are mixed"),
-        (["batch_size=6", "accumulation=4"], r"batch_size=6 is less than 2 samples for each of 4 chunks"),
+        (["batch_size=6", "accumulation=4"], r"batch_size=6 is less than 2 samples for each of 4 micro-batches"),
         (["model.lock_text=true"], "task.name=classification has no model.lock_text"),
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
         (["model.options.num_classes=10"], "task.name=classification has no model.options.num_classes"),

@@ -21,9 +21,9 @@ from evaclip.train import rng
 from evaclip.train.config import LossConfig, OptimConfig
 from evaclip.train.fake_ranks import fake_ranks
 from evaclip.train.loss import ContrastiveLoss
+from evaclip.train.micro_batch import Upload
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.token_sampling import token_index
-from evaclip.train.upload import Upload
 from evaclip.transforms import Normalization
 
 BATCH = 8

@@ -1,0 +1,164 @@
+"""Micro-batches of a step: their rows, targets and images on the device, and the context in which a task runs them."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from evaclip.data.loader import Rows
+from evaclip.transforms import Normalization
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that pass through the model together.
+
+    Attributes:
+        rows: range of this rank's rows.
+        targets: their targets, in host memory as the loader returned them.
+        token_index: int64 [rows, kept], patches that patch dropout keeps, on the device; None keeps all.
+        step: index of the step, from 0.
+        first_row: index of the first of these rows in the global batch.
+    """
+
+    rows: slice
+    targets: Tensor
+    token_index: Tensor | None
+    step: int
+    first_row: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same, with targets on the device."""
+        return replace(self, targets=send(self.targets, device))
+
+
+class StepContext:
+    """Everything that a task needs to run the micro-batches of one step.
+
+    Args:
+        micro_batches: this rank's rows in parts.
+        images: this rank's images, uint8 or float32 [b, 3, height, width], in host memory.
+        upload: copies and normalises the images of micro-batches, see `Upload`.
+        autocast_dtype: None for no autocast.
+        loss_scale: 0-D factor of the loss, 1 except under amp_fp16.
+        share: factor of a sum over rows that makes its mean over ranks the mean over the global batch.
+        begin_backward: called before the backward pass of each micro-batch with whether it is the last.
+
+    Attributes:
+        step: index of the step, from 0.
+        measure: whether metrics are wanted besides the loss.
+        device: that computes.
+    """
+
+    def __init__(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        images: Tensor | Rows,
+        *,
+        device: torch.device,
+        step: int,
+        measure: bool,
+        upload: Callable[[Iterable[Tensor | Rows]], Iterator[Tensor]],
+        autocast_dtype: torch.dtype | None,
+        loss_scale: Tensor,
+        share: float,
+        begin_backward: Callable[[bool], None],
+    ) -> None:
+        self.micro_batches = micro_batches
+        self.device = device
+        self.step = step
+        self.measure = measure
+        self._images = images
+        self._upload = upload
+        self._autocast_dtype = autocast_dtype
+        self._loss_scale = loss_scale
+        self._share = share
+        self._begin_backward = begin_backward
+
+    def images(self, rounds: int = 1) -> Iterator[Tensor]:
+        """Images of each micro-batch, on the device and normalised, float32 [rows, 3, height, width]; `rounds` times.
+
+        Call `next` in the expression that uses the images: holding them costs memory while the next ones are copied.
+        """
+        return self._upload(self._images[part.rows] for part in [*self.micro_batches] * rounds)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast of one forward pass: its cache would carry casts without a graph over into the next pass."""
+        dtype = self._autocast_dtype
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+    def begin(self, micro_batch: MicroBatch) -> None:
+        """Call it before the backward pass of each micro-batch, in their order."""
+        self._begin_backward(micro_batch is self.micro_batches[-1])
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on."""
+        return loss * self._loss_scale
+
+    def mean_of(self, values: Tensor) -> Tensor:
+        """The contribution of these rows to a mean over the global batch.
+
+        Sum it over micro-batches and average it over ranks, which may have unequal numbers of rows.
+        """
+        return values.sum() * self._share
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, through pinned memory: other copies wait for the device's work."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Upload:
+    """An iterator that copies images to the device, each while the ones before are computed.
+
+    On a GPU, copies use their own stream, and the host doesn't wait if the memory is pinned.
+
+    Args:
+        images: uint8 or float32 [b, 3, height, width] each, in host memory or on the device.
+        device: that computes.
+        stream: of the copies; None copies in the current stream.
+        normalize: uint8 to float32.
+    """
+
+    def __init__(
+        self,
+        images: Iterable[Tensor | Rows],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        normalize: Normalization,
+    ) -> None:
+        self._images = iter(images)
+        self._device = device
+        self._stream = stream
+        self._normalize = normalize
+        self._copy = self._start()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        # Images that were handed out aren't referenced here.
+        copy, self._copy = self._copy, None
+        if copy is None:
+            raise StopIteration
+        if self._stream is not None:
+            present = torch.cuda.current_stream(self._device)
+            present.wait_stream(self._stream)
+            # The copy stream may reuse the memory only after the computation.
+            copy.record_stream(present)
+        pixels = self._normalize(copy)
+        del copy
+        self._copy = self._start()
+        return pixels
+
+    def _start(self) -> Tensor | None:
+        images = next(self._images, None)
+        if images is None:
+            return None
+        # Does nothing without a stream.
+        with torch.cuda.stream(self._stream):
+            return images.to(self._device, non_blocking=True)
