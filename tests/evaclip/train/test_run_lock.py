@@ -32,9 +32,9 @@ from pathlib import Path
 from evaclip.train.run_lock import RunLock
 RunLock.acquire(Path(sys.argv[1]), say=print)
 if os.fork() == 0:  # a worker that outlives a killed trainer
+    print("held", flush=True)
     time.sleep(10)
     os._exit(0)
-print("held", flush=True)
 sys.stdin.read()
 """
 

@@ -130,7 +130,7 @@ def main() -> None:
         options = ("--to", format, "--model", "tiny")
         evaclip("convert", str(RUN), target, *options)
         expect(evaclip("convert", str(RUN), target, *options, fails=2), "exists; --force")
-        expect(evaclip("convert", str(RUN), str(last / "model.safetensors"), *options, "--force", fails=2), "read")
+        expect(evaclip("convert", str(RUN), str(last / "model.safetensors"), *options, "--force", fails=2), "an input")
 
     for folder in (RUN / "checkpoints").glob("step_*"):
         (folder / "state.pt").write_bytes(b"damaged")
