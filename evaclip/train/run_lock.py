@@ -112,10 +112,8 @@ class RunLock:
         lock = cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
         before = read_lock(lock._path)
-        if steal and before:
-            lock._path.unlink(missing_ok=True)
         for _ in range(RETRIES):
-            if lock._open():
+            if lock._replace() if steal and before else lock._open():
                 break
             time.sleep(0.1)
         else:
@@ -169,6 +167,18 @@ class RunLock:
             return True
         self._close()
         return False
+
+    def _replace(self) -> bool:
+        """Puts a locked file in the place of another owner's, which at no time finds none."""
+        path, self._path = self._path, self._path.with_name(f".{LOCK_FILE}.{self.id}")
+        try:
+            self._open()
+            self._write()
+            self._path.replace(path)
+        finally:
+            self._path.unlink(missing_ok=True)
+            self._path = path
+        return True
 
     def _write(self) -> None:
         os.ftruncate(self._file, 0)
