@@ -9,22 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.operation import Baseline, Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 
 TOP, BLOCK = 10, 50_000
 TOPICS, SPREAD, DECAY = 300, 1.5, 0.5
-"""Embeddings lie around so many centres; the n-th direction has a share of n^-DECAY, as in embeddings of models."""
-
+"""Embeddings spread around `TOPICS` centres; direction n has a scale of n^-DECAY, as in embeddings of models."""
 
 Embeddings = tuple[Tensor, Store, Any]
 """Unit vectors float32 `[rows, dim]`, the same in a store, and the temporary folder of the store."""
-
-
-def _raw(rows: int, channels: int) -> Shape:
-    return Shape(batch=rows, width=channels)
 
 
 @lru_cache(maxsize=1)
@@ -74,10 +69,10 @@ register(
         inputs=_inputs,
         eager=_eager,
         ours=_ours,
-        baseline=Baseline("torch product and topk", "torch"),
+        baseline="torch product and topk",
         work=_work,
         shapes={"cpu": ("10000x512", "1000000x512")},
-        raw=_raw,
+        raw=lambda rows, channels: Shape(batch=rows, width=channels),
         small="64x16",
         by_request=True,
         references=False,
