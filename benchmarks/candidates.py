@@ -119,3 +119,22 @@ def compiled(function: Function) -> Function:
     # torch counts the compiled forms of each code object and stops at eight: each case gets a new code object.
     fresh.__code__ = fresh.__code__.replace()
     return torch.compile(fresh, fullgraph=True, dynamic=False)
+
+
+def compile_frozen(module: torch.nn.Module, backend: str = "inductor", **options: Any) -> Function:
+    """`torch.compile` with frozen weights, by torch's backend or by `zentorch`, for calls without gradients."""
+    from torch._inductor import config
+
+    if backend == "zentorch":
+        import zentorch  # noqa: F401, which registers it
+    # By its options torch distinguishes code that was compiled with and without frozen weights.
+    if backend == "inductor":
+        options["options"] = {"freezing": True}
+    function: Function = torch.compile(module, dynamic=False, backend=backend, **options)
+
+    def run(*inputs: Any) -> Any:
+        # zentorch sets joint_custom_post_pass for everything that is compiled later.
+        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
+            return function(*inputs)
+
+    return run

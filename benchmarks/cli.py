@@ -28,7 +28,7 @@ _EXAMPLES = {
         "python -m benchmarks op layer_norm --shape small --threads 1  # the host's part of a call",
         "python -m benchmarks op rope_attention --shape 'eva02-l14@336 b4' --dtype bfloat16 --peer torch.compile",
         "python -m benchmarks op layer_norm --plugin my_norm.py --peer mine",
-        "python -m benchmarks op search --dtype float32",
+        "python -m benchmarks op loader --dtype float32",
     ],
     "model": [
         "python -m benchmarks model encode_image --peer onnxruntime --peer openvino",

@@ -1,5 +1,7 @@
 """One step of AdamW over all parameters of a model."""
 
+from typing import Any
+
 import torch
 
 import evakernels
@@ -41,9 +43,8 @@ def torch_fused(shape: Shape) -> Function:
 
     def step(decay: float, lists: list[Tensors]) -> None:
         params, grads, exp_avgs, exp_avg_sqs, steps = lists
-        rates = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": decay, "eps": EPS}
-        state = (exp_avgs, exp_avg_sqs, [], steps)
-        torch._fused_adamw_(params, grads, *state, **rates, amsgrad=False, maximize=False)
+        rates: dict[str, Any] = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": decay, "eps": EPS}
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **rates, amsgrad=False, maximize=False)
 
     return step_by_decay(step, advance=True)
 

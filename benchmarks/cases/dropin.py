@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, peer, register
+from benchmarks.candidates import compile_frozen
+from benchmarks.cases.models import Network, Pair, autocast
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.errors import UserError, unknown_name
 
@@ -144,19 +145,6 @@ MODELS = {
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A model as it was built, and accelerated; both have the same parameters.
-
-    Attributes:
-        trained: names of the trained parameters, in the order of the input `parameters`.
-    """
-
-    before: "_Encoder"
-    after: "_Encoder"
-    trained: tuple[str, ...]
-
-
 class _Encoder(nn.Module):
     """A model as one call, for `functional_call`."""
 
@@ -171,6 +159,7 @@ class _Encoder(nn.Module):
 
 @lru_cache(maxsize=1)
 def _pair(name: str, device: torch.device) -> Pair:
+    """A model as it was built, and accelerated; both have the same parameters."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         before = _Encoder(model_of(name).build(device).train(), model_of(name).encode)
@@ -179,7 +168,12 @@ def _pair(name: str, device: torch.device) -> Pair:
             module.p = 0.0
     after = copy.deepcopy(before, {id(parameter): parameter for parameter in before.parameters()})
     evakernels.accelerate(after.model)
-    return Pair(before, after, tuple(key for key, value in before.named_parameters() if value.requires_grad))
+    names = tuple(key for key, value in before.named_parameters() if value.requires_grad)
+    floats = [
+        {key: buffer for key, buffer in encoder.named_buffers() if buffer.is_floating_point()}
+        for encoder in (after, before)
+    ]
+    return Pair(Network(after, names, floats[0]), Network(before, names, floats[1]))
 
 
 @lru_cache(maxsize=3)  # the two of one dtype, and the truth
@@ -202,7 +196,7 @@ def _inputs(shape: Shape, draw: Draw) -> Inputs:
     return {
         "pair": pair,
         # torch multiplies by a weight without a gradient in another way.
-        "parameters": [pair.before.get_parameter(name).detach().requires_grad_() for name in pair.trained],
+        "parameters": [pair.plain.module.get_parameter(name).detach().requires_grad_() for name in pair.plain.names],
         **_samples(shape, draw),
     }
 
@@ -226,23 +220,14 @@ def _encode(model: str, images: Tensor, texts: Tensor | None, accelerated: bool 
     return _frozen(model, images.dtype, accelerated)(images, texts)
 
 
-def _before(pair: Pair, **inputs: Any) -> Any:
-    return _run(pair.before, pair.trained, **inputs)
+def _before(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor | None) -> Any:
+    with autocast(parameters, images):
+        return pair.plain(parameters, images, texts)
 
 
-def _after(pair: Pair, **inputs: Any) -> Any:
-    return _run(pair.after, pair.trained, **inputs)
-
-
-def _run(
-    encoder: _Encoder, trained: tuple[str, ...], parameters: list[Tensor], images: Tensor, texts: Tensor | None
-) -> Any:
-    tensors = dict(zip(trained, parameters, strict=True))
-    kept, dtype = parameters[0].dtype, images.dtype
-    if kept == torch.float64:
-        tensors |= {key: buffer.double() for key, buffer in encoder.named_buffers() if buffer.is_floating_point()}
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != kept):
-        return functional_call(encoder, tensors, (images, texts))
+def _after(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor | None) -> Any:
+    with autocast(parameters, images):
+        return pair.ours(parameters, images, texts)
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
@@ -303,29 +288,19 @@ register(
 )
 
 
-@peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
-def _compile_freezing(shape: Shape) -> Callable[..., Any]:
-    return _compiled(options={"freezing": True})
+def _register_frozen(backend: str, **options: Any) -> None:
+    @peer(FROZEN, devices=("cpu",), **options)
+    def build(shape: Shape) -> Function:
+        compiled: dict[torch.dtype, Function] = {}
+
+        def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
+            dtype = images.dtype
+            if dtype not in compiled:
+                compiled[dtype] = compile_frozen(_frozen(model, dtype, False), backend)
+            return compiled[dtype](images, texts)
+
+        return encode
 
 
-@peer(FROZEN, package="zentorch", devices=("cpu",))
-def _zentorch(shape: Shape) -> Callable[..., Any]:
-    import zentorch  # noqa: F401, which registers it
-
-    return _compiled(backend="zentorch")
-
-
-def _compiled(**options: Any) -> Callable[..., Any]:
-    from torch._inductor import config
-
-    compiled: dict[torch.dtype, Any] = {}
-
-    def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
-        encoder = compiled.setdefault(
-            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, **options)
-        )
-        # zentorch sets joint_custom_post_pass for everything that is compiled later.
-        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
-            return encoder(images, texts)
-
-    return encode
+_register_frozen("inductor", name="compile-freezing", package="torch")
+_register_frozen("zentorch", package="zentorch")

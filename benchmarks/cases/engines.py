@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.candidates import compile_frozen
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.models import parameters_of, pixels_of
 from benchmarks.operation import Function, Kind, peer
@@ -149,26 +150,11 @@ def _our_compiled(subject: Subject, precision: str) -> Run:
 
 
 def _freezing(subject: Subject, precision: str, backend: str = "inductor") -> Run:
-    from torch._dynamo import config as dynamo
-    from torch._inductor import config
-
-    if backend == "zentorch":
-        import zentorch  # noqa: F401, which registers it
+    from torch._dynamo import config
 
     # Each size and dtype of either tower is a compiled form of the same code; torch's default limit is eight.
-    dynamo.recompile_limit = 64
-    # By its options torch distinguishes code that was compiled with and without them.
-    options: dict[str, Any] | None = {"freezing": True} if backend == "inductor" else None
-    plain = subject.plain_tower(precision)
-    run = _in_torch(torch.compile(plain, fullgraph=True, dynamic=False, options=options, backend=backend))
-
-    def patched(samples: Tensor) -> Tensor:
-        # zentorch sets joint_custom_post_pass for everything that is compiled later.
-        with config.patch(freezing=True, joint_custom_post_pass=None):
-            output: Tensor = run(samples)
-            return output
-
-    return patched
+    config.recompile_limit = 64
+    return _in_torch(compile_frozen(subject.plain_tower(precision), backend, fullgraph=True))
 
 
 def _onnxruntime(subject: Subject, precision: str, plain: bool = False) -> Run:

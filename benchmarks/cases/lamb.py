@@ -3,6 +3,8 @@
 The variant is the paper's and apex's, called `nvlamb` here, because other libraries offer it too.
 """
 
+from typing import Any
+
 import torch
 
 import evakernels
@@ -49,12 +51,13 @@ def timm(shape: Shape) -> Function:
     from timm.optim.lamb import lamb
 
     # timm counts the steps on the host; their number changes no cost, so it stays at the first.
-    corrections = {f"bias_correction{n}": 1 - beta ** (STEPS + 1) for n, beta in enumerate(BETAS, start=1)}
-    rates = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "beta3": 1 - BETAS[0], "eps": EPS}
-    switches = dict.fromkeys(("decoupled_decay", "trust_clip", "always_adapt", "caution"), False)
+    options: dict[str, Any] = {f"bias_correction{n}": 1 - beta ** (STEPS + 1) for n, beta in enumerate(BETAS, start=1)}
+    options |= {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "beta3": 1 - BETAS[0], "eps": EPS, "max_lr": None}
+    options |= dict.fromkeys(("decoupled_decay", "trust_clip", "always_adapt", "caution"), False)
 
     def step(decay: float, lists: list[Tensors]) -> None:
-        lamb(*lists[:4], **rates, **corrections, **switches, weight_decay=decay, max_lr=None)
+        params, grads, exp_avgs, exp_avg_sqs, _ = lists
+        lamb(params, grads, exp_avgs, exp_avg_sqs, weight_decay=decay, **options)
 
     return step_by_decay(step)
 

@@ -47,7 +47,7 @@ class Network:
     names: tuple[str, ...]
     buffers: dict[str, Tensor]
 
-    def __call__(self, parameters: list[Tensor], *args: Tensor, token_index: Tensor | None = None) -> Any:
+    def __call__(self, parameters: list[Tensor], *args: Any, token_index: Tensor | None = None) -> Any:
         """Runs the module with these parameters, on the patches of `token_index` if there is one."""
         tensors = dict(zip(self.names, parameters, strict=True))
         for name, values in self.buffers.items():
@@ -189,18 +189,18 @@ def _step_ours(
     cast(CLIP, pair.ours.module).set_savings(savings)
     if savings.recompute != "none":
         pair.ours.hold(parameters)
-    with _autocast(parameters, images):
+    with autocast(parameters, images):
         return evakernels.clip_loss(*pair.ours(parameters, images, texts, token_index=token_index))
 
 
 def _step_plain(
     pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor, token_index: Tensor | None
 ) -> Tensor:
-    with _autocast(parameters, images):
+    with autocast(parameters, images):
         return clip_loss(*pair.plain(parameters, images, texts, token_index=token_index))
 
 
-def _autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
+def autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
     """Autocast to the dtype of the images if the parameters have another one."""
     return torch.autocast(images.device.type, dtype=images.dtype, enabled=images.dtype != parameters[0].dtype)
 

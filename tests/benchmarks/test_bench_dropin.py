@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_case_checks import build
 from torch import nn
 
 from benchmarks import cli
@@ -84,7 +85,7 @@ def test_texts_that_end_early() -> None:
 def test_both_share_parameters_and_agree() -> None:
     op = get_operation("dropin")
     inputs = op.inputs(dropin.parse("timm/small b2"), Draw(torch.float32, CPU, torch.Generator()))
-    before, after = inputs["pair"].before.model, inputs["pair"].after.model
+    before, after = inputs["pair"].plain.module.model, inputs["pair"].ours.module.model
     assert [id(p) for p in before.parameters()] == [id(p) for p in after.parameters()]
     assert type(before.blocks[0].attn) is not type(after.blocks[0].attn) or (
         before.blocks[0].attn.forward.__func__ is not after.blocks[0].attn.forward.__func__
@@ -108,5 +109,5 @@ def test_frozen_models_agree_with_untouched() -> None:
     inputs = operation.inputs(shape, Draw(torch.float32, CPU, torch.Generator()))
     with torch.no_grad():
         expected = operation.eager(**inputs)
-        for run in (operation.ours, dropin._compile_freezing(shape)):
+        for run in (operation.ours, build(dropin.FROZEN, "compile-freezing", shape)):
             torch.testing.assert_close(run(**inputs), expected, rtol=1e-4, atol=1e-5)
