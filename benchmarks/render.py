@@ -204,19 +204,15 @@ def side_by_side(several: Mapping[str, Results]) -> Table:
     columns += [(f"{TIMES} {name}", "time in the first result over the time in this one") for name in list(several)[1:]]
     table = Table("cases", columns, texts=len(_CASE))
     for key in dict.fromkeys(key for cases in found.values() for key in cases):
-        row, first = [Cell(text, text) for text in key], None
-        ratios = []
-        for number, cases in enumerate(found.values()):
-            contest = cases.get(key)
+        here = [cases.get(key) for cases in found.values()]
+        cells = [Cell(text, text) for text in key]
+        for contest in here:
             ours, _, word = verdict_cells(contest)
-            row += [ours, word]
-            fastest = contest.fastest("ours") if contest else None
-            now = fastest.median_ms if fastest else None
-            if number:
-                ratios.append(Cell(times(first / now), first / now) if first and now else Cell(NOTHING))
-            else:
-                first = now
-        table.rows.append(row + ratios)
+            cells += [ours, word]
+        fastest = [contest.fastest("ours") if contest else None for contest in here]
+        first, *others = (row.median_ms if row else None for row in fastest)
+        cells += [Cell(times(first / ms), first / ms) if first and ms else Cell(NOTHING) for ms in others]
+        table.rows.append(cells)
     return table
 
 

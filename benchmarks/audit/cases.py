@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 import benchmarks.cases  # noqa: F401  (registers the operations)
 import evakernels
 from benchmarks.cases._optimizer import sizes_of
@@ -70,8 +68,8 @@ AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}
 DTYPES = ("bfloat16", "float32")
 MOST_ELEMENTS = 50_000
 """Largest tensor in an audited step of an optimizer."""
-LARGE = (427, 410)
-"""A parameter that is twice as large as the cache, with its moments, all in float32."""
+LARGE = 175_070
+"""Elements of a parameter that is twice as large as the cache, with its moments, all in float32."""
 
 
 def _scaled(name: str, backward: int) -> Operation:
@@ -140,22 +138,14 @@ def _few_tensors(name: str) -> Operation:
 
 
 def _large_tensor(name: str) -> Operation:
-    plain = get_operation(name)
-
-    def inputs(shape: Shape, draw: Draw) -> Inputs:
-        values = {
-            "params": draw.normal(*LARGE, scale=0.02),
-            "grads": draw.normal(*LARGE, scale=1e-3),
-            "exp_avgs": draw.normal(*LARGE, scale=1e-3, dtype=torch.float32),
-            "exp_avg_sqs": draw.normal(*LARGE, scale=1e-3, dtype=torch.float32).square_(),
-            "steps": torch.tensor(10.0),
-        }
-        return {name: [value] for name, value in values.items()}
-
-    def work(shape: Shape, itemsize: int) -> Work:
-        return Work(Cost(0, LARGE[0] * LARGE[1] * (3 * itemsize + 4 * 4)))
-
-    return replace(plain, name=f"{name} of a large tensor", inputs=inputs, work=work)
+    """Over a single tensor of `LARGE` elements."""
+    plain, large = get_operation(name), Shape(batch=1, width=LARGE)
+    return replace(
+        plain,
+        name=f"{name} of a large tensor",
+        inputs=lambda shape, draw: plain.inputs(large, draw),
+        work=lambda shape, itemsize: plain.work(large, itemsize),
+    )
 
 
 def operation(name: str) -> Operation:

@@ -143,7 +143,7 @@ def test_page_in_a_browser(page: "BrowserPage", file: Path, scheme: str, width: 
     page.goto(file.as_uri())
     for plot in page.locator("svg[role=img]").all():
         box = plot.bounding_box()
-        assert min(box["width"], box["height"]) > 80
+        assert min(box["width"] / 4, box["height"]) > 40  # a single case is a flat plot
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
