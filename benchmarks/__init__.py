@@ -1,16 +1,6 @@
 """Time, memory and error of every op, against its peers, this machine's roofline, and float64.
 
-`python -m benchmarks list` shows what can be measured. A file of yours can add a candidate:
-
-    from benchmarks import peer
-
-    @peer("layer_norm", "mine")
-    def build(shape):
-        from my_kernels import fast_norm
-
-        return lambda x, weight, bias: fast_norm(x, weight, bias, 1e-6)
-
-and `python -m benchmarks op layer_norm --plugin that_file.py` measures it next to the others.
+`python -m benchmarks list` shows the operations; docs/benchmarks.md shows how a file of yours adds a candidate.
 """
 
 import sys
@@ -24,10 +14,10 @@ INSTALLED = "--installed"
 
 
 def choose_evakernels() -> None:
-    """Have evakernels and evaclip imported from where they are installed, not from this checkout.
+    """Let Python import the installed evakernels and evaclip instead of this checkout's.
 
-    `python -m benchmarks` has Python look into the checkout first. That stays if the checkout is compiled, unless
-    `INSTALLED` is among the arguments, and if no other evakernels is installed.
+    `python -m benchmarks` imports the checkout's. That stays if the checkout is compiled, unless `INSTALLED` is among
+    the arguments, and if no other evakernels is installed.
     """
     compiled = (ROOT / "evakernels" / "_ops.so").exists()
     if "evakernels" in sys.modules or (compiled and INSTALLED not in sys.argv):

@@ -1,7 +1,7 @@
 """Errors against float64 on the same inputs, of a candidate and of plain PyTorch in the same dtype.
 
-A wrong result is no competitor of a right one, so it is told apart from an inexact one first: it has another shape or
-dtype, or an error beyond `allowed_error`, which is no matter of rounding.
+A wrong result gets no time. It has another shape or dtype, or an error beyond `allowed_error`, which rounding doesn't
+explain.
 """
 
 import math
@@ -13,32 +13,8 @@ from torch import Tensor
 
 from benchmarks.operation import Function, Inputs, Operation, Outputs
 
-
-def as_double(inputs: Inputs) -> Inputs:
-    """The same inputs with every floating-point tensor in float64."""
-    return {name: _convert(value) for name, value in inputs.items()}
-
-
-def forward_outputs(function: Function, inputs: Inputs) -> list[Tensor]:
-    """The tensors that the function returns, without a graph."""
-    with torch.no_grad():
-        return tensors(function(**inputs))
-
-
-def gradient_leaves(op: Operation, inputs: Inputs) -> list[Tensor]:
-    """The inputs that get gradients; lists of tensors are spread out."""
-    return [leaf for name in op.gradients for leaf in tensors(inputs[name])]
-
-
-def tensors(value: Outputs) -> list[Tensor]:
-    """The tensors in an input or output: one, or those of a list or tuple; None is left out."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, list | tuple) else []
-
-
 ERROR_RULE = {"forward": 2.0, "training": 3.0}
-"""How many times the error of plain PyTorch in the same dtype an op of this library may have at most."""
+"""Largest error of this library's ops, as a multiple of the error of plain PyTorch in the same dtype."""
 PEER_RULE = 10.0
 """The same for peers, of errors beyond `ROUGHEST`."""
 ROUGHEST = 2.0**-8
@@ -49,6 +25,8 @@ QUANTIZED = 0.15
 """The error that candidates of fewer bits may have: embeddings with a cosine of 0.99."""
 FINEST = 2.0**-24
 """One rounding to float32: a smaller error is none."""
+_ZERO = 1e-12
+"""A tensor this small relative to the others is float64's rounding of a zero, such as the gradient of keys' biases."""
 
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
@@ -56,6 +34,39 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 class WrongResultError(Exception):
     """A candidate computes something else."""
+
+
+def tensors(value: Outputs) -> list[Tensor]:
+    """The tensors in an input or output: one, or the elements of a list or tuple without None."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, list | tuple) else []
+
+
+def as_double(inputs: Inputs) -> Inputs:
+    """The same inputs with every floating-point tensor in float64."""
+    return {name: _convert(value) for name, value in inputs.items()}
+
+
+def _convert(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        detached = value.detach()
+        converted = detached.double() if detached.is_floating_point() else detached
+        return converted.requires_grad_(value.requires_grad)
+    if isinstance(value, list | tuple):
+        return type(value)(_convert(item) for item in value)
+    return value
+
+
+def forward_outputs(function: Function, inputs: Inputs) -> list[Tensor]:
+    """The tensors that the function returns, without a graph."""
+    with torch.no_grad():
+        return tensors(function(**inputs))
+
+
+def gradient_leaves(op: Operation, inputs: Inputs) -> list[Tensor]:
+    """The inputs that get gradients; lists of tensors are flattened."""
+    return [leaf for name in op.gradients for leaf in tensors(inputs[name])]
 
 
 def forms(values: Sequence[Tensor]) -> list[Form]:
@@ -80,12 +91,12 @@ def luck(values: Sequence[Tensor], dtype: torch.dtype) -> float:
 
 
 def allowed_error(kind: str, mode: str, baseline: float | None, least: float = FINEST) -> float:
-    """The largest error of a result that isn't wrong: ours by the rule, a peer's as far as rounding explains it.
+    """The largest error of a result that isn't wrong.
 
     Args:
         kind: `ours`, `baseline`, `peer` or `quantized`.
         mode: `forward` for an error of outputs, `training` for one of gradients.
-        baseline: the error of plain PyTorch in the same dtype; None or NaN where there is none to compare with.
+        baseline: the error of plain PyTorch in the same dtype; None or NaN where it is unknown.
         least: an error that is accepted in any case; see `luck`.
     """
     if baseline is None or math.isnan(baseline):
@@ -96,14 +107,10 @@ def allowed_error(kind: str, mode: str, baseline: float | None, least: float = F
     return max(ours, min(PEER_RULE * baseline, UNRELATED), QUANTIZED if kind == "quantized" else ROUGHEST)
 
 
-_ZERO = 1e-12
-"""A tensor this small relative to the others is float64's rounding of a zero, such as the gradient of keys' biases."""
-
-
 def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest relative RMS error, ||found - truth|| / ||truth||, of several tensors; NaN if any has one.
 
-    That of a tensor which should be zero is relative to the largest of the others, by RMS of their elements.
+    The error of a tensor of zeros is relative to the largest of the others, by RMS of their elements.
     """
     scales = [_rms(exact) for exact in truth]
     largest = max(scales, default=0.0)
@@ -118,13 +125,3 @@ def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 def _rms(tensor: Tensor) -> float:
     return float(tensor.double().norm().item() / max(tensor.numel(), 1) ** 0.5)
-
-
-def _convert(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        detached = value.detach()
-        converted = detached.double() if detached.is_floating_point() else detached
-        return converted.requires_grad_(value.requires_grad)
-    if isinstance(value, list | tuple):
-        return type(value)(_convert(item) for item in value)
-    return value

@@ -18,7 +18,7 @@ from evakernels.backends import why_not
 
 OURS, COMPILE = "evakernels", "torch.compile"
 NOBODY = "none"
-SERVED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """The backends of each device type, in the order of `evakernels.backends.PREFERENCE`."""
 
 
@@ -27,10 +27,10 @@ class Candidate:
     """One implementation of an operation.
 
     Attributes:
-        name: `evakernels <backend>`, `torch.compile`, or that of the baseline or the peer.
-        version: of the distribution that it comes from.
+        name: `evakernels <backend>`, `torch.compile`, or the name of the baseline or the peer.
+        version: version of its distribution.
         build: makes the function for a shape.
-        context: the surroundings in which it must be called.
+        context: context manager of every call.
     """
 
     name: str
@@ -52,9 +52,9 @@ def candidates(
         peers: names of peers, `torch.compile` among them; by default all. `none` for none. The operation's baseline is
             always there: the others are compared with it.
     """
-    found, absent = _ours(op, device, backends)
-    version = version_of(op.baseline.package) or ""
-    found.append(Candidate(op.baseline.name, "baseline", version, _always(op.eager)))
+    found, absent = _list_ours(op, device, backends)
+    version = version_of(op.baseline_package) or ""
+    found.append(Candidate(op.baseline, "baseline", version, lambda shape: op.eager))
     if op.compiles and (not peers or COMPILE in peers):
         found.append(Candidate(COMPILE, "peer", torch.__version__, lambda shape: compiled(op.eager)))
     for peer in peers_of(op.name):
@@ -64,48 +64,42 @@ def candidates(
         if reason is not None:
             absent[peer.name] = reason
         else:
-            found.append(Candidate(peer.name, peer.kind, peer.version or "", peer.build))
+            found.append(Candidate(peer.name, peer.kind, version_of(peer.package or "torch") or "", peer.build))
     if twice := [name for name, count in Counter(one.name for one in found).items() if count > 1]:
         raise UserError(f"{op.name} has two candidates called {twice[0]!r}; name the peer differently")
     return found, absent
 
 
-def _ours(op: Operation, device: str, backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
+def _list_ours(op: Operation, device: str, backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
     version = evakernels.info()["evakernels"] or ""
-    if op.registered is None:
-        return _composed(op, backends, version), {}
-    here = [backend for backend in SERVED[device] if not backends or backend in backends]
-    reasons = {backend: why_not(op.registered, backend) for backend in here}
-    found = [_on_backend(op, backend, version) for backend, why in reasons.items() if not why]
-    absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
-    return found, absent
 
+    def on_backend(backend: str) -> Candidate:
+        context = partial(evakernels.use_backend, backend)
+        return Candidate(f"{OURS} {backend}", "ours", version, lambda shape: op.ours, context)
 
-def _composed(op: Operation, backends: Sequence[str], version: str) -> list[Candidate]:
-    """A composition of ops with the backends that each of them chooses, and with the references."""
+    if op.registered is not None:
+        here = [backend for backend in BACKENDS[device] if not backends or backend in backends]
+        reasons = {backend: why_not(op.registered, backend) for backend in here}
+        absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
+        return [on_backend(backend) for backend, why in reasons.items() if not why], absent
     found = []
     if set(backends) != {"reference"}:
         ways = {OURS: op.ours, **{f"{OURS} {name}": function for name, function in op.variants.items()}}
-        found += [Candidate(name, "ours", version, _always(function)) for name, function in ways.items()]
+        found += [Candidate(name, "ours", version, partial(_always, function)) for name, function in ways.items()]
     if "reference" in backends or (op.references and not backends):
-        found.append(_on_backend(op, "reference", version))
-    return found
+        found.append(on_backend("reference"))
+    return found, {}
 
 
-def _always(function: Function) -> Callable[[Any], Function]:
-    return lambda shape: function
-
-
-def _on_backend(op: Operation, backend: str, version: str) -> Candidate:
-    context = partial(evakernels.use_backend, backend)
-    return Candidate(f"{OURS} {backend}", "ours", version, _always(op.ours), context)
+def _always(function: Function, shape: Any) -> Function:
+    return function
 
 
 def check_names(chosen: Sequence[Operation], device: str, backends: Sequence[str], peers: Sequence[str]) -> None:
-    """Raises `UserError` for a backend that the device type has not, or a peer that no operation of `chosen` knows."""
-    known = [name for op in chosen for name in (op.baseline.name, *(peer.name for peer in peers_of(op.name)))]
+    """Raises `UserError` for an unknown backend of the device type, or a peer of no operation in `chosen`."""
+    known = [name for op in chosen for name in (op.baseline, *(peer.name for peer in peers_of(op.name)))]
     for kind, given, accepted in (
-        (f"{device} backend", backends, SERVED[device]),
+        (f"{device} backend", backends, BACKENDS[device]),
         ("peer", peers, [*known, COMPILE, NOBODY]),
     ):
         for name in given:
@@ -115,13 +109,32 @@ def check_names(chosen: Sequence[Operation], device: str, backends: Sequence[str
 
 def compiled(function: Function) -> Function:
     """`torch.compile` for one shape; the function is called by keyword."""
-    # What earlier runs left on disk would make the first call look cheap.
+    # A compilation cache on disk would make the first call look cheap.
     torch.compiler.config.force_disable_caches = True
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
 
     def fresh(**inputs: Any) -> Any:
         return function(**inputs)
 
-    # torch counts the compiled forms of each code object and stops at eight; so each case gets one of its own.
+    # torch counts the compiled forms of each code object and stops at eight: each case gets a new code object.
     fresh.__code__ = fresh.__code__.replace()
     return torch.compile(fresh, fullgraph=True, dynamic=False)
+
+
+def compile_frozen(module: torch.nn.Module, backend: str = "inductor", **options: Any) -> Function:
+    """`torch.compile` with frozen weights, by torch's backend or by `zentorch`, for calls without gradients."""
+    from torch._inductor import config
+
+    if backend == "zentorch":
+        import zentorch  # noqa: F401, which registers it
+    # By its options torch distinguishes code that was compiled with and without frozen weights.
+    if backend == "inductor":
+        options["options"] = {"freezing": True}
+    function: Function = torch.compile(module, dynamic=False, backend=backend, **options)
+
+    def run(*inputs: Any) -> Any:
+        # zentorch sets joint_custom_post_pass for everything that is compiled later.
+        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
+            return function(*inputs)
+
+    return run

@@ -21,33 +21,27 @@ from evaclip.commands.parser import CommandParser, leaf, positive, run_command
 from evaclip.errors import UserError, unknown_name
 
 _EXAMPLES = {
-    "list": ["python -m benchmarks list", "python -m benchmarks list --device cuda"],
+    "list": ["python -m benchmarks list --device cuda"],
     "op": [
         "python -m benchmarks op --json run.json --html run.html",
         "python -m benchmarks op layer_norm gelu --shape 4096x768",
         "python -m benchmarks op layer_norm --shape small --threads 1  # the host's part of a call",
         "python -m benchmarks op rope_attention --shape 'eva02-l14@336 b4' --dtype bfloat16 --peer torch.compile",
         "python -m benchmarks op layer_norm --plugin my_norm.py --peer mine",
-        "python -m benchmarks op --first 2 --dtype float32 --backend cpu --page docs/benchmarks.md",
-        "python -m benchmarks op search --dtype float32",
+        "python -m benchmarks op loader --dtype float32",
     ],
     "model": [
-        "python -m benchmarks model --peer open_clip",
         "python -m benchmarks model encode_image --peer onnxruntime --peer openvino",
         "python -m benchmarks model clip_step --shape 'eva02-b16@224 b16 drop50' --mode training",
-        "python -m benchmarks model dropin --shape 'timm/vit-b b8' --mode training --peer none",
         "python -m benchmarks model dropin --shape 'open_clip/vit-b-32 b32 t13'  # captions of 13 tokens, and padding",
     ],
     "compare": [
-        "python -m benchmarks compare run.json --html run.html",
-        "python -m benchmarks compare run.json --page docs/benchmarks.md",
         "python -m benchmarks compare before.json after.json",
+        "python -m benchmarks compare run.json --html run.html --page docs/benchmarks.md",
     ],
     "audit": [
-        "python -m benchmarks audit layer_norm swiglu",
-        "python -m benchmarks audit --kernels triton",
-        "python -m benchmarks audit --explain rope_attention --arch sm_90",
-        "python -m benchmarks audit token_dropout --shape 'eva02-l14@336 b8 drop50' --dtype bfloat16 --json audit.json",
+        "python -m benchmarks audit layer_norm swiglu --kernels triton",
+        "python -m benchmarks audit token_dropout --shape 'eva02-l14@336 b8 drop50' --arch sm_90 --explain",
     ],
 }
 _SEVERAL: dict[str, Any] = {"action": "append", "default": []}
@@ -69,7 +63,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Measure ops and models: time, memory, error, and the share of this machine's roofline.",
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
-    _add_device(_add(verbs, "list", "show what can be measured here, and who is absent", _list))
+    _add_device(_add(verbs, "list", "show operations, shapes and peers, and who is absent", _list))
     for verb, text in (("op", "measure operations"), ("model", "measure whole models")):
         measuring = _add(verbs, verb, text, _measure)
         measuring.add_argument("names", nargs="*", metavar="NAME", help="default: all that don't need a request")
@@ -105,10 +99,6 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _file_or_folder(text: str) -> Path:
-    return _folder(text) if Path(text).is_dir() else _file(text)
-
-
 def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentParser:
     parser = leaf(verbs, name, help=help, examples=_EXAMPLES[name])
     parser.set_defaults(run=action)
@@ -118,7 +108,7 @@ def _add(verbs: Any, name: str, help: str, action: Any) -> argparse.ArgumentPars
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=sorted(DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
     parser.add_argument("--plugin", type=Path, **_SEVERAL, metavar="FILE", help="adds candidates")
-    text = "measure the evakernels that is installed, not this checkout's (default where that isn't compiled)"
+    text = "measure the installed evakernels, not this checkout's (default if this one isn't compiled)"
     parser.add_argument(INSTALLED, action="store_true", help=text)
 
 
@@ -133,30 +123,28 @@ def _add_pages(parser: Any) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what to measure (each may be given several times)")
+    measured = parser.add_argument_group("what to measure (each may be given several times)")
     shapes = ", or sizes alone, such as 4096x768 for rows x channels, or 'small'; `list` shows the shapes of each"
-    _add_choice(what, shapes)
-    what.add_argument("--first", type=int, default=0, metavar="N", help="only so many of an operation's default shapes")
-    what.add_argument("--mode", **_SEVERAL, choices=["forward", "training"], help="default: both")
-    what.add_argument("--backend", **_SEVERAL, metavar="NAME", help="of this library (default: all)")
-    what.add_argument("--peer", **_SEVERAL, metavar="NAME", help="default: all; 'none' for none")
+    _add_choice(measured, shapes)
+    measured.add_argument("--first", type=int, default=0, metavar="N", help="only the first N default shapes")
+    measured.add_argument("--mode", **_SEVERAL, choices=["forward", "training"], help="default: both")
+    measured.add_argument("--backend", **_SEVERAL, metavar="NAME", help="of this library (default: all)")
+    measured.add_argument("--peer", **_SEVERAL, metavar="NAME", help="default: all; 'none' for none")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own number)")
-    how.add_argument(
-        "--passes", type=int, default=Plan.passes, metavar="N", help="over all cases (default: %(default)s)"
-    )
+    passes = "over all cases (default: %(default)s)"
+    how.add_argument("--passes", type=int, default=Plan.passes, metavar="N", help=passes)
     seconds = "a candidate and pass (default: %(default)s)"
     how.add_argument("--seconds", type=positive, default=Plan.seconds, metavar="S", help=seconds)
-    how.add_argument("--profile", type=_folder, metavar="FOLDER", help="also leave a trace of each candidate there")
+    how.add_argument("--profile", type=_folder, metavar="FOLDER", help="write a trace of each candidate there")
     how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or is wrong")
-    results = parser.add_argument_group("what to leave")
-    everything = "everything, for `compare`; a folder will do"
-    results.add_argument("--json", type=_file_or_folder, metavar="FILE", help=everything)
+    results = parser.add_argument_group("results")
+    results.add_argument("--json", type=_file, metavar="FILE", help="everything, for `compare`")
     _add_pages(results)
 
 
 def _list(args: argparse.Namespace) -> None:
-    from benchmarks.tables import print_operations
+    from benchmarks.render import print_operations
 
     _load(args)
     print_operations(list(operations().values()), args.device)
@@ -164,7 +152,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     from benchmarks.page import split_markdown
-    from benchmarks.tables import print_results
+    from benchmarks.render import print_results
 
     _load(args)
     plan, chosen = _plan(args), _chosen(args)
@@ -172,10 +160,10 @@ def _measure(args: argparse.Namespace) -> None:
         split_markdown(args.page)  # complains before minutes have gone by
     with _progress() as progress:
         results = run(chosen, plan, progress)
-    if args.json:  # before anything is printed, whose reader may be gone
+    if args.json:  # before anything is printed: the reader of a pipe may be gone
         results.write_json(args.json)
     print_results(results)
-    _write_pages(args, {results.file_name: results}, whole=not results.interrupted)
+    _write_pages(args, {"run": results}, whole=not results.interrupted)
     if results.interrupted:
         raise KeyboardInterrupt
     if args.profile:
@@ -241,7 +229,7 @@ def _profile(chosen: list[Operation], plan: Plan, results: Results, folder: Path
 
 
 def _check(results: Results) -> None:
-    """Exit with 1 if a row of this library failed or is wrong; wrong peers are named."""
+    """Print wrong peers; exit with 1 if a row of this library failed or is wrong."""
     ours = [row for row in results.rows if row.kind == "ours" and row.failure]
     peers = [row for row in results.rows if row.kind != "ours" and row.mark == "wrong"]
     for title, rows in (("peers that are wrong", peers), ("evakernels fails or is wrong", ours)):
@@ -253,7 +241,7 @@ def _check(results: Results) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from benchmarks.compare import compare, print_comparison
-    from benchmarks.tables import make_console, print_results, side_by_side
+    from benchmarks.render import make_console, print_results, side_by_side
 
     names = [path.stem for path in args.results]
     if len(set(names)) < len(names):
@@ -280,7 +268,7 @@ def _write_pages(args: argparse.Namespace, several: dict[str, Results], whole: b
         return
     from benchmarks.page import write_markdown, write_page
 
-    load()  # pages say what each operation does
+    load()  # pages have the summary of each operation
     if args.html:
         with writing(args.html):
             print(write_page(several, args.html))

@@ -111,7 +111,7 @@ def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str])
 
 
 def run_steps(
-    steps: Sequence[Step], out: Path, budget: float, environment: dict[str, str], tell: Callable[[str], None] = print
+    steps: Sequence[Step], out: Path, budget: float, environment: dict[str, str], report: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
     """Run the steps without a result until `budget` seconds are over, and return all results.
 
@@ -127,16 +127,16 @@ def run_steps(
                 continue
             if left < _SHORTEST:
                 break
-            tell(f"{step.name} ...")
+            report(f"{step.name} ...")
             result = run_step(step, out, left, environment)
             if result["status"] == "timed out" and left < step.seconds:
                 break
             with file.open("a", encoding="utf-8") as stream:
                 stream.write("\n" + json.dumps(result))  # a full disk damages no line but this one
             results.append(result)
-            tell(describe(result))
+            report(describe(result))
     except KeyboardInterrupt:
-        tell("interrupted")
+        report("interrupted")
     return results
 
 
@@ -161,8 +161,8 @@ def install(bundle: Path, packages: Path) -> None:
     Raises:
         SystemExit: the bundle is for other kernels or another Python.
     """
-    made_of = (bundle / "csrc.sha256").read_text().strip()
-    if made_of != hash_csrc(ROOT):
+    expected = (bundle / "csrc.sha256").read_text().strip()
+    if expected != hash_csrc(ROOT):
         sys.exit("error: csrc has changed since the bundle was made: run `make gpu-bundle` again")
     tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
     if not any(tag in path.name for path in (bundle / "libraries").iterdir()):
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def conclude(steps: Sequence[Step], results: Sequence[dict[str, Any]], out: Path) -> int:
-    """Print what failed and what is open, and return the exit status."""
+    """Print failed and open steps, and return the exit status."""
     last = {result["step"]: result for result in results}
     bad = [step.name for step in steps if last.get(step.name, {}).get("status") not in (None, "passed", "missing")]
     left = [step.name for step in steps if step.name not in last]
@@ -250,7 +250,7 @@ def conclude(steps: Sequence[Step], results: Sequence[dict[str, Any]], out: Path
 
 
 def _sanitizer_steps() -> Iterator[Step]:
-    """The launchers, driven by a program without Python, alone and under NVIDIA's sanitizers."""
+    """The launchers in a program without Python, alone and under NVIDIA's sanitizers."""
     found = [BUNDLE / "drive_gpu", *ROOT.glob("build/*/drive_gpu")]
     program = next((path for path in found if path.exists()), None)
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])

@@ -27,23 +27,23 @@ from evakernels.nn import linear
 _DEFAULT_CACHE = 32 << 20
 _FIRST_SIDE, _LONGEST_PRODUCT = 256, 0.5  # seconds
 BUSY_SHARE = 0.1
-"""Share of the processors that others may use before the run is called disturbed."""
+"""Largest share of the processors that others use in an undisturbed run."""
 DRIFT = 0.1
-"""Relative change of the machine's ceilings during a run before it is called unsteady."""
+"""Largest relative change of the machine's ceilings during a steady run."""
 
 
 def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iterable[str]) -> Machine:
     """The machine with its measured ceilings; a few seconds on a CPU.
 
     Args:
-        device: where to measure.
-        dtypes: for which the rate of a matrix product is needed.
+        device: the device to measure.
+        dtypes: dtypes of the matmul rates.
         packages: distributions; the result has their versions.
     """
     copy, matmul = ceilings(device, dtypes)
     return Machine(
         device=device.type,
-        name=device_name(device),
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else str(host()["processor"]),
         threads=torch.get_num_threads(),
         copy_gbps=copy,
         matmul_tflops=matmul,
@@ -58,7 +58,7 @@ def describe(device: torch.device, dtypes: Iterable[torch.dtype], packages: Iter
 
 
 def is_checkout() -> bool:
-    """Whether the evakernels that is imported is that of this checkout."""
+    """Whether the imported evakernels is in this checkout."""
     return Path(evakernels.__file__).resolve().parent.parent == ROOT
 
 
@@ -71,7 +71,7 @@ def warning() -> str | None:
 
 
 def _package() -> str:
-    """The file that evakernels came from, its version, and whether it is compiled."""
+    """The file of the imported evakernels, its version, and whether it is compiled."""
     file = Path(evakernels.__file__).resolve()
     where = f"{file.relative_to(ROOT)} of this checkout" if is_checkout() else str(file)
     native = evakernels.info()["native"]
@@ -80,9 +80,9 @@ def _package() -> str:
 
 
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[str, float]]:
-    """GB/s of a large copy, read and written bytes counted, and TFLOP/s of a large matrix product by dtype."""
+    """GB/s of a large copy, read and written bytes counted, and TFLOP/s of a large matmul by dtype."""
     elements, size = (1 << 28, 8192) if device.type == "cuda" else (1 << 26, 1536)
-    # Not all the same, which a GPU may move with less power; random numbers take a CPU longer than the copies.
+    # A GPU may move equal numbers with less power; random numbers take a CPU longer than the copies.
     source = torch.arange(elements, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(partial(target.copy_, source), device) / 1e9
@@ -94,7 +94,7 @@ def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of square products of this size, or of smaller ones where such a product would take long.
+    """FLOP/s of square matmuls of this size, or of smaller ones where such a matmul would take long.
 
     A processor without instructions for bfloat16 reaches a hundredth of its rate in float32.
     """
@@ -108,7 +108,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4, least: int = 5) -> float:
-    """Seconds of the fastest call; the first one, which also touches fresh memory, doesn't count."""
+    """Seconds of the fastest call without the first one, which also touches fresh memory."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) <= least or time.perf_counter() < end:
@@ -121,7 +121,7 @@ def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.4
 
 
 class Watch:
-    """Notices disturbances of a run: other processes, ceilings that fall or rise, a GPU that is throttled."""
+    """Notices disturbances of a run: other processes, moving ceilings, a throttled GPU."""
 
     def __init__(self, machine: Machine, device: torch.device) -> None:
         self._machine, self._device = machine, device
@@ -139,10 +139,10 @@ class Watch:
         copy, matmul = ceilings(self._device, dtypes)
         changes = {"copy": copy / self._machine.copy_gbps - 1}
         for dtype, rate in matmul.items():
-            changes[f"{dtype} matrix product"] = rate / self._machine.matmul_tflops[dtype] - 1
+            changes[f"{dtype} matmul"] = rate / self._machine.matmul_tflops[dtype] - 1
         notes = [
-            f"unsteady: the {what} ceiling was {abs(change):.0%} {'higher' if change > 0 else 'lower'} after the run"
-            for what, change in changes.items()
+            f"unsteady: the {name} ceiling was {abs(change):.0%} {'higher' if change > 0 else 'lower'} after the run"
+            for name, change in changes.items()
             if abs(change) > DRIFT
         ]
         if others > BUSY_SHARE:
@@ -153,22 +153,15 @@ class Watch:
 
 
 def _busy_seconds() -> tuple[float, float, float]:
-    """Seconds that all processors worked, that this process and its children worked, and of the clock."""
+    """Seconds of work of all processors, of this process and its children, and of the clock."""
     times = psutil.cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
     own = os.times()
     return sum(times) - idle - getattr(times, "guest", 0.0), sum(own[:4]), time.monotonic()
 
 
-def device_name(device: torch.device) -> str:
-    """The name of the processor or the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(host()["processor"])
-
-
 def _cache_bytes(device: torch.device) -> int:
-    """The last level of cache, of a processor as Linux tells it."""
+    """Bytes of the last-level cache; of a processor as Linux reports it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -193,34 +186,25 @@ def commit() -> str:
         return ""
 
 
-# --- the GPU, as NVML describes it ----------------------------------------------------------------------------------
+# --- the GPU's state by NVML ----------------------------------------------------------------------------------------
 
-_REASONS = {
-    "SwPowerCap": "power cap",
-    "SwThermalSlowdown": "temperature",
-    "HwSlowdown": "hardware slowdown",
-    "HwThermalSlowdown": "hardware temperature limit",
-    "HwPowerBrakeSlowdown": "external power brake",
-}
-"""NVML's reasons for lower clocks that mean trouble; an idle GPU and clocks that somebody set do not."""
 _COUNTERS = {"NVML_PERF_POLICY_POWER": "power cap", "NVML_PERF_POLICY_THERMAL": "temperature"}
+"""NVML's counters of the time at lowered clocks."""
 
 
 @dataclass(frozen=True)
 class GpuState:
-    """The state of a GPU at a moment; values that the driver doesn't have are left out.
+    """The state of a GPU at a moment, without values that the driver doesn't have.
 
     Attributes:
-        seconds: of a monotonic clock.
+        seconds: a monotonic clock.
         clocks: clocks in MHz, power in W and temperature in degrees Celsius, by name with unit.
-        reasons: why the clocks are lowered just now.
-        limited: seconds that clocks were lowered since the driver was loaded, by reason.
+        limited: seconds at lowered clocks since the driver was loaded, by reason.
         others: processes on the GPU besides this one.
     """
 
     seconds: float
     clocks: dict[str, float] = field(default_factory=dict)
-    reasons: tuple[str, ...] = ()
     limited: dict[str, float] = field(default_factory=dict)
     others: int = 0
 
@@ -229,7 +213,7 @@ def read_gpu_state(device: torch.device) -> GpuState | None:
     """Return the state of the GPU that torch calls `device`; a few milliseconds.
 
     This process must already have used it, since one process on the GPU is taken to be this one: in a container the
-    driver names processes by numbers from outside, so they can't be told apart.
+    driver numbers processes as outside.
 
     Returns:
         None without a GPU, without nvidia-ml-py, or if the driver doesn't answer.
@@ -243,16 +227,16 @@ def read_gpu_state(device: torch.device) -> GpuState | None:
     try:
         nvml.nvmlInit()
         try:
-            # By UUID: torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML those of the machine.
+            # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers, not NVML's.
             uuid = torch.cuda.get_device_properties(device).uuid
-            return _ask(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+            return _query(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
         finally:
             nvml.nvmlShutdown()
     except (nvml.NVMLError, AttributeError):  # later versions have other names for some of it
         return None
 
 
-def _ask(nvml: Any, handle: Any) -> GpuState:
+def _query(nvml: Any, handle: Any) -> GpuState:
     def ask(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(handle, *args)
@@ -266,16 +250,12 @@ def _ask(nvml: Any, handle: Any) -> GpuState:
         "power_w": None if power is None else power / 1e3,
         "temperature_c": ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
     }
-    reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons) or 0
     counters = {
         reason: ask(nvml.nvmlDeviceGetViolationStatus, getattr(nvml, policy)) for policy, reason in _COUNTERS.items()
     }
     return GpuState(
         seconds=time.monotonic(),
         clocks={name: value for name, value in clocks.items() if value is not None},
-        reasons=tuple(
-            text for name, text in _REASONS.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}", 0)
-        ),
         limited={reason: status.violationTime / 1e9 for reason, status in counters.items() if status},
         others=max(0, len(ask(nvml.nvmlDeviceGetComputeRunningProcesses) or ()) - 1),
     )
@@ -287,13 +267,11 @@ def gpu_notes(before: GpuState | None, after: GpuState | None) -> list[str]:
         return []
     elapsed = max(after.seconds - before.seconds, 1e-9)
     grown = {reason: total - before.limited.get(reason, total) for reason, total in after.limited.items()}
-    limited = {reason: seconds for reason, seconds in grown.items() if seconds > 0}
     notes = [
         f"throttled: {reason} for {seconds:.1f} s ({seconds / elapsed:.0%} of the run)"
-        for reason, seconds in limited.items()
+        for reason, seconds in grown.items()
+        if seconds > 0
     ]
-    current = dict.fromkeys((*before.reasons, *after.reasons))
-    notes += [f"throttled: {reason}, before or after the run" for reason in current if reason not in limited]
     if others := max(before.others, after.others):
         notes.append(f"busy: {others} other {'process' if others == 1 else 'processes'} on the GPU")
     return notes

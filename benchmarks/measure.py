@@ -4,22 +4,24 @@ Many cases are run in several passes, so that a disturbance of minutes falls on 
 """
 
 import math
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 
-from benchmarks import accuracy, memory
+from benchmarks import accuracy
 from benchmarks import machine as machines
 from benchmarks.candidates import Candidate, candidates, check_names
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, peers_of
 from benchmarks.results import WRONG, Machine, Results, Row
 from benchmarks.shapes import Shape
-from benchmarks.timing import Rotation, Timer
+from benchmarks.timing import CudaTimer, Rotation, Timer
 from evaclip.errors import UserError
 from evakernels import keep_freed_memory
 
@@ -30,9 +32,12 @@ Progress = Callable[[int, int, str], None]
 
 _MAX_SETS = 64
 _JUDGED_SEED = -1
-"""Seed of the inputs that results are judged on; a candidate might cache those of its first call."""
+"""Seed of the inputs of the error; a candidate might cache the results of its first call."""
 _JUDGED = {"forward": "outputs", "training": "gradients"}
 """The tensors that have the errors of a mode."""
+
+# The profiler otherwise announces its start and stop on stderr, once for every row.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass
@@ -51,14 +56,19 @@ class Case:
     functions: dict[str, Function] = field(default_factory=dict)
 
     @property
-    def title(self) -> str:
-        """One line that names it."""
-        return f"{self.op.name}, {self.mode}, {self.shape.name}, {_name(self.dtype)}"
+    def dtype_name(self) -> str:
+        """`float32`, not `torch.float32`."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def title(self) -> str:
+        """One line that names it."""
+        return f"{self.op.name}, {self.mode}, {self.shape.name}, {self.dtype_name}"
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
         """Identifies the case; see `Row.case`."""
-        return (self.op.name, self.mode, self.shape.name, _name(self.dtype), self.device.type)
+        return (self.op.name, self.mode, self.shape.name, self.dtype_name, self.device.type)
 
     def draw(self, seed: int = 0) -> Inputs:
         """A set of inputs: the same for the same seed."""
@@ -73,13 +83,16 @@ class Case:
 def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer, seconds: float) -> None:
     """One pass: measures every candidate of the case, interleaved, and adds to its rows.
 
-    The first pass also builds the candidates and takes first calls, memory and errors. A candidate that fails, or whose
-    result is wrong, gets the reason as its row, is not timed and takes no part in later passes.
+    The first pass also builds the candidates and takes first calls, memory and errors. A candidate that fails, or has a
+    wrong result, gets the reason as its row, is not timed and takes no part in later passes.
     """
     one_pass = max((len(row.samples_ms) for row in case.rows.values()), default=0)
     try:
         if not case.rows:
-            _prepare(case, contestants, machine, timer)
+            case.rows = {candidate.name: _empty_row(case, candidate, machine) for candidate in contestants}
+            judge = _appoint_judge(case)
+            for candidate in contestants:
+                _guard(case, candidate, partial(_measure_once, case, candidate, timer, judge))
         _time(case, contestants, machine, timer, seconds, first_seed=one_pass * _MAX_SETS)
     except Exception as exc:  # of the inputs, the truth or the timer, which all share
         if not case.rows:  # the formula of the cost fails
@@ -92,13 +105,13 @@ def measure(case: Case, contestants: Sequence[Candidate], machine: Machine, time
 def _time(
     case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer, seconds: float, first_seed: int
 ) -> None:
-    alive = [candidate for candidate in contestants if case.rows[candidate.name].failure is None]
     sets = _draw_sets(case, machine, first_seed)
     ready = []
-    for candidate in alive:
-        rotation = Rotation([make_call(case, candidate, inputs) for inputs in sets], candidate.context)
-        if _guarded(case, candidate, partial(_touch, rotation)):
-            ready.append((candidate, rotation))
+    for candidate in contestants:
+        if case.rows[candidate.name].failure is None:
+            rotation = Rotation([make_call(case, candidate, inputs) for inputs in sets], candidate.context)
+            if _guard(case, candidate, partial(_call_each, rotation)):
+                ready.append((candidate, rotation))
     samples = timer.rounds([rotation for _, rotation in ready], seconds)
     for (candidate, _), values in zip(ready, samples, strict=True):
         case.rows[candidate.name].samples_ms.append(values)
@@ -106,15 +119,29 @@ def _time(
         machine.notes.append(f"{case.title}: {ready[index][0].name} is timed with its launches ({reason})")
 
 
+def _draw_sets(case: Case, machine: Machine, first_seed: int) -> list[Inputs]:
+    """Sets of inputs that are together twice as large as the cache."""
+    first = case.draw(first_seed)
+    size = sum(tensor.nbytes for value in first.values() for tensor in accuracy.tensors(value))
+    count = min(_MAX_SETS, -(-2 * machine.cache_bytes // max(size, 1)))
+    return [first, *(case.draw(first_seed + index) for index in range(1, count))]
+
+
+def _call_each(rotation: Rotation) -> None:
+    with rotation.context():
+        for call in rotation.calls:
+            call()
+
+
 @dataclass(frozen=True)
 class _Judge:
-    """The standard by which results of a case are judged.
+    """The standard for the results of a case.
 
     Attributes:
-        truth: outputs, and in training gradients, in float64, by the mode whose errors they tell; none where memory
-            doesn't hold them: errors are then unknown.
+        truth: outputs, and in training gradients, in float64, by the mode of their error; empty where memory doesn't
+            hold them: errors are then unknown.
         forms: of the outputs of plain PyTorch; None where it failed.
-        errors: those of plain PyTorch.
+        errors: errors of plain PyTorch, by mode.
     """
 
     truth: dict[str, list[Tensor]]
@@ -122,76 +149,68 @@ class _Judge:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def _prepare(case: Case, contestants: Sequence[Candidate], machine: Machine, timer: Timer) -> None:
-    case.rows = {candidate.name: _empty_row(case, candidate, machine) for candidate in contestants}
-    judge = _appoint(case)
-    for candidate in contestants:
-        _guarded(case, candidate, partial(_first, case, candidate, timer, judge))
-
-
-def _appoint(case: Case) -> _Judge:
+def _appoint_judge(case: Case) -> _Judge:
     try:
         truth = dict(_results(case, case.op.eager, accuracy.as_double(case.draw(_JUDGED_SEED))))
     except torch.OutOfMemoryError:
         truth = {}
     try:
-        (_, outputs), *gradients = _results(case, case.op.eager, case.draw(_JUDGED_SEED))
-    except Exception:  # its own row will tell
+        found = dict(_results(case, case.op.eager, case.draw(_JUDGED_SEED)))
+    except Exception:  # its row gets the reason
         return _Judge(truth)
-    found = dict([("forward", outputs), *gradients])
     errors = {mode: accuracy.relative_error(values, truth[mode]) for mode, values in found.items() if mode in truth}
-    return _Judge(truth, accuracy.forms(outputs), errors)
+    return _Judge(truth, accuracy.forms(found["forward"]), errors)
 
 
-def _first(case: Case, candidate: Candidate, timer: Timer, judge: _Judge) -> None:
+def _measure_once(case: Case, candidate: Candidate, timer: Timer, judge: _Judge) -> None:
     row = case.rows[candidate.name]
     function = case.functions[candidate.name] = candidate.build(case.shape)
     with candidate.context():
         seconds = timer.first_call(make_call(case, candidate, case.draw()))
-        _check(row, _results(case, function, case.draw(_JUDGED_SEED)), judge)
-        _take_memory(case, candidate, row)
+        for mode, values in _results(case, function, case.draw(_JUDGED_SEED)):
+            _check(row, mode, values, judge)
+        call = make_call(case, candidate, case.draw())
+        call()  # the first call also draws the gradients of the outputs
+        row.peak_bytes = peak_bytes(call, case.device)
+        if case.mode == "training":
+            row.saved_bytes = saved_bytes(partial(function, **case.draw()), case.device)
     row.first_call_ms = 1e3 * seconds
 
 
-def _check(row: Row, found: Iterable[tuple[str, list[Tensor]]], judge: _Judge) -> None:
-    """Take the errors; raise `WrongResultError` for a wrong result."""
-    for mode, values in found:
-        if mode == "forward" and judge.forms is not None:
-            accuracy.check_forms(accuracy.forms(values), judge.forms)
-        if mode not in judge.truth:
-            continue
-        error, baseline = accuracy.relative_error(values, judge.truth[mode]), judge.errors.get(mode)
-        if mode == row.mode:
-            row.error, row.baseline_error = error, baseline
-        least = accuracy.luck(values, getattr(torch, row.dtype))
-        allowed, what = accuracy.allowed_error(row.kind, mode, baseline, least), _JUDGED[mode]
-        if math.isnan(error):
-            raise accuracy.WrongResultError(f"NaN among the {what}")
-        if error > allowed:
-            raise accuracy.WrongResultError(f"the {what} have an error of {error:.1e}, at most {allowed:.1e} is right")
+def _check(row: Row, mode: str, values: list[Tensor], judge: _Judge) -> None:
+    """Take the error; raise `WrongResultError` for a wrong result."""
+    if mode == "forward" and judge.forms is not None:
+        accuracy.check_forms(accuracy.forms(values), judge.forms)
+    if mode not in judge.truth:
+        return
+    error, baseline = accuracy.relative_error(values, judge.truth[mode]), judge.errors.get(mode)
+    if mode == row.mode:
+        row.error, row.baseline_error = error, baseline
+    least = accuracy.luck(values, getattr(torch, row.dtype))
+    allowed, tensors = accuracy.allowed_error(row.kind, mode, baseline, least), _JUDGED[mode]
+    if math.isnan(error):
+        raise accuracy.WrongResultError(f"NaN among the {tensors}")
+    if error > allowed:
+        raise accuracy.WrongResultError(f"the {tensors} have an error of {error:.1e}, at most {allowed:.1e} is right")
 
 
 def _empty_row(case: Case, candidate: Candidate, machine: Machine) -> Row:
     work = case.op.work(case.shape, case.dtype.itemsize)
     passes = [work.forward] + ([work.backward] if case.mode == "training" and work.backward else [])
     return Row(
-        op=case.op.name,
-        mode=case.mode,
-        shape=case.shape.name,
-        dtype=_name(case.dtype),
-        device=case.device.type,
-        candidate=candidate.name,
-        kind=candidate.kind,
-        version=candidate.version,
+        *case.key,
+        candidate.name,
+        candidate.kind,
+        candidate.version,
         sizes={"batch": case.shape.batch, "tokens": case.shape.tokens},
         flops=sum(cost.flops for cost in passes),
         bytes=sum(cost.bytes for cost in passes),
-        floor_ms=sum(floor_ms(cost, _name(case.dtype), machine) for cost in passes),
+        floor_ms=sum(floor_ms(cost, case.dtype_name, machine) for cost in passes),
     )
 
 
 def floor_ms(cost: Cost, dtype: str, machine: Machine) -> float:
-    """The roofline: the longer of moving the bytes at the copy rate and multiplying at the matrix rate."""
+    """The roofline: the longer of moving the bytes at the copy rate and multiplying at the matmul rate."""
     moving = cost.bytes / (machine.copy_gbps * 1e9)
     multiplying = cost.flops / (machine.matmul_tflops[dtype] * 1e12)
     return 1e3 * max(moving, multiplying)
@@ -213,13 +232,14 @@ def make_call(case: Case, candidate: Candidate, inputs: Inputs) -> Callable[[], 
     def training() -> object:
         outputs = accuracy.tensors(function(**inputs))
         if not upstream:
-            upstream.extend(_upstream(case, outputs))
+            upstream.extend(_draw_upstream(case, outputs))
         return torch.autograd.grad(outputs, leaves, upstream)
 
     return training
 
 
-def _upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _draw_upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the outputs."""
     generator = torch.Generator(case.device).manual_seed(1)
     drawn = (torch.randn(output.shape, generator=generator, device=case.device) for output in outputs)
     # Rounded to the dtype first, so that float64 gets the very same gradients.
@@ -227,40 +247,18 @@ def _upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _results(case: Case, function: Function, inputs: Inputs) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield the outputs, and in training the gradients, each with the mode that has their errors."""
+    """Yield the outputs, and in training the gradients, each with the mode of their error."""
     if case.mode == "forward":
         yield "forward", accuracy.forward_outputs(function, inputs)
         return
     outputs = accuracy.tensors(function(**inputs))
     yield "forward", [output.detach() for output in outputs]
     leaves = accuracy.gradient_leaves(case.op, inputs)
-    yield "training", list(torch.autograd.grad(outputs, leaves, _upstream(case, outputs)))
+    yield "training", list(torch.autograd.grad(outputs, leaves, _draw_upstream(case, outputs)))
 
 
-def _take_memory(case: Case, candidate: Candidate, row: Row) -> None:
-    call = make_call(case, candidate, case.draw())
-    call()  # the first call also draws the gradients of the outputs
-    row.peak_bytes = memory.peak_bytes(call, case.device)
-    if case.mode == "training":
-        row.saved_bytes = memory.saved_bytes(partial(case.functions[candidate.name], **case.draw()), case.device)
-
-
-def _draw_sets(case: Case, machine: Machine, first_seed: int) -> list[Inputs]:
-    """Sets of inputs that are together twice as large as the cache."""
-    first = case.draw(first_seed)
-    size = sum(tensor.nbytes for value in first.values() for tensor in accuracy.tensors(value))
-    count = min(_MAX_SETS, -(-2 * machine.cache_bytes // max(size, 1)))
-    return [first, *(case.draw(first_seed + index) for index in range(1, count))]
-
-
-def _touch(rotation: Rotation) -> None:
-    with rotation.context():
-        for call in rotation.calls:
-            call()
-
-
-def _guarded(case: Case, candidate: Candidate, action: Callable[[], Any]) -> bool:
-    """Runs `action`; a failure is written into the candidate's row. Tells whether it went well."""
+def _guard(case: Case, candidate: Candidate, action: Callable[[], Any]) -> bool:
+    """Runs `action` and returns whether it succeeded; an error becomes the failure of the candidate's row."""
     try:
         action()
     except Exception as exc:
@@ -270,13 +268,59 @@ def _guarded(case: Case, candidate: Candidate, action: Callable[[], Any]) -> boo
 
 
 def _fail(case: Case, candidate: Candidate, exc: Exception) -> None:
-    text = " ".join(str(exc).split())
-    what = WRONG if isinstance(exc, accuracy.WrongResultError) else f"{type(exc).__name__}: "
-    case.rows[candidate.name].failure = f"{what}{text}"[:300]
+    prefix = WRONG if isinstance(exc, accuracy.WrongResultError) else f"{type(exc).__name__}: "
+    case.rows[candidate.name].failure = f"{prefix}{' '.join(str(exc).split())}"[:300]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that a call held at once beyond the memory before it, outputs included.
+
+    On a GPU the allocator counts them. On a CPU the profiler's record of every allocation is added up.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    held = peak = 0
+    for change in _allocations(call):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], object], device: torch.device) -> int:
+    """The bytes saved for backward: memory that only autograd's graph holds after `forward`, without inputs.
+
+    Allocations are counted, not saved tensors: a recomputation policy may save tensors elsewhere.
+    """
+
+    def graph() -> list[object]:
+        return [output.grad_fn for output in accuracy.tensors(forward())]
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        held = graph()
+        after = torch.cuda.memory_allocated(device)
+        del held
+        return int(after - before)
+    return sum(_allocations(graph))
+
+
+def _allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes allocated, and freed as negative numbers, on the CPU until the end of `call`, in order."""
+    # torch.profiler, which wraps this one, imports torch's compiler.
+    with profile(profile_memory=True, acc_events=True) as profiler:
+        result = call()
+    del result
+    events: Any = profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return [int(change) for _, change in changes]
 
 
 # --- many cases in several passes -----------------------------------------------------------------------------------
@@ -289,9 +333,9 @@ class Plan:
     Attributes:
         device: `cpu` or `cuda`.
         shapes: names of shapes; by default those of each operation.
-        first: so many of an operation's own shapes; 0 is all of them.
+        first: number of an operation's default shapes to measure; 0 for all.
         dtypes, modes, backends, peers: by default all that make sense on the device.
-        passes: how often the whole suite is gone through.
+        passes: passes over the whole suite.
         seconds: time for each candidate in each pass.
     """
 
@@ -315,22 +359,23 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
         UserError: a shape, dtype, backend or peer is unknown, or the device isn't there.
     """
     check_names(operations, plan.device, plan.backends, plan.peers)
-    device = device_of(plan.device)
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU here: torch.cuda.is_available() is False; --device cpu measures the processor")
+    device = torch.device(plan.device)
     keep_freed_memory()
-    timer = timer_for(device)
+    timer = CudaTimer(device) if plan.device == "cuda" else Timer()
     cases = list_cases(operations, plan)
     packages = {peer.package for op in operations for peer in peers_of(op.name) if peer.package}
     machine = machines.describe(device, dict.fromkeys(case.dtype for case in cases), packages)
     watch = machines.Watch(machine, device)
     contestants = {op.name: candidates(op, plan.device, plan.backends, plan.peers) for op in operations}
-    total, done = len(cases) * plan.passes, 0
+    total, done, interrupted = len(cases) * plan.passes, 0, False
     try:
         for done in range(total):
             case = cases[done % len(cases)]
             progress(done, total, case.title)
             measure(case, contestants[case.op.name][0], machine, timer, plan.seconds)
         progress(total, total, "")
-        interrupted = False
     except KeyboardInterrupt:
         if not done:
             raise
@@ -359,18 +404,3 @@ def _default_shapes(op: Operation, plan: Plan) -> Sequence[str]:
     if plan.device not in op.shapes:
         raise UserError(f"{op.name} has no shapes for {plan.device}; expected --shape NAME")
     return op.shapes[plan.device][: plan.first or None]
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a type. Raises `UserError` where there is no GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU here: torch.cuda.is_available() is False; --device cpu measures the processor")
-    return torch.device(name)
-
-
-def timer_for(device: torch.device) -> Timer:
-    if device.type == "cuda":
-        from benchmarks.timing_cuda import CudaTimer
-
-        return CudaTimer(device)
-    return Timer()

@@ -21,7 +21,10 @@ Outputs = Any
 """A tensor, or a tuple of tensors."""
 Function = Callable[..., Outputs]
 Kind = Literal["ours", "baseline", "peer", "quantized"]
-"""Candidates of fewer bits than the dtype measured, `quantized`, take no part in verdicts."""
+"""Candidates of fewer bits than the measured dtype, `quantized`, take no part in verdicts."""
+
+NVIDIA_APEX = "from the source of https://github.com/NVIDIA/apex; the package of that name on PyPI is another"
+_NUMBERS = re.compile(r"\d+(x\d+)*")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Cost:
     """Least work of one pass.
 
     Attributes:
-        flops: floating-point operations of the matrix products; one multiply-add counts as two.
+        flops: floating-point operations of the matmuls; one multiply-add counts as two.
         bytes: each input read once and each output written once.
     """
 
@@ -39,10 +42,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """The cost of the forward pass, and that of the backward pass if there is one."""
+    """The cost of the forward pass, and of the backward pass if there is one."""
 
     forward: Cost
     backward: Cost | None = None
+
+
+def count_passes(channels: str, forward: int, backward: int) -> Callable[[Shape, int], Work]:
+    """The cost in passes over `[B, N, C]`; values per channel are too small to count.
+
+    Args:
+        channels: the size C of the shape, `width` or `hidden`.
+        forward, backward: how often a tensor of this size is read or written.
+    """
+
+    def work(shape: Shape, itemsize: int) -> Work:
+        unit = shape.batch * shape.tokens * getattr(shape, channels) * itemsize
+        return Work(Cost(0, forward * unit), Cost(0, backward * unit))
+
+    return work
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,7 @@ class Draw:
     generator: torch.Generator
 
     def normal(self, *size: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers of the given size, in the dtype that is measured unless another is named."""
+        """Normal numbers of the given size, in the measured dtype unless another is named."""
         values = torch.randn(size, generator=self.generator, device=self.device)
         return values.mul_(scale).add_(mean).to(dtype or self.dtype)
 
@@ -64,44 +82,30 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The name under which `Operation.eager` is shown, and its distribution."""
-
-    name: str
-    package: str
-
-
-TORCH_EAGER = Baseline("torch eager", "torch")
-
-_NUMBERS = re.compile(r"\d+(x\d+)*")
-
-
-@dataclass(frozen=True)
 class Operation:
     """One op.
 
     Attributes:
         name: name on the command line.
         summary: one line about the computation.
-        inputs: draws the keyword arguments that every candidate is called with.
+        inputs: draws the keyword arguments of every candidate.
         eager: the same in plain PyTorch. Speed and error of every candidate are compared with it; on float64 inputs it
             is the truth.
         ours: this library's function.
-        baseline: name and distribution of `eager`.
-        variants: other ways to call this library's function, by name.
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
-        parse: the shape that a name stands for.
-        raw: the shape of sizes alone, such as those of `4096x768`; its parameters name them. None where sizes aren't
-            enough.
         gradients: names of the inputs that get gradients in training; none for an op without backward.
-        registered: the registered op, such as `layer_norm_forward`; None for a composition
-            of several ops, which is measured with the backends that are chosen for it, and on the references.
+        registered: the registered op, such as `layer_norm_forward`; None for a composition of several ops, which is
+            measured with the backends that they choose, and on the references.
+        baseline, baseline_package: name and distribution of `eager`.
+        variants: other ways to call this library's function, by name.
+        parse: the shape of a name.
+        raw: the shape of sizes alone, such as `4096x768`; its parameters name them. None where sizes aren't enough.
         small: a shape so small that the host's part of a call counts; `--shape small`.
         by_request: it takes so long that it is measured only when it is named.
         is_model: whole models, which the command `model` measures.
         references: a composition is also measured on this library's references.
-        compiles: `eager` through torch.compile is a peer; False where peers of its own do that in another way.
+        compiles: `eager` through torch.compile is a peer; False where other peers do that in another way.
     """
 
     name: str
@@ -113,7 +117,8 @@ class Operation:
     shapes: Mapping[str, Sequence[str]]
     gradients: tuple[str, ...] = ()
     registered: str | None = None
-    baseline: Baseline = TORCH_EAGER
+    baseline: str = "torch eager"
+    baseline_package: str = "torch"
     variants: Mapping[str, Function] = field(default_factory=dict)
     parse: Callable[[str], Shape] = parse_shape
     raw: Callable[..., Shape] | None = None
@@ -130,7 +135,7 @@ class Operation:
 
     @property
     def raw_sizes(self) -> tuple[str, ...]:
-        """Names of the sizes that `4096x768` gives; empty where there are none."""
+        """Names of the sizes in `4096x768`; empty where there are none."""
         return tuple(signature(self.raw).parameters) if self.raw else ()
 
     def shape(self, name: str) -> Shape:
@@ -139,10 +144,9 @@ class Operation:
         Raises:
             UserError: there is no such shape.
         """
-        if name == "small":
-            name = self.small
-        if _NUMBERS.fullmatch(name.strip()):
-            return self._raw_shape(name.strip())
+        name = (self.small if name == "small" else name).strip()
+        if _NUMBERS.fullmatch(name):
+            return self._raw_shape(name)
         try:
             return self.parse(name)
         except UserError as exc:
@@ -166,13 +170,13 @@ class Peer:
     """Somebody else's implementation of an operation.
 
     Attributes:
-        name: how it is shown.
+        name: name in tables.
         build: makes the function for a shape, and imports its package.
-        package: the distribution it comes from; None for torch itself and for one's own files.
-        devices: the device types it runs on.
+        package: its distribution; None for torch itself and for users' files.
+        devices: device types.
         install: how to get it; None for `pip install` of the package.
-        needs: further distributions that it needs.
-        kind: `peer`; `ours` for another way to use this library; `quantized` for fewer bits than the dtype measured.
+        needs: further distributions.
+        kind: `peer`; `ours` for another way to use this library; `quantized` for fewer bits than the measured dtype.
     """
 
     name: str
@@ -190,26 +194,14 @@ class Peer:
         missing = [name for name in (self.package, *self.needs) if name is not None and version_of(name) is None]
         return f"not installed: {self.install or 'pip install ' + ' '.join(missing)}" if missing else None
 
-    @property
-    def version(self) -> str | None:
-        """The version of its distribution; None if it isn't installed."""
-        return version_of(self.package or "torch")
 
-
-@dataclass
-class _Registry:
-    operations: dict[str, Operation] = field(default_factory=dict)
-    peers: dict[str, list[Peer]] = field(default_factory=dict)
-
-
-NVIDIA_APEX = "from the source of https://github.com/NVIDIA/apex; the package of that name on PyPI is another"
-
-_registry = _Registry()
+_operations: dict[str, Operation] = {}
+_peers: dict[str, list[Peer]] = {}
 
 
 def register(op: Operation) -> Operation:
     """Registers an operation."""
-    _registry.operations[op.name] = op
+    _operations[op.name] = op
     return op
 
 
@@ -223,8 +215,8 @@ def peer(
 ) -> Callable[[Callable[[Any], Function]], Callable[[Any], Function]]:
     """Registers the decorated builder as a peer of the operation `op`.
 
-    The builder takes a `Shape` and returns the function that is called with the operation's inputs by keyword. It is
-    shown as `name`, or else as `package`; further `options` are attributes of `Peer`.
+    The builder takes a `Shape` and returns a function of the operation's inputs by keyword. It is shown as `name`, or
+    else as `package`; further `options` are attributes of `Peer`.
 
     Raises:
         UserError: it has neither, or there is no such operation.
@@ -235,7 +227,7 @@ def peer(
         raise UserError(f"a peer of {op!r} has neither a name nor a package")
 
     def add(build: Callable[[Any], Function]) -> Callable[[Any], Function]:
-        _registry.peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices), **options))
+        _peers.setdefault(op, []).append(Peer(shown, build, package, tuple(devices), **options))
         return build
 
     return add
@@ -243,28 +235,28 @@ def peer(
 
 def operations() -> dict[str, Operation]:
     """All operations by name."""
-    return dict(_registry.operations)
+    return dict(_operations)
 
 
 def suite(models: bool) -> list[Operation]:
     """The ops, or the whole models, that are measured when none is named."""
-    return [op for op in _registry.operations.values() if op.is_model == models and not op.by_request]
+    return [op for op in _operations.values() if op.is_model == models and not op.by_request]
 
 
 def get_operation(name: str) -> Operation:
     """The operation called `name`. Raises `UserError` with the nearest names if there is none."""
-    if name not in _registry.operations:
-        raise unknown_name("operation", name, _registry.operations)
-    return _registry.operations[name]
+    if name not in _operations:
+        raise unknown_name("operation", name, _operations)
+    return _operations[name]
 
 
 def peers_of(op: str) -> list[Peer]:
-    """Everybody registered for an operation, in the order of registration."""
-    return list(_registry.peers.get(op, ()))
+    """All peers of an operation, in the order of registration."""
+    return list(_peers.get(op, ()))
 
 
 def load(plugins: Sequence[Path] = ()) -> None:
-    """Register the operations that ship, and run the user's files, which register theirs.
+    """Register the operations of `benchmarks.cases`, and run the user's files, which register theirs.
 
     Raises:
         UserError: a file isn't there, can't be run, registers nothing, or names an operation that doesn't exist.
@@ -278,7 +270,7 @@ def load(plugins: Sequence[Path] = ()) -> None:
 
 
 def _count() -> int:
-    return len(_registry.operations) + sum(map(len, _registry.peers.values()))
+    return len(_operations) + sum(map(len, _peers.values()))
 
 
 def _run(path: Path) -> None:

@@ -9,33 +9,33 @@ from matplotlib.figure import Figure
 
 from benchmarks import plots
 from benchmarks.operation import operations
+from benchmarks.render import all_rows, failures, machine_facts, side_by_side, summary, summary_by_mode, tally_text
 from benchmarks.results import Results, contests
-from benchmarks.tables import all_rows, failures, machine_facts, side_by_side, summary, summary_by_mode, tally_text
-from evaclip.atomic import write_text
+from evaclip.atomic import replacing, write_text
 from evaclip.errors import UserError
 from evaclip.report.theme import document, themed_svg
 
 WHOLE_MODELS = "dropin"
-"""The operation that gets a picture of its own: models before and after `accelerate`."""
-_KIND = "Benchmark of evakernels"
+"""The operation with a picture of speedups: models before and after `accelerate`."""
 _MARKERS = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+_KIND = "Benchmark of evakernels"
 _VERDICT_NOTE = (
-    "The verdict is the time of the best peer over that of this library's fastest backend. The best peer is the "
-    "fastest of all others whose results are right, torch eager and torch.compile among them. Both are measured in the "
-    "same rounds; where the ratios of the rounds lie on both sides of 1, nobody can tell. A click on a heading sorts."
+    "The verdict is the time of the best peer over the one of this library's fastest backend. The best peer is the "
+    "fastest of all others with right results, torch eager and torch.compile among them. Both are measured in the "
+    "same rounds; a difference is noise where the ratios of the rounds lie on both sides of 1. A click on a heading "
+    "sorts."
 )
 _ROOFLINE_NOTE = (
-    "Above, operations with matrix products under this machine's roofs: left of the bend memory limits, right of it "
-    "matrix products; a line joins the candidates of a case. Below, each dot is a shape and dtype: this library's "
-    "fastest backend, torch eager, and the fastest peer. The roofline is the least time that the machine's copy rate "
-    "and matrix rate, measured in this run, allow for the bytes and FLOPs that the operation needs at least; where "
-    "data stays in the cache, more than 100 % is possible."
+    "Above, operations with matmuls under this machine's roofs: left of the bend memory limits, right of it matmuls; a "
+    "line joins the candidates of a case. Below, each dot is a shape and dtype: this library's fastest backend, torch "
+    "eager, and the fastest peer. The roofline is the least time for the bytes and FLOPs of the operation, by the "
+    "machine's copy and matmul rates, measured in this run; data in a cache allows more than 100 %."
 )
-_SPEEDUPS_NOTE = "How many times as fast as the baseline, the line at 1."
-_ROWS_NOTE = "A click on a heading sorts. Errors are against float64, with that of torch eager in the same dtype."
-_BESIDE_NOTE = (
-    "This library's fastest backend in each result, and how it does against the best peer there. Ratios are over the "
-    "first result: the time there over the time here, above 1 is faster."
+_SPEEDUPS_NOTE = "Speedup over the baseline, the line at 1."
+_ROWS_NOTE = "A click on a heading sorts. Errors are against float64, next to torch eager's in the same dtype."
+_SEVERAL_NOTE = (
+    "This library's fastest backend in each result, against the best peer there. Ratios are over the first result: the "
+    "time there over the time here, above 1 is faster."
 )
 
 
@@ -51,7 +51,7 @@ def write_page(several: Mapping[str, Results], file: Path) -> Path:
     """
     results, *others = several.values()
     title = " and ".join(several) if others else f"{_KIND}: {results.machine.name}"
-    body = _comparison(several) if others else _single(results)
+    body = _compare_results(several) if others else _describe_result(results)
     here = Path(__file__).parent
     styles, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,32 +59,34 @@ def write_page(several: Mapping[str, Results], file: Path) -> Path:
     return file
 
 
-def _single(results: Results) -> list[str]:
+def _describe_result(results: Results) -> list[str]:
     found, known = contests(results.rows), operations()
     summaries = {op: known[op].summary for op in dict.fromkeys(one.op for one in found) if op in known}
-    body = [
+    roofline = _figure(_ROOFLINE_NOTE, "Roofline, speedups and shares of the roofline", plots.draw_roofline(results))
+    return [
         f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
         _notes(results),
         f"<h2>Ours against the best peer</h2><p>{tally_text(found)}</p><p>{_VERDICT_NOTE}</p>",
         summary(found).to_html(),
         _pairs("Failed or wrong", failures(found)),
         "<h2>Against torch eager and against the machine</h2>",
-        _figure(_ROOFLINE_NOTE, "Roofline, speedups and shares of the roofline", plots.draw_roofline(results))
-        or "<p>Nothing could be measured.</p>",
+        roofline or "<p>Nothing could be measured.</p>",
+        *(
+            _figure(f"{escape(text)}. {_SPEEDUPS_NOTE}", f"Speedups of {op}", plots.draw_speedups(results, op))
+            for op, text in summaries.items()
+        ),
+        f"<h2>All rows</h2><p>{_ROWS_NOTE}</p>",
+        all_rows(found, case=("op", "mode", "shape", "dtype")).to_html(),
+        _pairs("Absent", results.absent),
+        _facts(results),
     ]
-    body += [
-        _figure(f"{escape(text)}. {_SPEEDUPS_NOTE}", f"Speedups of {op}", plots.draw_speedups(results, op))
-        for op, text in summaries.items()
-    ]
-    rows = all_rows(found, case=("op", "mode", "shape", "dtype")).to_html()
-    return [*body, f"<h2>All rows</h2><p>{_ROWS_NOTE}</p>{rows}", _pairs("Absent", results.absent), _facts(results)]
 
 
-def _comparison(several: Mapping[str, Results]) -> list[str]:
+def _compare_results(several: Mapping[str, Results]) -> list[str]:
     return [
         f"<h1>{' and '.join(map(escape, several))}</h1>",
         *(f"<p>{escape(name)}: {escape(one.machine.name)}</p>{_notes(one)}" for name, one in several.items()),
-        f"<h2>Ours against the best peer</h2><p>{_BESIDE_NOTE}</p>{side_by_side(several).to_html()}",
+        f"<h2>Ours against the best peer</h2><p>{_SEVERAL_NOTE}</p>{side_by_side(several).to_html()}",
         *(_facts(one, f"The run of {escape(name)}") for name, one in several.items()),
     ]
 
@@ -114,6 +116,9 @@ def _pairs(title: str, pairs: Mapping[str, str]) -> str:
     return f'<h2>{title}</h2><dl class="wide">{lines}</dl>'
 
 
+# --- the section of a Markdown page ---------------------------------------------------------------------------------
+
+
 def split_markdown(page: Path) -> tuple[str, str]:
     """Return the parts of a Markdown page before and after its section for benchmarks, with the section's markers.
 
@@ -141,14 +146,16 @@ def write_markdown(results: Results, page: Path) -> Path:
     facts = machine_facts(results.machine) | results.machine.versions
     name, command = facts.pop("device"), facts.pop("command", "")
     found = contests(results.rows)
-    parts = [f"**{name}**: {', '.join(f'{what} {text}' for what, text in facts.items())}."]
+    parts = [f"**{name}**: {', '.join(f'{fact} {text}' for fact, text in facts.items())}."]
     parts += [f"`{command}`"] if command else []
     parts += [*(f"> {note}" for note in results.machine.notes), tally_text(found), summary_by_mode(found).to_markdown()]
     for file, label, figure in (
         ("roofline.png", "Speed and share of the roofline of each op", plots.draw_roofline(results)),
         ("speedups.png", "Speedups of whole models", plots.draw_speedups(results, WHOLE_MODELS)),
     ):
-        if plots.save(figure, page.parent / file):
+        if figure is not None:
+            with replacing(page.parent / file) as temporary:
+                figure.savefig(temporary, format="png")
             parts.append(f"![{label}]({file})")
     write_text(page, "\n\n".join([before, *parts, after]))
     return page

@@ -1,7 +1,6 @@
-"""Two pictures of a result: every op under the roofline, and how many times as fast whole models become."""
+"""Two pictures of a result: every op under the roofline, and the speedups of an operation."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -10,9 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.render import significant, times
 from benchmarks.results import Contest, Machine, Results, Row, contests, grouped
-from benchmarks.tables import significant, times
-from evaclip.atomic import replacing
 from evaclip.report.theme import PALETTE, STYLE
 
 LOOK: Any = {**STYLE, "font.size": 8.5}
@@ -27,8 +25,8 @@ _LINE, _DPI = 0.36, 150  # inches of a line, dots of an inch
 def draw_roofline(results: Results) -> Figure | None:
     """Roofline, and each op against plain PyTorch and against this machine; None if nothing was measured.
 
-    Of each case it has this library's fastest backend, plain PyTorch and the fastest peer. The roofline is of
-    operations with matrix products alone; below it each line is an operation and mode, each dot a shape and dtype.
+    Each case has this library's fastest backend, plain PyTorch and the fastest peer. The roofline has operations with
+    matmuls only; below it each line is an operation and mode, each dot a shape and dtype.
     """
     found = [contest for contest in contests(results.rows) if contest.measured]
     if not found:
@@ -53,7 +51,7 @@ def draw_roofline(results: Results) -> Figure | None:
 
 def draw_speedups(results: Results, op: str) -> Figure | None:
     """Bars for each shape of an operation, a panel a mode; the baseline is the line at 1. None without a case."""
-    found = [contest for contest in contests(results.rows) if contest.op == op and contest.eager]
+    found = [contest for contest in contests(results.rows) if contest.op == op and contest.fastest("baseline")]
     panels = {mode: [contest for contest in found if contest.mode == mode] for mode in _TITLES}
     panels = {mode: panel for mode, panel in panels.items() if panel}
     if not panels:
@@ -64,14 +62,6 @@ def draw_speedups(results: Results, op: str) -> Figure | None:
             _draw_bars(axes, panel)
             axes.set_title(f"{op}, {_TITLES[mode]}, times as fast", loc="left", fontweight="bold")
     return figure
-
-
-def save(figure: Figure | None, path: Path) -> bool:
-    """Save a figure as PNG; return whether there is one."""
-    if figure is not None:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    return figure is not None
 
 
 def _picture(machine: Machine, height: float, width: float) -> Figure:
@@ -86,7 +76,7 @@ def _picture(machine: Machine, height: float, width: float) -> Figure:
 def _draw_roofs(axes: Axes, found: Sequence[Contest], machine: Machine) -> None:
     """Achieved TFLOP/s over FLOPs a byte under this machine's roofs; a vertical line joins the candidates of a case.
 
-    This library's dots have a colour for each operation, the others those of their kind.
+    This library's dots have a colour for each operation, the others one for each kind.
     """
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -116,7 +106,7 @@ def _draw_roofs(axes: Axes, found: Sequence[Contest], machine: Machine) -> None:
 
 def _best_rows(contest: Contest) -> list[Row]:
     """Plain PyTorch, the best peer and this library's best, as far as they were measured; the most important last."""
-    return [row for row in (contest.eager, contest.peer, contest.ours) if row is not None]
+    return [row for kind in ("baseline", "peer", "ours") if (row := contest.fastest(kind))]
 
 
 def _draw_strip(
@@ -148,7 +138,7 @@ def _draw_strip(
 
 
 def _draw_bars(axes: Axes, panel: Sequence[Contest]) -> None:
-    """For each contest a bar a candidate, as long as it is times as fast as the baseline."""
+    """For each contest a bar a candidate, as long as its speedup over the baseline."""
     names = list(dict.fromkeys(row.candidate for contest in panel for row in contest.rows if row.kind != "baseline"))
     thickness = 0.8 / max(len(names), 1)
     for place, contest in enumerate(panel):

@@ -1,13 +1,11 @@
-"""Where the time of a call goes: a trace of a few calls.
+"""Traces of single calls.
 
-For the kernels' counters, which ncu has, `python -m benchmarks.profiling OPERATION SHAPE MODE DTYPE CANDIDATE` makes
-one call between the marks of the CUDA profiler.
+For kernel counters with ncu, `python -m benchmarks.profiling OPERATION SHAPE MODE DTYPE CANDIDATE` makes one call
+between the marks of the CUDA profiler.
 """
 
-import gzip
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +17,6 @@ from benchmarks import INSTALLED
 from benchmarks.candidates import Candidate, candidates
 from benchmarks.measure import DTYPES, Case, make_call
 from benchmarks.operation import get_operation, load
-from evaclip.atomic import replacing
 from evaclip.errors import unknown_name
 
 _WARM_UPS, _CALLS = 3, 3
@@ -34,21 +31,18 @@ def profile_case(case: Case, candidate: Candidate, folder: Path) -> Path:
         The trace, `<operation>-<candidate>-<shape>-<mode>-<dtype>.json.gz` in `folder`, which is made if need be.
 
     Raises:
-        Exception: whatever the candidate raises, if it can't do this case.
+        Exception: the candidate's error, if it can't do this case.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_file_name(case, candidate)}.json.gz"
+    title = f"{case.op.name}-{candidate.name}-{case.shape.name}-{case.mode}-{case.dtype_name}"
+    name = re.sub(r"[^\w@.-]+", "_", title)
+    path = folder / f"{name}.json.gz"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if case.device.type == "cuda" else [])
     profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
     with _warm_call(case, candidate) as call, profiler:
         for _ in range(_CALLS):
-            with _range(case, candidate):
-                call()
-        _wait(case)
-    with tempfile.TemporaryDirectory() as scratch, replacing(path) as temporary:
-        plain = Path(scratch, "trace.json")
-        profiler.export_chrome_trace(str(plain))
-        temporary.write_bytes(gzip.compress(plain.read_bytes()))
+            call()
+    profiler.export_chrome_trace(str(path))
     return path
 
 
@@ -57,7 +51,7 @@ def main(arguments: Sequence[str], device: str = "cuda") -> None:
 
     Args:
         arguments: names of operation, shape, mode, dtype and candidate; `--installed` was obeyed before.
-        device: where.
+        device: the device type.
 
     Raises:
         UserError: a name is unknown.
@@ -71,38 +65,26 @@ def main(arguments: Sequence[str], device: str = "cuda") -> None:
         raise unknown_name("candidate", name, found)
     marks = torch.cuda.profiler.profile() if device == "cuda" else nullcontext()
     with _warm_call(case, found[name]) as call, marks:
-        with _range(case, found[name]):
-            call()
-        _wait(case)
+        call()
 
 
 @contextmanager
-def _warm_call(case: Case, candidate: Candidate) -> Iterator[Callable[[], object]]:
-    """A call that was made before, in the candidate's context."""
+def _warm_call(case: Case, candidate: Candidate) -> Iterator[Callable[[], None]]:
+    """A call, which was made before, in the candidate's context and as a range; it waits for the device."""
     case.functions[candidate.name] = candidate.build(case.shape)
-    call = make_call(case, candidate, case.draw())
+    function, name = make_call(case, candidate, case.draw()), f"{case.op.name}: {candidate.name}"
+    on_gpu = case.device.type == "cuda"
+
+    def call() -> None:
+        with record_function(name), torch.cuda.nvtx.range(name) if on_gpu else nullcontext():
+            function()
+        if on_gpu:
+            torch.cuda.synchronize(case.device)
+
     with candidate.context():
         for _ in range(_WARM_UPS):
-            call()
-        _wait(case)
+            function()
         yield call
-
-
-@contextmanager
-def _range(case: Case, candidate: Candidate) -> Iterator[None]:
-    name = f"{case.op.name}: {candidate.name}"
-    with record_function(name), torch.cuda.nvtx.range(name) if case.device.type == "cuda" else nullcontext():
-        yield
-
-
-def _wait(case: Case) -> None:
-    if case.device.type == "cuda":
-        torch.cuda.synchronize(case.device)
-
-
-def _file_name(case: Case, candidate: Candidate) -> str:
-    dtype = str(case.dtype).removeprefix("torch.")
-    return re.sub(r"[^\w@.-]+", "_", f"{case.op.name}-{candidate.name}-{case.shape.name}-{case.mode}-{dtype}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Results of a run: rows, the machine, contests of candidates, verdicts, and the file."""
 
 import json
-import re
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
@@ -19,7 +17,7 @@ FORMAT = 1
 """Version of the file format."""
 
 WRONG = "wrong: "
-"""Prefix of the failure of a row whose candidate computes something else."""
+"""Prefix of the failure of a row with a wrong result."""
 
 
 @dataclass
@@ -28,16 +26,16 @@ class Row:
 
     Attributes:
         kind: `ours`, `baseline` (plain PyTorch) or `peer`.
-        version: of the distribution that the candidate comes from.
+        version: version of the candidate's distribution.
         samples_ms: time of one call in milliseconds: a list for each pass over the whole suite, of one value a round.
         first_call_ms: the first call, compilation and tuning included.
         flops, bytes: least work of the mode, by formula.
-        floor_ms: the least time that this machine's measured ceilings allow for that.
+        floor_ms: the least time of that work by the machine's measured ceilings.
         peak_bytes: the most memory that a call held beyond its inputs.
-        saved_bytes: memory saved for backward, inputs not counted.
-        error, baseline_error: relative RMS error against float64, the candidate's and that of plain PyTorch in the
-            same dtype: of the outputs, or in training of the gradients; the worst one.
-        failure: why there is no time: the error that was raised, or `WRONG` and the reason.
+        saved_bytes: memory saved for backward, without inputs.
+        error, baseline_error: relative RMS error against float64, of the candidate and of plain PyTorch in the same
+            dtype: of the worst output, or in training of the worst gradient.
+        failure: the reason for a missing time: the exception, or `WRONG` and the reason.
     """
 
     op: str
@@ -67,7 +65,7 @@ class Row:
 
     @property
     def case(self) -> tuple[str, ...]:
-        """Identifies the case: candidates with the same one were measured side by side."""
+        """Identifies the case; its candidates were measured side by side."""
         return (self.op, self.mode, self.shape, self.dtype, self.device)
 
     @property
@@ -81,7 +79,7 @@ class Row:
         return statistics.median(self.times) if self.samples_ms else None
 
     def quantile_ms(self, share: float) -> float | None:
-        """The time that `share` of the calls stay below, to the nearest sample."""
+        """The quantile `share` of the times, to the nearest sample."""
         times = self.times
         return times[round(share * (len(times) - 1))] if times else None
 
@@ -102,15 +100,6 @@ class Row:
         return self.floor_ms / median if self.floor_ms and median else None
 
     @property
-    def breaks_error_rule(self) -> bool:
-        """Whether the error is larger than this library allows its own ops, or no number at all."""
-        from benchmarks.accuracy import allowed_error  # imports torch, which reading results doesn't need
-
-        if self.error is None:
-            return False
-        return not self.error <= allowed_error("ours", self.mode, self.baseline_error)  # true for NaN
-
-    @property
     def mark(self) -> str:
         """`wrong` or `failed`, shown in place of a time; empty for a row without failure."""
         if self.failure is None:
@@ -128,14 +117,14 @@ class Machine:
 
     Attributes:
         device: `cpu` or `cuda`.
-        name: of the processor or the GPU.
-        threads: CPU threads that PyTorch used.
+        name: name of the processor or the GPU.
+        threads: CPU threads of PyTorch.
         copy_gbps: rate of a large copy, bytes read plus bytes written, in 10^9 a second.
-        matmul_tflops: rate of a large matrix product, by dtype, in 10^12 a second.
+        matmul_tflops: rate of a large matmul, by dtype, in 10^12 a second.
         cache_bytes: last level of cache; inputs are rotated beyond it.
-        versions: of Python, torch and whatever else was measured.
-        commit: of this repository, with `+` when files were changed.
-        package: where evakernels was imported from, its version, and whether it is compiled.
+        versions: versions of Python, torch and the measured packages.
+        commit: commit of this repository, with `+` if files were changed.
+        package: the file of the imported evakernels, its version, and whether it is compiled.
         notes: reasons to doubt the numbers, such as a busy or throttled machine.
         clocks: the GPU's clocks in MHz, power in W and temperature in °C at the end of the run.
     """
@@ -168,28 +157,19 @@ class Results:
     absent: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
-    @property
-    def file_name(self) -> str:
-        """A name for the file of machine, day and commit: `nvidia-h100-80gb-hbm3-2026-11-24-1ba15733d153.json`."""
-        parts = (self.machine.name, self.machine.date[:10], self.machine.commit)
-        return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts if part) + ".json"
-
     def write_json(self, path: Path) -> None:
-        """Writes everything, atomically; into a folder under `file_name`."""
-        target = path / self.file_name if path.is_dir() else path
+        """Writes everything, atomically; times with four digits, more than they repeat to."""
         head = {"format": FORMAT, "machine": asdict(self.machine), "absent": self.absent}
-        rows = ",\n".join(json.dumps(_shortened(row)) for row in self.rows)
-        write_text(target, json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
-
-
-def _shortened(row: Row) -> dict[str, Any]:
-    """A row for the file: its times with four digits, which is more than they repeat to."""
-    times = [[float(f"{value:.4g}") for value in one_pass] for one_pass in row.samples_ms]
-    return asdict(row) | {"samples_ms": times}
+        rows = []
+        for row in self.rows:
+            times = [[float(f"{value:.4g}") for value in one_pass] for one_pass in row.samples_ms]
+            rows.append(json.dumps(asdict(row) | {"samples_ms": times}))
+        text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + ",\n".join(rows) + "\n ]\n}\n"
+        write_text(path, text)
 
 
 def read_results(path: Path) -> Results:
-    """Reads what `Results.write_json` wrote; fields of a row that earlier versions had are left out.
+    """Reads a file of `Results.write_json`; a row's fields of earlier versions are ignored.
 
     Raises:
         UserError: the file is missing, no JSON, or of another format.
@@ -226,45 +206,25 @@ class Contest:
         return [row for row in self.rows if row.failure is None and row.median_ms is not None]
 
     @property
-    def fastest_ms(self) -> float | None:
-        """The lowest median of all."""
-        return min((row.median_ms for row in self.measured if row.median_ms is not None), default=None)
-
-    @property
-    def ours(self) -> Row | None:
-        """The fastest of this library."""
-        return self.fastest("ours")
-
-    @property
-    def eager(self) -> Row | None:
-        """Plain PyTorch."""
-        return self.fastest("baseline")
-
-    @property
-    def peer(self) -> Row | None:
-        """The fastest of the peers, `torch.compile` among them."""
-        return self.fastest("peer")
-
-    @property
-    def rival(self) -> Row | None:
-        """The fastest of all that isn't this library's."""
-        return self.fastest("baseline", "peer")
-
-    @property
     def intensity(self) -> float | None:
-        """FLOPs a byte; None for an operation without matrix products."""
+        """FLOPs a byte; None for an operation without matmuls."""
         row = self.rows[0]
         return row.flops / row.bytes if row.flops and row.bytes else None
 
-    def speedup(self, row: Row) -> float | None:
-        """The median time of plain PyTorch over that of `row`: 2 is twice as fast."""
-        ours, eager = row.median_ms, self.eager and self.eager.median_ms
-        return eager / ours if ours and eager and row.failure is None else None
-
     def fastest(self, *kinds: str) -> Row | None:
-        """The fastest candidate of these kinds; None if none has a time."""
-        rows = [row for row in self.measured if row.kind in kinds]
+        """The fastest candidate of these kinds, by default of all; None if none has a time."""
+        rows = [row for row in self.measured if not kinds or row.kind in kinds]
         return min(rows, key=lambda row: row.median_ms or 0.0, default=None)
+
+    @property
+    def rival(self) -> Row | None:
+        """The fastest of the others: plain PyTorch and the peers."""
+        return self.fastest("baseline", "peer")
+
+    def speedup(self, row: Row) -> float | None:
+        """The median time of plain PyTorch over the one of `row`: 2 is twice as fast."""
+        ours, eager = row.median_ms, self.fastest("baseline")
+        return eager.median_ms / ours if ours and eager and eager.median_ms and row.failure is None else None
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -280,40 +240,26 @@ def contests(rows: Iterable[Row]) -> list[Contest]:
     return list(map(Contest, grouped(rows, lambda row: row.case).values()))
 
 
-def panels(found: Iterable[Contest]) -> dict[tuple[str, str, str], list[Contest]]:
-    """The contests that are shown together: of the same operation, mode and dtype; they differ in their shapes."""
-    return grouped(found, lambda contest: (contest.op, contest.mode, contest.dtype))
-
-
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """This library's fastest against the fastest of all others, plain PyTorch among them.
 
     Attributes:
-        rival: that other.
-        ratio: its median time over ours: 2 is twice as fast.
-        level: whether the difference is within the noise.
+        ratio: median time of the others' fastest over ours: 2 is twice as fast.
+        word: `faster`, `slower`, or `level` within the noise.
     """
 
-    ours: Row
-    rival: Row
     ratio: float
-    level: bool
-
-    @property
-    def word(self) -> str:
-        """`faster`, `slower` or `level`."""
-        return "level" if self.level else "faster" if self.ratio > 1 else "slower"
+    word: str
 
 
 def verdict(contest: Contest) -> Verdict | None:
     """Compare this library with the others in a case; None if it or all others have no time.
 
     Both were measured in the same rounds. The difference is noise if the ratios of these rounds lie on both sides of 1,
-    the outer fifths left out, or if the medians of the passes over the suite do, or the ratio of all times and that of
-    the rounds: a machine whose speed changes between passes can turn the former round.
+    the outer fifths left out, or the medians of the passes do, or the ratio of all times and the median ratio of the
+    rounds: a machine that changes its speed between passes can turn the ratio of all times.
     """
-    ours, rival = contest.ours, contest.rival
+    ours, rival = contest.fastest("ours"), contest.rival
     if ours is None or rival is None or not ours.median_ms or not rival.median_ms:
         return None
     passes = [
@@ -323,15 +269,9 @@ def verdict(contest: Contest) -> Verdict | None:
     ratios = sorted(ratio for one_pass in passes for ratio in one_pass)
     if not ratios:
         return None
-    low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
+    inner = [ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8)]
     medians = [statistics.median(one_pass) for one_pass in passes if one_pass]
     ratio = rival.median_ms / ours.median_ms
-    level = any(
-        min(several) <= 1 <= max(several) for several in ((low, high), medians, (ratio, statistics.median(ratios)))
-    )
-    return Verdict(ours, rival, ratio, level)
-
-
-def tally(found: Iterable[Contest]) -> Counter[str]:
-    """Count the cases with the verdict `faster`, `slower` and `level`."""
-    return Counter(one.word for one in map(verdict, found) if one is not None)
+    if any(min(several) <= 1 <= max(several) for several in (inner, medians, (ratio, statistics.median(ratios)))):
+        return Verdict(ratio, "level")
+    return Verdict(ratio, "faster" if ratio > 1 else "slower")

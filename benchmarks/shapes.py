@@ -1,17 +1,17 @@
 """Shapes by name: a tower of a model at a resolution and a batch size, or numbers alone.
 
 `eva02-l14@224 b256` is the vision tower of EVA02-CLIP-L/14 at 224 pixels with 256 images, `eva02-l14@224 b256 drop50`
-the same with half of the patches dropped, `eva02-l14:text b256` the text tower with 256 captions of 77 tokens. Which
-numbers `4096x768` are is the operation's to say.
+drops half of the patches, `eva02-l14:text b256` is the text tower with 256 captions of 77 tokens. The meaning of the
+numbers in `4096x768` depends on the operation.
 """
 
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from evaclip.errors import UserError, unknown_name
-from evaclip.model.config import CLIPConfig, get_config, list_models
+from evaclip.model.config import CLIPConfig, TextConfig, VisionConfig, get_config, list_models
 
 Tower = Literal["vision", "text"]
 
@@ -21,22 +21,22 @@ _FORM = "expected a name such as 'eva02-l14@224 b256', 'eva02-l14@224 b256 drop5
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that an op meets in one tower of one model, or sizes alone: those that it has no use for are 1.
+    """The sizes of an op in one tower of one model, or sizes alone. Sizes that the op doesn't use are 1.
 
     Attributes:
         name: value of `--shape`.
         batch: images or captions.
-        tokens: that a block sees: the class token and the patches that remain, or the caption.
+        tokens: tokens of a block: the class token and the remaining patches, or the caption.
         width: channels of a token.
         heads, head_dim: attention heads, and channels of a head.
         hidden: hidden channels of the MLP.
-        embed_dim: channels of the features that both towers end in.
-        grid: rows and columns of patches before any is dropped; zeros in the text tower.
-        kept_patches: patches that remain.
+        embed_dim: channels of the features.
+        grid: rows and columns of patches before token dropout; zeros in the text tower.
+        kept_patches: patches after token dropout.
         model: short name of the configuration, such as `eva02-l14`; empty for sizes alone.
-        tower: the tower that the tokens, width and heads are of.
+        tower: tower of tokens, width and heads.
         pixels: side of the image; 0 in the text tower.
-        drop: percentage of the patches that are dropped.
+        drop: percentage of dropped patches.
     """
 
     name: str = ""
@@ -56,26 +56,26 @@ class Shape:
 
     @property
     def patches(self) -> int:
-        """Patches of an image before any is dropped; 0 in the text tower."""
+        """Patches of an image before token dropout; 0 in the text tower."""
         return self.grid[0] * self.grid[1]
 
     @property
     def config(self) -> CLIPConfig:
         """The model's configuration. Raises `UserError` for sizes alone."""
         if not self.model:
-            raise UserError(f"shape {self.name!r} is that of no model")
+            raise UserError(f"shape must name a model, got {self.name!r}")
         return get_config(short_names()[self.model])
 
 
 @cache
 def short_names() -> dict[str, str]:
-    """Configuration names by the short names that shapes use: `eva02-l14` for `EVA02-CLIP-L-14`."""
+    """Configuration names by the short names of shapes: `eva02-l14` for `EVA02-CLIP-L-14`."""
     names = {name.lower().replace("-clip", ""): name for name in list_models()}
     return {re.sub(r"-([a-z]+)-(\d+)", r"-\1\2", short): name for short, name in names.items()}
 
 
 def parse_shape(name: str) -> Shape:
-    """The shape called `name`; without `@pixels` it is the resolution that the model was trained at.
+    """The shape called `name`; without `@pixels` at the resolution of the model's training.
 
     Raises:
         UserError: the name has another form, the model is unknown, or the image can't be cut into patches.
@@ -90,46 +90,15 @@ def parse_shape(name: str) -> Shape:
     if batch < 1 or drop > 99 or (match["text"] and drop):
         raise UserError(f"shape {name!r} isn't possible: batches start at 1, drop at 0 to 99, and text drops nothing")
     config = get_config(short_names()[model])
+    tower: TextConfig | VisionConfig = config.text if match["text"] else config.vision
+    sizes: dict[str, Any] = {key: getattr(tower, key) for key in ("width", "heads", "head_dim", "hidden")}
+    sizes |= {"batch": batch, "embed_dim": config.embed_dim, "model": model}
     if match["text"]:
-        return _text_shape(config, model, batch)
+        return Shape(f"{model}:text b{batch}", tokens=config.text.context_length, tower="text", **sizes)
     pixels = int(match["pixels"] or config.vision.image_shape[0])
     if pixels == 0 or pixels % config.vision.patch_size:
         raise UserError(f"shape {name!r}: {pixels} pixels can't be cut into patches of {config.vision.patch_size}")
-    return _vision_shape(config, model, pixels, batch, drop)
-
-
-def _text_shape(config: CLIPConfig, model: str, batch: int) -> Shape:
-    text = config.text
-    return Shape(
-        name=f"{model}:text b{batch}",
-        batch=batch,
-        tokens=text.context_length,
-        width=text.width,
-        heads=text.heads,
-        head_dim=text.head_dim,
-        hidden=text.hidden,
-        embed_dim=config.embed_dim,
-        model=model,
-        tower="text",
-    )
-
-
-def _vision_shape(config: CLIPConfig, model: str, pixels: int, batch: int, drop: int) -> Shape:
-    vision = config.vision
-    side = pixels // vision.patch_size
-    kept = side**2 - side**2 * drop // 100
-    return Shape(
-        name=f"{model}@{pixels} b{batch}" + (f" drop{drop}" if drop else ""),
-        batch=batch,
-        tokens=1 + kept,
-        width=vision.width,
-        heads=vision.heads,
-        head_dim=vision.head_dim,
-        hidden=vision.hidden,
-        embed_dim=config.embed_dim,
-        grid=(side, side),
-        kept_patches=kept,
-        model=model,
-        pixels=pixels,
-        drop=drop,
-    )
+    side = pixels // config.vision.patch_size
+    sizes |= {"grid": (side, side), "kept_patches": side**2 - side**2 * drop // 100, "pixels": pixels, "drop": drop}
+    full_name = f"{model}@{pixels} b{batch}" + (f" drop{drop}" if drop else "")
+    return Shape(full_name, tokens=1 + sizes["kept_patches"], **sizes)

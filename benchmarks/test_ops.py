@@ -1,6 +1,6 @@
 """The same cases for pytest-benchmark: `pytest benchmarks --benchmark-only -k "layer_norm and forward"`.
 
-They are measured on the GPU if there is one, else on the processor. Candidates of one case form a group.
+A GPU is measured if there is one, else the CPU. Candidates of one case form a group.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class FixtureTimer(Timer):
-    """Lets pytest-benchmark do the timing, of one candidate, and keep the times."""
+    """Lets pytest-benchmark time one candidate and keep the times."""
 
     def __init__(self, benchmark: Any) -> None:
         super().__init__()
         self._benchmark = benchmark
 
     def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
-        """No times; how long to measure is said by pytest-benchmark's options instead of `seconds`."""
+        """No times: pytest-benchmark has them. Its options replace `seconds`."""
         for rotation in rotations:
             with rotation.context():
                 self._benchmark(_each_in_turn(rotation.calls))
@@ -67,7 +67,7 @@ def machine() -> Machine:
 
 
 def test_op(benchmark: Any, machine: Machine, case: Case, candidate: Candidate) -> None:
-    """Measures one candidate; skipped with its error if it can't do the case."""
+    """Measures one candidate; skipped with its error if it fails."""
     fresh = replace(case, rows={}, functions={})
     benchmark.group = _name(case)
     measure(fresh, [candidate], machine, FixtureTimer(benchmark), seconds=0)
@@ -76,4 +76,4 @@ def test_op(benchmark: Any, machine: Machine, case: Case, candidate: Candidate) 
 
 
 def _name(case: Case) -> str:
-    return "-".join((case.op.name, case.mode, case.shape.name, str(case.dtype).removeprefix("torch.")))
+    return "-".join(case.key[:4])

@@ -47,8 +47,8 @@ class Variable(NamedTuple):
 class Instruction:
     """One statement, such as `@!%p1 ld.global.v2.f32 {%f1, %f2}, [%rd1+8];`.
 
-    `line` is file number and line of the source where the text tells, else 0 and the line of the PTX; `callers` the
-    same of the calls that were inlined, the last one first. `number`: the line of the PTX.
+    `line` is file number and line of the source if `.loc` names them, else 0 and the line of the PTX; `callers` the
+    same of the inlined calls, the last one first. `number`: the line of the PTX.
     """
 
     op: str
@@ -75,7 +75,7 @@ class Instruction:
 
 @dataclass(slots=True)
 class Block:
-    """A basic block, and the numbers of those that may follow: the target of a branch comes first."""
+    """A basic block, and the numbers of its successors: the target of a branch comes first."""
 
     number: int
     instructions: list[Instruction] = field(default_factory=list)
@@ -211,7 +211,7 @@ def module_variables(text: str) -> list[Variable]:
 def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, int], Places, int]]:
     """Statements without semicolons, with single spaces, the lines of the source that they stand for, those of their
     callers, and their own."""
-    told, pending = (0, 0), ""
+    place, pending = (0, 0), ""
     callers: Places = ()
     callers_of: dict[tuple[str, ...], Places] = {}
     places = -1  # within inline assembly, where LLVM counts lines up from the first place
@@ -227,14 +227,14 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
                 continue
             words = line.replace(",", " ").split()
             if int(words[2]):
-                told = (int(words[1]), int(words[2]))
+                place = (int(words[1]), int(words[2]))
                 callers = ()
-                if words[-4] == "inlined_at":  # of which it has been told where that is inlined
+                if words[-4] == "inlined_at":  # an earlier .loc says where that is inlined
                     at = tuple(words[-3:])
                     callers = ((int(at[0]), int(at[1])), *callers_of.get(at, ()))
                 callers_of[tuple(words[1:4])] = callers
             continue
-        where = told if told[0] else (0, number)
+        where = place if place[0] else (0, number)
         *complete, rest = (pending + line).split(";")
         for statement in complete:
             yield _bare(statement), where, callers, number

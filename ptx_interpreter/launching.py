@@ -40,7 +40,7 @@ def launch(
         grid, block: one to three sizes each.
         params: the packed arguments, `kernel.param_bytes` of them; `kernel.params` says where each one is.
         memory: what the kernel may touch of this process.
-        dynamic_shared: bytes of shared memory of a block, beside those that the kernel declares.
+        dynamic_shared: bytes of shared memory of a block, in addition to the declared ones.
         watch: look for races and for reads of what nobody has written.
         count: count sectors and cycles.
         check: raise Faults at the end if there are any; else they are in the report only.

@@ -57,7 +57,7 @@ class Machine:
         self._steps = 0
 
     def prepare(self, dynamic_shared: int, *, watch: bool, count: bool) -> None:
-        """Lays out shared memory. `watch`: races and what is uninitialised; `count`: traffic."""
+        """Lays out shared memory. `watch`: look for races and uninitialised reads; `count`: count traffic."""
         self.watch, self.count = watch, count
         size = self._place_symbols() + dynamic_shared
         self.shared = SharedMemory(self.blocks, size, _narrowest_shared(self.body.blocks))
@@ -134,8 +134,8 @@ class Machine:
                         step.some(some)
             self._leave(code, mask, active, pending)
             if visits[number] > most_visits:
-                told = f"{most_visits} times through this loop; it is taken to have no end"
-                self.fault("endless loop", code.last, np.flatnonzero(mask), told)
+                detail = f"{most_visits} times through this loop; it is taken to have no end"
+                self.fault("endless loop", code.last, np.flatnonzero(mask), detail)
                 break
         report.blocks.update(threads)
         report.warps.update(warps)
@@ -181,7 +181,7 @@ class Machine:
                 report.traffic.setdefault(key, Traffic()).add(access.traffic)
 
     def _leave(self, code: "ReadyBlock", mask: Array, active: int, pending: Masks) -> None:
-        """Sends the lanes of a block of instructions where its last one tells them to go."""
+        """Sends the lanes of a block of instructions to the targets of its last one."""
         last, taken, rest = code.last, mask, None
         if code.predicate is not None:
             taken = mask & (~code.predicate if last.unless else code.predicate)
@@ -205,12 +205,12 @@ class Machine:
             _join(pending, code.number + 1, rest)
 
     def _said(self, code: "ReadyBlock") -> str:
-        """What a kernel says when it ends the launch; all that it has to say if the compiler has put it elsewhere."""
+        """The message of a kernel that ends the launch; all of its messages if the compiler has moved it."""
         texts = self.kernel.module.texts
-        told = [texts[name] for i in code.instructions for arg in i.args if (name := _name_of(arg)) in texts]
-        if not told and code.last.text.startswith("call"):
-            told = list(texts.values())
-        return "; ".join(told) or "an error"
+        found = [texts[name] for i in code.instructions for arg in i.args if (name := _name_of(arg)) in texts]
+        if not found and code.last.text.startswith("call"):
+            found = list(texts.values())
+        return "; ".join(found) or "an error"
 
     def _pass_barrier(self, pending: Masks) -> bool:
         """Lets those go on who wait at a barrier, when nobody else runs; False if nobody waits.
@@ -294,7 +294,7 @@ def _guarded(machine: Machine, i: Instruction) -> Step:
 def _check_end(machine: Machine, last: Instruction) -> None:
     known = {"bra": {"uni"}, "bar": {"sync"}}.get(last.op, set())
     if set(last.mods) - known or (last.op == "bar" and last.args != ["0"]):
-        raise Unsupported(f"`{last.text}` at {machine.body.where(last.line)}: not among what is known of {last.op}")
+        raise Unsupported(f"`{last.text}` at {machine.body.where(last.line)}: not among the known forms of {last.op}")
 
 
 def _join(masks: Masks, number: int, mask: Array) -> None:

@@ -1,4 +1,4 @@
-"""Global memory, which is that of this process at its own addresses, and what of it kernels may touch."""
+"""Global memory: the memory of this process at its own addresses, and the parts that kernels may access."""
 
 import ctypes
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 from .types import CARRIERS, Array
 
 BASE = 1 << 16
-"""Nothing lies below; a multiple of all word sizes."""
+"""Below is no memory; a multiple of all word sizes."""
 _BYTES = np.frombuffer(memoryview((ctypes.c_uint8 * ((1 << 47) - 2 * BASE)).from_address(BASE)), np.uint8)
 WORDS: dict[int, Array] = {
     size: _BYTES[: len(_BYTES) // size * size].view(carrier) for size, carrier in CARRIERS.items()
@@ -110,7 +110,7 @@ class GlobalMemory:
     def follow_allocations(self) -> bool:
         """Lets kernels touch what a preloaded library has seen allocated; False if there is no such library.
 
-        The library's function `int allocations(int64_t* starts, int64_t* ends, int most)` tells how many there are.
+        The library's function `int allocations(int64_t* starts, int64_t* ends, int most)` returns their number.
         """
         try:
             self._allocations = ctypes.CDLL(None).allocations
@@ -164,7 +164,7 @@ class GlobalMemory:
         return None, None
 
     def holders(self, addresses: Array) -> list[tuple[Interval, Array]]:
-        """The intervals of accesses that are all inside some, each with a mask of its own."""
+        """The intervals of accesses that are all inside some, each with a mask."""
         at = np.searchsorted(self._starts, addresses, "right") - 1
         return [(self.intervals[number], at == number) for number in np.unique(at) if number >= 0]
 

@@ -91,8 +91,8 @@ class Registers:
         """An operand as a vector of this type, or as one number of it."""
         dtype = TYPES[kind]
         if name in self.body.constants:
-            text, told = self.body.constants[name]
-            bits = np.atleast_1d(self._literal(text, TYPES[told]))
+            text, declared = self.body.constants[name]
+            bits = np.atleast_1d(self._literal(text, TYPES[declared]))
             if bits.itemsize < dtype.itemsize:
                 raise Unsupported(f"{name} as {kind}")
             return bits.view(dtype)[0]

@@ -1,4 +1,4 @@
-"""What a launch tells: faults, how often instructions were run, and what they asked of memory."""
+"""The report of a launch: faults, counts of instructions, and traffic."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -48,7 +48,7 @@ def to_tf32(x: Value) -> Array:
 
 
 def cut_to_tf32(bits: Array) -> Array:
-    """float32 of the bits of TF32: tensor cores don't look at those that it hasn't."""
+    """float32 of the bits of TF32: tensor cores ignore the other bits."""
     return (bits & _TF32).view(np.float32)
 
 
@@ -147,7 +147,7 @@ def errors_of_numpy() -> np.errstate:
 
 
 class Fma32:
-    """a * b + c of float32 vectors of one length, rounded once, in memory of its own: much faster than `fma32`."""
+    """a * b + c of float32 vectors of one length, rounded once, in preallocated memory: much faster than `fma32`."""
 
     def __init__(self, length: int) -> None:
         self._total, self._bits = np.empty(length), np.empty(length, np.uint64)
@@ -178,7 +178,7 @@ class Fma32:
 
 
 def _split(x: Array) -> tuple[Array, Array]:
-    """Two float64 of 26 bits whose sum is x."""
+    """Two float64 of 26 bits with the sum x."""
     far = x * 134217729.0
     high = far - (far - x)
     return high, x - high

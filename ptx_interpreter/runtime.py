@@ -3,7 +3,7 @@
     with Launches(library, capability=80):
         ...  # what calls the library; a kernel's faults are an error of the launch
 
-A library holds the PTX of its kernels, uncompressed if nvcc was told `--no-compress`.
+A library holds the PTX of its kernels, uncompressed with nvcc's option `--no-compress`.
 """
 
 import ctypes
@@ -112,7 +112,9 @@ class Launches:
     def __exit__(self, *_: object) -> None:
         self._library.ptx_serve(None)
 
-    def _serve(self, binary: int, name: bytes, grid: Any, block: Any, arguments: Any, shared: int, *told: Any) -> int:
+    def _serve(
+        self, binary: int, name: bytes, grid: Any, block: Any, arguments: Any, shared: int, *message: Any
+    ) -> int:
         try:
             kernel = self._module(binary).kernels[name.decode()]
             sizes = tuple(grid.contents), tuple(block.contents)
@@ -121,9 +123,9 @@ class Launches:
             text = traceback.format_exc()
         if not text:
             return 0
-        message, size = told
+        buffer, size = message
         encoded = text.encode()[: size - 1] + b"\0"
-        ctypes.memmove(message, encoded, len(encoded))
+        ctypes.memmove(buffer, encoded, len(encoded))
         return LAUNCH_FAILURE
 
     def _launch(self, kernel: Kernel, sizes: tuple[Any, Any], params: bytes, shared: int) -> str:

@@ -1,4 +1,4 @@
-"""Which sectors of global memory a launch asks for, and how often."""
+"""Traffic: requested sectors of global memory, and cycles of shared memory."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ _MOST_PENDING = 1 << 20
 
 
 class Asked(NamedTuple):
-    """What warps asked of some memory: requests, different bytes and different sectors of each request, summed; and
+    """Requests of warps to some memory: their number, different bytes and different sectors of each, summed; and
     different sectors in all."""
 
     requests: int

@@ -1,9 +1,9 @@
-"""The shared memory of blocks, and its shadow, which tells races and reads of what isn't there, or not yet.
+"""The shared memory of blocks, and its shadow, which shows races and reads of values that aren't there, or not yet.
 
-A stamp says which thread accessed a cell, and when: the number of barriers that its block has passed (from bit 32),
-that of those of its warp (from bit 12), and 32 + the thread in the block. Two accesses are ordered if a barrier of the
-block came between, or one of the warp and both are of this warp. So races don't depend on the order in which threads
-are run.
+A stamp holds the thread that accessed a cell, and the time: the number of barriers that its block has passed (from bit
+32), the number of its warp's barriers (from bit 12), and 32 + the thread in the block. Two accesses are ordered if a
+barrier of the block came between, or one of the warp and both are of this warp. So races don't depend on the order in
+which threads run.
 """
 
 import numpy as np
@@ -57,7 +57,7 @@ class SharedMemory:
         self.state = np.zeros(cells, np.uint8)
 
     def forget(self) -> None:
-        """As the blocks find it: nobody has written anything, and what is there is NaN in every format."""
+        """Reset: nobody has written anything, and all values are NaN in every format."""
         self.bytes.fill(0xFF)
         for shadow in (self.writer, self.reader, self.other_reader, self.near_reader, self.state):
             shadow.fill(0)
@@ -84,7 +84,7 @@ class SharedMemory:
         self._keep_others(cells, stamps, self.reader.take(cells, mode="clip"))
 
     def _keep_others(self, cells: Array, stamps: Array, of: Array) -> None:
-        """Readers beside the readers `of`, where they are other threads."""
+        """Keep readers in addition to the readers `of`, where they are other threads."""
         changed = stamps ^ of
         kept = (changed != 0) & (changed < BLOCK_BARRIER)
         if kept.any():

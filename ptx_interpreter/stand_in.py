@@ -134,7 +134,7 @@ def first_fitting(self: Autotuner, kwargs: dict[str, Any]) -> list[triton.Config
 
 
 def run_backward(*args: Any, **kwargs: Any) -> Any:
-    """The backward pass, whose functions run within a call of torch, that is without the mode."""
+    """The backward pass: its functions run within a call of torch, which switches the mode off."""
     with CudaDevices():
         return ENGINE(*args, **kwargs)
 

@@ -29,10 +29,10 @@ class Active:
 
 @dataclass(slots=True)
 class Step:
-    """`everyone()` runs it for all lanes, `some(active)` for those that are active.
+    """`everyone()` runs it for all lanes, `some(active)` for the active ones.
 
-    `pure`: it depends on nothing but registers, lane by lane, and only writes registers. Then it may be run for idle
-    lanes too, as long as nobody reads what it gives them.
+    `pure`: it reads and writes only registers, lane by lane. Then it may run for idle lanes too, as long as nobody
+    reads their results.
     """
 
     everyone: Callable[[], object]

@@ -31,9 +31,9 @@ DESCRIPTOR = re.compile(r"tensordesc<([^[>]*)\[")
 
 
 def without_assembling(*stages: Any) -> tuple[str, str] | None:
-    """A hook of Triton's compiler: what it takes for machine code is the PTX."""
+    """A hook of Triton's compiler that passes the PTX on as machine code."""
     if not stages:
-        return "PTX", "PTX"  # the key under which Triton keeps what it compiles
+        return "PTX", "PTX"  # the key of Triton's cache
     stages[1]["cubin"] = lambda ptx, metadata: ptx.encode()
     return None
 

@@ -31,7 +31,7 @@ TYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SIZES = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 
 CARRIERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
-"""What words of so many bytes are moved as; numpy has no wider type whose bits it leaves alone."""
+"""numpy types that move words of so many bytes unchanged; numpy has no wider one."""
 SHIFTS = {size: size.bit_length() - 1 for size in CARRIERS}
 
 

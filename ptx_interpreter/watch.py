@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Access:
     """What an instruction does to memory, `size` bytes a lane.
 
-    `together`: the lanes of a warp read as one. `arriving`: what is written will be there when it has been waited for.
+    `together`: the lanes of a warp read as one. `arriving`: the written value is there after a wait.
     `atomic`: the order of an access that is.
     """
 
@@ -75,8 +75,8 @@ class Watch:
         interval, outside = self.machine.memory.find(addresses, size)
         if outside is not None:
             near = self.machine.memory.near(int(addresses[np.argmax(outside)]))
-            told = f"{access.verb} of {size} bytes {near}"
-            self._fault("out of bounds", access, self._lanes(active)[outside], told)
+            detail = f"{access.verb} of {size} bytes {near}"
+            self._fault("out of bounds", access, self._lanes(active)[outside], detail)
             good = ~outside if good is None else good & ~outside
         if self.machine.watch:
             lanes = self._lanes(active)
@@ -163,12 +163,14 @@ class Watch:
         if size > 1 and (off := addresses & (size - 1)).any():
             good = off == 0
             address = int(addresses[np.argmin(good)])
-            told = f"{size} bytes at byte {address} of shared memory"
-            self._fault("misaligned", access, self._lanes(active)[~good], told)
+            detail = f"{size} bytes at byte {address} of shared memory"
+            self._fault("misaligned", access, self._lanes(active)[~good], detail)
         if addresses.max(initial=0) + size > machine.shared.size or addresses.min(initial=0) < 0:
             wrong = (addresses + size > machine.shared.size) | (addresses < 0)
-            told = f"{access.verb} at byte {int(addresses[np.argmax(wrong)])} of {machine.shared.size} of shared memory"
-            self._fault("out of bounds", access, self._lanes(active)[wrong], told)
+            detail = (
+                f"{access.verb} at byte {int(addresses[np.argmax(wrong)])} of {machine.shared.size} of shared memory"
+            )
+            self._fault("out of bounds", access, self._lanes(active)[wrong], detail)
             good = ~wrong if good is None else good & ~wrong
         places = addresses + (machine.shared_base if active is None else machine.shared_base[active.lanes])
         if machine.watch:
@@ -210,7 +212,7 @@ class Watch:
             if len(which := np.flatnonzero(state_of == sm.UNWRITTEN)):
                 blame("uninitialised", which, "nobody has written it")
             if len(which := np.flatnonzero(state_of == sm.ON_ITS_WAY)):
-                blame("not waited for", which, "cp.async has been told to fill it")
+                blame("not waited for", which, "cp.async has yet to fill it")
         shared.note_read(cells, sm.of_whole_warp(stamps) if access.together else stamps)
 
     def _lanes(self, active: Active | None) -> Array:

@@ -1,4 +1,4 @@
-"""tests/cuda/budget.py, a script that is in no package."""
+"""tests/cuda/budget.py, a script outside of all packages."""
 
 import importlib.util
 from functools import cache

@@ -1,11 +1,8 @@
-"""What is audited: the operations of the benchmarks that have kernels for GPUs, and inputs that those don't draw."""
+"""The audited calls: operations of the benchmarks with GPU kernels, and variants with other inputs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-
-import torch
-from torch import Tensor
 
 import benchmarks.cases  # noqa: F401  (registers the operations)
 import evakernels
@@ -19,9 +16,9 @@ Case = tuple[str, str, str, str]
 """Names of an op, a shape, a dtype, and `forward` or `backward`."""
 
 WIDTHS = ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1", "eva02-bige14@224 b1", "eva-18b@224 b1")
-"""Of 768, 1024, 1408, 1792 and 5120 channels, 197 or 257 rows: as many as keep partial sums below a twentieth."""
+"""768, 1024, 1408, 1792 and 5120 channels, 197 or 257 rows: enough to keep partial sums below a twentieth."""
 HIDDEN = ("eva02-b16@224 b1", "eva02-l14@224 b1")
-"""Of 2048 and 2730 hidden channels."""
+"""2048 and 2730 hidden channels."""
 OF_HIDDEN = " of hidden"
 DROPPED = ("eva02-b16@224 b8 drop50", "eva01-g14@224 b8 drop50")
 OPTIMIZED = ("tiny@32 b1",)
@@ -45,7 +42,7 @@ SHAPES = {
     "lamb_step": OPTIMIZED,
     "lamb_step of a large tensor": OPTIMIZED,
 }
-"""The operations, and the shapes that are usual for each."""
+"""Audited operations with nvcc's kernels, and their default shapes."""
 _ROWS = ("eva02-b16@224 b1",)
 _PAIRS = ("eva02-b16@224 b512",)
 _TEXT = ("eva02-b16:text b2",)
@@ -66,25 +63,23 @@ TRITON_SHAPES = {
     "lamb_step": OPTIMIZED,
     "adamw_step": OPTIMIZED,
 }
-"""The same of those with Triton kernels: attention of 257 tokens in heads of 64 channels, and of 65 in those of 88."""
+"""The same with Triton kernels: attention of 257 tokens in heads of 64 channels, and of 65 in heads of 88."""
 AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}
 DTYPES = ("bfloat16", "float32")
 MOST_ELEMENTS = 50_000
-"""Of a tensor in an optimizer's step."""
-LARGE = (427, 410)
-"""A parameter that is twice as large as the cache, with its moments, all in float32."""
-
-
-def _scaled_inputs(op: Operation, shape: Shape, draw: Draw) -> Inputs:
-    return op.inputs(shape, draw) | {
-        "layer_scale": draw.normal(shape.width, scale=0.1, mean=1.0),
-        "row_scale": draw.normal(shape.batch, scale=0.1, mean=1.0),
-    }
+"""Largest tensor in an audited step of an optimizer."""
+LARGE = 175_070
+"""Elements of a parameter that is twice as large as the cache, with its moments, all in float32."""
 
 
 def _scaled(name: str, backward: int) -> Operation:
-    """A norm with a residual connection, layer scale and stochastic depth; `backward` counts passes over [B, N, C]."""
+    """A norm with a residual connection, layer scale and stochastic depth; `backward` in passes over [B, N, C]."""
     plain, function = get_operation(name), getattr(evakernels, name)
+
+    def inputs(shape: Shape, draw: Draw) -> Inputs:
+        scales = {"layer_scale": shape.width, "row_scale": shape.batch}
+        drawn = {name: draw.normal(size, scale=0.1, mean=1.0) for name, size in scales.items()}
+        return plain.inputs(shape, draw) | drawn
 
     def work(shape: Shape, itemsize: int) -> Work:
         unit = shape.batch * shape.tokens * shape.width * itemsize
@@ -93,15 +88,15 @@ def _scaled(name: str, backward: int) -> Operation:
     return replace(
         plain,
         name=f"{name} scaled",
-        inputs=lambda shape, draw: _scaled_inputs(plain, shape, draw),
-        ours=lambda **inputs: function(**inputs, eps=EPS),
+        inputs=inputs,
+        ours=partial(function, eps=EPS),
         work=work,
         gradients=(*plain.gradients, "layer_scale"),
     )
 
 
 def _of_hidden(plain: Operation) -> Operation:
-    """Over rows of the hidden channels of an MLP: those of 2730 begin anywhere in a sector."""
+    """Over rows of the hidden channels of an MLP: rows of 2730 channels begin anywhere in a sector."""
 
     def hidden(shape: Shape) -> Shape:
         return replace(shape, width=shape.hidden)
@@ -115,15 +110,12 @@ def _of_hidden(plain: Operation) -> Operation:
 
 
 def _by_channel() -> Operation:
-    """Token dropout of patches as a convolution leaves them: those of a channel side by side."""
+    """Token dropout of patches with the layout of a convolution's output: channels first."""
     plain = get_operation("token_dropout")
-
-    def turned(patches: Tensor) -> Tensor:
-        return patches.transpose(1, 2).contiguous().transpose(1, 2)
 
     def inputs(shape: Shape, draw: Draw) -> Inputs:
         drawn = plain.inputs(shape, draw)
-        return drawn | {"patches": turned(drawn["patches"])}
+        return drawn | {"patches": drawn["patches"].transpose(1, 2).contiguous().transpose(1, 2)}
 
     return replace(plain, name="token_dropout by channel", inputs=inputs)
 
@@ -146,22 +138,14 @@ def _few_tensors(name: str) -> Operation:
 
 
 def _large_tensor(name: str) -> Operation:
-    plain = get_operation(name)
-
-    def inputs(shape: Shape, draw: Draw) -> Inputs:
-        values = {
-            "params": draw.normal(*LARGE, scale=0.02),
-            "grads": draw.normal(*LARGE, scale=1e-3),
-            "exp_avgs": draw.normal(*LARGE, scale=1e-3, dtype=torch.float32),
-            "exp_avg_sqs": draw.normal(*LARGE, scale=1e-3, dtype=torch.float32).square_(),
-            "steps": torch.tensor(10.0),
-        }
-        return {name: [value] for name, value in values.items()}
-
-    def work(shape: Shape, itemsize: int) -> Work:
-        return Work(Cost(0, LARGE[0] * LARGE[1] * (3 * itemsize + 4 * 4)))
-
-    return replace(plain, name=f"{name} of a large tensor", inputs=inputs, work=work)
+    """Over a single tensor of `LARGE` elements."""
+    plain, large = get_operation(name), Shape(batch=1, width=LARGE)
+    return replace(
+        plain,
+        name=f"{name} of a large tensor",
+        inputs=lambda shape, draw: plain.inputs(large, draw),
+        work=lambda shape, itemsize: plain.work(large, itemsize),
+    )
 
 
 def operation(name: str) -> Operation:
@@ -184,12 +168,9 @@ def operation(name: str) -> Operation:
 
 
 def list_cases(
-    names: Sequence[str] = (),
-    shapes: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-    kernels: str = "cuda",
+    names: Sequence[str] = (), shapes: Sequence[str] = (), dtypes: Sequence[str] = (), kernels: str = "cuda"
 ) -> list[Case]:
-    """All cases of a language that are asked for; of everything that isn't named, what is usual."""
+    """The cases of these names, shapes and dtypes in a language of kernels, by default all."""
     cases = []
     for name in names or AUDITED[kernels]:
         has_backward = bool(operation(name).gradients)

@@ -1,8 +1,8 @@
-"""Runs ops on the kernels' PTX and counts; a process of its own, as the stand-in for the CUDA runtime plays one GPU.
+"""Runs ops on the kernels' PTX and counts, in a process for one simulated GPU.
 
     python -m benchmarks.audit.count sm_80 LIBRARY '[["layer_norm", "eva02-b16@224 b1", "bfloat16", "forward"]]'
 
-pickles the counts to stdout; in place of LIBRARY `triton` counts the Triton kernels. `build.count_all` starts it.
+pickles the counts to stdout; `triton` instead of LIBRARY counts the Triton kernels. `build.count_all` starts it.
 """
 
 import gc
@@ -21,8 +21,8 @@ import evakernels
 from benchmarks import accuracy
 from benchmarks.audit.budget import budget
 from benchmarks.audit.cases import Case, operation
-from benchmarks.audit.pipes import flops_of, instructions_of, pipe_of
 from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
+from benchmarks.audit.roofline import flops_of, instructions_of, pipe_of
 from benchmarks.measure import DTYPES
 from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape
@@ -62,7 +62,7 @@ def served(arch: str, library: str) -> Iterator[list[Report]]:
 
 
 def count(reports: list[Report], kernels: str, arch: str, case: Case) -> Count:
-    """One call of an op, whose kernels leave their reports in `reports`."""
+    """Count one call of an op; its kernels leave their reports in `reports`."""
     name, shape_name, dtype_name, direction = case
     op, shape, dtype = operation(name), parse_shape(shape_name), DTYPES[dtype_name]
     inputs = op.inputs(shape, Draw(dtype, torch.device("cpu"), torch.Generator().manual_seed(0)))
@@ -72,7 +72,7 @@ def count(reports: list[Report], kernels: str, arch: str, case: Case) -> Count:
     if direction == "forward":
         cost = work.forward
         for leaf in accuracy.gradient_leaves(op, inputs) if kernels == TRITON else ():
-            leaf.requires_grad_()  # of losses, what is kept for backward belongs to it
+            leaf.requires_grad_()  # a loss then also saves for backward
         with torch.set_grad_enabled(kernels == TRITON):
             outputs = accuracy.tensors(op.ours(**inputs))
         tensors |= {f"out {i}": [output] for i, output in enumerate(outputs)}
@@ -94,7 +94,7 @@ def count(reports: list[Report], kernels: str, arch: str, case: Case) -> Count:
 
 
 def launch_of(report: Report, buffers: Buffers) -> Launch:
-    """What a report comes to. A buffer may be several tensors; what lies in none is the rest."""
+    """The counts of a report. A buffer may be several tensors; accesses outside of all are `REST`."""
     barriers = sum(
         report.warps[block.number]
         for block in report.of.parsed.blocks
@@ -125,18 +125,20 @@ def _lines(report: Report) -> Iterator[Line]:
             warps.setdefault(place, Counter())[pipe_of(i)] += times * instructions_of(i)
             flops[place] += times * flops_of(i)
     shared: dict[str, Shared] = {}
-    asked: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
     sectors: Counter[str] = Counter()
     for (space, place, _), own in report.traffic.items():
         if space.startswith("shared"):
             found = Shared(own.requests, own.sectors, own.least, own.worst)
             shared[place] = shared.get(place, Shared()) + found
         else:
-            asked[place] += own.requests
+            requests[place] += own.requests
             sectors[place] += own.sectors
     for place, own_warps in warps.items():
         if any(own_warps.values()):
-            yield Line(place, dict(own_warps), flops[place], shared.get(place, Shared()), asked[place], sectors[place])
+            yield Line(
+                place, dict(own_warps), flops[place], shared.get(place, Shared()), requests[place], sectors[place]
+            )
 
 
 def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Traffic]:
@@ -150,8 +152,8 @@ def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Traffic]:
 
 
 def spans_of(tensors: Mapping[str, Sequence[Tensor]]) -> Buffers:
-    """Where each lies. Tensors that share memory, such as parts of one, are one buffer with their names; what is an
-    earlier one again, as gradients of summands are and parameters after a step, is left out."""
+    """Addresses of each tensor. Tensors of one storage are one buffer with all names; a repeated tensor, such as a
+    parameter after a step, is left out."""
     names: dict[tuple[int, int], list[str]] = {}
     views: set[tuple[int, int]] = set()
     for name, of_name in tensors.items():
@@ -169,13 +171,13 @@ def spans_of(tensors: Mapping[str, Sequence[Tensor]]) -> Buffers:
 
 
 def main() -> None:
-    """Counts what the command line asks for."""
-    gc.disable()  # of the many objects that kernels are read into none is garbage
-    arch, library, asked = sys.argv[1:]
+    """Counts the cases of the command line."""
+    gc.disable()  # parsed kernels are many objects, and none is garbage
+    arch, library, cases = sys.argv[1:]
     kernels = TRITON if library == TRITON else "cuda"
     with served(arch, library) as reports:
-        counts = [count(reports, kernels, arch, tuple(case)) for case in json.loads(asked)]
-    # A backward pass for which forward has done all has no kernels.
+        counts = [count(reports, kernels, arch, tuple(case)) for case in json.loads(cases)]
+    # A backward pass without kernels has everything from forward.
     pickle.dump([one for one in counts if one.launches], sys.stdout.buffer)
 
 

@@ -1,22 +1,22 @@
-"""What was counted of one call of an op, and what it comes to."""
+"""Counts of one call of an op, and the ratios that follow from them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 SECTOR = 32
-"""Bytes of the least piece of memory that a GPU moves."""
+"""Bytes of the smallest transfer of a GPU's memory."""
 _STREAMED = 4
 REST = "the rest"
-"""Buffers that the caller doesn't know: statistics, and what kernels keep in between."""
+"""Buffers unknown to the caller: statistics, and values between kernels."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What warps asked of a buffer in one direction.
+    """Requests of warps to a buffer in one direction.
 
     Attributes:
-        requests: instructions of a warp.
+        requests: warp instructions.
         bytes: different bytes of each request, summed.
         sectors: different sectors of each request, summed.
         touched: different sectors of the whole launch.
@@ -34,8 +34,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Shared:
-    """Shared memory: requests of warps, cycles they take, the least without conflicts, and the most that any part of a
-    request took in place of one."""
+    """Shared memory: requests of warps, their cycles, the least cycles without conflicts, and the worst conflict."""
 
     requests: int = 0
     cycles: int = 0
@@ -53,10 +52,10 @@ class Line:
 
     Attributes:
         place: file and number.
-        warps: instructions of warps, by pipe.
-        flops: of products of matrices.
-        shared: memory.
-        requests, sectors: of global memory.
+        warps: warp instructions, by part of a multiprocessor.
+        flops: multiplications and additions of matmuls.
+        shared: shared memory.
+        requests, sectors: global memory.
     """
 
     place: str
@@ -72,12 +71,12 @@ class Launch:
     """One kernel.
 
     Attributes:
-        kernel: its name; of nvcc's kernels as `tests/cuda/budget.json` has it but for the file.
-        grid, block: sizes in x, y and z. The stand-in for the CUDA runtime plays a GPU of three multiprocessors.
-        dynamic_bytes: of shared memory that a block asks for at its launch.
-        barriers: of a warp, on average.
-        lines: of the source, with all that follows by line.
-        loads, stores: of global memory, by buffer.
+        kernel: its name; nvcc's kernels as in `tests/cuda/budget.json` without the file.
+        grid, block: sizes in x, y and z, on a simulated GPU of three multiprocessors.
+        dynamic_bytes: dynamic shared memory of a block.
+        barriers: barriers of a warp, on average.
+        lines: lines of the source.
+        loads, stores: global memory, by buffer.
     """
 
     kernel: str
@@ -90,12 +89,8 @@ class Launch:
     stores: Mapping[str, Traffic]
 
     @property
-    def threads_of_block(self) -> int:
-        return self.block[0] * self.block[1] * self.block[2]
-
-    @property
     def warps(self) -> Mapping[str, int]:
-        """Instructions of warps, by pipe."""
+        """Warp instructions, by part of a multiprocessor."""
         total: Counter[str] = Counter()
         for line in self.lines:
             total.update(line.warps)
@@ -103,12 +98,12 @@ class Launch:
 
     @property
     def flops(self) -> int:
-        """Of products of matrices."""
+        """Multiplications and additions of matmuls."""
         return sum(line.flops for line in self.lines)
 
     @property
     def shared(self) -> Shared:
-        """Memory, of all lines."""
+        """Shared memory of all lines."""
         return sum((line.shared for line in self.lines), Shared())
 
     @property
@@ -123,11 +118,11 @@ class Count:
 
     Attributes:
         kernels: `cuda` or `triton`.
-        arch: the architecture whose PTX it is, such as sm_80.
+        arch: architecture of the PTX, such as sm_80.
         op, shape, dtype: names.
         direction: forward or backward.
         floor: bytes by formula: each input read once, each output written once.
-        sizes: bytes of the buffers that the caller knows.
+        sizes: bytes of the caller's buffers.
     """
 
     kernels: str
@@ -142,38 +137,36 @@ class Count:
 
     @property
     def streamed(self) -> frozenset[str]:
-        """The large buffers: too large for a cache at the sizes of models. The others belong to channels or rows."""
+        """The buffers that exceed a cache at the sizes of models. The others have values per channel or row."""
         least = max(self.sizes.values()) / _STREAMED
         return frozenset(name for name, size in self.sizes.items() if size >= least)
 
     @property
     def traffic(self) -> float:
-        """Sectors over the floor: of large buffers those of every request, of the others each once a kernel.
-
-        A weight is read for each row, but from memory only once.
-        """
-        large = sum(traffic.sectors for traffic in self._of(self.streamed))
-        small = sum(traffic.touched for traffic in self._of(self._small))
+        """Sectors over the floor: every request to large buffers; small ones, which stay in a cache, once a kernel."""
+        large = sum(traffic.sectors for traffic in self._requests(large=True))
+        small = sum(traffic.touched for traffic in self._requests(large=False))
         return SECTOR * (large + small) / self.floor
 
     @property
     def touched(self) -> float:
-        """Different sectors of each kernel over the floor: the traffic if caches were perfect."""
+        """Different sectors of each kernel over the floor: the traffic with perfect caches."""
         return sum(launch.touched for launch in self.launches) / self.floor
 
     @property
     def cached(self) -> float:
-        """Sectors over the floor that small buffers are asked for again: by the caches' bandwidth."""
-        return SECTOR * sum(traffic.sectors - traffic.touched for traffic in self._of(self._small)) / self.floor
+        """Repeated sectors of small buffers over the floor, which caches serve."""
+        repeated = sum(traffic.sectors - traffic.touched for traffic in self._requests(large=False))
+        return SECTOR * repeated / self.floor
 
     @property
     def bytes_a_load(self) -> float:
-        """Bytes that a warp gets by a load from a large buffer; 512 is the most."""
+        """Bytes of a warp's load from a large buffer; at most 512."""
         return self._bytes_a_request("loads")
 
     @property
     def bytes_a_store(self) -> float:
-        """Bytes that a warp puts by a store to a large buffer."""
+        """Bytes of a warp's store to a large buffer."""
         return self._bytes_a_request("stores")
 
     @property
@@ -181,20 +174,17 @@ class Count:
         """The worst conflict in the banks of shared memory; 1 is none, 0 no shared memory."""
         return max((launch.shared.worst for launch in self.launches), default=0)
 
-    @property
-    def _small(self) -> frozenset[str]:
-        return frozenset({*self.sizes, REST}) - self.streamed
-
-    def _of(self, names: Iterable[str], directions: tuple[str, ...] = ("loads", "stores")) -> list[Traffic]:
-        wanted = set(names)
+    def _requests(self, large: bool, directions: tuple[str, ...] = ("loads", "stores")) -> list[Traffic]:
+        """Requests to the large buffers, or to the others."""
+        streamed = self.streamed
         return [
             traffic
             for launch in self.launches
             for direction in directions
             for name, traffic in getattr(launch, direction).items()
-            if name in wanted
+            if (name in streamed) == large
         ]
 
     def _bytes_a_request(self, direction: str) -> float:
-        total = sum(self._of(self.streamed, (direction,)), Traffic())
+        total = sum(self._requests(True, (direction,)), Traffic())
         return total.bytes / max(1, total.requests)

@@ -1,53 +1,186 @@
-"""The least time that a kernel can take, by each part of a GPU: predicted from counted instructions, not measured."""
+"""The least time of a kernel on each part of a GPU, and its occupancy: predicted from counts, not measured.
 
-from collections.abc import Mapping
+PTX is not machine code: it has instructions that ptxas folds into others (address arithmetic, for one) and lacks those
+that ptxas adds. Moves, which ptxas mostly removes, cost nothing.
+"""
 
-from benchmarks.audit.pipes import ALU, FMA, MEMORY, MOVES, SFU, TENSOR, Rates, rates
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from benchmarks.audit.budget import budget
 from benchmarks.audit.result import SECTOR, Count, Launch, Line, Shared
+from evaclip.plan.gpus import get_gpu
+from ptx_interpreter.body import Instruction
 
-DRAM = "DRAM"
-ISSUE = "issue"
+# Parts of a multiprocessor: matmuls; sums and products of floats; integers, comparisons and conversions; roots,
+# quotients and exponentials; loads, stores and shuffles; branches and barriers; copies of registers and parameters.
+TENSOR, FMA, ALU, SFU, MEMORY, CONTROL, MOVES = "tensor", "fma", "alu", "sfu", "memory", "control", "moves"
+ISSUE, DRAM = "issue", "DRAM"
 PARTS = (TENSOR, FMA, ALU, SFU, MEMORY, ISSUE, DRAM)
+
+_OPCODES = {
+    MOVES: {"mov", "cvta"},
+    CONTROL: {"bra", "bar", "ret", "exit", "trap", "fence", "membar"},
+    TENSOR: {"mma", "wgmma"},
+    MEMORY: {"ld", "st", "cp", "ldmatrix", "stmatrix", "shfl"},
+    SFU: {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "div", "sin", "cos", "tanh"},
+}
+_FLOATS = {"f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64"}
+_WIDE = {"b64", "u64", "s64"}
+_SIZES = re.compile(r"m(\d+)n(\d+)k(\d+)")
+_WAITS = {"commit_group", "wait_group", "wait_all", "fence"}
+
+
+def pipe_of(i: Instruction) -> str:
+    """The part of a multiprocessor that runs an instruction."""
+    mods = set(i.mods)
+    if "param" in mods or (i.op == "cvt" and not mods & _FLOATS):
+        return MOVES
+    if mods & _WAITS:
+        return CONTROL
+    found = next((pipe for pipe, opcodes in _OPCODES.items() if i.op in opcodes), None)
+    return found or (FMA if i.op in ("add", "sub", "mul", "fma", "mad") and mods & _FLOATS else ALU)
+
+
+def instructions_of(i: Instruction) -> int:
+    """Instructions of a multiprocessor: two for integers of 64 bits, which no part has."""
+    return 2 if set(i.mods) & _WIDE and pipe_of(i) == ALU else 1
+
+
+def flops_of(i: Instruction) -> int:
+    """Multiplications and additions of a warp's matmul; a quarter of a warpgroup's."""
+    if pipe_of(i) != TENSOR:
+        return 0
+    sizes = next(filter(None, map(_SIZES.fullmatch, i.mods)))
+    return 2 * math.prod(map(int, sizes.groups())) // (4 if i.op == "wgmma" else 1)
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+GPUS = {"sm_80": "a100-80g", "sm_90": "h100-80g", "sm_100": "b200"}
+_FMA_LANES = {"sm_80": 64, "sm_90": 128, "sm_100": 128}
+"""Lanes of a multiprocessor. These and the widths of the other parts are assumptions, the same for all three; no
+measurement has confirmed them, least of all 64 lanes for integers on 10.0."""
+_LANES = {ALU: 64, SFU: 16, ISSUE: 128, "cycles": 32}
+_WARP = 32
 _SECTORS_A_CYCLE = 4
 
 
-def _by_pipe(rate: Rates, warps: Mapping[str, int], flops: int, shared: Shared, lines: list[Line]) -> dict[str, float]:
-    """Seconds by part, but for DRAM."""
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a whole GPU, per second, with evenly loaded multiprocessors.
+
+    Attributes:
+        pipes: warp instructions, by part; `issue` takes those of all parts, `cycles` counts cycles of a multiprocessor.
+        flops: multiplications and additions of matmuls in 16 bits.
+        bytes: bytes of memory.
+    """
+
+    pipes: Mapping[str, float]
+    flops: float
+    bytes: float
+
+
+@cache
+def rates(arch: str) -> Rates:
+    """Rates of the GPU of an architecture in `GPUS`; the clock follows from its published float32 rate."""
+    gpu = get_gpu(GPUS[arch])
+    cycles = gpu.single_tflops * 1e12 / 2 / _FMA_LANES[arch]
+    pipes = {name: cycles * number / _WARP for name, number in ({FMA: _FMA_LANES[arch]} | _LANES).items()}
+    return Rates(pipes, gpu.half_tflops * 1e12, gpu.memory_gbps * 1e9)
+
+
+def _times(
+    arch: str, warps: Mapping[str, int], flops: int, shared: Shared, lines: Sequence[Line], moved: int
+) -> dict[str, float]:
+    rate = rates(arch)
     issued = sum(number for pipe, number in warps.items() if pipe != MOVES)
     # A cycle of memory serves a part of a request to shared memory, 128 bytes of global memory, or a shuffle.
     accesses = sum(line.requests for line in lines) + shared.requests
     cycles = shared.cycles + sum(max(line.requests, line.sectors / _SECTORS_A_CYCLE) for line in lines)
     cycles += max(0, warps.get(MEMORY, 0) - accesses)
-    seconds = {pipe: warps.get(pipe, 0) / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)}
-    return seconds | {
+    return {
+        **{pipe: warps.get(pipe, 0) / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)},
         TENSOR: flops / rate.flops,
         MEMORY: cycles / rate.pipes["cycles"],
         ISSUE: issued / rate.pipes[ISSUE],
+        DRAM: moved / rate.bytes,
     }
 
 
 def times(arch: str, launch: Launch) -> dict[str, float]:
-    """Seconds by part of the GPU, if nothing else held it up: all multiprocessors evenly loaded, each part without a
-    gap, caches perfect."""
-    rate = rates(arch)
-    found = _by_pipe(rate, launch.warps, launch.flops, launch.shared, list(launch.lines))
-    return found | {DRAM: launch.touched / rate.bytes}
+    """Seconds of each part of the GPU, with evenly loaded multiprocessors, no gaps and perfect caches."""
+    return _times(arch, launch.warps, launch.flops, launch.shared, launch.lines, launch.touched)
+
+
+def times_of_line(arch: str, line: Line) -> dict[str, float]:
+    """As `times`, of a line's instructions; DRAM moves every requested sector."""
+    return _times(arch, line.warps, line.flops, line.shared, [line], SECTOR * line.sectors)
 
 
 def limiter(arch: str, launch: Launch) -> str:
-    """The part that takes longest."""
+    """The slowest part."""
     found = times(arch, launch)
     return max(found, key=lambda part: found[part])
 
 
 def share_of_floor(count: Count) -> float:
-    """The time in which memory moves the floor's bytes over that of the kernels, each as long as its limiter takes."""
+    """The time of the floor's bytes at DRAM's rate over the time of the kernels' slowest parts."""
     least = sum(max(times(count.arch, launch).values()) for launch in count.launches)
     return count.floor / rates(count.arch).bytes / least
 
 
-def times_of_line(arch: str, line: Line) -> dict[str, float]:
-    """As `times`, of a line's instructions; for DRAM those of all sectors that it asks for."""
-    rate = rates(arch)
-    found = _by_pipe(rate, line.warps, line.flops, line.shared, [line])
-    return found | {DRAM: SECTOR * line.sectors / rate.bytes}
+# --- occupancy: CUDA's published formula, and the budget ------------------------------------------------------------
+
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+"""Bytes of shared memory of a multiprocessor."""
+WARPS = 64
+_BLOCKS, _REGISTERS, _PARTITIONS = 32, 65_536, 4
+_REGISTER_UNIT, _SHARED_UNIT = 256, 128
+_SHARED_OF_THE_SYSTEM = 1024
+"""Additional bytes of each block."""
+
+
+def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
+    """Resident warps of a multiprocessor, at most `WARPS`, by NVIDIA's `cuda_occupancy.h`.
+
+    Registers are allocated to warps in units, a quarter of them in each of four partitions.
+
+    Args:
+        arch: one of `SHARED`.
+        threads: threads of a block.
+        registers: registers of a thread.
+        shared: bytes of a block.
+    """
+    warps = -(-threads // _WARP)
+    registers_of_warp = _in_units(max(1, registers) * _WARP, _REGISTER_UNIT)
+    if registers_of_warp * _in_units(warps, _PARTITIONS) > _REGISTERS:
+        return 0
+    by_registers = _REGISTERS // _PARTITIONS // registers_of_warp * _PARTITIONS // warps
+    by_shared = SHARED[arch] // _in_units(shared + _SHARED_OF_THE_SYSTEM, _SHARED_UNIT)
+    return warps * min(_BLOCKS, WARPS // warps, by_registers, by_shared)
+
+
+def occupancy(kernel: str, threads: int, dynamic_bytes: int = 0) -> Mapping[str, float]:
+    """Resident warps over `WARPS`, by architecture; empty for a kernel without a budget.
+
+    Args:
+        kernel: name of `Launch.kernel`.
+        threads: threads of a block.
+        dynamic_bytes: dynamic shared memory of a block.
+    """
+    stored: Mapping[str, Mapping[str, tuple[int, int]]] = budget().read()[1]
+    shares = {}
+    for arch, kernels in stored.items():
+        own = next((numbers for name, numbers in kernels.items() if name.partition(": ")[2] == kernel), None)
+        if own and arch in SHARED:
+            registers, shared = own
+            shares[arch] = resident_warps(arch, threads, registers, shared + dynamic_bytes) / WARPS
+    return shares
+
+
+def _in_units(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -4,47 +4,46 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from math import prod
 from pathlib import Path
 
 from rich.text import Text
 
-from benchmarks.audit.occupancy import occupancy, source_of
-from benchmarks.audit.pipes import GPUS
-from benchmarks.audit.result import Count, Launch, Line
-from benchmarks.audit.roofline import PARTS, limiter, share_of_floor, times, times_of_line
-from benchmarks.tables import NOTHING, TIMES, Cell, Table, make_console, percent, significant
+from benchmarks.audit.result import Count, Line
+from benchmarks.audit.roofline import GPUS, PARTS, limiter, occupancy, share_of_floor, times, times_of_line
+from benchmarks.render import NOTHING, TIMES, Cell, Table, make_console, percent, significant
 from evaclip.atomic import write_text
 
 PREDICTED = "predicted from counted instructions, not measured"
 MOST_LINES = 10
 _MEANING = (
     f"requested: sectors of 32 bytes over the floor, each input read once and each output written once ({TIMES}); "
-    "of weights and the like, which caches keep, each once a kernel",
-    f"touched: different sectors of each kernel over the floor ({TIMES}), the traffic of perfect caches; "
-    f"cached: what small buffers are asked for again ({TIMES} the floor)",
-    "load, store: bytes of a warp's request to a large buffer, 512 at most; "
+    "small buffers such as weights, which caches keep, once a kernel",
+    f"touched: different sectors of each kernel over the floor ({TIMES}), the traffic with perfect caches; "
+    f"cached: repeated requests for small buffers ({TIMES} the floor)",
+    "load, store: bytes of a warp's request to a large buffer, at most 512; "
     "ways: cycles of shared memory over those without conflicts, mean and worst, 1 is no conflict",
-    "of floor: the time in which memory moves the floor's bytes over that of the kernels, each as long as its limiter "
-    "takes; the others are the least microseconds of each part of the GPU, evenly loaded and without gaps",
+    "of floor: the time of the floor's bytes over the one of the kernels' limiters; the others are the least "
+    "microseconds of each part of the GPU, evenly loaded and without gaps",
     "barriers: of a warp; warps: share of a multiprocessor's, by registers and shared memory, CUDA's formula",
 )
-_OF_CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "of floor")
-_OF_KERNEL = (*PARTS, "limiter", "barriers", "warps")
+_CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "of floor")
+_KERNEL = (*PARTS, "limiter", "barriers", "warps")
 
 
 def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
-    """Two tables for each operation and architecture, of calls and of their kernels; and, to explain, the lines of the
-    source that cost most."""
+    """Two tables for each operation and architecture, of calls and of their kernels; and, to explain, the most
+    expensive lines of the source."""
     console = make_console()
     console.print(Text(f"GPU kernels, {PREDICTED}", "bold yellow"))
     for (name, kernels, arch), group in groupby(counts, lambda count: (count.op, count.kernels, count.arch)):
         found = list(group)
         console.print()
         console.print(Text(f"{name}: {kernels}, {arch} ({GPUS[arch]})", "bold"))
-        calls = [(_title(count), *_cells(count)) for count in found]
-        console.print(_table("shape, dtype, direction", _OF_CALL, calls).to_terminal())
-        kernels_of_calls = [cells for count in found for cells in _kernels(count)]
-        console.print(_table("kernel, us", _OF_KERNEL, kernels_of_calls).to_terminal())
+        calls = [(_title(count), *_call_cells(count)) for count in found]
+        console.print(_table("shape, dtype, direction", _CALL, calls).to_terminal())
+        kernels_of_calls = [cells for count in found for cells in _kernel_cells(count)]
+        console.print(_table("kernel, us", _KERNEL, kernels_of_calls).to_terminal())
         for count in found if explain else ():
             lines = [[line.place, *_microseconds(times_of_line(count.arch, line))] for line in costly_lines(count)]
             console.print(_table(f"line of {_title(count)}, us", PARTS, lines).to_terminal())
@@ -54,11 +53,11 @@ def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
 
 
 def write_json(counts: Sequence[Count], file: Path) -> None:
-    """All that was counted, and what the tables show of it."""
+    """Write all counts, and the cells of the tables."""
     shown = [
         asdict(count)
         | {
-            "shown": dict(zip(_OF_CALL, _cells(count), strict=True)),
+            "shown": dict(zip(_CALL, _call_cells(count), strict=True)),
             "times": [times(count.arch, launch) for launch in count.launches],
             "limiters": [limiter(count.arch, launch) for launch in count.launches],
             "warps": [launch.warps for launch in count.launches],
@@ -77,36 +76,29 @@ def _title(count: Count) -> str:
     return f"{count.shape} {count.dtype} {count.direction}"
 
 
-def _cells(count: Count) -> list[str]:
+def _call_cells(count: Count) -> list[str]:
     ratios = [f"{ratio:.3f}" for ratio in (count.traffic, count.touched, count.cached)]
     requests = [f"{size:.0f}" for size in (count.bytes_a_load, count.bytes_a_store)]
-    return [significant(count.floor / 1e6), *ratios, *requests, _ways(count), percent(share_of_floor(count))]
-
-
-def _ways(count: Count) -> str:
     ways = [launch.shared.cycles / launch.shared.least for launch in count.launches if launch.shared.least]
-    return f"{max(ways):.2f} {count.worst_ways}" if ways else NOTHING
+    mean_and_worst = f"{max(ways):.2f} {count.worst_ways}" if ways else NOTHING
+    return [significant(count.floor / 1e6), *ratios, *requests, mean_and_worst, percent(share_of_floor(count))]
 
 
-def _kernels(count: Count) -> Iterator[list[str]]:
+def _kernel_cells(count: Count) -> Iterator[list[str]]:
     for launch in count.launches:
+        shares: Mapping[str, float] = {}
+        if count.kernels == "cuda":
+            shares = occupancy(launch.kernel, prod(launch.block), launch.dynamic_bytes)
+        warps = percent(shares[count.arch]) if count.arch in shares else NOTHING
         parts = _microseconds(times(count.arch, launch))
-        yield [launch.kernel, *parts, limiter(count.arch, launch), f"{launch.barriers:.1f}", _warps(count, launch)]
+        yield [launch.kernel, *parts, limiter(count.arch, launch), f"{launch.barriers:.1f}", warps]
 
 
 def _microseconds(seconds: Mapping[str, float]) -> list[str]:
     return [f"{1e6 * seconds[part]:.2f}" for part in PARTS]
 
 
-def _warps(count: Count, launch: Launch) -> str:
-    shares: Mapping[str, float] = {}
-    if count.kernels == "cuda":
-        source = source_of(launch.kernel)
-        shares = occupancy(launch.kernel, launch.threads_of_block, launch.dynamic_bytes, source)
-    return percent(shares[count.arch]) if count.arch in shares else NOTHING
-
-
 def costly_lines(count: Count, most: int = MOST_LINES) -> list[Line]:
-    """Those whose slowest part takes longest, of all kernels of a call."""
+    """The lines with the slowest limiters, of all kernels of a call."""
     lines = [line for launch in count.launches for line in launch.lines]
     return sorted(lines, key=lambda line: max(times_of_line(count.arch, line).values()), reverse=True)[:most]

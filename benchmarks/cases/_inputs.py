@@ -1,4 +1,4 @@
-"""Inputs that several operations share: captions of photographs, and the patches that token dropout keeps."""
+"""Inputs of several operations: captions of photographs, and the patches that token dropout keeps."""
 
 from functools import cache
 from pathlib import Path
@@ -14,15 +14,15 @@ from evaclip.tokenizer import Tokenizer
 
 @cache
 def captions(context_length: int) -> Tensor:
-    """Token ids int64 `[captions, context_length]`, as in use: most of a row is padding."""
+    """Token ids int64 `[captions, context_length]` of real captions: most of a row is padding."""
     return Tokenizer(context_length)((Path(__file__).parents[1] / "captions.txt").read_text().splitlines())
 
 
 def kept_patches(op: str, shape: Shape, draw: Draw) -> Tensor | None:
-    """The patches of each image that remain, int64 `[B, K]` in the order of the grid; None where all do.
+    """The remaining patches of each image, int64 `[B, K]` in the order of the grid; None for all.
 
     Raises:
-        UserError: the shape is that of a text tower.
+        UserError: the shape is one of a text tower.
     """
     if shape.tower != "vision":
         raise UserError(f"{op} works on patches, and {shape.name!r} has none; expected a vision shape")

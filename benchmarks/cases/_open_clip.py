@@ -1,4 +1,4 @@
-"""open_clip's EVA-CLIP for every configuration here, not for those alone that open_clip has names for."""
+"""open_clip's EVA-CLIP for every configuration here, even without a name in open_clip."""
 
 from functools import partial
 from typing import Any
@@ -25,14 +25,14 @@ class PlainClip(nn.Module):
     def forward(
         self, images: Tensor, texts: Tensor, token_index: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of length 1, and the temperature; of the patches `token_index` `[B, K]` alone, if it is given."""
+        """Features of length 1, and the temperature; with `token_index` `[B, K]` only of these patches."""
         trunk: Any = self.visual["trunk"]
         trunk.patch_drop = None if token_index is None else partial(_keep_patches, token_index)
         image_features = F.normalize(self.visual["trunk"](images), dim=-1)
         return image_features, F.normalize(self.text(texts), dim=-1), self.logit_scale.exp()
 
     def _fill_tables(self, config: VisionConfig, device: torch.device) -> None:
-        """What is computed and not given: the causal mask, rotary positions, and the bias of zeros on k."""
+        """Fill the buffers: the causal mask, rotary positions, and the bias of zeros on k."""
         from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
 
         text: Any = self.text
@@ -53,7 +53,7 @@ class PlainClip(nn.Module):
 
 
 def _keep_patches(token_index: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What timm's patch dropout does behind the class token, with patches that were drawn elsewhere."""
+    """timm's patch dropout behind the class token, with the given patches."""
     prefix, patches = tokens[:, :1], tokens[:, 1:]
     kept = patches.gather(1, token_index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
     return torch.cat((prefix, kept), dim=1), token_index

@@ -1,31 +1,28 @@
-"""What the steps of all optimizers have in common: their tensors, and what is done to the moments."""
+"""Tensors and peers of the steps of all optimizers.
 
-from collections.abc import Iterator, Sequence
+Functions of lists of tensors are measured, not optimizer objects, so that nothing has to be kept between calls.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, register
+from benchmarks.operation import NVIDIA_APEX, Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape, short_names
 from evaclip import create_model
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-6, 0.05
 STEPS = 10
-"""Steps made before the one that is measured."""
+"""Steps before the measured one."""
 
 Tensors = list[Tensor]
 
-SHAPES = {"cpu": ("tiny@32 b1",), "cuda": ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1")}
-
-
-def raw(tensors: int, elements: int) -> Shape:
-    """As many tensors of one row: they are the batch, and the row is a token."""
-    return Shape(batch=tensors, width=elements)
-
 
 def sizes_of(shape: Shape) -> tuple[torch.Size, ...]:
-    """Of all parameters of a model, or of the tensors of a shape of sizes alone."""
+    """Sizes of all parameters of a model, or of the tensors of a shape of sizes alone."""
     return _sizes_of_model(shape.model) if shape.model else (torch.Size((1, shape.width)),) * shape.batch
 
 
@@ -36,7 +33,7 @@ def _sizes_of_model(model: str) -> tuple[torch.Size, ...]:
 
 
 def draw_inputs(shape: Shape, draw: Draw) -> Inputs:
-    """Parameters and gradients in the dtype measured, moments in float32. Batch and tower don't matter."""
+    """Parameters and gradients in the measured dtype, moments in float32. Batch and tower don't matter."""
     sizes = sizes_of(shape)
     moments = [[draw.normal(*size, scale=1e-3, dtype=torch.float32) for size in sizes] for _ in range(2)]
     return {
@@ -48,6 +45,17 @@ def draw_inputs(shape: Shape, draw: Draw) -> Inputs:
     }
 
 
+def _work(shape: Shape, itemsize: int) -> Work:
+    """Reads parameter, gradient and two moments, writes parameter and moments: 28 bytes a parameter in float32.
+
+    LAMB needs a tensor's norm before it writes. A tensor larger than the cache is then read twice, with its moments, 40
+    bytes in all; the formula counts each input once, as everywhere.
+    """
+    sizes = sizes_of(shape)
+    parameters, steps = sum(size.numel() for size in sizes), len(sizes)
+    return Work(Cost(0, parameters * (3 * itemsize + 4 * 4) + steps * 2 * 4))
+
+
 def register_step(name: str, algorithm: str, registered: str, eager: Function, ours: Function) -> None:
     """Registers the step of an optimizer, by functions that return the parameters."""
     register(
@@ -57,9 +65,9 @@ def register_step(name: str, algorithm: str, registered: str, eager: Function, o
             inputs=draw_inputs,
             eager=eager,
             ours=ours,
-            work=work_of,
-            shapes=SHAPES,
-            raw=raw,
+            work=_work,
+            shapes={"cpu": ("tiny@32 b1",), "cuda": ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1")},
+            raw=lambda tensors, elements: Shape(batch=tensors, width=elements),
             small="4x64",
             registered=registered,
         )
@@ -67,23 +75,12 @@ def register_step(name: str, algorithm: str, registered: str, eager: Function, o
 
 
 def decays_of(params: Sequence[Tensor]) -> list[float]:
-    """Matrices and embeddings are decayed; biases, the factors of norms and the temperature are not."""
+    """Weight decay of matrices and embeddings; zero for biases, norms and the temperature."""
     return [WEIGHT_DECAY if param.ndim > 1 else 0.0 for param in params]
 
 
-def work_of(shape: Shape, itemsize: int) -> Work:
-    """Reads parameter, gradient and two moments, writes parameter and moments: 28 bytes a parameter in float32.
-
-    LAMB must know a tensor's norm before any of it is written. Where a tensor is larger than the cache, its moments and
-    itself are read from memory twice for that, 40 bytes in all; the formula counts each input once, as everywhere.
-    """
-    sizes = sizes_of(shape)
-    parameters, steps = sum(size.numel() for size in sizes), len(sizes)
-    return Work(Cost(0, parameters * (3 * itemsize + 4 * 4) + steps * 2 * 4))
-
-
 def directions(params: Tensors, *state: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Takes the moments of one tensor after the other on: its parameter, Adam's direction, and its decay."""
+    """Update the moments of one tensor after the other; yield its parameter, Adam's direction, and its decay."""
     for param, grad, exp_avg, exp_avg_sq, step, decay in zip(params, *state, decays_of(params), strict=True):
         grad = grad.to(exp_avg.dtype)
         step += 1
@@ -94,18 +91,42 @@ def directions(params: Tensors, *state: Tensors) -> Iterator[tuple[Tensor, Tenso
         yield param, update, decay
 
 
-def by_decay(
-    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors
-) -> list[tuple[float, list[Tensors]]]:
-    """The lists once for the tensors with weight decay and once for those without: the groups of an optimizer.
+def step_by_decay(step: Callable[[float, list[Tensors]], None], advance: bool = False) -> Function:
+    """A function of the inputs that calls `step(decay, [params, grads, exp_avgs, exp_avg_sqs, steps])` for the tensors
+    with weight decay and for those without: the groups of an optimizer.
 
     Raises:
-        TypeError: the moments have another dtype than the parameters, which these peers don't know.
+        TypeError: the moments have another dtype than the parameters, which these peers don't support.
     """
-    if params[0].dtype != exp_avgs[0].dtype:
-        raise TypeError(f"no moments in {exp_avgs[0].dtype} for parameters in {params[0].dtype}")
-    decays, lists = decays_of(params), (params, grads, exp_avgs, exp_avg_sqs)
-    return [
-        (decay, [[tensor for tensor, own in zip(tensors, decays, strict=True) if own == decay] for tensors in lists])
-        for decay in sorted(set(decays))
-    ]
+
+    def run(**inputs: Tensors) -> Tensors:
+        params, moments = inputs["params"], inputs["exp_avgs"]
+        if params[0].dtype != moments[0].dtype:
+            raise TypeError(f"no moments in {moments[0].dtype} for parameters in {params[0].dtype}")
+        if advance:
+            torch._foreach_add_(inputs["steps"], 1)
+        decays = decays_of(params)
+        for decay in sorted(set(decays)):
+            members = [index for index, own in enumerate(decays) if own == decay]
+            step(decay, [[tensors[index] for index in members] for tensors in inputs.values()])
+        return params
+
+    return run
+
+
+def register_apex(op: str, kernel: str, options: Callable[[float, torch.device], tuple[Any, ...]]) -> None:
+    """Registers a multi-tensor kernel of NVIDIA apex as a peer, with `options(decay, device)` after the tensors."""
+
+    @peer(op, package="apex", devices=("cuda",), install=NVIDIA_APEX)
+    def apex(shape: Shape) -> Function:
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+
+        def step(decay: float, lists: list[Tensors]) -> None:
+            params, grads, *moments, _ = lists
+            device = params[0].device
+            overflow = torch.zeros(1, dtype=torch.int, device=device)
+            function = getattr(amp_C, kernel)
+            multi_tensor_applier(function, overflow, [grads, params, *moments], *options(decay, device))
+
+        return step_by_decay(step)

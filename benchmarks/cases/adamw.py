@@ -1,4 +1,6 @@
-"""One step of AdamW over all parameters of a model, each function given lists of tensors as in the case of LAMB."""
+"""One step of AdamW over all parameters of a model."""
+
+from typing import Any
 
 import torch
 
@@ -9,12 +11,13 @@ from benchmarks.cases._optimizer import (
     LR,
     STEPS,
     Tensors,
-    by_decay,
     decays_of,
     directions,
+    register_apex,
     register_step,
+    step_by_decay,
 )
-from benchmarks.operation import NVIDIA_APEX, Function, peer
+from benchmarks.operation import Function, peer
 from benchmarks.shapes import Shape
 
 
@@ -36,43 +39,15 @@ register_step("adamw_step", "AdamW", "adamw_update", _eager, _ours)
 
 @peer("adamw_step", "torch fused")
 def torch_fused(shape: Shape) -> Function:
-    """PyTorch's own kernel, behind `torch.optim.AdamW(fused=True)`: one call for each weight decay."""
+    """PyTorch's kernel behind `torch.optim.AdamW(fused=True)`: one call for each weight decay."""
 
-    def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
-        torch._foreach_add_(steps, 1)
-        for decay, (group, grads, exp_avgs, exp_avg_sqs) in by_decay(params, **lists):
-            torch._fused_adamw_(
-                group,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs=[],
-                state_steps=steps[: len(group)],  # all are at the same one
-                lr=LR,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                weight_decay=decay,
-                eps=EPS,
-                amsgrad=False,
-                maximize=False,
-            )
-        return params
+    def step(decay: float, lists: list[Tensors]) -> None:
+        params, grads, exp_avgs, exp_avg_sqs, steps = lists
+        rates: dict[str, Any] = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": decay, "eps": EPS}
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **rates, amsgrad=False, maximize=False)
 
-    return step
+    return step_by_decay(step, advance=True)
 
 
-@peer("adamw_step", package="apex", devices=("cuda",), install=NVIDIA_APEX)
-def apex(shape: Shape) -> Function:
-    """NVIDIA apex's AdamW, the kernel behind `FusedAdam`: one call for each weight decay."""
-    import amp_C
-    from apex.multi_tensor_apply import multi_tensor_applier
-
-    def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
-        overflow = torch.zeros(1, dtype=torch.int, device=params[0].device)
-        for decay, (group, grads, *moments) in by_decay(params, **lists):
-            # AdamW 1, bias correction 1.
-            options = (LR, *BETAS, EPS, STEPS + 1, 1, 1, decay)
-            multi_tensor_applier(amp_C.multi_tensor_adam, overflow, [grads, group, *moments], *options)
-        return params
-
-    return step
+# AdamW 1, bias correction 1.
+register_apex("adamw_step", "multi_tensor_adam", lambda decay, device: (LR, *BETAS, EPS, STEPS + 1, 1, 1, decay))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from benchmarks.shapes import Shape
 CLIP_SCALE = 1 / 0.07
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
-# At the largest, matrices of logits fill a GPU: who makes them fails there, and that is a row too.
+# The largest matrices of logits exceed a GPU's memory: candidates that materialize them fail there.
 _SHAPES = {
     "cpu": ("eva02-b16@224 b256", "eva02-b16@224 b1024", "eva02-b16@224 b2048"),
     "cuda": (
@@ -30,40 +31,20 @@ _SHAPES = {
 }
 
 
-def _raw(pairs: int, channels: int) -> Shape:
-    return Shape(batch=pairs, embed_dim=channels)
-
-
-def _pairs(shape: Shape, draw: Draw) -> Inputs:
-    """As many pairs as the shape has images; the tower doesn't matter, both end in the same space."""
+def _inputs(shape: Shape, draw: Draw, **scalars: float) -> Inputs:
+    """A pair of features for each image of the shape; both towers end in the same space."""
     size = (shape.batch, shape.embed_dim)
-    return {name: _features(draw, *size) for name in ("image_features", "text_features")}
-
-
-def _features(draw: Draw, *size: int) -> Tensor:
-    return F.normalize(draw.normal(*size, dtype=torch.float32), dim=-1).to(draw.dtype)
-
-
-def _scalar(draw: Draw, value: float) -> Tensor:
-    return torch.tensor(value, device=draw.device)
-
-
-def _clip_inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {**_pairs(shape, draw), "logit_scale": _scalar(draw, CLIP_SCALE)}
-
-
-def _siglip_inputs(shape: Shape, draw: Draw) -> Inputs:
-    scalars = {"logit_scale": _scalar(draw, SIGLIP_SCALE), "logit_bias": _scalar(draw, SIGLIP_BIAS)}
-    return {**_pairs(shape, draw), **scalars}
+    features = {name: draw.normal(*size, dtype=torch.float32) for name in ("image_features", "text_features")}
+    return {name: F.normalize(values, dim=-1).to(draw.dtype) for name, values in features.items()} | {
+        name: torch.tensor(value, device=draw.device) for name, value in scalars.items()
+    }
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
-    """One product of the features forward, two backward: the gradients of either side.
+    """One matmul of the features forward, two backward: the gradients of either side.
 
-    Who doesn't keep the B x B matrix needs a third one backward to form it again, so the floor is that of keeping it;
-    the sigmoid loss needs none, for its gradients can be formed with its value.
-    Bytes are those of the features and of their gradients; no scalar counts, and no matrix of logits, for it is neither
-    input nor output.
+    A loss that doesn't save the B x B matrix needs a third matmul backward; the floor doesn't count it. Bytes of the
+    features and of their gradients; a matrix of logits is neither input nor output.
     """
     product = 2 * shape.batch**2 * shape.embed_dim
     features = 2 * shape.batch * shape.embed_dim * itemsize
@@ -85,7 +66,7 @@ def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tens
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Logits, or a peer's loss, in float32 at least, in which autocast computes one."""
+    """Logits, or a peer's loss, in float32 at least, as under autocast."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -93,12 +74,12 @@ _CLIP_LOSS = register(
     Operation(
         name="clip_loss",
         summary="symmetric InfoNCE over a batch of pairs",
-        inputs=_clip_inputs,
+        inputs=partial(_inputs, logit_scale=CLIP_SCALE),
         eager=clip_loss,
         ours=evakernels.clip_loss,
         work=_work,
         shapes=_SHAPES,
-        raw=_raw,
+        raw=lambda pairs, channels: Shape(batch=pairs, embed_dim=channels),
         small="4x64",
         gradients=("image_features", "text_features", "logit_scale"),
         registered="contrastive_forward",
@@ -109,7 +90,7 @@ register(
         _CLIP_LOSS,
         name="siglip_loss",
         summary="sigmoid loss over all combinations of a batch of pairs",
-        inputs=_siglip_inputs,
+        inputs=partial(_inputs, logit_scale=SIGLIP_SCALE, logit_bias=SIGLIP_BIAS),
         eager=siglip_loss,
         ours=evakernels.siglip_loss,
         shapes=_SHAPES | {"cpu": _SHAPES["cpu"][:2]},
@@ -136,7 +117,7 @@ def open_clip_siglip(shape: Shape) -> Function:
 
 
 def _under_autocast(loss: Function) -> Function:
-    """A loss in the surroundings that open_clip's trainer gives it where the features have 16 bits."""
+    """A loss under autocast for features of 16 bits, as in open_clip's trainer."""
 
     def call(image_features: Tensor, text_features: Tensor, **scalars: Tensor) -> Tensor:
         dtype = image_features.dtype
@@ -151,52 +132,41 @@ def inf_cl(shape: Shape) -> Function:
     """Inf-CL's Triton kernels on one GPU, once for each direction; it widens all features to float32."""
     from inf_cl import cal_flash_loss
 
-    def direction(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-        losses: Tensor = cal_flash_loss(queries, keys, scale=scale)
-        return losses.mean()
-
-    return _both_directions(direction)
+    return _both_directions(lambda queries, keys, scale, labels: cal_flash_loss(queries, keys, scale=scale).mean())
 
 
 @peer("clip_loss", package="cut-cross-entropy", devices=("cuda",))
 def cut_cross_entropy(shape: Shape) -> Function:
-    """Apple's cut cross-entropy, once for each direction, the other side's features being the classes.
+    """Apple's cut cross-entropy, once for each direction, with the other side's features as classes.
 
-    Without its filter, which drops probabilities below eps / 32: at the start of training, that is nearly all of them.
+    Without its filter, which drops probabilities below eps / 32: nearly all of them at the start of training.
     """
     from cut_cross_entropy import linear_cross_entropy
 
-    def direction(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-        labels = torch.arange(len(keys), device=keys.device)
-        loss: Tensor = linear_cross_entropy(scale * queries, keys, labels, filter_eps=None)
-        return loss
-
-    return _both_directions(direction)
+    return _both_directions(
+        lambda queries, keys, scale, labels: linear_cross_entropy(scale * queries, keys, labels, filter_eps=None)
+    )
 
 
 @peer("clip_loss", package="liger-kernel", devices=("cuda",))
 def liger(shape: Shape) -> Function:
-    """Liger-Kernel's fused linear cross-entropy, once for each direction, the other side's features being the classes.
+    """Liger-Kernel's fused linear cross-entropy, once for each direction, with the other side's features as classes.
 
     It computes the gradients in its forward pass.
     """
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     cross_entropy = LigerFusedLinearCrossEntropyLoss()
-
-    def direction(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-        labels = torch.arange(len(keys), device=keys.device)
-        loss: Tensor = cross_entropy(keys, scale * queries, labels)
-        return loss
-
-    return _both_directions(direction)
+    return _both_directions(lambda queries, keys, scale, labels: cross_entropy(keys, scale * queries, labels))
 
 
-def _both_directions(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Function:
-    """InfoNCE from the cross-entropy of one direction."""
+def _both_directions(direction: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Function:
+    """InfoNCE from the cross-entropy of one direction, `direction(queries, keys, scale, labels)`."""
 
     def call(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        of_images = direction(image_features, text_features, logit_scale)
-        return _widened(of_images + direction(text_features, image_features, logit_scale)) / 2
+        labels = torch.arange(len(image_features), device=image_features.device)
+        of_images = direction(image_features, text_features, logit_scale, labels)
+        of_texts = direction(text_features, image_features, logit_scale, labels)
+        return _widened(of_images + of_texts) / 2
 
     return call

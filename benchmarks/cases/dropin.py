@@ -1,8 +1,8 @@
-"""Other people's models before and after `evakernels.accelerate`, and through torch.compile.
+"""Models of other libraries before and after `evakernels.accelerate`, and through torch.compile.
 
 A model has random weights in float32; samples in bfloat16 make it run under autocast, as users do. Both sides are
-copies of one model and share its parameters. For inference alone (`dropin_frozen`) the weights are in the dtype of the
-samples, and laid out once by whoever can.
+copies of one model and share its parameters. For inference only (`dropin_frozen`) the weights are in the dtype of the
+samples, and prepacked by `accelerate(freeze=True)`.
 """
 
 import copy
@@ -10,16 +10,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
-from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, peer, register
+from benchmarks.candidates import compile_frozen
+from benchmarks.cases.models import Network, Pair, autocast
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.errors import UserError, unknown_name
 
@@ -33,11 +35,11 @@ class Model:
 
     Attributes:
         build: makes it with random weights on a device.
-        encode: its features of images, and of texts and its temperature if it has a tower for them; so that every
-            parameter has a gradient.
+        encode: features of images, and with a text tower also of captions, and the temperature, so that every parameter
+            has a gradient.
         pixels: height and width of an image.
-        vocabulary: token ids that it knows; 0 for a model of images.
-        context: tokens of a text.
+        vocabulary: number of token ids; 0 for a model of images.
+        context: tokens of a caption.
     """
 
     build: Callable[[torch.device], nn.Module]
@@ -50,12 +52,11 @@ class Model:
 def parse(name: str) -> Shape:
     """The shape called `name`, such as `timm/vit-b b4`, or `open_clip/vit-b-32 b4 t13` for captions of 13 tokens.
 
-    Its `tokens` are 0 where all tokens of a caption count.
-
-    The model is one of `MODELS`, or any other of timm or open_clip by its name there.
+    The model is one of `MODELS`, or any other of timm or open_clip by its name there. Without `t` captions are full,
+    and `tokens` is 0.
 
     Raises:
-        UserError: the name has another form, the model is unknown, or has no such texts.
+        UserError: the name has another form, the model is unknown, or takes no such captions.
     """
     match = _FORM.fullmatch(name.strip())
     if match is None:
@@ -98,41 +99,33 @@ def model_of(name: str) -> Model:
 
 
 def _timm(name: str, pixels: int = 224) -> Model:
-    def build(device: torch.device) -> nn.Module:
-        import timm
-
-        model: nn.Module = timm.create_model(name, device=device)
-        return model
+    def build(device: torch.device) -> Any:
+        return import_module("timm").create_model(name, device=device)
 
     return Model(build, lambda model, images, texts: model(images), pixels)
 
 
 def _open_clip(name: str, pixels: int = 224, vocabulary: int = 49_408, context: int = 77) -> Model:
-    def build(device: torch.device) -> nn.Module:
-        import open_clip
-
-        model: nn.Module = open_clip.create_model(name, device=device)
-        return model
+    def build(device: torch.device) -> Any:
+        return import_module("open_clip").create_model(name, device=device)
 
     return Model(build, lambda model, images, texts: model(images, texts), pixels, vocabulary, context)
 
 
 def _transformers(kind: str, vocabulary: int, context: int) -> Model:
-    def build(device: torch.device) -> nn.Module:
-        import transformers
-
-        # The defaults of both are those of the base model, but for the patches.
+    def build(device: torch.device) -> Any:
+        transformers = import_module("transformers")
+        # The defaults of both are the base model's, except the patches.
         config = getattr(transformers, f"{kind}Config")(vision_config={"patch_size": 16})
         with device:
-            model: nn.Module = getattr(transformers, f"{kind}Model")(config)
-        return model
+            return getattr(transformers, f"{kind}Model")(config)
 
     return Model(build, _embed, 224, vocabulary, context)
 
 
 def _embed(model: Any, images: Tensor, texts: Tensor | None) -> Any:
     output = model(input_ids=texts, pixel_values=images)
-    # Not the few logits: of random weights they are differences near zero, whose error is a matter of luck.
+    # Not the few logits: with random weights they are differences near zero, with an error of mere luck.
     scalars = [getattr(model, name) for name in ("logit_scale", "logit_bias") if hasattr(model, name)]
     return output.image_embeds, output.text_embeds, *scalars
 
@@ -149,24 +142,11 @@ MODELS = {
 }
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A model as it was built, and accelerated; both have the same parameters.
-
-    Attributes:
-        trained: names of the parameters, in the order in which they are given.
-    """
-
-    before: "_Encoder"
-    after: "_Encoder"
-    trained: tuple[str, ...]
+# --- operations -----------------------------------------------------------------------------------------------------
 
 
 class _Encoder(nn.Module):
-    """A model as one call, which `functional_call` wants."""
+    """A model as one call, for `functional_call`."""
 
     def __init__(self, model: nn.Module, encode: Callable[[Any, Tensor, Tensor | None], Any]) -> None:
         super().__init__()
@@ -179,23 +159,29 @@ class _Encoder(nn.Module):
 
 @lru_cache(maxsize=1)
 def _pair(name: str, device: torch.device) -> Pair:
+    """A model as it was built, and accelerated; both have the same parameters."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         before = _Encoder(model_of(name).build(device).train(), model_of(name).encode)
-    _without_chance(before)
-    after = copy.deepcopy(before)
-    for (owner, key), parameter in _places(before).items():
-        after.get_submodule(owner)._parameters[key] = parameter
+    for module in before.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    after = copy.deepcopy(before, {id(parameter): parameter for parameter in before.parameters()})
     evakernels.accelerate(after.model)
-    return Pair(before, after, tuple(key for key, value in before.named_parameters() if value.requires_grad))
+    names = tuple(key for key, value in before.named_parameters() if value.requires_grad)
+    floats = [
+        {key: buffer for key, buffer in encoder.named_buffers() if buffer.is_floating_point()}
+        for encoder in (after, before)
+    ]
+    return Pair(Network(after, names, floats[0]), Network(before, names, floats[1]))
 
 
 @lru_cache(maxsize=3)  # the two of one dtype, and the truth
 def _frozen(name: str, dtype: torch.dtype, accelerated: bool) -> "_Encoder":
-    """A model for inference, as it was built or accelerated with its weights laid out.
+    """A model for inference, as it was built or accelerated with prepacked weights.
 
-    As it was built its weights want gradients, as in most programs: by weights that don't torch multiplies some inputs
-    in bfloat16 at a tenth of the speed.
+    Built weights require gradients, as in most programs: without them torch multiplies some inputs in bfloat16 at a
+    tenth of the speed.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -205,24 +191,12 @@ def _frozen(name: str, dtype: torch.dtype, accelerated: bool) -> "_Encoder":
     return encoder
 
 
-def _places(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
-    """Parameters by module and name within it."""
-    split = ((name.rpartition("."), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
-    return {(parts[0], parts[2]): parameter for parts, parameter in split}
-
-
-def _without_chance(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
     pair = _pair(shape.model, draw.device)
     return {
         "pair": pair,
-        # As in any model that isn't frozen: torch multiplies by a weight that has no gradient in another way.
-        "parameters": [pair.before.get_parameter(name).detach().requires_grad_() for name in pair.trained],
+        # torch multiplies by a weight without a gradient in another way.
+        "parameters": [pair.plain.module.get_parameter(name).detach().requires_grad_() for name in pair.plain.names],
         **_samples(shape, draw),
     }
 
@@ -231,7 +205,7 @@ def _samples(shape: Shape, draw: Draw) -> Inputs:
     model = model_of(shape.model)
     texts = None
     if model.vocabulary:
-        # The largest id is the end token, for some of them the place of the pooled output.
+        # The largest id is the end token, which some models pool.
         texts = draw.integers(model.vocabulary - 2, shape.batch, model.context)
         end = (shape.tokens or model.context) - 1
         texts[:, end], texts[:, end + 1 :] = model.vocabulary - 1, 0
@@ -246,27 +220,18 @@ def _encode(model: str, images: Tensor, texts: Tensor | None, accelerated: bool 
     return _frozen(model, images.dtype, accelerated)(images, texts)
 
 
-def _before(pair: Pair, **inputs: Any) -> Any:
-    return _run(pair.before, pair.trained, **inputs)
+def _before(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor | None) -> Any:
+    with autocast(parameters, images):
+        return pair.plain(parameters, images, texts)
 
 
-def _after(pair: Pair, **inputs: Any) -> Any:
-    return _run(pair.after, pair.trained, **inputs)
-
-
-def _run(
-    encoder: _Encoder, trained: tuple[str, ...], parameters: list[Tensor], images: Tensor, texts: Tensor | None
-) -> Any:
-    tensors = dict(zip(trained, parameters, strict=True))
-    kept, dtype = parameters[0].dtype, images.dtype
-    if kept == torch.float64:
-        tensors |= {key: buffer.double() for key, buffer in encoder.named_buffers() if buffer.is_floating_point()}
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != kept):
-        return functional_call(encoder, tensors, (images, texts))
+def _after(pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor | None) -> Any:
+    with autocast(parameters, images):
+        return pair.ours(parameters, images, texts)
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
-    """FLOPs as torch counts them in the untouched model, backward twice as many; bytes are those of the parameters."""
+    """FLOPs as torch counts them in the untouched model, backward twice as many; bytes of the parameters."""
     flops, parameters = _counted(shape.model)
     read = 4.0 * parameters
     return Work(Cost(flops * shape.batch, read), Cost(2 * flops * shape.batch, 2 * read))
@@ -277,7 +242,7 @@ def _counted(name: str) -> tuple[int, int]:
     """FLOPs of one sample, and parameters."""
     model = model_of(name)
     with (meta := torch.device("meta")):
-        # Weights that want gradients keep torch's counter from following some modules under no_grad.
+        # Weights that require gradients keep torch's counter from following some modules under no_grad.
         module = model.build(meta).eval().requires_grad_(False)
         texts = torch.zeros(1, model.context, dtype=torch.int64) if model.vocabulary else None
         images = torch.zeros(1, 3, model.pixels, model.pixels)
@@ -289,11 +254,11 @@ def _counted(name: str) -> tuple[int, int]:
 _DROPIN = register(
     Operation(
         name=DROPIN,
-        summary="other people's models after evakernels.accelerate, weights in float32, autocast to the dtype measured",
+        summary="models of other libraries after accelerate(), weights in float32, autocast to the measured dtype",
         inputs=_inputs,
         eager=_before,
         ours=_after,
-        baseline=Baseline("untouched", "torch"),
+        baseline="untouched",
         work=_work,
         parse=parse,
         shapes={
@@ -304,7 +269,7 @@ _DROPIN = register(
         small="timm/vit-b b1",
         by_request=True,
         is_model=True,
-        references=False,  # the models on them are of no interest
+        references=False,
     )
 )
 
@@ -312,7 +277,7 @@ register(
     replace(
         _DROPIN,
         name=FROZEN,
-        summary="other people's models for inference after evakernels.accelerate(freeze=True), weights in this dtype",
+        summary="models of other libraries for inference after accelerate(freeze=True), weights in this dtype",
         inputs=_frozen_inputs,
         eager=_encode,
         ours=partial(_encode, accelerated=True),
@@ -323,29 +288,19 @@ register(
 )
 
 
-@peer(FROZEN, "compile-freezing", package="torch", devices=("cpu",))
-def _compile_freezing(shape: Shape) -> Callable[..., Any]:
-    return _compiled(options={"freezing": True})
+def _register_frozen(backend: str, **options: Any) -> None:
+    @peer(FROZEN, devices=("cpu",), **options)
+    def build(shape: Shape) -> Function:
+        compiled: dict[torch.dtype, Function] = {}
+
+        def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
+            dtype = images.dtype
+            if dtype not in compiled:
+                compiled[dtype] = compile_frozen(_frozen(model, dtype, False), backend)
+            return compiled[dtype](images, texts)
+
+        return encode
 
 
-@peer(FROZEN, package="zentorch", devices=("cpu",))
-def _zentorch(shape: Shape) -> Callable[..., Any]:
-    import zentorch  # noqa: F401, which registers it
-
-    return _compiled(backend="zentorch")
-
-
-def _compiled(**options: Any) -> Callable[..., Any]:
-    from torch._inductor import config
-
-    compiled: dict[torch.dtype, Any] = {}
-
-    def encode(model: str, images: Tensor, texts: Tensor | None) -> Any:
-        encoder = compiled.setdefault(
-            images.dtype, torch.compile(_frozen(model, images.dtype, False), dynamic=False, **options)
-        )
-        # The last is what zentorch sets, for everything that is compiled afterwards.
-        with torch.no_grad(), config.patch(freezing=True, joint_custom_post_pass=None):
-            return encoder(images, texts)
-
-    return encode
+_register_frozen("inductor", name="compile-freezing", package="torch")
+_register_frozen("zentorch", package="zentorch")

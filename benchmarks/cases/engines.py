@@ -1,8 +1,8 @@
 """Other engines of `encode_image` and `encode_text`, on the same weights and samples.
 
 The engines are this library's prepacked, compiled and int8 towers, torch.compile with frozen weights, and runtimes of
-ONNX files: this library's export, or what torch.onnx makes of open_clip's model. Weights of 16 bits are computed in
-float32 by OpenVINO, and by ONNX Runtime where it has no kernels.
+ONNX files: this library's export, or torch.onnx's export of open_clip's model. OpenVINO computes
+with weights of 16 bits in float32, and so does ONNX Runtime where it has no kernels.
 """
 
 import copy
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.candidates import compile_frozen
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.models import parameters_of, pixels_of
 from benchmarks.operation import Function, Kind, peer
@@ -38,32 +39,28 @@ _ONNX, _PLAIN = ("onnx", "onnxscript"), ("onnx", "onnxscript", "open_clip_torch"
 
 @dataclass(frozen=True)
 class Subject:
-    """The tower that is measured; `folder` is for ONNX files, each of which is written once."""
+    """The measured tower; `folder` holds its ONNX files, each written once."""
 
     model: CLIP
     tower: Tower
     folder: Any = field(default_factory=tempfile.TemporaryDirectory)
 
-    def ours(self) -> CLIP:
-        """A copy of the model in float32 on the CPU."""
-        return copy.deepcopy(self.model)
-
     def our_tower(self, precision: str) -> nn.Module:
         """A copy of this library's tower."""
-        model = self.ours().to(_DTYPES[precision])
+        model = copy.deepcopy(self.model).to(_DTYPES[precision])
         return model.visual if self.tower == "image" else model.text
 
     def plain_tower(self, precision: str) -> nn.Module:
         """open_clip's tower with the same weights; of images it is timm's."""
         plain = PlainClip(self.model.config, torch.device("cpu"))
-        plain.load_state_dict(to_open_clip(self.ours().state_dict()), assign=True)
+        plain.load_state_dict(to_open_clip(copy.deepcopy(self.model).state_dict()), assign=True)
         tower = plain.visual["trunk"] if self.tower == "image" else plain.text
-        # With gradients, which most programs leave on: without them torch multiplies some inputs in bfloat16 at a
+        # Weights require gradients, as in most programs: without them torch multiplies some inputs in bfloat16 at a
         # tenth of the speed.
         return tower.to(_DTYPES[precision]).eval().requires_grad_()
 
     def onnx(self, precision: str, plain: bool) -> Path:
-        """The ONNX file of this library, or the one that torch.onnx makes of open_clip's model."""
+        """The ONNX file of this library's export, or of torch.onnx's export of open_clip's model."""
         path = Path(self.folder.name, f"{'plain' if plain else 'ours'}-{precision}.onnx")
         if not path.exists():
             part = path.with_name(f"part-{path.name}")
@@ -75,7 +72,7 @@ class Subject:
         from evaclip.export import export
 
         kind: dict[str, Any] = {"int8": True} if precision == INT8 else {"dtype": precision}
-        export(self.ours(), self.tower, path, **kind)
+        export(copy.deepcopy(self.model), self.tower, path, **kind)
 
     def _export_plain(self, precision: str, path: Path) -> None:
         from evaclip.export import quantize
@@ -110,7 +107,7 @@ def _engine(
     towers: tuple[Tower, ...] = ("image", "text"),
     precisions: tuple[str, ...] = tuple(_DTYPES),
 ) -> None:
-    """Register an engine on both towers; `quantized` engines compute in int8 whatever the dtype measured is."""
+    """Register an engine on both towers; `quantized` engines compute in int8 for every measured dtype."""
     for tower in towers:
 
         @peer(f"encode_{tower}", name, devices=("cpu",), package=needs[0], needs=needs[1:], kind=kind)
@@ -153,26 +150,11 @@ def _our_compiled(subject: Subject, precision: str) -> Run:
 
 
 def _freezing(subject: Subject, precision: str, backend: str = "inductor") -> Run:
-    from torch._dynamo import config as dynamo
-    from torch._inductor import config
+    from torch._dynamo import config
 
-    if backend == "zentorch":
-        import zentorch  # noqa: F401, which registers it
-
-    # Each size and dtype of either tower is a form of the same code, of which torch makes eight and then fails.
-    dynamo.recompile_limit = 64
-    # Options tell apart what was compiled with and without them; dynamo, too, asks whether weights are frozen.
-    options: dict[str, Any] | None = {"freezing": True} if backend == "inductor" else None
-    plain = subject.plain_tower(precision)
-    run = _in_torch(torch.compile(plain, fullgraph=True, dynamic=False, options=options, backend=backend))
-
-    def patched(samples: Tensor) -> Tensor:
-        # The last is what zentorch sets, for everything that is compiled afterwards.
-        with config.patch(freezing=True, joint_custom_post_pass=None):
-            output: Tensor = run(samples)
-            return output
-
-    return patched
+    # Each size and dtype of either tower is a compiled form of the same code; torch's default limit is eight.
+    config.recompile_limit = 64
+    return _in_torch(compile_frozen(subject.plain_tower(precision), backend, fullgraph=True))
 
 
 def _onnxruntime(subject: Subject, precision: str, plain: bool = False) -> Run:

@@ -8,27 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, register
+from benchmarks.operation import Draw, Inputs, Operation, count_passes, register
 from benchmarks.shapes import Shape
-
-_SHAPES = {
-    "cpu": ("eva02-b16:text b1", "eva02-b16:text b8", "eva01-g14@224 b1"),
-    "cuda": ("eva02-b16:text b64", "eva02-b16:text b512", "eva01-g14@224 b256", "eva02-bige14@224 b128"),
-}
-
-
-def _raw(rows: int, channels: int) -> Shape:
-    return Shape(tokens=rows, hidden=channels)
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
     return {"x": draw.normal(shape.batch, shape.tokens, shape.hidden), "bias": draw.normal(shape.hidden, scale=0.1)}
-
-
-def _work(shape: Shape, itemsize: int) -> Work:
-    """Two passes over `[B, N, F]` forward, three backward; the bias is too small to count."""
-    unit = shape.batch * shape.tokens * shape.hidden * itemsize
-    return Work(Cost(0, 2 * unit), Cost(0, 3 * unit))
 
 
 def _eager(x: Tensor, bias: Tensor) -> Tensor:
@@ -47,9 +32,12 @@ _GELU = register(
         inputs=_inputs,
         eager=_eager,
         ours=evakernels.gelu,
-        work=_work,
-        shapes=_SHAPES,
-        raw=_raw,
+        work=count_passes("hidden", forward=2, backward=3),
+        shapes={
+            "cpu": ("eva02-b16:text b1", "eva02-b16:text b8", "eva01-g14@224 b1"),
+            "cuda": ("eva02-b16:text b64", "eva02-b16:text b512", "eva01-g14@224 b256", "eva02-bige14@224 b128"),
+        },
+        raw=lambda rows, channels: Shape(tokens=rows, hidden=channels),
         small="4x64",
         gradients=("x", "bias"),
         registered="gelu_forward",

@@ -1,9 +1,9 @@
 """One step of LAMB over all parameters of a model.
 
-The variant is the paper's and apex's, called `nvlamb` here, because it is the one that others offer too. Functions of
-lists of tensors are measured, not optimizer objects: on every side they are what an optimizer's `step` comes down to,
-and nothing has to be kept between calls.
+The variant is the paper's and apex's, called `nvlamb` here, because other libraries offer it too.
 """
+
+from typing import Any
 
 import torch
 
@@ -14,12 +14,13 @@ from benchmarks.cases._optimizer import (
     LR,
     STEPS,
     Tensors,
-    by_decay,
     decays_of,
     directions,
+    register_apex,
     register_step,
+    step_by_decay,
 )
-from benchmarks.operation import NVIDIA_APEX, Function, peer
+from benchmarks.operation import Function, peer
 from benchmarks.shapes import Shape
 
 
@@ -49,52 +50,25 @@ def timm(shape: Shape) -> Function:
     """timm's LAMB, the function behind its optimizer, without the clipping of gradients that it adds by default."""
     from timm.optim.lamb import lamb
 
-    beta1, beta2 = BETAS
+    # timm counts the steps on the host; their number changes no cost, so it stays at the first.
+    options: dict[str, Any] = {f"bias_correction{n}": 1 - beta ** (STEPS + 1) for n, beta in enumerate(BETAS, start=1)}
+    options |= {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "beta3": 1 - BETAS[0], "eps": EPS, "max_lr": None}
+    options |= dict.fromkeys(("decoupled_decay", "trust_clip", "always_adapt", "caution"), False)
 
-    def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
-        # timm counts the steps on the host. Which one it is changes no cost, so that it stays at the first.
-        for decay, (group, grads, exp_avgs, exp_avg_sqs) in by_decay(params, **lists):
-            lamb(
-                group,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                lr=LR,
-                beta1=beta1,
-                beta2=beta2,
-                beta3=1 - beta1,
-                bias_correction1=1 - beta1 ** (STEPS + 1),
-                bias_correction2=1 - beta2 ** (STEPS + 1),
-                eps=EPS,
-                weight_decay=decay,
-                decoupled_decay=False,
-                max_lr=None,
-                trust_clip=False,
-                always_adapt=False,
-                caution=False,
-            )
-        return params
+    def step(decay: float, lists: list[Tensors]) -> None:
+        params, grads, exp_avgs, exp_avg_sqs, _ = lists
+        lamb(params, grads, exp_avgs, exp_avg_sqs, weight_decay=decay, **options)
 
-    return step
+    return step_by_decay(step)
 
 
-@peer("lamb_step", package="apex", devices=("cuda",), install=NVIDIA_APEX)
-def apex(shape: Shape) -> Function:
-    """NVIDIA apex's LAMB, the kernel behind `FusedLAMB`, without the gradients' norm that `FusedLAMB` always takes.
-
-    It leaves the direction of the step in the place of the gradients.
-    """
-    import amp_C
-    from apex.multi_tensor_apply import multi_tensor_applier
-
-    def step(params: Tensors, steps: Tensors, **lists: Tensors) -> Tensors:
-        overflow = torch.zeros(1, dtype=torch.int, device=params[0].device)
-        no_norm = torch.zeros(1, device=params[0].device)
-        for decay, (group, grads, *moments) in by_decay(params, **lists):
-            tensors = [grads, group, *moments]
-            # Bias correction 1, averaged gradients 1, decoupled decay 1; no ratio where there is no decay.
-            options = (LR, *BETAS, EPS, STEPS + 1, 1, decay, 1, 1, no_norm, 1.0, False)
-            multi_tensor_applier(amp_C.multi_tensor_lamb, overflow, tensors, *options)
-        return params
-
-    return step
+# apex's kernel behind `FusedLAMB`, without the gradients' norm that `FusedLAMB` always takes; it overwrites the
+# gradients. Bias correction 1, averaged gradients 1, decoupled decay 1; no ratio without decay.
+register_apex(
+    "lamb_step",
+    "multi_tensor_lamb",
+    lambda decay, device: (
+        *(LR, *BETAS, EPS, STEPS + 1, 1, decay, 1, 1),
+        *(torch.zeros(1, device=device), 1.0, False),
+    ),
+)

@@ -1,6 +1,5 @@
 """LayerNorm: plain, with the residual add before it and with the residual add after it."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evakernels
-from benchmarks.operation import NVIDIA_APEX, Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.operation import NVIDIA_APEX, Draw, Function, Inputs, Operation, count_passes, peer, register
 from benchmarks.shapes import Shape
 
 EPS = 1e-6
@@ -28,10 +27,6 @@ _SHAPES = {
 _RESIDUAL_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b8", "eva02-l14@224 b8")}
 
 
-def _raw(rows: int, channels: int) -> Shape:
-    return Shape(tokens=rows, width=channels)
-
-
 def _affine(shape: Shape, draw: Draw) -> Inputs:
     return {"weight": draw.normal(shape.width, scale=0.1, mean=1.0), "bias": draw.normal(shape.width, scale=0.1)}
 
@@ -43,16 +38,6 @@ def _norm_inputs(shape: Shape, draw: Draw) -> Inputs:
 def _residual_inputs(shape: Shape, draw: Draw) -> Inputs:
     size = (shape.batch, shape.tokens, shape.width)
     return {"residual": draw.normal(*size), "branch": draw.normal(*size), **_affine(shape, draw)}
-
-
-def _work(forward: int, backward: int) -> Callable[[Shape, int], Work]:
-    """The cost in passes over [B, N, C]; what belongs to channels only is too small to count."""
-
-    def work(shape: Shape, itemsize: int) -> Work:
-        unit = shape.batch * shape.tokens * shape.width * itemsize
-        return Work(Cost(0, forward * unit), Cost(0, backward * unit))
-
-    return work
 
 
 def _norm_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -68,32 +53,31 @@ def _norm_add_eager(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tens
     return residual + F.layer_norm(branch, weight.shape, weight, bias, EPS)
 
 
-register(
+_NORM = register(
     Operation(
         name="layer_norm",
         summary="LayerNorm over the channels",
         inputs=_norm_inputs,
         eager=_norm_eager,
         ours=partial(evakernels.layer_norm, eps=EPS),
-        work=_work(forward=2, backward=3),
+        work=count_passes("width", forward=2, backward=3),
         shapes=_SHAPES,
-        raw=_raw,
+        raw=lambda rows, channels: Shape(tokens=rows, width=channels),
         small="4x64",
         gradients=("x", "weight", "bias"),
         registered="layer_norm_forward",
     )
 )
 _ADD_NORM = register(
-    Operation(
+    replace(
+        _NORM,
         name="add_layer_norm",
         summary="residual add, then LayerNorm of the sum; both are returned",
         inputs=_residual_inputs,
         eager=_add_norm_eager,
         ours=partial(evakernels.add_layer_norm, eps=EPS),
-        work=_work(forward=4, backward=4),
+        work=count_passes("width", forward=4, backward=4),
         shapes=_RESIDUAL_SHAPES,
-        raw=_raw,
-        small="4x64",
         gradients=("residual", "branch", "weight", "bias"),
         registered="add_layer_norm_forward",
     )
@@ -105,7 +89,7 @@ register(
         summary="LayerNorm of a branch, then the residual add (post-norm)",
         eager=_norm_add_eager,
         ours=partial(evakernels.layer_norm_add, eps=EPS),
-        work=_work(forward=3, backward=3),
+        work=count_passes("width", forward=3, backward=3),
         registered="layer_norm_add_forward",
     )
 )

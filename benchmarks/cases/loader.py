@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operation import Baseline, Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
 from benchmarks.shapes import Shape
 from evaclip.data import open_source
 from evaclip.data.shard_writer import write_shards
 
 _CAPTION = b"a caption of some forty characters %08d"
-
-
-def _raw(shards: int, samples: int, image_bytes: int) -> Shape:
-    return Shape(batch=shards, tokens=samples, width=image_bytes)
 
 
 @lru_cache(maxsize=1)
@@ -73,10 +69,10 @@ register(
         inputs=_inputs,
         eager=_tarfile,
         ours=_ours,
-        baseline=Baseline("tarfile", "torch"),
+        baseline="tarfile",
         work=_work,
         shapes={"cpu": ("8x500x40000",)},
-        raw=_raw,
+        raw=lambda shards, samples, image_bytes: Shape(batch=shards, tokens=samples, width=image_bytes),
         small="1x2x64",
         by_request=True,
         references=False,

@@ -1,7 +1,7 @@
 """Whole models: each tower, and a training step's forward and backward pass through both towers and the loss.
 
 Plain PyTorch is open_clip's model: timm's EVA and open_clip's text tower, built from the same configuration and called
-with the same parameters. The models themselves hold no values: parameters are inputs like any other.
+with the same parameters. Parameters are inputs like any other; the models hold none.
 """
 
 import math
@@ -17,7 +17,7 @@ import evakernels
 from benchmarks.cases._inputs import captions, kept_patches
 from benchmarks.cases._open_clip import PlainClip
 from benchmarks.cases.contrastive import clip_loss
-from benchmarks.operation import Baseline, Cost, Draw, Inputs, Operation, Work, register
+from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, register
 from benchmarks.shapes import Shape, short_names
 from evaclip import CLIP, CLIPConfig, Savings, create_model
 from evaclip.errors import UserError
@@ -27,9 +27,7 @@ from evaclip.tokenizer import VOCAB_SIZE
 from evaclip.weights import to_open_clip
 
 _NOISE = 0.02
-"""Added to the start values of training, under which biases are zero and the towers end in almost nothing."""
-
-OPEN_CLIP = Baseline("open_clip", "open_clip_torch")
+"""Added to the start values of training, with their zero biases and tiny features."""
 
 _DEFAULT, _RECOMPUTE = Savings(), Savings(recompute="activations")
 _VISION, _TEXT = "visual.", "text."
@@ -37,19 +35,19 @@ _VISION, _TEXT = "visual.", "text."
 
 @dataclass(frozen=True)
 class Network:
-    """A model or a part of it, without values of its own.
+    """A model or a part of it, without parameters.
 
     Attributes:
-        module: on the meta device, but for tables that must be exact.
-        names: of its parameters, in the order in which they are given.
-        buffers: those that follow the dtype of the parameters.
+        module: on the meta device, except exact tables.
+        names: names of its parameters, in the order of the input `parameters`.
+        buffers: buffers that follow the dtype of the parameters.
     """
 
     module: nn.Module
     names: tuple[str, ...]
     buffers: dict[str, Tensor]
 
-    def __call__(self, parameters: list[Tensor], *args: Tensor, token_index: Tensor | None = None) -> Any:
+    def __call__(self, parameters: list[Tensor], *args: Any, token_index: Tensor | None = None) -> Any:
         """Runs the module with these parameters, on the patches of `token_index` if there is one."""
         tensors = dict(zip(self.names, parameters, strict=True))
         for name, values in self.buffers.items():
@@ -58,7 +56,7 @@ class Network:
         return functional_call(self.module, tensors, args, options)
 
     def hold(self, parameters: list[Tensor]) -> None:
-        """Leaves these parameters in the module: a backward pass that computes again looks for them there."""
+        """Leaves these parameters in the module, where a recomputing backward pass reads them."""
         for name, values in zip(self.names, parameters, strict=True):
             owner, _, last = name.rpartition(".")
             self.module.get_submodule(owner)._parameters[last] = cast(nn.Parameter, values)
@@ -75,22 +73,15 @@ class Pair:
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def _image_inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {**_model(_whole(shape), draw, _VISION, draw.dtype), "samples": _images(shape, draw)}
-
-
-def _text_inputs(shape: Shape, draw: Draw) -> Inputs:
-    return {**_model(_whole(shape), draw, _TEXT, draw.dtype), "samples": _texts(shape, draw)}
-
-
-def _whole(shape: Shape) -> Shape:
+def _tower_inputs(shape: Shape, draw: Draw, part: str) -> Inputs:
     if shape.drop:
         raise UserError(f"shape {shape.name!r}: patches are dropped in training only; clip_step measures that")
-    return shape
+    samples = _images(shape, draw) if part == _VISION else _texts(shape, draw)
+    return {**_model(shape, draw, part, draw.dtype), "samples": samples}
 
 
 def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
-    """Parameters in float32: with images of 16 bits, autocast does the rest, as in training."""
+    """Parameters in float32, and autocast to the dtype of the images, as in training."""
     return {
         **_model(shape, draw, "", torch.float32),
         "images": _images(shape, draw),
@@ -100,7 +91,7 @@ def _step_inputs(shape: Shape, draw: Draw) -> Inputs:
 
 
 def _model(shape: Shape, draw: Draw, part: str, dtype: torch.dtype) -> Inputs:
-    """Both networks of a part of the model, and its parameters: as in use, the same for every set of samples."""
+    """Both networks of a part of the model, and its parameters: the same for every set of samples."""
     check_comparable(f"shape {shape.name!r}", shape.config)
     pixels = pixels_of(shape)
     parameters = parameters_of(shape.model, pixels, draw.device)
@@ -119,7 +110,7 @@ def check_comparable(what: str, config: CLIPConfig) -> None:
 
 
 def pixels_of(shape: Shape) -> int:
-    """The side of the images, that of the model for a shape of the text tower."""
+    """The side of the images; the model's for a shape of the text tower."""
     return shape.pixels or shape.config.vision.image_shape[0]
 
 
@@ -128,7 +119,7 @@ def _images(shape: Shape, draw: Draw) -> Tensor:
 
 
 def _texts(shape: Shape, draw: Draw) -> Tensor:
-    """Captions of photographs, as in use: most of a row is padding."""
+    """Captions of photographs: most of a row is padding."""
     known = captions(shape.config.text.context_length).to(draw.device)
     return known[draw.integers(len(known), shape.batch)]
 
@@ -176,17 +167,15 @@ def _names(state: dict[str, Tensor], part: str) -> tuple[str, ...]:
     return tuple(name.removeprefix(part) for name in state if name.startswith(part))
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------
+# --- operations -----------------------------------------------------------------------------------------------------
 
 
-def _encode_ours(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Tensor:
-    features: Tensor = pair.ours(parameters, samples)
-    return features
+def _encode_ours(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Any:
+    return pair.ours(parameters, samples)
 
 
-def _encode_plain(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Tensor:
-    features: Tensor = pair.plain(parameters, samples)
-    return features
+def _encode_plain(pair: Pair, parameters: list[Tensor], samples: Tensor) -> Any:
+    return pair.plain(parameters, samples)
 
 
 def _step_ours(
@@ -200,19 +189,19 @@ def _step_ours(
     cast(CLIP, pair.ours.module).set_savings(savings)
     if savings.recompute != "none":
         pair.ours.hold(parameters)
-    with _autocast(parameters, images):
+    with autocast(parameters, images):
         return evakernels.clip_loss(*pair.ours(parameters, images, texts, token_index=token_index))
 
 
 def _step_plain(
     pair: Pair, parameters: list[Tensor], images: Tensor, texts: Tensor, token_index: Tensor | None
 ) -> Tensor:
-    with _autocast(parameters, images):
+    with autocast(parameters, images):
         return clip_loss(*pair.plain(parameters, images, texts, token_index=token_index))
 
 
-def _autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
-    """Autocast to the dtype of the images where the parameters have another one."""
+def autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
+    """Autocast to the dtype of the images if the parameters have another one."""
     return torch.autocast(images.device.type, dtype=images.dtype, enabled=images.dtype != parameters[0].dtype)
 
 
@@ -220,16 +209,14 @@ def _autocast(parameters: list[Tensor], images: Tensor) -> torch.autocast:
 
 
 def _image_work(shape: Shape, itemsize: int) -> Work:
-    """Bytes are those of the tower's parameters, the images and the features."""
+    """Bytes of the tower's parameters, the images and the features."""
     config = _config(shape)
-    parameters = _count(shape, _VISION)
-    pixels = 3 * math.prod(config.vision.image_shape)
-    values = parameters + shape.batch * (pixels + config.embed_dim)
+    values = _count(shape, _VISION) + shape.batch * (3 * math.prod(config.vision.image_shape) + config.embed_dim)
     return Work(Cost(shape.batch * vision_flops(config.vision, config.embed_dim), values * itemsize))
 
 
 def _text_work(shape: Shape, itemsize: int) -> Work:
-    """Bytes are those of the tower's parameters, the token ids and the features."""
+    """Bytes of the tower's parameters, the token ids and the features."""
     config = _config(shape)
     ids = 8 * shape.batch * config.text.context_length
     values = _count(shape, _TEXT) - _unread(shape) + shape.batch * config.embed_dim
@@ -239,8 +226,8 @@ def _text_work(shape: Shape, itemsize: int) -> Work:
 def _step_work(shape: Shape, itemsize: int) -> Work:
     """Both towers and the loss; backward twice that, but without gradients of the images.
 
-    Bytes are those of the parameters, in float32, of images and token ids, and backward those of the gradients too.
-    What lies between is neither input nor output.
+    Bytes of the parameters in float32, of images and token ids, and backward also of the gradients. Activations are
+    neither input nor output.
     """
     config, batch = _config(shape), shape.batch
     keep = shape.kept_patches / shape.patches
@@ -254,7 +241,7 @@ def _step_work(shape: Shape, itemsize: int) -> Work:
 
 
 def _unread(shape: Shape) -> int:
-    """Values of the token embedding that no caption can ask for: it has a row for each token of the vocabulary."""
+    """Values of the token embedding that no caption reads: it has a row for each token of the vocabulary."""
     text = shape.config.text
     return max(0, text.vocab_size - shape.batch * text.context_length) * text.width
 
@@ -277,10 +264,11 @@ _ENCODE_IMAGE = register(
     Operation(
         name="encode_image",
         summary="the vision tower, weights in the dtype measured",
-        inputs=_image_inputs,
+        inputs=partial(_tower_inputs, part=_VISION),
         eager=_encode_plain,
         ours=_encode_ours,
-        baseline=OPEN_CLIP,
+        baseline="open_clip",
+        baseline_package="open_clip_torch",
         is_model=True,
         work=_image_work,
         shapes={
@@ -294,7 +282,7 @@ register(
         _ENCODE_IMAGE,
         name="encode_text",
         summary="the text tower, weights in the dtype measured",
-        inputs=_text_inputs,
+        inputs=partial(_tower_inputs, part=_TEXT),
         work=_text_work,
         shapes={
             "cpu": ("eva02-b16:text b1",),
@@ -309,7 +297,8 @@ register(
         inputs=_step_inputs,
         eager=_step_plain,
         ours=_step_ours,
-        baseline=OPEN_CLIP,
+        baseline="open_clip",
+        baseline_package="open_clip_torch",
         is_model=True,
         variants={"recompute activations": partial(_step_ours, savings=_RECOMPUTE)},
         work=_step_work,

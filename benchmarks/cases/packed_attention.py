@@ -1,4 +1,4 @@
-"""Causal attention within captions that lie one behind the other, as in the text tower: no padding between them."""
+"""Causal attention within packed captions, as in the text tower: no padding between them."""
 
 import inspect
 from functools import cache
@@ -23,13 +23,8 @@ _SHAPES = {
 }
 
 
-def _raw(captions: int, tokens: int, heads: int, head_dim: int) -> Shape:
-    """All captions are of the same length."""
-    return Shape(batch=captions, tokens=tokens, heads=heads, head_dim=head_dim, tower="text")
-
-
 def lengths_of(shape: Shape) -> Tensor:
-    """Tokens of each caption up to its end, int64 `[B]`: of one caption after the other, so that the cost is known.
+    """Tokens of each caption up to its end, int64 `[B]`; the captions repeat, so that the cost is known.
 
     Raises `UserError` for a shape of the vision tower.
     """
@@ -42,7 +37,7 @@ def lengths_of(shape: Shape) -> Tensor:
 
 
 def _inputs(shape: Shape, draw: Draw) -> Inputs:
-    """q, k and v `[T, H, D]`, views of one packed projection; where captions begin, and the longest one's length."""
+    """q, k and v `[T, H, D]`, views of one packed projection; the captions' starts, and the largest length."""
     lengths = lengths_of(shape)
     packed = draw.normal(int(lengths.sum()), 3, shape.heads, shape.head_dim)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(draw.device, torch.int32)
@@ -51,7 +46,7 @@ def _inputs(shape: Shape, draw: Draw) -> Inputs:
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
-    """That of `causal_attention`, for captions of these lengths."""
+    """The cost of `causal_attention`, for captions of these lengths."""
     lengths = lengths_of(shape)
     product = float(lengths.square().sum()) * shape.heads * shape.head_dim
     unit = float(lengths.sum()) * shape.heads * shape.head_dim * itemsize
@@ -59,7 +54,7 @@ def _work(shape: Shape, itemsize: int) -> Work:
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """In a grid with padding, which lies behind the captions, so that causal attention doesn't see it."""
+    """In a grid with padding behind the captions, which causal attention doesn't see."""
     batch, tokens = len(cu_seqlens) - 1, torch.arange(len(q), device=q.device)
     caption = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
     cell = caption * max_seqlen + tokens - cu_seqlens[caption]
@@ -81,7 +76,9 @@ register(
         ours=evakernels.packed_attention,
         work=_work,
         shapes=_SHAPES,
-        raw=_raw,
+        raw=lambda captions, tokens, heads, head_dim: Shape(
+            batch=captions, tokens=tokens, heads=heads, head_dim=head_dim, tower="text"
+        ),
         small="1x4x1x64",
         gradients=("q", "k", "v"),
         registered="packed_attention_forward",
@@ -108,7 +105,7 @@ def varlen(shape: Shape) -> Function:
 
 @peer(NAME, "FlexAttention", devices=("cuda",))
 def flex(shape: Shape) -> Function:
-    """PyTorch's FlexAttention, compiled, with a mask of blocks that is made once for these captions."""
+    """PyTorch's FlexAttention, compiled, with one block mask for these captions."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     lengths = lengths_of(shape)
@@ -146,7 +143,7 @@ def flash_attn(shape: Shape) -> Function:
 
 @peer(NAME, package="xformers", devices=("cuda",))
 def xformers(shape: Shape) -> Function:
-    """xFormers, whose mask holds the lengths."""
+    """xFormers, with the lengths in its mask."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 

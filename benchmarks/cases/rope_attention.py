@@ -67,7 +67,7 @@ def _qkv(shape: Shape, draw: Draw) -> Inputs:
 
 
 def _rope_inputs(shape: Shape, draw: Draw) -> Inputs:
-    """The tables turn heads of every model, also of those that have no rotary embedding."""
+    """Rotary tables for every model, even without a rotary embedding."""
     token_index = kept_patches("rope_attention", shape, draw)
     cos, sin = evakernels.nn.axial_rope(*shape.grid, shape.head_dim, device=draw.device)
     return _qkv(shape, draw) | {"cos": cos, "sin": sin, "token_index": token_index}
@@ -76,9 +76,8 @@ def _rope_inputs(shape: Shape, draw: Draw) -> Inputs:
 def _work(visible: float) -> Callable[[Shape, int], Work]:
     """The cost when a query sees the share `visible` of the keys.
 
-    Forward: two matrix products, over q, k, v and out. Backward: five products, as the scores are computed again rather
-    than kept (Dao et al. 2022), over those four, the gradient of out and the gradients of q, k and v. The tables, the
-    indices and the log-sum-exps are too small to count.
+    Forward: two matmuls, over q, k, v and out. Backward: five matmuls, as the scores are recomputed (Dao et al. 2022),
+    over q, k, v, out and the gradients of all four. Tables, indices and log-sum-exps are too small to count.
     """
 
     def work(shape: Shape, itemsize: int) -> Work:
@@ -107,7 +106,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, token_index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q and k with their patches rotated, pairs (2i, 2i + 1), rounded to the dtype that they had."""
+    """q and k with their patches rotated, pairs (2i, 2i + 1), rounded to their dtype."""
     if token_index is not None:
         cos, sin = cos[token_index], sin[token_index]
     cos, sin = (table.repeat_interleave(2, -1).unsqueeze(-2) for table in (cos, sin))
@@ -122,7 +121,7 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, token_index: Te
 
 @lru_cache(maxsize=4)
 def _fused_rotation(shape: Shape) -> Function:
-    """Compiled once for all peers of a shape: it takes longer than all that is measured of them."""
+    """Compiled once for all peers of a shape: compilation takes longer than their measurement."""
     return compiled(_rotate_both)
 
 
@@ -188,7 +187,7 @@ def _attention_peer(
 
 
 def _on_sdpa(backend: SDPBackend) -> AttentionBuilder:
-    """PyTorch's attention, held to one of its backends."""
+    """PyTorch's attention on one of its backends."""
 
     def build(shape: Shape, causal: bool) -> Attention:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -233,7 +232,7 @@ def flex(shape: Shape, causal: bool) -> Attention:
     compiled_flex = compile_flex()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.requires_grad and q.device.type == "cpu":  # it says so itself, buried in the words of the compiler
+        if q.requires_grad and q.device.type == "cpu":  # the compiler's own message hides it
             raise NotImplementedError("FlexAttention has no backward pass on a CPU")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out: Tensor = compiled_flex(q=q, k=k, v=v, block_mask=mask(q.device))
@@ -252,7 +251,7 @@ def flash_attn(shape: Shape, causal: bool) -> Attention:
 
 @_attention_peer(package="flash-attn-4", devices=("cuda",))
 def flash_attn_4(shape: Shape, causal: bool) -> Attention:
-    """FlashAttention-4, in the CuTe DSL; the log-sum-exps come beside the output."""
+    """FlashAttention-4, in the CuTe DSL; it also returns the log-sum-exps."""
     from flash_attn.cute import flash_attn_func
 
     return lambda q, k, v: flash_attn_func(q, k, v, causal=causal)[0]

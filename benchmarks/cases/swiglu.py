@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evakernels
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, peer, register
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, count_passes, peer, register
 from benchmarks.shapes import Shape
 
 EPS = 1e-6
@@ -27,14 +27,6 @@ _SHAPES = {
 }
 _PRODUCT_SHAPES = _SHAPES | {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b8", "eva02-l14@224 b4")}
 _MLP_SHAPES = {"cpu": ("eva02-b16@224 b1", "eva02-b16@224 b2", "eva02-l14@224 b1"), "cuda": _SHAPES["cuda"]}
-
-
-def _raw(rows: int, hidden: int) -> Shape:
-    return Shape(tokens=rows, hidden=hidden)
-
-
-def _raw_mlp(rows: int, width: int, hidden: int) -> Shape:
-    return Shape(tokens=rows, width=width, hidden=hidden)
 
 
 def _product_inputs(shape: Shape, draw: Draw) -> Inputs:
@@ -54,7 +46,7 @@ def _swiglu_inputs(shape: Shape, draw: Draw) -> Inputs:
 
 
 def _mlp_inputs(shape: Shape, draw: Draw) -> Inputs:
-    """Weights of a size that keeps the values near 1 all the way."""
+    """Weights of a scale that keeps the values near 1."""
     width, hidden = shape.width, shape.hidden
     inputs = {"x": draw.normal(shape.batch, shape.tokens, width)} | _norm_inputs(shape, draw)
     for number, (outputs, columns) in enumerate(((hidden, width), (hidden, width), (width, hidden)), start=1):
@@ -63,17 +55,11 @@ def _mlp_inputs(shape: Shape, draw: Draw) -> Inputs:
     return inputs
 
 
-def _product_work(shape: Shape, itemsize: int) -> Work:
-    """Three passes over `[B, N, F]` forward, five backward; what belongs to channels only is too small to count."""
-    unit = shape.batch * shape.tokens * shape.hidden * itemsize
-    return Work(Cost(0, 3 * unit), Cost(0, 5 * unit))
-
-
 def _mlp_work(shape: Shape, itemsize: int) -> Work:
-    """Three matrix products forward, six backward.
+    """Three matmuls forward, six backward.
 
-    Bytes are those of x, the output, the three matrices and their gradients. What lies between the products is neither
-    input nor output, biases and norm are too small to count.
+    Bytes of x, the output, the three matrices and their gradients. Values between the matmuls are neither input nor
+    output; biases and norm are too small to count.
     """
     tokens = shape.batch * shape.tokens
     product = 2 * tokens * shape.width * shape.hidden
@@ -94,7 +80,7 @@ def _swiglu_eager(gate: Tensor, up: Tensor, norm_weight: Tensor, norm_bias: Tens
 
 
 def _mlp_with(product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Function:
-    """The MLP with `product` for what stands between its matrix products: gate, up, and the norm's parameters."""
+    """The MLP with `product(gate, up, norm_weight, norm_bias)` between its matmuls."""
 
     def mlp(
         x: Tensor,
@@ -119,9 +105,9 @@ _SILU_MUL = register(
         inputs=_product_inputs,
         eager=_product_eager,
         ours=evakernels.swiglu,
-        work=_product_work,
+        work=count_passes("hidden", forward=3, backward=5),
         shapes=_PRODUCT_SHAPES,
-        raw=_raw,
+        raw=lambda rows, hidden: Shape(tokens=rows, hidden=hidden),
         small="4x64",
         gradients=("gate", "up"),
         registered="swiglu_forward",
@@ -148,7 +134,7 @@ register(
         ours=_mlp_with(partial(evakernels.swiglu, eps=EPS)),
         work=_mlp_work,
         shapes=_MLP_SHAPES,
-        raw=_raw_mlp,
+        raw=lambda rows, width, hidden: Shape(tokens=rows, width=width, hidden=hidden),
         small="4x64x64",
         gradients=("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "w3", "b3"),
     )
@@ -185,9 +171,9 @@ def liger_mlp(shape: Shape) -> Function:
 
 @peer("swiglu_mlp", package="quack-kernels", devices=("cuda",))
 def quack_mlp(shape: Shape) -> Function:
-    """quack's matrix product with the gating in its epilogue, forward only, Hopper and later.
+    """quack's matmul with the gating in its epilogue, forward only, Hopper and later.
 
-    It wants the first two matrices in one; putting them together is part of the time, a small one.
+    It takes the first two matrices as one; their concatenation is a small part of the time.
     """
     from quack.linear import linear_gated_func
 

@@ -1,4 +1,4 @@
-"""Token dropout: the entrance of a vision tower, where a part of the patches is kept."""
+"""Token dropout at the entrance of a vision tower."""
 
 import torch
 from torch import Tensor
@@ -39,10 +39,7 @@ def _inputs(shape: Shape, draw: Draw) -> Inputs:
 
 
 def _work(shape: Shape, itemsize: int) -> Work:
-    """Forward reads the patches that are kept, not the others; backward writes zeros for those too.
-
-    The indices are too small to count.
-    """
+    """Forward reads the kept patches; backward also writes zeros for the others. Indices are too small to count."""
     row = shape.width * itemsize
     kept, parameters = shape.batch * shape.kept_patches * row, (2 + shape.patches) * row
     tokens = shape.batch * shape.tokens * row
@@ -76,7 +73,7 @@ register(
 
 @peer("token_dropout", "torch indexing")
 def indexing(shape: Shape) -> Function:
-    """Advanced indexing instead of a gather, behind class token and positions: what open_clip's PatchDropout does."""
+    """Advanced indexing instead of a gather, behind class token and positions, as in open_clip's PatchDropout."""
 
     def drop(patches: Tensor, token_index: Tensor | None, prefix: Tensor, pos_embed: Tensor) -> Tensor:
         batch = patches.shape[0]

@@ -4,7 +4,7 @@
 //
 // Two GPUs are played, each as small as makes kernels go round: three multiprocessors with a block each and 1
 // MB of cache. A block may have 99 KB of shared memory as on compute capability 8.6, or what PTX_SHARED_KB
-// says: 163 (A100), 227 (H100). Like the runtime it lets a kernel have 48 KB until it is told otherwise.
+// says: 163 (A100), 227 (H100). As in the CUDA runtime a kernel may have 48 KB until the host raises the limit.
 // PTX_DRIVER is the version of the driver that is played, such as 12010.
 #include <cuda_runtime_api.h>
 #include <fatbinary_section.h>

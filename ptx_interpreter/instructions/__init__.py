@@ -1,4 +1,4 @@
-"""What each opcode does. A maker binds an instruction's operands once, and gives a `Step` that is run many times."""
+"""The opcodes. A maker binds an instruction's operands once, and returns a `Step` that runs many times."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ from typing import TYPE_CHECKING
 from ..body import Instruction
 from ..step import Step
 from ..types import Unsupported
-from . import arithmetic, asynchronous, atomic, conversion, integer, matrix, memory, warp, warpgroup
+from . import arithmetic, asynchronous, atomic, conversion, integer, matrix, memory, warp, warpgroup  # noqa: F401
 from .registry import MAKERS
 
 if TYPE_CHECKING:
     from ..machine import Machine
-
-__all__ = [
-    "arithmetic",
-    "asynchronous",
-    "atomic",
-    "conversion",
-    "integer",
-    "make",
-    "matrix",
-    "memory",
-    "warp",
-    "warpgroup",
-]
 
 
 def make(machine: Machine, i: Instruction) -> Step:

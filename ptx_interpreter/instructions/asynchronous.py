@@ -1,5 +1,5 @@
-"""cp.async: copies that arrive in shared memory when they are waited for. And fences, which order nothing here, as
-memory is that of one process and all accesses are in the order of the text."""
+"""cp.async: copies that arrive in shared memory when a thread waits for them. Fences order nothing here: accesses of
+one process are in the order of the text."""
 
 from __future__ import annotations
 
@@ -93,5 +93,7 @@ def _copy(machine: Machine, i: Instruction) -> Step:
 
 
 @makes("fence membar", "proxy async shared cta gl sc acq_rel gpu sys")
-def fence(machine: Machine, i: Instruction) -> Step:
+@makes("createpolicy", "fractional L2::evict_first L2::evict_last L2::evict_normal b64")
+def ignore(machine: Machine, i: Instruction) -> Step:
+    """Fences and cache policies."""
     return NO_STEP

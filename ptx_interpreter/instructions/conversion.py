@@ -89,7 +89,7 @@ def convert(machine: Machine, i: Instruction) -> Step:
     if to.endswith("x2"):
         pair = partial(_pair, TO_16_BITS[to.removesuffix("x2")])
         return elementwise(machine.registers.target(i.args[0], "b32"), pair, *sources)
-    bits = "b16" if to == "f16" else to  # whose NaN has bits of its own
+    bits = "b16" if to == "f16" else to  # numpy has another NaN
     return elementwise(machine.registers.target(i.args[0], bits), _conversion(i, to, of), *sources)
 
 

@@ -31,7 +31,7 @@ def put_rows(target: Array | None, warps: Array | None, rows: Array) -> None:
 
 
 def _bringing(machine: Machine, warps: Array | None, matrices: int) -> Active | None:
-    """The lanes whose addresses count: lane 8 m + r has that of row r of matrix m."""
+    """The lanes with the addresses: lane 8 m + r has the address of row r of matrix m."""
     if warps is None and matrices == 4:
         return None
     lanes = machine.all_lanes.reshape(-1, WARP)[slice(None) if warps is None else warps]
@@ -43,47 +43,32 @@ def _transposed(rows: Array) -> Array:
     return np.ascontiguousarray(rows.view(np.uint16).swapaxes(-1, -2)).view(np.uint32)
 
 
-@makes("ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
-def load_matrices(machine: Machine, i: Instruction) -> Step:
-    number = int((one_of(i, "x1 x2 x4") or "x1")[1])
-    names = i.args[0] if isinstance(i.args[0], list) else [i.args[0]]
-    targets = [machine.registers.target(name, "b32") for name in names]
-    addresses = addresses_of(machine, i.args[1])
-    access = machine.checks.access(Access(i, "shared", 16))
+@makes("ldmatrix stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
+def move_matrices(machine: Machine, i: Instruction) -> Step:
+    """Matrices of 8 rows of 16 bytes, from or to shared memory; `trans` transposes each."""
+    store, number = i.op == "stmatrix", int((one_of(i, "x1 x2 x4") or "x1")[1])
+    address, registers = (i.args[0], i.args[1]) if store else (i.args[1], i.args[0])
+    names = registers if isinstance(registers, list) else [registers]
     if len(names) != number:
         raise Unsupported(f"{number} matrices in {len(names)} registers")
+    bind = machine.registers.source if store else machine.registers.target
+    vectors = [bind(name, "u32") for name in names]
+    addresses = addresses_of(machine, address)
+    access = machine.checks.access(Access(i, "shared", 16, write=store))
+    turn = _transposed if "trans" in i.mods else np.asarray
 
     def run(active: Active | None) -> None:
         warps = groups_of(machine, active, i)
         bringing = _bringing(machine, warps, number)
-        words = read_shared(machine, access, bringing, addresses(bringing))
-        rows = words.view(np.uint32).reshape(-1, number, 8, 4)
-        if "trans" in i.mods:
-            rows = _transposed(rows)
-        for n, target in enumerate(targets):
-            put_rows(target, warps, rows[:, n])
-
-    return by_lanes(run)
-
-
-@makes("stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
-def store_matrices(machine: Machine, i: Instruction) -> Step:
-    number = int((one_of(i, "x1 x2 x4") or "x1")[1])
-    names = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
-    sources = [machine.registers.source(name, "u32") for name in names]
-    addresses = addresses_of(machine, i.args[0])
-    access = machine.checks.access(Access(i, "shared", 16, write=True))
-    if len(names) != number:
-        raise Unsupported(f"{number} matrices in {len(names)} registers")
-
-    def run(active: Active | None) -> None:
-        warps = groups_of(machine, active, i)
-        rows = np.stack([rows_of(machine, source, warps) for source in sources], axis=1)
-        if "trans" in i.mods:
-            rows = _transposed(rows)
-        bringing = _bringing(machine, warps, number)
-        words = np.ascontiguousarray(rows).reshape(-1, 4).view(CARRIERS[16]).reshape(-1)
-        write_shared(machine, access, bringing, addresses(bringing), words)
+        if store:
+            rows = turn(np.stack([rows_of(machine, source, warps) for source in vectors], axis=1))
+            words = np.ascontiguousarray(rows).reshape(-1, 4).view(CARRIERS[16]).reshape(-1)
+            write_shared(machine, access, bringing, addresses(bringing), words)
+        else:
+            words = read_shared(machine, access, bringing, addresses(bringing))
+            rows = turn(words.view(np.uint32).reshape(-1, number, 8, 4))
+            for n, target in enumerate(vectors):
+                put_rows(target, warps, rows[:, n])
 
     return by_lanes(run)
 
@@ -112,9 +97,9 @@ SHAPES = {
 def multiply(machine: Machine, i: Instruction) -> Step:
     """d = a b + c. In PTX's figures for m16n8k16: row or column of an element is lane / 4, its pair lane % 4.
 
-    Register n of a (16 x 16) has rows 8 (n % 2) on and columns 8 (n / 2) on; that of b (16 x 8) has rows 8 n on; of d
-    and c (16 x 8) registers 2 n and 2 n + 1 have the two columns of a pair in rows 8 n on. In m16n8k8 an element of
-    TF32 is in the place of a pair, in m16n8k32 four integers of 8 bits are.
+    Register n of a (16 x 16) starts at row 8 (n % 2) and column 8 (n / 2), register n of b (16 x 8) at row 8 n;
+    registers 2 n and 2 n + 1 of d and c (16 x 8) have the two columns of a pair from row 8 n. In m16n8k8 an element of
+    TF32 takes the place of a pair, in m16n8k32 four integers of 8 bits do.
     """
     kinds = [mod for mod in i.mods if mod in ("f32", "bf16", "f16", "tf32", "s32", "s8", "u8")]
     kind = kinds[0]

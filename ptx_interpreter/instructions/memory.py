@@ -10,7 +10,7 @@ import numpy as np
 from ..body import Address, Instruction
 from ..memory import BASE, WORDS
 from ..report import UNEQUAL
-from ..step import NO_STEP, Active, Step, by_lanes, elementwise, put, several
+from ..step import Active, Step, by_lanes, elementwise, put, several
 from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
 from ..watch import Access
 from .registry import makes
@@ -71,7 +71,7 @@ def _vector(arg: object) -> list[str]:
 
 CACHING = "ca cg cs cv wb wt nc volatile relaxed acquire release cta gpu sys L1::evict_last L1::evict_first"
 CACHING += " L1::no_allocate L1::evict_unchanged L1::evict_normal L2::cache_hint"
-"""Caches change no result, and an order of memory neither, as memory is that of one process."""
+"""Caching and memory order change no result within one process."""
 
 
 @makes("ld", f"global shared param {CACHING} v2 v4 {TYPES}")
@@ -122,19 +122,14 @@ def _gather_params(machine: Machine, i: Instruction, targets: list[Array | None]
         outside = (at < 0) | (at + whole > len(machine.params))
         if outside.any():
             lanes = machine.all_lanes if active is None else active.lanes
-            told = f"load at byte {int(at[np.argmax(outside)])} of {len(machine.params)} of parameters"
-            machine.fault("out of bounds", i, lanes[outside], told)
+            detail = f"load at byte {int(at[np.argmax(outside)])} of {len(machine.params)} of parameters"
+            machine.fault("out of bounds", i, lanes[outside], detail)
             at = np.where(outside, 0, at)
         found = machine.params[at[:, None] + np.arange(whole)].view(DTYPES[kind])
         for n, target in enumerate(targets):
             put(target, active, found[:, n])
 
     return by_lanes(run)
-
-
-@makes("createpolicy", "fractional L2::evict_first L2::evict_last L2::evict_normal b64")
-def policy(machine: Machine, i: Instruction) -> Step:
-    return NO_STEP
 
 
 @makes("st", f"global shared {CACHING} v2 v4 {TYPES}")

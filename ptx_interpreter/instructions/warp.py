@@ -1,8 +1,8 @@
-"""What the lanes of a warp do together: shuffles and barriers."""
+"""Instructions of a whole warp: shuffles, reductions, votes and barriers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,48 +66,40 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
             source, inside = source[active.lanes], inside[active.lanes]
             asleep = ~active.mask[source]
             if asleep.any():
-                told = "it takes the value of a thread that isn't there"
-                machine.fault("divergent warp", i, active.lanes[asleep], told)
+                detail = "it takes the value of a thread that isn't there"
+                machine.fault("divergent warp", i, active.lanes[asleep], detail)
         put(target, active, value[source] if isinstance(value, np.ndarray) else value)
         put(inside_of, active, inside)
 
     return by_lanes(run)
 
 
-REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+REDUCTIONS: dict[str, Any] = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "any": np.logical_or,
+    "all": np.logical_and,
+}
 
 
 @makes("redux", "sync add min max and or xor u32 s32 b32")
+@makes("vote", "sync any all pred")
 def reduce(machine: Machine, i: Instruction) -> Step:
-    """The sum (or minimum, ...) of a value over all lanes of a warp."""
+    """The sum (or minimum, ...) of a value over all lanes of a warp, or whether a predicate holds in any or all."""
     registers, kind = machine.registers, type_of(i.mods)
     value, target = registers.source(i.args[1], kind), registers.target(i.args[0], kind)
     if registers.number(i.args[2]) not in EVERY_LANE:
-        raise Unsupported("a reduction over some lanes of a warp")
-    function = REDUCTIONS.get(i.mods[1], np.bitwise_xor)
-
-    def run(active: Active | None) -> None:
-        groups_of(machine, active, i)
-        rows = np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP)
-        found = np.repeat(function.reduce(rows, axis=1, dtype=rows.dtype), WARP)
-        put(target, active, found if active is None else found[active.lanes])
-
-    return by_lanes(run)
-
-
-@makes("vote", "sync any all pred")
-def vote(machine: Machine, i: Instruction) -> Step:
-    """Whether a predicate holds in any lane, or in all lanes."""
-    registers = machine.registers
-    value, target = registers.source(i.args[1], "pred"), registers.target(i.args[0], "pred")
-    if registers.number(i.args[2]) not in EVERY_LANE:
-        raise Unsupported("a vote of some lanes of a warp")
-    agree = np.logical_or if "any" in i.mods else np.logical_and
+        raise Unsupported(f"{i.op} of some lanes of a warp")
+    function = REDUCTIONS[i.mods[1]]
 
     def run(active: Active | None) -> None:
         groups_of(machine, active, i)  # All of a warp must be there.
-        agreed = agree.reduce(np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP), axis=1)
-        found = np.repeat(agreed, WARP)
+        rows = np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP)
+        found = np.repeat(function.reduce(rows, axis=1, dtype=rows.dtype), WARP)
         put(target, active, found if active is None else found[active.lanes])
 
     return by_lanes(run)

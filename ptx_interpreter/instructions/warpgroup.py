@@ -58,7 +58,7 @@ def described(descriptors: Array, rows: int, transposed: bool) -> Array:
 
 @dataclass
 class Factor:
-    """One that lies in shared memory, by a descriptor."""
+    """A factor in shared memory, by a descriptor."""
 
     machine: Machine
     access: Access
@@ -78,8 +78,8 @@ class Factor:
             raise Unsupported(f"{error} in `{i.text}` at {machine.body.where(i.line)}") from None
         outside = (at + 2 > machine.shared.size).reshape(len(groups), -1).any(1)
         if outside.any():
-            told = "a matrix descriptor leads out of shared memory"
-            machine.fault("out of bounds", self.access.instruction, lanes[outside], told)
+            detail = "a matrix descriptor leads out of shared memory"
+            machine.fault("out of bounds", self.access.instruction, lanes[outside], detail)
             at = np.minimum(at, machine.shared.size - 2)
         places = at + machine.shared_base[lanes][:, None, None]
         if machine.watch:

@@ -70,7 +70,7 @@ def apply(instructions: str, *inputs: np.ndarray, out: Any, registers: str = "")
         lines.append(f"mul.wide.u32 %d{20 + n}, %r72, {size}; add.s64 %d{20 + n}, %d{20 + n}, %d{30 + n};")
     loads = [f"ld.global.b{8 * size} %a{n}, [%d{20 + n}];" for n, size in enumerate(sizes[:-1])]
     store = f"st.global.b{8 * sizes[-1]} [%d{20 + len(inputs)}], %o;"
-    # All threads first; then those with odd numbers again. The others, whose inputs are others now, keep their results.
+    # All threads first; then those with odd numbers again. The others now have other inputs, and keep their results.
     lines += [*loads, instructions, store, "and.b32 %r73, %r71, 1; setp.eq.s32 %p19, %r73, 0;"]
     lines += [f"not.b{8 * max(size, 2)} %a{n}, %a{n};" for n, size in enumerate(sizes[:-1])]
     lines += ["@%p19 bra DONE;", *loads, instructions, store, "DONE:", store]

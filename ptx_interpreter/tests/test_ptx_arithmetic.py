@@ -88,7 +88,7 @@ def fma_inputs():
     middle = np.float32(1 + 2.0**-12)
     rests = np.array([0, 2.0**-60, -(2.0**-60), 2.0**-30, 1e-45, -1e-45, 2.0**-100], np.float32)
     small = np.float32(2.0**-75)  # small * small = 2^-150, half of the least number
-    # A little less than that, which a float64 beside these sums can't tell: the middle of two subnormal numbers.
+    # A little less, which vanishes in a float64 sum with these: the middle of two subnormal numbers.
     above, below = small * np.float32(1 + 2.0**-23), small * np.float32(1 - 2.0**-23)
     subnormal = np.array([2.0**-127 + 2.0**-149, 2.0**-127, -(2.0**-127), -(2.0**-127) - 2.0**-149], np.float32)
     parts = (
@@ -143,7 +143,7 @@ def test_fma_of_float64_is_rounded_once():
     c[300:400] = -a[300:400] * b[300:400]  # leaves the rounding error of the product
     c[400:450] = 0
     a[450:460] = 0
-    # A little less than half a unit of the sum, which no float64 tells from half a unit.
+    # A little less than half a unit of the sum, which rounds to half a unit in float64.
     a[460:464], b[460:464] = 2.0**-27 * (1 + 2.0**-30), 2.0**-26 * (1 - 2.0**-30) * np.array([1, 1, -1, -1])
     c[460:464] = np.array([1, 1 + 2.0**-52, 1, 1 + 2.0**-52])
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)

@@ -187,7 +187,7 @@ def test_sums_of_16_bits_are_rounded_once(name, op, function):
     close = np.clip(len(bits) - 1 - a + random.integers(-3000, 3000, len(a)), 0, len(bits) - 1)
     x, y = np.concatenate([a, a]), np.concatenate([b, close])
     x_bits, y_bits = (bits[n].astype(np.uint16) for n in (x, y))
-    # float64 holds the sum of two such numbers, or what is far from the middle of two of them.
+    # float64 holds the sum of two such numbers, or one far from the middle of two of them.
     expected = nearest(function(values[x], values[y]), name)
     found = apply(f"{op}.{name} %o, %a0, %a1;", x_bits, y_bits, out=np.uint16)
     assert (found == expected).all()

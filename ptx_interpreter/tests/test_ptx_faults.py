@@ -1,4 +1,4 @@
-"""What a kernel must not do to memory is told, with the line, the thread and what is wrong; and what it may is not."""
+"""Faults of memory accesses are reported with line, thread and detail; right accesses are not."""
 
 import ctypes
 
@@ -382,20 +382,20 @@ def test_allocations_are_those_that_the_library_tells():
     """A refresh forgets what was freed, and leaves alone what was added."""
     memory, added, other = GlobalMemory(), np.zeros(8, np.uint8), np.zeros(64, np.uint32)
     start = other.__array_interface__["data"][0]
-    told = [(start, start + 256)]
+    known = [(start, start + 256)]
 
     def allocations(starts, ends, most):
-        for n, interval in enumerate(told):
+        for n, interval in enumerate(known):
             for side, value in zip((starts, ends), interval, strict=True):
                 ctypes.cast(side, ctypes.POINTER(ctypes.c_int64))[n] = value
-        return len(told)
+        return len(known)
 
     memory._allocations = allocations
     memory.add(added, "added")
     program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
     launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
     assert other[63] == 63
-    told.clear()
+    known.clear()
     with pytest.raises(Faults, match="out of bounds"):
         launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
     assert [interval.name for interval in memory.intervals] == ["added"]

@@ -221,7 +221,7 @@ def swizzled(address, width):
 def laid_out(matrix, width, major, spacing):
     """A factor [rows, 16] in memory, and the strides (leading, stride) of its descriptor.
 
-    `spacing` is what lies between two of its pieces beside what they need. Without a swizzle the pieces are core
+    `spacing` is the additional distance of two of its pieces. Without a swizzle the pieces are core
     matrices of 8 rows of 16 bytes; with one, 8 rows of `width` bytes.
     """
     rows, memory = matrix.shape[0], np.zeros(1 << 14, np.uint16)
@@ -263,7 +263,7 @@ def wgmma(columns, left, right, **options):
     turned = [str(int(each == "mn")) for each in major]
     first = f"{{{listed('%r', 4, 10)}}}" if in_registers else "%d7"
     rest = turned[1:] if in_registers else turned
-    of_tf32 = options.get("tf32", False)  # which has no choice of what is major
+    of_tf32 = options.get("tf32", False)  # without a choice of the major axis
     kind, turns = ("k8.f32.tf32.tf32", "") if of_tf32 else ("k16.f32.bf16.bf16", ", " + ", ".join(rest))
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d2];

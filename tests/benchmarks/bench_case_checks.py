@@ -1,4 +1,4 @@
-"""What the tests of the shipped operations share: calling a candidate, float64 beside it, and stand-ins of packages."""
+"""Helpers for tests of the operations: calling a candidate, comparing with float64, and stand-ins of packages."""
 
 import sys
 from types import ModuleType
@@ -26,7 +26,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         negligible: inputs that they leave out, at most `share` of the bytes.
-        read_back: what the backward pass reads beside the gradients of the outputs; None for all inputs.
+        read_back: inputs that the backward pass reads in addition to the gradients of the outputs; None for all.
         written: inputs that are written too.
         outputs: whether the outputs count.
     """
@@ -130,6 +130,6 @@ def each_caption_alone(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 
 
 def moved(function: Function, inputs: Inputs) -> list[Tensor]:
-    """How far one step moves each parameter, a hundredth of what it is."""
+    """The change of each parameter by one step, a hundredth of its value."""
     before = [values.clone() for values in inputs["params"]]
     return [new.double() - old for new, old in zip(outputs(function, inputs), before, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, float64
 
-from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _registry, peer, register
+from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _operations, _peers, peer, register
 from benchmarks.results import Machine, Row
 from benchmarks.shapes import Shape
 
@@ -56,8 +56,8 @@ def registered(op: Operation, **peers: Function) -> Iterator[Operation]:
     try:
         yield op
     finally:
-        _registry.operations.pop(op.name)
-        _registry.peers.pop(op.name, None)
+        _operations.pop(op.name)
+        _peers.pop(op.name, None)
 
 
 def machine(**changes: Any) -> Machine:

@@ -16,5 +16,5 @@ def few_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def steady(monkeypatch):
-    """A machine whose ceilings need not be measured."""
+    """A machine with known ceilings."""
     monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: (10.0, {"float32": 0.1, "bfloat16": 0.2}))

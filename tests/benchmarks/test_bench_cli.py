@@ -9,10 +9,10 @@ import pytest
 from bench_fakes import machine, registered, row, tanh, tanh_operation
 from torch import Tensor
 
-from benchmarks import cli, tables
+from benchmarks import cli
 from benchmarks import machine as machine_module
 from benchmarks.audit import build
-from benchmarks.operation import operations, peers_of
+from benchmarks.operation import peers_of
 from benchmarks.results import Results, read_results
 
 QUICK = ["--shape", "tiny b2", "--dtype", "float32", "--mode", "forward", "--passes", "1", "--seconds", "0.001"]
@@ -38,15 +38,6 @@ def test_op_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert results.rows[-1].candidate == "mine"
     assert results.machine.command.startswith("python -m benchmarks")
     assert (tmp_path / "run.html").is_file()
-
-
-def test_no_name_means_all_without_a_request() -> None:
-    several = operations()
-    by_request = {"dropin", "dropin_frozen", "search", "loader"}
-    models = {"encode_image", "encode_text", "clip_step"}
-    parser = cli._build_parser()
-    assert {op.name for op in cli._chosen(parser.parse_args(["model"]))} == models
-    assert {op.name for op in cli._chosen(parser.parse_args(["op"]))} == set(several) - by_request - models
 
 
 def test_plugin_adds_a_candidate(tmp_path: Path) -> None:
@@ -118,16 +109,6 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
         assert {row.shape for row in results.rows} == {"tiny@32 b2"}
         assert any(note.startswith("interrupted") for note in results.machine.notes)
         assert "whole" in page.read_text()
-
-
-def test_broken_pipe_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*args: object) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr(tables, "print_results", gone)
-    with registered(tanh_operation()), pytest.raises(BrokenPipeError):
-        cli.main(["op", "tanh", *QUICK, "--peer", "none", "--json", str(tmp_path / "run.json"), "--debug"])
-    assert len(read_results(tmp_path / "run.json").rows) == 3
 
 
 @pytest.mark.parametrize(

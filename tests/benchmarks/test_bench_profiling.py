@@ -1,11 +1,10 @@
-"""A trace is a real one of this processor; of ncu only what it runs."""
+"""Traces of this processor, and the call for ncu."""
 
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from bench_fakes import registered, tanh_operation
 
@@ -14,7 +13,6 @@ from benchmarks.measure import Case
 from benchmarks.operation import Operation
 from benchmarks.profiling import main, profile_case
 from benchmarks.shapes import parse_shape
-from evaclip.errors import UserError
 
 SHAPE = "eva02-b16@224 b1"
 
@@ -45,21 +43,6 @@ def test_the_trace_holds_the_range_and_what_ran_in_it(tmp_path: Path) -> None:
         assert all(span["ts"] <= at <= span["ts"] + span["dur"] for span, at in zip(ranges, starts, strict=True))
 
 
-def test_the_candidates_context_surrounds_the_calls(tmp_path: Path) -> None:
-    case, _ = a_case(tanh_operation(), "forward")
-    seen = []
-    candidate = Candidate(
-        "odd/name",
-        "peer",
-        "1",
-        lambda shape: lambda x: seen.append(torch.is_inference_mode_enabled()),
-        torch.inference_mode,
-    )
-    path = profile_case(case, candidate, tmp_path)
-    assert path.parent == tmp_path
-    assert seen == [True] * 6
-
-
 def test_ncu_main_makes_one_call_after_warming_up() -> None:
     log: list[str] = []
 
@@ -70,8 +53,3 @@ def test_ncu_main_makes_one_call_after_warming_up() -> None:
     with registered(tanh_operation(ours=ours)):
         main(["tanh", SHAPE, "forward", "float32", "evakernels"], device="cpu")
     assert log == ["call"] * 4  # three of them for warming up
-
-
-def test_an_unknown_candidate_is_named() -> None:
-    with registered(tanh_operation()), pytest.raises(UserError, match="did you mean 'torch eager'"):
-        main(["tanh", SHAPE, "forward", "float32", "torch eagre"], device="cpu")

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_fakes import machine, tanh, tanh_operation
+from bench_fakes import machine, tanh_operation
 
 from benchmarks import test_ops
 from benchmarks.candidates import Candidate
 from benchmarks.measure import Case
 from benchmarks.shapes import parse_shape
-from benchmarks.timing import Rotation
 
 ROOT = Path(__file__).parents[2]
 CASE = "layer_norm-forward-eva02-b16@224 b1-float32"
@@ -52,7 +51,7 @@ def a_case() -> Case:
 
 
 class FakeBenchmark:
-    """As much of the fixture as is used: it calls what it is given twice."""
+    """The used part of the fixture: it calls the function twice."""
 
     group = ""
 
@@ -65,16 +64,3 @@ def test_what_fails_is_skipped_with_its_error() -> None:
     broken = Candidate("broken", "peer", "1", lambda shape: lambda x: 1 / 0)
     with pytest.raises(pytest.skip.Exception, match="ZeroDivisionError: division by zero"):
         test_ops.test_op(FakeBenchmark(), machine(), a_case(), broken)
-
-
-def test_a_case_serves_several_candidates() -> None:
-    case = a_case()
-    for name in ("one", "two"):
-        test_ops.test_op(FakeBenchmark(), machine(), case, Candidate(name, "peer", "1", lambda shape: tanh))
-    assert case.rows == {}
-
-
-def test_inputs_rotate() -> None:
-    log: list[int] = []
-    test_ops.FixtureTimer(FakeBenchmark()).rounds([Rotation([lambda: log.append(0), lambda: log.append(1)])], seconds=0)
-    assert log == [0, 1]

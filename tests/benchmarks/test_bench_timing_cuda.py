@@ -1,4 +1,4 @@
-"""What the GPU's timer captures, replays and divides by; a fake GPU with a clock of its own stands in."""
+"""Captures, replays and times of the GPU's timer on a fake GPU with a clock."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import timing_cuda
-from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, Rotation, interleave, schedule
-from benchmarks.timing_cuda import CudaTimer
+from benchmarks import timing
+from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, CudaTimer, Rotation, schedule
 
 
 class FakeGraph:
-    """Keeps the work that was launched while it captured."""
+    """Keeps the launches of its capture."""
 
     def __init__(self, gpu: "FakeCuda") -> None:
         self.gpu, self.work, self.live = gpu, [], True
@@ -21,9 +20,7 @@ class FakeGraph:
 
     def replay(self) -> None:
         assert self.live
-        self.gpu.log.append("replay")
-        for milliseconds in self.work:
-            self.gpu.now += milliseconds
+        self.gpu.now += sum(self.work)
 
     def reset(self) -> None:
         self.live = False
@@ -46,21 +43,22 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """As much of torch.cuda as the timer uses: streams, events, graphs, and the mode that forbids waiting."""
+    """The used part of torch.cuda: streams, events, graphs, and the mode that forbids waiting."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.log: list[str] = []
         self.graphs: list[FakeGraph] = []
         self.capturing: FakeGraph | None = None
-        self.pools = 0
-        self.used_pools: list[int] = []
         self.mode: int | str = 0
         self.current: Any = SimpleNamespace(wait_stream=lambda other: None)
         self.device = nullcontext
         self.CUDAGraph = lambda: FakeGraph(self)
         self.Event = lambda enable_timing: FakeEvent(self)
         self.Stream = lambda device: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_stream = lambda: self.current
+        self.get_sync_debug_mode = lambda: self.mode
+        self.synchronize = lambda device: None
+        self.graph_pool_handle = object
 
     def launch(self, milliseconds: float) -> None:
         """A kernel."""
@@ -75,7 +73,7 @@ class FakeCuda:
             raise RuntimeError("called a synchronizing operation")
 
     def wait_unseen(self) -> None:
-        """An op of somebody else that waits for the GPU."""
+        """Another library's op that waits for the GPU."""
         if self.capturing is not None:
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
@@ -88,27 +86,13 @@ class FakeCuda:
             self.current = former
 
     @contextmanager
-    def graph(self, graph: FakeGraph, pool: int, stream: Any) -> Iterator[None]:
-        assert self.current is stream  # warmed up where it is captured
-        self.used_pools.append(pool)
-        self.capturing, self.current = graph, stream
+    def graph(self, graph: FakeGraph, pool: object, stream: Any) -> Iterator[None]:
+        assert self.current is stream  # warmed up on the stream of the capture
+        self.capturing = graph
         try:
             yield
         finally:
             self.capturing = None
-
-    def graph_pool_handle(self) -> int:
-        self.pools += 1
-        return self.pools
-
-    def current_stream(self) -> Any:
-        return self.current
-
-    def synchronize(self, device: object) -> None:
-        self.log.append("synchronize")
-
-    def get_sync_debug_mode(self) -> int | str:
-        return self.mode
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
         self.mode = mode
@@ -118,12 +102,12 @@ class FakeCuda:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """A fake GPU in the place of torch.cuda."""
     cuda = FakeCuda()
-    monkeypatch.setattr(timing_cuda, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
     return cuda
 
 
 def rotation(gpu: FakeCuda, *milliseconds: float, also: Callable[[], None] = lambda: None) -> Rotation:
-    """A candidate whose calls on its sets of inputs take so long, and do something else too."""
+    """A candidate with these times on its sets of inputs; its calls also run `also`."""
 
     def call(duration: float) -> None:
         gpu.launch(duration)
@@ -144,29 +128,6 @@ def test_graphs_hold_all_inputs_and_are_freed(gpu: FakeCuda) -> None:
     CudaTimer("cuda").rounds([rotation(gpu, 0.1, 0.2, 0.3), rotation(gpu, 1.0)], seconds=0.01)
     assert [graph.work for graph in gpu.graphs] == [[0.1, 0.2, 0.3], [1.0]]
     assert not any(graph.live for graph in gpu.graphs)
-    assert len(set(gpu.used_pools)) == 1
-
-
-def test_rounds_start_with_another_candidate_each() -> None:
-    order: list[int] = []
-    interleave(2, 3, lambda candidate, current: order.append(candidate) or 0.0)
-    assert order == [0, 1, 1, 0, 0, 1]
-
-
-def test_capture_is_in_the_candidates_context(gpu: FakeCuda) -> None:
-    inside = []
-
-    @contextmanager
-    def backend() -> Iterator[None]:
-        inside.append(True)
-        yield
-        inside.pop()
-
-    captured = rotation(gpu, 1.0, also=lambda: seen.append(bool(inside)))
-    seen: list[bool] = []
-    CudaTimer("cuda").rounds([Rotation(captured.calls, backend)], seconds=0.01)
-    assert seen
-    assert all(seen)
 
 
 @pytest.mark.parametrize("kind", ["wait", "wait_unseen"])
@@ -183,23 +144,25 @@ def test_failed_capture_is_launched_and_named(gpu: FakeCuda, kind: str) -> None:
     assert timer.launched == {}
 
 
-def test_failed_capture_leaves_only_its_pool(gpu: FakeCuda) -> None:
-    before = gpu.current
-    timer = CudaTimer("cuda")
-    timer.rounds([rotation(gpu, 1.0, also=gpu.wait_unseen), rotation(gpu, 1.0)], seconds=0.01)
-    assert gpu.current is before
-    assert gpu.used_pools[0] != gpu.used_pools[1]
-    assert timer._broken == [gpu.graphs[0]]
-
-
-def test_first_call_waits_for_the_gpu(gpu: FakeCuda) -> None:
-    CudaTimer("cuda").first_call(lambda: gpu.log.append("call"))
-    assert gpu.log == ["synchronize", "call", "synchronize"]
-
-
 @pytest.mark.parametrize(
     ("replay_ms", "seconds", "repeats", "count"),
     [([0.1, 1.0, 5.0], 0.1, [10, 1, 1], 20), ([0.3], 0.0, [4], MIN_ROUNDS), ([0.0], 10.0, [10_000], MAX_ROUNDS)],
 )
 def test_schedule(replay_ms: list[float], seconds: float, repeats: list[int], count: int) -> None:
     assert schedule(replay_ms, 1.0, seconds) == (repeats, count)
+
+
+def test_capture_is_in_the_candidates_context(gpu: FakeCuda) -> None:
+    inside = []
+
+    @contextmanager
+    def backend() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    captured = rotation(gpu, 1.0, also=lambda: seen.append(bool(inside)))
+    seen: list[bool] = []
+    CudaTimer("cuda").rounds([Rotation(captured.calls, backend)], seconds=0.01)
+    assert seen
+    assert all(seen)

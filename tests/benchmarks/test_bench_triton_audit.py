@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.xdist_group(
 
 # The most different sectors of each kernel over the floor. The partial sums of a norm's three programs count.
 # Attention reads q, k, v and the output's gradient in two kernels backward: 12 tensors in place of 8. Where there is
-# a rotation, a kernel reads k and writes it rotated, and that of dq writes q rotated: forward has 6 tensors in place
+# a rotation, a kernel reads k and writes it rotated, and the dq kernel writes q rotated: forward has 6 tensors in place
 # of 4, backward 15. Of the losses' logits, 512 by 512 of 512 channels, forward keeps 4 bytes and backward reads them
-# and writes the gradients in 2; beside them forward has a pair of numbers for each row and each column of a tile of
+# and writes the gradients in 2; forward also has a pair of numbers for each row and each column of a tile of
 # 128. LAMB reads parameters and moments twice: 32 bytes a parameter in bfloat16, where 22 are the floor.
 ROWS, TILES, TWICE = 1.05, 1.1, 1.56
 FORWARD_AND_BACKWARD = {
@@ -73,7 +73,7 @@ def by_kernel(counts: list[Count], chosen: Callable[[Count], bool]) -> list[tupl
 
 
 def useful(count: Count, launches: list[Launch]) -> float | None:
-    """Multiplications by formula over those that tensor cores make."""
+    """Multiplications by formula over the ones of tensor cores."""
     flops = sum(launch.flops for launch in launches)
     shape = parse_shape(count.shape)
     product = operation(count.op).work(shape, 1).forward.flops / (2 if "attention" in count.op else 1)

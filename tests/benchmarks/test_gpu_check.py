@@ -19,7 +19,7 @@ def step(name, code, seconds=60.0):
 
 def run(steps, folder, budget=1000.0):
     """Status by step."""
-    results = run_steps(steps, folder, budget, {}, tell=lambda line: None)
+    results = run_steps(steps, folder, budget, {}, report=lambda line: None)
     return {result["step"]: result["status"] for result in results}
 
 
@@ -58,14 +58,6 @@ def test_check_continues_with_open_steps(tmp_path, monkeypatch):
     assert run(steps, tmp_path) == {"one": "passed", "two": "passed"}
     assert file.read_text() == "1"
     assert [result["step"] for result in read_results(results)] == ["one", "two"]
-
-
-def test_check_ends_at_an_interrupt(tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu_check, "run_step", interrupted)
-    assert run([step("one", "")], tmp_path) == {}
 
 
 def test_steps_have_unique_names_and_files(tmp_path):
@@ -159,3 +151,11 @@ def test_bundle_of_other_kernels_or_python_is_refused(bundle, tmp_path):
 def test_machine_is_that_of_the_doctor():
     machine = gpu_check.find_machine({**gpu_check.os.environ, "PYTHONPATH": str(gpu_check.ROOT)})
     assert json.dumps(machine["native"]["loaded"]) in ("true", "false")
+
+
+def test_check_ends_at_an_interrupt(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "run_step", interrupted)
+    assert run([step("one", "")], tmp_path) == {}

@@ -1,9 +1,8 @@
-"""New virtual environments that hold a distribution of this project, what it says it requires, and nothing else.
+"""New virtual environments with a distribution of this project, its declared requirements, and nothing else.
 
-What a distribution requires isn't installed anew: a room's site-packages link to the packages of the environment that
-runs the tests, those named in the distribution's own metadata and theirs in turn. pip then finds each requirement
-there, or fails. So a room costs seconds, a requirement that isn't declared isn't there, and neither is the editable
-installation with its path to the source tree.
+Requirements aren't installed again: a room's site-packages link to the tests' packages, as far as the metadata of the
+distribution and of its requirements name them. pip then finds each requirement, or fails. A room costs seconds, and has
+neither undeclared requirements nor the editable installation.
 """
 
 import json
@@ -113,7 +112,7 @@ def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ..
 
 
 def tracked(*folders: str) -> set[str]:
-    """The files under these folders that git knows; those that are about to be added too."""
+    """The files under these folders in git, including new ones."""
     git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
     listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
     return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
@@ -160,7 +159,7 @@ def _declared(extra: str) -> Iterator[str]:
 
 
 def _closure(wanted: list[Requirement]) -> list[metadata.Distribution]:
-    """The installed distributions that serve these requirements, and those that they require in turn."""
+    """The installed distributions of these requirements, and of their requirements in turn."""
     found: dict[str, metadata.Distribution] = {}
     pending = [(requirement.name, extra) for requirement in wanted for extra in ("", *requirement.extras)]
     seen = set(pending)

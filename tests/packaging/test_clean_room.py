@@ -1,7 +1,4 @@
-"""What people get who install the wheel or the source distribution into an environment of their own.
-
-Nothing here sees the source tree, nor what only the tests require.
-"""
+"""The wheel and the source distribution in new environments, without the source tree and the tests' packages."""
 
 import json
 import re
@@ -34,7 +31,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
-    """torch and numpy alone: whatever else is imported at once, and needn't be, is missed."""
+    """Only torch and numpy."""
     with closing(make_room(tmp_path_factory.mktemp("core"), wheel)) as room:
         yield room
 
@@ -99,30 +96,22 @@ def test_every_command_shows_its_help(name: str, request: pytest.FixtureRequest)
     assert room.output("evaclip", "--help").startswith("usage: evaclip")
 
 
-@pytest.mark.parametrize("name", ["core", "clip"])
-def test_the_doctor_finds_the_compiled_library(name: str, request: pytest.FixtureRequest) -> None:
-    room: Room = request.getfixturevalue(name)
-    facts = json.loads(room.script("run_evaclip.py", "doctor", "--json"))
+def test_doctor_finds_the_compiled_library(core: Room) -> None:
+    facts = json.loads(core.script("run_evaclip.py", "doctor", "--json"))
     assert facts["native"]["loaded"] is True
-    assert "layer_norm" in room.script("run_evaclip.py", "doctor")
 
 
 def test_command_without_its_packages_names_the_extra(core: Room) -> None:
     result = core.run_script("ask_without_packages.py")
     assert result.returncode == 0, result.stderr
-    answers, told = result.stdout.splitlines(), result.stderr.splitlines()
-    assert len(answers) == len(told) == 9
+    answers, errors = result.stdout.splitlines(), result.stderr.splitlines()
+    assert len(answers) == len(errors) == 9
     assert [answer for answer in answers if not answer.endswith(" 2")] == []
     remedy = r"error: the package [\w-]+ is not installed: pip install 'evakernels\[(clip|demo)\]'"
-    assert [line for line in told if not re.fullmatch(remedy, line)] == []
+    assert [line for line in errors if not re.fullmatch(remedy, line)] == []
 
 
-def test_a_model_is_trained_and_evaluated(trained: Room) -> None:
-    trained.script("draw_classes.py", "pictures")
-    zero_shot = ("eval", "zero-shot", "runs/tiny", "--data", "pictures", "--json", "found.json")
-    trained.script("run_evaclip.py", *zero_shot)
-    found = json.loads((trained.work / "found.json").read_text())
-    assert found["metrics"]["samples"] == 6
+def test_trained_model_is_reported(trained: Room) -> None:
     trained.script("run_evaclip.py", "report", "runs/tiny")
     assert (trained.work / "runs/tiny/report.html").stat().st_size > 10_000
 
@@ -161,8 +150,7 @@ def test_the_extra_demo_is_all_that_the_demo_needs(wheel: Path, tmp_path_factory
     assert not room.distributions & {"scikit-learn", "tensorboard", "wandb"}
     # The pictures that the demo would draw itself, of a tenth of its pixels; to draw these takes most of its time.
     room.output("evaclip", "data", "emoji", "data/emoji", "--size", "20")
-    told = room.output("evaclip", "demo", "--budget-minutes", "0.01")
-    assert "OpenMoji, a style never seen" in told
+    printed = room.output("evaclip", "demo", "--budget-minutes", "0.01")
     assert (room.work / "runs/demo/report.html").exists()
-    assert told.splitlines()[-1] == "  evaclip serve runs/demo/pictures.store --open"
+    assert printed.splitlines()[-1] == "  evaclip serve runs/demo/pictures.store --open"
     room.output("python", "-c", SERVES)

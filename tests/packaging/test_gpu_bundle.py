@@ -88,5 +88,5 @@ def test_unknown_python(tmp_path):
 
 
 def test_bundle_without_nvcc():
-    told = run("--python", sys.executable, CUDACXX="no-such-nvcc")
-    assert told == "error: EVAKERNELS_CUDA=on, but no CUDA compiler found (looked for no-such-nvcc)\n"
+    printed = run("--python", sys.executable, CUDACXX="no-such-nvcc")
+    assert printed == "error: EVAKERNELS_CUDA=on, but no CUDA compiler found (looked for no-such-nvcc)\n"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +48,7 @@ class Machine:
         write_program(self.programs / "nvidia-smi", answers)
 
     def decide(self, **environment: str) -> tuple[dict, str]:
-        """The record that the build leaves (empty where it failed), and what it printed."""
+        """The record of the build (empty if it failed), and its output."""
         asked = {"EVAKERNELS_NATIVE": "auto", "EVAKERNELS_CUDA": "auto", "EVAKERNELS_CUDA_ARCHS": "", "CUDACXX": ""}
         path = {"PATH": os.pathsep.join([str(self.programs), os.environ["PATH"]])}
         command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
@@ -71,7 +70,7 @@ def machine(tmp_path: Path) -> Machine:
     [
         (NVCC_13, ["9.0"], ["90-real"]),
         (NVCC_13, ["12.0", "8.6", "12.0"], ["86-real", "120-real"]),
-        # One that the kernels don't serve beside one that they do.
+        # An unsupported GPU and a supported one.
         (NVCC_13, ["7.5", "8.0"], ["80-real"]),
         # Newer than nvcc: its driver compiles PTX.
         (NVCC_12_4, ["10.0"], ["90-virtual"]),
@@ -110,25 +109,6 @@ def test_an_older_nvcc_compiles_for_what_it_knows(machine: Machine) -> None:
     record, printed = machine.decide(EVAKERNELS_CUDA="on", EVAKERNELS_CUDA_ARCHS="all")
     assert record["cuda_archs"] == ["80-real", "90"]
     assert "nvcc knows no compute capability 10.0, 12.0: PTX serves these" in printed
-
-
-@pytest.mark.parametrize(
-    ("archs", "codes"),
-    [
-        (
-            ["80-real", "90-real", "100-real", "120"],
-            ["80,code=sm_80", "80,code=sm_90", "100,code=sm_100", "100,code=sm_120", "100,code=compute_100"],
-        ),
-        (["80-real", "90"], ["80,code=sm_80", "80,code=sm_90", "80,code=compute_80"]),
-        (["90-virtual"], ["90,code=compute_90"]),
-        (["120-real"], ["120,code=sm_120"]),
-    ],
-)
-def test_gpus_of_one_generation_share_ptx(archs, codes, monkeypatch):
-    monkeypatch.setenv("EVAKERNELS_CUDA", "off")
-    monkeypatch.setattr("setuptools.setup", lambda **options: None)
-    options = runpy.run_path(str(ROOT / "setup.py"))["codes_to_generate"](archs)
-    assert options == [f"--generate-code=arch=compute_{code}" for code in codes]
 
 
 @pytest.mark.parametrize(

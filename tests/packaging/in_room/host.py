@@ -1,7 +1,7 @@
-"""Runs scripts, each in a fork of this process: torch, whose import takes seconds, is there already.
+"""Runs scripts, each in a fork of this process, which has imported torch.
 
-Reads a request a line from standard input, a script's file and its arguments as JSON; answers each with a line, the
-exit code, and what the script printed on standard output and standard error.
+Reads a request a line from standard input, a script's file and its arguments as JSON; answers each with a line: the
+exit code, standard output and standard error of the script.
 """
 
 import json
@@ -27,5 +27,5 @@ for line in sys.stdin:
         child = multiprocessing.get_context("fork").Process(target=run, args=request)
         child.start()
         child.join()
-        told = [file.seek(0) or file.read() for file in (out, err)]
-    print(json.dumps([child.exitcode, *told]), flush=True)
+        printed = [file.seek(0) or file.read() for file in (out, err)]
+    print(json.dumps([child.exitcode, *printed]), flush=True)

@@ -1,8 +1,7 @@
-"""The first hour of somebody with dirty pictures of their own: check, train, be interrupted, go on, measure, take away.
+"""The first hour with dirty images: check, train, be killed, resume, evaluate, take away.
 
-Works in the present folder, where `evaclip train tiny` has left its run, with the `evaclip` that is installed; the
-first thing that isn't as promised ends it. Its commands run in forks of this process, which has imported what
-they need.
+Works in the present folder with the run of `evaclip train tiny`, by the installed `evaclip`. Its commands run in forks
+of this process, which has imported their packages.
 """
 
 import json
@@ -24,7 +23,7 @@ from evaclip.commands.main import main as program
 
 evaclip.create_model("tiny")
 UNUSED = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"}
-assert not UNUSED & set(sys.modules), "models and trainings begin seconds later by imports that they don't use"
+assert not UNUSED & set(sys.modules), "models and trainings start without these slow imports"
 
 import torch._dynamo  # noqa: E402, F401  # every optimizer imports it
 
@@ -48,15 +47,15 @@ def begin(words: tuple[str, ...], out: int) -> ForkProcess:
 
 
 def evaclip(*words: str, fails: int = 0) -> str:
-    """What a command prints; it must end with this exit code, and never with a traceback."""
+    """The output of a command; it must end with this exit code and without a traceback."""
     with tempfile.TemporaryFile("w+") as out:
         process = begin(words, out.fileno())
         process.join()
         out.seek(0)
-        told = out.read()
-    assert process.exitcode == fails, f"evaclip {' '.join(words)}: {process.exitcode}\n{told}"
-    assert "Traceback" not in told, told
-    return told
+        printed = out.read()
+    assert process.exitcode == fails, f"evaclip {' '.join(words)}: {process.exitcode}\n{printed}"
+    assert "Traceback" not in printed, printed
+    return printed
 
 
 def expect(text: str, *parts: str) -> None:
@@ -65,7 +64,7 @@ def expect(text: str, *parts: str) -> None:
 
 
 def draw() -> None:
-    """Two classes of sixteen pictures in all modes, and what lies about in real folders."""
+    """Two classes of sixteen images in all modes, and the other files of real folders."""
     rng = np.random.default_rng(0)
     for name, low in (("dark", 0), ("bright", 128)):
         (MINE / name).mkdir(parents=True)
@@ -103,45 +102,29 @@ def started() -> ForkProcess:
 
 def main() -> None:
     draw()
-    told = evaclip("data", "check", str(MINE), "--workers", "0", "--json", "faults.json", fails=1)
-    expect(told, "corrupt image", "class without pictures", "16-bit")
-    faults = json.loads(Path("faults.json").read_text())
-    assert "broken.png" in json.dumps(faults)
-    assert ".ipynb_checkpoints" not in json.dumps(faults)
-
-    expect(evaclip(*TRAIN, *LONG, "--dry-run"), "an estimate")
+    printed = evaclip("data", "check", str(MINE), "--workers", "0", "--json", "faults.json", fails=1)
+    expect(printed, "corrupt image", "class without pictures", "16-bit")
+    faults = json.dumps(json.loads(Path("faults.json").read_text()))
+    assert "broken.png" in faults
+    assert ".ipynb_checkpoints" not in faults
 
     first = started()
     try:
         expect(evaclip(*TRAIN, *LONG, "--resume", "auto", fails=2), f"process {first.pid}", "--steal")
-        expect(evaclip(*TRAIN, *LONG, "--overwrite", fails=2), f"process {first.pid}")
     finally:
         first.kill()
         first.join()
-    expect(evaclip("report", str(RUN), "--text"), "no sign of life")
 
     second = started()
     second.terminate()
     second.join(120)
-    assert second.exitcode == 143, "a training that is stopped says so by its exit code"
+    assert second.exitcode == 143, "a stopped training has this exit code"
 
-    last = sorted((RUN / "checkpoints").glob("step_*"))[-1]
-    for target, format in (("mine.safetensors", "open_clip"), ("mine.pt", "original")):
-        options = ("--to", format, "--model", "tiny")
-        evaclip("convert", str(RUN), target, *options)
-        expect(evaclip("convert", str(RUN), target, *options, fails=2), "exists; --force")
-        expect(evaclip("convert", str(RUN), str(last / "model.safetensors"), *options, "--force", fails=2), "an input")
-
-    for folder in (RUN / "checkpoints").glob("step_*"):
-        (folder / "state.pt").write_bytes(b"damaged")
-    told = evaclip(*TRAIN, *LONG, "--resume", "auto", fails=2)
-    expect(told, last.name, "weights:")
-
-    told = evaclip("eval", "zero-shot", str(RUN), "--data", str(MINE), "--workers", "0")
-    expect(told, "could not be read")
-    for picture in list(MINE.glob("*/*.png"))[4:]:
-        picture.write_bytes(picture.read_bytes()[:60])
-    expect(evaclip("eval", "retrieval", str(RUN), "--data", str(MINE), "--workers", "0", fails=1), "--allow-unreadable")
+    options = ("--to", "open_clip", "--model", "tiny")
+    evaclip("convert", str(RUN), "mine.safetensors", *options)
+    expect(evaclip("convert", str(RUN), "mine.safetensors", *options, fails=2), "exists; --force")
+    printed = evaclip("eval", "zero-shot", str(RUN), "--data", str(MINE), "--workers", "0")
+    expect(printed, "could not be read")
 
 
 if __name__ == "__main__":

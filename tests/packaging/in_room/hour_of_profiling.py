@@ -1,7 +1,7 @@
-"""The first hour of somebody who measures kernels: the suite of a checkout on the wheel that is installed.
+"""The benchmarks of a checkout on the installed wheel.
 
-Argument: the folder of the checkout that holds `benchmarks`. Works in the present folder. The commands run in forks of
-this process, which has imported what they need.
+Argument: the checkout. Works in the present folder. The commands run in forks of this process, which has imported their
+packages.
 """
 
 import json
@@ -39,22 +39,22 @@ def benchmarks(*words: str, fails: int = 0) -> str:
         process.start()
         process.join()
         out.seek(0)
-        told = out.read()
-    assert process.exitcode == fails, f"benchmarks {' '.join(words)}: {process.exitcode}\n{told}"
-    assert "Traceback" not in told, told
-    return told
+        printed = out.read()
+    assert process.exitcode == fails, f"benchmarks {' '.join(words)}: {process.exitcode}\n{printed}"
+    assert "Traceback" not in printed, printed
+    return printed
 
 
 def main() -> None:
     Path("wrong.py").write_text(WRONG)
-    told = benchmarks("op", "layer_nrm", fails=2)
-    assert "did you mean 'layer_norm'" in told, told
+    printed = benchmarks("op", "layer_nrm", fails=2)
+    assert "did you mean 'layer_norm'" in printed, printed
 
     own = ("op", "layer_norm", "--shape", "64x256", "--dtype", "float32", "--installed", *FAST)
-    told = benchmarks(*own, "--plugin", "wrong.py", "--peer", "wrong", "--json", "a.json")
+    printed = benchmarks(*own, "--plugin", "wrong.py", "--peer", "wrong", "--json", "a.json")
     result = json.loads(Path("a.json").read_text())
     rows = [row for row in result["rows"] if row["candidate"] == "wrong"]
-    assert rows, told
+    assert rows, printed
     assert all(row["failure"] and not any(row["samples_ms"]) for row in rows), rows
     assert "site-packages" in json.dumps(result["machine"]), result["machine"]
 

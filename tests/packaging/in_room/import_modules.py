@@ -1,4 +1,4 @@
-"""Imports each of the modules that are named; prints those that can't be, with the package that each one misses.
+"""Imports each named module; prints the ones that fail, with the missing package.
 
 {"evaclip.model.clip": "pydantic"}, as JSON. Any error but the absence of a package ends the program.
 """

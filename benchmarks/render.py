@@ -15,7 +15,7 @@ from rich.text import Text
 
 from benchmarks.candidates import OURS, candidates
 from benchmarks.operation import Operation
-from benchmarks.results import Contest, Machine, Results, Row, contests, grouped, panels, tally, verdict
+from benchmarks.results import Contest, Machine, Results, Row, contests, grouped, verdict
 
 NOTHING = "–"  # noqa: RUF001
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -39,7 +39,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def mebibytes(size: float) -> str:
-    """Bytes in MiB; less than a hundredth is shown as such."""
+    """Bytes in MiB; less than a hundredth is `<0.01`."""
     return "<0.01" if 0 < size < 0.01 * 2**20 else significant(size / 2**20)
 
 
@@ -66,8 +66,8 @@ class Cell:
     """One cell.
 
     Attributes:
-        text: shown in the table.
-        value: key by which the column is sorted; None is last.
+        text: the visible text.
+        value: sort key of the column; None is last.
         style: `best`, `good`, `bad`, `ours`, `peer`, or empty.
     """
 
@@ -92,7 +92,7 @@ class Table:
     texts: int = 1
 
     def to_terminal(self) -> RichTable:
-        """The table for a terminal: no lines but the one below its head."""
+        """The table for a terminal, with one line below its head."""
         table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for index, (title, _) in enumerate(self.columns):
             if index < self.texts:
@@ -151,36 +151,34 @@ def _error_ratio(contest: Contest, row: Row) -> float | None:
     return row.error / row.baseline_error if row.error is not None and row.baseline_error else None
 
 
-MEDIAN = Column("ms", lambda contest, row: row.median_ms, significant, "median time of a call")
-P20 = Column("p20", lambda contest, row: row.quantile_ms(0.2), significant, "20 % of the calls took less, in ms")
-P80 = Column("p80", lambda contest, row: row.quantile_ms(0.8), significant, "80 % of the calls took less, in ms")
-BANDWIDTH = Column(
-    "GB/s", lambda contest, row: row.gigabytes_per_second, significant, "bytes by formula over the median"
+COLUMNS = (
+    Column("ms", lambda contest, row: row.median_ms, significant, "median time of a call"),
+    Column("p20", lambda contest, row: row.quantile_ms(0.2), significant, "20 % of the calls took less, in ms"),
+    Column("p80", lambda contest, row: row.quantile_ms(0.8), significant, "80 % of the calls took less, in ms"),
+    Column("GB/s", lambda contest, row: row.gigabytes_per_second, significant, "bytes by formula over the median"),
+    Column("TFLOP/s", lambda contest, row: row.tflops, significant, "FLOPs of matmuls over the median"),
+    Column("roofline", lambda contest, row: row.roofline, percent, "least possible time over the median"),
+    Column(f"{TIMES} eager", Contest.speedup, significant, "median of torch eager over this median: above 1 is faster"),
+    Column("peak MiB", lambda contest, row: row.peak_bytes, mebibytes, "most memory held beyond the inputs"),
+    Column("saved MiB", lambda contest, row: row.saved_bytes, mebibytes, "memory saved for backward"),
+    Column("error", lambda contest, row: row.error, scientific, "relative RMS error against float64, worst tensor"),
+    Column(f"{TIMES} eager's", _error_ratio, significant, "error over the one of torch eager in the same dtype"),
+    Column("first ms", lambda contest, row: row.first_call_ms, significant, "the first call, compilation included"),
 )
-RATE = Column("TFLOP/s", lambda contest, row: row.tflops, significant, "FLOPs of matrix products over the median")
-ROOFLINE = Column("roofline", lambda contest, row: row.roofline, percent, "least possible time over the median")
-SPEEDUP = Column(
-    f"{TIMES} eager", Contest.speedup, significant, "median of torch eager over this median: above 1 is faster"
-)
-PEAK = Column("peak MiB", lambda contest, row: row.peak_bytes, mebibytes, "most memory held beyond the inputs")
-SAVED = Column("saved MiB", lambda contest, row: row.saved_bytes, mebibytes, "memory saved for backward")
-ERROR = Column("error", lambda contest, row: row.error, scientific, "relative RMS error against float64, worst tensor")
-ERROR_RATIO = Column(f"{TIMES} eager's", _error_ratio, significant, "error over that of torch eager in the same dtype")
-FIRST = Column("first ms", lambda contest, row: row.first_call_ms, significant, "the first call, compilation included")
-COLUMNS = (MEDIAN, P20, P80, BANDWIDTH, RATE, ROOFLINE, SPEEDUP, PEAK, SAVED, ERROR, ERROR_RATIO, FIRST)
-"""All numbers of a row, in the order in which they are shown."""
-_LEAVE_OUT = (FIRST, P20, P80, BANDWIDTH, ERROR_RATIO)
-"""Columns that a narrow terminal goes without, one after the other."""
-CASE = [(title, "") for title in ("operation", "mode", "shape", "dtype")]
+"""All numbers of a row, in the order of display."""
+_LEAVE_OUT = ("first ms", "p20", "p80", "GB/s", f"{TIMES} eager's")
+"""Columns that a narrow terminal lacks, one after the other."""
+_CASE = ("operation", "mode", "shape", "dtype")
 _OURS = "the fastest backend"
-_BEST = "the fastest of the others that are right, torch eager and torch.compile among them"
+_BEST = "the fastest of the others with right results, torch eager and torch.compile among them"
+_VERDICT = "time of the best peer over ours"
 
 
 def summary(found: Iterable[Contest]) -> Table:
     """A row for each case: this library's fastest backend against the fastest of all others."""
-    columns = [*CASE, ("ours, ms", _OURS), ("best peer, ms", _BEST), ("verdict", "time of the best peer over ours")]
-    rows = [[*case_cells(contest), *verdict_cells(contest)] for contest in found]
-    return Table("cases", columns, rows, texts=len(CASE))
+    columns = [*((title, "") for title in _CASE), ("ours, ms", _OURS), ("best peer, ms", _BEST), ("verdict", _VERDICT)]
+    rows = [[Cell(text, text) for text in one.rows[0].case[:4]] + verdict_cells(one) for one in found]
+    return Table("cases", columns, rows, texts=len(_CASE))
 
 
 def summary_by_mode(found: Iterable[Contest]) -> Table:
@@ -199,33 +197,23 @@ def summary_by_mode(found: Iterable[Contest]) -> Table:
 
 def side_by_side(several: Mapping[str, Results]) -> Table:
     """A row for each case of several results, in each of them this library against the best peer there."""
-    found = {
-        name: {(one.op, one.mode, one.shape, one.dtype): one for one in contests(results.rows)}
-        for name, results in several.items()
-    }
-    columns = list(CASE)
+    found = {name: {one.rows[0].case[:4]: one for one in contests(results.rows)} for name, results in several.items()}
+    columns = [(title, "") for title in _CASE]
     for name in several:
         columns += [(f"{name}, ms", _OURS), (f"{name}, verdict", "against the best peer there")]
     columns += [(f"{TIMES} {name}", "time in the first result over the time in this one") for name in list(several)[1:]]
-    table = Table("cases", columns, texts=len(CASE))
+    table = Table("cases", columns, texts=len(_CASE))
     for key in dict.fromkeys(key for cases in found.values() for key in cases):
-        first, *others = (cases.get(key) for cases in found.values())
+        here = [cases.get(key) for cases in found.values()]
         cells = [Cell(text, text) for text in key]
-        for contest in (first, *others):
+        for contest in here:
             ours, _, word = verdict_cells(contest)
             cells += [ours, word]
-        table.rows.append(cells + [_ratio(first, other) for other in others])
+        fastest = [contest.fastest("ours") if contest else None for contest in here]
+        first, *others = (row.median_ms if row else None for row in fastest)
+        cells += [Cell(times(first / ms), first / ms) if first and ms else Cell(NOTHING) for ms in others]
+        table.rows.append(cells)
     return table
-
-
-def _ratio(first: Contest | None, other: Contest | None) -> Cell:
-    before, after = ((one.ours.median_ms if one and one.ours else None) for one in (first, other))
-    return Cell(times(before / after), before / after) if before and after else Cell(NOTHING)
-
-
-def case_cells(contest: Contest) -> list[Cell]:
-    """The cells that name a case."""
-    return [Cell(text, text) for text in (contest.op, contest.mode, contest.shape, contest.dtype)]
 
 
 def verdict_cells(contest: Contest | None) -> list[Cell]:
@@ -241,10 +229,8 @@ def verdict_cells(contest: Contest | None) -> list[Cell]:
 def verdict_text(contest: Contest) -> str:
     """The speedup over the best of the others in a case, or that the difference is noise."""
     found = verdict(contest)
-    if found is None:
-        return NOTHING
-    if found.level:
-        return LEVEL
+    if found is None or found.word == "level":
+        return LEVEL if found else NOTHING
     return times(found.ratio) if found.word == "faster" else f"{times(found.ratio)} ({found.word})"
 
 
@@ -253,15 +239,14 @@ def time_text(contest: Contest, *kinds: str) -> str:
     row = contest.fastest(*kinds)
     if row is None:
         return next((row.mark for row in contest.rows if row.kind in kinds and row.mark), NOTHING)
-    name = row.candidate.removeprefix(OURS).strip()
-    return f"{significant(row.median_ms or 0.0)} {name}".strip()
+    return f"{significant(row.median_ms or 0.0)} {row.candidate.removeprefix(OURS).strip()}".strip()
 
 
 def _time_cell(contest: Contest, *kinds: str) -> Cell:
     row, text = contest.fastest(*kinds), time_text(contest, *kinds)
     if row is None:
         return Cell(text, None, "" if text == NOTHING else "bad")
-    return Cell(text, row.median_ms, "best" if row.median_ms == contest.fastest_ms else "")
+    return Cell(text, row.median_ms, "best" if row is contest.fastest() else "")
 
 
 def all_rows(found: Sequence[Contest], columns: Sequence[Column] = COLUMNS, case: Sequence[str] = ()) -> Table:
@@ -270,33 +255,28 @@ def all_rows(found: Sequence[Contest], columns: Sequence[Column] = COLUMNS, case
     Args:
         found: the contests.
         columns: the numbers.
-        case: parts of the case that get a column, of `op`, `mode`, `shape` and `dtype`.
+        case: columns that name the case, of `op`, `mode`, `shape` and `dtype`.
     """
-    titles = [*((name, "") for name in case), ("candidate", "")]
-    numbers = [(column.title, column.meaning) for column in columns]
+    titles = [(title, "") for title in (*case, "candidate")]
     rows = [
         [*(Cell(getattr(row, name), getattr(row, name)) for name in case), Cell(row.candidate, row.candidate, row.kind)]
         + [_number(contest, row, column) for column in columns]
         for contest in found
         for row in contest.rows
     ]
+    numbers = [(column.title, column.meaning) for column in columns]
     return Table("rows", [*titles, *numbers], rows, texts=len(titles))
 
 
 def _number(contest: Contest, row: Row, column: Column) -> Cell:
     if row.failure is not None:
-        return Cell(row.mark, None, "bad") if column is MEDIAN else Cell(NOTHING)
+        return Cell(row.mark, None, "bad") if column is COLUMNS[0] else Cell(NOTHING)
     value = column.value(contest, row)
     if value is None:
         return Cell(NOTHING)
-    style = ""
-    if column is MEDIAN and value == contest.fastest_ms:
-        style = "best"
-    elif column in (ERROR, ERROR_RATIO) and row.breaks_error_rule:
-        style = "bad"
-    elif column is SPEEDUP and row.kind == "ours":
-        style = "good" if value > 1 else ""
-    return Cell(column.text(value), value, style)
+    best = column is COLUMNS[0] and row is contest.fastest()
+    good = column.value is Contest.speedup and row.kind == "ours" and value > 1
+    return Cell(column.text(value), value, "best" if best else "good" if good else "")
 
 
 def failures(found: Iterable[Contest]) -> dict[str, str]:
@@ -306,15 +286,16 @@ def failures(found: Iterable[Contest]) -> dict[str, str]:
 
 def tally_text(found: Sequence[Contest]) -> str:
     """The number of cases in which this library is faster than all others, as a sentence."""
-    counts = tally(found)
+    words = [one.word for one in map(verdict, found) if one is not None]
     return (
-        f"Against the fastest of all others whose results are right, plain PyTorch among them: faster in "
-        f"{counts['faster']} of {counts.total()} cases, {LEVEL} in {counts['level']}, slower in {counts['slower']}."
+        f"Against the fastest of all others with right results, plain PyTorch among them: faster in "
+        f"{words.count('faster')} of {len(words)} cases, {LEVEL} in {words.count('level')}, "
+        f"slower in {words.count('slower')}."
     )
 
 
 def machine_facts(machine: Machine) -> dict[str, str]:
-    """The facts about a machine and its run; empty facts are left out."""
+    """The facts about a machine and its run, without empty ones."""
     facts = {
         "device": machine.name,
         "CPU threads": str(machine.threads),
@@ -334,7 +315,7 @@ def machine_facts(machine: Machine) -> dict[str, str]:
 
 
 def make_console() -> Console:
-    """Standard output, wide enough for a table also where it is no terminal."""
+    """Standard output; 120 columns wide if it is a pipe."""
     console = Console(highlight=False)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
@@ -350,14 +331,14 @@ def print_results(results: Results) -> None:
     facts = machine_facts(results.machine)
     name, command = facts.pop("device"), facts.pop("command", "")
     console.print(Text(name, "bold"))
-    console.print(Text(" · ".join(f"{what} {text}" for what, text in facts.items())))
-    console.print(Text(" · ".join(f"{what} {text}" for what, text in results.machine.versions.items()), "dim"))
+    console.print(Text(" · ".join(f"{fact} {text}" for fact, text in facts.items())))
+    console.print(Text(" · ".join(f"{package} {text}" for package, text in results.machine.versions.items()), "dim"))
     console.print(Text(command, "dim"))
     print_notes(console, results.machine.notes)
     console.print(Text("\nours against the best peer", "bold"))
     console.print(summary(found).to_terminal())
-    for group in panels(found).values():
-        _print_panel(console, group)
+    for group in grouped(found, lambda contest: (contest.op, contest.mode, contest.dtype)).values():
+        _print_group(console, group)
     print_notes(console, results.machine.notes)  # once more: the lines above may have scrolled away
     for name, reason in results.absent.items():
         console.print(Text(f"absent: {name}, {reason}", "dim"))
@@ -369,11 +350,11 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
         console.print(Text(f"! {note}", "bold yellow"))
 
 
-def _print_panel(console: Console, group: list[Contest]) -> None:
+def _print_group(console: Console, group: list[Contest]) -> None:
     measured = [(contest, row) for contest in group for row in contest.measured]
     columns = [column for column in COLUMNS if any(column.value(*one) is not None for one in measured)]
-    for column in (None, *_LEAVE_OUT):
-        columns = [kept for kept in columns if kept is not column]
+    for title in ("", *_LEAVE_OUT):
+        columns = [column for column in columns if column.title != title]
         table = all_rows(group, columns, ("shape",)).to_terminal()
         if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
             break
