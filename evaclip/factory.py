@@ -185,8 +185,9 @@ def create_vision_model(
     if weights is not None and pretrained:
         stored, preprocess = classifier_size(weights), read_preprocess(weights) or preprocess
         if as_trained:
-            beside = _options_beside(weights, architecture)
-            known = {field.name: beside[field.name] for field in fields(config) if field.name in beside}
+            stored_options = _options_beside(weights, architecture)
+            names = {field.name for field in fields(config)}
+            known = {name: option for name, option in stored_options.items() if name in names}
             config = override(override(vision_config(architecture), known), overrides)
     classes = stored or release.num_classes if num_classes is None else num_classes
     with torch.device("meta"), _WithoutValues():
@@ -330,7 +331,7 @@ def create_model_from_pretrained(
 
 
 def get_tokenizer(model_name: str = "", context_length: int | None = None) -> Tokenizer:
-    """The tokenizer of a model, with its context length and vocabulary; by default that of all released models.
+    """The tokenizer of a model, with its context length and vocabulary; by default the released models' tokenizer.
 
     Example:
         `evaclip.get_tokenizer("EVA02-B-16")(["a cat", "a dog"])` is int64 `[2, 77]`.
@@ -395,7 +396,7 @@ def _naming_other_model(weights: Path, model_name: str) -> Iterator[None]:
 
 
 def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the configuration, open_clip's names translated; None there means what it means without the name."""
+    """Options of the configuration, open_clip's names translated; None means as if not given."""
     options = {name: value for name, value in overrides.items() if name not in _SPELLINGS}
     for name, (part, option) in _SPELLINGS.items():
         if overrides.get(name) is not None:

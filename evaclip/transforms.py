@@ -154,7 +154,7 @@ def _shape(size: int | tuple[int, int]) -> list[int]:
 
 
 def _shortest(image: Image.Image, side: int) -> list[int]:
-    """The size of the image's own proportions whose shortest side is `side`."""
+    """The size with the image's proportions and a shortest side of `side`."""
     short, long = sorted(image.size)
     other = int(side * long / short)
     return [side, other] if image.height < image.width else [other, side]

@@ -315,7 +315,7 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
                 faults.append(exc.fault)
         raise UserError(
             f"{self.source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
-            " `evaclip data check` lists what is wrong"
+            " `evaclip data check` lists the faults"
         )
 
     def _keep(self, sample: int, raw: RawSample, image: Image.Image) -> None:

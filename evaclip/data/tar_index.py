@@ -387,15 +387,15 @@ class LocalShard:
 class IndexCache:
     """Indexes of shards, on disk and, for the `capacity` most recent ones, mapped.
 
-    A file is valid for one stamp: the shard's size and its modification time or ETag. It lies next to the shard
-    (`00000.tar.index`), where `beside` writes it, or else in the cache folder, which is held to 10 GB. A folder that
+    A file is valid for one stamp: the shard's size and its modification time or ETag. It is next to the shard
+    (`00000.tar.index`), where `next_to_shards` writes it, or else in the cache folder, which is held to 10 GB. A folder that
     cannot be read or written costs time, nothing else: indexes that could not be stored stay in memory.
     """
 
-    def __init__(self, folder: Path | None = None, capacity: int = 256, beside: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, capacity: int = 256, next_to_shards: bool = False) -> None:
         self._folder = folder or user_cache("tar-index")
         self._capacity = capacity
-        self._beside = beside
+        self._next_to_shards = next_to_shards
         self._recent: OrderedDict[bytes, TarIndex] = OrderedDict()
         self._unstored: dict[bytes, TarIndex] = {}
         self._stored = 0
@@ -445,11 +445,11 @@ class IndexCache:
         """The index, and whether it is in a file now."""
         stamp = _stamp(shard)
         files = self._files(shard)
-        for file in files[:1] if self._beside else files:
+        for file in files[:1] if self._next_to_shards else files:
             if (index := self._load(file, stamp)) is not None:
                 return index, True
         index = shard.index()
-        stored = self._store(files if self._beside else files[-1:], stamp, index)
+        stored = self._store(files if self._next_to_shards else files[-1:], stamp, index)
         # Processes share a mapped index, not a built one.
         return (index, False) if stored is None else (self._load(stored, stamp) or index, True)
 

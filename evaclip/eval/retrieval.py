@@ -1,7 +1,7 @@
 """Retrieval both ways, with any number of captions per image, in blocks (never all scores at once).
 
-The protocol of the Karpathy splits (Flickr30K, COCO): an image counts as a hit if *any* of its captions lies
-within the first k; the recall of the other direction is the average over all captions.
+The protocol of the Karpathy splits (Flickr30K, COCO): an image counts as a hit if *any* of its captions is
+among the first k; the recall of the other direction is the average over all captions.
 """
 
 import hashlib

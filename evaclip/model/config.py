@@ -257,7 +257,7 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
 
 
 def list_models() -> list[str]:
-    """Names of the shipped configurations, and of those that `add_model_config` added.
+    """Names of the shipped configurations and of configurations that `add_model_config` added.
 
     Example:
         `"EVA02-CLIP-L-14" in evaclip.list_models()`

@@ -17,7 +17,7 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.eval.ranking import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
-from evaclip.runtime.ahead import ahead
+from evaclip.runtime.prefetch import prefetch
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
@@ -198,7 +198,7 @@ class Encoder:
             # Nothing is ahead of it, and threads cost a picture some 3 ms (AMD EPYC, Zen 5, 2 cores, 2026-11-29).
             read: Iterator[tuple[T, Tensor | Fault | None]] = map(step, items)
         else:
-            read = ahead(items, step, threads=self.threads, depth=3 * self.batch_size)
+            read = prefetch(items, step, threads=self.threads, depth=3 * self.batch_size)
         queued: _Batch[T] | None = None
         for batch in _batches(read, self.batch_size):
             # On a GPU this returns at once, and the one before is fetched while it is computed.

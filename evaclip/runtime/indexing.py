@@ -19,8 +19,8 @@ from evaclip.atomic import write_text, writing
 from evaclip.data import BadSample, Fault, RawSample, Source
 from evaclip.data.samples import UPRIGHT, decode_image
 from evaclip.eval.features import weights_hash
-from evaclip.runtime.ahead import ahead
 from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.prefetch import prefetch
 from evaclip.runtime.store import Row, Store
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -254,7 +254,7 @@ def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: P
             job.picture(work.thumbnail)
         return job.row()
 
-    for row in ahead(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
+    for row in prefetch(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
         rows.append(row)
         progress.unchanged += 1
         if len(rows) == _ROWS:

@@ -64,8 +64,8 @@ def text_encoder(store: Store) -> TextEncoder:
         return _Program(store.folder)
     if not store.model.get("given"):
         raise UserError(
-            f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and doesn't say whose embeddings it "
-            "has; put the tower into it with evaclip.runtime.text.save_text_tower"
+            f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and no model name for its "
+            "embeddings; put the tower into it with evaclip.runtime.text.save_text_tower"
         )
     encoder = encoder_of(store)
     return lambda texts: encoder.texts(list(texts)).numpy()
