@@ -1,4 +1,4 @@
-"""Drawn samples with captions that tell what they show: data for trying things out."""
+"""Drawn images with captions, for trials without a data set."""
 
 import io
 from itertools import product

@@ -387,9 +387,9 @@ class LocalShard:
 class IndexCache:
     """Indexes of shards, on disk and, for the `capacity` most recent ones, mapped.
 
-    A file is valid for one stamp: the shard's size and its modification time or ETag. It is next to the shard
-    (`00000.tar.index`), where `next_to_shards` writes it, or else in the cache folder, which is held to 10 GB. A folder that
-    cannot be read or written costs time, nothing else: indexes that could not be stored stay in memory.
+    A file is valid for one stamp: the shard's size and its modification time or ETag. With `next_to_shards` it is
+    written next to the shard (`00000.tar.index`), else into the cache folder, which is limited to 10 GB. Indexes that
+    can't be stored stay in memory.
     """
 
     def __init__(self, folder: Path | None = None, capacity: int = 256, next_to_shards: bool = False) -> None:
@@ -424,7 +424,7 @@ class IndexCache:
                         _LOG.info("indexed %d of %d shards", number + 1, len(shards))
 
     def put(self, shard: Shard, index: TarIndex) -> None:
-        """Stores an index that was built elsewhere, if that can be done."""
+        """Stores an index that another process built; a folder that can't be written is ignored."""
         self._store(self._files(shard)[-1:], _stamp(shard), index)
 
     def forget(self, shard: Shard) -> None:

@@ -1,4 +1,4 @@
-"""What training on drawings does to them beyond the usual augmentation."""
+"""Augmentation of drawings: random backgrounds and dark contours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _GAIN = 4
 
 @dataclass(frozen=True)
 class DrawingTransform(TrainTransform):
-    """Some drawings lie on a random colour instead of white, and some get dark contours, as those of another style."""
+    """Some drawings get a random background colour, some get dark contours as in another style."""
 
     def background(self, draws: Iterator[float]) -> Color:
         if next(draws) >= _COLOURED:

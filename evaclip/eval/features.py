@@ -213,7 +213,7 @@ def weights_hash(model: object) -> str:
 
 @contextmanager
 def _inference(model: object, precision: Precision) -> Iterator[torch.device]:
-    """Evaluation mode until the end, no gradients, autocast; yields the model's device."""
+    """Context with evaluation mode, no gradients and autocast; yields the model's device."""
     module = _module(model)
     device = next(module.parameters()).device
     autocast: AbstractContextManager[object] = nullcontext()

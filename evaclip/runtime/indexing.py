@@ -280,7 +280,7 @@ def keep(parts: Parts, store: Store) -> None:
 
 
 def list_faults(source: Source, store: Store, progress: Progress, number: int = 0) -> None:
-    """Ends the work on a source: its own faults count too, and all are listed in the store."""
+    """Adds the source's faults and writes the list of all faults into the store."""
     progress.faults += source.faults
     faults = [{"name": f.name, "what": f.kind, "detail": f.detail} for f in progress.faults]
     path = store.folder / UNREADABLE_FILE.format(number)

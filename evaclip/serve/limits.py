@@ -44,7 +44,7 @@ class Limits:
 
 
 class Rejected(Exception):
-    """A request that isn't answered: the status, and a sentence for who asked."""
+    """A rejected request: HTTP status, and a sentence for the client."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
