@@ -12,9 +12,9 @@ _PORTS = range(20000, 30000)
 
 
 def take_over(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what torchrun sets, where `srun` has started this process as one of several; else changes nothing.
+    """Sets torchrun's environment variables if `srun` started this process as one of several.
 
-    Addresses that are set already stay, so MASTER_ADDR and MASTER_PORT may be given.
+    MASTER_ADDR and MASTER_PORT keep values that are already set.
     """
     # A batch script and its children without srun aren't part of a step.
     size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))

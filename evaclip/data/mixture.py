@@ -1,4 +1,4 @@
-"""Several data sets as one, in given proportions: within every batch, and with one position for all of them."""
+"""Several data sets as one, in given proportions within every batch, with one common position."""
 
 from bisect import bisect_right
 from collections.abc import Sequence

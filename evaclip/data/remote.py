@@ -1,7 +1,7 @@
 """Remote shards: HTTP, the output of commands and fsspec's file systems (s3://, gs://, hf://), read from local copies.
 
 HTTP is read by urllib: fsspec's needs aiohttp. The copies are bounded in bytes, shared by all processes of a machine
-and compared with the index before they are used; fsspec's caches are neither.
+and compared with the index before use, unlike fsspec's caches.
 """
 
 import hashlib

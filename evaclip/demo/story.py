@@ -1,4 +1,4 @@
-"""The whole story: real shards, training, evaluation on a style never seen, the report, and a store to search in."""
+"""The demo: shards, training, evaluation on a new style, the report, and a store to search in."""
 
 import math
 import tempfile
