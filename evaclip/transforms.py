@@ -32,9 +32,9 @@ _DRAWS = 16
 class EvalTransform:
     """PIL image of any mode and size -> float32 `[3, height, width]`, normalised.
 
-    Transparent pictures are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
+    Transparent images are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
     bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
-    transform; of pictures more than 100 times as long as wide the ends go first, which may change a last bit.
+    transform; of images more than 100 times as long as wide the ends go first, which may change a last bit.
     """
 
     size: int | tuple[int, int]
@@ -66,9 +66,9 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class OpaqueTransform(EvalTransform):
-    """`EvalTransform` of a picture that is made RGB first, as timm reads it: transparent pixels keep their colour.
+    """`EvalTransform` of an image that is made RGB first, as timm reads it: transparent pixels keep their colour.
 
-    Pictures of any mode but those of more than 8 bits give the same bits as timm's transform.
+    Images of any mode but those of more than 8 bits give the same bits as timm's transform.
     """
 
     def _opaque(self, image: Image.Image) -> Image.Image:
@@ -118,7 +118,7 @@ class TrainTransform:
         return WHITE
 
     def recolored(self, image: Image.Image, draws: Iterator[float]) -> Image.Image:
-        """The RGB picture of the final size, its colours changed at random."""
+        """The RGB image of the final size, its colours changed at random."""
         return _recolor(image, self.augmentation, draws)
 
 
@@ -161,7 +161,7 @@ def _shortest(image: Image.Image, side: int) -> list[int]:
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """The centre of a picture that is flatter than any crop."""
+    """The centre of an image that is flatter than any crop."""
     left, top = (max(0, side - _FLATTEST * min(image.size)) // 2 for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
@@ -242,7 +242,7 @@ def crop_box(height: int, width: int, scale: Range, ratio: Range, generator: Gen
 
 
 def _on_background(image: Image.Image, color: Color) -> Image.Image:
-    """A transparent picture laid on a colour; any other in its own mode, if Pillow can interpolate in that."""
+    """A transparent image laid on a colour; any other in its own mode, if Pillow can interpolate in that."""
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode in ("P", "1") else image
     picture = image.convert("RGBA")

@@ -44,7 +44,7 @@ def open_source(
     `path` names tar shards (a brace pattern, a glob, a folder of them, URLs, 'pipe:COMMAND', several joined by '::',
     or a list of shards), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder of class folders, or 'synthetic'.
     The keys are those of DataConfig; those of another kind of data are not looked at. Without `captions` a sample may
-    lack one, and a folder has pictures at any depth instead of classes. Raises UserError if there is nothing usable,
+    lack one, and a folder has images at any depth instead of classes. Raises UserError if there is nothing usable,
     and says what was found.
     """
     if min_size < 0:

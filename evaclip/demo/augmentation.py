@@ -31,7 +31,7 @@ class DrawingTransform(TrainTransform):
 
 
 def outlined(image: Image.Image, strength: float) -> Image.Image:
-    """Darkens an RGB picture where its brightness differs from its neighbourhood; 1 is the full strength."""
+    """Darkens an RGB image where its brightness differs from its neighbourhood; 1 is the full strength."""
     gray = image.convert("L")
     edges = ImageChops.difference(gray, gray.filter(ImageFilter.BoxBlur(1)))
     edges = Image.blend(Image.new("L", image.size), edges, strength * _GAIN)

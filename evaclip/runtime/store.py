@@ -62,7 +62,7 @@ class Row:
         id: where it is: a path, or the shard and the key in it.
         content: hash of the file's bytes, in hexadecimal.
         metadata: anything that JSON has.
-        thumbnail: an encoded picture.
+        thumbnail: an encoded image.
     """
 
     id: str
