@@ -141,7 +141,7 @@ class Normalization:
 
 
 def levels_of(transform: Callable[..., Tensor], preprocess: Preprocess) -> Callable[..., Tensor]:
-    """What gives the levels that `Normalization` makes a transform's tensors of; the transform itself if none does."""
+    """The transform that returns uint8 levels for `Normalization`; the transform itself if it has none."""
     for kind in (TrainTransform, EvalTransform):
         # A subclass may do anything to the tensors.
         if isinstance(transform, kind) and type(transform).__call__ is kind.__call__:
@@ -274,7 +274,7 @@ def _move(image: Image.Image, options: Augmentation, background: Color, draws: I
 
 
 def _recolor(image: Image.Image, options: Augmentation, draws: Iterator[float]) -> Image.Image:
-    # What torchvision's `adjust_` functions do, in Pillow's own calls: those cost several times the work itself.
+    # Like torchvision's `adjust_` functions, but in Pillow's calls, which take a fraction of the time.
     if options.brightness:
         black = Image.new("RGB", image.size)
         image = Image.blend(black, image, _uniform((1 - options.brightness, 1 + options.brightness), draws))
@@ -317,7 +317,7 @@ def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
 @cache
 def _pixel_values(preprocess: Preprocess) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What each of the 256 levels becomes in each channel, `[3, 256]`."""
+    """Normalised values of the 256 levels in each channel, `[3, 256]`."""
     levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     return Normalization(preprocess)(levels).squeeze(1).numpy()
 

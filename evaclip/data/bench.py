@@ -37,7 +37,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a loader delivers.
+    """Rates and waits of a loader.
 
     Attributes:
         first_batch_seconds: from the start of the workers to the first batch.

@@ -192,7 +192,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What the sample order and the fingerprint depend on.
+    """Content that decides sample order and fingerprint.
 
     Attributes:
         samples: how many the shard has.

@@ -157,7 +157,7 @@ _TASKS = {
     "linear-probe": "linear probe",
     "knn": "k-NN",
 }
-"""What they are called, in the order in which they are shown."""
+"""Titles, in the order of the report."""
 
 
 def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str | None) -> LossCurve:

@@ -12,7 +12,7 @@ from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
 from evaclip.train.sinks import is_share
 
 _BARS = "▁▂▃▄▅▆▇█"
-# What matters less comes later: it is the first to go where a terminal is low.
+# Less important rows come last and are cut first on a low terminal.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
     ("accuracy in the batch", "accuracy", "{:.1%}"),

@@ -42,7 +42,7 @@ def chosen_precision(given: str, device: str) -> str:
 
 
 def computed_dtype(precision: str) -> torch.dtype:
-    """What is computed in between linear layers, and in them but for int8."""
+    """Dtype of computation, except for linear layers in int8."""
     if precision == INT8:
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return PRECISIONS[precision]
@@ -254,7 +254,7 @@ def _in_8_bits(parameter: str) -> bool:
 
 @dataclass
 class _Batch(Generic[T]):
-    """What is encoded at once."""
+    """Images encoded together."""
 
     items: list[T] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)

@@ -36,7 +36,7 @@ _THREADS = 4
 
 @dataclass
 class Progress:
-    """What came of the images so far.
+    """Counts of images so far.
 
     Attributes:
         seen: images that were looked at, of `total`.
@@ -121,7 +121,7 @@ def empty_folders(root: Path, ids: Iterable[str]) -> list[Path]:
 
 
 def _files_of(id: str) -> Iterator[str]:
-    """What may be the file of a row: all of the id, or the shard before a key."""
+    """Possible files of a row: the whole id, or the shard before a key."""
     parts = id.split(":")
     return (":".join(parts[:count]) for count in range(len(parts), 0, -1))
 
@@ -138,7 +138,7 @@ def _is_there(path: str) -> bool:
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """What embeddings depend on."""
+    """Settings that embeddings depend on."""
     return {
         "name": encoder.name,
         "weights": weights_hash(encoder.model),

@@ -23,7 +23,7 @@ _PICTURES = {"cuda": 4096, "cpu": 512}
 
 @dataclass(frozen=True)
 class Cluster:
-    """What each worker gets.
+    """Arguments of each worker.
 
     Attributes:
         workers: how many there are.

@@ -52,7 +52,7 @@ def copy_text_tower(store: Store, target: Store) -> None:
 
 
 def text_encoder(store: Store) -> TextEncoder:
-    """What turns texts into embeddings float32 `[n, dim]` of length 1, by the store's model.
+    """A function from texts to embeddings float32 `[n, dim]` of length 1, by the store's model.
 
     Raises:
         UserError: there is neither a program in the store nor a model that its description names.

@@ -1,4 +1,4 @@
-"""What a request may be: its size, its time, its images and texts, and who may ask."""
+"""Limits of a request: size, time, images, texts and access."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted."""
+    """Limits of requests."""
 
     body: int = 16 << 20  # bytes of a request
     pixels: int = 50_000_000  # of an image
@@ -51,7 +51,7 @@ class Rejected(Exception):
         self.status, self.reason = status, reason
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        """What is sent: `{"error": reason}`, with `headers` or those of the status."""
+        """The response `{"error": reason}`, with `headers` or the headers of the status."""
         of_status = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'}}
         return JSONResponse({"error": self.reason}, self.status, headers or of_status.get(self.status))
 

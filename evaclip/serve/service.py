@@ -1,4 +1,4 @@
-"""What the server answers with: embeddings, rows of the store, labels and small images."""
+"""Content of the server's responses: embeddings, rows of the store, labels and thumbnails."""
 
 import asyncio
 import sqlite3
