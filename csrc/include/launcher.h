@@ -1,4 +1,5 @@
-// Shared by the launchers of all ops: dtypes, threads and instruction sets of a CPU, streams and memory of a GPU.
+// Shared by the launchers of all ops: dtypes, threads and instruction sets of a CPU, streams and memory of a
+// GPU.
 #pragma once
 
 #include <cstddef>
