@@ -43,7 +43,7 @@ def prefetch(items: Iterable[T], function: Callable[[T], U], *, threads: int, de
             put(failed)
         put(None)
 
-    with ThreadPoolExecutor(threads, "evaclip-decode") as pool:
+    with ThreadPoolExecutor(threads, "evaclip-stream") as pool:
         feeder = threading.Thread(target=feed, name="evaclip-feed", daemon=True)
         feeder.start()
         try:

@@ -142,7 +142,7 @@ def test_a_stream_begins_before_its_end_is_known(encoder, pictures):
     stream.close()
     assert len(taken) < 100
     assert not [
-        thread for thread in threading.enumerate() if thread.name.startswith(("evaclip-decode", "evaclip-feed"))
+        thread for thread in threading.enumerate() if thread.name.startswith(("evaclip-stream", "evaclip-feed"))
     ]
 
 
