@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
     app = _app(args, key, (*_LOOPBACK, args.host) if local else ("*",))
 
     class Server(uvicorn.Server):
-        """Says where it is once it is there."""
+        """Prints its address when it is ready."""
 
         async def startup(self, sockets: list[Any] | None = None) -> None:
             await super().startup(sockets)

@@ -43,9 +43,9 @@ def open_source(
 
     `path` names tar shards (a brace pattern, a glob, a folder of them, URLs, 'pipe:COMMAND', several joined by '::',
     or a list of shards), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder of class folders, or 'synthetic'.
-    The keys are those of DataConfig; those of another kind of data are not looked at. Without `captions` a sample may
-    lack one, and a folder has images at any depth instead of classes. Raises UserError if there is nothing usable,
-    and says what was found.
+    The arguments are keys of DataConfig; keys of another kind of data are ignored. Without `captions` a sample may lack
+    one, and a folder has images at any depth instead of classes. Raises UserError if nothing is usable, with a list of
+    the files found.
     """
     if min_size < 0:
         raise UserError(f"min_size must be 0 or more, got {min_size}")

@@ -59,8 +59,8 @@ class Preprocess:
 
     Attributes:
         mean, std: per RGB channel, on the scale 0..1.
-        interpolation: of resizing.
-        resize: of evaluation: shortest side and centre crop, or squash.
+        interpolation: interpolation when images are resized.
+        resize: resizing in evaluation: shortest side and centre crop, or squash.
         crop: share of the side that the centre crop keeps.
     """
 
