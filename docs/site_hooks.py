@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: files of the repository's top level become pages of it."""
+"""Hooks of mkdocs: files of the repository's top level become pages of the site."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ _PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie outside of the documentation's folder; nobody copies them."""
+    """Adds pages from outside the documentation's folder."""
     for page, source in _PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(_ROOT / source)))
     return files

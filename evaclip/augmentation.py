@@ -1,4 +1,4 @@
-"""What training does to images at random, as a configuration has it: to read one takes no torch."""
+"""Random augmentation in a training configuration; without torch, so that reading one is fast."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to an image at random; the defaults are EVA-CLIP's recipe: a random crop.
+    """Random augmentation of training images; the default is EVA-CLIP's random crop.
 
     Attributes:
         scale: share of the image's area that the crop covers, smallest and largest.
         ratio: width / height of the crop, smallest and largest.
-        flip: probability of a mirrored picture, left for right.
+        flip: probability of a horizontal flip.
         rotation: largest rotation, in degrees.
         translation: largest shift, as a share of the side.
         zoom: factor of size, smallest and largest.
         brightness, contrast, saturation: each is changed by a factor in `[1 - value, 1 + value]`.
         hue: largest shift of the hue, as a share of the colour circle, at most 0.5.
-        grayscale: probability of losing the colours.
+        grayscale: probability of a greyscale image.
     """
 
     scale: Range = (0.9, 1.0)
@@ -51,5 +51,5 @@ class Augmentation:
 
     @property
     def moves(self) -> bool:
-        """Whether the picture is rotated, shifted or zoomed."""
+        """Whether the image is rotated, shifted or zoomed."""
         return bool(self.rotation or self.translation or self.zoom != (1.0, 1.0))

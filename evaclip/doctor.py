@@ -30,7 +30,7 @@ def diagnose() -> Facts:
         `machine`: see `evaclip.machine.machine`.
         `packages`: by extra, "" for the core, the version of each package, None if it is missing.
         `ops`: by op, its `family` and, by backend, the `state` ("live", "usable", "unable", "fails") and `reasons`.
-        `problems`: for each defect, the text `what`, its `fix`, and the `backend` whose calls fail, or None.
+        `problems`: for each defect, the text `what`, its `fix`, and the `backend` with failing calls, or None.
     """
     from evaclip.machine import machine, version_of
     from evakernels import info

@@ -46,24 +46,23 @@ def export(
 ) -> list[Outcome]:
     """Writes a program from images `[B, 3, H, W]` or token ids `[B, context_length]` to embeddings `[B, embed_dim]`.
 
-    Of a `VisionModel` with a classifier it writes one from images to logits `[B, num_classes]`.
+    A `VisionModel` with a classifier becomes a program from images to logits `[B, num_classes]`.
 
-    B is any number. An ONNX file takes float32 or int64 and gives float32, whatever its weights are; of texts it
-    computes the tokens of the longest alone. It holds a probe, inputs by a seed and the embeddings that the model
-    computes of them in float32, and is written only if ONNX Runtime reproduces these.
+    B is any number. An ONNX file takes float32 or int64 and returns float32 for any dtype of its weights; for texts it
+    computes only the tokens of the longest one. It stores a seed of probe inputs and the model's float32 embeddings of
+    them, and is written only if ONNX Runtime reproduces these embeddings.
 
     Args:
         model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.
-        tower: which half of the model: `image` or `text`.
-        target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; appears complete or not at all. Weights
-            that are too large for one file lie in a second one, `NAME.onnx.data`.
+        tower: `image` or `text`.
+        target: `.pt2` for `torch.export.load`, `.onnx` for any ONNX runtime; written atomically. Weights that are too
+            large for one file are in a second one, `NAME.onnx.data`.
         normalize: whether embeddings have length 1.
         overwrite: replace `target` if it exists. Files of a run or a checkpoint are never replaced.
-        dtype: of an ONNX file's weights: fp32; fp16, computed in as well; bf16, computed in float32.
-        int8: matrix products of 8-bit integers, of ONNX files with fp32 weights otherwise.
-        external: the weights of an ONNX file lie in the second one in any case: ONNX Runtime then maps them into
-            memory, in a fraction of the time.
-        names: of an ONNX file's input and output.
+        dtype: dtype of an ONNX file's weights: fp32; fp16, with computation in fp16; bf16, with computation in float32.
+        int8: int8 matmuls in an ONNX file, other weights in fp32.
+        external: always write an ONNX file's weights into the second file, which ONNX Runtime maps into memory faster.
+        names: names of an ONNX file's input and output.
         int32: token ids of an ONNX file are int32, else int64.
 
     Returns:
@@ -71,7 +70,7 @@ def export(
 
     Raises:
         Refused: ONNX Runtime's embeddings have a cosine of less than 0.9999 (int8: 0.99) to the model's.
-        UserError: for a target that may not or can't be written, options that don't fit it, or missing packages.
+        UserError: `target` can't be written, an option doesn't fit it, or a package is missing.
 
     Example:
         `export(model, "image", Path("image.onnx"), dtype="fp16")`

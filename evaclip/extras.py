@@ -37,7 +37,7 @@ def requirements() -> dict[str, list[str]]:
 
 
 def install_command(extra: str) -> str:
-    """What installs the packages of an extra, or with "" those of the core."""
+    """Command that installs the packages of an extra, or of the core for ""."""
     return f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
 
 

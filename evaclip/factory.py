@@ -74,27 +74,26 @@ def create_model(
     """A model in training mode, with random or pretrained weights.
 
     Args:
-        model_name: one of `list_models()`, or open_clip's name of the same model, in any spelling; or a repository of
-            the hub, `hf-hub:OWNER/NAME`, a folder laid out as one, `local-dir:FOLDER`, or a run or checkpoint folder,
-            the weights come from it, averaged ones if a run has them.
+        model_name: one of `list_models()`, or open_clip's name of the same model, in any spelling; or a source of the
+            weights, too: a repository of the hub `hf-hub:OWNER/NAME`, such a folder `local-dir:FOLDER`, or a run or
+            checkpoint folder, with averaged weights if the run has them.
         pretrained: a weights file, a checkpoint or run folder, `hf-hub:OWNER/NAME[/FILE]`, or the tag of released
             weights; None for random ones.
-        pretrained_image: weights that the image tower starts from, of masked image modelling or of a CLIP model, as a
-            file or `hf-hub:...`; heads and temperature keep their start values.
-        pretrained_text: weights that the text tower starts from, of a CLIP model of any library.
-        device: where the parameters lie; `meta` builds the model without memory or values.
+        pretrained_image: initial weights of the image tower, of masked image modelling or of a CLIP model, as a file or
+            `hf-hub:...`; heads and temperature keep their initial values.
+        pretrained_text: initial weights of the text tower, of a CLIP model of any library.
+        device: device of the parameters; `meta` builds the model without memory or values.
         precision: fp32, bf16 or fp16, the dtype of the parameters; or open_clip's name of it.
-        savings: what the model leaves out without changing a result; by default all that costs nothing.
-        prepare: called with the model before it has memory or values, such as to shard it.
-        as_trained: whether a run or checkpoint of this very model that `pretrained` names decides its options, such as
-            the image size, but for `overrides`; else the name does, and positions of another image size are resized,
-            with a warning.
+        savings: memory and compute options; by default all that skip work without recomputation.
+        prepare: called with the model before it has memory or values, for example to shard it.
+        as_trained: take options such as the image size from the run or checkpoint `pretrained`, if it is of this model.
+            False: take them from `model_name`; positions of another image size are resized, with a warning.
         overrides: options of the configuration to change, such as `vision={"patch_dropout": 0.5}`; or open_clip's
             names: force_image_size, force_patch_dropout, force_context_length, image_mean, image_std,
             image_interpolation, image_resize_mode.
 
     Raises:
-        UserError: for names, options or weights that don't exist or don't fit together.
+        UserError: a name, option or weight doesn't exist, or they don't fit together.
 
     Example:
         `evaclip.create_model("EVA02-CLIP-B-16", "merged2b_s8b_b131k", device="cuda", precision="bf16").eval()`
@@ -185,8 +184,9 @@ def create_vision_model(
     if weights is not None and pretrained:
         stored, preprocess = classifier_size(weights), read_preprocess(weights) or preprocess
         if as_trained:
-            beside = _options_beside(weights, architecture)
-            known = {field.name: beside[field.name] for field in fields(config) if field.name in beside}
+            stored_options = _options_beside(weights, architecture)
+            names = {field.name for field in fields(config)}
+            known = {name: option for name, option in stored_options.items() if name in names}
             config = override(override(vision_config(architecture), known), overrides)
     classes = stored or release.num_classes if num_classes is None else num_classes
     with torch.device("meta"), _WithoutValues():
@@ -330,7 +330,7 @@ def create_model_from_pretrained(
 
 
 def get_tokenizer(model_name: str = "", context_length: int | None = None) -> Tokenizer:
-    """The tokenizer of a model, with its context length and vocabulary; by default that of all released models.
+    """The tokenizer of a model, with its context length and vocabulary; by default the released models' tokenizer.
 
     Example:
         `evaclip.get_tokenizer("EVA02-B-16")(["a cat", "a dog"])` is int64 `[2, 77]`.
@@ -395,7 +395,7 @@ def _naming_other_model(weights: Path, model_name: str) -> Iterator[None]:
 
 
 def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the configuration, open_clip's names translated; None there means what it means without the name."""
+    """Options of the configuration, open_clip's names translated; None means as if not given."""
     options = {name: value for name, value in overrides.items() if name not in _SPELLINGS}
     for name, (part, option) in _SPELLINGS.items():
         if overrides.get(name) is not None:

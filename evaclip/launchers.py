@@ -12,9 +12,9 @@ _PORTS = range(20000, 30000)
 
 
 def take_over(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what torchrun sets, where `srun` has started this process as one of several; else changes nothing.
+    """Sets torchrun's environment variables if `srun` started this process as one of several.
 
-    Addresses that are set already stay, so MASTER_ADDR and MASTER_PORT may be given.
+    MASTER_ADDR and MASTER_PORT keep values that are already set.
     """
     # A batch script and its children without srun aren't part of a step.
     size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -47,14 +47,14 @@ def _first_host(hosts: str) -> str:
 
 
 def stop_restarts(mistake: str, *, at_once: bool = False) -> None:
-    """Ends the agent if the previous start ended in the same mistake; without torchrun does nothing.
+    """Ends torchrun's agent if the previous start failed with the same error; without torchrun does nothing.
 
-    A second start may find a file system that was away; a wrong key fails in every start. No exit code keeps the agent
-    from a restart, so it gets a SIGTERM.
+    A file system may be back at the second start, but a wrong key fails in every start. torchrun restarts after any
+    exit code, so the agent gets a SIGTERM.
 
     Args:
         mistake: the message that identifies the error.
-        at_once: end the agent after this start already.
+        at_once: end the agent after the first failure.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_N/LOCAL_RANK/error.json
     if error_file is None:

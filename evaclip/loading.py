@@ -59,10 +59,10 @@ class FoundClassifier:
     Attributes:
         name: timm's name of the model.
         weights: file of the weights; None for random ones.
-        num_classes: of the classifier; 0 without one.
-        options: of `create_vision_model`.
+        num_classes: number of classes; 0 without a classifier.
+        options: options for `create_vision_model`.
         run: folder of its run; None without one.
-        classes: class names by label, from a training; None without them.
+        classes: class names by label from its training; None without them.
     """
 
     name: str

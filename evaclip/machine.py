@@ -1,4 +1,4 @@
-"""What a run or an evaluation was done with: the machine, and the versions of what computes."""
+"""Machine and package versions, for runs and evaluations."""
 
 import os
 import platform

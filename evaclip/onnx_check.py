@@ -223,7 +223,7 @@ def cosines(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
 def agreement(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, bool]:
     """The lowest cosine of an embedding to the one expected, and whether each is nearest to its own.
 
-    The second tells an encoder that gives every input the same vector, whose cosines may be high.
+    The second detects an encoder that gives every input the same vector; its cosines may be high.
     """
     if found.shape != expected.shape:
         return float("nan"), False

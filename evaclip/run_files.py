@@ -1,4 +1,4 @@
-"""What the files of a run are called: the trainer writes them, evaluation and report read them.
+"""File names of a run: the trainer writes them, evaluation and report read them.
 
 RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  checkpoints/latest  checkpoints/step_00000100/
 RUN/lock (while a process trains)  evaluations/  galleries/ (what `evaclip eval` measured)  report.html
@@ -21,7 +21,7 @@ LATEST_FILE = "latest"
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 PARTS = ".parts"
-"""What the folder of a file's parts has behind its name."""
+"""Suffix of the folder with a file's parts."""
 OPTIMIZER_FOLDER = "optimizer"
 MODEL_CONFIG_FILE = "model.json"
 PREPROCESS_FILE = "preprocess.json"

@@ -40,8 +40,8 @@ class Tokenizer:
 
     Args:
         context_length: default length of rows.
-        vocab_size: number of ids. Fewer than CLIP's use its first merges, those of the most frequent pairs, so that
-            rarer words take more tokens; for models that are too small for the whole table.
+        vocab_size: number of ids. A smaller vocabulary than CLIP's uses the merges of the most frequent pairs, so
+            rare words take more tokens.
 
     Attributes:
         start_id, end_id: the last two ids.

@@ -32,9 +32,9 @@ _DRAWS = 16
 class EvalTransform:
     """PIL image of any mode and size -> float32 `[3, height, width]`, normalised.
 
-    Transparent pictures are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
+    Transparent images are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
     bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
-    transform; of pictures more than 100 times as long as wide the ends go first, which may change a last bit.
+    transform; of images more than 100 times as long as wide the ends go first, which may change a last bit.
     """
 
     size: int | tuple[int, int]
@@ -66,9 +66,9 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class OpaqueTransform(EvalTransform):
-    """`EvalTransform` of a picture that is made RGB first, as timm reads it: transparent pixels keep their colour.
+    """`EvalTransform` of an image that is made RGB first, as timm reads it: transparent pixels keep their colour.
 
-    Pictures of any mode but those of more than 8 bits give the same bits as timm's transform.
+    Images of any mode but those of more than 8 bits give the same bits as timm's transform.
     """
 
     def _opaque(self, image: Image.Image) -> Image.Image:
@@ -118,7 +118,7 @@ class TrainTransform:
         return WHITE
 
     def recolored(self, image: Image.Image, draws: Iterator[float]) -> Image.Image:
-        """The RGB picture of the final size, its colours changed at random."""
+        """The RGB image of the final size, its colours changed at random."""
         return _recolor(image, self.augmentation, draws)
 
 
@@ -141,7 +141,7 @@ class Normalization:
 
 
 def levels_of(transform: Callable[..., Tensor], preprocess: Preprocess) -> Callable[..., Tensor]:
-    """What gives the levels that `Normalization` makes a transform's tensors of; the transform itself if none does."""
+    """The transform that returns uint8 levels for `Normalization`; the transform itself if it has none."""
     for kind in (TrainTransform, EvalTransform):
         # A subclass may do anything to the tensors.
         if isinstance(transform, kind) and type(transform).__call__ is kind.__call__:
@@ -154,14 +154,14 @@ def _shape(size: int | tuple[int, int]) -> list[int]:
 
 
 def _shortest(image: Image.Image, side: int) -> list[int]:
-    """The size of the image's own proportions whose shortest side is `side`."""
+    """The size with the image's proportions and a shortest side of `side`."""
     short, long = sorted(image.size)
     other = int(side * long / short)
     return [side, other] if image.height < image.width else [other, side]
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """The centre of a picture that is flatter than any crop."""
+    """The centre of an image that is flatter than any crop."""
     left, top = (max(0, side - _FLATTEST * min(image.size)) // 2 for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
@@ -242,7 +242,7 @@ def crop_box(height: int, width: int, scale: Range, ratio: Range, generator: Gen
 
 
 def _on_background(image: Image.Image, color: Color) -> Image.Image:
-    """A transparent picture laid on a colour; any other in its own mode, if Pillow can interpolate in that."""
+    """A transparent image laid on a colour; any other in its own mode, if Pillow can interpolate in that."""
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode in ("P", "1") else image
     picture = image.convert("RGBA")
@@ -274,7 +274,7 @@ def _move(image: Image.Image, options: Augmentation, background: Color, draws: I
 
 
 def _recolor(image: Image.Image, options: Augmentation, draws: Iterator[float]) -> Image.Image:
-    # What torchvision's `adjust_` functions do, in Pillow's own calls: those cost several times the work itself.
+    # Like torchvision's `adjust_` functions, but in Pillow's calls, which take a fraction of the time.
     if options.brightness:
         black = Image.new("RGB", image.size)
         image = Image.blend(black, image, _uniform((1 - options.brightness, 1 + options.brightness), draws))
@@ -317,7 +317,7 @@ def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
 @cache
 def _pixel_values(preprocess: Preprocess) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What each of the 256 levels becomes in each channel, `[3, 256]`."""
+    """Normalised values of the 256 levels in each channel, `[3, 256]`."""
     levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     return Normalization(preprocess)(levels).squeeze(1).numpy()
 

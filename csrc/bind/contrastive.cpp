@@ -128,7 +128,7 @@ class LogitGradients : public Tiles {
         needs_dtext_(needs_grad.at(1)),
         scale_dtype_(logit_scale.scalar_type()),
         text_dtype_(text.scalar_type()),
-        // The gradient of the scale needs that of the images or of the texts.
+        // The scale's gradient needs the gradient of the images or of the texts.
         multiplies_text_(needs_dimage_ || !needs_dtext_ || scale_ == 0.0f),
         dimage_(multiplies_text_ ? new_like(image_, {rows(), width()}) : new_like(image_, {0})),
         dtext_(needs_dtext_ ? torch::stable::new_zeros(text_, text_.sizes()) : new_like(text_, {0})) {}

@@ -47,7 +47,7 @@ struct Device {
 enum class Access { Read, Write };
 enum class Content { Numbers, Indices };  // float32, bfloat16 or float16; int64
 
-// What a DLPack "dltensor" capsule points to (the unversioned protocol, which every library still exports).
+// The struct in a DLPack "dltensor" capsule (the unversioned protocol, which every library still exports).
 namespace dlpack {
 constexpr uint8_t kInt = 0;
 constexpr uint8_t kFloat = 2;

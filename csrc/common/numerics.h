@@ -40,7 +40,7 @@ static inline U float_to_float16(F value) {
   const U sign = (bits >> 16) & 0x8000u;
   const U magnitude = bits & 0x7FFFFFFFu;
   const U normal = (magnitude - (112u << 23) + (0xFFFu + ((magnitude >> 13) & 1u))) >> 13;
-  // Next to 0.5 a float's spacing is 2^-24, that of float16 subnormals: the addition does the rounding.
+  // Floats near 0.5 and float16 subnormals have a spacing of 2^-24: the addition does the rounding.
   const U subnormal = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude) + 0.5f) - 0x3F000000u;
   const U finite = magnitude < 0x38800000u ? subnormal : normal;
   const U infinite = U{} + 0x7C00u;

@@ -67,7 +67,7 @@ static inline void multiply_columns(const Product& product, int64_t vector) {
 // Not inlined, to limit code size.
 template <int kRowDistance>
 __attribute__((noinline)) static void multiply(const Product& product) {
-  // Blocks whose widths differ by at most one.
+  // Widths of blocks differ by at most one.
   int64_t blocks = (product.vectors + 3) / 4;
   for (int64_t vector = 0; vector < product.vectors; --blocks) {
     const int64_t width = (product.vectors - vector + blocks - 1) / blocks;

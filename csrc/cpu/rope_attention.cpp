@@ -192,7 +192,7 @@ class Heads {
   int64_t keys(int64_t i) const { return is_packed_ ? tokens(i) : shape_.keys; }
   int64_t work_of_head(int64_t i) const { return tokens(i) * (keys(i) + shape_.head_dim); }
 
-  // Visits the heads whose work begins in [begin, end).
+  // Visits the heads with work that begins in [begin, end).
   template <class Visit>
   void visit_work(int64_t begin, int64_t end, const Visit& visit) const {
     const auto behind = std::upper_bound(work_.begin(), work_.end(), begin);

@@ -61,7 +61,7 @@ static inline void multiply_columns(const TileProduct& product, int64_t vector) 
 
 // Not inlined, to limit code size.
 __attribute__((noinline)) static void multiply_tile(const TileProduct& product) {
-  // Blocks of columns whose widths differ by at most one.
+  // Widths of column blocks differ by at most one.
   int64_t blocks = (product.vectors + kTileVectors - 1) / kTileVectors;
   for (int64_t vector = 0; vector < product.vectors; --blocks) {
     const int64_t width = (product.vectors - vector + blocks - 1) / blocks;

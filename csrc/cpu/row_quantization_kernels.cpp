@@ -30,7 +30,7 @@ void quantize_row(const T* x, uint8_t* codes, float* scale, int64_t width) {
     no_number += value - value;  // 0, but NaN for infinities and NaN
   });
   const float bound = horizontal_max(largest), nan = horizontal_sum(no_number);
-  // Rows of zeros, or of values whose reciprocal is infinite, have scale 0.
+  // The scale is 0 if all values are 0 or so small that the reciprocal is infinite.
   const float inverse = kInt8Largest / bound;
   const bool is_finite = inverse <= 3.0e38f && nan == 0.0f;
   *scale = (is_finite ? bound / kInt8Largest : 0.0f) + nan;

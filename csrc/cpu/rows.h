@@ -14,7 +14,7 @@ namespace evakernels::cpu {
 // Minimum elements per task.
 constexpr int64_t kElementsPerTask = 16384;
 
-// Rows are summed in chunks whose number depends on the shape alone, so that results don't depend on the
+// Rows are summed in chunks. The number of chunks depends on the shape alone, so results don't depend on the
 // number of threads.
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinRowsPerChunk = 32;

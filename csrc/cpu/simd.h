@@ -28,7 +28,7 @@ typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
-// A whole vector, or the last `lanes` elements of a row whose width is no multiple of kLanes.
+// A whole vector, or the last `lanes` elements of a row if its width is no multiple of kLanes.
 struct Whole {
   static constexpr int lanes = kLanes;
 };

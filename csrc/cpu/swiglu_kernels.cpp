@@ -52,7 +52,7 @@ void normalised_rows(const SwigluForward& params, const float* weight, const flo
   }
 }
 
-// The gradients of gate and up from that of hidden; s = sigmoid(g).
+// The gradients of gate and up from hidden's gradient; s = sigmoid(g).
 template <class T, class Part>
 inline void store_gradients(T* dgate, T* dup, F32 dhidden, F32 g, F32 u, F32 s, Part part) {
   store(dgate, dhidden * u * s * (1.0f + g * (1.0f - s)), part);

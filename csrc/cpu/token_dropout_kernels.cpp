@@ -143,7 +143,7 @@ void row_backward(const TokenDropoutBackward& params, const int32_t* place, floa
   if (params.dpos_embed) add_to(sum, gradient, shape.channels);
 }
 
-// One pass over the samples for several positions, whose rows are contiguous in each.
+// One pass over the samples for several positions; their rows are contiguous in a sample.
 template <class T>
 void positions_backward(const TokenDropoutBackward& params, const int32_t* place, float* sums, int64_t first,
                         int64_t last) {
@@ -166,7 +166,7 @@ void positions_backward(const TokenDropoutBackward& params, const int32_t* place
 template <class Body>
 void with_element_types(const TokenDropoutForward& params, const Body& body) {
   with_element_type(params.out_dtype, [&]<class O>(O out) {
-    // A 16-bit result has inputs of its own dtype only: it is their widest.
+    // The result has the widest dtype of the inputs, so all inputs of a 16-bit result have its dtype.
     if constexpr (sizeof(O) == 2) {
       body(out, O{}, O{});
     } else {

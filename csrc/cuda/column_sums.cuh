@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kWarpSize* kPartialsAtOnce)
   finish(column, totals);
 }
 
-// Launches a kernel whose last argument is its partial sums, [COUNT, blocks, width], and then the kernel that
-// adds them up; only the first without `finish`.
+// Launches a kernel that takes its partial sums, [COUNT, blocks, width], as the last argument, and with
+// `finish` the kernel that adds them up.
 template <int COUNT, class Finish, class... Parameters, class... Arguments>
 Error launch_with_column_sums(const LaunchPlan<Parameters...>& plan, int64_t width,
                               const std::optional<Finish>& finish, Scratch& scratch, Stream stream,

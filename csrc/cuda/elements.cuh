@@ -134,7 +134,7 @@ __device__ __forceinline__ void store_floats(T* to, const float (&values)[E]) {
   Packed<T, E>::pack(values).store(to);
 }
 
-// Loads elements [first, first + E) of a vector whose dtype is known at run time.
+// Loads elements [first, first + E) of a vector with a dtype known at run time.
 template <int E>
 __device__ __forceinline__ void load_floats(const void* vector, DType dtype, int64_t first,
                                             float (&values)[E]) {

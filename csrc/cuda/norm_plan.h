@@ -95,7 +95,7 @@ inline RowPlan plan_row(int64_t width, int wide, int elements, const RowLimits& 
 
 // --- elementwise ops: rows are split into even parts, one per block ---
 
-// Row width of a dense matrix whose columns have no meaning; its last row may be shorter.
+// Row width of a dense matrix with meaningless columns; its last row may be shorter.
 constexpr int64_t kDenseWidth = 4096;
 
 // Vectors per thread of one row of one matrix: 32 bytes in flight hide memory latency.

@@ -2,7 +2,7 @@
 //
 // A row is split into vectors of E elements; each thread keeps V of them in registers. With V = 0 the row is
 // too wide for registers and is read again in every pass. A row that fits into one warp needs no block
-// barrier, and a block processes several, one per threadIdx.y; a wider row has a block of its own.
+// barrier, and a block processes several, one per threadIdx.y; a wider row has a separate block.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -107,7 +107,7 @@ struct NoRow {
   __device__ __forceinline__ void change_stages() const {}
 };
 
-// An input row whose elements are loaded where they are used, once. The matrix may be null.
+// An input row with elements that are loaded once, where they are used. The matrix may be null.
 template <class T, int E>
 class ReadOnceRow {
  public:

@@ -1,7 +1,7 @@
 // Backward attention with rotary embedding: dq, dk and dv. Weights are recomputed from the log-sum-exps.
 //
 // Grid: one block per (batch, head).
-// Block: each warp owns 16 or 32 keys, whose dk and dv it accumulates in registers. All warps loop over
+// Block: each warp owns 16 or 32 keys and accumulates their dk and dv in registers. All warps loop over
 // stages of 32 queries, double-buffered with cp.async:
 //   S^T = k q^T,  P = exp(S - lse),  dP^T = v dout^T,  dS = P (dP - dPsum),  dv += P^T dout,  dk += dS^T q
 // dS goes to shared memory in 16 bits, from where the warps compute dq = dS k together: five matmuls.

@@ -13,7 +13,7 @@ struct Rotary {
   unsigned head;
   unsigned first;  // offset of the head's first patch in token_index; 32 bits save registers
 
-  // Rotates the pairs whose first elements are in [i, i + E).
+  // Rotates the pairs with first elements in [i, i + E).
   template <int E, class T>
   __device__ __forceinline__ void rotate(T* row, int token, int i) const {
     int angles;

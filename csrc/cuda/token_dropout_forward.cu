@@ -26,7 +26,7 @@ template <class Body>
 Error with_token_types(const TokenDropoutForward& params, const Body& body) {
   return with_element_type(params.out_dtype, [&](auto out) {
     using O = decltype(out);
-    // A 16-bit result has inputs of its own dtype only: it is their widest.
+    // The result has the widest dtype of the inputs, so all inputs of a 16-bit result have its dtype.
     if constexpr (sizeof(O) == 2) {
       return body(TokenTypes<O, O, O>{});
     } else {

@@ -72,7 +72,7 @@ SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor paralle
 // scaled = scale * image.
 void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);
 
-// dimage = scale * scaled, and the dot products whose sum is the gradient of the scale.
+// dimage = scale * scaled, and the dot products that sum to the gradient of the scale.
 void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);
 
 // Blocks of a tile fit into the L2 cache (256 KiB), so that each is read from memory once.

@@ -12,7 +12,8 @@ struct TensorBuffer {
   DType dtype;
 };
 
-// The dense buffers of one parameter, `size` elements each. Those that a launcher doesn't access may be null.
+// The dense buffers of one parameter, `size` elements each. Buffers that a launcher doesn't access may be
+// null.
 struct OptimizedTensor {
   TensorBuffer param;
   TensorBuffer grad;

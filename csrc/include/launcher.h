@@ -1,4 +1,4 @@
-// What the launchers of all ops share: dtypes, threads and instruction sets of a CPU, streams and memory of a
+// Shared by the launchers of all ops: dtypes, threads and instruction sets of a CPU, streams and memory of a
 // GPU.
 #pragma once
 

@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _program() -> str:
-    """What starts this program from here: its name, or where the environment isn't active, its path."""
+    """Command for this program: its name, or its path if the environment isn't active."""
     own = Path(sys.executable).with_name("evaclip")
     if not own.is_file():
         return f"{shlex.quote(sys.executable)} -m evaclip"

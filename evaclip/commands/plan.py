@@ -114,7 +114,7 @@ def _plan_parts(config: Any, args: argparse.Namespace) -> "list[tuple[StepPlan, 
 
 
 def _host(plan: "StepPlan", steps: int | None, seconds: float, args: argparse.Namespace) -> dict[str, float]:
-    """What nodes and storage need besides GPUs: bytes, cores, seconds.
+    """Needs of nodes and storage besides GPUs: bytes, cores, seconds.
 
     Args:
         steps: steps of the run; None if unknown.

@@ -1,4 +1,4 @@
-"""`evaclip search`: what a store has that is nearest to a text or a picture."""
+"""`evaclip search`: what a store has that is nearest to a text or an image."""
 
 import argparse
 import base64

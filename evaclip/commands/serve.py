@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
     app = _app(args, key, (*_LOOPBACK, args.host) if local else ("*",))
 
     class Server(uvicorn.Server):
-        """Says where it is once it is there."""
+        """Prints its address when it is ready."""
 
         async def startup(self, sockets: list[Any] | None = None) -> None:
             await super().startup(sockets)
@@ -117,7 +117,7 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
     options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
     encoder = Encoder(given, device=args.device, **options)
     if args.batch_size is None and encoder.device.type == "cpu":
-        # What comes next waits for all of a batch.
+        # Later requests wait for a whole batch.
         encoder.batch_size = _CPU_BATCH
     store.require_model(describe(encoder))
     print(f"{args.store}: {counted(len(store), 'picture')}, {encoder.name} on {encoder.device}", flush=True)

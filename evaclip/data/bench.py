@@ -37,7 +37,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a loader delivers.
+    """Rates and waits of a loader.
 
     Attributes:
         first_batch_seconds: from the start of the workers to the first batch.
@@ -57,8 +57,8 @@ def time_stages(
 ) -> StageTimes:
     """Times the stages on up to 256 samples in training order; bad samples do not count.
 
-    torch uses one thread meanwhile, as it does in a worker. Takes little more than `seconds`. `decoding` is that of
-    the source unless given. Times are the processor's: a wait for the disk isn't in them.
+    torch uses one thread meanwhile, as it does in a worker. Takes little more than `seconds`. `decoding`
+    defaults to the source's options. Times are CPU times, without waits for the disk.
     """
     order = sample_order(len(source), _SEED, shard_sizes=source.shard_sizes)
     totals = [0.0, 0.0, 0.0]

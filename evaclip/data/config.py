@@ -19,7 +19,7 @@ _STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class PartConfig:
-    """One data set of a mixture; the other keys are those of the whole."""
+    """One data set of a mixture; other keys are common to the mixture."""
 
     train: str
     """As `DataConfig.train`."""
@@ -29,21 +29,21 @@ class PartConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class RemoteConfig:
-    """How remote shards are fetched; they are read from local copies."""
+    """Fetching of remote shards into local copies."""
 
     cache_folder: str | None = None
-    """Where the copies lie; None: evaclip/shards in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Folder of the copies; None: evaclip/shards in $XDG_CACHE_HOME, else in ~/.cache."""
     cache_gb: Annotated[float, Field(gt=0)] = 32.0
-    """What the copies of a machine may take, in 10^9 bytes; twice the shards of a shuffle window are enough."""
+    """Maximum size of a machine's copies, in 10^9 bytes; twice the shards of a shuffle window are enough."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds without a byte after which a try to fetch a shard fails."""
+    """Seconds without a byte after which a fetch fails."""
     attempts: Count = 5
-    """Tries to fetch a shard, with longer and longer pauses between them, before its samples are replaced."""
+    """Fetches of a shard, with growing pauses, before its samples are replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class DataConfig:
-    """Where samples come from and how they are read."""
+    """Source of the samples, order and decoding."""
 
     train: str = "synthetic"
     """Tar shards (paths, URLs or 'pipe:COMMAND', with braces, '::' between several; or a list that `evaclip data index`
@@ -51,9 +51,9 @@ class DataConfig:
     mixture: dict[str, PartConfig] = Field(default_factory=dict)
     """Data sets by name, mixed sample by sample in these proportions; `train` must be empty then."""
     kind: Kind = "auto"
-    """What `train` is; auto looks at the path."""
+    """Kind of `train`; auto: by the path."""
     image_key: str | None = None
-    """webdataset: member suffixes by preference ('jpg;png'); tables: the column of picture paths."""
+    """webdataset: member suffixes by preference ('jpg;png'); tables: the column of image paths."""
     caption_key: str | None = None
     """webdataset: 'txt' or 'json:FIELD', by preference ('txt;json:caption'); tables: the column of captions."""
     csv_separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
@@ -61,35 +61,33 @@ class DataConfig:
     caption_template: str = DEFAULT_TEMPLATE
     """folder: the caption, where {} is the class name."""
     num_samples: Count = 4096
-    """synthetic: how many samples there are."""
+    """synthetic: number of samples."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read and decode, per training process; 0 does it in the training process."""
+    """Processes per rank that read and decode; 0: the rank itself does."""
     prefetch: Count = 2
-    """Batches that wait ready, over all workers; of small ones as many a worker."""
+    """Batches ready in advance, over all workers; if they are small, per worker."""
     shuffle_window: Annotated[int, Field(ge=0)] = DEFAULT_WINDOW
-    """Samples of the shuffled shards that are mixed with one another; 0 mixes all."""
+    """Samples of the shuffled shards that are shuffled with each other; 0: all."""
     canonical_nodes: Count = 1
-    """Parts that the shards are divided among, best one a machine, so that each fetches its own shards only; windows
-    are of each part. It changes the order of samples, so it stays as it is when a run goes on elsewhere."""
+    """Parts of the shards, best one per machine, so that a machine fetches only the shards of its part. It decides the
+    order of samples, so don't change it when a run resumes on other machines."""
     remote: RemoteConfig = RemoteConfig()
-    """Of shards that are not local files."""
+    """Fetching of shards that are not local files."""
     exif_orientation: bool = False
-    """Turn pictures as their EXIF data says; not done in the training of the released models."""
+    """Rotate images by their EXIF data; the released models were trained without."""
     min_size: Annotated[int, Field(ge=0)] = 0
-    """Pixels of the shorter side; samples with smaller pictures are replaced, as bad ones are."""
+    """Minimum pixels of the shorter side; samples with smaller images are replaced, like bad samples."""
     max_image_pixels: Count = DEFAULT_MAX_IMAGE_PIXELS
-    """Width times height that an image may have; samples with larger images are replaced, as bad ones are."""
+    """Maximum width times height; samples with larger images are replaced, like bad samples."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
-    """Share of bad samples above which a training ends with an error, and an evaluation set isn't measured; 1 sets no
-    limit."""
+    """Share of bad samples above which training stops and an evaluation set isn't measured; 1: no limit."""
     jpeg_reduction: bool = False
-    """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's picture size: faster, inexact."""
+    """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's image size: faster, not bit-equal."""
     augmentation: Augmentation = Augmentation()
-    """What happens to training pictures at random."""
+    """Random augmentation of training images."""
     transform: str = "evaclip.transforms:TrainTransform"
-    """MODULE:NAME of what makes tensors of training pictures, your own too: called with the size, the `Preprocess` and
-    the augmentation, it gives a function of a PIL image and a seed that returns float32 [3, height, width], or
-    uint8 to be normalised on the device."""
+    """MODULE:NAME of a transform class for training images. It is called with size, `Preprocess` and augmentation; its
+    result maps a PIL image and a seed to float32 [3, height, width], or to uint8, which the device normalises."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:

@@ -123,8 +123,7 @@ class PictureFolder(_Files):
 def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
     """The files of a folder, from the cache if no folder below it has changed since.
 
-    The first process scans and stores, those that come meanwhile wait for it. As for indexes, a cache that can't be
-    written costs time only.
+    The first process scans and stores; other processes wait for it. A cache that can't be written costs time only.
 
     Returns:
         arrays of `PackedStrings`; `classes` (folders with images), `empty` (others), `left_out` and `fingerprint`.

@@ -255,7 +255,7 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
     """The batch in order, by its position; the last one only, of which a worker has several units."""
 
     def check_room(self, window: int, processes: int) -> None:
-        """Raises UserError if the local copies of the shards that are read at a time don't fit into their cache."""
+        """Raises UserError if the cache is too small for the shards that are read at the same time."""
         copies = self.source.copies(self.order.shards(self._global_indices(0))[0]) if self.source.remote else []
         size = sum(copy.size for copy in copies)
         if copies and size > (capacity := copies[0].shard.cache.capacity):
@@ -315,7 +315,7 @@ class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
                 faults.append(exc.fault)
         raise UserError(
             f"{self.source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
-            " `evaclip data check` lists what is wrong"
+            " `evaclip data check` lists the faults"
         )
 
     def _keep(self, sample: int, raw: RawSample, image: Image.Image) -> None:

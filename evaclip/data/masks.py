@@ -16,8 +16,8 @@ _ATTEMPTS = 10
 class BlockMasks:
     """Draws rectangles of patches at random until a share of the grid is masked.
 
-    A rectangle's area is uniform between `smallest` and what is left to mask, its proportions log-uniform between
-    `narrowest` and the inverse; it may overlap others, but not mask too much. BEiT, EVA and EVA-02 give up after ten
+    A rectangle's area is uniform between `smallest` and the number of patches left to mask. Its aspect ratio is
+    log-uniform between `narrowest` and the inverse. It may overlap others. BEiT, EVA and EVA-02 give up after ten
     attempts in a row, up to a few patches short. Here smaller rectangles then make up the number, so that all samples
     weigh the same.
 

@@ -1,4 +1,4 @@
-"""Several data sets as one, in given proportions: within every batch, and with one position for all of them."""
+"""Several data sets as one, in given proportions within every batch, with one common position."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ class MixedOrder:
     """Maps global indices to sample indices of a mixture, as a pure function of the seed.
 
     Every period of 1,000 indices holds a fixed number of each part, at places that are shuffled anew in each period;
-    the n-th place of a part in all takes the n-th sample of its own order. So proportions are exact, each part goes
+    the n-th place of a part in all takes the n-th sample of the part's order. So proportions are exact, each part goes
     through its own epochs, and any position means the same under any batch size and number of processes.
     """
 

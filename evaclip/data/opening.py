@@ -43,9 +43,9 @@ def open_source(
 
     `path` names tar shards (a brace pattern, a glob, a folder of them, URLs, 'pipe:COMMAND', several joined by '::',
     or a list of shards), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder of class folders, or 'synthetic'.
-    The keys are those of DataConfig; those of another kind of data are not looked at. Without `captions` a sample may
-    lack one, and a folder has pictures at any depth instead of classes. Raises UserError if there is nothing usable,
-    and says what was found.
+    The arguments are keys of DataConfig; keys of another kind of data are ignored. Without `captions` a sample may lack
+    one, and a folder has images at any depth instead of classes. Raises UserError if nothing is usable, with a list of
+    the files found.
     """
     if min_size < 0:
         raise UserError(f"min_size must be 0 or more, got {min_size}")
@@ -117,7 +117,7 @@ def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
         raise UserError(
             f"a shard of a list must be a path or a URL, got {command!r}; set data.train to the command: lists run none"
         )
-    return _open_shards(paths, RemoteConfig(), IndexCache(beside=True), part=(part, parts))
+    return _open_shards(paths, RemoteConfig(), IndexCache(next_to_shards=True), part=(part, parts))
 
 
 def allow_open_files() -> None:
@@ -159,7 +159,7 @@ def _require_all_parts(lists: Sequence[str]) -> None:
     raise UserError(
         f"{len(found)} lists of parts of {' and of '.join(map(str, sorted(counts)))} are no whole"
         + (f": there is no {lacking}" if missing else ": some are given twice")
-        + "; 'evaclip data index --part' makes what is missing, and what is of another division must go"
+        + "; 'evaclip data index --part' makes missing lists; delete lists of another division"
     )
 
 

@@ -6,8 +6,8 @@ Nothing depends on the batch size, the number of workers or the number of proces
 far a run has come.
 
 With several canonical nodes (MosaicML Streaming's term) the stream is first cut into as many parts of equal length,
-each with windows of its own, and the global indices go round them: every batch has as many samples of each part, so
-that a machine which reads one part needs only the shards of that part.
+each with separate windows. Global indices alternate between the parts: every batch has equally many samples of each
+part, so a machine that reads one part needs only the shards of that part.
 """
 
 from collections.abc import Iterable, Sequence

@@ -88,7 +88,7 @@ def narrow(numbers: NDArray[np.integer[Any]]) -> NDArray[np.unsignedinteger[Any]
 def write_arrays(
     file: Path, stamp: Sequence[Any], arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]
 ) -> None:
-    """Writes arrays [n] of integers as safetensors, and the file's folder. The file appears complete or not at all.
+    """Writes arrays [n] of integers as safetensors, atomically; makes the file's folder.
 
     Args:
         stamp: a JSON list; `map_arrays` needs an equal one.

@@ -1,7 +1,7 @@
 """Remote shards: HTTP, the output of commands and fsspec's file systems (s3://, gs://, hf://), read from local copies.
 
 HTTP is read by urllib: fsspec's needs aiohttp. The copies are bounded in bytes, shared by all processes of a machine
-and compared with the index before they are used; fsspec's caches are neither.
+and compared with the index before use, unlike fsspec's caches.
 """
 
 import hashlib
@@ -274,7 +274,7 @@ class ShardCache:
     """Fetches whole shards, once for all processes of a machine, and deletes the copies that were read longest ago.
 
     A copy appears complete or not at all. It is written under a lock that the kernel takes from a process that is
-    killed. A shard whose fetch failed is not fetched again for five minutes.
+    killed. A shard that couldn't be fetched is not tried again for five minutes.
 
     Attributes:
         capacity: bytes that the copies may take together; those being written come on top.

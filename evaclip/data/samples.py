@@ -106,8 +106,8 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
     """Decodes an image file completely, in its own mode, but for pixels that are no bytes: see `eight_bit`.
 
-    Raises BadSample for damaged data, other formats than `FORMATS`, too few pixels, too many, and pixels whose range is
-    not known.
+    Raises BadSample for damaged data, other formats than `FORMATS`, too few pixels, too many, and pixels of an unknown
+    range.
     """
     return as_bytes(load_image(data, name, decoding), name)
 

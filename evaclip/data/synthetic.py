@@ -1,4 +1,4 @@
-"""Drawn samples with captions that tell what they show: data for trying things out."""
+"""Drawn images with captions, for trials without a data set."""
 
 import io
 from itertools import product
@@ -27,7 +27,7 @@ _IMAGE_SIZE = 64
 
 
 class SyntheticSource(Source):
-    """`num_samples` pictures such as "a red circle on white", each a pure function of its index.
+    """`num_samples` images such as "a red circle on white", each a pure function of its index.
 
     Place, size and rotation vary from sample to sample; the classes follow one another in a fixed cycle, so
     a few hundred samples hold all of them.

@@ -192,7 +192,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What the sample order and the fingerprint depend on.
+    """Content that decides sample order and fingerprint.
 
     Attributes:
         samples: how many the shard has.
@@ -387,15 +387,15 @@ class LocalShard:
 class IndexCache:
     """Indexes of shards, on disk and, for the `capacity` most recent ones, mapped.
 
-    A file is valid for one stamp: the shard's size and its modification time or ETag. It lies next to the shard
-    (`00000.tar.index`), where `beside` writes it, or else in the cache folder, which is held to 10 GB. A folder that
-    cannot be read or written costs time, nothing else: indexes that could not be stored stay in memory.
+    A file is valid for one stamp: the shard's size and its modification time or ETag. With `next_to_shards` it is
+    written next to the shard (`00000.tar.index`), else into the cache folder, which is limited to 10 GB. Indexes that
+    can't be stored stay in memory.
     """
 
-    def __init__(self, folder: Path | None = None, capacity: int = 256, beside: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, capacity: int = 256, next_to_shards: bool = False) -> None:
         self._folder = folder or user_cache("tar-index")
         self._capacity = capacity
-        self._beside = beside
+        self._next_to_shards = next_to_shards
         self._recent: OrderedDict[bytes, TarIndex] = OrderedDict()
         self._unstored: dict[bytes, TarIndex] = {}
         self._stored = 0
@@ -424,7 +424,7 @@ class IndexCache:
                         _LOG.info("indexed %d of %d shards", number + 1, len(shards))
 
     def put(self, shard: Shard, index: TarIndex) -> None:
-        """Stores an index that was built elsewhere, if that can be done."""
+        """Stores an index that another process built; a folder that can't be written is ignored."""
         self._store(self._files(shard)[-1:], _stamp(shard), index)
 
     def forget(self, shard: Shard) -> None:
@@ -445,11 +445,11 @@ class IndexCache:
         """The index, and whether it is in a file now."""
         stamp = _stamp(shard)
         files = self._files(shard)
-        for file in files[:1] if self._beside else files:
+        for file in files[:1] if self._next_to_shards else files:
             if (index := self._load(file, stamp)) is not None:
                 return index, True
         index = shard.index()
-        stored = self._store(files if self._beside else files[-1:], stamp, index)
+        stored = self._store(files if self._next_to_shards else files[-1:], stamp, index)
         # Processes share a mapped index, not a built one.
         return (index, False) if stored is None else (self._load(stored, stamp) or index, True)
 

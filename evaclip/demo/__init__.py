@@ -1,1 +1,1 @@
-"""A model trained on the emoji drawings that PyPI packages carry, from the pictures to the report."""
+"""A model trained on the emoji drawings that PyPI packages carry, from the images to the report."""

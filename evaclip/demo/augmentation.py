@@ -1,4 +1,4 @@
-"""What training on drawings does to them beyond the usual augmentation."""
+"""Augmentation of drawings: random backgrounds and dark contours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _GAIN = 4
 
 @dataclass(frozen=True)
 class DrawingTransform(TrainTransform):
-    """Some drawings lie on a random colour instead of white, and some get dark contours, as those of another style."""
+    """Some drawings get a random background colour, some get dark contours as in another style."""
 
     def background(self, draws: Iterator[float]) -> Color:
         if next(draws) >= _COLOURED:
@@ -31,7 +31,7 @@ class DrawingTransform(TrainTransform):
 
 
 def outlined(image: Image.Image, strength: float) -> Image.Image:
-    """Darkens an RGB picture where its brightness differs from its neighbourhood; 1 is the full strength."""
+    """Darkens an RGB image where its brightness differs from its neighbourhood; 1 is the full strength."""
     gray = image.convert("L")
     edges = ImageChops.difference(gray, gray.filter(ImageFilter.BoxBlur(1)))
     edges = Image.blend(Image.new("L", image.size), edges, strength * _GAIN)

@@ -121,8 +121,8 @@ def clean_name(name: str) -> str:
 def render_png(file: str, size: int) -> tuple[bytes, bytes]:
     """Renders a drawing (`.svg` or `.svg.gz`) to a square RGBA PNG of `size` pixels, transparency kept.
 
-    The drawing fills the picture in its own proportions: how wide a margin it has is a matter of the style. The second
-    picture is the larger one that the first is made of, of `_FINER * size` pixels at most.
+    The drawing fills the image in its own proportions: how wide a margin it has is a matter of the style. The second
+    image is the larger one that the first is made of, of `_FINER * size` pixels at most.
     """
     content = Path(file).read_bytes()
     text = (gzip.decompress(content) if file.endswith(".gz") else content).decode("utf-8")

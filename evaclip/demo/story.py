@@ -1,4 +1,4 @@
-"""The whole story: real shards, training, evaluation on a style never seen, the report, and a store to search in."""
+"""The demo: shards, training, evaluation on a new style, the report, and a store to search in."""
 
 import math
 import tempfile
@@ -26,7 +26,7 @@ STORE_FOLDER = "pictures.store"
 
 _TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the drawings trained on"}
 _PICTURE_SIZE = 64  # twice what the model sees, for the report's gallery
-_SPEED_STEPS = 48  # the first ones are slow: pictures are decoded, memory is taken
+_SPEED_STEPS = 48  # the first ones are slow: images are decoded, memory is taken
 _PHASES = ("drawings", "training", "evaluation", "report", "index")
 _THUMBNAIL = 128
 _BATCH = 256  # of so few tokens each that a smaller batch takes longer

@@ -170,7 +170,7 @@ def class_space(
         what = f"{len(names):,} classes are named" if classnames else f"the data has {len(names):,} class folders"
         raise UserError(
             f"the classifier has {len(columns):,} classes{' in ' + str(subset) if subset else ''}, but {what}, such as"
-            f" {names[0]!r}: name all of the classifier's in its order (--classes), or what it shall choose among"
+            f" {names[0]!r}: name all of the classifier's in its order (--classes), or the classes to choose among"
             " (--subset)"
         )
     return ClassSpace(names, folders, columns, outputs)

@@ -165,7 +165,7 @@ def refuse_rest(source: Source, unreadable: int, allowed: float, option: str) ->
     smaller = f" or has fewer than {size} pixels a side" if (size := source.decoding.min_size) else ""
     raise Refused(
         f"{unreadable:,} of the {len(source):,} samples of {source.description} could not be read{smaller}, more than"
-        f" {allowed:.0%}, so the result would not be that of the data: `evaclip data check` lists what is wrong,"
+        f" {allowed:.0%}, so the result would not describe the data: `evaclip data check` lists the faults,"
         f" {option} measures the rest all the same"
     )
 
@@ -213,7 +213,7 @@ def weights_hash(model: object) -> str:
 
 @contextmanager
 def _inference(model: object, precision: Precision) -> Iterator[torch.device]:
-    """Evaluation mode until the end, no gradients, autocast; yields the model's device."""
+    """Context with evaluation mode, no gradients and autocast; yields the model's device."""
     module = _module(model)
     device = next(module.parameters()).device
     autocast: AbstractContextManager[object] = nullcontext()
@@ -262,7 +262,7 @@ def _describe_source(source: Source) -> str:
 def _describe(transform: Callable[[Any], Tensor]) -> str:
     text = repr(transform)
     if re.search(r" at 0x[0-9a-f]+", text):
-        raise UserError(f"features can be cached only for a transform whose repr describes it, got {text}")
+        raise UserError(f"features can be cached only for a transform with a repr that describes it, got {text}")
     return text
 
 

@@ -26,7 +26,7 @@ class Result:
     """Result of an evaluation."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, whose keys are strings."""
+        """Plain data for JSON, with strings as keys."""
         content: dict[str, Any] = _with_string_keys(asdict(self))
         return content
 

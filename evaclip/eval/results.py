@@ -179,7 +179,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Query:
-    """A text query, the rank (from 1) of its own image among all, and the retrieved images, best first."""
+    """A text query, the rank (from 1) of its image among all, and the retrieved images, best first."""
 
     text: str
     rank: int

@@ -1,7 +1,7 @@
 """Retrieval both ways, with any number of captions per image, in blocks (never all scores at once).
 
-The protocol of the Karpathy splits (Flickr30K, COCO): an image counts as a hit if *any* of its captions lies
-within the first k; the recall of the other direction is the average over all captions.
+The protocol of the Karpathy splits (Flickr30K, COCO): an image counts as a hit if *any* of its captions is
+among the first k; the recall of the other direction is the average over all captions.
 """
 
 import hashlib
@@ -163,7 +163,7 @@ def evaluate(
         raise ValueError(f"expected one image index for each of {captions} captions, got {tuple(image_of_text.shape)}")
     captions_per_image = torch.bincount(image_of_text, minlength=images)
     if len(captions_per_image) > images:
-        raise ValueError(f"image indices must lie in [0, {images}), got {len(captions_per_image) - 1}")
+        raise ValueError(f"image indices must be in [0, {images}), got {len(captions_per_image) - 1}")
     if without := int((captions_per_image == 0).sum()):
         raise UserError(f"{without} of {images} images have no caption")
     best_caption = _best_caption(image_features, text_features, image_of_text)

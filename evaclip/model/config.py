@@ -59,8 +59,8 @@ class Preprocess:
 
     Attributes:
         mean, std: per RGB channel, on the scale 0..1.
-        interpolation: of resizing.
-        resize: of evaluation: shortest side and centre crop, or squash.
+        interpolation: interpolation when images are resized.
+        resize: resizing in evaluation: shortest side and centre crop, or squash.
         crop: share of the side that the centre crop keeps.
     """
 
@@ -257,7 +257,7 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
 
 
 def list_models() -> list[str]:
-    """Names of the shipped configurations, and of those that `add_model_config` added.
+    """Names of the shipped configurations and of configurations that `add_model_config` added.
 
     Example:
         `"EVA02-CLIP-L-14" in evaclip.list_models()`

@@ -16,7 +16,7 @@ def flops_per_sample(
     A backward pass costs twice as much, except for the patch embedding, as images need no gradient.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         token_keep: share of the patches that patch dropout keeps.
         savings: memory options; see docs/savings.md for the effect of each.
         text_tokens: length of the caption with start and end token; None for the full context.

@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
     """
 
     kept_columns: int | None
-    """Width of the matmuls in `mix` whose outputs "activations" saves; None for all."""
+    """Width of the matmuls in `mix` that "activations" saves for backward; None for all."""
 
     def forward(self, stream: Stream, *context: Any, keep_products: bool = False) -> Stream:
         """The stream after the block; `context` as for `attend`. `keep_products` recomputes all but matmuls."""

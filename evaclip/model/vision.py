@@ -218,7 +218,7 @@ class VisionTower(Tower):
         return x, (self.rope.cos, self.rope.sin, token_index)
 
     def embed_tokens(self, x: Tensor) -> Tensor:
-        """The embedding, from the outputs of `tokens`."""
+        """The embedding `[B, embed_dim]` of the outputs of `tokens`."""
         # A norm is per token: only the class token's is needed.
         pooled: Tensor = self.last_norm(x[:, 0] if self.config.pool == "token" else x[:, 1:].mean(1))
         return pooled if self.head is None else self.head(pooled)

@@ -162,7 +162,7 @@ class Block(ResidualBlock):
         self.kept_columns = None if self.post_norm or self.gamma_2 is not None else config.hidden
 
     def reset_parameters(self) -> None:
-        """Initialize; the deeper the block, the smaller the last matrix of each branch."""
+        """Initialize; the last matrix of each branch is scaled by 1 / sqrt(2 depth)."""
         branch_factor = 1 / math.sqrt(2 * (self.index + 1))
         self.norm1.reset_parameters()
         self.attn.reset_parameters(branch_factor)

@@ -1,4 +1,4 @@
-"""What one rank holds, computes and receives in a step: the trainer's own step on tensors without data."""
+"""Memory, FLOPs and traffic of one rank's step, from the trainer's step on tensors without data."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -143,7 +143,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
     """The whole page as text.
 
     Raises:
-        UserError: one is no run folder or logged nothing yet, or there are more than lines can be told apart.
+        UserError: one is no run folder or logged nothing yet, or there are more folders than colours.
     """
     if len(folders) > len(RUN_COLOURS):
         raise UserError(f"{len(folders)} runs are too many for one chart; accepted: up to {len(RUN_COLOURS)}")

@@ -120,17 +120,16 @@ def read_run(folder: Path) -> RunData:
     facts = _facts(config, records, evaluations, events, state)
     loss_name = config["loss"]["name"] if config["task"]["name"] == "contrastive" else None
     curve = loss_curve(records, config["batch_size"], loss_name)
-    summary, told = _summary(config, records, evaluations), [_dated(event) for event in events]
     return RunData(
         name=folder.name,
-        summary=summary,
+        summary=_summary(config, records, evaluations),
         curve=curve,
         groups=groups,
         classes={evaluation.title: rows for evaluation in evaluations if (rows := _class_rows(evaluation))},
         validation=_validation_rows(log),
         galleries=galleries,
         log=log,
-        events=told,
+        events=[_dated(event) for event in events],
         facts=facts,
         config=yaml.safe_dump(config, sort_keys=False),
     )
@@ -158,7 +157,7 @@ _TASKS = {
     "linear-probe": "linear probe",
     "knn": "k-NN",
 }
-"""What they are called, in the order in which they are shown."""
+"""Titles, in the order of the report."""
 
 
 def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str | None) -> LossCurve:
@@ -225,7 +224,7 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
 
 
 def _dated(event: dict[str, Any]) -> tuple[str, int, str]:
-    moment, step, what = told(event)
+    moment, step, what = describe_event(event)
     return moment.strftime("%d %B %Y, %H:%M:%S"), step, what
 
 
@@ -306,8 +305,8 @@ def ended(events: Objects) -> str:
     return "ended: stopped by a signal" if is_stopped else "ended: done"
 
 
-def told(event: Mapping[str, Any]) -> tuple[datetime, int, str]:
-    """When something happened (UTC), at what step, and what."""
+def describe_event(event: Mapping[str, Any]) -> tuple[datetime, int, str]:
+    """Time (UTC), step and description of an event."""
     moment = datetime.fromisoformat(event["time"])
     if "start" in event:
         count = event["start"]["processes"]

@@ -12,7 +12,7 @@ from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
 from evaclip.train.sinks import is_share
 
 _BARS = "▁▂▃▄▅▆▇█"
-# What matters less comes later: it is the first to go where a terminal is low.
+# Less important rows come last and are cut first on a low terminal.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
     ("accuracy in the batch", "accuracy", "{:.1%}"),
@@ -66,12 +66,12 @@ def render(folder: Path, width: int, height: int | None = None) -> Any:
     log, events = read_log(folder / LOG_FILE), read_log(folder / EVENTS_FILE)
     records = [record for record in log if "eval" not in record]
     title = _title(folder, load_yaml(folder / CONFIG_FILE), records, events)
-    told = [Text(line, no_wrap=height is not None, overflow="ellipsis") for line in _told(events)]
+    last = [Text(line, no_wrap=height is not None, overflow="ellipsis") for line in _describe_last(events)]
     rows = _rows(records, [record for record in log if "eval" in record])
     if height is not None:
         # Rich leaves the last line of a terminal to the cursor.
-        rows = rows[: max(1, height - 1 - _HEADING - len(wrap(title, width)) - len(told))]
-    return Group(Text(title, style="bold"), _table(rows, width), *told)
+        rows = rows[: max(1, height - 1 - _HEADING - len(wrap(title, width)) - len(last))]
+    return Group(Text(title, style="bold"), _table(rows, width), *last)
 
 
 def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[_Row]:
@@ -138,8 +138,8 @@ def _title(
     return ", ".join(parts)
 
 
-def _told(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    from evaclip.report.run_data import told
+def _describe_last(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    from evaclip.report.run_data import describe_event
 
-    last = map(told, events[-_LAST_EVENTS:])
+    last = map(describe_event, events[-_LAST_EVENTS:])
     return [f"{moment:%d %b %H:%M:%S}  step {step:,}  {what}" for moment, step, what in last]

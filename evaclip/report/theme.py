@@ -1,4 +1,4 @@
-"""What all pages and plots have in common: colours, the style of plots, plots as SVG, and the frame of a page.
+"""Common parts of pages and plots: colours, the style of plots, plots as SVG, and the frame of a page.
 
 Every colour has one meaning and one hexadecimal value; in a page that value becomes a CSS variable of the same name, so
 that the plots follow the reader's light or dark theme. `theme.css` holds the values for both.

@@ -1,1 +1,1 @@
-"""Models at work: pictures and texts to embeddings, a store of them, and the search in it."""
+"""Models at work: images and texts to embeddings, a store of them, and the search in it."""

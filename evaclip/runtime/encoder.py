@@ -1,4 +1,4 @@
-"""A model at work: pictures and texts to embeddings, with decoding, transfer and compute at the same time."""
+"""A model at work: images and texts to embeddings, with decoding, transfer and compute at the same time."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.eval.ranking import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
-from evaclip.runtime.ahead import ahead
+from evaclip.runtime.prefetch import prefetch
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
@@ -27,7 +27,7 @@ T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8"
 TEXT_TOKENS = 4096
-"""Of one batch of texts: about as much work as 20 pictures of a B/16."""
+"""Of one batch of texts: about as much work as 20 images of a B/16."""
 
 
 def chosen_precision(given: str, device: str) -> str:
@@ -42,7 +42,7 @@ def chosen_precision(given: str, device: str) -> str:
 
 
 def computed_dtype(precision: str) -> torch.dtype:
-    """What is computed in between linear layers, and in them but for int8."""
+    """Dtype of computation, except for linear layers in int8."""
     if precision == INT8:
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return PRECISIONS[precision]
@@ -56,7 +56,7 @@ class Encoded(Generic[T]):
         items: encoded items.
         embeddings: float32 `[len(items), dim]` on the CPU, of length 1.
         faults: of the items of this part that can't be read.
-        waited: seconds in which this thread had no picture to encode.
+        waited: seconds in which this thread had no image to encode.
     """
 
     items: list[T]
@@ -80,8 +80,8 @@ class Encoder:
             instructions for it, else fp32. In fp32 embeddings differ by less than 1e-5 from the model's own. `int8`, on
             a CPU with VNNI or AMX, multiplies in 8 bits in linear layers, but for the first block's, and does the rest
             as `auto` does.
-        batch_size: pictures at once; None for 32 on a CPU and 256 on a GPU.
-        threads: that decode pictures while others are computed; None for one a core, 8 at most.
+        batch_size: images at once; None for 32 on a CPU and 256 on a GPU.
+        threads: that decode images while others are computed; None for one a core, 8 at most.
         compile: let torch.compile make the image tower's code, which takes minutes for each size of batch, once.
 
     Raises:
@@ -153,7 +153,7 @@ class Encoder:
                 `[3, height, width]` as the model's preprocessing gives them; or one of these.
 
         Raises:
-            UserError: for a picture that can't be read, which is named.
+            UserError: for an image that can't be read, which is named.
             TypeError: an item is no image.
         """
         if isinstance(pictures, str | Path | bytes | Image.Image) or _is_one(pictures):
@@ -180,11 +180,11 @@ class Encoder:
         return found
 
     def stream(self, items: Iterable[T], picture: Callable[[T], Any] | None = None) -> Iterator[Encoded[T]]:
-        """Encodes pictures as they come, any number of them, in batches, while the next ones are read and decoded.
+        """Encodes images as they come, any number of them, in batches, while the next ones are read and decoded.
 
         Args:
-            items: whatever stands for a picture; one thread goes through them.
-            picture: of an item, in any form that `images` takes, called in threads; without it items are pictures. An
+            items: whatever stands for an image; one thread goes through them.
+            picture: of an item, in any form that `images` takes, called in threads; without it items are images. An
                 item with the image None is left out; BadSample becomes a fault.
 
         Raises:
@@ -195,10 +195,10 @@ class Encoder:
             return item, self._read(item, picture)
 
         if isinstance(items, Sequence) and len(items) == 1:
-            # Nothing is ahead of it, and threads cost a picture some 3 ms (AMD EPYC, Zen 5, 2 cores, 2026-11-29).
+            # Nothing is ahead of it, and threads cost an image some 3 ms (AMD EPYC, Zen 5, 2 cores, 2026-11-29).
             read: Iterator[tuple[T, Tensor | Fault | None]] = map(step, items)
         else:
-            read = ahead(items, step, threads=self.threads, depth=3 * self.batch_size)
+            read = prefetch(items, step, threads=self.threads, depth=3 * self.batch_size)
         queued: _Batch[T] | None = None
         for batch in _batches(read, self.batch_size):
             # On a GPU this returns at once, and the one before is fetched while it is computed.
@@ -254,7 +254,7 @@ def _in_8_bits(parameter: str) -> bool:
 
 @dataclass
 class _Batch(Generic[T]):
-    """What is encoded at once."""
+    """Images encoded together."""
 
     items: list[T] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
@@ -290,7 +290,7 @@ def _by_length(lengths: Tensor) -> Iterator[Tensor]:
 
 
 def _is_one(given: Any) -> bool:
-    """Whether an array or tensor is a picture, and not several."""
+    """Whether an array or tensor is an image, and not several."""
     if isinstance(given, Tensor):
         return given.ndim == 3
     return isinstance(given, np.ndarray) and (given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (3, 4)))

@@ -1,4 +1,4 @@
-"""From pictures to a store of their embeddings: each once, whatever ended the work before."""
+"""From images to a store of their embeddings: each once, whatever ended the work before."""
 
 import hashlib
 import io
@@ -19,8 +19,8 @@ from evaclip.atomic import write_text, writing
 from evaclip.data import BadSample, Fault, RawSample, Source
 from evaclip.data.samples import UPRIGHT, decode_image
 from evaclip.eval.features import weights_hash
-from evaclip.runtime.ahead import ahead
 from evaclip.runtime.encoder import Encoder
+from evaclip.runtime.prefetch import prefetch
 from evaclip.runtime.store import Row, Store
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -31,15 +31,15 @@ UNREADABLE_FILE = "unreadable-{}.jsonl"
 _ROWS, _SECONDS = 4096, 30.0
 """Embeddings are written when there are so many, or after this time; that much work a crash can cost."""
 _THREADS = 4
-"""That make small copies of pictures which aren't embedded."""
+"""That make small copies of images which aren't embedded."""
 
 
 @dataclass
 class Progress:
-    """What came of the pictures so far.
+    """Counts of images so far.
 
     Attributes:
-        seen: pictures that were looked at, of `total`.
+        seen: images that were looked at, of `total`.
         embedded, unchanged: images that were embedded, and images that the store had with the same content.
         faults: why images couldn't be read.
         waited, seconds: in which the encoder had nothing to do, and in all.
@@ -58,7 +58,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Pictures that are embedded in a second."""
+        """Images that are embedded in a second."""
         return self.embedded / self.seconds if self.seconds else 0.0
 
     @property
@@ -76,16 +76,16 @@ def index(
     part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> Progress:
-    """Embeds the pictures of a source that the store doesn't have, or has with another content.
+    """Embeds the images of a source that the store doesn't have, or has with another content.
 
-    What has been embedded is in the store at the latest 30 seconds later; a run that is ended goes on there. Pictures
+    What has been embedded is in the store at the latest 30 seconds later; a run that is ended goes on there. Images
     that can't be read are listed in the store's `unreadable-N.jsonl`, N being the part, with the reasons.
 
     Args:
         source: opened with `captions=False`, unless samples without a caption are to be left out.
         encoder: of the store's model.
         store: which is written.
-        thumbnail: side in pixels of small copies that the store keeps, also of pictures that it has without one; 0 for
+        thumbnail: side in pixels of small copies that the store keeps, also of images that it has without one; 0 for
             none.
         part: which part of how many this process does; several may write into one store at a time.
         progress: is kept up to date, for who wants to show it.
@@ -102,7 +102,7 @@ def index(
 
 
 def embedded(source: Source, encoder: Encoder, progress: Progress) -> Parts:
-    """The rows of all pictures of a source that can be read, with their embeddings, float32 `[n, dim]`."""
+    """The rows of all images of a source that can be read, with their embeddings, float32 `[n, dim]`."""
     yield from Work(source).embedded(range(len(source)), encoder, progress)
     progress.faults += source.faults
 
@@ -121,7 +121,7 @@ def empty_folders(root: Path, ids: Iterable[str]) -> list[Path]:
 
 
 def _files_of(id: str) -> Iterator[str]:
-    """What may be the file of a row: all of the id, or the shard before a key."""
+    """Possible files of a row: the whole id, or the shard before a key."""
     parts = id.split(":")
     return (":".join(parts[:count]) for count in range(len(parts), 0, -1))
 
@@ -138,7 +138,7 @@ def _is_there(path: str) -> bool:
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """What embeddings depend on."""
+    """Settings that embeddings depend on."""
     return {
         "name": encoder.name,
         "weights": weights_hash(encoder.model),
@@ -149,7 +149,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 @dataclass
 class _Job:
-    """A picture on its way."""
+    """An image on its way."""
 
     id: str
     name: str
@@ -209,7 +209,7 @@ class Work:
         seen = set[str]()
         for number in numbers:
             key, name = self.id(number), self.source.name(number)
-            if key in seen:  # a table may name a picture with each of its captions
+            if key in seen:  # a table may name an image with each of its captions
                 progress.unchanged += 1
                 continue
             seen.add(key)
@@ -230,7 +230,7 @@ def _content(raw: RawSample) -> str:
 
 
 def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: Progress) -> Sequence[int]:
-    """Makes the small copies that unchanged pictures of the store lack, without embedding these again.
+    """Makes the small copies that unchanged images of the store lack, without embedding these again.
 
     Returns:
         The numbers of the other samples.
@@ -254,7 +254,7 @@ def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: P
             job.picture(work.thumbnail)
         return job.row()
 
-    for row in ahead(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
+    for row in prefetch(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
         rows.append(row)
         progress.unchanged += 1
         if len(rows) == _ROWS:
@@ -280,7 +280,7 @@ def keep(parts: Parts, store: Store) -> None:
 
 
 def list_faults(source: Source, store: Store, progress: Progress, number: int = 0) -> None:
-    """Ends the work on a source: its own faults count too, and all are listed in the store."""
+    """Adds the source's faults and writes the list of all faults into the store."""
     progress.faults += source.faults
     faults = [{"name": f.name, "what": f.kind, "detail": f.detail} for f in progress.faults]
     path = store.folder / UNREADABLE_FILE.format(number)
@@ -289,7 +289,7 @@ def list_faults(source: Source, store: Store, progress: Progress, number: int = 
 
 
 def small_copy(image: Image.Image, side: int) -> bytes:
-    """The picture with its longer side cut down to `side` pixels, as a WebP file."""
+    """The image with its longer side cut down to `side` pixels, as a WebP file."""
     picture = image.convert("RGBA" if image.has_transparency_data else "RGB")
     picture.thumbnail((side, side))
     buffer = io.BytesIO()

@@ -23,7 +23,7 @@ _PICTURES = {"cuda": 4096, "cpu": 512}
 
 @dataclass(frozen=True)
 class Cluster:
-    """What each worker gets.
+    """Arguments of each worker.
 
     Attributes:
         workers: how many there are.
@@ -93,7 +93,7 @@ def index_on_ray(
 ) -> Progress:
     """`index` by the workers of a cluster, which read, decode and embed, while this process alone writes.
 
-    A worker that dies is started anew, and does the pictures again that it was at.
+    A worker that dies is started anew, and does the images again that it was at.
 
     Args:
         source: is sent to the workers, and its files must be there on every node.
@@ -104,7 +104,7 @@ def index_on_ray(
     """
     progress = progress or Progress(len(source))
     work = Work(source, store.contents(), thumbnail)
-    add_thumbnails(work, store, range(len(source)), Progress(len(source)))  # the workers count the same pictures
+    add_thumbnails(work, store, range(len(source)), Progress(len(source)))  # the workers count the same images
     keep(_embedded(work, encoder, cluster, progress), store)
     list_faults(source, store, progress)
     return progress

@@ -49,20 +49,20 @@ _FUNCTIONS = {
     *("abs", "coalesce", "contains", "glob", "ifnull", "instr", "json_array_length", "json_extract", "length", "like"),
     *("lower", "max", "min", "nullif", "round", "substr", "trim", "typeof", "upper", "->", "->>"),
 }
-"""What a condition may call. Conditions come from people who may search, and not more."""
+"""Functions that a condition may call. Conditions come from users who may only search."""
 _LONGEST_CONDITION = 10.0
 """Seconds that a condition may take."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What an embedding is of.
+    """The image of an embedding.
 
     Attributes:
         id: where it is: a path, or the shard and the key in it.
         content: hash of the file's bytes, in hexadecimal.
         metadata: anything that JSON has.
-        thumbnail: an encoded picture.
+        thumbnail: an encoded image.
     """
 
     id: str
@@ -416,7 +416,7 @@ def _contains(text: object, part: object) -> bool | None:
 
 
 def _allowed(action: int, first: str | None, second: str | None, *_: object) -> int:
-    """What the condition of `select` may do, asked by SQLite: read rows, and call the functions above."""
+    """SQLite's authorizer for the condition of `select`: it may read rows and call the functions above."""
     if action == sqlite3.SQLITE_FUNCTION:
         return sqlite3.SQLITE_OK if second in _FUNCTIONS else sqlite3.SQLITE_DENY
     reads = action == sqlite3.SQLITE_SELECT or (action == sqlite3.SQLITE_READ and first == "rows")

@@ -52,7 +52,7 @@ def copy_text_tower(store: Store, target: Store) -> None:
 
 
 def text_encoder(store: Store) -> TextEncoder:
-    """What turns texts into embeddings float32 `[n, dim]` of length 1, by the store's model.
+    """A function from texts to embeddings float32 `[n, dim]` of length 1, by the store's model.
 
     Raises:
         UserError: there is neither a program in the store nor a model that its description names.
@@ -64,8 +64,8 @@ def text_encoder(store: Store) -> TextEncoder:
         return _Program(store.folder)
     if not store.model.get("given"):
         raise UserError(
-            f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and doesn't say whose embeddings it "
-            "has; put the tower into it with evaclip.runtime.text.save_text_tower"
+            f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and no model name for its "
+            "embeddings; put the tower into it with evaclip.runtime.text.save_text_tower"
         )
     encoder = encoder_of(store)
     return lambda texts: encoder.texts(list(texts)).numpy()

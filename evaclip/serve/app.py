@@ -48,7 +48,7 @@ def create_app(
             is no key, all but its own are to be refused: a web page could reach it by a name that leads to this
             machine.
         limits: of requests.
-        delay: seconds that a picture or text waits for others to be encoded with.
+        delay: seconds that an image or text waits for others to be encoded with.
 
     Example:
         ```python
@@ -109,7 +109,7 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/about")
     async def about() -> dict[str, Any]:
-        """The model, the length of its embeddings, and how many pictures there are."""
+        """The model, the length of its embeddings, and how many images there are."""
         return {"model": service.encoder.name, "dim": service.store.dim, "pictures": await service.count()}
 
     @app.get("/metrics", response_class=Response)
@@ -123,7 +123,7 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/embed/image")
     async def embed_image(image: list[UploadFile]) -> dict[str, list[list[float]]]:
-        """Embeddings of pictures (JPEG, PNG, WebP, GIF or AVIF files), of length 1, in their order."""
+        """Embeddings of images (JPEG, PNG, WebP, GIF or AVIF files), of length 1, in their order."""
         return {"embeddings": (await service.pictures([await one.read() for one in image])).tolist()}
 
     @app.post("/embed/text")
@@ -133,7 +133,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post("/search")
     async def search(query: Annotated[Query, Form(media_type="multipart/form-data")]) -> Hits:
-        """Pictures that are like a text, a picture, a row of the store or all of these at once, the nearest first.
+        """Images that are like a text, an image, a row of the store or all of these at once, the nearest first.
 
         `minus` is a text that they shall be unlike; `filter` a condition in SQL such as `year >= 2020`.
         """
@@ -151,7 +151,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/thumbnail/{row}", response_class=Response)
     async def thumbnail(row: int, v: str = "") -> Response:
-        """A small copy of a row's picture; `v` is the beginning of the hash of its content."""
+        """A small copy of a row's image; `v` is the beginning of the hash of its content."""
         data, media_type = await service.thumbnail(row, v)
         return Response(data, media_type=media_type, headers={"Cache-Control": "private, max-age=86400"})
 

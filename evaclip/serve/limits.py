@@ -1,4 +1,4 @@
-"""What a request may be: its size, its time, its pictures and texts, and who may ask."""
+"""Limits of a request: size, time, images, texts and access."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ from evaclip.pixels import open_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 _SCANS = 100
-"""Of a JPEG file. Each costs a pass over all pixels and may take a few bytes; a picture has some ten."""
+"""Of a JPEG file. Each costs a pass over all pixels and may take a few bytes; an image has some ten."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -30,37 +30,37 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted."""
+    """Limits of requests."""
 
     body: int = 16 << 20  # bytes of a request
-    pixels: int = 50_000_000  # of a picture
+    pixels: int = 50_000_000  # of an image
     pictures: int = 16  # of a request, as are the texts
     texts: int = 128
     length: int = 1000  # characters of a text
     top: int = 200  # results of a search
     requests: int = 128  # that are worked on at once
-    waiting: int = 1024  # pictures and texts that wait to be encoded
+    waiting: int = 1024  # images and texts that wait to be encoded
     seconds: float = 30.0  # for a request
 
 
 class Rejected(Exception):
-    """A request that isn't answered: the status, and a sentence for who asked."""
+    """A rejected request: HTTP status, and a sentence for the client."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        """What is sent: `{"error": reason}`, with `headers` or those of the status."""
+        """The response `{"error": reason}`, with `headers` or the headers of the status."""
         of_status = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": 'Basic realm="evaclip", charset="UTF-8"'}}
         return JSONResponse({"error": self.reason}, self.status, headers or of_status.get(self.status))
 
 
 def decode(data: bytes, limits: Limits) -> Image.Image:
-    """The picture in an uploaded file, upright. Its size is read, and judged, before any pixel.
+    """The image in an uploaded file, upright. Its size is read, and judged, before any pixel.
 
     Raises:
-        Rejected: it is no picture, a damaged one, or one with too many pixels.
+        Rejected: it is no image, a damaged one, or one with too many pixels.
     """
     try:
         header = open_image(data, formats=FORMATS)

@@ -1,4 +1,4 @@
-"""What the server answers with: embeddings, rows of the store, labels and small pictures."""
+"""Content of the server's responses: embeddings, rows of the store, labels and thumbnails."""
 
 import asyncio
 import sqlite3
@@ -43,7 +43,7 @@ class Query(BaseModel, extra="forbid"):
 
 
 class Hit(BaseModel):
-    """A row of the store, its cosine with the query, and where a small copy of its picture is."""
+    """A row of the store, its cosine with the query, and where a small copy of its image is."""
 
     row: int
     score: float
@@ -61,7 +61,7 @@ class Hits(BaseModel):
 
 
 class Service:
-    """The work behind the API. One thread has the encoder, another one the store, and some decode pictures.
+    """The work behind the API. One thread has the encoder, another one the store, and some decode images.
 
     Raises:
         Rejected: by all methods, for what isn't accepted.

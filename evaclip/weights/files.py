@@ -78,16 +78,15 @@ def find_weights(source: str | Path, model: str) -> Path:
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file on the CPU, under the names of models here.
+    """Read the tensors of a weights file on the CPU, with this package's parameter names.
 
     Reads `.safetensors`, and `.pt`, `.pth`, `.bin` of `torch.save`, without running code in them, and the
-    `.index.json` of weights in several files. The tensors are views of the mapped file where its format allows: never
-    save changed ones over that file by `torch.save`.
-    All layouts of EVA-CLIP are supported: the authors', open_clip's, timm's, with wrappers of training programs, with a
-    flat text tower.
+    `.index.json` of weights in several files. If the format allows, the tensors are views of the mapped file: never
+    overwrite that file with changed tensors by `torch.save`. All layouts of EVA-CLIP are supported: the authors',
+    open_clip's, timm's, with wrappers of training programs, with a flat text tower.
 
     Raises:
-        UserError: for a file that is missing, damaged or no state dict.
+        UserError: the file is missing, damaged or no state dict.
     """
     return to_original(read_tensors(path))
 

@@ -74,12 +74,12 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, Tensor]:
-    """Rename the image tower of a model here, or an image tower alone, to timm's names.
+    """Rename the image tower of a CLIP, or an image tower alone, to timm's names.
 
     Weights of masked image modelling lose the parameters that timm's models lack; their last norm becomes `fc_norm`.
 
     Args:
-        state: under the names of models here.
+        state: tensors with this package's parameter names.
         joint_bias: for `eva_large_*`, where timm has one bias for q, k and v.
     """
     old = "" if is_image_tower(state) else _ORIGINAL

@@ -63,11 +63,11 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
 
 def materialize(model: nn.Module, source: Path, device: torch.device, antialias: bool = False) -> None:
-    """Give a model on the meta device its weights, without other memory than theirs.
+    """Load weights into a model on the meta device, with no more memory than the weights take.
 
-    Tensors of a `.safetensors` file that need no conversion are views of the mapped file; they are copied at the
-    first write, or at once if the model is sharded. `antialias` is for positions of another image size, see
-    `resize_pos_embed`. The rest is as for `load_weights`.
+    Tensors of a `.safetensors` file that need no conversion are views of the mapped file. They are copied at the
+    first write, or immediately if the model is sharded. `antialias` is `resize_pos_embed`'s, for positions of another
+    image size. Other arguments and errors are as for `load_weights`.
     """
     state = _fitting(model, source, antialias)
     if is_sharded(model):

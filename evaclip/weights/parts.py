@@ -4,8 +4,8 @@ FOLDER/00000.safetensors  00001.safetensors ...  index.json
 
 A tensor is split by rows as `fully_shard` splits it: each of `count` ranks has ceil(rows / count), the last ranks fewer
 or none. So `{"files": N, "tensors": {NAME: {"dtype", "shape", "files": [first, count]}}}` locates any rows, for any
-number of ranks. The metadata of each file has the first row of each of its parts, as torch's distributed checkpointing
-writes it, which reads these folders too.
+number of ranks. The metadata of each file has the first row of each part, in the format of torch's distributed
+checkpointing, which reads these folders too.
 """
 
 import fcntl
@@ -259,7 +259,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    """How a file differs from the `fingerprint` `expected`; None if it doesn't."""
+    """Difference between a file and its `fingerprint` `expected`; None if there is none."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"

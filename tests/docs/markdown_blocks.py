@@ -1,23 +1,21 @@
-"""The commands and snippets of a Markdown page, and what its comments say about running them.
+"""The commands and snippets of a Markdown page, and how `marks.toml` wants them run.
 
-A comment above a fence that begins with `run:` tells how its block is run:
+A block without a mark is run. Each mark in `marks.toml` belongs to a page and has these keys:
 
-    <!-- run: no, needs a GPU -->                 not at all, for one of `REASONS`
-    <!-- run: parse, takes hours -->              its commands are only checked by the command lines' own parsers
-    <!-- run: with 'steps=3' for 'steps=3000' --> with another text in the place of what stands there
-    <!-- run: before
-    evaclip data emoji data/emoji
-    -->                                           these lines first, in the block's language
-
-`no 'TEXT', REASON` and `parse 'TEXT', REASON` say it of the shell lines that hold TEXT. Several comments may stand
-above one fence. What has no comment is run.
+    at       text of one block of the page, which no other block contains
+    no       don't run the block, for one of `REASONS`
+    parse    check the block's commands with their own parsers only, for one of `REASONS`
+    lines    `no` or `parse` holds only for shell lines with one of these texts
+    with     replaces texts of the block: { "steps=3000" = "steps=3" }
+    before   code in the block's language that runs first
 """
 
 import re
-import textwrap
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 REASONS = (
     "changes the environment", "downloads weights", "needs a container engine", "needs AMX", "needs a GPU",
@@ -25,23 +23,22 @@ REASONS = (
 )  # fmt: skip
 SHELL = ("bash", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "text")
+KEYS = ("at", "no", "parse", "lines", "with", "before")
+MARKS: dict[str, list[dict[str, Any]]] = tomllib.loads(Path(__file__).with_name("marks.toml").read_text("utf-8"))
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^`]*$")
-_COMMENT = re.compile(r"<!--\s*run:(.*?)-->", re.DOTALL)
-_ANY_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_VERDICT = re.compile(r"(?P<verdict>no|parse)(?:\s+'(?P<text>[^']+)')?,\s*(?P<reason>.+)")
-_REPLACEMENT = re.compile(r"with\s+'(?P<new>[^']*)'\s+for\s+'(?P<old>[^']+)'")
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`((?:evaclip|python -m benchmarks) [^`]+)`")
 
 
 class MarkError(ValueError):
-    """A fence without a known language, or a comment above one that says nothing known."""
+    """A fence has no known language, or a mark is wrong."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a comment says of a block's lines, or of those that hold `text`."""
+    """Verdict on a block's lines, or only on lines that contain `text`."""
 
     verdict: str
     reason: str
@@ -50,7 +47,7 @@ class Mark:
 
 @dataclass
 class Block:
-    """A fenced block: where it stands, what it holds, what its comments say."""
+    """A fenced block with its marks."""
 
     page: Path
     line: int
@@ -64,7 +61,7 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def commands(self) -> Iterator[tuple[str, Mark | None]]:
-        """Each command of a shell block, continued lines joined, with the mark that holds for it."""
+        """Each command of a shell block with its mark; continued lines are joined."""
         for command in _commands(self.code, prompts=self.language == "console"):
             yield command, self.mark_of(command)
 
@@ -79,7 +76,7 @@ def _commands(code: str, prompts: bool) -> Iterator[str]:
     for line in lines:
         if prompts:
             if not line.startswith("$ "):
-                continue  # what a command printed
+                continue  # output of a command
             line = line[2:]
         while line.endswith("\\"):
             line = line[:-1].rstrip() + " " + next(lines).strip()
@@ -87,58 +84,52 @@ def _commands(code: str, prompts: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def read_blocks(path: Path, page: Path | None = None) -> list[Block]:
+def read_blocks(path: Path, page: Path | None = None, marks: Sequence[dict[str, Any]] = ()) -> list[Block]:
     """All fenced blocks of a page.
 
     Raises:
-        MarkError: a fence has no language or an unknown one, or a comment isn't understood or stands above no fence.
+        MarkError: a fence has no language or an unknown one, or a mark has an unknown key or reason, or doesn't match.
     """
-    page = page or path
-    blocks: list[Block] = []
-    comments: list[str] = []
+    blocks = []
     lines = iter(enumerate(path.read_text(encoding="utf-8").splitlines(), start=1))
     for number, line in lines:
-        if line.lstrip().startswith("<!--"):
-            comment = line
-            while "-->" not in comment:
-                comment += "\n" + next(lines)[1]
-            comments += _COMMENT.findall(comment)
-        elif fence := _FENCE.match(line):
+        if fence := _FENCE.match(line):
             body = []
             for _, inner in lines:
                 if inner.strip() == "```":
                     break
                 body.append(inner.removeprefix(fence["indent"]))
-            block = Block(page, number, fence["language"], "\n".join(body) + "\n")
-            blocks.append(_marked(block, comments))
-            comments = []
-        elif line.strip() and comments:
-            raise MarkError(f"{page}:{number}: a 'run:' comment must stand right above a fence")
+            block = Block(page or path, number, fence["language"], "\n".join(body) + "\n")
+            if block.language not in LANGUAGES:
+                raise MarkError(f"{block.place}: language {block.language!r}; known are {', '.join(LANGUAGES)}")
+            blocks.append(block)
+    matches = [[block for block in blocks if mark["at"] in block.code] for mark in marks]
+    for mark, matching in zip(marks, matches, strict=True):
+        if len(matching) != 1:
+            raise MarkError(f"{page or path}: {mark['at']!r} must be in one block, got {len(matching)} blocks")
+        _apply(mark, *matching)
     return blocks
 
 
-def _marked(block: Block, comments: list[str]) -> Block:
-    if block.language not in LANGUAGES:
-        raise MarkError(f"{block.place}: language {block.language!r}; known are {', '.join(LANGUAGES)}")
-    for comment in map(str.strip, comments):
-        if replacement := _REPLACEMENT.fullmatch(comment):
-            if replacement["old"] not in block.code:
-                raise MarkError(f"{block.place}: nothing to replace: {replacement['old']!r} isn't there")
-            block.code = block.code.replace(replacement["old"], replacement["new"])
-        elif verdict := _VERDICT.fullmatch(comment):
-            if verdict["reason"] not in REASONS:
-                raise MarkError(f"{block.place}: reason {verdict['reason']!r}; known are {', '.join(REASONS)}")
-            if (text := verdict["text"] or "") not in block.code:
-                raise MarkError(f"{block.place}: {text!r} isn't there")
-            block.marks.append(Mark(verdict["verdict"], verdict["reason"], text))
-        elif comment.startswith("before\n"):
-            block.before = textwrap.dedent(comment.removeprefix("before\n")) + "\n"
-        else:
-            raise MarkError(f"{block.place}: 'run: {comment}' isn't understood")
-    return block
+def _apply(mark: dict[str, Any], block: Block) -> None:
+    if unknown := set(mark) - set(KEYS):
+        raise MarkError(f"{block.place}: keys of a mark must be of {', '.join(KEYS)}, got {', '.join(unknown)}")
+    for old, new in mark.get("with", {}).items():
+        if old not in block.code:
+            raise MarkError(f"{block.place}: no text {old!r} to replace")
+        block.code = block.code.replace(old, new)
+    for verdict in ("no", "parse"):
+        if reason := mark.get(verdict):
+            if reason not in REASONS:
+                raise MarkError(f"{block.place}: reason must be one of {', '.join(REASONS)}, got {reason!r}")
+            for text in mark.get("lines", [""]):
+                if text not in block.code:
+                    raise MarkError(f"{block.place}: no line with {text!r}")
+                block.marks.append(Mark(verdict, reason, text))
+    block.before += mark.get("before", "")
 
 
 def read_spans(path: Path) -> list[str]:
-    """The commands of this project in a page's running text; those with `...` in them are no whole commands."""
-    text = _ANY_COMMENT.sub("", _FENCED.sub("", path.read_text("utf-8")))
+    """This project's commands in a page's running text; incomplete commands contain `...` and are left out."""
+    text = _COMMENT.sub("", _FENCED.sub("", path.read_text("utf-8")))
     return [span for found in _SPAN.findall(text) if "..." not in (span := " ".join(found.split()))]

@@ -4,8 +4,8 @@
     python tests/docs/run_docs.py --python clean/bin/python
 
 Every page has a scratch folder and one namespace for its Python blocks. Shell blocks run in bash, and what can't run
-here is parsed or left out as the comments above the blocks say (see `markdown_blocks.py`). Pages that measure need the
-folder `benchmarks`, which is in no wheel: each scratch folder has a link to it, and nothing else of the source tree.
+here is parsed or left out as `marks.toml` says (see `markdown_blocks.py`). Pages that measure need the folder
+`benchmarks`, which is in no wheel: each scratch folder has a link to it, and nothing else of the source tree.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from markdown_blocks import SHELL, Block, Mark, MarkError, read_blocks, read_spans
+from markdown_blocks import MARKS, SHELL, Block, Mark, MarkError, read_blocks, read_spans
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
@@ -81,8 +82,10 @@ def draw_once(folder: Path) -> None:
 class PageRunner:
     """Runs the blocks of one page, in order."""
 
-    def __init__(self, page: Path, python: Path, scratch: Path, *programs: Path) -> None:
-        self.page, self.scratch = page, scratch
+    def __init__(
+        self, page: Path, python: Path, scratch: Path, *programs: Path, marks: Sequence[dict[str, Any]]
+    ) -> None:
+        self.page, self.scratch, self.marks = page, scratch, marks
         self.outcome = Outcome()
         (scratch / "benchmarks").symlink_to(ROOT / "benchmarks")
         (scratch / "home").mkdir()
@@ -99,7 +102,7 @@ class PageRunner:
 
     def run(self) -> Outcome:
         try:
-            for block in read_blocks(ROOT / self.page, self.page):
+            for block in read_blocks(ROOT / self.page, self.page, self.marks):
                 self._block(block)
             for span in read_spans(ROOT / self.page):
                 self._ask(f"{self.page}: {span}", "span", span)
@@ -186,9 +189,16 @@ class PageRunner:
         self.outcome.ran += not parsed
 
 
-def run_page(page: Path, python: Path, scratch: Path, *programs: Path) -> Outcome:
-    """Runs the blocks of a page with the environment of `python`, behind that of `programs`, in `scratch`."""
-    return PageRunner(page, python, scratch, *programs).run()
+def run_page(
+    page: Path, python: Path, scratch: Path, *programs: Path, marks: Sequence[dict[str, Any]] | None = None
+) -> Outcome:
+    """Runs the blocks of a page in `scratch`; PATH has the folders `programs`, then the environment of `python`.
+
+    Args:
+        marks: how blocks are run; default: the page's in `marks.toml`.
+    """
+    marks = MARKS.get(str(page), []) if marks is None else marks
+    return PageRunner(page, python, scratch, *programs, marks=marks).run()
 
 
 def where_installed(python: Path) -> Path:

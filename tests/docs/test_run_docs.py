@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-from markdown_blocks import read_blocks, read_spans
+from markdown_blocks import MARKS, read_blocks, read_spans
 from run_docs import ROOT, draw_once, pages, run_page
 from warm import environment, warm
 
@@ -24,10 +25,6 @@ PAGES = [
 ]
 
 WORKS = """
-<!-- run: before
-echo before > there.txt
--->
-<!-- run: with 'there.txt' for 'NAME' -->
 ```console
 $ cat NAME
 what it prints
@@ -44,8 +41,6 @@ text = Path("there.txt").read_text()
 assert text == "before\\n"
 ```
 
-<!-- run: parse 'eva02', needs data -->
-<!-- run: no 'nvidia-smi', needs a GPU -->
 ```bash
 evaclip train eva02-b-16 --set data.train='nowhere/*.tar' batch_size=64
 nvidia-smi --no-such-option
@@ -62,6 +57,12 @@ a tree
 
 `evaclip train tiny --dry-run` in running text, and `evaclip eval`.
 """
+MARKS_OF_WORKS = [
+    {"at": "cat NAME", "before": "echo before > there.txt\n", "with": {"NAME": "there.txt"}},
+    {"at": "nvidia-smi", "parse": "needs data", "lines": ["eva02"]},
+    {"at": "nvidia-smi", "no": "needs a GPU", "lines": ["nvidia-smi"]},
+]
+PARSE = {"at": "", "parse": "needs data"}
 
 
 @pytest.fixture
@@ -69,48 +70,47 @@ def page(tmp_path: Path) -> Path:
     return tmp_path / "page.md"
 
 
-def run(page: Path, text: str) -> tuple[tuple[int, int, int, int], list[str]]:
-    """How many were run, parsed, left out and text; and the failures."""
+def run(page: Path, text: str, *marks: dict[str, Any]) -> tuple[tuple[int, int, int, int], list[str]]:
+    """Numbers of blocks and commands run, parsed, left out, and text; and the failures."""
     page.write_text(text, encoding="utf-8")
     (scratch := page.parent / "scratch").mkdir()
-    outcome = run_page(page, Path(sys.executable), scratch)
+    outcome = run_page(page, Path(sys.executable), scratch, marks=marks)
     return (outcome.ran, outcome.parsed, outcome.left_out.total(), outcome.text), outcome.failures
 
 
 def test_a_page_that_works(page: Path) -> None:
-    assert run(page, WORKS) == ((5, 4, 1, 1), [])
+    assert run(page, WORKS, *MARKS_OF_WORKS) == ((5, 4, 1, 1), [])
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "marks", "message"),
     [
-        ("```bash\nfalse\ntrue\n```", "page.md:1: exit 1"),
-        ("```bash\nfalse | true\n```", "page.md:1: exit 1"),
-        ("```python\n\nmissing\n```", "line 3, in <module>"),
-        ("```python\nraise SystemExit(3)\n```", "exit 3"),
-        ("```python\nimport run_docs\n```", "No module named 'run_docs'"),
-        (
-            "<!-- run: parse, needs data -->\n```bash\nevaclip train tiny --no-such\n```",
-            "unrecognized arguments: --no-such",
-        ),
-        ("<!-- run: parse, needs data -->\n```bash\nevaclip train tiny --set optim.nope=1\n```", "nope"),
-        ("<!-- run: parse, needs data -->\n```bash\ntorchrun -m evaclip trian tiny\n```", "trian"),
-        ("<!-- run: parse, needs data -->\n```bash\npip install 'evakernels[nope]'\n```", "no such extra: nope"),
-        ("<!-- run: parse, needs data -->\n```bash\nmake nope\n```", "no target 'nope'"),
-        ("<!-- run: parse, needs data -->\n```bash\nsomething else\n```", "no parser is known"),
-        ("```yaml\noptim: {lr: fast}\n```", "optim.lr"),
-        ("`evaclip doctor --nope`", "--nope"),
-        ("```sh\ntrue\n```", "language 'sh'"),
-        ("<!-- run: no, on Sundays -->\n```bash\ntrue\n```", "reason 'on Sundays'"),
-        ("<!-- run: perhaps -->\n```bash\ntrue\n```", "isn't understood"),
-        ("<!-- run: with 'a' for 'gone' -->\n```bash\ntrue\n```", "'gone' isn't there"),
-        ("<!-- run: no, needs a GPU -->\n\ntext\n\n```bash\ntrue\n```", "right above a fence"),
+        ("```bash\nfalse\ntrue\n```", [], "page.md:1: exit 1"),
+        ("```bash\nfalse | true\n```", [], "page.md:1: exit 1"),
+        ("```python\n\nmissing\n```", [], "line 3, in <module>"),
+        ("```python\nraise SystemExit(3)\n```", [], "exit 3"),
+        ("```python\nimport run_docs\n```", [], "No module named 'run_docs'"),
+        ("```bash\nevaclip train tiny --no-such\n```", [PARSE], "unrecognized arguments: --no-such"),
+        ("```bash\nevaclip train tiny --set optim.nope=1\n```", [PARSE], "nope"),
+        ("```bash\ntorchrun -m evaclip trian tiny\n```", [PARSE], "trian"),
+        ("```bash\npip install 'evakernels[nope]'\n```", [PARSE], "no such extra: nope"),
+        ("```bash\nmake nope\n```", [PARSE], "no target 'nope'"),
+        ("```bash\nsomething else\n```", [PARSE], "no parser is known"),
+        ("```yaml\noptim: {lr: fast}\n```", [], "optim.lr"),
+        ("`evaclip doctor --nope`", [], "--nope"),
+        ("```sh\ntrue\n```", [], "language 'sh'"),
+        ("```bash\ntrue\n```", [{"at": "true", "no": "on Sundays"}], "'on Sundays'"),
+        ("```bash\ntrue\n```", [{"at": "true", "perhaps": "needs data"}], "perhaps"),
+        ("```bash\ntrue\n```", [{"at": "true", "with": {"gone": "a"}}], "'gone'"),
+        ("```bash\ntrue\n```", [{"at": "true", "no": "needs a GPU", "lines": ["gone"]}], "'gone'"),
+        ("```bash\ntrue\n```", [{"at": "false", "no": "needs a GPU"}], "got 0 blocks"),
+        ("```bash\ntrue\n```\n```bash\ntrue\n```", [{"at": "true", "no": "needs a GPU"}], "got 2 blocks"),
     ],
 )
-def test_what_does_not_work_is_told(page: Path, text: str, told: str) -> None:
-    _, failures = run(page, text + "\n")
+def test_broken_page_is_reported(page: Path, text: str, marks: list[dict[str, Any]], message: str) -> None:
+    _, failures = run(page, text + "\n", *marks)
     assert len(failures) == 1
-    assert told in failures[0]
+    assert message in failures[0]
 
 
 def test_the_emoji_shards_are_drawn_once_for_all_pages(page: Path, tmp_path: Path) -> None:
@@ -161,9 +161,13 @@ def programs(path, clean, made_once, hosts):
 
 
 @pytest.mark.parametrize("path", pages(), ids=str)
-def test_every_block_says_what_is_to_be_done_with_it(path: Path) -> None:
-    read_blocks(ROOT / path)
+def test_marks_match_page(path: Path) -> None:
+    read_blocks(ROOT / path, path, MARKS.get(str(path), []))
     read_spans(ROOT / path)
+
+
+def test_marks_name_pages() -> None:
+    assert set(MARKS) <= {str(path) for path in pages()}
 
 
 @pytest.mark.slow

@@ -141,7 +141,9 @@ def test_a_stream_begins_before_its_end_is_known(encoder, pictures):
     assert len(next(stream).items) == 4
     stream.close()
     assert len(taken) < 100
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("evaclip-ahead", "evaclip-feed"))]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith(("evaclip-stream", "evaclip-feed"))
+    ]
 
 
 def test_16_bits_are_near(loaded, pictures):

@@ -1,9 +1,13 @@
-"""A pytest plugin that accelerates every model and loss that timm, open_clip and transformers build.
+r"""A pytest plugin that accelerates every model and loss that timm, open_clip and transformers build.
 
-    PYTHONPATH=tests/evakernels/dropin/peer_tests pytest -p accelerated SDIST/tests/test_models.py ...
+It runs the tests in the libraries' sdists against accelerated models, with ops at every size. With `ACCELERATED=0` the
+same tests run against the original models.
 
-runs those libraries' own tests against accelerated models. The ops run at every size. With `ACCELERATED=0` the same
-tests run against the untouched ones.
+    export HF_HUB_OFFLINE=1 PYTHONPATH=$PWD:$PWD/tests/evakernels/dropin/peer_tests
+    pytest -p accelerated timm-1.0.31/tests/test_models.py -k "eva02_tiny and not torchscript and not pretrained"
+    pytest -p accelerated open_clip_torch-3.3.0/tests/test_training_simple.py -k unfreezing
+    TRANSFORMERS_SDIST=transformers-5.24.0 pytest -p accelerated -c /dev/null --rootdir . \
+        tests/evakernels/dropin/peer_tests/transformers_models.py
 """
 
 import os

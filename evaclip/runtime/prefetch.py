@@ -1,4 +1,4 @@
-"""Work done ahead of who needs it, in threads, in order."""
+"""Results that threads compute in advance, in order."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,15 +10,15 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(items: Iterable[T], function: Callable[[T], U], *, threads: int, depth: int) -> Iterator[U]:
-    """Yields `function(item)` of each item, in order, computed by threads before it is asked for.
+def prefetch(items: Iterable[T], function: Callable[[T], U], *, threads: int, depth: int) -> Iterator[U]:
+    """Yields `function(item)` of each item in order; threads compute the results in advance.
 
-    One thread alone goes through `items`; what it raises is raised here, behind the results of the items before, and
-    what `function` raises in the place of its result. Whoever stops early ends the work: no further item begins.
+    A single thread iterates `items`. Its exception is raised after the results of earlier items, an exception of
+    `function` in place of its result. Closing the iterator stops the threads.
 
     Args:
-        threads: that run `function`, 1 or more.
-        depth: results that are done or under way at most.
+        threads: number of threads that run `function`.
+        depth: maximum number of finished and running results.
     """
     queue: Queue[Future[U] | None] = Queue(depth)
     stopped = threading.Event()
@@ -43,7 +43,7 @@ def ahead(items: Iterable[T], function: Callable[[T], U], *, threads: int, depth
             put(failed)
         put(None)
 
-    with ThreadPoolExecutor(threads, "evaclip-ahead") as pool:
+    with ThreadPoolExecutor(threads, "evaclip-stream") as pool:
         feeder = threading.Thread(target=feed, name="evaclip-feed", daemon=True)
         feeder.start()
         try:
