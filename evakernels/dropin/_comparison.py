@@ -147,7 +147,8 @@ class Comparisons:
         verdict = Verdict("nothing was tried")
         smaller = narrow(module, omitted, {} if pooling is None else pooling.sizes(module))
         for sizes in (smaller, Sizes()) if smaller.dimensions else (smaller,):
-            key = replacement.forward, replacement.calls, self._describe(module, sizes, hidden, classes or {})
+            described = self._describe(module, sizes, hidden, classes or {})
+            key = replacement.forward, replacement.target != "", replacement.calls, described
             if key not in _VERDICTS:
                 if sizes is not smaller and _count(module, omitted) > MAX_PARAMETERS:
                     break
@@ -208,7 +209,7 @@ def _key(value: Any, sizes: Sizes = Sizes(), depth: int = 2) -> Any:
 
 
 def _code_of(cls: type) -> Any:
-    """The functions of a class and of its bases up to `nn.Module`, with what their code names."""
+    """The functions of a class and of its bases up to `nn.Module`, with the globals that their code reads."""
     found: list[Any] = []
     for base in cls.__mro__:
         if base in (nn.Module, object):

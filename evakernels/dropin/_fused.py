@@ -61,7 +61,8 @@ def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float
     if getattr(norm, "_fast_norm", False):  # timm's fast norm computes in autocast's dtype
         refuse("timm's fast norm")
         return None
-    weight, bias, eps = norm.weight, getattr(norm, "bias", None), _eps(norm)
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    eps: float | None = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     shape = getattr(norm, "normalized_shape", None)
     if eps is None or (shape is not None and len(shape) != 1) or (weight is None and bias is not None):
         return None
@@ -69,11 +70,6 @@ def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float
         refuse("its weight's dtype or size")
         return None
     return weight, bias, eps
-
-
-def _eps(norm: Any) -> float | None:
-    eps: float | None = getattr(norm, "eps", None)
-    return getattr(norm, "variance_epsilon", None) if eps is None else eps
 
 
 def add_norm(

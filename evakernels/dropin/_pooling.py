@@ -97,10 +97,10 @@ class Pooling:
         return f"{class_of(strange[0]).__name__} may need all tokens" if strange else None
 
     def can_shorten(self, tower: Any, x: Tensor) -> bool:
-        """Whether nothing behind the last attention needs, or shows, other tokens than the pooled one for input `x`.
+        """Whether only the pooled token is needed after the last attention, for input `x`.
 
-        False where hooks watch the block, where dropout would draw other random numbers, and in float64, whose
-        results stay bit-exact.
+        False with hooks on the block, with dropout, which would draw other random numbers, and in float64, which stays
+        bit-exact.
         """
         if torch.compiler.is_compiling() and not _COMPILES:
             return False

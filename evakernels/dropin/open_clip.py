@@ -19,14 +19,8 @@ from ._fused import add, add_norm, is_observed, may_drop
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .timm import LayerNorm, block_gate, masked
+from .torch_modules import LayerScale, is_causal_mask, last_dimension
 from .torch_modules import QuickGELU as _QuickGELU
-from .torch_modules import is_causal_mask, last_dimension
-
-ROLES = {
-    "open_clip.transformer.LayerNorm": "layer_norm",
-    "open_clip.transformer.LayerNormFp32": "layer_norm",
-    "open_clip.transformer.LayerScale": "layer_scale",
-}
 
 
 class QuickGELU(_QuickGELU):
@@ -193,12 +187,7 @@ class ClipLoss(AcceleratedModule):
     """CLIP's loss from log-sum-exps instead of logits, with open_clip's own exchange between ranks."""
 
     def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        *args: Any,
-        **options: Any,
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *args: Any, **options: Any
     ) -> Any:
         # Before 2.32 there was no bias, and the fourth argument was another.
         given, biased = (image_features, text_features, logit_scale), options.get("logit_bias") is not None
@@ -212,7 +201,7 @@ class ClipLoss(AcceleratedModule):
             loss = ((ours[0] - ours[2]) + (theirs[0] - theirs[2])).mean() / 2
         else:
             image, text = of_all or (image, text)
-            loss = clip_loss(image, text, logit_scale, group=False)  # open_clip has gathered what there is
+            loss = clip_loss(image, text, logit_scale, group=False)
         loss = loss.to(_loss_dtype(image_features, logit_scale))
         return {"contrastive_loss": loss} if options.get("output_dict") else loss
 
@@ -298,8 +287,9 @@ def _tower(
 
 
 REPLACEMENTS = (
-    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension),
-    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension, role="layer_norm"),
+    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension, role="layer_norm"),
+    Replacement(LayerScale, f"{_TRANSFORMER}.LayerScale", role="layer_scale"),
     Replacement(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "quick_gelu"),
     Replacement(ResidualAttentionBlock, f"{_TRANSFORMER}.ResidualAttentionBlock", block_gate, calls=_queries),
     Replacement(CustomResidualAttentionBlock, f"{_TRANSFORMER}.CustomResidualAttentionBlock", block_gate, calls=masked),

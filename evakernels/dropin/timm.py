@@ -14,16 +14,8 @@ from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, may_drop, norm_add, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
-from .torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
+from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, by_silu, last_dimension
 from .torch_modules import LayerNorm as _LayerNorm
-
-ROLES = {
-    "timm.layers.norm.LayerNorm": "layer_norm",
-    "timm.layers.norm.RmsNorm": "rms_norm",
-    "timm.layers.drop.DropPath": "drop_path",
-    "timm.layers.layer_scale.LayerScale": "layer_scale",
-    "timm.models.vision_transformer.LayerScale": "layer_scale",  # before 1.0.22
-}
 
 
 class LayerNorm(_LayerNorm):
@@ -40,20 +32,20 @@ class SwiGLU(AcceleratedModule):
     """SwiGLU with two projections."""
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = apply_gate(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm, forced=self.is_forced)
+        return self._finish(self.fc1_g(x), self.fc1_x(x))
+
+    def _finish(self, gate: Tensor, up: Tensor) -> Tensor:
+        hidden = apply_gate(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
         y: Tensor = self.drop2(self.fc2(hidden))
         return y
 
 
-class GluMlp(AcceleratedModule):
+class GluMlp(SwiGLU):
     """A gated MLP with one packed projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1(x).chunk(2, dim=-1)
-        gate, up = (second, first) if self.gate_last else (first, second)
-        hidden = apply_gate(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
-        y: Tensor = self.drop2(self.fc2(hidden))
-        return y
+        return self._finish(second, first) if self.gate_last else self._finish(first, second)
 
 
 def _packed_by_silu(module: Any) -> str | None:
@@ -64,7 +56,7 @@ def _packed_by_silu(module: Any) -> str | None:
 
 
 def _given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """The options of a call that differ from their defaults: before 1.0.16 and 1.0.26 timm had neither."""
+    """The options that differ from their defaults: timm has them since 1.0.16 and 1.0.26."""
     options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
     if is_causal is not False:  # under torch.fx it is a proxy
         options["is_causal"] = is_causal
@@ -185,25 +177,17 @@ class _Block(AcceleratedModule):
 
 
 class Block(_Block):
-    """A block of ViT, or of ViT with a bias by relative position, which its attention adds."""
+    """A block of ViT, with relative positions too, or of EVA, whose layer scales are parameters of the block."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        scales = (self.gamma_1, self.gamma_2) if hasattr(self, "gamma_1") else (self.ls1, self.ls2)
         branch = self._attention()(self.norm1(x), *args, **options)
-        y, x = add_norm(self._select(x), branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
-        return add(x, self.mlp(y), self.ls2, self.drop_path2)
-
-
-class EvaBlock(_Block):
-    """A block of EVA with layer scale as its own parameter."""
-
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        branch = self._attention()(self.norm1(x), *args, **options)
-        y, x = add_norm(self._select(x), branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
-        return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
+        y, x = add_norm(self._select(x), branch, self.norm2, scales[0], self.drop_path1, forced=self.is_forced)
+        return add(x, self.mlp(y), scales[1], self.drop_path2)
 
 
 class PostNormBlock(_Block):
-    """A block of any of these models with the norms behind the branches."""
+    """A block with norms after the branches."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         branch = self._attention()(x, *args, **options)
@@ -331,8 +315,11 @@ def _tower(name: str) -> Replacement:
 
 
 REPLACEMENTS = (
-    Replacement(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=last_dimension),
-    Replacement(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=last_dimension, role="layer_norm"),
+    Replacement(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension, role="rms_norm"),
+    Replacement(DropPath, f"{_LAYERS}.drop.DropPath", role="drop_path"),
+    Replacement(LayerScale, f"{_LAYERS}.layer_scale.LayerScale", role="layer_scale"),
+    Replacement(LayerScale, f"{_VIT}.LayerScale", role="layer_scale"),  # before 1.0.22
     Replacement(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu"),
     Replacement(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "quick_gelu"),
     Replacement(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=by_silu),
@@ -343,7 +330,7 @@ REPLACEMENTS = (
     Replacement(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", calls=_rotated),
     Replacement(Block, f"{_VIT}.Block", block_gate, calls=masked),
     Replacement(Block, f"{_RELATIVE}.RelPosBlock", block_gate, calls=_biased),
-    Replacement(EvaBlock, f"{_EVA}.EvaBlock", block_gate, calls=_rotated),
+    Replacement(Block, f"{_EVA}.EvaBlock", block_gate, calls=_rotated),
     Replacement(PostNormBlock, f"{_VIT}.ResPostBlock", "norm_add", calls=masked),
     Replacement(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "norm_add", calls=_rotated),
     Replacement(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", calls=_biased),

@@ -16,14 +16,6 @@ from ._fused import add, add_norm, draw_rows, read_norm, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 
-ROLES = {
-    "torch.nn.modules.linear.Identity": "identity",
-    "torch.nn.modules.dropout.Dropout": "dropout",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.normalization.LayerNorm": "layer_norm",
-    "torch.nn.modules.normalization.RMSNorm": "rms_norm",
-}
-
 
 class Linear(AcceleratedModule):
     """A linear layer; on a CPU by oneDNN where that is faster."""
@@ -225,10 +217,6 @@ class TransformerEncoderLayer(AcceleratedModule):
         return isinstance(self.self_attn, MultiheadAttention) and (mask is None or mask.is_floating_point())
 
 
-def _attends(module: Any) -> str | None:
-    return _packs_all(module.self_attn)
-
-
 def _masked(module: Any, x: Tensor) -> list[Call]:
     # With other masks of floats torch's fast path for inference makes NaN.
     causal, padding = _causal_mask(x.shape[1], x.dtype), torch.zeros(x.shape[:2], dtype=torch.bool)
@@ -297,12 +285,14 @@ def _gelu_gate(module: Any) -> str:
 
 
 _NORMS = "torch.nn.modules.normalization"
-_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
 REPLACEMENTS = (
     Replacement(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
-    Replacement(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension),
-    Replacement(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension, role="layer_norm"),
+    Replacement(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension, role="rms_norm"),
+    Replacement(Identity, "torch.nn.modules.linear.Identity", role="identity"),
+    Replacement(Dropout, "torch.nn.modules.dropout.Dropout", role="dropout"),
+    Replacement(SiLU, "torch.nn.modules.activation.SiLU", role="silu"),
     Replacement(GELU, "torch.nn.modules.activation.GELU", _gelu_gate),
     Replacement(
         MultiheadAttention,
@@ -312,19 +302,12 @@ REPLACEMENTS = (
         reason=_packs_all,
         calls=_with_itself_and_others,
     ),
-    Replacement(TransformerEncoderLayer, _LAYER, "multi_head", "add_layer_norm", reason=_attends, calls=_masked),
+    Replacement(
+        TransformerEncoderLayer,
+        "torch.nn.modules.transformer.TransformerEncoderLayer",
+        "multi_head",
+        "add_layer_norm",
+        reason=lambda module: _packs_all(module.self_attn),
+        calls=_masked,
+    ),
 )
-
-_ROLE_FORWARDS = {
-    "identity": Identity,
-    "dropout": Dropout,
-    "layer_norm": LayerNorm,
-    "rms_norm": RMSNorm,
-    "layer_scale": LayerScale,
-    "drop_path": DropPath,
-    "silu": SiLU,
-}
-ROLE_REPLACEMENTS = {
-    role: Replacement(forward, "", "", reason=last_dimension) for role, forward in _ROLE_FORWARDS.items()
-}
-"""Forwards of the roles that child modules have in fused steps, to compare the children with."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import refuse
@@ -17,13 +16,7 @@ from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, read_norm
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
-from .torch_modules import GELU, QuickGELU, by_silu
-
-ROLES = {
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": "layer_scale",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.Dinov3ViTDropPath": "drop_path",
-}
+from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, by_silu
 
 
 class RMSNorm(AcceleratedModule):
@@ -50,10 +43,6 @@ class ExactGELU(GELU):
     """The exact GELU of DINOv3 and ViT."""
 
     approximate = "none"
-
-
-def _by_torch(module: Any) -> str | None:
-    return None if module.act is F.gelu else "it makes GELU of other functions"
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -224,7 +213,10 @@ _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama
 _ENCODER_LAYER = "layer_norm1", "self_attn", "layer_norm2", "mlp"
 
 REPLACEMENTS = (
-    Replacement(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu", reason=_by_torch),
+    Replacement(SiLU, "transformers.activations.SiLUActivation", role="silu"),
+    Replacement(LayerScale, f"{_DINOV3}.DINOv3ViTLayerScale", role="layer_scale"),
+    Replacement(DropPath, f"{_DINOV3}.Dinov3ViTDropPath", role="drop_path"),
+    Replacement(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu"),
     Replacement(GELU, "transformers.activations.GELUTanh", "gelu"),
     Replacement(GELU, "transformers.activations.NewGELUActivation", "gelu"),
     Replacement(QuickGELU, "transformers.activations.QuickGELUActivation", "quick_gelu"),
@@ -236,13 +228,7 @@ REPLACEMENTS = (
         reason=by_silu,
         attributes=("gate_proj", "up_proj", "down_proj", "act_fn"),
     ),
-    Replacement(
-        DINOv3Attention,
-        f"{_DINOV3}.DINOv3ViTAttention",
-        "rope_attention",
-        reason=_by_sdpa,
-        calls=_rotated,
-    ),
+    Replacement(DINOv3Attention, f"{_DINOV3}.DINOv3ViTAttention", "rope_attention", reason=_by_sdpa, calls=_rotated),
     Replacement(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", attributes=_ENCODER_LAYER, calls=_masked),
     Replacement(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked),
     Replacement(EncoderLayerWithTuple, f"{_CLIP}.CLIPEncoderLayer", "add_norm", calls=_masked),

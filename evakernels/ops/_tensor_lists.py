@@ -27,13 +27,13 @@ def tensors(op: str, params: Tensors, **lists: Tensors) -> None:
 
 
 def sequence(op: str, name: str, values: Any) -> None:
-    """`values` is a list, a tuple or the like, not what merely has elements: a tensor, an array or a string."""
+    """Raises `TypeError` unless `values` is a sequence; tensors, arrays and strings aren't accepted."""
     if not isinstance(values, list | tuple) and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
         raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list of tensors")
 
 
 def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
-    # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
+    # For lists of small tensors the checks take most of a step's time, so messages are made only when needed.
     try:
         return (
             tensor.layout == torch.strided
@@ -46,7 +46,7 @@ def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
 
 
 def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:
-    """Raises with the first reason why `_fits` says no."""
+    """Raises for a tensor that doesn't fit."""
     _check.floating(op, **{label: tensor})
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
@@ -55,13 +55,13 @@ def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> Non
 
 
 def options(op: str, betas: tuple[float, float], eps: float) -> None:
-    """Two decay rates, and the epsilon added to the root of the second moment."""
+    """Checks the decay rates and eps."""
     _check.betas(op, betas)
     _check.eps(op, eps)
 
 
 def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
-    """There is one number for each of `params`."""
+    """Checks lists of one number for each of `params`."""
     for name, values in lists.items():
         if not hasattr(values, "__len__"):
             raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list, a number for each of params")
@@ -69,10 +69,10 @@ def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
 
 
 def steps(op: str, params: Tensors, given: Tensors) -> None:
-    """The step counts, one for each of `params`, are different 0-D float32 tensors on their device."""
+    """Checks the step counts: different 0-D float32 tensors on the device of `params`, one for each."""
     sequence(op, "steps", given)
     _length(op, "steps", given, params)
-    if len(set(map(id, given))) < len(given):  # each would be counted up once for all and read in between
+    if len(set(map(id, given))) < len(given):  # it would be incremented several times
         raise ValueError(f"{op}: steps holds a tensor twice; expected one of its own for each of the params")
     for i, step in enumerate(given):
         if not isinstance(step, Tensor):
@@ -91,7 +91,7 @@ def _length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
 def rounding(
     op: str, params: Tensors, seeds: Sequence[int], first_elements: Sequence[int]
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Seeds, if there are any, are for bfloat16 parameters; with them come element numbers, by default 0."""
+    """Checks seeds and returns them with element numbers, by default 0; `params` must then be bfloat16."""
     if not seeds:
         if first_elements:
             raise ValueError(f"{op}: first_elements are given without seeds; expected both, or seeds alone")
@@ -108,7 +108,7 @@ def rounding(
 
 
 def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
-    """Each flag that is given has one element, on the device of `param`."""
+    """Checks flags: None, or one element on the device of `param`."""
     for name, flag in given.items():
         if flag is not None and not isinstance(flag, Tensor):
             raise _check.no_tensor(op, name, flag)
