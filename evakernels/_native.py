@@ -19,7 +19,6 @@ _LIBRARY = _FOLDER / "_ops.so"
 _BUILD_RECORD = _FOLDER / "_build.json"
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def build_record() -> dict[str, Any]:
@@ -81,9 +80,7 @@ def _reasons(
             found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
         elif device == "cuda" and (reason := why_not_on_gpu(place.index)):
             found.append(reason)
-        if others := backends.dtypes(args) - _DTYPES:
-            unknown = sorted(str(dtype) for dtype in others if dtype.is_floating_point)
-            found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
+        found += backends.dtype_reasons(args)
         if of_all is not None:
             found += of_all(**backends.by_name(op_name, args))
         if of_gpus is not None and runs_gpu_kernels(device):

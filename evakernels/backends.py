@@ -26,6 +26,8 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 LOSS_PRODUCTS = ("ieee", "tf32x3")
 
+KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
 Reasons = Callable[..., list[str]]
 """Maps the arguments of a call to the reasons why a backend doesn't support it; an empty list if it does."""
 
@@ -283,11 +285,11 @@ def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
     return found
 
 
-def dtypes(args: Sequence[Any]) -> set[torch.dtype]:
-    """Returns the dtypes of an op's tensor arguments, and the dtypes that are arguments."""
-    found = {tensor.dtype for tensor in tensors(args)}
-    found.update([arg for arg in args if type(arg) is torch.dtype])
-    return found
+def dtype_reasons(args: Sequence[Any]) -> list[str]:
+    """Why kernels don't support the floating-point dtypes among the arguments of an op."""
+    found = {tensor.dtype for tensor in tensors(args)} | {arg for arg in args if type(arg) is torch.dtype}
+    unknown = sorted(str(dtype) for dtype in found - KERNEL_DTYPES if dtype.is_floating_point)
+    return [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
 
 
 def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from ..nn import frozen
 from . import _swap, open_clip, timm, torch_modules, transformers
 from ._comparison import Comparisons, Verdict
 from ._fused import ROLES
-from ._replacement import Replacement, why_no_backend
+from ._replacement import Replacement, explain_no_backend
 from ._report import Left, Replaced, Report
 from ._swap import original_class_of
 
@@ -279,7 +279,7 @@ class _Plan:
                 new = _swap.replacement_class(cls, replacement.forward, forced, verdict.tried or None)
                 backend = replacement.backend(module, forced)
                 if backend is None:
-                    return Left(name, cls.__name__, why_no_backend(module, forced)), new
+                    return Left(name, cls.__name__, explain_no_backend(module, forced)), new
                 return Replaced(name, cls.__name__, replacement.op_of(module), backend), new
             changed = match is _Match.NAMED and verdict.difference is not None
             refusals.append(Left(name, cls.__name__, reason, _library_of(cls) if changed else ""))

@@ -15,6 +15,10 @@ from ._swap import AcceleratedModule
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def _pass_tokens(module: Any, x: Tensor) -> list[Call]:
+    return [((x,), {})]
+
+
 @dataclass(frozen=True)
 class Replacement:
     """A forward and the classes that it may replace; a comparison of both decides.
@@ -44,7 +48,7 @@ class Replacement:
     reason: Callable[[Any], str | None] = field(default=lambda module: None)
     attributes: tuple[str, ...] = ()
     hook: Callable[[type], bool] | None = None
-    calls: Callable[[Any, Tensor], list[Call]] = field(default=lambda module, x: [((x,), {})])
+    calls: Callable[[Any, Tensor], list[Call]] = field(default=_pass_tokens)
     settings: tuple[tuple[str, Any], ...] = ()
     pooling: Pooling | None = None
     role: str = ""
@@ -72,7 +76,7 @@ class Replacement:
         return self.gate if isinstance(self.gate, str) else self.gate(module)
 
 
-def why_no_backend(module: Any, forced: bool = False) -> str:
+def explain_no_backend(module: Any, forced: bool = False) -> str:
     """Why no backend runs a module where it is now."""
     if next(module.parameters(), None) is None:
         return "no kernels are for it" if forced else "its own is as fast"

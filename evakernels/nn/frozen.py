@@ -332,12 +332,6 @@ def _attend_densely(*args: Any, **kwargs: Any) -> Any:
     return F.multi_head_attention_forward(*args, **kwargs)
 
 
-def _refuse_item(weight: Any, *args: Any) -> Any:
-    if isinstance(weight, FrozenWeight):
-        raise TypeError(_FROZEN)
-    return NotImplemented
-
-
 def _refuse_data(weight: FrozenWeight, data: Tensor) -> None:
     # `module.to` with the same device sets the same data.
     if not isinstance(data, FrozenWeight) or data._packed is not weight._packed:
@@ -348,7 +342,6 @@ _OVERRIDES: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.multi_head_attention_forward: _attend_densely,
     Tensor.split: _split,
-    Tensor.__setitem__: _refuse_item,
     Tensor.share_memory_: _refuse_sharing,
     Tensor.data.__set__: _refuse_data,  # type: ignore[attr-defined]
 }

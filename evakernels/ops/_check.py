@@ -28,12 +28,12 @@ def of_dtype(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None
     """Checks tensors with one of these dtypes."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise no_tensor(op, name, tensor)
+            raise not_a_tensor(op, name, tensor)
         if tensor.dtype not in accepted:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {', '.join(map(str, accepted))}")
 
 
-def no_tensor(op: str, name: str, value: Any) -> TypeError:
+def not_a_tensor(op: str, name: str, value: Any) -> TypeError:
     """Returns the error for a value that isn't a tensor."""
     maker = _MAKERS.get(type(value).__name__)
     hint = f"; {maker} makes one" if maker else ""
@@ -116,7 +116,7 @@ def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise no_tensor(op, name, tensor)
+            raise not_a_tensor(op, name, tensor)
         if tensor.dtype not in accepted:
             listed = " or ".join(f"{dtype} ({why})" if why else str(dtype) for dtype, why in accepted.items())
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {listed}")

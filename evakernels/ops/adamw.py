@@ -57,9 +57,7 @@ def adamw_update(
         [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "adamw_update"
-    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)

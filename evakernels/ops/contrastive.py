@@ -50,7 +50,7 @@ def contrastive_statistics(
     """
     op = "contrastive_statistics"
     _check_features(op, image, text, ("image", "text"))
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
+    logit_scale = _check_scalar(op, "logit_scale", logit_scale, image)
     _check.integer(op, "offset", offset, "0 to B - m")
     spare = text.shape[0] - image.shape[0]
     if spare < 0:
@@ -105,7 +105,7 @@ def clip_loss(
     op = "clip_loss"
     group = resolved(op, group)
     _check_batch(op, image_features, text_features, group)
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
+    logit_scale = _check_scalar(op, "logit_scale", logit_scale, image_features)
     _check.number(op, "label_smoothing", label_smoothing, "0 to 1")
     _check.number(op, "memory_budget", memory_budget, "a number of bytes, at least 0")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -137,7 +137,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text, _ = inputs
     keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
+    forward = _kept_forward if keeps and _needs_grad(inputs) else _forward
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = forward(*inputs, offset)
     return found
 
@@ -171,8 +171,8 @@ def siglip_loss(
     op = "siglip_loss"
     group = resolved(op, group)
     _check_batch(op, image_features, text_features, group)
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
-    logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
+    logit_scale = _check_scalar(op, "logit_scale", logit_scale, image_features)
+    logit_bias = _check_scalar(op, "logit_bias", logit_bias, image_features)
     text, offset = gather_rows(op, "text_features", text_features, group, counts)
     return sum_of_ranks(siglip_sum(image_features, text, logit_scale, logit_bias, offset), group) / len(text)
 
@@ -182,14 +182,14 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
     if len(image) == 0:
         return _zero_of(*inputs)
-    if not _wants_gradient(inputs):
+    if not _needs_grad(inputs):
         value: Tensor = _siglip_value(*inputs, offset)
         return value
     loss: Tensor = _siglip_forward(*inputs, offset, (image.requires_grad, text.requires_grad))
     return loss
 
 
-def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
+def _needs_grad(inputs: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
@@ -221,17 +221,18 @@ def _check_batch(op: str, image: Tensor, text: Tensor, group: ProcessGroup | Non
 def _check_features(
     op: str, image: Tensor, text: Tensor, names: tuple[str, str], *, may_be_empty: bool = False
 ) -> None:
-    _check.floating(op, **dict(zip(names, (image, text), strict=True)))
-    _check.same_device(op, **dict(zip(names, (image, text), strict=True)))
+    features = dict(zip(names, (image, text), strict=True))
+    _check.floating(op, **features)
+    _check.same_device(op, **features)
     if image.dtype != text.dtype:
         raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
-    for name, tensor in zip(names, (image, text), strict=True):
+    for name, tensor in features.items():
         if tensor.dim() != 2 or (tensor.shape[0] == 0 and not may_be_empty):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
     _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
 
 
-def _checked_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
+def _check_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
     _check.floating(op, **{name: scalar})
     if scalar.numel() != 1:
         raise ValueError(f"{op}: {name} has shape {tuple(scalar.shape)}; expected one element")

@@ -43,9 +43,7 @@ def lamb_step(
     """
     op = "lamb_step"
     check_variant(op, variant)
-    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
@@ -96,9 +94,7 @@ def lamb_update(
     """
     op = "lamb_update"
     check_variant(op, variant)
-    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
@@ -138,9 +134,7 @@ def lamb_apply(
     """
     op = "lamb_apply"
     check_variant(op, variant)
-    _tensor_lists.tensors(op, params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _check.floating(op, squared_norms=squared_norms)
     _check.same_device(op, **{"params[0]": params[0]}, squared_norms=squared_norms)

@@ -191,9 +191,9 @@ def _check_plain(
         weight, bias = widened(weight, bias)
         if out_dtype is None and x.dtype != torch.float32:
             out_dtype = torch.float32
-    weight, bias = _checked_parameters(op, "x", x, weight, bias, out_dtype)
+    weight, bias = _check_parameters(op, "x", x, weight, bias, out_dtype)
     _check.same_device(op, x=x, weight=weight, bias=bias)
-    return x, weight, bias, _checked_eps(op, eps, x, rms), rms, out_dtype
+    return x, weight, bias, _check_eps(op, eps, x, rms), rms, out_dtype
 
 
 def _check_add(*args: Any) -> Any:
@@ -218,7 +218,7 @@ def _check_joined(
     if widens_norms(residual):
         weight, bias = widened(weight, bias)
         residual = residual.float() if out_dtype is None else residual
-    weight, bias = _checked_parameters(op, "residual", residual, weight, bias, out_dtype)
+    weight, bias = _check_parameters(op, "residual", residual, weight, bias, out_dtype)
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
@@ -228,10 +228,10 @@ def _check_joined(
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
     _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
     normed = branch if op.endswith("_add") else residual
-    return residual, branch, weight, bias, layer_scale, row_scale, _checked_eps(op, eps, normed, rms), rms
+    return residual, branch, weight, bias, layer_scale, row_scale, _check_eps(op, eps, normed, rms), rms
 
 
-def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
+def _check_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     if eps is not None:
         return _check.eps(op, eps)
     if not rms:
@@ -239,7 +239,7 @@ def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     return torch.finfo(accumulation_dtype(x)).eps
 
 
-def _checked_parameters(
+def _check_parameters(
     op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[Any, ...]:
     if x.dim() == 0:

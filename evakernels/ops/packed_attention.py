@@ -13,7 +13,7 @@ from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
-from .rope_attention import check_tables, gpu_reasons, gradients_fake, of_shared_heads, refuse_gradients, table_rows
+from .rope_attention import check_tables, gpu_reasons, gradients_fake, refuse_gradients, sum_shared_heads, table_rows
 
 
 @overload
@@ -100,7 +100,7 @@ def packed_attention(
     """
     token_index = positions
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        token_index = _rows_of_places(positions, cos, q)
+        token_index = _grid_rows(positions, cos, q)
     args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward.every_output(*args)
@@ -109,7 +109,7 @@ def packed_attention(
     return out
 
 
-def _rows_of_places(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
+def _grid_rows(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
     """The table rows of (y, x), `[T, 2]` -> `[T]`; positions outside the grid give a row after the last one."""
     op = "packed_attention"
     _check.floating(op, q=q)
@@ -199,7 +199,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
-    return of_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
+    return sum_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
 
 
 _forward = define(

@@ -107,8 +107,8 @@ def rope_attention(
         torch.Size([2, 197, 12, 64])
     """
     args = q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
-    if cos is not None and _are_first_of(q, k):
-        args = _of_turned_keys(*args)
+    if cos is not None and _has_first_queries(q, k):
+        args = _rotate_keys(*args)
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward.every_output(*args)
         return both[0], both[1].detach()
@@ -127,20 +127,20 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     return q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
 
 
-def _are_first_of(q: Any, k: Any) -> bool:
+def _has_first_queries(q: Any, k: Any) -> bool:
     """Whether there are queries of the first tokens only."""
     return isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4 and q.shape[1] < k.shape[1]
 
 
-def _of_turned_keys(*args: Any) -> Any:
+def _rotate_keys(*args: Any) -> Any:
     """The arguments with rotated keys and without tables; queries of the prefix aren't rotated."""
     _check_call(*args)
     q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale = args
     refuse_gradients("rope_attention", cos, sin)
     if type(token_index) is Tensor and not torch.compiler.is_compiling():  # which hides values
         _check_values(q, k, v, cos, sin, token_index)
-    rotation = reference.rotation_of(k, cos, sin, token_index, num_prefix)
-    k = reference.turned(k.transpose(1, 2), rotation, interleaved).transpose(1, 2)
+    rotation = reference.rotation_tables(k, cos, sin, token_index, num_prefix)
+    k = reference.rotate_rounded(k.transpose(1, 2), rotation, interleaved).transpose(1, 2)
     return q, k, v, None, None, None, 0, causal, interleaved, scale
 
 
@@ -269,7 +269,7 @@ def refuse_gradients(op: str, *tables: Tensor | None) -> None:
         raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
 
 
-def of_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def sum_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv summed over the query heads that share a head of `k`."""
     dq, *of_heads = gradients
     kv_heads, heads = k.shape[-2], dq.shape[-2]
@@ -288,7 +288,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
-    return of_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
+    return sum_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
 
 
 _forward = define(

@@ -62,8 +62,8 @@ def packed_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *
     sequence = ended.cumsum(0)[:-1]  # of each token
     places = torch.arange(total, device=q.device) - firsts[sequence]
     index = (places if token_index is None else token_index).unsqueeze(0)
-    rotation = rope_attention.rotation_of(q.unsqueeze(0), cos, sin, index, 0)
-    q, k = (rope_attention.turned(x.unsqueeze(0).transpose(1, 2), rotation, interleaved) for x in (q, k))
+    rotation = rope_attention.rotation_tables(q.unsqueeze(0), cos, sin, index, 0)
+    q, k = (rope_attention.rotate_rounded(x.unsqueeze(0).transpose(1, 2), rotation, interleaved) for x in (q, k))
     q, k = (x.transpose(1, 2).squeeze(0) for x in (q, k))
     cells = torch.arange(max_seqlen, device=q.device)
     rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)

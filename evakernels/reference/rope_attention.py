@@ -34,7 +34,7 @@ def rope_attention_forward(
     if k.shape[1] == 0:
         lse = q.new_full((q.shape[0], *q.shape[2:0:-1]), float("-inf"), dtype=accumulation_dtype(q))
         return q.new_zeros(q.shape), lse
-    rotation, heads = rotation_of(q, cos, sin, token_index, num_prefix), q.shape[2]
+    rotation, heads = rotation_tables(q, cos, sin, token_index, num_prefix), q.shape[2]
     q_rotated, k_rotated = (rotate(_heads_first(x, heads), rotation, interleaved) for x in (q, k))
     scores = _scores(q_rotated, k_rotated, scale, causal)
     # Without gradient, as the softmax of shifted scores is the same.
@@ -51,8 +51,8 @@ def rope_attention_forward(
 def rope_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor]:
     """Returns the output alone, computed by torch's attention, for which exported programs have kernels."""
     *tables, causal, interleaved, scale = options
-    rotation = rotation_of(q, *tables)
-    q, k = (turned(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
+    rotation = rotation_tables(q, *tables)
+    q, k = (rotate_rounded(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
     mask, blind, v = None, 0, v.transpose(1, 2)
     if causal and q.shape[2] != k.shape[2]:
         blind = max(q.shape[2] - k.shape[2], 0)  # queries in front that see no key
@@ -65,7 +65,7 @@ def rope_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple
     return (F.pad(out, (0, 0, blind, 0)).transpose(1, 2).contiguous(),)
 
 
-def turned(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+def rotate_rounded(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """`x` [B, H, N, D], rotated in accumulation precision and rounded again."""
     return x if rotation is None else rotate(x.to(accumulation_dtype(x)), rotation, interleaved).to(x.dtype)
 
@@ -85,7 +85,7 @@ def rope_attention_backward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rotation, heads = rotation_of(q, cos, sin, token_index, num_prefix), q.shape[2]
+    rotation, heads = rotation_tables(q, cos, sin, token_index, num_prefix), q.shape[2]
     q_rotated, k_rotated = (rotate(_heads_first(x, heads), rotation, interleaved) for x in (q, k))
     if causal and q.shape[1] > k.shape[1]:
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
@@ -101,7 +101,7 @@ def rope_attention_backward(
     return _heads_last(dq, q.dtype), _heads_last(dk, q.dtype), _heads_last(dv, q.dtype)
 
 
-def rotation_of(
+def rotation_tables(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
 ) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; the prefix and indices of -1 aren't rotated."""
@@ -143,8 +143,8 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool)
     cos, sin = rotation
     # Pairs (2i, 2i + 1), or (i, i + D / 2), without complex numbers, which ONNX lacks.
     a, b = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
-    turned = a * cos - b * sin, a * sin + b * cos
-    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    pair = a * cos - b * sin, a * sin + b * cos
+    return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:

@@ -33,7 +33,6 @@ MAX_HEAD_DIM = 128
 """Channels of a head in registers."""
 
 _OLDEST_GPU = (8, 0)
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _FAMILY_OF: dict[str, str] = {}
 _size_reasons: dict[str, backends.Reasons] = {}
 
@@ -92,8 +91,7 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
         found.append(f"the tensors are on {device}, not on {where}")
     elif device.type == "cuda":
         found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
-    unknown = sorted(str(dtype) for dtype in backends.dtypes(args) - _DTYPES if dtype.is_floating_point)
-    found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
+    found += backends.dtype_reasons(args)
     return found or _size_reasons[op](tensor, **backends.by_name(op, args))
 
 

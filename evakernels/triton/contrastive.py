@@ -81,21 +81,11 @@ def _positions(first, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _products(
-    image,
-    text,
-    rows,
-    columns,
-    steps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _products(image, text, rows, columns, steps, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     inner = tl.arange(0, BLOCK_K)
     image += rows[:, None].to(tl.int64) * (steps * BLOCK_K) + inner[None, :]
     text += columns[None, :].to(tl.int64) * (steps * BLOCK_K) + inner[:, None]
-    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for _ in range(steps):
         products = tl.dot(tl.load(image), tl.load(text), products, input_precision=PRECISION)
         image += BLOCK_K
@@ -141,7 +131,7 @@ def statistics_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    logits = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
         of_pair = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
@@ -226,7 +216,7 @@ def gradient_kernel(
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
     if kept is None:
-        logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        logits = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
         logits *= tl.load(scale).to(tl.float32)
     else:
         logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
@@ -379,7 +369,7 @@ def siglip_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    products = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    products = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
     logits = products * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     is_pair = column[None, :] == (row + offset)[:, None]
