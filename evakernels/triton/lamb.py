@@ -66,9 +66,7 @@ def prepare_kernel(
         store_floats(factors, 4 * tensor + 1, 1.0 / bias1, inside)
         store_floats(factors, 4 * tensor + 2, 1.0 / bias2, inside)
     if squared_norms is not None:
-        w = tl.sqrt_rn(load_floats(squared_norms, 2 * tensor, inside)).to(tl.float64)
-        u = tl.sqrt_rn(load_floats(squared_norms, 2 * tensor + 1, inside)).to(tl.float64)
-        factor = tl.where((w > 0.0) & (u > 0.0), w / u, 1.0)
+        factor = trust_ratio(squared_norms, tensor, inside)
         if NVLAMB:
             factor = tl.where(weight_decay != 0.0, factor, 1.0)
         else:
@@ -80,6 +78,13 @@ def prepare_kernel(
         store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
     if keys is not None:
         store_keys(keys, seeds, tensor, step, inside)
+
+
+@triton.jit
+def trust_ratio(squared_norms, tensor, inside):
+    w = tl.sqrt_rn(load_floats(squared_norms, 2 * tensor, inside)).to(tl.float64)
+    u = tl.sqrt_rn(load_floats(squared_norms, 2 * tensor + 1, inside)).to(tl.float64)
+    return tl.where((w > 0.0) & (u > 0.0), w / u, 1.0)
 
 
 @triton.jit
