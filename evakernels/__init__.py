@@ -34,10 +34,10 @@ __all__ += ops.__all__
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep this process's freed memory for what comes next; nothing on other systems.
+    """Makes glibc keep this process's freed memory for reuse; no effect on other systems.
 
-    By default glibc returns the memory of large activations, so that every call maps and zeroes it anew, which can take
-    longer than an op. The process stays as large as it has been.
+    By default glibc returns the memory of large activations to the system, and every call maps and zeroes it again,
+    which can take longer than an op.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:

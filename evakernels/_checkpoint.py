@@ -1,4 +1,4 @@
-"""What selective activation checkpointing keeps."""
+"""A policy for selective activation checkpointing."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,18 +14,16 @@ from .ops import _check
 def checkpoint_policy(
     save: str | Sequence[str | OpOverload] = ("rope_attention", "packed_attention"),
 ) -> Callable[..., CheckpointPolicy]:
-    """A policy of selective activation checkpointing that knows the ops of this library.
+    """A policy of selective activation checkpointing that saves the outputs of some ops and recomputes the rest.
 
-    By default attention's outputs are kept, which cost the most to compute again and the least memory; norms,
-    activations and everything else in the region run again in the backward pass.
+    The default saves attention, which costs the most to recompute and the least memory.
 
     Args:
-        save: ops to save: a name of a public function, such as `"swiglu"`, or a list of names and of overloads of any
-            operators, such as `torch.ops.aten.mm.default`. Under `torch.compile` what isn't named runs again unless
-            the compiler finds it better kept.
+        save: a name of a public function, such as `"swiglu"`, or a list of names and of overloads of any operators,
+            such as `torch.ops.aten.mm.default`. `torch.compile` may save more.
 
     Returns:
-        What `torch.utils.checkpoint.create_selective_checkpoint_contexts` takes.
+        A policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts`.
 
     Raises:
         TypeError: for anything else, such as an operator without its overload, `torch.ops.aten.mm`.

@@ -1,4 +1,4 @@
-"""Which backend serves a call of a public function, and why the others don't."""
+"""The backend of a call, with the reasons against the others."""
 
 import inspect
 from collections.abc import Callable
@@ -13,23 +13,21 @@ _TORCH_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
-    """Reports which backend serves a call and why the others don't, one line each.
+    """Reports which backend runs a call and why the others don't, one line each; the op doesn't run.
 
-    The op doesn't run, and nothing is written. A loss over several processes still gathers its features, so every
-    process must call `explain`.
+    A loss over several ranks still gathers its features, so every rank must call `explain`.
 
     Args:
-        op: a public function or its name, such as `"layer_norm"` or `"clip_loss"`, or an op of
-            `torch.ops.evakernels` or its name, such as `"layer_norm_backward"`.
-        args, options: the call: what the public function takes, by position or by keyword, or the op's arguments in
-            the order of its schema. Leading arguments are enough: without any, the lines hold for every call. Without
-            a whole call a function that chooses between several ops has lines of each.
+        op: a public function or its name, such as `"layer_norm"`, or an op of `torch.ops.evakernels` or its name, such
+            as `"layer_norm_backward"`.
+        args, options: arguments of the public function, or of the op in the order of its schema. They may be
+            incomplete: the lines then hold for every such call, for each op that the function may call.
 
     Raises:
-        ValueError: for an unknown name.
-        TypeError: for arguments that the function doesn't take. What the function itself raises is raised too.
+        ValueError: for an unknown name, and as the function.
+        TypeError: for arguments that the function doesn't take, and as the function.
     """
-    # Another library's function of the same name is none of ours.
+    # Another library may have a function of the same name.
     module = str(getattr(op, "__module__", ""))
     is_ours = str(__package__) in module or backends.NAMESPACE in module
     name = getattr(op, "__name__", op) if is_ours else op

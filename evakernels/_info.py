@@ -14,12 +14,12 @@ def info() -> dict[str, Any]:
     """Versions, the state of the native library, and the GPUs, as plain values that JSON can hold.
 
     Returns:
-        `evakernels`, `python`, `torch`, `triton`: versions, None where not installed.
-        `native`: `loaded`, and the `reason` if not; `built`, whether the build made it, None if there was no build; the
-            `isa` in use, or the `isa_error` if EVAKERNELS_ISA asks for one that this machine can't run; `module_error`,
-            if the Python module is there and can't be imported; where it can also `version`, `compiler`, `isas_built`,
-            `isas_available`, and `cuda_archs`, the GPUs that it has kernels for; `cuda_reason` says why there are none.
-        `cuda`: `available`, the `version` that torch was built for, `devices` by name.
+        `evakernels`, `python`, `torch`, `triton`: versions, None if not installed.
+        `native`: `loaded`, and the `reason` if not; `built`, None without a build; the `isa` in use, or the `isa_error`
+            if this machine doesn't support EVAKERNELS_ISA; `module_error` if the Python module can't be imported,
+            otherwise `version`, `compiler`, `isas_built`, `isas_available` and `cuda_archs`, the GPUs with kernels;
+            `cuda_reason` if there are none.
+        `cuda`: `available`, the `version` of torch's build, `devices` by name.
     """
     return {
         "evakernels": __version__,
@@ -27,7 +27,11 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "native": _native_info(),
-        "cuda": _cuda_info(),
+        "cuda": {
+            "available": torch.cuda.is_available(),
+            "version": torch.version.cuda,
+            "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
     }
 
 
@@ -57,13 +61,3 @@ def _native_info() -> dict[str, Any]:
     except ValueError as exc:
         state["isa_error"] = str(exc)
     return state | dict(compiled.build_info())
-
-
-def _cuda_info() -> dict[str, Any]:
-    available = torch.cuda.is_available()
-    count = torch.cuda.device_count() if available else 0
-    return {
-        "available": available,
-        "version": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(index) for index in range(count)],
-    }

@@ -1,4 +1,4 @@
-"""What watches the ops that run: compilers, tracers, modes, functorch's transforms and forward-mode differentiation."""
+"""Queries of compilers, tracers, modes, functorch's transforms and forward-mode differentiation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,18 +7,17 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-# Looked up at every call: names of this module, as each dot costs.
+# Names of this module are looked up faster than attributes.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._is_torch_function_mode_enabled
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 are_transforms_active = torch._C._are_functorch_transforms_active
-"""Whether a transform of functorch (`torch.func`) is at work."""
 
 
 def needs_dispatcher() -> bool:
-    """Whether more than autograd may look at the ops that run, so that a call has to go through torch's dispatcher."""
+    """Whether a call has to go through torch's dispatcher, as more than autograd intercepts ops."""
     return (
         is_compiling()
         or forward_ad._current_level >= 0
@@ -30,12 +29,12 @@ def needs_dispatcher() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of functorch or forward-mode differentiation is at work."""
+    """Whether a transform of functorch or forward-mode differentiation is active."""
     return are_transforms_active() or has_dual_numbers()
 
 
 def has_dual_numbers() -> bool:
-    """Whether forward-mode differentiation is at work; a constant in compiled code."""
+    """Whether forward-mode differentiation is active; a constant in compiled code."""
     return forward_ad._current_level >= 0
 
 

@@ -30,13 +30,10 @@ def matmul_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def widens_norms(x: Tensor) -> bool:
-    """Whether autocast has the norm of `x` in float32: on CUDA, as that of `torch.nn.functional.layer_norm`."""
+    """Whether autocast computes the norm of `x` in float32: on CUDA, as `torch.nn.functional.layer_norm`."""
     return x.device.type == "cuda" and is_on("cuda") and x.dtype != torch.float64
 
 
 def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, those of 16 bits in float32.
-
-    A model in bfloat16 has parameters in bfloat16, which beside a norm in float32 no norm takes.
-    """
+    """Casts 16-bit parameters to float32, for a norm in float32."""
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in _HALVES else t for t in tensors)

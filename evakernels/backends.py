@@ -1,7 +1,7 @@
-"""Which implementation serves a call, and the reasons why another can't.
+"""The choice of a backend for each call, with the reasons against the others.
 
-Every op has a `reference` implementation in plain PyTorch; further backends are registered too. A call takes the
-first backend in `PREFERENCE` that can serve it. `use_backend` overrides the choice, `explain` prints it.
+Every op has a `reference` implementation in plain PyTorch and others. A call runs on the first backend in `PREFERENCE`
+that supports it. `use_backend` overrides the choice, `explain` prints it.
 """
 
 import os
@@ -25,21 +25,22 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
 
 LOSS_PRODUCTS = ("ieee", "tf32x3")
-"""What `set_loss_products` takes."""
 
-_SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False, "": False}
+KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 Reasons = Callable[..., list[str]]
-"""Maps the arguments of a call to the reasons why a backend can't serve it; an empty list means that it can."""
+"""Maps the arguments of a call to the reasons why a backend doesn't support it; an empty list if it does."""
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for can't serve the call; the message lists the reasons."""
+    """The requested backend doesn't support the call; the message lists the reasons."""
 
 
 class ReferenceWarning(UserWarning):
-    """A call on a GPU is served by the reference: right, but slow. It names the op and why no kernel serves it, and is
-    given once for each. With `EVAKERNELS_STRICT=1` in the environment it is a `BackendError`."""
+    """A call on a GPU runs the slow reference; the message names the op and why no kernel supports the call.
+
+    It is given once for each op and reason. With `EVAKERNELS_STRICT=1` in the environment it is a `BackendError`.
+    """
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Implementation:
     device: str | None = None
 
     def observed(self, op: str) -> Callable[..., Any]:
-        """The function; it reports each call to the observer if there is one."""
+        """The function, which reports each call to the observer if there is one."""
         observer = None if overrides is None else overrides.observer
         if observer is None:
             return self.function
@@ -65,7 +66,7 @@ class Implementation:
 
 
 class Overrides(NamedTuple):
-    """What `use_backend` and `observed_by` say, in the whole process."""
+    """The settings of `use_backend` and `observed_by`, for the whole process."""
 
     forced: str | None = None
     observer: Callable[[str, str], None] | None = None
@@ -74,26 +75,23 @@ class Overrides(NamedTuple):
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _functions: dict[str, tuple[str, ...]] = {}
-"""The ops that a public function of another name calls, one of them a call."""
+"""The ops between which a public function of another name chooses."""
 choices: dict[Any, Any] = {}
-"""Cache of what calls run, for `ops._fast`; emptied when a backend is added."""
+"""Cache of `ops._fast`; cleared when a backend is added."""
 _warned: set[tuple[str, str]] = set()
 overrides: Overrides | None = None
-"""None outside of all their blocks."""
 loss_products = "ieee"
-"""What `set_loss_products` has set."""
 
 
 def set_loss_products(kind: str) -> None:
-    """How the contrastive losses' Triton kernels multiply float32 from now on, in the whole process.
+    """Sets how the contrastive losses' Triton kernels multiply float32, in the whole process.
 
-    It is read at each launch, in backward again, and changes nothing where `torch.set_float32_matmul_precision` has
-    products rounded to TF32. The gradients' products are cuBLAS's, which only that rule is for.
+    Each launch reads it, in backward too. It has no effect on gradients, which cuBLAS multiplies, and none where
+    `torch.set_float32_matmul_precision` rounds matmuls to TF32.
 
     Args:
-        kind: `ieee`, the default, for sums of float32 products, without matrix units; `tf32x3` for sums of three
-            products of TF32 on tensor cores, of numbers that are split in two (Ootomo and Yokota 2022, arXiv
-            2203.03341), whose error is about the same.
+        kind: `ieee`, the default, for float32 without tensor cores; `tf32x3` for three TF32 matmuls on tensor cores
+            with about the same error (Ootomo and Yokota 2022, arXiv 2203.03341).
 
     Raises:
         ValueError: for another kind.
@@ -105,18 +103,11 @@ def set_loss_products(kind: str) -> None:
 
 
 def register(
-    op: str,
-    backend: str,
-    function: Callable[..., Any],
-    reasons: Reasons = lambda *args: [],
-    device: str | None = None,
+    op: str, backend: str, function: Callable[..., Any], reasons: Reasons = lambda *args: [], device: str | None = None
 ) -> None:
-    """Adds an implementation of `op`, for one type of device or, with None, for all.
+    """Adds an implementation of `op` for one type of device, or for all with None.
 
-    `reasons` tells of a wrong device too; `device` spares most calls the question.
-
-    Raises:
-        ValueError: for a backend that `PREFERENCE` doesn't rank.
+    Raises `ValueError` for a backend that isn't in `PREFERENCE`.
     """
     if backend not in PREFERENCE:
         raise ValueError(unknown("backend", backend, PREFERENCE))
@@ -125,10 +116,7 @@ def register(
 
 
 def noting_writes(kernel: Callable[..., Any], overload: torch._ops.OpOverload) -> Callable[..., Any]:
-    """`kernel`, which writes through pointers what the schema of `overload` says that it writes.
-
-    Autograd is told, as it may have saved what has changed.
-    """
+    """Wraps `kernel`, which writes through pointers, so that autograd notices changes of the schema's arguments."""
     arguments = overload._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     if not written:
@@ -159,12 +147,12 @@ def by_name(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def name_ops(function: str, *ops: str) -> None:
-    """Tells `explain` which ops the public function of this name calls."""
+    """Registers the ops that a public function calls, for `explain`."""
     _functions[function] = ops
 
 
 def select(op: str, args: tuple[Any, ...]) -> Implementation:
-    """The implementation that serves `op(*args)`. Raises `BackendError` when a forced backend can't."""
+    """The implementation for `op(*args)`. Raises `BackendError` if a forced backend doesn't support the call."""
     candidates = _implementations[op]
     if overrides is not None and overrides.forced is not None:
         reasons = why_not(op, overrides.forced, *args)
@@ -187,31 +175,22 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
     reasons = "; ".join(f"{backend}: {', '.join(why_not(op, backend, *args))}" for backend in ("cuda", "triton"))
     text = f"{op} runs as its reference, in plain PyTorch, which is slow on a GPU ({reasons})"
-    if is_switched_on("EVAKERNELS_STRICT"):
+    strict = os.environ.get("EVAKERNELS_STRICT", "")
+    if strict not in ("", "0", "1"):
+        raise ValueError(f"the environment variable EVAKERNELS_STRICT must be 0 or 1, got {strict!r}")
+    if strict == "1":
         raise BackendError(f"{text}; EVAKERNELS_STRICT is set")
     if (op, reasons) not in _warned:
         _warned.add((op, reasons))
         warnings.warn(f"{text}; EVAKERNELS_STRICT=1 makes this an error", ReferenceWarning, stacklevel=2)
 
 
-def is_switched_on(variable: str) -> bool:
-    """Whether a variable of the environment is on; one that isn't set, or is empty, is off. Raises ValueError for what
-    is neither."""
-    value = os.environ.get(variable, "")
-    if value.lower() not in _SWITCHES:
-        accepted = ", ".join(filter(None, _SWITCHES))
-        raise ValueError(f"the environment variable {variable} is {value!r}; accepted: {accepted}, or nothing (off)")
-    return _SWITCHES[value.lower()]
-
-
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Makes every op use `backend` inside the `with` block, in the whole process.
 
-    The override is read when an op runs, so it also holds inside compiled functions, but not inside a CUDA graph, whose
-    kernels were chosen when it was captured. A backward pass must run inside the block to be served by the same
-    backend. Raises `ValueError` for an unknown name; the ops raise `BackendError` with the reasons when the backend
-    can't serve a call.
+    It also holds in compiled functions, but not in a captured CUDA graph. A backward pass must run inside the block,
+    too. Raises `ValueError` for an unknown name; the ops raise `BackendError` if the backend doesn't support a call.
     """
     if backend not in PREFERENCE:
         raise ValueError(unknown("backend", backend, PREFERENCE))
@@ -241,7 +220,7 @@ def _overridden(**changes: Any) -> Iterator[None]:
 
 
 def observe(op: str, backend: str) -> None:
-    """Tells the observer, if there is one, which backend serves a call."""
+    """Reports a call to the observer, if there is one."""
     if overrides is not None and overrides.observer is not None:
         overrides.observer(op, backend)
 
@@ -254,7 +233,7 @@ def refuse(reason: str) -> bool:
 
 
 def ops_of(function: Any) -> tuple[str, ...]:
-    """The ops that a public function calls, or the one of this name. Raises ValueError for an unknown one."""
+    """The ops that a public function calls, or the op of this name. Raises `ValueError` for an unknown one."""
     # A family's first op is its forward pass.
     family = next((name for name in _implementations if name.startswith(f"{function}_")), None)
     names = (function,) if function in _implementations else _functions.get(function) or ((family,) if family else ())
@@ -272,12 +251,12 @@ def ops() -> dict[str, list[str]]:
 
 
 def family(op: str) -> str:
-    """The family of an op: the name of the files that it is defined and implemented in."""
+    """The family of an op: the name of its files."""
     return _implementations[op]["reference"].function.__module__.rpartition(".")[2]
 
 
 def why_not(op: str, backend: str, *args: Any) -> list[str]:
-    """The reasons why `backend` can't run `op(*args)`; without arguments, reasons for every call."""
+    """The reasons why `backend` doesn't support `op(*args)`; without arguments, reasons for every call."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
         return [f"{op} has no {backend} implementation"]
@@ -296,7 +275,7 @@ def report(op: str, args: tuple[Any, ...]) -> str:
 
 
 def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
-    """All tensors among the arguments of an op, those in lists too."""
+    """All tensors among the arguments of an op, in lists too."""
     found: list[torch.Tensor] = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
@@ -306,11 +285,11 @@ def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
     return found
 
 
-def dtypes(args: Sequence[Any]) -> set[torch.dtype]:
-    """Returns the dtypes of an op's tensor arguments, and the dtypes that are arguments."""
-    found = {tensor.dtype for tensor in tensors(args)}
-    found.update([arg for arg in args if type(arg) is torch.dtype])
-    return found
+def dtype_reasons(args: Sequence[Any]) -> list[str]:
+    """Why kernels don't support the floating-point dtypes among the arguments of an op."""
+    found = {tensor.dtype for tensor in tensors(args)} | {arg for arg in args if type(arg) is torch.dtype}
+    unknown = sorted(str(dtype) for dtype in found - KERNEL_DTYPES if dtype.is_floating_point)
+    return [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
 
 
 def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:

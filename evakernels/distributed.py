@@ -105,8 +105,7 @@ def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | 
 def logsumexp_of_ranks(x: Tensor, summand: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the ranks of each element of `x` `[n]`, and the sum of `summand` `[]`; float64, no gradient.
 
-    Two all-reduces: of the maxima, and of the exponentials relative to them. One would do where float64 holds the
-    exponentials themselves, but checking that would make the host wait for the device.
+    Two all-reduces, of the maxima and of the exponentials relative to them, as float64 may not hold the exponentials.
     """
     highest = x.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)

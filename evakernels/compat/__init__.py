@@ -9,7 +9,7 @@ def missing(module: str, replacements: Mapping[str, str]) -> Callable[[str], NoR
 
     Args:
         module: name of the module.
-        replacements: what to use instead, by name, or by several names separated by blanks.
+        replacements: advice by name, or by several names separated by blanks.
     """
     known = {name: replacement for names, replacement in replacements.items() for name in names.split()}
 

@@ -24,14 +24,7 @@ from ..reference import accumulation_dtype
 from ..reference._optimizer import bias, changed_moments, write
 from . import missing
 
-__all__ = [
-    "FusedAdam",
-    "FusedLAMB",
-    "FusedLayerNorm",
-    "FusedRMSNorm",
-    "MixedFusedLayerNorm",
-    "MixedFusedRMSNorm",
-]
+__all__ = ["FusedAdam", "FusedLAMB", "FusedLayerNorm", "FusedRMSNorm", "MixedFusedLayerNorm", "MixedFusedRMSNorm"]
 
 __getattr__ = missing(
     __name__,
@@ -81,9 +74,7 @@ class FusedLayerNorm(_Norm, nn.LayerNorm):
     """apex's `FusedLayerNorm`: LayerNorm over the trailing dimensions, in the dtype of the input.
 
     Args:
-        normalized_shape: size of the last dimension, or sizes of the last dimensions.
-        eps: added to the variance.
-        elementwise_affine: whether there are a weight and a bias of shape `normalized_shape`.
+        normalized_shape, eps, elementwise_affine: as for `torch.nn.LayerNorm`.
         memory_efficient: accepted without effect; only the statistics of each row are saved besides the input.
 
     Raises:
@@ -188,18 +179,14 @@ class FusedAdam(_ApexOptimizer):
     """apex's `FusedAdam`: `torch.optim.AdamW`, or `torch.optim.Adam` with `adam_w_mode=False`.
 
     Args:
-        params, lr, betas, eps, weight_decay: as for `evakernels.optim.AdamW`; a group may set them.
+        params, lr, betas, eps, weight_decay: as for `evakernels.optim.AdamW`, as are errors; a group may set them.
         bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it.
         adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
-        amsgrad: must be False, as in apex.
+        amsgrad: must be False, as in apex, otherwise `RuntimeError`.
         set_grad_none: whether `zero_grad` sets gradients to None.
-        capturable: accepted without effect: no step waits for the device. A CUDA graph keeps the learning rate of its
+        capturable: accepted without effect, as no step synchronises. A CUDA graph keeps the learning rate of its
             capture; in apex it is a tensor on the device.
         master_weights: update float32 copies of 16-bit parameters, which are part of the state.
-
-    Raises:
-        RuntimeError: for amsgrad.
-        TypeError, ValueError: as `evakernels.optim.AdamW`.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "bias_correction")
@@ -253,16 +240,11 @@ class FusedLAMB(_ApexOptimizer):
     Moments are float32 for 16-bit parameters, which may be bfloat16. Gradients stay unchanged; apex overwrites them.
 
     Args:
-        params, lr, betas, eps, weight_decay: as for `evakernels.optim.Lamb`; a group may set them.
-        bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it.
+        params, lr, betas, eps, weight_decay: as for `evakernels.optim.Lamb`, as are errors; a group may set them.
+        bias_correction, amsgrad, adam_w_mode, set_grad_none: as for `FusedAdam`.
         grad_averaging: whether the first moment adds `1 - beta1` times the gradient, not all of it; a group may set it.
-        amsgrad, adam_w_mode, set_grad_none: as for `FusedAdam`.
         max_grad_norm: maximum global L2 norm of the gradients; 0, None or infinity disables clipping.
         use_nvlamb: whether tensors without weight decay have a trust ratio, too.
-
-    Raises:
-        RuntimeError: for amsgrad.
-        TypeError, ValueError: as `evakernels.optim.Lamb`.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "bias_correction", "grad_averaging")

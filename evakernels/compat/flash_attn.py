@@ -57,12 +57,12 @@ def flash_attn_func(
         k, v: `[B, M, Hkv, D]` in the dtype of `q`; H is a multiple of Hkv.
         softmax_scale: factor of the scores; `D ** -0.5` by default.
         causal: mask later keys; the last query attends to all keys.
-        return_attn_probs: return lse, too, float32 `[B, H, N]` without gradient, then an empty tensor.
         deterministic: accepted without effect: results are deterministic.
         dropout_p, window_size, softcap, alibi_slopes: must have their defaults.
 
     Returns:
-        `[B, N, H, D]` in the dtype of `q`; with `return_attn_probs` a tuple of three tensors.
+        `[B, N, H, D]` in the dtype of `q`; with `return_attn_probs` also lse, float32 `[B, H, N]` without gradient, and
+        an empty tensor.
 
     Raises:
         NotImplementedError: for an option that must have its default.
@@ -106,12 +106,12 @@ def flash_attn_varlen_func(
     """Attention within packed sequences by `evakernels.packed_attention`.
 
     Args:
-        q: `[T, H, D]`, the tokens of all sequences; dtypes as for `flash_attn_func`.
+        q: `[T, H, D]`, the tokens of all sequences; dtypes and other options as for `flash_attn_func`.
         k, v: `[T, Hkv, D]` in the dtype of `q`; H is a multiple of Hkv.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`, first token of each sequence and T. Pass one tensor for
-            both; only on a CPU another one with equal values is accepted, as comparing would synchronise a GPU.
+        cu_seqlens_q, cu_seqlens_k: one tensor for both, int32 or int64 `[B + 1]`: first token of each sequence and T;
+            on a CPU also two tensors with equal values, which a GPU can't compare without synchronisation.
         max_seqlen_q, max_seqlen_k: the same number; maximum sequence length.
-        block_table: must be None. The other options are those of `flash_attn_func`.
+        block_table: must be None.
 
     Returns:
         `[T, H, D]` in the dtype of `q`; with `return_attn_probs` also lse, `[H, T]`, and an empty tensor.

@@ -4,6 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
 from functools import cache
@@ -17,7 +18,7 @@ from ..nn import frozen
 from . import _swap, open_clip, timm, torch_modules, transformers
 from ._comparison import Comparisons, Verdict
 from ._fused import ROLES
-from ._replacement import Replacement, why_no_backend
+from ._replacement import Replacement, explain_no_backend
 from ._report import Left, Replaced, Report
 from ._swap import original_class_of
 
@@ -25,7 +26,6 @@ Patterns = str | Iterable[str]
 
 _LIBRARIES = (torch_modules, timm, transformers, open_clip)
 _REPLACEMENTS = [replacement for library in _LIBRARIES for replacement in library.REPLACEMENTS]
-_ROLES = {name: role for library in _LIBRARIES for name, role in library.ROLES.items()}
 
 
 class ChangedModuleWarning(UserWarning):
@@ -46,23 +46,22 @@ def accelerate(
     Supported are modules of timm, open_clip, transformers and torch: attention, MLPs, norms, residual adds, patch
     dropout, linear layers, contrastive losses. A module is replaced if a copy of it behaves like its replacement on
     small random inputs: equal outputs, gradients, in-place changes and random numbers, in evaluation and in training.
-    Modules that are built alike are compared once per process. Parameters, buffers, their names, hooks and the modules
-    themselves stay, so state dicts interchange. Each call decides by device, dtype and size whether an op is faster, so
-    a model may move later. A second call changes nothing more. After an error the model is as it was.
+    Parameters, buffers, names, hooks and the modules themselves stay, so state dicts interchange. Each call decides by
+    device, dtype and size whether an op is faster, so a model may move later. After an error the model is unchanged.
 
     Args:
-        model: any module; a loss is one too.
-        include: one or more patterns of modules to replace. `fnmatch` compares a pattern with a module's class, such as
-            `"EvaBlock"`, and with its name, such as `"visual"`, which includes all modules below it. Default: all.
+        model: any module, also a loss.
+        include: one or more `fnmatch` patterns of modules to replace, by class, such as `"EvaBlock"`, or by name, such
+            as `"visual"`, which includes all modules below it. Default: all.
         exclude: one or more patterns of modules that keep, or get back, their own code. A fused step of another module
             may still read the parameters of an excluded child.
-        force: also replace modules that are as fast without, at every size, until `restore`.
+        force: also replace modules with own code that is as fast, at every size, until `restore`.
         strict: raise instead of warning about modules that behave differently.
         freeze: prepack the weights of all linear layers for this CPU, by `evakernels.nn.freeze`; inference only.
 
     Returns:
-        The replaced modules with op and backend, and the modules that were left, with the reason. `str` of it is a line
-        such as "12 of 12 blocks, 109 of 110 modules" and a table. Its `watch` reports which ops then ran.
+        The replaced modules with op and backend, and the other modules with the reason. `str` of it is a line such as
+        "12 of 12 blocks, 109 of 110 modules" and a table. Its `watch` reports which ops ran.
 
     Raises:
         TypeError: `model` isn't an `nn.Module`, or a pattern isn't a str.
@@ -105,13 +104,9 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> int:
-    """Restores the original classes of all modules, in place; frozen weights are dense again.
+    """Restores the original classes and dense weights of all modules, in place; returns the number of restored modules.
 
-    Returns:
-        The number of restored modules.
-
-    Raises:
-        TypeError: `model` isn't an `nn.Module`.
+    Raises `TypeError` if `model` isn't an `nn.Module`.
     """
     _check("restore", model)
     swapped = [module for module in model.modules() if _is_swapped(module)]
@@ -186,7 +181,7 @@ def _find_matches(cls: Any) -> list[tuple[Replacement, _Match]]:
     """The replacements that a class matches, best match first."""
     if not hasattr(cls, "forward"):
         return []
-    matches = [(r, match) for r in _REPLACEMENTS if (match := _match(r, cls)) is not None]
+    matches = [(r, match) for r in _REPLACEMENTS if r.gate and (match := _match(r, cls)) is not None]
     return sorted(matches, key=lambda pair: pair[1])
 
 
@@ -244,21 +239,19 @@ class _Plan:
 
     def verify_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
         """Gives a role to each class of children all of which behave like it."""
-        known = {_find(name): role for name, role in _ROLES.items()}
+        known = {_find(r.target): r for r in _REPLACEMENTS if r.role}
         roles = {cls: known[cls] for *_, cls in modules if cls in known}
         for _, module, cls in modules:
-            if cls not in roles or "forward" in module.__dict__:
+            if cls not in roles or "forward" in module.__dict__ or roles[cls].reason(module) is not None:
                 continue
-            replacement = torch_modules.ROLE_REPLACEMENTS[roles[cls]]
-            if replacement.reason(module) is None:
-                difference = self.comparisons.verdict(module, replacement).difference
-                if difference is not None:
-                    self._changed_roles[cls] = f"behaves differently: {difference}"
-        for cls, role in roles.items():
+            difference = self.comparisons.verdict(module, replace(roles[cls], target="")).difference
+            if difference is not None:
+                self._changed_roles[cls] = f"behaves differently: {difference}"
+        for cls, replacement in roles.items():
             if cls in self._changed_roles:
                 ROLES.pop(cls, None)
             else:
-                ROLES[cls] = role
+                ROLES[cls] = replacement.role
 
     def add(self, name: str, module: nn.Module, cls: type) -> Replaced | Left | None:
         """Plans the class of a module, after the classes of its children; returns the entry for the report."""
@@ -286,7 +279,7 @@ class _Plan:
                 new = _swap.replacement_class(cls, replacement.forward, forced, verdict.tried or None)
                 backend = replacement.backend(module, forced)
                 if backend is None:
-                    return Left(name, cls.__name__, why_no_backend(module, forced)), new
+                    return Left(name, cls.__name__, explain_no_backend(module, forced)), new
                 return Replaced(name, cls.__name__, replacement.op_of(module), backend), new
             changed = match is _Match.NAMED and verdict.difference is not None
             refusals.append(Left(name, cls.__name__, reason, _library_of(cls) if changed else ""))
@@ -297,15 +290,11 @@ class _Plan:
         try:
             reason = replacement.reason(module)
             if reason is None and replacement.pooling is not None:
-                reason = replacement.pooling.reason(module, self._class_of)
+                reason = replacement.pooling.reason(module, lambda part: self.classes.get(part) or type(part))
         except AttributeError as error:  # it is built differently
-            reason = f"behaves differently: {error}"
-            return reason, Verdict(str(error))
+            return f"behaves differently: {error}", Verdict(str(error))
         if reason is not None or replacement.hook is not None:
             return reason, Verdict(None)
         children = {} if replacement.pooling is None else {m: c for m, c in self.classes.items() if m is not module}
         verdict = self.comparisons.verdict(module, replacement, children)
         return (None if verdict.difference is None else f"behaves differently: {verdict.difference}"), verdict
-
-    def _class_of(self, module: Any) -> type:
-        return self.classes.get(module) or type(module)

@@ -147,7 +147,8 @@ class Comparisons:
         verdict = Verdict("nothing was tried")
         smaller = narrow(module, omitted, {} if pooling is None else pooling.sizes(module))
         for sizes in (smaller, Sizes()) if smaller.dimensions else (smaller,):
-            key = replacement.forward, replacement.calls, self._describe(module, sizes, hidden, classes or {})
+            described = self._describe(module, sizes, hidden, classes or {})
+            key = replacement.forward, replacement.target != "", replacement.calls, described
             if key not in _VERDICTS:
                 if sizes is not smaller and _count(module, omitted) > MAX_PARAMETERS:
                     break
@@ -208,7 +209,7 @@ def _key(value: Any, sizes: Sizes = Sizes(), depth: int = 2) -> Any:
 
 
 def _code_of(cls: type) -> Any:
-    """The functions of a class and of its bases up to `nn.Module`, with what their code names."""
+    """The functions of a class and of its bases up to `nn.Module`, with the globals that their code reads."""
     found: list[Any] = []
     for base in cls.__mro__:
         if base in (nn.Module, object):
@@ -381,7 +382,7 @@ def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
         by_position = bound.args, bound.kwargs
         by_name = _by_name(signature, bound) if replacement.target else by_position
         for mode in _MODES if number == 0 else _MODES[:1] if replacement.pooling else _MODES[:2]:
-            call = by_position if mode.by_position else by_name
+            call = by_name if mode.training else by_position
             if mode.dtype != torch.float32:
                 own.to(mode.dtype), new.to(mode.dtype)
                 call = _cast(call, mode.dtype)
@@ -413,8 +414,8 @@ class _Mode:
 
     Attributes:
         where: for the report.
+        training: whether the module is in training mode, with arguments by name instead of by position.
         gradients: "compared", "graph" for a forward pass that records a graph, or "off".
-        by_position: whether arguments are passed by position where that is possible, otherwise by name.
         unfused: whether the code that runs where no op is faster is compared, too.
         tolerance: largest accepted difference, relative to the largest value: sums have another order.
     """
@@ -422,7 +423,6 @@ class _Mode:
     where: str = ""
     training: bool = False
     gradients: str = "compared"
-    by_position: bool = True
     unfused: bool = False
     autocast: bool = False
     dtype: torch.dtype = torch.float32
@@ -431,7 +431,7 @@ class _Mode:
 
 _MODES = (
     _Mode(),
-    _Mode(" in training", training=True, by_position=False, unfused=True),
+    _Mode(" in training", training=True, unfused=True),
     _Mode(" without gradients", gradients="off", unfused=True),
     _Mode(" under autocast", gradients="graph", autocast=True, tolerance=6e-2),
     _Mode(" in bfloat16", gradients="off", dtype=torch.bfloat16, tolerance=6e-2),

@@ -1,7 +1,6 @@
-"""Where an op is worth its call: by type of device, dtype and size, and on a CPU by instruction set.
+"""Tables of ops that are faster than the untouched modules, by device, dtype, size and a CPU's instruction set.
 
-The CPU tables hold what is faster than the untouched modules. The GPU table isn't measured: it holds the ops that make
-one pass over memory instead of several.
+The GPU table isn't measured: it has the ops that make one pass over memory instead of several.
 """
 
 from collections.abc import Iterator
@@ -135,13 +134,13 @@ _FORCED: dict[tuple[str, str, torch.dtype], int] = {
 
 
 def has_op(name: str, device: str, dtype: torch.dtype, forced: bool = False) -> bool:
-    """Whether there are sizes at which the op `name` is worth its call, in training or in inference."""
+    """Whether the op `name` is faster at some size, in training or in inference."""
     table = _FORCED if forced else _MIN_SIZES
     return any((entry, device, dtype) in table for entry in (name, f"{name}_training"))
 
 
 def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: bool = False) -> bool:
-    """Whether the op `name` is worth a call with `x`, or with `after_linear` with a linear layer's output for `x`.
+    """Whether the op `name` is faster for `x`, or with `after_linear` for a linear layer's output of `x`.
 
     False for tensor subclasses, such as a DTensor or a tracer's proxy, and under functorch's transforms. Call it before
     anything else reads `x`. With `forced`: whether the op supports the call.
@@ -159,7 +158,7 @@ def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: b
 
 
 def attention_op() -> str:
-    """The entry of attention without a rotation: with gradients it pays at other sizes."""
+    """The entry of attention without a rotation, in training or in inference."""
     return "attention_training" if torch.is_grad_enabled() else "attention"
 
 

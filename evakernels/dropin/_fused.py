@@ -43,9 +43,12 @@ def is_observed(module: nn.Module) -> bool:
 
 
 def may_drop(module: Any) -> bool:
-    """Whether a module may change its input as dropout does; True for a module without the role."""
+    """Whether a dropout or stochastic depth module may change its input; True for a module without such a role."""
     known = role(module)
-    return known != "identity" and not (known == "dropout" and (module.p == 0 or not module.training))
+    if known in ("dropout", "drop_path"):
+        rate: float = module.p if known == "dropout" else module.drop_prob
+        return module.training and rate > 0
+    return known != "identity"
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -61,7 +64,8 @@ def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float
     if getattr(norm, "_fast_norm", False):  # timm's fast norm computes in autocast's dtype
         refuse("timm's fast norm")
         return None
-    weight, bias, eps = norm.weight, getattr(norm, "bias", None), _eps(norm)
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    eps: float | None = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     shape = getattr(norm, "normalized_shape", None)
     if eps is None or (shape is not None and len(shape) != 1) or (weight is None and bias is not None):
         return None
@@ -69,11 +73,6 @@ def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float
         refuse("its weight's dtype or size")
         return None
     return weight, bias, eps
-
-
-def _eps(norm: Any) -> float | None:
-    eps: float | None = getattr(norm, "eps", None)
-    return getattr(norm, "variance_epsilon", None) if eps is None else eps
 
 
 def add_norm(
@@ -112,7 +111,7 @@ def add(residual: Tensor, branch: Tensor, scale: Any = None, drop: Any = None) -
     """`residual + drop(scale(branch))`."""
     factor = _factor(scale)
     # addcmul's backward needs another pass over memory.
-    if isinstance(factor, Tensor) and not torch.is_grad_enabled() and (drop is None or not _is_active(drop)):
+    if isinstance(factor, Tensor) and not torch.is_grad_enabled() and (drop is None or not may_drop(drop)):
         return torch.addcmul(residual, branch, factor)
     if scale is not None:
         branch = scale(branch) if isinstance(scale, nn.Module) else scale * branch
@@ -147,14 +146,9 @@ def _is_readable(drop: Any) -> bool:
     return drop is None or role(drop) in ("identity", "drop_path")
 
 
-def _is_active(drop: Any) -> bool:
-    known = role(drop)
-    return not (known == "identity" or (known == "drop_path" and (drop.drop_prob == 0 or not drop.training)))
-
-
 def _row_scale(drop: Any, branch: Tensor, factor: Tensor | None) -> Tensor | None:
     """The factor of each sample, drawn as the module draws it; None if nothing is dropped."""
-    if drop is None or not _is_active(drop):
+    if drop is None or not may_drop(drop):
         return None
     dtype = branch.dtype if factor is None else torch.promote_types(branch.dtype, factor.dtype)
     return draw_rows(drop, branch, dtype).flatten()
@@ -177,13 +171,13 @@ def draw_rows(drop: Any, branch: Tensor, dtype: torch.dtype) -> Tensor:
 
 def apply_gate(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any = None, *, forced: bool) -> Tensor:
     """`norm(drop(act(gate) * up))`."""
-    by_silu = role(act) == "silu"
-    is_normed = by_silu and role(norm) == "layer_norm" and (drop is None or not may_drop(drop))
+    is_silu = role(act) == "silu"
+    is_normed = is_silu and role(norm) == "layer_norm" and (drop is None or not may_drop(drop))
     if is_normed and dispatches_to("swiglu_norm", gate, forced=forced):
         parameters = read_child_norm(norm, gate)
         if parameters is not None and parameters[0] is not None and gate.dtype == up.dtype:
             return swiglu(gate, up, *parameters)
-    fused = by_silu and dispatches_to("swiglu", gate, forced=forced) and gate.dtype == up.dtype
+    fused = is_silu and dispatches_to("swiglu", gate, forced=forced) and gate.dtype == up.dtype
     hidden = swiglu(gate, up) if fused else act(gate) * up
     hidden = hidden if drop is None else drop(hidden)
     return hidden if norm is None else norm(hidden)

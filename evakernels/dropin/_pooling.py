@@ -16,10 +16,10 @@ from ._dispatch import DTYPES, is_plain
 from ._fused import is_observed, role_of
 from ._swap import AcceleratedModule
 
-_OF_EACH_TOKEN = frozenset(
+_TOKENWISE = frozenset(
     {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Sequential, nn.GELU, nn.MultiheadAttention}
 )
-_OF_EACH_TOKEN_BY_NAME = frozenset({"timm.layers.mlp.Mlp"})
+_TOKENWISE_BY_NAME = frozenset({"timm.layers.mlp.Mlp"})
 """Classes without a role that compute, apart from attention, each token from that token alone."""
 _COMPILES = torch.__version__ >= "2.12"
 """Whether torch's compiler can trace `view`."""
@@ -92,15 +92,15 @@ class Pooling:
         attention = getattr(last, "attn", None)
         if not issubclass(class_of(last), AcceleratedModule) or not issubclass(class_of(attention), self.attention):
             return f"its last block, {class_of(last).__name__}, computes all tokens"
-        strange = [part for part in last.modules() if not _is_of_each_token(class_of(part))]
+        strange = [part for part in last.modules() if not _is_tokenwise(class_of(part))]
         strange += [norm] if role_of(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
         return f"{class_of(strange[0]).__name__} may need all tokens" if strange else None
 
     def can_shorten(self, tower: Any, x: Tensor) -> bool:
-        """Whether nothing behind the last attention needs, or shows, other tokens than the pooled one for input `x`.
+        """Whether only the pooled token is needed after the last attention, for input `x`.
 
-        False where hooks watch the block, where dropout would draw other random numbers, and in float64, whose
-        results stay bit-exact.
+        False with hooks on the block, with dropout, which would draw other random numbers, and in float64, which stays
+        bit-exact.
         """
         if torch.compiler.is_compiling() and not _COMPILES:
             return False
@@ -131,8 +131,8 @@ class Pooling:
         return parts
 
 
-def _is_of_each_token(cls: type) -> bool:
-    known = cls in _OF_EACH_TOKEN or f"{cls.__module__}.{cls.__qualname__}" in _OF_EACH_TOKEN_BY_NAME
+def _is_tokenwise(cls: type) -> bool:
+    known = cls in _TOKENWISE or f"{cls.__module__}.{cls.__qualname__}" in _TOKENWISE_BY_NAME
     return known or issubclass(cls, AcceleratedModule) or role_of(cls) is not None
 
 

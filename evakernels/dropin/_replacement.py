@@ -25,9 +25,10 @@ class Replacement:
 
     Args:
         forward: class with the new forward.
-        target: the class to replace, `package.module.Class`; empty for the role of a child module.
+        target: the class to replace, `package.module.Class`; empty while a role is compared.
         gate: entry in `_dispatch` of the op that runs instead, or a function of the module that returns it; `"linear"`
-            for oneDNN's matmuls, `"torch"` for torch's own operators on every device.
+            for oneDNN's matmuls, `"torch"` for torch's own operators on every device. Empty for a class that only
+            has a role.
         op: the op in the report, if it isn't the gate's.
         reason: returns why this module isn't supported, such as for an option that the forward lacks, or None.
         attributes: a module of any class that has all of these attributes is compared, too.
@@ -37,11 +38,12 @@ class Replacement:
             accept the first; others may have arguments that it lacks.
         settings: names and values of attributes to give to the copies that are compared.
         pooling: how a tower pools one token.
+        role: role of the class in fused steps of other modules, if it behaves like `forward`.
     """
 
     forward: type[AcceleratedModule]
     target: str
-    gate: str | Callable[[Any], str]
+    gate: str | Callable[[Any], str] = ""
     op: str = ""
     reason: Callable[[Any], str | None] = field(default=lambda module: None)
     attributes: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class Replacement:
     calls: Callable[[Any, Tensor], list[Call]] = field(default=_pass_tokens)
     settings: tuple[tuple[str, Any], ...] = ()
     pooling: Pooling | None = None
+    role: str = ""
 
     def backend(self, module: Any, forced: bool = False) -> str | None:
         """The backend of the op where the module is now; None if no backend is faster or, if `forced`, possible."""
@@ -73,7 +76,7 @@ class Replacement:
         return self.gate if isinstance(self.gate, str) else self.gate(module)
 
 
-def why_no_backend(module: Any, forced: bool = False) -> str:
+def explain_no_backend(module: Any, forced: bool = False) -> str:
     """Why no backend runs a module where it is now."""
     if next(module.parameters(), None) is None:
         return "no kernels are for it" if forced else "its own is as fast"

@@ -123,13 +123,10 @@ class Report:
 
     @contextmanager
     def watch(self) -> Iterator["Report"]:
-        """Counts, in eager mode, what the accelerated modules run inside the `with` block, and fills `ran` and `idle`.
+        """Counts the ops of accelerated modules inside the `with` block, in eager mode, and fills `ran` and `idle`.
 
-        A module that was never called may be part of a fused step of another module, which reads its parameters. Code
-        under `torch.compile` counts its ops, but not the modules that run them.
-
-        Raises:
-            RuntimeError: if the model doesn't exist any more.
+        A fused step of another module reads the parameters of a module without calling it. Ops in compiled code count,
+        but without their modules. Raises `RuntimeError` if the model doesn't exist any more.
         """
         model = None if self.model is None else self.model()
         if model is None:
@@ -202,7 +199,7 @@ class _Calls:
 
     @contextmanager
     def count(self) -> Iterator[None]:
-        """Counts what runs inside the `with` block, in the whole process."""
+        """Counts calls inside the `with` block, in the whole process."""
         # Global hooks, since a hook on a module would keep it out of fused steps.
         entering = register_module_forward_pre_hook(self._enter)
         leaving = register_module_forward_hook(self._leave, always_call=True)

@@ -18,21 +18,15 @@ from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, is_observed, may_drop
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
-from .timm import LayerNorm, block_gate, masked
+from .timm import LayerNorm, block_gate, masked_calls
+from .torch_modules import LayerScale, is_causal_mask, require_1d
 from .torch_modules import QuickGELU as _QuickGELU
-from .torch_modules import is_causal_mask, last_dimension
-
-ROLES = {
-    "open_clip.transformer.LayerNorm": "layer_norm",
-    "open_clip.transformer.LayerNormFp32": "layer_norm",
-    "open_clip.transformer.LayerScale": "layer_scale",
-}
 
 
 class QuickGELU(_QuickGELU):
     """open_clip's QuickGELU; its argument is `x`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return super().forward(x)
 
 
@@ -70,11 +64,10 @@ class CustomResidualAttentionBlock(AcceleratedModule):
 class Attention(AcceleratedModule):
     """open_clip's own, without a mask."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Any:
         plain = (attn_mask is None or refuse("mask")) and (not may_drop(self.attn_drop) or refuse("dropout"))
         if not (plain and dispatches_to(attention_op(), x, after_linear=True, forced=self.is_forced)):
-            whole: Tensor = super().forward(x, attn_mask=attn_mask)
-            return whole
+            return super().forward(x, attn_mask=attn_mask)
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in packed.chunk(3, dim=-1))
         if hasattr(self, "ln_q"):
@@ -83,57 +76,56 @@ class Attention(AcceleratedModule):
         if self.head_scale is not None:
             out = out * self.head_scale.view(-1, 1)
         out = out.flatten(2)
-        y: Tensor = self.out_drop(self.out_proj(self.ln_inner(out) if hasattr(self, "ln_inner") else out))
-        return y
+        return self.out_drop(self.out_proj(self.ln_inner(out) if hasattr(self, "ln_inner") else out))
 
 
-def _has_dot_products(module: Any) -> str | None:
-    return _first(module) or (None if module.logit_scale is None else "its scores are cosines")
+def _require_dot_products(module: Any) -> str | None:
+    return _require_batch_first(module) or (None if module.logit_scale is None else "its scores are cosines")
 
 
 # --- towers ---------------------------------------------------------------------------------------------------------
 
 
-def _first(module: Any) -> str | None:
+def _require_batch_first(module: Any) -> str | None:
     return None if getattr(module, "batch_first", True) else "its sequences come first"
 
 
-def _why_all_patches(module: Any) -> str | None:
+def _require_class_token(module: Any) -> str | None:
     """Why the last block has to compute all patches."""
     read = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
-    return _first(module.transformer) if read else "all of its tokens are read"
+    return _require_batch_first(module.transformer) if read else "all of its tokens are read"
 
 
-def _why_all_tokens(module: Any) -> str | None:
+def _require_one_token(module: Any) -> str | None:
     """Why a text tower has to compute more tokens than one."""
     pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
     of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
     read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
-    return _first(module.transformer) if read else "all of its tokens are read"
+    return _require_batch_first(module.transformer) if read else "all of its tokens are read"
 
 
 _PATH = ("transformer", "resblocks")
-_VISION = _pooling.Pooling(_PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _why_all_patches)
-_TEXT = _pooling.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _why_all_tokens)
+_VISION = _pooling.Pooling(
+    _PATH, "ln_post", torch.nn.MultiheadAttention, ("_pool", "_global_pool"), _require_class_token
+)
+_TEXT = _pooling.Pooling(_PATH, "ln_final", torch.nn.MultiheadAttention, ("_embeds",), _require_one_token)
 _CLIP = dataclasses.replace(_TEXT, other=("visual",))
 
 
 class VisionTower(AcceleratedModule):
     """A vision tower that pools its class token."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         tower: Any = _VISION.shorten(self, _pooling.Selection()) if _VISION.can_shorten(self, x) else self
-        features: Tensor = super(VisionTower, tower).forward(x)
-        return features
+        return super(VisionTower, tower).forward(x)
 
 
 class TextTower(AcceleratedModule):
     """A text tower that pools its end token or its last token."""
 
-    def forward(self, text: Tensor) -> Tensor:
-        tower, text = _at_end(self, text, "pool_type")
-        features: Tensor = super(TextTower, tower).forward(text)
-        return features
+    def forward(self, text: Tensor) -> Any:
+        tower, text = _shorten_text(self, text, "pool_type")
+        return super(TextTower, tower).forward(text)
 
 
 class Clip(AcceleratedModule):
@@ -141,13 +133,12 @@ class Clip(AcceleratedModule):
 
     method = "encode_text"
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        tower, text = _at_end(self, text, "text_pool_type")
-        features: Tensor = super(Clip, tower).encode_text(text, normalize)  # type: ignore[misc]
-        return features
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Any:
+        tower, text = _shorten_text(self, text, "text_pool_type")
+        return super(Clip, tower).encode_text(text, normalize)  # type: ignore[misc]
 
 
-def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
+def _shorten_text(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     """A view of a text tower with a last block that returns the pooled token, and the text for it.
 
     Tokens behind the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU that
@@ -172,11 +163,10 @@ def _at_end(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
 class PatchDropout(AcceleratedModule):
     """Patch dropout with the same random numbers; one gather returns class token and kept patches."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
         if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)):
-            whole: Tensor = super().forward(x)
-            return whole
+            return super().forward(x)
         prefix = 1 if self.exclude_first_token else 0
         batch, patches = x.shape[0], x.shape[1] - prefix
         kept = max(1, int(patches * (1 - self.prob)))
@@ -193,18 +183,13 @@ class ClipLoss(AcceleratedModule):
     """CLIP's loss from log-sum-exps instead of logits, with open_clip's own exchange between ranks."""
 
     def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        *args: Any,
-        **options: Any,
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *args: Any, **options: Any
     ) -> Any:
         # Before 2.32 there was no bias, and the fourth argument was another.
         given, biased = (image_features, text_features, logit_scale), options.get("logit_bias") is not None
         if args or biased or not _can_fuse("clip_loss", *given, forced=self.is_forced):
             return super().forward(*given, *args, **options)
-        image, text, *of_all = matmul_inputs(*self._gathered(image_features, text_features))
+        image, text, *of_all = matmul_inputs(*self._gather(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
             offset = len(image) * self.rank
             ours = contrastive_statistics(image, of_all[1], logit_scale, offset, memory_budget=MEMORY_BUDGET)
@@ -212,11 +197,11 @@ class ClipLoss(AcceleratedModule):
             loss = ((ours[0] - ours[2]) + (theirs[0] - theirs[2])).mean() / 2
         else:
             image, text = of_all or (image, text)
-            loss = clip_loss(image, text, logit_scale, group=False)  # open_clip has gathered what there is
+            loss = clip_loss(image, text, logit_scale, group=False)
         loss = loss.to(_loss_dtype(image_features, logit_scale))
         return {"contrastive_loss": loss} if options.get("output_dict") else loss
 
-    def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+    def _gather(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """The features of this rank, followed by the features of all ranks if there are several."""
         if self.world_size == 1:
             return image, text
@@ -264,22 +249,22 @@ def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
 # --- arguments for the comparison -------------------------------------------------------------------------------------
 
 
-def _queries(module: Any, x: Tensor) -> list[Call]:
+def _block_calls(module: Any, x: Tensor) -> list[Call]:
     mask = torch.randn(x.shape[1], x.shape[1])
     return [((x,), {}), ((x,), {"attn_mask": mask}), ((x[:, :3],), {"k_x": x, "v_x": x.flip(1)})]
 
 
-def _images(module: Any, x: Tensor) -> list[Call]:
+def _image_calls(module: Any, x: Tensor) -> list[Call]:
     return [((torch.randn(2, module.conv1.weight.shape[1], *module.image_size, requires_grad=True),), {})]
 
 
-def _texts(module: Any, x: Tensor) -> list[Call]:
+def _text_calls(module: Any, x: Tensor) -> list[Call]:
     text = torch.randint(1, module.token_embedding.weight.shape[0] - 1, (2, module.positional_embedding.shape[0]))
     text[0, 5], text[0, 6:] = module.token_embedding.weight.shape[0] - 1, 0
     return [((text,), {}), ((text,), {"normalize": True})]
 
 
-def _pairs(module: Any, x: Tensor) -> list[Call]:
+def _loss_calls(module: Any, x: Tensor) -> list[Call]:
     image, text = F.normalize(x, dim=-1).flatten(0, 1).chunk(2)
     options = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0, requires_grad=True)}
     biased = {**options, "logit_bias": torch.tensor(-2.0, requires_grad=True)}
@@ -298,16 +283,19 @@ def _tower(
 
 
 REPLACEMENTS = (
-    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=last_dimension),
-    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNorm", "layer_norm", reason=require_1d, role="layer_norm"),
+    Replacement(LayerNorm, f"{_TRANSFORMER}.LayerNormFp32", "layer_norm", reason=require_1d, role="layer_norm"),
+    Replacement(LayerScale, f"{_TRANSFORMER}.LayerScale", role="layer_scale"),
     Replacement(QuickGELU, f"{_TRANSFORMER}.QuickGELU", "quick_gelu"),
-    Replacement(ResidualAttentionBlock, f"{_TRANSFORMER}.ResidualAttentionBlock", block_gate, calls=_queries),
-    Replacement(CustomResidualAttentionBlock, f"{_TRANSFORMER}.CustomResidualAttentionBlock", block_gate, calls=masked),
-    Replacement(Attention, f"{_TRANSFORMER}.Attention", "attention", reason=_has_dot_products, calls=masked),
+    Replacement(ResidualAttentionBlock, f"{_TRANSFORMER}.ResidualAttentionBlock", block_gate, calls=_block_calls),
+    Replacement(
+        CustomResidualAttentionBlock, f"{_TRANSFORMER}.CustomResidualAttentionBlock", block_gate, calls=masked_calls
+    ),
+    Replacement(Attention, f"{_TRANSFORMER}.Attention", "attention", reason=_require_dot_products, calls=masked_calls),
     Replacement(PatchDropout, f"{_TRANSFORMER}.PatchDropout", "token_dropout"),
-    _tower(VisionTower, f"{_TRANSFORMER}.VisionTransformer", "class token", _VISION, calls=_images),
-    _tower(TextTower, f"{_TRANSFORMER}.TextTransformer", "end token", _TEXT, calls=_texts),
-    _tower(Clip, "open_clip.model.CLIP", "end token", _CLIP, calls=_texts),
-    Replacement(ClipLoss, f"{_LOSS}.ClipLoss", "clip_loss", "clip_loss", calls=_pairs, settings=_ONE_RANK),
-    Replacement(SigLipLoss, f"{_LOSS}.SigLipLoss", "siglip_loss", "siglip_loss", calls=_pairs, settings=_ONE_RANK),
+    _tower(VisionTower, f"{_TRANSFORMER}.VisionTransformer", "class token", _VISION, calls=_image_calls),
+    _tower(TextTower, f"{_TRANSFORMER}.TextTransformer", "end token", _TEXT, calls=_text_calls),
+    _tower(Clip, "open_clip.model.CLIP", "end token", _CLIP, calls=_text_calls),
+    Replacement(ClipLoss, f"{_LOSS}.ClipLoss", "clip_loss", "clip_loss", calls=_loss_calls, settings=_ONE_RANK),
+    Replacement(SigLipLoss, f"{_LOSS}.SigLipLoss", "siglip_loss", "siglip_loss", calls=_loss_calls, settings=_ONE_RANK),
 )

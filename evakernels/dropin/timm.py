@@ -14,22 +14,14 @@ from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, may_drop, norm_add, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
-from .torch_modules import GELU, QuickGELU, RMSNorm, by_silu, last_dimension
+from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, require_1d, require_silu
 from .torch_modules import LayerNorm as _LayerNorm
-
-ROLES = {
-    "timm.layers.norm.LayerNorm": "layer_norm",
-    "timm.layers.norm.RmsNorm": "rms_norm",
-    "timm.layers.drop.DropPath": "drop_path",
-    "timm.layers.layer_scale.LayerScale": "layer_scale",
-    "timm.models.vision_transformer.LayerScale": "layer_scale",  # before 1.0.22
-}
 
 
 class LayerNorm(_LayerNorm):
     """timm's LayerNorm; its argument is `x`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return super().forward(x)
 
 
@@ -39,32 +31,31 @@ class LayerNorm(_LayerNorm):
 class SwiGLU(AcceleratedModule):
     """SwiGLU with two projections."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = apply_gate(self.fc1_g(x), self.fc1_x(x), self.act, self.drop1, self.norm, forced=self.is_forced)
-        y: Tensor = self.drop2(self.fc2(hidden))
-        return y
+    def forward(self, x: Tensor) -> Any:
+        return self._finish(self.fc1_g(x), self.fc1_x(x))
+
+    def _finish(self, gate: Tensor, up: Tensor) -> Any:
+        hidden = apply_gate(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
+        return self.drop2(self.fc2(hidden))
 
 
-class GluMlp(AcceleratedModule):
+class GluMlp(SwiGLU):
     """A gated MLP with one packed projection."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         first, second = self.fc1(x).chunk(2, dim=-1)
-        gate, up = (second, first) if self.gate_last else (first, second)
-        hidden = apply_gate(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
-        y: Tensor = self.drop2(self.fc2(hidden))
-        return y
+        return self._finish(second, first) if self.gate_last else self._finish(first, second)
 
 
-def _packed_by_silu(module: Any) -> str | None:
-    return by_silu(module) if module.chunk_dim == -1 else "it is made of convolutions"
+def _require_packed_silu(module: Any) -> str | None:
+    return require_silu(module) if module.chunk_dim == -1 else "it is made of convolutions"
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def _given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """The options of a call that differ from their defaults: before 1.0.16 and 1.0.26 timm had neither."""
+def _drop_defaults(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The options that differ from their defaults: timm has them since 1.0.16 and 1.0.26."""
     options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
     if is_causal is not False:  # under torch.fx it is a proxy
         options["is_causal"] = is_causal
@@ -112,7 +103,7 @@ class _Attention(AcceleratedModule):
             return bias
         return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
-    def _attend(self, x: Tensor, **options: Any) -> Tensor:
+    def _attend(self, x: Tensor, **options: Any) -> Any:
         queried = self._select(x)
         q, k, v = self._project(queried, x)
         out = rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2)
@@ -121,17 +112,16 @@ class _Attention(AcceleratedModule):
             out = norm(out)
         if gate is not None:
             out = out * gate(queried).sigmoid()
-        y: Tensor = self.proj_drop(self.proj(out))
-        return y
+        return self.proj_drop(self.proj(out))
 
 
 class Attention(_Attention):
     """Attention without rotary embedding."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         if self._is_fused(x, None, attn_mask, is_causal):
             return self._attend(x, causal=is_causal)
-        return self._select(super().forward(x, **_given(attn_mask, is_causal)))
+        return self._select(super().forward(x, **_drop_defaults(attn_mask, is_causal)))
 
 
 class RotaryAttention(_Attention):
@@ -139,15 +129,15 @@ class RotaryAttention(_Attention):
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    ) -> Any:
         if self._is_fused(x, rope, attn_mask, is_causal):
-            rotation = {} if rope is None else self._rotation(x, rope)
+            rotation = {} if rope is None else self._read_table(x, rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
             refuse("rotary table")
-        return self._select(super().forward(x, rope=rope, **_given(attn_mask, is_causal)))
+        return self._select(super().forward(x, rope=rope, **_drop_defaults(attn_mask, is_causal)))
 
-    def _rotation(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
+    def _read_table(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
         """`rope_attention`'s arguments for timm's table `[..., P, 2 * head_dim]`, which holds each angle twice."""
         batch, prefix, half = x.shape[0], self.num_prefix_tokens, bool(getattr(self, "rotate_half", False))
         patches, width = x.shape[1] - prefix, rope.shape[-1] // 2
@@ -185,25 +175,17 @@ class _Block(AcceleratedModule):
 
 
 class Block(_Block):
-    """A block of ViT, or of ViT with a bias by relative position, which its attention adds."""
+    """A block of ViT, with relative positions too, or of EVA, whose layer scales are parameters of the block."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        scales = (self.gamma_1, self.gamma_2) if hasattr(self, "gamma_1") else (self.ls1, self.ls2)
         branch = self._attention()(self.norm1(x), *args, **options)
-        y, x = add_norm(self._select(x), branch, self.norm2, self.ls1, self.drop_path1, forced=self.is_forced)
-        return add(x, self.mlp(y), self.ls2, self.drop_path2)
-
-
-class EvaBlock(_Block):
-    """A block of EVA with layer scale as its own parameter."""
-
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        branch = self._attention()(self.norm1(x), *args, **options)
-        y, x = add_norm(self._select(x), branch, self.norm2, self.gamma_1, self.drop_path1, forced=self.is_forced)
-        return add(x, self.mlp(y), self.gamma_2, self.drop_path2)
+        y, x = add_norm(self._select(x), branch, self.norm2, scales[0], self.drop_path1, forced=self.is_forced)
+        return add(x, self.mlp(y), scales[1], self.drop_path2)
 
 
 class PostNormBlock(_Block):
-    """A block of any of these models with the norms behind the branches."""
+    """A block with norms after the branches."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         branch = self._attention()(x, *args, **options)
@@ -221,7 +203,7 @@ def block_gate(module: Any) -> str:
 # --- towers ---------------------------------------------------------------------------------------------------------
 
 
-def _why_all_tokens(module: Any) -> str | None:
+def _require_one_token(module: Any) -> str | None:
     """Why the last block has to compute all tokens."""
     read = module.global_pool == "token" and getattr(module, "attn_pool", None) is None and module.num_prefix_tokens > 0
     return None if read else "all of its tokens are read"
@@ -230,28 +212,27 @@ def _why_all_tokens(module: Any) -> str | None:
 _METHODS = ("forward_features", "forward_head", "pool")
 
 
-def _fewer_tokens(module: Any) -> dict[int, int]:
+def _shrink_sizes(module: Any) -> dict[int, int]:
     stem, prefix = module.patch_embed, module.num_prefix_tokens
     patches = getattr(stem, "num_patches", None)
     return {patches: 9, patches + prefix: 9 + prefix} if patches and getattr(stem, "flatten", True) else {}
 
 
 _POOLING = _pooling.Pooling(
-    ("blocks",), "norm", _Attention, _METHODS, _why_all_tokens, stem="patch_embed", sizes=_fewer_tokens
+    ("blocks",), "norm", _Attention, _METHODS, _require_one_token, stem="patch_embed", sizes=_shrink_sizes
 )
 
 
 class Tower(AcceleratedModule):
     """A tower that pools its class token."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         tower: Any = _POOLING.shorten(self, _pooling.Selection()) if _POOLING.can_shorten(self, x) else self
         own = super(Tower, tower).forward
-        options = _given(attn_mask, is_causal)
+        options = _drop_defaults(attn_mask, is_causal)
         if isinstance(attn_mask, torch.fx.Proxy):  # options that aren't given are proxies, too
             options = {name: value for name, value in options.items() if name in own.__code__.co_varnames}
-        y: Tensor = own(x, **options)
-        return y
+        return own(x, **options)
 
 
 # --- patch dropout --------------------------------------------------------------------------------------------------
@@ -288,30 +269,30 @@ class PatchDropoutWithIndices(PatchDropout):
 # --- arguments for the comparison -------------------------------------------------------------------------------------
 
 
-def masked(module: Any, x: Tensor, **options: Any) -> list[Call]:
+def masked_calls(module: Any, x: Tensor, **options: Any) -> list[Call]:
     """With a mask and a causal one, for modules that take these."""
     mask = torch.randn_like(x @ x.mT)[0]
     return [((x,), {**options, **further}) for further in ({}, {"attn_mask": mask}, {"is_causal": True})]
 
 
-def _rotated(module: Any, x: Tensor) -> list[Call]:
+def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     """With a table that holds each angle twice, as timm's."""
     attention = getattr(module, "attn", module)
     width = int(attention.proj.in_features)
     patches, pairs = x.shape[1] - attention.num_prefix_tokens, width // attention.num_heads // 2
     angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
     twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
-    return [*masked(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
+    return [*masked_calls(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
 
 
-def _biased(module: Any, x: Tensor) -> list[Call]:
+def _biased_calls(module: Any, x: Tensor) -> list[Call]:
     bias = module.attn.rel_pos
     if bias is not None:
         x = x.new_empty(2, bias.get_bias().shape[-1], x.shape[-1]).normal_().requires_grad_()
     return [((x,), {}), ((x,), {"shared_rel_pos": torch.randn_like(x @ x.mT)[:1, None]})]
 
 
-def _patches(module: Any, x: Tensor) -> list[Call]:
+def _tower_calls(module: Any, x: Tensor) -> list[Call]:
     flat, prefix = getattr(module.patch_embed, "flatten", True), module.num_prefix_tokens
     shape = (2, module.patch_embed.num_patches or 9) if flat else (2, 3, 3)  # of images of any size
     patches = torch.randn(*shape, module.embed_dim, requires_grad=True)
@@ -327,26 +308,29 @@ _DROP = f"{_LAYERS}.patch_dropout"
 
 
 def _tower(name: str) -> Replacement:
-    return Replacement(Tower, name, "torch", "last block, class token", calls=_patches, pooling=_POOLING)
+    return Replacement(Tower, name, "torch", "last block, class token", calls=_tower_calls, pooling=_POOLING)
 
 
 REPLACEMENTS = (
-    Replacement(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=last_dimension),
-    Replacement(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_LAYERS}.norm.LayerNorm", "layer_norm", reason=require_1d, role="layer_norm"),
+    Replacement(RMSNorm, f"{_LAYERS}.norm.RmsNorm", "rms_norm", "rms_norm", reason=require_1d, role="rms_norm"),
+    Replacement(DropPath, f"{_LAYERS}.drop.DropPath", role="drop_path"),
+    Replacement(LayerScale, f"{_LAYERS}.layer_scale.LayerScale", role="layer_scale"),
+    Replacement(LayerScale, f"{_VIT}.LayerScale", role="layer_scale"),  # before 1.0.22
     Replacement(GELU, f"{_ACTIVATIONS}.GELUTanh", "gelu"),
     Replacement(QuickGELU, f"{_ACTIVATIONS}.QuickGELU", "quick_gelu"),
-    Replacement(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=by_silu),
-    Replacement(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", reason=_packed_by_silu),
-    Replacement(Attention, f"{_LAYERS}.attention.Attention", "attention", calls=masked),
-    Replacement(Attention, f"{_VIT}.Attention", "attention", calls=masked),  # before 1.0.16
-    Replacement(RotaryAttention, f"{_LAYERS}.attention.AttentionRope", "rope_attention", calls=_rotated),
-    Replacement(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", calls=_rotated),
-    Replacement(Block, f"{_VIT}.Block", block_gate, calls=masked),
-    Replacement(Block, f"{_RELATIVE}.RelPosBlock", block_gate, calls=_biased),
-    Replacement(EvaBlock, f"{_EVA}.EvaBlock", block_gate, calls=_rotated),
-    Replacement(PostNormBlock, f"{_VIT}.ResPostBlock", "norm_add", calls=masked),
-    Replacement(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "norm_add", calls=_rotated),
-    Replacement(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", calls=_biased),
+    Replacement(SwiGLU, f"{_LAYERS}.mlp.SwiGLU", "swiglu_norm", reason=require_silu),
+    Replacement(GluMlp, f"{_LAYERS}.mlp.GluMlp", "swiglu", reason=_require_packed_silu),
+    Replacement(Attention, f"{_LAYERS}.attention.Attention", "attention", calls=masked_calls),
+    Replacement(Attention, f"{_VIT}.Attention", "attention", calls=masked_calls),  # before 1.0.16
+    Replacement(RotaryAttention, f"{_LAYERS}.attention.AttentionRope", "rope_attention", calls=_rotary_calls),
+    Replacement(RotaryAttention, f"{_EVA}.EvaAttention", "rope_attention", calls=_rotary_calls),
+    Replacement(Block, f"{_VIT}.Block", block_gate, calls=masked_calls),
+    Replacement(Block, f"{_RELATIVE}.RelPosBlock", block_gate, calls=_biased_calls),
+    Replacement(Block, f"{_EVA}.EvaBlock", block_gate, calls=_rotary_calls),
+    Replacement(PostNormBlock, f"{_VIT}.ResPostBlock", "norm_add", calls=masked_calls),
+    Replacement(PostNormBlock, f"{_EVA}.EvaBlockPostNorm", "norm_add", calls=_rotary_calls),
+    Replacement(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", calls=_biased_calls),
     _tower(f"{_VIT}.VisionTransformer"),
     _tower(f"{_EVA}.Eva"),
     Replacement(PatchDropout, f"{_DROP}.PatchDropout", "token_dropout"),

@@ -16,14 +16,6 @@ from ._fused import add, add_norm, draw_rows, read_norm, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 
-ROLES = {
-    "torch.nn.modules.linear.Identity": "identity",
-    "torch.nn.modules.dropout.Dropout": "dropout",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.normalization.LayerNorm": "layer_norm",
-    "torch.nn.modules.normalization.RMSNorm": "rms_norm",
-}
-
 
 class Linear(AcceleratedModule):
     """A linear layer; on a CPU by oneDNN where that is faster."""
@@ -37,26 +29,22 @@ class Linear(AcceleratedModule):
 class LayerNorm(AcceleratedModule):
     """LayerNorm over the last dimension."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if dispatches_to("layer_norm", input, forced=self.is_forced):
-            parameters = read_norm(self, input)
-            if parameters is not None:
-                return layer_norm(input, *parameters)
-        y: Tensor = super().forward(input)
-        return y
+    def forward(self, input: Tensor) -> Any:
+        fused = dispatches_to("layer_norm", input, forced=self.is_forced)
+        if fused and (parameters := read_norm(self, input)) is not None:
+            return layer_norm(input, *parameters)
+        return super().forward(input)
 
 
 class RMSNorm(AcceleratedModule):
     """RMSNorm over the last dimension."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if dispatches_to("rms_norm", x, forced=self.is_forced):
-            parameters = read_norm(self, x)
-            if parameters is not None:
-                weight, _, eps = parameters
-                return rms_norm(x, weight, eps)
-        y: Tensor = super().forward(x)
-        return y
+    def forward(self, x: Tensor) -> Any:
+        fused = dispatches_to("rms_norm", x, forced=self.is_forced)
+        if fused and (parameters := read_norm(self, x)) is not None:
+            weight, _, eps = parameters
+            return rms_norm(x, weight, eps)
+        return super().forward(x)
 
 
 class GELU(AcceleratedModule):
@@ -64,11 +52,10 @@ class GELU(AcceleratedModule):
 
     approximate = "tanh"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         if dispatches_to(_gelu_gate(self), input, forced=self.is_forced):
             return gelu(input, approximate=self.approximate)
-        y: Tensor = super().forward(input)
-        return y
+        return super().forward(input)
 
 
 class QuickGELU(GELU):
@@ -172,7 +159,7 @@ def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _packs_all(module: Any) -> str | None:
+def _require_packed(module: Any) -> str | None:
     if not module.batch_first:
         return "its sequences come first"
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
@@ -180,7 +167,7 @@ def _packs_all(module: Any) -> str | None:
     return None
 
 
-def _with_itself_and_others(module: Any, x: Tensor) -> list[Call]:
+def _attention_calls(module: Any, x: Tensor) -> list[Call]:
     causal, any_mask = _causal_mask(x.shape[1], x.dtype), torch.randn(x.shape[1], x.shape[1])
     of_heads = torch.randn(x.shape[0] * module.num_heads, 1, x.shape[1])
     padding = torch.arange(x.shape[1]).expand(x.shape[0], -1) > 8
@@ -205,10 +192,9 @@ class TransformerEncoderLayer(AcceleratedModule):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         if not self._can_fuse(src, src_mask) or not (src_key_padding_mask is None or refuse("mask")):
-            y: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
-            return y
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x, forced = src, self.is_forced
         if self.norm_first:
             y, x = add_norm(x, self._sa_block(self.norm1(x), src_mask, None), self.norm2, forced=forced)
@@ -225,11 +211,7 @@ class TransformerEncoderLayer(AcceleratedModule):
         return isinstance(self.self_attn, MultiheadAttention) and (mask is None or mask.is_floating_point())
 
 
-def _attends(module: Any) -> str | None:
-    return _packs_all(module.self_attn)
-
-
-def _masked(module: Any, x: Tensor) -> list[Call]:
+def _masked_calls(module: Any, x: Tensor) -> list[Call]:
     # With other masks of floats torch's fast path for inference makes NaN.
     causal, padding = _causal_mask(x.shape[1], x.dtype), torch.zeros(x.shape[:2], dtype=torch.bool)
     options: tuple[dict[str, Any], ...] = ({}, {"src_mask": causal}, {"src_mask": causal, "is_causal": True})
@@ -280,13 +262,13 @@ class SiLU(AcceleratedModule):
 # --- which modules --------------------------------------------------------------------------------------------------
 
 
-def last_dimension(module: Any) -> str | None:
+def require_1d(module: Any) -> str | None:
     """Why a module isn't supported that norms more than the last dimension."""
     shape = getattr(module, "normalized_shape", (0,))
     return None if len(shape) == 1 else f"it normalises {len(shape)} dimensions"
 
 
-def by_silu(module: Any) -> str | None:
+def require_silu(module: Any) -> str | None:
     """The reason why a gated MLP isn't SwiGLU, or None."""
     act = getattr(module, "act_fn", getattr(module, "act", None))
     return None if role(act) == "silu" else f"its activation is {type(act).__name__}"
@@ -297,34 +279,29 @@ def _gelu_gate(module: Any) -> str:
 
 
 _NORMS = "torch.nn.modules.normalization"
-_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
 REPLACEMENTS = (
     Replacement(Linear, "torch.nn.modules.linear.Linear", "linear", "linear"),
-    Replacement(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=last_dimension),
-    Replacement(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=last_dimension),
+    Replacement(LayerNorm, f"{_NORMS}.LayerNorm", "layer_norm", reason=require_1d, role="layer_norm"),
+    Replacement(RMSNorm, f"{_NORMS}.RMSNorm", "rms_norm", "rms_norm", reason=require_1d, role="rms_norm"),
+    Replacement(Identity, "torch.nn.modules.linear.Identity", role="identity"),
+    Replacement(Dropout, "torch.nn.modules.dropout.Dropout", role="dropout"),
+    Replacement(SiLU, "torch.nn.modules.activation.SiLU", role="silu"),
     Replacement(GELU, "torch.nn.modules.activation.GELU", _gelu_gate),
     Replacement(
         MultiheadAttention,
         "torch.nn.modules.activation.MultiheadAttention",
         "multi_head",
         "linear, rope_attention",
-        reason=_packs_all,
-        calls=_with_itself_and_others,
+        reason=_require_packed,
+        calls=_attention_calls,
     ),
-    Replacement(TransformerEncoderLayer, _LAYER, "multi_head", "add_layer_norm", reason=_attends, calls=_masked),
+    Replacement(
+        TransformerEncoderLayer,
+        "torch.nn.modules.transformer.TransformerEncoderLayer",
+        "multi_head",
+        "add_layer_norm",
+        reason=lambda module: _require_packed(module.self_attn),
+        calls=_masked_calls,
+    ),
 )
-
-_ROLE_FORWARDS = {
-    "identity": Identity,
-    "dropout": Dropout,
-    "layer_norm": LayerNorm,
-    "rms_norm": RMSNorm,
-    "layer_scale": LayerScale,
-    "drop_path": DropPath,
-    "silu": SiLU,
-}
-ROLE_REPLACEMENTS = {
-    role: Replacement(forward, "", "", reason=last_dimension) for role, forward in _ROLE_FORWARDS.items()
-}
-"""Forwards of the roles that child modules have in fused steps, to compare the children with."""

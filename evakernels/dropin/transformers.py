@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import refuse
@@ -17,43 +16,31 @@ from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, read_norm
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
-from .torch_modules import GELU, QuickGELU, by_silu
-
-ROLES = {
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": "layer_scale",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.Dinov3ViTDropPath": "drop_path",
-}
+from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
 
 
 class RMSNorm(AcceleratedModule):
     """Llama's RMSNorm."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Any:
         if dispatches_to("rms_norm", hidden_states, forced=self.is_forced) and self.weight.dtype == hidden_states.dtype:
             parameters = read_norm(self, hidden_states)
             if parameters is not None:
                 return rms_norm(hidden_states, parameters[0], parameters[2])
-        y: Tensor = super().forward(hidden_states)
-        return y
+        return super().forward(hidden_states)
 
 
 class GatedMLP(AcceleratedModule):
     """Llama's gated MLP."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(apply_gate(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
-        return y
+    def forward(self, x: Tensor) -> Any:
+        return self.down_proj(apply_gate(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
 
 
 class ExactGELU(GELU):
     """The exact GELU of DINOv3 and ViT."""
 
     approximate = "none"
-
-
-def _by_torch(module: Any) -> str | None:
-    return None if module.act is F.gelu else "it makes GELU of other functions"
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -126,7 +113,7 @@ def _can_fuse(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (fits or refuse("shape or dtype")) and dispatches_to(attention_op(), query, after_linear=True, forced=forced)
 
 
-def _by_sdpa(module: Any) -> str | None:
+def _require_sdpa(module: Any) -> str | None:
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return None if chosen == "sdpa" else f"its attn_implementation is {chosen}, not sdpa"
 
@@ -204,17 +191,17 @@ class DINOv3Layer(AcceleratedModule):
 # --- arguments for the comparison -------------------------------------------------------------------------------------
 
 
-def _masked(module: Any, x: Tensor) -> list[Call]:
+def _masked_calls(module: Any, x: Tensor) -> list[Call]:
     mask = torch.randn_like(x @ x.mT)[:, None]
     if "causal_attention_mask" in inspect.signature(type(module).forward).parameters:  # CLIP before transformers 5
         return [((x, first), {"causal_attention_mask": second}) for first in (None, mask) for second in (None, mask)]
     return [((x, None), {}), ((x, mask), {})]
 
 
-def _rotated(module: Any, x: Tensor) -> list[Call]:
+def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     attention = getattr(module, "attention", module)
     angles = x.new_empty(x.shape[1] - 3, attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2)
-    return [(args, {"position_embeddings": (angles.cos(), angles.sin())}) for args, _ in _masked(module, x)]
+    return [(args, {"position_embeddings": (angles.cos(), angles.sin())}) for args, _ in _masked_calls(module, x)]
 
 
 _MODELS = "transformers.models"
@@ -224,7 +211,10 @@ _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama
 _ENCODER_LAYER = "layer_norm1", "self_attn", "layer_norm2", "mlp"
 
 REPLACEMENTS = (
-    Replacement(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu", reason=_by_torch),
+    Replacement(SiLU, "transformers.activations.SiLUActivation", role="silu"),
+    Replacement(LayerScale, f"{_DINOV3}.DINOv3ViTLayerScale", role="layer_scale"),
+    Replacement(DropPath, f"{_DINOV3}.Dinov3ViTDropPath", role="drop_path"),
+    Replacement(ExactGELU, "transformers.activations.GELUActivation", "exact_gelu"),
     Replacement(GELU, "transformers.activations.GELUTanh", "gelu"),
     Replacement(GELU, "transformers.activations.NewGELUActivation", "gelu"),
     Replacement(QuickGELU, "transformers.activations.QuickGELUActivation", "quick_gelu"),
@@ -233,20 +223,16 @@ REPLACEMENTS = (
         GatedMLP,
         f"{_LLAMA}.LlamaMLP",
         "swiglu",
-        reason=by_silu,
+        reason=require_silu,
         attributes=("gate_proj", "up_proj", "down_proj", "act_fn"),
     ),
     Replacement(
-        DINOv3Attention,
-        f"{_DINOV3}.DINOv3ViTAttention",
-        "rope_attention",
-        reason=_by_sdpa,
-        calls=_rotated,
+        DINOv3Attention, f"{_DINOV3}.DINOv3ViTAttention", "rope_attention", reason=_require_sdpa, calls=_rotary_calls
     ),
-    Replacement(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", attributes=_ENCODER_LAYER, calls=_masked),
-    Replacement(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked),
-    Replacement(EncoderLayerWithTuple, f"{_CLIP}.CLIPEncoderLayer", "add_norm", calls=_masked),
-    Replacement(EncoderLayerWithTuple, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked),
-    Replacement(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotated),
-    Replacement(HookedAttention, _INTERFACE, "attention", reason=_by_sdpa, hook=calls_interface),
+    Replacement(EncoderLayer, f"{_CLIP}.CLIPEncoderLayer", "add_norm", attributes=_ENCODER_LAYER, calls=_masked_calls),
+    Replacement(EncoderLayer, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked_calls),
+    Replacement(EncoderLayerWithTuple, f"{_CLIP}.CLIPEncoderLayer", "add_norm", calls=_masked_calls),
+    Replacement(EncoderLayerWithTuple, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked_calls),
+    Replacement(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotary_calls),
+    Replacement(HookedAttention, _INTERFACE, "attention", reason=_require_sdpa, hook=calls_interface),
 )

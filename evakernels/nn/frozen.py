@@ -175,10 +175,10 @@ _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model:
     """Prepacks the weights of a model's linear layers for this CPU, in place: for inference.
 
-    Weights become `FrozenWeight`, which nothing can change: load before, and `unfreeze` to change them, their dtype or
-    their device. State dicts hold dense weights. A weight stays dense where torch has no layout of its own for this
-    processor, or one that isn't faster: float16, and float32 on all but AMD's processors with AVX-512. So does a weight
-    that another module shares, such as a tied embedding. `torch.compile` prepacks weights itself (`freezing`).
+    Weights become immutable `FrozenWeight`: load weights before, and `unfreeze` to change them, their dtype or device.
+    State dicts hold dense weights. Weights stay dense if prepacking isn't faster: in float16, and in float32 except on
+    AMD's processors with AVX-512. So do weights that other modules share, such as tied embeddings. `torch.compile`
+    prepacks weights itself (`freezing`).
 
     Args:
         model: in evaluation mode, on a CPU. The weight of each `torch.nn.Linear` is frozen, unless its class has its
@@ -332,12 +332,6 @@ def _attend_densely(*args: Any, **kwargs: Any) -> Any:
     return F.multi_head_attention_forward(*args, **kwargs)
 
 
-def _refuse_item(weight: Any, *args: Any) -> Any:
-    if isinstance(weight, FrozenWeight):
-        raise TypeError(_FROZEN)
-    return NotImplemented
-
-
 def _refuse_data(weight: FrozenWeight, data: Tensor) -> None:
     # `module.to` with the same device sets the same data.
     if not isinstance(data, FrozenWeight) or data._packed is not weight._packed:
@@ -348,7 +342,6 @@ _OVERRIDES: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.multi_head_attention_forward: _attend_densely,
     Tensor.split: _split,
-    Tensor.__setitem__: _refuse_item,
     Tensor.share_memory_: _refuse_sharing,
     Tensor.data.__set__: _refuse_data,  # type: ignore[attr-defined]
 }

@@ -13,18 +13,14 @@ class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm`, computed by `evakernels.layer_norm`.
 
     Args:
-        normalized_shape: size of the last dimension, or sizes of the last dimensions.
-        eps: added to the variance; 1e-5 by default, as in torch. EVA's norms have 1e-6.
-        elementwise_affine: whether there is a weight, of this shape.
-        bias: whether there is a bias, too.
-        device, dtype: of both.
-        out_dtype: dtype of the output, as in `evakernels.layer_norm`; None for the input's.
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as for `torch.nn.LayerNorm`.
+        out_dtype: dtype of the output, as for `evakernels.layer_norm`; None for the input's.
 
     Raises:
         ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.
     """
 
-    out_dtype: torch.dtype | None = None  # also of modules that were pickled without one
+    out_dtype: torch.dtype | None = None  # for modules that were pickled without it
 
     def __init__(
         self,
@@ -53,11 +49,8 @@ class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm`, computed by `evakernels.rms_norm`.
 
     Args:
-        normalized_shape: size of the last dimension, or sizes of the last dimensions.
-        eps: added to the mean square; None, as in torch: `torch.finfo` of the dtype of the sums, float32 or float64.
-        elementwise_affine: whether there is a weight, of this shape.
-        device, dtype: of the weight.
-        out_dtype: dtype of the output, as in `evakernels.rms_norm`; None for the input's.
+        normalized_shape, eps, elementwise_affine, device, dtype: as for `torch.nn.RMSNorm`.
+        out_dtype: dtype of the output, as for `evakernels.rms_norm`; None for the input's.
 
     Raises:
         ValueError: in `forward`, for an input that doesn't end in `normalized_shape`.

@@ -14,12 +14,10 @@ class RotaryAttention(nn.Module):
     Args:
         width: channels of input and output.
         heads: divides `width`.
-        num_prefix: this many leading tokens (class token, registers) aren't rotated.
-        interleaved: which channels make a pair, as in `rope_attention`.
-        causal: a query sees no later key.
+        num_prefix, interleaved, causal: as for `rope_attention`.
         qkv_bias: whether the packed projection `qkv` has a bias.
-        sub_ln: whether there is a LayerNorm `norm` in front of the output projection `proj` (Wang et al. 2022).
-        eps: of that norm; by default EVA-02's.
+        sub_ln: whether there is a LayerNorm `norm` before the output projection `proj` (Wang et al. 2022).
+        eps: eps of that norm.
 
     Raises:
         ValueError: for a width that isn't a multiple of `heads`.
@@ -48,13 +46,9 @@ class RotaryAttention(nn.Module):
         self.proj = Linear(width, width, device=device, dtype=dtype)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        token_index: Tensor | None = None,
+        self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, token_index: Tensor | None = None
     ) -> Tensor:
-        """`[B, N, width]` to the same shape; tables and index as `rope_attention` takes them, None for no rotation."""
+        """`[B, N, width]` to the same shape; tables and index as for `rope_attention`."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
         out = rope_attention(
             q,
@@ -86,21 +80,16 @@ def axial_rope(
 ) -> tuple[Tensor, Tensor]:
     """The 2-D rotary embedding of EVA-02 (Fang et al. 2023), as tables for `rope_attention`.
 
-    The first half of the pairs turns with the patch's row, the second half with its column. Pair j of a half
-    turns by `position * theta ** (-4 * j / head_dim)`. Positions are scaled so that a grid of any size spans
-    `reference_size` cells: cell i of n is at `i / n * reference_size`. So a model keeps its angles' range
-    when its resolution changes.
-
-    A model computes the tables once for its grid, keeps them as non-persistent buffers, shared by all layers, and
-    passes them to `RotaryAttention`, or as `rope_attention(q, k, v, cos, sin, num_prefix=1)`.
+    The patch's row rotates the first half of the pairs, its column the second half. Pair j of a half rotates by
+    `position * theta ** (-4 * j / head_dim)`. Positions are scaled to `reference_size`: cell i of n is at
+    `i / n * reference_size`, so that the range of angles doesn't depend on the resolution.
 
     Args:
-        grid_h, grid_w: patches along each axis; they are numbered row by row.
+        grid_h, grid_w: patches along each axis, in row-major order.
         head_dim: a multiple of 4.
-        reference_size: grid size of the pre-training, in cells; the grid's own size means no scaling.
+        reference_size: grid size of the pre-training, in cells.
         theta: base of the frequencies.
-        compact: return the angles of the rows and those of the columns rather than those of every patch, a table
-            that a GPU keeps in its smallest cache. The grid must be square.
+        compact: return tables of rows and columns instead of patches, for a square grid; a GPU caches them better.
 
     Returns:
         `(cos, sin)`, float32 `[grid_h * grid_w, head_dim / 2]`: one entry per rotated pair. If `compact`:
@@ -116,7 +105,7 @@ def axial_rope(
         raise ValueError(f"axial_rope: head_dim is {head_dim}; accepted: multiples of 4")
     if compact and grid_h != grid_w:
         raise ValueError(f"axial_rope: the grid is {grid_h} x {grid_w}; a compact table takes a square one")
-    # float64 up to the last rounding, so that the tables don't depend on the device or the default dtype.
+    # float64, so that the tables don't depend on the device or the default dtype.
     pairs = torch.arange(head_dim // 4, dtype=torch.float64, device=device)
     frequencies = theta ** (-4 * pairs / head_dim)
 

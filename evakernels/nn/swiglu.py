@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
         width: channels of input and output.
         hidden: channels of the gated product.
         sub_ln: whether there is a LayerNorm `ffn_ln` between the product and `w3`.
-        eps: of that norm; by default EVA-02's.
+        eps: eps of that norm.
         bias: whether the three projections have biases.
     """
 

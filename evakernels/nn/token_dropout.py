@@ -35,8 +35,8 @@ class PatchDropout(nn.Module):
             pos_embed: `[P + N, C]`, the prefix's rows first.
 
         Returns:
-            Tokens `[B, P + K, C]`, and the indices `[B, K]` of the kept patches for `rope_attention`; None
-            when all are kept. The indices are drawn from the default generator of the device.
+            Tokens `[B, P + K, C]`, and the indices `[B, K]` of the kept patches for `rope_attention`, or None for all,
+            drawn from the default generator of the device.
         """
         token_index = None
         if self.training and self.rate > 0:

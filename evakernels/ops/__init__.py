@@ -6,14 +6,7 @@ from .contrastive import clip_loss, contrastive_statistics, siglip_loss
 from .gelu import gelu
 from .gradient_norm import gradient_norm
 from .lamb import lamb_apply, lamb_step, lamb_update
-from .layer_norm import (
-    add_layer_norm,
-    add_rms_norm,
-    layer_norm,
-    layer_norm_add,
-    rms_norm,
-    rms_norm_add,
-)
+from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, layer_norm_add, rms_norm, rms_norm_add
 from .packed_attention import packed_attention
 from .rope_attention import rope_attention
 from .swiglu import swiglu

@@ -10,56 +10,50 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPS = "a finite number, 0 or more"
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # of compiled code these are symbols
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 _MAKERS = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torch.tensor"}
 
 
 def floating(op: str, **tensors: Any) -> None:
-    """Everything is a tensor with a floating-point dtype that the ops take."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise no_tensor(op, name, tensor)
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: float64, float32, bfloat16, float16")
+    """Checks tensors with a floating-point dtype of the ops."""
+    of_dtype(op, FLOATS, **tensors)
 
 
 def floating_or_none(op: str, **tensors: Any) -> None:
-    """Describes the given value in the same way."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            floating(op, **{name: tensor})
+    """`floating`, for the arguments that aren't None."""
+    floating(op, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
-def integers(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None:
-    """Everything is a tensor with one of these dtypes."""
+def of_dtype(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None:
+    """Checks tensors with one of these dtypes."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise no_tensor(op, name, tensor)
+            raise not_a_tensor(op, name, tensor)
         if tensor.dtype not in accepted:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {', '.join(map(str, accepted))}")
 
 
-def no_tensor(op: str, name: str, value: Any) -> TypeError:
-    """The error for what isn't a tensor."""
+def not_a_tensor(op: str, name: str, value: Any) -> TypeError:
+    """Returns the error for a value that isn't a tensor."""
     maker = _MAKERS.get(type(value).__name__)
     hint = f"; {maker} makes one" if maker else ""
     return TypeError(f"{op}: {name} is {kind(value)}; accepted: a torch.Tensor{hint}")
 
 
 def number(op: str, name: str, value: Any, accepted: str) -> None:
-    """`value` is a number; `accepted` says which the caller lets pass."""
+    """Raises `TypeError` unless `value` is a number; `accepted` is for the message."""
     if not isinstance(value, _NUMBERS) and not isinstance(value, Real):
         raise TypeError(f"{op}: {name} is {kind(value)}; accepted: {accepted}")
 
 
 def integer(op: str, name: str, value: Any, accepted: str) -> None:
-    """The same of an integer."""
+    """Raises `TypeError` unless `value` is an integer."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {value!r}, {kind(value)}; accepted: an integer, {accepted}")
 
 
 def eps(op: str, value: float) -> float:
-    """`value`, if it can be added to a variance or to its root."""
+    """Returns `value` if it is a finite number of 0 or more."""
     if type(value) is not float:
         number(op, "eps", value, EPS)
     if not 0.0 <= value < math.inf:
@@ -68,7 +62,7 @@ def eps(op: str, value: float) -> float:
 
 
 def betas(op: str, values: Any) -> None:
-    """`values` are the decay rates of two moments."""
+    """Checks the decay rates of two moments."""
     accepted = "two numbers from 0 to below 1"
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
         raise TypeError(f"{op}: betas is {values!r}; accepted: {accepted}")
@@ -79,13 +73,13 @@ def betas(op: str, values: Any) -> None:
 
 
 def scale(op: str, value: Any) -> None:
-    """`value`, where it is given, is a factor of scores."""
+    """Checks a factor of attention scores, or None."""
     if value is not None:
         number(op, "scale", value, "a number, or None")
 
 
 def kind(value: Any) -> str:
-    """What `value` is, for a message."""
+    """The type of `value` with an article, for a message."""
     if value is None:
         return "None"
     module, name = type(value).__module__.partition(".")[0], type(value).__qualname__
@@ -94,27 +88,27 @@ def kind(value: Any) -> str:
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors are on one device."""
+    """Raises `ValueError` unless all tensors are on one device."""
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
         raise ValueError(f"{op}: tensors on different devices: {found}")
 
 
 def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
-    """`tensor`, when given, has exactly the shape `expected`; `meaning` names its dimensions."""
+    """Raises `ValueError` unless `tensor` is None or has the shape `expected`; `meaning` names its dimensions."""
     if tensor is not None and tensor.shape != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {meaning} = {expected}")
 
 
 def out_dtype(op: str, dtype: Any) -> None:
-    """`dtype`, where it is given, is one that the ops take."""
+    """Raises `TypeError` unless `dtype` is None or a dtype of the ops."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATS):
         found = dtype if isinstance(dtype, torch.dtype) else f"{dtype!r}, {kind(dtype)}"
         raise TypeError(f"{op}: out_dtype is {found}; accepted: {', '.join(map(str, FLOATS))}, or None for that of x")
 
 
 def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **tensors: Tensor | None) -> None:
-    """Per-channel parameters have the dtype of `x`, of the result, or float32 (mixed precision)."""
+    """Checks parameters `[C]`: in the dtype of `x`, of the result, or float32."""
     accepted = {x.dtype: "as x", torch.float32: ""}
     if out_dtype is not None:
         accepted.setdefault(out_dtype, "as out_dtype")
@@ -122,9 +116,10 @@ def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise no_tensor(op, name, tensor)
+            raise not_a_tensor(op, name, tensor)
         if tensor.dtype not in accepted:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {_alternatives(accepted)}")
+            listed = " or ".join(f"{dtype} ({why})" if why else str(dtype) for dtype, why in accepted.items())
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {listed}")
 
 
 def in_one_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
@@ -135,13 +130,8 @@ def in_one_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     return weight.to(dtype), bias.to(dtype)
 
 
-def _alternatives(dtypes: dict[torch.dtype, str]) -> str:
-    """`torch.bfloat16 (as x) or torch.float32`."""
-    return " or ".join(f"{dtype} ({why})" if why else str(dtype) for dtype, why in dtypes.items())
-
-
 def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Queries, keys and values fit together; `layout` names the dimensions of the queries."""
+    """Checks shapes, dtypes and devices of queries, keys and values; `layout` names the dimensions of the queries."""
     if q.dim() != layout.count(",") + 1 or q.shape[-1] == 0:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout} with D > 0")
     same_device(op, q=q, k=k, v=v)
@@ -158,10 +148,7 @@ def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def token_range(op: str, token_index: Tensor, num_tokens: int, *, lowest: int = 0, name: str = "token_index") -> None:
-    """Raises `IndexError` for a value outside `lowest .. num_tokens - 1`.
-
-    Only on a CPU: elsewhere the question would make the host wait for the device.
-    """
+    """Raises `IndexError` for a value outside `lowest .. num_tokens - 1`, on a CPU: others would synchronise."""
     if token_index.device.type != "cpu" or token_index.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_index))

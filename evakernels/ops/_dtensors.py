@@ -1,6 +1,6 @@
-"""Ops on DTensors, as sequence and tensor parallelism make them: each rank computes the rows of its shard.
+"""Ops on DTensors, for sequence and tensor parallelism: each rank computes the rows of its shard.
 
-Gradients of replicated parameters are `Partial` (sums over ranks that are still to be made), as those of torch's norms.
+Gradients of replicated parameters are `Partial`, as for torch's norms.
 """
 
 import sys
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class ShardingRule(NamedTuple):
-    """The layouts of an op's arguments, by name; those without one are `[C]`, parameters of all rows.
+    """The layouts of an op's arguments by name; all others are parameters `[C]`.
 
     Attributes:
         activations: arguments `[B, ..., C]`; the first is the op's first argument. Outputs have the same layout.
         samples: an argument `[B]`, without a gradient.
-        whole_rows: given the arguments, whether a channel's result depends on other channels, so that rows stay whole.
+        whole_rows: returns for the arguments whether a channel's result depends on other channels.
     """
 
     activations: tuple[str, ...]
@@ -26,10 +26,10 @@ class ShardingRule(NamedTuple):
 
 
 def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dict[str, Any]) -> Any:
-    """`op` of DTensors, on this rank's shards; `args` are its arguments by name.
+    """Runs `op` on this rank's shards of DTensors; `args` are its arguments by name.
 
-    Activations stay sharded where one of them is, but along the last dimension only if the op is elementwise; others
-    are redistributed. Outputs are placed as activations are.
+    Activations stay sharded, along the last dimension only if the op is elementwise; otherwise they are redistributed.
+    Outputs have the placements of the activations.
 
     Raises:
         TypeError: for a plain tensor together with DTensors.
@@ -67,25 +67,18 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
             place = gradient = rows
         elif name == rule.samples:
             place = gradient = samples
-        # A redistribution would make the sums of the gradient at once.
+        # A redistribution would sum the gradient at once.
         arg = arg if arg.placements == place else arg.redistribute(mesh, place)
         return arg.to_local(grad_placements=gradient)
 
     outputs = op(*[shard_of(name, arg) for name, arg in args.items()])
-    shape, stride = first.shape, _contiguous_stride(first.shape)
+    shape = first.shape
+    stride = torch.empty(shape, device="meta").stride()
 
     def whole(out: Tensor) -> Any:
         return DTensor.from_local(out, mesh, rows, run_check=False, shape=shape, stride=stride)
 
     return whole(outputs) if isinstance(outputs, Tensor) else tuple(map(whole, outputs))
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 # --- shards of parameters -------------------------------------------------------------------------------------------
@@ -100,17 +93,13 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
-    # The import takes longer than many a step, and nobody has a DTensor who hasn't made it.
+    # A DTensor only exists after this slow import.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def groups_of(tensor: Tensor) -> tuple[Any, ...]:
-    """The process groups over which a tensor is cut: a sum over its elements is one over this process's, then these.
-
-    Raises:
-        TypeError: for a DTensor that holds sums still to be made.
-    """
+    """The process groups over which a tensor is sharded. Raises `TypeError` for a partial DTensor."""
     if not is_sharded(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
@@ -122,9 +111,8 @@ def groups_of(tensor: Tensor) -> tuple[Any, ...]:
 def first_element_of(tensor: Tensor) -> int:
     """Index of the first local element in the whole tensor.
 
-    Raises:
-        TypeError: for a DTensor whose parts aren't ranges of elements: one that isn't cut along its first dimension,
-            or more than once.
+    Raises `TypeError` for a DTensor with shards that aren't ranges of elements: not along the first dimension, or more
+    than one.
     """
     if not is_sharded(tensor):
         return 0
@@ -140,6 +128,6 @@ def first_element_of(tensor: Tensor) -> int:
 
 
 def sum_over(values: Tensor, groups: tuple[Any, ...]) -> None:
-    """Replaces values by their sums over the processes of all groups."""
+    """Replaces values by their sums over the ranks of all groups."""
     for group in groups:
         torch.distributed.all_reduce(values, group=group)

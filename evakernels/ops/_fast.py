@@ -1,8 +1,7 @@
-"""A shorter way for plain eager calls: cached checks and choice of backend, past torch's dispatcher.
+"""The fast path of plain eager calls: cached checks and choice of backend, without torch's dispatcher.
 
 The dispatcher takes several times as long to reach an op written in Python as a small kernel takes to run; see
-`python -m benchmarks op layer_norm gelu swiglu --shape small`. Results are the same without this file. Its only user is
-the decorator of `Op.__call__`.
+`python -m benchmarks op layer_norm gelu swiglu --shape small`. Results are the same without this file.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from .. import backends
 from .._modes import needs_dispatcher
 
 MAX_ENTRIES = 1 << 14
-"""Of all ops; with more, as for packed captions of ever other lengths, the cache is emptied."""
+"""Maximum number of entries of all ops; a full cache, as from packed captions of changing lengths, is cleared."""
 
 _dtype = torch.dtype
 _Value = TypeVar("_Value")
@@ -28,9 +27,9 @@ class DispatchEntry(NamedTuple):
     """How calls with the same cache key run.
 
     Attributes:
-        run: the implementation, with what has to happen around it.
-        record: `apply` of the op's `autograd.Function`, without its Python part, which asks about functorch.
-        changes: numbers of the arguments that the op's check replaces, each with a tensor's dtype or another value.
+        run: the implementation, with its context managers and checks of values.
+        record: `apply` of the op's `autograd.Function`, without its Python part, which tests for functorch.
+        changes: indices of the arguments that the op's check replaces, each with a tensor's dtype or another value.
     """
 
     run: Callable[..., Any]
@@ -46,7 +45,7 @@ class DispatchEntry(NamedTuple):
 
 
 def with_fast_path(dispatched: Callable[..., Any]) -> Callable[..., Any]:
-    """`dispatched`, the `__call__` of an op, for calls that need the dispatcher; for all others the cached way."""
+    """Wraps `dispatched`, the `__call__` of an op: calls that don't need the dispatcher take the fast path."""
 
     def call(op: Any, *args: Any) -> Any:
         key = None if needs_dispatcher() else cache_key(op, args)
@@ -63,10 +62,7 @@ def with_fast_path(dispatched: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cache_key(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Everything that checks and the choice of a backend depend on: all but the tensors' values.
-
-    None for a call that isn't plain: with lists or with subclasses of tensors, and while ops are observed.
-    """
+    """A key of everything but the tensors' values; None with lists or tensor subclasses, and while ops are observed."""
     overrides = backends.overrides
     if overrides is not None and overrides.observer is not None:
         return None
@@ -90,7 +86,7 @@ def cache_key(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def implementation(op: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The op's `implementation` for arguments that the dispatcher passes on, cached."""
+    """Caches the op's `implementation` for calls through the dispatcher."""
     key = cache_key(op, args)
     if key is None:
         return op.implementation(args)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """An op: a reference with its annotated signature as schema, and the backends that run it.
 
-Torch's dispatcher runs an op; plain eager calls take a shorter way (`_fast`). It chooses its backend when it runs, so
+Torch's dispatcher runs an op; plain eager calls take a fast path (`_fast`). The backend is chosen at each call, so
 `torch.compile` sees one opaque op and `use_backend` also holds in compiled code.
 """
 
@@ -17,18 +17,14 @@ from ._dtensors import ShardingRule, is_sharded, over_shards
 from ._fast import implementation, with_fast_path
 
 _library = torch.library.Library(backends.NAMESPACE, "DEF")
-# Kernels of the compiled library need a namespace of their own: for the op itself the dispatcher would call them by
-# device, whatever `use_backend` and the backends' reasons say.
+# In the ops' namespace the dispatcher would call the compiled library's kernels by device alone.
 _native_library = torch.library.Library(_native.NAMESPACE, "DEF")
 
 _decompositions: dict[Any, Callable[..., Any]] = {}
-"""By operator: the function that runs in its place under `as_torch_operators`."""
+"""By operator: the function that replaces it under `as_torch_operators`."""
 
 Check = Callable[..., tuple[Any, ...]]
-"""Maps the arguments of a public function to those of the op, with autocast's casts, or raises.
-
-It may depend on types, dtypes, shapes, devices and numbers, not on the values of tensors.
-"""
+"""Maps a public function's arguments to the op's, with autocast's casts, or raises; reads no tensor values."""
 
 
 class Op:
@@ -44,7 +40,7 @@ class Op:
     ) -> None:
         self.overload = overload
         self.name = overload._schema.name.partition("::")[2]
-        self.argument_names = backends.argument_names(self.name)  # which compiled code can't ask for
+        self.argument_names = backends.argument_names(self.name)  # compiled code can't read the schema
         self.decomposition = decomposition
         self.check = check
         self.check_values = check_values
@@ -55,7 +51,7 @@ class Op:
 
     @property
     def family(self) -> str:
-        """The name that errors show."""
+        """The name for errors."""
         return self.name.removesuffix("_forward").removesuffix("_backward")
 
     @with_fast_path
@@ -76,16 +72,12 @@ class Op:
     def _dispatch(self, operator: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self.check is not None:
             args = self.check(*args)
-        # Only the tracer of compiled code knows of dual numbers that this code makes; `record` doesn't.
+        # `record` can't see dual numbers that compiled code makes; its tracer can.
         is_hidden = torch.compiler.is_compiling() and has_dual_numbers()
         return self.decomposition(*args) if is_hidden else operator(*args)
 
     def record(self, *args: Any) -> Any:
-        """The op's kernel for autograd.
-
-        The op's gradient is known in reverse mode, once. Under forward-mode differentiation and functorch's transforms
-        the decomposition runs, which torch differentiates and maps.
-        """
+        """The op's kernel for autograd; the decomposition runs under forward-mode differentiation and functorch."""
         if is_transformed():
             if self.check_values is not None and not are_transforms_active():  # vmap hides values
                 self.check_values(*args)
@@ -99,11 +91,11 @@ class Op:
             return self.overload(*args)
 
     def run(self, *args: Any) -> Any:
-        """The op's kernel for all devices. Arguments have been checked, or come from compiled code."""
+        """The op's kernel for all devices, with checked arguments."""
         return implementation(self, args)(*args)
 
     def implementation(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """The function of the backend that serves these arguments, with what has to happen around it."""
+        """The backend's function for these arguments, with checks of values and without autocast."""
         function = backends.select(self.name, args).observed(self.name)
         tensor = backends.first_tensor(args)
         without_autocast = tensor is not None and autocast.is_on(tensor.device.type)
@@ -145,19 +137,17 @@ def define(
 
     Args:
         reference: the op in plain PyTorch. Its signature is the schema.
-        check: of the arguments that the public function passes on as they are.
-        check_values: raises for values of tensors that no implementation accepts. It runs inside the op, as values are
-            hidden in front of it under `torch.compile`.
-        fake: the reference for tensors without data, where it reads values, or makes other tensors.
-        decomposition: in torch's operators, which have all derivatives; the reference by default.
-        exported: the same for exported programs and for inference, where an operator of torch that has one derivative
-            alone is better. It may leave out outputs that only the backward pass reads.
+        check: checks and converts the public function's arguments.
+        check_values: raises for values of tensors that no implementation accepts. It runs inside the op, where
+            `torch.compile` doesn't hide values.
+        fake: computes outputs without data; the reference by default.
+        decomposition: the op in torch's operators, with all derivatives; the reference by default.
+        exported: decomposition for exported programs and inference; it may omit outputs for backward.
         mutates: names of the arguments that are written.
-        sharding: how it runs on DTensors, for which torch raises otherwise.
-        reasons: why no compiled kernel serves a call. It takes the arguments that are given by name.
-        gpu_reasons: the same for kernels on GPUs alone.
-        triton_reasons: why no Triton kernel serves the sizes of a call. It takes the first tensor, and all arguments
-            that are given by name.
+        sharding: rule for DTensors; without one torch raises.
+        reasons: takes arguments by name and returns why compiled kernels don't support the call.
+        gpu_reasons: the same for compiled kernels on GPUs.
+        triton_reasons: the same for Triton kernels; takes the first tensor, too.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -196,14 +186,14 @@ def differentiable(
     formula: Callable[..., Any],
     returned: int | None = None,
 ) -> None:
-    """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative is refused.
+    """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative raises.
 
     Args:
         forward, backward: the ops.
-        setup_context: as `torch.library.register_autograd` takes it.
-        formula: maps `ctx` and the gradients of the outputs to those of leading arguments; the others have none. For an
-            argument that needs no gradient (`ctx.needs_input_grad`) it may return any placeholder.
-        returned: how many outputs the public function returns; None for all. The others have no gradient.
+        setup_context: as for `torch.library.register_autograd`.
+        formula: maps `ctx` and the gradients of the outputs to those of leading arguments, with any placeholder for
+            arguments that need no gradient.
+        returned: number of outputs of the public function; None for all. The others are non-differentiable.
     """
     forward.returned = returned
     backward.takes_gradients = True
@@ -217,7 +207,7 @@ def _autograd_function(
     returned: int | None = None,
 ) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
-        """Takes the op's arguments, the function that computes it, and whether to return public outputs alone."""
+        """Takes the op's arguments, the function to run, and whether to return the public outputs only."""
 
         @staticmethod
         def forward(ctx: Any, *args_and_options: Any) -> Any:
@@ -244,11 +234,10 @@ def _autograd_function(
 
 
 class as_torch_operators(TorchFunctionMode):
-    """In its `with` block every op is decomposed into torch's own operators and leaves no trace of its name.
+    """Decomposes every op into torch's operators inside the `with` block.
 
-    For `torch.export`, ONNX and other tools that look into a program: what they write runs without this library.
-    Attention is `torch.nn.functional.scaled_dot_product_attention` there, of which they have kernels of their own. And
-    for second derivatives: of an eager forward pass in the block torch has all of them.
+    For second derivatives, and for `torch.export`, ONNX and other tools: exported programs run without this library,
+    and attention is `torch.nn.functional.scaled_dot_product_attention`.
 
     Examples:
         >>> with torch.no_grad(), evakernels.as_torch_operators():
@@ -262,7 +251,7 @@ class as_torch_operators(TorchFunctionMode):
 
 
 def _without_autocast(function: Callable[..., Any], *args: Any) -> Any:
-    """The check has made autocast's casts already; left on, it would reach into the implementation."""
+    """Runs the function without autocast: the check has cast the arguments."""
     tensor = backends.first_tensor(args)
     if tensor is None or not autocast.is_on(tensor.device.type):
         return function(*args)

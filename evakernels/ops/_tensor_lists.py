@@ -11,72 +11,56 @@ from . import _check
 Tensors = Sequence[Tensor]
 
 
-def tensors(op: str, params: Tensors, **lists: Tensors) -> None:
-    """`params` and the other lists hold dense floating-point tensors of equal shapes on one device."""
+def tensors(op: str, params: Tensors, steps: Tensors, betas: Any, eps: float, **lists: Tensors) -> None:
+    """Checks dense floating-point tensors with the shapes of `params` on one device, step counts, betas and eps."""
     given = {"params": params, **lists}
     for name, values in given.items():
         sequence(op, name, values)
     if not params:
         raise ValueError(f"{op}: params is empty; expected at least one tensor")
     _check.floating(op, **{"params[0]": params[0]})
+    device = params[0].device
     for name, values in given.items():
         _length(op, name, values, params)
         for i, (tensor, param) in enumerate(zip(values, params, strict=True)):
-            if not _fits(tensor, param, params[0].device):
-                _refuse(op, f"{name}[{i}]", tensor, params, i)
-
-
-def sequence(op: str, name: str, values: Any) -> None:
-    """`values` is a list, a tuple or the like, not what merely has elements: a tensor, an array or a string."""
-    if not isinstance(values, list | tuple) and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
-        raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list of tensors")
-
-
-def _fits(tensor: Tensor, param: Tensor, device: torch.device) -> bool:
-    # For lists of small tensors the checks are most of a step's time, so the messages are made only when needed.
-    try:
-        return (
-            tensor.layout == torch.strided
-            and tensor.dtype in _check.FLOATS
-            and tensor.device == device
-            and tensor.shape == param.shape
-        )
-    except AttributeError:  # no tensor
-        return False
-
-
-def _refuse(op: str, label: str, tensor: Tensor, params: Tensors, i: int) -> None:
-    """Raises with the first reason why `_fits` says no."""
-    _check.floating(op, **{label: tensor})
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
-    _check.same_device(op, **{"params[0]": params[0], label: tensor})
-    _check.shape(op, label, tensor, tuple(params[i].shape), f"the shape of params[{i}]")
-
-
-def options(op: str, betas: tuple[float, float], eps: float) -> None:
-    """Two decay rates, and the epsilon added to the root of the second moment."""
+            # Messages are made only when needed: for small tensors the checks take most of a step's time.
+            is_float = isinstance(tensor, Tensor) and tensor.dtype in _check.FLOATS
+            if is_float and tensor.layout == torch.strided and tensor.device == device and tensor.shape == param.shape:
+                continue
+            label = f"{name}[{i}]"
+            _check.floating(op, **{label: tensor})
+            if tensor.layout != torch.strided:
+                raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
+            _check.same_device(op, **{"params[0]": params[0], label: tensor})
+            _check.shape(op, label, tensor, tuple(param.shape), f"the shape of params[{i}]")
+    _check_steps(op, params, steps)
     _check.betas(op, betas)
     _check.eps(op, eps)
 
 
+def sequence(op: str, name: str, values: Any) -> None:
+    """Raises `TypeError` unless `values` is a sequence; tensors, arrays and strings aren't accepted."""
+    if not isinstance(values, list | tuple) and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
+        raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list of tensors")
+
+
 def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
-    """There is one number for each of `params`."""
+    """Checks lists of one number for each of `params`."""
     for name, values in lists.items():
         if not hasattr(values, "__len__"):
             raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list, a number for each of params")
         _length(op, name, values, params)
 
 
-def steps(op: str, params: Tensors, given: Tensors) -> None:
-    """The step counts, one for each of `params`, are different 0-D float32 tensors on their device."""
+def _check_steps(op: str, params: Tensors, given: Tensors) -> None:
+    """Checks the step counts: different 0-D float32 tensors on the device of `params`, one for each."""
     sequence(op, "steps", given)
     _length(op, "steps", given, params)
-    if len(set(map(id, given))) < len(given):  # each would be counted up once for all and read in between
+    if len(set(map(id, given))) < len(given):  # it would be incremented several times
         raise ValueError(f"{op}: steps holds a tensor twice; expected one of its own for each of the params")
     for i, step in enumerate(given):
         if not isinstance(step, Tensor):
-            raise _check.no_tensor(op, f"steps[{i}]", step)
+            raise _check.not_a_tensor(op, f"steps[{i}]", step)
         if step.dtype != torch.float32 or step.dim() > 0:
             raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
         if step.device != params[0].device:
@@ -91,7 +75,7 @@ def _length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
 def rounding(
     op: str, params: Tensors, seeds: Sequence[int], first_elements: Sequence[int]
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Seeds, if there are any, are for bfloat16 parameters; with them come element numbers, by default 0."""
+    """Checks seeds and returns them with element numbers, by default 0; `params` must then be bfloat16."""
     if not seeds:
         if first_elements:
             raise ValueError(f"{op}: first_elements are given without seeds; expected both, or seeds alone")
@@ -108,10 +92,10 @@ def rounding(
 
 
 def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
-    """Each flag that is given has one element, on the device of `param`."""
+    """Checks flags: None, or one element on the device of `param`."""
     for name, flag in given.items():
         if flag is not None and not isinstance(flag, Tensor):
-            raise _check.no_tensor(op, name, flag)
+            raise _check.not_a_tensor(op, name, flag)
         if flag is not None and flag.numel() != 1:
             raise ValueError(f"{op}: {name} has shape {tuple(flag.shape)}; expected one element")
     _check.same_device(op, **{"params[0]": param}, **given)

@@ -26,24 +26,24 @@ def adamw_update(
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2019), in place: what `torch.optim.AdamW` computes.
+    """One step of AdamW (Loshchilov and Hutter 2019), in place, like `torch.optim.AdamW`.
+
+    Parameters, moments and steps are written.
 
     Args:
-        params, grads: n tensors, any shapes, dense; float64, float32, bfloat16 or float16, also mixed. `params`
-            are written.
-        exp_avgs, exp_avg_sqs: the moments, in the shapes of `params` and any of these dtypes. Written.
-        steps: n different 0-D float32 tensors, the number of steps made; counted up. Written.
+        params, grads: n dense tensors of any shapes; float64, float32, bfloat16 or float16, also mixed.
+        exp_avgs, exp_avg_sqs: the moments, in the shapes of `params` and any of these dtypes.
+        steps: n different 0-D float32 tensors, the number of steps made, which is incremented.
         lrs: n learning rates.
-        weight_decays: n numbers; a step takes `lr * weight_decay` of a parameter away.
+        weight_decays: n numbers; a step subtracts `lr * weight_decay` times the parameter.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
-        grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is). A loss scale
-            and a bound on the norm (`gradient_norm`) are both such a divisor.
-        found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
-        seeds: n numbers, 0 or more, or none. With them the parameters, which must be bfloat16, are rounded
-            stochastically: up with the probability of the part that is cut off, by a hash of (seed, step, element),
-            the same on every backend and for any number of threads. Without them: to the nearest.
-        first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
+        grad_scale: one element, divisor of the gradients; `grads` don't change.
+        found_inf: one element; nothing is written if it is above 0. Both flags are read on the device.
+        seeds: empty, or n numbers from 0 to below 2^63. With seeds the parameters, which must be bfloat16, are rounded
+            stochastically: up with the probability of the fraction that is cut off, by a hash of (seed, step, element),
+            equal on every backend and for any number of threads.
+        first_elements: with seeds, the index of each parameter's first element in the whole tensor; 0 by default.
 
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
@@ -57,9 +57,7 @@ def adamw_update(
         [tensor([0.9000, 0.9000, 0.9000])]
     """
     op = "adamw_update"
-    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)

@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP over the batch of all processes, without a matrix of logits unless it is small."""
+"""InfoNCE and SigLIP over the global batch, without a matrix of logits unless it is small."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,26 +17,26 @@ from . import _check
 from ._op import Op, define, differentiable
 
 MEMORY_BUDGET = 1 << 28
-"""256 MiB: the logits in float32 of 8,192 pairs, or of 2,896 on each of 8 processes."""
+"""256 MiB: the float32 logits of 8,192 pairs, or of 2,896 on each of 8 ranks."""
 
 
 def contrastive_statistics(
     image: Tensor, text: Tensor, logit_scale: Tensor, offset: int = 0, *, memory_budget: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What losses and in-batch accuracies need of the logits `logit_scale * image @ text^T`, in O(m + B).
+    """Statistics of the logits `logit_scale * image @ text^T` for losses and in-batch accuracies, in O(m + B) memory.
 
     Args:
         image: `[m, D]`, float64, float32, bfloat16 or float16; normalised or not.
         text: `[B, D]`, in the dtype of `image`.
         logit_scale: `[]` or `[1]`, already exponentiated.
         offset: row `offset + i` of `text` belongs to row i of `image`.
-        memory_budget: bytes that the logits may take until the backward pass, as `clip_loss` has it.
+        memory_budget: as for `clip_loss`.
 
     Returns:
         `(row_lse [m], col_lse [B], positive [m], row_max [m], col_max [B])`: the log-sum-exp over the texts
         of each image and over the images of each text, the logit of each pair, and the largest logit of each
         image and text. All are float32 (float64 for float64 input), also under autocast; the first three have
-        gradients. An image's top-1 text is its own where `positive >= row_max`.
+        gradients. `positive >= row_max` tells whether an image ranks its own text first.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -50,7 +50,7 @@ def contrastive_statistics(
     """
     op = "contrastive_statistics"
     _check_features(op, image, text, ("image", "text"))
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image)
+    logit_scale = _check_scalar(op, "logit_scale", logit_scale, image)
     _check.integer(op, "offset", offset, "0 to B - m")
     spare = text.shape[0] - image.shape[0]
     if spare < 0:
@@ -73,32 +73,28 @@ def clip_loss(
     """Symmetric InfoNCE (Radford et al. 2021): the mean of two cross-entropies, over texts and over images.
 
     Args:
-        image_features, text_features: `[b, D]`, row i of one belonging to row i of the other; float64,
-            float32, bfloat16 or float16; normalised or not.
+        image_features, text_features: `[b, D]`, one pair a row; float64, float32, bfloat16 or float16; normalised or
+            not.
         logit_scale: `[]` or `[1]`, already exponentiated.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        group: the processes whose batches make up the global batch, each with a `b` of its own, which may be 0 on
-            some. None means all of them, as in torch.distributed: then **every process must call the loss**, or the
-            others wait for it. False means this process alone, as does None before `init_process_group`. The text
-            features are gathered once, and no rank computes another's logits.
-        counts: the `b` of every rank of the group, where the caller knows them. Otherwise the ranks tell one another
-            first, for which the host waits.
-        memory_budget: bytes that the `[b, B]` logits of this rank may take from the forward pass to the backward pass,
-            4 an element. Where they fit, forward and backward are three matrix products; else they are four, for
-            backward makes the logits again, in chunks. 0 keeps none.
+        group: the ranks of the global batch, with any `b` each, also 0. None for all ranks, **which must all call the
+            loss**. False for this rank alone, as is None before `init_process_group`. The text features are gathered
+            once, and each rank computes the logits of its own images.
+        counts: the `b` of every rank of the group. By default the ranks exchange them, and the host waits.
+        memory_budget: bytes for the float32 `[b, B]` logits of this rank, saved for backward if they fit: three matmuls
+            in all. Otherwise backward recomputes the logits in chunks: four matmuls.
 
     Returns:
-        0-D, float32 (float64 for float64 input), also under autocast. Over several processes the value is that of the
-        global batch on every rank, and the gradient is world_size times this rank's contribution, so that the
-        mean over ranks that data-parallel training takes gives every parameter, logit_scale included, its
-        gradient on the global batch.
+        0-D, float32 (float64 for float64 input), also under autocast. Over several ranks it is the loss of the global
+        batch on every rank, and the gradient is world_size times this rank's contribution. The mean over ranks, as
+        data-parallel training takes it, is the gradient on the global batch for every parameter and logit_scale.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together, an empty batch, a D that differs between ranks, text
-            features of which only some ranks' require a gradient (neither is seen with `counts`), counts that aren't
-            those of this rank and group, a label_smoothing outside [0, 1], a negative
-            memory_budget, or a group that this process isn't in.
+            features that require a gradient on some ranks only (neither is noticed with `counts`), counts that
+            contradict this rank or group, a label_smoothing outside [0, 1], a negative memory_budget, or a group
+            without this rank.
         RuntimeError: over several ranks, under forward-mode differentiation and functorch's transforms.
 
     Examples:
@@ -109,7 +105,7 @@ def clip_loss(
     op = "clip_loss"
     group = resolved(op, group)
     _check_batch(op, image_features, text_features, group)
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
+    logit_scale = _check_scalar(op, "logit_scale", logit_scale, image_features)
     _check.number(op, "label_smoothing", label_smoothing, "0 to 1")
     _check.number(op, "memory_budget", memory_budget, "a number of bytes, at least 0")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -118,12 +114,20 @@ def clip_loss(
         raise ValueError(f"{op}: memory_budget is {memory_budget}; accepted: at least 0")
     text, offset = gather_rows(op, "text_features", text_features, group, counts)
     inputs = image_features, text, logit_scale
-    row_lse, col_lse, target = _shared_statistics(inputs, offset, memory_budget)
+    if len(image_features):
+        row_lse, col_lse, target, *_ = _statistics(inputs, offset, memory_budget)
+    else:  # the columns have no logit
+        zero = _zero_of(*inputs)
+        row_lse = target = zero.expand(0)
+        col_lse = (zero - math.inf).expand(len(text))
     if label_smoothing > 0 and len(row_lse):
-        mean_logit = _logit_sum(*inputs) / (len(row_lse) * len(col_lse))
+        dtype = row_lse.dtype
+        logit_sum = logit_scale.to(dtype) * (image_features.sum(0, dtype=dtype) * text.sum(0, dtype=dtype)).sum()
+        mean_logit = logit_sum / (len(row_lse) * len(col_lse))
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
     if rank_and_size(op, group)[1] == 1:
-        return _sum_of_pairs(row_lse, col_lse, target) / (2 * len(col_lse))
+        # The differences are small and the terms are not: summing the terms first would lose digits.
+        return ((row_lse - target) + (col_lse - target)).sum() / (2 * len(col_lse))
     loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, group)  # type: ignore[no-untyped-call]
     return loss
 
@@ -133,25 +137,12 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text, _ = inputs
     keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    forward = _kept_forward if keeps and _wants_gradient(inputs) else _forward
+    forward = _kept_forward if keeps and _needs_grad(inputs) else _forward
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = forward(*inputs, offset)
     return found
 
 
-def _shared_statistics(
-    inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(row_lse [b], col_lse [B], positive [b])` of this rank's images with the texts of all."""
-    image, text, _ = inputs
-    if len(image) == 0:  # columns without a logit
-        nothing = _nothing(*inputs)
-        of_rows = nothing.expand(0)
-        return of_rows, (nothing - math.inf).expand(len(text)), of_rows
-    row_lse, col_lse, positive, *_ = _statistics(inputs, offset, memory_budget)
-    return row_lse, col_lse, positive
-
-
-def _nothing(*inputs: Tensor) -> Tensor:
+def _zero_of(*inputs: Tensor) -> Tensor:
     """0 with a graph to all inputs, as the backward pass of gathered rows is a collective of all ranks."""
     dtype = accumulation_dtype(inputs[0])  # as the loss of other ranks, with which it is summed
     return torch.stack([x.reshape(-1)[:0].sum(dtype=dtype) for x in inputs]).sum()
@@ -168,8 +159,8 @@ def siglip_loss(
 ) -> Tensor:
     """The sigmoid loss (SigLIP, Zhai et al. 2023): a binary classification of every image-text combination.
 
-    Takes, returns and raises what `clip_loss` does; `logit_bias` is `[]` or `[1]` and added to every logit.
-    The sum over all combinations is divided by the global batch size.
+    Arguments, result and errors are as for `clip_loss`; `logit_bias`, `[]` or `[1]`, is added to every logit. The sum
+    over all combinations is divided by the global batch size.
 
     Examples:
         >>> features = torch.eye(2)
@@ -180,33 +171,30 @@ def siglip_loss(
     op = "siglip_loss"
     group = resolved(op, group)
     _check_batch(op, image_features, text_features, group)
-    logit_scale = _checked_scalar(op, "logit_scale", logit_scale, image_features)
-    logit_bias = _checked_scalar(op, "logit_bias", logit_bias, image_features)
+    logit_scale = _check_scalar(op, "logit_scale", logit_scale, image_features)
+    logit_bias = _check_scalar(op, "logit_bias", logit_bias, image_features)
     text, offset = gather_rows(op, "text_features", text_features, group, counts)
     return sum_of_ranks(siglip_sum(image_features, text, logit_scale, logit_bias, offset), group) / len(text)
 
 
 def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """The sum of the sigmoid loss over all combinations of the images with the texts; row i belongs to text offset + i.
-
-    What it is given isn't checked. On a process that has the texts of all, the sum of its own images' part.
-    """
+    """The sum of the sigmoid loss over these images and all texts, unchecked; row i belongs to text offset + i."""
     inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
     if len(image) == 0:
-        return _nothing(*inputs)
-    if not _wants_gradient(inputs):
+        return _zero_of(*inputs)
+    if not _needs_grad(inputs):
         value: Tensor = _siglip_value(*inputs, offset)
         return value
     loss: Tensor = _siglip_forward(*inputs, offset, (image.requires_grad, text.requires_grad))
     return loss
 
 
-def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
+def _needs_grad(inputs: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 class _GlobalLoss(torch.autograd.Function):
-    """InfoNCE from the statistics of every rank's rows. All ranks get its value and their local gradient."""
+    """InfoNCE from the statistics of every rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, row_lse: Tensor, col_lse: Tensor, target: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -224,19 +212,8 @@ class _GlobalLoss(torch.autograd.Function):
         return of_rows, each * share, -2 * of_rows, None
 
 
-def _sum_of_pairs(row_lse: Tensor, col_lse: Tensor, target: Tensor) -> Tensor:
-    """The differences are small and the terms are not: summing the terms first would lose digits."""
-    return ((row_lse - target) + (col_lse - target)).sum()
-
-
-def _logit_sum(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """The sum of all logits, from the sums of the features."""
-    dtype = accumulation_dtype(image)
-    return logit_scale.to(dtype) * (image.sum(0, dtype=dtype) * text.sum(0, dtype=dtype)).sum()
-
-
 def _check_batch(op: str, image: Tensor, text: Tensor, group: ProcessGroup | None) -> None:
-    # Of several ranks one may be without a batch. Were it to raise alone, the others would wait for it for ever.
+    # A rank without a batch mustn't raise alone: the others would wait for it.
     _check_features(op, image, text, ("image_features", "text_features"), may_be_empty=rank_and_size(op, group)[1] > 1)
     _check.shape(op, "text_features", text, tuple(image.shape), "the shape of image_features")
 
@@ -244,17 +221,18 @@ def _check_batch(op: str, image: Tensor, text: Tensor, group: ProcessGroup | Non
 def _check_features(
     op: str, image: Tensor, text: Tensor, names: tuple[str, str], *, may_be_empty: bool = False
 ) -> None:
-    _check.floating(op, **dict(zip(names, (image, text), strict=True)))
-    _check.same_device(op, **dict(zip(names, (image, text), strict=True)))
+    features = dict(zip(names, (image, text), strict=True))
+    _check.floating(op, **features)
+    _check.same_device(op, **features)
     if image.dtype != text.dtype:
         raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
-    for name, tensor in zip(names, (image, text), strict=True):
+    for name, tensor in features.items():
         if tensor.dim() != 2 or (tensor.shape[0] == 0 and not may_be_empty):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
     _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
 
 
-def _checked_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
+def _check_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
     _check.floating(op, **{name: scalar})
     if scalar.numel() != 1:
         raise ValueError(f"{op}: {name} has shape {tuple(scalar.shape)}; expected one element")
@@ -279,7 +257,6 @@ def _backward_fake(*args: Any) -> Any:
 def _empty_gradients(
     image: Tensor, text: Tensor, logit_scale: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of features that nobody wants it of the place is empty."""
     dimage, dtext = (x.new_empty(x.shape if wants else (0,)) for x, wants in zip((image, text), wanted, strict=True))
     return dimage, dtext, torch.empty_like(logit_scale)
 
@@ -310,7 +287,6 @@ def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset:
 
 
 def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
-    """torch saves its own tensors for backward."""
     return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
 
 
@@ -344,7 +320,6 @@ def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
 def _siglip_decomposition(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
 ) -> Any:
-    """Without the gradients, which are torch's then."""
     loss = reference.siglip_value(image, text, logit_scale, logit_bias, offset)
     return loss, *(loss.new_empty(0) for _ in range(4))
 

@@ -14,17 +14,16 @@ from ._op import define, differentiable
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """`gelu(x + bias)` (Hendrycks and Gimpel 2016), element by element.
 
-    `bias` belongs to the linear layer before, which then runs without: its gradient is summed in the
-    pass that computes the gradient of `x`. `x` is saved for backward; the sum is recomputed.
+    `bias` is that of the linear layer before, which then runs without. `x` is saved for backward.
 
     Args:
         x: `[..., F]`.
-        bias: `[F]`, in the dtype of `x` or float32; None for none.
-        approximate: how the normal distribution function, which multiplies x, is computed: `"none"`: exactly; `"tanh"`:
-            by a tanh; `"sigmoid"`: as `sigmoid(1.702 x)`, which CLIP's code calls QuickGELU.
+        bias: `[F]`, in the dtype of `x` or float32; or None.
+        approximate: form of the normal distribution function: `"none"` for the exact one, `"tanh"`, or `"sigmoid"` for
+            `sigmoid(1.702 x)`, CLIP's QuickGELU.
 
     Returns:
-        `[..., F]`, contiguous, in the dtype of `x`, under autocast too, as torch's own.
+        `[..., F]`, contiguous, in the dtype of `x`, under autocast too.
 
     Raises:
         TypeError: for a dtype that isn't accepted.

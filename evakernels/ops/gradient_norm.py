@@ -16,17 +16,16 @@ _PART = 2**17
 
 
 def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all `grads` as one vector; what `torch.nn.utils.get_total_norm` computes.
+    """The L2 norm of all `grads` as one vector, like `torch.nn.utils.get_total_norm`, without synchronisation.
 
-    Nothing waits for the device. `max(norm / bound, 1)` as the `grad_scale` of `adamw_update` or `lamb_update`
-    clips the gradients (Pascanu et al. 2013) without a pass over them.
+    `max(norm / bound, 1)` as `grad_scale` of `adamw_update` or `lamb_update` clips the gradients (Pascanu et al. 2013).
 
     Args:
-        grads: at least one tensor, any shapes, dense; float64, float32, bfloat16 or float16, also mixed, on one or
-            several devices. Of DTensors every rank gives its shard, and gets the norm of the whole.
+        grads: at least one dense tensor of any shape; float64, float32, bfloat16 or float16, also mixed, on one or
+            several devices. For DTensors every rank gets the norm of the whole tensors.
 
     Returns:
-        0-D, float32 (float64 when a gradient is float64), on the device of the first gradient. Squares are summed in
+        0-D, float32 (float64 if a gradient is float64), on the device of the first gradient. Squares are summed in
         that dtype, so a float32 norm is infinite from 2^64 on.
 
     Raises:
@@ -58,5 +57,5 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
         norms = torch.stack(torch._foreach_norm(parts, 2, dtype=dtype))
         squares.append(norms.double().square().sum())
         sum_over(squares[-1], groups)
-    # To the host a number must have arrived before it is read there.
+    # A non-blocking copy to the host may be read before it has arrived.
     return torch.stack([s.to(device, non_blocking=device.type != "cpu") for s in squares]).sum().sqrt().to(dtype)

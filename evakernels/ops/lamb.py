@@ -1,7 +1,6 @@
 """LAMB for all tensors of a model, whatever their groups: in one call, or in two between which norms are reduced."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -32,9 +31,7 @@ def lamb_step(
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
 ) -> None:
-    """`lamb_update` and `lamb_apply` of tensors that aren't sharded, in one call.
-
-    Takes and raises what the two do; all but `grads` and the flags are written.
+    """`lamb_update` and `lamb_apply` of tensors that aren't sharded, in one call; arguments and errors as there.
 
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
@@ -46,9 +43,7 @@ def lamb_step(
     """
     op = "lamb_step"
     check_variant(op, variant)
-    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
@@ -70,24 +65,19 @@ def lamb_update(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """The first phase of LAMB (You et al. 2020): moments and step counts, in place, and the norms it needs.
+    """The first phase of LAMB (You et al. 2020): updates moments and steps in place and returns norms.
 
     Args:
-        params, grads: n tensors, any shapes, dense; float64, float32, bfloat16 or float16, also mixed.
-        exp_avgs, exp_avg_sqs: the moments, in the shapes of `params` and any of these dtypes. Written.
-        steps: n different 0-D float32 tensors, the number of steps made; counted up. Written.
+        params, grads, exp_avgs, exp_avg_sqs, steps, betas, eps, grad_scale, found_inf: as for `adamw_update`;
+            `params` aren't written.
         weight_decays: n numbers.
-        betas: decay rates of the two moments, in [0, 1).
-        eps: added to the root of the second moment.
-        variant: `"nvlamb"`: the form of the paper and of apex, with corrected moments and a trust ratio that is not
-            clipped and applies to tensors with weight decay only. `"deepspeed"`: bias correction multiplies the whole
-            step, the trust ratio is clipped to [0.01, 10] and applies to every tensor.
-        grad_scale: one element; the gradients are divided by it (`grads` itself stays as it is).
-        found_inf: one element; above 0 nothing is written. It is read on the device, as is grad_scale.
+        variant: `"nvlamb"`, the form of the paper and of apex: corrected moments; the trust ratio isn't clipped and
+            applies to tensors with weight decay only. `"deepspeed"`: bias correction multiplies the whole step; the
+            trust ratio is clipped to [0.01, 10] and applies to every tensor.
 
     Returns:
-        `[n, 2]` squared norms of each parameter and of its direction, for `lamb_apply`, float32 (float64 when
-        a parameter is float64). Where each rank holds a shard of every tensor, sum them over the ranks.
+        `[n, 2]` squared norms of each parameter and of its direction, for `lamb_apply`, float32 (float64 if a parameter
+        is float64). Sum them over the ranks if tensors are sharded.
 
     Raises:
         TypeError: for a dtype or layout that isn't accepted.
@@ -104,9 +94,7 @@ def lamb_update(
     """
     op = "lamb_update"
     check_variant(op, variant)
-    _tensor_lists.tensors(op, params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, weight_decays=weight_decays)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
@@ -130,18 +118,11 @@ def lamb_apply(
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
 ) -> None:
-    """The second phase of LAMB: writes `params`, from what `lamb_update` left and returned.
-
-    Takes and raises what `lamb_update` does, and besides:
+    """The second phase of LAMB: writes `params`, from the state after `lamb_update` and the norms that it returned.
 
     Args:
-        lrs: n learning rates.
-        seeds: n numbers, 0 or more, or none. With them the parameters, which must be bfloat16, are rounded
-            stochastically: up with the probability of the part that is cut off, by a hash of (seed, step, element),
-            the same on every backend and for any number of threads. Without them: to the nearest.
-        first_elements: with seeds, the number of each parameter's first element; 0 unless it is a part of a tensor.
-
-    Only `params` are written.
+        squared_norms: `[n, 2]`, as `lamb_update` returns them.
+        lrs, seeds, first_elements: as for `adamw_update`; other arguments and errors as for `lamb_update`.
 
     Examples:
         >>> params, moments, steps = [torch.ones(3)], [[torch.zeros(3)], [torch.zeros(3)]], [torch.zeros(())]
@@ -153,9 +134,7 @@ def lamb_apply(
     """
     op = "lamb_apply"
     check_variant(op, variant)
-    _tensor_lists.tensors(op, params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.steps(op, params, steps)
-    _tensor_lists.options(op, betas, eps)
+    _tensor_lists.tensors(op, params, steps, betas, eps, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
     _check.floating(op, squared_norms=squared_norms)
     _check.same_device(op, **{"params[0]": params[0]}, squared_norms=squared_norms)
@@ -167,7 +146,7 @@ def lamb_apply(
 
 
 def check_variant(op: str, variant: str) -> None:
-    """`variant` is one of `VARIANTS`."""
+    """Raises `ValueError` unless `variant` is one of `VARIANTS`."""
     if variant not in VARIANTS:
         accepted = ", ".join(map(repr, VARIANTS)) + names.hint(variant, VARIANTS)
         raise ValueError(f"{op}: variant is {variant!r}; accepted: {accepted}")
@@ -176,10 +155,10 @@ def check_variant(op: str, variant: str) -> None:
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
-def _update_fake(params: list[Tensor], *_: Any) -> Tensor:
-    return params[0].new_empty(len(params), 2, dtype=accumulation_dtype(*params))
-
-
-_update = define(reference.lamb_update, fake=_update_fake, mutates=("exp_avgs", "exp_avg_sqs", "steps"))
+_update = define(
+    reference.lamb_update,
+    fake=lambda params, *rest: params[0].new_empty(len(params), 2, dtype=accumulation_dtype(*params)),
+    mutates=("exp_avgs", "exp_avg_sqs", "steps"),
+)
 _apply = define(reference.lamb_apply, mutates=("params",))
 _step = define(reference.lamb_step, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"))

@@ -27,15 +27,14 @@ def layer_norm(
 
     Args:
         x: `[..., C]`, float64, float32, bfloat16 or float16.
-        weight, bias: `[C]`, each in the dtype of `x`, of the result, or float32; None for none.
-        eps: added to the variance; by default as in torch. EVA's norms have 1e-6.
-        out_dtype: dtype of the result, such as bfloat16 for a float32 residual stream before a bfloat16 matmul;
-            None for the dtype of `x`, which isn't copied; the result is rounded once. Compiled kernels give float32
-            of 16 bits and 16 bits of float32; other pairs are served by the next backend.
+        weight, bias: `[C]`, each in the dtype of `x`, of the result, or float32; or None.
+        eps: added to the variance.
+        out_dtype: dtype of the result, which is rounded once; None for the dtype of `x`. Compiled kernels support
+            pairs of float32 and a 16-bit dtype; the next backend runs other pairs.
 
     Returns:
         `[..., C]` in `out_dtype`. Statistics and sums are float32 (float64 for float64 input). Under CUDA autocast
-        the result is float32 without `out_dtype`, as in `torch.nn.functional.layer_norm`.
+        the default of `out_dtype` is float32, as in `torch.nn.functional.layer_norm`.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -57,8 +56,8 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm over the last dimension (Zhang, Sennrich 2019): `layer_norm` without mean and bias.
 
-    Takes and raises what `layer_norm` does, but `eps` may be None, and is by default, as in
-    `torch.nn.functional.rms_norm`: `torch.finfo` of the dtype of the sums says it then, float32 or float64.
+    Arguments and errors are as for `layer_norm`. With `eps=None` eps is `torch.finfo(dtype).eps` of the sums' dtype,
+    float32 or float64.
 
     Examples:
         >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
@@ -83,15 +82,14 @@ def add_layer_norm(
 
     Args:
         residual: `[B, ..., C]`.
-        branch: the output of the sub-layer, same shape.
-        weight, bias: `[C]`, of the norm, each in the dtype of `residual`, of `y`, or float32.
+        branch: output of the sub-layer, same shape.
+        weight, bias: `[C]`, each in the dtype of `residual`, of `y`, or float32.
         layer_scale: `[C]`, factor of each channel of the branch (CaiT, Touvron et al. 2021).
-        row_scale: `[B]`, factor of each sample of the branch: 0 or 1/keep for stochastic depth (Huang et al. 2016).
-            It gets no gradient.
+        row_scale: `[B]`, factor of each sample of the branch, without gradient: 0 or 1/keep for stochastic depth
+            (Huang et al. 2016).
         eps: added to the variance.
-        out_dtype: of `y`, None for the dtype of `residual`, which `x`, the residual stream, keeps. Compiled
-            kernels serve a float32 residual with a branch of 16 bits and a `y` of the same 16 bits; other pairs are
-            served by the next backend.
+        out_dtype: dtype of `y`; None for the dtype of `residual`. Compiled kernels support a float32 residual with a
+            16-bit branch and a `y` of the branch's dtype; the next backend runs other pairs.
 
     Returns:
         `(y, x)` with `x = residual + row_scale * layer_scale * branch`, in the dtype of `residual`, and
@@ -149,8 +147,8 @@ def layer_norm_add(
 ) -> Tensor:
     """The norm of a sub-layer's output and its residual add (post-norm blocks, as in EVA-CLIP E and 18B) in one pass.
 
-    Takes and raises what `add_layer_norm` does, but for `out_dtype`, and returns
-    `residual + row_scale * layer_scale * layer_norm(branch)`: the residual stream, in the dtype of `residual`.
+    Returns `residual + row_scale * layer_scale * layer_norm(branch)`, in the dtype of `residual`. Arguments and errors
+    are as for `add_layer_norm`.
 
     Examples:
         >>> residual, branch = torch.randn(2, 2, 197, 768)
@@ -184,12 +182,7 @@ def rms_norm_add(
 
 
 def _check_plain(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    rms: bool,
-    out_dtype: torch.dtype | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool, out_dtype: torch.dtype | None
 ) -> Any:
     op = "rms_norm" if rms else "layer_norm"
     _check.floating(op, x=x)
@@ -198,9 +191,9 @@ def _check_plain(
         weight, bias = widened(weight, bias)
         if out_dtype is None and x.dtype != torch.float32:
             out_dtype = torch.float32
-    weight, bias = _checked_parameters(op, "x", x, weight, bias, out_dtype)
+    weight, bias = _check_parameters(op, "x", x, weight, bias, out_dtype)
     _check.same_device(op, x=x, weight=weight, bias=bias)
-    return x, weight, bias, _checked_eps(op, eps, x, rms), rms, out_dtype
+    return x, weight, bias, _check_eps(op, eps, x, rms), rms, out_dtype
 
 
 def _check_add(*args: Any) -> Any:
@@ -225,7 +218,7 @@ def _check_joined(
     if widens_norms(residual):
         weight, bias = widened(weight, bias)
         residual = residual.float() if out_dtype is None else residual
-    weight, bias = _checked_parameters(op, "residual", residual, weight, bias, out_dtype)
+    weight, bias = _check_parameters(op, "residual", residual, weight, bias, out_dtype)
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
@@ -235,10 +228,10 @@ def _check_joined(
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
     _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
     normed = branch if op.endswith("_add") else residual
-    return residual, branch, weight, bias, layer_scale, row_scale, _checked_eps(op, eps, normed, rms), rms
+    return residual, branch, weight, bias, layer_scale, row_scale, _check_eps(op, eps, normed, rms), rms
 
 
-def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
+def _check_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     if eps is not None:
         return _check.eps(op, eps)
     if not rms:
@@ -246,7 +239,7 @@ def _checked_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     return torch.finfo(accumulation_dtype(x)).eps
 
 
-def _checked_parameters(
+def _check_parameters(
     op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[Any, ...]:
     if x.dim() == 0:
@@ -271,7 +264,7 @@ def _reasons(
     out_dtype: torch.dtype | None = None,
     **_: Any,
 ) -> list[str]:
-    """Why compiled kernels can't write `y` next to `x`, or to a residual stream and its branch, in these dtypes."""
+    """Why compiled kernels don't support this dtype of `y` with the dtypes of `x`, or of residual and branch."""
     stream = x if residual is None else residual
     y = out_dtype if dy is None else dy.dtype
     if stream is None or y in (None, stream.dtype):
@@ -284,8 +277,20 @@ def _reasons(
     return [] if served else [f"y is {y}; compiled kernels take {stream.dtype}, or {accepted}"]
 
 
-def _triton_reasons(first: Tensor, /, **_: Any) -> list[str]:
-    return triton.row_reasons(first)
+def _gpu_reasons(*, branch: Tensor | None = None, **tensors: Any) -> list[str]:
+    """Why GPU kernels don't support the branch's dtype with the residual's, in backward that of `x` or `dx`."""
+    streams = (tensors.get(name) for name in ("residual", "x", "dx"))
+    stream = next((tensor.dtype for tensor in streams if tensor is not None), None)
+    if branch is None or stream in (None, branch.dtype, torch.float32):
+        return []
+    return [f"branch is {branch.dtype} and residual {stream}: GPU kernels take equal dtypes, or a float32 residual"]
+
+
+_REASONS: dict[str, Any] = {
+    "reasons": _reasons,
+    "gpu_reasons": _gpu_reasons,
+    "triton_reasons": lambda first, /, **_: triton.row_reasons(first),
+}
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -299,49 +304,27 @@ def _gradient(ctx: Any, dy: Tensor) -> Any:
     return _backward(dy, *ctx.saved_tensors, ctx.rms, (needs_weight, needs_bias))
 
 
-_forward = define(
-    reference.layer_norm_forward,
-    check=_check_plain,
-    sharding=ShardingRule(("x",)),
-    reasons=_reasons,
-    triton_reasons=_triton_reasons,
-)
-_backward = define(reference.layer_norm_backward, reasons=_reasons, triton_reasons=_triton_reasons)
+_forward = define(reference.layer_norm_forward, check=_check_plain, sharding=ShardingRule(("x",)), **_REASONS)
+_backward = define(reference.layer_norm_backward, **_REASONS)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
 
-
 _JOINED = ShardingRule(("residual", "branch"), samples="row_scale")
-
-
-def _gpu_reasons(
-    *,
-    residual: Tensor | None = None,
-    x: Tensor | None = None,
-    dx: Tensor | None = None,
-    branch: Tensor | None = None,
-    **_: Any,
-) -> list[str]:
-    """Why kernels for GPUs can't serve a branch next to a residual, which backward knows by `x` or `dx`."""
-    stream = next((tensor.dtype for tensor in (residual, x, dx) if tensor is not None), None)
-    if branch is None or stream in (None, branch.dtype, torch.float32):
-        return []
-    return [f"branch is {branch.dtype} beside {stream}: kernels for GPUs take the same dtype, or any beside float32"]
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, weight, _, layer_scale, row_scale, _, ctx.rms, *_ = inputs
     _, x, mean, rstd = output
     _, _, _, _, needs_layer_scale, *_ = ctx.needs_input_grad
-    # The branch is needed for the gradient of layer_scale only; otherwise its dtype is all that is kept.
-    kept = branch if needs_layer_scale else branch.new_empty(0)
-    ctx.save_for_backward(x, kept, weight, layer_scale, row_scale, mean, rstd)
+    # Only the gradient of layer_scale needs the branch's values; the others need its dtype.
+    saved = branch if needs_layer_scale else branch.new_empty(0)
+    ctx.save_for_backward(x, saved, weight, layer_scale, row_scale, mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
     if dy is None and dx is None:
         return ()
-    saved = ctx.saved_tensors  # once: checkpointing computes them again for the first that asks
+    saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
     x, branch, _, layer_scale, row_scale, _, _ = saved
     _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
     scaled = layer_scale is not None or row_scale is not None
@@ -350,25 +333,13 @@ def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
     dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, wanted)
     if needs_branch and not scaled:
         dbranch = dresidual.to(branch.dtype)
-    # Without a gradient of y the norm's parameters have none, as in torch: an optimizer then leaves them alone.
+    # As in torch, the norm's parameters get None, not zeros, if y has no gradient.
     dweight, dbias = (None, None) if dy is None else (dweight, dbias)
     return dresidual, dbranch, dweight, dbias, dlayer_scale
 
 
-_add_forward = define(
-    reference.add_layer_norm_forward,
-    check=_check_add,
-    sharding=_JOINED,
-    reasons=_reasons,
-    gpu_reasons=_gpu_reasons,
-    triton_reasons=_triton_reasons,
-)
-_add_backward = define(
-    reference.add_layer_norm_backward,
-    reasons=_reasons,
-    gpu_reasons=_gpu_reasons,
-    triton_reasons=_triton_reasons,
-)
+_add_forward = define(reference.add_layer_norm_forward, check=_check_add, sharding=_JOINED, **_REASONS)
+_add_backward = define(reference.add_layer_norm_backward, **_REASONS)
 differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
 
 
@@ -386,14 +357,9 @@ def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
     return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, wanted)
 
 
-_norm_add_forward = define(
-    reference.layer_norm_add_forward,
-    check=partial(_check_joined, "layer_norm_add"),
-    sharding=_JOINED,
-    gpu_reasons=_gpu_reasons,
-    triton_reasons=_triton_reasons,
-)
-_norm_add_backward = define(reference.layer_norm_add_backward, gpu_reasons=_gpu_reasons, triton_reasons=_triton_reasons)
+_check_norm_add = partial(_check_joined, "layer_norm_add")
+_norm_add_forward = define(reference.layer_norm_add_forward, check=_check_norm_add, sharding=_JOINED, **_REASONS)
+_norm_add_backward = define(reference.layer_norm_add_backward, **_REASONS)
 differentiable(
     _norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient, returned=1
 )

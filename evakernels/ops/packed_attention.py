@@ -13,14 +13,7 @@ from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
-from .rope_attention import (
-    check_tables,
-    gpu_reasons,
-    gradients_fake,
-    of_shared_heads,
-    refuse_gradients,
-    table_rows,
-)
+from .rope_attention import check_tables, gpu_reasons, gradients_fake, refuse_gradients, sum_shared_heads, table_rows
 
 
 @overload
@@ -74,37 +67,28 @@ def packed_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Multi-head attention of sequences that lie one behind the other, without padding between them.
-
-    A token sees the tokens of its own sequence: for texts of different lengths, and for images
-    of several sizes in one batch, with queries and keys rotated by position.
+    """Multi-head attention within packed sequences, such as captions of different lengths or images of several sizes.
 
     Args:
-        q: `[T, H, D]`, the tokens of all sequences; views of one packed projection are fine.
+        q: `[T, H, D]`, the tokens of all sequences; may be a view of a packed projection.
         k, v: `[T, Hkv, D]` in the dtype of `q`. H is a multiple of Hkv: query head h uses head h // (H // Hkv).
         cu_seqlens: int32 or int64 `[B + 1]`, from 0 to T: sequence b has the tokens `cu_seqlens[b]` to
-            `cu_seqlens[b + 1] - 1`. It may be empty.
-        max_seqlen: no sequence is longer. It is an argument so that the host needn't wait for the device.
-        cos, sin: as `rope_attention` has them: `[P, D/2]`, `[H, P, D/2]` if Hkv is H, or the compact `[2, G, D/4]` of
-            a grid. None: no rotation.
-        positions: int64 `[T]`, the table row of each token; or `[T, 2]`, its y and x below G of the compact table, so
-            that images of any sizes and aspect ratios share one. They become rows, y * G + x, in each call; rows that
-            are made once serve all layers. -1, in either column: the token isn't rotated (class tokens, registers,
-            text). None: a token's place in its sequence, for which P is at least `max_seqlen`.
-        causal: a query sees no later key.
-        interleaved: the pairs are (2i, 2i+1); False: (i, i + D/2), "rotate half".
-        scale: factor of the scores; `D ** -0.5` by default.
-        return_lse: whether to return the logarithms of the softmax's denominators, too.
+            `cu_seqlens[b + 1] - 1`; it may be empty.
+        max_seqlen: upper bound of the sequence lengths.
+        cos, sin: tables as for `rope_attention`; None for no rotation.
+        positions: int64 `[T]`, the table row of each token; or `[T, 2]`, its y and x below G in the compact table, so
+            that images of any size share a table. Each call converts these to rows, y * G + x. -1, in either column,
+            for no rotation. None for a token's index in its sequence; P is then at least `max_seqlen`.
+        causal: mask later keys.
+        interleaved, scale, return_lse: as for `rope_attention`.
 
     Returns:
         `[T, H, D]`, contiguous, in the dtype of `q`. Precision and autocast are as for `rope_attention`. With
-        `return_lse` also `[H, T]`, natural logarithms in float32 (float64 for float64 input), through which no
-        gradient goes.
+        `return_lse` also `[H, T]`, float32 (float64 for float64 input), without gradient.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
-        ValueError: for shapes, devices or options that don't fit together; on a CPU also for `cu_seqlens` that don't,
-            elsewhere they aren't checked.
+        ValueError: for shapes, devices or options that don't fit together; on a CPU also for values of `cu_seqlens`.
         IndexError: on a CPU, for `positions` outside the table.
 
     Examples:
@@ -116,7 +100,7 @@ def packed_attention(
     """
     token_index = positions
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        token_index = _rows_of_places(positions, cos, q)
+        token_index = _grid_rows(positions, cos, q)
     args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward.every_output(*args)
@@ -125,11 +109,11 @@ def packed_attention(
     return out
 
 
-def _rows_of_places(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
+def _grid_rows(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
     """The table rows of (y, x), `[T, 2]` -> `[T]`; positions outside the grid give a row after the last one."""
     op = "packed_attention"
     _check.floating(op, q=q)
-    _check.integers(op, (torch.int64,), positions=positions)
+    _check.of_dtype(op, (torch.int64,), positions=positions)
     if positions.shape[1] != 2:
         raise ValueError(f"{op}: positions has shape {tuple(positions.shape)}; expected [T] or [T, 2]")
     if cos is None:
@@ -144,24 +128,13 @@ def _rows_of_places(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
     return rows.masked_fill((low < -1) | (high >= grid), grid * grid)
 
 
-def _check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    interleaved: bool,
-    scale: float | None,
-) -> Any:
+def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any) -> Any:
+    cos, sin, positions, max_seqlen, causal, interleaved, scale = rest
     op = "packed_attention"
     _check.floating(op, q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads(op, "[T, H, D]", q, k, v)
-    _check.integers(op, (torch.int32, torch.int64), cu_seqlens=cu_seqlens)
+    _check.of_dtype(op, (torch.int32, torch.int64), cu_seqlens=cu_seqlens)
     _check.same_device(op, q=q, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:  # len would fix a size that a program leaves open
         raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [B + 1]")
@@ -174,27 +147,17 @@ def _check_call(
         raise ValueError(
             f"{op}: {total} tokens in {sequences} sequences; accepted: at most max_seqlen = {max_seqlen} in each"
         )
-    _check_positions(q, cos, positions)
+    if positions is not None:
+        if cos is None:
+            raise ValueError(f"{op}: positions without cos and sin; they select rows of these tables")
+        _check.of_dtype(op, (torch.int64,), positions=positions)
+        _check.same_device(op, q=q, positions=positions)
+        _check.shape(op, "positions", positions, (q.shape[0],), "[T] or [T, 2] with T")
     check_tables(op, q, k, cos, sin)
-    if cos is not None and positions is None:
-        rows = table_rows(cos, q.shape[-1])
-        if rows < max_seqlen:
-            raise ValueError(
-                f"{op}: cos has {rows} rows and max_seqlen is {max_seqlen}; accepted: as many rows, or more"
-            )
+    if cos is not None and positions is None and (rows := table_rows(cos, q.shape[-1])) < max_seqlen:
+        raise ValueError(f"{op}: cos has {rows} rows and max_seqlen is {max_seqlen}; accepted: as many rows, or more")
     options = max_seqlen, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
     return q, k, v, cu_seqlens, cos, sin, positions, *options
-
-
-def _check_positions(q: Tensor, cos: Tensor | None, positions: Tensor | None) -> None:
-    op = "packed_attention"
-    if positions is None:
-        return
-    if cos is None:
-        raise ValueError(f"{op}: positions without cos and sin; they select rows of these tables")
-    _check.integers(op, (torch.int64,), positions=positions)
-    _check.same_device(op, q=q, positions=positions)
-    _check.shape(op, "positions", positions, (q.shape[0],), "[T] or [T, 2] with T")
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -205,19 +168,9 @@ def _forward_fake(q: Tensor, *rest: Any) -> Any:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _check_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    token_index: Tensor | None,
-    max_seqlen: int,
-    *rest: Any,
-) -> None:
-    """Only on a CPU: elsewhere the question would make the host wait for the device."""
-    op = "packed_attention"
+def _check_values(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any) -> None:
+    """Only on a CPU: reading values would synchronise another device."""
+    op, (cos, _, token_index, max_seqlen, *_) = "packed_attention", rest
     if cos is not None and token_index is not None:
         token_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
     if cu_seqlens.device.type != "cpu":
@@ -232,15 +185,8 @@ def _check_values(
             raise ValueError(f"{op}: {found}; accepted: 0 to max_seqlen = {max_seqlen}")
 
 
-def _gpu_reasons(
-    *,
-    dout: Tensor | None = None,
-    q: Tensor | None = None,
-    k: Tensor | None = None,
-    max_seqlen: int = 0,
-    **_: Any,
-) -> list[str]:
-    given = [x for x in (dout, q, k) if x is not None]
+def _gpu_reasons(*, max_seqlen: int = 0, **tensors: Any) -> list[str]:
+    given = [x for name in ("dout", "q", "k") if (x := tensors.get(name)) is not None]
     return gpu_reasons(given, min(max_seqlen, len(given[0]))) if given[0].dim() == 3 else []
 
 
@@ -252,8 +198,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    saved = ctx.saved_tensors  # once: under checkpoints they are made anew at each question
-    return of_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
+    saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
+    return sum_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
 
 
 _forward = define(

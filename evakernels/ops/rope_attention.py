@@ -14,7 +14,7 @@ from ._check import token_range
 from ._op import define, differentiable
 
 MAX_PREFIX = 16
-"""The most tokens (class token and registers) that may stand unrotated before the patches."""
+"""Maximum number of unrotated tokens (class token and registers) before the patches."""
 
 _MAX_GPU_TOKENS, _MAX_GPU_HEAD_DIM = 4096, 128  # as in csrc/include/rope_attention.h
 _MAX_GPU_STRIDE = (1 << 29) - 1  # as in csrc/cuda/attention_plan.h
@@ -70,40 +70,35 @@ def rope_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head attention with rotary embedding of queries and keys (RoPE, Su et al. 2021).
 
-    The rotated queries and keys never exist outside the op; backward starts from `q`, `k` and `v` as given.
+    Queries and keys are rotated inside the op; `q`, `k` and `v` are saved for backward as given.
 
     Args:
-        q: `[B, N, H, D]`; views of one packed projection are fine.
+        q: `[B, N, H, D]`; may be a view of a packed projection.
         k, v: `[B, M, Hkv, D]` in the dtype of `q`. H is a multiple of Hkv: query head h uses head h // (H // Hkv)
-            (grouped and multi-query attention). M may differ from N where nothing is rotated, or if `q` holds the first
-            N of the M tokens, all of the prefix.
-        cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair. Or the compact
-            `[2, G, D/4]` of a square grid, P = G * G: the token of table row r has its first D/4 pairs from
-            `[0, r // G]` and the others from `[1, r % G]`. None: no rotation. They get no gradient.
-            `evakernels.nn.axial_rope` makes those of EVA.
-        token_index: int64 `[B, M - num_prefix]`: token `num_prefix + i` of sample b takes table row
-            `token_index[b, i]` (see `token_dropout`); of -1 it isn't rotated. None: it takes row i, and P is
-            `M - num_prefix`.
-        num_prefix: this many leading tokens (class token, registers) aren't rotated; 0 to 16. Without tables it has no
-            meaning.
-        causal: a query sees no later key; the last query sees all: query i sees keys up to number i + M - N.
-        interleaved: the pairs are (2i, 2i+1), as in EVA and in timm's "cat" layout; False: (i, i + D/2),
+            (grouped and multi-query attention). M may differ from N without rotation, or if `q` holds the first N of
+            the M tokens, all of the prefix.
+        cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair; without gradient. Or the
+            compact `[2, G, D/4]` of a square grid, P = G * G: table row r has its first D/4 pairs from `[0, r // G]`
+            and the others from `[1, r % G]`. None for no rotation. `evakernels.nn.axial_rope` computes EVA's.
+        token_index: int64 `[B, M - num_prefix]`: table row of each token behind the prefix (see `token_dropout`); -1
+            for no rotation. None for row i of token `num_prefix + i`; P is then `M - num_prefix`.
+        num_prefix: number of leading tokens (class token, registers) that aren't rotated; 0 to 16.
+        causal: mask later keys: query i sees keys up to i + M - N, so that the last query sees all.
+        interleaved: the pairs are (2i, 2i+1), as in EVA and in timm's "cat" layout; False for (i, i + D/2),
             "rotate half".
         scale: factor of the scores; `D ** -0.5` by default.
-        return_lse: whether to return the logarithms of the softmax's denominators, too.
+        return_lse: whether to return the log-sum-exps of the scores, too.
 
     Returns:
         `[B, N, H, D]`, contiguous, in the dtype of `q`; zeros for a query that sees no key. With `return_lse` also
-        `[B, H, N]`, natural logarithms in float32 (float64 for float64 input), through which no gradient goes. Scores
-        and softmax are float32 (float64 for float64 input); scores of bfloat16 input may have 16 significant bits
-        instead of 24. Under autocast `q`, `k` and `v` are cast as for
-        `torch.nn.functional.scaled_dot_product_attention`.
+        `[B, H, N]`, float32 (float64 for float64 input), without gradient. Scores and softmax are float32 (float64 for
+        float64 input); scores of bfloat16 input may have 16 significant bits instead of 24. Under autocast `q`, `k` and
+        `v` are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes, devices or options that don't fit together.
-        IndexError: on a CPU, for a `token_index` outside the table; elsewhere it isn't checked, as that would
-            make the host wait for the device.
+        IndexError: on a CPU, for a `token_index` outside the table; other devices would have to synchronise.
 
     Examples:
         >>> q, k, v = torch.randn(2, 197, 3, 12, 64).unbind(2)  # a class token and 14 x 14 patches
@@ -112,8 +107,8 @@ def rope_attention(
         torch.Size([2, 197, 12, 64])
     """
     args = q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
-    if cos is not None and _are_first_of(q, k):
-        args = _of_turned_keys(*args)
+    if cos is not None and _has_first_queries(q, k):
+        args = _rotate_keys(*args)
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward.every_output(*args)
         return both[0], both[1].detach()
@@ -132,20 +127,20 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     return q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale
 
 
-def _are_first_of(q: Any, k: Any) -> bool:
-    """Whether the queries are those of the first tokens alone."""
+def _has_first_queries(q: Any, k: Any) -> bool:
+    """Whether there are queries of the first tokens only."""
     return isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4 and q.shape[1] < k.shape[1]
 
 
-def _of_turned_keys(*args: Any) -> Any:
-    """The arguments without a rotation: keys are rotated here, prefix tokens stay."""
+def _rotate_keys(*args: Any) -> Any:
+    """The arguments with rotated keys and without tables; queries of the prefix aren't rotated."""
     _check_call(*args)
     q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale = args
     refuse_gradients("rope_attention", cos, sin)
     if type(token_index) is Tensor and not torch.compiler.is_compiling():  # which hides values
         _check_values(q, k, v, cos, sin, token_index)
-    rotation = reference.rotation_of(k, cos, sin, token_index, num_prefix)
-    k = reference.turned(k.transpose(1, 2), rotation, interleaved).transpose(1, 2)
+    rotation = reference.rotation_tables(k, cos, sin, token_index, num_prefix)
+    k = reference.rotate_rounded(k.transpose(1, 2), rotation, interleaved).transpose(1, 2)
     return q, k, v, None, None, None, 0, causal, interleaved, scale
 
 
@@ -158,7 +153,7 @@ def _check_rotation(
     num_prefix: int,
     causal: bool,
 ) -> int:
-    """Returns `num_prefix`, as far as it has a meaning."""
+    """Returns `num_prefix`, or 0 without tables."""
     op, (batch, tokens) = "rope_attention", k.shape[:2]
     _check.integer(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
     if not 0 <= num_prefix <= MAX_PREFIX or (cos is not None and num_prefix > tokens):
@@ -166,7 +161,7 @@ def _check_rotation(
     if token_index is not None:
         if cos is None and sin is None:
             raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
-        _check.integers(op, (torch.int64,), token_index=token_index)
+        _check.of_dtype(op, (torch.int64,), token_index=token_index)
     if cos is not None and q.shape[1] != tokens and (causal or q.shape[1] > num_prefix):
         raise ValueError(
             f"{op}: cos and sin with {q.shape[1]} queries and {tokens} keys{', causal' * causal}; accepted: as many of "
@@ -184,10 +179,7 @@ def _check_rotation(
 def check_tables(
     op: str, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, patches: int | None = None
 ) -> bool:
-    """Whether there are tables, which then fit queries and keys `[..., H, D]`.
-
-    `patches` is how many rows they must have; None: any number.
-    """
+    """Whether there are tables, which must fit queries and keys `[..., H, D]`, and have `patches` rows if given."""
     if cos is None and sin is None:
         return False
     if cos is None or sin is None:
@@ -225,7 +217,7 @@ def _check_compact(op: str, cos: Tensor, patches: int | None, head_dim: int) -> 
 
 
 def table_rows(cos: Tensor, head_dim: int) -> int:
-    """How many rows a table of any form has."""
+    """The number of rows of a table of any form."""
     rows = cos.shape[-2]
     return rows**2 if reference.is_compact(cos, head_dim) else rows
 
@@ -240,7 +232,7 @@ def _forward_fake(q: Tensor, *rest: Any) -> Any:
 
 
 def gradients_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    """Those of the queries, and those of keys and values for each head of the queries."""
+    """dq, and dk and dv for each head of the queries."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     return dq, *(x.new_empty(*x.shape[:-2], *q.shape[-2:]) for x in (k, v))
 
@@ -253,7 +245,7 @@ def _check_values(
 
 
 def gpu_reasons(heads: list[Tensor], longest: int) -> list[str]:
-    """Why the GPU kernels can't serve sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
+    """Why the GPU kernels don't support sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
     q, found, head_dim = heads[0], [], heads[0].shape[-1]
     if (apart := max(x.stride(-3) for x in heads)) > _MAX_GPU_STRIDE:
         found.append(f"tokens are {apart} elements apart; the GPU kernels serve up to {_MAX_GPU_STRIDE}")
@@ -266,21 +258,19 @@ def gpu_reasons(heads: list[Tensor], longest: int) -> list[str]:
     return found
 
 
-def _gpu_reasons(
-    *, dout: Tensor | None = None, q: Tensor | None = None, k: Tensor | None = None, **_: Any
-) -> list[str]:
-    given = [x for x in (dout, q, k) if x is not None]
+def _gpu_reasons(**tensors: Any) -> list[str]:
+    given = [x for name in ("dout", "q", "k") if (x := tensors.get(name)) is not None]
     return gpu_reasons(given, max(x.shape[1] for x in given)) if given[0].dim() == 4 else []
 
 
 def refuse_gradients(op: str, *tables: Tensor | None) -> None:
-    """Raises for cos and sin that want one."""
+    """Raises `ValueError` for tables that require a gradient."""
     if any(table is not None and table.requires_grad for table in tables):
         raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
 
 
-def of_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, of which the latter are summed over the heads of queries that share one of `k`."""
+def sum_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, and dk and dv summed over the query heads that share a head of `k`."""
     dq, *of_heads = gradients
     kv_heads, heads = k.shape[-2], dq.shape[-2]
     if kv_heads == heads:
@@ -297,8 +287,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradient(ctx: Any, dout: Tensor) -> Any:
-    saved = ctx.saved_tensors  # once: under checkpoints they are made anew at each question
-    return of_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
+    saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
+    return sum_shared_heads(saved[1], _backward(dout, *saved, *ctx.options))
 
 
 _forward = define(

@@ -12,27 +12,21 @@ from ._op import define, differentiable
 
 
 def swiglu(
-    gate: Tensor,
-    up: Tensor,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    gate: Tensor, up: Tensor, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
     """`silu(gate) * up` (Shazeer 2020), followed by a LayerNorm when `norm_weight` is given.
 
-    A LayerNorm between the product and the last projection of an MLP is the sub-LN of EVA-02 (Fang et al.
-    2023; Wang et al. 2022). Backward keeps `gate` and `up` and computes the product again.
+    The LayerNorm is the sub-LN of EVA-02 (Fang et al. 2023; Wang et al. 2022). `gate` and `up` are saved for backward;
+    the product is recomputed.
 
     Args:
-        gate, up: `[..., F]` in one dtype; halves of one packed projection are fine.
+        gate, up: `[..., F]` in one dtype; may be halves of one packed projection.
         norm_weight, norm_bias: `[F]`, each in the dtype of `gate` or float32; None for no norm, or no bias.
-        eps: added to the variance; by default EVA-02's, where `layer_norm` has torch's.
+        eps: added to the variance.
 
     Returns:
-        `[..., F]`, contiguous, in the dtype of `gate`; inside it is float32 (float64 for float64 input). That
-        holds under autocast too. There torch leaves silu and the product as they are and on CUDA gives the
-        norm in float32, for the linear after it to round; here the rounding comes at once, so that linear
-        reads half as many bytes.
+        `[..., F]`, contiguous, in the dtype of `gate`, under autocast too. Computed in float32 (float64 for float64
+        input).
 
     Raises:
         TypeError: for a dtype that isn't accepted.

@@ -1,4 +1,4 @@
-"""Token dropout: which patches are kept, and the gather that keeps them."""
+"""Token dropout: sampling of the kept patches, and their gather."""
 
 from typing import Any
 
@@ -12,11 +12,7 @@ from ._op import define, differentiable
 
 
 def token_dropout(
-    patches: Tensor,
-    token_index: Tensor | None = None,
-    *,
-    prefix: Tensor | None = None,
-    pos_embed: Tensor | None = None,
+    patches: Tensor, token_index: Tensor | None = None, *, prefix: Tensor | None = None, pos_embed: Tensor | None = None
 ) -> Tensor:
     """Keeps the patches that `token_index` names, adds their position embeddings and prepends the prefix.
 
@@ -24,23 +20,20 @@ def token_dropout(
 
     Args:
         patches: `[B, N, C]`.
-        token_index: int64 `[B, K]`, distinct within a row, in any order; the tokens come out in this order.
-            None keeps all (K = N). `sample_token_index` draws it; `rope_attention` takes it to rotate by the
-            original positions.
+        token_index: int64 `[B, K]`, distinct within a row, in the order of the output. None keeps all (K = N).
+            `sample_token_index` draws it; `rope_attention` takes it to rotate by the original positions.
         prefix: `[P, C]`, class token and registers, put before the patches of every sample.
-        pos_embed: `[P + N, C]`, added to the tokens (rows of kept tokens only), the prefix's rows first.
+        pos_embed: `[P + N, C]`, added to the tokens, the prefix's rows first.
 
     Returns:
-        `[B, P + K, C]`, contiguous, in the widest dtype of the inputs, as from torch's own `cat` and `+`.
+        `[B, P + K, C]`, contiguous, in the widest dtype of the inputs.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
         ValueError: for shapes or devices that don't fit together.
-        IndexError: on a CPU, for a `token_index` that is out of range or names a token twice. Elsewhere
-            neither is checked beforehand, as that would make the host wait for the device. The CUDA kernels
-            raise a CUDA error then, as torch's gather does for indices out of range. Triton's give NaN
-            for such an index; with them and the reference a repeated token gets the gradient
-            of one of its copies only.
+        IndexError: on a CPU, for a `token_index` that is out of range or repeats a token. On GPUs the CUDA kernels
+            cause a CUDA error. Triton's return NaN for an index out of range; there and in the reference a repeated
+            token gets the gradient of one of its copies.
 
     Examples:
         >>> index = evakernels.sample_token_index(2, 196, 98)
@@ -59,16 +52,16 @@ def sample_token_index(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draws which tokens each sample keeps, every set of `num_keep` out of `num_tokens` equally likely.
+    """Draws `num_keep` of `num_tokens` tokens for each sample, uniformly and independently.
 
     Args:
-        batch: number of samples; their sets are independent.
+        batch: number of samples.
         num_tokens, num_keep: 1 <= num_keep <= num_tokens.
-        generator: source of the randomness; the default generator of the device if None.
-        device: of the result; None for the generator's.
+        generator: None for the default generator of the device.
+        device: device of the result; None for the generator's.
 
     Returns:
-        int64 `[batch, num_keep]`, ascending in each row. The host doesn't wait for the device.
+        int64 `[batch, num_keep]`, ascending in each row, without synchronisation.
 
     Raises:
         ValueError: for a `num_keep` outside 1 to `num_tokens`.
@@ -90,7 +83,7 @@ def _check_call(patches: Tensor, token_index: Tensor | None, prefix: Tensor | No
     _check.floating(op, patches=patches)
     _check.floating_or_none(op, prefix=prefix, pos_embed=pos_embed)
     if token_index is not None:
-        _check.integers(op, (torch.int64,), token_index=token_index)
+        _check.of_dtype(op, (torch.int64,), token_index=token_index)
     if patches.dim() != 3:
         raise ValueError(f"{op}: patches has shape {tuple(patches.shape)}; expected [B, N, C]")
     batch, num_tokens, channels = patches.shape

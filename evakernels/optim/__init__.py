@@ -1,4 +1,4 @@
-"""Optimizers on the library's ops, and what clips gradients for any."""
+"""Optimizers on the library's ops, and gradient clipping."""
 
 from .adamw import AdamW
 from .clip_grad import clip_grad_norm_

@@ -1,4 +1,4 @@
-"""What the optimizers on the library's ops share."""
+"""The base class of the optimizers on the library's ops."""
 
 from abc import abstractmethod
 from collections import defaultdict
@@ -16,7 +16,7 @@ from ..ops._dtensors import first_element_of, groups_of, local, sum_over
 from ..reference import accumulation_dtype
 
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
-"""Options of torch's optimizers that groups of ours have too."""
+"""Options of torch's optimizers."""
 
 _REFUSED = ("amsgrad", "differentiable")
 _STATE = {"step", "exp_avg", "exp_avg_sq"}
@@ -24,12 +24,12 @@ _STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 @dataclass
 class Batch:
-    """The tensors of one call, with what their groups say of each; of sharded ones, what this process holds.
+    """The tensors of one call, this rank's shards of DTensors, and their groups' options.
 
     Attributes:
-        shards: the process groups over which the tensors are cut.
-        owners: the parameters themselves.
-        seeds, first_elements: of their stochastic rounding, or nothing; see `evakernels.adamw_update`.
+        shards: the process groups over which the tensors are sharded.
+        owners: the parameters.
+        seeds, first_elements: as for `evakernels.adamw_update`; empty without stochastic rounding.
     """
 
     shards: tuple[Any, ...] = ()
@@ -49,7 +49,7 @@ class Batch:
         return self.exp_avgs, self.exp_avg_sqs, self.steps
 
     def add(self, param: Tensor, number: int, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Adds a parameter, the optimizer's `number`-th."""
+        """Adds the parameter with index `number` in the optimizer."""
         assert param.grad is not None
         self.owners.append(param)
         self.params.append(local(param))
@@ -64,8 +64,8 @@ class Batch:
             self.first_elements.append(first_element_of(param))
 
     def parts(self) -> Iterator["Batch"]:
-        """The same tensors in order, in batches of at most as many elements as the largest tensor has."""
-        # Sizes of whole tensors, so that all processes cut at the same places, whatever they hold of each.
+        """The same tensors in order, in batches of at most the largest tensor's number of elements."""
+        # Sizes of whole tensors, so that all ranks have the same batches.
         limit = max(owner.numel() for owner in self.owners)
         start = size = 0
         for end, owner in enumerate(self.owners):
@@ -83,13 +83,11 @@ class Batch:
 class DeviceOptimizer(Optimizer):
     """An optimizer with two moments and one op call per step over all tensors of all groups.
 
-    Parameters may be DTensors, as `fully_shard` makes them: each rank updates its shards, and the moments are
-    DTensors too.
+    Parameters may be DTensors: each rank updates its shards, and the moments are DTensors, too.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = ("betas", "eps")
-    """What is the same for all tensors of a call; groups that differ in them have a call of their own. `maximize` among
-    them is seen to here."""
+    """Options that are equal for all tensors of a call."""
 
     _step_supports_amp_scaling = True
 
@@ -97,7 +95,7 @@ class DeviceOptimizer(Optimizer):
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """Makes the step of these tensors; `options` are the shared ones."""
+        """Updates these tensors; `options` are the shared ones except `maximize`."""
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raises for options of a group that are out of range."""
@@ -122,7 +120,8 @@ class DeviceOptimizer(Optimizer):
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         for number, param in enumerate(added["params"]):
-            if param.layout == torch.strided and _is_expanded(param):
+            strides = param.stride() if param.layout == torch.strided else param.shape
+            if any(stride == 0 and size > 1 for size, stride in zip(param.shape, strides, strict=True)):
                 self.param_groups.pop()
                 name = added.get("param_names", {number: f"parameter {number} of a group"})[number]
                 raise ValueError(
@@ -139,20 +138,16 @@ class DeviceOptimizer(Optimizer):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Groups that were saved without one of its options, such as torch's, get the defaults of this optimizer."""
+        """Groups that were saved without some options, such as torch's, get this optimizer's defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the moments in the dtypes they were saved in; otherwise as the base class.
+        """Loads the moments in their saved dtypes, learning rates on a device as numbers, and step counts as float32.
 
-        A rate that was saved as a tensor on a device comes as a number, and step counts, which torch has in its default
-        dtype and once had as numbers, as float32.
-
-        Raises:
-            ValueError: for options out of range or not offered, and for another optimizer's state.
+        Raises `ValueError` for options out of range or not supported, and for another optimizer's state.
         """
         for saved in state_dict["state"].values():
             if saved and not saved.keys() >= _STATE:
@@ -163,7 +158,7 @@ class DeviceOptimizer(Optimizer):
             self.check_options({**self.defaults, **own, **group})
         state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
-        # The base class has rounded the moments to the dtype of the parameters and not moved the steps.
+        # The base class casts the moments to the dtype of the parameters and doesn't move the steps.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for param, saved_id in zip(params, saved_ids, strict=True):
@@ -173,7 +168,7 @@ class DeviceOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step, but not for parameters without a gradient; returns what `closure` returns."""
+        """Updates the parameters with a gradient; returns the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -184,16 +179,14 @@ class DeviceOptimizer(Optimizer):
 
     @torch.no_grad()
     def measured_step(self) -> dict[Tensor, Tensor]:
-        """Makes the step of `step`, to the bit, and says how far it moved each parameter.
+        """Makes the same step as `step`, bit-exact, and returns how far it moved each parameter.
 
-        It takes a few tensors at a time and keeps a copy of those alone, never of more elements than the largest
-        parameter has. That costs more launches than `step`, and of sharded tensors more all-reduces by LAMB, so it
-        is for one step of many. What a 16-bit parameter loses in rounding is not in its change. Nothing waits for the
-        device.
+        It copies a few tensors at a time, of at most the largest parameter's size, with more launches than `step`, and
+        with more all-reduces of LAMB's shards. Nothing is synchronised.
 
         Returns:
-            for each parameter with a gradient `[2]`, the squared L2 norms of what it was and of its change, float32
-            (float64 of a float64 parameter); of DTensors those of the whole.
+            For each parameter with a gradient `[2]`: squared L2 norms of the old value and of the stored change,
+            float32 (float64 for a float64 parameter); for DTensors of the whole tensor.
         """
         found: dict[Tensor, Tensor] = {}
         for key, batch in self._batches().items():
@@ -205,7 +198,6 @@ class DeviceOptimizer(Optimizer):
     def _measured(self, key: tuple[Any, ...], batch: Batch) -> list[Tensor]:
         before = [param.clone() for param in batch.params]
         self._step_of(key, batch)
-        # The copy becomes the change, so that there is never a second one.
         return [
             torch.stack([_square(old), _square(old.sub_(param))])
             for param, old in zip(batch.params, before, strict=True)
@@ -215,16 +207,16 @@ class DeviceOptimizer(Optimizer):
         device, _, _, *shared = key
         options = dict(zip(self.shared_options, shared, strict=True))
         grad_scale = self._flag("grad_scale", device)
-        if options.pop("maximize", False):  # down along the negative gradient, exactly
+        if options.pop("maximize", False):
             grad_scale = torch.full((), -1.0, device=device) if grad_scale is None else -grad_scale
         self.step_batch(batch, options, grad_scale, self._flag("found_inf", device))
 
     def _batches(self) -> dict[tuple[Any, ...], Batch]:
-        """The tensors of each call: all in one unless groups differ in more than rate and decay, or in their shards."""
+        """The tensors of each call, by device, shards, rounding and shared options."""
         batches: dict[tuple[Any, ...], Batch] = defaultdict(Batch)
         numbers = count()
         for group in self.param_groups:
-            shared = {**group, "betas": tuple(group["betas"])}  # of any sequence, something hashable
+            shared = {**group, "betas": tuple(group["betas"])}  # hashable
             rounding = bool(group.get("stochastic_rounding"))
             for param, number in zip(group["params"], numbers, strict=False):
                 if param.grad is not None:
@@ -244,12 +236,8 @@ class DeviceOptimizer(Optimizer):
 
     def _flag(self, name: str, device: torch.device) -> Tensor | None:
         flag: Tensor | None = getattr(self, name, None)
-        # To the host it must have arrived before it is read there.
+        # A non-blocking copy to the host may be read before it has arrived.
         return None if flag is None else flag.to(device, non_blocking=device.type != "cpu").reshape(())
-
-
-def _is_expanded(param: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True))
 
 
 def _check_tensor(name: str, option: str, value: Tensor) -> None:

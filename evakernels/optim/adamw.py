@@ -12,34 +12,30 @@ from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 class AdamW(DeviceOptimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); all tensors of all groups go through one op call.
 
-    It computes what `torch.optim.AdamW` does and exchanges state dicts with it. Beyond that, groups cost nothing,
-    gradients may be in another dtype than the parameters, and moments are float32 for 16-bit parameters too. The
-    moments of a loaded state dict stay in the dtype that they were saved in.
+    It computes the steps of `torch.optim.AdamW` and exchanges state dicts with it. Gradients may have another dtype
+    than the parameters. Moments are float32 for 16-bit parameters, too; loaded moments keep their dtype.
 
-    The step count is on the device and nothing waits for it. `found_inf` and `grad_scale`, one-element
-    tensors set as attributes (`torch.amp.GradScaler` does so), skip the step and divide the gradients on the
-    device, where `grad` itself stays as it is; a skipped step isn't counted. See `evakernels.gradient_norm` for
-    clipping.
+    The step count is on the device, without synchronisation. `found_inf` and `grad_scale`, one-element tensors set as
+    attributes (`torch.amp.GradScaler` does so), skip the step, uncounted, and divide the gradients; `grad` stays
+    unchanged. See `evakernels.gradient_norm` for clipping.
 
     Args:
-        params: parameters or groups; a group may set every option below for itself.
+        params: parameters or groups; a group may set every option below.
         lr: learning rate; a number, or a tensor of one element on the CPU, which each step reads. A CUDA graph keeps
-            the captured one: capture the step again when it changes, or leave it out of the graph.
+            the captured one.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: a step takes `lr * weight_decay` of a parameter away.
-        amsgrad, differentiable: torch's; not offered, so False.
-        maximize: go up along the gradients.
-        foreach, fused, capturable: accepted and without effect. A step is one op call over all tensors and nothing in
-            it waits for the device, whatever they are.
-        stochastic_rounding: for groups of bfloat16 parameters without float32 copies. What a step leaves is rounded up
-            with the probability of the part that is cut off, so that steps smaller than half a unit of bfloat16 add up
-            instead of being lost. The result is the same on every device and for any number of threads and, sharded, of
-            ranks, as long as the unrounded values are.
-        seed: of these roundings, from 0 to below 2^31.
+        weight_decay: a step subtracts `lr * weight_decay` times the parameter.
+        amsgrad, differentiable: must be False.
+        maximize: maximise instead of minimise.
+        foreach, fused, capturable: accepted without effect.
+        stochastic_rounding: for bfloat16 parameters without float32 copies: round up with the probability of the
+            fraction that is cut off, so that steps smaller than half a unit of bfloat16 add up. Equal on every device
+            and for any number of threads and ranks, if the unrounded values are.
+        seed: seed of the rounding, from 0 to below 2^31.
 
     Raises:
-        TypeError, ValueError: for options out of range or not offered, also of groups and state dicts, stochastic
+        TypeError, ValueError: for options out of range or not supported, also of groups and state dicts, stochastic
             rounding to other than bfloat16, and in `step` for sparse or complex gradients.
     """
 

@@ -21,23 +21,21 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their norm together is `max_norm` at most.
+    """`torch.nn.utils.clip_grad_norm_`: scales gradients in place so that their total norm is at most `max_norm`.
 
-    The norm is `gradient_norm`'s, with squares summed in float32; torch computes a norm of each tensor in its own
-    dtype first. Nothing waits for the device, but for `error_if_nonfinite`. An optimizer of this library needs no pass
-    over the gradients for it: its `grad_scale` divides them in the step (see `gradient_norm`).
+    Squares are summed in float32, by `gradient_norm`. With an optimizer of this library, `grad_scale` clips without
+    this pass over the gradients.
 
     Args:
-        parameters: one or several; their `grad` is scaled unless it is None. DTensors and parameters on several
-            devices, too.
-        max_norm: bound on the norm.
-        norm_type: of other norms than 2 torch's function is called.
-        error_if_nonfinite: raise where the norm is NaN or infinite, for which the host waits.
-        foreach: accepted; without effect on a norm of type 2.
+        parameters: one or several, also DTensors and on several devices; their `grad` is scaled unless it is None.
+        max_norm: maximum norm.
+        norm_type: torch's function computes other norms than 2.
+        error_if_nonfinite: raise if the norm is NaN or infinite, with synchronisation.
+        foreach: without effect for norm 2.
 
     Returns:
-        0-D, the norm before: float32 (float64 when a gradient is float64), on the device of the first gradient; of
-        DTensors the norm of the whole. 0.0 without a gradient.
+        0-D, the norm before clipping: float32 (float64 if a gradient is float64), on the device of the first gradient;
+        for DTensors of the whole tensors. 0.0 without a gradient.
 
     Raises:
         TypeError: for sparse and complex gradients.
@@ -65,13 +63,12 @@ def clip_grad_norm_(
             "error_if_nonfinite: a finite one"
         )
     factor = (max_norm / (norm + _SMALL)).clamp(max=1.0)
-    # Of one dtype and device, all in one launch.
     alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for grad in map(local, grads):
         alike[grad.device, grad.dtype].append(grad)
     for (device, dtype), some in alike.items():
         # A factor may be below the smallest number of float16.
         kept = torch.float32 if dtype == torch.float16 else dtype
-        # To the host it must have arrived before it is read there.
+        # A non-blocking copy to the host may be read before it has arrived.
         torch._foreach_mul_(some, factor.to(device, kept, non_blocking=device.type != "cpu"))
     return norm

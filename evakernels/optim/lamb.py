@@ -13,24 +13,13 @@ from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 class Lamb(DeviceOptimizer):
     """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call.
 
-    The trust ratio is the whole tensor's, also under `fully_shard`: between the phases the squared
-    norms of all tensors are summed over the processes, one all-reduce of two numbers a tensor.
-
-    Step counts, `found_inf`, `grad_scale` and the dtypes of moments are as `AdamW` has them.
+    The trust ratio is that of the whole tensor, also under `fully_shard`: one all-reduce sums the squared norms of all
+    tensors, two numbers each. Other arguments, the state and errors are as for `AdamW`.
 
     Args:
-        params: parameters or groups; a group may set every option below for itself.
-        lr: learning rate; a number, or a tensor of one element on the CPU, as `AdamW` has it.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
         weight_decay: decoupled from the moments, but inside the trust ratio.
-        amsgrad, maximize, foreach, capturable, differentiable, fused, stochastic_rounding, seed: as `AdamW` has them.
         variant: `"nvlamb"`, the form of the paper, apex and timm, or `"deepspeed"`, the form that EVA-CLIP was trained
-            with; see `evakernels.lamb_update`. Neither clips gradients, which apex and timm do by default.
-
-    Raises:
-        TypeError, ValueError: for options out of range or not offered, stochastic rounding to other than bfloat16, and
-            in `step` for sparse or complex gradients.
+            with; see `evakernels.lamb_update`. Neither clips gradients, as apex and timm do by default.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "maximize", "variant")
@@ -69,7 +58,7 @@ class Lamb(DeviceOptimizer):
 
 
 def make_step(batch: Batch, *, grad_scale: Tensor | None, found_inf: Tensor | None, **options: Any) -> None:
-    """One step in place: one call, or two between which the norms of shards are summed."""
+    """Makes one step in place; norms of shards are summed between its phases."""
     tensors, rates = (batch.params, batch.grads, *batch.state), (batch.lrs, batch.weight_decays)
     options["found_inf"] = found_inf
     rounding: dict[str, Any] = {"seeds": batch.seeds, "first_elements": batch.first_elements}

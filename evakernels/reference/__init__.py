@@ -1,4 +1,4 @@
-"""What each op means, in plain PyTorch: one file per op family, for any device and any float dtype."""
+"""The definition of each op in plain PyTorch: one file per family, for any device and any float dtype."""
 
 import torch
 from torch import Tensor

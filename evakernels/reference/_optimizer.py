@@ -1,4 +1,4 @@
-"""What the references of the optimizers share."""
+"""Helpers of the optimizers' references."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def changed_moments(
 ) -> tuple[Tensor, Tensor]:
     """`beta1 m + (1 - beta1) g` and `beta2 v + (1 - beta2) g^2`, with `g` divided by the scale; in its dtype."""
     if grad_scale is not None:
-        g = g / grad_scale.reshape(())  # of shape [1] it would change that of the moments
+        g = g / grad_scale.reshape(())  # shape [1] would broadcast 0-D gradients
     return beta1 * m.to(g.dtype) + (1 - beta1) * g, beta2 * v.to(g.dtype) + (1 - beta2) * g.square()
 
 
@@ -22,7 +22,7 @@ def bias(beta: float, t: Tensor, like: Tensor) -> Tensor:
 
 
 def rounded(value: Tensor, i: int, step: Tensor, seeds: Sequence[int], first_elements: Sequence[int]) -> Tensor:
-    """The i-th parameter as it is to be stored: with seeds rounded stochastically, to bfloat16."""
+    """The i-th parameter, rounded stochastically to bfloat16 if there are seeds."""
     return round_stochastically(value, seeds[i], step, first_elements[i]) if seeds else value
 
 
@@ -37,18 +37,11 @@ _WORD = 0xFFFFFFFF
 
 
 def round_stochastically(value: Tensor, seed: int, step: Tensor, first_element: int) -> Tensor:
-    """Rounds to bfloat16: up with the probability of the part that is cut off.
+    """Rounds to bfloat16 values, in float32: up with the probability of the fraction that is cut off.
 
-    So the mean of many roundings is the value itself, and steps smaller than half a unit add up (Gupta et al. 2015,
-    arXiv 1502.02551). The random numbers are a hash of (seed, step, number of the element in its tensor), the same on
-    every device and for every number of threads; `csrc/common/stochastic_rounding.h` is the same in C++.
-
-    Args:
-        step: number of the step, on the device of `value`; nothing waits for it.
-        first_element: number of `value`'s first element within its whole tensor.
-
-    Returns:
-        A float32 tensor with values of bfloat16.
+    So the mean of many roundings is the value itself (Gupta et al. 2015, arXiv 1502.02551). The random numbers are a
+    hash of (seed, step, index of the element in its whole tensor), equal on every device and for every number of
+    threads; `csrc/common/stochastic_rounding.h` is the same in C++.
     """
     bits = value.contiguous().view(torch.int32)
     rounded = (_shifted(random_bits(value, seed, step, first_element), 16) + bits) & ~0xFFFF

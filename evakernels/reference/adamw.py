@@ -3,9 +3,8 @@
     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
     w = (1 - lr * decay) w - lr * m' / (sqrt(v') + eps)
 
-with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). The fused step wants equal dtypes and dense tensors, and it writes
-gradients that it scales. So it gets float32 copies (float64 for float64 parameters) of tensors that differ, and the
-results are rounded to the stored dtypes. Nothing waits for the device.
+with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). The fused step needs dense tensors of equal dtypes, so it gets
+float32 copies (float64 for float64 parameters) of others, and results are rounded to the stored dtypes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from . import accumulation_dtype
 from ._optimizer import round_stochastically
 
 _PART = 2**18
-"""Elements that are copied at a time, so that copies stay in the cache."""
+"""Elements of a copy, which stays in the cache."""
 
 
 def adamw_update(

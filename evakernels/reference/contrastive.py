@@ -3,14 +3,14 @@
     statistics  lse_j s_ij, lse_i s_ij, s_i,offset+i            InfoNCE (Radford et al. 2021)
     siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))   z = 1 on the pairs, else -1 (Zhai et al. 2023)
 
-A gradient of the first needs the log-sum-exps of all rows and columns, so backward makes the logits again, or
-`contrastive_kept_forward` returns them for it. One of the second needs its own logit alone: `siglip_forward` returns
-the gradients with the loss, and backward multiplies them.
+A gradient of InfoNCE needs the log-sum-exps of all rows and columns, so backward recomputes the logits, unless
+`contrastive_kept_forward` has saved them. `siglip_forward` returns the gradients with the loss, and backward scales
+them.
 
-Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions,
-and unless it is kept neither the [m, B] matrix nor anything of its size exists at any time. Logits and sums are
-float32 (float64 for float64 input); 16-bit features are widened first, for a CPU has no 16-bit product with a float32
-result. Features whose gradient nobody wants cost no product for it; its place holds no elements.
+Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions, and the
+[m, B] matrix never exists unless it is saved. Logits and sums are float32 (float64 for float64 input); 16-bit features
+are widened first, as a CPU has no 16-bit matmul with a float32 result. Gradients that aren't wanted are empty and cost
+no matmul.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import accumulation_dtype
 
 TILE_ELEMENTS = 1 << 22
-"""Most logits that exist at a time (16 MiB in float32), but never less than one row."""
+"""Maximum logits of a tile (16 MiB in float32), but at least one row."""
 
 
 def contrastive_forward(
@@ -41,14 +41,14 @@ def contrastive_kept_forward(
 def _statistics(
     image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of the logits, which `kept` is filled with."""
+    """Statistics of the logits; writes the logits to `kept`."""
     image, text, scale = _widened(image, text, logit_scale)
     col_max = text.new_full((text.shape[0],), -torch.inf)
     col_sum = torch.zeros_like(col_max)
     of_rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for rows in _row_tiles(image, text):
         logits = torch.mm(scale * image[rows], text.T, out=None if kept is None else kept[rows])
-        # A copy of the diagonal: a view would hold all of its tile.
+        # A view of the diagonal would keep its tile alive.
         positive = logits.diagonal(offset + rows.start).clone()
         of_rows.append((logits.logsumexp(1), positive, logits.detach().amax(1)))
         col_max, col_sum = _add_to_columns(col_max, col_sum, logits)
@@ -119,12 +119,7 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
 
 
 def siglip_forward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
-    wanted: Sequence[bool],
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = _Gradients(*_widened(image, text, logit_scale), wanted)
     total, dbias = (torch.zeros_like(gradients.dscale) for _ in range(2))
@@ -158,13 +153,13 @@ def siglip_backward(
 
 
 class _Gradients:
-    """Computes the logits tile by tile and sums what their gradients give for features and scale."""
+    """Computes the logits tile by tile and accumulates the gradients of features and scale."""
 
     def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor, wanted: Sequence[bool]) -> None:
         self.wants_image, self.wants_text = wanted
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
         self.image, self.text, self.scale = _widened(image, text, logit_scale)
-        # Contiguous, as compiled code takes them to be, whatever the features are.
+        # Contiguous, as compiled code expects.
         self.dimage = self.image.new_empty(self.image.shape if self.wants_image else 0)
         self.dtext = self.text.new_zeros(self.text.shape if self.wants_text else 0)
         self.dscale = torch.zeros_like(self.scale)
@@ -197,21 +192,21 @@ def _widened(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, 
 
 
 def _row_tiles(image: Tensor, text: Tensor) -> Iterator[slice]:
-    """The height depends on the shapes alone: sums are formed in one order on any number of threads."""
+    """Tiles of rows by shape only, so that the order of sums doesn't depend on the number of threads."""
     rows, height = image.shape[0], max(1, TILE_ELEMENTS // text.shape[0])
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 
 def _add_to_columns(col_max: Tensor, col_sum: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Takes a tile into the running log-sum-exp of the columns, `log(col_sum) + col_max`."""
+    """Adds a tile to the running log-sum-exp of the columns, `log(col_sum) + col_max`."""
     new_max = torch.maximum(col_max, logits.detach().amax(0))
     shift = _finite(new_max)
     return new_max, col_sum * (col_max - shift).exp() + (logits - shift).exp_().sum(0)
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    """What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN."""
+    """The maximum, or 0 instead of an infinite one: infinity minus infinity is NaN."""
     return maximum.where(maximum.isfinite(), 0)
 
 

@@ -62,7 +62,8 @@ def lamb_apply(
     first_elements: Sequence[int],
 ) -> None:
     beta1, beta2, _ = betas_and_eps
-    ratios = _trust_ratios(squared_norms)
+    w_norms, u_norms = squared_norms.sqrt().unbind(1)
+    ratios = torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, 1.0)
     for i, (w, m, v, t, lr, decay) in enumerate(
         zip(params, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True)
     ):
@@ -95,23 +96,12 @@ def lamb_step(
 
 
 def _direction(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    t: Tensor,
-    decay: float,
-    betas_and_eps: list[float],
-    nvlamb: bool,
+    w: Tensor, m: Tensor, v: Tensor, t: Tensor, decay: float, betas_and_eps: list[float], nvlamb: bool
 ) -> Tensor:
     beta1, beta2, eps = betas_and_eps
-    # Both phases form it from the moments as stored, so that the norms are those of the step that is made.
+    # From the stored moments in both phases, so that the norms belong to the step.
     w = w.to(accumulation_dtype(w))
     m, v = m.to(w.dtype), v.to(w.dtype)
     if nvlamb:
         m, v = m / bias(beta1, t, w), v / bias(beta2, t, w)
     return m / (v.sqrt() + eps) + decay * w
-
-
-def _trust_ratios(squared_norms: Tensor) -> Tensor:
-    w, u = squared_norms.sqrt().unbind(1)
-    return torch.where((w > 0) & (u > 0), w / u, 1.0)

@@ -17,12 +17,7 @@ from . import accumulation_dtype
 
 
 def layer_norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     normalized, mean, rstd = normalize(x, eps, rms)
     return _result(affine(normalized, weight, bias), out_dtype or x.dtype), mean, rstd
@@ -124,7 +119,7 @@ def normalize(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor, Tensor]
         mean, centred = x.new_empty(0), x
     else:
         mean = x.mean(-1)
-        # By the mean of the deviations rounding has moved it: all that would be left of a row of equal elements.
+        # The mean of the deviations corrects the rounding of the mean, which would dominate a row of equal elements.
         mean = (mean + (x - mean.unsqueeze(-1)).mean(-1)).contiguous()
         centred = x - mean.unsqueeze(-1)
     rstd = torch.rsqrt(centred.square().mean(-1) + eps).contiguous()

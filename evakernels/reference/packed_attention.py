@@ -1,7 +1,7 @@
 """Attention within the sequences of a packed batch: `rope_attention` for all sequences of a length at once.
 
-When causal, a sequence may be followed by anything, as no token of it sees that. Then lengths are rounded up, so that
-a batch has few of them; copies of a sequence's last token fill the cells behind it, and get no gradient.
+If causal, lengths are rounded up, so that a batch has few of them: copies of a sequence's last token pad it, which no
+token sees, without gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from ..backends import OPERATORS
 from . import accumulation_dtype, rope_attention
 
 CAUSAL_LENGTHS = 32
-"""What the lengths of causal sequences are rounded up to a multiple of."""
+"""Multiple to which lengths of causal sequences are rounded up."""
 
 
 def packed_attention_forward(
@@ -36,46 +36,24 @@ def packed_attention_forward(
 
 
 def packed_attention(
-    attend: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    token_index: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    *options: Any,
+    attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """Runs `attend`, attention of a padded batch, for the sequences of each length."""
+    cos, sin, token_index, _, causal, interleaved, scale = options
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
     for batch in _batches(cu_seqlens, causal):
         given = (_grid(x, batch.rows) for x in (q, k, v))
-        result = attend(*given, cos, sin, batch.token_index(cos, token_index), 0, causal, *options)
+        rotation = cos, sin, batch.token_index(cos, token_index), 0
+        result = attend(*given, *rotation, causal, interleaved, scale)
         out = _filled(out, batch, result[0])
         lse = _filled(lse, batch, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
 
 
-def packed_attention_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    token_index: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    interleaved: bool,
-    scale: float,
-) -> tuple[Tensor]:
-    """The output alone, by torch's attention over all sequences at once, each as long as the longest may be.
-
-    So no shape depends on what `cu_seqlens` hold.
-    """
+def packed_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor]:
+    """Returns the output alone, by torch's attention of sequences padded to `max_seqlen`, a static shape."""
+    cos, sin, token_index, max_seqlen, causal, interleaved, scale = options
     total = q.shape[0]
     if total == 0:
         return (torch.empty_like(q, memory_format=torch.contiguous_format),)
@@ -84,12 +62,12 @@ def packed_attention_sdpa(
     sequence = ended.cumsum(0)[:-1]  # of each token
     places = torch.arange(total, device=q.device) - firsts[sequence]
     index = (places if token_index is None else token_index).unsqueeze(0)
-    rotation = rope_attention.rotation_of(q.unsqueeze(0), cos, sin, index, 0)
-    q, k = (rope_attention.turned(x.unsqueeze(0).transpose(1, 2), rotation, interleaved) for x in (q, k))
+    rotation = rope_attention.rotation_tables(q.unsqueeze(0), cos, sin, index, 0)
+    q, k = (rope_attention.rotate_rounded(x.unsqueeze(0).transpose(1, 2), rotation, interleaved) for x in (q, k))
     q, k = (x.transpose(1, 2).squeeze(0) for x in (q, k))
     cells = torch.arange(max_seqlen, device=q.device)
     rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)
-    # Of a sequence without tokens one key is left: a softmax of nothing isn't a number.
+    # Empty sequences keep one key: a softmax of nothing is NaN.
     seen = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
     shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     q, k, v = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
@@ -126,11 +104,11 @@ def packed_attention_backward(
 
 
 class _Batch(NamedTuple):
-    """The sequences of one length, of which cells behind a sequence's end are copies of its last token."""
+    """The sequences of one rounded length, padded with copies of their last tokens."""
 
     rows: Tensor  # [B, N]
-    places: Tensor  # [B, N], of these tokens within their sequences
-    inside: Tensor  # [B, N], which cells are the sequences' own
+    places: Tensor  # [B, N], index in the sequence
+    inside: Tensor  # [B, N], False for padding
 
     def token_index(self, cos: Tensor | None, token_index: Tensor | None) -> Tensor | None:
         """The table rows of all cells; None without tables."""
@@ -145,8 +123,8 @@ def _batches(cu_seqlens: Tensor, causal: bool) -> Iterator[_Batch]:
     rounded = (lengths + step - 1) // step * step
     for size in rounded.unique().tolist():
         if size > 0:
-            those = rounded == size
-            first, length = firsts[those].unsqueeze(1), lengths[those].unsqueeze(1)
+            members = rounded == size
+            first, length = firsts[members].unsqueeze(1), lengths[members].unsqueeze(1)
             cells = torch.arange(min(size, int(length.max())), device=cu_seqlens.device)
             places = torch.minimum(cells, length - 1)
             yield _Batch(first + places, places, cells < length)
@@ -159,9 +137,9 @@ def _grid(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _filled(x: Tensor, batch: _Batch, grid: Tensor) -> Tensor:
-    """The inverse, in `x` itself unless a transform is at work: of the cells that are `inside`."""
+    """The inverse of `_grid`, without padding; in place unless a transform is active."""
     rows, inside = batch.rows, batch.inside
     where, values = (rows.flatten(), grid.flatten(0, 1)) if inside.all() else (rows[inside], grid[inside])
-    # Of a sample alone vmap doesn't know how to write those of several into it.
+    # vmap can't write batched values into an unbatched tensor in place.
     put = torch.Tensor.index_copy if torch._C._are_functorch_transforms_active() else torch.Tensor.index_copy_
     return put(x, 0, where, values)

@@ -4,11 +4,13 @@
     s = scale * q' k'^T                 when causal, query i of N sees keys up to number i + M - N of M
     out = softmax(s) v,  lse = log(sum(exp(s)))      zeros and -inf of a query that sees no key
 
-Query head h uses head h // (H // Hkv) of the keys and values; backward leaves their gradients those of each query head.
+Query head h uses head h // (H // Hkv) of the keys and values; backward returns dk and dv for each query head.
 
-The inverse rotation, which carries the gradients of q' and k' back to q and k, has the opposite sine. Everything
-between the inputs and the results is float32 (float64 for float64 input). The scores exist as a whole: [B, H, N, M].
+The inverse rotation of gradients has the opposite sine. All intermediate values are float32 (float64 for float64
+input), with scores [B, H, N, M].
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +34,10 @@ def rope_attention_forward(
     if k.shape[1] == 0:
         lse = q.new_full((q.shape[0], *q.shape[2:0:-1]), float("-inf"), dtype=accumulation_dtype(q))
         return q.new_zeros(q.shape), lse
-    rotation, heads = rotation_of(q, cos, sin, token_index, num_prefix), q.shape[2]
+    rotation, heads = rotation_tables(q, cos, sin, token_index, num_prefix), q.shape[2]
     q_rotated, k_rotated = (rotate(_heads_first(x, heads), rotation, interleaved) for x in (q, k))
     scores = _scores(q_rotated, k_rotated, scale, causal)
-    # Constants, as far as a derivative goes: the softmax of shifted scores is the same.
+    # Without gradient, as the softmax of shifted scores is the same.
     highest = scores.detach().amax(-1, keepdim=True)
     if blind := causal and q.shape[1] > k.shape[1]:
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
@@ -46,21 +48,11 @@ def rope_attention_forward(
     return _heads_last(out, q.dtype), lse
 
 
-def rope_attention_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    token_index: Tensor | None,
-    num_prefix: int,
-    causal: bool,
-    interleaved: bool,
-    scale: float,
-) -> tuple[Tensor]:
-    """The output alone, by torch's attention, which whoever takes a program over has kernels for."""
-    rotation = rotation_of(q, cos, sin, token_index, num_prefix)
-    q, k = (turned(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
+def rope_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor]:
+    """Returns the output alone, computed by torch's attention, for which exported programs have kernels."""
+    *tables, causal, interleaved, scale = options
+    rotation = rotation_tables(q, *tables)
+    q, k = (rotate_rounded(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
     mask, blind, v = None, 0, v.transpose(1, 2)
     if causal and q.shape[2] != k.shape[2]:
         blind = max(q.shape[2] - k.shape[2], 0)  # queries in front that see no key
@@ -73,7 +65,7 @@ def rope_attention_sdpa(
     return (F.pad(out, (0, 0, blind, 0)).transpose(1, 2).contiguous(),)
 
 
-def turned(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+def rotate_rounded(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """`x` [B, H, N, D], rotated in accumulation precision and rounded again."""
     return x if rotation is None else rotate(x.to(accumulation_dtype(x)), rotation, interleaved).to(x.dtype)
 
@@ -93,7 +85,7 @@ def rope_attention_backward(
     interleaved: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rotation, heads = rotation_of(q, cos, sin, token_index, num_prefix), q.shape[2]
+    rotation, heads = rotation_tables(q, cos, sin, token_index, num_prefix), q.shape[2]
     q_rotated, k_rotated = (rotate(_heads_first(x, heads), rotation, interleaved) for x in (q, k))
     if causal and q.shape[1] > k.shape[1]:
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
@@ -109,7 +101,7 @@ def rope_attention_backward(
     return _heads_last(dq, q.dtype), _heads_last(dk, q.dtype), _heads_last(dv, q.dtype)
 
 
-def rotation_of(
+def rotation_tables(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, num_prefix: int
 ) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every pair, broadcastable to [B, H, N, D / 2]; the prefix and indices of -1 aren't rotated."""
@@ -134,25 +126,25 @@ def rotation_of(
 
 
 def is_compact(table: Tensor, head_dim: int) -> bool:
-    """Whether it is that of the rows and that of the columns of a square grid, [2, G, D / 4]."""
+    """Whether a table is that of a square grid's rows and columns, [2, G, D / 4]."""
     return table.dim() == 3 and table.shape[2] == head_dim // 4
 
 
 def _of_grid(of_rows: Tensor, of_columns: Tensor) -> Tensor:
-    """[G * G, D / 2] of the patches, numbered row by row: each has its row's pairs, then its column's."""
+    """The table [G * G, D / 2] of patches in row-major order: pairs of the row, then of the column."""
     size = len(of_rows)
     return torch.cat((of_rows.repeat_interleave(size, 0), of_columns.repeat(size, 1)), -1)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
-    """Every pair of `x` [B, H, N, D], turned."""
+    """Rotates every pair of `x` [B, H, N, D]."""
     if rotation is None:
         return x
     cos, sin = rotation
-    # Pairs (2i, 2i + 1), or (i, i + D / 2). Not as complex numbers, which ONNX doesn't have.
+    # Pairs (2i, 2i + 1), or (i, i + D / 2), without complex numbers, which ONNX lacks.
     a, b = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
-    turned = a * cos - b * sin, a * sin + b * cos
-    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    pair = a * cos - b * sin, a * sin + b * cos
+    return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
@@ -163,13 +155,13 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 def _hidden(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Which keys each query doesn't see, [N, M]; the last query sees all."""
+    """The mask [N, M] of keys that a query doesn't see; the last query sees all."""
     last_seen = torch.arange(keys - queries, keys, device=device)
     return torch.arange(keys, device=device) > last_seen.unsqueeze(1)
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H, D] to a contiguous [B, H, N, D] in accumulation precision, heads that are shared once for each user."""
+    """[B, N, H, D] to a contiguous [B, H, N, D] in accumulation precision, with shared heads repeated."""
     x = x.transpose(1, 2).contiguous().to(accumulation_dtype(x))
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 

@@ -3,8 +3,8 @@
     scale = max |x| / 127, codes = round(x / scale) + 128
     (codes - 128) @ w * scale + bias
 
-The zero of the codes is 128, as processors multiply unsigned by signed bytes. A row whose largest number is below 4e-37
-has the scale 0, and one that isn't finite NaN, so that what is made of it is NaN too.
+The zero of the codes is 128, as processors multiply unsigned by signed bytes. The scale is 0 if the largest number of a
+row is below 4e-37, and NaN if it isn't finite, so that results are NaN, too.
 """
 
 import torch

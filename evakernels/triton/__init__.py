@@ -1,11 +1,8 @@
 """Kernels in Triton, one file per op family: the portable path for GPUs without the CUDA build.
 
-A family's file holds its kernels and, under the name of each op that it serves, the function that launches them. Its
-arguments are those of the op's reference, where their types stand. The files are imported by the first call that they
-serve: importing evakernels doesn't import Triton, nor does asking why a call can't be served.
-
-Without a GPU they are tested by an interpreter of the PTX that Triton makes of them: `interpret` lets them serve CPU
-tensors.
+A family's file holds its kernels and a launcher under the name of each op, with the arguments of the op's reference.
+The first call imports it, so that importing evakernels doesn't import Triton. `interpret` lets the kernels run on CPU
+tensors, by an interpreter of their PTX, for tests.
 """
 
 import importlib
@@ -21,33 +18,27 @@ from torch import Tensor
 from .. import backends
 
 FAMILIES: dict[str, list[str]] = {}
-"""The ops that each file here serves: all of its family."""
+"""The ops of each file in this folder."""
 
 INTERPRETED = False
-"""Whether the kernels serve CPU tensors. They read it when they are imported, so it holds for the whole process."""
+"""Whether the kernels run on CPU tensors. They read it when they are imported, so it holds for the whole process."""
 
 MAX_WIDTH = 1 << 13
-"""Channels of a norm's row: registers hold it, and in backward its gradient and the sums over rows."""
+"""Channels of a norm's row in registers, in backward with its gradient and the sums over rows."""
 
 MAX_SWIGLU_WIDTH = 1 << 12
-"""Channels of SwiGLU with a norm; without one, of a program's piece of a row. Backward holds more than forward. Both
-have one limit, so that one backend serves both."""
+"""Channels of SwiGLU's row with a norm, forward and backward, or of a program's part of a row without a norm."""
 
 MAX_HEAD_DIM = 128
-"""Channels of a head; registers hold its rows."""
+"""Channels of a head in registers."""
 
 _OLDEST_GPU = (8, 0)
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _FAMILY_OF: dict[str, str] = {}
 _size_reasons: dict[str, backends.Reasons] = {}
 
 
 def register(op: str, family: str, size_reasons: backends.Reasons) -> None:
-    """Makes the Triton kernels of `op`, if there is a file of its family, one of its backends.
-
-    Args:
-        size_reasons: takes the first tensor of a call, and all arguments that are given by name.
-    """
+    """Registers the Triton kernels of `op`, if its family has a file; `size_reasons`: `define`'s `triton_reasons`."""
     if not Path(__file__).with_name(f"{family}.py").exists():
         return
     if op not in _FAMILY_OF:
@@ -59,10 +50,7 @@ def register(op: str, family: str, size_reasons: backends.Reasons) -> None:
 
 
 def interpret() -> None:
-    """Lets the kernels serve CPU tensors, for who runs what Triton compiles without a GPU, in small pieces.
-
-    To be called before any of them is.
-    """
+    """Lets the kernels run on CPU tensors in small chunks, for an interpreter; call it before any kernel."""
     global INTERPRETED
     INTERPRETED = True
     for op, family in _FAMILY_OF.items():
@@ -83,7 +71,7 @@ def _installed() -> bool:
 
 @cache
 def _too_old(device: int) -> list[str]:
-    """The reason, if it is one, why Triton compiles nothing for the GPU of that number."""
+    """A reason if Triton doesn't support this GPU."""
     capability = torch.cuda.get_device_capability(device)
     if torch.version.cuda is None or capability >= _OLDEST_GPU:  # AMD's have numbers of their own
         return []
@@ -91,7 +79,7 @@ def _too_old(device: int) -> list[str]:
 
 
 def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
-    """Why Triton can't serve a call; without arguments, what holds for every call."""
+    """Why Triton doesn't support a call; without arguments, any call."""
     if not _installed():
         return ["triton is not installed"]
     tensor = backends.first_tensor(args)
@@ -103,18 +91,17 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
         found.append(f"the tensors are on {device}, not on {where}")
     elif device.type == "cuda":
         found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
-    unknown = sorted(str(dtype) for dtype in backends.dtypes(args) - _DTYPES if dtype.is_floating_point)
-    found += [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
+    found += backends.dtype_reasons(args)
     return found or _size_reasons[op](tensor, **backends.by_name(op, args))
 
 
 def row_reasons(rows: Tensor, limit: int = MAX_WIDTH) -> list[str]:
-    """Why the kernels can't serve rows of this many channels, which they hold in registers."""
+    """Why the kernels don't support rows of this width."""
     return [f"rows of {rows.shape[-1]} channels are longer than {limit}"] if rows.shape[-1] > limit else []
 
 
 def head_reasons(heads: Tensor, /, *, scale: float | None = None, **_: Any) -> list[str]:
-    """Why the kernels can't serve heads of this many channels, or this scale."""
+    """Why the kernels don't support this head dimension or scale."""
     head_dim, found = heads.shape[-1], []
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")

@@ -1,16 +1,15 @@
-"""Flash attention (Dao et al. 2022) for short sequences, with the rotary embedding inside: what both families launch.
+"""Flash attention (Dao et al. 2022) for short sequences, with the rotary embedding inside, for both families.
 
 There are three passes, each a kernel. A program has a tile of one head and loops over tiles of the other side: forward
-and dq over keys, dkdv over queries. So each result is written once, by one program, in a fixed order of additions. dq
-comes first in backward and leaves `delta = sum(dout * out)`, which dkdv needs.
+and dq over keys, dkdv over queries. So each result is written once, with a fixed order of additions. dq runs before
+dkdv and writes `delta = sum(dout * out)` for it.
 
-What a loop loads has been rotated before: keys by a pass of their own, "rotate", in front of forward and of dq, and the
-queries of dkdv by dq, which has each once. So loads go straight to shared memory, and no tile is rotated again in every
-program of its head.
+Loops load rotated tiles: the pass "rotate" rotates keys before forward and dq, and dq rotates the queries for dkdv. So
+loads go straight to shared memory, and no program rotates a tile again.
 
-One class token in front of 256 patches would cost a row and a column of tiles. So the tokens of the prefix
-may stand apart (`PREFIX`): as a tile of 16 rows, which belongs to a program of its own, and as a tile of `PREFIX` rows
-in front of every loop. One row alone makes no use of a matrix unit: its products are sums.
+One class token before 256 patches would cost a row and a column of tiles. So the tokens of the prefix may be separate
+(`PREFIX`): a tile of 16 rows with its own program, and a tile of `PREFIX` rows before every loop. A single row uses no
+tensor cores: its products are sums.
 """
 
 from typing import NamedTuple
@@ -18,37 +17,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._head import (
-    accumulate,
-    dot_transposed,
-    load,
-    load_rotated,
-    masked,
-    store,
-    store_unrotated,
-    zeros,
-)
+from ._head import accumulate, dot_transposed, load, load_rotated, masked, store, store_unrotated, zeros
 from ._rows import product
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SIZES = ("stride_qz", "stride_qm", "stride_qh", "stride_kz", "stride_kn", "stride_kh")
-SIZES += (
-    "stride_vz",
-    "stride_vn",
-    "stride_vh",
-    "table_rows",
-    "grid",
-    "tiles",
-    "heads",
-    "group",
-    "seqlen_q",
-    "seqlen_k",
-    "num_prefix",
-)
-"""What Triton shall not compile again for."""
+SIZES += ("stride_vz", "stride_vn", "stride_vh", "table_rows", "grid", "tiles", "heads", "group")
+SIZES += ("seqlen_q", "seqlen_k", "num_prefix")
+"""Arguments that Triton doesn't specialise on."""
 PREFIX_ROWS = tl.constexpr(16)
-"""The most tokens of a prefix, and the fewest rows that a matrix unit takes."""
+"""Maximum number of prefix tokens, and minimum rows of tensor cores."""
 
 
 class Form(NamedTuple):
@@ -58,7 +37,7 @@ class Form(NamedTuple):
         D: channels of a head.
         PAIRS: how the rotary embedding pairs them, "interleaved" or "halves"; None without one.
         CAUSAL: whether a query sees only the keys up to its own.
-        PREFIX: rows of a prefix that stands apart; 0 where none does.
+        PREFIX: rows of a separate prefix; 0 without one.
         VECTOR: how many elements the strides of q, k and v count.
         PRECISION: of float32 products, Triton's `input_precision`.
         PEELED: whether steps that need no mask have a loop of their own.
@@ -75,12 +54,12 @@ class Form(NamedTuple):
     UNSEEN: bool
 
 
-# --- which head a program has ---------------------------------------------------------------------------------------
+# --- the head of a program ------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _place(tiles, heads, seqlen_q, cu_seqlens):
-    """Tile, head and sample of a program; of the sample, the first row in a packed batch, and how many it has."""
+    """Tile, head and sample of a program, first row of the sample in a packed batch, and number of its rows."""
     program = tl.program_id(0)
     sample = program // tiles // heads
     if cu_seqlens is None:
@@ -93,15 +72,14 @@ def _place(tiles, heads, seqlen_q, cu_seqlens):
 
 @triton.jit
 def _strided(tensor, place, head, stride_z, stride_m, stride_h, VECTOR: tl.constexpr):
-    """A head of q, k or v: where its first row is, and from one to the next, in 32 bits. Strides count VECTOR
-    elements."""
+    """Pointer to a head of q, k or v, and its 32-bit row stride; given strides count VECTOR elements."""
     _, _, sample, first, _ = place
     return tensor + (sample * stride_z + first * stride_m + head * stride_h) * VECTOR, stride_m.to(tl.int32) * VECTOR
 
 
 @triton.jit
 def _dense(tensors, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS: tl.constexpr, D: tl.constexpr):
-    """The same of contiguous tensors, of which dk and dv have a row for each key."""
+    """Pointers and row strides of contiguous tensors; dk and dv have a row for each key."""
     _, head, sample, first, _ = place
     found = ()
     for i in tl.static_range(len(tensors)):
@@ -113,7 +91,7 @@ def _dense(tensors, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS: tl.const
 
 @triton.jit
 def _of_rows(tensors, place, heads, seqlen_q, cu_seqlens):
-    """Where a head's numbers begin in `[B, H, N]` or, packed, `[H, T]`: lse and delta."""
+    """Pointers to a head's lse and delta in `[B, H, N]` or, packed, `[H, T]`."""
     _, head, sample, first, _ = place
     at = (sample * heads + head) * seqlen_q if cu_seqlens is None else head.to(tl.int64) * seqlen_q + first
     found = ()
@@ -124,7 +102,7 @@ def _of_rows(tensors, place, heads, seqlen_q, cu_seqlens):
 
 @triton.jit
 def _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, D: tl.constexpr):
-    """What a rotation needs for a head; () without one. What is absent is (), as Triton 3.6 takes no None."""
+    """The rotation of a head; () without one, and for absent parts, as Triton 3.6 takes no None in tuples."""
     _, head, sample, first, _ = place
     cos, sin, token_index = tables
     if cos is None:
@@ -139,21 +117,22 @@ def _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, D: 
 
 @triton.jit
 def _before(offs, end, EVEN: tl.constexpr):
-    """Which tokens lie in front of `end`; EVEN: all, and the compiler knows it."""
+    """Mask of the tokens before `end`; with EVEN a constant."""
     return tl.full(offs.shape, True, tl.int1) if EVEN else offs < end
 
 
-# A `_tile` function does the work of a program: of the tokens from `base` on and in front of `limit` against those of
-# `span`, and the prefix in front of them if that stands apart. A `_step` is one step of its loop. In forward and dq, m
-# are the tile's tokens and n those of the loop. A span is where its tokens start and end, and `shift`: where causal,
-# query m sees the keys up to m + shift, so that the last query sees the last key. Where `PEELED`, steps that need no
-# mask have a loop of their own.
+# A `_tile` function runs a program: the tokens from `base` to `limit` against a separate prefix and the tokens of
+# `span`. A `_step` function is one step of its loop. In forward and dq, m are the tile's tokens and n the loop's. A
+# span is start, end and `shift`: if causal, query m sees the keys up to m + shift, so that the last query sees the last
+# key. With `PEELED`, unmasked steps have their own loop. `head` holds the pointers of a head (qkv, dense, of_rows), its
+# rope, span and scale.
 
 # --- the rotation of keys -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _rotate_tile(qkv, dense, base, limit, rope, FORM: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate_tile(head, base, limit, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    qkv, dense, _, rope, _, _ = head
     inside = base + tl.arange(0, BLOCK) < limit
     store(dense[0], base, inside, load_rotated(qkv[1], base, inside, rope, FORM), FORM)
 
@@ -163,20 +142,10 @@ def _rotate_tile(qkv, dense, base, limit, rope, FORM: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _forward_step(
-    state,
-    q,
-    last_n,
-    base,
-    end,
-    k,
-    v,
-    scale,
-    STEP: tl.constexpr,
-    FORM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EVEN: tl.constexpr,
+    state, tile, base, end, STEP: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr
 ):
     m_i, l_i, acc = state
+    q, last_n, k, v, scale = tile
     offs_n = base + tl.arange(0, STEP)
     inside = _before(offs_n, end, EVEN)
     qk = dot_transposed(q, load(k, base, inside, FORM), FORM)
@@ -191,8 +160,7 @@ def _forward_step(
 
 @triton.jit
 def _seen(base, span, ROWS: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr):
-    """Where the keys of a loop begin, where the last step ends whose keys all queries of the tile at `base` see (where
-    not `PEELED`, as at the beginning), and where those end that any of them sees."""
+    """Start of the loop, start of the masked steps (the loop's if not `PEELED`), and end of the visible keys."""
     start, end, shift = span
     masks = start
     if FORM.PEELED:
@@ -201,32 +169,21 @@ def _seen(base, span, ROWS: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr
 
 
 @triton.jit
-def _forward_tile(
-    qkv,
-    dense,
-    of_rows,
-    base,
-    limit,
-    rope,
-    span,
-    scale,
-    FORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _forward_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    qkv, dense, of_rows, rope, span, scale = head
     q, k, v = qkv
     offs_m = base + tl.arange(0, BLOCK_M)
     inside = offs_m < limit
-    q = load_rotated(q, base, inside, rope, FORM)
-    last_n, end = offs_m + span[2], span[1]
+    tile = load_rotated(q, base, inside, rope, FORM), offs_m + span[2], k, v, scale
+    end = span[1]
     start, masks, seen = _seen(base, span, BLOCK_M, BLOCK_N, FORM)
     state = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), zeros(BLOCK_M, FORM)
     if FORM.PREFIX:
-        state = _forward_step(state, q, last_n, 0, start, k, v, scale, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
+        state = _forward_step(state, tile, 0, start, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
     for start_n in range(start, masks, BLOCK_N):
-        state = _forward_step(state, q, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, False, True)
+        state = _forward_step(state, tile, start_n, end, BLOCK_N, FORM, False, True)
     for start_n in tl.range(masks, seen, BLOCK_N, num_stages=1 if FORM.PEELED else None):
-        state = _forward_step(state, q, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, FORM.CAUSAL, False)
+        state = _forward_step(state, tile, start_n, end, BLOCK_N, FORM, FORM.CAUSAL, False)
     m_i, l_i, acc = state
     total = tl.where(l_i == 0.0, 1.0, l_i) if FORM.UNSEEN else l_i
     store(dense[0], base, inside, acc * (1.0 / total)[:, None], FORM)
@@ -238,7 +195,7 @@ def _forward_tile(
 
 @triton.jit
 def _load_lse(lse, offs, inside, FORM: tl.constexpr):
-    """Times log2(e). A query without keys, or past the last query, has no probabilities."""
+    """lse * log2(e); infinity, for probabilities of 0, without keys and past the last query."""
     found = tl.load(lse + offs, mask=inside, other=float("inf"))
     if FORM.UNSEEN:
         found = tl.where(found == float("-inf"), float("inf"), found)
@@ -246,21 +203,8 @@ def _load_lse(lse, offs, inside, FORM: tl.constexpr):
 
 
 @triton.jit
-def _dq_step(
-    dq,
-    tile,
-    last_n,
-    base,
-    end,
-    k,
-    v,
-    scale,
-    STEP: tl.constexpr,
-    FORM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    q, dout, lse, delta = tile
+def _dq_step(dq, tile, base, end, STEP: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
+    q, dout, lse, delta, last_n, k, v, scale = tile
     offs_n = base + tl.arange(0, STEP)
     inside = _before(offs_n, end, EVEN)
     k = load(k, base, inside, FORM)
@@ -271,19 +215,8 @@ def _dq_step(
 
 
 @triton.jit
-def _dq_tile(
-    qkv,
-    dense,
-    of_rows,
-    base,
-    limit,
-    rope,
-    span,
-    scale,
-    FORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _dq_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    qkv, dense, of_rows, rope, span, scale = head
     q, k, v = qkv
     offs_m = base + tl.arange(0, BLOCK_M)
     inside = offs_m < limit
@@ -292,40 +225,26 @@ def _dq_tile(
         store(dense[3], base, inside, q, FORM)
     dout = load(dense[0], base, inside, FORM)
     out = load(dense[1], base, inside, FORM)
-    # Lanes that hold the same row all store its delta: with a fused product theirs would differ in the last bit.
+    # Lanes with the same row all store its delta: a fused product would differ in the last bit.
     delta = tl.sum(product(dout.to(tl.float32), out.to(tl.float32)), 1)
     tl.store(of_rows[1] + offs_m, delta, mask=inside)
-    tile = q, dout, _load_lse(of_rows[0], offs_m, inside, FORM), delta
-    last_n, end = offs_m + span[2], span[1]
+    tile = q, dout, _load_lse(of_rows[0], offs_m, inside, FORM), delta, offs_m + span[2], k, v, scale
+    end = span[1]
     start, masks, seen = _seen(base, span, BLOCK_M, BLOCK_N, FORM)
     dq = zeros(BLOCK_M, FORM)
     if FORM.PREFIX:
-        dq = _dq_step(dq, tile, last_n, 0, start, k, v, scale, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
+        dq = _dq_step(dq, tile, 0, start, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
     for start_n in range(start, masks, BLOCK_N):
-        dq = _dq_step(dq, tile, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, False, True)
+        dq = _dq_step(dq, tile, start_n, end, BLOCK_N, FORM, False, True)
     for start_n in tl.range(masks, seen, BLOCK_N, num_stages=1 if FORM.PEELED else None):
-        dq = _dq_step(dq, tile, last_n, start_n, end, k, v, scale, BLOCK_N, FORM, FORM.CAUSAL, False)
+        dq = _dq_step(dq, tile, start_n, end, BLOCK_N, FORM, FORM.CAUSAL, False)
     store_unrotated(dense[2], base, inside, rope, dq * (scale * LN2), FORM)
 
 
 @triton.jit
-def _dkdv_step(
-    dkdv,
-    tile,
-    first_m,
-    base,
-    end,
-    q,
-    dout,
-    of_rows,
-    scale,
-    STEP: tl.constexpr,
-    FORM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+def _dkdv_step(dkdv, tile, base, end, STEP: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
     dk, dv = dkdv
-    k, v = tile
+    k, v, first_m, q, dout, of_rows, scale = tile
     offs_m = base + tl.arange(0, STEP)
     inside = _before(offs_m, end, EVEN)
     q = load(q, base, inside, FORM)
@@ -339,49 +258,33 @@ def _dkdv_step(
 
 
 @triton.jit
-def _dkdv_tile(
-    qkv,
-    dense,
-    of_rows,
-    base,
-    limit,
-    rope,
-    span,
-    scale,
-    FORM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def _dkdv_tile(head, base, limit, FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    qkv, dense, of_rows, rope, span, scale = head
     q, k, v = qkv
-    dout = dense[0]
+    start, end, shift = span
     offs_n = base + tl.arange(0, BLOCK_N)
     inside = offs_n < limit
-    tile = load(k, base, inside, FORM), load(v, base, inside, FORM)
+    k, v = load(k, base, inside, FORM), load(v, base, inside, FORM)
+    tile = k, v, offs_n - shift, q, dense[0], of_rows, scale
     dkdv = zeros(BLOCK_N, FORM), zeros(BLOCK_N, FORM)
-    start, end, shift = span
-    first_m = offs_n - shift
     if FORM.PREFIX:
-        dkdv = _dkdv_step(
-            dkdv, tile, first_m, 0, start, q, dout, of_rows, scale, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1
-        )
+        dkdv = _dkdv_step(dkdv, tile, 0, start, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
     if FORM.CAUSAL:
         start = tl.maximum(start, base - shift)
     if FORM.CAUSAL and FORM.PEELED:
         diagonal = tl.minimum(end, start + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M)
         for start_m in tl.range(start, diagonal, BLOCK_M, num_stages=1):
-            dkdv = _dkdv_step(dkdv, tile, first_m, start_m, end, q, dout, of_rows, scale, BLOCK_M, FORM, True, False)
+            dkdv = _dkdv_step(dkdv, tile, start_m, end, BLOCK_M, FORM, True, False)
         start = diagonal
     if FORM.PEELED:
         masks = start + (end - start) // BLOCK_M * BLOCK_M
         for start_m in range(start, masks, BLOCK_M):
-            dkdv = _dkdv_step(dkdv, tile, first_m, start_m, end, q, dout, of_rows, scale, BLOCK_M, FORM, False, True)
+            dkdv = _dkdv_step(dkdv, tile, start_m, end, BLOCK_M, FORM, False, True)
         if masks < end:
-            dkdv = _dkdv_step(dkdv, tile, first_m, masks, end, q, dout, of_rows, scale, BLOCK_M, FORM, False, False)
+            dkdv = _dkdv_step(dkdv, tile, masks, end, BLOCK_M, FORM, False, False)
     else:
         for start_m in range(start, end, BLOCK_M):
-            dkdv = _dkdv_step(
-                dkdv, tile, first_m, start_m, end, q, dout, of_rows, scale, BLOCK_M, FORM, FORM.CAUSAL, False
-            )
+            dkdv = _dkdv_step(dkdv, tile, start_m, end, BLOCK_M, FORM, FORM.CAUSAL, False)
     store_unrotated(dense[1], base, inside, rope, dkdv[0] * (scale * LN2), FORM)
     store(dense[2], base, inside, dkdv[1], FORM)
 
@@ -390,28 +293,15 @@ def _dkdv_tile(
 
 
 @triton.jit
-def _tile(
-    qkv,
-    dense,
-    of_rows,
-    base,
-    limit,
-    rope,
-    span,
-    scale,
-    PASS: tl.constexpr,
-    FORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def _tile(head, base, limit, PASS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
     if PASS == "rotate":
-        _rotate_tile(qkv, dense, base, limit, rope, FORM, BLOCK)
+        _rotate_tile(head, base, limit, FORM, BLOCK)
     elif PASS == "forward":
-        _forward_tile(qkv, dense, of_rows, base, limit, rope, span, scale, FORM, BLOCK, STEP)
+        _forward_tile(head, base, limit, FORM, BLOCK, STEP)
     elif PASS == "dq":
-        _dq_tile(qkv, dense, of_rows, base, limit, rope, span, scale, FORM, BLOCK, STEP)
+        _dq_tile(head, base, limit, FORM, BLOCK, STEP)
     else:
-        _dkdv_tile(qkv, dense, of_rows, base, limit, rope, span, scale, FORM, BLOCK, STEP)
+        _dkdv_tile(head, base, limit, FORM, BLOCK, STEP)
 
 
 @triton.jit(do_not_specialize=SIZES, repr=lambda compiled: f"{compiled.constants['PASS']}_kernel")
@@ -449,17 +339,17 @@ def attention_kernel(
     Args:
         qkv: q `[B, N, H, D]` or packed `[T, H, D]`, k and v `[B, M, H / group, D]` or `[T, H / group, D]`, with strides
             z, m or n, and h.
-        dense: contiguous tensors: of "rotate", whose heads are those of k, the rotated k; out; dout, out, dq and the
-            rotated q; dout, and dk and dv of each head of q.
+        dense: contiguous tensors. "rotate": the rotated k. "forward": out. "dq": dout, out, dq and the rotated q.
+            "dkdv": dout, and dk and dv of each head of q.
         of_rows: lse, and in backward delta.
-        tables: cos, sin and token_index, each of which may be None.
-        cu_seqlens: of a packed batch, else None.
-        table_rows: from the table of one head to that of the next; 0 where all have one.
-        grid: the side of a compact table's grid, else None.
-        group: of consecutive heads of q that share one of k and v.
+        tables: cos, sin and token_index, or None.
+        cu_seqlens: bounds of a packed batch, or None.
+        table_rows: rows between the tables of heads; 0 for a shared table.
+        grid: side of a compact table's grid, or None.
+        group: number of heads of q that share a head of k and v.
         seqlen_q, seqlen_k: N and M, or T.
-        scale: of the scores, times log2(e).
-        BLOCK_M, BLOCK_N: how many queries and keys are multiplied at a time.
+        scale: factor of the scores, times log2(e).
+        BLOCK_M, BLOCK_N: queries and keys of a matmul.
     """
     BLOCK: tl.constexpr = BLOCK_N if PASS == "rotate" or PASS == "dkdv" else BLOCK_M
     STEP: tl.constexpr = BLOCK_M if PASS == "dkdv" else BLOCK_N
@@ -479,7 +369,7 @@ def attention_kernel(
         limit, end = end, limit
     span = start, end, of_keys - length
     if FORM.PREFIX and tile == tiles - 1:
-        _tile(qkv, dense, of_rows, 0, start, (), span, scale, PASS, FORM, PREFIX_ROWS, STEP // 2)
+        _tile((qkv, dense, of_rows, (), span, scale), 0, start, PASS, FORM, PREFIX_ROWS, STEP // 2)
     elif start + tile * BLOCK < limit:
         base = start + tile * BLOCK
-        _tile(qkv, dense, of_rows, base, limit, rope, span, scale, PASS, FORM, BLOCK, STEP)
+        _tile((qkv, dense, of_rows, rope, span, scale), base, limit, PASS, FORM, BLOCK, STEP)

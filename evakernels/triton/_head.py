@@ -1,11 +1,8 @@
-"""The rows of an attention head as tiles in registers: loads with the rotary embedding, products, stores without it.
+"""The rows of an attention head as tiles in registers: loads with the rotary embedding, matmuls, stores without it.
 
-Rotated rows have the members of a pair side by side, also where the caller has them in halves: queries and keys are
-permuted alike, which scores don't notice. A tile is as wide as the next power of two, so heads of 80, 88, 96 and 112
-channels multiply as much as those of 128. (Two narrower ones, as 64 and 16 for 80, took so many registers that the
-gradients' kernels spilled; 88 has no such parts, as tensor cores want 16 columns.) What is masked off isn't moved: by
-formula, 128 images of EVA01-g (88 channels, 257 tokens) are 92 us of products on an H100 in place of 63, beside 124 us
-of memory traffic (800 TFLOP/s, 3 TB/s).
+Rotated rows have the members of a pair side by side, also for half rotations: queries and keys are permuted alike, so
+scores stay the same. A tile is as wide as the next power of two, so heads of 80 to 112 channels take the matmuls of
+128, but not its memory traffic. (Two narrower tiles, such as 64 and 16, spilled registers in backward.)
 """
 
 import triton
@@ -16,7 +13,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def _width(channels):
-    """Of a head's rows; tensor cores want 16 columns."""
+    """Columns of a tile; tensor cores need 16."""
     return triton.next_power_of_2(max(channels, 16))
 
 
@@ -27,7 +24,7 @@ def zeros(ROWS: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def dot_transposed(a, b, FORM: tl.constexpr):
-    """a b^T of two heads' rows: [rows of a, rows of b], float32; `FORM`: as `_attention` says."""
+    """a b^T of two heads' rows: [rows of a, rows of b], float32; `FORM` is `_attention.Form`."""
     if b.shape[0] == 1:
         return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1, keep_dims=True)
     else:
@@ -48,14 +45,13 @@ def accumulate(acc, p, rows, FORM: tl.constexpr):
 
 @triton.jit
 def _at(rows, base, inside, columns):
-    """Where a tile's elements are. Only the tile's beginning takes 64 bits. `rows`: where the first row of the head is,
-    and from one to the next."""
+    """Pointers to a tile's elements, with 64 bits for the tile's start only; `rows`: pointer and row stride."""
     return rows[0] + rows[1].to(tl.int64) * base + (tl.arange(0, inside.shape[0]) * rows[1])[:, None] + columns[None, :]
 
 
 @triton.jit
 def _mask(inside, columns, END: tl.constexpr):
-    """Of the elements in rows that are `inside` and columns in front of END."""
+    """Mask of the rows that are `inside` and the columns before END."""
     return inside[:, None] if columns.shape[0] == END else inside[:, None] & (columns < END)[None, :]
 
 
@@ -75,7 +71,7 @@ def store(target, base, inside, rows, FORM: tl.constexpr):
 
 @triton.jit
 def load_rotated(source, base, inside, rope, FORM: tl.constexpr):
-    """Rows of q or k as the scores want them: pairs side by side, rotated if `rope` has tables."""
+    """Rows of q or k for scores: pairs side by side, rotated if `rope` has tables."""
     if FORM.PAIRS is None:
         return load(source, base, inside, FORM)
     else:
@@ -96,7 +92,7 @@ def load_rotated(source, base, inside, rope, FORM: tl.constexpr):
 
 @triton.jit
 def store_unrotated(target, base, inside, rope, rows, FORM: tl.constexpr):
-    """Rows of dq or dk: the inverse, gradients of rotated rows as those of the rows."""
+    """Stores dq or dk from gradients of rotated rows."""
     if FORM.PAIRS is None:
         store(target, base, inside, rows, FORM)
     else:
@@ -117,7 +113,7 @@ def store_unrotated(target, base, inside, rope, rows, FORM: tl.constexpr):
 
 @triton.jit
 def _angles(rope, base, inside, D: tl.constexpr):
-    """cos and sin of the pairs; 1 and 0 for a token of the prefix, or of index -1."""
+    """cos and sin of the pairs; 1 and 0 for tokens of the prefix and index -1."""
     cos, sin, index, num_prefix, sides = rope
     offs = base + tl.arange(0, inside.shape[0])
     inside &= offs >= num_prefix
@@ -128,7 +124,7 @@ def _angles(rope, base, inside, D: tl.constexpr):
     columns = tl.arange(0, _width(D) // 2)
     if len(sides) == 0:
         at = patches[:, None] * (D // 2) + columns[None, :]
-    else:  # the patch's row turns the first half of the pairs, its column the second
+    else:  # the patch's row rotates the first half of the pairs, its column the second
         grid = sides[0]
         by_row = (patches // grid * (D // 4))[:, None] + columns[None, :]
         by_column = ((grid + patches % grid - 1) * (D // 4))[:, None] + columns[None, :]
@@ -144,10 +140,10 @@ def _angles(rope, base, inside, D: tl.constexpr):
 
 @triton.jit
 def masked(qk, offs_m, offs_n, end, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """`qk` with -inf for keys that a query doesn't see. `offs_m` and `offs_n` broadcast to it."""
+    """`qk` with -inf for keys that a query doesn't see; `offs_m` and `offs_n` broadcast to it."""
     if CAUSAL:
         qk = tl.where(offs_n <= offs_m, qk, float("-inf"))
-    # Also where causal: later queries are behind the padding of the prefix.
+    # Also if causal, as later queries come after the padding of the prefix.
     if not EVEN:
         qk = tl.where(offs_n < end, qk, float("-inf"))
     return qk

@@ -1,9 +1,8 @@
-"""What the launchers of all families share."""
+"""Helpers of the launchers of all families."""
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,67 +14,55 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Of the tensor's GPU. Where kernels are interpreted: so few that programs take several turns in small tests."""
-    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 3
+    """Multiprocessors of the tensor's GPU; 3 on a CPU, so that programs of small interpreted tests loop."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
 
 
 def persistent_programs(tensor: Tensor, tiles: int, num_warps: int) -> int:
-    """Programs that walk over all tiles: as many as run at a time with 128 registers a thread, which is 16 warps a
-    multiprocessor."""
+    """Programs that loop over all tiles: 16 warps a multiprocessor, as many as run with 128 registers a thread."""
     return min(tiles, multiprocessors(tensor) * max(1, 16 // num_warps))
 
 
 def partial_sums(programs: int, parameter: Tensor | None, wanted: bool) -> Tensor | None:
-    """Room for the gradient of a parameter `[F]`, a row a program; None where there is none or none is wanted."""
+    """Memory for partial sums of a parameter's gradient, `[programs, F]`; None if it isn't wanted."""
     if parameter is None or not wanted:
         return None
     return parameter.new_empty(programs, len(parameter), dtype=torch.float32)
 
 
 def total_of(parameter: Tensor | None, partial: Tensor | None, like: Tensor) -> Tensor:
-    """That gradient; empty where there are no partial sums."""
+    """The gradient from partial sums; empty without them."""
     if parameter is None or partial is None:
         return like.new_empty(0, dtype=torch.float32)
     return partial.sum(0).to(parameter.dtype)
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
 def rows_of(tensor: Tensor) -> Tensor:
-    """`[..., F]` as `[rows, F]` with dense rows: a view where the rows are equally far apart, else a copy."""
+    """`[..., F]` as `[rows, F]` with dense rows: a view if possible, otherwise a copy."""
     rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # F may be 0
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def in_vectors(strides: Sequence[int], itemsize: int) -> tuple[int, list[int]]:
-    """VECTOR, the most elements within 16 bytes that divide all strides, and the strides in that unit.
+    """VECTOR, the most elements within 16 bytes that divide all strides, and the strides in units of VECTOR.
 
-    So a kernel is compiled for an alignment and not for strides. By itself Triton sees only what divides by 16, and
-    rows of 88 elements don't.
+    A kernel is compiled for an alignment instead of strides. Triton by itself only notices divisibility by 16.
     """
     vector = math.gcd(16 // itemsize, *strides)
     return vector, [stride // vector for stride in strides]
 
 
 def row_strides(*rows: Tensor) -> tuple[int, list[int]]:
-    """The same of tensors `[rows, F]`: of the strides between their rows."""
+    """`in_vectors` of the strides between the rows of tensors `[rows, F]`."""
     return in_vectors([x.stride(0) for x in rows], min(x.element_size() for x in rows))
 
 
 def float32_products(tensor: Tensor) -> str:
-    """The `input_precision` of products of this tensor: in float32 that of torch's own products on GPUs.
-
-    `torch.set_float32_matmul_precision` sets it, or `torch.backends.cuda.matmul.fp32_precision`. "highest" means sums
-    of float32 products; for "high" and "medium" cuBLAS rounds to TF32, and so do the kernels.
-    """
+    """The `input_precision` of matmuls, for float32 as in torch: `torch.set_float32_matmul_precision`."""
     rounded = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if rounded else "ieee"
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous; most parameters are."""
+    """The contiguous tensor, or None."""
     return None if tensor is None else tensor.contiguous()

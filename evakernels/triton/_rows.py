@@ -1,8 +1,8 @@
-"""What the kernels over rows share: a tile of ROWS rows, each of WIDTH channels in a block of the next power of two.
+"""Device functions for a tile of ROWS rows of WIDTH channels, in a block of the next power of two.
 
-Sums and statistics are float32. A row's place in memory is a 64-bit number. A kernel is compiled for a width, but for
-all numbers of rows and all strides: a stride counts VECTOR elements, which the compiler knows, so that rows which begin
-at any multiple of 4 or 8 bytes are still read in pieces of that size.
+Sums and statistics are float32, offsets of rows 64-bit. A kernel is compiled for a width and for all numbers of rows
+and strides: a stride counts VECTOR elements, a constant, so that rows at any multiple of 4 or 8 bytes are read in words
+of that size.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, first=0):
-    """Numbers of the tile's rows [ROWS, 1] and channels [1, BLOCK] from `first` on, and which of its elements exist."""
+    """Indices of the tile's rows [ROWS, 1] and channels [1, BLOCK] from `first` on, and the mask of its elements."""
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     channel = (first + tl.arange(0, BLOCK))[None, :]
     return row, channel, (row < rows) & (channel < WIDTH)
@@ -19,7 +19,7 @@ def tile_at(tile, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def load_tile(pointer, row, channel, inside, stride, VECTOR: tl.constexpr = 1):
-    # Strides that are multiplied before the rows are would take registers throughout the kernel.
+    # Multiplying stride and VECTOR first would take registers throughout the kernel.
     return tl.load(pointer + row * stride * VECTOR + channel, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -35,10 +35,10 @@ def load_channels(pointer, channel, WIDTH: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """Rounded, and fused with no sum.
+    """a * b, rounded, not fused with an addition.
 
-    For what is summed over a row, where lanes would have different sums if the first step of theirs were fused; and for
-    what a mean is taken from: in a row of few elements the two cancel, and the norm's scale makes what is left large.
+    For sums over rows, where lanes with fused first terms would have other sums than the rest; and for values from
+    which a mean is subtracted: in short rows the two cancel, and the norm's scale enlarges the difference.
     """
     return tl.fma(a, b, 0.0)
 
@@ -51,10 +51,10 @@ def row_mean(values, WIDTH: tl.constexpr):
 
 @triton.jit
 def centred(values, inside, WIDTH: tl.constexpr):
-    """The mean [ROWS, 1] and the values without it, zero outside of the row.
+    """The mean [ROWS, 1] and the deviations from it, zero outside of the row.
 
-    The deviations have a mean of their own, by which rounding has moved the first. Of a row of equal elements it would
-    be all that is left, divided by sqrt(eps).
+    The mean of the deviations corrects the rounding of the mean: divided by sqrt(eps) it would dominate a row of equal
+    elements.
     """
     mean = row_mean(values, WIDTH)
     mean += row_mean(tl.where(inside, values - mean, 0.0), WIDTH)

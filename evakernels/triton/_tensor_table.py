@@ -1,11 +1,11 @@
-"""The table of a model's tensors on the device, and a program's chunk of one of them: what the optimizers share.
+"""The optimizers' table of a model's tensors on the device; a program updates a chunk of one tensor.
 
-Of each tensor it has the pointers to its buffers, the rates of its group, and where its chunks are. Each of these is
-copied to the device when it holds what it didn't hold before: pointers when a buffer moves, rates when a schedule
-changes them, chunks once. The host waits for no copy.
+The table holds for each tensor the pointers to its buffers, the rates of its group and the bounds of its chunks. Each
+is copied to the device when it changes, without synchronisation: pointers when a buffer moves, rates when a schedule
+changes them, chunks once.
 
-A kernel is compiled for the dtypes of the buffers. So tensors of other dtypes have a launch of their own, and so have
-those that vectors don't fit. The chunks of a launch follow one another.
+A kernel is compiled for the dtypes of the buffers, so tensors of different dtypes or alignment have separate launches.
+The chunks of a launch are consecutive.
 """
 
 import math
@@ -22,23 +22,23 @@ from triton.language.extra import libdevice
 from ..tuning import config
 
 TENSORS = 128
-"""Of a program that works out what holds for whole tensors."""
+"""Tensors of a program that computes factors of whole tensors."""
 KEPT = 64
-"""Copies that are kept, of numbers and of layouts; then the one that was used the longest ago goes."""
+"""Sizes of the caches of numbers and layouts."""
 VECTOR = tl.constexpr(4)
-"""Elements of an access: 16 bytes of float32, and 8 of what is half as wide. With 16 bytes of that, a lane would have
-32 of a float32 buffer beside it: two accesses, each of which asks for half of every sector."""
+"""Elements of an access: 16 bytes of float32 or 8 of 16-bit buffers. With 8 elements an access to a float32 buffer
+would be two, each of half of every sector."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Layout(NamedTuple):
-    """How tensors are cut.
+    """The chunks of tensors.
 
     Attributes:
-        chunks: `[chunks, 3]` int64, the tensor of a chunk, its first element and the one behind its last.
-        spans: `[n, 2]` int64, the first chunk of a tensor and the one behind its last.
-        launches: the first chunk of each, the number of its chunks, and what its kernel is compiled for.
+        chunks: `[chunks, 3]` int64: index of the tensor, first element, end.
+        spans: `[n, 2]` int64: first chunk of a tensor, end.
+        launches: first chunk, number of chunks and constants of the kernel of each launch.
     """
 
     chunks: Tensor
@@ -47,10 +47,10 @@ class Layout(NamedTuple):
 
 
 class Table:
-    """The tensors of a call of `op`, with each list under the name that kernels call its dtype by.
+    """The tensors of a call of `op`; the names of the lists are those of the kernels' dtypes.
 
     Attributes:
-        pointers: `[n, lists]` int64; of `steps`, where there are any, in the first column.
+        pointers: `[n, lists]` int64, with `steps` in the first column if there are any.
     """
 
     def __init__(self, op: str, steps: Sequence[Tensor] = (), **lists: Sequence[Tensor]) -> None:
@@ -59,7 +59,7 @@ class Table:
         columns = [[tensor.data_ptr() for tensor in tensors] for tensors in self._dense.values()]
         first, *_ = lists.values()
         self._device = first[0].device
-        # No sum is fused with a product, so that an element's bits don't depend on the alignment of its tensor.
+        # Without fused multiply-adds results don't depend on the alignment of tensors.
         self._options = config(op, {}, first[0]) | {"enable_fp_fusion": False}
         sizes = tuple(tensor.numel() for tensor in first)
         rows = zip(*columns, strict=True)
@@ -78,23 +78,23 @@ class Table:
         return torch.empty(rows, columns, dtype=dtype, device=self._device)
 
     def rounding(self, seeds: Sequence[int], first_elements: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        """The seeds on the device, and room for the keys that `store_keys` makes of them."""
+        """The seeds on the device, and memory for the keys of `store_keys`."""
         return (self.numbers(seeds, first_elements), self.room(len(seeds), 2, torch.int32)) if seeds else (None, None)
 
     def prepare(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """Launches a kernel that has a lane for each tensor."""
+        """Launches a kernel with a lane for each tensor."""
         count = len(self.pointers)
         grid, constants = (triton.cdiv(count, TENSORS),), constants | {"BLOCK": TENSORS, "enable_fp_fusion": False}
         kernel[grid](self.pointers, *arguments, count, **constants)
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """Launches a kernel that has a program for each chunk."""
+        """Launches a kernel with a program for each chunk."""
         for first, count, own in self.layout.launches:
             found = own | constants | self._options
             kernel[(count,)](self.pointers, self.layout.chunks, first, *arguments, **found)
 
     def return_copies(self, *written: str) -> None:
-        """Tensors that aren't dense were served by copies."""
+        """Copies results to written tensors that aren't dense."""
         for name in written:
             for tensor, dense in zip(self._lists[name], self._dense[name], strict=True):
                 if dense is not tensor:
@@ -113,8 +113,8 @@ def _kept(make: Any, device: torch.device, *arguments: Any) -> Any:
     if device.type != "cuda":
         return make(device, None, *arguments)
     if torch.cuda.is_current_stream_capturing():
-        return make.__wrapped__(device, None, *arguments)  # what a graph copies is there in its replays alone
-    # Another stream could read it before it has arrived.
+        return make.__wrapped__(device, None, *arguments)  # a graph's copies exist in its replays only
+    # Another stream could read a copy before it has arrived.
     return make(device, torch.cuda.current_stream(device).cuda_stream, *arguments)
 
 
@@ -152,11 +152,11 @@ def _layout(
 def _copied(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)  # what a graph copies from, torch keeps as long as the graph
+    return host.pin_memory().to(device, non_blocking=True)  # torch keeps a graph's pinned memory
 
 
 def draw_tensors(draw):
-    """For a configuration: a matrix and a bias, float32 moments; rates; flags; of bfloat16 seeds and first elements."""
+    """A matrix and a bias with float32 moments; rates; flags; for bfloat16 seeds and first elements."""
     sizes = (draw.elements // 1024, 1024), (1365,)  # vectors don't fit the second
     params, grads = ([draw(*size) for size in sizes] for _ in range(2))
     exp_avgs, exp_avg_sqs = ([draw.statistic(*size) for size in sizes] for _ in range(2))
@@ -175,7 +175,7 @@ def is_set(found_inf):
 
 @triton.jit
 def chunk_at(chunks, position, FITS: tl.constexpr):
-    """The tensor of a chunk, and its first element and the one behind its last."""
+    """Tensor, first element and end of a chunk."""
     chunks += 3 * position
     tensor, begin, end = tl.load(chunks), tl.load(chunks + 1), tl.load(chunks + 2)
     if FITS:
@@ -203,21 +203,21 @@ def store_floats(buffer, i, values, inside):
 
 @triton.jit
 def store_gradient_factor(factors, grad_scale, inside):
-    """Its reciprocal, which divides to the same bits where it is a power of two."""
+    """Stores the reciprocal of the scale, which is exact for powers of two."""
     factor = tl.div_rn(1.0, tl.load(grad_scale)) if grad_scale is not None else 1.0
     tl.store(factors, factor, mask=inside)
 
 
 @triton.jit
 def changed_moments(g, m, v, beta1, beta2):
-    """Rates in float64, as 1 - beta must be right in float32."""
+    """The new moments; betas are float64, so that 1 - beta is exact in float32."""
     m = beta1.to(tl.float32) * m + (1.0 - beta1).to(tl.float32) * g
     return m, beta2.to(tl.float32) * v + (1.0 - beta2).to(tl.float32) * (g * g)
 
 
 @triton.jit
 def buffers_at(pointers, dtypes, FITS: tl.constexpr):
-    """The buffers of a tensor that `pointers` names one behind the other."""
+    """The buffers of a tensor from consecutive pointers."""
     found = ()
     for i in tl.static_range(len(dtypes)):
         found += (buffer_at(pointers + i, dtypes[i], FITS),)
@@ -226,10 +226,7 @@ def buffers_at(pointers, dtypes, FITS: tl.constexpr):
 
 @triton.jit
 def lanes_at(pointers, count, found_inf, log_betas, LISTS: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
-    """A lane's tensor and whether there is one; its step; and 1 - beta^step of both betas.
-
-    Steps are numbered with the one that is being made, which is counted here or has been; not if `found_inf`.
-    """
+    """A lane's tensor, whether it exists, its step and 1 - beta^step of both betas; COUNTS increments the step."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < count
     counter = tl.load(pointers + LISTS * tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
@@ -255,7 +252,7 @@ def scrambled(x):
 
 @triton.jit
 def store_keys(keys, seeds, tensor, step, inside):
-    """What random bits are made of: [n, 2], from seeds and first elements [n, 2]."""
+    """Keys of random bits [n, 2], from seeds and first elements [n, 2]."""
     seed = tl.load(seeds + 2 * tensor, mask=inside, other=0)
     first = tl.load(seeds + 2 * tensor + 1, mask=inside, other=0).to(tl.uint32)
     low, high, count = seed.to(tl.uint32), (seed >> 32).to(tl.uint32), step.to(tl.uint32)
@@ -267,7 +264,7 @@ def store_keys(keys, seeds, tensor, step, inside):
 
 @triton.jit
 def rounded(values, i, keys, tensor):
-    """With keys, what bfloat16 holds: up with the probability of the part that is cut off."""
+    """With keys, values of bfloat16: rounded up with the probability of the fraction that is cut off."""
     if keys is not None:
         start = tl.load(keys + 2 * tensor).to(tl.uint32, bitcast=True)
         mask = tl.load(keys + 2 * tensor + 1).to(tl.uint32, bitcast=True)

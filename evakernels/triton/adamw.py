@@ -1,7 +1,6 @@
-"""AdamW: one launch over all tensors, behind one that counts their steps and works out what holds for each of them.
+"""AdamW: one launch over all tensors, after a launch that increments steps and computes factors of whole tensors.
 
-A program has a chunk of one tensor. Each buffer is read once, and all but the gradient are written once: 28 bytes for
-each element of float32.
+A program updates a chunk of one tensor. Traffic: 28 bytes for each float32 element.
 """
 
 import torch
@@ -28,11 +27,7 @@ from ._tensor_table import (
     store_keys,
 )
 
-CONFIGS = {
-    80: {
-        "adamw_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
-    },
-}
+CONFIGS = {80: {"adamw_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)]}}
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 

@@ -1,16 +1,14 @@
-"""The contrastive losses over tiles of logits that live in registers, or in backward in bounded chunks of rows.
+"""The contrastive losses over tiles of logits in registers, or in backward in bounded chunks of rows.
 
-Forward is one product. A program writes the pair (largest logit, sum of exp relative to it) of each row and column of
-its tile; a second kernel adds up the pairs of all tiles in a fixed order. One exponential serves both directions: rows
-are summed relative to their own largest logit, and what a row adds to the columns is weighted by how far that lies
-below the tile's. Only where the largest logit of some column lies so far below the tile's that its terms could vanish,
-the tile takes a second exponential, relative to the columns' own. So there is no bound that the logits must keep, and
-nothing to find out before or after.
+Forward is one matmul. A program writes (largest logit, sum of exp relative to it) of each row and column of its tile; a
+second kernel merges the pairs of all tiles in a fixed order. One exponential serves both directions: rows are summed
+relative to their own largest logit, and their terms in column sums are rescaled to the tile's largest. A tile takes a
+second exponential, relative to the columns' own maxima, if terms could vanish otherwise. So logits may be of any size.
 
-The gradient of a logit needs the log-sum-exps of both directions, so backward makes that product again: one kernel
-writes the gradients of a chunk of logits, and cuBLAS makes the other two products of it, four in all. Where the caller
-has the memory, forward writes the logits too and three do; in float32, as at a scale of 100 a logit of 16 bits would
-be wrong by a tenth. SigLIP has no log-sum-exps: one pass gives its loss and the gradients of its logits, in three.
+The gradient of a logit needs the log-sum-exps of both directions, so backward recomputes the logits: one kernel writes
+the gradients of a chunk of logits, and cuBLAS multiplies them with the features, four matmuls in all. If memory allows,
+forward saves the logits, in float32, and three matmuls do: at a scale of 100 a 16-bit logit would be wrong by a tenth.
+SigLIP has no log-sum-exps: one pass computes its loss and the gradients of its logits, with three matmuls.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,25 +27,22 @@ from . import INTERPRETED
 from ._launch import float32_products, on_device_of
 
 CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
-"""What the partial sums of forward or the gradients of the logits take at a time; where kernels are interpreted, so
-little that small tests take several turns."""
+"""Bytes of a chunk: partial sums in forward, gradients of logits in backward. Interpreted tests need several chunks."""
 
 MIN_CHUNK = 128 if INTERPRETED else 2048
-"""Rows of such a chunk at least: with fewer, the products would wait for the sum of the texts' gradient in memory."""
+"""Minimum number of rows of a chunk: with fewer, matmuls would wait for the texts' gradient in memory."""
 
 SPREAD = tl.constexpr(60.0)
-"""How far apart the largest logits may lie for one exponential. exp gives 0 below -87: what is lost is smaller than
-the largest term by e^-27."""
+"""Largest distance of maxima for one exponential. exp is 0 below -87, so lost terms are below e^-27 of the largest."""
 
 UNIT = tl.constexpr(16384.0)
-"""To about this, a power of two, the largest gradient of a logit is scaled: float16 has nothing below 6e-8."""
+"""Scale of the largest gradient of a logit, a power of two: float16 has nothing below 6e-8."""
 
 SIZES = ("rows", "steps", "offset")
-"""What Triton shall not compile again for, as for the addresses of vectors. It does so for `columns`, whose divisors
-tell how much of a row of logits may be moved at once."""
+"""Arguments that Triton doesn't specialise on. The divisors of `columns` decide the vector width of a row of logits."""
 
 BAND = tl.constexpr(8)
-"""Rows of tiles that are worked on together: the features that they share stay in the L2 cache."""
+"""Rows of tiles that run together, so that shared features stay in the L2 cache."""
 
 _SQUARE = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 _NARROW = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
@@ -70,7 +65,7 @@ CONFIGS = {
 
 @triton.jit
 def _place(row_tiles, column_tiles):
-    """The tile of this program. Programs of one band differ in their rows first."""
+    """The tile of this program; consecutive programs of a band have different rows."""
     program = tl.program_id(0)
     first = program // (BAND * column_tiles) * BAND
     height = tl.minimum(row_tiles - first, BAND)
@@ -80,27 +75,17 @@ def _place(row_tiles, column_tiles):
 
 @triton.jit
 def _positions(first, count, BLOCK: tl.constexpr):
-    """Positions from `first` on; and the same, with the last one in place of those beyond it."""
+    """Positions from `first` on, unclamped and clamped to `count`."""
     positions = first + tl.arange(0, BLOCK)
     return positions, tl.minimum(positions, count - 1)
 
 
 @triton.jit
-def _products(
-    image,
-    text,
-    rows,
-    columns,
-    steps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _products(image, text, rows, columns, steps, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     inner = tl.arange(0, BLOCK_K)
     image += rows[:, None].to(tl.int64) * (steps * BLOCK_K) + inner[None, :]
     text += columns[None, :].to(tl.int64) * (steps * BLOCK_K) + inner[:, None]
-    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for _ in range(steps):
         products = tl.dot(tl.load(image), tl.load(text), products, input_precision=PRECISION)
         image += BLOCK_K
@@ -116,7 +101,7 @@ def _has_pairs(row_tile, column_tile, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def _finite(maximum):
-    """What to subtract before exp: subtracting an infinite maximum would turn infinite logits into NaN."""
+    """The maximum, or 0 instead of an infinite one: infinity minus infinity is NaN."""
     return tl.where((maximum < float("inf")) & (maximum > float("-inf")), maximum, 0.0)
 
 
@@ -146,7 +131,7 @@ def statistics_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    logits = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
         of_pair = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
@@ -186,7 +171,7 @@ def merge_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds up sums of exp, each relative to its maximum, PARTS at a time; the final ones become log-sum-exps."""
+    """Merges sums of exp, each relative to its maximum, PARTS at a time; FINAL ones become log-sum-exps."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_i = tl.full([BLOCK], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK], tl.float32)
@@ -231,7 +216,7 @@ def gradient_kernel(
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
     if kept is None:
-        logits = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        logits = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
         logits *= tl.load(scale).to(tl.float32)
     else:
         logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
@@ -240,8 +225,7 @@ def gradient_kernel(
     shift = tl.maximum(tl.max(lse_i, 0), tl.max(lse_j, 0))
     spread = shift - tl.minimum(tl.min(lse_i, 0), tl.min(lse_j, 0))
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N) | (spread > SPREAD):
-        # Where a pair's probability is almost 1 its gradient is the small rest beside dpositive, so that it needs
-        # exponentials without the error of a common shift.
+        # The gradient of a pair with probability near 1 is a small difference, so it needs exact exponentials.
         gradient = drow[:, None] * tl.exp(logits - lse_i[:, None])
         gradient += dcol[None, :] * tl.exp(logits - lse_j[None, :])
         is_pair = column[None, :] == (row + offset)[:, None]
@@ -266,7 +250,7 @@ def contrastive_kept_forward(image, text, logit_scale, offset):
 def _statistics(
     op: str, image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of the logits, which `kept` is filled with."""
+    """Statistics of the logits; writes the logits to `kept`."""
     rows, columns = image.shape[0], text.shape[0]
     launch = _launch(op, image)
     image, text = _padded(image, launch), _padded(text, launch)
@@ -282,7 +266,7 @@ def _statistics(
             by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
             statistics_kernel[_grid(count, columns, launch)](
                 *(image[chunk], text, logit_scale, positive[chunk], *by_row, *by_column),
-                *(_rows(kept, chunk), count, len(text), _steps(text, launch), offset + chunk.start),
+                *(None if kept is None else kept[chunk], count, len(text), _steps(text, launch), offset + chunk.start),
                 **launch,
             )
             _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
@@ -313,7 +297,7 @@ def _backward(
     offset: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`saved`: the log-sum-exps of rows and columns, and the logits if they were kept."""
+    """`saved`: the log-sum-exps of rows and columns, and the logits or None."""
     unit = _unit_of(*upstream)
     drow_lse, dcol_lse, dpositive = (gradient * unit for gradient in upstream)
     row_lse, col_lse, kept = saved
@@ -322,7 +306,7 @@ def _backward(
         for chunk, dlogits, grid in gradients.chunks():
             gradient_kernel[grid](
                 *(drow_lse[chunk], dcol_lse, dpositive[chunk], gradients.image[chunk], gradients.text, logit_scale),
-                *(row_lse[chunk], col_lse, _rows(kept, chunk), dlogits),
+                *(row_lse[chunk], col_lse, None if kept is None else kept[chunk], dlogits),
                 *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
                 **gradients.launch,
             )
@@ -331,12 +315,8 @@ def _backward(
     return dimage, dtext, dscale.to(logit_scale.dtype)
 
 
-def _rows(matrix: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if matrix is None else matrix[chunk]
-
-
 def _merge(parts: Tensor, maximum: Tensor, result: Tensor, *, final: bool) -> None:
-    """`parts`: `[2, parts, n]`, maxima and sums; `result` is the log-sum-exps if that is final, else the sums."""
+    """Merges `parts`, `[2, parts, n]` maxima and sums; `result` gets log-sum-exps if final, otherwise sums."""
     launch = {"PARTS": 16, "BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 changes the default
     grid = (triton.cdiv(result.numel(), 64),)
     merge_kernel[grid](*parts, maximum, result, *parts.shape[1:], FINAL=final, **launch)
@@ -389,12 +369,12 @@ def siglip_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    products = _products(image, text, image_row, text_row, steps, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    products = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
     logits = products * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     is_pair = column[None, :] == (row + offset)[:, None]
-    # With the pairs' sign turned every logit should be negative, and the loss of x is log(1 + e^x). Turning the sign of
-    # the gradient as well gives the pairs sigmoid(x) - 1 without its cancellation.
+    # With negated pairs every loss is log(1 + e^x). Negating the pairs' gradients, too, avoids the cancellation in
+    # sigmoid(x) - 1.
     x = tl.where(is_pair, -logits, logits)
     power = tl.exp(-tl.abs(x))
     loss = tl.where(x > 0.0, x, 0.0) + _log1p(power)
@@ -451,7 +431,7 @@ def _sum(parts: Tensor) -> Tensor:
 
 
 class _Gradients:
-    """What chunks of the logits' gradients, which are `unit` times too large, give the features and the scale."""
+    """Gradients of the features and the scale from chunks of the logits' gradients, scaled by `unit`."""
 
     def __init__(
         self,
@@ -474,7 +454,7 @@ class _Gradients:
         self.dscale = torch.zeros_like(unit)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, tuple[int]]]:
-        """The rows of a chunk, where its gradients belong, and the grid of the kernel that writes them."""
+        """The rows of a chunk, memory for its gradients, and the grid of the kernel that writes them."""
         columns = len(self.text)
         for chunk in _chunks(len(self.image), columns * self.image.itemsize, MIN_CHUNK):
             count = chunk.stop - chunk.start
@@ -498,7 +478,7 @@ class _Gradients:
 
 
 def _chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[slice]:
-    """Chunks of a multiple of rows, at least one, that take CHUNK_BYTES at most."""
+    """Chunks of a multiple of rows, of at most CHUNK_BYTES if one multiple fits."""
     height = max(1, CHUNK_BYTES // (row_bytes * multiple)) * multiple
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
@@ -512,13 +492,13 @@ def _launch(op: str, image: Tensor) -> dict[str, Any]:
 
 
 def _padded(features: Tensor, launch: dict[str, Any]) -> Tensor:
-    """The features, with zeros behind them where blocks don't divide the depth. So rows begin where words do."""
+    """The features, padded with zeros to a multiple of BLOCK_K."""
     missing = -features.shape[1] % launch["BLOCK_K"]
     return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
 
 def _steps(padded: Tensor, launch: dict[str, Any]) -> int:
-    """How many blocks of the depth the kernels' loops have."""
+    """The number of BLOCK_K blocks."""
     return padded.shape[1] // int(launch["BLOCK_K"])
 
 
@@ -527,7 +507,7 @@ def _grid(rows: int, columns: int, launch: dict[str, Any]) -> tuple[int]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In float32. A CPU, where kernels are interpreted, has no such product of 16-bit numbers."""
+    """Matmul with a float32 result, which a CPU (interpreted kernels) can't make of 16-bit inputs."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 

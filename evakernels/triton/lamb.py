@@ -1,7 +1,7 @@
-"""LAMB: a launch a phase over all tensors, in front of each one that works out what holds for a whole tensor.
+"""LAMB: each phase is a launch over all tensors, after a launch that computes factors of whole tensors.
 
-A program has a chunk of one tensor. Update leaves the sums of each chunk, and a program a tensor adds them up, in
-float64 and in a fixed order. For each element of float32 update moves 24 bytes and apply 16.
+A program updates a chunk of one tensor. Sums of chunks are added by a program per tensor, in float64 and in a fixed
+order. Traffic for each float32 element: 24 bytes in update, 16 in apply.
 """
 
 import torch
@@ -30,15 +30,11 @@ from ._tensor_table import (
 )
 
 PARTIALS = 256
-"""Of which a program adds up as many at a time."""
+"""Partial sums that a program adds at a time."""
 _LOWEST, _HIGHEST = (tl.constexpr(bound) for bound in DEEPSPEED_RATIO)
 
-CONFIGS = {
-    80: {
-        "lamb_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
-        "lamb_apply": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)],
-    },
-}
+_ENTRIES = [entry(CHUNK=8192, BLOCK=1024, num_warps=4)]
+CONFIGS = {80: {"lamb_update": _ENTRIES, "lamb_apply": _ENTRIES}}
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
@@ -60,7 +56,7 @@ def prepare_kernel(
     NVLAMB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Without norms the phase is update, which counts the steps."""
+    """Factors of each tensor; the update phase has no norms and increments steps."""
     COUNTS: tl.constexpr = squared_norms is None
     log_betas = log_beta1, log_beta2
     tensor, inside, step, bias1, bias2 = lanes_at(pointers, count, found_inf, log_betas, LISTS, COUNTS, BLOCK)
@@ -130,7 +126,7 @@ def update_kernel(
         new_m, new_v = changed_moments(g, m, v, beta1, beta2)
         store_floats(exp_avg, i, new_m, inside & changes)
         store_floats(exp_avg_sq, i, new_v, inside & changes)
-        # Norms are those of the step that is made, from the moments as they are stored.
+        # Norms are computed from the rounded moments, as in the apply phase.
         m, v = tl.where(changes, new_m.to(M).to(tl.float32), m), tl.where(changes, new_v.to(V).to(tl.float32), v)
         u = tl.where(inside, direction(w, m, v, factors, tensor, eps, NVLAMB), 0.0)
         param_sum += w * w
@@ -170,7 +166,7 @@ def apply_kernel(
 ):
     if is_set(found_inf):
         return
-    # Backwards: what update wrote last may still be in the cache.
+    # In reverse, as the last chunks of update may still be in the cache.
     position = first + tl.num_programs(0) - 1 - tl.program_id(0)
     tensor, begin, end = chunk_at(chunks, position, FITS)
     param, exp_avg, exp_avg_sq = buffers_at(pointers + 4 * tensor + 1, (PARAM, M, V), FITS)

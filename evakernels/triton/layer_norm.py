@@ -1,8 +1,7 @@
 """LayerNorm and RMSNorm, plain and joined with the residual add before or after: one kernel forward, one backward.
 
-What a form or a call doesn't have is None, and the kernel is compiled without it. Backward walks over the rows with as
-many programs as the GPU runs at a time; each keeps its sums over rows in registers and writes them as one row of
-partial sums, which are added in a fixed order.
+Absent tensors are None, and the kernel is compiled without them. In backward as many programs as run at a time loop
+over the rows; each writes one row of partial sums over rows, which are added in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -15,25 +14,8 @@ from torch import Tensor
 
 from ..tuning import config, entry
 from ..tuning.calls import EPS
-from ._launch import (
-    dense,
-    on_device_of,
-    partial_sums,
-    persistent_programs,
-    row_strides,
-    rows_of,
-    total_of,
-)
-from ._rows import (
-    centred,
-    load_channels,
-    load_tile,
-    product,
-    row_mean,
-    store_partial_sum,
-    store_tile,
-    tile_at,
-)
+from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, rows_of, total_of
+from ._rows import centred, load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 
 _FORWARD = [
     entry(width=512, ROWS=4, num_warps=4, num_stages=1),
@@ -42,20 +24,14 @@ _FORWARD = [
     entry(width=4096, ROWS=1, num_warps=8, num_stages=1),
     entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
 ]
-_BACKWARD = [
+_BACKWARD_OF_ALL = [
     entry(width=512, ROWS=2, num_warps=4, num_stages=1),
     entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
-    entry(width=2048, ROWS=1, num_warps=8, num_stages=1),
     entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
     entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
 ]
-_BACKWARD_WITH_BRANCH = [
-    entry(width=512, ROWS=2, num_warps=4, num_stages=1),
-    entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
-    entry(width=2048, ROWS=2, num_warps=16, num_stages=1),
-    entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
-    entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
-]
+_BACKWARD = [*_BACKWARD_OF_ALL, entry(width=2048, ROWS=1, num_warps=8, num_stages=1)]
+_BACKWARD_WITH_BRANCH = [*_BACKWARD_OF_ALL, entry(width=2048, ROWS=2, num_warps=16, num_stages=1)]
 CONFIGS = {
     80: {
         "layer_norm_forward": _FORWARD,
@@ -92,7 +68,7 @@ def forward_kernel(
     values = load_tile(x, row, channel, inside, x_stride, VECTOR)
     if residual is not None:
         before = load_tile(residual, row, channel, inside, residual_stride, VECTOR)
-    if total is not None:  # the add comes before the norm, which sees the sum before it is rounded
+    if total is not None:  # the add comes before the norm, which takes the unrounded sum
         values = before + scaled(values, parameters, row, channel, exists, sample_rows, WIDTH)
         store_tile(total, values, row, channel, inside, WIDTH)
     if mean is not None:
@@ -181,7 +157,7 @@ def backward_kernel(
         if dweight is not None:
             weight_sum += d * normed
         if weight is not None:
-            # For the sums alone: kernels that hold d itself rounded spill registers.
+            # Only for the sums: kernels that hold d itself rounded spill registers.
             rounded = product(d, weights)
             d *= weights
         else:
@@ -286,7 +262,7 @@ def add_layer_norm_backward(dy, dx, x, branch, weight, layer_scale, row_scale, m
 
 
 def layer_norm_add_backward(dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, rms, wanted):
-    # The bias takes part in layer_scale's gradient alone.
+    # Only layer_scale's gradient needs the bias.
     op, parameters = "layer_norm_add_backward", Parameters(weight, bias if wanted[-1] else None, layer_scale, row_scale)
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     inputs, statistics = (dx, None, branch, None), (None if rms else mean, rstd)
@@ -301,7 +277,7 @@ def _backward(
     outputs: tuple[Tensor, Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dx and dbranch; returns the gradients of weight, bias and layer_scale, empty where none is wanted."""
+    """Writes dx and dbranch; returns the gradients of weight, bias and layer_scale, empty if not wanted."""
     dout, dtotal, x, branch = inputs
     x_rows, branch_rows = rows_of(x), rows_of(x if branch is None else branch)
     rows, width = x_rows.shape

@@ -13,29 +13,30 @@ from ._attention import PREFIX_ROWS, Form, attention_kernel
 from ._launch import dense, float32_products, in_vectors, on_device_of
 
 _MOST_ROW_STRIDE = 1 << 23
-"""Elements; a tile has 128 rows at most."""
+"""Elements, for 32-bit offsets in tiles of 128 rows."""
 
+_FORWARD_FLOAT32 = [
+    entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+    entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+]
+_FORWARD = [
+    entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+    entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+    *_FORWARD_FLOAT32,
+]
+_BACKWARD = [
+    entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=1),
+    entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+    entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
+    entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+]
 CONFIGS = {
-    80: {
-        "rope_attention_forward": [
-            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
-        ],
-        "rope_attention_backward": [
-            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=1),
-            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
-        ],
-    },
+    80: {"rope_attention_forward": _FORWARD, "rope_attention_backward": _BACKWARD},
     90: {
         "rope_attention_forward": [
             entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
             entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+            *_FORWARD_FLOAT32,
         ],
         "rope_attention_backward": [
             entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -44,27 +45,14 @@ CONFIGS = {
             entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),
         ],
     },
-    100: {
-        "rope_attention_forward": [
-            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
-        ],
-    },
+    100: {"rope_attention_forward": _FORWARD},
     120: {
         "rope_attention_forward": [
             entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
             entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1),
-            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
+            *_FORWARD_FLOAT32,
         ],
-        "rope_attention_backward": [
-            entry(head_dim=64, tokens=257, itemsize=2, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=1),
-            entry(head_dim=96, tokens=257, itemsize=2, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=64, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2),
-            entry(head_dim=96, tokens=257, itemsize=4, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2),
-        ],
+        "rope_attention_backward": _BACKWARD,
     },
 }
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
@@ -72,14 +60,13 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Attention:
-    """What the kernels of a call have in common.
+    """The arguments of a call, as for `evakernels.rope_attention`.
 
     Attributes:
         q: `[B, N, H, D]`, or packed `[T, H, D]`.
         k, v: `[B, M, Hkv, D]`, or packed `[T, Hkv, D]`.
         max_seqlen: N, or the length of the longest sequence.
-        cu_seqlens: of a packed batch, where its sequences begin and the last one ends.
-        cos, sin, token_index, num_prefix, interleaved: as for `evakernels.rope_attention`.
+        cu_seqlens: bounds of a packed batch's sequences.
     """
 
     q: Tensor
@@ -120,7 +107,7 @@ class Attention:
         return dq, dk, dv
 
     def _with_rotated_keys(self, op: str) -> "Attention":
-        """Every query meets them: so they are rotated once, in a pass of their own, and a query where it is loaded."""
+        """Rotates keys once, in a separate pass, as every query loads them."""
         if self.cos is None:
             return self
         k = torch.empty_like(self.k, memory_format=torch.contiguous_format)
@@ -128,13 +115,13 @@ class Attention:
         return replace(self, k=k)
 
     def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], of_rows: tuple[Tensor, ...]) -> None:
-        """Launches the pass `kind` of `attention_kernel`, which says what it is given."""
+        """Launches the pass `kind` of `attention_kernel`."""
         head_dim, packed = self.q.shape[-1], self.cu_seqlens is not None
         chosen = config(op, {"head_dim": head_dim, "tokens": self.max_seqlen}, self.q)
         block, step = chosen["BLOCK_M"], chosen["BLOCK_N"]
-        if kind == "dkdv":  # whose programs have keys
+        if kind == "dkdv":  # its programs have tiles of keys
             chosen |= {"BLOCK_M": step, "BLOCK_N": block}
-        if kind == "rotate":  # all tokens alike
+        if kind == "rotate":
             block, prefix = step, 0
         else:
             prefix = self._prefix(block, step)
@@ -154,7 +141,7 @@ class Attention:
             PREFIX=prefix,
             VECTOR=vector,
             PRECISION=products,
-            # Without tensor cores a second copy of the products takes more registers than there are.
+            # Without tensor cores a second copy of the loop would spill registers.
             PEELED=products != "ieee" or self.q.dtype != torch.float32,
             UNSEEN=self.causal and keys < queries,
         )
@@ -177,7 +164,7 @@ class Attention:
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def _prefix(self, rows: int, step: int) -> int:
-        """Rows of a prefix that stands apart; 0 where it had better go with the patches, for less work in all."""
+        """Rows of a separate prefix; 0 if one with the patches is less work."""
         together = _padded(self.max_seqlen, rows) * _padded(self.max_seqlen, step)
         patches = self.max_seqlen - self.num_prefix
         apart = (_padded(patches, rows) + PREFIX_ROWS.value) * (_padded(patches, step) + PREFIX_ROWS.value)
@@ -186,7 +173,7 @@ class Attention:
         return 1 if self.num_prefix == 1 else int(PREFIX_ROWS.value)
 
     def _tables(self) -> tuple[tuple[Tensor | None, ...], int, int | None]:
-        """cos, sin and token_index; the rows between the tables of two heads, and the grid of a compact table."""
+        """(cos, sin, token_index), rows between the tables of heads, and grid of a compact table or None."""
         cos, sin, token_index = map(dense, (self.cos, self.sin, self.token_index))
         tables = cos, sin, token_index
         if cos is None or cos.dim() == 2:
@@ -195,13 +182,13 @@ class Attention:
 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With dense vectors, and rows of which a tile's offsets fit 32 bits: as they are where that holds, else copies."""
+    """Copies heads unless their channels are dense and the offsets in a tile fit 32 bits."""
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-3) < _MOST_ROW_STRIDE else _copied(x) for x in (q, k, v))
     return q, k, v
 
 
 def _copied(heads: Tensor) -> Tensor:
-    """Not by `contiguous`, which leaves the stride of a single row as it is."""
+    """Copies, as `contiguous` doesn't change the stride of a single row."""
     return torch.empty_like(heads, memory_format=torch.contiguous_format).copy_(heads)
 
 

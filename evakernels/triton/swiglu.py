@@ -1,8 +1,8 @@
-"""silu(gate) * up, alone or with the LayerNorm after it: each byte is read and written once.
+"""silu(gate) * up, alone or followed by LayerNorm: each byte is read and written once.
 
-With the norm a program has whole rows. Without it rows of any length are cut into pieces, the second dimension of the
-grid. Backward walks over the rows with as many programs as the GPU runs at a time, so that the sums over rows, which
-give the norm's weight and bias their gradients, are one row of partial sums a program. They are added in a fixed order.
+With the norm a program has whole rows, otherwise pieces of rows along the second dimension of the grid. In backward as
+many programs as run at a time loop over the rows; each writes one row of partial sums for the gradients of the norm's
+weight and bias, which are added in a fixed order.
 """
 
 import torch
@@ -12,25 +12,8 @@ import triton.language as tl
 from ..tuning import config, entry
 from ..tuning.calls import EPS
 from . import MAX_SWIGLU_WIDTH
-from ._launch import (
-    dense,
-    on_device_of,
-    partial_sums,
-    persistent_programs,
-    row_strides,
-    rows_of,
-    total_of,
-)
-from ._rows import (
-    centred,
-    load_channels,
-    load_tile,
-    product,
-    row_mean,
-    store_partial_sum,
-    store_tile,
-    tile_at,
-)
+from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, rows_of, total_of
+from ._rows import centred, load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 
 CONFIGS = {
     80: {
@@ -52,7 +35,7 @@ CONFIGS = {
 
 
 def _pieces(width: int) -> tuple[int, int]:
-    """How many channels a program has at a time, and of how many such pieces a row consists."""
+    """Channels of a program, and pieces of a row."""
     block = min(max(triton.next_power_of_2(width), 1), MAX_SWIGLU_WIDTH)
     return block, triton.cdiv(width, block)
 
@@ -197,7 +180,7 @@ def swiglu_backward_calls(draw, width):
 
 
 def _swiglu(draw, width):
-    """Halves of a packed projection; rows begin at any even address, as with EVA02-L's 2,730 channels."""
+    """Halves of a packed projection with a width that vectors don't divide, such as EVA02-L's 2,730 channels."""
     width = 2 * (width // 3)
     gate, up = draw(draw.elements // width, 2 * width).chunk(2, -1)
     return gate, up, draw(width), draw(width)

@@ -1,8 +1,7 @@
 """Token dropout: the gather of the kept patches with position embedding and prefix, and its backward.
 
-Backward first finds where each token lies among the kept ones of its sample, so that every row of the gradients knows
-what it is: each element is written once, and nothing is added atomically. A program has one position of all samples, so
-it also has all that the position's embedding sums.
+Backward inverts the index first, so that each element is written once, without atomics. A program has one position of
+all samples, and sums the gradient of its position embedding.
 """
 
 import torch
@@ -16,18 +15,11 @@ from ._launch import dense, in_vectors, on_device_of
 MAX_BLOCK = 1 << 10
 """Channels of a program."""
 
-CONFIGS = {
-    80: {
-        "token_dropout_forward": [
-            entry(width=512, ROWS=4, num_warps=4, num_stages=1),
-            entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
-        ],
-        "token_dropout_backward": [
-            entry(width=512, ROWS=4, num_warps=4, num_stages=1),
-            entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
-        ],
-    },
-}
+_ENTRIES = [
+    entry(width=512, ROWS=4, num_warps=4, num_stages=1),
+    entry(width=1024, ROWS=4, num_warps=8, num_stages=1),
+]
+CONFIGS = {80: {"token_dropout_forward": _ENTRIES, "token_dropout_backward": _ENTRIES}}
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
@@ -66,7 +58,7 @@ def forward_kernel(
         position = tl.where(in_prefix, place, PREFIX + token)
         has_position = in_prefix | is_patch
         values += tl.load(pos_embed + position * WIDTH + channel, mask=has_position & inside, other=0.0).to(tl.float32)
-    values = tl.where(in_prefix | is_patch, values, float("nan"))  # an index that is out of range shows
+    values = tl.where(in_prefix | is_patch, values, float("nan"))  # for an index out of range
     tl.store(out + row.to(tl.int64) * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
 
 
@@ -118,7 +110,7 @@ def token_dropout_forward(patches, token_index, prefix, pos_embed):
     out = patches.new_empty(batch, num_prefix + kept, width, dtype=dtype)
     if out.numel() == 0:
         return out
-    # What a convolution leaves lies channel by channel.
+    # A convolution's output is strided along the channels.
     patches = patches if patches.stride(2) == 1 else patches.contiguous()
     rows, block = batch * (num_prefix + kept), min(triton.next_power_of_2(width), MAX_BLOCK)
     options = config("token_dropout_forward", {"width": block}, out)
@@ -161,7 +153,7 @@ def token_dropout_backward(dout, token_index, num_prefix, num_tokens, wanted):
 
 
 def _places(token_index: Tensor, num_tokens: int) -> Tensor:
-    """`[B, N]`: where each token is among the kept ones of its sample, -1 where it was dropped."""
+    """`[B, N]`: index of each token among the kept ones of its sample, -1 if it was dropped."""
     batch, kept = token_index.shape
     in_order = torch.arange(kept, device=token_index.device, dtype=torch.int32).expand(batch, kept)
     return in_order.new_full((batch, num_tokens), -1).scatter_(1, token_index, in_order)
@@ -186,7 +178,7 @@ def token_dropout_backward_calls(draw, width):
 
 
 def _patches(draw, width):
-    """Patches, and the half of them that is kept."""
+    """Patches, and an index of half of them."""
     width = 3 * width // 4
     tokens = draw.elements // draw.batch // width
     token_index = torch.rand(draw.batch, tokens, device=draw.device).argsort(1)[:, : tokens // 2].sort(1).values

@@ -1,7 +1,7 @@
-"""Launch configurations of the Triton kernels: the look-up in their files, and in the file of a GPU that was tuned.
+"""Launch configurations of the Triton kernels: `CONFIGS` in the kernels' files, or the file of a tuned GPU.
 
-`config` is a pure look-up: nothing is tuned at import or at the first call. `CONFIGS` in the kernels' files were chosen
-by what compiles without spilling registers. `python -m evakernels.tuning run` measures, and writes a GPU's own file.
+`config` only looks up. `CONFIGS` were chosen to compile without spilled registers. `python -m evakernels.tuning run`
+measures, and writes the GPU's file.
 """
 
 import json
@@ -20,19 +20,18 @@ from ..triton import FAMILIES
 FOLDER = Path(__file__).parent
 
 SIZES = ("width", "depth", "head_dim", "tokens", "itemsize")
-"""Of calls: the last is the bytes of an element, the others name what the kernels' files measure."""
+"""Sizes of calls; `itemsize` is the bytes of an element."""
 
 Entry = dict[str, dict[str, int]]
-"""The sizes that a configuration is for, `shape`, and the keyword arguments of a launch, `config`."""
+"""`shape`, the sizes of a configuration, and `config`, the keyword arguments of the launch."""
 
 _forced: dict[str, Mapping[str, int]] = {}
 
 
 def config(op: str, shape: Mapping[str, int], tensor: Tensor) -> dict[str, int]:
-    """The keyword arguments that `op`'s kernel is launched with for a call of this shape, in the tensor's dtype.
+    """The keyword arguments for a launch of `op` at this shape, in the tensor's dtype.
 
-    The entry whose shape is nearest is taken: the one with the smallest sum of |log ratio| over its sizes;
-    among equals, the one that names more of them.
+    They are those of the entry with the smallest sum of |log ratio| over its sizes, among equals with the most sizes.
     """
     found = _forced.get(op) or _nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor))
     return {**found, "enable_fp_fusion": True}  # Triton 3.10 changes the default
@@ -46,7 +45,7 @@ def entry(**values: int) -> Entry:
 
 @contextmanager
 def forced(op: str, config: Mapping[str, int]) -> Iterator[None]:
-    """Within the `with` block every call of `op` is launched with this configuration."""
+    """Launches every call of `op` with this configuration inside the `with` block."""
     _forced[op] = config
     try:
         yield
@@ -55,8 +54,7 @@ def forced(op: str, config: Mapping[str, int]) -> Iterator[None]:
 
 
 def gpu_of(tensor: Tensor) -> tuple[str, int]:
-    """Name and compute capability (major and minor in one number) of the tensor's GPU; where kernels are interpreted,
-    those of an H100."""
+    """Name and compute capability (90 for 9.0) of the tensor's GPU; for interpreted kernels an H100's."""
     return _gpu(tensor.device.index) if tensor.is_cuda else ("", 90)
 
 
@@ -90,7 +88,7 @@ def shipped() -> dict[int, dict[str, list[Entry]]]:
 
 @cache
 def table(name: str, capability: int) -> dict[str, list[Entry]]:
-    """The entries of a GPU by op: of its name's file, else of the highest capability, up to its own, that has any."""
+    """The entries of a GPU by op: from its own file, or of the highest capability up to its own."""
     fitting = [known for known in shipped() if known <= capability] or [min(shipped())]
     found = {op: entries for known in fitting for op, entries in shipped()[known].items()}
     own = FOLDER / f"{file_name(name)}.json"

@@ -1,8 +1,7 @@
-"""Calls of each op at the sizes of a configuration: what the search times, and what the tests compile.
+"""Calls of each op at the sizes of a configuration, for the search and the compile tests.
 
-A kernel's file has, for each op with entries in CONFIGS, a function `<op>_calls`. It takes the sizes that the entries
-are looked up by, and yields the arguments of calls: first those that models give, with all that may be present, then
-others that lack something. Tensors are those of a large batch.
+A kernel's file has a function `<op>_calls` for each op in CONFIGS. It takes the sizes of an entry and yields arguments:
+first a model's, with all optional tensors, then others without some. Tensors are those of a large batch.
 """
 
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ class Draw:
     """Draws the tensors of a call; on the device `meta` they take no memory.
 
     Attributes:
-        elements: of an activation; by default more than any GPU's L2 cache holds.
-        pairs: of image and text: the batch of a contrastive loss.
+        elements: size of an activation; by default larger than any GPU's L2 cache.
+        pairs: batch of a contrastive loss.
     """
 
     device: str

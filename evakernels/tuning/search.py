@@ -1,4 +1,4 @@
-"""Search for launch configurations: the shipped one, changed step by step while it becomes faster."""
+"""Search for launch configurations: steepest descent from the shipped one."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from .calls import Draw, calls
 
 Config = dict[str, int]
 TimeOf = Callable[[Config], float | None]
-"""The time of a configuration in any unit; None for one that can't be used."""
+"""Returns the time of a configuration in any unit; None for an unusable one."""
 
 GAIN = 0.99
-"""A configuration is faster if it takes less than this share of the time: less is within the noise."""
+"""Largest ratio of times that counts as faster; the rest is noise."""
 
 MOST = {"num_warps": 16, "num_stages": 5}
 
@@ -42,11 +42,7 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 
 def search(start: Config, time_of: TimeOf) -> Config:
-    """The best that is reached from `start`, each time by the best step.
-
-    Raises:
-        ValueError: `start` itself can't be used.
-    """
+    """The result of steepest descent from `start`. Raises `ValueError` if `start` is unusable."""
     best, shortest = start, time_of(start)
     if shortest is None:
         raise ValueError(f"the configuration to start from can't be used: {start}")
@@ -61,7 +57,7 @@ def search(start: Config, time_of: TimeOf) -> Config:
 
 
 def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
-    """The entries of an op with the configurations that are fastest on this GPU."""
+    """The entries of an op with the fastest configurations on this GPU."""
     launcher, result = launcher_of(op), []
     for entry in entries:
         dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
@@ -81,13 +77,13 @@ def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], 
 
 
 def median_time(call: Callable[[], Any]) -> float:
-    """Milliseconds on the GPU, with an L2 cache that holds nothing of it at the beginning."""
+    """Milliseconds on the GPU with a cold L2 cache."""
     time: float = do_bench(call, return_mode="median")
     return time
 
 
 def kernels_of(launcher: Callable[..., Any], arguments: tuple[Any, ...], *, compile_only: bool = False) -> list[Any]:
-    """The compiled kernels that a call of the launcher launches, or would if it didn't only compile them."""
+    """The compiled kernels of a call of the launcher, which only compiles them with `compile_only`."""
     kernels = []
 
     def recorded(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -103,7 +99,7 @@ def kernels_of(launcher: Callable[..., Any], arguments: tuple[Any, ...], *, comp
 
 
 def write(gpu: str, tuned_ops: Mapping[str, list[dict[str, Any]]], capability: int, folder: Path = FOLDER) -> Path:
-    """Writes the file of a GPU, whole or not at all: the ops that were tuned, and the others as they were."""
+    """Replaces the file of a GPU atomically: tuned ops and the unchanged others."""
     path = folder / f"{file_name(gpu)}.json"
     lines = []
     for op, entries in (table(gpu, capability) | dict(tuned_ops)).items():

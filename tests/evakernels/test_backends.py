@@ -413,5 +413,5 @@ def test_reference_on_gpu_is_an_error_when_strict(refused, monkeypatch):
     with pytest.warns(evakernels.ReferenceWarning):
         backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))
     monkeypatch.setenv("EVAKERNELS_STRICT", "foo")
-    with pytest.raises(ValueError, match="EVAKERNELS_STRICT is 'foo'; accepted: 1, on, true, 0, off, false, or noth"):
+    with pytest.raises(ValueError, match="EVAKERNELS_STRICT"):
         backends.select(OP, (on_a_gpu(), None, None, 1e-5, False))

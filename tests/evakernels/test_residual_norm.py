@@ -155,5 +155,5 @@ def test_gpu_kernels_support_autocast_dtypes(op, residual, branch, monkeypatch):
     for name, args in ((f"{op}_forward", (a, b)), (f"{op}_backward", backward)):
         reasons = "; ".join(backends.why_not(name, "cpu", *args))
         served = residual in (branch, torch.float32)
-        assert (f"branch is {branch} beside {residual}" in reasons) == (not served)
+        assert (f"branch is {branch} and residual {residual}" in reasons) == (not served)
         assert backends.why_not(name, "cpu", a) == []
