@@ -3,16 +3,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
-from on_device import COMPILED
-from op_checks import DTYPES, OPCHECK_DTYPES, randn
+from op_checks import DTYPES, randn
 from test_rope_attention import attention, expanded, tables_of
 
 import evakernels
-from evakernels import _native, backends
 
 OPS = torch.ops.evakernels
 HEADS, HEAD_DIM = 2, 8
-UNROTATED = (None, None, None)
 LENGTHS = {"several": [3, 1, 0, 17, 3], "one": [5], "none": [0]}
 
 
@@ -167,18 +164,6 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
     op_checks.assert_threads_change_no_bit(rotated_pair(lengths, 6, 2, "rows")[0], [shared(lengths, 6, 2).to(dtype)])
 
 
-@pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_kernels_serve_it(dtype):
-    """But float32 on a GPU, which the CUDA kernels leave to Triton's."""
-    q, k, v = packed([3]).to(dtype).unbind(1)
-    reasons = backends.why_not(
-        "packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), *UNROTATED, 3, True, True, 0.5
-    )
-    refused = dtype == torch.float32 and _native.runs_gpu_kernels(COMPILED)
-    assert [reason.split(";")[0] for reason in reasons] == ["float32"] * refused
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_sequence_is_not_touched_by_others(causal):
     lengths = [4, 17, 2]
@@ -201,51 +186,9 @@ def test_a_batch_may_be_empty(lengths):
     assert out.shape == q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-@pytest.mark.parametrize("rotated", [False, True])
-def test_opcheck_of_shared_heads(dtype, rotated):
-    lengths = LENGTHS["several"]
-    cos, sin, _, rows = _by_place(lengths) if rotated else (*UNROTATED, None)
-    rest = (offsets_of(lengths), cos, sin, rows, 17, True, True, 0.5)
-    given = shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1)
-    op_checks.assert_opcheck_of_attention("packed_attention", *given, rest)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_lse_is_returned_without_a_gradient(causal):
-    q, k, v = (t.requires_grad_() for t in packed([5]).unbind(1))
-    options = {"max_seqlen": 5, "causal": causal, "scale": 0.5, "return_lse": True}
-    out, lse = evakernels.packed_attention(q, k, v, offsets_of([5]), **options)
-    assert out.requires_grad
-    assert not lse.requires_grad
-    scores = 0.5 * torch.einsum("nhd,mhd->hnm", q, k)
-    if causal:
-        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
-    torch.testing.assert_close(lse, scores.logsumexp(-1).detach())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
     op_checks.assert_autocast_is_torchs(*pair([5, 2]), packed([5, 2]).float(), dtype)
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-def test_long_table_uses_the_first_rows(per_head):
-    """However many there are, and in whichever order."""
-    q, k, v = (x.float() for x in packed([5, 2]).unbind(1))
-    heads, head_dim = q.shape[1:]
-    angles = randn(*((heads,) if per_head else ()), 1000, head_dim // 2, seed=5).float()
-    positions = torch.tensor([999, 3, -1, 3, 500, 0, 998])
-    short = angles[..., positions.clamp(min=0), :]
-    own = torch.arange(7).masked_fill(positions < 0, -1)
-    options = {"max_seqlen": 5, "causal": False}
-    results = [
-        evakernels.packed_attention(
-            q, k, v, offsets_of([5, 2]), cos=table.cos(), sin=table.sin(), positions=index, **options
-        )
-        for table, index in ((angles, positions), (short, own))
-    ]
-    assert torch.equal(*results)
 
 
 # --- wrong input, for test_wrong_input ------------------------------------------------------------------------------

@@ -75,28 +75,3 @@ def test_batch_sizes_stay_dynamic():
         torch.testing.assert_close(of_batch(other), images(other), rtol=1e-5, atol=1e-5)
     offsets = torch.tensor([0, 4, 4, 9])
     torch.testing.assert_close(program.module()(packed, offsets), text(packed, offsets), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("pair", "inputs"), [of_images.CASES[1], of_packed_batch.CASES[0]])
-def test_the_compiler_sees_torchs_attention(pair, inputs):
-    torch._dynamo.reset()
-    ours, graphs = pair[0], []
-
-    def keep(module, example):
-        graphs.append(module.graph)
-        return module.forward
-
-    compiled = torch.compile(ours, backend=keep, fullgraph=True)
-    qkv = inputs[0].float()
-    with evakernels.as_torch_operators():
-        found = compiled(qkv)
-    torch.testing.assert_close(found, ours(qkv), rtol=1e-5, atol=1e-5)
-    (graph,) = graphs
-    assert_attention_is_torchs(graph)
-
-
-def test_a_batch_without_tokens():
-    q, k, v = torch.empty(3, 0, 2, 8)
-    with evakernels.as_torch_operators():
-        out = evakernels.packed_attention(q, k, v, torch.tensor([0, 0]), max_seqlen=0)
-    assert out.shape == (0, 2, 8)
