@@ -15,9 +15,9 @@ from optimizer_checks import (
     EPS,
     LRS,
     SIZES,
+    assert_same_state,
     lists,
     optimizer_of,
-    parameters,
     step,
     tensors,
     update,
@@ -94,13 +94,6 @@ def test_compiles_without_graph_break():
 # --- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def assert_same_state(ours, theirs, tolerance):
-    for a, b in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-        for name, value in theirs.state[b].items():
-            torch.testing.assert_close(ours.state[a][name], value, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimizer_equals_torchs(fused, dtype, tolerance):
@@ -109,29 +102,6 @@ def test_the_optimizer_equals_torchs(fused, dtype, tolerance):
         for optimizer in (ours, theirs):
             step(optimizer, tensors(seed, dtype))
     assert_same_state(ours, theirs, tolerance)
-
-
-@pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dicts_are_exchanged_with_torch(kinds, dtype, tmp_path):
-    if dtype == torch.bfloat16 and kinds == (AdamW, torch.optim.AdamW):
-        pytest.skip("torch rounds float32 moments to the dtype of the parameters")
-    first_kind, second_kind = kinds
-    straight, first = optimizer_of(tensors(0, dtype), first_kind), optimizer_of(tensors(0, dtype), first_kind)
-    for seed in (1, 2, 3):
-        for optimizer in (straight, first):
-            step(optimizer, tensors(seed))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = optimizer_of(parameters(first), second_kind)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for p, q in zip(parameters(first), parameters(second), strict=True):
-        for name, value in first.state[p].items():
-            assert torch.equal(second.state[q][name], value)
-            assert second.state[q][name].dtype == value.dtype
-    for seed in (4, 5, 6):
-        for optimizer in (straight, second):
-            step(optimizer, tensors(seed))
-    assert_same_state(straight, second, 0 if first_kind is second_kind else 1e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_its_arguments_are_torchs():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from on_device import DEVICE
 from op_checks import assert_opcheck
-from optimizer_checks import BETAS, DECAYS, EPS, LRS, optimizer_of, parameters, step, tensors
+from optimizer_checks import BETAS, DECAYS, EPS, LRS, assert_same_state, optimizer_of, parameters, step, tensors
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
@@ -121,6 +121,37 @@ def test_loaded_steps_become_float32(kind, saved):
     for a, b in zip(parameters(straight), parameters(resumed), strict=True):
         assert torch.equal(a, b)
         assert resumed.state[b]["step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("first_kind", "second_kind"),
+    [
+        *((AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW), (Lamb, Lamb)),
+        (partial(Lamb, variant="deepspeed"),) * 2,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_exact(first_kind, second_kind, dtype, tmp_path):
+    """Between AdamW and torch's up to rounding."""
+    if dtype == torch.bfloat16 and second_kind is torch.optim.AdamW:
+        pytest.skip("torch rounds float32 moments to the dtype of the parameters")
+    straight, first = (optimizer_of(tensors(0, dtype), first_kind) for _ in range(2))
+    for seed in (1, 2, 3):
+        for optimizer in (straight, first):
+            step(optimizer, tensors(seed))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = optimizer_of(parameters(first), second_kind)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(parameters(first), parameters(second), strict=True):
+        for name, value in first.state[p].items():
+            assert torch.equal(second.state[q][name], value)
+            assert second.state[q][name].dtype == value.dtype
+    for seed in (4, 5, 6):
+        for optimizer in (straight, second):
+            step(optimizer, tensors(seed))
+    same = first_kind is second_kind
+    assert_same_state(straight, second, 0 if same else 1e-6 if dtype == torch.float32 else 0.02)
+    assert not same or second.state_dict()["param_groups"] == straight.state_dict()["param_groups"]
 
 
 @every_optimizer

@@ -1,5 +1,9 @@
 """Attention under `as_torch_operators`: torch's own attention, in exported and in compiled programs."""
 
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import pytest
 import test_packed_attention as of_packed_batch
 import test_rope_attention as of_images
@@ -75,3 +79,27 @@ def test_batch_sizes_stay_dynamic():
         torch.testing.assert_close(of_batch(other), images(other), rtol=1e-5, atol=1e-5)
     offsets = torch.tensor([0, 4, 4, 9])
     torch.testing.assert_close(program.module()(packed, offsets), text(packed, offsets), rtol=1e-5, atol=1e-5)
+
+
+LOAD = """
+import sys, torch
+package, numbers, name = sys.argv[1:]
+if name == "ours":
+    import evakernels
+x, expected = torch.load(numbers)
+torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), expected)
+assert ("evakernels" in sys.modules) == (name == "ours")
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ours", "torchs"])
+def test_aoti_package_runs(name, tmp_path):
+    """A package of our op needs this library's import; one of torch's operators runs without it."""
+    norm, x = evakernels.nn.LayerNorm(8).eval(), torch.linspace(-1, 1, 16).view(2, 8)
+    package, numbers = str(tmp_path / "package.pt2"), tmp_path / "numbers.pt"
+    with torch.no_grad(), evakernels.as_torch_operators() if name == "torchs" else nullcontext():
+        torch._inductor.aoti_compile_and_package(torch.export.export(norm, (x,)), package_path=package)
+        torch.save((x, norm(x)), numbers)
+    subprocess.run([sys.executable, "-c", LOAD, package, numbers, name], check=True)
