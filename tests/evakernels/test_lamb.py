@@ -44,8 +44,10 @@ def by_hand(variant, params, all_grads):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", [{}, {"variant": "deepspeed"}], ids=["default", "deepspeed"])
-def test_lamb_equals_the_formula(options, dtype, tolerance):
-    params, all_grads = tensors(0), [tensors(seed) for seed in range(1, 6)]
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_lamb_equals_the_formula(size, options, dtype, tolerance):
+    """Also of parameters whose ratio DeepSpeed's form clips."""
+    params, all_grads = [size * param for param in tensors(0)], [tensors(seed) for seed in range(1, 6)]
     optimizer = optimizer_of([p.to(dtype) for p in params], Lamb, **options)
     for grads in all_grads:
         step(optimizer, grads)
@@ -62,20 +64,6 @@ def test_state_dict_keeps_its_variant():
         step(optimizer, tensors(1))
     for got, expected in zip(parameters(resumed), parameters(former), strict=True):
         assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize(("size", "ratio"), [(1e-6, 0.01), (1e6, 10.0)])
-def test_the_ratio_is_clipped_in_deepspeed_only(size, ratio):
-    start = torch.full((4,), size, dtype=torch.float64)
-    for variant in VARIANTS:
-        optimizer = lamb_of([start], variant, [0.1], [1e-9])
-        step(optimizer, [torch.ones(4, dtype=torch.float64)])
-        moved = (start - parameters(optimizer)[0].detach()) / 0.1
-        if variant == "deepspeed":
-            # At step 1 the direction is 0.1 / sqrt(0.02) and the correction its inverse.
-            torch.testing.assert_close(moved, torch.full_like(start, ratio), rtol=2e-3, atol=0)
-        else:
-            torch.testing.assert_close(moved, start, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

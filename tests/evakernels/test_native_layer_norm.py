@@ -129,18 +129,13 @@ def test_launcher_refuses(x: Any, y: Any, error: type[Exception], message: str) 
         _C.layer_norm_forward(x, None, None, y, torch.zeros(2), torch.zeros(2))
 
 
-def test_unknown_instruction_set() -> None:
-    x = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match="unknown instruction set 'avx9'; available: baseline"):
-        launch_forward(x, None, None, isa="avx9")
-
-
-def test_instruction_set_that_this_machine_lacks() -> None:
+def test_instruction_set_that_cannot_run() -> None:
     lacking = set(_C.build_info()["isas_built"]) - set(ISAS)
-    if not lacking:
-        pytest.skip("this machine runs every instruction set that was built")
-    for isa in lacking:
-        with pytest.raises(ValueError, match=f"lacks the instruction set '{isa}'"):
+    messages = {"avx9": "unknown instruction set 'avx9'"} | {
+        isa: f"lacks the instruction set '{isa}'" for isa in lacking
+    }
+    for isa, message in messages.items():
+        with pytest.raises(ValueError, match=message):
             launch_forward(torch.zeros(2, 4), None, None, isa=isa)
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not _native.LOADED, reason="the native library i
 every_kind = pytest.mark.parametrize("kind", ["adamw", *VARIANTS])
 
 
-@pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}, {"found_inf": 1.0}])
+@pytest.mark.parametrize("flags", [{}, {"scale": 8.0, "found_inf": 0.0}, {"found_inf": 1.0}])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_reference(variant, flags):
     ours, theirs = lists(), lists()
