@@ -1,4 +1,4 @@
-"""A pytest plugin that accelerates every model and loss that timm, open_clip and transformers build.
+"""A pytest plugin that accelerates every model and loss that timm and open_clip build.
 
     PYTHONPATH=tests/evakernels/dropin/peer_tests pytest -p accelerated SDIST/tests/test_models.py ...
 
@@ -13,7 +13,6 @@ from functools import wraps
 import open_clip
 import timm
 import torch
-import transformers
 
 import evakernels
 
@@ -39,22 +38,10 @@ def _patch(function: str, *modules) -> None:
         setattr(module, function, _accelerated(original))
 
 
-def _accelerate_after_post_init() -> None:
-    original = transformers.PreTrainedModel.post_init
-
-    @wraps(original)
-    def post_init(self):
-        original(self)
-        _counts.update(done.op for done in evakernels.accelerate(self, force=True).replaced)
-
-    transformers.PreTrainedModel.post_init = post_init
-
-
 if _ON:
     _patch("create_model", timm.models._factory, timm.models, timm)
     _patch("create_model", open_clip.factory, open_clip)
     _patch("create_loss", open_clip.factory, open_clip)
-    _accelerate_after_post_init()
 
 
 def pytest_terminal_summary(terminalreporter):
