@@ -1,17 +1,15 @@
 """The losses over the batches of 2 and 4 processes against one process with the whole batch, and what they cost."""
 
 import multiprocessing
-from collections import Counter
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from op_checks import Recorder
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from evakernels import clip_loss
 from evakernels.nn import ClipLoss, SigLipLoss
@@ -69,44 +67,8 @@ def data_parallel_step(name: str, group: dist.ProcessGroup, rows: list[int]) -> 
     return {"loss": loss.detach(), **gradients(model)}
 
 
-class Costs(TorchDispatchMode):
-    """Counts bytes that a rank sends (collectives in a ring), all-reduces and waits of the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter(sent=0, all_reduces=0, waits=0)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.counts["sent"] += self.bytes_sent(func._schema.name.removeprefix("c10d::"), *args)
-            self.counts["all_reduces"] += func._schema.name == "c10d::allreduce_"
-        self.counts["waits"] += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def bytes_sent(name: str, output: Any, *inputs: Any) -> float:
-        others = dist.get_world_size() - 1
-        if name == "allreduce_":
-            return 2 * others / (others + 1) * output[0].nbytes
-        if name in ("reduce_scatter_", "_reduce_scatter_base_"):
-            return others * (output if isinstance(output, torch.Tensor) else output[0]).nbytes
-        if name == "scatter_":
-            return others * output[0].nbytes if inputs[0] else 0
-        return others * {"allgather_": lambda: inputs[0][0], "_allgather_base_": lambda: inputs[0]}[name]().nbytes
-
-    def count_waits(self, function):
-        """No mode sees `tolist`."""
-
-        def call(tensor):
-            self.counts["waits"] += 1
-            return function(tensor)
-
-        return call
-
-
-def costs() -> dict[str, dict[str, float]]:
-    """Counts of forward and backward on float32 features."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
+def collectives() -> dict[str, list[str]]:
+    """Names of the collectives of a loss and its gradient, in order."""
     scale, bias, world = torch.tensor(5.0), torch.tensor(-2.0), dist.group.WORLD
     losses = {
         "clip": lambda *features: ClipLoss(group=world)(*features, scale),
@@ -115,11 +77,9 @@ def costs() -> dict[str, dict[str, float]]:
     }
     found = {}
     for name, loss in losses.items():
-        features = [torch.randn(ROWS, WIDTH, generator=generator).requires_grad_() for _ in range(2)]
-        cost = Costs()
-        with cost, patch.object(torch.Tensor, "tolist", cost.count_waits(torch.Tensor.tolist)):
-            loss(*features).backward()
-        found[name] = dict(cost.counts)
+        with Recorder() as recorder:
+            loss(*(torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))).backward()
+        found[name] = [op.name().partition("::")[2] for op, _ in recorder.calls if op.namespace == "c10d"]
     return found
 
 
@@ -181,7 +141,7 @@ def work(rank: int, folder: str) -> None:
     loss = ClipLoss(group=dist.group.WORLD)(*half, torch.tensor(1.0))
     loss.backward()
     results["half"] = loss.detach(), half[1].grad
-    results["costs"] = costs()
+    results["collectives"] = collectives()
     options = {}, {"counts": [ROWS] * WORLD}
     results["counted"] = [
         ClipLoss(group=dist.group.WORLD)(images, texts, torch.tensor(1.0).double(), **given) for given in options
@@ -254,20 +214,15 @@ def test_16_bit_features_are_gathered_in_16_bits(ranks):
 
 
 def test_ranks_exchange_text_features_only(ranks):
-    """Text features are gathered, their gradient is scattered; two all-reduces carry a maximum and a sum per column.
+    """They are gathered and their gradient is scattered; all-reduces carry a maximum and a sum per column.
 
-    The host waits for the numbers of rows only.
+    Without given counts of rows these are gathered first, and the host waits for them.
     """
-    features = (WORLD - 1) * ROWS * WIDTH * 4  # of one side, of this rank to all others
-    shapes, number = (WORLD - 1) * 3 * 8, 2 * (WORLD - 1) / WORLD * 4
-    columns = WORLD * ROWS * number + (WORLD * ROWS + 1) * 2 * number  # float32, then float64
-    clip = {"sent": 2 * features + shapes + columns, "all_reduces": 2, "waits": 1}
+    gather, reduce = "_allgather_base_", "allreduce_"
+    clip = [gather, reduce, reduce, "_reduce_scatter_base_"]
+    siglip = [gather, gather, reduce, "_reduce_scatter_base_"]
     for rank in ranks:
-        assert rank["costs"] == {
-            "clip": clip,
-            "clip, counts given": clip | {"sent": 2 * features + columns, "waits": 0},
-            "siglip": {"sent": 2 * features + shapes + number, "all_reduces": 1, "waits": 1},
-        }
+        assert rank["collectives"] == {"clip": [gather, *clip], "clip, counts given": clip, "siglip": siglip}
 
 
 def test_given_counts_are_checked_and_bit_equal(ranks):
