@@ -4,8 +4,6 @@
 namespace evakernels::drive {
 namespace {
 
-constexpr double kRate = 0.1, kDecay = 0.05, kGradScale = 4.0;
-constexpr double kBeta1 = 0.9, kBeta2 = 0.98;
 constexpr float kStepsMade = 3.0f;
 
 struct OptimizerCase {
@@ -14,70 +12,45 @@ struct OptimizerCase {
   DType dtype;     // of these
 };
 
-// One tensor.
-class OptimizerState {
- public:
-  explicit OptimizerState(const OptimizerCase& c)
-      : case_(c),
-        w_(Buffer::random(c.dtype, c.offset + c.size)),
-        g_(Buffer::random(c.dtype, c.offset + c.size)),
-        m_(Buffer::random(DType::Float32, c.size)),
-        v_(Buffer::random(DType::Float32, c.size)) {
-    for (int64_t i = 0; i < c.size; ++i) v_.floats()[i] = std::fabs(v_.floats()[i]);
-    v_.settle();
-  }
-
-  OptimizedTensor tensor() {
-    const int64_t skipped = case_.offset * (case_.dtype == DType::Float32 ? 4 : 2);
-    const auto part = [&](Buffer& buffer) -> TensorBuffer {
-      return {static_cast<char*>(buffer.data()) + skipped, buffer.dtype()};
-    };
-    OptimizedTensor tensor = {part(w_),
-                              part(g_),
-                              {m_.data(), DType::Float32},
-                              {v_.data(), DType::Float32},
-                              step_.floats(),
-                              case_.size,
-                              kRate,
-                              kDecay};
-    if (case_.dtype == DType::BFloat16) tensor.rounding = {.seed = 7, .first_element = 1000};
-    return tensor;
-  }
-
-  void check_result(const std::string& phase) const {
-    const std::string name = phase + ", a parameter of " + std::to_string(case_.size);
-    check_written(w_, name);
-    check(step_.at(0) == kStepsMade + 1.0f, name + ": its step");
-  }
-
- private:
-  OptimizerCase case_;
-  Buffer w_, g_, m_, v_;
-  Buffer step_ = Buffer::of(kStepsMade);
-};
-
 // Vectors only, edges only, nothing, several chunks, one that begins anywhere.
-std::vector<OptimizerState> optimizer_states() {
-  const OptimizerCase cases[] = {{3, 0, DType::Float32},    {8192, 0, DType::Float32},
-                                 {0, 0, DType::Float32},    {3 * 8192 + 5, 0, DType::BFloat16},
-                                 {1037, 1, DType::Float16}, {600, 4, DType::Float32}};
-  return {std::begin(cases), std::end(cases)};
-}
+constexpr OptimizerCase kCases[] = {{3, 0, DType::Float32},    {8192, 0, DType::Float32},
+                                    {0, 0, DType::Float32},    {3 * 8192 + 5, 0, DType::BFloat16},
+                                    {1037, 1, DType::Float16}, {600, 4, DType::Float32}};
 
 struct Lamb {
-  std::vector<OptimizerState> states = optimizer_states();
+  std::vector<Buffer> params, steps, others;  // gradients and moments
   std::vector<OptimizedTensor> tensors;
-  Buffer grad_scale = Buffer::of(kGradScale), found_inf = Buffer::of(0.0f);
+  Buffer grad_scale = Buffer::of(4.0f), found_inf = Buffer::of(0.0f);
   LambOptions options;
 
-  explicit Lamb(bool nvlamb) : options{kBeta1, kBeta2, kEps, nvlamb} {
-    for (OptimizerState& state : states) tensors.push_back(state.tensor());
+  explicit Lamb(bool nvlamb) : options{0.9, 0.98, kEps, nvlamb} {
+    for (const OptimizerCase& c : kCases) {
+      const int64_t skipped = c.offset * (c.dtype == DType::Float32 ? 4 : 2);
+      const auto part = [&](std::vector<Buffer>& buffers) -> TensorBuffer {
+        buffers.push_back(Buffer::random(c.dtype, c.offset + c.size));
+        return {static_cast<char*>(buffers.back().data()) + skipped, c.dtype};
+      };
+      const auto moment = [&](bool positive) -> TensorBuffer {
+        Buffer& buffer = others.emplace_back(Buffer::random(DType::Float32, c.size));
+        for (int64_t i = 0; positive && i < c.size; ++i) buffer.floats()[i] = std::fabs(buffer.floats()[i]);
+        buffer.settle();
+        return {buffer.data(), DType::Float32};
+      };
+      steps.push_back(Buffer::of(kStepsMade));
+      tensors.push_back({part(params), part(others), moment(false), moment(true), steps.back().floats(),
+                         c.size, 0.1, 0.05});
+      if (c.dtype == DType::BFloat16) tensors.back().rounding = {.seed = 7, .first_element = 1000};
+    }
   }
 
   int64_t count() const { return static_cast<int64_t>(tensors.size()); }
 
   void check_results(const std::string& phase) const {
-    for (const OptimizerState& state : states) state.check_result(phase);
+    for (size_t i = 0; i < params.size(); ++i) {
+      const std::string name = phase + ", a parameter of " + std::to_string(kCases[i].size);
+      check_written(params[i], name);
+      check(steps[i].at(0) == kStepsMade + 1.0f, name + ": its step");
+    }
   }
 };
 
