@@ -41,7 +41,7 @@ struct PaddedRows {
   }
   __device__ __forceinline__ bool has_padding(int tile, int count) const {
     const int first = tile * kTile - offset;
-    return first < 0 || first + count * kTile > tokens;  // #padded-rows
+    return first < 0 || first + count * kTile > tokens;
   }
 };
 
@@ -55,7 +55,7 @@ struct MaskBounds {
 
   static MaskBounds of(const AttentionShape& shape) {
     constexpr int kUnbounded = 1 << 24;
-    // #last-key
+
     const int max_key = shape.causal ? static_cast<int>(shape.keys - shape.tokens) : kUnbounded;
     return {max_key, floor_tiles(max_key + kTile - 1), floor_tiles(max_key + 1)};
   }

@@ -65,7 +65,7 @@ struct Head {
   __device__ __forceinline__ TokenRows<const T> rows_of(const HeadsView& view,
                                                         Side side = Side::Queries) const {
     const auto [sample, head] = recomputed();
-    // #kv-head
+
     const unsigned number = side == Side::Keys ? head / static_cast<unsigned>(plan.qhead_per_khead) : head;
     const T* data = static_cast<const T*>(view.data) + number * view.head_stride;
     // #sequence

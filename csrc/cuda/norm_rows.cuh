@@ -53,8 +53,8 @@ class RowSums {
     static_assert(N <= 2);
     // Double-buffered: a warp may write the next sum while another still reads this one.
     float (&sums)[2][kMaxBlockWarps] = shared_memory<Scratch>().sums[buffer_];
-    buffer_ ^= 1;                        // #buffer
-    if (threadIdx.x % kWarpSize == 0) {  // #first-lane
+    buffer_ ^= 1;  // #buffer
+    if (threadIdx.x % kWarpSize == 0) {
       for (int n = 0; n < N; ++n) sums[n][threadIdx.x / kWarpSize] = values[n];
     }
     __syncthreads();  // #warp-sums

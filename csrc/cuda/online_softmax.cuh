@@ -61,7 +61,7 @@ struct OnlineSoftmax {
       row_sum[row] += __shfl_xor_sync(kFullMask, row_sum[row], 1);
       row_sum[row] += __shfl_xor_sync(kFullMask, row_sum[row], 2);
       lse[row] = row_max[row] * kLn2 + logf(row_sum[row]);
-      inverse[row] = 1.0f / fmaxf(row_sum[row], FLT_MIN);  // #no-keys
+      inverse[row] = 1.0f / fmaxf(row_sum[row], FLT_MIN);
     }
     rescale_rows(inverse);
   }

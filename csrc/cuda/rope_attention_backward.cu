@@ -335,7 +335,7 @@ __device__ __forceinline__ void store_queries(const Head<T, D>& head, const floa
                const auto load = [&](int from, auto& sums) {
                  constexpr int E = sizeof(sums) / sizeof(float);
                  load_sums(rows + row * kRow<D>, from, sums);
-                 if (is_first) return;  // #earlier-rounds
+                 if (is_first) return;
                  float before[E];
                  load_floats(workspace + (stage * kTile + row) * D + from, before);
 #pragma unroll
@@ -366,7 +366,7 @@ __device__ __forceinline__ void store_keys(const Head<T, D>& head, const KeyGrad
   __syncwarp();
   head.store(params.dv, Side::Keys, warp, tile * kTile, kTile,
              [&](int, int row, int i, auto& values) { load_sums(rows + row * kRow<D>, i, values); });
-  __syncwarp();  // #dv-stored
+  __syncwarp();
 }
 
 template <class T, int D>

@@ -43,7 +43,7 @@ __device__ __forceinline__ void mask_scores(Accumulator (&scores)[MT][KT], const
       for (int i = 0; i < 8; ++i) {
         const int query = (query_tile + m) * kTile + row_in_tile(lane, i);
         const int key = (key_tile + t) * kTile + column_in_tile(lane, i);
-        if (!head.is_visible(query, key)) scores[m][t].values[i] = -INFINITY;  // #masked-scores
+        if (!head.is_visible(query, key)) scores[m][t].values[i] = -INFINITY;
       }
     }
   }
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMaxWarps<D>* kWarpSize)
     for (int m = 0; m < MT; ++m) {
       store_results(softmax[m], head, own + m * kTileElements<D>, params, tile + m);
     }
-    __syncwarp();  // #next-queries
+    __syncwarp();
   }
 }
 

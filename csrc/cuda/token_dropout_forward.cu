@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks)
       O* const out = static_cast<O*>(params.out) + (sample * rows + row) * channels + channel;
       Packed<O, E>::pack(values).store_vector(out);
     }
-    __syncthreads();  // #next-tile
+    __syncthreads();
   }
 }
 

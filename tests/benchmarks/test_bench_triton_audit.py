@@ -113,7 +113,6 @@ USEFUL = {("sm_80", "dq_kernel"): 0.65, ("sm_80", "dkdv_kernel"): 0.7}
 
 
 def test_class_token_costs_no_tiles(counts: list[Count]) -> None:
-    """Heads of 88 channels have a test in test_triton_edges.py: of all heads of a tower they take a minute."""
     chosen = by_kernel(counts, lambda count: count.op == "rope_attention" and "l14" in count.shape)
     chosen = [(count, launch) for count, launch in chosen if launch.kernel != "rotate_kernel"]
     assert {launch.kernel for _, launch in chosen} == {"forward_kernel", "dq_kernel", "dkdv_kernel"}

@@ -5,13 +5,8 @@
 A kernel that takes more registers or shared memory than before runs in fewer copies at a time and is slower, which no
 test of its results shows; one that spills registers reads and writes memory that it should not; and the compiler may
 cut a load or store of 16 bytes into pieces. tests/evakernels/test_cuda_budget.py compares.
-
-The assembler takes minutes, and always says the same of the same PTX. So each source has a seal in budget.json, a hash
-of its PTX, of the assembler's release and options and of what is recorded of its kernels: of what is sealed as it is,
-the test takes the record, and assembles the rest.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,11 +15,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -42,7 +36,6 @@ FLAGS = ";-lineinfo;--no-compress"
 BUDGET = Path(__file__).resolve().with_name("budget.json")
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DISASSEMBLED = "sm_90"
-ASSEMBLER_OPTIONS = ("-m64", "-v")
 SECTIONS = ("registers and shared memory", "accesses")
 
 KERNEL = re.compile(
@@ -53,9 +46,6 @@ KERNEL = re.compile(
 )
 FUNCTION = re.compile(r"\s*Function : (\S+)")
 ACCESS = re.compile(r"\b(LDG|STG)(?:STS)?((?:\.\w+)*)")
-LINES_OF_SOURCES = re.compile(r"^\s*(?:\.loc|\.file|//).*\n", re.MULTILINE)
-OF_A_FILE = re.compile(r"_(GLOBAL__N_|INTERNAL)_[0-9a-f]{8}_(\d+_\w+?_cu)_[0-9a-f]{8}")
-"""nvcc's names of what isn't visible elsewhere, with hashes of the file's path and name."""
 
 
 class Usage(NamedTuple):
@@ -146,31 +136,6 @@ def source_of(path: Path) -> str:
     return path.name.removesuffix(".cu.o")
 
 
-def without_places(ptx: str) -> str:
-    """What machine code is made of: the same wherever the checkout is, and of a source whose lines have moved."""
-    return OF_A_FILE.sub(r"_\1_\2", LINES_OF_SOURCES.sub("", ptx).partition("\n.section")[0])
-
-
-def seal(path: Path, recorded: Iterable[Mapping[str, Any]]) -> str:
-    """Of an object's PTX and of what SECTIONS record of its kernels."""
-    (texts,) = ptx_in(path.read_bytes())
-    own = [{k: v for k, v in section.items() if k.startswith(f"{source_of(path)}: ")} for section in recorded]
-    used = {capability: without_places(text) for capability, text in texts.items()}
-    sealed = [assembler_release(), ASSEMBLER_OPTIONS, ARCHS, DISASSEMBLED, used, own]
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
-
-
-def unsealed() -> set[str]:
-    """The sources of which the PTX, the assembler or what is recorded isn't as it was sealed, once they are built."""
-    stored = json.loads(BUDGET.read_text())
-    recorded, seals = [stored[name] for name in SECTIONS], stored.get("seals", {})
-    return {source_of(path) for path in objects() if seals.get(source_of(path)) != seal(path, recorded)}
-
-
-def assembler() -> Path:
-    return (nvcc() or Path()).with_name("ptxas")
-
-
 def assemble(path: Path, arch: str) -> Path:
     """Makes machine code of an object's PTX; what the assembler says of it is in a file beside it, `.usage`."""
     code = path.with_suffix(f".{arch}.cubin")
@@ -179,15 +144,16 @@ def assemble(path: Path, arch: str) -> Path:
         (texts,) = ptx_in(path.read_bytes())
         ptx = code.with_suffix(".ptx")
         ptx.write_text(newest_for(texts, int(arch.removeprefix("sm_"))))
-        call = [assembler(), f"-arch={arch}", *ASSEMBLER_OPTIONS, ptx, "-o", code]
+        assembler = (nvcc() or Path()).with_name("ptxas")
+        call = [assembler, f"-arch={arch}", "-m64", "-v", ptx, "-o", code]
         done = subprocess.run(call, capture_output=True, text=True, check=True)
         report.write_text(done.stderr)
     return code
 
 
-def measure(sources: Iterable[str]) -> dict[str, dict[str, Usage]]:
-    """The usage by architecture and kernel of these sources, which are built."""
-    pairs = [(path, arch) for path in objects() if source_of(path) in sources for arch in ARCHS]
+def measure() -> dict[str, dict[str, Usage]]:
+    """The usage by architecture and kernel, once the sources are built."""
+    pairs = [(path, arch) for path in objects() for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         codes = list(threads.map(assemble, *zip(*pairs, strict=True)))
     usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
@@ -219,50 +185,31 @@ def accesses_in(machine_code: str) -> dict[str, Accesses]:
     return dict(zip(readable(list(counts)), accesses, strict=True))
 
 
-def measure_accesses(tool: str, sources: Iterable[str]) -> dict[str, Accesses]:
-    """The accesses by kernel on DISASSEMBLED, in the machine code that `measure` made of these sources."""
+def measure_accesses(tool: str) -> dict[str, Accesses]:
+    """The accesses by kernel on DISASSEMBLED, in the machine code that `measure` made."""
     # It calls a program that lies beside it.
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
     accesses = {}
     for path in objects():
-        if source_of(path) in sources:
-            call = [tool, "-sass", assemble(path, DISASSEMBLED)]
-            code = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
-            accesses |= {f"{source_of(path)}: {name}": found for name, found in accesses_in(code).items()}
+        call = [tool, "-sass", assemble(path, DISASSEMBLED)]
+        code = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+        accesses |= {f"{source_of(path)}: {name}": found for name, found in accesses_in(code).items()}
     return accesses
 
 
 def nvcc_release() -> str:
     """`13.0`: another release gives other numbers."""
-    return _release_in(nvcc(), r"release (\d+\.\d+)")
-
-
-def assembler_release() -> str:
-    """`13.0.88`."""
-    return _release_in(assembler(), r"V(\d+\.\d+\.\d+)")
-
-
-@cache
-def _release_in(program: Path | None, pattern: str) -> str:
-    report = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(pattern, report)
+    report = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", report)
     return found[1] if found else "unknown"
 
 
 def write(usages: dict[str, dict[str, Usage]], accesses: dict[str, Accesses]) -> None:
-    """One line for each kernel: [registers, shared memory] for each architecture, and one of its accesses.
-
-    A source with a kernel that spills isn't sealed.
-    """
+    """One line for each kernel: [registers, shared memory] for each architecture, and one of its accesses."""
     kernels = sorted(usages[ARCHS[0]])
     numbers = {kernel: [usages[arch][kernel][:2] for arch in ARCHS] for kernel in kernels}
-    sections: dict[str, Any] = dict(zip(SECTIONS, (numbers, {k: accesses[k] for k in kernels}), strict=True))
-    recorded = list(sections.values())
-    spilled = {kernel.partition(":")[0] for own in usages.values() for kernel, u in own.items() if u.spilled or u.stack}
-    sealed = [path for path in objects() if source_of(path) not in spilled]
-    sections["seals"] = {source_of(path): seal(path, recorded) for path in sealed}
     parts = [f'  "nvcc": "{nvcc_release()}"', f'  "archs": {json.dumps(ARCHS)}']
-    for name, values in sections.items():
+    for name, values in zip(SECTIONS, (numbers, {k: accesses[k] for k in kernels}), strict=True):
         lines = [f"    {json.dumps(kernel)}: {json.dumps(value)}" for kernel, value in values.items()]
         parts.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
     BUDGET.write_text("{\n" + ",\n".join(parts) + "\n}\n")
@@ -287,10 +234,9 @@ if __name__ == "__main__":
     if tool is None:
         sys.exit("no cuobjdump found: pip install triton brings it")
     build()
-    every = [source_of(path) for path in objects()]
-    found = measure(every)
+    found = measure()
     for arch, usages in found.items():
         for kernel, usage in usages.items():
             if usage.spilled or usage.stack:
                 print(f"{arch} {kernel}: {usage}")
-    write(found, measure_accesses(tool, every))
+    write(found, measure_accesses(tool))

@@ -1,6 +1,6 @@
-// Runs the launchers of csrc/cuda on buffers of its own and compares with sums in double: for what can't run
-// under Python, as the thread sanitizer. Prints what is wrong; returns 1 if anything is. Arguments name the
-// families to drive; without any it drives all.
+// Runs the launchers of csrc/cuda on buffers of its own, for NVIDIA's sanitizers and for the interpreter,
+// which report races and wrong accesses; the ops' tests compare results. Prints what is wrong; returns 1 if
+// anything is. Arguments name the families to drive; without any it drives all.
 #include "drive.h"
 
 #include <cstring>

@@ -1,5 +1,4 @@
-// Buffers, and what is expected of the norms, for the programs that drive launchers of csrc/cuda without
-// Python.
+// Buffers for the programs that drive launchers of csrc/cuda without Python.
 #pragma once
 
 #include <algorithm>
@@ -65,6 +64,7 @@ class Buffer {
   void* data() { return bytes_.data() + before_; }
   float* floats() { return static_cast<float*>(data()); }
   DType dtype() const { return dtype_; }
+  int64_t size() const { return (static_cast<int64_t>(bytes_.size()) - before_) / size_of(dtype_); }
 
   bool others_are_intact() const {
     return std::all_of(bytes_.begin(), bytes_.begin() + before_, [](int byte) { return byte == kOthers; });
@@ -128,76 +128,12 @@ inline std::string name_of(const Case& c, const char* what) {
          ", dtype " + std::to_string(static_cast<int>(c.dtype));
 }
 
-// To the precision of `dtype`; infinities as they are. What lies in front of the numbers is untouched.
-inline void compare(const Buffer& actual, const std::vector<double>& expected, const std::string& what,
-                    DType dtype) {
-  const double eps = dtype == DType::Float32 ? 1e-5 : dtype == DType::BFloat16 ? 8e-3 : 1e-3;
-  double worst = 0.0, largest = 1.0;
-  for (double value : expected) {
-    if (std::isfinite(value)) largest = std::fmax(largest, std::fabs(value));
-  }
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const double value = actual.at(static_cast<int64_t>(i));
-    const double error = value == expected[i] ? 0.0 : std::fabs(value - expected[i]);
-    worst = std::isnan(error) ? INFINITY : std::fmax(worst, error);
-  }
-  check(worst <= eps * largest, what + ": error " + std::to_string(worst));
-  check(actual.others_are_intact(), "in front of " + what);
-}
-
-struct Statistics {
-  double mean = 0.0;
-  double rstd = 0.0;
-};
-
-inline Statistics statistics_of(const std::vector<double>& x, int64_t row, int64_t width) {
-  double mean = 0.0, squares = 0.0;
-  for (int64_t i = 0; i < width; ++i) mean += x[row * width + i] / width;
-  for (int64_t i = 0; i < width; ++i) squares += std::pow(x[row * width + i] - mean, 2);
-  return {mean, 1.0 / std::sqrt(squares / width + kEps)};
-}
-
-inline std::vector<double> values_of(const Buffer& buffer, int64_t size) {
-  std::vector<double> values(size);
-  for (int64_t i = 0; i < size; ++i) values[i] = buffer.at(i);
-  return values;
-}
-
-// The gradient of norm(x) * weight for the gradient dy, and the sums for the gradients of weight and bias.
-struct NormGradient {
-  std::vector<double> dx, dweight, dbias;
-
-  NormGradient(const std::vector<double>& dy, const std::vector<double>& x, const Buffer& weight,
-               int64_t rows, int64_t width)
-      : dx(rows * width), dweight(width), dbias(width) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Statistics s = statistics_of(x, row, width);
-      const auto normalised = [&](int64_t i) { return (x[row * width + i] - s.mean) * s.rstd; };
-      double shift = 0.0, slope = 0.0;
-      for (int64_t i = 0; i < width; ++i) {
-        const double g = dy[row * width + i] * weight.at(i);
-        shift += g / width;
-        slope += g * normalised(i) / width;
-        dweight[i] += dy[row * width + i] * normalised(i);
-        dbias[i] += dy[row * width + i];
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        dx[row * width + i] = (dy[row * width + i] * weight.at(i) - shift - normalised(i) * slope) * s.rstd;
-      }
-    }
-  }
-};
-
-inline std::vector<double> norm_of(const std::vector<double>& x, const Buffer& weight, const Buffer& bias,
-                                   int64_t rows, int64_t width) {
-  std::vector<double> y(rows * width);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Statistics s = statistics_of(x, row, width);
-    for (int64_t i = 0; i < width; ++i) {
-      y[row * width + i] = (x[row * width + i] - s.mean) * s.rstd * weight.at(i) + bias.at(i);
-    }
-  }
-  return y;
+// Every number was written, as a buffer begins as NaN, and what lies in front of them is untouched.
+inline void check_written(const Buffer& buffer, const std::string& what) {
+  bool written = true;
+  for (int64_t i = 0; i < buffer.size(); ++i) written = written && !std::isnan(buffer.at(i));
+  check(written, what + ": not written");
+  check(buffer.others_are_intact(), "in front of " + what);
 }
 
 inline void run(cuda::Error error, const std::string& what) {

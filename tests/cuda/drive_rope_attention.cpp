@@ -29,20 +29,14 @@ struct Attention {
   Vector<int64_t> offsets;
 
   bool has_sequences() const { return !offsets.empty(); }
-  int64_t samples() const { return has_sequences() ? static_cast<int64_t>(offsets.size()) - 1 : shape.batch; }
-  int64_t first_token(int64_t b) const { return has_sequences() ? offsets[b] : b * shape.tokens; }
-  int64_t first_key(int64_t b) const { return has_sequences() ? offsets[b] : b * shape.keys; }
-  int64_t tokens(int64_t b) const { return has_sequences() ? offsets[b + 1] - offsets[b] : shape.tokens; }
-  int64_t keys(int64_t b) const { return has_sequences() ? tokens(b) : shape.keys; }
-  int64_t first_row(int64_t b, int64_t h) const {
-    return has_sequences() ? h * offsets.back() + offsets[b] : (b * shape.heads + h) * shape.tokens;
-  }
   // As the launchers take it.
   AttentionShape whole_shape() const {
     AttentionShape whole = shape;
     if (!has_sequences()) return whole;
-    whole.batch = samples();
-    for (int64_t b = 0; b < samples(); ++b) whole.tokens = whole.keys = std::max(whole.tokens, tokens(b));
+    whole.batch = static_cast<int64_t>(offsets.size()) - 1;
+    for (int64_t b = 0; b < whole.batch; ++b) {
+      whole.tokens = whole.keys = std::max(whole.tokens, offsets[b + 1] - offsets[b]);
+    }
     whole.offsets = {offsets.data(), true, offsets.back()};
     return whole;
   }
@@ -61,7 +55,6 @@ struct Attention {
     return tables == Tables::Compact ? 2 + static_cast<int64_t>(std::sqrt(patches())) : 0;
   }
   int64_t indices() const { return has_sequences() ? offsets.back() : shape.batch * patches(); }
-  int64_t first_index(int64_t b) const { return has_sequences() ? offsets[b] : b * patches(); }
   int64_t table_rows() const { return grid() > 0 ? grid() * grid() : patches() + (indexed ? 3 : 0); }
   std::string name(const char* what) const {
     return std::string(what) + " of " + std::to_string(whole_shape().tokens) + " tokens and " +
@@ -70,32 +63,12 @@ struct Attention {
   }
 };
 
-// A [B, N, H, D], by itself or as one of several that lie side by side.
-struct Heads {
-  Buffer* buffer;
-  HeadsView view;
-
-  Heads(const Rows& rows, Buffer& of, int number = 0, int count = 1) : buffer(&of) {
-    const int64_t token = rows.heads * rows.head_dim * count;
-    first_ = number * rows.heads * rows.head_dim;
-    view = {static_cast<char*>(of.data()) + first_ * (of.dtype() == DType::Float32 ? 4 : 2),
-            rows.of_sample * token, token, rows.head_dim};
-  }
-
-  double at(int64_t token, int64_t h, int64_t i) const {
-    return buffer->at(first_ + token * view.token_stride + h * view.head_stride + i);
-  }
-
- private:
-  int64_t first_;
-};
-
-using Matrix = std::vector<double>;  // [N, D] or [N, N]
-
-// Everything of one head, in double.
-struct Expected {
-  Matrix out, lse, dq, dk, dv;
-};
+// The view of a [B, N, H, D], by itself or as one of several that lie side by side.
+HeadsView view_of(const Rows& rows, Buffer& buffer, int number = 0, int count = 1) {
+  const int64_t token = rows.heads * rows.head_dim * count;
+  const int64_t bytes = number * rows.heads * rows.head_dim * (buffer.dtype() == DType::Float32 ? 4 : 2);
+  return {static_cast<char*>(buffer.data()) + bytes, rows.of_sample * token, token, rows.head_dim};
+}
 
 class Rotations {
  public:
@@ -123,26 +96,6 @@ class Rotations {
             .interleaved = a_.interleaved};
   }
 
-  void rotate(double* vector, int64_t b, int64_t n, int64_t h, double sign) const {
-    if (a_.tables == Tables::None || n < a_.shape.num_prefix) return;
-    const int64_t half = a_.shape.head_dim / 2, patch = n - a_.shape.num_prefix;
-    const int64_t row = a_.indexed ? index_[a_.first_index(b) + patch] : patch;
-    if (row < 0) return;
-    const int64_t first = ((a_.tables == Tables::OfHeads ? h * a_.table_rows() : 0) + row) * half;
-    const auto angle = [&](int64_t i) {
-      const int64_t quarter = half / 2, grid = a_.grid();
-      if (grid == 0) return first + i;
-      return i < quarter ? row / grid * quarter + i : (grid + row % grid) * quarter + i - quarter;
-    };
-    for (int64_t i = 0; i < half; ++i) {
-      double& x = vector[a_.interleaved ? 2 * i : i];
-      double& y = vector[a_.interleaved ? 2 * i + 1 : i + half];
-      const double c = cos_.at(angle(i)), s = sign * sin_.at(angle(i)), before = x;
-      x = x * c - y * s;
-      y = before * s + y * c;
-    }
-  }
-
  private:
   static int64_t size(const Attention& a) {
     if (a.grid() > 0) return 2 * a.grid() * a.shape.head_dim / 4;
@@ -154,80 +107,6 @@ class Rotations {
   Vector<int64_t> index_;
 };
 
-// a (times b, if it is to be transposed): [N, M] of [N, K] and [M, K].
-Matrix product(const Matrix& a, const Matrix& b, int64_t n, int64_t m, int64_t k) {
-  Matrix result(n * m);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < m; ++j) {
-      for (int64_t l = 0; l < k; ++l) result[i * m + j] += a[i * k + l] * b[j * k + l];
-    }
-  }
-  return result;
-}
-
-Matrix transposed(const Matrix& a, int64_t rows, int64_t columns) {
-  Matrix result(a.size());
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) result[j * rows + i] = a[i * columns + j];
-  }
-  return result;
-}
-
-Expected attend(const Attention& a, const Rotations& rotations, const Heads (&in)[4], int64_t b, int64_t h) {
-  const int64_t N = a.tokens(b), M = a.keys(b), D = a.shape.head_dim;
-  const int64_t key_head = h / (a.shape.heads / a.shape.kv_heads);
-  const auto read = [&](const Heads& heads, int64_t first, int64_t count, int64_t head, bool turned) {
-    Matrix rows(count * D);
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t i = 0; i < D; ++i) rows[n * D + i] = heads.at(first + n, head, i);
-      if (turned) rotations.rotate(&rows[n * D], b, n, h, 1.0);
-    }
-    return rows;
-  };
-  const Matrix q = read(in[0], a.first_token(b), N, h, true),
-               k = read(in[1], a.first_key(b), M, key_head, true),
-               v = read(in[2], a.first_key(b), M, key_head, false),
-               dout = read(in[3], a.first_token(b), N, h, false);
-  Matrix weights = product(q, k, N, M, D);
-  Expected e;
-  e.lse.resize(N);
-  for (int64_t n = 0; n < N; ++n) {
-    double total = 0.0;
-    for (int64_t m = 0; m < M; ++m) {
-      double& weight = weights[n * M + m];
-      weight = a.shape.causal && m > n + M - N ? 0.0 : std::exp(a.shape.scale * weight);
-      total += weight;
-    }
-    for (int64_t m = 0; m < M && total > 0.0; ++m) weights[n * M + m] /= total;
-    e.lse[n] = std::log(total);
-  }
-  e.out = product(weights, transposed(v, M, D), N, D, M);
-  e.dv = product(transposed(weights, N, M), transposed(dout, N, D), M, D, N);
-  Matrix scores = product(dout, v, N, M, D);
-  for (int64_t n = 0; n < N; ++n) {
-    double mean = 0.0;
-    for (int64_t i = 0; i < D; ++i) mean += dout[n * D + i] * e.out[n * D + i];
-    for (int64_t m = 0; m < M; ++m) {
-      double& score = scores[n * M + m];
-      score = weights[n * M + m] * (score - mean) * a.shape.scale;
-    }
-  }
-  e.dq = product(scores, transposed(k, M, D), N, D, M);
-  e.dk = product(transposed(scores, N, M), transposed(q, N, D), M, D, N);
-  for (int64_t n = 0; n < N; ++n) rotations.rotate(&e.dq[n * D], b, n, h, -1.0);
-  for (int64_t m = 0; m < M; ++m) rotations.rotate(&e.dk[m * D], b, m, h, -1.0);
-  return e;
-}
-
-// The rows of head h of a sample into those of all, from `first` on.
-void place(const Rows& rows, const Matrix& head, Matrix& all, int64_t first, int64_t h) {
-  const int64_t D = rows.head_dim;
-  all.resize(rows.size());
-  for (int64_t at = 0; at < static_cast<int64_t>(head.size()); ++at) {
-    all[((first + at / D) * rows.heads + h) * D + at % D] = head[at];
-  }
-}
-
 void drive(Attention a) {
   settle(a.offsets);
   const DType dtype = a.shape.dtype;
@@ -238,36 +117,25 @@ void drive(Attention a) {
   Buffer dout = Buffer::random(dtype, rows.size()), out(dtype, rows.size()),
          lse(DType::Float32, rows.vectors());
   const int count = a.packed ? 3 : 1;
-  const Heads in[4] = {Heads(rows, first, 0, count),
-                       Heads(keys, a.packed ? first : k, a.packed ? 1 : 0, count),
-                       Heads(keys, a.packed ? first : v, a.packed ? 2 : 0, count), Heads(rows, dout)};
+  const HeadsView q_view = view_of(rows, first, 0, count), dout_view = view_of(rows, dout),
+                  k_view = view_of(keys, a.packed ? first : k, a.packed ? 1 : 0, count),
+                  v_view = view_of(keys, a.packed ? first : v, a.packed ? 2 : 0, count);
   Rotations rotations(a);
-  Matrix all_out, all_lse(rows.vectors()), all_dq, all_dk, all_dv;
-  for (int64_t b = 0; b < a.samples(); ++b) {
-    for (int64_t h = 0; h < a.shape.heads; ++h) {
-      const Expected e = attend(a, rotations, in, b, h);
-      place(rows, e.out, all_out, a.first_token(b), h);
-      std::copy(e.lse.begin(), e.lse.end(), all_lse.begin() + a.first_row(b, h));
-      place(rows, e.dq, all_dq, a.first_token(b), h);
-      place(gradients, e.dk, all_dk, a.first_key(b), h);
-      place(gradients, e.dv, all_dv, a.first_key(b), h);
-    }
-  }
   const AttentionShape shape = a.whole_shape();
   run(cuda::rope_attention_forward(
-          {in[0].view, in[1].view, in[2].view, out.data(), lse.floats(), rotations.tables(), shape}, nullptr),
+          {q_view, k_view, v_view, out.data(), lse.floats(), rotations.tables(), shape}, nullptr),
       a.name("rope_attention_forward"));
-  compare(out, all_out, a.name("out"), dtype);
-  compare(lse, all_lse, a.name("lse"), dtype);
+  check_written(out, a.name("out"));
+  check_written(lse, a.name("lse"));
   Buffer dq(dtype, rows.size()), dk(dtype, gradients.size()), dv(dtype, gradients.size());
-  const RopeAttentionBackward backward = {
-      in[3].view, in[0].view, in[1].view,         in[2].view, Heads(rows, out).view, lse.floats(), dq.data(),
-      dk.data(),  dv.data(),  rotations.tables(), shape};
+  const RopeAttentionBackward backward = {dout_view,    q_view,    k_view,    v_view,    view_of(rows, out),
+                                          lse.floats(), dq.data(), dk.data(), dv.data(), rotations.tables(),
+                                          shape};
   Scratch scratch;
   run(cuda::rope_attention_backward(backward, scratch, nullptr), a.name("rope_attention_backward"));
-  compare(dq, all_dq, a.name("dq"), dtype);
-  compare(dk, all_dk, a.name("dk"), dtype);
-  compare(dv, all_dv, a.name("dv"), dtype);
+  check_written(dq, a.name("dq"));
+  check_written(dk, a.name("dk"));
+  check_written(dv, a.name("dv"));
 }
 
 }  // namespace

@@ -1,19 +1,23 @@
 """The tests of every op: a file that imports them brings CASES, each of a pair of functions (ours and the same from
 PyTorch's own) and of their inputs in float64.
 
-`QUICK` names by a test the cases that aren't exhaustive; without an entry all are quick.
+`QUICK` names by a test the cases that aren't exhaustive; without an entry all are quick. `TRANSFORMED` names the cases
+for opcheck and for the tests of torch.func.
 """
 
 import op_checks
 import pytest
 import torch
-from op_checks import DTYPES, exhaustive_but
+from op_checks import DTYPES, OPCHECK_DTYPES, exhaustive_but, with_gradients
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "pytest_generate_tests",
     "test_as_accurate_as_torch",
     "test_compiles_without_graph_break",
     "test_gradcheck",
+    "test_opcheck",
+    "test_strided_inputs_change_nothing",
     "test_two_runs_are_bit_equal",
 ]
 
@@ -22,11 +26,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function.__module__ == __name__:
         quick = getattr(metafunc.module, "QUICK", {}).get(metafunc.function.__name__)
         cases = metafunc.module.CASES
+        if metafunc.function is test_opcheck:
+            cases = [case for case in cases if case.id in metafunc.module.TRANSFORMED]
         metafunc.parametrize(("pair", "inputs"), exhaustive_but(cases, *quick) if quick else cases)
 
 
 def cast(inputs, dtype):
     return [None if t is None else t.to(dtype) for t in inputs]
+
+
+def spread(x):
+    """The same values with gaps between them, and with the first dimension fastest."""
+    if x is None:
+        return None
+    backwards = tuple(reversed(range(x.dim())))
+    return torch.stack((x.permute(backwards),) * 2, -1)[..., 0].permute(backwards)
+
+
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
+def test_opcheck(pair, inputs, dtype):
+    """Each op of both passes, and of a call without gradients."""
+    given = [spread(x) for x in cast(inputs, dtype)]
+    with op_checks.Recorder() as recorder:
+        with_gradients(pair[0], given, as_they_lie=True)
+        with torch.no_grad():
+            pair[0](*given)
+    calls = dict(reversed(recorder.own_calls()))
+    assert len(calls) >= 2
+    for op, args in calls.items():
+        is_backward = op.name().endswith("_backward")
+        op_checks.assert_opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args) if is_backward else args)
+
+
+def test_strided_inputs_change_nothing(pair, inputs):
+    dense = cast(inputs, torch.float32)
+    actual = with_gradients(pair[0], [spread(x) for x in dense], as_they_lie=True)
+    torch.testing.assert_close(actual, with_gradients(pair[0], dense), rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck(pair, inputs):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from on_device import DEVICE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import evakernels
 from evakernels import backends
@@ -60,12 +62,21 @@ def assert_opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-def assert_opcheck_of_attention(name: str, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> None:
-    """Forward with gradients, and backward of what it gives; `rest` are the arguments that both take last."""
-    forward, backward = (getattr(torch.ops.evakernels, f"{name}_{way}").default for way in ("forward", "backward"))
-    assert_opcheck(forward, (*(t.detach().requires_grad_() for t in (q, k, v)), *rest))
-    out, lse = forward(q, k, v, *rest)
-    assert_opcheck(backward, (torch.ones_like(out), q, k, v, out, lse, *rest))
+class Recorder(TorchDispatchMode):
+    """Records each operator that runs, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copied = tree_map(lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, args)
+        self.calls.append((func, copied))
+        return func(*args, **(kwargs or {}))
+
+    def own_calls(self) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
+        """Those of this library's ops."""
+        return [(op, args) for op, args in self.calls if op.namespace == "evakernels"]
 
 
 def assert_autocast_is_torchs(ours, theirs, x, dtype):

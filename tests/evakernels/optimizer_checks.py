@@ -92,6 +92,13 @@ def assert_states_close(ours, theirs, lr_of_last=0.1):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def assert_same_state(ours, theirs, tolerance):
+    for a, b in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        for name, value in theirs.state[b].items():
+            torch.testing.assert_close(ours.state[a][name], value, rtol=tolerance, atol=tolerance)
+
+
 def assert_compiles_in_place(function) -> None:
     """Without a graph break, to the bit; what is written and what is returned."""
 

@@ -15,9 +15,9 @@ from optimizer_checks import (
     EPS,
     LRS,
     SIZES,
+    assert_same_state,
     lists,
     optimizer_of,
-    parameters,
     step,
     tensors,
     update,
@@ -94,13 +94,6 @@ def test_compiles_without_graph_break():
 # --- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def assert_same_state(ours, theirs, tolerance):
-    for a, b in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-        for name, value in theirs.state[b].items():
-            torch.testing.assert_close(ours.state[a][name], value, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimizer_equals_torchs(fused, dtype, tolerance):
@@ -109,29 +102,6 @@ def test_the_optimizer_equals_torchs(fused, dtype, tolerance):
         for optimizer in (ours, theirs):
             step(optimizer, tensors(seed, dtype))
     assert_same_state(ours, theirs, tolerance)
-
-
-@pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dicts_are_exchanged_with_torch(kinds, dtype, tmp_path):
-    if dtype == torch.bfloat16 and kinds == (AdamW, torch.optim.AdamW):
-        pytest.skip("torch rounds float32 moments to the dtype of the parameters")
-    first_kind, second_kind = kinds
-    straight, first = optimizer_of(tensors(0, dtype), first_kind), optimizer_of(tensors(0, dtype), first_kind)
-    for seed in (1, 2, 3):
-        for optimizer in (straight, first):
-            step(optimizer, tensors(seed))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = optimizer_of(parameters(first), second_kind)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for p, q in zip(parameters(first), parameters(second), strict=True):
-        for name, value in first.state[p].items():
-            assert torch.equal(second.state[q][name], value)
-            assert second.state[q][name].dtype == value.dtype
-    for seed in (4, 5, 6):
-        for optimizer in (straight, second):
-            step(optimizer, tensors(seed))
-    assert_same_state(straight, second, 0 if first_kind is second_kind else 1e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_its_arguments_are_torchs():
@@ -149,14 +119,6 @@ def test_torchs_step_switches_are_accepted(options):
     assert_same_state(ours, plain, 0)
 
 
-def test_a_state_dict_of_torch_brings_maximize_along():
-    params = [nn.Parameter(torch.ones(3))]
-    ours = AdamW(params)
-    ours.load_state_dict(torch.optim.AdamW(params, maximize=True).state_dict())
-    step(ours, [torch.ones(3)])
-    assert bool((params[0] > 0.99).all())  # the decay alone takes 1e-5
-
-
 def test_a_rate_may_be_a_tensor_which_schedulers_write():
     ours, theirs = ([nn.Parameter(t) for t in tensors(0)] for _ in range(2))
     ours, theirs = (
@@ -169,12 +131,6 @@ def test_a_rate_may_be_a_tensor_which_schedulers_write():
             schedule.step()
     assert isinstance(ours.param_groups[0]["lr"], torch.Tensor)
     assert_same_state(ours, theirs, 1e-12)
-
-
-def test_moments_of_16_bit_parameters_are_float32():
-    optimizer = optimizer_of(tensors(0, torch.bfloat16))
-    step(optimizer, tensors(1))
-    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
 
 
 # --- wrong input, for test_wrong_input ------------------------------------------------------------------------------

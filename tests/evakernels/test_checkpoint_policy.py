@@ -87,12 +87,6 @@ def test_saved_ops_run_once_with_equal_gradients(given, kept, compiled):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("one", ["swiglu", torch.ops.aten.mm.default])
-def test_one_is_kept_without_a_list(one):
-    (kept,), (same,) = (evakernels.checkpoint_policy(given).args for given in (one, [one]))
-    assert kept == same
-
-
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [

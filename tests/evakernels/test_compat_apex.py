@@ -1,7 +1,6 @@
 """`evakernels.compat.apex` compared with torch's norms, torch's and timm's optimizers and apex's state dicts."""
 
 import copy
-import importlib
 
 import numpy as np
 import pytest
@@ -70,16 +69,6 @@ def test_mixed_norms_return_weight_dtype(dtype, weight):
         got = ours(x)
     assert got.dtype == weight
     torch.testing.assert_close(got, theirs(x.float()).to(weight))
-
-
-def test_mixed_norms_copy_no_input(monkeypatch):
-    module, taken = importlib.import_module("evakernels.ops.layer_norm"), []
-    op = module._forward
-    monkeypatch.setattr(module, "_forward", lambda *args: taken.append((args[0].dtype, args[-1])) or op(*args))
-    with torch.autocast("cpu", dtype=torch.float16):
-        apex.MixedFusedRMSNorm(12)(randn(5, 12).bfloat16())
-        apex.MixedFusedLayerNorm(12).bfloat16()(randn(5, 12).float())
-    assert taken == [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
 def test_plain_norms_follow_autocast():
@@ -165,14 +154,6 @@ def test_grad_scaler_overflow_skips_step(make):
     for got, expected in zip(parameters(scaled), parameters(plain), strict=True):
         torch.testing.assert_close(got, expected)
     assert [group["step"] for group in scaled.state_dict()["param_groups"]] == [2] * 4
-
-
-def test_master_weights_only_of_16_bit_params():
-    ours, theirs = (apex.FusedAdam(groups(torch.float64), master_weights=master) for master in (True, False))
-    for optimizer in (ours, theirs):
-        step(optimizer, [g.double() for g in tensors(1)])
-    assert all(torch.equal(*pair) for pair in zip(parameters(ours), parameters(theirs), strict=True))
-    assert not any("master_param" in state for state in ours.state.values())
 
 
 def test_master_weights_bf16_match_float32():

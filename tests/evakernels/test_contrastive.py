@@ -7,8 +7,9 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
+from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, exhaustive_but, randn, served_by, with_gradients
+from op_checks import DTYPES, randn, served_by
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
@@ -56,7 +57,7 @@ def smoothed(label_smoothing, **options):
     )
 
 
-# Name, our function and plain PyTorch's, inputs. Seven rows make three full tiles of two and a part.
+# Seven rows make three full tiles of two and a part.
 SQUARE = (randn(7, 5), randn(7, 5, seed=1), scalar(1.7))
 CASES = [
     pytest.param(
@@ -71,58 +72,33 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["one tile", "many tiles"])
+TRANSFORMED = [case.id for case in CASES]
+CASES += [pytest.param(*case.values, id=f"{case.id}-many-tiles") for case in CASES]
+QUICK = {"test_compiles_without_graph_break": ["clip", "siglip"]}
+
+
+@pytest.fixture(autouse=True)
 def tiles(request, monkeypatch):
-    if request.param == "many tiles":
+    if "many-tiles" in request.node.name:
         monkeypatch.setattr(reference, "TILE_ELEMENTS", 2 * 7)
 
 
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize(("pair", "inputs"), CASES)
-def test_gradcheck(pair, inputs):
-    op_checks.assert_gradcheck(pair[0], inputs)
-
-
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize(("pair", "inputs"), CASES)
-def test_equals_the_matrix_in_float64(pair, inputs):
-    ours, theirs = pair
-    torch.testing.assert_close(ours(*inputs), theirs(*inputs), rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("pair", "inputs"), CASES)
-def test_as_accurate_as_torch(pair, inputs, dtype):
-    op_checks.assert_as_accurate_as_torch(*pair, inputs, dtype)
+TRAINED = 100.0, -20.0
+"""Scale and bias of a trained model."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("pair", "scalars"),
-    [
-        pytest.param(smoothed(0.0), [100.0], id="clip"),
-        pytest.param(smoothed(0.1), [100.0], id="clip-smoothed"),
-        pytest.param(smoothed(0.0, memory_budget=0), [100.0], id="clip-not-kept"),
-        pytest.param((evakernels.siglip_loss, sigmoid_losses), [100.0, -20.0], id="siglip"),
-    ],
-)
-def test_a_trained_scale_is_as_accurate_as_torch(pair, scalars, dtype):
-    image, noise = (F.normalize(randn(300, 32, seed=s), dim=1) for s in (0, 1))
-    text = F.normalize(image + 0.5 * noise, dim=1)
-    op_checks.assert_as_accurate_as_torch(*pair, (image, text, *map(scalar, scalars)), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "scalars"), [(300, 32, TRAINED), (1043, 37, (10.0, -10.0))])
 @pytest.mark.parametrize(
     "pair",
     [smoothed(0.1), smoothed(0.1, memory_budget=0), (evakernels.siglip_loss, sigmoid_losses)],
     ids=["clip", "clip-not-kept", "siglip"],
 )
-def test_odd_tiles_as_accurate_as_torch(pair, dtype):
-    inputs = [F.normalize(randn(1043, 37, seed=s), dim=1) for s in (0, 1)]
-    scalars = [scalar(10.0)] if pair[1] is not sigmoid_losses else [scalar(10.0), scalar(-10.0)]
-    op_checks.assert_as_accurate_as_torch(*pair, [*inputs, *scalars], dtype)
+def test_odd_tiles_and_trained_scale_are_accurate(pair, rows, width, scalars, dtype):
+    image, noise = (F.normalize(randn(rows, width, seed=s), dim=1) for s in (0, 1))
+    text = F.normalize(image + 0.5 * noise, dim=1) if scalars == TRAINED else noise
+    scalars = scalars if pair[1] is sigmoid_losses else scalars[:1]
+    op_checks.assert_as_accurate_as_torch(*pair, [image, text, *map(scalar, scalars)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,30 +115,17 @@ def test_small_logits_as_accurate_as_torch(dtype):
         op_checks.assert_as_accurate_as_torch(ours, statistics_of_matrix, (*inputs, scalar(1.0)), dtype)
 
 
-def products_of(logits, features):
-    """Those of tiles of 512 rows, as the gradients of images and texts are made of: torch's, of which MKL may cut the
-    sum into parts for the threads."""
-    tiles = list(zip(logits.split(512), features.split(512), strict=True))
-    return [torch.cat([tile @ features for tile, _ in tiles]), sum(tile.T @ part for tile, part in tiles)]
-
-
 @pytest.mark.cpu_only("its threads")
 def test_the_number_of_threads_does_not_change_a_bit():
-    inputs = [F.normalize(randn(1043, 37, seed=s), dim=1).float() for s in (0, 1)]
-    logits = randn(1043, 1043).float()
-    results, products = [], []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        leaves = [t.clone().requires_grad_() for t in (*inputs, torch.tensor(10.0), torch.tensor(-10.0))]
-        loss = evakernels.clip_loss(*leaves[:3]) + evakernels.siglip_loss(*leaves)
-        image, text, *others = torch.autograd.grad(loss, leaves)
-        results.append([image, text, loss, *others])
-        products.append(products_of(logits, inputs[0]))
-    torch.set_num_threads(before)
-    changed = [not torch.equal(a, b) for a, b in zip(*products, strict=True)] + [False] * 3
-    for a, b, by_torch in zip(*results, changed, strict=True):
-        assert torch.equal(a, b) or by_torch
+    """Gradients of features are products by torch, whose order of sums may depend on the number of threads."""
+    features = [F.normalize(randn(1043, 37, seed=s), dim=1).float() for s in (0, 1)]
+
+    def losses():
+        scale, bias = (torch.tensor(x, requires_grad=True) for x in (10.0, -10.0))
+        loss = evakernels.clip_loss(*features, scale) + evakernels.siglip_loss(*features, scale, bias)
+        return [loss, *torch.autograd.grad(loss, (scale, bias))]
+
+    assert all(map(torch.equal, *op_checks.results_of_threads(losses)))
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)])
@@ -179,52 +142,11 @@ def test_logits_are_saved_within_the_budget(dtype, itemsize):
     assert largest_saved(7 * 7 * itemsize, requires_grad=False) == 0
 
 
-@pytest.mark.usefixtures("tiles")
 def test_kept_logits_serve_several_backward_passes():
     image, text, scale = (t.float().requires_grad_() for t in SQUARE)
     loss = evakernels.clip_loss(image, text, scale)
     first, second = (torch.autograd.grad(loss, (image, text, scale), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_inputs_may_be_strided():
-    image, text, scale = (t.float() for t in SQUARE)
-    strided = image.T.contiguous().T, text.repeat(1, 2)[:, :5], scale
-    expected = with_gradients(evakernels.clip_loss, (image, text, scale))
-    actual = with_gradients(evakernels.clip_loss, strided, as_they_lie=True)
-    # Not to the bit: a product on the reference may add up in another order for another layout.
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize(("pair", "inputs"), exhaustive_but(CASES, "clip", "siglip"))
-def test_compiles_without_graph_break(pair, inputs, dynamic):
-    op_checks.assert_compiles(pair[0], inputs, dynamic)
-
-
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize(("pair", "inputs"), CASES)
-def test_two_runs_are_bit_equal(pair, inputs):
-    op_checks.assert_deterministic(pair[0], [t.float() for t in inputs])
-
-
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck(dtype):
-    inputs = [t.to(dtype).requires_grad_() for t in (randn(3, 4), randn(6, 4, seed=1), scalar(2.0), scalar(-1.0))]
-    assert_opcheck(OPS.contrastive_forward.default, (*inputs[:3], OFFSET))
-    assert_opcheck(OPS.contrastive_kept_forward.default, (*inputs[:3], OFFSET))
-    assert_opcheck(OPS.siglip_forward.default, (*inputs, OFFSET, [True, False]))
-    with torch.no_grad():
-        inputs = [t.detach() for t in inputs]
-        assert_opcheck(OPS.siglip_value.default, (*inputs, OFFSET))
-        row_lse, col_lse, positive, _, _ = OPS.contrastive_forward(*inputs[:3], OFFSET)
-        cotangents = (torch.ones_like(row_lse), torch.ones_like(col_lse), torch.ones_like(positive))
-        saved = row_lse, col_lse
-        assert_opcheck(OPS.contrastive_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, [True, False]))
-        saved = *saved, OPS.contrastive_kept_forward(*inputs[:3], OFFSET)[-1]
-        assert_opcheck(OPS.contrastive_kept_backward.default, (*cotangents, *inputs[:3], *saved, OFFSET, [False, True]))
-        dloss, *gradients = OPS.siglip_forward(*inputs, OFFSET, [False, True])
-        assert_opcheck(OPS.siglip_backward.default, (dloss, *inputs, *gradients))
 
 
 LOSSES = {
@@ -240,14 +162,6 @@ def gradients_without(op: str, *frozen: int) -> list[torch.Tensor | None]:
     leaves = [x.float().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
     LOSSES[op](*leaves).backward()
     return [leaf.grad for leaf in leaves]
-
-
-@pytest.mark.parametrize("op", LOSSES)
-def test_gradients_are_contiguous(op):
-    """As the op's fake says, by which compiled code reads them."""
-    image, text = (randn(8, 6, seed=seed).T.requires_grad_() for seed in (0, 1))
-    gradients = torch.autograd.grad(LOSSES[op](image, text, scalar(2.0), scalar(-1.0)), (image, text))
-    assert all(gradient.is_contiguous() for gradient in gradients)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (0, 2), (1, 2)], ids=str)
@@ -279,22 +193,15 @@ def test_frozen_features_cost_no_product(op):
     assert [products(), products(0), products(1), products(0, 1)] == [logits + n for n in (2, 1, 1, 1)]
 
 
-def assert_equals_open_clip(loss, *scalars):
+@pytest.mark.parametrize(("loss", "scalars"), [(ClipLoss, [1 / 0.07]), (SigLipLoss, [10.0, -10.0])])
+def test_losses_equal_open_clip(loss, scalars):
     inputs = [F.normalize(randn(50, 16, seed=s), dim=1).float() for s in (0, 1)] + [torch.tensor(x) for x in scalars]
     theirs = getattr(pytest.importorskip("open_clip.loss"), loss.__name__)()
     torch.testing.assert_close(loss()(*inputs), theirs(*inputs), rtol=0, atol=1e-6)
 
 
-def test_clip_loss_equals_open_clip():
-    assert_equals_open_clip(ClipLoss, 1 / 0.07)
-
-
-def test_siglip_loss_equals_open_clip():
-    assert_equals_open_clip(SigLipLoss, 10.0, -10.0)
-
-
-@pytest.mark.usefixtures("tiles")
-def test_maxima_give_the_accuracies_in_the_batch():
+@pytest.mark.parametrize("many", [False, True], ids=["one-tile", "many-tiles"])
+def test_maxima_give_the_accuracies_in_the_batch(many):
     image, text, scale = (t.float() for t in SQUARE)
     image = text + 0.8 * image
     _, _, positive, row_max, col_max = evakernels.contrastive_statistics(image, text, scale)
@@ -327,8 +234,8 @@ def test_autocast_leaves_the_loss_in_float32():
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, plain, strict=True))
 
 
-@pytest.mark.usefixtures("tiles")
-def test_nonfinite_logits_propagate():
+@pytest.mark.parametrize("many", [False, True], ids=["one-tile", "many-tiles"])
+def test_nonfinite_logits_propagate(many):
     image, text, scale = torch.full((7, 1), -1e20), torch.full((7, 1), 1e20), torch.tensor(1.0)
     row_lse, col_lse, *_ = evakernels.contrastive_statistics(image, text, scale)
     assert row_lse.isneginf().all()
@@ -346,14 +253,6 @@ def test_nonfinite_logits_propagate():
     assert col_max.isnan().all()
     assert evakernels.clip_loss(image, text, scale).isnan()
     assert evakernels.siglip_loss(image, text, scale, scale).isnan()
-
-
-def test_siglip_without_gradients_has_the_same_value():
-    inputs = [t.float() for t in (*SQUARE, scalar(-1.0))]
-    alone = evakernels.siglip_loss(*inputs)
-    trained = evakernels.siglip_loss(*[t.requires_grad_() for t in inputs])
-    assert not alone.requires_grad
-    torch.testing.assert_close(alone, trained.detach(), rtol=1e-6, atol=0)
 
 
 def peak_memory() -> int:

@@ -1,27 +1,18 @@
 """The losses over the batches of 2 and 4 processes against one process with the whole batch, and what they cost."""
 
-import importlib.util
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from op_checks import Recorder
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from evakernels import backends, clip_loss
+from evakernels import clip_loss
 from evakernels.nn import ClipLoss, SigLipLoss
-from evakernels.reference import contrastive as reference
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -76,108 +67,19 @@ def data_parallel_step(name: str, group: dist.ProcessGroup, rows: list[int]) -> 
     return {"loss": loss.detach(), **gradients(model)}
 
 
-@dataclass
-class Cost:
-    """What one process computes and sends: of the matrix products, in bytes, how often it takes part in a sum, and how
-    often its host would wait for a GPU."""
-
-    flops: int = 0
-    sent: float = 0
-    all_reduces: int = 0
-    waits: int = 0
-
-
-class Sent(TorchDispatchMode):
-    """Adds up the bytes that a process sends at least, the collectives' parts going round in a ring."""
-
-    def __init__(self, cost: Cost) -> None:
-        super().__init__()
-        self.cost = cost
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            output, *inputs = args
-            self.cost.sent += self.parts(func._schema.name, output, *inputs)
-            self.cost.all_reduces += func._schema.name == "c10d::allreduce_"
-        self.cost.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def parts(name: str, output: list, *inputs) -> float:
-        size = dist.get_world_size()
-        if name == "c10d::allreduce_":
-            return 2 * (size - 1) / size * output[0].nbytes
-        if name == "c10d::allgather_":
-            return (size - 1) * inputs[0][0].nbytes
-        if name == "c10d::_allgather_base_":
-            return (size - 1) * inputs[0].nbytes
-        if name in ("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"):
-            return (size - 1) * (output if isinstance(output, torch.Tensor) else output[0]).nbytes
-        if name == "c10d::scatter_":
-            return (size - 1) * output[0].nbytes if inputs[0] else 0
-        raise AssertionError(f"{name} isn't counted")
-
-
-def count_flops_of_ops(cost: Cost) -> None:
-    """A counter sees an op from outside alone, so each gets one around its reference."""
-
-    def counted(function):
-        def call(*args):
-            with FlopCounterMode(display=False) as counter:
-                result = function(*args)
-            cost.flops += counter.get_total_flops()
-            return result
-
-        return call
-
-    kept = "contrastive_kept_forward", "contrastive_kept_backward"
-    for op in ("contrastive_forward", "contrastive_backward", *kept, "siglip_forward"):
-        backends.register(op, "reference", counted(getattr(reference, op)))
-
-
-@contextmanager
-def listing(cost: Cost) -> Iterator[None]:
-    """Counts what no mode sees: lists of what tensors hold."""
-    tolist = torch.Tensor.tolist
-
-    def counted(tensor):
-        cost.waits += 1
-        return tolist(tensor)
-
-    with patch.object(torch.Tensor, "tolist", counted):
-        yield
-
-
-def open_clip_loss() -> ModuleType:
-    """The file alone: with all of open_clip, four processes would take their time."""
-    package = importlib.util.find_spec("open_clip").submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package) / "loss.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def costs() -> dict[str, dict[str, float]]:
-    """Of forward and backward on float32 features: our losses, and open_clip's with all that it can save."""
-    rank, world = dist.get_rank(), dist.group.WORLD
-    generator = torch.Generator().manual_seed(rank)
-    scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
-    theirs = open_clip_loss().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
+def collectives() -> dict[str, list[str]]:
+    """Names of the collectives of a loss and its gradient, in order."""
+    scale, bias, world = torch.tensor(5.0), torch.tensor(-2.0), dist.group.WORLD
     losses = {
         "clip": lambda *features: ClipLoss(group=world)(*features, scale),
         "clip, counts given": lambda *features: ClipLoss(group=world)(*features, scale, counts=EVEN),
-        "clip, logits not kept": lambda *features: ClipLoss(group=world, memory_budget=0)(*features, scale),
         "siglip": lambda *features: SigLipLoss(group=world)(*features, scale, bias),
-        "open_clip": lambda *features: theirs(*features, scale),
     }
     found = {}
     for name, loss in losses.items():
-        features = [torch.randn(ROWS, WIDTH, generator=generator).requires_grad_() for _ in range(2)]
-        cost = Cost()
-        count_flops_of_ops(cost)
-        with backends.use_backend("reference"), FlopCounterMode(display=False) as outside, Sent(cost), listing(cost):
-            loss(*features).backward()
-        found[name] = asdict(cost) | {"flops": cost.flops + outside.get_total_flops()}
+        with Recorder() as recorder:
+            loss(*(torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))).backward()
+        found[name] = [op.name().partition("::")[2] for op, _ in recorder.calls if op.namespace == "c10d"]
     return found
 
 
@@ -239,7 +141,7 @@ def work(rank: int, folder: str) -> None:
     loss = ClipLoss(group=dist.group.WORLD)(*half, torch.tensor(1.0))
     loss.backward()
     results["half"] = loss.detach(), half[1].grad
-    results["costs"] = costs()
+    results["collectives"] = collectives()
     options = {}, {"counts": [ROWS] * WORLD}
     results["counted"] = [
         ClipLoss(group=dist.group.WORLD)(images, texts, torch.tensor(1.0).double(), **given) for given in options
@@ -312,25 +214,15 @@ def test_16_bit_features_are_gathered_in_16_bits(ranks):
 
 
 def test_ranks_exchange_text_features_only(ranks):
-    """Beside open_clip's loss with `local_loss` and `gather_with_grad`; a product is that of this rank's logits.
+    """They are gathered and their gradient is scattered; all-reduces carry a maximum and a sum per column.
 
-    The text features are gathered, their gradient is scattered, and two all-reduces have the largest number and a sum
-    for each column of the global batch, and one for all rows. The host waits for nothing but the numbers of rows.
+    Without given counts of rows these are gathered first, and the host waits for them.
     """
-    product = 2 * ROWS * WORLD * ROWS * WIDTH
-    features = (WORLD - 1) * ROWS * WIDTH * 4  # of one side, of this rank to all others
-    shapes, number = (WORLD - 1) * 3 * 8, 2 * (WORLD - 1) / WORLD * 4
-    columns = WORLD * ROWS * number + (WORLD * ROWS + 1) * 2 * number  # float32, then float64
-    clip = {"flops": 3 * product, "sent": 2 * features + shapes + columns, "all_reduces": 2, "waits": 1}
+    gather, reduce = "_allgather_base_", "allreduce_"
+    clip = [gather, reduce, reduce, "_reduce_scatter_base_"]
+    siglip = [gather, gather, reduce, "_reduce_scatter_base_"]
     for rank in ranks:
-        theirs = rank["costs"].pop("open_clip")
-        assert theirs == {"flops": 6 * product, "sent": 4 * features, "all_reduces": 0, "waits": theirs["waits"]}
-        assert rank["costs"] == {
-            "clip": clip,
-            "clip, counts given": clip | {"sent": 2 * features + columns, "waits": 0},
-            "clip, logits not kept": clip | {"flops": 4 * product},
-            "siglip": {"flops": 3 * product, "sent": 2 * features + shapes + number, "all_reduces": 1, "waits": 1},
-        }
+        assert rank["collectives"] == {"clip": [gather, *clip], "clip, counts given": clip, "siglip": siglip}
 
 
 def test_given_counts_are_checked_and_bit_equal(ranks):

@@ -7,16 +7,17 @@ import copy
 import re
 
 import pytest
-import small_calls
 import torch
 from on_device import DEVICE
+from op_checks import Recorder, op_files, with_gradients
 from op_suite import ROOT
+from test_wrong_input import CALLS
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import evakernels.triton
 from benchmarks import accuracy
 from evakernels import _native, backends
-
-pytest.importorskip("triton", reason="arguments of calls are in the files of the Triton kernels")
 
 LARGEST_ERROR = 0.03
 """Relative to float64, in bfloat16: a wrong formula or layout is far above."""
@@ -33,17 +34,37 @@ if DEVICE.type == "cuda" or evakernels.triton.INTERPRETED:
     CASES += [(op, "triton") for op in TRITON]
 
 
+def record_calls():
+    """Returns arguments of a small call by op: that of the test files' cases with the most tensors, or a step."""
+    with Recorder() as recorder, evakernels.use_backend("reference"):
+        for module in op_files().values():
+            for case in getattr(module, "CASES", ()):
+                (ours, _), inputs = case.values
+                if case.id in module.TRANSFORMED:
+                    given = [None if x is None else x.bfloat16() for x in inputs]
+                    with_gradients(ours, given)
+                    with torch.no_grad():
+                        ours(*given)
+        for op in ("adamw_update", "lamb_update", "lamb_apply", "lamb_step"):
+            getattr(evakernels, op)(**tree_map_only(Tensor, Tensor.clone, CALLS[op] | {"found_inf": None}))
+    calls = sorted(recorder.own_calls(), key=lambda call: sum(isinstance(x, Tensor) for x in call[1]))
+    return {op.name().partition("::")[2]: arguments for op, arguments in calls}
+
+
+ARGUMENTS = record_calls()
+
+
 @pytest.mark.skipif(not _native.LOADED and DEVICE.type == "cpu", reason="the compiled library isn't built")
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_kernel_matches_reference(op, backend):
-    arguments = small_calls.arguments(op, str(DEVICE), torch.bfloat16)
+    given = tree_map_only(Tensor, Tensor.detach, ARGUMENTS[op])
     if DEVICE.type == "cuda":
         assert not backends.why_not(op, backend)
-    elif reasons := backends.why_not(op, backend, *arguments):
+    elif reasons := backends.why_not(op, backend, *given):
         pytest.skip("; ".join(reasons))
     implementations = backends._implementations[op]
-    result = tensors_of(implementations[backend].function, arguments)
-    exact = accuracy.as_double({str(place): argument for place, argument in enumerate(arguments)})
+    result = tensors_of(implementations[backend].function, given)
+    exact = accuracy.as_double({str(place): argument for place, argument in enumerate(given)})
     expected = tensors_of(implementations["reference"].function, tuple(exact.values()))
     assert len(result) == len(expected)
     assert accuracy.relative_error(result, expected) <= LARGEST_ERROR

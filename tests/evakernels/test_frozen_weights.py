@@ -156,22 +156,11 @@ def test_freeze_wrong_model_raises(monkeypatch):
 
 
 @pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
-def test_freeze_twice():
-    froze = freeze(model())
-    weight = froze[0].weight
-    assert freeze(froze)[0].weight is weight
-    with pytest.raises(ValueError, match=r"0\.weight is frozen not in int8; unfreeze it first"):
-        freeze(froze, int8=True)
-
-
-def test_freeze_leaves_float64():
-    assert type(freeze(model(torch.float64))[0].weight) is nn.Parameter
-
-
-@pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
 def test_freeze_int8_by_name():
     froze = freeze(model(), int8=lambda name: name == "2.weight")
     assert [froze[0].weight.is_int8, froze[2].weight.is_int8] == [False, True]
+    with pytest.raises(ValueError, match=r"0\.weight is frozen not in int8; unfreeze it first"):
+        freeze(froze, int8=True)
 
 
 def test_frozen_model_under_autocast():
@@ -182,23 +171,16 @@ def test_frozen_model_under_autocast():
     assert torch.equal(found, froze(x.bfloat16()))
 
 
-def test_freeze_keeps_tied_weights():
-    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+@pytest.mark.parametrize("other", [nn.Linear(4, 8), nn.Embedding(8, 4)])
+def test_freeze_keeps_tied_weights(other):
+    """A weight that an embedding reads too stays dense."""
+    tied = nn.Sequential(copy.deepcopy(other), nn.Linear(4, 8)).eval()
     tied[1].weight = tied[0].weight
     freeze(tied)
     assert tied[0].weight is tied[1].weight
+    assert isinstance(tied[0].weight, FrozenWeight) == isinstance(other, nn.Linear)
     unfreeze(tied)
     assert tied[0].weight is tied[1].weight
-    assert tied[0].weight.requires_grad
-
-
-def test_freeze_leaves_tied_embedding():
-    tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8)).eval()
-    tied[1].weight = tied[0].weight
-    freeze(tied)
-    assert tied[0].weight is tied[1].weight
-    assert type(tied[1].weight) is nn.Parameter
-    assert not tied[1].weight.requires_grad
 
 
 def test_freeze_leaves_linear_with_own_forward():
@@ -218,35 +200,11 @@ def test_unfreeze_restores_requires_grad():
     partly = model()
     partly[0].weight.requires_grad_(False)
     partly[2].bias.requires_grad_(False)
-    wanted = [p.requires_grad for p in partly.parameters()]
+    expected = [p.requires_grad for p in partly.parameters()]
     froze = freeze(freeze(partly))
     assert not any(p.requires_grad for p in froze.parameters())
     for thawed in (unfreeze(copy.deepcopy(froze)), unfreeze(pickle.loads(pickle.dumps(froze))), unfreeze(froze)):
-        assert [p.requires_grad for p in thawed.parameters()] == wanted
-
-
-@pytest.mark.parametrize(("dtype", "int8"), KINDS)
-def test_frozen_weight_split_is_cached(dtype, int8):
-    skip_without_int8(int8)
-    layer, x = nn.Linear(8, 24, bias=False).to(dtype).eval(), torch.ones(2, 8, dtype=dtype)
-    freeze(layer, int8=int8)
-    parts = layer.weight.split([8, 16])
-    assert all(a is b for a, b in zip(parts, layer.weight.split([8, 16]), strict=True))
-    torch.testing.assert_close(torch.cat([linear(x, part) for part in parts], 1), layer(x))
-
-
-def test_freeze_leaves_torch_attention():
-    layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
-    x = torch.randn(2, 5, 16)
-    expected = layer(x)
-    freeze(layer)
-    kept = {f"self_attn.{name}" for name, _ in layer.self_attn.named_parameters()}
-    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == kept
-    assert isinstance(layer.linear1.weight, FrozenWeight)
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(x), expected)
-    with pytest.raises(RuntimeError, match=r"under torch\.inference_mode\(\)"):
-        layer(x)
+        assert [p.requires_grad for p in thawed.parameters()] == expected
 
 
 def test_accelerate_freezes_and_restore_unfreezes():
@@ -262,11 +220,6 @@ def test_accelerate_freezes_and_restore_unfreezes():
     assert all(torch.equal(a, b) for a, b in zip(accelerated.parameters(), plain.parameters(), strict=True))
     with pytest.raises(ValueError, match="training mode"):
         evakernels.accelerate(accelerated.train(), freeze=True)
-
-
-def test_frozen_model_compiles_with_graph_breaks():
-    froze, x = freeze(model()), torch.randn(4, 96)
-    assert torch.equal(torch.compile(froze, backend="eager")(x), froze(x))
 
 
 def test_frozen_weight_in_training_mode_raises():

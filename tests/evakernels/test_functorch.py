@@ -59,12 +59,11 @@ def as_one(function):
     return scalar
 
 
-def dual_numbers(function, given, requires_grad=False):
+def dual_numbers(function, given):
+    """Of leaves, which require a gradient too."""
     with forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent)
-            for x, tangent in zip(given, tangents(given), strict=True)
-        ]
+        leaves = [x.clone().requires_grad_() for x in given]
+        duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, tangents(given), strict=True)]
         outputs = function(*duals)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         return [tuple(forward_ad.unpack_dual(output)) for output in outputs]
@@ -75,14 +74,6 @@ def of_one_argument_after_the_other(jacobian):
     return lambda function, given: [jacobian(function, i)(*given) for i in everything(given)]
 
 
-def one_tangent_alone(function, given):
-    results = []
-    for i, tangent in enumerate(tangents(given)):
-        alone = lambda x, i=i: function(*given[:i], x, *given[i + 1 :])  # noqa: E731
-        results.append(jvp(alone, (given[i],), (tangent,)))
-    return results
-
-
 def gradients_of_each_sample(function, given):
     several = tuple(torch.stack([x, x.flip(0) if x.dim() else 2 * x]) for x in given)
     return vmap(grad(as_one(function), everything(given)))(*several)
@@ -91,8 +82,6 @@ def gradients_of_each_sample(function, given):
 DERIVATIVES = {
     "jvp": lambda function, given: jvp(function, given, tangents(given)),
     "dual numbers": dual_numbers,
-    "dual numbers of leaves": partial(dual_numbers, requires_grad=True),
-    "one tangent alone": one_tangent_alone,
     "jacfwd": of_one_argument_after_the_other(jacfwd),
     "jacrev": of_one_argument_after_the_other(jacrev),
     "gradients of each sample": gradients_of_each_sample,
@@ -106,14 +95,6 @@ DERIVATIVES = {
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_derivatives(derivative, ours, theirs, given):
     torch.testing.assert_close(derivative(ours, given), derivative(theirs, given))
-
-
-@every_op
-def test_gradients_of_a_batch(ours, theirs, given):
-    """`grad` outside, `vmap` inside."""
-    several = tuple(torch.stack([x, 2 * x]) for x in given)
-    results = [grad(lambda *t, f=f: vmap(as_one(f))(*t).sum(), everything(given))(*several) for f in (ours, theirs)]
-    torch.testing.assert_close(*results)
 
 
 @every_op
@@ -154,18 +135,6 @@ def test_backward_passes_of_several_cotangents(ours, theirs, given):
         found = torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, allow_unused=True)
         results.append(found)
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.exhaustive
-@every_op
-def test_jvp_of_compiled_code(ours, theirs, given):
-    torch._dynamo.reset()
-
-    def pushed(*t):
-        return jvp(ours, t, tangents(given))
-
-    compiled = torch.compile(pushed, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given), jvp(theirs, given, tangents(given)))
 
 
 QUICK = ("layer_norm-add_then_norm-layer-True-True", "rope_attention-shared")

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, OPCHECK_DTYPES, assert_as_accurate_as_torch, assert_opcheck, randn, with_gradients
+from op_checks import DTYPES, assert_as_accurate_as_torch, randn, with_gradients
 
 import evakernels
+from evakernels import _native
 
 OPS = torch.ops.evakernels
 WIDTH = 7
@@ -44,15 +45,6 @@ TRANSFORMED = ["none-bias", "tanh", "sigmoid"]
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 
 
-@BIAS
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_opcheck(bias, dtype):
-    x, b = (None if t is None else t.to(dtype).requires_grad_() for t in inputs(bias))
-    assert_opcheck(OPS.gelu_forward.default, (x, b, 0))
-    x, b = (None if t is None else t.detach() for t in (x, b))
-    assert_opcheck(OPS.gelu_backward.default, (torch.ones_like(x), x, b, 1, [b is not None]))
-
-
 # Around the number of columns that a block of the GPU's kernels takes (2,048 and 4,096), and what is odd.
 SIZES = [((7,), 64), ((5,), 250), ((3,), 4100), ((2, 3), 2056), ((70,), 36), ((1,), 1), ((), 7)]
 
@@ -74,11 +66,11 @@ def test_both_tails_are_as_accurate_as_torch(limits, dtype):
         assert_as_accurate_as_torch(*pair(approximate), (x, None), dtype)
 
 
-compiled = pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="of compiled kernels: torch's are less")
-
-
-def assert_rounded_right(dtype, least):
-    """For every x from `least` on: where the error relative to all values says nothing of the small ones."""
+@pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="of compiled kernels: torch's are less")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_once(dtype):
+    """Small values too, whose error is nothing relative to the largest: a CPU's polynomials cover the tail."""
+    least = -6 if DEVICE.type == "cpu" and not _native.runs_gpu_kernels("cpu") else -3.5
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     x = x[(x > least) & (x < 1e4)]
     (out,), (slope,) = with_gradients(lambda x, _: evakernels.gelu(x), (x, None))
@@ -92,19 +84,6 @@ def assert_rounded_right(dtype, least):
         off = (actual.double() - expected).abs() / half
         assert (off > 1).float().mean() < 0.02  # what lies in the middle between two numbers
         assert off.quantile(0.999) < 1.1
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_error_is_one_rounding(dtype):
-    assert_rounded_right(dtype, -3.5)
-
-
-@compiled
-@pytest.mark.cpu_only("polynomials that are fitted for 16 bits")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_rounded_right_in_the_tail(dtype):
-    assert_rounded_right(dtype, -6)
 
 
 @BIAS
@@ -144,19 +123,14 @@ def test_large_values_stay_finite(approximate, dtype):
     assert dx.isfinite().all()
 
 
-def test_sigmoid_of_nonfinite_matches_reference():
-    x = torch.tensor([torch.nan, torch.inf, -torch.inf, -1e38, 1e38, -0.0])
-    for actual, expected in zip(*(with_gradients(f, (x, None)) for f in pair("sigmoid")), strict=True):
-        torch.testing.assert_close(actual, expected, equal_nan=True)
-
-
 @EVERY
 def test_what_is_not_finite_is_not_lost(approximate):
-    x = torch.tensor([torch.nan, torch.inf, 1.0])
+    x = torch.tensor([torch.nan, torch.inf, 1.0, -1e38, 1e38, -0.0])
     (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))
     assert out[0].isnan()
     assert not out[1].isfinite()
     assert dx[0].isnan()
+    assert out[2:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -49,12 +49,6 @@ def test_first_light_on_interpreted_kernels(tree):
     assert re.match(r"=* ?\d+ passed in", results["first light"]["summary"]), output
 
 
-def test_ops_tests_on_interpreted_kernels(tree):
-    status, results, output = rehearse(tree, "tests of swiglu", "(test_as_accurate_as_torch and plain) or no_columns")
-    assert status == 0, output
-    assert results.keys() == {"tests of swiglu on cpu", "tests of swiglu on triton"}
-
-
 def test_wrong_kernel_is_a_failure(tree):
     path = tree / "evakernels/_ops.so"
     entry = re.compile(rb"\.entry [^(]*gelu_forward[^(]*\(.*?\n\}", re.DOTALL)
@@ -64,26 +58,11 @@ def test_wrong_kernel_is_a_failure(tree):
     assert ["gelu_forward" in failure for failure in results["first light"]["failures"]] == [True], output
 
 
-@pytest.mark.parametrize(
-    ("planted", "message"),
-    [("import os; os.kill(os.getpid(), 11)", "crashed"), ("import time; time.sleep(99)", "crashed")],
-)
-def test_crash_or_hang_costs_one_test(tree, planted, message):
-    file = tree / "tests/evakernels/test_first_light.py"
+@pytest.mark.parametrize("planted", ["import os; os.kill(os.getpid(), 11)", "import time; time.sleep(99)"])
+def test_crash_or_hang_costs_one_test(tree, planted):
+    file, check = tree / "tests/evakernels/test_first_light.py", tree / "benchmarks/gpu_check.py"
     file.write_text(file.read_text() + f"\n\ndef test_planted_gelu():\n    {planted}\n")
-    check = tree / "benchmarks/gpu_check.py"
     check.write_text(check.read_text().replace('"--test-seconds", "60"', '"--test-seconds", "20"'))
     status, results, output = rehearse(tree, "first light", "gelu")
     assert status == 1, output
-    assert message in output
     assert "1 failed, 2 passed" in results["first light"]["summary"], output
-
-
-def test_missing_library_is_a_failure(tree):
-    (tree / "evakernels/_ops.so").unlink()
-    file = tree / "tests/evakernels/test_first_light.py"
-    file.write_text(
-        file.read_text().replace('DEVICE.type == "cpu"', "False").replace('DEVICE.type == "cuda":', "True:")
-    )
-    status, _, output = rehearse(tree, "first light", "gelu")
-    assert status == 1, output

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from optimizer_checks import (
@@ -46,8 +44,10 @@ def by_hand(variant, params, all_grads):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", [{}, {"variant": "deepspeed"}], ids=["default", "deepspeed"])
-def test_lamb_equals_the_formula(options, dtype, tolerance):
-    params, all_grads = tensors(0), [tensors(seed) for seed in range(1, 6)]
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_lamb_equals_the_formula(size, options, dtype, tolerance):
+    """Also of parameters whose ratio DeepSpeed's form clips."""
+    params, all_grads = [size * param for param in tensors(0)], [tensors(seed) for seed in range(1, 6)]
     optimizer = optimizer_of([p.to(dtype) for p in params], Lamb, **options)
     for grads in all_grads:
         step(optimizer, grads)
@@ -64,33 +64,6 @@ def test_state_dict_keeps_its_variant():
         step(optimizer, tensors(1))
     for got, expected in zip(parameters(resumed), parameters(former), strict=True):
         assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_default_equals_timm(dtype, tolerance):
-    optim = pytest.importorskip("timm.optim")
-    ours = optimizer_of(tensors(0, dtype), Lamb)
-    groups = copy.deepcopy([{k: g[k] for k in ("params", "lr", "weight_decay")} for g in ours.param_groups])
-    theirs = optim.Lamb(groups, betas=BETAS, eps=EPS, max_grad_norm=None)
-    for seed in range(1, 6):
-        step(ours, tensors(seed, dtype))
-        step(theirs, tensors(seed, dtype))
-    for got, expected in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(("size", "ratio"), [(1e-6, 0.01), (1e6, 10.0)])
-def test_the_ratio_is_clipped_in_deepspeed_only(size, ratio):
-    start = torch.full((4,), size, dtype=torch.float64)
-    for variant in VARIANTS:
-        optimizer = lamb_of([start], variant, [0.1], [1e-9])
-        step(optimizer, [torch.ones(4, dtype=torch.float64)])
-        moved = (start - parameters(optimizer)[0].detach()) / 0.1
-        if variant == "deepspeed":
-            # At step 1 the direction is 0.1 / sqrt(0.02) and the correction its inverse.
-            torch.testing.assert_close(moved, torch.full_like(start, ratio), rtol=2e-3, atol=0)
-        else:
-            torch.testing.assert_close(moved, start, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -138,59 +111,6 @@ def test_one_call_is_both_phases_to_the_bit(variant, dtype, skipped):
     evakernels.lamb_apply(apart[0], *apart[2:], norms, lrs, decays, **options)
     assert all(map(torch.equal, everything(at_once), everything(apart)))
     assert skipped == torch.equal(at_once[0][0], before[0][0])
-
-
-def test_ops_default_to_the_optimizers_variant():
-    """One step of the ops, with their default and in two phases, is one of `optim.Lamb` with its own."""
-    optimizer = optimizer_of(tensors(0), Lamb)
-    step(optimizer, tensors(1))
-    for in_phases in (False, True):
-        params, grads = tensors(0), tensors(1)
-        state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-        steps, options = [torch.zeros(()) for _ in params], {"betas": BETAS, "eps": EPS}
-        if in_phases:
-            norms = evakernels.lamb_update(params, grads, *state, steps, DECAYS, **options)
-            evakernels.lamb_apply(params, *state, steps, norms, LRS, DECAYS, **options)
-        else:
-            evakernels.lamb_step(params, grads, *state, steps, LRS, DECAYS, **options)
-        torch.testing.assert_close(params, parameters(optimizer), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_rounds_only_what_is_stored(param_dtype, state_dtype, variant):
-    params, grads = tensors(0, param_dtype), tensors(1, param_dtype)
-    state = [[torch.zeros_like(p, dtype=state_dtype) for p in params] for _ in range(2)]
-    exact = ([p.double() for p in params], [g.double() for g in grads], *([s.double() for s in half] for half in state))
-    options = {"betas": BETAS, "eps": EPS, "variant": variant}
-    for w, g, m, v in ((params, grads, *state), exact):
-        steps = [torch.zeros(()) for _ in w]
-        norms = evakernels.lamb_update(w, g, m, v, steps, DECAYS, **options)
-        evakernels.lamb_apply(w, m, v, steps, norms, LRS, DECAYS, **options)
-    for got, expected in zip(params, exact[0], strict=True):
-        # The state is rounded before it is used; its error moves the parameter by a share of its step.
-        slack = torch.finfo(param_dtype).eps + 0.3 * torch.finfo(state_dtype).eps
-        torch.testing.assert_close(got.double(), expected, rtol=slack, atol=slack)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_resume_is_bit_exact(variant, dtype, tmp_path):
-    straight, first = (lamb_of(tensors(0, dtype), variant) for _ in range(2))
-    for seed in range(1, 4):
-        step(straight, tensors(seed))
-        step(first, tensors(seed))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = lamb_of(parameters(first), variant)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for seed in range(4, 7):
-        step(straight, tensors(seed))
-        step(second, tensors(seed))
-    for a, b in zip(parameters(straight), parameters(second), strict=True):
-        assert torch.equal(a, b)
-        assert second.state[b]["exp_avg"].dtype == torch.float32
-    assert second.state_dict()["param_groups"] == straight.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -43,14 +43,6 @@ def test_linear_as_accurate_as_torch(direct, inner, columns, bias):
     assert direct
 
 
-def test_linear_strided_inputs(direct):
-    x, weight, bias = _inputs(33, 40, 70)
-    with torch.no_grad():
-        torch.testing.assert_close(linear(x[:, :1], weight, bias), F.linear(x[:, :1], weight, bias))
-        torch.testing.assert_close(linear(x.transpose(1, 2), weight[:, :33]), F.linear(x.mT, weight[:, :33]))
-    assert len(direct) == 2
-
-
 def test_linear_result_may_change_in_place(direct):
     leaves = [t.requires_grad_() for t in _inputs(3, 5, 4)]
     ours, theirs = (
@@ -99,16 +91,6 @@ def test_linear_uses_changed_weight(direct):
         module.weight.data.copy_(torch.ones(4, 5))
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
     assert len(direct) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "avx512", "expected"),
-    [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel(R) Xeon(R)", True, False)],
-)
-def test_linear_float32_uses_faster_library(monkeypatch, name, avx512, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": avx512})
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert (torch.float32 in _module.served_dtypes.__wrapped__()) is expected
 
 
 def test_linear_forward_mode_and_batched_gradients(direct):

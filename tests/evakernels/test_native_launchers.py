@@ -53,93 +53,73 @@ def same(name: str, inputs: tuple[Any, ...], more: tuple[Any, ...], operator: st
     return result
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rms", [False, True])
-def test_layer_norm(dtype: torch.dtype, rms: bool) -> None:
-    x, dy, weight, bias = normal(3, 5, 50, dtype=dtype), normal(3, 5, 50, dtype=dtype, seed=1), normal(50), normal(50)
-    _, *moments = same("layer_norm_forward", (x, weight, bias), (EPS, rms), eps=EPS, rms=rms)
-    same("layer_norm_backward", (dy, x, weight, *moments), (rms, [True, True]), rms=rms)
+def pair(
+    op: str,
+    forward: tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]],
+    backward: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    """Both passes of an op; `backward` makes the arguments from the forward pass's results."""
+    launcher = op.replace("packed", "rope")
+    results = same(f"{launcher}_forward", *forward[:2], f"{op}_forward", **forward[2])
+    inputs, more, options = backward(*([results] if isinstance(results, Tensor) else results))
+    same(f"{launcher}_backward", inputs, more, f"{op}_backward", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_add_layer_norm(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
-    residual, branch, dy, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(4))
-    affine = (normal(40), normal(40, seed=1))
+def test_norms_match_operators(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
+    residual, x, dy, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(4))
+    affine, options = (normal(40), normal(40, seed=1)), {"eps": EPS, "rms": rms}
     scales = (normal(40, seed=2), normal(3)) if scaled else (None, None)
-    given = (residual, branch, *affine, *scales)
-    _, x, *moments = same("add_layer_norm_forward", given, (EPS, rms), eps=EPS, rms=rms)
-    given, wanted = (dy, dx, x, branch, affine[0], *scales, *moments), [scaled, True, True, scaled]
-    same("add_layer_norm_backward", given, (rms, wanted), rms=rms)
+    pair(
+        "layer_norm",
+        ((x, *affine), (EPS, rms), options),
+        lambda y, *moments: ((dy, x, affine[0], *moments), (rms, [True, True]), {"rms": rms}),
+    )
+    wanted = [scaled, True, True, scaled]
+    pair(
+        "add_layer_norm",
+        ((residual, x, *affine, *scales), (EPS, rms), options),
+        lambda y, total, *moments: ((dy, dx, total, x, affine[0], *scales, *moments), (rms, wanted), {"rms": rms}),
+    )
+    pair(
+        "layer_norm_add",
+        ((residual, x, *affine, *scales), (EPS, rms), options),
+        lambda y, *moments: ((dx, x, *affine, *scales, *moments), (rms, [True, True, scaled]), {"rms": rms}),
+    )
 
 
 def test_norms_with_bf16_output() -> None:
     x, dy, weight = normal(3, 5, 40), normal(3, 5, 40, seed=1, dtype=torch.bfloat16), normal(40)
-    _, *moments = same("layer_norm_forward", (x, weight, weight), (EPS, False, torch.bfloat16), eps=EPS)
-    same("layer_norm_backward", (dy, x, weight, *moments), (False, [True, True]))
-    given = (x, dy, weight, None, None, None)
-    _, total, *moments = same("add_layer_norm_forward", given, (EPS, True, torch.bfloat16), eps=EPS, rms=True)
-    given = (dy, x, total, dy, weight, None, None, *moments)
-    same("add_layer_norm_backward", given, (True, [False, True, False, False]), rms=True)
-
-
-def test_unsupported_dtype_of_y_is_refused() -> None:
-    half, rows, none = normal(3, 40).half(), (torch.empty(3), torch.empty(3)), (None, None, None, None)
-    with pytest.raises(ValueError, match=r"^y is bfloat16 beside float16"):
-        _C.layer_norm_forward(half, None, None, half.bfloat16(), *rows)
-    with pytest.raises(ValueError, match=r"^weight must be"):
-        _C.layer_norm_forward(half, normal(40).bfloat16(), None, half.float(), *rows)
-    x = half.float()
-    with pytest.raises(ValueError, match=r"^dy is bfloat16 beside float32"):
-        _C.add_layer_norm_backward(half.bfloat16(), x, x, x, *none[:3], *rows, x.clone(), None, None, None, None)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [40, 42])
-def test_layer_scale_gradient_without_dbranch(dtype: torch.dtype, width: int) -> None:
-    dy, dx, x, branch = (normal(3, 5, width, dtype=dtype, seed=seed) for seed in range(4))
-    weight, layer_scale, row_scale = normal(width), normal(width, seed=2), normal(3)
-    mean, rstd = normal(3, 5), normal(3, 5, seed=1).abs()
-    arguments = (dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd)
-    expected = native.add_layer_norm_backward(*arguments, False, [True] * 4)
-    gradients = like(expected)
-    without = [None if i == 1 else gradient for i, gradient in enumerate(gradients)]
-    _C.add_layer_norm_backward(*arguments, *without)
-    for i, gradient in enumerate(without):
-        assert gradient is None or torch.equal(gradient, expected[i])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_layer_norm_add(dtype: torch.dtype, scaled: bool) -> None:
-    residual, branch, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(3))
-    parameters = (normal(40), normal(40, seed=1), *((normal(40, seed=2), normal(3)) if scaled else (None, None)))
-    _, *moments = same("layer_norm_add_forward", (residual, branch, *parameters), (EPS, False), eps=EPS)
-    same("layer_norm_add_backward", (dx, branch, *parameters, *moments), (False, [True, True, scaled]))
-
-
-@gpu_kernels
-def test_gpu_refuses_branch_of_other_half_type() -> None:
-    residual, branch = normal(3, 40, dtype=torch.float16), normal(3, 40, dtype=torch.bfloat16)
-    none, rows = (None, None, None, None), (torch.empty(3), torch.empty(3))
-    for call in (
-        lambda: _C.add_layer_norm_forward(residual, branch, *none, residual.clone(), residual.clone(), *rows),
-        lambda: _C.layer_norm_add_backward(residual, branch, *none, *rows, branch.clone(), None, None, None),
-        lambda: native.add_layer_norm_forward(residual, branch, *none, EPS, False),
-    ):
-        with pytest.raises(ValueError, match="branch is bfloat16 beside float16"):
-            call()
+    pair(
+        "layer_norm",
+        ((x, weight, weight), (EPS, False, torch.bfloat16), {"eps": EPS}),
+        lambda y, *moments: ((dy, x, weight, *moments), (False, [True, True]), {}),
+    )
+    with pytest.raises(ValueError, match="y is bfloat16 beside float16"):
+        _C.layer_norm_forward(x.half(), None, None, dy, torch.empty(15), torch.empty(15))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 def test_swiglu_packed_projection(dtype: torch.dtype, normed: bool) -> None:
     gate, up = normal(2, 7, 48, dtype=dtype).chunk(2, -1)
-    dout = normal(2, 7, 24, dtype=dtype)
     weight, bias = (normal(24), normal(24, seed=1)) if normed else (None, None)
-    _, *moments = same("swiglu_forward", (gate, up, weight, bias), (EPS,), eps=EPS)
-    same("swiglu_backward", (dout, gate, up, weight, *moments), ([normed, normed],))
+    dout = normal(2, 7, 24, dtype=dtype)
+    pair(
+        "swiglu",
+        ((gate, up, weight, bias), (EPS,), {"eps": EPS}),
+        lambda out, *moments: ((dout, gate, up, weight, *moments), ([normed, normed],), {}),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gelu(dtype: torch.dtype, form: str) -> None:
+    x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
+    number, options = FORMS.index(form), {"approximate": form}
+    pair("gelu", ((x, bias), (number,), options), lambda out: ((dout, x, bias), (number, [True]), options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,7 +127,7 @@ def test_swiglu_packed_projection(dtype: torch.dtype, normed: bool) -> None:
 def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
     patches, prefix, pos_embed = normal(2, 6, 10, dtype=dtype), normal(1, 10, dtype=dtype), normal(7, 10, dtype=dtype)
     if by_channel:
-        patches = patches.transpose(1, 2).contiguous().transpose(1, 2)
+        patches = patches.mT.contiguous().mT
     token_index = torch.tensor([[4, 0, 5], [1, 2, 3]])
     expected = native.token_dropout_forward(patches, token_index, prefix, pos_embed)
     (out,) = like((expected,))
@@ -157,7 +137,7 @@ def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
 
 
 @pytest.mark.parametrize("nvlamb", [False, True])
-def test_lamb(nvlamb: bool) -> None:
+def test_lamb_phases(nvlamb: bool) -> None:
     decays, lrs, betas = [0.05, 0.0], [0.1, 0.2], (0.9, 0.98)
     scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
     (params, grads, *state), theirs = states(), states()
@@ -167,107 +147,89 @@ def test_lamb(nvlamb: bool) -> None:
     expected = native.lamb_update(*theirs, decays, (*betas, EPS), nvlamb, scale, found_inf)
     assert torch.equal(norms, expected)
     _C.lamb_apply(params, *state, norms, lrs, decays, **options)
-    params_of_theirs, _, *state_of_theirs = theirs
     numbers = lrs, decays, (*betas, EPS)
-    native.lamb_apply(params_of_theirs, *state_of_theirs, expected, *numbers, nvlamb, found_inf, [], [])
-    for ours, other in zip([params, *state], [params_of_theirs, *state_of_theirs], strict=True):
+    native.lamb_apply(theirs[0], *theirs[2:], expected, *numbers, nvlamb, found_inf, [], [])
+    for ours, other in zip([params, *state], [theirs[0], *theirs[2:]], strict=True):
         assert_same(ours, tuple(other))
 
 
-RATES = [0.1, 0.2], [0.05, 0.0]
-
-
-def stepped(dtype: torch.dtype, flags: Any = (None, None), seeds: Any = (), firsts: Any = ()) -> list[Tensor]:
-    """The parameters after a step, asserted to equal the operator's."""
+def step_lamb(dtype: torch.dtype, flags: Any = (None, None), **rounding: Any) -> list[Tensor]:
+    """Returns the parameters after a step, asserted to equal the operator's."""
     ours, theirs = states(), states()
     for state in (ours, theirs):
         state[0] = [param.to(dtype) for param in state[0]]
-    numbers = {"seeds": list(seeds), "first_elements": list(firsts)}
+    rates, numbers = ([0.1, 0.2], [0.05, 0.0]), {"seeds": [], "first_elements": []} | rounding
     options = {"beta1": 0.9, "beta2": 0.98, "eps": EPS, "grad_scale": flags[0], "found_inf": flags[1]}
-    _C.lamb_step(*ours, *RATES, **options, **numbers)
-    native.lamb_step(*theirs, *RATES, (0.9, 0.98, EPS), False, *flags, *numbers.values())
+    _C.lamb_step(*ours, *rates, **options, **numbers)
+    native.lamb_step(*theirs, *rates, (0.9, 0.98, EPS), False, *flags, *numbers.values())
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, tuple(b))
     return ours[0]
 
 
-def test_lamb_step():
-    """Rounded stochastically only where seeds are given: in bfloat16, by the same numbers."""
-    for flags in ((None, None), (torch.tensor(4.0), torch.tensor(0.0))):
-        stepped(torch.float32, flags)
-    nearest, stochastic = stepped(torch.bfloat16), stepped(torch.bfloat16, seeds=(3, 4), firsts=(0, 1000))
+def test_lamb_step() -> None:
+    step_lamb(torch.float32, (torch.tensor(4.0), torch.tensor(0.0)))
+    rounding = {"seeds": [3, 4], "first_elements": [0, 1000]}
+    nearest, stochastic = step_lamb(torch.bfloat16), step_lamb(torch.bfloat16, **rounding)
     assert not all(map(torch.equal, stochastic, nearest))
     with pytest.raises(ValueError, match="params must be bfloat16 where there are seeds"):
-        stepped(torch.float32, seeds=(3, 4), firsts=(0, 1000))
+        step_lamb(torch.float32, **rounding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_gelu(dtype: torch.dtype, form: str) -> None:
-    x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
-    number = FORMS.index(form)
-    same("gelu_forward", (x, bias), (number,), approximate=form)
-    same("gelu_backward", (dout, x, bias), (number, [True]), approximate=form)
+def attention_calls() -> dict[str, Any]:
+    """By name: the op, q, k and v in float32, and the options of the launcher."""
+    grid, rows = normal(2, 3, 4), normal(9, 8)
+    index, offsets = torch.tensor([[8, 0, 3, 4], [1, 2, 0, 7]]), torch.tensor([0, 2, 2, 9])
+    tokens = torch.tensor([-1, 0, 8, 3, 3, -1, 7, 1, 2])
+
+    def rotary(angles: Tensor) -> dict[str, Tensor]:
+        return {"cos": angles.cos(), "sin": angles.sin()}
+
+    qkv, packed = normal(2, 5, 3, 2, 16).unbind(2), normal(9, 3, 2, 16).unbind(1)
+    fewer_keys = normal(2, 5, 4, 16), *normal(2, 3, 2, 2, 16, seed=1).unbind(2)
+    grouped = normal(9, 8, 16).split((4, 2, 2), 1)
+    sequences = {"cu_seqlens": offsets, "max_seqlen": 7}
+    images, halves = {"token_index": index, "num_prefix": 1, "causal": True}, {"causal": True, "interleaved": False}
+    return {
+        "rotated": ("rope_attention", qkv, rotary(rows) | images),
+        "compact": ("rope_attention", qkv, rotary(grid) | images),
+        "fewer keys": ("rope_attention", fewer_keys, {"causal": True}),
+        "packed": ("packed_attention", packed, sequences),
+        "packed, in order": ("packed_attention", grouped, sequences | rotary(rows) | halves),
+        "packed, rows": ("packed_attention", grouped, sequences | rotary(rows) | halves | {"token_index": tokens}),
+        "packed, grid": ("packed_attention", grouped, sequences | rotary(grid) | halves | {"token_index": tokens}),
+    }
+
+
+@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", attention_calls())
+def test_attention(name: str, dtype: torch.dtype) -> None:
+    op, qkv, options = attention_calls()[name]
+    qkv = [x.to(dtype) for x in qkv]
+    table = options.get("cos"), options.get("sin"), options.get("token_index")
+    sizes = (options["max_seqlen"],) if op == "packed_attention" else (options.get("num_prefix", 0),)
+    offsets = (options["cu_seqlens"],) if op == "packed_attention" else ()
+    more = (*offsets, *table, *sizes, options.get("causal", False), options.get("interleaved", True), 0.3)
+    options = options | {"scale": 0.3}
+    pair(op, (qkv, more, options), lambda *results: ((qkv[0], *qkv, *results), more, options))
 
 
 @gpu_kernels
-def test_gpu_refuses_float32_attention() -> None:
+def test_gpu_refuses_dtypes() -> None:
     q, offsets = normal(9, 2, 16), torch.tensor([0, 9])
-    for call in (
-        lambda: _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=offsets, max_seqlen=9, scale=1.0
+    residual, branch = normal(3, 40, dtype=torch.float16), normal(3, 40, dtype=torch.bfloat16)
+    for message, call in (
+        (
+            "attention of float32 has no CUDA kernels",
+            lambda: native.packed_attention_forward(q, q, q, offsets, None, None, None, 9, True, True, 1.0),
         ),
-        lambda: native.packed_attention_forward(q, q, q, offsets, None, None, None, 9, True, True, 1.0),
-        lambda: native.rope_attention_forward(q[None], q[None], q[None], None, None, None, 0, True, True, 1.0),
+        (
+            "branch is bfloat16 beside float16",
+            lambda: native.add_layer_norm_forward(residual, branch, None, None, None, None, EPS, False),
+        ),
     ):
-        with pytest.raises(ValueError, match=r"attention of float32 has no CUDA kernels; .* Triton's"):
+        with pytest.raises(ValueError, match=message):
             call()
-
-
-@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("compact", [False, True])
-def test_rope_attention(dtype: torch.dtype, compact: bool) -> None:
-    q, k, v = normal(2, 5, 3, 2, 16, dtype=dtype).unbind(2)
-    angles = normal(2, 3, 4) if compact else normal(9, 8)
-    cos, sin, index = angles.cos(), angles.sin(), torch.tensor([[8, 0, 3, 4], [1, 2, 0, 7]])
-    more = (cos, sin, index, 1, True, True, 0.3)
-    options = {"cos": cos, "sin": sin, "token_index": index, "num_prefix": 1, "causal": True, "scale": 0.3}
-    results = same("rope_attention_forward", (q, k, v), more, **options)
-    same("rope_attention_backward", (normal(2, 5, 2, 16, dtype=dtype, seed=1), q, k, v, *results), more, **options)
-
-
-@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-def test_packed_attention(dtype: torch.dtype, causal: bool) -> None:
-    q, k, v = normal(9, 3, 2, 16, dtype=dtype).unbind(1)
-    offsets = torch.tensor([0, 2, 2, 9])
-    more = (offsets, None, None, None, 7, causal, True, 0.3)
-    options = {"cu_seqlens": offsets, "max_seqlen": 7, "causal": causal, "scale": 0.3}
-    results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
-    same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
-
-
-@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["in order", "rows", "grid"])
-def test_packed_attention_rotated_grouped_heads(dtype: torch.dtype, form: str) -> None:
-    q, k, v = normal(9, 8, 16, dtype=dtype).split((4, 2, 2), 1)
-    cu_seqlens = torch.tensor([0, 2, 2, 9])
-    angles = normal(2, 3, 4) if form == "grid" else normal(9, 8)
-    index = None if form == "in order" else torch.tensor([-1, 0, 8, 3, 3, -1, 7, 1, 2])
-    cos, sin = angles.cos(), angles.sin()
-    more = (cu_seqlens, cos, sin, index, 7, True, False, 0.3)
-    options = {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin, "token_index": index, "max_seqlen": 7}
-    options |= {"causal": True, "interleaved": False, "scale": 0.3}
-    results = same("rope_attention_forward", (q, k, v), more, "packed_attention_forward", **options)
-    same("rope_attention_backward", (q, q, k, v, *results), more, "packed_attention_backward", **options)
-
-
-@pytest.mark.parametrize("dtype", [*ATTENTION_FLOAT32, torch.bfloat16, torch.float16], ids=str)
-def test_rope_attention_grouped_heads_fewer_keys(dtype: torch.dtype) -> None:
-    q, k, v = normal(2, 5, 4, 16, dtype=dtype), *normal(2, 3, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
-    more = (None, None, None, 0, True, True, 0.3)
-    results = same("rope_attention_forward", (q, k, v), more, causal=True, scale=0.3)
-    same("rope_attention_backward", (normal(2, 5, 4, 16, dtype=dtype), q, k, v, *results), more, causal=True, scale=0.3)
 
 
 @pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="the kernels for GPUs serve the CPU here")

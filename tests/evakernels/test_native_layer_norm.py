@@ -14,7 +14,6 @@ from op_checks import DTYPES, assert_threads_change_no_bit
 from torch import Tensor
 
 import evakernels
-from evakernels import _native
 
 _C = pytest.importorskip("evakernels._C", reason="the native library is not built")
 
@@ -43,31 +42,6 @@ def norm_inputs(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * 2 + 1.5
     return x, torch.randn(shape[-1], generator=generator), torch.randn(shape[-1], generator=generator)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_float32_parameters_of_a_half_row(isa: str, dtype: torch.dtype) -> None:
-    x, weight, bias = norm_inputs(33, 50)
-    x = x.to(dtype)
-    y, mean, rstd = launch_forward(x, weight, bias, isa=isa)
-    exact = F.layer_norm(x.double(), (50,), weight.double(), bias.double(), EPS)
-    torch.testing.assert_close(y, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-    dy = torch.randn_like(x)
-    _, dweight, dbias = launch_backward(dy, x, weight, mean, rstd, isa=isa)
-    assert dweight.dtype == torch.float32
-    torch.testing.assert_close(dbias, dy.double().sum(0).float(), rtol=1e-5, atol=1e-5)
-    normalised = F.layer_norm(x.double(), (50,), eps=EPS)
-    torch.testing.assert_close(dweight, (dy.double() * normalised).sum(0).float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_large_mean_keeps_its_variance(isa: str) -> None:
-    # One pass over sums of squares would lose all digits here.
-    x = torch.randn(3, 771, generator=torch.Generator().manual_seed(0)) + 4096.0
-    y, _, _ = launch_forward(x, None, None, isa=isa)
-    exact = F.layer_norm(x.double(), (771,), eps=EPS)
-    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -125,38 +99,6 @@ def test_threads_do_not_change_the_result() -> None:
     assert_threads_change_no_bit(evakernels.layer_norm, norm_inputs(1500, 133))
 
 
-@pytest.mark.parametrize("rms", [False, True])
-def test_torch_op_equals_launcher(rms: bool) -> None:
-    x, weight, bias = norm_inputs(4, 6, 50)
-    weight = weight[:, None].expand(-1, 2)[:, 0]  # not contiguous
-    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
-    dy = torch.randn(50).expand(4, 6, 50)
-    y, mean, rstd = native.layer_norm_forward(strided, weight, bias, EPS, rms)
-    dx, dweight, dbias = native.layer_norm_backward(dy, strided, weight, mean, rstd, rms, [True, True])
-    expected = launch_forward(x, weight.contiguous(), bias, rms=rms)
-    expected_gradients = launch_backward(dy.contiguous(), x, weight.contiguous(), *expected[1:], rms=rms)
-    assert mean.shape == ((0,) if rms else (4, 6))
-    assert torch.equal(y, expected[0])
-    for ours, theirs in zip((dx, dweight, dbias), expected_gradients, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.zeros(2, 8).double(), None, None), "float32, bfloat16 and float16"),
-        ((torch.zeros(()), None, None), "at least one dimension"),
-        ((torch.zeros(2, 8), torch.zeros(7), None), "8 columns"),
-        ((torch.zeros(2, 8), torch.zeros(8).half(), None), "weight must be float32 or of x's dtype"),
-        ((torch.zeros(2, 8).half(), torch.zeros(8).half(), torch.zeros(8)), "of weight's dtype"),
-    ],
-)
-def test_torch_op_refuses(arguments: tuple[Tensor | None, ...], message: str) -> None:
-    # The C++ exception is a ValueError up to torch 2.13; torch 2.15 makes every exception of such an op a RuntimeError.
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        native.layer_norm_forward(*arguments, EPS, False)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_launcher_takes_numpy_arrays(dtype: type) -> None:
     x = np.random.default_rng(0).standard_normal((6, 20)).astype(dtype)
@@ -175,10 +117,8 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     ("x", "y", "error", "message"),
     [
         ([1.0], np.zeros(1, np.float32), TypeError, "x must be a NumPy array"),
-        (np.zeros((2, 4)), torch.zeros(2, 4), TypeError, "x has buffer format 'd'"),
         (torch.zeros(2, 4).double(), torch.zeros(2, 4), TypeError, "x has an unsupported dtype"),
         (torch.zeros(4, 2).t(), torch.zeros(2, 4), ValueError, "x must be dense"),
-        (np.zeros((4, 2), np.float32).T, torch.zeros(2, 4), ValueError, "x must be dense"),
         (torch.zeros(2, 4), torch.zeros(2, 5), ValueError, r"y has shape \[2, 5\], but must have \[2, 4\]"),
         (torch.zeros(2, 4), _frozen(np.zeros((2, 4), np.float32)), ValueError, "y is read-only"),
         (torch.zeros(3, 4), torch.zeros(3, 4), ValueError, "one element for each of the 3 rows"),
@@ -189,18 +129,13 @@ def test_launcher_refuses(x: Any, y: Any, error: type[Exception], message: str) 
         _C.layer_norm_forward(x, None, None, y, torch.zeros(2), torch.zeros(2))
 
 
-def test_unknown_instruction_set() -> None:
-    x = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match="unknown instruction set 'avx9'; available: baseline"):
-        launch_forward(x, None, None, isa="avx9")
-
-
-def test_instruction_set_that_this_machine_lacks() -> None:
+def test_instruction_set_that_cannot_run() -> None:
     lacking = set(_C.build_info()["isas_built"]) - set(ISAS)
-    if not lacking:
-        pytest.skip("this machine runs every instruction set that was built")
-    for isa in lacking:
-        with pytest.raises(ValueError, match=f"lacks the instruction set '{isa}'"):
+    messages = {"avx9": "unknown instruction set 'avx9'"} | {
+        isa: f"lacks the instruction set '{isa}'" for isa in lacking
+    }
+    for isa, message in messages.items():
+        with pytest.raises(ValueError, match=message):
             launch_forward(torch.zeros(2, 4), None, None, isa=isa)
 
 
@@ -227,12 +162,3 @@ def test_environment_with_a_wrong_name() -> None:
     assert len(lines) == 2
     for line in lines:
         assert "EVAKERNELS_ISA: unknown instruction set 'sse9'; available: baseline" in line
-
-
-def test_registration_is_seen() -> None:
-    assert _native.LOADED
-    assert _native.REASON is None
-    assert _native.implemented("layer_norm_forward", "cpu")
-    assert _native.implemented("layer_norm_forward", "cuda") == bool(_C.build_info()["cuda_archs"])
-    assert not _native.implemented("layer_norm_forward", "mps")
-    assert not _native.implemented("no_such_op", "cpu")

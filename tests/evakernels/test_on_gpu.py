@@ -3,6 +3,8 @@
 What needs no stream or graph runs on a CPU too, at sizes of its own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from on_device import DEVICE
@@ -15,12 +17,6 @@ import evakernels
 
 ON_GPU = DEVICE.type == "cuda"
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: --device cuda")
-WRITING = [op for op in CALLS if op.startswith(("adamw", "lamb"))]
-DTYPES = [torch.bfloat16, torch.float32]
-every_op = pytest.mark.parametrize("op", DIFFERENTIABLE)
-every_writing_op = pytest.mark.parametrize("op", WRITING)
-every_flag = pytest.mark.parametrize("found_inf", [0.0, 1.0])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def results(function, given):
@@ -32,16 +28,29 @@ def results(function, given):
     return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
 
 
-def inputs_of(op, dtype):
-    return [t.to(dtype) for t in DIFFERENTIABLE[op][2]]
+def written(op, arguments):
+    """What a call of an optimizer's op leaves in its arguments, and what it returns."""
+    returned = getattr(evakernels, op)(**arguments)
+    return [t for t in tree_flatten((arguments, returned))[0] if isinstance(t, Tensor)]
 
 
-def step_of(op, found_inf):
-    return CALLS[op] | {"found_inf": torch.tensor(found_inf)}
+def calls():
+    """Name, a function of the arguments that returns all tensors that a call computes or writes, and arguments."""
+    for name, (function, _, given) in DIFFERENTIABLE.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"{name}-{dtype}", partial(results, function), [t.to(dtype) for t in given]
+    for op, arguments in CALLS.items():
+        for found_inf in (0.0, 1.0) if op.startswith(("adamw", "lamb")) else ():
+            yield f"{op}-{found_inf}", partial(written, op), arguments | {"found_inf": torch.tensor(found_inf)}
 
 
-def clone(arguments):
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
+EVERY = {name: (call, arguments) for name, call, arguments in calls()}
+every_call = pytest.mark.parametrize(("call", "arguments"), EVERY.values(), ids=EVERY)
+
+
+def scaled(arguments, factor):
+    """A copy, of which the floating-point tensors are multiplied by a factor."""
+    return tree_map(lambda t: t * (factor if t.is_floating_point() else 1) if isinstance(t, Tensor) else t, arguments)
 
 
 def copy(target, source):
@@ -50,25 +59,20 @@ def copy(target, source):
             a.copy_(b)
 
 
-def written(op, arguments):
-    """What a call of an optimizer's op leaves in its arguments, and what it returns."""
-    returned = getattr(evakernels, op)(**arguments)
-    return [t for t in tree_flatten((arguments, returned))[0] if isinstance(t, Tensor)]
-
-
 def assert_equal(actual, expected):
     assert len(actual) == len(expected) > 0
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, b), (i, a, b)
 
 
-# --- streams --------------------------------------------------------------------------------------------------------
+# --- streams and captured graphs ------------------------------------------------------------------------------------
 
 
-def on_a_late_stream(call, arguments):
-    """`call(arguments)` on a stream that writes the arguments late: what doesn't wait for it sees zeros."""
-    late = tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else t, arguments)
-    call(clone(arguments))  # compiled and loaded before
+@NEEDS_GPU
+@every_call
+def test_another_stream(call, arguments):
+    """The stream writes the arguments late: what doesn't wait for it reads zeros."""
+    late, expected = scaled(arguments, 0), call(scaled(arguments, 1))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -76,68 +80,27 @@ def on_a_late_stream(call, arguments):
         copy(late, arguments)
         found = call(late)
     stream.synchronize()
-    return found
+    assert_equal(found, expected)
 
 
 @NEEDS_GPU
-@every_dtype
-@every_op
-def test_another_stream(op, dtype):
-    given = inputs_of(op, dtype)
-    call = lambda t: results(DIFFERENTIABLE[op][0], t)  # noqa: E731
-    assert_equal(on_a_late_stream(call, given), call(given))
-
-
-@NEEDS_GPU
-@every_flag
-@every_writing_op
-def test_another_stream_of_an_optimizer(op, found_inf):
-    step = step_of(op, found_inf)
-    assert_equal(on_a_late_stream(lambda t: written(op, t), step), written(op, clone(step)))
-
-
-# --- captured graphs ------------------------------------------------------------------------------------------------
-
-
-def captured(call):
-    """`call` as a graph, and what a replay writes into."""
+@every_call
+def test_captured_graph_replays_new_values(call, arguments):
+    static, eager = scaled(arguments, 1), scaled(arguments, 1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            call()
+            call(static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = call()
-    return graph, found
-
-
-@NEEDS_GPU
-@every_dtype
-@every_op
-def test_captured_graph_replays_new_values(op, dtype):
-    function, given = DIFFERENTIABLE[op][0], inputs_of(op, dtype)
-    static = clone(given)
-    graph, found = captured(lambda: results(function, static))
-    for factor in (0.5, 1.5):
-        values = [factor * t for t in given]
-        copy(static, values)
+        found = call(static)
+    for factor in (1.0, 0.5, 3.0):
+        eager = scaled(eager, factor)
+        copy(static, eager)
         graph.replay()
-        assert_equal(found, results(function, values))
-
-
-@NEEDS_GPU
-@every_flag
-@every_writing_op
-def test_captured_optimizer_step_replays(op, found_inf):
-    step = step_of(op, found_inf)
-    static, eager = clone(step), clone(step)
-    graph, found = captured(lambda: written(op, static))
-    copy(static, step)
-    for _ in range(3):
-        graph.replay()
-        assert_equal(found, written(op, eager))
+        assert_equal(found, call(eager))
 
 
 # --- many blocks ----------------------------------------------------------------------------------------------------
@@ -298,11 +261,3 @@ def test_large_batch_loss_memory(backend):
         evakernels.clip_loss(image, text, scale, label_smoothing=0.1).backward()
         evakernels.siglip_loss(image, text, scale, bias).backward()
     assert torch.cuda.max_memory_allocated() - before < 1 << 30
-
-
-def test_token_index_is_sampled_on_device():
-    index = evakernels.sample_token_index(512, 577, 288, device=DEVICE)
-    assert index.device.type == DEVICE.type
-    assert (index.diff(dim=1) > 0).all()
-    assert index.min() >= 0
-    assert index.max() < 577

@@ -3,63 +3,38 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
-from on_device import COMPILED
-from op_checks import DTYPES, OPCHECK_DTYPES, randn
+from op_checks import DTYPES, randn
 from test_rope_attention import attention, expanded, tables_of
 
 import evakernels
-from evakernels import _native, backends
 
 OPS = torch.ops.evakernels
 HEADS, HEAD_DIM = 2, 8
-UNROTATED = (None, None, None)
-LENGTHS = {"several": [3, 1, 0, 17, 3], "one": [5], "none": [0]}
 
 
 def offsets_of(lengths, dtype=torch.int64):
     return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(dtype)
 
 
-def pair(lengths, causal=True, scale=None, dtype=torch.int64):
-    """Our function and torch's on each sequence, over one packed projection [T, 3, H, D]."""
-    offsets = offsets_of(lengths, dtype)
-    longest = max(lengths)
-
-    def ours(qkv):
-        return evakernels.packed_attention(*qkv.unbind(1), offsets, max_seqlen=longest, causal=causal, scale=scale)
-
-    def theirs(qkv):
-        def attend(sequence):
-            q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in sequence.unbind(1))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)[0].transpose(0, 1)
-
-        return torch.cat([attend(s) if len(s) else s[:, 0] for s in qkv.split(lengths)])
-
-    return ours, theirs
-
-
-def rotated_pair(lengths, heads, kv_heads, form, causal=False, interleaved=True):
-    """Our function and torch's over one tensor `[T, H + 2 * Hkv, D]`, with tables of one form."""
-    cu_seqlens, total = offsets_of(lengths), sum(lengths)
+def pair(lengths, heads=HEADS, kv_heads=HEADS, form="unrotated", dtype=torch.int64, **options):
+    """Our function and torch's on each sequence, over one tensor `[T, H + 2 * Hkv, D]`, with tables of one form."""
+    cu_seqlens = offsets_of(lengths, dtype)
     cos, sin, positions, rows = FORMS[form](lengths)
-    options = {"causal": causal, "interleaved": interleaved}
     full = (expanded(cos), expanded(sin)) if form.startswith("grid") else (cos, sin)
+    tables = {"cos": cos, "sin": sin, "positions": positions}
 
     def ours(x):
         given = x.split((heads, kv_heads, kv_heads), 1)
-        more = {"cos": cos, "sin": sin, "positions": positions}
-        return evakernels.packed_attention(*given, cu_seqlens, max_seqlen=max(lengths), **more, **options)
+        return evakernels.packed_attention(*given, cu_seqlens, max_seqlen=max(lengths), **tables, **options)
 
     def theirs(x):
-        parts = zip(x.split(lengths), rows.split(lengths), strict=True)
         found = [
             attention(*(t[None] for t in s.split((heads, kv_heads, kv_heads), 1)), *full, index[None], 0, **options)[0]
-            for s, index in parts
+            for s, index in zip(x.split(lengths), rows.split(lengths), strict=True)
             if len(s)
         ]
         return torch.cat(found)
 
-    assert len(rows) == total
     return ours, theirs
 
 
@@ -86,6 +61,7 @@ def _by_place(lengths, paired=True):
 
 
 FORMS = {
+    "unrotated": lambda lengths: (None, None, None, torch.zeros(sum(lengths), dtype=torch.int64)),
     "in order": _in_order,
     "in order, a table a head": lambda lengths: _in_order(lengths, HEADS),
     "rows": _by_row,
@@ -94,27 +70,27 @@ FORMS = {
 }
 
 
-def shared(lengths, heads, kv_heads, head_dim=HEAD_DIM):
+def shared(lengths, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM):
     return randn(sum(lengths), heads + 2 * kv_heads, head_dim)
 
 
-def packed(lengths, heads=HEADS, head_dim=HEAD_DIM):
-    return randn(sum(lengths), 3, heads, head_dim)
+def packed(lengths):
+    return randn(sum(lengths), 3, HEADS, HEAD_DIM)
 
 
-SEVERAL = LENGTHS["several"]
+SEVERAL = [3, 1, 0, 17, 3]
 CASES = [
-    pytest.param(pair(SEVERAL), [packed(SEVERAL)], id="causal"),
-    pytest.param(pair(SEVERAL, causal=False, scale=0.7), [packed(SEVERAL)], id="both-sides"),
-    pytest.param(pair(LENGTHS["one"], dtype=torch.int32), [packed(LENGTHS["one"])], id="batch-of-one"),
+    pytest.param(pair(SEVERAL, causal=True), [shared(SEVERAL)], id="causal"),
+    pytest.param(pair(SEVERAL, causal=False, scale=0.7), [shared(SEVERAL)], id="both-sides"),
+    pytest.param(pair([5], dtype=torch.int32, causal=True), [shared([5])], id="batch-of-one"),
     *(
-        pytest.param(rotated_pair(SEVERAL, *heads, form, **options), [shared(SEVERAL, *heads)], id=name)
-        for name, heads, form, options in [
-            ("rotated", (2, 2), "in order", {"causal": True}),
-            ("table-a-head", (2, 2), "in order, a table a head", {}),
-            ("rows", (4, 2), "rows", {"interleaved": False}),
-            ("places", (3, 1), "grid by place", {}),
-            ("grid-rows", (2, 1), "grid by row", {"causal": True}),
+        pytest.param(pair(SEVERAL, *heads, form, causal=causal, interleaved=pairs), [shared(SEVERAL, *heads)], id=name)
+        for name, heads, form, causal, pairs in [
+            ("rotated", (2, 2), "in order", True, True),
+            ("table-a-head", (2, 2), "in order, a table a head", False, True),
+            ("rows", (4, 2), "rows", False, False),
+            ("places", (3, 1), "grid by place", False, True),
+            ("grid-rows", (2, 1), "grid by row", True, True),
         ]
     ),
 ]
@@ -131,8 +107,8 @@ TRANSFORMED = ["causal", "rows"]
     ],
 )
 def test_as_accurate_as_torch_around_tile_sizes(lengths, head_dim, causal, dtype):
-    given = [packed(lengths, heads=1, head_dim=head_dim)]
-    op_checks.assert_as_accurate_as_torch(*pair(lengths, causal=causal), given, dtype)
+    given = [shared(lengths, 1, 1, head_dim)]
+    op_checks.assert_as_accurate_as_torch(*pair(lengths, 1, 1, causal=causal), given, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,21 +138,9 @@ def test_mixed_image_sizes_as_accurate_as_torch(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_does_not_change_a_bit(dtype):
     lengths = [40, 3, 0, 90, 17, 60]
-    qkv = packed(lengths, heads=5, head_dim=32).to(dtype)
-    op_checks.assert_threads_change_no_bit(pair(lengths)[0], [qkv])
-    op_checks.assert_threads_change_no_bit(rotated_pair(lengths, 6, 2, "rows")[0], [shared(lengths, 6, 2).to(dtype)])
-
-
-@pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_kernels_serve_it(dtype):
-    """But float32 on a GPU, which the CUDA kernels leave to Triton's."""
-    q, k, v = packed([3]).to(dtype).unbind(1)
-    reasons = backends.why_not(
-        "packed_attention_forward", COMPILED, q, k, v, offsets_of([3]), *UNROTATED, 3, True, True, 0.5
-    )
-    refused = dtype == torch.float32 and _native.runs_gpu_kernels(COMPILED)
-    assert [reason.split(";")[0] for reason in reasons] == ["float32"] * refused
+    for heads, form in (((5, 5), "unrotated"), ((6, 2), "rows")):
+        given = [shared(lengths, *heads).to(dtype)]
+        op_checks.assert_threads_change_no_bit(pair(lengths, *heads, form, causal=True)[0], given)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -201,51 +165,9 @@ def test_a_batch_may_be_empty(lengths):
     assert out.shape == q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-@pytest.mark.parametrize("rotated", [False, True])
-def test_opcheck_of_shared_heads(dtype, rotated):
-    lengths = LENGTHS["several"]
-    cos, sin, _, rows = _by_place(lengths) if rotated else (*UNROTATED, None)
-    rest = (offsets_of(lengths), cos, sin, rows, 17, True, True, 0.5)
-    given = shared(lengths, 4, 2).to(dtype).split((4, 2, 2), 1)
-    op_checks.assert_opcheck_of_attention("packed_attention", *given, rest)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_lse_is_returned_without_a_gradient(causal):
-    q, k, v = (t.requires_grad_() for t in packed([5]).unbind(1))
-    options = {"max_seqlen": 5, "causal": causal, "scale": 0.5, "return_lse": True}
-    out, lse = evakernels.packed_attention(q, k, v, offsets_of([5]), **options)
-    assert out.requires_grad
-    assert not lse.requires_grad
-    scores = 0.5 * torch.einsum("nhd,mhd->hnm", q, k)
-    if causal:
-        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
-    torch.testing.assert_close(lse, scores.logsumexp(-1).detach())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_for_torch(dtype):
-    op_checks.assert_autocast_is_torchs(*pair([5, 2]), packed([5, 2]).float(), dtype)
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-def test_long_table_uses_the_first_rows(per_head):
-    """However many there are, and in whichever order."""
-    q, k, v = (x.float() for x in packed([5, 2]).unbind(1))
-    heads, head_dim = q.shape[1:]
-    angles = randn(*((heads,) if per_head else ()), 1000, head_dim // 2, seed=5).float()
-    positions = torch.tensor([999, 3, -1, 3, 500, 0, 998])
-    short = angles[..., positions.clamp(min=0), :]
-    own = torch.arange(7).masked_fill(positions < 0, -1)
-    options = {"max_seqlen": 5, "causal": False}
-    results = [
-        evakernels.packed_attention(
-            q, k, v, offsets_of([5, 2]), cos=table.cos(), sin=table.sin(), positions=index, **options
-        )
-        for table, index in ((angles, positions), (short, own))
-    ]
-    assert torch.equal(*results)
+    op_checks.assert_autocast_is_torchs(*pair([5, 2], causal=True), shared([5, 2]).float(), dtype)
 
 
 # --- wrong input, for test_wrong_input ------------------------------------------------------------------------------

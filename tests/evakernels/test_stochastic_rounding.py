@@ -5,7 +5,6 @@ from itertools import pairwise
 import pytest
 import torch
 from on_device import COMPILED, DEVICE
-from op_checks import results_of_threads
 from optimizer_checks import SIZES, everything, lists, update
 from torch import nn
 
@@ -62,11 +61,6 @@ def test_other_steps_and_seeds_have_other_numbers(other):
     for shift in (0, 1, 2, 64):
         assert correlation(ours[: len(ours) - shift], others[shift:]) < 5, shift
     assert (ours == others).double().mean() < 1e-4
-
-
-def test_neighbours_have_unrelated_numbers():
-    numbers = bits()
-    assert all(correlation(numbers[:-shift], numbers[shift:]) < 5 for shift in (1, 2, 3, 4, 8, 16, 256, 4096))
 
 
 # --- a rounding -----------------------------------------------------------------------------------------------------
@@ -161,17 +155,6 @@ def test_parts_are_rounded_as_the_whole_is(backend):
             rates = [0.01] * count, [0.05] * count
             evakernels.lamb_apply(state[0], *state[2:], norms.expand(count, 2), *rates, **OPTIONS, **rounding)
     assert torch.equal(torch.cat(parts[0]), whole[0][0])
-
-
-@NATIVE
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_thread_counts_are_bit_equal(kind):
-    def stepped():
-        state = lists(MIXED)
-        step(state, kind)
-        return everything(state)
-
-    assert all(map(torch.equal, *results_of_threads(stepped)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, OPCHECK_DTYPES, assert_opcheck, randn, with_gradients
+from op_checks import DTYPES, randn, with_gradients
 
 import evakernels
 from evakernels import _native
@@ -47,27 +47,7 @@ CASES = [
     for index, *given in VARIANTS
 ]
 QUICK = {"test_compiles_without_graph_break": ["dropped-True-True"]}
-TRANSFORMED = ["dropped-True-True"]
-
-
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-@pytest.mark.parametrize(("token_index", "with_prefix", "with_pos_embed"), VARIANTS)
-def test_opcheck(token_index, with_prefix, with_pos_embed, dtype):
-    given = inputs(with_prefix, with_pos_embed)
-    patches, prefix, pos_embed = (None if t is None else t.to(dtype).requires_grad_() for t in given)
-    assert_opcheck(OPS.token_dropout_forward.default, (patches, token_index, prefix, pos_embed))
-    dout = torch.ones_like(OPS.token_dropout_forward(patches, token_index, prefix, pos_embed))
-    num_prefix = 0 if prefix is None else PREFIX
-    rest = (token_index, num_prefix, TOKENS, [token_index is not None, prefix is not None, pos_embed is not None])
-    assert_opcheck(OPS.token_dropout_backward.default, (dout, *rest))
-
-
-def test_full_grid_gradient_is_not_copied():
-    patches, prefix, pos_embed = (t.float().requires_grad_() for t in wide_inputs(2, 6, 5))
-    out = evakernels.token_dropout(patches, prefix=prefix, pos_embed=pos_embed)
-    dout = torch.ones_like(out)
-    (gradient,) = torch.autograd.grad(out, patches, dout)
-    assert gradient.data_ptr() == dout[:, PREFIX:].data_ptr()
+TRANSFORMED = ["dropped-True-True", "dropped-False-False", "all-True-True"]
 
 
 @pytest.mark.parametrize("token_index", [None, KEPT])
@@ -100,13 +80,29 @@ def wide_inputs(batch: int, tokens: int, channels: int):
     return randn(batch, tokens, channels), randn(2, channels, seed=1), randn(2 + tokens, channels, seed=2)
 
 
+def of_channels(patches):
+    """The same values with a sample's channels apart, as a convolution leaves them."""
+    return patches.mT.contiguous().mT
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 7), (2, 5, 37), (3, 10, 100)], ids=str)
-def test_odd_shapes(shape, dtype):
+@pytest.mark.parametrize("layout", [lambda patches: patches, of_channels], ids=["token by token", "channel by channel"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 1, 1), (3, 9, 7), (2, 5, 37), (3, 10, 100)),
+        # More rows, channels and samples than a block of any kernel.
+        *(pytest.param(shape, id=f"shapes_of_models-{shape}") for shape in ((2, 70, 768), (3, 40, 74), (40, 9, 264))),
+    ],
+    ids=str,
+)
+def test_odd_shapes(shape, layout, dtype):
     batch, tokens, _ = shape
-    index = torch.stack([torch.randperm(tokens)[: tokens // 2 + 1] for _ in range(batch)])
-    for token_index in (None, index):
-        op_checks.assert_as_accurate_as_torch(*pair(token_index), wide_inputs(*shape), dtype)
+    index = evakernels.sample_token_index(batch, tokens, tokens // 2 + 1, generator=torch.Generator().manual_seed(0))
+    for token_index in (None, index.to(DEVICE)):
+        ours, theirs = pair(token_index)
+        inputs = wide_inputs(*shape)
+        op_checks.assert_as_accurate_as_torch(lambda x, *more, f=ours: f(layout(x), *more), theirs, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -124,15 +120,12 @@ def test_no_samples_no_tokens_none_kept_no_channels(dtype):
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)))
-@pytest.mark.parametrize("layout", ["token by token", "channel by channel"])
+@pytest.mark.parametrize("layout", [lambda patches: patches, of_channels], ids=["token by token", "channel by channel"])
 def test_every_mix_of_dtypes(dtypes, layout):
-    inputs = [t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True)]
-    if layout == "channel by channel":
-        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
-    actual = evakernels.token_dropout(inputs[0], KEPT, prefix=inputs[1], pos_embed=inputs[2])
-    expected = pair(KEPT)[1](*(t.float() for t in inputs))
-    dtype = dtypes[0] if len(set(dtypes)) == 1 else torch.float32
-    assert actual.dtype == dtype
+    patches, prefix, pos_embed = (t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True))
+    actual = evakernels.token_dropout(layout(patches), KEPT, prefix=prefix, pos_embed=pos_embed)
+    expected = pair(KEPT)[1](*(t.float() for t in (patches, prefix, pos_embed)))
+    assert actual.dtype == (dtypes[0] if len(set(dtypes)) == 1 else torch.float32)
     # torch rounds the sum of two 16-bit tensors before a float32 prefix widens the result.
     eps = max(torch.finfo(d).eps for d in dtypes)
     torch.testing.assert_close(actual.float(), expected, rtol=eps, atol=0)
@@ -143,13 +136,12 @@ def test_every_mix_of_dtypes(dtypes, layout):
 def test_patches_in_any_layout(channels, token_index):
     """As a convolution leaves them, as slices of something larger, and the same for all samples."""
     patches, prefix, pos_embed = (t.float() for t in wide_inputs(2, 6, channels))
-    by_channel = patches.transpose(1, 2).contiguous().transpose(1, 2)
     sparse = torch.zeros(2, 12, 2 * channels)[:, ::2, ::2]
     sparse.copy_(patches)
     slices = torch.zeros(2, 9, channels + 3)[:, 3:, 3:]
     slices.copy_(patches)
     expected = evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
-    for view in (by_channel, sparse, slices):
+    for view in (of_channels(patches), sparse, slices):
         actual = evakernels.token_dropout(view, token_index, prefix=prefix, pos_embed=pos_embed)
         assert actual.is_contiguous()
         assert torch.equal(actual, expected)
@@ -158,30 +150,6 @@ def test_patches_in_any_layout(channels, token_index):
         assert torch.equal(evakernels.token_dropout(odd), lone)
     same = evakernels.token_dropout(patches[:1].expand(2, -1, -1), token_index)
     assert torch.equal(same, evakernels.token_dropout(patches[:1].repeat(2, 1, 1), token_index))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["token by token", "channel by channel"])
-@pytest.mark.parametrize("shape", [(2, 70, 768), (3, 40, 74), (40, 9, 264)], ids=str)
-def test_shapes_of_models_give_the_formula(shape, layout, dtype):
-    """More rows, channels and samples than a block of any kernel has."""
-    batch, tokens, _ = shape
-    inputs = [t.to(dtype) for t in wide_inputs(*shape)]
-    if layout == "channel by channel":
-        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
-    generator = torch.Generator().manual_seed(0)
-    index = evakernels.sample_token_index(batch, tokens, tokens // 2, generator=generator).to(DEVICE)
-    for token_index in (None, index):
-        for has_pos_embed in (True, False):
-            given = inputs if has_pos_embed else [*inputs[:2], None]
-            ours, theirs = pair(token_index)
-            actual, expected = (
-                with_gradients(ours, given),
-                with_gradients(theirs, [None if t is None else t.double() for t in given]),
-            )
-            for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
-                eps = torch.finfo(dtype).eps
-                torch.testing.assert_close(a.double(), e, rtol=eps, atol=eps * batch)
 
 
 def test_a_dropped_patch_may_hold_anything():
@@ -205,16 +173,6 @@ def test_the_number_of_threads_changes_no_bit():
 def test_backward_kernel_refuses_a_wrong_index(wrong):
     with pytest.raises((ValueError, RuntimeError), match="token_index"):
         torch.ops.evakernels_native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, [True, True, True])
-
-
-@pytest.mark.parametrize(("num_tokens", "num_keep"), [(9, 1), (9, 4), (9, 9), (577, 288)])
-def test_sampled_rows_are_ascending_and_distinct(num_tokens, num_keep):
-    index = evakernels.sample_token_index(16, num_tokens, num_keep)
-    assert index.shape == (16, num_keep)
-    assert index.dtype == torch.int64
-    assert index.min() >= 0
-    assert index.max() < num_tokens
-    assert (index.diff(dim=1) > 0).all()
 
 
 def test_every_set_of_tokens_is_equally_likely():

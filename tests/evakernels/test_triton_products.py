@@ -10,9 +10,6 @@ import torch
 from op_suite import ROOT, run_ops
 
 import evakernels
-from evakernels.triton._launch import float32_products
-
-FLOAT32, BFLOAT16 = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +17,6 @@ def restored():
     yield
     torch.set_float32_matmul_precision("highest")
     evakernels.set_loss_products("ieee")
-
-
-def test_torchs_settings_hold_for_float32():
-    for precision, kind in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-        torch.set_float32_matmul_precision(precision)
-        assert (float32_products(FLOAT32), float32_products(BFLOAT16)) == (kind, "ieee")
-    for newer in ("ieee", "tf32"):
-        torch.backends.cuda.matmul.fp32_precision = newer
-        assert float32_products(FLOAT32) == newer
 
 
 @pytest.fixture
@@ -84,12 +72,6 @@ def test_losses_split_float32_where_they_are_told_to(matrix_units, op):
     assert not matrix_units(op, split=True)
 
 
-@pytest.mark.exhaustive
-def test_attention_never_splits_float32(matrix_units):
-    evakernels.set_loss_products("tf32x3")
-    assert matrix_units("packed_attention_forward") == set()
-
-
 def test_other_products_are_refused():
     with pytest.raises(ValueError, match="unknown kind of products 'tf32x2'"):
         evakernels.set_loss_products("tf32x2")
@@ -102,7 +84,7 @@ def test_split_float32_keeps_the_error_rule():
     before = "evakernels.set_loss_products('tf32x3')\nfrom ptx_launches import triton_kernels\nwith triton_kernels(90)"
     run_ops(
         before,
-        "test_as_accurate_as_torch and one and dtype0 and (statistics or siglip)",
+        "test_as_accurate_as_torch and not many and dtype0 and (statistics or siglip)",
         ops=["contrastive"],
         PYTHONPATH=str(ROOT),
     )

@@ -1,9 +1,13 @@
-"""How often Triton compiles a kernel: for widths and alignments, not for numbers of rows, lengths or strides."""
+"""How often Triton compiles and launches a kernel.
+
+Widths and alignments need variants of a kernel; numbers of rows, lengths and strides don't.
+"""
 
 from collections import Counter
 
 import pytest
 import torch
+from optimizer_checks import lists
 
 from evakernels.triton import launcher
 
@@ -15,26 +19,27 @@ EPS = 1e-6
 
 
 @pytest.fixture
-def variants(monkeypatch):
-    """`variants(op, calls)`: by kernel, how many variants the launches need. None is compiled."""
+def launches(monkeypatch):
+    """Each launch: the kernel and its variant. None is compiled or run."""
     from triton import knobs
     from triton.runtime.driver import driver
     from triton_compile import AbsentGPU
 
-    keys = set()
-
-    def note(*, fn, key, **_):
-        keys.add((fn.name, key))
-        return True  # nothing is compiled
-
+    found = []
     monkeypatch.setattr(driver, "_active", AbsentGPU(90))
+    note = lambda *, fn, key, **_: found.append((fn.name.rpartition(".")[2], key)) or True  # noqa: E731
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+    return found
+
+
+@pytest.fixture
+def variants(launches):
+    """`variants(op, calls)`: by kernel, how many variants the launches need."""
 
     def count(op, calls):
-        keys.clear()
         for arguments in calls:
             launcher(op)(*arguments)
-        return dict(Counter(name for name, _ in keys))
+        return dict(Counter(name for name, _ in set(launches)))
 
     return count
 
@@ -70,19 +75,7 @@ def swiglu(backward, more):
         yield (gate, gate, up, weight, of_row, of_row, [True] * 2) if backward else (gate, up, weight, weight, EPS)
 
 
-def token_dropout(backward, more):
-    for samples, tokens in ROWS[1:]:
-        kept = (tokens + 1) // 2
-        index = torch.arange(kept).expand(samples, kept)
-        patches, table = rows_apart(samples, tokens, 768, more), drawn(1 + tokens, 768)
-        yield (
-            (drawn(samples, 1 + kept, 768), index, 1, tokens, [True] * 3)
-            if backward
-            else (patches, index, table[:1], table)
-        )
-
-
-FAMILIES = {"add_layer_norm": norm, "swiglu": swiglu, "token_dropout": token_dropout}
+FAMILIES = {"add_layer_norm": norm, "swiglu": swiglu}
 
 
 @pytest.mark.parametrize("more", [[0, 8, 16, 24, 768], [0, 1, 2, 3, 4, 5, 6, 8]], ids=str)
@@ -91,9 +84,7 @@ FAMILIES = {"add_layer_norm": norm, "swiglu": swiglu, "token_dropout": token_dro
 def test_rows(variants, family, direction, more):
     """One for rows that begin where words of 16 bytes do; three more for those that begin at parts of these."""
     calls = [call for one in more for call in FAMILIES[family](direction == "backward", one)]
-    strided = (family, direction) != ("token_dropout", "backward")
-    expected = 4 if 1 in more and strided else 1
-    assert variants(f"{family}_{direction}", calls) == {f"{direction}_kernel": expected}
+    assert variants(f"{family}_{direction}", calls) == {f"{direction}_kernel": 4 if 1 in more else 1}
 
 
 BATCHES = [(1, 1), (2, 2), (5, 7), (16, 16), (48, 144), (67, 67), (130, 260), (192, 192), (200, 1000)]
@@ -108,11 +99,8 @@ def pairs(depth):
 @pytest.mark.parametrize(
     ("op", "expected"),
     [
-        ("contrastive_forward", {"statistics_kernel": 3, "merge_kernel": 2}),
         ("contrastive_kept_forward", {"statistics_kernel": 3, "merge_kernel": 2}),
-        ("contrastive_backward", {"gradient_kernel": 3}),
         ("contrastive_kept_backward", {"gradient_kernel": 3}),
-        ("siglip_value", {"siglip_kernel": 3}),
         ("siglip_forward", {"siglip_kernel": 3}),
     ],
 )
@@ -123,13 +111,13 @@ def test_losses(variants, op, expected):
         for offset in (0, 3):
             for image, text, scale, bias in (*pairs(512), *pairs(64)):
                 rows, columns = statistic(len(image)), statistic(len(text))
-                if op.startswith("siglip"):
-                    yield image, text, scale, bias, offset, *([[True] * 2] if "forward" in op else [])
-                elif op.endswith("forward"):
+                if op == "siglip_forward":
+                    yield image, text, scale, bias, offset, [True, True]
+                elif op == "contrastive_kept_forward":
                     yield image, text, scale, offset
                 else:
-                    kept = (statistic(len(image), len(text)),) if "kept" in op else ()
-                    yield rows, columns, rows, image, text, scale, rows, columns, *kept, offset, [True, True]
+                    logits = statistic(len(image), len(text))
+                    yield rows, columns, rows, image, text, scale, rows, columns, logits, offset, [True, True]
 
     assert variants(op, calls()) == expected
 
@@ -169,11 +157,28 @@ def test_attention(variants, family, shapes, direction, more):
     assert found["attention_kernel"] <= (1 + passes * shapes) * (4 if 1 in more else 1), found
 
 
-def test_rows_too_far_apart_for_32_bits_are_copied():
-    from evakernels.triton.rope_attention import dense_heads
+# --- optimizers -------------------------------------------------------------------------------------------------------
 
-    near, far, single = (
-        torch.empty_strided((1, tokens, 2, 8), (0, stride, 8, 1), device="meta")
-        for tokens, stride in ((2, 1 << 22), (2, 1 << 23), (1, 1 << 40))
-    )
-    assert [x.stride(1) for x in dense_heads(near, far, single)] == [1 << 22, 16, 16]
+FLOAT, BETAS_AND_EPS = torch.float32, (0.9, 0.98, 1e-6)
+
+
+def step_adamw(state):
+    count = len(state[0])
+    launcher("adamw_update")(*state, [0.1] * count, [0.0] * count, BETAS_AND_EPS, None, None, [], [])
+
+
+def test_optimizer_step_launches_once_per_phase(launches):
+    state = lists(sizes=[16 * (1 + i % 7) for i in range(300)])
+    step_adamw(state)
+    assert [name for name, _ in launches] == ["prepare_kernel", "update_kernel"]
+    launches.clear()
+    numbers = [0.1] * 300
+    launcher("lamb_step")(*state, numbers, numbers, BETAS_AND_EPS, True, None, None, [], [])
+    update, apply = ["prepare_kernel", "update_kernel", "norms_kernel"], ["prepare_kernel", "apply_kernel"]
+    assert [name for name, _ in launches] == update + apply
+
+
+def test_dtypes_and_alignments_split_launches(launches):
+    mixed = [lists((dtype, dtype, FLOAT, FLOAT), [32, 33, 64]) for dtype in (FLOAT, torch.bfloat16, torch.float16)]
+    step_adamw([[t for part in parts for t in part] for parts in zip(*mixed, strict=True)])
+    assert Counter(name for name, _ in launches) == {"prepare_kernel": 1, "update_kernel": 6}

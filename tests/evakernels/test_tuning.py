@@ -116,24 +116,3 @@ def test_measured_file_is_found_by_gpu_name(folder):
     clear()
     assert tuning.table("NVIDIA H100 80GB HBM3", 90) == tuning.shipped()[90] | {"other": entries}
     assert len(list(folder.iterdir())) == 2
-
-
-def test_search_times_the_ops_own_call(monkeypatch):
-    """With kernels that exist on paper only: 16 warps spill, and more warps are faster."""
-
-    def kernels_of(launcher, arguments):
-        config = tuning.config("op", {}, torch.empty(0))
-        return [type("Kernel", (), {"n_spills": 4 * (config["num_warps"] == 16)})]
-
-    def timer(call):
-        call()
-        return 1 / tuning.config("op", {}, torch.empty(0))["num_warps"]
-
-    called = []
-    monkeypatch.setattr(search, "launcher_of", lambda op: lambda *arguments: called.append(arguments))
-    monkeypatch.setattr(search, "calls", lambda op, shape, draw: iter([(op, shape, draw.device, draw.dtype)]))
-    monkeypatch.setattr(search, "kernels_of", kernels_of)
-    shape = {"width": 512, "itemsize": 4}
-    result = search.tuned("op", [{"shape": shape, "config": {"num_warps": 2}}], timer)
-    assert result == [{"shape": shape, "config": {"num_warps": 8}}]
-    assert set(called[0][2:]) == {"cuda", torch.float32}

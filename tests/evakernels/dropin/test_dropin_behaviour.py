@@ -1,7 +1,6 @@
 """Modules are replaced if they behave like their replacement."""
 
 import copy
-import pickle
 import subprocess
 import sys
 import warnings
@@ -9,11 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from dropin_families import FAMILIES, close
-from dropin_family import log_ops, ops_of, run
+from dropin_families import FAMILIES, close, log_ops, ops_of, run
 from open_clip.model import CLIP
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
-from timm.models.eva import Eva, EvaBlock
+from timm.layers import LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -58,16 +55,11 @@ def _replaced(report):
 # --- equal behaviour --------------------------------------------------------------------------------------------------
 
 
-def test_second_call_and_copies_stay_replaced(gated):
+def test_second_call_returns_the_same_report(gated):
     model = gated(_same)
     first = evakernels.accelerate(model, force=True)
     assert "SwiGLU" in _replaced(first)
-    classes = _classes(model)
     assert evakernels.accelerate(model) == first
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert _classes(other) == classes
-    evakernels.restore(model)
-    assert type(model[0]) is SwiGLU
 
 
 def test_pickle_in_another_process_is_untouched(tmp_path):
@@ -95,23 +87,6 @@ def test_comparison_leaves_model_and_random_state(gated):
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_equal_modules_are_compared_once(gated):
-    calls = []
-
-    def forward(self, x):
-        calls.append(self)
-        return _same(self, x)
-
-    model = gated(forward)
-    evakernels.accelerate(model[:1])
-    assert calls
-    calls.clear()
-    evakernels.accelerate(model)
-    assert calls == []
-    evakernels.accelerate(nn.Sequential(SwiGLU(8, 12, bias=False)))
-    assert calls
 
 
 @pytest.mark.parametrize("context", ["meta", "no_grad", "bfloat16", "inference", "fake"])
@@ -144,10 +119,6 @@ def test_large_modules_are_compared_at_small_sizes():
 # --- different behaviour ----------------------------------------------------------------------------------------------
 
 
-def _returns_float(self, x):
-    return _same(self, x).float()
-
-
 def _changes(self, x):
     y = _same(self, x)
     x.data.add_(1)
@@ -159,28 +130,24 @@ def _draws(self, x):
     return _same(self, x)
 
 
-def _raises(self, x):
-    raise ValueError("later")
-
-
 def _scaled_if(condition):
     return lambda self, x: _same(self, x) * (1.5 if condition(self, x) else 1.0)
 
 
 DIFFERENT = {
     "output": (lambda self, x: 1.0001 * _same(self, x), "output"),
-    "structure": (lambda self, x: (_same(self, x),), "structure"),
     "gradient": (lambda self, x: 2 * _same(self, x) - _same(self, x).detach(), "gradients"),
-    "no gradient of its input": (lambda self, x: _same(self, x.detach()), "gradients"),
     "training": (_scaled_if(lambda self, x: self.training), "output"),
     "evaluation": (_scaled_if(lambda self, x: not self.training), "output"),
     "no graph": (_scaled_if(lambda self, x: not torch.is_grad_enabled()), "output"),
     "bfloat16": (_scaled_if(lambda self, x: x.dtype == torch.bfloat16), "output"),
     "autocast": (_scaled_if(lambda self, x: torch.is_autocast_enabled("cpu")), "output"),
-    "dtype": (_returns_float, "output"),
+    "dtype": (lambda self, x: _same(self, x).float(), "output"),
     "input": (_changes, "input"),
     "random": (_draws, "random numbers"),
-    "error": (_raises, "ValueError"),
+    "structure": (lambda self, x: (_same(self, x),), "structure"),
+    "no gradient of its input": (lambda self, x: _same(self, x.detach()), "gradients"),
+    "error": (lambda self, x: 1 // 0, "ZeroDivisionError"),
     "argument's name": (lambda self, hidden: _same(self, hidden), "TypeError"),
 }
 
@@ -202,18 +169,15 @@ def _mixed(self, x):
 
 PATCHES = {
     "helper of a helper": ("eva02", "timm.layers.pos_embed_sincos.rot", lambda x: x, "EvaAttention"),
-    "torch's function": ("vit-rms", "timm.layers.norm.RmsNorm.forward", lambda self, x: 2 * x, "RmsNorm"),
     "method of a tower": (
         "vit",
         VisionTransformer,
         ("pool", lambda self, x, pool_type=None: x.mean(1)),
         "VisionTransformer",
     ),
-    "method of timm's Eva": ("eva", Eva, ("forward_head", lambda self, x, pre_logits=False: x.mean(1)), "Eva"),
     "text tower": ("open-clip", CLIP, ("encode_text", lambda self, text, normalize=False: text.float()), "CLIP"),
     "MLP that mixes tokens": ("vit", Mlp, ("forward", _mixed), "VisionTransformer"),
     "child that a step reads": ("vit", LayerScale, ("forward", lambda self, x: x), "LayerScale"),
-    "random numbers of a child": ("vit", DropPath, ("forward", lambda self, x: 2 * x), "DropPath"),
 }
 
 
@@ -242,8 +206,6 @@ def test_patched_code_is_noticed(how, monkeypatch):
         (out[:2] if isinstance(out, tuple) else (out,)) for out in (accelerated(**inputs), model(**inputs))
     )
     close(actual, expected)
-    monkeypatch.undo()
-    assert left not in {entry.module for entry in evakernels.accelerate(family.build(), force=True).changed}
 
 
 @pytest.mark.parametrize(("strict", "error"), [(True, RuntimeError), (False, ChangedModuleWarning)])
@@ -255,22 +217,6 @@ def test_strict_or_warning_as_error_changes_nothing(gated, strict, error):
         with pytest.raises(error, match="SwiGLU of timm"):
             evakernels.accelerate(model, strict=strict, force=True)
     assert _is_left(model)
-
-
-def test_error_half_way_changes_nothing(monkeypatch):
-    model, calls = FAMILIES["eva02"].build(), []
-    classes, set_class = _classes(model), _swap.set_class
-
-    def fails_late(module, cls):
-        calls.append(cls)
-        if len(calls) == 5:
-            raise MemoryError
-        set_class(module, cls)
-
-    monkeypatch.setattr(_swap, "set_class", fails_late)
-    with pytest.raises(MemoryError):
-        evakernels.accelerate(model)
-    assert _classes(model) == classes
 
 
 # --- classes that no replacement names --------------------------------------------------------------------------------
@@ -305,28 +251,6 @@ def test_class_with_the_same_attributes_is_compared(factor, count):
     report = evakernels.accelerate(nn.Sequential(Gated()), strict=True)
     assert [done.module for done in report.replaced].count("Gated") == count
     assert "Gated" not in {left.module for left in report.left}
-
-
-@pytest.fixture
-def rename():
-    """Gives `EvaBlock` another name or file."""
-    cls = EvaBlock
-    file = sys.modules[cls.__module__]
-
-    def renamed(name, module):
-        del file.EvaBlock
-        cls.__name__, cls.__module__ = name, module
-
-    yield renamed
-    cls.__name__, cls.__module__, file.EvaBlock = "EvaBlock", file.__name__, cls
-
-
-@pytest.mark.parametrize("names", [("EvaLayer", "timm.models.eva"), ("EvaBlock", "timm.models.blocks")])
-def test_renamed_or_moved_class_is_compared(names, rename):
-    model = FAMILIES["eva02"].build()
-    rename(*names)
-    report = evakernels.accelerate(model, strict=True)
-    assert [done.module for done in report.replaced].count(EvaBlock.__name__) == 2
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

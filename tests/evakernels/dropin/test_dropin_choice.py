@@ -5,8 +5,7 @@ import pickle
 
 import pytest
 import torch
-from dropin_families import FAMILIES
-from dropin_family import log_ops, run
+from dropin_families import FAMILIES, log_ops, run
 from timm.layers import Attention
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -43,7 +42,6 @@ def _block(number, parts):
             {"include": ["EvaAttention", "blocks.1.mlp"]},
             {"blocks.0.attn"} | _block(1, {"attn", "mlp", "mlp.norm"} | {n for n in _LINEARS if "mlp" in n}),
         ),
-        ({"include": "blocks", "exclude": "blocks.1"}, _block(0, _BLOCK)),
         ({"include": "blocks.*", "exclude": ("blocks.0*", "Linear")}, _block(1, _BLOCK - _LINEARS)),
         ({"include": "blocks", "exclude": "EvaAttention"}, _block(0, _BLOCK - {"attn"}) | _block(1, _BLOCK - {"attn"})),
     ],
@@ -71,7 +69,6 @@ def test_later_exclude_restores_modules():
         ({"include": ["EvaBlock", "EvaAttentoin"]}, ValueError, "include.*EvaAttention"),
         ({"exclude": "blocks.*.atn"}, ValueError, r"exclude.*blocks\.\*\.attn"),
         ({"include": "patch_embed"}, ValueError, "include.*supported"),
-        ({"include": [nn.Linear]}, TypeError, "include"),
         ({"exclude": 3}, TypeError, "exclude"),
     ],
 )
@@ -111,34 +108,6 @@ def test_forced_linear_runs_on_onednn():
     assert [(ran.op, ran.backend, ran.calls) for ran in report.ran] == [("linear", "oneDNN", 1)]
 
 
-@native
-def test_forced_modules_stay_forced():
-    model = nn.Sequential(nn.LayerNorm(8), nn.GELU())
-    evakernels.accelerate(model, include="LayerNorm", force=True)
-    evakernels.accelerate(model)
-    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with log_ops() as ops:
-            copied(torch.randn(2, 8))
-        assert ops == {"layer_norm"}
-    evakernels.restore(model)
-    assert [type(module) for module in model] == [nn.LayerNorm, nn.GELU]
-
-
-def test_force_leaves_unsupported_modules():
-    model = nn.Sequential(nn.LayerNorm((3, 8)), nn.LayerNorm(8, dtype=torch.float64), nn.Linear(8, 8).double())
-    x = torch.randn(2, 3, 8).double()
-    report = evakernels.accelerate(model, force=True)
-    assert [left.reason for left in report.left] == [
-        "it normalises 2 dimensions",
-        *["no kernels are for float64 on cpu"] * 2,
-    ]
-    untouched = copy.deepcopy(model)
-    evakernels.restore(untouched)
-    with log_ops() as ops:
-        assert torch.equal(model[1:](x), untouched[1:](x))
-    assert ops == set()
-
-
 # --- what ran --------------------------------------------------------------------------------------------------------
 
 
@@ -157,29 +126,16 @@ def test_watch_counts_what_ran():
 
 
 @native
-def test_report_is_a_table():
+def test_report_counts_modules_that_ran_their_own_code():
     model = nn.Sequential(*(nn.GELU("tanh") for _ in range(3)))
     report = evakernels.accelerate(model)
-    lines = [line.split() for line in str(report).splitlines()]
-    assert ["GELU", "3", "gelu", "cpu"] in lines
     with report.watch():
         model[0](torch.randn(2, 8))
         model[1](torch.randn(2, 8, dtype=torch.float64))
     assert report.ran == [Ran("0", "GELU", "gelu", "cpu", 1)]
     assert report.idle == [Idle("1", "GELU", 1, "float64 on cpu"), Idle("2", "GELU", 0)]
     assert report.headline == "2 of 3 modules, 1 ran their own code (float64 on cpu)"
-    text = str(report)
-    assert all(cell in text for cell in ("own code: float64 on cpu", "never called"))
-
-
-@native
-def test_watch_includes_later_replacements():
-    model = nn.Sequential(nn.GELU("tanh"), nn.LayerNorm(8))
-    report = evakernels.accelerate(model, include="GELU")
-    evakernels.accelerate(model, include="LayerNorm", force=True)
-    with evakernels.use_backend("reference"), report.watch():
-        model(torch.randn(2, 8))
-    assert Ran("1", "LayerNorm", "layer_norm", "reference", 1) in report.ran
+    assert report.headline in str(report)
 
 
 def test_report_without_its_model():
@@ -206,11 +162,6 @@ def _attention(**options):
         (lambda: _attention(attn_drop=0.5), lambda model, x: model(x), "dropout"),
         (_attention, lambda model, x: model.double()(x.double()), "float64 on cpu"),
         (
-            lambda: nn.MultiheadAttention(16, 2, batch_first=True),
-            lambda model, x: model(x, x, x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool)),
-            "mask",
-        ),
-        (
             lambda: nn.LayerNorm(16),
             lambda model, x: torch.func.vmap(model)(x),
             "tensor subclass, transform or tracer",
@@ -227,21 +178,6 @@ def test_watch_names_the_reason_of_own_code(build, call, reason):
     assert report.idle == [Idle("", type(model).__name__, 1, reason)]
     assert report.headline.startswith("0 of ")
     assert report.headline.endswith(f", 1 ran their own code ({reason})")
-
-
-@native
-def test_watch_with_padding_mask_counts_no_block():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
-    config = transformers.ModernBertConfig(vocab_size=8, **sizes, **tokens)
-    model = transformers.ModernBertModel(config).eval()
-    report = evakernels.accelerate(model, include="*Attention", force=True)
-    assert report.headline.startswith("2 of 2 blocks")
-    with report.watch(), torch.no_grad():
-        model(torch.ones(2, 6, dtype=torch.int64), torch.tensor([[1] * 6, [1] * 3 + [0] * 3]))
-    assert {(idle.calls, idle.reason) for idle in report.idle} == {(1, "mask")}
-    assert report.headline.startswith("0 of 2 blocks")
 
 
 @native

@@ -4,11 +4,7 @@ import copy
 
 import pytest
 import torch
-from dropin_families import FAMILIES, assert_same_gradients, pair
-from dropin_family import gradients, ops_of, run
-
-# Steps are slow, and gradients are compared for every family.
-TRAINED = ("vit", "eva02", "clip", "open-clip-eva", "siglip2")
+from dropin_families import FAMILIES, assert_same_gradients, gradients, ops_of, pair, run
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 both_modes = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -59,27 +55,3 @@ def test_16_bit_error_matches_untouched(name, dtype):
             inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family.inputs(1).items()}
             errors.append(float((family.features(cast, inputs).float() - exact).norm()))
     assert errors[0] <= 1.5 * errors[1]
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in TRAINED else pytest.mark.exhaustive) for name in FAMILIES]
-)
-def test_training_follows_untouched(name):
-    family, model, untouched = pair(name)
-    curves = []
-    for m in (model, untouched):
-        m.train()
-        optimizer = torch.optim.AdamW(m.parameters(), lr=3e-4)
-        curve = []
-        for step in range(15):
-            out = run(family, m, step % 5)
-            target = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(step % 5))
-            loss = (out.mean(tuple(range(out.dim() - 1))) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curve.append(float(loss.detach()))
-        curves.append(curve)
-    ours, theirs = map(torch.tensor, curves)
-    assert theirs[-5:].mean() < theirs[:5].mean()
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

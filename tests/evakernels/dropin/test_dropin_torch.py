@@ -2,16 +2,13 @@
 
 import copy
 import dataclasses
-import io
 import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-from dropin_families import assert_same_gradients, close, pair
-from dropin_family import gradients, log_ops, ops_of, run
+from dropin_families import assert_same_gradients, close, gradients, log_ops, ops_of, pair, run
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -51,50 +48,24 @@ def _blocks(model):
     return [module for module in model.modules() if type(module).__name__.endswith(BLOCKS)]
 
 
-def _drop_nothing(model):
-    """Compiled code draws other numbers."""
-    for module in model.modules():
-        for rate in ("prob", "drop_prob"):
-            if hasattr(module, rate):
-                setattr(module, rate, 0.0)
-
-
 def _classes(model):
     return [type(module) for module in model.modules()]
-
-
-def _fill(model, source):
-    """With the parameters and buffers of `source`, those that no state dict has included."""
-    with torch.no_grad():
-        for new, old in (
-            (model.named_parameters(), source.named_parameters()),
-            (model.named_buffers(), source.named_buffers()),
-        ):
-            for (_, target), (_, value) in zip(new, old, strict=True):
-                target.copy_(value)
 
 
 # --- names, copies, pickles -----------------------------------------------------------------------------------------
 
 
 @every_kind
-def test_state_dict_is_unchanged(name):
-    _, model, untouched = _pair(name)
+def test_restore_returns_untouched_model(name):
+    family, model, untouched = _pair(name)
     before, after = untouched.state_dict(), model.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    untouched.load_state_dict(after, strict=True)
     model.load_state_dict(before, strict=True)
     assert repr(model) == repr(untouched)
-
-
-@every_kind
-def test_restore_returns_untouched_model(name):
-    family, model, untouched = _pair(name)
     changed = sum(a is not b for a, b in zip(_classes(model), _classes(untouched), strict=True))
     assert evakernels.restore(model) == changed > 0
     assert _classes(model) == _classes(untouched)
-    assert ops_of(family, model) == set()
     assert torch.equal(run(family, model, 1), run(family, untouched, 1))
     assert evakernels.restore(model) == 0
 
@@ -102,11 +73,8 @@ def test_restore_returns_untouched_model(name):
 @every_kind
 def test_copy_and_pickle_run_on_the_ops(name):
     family, model, _ = _pair(name)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
     expected, ops = run(family, model, 1), ops_of(family, model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert _classes(other) == _classes(model)
         assert torch.equal(run(family, other, 1), expected)
         assert ops_of(family, other) == ops
@@ -145,9 +113,12 @@ def test_fake_and_meta_tensors_run_own_code(name):
 def test_model_built_on_meta_matches_untouched(name):
     family, _, untouched = _pair(name)
     model = copy.deepcopy(untouched).to("meta")
-    report = evakernels.accelerate(model, force=True)
-    assert not [left for left in report.left if "on meta" in left.reason]
-    _fill(model.to_empty(device="cpu"), untouched)
+    evakernels.accelerate(model, force=True)
+    model.to_empty(device="cpu")
+    of_both = zip([*model.parameters(), *model.buffers()], [*untouched.parameters(), *untouched.buffers()], strict=True)
+    with torch.no_grad():
+        for target, value in of_both:
+            target.copy_(value)
     close(run(family, model, 1), run(family, untouched, 1))
     assert ops_of(family, model.train()) == family.ops
 
@@ -176,28 +147,21 @@ TRACED = ("eva02", "clip")
 def test_training_compiles_without_graph_break(name):
     torch._dynamo.reset()
     family, model, _ = _pair(name)
-    _drop_nothing(model.train())
+    for module in model.train().modules():  # compiled code draws other numbers
+        for rate in {"prob", "drop_prob"} & vars(module).keys():
+            setattr(module, rate, 0.0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name in TRACED else "eager")
     expected = gradients(family, model, 1)
     actual = {key.removeprefix("_orig_mod."): value for key, value in gradients(family, compiled, 1).items()}
     assert_same_gradients(actual, expected)
 
 
-@pytest.mark.parametrize("name", [pytest.param("eva02", marks=pytest.mark.exhaustive), "vit"])
-def test_training_with_dropout_compiles(name):
-    torch._dynamo.reset()
-    family, model, _ = _pair(name)
-    torch.compile(model.train(), fullgraph=True, backend="aot_eager")(**family.inputs(1)).sum().backward()
-
-
-@pytest.mark.parametrize("called", [False, True], ids=["before", "after"])
-def test_compiled_model_may_be_accelerated(called):
+def test_compiled_model_may_be_accelerated():
     torch._dynamo.reset()
     family, _, untouched = _pair("eva02")
     model = copy.deepcopy(untouched)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    if called:
-        run(family, compiled, 1)
+    run(family, compiled, 1)
     evakernels.accelerate(model, force=True)
     ops = set()
     with torch.no_grad(), backends.observed_by(lambda op, backend: ops.add(op.removesuffix("_forward"))):
@@ -243,31 +207,25 @@ def one_process():
     dist.destroy_process_group()
 
 
-def _shard(model, whole_blocks):
+def _shard(model, every_child):
     for block in _blocks(model):
-        for child in () if whole_blocks else block.children():
-            linears = [m for m in child.modules() if m is not child and type(m).__name__ == "Linear"]
-            for module in (linears[-1:] if "ttention" not in type(child).__name__ else []) + [child]:
-                if any(True for _ in module.parameters()):
-                    fully_shard(module)
+        for child in block.children() if every_child else ():
+            if any(True for _ in child.parameters()):
+                fully_shard(child)
         fully_shard(block)
     # It takes no parameter without dimensions, as the temperature is.
     fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
 
 
-def _whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @every_kind
 @pytest.mark.parametrize(
-    "whole_blocks", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["blocks", "every module"]
+    "every_child", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["blocks", "every module"]
 )
 @pytest.mark.parametrize("first", [pytest.param("shard", marks=pytest.mark.exhaustive), "accelerate"])
-def test_fsdp2_before_and_after_accelerate(name, whole_blocks, first, one_process):
+def test_fsdp2_before_and_after_accelerate(name, every_child, first, one_process):
     family, _, untouched = _pair(name)
     model = copy.deepcopy(untouched)
-    steps = [lambda: _shard(model, whole_blocks), lambda: evakernels.accelerate(model, force=True)]
+    steps = [lambda: _shard(model, every_child), lambda: evakernels.accelerate(model, force=True)]
     for step in steps if first == "shard" else reversed(steps):
         step()
     block = _blocks(model)[0]
@@ -275,10 +233,13 @@ def test_fsdp2_before_and_after_accelerate(name, whole_blocks, first, one_proces
     assert type(block).__name__ == "FSDP" + type(_blocks(untouched)[0]).__name__
     close(run(family, model, 1), run(family, untouched, 1))
     expected = gradients(family, untouched.train(), 2)
-    actual = {key: _whole(value) for key, value in gradients(family, model.train(), 2).items()}
+    actual = {
+        key: value.full_tensor() if isinstance(value, DTensor) else value
+        for key, value in gradients(family, model.train(), 2).items()
+    }
     assert_same_gradients(actual, expected)
     # A fused step calls a norm that is sharded on its own.
-    assert ops_of(family, model) == (family.ops if whole_blocks else family.ops - {"add_layer_norm"})
+    assert ops_of(family, model) == (family.ops - {"add_layer_norm"} if every_child else family.ops)
     evakernels.restore(model)
     assert isinstance(block, FSDPModule)
     assert ops_of(family, model) == set()
@@ -288,14 +249,3 @@ def test_fsdp1_matches_untouched(one_process):
     family, model, untouched = _pair("vit")
     sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     close(run(family, sharded, 1), run(family, untouched, 1))
-
-
-def test_model_on_meta_is_sharded_then_filled(one_process):
-    family, _, untouched = _pair("vit")
-    model = copy.deepcopy(untouched).to("meta")
-    evakernels.accelerate(model, force=True)
-    _shard(model, whole_blocks=True)
-    model.to_empty(device="cpu")
-    set_model_state_dict(model, untouched.state_dict(), options=StateDictOptions(full_state_dict=True))
-    close(run(family, model, 1), run(family, untouched, 1))
-    assert ops_of(family, model.train()) == family.ops

@@ -1,4 +1,4 @@
-r"""A pytest plugin that accelerates every model and loss that timm, open_clip and transformers build.
+r"""A pytest plugin that accelerates every model and loss that timm and open_clip build.
 
 It runs the tests in the libraries' sdists against accelerated models, with ops at every size. With `ACCELERATED=0` the
 same tests run against the original models.
@@ -6,8 +6,6 @@ same tests run against the original models.
     export HF_HUB_OFFLINE=1 PYTHONPATH=$PWD:$PWD/tests/evakernels/dropin/peer_tests
     pytest -p accelerated timm-1.0.31/tests/test_models.py -k "eva02_tiny and not torchscript and not pretrained"
     pytest -p accelerated open_clip_torch-3.3.0/tests/test_training_simple.py -k unfreezing
-    TRANSFORMERS_SDIST=transformers-5.24.0 pytest -p accelerated -c /dev/null --rootdir . \
-        tests/evakernels/dropin/peer_tests/transformers_models.py
 """
 
 import os
@@ -17,7 +15,6 @@ from functools import wraps
 import open_clip
 import timm
 import torch
-import transformers
 
 import evakernels
 
@@ -43,22 +40,10 @@ def _patch(function: str, *modules) -> None:
         setattr(module, function, _accelerated(original))
 
 
-def _accelerate_after_post_init() -> None:
-    original = transformers.PreTrainedModel.post_init
-
-    @wraps(original)
-    def post_init(self):
-        original(self)
-        _counts.update(done.op for done in evakernels.accelerate(self, force=True).replaced)
-
-    transformers.PreTrainedModel.post_init = post_init
-
-
 if _ON:
     _patch("create_model", timm.models._factory, timm.models, timm)
     _patch("create_model", open_clip.factory, open_clip)
     _patch("create_loss", open_clip.factory, open_clip)
-    _accelerate_after_post_init()
 
 
 def pytest_terminal_summary(terminalreporter):
