@@ -126,7 +126,7 @@ def plan_step(
         plain = replace(plain, options=_options(config, vision={"image_size": image_size}))
         config = replace(config, model=plain, eval=replace(config.eval, sets=None), held_out=None)
     kind = task_class(config.task.name)
-    together = kind.rows_together(config)
+    together = kind.rows_per_group(config)
     local_batch = together * -(-config.batch_size // together // gpus)
     micro_batch = together * -(-local_batch // together // config.accumulation)
     precision = precision_of_parameters(config.precision)
@@ -199,10 +199,10 @@ class _Trace:
         rows = config.batch_size // self.world.size
         micro = rows // config.accumulation
         is_evaluated = bool(config.eval.sets or config.held_out)
-        together = task.rows_together(config)
+        together = task.rows_per_group(config)
         few = max(config.eval.batch_size, together) if is_evaluated else micro
         evaluated = self._samples(few, {few})
-        fixed = {FROZEN: list(task.beside()), AVERAGE: list(ema.state_dict().values()) if ema else []}
+        fixed = {FROZEN: list(task.extra_tensors()), AVERAGE: list(ema.state_dict().values()) if ema else []}
         with self._fake:
             step = build_step(config, self.world, task)
             step.mean = GradientMean([], [], self.world)  # counted by `_summarize`: buckets depend on the depth

@@ -68,7 +68,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "moments": scalars,
         "rng": states,
         "fingerprint": parts.source.fingerprint,
-        "taught_by": parts.task.taught_by(),
+        "taught_by": parts.task.teacher_identity(),  # the name in earlier checkpoints
         "config": tree,
     }
     return checkpoint.Content(
@@ -129,8 +129,7 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
-    taught_by = parts.task.taught_by()
-    if other := differences(state["taught_by"], taught_by):
+    if other := differences(state["taught_by"], parts.task.teacher_identity()):
         remarks.append(_teacher_changed(folder, other, parts))
     if not parts.config.checkpoint.allow_schedule_change:
         _check_schedule(folder, state, parts)

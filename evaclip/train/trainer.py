@@ -36,7 +36,7 @@ from evaclip.train.signals import StopSignals, unwinding_on_sigterm
 from evaclip.train.sinks import Record
 from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
-from evaclip.train.spread import Stopped
+from evaclip.train.distributed_encoder import Stopped
 from evaclip.train.step import StepResult
 from evaclip.train.tracing import Tracer, collecting
 from evaclip.train.watchdog import Watchdog
