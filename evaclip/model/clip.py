@@ -128,4 +128,3 @@ class CLIP(nn.Module):
         image_features = self.encode_image(images, normalize=True, token_index=token_index)
         text_features = self.encode_text(tokens, normalize=True, layout=layout)
         return image_features, text_features, self.logit_scale.exp()
-

@@ -111,7 +111,7 @@ class HFTextTower(Tower):
 
     def reset_parameters(self) -> None:
         """Start from the weights of `hf_model_name`, or from random values if `hf_model_pretrained` is false."""
-        self._initialize(random=True)
+        self._initialize(random=not self.config.hf_model_pretrained)
         if self.config.hf_model_pretrained:
             source = _load("AutoModel", "hf_model_name", self.config.hf_model_name, dtype=torch.float32).state_dict()
             self.transformer.load_state_dict({name: source[name] for name in self.transformer.state_dict()})
@@ -211,4 +211,6 @@ def _load(kind: str, option: str, name: str | None, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(name, **options)
     except (KeyError, OSError, ValueError) as exc:
         reason = str(exc).strip().partition("\n")[0]
-        raise UserError(f"text.{option} must be a folder or a name on the Hugging Face hub, got {name!r}: {reason}") from exc
+        raise UserError(
+            f"text.{option} must be a folder or a name on the Hugging Face hub, got {name!r}: {reason}"
+        ) from exc

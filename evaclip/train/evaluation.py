@@ -29,8 +29,8 @@ from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_classnames, load_
 from evaclip.model.clip import CLIP
 from evaclip.train.config import EvalSetConfig, Measure, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.distributed_encoder import DistributedEncoder
+from evaclip.train.loss import ContrastiveLoss
 
 Metrics = dict[str, float]
 Attempt = Callable[[Sequence[str], Callable[[], Metrics]], Metrics]
@@ -181,7 +181,9 @@ def _attempt(name: str, problems: list[str], metrics: Sequence[str], action: Cal
 class _Measurement:
     """One set as one model sees it; whatever several metrics need is encoded once."""
 
-    def __init__(self, each: EvalSet, clip: DistributedEncoder, transform: Callable[[Any], Tensor], loss: ContrastiveLoss) -> None:
+    def __init__(
+        self, each: EvalSet, clip: DistributedEncoder, transform: Callable[[Any], Tensor], loss: ContrastiveLoss
+    ) -> None:
         self._set = each
         self._clip = clip
         self._loss = loss

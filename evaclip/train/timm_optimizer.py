@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evaclip.errors import UserError, unknown_name
-from evaclip.extras import with_remedy
+from evaclip.extras import install_command
 from evaclip.train.config import TIMM, OptimConfig
 from evaclip.weights import is_cut
 from evakernels import gradient_norm
@@ -108,7 +108,7 @@ def _create(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Op
     try:
         from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
     except ModuleNotFoundError as exc:
-        raise with_remedy(exc) from exc
+        raise UserError(f"the package timm is not installed: {install_command('clip')}") from exc
     name, known = config.name.removeprefix(TIMM).lower(), list_optimizers()
     if name not in known:
         raise unknown_name("optim.name", config.name, [TIMM + each for each in known])

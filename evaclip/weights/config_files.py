@@ -93,7 +93,11 @@ def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConf
     architecture, size = split_name(tower.pop("timm_model_name"))[0], tower.pop("image_size")
     vision = replace(vision_config(architecture), pool="token")
     unknown = {name: value for name, value in tower.items() if value not in (_TOWER.get(name), None, False)}
-    unknown |= {name: text.pop(name) for name in list(text) if name not in (*_TEXT, *_HF_TEXT, "mlp_ratio", "hf_model_pretrained")}
+    unknown |= {
+        name: text.pop(name)
+        for name in list(text)
+        if name not in (*_TEXT, *_HF_TEXT, "mlp_ratio", "hf_model_pretrained")
+    }
     if model.get("quick_gelu"):  # another activation of the text tower, without any weights
         unknown["quick_gelu"] = True
     if size not in (vision.image_size, [vision.image_size] * 2):

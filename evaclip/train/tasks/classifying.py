@@ -13,8 +13,8 @@ from evaclip.eval.classify import TOP, ClassSpace, Predictions, evaluate
 from evaclip.model.vision_model import VisionModel
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
 from evaclip.train.distributed_encoder import DistributedEncoder
+from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
 from evaclip.train.tasks.task import Evaluate
 from evaclip.transforms import EvalTransform, OpaqueTransform
 
@@ -58,7 +58,9 @@ def open_classifying(
     return measure if sets else None
 
 
-def _attempt(encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt) -> Metrics:
+def _attempt(
+    encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt
+) -> Metrics:
     return attempt(["top1", "top5"], lambda: _measure(encoder, transform, each, classes))
 
 

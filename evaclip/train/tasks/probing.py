@@ -14,8 +14,8 @@ from evaclip.eval.probes import KnnResult, LinearProbeResult, knn, linear_probe
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.train.config import Measure, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
 from evaclip.train.distributed_encoder import DistributedEncoder
+from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
 from evaclip.train.tasks.teacher import Teacher, similarity
 from evaclip.transforms import EvalTransform
 

@@ -164,7 +164,8 @@ def test_hf_text_recompute_keeps_gradients(encoders) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unlocked", "expected"), [(0, {"proj"}), (1, {"proj", "layer.1"}), (3, {"proj", "layer.1", "layer.0", "embeddings"})]
+    ("unlocked", "expected"),
+    [(0, {"proj"}), (1, {"proj", "layer.1"}), (3, {"proj", "layer.1", "layer.0", "embeddings"})],
 )
 def test_lock_hf_text_tower(unlocked: int, expected: set[str], encoders) -> None:
     model = small(encoders["xlm-roberta"])
@@ -205,7 +206,9 @@ def test_train_and_resume_with_hf_text(encoders, run_config: Make, tmp_path: Pat
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert {"val/zero_shot_top1", "val/loss"} <= straight.metrics.keys()
-    assert all(record["tokens_per_second"] > 0 for record in read_log(straight.folder / "log.jsonl") if "loss" in record)
+    assert all(
+        record["tokens_per_second"] > 0 for record in read_log(straight.folder / "log.jsonl") if "loss" in record
+    )
 
     run, texts = str(straight.folder), ["a red square", "rotes Quadrat"]
     loaded = load_model(run)
@@ -246,7 +249,7 @@ def test_hf_text_in_open_clips_configuration(encoders, tmp_path: Path) -> None:
 )
 def test_hf_text_errors_name_the_option(options: dict[str, Any], message: str, encoders) -> None:
     with pytest.raises(UserError, match=message):
-        small(**{"folder": encoders["bert"], **({"folder": options["hf_model_name"]} if "hf_model_name" in options else options)})
+        create_model("tiny", **{**OPTIONS, "text": text_options(encoders["bert"]) | options})
 
 
 def test_missing_transformers_names_its_extra(encoders, monkeypatch: pytest.MonkeyPatch) -> None:

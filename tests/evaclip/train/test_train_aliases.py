@@ -91,7 +91,8 @@ def test_what_is_always_so_is_accepted_and_explained() -> None:
 
 
 VALUES = {
-    "--opt-kwargs": ["caution=true"], "--force-image-size": ["64"], "--image-mean": ["0.1", "0.2", "0.3"], "--image-std": ["1", "1", "1"],
+    "--opt-kwargs": ["caution=true"], "--force-image-size": ["64"],
+    "--image-mean": ["0.1", "0.2", "0.3"], "--image-std": ["1", "1", "1"],
 }  # fmt: skip
 
 

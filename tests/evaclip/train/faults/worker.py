@@ -25,8 +25,8 @@ from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.model.config import Preprocess
 from evaclip.train import checkpoint, run_folder, saver, throughput
-from evaclip.train.evaluation import Evaluation
 from evaclip.train.distributed_encoder import DistributedEncoder
+from evaclip.train.evaluation import Evaluation
 from evaclip.train.step import TrainStep
 from evaclip.transforms import Normalization
 
