@@ -14,6 +14,7 @@ from evaclip.model.config import Savings, TextConfig
 from evaclip.model.text import Layout, check_tokens
 from evaclip.model.tower import Tower
 from evaclip.tokenizer import clean
+from evakernels import accelerate
 
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
@@ -101,6 +102,7 @@ class HFTextTower(Tower):
             self.proj = nn.Sequential(linear[0], nn.GELU(), linear[1])
         else:
             self.proj = nn.Identity() if config.hf_proj_type is None else nn.Linear(width, embed_dim, bias=False)
+        accelerate(self.transformer)
         self.register_load_state_dict_post_hook(_set_buffers)
         if not self._is_meta:
             self.reset_parameters()

@@ -97,8 +97,11 @@ class TimmOptimizer(torch.optim.Optimizer):
                         f"optim.name must be an optimizer with tensors and numbers as its state, got {self._name}, "
                         f"whose {kind} is a {type(value).__name__}"
                     )
-                if isinstance(value, Tensor) and value.ndim and is_cut(parameter) and not is_cut(value):
-                    raise self._not_sharded(f"its {kind} isn't sharded")
+                if is_cut(parameter) and isinstance(value, Tensor):
+                    # Checkpoints of any number of ranks hold shards of the parameter's shape, and whole numbers.
+                    is_fit = is_cut(value) and value.shape == parameter.shape if value.ndim else not is_cut(value)
+                    if not is_fit:
+                        raise self._not_sharded(f"its {kind} isn't sharded like the parameter")
 
     def _not_sharded(self, reason: str) -> UserError:
         return UserError(f"{self._name} can't update sharded parameters ({reason}); set parallel.mode=replicate")
