@@ -52,7 +52,8 @@ class TimmOptimizer(torch.optim.Optimizer):
         try:
             self._optimizer.step()
         except (NotImplementedError, RuntimeError, TypeError) as exc:
-            if self._checked or not any(map(is_cut, self._group_of)):
+            is_other = self._checked or isinstance(exc, torch.OutOfMemoryError)
+            if is_other or not any(map(is_cut, self._group_of)):
                 raise
             raise self._not_sharded(str(exc).partition("\n")[0]) from exc
         if not self._checked:
