@@ -103,7 +103,7 @@ class HFTextTower(Tower):
         else:
             self.proj = nn.Identity() if config.hf_proj_type is None else nn.Linear(width, embed_dim, bias=False)
         accelerate(self.transformer)
-        self.register_load_state_dict_post_hook(_set_buffers)
+        self.register_load_state_dict_post_hook(_set_buffers)  # type: ignore[no-untyped-call]
         if not self._is_meta:
             self.reset_parameters()
 

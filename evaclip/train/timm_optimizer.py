@@ -1,5 +1,6 @@
 """timm's optimizers under the interface of `evakernels.optim`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ class TimmOptimizer(torch.optim.Optimizer):
         self._checked = False
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Divide the gradients by `grad_scale` in place and update, unless `found_inf` is 1."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Divide the gradients by `grad_scale` in place and update, unless `found_inf` is 1; `closure` isn't called."""
         if self.found_inf is not None and self.found_inf.item():
             return
         if self.grad_scale is not None:
@@ -110,10 +111,10 @@ class TimmOptimizer(torch.optim.Optimizer):
 
 def _create(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     try:
-        from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+        from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # type: ignore[attr-defined]
     except ModuleNotFoundError as exc:
         raise UserError(f"the package timm is not installed: {install_command('clip')}") from exc
-    name, known = config.name.removeprefix(TIMM).lower(), list_optimizers()
+    name, known = config.name.removeprefix(TIMM).lower(), list(map(str, list_optimizers()))
     if name not in known:
         raise unknown_name("optim.name", config.name, [TIMM + each for each in known])
     info = get_optimizer_info(name)

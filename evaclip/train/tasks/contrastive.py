@@ -15,7 +15,7 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
-from evaclip.model.text import Layout
+from evaclip.model.text import Layout, TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig
@@ -143,6 +143,7 @@ class Contrastive(Task):
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         text, config = self.model.text, self.model.config.text
+        assert isinstance(text, TextTower)  # others have no plan
         lengths = _caption_lengths(rows, self.mean_caption_tokens, config.context_length)
         tokens = torch.zeros(rows, config.context_length, dtype=torch.int64)
         tokens[torch.arange(rows), torch.tensor(lengths) - 1] = config.vocab_size - 1
