@@ -238,18 +238,20 @@ def test_hf_text_in_open_clips_configuration(encoders, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "message"),
     [
-        ({"hf_model_name": "/nowhere/at-all"}, "hf_model_name"),
-        ({"context_length": 77}, "context_length must be at most 32, got 77"),
-        ({"hf_proj_type": None}, "hf_proj_type"),
-        ({"hf_proj_type": "conv"}, "hf_proj_type"),
-        ({"hf_pooler_type": "mean"}, "hf_pooler_type.*mean_pooler"),
+        ("bert", {"hf_model_name": "/nowhere/at-all"}, "hf_model_name"),
+        ("bert", {"context_length": 77}, "context_length must be at most 32, got 77"),
+        ("xlm-roberta", {"context_length": 31}, "context_length must be at most 30, got 31"),
+        ("bert", {"hf_proj_type": None}, "hf_proj_type"),
+        ("bert", {"hf_proj_type": "conv"}, "hf_proj_type"),
+        ("bert", {"hf_pooler_type": "mean"}, "hf_pooler_type.*mean_pooler"),
     ],
 )
-def test_hf_text_errors_name_the_option(options: dict[str, Any], message: str, encoders) -> None:
+def test_hf_text_errors_name_the_option(kind: str, options: dict[str, Any], message: str, encoders) -> None:
+    text = text_options(encoders[kind]) | options
     with pytest.raises(UserError, match=message):
-        create_model("tiny", **{**OPTIONS, "text": text_options(encoders["bert"]) | options})
+        create_model("tiny", text=text)
 
 
 def test_missing_transformers_names_its_extra(encoders, monkeypatch: pytest.MonkeyPatch) -> None:
