@@ -125,6 +125,8 @@ def exportable(model: CLIP | VisionModel, tower: str) -> Any:
     towers = ("image",) if isinstance(model, VisionModel) else get_args(TowerName)
     if tower not in towers:
         raise unknown_name("tower", tower, towers)
+    if tower == "text" and isinstance(model, CLIP) and model.config.text.hf_model_name:
+        raise UserError("tower must be image for a model with a text tower of transformers, got 'text'")
     visual = _tower(model, "image")
     if (size := visual.present.image_size) != (own := visual.config.image_size):
         raise UserError(f"set_image_size({size}) is in force; call set_image_size({own}) before the model is exported")

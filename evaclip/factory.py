@@ -14,6 +14,7 @@ from evaclip.augmentation import Augmentation
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig, Savings, TextConfig, find_model, get_config, list_models, override
+from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
@@ -33,6 +34,7 @@ __all__ = [
     "get_config",
     "get_tokenizer",
     "list_models",
+    "tokenizer_of",
 ]
 
 PRECISIONS = {
@@ -329,14 +331,24 @@ def create_model_from_pretrained(
     return (model, transform) if return_transform else model
 
 
-def get_tokenizer(model_name: str = "", context_length: int | None = None) -> Tokenizer:
+def get_tokenizer(model_name: str = "", context_length: int | None = None) -> Tokenizer | HFTokenizer:
     """The tokenizer of a model, with its context length and vocabulary; by default the released models' tokenizer.
+
+    Raises:
+        UserError: for an unknown model, or a tokenizer of transformers that can't be loaded.
 
     Example:
         `evaclip.get_tokenizer("EVA02-B-16")(["a cat", "a dog"])` is int64 `[2, 77]`.
     """
     text = _described(model_name).text if model_name else TextConfig()
-    return Tokenizer(text.context_length if context_length is None else context_length, text.vocab_size)
+    return tokenizer_of(text if context_length is None else replace(text, context_length=context_length))
+
+
+def tokenizer_of(config: TextConfig) -> Tokenizer | HFTokenizer:
+    """The tokenizer of a text tower; raises UserError as `get_tokenizer`."""
+    if config.hf_model_name is None:
+        return Tokenizer(config.context_length, config.vocab_size)
+    return HFTokenizer(config.hf_tokenizer_name or config.hf_model_name, config.context_length)
 
 
 class _WithoutValues(TorchFunctionMode):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.errors import UserError
-from evaclip.factory import create_model, create_vision_model
+from evaclip.factory import create_model, create_vision_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.config import find_model
+from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, is_vision_model, split_name
 from evaclip.run_files import CLASSES_FILE
@@ -36,7 +37,7 @@ class LoadedModel:
     name: str
     origin: str
     model: CLIP
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | HFTokenizer
     transform: EvalTransform
     run: Path | None = None
 
@@ -192,6 +193,4 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
 
 def _loaded(name: str, origin: str, model: CLIP, run: Path | None = None) -> LoadedModel:
     transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
-    return LoadedModel(
-        name, origin, model, Tokenizer(model.config.text.context_length, model.config.text.vocab_size), transform, run
-    )
+    return LoadedModel(name, origin, model, tokenizer_of(model.config.text), transform, run)

@@ -158,14 +158,15 @@ def _released_tokenizer() -> Tokenizer:
     return Tokenizer()
 
 
-def clean(text: str) -> str:
-    """The text with mis-encoded characters and HTML entities resolved, single spaces, in lower case."""
+def clean(text: str, lower: bool = True) -> str:
+    """The text with mis-encoded characters and HTML entities resolved, single spaces, in lower case if `lower`."""
     # Most captions need no repair, and the check of ftfy takes longer than all other steps.
     if not text.isascii() or "&" in text or not text.isprintable():
         import ftfy  # not needed to build a model
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    text = " ".join(text.split())
+    return text.lower() if lower else text
 
 
 @cache

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import CLIPConfig, Savings
+from evaclip.model.hf_text import HFTextTower
 from evaclip.model.text import Layout, TextTower
 from evaclip.model.vision import VisionTower
 
@@ -28,10 +29,14 @@ class CLIP(nn.Module):
 
     def __init__(self, config: CLIPConfig, savings: Savings | None = None) -> None:
         super().__init__()
-        self.config = config
         savings = savings or Savings()
         self.visual = VisionTower(config.vision, config.embed_dim, savings)
-        self.text = TextTower(config.text, config.embed_dim, savings)
+        self.text: TextTower | HFTextTower
+        if config.text.hf_model_name is None:
+            self.text = TextTower(config.text, config.embed_dim, savings)
+        else:
+            self.text = HFTextTower(config.text, config.embed_dim, savings)
+        self.config = replace(config, text=self.text.config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
@@ -75,6 +80,8 @@ class CLIP(nn.Module):
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freeze the text tower, as `lock_image_tower`; `freeze_layer_norm` has no effect: frozen blocks include norms.
+
+        The projection of an encoder of transformers is always trained and isn't counted, as in open_clip.
 
         Example:
             `model.lock_text_tower()`

@@ -21,6 +21,8 @@ NormKind = Literal["layer_norm", "rms_norm"]
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "squash"]
 Pool = Literal["token", "mean"]
+HFPooler = Literal["mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler", "last_pooler"]
+HFProjection = Literal["mlp", "linear"]
 Recompute = Literal["none", "activations", "block"]
 
 # Names of the same models in open_clip, in model cards, and on the hub.
@@ -181,7 +183,19 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower: a causal pre-norm transformer (CLIP, Radford et al. 2021). Lengths in tokens."""
+    """The text tower: a causal pre-norm transformer (CLIP, Radford et al. 2021). Lengths in tokens.
+
+    With `hf_model_name` it is an encoder of transformers with a pooler and a projection, under open_clip's options.
+    `vocab_size`, `width`, `layers`, `heads` and `mlp_ratio` are then those of the encoder.
+
+    Attributes:
+        hf_model_name: folder, or name on the Hugging Face hub, of the encoder, such as `xlm-roberta-base`.
+        hf_tokenizer_name: the same of its tokenizer; None for that of `hf_model_name`.
+        hf_model_pretrained: start from the weights of `hf_model_name`, where no weights of the whole model are given.
+        hf_pooler_type: mean or maximum over tokens, the first token (`cls_pooler`: after the encoder's own pooling
+            layer), or the last token.
+        hf_proj_type: one matrix, or two with GELU between them; None for no projection.
+    """
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -190,9 +204,17 @@ class TextConfig:
     heads: int = 8
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-5
+    hf_model_name: str | None = None
+    hf_tokenizer_name: str | None = None
+    hf_model_pretrained: bool = True
+    hf_pooler_type: HFPooler = "mean_pooler"
+    hf_proj_type: HFProjection | None = "mlp"
 
     def __post_init__(self) -> None:
         _check_fields("text", self)
+        _check_choice("text.hf_pooler_type", self.hf_pooler_type, HFPooler)
+        if self.hf_proj_type is not None:
+            _check_choice("text.hf_proj_type", self.hf_proj_type, HFProjection)
         _check_heads("text", self.width, self.heads)
 
     @property
@@ -367,6 +389,8 @@ def _check_fields(part: str, config: Any) -> None:
             continue
         if isinstance(entry.default, bool):
             accepted, expected = isinstance(value, bool), "true or false"
+        elif entry.name in ("hf_model_name", "hf_tokenizer_name"):
+            accepted, expected = value is None or isinstance(value, str), "a folder, a name on the hub, or null"
         elif entry.name == "init_logit_bias":
             accepted, expected = number or value is None, "a number, or null"
         elif entry.name in _RATES:

@@ -233,7 +233,7 @@ class TextTower(Tower):
             TypeError: for ids that aren't integers.
             ValueError: for a wrong shape.
         """
-        self._check(tokens)
+        check_tokens(tokens, self.config.context_length)
         if layout is None:
             layout = self.layout(tokens)
         x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, layout), layout)
@@ -247,6 +247,10 @@ class TextTower(Tower):
         readable = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
         return Layout.packed(tokens) if readable and self.savings.pack_text else Layout.padded(tokens)
 
+    def end_positions(self, tokens: Tensor) -> Tensor:
+        """Position of each caption's end token, int64 `[B]`: the first occurrence of its largest id."""
+        return tokens.argmax(dim=-1)
+
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Token embeddings with positions, rows `[T, width]`."""
         tokens = tokens[:, : layout.length]
@@ -258,9 +262,10 @@ class TextTower(Tower):
         packed: Tensor = self.token_embedding(tokens.flatten()[layout.rows]) + positions
         return packed
 
-    def _check(self, tokens: Tensor) -> None:
-        longest = self.config.context_length
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32 ids, got {tokens.dtype}")
-        if tokens.ndim != 2 or not 0 < tokens.shape[1] <= longest:
-            raise ValueError(f"tokens must have shape [batch, 1..{longest}], got {tuple(tokens.shape)}")
+
+def check_tokens(tokens: Tensor, longest: int) -> None:
+    """Raise TypeError or ValueError unless `tokens` are integers `[batch, 1..longest]`."""
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64 or int32 ids, got {tokens.dtype}")
+    if tokens.ndim != 2 or not 0 < tokens.shape[1] <= longest:
+        raise ValueError(f"tokens must have shape [batch, 1..{longest}], got {tuple(tokens.shape)}")

@@ -43,7 +43,7 @@ def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
 
 
 def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None) -> StepPlan:
-    together = task_class(config.task.name).rows_together(config)
+    together = task_class(config.task.name).rows_per_group(config)
     plan = plan_step(replace(config, accumulation=1), gpus, caption_tokens=caption_tokens)
     # All that isn't fixed is at most in proportion to the micro-batch; several of them add gradients that stay.
     needed = plan.memory.total() - _fixed(plan)

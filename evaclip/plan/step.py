@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from evaclip.data.loader import part_of_batch
 from evaclip.errors import UserError
+from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
 from evaclip.model.tower import ResidualBlock, Tower
 from evaclip.plan.recorder import (
@@ -36,7 +37,7 @@ from evaclip.plan.recorder import (
 )
 from evaclip.train import rng
 from evaclip.train.build import build_step, check_batch, is_cut_up, precision_of_parameters
-from evaclip.train.config import ContrastiveTask, TrainConfig
+from evaclip.train.config import TIMM, ContrastiveTask, TrainConfig
 from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World
 from evaclip.train.ema import Ema
 from evaclip.train.fake_ranks import fake_ranks, without_data
@@ -115,6 +116,8 @@ def plan_step(
     """
     if gpus < 1:
         raise UserError(f"gpus must be at least 1, got {gpus}")
+    if config.optim.name.startswith(TIMM):
+        raise UserError(f"optim.name must be adamw or lamb for a plan, got {config.optim.name}")
     check_batch(config, World(torch.device("cpu"), size=gpus))
     plain = replace(config.model, pretrained=None, pretrained_image=None, pretrained_text=None)
     config = replace(config, model=plain)
@@ -123,11 +126,13 @@ def plan_step(
         plain = replace(plain, options=_options(config, vision={"image_size": image_size}))
         config = replace(config, model=plain, eval=replace(config.eval, sets=None), held_out=None)
     kind = task_class(config.task.name)
-    together = kind.rows_together(config)
+    together = kind.rows_per_group(config)
     local_batch = together * -(-config.batch_size // together // gpus)
     micro_batch = together * -(-local_batch // together // config.accumulation)
     precision = precision_of_parameters(config.precision)
     whole = kind.create_model(config, device="meta", precision=precision)
+    if isinstance(whole, CLIP) and (encoder := whole.config.text.hf_model_name):
+        raise UserError(f"model.options.text.hf_model_name must be left out for a plan, got {encoder!r}")
     depths = {_TOWERS[name]: cast(Tower, tower).layers for name, tower in kind.towers_of(whole).items()}
     few = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
     options = _options(config, vision=few["image"], **({"text": few["text"]} if "text" in few else {}))
@@ -194,10 +199,10 @@ class _Trace:
         rows = config.batch_size // self.world.size
         micro = rows // config.accumulation
         is_evaluated = bool(config.eval.sets or config.held_out)
-        together = task.rows_together(config)
+        together = task.rows_per_group(config)
         few = max(config.eval.batch_size, together) if is_evaluated else micro
         evaluated = self._samples(few, {few})
-        fixed = {FROZEN: list(task.beside()), AVERAGE: list(ema.state_dict().values()) if ema else []}
+        fixed = {FROZEN: list(task.extra_tensors()), AVERAGE: list(ema.state_dict().values()) if ema else []}
         with self._fake:
             step = build_step(config, self.world, task)
             step.mean = GradientMean([], [], self.world)  # counted by `_summarize`: buckets depend on the depth

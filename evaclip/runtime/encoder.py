@@ -173,7 +173,7 @@ class Encoder:
         """
         tokens = self.tokenizer(texts)
         found = torch.empty(len(tokens), self.dim)
-        for rows in _by_length(tokens.argmax(dim=1) + 1):
+        for rows in _by_length(self.model.text.end_positions(tokens) + 1):
             with torch.inference_mode():
                 found[rows] = F.normalize(self.model.text(tokens[rows].to(self.device)).float(), dim=-1).cpu()
         require_finite(found, range(len(found)), "text")

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.config import find_model
+from evaclip.train.overrides import parse_assignment
 from evaclip.train.tree import Tree, merge, nest
 
 
@@ -84,6 +86,11 @@ def _image_size(values: Sequence[str]) -> Tree:
 
 def _whole_number(key: str) -> Callable[[str], Tree]:
     return lambda value: nest(key, int(value) if value.isdecimal() else value)
+
+
+def _optimizer_options(values: Sequence[str]) -> Tree:
+    """`KEY=VALUE ...`, with YAML values."""
+    return reduce(merge, (parse_assignment(f"optim.options.{value}") for value in values), {})
 
 
 def _refused(reason: str, *flags: str) -> list[Alias]:
@@ -177,7 +184,8 @@ ALIASES = (
     Alias("--use-bn-sync", constant=True, note=_NO_BATCH_NORM),
     Alias("--use-bnb-linear", refused="there are no 8-bit layers here; precision=bf16 has 2 bytes a weight"),
     Alias("--opt", "optim.name", words={"timm/adamw": "adamw", "timm/lamb": "lamb"}),
-    Alias("--momentum", refused="it belongs to timm's SGD; AdamW and LAMB have optim.beta1"),
+    Alias("--opt-kwargs", "optim.options", many=True, read=_optimizer_options),
+    Alias("--momentum", "optim.options.momentum", read=lambda value: _optimizer_options([f"momentum={value}"])),
     Alias("--lr", "optim.lr"),
     Alias("--visual-lr", "optim.visual.lr"),
     Alias("--text-lr", "optim.text.lr"),

@@ -134,7 +134,7 @@ def build_task(config: TrainConfig, world: World) -> Task:
 def build_step(config: TrainConfig, world: World, task: Task) -> TrainStep:
     """The step with its optimizer."""
     optimizer = build_optimizer(parameter_groups(task.model, task.towers, config.optim), config.optim, config.seed)
-    together = task.rows_together(config)
+    together = task.rows_per_group(config)
     options = StepOptions(
         precision=config.precision,
         accumulation=config.accumulation,
@@ -160,7 +160,7 @@ def precision_of_parameters(precision: Precision) -> str:
 
 def check_batch(config: TrainConfig, world: World) -> None:
     """Raise UserError if a micro-batch of a rank has no sample, or a batch cuts rows that belong together."""
-    parts, together = world.size * config.accumulation, task_class(config.task.name).rows_together(config)
+    parts, together = world.size * config.accumulation, task_class(config.task.name).rows_per_group(config)
     if config.batch_size % together:
         raise UserError(f"batch_size={config.batch_size} is no multiple of {together}, the samples that are mixed")
     if config.batch_size < parts * together:
@@ -188,7 +188,7 @@ def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> Tr
         prefetch=data.prefetch,
         pin=world.device.type == "cuda",
         decode_size=REDUCTION_MARGIN * max(images.image_shape) if data.jpeg_reduction else None,
-        together=task.rows_together(config),
+        together=task.rows_per_group(config),
     )
 
 

@@ -20,6 +20,16 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Measure = Literal["classify", "retrieval", "loss", "linear_probe", "knn"]
 
 
+TIMM = "timm/"
+"""Prefix of the names of timm's optimizers."""
+
+
+def _optimizer(name: str) -> str:
+    if name not in ("adamw", "lamb") and not name.startswith(TIMM):
+        raise ValueError("must be adamw, lamb or timm/NAME, such as timm/lion")
+    return name
+
+
 def _inside(name: str) -> str:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
@@ -90,7 +100,10 @@ class TowerConfig:
 class OptimConfig:
     """The optimizer; the moments' defaults are those of the released EVA-CLIP models."""
 
-    name: Literal["adamw", "lamb"] = "adamw"
+    name: Annotated[str, AfterValidator(_optimizer)] = "adamw"
+    """adamw or lamb, or an optimizer of timm, such as timm/lion."""
+    options: dict[str, Any] | None = None
+    """Keyword arguments of timm's optimizer that have no key here, such as `caution: true`."""
     lr: Rate = 5e-4
     """Peak rate of whatever a tower does not override: logit_scale, and towers without a rate."""
     beta1: Share = 0.9
@@ -104,6 +117,15 @@ class OptimConfig:
     stochastic_rounding: bool = False
     """Under precision=bf16 round updated weights up or down at random, so that steps below half a unit of bfloat16 add
     up; there are no float32 copies. Nothing but `seed` decides: neither threads nor processes."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_optimizer(self) -> Self:
+        is_timms = self.name.startswith(TIMM)
+        if self.options and not is_timms:
+            raise ValueError(f"options={self.options} needs name=timm/NAME, got name={self.name}")
+        if self.stochastic_rounding and is_timms:
+            raise ValueError(f"stochastic_rounding needs name=adamw or name=lamb, got name={self.name}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -496,6 +518,15 @@ class TrainConfig:
     def _no_micro_batch_is_empty(self) -> Self:
         if self.batch_size < self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} is less than accumulation={self.accumulation}")
+        return self
+
+    @model_validator(mode="after")
+    def _timms_optimizers_update_float32(self) -> Self:
+        if self.optim.name.startswith(TIMM) and self.precision in ("bf16", "fp16"):
+            raise ValueError(
+                f"optim.name={self.optim.name} needs precision=fp32, amp_bf16 or amp_fp16, "
+                f"got precision={self.precision}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -29,8 +29,8 @@ from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_classnames, load_
 from evaclip.model.clip import CLIP
 from evaclip.train.config import EvalSetConfig, Measure, TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.distributed_encoder import DistributedEncoder
 from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.spread import Spread
 
 Metrics = dict[str, float]
 Attempt = Callable[[Sequence[str], Callable[[], Metrics]], Metrics]
@@ -142,10 +142,10 @@ class Evaluation:
         Raises:
             Stopped: a process was asked to stop.
         """
-        clip = Spread(model, self.world, self.tokenizer, stop)
+        clip = DistributedEncoder(model, self.world, self.tokenizer, stop)
         return measured(model, {each.name: partial(self._measure, each, clip) for each in self.sets})
 
-    def _measure(self, each: EvalSet, clip: Spread, attempt: Attempt) -> Metrics:
+    def _measure(self, each: EvalSet, clip: DistributedEncoder, attempt: Attempt) -> Metrics:
         headlines = [name for measure in each.config.measure or ("classify",) for name in _HEADLINES[measure]]
         return attempt(headlines, lambda: _Measurement(each, clip, self.transform, self.loss).metrics())
 
@@ -181,7 +181,9 @@ def _attempt(name: str, problems: list[str], metrics: Sequence[str], action: Cal
 class _Measurement:
     """One set as one model sees it; whatever several metrics need is encoded once."""
 
-    def __init__(self, each: EvalSet, clip: Spread, transform: Callable[[Any], Tensor], loss: ContrastiveLoss) -> None:
+    def __init__(
+        self, each: EvalSet, clip: DistributedEncoder, transform: Callable[[Any], Tensor], loss: ContrastiveLoss
+    ) -> None:
         self._set = each
         self._clip = clip
         self._loss = loss
@@ -277,7 +279,7 @@ class _Measurement:
 
 
 def encode_everywhere(
-    model: Spread, transform: Callable[[Any], Tensor], source: Source, each: EvalSet
+    model: DistributedEncoder, transform: Callable[[Any], Tensor], source: Source, each: EvalSet
 ) -> ImageFeatures:
     """Features of all pictures of a source, of which each process encodes its part; keys are the samples' numbers.
 
@@ -295,7 +297,7 @@ def encode_everywhere(
 
 
 def _encode_part(
-    model: Spread, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions
+    model: DistributedEncoder, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions
 ) -> ImageFeatures | None:
     mine = model.share(range(len(source)))
     if not mine:

@@ -1,4 +1,4 @@
-"""Parameter groups with per-tower learning rate, weight decay and layer decay; AdamW and LAMB on top of them."""
+"""Parameter groups with per-tower learning rate, weight decay and layer decay, and the optimizers on top of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evaclip.train.config import OptimConfig, TowerConfig
+from evaclip.train.config import TIMM, OptimConfig, TowerConfig
+from evaclip.train.timm_optimizer import TimmOptimizer
 from evakernels.optim import AdamW, Lamb
 
 Group = dict[str, Any]
@@ -48,11 +49,15 @@ def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: 
 
 
 def build_optimizer(groups: list[Group], config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """The optimizer over these groups.
+    """Build the optimizer of these groups.
 
-    Both kinds divide the gradients by their attribute `grad_scale`, and skip a step when their `found_inf` is 1, on the
-    device.
+    All kinds divide the gradients by their attribute `grad_scale` and skip a step when their `found_inf` is 1.
+
+    Raises:
+        UserError: timm is missing, has no such optimizer, or refuses the options.
     """
+    if config.name.startswith(TIMM):
+        return TimmOptimizer(groups, config)
     for group in groups:
         # SigLIP's bias stays in float32.
         bfloat16 = all(parameter.dtype == torch.bfloat16 for parameter in group["params"])

@@ -13,7 +13,7 @@ from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
 from evaclip.train import checkpoint, moments, rng
 from evaclip.train.build import Parts
-from evaclip.train.config import ScheduleConfig, config_hash, training_tree
+from evaclip.train.config import TIMM, ScheduleConfig, config_hash, training_tree
 from evaclip.train.ema import Ema
 from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
@@ -68,7 +68,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "moments": scalars,
         "rng": states,
         "fingerprint": parts.source.fingerprint,
-        "taught_by": parts.task.taught_by(),
+        "taught_by": parts.task.teacher_identity(),  # the name in earlier checkpoints
         "config": tree,
     }
     return checkpoint.Content(
@@ -129,11 +129,16 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     ]
     if state["fingerprint"] != parts.source.fingerprint:
         remarks.append(_data_changed(parts))
-    taught_by = parts.task.taught_by()
-    if other := differences(state["taught_by"], taught_by):
+    if other := differences(state["taught_by"], parts.task.teacher_identity()):
         remarks.append(_teacher_changed(folder, other, parts))
     if not parts.config.checkpoint.allow_schedule_change:
         _check_schedule(folder, state, parts)
+    before, optimizer = state["config"]["optim"]["name"], parts.config.optim.name
+    if before != optimizer and TIMM in before + optimizer:
+        raise UserError(
+            f"optim.name must be {before} as in the checkpoint {str(folder)!r}, got {optimizer}; "
+            f"--resume weights:{folder} starts with a new optimizer state"
+        )
     try:
         _put_model(folder / MODEL_FILE, parts.model)
         parts.step.load_state_dict(state["train_step"])

@@ -21,6 +21,7 @@ from evaclip.train import checkpoint, host, snapshot, trackers
 from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig, to_tree
 from evaclip.train.distributed import World, connect, naming_timeouts
+from evaclip.train.distributed_encoder import Stopped
 from evaclip.train.evaluation import Metrics
 from evaclip.train.host import peak_memory, slow_precision
 from evaclip.train.meter import Meter
@@ -36,7 +37,6 @@ from evaclip.train.signals import StopSignals, unwinding_on_sigterm
 from evaclip.train.sinks import Record
 from evaclip.train.snapshot import Position
 from evaclip.train.spikes import SpikeDetector
-from evaclip.train.spread import Stopped
 from evaclip.train.step import StepResult
 from evaclip.train.tracing import Tracer, collecting
 from evaclip.train.watchdog import Watchdog

@@ -14,6 +14,7 @@ from evaclip.run_files import PREPROCESS_FILE
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 _TEXT = ("context_length", "vocab_size", "width", "heads", "layers")
+_HF_TEXT = ("context_length", "hf_model_name", "hf_tokenizer_name", "hf_pooler_type", "hf_proj_type")
 _PREPROCESS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
 _TOWER = {"timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None}
 _SIZE = "image_size"
@@ -30,12 +31,16 @@ def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     model: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "vision_cfg": {"image_size": vision.image_size, "timm_model_name": _tower(vision), **_TOWER},
-        "text_cfg": {name: getattr(text, name) for name in _TEXT},
+        "text_cfg": {name: getattr(text, name) for name in (_HF_TEXT if text.hf_model_name else _TEXT)},
         "custom_text": True,
     }
     if config.init_logit_bias is not None:
         model["init_logit_bias"] = config.init_logit_bias
-    if text.mlp_ratio != TextConfig.mlp_ratio:
+    if text.hf_model_name:
+        model["text_cfg"]["hf_tokenizer_name"] = text.hf_tokenizer_name or text.hf_model_name
+        if text.hf_pooler_type == "last_pooler":
+            raise UserError("open_clip can't load this model: it has no text.hf_pooler_type last_pooler")
+    elif text.mlp_ratio != TextConfig.mlp_ratio:
         model["text_cfg"]["mlp_ratio"] = text.mlp_ratio
     for name, value, only in (
         ("text.norm_eps", text.norm_eps, TextConfig.norm_eps),
@@ -88,7 +93,11 @@ def _parsed(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> CLIPConf
     architecture, size = split_name(tower.pop("timm_model_name"))[0], tower.pop("image_size")
     vision = replace(vision_config(architecture), pool="token")
     unknown = {name: value for name, value in tower.items() if value not in (_TOWER.get(name), None, False)}
-    unknown |= {name: text.pop(name) for name in list(text) if name not in (*_TEXT, "mlp_ratio")}
+    unknown |= {
+        name: text.pop(name)
+        for name in list(text)
+        if name not in (*_TEXT, *_HF_TEXT, "mlp_ratio", "hf_model_pretrained")
+    }
     if model.get("quick_gelu"):  # another activation of the text tower, without any weights
         unknown["quick_gelu"] = True
     if size not in (vision.image_size, [vision.image_size] * 2):

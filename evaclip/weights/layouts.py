@@ -22,8 +22,8 @@ from evaclip.errors import UserError
 _WRAPPERS = ("model", "module", "state_dict")
 _PARALLEL, _COMPILED = "module.", "_orig_mod."
 _FLAT_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
-# Rotary tables are computed, never loaded: files disagree on their shape, and 16-bit files round them.
-_ROTARY = re.compile(r"(^|\.)rope\.freqs_(cos|sin)$")
+# Tables are computed, never loaded: files disagree on their shape, and 16-bit files round them.
+_TABLES = re.compile(r"(^|\.)(rope\.freqs_(cos|sin)|embeddings\.position_ids)$")
 
 _ORIGINAL, _OPEN_CLIP = "visual.", "visual.trunk."
 MASKED_IMAGE = re.compile(r"(mask_token|lm_head|decoder_blocks|decoder_norm)(\.|$)")
@@ -50,7 +50,7 @@ def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
     flat = {
         f"text.{name}" if name.split(".")[0] in _FLAT_TEXT else name: tensor
         for name, tensor in unwrapped(state).items()
-        if not _ROTARY.search(name)
+        if not _TABLES.search(name)
     }
     old = _OPEN_CLIP if any(name.startswith(_OPEN_CLIP) for name in flat) else ""
     if not old and not is_image_tower(flat):

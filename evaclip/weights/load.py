@@ -30,7 +30,7 @@ _POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
 _TEXT, _IMAGE = "text.", "visual."
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 _IMAGE_SKIPPED = re.compile(r"(head|lm_head|mask_token|decoder\w*|text_projection|logit_scale)(\.|$)")
-_TEXT_SKIPPED = re.compile(r"(text_projection|logit_scale|logit_bias)(\.|$)")
+_TEXT_SKIPPED = re.compile(r"(text_projection|proj|logit_scale|logit_bias)(\.|$)")
 _HF_TEXT = "text_model."
 _HF_NAMES = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -217,7 +217,7 @@ def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], a
 
 
 def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> None:
-    """Copy the text tower of `source` into `tower`, a `TextTower`; the projection keeps its start values.
+    """Copy the text tower of `source` into `tower`; the projection keeps its start values.
 
     Raises:
         UserError: as `start_image_tower`.
@@ -228,7 +228,7 @@ def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> N
     else:
         state = {n.removeprefix(_TEXT): t for n, t in to_original(tensors).items() if n.startswith(_TEXT)}
     state = {name: tensor for name, tensor in state.items() if not _TEXT_SKIPPED.match(name)}
-    _start(tower, state, "text tower", source, ("text_projection",))
+    _start(tower, state, "text tower", source, ("text_projection", "proj."))
 
 
 def _start(

@@ -12,6 +12,7 @@ from evaclip.atomic import write_json, write_text, writing
 from evaclip.errors import UserError, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
+from evaclip.model.hf_text import HFTokenizer
 from evaclip.outputs import check_output
 from evaclip.run_files import CONFIG_FILE, LOG_FILE
 from evaclip.tokenizer import Tokenizer
@@ -279,7 +280,7 @@ def _described(model: CLIP, tokenizer: Tokenizer | None) -> dict[str, Any]:
         raise UserError(f"model must be one of evaclip.create_model, got a {type(model).__name__}")
     if is_sharded(model):
         raise UserError("model must be whole, got a sharded one; load its checkpoint with create_model")
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer | HFTokenizer):
         raise UserError(f"tokenizer must be one of evaclip.get_tokenizer or None, got a {type(tokenizer).__name__}")
     return to_open_clip_config(model.config)
 

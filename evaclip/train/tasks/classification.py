@@ -79,7 +79,7 @@ class Classification(ImageModelTask):
         return replace(config.data, caption_template=PLACEHOLDER)
 
     @classmethod
-    def rows_together(cls, config: TrainConfig) -> int:
+    def rows_per_group(cls, config: TrainConfig) -> int:
         """Pairs that are mixed."""
         return 2 if _mixes(_task(config)) else 1
 

@@ -13,8 +13,8 @@ from evaclip.eval.classify import TOP, ClassSpace, Predictions, evaluate
 from evaclip.model.vision_model import VisionModel
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.distributed_encoder import DistributedEncoder
 from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
-from evaclip.train.spread import Spread
 from evaclip.train.tasks.task import Evaluate
 from evaclip.transforms import EvalTransform, OpaqueTransform
 
@@ -51,19 +51,21 @@ def open_classifying(
     ]
 
     def measure(model: VisionModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
-        spread = Spread(_Best(model), world, None, stop)
+        encoder = DistributedEncoder(_Best(model), world, None, stop)
         pairs = zip(sets, spaces, strict=True)
-        return measured(model, {each.name: partial(_attempt, spread, transform, each, named) for each, named in pairs})
+        return measured(model, {each.name: partial(_attempt, encoder, transform, each, named) for each, named in pairs})
 
     return measure if sets else None
 
 
-def _attempt(spread: Spread, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt) -> Metrics:
-    return attempt(["top1", "top5"], lambda: _measure(spread, transform, each, classes))
+def _attempt(
+    encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt
+) -> Metrics:
+    return attempt(["top1", "top5"], lambda: _measure(encoder, transform, each, classes))
 
 
-def _measure(spread: Spread, transform: EvalTransform, each: EvalSet, classes: ClassSpace) -> Metrics:
-    found = encode_everywhere(spread, transform, each.source, each)
+def _measure(encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace) -> Metrics:
+    found = encode_everywhere(encoder, transform, each.source, each)
     keys = [each.source.name(int(key)) for key in found.keys]
     labels = classes.labels(found.captions, keys)
     result = evaluate(Predictions(found.features.long(), labels, keys), classes).accuracy

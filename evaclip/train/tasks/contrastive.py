@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from evaclip.data import Source
 from evaclip.data.loader import Targets, part_of_batch, tokenized
 from evaclip.errors import UserError
-from evaclip.factory import create_model
+from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
-from evaclip.model.text import Layout
+from evaclip.model.text import Layout, TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
-from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
@@ -61,7 +60,7 @@ class Contrastive(Task):
     def __init__(self, model: CLIP, loss: ContrastiveLoss) -> None:
         super().__init__(model, self.towers_of(model), model.config.preprocess)
         self.loss = loss
-        self._tokenizer = Tokenizer(model.config.text.context_length, model.config.text.vocab_size)
+        self._tokenizer = tokenizer_of(model.config.text)
 
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> CLIP:
@@ -71,6 +70,10 @@ class Contrastive(Task):
             options["vision"] = {**options.get("vision", {}), "patch_dropout": given.patch_dropout}
         if config.loss.name == "siglip":
             options = {**SIGLIP_START, **options}
+        if (options.get("text") or {}).get("hf_model_name") and config.parallel.mode != "replicate":
+            raise UserError(
+                f"parallel.mode must be replicate for a text tower of transformers, got {config.parallel.mode}"
+            )
         return create_model(
             given.name,
             pretrained=given.pretrained,
@@ -130,16 +133,17 @@ class Contrastive(Task):
         return BACKWARD_FACTOR * flops_per_sample(config, 1 - self.visual.patch_dropout)
 
     def tokens_computed(self, targets: Tensor) -> int:
-        """Of each image the patches that patch dropout keeps and the class token; of each text its tokens up to the
-        end token where texts are packed, the whole context elsewhere.
+        """Kept patches and the class token of each image; tokens of each caption up to its last one, or with
+        `pack_text=False` the whole context.
         """
         patches = self.visual.num_kept_patches() if self.visual.patch_dropout else self.visual.num_patches
         packed = self.model.text.savings.pack_text
-        text = int(targets.argmax(dim=-1).sum()) + len(targets) if packed else targets.numel()
+        text = int(self.model.text.end_positions(targets).sum()) + len(targets) if packed else targets.numel()
         return len(targets) * (1 + patches) + text
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         text, config = self.model.text, self.model.config.text
+        assert isinstance(text, TextTower)  # others have no plan
         lengths = _caption_lengths(rows, self.mean_caption_tokens, config.context_length)
         tokens = torch.zeros(rows, config.context_length, dtype=torch.int64)
         tokens[torch.arange(rows), torch.tensor(lengths) - 1] = config.vocab_size - 1

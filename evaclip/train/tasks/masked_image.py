@@ -66,10 +66,10 @@ class MaskedImage(ImageModelTask):
         task = _task(config)
         return cls(model, open_teacher(task.teacher, config, world, model), task)
 
-    def beside(self) -> Iterator[Tensor]:
+    def extra_tensors(self) -> Iterator[Tensor]:
         return self.teacher.tensors()
 
-    def taught_by(self) -> dict[str, Any]:
+    def teacher_identity(self) -> dict[str, Any]:
         return self.teacher.facts
 
     def remarks(self) -> list[str]:

@@ -14,8 +14,8 @@ from evaclip.eval.probes import KnnResult, LinearProbeResult, knn, linear_probe
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.train.config import Measure, TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.distributed_encoder import DistributedEncoder
 from evaclip.train.evaluation import Attempt, EvalSet, Metrics, encode_everywhere, measured, open_sets
-from evaclip.train.spread import Spread
 from evaclip.train.tasks.teacher import Teacher, similarity
 from evaclip.transforms import EvalTransform
 
@@ -79,22 +79,22 @@ class Probing:
         if "loss" in probe.measures:
             metrics |= attempt(["loss"], partial(self._loss, probe.tested, model, stop))
         if by_labels := [_METRICS[measure] for measure in probe.measures if measure != "loss"]:
-            spread = Spread(model, self.world, None, stop)
-            metrics |= attempt(by_labels, partial(self._classify, probe, spread, attempt))
+            encoder = DistributedEncoder(model, self.world, None, stop)
+            metrics |= attempt(by_labels, partial(self._classify, probe, encoder, attempt))
         return metrics
 
     def _loss(self, each: EvalSet, model: MaskedImageModel, stop: Callable[[], bool]) -> Metrics:
-        spread = Spread(_Loss(model, self.teacher), self.world, None, stop)
-        found = encode_everywhere(spread, self.transform, each.source, each)
+        encoder = DistributedEncoder(_Loss(model, self.teacher), self.world, None, stop)
+        found = encode_everywhere(encoder, self.transform, each.source, each)
         return {"loss": found.features.double().mean().item(), "samples": len(found)}
 
-    def _classify(self, probe: _Probe, spread: Spread, attempt: Attempt) -> Metrics:
+    def _classify(self, probe: _Probe, encoder: DistributedEncoder, attempt: Attempt) -> Metrics:
         each, fit = probe.tested, probe.fit
         assert fit is not None
         assert each.config.fit is not None
         learning = replace(each, options=replace(each.options, workers=each.config.fit.workers))
-        fitted = encode_everywhere(spread, self.transform, fit, learning)
-        tested = encode_everywhere(spread, self.transform, each.source, each)
+        fitted = encode_everywhere(encoder, self.transform, fit, learning)
+        tested = encode_everywhere(encoder, self.transform, each.source, each)
         names = [each.source.name(int(key)) for key in tested.keys]
         known = assign_labels(fitted.captions, fitted.keys, each.classnames, fit.classes)
         labels = assign_labels(tested.captions, names, known.classnames, each.source.classes)
@@ -102,11 +102,11 @@ class Probing:
         classes = len(known.classnames)
         metrics: Metrics = {"samples": len(tested), "fit_samples": len(fitted), "classes": classes}
         if "knn" in probe.measures:
-            metrics |= attempt([_METRICS["knn"]], lambda: _tops("knn", knn(*data, classes=classes, over=spread.over)))
+            metrics |= attempt([_METRICS["knn"]], lambda: _tops("knn", knn(*data, classes=classes, over=encoder.over)))
         if "linear_probe" in probe.measures:
             metrics |= attempt(
                 [_METRICS["linear_probe"]],
-                lambda: _tops("linear_probe", linear_probe(*data, classes=classes, over=spread.over)),
+                lambda: _tops("linear_probe", linear_probe(*data, classes=classes, over=encoder.over)),
             )
         return metrics
 

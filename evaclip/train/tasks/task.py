@@ -65,14 +65,14 @@ class Task(ABC):
     def build(cls, config: TrainConfig, world: World, model: Any) -> Self:
         """The task for a model of `create_model`; locked parameters aren't trained."""
 
-    def beside(self) -> Iterable[Tensor]:
-        """Tensors besides the model that a step needs; plans count them too."""
+    def extra_tensors(self) -> Iterable[Tensor]:
+        """Tensors outside the model that a step needs, such as a teacher's; plans count them."""
         return ()
 
-    def taught_by(self) -> dict[str, Any]:
-        """Identifies the teacher, for example by a hash of its weights: plain values by name.
+    def teacher_identity(self) -> dict[str, Any]:
+        """Identify the teacher, for example by a hash of its weights: plain values by name, none without a teacher.
 
-        A checkpoint keeps it, and a run goes on with the same alone. Without a teacher it is empty.
+        A checkpoint holds it, and a run resumes only with an equal one.
         """
         return {}
 
@@ -86,7 +86,7 @@ class Task(ABC):
         return config.data
 
     @classmethod
-    def rows_together(cls, config: TrainConfig) -> int:
+    def rows_per_group(cls, config: TrainConfig) -> int:
         """Number of consecutive rows that share a rank and a micro-batch."""
         return 1
 

@@ -61,7 +61,7 @@ class Teacher:
         tower: on its device, in its own precision.
         own, students: what images go through for the one and for the other.
         cache: of features; None always computes them.
-        facts: identify the teacher, see `Task.taught_by`.
+        facts: identify the teacher, see `Task.teacher_identity`.
     """
 
     def __init__(

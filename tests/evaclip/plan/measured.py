@@ -27,7 +27,7 @@ def peak_of_step(config: TrainConfig, gpus: int) -> int:
         step(images, targets, 0)
         step.optimizer.zero_grad()
         # Images and targets are in host memory, except those of a micro-batch.
-        known = [*task.model.parameters(), *task.model.buffers(), *task.beside()]
+        known = [*task.model.parameters(), *task.model.buffers(), *task.extra_tensors()]
         known += [images[:micro].clone(), targets[:micro].clone()]
         known += [value for state in step.optimizer.state.values() for value in state.values()]
         held = sum(local(value).untyped_storage().nbytes() for value in known)

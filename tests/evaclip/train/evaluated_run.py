@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaclip.model.clip import CLIP
 from evaclip.train.config import TrainConfig
-from evaclip.train.spread import Spread
+from evaclip.train.distributed_encoder import DistributedEncoder
 from evaclip.train.trainer import train
 
 
@@ -45,9 +45,9 @@ def train_with_a_fault(config: TrainConfig, fault: str) -> None:
 
     Not within the model: where that is cut up, the others would wait there.
     """
-    original, calls = Spread.encode_image, list[int]()
+    original, calls = DistributedEncoder.encode_image, list[int]()
 
-    def encode_image(self: Spread, images: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self: DistributedEncoder, images: Tensor, normalize: bool = False) -> Tensor:
         calls.append(len(images))
         if len(calls) == 1 and os.environ["RANK"] == "1":
             if fault == "disk":
@@ -56,5 +56,5 @@ def train_with_a_fault(config: TrainConfig, fault: str) -> None:
                 worker.kill()
         return original(self, images, normalize)
 
-    with patch.object(Spread, "encode_image", encode_image):
+    with patch.object(DistributedEncoder, "encode_image", encode_image):
         assert train(config).steps == 6

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evaclip.eval import probes
 from evaclip.train.distributed import World, connect
-from evaclip.train.spread import Spread, Stopped
+from evaclip.train.distributed_encoder import DistributedEncoder, Stopped
 
 CLASSES = 4
 
@@ -43,7 +43,7 @@ def write_measured(path: Path) -> None:
     places = patch.object(probes, "top_items", wraps=probes.top_items)
     fit = patch.object(probes, "_fit", wraps=probes._fit)
     with closing(connect("cpu")) as world, patch.object(probes, "_QUERIES", 16), places as votes, fit as fits:
-        found = measured(over=Spread(Model(), world, None, lambda: False).over)
+        found = measured(over=DistributedEncoder(Model(), world, None, lambda: False).over)
         everywhere = world.gather_everywhere((found, votes.call_count, fits.call_count))
         if world.is_main:
             path.write_text(json.dumps(everywhere))
@@ -63,7 +63,7 @@ def test_probes_on_ranks_equal_one_process(count: int, tmp_path: Path) -> None:
 
 def test_a_stop_is_noticed_between_two_blocks() -> None:
     done = list[int]()
-    spread = Spread(Model(), World(torch.device("cpu")), None, lambda: len(done) == 3)
+    encoder = DistributedEncoder(Model(), World(torch.device("cpu")), None, lambda: len(done) == 3)
     with pytest.raises(Stopped):
-        spread.over(range(9), done.append)
+        encoder.over(range(9), done.append)
     assert done == [0, 1, 2]

@@ -90,7 +90,10 @@ def test_what_is_always_so_is_accepted_and_explained() -> None:
     assert notes[0].startswith("--local-loss: the loss here is always")
 
 
-VALUES = {"--force-image-size": ["64"], "--image-mean": ["0.1", "0.2", "0.3"], "--image-std": ["1", "1", "1"]}
+VALUES = {
+    "--opt-kwargs": ["caution=true"], "--force-image-size": ["64"],
+    "--image-mean": ["0.1", "0.2", "0.3"], "--image-std": ["1", "1", "1"],
+}  # fmt: skip
 
 
 def changed(*arguments: str) -> Tree:
@@ -177,6 +180,10 @@ def test_every_option_of_open_clip_is_known() -> None:
             {"model": {"lock_image": True, "lock_image_unlocked_groups": "2"}},
         ),
         (["--torchcompile"], {"compile": "blocks"}),
+        (
+            ["--opt", "timm/adopt", "--momentum", "0.8", "--opt-kwargs", "caution=true", "clip_exp=0.25"],
+            {"optim": {"name": "timm/adopt", "options": {"momentum": 0.8, "caution": True, "clip_exp": 0.25}}},
+        ),
         (["--delete-previous-checkpoint"], {"checkpoint": {"keep": 1}}),
     ],
 )

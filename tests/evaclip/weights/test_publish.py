@@ -230,7 +230,7 @@ def test_save_wrong_arguments(options: dict[str, Any], message: str, tmp_path: P
         ("{", "can't be read: "),
         ({"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "unknown vision model 'vit_base_patch16_224'"),
         ({"vision_cfg": {"layers": 12}}, "lacks 'timm_model_name'"),
-        ({"text_cfg": {"hf_model_name": "roberta"}}, "a model with hf_model_name='roberta' doesn't exist here"),
+        ({"text_cfg": {"pool_type": "eos"}}, "a model with pool_type='eos' doesn't exist here"),
         ({"quick_gelu": True}, "a model with quick_gelu=True doesn't exist here"),
         ({"init_logit_scale": "high"}, "model.init_logit_scale"),
     ],

@@ -25,8 +25,8 @@ from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.model.config import Preprocess
 from evaclip.train import checkpoint, run_folder, saver, throughput
+from evaclip.train.distributed_encoder import DistributedEncoder
 from evaclip.train.evaluation import Evaluation
-from evaclip.train.spread import Spread
 from evaclip.train.step import TrainStep
 from evaclip.transforms import Normalization
 
@@ -138,7 +138,7 @@ def poison(batch: int) -> None:
 
 def poison_evaluation(number: int) -> None:
     """This process's pictures have no features in the n-th evaluation."""
-    evaluate, encode = Evaluation.__call__, Spread.encode_image
+    evaluate, encode = Evaluation.__call__, DistributedEncoder.encode_image
     calls = []
 
     def evaluated(*args: Any) -> Any:
@@ -150,7 +150,7 @@ def poison_evaluation(number: int) -> None:
         return features * math.nan if len(calls) == number + 1 else features
 
     Evaluation.__call__ = evaluated  # type: ignore[method-assign]
-    Spread.encode_image = encoded  # type: ignore[method-assign]
+    DistributedEncoder.encode_image = encoded  # type: ignore[method-assign]
 
 
 def go_elsewhere(arguments: list[str]) -> None:

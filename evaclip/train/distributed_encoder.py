@@ -1,4 +1,4 @@
-"""An evaluation's work, shared by all processes of a training, which agree between batches on whether to stop."""
+"""A model whose ranks share the batches of an evaluation, and agree before each batch on whether to stop."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, takewhile
@@ -18,20 +18,20 @@ _HARMLESS = (OSError, MemoryError, WorkerDied)
 
 
 class Stopped(Exception):
-    """A process was asked to stop; all raise this, at the same place."""
+    """A rank was asked to stop; all ranks raise this before the same batch."""
 
 
-class Spread(nn.Module):
-    """A model that encodes images and texts shared by all ranks.
+class DistributedEncoder(nn.Module):
+    """A model that encodes images and captions shared by all ranks.
 
-    They meet before each batch. Where parameters are sharded, every call takes all processes, so those with fewer
-    batches compute blank ones until none has any left.
+    Ranks vote before each batch. Sharded parameters need all ranks in every call, so ranks without batches encode
+    blank ones until no rank has any left.
 
     Args:
-        model: in evaluation mode; a CLIP, or what has its `encode_image` and the `config` of an image tower.
-        world: the processes.
-        tokenizer: texts to tokens.
-        stop: whether this process was asked to stop.
+        model: in evaluation mode; a CLIP, or an image model with `encode_image` and `config`.
+        world: the ranks.
+        tokenizer: captions to tokens.
+        stop: whether this rank was asked to stop.
     """
 
     def __init__(
@@ -49,27 +49,27 @@ class Spread(nn.Module):
         self.train(model.training)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        self._meet(True)
+        self._is_any_busy(True)
         features: Tensor = self.model.encode_image(images, normalize)
         return features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        self._meet(True)
+        self._is_any_busy(True)
         features: Tensor = self.model.encode_text(tokens, normalize)
         return features
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This process's part, next to those of the others."""
+        """This rank's part of the items."""
         rank, size = self._world.rank, self._world.size
         return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
     def everywhere(self, action: Callable[[], Result], *, texts: bool = False) -> list[Result]:
-        """What the action gives in every process.
+        """The results of the action on all ranks.
 
         Raises:
-            UserError: that of the first process in which it failed, in all; also for what can't be read, a lack of host
-                memory, and a data worker that died.
-            Stopped: in all.
+            UserError: on all ranks, of the first rank on which it failed; also for files that can't be read, a lack of
+                host memory, and a data worker that died.
+            Stopped: on all ranks.
         """
         outcome: Result | UserError
         try:
@@ -78,7 +78,7 @@ class Spread(nn.Module):
             outcome = exc
         except _HARMLESS as exc:
             outcome = UserError(str(exc) if isinstance(exc, WorkerDied) else f"{type(exc).__name__}: {exc}")
-        self._keep_up(texts)
+        self._encode_blanks(texts)
         outcomes = self._world.gather_everywhere(outcome)
         for failure in outcomes:
             if isinstance(failure, UserError):
@@ -86,7 +86,7 @@ class Spread(nn.Module):
         return outcomes
 
     def over(self, items: Sequence[Any], action: Callable[[Any], Result]) -> list[Result]:
-        """What the action, which encodes nothing, gives of each item; each process does it with its part of them.
+        """The results of an action that encodes nothing, one per item; each rank runs it on its part.
 
         Raises as `everywhere`.
         """
@@ -94,15 +94,15 @@ class Spread(nn.Module):
         return list(chain(*self.everywhere(lambda: [action(item) for item in mine])))
 
     @torch.no_grad()
-    def _keep_up(self, texts: bool) -> None:
-        while self._meet(False):
+    def _encode_blanks(self, texts: bool) -> None:
+        while self._is_any_busy(False):
             if self._is_sharded and texts and self.tokenizer:
                 self.model.encode_text(self.tokenizer([""]).to(self.device))
             elif self._is_sharded:
                 self.model.encode_image(torch.zeros(1, 3, *self._image_shape, device=self.device))
 
-    def _meet(self, is_busy: bool) -> bool:
-        """Whether any process has a batch."""
+    def _is_any_busy(self, is_busy: bool) -> bool:
+        """Whether any rank has a batch."""
         is_busy, stop = self._world.any(is_busy, self.stop())
         if stop:
             raise Stopped

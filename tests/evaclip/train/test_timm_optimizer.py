@@ -1,0 +1,134 @@
+"""timm's optimizers in runs: the same groups, clipping, skipped steps and resuming as ours."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from contrastive_step import contrastive_step, random_batch
+from processes import in_processes
+from sharded_run import train_all
+from test_resume_exact import assert_equal_state
+from torch.multiprocessing import ProcessRaisedException
+
+from evaclip.errors import UserError
+from evaclip.plan.step import plan_step
+from evaclip.train.config import OptimConfig, TrainConfig
+from evaclip.train.progress import read_log
+from evaclip.train.trainer import train
+from evaclip.weights.files import read_tensors
+
+Make = Callable[..., TrainConfig]
+COMMON = ("optim.grad_clip_norm=0.5", "optim.visual={lr: 2e-3, layer_decay: 0.8}", "log.every_steps=1")
+LAST = "checkpoints/step_00000006"
+
+
+def logged(folder: Path) -> list[float]:
+    records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+    return [value for r in records for name, value in r.items() if name == "loss" or name.startswith("update_norm")]
+
+
+def test_timm_adamw_equals_ours(run_config: Make) -> None:
+    """Groups, rates, clipping and logged norms agree, also under a loss scale."""
+    names = ("adamw", "timm/adamw")
+    runs = [train(run_config(*COMMON, f"optim.name={name}", f"name={name}")).folder for name in names]
+    assert logged(runs[1]) == pytest.approx(logged(runs[0]), rel=1e-4)
+    expected, found = (read_tensors(run / LAST / "model.safetensors") for run in runs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lion", "adopt", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("adan", "lamb", "adafactor"))],
+)
+def test_timm_optimizer_resumes_bit_exactly(name: str, run_config: Make) -> None:
+    """State per tensor, of other shapes, and per group comes back."""
+    factored = ["optim.options={min_dim_size_to_factor: 4}"] if name == "adafactor" else []
+
+    def config(run: str, steps: int) -> TrainConfig:
+        return run_config(
+            *COMMON, *factored, f"optim.name=timm/{name}", f"name={run}", f"schedule={{name: constant, steps: {steps}}}"
+        )
+
+    straight = train(config("straight", 6)).folder
+    train(config("resumed", 3))
+    resumed = train(config("resumed", 6), resume="auto").folder
+    for file in ("model.safetensors", "optimizer/00000.safetensors"):
+        assert_equal_state(read_tensors(straight / LAST / file), read_tensors(resumed / LAST / file))
+    assert_equal_state(
+        torch.load(straight / LAST / "state.pt")["moments"], torch.load(resumed / LAST / "state.pt")["moments"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_sharded_timm_optimizer_equals_one_rank(run_config: Make, tmp_path: Path) -> None:
+    sharded, expected = [], {}
+    for name in ("lion", "adopt"):
+        options = (*COMMON, f"optim.name=timm/{name}", "schedule={name: constant, steps: 6}")
+        expected[name] = train(run_config(*options, f"name={name}")).folder
+        run = (*options, "parallel.mode=shard", f"name={name}-sharded", "checkpoint.every_steps=3")
+        sharded.append((run_config(*run), "none"))
+        # From the checkpoint of step 3 again, in a run of another name.
+        resumed = tmp_path / f"{name}-sharded/checkpoints/step_00000003"
+        sharded.append((run_config(*run, f"name={name}-resumed"), str(resumed)))
+    in_processes(2, train_all, *sharded)
+    for name, folder in expected.items():
+        assert logged(tmp_path / f"{name}-sharded") == pytest.approx(logged(folder), rel=2e-3, abs=1e-6)
+        weights = [
+            read_tensors(tmp_path / f"{name}-{kind}" / LAST / "model.safetensors") for kind in ("sharded", "resumed")
+        ]
+        assert_equal_state(*weights)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.xdist_group("processes")
+def test_factored_timm_state_is_not_sharded(run_config: Make) -> None:
+    options = "optim.options={min_dim_size_to_factor: 4}"
+    config = run_config("optim.name=timm/adafactor", options, "parallel.mode=shard")
+    with pytest.raises(ProcessRaisedException, match=r"timm/adafactor .*parallel\.mode=replicate"):
+        in_processes(2, train_all, (config, "none"))
+
+
+def test_timm_optimizer_skips_nonfinite_step(small_model) -> None:
+    step = contrastive_step(small_model, OptimConfig(name="timm/lion", lr=1e-2))
+    images, tokens = random_batch()
+    before = [parameter.clone() for parameter in small_model.parameters()]
+    assert step(images * float("nan"), tokens, 0).found_inf == 1
+    assert all(map(torch.equal, before, small_model.parameters()))
+    step(images, tokens, 1)
+    assert not all(map(torch.equal, before, small_model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"name": "timm/lionn"}, r"optim\.name.*did you mean 'timm/lion'"),
+        ({"name": "timm/adahessian"}, r"optim\.name"),
+        ({"name": "timm/lion", "options": {"cautoin": True}}, r"optim\.options.*cautoin"),
+    ],
+)
+def test_timm_optimizer_errors_name_the_key(optim: dict, message: str, small_model) -> None:
+    with pytest.raises(UserError, match=message):
+        contrastive_step(small_model, OptimConfig(**optim))(*random_batch(), 0)
+
+
+def test_missing_timm_names_its_extra(small_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "timm.optim", raising=False)
+    with pytest.raises(UserError, match=r"timm .*evakernels\[clip\]"):
+        contrastive_step(small_model, OptimConfig(name="timm/lion"))
+
+
+def test_another_timm_optimizer_is_not_resumed(run_config: Make) -> None:
+    train(run_config("optim.name=timm/lion", "schedule={name: constant, steps: 1}"))
+    with pytest.raises(UserError, match=r"optim\.name must be timm/lion"):
+        train(run_config("schedule={name: constant, steps: 2}"), resume="auto")
+
+
+def test_timm_optimizer_has_no_plan(run_config: Make) -> None:
+    with pytest.raises(UserError, match=r"optim\.name"):
+        plan_step(run_config("optim.name=timm/lion"))
