@@ -67,11 +67,20 @@ class World:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set in any process."""
+        return self.begin_any(*flags)()
+
+    def begin_any(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
+        """Begins `any`, without waiting for other ranks; the function that it returns waits for the result."""
         if self.size == 1:
-            return flags
+            return lambda: flags
         votes = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return tuple(bool(vote) for vote in votes.tolist())
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> tuple[bool, ...]:
+            work.wait()
+            return tuple(bool(vote) for vote in votes.tolist())
+
+        return result
 
     def sum(self, *values: float) -> list[float]:
         """Each value's sum over all processes, in all."""

@@ -184,6 +184,7 @@ class Trainer:
         self._spikes.load_state_dict(position.spikes)
         self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort is True)
         self._is_steady = False
+        self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
         self._saved_time = time.monotonic()
@@ -240,8 +241,7 @@ class Trainer:
             with self._watchdog.phase("step", abort=abort):
                 result = self._step(batch)
                 reached = self.position.step
-                taken = self._lock is not None and self._lock.thief is not None
-                stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
+                stop, time_is_up, taken = self._vote(signals)
             self._expect_steps(True)
             collect(self.position.step)
             if taken:
@@ -259,6 +259,18 @@ class Trainer:
             if is_due and self.position.step == reached and self._evaluate(signals):
                 return True
         return False
+
+    def _vote(self, signals: StopSignals) -> tuple[bool, ...]:
+        """Whether any rank wants to stop, wants a checkpoint, or lost the run; all ranks learn it at the same step.
+
+        Between two steps the result is that of the vote after the step before, so that no rank waits for another.
+        """
+        taken = self._lock is not None and self._lock.thief is not None
+        before = self._votes
+        self._votes = self.world.begin_any(signals.received is not None, self._time_is_up(), taken)
+        is_last = self.position.step == self.parts.total_steps
+        overlaps = self.world.size > 1 and self._is_steady and not is_last
+        return (before if before and overlaps else self._votes)()
 
     def _expect_steps(self, steady: bool) -> None:
         """Says whether all ranks go from one step to the next, so that none has a reason to wait long for another."""
