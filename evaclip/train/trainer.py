@@ -186,7 +186,10 @@ class Trainer:
         self._is_steady = False
         self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock
-        self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
+        self._saver = Saver(
+            folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock, self.world.device
+        )
+        parts.step.before_update = self._saver.hold_updates
         self._saved_time = time.monotonic()
         self._tracer = Tracer(
             folder.path,
@@ -395,6 +398,7 @@ class Trainer:
         self._expect_steps(False)
         begun = time.monotonic()
         whole = self.parts.resolution.whole()
+        self._saver.hold_updates()  # averaged weights change places with the model's
         try:
             with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
                 self.metrics, problems = evaluation(self.parts.model, lambda: signals.received is not None)
