@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
 from evaclip.errors import UserError
+from evaclip.train import flight_recorder
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_cut
 
@@ -50,6 +51,10 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def uses_nccl(self) -> bool:
+        return self.group is not None and self.device.type == "cuda"
 
     @property
     def machine(self) -> range:
@@ -210,8 +215,8 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
 
 
 @contextmanager
-def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
-    """Inside, an error of a process that waited too long says which key has the limit."""
+def naming_timeouts(config: ParallelConfig, world: World) -> Iterator[None]:
+    """Inside, an error of a rank that waited too long says which key has the limit, and where its collectives are."""
     try:
         yield
     except RuntimeError as exc:
@@ -221,6 +226,8 @@ def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
                 "between one step and the next 1.2 times watchdog.seconds is, if less. The watchdog's lines, if there "
                 "are any, say which process it was and where; a longer limit waits longer for it"
             )
+            if world.uses_nccl and (line := flight_recorder.write(world.rank)):
+                exc.add_note(line)
         raise
 
 

@@ -17,9 +17,9 @@ from evaclip.data import Batch
 from evaclip.data.samples import BadShare
 from evaclip.errors import RunFailed
 from evaclip.run_files import CONFIG_FILE, STOPPED
-from evaclip.train import checkpoint, host, snapshot, trackers
+from evaclip.train import checkpoint, flight_recorder, host, snapshot, trackers
 from evaclip.train.build import Parts, build
-from evaclip.train.config import TrainConfig, to_tree
+from evaclip.train.config import TrainConfig, process_count, to_tree
 from evaclip.train.distributed import World, connect, naming_timeouts
 from evaclip.train.evaluation import Metrics
 from evaclip.train.host import peak_memory, slow_precision
@@ -81,12 +81,14 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         TrainingDiverged: see `NonfiniteConfig`.
         RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_share` allows.
     """
+    folder, lock = RunFolder.of(config), None
+    if process_count() > 1:
+        flight_recorder.enable(folder.collectives)
     world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers, config.loss.products)
-    with world, naming_timeouts(config.parallel), _out_of_memory_is_final(config), ExitStack() as stack:
+    with world, naming_timeouts(config.parallel, world), _out_of_memory_is_final(config), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
-        folder, lock = RunFolder.of(config), None
         if world.is_main:
             stack.enter_context(unwinding_on_sigterm())
             lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
@@ -103,6 +105,8 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         with folder.writing():
             if world.is_main and metrics is None:
                 folder.create(config, overwrite)
+                if world.uses_nccl:
+                    folder.collectives.mkdir(exist_ok=True)  # torch makes no folder
             report = _report(parts, folder if metrics is None else None, position.step)
         with report:
             for message in messages:
@@ -182,7 +186,9 @@ class Trainer:
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
         self._spikes.load_state_dict(position.spikes)
-        self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort is True)
+        watch = self.config.watchdog
+        record = partial(flight_recorder.write, self.world.rank) if self.world.uses_nccl else None
+        self._watchdog = Watchdog(self.world.rank, watch.seconds, watch.abort is True, record)
         self._is_steady = False
         self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock

@@ -32,7 +32,7 @@ from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 from evaclip.train import distributed, run_folder, trainer
 from evaclip.train.config import ParallelConfig, TrainConfig
-from evaclip.train.distributed import GradientMean, World, buckets, connect
+from evaclip.train.distributed import GradientMean, World, buckets, connect, naming_timeouts
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.sharding import _mesh
@@ -237,6 +237,25 @@ def group_limits(config: TrainConfig) -> None:
 def test_every_group_has_its_limit(run_config: Callable[..., TrainConfig]) -> None:
     limits = "timeout_minutes: 240, saving_timeout_minutes: 720"
     in_processes(2, group_limits, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
+
+
+def test_nccl_timeout_writes_last_collectives(run_config, monkeypatch, tmp_path):
+    """With stand-ins for NCCL's recorder and groups; the user's size of the buffer stays."""
+    folder = tmp_path / "run/flight-recorder"
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"collectives", raising=False)
+    monkeypatch.setattr(trainer, "connect", lambda *_: World(torch.device("cuda"), 3, 1024, Mock(), Mock()))
+    monkeypatch.setattr(trainer.host, "prepare", Mock(side_effect=RuntimeError))
+    given = {"WORLD_SIZE": "1024", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}
+    with patch.dict(os.environ, given):
+        with suppress(RuntimeError):
+            train(run_config())
+        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{folder}/rank_"
+        assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+        with pytest.raises(RuntimeError) as caught, naming_timeouts(ParallelConfig(), trainer.connect()):
+            raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+    assert f"torchfrtrace {folder}" in caught.value.__notes__[-1]
+    assert (folder / "rank_3").read_bytes() == b"collectives"
 
 
 @pytest.mark.parametrize(("error", "left"), [(None, "destroy"), (ValueError("one rank"), "abort")])
