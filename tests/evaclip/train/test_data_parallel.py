@@ -168,10 +168,10 @@ def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
         with patch.object(dist, "all_reduce", all_reduce), patch.object(TrainStep, "__call__", call):
             outcome = train(config)
         resumed = train(config, resume="auto")
-    assert (outcome.steps, outcome.stopped_by, resumed.steps) == (4, 143, 6)
     assert " ".join(course[:12]) == (
         "step 1 vote 1 wait 1 step 2 vote 2 wait 1 step 3 vote 3 wait 2 step 4 vote 4 wait 3"
     )
+    assert (outcome.steps, outcome.stopped_by, resumed.steps) == (4, 143, 6)
 
 
 @pytest.mark.xdist_group("processes")
