@@ -1,6 +1,7 @@
 """File names of a run: the trainer writes them, evaluation and report read them.
 
 RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  checkpoints/latest  checkpoints/step_00000100/
+RUN/flight-recorder/rank_0 (last NCCL collectives of each rank, after a timeout)
 RUN/lock (while a process trains)  evaluations/  galleries/ (what `evaclip eval` measured)  report.html
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  classes.json  state.pt  meta.json
 step_.../model.safetensors.parts/  ema.safetensors.parts/ (of a sharded run, until they are joined in their place)
@@ -15,6 +16,7 @@ WANDB_FOLDER = "wandb"
 CHECKPOINTS_FOLDER = "checkpoints"
 EVALUATIONS_FOLDER = "evaluations"
 GALLERIES_FOLDER = "galleries"
+FLIGHT_RECORDER_FOLDER = "flight-recorder"
 REPORT_FILE = "report.html"
 LATEST_FILE = "latest"
 

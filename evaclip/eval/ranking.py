@@ -56,7 +56,9 @@ def require_finite(values: Tensor, names: Sequence[object], what: str) -> None:
         )
 
 
-def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int = BLOCK) -> Tensor:
+def target_ranks(
+    queries: Tensor, items: Tensor, targets: Tensor, *, block: int = BLOCK, over: Over = map_locally
+) -> Tensor:
     """Rank (0 is best) of each query's one target among all items.
 
     Args:
@@ -64,6 +66,7 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int 
         items: [M, D] features.
         targets: [Q] int64, the index of each query's target among the items.
         block: rows and columns of the score tiles.
+        over: maps a function over the blocks of queries.
 
     Returns:
         [Q] int64: number of items that score higher than the target, or equal with a lower index.
@@ -73,17 +76,20 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, *, block: int 
         raise ValueError(f"expected one target for each of {len(queries)} queries, got {tuple(targets.shape)}")
     if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= len(items)):
         raise ValueError(f"targets must lie in [0, {len(items)}), got {int(targets.min())}..{int(targets.max())}")
-    ranks = torch.zeros(len(queries), dtype=torch.int64)
-    for row in range(0, len(queries), block):
+
+    def ranks_from(row: int) -> Tensor:
         query, target = queries[row : row + block].double(), targets[row : row + block, None]
         target_score = (query * items[target[:, 0]].double()).sum(1, keepdim=True).float()
+        ranks = torch.zeros(len(query), dtype=torch.int64)
         for column in range(0, len(items), block):
             scores = (query @ items[column : column + block].double().T).float()
             index = torch.arange(column, column + scores.shape[1])
             first = (scores > target_score) | ((scores == target_score) & (index < target))
             # Summed in another order, the target's score may differ in its last bit: it never beats itself.
-            ranks[row : row + block] += (first & (index != target)).sum(1)
-    return ranks
+            ranks += (first & (index != target)).sum(1)
+        return ranks
+
+    return torch.cat(over(range(0, max(1, len(queries)), block), ranks_from))
 
 
 def top_items(queries: Tensor, items: Tensor, k: int, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from evaclip.data.samples import FaultLog, decode_image
 from evaclip.data.validation import Selection
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions, ImageTextModel, Tokenizer, encode_images, encode_texts
-from evaclip.eval.ranking import BLOCK, Result, hit_rate, target_ranks
+from evaclip.eval.ranking import BLOCK, Over, Result, hit_rate, map_locally, target_ranks
 
 CUTOFFS = (1, 5, 10)
 
@@ -148,7 +148,12 @@ class RetrievalResult(Result):
 
 
 def evaluate(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, block: int = BLOCK
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of_text: Tensor,
+    *,
+    block: int = BLOCK,
+    over: Over = map_locally,
 ) -> RetrievalResult:
     """Recall at 1, 5 and 10 both ways. Of equal scores the lower index wins (see `ranking`).
 
@@ -157,6 +162,7 @@ def evaluate(
         text_features: [M, embed_dim], normalized.
         image_of_text: [M] int64, the image of each caption; every image has at least one.
         block: rows and columns of the score tiles.
+        over: maps a function over the blocks of queries.
     """
     images, captions = len(image_features), len(text_features)
     if image_of_text.shape != (captions,):
@@ -167,8 +173,8 @@ def evaluate(
     if without := int((captions_per_image == 0).sum()):
         raise UserError(f"{without} of {images} images have no caption")
     best_caption = _best_caption(image_features, text_features, image_of_text)
-    image_ranks = target_ranks(image_features, text_features, best_caption, block=block)
-    text_ranks = target_ranks(text_features, image_features, image_of_text, block=block)
+    image_ranks = target_ranks(image_features, text_features, best_caption, block=block, over=over)
+    text_ranks = target_ranks(text_features, image_features, image_of_text, block=block, over=over)
     image_to_text = _direction(image_ranks, {k: _chance_of_any(captions_per_image, captions, k) for k in CUTOFFS})
     text_to_image = _direction(text_ranks, {k: min(1.0, k / images) for k in CUTOFFS})
     recalls = [*image_to_text.recall.values(), *text_to_image.recall.values()]

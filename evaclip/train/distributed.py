@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
 from evaclip.errors import UserError
+from evaclip.train import flight_recorder
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_cut
 
@@ -52,6 +53,10 @@ class World:
         return self.rank == 0
 
     @property
+    def uses_nccl(self) -> bool:
+        return self.group is not None and self.device.type == "cuda"
+
+    @property
     def machine(self) -> range:
         """The ranks of this machine's processes, which torchrun numbers one after the other."""
         local, count = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
@@ -67,11 +72,20 @@ class World:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set in any process."""
+        return self.begin_any(*flags)()
+
+    def begin_any(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
+        """Begins `any`, without waiting for other ranks; the function that it returns waits for the result."""
         if self.size == 1:
-            return flags
+            return lambda: flags
         votes = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return tuple(bool(vote) for vote in votes.tolist())
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> tuple[bool, ...]:
+            work.wait()
+            return tuple(bool(vote) for vote in votes.tolist())
+
+        return result
 
     def sum(self, *values: float) -> list[float]:
         """Each value's sum over all processes, in all."""
@@ -201,8 +215,8 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
 
 
 @contextmanager
-def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
-    """Inside, an error of a process that waited too long says which key has the limit."""
+def naming_timeouts(config: ParallelConfig, world: World) -> Iterator[None]:
+    """Inside, an error of a rank that waited too long says which key has the limit, and where its collectives are."""
     try:
         yield
     except RuntimeError as exc:
@@ -212,6 +226,8 @@ def naming_timeouts(config: ParallelConfig) -> Iterator[None]:
                 "between one step and the next 1.2 times watchdog.seconds is, if less. The watchdog's lines, if there "
                 "are any, say which process it was and where; a longer limit waits longer for it"
             )
+            if world.uses_nccl and (line := flight_recorder.write(world.rank)):
+                exc.add_note(line)
         raise
 
 

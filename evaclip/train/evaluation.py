@@ -24,6 +24,7 @@ from evaclip.eval.features import (
     encode_texts,
     refuse_rest,
 )
+from evaclip.eval.ranking import hit_rate, target_ranks
 from evaclip.eval.retrieval import Picture, distinct_pictures, merge
 from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_classnames, load_templates
 from evaclip.model.clip import CLIP
@@ -46,6 +47,8 @@ _HEADLINES: dict[Measure, tuple[str, ...]] = {
 }
 _AUTOCAST = {"amp_bf16": "bf16", "amp_fp16": "fp16"}
 _PLAIN = (PLACEHOLDER,)
+_BLOCK = 256
+"""Queries that a rank takes at a time: few, so that many ranks get some."""
 
 
 @dataclass
@@ -223,14 +226,13 @@ class _Measurement:
         each = self._set
         names = [each.source.name(number) for number in self._numbers]
         labels = assign_labels(self._captions, names, each.classnames, each.source.classes)
-        result = zero_shot.evaluate(
-            self._features, labels.indices, self._classifier(labels.classnames), labels.classnames
-        )
+        classifier = self._classifier(labels.classnames)
+        ranks = target_ranks(self._features, classifier, labels.indices, block=_BLOCK, over=self._clip.over)
         return {
-            "zero_shot_top1": result.top1,
-            "zero_shot_top5": result.top5,
-            "chance_top1": result.chance_top1,
-            "classes": result.classes,
+            "zero_shot_top1": hit_rate(ranks, 1),
+            "zero_shot_top5": hit_rate(ranks, 5),
+            "chance_top1": 1 / len(classifier),
+            "classes": len(classifier),
         }
 
     def _retrieve(self) -> Metrics:
@@ -238,7 +240,8 @@ class _Measurement:
         row = {number: i for i, number in enumerate(self._numbers)}
         texts = self._encoded([text for picture in pictures for text in picture.captions])
         image_of_text = torch.tensor([image for image, picture in enumerate(pictures) for _ in picture.captions])
-        result = retrieval.evaluate(self._features[[row[each.index] for each in pictures]], texts, image_of_text)
+        images = self._features[[row[each.index] for each in pictures]]
+        result = retrieval.evaluate(images, texts, image_of_text, block=_BLOCK, over=self._clip.over)
         return {f"{name}_r{k}": getattr(result, name).recall[k] for name in _DIRECTIONS for k in _CUTOFFS}
 
     def _pictures(self) -> list[Picture]:

@@ -17,6 +17,7 @@ from evaclip.run_files import (
     CONFIG_FILE,
     EVALUATIONS_FOLDER,
     EVENTS_FILE,
+    FLIGHT_RECORDER_FOLDER,
     GALLERIES_FOLDER,
     LOCK_FILE,
     LOG_FILE,
@@ -55,6 +56,11 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / LOG_FILE
+
+    @property
+    def collectives(self) -> Path:
+        """Files of `flight_recorder`."""
+        return self.path / FLIGHT_RECORDER_FOLDER
 
     @property
     def exists(self) -> bool:
@@ -118,7 +124,14 @@ class RunFolder:
 
     def _delete_run(self) -> None:
         # Only files of the run and its evaluations: the folder may contain notes of its owner.
-        for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, EVALUATIONS_FOLDER, GALLERIES_FOLDER):
+        for folder in (
+            CHECKPOINTS_FOLDER,
+            TENSORBOARD_FOLDER,
+            WANDB_FOLDER,
+            EVALUATIONS_FOLDER,
+            GALLERIES_FOLDER,
+            FLIGHT_RECORDER_FOLDER,
+        ):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for file in (LOG_FILE, EVENTS_FILE, REPORT_FILE, CONFIG_FILE):
             (self.path / file).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ class Saver:
         world: the processes that write together; None for one that has everything.
         say: takes a line on what could not be written.
         guard: as for `checkpoint.save`.
+        device: that computes.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Saver:
         world: World | None,
         say: Callable[[str], None],
         guard: Callable[[], None],
+        device: torch.device | None = None,
     ) -> None:
         self._root = root
         self._config = config
@@ -44,6 +46,7 @@ class Saver:
         self._group: Any = None if world is None else world.new_saving_group()
         self._say = say
         self._guard = guard
+        self._copies = _HostCopies(device or torch.device("cpu"))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._failure: NotWritten | None = None
@@ -53,9 +56,13 @@ class Saver:
         self.finish()
         self._find_each_other()
         background = self._config.background
-        self._pending = self._thread.submit(self._write, step, _copied(content) if background else content)
+        self._pending = self._thread.submit(self._write, step, self._copies.take(content) if background else content)
         if not background:
             self.finish()
+
+    def hold_updates(self) -> None:
+        """Makes the device finish the copies for a checkpoint first; call it before tensors of a checkpoint change."""
+        self._copies.hold_device()
 
     def finish(self) -> None:
         """Waits for the checkpoint in progress."""
@@ -94,31 +101,58 @@ class Saver:
             self._group = self._world.new_saving_group()
 
     def _write(self, step: int, content: Content) -> None:
+        self._copies.wait()
         checkpoint.save(self._root, step, content, self._group, self._guard)
         if self._group is None or torch.distributed.get_rank(self._group) == 0:
             checkpoint.prune(self._root, step, self._config.keep, self._config.keep_every)
 
 
-def _copied(content: Content) -> Content:
-    return replace(
-        content,
-        model=_copies(content.model),
-        ema=None if content.ema is None else _copies(content.ema),
-        moments=_copies(content.moments),
-        state=_copy(content.state),
-    )
+class _HostCopies:
+    """Copies a checkpoint's tensors to host memory.
 
+    Tensors of a GPU are copied on their own stream into pinned buffers, which the next checkpoint reuses: the host
+    doesn't wait, and forward and backward passes run meanwhile.
+    """
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _copy(tensor) for name, tensor in tensors.items()}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers: dict[str, Tensor] = {}
+        self._end: torch.cuda.Event | None = None
 
+    def take(self, content: Content) -> Content:
+        """The content with tensors in host memory, complete after `wait`; valid until the next call."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):  # does nothing without a stream
+            parts = ("model", "ema", "moments", "state")
+            copies = {part: self._copy(part, getattr(content, part)) for part in parts}
+        if self._stream is not None:
+            self._end = self._stream.record_event()
+        return replace(content, **copies)
 
-def _copy(value: Any) -> Any:
-    """A copy of a tree, with its tensors in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copy(item) for item in value)
-    return value
+    def hold_device(self) -> None:
+        """Makes the current stream wait for the copies."""
+        if self._end is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._end)
+
+    def wait(self) -> None:
+        """Makes the host wait for the copies."""
+        if self._end is not None:
+            self._end.synchronize()
+
+    def _copy(self, key: str, value: Any) -> Any:
+        """A copy of a tree; `key` is its path."""
+        if isinstance(value, Mapping):
+            return {name: self._copy(f"{key}/{name}", item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(f"{key}/{index}", item) for index, item in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        source = value.detach()
+        if not source.is_cuda:
+            return source.to("cpu", copy=True)
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+            buffer = self._buffers[key] = torch.empty_like(source, device="cpu", pin_memory=True)
+        return buffer.copy_(source, non_blocking=True)

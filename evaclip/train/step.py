@@ -1,6 +1,6 @@
 """One optimizer step of any task: loss and gradients, their mean over ranks, a guarded update."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,8 @@ class TrainStep:
         self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)
         self.normalize = Normalization(task.preprocess, world.device)
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        # Called before weights, moments and counters change.
+        self.before_update: Callable[[], None] = lambda: None
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -212,6 +214,7 @@ class TrainStep:
         found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
         self.optimizer.found_inf = found_inf
         moved: dict[Tensor, Tensor] = {}
+        self.before_update()
         if measure:
             moved = self.optimizer.measured_step()
         else:

@@ -17,9 +17,9 @@ from evaclip.data import Batch
 from evaclip.data.samples import BadShare
 from evaclip.errors import RunFailed
 from evaclip.run_files import CONFIG_FILE, STOPPED
-from evaclip.train import checkpoint, host, snapshot, trackers
+from evaclip.train import checkpoint, flight_recorder, host, snapshot, trackers
 from evaclip.train.build import Parts, build
-from evaclip.train.config import TrainConfig, to_tree
+from evaclip.train.config import TrainConfig, process_count, to_tree
 from evaclip.train.distributed import World, connect, naming_timeouts
 from evaclip.train.distributed_encoder import Stopped
 from evaclip.train.evaluation import Metrics
@@ -81,12 +81,14 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         TrainingDiverged: see `NonfiniteConfig`.
         RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_share` allows.
     """
+    folder, lock = RunFolder.of(config), None
+    if process_count() > 1:
+        flight_recorder.enable(folder.collectives)
     world = connect(config.device, config.parallel)
     host.prepare(world.device, config.data.workers, config.loss.products)
-    with world, naming_timeouts(config.parallel), _out_of_memory_is_final(config), ExitStack() as stack:
+    with world, naming_timeouts(config.parallel, world), _out_of_memory_is_final(config), ExitStack() as stack:
         messages = list(filter(None, [slow_precision(world.device, config.precision)]))
         trackers.require(config.log)
-        folder, lock = RunFolder.of(config), None
         if world.is_main:
             stack.enter_context(unwinding_on_sigterm())
             lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
@@ -103,6 +105,8 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         with folder.writing():
             if world.is_main and metrics is None:
                 folder.create(config, overwrite)
+                if world.uses_nccl:
+                    folder.collectives.mkdir(exist_ok=True)  # torch makes no folder
             report = _report(parts, folder if metrics is None else None, position.step)
         with report:
             for message in messages:
@@ -182,10 +186,16 @@ class Trainer:
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
         self._spikes.load_state_dict(position.spikes)
-        self._watchdog = Watchdog(self.world.rank, self.config.watchdog.seconds, self.config.watchdog.abort is True)
+        watch = self.config.watchdog
+        record = partial(flight_recorder.write, self.world.rank) if self.world.uses_nccl else None
+        self._watchdog = Watchdog(self.world.rank, watch.seconds, watch.abort is True, record)
         self._is_steady = False
+        self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock
-        self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock)
+        self._saver = Saver(
+            folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock, self.world.device
+        )
+        parts.step.before_update = self._saver.hold_updates
         self._saved_time = time.monotonic()
         self._tracer = Tracer(
             folder.path,
@@ -240,8 +250,7 @@ class Trainer:
             with self._watchdog.phase("step", abort=abort):
                 result = self._step(batch)
                 reached = self.position.step
-                taken = self._lock is not None and self._lock.thief is not None
-                stop, time_is_up, taken = self.world.any(signals.received is not None, self._time_is_up(), taken)
+                stop, time_is_up, taken = self._vote(signals)
             self._expect_steps(True)
             collect(self.position.step)
             if taken:
@@ -259,6 +268,18 @@ class Trainer:
             if is_due and self.position.step == reached and self._evaluate(signals):
                 return True
         return False
+
+    def _vote(self, signals: StopSignals) -> tuple[bool, ...]:
+        """Whether any rank wants to stop, wants a checkpoint, or lost the run; all ranks learn it at the same step.
+
+        Between two steps the result is that of the vote after the step before, so that no rank waits for another.
+        """
+        taken = self._lock is not None and self._lock.thief is not None
+        before = self._votes
+        self._votes = self.world.begin_any(signals.received is not None, self._time_is_up(), taken)
+        is_last = self.position.step == self.parts.total_steps
+        overlaps = self.world.size > 1 and self._is_steady and not is_last
+        return (before if before and overlaps else self._votes)()
 
     def _expect_steps(self, steady: bool) -> None:
         """Says whether all ranks go from one step to the next, so that none has a reason to wait long for another."""
@@ -383,6 +404,7 @@ class Trainer:
         self._expect_steps(False)
         begun = time.monotonic()
         whole = self.parts.resolution.whole()
+        self._saver.hold_updates()  # averaged weights change places with the model's
         try:
             with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
                 self.metrics, problems = evaluation(self.parts.model, lambda: signals.received is not None)

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 70
@@ -23,12 +23,16 @@ class Watchdog:
         rank: of this process.
         seconds: a phase may take; None watches nothing.
         abort: end the process then, with `EXIT_CODE`, in every phase.
+        record: called when a phase takes too long; returns another line of the report, or None.
     """
 
-    def __init__(self, rank: int, seconds: float | None, abort: bool) -> None:
+    def __init__(
+        self, rank: int, seconds: float | None, abort: bool, record: Callable[[], str | None] | None = None
+    ) -> None:
         self._rank = rank
         self._seconds = seconds
         self._abort = abort
+        self._record = record
         self._phase: tuple[str, float, bool] | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -65,5 +69,7 @@ class Watchdog:
                 flush=True,
             )
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            if self._record and (line := self._record()):
+                print(f"watchdog: process {self._rank}: {line}", file=sys.stderr, flush=True)
             if phase[2]:
                 os._exit(EXIT_CODE)

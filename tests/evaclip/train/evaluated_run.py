@@ -1,18 +1,24 @@
 """Runs whose evaluation is watched, stopped, and disturbed."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.model.clip import CLIP
+from evaclip.train import evaluation
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed_encoder import DistributedEncoder
+from evaclip.train.evaluation import Evaluation
 from evaclip.train.trainer import train
 
 
@@ -30,6 +36,32 @@ def counting_batches(act: Callable[[], None], at: int = 1) -> Iterator[list[int]
 
     with patch.object(CLIP, "encode_image", encode_image):
         yield sizes
+
+
+class _Scores(TorchDispatchMode):
+    """Counts the scores in float64, in which evaluations rank."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float64:
+            self.count += len(args[0]) * args[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def write_scores(config: TrainConfig, folder: Path) -> None:
+    """The number of scores that this rank computes in one evaluation, and the metrics."""
+    scores, original = _Scores(), Evaluation.__call__
+
+    def call(*args: Any) -> Any:
+        with scores:
+            return original(*args)
+
+    with patch.object(Evaluation, "__call__", call), patch.object(evaluation, "_BLOCK", 8, create=True):
+        metrics = train(config).metrics
+    (folder / f"{config.name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps([scores.count, metrics]))
 
 
 def train_and_stop(config: TrainConfig) -> None:

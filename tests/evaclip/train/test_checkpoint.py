@@ -1,14 +1,21 @@
 """Checkpoints: all or nothing, checked, thinned out."""
 
 import json
+import math
 import resource
 import shutil
+import threading
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
@@ -266,3 +273,70 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     (folder / "meta.json").write_text(json.dumps({**meta, "format": 99}))
     with pytest.raises(DamagedCheckpoint, match="format"):
         checkpoint.read_meta(folder)
+
+
+class Gpu:
+    """A stand-in for a GPU's streams and events: copies run when the host or the compute stream waits for them."""
+
+    def __init__(self) -> None:
+        self.copies: list[Callable[[], None]] = []
+        self.pinned = 0
+        self.finished_updates = 0
+        self.writing = threading.Event()
+
+    def wait_stream(self, compute: "Gpu") -> None:
+        self.finished_updates += 1
+
+    def record_event(self) -> "Gpu":
+        return self
+
+    def wait_event(self, event: "Gpu") -> None:
+        while self.copies:
+            self.copies.pop(0)()
+
+    def synchronize(self) -> None:
+        assert self.writing.wait(10)
+        self.wait_event(self)
+
+
+def test_gpu_copies_before_the_next_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.to:
+                pytest.fail("the host waits for a copy")
+            if func is torch.empty_like:
+                gpu.pinned += kwargs["pin_memory"]
+                return torch.full(args[0].shape, math.nan)
+            if func is Tensor.copy_:
+                assert kwargs["non_blocking"]
+                gpu.copies.append(lambda: copy(*args))
+                return args[0]
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    def copy(target: Tensor, source: Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            target.copy_(source)
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    weight = torch.zeros(3).as_subclass(OnGpu)
+    config = CheckpointConfig(keep=9)
+    with closing(Saver(tmp_path, config, None, pytest.fail, lambda: None, torch.device("cuda"))) as saver:
+        for step in (0, 1):
+            gpu.writing.clear()
+            saver.start(step, replace(content(step), model={"weight": weight}))
+            assert len(gpu.copies) == 1
+            saver.hold_updates()
+            weight += 1
+            gpu.writing.set()
+            saver.finish()
+        saver.start(2, replace(content(2), model={"weight": weight}))
+    written = [load_file(tmp_path / f"step_0000000{step}/model.safetensors")["weight"] for step in range(3)]
+    assert [value.tolist() for value in written] == [[0.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert (gpu.pinned, gpu.finished_updates) == (1, 3)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -28,12 +30,13 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
-from evaclip.train import distributed, run_folder
+from evaclip.train import distributed, run_folder, trainer
 from evaclip.train.config import ParallelConfig, TrainConfig
-from evaclip.train.distributed import GradientMean, World, buckets, connect
+from evaclip.train.distributed import GradientMean, World, buckets, connect, naming_timeouts
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.sharding import _mesh
+from evaclip.train.step import TrainStep
 from evaclip.train.trainer import train
 
 LAST = "checkpoints/step_00000004/model.safetensors"
@@ -136,6 +139,72 @@ def test_an_error_of_waiting_names_its_key(run_config: Callable[..., TrainConfig
     in_processes(2, wait_in_vain, run_config("parallel.timeout_minutes=0.05"), tmp_path / "gone")
 
 
+def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
+    """The second rank gets SIGTERM in its third step; votes are the all-reduces of int32 flags."""
+    reduce, step = dist.all_reduce, TrainStep.__call__
+    course = list[str]()
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        work = reduce(tensor, *args, **options)
+        if tensor.dtype != torch.int32:
+            return work
+        number = len([event for event in course if "vote" in event]) + 1
+        course.append(f"vote {number}")
+        if work is None:
+            course.append(f"wait {number}")
+        return Mock(wait=lambda: (course.append(f"wait {number}"), work.wait()))
+
+    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+        course.append(f"step {number + 1}")
+        if number == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, images, targets, number, **options)
+
+    with ExitStack() as stack:
+        world = stack.enter_context(closing(connect("cpu")))
+        stack.enter_context(patch.object(World, "close"))  # the next run needs it still
+        stack.enter_context(patch.object(trainer, "connect", lambda *_: world))
+        train(straight)
+        with patch.object(dist, "all_reduce", all_reduce), patch.object(TrainStep, "__call__", call):
+            outcome = train(config)
+        resumed = train(config, resume="auto")
+    assert " ".join(course[:12]) == (
+        "step 1 vote 1 wait 1 step 2 vote 2 wait 1 step 3 vote 3 wait 2 step 4 vote 4 wait 3"
+    )
+    assert (outcome.steps, outcome.stopped_by, resumed.steps) == (4, 143, 6)
+
+
+@pytest.mark.xdist_group("processes")
+def test_ranks_vote_during_the_next_step(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    in_processes(2, stop_and_resume, run_config("name=straight"), run_config())
+    weights = [
+        load_file(tmp_path / name / "checkpoints/step_00000006/model.safetensors") for name in ("run", "straight")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def save_when_time_is_up(config: TrainConfig) -> None:
+    """The clock of the second rank goes forward by an hour in its third step."""
+    ahead, step = [0.0], TrainStep.__call__
+
+    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+        ahead[0] += 3600 if number == 2 and os.environ["RANK"] == "1" else 0
+        return step(self, images, targets, number, **options)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    with patch.object(TrainStep, "__call__", call), patch.object(trainer, "time", clock):
+        train(config)
+
+
+@pytest.mark.xdist_group("processes")
+def test_checkpoint_by_time_is_written_once(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    in_processes(2, save_when_time_is_up, run_config("checkpoint={every_minutes: 30, keep: 9}"))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*")) == [
+        "step_00000004",
+        "step_00000006",
+    ]
+
+
 def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
     """The second process is in another folder, or finds the first one's there after a moment."""
     mine = folder / os.environ["RANK"]
@@ -168,6 +237,25 @@ def group_limits(config: TrainConfig) -> None:
 def test_every_group_has_its_limit(run_config: Callable[..., TrainConfig]) -> None:
     limits = "timeout_minutes: 240, saving_timeout_minutes: 720"
     in_processes(2, group_limits, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
+
+
+def test_nccl_timeout_writes_last_collectives(run_config, monkeypatch, tmp_path):
+    """With stand-ins for NCCL's recorder and groups; the user's size of the buffer stays."""
+    folder = tmp_path / "run/flight-recorder"
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"collectives", raising=False)
+    monkeypatch.setattr(trainer, "connect", lambda *_: World(torch.device("cuda"), 3, 1024, Mock(), Mock()))
+    monkeypatch.setattr(trainer.host, "prepare", Mock(side_effect=RuntimeError))
+    given = {"WORLD_SIZE": "1024", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}
+    with patch.dict(os.environ, given):
+        with suppress(RuntimeError):
+            train(run_config())
+        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{folder}/rank_"
+        assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+        with pytest.raises(RuntimeError) as caught, naming_timeouts(ParallelConfig(), trainer.connect()):
+            raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+    assert f"torchfrtrace {folder}" in caught.value.__notes__[-1]
+    assert (folder / "rank_3").read_bytes() == b"collectives"
 
 
 @pytest.mark.parametrize(("error", "left"), [(None, "destroy"), (ValueError("one rank"), "abort")])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated_run import counting_batches, train_and_stop, train_with_a_fault
+from evaluated_run import counting_batches, train_and_stop, train_with_a_fault, write_scores
 from PIL import Image
 from processes import in_processes
 from torch import Tensor
@@ -211,6 +211,20 @@ def test_a_failure_of_one_process_costs_a_line_in_all(run_config: Make, fault: s
     told = [event.get("message", "") for event in read_log(folder / EVENTS_FILE)]
     (line,) = (text for text in told if text.startswith("not evaluated on val: "))
     assert re.search("data worker 0 .* was killed by SIGKILL" if fault == "worker" else "OSError: .*no such disk", line)
+
+
+@pytest.mark.xdist_group("processes")
+def test_ranks_share_the_ranking(run_config: Make, tmp_path: Path) -> None:
+    still = ("optim={lr: 0, weight_decay: 0}", "schedule.steps=1", EVAL)
+    write_scores(run_config(*still, "name=one"), tmp_path)
+    in_processes(2, write_scores, run_config(*still, "name=two"), tmp_path)
+    (scores, metrics), *ranks = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one-0", "two-0", "two-1")
+    )
+    assert sum(count for count, _ in ranks) == scores
+    assert all(0.3 < count / scores < 0.7 for count, _ in ranks)
+    assert {"val/zero_shot_top1", "val/image_to_text_r1"} < metrics.keys()
+    assert [found for _, found in ranks] == [metrics, metrics]
 
 
 @pytest.mark.parametrize("step", [3, 6])

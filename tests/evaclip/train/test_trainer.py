@@ -26,11 +26,13 @@ from evaclip.train import saver, snapshot
 from evaclip.train.checkpoint import Lost, NotWritten, load_state
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.ema import Ema
 from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.tasks import task_class
 from evaclip.train.trainer import TrainingDiverged, train
 from evaclip.train.watchdog import Watchdog
+from evakernels.optim import AdamW
 
 Make = Callable[..., TrainConfig]
 Change = Callable[[int, Batch], Batch]
@@ -203,6 +205,23 @@ def test_signals_during_the_last_checkpoint(run_config, monkeypatch):
     outcome = train(run_config("checkpoint.every_steps=2"))
     assert outcome.stopped_by == 143
     assert checkpoints(outcome.folder)[-1] == f"step_{outcome.steps:08d}"
+
+
+def test_updates_wait_for_checkpoint_copies(run_config, monkeypatch):
+    """And so do averaged weights that change places with the model's."""
+    calls = []
+
+    def log_calls(owner: type, *names: str) -> None:
+        for name in names:
+            original = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
+
+    log_calls(saver.Saver, "hold_updates")
+    log_calls(AdamW, "step", "measured_step")
+    log_calls(Ema, "applied")
+    config = ("ema_decay=0.9", "log.every_steps=2", "eval={sets: {val: {data: {num_samples: 8, workers: 0}}}}")
+    train(run_config(*config, "schedule.steps=2"))
+    assert calls == ["hold_updates", "step", "hold_updates", "measured_step", "hold_updates", "applied"]
 
 
 @pytest.mark.parametrize(

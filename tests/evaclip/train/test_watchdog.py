@@ -15,7 +15,7 @@ from evaclip.train.watchdog import Watchdog
 def fetch_a_batch_that_never_comes():
     time.sleep(60)
 
-watchdog = Watchdog(3, 0.2, abort=True)
+watchdog = Watchdog(3, 0.2, abort=True, record=lambda: "its last collectives are written")
 with watchdog.phase("step"):
     pass
 with watchdog.phase("data"):
@@ -33,6 +33,7 @@ def test_who_hangs_where_and_the_end_of_it(of_phase: bool) -> None:
     assert "watchdog: process 3" in result.stderr
     assert "has been in 'data' for" in result.stderr
     assert "fetch_a_batch_that_never_comes" in result.stderr
+    assert "watchdog: process 3: its last collectives are written" in result.stderr
 
 
 def test_phases_that_end_in_time_are_not_told(capfd: pytest.CaptureFixture[str]) -> None:
