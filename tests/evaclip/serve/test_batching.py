@@ -1,7 +1,6 @@
 """Items that wait at the same time are computed together, each gets its own result, and the thread lives."""
 
 import threading
-from concurrent.futures import wait
 
 import pytest
 
@@ -54,14 +53,6 @@ def test_waiting_items_make_a_batch(batcher, held):
     assert held.batches == [["first"], ["0", "1", "2", "3"], ["4", "5"]]
 
 
-def test_batch_waits_for_the_delay():
-    sizes = []
-    batcher = Batcher({"a": list}, size=2, delay=10, depth=8, observe=lambda kind, count: sizes.append((kind, count)))
-    wait([_submit(batcher, "a", 1), _submit(batcher, "a", 2)], timeout=5)
-    batcher.close()
-    assert sizes == [("a", 2)]
-
-
 def test_batches_have_one_kind_oldest_first(batcher, held):
     first = _first(batcher, held)
     other, later = _submit(batcher, "b", 5), _submit(batcher, "a", "later")
@@ -94,16 +85,3 @@ def test_a_bad_item_fails_alone(batcher, held):
         futures[1].result(10)
     assert _submit(batcher, "a", "z").result(10) == "zz"
     assert batcher.alive
-
-
-def test_closing_cancels_what_waits(held):
-    batcher = Batcher({"a": held}, size=4, delay=0, depth=8)
-    first = _first(batcher, held)
-    waiting = _submit(batcher, "a", "later")
-    held.go.set()
-    batcher.close()
-    assert first.result(10) == "firstfirst"
-    assert waiting.cancelled() or waiting.result(0) == "laterlater"
-    assert not batcher.alive
-    with pytest.raises(RuntimeError, match="closed"):
-        _submit(batcher, "a", "x")
