@@ -1,7 +1,5 @@
 """What is said where a package of an extra is missing; tests/packaging/test_clean_room.py has such an environment."""
 
-from importlib import metadata
-
 import pytest
 
 from evaclip import extras
@@ -25,14 +23,6 @@ def test_a_missing_module_is_told_by_its_package(module: str, package: str, extr
 def test_other_errors_stay_as_they_are() -> None:
     for error in (ModuleNotFoundError("No module named 'other'", name="other"), ImportError("cannot import name 'x'")):
         assert extras.with_remedy(error) is error
-
-
-def test_requirements_are_those_of_users_by_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = [
-        "torch>=2.11", 'some-thing>=1; extra == "clip"', 'evakernels[clip]; extra == "demo"', 'pytest; extra == "test"',
-    ]  # fmt: skip
-    monkeypatch.setattr(metadata, "requires", lambda name: declared)
-    assert extras.requirements() == {"": ["torch"], "clip": ["some-thing"]}
 
 
 @pytest.mark.parametrize(

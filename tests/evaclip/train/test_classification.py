@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from plain_vision import plain_vision, turn_exactly
-from small_options import CLASSIFIER
+from small_tasks import CLASSIFIER
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_vision import plain_angles, plain_blocks, plain_norm, plain_patches, plain_tokens, turn_exactly
-from small_options import OPTIONS
+from small_tasks import OPTIONS
 from torch import Tensor, nn
 
 from evaclip.data.masks import BlockMasks

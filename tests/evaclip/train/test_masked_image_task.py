@@ -16,7 +16,7 @@ from PIL import Image
 from processes import in_processes
 from safetensors.torch import load_file, save_file
 from sharded_run import train_all
-from small_options import OPTIONS
+from small_tasks import OPTIONS
 from torch import Tensor
 
 from evaclip import create_model, create_vision_model
