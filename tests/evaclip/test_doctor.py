@@ -25,25 +25,15 @@ def known() -> dict[str, Any]:
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    """What `diagnose` returns of a machine where all is well, with changes in single parts; without the ops."""
+    """The parts of a diagnosis that show problems, of a machine where all is well, with changes in single parts."""
     native: dict[str, Any] = {
         "loaded": True, "reason": None, "isa": "avx2", "isa_error": None, "version": "0.1.0",
         "compiler": "GNU 12", "isas_built": ["baseline", "avx2"], "isas_available": ["baseline", "avx2"],
         "cuda_archs": [], "built": True, "cuda_reason": "no CUDA compiler found (nvcc)", "module_error": None,
     }  # fmt: skip
-    base: dict[str, Any] = {
-        "evakernels": "0.1.0",
-        "python": "3.11",
-        "torch": "2.13",
-        "triton": None,
-        "native": native,
-        "cuda": {
-            "available": False, "version": None, "devices": [], "driver": None, "capabilities": [], "error": None,
-        },
-        "machine": {"system": "Linux", "processor": "Some CPU", "cores": 4, "gpus": []},
-        "packages": {"": {"torch": "2.13", "numpy": "2.0"}, "clip": {"rich": "15", "pyyaml": "6"}},
-        "problems": [],
-    }  # fmt: skip
+    cuda = {"available": False, "version": None, "devices": [], "driver": None, "capabilities": [], "error": None}
+    packages = {"": {"torch": "2.13", "numpy": "2.0"}, "clip": {"rich": "15", "pyyaml": "6"}}
+    base: dict[str, Any] = {"native": native, "cuda": cuda, "packages": packages}
     return {key: value | changes[key] if key in changes else value for key, value in base.items()}
 
 
@@ -108,6 +98,12 @@ def test_doctor_wrong_isa_exits_with_1() -> None:
     assert result.stdout.startswith("broken       EVAKERNELS_ISA: unknown instruction set 'avx1024'")
     assert result.stdout.isascii()
     assert "x calls fail" in result.stdout
+
+
+def test_doctor_verbose_lists_ops(capsys: Any) -> None:
+    assert main(["doctor", "--verbose"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{op}  cuda: " in text for op in backends.ops())
 
 
 def test_doctor_json(known: dict[str, Any], capsys: Any) -> None:

@@ -54,15 +54,9 @@ def test_csv_columns_separators_and_quotes(pictures):
             open_source(path, "csv", image_key="url", caption_key="text", csv_separator=separator)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "note"),
-    [
-        ("utf-8", "read as utf-8-sig, columns separated by semicolons"),
-        ("utf-16", "read as utf-16, columns separated by semicolons"),
-        ("cp1252", "read as cp1252, columns separated by semicolons"),
-    ],
-)
-def test_table_guesses_are_logged(pictures, caplog, encoding, note):
+@pytest.mark.parametrize(("encoding", "told"), [("utf-8", "utf-8-sig"), ("utf-16", "utf-16"), ("cp1252", "cp1252")])
+def test_table_guesses_are_logged(pictures, caplog, encoding, told):
+    note = f"read as {told}, columns separated by semicolons"
     path = write(pictures / "pairs.csv", "filepath;title\na.png;Käse, 5 €\n", encoding)
     with caplog.at_level(logging.WARNING, "evaclip.data"):
         source = open_source(path)

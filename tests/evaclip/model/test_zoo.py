@@ -172,6 +172,13 @@ def test_imagenet_names_match_open_clip() -> None:
         assert [template("x") for template in ours] == [template("x") for template in theirs]
 
 
+def test_set_grad_checkpointing() -> None:
+    model = small_model()
+    for enable, expected in ((True, "block"), (False, "none")):
+        model.set_grad_checkpointing(enable)
+        assert model.visual.savings.recompute == model.text.savings.recompute == expected
+
+
 def trained(tower: torch.nn.Module) -> set[str]:
     return {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
 

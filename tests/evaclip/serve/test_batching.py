@@ -1,6 +1,7 @@
 """Items that wait at the same time are computed together, each gets its own result, and the thread lives."""
 
 import threading
+from concurrent.futures import wait
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_waiting_items_make_a_batch(batcher, held):
     held.go.set()
     assert [future.result(10) for future in futures] == ["firstfirst", *(str(number) * 2 for number in range(6))]
     assert held.batches == [["first"], ["0", "1", "2", "3"], ["4", "5"]]
+
+
+def test_batch_waits_for_the_delay():
+    sizes = []
+    batcher = Batcher({"a": list}, size=2, delay=10, depth=8, observe=lambda kind, count: sizes.append((kind, count)))
+    wait([_submit(batcher, "a", 1), _submit(batcher, "a", 2)], timeout=5)
+    batcher.close()
+    assert sizes == [("a", 2)]
 
 
 def test_batches_have_one_kind_oldest_first(batcher, held):

@@ -116,10 +116,7 @@ def test_every_option_of_open_clip_is_known() -> None:
                 "eval": {"sets": {"val": {"data": {"train": "v.csv", "image_key": "i"}, "samples": "9"}}},
             },
         ),
-        (
-            ["--imagenet-val", "a"],
-            {"eval": {"sets": {"imagenet": {"data": {"train": "a"}, "classes": "imagenet"}}}},
-        ),
+        (["--imagenet-val", "a"], {"eval": {"sets": {"imagenet": {"data": {"train": "a"}, "classes": "imagenet"}}}}),
         (["--zeroshot-frequency", "0"], {"eval": {"every_epochs": None}}),
         (
             ["--report-to", "wandb", "--wandb-project-name", "mine"],

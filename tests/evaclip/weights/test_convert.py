@@ -1,5 +1,6 @@
 """`evaclip convert`: into every layout and back, without a change."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,11 @@ def test_convert_never_overwrites_source(source: Path, link: str | None) -> None
     with pytest.raises(UserError, match="never overwritten"):
         convert(source, target, "original", overwrite=True)
     assert source.read_bytes() == before
+    part, index = source.with_name("part-1.safetensors"), source.with_name("model.safetensors.index.json")
+    convert(source, part, "safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(part), part.name)}))
+    with pytest.raises(UserError, match="never overwritten"):
+        convert(index, part, "safetensors", overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["checkpoints/step_00000001/model.safetensors", "new.pt"])
