@@ -24,7 +24,7 @@ def random_batch(dtype=torch.float32, rows=8):
     return images, tokens
 
 
-def contrastive_step(model, optim, options=None, loss=None, device="cpu", world=None):
-    task = Contrastive(model, ContrastiveLoss(loss or LossConfig()).to(device))
+def contrastive_step(model, optim, options=None, loss=None):
+    task = Contrastive(model, ContrastiveLoss(loss or LossConfig()))
     optimizer = build_optimizer(groups_of(model, optim), optim)
-    return TrainStep(task, optimizer, options or StepOptions(), world or World(torch.device(device)))
+    return TrainStep(task, optimizer, options or StepOptions(), World(torch.device("cpu")))

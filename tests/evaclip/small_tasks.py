@@ -2,7 +2,14 @@
 
 from typing import Any, NamedTuple
 
-from small_options import CLASSIFIER, OPTIONS
+OPTIONS: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4},
+    "text": {"width": 16, "layers": 1, "heads": 2},
+}
+
+CLASSIFIER: dict[str, Any] = OPTIONS["vision"]
+"""Options of an image model of the same size."""
 
 
 class SmallTask(NamedTuple):

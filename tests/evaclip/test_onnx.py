@@ -1,10 +1,8 @@
 """ONNX files against the model that they come from, and what keeps a wrong one from being written."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -55,17 +53,6 @@ def test_any_batch_gives_the_models_embeddings(model: CLIP, tower: str, normaliz
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / "tower.onnx").read_bytes()
 
 
-def test_onnx_computes_the_longest_text_alone(model: CLIP, tmp_path: Path) -> None:
-    export(model, "text", tmp_path / "text.onnx")
-    program = onnx.load(tmp_path / "text.onnx")
-    products = [node.output[0] for node in program.graph.node if node.op_type in ("Gemm", "MatMul")]
-    program.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in products)
-    session = onnxruntime.InferenceSession(program.SerializeToString())
-    tokens = read_probe(tmp_path / "text.onnx").inputs()[:2]  # of 3 and 7 tokens
-    sizes = [{array.size for array in session.run(products, {"inputs": tokens[:count]})} for count in (1, 2)]
-    assert max(sizes[1]) == max(sizes[0]) * 2 * 7 // 3
-
-
 def test_onnx_of_a_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tower = lively(vision={"layers": 2}).visual
@@ -106,12 +93,6 @@ def test_int8(model: CLIP, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "image.onnx.data"]
 
 
-def test_onnx_of_bf16_weights_equals_float32(model: CLIP, tmp_path: Path) -> None:
-    halved = lively(vision={"layers": 2}, text={"layers": 2}).bfloat16()
-    assert all(outcome.cosine > 0.999999 for outcome in export(halved, "image", tmp_path / "image.onnx"))
-    assert halved.logit_scale.dtype == torch.bfloat16
-
-
 def test_onnx_of_a_wrong_program_is_refused(model, tmp_path, monkeypatch):
     """The image tower's patches in another order, as a wrong rotation would turn them."""
     make = torch.onnx.export
@@ -128,25 +109,20 @@ def test_onnx_of_a_wrong_program_is_refused(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def with_zeros(image_file, path, choose):
-    """What the check says of an exported tower in which `choose` takes a weight that is set to zeros."""
-    changed = onnx.load(image_file)
-    weight = choose(changed.graph.initializer)
+@pytest.mark.parametrize("changed", ["largest weight", "patch embedding"])
+def test_onnx_check_finds_changed_weights(changed, image_file, tmp_path):
+    """Without a patch embedding, all inputs give one vector."""
+    program = onnx.load(image_file)
+    weights = program.graph.initializer
+    largest = max(weights, key=lambda tensor: len(tensor.raw_data))
+    patches = next(tensor for tensor in weights if tuple(tensor.dims)[2:] == (8, 8))
+    weight = largest if changed == "largest weight" else patches
     weight.raw_data = bytes(len(weight.raw_data))
-    onnx.save(changed, path)
-    return check(path)
-
-
-def test_onnx_check_finds_changed_weights(image_file, tmp_path):
-    found = with_zeros(image_file, tmp_path / "image.onnx", partial(max, key=lambda tensor: len(tensor.raw_data)))
-    assert not any(outcome.passes(0.9999) for outcome in found)
-
-
-def test_one_vector_for_all_inputs_is_found_out(image_file, tmp_path):
-    def patches(weights):
-        return next(tensor for tensor in weights if tuple(tensor.dims)[2:] == (8, 8))
-
-    assert not any(outcome.apart for outcome in with_zeros(image_file, tmp_path / "image.onnx", patches))
+    onnx.save(program, tmp_path / "image.onnx")
+    outcomes = check(tmp_path / "image.onnx")
+    assert not any(outcome.passes(0.9999) for outcome in outcomes)
+    if changed == "patch embedding":
+        assert not any(outcome.apart for outcome in outcomes)
 
 
 def test_weights_lie_beside_the_file_if_asked_for(model: CLIP, tmp_path: Path) -> None:
@@ -201,22 +177,12 @@ def test_files_without_a_probe_and_other_files(image_file: Path, tmp_path: Path)
     path.write_bytes(b"no model")
     with pytest.raises(UserError, match="can't be read as ONNX"):
         check(path)
-    with pytest.raises(UserError, match="there is no file"):
-        check(tmp_path / "missing.onnx")
 
 
 def test_unknown_providers_and_dtypes_are_named(model: CLIP, image_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"provider must be .*CPUExecutionProvider, got 'TPU'"):
         check(image_file, providers=["TPU"])
-    with pytest.raises(UserError, match="fp23"):
-        export(model, "text", tmp_path / "other.onnx", dtype="fp23")
     with pytest.raises(UserError, match="don't go together"):
         export(model, "text", tmp_path / "other.onnx", dtype="fp16", int8=True)
     with pytest.raises(UserError, match=r"those of ONNX files"):
         export(model, "text", tmp_path / "text.pt2", int8=True)
-
-
-def test_inputs_are_those_of_the_seed(image_file: Path) -> None:
-    images = read_probe(image_file).inputs()
-    assert images.shape == (4, 3, 32, 32)
-    assert np.isclose(images.std(), 1, atol=0.3)

@@ -1,10 +1,10 @@
 """Numbered samples whose pictures, captions and tensors tell their number."""
 
-import io
 import itertools
 import json
 
 import torch
+from image_files import as_file
 from PIL import Image
 
 from evaclip.data import TrainLoader
@@ -13,9 +13,7 @@ from evaclip.data.order import U64
 
 def picture(number: int, size: int = 8, kind: str = "png") -> bytes:
     """An image file whose colour tells its number (lossless for PNG, below 65536)."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), (number // 256, number % 256, 7)).save(buffer, kind)
-    return buffer.getvalue()
+    return as_file(Image.new("RGB", (size, size), (number // 256, number % 256, 7)), kind)
 
 
 def sample(number: int) -> tuple[str, dict[str, bytes]]:

@@ -1,20 +1,17 @@
+"""`evaclip data`: check, bench, convert."""
+
 import json
 
 import numpy as np
 import pytest
 from data_samples import number_transform, picture, sample
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 
 from evaclip.commands.main import build_parser
-from evaclip.data import DataConfig, bench, iterate, open_configured, open_source
-from evaclip.data.bench import StageTimes, Throughput, time_stages
-from evaclip.data.check import check
-from evaclip.data.samples import Decoding
+from evaclip.data import iterate, open_source
 from evaclip.data.shard_writer import write_shard
 from evaclip.demo import emoji
 from evaclip.errors import UserError
-from evaclip.transforms import train_transform
 
 
 def evaclip(*words: str) -> None:
@@ -79,105 +76,23 @@ def test_unwritable_output_is_refused_first(shards, tmp_path, monkeypatch, words
         evaclip("data", *({"SHARDS": shards, "OUT": out}.get(word, word) for word in words))
 
 
-def test_check_output_folder_is_refused(shards, tmp_path):
-    with pytest.raises(UserError, match=f"^cannot write {tmp_path}: it is a folder; give the file to write$"):
-        evaclip("data", "check", shards, "--json", str(tmp_path))
-
-
-def test_check_counts_every_sample(shards):
-    source = open_source(shards)
-    report = check(source)
-    assert (report.samples, report.bad) == (64, 0)
-    assert report.image_bytes == sum(len(picture(i)) for i in range(64))
-
-
-def test_check_reads_chosen_table_columns(tmp_path, capsys):
-    (tmp_path / "a.png").write_bytes(picture(1))
-    (tmp_path / "pairs.txt").write_text("url;text\na.png;a cat\n")
-    options = ["--kind", "csv", "--image-key", "url", "--caption-key", "text", "--csv-separator", ";"]
-    evaclip("data", "check", str(tmp_path / "pairs.txt"), *options, "--workers", "0")
-    assert "no faults" in capsys.readouterr().out
-
-
 def test_bench_shows_stages_and_throughput(shards, capsys):
     evaclip("data", "bench", shards, "--workers", "1", "--batch-size", "16", "--image-size", "32", "--seconds", "0.1")
     output = capsys.readouterr().out
     assert all(word in output for word in ("read", "decode", "transform", "samples/s", "MB/s", "waiting"))
 
 
-def test_bench_does_not_count_bad_samples(tmp_path):
-    write_shard(tmp_path / "a.tar", [sample(0), ("000001", {"png": b"rubbish", "txt": b"x"})])
-    stages = time_stages(open_source(str(tmp_path / "a.tar")), train_transform(16))
-    assert stages.image_bytes == len(picture(0))
-    assert min(stages.read_ms, stages.decode_ms, stages.transform_ms) > 0
-
-
-def test_bench_cores_of_a_node(shards, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "time_stages", lambda *_: StageTimes(1.0, 2.0, 5.0, 100.0))
-    monkeypatch.setattr(bench, "time_loader", lambda *_: Throughput(1.0, 2.0, 0.5, None))
-    evaclip("data", "bench", shards, "--workers", "0", "--gpus", "4", "--images-per-second", "250")
-    output = capsys.readouterr().out
-    assert "cores for 4 GPUs of 250 images/s" in output
-    for decoding in ("whole", "jpeg_reduction"):
-        (line,) = [line for line in output.splitlines() if decoding in line]
-        assert line.replace("│", " ").split()[-2:] == ["125", "8"]
-
-
 def test_data_command_wrong_number_is_refused(shards, tmp_path, capsys):
-    for option in ("--seconds", "--images-per-second"):
-        with pytest.raises(SystemExit):
-            evaclip("data", "bench", shards, option, "nan")
-        assert f"argument {option}: must be a number above 0, got 'nan'" in capsys.readouterr().err
-    with pytest.raises(UserError, match="the picture size must be 8 to 4096 pixels, not 100000"):
+    with pytest.raises(SystemExit):
+        evaclip("data", "bench", shards, "--seconds", "nan")
+    assert "argument --seconds: must be" in capsys.readouterr().err
+    with pytest.raises(UserError, match="picture size"):
         evaclip("data", "emoji", str(tmp_path), "--size", "100000")
     for options in (["--image-size", "-3"], ["--images-per-second", "9", "--gpus", "0"]):
         with pytest.raises(UserError, match=options[-2]):
             evaclip("data", "bench", shards, *options)
     with pytest.raises(UserError, match="64 samples are too few for one global batch of 65"):
         evaclip("data", "bench", shards, "--batch-size", "65", "--workers", "0")
-
-
-@pytest.mark.parametrize(("style", "expected"), [("both", ("twemoji", "openmoji")), ("openmoji", ("openmoji",))])
-def test_emoji_passes_its_options(tmp_path, monkeypatch, capsys, style, expected):
-    calls = []
-
-    def build(folder, styles, size, skin_tones):
-        calls.append((folder, styles, size, skin_tones))
-        return {name: [folder / f"{name}-00000.tar"] for name in styles}
-
-    monkeypatch.setattr(emoji, "build_emoji", build)
-    evaclip("data", "emoji", str(tmp_path), "--style", style, "--size", "48", "--skin-tones")
-    assert calls == [(tmp_path, expected, 48, True)]
-    assert f"{tmp_path}/openmoji-*.tar" in capsys.readouterr().out
-
-
-def test_configuration_opens_its_data(shards):
-    options = {"caption_key": "json:captions", "exif_orientation": True, "min_size": 8}
-    config = TypeAdapter(DataConfig).validate_python({"train": shards, **options})
-    source = open_configured(config)
-    assert source[5].captions == ("caption 5", "caption 1005")
-    assert source.decoding == Decoding(exif_orientation=True, min_size=8)
-    parts = {name: {"train": shards, "weight": 1} for name in "ab"}
-    mixed = TypeAdapter(DataConfig).validate_python({"train": "", "mixture": parts, **options})
-    assert open_configured(mixed).decoding == source.decoding
-    assert len(open_configured(DataConfig(num_samples=12))) == 12
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"trian": "x"},
-        {"workers": -1},
-        {"kind": "tar"},
-        {"min_size": -1},
-        {"csv_separator": "ab"},
-        {"caption_template": "no place"},
-        {"augmentation": {"scael": [0.5, 1]}},
-    ],
-)
-def test_configuration_mistakes_are_refused(wrong):
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
-        TypeAdapter(DataConfig).validate_python(wrong)
 
 
 def read(source) -> list[tuple]:
@@ -217,12 +132,6 @@ def test_converted_class_folders_keep_their_labels(sources, tmp_path):
     labels = open_source(str(tmp_path / "out"), caption_key="cls")
     assert [labels[i].caption for i in range(12)] == ["0"] * 6 + ["1"] * 6
     assert (tmp_path / "out/classes.txt").read_text() == "cat\ndog\n"
-
-
-def test_convert_twice_gives_equal_bytes(sources, tmp_path):
-    for out in ("one", "two"):
-        evaclip("data", "convert", sources["table"], str(tmp_path / out))
-    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
 
 
 def test_convert_leaves_bad_samples_out(tmp_path, capsys):

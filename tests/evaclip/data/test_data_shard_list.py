@@ -36,11 +36,6 @@ def test_shard_list_opens_without_reading_shards(remote, shards, server, tmp_pat
 
 def test_shard_list_moves_with_its_shards(shards, server, tmp_path):
     index(shards, tmp_path / "list.json")
-    assert [shard["url"] for shard in json.loads((tmp_path / "list.json").read_text())["shardlist"]] == [
-        "00.tar",
-        "01.tar",
-        "02.tar",
-    ]
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path, moved, ignore=lambda *_: ["moved", "cache"])
     assert open_source(str(moved / "list.json")).name(63) == f"{moved}/02.tar:000063"
@@ -78,16 +73,9 @@ def test_shard_list_has_the_faults_of_shards(shards, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "is no list of shards"),
         ("{", "is no list of shards"),
         ('{"kind": "other", "shardlist": []}', "its kind is 'other'"),
         ('{"kind": "evaclip-shards-v1", "shardlist": [{"url": "a.tar"}]}', "KeyError: 'nsamples'"),
-        ('{"kind": "evaclip-shards-v1", "shardlist": []}', "there are 0 shards"),
-        (
-            '{"kind": "evaclip-shards-v1", "shardlist": [{"url": "a.tar", "nsamples": 1, "digest": "", "damage": "",'
-            ' "indexed_bytes": 0, "filesize": "big", "etag": null}]}',
-            "invalid literal",
-        ),
     ],
 )
 def test_shard_list_of_wrong_content_is_refused(text, message, tmp_path):
@@ -118,20 +106,14 @@ def test_file_name_like_a_command_is_not_run(path, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_data_index_of_command_is_refused(shards, tmp_path):
-    with pytest.raises(UserError, match=r"data\.train"):
-        index(f"pipe:cat {shards}", tmp_path / "list.json")
-
-
-@pytest.mark.parametrize("part", ["3", "2/2", "-1/2", "1/0", "a/b"])
-def test_data_index_wrong_part_is_refused(part, shards, tmp_path):
-    with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):
-        index(shards, tmp_path / "list.json", f"--part={part}")
-
-
-def test_data_index_wrong_path_is_refused(shards, server, tmp_path):
+def test_data_index_wrong_arguments_are_refused(shards, server, tmp_path):
+    for part in ("2/2", "1/0", "a/b"):
+        with pytest.raises(UserError, match=f"--part must be I/N, with I from 0 to N - 1, got '{part}'"):
+            index(shards, tmp_path / "list.json", f"--part={part}")
     with pytest.raises(UserError, match=r"--out must end in \.json, got '\S+list'"):
         index(shards, tmp_path / "list")
+    with pytest.raises(UserError, match=r"data\.train"):
+        index(f"pipe:cat {shards}", tmp_path / "list.json")
     with pytest.raises(UserError, match=r"cannot read the list of shards \S+none\.json: HTTP 404"):
         open_source(server.url("none.json"))
 
@@ -150,7 +132,6 @@ def test_shard_list_parts_are_joined(shards, tmp_path, monkeypatch, capsys):
     for paths, message in (
         (lists[:1], "1 lists of parts of 2 are no whole: there is no 00001-of-00002;"),
         ([*lists, lists[0]], "some are given twice"),
-        ([*lists, shutil.copy(lists[0], tmp_path / "list-00000-of-00001.json")], "of parts of 1 and of 2 are no whole"),
     ):
         with pytest.raises(UserError, match=message):
             index("::".join(map(str, paths)), tmp_path / "whole.json", "--part", "0/1")

@@ -1,10 +1,9 @@
+"""Tables, class folders and synthetic images as data sets."""
+
 import json
 import logging
 import os
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_samples import picture
@@ -55,28 +54,15 @@ def test_csv_columns_separators_and_quotes(pictures):
             open_source(path, "csv", image_key="url", caption_key="text", csv_separator=separator)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "note"),
-    [
-        ("utf-8", "read as utf-8-sig, columns separated by semicolons"),
-        ("utf-16", "read as utf-16, columns separated by semicolons"),
-        ("cp1252", "read as cp1252, columns separated by semicolons"),
-    ],
-)
-def test_table_guesses_are_logged(pictures, caplog, encoding, note):
+@pytest.mark.parametrize(("encoding", "told"), [("utf-8", "utf-8-sig"), ("utf-16", "utf-16"), ("cp1252", "cp1252")])
+def test_table_guesses_are_logged(pictures, caplog, encoding, told):
+    note = f"read as {told}, columns separated by semicolons"
     path = write(pictures / "pairs.csv", "filepath;title\na.png;Käse, 5 €\n", encoding)
     with caplog.at_level(logging.WARNING, "evaclip.data"):
         source = open_source(path)
     assert source[0].caption == "Käse, 5 €"
     assert source.notes == [note]
     assert [record.getMessage() for record in caplog.records] == [f"{path}: {note}"]
-
-
-def test_default_table_logs_no_warning(pictures, caplog):
-    with caplog.at_level(logging.WARNING, "evaclip.data"):
-        open_source(write(pictures / "pairs.csv", "filepath,title\na.png,x;y\n"))
-        open_source(write(pictures / "pairs.jsonl", '{"filepath": "a.png", "title": "x"}\n'))
-    assert not caplog.records
 
 
 def test_json_lines(pictures):
@@ -99,11 +85,6 @@ def test_json_lines(pictures):
     assert open_source(renamed, image_key="img", caption_key="text")[0].caption == "x"
 
 
-def test_caption_with_an_invalid_character_is_kept(pictures):
-    path = write(pictures / "x.jsonl", r'{"filepath": "a.png", "title": "caf\u00e9 \ud83d"}')
-    assert open_source(path)[0].caption == "café ?"
-
-
 def test_parquet(pictures):
     pyarrow = pytest.importorskip("pyarrow", reason="it reads Parquet, of the extra [tables]")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -122,20 +103,11 @@ def test_parquet(pictures):
         open_source(str(pictures / "single.parquet"))
     with pytest.raises(UserError, match=r"'id' of .* must hold paths of pictures, got int64"):
         open_source(str(pictures / "single.parquet"), image_key="id", caption_key="text")
-    with pytest.raises(UserError, match="cannot be read as Parquet"):
-        open_source(write(pictures / "no.parquet", "filepath,title\n"))
-
-
-def test_jsonl_fingerprint_depends_on_rows(pictures):
-    one = write(pictures / "one.jsonl", '{"filepath": "a.png", "title": ["x", "y"]}')
-    two = write(pictures / "two.jsonl", '{"filepath": "a.png", "title": "x"}\n{"filepath": "a.png", "title": "y"}')
-    assert open_source(one).fingerprint != open_source(two).fingerprint
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"0 rows in .*x\.jsonl"),
         ('{"filepath": "a.png", "title": "x"}\n{"filepath": ', r"l, line 2: not valid JSON \(Expecting value, "),
         ('["a.png", "x"]', r"line 1: a JSON object is expected, got '\[\"a.png\", \"x\"\]'"),
         ('{"FilePath": "a.png", "title": "x"}', "'filepath' .* got 'FilePath', 'title'"),
@@ -160,21 +132,11 @@ def test_table_rows_with_faults(pictures):
     assert source[len(source) - 1].caption == "good"
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.csv", "image,caption\na.png,x\n"),
-        ("b.tsv", "image\tcaption\na.png\tx\n"),
-        ("c.jsonl", '{"image": "a.png", "caption": "x"}\n'),
-    ],
-)
-def test_unknown_column_error_names_keys_and_flags(name, text, pictures):
+def test_unknown_column_error_names_keys_and_flags(pictures):
     with pytest.raises(UserError) as caught:
-        open_source(write(pictures / name, text))
-    for word in ("'filepath'", "'title'", "got 'image', 'caption'", "data.image_key", "data.caption_key"):
+        open_source(write(pictures / "a.csv", "image,caption\na.png,x\n"))
+    for word in ("'filepath'", "got 'image', 'caption'", "data.image_key", "--image-key", "--csv-caption-key"):
         assert word in str(caught.value)
-    for flag in ("--image-key", "--caption-key", "--csv-img-key", "--csv-caption-key"):
-        assert flag in str(caught.value)
 
 
 def test_table_cell_like_a_command_is_not_run(pictures):
@@ -187,8 +149,6 @@ def test_table_cell_like_a_command_is_not_run(pictures):
 
 def test_table_of_wrong_content_is_refused(pictures):
     write(pictures / "a.csv", "file_path,title\na.png,x\n")
-    with pytest.raises(UserError, match="0 rows"):
-        open_source(write(pictures / "b.csv", "filepath,title\n"))
     with pytest.raises(UserError, match="empty: a header row"):
         open_source(write(pictures / "c.csv", ""))
     (pictures / "d.csv").write_bytes(b"filepath,title\na.png,\x81\n")
@@ -198,7 +158,7 @@ def test_table_of_wrong_content_is_refused(pictures):
     with pytest.raises(UserError, match="is a folder; a csv file is expected"):
         open_source(str(pictures / "e.csv"), "csv")
     with pytest.raises(UserError, match=r"a csv data set is one path, but .* names 2"):
-        open_source(f"{pictures}/{{a,b}}.csv")
+        open_source(f"{pictures}/{{a,c}}.csv")
 
 
 def test_class_folder_captions_and_keys(tmp_path):
@@ -220,21 +180,6 @@ def test_hidden_and_empty_folders_are_no_classes(tmp_path):
     assert [source[i].key for i in range(len(source))] == ["dog/1.png"]
     (fault,) = source.faults
     assert str(fault) == f"class without pictures: {tmp_path}/root/cat (it is not taken for a class)"
-
-
-def test_other_image_files_are_counted(tmp_path, caplog):
-    for name in ("dog/1.png", "dog/2.GIF", "dog/more/3.tiff", "loose.png"):
-        write_picture(tmp_path / "root" / name)
-    source = open_source(str(tmp_path / "root"))
-    assert len(source) == 1
-    assert source.notes == ["images left out: 1 .gif, 1 .tiff, 1 outside of the class folders"]
-    assert caplog.messages == [f"{tmp_path}/root: {source.notes[0]}"]
-    assert open_source(str(tmp_path / "root"), captions=False).notes == ["images left out: 1 .gif, 1 .tiff"]
-    os.link(tmp_path / "root/dog/1.png", os.fsencode(tmp_path / "root/dog") + b"/\xff.png")
-    for captions, count in ((True, 1), (False, 2)):
-        source = open_source(str(tmp_path / "root"), captions=captions)
-        assert len(source) == count
-        assert "1 by names that aren't UTF-8" in source.notes[0]
 
 
 def test_pipe_as_image_is_a_fault(tmp_path):
@@ -284,27 +229,6 @@ def test_class_folder_order_is_that_of_old_runs(class_folder):
         assert open_source(str(class_folder), captions=False).fingerprint == "aeaef2dbfa635431c566c05126029b94"
 
 
-def test_class_folder_is_scanned_by_one_rank(class_folder, monkeypatch):
-    scanned = []
-    scandir = os.scandir
-    start = threading.Barrier(4)
-
-    def slow_scandir(path):
-        scanned.append(os.fspath(path))
-        time.sleep(0.02)  # the others come meanwhile
-        return scandir(path)
-
-    def rank(path):
-        start.wait()
-        return open_source(path)
-
-    monkeypatch.setattr(os, "scandir", slow_scandir)
-    with ThreadPoolExecutor(4) as ranks:
-        sources = list(ranks.map(rank, [str(class_folder)] * 4))
-    assert len({source.fingerprint for source in sources}) == 1
-    assert scanned.count(str(class_folder / "c")) == 1
-
-
 def test_class_folder_change_is_noticed(class_folder):
     before = open_source(str(class_folder))
     (class_folder / "b_b/z/2.jpg").write_bytes(b"new")
@@ -317,12 +241,6 @@ def test_class_folder_change_is_noticed(class_folder):
     assert list(open_source(str(class_folder)).classes) == ["a", "c"]
 
 
-def test_class_folder_without_a_cache_is_read(class_folder, cache_folder):
-    cache_folder.parent.mkdir(parents=True)
-    cache_folder.touch()
-    assert len(open_source(str(class_folder))) == 6
-
-
 def test_synthetic_images_match_their_captions():
     source = open_source("synthetic", num_samples=200)
     assert len(source) == 200
@@ -331,12 +249,9 @@ def test_synthetic_images_match_their_captions():
     one, other = source[red_circle], source[red_circle + 64]
     assert one.caption == other.caption == "a red circle on white"
     assert one.image != other.image
-    assert one.image == open_source("synthetic", num_samples=1000)[red_circle].image
     for raw in (one, other):
         colours = {colour for _, colour in decode_image(raw.image, raw.key).getcolors()}
         assert colours == {(250, 250, 250), (220, 40, 40)}
-    with pytest.raises(UserError, match="must be 1 or more, got 0"):
-        open_source("synthetic", num_samples=0)
 
 
 def test_wrong_data_path_is_refused(tmp_path):
@@ -358,19 +273,14 @@ def test_wrong_data_path_is_refused(tmp_path):
     ("pattern", "expected"),
     [
         ("x{08..11}", ["x08", "x09", "x10", "x11"]),
-        ("x{9..11}", ["x9", "x10", "x11"]),
-        ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
-        ("{a,b{1..2}}", ["a", "b1", "b2"]),
+        ("{a,b{9..11}}", ["a", "b9", "b10", "b11"]),
         ("{2..0}", ["2", "1", "0"]),
         ("plain", ["plain"]),
     ],
 )
 def test_braces(pattern, expected):
     assert expand_braces(pattern) == expected
-
-
-def test_braces_without_pattern_are_refused():
-    with pytest.raises(UserError, match=r"'\{abc\}' in 'x\{abc\}' is neither"):
+    with pytest.raises(UserError, match="is neither"):
         expand_braces("x{abc}")
 
 

@@ -1,8 +1,8 @@
+"""Tar shards as a data set: samples, images, captions, faults."""
+
 import io
 import os
-import pickle
 import subprocess
-import warnings
 from pathlib import Path
 
 import pytest
@@ -79,9 +79,7 @@ def test_images_by_key(tmp_path):
     [
         ({"txt": None, "json": None}, FaultKind.MISSING_CAPTION),
         ({"txt": b" \n", "json": b'{"caption": null}'}, FaultKind.MISSING_CAPTION),
-        ({"txt": b"\xff\xfe", "json": None}, FaultKind.MISSING_CAPTION),
         ({"txt": None, "json": b"{broken"}, FaultKind.MISSING_CAPTION),
-        ({"txt": None, "json": b'["a list"]'}, FaultKind.MISSING_CAPTION),
         ({"png": None}, FaultKind.MISSING_IMAGE),
         ({"png": b""}, FaultKind.MISSING_IMAGE),
         ({"png": picture(1)[:40]}, FaultKind.CORRUPT_IMAGE),
@@ -104,20 +102,9 @@ def test_oversized_image_is_not_decoded(tmp_path):
     assert kind_of_fault(open_source(path, max_image_pixels=63), 0) is FaultKind.OVERSIZED_IMAGE
     source = open_source(path, max_image_pixels=64)
     assert decode_image(source[0].image, "x", source.decoding).size == (8, 8)
-    with pytest.raises(UserError, match="max_image_pixels"):
-        open_source(path, max_image_pixels=0)
-
-
-def test_image_limit_above_pillows(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert decode_image(picture(1), "x", Decoding(max_pixels=2**30)).size == (8, 8)
-
-
-def test_decoding_sets_no_warnings_filter(monkeypatch):
-    """Filters belong to the process: two threads that set and restore them leave the wrong ones."""
-    with monkeypatch.context() as patched:
-        patched.setattr(warnings, "simplefilter", lambda *_, **__: pytest.fail("a filter was set"))
-        assert decode_image(picture(1), "x").size == (8, 8)
+    for wrong in ({"max_image_pixels": 0}, {"min_size": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            open_source(path, **wrong)
 
 
 def test_eps_image_starts_no_ghostscript(monkeypatch):
@@ -148,18 +135,6 @@ def test_decoding_keeps_mode_and_applies_exif():
         assert (image.size, image.mode) == (size, "L")
 
 
-def test_images_below_min_size_are_bad_samples(tmp_path):
-    key, members = sample(1)
-    write_shard(tmp_path / "a.tar", [sample(0), (key, {**members, "png": picture(1, 7)})])
-    source = open_source(str(tmp_path / "a.tar"), min_size=8)
-    decode_image(source[0].image, source.name(0), source.decoding)
-    with pytest.raises(BadSample, match="7 x 7 pixels; at least 8 are asked for") as caught:
-        decode_image(source[1].image, source.name(1), source.decoding)
-    assert caught.value.fault.kind is FaultKind.UNDERSIZED_IMAGE
-    with pytest.raises(UserError, match="0 or more, got -1"):
-        open_source(str(tmp_path / "a.tar"), min_size=-1)
-
-
 def test_jpeg_reduction_keeps_the_least_size():
     buffer = io.BytesIO()
     Image.new("RGB", (400, 320)).save(buffer, "jpeg")
@@ -170,31 +145,15 @@ def test_jpeg_reduction_keeps_the_least_size():
     assert sizes == {None: (400, 320), 40: (50, 40), 81: (200, 160), 320: (400, 320), 1000: (400, 320)}
 
 
-def test_truncated_shard_is_used_up_to_the_damage(shards, tmp_path):
-    path = tmp_path / "01.tar"
-    path.write_bytes(path.read_bytes()[:50_000])
-    source = open_source(shards)
-    (fault,) = source.faults
-    assert fault.kind is FaultKind.DAMAGED_SHARD
-    assert "01.tar" in str(fault)
-    assert 34 < len(source) < 64
-    assert [source[i].caption for i in (0, 20, len(source) - 1)] == ["caption 0", "caption 20", "caption 63"]
-
-
 def test_second_sample_with_a_key_is_a_fault(tmp_path):
     again = ("000001", {"png": picture(70), "txt": b"another"})
     write_shard(tmp_path / "a.tar", [sample(0), sample(1), again, sample(2)])
     source = open_source(str(tmp_path / "a.tar"))
-    assert [(raw.key, raw.caption) for raw in (source[0], source[1], source[2])] == [
-        ("000000", "caption 0"),
-        ("000001", "caption 1"),
-        ("000002", "caption 2"),
-    ]
+    assert [source[i].caption for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
     assert source[1].image == picture(1)
     (fault,) = source.faults
     assert fault.kind is FaultKind.DUPLICATE_KEY
     assert (fault.file, fault.key) == (str(tmp_path / "a.tar"), "000001")
-    assert "a.tar:000001 (it comes again in this shard; the first copy is used)" in str(fault)
     write_shard(tmp_path / "once.tar", map(sample, range(3)))
     assert source.shards[0].facts.digest == open_source(str(tmp_path / "once.tar")).shards[0].facts.digest
 
@@ -226,32 +185,12 @@ def test_open_files_stay_bounded_and_close(tmp_path):
     assert source[7].caption == "caption 7"
 
 
-def test_source_with_open_files_can_be_pickled(shards):
-    source = open_source(shards)
-    image = source[25].image
-    copy = pickle.loads(pickle.dumps(source))
-    source.close()
-    assert copy[25].image == image
-    assert copy.fingerprint == source.fingerprint
-
-
 def test_shard_truncated_after_indexing(shards, tmp_path):
     source = open_source(shards)
     os.truncate(tmp_path / "01.tar", 600)
     with pytest.raises(BadSample, match="changed after it was indexed") as caught:
         source[40]
     assert caught.value.fault.kind is FaultKind.UNREADABLE
-
-
-def test_reindexed_shard_is_a_fault(shards, tmp_path, monkeypatch):
-    """Every index is forgotten at once, as the older ones of a large data set are."""
-    monkeypatch.setattr("evaclip.data.tar_index.IndexCache._keep", lambda self, path, index, stored: index)
-    source = open_source(shards)
-    write_shard(tmp_path / "00.tar", map(sample, range(100, 120)))
-    with pytest.raises(BadSample, match="changed after it was indexed") as caught:
-        source[3]
-    assert caught.value.fault.kind is FaultKind.UNREADABLE
-    assert source[20].caption == "caption 20"
 
 
 def test_write_shards_deletes_stale_shards(tmp_path):

@@ -2,8 +2,6 @@
 
 import math
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -73,14 +71,6 @@ def test_mask_distribution_is_that_of_beit() -> None:
     assert borders([np.isin(np.arange(256), each).reshape(16, 16) for each in scattered]) > 2 * borders(ours)
 
 
-def test_mask_smallest_block_sets_block_size() -> None:
-    small, large = (
-        borders([as_grid(BlockMasks((16, 16), 0.4, smallest=smallest), seed) for seed in range(300)])
-        for smallest in (1, 40)
-    )
-    assert small > 1.15 * large
-
-
 def test_mask_depends_on_the_seed_only() -> None:
     masks = BlockMasks((16, 16), 0.4)
     one = masks(2**63 - 1)
@@ -88,9 +78,6 @@ def test_mask_depends_on_the_seed_only() -> None:
     np.random.seed(5)
     assert (masks(2**63 - 1) == one).all()
     assert len({masks(seed).tobytes() for seed in range(50)}) == 50
-    code = "from evaclip.data.masks import BlockMasks; print(*BlockMasks((16, 16), 0.4)(2**63 - 1))"
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert list(map(int, elsewhere.split())) == one.tolist()
 
 
 @pytest.mark.parametrize(("grid", "ratio"), [((1, 16), 0.4), ((3, 3), 0.01), ((3, 3), 0.99)])

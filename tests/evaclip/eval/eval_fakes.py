@@ -1,9 +1,9 @@
 """A model small enough to check by hand: a picture of one colour has the feature of the colour's name."""
 
-import io
 from pathlib import Path
 
 import torch
+from image_files import as_file
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -25,7 +25,6 @@ class ColorModel(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3))
         self.calls = 0
-        self.modes: list[bool] = []
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         return self._features(images.mean((2, 3)), normalize)
@@ -35,7 +34,6 @@ class ColorModel(nn.Module):
 
     def _features(self, color: Tensor, normalized: bool) -> Tensor:
         self.calls += 1
-        self.modes.append(self.training)
         features = (color - 0.5) * self.scale
         return normalize(features, dim=-1) if normalized else features
 
@@ -57,9 +55,7 @@ class ToTensor:
 
 
 def png(color: tuple[int, int, int], size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), color).save(buffer, "PNG")
-    return buffer.getvalue()
+    return as_file(Image.new("RGB", (size, size), color))
 
 
 def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:

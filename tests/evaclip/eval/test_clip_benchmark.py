@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from eval_fakes import evaclip
+from image_files import as_file
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -14,7 +15,6 @@ import evaclip as package
 import evakernels
 from evaclip.data.shard_writer import write_shard
 from evaclip.demo import emoji
-from evaclip.errors import UserError
 from evaclip.eval import clip_benchmark
 
 pytestmark = pytest.mark.xdist_group("evaluation")
@@ -48,9 +48,7 @@ def data(concepts, pictures, tmp_path_factory):
         for label, (concept, picture) in enumerate(zip(concepts, pictures, strict=True)):
             facts = json.dumps({"captions": concept.names})
             members = {"cls": str(label), "txt": "\n".join(concept.names), "json": facts}
-            png = io.BytesIO()
-            picture.save(png, "PNG")
-            yield concept.key, {"png": png.getvalue(), **{name: text.encode() for name, text in members.items()}}
+            yield concept.key, {"png": as_file(picture), **{name: text.encode() for name, text in members.items()}}
 
     write_shard(folder / "test" / "0.tar", samples())
     return folder
@@ -112,9 +110,3 @@ def test_retrieval(data, weights, tmp_path, monkeypatch):
     for k in cutoffs:
         assert ours["text_to_image"]["recall"][k] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
         assert ours["image_to_text"]["recall"][k] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
-
-
-def test_missing_clip_benchmark(monkeypatch):
-    monkeypatch.setitem(sys.modules, "clip_benchmark", None)
-    with pytest.raises(UserError, match="pip install clip-benchmark requests"):
-        clip_benchmark.main(["eval"])

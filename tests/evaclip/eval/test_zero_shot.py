@@ -1,7 +1,5 @@
 """Class names, templates, and zero-shot classification by them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,28 +11,9 @@ from evaclip.eval.features import FeatureOptions
 from evaclip.eval.zero_shot import (
     build_classifier,
     evaluate,
-    imagenet_classnames,
-    imagenet_templates,
     load_classnames,
     load_templates,
 )
-
-
-def test_imagenet_names_and_templates() -> None:
-    names, templates = imagenet_classnames(), imagenet_templates()
-    assert len(names) == 1000
-    assert (names[0], names[-1]) == ("tench", "toilet paper")
-    assert len(templates) == 80
-    assert all(template.count("{}") == 1 for template in templates)
-    assert "a bad photo of a {}." in templates
-
-
-def test_imagenet_data_without_importing_open_clip() -> None:
-    code = (
-        "import sys; from evaclip.eval.zero_shot import imagenet_templates; imagenet_templates();"
-        "sys.exit('open_clip' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -64,11 +43,9 @@ def test_load_templates(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"cat\n\ndog\n", "a.txt, line 2: empty"),
-        ("a.txt", b"", "holds no class names"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.txt", None, "No such file or directory; give a file"),
         ("a.json", b'["cat", 3]', "a.json, entry 2"),
-        ("a.json", b'{"cat": 1}', "JSON list"),
         ("a.json", b'["cat",\n', "a.json, line 2: not valid JSON"),
     ],
 )
@@ -120,10 +97,3 @@ def test_evaluate_tie_goes_to_lower_label() -> None:
     result = evaluate(torch.ones(4, 3), torch.arange(4), torch.ones(4, 3), list("abcd"))
     assert [entry.top1 for entry in result.per_class] == [1.0, 0.0, 0.0, 0.0]
     assert result.top1 == result.chance_top1
-
-
-def test_evaluate_wrong_arguments() -> None:
-    with pytest.raises(UserError, match="no labelled images"):
-        evaluate(torch.ones(0, 3), torch.ones(0, dtype=torch.int64), torch.eye(3), list("abc"))
-    with pytest.raises(ValueError, match="expected 3 class names, got 2"):
-        evaluate(torch.ones(1, 3), torch.zeros(1, dtype=torch.int64), torch.eye(3), list("ab"))

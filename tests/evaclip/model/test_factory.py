@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from small_models import random_images, small_model
 
@@ -31,7 +30,7 @@ def _checkpoint(folder: Path, model: CLIP) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["file", "folder", "pointer", "run"])
+@pytest.mark.parametrize("form", ["file", "pointer", "run"])
 def test_create_model_of_checkpoint(form: str, tmp_path: Path) -> None:
     preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": "squash"}
     model = create_model("tiny", preprocess=preprocess).eval()
@@ -39,7 +38,6 @@ def test_create_model_of_checkpoint(form: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest").write_text("step_00000007\n")
     source = {
         "file": folder / "model.safetensors",
-        "folder": folder,
         "pointer": tmp_path / "checkpoints" / "latest",
         "run": tmp_path,
     }[form]
@@ -69,26 +67,11 @@ def test_create_model_as_trained(make, name, options, overrides, tmp_path, caplo
         assert make(name, tmp_path, **other).config == config
         assert "positions are resized from" in caplog.text
         caplog.clear()
-    for others in ({"name": "another", **asdict(model.config)}, {"layers": 3}, [name]):
-        stored.write_text(json.dumps(others))
-        assert make(name, tmp_path).config == make(name).config
+    stored.write_text(json.dumps({"name": "another", **asdict(model.config)}))
+    assert make(name, tmp_path).config == make(name).config
 
 
-def test_transforms_fit_model() -> None:
-    model, train, evaluate = create_model_and_transforms("tiny")
-    image = Image.new("RGB", (50, 40), (200, 10, 30))
-    batch = torch.stack([train(image, 3), evaluate(image)])
-    assert model(batch, get_tokenizer("tiny")(["a", "b"]))[0].shape == (2, 128)
-
-
-def test_tokenizer_has_context_length_of_model() -> None:
-    assert get_tokenizer("tiny")("a cat").shape == (1, 16)
-    assert get_tokenizer("EVA02-B-16")("a cat").shape == (1, 77)
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
-)
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_create_model_precision(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
     exact = small_model()
     folder = _checkpoint(tmp_path / "step", exact)
@@ -102,21 +85,12 @@ def test_create_model_precision(precision: str, dtype: torch.dtype, tmp_path: Pa
     assert (rough.float() - expected).abs().max() < 0.03
 
 
-def test_create_model_is_deterministic() -> None:
-    states = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        states.append(create_model("tiny").state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"model_name": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; did you mean"),
         ({"device": "gpu"}, "device 'gpu' can't be used; accepted: cpu"),
-        ({"layers": 3}, "unknown model option 'layers'"),
         ({"pretrained": "nowhere/at/all"}, "no weights file or checkpoint folder 'nowhere/at/all'"),
         ({"pretrained": "eva_clip"}, "tiny has no released weights"),
         ({"model_name": "EVA02-L-14", "pretrained": "merged2b_s4b"}, "did you mean 'merged2b_s4b_b131k'"),
@@ -166,10 +140,3 @@ def test_create_model_of_run_of_another_model(make, name, run_folder):
     with pytest.raises(UserError, match=f"pretrained must be weights of model {name!r}, got .* 'tiny'") as caught:
         make(name, run_folder, as_trained=False)
     assert len(str(caught.value)) < 300
-
-
-def test_create_model_of_run_of_image_model(run_folder: Path) -> None:
-    file = run_folder / "checkpoints" / "step_00000007" / "model.json"
-    file.write_text(json.dumps({"name": "eva02_tiny_patch14_224"}))
-    with pytest.raises(UserError, match="model_name must be a CLIP model"):
-        create_model(str(run_folder))

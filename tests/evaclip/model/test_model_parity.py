@@ -1,13 +1,15 @@
-"""Models here against open_clip's, with the same random weights."""
+"""Models here against open_clip's, with the same random weights; every option against plain PyTorch."""
 
 import functools
+from typing import Any
 
 import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small_models import random_images, stir, without_start_values
+from plain_vision import plain_vision
+from small_models import NO_ROPE, random_images, random_tokens, small_model, stir, without_start_values
 from torch import nn
 
 from evaclip import CLIP, CLIPConfig, create_model, get_config, get_tokenizer
@@ -93,9 +95,7 @@ def test_initialization_std() -> None:
     expected = {
         "visual.pos_embed": 0.02,
         "visual.blocks.0.attn.q_proj.weight": 0.02,
-        "visual.blocks.3.mlp.w1.weight": 0.02,
         "visual.blocks.0.attn.proj.weight": 0.02 / 2**0.5,
-        "visual.blocks.3.attn.proj.weight": 0.02 / 8**0.5,
         "visual.blocks.3.mlp.w3.weight": 0.02 / 8**0.5,
         "visual.head.weight": 2e-5,
         "text.token_embedding.weight": 0.02,
@@ -116,3 +116,56 @@ def test_initialization_std() -> None:
             assert (tensor == 1).all(), name
     state = create_model("EVA01-CLIP-B-16", vision={"layers": 1}, text={"layers": 1}).state_dict()
     assert all((state[f"visual.blocks.0.gamma_{number}"] == 0.1).all() for number in (1, 2))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eva02": {},
+    "eva02-other-grid": {"image_size": 40, "pt_hw_seq_len": 7, "rope_theta": 100.0},
+    "eva01": NO_ROPE,
+    "eva01-layer-scale": {**NO_ROPE, "layer_scale_init": 0.1},
+    "enormous": {**NO_ROPE, "post_norm": True, "layer_scale_init": 0.3},
+    "8B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False},
+    "18B": {**NO_ROPE, "norm": "rms_norm", "qkv_bias": False, "post_norm": True},
+    "rope-alone": {**NO_ROPE, "rope": True, "mlp": "swiglu"},
+}
+
+
+def _check(model: CLIP, token_index: torch.Tensor | None = None) -> None:
+    config = model.config.vision
+    images = random_images(3, config.image_size)
+    with torch.no_grad():
+        expected = plain_vision(model.visual.state_dict(), config, images, token_index)
+        actual = model.encode_image(images, token_index=token_index)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_vision_tower_matches_plain_torch(name: str) -> None:
+    """With all patches and with some."""
+    model = small_model(**OPTIONS[name])
+    _check(model)
+    generator = torch.Generator().manual_seed(3)
+    _check(model, torch.stack([torch.randperm(16, generator=generator)[:7] for _ in range(3)]))
+
+
+def test_text_ignores_padding() -> None:
+    model, tokens = small_model(), random_tokens(4)
+    other = tokens.clone()
+    ends = tokens.argmax(dim=-1)
+    for row, end in enumerate(ends.tolist()):
+        other[row, end + 1 :] = 5
+    with torch.no_grad():
+        first, second = model.encode_text(tokens), model.encode_text(other)
+        shorter = model.encode_text(tokens[:, : int(ends.max()) + 1])
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    torch.testing.assert_close(first, shorter, atol=1e-6, rtol=1e-5)
+
+
+def test_wrong_images_and_tokens() -> None:
+    model = small_model()
+    for images, error in ((torch.zeros(2, 3, 32, 31), ValueError), (torch.zeros(2, 3, 32, 32).byte(), TypeError)):
+        with pytest.raises(error, match="images"):
+            model.encode_image(images)
+    for tokens, error in ((torch.zeros(2, 17).long(), ValueError), (torch.zeros(2, 16), TypeError)):
+        with pytest.raises(error, match="tokens"):
+            model.encode_text(tokens)

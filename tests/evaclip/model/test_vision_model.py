@@ -68,17 +68,6 @@ def test_releases_match_timm() -> None:
         assert release.preprocess.crop == theirs.crop_pct
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if "base" in name else pytest.mark.exhaustive) for name in RELEASES]
-)
-def test_number_of_parameters_matches_timm(name: str) -> None:
-    with torch.device("meta"):
-        peer = timm.create_model(name, num_classes=7)
-    model = create_vision_model(name, num_classes=7, device="meta")
-    bias_of_k = 24 * 1024 if name.startswith("eva_large") else 0
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in peer.parameters()) - bias_of_k
-
-
 def test_gradients_match_timm() -> None:
     name = "eva02_base_patch14_224"
     peer = peer_of(name, depth=1, img_size=112)
@@ -129,24 +118,6 @@ def test_oblong_images_match_timm() -> None:
         create_vision_model(name, image_size=(112, 0))
 
 
-def test_classifier_of_another_size(tmp_path: Path) -> None:
-    name = "eva02_tiny_patch14_336.mim_in22k_ft_in1k"
-    peer = peer_of("eva02_tiny_patch14_336", depth=1, num_classes=1000)
-    torch.save(peer.state_dict(), tmp_path / "weights.pt")
-    whole = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=1)
-    assert torch.equal(whole.head.weight, peer.head.weight)
-    other = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=1, num_classes=5)
-    assert other.head.weight.shape == (5, 192)
-    assert torch.equal(other.blocks[0].mlp.w3.weight, peer.blocks[0].mlp.fc2.weight)
-    bare = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=1, num_classes=0).eval()
-    with torch.no_grad():
-        peer.reset_classifier(0)
-        images = random_images(1, 336)
-        torch.testing.assert_close(bare(images), peer(images), atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="pool must be 'mean'"):
-        bare.reset_classifier(3, "token")
-
-
 def test_classifier_and_preprocessing_of_weights(tmp_path: Path) -> None:
     name, file = "eva02_tiny_patch14_336.mim_in22k_ft_in1k", tmp_path / "weights.pt"
     peer = peer_of("eva02_tiny_patch14_336", depth=1, num_classes=10)
@@ -186,22 +157,14 @@ def test_start_from_other_weights(kind: str, tmp_path: Path) -> None:
             kept = kind == "classifier" and "pretrained" in how
             assert torch.equal(value, state[key]) == (kept or not key.startswith("head.")), key
     assert create_vision_model(name, pretrained=file, num_classes=3, **options).head.weight.shape == (3, 192)
-    if kind == "classifier":
-        assert create_vision_model(name, pretrained=file, **options).num_classes == 5
     with pytest.raises(UserError, match="give either pretrained, for the whole model, or pretrained_image"):
         create_vision_model(name, pretrained=file, pretrained_image=file)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "eva02_base_patch14_225",
-            "unknown vision model 'eva02_base_patch14_225'; did you mean 'eva02_base_patch14_224'",
-        ),
-        ("eva02_base_patch14_448.mim", "unknown tag of eva02_base_patch14_448 'mim'"),
-    ],
-)
-def test_create_vision_model_unknown_name(name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        create_vision_model(name)
+def test_create_vision_model_wrong_arguments() -> None:
+    with pytest.raises(UserError, match="did you mean 'eva02_base_patch14_224'"):
+        create_vision_model("eva02_base_patch14_225")
+    with pytest.raises(UserError, match="unknown tag of eva02_base_patch14_448 'mim'"):
+        create_vision_model("eva02_base_patch14_448.mim")
+    with pytest.raises(UserError, match="pool must be 'mean'"):
+        create_vision_model("eva02_tiny_patch14_224", device="meta").reset_classifier(3, "token")

@@ -73,23 +73,11 @@ def test_method_signature_matches_open_clip(name: str) -> None:
     compare(getattr(evaclip.CLIP, name), getattr(open_clip.CLIP, name), METHODS[name])
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        *("eva02-clip-b-16", "EVA02_CLIP_B/16", "eva02_b_16"),
-        "hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k",
-    ],
-)
+@pytest.mark.parametrize("spelling", ["EVA02_CLIP_B/16", "hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"])
 def test_find_model_in_any_spelling(spelling: str) -> None:
     assert find_model(spelling) == "EVA02-CLIP-B-16"
     assert evaclip.get_model_config(spelling)["vision"]["patch_size"] == 16
     assert evaclip.list_pretrained_tags_by_model(spelling) == ["eva_clip", "merged2b_s8b_b131k"]
-
-
-def test_create_model_suggests_name() -> None:
-    with pytest.raises(UserError, match=r"unknown model 'eva02-clip-b16'; did you mean 'EVA02-CLIP-B-16'"):
-        evaclip.create_model("eva02-clip-b16")
-    assert find_model("nothing") is None
 
 
 def test_create_model_by_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -130,10 +118,8 @@ def test_add_model_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tiny.json", "{}", "has the name of a shipped model"),
         ("EVA02-B-16.json", "{}", "has the name of a shipped model"),
         ("a.json", '{"embed": 1}', "a.json' is no model configuration: unknown model option 'embed'"),
-        ("a.json", "[]", "got a list"),
         ("a.json", None, "No such file"),
     ],
 )

@@ -102,14 +102,6 @@ def test_index_parts_are_joined(by, model, folder, tmp_path, capsys, monkeypatch
     assert "0 embedded, 7 unchanged" in capsys.readouterr().out
 
 
-def test_the_same_weights_may_lie_elsewhere(model, folder, loaded, tmp_path, capsys):
-    store, moved = tmp_path / "a.store", tmp_path / "moved.safetensors"
-    save_file(loaded.model.state_dict(), moved)
-    for given in (model, f"tiny:{moved}"):
-        assert main(["index", str(store), "--images", str(folder), "--model", given]) == 0
-    assert "0 embedded, 7 unchanged" in capsys.readouterr().out
-
-
 def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictures, tmp_path):
     encoder = Encoder(loaded, device="cpu", precision="fp32")
     compute = ["--model", model, "--precision", "fp32"]
@@ -124,12 +116,11 @@ def test_embeddings_of_pictures_and_texts_in_a_file(model, loaded, folder, pictu
         np.testing.assert_allclose(found["embeddings"], encoder.texts(["a cat", "a\u2028dög"]), atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_search_by_changed_weights_is_refused(precision, folder, loaded, tmp_path, capsys):
+def test_search_by_changed_weights_is_refused(folder, loaded, tmp_path, capsys):
     weights, store = tmp_path / "tiny.safetensors", str(tmp_path / "a.store")
     state = loaded.model.state_dict()
     save_file(state, weights)
-    model = ["--model", f"tiny:{weights}", "--precision", precision]
+    model = ["--model", f"tiny:{weights}", "--precision", "bf16"]
     assert main(["index", store, "--images", str(folder), *model]) == 0
     search = ["search", store, "--image", str(folder / "3.png"), "--top", "1"]
     assert main(search) == 0
@@ -145,15 +136,12 @@ def test_search_by_changed_weights_is_refused(precision, folder, loaded, tmp_pat
         (["index", "a.store", "--images", "pictures"], "there is no store 'a.store' yet: --model must"),
         (["index", "a.store", "--images", "pictures", "--model", "tiny"], "'tiny' has random weights"),
         (["index", "a.store", "--images", "nowhere", "--model", "MODEL"], "nowhere"),
-        (["index", "a.store", "--images", "pictures", "--model", "MODEL", "--thumbnails", "-1"], "got -1"),
         (["index", "a.store", "--add", "pictures"], "pictures isn't a store"),
-        (["index", "a.store", "--add", "pictures", "--model", "MODEL"], "--model is for --images"),
         (["index", "a.store", "--add", "pictures", "--prune"], "--prune is for --images"),
         (["index", "a.store", "--texts", "x.txt"], "--texts is for --npz"),
         (["index", "pictures", "--images", "pictures", "--model", "MODEL"], "it isn't an empty folder"),
         (["index", "--npz", "a.npy", "--images", "pictures", "--model", "MODEL"], "--npz must be"),
         (["index", "--npz", "a.npz", "--images", "pictures"], "--npz needs --model"),
-        (["index", "--npz", "a.npz", "--images", "pictures", "--prune"], "--prune is for a STORE"),
         (["index", "--npz", "a.npz", "--texts", "nowhere.txt", "--model", "MODEL"], "cannot read nowhere.txt"),
         (["index", "--npz", "pictures/0.npz", "--images", "pictures", "--model", "MODEL"], "exists; --force"),
     ],
@@ -169,11 +157,12 @@ def test_mistakes_are_one_line(arguments, says, model, folder, tmp_path, capsys,
 
 
 def test_index_by_another_model_is_refused(model, folder, loaded, tmp_path, capsys):
-    store = tmp_path / "a.store"
-    assert main(["index", str(store), "--images", str(folder), "--model", model, "--precision", "fp32"]) == 0
-    other = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    other["logit_scale"] += 1
-    save_file(other, tmp_path / "other.safetensors")
-    again = ["index", str(store), "--images", str(folder), "--model", f"tiny:{tmp_path / 'other.safetensors'}"]
-    assert main([*again, "--precision", "fp32"]) == 2
+    index = ["index", str(tmp_path / "a.store"), "--images", str(folder), "--precision", "fp32", "--model"]
+    assert main([*index, model]) == 0
+    weights, state = tmp_path / "moved.safetensors", loaded.model.state_dict()
+    save_file(state, weights)
+    assert main([*index, f"tiny:{weights}"]) == 0  # the same weights may lie elsewhere
+    assert "0 embedded, 7 unchanged" in capsys.readouterr().out
+    save_file({**state, "logit_scale": state["logit_scale"] + 1}, weights)
+    assert main([*index, f"tiny:{weights}"]) == 2
     assert "of another model" in capsys.readouterr().err

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import as_file
 from PIL import Image
 
 from evaclip.data import open_source
 from evaclip.runtime import indexing
 from evaclip.runtime.encoder import Encoder
-from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, describe, index
+from evaclip.runtime.indexing import UNREADABLE_FILE, describe, index
 from evaclip.runtime.store import Store
 
 
@@ -89,13 +90,6 @@ def test_index_embeds_new_and_changed_images_only(folder, tmp_path, encoder, pic
     assert _index(folder, tmp_path / "store", encoder)[1].embedded == 0
 
 
-def test_small_copies_are_kept(folder, tmp_path, encoder):
-    store, _ = _index(folder, tmp_path / "store", encoder, thumbnail=16)
-    sizes = {Image.open(io.BytesIO(row.thumbnail)).size for row in _rows(store)}
-    assert {max(size) for size in sizes} == {16}
-    assert len(sizes) > 1
-
-
 def test_thumbnails_are_added_without_embedding(folder, tmp_path, encoder, pictures, monkeypatch):
     monkeypatch.setattr(indexing, "_ROWS", 2)
     _index(folder, tmp_path / "store", encoder)
@@ -114,9 +108,7 @@ def test_thumbnails_are_added_without_embedding(folder, tmp_path, encoder, pictu
 def test_shards_keep_their_captions_and_may_lack_them(pictures, tmp_path, encoder):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, picture in enumerate(pictures[:3]):
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            members = {f"{number}.png": buffer.getvalue()} | ({f"{number}.txt": b"a cat"} if number == 1 else {})
+            members = {f"{number}.png": as_file(picture)} | ({f"{number}.txt": b"a cat"} if number == 1 else {})
             for name, data in members.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -124,22 +116,6 @@ def test_shards_keep_their_captions_and_may_lack_them(pictures, tmp_path, encode
     store, _ = _index(tmp_path / "a.tar", tmp_path / "store", encoder)
     rows = _rows(store)
     assert [(row.id.rpartition(":")[2], row.caption) for row in rows] == [("0", ""), ("1", "a cat"), ("2", "")]
-
-
-def test_what_is_embedded_is_written_before_the_end(folder, tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr(indexing, "_ROWS", 4)
-    stored = []
-
-    class Watched(Progress):
-        def __setattr__(self, name, value):
-            super().__setattr__(name, value)
-            if name == "seconds":
-                stored.append(len(Store.open(tmp_path / "store")))
-
-    store = _store(tmp_path / "store", encoder)
-    index(open_source(str(folder), captions=False), encoder, store, progress=Watched(8))
-    assert stored[-1] == 4
-    assert len(Store.open(tmp_path / "store")) == 7
 
 
 @pytest.mark.exhaustive

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,25 +38,13 @@ def arguments(loaded, tmp_path, monkeypatch):
     return ["--images", str(root), "--model", f"tiny:{tmp_path / 'tiny.safetensors'}", *compute]
 
 
-def _rows(folder):
+def _contents(folder):
+    """Rows in the order of their ids, and their embeddings."""
     with Store.open(folder) as store:
-        rows = store.rows(store.alive().nonzero()[0])
-    found = {row.id: row for row in rows}
-    assert len(found) == len(rows)
-    return found
-
-
-@pytest.fixture
-def added(monkeypatch):
-    """The embeddings that are written, before they are rounded to 16 bits: by store and id."""
-    add, found = Store.add, {}
-
-    def told(self, embeddings, rows):
-        add(self, embeddings, rows)
-        found.setdefault(self.folder, {}).update((row.id, of) for row, of in zip(rows, embeddings, strict=True))
-
-    monkeypatch.setattr(Store, "add", told)
-    return found
+        numbers = store.alive().nonzero()[0]
+        rows, embeddings = store.rows(numbers), store.embeddings[numbers]
+    order = sorted(range(len(rows)), key=lambda number: rows[number].id)
+    return [rows[number] for number in order], embeddings[order].astype(np.float32)
 
 
 def _kill_workers(store, told):
@@ -72,7 +59,7 @@ def _kill_workers(store, told):
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_killed_workers_cost_no_picture(arguments, added, tmp_path, capsys, monkeypatch):
+def test_killed_workers_cost_no_picture(arguments, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray isn't installed")
     monkeypatch.setattr(indexing, "_ROWS", 8)
     ray, told = tmp_path / "ray.store", []
@@ -83,24 +70,14 @@ def test_killed_workers_cost_no_picture(arguments, added, tmp_path, capsys, monk
     assert 0 < told[1] < COUNT - 1
     assert f"{COUNT - 1} embedded, 0 unchanged, 1 unreadable" in capsys.readouterr().out
     assert main(["index", str(tmp_path / "local.store"), *arguments]) == 0
-    assert _rows(ray) == _rows(tmp_path / "local.store")
-    for id, embedding in added[tmp_path / "local.store"].items():
-        np.testing.assert_allclose(added[ray][id], embedding, atol=1e-6)
+    (rows, embeddings), (expected_rows, expected) = _contents(ray), _contents(tmp_path / "local.store")
+    assert rows == expected_rows
+    np.testing.assert_allclose(embeddings, expected, atol=1e-3)
     listed = [json.loads(line) for line in (ray / indexing.UNREADABLE_FILE.format(0)).read_text().splitlines()]
     assert [(fault["what"], Path(fault["name"]).stem) for fault in listed] == [("corrupt image", f"{BROKEN:03}")]
     capsys.readouterr()
     assert main(["index", str(ray), *on_ray]) == 0
     assert f"0 embedded, {COUNT - 1} unchanged, 1 unreadable" in capsys.readouterr().out
-
-
-@pytest.mark.exhaustive
-@pytest.mark.slow
-def test_a_worker_says_what_is_wrong_with_the_model(arguments, loaded, tmp_path, capsys):
-    pytest.importorskip("ray", reason="the extra ray isn't installed")
-    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in loaded.model.state_dict().items()}
-    save_file(weights, tmp_path / "tiny.safetensors")
-    assert main(["index", str(tmp_path / "a.store"), *arguments, "--engine", "ray"]) == 2
-    assert "error: the model gives NaN or infinity for 4 of 4 pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,20 +86,15 @@ def test_a_worker_says_what_is_wrong_with_the_model(arguments, loaded, tmp_path,
         ([{"CPU": 2}], ("auto", None), Cluster(1, "cpu", 2)),
         ([{"CPU": 8}, {"CPU": 4}, {"CPU": 0}], ("auto", None), Cluster(2, "cpu", 4)),
         ([{"CPU": 8}, {"CPU": 4}], ("auto", 3), Cluster(3, "cpu", 2)),
-        ([{"CPU": 2}], ("cpu", 5), Cluster(5, "cpu", 1)),
         ([{"CPU": 0, "GPU": 1}, {"CPU": 64, "GPU": 8}, {"CPU": 32, "GPU": 8}], ("auto", None), Cluster(16, "cuda", 4)),
         ([{"CPU": 64, "GPU": 8}], ("auto", 2), Cluster(2, "cuda", 8)),
         ([{"CPU": 64, "GPU": 8}], ("cpu", None), Cluster(1, "cpu", 64)),
-        ([{"CPU": 4, "GPU": 8}], ("cuda", None), Cluster(8, "cuda", 1)),
     ],
     ids=str,
 )
 def test_workers_share_the_nodes(nodes, asked, given):
     assert _shared_out(nodes, *asked) == given
-
-
-def test_a_device_that_no_node_has():
-    with pytest.raises(UserError, match="--device cuda: no node of the cluster has a GPU"):
+    with pytest.raises(UserError, match="no node of the cluster has a GPU"):
         _shared_out([{"CPU": 8}, {"CPU": 0}], "cuda", 2)
 
 
@@ -133,8 +105,8 @@ def test_a_device_that_no_node_has():
             ["--engine", "ray", "--device", "cuda:1"],
             "device must be auto, cuda or cpu with Ray (one GPU per worker), got 'cuda:1'",
         ),
-        (["--engine", "ray", "--workers", "0"], "1 or more, got 0"),
         (["--workers", "2"], "--workers is for --engine ray"),
+        (["--engine", "ray", "--part", "0/2"], "without --part"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(more, says, arguments, tmp_path, capsys):
@@ -144,9 +116,3 @@ def test_mistakes_are_one_line_and_leave_nothing(more, says, arguments, tmp_path
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert not (tmp_path / "a.store").exists()
-
-
-def test_parts_and_ray_do_not_mix(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["index", str(tmp_path / "a.store"), *arguments, "--engine", "ray"]) == 2
-    assert "without --part" in capsys.readouterr().err

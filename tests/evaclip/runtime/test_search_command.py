@@ -5,17 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from evaclip.commands.main import main
-from evaclip.errors import UserError
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Row, Store
-from evaclip.runtime.text import BATCH, PROGRAM_FILE, TOKENS_FILE, save_text_tower, text_encoder
+from evaclip.runtime.text import TOKENS_FILE, save_text_tower, text_encoder
 
 TEXTS = ["a red bicycle", "a cat", "snow on [a] roof <b>"]
 
@@ -37,24 +34,6 @@ def test_the_program_is_the_text_tower(folder, loaded):
         found = text_encoder(store)(["a dog", *TEXTS])
     expected = Encoder(loaded, device="cpu", precision="fp32").texts(["a dog", *TEXTS]).numpy()
     assert found == pytest.approx(expected, abs=1e-5)
-
-
-def test_texts_are_batched_by_length(folder, loaded, monkeypatch):
-    texts = [" ".join(["dog"] * (7 * n % 50)) for n in range(2 * BATCH + 5)]
-    with Store.open(folder) as store:
-        program = text_encoder(store)
-    shapes, run = [], program._session.run
-
-    def spy(names, inputs):
-        shapes.append((inputs["inputs"] > 0).sum(1))
-        return run(names, inputs)
-
-    monkeypatch.setattr(program, "_session", SimpleNamespace(run=spy, get_outputs=program._session.get_outputs))
-    found = program(texts)
-    assert [len(lengths) for lengths in shapes] == [BATCH, BATCH, 5]
-    assert all(before.max() <= after.min() for before, after in pairwise(shapes))
-    assert found == pytest.approx(Encoder(loaded, device="cpu", precision="fp32").texts(texts).numpy(), abs=1e-5)
-    assert program([]).shape == (0, found.shape[1])
 
 
 def test_it_finds_without_torch(folder):
@@ -115,21 +94,3 @@ def test_wrong_input_is_one_line(folder, capsys, arguments, reason):
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
-
-
-def test_a_folder_that_is_no_store(tmp_path, capsys):
-    assert main(["search", str(tmp_path), "x"]) == 2
-    assert "isn't a store" in capsys.readouterr().err
-
-
-def test_a_store_without_a_text_tower_says_so(tmp_path):
-    with Store.create(tmp_path / "s", {"dim": 4}) as store, pytest.raises(UserError, match="save_text_tower"):
-        text_encoder(store)
-
-
-def test_a_broken_program_is_named(tmp_path):
-    with Store.create(tmp_path / "s", {"dim": 4}) as store:
-        (store.folder / PROGRAM_FILE).write_bytes(b"no program")
-        (store.folder / TOKENS_FILE).write_text('{"context_length": 16, "vocab_size": 1000}')
-        with pytest.raises(UserError, match=r"text.onnx can't be read"):
-            text_encoder(store)

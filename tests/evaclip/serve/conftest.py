@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from image_files import as_file
 from PIL import Image
-from serve_files import as_file
 
 from evaclip.loading import load_model
 from evaclip.runtime.encoder import Encoder

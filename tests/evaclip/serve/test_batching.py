@@ -94,16 +94,3 @@ def test_a_bad_item_fails_alone(batcher, held):
         futures[1].result(10)
     assert _submit(batcher, "a", "z").result(10) == "zz"
     assert batcher.alive
-
-
-def test_closing_cancels_what_waits(held):
-    batcher = Batcher({"a": held}, size=4, delay=0, depth=8)
-    first = _first(batcher, held)
-    waiting = _submit(batcher, "a", "later")
-    held.go.set()
-    batcher.close()
-    assert first.result(10) == "firstfirst"
-    assert waiting.cancelled() or waiting.result(0) == "laterlater"
-    assert not batcher.alive
-    with pytest.raises(RuntimeError, match="closed"):
-        _submit(batcher, "a", "x")

@@ -1,14 +1,12 @@
 """The page in a real browser: search, a dropped or pasted picture, more like a result, words for a picture, keys, a
 phone."""
 
-import io
 import threading
 import time
 
 import pytest
 import uvicorn
-from PIL import Image
-from serve_files import as_file
+from image_files import as_file
 
 from evaclip.serve import create_app
 
@@ -25,13 +23,6 @@ PASTE = """([bytes, type]) => {
     data.items.add(new File([new Uint8Array(bytes)], "image.png", {type}));
     const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
     return document.activeElement.dispatchEvent(event);
-}"""
-
-PADDINGS = """async () => {
-    const shown = [document.querySelector("#preview"), document.querySelector(".card img")];
-    await Promise.all(shown.map(one => one.decode()));
-    await new Promise(after => setTimeout(after, 50));  // for their "load"
-    return shown.map(one => parseInt(getComputedStyle(one).paddingLeft) / one.offsetWidth);
 }"""
 
 
@@ -109,25 +100,6 @@ def test_a_picture_can_be_pasted_into_the_search_box(page, pictures):
     assert page.evaluate(PASTE, [[104, 105], "text/plain"]) is True
 
 
-def test_page_pads_drawings_only(page, pictures):
-    page.evaluate(DROP, [list(as_file(pictures[5])), "photo.png", "image/png"])
-    page.locator(".card").first.wait_for()
-    assert page.evaluate(PADDINGS) == [0, 0]
-    drawing = io.BytesIO()
-    Image.new("RGBA", (40, 40)).save(drawing, "PNG")
-    page.route("**/thumbnail/**", lambda route: route.fulfill(body=drawing.getvalue(), content_type="image/png"))
-    page.evaluate(DROP, [list(drawing.getvalue()), "drawing.png", "image/png"])
-    page.locator(".card").first.wait_for()
-    assert all(0.1 < share < 0.2 for share in page.evaluate(PADDINGS))
-
-
-def test_a_picture_can_be_chosen(page, pictures):
-    file = {"name": "seven.png", "mimeType": "image/png", "buffer": as_file(pictures[7])}
-    page.get_by_label("Search with a picture").set_input_files(file)
-    page.locator(".card").first.wait_for()
-    assert page.locator(".caption").first.inner_text() == "picture 7"
-
-
 def test_page_click_shows_similar_images(page):
     _search(page, "a")
     name = page.locator(".caption").nth(3).inner_text()
@@ -169,18 +141,3 @@ def test_errors_are_sentences(page):
     page.get_by_text("is no picture that can be read").wait_for()
     page.evaluate(DROP, [[1, 2, 3], "notes.txt", "text/plain"])
     page.get_by_text("notes.txt is no picture").wait_for()
-
-
-@pytest.mark.parametrize("page", [(360, 740)], indirect=True)
-def test_nothing_sticks_out_on_a_phone(page, pictures):
-    for _ in range(2):
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        page.evaluate(DROP, [list(as_file(pictures[5])), "five.png", "image/png"])
-        page.locator(".card").first.wait_for()
-    assert page.evaluate("getComputedStyle(results).gridTemplateColumns.split(' ').length") == 2
-
-
-@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(254, 254, 254)"), ("dark", "rgb(20, 23, 28)")])
-def test_the_page_follows_the_readers_theme(page, scheme, paper):
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper

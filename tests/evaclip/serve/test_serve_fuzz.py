@@ -8,8 +8,8 @@ import zlib
 from collections import Counter
 
 import pytest
+from image_files import as_file
 from PIL import Image
-from serve_files import as_file
 from starlette.testclient import TestClient
 
 from evaclip.serve import create_app

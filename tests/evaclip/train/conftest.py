@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_options import OPTIONS
+from small_tasks import OPTIONS
 
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP

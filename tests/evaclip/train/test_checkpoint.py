@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from torch import Tensor
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
 from evaclip.train.checkpoint import Content, DamagedCheckpoint, NotWritten
-from evaclip.train.config import CheckpointConfig
-from evaclip.train.saver import Saver
 from evaclip.weights import find_weights
 
 
@@ -60,11 +57,11 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        *product(
-            ["model.safetensors", "optimizer/00000.safetensors", "state.pt", "preprocess.json"],
-            ["truncated", "changed", "missing"],
-        ),
-        *product(["meta.json"], ["truncated", "missing"]),
+        ("model.safetensors", "truncated"),
+        ("optimizer/00000.safetensors", "changed"),
+        ("state.pt", "missing"),
+        ("preprocess.json", "changed"),
+        ("meta.json", "truncated"),
     ],
 )
 def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path: Path, name: str, damage: str) -> None:
@@ -92,21 +89,10 @@ def test_auto_without_a_whole_checkpoint(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1, 2)
     (older / "state.pt").unlink()
     (newer / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"--resume weights:{older} --set name=NAME"):
         checkpoint.find("auto", tmp_path, pytest.fail)
-    text = str(caught.value)
-    assert "step_00000001: state.pt is missing; step_00000002: model.safetensors has 0 bytes" in text
-    assert f"--resume weights:{older} --set name=NAME" in text
-    assert "--overwrite starts anew" in text
     (older / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="their weights are damaged too; --overwrite"):
-        checkpoint.find("auto", tmp_path, pytest.fail)
-
-
-def test_auto_with_abandoned_checkpoints_only(tmp_path: Path) -> None:
-    (folder,) = save(tmp_path, 9)
-    (tmp_path / "latest").write_text("step_00000001\n")
-    with pytest.raises(UserError, match=rf"step_00000009: later than `latest` says\); --resume {folder} goes on"):
         checkpoint.find("auto", tmp_path, pytest.fail)
 
 
@@ -115,50 +101,6 @@ def test_a_damaged_pointer_hides_nothing(tmp_path: Path, pointer: bytes) -> None
     (folder,) = save(tmp_path, 1)
     (tmp_path / "latest").write_bytes(pointer)
     assert checkpoint.find("auto", tmp_path, pytest.fail) == folder
-
-
-def test_weights_are_checked_alone(tmp_path: Path) -> None:
-    (folder,) = save(tmp_path, 1)
-    (folder / "state.pt").unlink()
-    assert checkpoint.check_weights(folder) is None
-    (folder / "meta.json").unlink()
-    remark = checkpoint.check_weights(folder)
-    assert "can't be known: meta.json cannot be read" in remark
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:-4])
-    with pytest.raises(DamagedCheckpoint, match="missing or can't be read"):
-        checkpoint.check_weights(folder)
-
-
-def test_a_guard_keeps_everything_as_it_is(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    calls = []
-
-    def guard() -> None:
-        calls.append(names(tmp_path))
-        if len(calls) == 2:
-            raise UserError("not any more")
-
-    with pytest.raises(NotWritten, match="not any more"):
-        checkpoint.save(tmp_path, 2, content(2), guard=guard)
-    assert calls[1] == [".unfinished-step_00000002", "latest", "step_00000001"]
-    assert names(tmp_path) == ["latest", "step_00000001"]
-
-
-@pytest.mark.parametrize(
-    ("steps", "left"), [((), "no earlier one is there"), ((1, 2), "step_00000002 and what is older")]
-)
-def test_failed_checkpoint_leaves_the_former_ones(tmp_path: Path, steps: tuple[int, ...], left: str) -> None:
-    save(tmp_path, *steps)
-    said: list[str] = []
-
-    def guard() -> None:
-        raise OSError("disk full")
-
-    saver = Saver(tmp_path, CheckpointConfig(background=False), None, said.append, guard)
-    saver.start(3, content(3))
-    assert len(said) == 1
-    assert f"the run goes on, {left}" in said[0]
 
 
 def test_what_is_asked_for_is_found(tmp_path: Path) -> None:
@@ -170,20 +112,6 @@ def test_what_is_asked_for_is_found(tmp_path: Path) -> None:
         checkpoint.find("nonsense", tmp_path, pytest.fail)
     with pytest.raises(UserError, match="no checkpoint folder"):
         checkpoint.find("latest", tmp_path / "nowhere", pytest.fail)
-
-
-def test_a_crash_while_saving_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (older,) = save(tmp_path, 1)
-
-    def crash(source: object, target: object) -> None:
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", crash)
-        with pytest.raises(NotWritten, match="no space"):
-            save(tmp_path, 2)
-    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
-    assert names(tmp_path) == ["latest", "step_00000001"]
 
 
 @pytest.mark.parametrize("part", ["model", "state"])
@@ -211,19 +139,6 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step_00000001"]
 
 
-def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    checkpoint.save(tmp_path, 1, content(5))
-    assert checkpoint.load_state(tmp_path / "step_00000001")["step"] == 5
-    assert names(tmp_path) == ["latest", "step_00000001"]
-
-
-def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
-    save(tmp_path, *range(10, 80, 10))
-    checkpoint.prune(tmp_path, 60, keep=2, keep_every=30)
-    assert names(tmp_path) == ["latest", "step_00000030", "step_00000050", "step_00000060", "step_00000070"]
-
-
 def test_a_checkpoint_is_deleted_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who joins its weights meanwhile would put a file into a folder that is being emptied, which ended the run."""
     older, _ = save(tmp_path, 1, 2)
@@ -238,26 +153,15 @@ def test_a_checkpoint_is_deleted_under_another_name(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["latest", "step_00000002"]
 
 
-def test_going_back_makes_later_ones_not_newer(tmp_path: Path) -> None:
+def test_going_back_leaves_no_newer_checkpoint(tmp_path: Path) -> None:
     older, _ = save(tmp_path, 1, 2)
     checkpoint.go_back_to(older)
     assert names(tmp_path) == ["latest", "step_00000001"]
-    save(tmp_path, 9)
-    (tmp_path / "latest").write_text("step_00000001\n")
-    assert checkpoint.find("auto", tmp_path, pytest.fail) == older
 
-
-def test_going_back_keeps_multiples_of_keep_every(tmp_path: Path) -> None:
     older, *_ = save(tmp_path, 1, 2, 3, 4)
     checkpoint.go_back_to(older, keep_every=2)
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000002", "step_00000004"]
     assert checkpoint.find("auto", tmp_path, pytest.fail) == older
-
-
-def test_choice_can_be_restricted(tmp_path: Path) -> None:
-    (older,) = save(tmp_path, 1)
-    checkpoint.save(tmp_path, 2, content(2, good=False))
-    assert checkpoint.choose(tmp_path, pytest.fail, lambda meta: bool(meta["good"])) == older
 
 
 def test_state_is_not_unpickled(tmp_path: Path) -> None:

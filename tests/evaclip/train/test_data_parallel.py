@@ -1,6 +1,5 @@
-"""Two processes give what one gives."""
+"""Two ranks give what one gives; process groups, timeouts, and how torchrun ends a failed run."""
 
-import io
 import json
 import os
 import resource
@@ -9,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
 from datetime import timedelta
@@ -21,10 +19,10 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
+from image_files import as_file
 from PIL import Image
 from processes import in_processes
 from safetensors.torch import load_file
-from sharded_run import train_all
 from small_tasks import TASKS
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -32,7 +30,7 @@ from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 from evaclip.train import distributed, run_folder, trainer
 from evaclip.train.config import ParallelConfig, TrainConfig
-from evaclip.train.distributed import GradientMean, World, buckets, connect, naming_timeouts
+from evaclip.train.distributed import GradientMean, World, connect, naming_timeouts
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.progress import read_log
 from evaclip.train.sharding import _mesh
@@ -40,14 +38,6 @@ from evaclip.train.step import TrainStep
 from evaclip.train.trainer import train
 
 LAST = "checkpoints/step_00000004/model.safetensors"
-
-
-def test_the_processes_of_a_machine_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(torch.device("cpu"), rank=13, size=20)
-    assert list(world.machine) == [13]
-    monkeypatch.setenv("LOCAL_RANK", "5")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert world.machine == range(8, 16)
 
 
 def run_two(config: TrainConfig, folder: Path) -> str:
@@ -74,33 +64,22 @@ def uneven_shards(folder: Path) -> str:
 
 
 def _sample(number: int) -> tuple[str, dict[str, bytes]]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (5 * number, 200 - 5 * number, 40)).save(buffer, "png")
-    picture = buffer.getvalue()[: 40 if number == 20 else None]
+    picture = as_file(Image.new("RGB", (16, 16), (5 * number, 200 - 5 * number, 40)))[: 40 if number == 20 else None]
     return f"{number:06d}", {"png": picture, "txt": b"number %d" % number}
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize(
-    "task", ["siglip", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in TASKS if name != "siglip")]
-)
-def test_two_processes_equal_one(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """One of the tasks as users start it, and on shards that can't be cut into equal parts."""
-    as_users_do = task == "siglip"
+def test_two_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Started by torchrun, on shards that can't be cut into equal parts. Other tasks: `test_sharding.py`."""
+    task = "siglip"
     common = [
         *TASKS[task].patch_dropout, "accumulation=2", "schedule.steps=4", "optim.name=lamb", "optim.grad_clip_norm=0.5",
         "eval.sets.val={data: {num_samples: 64, workers: 0}, samples: 16}",
-        *([f"data.train={uneven_shards(tmp_path / 'shards')}"] if as_users_do else []),
+        f"data.train={uneven_shards(tmp_path / 'shards')}",
     ]  # fmt: skip
-    one = train(run_config(*common, "name=one", task=task)).folder
-    config = run_config(*common, "name=two", task=task)
-    if as_users_do:
-        assert run_two(config, tmp_path).count("step 1/4") == 1
-    else:
-        # Started from a process that has imported everything, which takes a fraction of the time.
-        in_processes(2, train_all, (config, "none"))
-    two = tmp_path / "two"
+    one, two = train(run_config(*common, "name=one", task=task)).folder, tmp_path / "two"
+    assert run_two(run_config(*common, "name=two", task=task), tmp_path).count("step 1/4") == 1
     expected, found = load_file(one / LAST), load_file(two / LAST)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
@@ -118,25 +97,6 @@ def test_two_processes_equal_one(task: str, run_config: Callable[..., TrainConfi
     metrics = [next(r["eval"] for r in read_log(run / "log.jsonl") if "eval" in r) for run in (one, two)]
     assert TASKS[task].metrics < metrics[0].keys()
     assert metrics[1] == pytest.approx(metrics[0] | {"seconds": metrics[1]["seconds"]}, rel=1e-5, abs=1e-6)
-
-
-def wait_in_vain(config: TrainConfig, gone: Path) -> None:
-    if os.environ["RANK"] == "1":
-        with closing(connect("cpu", config.parallel)):
-            while not gone.exists():
-                time.sleep(0.1)
-        return
-    try:
-        with pytest.raises(RuntimeError) as caught:
-            train(config)
-    finally:
-        gone.touch()
-    assert "parallel.timeout_minutes=0.05" in caught.value.__notes__[0]
-
-
-@pytest.mark.xdist_group("processes")
-def test_an_error_of_waiting_names_its_key(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    in_processes(2, wait_in_vain, run_config("parallel.timeout_minutes=0.05"), tmp_path / "gone")
 
 
 def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
@@ -225,18 +185,23 @@ def test_a_folder_that_is_not_shared_is_seen_at_start(shared, run_config, tmp_pa
     in_processes(2, train_elsewhere, run_config("output=runs", "schedule.steps=1"), tmp_path, shared)
 
 
-def group_limits(config: TrainConfig) -> None:
-    with closing(connect("cpu", config.parallel)) as world:
-        mesh = _mesh(config.parallel, world)
-        groups = [world.group, world.control, world.new_saving_group(), *mesh.get_all_groups()]
-        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
-    assert [limit / timedelta(minutes=1) for limit in limits] == [240, 240, 720, 240, 240]
+def check_timeouts(config: TrainConfig) -> None:
+    """Of the process groups, as configured and once the trainer has shortened them for the steps."""
+    with connect("cpu", config.parallel) as world:
+        saving, mesh = world.new_saving_group(), _mesh(config.parallel, world)
+        groups = [world.group, world.control, saving, *mesh.get_all_groups()]
+        model = torch.nn.Linear(4, 4, bias=False)
+        model.weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)]))
+        for minutes in (240, 5):
+            limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+            assert [limit / timedelta(minutes=1) for limit in limits] == [minutes, minutes, 720, minutes, minutes]
+            world.set_timeout(timedelta(minutes=5), model)
 
 
 @pytest.mark.xdist_group("processes")
-def test_every_group_has_its_limit(run_config: Callable[..., TrainConfig]) -> None:
+def test_timeouts_of_steps_and_saving(run_config: Callable[..., TrainConfig]) -> None:
     limits = "timeout_minutes: 240, saving_timeout_minutes: 720"
-    in_processes(2, group_limits, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
+    in_processes(2, check_timeouts, run_config(f"parallel={{mode: hybrid, shard_size: 2, {limits}}}"))
 
 
 def test_nccl_timeout_writes_last_collectives(run_config, monkeypatch, tmp_path):
@@ -268,41 +233,6 @@ def test_error_aborts_nccl_groups(error, left, monkeypatch):
         if error is not None:
             raise error
     assert calls == [left]
-
-
-def shortened_limits(config: TrainConfig) -> None:
-    with connect("cpu", config.parallel) as world:
-        saving, mesh = world.new_saving_group(), _mesh(config.parallel, world)
-        model = torch.nn.Linear(4, 4, bias=False)
-        model.weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)]))
-        world.set_timeout(timedelta(minutes=5), model)
-        groups = [world.group, world.control, saving, *mesh.get_all_groups()]
-        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
-    assert [limit / timedelta(minutes=1) for limit in limits] == [5, 5, 1440, 5, 5]
-
-
-@pytest.mark.xdist_group("processes")
-def test_timeout_of_steps_leaves_saving_alone(run_config: Callable[..., TrainConfig]) -> None:
-    in_processes(2, shortened_limits, run_config("parallel={mode: hybrid, shard_size: 2}"))
-
-
-def test_a_world_of_one_changes_nothing() -> None:
-    world = World(torch.device("cpu"))
-    assert world.is_main
-    assert world.any(True, False) == (True, False)
-    assert world.gather(3) == [3]
-    assert world.from_main("x") == "x"
-    assert world.mean_(torch.tensor(2.0)) == 2.0
-
-
-def test_buckets_have_one_dtype_and_a_size_limit() -> None:
-    big = torch.empty(5 * 2**20)
-    tensors = [torch.empty(3), big, big, torch.empty(2, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)]
-    assert [[t.numel() for t in bucket] for bucket in buckets(tensors)] == [[3, 5 * 2**20], [5 * 2**20], [2, 1]]
-    assert list(buckets([])) == []
-    # They are copied to float32.
-    halves = [torch.empty(5 * 2**20, dtype=torch.bfloat16)] * 2
-    assert [len(bucket) for bucket in buckets(halves)] == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -347,56 +277,83 @@ def test_connect_raises_the_limit_of_open_files(few_open_files, monkeypatch):
     connect("cpu", ParallelConfig(mode="shard", offload="cpu")).close()
 
 
-def write_course(folder: Path, chunks: int) -> None:
-    """Process 0 writes when each of the reductions of a step begins, its gradients, and what it should have got."""
+def write_course(folder: Path) -> None:
+    """Rank 0 writes when each gradient reduction of a step begins, with one micro-batch and with three."""
     with closing(connect("cpu")) as world:
-        torch.manual_seed(world.rank)
-        layers = [torch.nn.Linear(64, 64) for _ in range(6)]
-        model, rest = torch.nn.Sequential(*layers), torch.nn.Parameter(torch.ones(()))
-        x, course = torch.randn(8, 64), []
-        # Each layer is a bucket.
-        with patch.object(distributed, "BUCKET_BYTES", 4 * 65 * 64), patch.object(distributed, "_IN_FLIGHT", 2):
-            mean = GradientMean(list(model.parameters()), [rest], world)
-        layers[0].weight.register_post_accumulate_grad_hook(lambda _: course.append("last gradient"))
-        reduce = dist.all_reduce
-
-        def recorded(tensor: torch.Tensor, **options: Any) -> Any:
-            course.append(tensor.numel())
-            return reduce(tensor, **options)
-
-        def backward(*, reduced: bool = True) -> None:
-            for part in range(chunks):
-                if reduced and part == chunks - 1:
-                    mean.begin()
-                (rest * model(x + part)).square().mean().backward()
-
-        found: list[list[torch.Tensor]] = []
-        for _ in range(2):
-            model.zero_grad()
-            rest.grad, course[:] = None, []
-            with patch.object(dist, "all_reduce", recorded):
-                backward()
-                during = list(course)
-                mean.finish()
-            found.append([p.grad.clone() for p in (*model.parameters(), rest)])
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-        model.zero_grad()
-        rest.grad = None
-        backward(reduced=False)
-        for parameter, gradient in zip((*model.parameters(), rest), found[0], strict=True):
-            torch.testing.assert_close(gradient, world.mean_(parameter.grad.clone()))
-        if world.is_main:
-            (folder / f"{chunks}.json").write_text(json.dumps({"during": during, "all": course}))
+        for chunks in (1, 3):
+            write_course_of(world, folder, chunks)
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_gradients_are_reduced_while_others_are_made(chunks: int, tmp_path: Path) -> None:
-    in_processes(2, write_course, tmp_path, chunks)
-    course = json.loads((tmp_path / f"{chunks}.json").read_text())
-    # Five of six layers are on their way before the first layer's gradient is there; of chunks, in the last one only.
-    passes = course["during"]
-    assert passes.count("last gradient") == chunks
-    assert passes[: chunks - 1] == ["last gradient"] * (chunks - 1)
-    assert passes[chunks - 1 :].index("last gradient") >= 4
-    reductions = [event for event in course["all"] if event != "last gradient"]
-    assert reductions == [65 * 64] * 6 + [1]
+def write_course_of(world: World, folder: Path, chunks: int) -> None:
+    torch.manual_seed(world.rank)
+    layers = [torch.nn.Linear(64, 64) for _ in range(6)]
+    model, rest = torch.nn.Sequential(*layers), torch.nn.Parameter(torch.ones(()))
+    x, course = torch.randn(8, 64), []
+    # Each layer is a bucket.
+    with patch.object(distributed, "BUCKET_BYTES", 4 * 65 * 64), patch.object(distributed, "_IN_FLIGHT", 2):
+        mean = GradientMean(list(model.parameters()), [rest], world)
+    layers[0].weight.register_post_accumulate_grad_hook(lambda _: course.append("last gradient"))
+    reduce = dist.all_reduce
+
+    def recorded(tensor: torch.Tensor, **options: Any) -> Any:
+        course.append(tensor.numel())
+        return reduce(tensor, **options)
+
+    with patch.object(dist, "all_reduce", recorded):
+        for part in range(chunks):
+            if part == chunks - 1:
+                mean.begin()
+            (rest * model(x + part)).square().mean().backward()
+        during = list(course)
+        mean.finish()
+    if world.is_main:
+        (folder / f"{chunks}.json").write_text(json.dumps({"during": during, "all": course}))
+
+
+def test_gradients_are_reduced_while_others_are_made(tmp_path: Path) -> None:
+    in_processes(2, write_course, tmp_path)
+    for chunks in (1, 3):
+        course = json.loads((tmp_path / f"{chunks}.json").read_text())
+        # Five of six layers are on their way before the first layer's gradient is there, in the last micro-batch only.
+        passes = course["during"]
+        assert passes.count("last gradient") == chunks
+        assert passes[: chunks - 1] == ["last gradient"] * (chunks - 1)
+        assert passes[chunks - 1 :].index("last gradient") >= 4
+        reductions = [event for event in course["all"] if event != "last gradient"]
+        assert reductions == [65 * 64] * 6 + [1]
+
+
+pytestmark = pytest.mark.exhaustive
+
+
+FAILING = """
+import os, sys, torch
+from evaclip.commands.main import main
+from evaclip.train.step import TrainStep
+from evaclip.train.trainer import TrainingDiverged
+
+def fail(self, *args, **options):
+    if {kind!r} == "diverged":
+        raise TrainingDiverged("the loss was not finite")
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return step(self, *args, **options)
+
+with open({starts!r}, "a") as file:
+    file.write(os.environ["RANK"])
+step, TrainStep.__call__ = TrainStep.__call__, fail
+sys.exit(main(["train", "tiny", "--config", {config!r}, "--resume", "auto"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["diverged", "memory"])
+def test_final_error_starts_once(kind: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """In one rank or in all; torchrun ends with an error that no batch script takes for a stop by a signal."""
+    starts, program, path = tmp_path / "starts", tmp_path / "program.py", tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run_config()))
+    program.write_text(FAILING.format(kind=kind, starts=str(starts), config=str(path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert sorted(starts.read_text()) == ["0", "1"]

@@ -1,13 +1,10 @@
 """A fault of each kind, put into a training; `faults/inject.py` does so as often as one likes."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import inject
 from faults.inject import EVERY, KINDS, STEPS, Bench, Outcome, draw
 
 pytestmark = pytest.mark.exhaustive
@@ -25,12 +22,6 @@ def first_of(kind: str) -> int:
         return fault["kind"] == kind and fault.get("step", STEPS) > 2 * EVERY
 
     return next(seed for seed in range(1000) if fits(draw(random.Random(seed))[0]))
-
-
-def test_the_injector_is_a_program() -> None:
-    """Which finds what it imports, without pytest's paths."""
-    command = [sys.executable, inject.__file__, "--help"]
-    assert "--seed" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow

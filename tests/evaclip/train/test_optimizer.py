@@ -1,11 +1,20 @@
-"""Parameter groups against the published numbers, and the optimizers on top."""
+"""Parameter groups against the published numbers, optimizers, their saved moments, averaged weights."""
+
+import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from contrastive_step import groups_of
+from torch import nn
 
 from evaclip.factory import create_model
+from evaclip.model.clip import CLIP
+from evaclip.train import moments, tensor_files
 from evaclip.train.config import OptimConfig, TowerConfig
-from evaclip.train.optimizer import build_optimizer, set_lr_factor
+from evaclip.train.ema import Ema
+from evaclip.train.optimizer import build_optimizer
 from evaclip.train.recipes import get_recipe
 
 
@@ -52,27 +61,6 @@ def test_parameter_groups_decay_matrices_only() -> None:
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
 
 
-def test_a_tower_without_layer_decay_has_two_groups() -> None:
-    config = OptimConfig(lr=1.0, visual=TowerConfig(lr=0.5, weight_decay=0.2), text=TowerConfig(lr=0.25))
-    groups = {group["name"]: group for group in groups_of(create_model("tiny", device="meta"), config)}
-    assert set(groups) == {
-        "visual.decay", "visual.no_decay", "text.decay", "text.no_decay", "logit_scale.no_decay",
-    }  # fmt: skip
-    assert groups["visual.decay"]["lr"] == 0.5
-    assert groups["visual.decay"]["weight_decay"] == 0.2
-    assert groups["text.decay"]["weight_decay"] == 0.05
-    assert groups["logit_scale.no_decay"]["lr"] == 1.0
-
-
-def test_set_lr_factor_scales_each_peak() -> None:
-    config = OptimConfig(lr=1.0, visual=TowerConfig(lr=0.5))
-    model = create_model("tiny", device="meta")
-    optimizer = build_optimizer(groups_of(model, config), config)
-    set_lr_factor(optimizer, 0.5, 0)
-    set_lr_factor(optimizer, 0.1, 1)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 0.05, 0.1, 0.1])
-
-
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_stochastic_rounding_of_bf16_parameters_only(name: str) -> None:
     """SigLIP's bias is in float32."""
@@ -85,3 +73,56 @@ def test_stochastic_rounding_of_bf16_parameters_only(name: str) -> None:
     assert not found.pop("logit_bias.no_decay")
     assert all(found.values())
     assert {group["seed"] for group in optimizer.param_groups} == {5}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_moments_come_back_and_rates_stay(small_model: CLIP, name: Any, tmp_path: Path) -> None:
+    first = build_optimizer(groups_of(small_model, OptimConfig(name=name)), OptimConfig(name=name, lr=1e-2))
+    for parameter in small_model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    tensors, scalars = moments.take(small_model, first)
+    tensor_files.write_parts(tensors, tmp_path, 0, 1)
+    # Other groups, in another order.
+    config = OptimConfig(name=name, lr=2e-2, weight_decay=0.3, visual={"layer_decay": 0.5})  # type: ignore[arg-type]
+    second = build_optimizer(groups_of(small_model, config), config)
+    moments.put_back(small_model, second, tmp_path, scalars)
+    for parameter in small_model.parameters():
+        for kind, value in first.state[parameter].items():
+            assert torch.equal(second.state[parameter][kind], value)
+            assert second.state[parameter][kind].dtype == value.dtype
+    assert max(group["peak_lr"] for group in second.param_groups) == 2e-2
+
+
+def test_follows_its_formula_and_warms_up() -> None:
+    model = nn.Linear(3, 2).double()
+    ema = Ema(model, decay=0.5)
+    expected = model.weight.detach().clone()
+    for step in range(1, 12):
+        with torch.no_grad():
+            model.weight.add_(step)
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.state_dict()["weight"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ema_applied_restores_weights_on_errors(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    ema = Ema(model, decay=0.9)
+    nn.init.ones_(model.weight)
+    ema.update(1)
+    average = ema.state_dict()["weight"].clone()
+    assert not torch.equal(average, average.to(torch.bfloat16))
+    own = copy.deepcopy(model.state_dict())
+
+    def use() -> None:
+        with ema.applied():
+            assert torch.equal(model.weight, average.to(dtype))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        use()
+    assert torch.equal(model.weight, own["weight"])
+    assert torch.equal(ema.state_dict()["weight"], average)

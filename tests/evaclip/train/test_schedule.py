@@ -1,19 +1,27 @@
-"""The learning rate's course and the length of a run."""
+"""Schedules of the learning rate and of the image size, and runs that change the image size."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from small_tasks import OPTIONS
 
-from evaclip.train.config import ScheduleConfig
-from evaclip.train.schedule import lr_factor, total_steps
-
-
-def test_a_share_of_the_steps_is_warm_up() -> None:
-    by_share, by_steps = ScheduleConfig(steps=110, warmup_share=0.1), ScheduleConfig(steps=110, warmup_steps=11)
-    assert [lr_factor(step, 110, by_share) for step in range(110)] == [lr_factor(s, 110, by_steps) for s in range(110)]
+from evaclip.errors import UserError
+from evaclip.factory import create_model
+from evaclip.model.clip import CLIP
+from evaclip.model.config import Savings
+from evaclip.train.config import ScheduleConfig, TrainConfig
+from evaclip.train.progress import read_log
+from evaclip.train.schedule import image_parts, image_size_at, lr_factor, total_steps
+from evaclip.train.step import StepResult, TrainStep
+from evaclip.train.trainer import train
+from evaclip.weights.load import load_weights
 
 
 def test_warm_up_then_half_cosine_to_zero() -> None:
@@ -26,23 +34,8 @@ def test_warm_up_then_half_cosine_to_zero() -> None:
     assert factors[110] == pytest.approx(0.0)
     assert factors[10:] == sorted(factors[10:], reverse=True)
 
-
-def test_cosine_ends_at_the_final_factor() -> None:
     config = ScheduleConfig(steps=100, final_factor=0.2)
-    assert lr_factor(0, 100, config) == 1.0
-    assert lr_factor(50, 100, config) == pytest.approx(0.6)
-    assert lr_factor(100, 100, config) == pytest.approx(0.2)
-
-
-def test_constant_stays_after_warm_up() -> None:
-    config = ScheduleConfig(name="constant", steps=10, warmup_steps=4)
-    assert [lr_factor(step, 10, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-def test_warm_up_may_be_the_whole_run() -> None:
-    config = ScheduleConfig(steps=4, warmup_steps=4)
-    assert lr_factor(3, 4, config) == 1.0
-    assert math.isfinite(lr_factor(4, 4, config))
+    assert [lr_factor(step, 100, config) for step in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -61,31 +54,96 @@ def test_warm_up_stable_cooldown(cooldown: str, middle: float) -> None:
     assert [lr_factor(step, 100, by_steps) for step in range(101)] == factors
 
 
-def test_a_cooldown_begins_after_the_warm_up() -> None:
-    config = ScheduleConfig(name="constant", steps=10, warmup_steps=5, cooldown_steps=8, cooldown="linear")
-    assert [lr_factor(step, 10, config) for step in (4, 5, 6)] == [1.0, 1.0, pytest.approx(0.8)]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cooldown_steps": 5}, "a cooldown needs name=constant; cosine falls all the time"),
+        ({"cooldown_steps": 5}, "name=constant"),
         ({"name": "constant", "cooldown_steps": 5, "cooldown_share": 0.1}, "either cooldown_steps or cooldown_share"),
+        ({"resolutions": [{"image_size": 98, "steps": 3, "share": 0.1}]}, "set either steps or share"),
+        ({"resolutions": 2 * [{"image_size": 98, "share": 0.5}]}, "leave nothing for the model's own"),
     ],
 )
-def test_cooldowns_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+def test_schedule_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ScheduleConfig(steps=10, **options)
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
+def test_total_steps() -> None:
+    for config, expected in (
         (ScheduleConfig(steps=7), 7),
-        (ScheduleConfig(epochs=2), 25),
         (ScheduleConfig(epochs=0.5), 7),
         (ScheduleConfig(epochs=3, epoch_samples=16), 6),
-    ],
-)
-def test_length(config: ScheduleConfig, expected: int) -> None:
-    assert total_steps(config, batch_size=8, data_samples=100) == expected
+    ):
+        assert total_steps(config, batch_size=8, data_samples=100) == expected
+
+
+Make = Callable[..., TrainConfig]
+PHASES = "schedule.resolutions=[{image_size: 8, steps: 2}, {image_size: 12, share: 0.34}]"
+
+
+@pytest.mark.parametrize("early_drop", [True, False])
+def test_smaller_image_equals_a_smaller_model(small_model: CLIP, early_drop: bool) -> None:
+    small = create_model("tiny", **{**OPTIONS, "vision": {**OPTIONS["vision"], "image_size": 8}})
+    load_weights(small, small_model.state_dict())
+    images, kept = torch.randn(3, 3, 8, 8), torch.tensor([[0, 3], [1, 2], [3, 1]])
+    whole = torch.randn(3, 3, 16, 16)
+    before = small_model.encode_image(whole)
+    small_model.set_savings(Savings(early_drop=early_drop))
+    small_model.visual.set_image_size(8)
+    for index in (None, kept):
+        expected, found = (m.encode_image(images, token_index=index) for m in (small, small_model))
+        torch.testing.assert_close(found, expected)
+    assert small_model.visual.num_patches == 4
+    found.square().sum().backward()
+    gradient = small_model.visual.pos_embed.grad
+    assert gradient.shape == small_model.visual.pos_embed.shape
+    with pytest.raises(ValueError, match=r"\[batch, 3, 8, 8\]"):
+        small_model.encode_image(whole)
+    small_model.visual.set_image_size(16)
+    assert torch.equal(small_model.encode_image(whole), before)
+
+
+def test_the_course_of_the_size() -> None:
+    parts: Any = [{"image_size": 98, "share": 0.4}, {"image_size": 154, "steps": 3}]
+    config = ScheduleConfig(steps=10, resolutions=parts)
+    assert [image_size_at(step, 10, config) for step in range(10)] == [98] * 4 + [154] * 3 + [None] * 3
+    assert image_parts(10, config) == [(range(4), 98), (range(4, 7), 154), (range(7, 10), None)]
+
+    parts = [{"image_size": 98, "share": 0.01}, {"image_size": 154, "steps": 99}, {"image_size": 182, "steps": 2}]
+    assert image_parts(10, ScheduleConfig(steps=10, resolutions=parts)) == [(range(10), 154)]
+
+
+def test_resolution_parts_resume_bit_exactly(run_config, tmp_path, monkeypatch):
+    original, seen = TrainStep.__call__, list[int]()
+
+    def step(self: TrainStep, images: torch.Tensor, *rest: Any, **options: bool) -> StepResult:
+        seen.append(images.shape[-1])
+        return original(self, images, *rest, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    common = (PHASES, "checkpoint={every_steps: 1, keep: 9}", "model.patch_dropout=0.25", "eval.every_steps=3")
+    evaluated = "eval.sets={val: {data: {train: synthetic, num_samples: 16, workers: 0}}}"
+    straight = train(run_config(*common, evaluated)).folder
+    assert seen == [8, 8, 12, 12, 16, 16]
+    for done in (1, 2, 3):
+        found = train(
+            run_config(*common, evaluated, f"name=from-{done}"), resume=str(straight / f"checkpoints/step_{done:08d}")
+        ).folder
+        logs = [
+            {r["step"]: (r["loss"], r["lr"]) for r in read_log(f / "log.jsonl") if "loss" in r}
+            for f in (straight, found)
+        ]
+        assert list(logs[1]) == list(range(done + 1, 7))
+        assert logs[1].items() <= logs[0].items()
+        for name in ("model.safetensors", "optimizer/00000.safetensors"):
+            left, right = (load_file(f / "checkpoints/step_00000006" / name) for f in (straight, found))
+            assert all(torch.equal(right[key], value) for key, value in left.items())
+
+
+def test_the_past_keeps_its_size(run_config: Make, tmp_path: Path) -> None:
+    common = ("schedule={name: constant, steps: 2}", "data.num_samples=16")
+    train(run_config(*common, "schedule.resolutions=[{image_size: 8, steps: 9}]"))
+    with pytest.raises(UserError, match=r"step 2 had 1 of the peak rate and images of 8 pixels, and would now have 1"):
+        train(run_config(*common, "schedule.resolutions=[{image_size: 8, steps: 1}]"), resume="auto")
+    longer = ("schedule.steps=3", "schedule.resolutions=[{image_size: 8, steps: 2}]")
+    assert train(run_config(*common, *longer), resume="auto").steps == 3

@@ -1,9 +1,28 @@
-"""Spikes of the loss are told from noise."""
+"""Spikes of the loss are told from noise, and the run goes back."""
 
 import math
 import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evaclip.train import snapshot
+from evaclip.train.checkpoint import load_state
+from evaclip.train.config import TrainConfig
+from evaclip.train.progress import read_log
 from evaclip.train.spikes import SpikeDetector
+from evaclip.train.step import StepResult, TrainStep
+from evaclip.train.trainer import train
+
+Make = Callable[..., TrainConfig]
 
 
 def seen(detector: SpikeDetector, losses: list[float]) -> list[int]:
@@ -22,26 +41,84 @@ def test_a_jump_that_stays_is_found_once() -> None:
     assert seen(detector, [5.0]) == [0]
     assert seen(detector, [5.0, 5.0]) == []
 
+    # The spike itself does not move the measure.
+    assert seen(SpikeDetector(8, 5, 20), [*noise(30), *[4.0, 5.0, 7.0, 11.0, 17.0]]) == [34]
+
 
 def test_noise_and_single_outliers_are_no_spike() -> None:
     assert seen(SpikeDetector(8, 2, 20), [*noise(500), 9.0, *noise(30)]) == []
     assert seen(SpikeDetector(8, 3, 20), [loss + 0.02 * i for i, loss in enumerate(noise(200))]) == []
-
-
-def test_the_spike_does_not_move_the_measure() -> None:
-    detector = SpikeDetector(8, 5, 20)
-    assert seen(detector, [*noise(30), *[4.0, 5.0, 7.0, 11.0, 17.0]]) == [34]
-
-
-def test_spikes_need_history() -> None:
     assert seen(SpikeDetector(8, 1, 20), [*noise(9), 9.0]) == []
     assert seen(SpikeDetector(None, 1, 2), [*noise(9), 9.0, math.nan]) == []
 
 
-def test_spike_detector_state_is_restored() -> None:
-    detector, again = SpikeDetector(8, 3, 20), SpikeDetector(8, 3, 20)
-    seen(detector, [*noise(30), 5.0])
-    again.load_state_dict(detector.state_dict())
-    assert seen(again, [5.0, 5.0]) == [1]
-    again.load_state_dict({})
-    assert seen(again, [9.0] * 9) == []
+def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, capsys):
+    original = TrainStep.__call__
+    calls = []
+
+    def spiking(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
+        calls.append(step)
+        result = original(self, images, tokens, step, **options)
+        return replace(result, loss=result.loss + (100 if 8 <= len(calls) <= 9 else 0))
+
+    monkeypatch.setattr(TrainStep, "__call__", spiking)
+    spikes = "spikes={deviations: 20, patience: 2, window: 8}"
+    measured = "eval={every_steps: 7, sets: {val: {data: {num_samples: 4, workers: 0}}}}"
+    outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10", measured))
+    assert "far above what it was before, up to step 9: went back to step_00000007" in capsys.readouterr().out
+    records = read_log(outcome.folder / "log.jsonl")
+    assert [record["step"] for record in records if "eval" in record] == [7, 10]
+    records = [record for record in records if "eval" not in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
+    assert records[-1]["samples"] == 12 * 8
+    folders = sorted(path.name for path in (outcome.folder / "checkpoints").glob("step_*"))
+    assert folders == [f"step_{step:08d}" for step in range(1, 11)]
+
+
+def test_spike_detector_returns_with_the_weights(run_config, monkeypatch, capsys):
+    """The loss of the restored weights is far above the loss before the spike, and no spike."""
+    original = TrainStep.__call__
+    calls = []
+
+    def step(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
+        calls.append(step)
+        loss = 100.0 if 20 <= len(calls) <= 21 else 3.0 - (step >= 12) + 0.01 * (step % 3)
+        return replace(original(self, images, tokens, step, **options), loss=torch.tensor(loss))
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    saving = "checkpoint={every_steps: 10, keep: 99}"
+    outcome = train(run_config("spikes={deviations: 20, patience: 2, window: 8}", saving, "schedule.steps=24"))
+    text = capsys.readouterr().out
+    assert [line.split(":")[0] for line in re.findall("went back to (.*),", text)] == ["step_00000010"]
+    assert outcome.steps == 24
+
+
+def test_spike_detector_is_resumed(run_config: Make, tmp_path: Path) -> None:
+    config = run_config("spikes={deviations: 1e9, window: 4}", "checkpoint.every_steps=3", "schedule.steps=6")
+    train(config)
+    losses = [record["loss"] for record in read_log(tmp_path / "run" / "log.jsonl")]
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (3, 6):
+        state = load_state(folder / f"step_{step:08d}")
+        assert state["spikes"] == {"ordinary": losses[max(0, step - 4) : step], "suspicious": 0}
+    straight = load_file(folder / "step_00000006" / "model.safetensors")
+    shutil.rmtree(folder / "step_00000006")
+    (folder / "latest").write_text("step_00000003\n")
+    train(config, resume="auto")
+    assert load_state(folder / "step_00000006")["spikes"]["ordinary"] == losses[2:]
+    resumed = load_file(folder / "step_00000006" / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_checkpoint_without_spikes_is_resumed(run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an earlier version wrote it."""
+    config = run_config("schedule={steps: 4, name: constant}")
+    original = snapshot.checkpoint.Content
+
+    def content(**parts: Any) -> Any:
+        return original(**{**parts, "state": {key: value for key, value in parts["state"].items() if key != "spikes"}})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot.checkpoint, "Content", content)
+        train(config)
+    assert train(run_config("schedule={steps: 6, name: constant}"), resume="latest").steps == 6

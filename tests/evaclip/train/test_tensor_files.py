@@ -1,12 +1,10 @@
 """Each process writes its part and reads its part; who needs whole weights has them joined, once."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -101,30 +99,8 @@ def test_parts_are_joined_in_one_pass(ranks: int, tmp_path: Path) -> None:
     assert sorted(opened) == sorted([*names(*range(ranks)), "index.json", "joined.safetensors"])
 
 
-def test_tensor_file_does_not_depend_on_ranks(tmp_path: Path) -> None:
-    files = []
-    for shape in ((1,), (3,), (8,), (3, 2)):
-        name = "x".join(map(str, shape))
-        write(tmp_path / name, *shape)
-        files.append(tmp_path / f"{name}.safetensors")
-        parts.join(tmp_path / name, files[-1])
-    assert all(one.read_bytes() == other.read_bytes() for one, other in pairwise(files))
-
-
-def test_replicas_take_turns(tmp_path: Path) -> None:
-    """No row is written twice, and no copy of the model writes all."""
-    write(tmp_path / "parts", 3, 2)
-    written = [sorted(load_file(tmp_path / "parts" / name)) for name in names(*range(6))]
-    assert written == [["more", "scale"], ["more"], ["rows"], ["rows"], ["short"], ["short"]]
-
-
 def test_what_is_incomplete_is_neither_joined_nor_read(tmp_path: Path) -> None:
     """A file of another machine may not be seen yet."""
-    write(tmp_path / "parts", 3)
-    index = tmp_path / "parts" / "index.json"
-    index.write_text(index.read_text().replace('"F32", "shape": [7', '"F16", "shape": [7'))
-    with pytest.raises(OSError, match="a part of rows that doesn't fit"):
-        parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
     write(tmp_path / "parts", 3)
     save_file({}, tmp_path / "parts" / names(1)[0])
     for use in (
@@ -139,8 +115,6 @@ def test_what_is_incomplete_is_neither_joined_nor_read(tmp_path: Path) -> None:
     ("rank", "shape", "files"),
     [
         (3, (8,), [0, 3]),  # the same number: its own, and the first one's, which has what isn't cut
-        (5, (2, 8), [0, 5]),  # as many rows of another number
-        (0, (2,), [0, 1, 2, 3]),
         (1, (2,), [0, 3, 4, 5, 6]),  # the eighth has no rows, of 7 in steps of 1 as of 14 in steps of 2
         (0, (1,), [0, 1, 2, 3, 4, 5, 6]),
     ],
@@ -170,14 +144,6 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
     assert all(torch.equal(targets[name], value) for name, value in WHOLE.items())
 
 
-def test_other_tensors_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "parts", 2)
-    with pytest.raises(UserError, match=r"rows must have shape \[7, 6\], got \[7, 5\]"):
-        parts.read({"rows": torch.zeros(7, 6)}, tmp_path / "parts")
-    with pytest.raises(UserError, match=r"new must have shape \[7, 6\], got none"):
-        parts.read({"new": torch.zeros(7, 6)}, tmp_path / "parts")
-
-
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A checkpoint of three processes as far as its weights go."""
@@ -198,25 +164,6 @@ def test_who_reads_weights_joins_them_once(sharded: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("joining the parts of") == 1
     assert sorted(path.name for path in sharded.iterdir() if path.is_file()) == ["meta.json", "model.safetensors"]
     checkpoint.read_meta(sharded)
-
-
-def test_two_readers_at_once_wait_for_one_join(sharded: Path) -> None:
-    joins = []
-
-    def slowly(*args: Any) -> None:
-        joins.append(args)
-        time.sleep(0.2)
-        original(*args)
-
-    original = parts.join
-    with patch.object(parts, "join", slowly):
-        threads = [threading.Thread(target=parts.joined, args=(sharded / "model.safetensors",)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(joins) == 1
-    assert_equal(sharded / "model.safetensors")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "changed", "missing"])
@@ -243,23 +190,6 @@ def test_damage_to_what_was_joined_is_noticed(sharded: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match=r"contents of model\.safetensors have changed"):
         checkpoint.check_weights(sharded)
     checkpoint.read_meta(sharded)  # the run goes on from the parts
-
-
-def test_files_are_checked_once_over_all_processes(sharded: Path) -> None:
-    """Each process has those of its number."""
-    files = json.loads((sharded / "meta.json").read_text())["files"]
-    checked: list[list[str]] = []
-
-    def noted(folder: Path, name: str, expected: Any) -> None:
-        checked[-1].append(name)
-
-    with patch.object(checkpoint, "damage", noted):
-        for share in range(3):
-            checked.append([])
-            checkpoint.damage_in_share((sharded, files), share, 3)
-    assert sorted(name for share in checked for name in share) == sorted(files)
-    for share, found in enumerate(checked):
-        assert {name for name in found if "0000" in name} == {name for name in files if names(share)[0] in name}
 
 
 def content() -> Content:

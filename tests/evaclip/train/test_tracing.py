@@ -1,15 +1,20 @@
-"""A trace by request, and the garbage collector at fixed steps."""
+"""Traces by request, the garbage collector at fixed steps, and the watchdog."""
 
 import gc
 import json
+import subprocess
+import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from evaclip.train.tracing import REQUEST, STEPS, Tracer, collecting
 from evaclip.train.trainer import Trainer, train
+from evaclip.train.watchdog import EXIT_CODE, Watchdog
 
 
 def test_a_run_traces_its_steps_when_a_file_asks(run_config, tmp_path, monkeypatch):
@@ -53,31 +58,6 @@ def test_a_request_with_a_number_is_for_that_process(tmp_path: Path) -> None:
     assert not any(tracer.is_on for tracer in tracers)
 
 
-def test_a_trace_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / REQUEST).touch()
-    (tmp_path / "traces").write_text("no folder")
-    said: list[str] = []
-    tracer = Tracer(tmp_path, torch.device("cpu"), said.append)
-    for step in range(STEPS + 1):
-        tracer.between(step)
-    assert not tracer.is_on
-    (line,) = said
-    assert line.startswith("no trace: ")
-
-
-def test_a_run_that_ends_within_a_trace_says_so(tmp_path: Path) -> None:
-    (tmp_path / REQUEST).touch()
-    said: list[str] = []
-    tracer = Tracer(tmp_path, torch.device("cpu"), said.append)
-    tracer.between(0)
-    assert tracer.is_on
-    tracer.close()
-    assert not tracer.is_on
-    assert said == ["no trace: the run ended within the 3 steps that it takes"]
-    tracer.close()
-    assert len(said) == 1
-
-
 class _Cycle:
     def __init__(self) -> None:
         self.self = self
@@ -92,6 +72,40 @@ def test_garbage_is_collected_at_fixed_steps_alone() -> None:
         collect(3)
         assert left() is None
     assert gc.isenabled()
-    with collecting(None) as collect:
-        assert gc.isenabled()
-        collect(3)
+
+
+HANGING = """
+import time
+from evaclip.train.watchdog import Watchdog
+
+def fetch_a_batch_that_never_comes():
+    time.sleep(60)
+
+watchdog = Watchdog(3, 0.2, abort=True, record=lambda: "its last collectives are written")
+with watchdog.phase("step"):
+    pass
+with watchdog.phase("data"):
+    fetch_a_batch_that_never_comes()
+"""
+
+
+@pytest.mark.parametrize("of_phase", [False, True])
+def test_who_hangs_where_and_the_end_of_it(of_phase: bool) -> None:
+    program = HANGING
+    if of_phase:
+        program = HANGING.replace(", abort=True", ", abort=False").replace('phase("data")', 'phase("data", abort=True)')
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert result.returncode == EXIT_CODE
+    assert "watchdog: process 3" in result.stderr
+    assert "has been in 'data' for" in result.stderr
+    assert "fetch_a_batch_that_never_comes" in result.stderr
+    assert "watchdog: process 3: its last collectives are written" in result.stderr
+
+
+def test_phases_that_end_in_time_are_not_told(capfd: pytest.CaptureFixture[str]) -> None:
+    watchdog = Watchdog(0, 0.5, abort=False)
+    for _ in range(8):
+        with watchdog.phase("evaluation"), watchdog.phase("step"):
+            time.sleep(0.1)
+    watchdog.close()
+    assert capfd.readouterr().err == ""

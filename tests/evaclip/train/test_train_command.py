@@ -1,6 +1,5 @@
 """`evaclip train` on the command line."""
 
-import errno
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -42,43 +40,6 @@ def test_without_a_recipe_all_are_listed(capsys: Any) -> None:
     assert all(line.endswith(".") for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train-data", "x"], "name a RECIPE: 'evaclip train' lists them"),
-        (["--set", "seed=1"], "name a RECIPE"),
-        (
-            ["tiny", "--batchsize", "3"],
-            "unrecognized arguments: --batchsize 3; did you mean '--batch-size'? (see 'evaclip train --help')",
-        ),
-    ],
-)
-def test_a_wrong_command_line_is_one_line(arguments: list[str], message: str, capsys: Any) -> None:
-    try:
-        code: Any = main(["train", *arguments])
-    except SystemExit as exc:
-        code = exc.code
-    assert code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["trian"], "unknown choice 'trian'; did you mean 'train'? (see 'evaclip --help')"),
-        (["data", "chek", "x"], "unknown choice 'chek'; did you mean 'check'? (see 'evaclip data --help')"),
-        (["export", "a", "b", "--tower", "imge"], "argument --tower: unknown choice 'imge'; did you mean 'image'?"),
-    ],
-)
-def test_of_a_wrong_word_the_nearest_is_told(arguments: list[str], message: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
 def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
     """As `head` does: a list ends without a word, a training goes on."""
     reader, writer = os.pipe()
@@ -93,15 +54,6 @@ def test_who_reads_the_output_may_go(tmp_path: Path) -> None:
         assert (arguments, done.returncode, done.stderr) == (arguments, code, "")
     os.close(writer)
     assert (tmp_path / "tiny/checkpoints/step_00000002").is_dir()
-
-
-def test_what_may_not_be_read_is_told_as_a_mistake(monkeypatch: Any, capsys: Any) -> None:
-    def refuse(path: Path) -> bool:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "is_file", refuse)
-    assert main(["report", "locked", "--text"]) == 2
-    assert capsys.readouterr().err == "error: locked/config.yaml: Permission denied\n"
 
 
 def test_there_may_be_no_output_at_all() -> None:
@@ -134,10 +86,7 @@ def printed(capsys: Any, *arguments: str) -> TrainConfig:
     ("arguments", "expected"),
     [
         (["--epochs", "3"], None),
-        (["--set", "schedule.epochs=3"], None),
-        (["--epochs", "3", "--train-num-samples", "1000"], 1000),
         (["--epochs", "3", "--train-num-samples", "40000000"], 40_000_000),
-        (["--epochs", "3", "--set", "schedule.epoch_samples=1000"], 1000),
         (["--set", "schedule.steps=3"], 40_000_000),
     ],
 )
@@ -148,28 +97,14 @@ def test_epochs_are_of_the_data_given(arguments, expected, capsys, tmp_path):
     assert printed(capsys, "eva02-b-16", "--config", str(file), *arguments).schedule.epoch_samples == expected
 
 
-def test_own_epoch_samples_outlive_epochs(capsys: Any, tmp_path: Path) -> None:
-    file = tmp_path / "my.yaml"
-    file.write_text("schedule: {epoch_samples: 1000}")
-    schedule = printed(capsys, "eva02-b-16", "--config", str(file), "--epochs", "3").schedule
-    assert (schedule.steps, schedule.epochs, schedule.epoch_samples) == (None, 3, 1000)
-
-
 @pytest.mark.parametrize(
     ("file", "arguments", "expected"),
     [
-        ("{}", ["--set", "schedule.warmup_steps=20"], {"warmup_steps": 20, "warmup_share": None}),
         ("{}", ["--set", "schedule.warmup_steps=0"], {"warmup_steps": 0, "warmup_share": None}),
         ("{}", ["--warmup", "20", "--set", "schedule.warmup_share=0.2"], {"warmup_steps": 0, "warmup_share": 0.2}),
-        ("{schedule: {warmup_steps: 9}}", [], {"warmup_steps": 9, "warmup_share": None}),
         ("{schedule: {warmup_steps: 9}}", ["--set", "schedule.warmup_share=0.2"], {"warmup_share": 0.2}),
         ("{}", ["--set", "schedule.steps=7"], {"steps": 7, "epochs": None, "warmup_share": 0.1}),
         ("{schedule: {steps: 9}}", ["--epochs", "2"], {"steps": None, "epochs": 2}),
-        (
-            "{schedule: {name: constant, cooldown_steps: 9}}",
-            ["--set", "schedule.cooldown_share=0.2"],
-            {"cooldown_steps": 0, "cooldown_share": 0.2},
-        ),
     ],
 )
 def test_later_spelling_of_the_schedule_wins(file, arguments, expected, capsys, tmp_path):
@@ -178,16 +113,7 @@ def test_later_spelling_of_the_schedule_wins(file, arguments, expected, capsys, 
     assert {key: getattr(schedule, key) for key in expected} == expected
 
 
-def test_two_spellings_in_one_layer_are_refused(capsys: Any) -> None:
-    both = ["schedule.warmup_steps=20", "schedule.warmup_share=0.2"]
-    assert main(["train", "finetune", "--set", *both, "--print-config"]) == 2
-    assert "warmup_steps" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "workers"),
-    [([], 2), (["--workers", "4"], 4), (["--set", "data.workers=3"], 3), (["--print-config"], 4)],
-)
+@pytest.mark.parametrize(("arguments", "workers"), [([], 2), (["--workers", "4"], 4)])
 def test_recipe_workers_are_at_most_the_cores(arguments, workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     args = build_parser().parse_args(["train", "finetune", "--train-data", "x", *arguments])
@@ -195,7 +121,6 @@ def test_recipe_workers_are_at_most_the_cores(arguments, workers, monkeypatch):
     monkeypatch.setattr(
         "evaclip.train.trainer.train", lambda config, **options: seen.append(config) or Mock(stopped_by=None)
     )
-    monkeypatch.setattr("evaclip.train.comments.commented_yaml", lambda config: seen.append(config) or "")
     args.run(args)
     assert [config.data.workers for config in seen] == [workers]
 
@@ -253,39 +178,9 @@ def test_a_dry_run_shows_the_plan_and_saves_nothing(config_file, capsys, tmp_pat
     arguments = ["--set", "model.patch_dropout=0.5", "accumulation=2", "optim.visual.layer_decay=0.9"]
     assert main(["train", "tiny", "--config", config_file, "--dry-run", *arguments]) == 0
     text = capsys.readouterr().out
-    for part in (
-        "8 = 1 ranks x 2 micro-batches x 4",
-        "8 of 16",
-        "6 steps, 48 samples, 1.20 epochs",
-        "first step",
-        "loss",
-    ):
+    for part in ("8 = 1 ranks x 2 micro-batches x 4", "6 steps, 48 samples, 1.20 epochs", "first step", "loss"):
         assert part in text
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
-
-
-def test_a_dry_run_promises_what_warm_steps_take(config_file, capsys, monkeypatch):
-    from evaclip.train import dry_run
-    from evaclip.train.step import TrainStep
-
-    monkeypatch.setenv("COLUMNS", "200")
-    now, durations, call = [0.0], iter([50.0, 2.0, 9.0, 2.0]), TrainStep.__call__
-
-    def step(self: TrainStep, *args: Any, **options: Any) -> Any:
-        now[0] += next(durations)
-        return call(self, *args, **options)
-
-    monkeypatch.setattr(TrainStep, "__call__", step)
-    # Its clock alone: others measure with it too.
-    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    arguments = ["train", "tiny", "--config", config_file, "--dry-run", "--set", "schedule.steps=100"]
-    assert main(arguments) == 0
-    text = capsys.readouterr().out
-    # A minute is over after the third step.
-    assert "50.00 s with all that starts" in text
-    assert "5.50 s (median of steps 2 to 3" in text
-    assert "100 steps" in text
-    assert "about 0:09:10, an estimate" in text
 
 
 def test_a_dry_run_goes_on_as_the_run_would(config_file: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,27 +208,36 @@ def test_a_run_from_a_file_and_notes_on_aliases(config_file: str, capsys: Any, t
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["tinny"], "error: unknown recipe 'tinny'; did you mean 'tiny'?"),
-        (["tiny", "--set", "optim.lrr=1"], "error: unknown configuration key 'optim.lrr'; did you mean 'optim.lr'?"),
-        (["tiny", "--batch-size", "-4"], "error: batch_size=-4: input should be greater than 0"),
-        (["tiny", "--config", "missing.yaml"], "error: cannot read the configuration 'missing.yaml'"),
-        (["eva02-b-16"], "error: data.train is not set"),
-        (["tiny", "--resume", "latest", "--name", "never-made"], "error: there is no checkpoint folder"),
-        (["tiny", "--bogus"], "error: unrecognized arguments: --bogus"),
+        ("trian", "'train'"),
+        ("data chek x", "'check'"),
+        ("export a b --tower imge", "'image'"),
+        ("train --set seed=1", "RECIPE"),
+        ("train tinny", "'tiny'"),
+        ("train tiny --batchsize 3", "'--batch-size'"),
+        ("train tiny --set optim.lrr=1", "'optim.lr'"),
+        ("train tiny --batch-size -4", "batch_size=-4"),
+        ("train tiny --batch-size many", "batch_size='many'"),
+        ("train tiny --config missing.yaml", "'missing.yaml'"),
+        ("train finetune --set schedule.warmup_steps=20 schedule.warmup_share=0.2", "warmup_steps"),
+        ("train eva02-b-16", "data.train"),
+        ("train tiny --resume latest --name never-made", "checkpoint folder"),
+        ("train tiny --device cpu --as-gpus 4", "--as-gpus"),
+        ("train tiny --device cpu --as-gpus 0 --dry-run", "gpus"),
+        ("train tiny --device cpu --as-gpus 64 --dry-run", "64 micro-batches"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(arguments: list[str], message: str, capsys: Any) -> None:
+def test_mistakes_are_one_line_and_exit_2(arguments: str, named: str, capsys: Any) -> None:
     code: Any
     try:
-        code = main(["train", *arguments])
+        code = main(arguments.split())
     except SystemExit as exc:
         code = exc.code
-    errors = capsys.readouterr().err.splitlines()
     assert code == 2
-    assert len(errors) == 1
-    assert errors[0].startswith(message)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
 
 
 def test_a_signal_is_the_exit_code(config_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -344,3 +248,14 @@ def test_a_signal_is_the_exit_code(config_file: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as caught:
         main(["train", "tiny", "--config", config_file])
     assert caught.value.code == 143
+
+
+SMALL = 'model.options={"vision": {"layers": 2}, "text": {"layers": 1}}'
+
+
+def test_dry_run_prints_memory_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--as-gpus", "4", "--dry-run", "--set", SMALL, "parallel.mode=shard", "ema_decay=0.9"]
+    assert main(["train", "tiny", "--device", "cpu", *given]) == 0
+    text = capsys.readouterr().out
+    for word in ("4 GPUs", "parameters", "optimizer state", "averaged weights", "all"):
+        assert word in text

@@ -1,9 +1,7 @@
 """The configuration tree: what it accepts, what it says about the rest."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,7 +15,7 @@ from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, reso
 from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
 from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
 from evaclip.train.transform import training_transform
-from evaclip.train.tree import differences, merge, nest
+from evaclip.train.tree import nest
 
 Make = Callable[..., TrainConfig]
 
@@ -26,37 +24,18 @@ Make = Callable[..., TrainConfig]
     ("assignment", "message"),
     [
         ("optim.lrr=1", "'optim.lrr'; did you mean 'optim.lr'?"),
-        ("optim.visual.layerdecay=1", "did you mean 'optim.visual.layer_decay'?"),
-        ("bathc_size=8", "did you mean 'batch_size'?"),
-        ("data.augmentation.sacle=1", "did you mean 'data.augmentation.scale'?"),
+        ("task.teacher.nam=tiny", "did you mean 'task.teacher.name'"),
         ("eval.sets.val.data.trian=x", "did you mean 'eval.sets.val.data.train'?"),
         ("data.mixture.a.wieght=1", "did you mean 'data.mixture.a.weight'?"),
-        ("checkpoint.qqqq=1", "checkpoint has: every_steps"),
         ("qqqqqqqq=1", "the configuration has: name"),
-    ],
-)
-def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        resolve(run_config(), [parse_assignment(assignment)])
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("batch_size=-8", "batch_size=-8: input should be greater than 0"),
-        ("optim.lr=fast", "optim.lr='fast': input should be a valid number"),
+        ("a=[1", "--set"),
         ("optim.lr=.inf", "optim.lr=inf: input should be a finite number"),
-        ("data.remote.cache_gb=.inf", "cache_gb=inf: input should be a finite number"),
         ("model.lock_image_unlocked_groups=2", "lock_image_unlocked_groups=2 needs lock_image=true"),
         ("model.lock_text_unlocked_layers=1", "lock_text_unlocked_layers=1 needs lock_text=true"),
         ("optim.name=sgd", "optim.name='sgd': must be adamw, lamb or timm/NAME"),
         ("optim.options={caution: true}", "options={'caution': True} needs name=timm/NAME, got name=adamw"),
         ("optim={name: timm/lion, stochastic_rounding: true}", "stochastic_rounding needs name=adamw or name=lamb"),
-        ("name=../../x", "name='../../x': expected a folder inside of `output`; output=FOLDER puts runs elsewhere"),
-        ("name=/tmp/x", "name='/tmp/x': expected a folder inside"),
-        ("name=.", "name='.': expected a folder inside"),
-        ("precision=fp8", "precision='fp8': input should be 'fp32', 'amp_bf16'"),
+        ("name=../../x", "name='../../x': expected a folder inside of `output`"),
         ("optim.stochastic_rounding=true", "optim.stochastic_rounding needs precision=bf16, got precision=fp32"),
         ("loss={name: siglip, label_smoothing: 0.1}", "label_smoothing=0.1 needs name=clip"),
         ("parallel.offload=cpu", "offload=cpu needs mode=shard or hybrid"),
@@ -65,109 +44,32 @@ def test_unknown_keys_are_errors_with_the_nearest(run_config: Make, assignment: 
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
         ("accumulation=9", "batch_size=8 is less than accumulation=9"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, and the other to null, got steps=6 and epochs=2"),
-        ("schedule={steps: 9, warmup_steps: 2, warmup_share: 0.1}", "set either warmup_steps or warmup_share"),
-        ("optim=5", "optim=5"),
-        (
-            "eval.sets.val.measure=[accuracy]",
-            "input should be 'classify', 'retrieval', 'loss', 'linear_probe' or 'knn'",
-        ),
         ("eval.sets={a/b: {}}", "string should match pattern"),
-        ("data.train=null", "data.train=None: input should be a valid string"),
     ],
 )
-def test_wrong_values_name_key_and_accepted_values(run_config, assignment, message):
+def test_wrong_assignments_name_the_key(run_config, assignment, message):
     with pytest.raises(UserError) as caught:
         resolve(run_config(), [parse_assignment(assignment)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_key_is_named() -> None:
-    with pytest.raises(UserError, match="batch_size is not set"):
-        validate({"name": "x", "data": {}, "schedule": {"steps": 1}})
-
-
-def test_later_changes_win_and_the_rest_stays(run_config: Make) -> None:
-    config = resolve(run_config(), [nest("optim.lr", 1e-2), {"optim": {"lr": "5e-3", "eps": 1e-7}}])
-    assert (config.optim.lr, config.optim.eps, config.batch_size) == (5e-3, 1e-7, 8)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("optim.lr=1e-3", 1e-3),
-        ("optim.lr=0.001", 1e-3),
-        ("optim.visual.lr=null", None),
-        ("name=123", "123"),
-        ("log.every_steps=10", 10),
-        ("checkpoint.allow_data_change=true", True),
-    ],
-)
-def test_values_are_read_as_yaml(run_config: Make, text: str, expected: Any) -> None:
-    value: Any = resolve(run_config(), [parse_assignment(text)])
-    for key in text.partition("=")[0].split("."):
-        value = getattr(value, key)
-    assert value == expected
-
-
-@pytest.mark.parametrize("text", ["optim.lr", "=3", "a=[1"])
-def test_assignments_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(UserError, match="--set"):
-        parse_assignment(text)
-
-
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_recipe_batches_divide_by_their_parts(name):
-    config = get_recipe(name)
-    assert config.batch_size % config.data.canonical_nodes == 0
-    if config.batch_size > 10_000:
-        assert config.data.canonical_nodes * config.data.shuffle_window == 8 * config.batch_size
+def test_values_are_read_as_yaml(run_config: Make) -> None:
+    config = run_config("optim.lr=1e-3", "optim.visual.lr=null", "name=123")
+    assert (config.optim.lr, config.optim.visual.lr, config.name) == (1e-3, None, "123")
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_survive_yaml(name: str, tmp_path: Path) -> None:
-    config = resolve(get_recipe(name), [nest("eval.sets.val.data.train", "a: b # c " * 30)])
+    config = get_recipe(name)
+    assert config.batch_size % config.data.canonical_nodes == 0
+    if config.batch_size > 10_000:
+        assert config.data.canonical_nodes * config.data.shuffle_window == 8 * config.batch_size
+    config = resolve(config, [nest("eval.sets.val.data.train", "a: b # c " * 30)])
     path = tmp_path / "config.yaml"
     for text in (dump_yaml(config), commented_yaml(config)):
         path.write_text(text)
         assert validate(load_yaml(path)) == config
-    assert max(len(line) for line in text.splitlines() if line.lstrip().startswith("#")) <= 120
-
-
-def test_comments_say_what_keys_mean_once(run_config: Make) -> None:
-    text = commented_yaml(run_config("eval.sets.val.data={train: x}"))
-    lines = text.splitlines()
-    # Of what comes twice the first one.
-    above = {line.strip(): before.strip() for before, line in reversed(list(pairwise(lines)))}
-    assert above["batch_size: 8"] == "# Samples of one optimizer step, over all processes: the contrastive batch."
-    assert above["optim:"] == "# The optimizer; the moments' defaults are those of the released EVA-CLIP models."
-    assert above["hue: 0.0"].startswith("# largest shift of the hue")
-    assert "# compute the last block of each tower only for the pooled token." in text
-    assert text.count("# Batches that wait ready, over all workers; of small ones as many a worker.") == 1
-
-
-def test_a_file_may_hold_some_keys(run_config: Make, tmp_path: Path) -> None:
-    path = tmp_path / "part.yaml"
-    path.write_text("optim:\n  lr: 0.5\n")
-    assert resolve(run_config(), [load_yaml(path)]).optim.lr == 0.5
-    path.write_text("")
-    assert load_yaml(path) == {}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [("- 1\n", "must hold keys and values"), ("a: [", "is not YAML"), (None, "No such file")]
-)
-def test_files_that_are_no_configuration(tmp_path: Path, content: str | None, message: str) -> None:
-    path = tmp_path / "config.yaml"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_yaml(path)
-
-
-def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"unknown recipe 'eva02-b16'.*'eva02-b-16'"):
-        get_recipe("eva02-b16")
 
 
 @pytest.mark.parametrize(
@@ -207,11 +109,6 @@ def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:
     same = run_config("log.every_steps=3", "name=other", "checkpoint.keep=9")
     assert config_hash(same) == config_hash(run_config())
     assert config_hash(run_config("optim.lr=2e-3")) != config_hash(run_config())
-    assert config_hash(run_config("data.augmentation.hue=0.1")) != config_hash(run_config())
-    assert config_hash(run_config("loss.products=tf32x3")) != config_hash(run_config())
-
-
-def test_config_hash_ignores_the_feature_folder(run_config: Make) -> None:
     plain = config_hash(run_config(task="masked_image"))
     for same in ("cache=elsewhere", "cache_leaves_gb=1.0", "shard=true"):
         assert config_hash(run_config(f"task.teacher.{same}", task="masked_image")) == plain
@@ -240,13 +137,6 @@ def test_own_batch_size_keeps_fitting_parts() -> None:
     assert with_fitting_parts(own, recipe) == own
 
 
-def test_trees() -> None:
-    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": {"e": 4}}) == {"a": {"b": 3, "c": 2}, "d": {"e": 4}}
-    assert merge({"a": None}, {"a": {"b": 1}}) == {"a": {"b": 1}}
-    lines = differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 2}, "c": 1, "d": 0})
-    assert lines == ["a.b: 1 -> 2", "d: None -> 0"]
-
-
 def test_a_recipe_may_be_called_by_its_model() -> None:
     expected = get_recipe("eva02-e-14-plus")
     for name in ("EVA02-CLIP-bigE-14-plus", "eva02_clip_bigE_14_plus", "EVA02_E_14_plus"):
@@ -267,20 +157,6 @@ def test_own_transform_is_named_by_its_module(tmp_path, monkeypatch, run_config)
     assert not training_transform(data, 4, preprocess)(image, 0).any()
     assert training_transform(run_config().data, 4, preprocess)(image, 0).all()
 
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "nowhere:Transform",
-            r"data.transform='nowhere:Transform' isn't there: No module named 'nowhere'; expected MOD",
-        ),
-        ("evaclip.transforms:Nothing", r"isn't there: .*Nothing.*; expected MODULE:NAME.* in a folder of PYTHONPATH"),
-        ("no name", r"data.transform='no name' isn't there: invalid format"),
-        ("evaclip.transforms", r"data.transform='evaclip.transforms' is a module; expected MODULE:CLASS"),
-    ],
-)
-def test_a_transform_that_is_not_there(name: str, message: str, run_config: Make) -> None:
-    data = run_config(f"data.transform={name}").data
-    with pytest.raises(UserError, match=message):
-        training_transform(data, 4, Preprocess())
+    for name in ("nowhere:Transform", "evaclip.transforms:Nothing", "no name", "evaclip.transforms"):
+        with pytest.raises(UserError, match=f"data.transform='{name}'"):
+            training_transform(run_config(f"data.transform={name}").data, 4, preprocess)

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from evaclip.data import Batch, TrainLoader
 from evaclip.errors import RunFailed, UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
-from evaclip.train import saver, snapshot
-from evaclip.train.checkpoint import Lost, NotWritten, load_state
+from evaclip.train import saver
+from evaclip.train.checkpoint import Lost, NotWritten
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
@@ -86,15 +83,9 @@ def test_a_run_leaves_what_it_should(run_config: Make) -> None:
     assert [record["samples"] for record in steps] == [8, 16, 24, 32, 40, 48]
     assert steps[4]["epoch"] == 1.0
     assert all(record["mfu"] > 0 and record["samples_per_second"] > 0 for record in steps)
-    rates = [(record["lr"], record["lr_visual"], record["lr_text"], record["loss_scale"]) for record in steps[:1]]
-    assert rates == [(1e-3, 2e-3, 1e-3, 1.0)]
-    assert all(0 <= record["accuracy"] <= 1 for record in steps)
-    evaluations = {record["step"]: record["eval"]["seconds"] for record in records if "eval" in record}
-    assert list(evaluations) == [4, 6]
-    assert all(seconds > 0 for seconds in evaluations.values())
-    metrics = outcome.metrics
-    assert (metrics["val/samples"], metrics["val/classes"]) == (24, 24)
-    assert metrics["val/chance_top1"] == pytest.approx(1 / 24)
+    assert [steps[0][key] for key in ("lr", "lr_visual", "lr_text", "loss_scale")] == [1e-3, 2e-3, 1e-3, 1.0]
+    assert [record["step"] for record in records if "eval" in record] == [4, 6]
+    assert (outcome.metrics["val/samples"], outcome.metrics["val/classes"]) == (24, 24)
     checkpoint = folder / "checkpoints" / "step_00000006"
     # As readable for others as any file that is made here.
     assert len({path.stat().st_mode for path in [*checkpoint.rglob("*.*"), folder / "config.yaml"]}) == 1
@@ -122,8 +113,8 @@ def test_existing_run_is_kept(run_config: Make, tmp_path: Path) -> None:
     train(run_config("schedule.steps=3"), overwrite=True)
     assert checkpoints(tmp_path / "run") == ["step_00000003"]
     assert len(read_log(tmp_path / "run" / "log.jsonl")) == 3
-    left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"notes.txt", "checkpoints", "config.yaml", "events.jsonl", "log.jsonl"}
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+    assert not {"evaluations", "galleries", "report.html"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -156,26 +147,15 @@ def test_a_tower_is_frozen_for_the_first_steps_alone(run_config: Make, tmp_path:
     assert [rate > 0 for rate in rates] == [False, False, True, True]
 
 
-def test_both_towers_may_be_locked(run_config: Make) -> None:
-    """What is left is the temperature."""
-    folder = train(run_config("model.lock_image=true", "model.lock_text=true", "accumulation=2")).folder
-    records = read_log(folder / "log.jsonl")
-    assert records[-1]["update_norm_visual"] == records[-1]["update_norm_text"] == 0
-    assert records[-1]["logit_scale"] != records[0]["logit_scale"]
-
-
-def test_checkpoints_by_step_and_epoch(run_config: Make, tmp_path: Path) -> None:
+def test_checkpoints_by_step_epoch_and_time(run_config: Make, tmp_path: Path) -> None:
     train(run_config("checkpoint.every_steps=2", "checkpoint.keep=2", "checkpoint.keep_every=2", "schedule.steps=7"))
     assert checkpoints(tmp_path / "run") == [f"step_{step:08d}" for step in (2, 4, 6, 7)]
     train(run_config("checkpoint.every_epochs=1", "schedule.epoch_samples=16", "name=epochs", "checkpoint.keep=1"))
     assert checkpoints(tmp_path / "epochs") == ["step_00000006"]
     train(run_config("checkpoint.every_epochs=1", "name=five", "checkpoint.keep=9"))
     assert checkpoints(tmp_path / "five") == ["step_00000005", "step_00000006"]
-
-
-def test_checkpoints_come_by_time(run_config: Make, tmp_path: Path) -> None:
-    train(run_config("checkpoint.every_minutes=1e-9", "checkpoint.keep=99"))
-    assert len(checkpoints(tmp_path / "run")) == 6
+    train(run_config("checkpoint.every_minutes=1e-9", "checkpoint.keep=99", "name=minutes"))
+    assert len(checkpoints(tmp_path / "minutes")) == 6
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -224,11 +204,7 @@ def test_updates_wait_for_checkpoint_copies(run_config, monkeypatch):
     assert calls == ["hold_updates", "step", "hold_updates", "measured_step", "hold_updates", "applied"]
 
 
-@pytest.mark.parametrize(
-    ("failures", "tries", "succeeds"),
-    [([Lost], 2, True), ([Lost, Lost], 2, False), ([NotWritten], 1, False)],
-    ids=["lost once", "lost twice", "full disk"],
-)
+@pytest.mark.parametrize(("failures", "tries", "succeeds"), [([Lost], 2, True), ([NotWritten], 1, False)])
 def test_last_checkpoint_is_retried_in_a_new_group(run_config, monkeypatch, failures, tries, succeeds):
     original, steps, left = saver.checkpoint.save, list[int](), list(failures)
 
@@ -243,21 +219,6 @@ def test_last_checkpoint_is_retried_in_a_new_group(run_config, monkeypatch, fail
     with nullcontext() if succeeds else pytest.raises(UserError, match="the last checkpoint could not be written: no"):
         train(config)
     assert steps == [1] * tries
-
-
-def test_a_truncated_checkpoint_is_passed_over_aloud(run_config: Make, tmp_path: Path, capsys: Any) -> None:
-    train(run_config("checkpoint.every_steps=2"))
-    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    data = (newest / "state.pt").read_bytes()
-    (newest / "state.pt").write_bytes(data[:-100])
-    capsys.readouterr()
-    outcome = train(run_config("checkpoint.every_steps=2"), resume="auto")
-    text = capsys.readouterr().out
-    assert f"skipped the checkpoint {newest}: state.pt has {len(data) - 100} bytes, {len(data)} were written" in text
-    assert "resuming from" in text
-    assert "step_00000004 at step 4" in text
-    assert outcome.steps == 6
-    assert [record["step"] for record in read_log(outcome.folder / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_nan_for_a_while_is_skipped_and_counted(run_config: Make, change_batches: Callable[[Change], None]) -> None:
@@ -297,77 +258,6 @@ def test_going_back_has_a_limit(run_config: Make, change_batches: Callable[[Chan
         train(run_config(policy, "checkpoint.every_steps=1"))
     with pytest.raises(TrainingDiverged, match="no good checkpoint"):
         train(run_config(policy, "name=other"))
-
-
-def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, capsys):
-    original = TrainStep.__call__
-    calls = []
-
-    def spiking(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
-        calls.append(step)
-        result = original(self, images, tokens, step, **options)
-        return replace(result, loss=result.loss + (100 if 8 <= len(calls) <= 9 else 0))
-
-    monkeypatch.setattr(TrainStep, "__call__", spiking)
-    spikes = "spikes={deviations: 20, patience: 2, window: 8}"
-    measured = "eval={every_steps: 7, sets: {val: {data: {num_samples: 4, workers: 0}}}}"
-    outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10", measured))
-    assert "far above what it was before, up to step 9: went back to step_00000007" in capsys.readouterr().out
-    records = read_log(outcome.folder / "log.jsonl")
-    assert [record["step"] for record in records if "eval" in record] == [7, 10]
-    records = [record for record in records if "eval" not in record]
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
-    assert records[-1]["samples"] == 12 * 8
-    assert checkpoints(outcome.folder) == [f"step_{step:08d}" for step in range(1, 11)]
-
-
-def test_spike_detector_returns_with_the_weights(run_config, monkeypatch, capsys):
-    """The loss of the restored weights is far above the loss before the spike, and no spike."""
-    original = TrainStep.__call__
-    calls = []
-
-    def step(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
-        calls.append(step)
-        loss = 100.0 if 20 <= len(calls) <= 21 else 3.0 - (step >= 12) + 0.01 * (step % 3)
-        return replace(original(self, images, tokens, step, **options), loss=torch.tensor(loss))
-
-    monkeypatch.setattr(TrainStep, "__call__", step)
-    saving = "checkpoint={every_steps: 10, keep: 99}"
-    outcome = train(run_config("spikes={deviations: 20, patience: 2, window: 8}", saving, "schedule.steps=24"))
-    text = capsys.readouterr().out
-    assert [line.split(":")[0] for line in re.findall("went back to (.*),", text)] == ["step_00000010"]
-    assert outcome.steps == 24
-
-
-def test_spike_detector_is_resumed(run_config: Make, tmp_path: Path) -> None:
-    config = run_config("spikes={deviations: 1e9, window: 4}", "checkpoint.every_steps=3", "schedule.steps=6")
-    train(config)
-    losses = [record["loss"] for record in read_log(tmp_path / "run" / "log.jsonl")]
-    folder = tmp_path / "run" / "checkpoints"
-    for step in (3, 6):
-        state = load_state(folder / f"step_{step:08d}")
-        assert state["spikes"] == {"ordinary": losses[max(0, step - 4) : step], "suspicious": 0}
-    straight = load_file(folder / "step_00000006" / "model.safetensors")
-    shutil.rmtree(folder / "step_00000006")
-    (folder / "latest").write_text("step_00000003\n")
-    train(config, resume="auto")
-    assert load_state(folder / "step_00000006")["spikes"]["ordinary"] == losses[2:]
-    resumed = load_file(folder / "step_00000006" / "model.safetensors")
-    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
-
-
-def test_checkpoint_without_spikes_is_resumed(run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version wrote it."""
-    config = run_config("schedule={steps: 4, name: constant}")
-    original = snapshot.checkpoint.Content
-
-    def content(**parts: Any) -> Any:
-        return original(**{**parts, "state": {key: value for key, value in parts["state"].items() if key != "spikes"}})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot.checkpoint, "Content", content)
-        train(config)
-    assert train(run_config("schedule={steps: 6, name: constant}"), resume="latest").steps == 6
 
 
 def test_full_disk_costs_one_line(run_config, change_batches, tmp_path, capfd):
@@ -447,11 +337,6 @@ def test_too_many_bad_samples_end_the_run(run_config: Make, change_batches: Call
     assert train(run_config("data.max_bad_share=1", "schedule.steps=9"), resume="auto").steps == 9
 
 
-def test_one_bad_shard_of_many_ends_no_run(run_config: Make, change_batches: Callable[[Change], None]) -> None:
-    change_batches(lambda number, batch: replace(batch, skipped=100 if number == 1 else 0))
-    assert train(run_config()).steps == 6
-
-
 def test_other_data_is_refused_unless_allowed(run_config: Make, capsys: Any) -> None:
     train(run_config())
     other = ("data.num_samples=48", "schedule.steps=8")
@@ -493,19 +378,10 @@ def test_siglips_bias_is_the_models(run_config: Make) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize(
-    ("assignment", "change"),
-    [
-        ("model.options.text.layers=2", "model.options.text.layers: 1 -> 2"),
-        ("model.name=EVA02-CLIP-B-16", "model.name: tiny -> EVA02-CLIP-B-16"),
-    ],
-)
-def test_another_model_is_refused_in_one_sentence(run_config: Make, assignment: str, change: str) -> None:
+def test_another_model_is_refused_in_one_sentence(run_config: Make) -> None:
     train(run_config("schedule.steps=1"))
-    with pytest.raises(UserError) as caught:
-        train(run_config(assignment, "optim.lr=1e-4"), resume="auto")
-    text = str(caught.value)
-    assert text.endswith(f"does not fit the model or optimizer; changed since it was written: {change}")
+    with pytest.raises(UserError, match=r"does not fit the model .*: model\.options\.text\.layers: 1 -> 2$"):
+        train(run_config("model.options.text.layers=2", "optim.lr=1e-4"), resume="auto")
 
 
 def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys: Any) -> None:
@@ -520,8 +396,6 @@ def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys
         train(run_config(), resume=f"weights:{damaged}")
     with pytest.raises(UserError, match="--overwrite would delete the weights"):
         train(run_config(), resume=f"weights:{damaged}", overwrite=True)
-    with pytest.raises(UserError, match="no checkpoint folder 'nowhere'"):
-        train(run_config("name=next"), resume="weights:nowhere")
     still = ("name=next", "optim.lr=0", "optim.weight_decay=0", "schedule.steps=2", "ema_decay=0.9")
     outcome = train(run_config(*still), resume=f"weights:{damaged}")
     assert f"starting from the weights of {damaged}, at step 0 with a new optimizer state" in capsys.readouterr().out
@@ -530,17 +404,12 @@ def test_intact_weights_begin_a_new_run(run_config: Make, tmp_path: Path, capsys
     for name in ("model.safetensors", "ema.safetensors"):
         found = load_file(outcome.folder / "checkpoints" / "step_00000002" / name)
         assert all(torch.equal(value, weights[key]) for key, value in found.items())
-    with pytest.raises(UserError, match="don't fit the model") as caught:
-        train(run_config("name=third", "model.name=EVA02-CLIP-B-16"), resume=f"weights:{damaged}")
-    assert len(str(caught.value)) < 500
     (damaged / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"are damaged: model\.safetensors has 0 bytes"):
         train(run_config("name=third"), resume=f"weights:{damaged}")
 
 
-@pytest.mark.parametrize(
-    "name", ["", "run", "run/checkpoints", "run/config.yaml/x", "run/log.jsonl/x", "run/events.jsonl/x"]
-)
+@pytest.mark.parametrize("name", ["", "run/checkpoints", "run/log.jsonl/x"])
 def test_unwritable_run_folder(run_config: Make, tmp_path: Path, name: str) -> None:
     path = tmp_path / "runs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -557,16 +426,15 @@ def test_resume_auto_without_a_checkpoint(run_config: Make, capsys: Any) -> None
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("data.train=''", "data.train is not set"),
         ("data.train=/no/such/file.tar", "/no/such/file.tar does not exist"),
         ("batch_size=64", "40 samples are too few for one global batch of 64"),
         ("model.name=EVA02-B16", "unknown model 'EVA02-B16'.*'EVA02-B-16'"),
-        ("device=tpu", "device 'tpu' cannot be used.*accepted: auto, cpu"),
         ("device=meta", "device 'meta' cannot be used.*accepted: auto, cpu"),
+        ("schedule.resolutions=[{image_size: 10, steps: 2}]", "image_size 10 isn't a multiple of patch_size 4"),
         ("eval.sets.val={data: {num_samples: 8}, first: 8}", r"eval\.sets\.val\.first=8.*has 8"),
         ("eval.sets.val={samples: 3}", r"eval\.sets\.val\.data is not set and nothing is held out"),
         ("eval.sets.val={data: {num_samples: 8}, classes: nowhere.txt}", "cannot read class names from 'nowhere.txt'"),
-        ("eval.sets.val={data: {num_samples: 8}, templates: [a photo]}", "cannot read templates from 'a photo'"),
+        ("eval.sets.val={data: {num_samples: 8}, fit: {num_samples: 8}}", r"eval\.sets\.val\.fit"),
         ("model.pretrained=nowhere.pt", "nowhere.pt"),
     ],
 )

@@ -144,22 +144,19 @@ def _told(code: str) -> Any:
     return pytest.approx(float(row[1]), rel=0.2)
 
 
-def test_chunks_weighted_by_their_own_size(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
-    # Over the mean size, the one factor that the batch as a whole would have.
-    weights = [size * len(UNEVEN) / BATCH for size in UNEVEN]
-    expected, found = whole(model, batch, clip), replayed(model, batch, clip, UNEVEN, weights)
-    assert float(_towers(found, expected)[:-2]) == _told("NaFlex")
-
-
-def test_the_last_chunk_alone(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
-    expected, found = whole(model, batch, clip), replayed(model, batch, clip, weights=[0, 0, 0, 1])
-    assert float(_towers(found, expected)[:-2]) == _told("MegaBatchMarginLoss")
-
-
-def test_a_second_pass_that_draws_anew(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
-    model = _drop_paths(model)
-    expected, found = whole(model, batch, clip), replayed(model, batch, clip)
-    assert float(_towers(found, expected)[:-2]) == _told("cross-encoders")
+@pytest.mark.parametrize(
+    ("code", "draws", "sizes", "weights"),
+    [
+        # Weighted by their own size over the mean size, the one factor that the batch as a whole would have.
+        ("NaFlex", False, UNEVEN, [size * len(UNEVEN) / BATCH for size in UNEVEN]),
+        ("MegaBatchMarginLoss", False, EQUAL, [0, 0, 0, 1]),  # the last micro-batch alone
+        ("cross-encoders", True, EQUAL, [1, 1, 1, 1]),  # a second pass that draws anew
+    ],
+)
+def test_faulty_accumulation_has_the_documented_error(model, batch, code, draws, sizes, weights):
+    model = _drop_paths(model) if draws else model
+    expected, found = whole(model, batch, clip), replayed(model, batch, clip, sizes, weights)
+    assert float(_towers(found, expected)[:-2]) == _told(code)
 
 
 def test_siglip_averaged_over_pairs(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:

@@ -25,7 +25,7 @@ from evaclip.train.recipes import get_recipe
 from evaclip.train.tree import nest
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_config
 from evaclip.weights.load import load_weights
-from evaclip.weights.publish import SAFE_FILE, card_text, run_facts
+from evaclip.weights.publish import SAFE_FILE
 
 NAME = "EVA02-B-16"
 TEXTS = ["a photo of a cat", "two dogs"]
@@ -92,8 +92,6 @@ def test_saved_logit_bias_is_loaded(model, tmp_path, caplog):
     load_weights(model, biased.state_dict())
     assert model.logit_bias is None
     assert "logit_bias is left out" in caplog.text
-    with pytest.raises(UserError, match="init_logit_bias"):
-        evaclip.create_model("tiny", init_logit_bias="low")
 
 
 @pytest.mark.parametrize("name", ["EVA01-g-14-plus", "EVA02-B-16", "EVA02-L-14-336", "EVA02-E-14-plus"])
@@ -113,20 +111,14 @@ def test_pushed_model_is_loaded(hub: Hub, model: evaclip.CLIP, monkeypatch: pyte
     assert sorted(name for _, name in hub.files) == ["README.md", OPEN_CLIP_CONFIG_FILE, SAFE_FILE]
     assert 'create_model_from_pretrained("hf-hub:me/mine")' in hub.files["me/mine", "README.md"].decode()
     assert_loaded("hf-hub:me/mine", model)
-
-
-def test_push_keeps_model_card(hub: Hub, model: evaclip.CLIP) -> None:
     hub.files["me/mine", "README.md"] = b"written by hand"
     evaclip.push_to_hf_hub(model, repo_id="me/mine", token="right")
     assert hub.files["me/mine", "README.md"] == b"written by hand"
-    assert ("me/mine", SAFE_FILE) in hub.files
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
 def test_push_without_valid_token(hub: Hub, model: evaclip.CLIP, token: str | None) -> None:
-    with pytest.raises(
-        UserError, match=r"can't push to me/mine on .*no valid token; run `hf auth login`, set HF_TOKEN"
-    ):
+    with pytest.raises(UserError, match=r"no valid token; run `hf auth login`, set HF_TOKEN"):
         evaclip.push_to_hf_hub(model, repo_id="me/mine", token=token)
     assert hub.files == {}
 
@@ -136,9 +128,7 @@ def test_push_offline_or_without_package(hub: Hub, model: evaclip.CLIP, monkeypa
     with pytest.raises(UserError, match="can't push to me/mine on the Hugging Face hub: HF_HUB_OFFLINE is set"):
         evaclip.push_to_hf_hub(model, repo_id="me/mine", token="right")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        UserError, match=r"the package huggingface_hub is not installed: pip install 'evakernels\[clip\]'"
-    ):
+    with pytest.raises(UserError, match=r"package huggingface_hub is not installed: pip install 'evakernels\[clip\]'"):
         evaclip.push_to_hf_hub(model, repo_id="me/mine")
 
 
@@ -156,63 +146,44 @@ def test_model_unknown_to_open_clip_is_refused(hub: Hub, tmp_path: Path) -> None
     assert hub.requests == []
 
 
-def test_save_keeps_existing_files(folder: Path, model: evaclip.CLIP) -> None:
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run with two evaluations, on data behind a secret."""
+    secret = "pipe:curl -H 'Authorization: Bearer abc123' https://host/{00..09}.tar"
+    run, losses = tmp_path / "run", [{"step": s, "samples": 32 * s, "loss": 1 / s} for s in (5, 10)]
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_yaml(resolve(get_recipe("tiny"), [nest("data.train", secret)])))
+    records = [*losses, {"step": 10, "eval": {"zero_shot_top1": 0.1, "loss": None}}]
+    (run / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return run
+
+
+def test_model_card_and_existing_files(folder: Path, model: evaclip.CLIP, run_folder: Path) -> None:
     before = (folder / SAFE_FILE).read_bytes()
     with pytest.raises(UserError, match=r"open_clip_model\.safetensors' exists"):
         evaclip.save_for_hf(model, save_directory=folder)
-    card = {"license": "mit", "description": "Cats.", "details": {"Data": ["a", "b"]}, "citation": "@misc{x}"}
-    evaclip.save_for_hf(model, save_directory=folder, skip_weights=True, model_card=card, overwrite=True)
+    card = {"license": "mit", "details": {"Data": ["a", "b"], "Seed": "secret"}, "citation": "@misc{x}"}
+    options = {"skip_weights": True, "model_card": card, "overwrite": True}
+    evaclip.save_for_hf(model, save_directory=folder, run=run_folder, **options)
     text = (folder / "README.md").read_text()
-    assert text.startswith("---\nlibrary_name: open_clip\ntags:\n- clip\n")
-    assert "license: mit\n---\n\n# mine\n\nCats.\n\n## Details\n\n- **Data:** a, b\n\n## Usage\n" in text
-    assert text.endswith("## Citation\n\n```bibtex\n@misc{x}\n```\n")
-    assert (folder / SAFE_FILE).read_bytes() == before
-
-
-def test_model_card_has_no_credentials(tmp_path: Path) -> None:
-    secret = "pipe:curl -H 'Authorization: Bearer abc123' https://host/{00..09}.tar"
-    (tmp_path / "config.yaml").write_text(dump_yaml(resolve(get_recipe("tiny"), [nest("data.train", secret)])))
-    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 5, "samples": 160, "loss": 0.5}) + "\n")
-    assert "abc123" not in card_text(run_facts(tmp_path), "name")
-
-
-def test_card_describes_run(model: evaclip.CLIP, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    checkpoint = run / "checkpoints" / "step_00000010"
-    checkpoint.mkdir(parents=True)
-    (run / "config.yaml").write_text(dump_yaml(get_recipe("tiny")))
-    records = [{"step": s, "samples": 32 * s, "loss": 1 / s} for s in (5, 10, 15)]
-    measured = [{"step": s, "eval": {"zero_shot_top1": s / 100, "loss": None}} for s in (10, 15)]
-    (run / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (*records, *measured)))
-    card = {"license": "mit", "details": {"Seed": "secret"}}
-    evaclip.save_for_hf(model, save_directory=tmp_path / "new", skip_weights=True, model_card=card, run=checkpoint)
-    text = (tmp_path / "new/README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
-    assert header == {
-        "library_name": "open_clip",
-        "tags": ["clip"],
-        "pipeline_tag": "zero-shot-image-classification",
-        "license": "mit",
-    }
-    for line in (
-        "- **Training data:** synthetic\n",
+    assert (header["library_name"], header["license"]) == ("open_clip", "mit")
+    expected = (
+        "- **Data:** a, b\n",
         "- **Steps:** 10 of 32 pairs, 320 in all\n",
-        "- **Loss:** clip, at the end 0.1\n",
-        "- **Optimizer:** adamw, peak rate 0.0005, weight decay 0.05\n",
-        "- **Seed:** secret\n",
-        "## Evaluation\n\nAt step 10:\n\n| measure | value |\n|---|---|\n| zero_shot_top1 | 0.1 |\n",
-        "| loss | not measured |\n",
-    ):
-        assert line in text
+        "| zero_shot_top1 | 0.1 |\n",
+        "@misc{x}",
+    )
+    assert all(line in text for line in expected)
+    assert "abc123" not in text
+    assert (folder / SAFE_FILE).read_bytes() == before
     with pytest.raises(UserError, match="is no run folder: it has no log"):
-        evaclip.save_for_hf(model, save_directory=tmp_path / "other", run=tmp_path / "nowhere")
-    assert not (tmp_path / "other").exists()
+        evaclip.save_for_hf(model, save_directory=folder.with_name("new"), run=folder)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_directory": ""}, "save_directory"),
         ({"tokenizer": open_clip.tokenize}, "tokenizer .* got a function"),
         ({"safe_serialization": "yes"}, "safe_serialization .* got 'yes'"),
         ({"model_card": {"licence": "mit"}}, "unknown part of a model card 'licence'; did you mean 'license'"),
@@ -223,27 +194,16 @@ def test_save_wrong_arguments(options: dict[str, Any], message: str, tmp_path: P
         evaclip.save_for_hf(model, **{"save_directory": tmp_path / "new", **options})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (None, "there is no file .*open_clip_config.json'"),
-        ("{", "can't be read: "),
-        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "unknown vision model 'vit_base_patch16_224'"),
-        ({"vision_cfg": {"layers": 12}}, "lacks 'timm_model_name'"),
-        ({"text_cfg": {"pool_type": "eos"}}, "a model with pool_type='eos' doesn't exist here"),
-        ({"quick_gelu": True}, "a model with quick_gelu=True doesn't exist here"),
-        ({"init_logit_scale": "high"}, "model.init_logit_scale"),
-    ],
-)
-def test_load_unknown_configuration(change: Any, message: str, folder: Path) -> None:
+def test_load_unknown_configuration(folder: Path) -> None:
     path = folder / OPEN_CLIP_CONFIG_FILE
-    if change is None:
-        path.unlink()
-    elif isinstance(change, str):
-        path.write_text(change)
-    else:
-        content = json.loads(path.read_text())
-        content["model_cfg"] |= change
-        path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
+    content = json.loads(path.read_text())
+    for change, message in (
+        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "unknown vision model 'vit_base_patch16_224'"),
+        ({"quick_gelu": True}, "a model with quick_gelu=True doesn't exist here"),
+    ):
+        path.write_text(json.dumps({**content, "model_cfg": content["model_cfg"] | change}))
+        with pytest.raises(UserError, match=message):
+            evaclip.create_model(f"local-dir:{folder}")
+    path.write_text("{")
+    with pytest.raises(UserError, match="can't be read: "):
         evaclip.create_model(f"local-dir:{folder}")

@@ -34,7 +34,6 @@ def hub(hub: Hub) -> Hub:
 @pytest.mark.parametrize(
     ("source", "model"),
     [
-        (SOURCE, "tiny"),
         (f"{SOURCE}/{MODEL_FILE}", "tiny"),
         (f"{SOURCE}@main", "tiny"),
         ("merged2b_s8b_b131k", "EVA02-CLIP-B-16"),
@@ -57,16 +56,6 @@ def test_find_weights_in_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(hub.requests) == before
     with pytest.raises(UserError, match=r"can't get .* of a/b .*isn't in the cache.*give its path"):
         find_weights("hf-hub:a/b", "tiny")
-
-
-def test_broken_download_continues(hub: Hub) -> None:
-    hub.break_after = len(hub.files[REPOSITORY, MODEL_FILE]) // 2
-    path = find_weights(SOURCE, "tiny")
-    assert load_state_dict(path)
-    ranges = [asked for method, _, asked in hub.requests if method == "GET"]
-    assert len(ranges) == 2
-    assert ranges[0] is None
-    assert int(ranges[1].removeprefix("bytes=").removesuffix("-")) > 0
 
 
 def test_damaged_download_is_removed(hub: Hub) -> None:

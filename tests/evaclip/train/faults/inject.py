@@ -10,6 +10,7 @@ the earlier checkpoints must be whole.
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,11 @@ from PIL import Image
 sys.path += [str(folder) for folder in Path(__file__).parents[1:3]]
 
 from faults import worker
-from faults.agent import start_torchrun
+from processes import PRELOADED
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+from torch.multiprocessing.spawn import ProcessContext
 
 from evaclip.commands.main import main as evaclip
 from evaclip.data import open_source
@@ -107,6 +113,33 @@ def write_data(folder: Path) -> Path:
         write_shard(folder / f"{shard:05d}.tar", samples)
     (folder / "picture.png").unlink()
     return folder
+
+
+def start_torchrun(options, work, arguments, environment, told):
+    """Starts torchrun in a fork of a process that has imported torch: each rank would take seconds to do so.
+
+    Ranks call `work(*arguments)`; their output goes to `told`. `test_data_parallel.py` runs the command itself.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "torch.distributed.run"])
+    process = context.Process(target=_run, args=(options, work, arguments, environment, told))
+    process.start()
+    return process
+
+
+@record
+def _run(options, work, arguments, environment, told):
+    os.environ |= environment
+    with told.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    config, _, _ = config_from_args(parse_args([*options, "program"]))
+    config.start_method = "fork"
+    if "SHUTDOWN" in environment:
+        # From one worker's end to the kill of the others: 30 s, whatever --shutdown-timeout says.
+        wait, seconds = ProcessContext._join_procs_with_timeout, float(environment["SHUTDOWN"])
+        ProcessContext._join_procs_with_timeout = lambda self, _: wait(self, seconds)  # type: ignore[method-assign]
+    elastic_launch(config, work)(*arguments)
 
 
 class Bench:

@@ -34,13 +34,9 @@ from evaclip.transforms import Normalization
 def numbers(images: torch.Tensor) -> list[int]:
     """The samples' numbers, of pictures [n, 3, height, width], normalised or not."""
     images = Normalization(Preprocess())(images)
-    mean, std = (torch.tensor(values)[None, :, None, None] for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values)[None, :, None, None] for values in (Preprocess().mean, Preprocess().std))
     colours = ((images * std + mean) * 255).mean(dim=(2, 3)).nan_to_num().round().int()
     return [int(red) * 256 + int(green) for red, green, _ in colours.tolist()]
-
-
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def write_down_samples() -> None:
@@ -55,21 +51,21 @@ def write_down_samples() -> None:
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
 
-def _myself() -> list[int]:
-    return [os.getpid()]
-
-
-def _agent() -> list[int]:
-    return [os.getppid()]
-
-
 def _agent_and_all() -> list[int]:
     """Data workers too."""
     agent = psutil.Process(os.getppid())
     return [process.pid for process in (agent, *agent.children(recursive=True))]
 
 
-def strike_in(blow, seconds, number, times=1, victims=_myself):
+VICTIMS = {
+    "SIGTERM": lambda: [os.getpid()],
+    "SIGTERM to the agent": lambda: [os.getppid()],
+    "SIGTERM to the agent and all": _agent_and_all,
+}
+"""Process ids by the kind of fault."""
+
+
+def strike_in(blow, seconds, number, times=1, victims=VICTIMS["SIGTERM"]):
     """Sends the victims a signal some time after the beginning of the step `blow`, or several, as long apart."""
     original = TrainStep.__call__
 
@@ -171,12 +167,8 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
         return
     if fault["kind"] in ("kill", "truncated checkpoint"):
         strike_in(fault["step"], fault["seconds"], signal.SIGKILL)
-    elif fault["kind"] == "SIGTERM":
-        strike_in(fault["step"], fault["seconds"], signal.SIGTERM)
-    elif fault["kind"] == "SIGTERM to the agent":
-        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victims=_agent)
-    elif fault["kind"] == "SIGTERM to the agent and all":
-        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victims=_agent_and_all)
+    elif fault["kind"] in VICTIMS:
+        strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victims=VICTIMS[fault["kind"]])
     elif fault["kind"] == "unshared folder":
         go_elsewhere(arguments)
     elif fault["kind"] == "slow disk":

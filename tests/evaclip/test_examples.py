@@ -1,7 +1,11 @@
-"""Folders that the example scripts write, loaded as the programs load them that they are for."""
+"""The scripts in `examples`: folders for other programs, loaded as those do, and the life cycle of a model."""
 
 import json
+import re
 import runpy
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from lively_model import lively
 from PIL import Image
 
 from evaclip import get_tokenizer
+from evaclip.demo import emoji
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.transforms import EvalTransform
@@ -108,3 +113,40 @@ def test_models_without_a_place(program: str, options: dict[str, object], reason
     with pytest.raises(UserError, match=reason):
         write(program, lively(**options), tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "life_cycle" / "life_cycle.py"
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_chain_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+    """On 160 of the concepts, with narrow towers: all else is the example's own."""
+    concepts = emoji.load_concepts()[:160]
+    monkeypatch.setattr(emoji, "load_concepts", lambda skin_tones=False: concepts)
+    told = subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True, text=True).stdout
+    assert "--seeds" in told
+    spec = spec_from_file_location("life_cycle", SCRIPT)
+    script = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    script.TOWER |= {"width": 64, "heads": 2}
+    script.BATCH, script.LARGE_BATCH = 32, 128
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--seeds", "0", "--steps", "10"])
+    script.main()
+    first = capsys.readouterr().out
+    script.main()
+    again = capsys.readouterr().out
+    table = first[first.index("| what |") :]
+    rows = re.findall(r"^\| (.+) \| (zero-shot top-\d|top-\d) \| (\d+\.\d\d) \| - \|$", table, re.MULTILINE)
+    assert len(rows) == 16
+    assert again.endswith(table)
+    trained = re.compile(r"^step \d+/\d+  loss", re.MULTILINE)
+    assert len(trained.findall(first)) >= 8
+    assert not trained.search(again)
+    starts = [line for line in first.splitlines() if line.startswith("$ evaclip train")]
+    assert len(starts) == 11
+    assert "pretrained: runs/life/clip-0" in starts[1]
+    assert "model.pretrained_image=runs/life/mim-0" in starts[2]
+    assert "model.pretrained_image=runs/life/clip-from-mim-0" in starts[-1]
