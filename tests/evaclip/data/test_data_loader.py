@@ -13,6 +13,7 @@ import torch
 from data_samples import make_loader, number_tokens, number_transform, numbers, picture, sample, take
 
 from evaclip.data import TrainLoader, iterate, loader, open_source
+from evaclip.data.samples import decode_image
 from evaclip.data.shard_writer import write_shard
 from evaclip.data.workers import WorkerDied
 from evaclip.errors import UserError
@@ -28,6 +29,22 @@ def test_epoch_has_every_sample_once(shards):
     epochs = [numbers(batches[start : start + 8]) for start in (0, 8, 16)]
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("limit", "decoded"), [(2**26, 64), (64 * 8, 192)])
+def test_small_data_set_is_decoded_once(shards, monkeypatch, limit, decoded):
+    calls = []
+
+    def decode(*args):
+        calls.append(args)
+        return decode_image(*args)
+
+    expected = take(make_loader(open_source(shards)), 24)
+    monkeypatch.setattr(loader, "decode_image", decode)
+    monkeypatch.setattr(loader, "_KEPT_BYTES", limit)
+    batches = take(make_loader(open_source(shards)), 24)
+    assert len(calls) == decoded
+    assert all(torch.equal(one.images, other.images) for one, other in zip(expected, batches, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")

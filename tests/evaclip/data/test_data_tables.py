@@ -4,6 +4,9 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_samples import picture
@@ -239,6 +242,27 @@ def test_class_folder_change_is_noticed(class_folder):
     shutil.rmtree(class_folder / "b_b")
     os.utime(class_folder, ns=(0, 1))
     assert list(open_source(str(class_folder)).classes) == ["a", "c"]
+
+
+def test_class_folder_is_scanned_by_one_rank(class_folder, monkeypatch):
+    scanned = []
+    scandir = os.scandir
+    start = threading.Barrier(4)
+
+    def slow_scandir(path):
+        scanned.append(os.fspath(path))
+        time.sleep(0.02)  # the others come meanwhile
+        return scandir(path)
+
+    def rank(path):
+        start.wait()
+        return open_source(path)
+
+    monkeypatch.setattr(os, "scandir", slow_scandir)
+    with ThreadPoolExecutor(4) as ranks:
+        sources = list(ranks.map(rank, [str(class_folder)] * 4))
+    assert len({source.fingerprint for source in sources}) == 1
+    assert scanned.count(str(class_folder / "c")) == 1
 
 
 def test_synthetic_images_match_their_captions():

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,31 @@ def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / ROWS_FILE).write_text("no database at all, but long enough to be looked at" * 9)
     with pytest.raises(UserError, match="can't be read"):
         Store.open(tmp_path)
+
+
+def test_two_creators_make_one_store(tmp_path, monkeypatch):
+    """Where both did, what one adds would be in a database that the other has replaced."""
+    made, refused, real = [], [], store_module.replacing
+
+    def make():
+        try:
+            made.append(Store.create(tmp_path, {"dim": DIM}))
+        except UserError as exc:
+            refused.append(str(exc))
+
+    second = threading.Thread(target=make)
+
+    def slow(path):
+        if second.ident is None:
+            second.start()
+            second.join(0.5)
+        return real(path)
+
+    monkeypatch.setattr(store_module, "replacing", slow)
+    make()
+    second.join()
+    assert (len(made), len(refused)) == (1, 1)
+    assert "isn't an empty folder" in refused[0]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the API answers, whom, and what it refuses with which sentence."""
 
+import asyncio
 import base64
 import os
 import signal
@@ -18,7 +19,7 @@ from evaclip.commands.main import main
 from evaclip.commands.serve import KEY_VARIABLE
 from evaclip.runtime.store import Row, Store
 from evaclip.serve import create_app
-from evaclip.serve.limits import Limits
+from evaclip.serve.limits import Guard, Limits
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,31 @@ def _error(answer, status):
     (sentence,) = answer.json().values()
     assert sentence.endswith(".")
     return sentence
+
+
+def test_leaving_client_cancels_its_work():
+    state, scope = [], {"type": "http", "path": "/", "headers": []}
+
+    async def app(scope, receive, send):
+        state.append((await receive())["body"])
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            state.append("cancelled")
+            raise
+
+    async def run():
+        messages = [{"type": "http.request", "body": b"x", "more_body": False}, {"type": "http.disconnect"}]
+
+        async def receive():
+            await asyncio.sleep(0.01)
+            return messages.pop(0)
+
+        await Guard(app, Limits())(scope, receive, None)
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert state == [b"x", "cancelled"]
 
 
 def test_embeddings_are_those_of_the_encoder(client, encoder, pictures):

@@ -19,6 +19,8 @@ from torch import Tensor
 from evaclip.errors import UserError
 from evaclip.train import checkpoint
 from evaclip.train.checkpoint import Content, DamagedCheckpoint, NotWritten
+from evaclip.train.config import CheckpointConfig
+from evaclip.train.saver import Saver
 from evaclip.weights import find_weights
 
 
