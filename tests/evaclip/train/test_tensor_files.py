@@ -1,6 +1,7 @@
 """Each process writes its part and reads its part; who needs whole weights has them joined, once."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -164,6 +165,25 @@ def test_who_reads_weights_joins_them_once(sharded: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("joining the parts of") == 1
     assert sorted(path.name for path in sharded.iterdir() if path.is_file()) == ["meta.json", "model.safetensors"]
     checkpoint.read_meta(sharded)
+
+
+def test_two_readers_at_once_wait_for_one_join(sharded: Path) -> None:
+    joins = []
+
+    def slowly(*args: Any) -> None:
+        joins.append(args)
+        time.sleep(0.2)
+        original(*args)
+
+    original = parts.join
+    with patch.object(parts, "join", slowly):
+        threads = [threading.Thread(target=parts.joined, args=(sharded / "model.safetensors",)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(joins) == 1
+    assert_equal(sharded / "model.safetensors")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "changed", "missing"])
