@@ -7,7 +7,6 @@ from typing import Any
 
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.config import find_model
-from evaclip.train.overrides import parse_assignment
 from evaclip.train.tree import Tree, merge, nest
 
 
@@ -90,6 +89,8 @@ def _whole_number(key: str) -> Callable[[str], Tree]:
 
 def _optimizer_options(values: Sequence[str]) -> Tree:
     """`KEY=VALUE ...`, with YAML values."""
+    from evaclip.train.overrides import parse_assignment  # yaml belongs to the extra clip
+
     return reduce(merge, (parse_assignment(f"optim.options.{value}") for value in values), {})
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer as PeerTokenizer
-from small_options import OPTIONS
+from small_tasks import OPTIONS
 from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
