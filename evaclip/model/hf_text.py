@@ -76,7 +76,7 @@ class HFTextTower(Tower):
             kind = "an encoder-decoder" if encoder.is_encoder_decoder else "one without pad_token_id"
             raise UserError(f"text.hf_model_name must be an encoder with padding, got {config.hf_model_name!r}, {kind}")
         if "roberta" in encoder.model_type:
-            longest -= encoder.pad_token_id + 1  # its positions begin behind that of padding
+            longest -= encoder.pad_token_id + 1  # RoBERTa numbers positions from pad_token_id + 1
         if config.context_length > longest:
             raise UserError(f"text.context_length must be at most {longest}, got {config.context_length}")
         if config.hf_proj_type is None and width != embed_dim:

@@ -1,4 +1,4 @@
-"""A model whose ranks share the batches of an evaluation, and agree before each batch on whether to stop."""
+"""Share the batches of an evaluation among ranks, which agree before each batch on whether to stop."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, takewhile

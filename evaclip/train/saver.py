@@ -118,6 +118,7 @@ class _HostCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[str, Tensor] = {}
+        self._source: Content | None = None
         self._end: torch.cuda.Event | None = None
 
     def take(self, content: Content) -> Content:
@@ -128,6 +129,7 @@ class _HostCopies:
             parts = ("model", "ema", "moments", "state")
             copies = {part: self._copy(part, getattr(content, part)) for part in parts}
         if self._stream is not None:
+            self._source = content  # the allocator must not reuse memory that is still being copied
             self._end = self._stream.record_event()
         return replace(content, **copies)
 
@@ -140,6 +142,7 @@ class _HostCopies:
         """Makes the host wait for the copies."""
         if self._end is not None:
             self._end.synchronize()
+            self._source = None
 
     def _copy(self, key: str, value: Any) -> Any:
         """A copy of a tree; `key` is its path."""

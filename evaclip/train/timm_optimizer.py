@@ -96,8 +96,8 @@ class TimmOptimizer(torch.optim.Optimizer):
             for kind, value in state.items():
                 if not isinstance(value, Tensor | int | float | None):
                     raise UserError(
-                        f"optim.name must be an optimizer with tensors and numbers as its state, got {self._name}, "
-                        f"whose {kind} is a {type(value).__name__}"
+                        f"optim.name must be an optimizer with tensors and numbers as its state, got {self._name} "
+                        f"with {kind} as {type(value).__name__}"
                     )
                 if is_cut(parameter) and isinstance(value, Tensor):
                     # Checkpoints of any number of ranks hold shards of the parameter's shape, and whole numbers.

@@ -175,7 +175,7 @@ class _Block(AcceleratedModule):
 
 
 class Block(_Block):
-    """A block of ViT, with relative positions too, or of EVA, whose layer scales are parameters of the block."""
+    """A block of ViT, with or without relative positions, or of EVA, with layer scales as the block's parameters."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         scales = (self.gamma_1, self.gamma_2) if hasattr(self, "gamma_1") else (self.ls1, self.ls2)

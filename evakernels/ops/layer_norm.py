@@ -278,7 +278,7 @@ def _reasons(
 
 
 def _gpu_reasons(*, branch: Tensor | None = None, **tensors: Any) -> list[str]:
-    """Why GPU kernels don't support the branch's dtype with the residual's, in backward that of `x` or `dx`."""
+    """Why GPU kernels don't support this pair of branch and residual dtypes; backward gets `x` or `dx` as residual."""
     streams = (tensors.get(name) for name in ("residual", "x", "dx"))
     stream = next((tensor.dtype for tensor in streams if tensor is not None), None)
     if branch is None or stream in (None, branch.dtype, torch.float32):

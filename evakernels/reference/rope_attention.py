@@ -126,7 +126,7 @@ def rotation_tables(
 
 
 def is_compact(table: Tensor, head_dim: int) -> bool:
-    """Whether a table is that of a square grid's rows and columns, [2, G, D / 4]."""
+    """Whether a table holds rows and columns of a square grid, [2, G, D / 4]."""
     return table.dim() == 3 and table.shape[2] == head_dim // 4
 
 

@@ -1,4 +1,4 @@
-// Runs the launchers of csrc/cuda on buffers of its own, for NVIDIA's sanitizers and for the interpreter,
+// Runs the launchers of csrc/cuda on its own buffers, for NVIDIA's sanitizers and for the interpreter,
 // which report races and wrong accesses; the ops' tests compare results. Prints what is wrong; returns 1 if
 // anything is. Arguments name the families to drive; without any it drives all.
 #include "drive.h"

@@ -117,7 +117,7 @@ def test_small_logits_as_accurate_as_torch(dtype):
 
 @pytest.mark.cpu_only("its threads")
 def test_the_number_of_threads_does_not_change_a_bit():
-    """Gradients of features are products by torch, whose order of sums may depend on the number of threads."""
+    """Without gradients of features: torch's matmuls may sum in another order for another number of threads."""
     features = [F.normalize(randn(1043, 37, seed=s), dim=1).float() for s in (0, 1)]
 
     def losses():

@@ -35,7 +35,7 @@ if DEVICE.type == "cuda" or evakernels.triton.INTERPRETED:
 
 
 def record_calls():
-    """Returns arguments of a small call by op: that of the test files' cases with the most tensors, or a step."""
+    """Arguments of a small call by op: the case of the test files with the most tensors, or an optimizer step."""
     with Recorder() as recorder, evakernels.use_backend("reference"):
         for module in op_files().values():
             for case in getattr(module, "CASES", ()):

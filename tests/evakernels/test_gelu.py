@@ -69,7 +69,7 @@ def test_both_tails_are_as_accurate_as_torch(limits, dtype):
 @pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="of compiled kernels: torch's are less")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_rounded_once(dtype):
-    """Small values too, whose error is nothing relative to the largest: a CPU's polynomials cover the tail."""
+    """Relative errors of every 16-bit value: an error of a small value would not show next to the largest."""
     least = -6 if DEVICE.type == "cpu" and not _native.runs_gpu_kernels("cpu") else -3.5
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     x = x[(x > least) & (x < 1e4)]

@@ -46,7 +46,7 @@ def by_hand(variant, params, all_grads):
 @pytest.mark.parametrize("options", [{}, {"variant": "deepspeed"}], ids=["default", "deepspeed"])
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
 def test_lamb_equals_the_formula(size, options, dtype, tolerance):
-    """Also of parameters whose ratio DeepSpeed's form clips."""
+    """Includes parameters with a trust ratio that DeepSpeed's form clips."""
     params, all_grads = [size * param for param in tensors(0)], [tensors(seed) for seed in range(1, 6)]
     optimizer = optimizer_of([p.to(dtype) for p in params], Lamb, **options)
     for grads in all_grads:

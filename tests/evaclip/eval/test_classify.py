@@ -333,7 +333,7 @@ def picture(mode: str, size: tuple[int, int], seed: int) -> bytes:
 
 
 def write_folders(root: Path, classes: Sequence[str] = WNIDS, each: int = 2) -> Path:
-    """`each` pictures a class, called as those of ImageNet's validation set; their order is not that of the classes."""
+    """Write `each` images per class, named as in ImageNet's validation set, in another order than the classes."""
     for number in range(each * len(classes)):
         folder = root / classes[number % len(classes)]
         folder.mkdir(parents=True, exist_ok=True)

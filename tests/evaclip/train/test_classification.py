@@ -311,7 +311,7 @@ def test_mixup_is_a_convex_combination() -> None:
 
 
 def test_cutmix_is_a_rectangle_of_the_neighbour() -> None:
-    """And the labels' share is that of the pixels (Yun et al. 2019, equation 1)."""
+    """Labels are mixed in proportion to the pixels (Yun et al. 2019, equation 1)."""
     images, rows = pictures(), torch.arange(8)
     found, shares = mixed(cutmix=1.0, mix_mode="elem")
     neighbours, own = images[rows ^ 1], (found == images).all(1)

@@ -167,7 +167,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
         content = path.read_bytes()
         for expected in (b"my-run", b"train/loss", b"train/update_ratio_text", b"eval/top1", b"0.123"):
             assert expected in content, expected
-        # Nothing was sampled: what is no number is left out.
+        # Without samples the value is NaN, and the log leaves it out.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Spikes of the loss are told from noise, and the run goes back."""
+"""Loss spikes are distinguished from noise, and the run returns to a checkpoint."""
 
 import math
 import random

@@ -285,7 +285,7 @@ def restored_precision() -> Iterator[None]:
 
 @pytest.mark.parametrize(("precision", "rounded", "products"), [("highest", False, "ieee"), ("high", True, "tf32x3")])
 def test_float32_matmuls_have_one_precision(precision, rounded, products, restored_precision):
-    """Convolutions on a GPU round as other matmuls do; the loss has a precision of its own."""
+    """Convolutions on a GPU round as other matmuls do; the loss has its own precision."""
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = not rounded
     prepare(torch.device("cpu"), 0, LossConfig(products=products).products)

@@ -307,9 +307,9 @@ def write_scores(config: TrainConfig, folder: Path) -> None:
 
 
 def train_and_stop(config: TrainConfig) -> None:
-    """One of two processes, of which the second is told to stop in its last batch of the first evaluation."""
-    is_told = os.environ["RANK"] == "1"
-    with counting_batches(lambda: os.kill(os.getpid(), signal.SIGTERM), at=6 if is_told else -1):
+    """Train on one of two ranks; the second gets SIGTERM in its last batch of the first evaluation."""
+    is_second = os.environ["RANK"] == "1"
+    with counting_batches(lambda: os.kill(os.getpid(), signal.SIGTERM), at=6 if is_second else -1):
         outcome = train(config)
     assert (outcome.stopped_by, outcome.steps) == (143, 3)
 

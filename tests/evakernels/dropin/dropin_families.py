@@ -33,7 +33,7 @@ import evakernels
 
 @dataclass(frozen=True)
 class Family:
-    """`build` makes the model, `inputs(seed)` its arguments, `features` calls it; `ops` are what it then runs on."""
+    """`build` makes the model, `inputs(seed)` its arguments, `features` calls it; `ops` are the ops of that call."""
 
     build: Callable[[], nn.Module]
     ops: set[str]
@@ -62,7 +62,7 @@ def run(family: Family, model: nn.Module, seed: int) -> Tensor:
 
 
 def gradients(family: Family, model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Of a loss in which every feature has a weight of its own."""
+    """Gradients of a loss that weights every feature differently."""
     model.zero_grad()
     out = run(family, model, seed)
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(7))).sum().backward()
@@ -292,7 +292,7 @@ def _open_clip(
 
 
 def _eva() -> nn.Module:
-    """As EVA02-B-16: timm's tower, whose smallest is still too large, so another takes its place."""
+    """As EVA02-B-16, with a smaller tower in place of timm's, the smallest of which is too large for a test."""
     vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": "linear"}
     model = CustomTextCLIP(16, CLIPVisionCfg(**vision), CLIPTextCfg(**_CLIP_TEXT))
     model.visual.trunk = Eva(
