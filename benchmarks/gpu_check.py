@@ -72,7 +72,7 @@ def list_steps(device: str, out: Path) -> list[Step]:
     quick = ("--first", "2", "--dtype", "bfloat16")
     steps += [measure(f"times of {op}", 240, "op", op, *quick) for op in _OPS]
     steps += [measure("times of models", 600, "model"), measure("times of drop-in models", 600, "model", "dropin")]
-    steps += list(_sanitizer_steps())
+    steps += list(_sanitizer_steps(device))
     steps += [measure(f"all shapes of {op}", 600, "op", op, "--dtype", "bfloat16", "--dtype", "float32") for op in _OPS]
     steps.append(Step("tuning", (python, "-m", "evakernels.tuning", "run"), 1800))
     return steps
@@ -249,20 +249,16 @@ def conclude(steps: Sequence[Step], results: Sequence[dict[str, Any]], out: Path
     return FAILED if bad else OPEN if left else PASSED
 
 
-def _sanitizer_steps() -> Iterator[Step]:
-    """The launchers in a program without Python, alone and under NVIDIA's sanitizers."""
-    found = [BUNDLE / "drive_gpu", *ROOT.glob("build/*/drive_gpu")]
-    program = next((path for path in found if path.exists()), None)
+def _sanitizer_steps(device: str) -> Iterator[Step]:
+    """The launchers on buffers without spare memory, alone and under NVIDIA's sanitizers."""
+    program = sys.executable, str(ROOT / "tests/cuda/drive.py")
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     sanitizer = shutil.which("compute-sanitizer", path=path)
     for tool in ("", *_SANITIZERS):
         for family in _DRIVEN:
             prefix = (str(sanitizer), "--tool", tool, "--error-exitcode", "42") if tool else ()
-            missing = "no drive_gpu: `make gpu-bundle` compiles it" if program is None else ""
-            if tool and sanitizer is None:
-                missing = "no compute-sanitizer"
-            name = f"{tool or 'launchers'} of {family}"
-            yield Step(name, (*prefix, str(program), family), 60, missing)
+            missing = "no GPU" if device == "cpu" else "no compute-sanitizer" if tool and sanitizer is None else ""
+            yield Step(f"{tool or 'launchers'} of {family}", (*prefix, *program, family), 120, missing)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _overloads(given: Any) -> list[OpOverload]:
         accepted = f"one of its overloads, such as torch.ops.{given}.{given.overloads()[0]}"
     if not isinstance(given, str):
         found = given if isinstance(given, OpOverloadPacket) else _check.kind(given)
-        raise TypeError(f"checkpoint_policy: save has {found}; accepted: {accepted}")
+        raise TypeError(f"checkpoint_policy: save must be {accepted}, got {found}")
     try:
         names = backends.ops_of(given)
     except ValueError as exc:

@@ -36,7 +36,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
     if public is not None and (args or options):
         calls = _calls_of(public, args, options) or calls
     elif options:
-        raise TypeError(f"{name} takes the arguments of its schema by position, got {', '.join(options)}")
+        raise TypeError(f"{name}: arguments must be given by position, got {', '.join(options)}")
     return "\n".join(backends.report(*call) for call in calls)
 
 
@@ -62,7 +62,8 @@ def _calls_of(
     try:
         given = signature.bind_partial(*args, **options).arguments
     except TypeError as error:
-        raise TypeError(f"{public.__name__}: {error}; accepted: {', '.join(signature.parameters)}") from None
+        known = ", ".join(signature.parameters)
+        raise TypeError(f"{public.__name__}: arguments must be of {known}, {error}") from None
     if any(p.default is p.empty and name not in given for name, p in signature.parameters.items()):
         return []
     try:

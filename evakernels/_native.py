@@ -17,7 +17,6 @@ NAMESPACE = f"{backends.NAMESPACE}_native"
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "_ops.so"
 _BUILD_RECORD = _FOLDER / "_build.json"
-_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _DEVICES = {"cuda": "a GPU", "cpu": "a CPU"}
 
 
@@ -93,11 +92,10 @@ def _reasons(
 @cache
 def implemented(op_name: str, device_type: str) -> bool:
     """Whether the compiled library has a kernel for `<op_name>` on this type of device."""
-    key = _DISPATCH_KEYS.get(device_type.lower())
-    if not LOADED or key is None:
+    if not LOADED or device_type not in _DEVICES:
         return False
     try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op_name}", key)
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op_name}", device_type.upper())
     except RuntimeError:  # no such operator
         return False
 
@@ -111,7 +109,7 @@ def runs_gpu_kernels(device_type: str) -> bool:
 def why_not_on_gpu(index: int) -> str | None:
     """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
     if release := build_record().get("cuda_release"):
-        driver = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+        driver = driver_version() // 1000
         # A driver runs what later toolkits of its own major version link.
         if driver < int(release.partition(".")[0]):
             return f"the driver is for CUDA {driver}; the library was compiled with CUDA {release}: update the driver"
@@ -121,6 +119,12 @@ def why_not_on_gpu(index: int) -> str | None:
         return None
     found = ".".join(map(str, capability))
     return f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"
+
+
+def driver_version() -> int:
+    """The version of the CUDA driver, such as 12040 for 12.4; 0 under a torch for CPUs."""
+    query: Callable[[], int] = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
+    return query()
 
 
 def _runs_on(code: str, capability: tuple[int, int]) -> bool:

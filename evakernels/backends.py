@@ -98,7 +98,7 @@ def set_loss_products(kind: str) -> None:
     """
     global loss_products
     if kind not in LOSS_PRODUCTS:
-        raise ValueError(unknown("kind of products", kind, LOSS_PRODUCTS))
+        raise ValueError(unknown("kind", kind, LOSS_PRODUCTS))
     loss_products = kind
 
 
@@ -238,7 +238,7 @@ def ops_of(function: Any) -> tuple[str, ...]:
     family = next((name for name in _implementations if name.startswith(f"{function}_")), None)
     names = (function,) if function in _implementations else _functions.get(function) or ((family,) if family else ())
     if function in ("gradient_norm", "sample_token_index"):
-        raise ValueError(f"{function} is made of torch's own operators: no backend of this library serves it")
+        raise ValueError(f"op must be one with backends, got {function}, which is made of torch's own operators")
     if not names:
         public = {name.removesuffix("_forward") for name in _implementations if not name.endswith("_backward")}
         raise ValueError(unknown("op", function, sorted({*public, *_functions, *_implementations})))

@@ -36,7 +36,7 @@ def resolved(op: str, group: Group) -> dist.ProcessGroup | None:
     if group is False:
         return None
     if not initialized:
-        raise ValueError(f"{op}: group given, but torch.distributed is not initialized; call init_process_group first")
+        raise ValueError(f"{op}: group must be None or False before init_process_group, got {group!r}")
     return group
 
 
@@ -51,14 +51,13 @@ def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(
-            f"{op}: this process is not a member of group; accepted: a group that contains it, None for all processes, "
-            "False for this one alone"
+            f"{op}: group must contain this rank, or be None for all ranks or False for this one alone, got {group}"
         )
     world_size = dist.get_world_size(group)
     if world_size > 1 and is_transformed():
         raise RuntimeError(
-            f"{op}: over {world_size} processes there is a gradient alone, by torch.autograd; forward-mode "
-            "differentiation and functorch's transforms (torch.func) take group=False, this process alone"
+            f"{op}: group must be False, this rank alone, under forward-mode differentiation and functorch's "
+            f"transforms (torch.func), got {world_size} ranks"
         )
     return rank, world_size
 
@@ -77,14 +76,14 @@ def gather_rows(
     rank, world_size = rank_and_size(op, group)
     if counts is not None and (len(counts) != world_size or counts[rank] != len(rows)):
         raise ValueError(
-            f"{op}: counts are {list(counts)}; expected a number for each of {world_size} ranks, {len(rows)} for rank "
-            f"{rank}, as {name} has so many rows"
+            f"{op}: counts must be a number for each of {world_size} ranks, {len(rows)} for rank {rank} as {name} has "
+            f"rows, got {list(counts)}"
         )
     if world_size == 1:
         return rows, 0
     counts = _agreed_counts(op, name, rows, group) if counts is None else list(counts)
     if not any(counts):
-        raise ValueError(f"{op}: {name} has no rows on any of {world_size} ranks; expected a batch on one at least")
+        raise ValueError(f"{op}: {name} must have rows on one rank at least, got none on {world_size}")
     gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
     return gathered, sum(counts[:rank])
 
@@ -95,10 +94,10 @@ def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | 
     shapes, needing = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
-        raise ValueError(f"{op}: {name} has shape {listed}; expected rows of the same width on every rank")
+        raise ValueError(f"{op}: {name} must have the same width on every rank, got {listed}")
     if len(set(needing)) > 1 and any(shape[0] for shape in shapes):
         listed = ", ".join(str(rank) for rank, needed in enumerate(needing) if needed)
-        raise ValueError(f"{op}: {name} requires a gradient on rank {listed} alone; expected that on all ranks or none")
+        raise ValueError(f"{op}: {name} must require a gradient on all ranks or none, got rank {listed} alone")
     return [shape[0] for shape in shapes]
 
 

@@ -6,10 +6,10 @@ from difflib import get_close_matches
 _IGNORED = str.maketrans("", "", "-_ ")
 
 
-def unknown(kind: str, given: object, known: Iterable[str]) -> str:
-    """The message for a name that doesn't exist, with the nearest ones that do, or else with all."""
+def unknown(argument: str, given: object, known: Iterable[str]) -> str:
+    """The message for an argument that isn't one of the known names, with the nearest ones."""
     names = list(known)
-    return f"unknown {kind} {given!r}{hint(given, names) or '; known: ' + ', '.join(names)}"
+    return f"{argument} must be one of {', '.join(names)}, got {given!r}{hint(given, names)}"
 
 
 def hint(given: object, known: Iterable[str]) -> str:

@@ -4,7 +4,6 @@
 
 libraries/   _ops.so, _C.*.so and _build.json for that machine's Python and GPUs
 wheels/      packages that such a machine lacks, and of the peers as many as fit
-drive_gpu    the program that drives the launchers under NVIDIA's sanitizers
 csrc.sha256  hash of the sources that were compiled
 
 Neither torch nor Triton is packed. The environment of the build stays in build/gpu-bundle-tools.
@@ -38,7 +37,7 @@ WHOLE = ("pydantic", "ftfy", "psutil", "pyyaml")
 
 
 def pack_libraries(python: Path, archs: Sequence[str], target: Path) -> None:
-    """Compile the libraries and the driver program."""
+    """Compile the libraries."""
     os.environ["EVAKERNELS_CUDA_ARCHS"] = ",".join(archs)
     temporary = target / "wheel"
     temporary.mkdir()
@@ -49,12 +48,6 @@ def pack_libraries(python: Path, archs: Sequence[str], target: Path) -> None:
                 archive.extract(name, temporary)
     (temporary / "evakernels").rename(target / "libraries")
     shutil.rmtree(temporary)
-    build = ROOT / "build" / f"cmake-cpython-{python_version(python).replace('.', '')}"
-    cache = (build / "CMakeCache.txt").read_text()
-    cmake = re.search(r"^CMAKE_COMMAND:INTERNAL=(.*)$", cache, flags=re.MULTILINE)
-    assert cmake
-    wheel.run(cmake[1], "--build", build, "--target", "drive_gpu")
-    shutil.copy(build / "drive_gpu", target)
 
 
 def pack_wheels(python: Path, version: str, target: Path, room: int) -> None:

@@ -211,7 +211,7 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
     for module, name, weight in weights:
         in_int8 = int8(name) if callable(int8) else int8
         if isinstance(weight, FrozenWeight) and weight.is_int8 != in_int8:
-            raise ValueError(f"freeze: {name} is frozen {'in' if weight.is_int8 else 'not in'} int8; unfreeze it first")
+            raise ValueError(f"freeze: int8 must be {weight.is_int8} for the frozen {name}, got {in_int8}: unfreeze it")
         is_tied = of_all[weight] > of_linear[weight]
         if isinstance(weight, FrozenWeight) or is_tied or weight.dtype not in _frozen_dtypes(in_int8):
             continue

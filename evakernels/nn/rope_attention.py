@@ -39,7 +39,7 @@ class RotaryAttention(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"RotaryAttention: width is {width}; accepted: multiples of heads = {heads}")
+            raise ValueError(f"RotaryAttention: width must be a multiple of heads = {heads}, got {width}")
         self.heads, self.num_prefix, self.interleaved, self.causal = heads, num_prefix, interleaved, causal
         self.qkv = Linear(width, 3 * width, bias=qkv_bias, device=device, dtype=dtype)
         self.norm = LayerNorm(width, eps, device=device, dtype=dtype) if sub_ln else None
@@ -100,11 +100,11 @@ def axial_rope(
             square.
     """
     if grid_h < 1 or grid_w < 1:
-        raise ValueError(f"axial_rope: the grid is {grid_h} x {grid_w}; accepted: at least 1 x 1")
+        raise ValueError(f"axial_rope: grid_h and grid_w must be at least 1, got {grid_h} x {grid_w}")
     if head_dim < 4 or head_dim % 4:
-        raise ValueError(f"axial_rope: head_dim is {head_dim}; accepted: multiples of 4")
+        raise ValueError(f"axial_rope: head_dim must be a multiple of 4, got {head_dim}")
     if compact and grid_h != grid_w:
-        raise ValueError(f"axial_rope: the grid is {grid_h} x {grid_w}; a compact table takes a square one")
+        raise ValueError(f"axial_rope: compact must be False for a grid of {grid_h} x {grid_w}, got True")
     # float64, so that the tables don't depend on the device or the default dtype.
     pairs = torch.arange(head_dim // 4, dtype=torch.float64, device=device)
     frequencies = theta ** (-4 * pairs / head_dim)

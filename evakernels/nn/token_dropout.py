@@ -17,7 +17,7 @@ class PatchDropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"PatchDropout: rate is {rate}; accepted: 0 <= rate < 1")
+            raise ValueError(f"PatchDropout: rate must be from 0 to below 1, got {rate}")
         self.rate = rate
 
     def num_kept(self, num_patches: int) -> int:

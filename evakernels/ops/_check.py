@@ -1,4 +1,4 @@
-"""Argument checks that several ops share. Each error names the given and the accepted values."""
+"""Argument checks that several ops share. An error reads: `<argument> must be <accepted>, got <given>`."""
 
 import math
 from collections.abc import Sequence
@@ -30,26 +30,30 @@ def of_dtype(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None
         if not isinstance(tensor, Tensor):
             raise not_a_tensor(op, name, tensor)
         if tensor.dtype not in accepted:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {', '.join(map(str, accepted))}")
+            raise TypeError(f"{op}: {name} must be {_listed(accepted)}, got {tensor.dtype}")
+
+
+def _listed(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(map(str, dtypes))
 
 
 def not_a_tensor(op: str, name: str, value: Any) -> TypeError:
     """Returns the error for a value that isn't a tensor."""
     maker = _MAKERS.get(type(value).__name__)
     hint = f"; {maker} makes one" if maker else ""
-    return TypeError(f"{op}: {name} is {kind(value)}; accepted: a torch.Tensor{hint}")
+    return TypeError(f"{op}: {name} must be a torch.Tensor, got {kind(value)}{hint}")
 
 
 def number(op: str, name: str, value: Any, accepted: str) -> None:
     """Raises `TypeError` unless `value` is a number; `accepted` is for the message."""
     if not isinstance(value, _NUMBERS) and not isinstance(value, Real):
-        raise TypeError(f"{op}: {name} is {kind(value)}; accepted: {accepted}")
+        raise TypeError(f"{op}: {name} must be {accepted}, got {kind(value)}")
 
 
 def integer(op: str, name: str, value: Any, accepted: str) -> None:
     """Raises `TypeError` unless `value` is an integer."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
-        raise TypeError(f"{op}: {name} is {value!r}, {kind(value)}; accepted: an integer, {accepted}")
+        raise TypeError(f"{op}: {name} must be an integer, {accepted}, got {value!r}")
 
 
 def eps(op: str, value: float) -> float:
@@ -57,7 +61,7 @@ def eps(op: str, value: float) -> float:
     if type(value) is not float:
         number(op, "eps", value, EPS)
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"{op}: eps is {value}; accepted: {EPS}")
+        raise ValueError(f"{op}: eps must be {EPS}, got {value}")
     return value
 
 
@@ -65,11 +69,11 @@ def betas(op: str, values: Any) -> None:
     """Checks the decay rates of two moments."""
     accepted = "two numbers from 0 to below 1"
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
-        raise TypeError(f"{op}: betas is {values!r}; accepted: {accepted}")
+        raise TypeError(f"{op}: betas must be {accepted}, got {values!r}")
     for beta in values:
         number(op, "betas", beta, accepted)
     if not all(0.0 <= beta < 1.0 for beta in values):
-        raise ValueError(f"{op}: betas are {values}; accepted: {accepted}")
+        raise ValueError(f"{op}: betas must be {accepted}, got {values}")
 
 
 def scale(op: str, value: Any) -> None:
@@ -91,20 +95,19 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
     """Raises `ValueError` unless all tensors are on one device."""
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
-        raise ValueError(f"{op}: tensors on different devices: {found}")
+        raise ValueError(f"{op}: tensors must be on one device, got {found}")
 
 
 def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
-    """Raises `ValueError` unless `tensor` is None or has the shape `expected`; `meaning` names its dimensions."""
+    """Raises `ValueError` unless `tensor` is None or has the shape `expected`, such as `[C]` in `meaning`."""
     if tensor is not None and tensor.shape != expected:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {meaning} = {expected}")
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {expected}, got {tuple(tensor.shape)}")
 
 
 def out_dtype(op: str, dtype: Any) -> None:
     """Raises `TypeError` unless `dtype` is None or a dtype of the ops."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATS):
-        found = dtype if isinstance(dtype, torch.dtype) else f"{dtype!r}, {kind(dtype)}"
-        raise TypeError(f"{op}: out_dtype is {found}; accepted: {', '.join(map(str, FLOATS))}, or None for that of x")
+        raise TypeError(f"{op}: out_dtype must be None or {_listed(FLOATS)}, got {dtype!r}")
 
 
 def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **tensors: Tensor | None) -> None:
@@ -119,7 +122,7 @@ def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **
             raise not_a_tensor(op, name, tensor)
         if tensor.dtype not in accepted:
             listed = " or ".join(f"{dtype} ({why})" if why else str(dtype) for dtype, why in accepted.items())
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {listed}")
+            raise TypeError(f"{op}: {name} must be {listed}, got {tensor.dtype}")
 
 
 def in_one_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
@@ -133,18 +136,18 @@ def in_one_dtype(weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
 def heads(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Checks shapes, dtypes and devices of queries, keys and values; `layout` names the dimensions of the queries."""
     if q.dim() != layout.count(",") + 1 or q.shape[-1] == 0:
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected {layout} with D > 0")
+        raise ValueError(f"{op}: q must have shape {layout} with D > 0, got {tuple(q.shape)}")
     same_device(op, q=q, k=k, v=v)
     if k.dim() != q.dim() or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
         keys = layout.replace("N", "M").replace("H", "Hkv")
-        raise ValueError(f"{op}: k has shape {tuple(k.shape)}; expected {keys} with q {layout} = {tuple(q.shape)}")
+        raise ValueError(f"{op}: k must have shape {keys} for q {layout} = {tuple(q.shape)}, got {tuple(k.shape)}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"{op}: k has {kv_heads} heads and q has {heads}; accepted: a number that divides {heads}")
-    shape(op, "v", v, tuple(k.shape), "the shape of k")
+        raise ValueError(f"{op}: k must have a number of heads that divides the {heads} of q, got {kv_heads}")
+    shape(op, "v", v, tuple(k.shape), "k.shape")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; accepted: {q.dtype} (as q)")
+            raise TypeError(f"{op}: {name} must be {q.dtype} (as q), got {tensor.dtype}")
 
 
 def token_range(op: str, token_index: Tensor, num_tokens: int, *, lowest: int = 0, name: str = "token_index") -> None:
@@ -153,7 +156,7 @@ def token_range(op: str, token_index: Tensor, num_tokens: int, *, lowest: int = 
         return
     low, high = (int(bound) for bound in torch.aminmax(token_index))
     if low < lowest or high >= num_tokens:
-        raise IndexError(f"{op}: {name} has values from {low} to {high}; accepted: {lowest} to {num_tokens - 1}")
+        raise IndexError(f"{op}: {name} must be from {lowest} to {num_tokens - 1}, got {low} to {high}")
 
 
 def distinct_tokens(op: str, token_index: Tensor, num_tokens: int) -> None:
@@ -164,6 +167,4 @@ def distinct_tokens(op: str, token_index: Tensor, num_tokens: int) -> None:
     distinct = seen.sum(1)
     if bool((distinct < token_index.shape[1]).any()):
         sample = int(distinct.argmin())
-        raise IndexError(
-            f"{op}: token_index names a token twice in sample {sample}; the tokens of a sample are distinct"
-        )
+        raise IndexError(f"{op}: token_index must be distinct in each sample, got a token twice in sample {sample}")

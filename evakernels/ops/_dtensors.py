@@ -41,13 +41,13 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
     sharded = [arg for arg in given if isinstance(arg, DTensor)]
     if len(sharded) < len(given):
         raise TypeError(
-            f"{name}: {len(sharded)} of {len(given)} tensors are DTensors; accepted: all or none "
+            f"{name}: tensors must be all DTensors or none, got {len(sharded)} of {len(given)} "
             "(torch.distributed.tensor.distribute_tensor makes one of a plain tensor)"
         )
     first = args[rule.activations[0]]
     mesh, last = sharded[0].device_mesh, first.dim() - 1
     if any(arg.device_mesh != mesh for arg in sharded):
-        raise ValueError(f"{name}: the DTensors are of several meshes; accepted: of one")
+        raise ValueError(f"{name}: DTensors must be of one mesh, got several")
     cuttable = range(last) if rule.whole_rows(*args.values()) else range(last + 1)
 
     def of_activations(dimension: int) -> Any:
@@ -104,7 +104,7 @@ def groups_of(tensor: Tensor) -> tuple[Any, ...]:
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
-        raise TypeError(f"a DTensor is placed as {placements}; accepted: Shard and Replicate")
+        raise TypeError(f"placements of a DTensor must be Shard or Replicate, got {placements}")
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
 
 
@@ -121,7 +121,7 @@ def first_element_of(tensor: Tensor) -> int:
     if not cut or not tensor.numel():
         return 0
     if len(cut) > 1 or not placements[cut[0]].is_shard(0):
-        raise TypeError(f"a DTensor is placed as {placements}; accepted: cut once, along the first dimension")
+        raise TypeError(f"placements of a DTensor must cut once, along the first dimension, got {placements}")
     # As torch.chunk cuts it.
     rows: int = -(-tensor.shape[0] // mesh.size(cut[0])) * mesh.get_local_rank(cut[0])
     return min(rows, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])

@@ -17,7 +17,7 @@ def tensors(op: str, params: Tensors, steps: Tensors, betas: Any, eps: float, **
     for name, values in given.items():
         sequence(op, name, values)
     if not params:
-        raise ValueError(f"{op}: params is empty; expected at least one tensor")
+        raise ValueError(f"{op}: params must be at least one tensor, got none")
     _check.floating(op, **{"params[0]": params[0]})
     device = params[0].device
     for name, values in given.items():
@@ -30,9 +30,9 @@ def tensors(op: str, params: Tensors, steps: Tensors, betas: Any, eps: float, **
             label = f"{name}[{i}]"
             _check.floating(op, **{label: tensor})
             if tensor.layout != torch.strided:
-                raise TypeError(f"{op}: {label} is {tensor.layout}; accepted: dense tensors")
+                raise TypeError(f"{op}: {label} must be dense, got {tensor.layout}")
             _check.same_device(op, **{"params[0]": params[0], label: tensor})
-            _check.shape(op, label, tensor, tuple(param.shape), f"the shape of params[{i}]")
+            _check.shape(op, label, tensor, tuple(param.shape), f"params[{i}].shape")
     _check_steps(op, params, steps)
     _check.betas(op, betas)
     _check.eps(op, eps)
@@ -41,14 +41,14 @@ def tensors(op: str, params: Tensors, steps: Tensors, betas: Any, eps: float, **
 def sequence(op: str, name: str, values: Any) -> None:
     """Raises `TypeError` unless `values` is a sequence; tensors, arrays and strings aren't accepted."""
     if not isinstance(values, list | tuple) and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
-        raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list of tensors")
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {_check.kind(values)}")
 
 
 def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
     """Checks lists of one number for each of `params`."""
     for name, values in lists.items():
         if not hasattr(values, "__len__"):
-            raise TypeError(f"{op}: {name} is {_check.kind(values)}; accepted: a list, a number for each of params")
+            raise TypeError(f"{op}: {name} must be a number for each of params, got {_check.kind(values)}")
         _length(op, name, values, params)
 
 
@@ -57,19 +57,19 @@ def _check_steps(op: str, params: Tensors, given: Tensors) -> None:
     sequence(op, "steps", given)
     _length(op, "steps", given, params)
     if len(set(map(id, given))) < len(given):  # it would be incremented several times
-        raise ValueError(f"{op}: steps holds a tensor twice; expected one of its own for each of the params")
+        raise ValueError(f"{op}: steps must be a tensor of its own for each of params, got one twice")
     for i, step in enumerate(given):
         if not isinstance(step, Tensor):
             raise _check.not_a_tensor(op, f"steps[{i}]", step)
         if step.dtype != torch.float32 or step.dim() > 0:
-            raise TypeError(f"{op}: steps[{i}] is {step.dtype} {tuple(step.shape)}; accepted: 0-D float32 tensors")
+            raise TypeError(f"{op}: steps[{i}] must be 0-D float32, got {step.dtype} {tuple(step.shape)}")
         if step.device != params[0].device:
             _check.same_device(op, **{"params[0]": params[0], f"steps[{i}]": step})
 
 
 def _length(op: str, name: str, values: Sequence[Any], params: Tensors) -> None:
     if len(values) != len(params):
-        raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(params)} params")
+        raise ValueError(f"{op}: {name} must be one for each of {len(params)} params, got {len(values)}")
 
 
 def rounding(
@@ -78,16 +78,16 @@ def rounding(
     """Checks seeds and returns them with element numbers, by default 0; `params` must then be bfloat16."""
     if not seeds:
         if first_elements:
-            raise ValueError(f"{op}: first_elements are given without seeds; expected both, or seeds alone")
+            raise ValueError(f"{op}: first_elements must be empty without seeds, got {list(first_elements)}")
         return seeds, first_elements
     first_elements = first_elements or [0] * len(params)
     for name, values in {"seeds": seeds, "first_elements": first_elements}.items():
         _length(op, name, values, params)
         if not all(0 <= value < 1 << 63 for value in values):
-            raise ValueError(f"{op}: {name} are {list(values)}; expected numbers from 0 to below 2^63")
+            raise ValueError(f"{op}: {name} must be from 0 to below 2^63, got {list(values)}")
     for i, param in enumerate(params):
         if param.dtype != torch.bfloat16:
-            raise TypeError(f"{op}: params[{i}] is {param.dtype}; accepted with seeds: torch.bfloat16")
+            raise TypeError(f"{op}: params[{i}] must be torch.bfloat16 with seeds, got {param.dtype}")
     return seeds, first_elements
 
 
@@ -97,5 +97,5 @@ def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
         if flag is not None and not isinstance(flag, Tensor):
             raise _check.not_a_tensor(op, name, flag)
         if flag is not None and flag.numel() != 1:
-            raise ValueError(f"{op}: {name} has shape {tuple(flag.shape)}; expected one element")
+            raise ValueError(f"{op}: {name} must have one element, got shape {tuple(flag.shape)}")
     _check.same_device(op, **{"params[0]": param}, **given)

@@ -54,9 +54,9 @@ def contrastive_statistics(
     _check.integer(op, "offset", offset, "0 to B - m")
     spare = text.shape[0] - image.shape[0]
     if spare < 0:
-        raise ValueError(f"{op}: image has {image.shape[0]} rows and text {text.shape[0]}; expected m <= B")
+        raise ValueError(f"{op}: text must have m = {image.shape[0]} rows or more, got {text.shape[0]}")
     if not 0 <= offset <= spare:
-        raise ValueError(f"{op}: offset is {offset}; accepted: 0 to B - m = {spare}")
+        raise ValueError(f"{op}: offset must be 0 to B - m = {spare}, got {offset}")
     return _statistics((image, text, logit_scale), offset, memory_budget)
 
 
@@ -109,9 +109,9 @@ def clip_loss(
     _check.number(op, "label_smoothing", label_smoothing, "0 to 1")
     _check.number(op, "memory_budget", memory_budget, "a number of bytes, at least 0")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; accepted: 0 to 1")
+        raise ValueError(f"{op}: label_smoothing must be 0 to 1, got {label_smoothing}")
     if memory_budget < 0:
-        raise ValueError(f"{op}: memory_budget is {memory_budget}; accepted: at least 0")
+        raise ValueError(f"{op}: memory_budget must be at least 0, got {memory_budget}")
     text, offset = gather_rows(op, "text_features", text_features, group, counts)
     inputs = image_features, text, logit_scale
     if len(image_features):
@@ -215,7 +215,7 @@ class _GlobalLoss(torch.autograd.Function):
 def _check_batch(op: str, image: Tensor, text: Tensor, group: ProcessGroup | None) -> None:
     # A rank without a batch mustn't raise alone: the others would wait for it.
     _check_features(op, image, text, ("image_features", "text_features"), may_be_empty=rank_and_size(op, group)[1] > 1)
-    _check.shape(op, "text_features", text, tuple(image.shape), "the shape of image_features")
+    _check.shape(op, "text_features", text, tuple(image.shape), "image_features.shape")
 
 
 def _check_features(
@@ -225,17 +225,17 @@ def _check_features(
     _check.floating(op, **features)
     _check.same_device(op, **features)
     if image.dtype != text.dtype:
-        raise TypeError(f"{op}: {names[1]} is {text.dtype}; accepted: {image.dtype} (as {names[0]})")
+        raise TypeError(f"{op}: {names[1]} must be {image.dtype} (as {names[0]}), got {text.dtype}")
     for name, tensor in features.items():
         if tensor.dim() != 2 or (tensor.shape[0] == 0 and not may_be_empty):
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected [batch, D] with batch > 0")
-    _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[batch, D of {names[0]}]")
+            raise ValueError(f"{op}: {name} must have shape [b, D] with b > 0, got {tuple(tensor.shape)}")
+    _check.shape(op, names[1], text, (text.shape[0], image.shape[1]), f"[b, D of {names[0]}]")
 
 
 def _check_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
     _check.floating(op, **{name: scalar})
     if scalar.numel() != 1:
-        raise ValueError(f"{op}: {name} has shape {tuple(scalar.shape)}; expected one element")
+        raise ValueError(f"{op}: {name} must have one element, got shape {tuple(scalar.shape)}")
     _check.same_device(op, features=like, **{name: scalar})
     return scalar.reshape(())
 

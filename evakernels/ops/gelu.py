@@ -35,8 +35,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         torch.Size([2, 8])
     """
     if approximate not in reference.FORMS:
-        accepted = ", ".join(map(repr, reference.FORMS)) + names.hint(approximate, reference.FORMS)
-        raise ValueError(f"gelu: approximate is {approximate!r}; accepted: {accepted}")
+        raise ValueError(names.unknown("gelu: approximate", approximate, reference.FORMS))
     out: Tensor = _forward(x, bias, reference.FORMS.index(approximate))
     return out
 
@@ -45,7 +44,7 @@ def _check_call(x: Tensor, bias: Tensor | None, form: int) -> Any:
     op = "gelu"
     _check.floating(op, x=x)
     if x.dim() == 0:
-        raise ValueError(f"{op}: x is a scalar; expected [..., F]")
+        raise ValueError(f"{op}: x must have shape [..., F], got ()")
     _check.parameter_dtype(op, x, bias=bias)
     _check.same_device(op, x=x, bias=bias)
     _check.shape(op, "bias", bias, (x.shape[-1],), "[F]")

@@ -41,11 +41,11 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     op = "gradient_norm"
     _tensor_lists.sequence(op, "grads", grads)
     if not grads:
-        raise ValueError(f"{op}: grads is empty; expected at least one tensor")
+        raise ValueError(f"{op}: grads must be at least one tensor, got none")
     for i, grad in enumerate(grads):
         _check.floating(op, **{f"grads[{i}]": grad})
         if grad.layout != torch.strided:
-            raise TypeError(f"{op}: grads[{i}] is {grad.layout}; accepted: dense tensors")
+            raise TypeError(f"{op}: grads[{i}] must be dense, got {grad.layout}")
     dtype, device = accumulation_dtype(*grads), grads[0].device
     alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for grad in grads:

@@ -1,10 +1,11 @@
 """LAMB for all tensors of a model, whatever their groups: in one call, or in two between which norms are reduced."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .. import names
+from .. import _native, names
 from ..reference import accumulation_dtype
 from ..reference import lamb as reference
 from . import _check, _tensor_lists
@@ -148,17 +149,27 @@ def lamb_apply(
 def check_variant(op: str, variant: str) -> None:
     """Raises `ValueError` unless `variant` is one of `VARIANTS`."""
     if variant not in VARIANTS:
-        accepted = ", ".join(map(repr, VARIANTS)) + names.hint(variant, VARIANTS)
-        raise ValueError(f"{op}: variant is {variant!r}; accepted: {accepted}")
+        raise ValueError(names.unknown(f"{op}: variant", variant, VARIANTS))
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
+
+
+_OLDEST_DRIVER = 12010  # as in csrc/cuda/lamb.cu
+
+
+def _gpu_reasons(**_: Any) -> list[str]:
+    driver = _native.driver_version()
+    if driver == 0 or driver >= _OLDEST_DRIVER:
+        return []
+    return [f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}; the GPU kernels need 12.1: update it"]
 
 
 _update = define(
     reference.lamb_update,
     fake=lambda params, *rest: params[0].new_empty(len(params), 2, dtype=accumulation_dtype(*params)),
     mutates=("exp_avgs", "exp_avg_sqs", "steps"),
+    gpu_reasons=_gpu_reasons,
 )
-_apply = define(reference.lamb_apply, mutates=("params",))
-_step = define(reference.lamb_step, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"))
+_apply = define(reference.lamb_apply, mutates=("params",), gpu_reasons=_gpu_reasons)
+_step = define(reference.lamb_step, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"), gpu_reasons=_gpu_reasons)

@@ -220,10 +220,10 @@ def _check_joined(
         residual = residual.float() if out_dtype is None else residual
     weight, bias = _check_parameters(op, "residual", residual, weight, bias, out_dtype)
     if residual.dim() < 2:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected [B, ..., C]")
+        raise ValueError(f"{op}: residual must have shape [B, ..., C], got {tuple(residual.shape)}")
     scales = {"layer_scale": layer_scale, "row_scale": row_scale}
     _check.floating_or_none(op, **scales)
-    _check.shape(op, "branch", branch, tuple(residual.shape), "the shape of residual")
+    _check.shape(op, "branch", branch, tuple(residual.shape), "residual.shape")
     _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
     _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
@@ -235,7 +235,7 @@ def _check_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
     if eps is not None:
         return _check.eps(op, eps)
     if not rms:
-        raise TypeError(f"{op}: eps is None; accepted: {_check.EPS}")
+        raise TypeError(f"{op}: eps must be {_check.EPS}, got None")
     return torch.finfo(accumulation_dtype(x)).eps
 
 
@@ -243,9 +243,9 @@ def _check_parameters(
     op: str, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[Any, ...]:
     if x.dim() == 0:
-        raise ValueError(f"{op}: {name} is a scalar; expected [..., C]")
+        raise ValueError(f"{op}: {name} must have shape [..., C], got ()")
     if bias is not None and weight is None:
-        raise ValueError(f"{op}: bias without weight; give both or neither")
+        raise ValueError(f"{op}: bias must be None without weight, got {_check.kind(bias)}")
     _check.parameter_dtype(op, x, out_dtype, weight=weight, bias=bias)
     _check.shape(op, "weight", weight, (x.shape[-1],), "[C]")
     _check.shape(op, "bias", bias, (x.shape[-1],), "[C]")

@@ -13,7 +13,15 @@ from ..triton import head_reasons
 from . import _check
 from ._check import token_range
 from ._op import define, differentiable
-from .rope_attention import check_tables, gpu_reasons, gradients_fake, refuse_gradients, sum_shared_heads, table_rows
+from .rope_attention import (
+    check_tables,
+    given_heads,
+    gpu_reasons,
+    gradients_fake,
+    refuse_gradients,
+    sum_shared_heads,
+    table_rows,
+)
 
 
 @overload
@@ -115,12 +123,12 @@ def _grid_rows(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
     _check.floating(op, q=q)
     _check.of_dtype(op, (torch.int64,), positions=positions)
     if positions.shape[1] != 2:
-        raise ValueError(f"{op}: positions has shape {tuple(positions.shape)}; expected [T] or [T, 2]")
+        raise ValueError(f"{op}: positions must have shape [T] or [T, 2], got {tuple(positions.shape)}")
     if cos is None:
         return positions[:, 0]  # which the op refuses
     if not isinstance(cos, Tensor) or not q.dim() or not rope_attention.is_compact(cos, q.shape[-1]):
-        found = f"a table of shape {tuple(cos.shape)}" if isinstance(cos, Tensor) else _check.kind(cos)
-        raise ValueError(f"{op}: positions [T, 2] with {found}; they are for the compact table [2, G, D/4]")
+        found = tuple(cos.shape) if isinstance(cos, Tensor) else _check.kind(cos)
+        raise ValueError(f"{op}: cos must be the compact table [2, G, D/4] for positions [T, 2], got {found}")
     grid = cos.shape[1]
     y, x = positions.unbind(1)
     low, high = torch.minimum(y, x), torch.maximum(y, x)
@@ -137,25 +145,25 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any)
     _check.of_dtype(op, (torch.int32, torch.int64), cu_seqlens=cu_seqlens)
     _check.same_device(op, q=q, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:  # len would fix a size that a program leaves open
-        raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [B + 1]")
+        raise ValueError(f"{op}: cu_seqlens must have shape [B + 1], got {tuple(cu_seqlens.shape)}")
     _check.integer(op, "max_seqlen", max_seqlen, "at least 0")
     _check.scale(op, scale)
     if max_seqlen < 0:
-        raise ValueError(f"{op}: max_seqlen is {max_seqlen}; accepted: at least 0")
+        raise ValueError(f"{op}: max_seqlen must be at least 0, got {max_seqlen}")
     sequences, total = cu_seqlens.shape[0] - 1, q.shape[0]
     if isinstance(total, int) and isinstance(sequences, int) and total > sequences * max_seqlen:
         raise ValueError(
-            f"{op}: {total} tokens in {sequences} sequences; accepted: at most max_seqlen = {max_seqlen} in each"
+            f"{op}: max_seqlen must be the longest sequence, got {max_seqlen} for {total} tokens in {sequences} of them"
         )
     if positions is not None:
         if cos is None:
-            raise ValueError(f"{op}: positions without cos and sin; they select rows of these tables")
+            raise ValueError(f"{op}: positions must be None without cos and sin, got {_check.kind(positions)}")
         _check.of_dtype(op, (torch.int64,), positions=positions)
         _check.same_device(op, q=q, positions=positions)
         _check.shape(op, "positions", positions, (q.shape[0],), "[T] or [T, 2] with T")
     check_tables(op, q, k, cos, sin)
     if cos is not None and positions is None and (rows := table_rows(cos, q.shape[-1])) < max_seqlen:
-        raise ValueError(f"{op}: cos has {rows} rows and max_seqlen is {max_seqlen}; accepted: as many rows, or more")
+        raise ValueError(f"{op}: cos must have max_seqlen = {max_seqlen} rows or more, got {rows}")
     options = max_seqlen, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
     return q, k, v, cu_seqlens, cos, sin, positions, *options
 
@@ -177,17 +185,17 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: An
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != q.shape[0]:
-        raise ValueError(f"{op}: cu_seqlens go from {first} to {last}; expected 0 to T = {q.shape[0]}")
+        raise ValueError(f"{op}: cu_seqlens must be from 0 to T = {q.shape[0]}, got {first} to {last}")
     if len(cu_seqlens) > 1:
         shortest, longest = (int(bound) for bound in torch.aminmax(cu_seqlens.diff()))
         if shortest < 0 or longest > max_seqlen:
-            found = f"the sequences have lengths from {shortest} to {longest}"
-            raise ValueError(f"{op}: {found}; accepted: 0 to max_seqlen = {max_seqlen}")
+            bounds = f"0 to max_seqlen = {max_seqlen}"
+            raise ValueError(f"{op}: lengths in cu_seqlens must be {bounds}, got {shortest} to {longest}")
 
 
 def _gpu_reasons(*, max_seqlen: int = 0, **tensors: Any) -> list[str]:
-    given = [x for name in ("dout", "q", "k") if (x := tensors.get(name)) is not None]
-    return gpu_reasons(given, min(max_seqlen, len(given[0]))) if given[0].dim() == 3 else []
+    given = given_heads(tensors)
+    return gpu_reasons(given, min(max_seqlen, len(given[0])), tensors.get("cos")) if given[0].dim() == 3 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ MAX_PREFIX = 16
 """Maximum number of unrotated tokens (class token and registers) before the patches."""
 
 _MAX_GPU_TOKENS, _MAX_GPU_HEAD_DIM = 4096, 128  # as in csrc/include/rope_attention.h
-_MAX_GPU_STRIDE = (1 << 29) - 1  # as in csrc/cuda/attention_plan.h
+_MAX_GPU_ELEMENTS = (1 << 29) - 1
 
 
 @overload
@@ -157,16 +157,15 @@ def _check_rotation(
     op, (batch, tokens) = "rope_attention", k.shape[:2]
     _check.integer(op, "num_prefix", num_prefix, f"0 to {MAX_PREFIX}")
     if not 0 <= num_prefix <= MAX_PREFIX or (cos is not None and num_prefix > tokens):
-        raise ValueError(f"{op}: num_prefix is {num_prefix}; accepted: 0 to {MAX_PREFIX}, and at most M = {tokens}")
+        raise ValueError(f"{op}: num_prefix must be 0 to {MAX_PREFIX}, at most M = {tokens}, got {num_prefix}")
     if token_index is not None:
         if cos is None and sin is None:
-            raise ValueError(f"{op}: token_index without cos and sin; it selects rows of these tables")
+            raise ValueError(f"{op}: token_index must be None without cos and sin, got {_check.kind(token_index)}")
         _check.of_dtype(op, (torch.int64,), token_index=token_index)
     if cos is not None and q.shape[1] != tokens and (causal or q.shape[1] > num_prefix):
         raise ValueError(
-            f"{op}: cos and sin with {q.shape[1]} queries and {tokens} keys{', causal' * causal}; accepted: as many of "
-            f"each, or queries of the num_prefix = {num_prefix} first tokens, not causal; or rotate them beforehand "
-            "and give no tables"
+            f"{op}: q must have the tokens of k with cos and sin, or the num_prefix = {num_prefix} first, not causal, "
+            f"got {q.shape[1]} and {tokens}{', causal' * causal}: rotate q and k beforehand"
         )
     patches = tokens - num_prefix
     if not check_tables(op, q, k, cos, sin, patches if token_index is None else None):
@@ -184,10 +183,10 @@ def check_tables(
         return False
     if cos is None or sin is None:
         given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
-        raise ValueError(f"{op}: {given} without {missing}; give both or neither")
+        raise ValueError(f"{op}: {missing} must be a tensor, as {given} is one, got None")
     heads, head_dim = q.shape[-2:]
     if head_dim % 2:
-        raise ValueError(f"{op}: head_dim {head_dim} is odd; a rotation needs pairs of channels")
+        raise ValueError(f"{op}: head_dim must be even with cos and sin, got {head_dim}")
     _check.floating(op, cos=cos, sin=sin)
     _check.same_device(op, q=q, cos=cos, sin=sin)
     lines = cos.shape[-2] if cos.dim() >= 2 else cos.numel()
@@ -198,22 +197,23 @@ def check_tables(
         _check.shape(op, "cos", cos, (heads, rows, head_dim // 2), "[H, P, D/2]")
         if k.shape[-2] != heads:
             raise ValueError(
-                f"{op}: cos has a table for each of {heads} heads and k has {k.shape[-2]}; heads that share keys share "
-                "a table, [P, D/2]"
+                f"{op}: cos must be one table [P, D/2] for heads that share keys, got {heads} for {k.shape[-2]} of k"
             )
     else:
         _check.shape(op, "cos", cos, (rows, head_dim // 2), "[P, D/2]")
-    _check.shape(op, "sin", sin, tuple(cos.shape), "the shape of cos")
+    _check.shape(op, "sin", sin, tuple(cos.shape), "cos.shape")
     return True
 
 
 def _check_compact(op: str, cos: Tensor, patches: int | None, head_dim: int) -> None:
     grid = cos.shape[1]
     if head_dim % 4:
-        raise ValueError(f"{op}: head_dim {head_dim} has no compact table; it takes multiples of 4")
+        raise ValueError(f"{op}: head_dim must be a multiple of 4 with a compact table in cos, got {head_dim}")
     _check.shape(op, "cos", cos, (2, grid, head_dim // 4), "[2, G, D/4]")
     if patches is not None and patches != grid * grid:
-        raise ValueError(f"{op}: the compact table is of {grid} x {grid} patches; given: N - num_prefix = {patches}")
+        raise ValueError(
+            f"{op}: cos must be a compact table of N - num_prefix = {patches} patches, got one of {grid} x {grid}"
+        )
 
 
 def table_rows(cos: Tensor, head_dim: int) -> int:
@@ -244,11 +244,13 @@ def _check_values(
         token_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
 
 
-def gpu_reasons(heads: list[Tensor], longest: int) -> list[str]:
+def gpu_reasons(heads: list[Tensor], longest: int, cos: Tensor | None) -> list[str]:
     """Why the GPU kernels don't support sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
     q, found, head_dim = heads[0], [], heads[0].shape[-1]
-    if (apart := max(x.stride(-3) for x in heads)) > _MAX_GPU_STRIDE:
-        found.append(f"tokens are {apart} elements apart; the GPU kernels serve up to {_MAX_GPU_STRIDE}")
+    if (apart := max(q.shape[-2] * head_dim, *(x.stride(-3) for x in heads))) > _MAX_GPU_ELEMENTS:
+        found.append(f"tokens are {apart} elements apart; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
+    if cos is not None and (size := table_rows(cos, head_dim) * head_dim // 2) > _MAX_GPU_ELEMENTS:
+        found.append(f"a table of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
     if q.dtype == torch.float32:
         found.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")
     if longest > _MAX_GPU_TOKENS:
@@ -259,14 +261,19 @@ def gpu_reasons(heads: list[Tensor], longest: int) -> list[str]:
 
 
 def _gpu_reasons(**tensors: Any) -> list[str]:
-    given = [x for name in ("dout", "q", "k") if (x := tensors.get(name)) is not None]
-    return gpu_reasons(given, max(x.shape[1] for x in given)) if given[0].dim() == 4 else []
+    given = given_heads(tensors)
+    return gpu_reasons(given, max(x.shape[1] for x in given), tensors.get("cos")) if given[0].dim() == 4 else []
+
+
+def given_heads(tensors: dict[str, Any]) -> list[Tensor]:
+    """Heads `[..., H, D]` among the arguments of an op, the gradient or the queries first."""
+    return [x for name in ("dout", "q", "k", "v", "out") if (x := tensors.get(name)) is not None]
 
 
 def refuse_gradients(op: str, *tables: Tensor | None) -> None:
     """Raises `ValueError` for tables that require a gradient."""
     if any(table is not None and table.requires_grad for table in tables):
-        raise ValueError(f"{op}: cos or sin requires a gradient, but the tables get none; pass them detached")
+        raise ValueError(f"{op}: cos and sin must not require a gradient, got one that does: pass them detached")
 
 
 def sum_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

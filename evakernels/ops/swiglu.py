@@ -45,14 +45,14 @@ def _check_call(gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias:
     op = "swiglu"
     _check.floating(op, gate=gate, up=up)
     if gate.dim() == 0:
-        raise ValueError(f"{op}: gate is a scalar; expected [..., F]")
+        raise ValueError(f"{op}: gate must have shape [..., F], got ()")
     if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{op}: norm_bias without norm_weight; give both or neither")
+        raise ValueError(f"{op}: norm_bias must be None without norm_weight, got {_check.kind(norm_bias)}")
     if up.dtype != gate.dtype:
-        raise TypeError(f"{op}: up is {up.dtype}; accepted: {gate.dtype} (as gate)")
+        raise TypeError(f"{op}: up must be {gate.dtype} (as gate), got {up.dtype}")
     _check.parameter_dtype(op, gate, norm_weight=norm_weight, norm_bias=norm_bias)
     _check.same_device(op, gate=gate, up=up, norm_weight=norm_weight, norm_bias=norm_bias)
-    _check.shape(op, "up", up, tuple(gate.shape), "the shape of gate")
+    _check.shape(op, "up", up, tuple(gate.shape), "gate.shape")
     _check.shape(op, "norm_weight", norm_weight, (gate.shape[-1],), "[F]")
     _check.shape(op, "norm_bias", norm_bias, (gate.shape[-1],), "[F]")
     return gate, up, *_check.in_one_dtype(norm_weight, norm_bias), _check.eps(op, eps)

@@ -71,7 +71,7 @@ def sample_token_index(
         torch.Size([2, 98])
     """
     if not 1 <= num_keep <= num_tokens:
-        raise ValueError(f"sample_token_index: num_keep is {num_keep}; accepted: 1 to num_tokens = {num_tokens}")
+        raise ValueError(f"sample_token_index: num_keep must be 1 to num_tokens = {num_tokens}, got {num_keep}")
     if device is None and generator is not None:
         device = generator.device
     keys = torch.rand(batch, num_tokens, generator=generator, device=device)
@@ -85,7 +85,7 @@ def _check_call(patches: Tensor, token_index: Tensor | None, prefix: Tensor | No
     if token_index is not None:
         _check.of_dtype(op, (torch.int64,), token_index=token_index)
     if patches.dim() != 3:
-        raise ValueError(f"{op}: patches has shape {tuple(patches.shape)}; expected [B, N, C]")
+        raise ValueError(f"{op}: patches must have shape [B, N, C], got {tuple(patches.shape)}")
     batch, num_tokens, channels = patches.shape
     _check.same_device(op, patches=patches, token_index=token_index, prefix=prefix, pos_embed=pos_embed)
     if token_index is not None:

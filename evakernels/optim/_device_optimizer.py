@@ -102,17 +102,17 @@ class DeviceOptimizer(Optimizer):
         name = type(self).__name__
         for option in _REFUSED:
             if options.get(option):
-                raise ValueError(f"{name}: {option} is {options[option]}; accepted: False")
+                raise ValueError(f"{name}: {option} must be False, got {options[option]}")
         for option in ("lr", "eps", "weight_decay"):
             if isinstance(options[option], Tensor):
                 _check_tensor(name, option, options[option])
             else:
                 _check.number(name, option, options[option], "0 or more")
             if not options[option] >= 0.0:
-                raise ValueError(f"{name}: {option} is {options[option]}; accepted: 0 or more")
+                raise ValueError(f"{name}: {option} must be 0 or more, got {options[option]}")
         _check.betas(name, options["betas"])
         if not 0 <= options.get("seed", 0) < 1 << 31:
-            raise ValueError(f"{name}: seed is {options['seed']}; accepted: a number from 0 to below 2^31")
+            raise ValueError(f"{name}: seed must be from 0 to below 2^31, got {options['seed']}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
@@ -125,16 +125,15 @@ class DeviceOptimizer(Optimizer):
                 self.param_groups.pop()
                 name = added.get("param_names", {number: f"parameter {number} of a group"})[number]
                 raise ValueError(
-                    f"{type(self).__name__}: {name} of shape {tuple(param.shape)} is expanded, with strides "
-                    f"{param.stride()}: several of its elements are one number; accepted: a tensor of its own, as "
-                    "clone() makes it"
+                    f"{type(self).__name__}: {name} must not be expanded, got shape {tuple(param.shape)} with strides "
+                    f"{param.stride()}: clone() makes a tensor whose elements are all in memory"
                 )
         others = {param.dtype for param in added["params"]} - {torch.bfloat16}
         if added.get("stochastic_rounding") and others:
             self.param_groups.pop()
             raise TypeError(
-                f"{type(self).__name__}: stochastic_rounding is for parameters of torch.bfloat16, and these are "
-                f"{', '.join(sorted(map(str, others)))}; set stochastic_rounding=False in their group"
+                f"{type(self).__name__}: stochastic_rounding must be False in groups of other dtypes than "
+                f"torch.bfloat16, got True with {', '.join(sorted(map(str, others)))}"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -152,7 +151,7 @@ class DeviceOptimizer(Optimizer):
         for saved in state_dict["state"].values():
             if saved and not saved.keys() >= _STATE:
                 accepted = ", ".join(sorted(_STATE))
-                raise ValueError(f"{type(self).__name__}: a state of {', '.join(saved)}; accepted: {accepted}")
+                raise ValueError(f"{type(self).__name__}: state must be {accepted}, got {', '.join(saved)}")
         groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
         for own, group in zip(self.param_groups, groups, strict=False):
             self.check_options({**self.defaults, **own, **group})
@@ -242,11 +241,11 @@ class DeviceOptimizer(Optimizer):
 
 def _check_tensor(name: str, option: str, value: Tensor) -> None:
     if option != "lr":
-        raise TypeError(f"{name}: {option} is a tensor; accepted: a number")
+        raise TypeError(f"{name}: {option} must be a number, got a tensor")
     if value.numel() != 1 or value.device.type != "cpu":
         raise TypeError(
-            f"{name}: lr is a tensor of shape {tuple(value.shape)} on {value.device}; accepted: a number, or a tensor "
-            "of one element on the CPU, as the host would wait at every step to read one elsewhere"
+            f"{name}: lr must be a number or a tensor of one element on the CPU, got shape {tuple(value.shape)} on "
+            f"{value.device}"
         )
 
 

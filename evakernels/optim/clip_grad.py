@@ -59,8 +59,7 @@ def clip_grad_norm_(
     norm = gradient_norm(grads)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
-            f"clip_grad_norm_: the norm of the gradients is {norm.item()}, so they cannot be clipped; accepted with "
-            "error_if_nonfinite: a finite one"
+            f"clip_grad_norm_: the norm of the gradients must be finite with error_if_nonfinite, got {norm.item()}"
         )
     factor = (max_norm / (norm + _SMALL)).clamp(max=1.0)
     alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)

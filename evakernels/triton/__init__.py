@@ -6,6 +6,7 @@ tensors, by an interpreter of their PTX, for tests.
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -31,6 +32,9 @@ MAX_SWIGLU_WIDTH = 1 << 12
 
 MAX_HEAD_DIM = 128
 """Channels of a head in registers."""
+
+_MAX_TABLE = (1 << 31) - 1
+"""Elements of a head's rotary table, for 32-bit offsets."""
 
 _OLDEST_GPU = (8, 0)
 _FAMILY_OF: dict[str, str] = {}
@@ -100,11 +104,13 @@ def row_reasons(rows: Tensor, limit: int = MAX_WIDTH) -> list[str]:
     return [f"rows of {rows.shape[-1]} channels are longer than {limit}"] if rows.shape[-1] > limit else []
 
 
-def head_reasons(heads: Tensor, /, *, scale: float | None = None, **_: Any) -> list[str]:
-    """Why the kernels don't support this head dimension or scale."""
+def head_reasons(heads: Tensor, /, *, scale: float | None = None, cos: Tensor | None = None, **_: Any) -> list[str]:
+    """Why the kernels don't support this head dimension, scale or rotary table."""
     head_dim, found = heads.shape[-1], []
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
     if scale is not None and not scale > 0:
         found.append(f"scale {scale} is not positive")
+    if cos is not None and (size := math.prod(cos.shape[-2:])) > _MAX_TABLE:
+        found.append(f"a table of {size} elements is larger than {_MAX_TABLE}")
     return found

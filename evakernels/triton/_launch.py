@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,14 +14,15 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's GPU; 3 on a CPU, so that programs of small interpreted tests loop."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 3 of a CPU, so that programs of small interpreted tests loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def persistent_programs(tensor: Tensor, tiles: int, num_warps: int) -> int:
     """Programs that loop over all tiles: 16 warps a multiprocessor, as many as run with 128 registers a thread."""
-    return min(tiles, multiprocessors(tensor) * max(1, 16 // num_warps))
+    return min(tiles, multiprocessors(tensor.device) * max(1, 16 // num_warps))
 
 
 def partial_sums(programs: int, parameter: Tensor | None, wanted: bool) -> Tensor | None:

@@ -12,6 +12,10 @@ from evakernels.optim import AdamW
 SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32 = (torch.float32,) * 4
+MIXES = [
+    (a, b, DTYPES[(i + j) % 3], DTYPES[(i + 2 * j) % 3]) for i, a in enumerate(DTYPES) for j, b in enumerate(DTYPES)
+]
+"""Dtypes of four lists of tensors, with all pairs of dtypes in any two lists."""
 # Around the CPU kernel's block (1,024) and chunk (16,384), of which the GPU's (8,192) is a half; and nothing at all.
 SIZES = [1, 7, 37, 0, 1024, 1061, 16384, 3 * 16384 + 5]
 BUFFERS = ("params", "grads", "exp_avgs", "exp_avg_sqs")

@@ -20,7 +20,7 @@ class Fault:
     """A change of one line.
 
     Attributes:
-        report: part of the driver's error message.
+        report: part of the error message.
         change: expression in the line and the one that replaces it; None: the whole statement is skipped.
         unless: C++ condition under which the statement is executed after all.
         tag: tag of the line; "": the fault's own name.
@@ -111,7 +111,7 @@ def units() -> dict[str, str]:
     return {name: COMPILED_IN.get(file, file) for name, file in found.items()}
 
 
-def driver_of(unit: str) -> str:
-    """The driver family that runs a source file."""
+def family_of(unit: str) -> str:
+    """The family of tests/cuda/drive.py that runs a source file."""
     families = ("gelu", "lamb", "rope_attention", "swiglu", "token_dropout")
     return next((family for family in families if unit.startswith(family)), "norms")

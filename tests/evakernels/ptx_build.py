@@ -47,14 +47,14 @@ def gxx() -> str | None:
 
 
 def build_planted(folder: Path) -> None:
-    """Builds `folder/drive.so`, the driver with all faults; each applies when it is requested."""
+    """Builds `folder/_ops.so`, the library with all faults; each applies when it is requested."""
     files = changed_files()
     changed = folder / "csrc/cuda"
     changed.mkdir(parents=True)
     for file, text in files.items():
         (changed / file).write_text(text)
     (folder / "planted.h").write_text(DECLARATION)
-    listing = [tool("ninja"), "-t", "commands", "ptx_drive"]
+    listing = [tool("ninja"), "-t", "commands", "ptx_ops"]
     commands = subprocess.run(listing, cwd=BUILD, capture_output=True, text=True, check=True).stdout.splitlines()
     objects = {}
     for unit in sorted(set(units().values())):
@@ -69,5 +69,5 @@ def build_planted(folder: Path) -> None:
         objects[true] = faulty
     linking = shlex.split(commands[-1])
     linking = [objects.get(word, word) for word in linking if word not in (":", "&&")]
-    linking[linking.index("-o") + 1] = str(folder / "drive.so")
+    linking[linking.index("-o") + 1] = str(folder / "_ops.so")
     call(linking, BUILD)

@@ -1,4 +1,3 @@
-import re
 import subprocess
 import sys
 import warnings
@@ -56,7 +55,7 @@ def test_forced_backend_raises_with_all_reasons(calls):
 def test_overrides_end_with_their_block(calls):
     x = torch.ones(2, 4)
     with evakernels.use_backend("cpu"):
-        with pytest.raises(ValueError, match="bias without weight"), evakernels.use_backend("reference"):
+        with pytest.raises(ValueError, match="bias"), evakernels.use_backend("reference"):
             evakernels.layer_norm(evakernels.layer_norm(x), bias=x)
         evakernels.layer_norm(x)
     with evakernels.use_backend("reference"), evakernels.use_backend("cpu"):
@@ -125,6 +124,18 @@ def test_gpu_that_the_build_lacks_is_refused(capability, driver, build, runs, mo
     assert len(reasons) == (not runs)
 
 
+@pytest.mark.parametrize(("driver", "count"), [(12000, 1), (12010, 0), (13000, 0)])
+def test_lamb_old_driver_is_a_reason(driver, count, monkeypatch):
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
+    monkeypatch.setattr(_native, "why_not_on_gpu", lambda index: None)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    for op in ("lamb_update", "lamb_apply", "lamb_step"):
+        reasons = backends.why_not(op, "cuda", [on_a_gpu()])
+        assert len(reasons) == count
+        assert all("driver" in reason for reason in reasons)
+
+
 def test_error_without_any_backend_lists_all():
     refusing = {
         backend: backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
@@ -188,17 +199,17 @@ def forced(name):
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "given", "known"),
     [
-        (evakernels.explain, "unknown op 'Rope-Attention'; did you mean 'rope_attention'?"),
-        (evakernels.explain, "unknown op 'softmax'; known: adamw_update, "),
-        (forced, "unknown backend 'Cpu'; did you mean 'cpu'?"),
-        (lambda name: backends.register(OP, name, lambda: None), "unknown backend 'quantum'; known: cuda, triton, cpu"),
+        (evakernels.explain, "Rope-Attention", "'rope_attention'"),
+        (evakernels.explain, "softmax", "adamw_update"),
+        (forced, "Cpu", "'cpu'"),
+        (lambda name: backends.register(OP, name, lambda: None), "quantum", "cuda"),
     ],
 )
-def test_unknown_name_error_lists_known_names(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        call(message.split("'")[1])
+def test_unknown_name_error_lists_known_names(call, given, known):
+    with pytest.raises(ValueError, match=f"(op|backend) must be .*{known}"):
+        call(given)
 
 
 def test_plain_calls_bypass_the_dispatcher():

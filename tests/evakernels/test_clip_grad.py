@@ -70,7 +70,7 @@ def test_nonfinite_norm_raises_on_request(value):
     given = parameters(torch.float32)
     given[0].grad[0, 0] = value
     before = given[2].grad.clone()
-    with pytest.raises(RuntimeError, match=f"clip_grad_norm_: the norm of the gradients is {value}"):
+    with pytest.raises(RuntimeError, match="clip_grad_norm_: the norm of the gradients"):
         OURS(given, 1.0, error_if_nonfinite=True)
     assert torch.equal(given[2].grad, before)
     assert not OURS(given, 1.0).isfinite()

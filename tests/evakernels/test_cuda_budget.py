@@ -1,7 +1,6 @@
 """nvcc compiles every GPU kernel for each GPU within its budget of registers, and with vectorised memory accesses."""
 
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,10 +63,3 @@ def test_kernels_are_within_budget() -> None:
     if tool is None:
         pytest.skip("registers and shared memory are within the budget; no cuobjdump to look at memory accesses")
     check_accesses(budget.measure_accesses(tool), same_compiler, remedy)
-
-
-def test_gpu_driver_links_and_runs() -> None:
-    """Without a GPU it stops at its first allocation."""
-    budget.build("drive_gpu")
-    result = subprocess.run([budget.BUILD / "drive_gpu", "gelu"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0 or "cudaMallocManaged: " in result.stdout, result

@@ -210,5 +210,5 @@ def test_apexs_optimizers(ranks, name):
 
 def test_what_does_not_fit_together_is_named(ranks):
     for rank in ranks:
-        assert "TypeError: layer_norm: 1 of 2 tensors are DTensors; accepted: all or none" in rank["plain"]
-        assert "ValueError: layer_norm: the DTensors are of several meshes" in rank["meshes"]
+        assert "TypeError: layer_norm: tensors must be all DTensors" in rank["plain"]
+        assert "ValueError: layer_norm: DTensors must be of one mesh" in rank["meshes"]

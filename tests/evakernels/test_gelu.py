@@ -42,6 +42,7 @@ CASES = [
 CASES += [pytest.param(pair("none"), inputs(True, rows), id=f"no rows-{rows}") for rows in ((0,), (2, 0))]
 CASES += [pytest.param(pair("none"), inputs(bias, (3,), 0), id=f"no columns{'-bias' * bias}") for bias in (True, False)]
 TRANSFORMED = ["none-bias", "tanh", "sigmoid"]
+QUICK = {"test_compiles_without_graph_break": TRANSFORMED}
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 
 

@@ -270,7 +270,7 @@ ONE = [nn.Parameter(torch.ones(3))]
         (ValueError, "differentiable", ONE, {"differentiable": True}),
         (TypeError, "stochastic_rounding", ONE, {"stochastic_rounding": True}),
         (ValueError, "parameter 1 of a group", [*ONE, nn.Parameter(torch.ones(1).expand(3))], {}),
-        (ValueError, "b of shape", [("b", torch.ones(1, 2).expand(3, 2))], {}),
+        (ValueError, "b must", [("b", torch.ones(1, 2).expand(3, 2))], {}),
         (ValueError, "seed", ONE, {"seed": -1}),
     ],
 )
@@ -283,7 +283,7 @@ def test_wrong_option_is_named(kind, exception, name, params, options):
 def test_the_state_of_another_optimizer_is_refused(kind):
     other = optimizer_of(tensors(0), lambda groups, betas, eps: torch.optim.SGD(groups, momentum=0.9))
     step(other, tensors(1))
-    with pytest.raises(ValueError, match="a state of momentum_buffer; accepted: exp_avg, exp_avg_sq, step"):
+    with pytest.raises(ValueError, match="state must be"):
         kind(other.param_groups).load_state_dict(other.state_dict())
 
 
@@ -305,5 +305,5 @@ def test_wrong_gradient_or_parameter_is_named(kind, name, param, grad):
 def test_what_one_optimizer_alone_refuses():
     with pytest.raises(ValueError, match="AdamW: amsgrad"):
         AdamW(ONE).load_state_dict(torch.optim.AdamW(ONE, amsgrad=True).state_dict())
-    with pytest.raises(ValueError, match=r"variant is .*did you mean 'nvlamb'"):
+    with pytest.raises(ValueError, match="variant must be"):
         Lamb(ONE, variant="nvlam")

@@ -1,11 +1,15 @@
 """The ops' own tests on other builds and backends: clang, sanitizers, every instruction set, the references."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from op_suite import CHOICE, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
+from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
 
 import evakernels
 
@@ -82,3 +86,28 @@ def test_instruction_set(isa: str) -> None:
 def test_reference() -> None:
     # Some tests are of the kernels' own tiles and polynomials.
     run_ops("with evakernels.use_backend('reference')", choice=f"({CHOICE}) and not several_tiles and not 16_bits")
+
+
+def test_no_op_test_mixes_devices() -> None:
+    """On the meta device every comparison fails, but no op reports tensors of two devices."""
+    ops = {"contrastive", "gelu", "layer_norm", "packed_attention", "rope_attention", "swiglu"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "--device",
+        "meta",
+        "--tb",
+        "line",
+    ]
+    command += ["-k", "(accurate or error_rule) and not dtype0 and not dtype2", *(f"test_{op}.py" for op in ops)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}  # room for the errors
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert set(re.findall(r"^FAILED test_(\w+)\.py.*meta tensor", done.stdout, re.M)) == ops
+    mixed = r"^(?:E|/).*(?:on cpu|device cpu|cpu and meta|meta and cpu|cpu, meta).*"
+    assert not re.findall(mixed, done.stdout, re.M)

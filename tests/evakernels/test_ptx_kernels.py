@@ -1,7 +1,7 @@
 """GPU kernels as compiled by nvcc and Triton: ptx_interpreter runs their PTX on the CPU, under the ops' own tests.
 
 Races, uninitialised reads, accesses out of bounds or misaligned, copies without a wait and uneven barriers fail the op.
-The driver program of tests/cuda runs on them as well, also with planted faults, which it must report.
+tests/cuda/drive.py runs on them as well, also with planted faults, which must be reported.
 """
 
 import json
@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 
 import pytest
 from op_suite import CHOICE, ROOT, copy_with_library, run_ops
-from planted_faults import FAULTS, NUMBERS, REQUESTED, driver_of, units
+from planted_faults import FAULTS, NUMBERS, REQUESTED, family_of, units
 from ptx_build import BUILD, budget, build_allocations, build_planted, gxx
 
 from evakernels.triton import FAMILIES
@@ -86,7 +86,7 @@ def served(made_once: Callable[..., Path]) -> Environment:
 
 @pytest.fixture(scope="module")
 def built(made_once: Callable[..., Path]) -> Path:
-    """Folder of the library and the driver."""
+    """Folder of the library and the Python module."""
     made_once("ptx", lambda folder: budget.build("ptx"))
     return BUILD / "ptx"
 
@@ -265,16 +265,17 @@ def test_kernel_rejects_wrong_indices(printed: Callable[..., str]) -> None:
     assert all("token_index is out of range" in line for line in lines[:2])
 
 
-# --- the program that drives the launchers -------------------------------------------------------------------------
+# --- the launchers on buffers without spare memory ------------------------------------------------------------------
 
 
 @pytest.fixture
-def complaint(served: Environment) -> Callable[..., str]:
-    """The driver's error output; "" on success."""
+def complaint(built: Path, served: Environment, tmp_path: Path) -> Callable[..., str]:
+    """The error output of tests/cuda/drive.py on a library; "" on success."""
 
-    def run(driver: Path, capability: int, *families: str, **environment: str) -> str:
-        command = [sys.executable, ROOT / "tests/cuda/drive.py", driver, str(capability), *families]
-        variables = os.environ | served(**environment)
+    def run(library: Path, capability: int, *families: str, **environment: str) -> str:
+        tests = copy_with_library(tmp_path, library, *built.glob("_C*.so"))
+        command = [sys.executable, ROOT / "tests/cuda/drive.py", "--interpret", str(capability), *families]
+        variables = os.environ | served(tests.parent, **environment)
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
         return "" if result.returncode == 0 else f"exit code {result.returncode}: {result.stdout}{result.stderr}"
 
@@ -283,22 +284,21 @@ def complaint(served: Environment) -> Callable[..., str]:
 
 @needs_nvcc
 @pytest.mark.parametrize("capability", SHARED_KB)
-def test_driver_passes(built: Path, complaint: Callable[..., str], capability: int) -> None:
-    assert complaint(built / "drive.so", capability) == ""
+def test_launchers_pass(built: Path, complaint: Callable[..., str], capability: int) -> None:
+    assert complaint(built / "_ops.so", capability) == ""
 
 
 @pytest.fixture(scope="module")
 def planted(built: Path, made_once: Callable[..., Path]) -> Path:
-    """The driver with all faults."""
-    return made_once("ptx-planted", build_planted) / "drive.so"
+    """The library with all faults."""
+    return made_once("ptx-planted", build_planted) / "_ops.so"
 
 
 @needs_nvcc
 @pytest.mark.xdist_group("planted ptx")
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_reported(planted: Path, complaint: Callable[..., str], name: str) -> None:
-    requested = {REQUESTED: str(NUMBERS[name]), "EVAKERNELS_FIRST_COMPLAINT": "1"}
-    report = complaint(planted, 80, driver_of(units()[name]), **requested)
+    report = complaint(planted, 80, family_of(units()[name]), **{REQUESTED: str(NUMBERS[name])})
     assert FAULTS[name].report in report, report
 
 
@@ -335,5 +335,20 @@ def test_triton_widths(served: Environment, capability: int) -> None:
 
 
 @needs_triton
-def test_triton_edges() -> None:
-    run_ops(choice="test_", ops=["triton_edges"], PYTHONPATH=str(ROOT), TRITON_PTX="1")
+def test_triton_wrong_index_gives_nan() -> None:
+    """Rows of a wrong index aren't loaded."""
+    code = """if True:
+        import torch
+        from benchmarks.audit.count import launch_of, served, spans_of
+        from evakernels.triton import launcher
+        patches = torch.ones(2, 4, 8)
+        with served("sm_90", "triton") as reports:
+            for wrong in (-1, 4):
+                reports.clear()
+                index = torch.tensor([[0, 3], [1, wrong]])
+                out = launcher("token_dropout_forward")(patches, index, None, torch.ones(4, 8))
+                (launch,) = (launch_of(report, spans_of({"patches": [patches]})) for report in reports)
+                assert out[1, 1].isnan().all() and out.isnan().sum() == 8
+                assert launch.loads["patches"].touched == 3  # each row is a sector of 32 bytes
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

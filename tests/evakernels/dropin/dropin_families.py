@@ -106,6 +106,7 @@ def _timm(kind: type[nn.Module], *ops: str, **options: Any) -> Family:
 
 
 _ROPE = {"use_rot_pos_emb": True}
+_DINOV3 = {**_ROPE, "rope_type": "dinov3", "rope_rotate_half": True}
 _EVA02 = {**_ROPE, "mlp_ratio": 8 / 3, "swiglu_mlp": True, "ref_feat_shape": (16, 16)}
 
 TIMM = {
@@ -115,26 +116,8 @@ TIMM = {
     ),
     "eva02-packed": _timm(Eva, SWIGLU, **_EVA02, scale_attn_inner=True, init_values=0.5),
     "eva-post-norm": _timm(Eva, "layer_norm_add", **_ROPE, use_post_norm=True, drop_path_rate=0.2),
-    "dinov3": _timm(
-        Eva,
-        **_ROPE,
-        rope_type="dinov3",
-        rope_rotate_half=True,
-        init_values=0.5,
-        qkv_bias=False,
-        num_reg_tokens=4,
-        use_abs_pos_emb=False,
-    ),
-    "dinov3-gated": _timm(
-        Eva,
-        SWIGLU,
-        **_ROPE,
-        rope_type="dinov3",
-        rope_rotate_half=True,
-        swiglu_mlp=True,
-        swiglu_align_to=8,
-        init_values=0.5,
-    ),
+    "dinov3": _timm(Eva, **_DINOV3, init_values=0.5, qkv_bias=False, num_reg_tokens=4, use_abs_pos_emb=False),
+    "dinov3-gated": _timm(Eva, SWIGLU, **_DINOV3, swiglu_mlp=True, swiglu_align_to=8, init_values=0.5),
     "perception-encoder": _timm(
         Eva,
         **_ROPE,
@@ -145,16 +128,7 @@ TIMM = {
         global_pool="map",
         init_values=0.5,
     ),
-    "rope-grouped": _timm(
-        Eva,
-        **_ROPE,
-        attn_type="rope",
-        rope_type="dinov3",
-        rope_rotate_half=True,
-        qkv_fused=False,
-        num_kv_heads=1,
-        qk_norm=True,
-    ),
+    "rope-grouped": _timm(Eva, **_DINOV3, attn_type="rope", qkv_fused=False, num_kv_heads=1, qk_norm=True),
     "rope-mixed": _timm(Eva, **_ROPE, attn_type="rope", rope_type="mixed", qk_norm=True),
     "vit": _timm(
         VisionTransformer, "token_dropout", init_values=0.5, drop_path_rate=0.3, patch_drop_rate=0.4, reg_tokens=2
@@ -216,29 +190,24 @@ def _transformers(build: Callable[[], nn.Module], ops: set[str], inputs: Any, fe
 
 
 _NORMS = {"layer_norm", "add_layer_norm"}
+_ENCODER = {*_NORMS, "rope_attention", "gelu"}
 
 TRANSFORMERS = {
     "clip": _transformers(
         lambda: CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=16)),
-        {*_NORMS, "rope_attention", "gelu"},
+        _ENCODER,
         _pair,
         _embeddings,
     ),
     "siglip": _transformers(
-        lambda: SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=_VISION)),
-        {*_NORMS, "rope_attention", "gelu"},
-        _pair,
-        _embeddings,
+        lambda: SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=_VISION)), _ENCODER, _pair, _embeddings
     ),
     "siglip2": _transformers(
-        lambda: Siglip2Model(Siglip2Config(text_config=_TEXT, vision_config=_NAFLEX)),
-        {*_NORMS, "rope_attention", "gelu"},
-        _patches,
-        _embeddings,
+        lambda: Siglip2Model(Siglip2Config(text_config=_TEXT, vision_config=_NAFLEX)), _ENCODER, _patches, _embeddings
     ),
     "dinov3-vit": _transformers(
         lambda: DINOv3ViTModel(DINOv3ViTConfig(**_VISION, num_register_tokens=2, drop_path_rate=0.2)),
-        {*_NORMS, "rope_attention", "gelu"},
+        _ENCODER,
         lambda seed: {"pixel_values": _pixels(seed)},
     ),
     "dinov3-vit-gated": _transformers(
