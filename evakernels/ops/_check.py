@@ -15,7 +15,7 @@ _MAKERS = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torc
 
 
 def floating(op: str, **tensors: Any) -> None:
-    """Checks tensors with a floating-point dtype of the ops."""
+    """Raises `TypeError` unless each tensor has a floating-point dtype of the ops."""
     of_dtype(op, FLOATS, **tensors)
 
 
@@ -104,7 +104,7 @@ def out_dtype(op: str, dtype: Any) -> None:
     """Raises `TypeError` unless `dtype` is None or a dtype of the ops."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATS):
         found = dtype if isinstance(dtype, torch.dtype) else f"{dtype!r}, {kind(dtype)}"
-        raise TypeError(f"{op}: out_dtype is {found}; accepted: {', '.join(map(str, FLOATS))}, or None for that of x")
+        raise TypeError(f"{op}: out_dtype must be one of {', '.join(map(str, FLOATS))} or None, got {found}")
 
 
 def parameter_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None = None, **tensors: Tensor | None) -> None:

@@ -126,8 +126,7 @@ class DeviceOptimizer(Optimizer):
                 name = added.get("param_names", {number: f"parameter {number} of a group"})[number]
                 raise ValueError(
                     f"{type(self).__name__}: {name} of shape {tuple(param.shape)} is expanded, with strides "
-                    f"{param.stride()}: several of its elements are one number; accepted: a tensor of its own, as "
-                    "clone() makes it"
+                    f"{param.stride()}: elements share memory; clone() makes a tensor without shared memory"
                 )
         others = {param.dtype for param in added["params"]} - {torch.bfloat16}
         if added.get("stochastic_rounding") and others:
