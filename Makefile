@@ -3,7 +3,7 @@
 # make test-all     that, and the exhaustive proofs: compiled GPU kernels, interpreted, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
-# make gpu-check    on a machine with a GPU, without a network: proves and measures it (docs/gpu-check.md)
+# make gpu-check    on a machine with a GPU, without a network: proves and measures it (docs/gpu-proofs.md)
 # make gpu-bundle   what that needs there, in one folder: GPU_PYTHON=3.12 GPU_ARCHS=90
 #
 # Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library; these

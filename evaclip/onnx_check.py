@@ -178,7 +178,7 @@ def _outcome(probe: Probe, path: Path, provider: str) -> Outcome:
         embeddings = np.concatenate([run(inputs[:1]), run(inputs)])
     except UserError:
         raise
-    except Exception as exc:  # providers raise their own errors for graphs that they can't run
+    except Exception as exc:  # each provider has another exception class for unsupported graphs
         return Outcome(provider, float("nan"), False, f"can't run it: {' '.join(str(exc).split())[:200]}")
     cosine, apart = agreement(embeddings[1:], probe.expected)
     alone, _ = agreement(embeddings[:1], probe.expected[:1])

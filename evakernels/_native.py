@@ -110,7 +110,7 @@ def why_not_on_gpu(index: int) -> str | None:
     """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
     if release := build_record().get("cuda_release"):
         driver = driver_version() // 1000
-        # A driver runs what later toolkits of its own major version link.
+        # A driver runs programs of later toolkits of the same major version.
         if driver < int(release.partition(".")[0]):
             return f"the driver is for CUDA {driver}; the library was compiled with CUDA {release}: update the driver"
     codes: list[str] = build_record().get("cuda_codes") or []

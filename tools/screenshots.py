@@ -1,4 +1,4 @@
-"""Makes the pictures of README.md and docs/serve.md, of a server that has the store of `evaclip demo`:
+"""Makes the pictures of README.md and docs/search.md, of a server that has the store of `evaclip demo`:
 
 python tools/screenshots.py http://127.0.0.1:8000 docs
 """

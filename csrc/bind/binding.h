@@ -47,8 +47,8 @@ template <auto Cuda, class Params>
 void call_launcher(const char* op, const Params& params, cuda::Scratch& scratch, cuda::Stream stream) {
   if constexpr (requires { params.shape.branch_dtype; }) {
     const DType dtype = params.shape.dtype, branch = params.shape.branch_dtype;
-    require(gpu_serves(dtype, branch), op, ": branch is ", name_of(branch), " beside ", name_of(dtype),
-            "; kernels for GPUs take the same dtype, or any beside float32");
+    require(gpu_serves(dtype, branch), op, ": branch must be ", name_of(dtype),
+            " on a GPU, or of any dtype with a float32 residual, got ", name_of(branch));
   }
   if constexpr (std::is_invocable_v<decltype(Cuda), const Params&, cuda::Stream>) {
     raise_if_any(op, Cuda(params, stream));

@@ -157,7 +157,7 @@ float32 of one element, or None.)");
       m, lamb_apply, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "squared_norms"_a, "lrs"_a,
       "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
       "found_inf"_a = py::none(), "seeds"_a = Numbers{}, "first_elements"_a = Numbers{},
-      "Takes the step of the parameters in place. Arrays as for lamb_update, whose squared_norms it reads.");
+      "Takes the step of the parameters in place. Arrays as for lamb_update; squared_norms are read.");
   EVAKERNELS_OP(m, lamb_step, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "lrs"_a,
                 "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
                 "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "seeds"_a = Numbers{},

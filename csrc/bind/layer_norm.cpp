@@ -9,8 +9,8 @@ namespace {
 // y: the output or its gradient.
 void require_norm_serves(const Array& x, const Array& y) {
   require_sizes(y, x.sizes);
-  require(norm_serves(x.dtype, y.dtype), y.name, " is ", name_of(y.dtype), " beside ", name_of(x.dtype),
-          "; the kernels take the same dtype, or 16 bits beside float32");
+  require(norm_serves(x.dtype, y.dtype), y.name, " must be ", name_of(x.dtype), " or float32, got ",
+          name_of(y.dtype));
 }
 
 void layer_norm_forward(Call& call, Input x_in, OptionalInput weight_in, OptionalInput bias_in, Output y_out,
@@ -79,8 +79,8 @@ EVAKERNELS_OPS(layer_norm, m) {
                 "eps"_a = 1e-6, "rms"_a = false,
                 R"(Writes y, mean and rstd of x [..., width].
 
-y: of x's dtype, or 16 bits beside float32, either way. weight, bias: [width] of x's or y's dtype or float32, or
-None. mean, rstd: float32, one element a row; mean may be None if rms.)");
+y: of x's dtype, or one of x and y has 16 bits and the other is float32. weight, bias: [width] of x's or y's dtype or
+float32, or None. mean, rstd: float32, one element a row; mean may be None if rms.)");
   EVAKERNELS_OP(m, layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "dx"_a, "dweight"_a,
                 "dbias"_a, py::kw_only(), "rms"_a = false,
                 R"(Writes dx, and dweight and dbias unless None.

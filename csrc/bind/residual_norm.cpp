@@ -59,9 +59,9 @@ ResidualNormShape norm_shape(const Array& x, const Array& branch, const Array& y
 ResidualNormShape add_norm_shape(const Array& x, const Array& branch, const Array& y, bool rms) {
   const ResidualNormShape shape = norm_shape(x, branch, y, rms);
   require_sizes(y, x.sizes);
-  require(add_norm_serves(shape), y.name, " is ", name_of(y.dtype), " beside ", name_of(x.dtype),
-          " and a branch of ", name_of(branch.dtype),
-          "; the kernels take the residual's dtype, or beside a float32 residual the branch's");
+  require(add_norm_serves(shape), y.name, " must be ", name_of(x.dtype),
+          ", or the branch's dtype with a float32 residual, got ", name_of(y.dtype), " with a branch of ",
+          name_of(branch.dtype));
   return shape;
 }
 
@@ -184,14 +184,14 @@ EVAKERNELS_OPS(residual_norm, m) {
       R"(Writes x = residual + layer_scale * row_scale * branch, y = norm(x), and mean and rstd of x's rows.
 
 residual, branch: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32. x: of residual's
-dtype, as y, which beside a float32 residual may be of branch's. weight, bias, layer_scale: [C]; row_scale: [B]; each
-of any dtype or None. mean, rstd: as for layer_norm_forward.)");
+dtype. y: of residual's dtype, or of branch's with a float32 residual. weight, bias, layer_scale: [C]; row_scale: [B];
+each of any dtype or None. mean, rstd: as for layer_norm_forward.)");
   EVAKERNELS_OP(m, add_layer_norm_backward, "dy"_a, "dx"_a, "x"_a, "branch"_a, "weight"_a, "layer_scale"_a,
                 "row_scale"_a, "mean"_a, "rstd"_a, "dresidual"_a, "dbranch"_a, "dweight"_a, "dbias"_a,
                 "dlayer_scale"_a, py::kw_only(), "rms"_a = false,
                 R"(Writes dresidual, and dbranch, dweight, dbias and dlayer_scale unless None.
 
-dx: the gradient that reaches x beside that of the norm. branch: read only for dlayer_scale.)");
+dx: the gradient of x without the part through the norm. branch: read only for dlayer_scale.)");
   EVAKERNELS_OP(
       m, layer_norm_add_forward, "residual"_a, "branch"_a, "weight"_a, "bias"_a, "layer_scale"_a,
       "row_scale"_a, "x"_a, "mean"_a, "rstd"_a, py::kw_only(), "eps"_a = 1e-6, "rms"_a = false,

@@ -99,7 +99,7 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, last"
     )
     flags = fill(" ".join(alias.flag for alias in aliases.ALIASES), 110, break_on_hyphens=False)
-    group = parser.add_argument_group("options of open_clip and EVA-CLIP, see docs/start/open-clip.md", flags)
+    group = parser.add_argument_group("options of open_clip and EVA-CLIP, see docs/open-clip.md", flags)
     for alias in aliases.ALIASES:
         takes: dict[str, Any] = (
             {"nargs": "*" if alias.many else None} if alias.takes_value else {"action": "store_true"}

@@ -143,7 +143,7 @@ def loaded_image(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _faults(name: str) -> Iterator[None]:
-    """Turns Pillow's exceptions on a sample's file into BadSample."""
+    """Raises BadSample for errors of Pillow and its decoders in a sample's file."""
     try:
         yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:

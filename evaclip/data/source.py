@@ -49,7 +49,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """The sample's name for messages: file, or shard and key."""
+        """Name of the sample in messages: file, or shard and key."""
 
     def place(self, index: int) -> tuple[str, str]:
         """The file that holds a sample (shard, table or image) and its key there; "" if unknown."""

@@ -273,7 +273,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RealResult:
-    """Accuracies by reassessed labels, any of which counts, over the images that have any."""
+    """Accuracies by reassessed labels. Any label of an image counts; images without labels are left out."""
 
     samples: int
     top1: float

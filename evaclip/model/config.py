@@ -190,7 +190,7 @@ class TextConfig:
 
     Attributes:
         hf_model_name: folder, or name on the Hugging Face hub, of the encoder, such as `xlm-roberta-base`.
-        hf_tokenizer_name: the same of its tokenizer; None for that of `hf_model_name`.
+        hf_tokenizer_name: folder or name of the tokenizer; None for the tokenizer of `hf_model_name`.
         hf_model_pretrained: start from the weights of `hf_model_name`, where no weights of the whole model are given.
         hf_pooler_type: mean or maximum over tokens, the first token (`cls_pooler`: after the encoder's own pooling
             layer), or the last token.
@@ -415,7 +415,7 @@ def _check_heads(part: str, width: int, heads: int) -> None:
 
 @dataclass(frozen=True)
 class Savings:
-    """Options that save work and memory. Embeddings and gradients stay equal up to rounding; see docs/savings.md.
+    """Options that save work and memory. Embeddings and gradients stay equal up to rounding; see docs/scale.md.
 
     Attributes:
         pack_text: run the text tower without padding. Has no effect in a graph of `torch.compile`, where shapes would

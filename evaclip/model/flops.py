@@ -18,7 +18,7 @@ def flops_per_sample(
     Args:
         config: the model's configuration.
         token_keep: share of the patches that patch dropout keeps.
-        savings: memory options; see docs/savings.md for the effect of each.
+        savings: memory options; see docs/scale.md for the effect of each.
         text_tokens: length of the caption with start and end token; None for the full context.
     """
     image = vision_flops(config.vision, config.embed_dim, token_keep, savings)

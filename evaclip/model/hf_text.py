@@ -80,7 +80,9 @@ class HFTextTower(Tower):
         if config.context_length > longest:
             raise UserError(f"text.context_length must be at most {longest}, got {config.context_length}")
         if config.hf_proj_type is None and width != embed_dim:
-            raise UserError(f"text.hf_proj_type must be linear or mlp: the encoder has width {width}, not {embed_dim}")
+            raise UserError(
+                f"text.hf_proj_type must be linear or mlp, got None for width {width} and embed_dim {embed_dim}"
+            )
         super().__init__(encoder.num_hidden_layers, savings)
         self.pad_id: int = encoder.pad_token_id
         self.config = replace(

@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
 
     @abstractmethod
     def attend(self, stream: Stream, *context: Any) -> tuple[Tensor, Tensor]:
-        """The rows of the stream that continue, and their branch: attention up to its projection."""
+        """Returns the rows of the residual stream to continue with, and the attention branch to add."""
 
     @abstractmethod
     def mix(self, x: Tensor, branch: Tensor) -> Stream:

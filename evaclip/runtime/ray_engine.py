@@ -91,16 +91,16 @@ def index_on_ray(
     thumbnail: int = 0,
     progress: Progress | None = None,
 ) -> Progress:
-    """`index` by the workers of a cluster, which read, decode and embed, while this process alone writes.
+    """`index` on a cluster: workers read, decode and embed images; only this process writes the store.
 
-    A worker that dies is started anew, and does the images again that it was at.
+    A lost worker is started again and repeats its images.
 
     Args:
-        source: is sent to the workers, and its files must be there on every node.
-        encoder: called with `device`, makes an encoder of the store's model; is pickled to the workers.
+        source: pickled to the workers; every node must have its files.
+        encoder: called with `device`, returns an encoder of the store's model; pickled to the workers.
 
     Raises:
-        UserError: as `index`.
+        UserError: as for `index`.
     """
     progress = progress or Progress(len(source))
     work = Work(source, store.contents(), thumbnail)

@@ -354,7 +354,7 @@ class Store:
     def _checked(self, embeddings: NDArray[Any], rows: Sequence[Row]) -> NDArray[np.float32]:
         expected = (len(rows), self.dim)
         if embeddings.shape != expected:
-            raise UserError(f"{len(rows)} rows need embeddings {list(expected)}, got {list(embeddings.shape)}")
+            raise UserError(f"embeddings must be {list(expected)} for {len(rows)} rows, got {list(embeddings.shape)}")
         vectors = np.ascontiguousarray(embeddings, "<f4")
         lengths = np.linalg.norm(vectors, axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) < 0.01))

@@ -103,7 +103,7 @@ _TRACKERS = ("tensorboard", "wandb", "all")
 _PROJECT = "open-clip"
 _PRECISIONS = {"amp": "amp_fp16", "amp_bfloat16": "amp_bf16", "pure_bf16": "bf16", "pure_fp16": "fp16"}
 _NEVER = {"0": None}
-_EXACT = "the loss here is always that of the whole batch, exact, and without a matrix of the batch's size"
+_EXACT = "the loss here is always exact, over the whole batch, and without a matrix of the batch's size"
 _NO_BATCH_NORM = "EVA-CLIP has no batch norm"
 _NO_COCA = "there is no CoCa here"
 _NO_DISTILLATION = "there is no distillation here"
@@ -112,7 +112,7 @@ _COOLDOWN = (
     "the steps"
 )
 _TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
-_SYNC = "copy the run beside the training, as with aws s3 sync: its checkpoints appear whole or not at all"
+_SYNC = "copy the run while it trains, as with aws s3 sync: its checkpoints appear whole or not at all"
 _OF_EITHER_SET = ("--dataset-type", "--csv-img-key", "--csv-caption-key", "--csv-separator", "--max-image-pixels")
 
 ALIASES = (
@@ -155,7 +155,7 @@ ALIASES = (
     Alias("--lock-image-freeze-bn-stats", constant=True, note=_NO_BATCH_NORM),
     Alias("--lock-text", "model.lock_text", constant=True),
     Alias("--lock-text-unlocked-layers", "model.lock_text_unlocked_layers"),
-    Alias("--lock-text-freeze-layer-norm", constant=True, note="the norms of what is locked are locked as well"),
+    Alias("--lock-text-freeze-layer-norm", constant=True, note="the norms of locked layers are locked as well"),
     Alias("--force-patch-dropout", "model.patch_dropout"),
     Alias("--force-image-size", "model.options.vision.image_size", many=True, read=_image_size),
     Alias(
@@ -168,7 +168,7 @@ ALIASES = (
         constant=True,
         refused="EVA-CLIP has exact GELU, and weights that were trained with QuickGELU don't fit",
     ),
-    Alias("--force-custom-text", constant=True, note="the text tower is always a module of its own"),
+    Alias("--force-custom-text", constant=True, note="the text tower is always a separate module"),
     Alias("--image-mean", "model.options.preprocess.mean", many=True),
     Alias("--image-std", "model.options.preprocess.std", many=True),
     Alias("--image-interpolation", "model.options.preprocess.interpolation"),
@@ -233,11 +233,11 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
 
     Args:
         given: values by flag, True for a flag without a value; None, False or nothing for flags that aren't given.
-        accumulation: of the configuration so far.
-        processes: that train together.
+        accumulation: micro-batches of the configuration so far.
+        processes: number of ranks.
 
     Raises:
-        UserError: for a flag that is refused, with what does it here; for two that set one key to different values.
+        UserError: a flag is refused, with the alternative; or two flags set one key to different values.
     """
     found = []
     first: dict[str, Alias] = {}

@@ -130,8 +130,7 @@ def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
 
 
 def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
-    """Does it, and returns what it gave in all processes, or raises in all when it fails in one: none may wait for one
-    that has given up."""
+    """Returns the results of `action` on all ranks. If it fails on one, raises on all: no rank waits forever."""
     result: Any = None
     problem: str | None = None
     try:
@@ -191,8 +190,7 @@ Ask = Callable[[tuple[Path, Mapping[str, Any]]], list[list[str]]]
 
 
 def damage_in_share(job: tuple[Path, Mapping[str, Any]], share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint that fall to one of several processes, as a rule those that it will
-    read.
+    """Damage of the checkpoint's files that one rank checks, usually the files that it will read.
 
     Args:
         job: the folder, and the size and the hash of each file.
@@ -334,7 +332,7 @@ def _newest_whole(root: Path, say: Callable[[str], None], ask: Ask) -> Path | No
 
 def _ways_on(root: Path, damaged: Collection[Path]) -> str:
     """What can be done where `auto` finds no checkpoint to go on from."""
-    anew = "--overwrite starts anew in its place, --set name=NAME beside it"
+    anew = "--overwrite replaces it, --set name=NAME starts another run"
     if not damaged:
         return f"--resume {newest(root)} goes on from the last one all the same; {anew}"
     for folder in damaged:

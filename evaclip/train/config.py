@@ -229,9 +229,8 @@ class ContrastiveTask:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ClassificationTask:
-    """Pictures are told their classes, by an image model with a classifier: the mean of the patches or the class
-    token, a linear layer, and cross-entropy. timm augments and mixes the pictures; of `data.augmentation` it takes
-    `scale` and `ratio`."""
+    """Image classification: the mean of the patches or the class token, a linear layer, and cross-entropy. timm
+    augments and mixes the images; it uses `scale` and `ratio` of `data.augmentation`."""
 
     name: Literal["classification"] = "classification"
     classes: Count | str | tuple[str, ...] | None = None
@@ -276,9 +275,9 @@ class TeacherConfig:
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of its architecture that differ from the named model's."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Of its parameters, and of what it computes; none: the 16-bit type of the run's `precision`, if it has one."""
+    """Dtype of its parameters and features; none: the 16-bit type of the run's `precision`, if it has one."""
     shard: bool = False
-    """Cut it up over the processes as `parallel` says, whose mode is then shard or hybrid; else each has it whole."""
+    """Shard it over the ranks as the model; needs `parallel.mode` shard or hybrid. False: every rank has it whole."""
     cache: str | None = None
     """A folder that keeps its features for views that come again: in later epochs where `data.augmentation` draws none
     at random, and in later runs of the same `seed`, data and image size."""
@@ -365,8 +364,8 @@ class ParallelConfig:
     """Gradients that micro-batches add up under shard and hybrid. whole: every rank keeps whole gradients, in
     float32 under amp_*, and reduces them once per step; shards: its shard, reduced after every micro-batch."""
     offload: Literal["none", "cpu"] = "none"
-    """cpu: what a process holds of parameters, gradients and moments lies in host memory, and the optimizer runs there.
-    A GPU has a copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
+    """cpu: a rank's parameters, gradients and moments stay in host memory, and the optimizer runs there. A GPU has a
+    copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
     """A process waits so long for another one, which opens a cold index or compiles, before the run fails; that one has
     died is noticed at once. Between one step and the next it is 1.2 times `watchdog.seconds`, if less."""
@@ -450,8 +449,8 @@ class EvalSetConfig:
     """Names of the classes in the order of the labels: `imagenet`, a file with one a line, or a list; none: those of
     the class folders, or else the distinct captions. Captions are names of classes, or their numbers from 0."""
     templates: str | tuple[str, ...] | None = None
-    """Prompts in which {} stands for the class, whose embeddings are averaged: `imagenet`, a file, one or a list; none:
-    the 80 of ImageNet with its classes, else the name alone."""
+    """Prompts with {} for the class; their embeddings are averaged: `imagenet`, a file, one or a list; none: the 80 of
+    ImageNet for its classes, else the name alone."""
     first: Annotated[int, Field(ge=0)] = 0
     """Samples of the set that are left out before the first one used."""
     samples: Count | None = None
@@ -465,8 +464,7 @@ class EvalConfig:
     """What a model in training is measured on, and when."""
 
     sets: dict[SetName, EvalSetConfig | None] | None = None
-    """By name; null leaves a set out, or all. What is held out of the training data is the set `held_out` beside
-    them."""
+    """Sets by name; null leaves a set out, or all. The validation split of the training data is the set `held_out`."""
     every_steps: Count | None = None
     """Also evaluate while training; the end of the run always does."""
     every_epochs: Count | None = None

@@ -143,7 +143,7 @@ class World:
                 dist.broadcast(tensor, src=0, group=self.group)
 
     def set_timeout(self, limit: timedelta, model: nn.Module) -> None:
-        """Sets how long collectives that start from now on wait for other ranks, but for those that write checkpoints.
+        """Sets how long later collectives wait for other ranks, except the collectives that write checkpoints.
 
         Args:
             limit: longest wait.

@@ -152,9 +152,9 @@ def _measured(parts: Parts, position: Position, timing: _Timing) -> list[tuple[s
         tensors = torch.cuda.max_memory_allocated(parts.world.device)
         free, there = torch.cuda.mem_get_info(parts.world.device)
         rows.append(("GPU memory", f"{tensors / _GIB:.1f} GiB of tensors at the peak"))
-        beside = (there - free - tensors) / _GIB
+        other = (there - free - tensors) / _GIB
         rows.append(
-            ("beside them", f"{beside:.1f} GiB: context, libraries, fragments; evaclip plan --beside {beside:.1f}")
+            ("other memory", f"{other:.1f} GiB: context, libraries, fragments; evaclip plan --beside {other:.1f}")
         )
     return rows
 

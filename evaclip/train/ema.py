@@ -40,10 +40,10 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights inside this context, its own again afterwards.
+        """The model holds the averaged weights inside this context, and its trained weights afterwards.
 
-        They change places a tensor at a time, as shards can too. Only 16-bit weights are kept beside the average: there
-        is no room for them in it, from which they would come back rounded.
+        Tensors are swapped one at a time, so shards work too. Only 16-bit weights need another copy: the average in
+        float32 can't hold them without rounding.
         """
         pairs = [(parameter, self._average[name]) for name, parameter in self._parameters.items()]
         own = [None if value.dtype == parameter.dtype else parameter.detach().clone() for parameter, value in pairs]

@@ -279,8 +279,8 @@ def siglip_b_16() -> TrainConfig:
 def eva01_g_14() -> TrainConfig:
     """EVA01-CLIP-g/14: LAION-400M, 11B samples, batches of 41k; rates and warm-up aren't published."""
     # Published: the data, 11B samples, 41k of them on 256 GPUs (40,960 = 256 x 160), stochastic depth of 0.4 (the
-    # model's own), no patch dropout, fp16, an epoch of a tenth of the data. LAMB came with the models after it. What
-    # isn't published is that of g/14+.
+    # model's default), no patch dropout, fp16, an epoch of a tenth of the data. LAMB came with later models.
+    # Unpublished values are those of g/14+.
     visual = TowerConfig(lr=4e-4, layer_decay=0.85)
     config = _published("EVA01-CLIP-g-14", 40_960, 268_555, visual)
     return replace(config, optim=replace(config.optim, name="adamw"))

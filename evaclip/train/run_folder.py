@@ -159,7 +159,7 @@ def locate(
 
 
 def permit(config: TrainConfig, resume: str, overwrite: bool) -> RunFolder:
-    """The folder of a run, which may be trained into as far as the command line tells.
+    """The folder of a run, if the command line allows training there.
 
     Raises:
         UserError: a run of this name exists and neither `resume` nor `overwrite` says what to do with it.

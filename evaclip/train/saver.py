@@ -75,7 +75,7 @@ class Saver:
         except NotWritten as exc:
             self._failure = exc
             newest = checkpoint.newest(self._root)
-            left = f"{newest.name} and what is older is still there" if newest else "no earlier one is there"
+            left = f"{newest.name} and older checkpoints are still there" if newest else "no earlier one is there"
             self._say(f"a checkpoint could not be written: {exc}; the run goes on, {left}")
 
     def close(self) -> None:

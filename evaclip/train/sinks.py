@@ -21,12 +21,11 @@ class Record:
         tokens_per_second: the same of tokens that enter the towers' blocks; see `throughput.tokens_computed`.
         data_wait: share of that time spent waiting for data.
         mfu: model FLOP/s over the device's peak.
-        memory_gib: most memory held so far: that of the GPU's allocator, or of the main process where there is none.
+        memory_gib: peak memory so far, of the GPU's allocator or, without a GPU, of the main process.
         seconds: that the run has taken so far, over all processes that went on with it.
-        more: what depends on the task. Of each tower, `visual`, and `text` where there is one: lr_TOWER, the largest of
-            its rates, that of its output, 0 if it isn't trained; grad_norm_TOWER; update_norm_TOWER, the L2 norm of
-            what its weights changed by in this step; update_ratio_TOWER, the same over the norm of its weights. And
-            what the task itself measures, see `Task.backward` and `Task.measures`.
+        more: values of the task (`Task.backward`, `Task.measures`) and of each tower, `visual` and, if there is one,
+            `text`: lr_TOWER, the rate at its output, 0 if it isn't trained; grad_norm_TOWER; update_norm_TOWER, the L2
+            norm of its update in this step; update_ratio_TOWER, its ratio to the norm of the weights.
     """
 
     step: int

@@ -168,10 +168,9 @@ def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:
         had, has = _course(step, total, before), _course(step, parts.total_steps, parts.config.schedule)
         if had != has:
             raise UserError(
-                f"the checkpoint {str(folder)!r} was trained by another schedule: step {step + 1} had "
-                f"{had}, and would now have {has}; a schedule may change in what "
-                f"follows step {state['step']} only, as one with name=constant does that gets a cooldown or is longer; "
-                "checkpoint.allow_schedule_change=true goes on nevertheless"
+                f"schedule must not change steps before step {state['step']} of the checkpoint {str(folder)!r}: step "
+                f"{step + 1} had {had}, and would now have {has}; a constant schedule may become longer or get a "
+                "cooldown; checkpoint.allow_schedule_change=true resumes nevertheless"
             )
 
 

@@ -111,10 +111,10 @@ def _posterized(posterize: Callable[..., Image.Image], image: Image.Image, bits:
 class Mixing:
     """mixup (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899), by timm's `Mixup`.
 
-    timm mixes the first row of a batch with its last, which on another number of processes are other samples, and draws
-    once a batch. Here rows 2n and 2n + 1 of the batch of all processes are each other's partners. timm is given a white
-    and a black picture, and what it makes of them weighs the rows that share the draw: a function of the seed and of
-    the step (`mix_mode: batch`), the pair (`pair`) or the row (`elem`).
+    timm mixes the first row of a rank's batch with the last, and draws once per batch, so the result depends on the
+    number of ranks. Here rows 2n and 2n + 1 of the global batch are mixed. timm's `Mixup` is applied to a white and a
+    black image, and its result gives the rows' weights. The draw is a function of the seed and of the step (`mix_mode:
+    batch`), the pair (`pair`) or the row (`elem`).
     """
 
     def __init__(self, task: ClassificationTask, seed: int) -> None:

@@ -272,7 +272,7 @@ class Trainer:
     def _vote(self, signals: StopSignals) -> tuple[bool, ...]:
         """Whether any rank wants to stop, wants a checkpoint, or lost the run; all ranks learn it at the same step.
 
-        Between two steps the result is that of the vote after the step before, so that no rank waits for another.
+        Between two steps this returns the result of the previous vote, so that no rank waits for another.
         """
         taken = self._lock is not None and self._lock.thief is not None
         before = self._votes
@@ -356,7 +356,7 @@ class Trainer:
                 raise TrainingDiverged(f"{problem}; nonfinite.action=rollback would return to the last good checkpoint")
             self._go_back(problem)
         elif self._spikes.saw(loss):
-            self._go_back(f"the loss was {loss:.4g}, far above what it was before")
+            self._go_back(f"the loss was {loss:.4g}, far above the losses before")
 
     def _count_bad_samples(self) -> None:
         (found,) = self.world.sum(self._bad_samples)

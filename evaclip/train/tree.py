@@ -15,7 +15,7 @@ def nest(path: str, value: Any) -> Tree:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> Tree:
-    """`base` with the leaves of `change` in place of its own."""
+    """`base`, with leaves replaced by the leaves of `change`."""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)

@@ -100,10 +100,10 @@ def weighted_mean(
 
 
 def identify(state: Mapping[str, Tensor]) -> str:
-    """Find the shipped configuration with these names and shapes.
+    """Name of the shipped configuration with these tensor names and shapes.
 
     Raises:
-        UserError: there is none.
+        UserError: no configuration matches.
     """
     for name in list_models():
         if not _differences(state, get_config(name)):

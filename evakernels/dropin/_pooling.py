@@ -38,7 +38,7 @@ class Selection:
         return x[torch.arange(x.shape[0], device=x.device), self.rows].unsqueeze(1)
 
     def of_mask(self, mask: Tensor, heads: int) -> Tensor:
-        """The rows of a mask `[N, N]` for these tokens: `[B * heads, 1, N]`, or `[1, N]` if all samples share it."""
+        """Returns these tokens' rows of a mask `[N, N]`: `[B * heads, 1, N]`, or `[1, N]` if all samples share them."""
         return mask[:1] if self.rows is None else mask[self.rows].repeat_interleave(heads, 0).unsqueeze(1)
 
 

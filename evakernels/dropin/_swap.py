@@ -1,4 +1,4 @@
-"""Replaces a module's class by a subclass of its own with another forward, and restores it.
+"""Replaces a module's class by a subclass with another forward, and restores it.
 
 Parameters, buffers, hooks, names, `isinstance` and the class's name stay.
 """

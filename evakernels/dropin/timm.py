@@ -144,7 +144,7 @@ class RotaryAttention(_Attention):
         if (torch.is_grad_enabled() and rope.requires_grad) or prefix > MAX_PREFIX or rope.shape[-2] != patches:
             return None
         table, index = rope.detach(), None
-        if table.dim() == 4:  # patch dropout gives each sample the rows of its own patches
+        if table.dim() == 4:  # after patch dropout each sample has different rows
             if table.shape[0] != batch or table.shape[1] not in (1, self.num_heads):
                 return None
             index = torch.arange(batch * patches, device=x.device).view(batch, patches)

@@ -15,7 +15,7 @@ _MAKERS = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torc
 
 
 def floating(op: str, **tensors: Any) -> None:
-    """Checks tensors with a floating-point dtype of the ops."""
+    """Raises `TypeError` unless each tensor has a floating-point dtype of the ops."""
     of_dtype(op, FLOATS, **tensors)
 
 

@@ -57,7 +57,7 @@ def _check_steps(op: str, params: Tensors, given: Tensors) -> None:
     sequence(op, "steps", given)
     _length(op, "steps", given, params)
     if len(set(map(id, given))) < len(given):  # it would be incremented several times
-        raise ValueError(f"{op}: steps must be a tensor of its own for each of params, got one twice")
+        raise ValueError(f"{op}: steps must hold a different tensor for each of the params, got one twice")
     for i, step in enumerate(given):
         if not isinstance(step, Tensor):
             raise _check.not_a_tensor(op, f"steps[{i}]", step)

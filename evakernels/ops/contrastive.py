@@ -36,7 +36,7 @@ def contrastive_statistics(
         `(row_lse [m], col_lse [B], positive [m], row_max [m], col_max [B])`: the log-sum-exp over the texts
         of each image and over the images of each text, the logit of each pair, and the largest logit of each
         image and text. All are float32 (float64 for float64 input), also under autocast; the first three have
-        gradients. `positive >= row_max` tells whether an image ranks its own text first.
+        gradients. `positive >= row_max` is true for images with their text at the first place.
 
     Raises:
         TypeError: for a dtype that isn't accepted.
@@ -79,7 +79,7 @@ def clip_loss(
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         group: the ranks of the global batch, with any `b` each, also 0. None for all ranks, **which must all call the
             loss**. False for this rank alone, as is None before `init_process_group`. The text features are gathered
-            once, and each rank computes the logits of its own images.
+            once, and each rank computes the logits of its images.
         counts: the `b` of every rank of the group. By default the ranks exchange them, and the host waits.
         memory_budget: bytes for the float32 `[b, B]` logits of this rank, saved for backward if they fit: three matmuls
             in all. Otherwise backward recomputes the logits in chunks: four matmuls.

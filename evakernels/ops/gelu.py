@@ -14,7 +14,7 @@ from ._op import define, differentiable
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """`gelu(x + bias)` (Hendrycks and Gimpel 2016), element by element.
 
-    `bias` is that of the linear layer before, which then runs without. `x` is saved for backward.
+    Pass the bias of the previous linear layer here instead of to the layer. `x` is saved for backward.
 
     Args:
         x: `[..., F]`.

@@ -13,7 +13,7 @@ from ._device_optimizer import SWITCHES, Batch, DeviceOptimizer
 class Lamb(DeviceOptimizer):
     """LAMB (You et al. 2020, arXiv 1904.00962); all tensors of all groups go through one op call.
 
-    The trust ratio is that of the whole tensor, also under `fully_shard`: one all-reduce sums the squared norms of all
+    The trust ratio covers the whole tensor, also under `fully_shard`: one all-reduce sums the squared norms of all
     tensors, two numbers each. Other arguments, the state and errors are as for `AdamW`.
 
     Args:

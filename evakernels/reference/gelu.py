@@ -4,8 +4,8 @@
     tanh     P(s) is 0.5 * (1 + tanh(sqrt(2 / pi) * (s + 0.044715 * s^3)))
     sigmoid  P(s) is sigmoid(1.702 * s): QuickGELU
 
-torch's functions compute each of 16-bit numbers in float32. The sum is rounded to the dtype that x and bias have in
-common, as that of a linear layer is; gradients of the bias are summed in float32 (float64 for float64 input).
+torch's functions compute 16-bit numbers in float32. The sum is rounded to the common dtype of x and bias, as in a
+linear layer; gradients of the bias are summed in float32 (float64 for float64 input).
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,9 @@
     add + norm  x = residual + row_scale * layer_scale * branch;  y = norm(x)     pre-norm blocks
     norm + add  x = residual + row_scale * layer_scale * norm(branch)             post-norm blocks
 
-`row_scale` [B] is the drop-path factor of each sample (0 or 1/keep), `layer_scale` [C] that of each channel. Sums and
-statistics are float32 (float64 for float64 input). y is in `out_dtype`, by default that of x; it is rounded once.
+`row_scale` [B] is the drop-path factor of each sample (0 or 1/keep), `layer_scale` [C] the factor of each channel. Sums
+and statistics are float32 (float64 for float64 input). y is in `out_dtype`, by default the dtype of x; it is rounded
+once.
 """
 
 from collections.abc import Sequence

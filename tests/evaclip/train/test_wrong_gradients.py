@@ -1,4 +1,4 @@
-"""The faulty formulas of docs/wrong-gradients.md, and ours, against float64 autograd of the whole batch."""
+"""The faulty formulas of docs/training.md, and ours, against float64 autograd of the whole batch."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ from evaclip.train.config import LossConfig, OptimConfig
 from evaclip.train.loss import SIGLIP_START
 from evaclip.train.step import StepOptions
 
-PAGE = Path(__file__).parents[3] / "docs" / "wrong-gradients.md"
+PAGE = Path(__file__).parents[3] / "docs" / "training.md"
 EQUAL = (2, 2, 2, 2)
 UNEVEN = (1, 1, 1, 5)
 BATCH = sum(EQUAL)
@@ -137,8 +137,8 @@ def test_dividing_by_the_number_of_chunks_is_no_repair(model: CLIP, batch: tuple
     assert f"| {_towers(found, expected)} |" in PAGE.read_text()
 
 
-def _told(code: str) -> Any:
-    """What the page says of this code, give or take a fifth: each release of torch draws its own start values."""
+def _documented_error(code: str) -> Any:
+    """The error that the page gives for this code, within a fifth: initial values depend on the release of torch."""
     row = re.search(rf"^\| .*{code}.* ([\d.]+) % \|$", PAGE.read_text(), flags=re.MULTILINE)
     assert row is not None
     return pytest.approx(float(row[1]), rel=0.2)
@@ -156,7 +156,7 @@ def _told(code: str) -> Any:
 def test_faulty_accumulation_has_the_documented_error(model, batch, code, draws, sizes, weights):
     model = _drop_paths(model) if draws else model
     expected, found = whole(model, batch, clip), replayed(model, batch, clip, sizes, weights)
-    assert float(_towers(found, expected)[:-2]) == _told(code)
+    assert float(_towers(found, expected)[:-2]) == _documented_error(code)
 
 
 def test_siglip_averaged_over_pairs(model: CLIP, batch: tuple[Tensor, Tensor]) -> None:
