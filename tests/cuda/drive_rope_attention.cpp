@@ -1,3 +1,5 @@
+#include <stdlib.h>
+
 #include <algorithm>
 
 #include "drive.h"
@@ -176,6 +178,10 @@ void drive_rope_attention() {
       {{0, 0, 0, 4, 2, 18, 0, 0.2f, false, kFloat16}, Tables::Shared, false, false, false, two},
   };
   for (const Attention& a : cases) drive(a);
+  // Two blocks per head: a prefix, causal ones by element and in words, sequences, and fewer keys.
+  setenv("EVAKERNELS_ATTENTION_PLAN", "1x2", 1);
+  for (const int i : {3, 7, 9, 10, 13, 16, 19}) drive(cases[i]);
+  unsetenv("EVAKERNELS_ATTENTION_PLAN");
 }
 
 }  // namespace evakernels::drive
