@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import evakernels
 from evakernels.triton import launcher
 
 pytestmark = [
@@ -26,3 +27,17 @@ def test_index_out_of_range_gives_nan():
             assert out[1, 1].isnan().all()
             assert out.isnan().sum() == 8
             assert launch.loads["patches"].touched == 3  # each row is a sector of 32 bytes
+
+
+def test_unrotated_token_around_a_tile_is_cheap():
+    """A token before whole tiles costs no row and column of tiles."""
+    from benchmarks.audit.count import served
+
+    instructions = {}
+    with served("sm_90", "triton") as reports:
+        for tokens in (128, 129):
+            q = torch.ones(1, tokens, 1, 64).bfloat16()
+            reports.clear()
+            evakernels.rope_attention(q, q, q)
+            instructions[tokens] = sum(report.instructions for report in reports)
+    assert instructions[129] < 1.6 * instructions[128]
