@@ -40,4 +40,4 @@ def test_unrotated_token_around_a_tile_is_cheap():
             reports.clear()
             evakernels.rope_attention(q, q, q)
             instructions[tokens] = sum(report.instructions for report in reports)
-    assert instructions[129] < 1.6 * instructions[128]
+    assert instructions[129] < 2.2 * instructions[128]
