@@ -1,7 +1,8 @@
 """The choice of a backend for each call, with the reasons against the others.
 
-Every op has a `reference` implementation in plain PyTorch and others. A call runs on the first backend in `PREFERENCE`
-that supports it. `use_backend` overrides the choice, `explain` prints it.
+Every op has a `reference` implementation in plain PyTorch and others. A call runs on the first backend that supports
+it: on a GPU in the order of their times at the nearest known sizes (`tuning.times`), otherwise in that of `PREFERENCE`.
+`use_backend` overrides the choice, `explain` prints it.
 """
 
 import os
@@ -10,11 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .names import unknown
+
+if TYPE_CHECKING:
+    from . import tuning
 
 NAMESPACE = "evakernels"
 """Of the operators, in `torch.ops`."""
@@ -23,6 +27,9 @@ OPERATORS = getattr(torch.ops, NAMESPACE)
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
+
+BACKENDS = (*PREFERENCE, "torch")
+"""Also torch's own kernels behind ours, which run only where they were measured to be faster."""
 
 LOSS_PRODUCTS = ("ieee", "tf32x3")
 
@@ -80,7 +87,7 @@ choices: dict[Any, Any] = {}
 """Cache of `ops._fast`; cleared when a backend is added."""
 _warned: set[tuple[str, str]] = set()
 overrides: Overrides | None = None
-loss_products = "ieee"
+loss_products = "tf32x3"
 
 
 def set_loss_products(kind: str) -> None:
@@ -90,8 +97,8 @@ def set_loss_products(kind: str) -> None:
     `torch.set_float32_matmul_precision` rounds matmuls to TF32.
 
     Args:
-        kind: `ieee`, the default, for float32 without tensor cores; `tf32x3` for three TF32 matmuls on tensor cores
-            with about the same error (Ootomo and Yokota 2022, arXiv 2203.03341).
+        kind: `tf32x3`, the default, for three TF32 matmuls on tensor cores with about the error of float32 (Ootomo and
+            Yokota 2022, arXiv 2203.03341); `ieee` for float32 without tensor cores.
 
     Raises:
         ValueError: for another kind.
@@ -107,10 +114,10 @@ def register(
 ) -> None:
     """Adds an implementation of `op` for one type of device, or for all with None.
 
-    Raises `ValueError` for a backend that isn't in `PREFERENCE`.
+    Raises `ValueError` for a backend that isn't in `BACKENDS`.
     """
-    if backend not in PREFERENCE:
-        raise ValueError(unknown("backend", backend, PREFERENCE))
+    if backend not in BACKENDS:
+        raise ValueError(unknown("backend", backend, BACKENDS))
     _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
     choices.clear()
 
@@ -161,7 +168,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
         return candidates[overrides.forced]
     tensor = first_tensor(args)
     devices = (None,) if tensor is None else (None, tensor.device.type)
-    for backend in PREFERENCE:
+    for backend in preference(times_of(op, args)):
         implementation = candidates.get(backend)
         if implementation is None or (tensor is not None and implementation.device not in devices):
             continue
@@ -170,6 +177,24 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
                 _warn_of_reference(op, args)
             return implementation
     raise BackendError(f"no backend serves {op}: {report(op, args)}")
+
+
+def times_of(op: str, args: tuple[Any, ...]) -> "tuning.Times | None":
+    """The known times of backends at the sizes of a call on a GPU."""
+    from . import tuning
+
+    tensor = first_tensor(args)
+    if tensor is None or not tensor.is_cuda or not torch.cuda.is_available():  # a fake tensor needs no GPU
+        return None
+    return tuning.times(op, by_name(op, args), tensor)
+
+
+def preference(times: "tuning.Times | None") -> tuple[str, ...]:
+    """The backends in the order in which they are tried: those with a time first."""
+    if times is None:
+        return PREFERENCE
+    timed = sorted(times.microseconds, key=lambda backend: times.microseconds[backend])
+    return (*timed, *(backend for backend in PREFERENCE if backend not in timed))
 
 
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
@@ -192,8 +217,8 @@ def use_backend(backend: str) -> Iterator[None]:
     It also holds in compiled functions, but not in a captured CUDA graph. A backward pass must run inside the block,
     too. Raises `ValueError` for an unknown name; the ops raise `BackendError` if the backend doesn't support a call.
     """
-    if backend not in PREFERENCE:
-        raise ValueError(unknown("backend", backend, PREFERENCE))
+    if backend not in BACKENDS:
+        raise ValueError(unknown("backend", backend, BACKENDS))
     with _overridden(forced=backend):
         yield
 
@@ -264,13 +289,15 @@ def why_not(op: str, backend: str, *args: Any) -> list[str]:
 
 
 def report(op: str, args: tuple[Any, ...]) -> str:
-    lines, chosen = [], False
-    for backend in PREFERENCE:
+    lines, chosen, times = [], False, times_of(op, args)
+    for backend in preference(times):
         reasons = why_not(op, backend, *args)
         usable = not reasons and not chosen
         chosen = chosen or usable
         verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but not preferred here"
         lines.append(f"{op} on {backend}: {verdict}")
+    if times is not None:
+        lines.append(f"order of {op}: {times}")
     return "\n".join(lines)
 
 

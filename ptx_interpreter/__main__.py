@@ -20,6 +20,7 @@ from unittest import mock
 import triton
 
 from ptx_interpreter import Fault, GlobalMemory, Kernel, Report, Traffic, Unsupported
+from ptx_interpreter.gpus import GPUS, Gpu
 from ptx_interpreter.report import UNEQUAL
 from ptx_interpreter.stand_in import Tensors, gpu
 from ptx_interpreter.triton_driver import Driver
@@ -64,7 +65,8 @@ class Checker(Driver):
 
     Args:
         capability: the GPU's compute capability times ten.
-        multiprocessors: how many the GPU has; None: those of the largest one of that capability.
+        multiprocessors: how many the GPU has; None: as `gpu`.
+        gpu: the GPU whose sizes the file sees; None: the one of GPUS with that capability.
 
     Attributes:
         found: a Finding for each kind and line of a kernel, in the order in which they were found.
@@ -73,8 +75,8 @@ class Checker(Driver):
         unsupported: messages about kernels that couldn't be run.
     """
 
-    def __init__(self, capability: int = 80, multiprocessors: int | None = None) -> None:
-        super().__init__(capability, multiprocessors)
+    def __init__(self, capability: int = 80, multiprocessors: int | None = None, gpu: Gpu | None = None) -> None:
+        super().__init__(capability, multiprocessors, gpu)
         self._memory.anywhere = False
         self.tensors = Tensors()
         self.found: dict[tuple[str, str, Place], Finding] = {}
@@ -137,13 +139,14 @@ def run_file(checker: Checker, path: str, arguments: Sequence[str] = ()) -> None
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ptx_interpreter", description=__doc__)
-    parser.add_argument("--sm", type=int, choices=(80, 90), default=80, help="the GPU's compute capability times ten")
+    parser.add_argument("--gpu", choices=GPUS, help="the GPU whose sizes the file sees; default: the one of --sm")
+    parser.add_argument("--sm", type=int, choices=(80, 90), default=80, help="compute capability times ten of the PTX")
     parser.add_argument("--multiprocessors", type=int, metavar="N", help="how many the GPU has that the file sees")
     parser.add_argument("file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the file")
     given = parser.parse_args()
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # It would compile for the CPU.
-    checker = Checker(given.sm, given.multiprocessors)
+    checker = Checker(given.sm, given.multiprocessors, GPUS.get(given.gpu))
     try:
         run_file(checker, given.file, given.arguments)
     except Unsupported as error:

@@ -7,6 +7,7 @@ A library holds the PTX of its kernels, uncompressed with nvcc's option `--no-co
 """
 
 import ctypes
+import math
 import struct
 import traceback
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ptx_interpreter import GlobalMemory, Kernel, Module, Report, launch
+from ptx_interpreter.gpus import GPUS, REGISTERS
 
 FAT_BINARY = struct.Struct("<IHHQ")
 """Magic number, version, bytes of this header, bytes of the parts that follow."""
@@ -37,6 +39,14 @@ SERVE = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_char),  # where the message of an error goes
     ctypes.c_size_t,  # and how long it may be
 )
+OCCUPANCY = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,  # the fat binary
+    ctypes.c_char_p,  # the kernel's name
+    ctypes.c_int,  # threads of a block
+    ctypes.c_size_t,  # bytes of dynamic shared memory
+)
+MOST_REGISTERS = 255
 
 
 def ptx_in(data: bytes) -> list[dict[int, str]]:
@@ -86,6 +96,9 @@ class Launches:
         library: the path of what was linked with host/cudart.cpp.
         capability: the GPU's, times ten; the PTX is that for it, or for the newest one before it.
         edit: changes the PTX before it is read.
+        gpu: a name in GPUS, whose number of multiprocessors, occupancy, shared memory and L2 cache the library sees; by
+            default those of the small GPU of host/cudart.cpp. A process plays one.
+        registers: maps a kernel's name to its registers per thread; by default as many as its launch bounds allow.
         options: of `launch`.
 
     Attributes:
@@ -94,7 +107,15 @@ class Launches:
         reports: of all launches, if it is set to a list.
     """
 
-    def __init__(self, library: str | Path, capability: int, edit: Callable[[str], str] = str, **options: bool) -> None:
+    def __init__(
+        self,
+        library: str | Path,
+        capability: int,
+        edit: Callable[[str], str] = str,
+        gpu: str | None = None,
+        registers: Callable[[str], int] | None = None,
+        **options: bool,
+    ) -> None:
         self.launches = 0
         self.lines: Counter[tuple[str, int]] = Counter()
         self.reports: list[Report] | None = None
@@ -103,10 +124,14 @@ class Launches:
         self._memory.anywhere = not self._memory.follow_allocations()
         self._modules: dict[int, Module] = {}
         self._library = ctypes.CDLL(str(library))
-        self._served = SERVE(self._serve)  # C holds no reference
+        self._gpu, self._registers = GPUS[gpu] if gpu else None, registers
+        self._served, self._occupancy = SERVE(self._serve), OCCUPANCY(self._resident_blocks)  # C holds no reference
 
     def __enter__(self) -> Self:
         self._library.ptx_serve(self._served)
+        if self._gpu:
+            shared = ctypes.c_size_t(self._gpu.shared_kb << 10)
+            self._library.ptx_play(self._gpu.multiprocessors, shared, self._gpu.l2_mb << 20, self._occupancy)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,6 +161,15 @@ class Launches:
         if self.reports is not None:
             self.reports.append(report)
         return "\n".join(map(str, report.faults))
+
+    def _resident_blocks(self, binary: int, name: bytes, threads: int, shared: int) -> int:
+        assert self._gpu is not None
+        kernel = self._module(binary).kernels[name.decode()]
+        threads_at_most = math.prod(kernel.most_threads or [threads])
+        allowed = min(MOST_REGISTERS, REGISTERS // threads_at_most // 8 * 8)
+        registers = self._registers(kernel.name) if self._registers else allowed
+        static = sum(variable.size for variable in kernel.parsed.shared)
+        return self._gpu.resident_blocks(threads, registers, static + shared)
 
     def _module(self, binary: int) -> Module:
         """Of the fat binary at this address."""

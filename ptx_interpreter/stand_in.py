@@ -17,8 +17,10 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources
 
 from ptx_interpreter import GlobalMemory
+from ptx_interpreter.gpus import REGISTERS
 from ptx_interpreter.memory import Interval, Shadow
-from ptx_interpreter.triton_driver import SHARED_KB, WARP, Driver
+from ptx_interpreter.triton_driver import Driver
+from ptx_interpreter.types import WARP
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ANSWERS: dict[Any, Any] = {
@@ -169,10 +171,12 @@ class Stream:
 @contextmanager
 def gpu(driver: Driver, tensors: Tensors) -> Iterator[None]:
     """torch and Triton see a GPU that is the CPU and `driver`."""
-    arch = driver.target.arch
+    arch, shared = driver.target.arch, driver.gpu.shared_kb << 10
     properties = types.SimpleNamespace(
         name=f"sm_{arch} interpreter", major=arch // 10, minor=arch % 10, warp_size=WARP, total_memory=1 << 36,
-        multi_processor_count=driver.multiprocessors, shared_memory_per_block_optin=SHARED_KB[arch] << 10,
+        multi_processor_count=driver.multiprocessors, shared_memory_per_block_optin=shared,
+        shared_memory_per_multiprocessor=shared + 1024, L2_cache_size=driver.gpu.l2_mb << 20,
+        regs_per_multiprocessor=REGISTERS, max_threads_per_multi_processor=driver.gpu.warps * WARP,
     )  # fmt: skip
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True,

@@ -16,13 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from ptx_interpreter import GlobalMemory, Kernel, Module, Report, Unsupported, launch
+from ptx_interpreter.gpus import GPUS, REGISTERS, Gpu
+from ptx_interpreter.types import WARP
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""What a block may have, by compute capability times ten (CUDA C++ Programming Guide, technical specifications)."""
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-"""Of the largest GPU that is sold, by compute capability times ten."""
 THREADS = 1024
-WARP = 32
 FORMATS = {"fp32": "f4", "fp64": "f8", "i1": "i1", "u1": "u1"}
 """Of scalar arguments, as numpy calls them; integers are those of their bits."""
 
@@ -44,8 +41,9 @@ class Driver:
     Where host/allocations.cpp was preloaded, kernels may touch what this process has allocated and no more.
 
     Args:
-        capability: the GPU's, times ten.
-        multiprocessors: how many the GPU has; None: MULTIPROCESSORS.
+        capability: compute capability times ten that Triton compiles for.
+        multiprocessors: how many the GPU has; None: as `gpu`.
+        gpu: the GPU whose sizes kernels and programs see; None: the one of GPUS with this capability.
         options: of `launch`.
 
     Attributes:
@@ -53,9 +51,12 @@ class Driver:
         reports: of all launches, if it is set to a list.
     """
 
-    def __init__(self, capability: int, multiprocessors: int | None = None, **options: bool) -> None:
+    def __init__(
+        self, capability: int, multiprocessors: int | None = None, gpu: Gpu | None = None, **options: bool
+    ) -> None:
         self.target = GPUTarget("cuda", capability, WARP)
-        self.multiprocessors = multiprocessors or MULTIPROCESSORS[capability]
+        self.gpu = gpu or next(known for known in GPUS.values() if known.capability == capability)
+        self.multiprocessors = multiprocessors or self.gpu.multiprocessors
         self.utils = self
         self.launches = 0
         self.reports: list[Report] | None = None
@@ -84,7 +85,8 @@ class Driver:
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
-            "max_shared_mem": SHARED_KB[self.target.arch] * 1024,
+            "max_shared_mem": self.gpu.shared_kb << 10,
+            "max_num_regs": REGISTERS,
             "multiprocessor_count": self.multiprocessors,
             "warpSize": WARP,
         }

@@ -13,18 +13,22 @@ from functools import cache
 from benchmarks.audit.budget import budget
 from benchmarks.audit.result import SECTOR, Count, Launch, Line, Shared
 from evaclip.plan.gpus import get_gpu
+from ptx_interpreter import gpus
 from ptx_interpreter.body import Instruction
 
 # Parts of a multiprocessor: matmuls; sums and products of floats; integers, comparisons and conversions; roots,
 # quotients and exponentials; loads, stores and shuffles; branches and barriers; copies of registers and parameters.
 TENSOR, FMA, ALU, SFU, MEMORY, CONTROL, MOVES = "tensor", "fma", "alu", "sfu", "memory", "control", "moves"
+MMA_SYNC = "mma.sync"
+"""Matmuls of a warp, on the same part as `TENSOR`, a warpgroup's."""
 ISSUE, DRAM = "issue", "DRAM"
 PARTS = (TENSOR, FMA, ALU, SFU, MEMORY, ISSUE, DRAM)
 
 _OPCODES = {
     MOVES: {"mov", "cvta"},
     CONTROL: {"bra", "bar", "ret", "exit", "trap", "fence", "membar"},
-    TENSOR: {"mma", "wgmma"},
+    TENSOR: {"wgmma"},
+    MMA_SYNC: {"mma"},
     MEMORY: {"ld", "st", "cp", "ldmatrix", "stmatrix", "shfl"},
     SFU: {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "div", "sin", "cos", "tanh"},
 }
@@ -52,7 +56,7 @@ def instructions_of(i: Instruction) -> int:
 
 def flops_of(i: Instruction) -> int:
     """Multiplications and additions of a warp's matmul; a quarter of a warpgroup's."""
-    if pipe_of(i) != TENSOR:
+    if pipe_of(i) not in (TENSOR, MMA_SYNC):
         return 0
     sizes = next(filter(None, map(_SIZES.fullmatch, i.mods)))
     return 2 * math.prod(map(int, sizes.groups())) // (4 if i.op == "wgmma" else 1)
@@ -64,6 +68,8 @@ GPUS = {"sm_80": "a100-80g", "sm_90": "h100-80g", "sm_100": "b200"}
 _FMA_LANES = {"sm_80": 64, "sm_90": 128, "sm_100": 128}
 """Lanes of a multiprocessor. These and the widths of the other parts are assumptions, the same for all three; no
 measurement has confirmed them, least of all 64 lanes for integers on 10.0."""
+MMA_SYNC_CEILING = {"sm_80": 1.0, "sm_90": 0.62, "sm_100": 0.25}
+"""Share of the peak of matmuls that mma.sync reaches: an assumption; wgmma and tcgen05 reach all of it."""
 _LANES = {ALU: 64, SFU: 16, ISSUE: 128, "cycles": 32}
 _WARP = 32
 _SECTORS_A_CYCLE = 4
@@ -97,6 +103,7 @@ def _times(
     arch: str, warps: Mapping[str, int], flops: int, shared: Shared, lines: Sequence[Line], moved: int
 ) -> dict[str, float]:
     rate = rates(arch)
+    ceiling = MMA_SYNC_CEILING[arch] if warps.get(MMA_SYNC) else 1.0
     issued = sum(number for pipe, number in warps.items() if pipe != MOVES)
     # A cycle of memory serves a part of a request to shared memory, 128 bytes of global memory, or a shuffle.
     accesses = sum(line.requests for line in lines) + shared.requests
@@ -104,7 +111,7 @@ def _times(
     cycles += max(0, warps.get(MEMORY, 0) - accesses)
     return {
         **{pipe: warps.get(pipe, 0) / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)},
-        TENSOR: flops / rate.flops,
+        TENSOR: flops / rate.flops / ceiling,
         MEMORY: cycles / rate.pipes["cycles"],
         ISSUE: issued / rate.pipes[ISSUE],
         DRAM: moved / rate.bytes,
@@ -135,19 +142,13 @@ def share_of_floor(count: Count) -> float:
 
 # --- occupancy: CUDA's published formula, and the budget ------------------------------------------------------------
 
-SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+SHARED = {f"sm_{gpu.capability}": gpu.shared_kb + 1 << 10 for gpu in gpus.GPUS.values() if gpu.warps == 64}
 """Bytes of shared memory of a multiprocessor."""
 WARPS = 64
-_BLOCKS, _REGISTERS, _PARTITIONS = 32, 65_536, 4
-_REGISTER_UNIT, _SHARED_UNIT = 256, 128
-_SHARED_OF_THE_SYSTEM = 1024
-"""Additional bytes of each block."""
 
 
 def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
-    """Resident warps of a multiprocessor, at most `WARPS`, by NVIDIA's `cuda_occupancy.h`.
-
-    Registers are allocated to warps in units, a quarter of them in each of four partitions.
+    """Resident warps of a multiprocessor, at most `WARPS`.
 
     Args:
         arch: one of `SHARED`.
@@ -155,13 +156,8 @@ def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
         registers: registers of a thread.
         shared: bytes of a block.
     """
-    warps = -(-threads // _WARP)
-    registers_of_warp = _in_units(max(1, registers) * _WARP, _REGISTER_UNIT)
-    if registers_of_warp * _in_units(warps, _PARTITIONS) > _REGISTERS:
-        return 0
-    by_registers = _REGISTERS // _PARTITIONS // registers_of_warp * _PARTITIONS // warps
-    by_shared = SHARED[arch] // _in_units(shared + _SHARED_OF_THE_SYSTEM, _SHARED_UNIT)
-    return warps * min(_BLOCKS, WARPS // warps, by_registers, by_shared)
+    gpu = next(gpu for gpu in gpus.GPUS.values() if f"sm_{gpu.capability}" == arch)
+    return -(-threads // _WARP) * gpu.resident_blocks(threads, registers, shared)
 
 
 def occupancy(kernel: str, threads: int, dynamic_bytes: int = 0) -> Mapping[str, float]:
@@ -180,7 +176,3 @@ def occupancy(kernel: str, threads: int, dynamic_bytes: int = 0) -> Mapping[str,
             registers, shared = own
             shares[arch] = resident_warps(arch, threads, registers, shared + dynamic_bytes) / WARPS
     return shares
-
-
-def _in_units(size: int, unit: int) -> int:
-    return -(-size // unit) * unit

@@ -67,9 +67,14 @@ void set_grads(OptimizedTensors& tensors, Call& call, Inputs grads) {
   }
 }
 
-void set_lrs(OptimizedTensors& tensors, const RealNumbers& lrs) {
-  require(lrs.size() == tensors.size(), "lrs must be as many as params");
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = lrs[i];
+// Returns the learning rates on a GPU, which the host doesn't read; null if they are in `tensors`.
+const float* set_lrs(OptimizedTensors& tensors, Call& call, const RealNumbers& lrs, OptionalInput on_device) {
+  const Array rates = call.read_float32_optional(on_device, "device_lrs");
+  if (rates) require_sizes(rates, {count_of(tensors)});
+  if (rates && call.is_on_gpu()) return rates.floats();
+  require(rates || lrs.size() == tensors.size(), "lrs must be as many as params");
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = rates ? rates.floats()[i] : lrs[i];
+  return nullptr;
 }
 
 // Without seeds: round to nearest.
@@ -106,10 +111,11 @@ void lamb_update(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Input
 void lamb_apply(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
                 Input squared_norms, const RealNumbers& lrs, const RealNumbers& weight_decays,
                 BetasAndEps betas_and_eps, RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb,
-                OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements) {
+                OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements,
+                OptionalInput device_lrs) {
   OptimizedTensors tensors =
       lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::read);
-  set_lrs(tensors, lrs);
+  const float* const rates = set_lrs(tensors, call, lrs, device_lrs);
   set_rounding(tensors, seeds, first_elements);
   const Array norms = call.read_float32(squared_norms, "squared_norms");
   require_sizes(norms, {count_of(tensors), 2});
@@ -119,6 +125,7 @@ void lamb_apply(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, 
       .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
       .squared_norms = norms.floats(),
       .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
+      .lrs = rates,
   };
   call.launch<cpu::lamb_apply, cuda::lamb_apply>("lamb_apply", apply);
 }
@@ -126,11 +133,12 @@ void lamb_apply(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, 
 void lamb_step(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
                const RealNumbers& lrs, const RealNumbers& weight_decays, BetasAndEps betas_and_eps,
                RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb, OptionalInput grad_scale,
-               OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements) {
+               OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements,
+               OptionalInput device_lrs) {
   OptimizedTensors tensors =
       lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::update);
   set_grads(tensors, call, grads);
-  set_lrs(tensors, lrs);
+  const float* const rates = set_lrs(tensors, call, lrs, device_lrs);
   set_rounding(tensors, seeds, first_elements);
   const LambStep step = {
       .tensors = tensors.data(),
@@ -138,6 +146,7 @@ void lamb_step(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs 
       .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
       .grad_scale = one_float(call.read_float32_optional(grad_scale, "grad_scale")),
       .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
+      .lrs = rates,
   };
   call.launch<cpu::lamb_step, cuda::lamb_step>("lamb_step", step);
 }
@@ -157,11 +166,13 @@ float32 of one element, or None.)");
       m, lamb_apply, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "squared_norms"_a, "lrs"_a,
       "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
       "found_inf"_a = py::none(), "seeds"_a = Numbers{}, "first_elements"_a = Numbers{},
+      "device_lrs"_a = py::none(),
       "Takes the step of the parameters in place. Arrays as for lamb_update; squared_norms are read.");
   EVAKERNELS_OP(m, lamb_step, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "lrs"_a,
                 "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
                 "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "seeds"_a = Numbers{},
-                "first_elements"_a = Numbers{}, "lamb_update and lamb_apply in one. Arrays as for these.");
+                "first_elements"_a = Numbers{}, "device_lrs"_a = py::none(),
+                "lamb_update and lamb_apply in one. Arrays as for these.");
 }
 
 }  // namespace evakernels

@@ -250,13 +250,10 @@ class Call {
   template <auto Cuda, class Params>
   void launch_on_gpu(const char* op, const Params& params) {
     TensorScratch scratch(device());
-    if constexpr (kCudaIsInterpreted) {
-      call_launcher<Cuda>(op, params, scratch, nullptr);
-    } else {
-      const torch::stable::accelerator::DeviceGuard guard(device().index);
-      raise_if_any(op, cuda::use_device(device().index));
-      call_launcher<Cuda>(op, params, scratch, current_stream(device().index));
-    }
+    const int32_t index = kCudaIsInterpreted ? 0 : device().index;
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    raise_if_any(op, cuda::use_device(index));
+    call_launcher<Cuda>(op, params, scratch, current_stream(index));
   }
 
   const Tensor* first_ = nullptr;

@@ -1,7 +1,11 @@
-// Launch plan of attention: padding, mask bounds, warps and tiles per block.
+// Launch plan of attention: padding, mask bounds, and the choice of warps and tiles per block.
 #pragma once
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "cuda/device.h"
@@ -73,7 +77,7 @@ struct AttentionPlan {
   MaskBounds mask;
   int warps;        // per block
   int stage_tiles;  // forward: key tiles in shared memory at a time; all of them stay if it equals key_tiles
-  int block_tiles;  // forward: query tiles per block
+  int block_tiles;  // per block: query tiles in forward, key tiles in backward
   int blocks;       // per head
   bool wide;        // every tensor allows 16-byte accesses
 };
@@ -97,8 +101,108 @@ __device__ __forceinline__ int64_t offset_of(const SequenceOffsets& offsets, int
                           : load(static_cast<const int32_t*>(offsets.data) + number);
 }
 
-// The fewest warps, up to `most`, that process `tasks` in the minimum number of rounds.
-inline int warps_for(int tasks, int most) { return ceil_div(tasks, ceil_div(tasks, most)); }
+// Warps per block and blocks per head that EVAKERNELS_ATTENTION_PLAN requests, as in `3` or `3x2`; 0: any.
+struct RequestedPlan {
+  int warps = 0;
+  int blocks = 0;
+
+  static RequestedPlan read() {
+    const char* const text = std::getenv(kVariable);
+    RequestedPlan plan;
+    int end = 0;
+    if (!text || !*text) return plan;
+    std::sscanf(text, "%dx%d%n", &plan.warps, &plan.blocks, &end);
+    if (end == 0) std::sscanf(text, "%d%n", &plan.warps, &end);
+    return text[end] || plan.warps < 1 || plan.blocks < 0 ? RequestedPlan{-1, 0} : plan;
+  }
+
+  // Why no plan was found.
+  static Error error() {
+    static thread_local std::string message;
+    const char* const text = std::getenv(kVariable);
+    if (!text || !*text) return "too little shared memory for attention, or its occupancy can't be queried";
+    message = std::string(kVariable) + " must be WARPS or WARPSxBLOCKS of a possible plan, got " + text;
+    return message.c_str();
+  }
+
+  bool operator==(const RequestedPlan&) const = default;
+
+  static constexpr const char* kVariable = "EVAKERNELS_ATTENTION_PLAN";
+};
+
+// Cycles that a resident warp takes per instruction, and bytes of global memory that reach an SM per cycle:
+// typical of A100, H100 and B200. Plans are compared by them.
+constexpr double kCyclesPerInstruction = 3;
+constexpr double kBytesPerCycle = 14;
+
+// Searches the launch plan with the least predicted time: the waves of blocks times the instructions of a
+// warp. Registers leave an SM two or three warps per scheduler, too few to hide latency, so a warp is assumed
+// to take equally long however many others are resident.
+class PlanSearch {
+ public:
+  template <class... Parameters>
+  PlanSearch(void (*kernel)(Parameters...), const AttentionShape& shape)
+      : kernel_(address_of(kernel)), memory_(max_shared_memory()), requested_(RequestedPlan::read()) {
+    // The lengths of packed sequences are unknown: as many of the longest as the tokens make.
+    const int64_t longest = std::max<int64_t>(shape.tokens, 1);
+    heads_ = shape.heads * (shape.offsets.data ? ceil_div(shape.offsets.tokens, longest) : shape.batch);
+  }
+
+  // Resident blocks of the GPU; 0 if they don't fit or another number of warps is requested.
+  int64_t resident(int warps, size_t shared_bytes) const {
+    if (requested_.warps != 0 && requested_.warps != warps) return 0;
+    return shared_bytes > memory_ ? 0 : resident_blocks(kernel_, warps * kWarpSize, shared_bytes);
+  }
+
+  // Instructions of a warp in the time in which all heads read or write `bytes` each.
+  double instructions_of_traffic(double bytes) const {
+    return static_cast<double>(heads_) * bytes / multiprocessors() / kBytesPerCycle / kCyclesPerInstruction;
+  }
+
+  // instructions: of a warp in a block. extra: of another kernel, not multiplied by the waves.
+  void consider(const AttentionPlan& plan, int64_t resident, double instructions, double extra = 0) {
+    if (requested_.blocks != 0 && requested_.blocks != plan.blocks) return;
+    const double time = static_cast<double>(ceil_div(heads_ * plan.blocks, resident)) * instructions + extra;
+    if (time >= least_) return;
+    least_ = time;
+    best_ = plan;
+  }
+
+  Error finish(AttentionPlan& plan) const {
+    plan = best_;
+    return best_.warps > 0 ? nullptr : RequestedPlan::error();
+  }
+
+ private:
+  const void* kernel_;
+  size_t memory_;
+  RequestedPlan requested_;
+  int64_t heads_ = 0;
+  double least_ = std::numeric_limits<double>::infinity();
+  AttentionPlan best_ = {};
+};
+
+// make(plan), or its result for the thread's last call: the layers of a model have the same shape.
+template <class Make>
+Error remember_plan(const AttentionShape& shape, AttentionPlan& plan, const Make& make) {
+  struct Call {
+    AttentionShape shape;
+    size_t memory;
+    int multiprocessors;
+    RequestedPlan requested;
+    bool operator==(const Call&) const = default;
+  };
+  static thread_local Call last = {};
+  static thread_local AttentionPlan found = {};
+  const Call call = {shape, max_shared_memory(), multiprocessors(), RequestedPlan::read()};
+  if (found.warps == 0 || !(call == last)) {
+    found = {};
+    if (const Error error = make(found)) return error;
+    last = call;
+  }
+  plan = found;
+  return nullptr;
+}
 
 // Whether every tensor allows 16-byte accesses.
 inline bool is_wide(const AttentionShape& shape, const RotaryTables& tables,

@@ -88,6 +88,14 @@ struct Head {
     return (sample * shape.heads + head) * shape.tokens;
   }
 
+  // First row of block `part` of `parts` in a workspace [H, parts, rows].
+  __device__ __forceinline__ int64_t workspace_row(int part, int parts, int64_t rows) const {
+    const auto [sample, head] = recomputed();
+    const int64_t of_sample =
+        shape.offsets.data ? first_token() + sample * kTile : int64_t{sample} * plan.tiles * kTile;
+    return (int64_t{head} * parts + part) * rows + of_sample;
+  }
+
   // Whether the scores of a query tile and `count` key tiles need a mask.
   __device__ __forceinline__ bool needs_mask(int query_tile, int key_tile, int count = 1) const {
     return padded_rows(Side::Keys).has_padding(key_tile, count) ||

@@ -66,19 +66,20 @@ struct LambEntry {
 };
 
 // Step size: learning rate * trust ratio * bias correction.
-__device__ __forceinline__ double factor_of(const OptimizedTensor& tensor, const float* squared_norms,
+__device__ __forceinline__ double factor_of(double lr, double weight_decay, const float* squared_norms,
                                             bool nvlamb, double bias1, double bias2) {
   const double param = sqrtf(squared_norms[0]), direction = sqrtf(squared_norms[1]);
   const double ratio = param > 0.0 && direction > 0.0 ? param / direction : 1.0;
-  if (nvlamb) return tensor.weight_decay != 0.0 ? tensor.lr * ratio : tensor.lr;
+  if (nvlamb) return weight_decay != 0.0 ? lr * ratio : lr;
   // Unlike fmin and fmax, keeps NaN.
   const double clipped = ratio < kLowestRatio ? kLowestRatio : ratio > kHighestRatio ? kHighestRatio : ratio;
-  return tensor.lr * clipped * sqrt(bias2) / bias1;
+  return lr * clipped * sqrt(bias2) / bias1;
 }
 
 struct LambRule {
   const float* found_inf;
   const float* squared_norms;  // null: the phase is update, which counts the step
+  const float* lrs;            // null: those of the tensors
   double log_beta1;
   double log_beta2;
   bool nvlamb;
@@ -91,14 +92,15 @@ struct LambRule {
     entry.direction.v_scale = nvlamb ? static_cast<float>(1.0 / bias2) : 1.0f;
     entry.direction.weight_decay = static_cast<float>(tensor.weight_decay);
     entry.rounding = key_of(tensor.rounding, step);
-    entry.factor = squared_norms ? factor(tensor, step, squared_norms + 2 * position) : 0.0f;
+    entry.factor = squared_norms ? factor(tensor, position, step, squared_norms + 2 * position) : 0.0f;
   }
 
   // `step`: count including this step.
-  __device__ __forceinline__ float factor(const OptimizedTensor& tensor, float step,
+  __device__ __forceinline__ float factor(const OptimizedTensor& tensor, int64_t position, float step,
                                           const float* norms) const {
-    return static_cast<float>(
-        factor_of(tensor, norms, nvlamb, bias_of(log_beta1, step), bias_of(log_beta2, step)));
+    const double lr = lrs ? load(lrs + position) : tensor.lr;
+    return static_cast<float>(factor_of(lr, tensor.weight_decay, norms, nvlamb, bias_of(log_beta1, step),
+                                        bias_of(log_beta2, step)));
   }
 };
 
@@ -432,7 +434,7 @@ __global__ void __launch_bounds__(kThreads) lamb_norms_kernel(const LambNorms no
   if (threadIdx.x < 2) of_tensor[threadIdx.x] = total;
   if (!norms.sets_factors) return;
   __syncthreads();
-  if (threadIdx.x == 0) entry.factor = rule.factor(entry.tensor, load(entry.tensor.step), of_tensor);
+  if (threadIdx.x == 0) entry.factor = rule.factor(entry.tensor, tensor, load(entry.tensor.step), of_tensor);
 }
 
 template <int E, class Position>
@@ -476,10 +478,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   apply<1>(entry, eps, range.edges, [&](int i) { return range.edge(i); });
 }
 
-LambRule rule_of(const LambOptions& options, const float* found_inf, const float* squared_norms) {
+LambRule rule_of(const LambOptions& options, const float* found_inf, const float* squared_norms,
+                 const float* lrs) {
   return {
       .found_inf = found_inf,
       .squared_norms = squared_norms,
+      .lrs = lrs,
       .log_beta1 = std::log(options.beta1),
       .log_beta2 = std::log(options.beta2),
       .nvlamb = options.nvlamb,
@@ -495,7 +499,7 @@ StepOptions step_options(const LambOptions& options, const float* grad_scale, co
 Error update(const LambStep& step, float* squared_norms, Scratch& scratch, Stream stream,
              LambEntry** entries) {
   const int64_t chunks = chunks_of(step.tensors, step.count), sums = 2 * chunks;
-  const LambRule rule = rule_of(step.options, step.found_inf, nullptr);
+  const LambRule rule = rule_of(step.options, step.found_inf, nullptr, step.lrs);
   const int64_t floats = sums + (squared_norms ? 0 : 2 * step.count);
   Error error = write_table(step, rule, floats, scratch, stream, entries);
   float* const partials = reinterpret_cast<float*>(*entries + step.count);
@@ -536,7 +540,7 @@ Error lamb_update(const LambUpdate& params, Scratch& scratch, Stream stream) {
 }
 
 Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream) {
-  const LambRule rule = rule_of(params.options, params.found_inf, params.squared_norms);
+  const LambRule rule = rule_of(params.options, params.found_inf, params.squared_norms, params.lrs);
   LambEntry* entries = nullptr;
   const Error error = write_table(params, rule, 0, scratch, stream, &entries);
   return error ? error : apply(params, entries, stream);

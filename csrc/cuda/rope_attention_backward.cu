@@ -1,15 +1,17 @@
 // Backward attention with rotary embedding: dq, dk and dv. Weights are recomputed from the log-sum-exps.
 //
-// Grid: one block per (batch, head).
+// Grid: one block per (batch, head), or several that share the keys of a head if there are too few heads for
+// the GPU. A second kernel then adds the dq of these blocks, which are in the workspace.
 // Block: each warp owns 16 or 32 keys and accumulates their dk and dv in registers. All warps loop over
 // stages of 32 queries, double-buffered with cp.async:
 //   S^T = k q^T,  P = exp(S - lse),  dP^T = v dout^T,  dS = P (dP - dPsum),  dv += P^T dout,  dk += dS^T q
 // dS goes to shared memory in 16 bits, from where the warps compute dq = dS k together: five matmuls.
 // Rounds: more keys than the warps own take several rounds; between them dq is accumulated in a float32
 // workspace. The order of every sum is fixed: no atomics.
+// Plan: warps and blocks of the least predicted time with the GPU's occupancy (attention_plan.h).
 // Shared memory: padded rows of 2 (D + 8) bytes for k, v and two stages of q and dout, 80 bytes per key for
-// dS, 32 rows of floats for dq, and lse and dPsum of all queries. Traffic: 8 B N H D elements; q and dout
-// again per further round, and 8 B N H D bytes of the workspace.
+// dS, 32 rows of floats for dq, and lse and dPsum of all queries. Traffic: 8 B N H D elements; per further
+// round or block q and dout again, and 8 B N H D bytes of the workspace; per block out.
 #include "cuda/attention_plan.h"
 #include "cuda/attention_tiles.cuh"
 
@@ -32,6 +34,11 @@ __host__ __device__ __forceinline__ int stage_rows(int tiles) {
 constexpr int kMaxWarps = 8;
 // Row stride of dS^T: a key's scores for the queries of a stage, padded by 16 bytes.
 constexpr int kScoreRow = kStageRows + kWide;
+
+// The forward kernels' plan has no such member, which would make one of them spill.
+struct BackwardPlan : AttentionPlan {
+  int64_t workspace_rows;  // of dq per head and block, of all samples
+};
 
 // A warp's accumulators.
 template <int D>
@@ -306,7 +313,7 @@ __device__ __forceinline__ void load_sums(const float* row, int i, float (&value
   }
 }
 
-// Accumulates dq of a stage in `workspace`, [padded rows, D], for the next round.
+// Accumulates dq of a stage in `workspace`, [padded rows, D], for the next round or rope_attention_sum_dq.
 template <class T, int D>
 __device__ __forceinline__ void keep_queries(const Head<T, D>& head, float* workspace, int stage,
                                              bool is_first) {
@@ -372,7 +379,7 @@ __device__ __forceinline__ void store_keys(const Head<T, D>& head, const KeyGrad
 template <class T, int D>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     rope_attention_backward_kernel(const __grid_constant__ RopeAttentionBackward params,
-                                   const __grid_constant__ AttentionPlan plan, float* workspace) {
+                                   const __grid_constant__ BackwardPlan plan, float* workspace) {
   constexpr int KT = kKeyTiles<D>;
   using Memory = BackwardMemory<T, D>;
   const AttentionShape& shape = params.shape;
@@ -384,11 +391,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     return round == 0 ? 0 : max(round - plan.mask.max_tile, 0) / kStageTiles * kStageTiles;
   };
 
-  if (head.tiles() == 0 && head.key_tiles() == 0) return;
+  const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.blocks));
+  const int begin = part * plan.block_tiles, end = min(begin + plan.block_tiles, head.key_tiles());
+  // A block without keys stores the dq of 0 if it is the head's only one.
+  if (begin >= end && (begin > 0 || head.tiles() == 0)) return;
   compute_dPsum(Memory(plan).stats, params, head);
-  int round = 0;
-  do {  // At least once: without keys dq is 0.
-    const int key_tile = round + warp * KT, keys = min(round_tiles, head.key_tiles() - round);
+  int round = begin;
+  do {
+    const int key_tile = round + warp * KT, keys = min(round_tiles, end - round);
     KeyGradients<D> sums;
     __syncthreads();
     load_keys(head, params, round);
@@ -401,43 +411,99 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     for (int stage = first_stage(round); stage < head.tiles(); stage += kStageTiles) {
       const int next = stage + kStageTiles;
       if (next < head.tiles()) copy_stage(head, params, next);
-      if (key_tile < head.key_tiles()) add_stage(sums, head, warp, key_tile, stage);
+      if (key_tile < end) add_stage(sums, head, warp, key_tile, stage);
       __syncthreads();  // dS is complete. #dS
       multiply_scores(head, warp, stage, round, keys);
       wait_for_copies();
       __syncthreads();  // dq is complete, and the next stage has arrived.
       if (next < head.tiles()) rotate_stage(head, next);
-      // Whether a later round adds to dq of these queries.
+      // Whether a later round, or another block, adds to dq of these queries.
       const int next_round = round + round_tiles;
-      const bool is_kept = next_round < head.key_tiles() && first_stage(next_round) <= stage;
-      float* const kept = workspace + int64_t{blockIdx.x} * plan.tiles * kTile * D;
+      const bool is_kept = plan.blocks > 1 || (next_round < end && first_stage(next_round) <= stage);
+      float* const kept = workspace + head.workspace_row(part, plan.blocks, plan.workspace_rows) * D;
       if (!is_kept) {
-        store_queries(head, kept, params.dq, stage, round == 0);
+        store_queries(head, kept, params.dq, stage, round == begin);
       } else {
-        keep_queries(head, kept, stage, round == 0);
+        keep_queries(head, kept, stage, round == begin);
       }
       __syncthreads();
     }
     float* const own = reinterpret_cast<float*>(Memory(plan).k) + warp * kTileElements<D>;
 #pragma unroll
     for (int t = 0; t < KT; ++t) {
-      if (key_tile + t >= head.key_tiles()) continue;
+      if (key_tile + t >= end) continue;
       store_keys(head, sums, t, own, params, key_tile + t);
     }
-  } while ((round += round_tiles) < head.key_tiles());
+  } while ((round += round_tiles) < end);
 }
 
-// Processes a head's keys in as few rounds as registers and shared memory allow.
+// Adds the dq of a head's blocks in order; each block of threads has a stage of queries. plan.blocks: stages
+// per head. parts: blocks of the kernel above per head.
 template <class T, int D>
-Error plan_backward(const AttentionShape& shape, AttentionPlan& plan) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 2)  // Without a minimum two instances would spill.
+    rope_attention_sum_dq_kernel(const __grid_constant__ RopeAttentionBackward params,
+                                 const __grid_constant__ BackwardPlan plan, const float* workspace,
+                                 int parts) {
+  const Head<T, D> head(params.shape, params.tables, plan);
+  const int stage = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.blocks)) * kStageTiles;
+  if (stage >= head.tiles()) return;
+  // The first parts have the keys that these queries see; the others have written no dq of them.
+  const int seen = min(stage + kStageTiles + plan.mask.max_tile, head.key_tiles());
+  const int count = max(ceil_div(seen, plan.block_tiles), 1);  // #parts
+  head.store(params.dq, Side::Queries, Threads::of_block(), stage * kTile, kStageRows,
+             [&](int token, int row, int i, auto& values) {
+               const auto load = [&](int from, auto& sums) {
+                 constexpr int E = sizeof(sums) / sizeof(float);
+#pragma unroll
+                 for (int n = 0; n < E; ++n) sums[n] = 0.0f;
+                 for (int part = 0; part < count; ++part) {
+                   float share[E];
+                   load_floats(
+                       workspace +
+                           (head.workspace_row(part, parts, plan.workspace_rows) + stage * kTile + row) * D +
+                           from,
+                       share);
+#pragma unroll
+                   for (int n = 0; n < E; ++n) sums[n] += share[n];
+                 }
+               };
+               load(i, values);
+               head.rotate_back(values, token, i, load);
+             });
+}
+
+// Instructions of a warp in a block that takes its keys in `rounds`, roughly as in the PTX.
+template <int D>
+double backward_instructions(const AttentionPlan& plan, int rounds) {
+  constexpr int KT = kKeyTiles<D>;
+  const double stages = stage_rows(plan.tiles) / kStageRows;
+  const double own = KT * (80 + 2 * D);         // scores, dS, dk and dv
+  const double shared = 15.0 * D / plan.warps;  // copies and rotation of q, stores of dq
+  const double barriers = 100;
+  const double dq = ceil_div(D / kTile, plan.warps) * (13 * KT * plan.warps + 24);
+  const double round = 12 * KT * D + 500 + stages * (own + shared + barriers + dq);
+  return rounds * round + stages * 8 * D / plan.warps;
+}
+
+template <class T, int D, class Kernel>
+Error plan_backward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& plan) {
+  constexpr int KT = kKeyTiles<D>;
+  constexpr double kLaunch = 2000;  // of another kernel, in instructions of a warp
+  PlanSearch search(kernel, shape);
   plan = begin_plan(shape);
-  const size_t limit = max_shared_memory();
-  const int warp_tiles = ceil_div(plan.key_tiles, kKeyTiles<D>);
-  for (int most = kMaxWarps; most > 0; --most) {
-    plan.warps = warps_for(warp_tiles, most);
-    if (BackwardMemory<T, D>::bytes(plan) <= limit) return nullptr;
+  const int warp_tiles = ceil_div(plan.key_tiles, KT);
+  for (plan.warps = 1; plan.warps <= std::min(kMaxWarps, warp_tiles); ++plan.warps) {
+    const int64_t blocks = search.resident(plan.warps, BackwardMemory<T, D>::bytes(plan));
+    const int most_rounds = blocks == 0 ? 0 : ceil_div(warp_tiles, plan.warps);
+    for (int rounds = 1; rounds <= most_rounds; ++rounds) {
+      plan.block_tiles = rounds * plan.warps * KT;
+      plan.blocks = ceil_div(plan.key_tiles, plan.block_tiles);
+      const double dq_bytes = 4.0 * plan.tiles * kTile * D * plan.blocks;
+      const double sum = plan.blocks > 1 ? kLaunch + search.instructions_of_traffic(dq_bytes) : 0;
+      search.consider(plan, blocks, backward_instructions<D>(plan, rounds), sum);
+    }
   }
-  return "too little shared memory for so many tokens";
+  return search.finish(plan);
 }
 
 }  // namespace
@@ -447,20 +513,31 @@ Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scra
   if (is_empty(shape, std::max(shape.tokens, shape.keys))) return nullptr;
   return with_attention_types(shape, [&](auto element, auto D) {
     using T = decltype(element);
-    AttentionPlan plan;
-    if (const Error error = plan_backward<T, D()>(shape, plan)) return error;
+    BackwardPlan plan;
+    const auto kernel = rope_attention_backward_kernel<T, D()>;
+    const auto make = [&](AttentionPlan& made) { return plan_backward<T, D()>(kernel, shape, made); };
+    if (const Error error = remember_plan(shape, plan, make)) return error;
     plan.wide = is_wide(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out},
                         {params.dq, params.dk, params.dv});
-    const dim3 grid = {static_cast<unsigned>(shape.batch * shape.heads), 1, 1};
+    plan.workspace_rows =
+        shape.offsets.data ? shape.offsets.tokens + shape.batch * kTile : shape.batch * plan.tiles * kTile;
+    const auto grid_of = [&](const AttentionPlan& of) {
+      return dim3{static_cast<unsigned>(shape.batch * shape.heads * of.blocks), 1, 1};
+    };
     const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};
     const size_t bytes = BackwardMemory<T, D()>::bytes(plan);
     float* workspace = nullptr;
     if (plan.warps * kKeyTiles<D()> < plan.key_tiles) {
-      const int64_t floats = shape.batch * shape.heads * plan.tiles * kTile * D();
+      const int64_t floats = shape.heads * plan.blocks * plan.workspace_rows * D();
       if (const Error error = scratch.allocate(&workspace, floats)) return error;
     }
-    return launch_with_memory(rope_attention_backward_kernel<T, D()>, grid, block, bytes, stream, params,
-                              plan, workspace);
+    const Error error =
+        launch_with_memory(kernel, grid_of(plan), block, bytes, stream, params, plan, workspace);
+    if (error || plan.blocks == 1 || plan.tiles == 0) return error;
+    BackwardPlan stages = plan;
+    stages.blocks = ceil_div(plan.tiles, kStageTiles);
+    return launch(rope_attention_sum_dq_kernel<T, D()>, grid_of(stages), kMaxWarps * kWarpSize, stream,
+                  params, stages, workspace, plan.blocks);
   });
 }
 

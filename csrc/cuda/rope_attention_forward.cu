@@ -1,8 +1,8 @@
 // Forward attention with rotary embedding: out = softmax(scale * rope(q) rope(k)^T) v.
 //
-// Grid: one block per (batch, head); several per head if its keys don't fit into shared memory or if there
-// are fewer heads than SMs. Block: each warp owns 16 or 32 query rows in registers and loops over key/value
-// tiles in shared memory. Tiles: resident if the whole head fits; otherwise double-buffered with cp.async.
+// Grid: one or several blocks per (batch, head). Block: each warp owns 16 or 32 query rows in registers and
+// loops over key/value tiles in shared memory. Tiles: of the whole head, or double-buffered with cp.async.
+// Plan: warps, blocks and tiles of the least predicted time with the GPU's occupancy (attention_plan.h).
 // Shared memory: padded rows of 2 (D + 8) bytes for k and v (of a head or of two stages) and for each warp's
 // own rows, which hold q first and out at the end.
 // Traffic: q, k, v, out once, plus k and v once per extra block of a head. Tables come from the L2 cache.
@@ -19,15 +19,15 @@ namespace {
 // registers.
 template <int D>
 constexpr int kQueryTiles = D <= 64 ? 2 : 1;
-// Warps per SM that registers allow: 12 with 168 per thread or 8 with 255. Two blocks share them if both fit
-// into shared memory, so that one computes while the other loads.
+// Warps per SM that registers allow: 12 with 168 per thread or 8 with 255. Blocks share them, so that one
+// computes while another loads.
 template <int D>
 constexpr int kMaxWarps = D == 96 || D == 112 ? 12 : 8;
 // Key tiles per step of a warp.
 template <int D>
 constexpr int kKeyTiles = D <= 112 ? 2 : 4;
-// More stages would only take shared memory.
-constexpr int kMaxStageTiles = 8;
+// Key tiles per stage, or half as many, where keys aren't resident.
+constexpr int kStageTiles = 8;
 
 // Sets masked scores to -inf.
 template <int KT, class T, int D, int MT>
@@ -201,32 +201,40 @@ struct ForwardMemory {
   }
 };
 
+// Instructions of a warp in a block that takes its queries in `rounds`, roughly as in the PTX. Nothing hides
+// the load of the first stage.
+template <int D>
+double forward_instructions(const AttentionPlan& plan, int rounds) {
+  constexpr int MT = kQueryTiles<D>;
+  const int stages = ceil_div(plan.key_tiles, plan.stage_tiles);
+  const double first_load = plan.stage_tiles * 4 * kTile * D / kBytesPerCycle / kCyclesPerInstruction + 300;
+  const double shared = plan.key_tiles * 5.0 * D / plan.warps;  // copies and rotation of keys
+  const double scores = D / 8.0 * (1 + 2 * MT) + MT * (40 + D / 4.0);
+  return first_load + shared + stages * 60 + rounds * (MT * 7 * D + 300 + plan.key_tiles * scores);
+}
+
 template <int D, class Kernel>
 Error plan_forward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& plan) {
-  constexpr int MT = kQueryTiles<D>, kMost = kMaxWarps<D>;
-  using Memory = ForwardMemory<D>;
-  const size_t limit = max_shared_memory(), half = (limit - 1024) / 2;  // CUDA reserves 1 KB per block
+  constexpr int MT = kQueryTiles<D>;
+  PlanSearch search(kernel, shape);
   plan = begin_plan(shape);
-  const int warp_tiles = ceil_div(plan.tiles, MT);
-  for (const bool two : {true, false}) {
-    const int most_warps = two ? kMost / 2 : kMost;
-    plan.warps = warps_for(warp_tiles, most_warps);
-    if (Memory::of_block(plan) > (two ? half : limit)) continue;
-    const int64_t resident = resident_blocks(kernel, plan.warps * kWarpSize, Memory::of_block(plan));
-    const int most = ceil_div(plan.tiles, 4);
-    const int blocks = std::clamp<int>(static_cast<int>(resident / (shape.batch * shape.heads)), 1, most);
-    plan.block_tiles = ceil_div(warp_tiles, blocks) * MT;
-    plan.warps = std::min(plan.warps, warps_for(plan.block_tiles / MT, most_warps));
-    plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
-    return nullptr;
+  const int warp_tiles = ceil_div(plan.tiles, MT), key_tiles = plan.key_tiles;
+  for (const int stage_tiles : {key_tiles, kStageTiles, kStageTiles / 2}) {
+    const bool resident = stage_tiles == key_tiles;
+    if (stage_tiles > key_tiles) continue;
+    plan.stage_tiles = stage_tiles;
+    for (plan.warps = 1; plan.warps <= std::min(kMaxWarps<D>, warp_tiles); ++plan.warps) {
+      const int64_t blocks = search.resident(plan.warps, ForwardMemory<D>::of_block(plan));
+      // Only resident keys serve several rounds.
+      const int most_rounds = blocks == 0 ? 0 : resident ? ceil_div(warp_tiles, plan.warps) : 1;
+      for (int rounds = 1; rounds <= most_rounds; ++rounds) {
+        plan.block_tiles = rounds * plan.warps * MT;
+        plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
+        search.consider(plan, blocks, forward_instructions<D>(plan, rounds));
+      }
+    }
   }
-  plan.warps = warps_for(warp_tiles, kMost);
-  plan.block_tiles = plan.warps * MT;
-  plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
-  plan.stage_tiles = 0;
-  const size_t stage = limit - std::min(limit, Memory::of_block(plan));
-  plan.stage_tiles = std::min(kMaxStageTiles, static_cast<int>(stage / (4 * Memory::kTileBytes)));
-  return plan.stage_tiles > 0 ? nullptr : "too little shared memory for the keys of attention";
+  return search.finish(plan);
 }
 
 }  // namespace
@@ -238,7 +246,8 @@ Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) 
     using T = decltype(element);
     AttentionPlan plan;
     void (*const kernel)(RopeAttentionForward, AttentionPlan) = rope_attention_forward_kernel<T, D()>;
-    if (const Error error = plan_forward<D()>(kernel, shape, plan)) return error;
+    const auto make = [&](AttentionPlan& made) { return plan_forward<D()>(kernel, shape, made); };
+    if (const Error error = remember_plan(shape, plan, make)) return error;
     plan.wide = is_wide(shape, params.tables, {params.q, params.k, params.v}, {params.out});
     const dim3 grid = {static_cast<unsigned>(shape.batch * shape.heads * plan.blocks), 1, 1};
     const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};

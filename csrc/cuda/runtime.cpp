@@ -95,6 +95,10 @@ int resident_blocks(const void* kernel, int threads, size_t shared_bytes) {
 
 size_t max_shared_memory() { return attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
+int multiprocessors() {
+  return static_cast<int>(attribute_of_current_device(cudaDevAttrMultiProcessorCount));
+}
+
 int driver_version() {
   static Answers<int> answers;
   return answers.get(0, cudaDriverGetVersion);

@@ -19,6 +19,9 @@ int resident_blocks(const void* kernel, int threads, size_t shared_bytes);
 // Maximum bytes of shared memory per block; 0 if the query fails.
 size_t max_shared_memory();
 
+// Multiprocessors of the current device; 0 if the query fails.
+int multiprocessors();
+
 // CUDA version of the driver, 12010 for 12.1; 0 if the query fails.
 int driver_version();
 

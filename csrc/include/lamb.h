@@ -64,6 +64,7 @@ struct LambApply {
   LambOptions options;
   const float* squared_norms;  // [count, 2]
   const float* found_inf;      // above 0 nothing is written; null: 0
+  const float* lrs = nullptr;  // [count], on the device; null: those of the tensors
 };
 
 // Both phases: writes params and the moments, and counts the steps up.
@@ -71,8 +72,9 @@ struct LambStep {
   const OptimizedTensor* tensors;  // [count]
   int64_t count;
   LambOptions options;
-  const float* grad_scale;  // the gradients are divided by it; null: by 1
-  const float* found_inf;   // above 0 nothing is written; null: 0
+  const float* grad_scale;     // the gradients are divided by it; null: by 1
+  const float* found_inf;      // above 0 nothing is written; null: 0
+  const float* lrs = nullptr;  // as in LambApply
 };
 
 namespace cpu {

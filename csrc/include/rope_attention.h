@@ -50,6 +50,8 @@ struct SequenceOffsets {
   const void* data;  // [B + 1]; null: not packed, all samples have equal lengths
   bool is_int64;     // otherwise int32
   int64_t tokens;
+
+  bool operator==(const SequenceOffsets&) const = default;
 };
 
 struct AttentionShape {
@@ -66,6 +68,8 @@ struct AttentionShape {
   bool causal;
   DType dtype;
   SequenceOffsets offsets;
+
+  bool operator==(const AttentionShape&) const = default;
 };
 
 // Packed: tensors are [T, H, D] and lse is [H, T], without a batch_stride. A query that sees no key has an
@@ -173,7 +177,7 @@ inline Error unserved(const AttentionShape& shape, const RotaryTables& tables, i
 
 EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 
-// scratch: dq, if a block loops over the keys in several rounds.
+// scratch: dq, if the keys of a head take several rounds or blocks.
 EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch,
                                              Stream stream);
 

@@ -209,9 +209,9 @@ class LossConfig:
 
     name: Literal["clip", "siglip"] = "clip"
     label_smoothing: Share = 0.0
-    products: Literal["ieee", "tf32x3"] = "ieee"
-    """How a GPU multiplies float32 features: as sums of float32 products, or on tensor cores as sums of three products
-    of TF32, about as exact."""
+    products: Literal["ieee", "tf32x3"] = "tf32x3"
+    """How a GPU multiplies float32 features: `tf32x3` on tensor cores as sums of three TF32 products, with about the
+    error of float32; `ieee` without tensor cores."""
 
     @model_validator(mode="after")
     def _smoothing_needs_softmax(self) -> Self:

@@ -8,7 +8,7 @@ from evaclip.machine import multiplies_bfloat16, usable_cores
 from evakernels import keep_freed_memory, set_loss_products
 
 
-def prepare(device: torch.device, workers: int, loss_products: str = "ieee") -> None:
+def prepare(device: torch.device, workers: int, loss_products: str = "tf32x3") -> None:
     """Keeps freed memory and leaves cores to the workers, for training on a CPU; on a GPU, one rule for float32."""
     # By torch's defaults cuDNN rounds to TF32 in the patch embedding, where no other product of a float32 model is.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"

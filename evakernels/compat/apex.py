@@ -219,7 +219,7 @@ class FusedAdam(_ApexOptimizer):
         steps = self._steps(batch, options.pop("bias_correction"), found_inf)
         moments = batch.exp_avgs, batch.exp_avg_sqs
         adamw_update(
-            weights, grads, *moments, steps, batch.lrs, decays, grad_scale=scale, found_inf=found_inf, **options
+            weights, grads, *moments, steps, batch.rates, decays, grad_scale=scale, found_inf=found_inf, **options
         )
         if self.master_weights:
             torch._foreach_copy_(batch.params, weights)

@@ -52,6 +52,17 @@ def numbers(op: str, params: Tensors, **lists: Sequence[float]) -> None:
         _length(op, name, values, params)
 
 
+def rates(op: str, params: Tensors, lrs: Sequence[float] | Tensor) -> tuple[Sequence[float], Tensor | None]:
+    """Checks learning rates, one for each of `params`; returns numbers, and the tensor if they are one."""
+    if not isinstance(lrs, Tensor):
+        numbers(op, params, lrs=lrs)
+        return lrs, None
+    _check.floating(op, lrs=lrs)
+    _check.same_device(op, **{"params[0]": params[0]}, lrs=lrs)
+    _check.shape(op, "lrs", lrs, (len(params),), "[n]")
+    return [0.0] * len(params), lrs
+
+
 def _check_steps(op: str, params: Tensors, given: Tensors) -> None:
     """Checks the step counts: different 0-D float32 tensors on the device of `params`, one for each."""
     sequence(op, "steps", given)

@@ -16,7 +16,7 @@ def adamw_update(
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
     steps: Tensors,
-    lrs: Sequence[float],
+    lrs: Sequence[float] | Tensor,
     weight_decays: Sequence[float],
     *,
     betas: tuple[float, float],
@@ -34,7 +34,8 @@ def adamw_update(
         params, grads: n dense tensors of any shapes; float64, float32, bfloat16 or float16, also mixed.
         exp_avgs, exp_avg_sqs: the moments, in the shapes of `params` and any of these dtypes.
         steps: n different 0-D float32 tensors, the number of steps made, which is incremented.
-        lrs: n learning rates.
+        lrs: n learning rates; or `[n]` on the device of `params`, float32 or float64, which only the device reads: a
+            captured CUDA graph then follows a schedule.
         weight_decays: n numbers; a step subtracts `lr * weight_decay` times the parameter.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
@@ -58,11 +59,12 @@ def adamw_update(
     """
     op = "adamw_update"
     _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
+    _tensor_lists.numbers(op, params, weight_decays=weight_decays)
+    lrs, device_lrs = _tensor_lists.rates(op, params, lrs)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     state, rates = (exp_avgs, exp_avg_sqs, steps), (lrs, weight_decays)
-    _update(params, grads, *state, *rates, (*betas, eps), grad_scale, found_inf, *rounding)
+    _update(params, grads, *state, *rates, (*betas, eps), grad_scale, found_inf, *rounding, device_lrs)
 
 
 _update = define(reference.adamw_update, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"))

@@ -21,7 +21,7 @@ def lamb_step(
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
     steps: Tensors,
-    lrs: Sequence[float],
+    lrs: Sequence[float] | Tensor,
     weight_decays: Sequence[float],
     *,
     betas: tuple[float, float],
@@ -45,11 +45,12 @@ def lamb_step(
     op = "lamb_step"
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, steps, betas, eps, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
+    _tensor_lists.numbers(op, params, weight_decays=weight_decays)
+    lrs, device_lrs = _tensor_lists.rates(op, params, lrs)
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
-    _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf, *rounding)
+    _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf, *rounding, device_lrs)
 
 
 def lamb_update(
@@ -109,7 +110,7 @@ def lamb_apply(
     exp_avg_sqs: Tensors,
     steps: Tensors,
     squared_norms: Tensor,
-    lrs: Sequence[float],
+    lrs: Sequence[float] | Tensor,
     weight_decays: Sequence[float],
     *,
     betas: tuple[float, float],
@@ -136,14 +137,15 @@ def lamb_apply(
     op = "lamb_apply"
     check_variant(op, variant)
     _tensor_lists.tensors(op, params, steps, betas, eps, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _tensor_lists.numbers(op, params, lrs=lrs, weight_decays=weight_decays)
+    _tensor_lists.numbers(op, params, weight_decays=weight_decays)
+    lrs, device_lrs = _tensor_lists.rates(op, params, lrs)
     _check.floating(op, squared_norms=squared_norms)
     _check.same_device(op, **{"params[0]": params[0]}, squared_norms=squared_norms)
     _check.shape(op, "squared_norms", squared_norms, (len(params), 2), "[n, 2]")
     _tensor_lists.flags(op, params[0], found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
-    _apply(params, *state, squared_norms, lrs, weight_decays, *options, found_inf, *rounding)
+    _apply(params, *state, squared_norms, lrs, weight_decays, *options, found_inf, *rounding, device_lrs)
 
 
 def check_variant(op: str, variant: str) -> None:

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import count
+from itertools import count, groupby
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +39,7 @@ class Batch:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
+    lrs: list[float | Tensor] = field(default_factory=list)
     weight_decays: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     first_elements: list[int] = field(default_factory=list)
@@ -47,6 +47,20 @@ class Batch:
     @property
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return self.exp_avgs, self.exp_avg_sqs, self.steps
+
+    @property
+    def rates(self) -> list[float] | Tensor:
+        """The learning rates; `[n]` on the device if one of them is there, so that the host needn't read it."""
+        if not any(isinstance(lr, Tensor) for lr in self.lrs):
+            return self.lrs  # type: ignore[return-value]
+        device = self.params[0].device
+        found = []
+        for _, run in groupby(self.lrs, key=lambda lr: lr.data_ptr() if isinstance(lr, Tensor) else lr):
+            lr, *others = run
+            if not isinstance(lr, Tensor):
+                lr = torch.full((), lr, device=device)
+            found.append(lr.to(device, torch.float32).expand(1 + len(others)))
+        return torch.cat(found)
 
     def add(self, param: Tensor, number: int, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Adds the parameter with index `number` in the optimizer."""
@@ -57,7 +71,8 @@ class Batch:
         self.exp_avgs.append(local(state["exp_avg"]))
         self.exp_avg_sqs.append(local(state["exp_avg_sq"]))
         self.steps.append(state["step"])
-        self.lrs.append(float(group["lr"]))
+        lr = group["lr"]
+        self.lrs.append(lr.reshape(()) if _is_on_device(lr) else float(lr))
         self.weight_decays.append(group["weight_decay"])
         if group.get("stochastic_rounding"):
             self.seeds.append(group["seed"] << 32 | number)
@@ -108,7 +123,7 @@ class DeviceOptimizer(Optimizer):
                 _check_tensor(name, option, options[option])
             else:
                 _check.number(name, option, options[option], "0 or more")
-            if not options[option] >= 0.0:
+            if not _is_on_device(options[option]) and not options[option] >= 0.0:
                 raise ValueError(f"{name}: {option} must be 0 or more, got {options[option]}")
         _check.betas(name, options["betas"])
         if not 0 <= options.get("seed", 0) < 1 << 31:
@@ -144,7 +159,9 @@ class DeviceOptimizer(Optimizer):
                 group.setdefault(option, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the moments in their saved dtypes, learning rates on a device as numbers, and step counts as float32.
+        """Loads the moments in their saved dtypes, and step counts as float32.
+
+        A learning rate on a device becomes a number, unless this group's is on a device: it then takes the value.
 
         Raises `ValueError` for options out of range or not supported, and for another optimizer's state.
         """
@@ -155,8 +172,13 @@ class DeviceOptimizer(Optimizer):
         groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
         for own, group in zip(self.param_groups, groups, strict=False):
             self.check_options({**self.defaults, **own, **group})
+            if _is_on_device(own["lr"]):
+                group["lr"] = own["lr"].fill_(group["lr"])
         state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
+        for own, group in zip(self.param_groups, groups, strict=True):
+            if _is_on_device(group["lr"]):
+                own["lr"] = group["lr"]  # the base class copies it, but a captured graph reads this tensor
         # The base class casts the moments to the dtype of the parameters and doesn't move the steps.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -242,15 +264,16 @@ class DeviceOptimizer(Optimizer):
 def _check_tensor(name: str, option: str, value: Tensor) -> None:
     if option != "lr":
         raise TypeError(f"{name}: {option} must be a number, got a tensor")
-    if value.numel() != 1 or value.device.type != "cpu":
-        raise TypeError(
-            f"{name}: lr must be a number or a tensor of one element on the CPU, got shape {tuple(value.shape)} on "
-            f"{value.device}"
-        )
+    if value.numel() != 1:
+        raise TypeError(f"{name}: lr must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+
+
+def _is_on_device(lr: Any) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
 def _on_host(lr: Any) -> Any:
-    return float(lr) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
+    return float(lr) if _is_on_device(lr) else lr
 
 
 def _square(value: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class AdamW(DeviceOptimizer):
 
     Args:
         params: parameters or groups; a group may set every option below.
-        lr: learning rate; a number, or a tensor of one element on the CPU, which each step reads. A CUDA graph keeps
-            the captured one.
+        lr: learning rate; a number, or a tensor of one element, which each step reads. A CUDA graph keeps a number and
+            follows a tensor on the GPU, which the host never reads.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: a step subtracts `lr * weight_decay` times the parameter.
@@ -69,7 +69,7 @@ class AdamW(DeviceOptimizer):
             batch.params,
             batch.grads,
             *batch.state,
-            batch.lrs,
+            batch.rates,
             batch.weight_decays,
             grad_scale=grad_scale,
             found_inf=found_inf,

@@ -59,7 +59,7 @@ class Lamb(DeviceOptimizer):
 
 def make_step(batch: Batch, *, grad_scale: Tensor | None, found_inf: Tensor | None, **options: Any) -> None:
     """Makes one step in place; norms of shards are summed between its phases."""
-    tensors, rates = (batch.params, batch.grads, *batch.state), (batch.lrs, batch.weight_decays)
+    tensors, rates = (batch.params, batch.grads, *batch.state), (batch.rates, batch.weight_decays)
     options["found_inf"] = found_inf
     rounding: dict[str, Any] = {"seeds": batch.seeds, "first_elements": batch.first_elements}
     if not batch.shards:

@@ -32,6 +32,7 @@ def adamw_update(
     found_inf: Tensor | None,
     seeds: Sequence[int],
     first_elements: Sequence[int],
+    device_lrs: Tensor | None = None,
 ) -> None:
     beta1, beta2, eps = betas_and_eps
     skip = None if found_inf is None else (found_inf.reshape(()) > 0).float()
@@ -39,12 +40,13 @@ def adamw_update(
     torch._foreach_add_(steps, 1.0 if skip is None else 1.0 - skip)
     for i, (step, lr, decay) in enumerate(zip(steps, lrs, weight_decays, strict=True)):
         dtype = accumulation_dtype(params[i])
+        rate = lr if device_lrs is None else device_lrs[i].float()
         for number, parts in enumerate(_parts(params[i], exp_avgs[i], exp_avg_sqs[i], grads[i])):
             w, m, v, g = (part.to(dtype).contiguous() for part in parts)
             if factor is not None:
                 g = (g * factor).to(dtype) if g is parts[3] else g.mul_(factor)
             torch._fused_adamw_(
-                [w], [g], [m], [v], [], [step], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+                [w], [g], [m], [v], [], [step], lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
                 amsgrad=False, maximize=False, found_inf=skip,
             )  # fmt: skip
             if seeds:

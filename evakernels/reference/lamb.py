@@ -60,6 +60,7 @@ def lamb_apply(
     found_inf: Tensor | None,
     seeds: Sequence[int],
     first_elements: Sequence[int],
+    device_lrs: Tensor | None = None,
 ) -> None:
     beta1, beta2, _ = betas_and_eps
     w_norms, u_norms = squared_norms.sqrt().unbind(1)
@@ -72,7 +73,8 @@ def lamb_apply(
             u *= ratios[i].clamp(*DEEPSPEED_RATIO) * bias(beta2, t, u).sqrt() / bias(beta1, t, u)
         elif decay != 0:
             u *= ratios[i]
-        write(w, rounded(w.to(u.dtype) - lr * u, i, t, seeds, first_elements), found_inf)
+        rate = lr if device_lrs is None else device_lrs[i]
+        write(w, rounded(w.to(u.dtype) - rate * u, i, t, seeds, first_elements), found_inf)
 
 
 def lamb_step(
@@ -89,10 +91,12 @@ def lamb_step(
     found_inf: Tensor | None,
     seeds: Sequence[int],
     first_elements: Sequence[int],
+    device_lrs: Tensor | None = None,
 ) -> None:
     state = exp_avgs, exp_avg_sqs, steps
     norms = lamb_update(params, grads, *state, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf)
-    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, seeds, first_elements)
+    rounding = seeds, first_elements
+    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, *rounding, device_lrs)
 
 
 def _direction(

@@ -74,6 +74,10 @@ class Table:
         found: Tensor = _kept(_numbers, self._device, tuple(map(tuple, columns)), dtype)
         return found
 
+    def rates(self, lrs: Sequence[float], device_lrs: Tensor | None) -> Tensor:
+        """The learning rates on the device, float64: `device_lrs` if they are there already."""
+        return self.numbers(lrs, dtype=torch.float64) if device_lrs is None else device_lrs.double()
+
     def room(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=self._device)
 

@@ -34,7 +34,8 @@ CONFIGS = {80: {"adamw_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)]}}
 @triton.jit(do_not_specialize=["count"])
 def prepare_kernel(
     pointers,
-    rates,
+    lrs,
+    decays,
     seeds,
     grad_scale,
     found_inf,
@@ -46,8 +47,8 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor, inside, step, bias1, bias2 = lanes_at(pointers, count, found_inf, (log_beta1, log_beta2), 5, True, BLOCK)
-    lr = tl.load(rates + 2 * tensor, mask=inside, other=0.0)
-    weight_decay = tl.load(rates + 2 * tensor + 1, mask=inside, other=0.0)
+    lr = tl.load(lrs + tensor, mask=inside, other=0.0)
+    weight_decay = tl.load(decays + tensor, mask=inside, other=0.0)
     kept = 1.0 - lr * weight_decay
     store_floats(factors, 4 * tensor, kept, inside)
     store_floats(factors, 4 * tensor + 1, lr / bias1, inside)
@@ -96,14 +97,15 @@ def update_kernel(
 
 
 def adamw_update(
-    params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, betas_and_eps, grad_scale, found_inf, *rounding
-):
+    params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, betas_and_eps, grad_scale, found_inf, seeds,
+    first_elements, device_lrs=None,
+):  # fmt: skip
     (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
-        rates, factors = table.numbers(lrs, weight_decays, dtype=torch.float64), table.room(len(params), 4)
-        seeds, keys = table.rounding(*rounding)
-        table.prepare(prepare_kernel, rates, seeds, as_float(grad_scale), skip, factors, keys, *logs(*betas))
+        lrs, decays = table.rates(lrs, device_lrs), table.numbers(weight_decays, dtype=torch.float64)
+        factors, (seeds, keys) = table.room(len(params), 4), table.rounding(seeds, first_elements)
+        table.prepare(prepare_kernel, lrs, decays, seeds, as_float(grad_scale), skip, factors, keys, *logs(*betas))
         table.launch(update_kernel, factors, keys, skip, *betas, eps)
         table.return_copies("PARAM", "M", "V")
 

@@ -196,13 +196,14 @@ def lamb_update(
 
 
 def lamb_apply(
-    params, exp_avgs, exp_avg_sqs, steps, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, *rounding
-):
+    params, exp_avgs, exp_avg_sqs, steps, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, seeds,
+    first_elements, device_lrs=None,
+):  # fmt: skip
     (*betas, eps), skip = betas_and_eps, as_float(found_inf)
     with on_device_of(params[0]):
         table = Table("lamb_apply", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs)
-        decays, rates = (table.numbers(values, dtype=torch.float64) for values in (weight_decays, lrs))
-        seeds, keys = table.rounding(*rounding)
+        decays, rates = table.numbers(weight_decays, dtype=torch.float64), table.rates(lrs, device_lrs)
+        seeds, keys = table.rounding(seeds, first_elements)
         factors = table.room(len(params), 4)
         arguments = decays, rates, seeds, norms.contiguous(), None, skip, factors, keys, *logs(*betas)
         table.prepare(prepare_kernel, *arguments, LISTS=4, NVLAMB=nvlamb)

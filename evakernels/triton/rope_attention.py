@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from ..reference.rope_attention import is_compact
 from ..tuning import config, entry
@@ -122,12 +123,12 @@ class Attention:
         if kind == "dkdv":  # its programs have tiles of keys
             chosen |= {"BLOCK_M": step, "BLOCK_N": block}
         if kind == "rotate":
-            block, prefix = step, 0
+            block, tokens, prefix = step, self.num_prefix, 0
         else:
-            prefix = self._prefix(block, step)
+            tokens, prefix = self._prefix(block, step)
         queries, keys = self.q.shape[-3], self.k.shape[-3]
         length = keys if kind == "dkdv" and not packed else self.max_seqlen
-        tiles = triton.cdiv(length - (self.num_prefix if prefix else 0), block) + (prefix > 0)
+        tiles = triton.cdiv(length - (tokens if prefix else 0), block) + (prefix > 0)
         vector, strides = in_vectors(
             [s for x in (self.q, self.k, self.v) for s in (0 if packed else x.stride(0), *x.stride()[-3:-1])],
             self.q.element_size(),
@@ -148,7 +149,7 @@ class Attention:
         with on_device_of(self.q):
             attention_kernel[(tiles * self.heads * self.samples,)](
                 *((self.q, self.k, self.v), heads, of_rows, tables, self.cu_seqlens, *strides, table_rows, grid),
-                *(tiles, self.heads, self.heads // self.k.shape[-2], queries, keys, self.num_prefix),
+                *(tiles, self.heads, self.heads // self.k.shape[-2], queries, keys, tokens),
                 self.scale * math.log2(math.e),
                 PASS=kind,
                 FORM=form,
@@ -163,14 +164,23 @@ class Attention:
     def samples(self) -> int:
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
-    def _prefix(self, rows: int, step: int) -> int:
-        """Rows of a separate prefix; 0 if one with the patches is less work."""
+    def _prefix(self, rows: int, step: int) -> tuple[int, int]:
+        """Tokens of the prefix, and rows of a separate one; 0 rows if one with the patches is less work.
+
+        Without a rotation any number of first tokens can be the prefix.
+        """
+
+        def apart(tokens: int) -> int:
+            patches = self.max_seqlen - tokens
+            return int((_padded(patches, rows) + PREFIX_ROWS.value) * (_padded(patches, step) + PREFIX_ROWS.value))
+
+        tokens, most = self.num_prefix, min(PREFIX_ROWS.value, self.max_seqlen - 1)
+        if self.cos is None and self.cu_seqlens is None and self.q.shape[-3] == self.k.shape[-3] and most > 0:
+            tokens = min(range(1, most + 1), key=apart)
         together = _padded(self.max_seqlen, rows) * _padded(self.max_seqlen, step)
-        patches = self.max_seqlen - self.num_prefix
-        apart = (_padded(patches, rows) + PREFIX_ROWS.value) * (_padded(patches, step) + PREFIX_ROWS.value)
-        if self.num_prefix == 0 or together <= apart:
-            return 0
-        return 1 if self.num_prefix == 1 else int(PREFIX_ROWS.value)
+        if tokens == 0 or together <= apart(tokens):
+            return self.num_prefix, 0
+        return tokens, 1 if tokens == 1 else int(PREFIX_ROWS.value)
 
     def _tables(self) -> tuple[tuple[Tensor | None, ...], int, int | None]:
         """(cos, sin, token_index), rows between the tables of heads, and grid of a compact table or None."""
@@ -201,6 +211,23 @@ def rope_attention_forward(q, k, v, cos, sin, token_index, num_prefix, causal, i
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     call = Attention(*dense_heads(q, k, v), tokens, causal, scale, None, cos, sin, token_index, num_prefix, interleaved)
     return call.forward("rope_attention_forward", lse), lse
+
+
+def rope_attention_forward_by_torch(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale):
+    """Rotates queries and keys in passes of their own; the rest is torch's attention, by cuDNN if it can."""
+    call = Attention(
+        *dense_heads(q, k, v), q.shape[1], causal, scale, None, cos, sin, token_index, num_prefix, interleaved
+    )
+    op, aten = "rope_attention_forward", torch.ops.aten
+    q, k = replace(call, k=call.q)._with_rotated_keys(op).k, call._with_rotated_keys(op).k
+    q, k, v = (x.transpose(1, 2) for x in (q, k, call.v))
+    if not q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    elif can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.reshape(out.shape[:3]).float()
 
 
 def rope_attention_backward(dout, q, k, v, out, lse, cos, sin, token_index, num_prefix, causal, interleaved, scale):

@@ -1,7 +1,7 @@
-"""Launch configurations of the Triton kernels: `CONFIGS` in the kernels' files, or the file of a tuned GPU.
+"""Launch configurations of the Triton kernels, and times of the backends: shipped, or from the file of a tuned GPU.
 
-`config` only looks up. `CONFIGS` were chosen to compile without spilled registers. `python -m evakernels.tuning run`
-measures, and writes the GPU's file.
+`config` and `times` only look up. `CONFIGS` in the kernels' files were chosen to compile without spilled registers, and
+`predicted.py` has predicted times. `python -m evakernels.tuning run` measures, and writes the GPU's file.
 """
 
 import json
@@ -11,19 +11,40 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..triton import FAMILIES
+from .predicted import MICROSECONDS
 
 FOLDER = Path(__file__).parent
 
-SIZES = ("width", "depth", "head_dim", "tokens", "itemsize")
-"""Sizes of calls; `itemsize` is the bytes of an element."""
+SIZES = ("width", "depth", "head_dim", "tokens", "heads", "itemsize")
+"""Sizes of calls; `heads` are those of all samples, `itemsize` is the bytes of an element."""
+
+TIMES = " on"
+"""Suffix of an op's name in a file: the key of its times, whose `config` has microseconds by backend."""
 
 Entry = dict[str, dict[str, int]]
 """`shape`, the sizes of a configuration, and `config`, the keyword arguments of the launch."""
+
+
+class Times(NamedTuple):
+    """Microseconds of an op by backend, at the nearest known sizes."""
+
+    shape: Mapping[str, int]
+    microseconds: Mapping[str, float]
+    is_measured: bool
+
+    def __str__(self) -> str:
+        """`cuda 210 us, triton 250 us, predicted for head_dim 64, tokens 257, heads 4096`."""
+        order = sorted(self.microseconds, key=lambda backend: self.microseconds[backend])
+        found = ", ".join(f"{backend} {self.microseconds[backend]:.3g} us" for backend in order)
+        sizes = ", ".join(f"{name} {size}" for name, size in self.shape.items())
+        return f"{found}, {'measured' if self.is_measured else 'predicted'} for {sizes}"
+
 
 _forced: dict[str, Mapping[str, int]] = {}
 
@@ -41,6 +62,21 @@ def entry(**values: int) -> Entry:
     """The entry of these sizes (`SIZES`) and keyword arguments of a launch."""
     shape = {name: value for name, value in values.items() if name in SIZES}
     return {"shape": shape, "config": {name: value for name, value in values.items() if name not in SIZES}}
+
+
+def times(op: str, arguments: Mapping[str, Any], tensor: Tensor) -> Times | None:
+    """The times of the nearest sizes on the tensor's GPU; None if there are none."""
+    shape = sizes_of(op, arguments, tensor)
+    return _times(op, tuple(shape.items()), tensor.dtype.itemsize, gpu_of(tensor))
+
+
+def sizes_of(op: str, arguments: Mapping[str, Any], tensor: Tensor) -> dict[str, int]:
+    """The sizes of a call by which times are looked up; `tensor` is its first one."""
+    width = tensor.shape[-1] if tensor.dim() else 1
+    if "attention" not in op:
+        return {"width": width}
+    tokens = max(1, arguments["max_seqlen"] if "max_seqlen" in arguments else tensor.shape[1])
+    return {"head_dim": width, "tokens": tokens, "heads": max(1, tensor.numel() // (tokens * max(1, width)))}
 
 
 @contextmanager
@@ -66,14 +102,36 @@ def _gpu(device: int) -> tuple[str, int]:
 
 @cache
 def _nearest(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tuple[str, int]) -> Mapping[str, int]:
+    return _nearest_of(table(*gpu)[op], shape, itemsize)["config"]
+
+
+@cache
+def _times(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tuple[str, int]) -> Times | None:
+    name, capability = gpu
+    own = FOLDER / f"{file_name(name)}.json"
+    measured = read(own).get(op + TIMES) if name and own.exists() else None
+    known = max((known for known in MICROSECONDS if known <= capability), default=None)
+    entries = measured or (MICROSECONDS[known].get(op) if known else None)
+    if not entries:
+        return None
+    found = _nearest_of(entries, shape, itemsize)
+    return Times(found["shape"], found["config"], bool(measured))
+
+
+def _nearest_of(entries: list[Entry], shape: tuple[tuple[str, int], ...], itemsize: int) -> Entry:
     wanted = dict(shape) | {"itemsize": itemsize}
-    entries = table(*gpu)[op]
 
     def distance(entry: Entry) -> tuple[float, int]:
         sizes = entry["shape"].items()
         return sum(abs(math.log(size / max(1, wanted[name]))) for name, size in sizes), -len(sizes)
 
-    return min(entries, key=distance)["config"]
+    return min(entries, key=distance)
+
+
+def clear_caches() -> None:
+    """Forgets the files that were read."""
+    for cached in (table, _nearest, _times):
+        cached.cache_clear()
 
 
 @cache

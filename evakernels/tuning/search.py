@@ -1,8 +1,10 @@
 """Search for launch configurations: steepest descent from the shipped one."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
+from .. import backends
 from ..triton import launcher as launcher_of
 from . import FOLDER, file_name, forced, table
 from .calls import Draw, calls
@@ -24,6 +27,8 @@ GAIN = 0.99
 """Largest ratio of times that counts as faster; the rest is noise."""
 
 MOST = {"num_warps": 16, "num_stages": 5}
+
+GPU_BACKENDS = ("cuda", "triton", "torch")
 
 DTYPE_OF = {2: torch.bfloat16, 4: torch.float32}
 
@@ -73,6 +78,25 @@ def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], 
                     return None
 
         result.append({"shape": entry["shape"], "config": search(entry["config"], time_of)})
+    return result
+
+
+def timed(op: str, rows: list[dict[str, Any]], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
+    """The rows of an op's times with the times of its GPU backends on this GPU."""
+    result = []
+    for row in rows:
+        shape = dict(row["shape"])
+        elements = math.prod(shape.values()) if "heads" in shape else Draw.elements
+        shape.pop("heads", None)
+        dtype = DTYPE_OF[shape.get("itemsize", 2)]
+        arguments = next(calls(op, shape, Draw("cuda", dtype, elements)))
+        usable = [backend for backend in GPU_BACKENDS if not backends.why_not(op, backend, *arguments)]
+        times = {}
+        for backend in usable:
+            with backends.use_backend(backend):
+                function = backends.select(op, arguments).function
+            times[backend] = 1000 * timer(partial(function, *arguments))
+        result.append({"shape": row["shape"], "config": times})
     return result
 
 

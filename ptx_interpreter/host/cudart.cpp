@@ -2,10 +2,10 @@
 // place, and serves what host code of kernels without __managed__ or __constant__ variables asks for.
 // Launches go to the function that `ptx_serve` was given, with the fat binary in which the kernel's PTX is.
 //
-// Two GPUs are played, each as small as makes kernels go round: three multiprocessors with a block each and 1
-// MB of cache. A block may have 99 KB of shared memory as on compute capability 8.6, or what PTX_SHARED_KB
-// says: 163 (A100), 227 (H100). As in the CUDA runtime a kernel may have 48 KB until the host raises the limit.
-// PTX_DRIVER is the version of the driver that is played, such as 12010.
+// It plays two equal GPUs, which `ptx_play` describes. By default they are so small that kernels loop: three
+// multiprocessors with a block each and 1 MB of L2 cache. A block may have 99 KB of shared memory as on
+// compute capability 8.6, or PTX_SHARED_KB. As in the CUDA runtime a kernel may have 48 KB until the host
+// raises the limit. PTX_DRIVER is the version of the driver, such as 12010.
 #include <cuda_runtime_api.h>
 #include <fatbinary_section.h>
 
@@ -27,18 +27,36 @@ constexpr size_t kWithoutLeave = 48 * 1024;  // of shared memory
 using Serve = int (*)(const void* binary, const char* kernel, const unsigned* grid, const unsigned* block,
                       void** arguments, size_t shared_bytes, char* message, size_t size);
 
+// Resident blocks of a multiprocessor.
+using Occupancy = int (*)(const void* binary, const char* kernel, int threads, size_t shared_bytes);
+
+size_t number_in(const char* variable, size_t otherwise) {
+  const char* const text = std::getenv(variable);
+  return text ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+
+// The GPU that is played.
+struct Gpu {
+  int multiprocessors = 3;
+  size_t shared_bytes = number_in("PTX_SHARED_KB", 99) * 1024;  // per block at most
+  int l2_bytes = 1 << 20;
+  Occupancy occupancy = nullptr;
+};
+
 struct Kernel {
   const void* binary = nullptr;
   const char* name = nullptr;
   size_t shared_bytes = kWithoutLeave;
 };
 
+Gpu gpu;
 Serve serve = nullptr;
 int queries = 0;
 char message[1 << 14];
 char contexts[2];         // of which the addresses stand for these GPUs
 char* context = nullptr;  // the current one; as in a process that has used no GPU yet there is none
-int last_device = -1;     // on which a kernel was launched
+int last_device = -1;     // of the last launch
+cudaStream_t last_stream = nullptr;
 
 std::mutex guards_kernels;
 
@@ -47,13 +65,6 @@ std::map<const void*, Kernel>& kernels() {
   static std::map<const void*, Kernel> all;
   return all;
 }
-
-size_t number_in(const char* variable, size_t otherwise) {
-  const char* const text = std::getenv(variable);
-  return text ? std::strtoull(text, nullptr, 10) : otherwise;
-}
-
-size_t max_shared_memory() { return number_in("PTX_SHARED_KB", 99) * 1024; }
 
 bool is_launchable(dim3 grid, dim3 block) {
   const auto within = [](dim3 size, unsigned x, unsigned y, unsigned z) {
@@ -77,13 +88,19 @@ int set_context(void* current) {
 
 EXPORTED void ptx_serve(Serve function) { serve = function; }
 
+// Before the first launch: programs keep what the runtime answered.
+EXPORTED void ptx_play(int multiprocessors, size_t shared_bytes, int l2_bytes, Occupancy occupancy) {
+  gpu = {multiprocessors, shared_bytes, l2_bytes, occupancy};
+}
+
 // How often the runtime was asked for what doesn't change.
 EXPORTED int ptx_queries() { return queries; }
 
 // The current device, or -1, and the one of the last launch.
 EXPORTED int ptx_device() { return context ? static_cast<int>(context - contexts) : -1; }
 EXPORTED int ptx_last_device() { return last_device; }
-EXPORTED void ptx_set_device(int device) { context = contexts + device; }
+EXPORTED void* ptx_last_stream() { return last_stream; }
+EXPORTED void ptx_set_device(int device) { context = device < 0 ? nullptr : contexts + device; }
 
 // --- what nvcc's own code calls ----------------------------------------------------------------------------
 
@@ -118,7 +135,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
 // --- what launchers call -----------------------------------------------------------------------------------
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
+                             size_t shared_bytes, cudaStream_t stream) {
   Kernel kernel;
   {
     const std::lock_guard lock(guards_kernels);
@@ -130,6 +147,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   if (shared_bytes > kernel.shared_bytes) return cudaErrorInvalidValue;
   if (!serve) return cudaErrorNoDevice;
   cudaGetDevice(&last_device);
+  last_stream = stream;
   const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
   return static_cast<cudaError_t>(
       serve(kernel.binary, kernel.name, blocks, threads, arguments, shared_bytes, message, sizeof message));
@@ -138,15 +156,21 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   ++queries;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
-  if (static_cast<size_t>(value) > max_shared_memory()) return cudaErrorInvalidValue;
+  if (static_cast<size_t>(value) > gpu.shared_bytes) return cudaErrorInvalidValue;
   const std::lock_guard lock(guards_kernels);
   kernels()[function].shared_bytes = static_cast<size_t>(value);
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared_bytes) {
   ++queries;
   *blocks = 1;
+  if (!gpu.occupancy) return cudaSuccess;
+  const std::lock_guard lock(guards_kernels);
+  const auto found = kernels().find(function);
+  if (found == kernels().end()) return cudaErrorInvalidDeviceFunction;
+  *blocks = gpu.occupancy(found->second.binary, found->second.name, threads, shared_bytes);
   return cudaSuccess;
 }
 
@@ -160,10 +184,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   ++queries;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 3;
+      *value = gpu.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(max_shared_memory());
+      *value = static_cast<int>(gpu.shared_bytes);
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = gpu.l2_bytes;
       return cudaSuccess;
     default:
       return cudaErrorNotSupported;

@@ -29,6 +29,24 @@ def test_checker_right_kernels_have_no_findings(capability):
     assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1}
 
 
+SIZES = """
+import torch
+gpu = torch.cuda.get_device_properties(0)
+print(gpu.multi_processor_count, gpu.L2_cache_size >> 20, gpu.shared_memory_per_block_optin >> 10, gpu.major)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [([], "108 40 163 8"), (["--sm", "90", "--gpu", "b200"], "148 126 227 9"), (["--gpu", "h100"], "132 50 227 8")],
+)
+def test_command_shows_the_sizes_of_a_gpu(options, sizes, tmp_path):
+    (tmp_path / "sizes.py").write_text(SIZES)
+    command = [sys.executable, "-m", "ptx_interpreter", *options, str(tmp_path / "sizes.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout.startswith(sizes + "\n"), done.stderr
+
+
 def test_checker_runs_tensor_descriptors():
     assert not check("described").found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ptx_interpreter.gpus import GPUS
 from ptx_interpreter.runtime import COMPRESSED, FAT_BINARY, MAGIC, PART, PTX, newest_for, ptx_in
 
 HOST = Path(__file__).parents[1] / "host"
@@ -43,6 +44,19 @@ def test_a_gpu_gets_the_newest_ptx_that_it_can_run(capability: int, text: str) -
 def test_a_gpu_that_is_too_old_is_told() -> None:
     with pytest.raises(ValueError, match=r"compute capability 7\.5, only for \[80\]"):
         newest_for({80: "a"}, 75)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "threads", "registers", "shared", "blocks"),
+    [
+        ("h100", 128, 248, 78_000, 2),
+        ("a100", 160, 230, 101_000, 1),
+        ("a40", 128, 32, 0, 12),
+        ("h100", 32, 16, 1 << 18, 0),
+    ],
+)
+def test_resident_blocks_of_gpus(gpu: str, threads: int, registers: int, shared: int, blocks: int) -> None:
+    assert GPUS[gpu].resident_blocks(threads, registers, shared) == blocks
 
 
 COPY = """

@@ -53,7 +53,7 @@ def test_small_buffers_count_once() -> None:
 
 
 PIPES = [
-    ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2}, {%r1}, {%r2}, {%f1, %f2};", "tensor", 1, 4096),
+    ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2}, {%r1}, {%r2}, {%f1, %f2};", "mma.sync", 1, 4096),
     ("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%f1}, %d1, %d2, %p1, 1, 1, 0, 0;", "tensor", 1, 16384),
     ("wgmma.commit_group.sync.aligned;", "control", 1, 0),
     ("fma.rn.f32 %f1, %f2, %f3, %f4;", "fma", 1, 0),
@@ -94,6 +94,8 @@ def test_the_slowest_part_limits() -> None:
     assert limiter("sm_80", LAUNCH) == "alu"
     assert share_of_floor(COUNT) == pytest.approx(10240 / 2039e9 / found["alu"])
     assert times("sm_90", LAUNCH)["memory"] < found["memory"]
+    of_warps = replace(LAUNCH, lines=(replace(OTHER, warps={"mma.sync": 2}), LINE))
+    assert times("sm_90", of_warps)["tensor"] == pytest.approx(times("sm_90", LAUNCH)["tensor"] / 0.62)
     assert [line.place for line in costly_lines(COUNT)] == ["norm.cu:7", "rows.h:3"]
 
 

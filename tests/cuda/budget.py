@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,6 +223,12 @@ def read() -> tuple[str, dict[str, dict[str, tuple[int, int]]]]:
         arch: {kernel: tuple(values[i]) for kernel, values in stored[SECTIONS[0]].items()}
         for i, arch in enumerate(stored["archs"])
     }
+
+
+def registers_of(arch: str) -> Callable[[str], int]:
+    """Maps a kernel's symbol to its registers per thread."""
+    known = {kernel.partition(": ")[2]: usage[0] for kernel, usage in read()[1][arch].items()}
+    return cache(lambda symbol: known[readable([symbol])[0]])
 
 
 def read_accesses() -> dict[str, Accesses]:

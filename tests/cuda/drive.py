@@ -253,9 +253,17 @@ ATTENTIONS = [
 ]
 
 
+SPLIT = (3, 7, 9, 10, 13, 16, 19)
+"""Calls with two blocks per head: a prefix, causal ones by element and in words, sequences, and fewer keys."""
+
+
 def rope_attention() -> None:
     for call in ATTENTIONS:
         attend(call)
+    os.environ["EVAKERNELS_ATTENTION_PLAN"] = "1x2"
+    for number in SPLIT:
+        attend(ATTENTIONS[number])
+    del os.environ["EVAKERNELS_ATTENTION_PLAN"]
 
 
 def attend(call: Attention) -> None:

@@ -7,7 +7,9 @@ target_link_libraries(ptx_runtime PRIVATE CUDA::toolkit)
 target_compile_options(ptx_runtime PRIVATE -Wall -Wextra)
 set(PTX_OBJECTS $<TARGET_OBJECTS:cuda_kernels> $<TARGET_OBJECTS:ptx_runtime>)
 
-add_library(ptx_ops SHARED EXCLUDE_FROM_ALL ${GPU_BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp ${PTX_OBJECTS})
+add_library(ptx_ops SHARED EXCLUDE_FROM_ALL ${GPU_BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp
+                                            ${CMAKE_CURRENT_LIST_DIR}/torch_stand_in.cpp ${PTX_OBJECTS})
+set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/torch_stand_in.cpp PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 compile_with_torch(ptx_ops)
 link_with_torch(ptx_ops)
 target_compile_definitions(ptx_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_INTERPRETED)

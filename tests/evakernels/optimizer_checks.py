@@ -69,7 +69,8 @@ def update(
     if kind == "adamw" and backend not in ("triton", None):
         backend = "reference"
     numbers = range(len(state[0]))
-    lrs, decays = lrs or [0.01 * (i + 1) for i in numbers], decays or [0.0 if i == 1 else 0.05 for i in numbers]
+    lrs = [0.01 * (i + 1) for i in numbers] if lrs is None else lrs
+    decays = decays or [0.0 if i == 1 else 0.05 for i in numbers]
     scale, found_inf = (None if value is None else torch.tensor(value) for value in (scale, found_inf))
     options = {"betas": betas, "eps": eps, "found_inf": found_inf} | ({"variant": kind} if kind in VARIANTS else {})
     with nullcontext() if backend is None else evakernels.use_backend(backend):

@@ -8,21 +8,26 @@ from pathlib import Path
 
 import evakernels
 import evakernels.triton
+from benchmarks.audit.budget import budget
 from evakernels import tuning
+from ptx_interpreter.gpus import GPUS
 from ptx_interpreter.runtime import Launches
 
 gc.disable()  # of the many objects that kernels are read into none is garbage
 
 
 @contextmanager
-def nvcc_kernels(capability: int, lines: str | None = None) -> Iterator[None]:
+def nvcc_kernels(capability: int, lines: str | None = None, gpu: str | None = None) -> Iterator[Launches]:
     """Those in the library beside the package `evakernels`, which the stand-in for the CUDA runtime is linked into.
 
     `lines`: a file for how many instructions each line of a source file took, JSON: [file, line, instructions] of each.
+    `gpu`: the GPU whose sizes the launch plans see.
     """
-    with Launches(Path(evakernels.__file__).with_name("_ops.so"), capability, count=False) as launches:
+    library = Path(evakernels.__file__).with_name("_ops.so")
+    registers = budget().registers_of(f"sm_{GPUS[gpu].capability}") if gpu else None
+    with Launches(library, capability, gpu=gpu, registers=registers, count=False) as launches:
         try:
-            yield
+            yield launches
         finally:
             assert launches.launches > 0
             if lines:

@@ -34,6 +34,16 @@ def test_equals_the_reference(variant, flags):
     assert_states_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", [COMPILED, "reference"])
+@pytest.mark.parametrize("kind", ["adamw", "lamb_step", *VARIANTS])
+def test_rates_on_device_equal_numbers_formula(kind, backend):
+    ours, theirs = lists(), lists()
+    lrs = [(1 + i) / 64 for i in range(len(ours[0]))]
+    update(ours, kind, backend, lrs=torch.tensor(lrs))
+    update(theirs, kind, backend, lrs=lrs)
+    assert_states_close(ours, theirs)
+
+
 @every_kind
 def test_many_tensors_formula(kind):
     sizes = [i % 3 for i in range(700)]

@@ -10,10 +10,11 @@ from op_checks import assert_opcheck
 from optimizer_checks import BETAS, DECAYS, EPS, LRS, assert_same_state, optimizer_of, parameters, step, tensors
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels
 from evakernels.compat.apex import FusedLAMB
-from evakernels.optim import AdamW, Lamb
+from evakernels.optim import AdamW, Lamb, _device_optimizer
 
 every_optimizer = pytest.mark.parametrize("kind", [AdamW, Lamb])
 
@@ -36,6 +37,36 @@ def test_grad_scaler_reads_no_flag_on_the_host(kind):
     for a, b in zip(parameters(optimizer), parameters(plain), strict=True):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(optimizer.state[a], plain.state[b], rtol=1e-6, atol=1e-6)
+
+
+class NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@every_optimizer
+def test_rate_on_device_follows_a_schedule(kind, monkeypatch):
+    """The host never reads it: a captured CUDA graph follows the schedule, too, and a loaded state."""
+    monkeypatch.setattr(_device_optimizer, "_is_on_device", lambda lr: isinstance(lr, torch.Tensor))
+    rate = torch.tensor(0.5)
+    ours = optimizer_of(tensors(0, torch.float32), kind, lrs=[rate, rate, 0.25, rate])
+    theirs = optimizer_of(tensors(0, torch.float32), kind, lrs=[0.5, 0.5, 0.25, 0.5])
+    for seed in (1, 2):
+        with NoHostReads():
+            step(ours, tensors(seed))
+            rate.mul_(0.5)
+        step(theirs, tensors(seed))
+        for group in theirs.param_groups[:2] + theirs.param_groups[3:]:
+            group["lr"] *= 0.5
+    assert_same_state(ours, theirs, 1e-6)
+    ours.load_state_dict(
+        theirs.state_dict()
+        | {"param_groups": optimizer_of(tensors(0), kind, lrs=[2.0] * 4).state_dict()["param_groups"]}
+    )
+    assert ours.param_groups[0]["lr"] is rate
+    assert rate == 2.0
+    assert ours.param_groups[2]["lr"] == 2.0
 
 
 @pytest.mark.parametrize(("kind", "op"), [(AdamW, "adamw_update"), (Lamb, "lamb_step")])

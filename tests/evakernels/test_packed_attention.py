@@ -112,6 +112,15 @@ def test_as_accurate_as_torch_around_tile_sizes(lengths, head_dim, causal, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_split_heads_as_accurate_as_torch(dtype, monkeypatch):
+    """CUDA kernels: two blocks per head, of which short sequences need one."""
+    monkeypatch.setenv("EVAKERNELS_ATTENTION_PLAN", "1x2")
+    ours, theirs = pair([60, 3, 0, 40], form="in order", causal=True)
+    x = shared([60, 3, 0, 40])
+    op_checks.assert_as_accurate_as_torch(ours, theirs, [x], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_image_sizes_as_accurate_as_torch(dtype):
     """Three aspect ratios in one batch, each with a class token, and two heads of queries to one of keys."""
     sizes, grid, head_dim = [(7, 9), (1, 16), (12, 4)], 16, 64

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,6 +21,7 @@ from ptx_build import BUILD, budget, build_allocations, build_planted, gxx
 
 from evakernels.triton import FAMILIES
 from ptx_interpreter import Module
+from ptx_interpreter.gpus import GPUS
 from ptx_interpreter.runtime import newest_for, ptx_in
 
 OPS = {
@@ -137,8 +138,9 @@ def printed(built: Path, served: Environment, tmp_path: Path) -> Callable[..., s
     """Output of a Python program that runs nvcc's kernels for compute capability 8.0."""
     tests = copy_with_library(tmp_path, built / "_ops.so", *built.glob("_C*.so"))
 
-    def run(code: str, **environment: object) -> str:
-        code = f"from ptx_launches import nvcc_kernels\nwith nvcc_kernels(80):\n {code}"
+    def run(code: str, gpu: str | None = None, **environment: object) -> str:
+        launches = f"nvcc_kernels({GPUS[gpu].capability if gpu else 80}, gpu={gpu!r})"
+        code = f"from ptx_launches import nvcc_kernels\nwith {launches} as launches:\n {code}"
         variables = os.environ | served(tests.parent, **environment)
         call = [sys.executable, "-c", code]
         result = subprocess.run(call, env=variables, cwd=tests, capture_output=True, text=True, check=False)
@@ -171,6 +173,111 @@ def test_raw_launchers_restore_the_device(printed: Callable[..., str]) -> None:
             print(runtime.ptx_device(), runtime.ptx_last_device())
     """
     assert printed(code).split() == ["-1", "0", "1", "0", "0", "0"]
+
+
+@needs_nvcc
+def test_operators_use_stream_and_device_of_torch(printed: Callable[..., str]) -> None:
+    """tests/cuda/torch_stand_in.cpp stands in for torch's stream and device guard."""
+    code = """if True:
+        import ctypes, torch, evakernels
+        from evakernels import _native
+        runtime = ctypes.CDLL(str(_native._LIBRARY))
+        runtime.ptx_last_stream.restype = ctypes.c_void_p
+        qkv = [torch.ones(1, 40, 1, 16).bfloat16().requires_grad_() for _ in range(3)]
+        for device, stream in ((-1, 0x51), (1, 0x52), (0, None)):
+            runtime.ptx_set_device(device)
+            runtime.torch_set_stream(ctypes.c_void_p(stream))
+            evakernels.rope_attention(*qkv).sum().backward()
+            print(runtime.ptx_device(), runtime.ptx_last_device(), runtime.ptx_last_stream())
+    """
+    found = printed(code, EVAKERNELS_ATTENTION_PLAN="1x2")  # which takes scratch memory
+    assert found.split("\n")[:3] == ["-1 0 81", "1 0 82", "0 0 None"]
+
+
+PLANS = """if True:
+    import json, sys, torch
+    def record(kernel, sizes, params, shared):
+        launches.launches += 1
+        found.append((kernel.name, *sizes, shared))
+        return ""
+    launches._launch = record  # the plans alone: nothing runs
+    native, result = torch.ops.evakernels_native, {{}}
+    for tokens, head_dim, batch in {calls}:
+        found = []
+        qkv = [torch.empty(1, tokens, 16, head_dim, dtype=torch.bfloat16).expand(batch, -1, -1, -1) for _ in range(3)]
+        options = None, None, None, 0, False, True, 1.0
+        out, lse = native.rope_attention_forward(*qkv, *options)
+        native.rope_attention_backward(out, *qkv, out, lse, *options)
+        result[f"{{tokens}} {{head_dim}} {{batch}}"] = found
+    print(json.dumps(result))
+"""
+
+
+def resident_warps(gpu: str, name: str, block: Sequence[int], shared: int) -> int:
+    """Resident warps of a multiprocessor, by the registers in the budget."""
+    registers = budget.registers_of(f"sm_{GPUS[gpu].capability}")(name)
+    return block[0] // 32 * GPUS[gpu].resident_blocks(block[0], registers, shared)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("gpu", ["a100", "h100", "b200"])
+def test_attention_plans_fill_multiprocessors(printed: Callable[..., str], gpu: str) -> None:
+    """Registers allow eight warps, or twelve in some forward kernels."""
+    calls = [(tokens, head_dim, 32) for tokens in (257, 577) for head_dim in (64, 88, 112, 128)]
+    for key, launches in json.loads(printed(PLANS.format(calls=calls), gpu=gpu)).items():
+        (forward, _, *of_forward), (backward, grid, *of_backward) = launches
+        assert resident_warps(gpu, forward, *of_forward) >= 8, (key, launches)
+        assert resident_warps(gpu, backward, *of_backward) >= 7, (key, launches)
+        assert grid == [32 * 16, 1, 1], (key, launches)
+
+
+@needs_nvcc
+def test_attention_of_few_heads_is_split(printed: Callable[..., str]) -> None:
+    """Sixteen heads fill neither pass of an H100; a second kernel of backward then adds dq."""
+    code = PLANS.format(calls=[(257, 64, 1), (1025, 128, 1)])
+    for launches in json.loads(printed(code, gpu="h100")).values():
+        forward, backward, dq = launches
+        assert forward[1][0] >= 2 * 16
+        assert backward[1][0] >= 2 * 16
+        assert "sum_dq" in dq[0]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("plan", ["0", "x2", "9x1", "2x99", "2x2 "])
+def test_impossible_attention_plan_is_named(printed: Callable[..., str], plan: str) -> None:
+    code = """if True:
+        import torch, evakernels
+        qkv = [torch.ones(1, 40, 1, 16).half() for _ in range(3)]
+        try:
+            evakernels.rope_attention(*qkv)
+        except RuntimeError as error:
+            print(error)
+        from evakernels import layer_norm
+        layer_norm(torch.ones(2, 4))
+    """
+    assert f"EVAKERNELS_ATTENTION_PLAN must be WARPS or WARPSxBLOCKS of a possible plan, got {plan}" in printed(
+        code, EVAKERNELS_ATTENTION_PLAN=plan
+    )
+
+
+@needs_nvcc
+@pytest.mark.parametrize("on_device", [False, True])
+def test_lamb_launches_hold_no_rate_on_device(printed: Callable[..., str], on_device: bool) -> None:
+    """A captured graph keeps the arguments of its launches."""
+    code = f"""if True:
+        import struct, torch, evakernels
+        rate = 0.3203125  # the same in float32
+        arguments, run = [], launches._launch
+        def record(kernel, sizes, params, shared):
+            arguments.append(params)
+            return run(kernel, sizes, params, shared)
+        launches._launch = record
+        lists = [torch.ones(5)], [torch.ones(5)], [torch.zeros(5)], [torch.zeros(5)], [torch.zeros(())]
+        lrs = torch.tensor([rate]) if {on_device} else [rate]
+        evakernels.lamb_step(*lists, lrs, [0.0], betas=(0.9, 0.99), eps=1e-6)
+        print(any(struct.pack(kind, rate) in params for params in arguments for kind in ("<d", "<f")))
+    """
+    assert printed(code).split() == [str(not on_device)]
 
 
 @needs_nvcc
@@ -350,5 +457,23 @@ def test_triton_wrong_index_gives_nan() -> None:
                 (launch,) = (launch_of(report, spans_of({"patches": [patches]})) for report in reports)
                 assert out[1, 1].isnan().all() and out.isnan().sum() == 8
                 assert launch.loads["patches"].touched == 3  # each row is a sector of 32 bytes
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@needs_triton
+def test_unrotated_token_around_a_tile_is_cheap() -> None:
+    """A token before whole tiles costs no row and column of tiles."""
+    code = """if True:
+        import evakernels, torch
+        from benchmarks.audit.count import served
+        instructions = {}
+        with served("sm_90", "triton") as reports:
+            for tokens in (128, 129):
+                q = torch.ones(1, tokens, 1, 64).bfloat16()
+                reports.clear()
+                evakernels.rope_attention(q, q, q)
+                instructions[tokens] = sum(report.instructions for report in reports)
+        assert instructions[129] < 2.2 * instructions[128], instructions
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import evakernels
 from evakernels import _native, backends, triton
 from evakernels.nn import axial_rope
+from evakernels.reference import rope_attention as reference
 
 OPS = torch.ops.evakernels
 BATCH, HEADS, HEAD_DIM, PATCHES, GRID = 2, 3, 4, 6, 3
@@ -253,6 +254,45 @@ def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim):
     ours, theirs = both(cos=angles.cos().float(), sin=angles.sin().float(), num_prefix=1, causal=causal)
     packed = randn(1, tokens, 3, 2, head_dim)
     op_checks.assert_as_accurate_as_torch(of_packed(ours), of_packed(theirs), [packed], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "num_prefix", "options"),
+    [
+        pytest.param((2, 65, 2, 64), 1, {}, id="prefix"),
+        pytest.param((1, 90, 1, 16), 0, {"causal": True}, id="causal"),
+        pytest.param((1, 70, 1, 112), 4, {"interleaved": False, "causal": True}, id="wide-causal"),
+        pytest.param((1, 70, 1, 90), 0, {}, id="odd"),
+    ],
+)
+def test_split_heads_as_accurate_as_torch(shape, num_prefix, options, dtype, monkeypatch):
+    """CUDA kernels: two blocks per head, whose dq another kernel adds."""
+    monkeypatch.setenv("EVAKERNELS_ATTENTION_PLAN", "1x2")
+    angles = randn(shape[1] - num_prefix, shape[3] // 2, seed=3) * 3
+    cos, sin = angles.cos().float(), angles.sin().float()
+    ours, theirs = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
+    x = randn(*shape[:2], 3, *shape[2:])
+    op_checks.assert_as_accurate_as_torch(ours, theirs, [x], dtype)
+    op_checks.assert_deterministic(ours, [x.to(dtype)])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_behind_rotation_accurate(dtype, causal):
+    """Its log-sum-exps are those that the backward pass of other backends reads."""
+    angles = randn(39, 32, seed=3) * 3
+    tables = angles.cos().float(), angles.sin().float(), None, 1, causal, True, 0.125
+    qkv = randn(2, 40, 3, 2, 64).to(dtype).unbind(2)
+    if reasons := backends.why_not("rope_attention_forward", "torch", *qkv, *tables):
+        pytest.skip(reasons[0])
+    with evakernels.use_backend("torch"):
+        out, lse = OPS.rope_attention_forward(*qkv, *tables)
+    exact, exact_lse = reference.rope_attention_forward(*(x.double() for x in qkv), *tables)
+    theirs = attention(*qkv, *tables)
+    assert (out - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2**-5)
+    assert out.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

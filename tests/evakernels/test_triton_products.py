@@ -16,7 +16,7 @@ import evakernels
 def restored():
     yield
     torch.set_float32_matmul_precision("highest")
-    evakernels.set_loss_products("ieee")
+    evakernels.set_loss_products("tf32x3")
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ OPS += [pytest.param(op, marks=pytest.mark.exhaustive) for op in MORE]
 @pytest.mark.parametrize("op", OPS)
 def test_matrix_units_round_to_tf32_where_torchs_do(matrix_units, op):
     """Under "highest" there is no matrix instruction at all: sums of float32 products have none."""
+    evakernels.set_loss_products("ieee")
     assert matrix_units(op) == set()
     torch.set_float32_matmul_precision("high")
     assert matrix_units(op) == {"tf32"}
@@ -64,8 +65,7 @@ LOSSES += [pytest.param(op, marks=pytest.mark.exhaustive) for op in ("contrastiv
 
 
 @pytest.mark.parametrize("op", LOSSES)
-def test_losses_split_float32_where_they_are_told_to(matrix_units, op):
-    evakernels.set_loss_products("tf32x3")
+def test_losses_split_float32_by_default(matrix_units, op):
     assert matrix_units(op) == {"tf32"}
     assert matrix_units(op, split=True)
     torch.set_float32_matmul_precision("high")  # torch's rule comes first
@@ -81,7 +81,7 @@ def test_other_products_are_refused():
 def test_split_float32_keeps_the_error_rule():
     """The ops' own tests; with TF32 alone each of them fails."""
     pytest.importorskip("triton")
-    before = "evakernels.set_loss_products('tf32x3')\nfrom ptx_launches import triton_kernels\nwith triton_kernels(90)"
+    before = "from ptx_launches import triton_kernels\nwith triton_kernels(90)"
     run_ops(
         before,
         "test_as_accurate_as_torch and not many and dtype0 and (statistics or siglip)",

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evakernels import tuning
+import evakernels
+from evakernels import backends, tuning
 from evakernels.triton import FAMILIES
 from evakernels.tuning.__main__ import main
+from evakernels.tuning.predicted import row
 
 pytest.importorskip("triton")
 search = pytest.importorskip("evakernels.tuning.search")
 
+OP = "rope_attention_forward"
 ENTRIES = [
     tuning.entry(width=512, ROWS=4),
     tuning.entry(width=4096, ROWS=2),
@@ -34,6 +38,7 @@ def folder(tmp_path, monkeypatch):
 def clear(table=tuning.table) -> None:
     table.cache_clear()
     tuning._nearest.cache_clear()
+    tuning._times.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,36 @@ def test_every_op_has_entries_and_each_is_found(capability):
             itemsize = shape.pop("itemsize", 2)
             found = tuning._nearest(op, tuple(sorted(shape.items())), itemsize, ("", capability))
             assert found == entry["config"], (op, entry)
+
+
+def explained(tokens):
+    with FakeTensorMode():
+        q = torch.empty(256, tokens, 16, 64, dtype=torch.bfloat16, device="cuda")
+    return evakernels.explain("rope_attention_forward", q, q, q, None, None, None, 0, False, True, 1.0).splitlines()
+
+
+def test_times_decide_the_backend_and_are_explained(folder, monkeypatch):
+    known = {"rope_attention_forward": [row(64, 257, 4096, cuda=2, triton=1), row(64, 1025, 4096, cuda=1, triton=2)]}
+    monkeypatch.setattr(tuning, "MICROSECONDS", {80: known})
+    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("NVIDIA H100", 90))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    clear()
+    first, second, *_, why = explained(197)
+    assert (first.split(":")[0], second.split(":")[0]) == tuple(f"{OP} on {backend}" for backend in ("triton", "cuda"))
+    assert why == f"order of {OP}: triton 1 us, cuda 2 us, predicted for head_dim 64, tokens 257, heads 4096"
+    assert explained(700)[0].startswith(f"{OP} on cuda")
+    search.write("NVIDIA H100", {OP + tuning.TIMES: [row(64, 577, 4096, cuda=3, triton=2.5, torch=2)]}, 90, folder)
+    tuning.clear_caches()
+    first, *_, why = explained(700)
+    assert first.startswith(f"{OP} on torch: ")
+    assert why.endswith("torch 2 us, triton 2.5 us, cuda 3 us, measured for head_dim 64, tokens 577, heads 4096")
+
+
+def test_predicted_times_are_of_known_ops_and_backends():
+    for known in tuning.MICROSECONDS.values():
+        assert known.keys() <= backends.ops().keys()
+        assert all(set(entry["config"]) == {"cuda", "triton"} for entries in known.values() for entry in entries)
 
 
 # --- the command and the search -------------------------------------------------------------------------------------

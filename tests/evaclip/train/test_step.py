@@ -280,7 +280,7 @@ def restored_precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
-    set_loss_products("ieee")
+    set_loss_products("tf32x3")
 
 
 @pytest.mark.parametrize(("precision", "rounded", "products"), [("highest", False, "ieee"), ("high", True, "tf32x3")])

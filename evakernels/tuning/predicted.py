@@ -1,0 +1,71 @@
+"""Predicted times of backends, by compute capability and op, until a GPU's file has measured ones.
+
+They are the least times of the audit's roofline (`benchmarks/audit/roofline.py`) on an A100, H100 and B200: matmuls
+of padded tiles, with `mma.sync` at 62 % of the peak on 9.0 and 25 % on 10.0, exponentials, and bytes of memory. Triton
+rotates keys in a pass of its own, and its backward pass has two kernels with seven matmuls instead of five.
+"""
+
+from typing import Any
+
+
+def row(head_dim: int, tokens: int, heads: int, **microseconds: float) -> dict[str, Any]:
+    """An entry of attention in 16 bits; its sizes are also those that `python -m evakernels.tuning run` measures."""
+    return {"shape": {"head_dim": head_dim, "tokens": tokens, "heads": heads}, "config": microseconds}
+
+
+MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
+    80: {
+        "rope_attention_forward": [
+            row(64, 257, 4096, cuda=264, triton=396),
+            row(64, 577, 4096, cuda=1178, triton=1475),
+            row(64, 1025, 4096, cuda=3635, triton=4162),
+            row(112, 257, 4096, cuda=463, triton=694),
+            row(112, 577, 4096, cuda=2061, triton=2581),
+            row(112, 1025, 4096, cuda=6361, triton=7284),
+        ],
+        "rope_attention_backward": [
+            row(64, 257, 4096, cuda=622, triton=1092),
+            row(64, 577, 4096, cuda=2945, triton=4419),
+            row(64, 1025, 4096, cuda=9088, triton=13250),
+            row(112, 257, 4096, cuda=1088, triton=1911),
+            row(112, 577, 4096, cuda=5153, triton=7734),
+            row(112, 1025, 4096, cuda=15903, triton=23187),
+        ],
+    },
+    90: {
+        "rope_attention_forward": [
+            row(64, 257, 4096, cuda=161, triton=241),
+            row(64, 577, 4096, cuda=599, triton=610),
+            row(64, 1025, 4096, cuda=1850, triton=1516),
+            row(112, 257, 4096, cuda=282, triton=422),
+            row(112, 577, 4096, cuda=1049, triton=1037),
+            row(112, 1025, 4096, cuda=3237, triton=2568),
+        ],
+        "rope_attention_backward": [
+            row(64, 257, 4096, cuda=322, triton=603),
+            row(64, 577, 4096, cuda=1498, triton=1636),
+            row(64, 1025, 4096, cuda=4624, triton=4334),
+            row(112, 257, 4096, cuda=563, triton=1056),
+            row(112, 577, 4096, cuda=2622, triton=2723),
+            row(112, 1025, 4096, cuda=8092, triton=7585),
+        ],
+    },
+    100: {
+        "rope_attention_forward": [
+            row(64, 257, 4096, cuda=138, triton=103),
+            row(64, 577, 4096, cuda=653, triton=403),
+            row(64, 1025, 4096, cuda=2016, triton=1146),
+            row(112, 257, 4096, cuda=241, triton=177),
+            row(112, 577, 4096, cuda=1143, triton=460),
+            row(112, 1025, 4096, cuda=3528, triton=1246),
+        ],
+        "rope_attention_backward": [
+            row(64, 257, 4096, cuda=345, triton=253),
+            row(64, 577, 4096, cuda=1633, triton=802),
+            row(64, 1025, 4096, cuda=5041, triton=2157),
+            row(112, 257, 4096, cuda=603, triton=442),
+            row(112, 577, 4096, cuda=2858, triton=1167),
+            row(112, 1025, 4096, cuda=8821, triton=3322),
+        ],
+    },
+}
