@@ -16,7 +16,11 @@ if TYPE_CHECKING:
         create_model_and_transforms,
         create_model_from_pretrained,
         create_vision_model,
+        get_model_config,
         get_tokenizer,
+        list_pretrained,
+        list_pretrained_tags_by_model,
+        list_vision_models,
     )
     from evaclip.model.clip import CLIP
     from evaclip.model.config import (
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
     from evaclip.transforms import eval_transform, train_transform
     from evaclip.weights import load_state_dict, load_weights
     from evaclip.weights.publish import push_to_hf_hub, save_for_hf
-    from evaclip.zoo import get_model_config, list_pretrained, list_pretrained_tags_by_model, list_vision_models
     from evakernels import __version__
 
 __all__ = [
@@ -89,7 +92,11 @@ _MODULES = {
         "create_model_and_transforms",
         "create_model_from_pretrained",
         "create_vision_model",
+        "get_model_config",
         "get_tokenizer",
+        "list_pretrained",
+        "list_pretrained_tags_by_model",
+        "list_vision_models",
     ),
     "evaclip.model.clip": ("CLIP",),
     "evaclip.model.config": (
@@ -108,7 +115,6 @@ _MODULES = {
     "evaclip.transforms": ("eval_transform", "train_transform"),
     "evaclip.weights": ("load_state_dict", "load_weights"),
     "evaclip.weights.publish": ("push_to_hf_hub", "save_for_hf"),
-    "evaclip.zoo": ("get_model_config", "list_pretrained", "list_pretrained_tags_by_model", "list_vision_models"),
     "evakernels": ("__version__",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

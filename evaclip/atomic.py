@@ -29,8 +29,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of that name against all processes and threads; without `wait`, or raises BlockingIOError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    """Holds the lock of a file, made if it is missing, or of a folder against all processes and threads.
+
+    Raises:
+        BlockingIOError: without `wait`, another process or thread holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

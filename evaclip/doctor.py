@@ -11,10 +11,7 @@ from evaclip.extras import install_command, requirements
 
 Facts = dict[str, Any]
 
-MARKS = {"live": "●", "usable": "○", "unable": "–", "fails": "✗"}  # noqa: RUF001
-ASCII_MARKS = {"live": "*", "usable": "o", "unable": "-", "fails": "x"}
-MIN_WIDTH, MAX_WIDTH = 60, 100
-
+_MARKS = {"live": "*", "usable": "o", "unable": "-", "fails": "x"}
 _MEANINGS = {"live": "live", "usable": "usable, not first", "unable": "unable", "fails": "calls fail"}
 _TITLE_WIDTH = 12
 _REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation SOURCE_FOLDER"
@@ -91,27 +88,16 @@ def op_states(broken: dict[str, str]) -> dict[str, Facts]:
     return states
 
 
-def render(facts: Facts, verbose: bool, width: int, marks: dict[str, str]) -> str:
-    """Format the result of `diagnose` for a terminal of `width` columns; `marks` stand for the states of a backend."""
+def render(facts: Facts, width: int) -> str:
+    """Format the result of `diagnose` for a terminal of `width` columns, in ASCII."""
     parts = [
         _rows((("broken", f"{p['what']}; fix: {p['fix']}") for p in facts["problems"]), width),
         _rows(_system_rows(facts), width),
-        _matrix(facts["ops"], marks, width),
+        _matrix(facts["ops"], width),
         _rows(_reason_rows(facts["ops"]), width),
         _rows((("missing", text) for text in _missing(facts["packages"])), width),
     ]
-    if verbose:
-        parts += ["\n".join(_op_lines(facts["ops"], width)), "\n".join(_package_lines(facts["packages"]))]
     return "\n\n".join(part for part in parts if part)
-
-
-def marks_for(encoding: str) -> dict[str, str]:
-    """Return the marks that a terminal of this encoding can show."""
-    try:
-        "".join(MARKS.values()).encode(encoding)
-    except (LookupError, UnicodeEncodeError):
-        return ASCII_MARKS
-    return MARKS
 
 
 def _runs_on(archs: list[str], capability: str) -> bool:
@@ -163,19 +149,19 @@ def _system_rows(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def _matrix(ops: dict[str, Facts], marks: dict[str, str], width: int) -> str:
+def _matrix(ops: dict[str, Facts], width: int) -> str:
     """Format a row for each family; where its ops differ, a cell has the marks of all their states."""
     cells: dict[str, dict[str, dict[str, None]]] = {}
     for op in ops.values():
         for backend, verdict in op["backends"].items():
-            cells.setdefault(op["family"], {}).setdefault(backend, {})[marks[verdict["state"]]] = None
+            cells.setdefault(op["family"], {}).setdefault(backend, {})[_MARKS[verdict["state"]]] = None
     size, columns = max(map(len, cells)), list(next(iter(cells.values())))
     lines = [" ".join([" " * size, *(f"{column:^9}" for column in columns)])]
     lines += [
         " ".join([f"{name:<{size}}", *(f"{''.join(cell):^9}" for cell in cells[name].values())]) for name in cells
     ]
     states = {verdict["state"] for op in ops.values() for verdict in op["backends"].values()}
-    lines.append(fill("   ".join(f"{marks[state]} {_MEANINGS[state]}" for state in marks if state in states), width))
+    lines.append(fill("   ".join(f"{_MARKS[state]} {_MEANINGS[state]}" for state in _MARKS if state in states), width))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -185,24 +171,11 @@ def _reason_rows(ops: dict[str, Facts]) -> Iterator[tuple[str, str]]:
     for op, known in ops.items():
         for backend, verdict in known["backends"].items():
             for reason in verdict["reasons"]:
-                families.setdefault((backend, _without_name(reason, op)), {})[known["family"]] = None
+                text = reason.removeprefix(op).strip().removeprefix("has ")
+                families.setdefault((backend, text), {})[known["family"]] = None
     count = len({known["family"] for known in ops.values()})
     for (backend, reason), names in families.items():
         yield backend, f"{reason}: {'all ops' if len(names) == count else ', '.join(names)}"
-
-
-def _op_lines(ops: dict[str, Facts], width: int) -> Iterator[str]:
-    for op, known in ops.items():
-        verdicts = []
-        for backend, verdict in known["backends"].items():
-            text = "; ".join(_without_name(reason, op) for reason in verdict["reasons"]) or _MEANINGS[verdict["state"]]
-            verdicts.append(f"{backend}: {text}")
-        yield fill(f"{op}  {'; '.join(verdicts)}", width, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _package_lines(packages: dict[str, dict[str, str | None]]) -> list[str]:
-    rows = [(name, version, extra) for extra, names in packages.items() for name, version in names.items()]
-    return [f"{name:<20} {version or 'not installed':<20} {extra or 'core'}" for name, version, extra in rows]
 
 
 def _missing(packages: dict[str, dict[str, str | None]]) -> Iterator[str]:
@@ -215,10 +188,6 @@ def _missing(packages: dict[str, dict[str, str | None]]) -> Iterator[str]:
     if incomplete := [extra for extra in names if names[extra]]:
         missing = dict.fromkeys(name for extra in incomplete for name in names[extra])
         yield f"{install_command(','.join(incomplete))} brings {', '.join(missing)}"
-
-
-def _without_name(reason: str, op: str) -> str:
-    return reason.removeprefix(op).strip().removeprefix("has ")
 
 
 def _rows(rows: Iterable[tuple[str, str]], width: int) -> str:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 import evakernels
 from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError, unknown_name
-from evaclip.extras import with_remedy
+from evaclip.extras import import_extra
 from evaclip.model.clip import CLIP
 from evaclip.model.vision_model import VisionModel
 from evaclip.onnx_check import LOWEST, OPSET, SEED, Outcome, Probe, check, make_inputs, require
@@ -187,10 +187,7 @@ def _write_onnx(
     example = torch.from_numpy(probe.inputs()[:3])
     example = example.int() if int32 and tower == "text" else example
     encoder = _Encoder(model, tower, normalize, "fp32" if kind == "int8" else kind).eval()
-    try:
-        import onnxscript  # noqa: F401, which the exporter needs
-    except ModuleNotFoundError as exc:
-        raise with_remedy(exc) from exc
+    import_extra("onnxscript")  # the exporter's own error doesn't name the extra
     with torch.no_grad(), evakernels.as_torch_operators(), _silence():
         program = torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch", min=0)},))
         onnx_program: Any = torch.onnx.export(

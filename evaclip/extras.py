@@ -1,6 +1,8 @@
 """The packages that the distribution asks for, by extra, and the error where one of them is missing."""
 
 import re
+from importlib import import_module
+from typing import Any
 
 from evaclip.errors import UserError
 
@@ -39,6 +41,18 @@ def requirements() -> dict[str, list[str]]:
 def install_command(extra: str) -> str:
     """Command that installs the packages of an extra, or of the core for ""."""
     return f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
+
+
+def import_extra(module: str) -> Any:
+    """Import a module of an extra.
+
+    Raises:
+        UserError: its package is missing; the message has the command that installs it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as exc:
+        raise with_remedy(exc) from exc
 
 
 def with_remedy(exc: Exception) -> Exception:

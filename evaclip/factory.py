@@ -1,10 +1,11 @@
-"""Models, transforms and tokenizers by name."""
+"""Models, transforms and tokenizers by name, and the lists of names, with the function names of open_clip and timm."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from evaclip.augmentation import Augmentation
 from evaclip.errors import UserError, unknown_name
 from evaclip.model.clip import CLIP
-from evaclip.model.config import CLIPConfig, Savings, TextConfig, find_model, get_config, list_models, override
+from evaclip.model.config import CLIPConfig, Savings, TextConfig, find_model, get_config, override
 from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.vision_model import VisionModel
@@ -25,17 +26,7 @@ from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, read_open_clip_c
 from evaclip.weights.files import classifier_size, options_beside, read_checkpoint, read_tensors
 from evaclip.weights.hub import HUB, LOCAL, RELEASED, download_beside
 
-__all__ = [
-    "create_masked_image_model",
-    "create_model",
-    "create_model_and_transforms",
-    "create_model_from_pretrained",
-    "create_vision_model",
-    "get_config",
-    "get_tokenizer",
-    "list_models",
-    "tokenizer_of",
-]
+M = TypeVar("M", CLIP, VisionModel, MaskedImageModel)
 
 PRECISIONS = {
     "fp32": torch.float32,
@@ -119,23 +110,14 @@ def create_model(
         config = _with_stored_preprocess(config, weights, options)
         if target.type != "meta" and config.init_logit_bias is None and "logit_bias" in read_tensors(weights):
             config = replace(config, init_logit_bias=0.0)  # which the weights replace
-    # On the meta device first: no value is computed that is overwritten afterwards.
-    with torch.device("meta"), _WithoutValues():
-        model = CLIP(config, savings)
-    if prepare is not None:
-        prepare(model)
-    if target.type == "meta":
-        return model.to(dtype)
-    if weights is None:
-        model.to_empty(device=target).reset_parameters()
+
+    def start(model: CLIP) -> None:
         if pretrained_image:
             start_image_tower(model.visual, find_weights(pretrained_image, known_name))
         if pretrained_text:
             start_text_tower(model.text, find_weights(pretrained_text, known_name))
-        return model.to(dtype)
-    with _naming_other_model(weights, known_name):
-        materialize(model.to(dtype), weights, target)
-    return model
+
+    return _build(partial(CLIP, config, savings), prepare, dtype, target, start, weights, known_name)
 
 
 def create_vision_model(
@@ -191,20 +173,14 @@ def create_vision_model(
             known = {name: option for name, option in stored_options.items() if name in names}
             config = override(override(vision_config(architecture), known), overrides)
     classes = stored or release.num_classes if num_classes is None else num_classes
-    with torch.device("meta"), _WithoutValues():
-        model = VisionModel(config, classes, preprocess, savings)
-    if prepare is not None:
-        prepare(model)
-    if target.type == "meta":
-        return model.to(dtype)
-    if weights is not None and pretrained and (num_classes is None or classes == stored):
-        with _naming_other_model(weights, architecture):
-            materialize(model.to(dtype), weights, target, antialias)
-        return model
-    model.to_empty(device=target).reset_parameters()
-    if weights is not None:
-        start_image_tower(model, weights, antialias)
-    return model.to(dtype)
+    whole = weights if pretrained and (num_classes is None or classes == stored) else None
+
+    def start(model: VisionModel) -> None:
+        if weights is not None:
+            start_image_tower(model, weights, antialias)
+
+    make = partial(VisionModel, config, classes, preprocess, savings)
+    return _build(make, prepare, dtype, target, start, whole, architecture, antialias)
 
 
 def create_masked_image_model(
@@ -244,21 +220,14 @@ def create_masked_image_model(
     architecture, tag = split_name(model_name)
     release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
     config = override(vision_config(architecture), {"pool": "token", **overrides})
-    with torch.device("meta"), _WithoutValues():
-        model = MaskedImageModel(config, features, decoder_layers, patch_gradient, release.preprocess, savings)
-    if prepare is not None:
-        prepare(model)
-    if target.type == "meta":
-        return model.to(dtype)
-    if pretrained:
-        weights = find_weights(pretrained, model_name)
-        with _naming_other_model(weights, architecture):
-            materialize(model.to(dtype), weights, target)
-        return model
-    model.to_empty(device=target).reset_parameters()
-    if pretrained_image:
-        start_image_tower(model, find_weights(pretrained_image, model_name))
-    return model.to(dtype)
+    weights = find_weights(pretrained, model_name) if pretrained and target.type != "meta" else None
+
+    def start(model: MaskedImageModel) -> None:
+        if pretrained_image:
+            start_image_tower(model, find_weights(pretrained_image, model_name))
+
+    make = partial(MaskedImageModel, config, features, decoder_layers, patch_gradient, release.preprocess, savings)
+    return _build(make, prepare, dtype, target, start, weights, architecture)
 
 
 def create_model_and_transforms(
@@ -322,7 +291,7 @@ def create_model_from_pretrained(
     """
     if not (pretrained or model_name.startswith((HUB, LOCAL)) or _is_folder(model_name)):
         get_config(model_name)
-        tags = ", ".join(RELEASED.get(find_model(model_name) or "", {})) or "none"
+        tags = ", ".join(list_pretrained_tags_by_model(model_name)) or "none"
         raise UserError(f"{model_name} needs pretrained: a file, a folder, hf-hub:OWNER/NAME, or a tag; it has: {tags}")
     model = create_model(
         model_name, pretrained, device=device, precision=precision, savings=savings, **overrides
@@ -349,6 +318,87 @@ def tokenizer_of(config: TextConfig) -> Tokenizer | HFTokenizer:
     if config.hf_model_name is None:
         return Tokenizer(config.context_length, config.vocab_size)
     return HFTokenizer(config.hf_tokenizer_name or config.hf_model_name, config.context_length)
+
+
+def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
+    """Model and tag of all released weights, or `MODEL:TAG` if `as_str`.
+
+    Example:
+        `("EVA02-CLIP-B-16", "merged2b_s8b_b131k") in evaclip.list_pretrained()`
+    """
+    pairs = [(model, tag) for model, tags in RELEASED.items() for tag in tags]
+    return [":".join(pair) for pair in pairs] if as_str else pairs
+
+
+def list_pretrained_tags_by_model(model: str) -> list[str]:
+    """The tags of a model's released weights; none for a model without any.
+
+    Example:
+        `evaclip.list_pretrained_tags_by_model("EVA02-B-16")` is `["eva_clip", "merged2b_s8b_b131k"]`.
+    """
+    return list(RELEASED.get(find_model(model) or "", {}))
+
+
+def list_vision_models(filter: str = "", pretrained: bool = False) -> list[str]:
+    """Names for `create_vision_model`.
+
+    Args:
+        filter: a pattern with `*` and `?`; empty for all.
+        pretrained: list `NAME.TAG` for each of the released weights.
+
+    Example:
+        `evaclip.list_vision_models("eva02_base*", pretrained=True)`
+    """
+    names = [f"{name}.{tag}" for name, tags in RELEASES.items() for tag in tags] if pretrained else list(RELEASES)
+    return sorted(name for name in names if fnmatch(name, filter or "*"))
+
+
+def get_model_config(model_name: str) -> dict[str, Any]:
+    """All options of a model as plain data.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known ones.
+
+    Example:
+        `evaclip.get_model_config("EVA02-B-16")["vision"]["patch_size"]` is 16.
+    """
+    return get_config(model_name).to_dict()
+
+
+def _build(
+    make: Callable[[], M],
+    prepare: Callable[[M], None] | None,
+    dtype: torch.dtype,
+    target: torch.device,
+    start: Callable[[M], None],
+    weights: Path | None,
+    name: str,
+    antialias: bool = False,
+) -> M:
+    """A model with weights, or without `weights` with start values, some of which `start` replaces.
+
+    Raises:
+        UserError: for weights that don't fit, in one line if a run of another model than `name` wrote them.
+    """
+    # On the meta device first: no value is computed that is overwritten afterwards.
+    with torch.device("meta"), _WithoutValues():
+        model = make()
+    if prepare is not None:
+        prepare(model)
+    if target.type == "meta":
+        return model.to(dtype)
+    if weights is None:
+        model.to_empty(device=target).reset_parameters()
+        start(model)
+        return model.to(dtype)
+    try:
+        materialize(model.to(dtype), weights, target, antialias)
+    except UserError as exc:
+        other = str(options_beside(weights).get("name", ""))
+        if not other or _options_beside(weights, name):
+            raise
+        raise UserError(f"pretrained must be weights of model {name!r}, got those of {other!r} ({weights})") from exc
+    return model
 
 
 class _WithoutValues(TorchFunctionMode):
@@ -390,20 +440,6 @@ def _run_of(folder: str) -> tuple[str, Path]:
             f"create_vision_model({name!r}, {folder!r}) loads it"
         )
     return known, weights
-
-
-@contextmanager
-def _naming_other_model(weights: Path, model_name: str) -> Iterator[None]:
-    """Inside, weights that don't fit because a run of another model wrote them are refused in one line."""
-    try:
-        yield
-    except UserError as exc:
-        other = str(options_beside(weights).get("name", ""))
-        if not other or _options_beside(weights, model_name):
-            raise
-        raise UserError(
-            f"pretrained must be weights of model {model_name!r}, got those of model {other!r} ({weights})"
-        ) from exc
 
 
 def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.errors import UserError
-from evaclip.factory import create_model, create_vision_model, tokenizer_of
+from evaclip.factory import create_model, create_vision_model, list_pretrained_tags_by_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.config import find_model
 from evaclip.model.hf_text import HFTokenizer
@@ -18,7 +18,6 @@ from evaclip.transforms import EvalTransform, OpaqueTransform
 from evaclip.weights import find_weights
 from evaclip.weights.files import classifier_size, read_checkpoint
 from evaclip.weights.hub import HUB, LOCAL
-from evaclip.zoo import list_pretrained_tags_by_model
 
 RANDOM = "random weights"
 """Origin of the weights of a model that is named without weights."""
@@ -119,9 +118,7 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
         names = weights.with_name(CLASSES_FILE)
         classes = tuple(json.loads(names.read_text(encoding="utf-8"))) if names.exists() else None
         return FoundClassifier(name, weights, count, options, run, classes)
-    name, _, weights_source = (source, "", source) if source.startswith(HUB) else source.partition(":")
-    if find_model(name) is None and not is_vision_model(name) and len(path.parts) > 1:
-        raise UserError(f"there is no folder {source!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
+    name, weights_source = _split(source)
     _require_classifier(name)
     if not weights_source:
         architecture, tag = split_name(name)
@@ -129,6 +126,14 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
         return FoundClassifier(name, None, releases[tag or next(iter(releases))].num_classes)
     weights = find_weights(weights_source, name)
     return FoundClassifier(name, weights, classifier_size(weights))
+
+
+def _split(source: str) -> tuple[str, str]:
+    """The model and the source of its weights, of NAME[:WEIGHTS] or `hf-hub:OWNER/NAME`."""
+    name, _, weights = (source, "", source) if source.startswith(HUB) else source.partition(":")
+    if find_model(name) is None and not is_vision_model(name) and len(Path(source).parts) > 1:
+        raise UserError(f"there is no folder {source!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
+    return name, weights
 
 
 def _require_classifier(name: str) -> None:
@@ -168,9 +173,7 @@ def load_model(source: str, *, device: str = "cpu", average: bool = True, random
         return _load_checkpoint(path, device, average)
     if source.startswith((HUB, LOCAL)):
         return _loaded(source, source, create_model(source, device=device))
-    name, _, weights = source.partition(":")
-    if find_model(name) is None and len(path.parts) > 1:
-        raise UserError(f"there is no folder {source!r}; give a run folder, a checkpoint folder or NAME[:WEIGHTS]")
+    name, weights = _split(source)
     if not (weights or random) and find_model(name):
         tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
         raise UserError(

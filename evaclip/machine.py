@@ -30,7 +30,7 @@ def user_cache(name: str) -> Path:
 
 def machine() -> dict[str, Any]:
     """`system`, `processor`, `cores` that this process may use, and the names of all `gpus`."""
-    import torch  # here, as `evaclip report` reads what others found, and shall not wait for it
+    import torch  # here, as `evaclip report` only reads the machines of runs
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"system": platform.platform(terse=True), "processor": _processor(), "cores": usable_cores(), "gpus": gpus}
@@ -42,11 +42,7 @@ def usable_cores() -> int:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 numbers.
-
-    Without them a product takes far longer than in float32: 0.9 GFLOP/s where float32 reaches 69 (one core of an AMD
-    EPYC, Zen 3, torch 2.13, 2026-11-27).
-    """
+    """Whether this processor has instructions for matmuls in bfloat16; without them these are far slower than fp32."""
     import torch
 
     found = torch.cpu.get_capabilities()

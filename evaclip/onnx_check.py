@@ -7,7 +7,7 @@ from a seed; its stream never changes. Needs numpy and onnxruntime, and no torch
 import base64
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaclip.errors import Refused, UserError
-from evaclip.extras import with_remedy
+from evaclip.extras import import_extra
 
 DEFAULT_PROVIDER = "CPUExecutionProvider"
 
@@ -24,7 +24,6 @@ Run = Callable[[NDArray[Any]], NDArray[Any]]
 """Inputs to embeddings."""
 
 _KINDS = {"float": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
-
 
 OPSET = 20
 KEY = "evaclip.probe"
@@ -64,25 +63,6 @@ class Probe:
         packed = base64.b64encode(zlib.compress(self.expected.astype("<f4").tobytes())).decode()
         return {KEY: json.dumps({"format": _FORMAT, **asdict(self), "expected": packed, "count": len(self.expected)})}
 
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], file: str) -> "Probe":
-        """The probe of a file.
-
-        Raises:
-            UserError: the file has none, or one that can't be read.
-        """
-        if KEY not in metadata:
-            raise UserError(f"{file!r} holds no probe; expected a file that `evaclip export` wrote")
-        try:
-            held = json.loads(metadata[KEY])
-            if held.pop("format") != _FORMAT:
-                raise ValueError("it is of a newer version")
-            values = np.frombuffer(zlib.decompress(base64.b64decode(held["expected"])), "<f4")
-            expected = values.reshape(held.pop("count"), -1)
-            return cls(**{**held, "shape": tuple(held["shape"]), "expected": expected})
-        except (KeyError, TypeError, ValueError, zlib.error) as exc:
-            raise UserError(f"the probe in {file!r} can't be read: {exc}; export the file again") from exc
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -113,12 +93,23 @@ def read_probe(path: Path) -> Probe:
     """The probe of a file.
 
     Raises:
-        UserError: the file isn't there, isn't ONNX, or holds no probe.
+        UserError: the file isn't there, isn't ONNX, or holds no probe that can be read.
     """
+    file = str(path)
     if not path.is_file():
-        raise UserError(f"there is no file {str(path)!r}; expected an ONNX file that `evaclip export` wrote")
-    session = _session(path, DEFAULT_PROVIDER)
-    return Probe.from_metadata(session.get_modelmeta().custom_metadata_map, str(path))
+        raise UserError(f"there is no file {file!r}; expected an ONNX file that `evaclip export` wrote")
+    metadata = _session(path).get_modelmeta().custom_metadata_map
+    if KEY not in metadata:
+        raise UserError(f"{file!r} holds no probe; expected a file that `evaclip export` wrote")
+    try:
+        held = json.loads(metadata[KEY])
+        if held.pop("format") != _FORMAT:
+            raise ValueError("it is of a newer version")
+        values = np.frombuffer(zlib.decompress(base64.b64decode(held["expected"])), "<f4")
+        expected = values.reshape(held.pop("count"), -1)
+        return Probe(**{**held, "shape": tuple(held["shape"]), "expected": expected})
+    except (KeyError, TypeError, ValueError, zlib.error) as exc:
+        raise UserError(f"the probe in {file!r} can't be read: {exc}; export the file again") from exc
 
 
 def check(path: Path, providers: Sequence[str] = (DEFAULT_PROVIDER,)) -> list[Outcome]:
@@ -134,7 +125,7 @@ def check(path: Path, providers: Sequence[str] = (DEFAULT_PROVIDER,)) -> list[Ou
     Example:
         `all(outcome.passes(0.9999) for outcome in check(Path("image.onnx")))`
     """
-    probe, available = read_probe(path), _onnxruntime().get_available_providers()
+    probe, available = read_probe(path), import_extra("onnxruntime").get_available_providers()
     for provider in providers:
         if provider not in available:
             raise UserError(f"provider must be one of this onnxruntime's, {', '.join(available)}, got {provider!r}")
@@ -180,13 +171,13 @@ def _outcome(probe: Probe, path: Path, provider: str) -> Outcome:
         raise
     except Exception as exc:  # each provider has another exception class for unsupported graphs
         return Outcome(provider, float("nan"), False, f"can't run it: {' '.join(str(exc).split())[:200]}")
-    cosine, apart = agreement(embeddings[1:], probe.expected)
-    alone, _ = agreement(embeddings[:1], probe.expected[:1])
+    cosine, apart = _agreement(embeddings[1:], probe.expected)
+    alone, _ = _agreement(embeddings[:1], probe.expected[:1])
     return Outcome(provider, float(np.minimum(cosine, alone)), apart)
 
 
-def _session(path: Path, provider: str, threads: int = 0) -> Any:
-    ort = _onnxruntime()
+def _session(path: Path, provider: str = DEFAULT_PROVIDER, threads: int = 0) -> Any:
+    ort = import_extra("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -198,42 +189,29 @@ def _session(path: Path, provider: str, threads: int = 0) -> Any:
         raise
 
 
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as exc:
-        raise with_remedy(exc) from exc
-    return onnxruntime
-
-
 def make_inputs(tower: str, shape: tuple[int, ...], vocab_size: int, seed: int, count: int = COUNT) -> NDArray[Any]:
     """The inputs of a seed; see `Probe.inputs`."""
     random = np.random.RandomState(seed)
-    return _pictures(random, count, *shape[1:]) if tower == "image" else _captions(random, count, shape[0], vocab_size)
+    return _images(random, count, *shape[1:]) if tower == "image" else _captions(random, count, shape[0], vocab_size)
 
 
-def cosines(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
-    """`[n, m]` of the rows of both; not a number where a row holds one that isn't, or only zeros."""
-    a, b = (x.astype(np.float64) for x in (found, expected))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-        return np.asarray(a @ b.T)
-
-
-def agreement(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, bool]:
+def _agreement(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, bool]:
     """The lowest cosine of an embedding to the one expected, and whether each is nearest to its own.
 
     The second detects an encoder that gives every input the same vector; its cosines may be high.
     """
     if found.shape != expected.shape:
         return float("nan"), False
-    table = cosines(found, expected)
+    a, b = (x.astype(np.float64) for x in (found, expected))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+        table = a @ b.T
     if not np.isfinite(table).all():
         return float("nan"), False
     return float(table.diagonal().min()), bool((table.argmax(1) == np.arange(len(table))).all())
 
 
-def _pictures(random: np.random.RandomState, count: int, height: int, width: int) -> NDArray[np.float32]:
+def _images(random: np.random.RandomState, count: int, height: int, width: int) -> NDArray[np.float32]:
     total = np.zeros((count, 3, height, width))
     for cells in (2, 4, 8, 16, 32):
         noise = random.standard_normal((count, 3, cells, cells))

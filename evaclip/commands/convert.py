@@ -7,30 +7,25 @@ from typing import Any
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError
 
+_EXAMPLES = (
+    "evaclip convert EVA02_CLIP_B_psz16_s8B.pt b16.safetensors --to open_clip",
+    "evaclip convert runs/demo demo.pt --to original",
+    "evaclip convert hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k b16.pt --to original",
+    "evaclip convert zero-shot.safetensors wise.safetensors --to safetensors --interpolate runs/finetune 0.5",
+    "evaclip convert runs/a soup.safetensors --to safetensors --average runs/b runs/c",
+)
 _FORMATS = ("original", "open_clip", "timm", "safetensors")
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `convert` to the command line."""
-    parser = leaf(
-        subparsers,
-        "convert",
-        help="write weights under the names of another library, or average them",
-        examples=[
-            "evaclip convert EVA02_CLIP_B_psz16_s8B.pt b16.safetensors --to open_clip",
-            "evaclip convert runs/demo demo.pt --to original",
-            "evaclip convert hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k b16.pt --to original",
-            "evaclip convert zero-shot.safetensors wise.safetensors --to safetensors --interpolate runs/finetune 0.5",
-            "evaclip convert runs/a soup.safetensors --to safetensors --average runs/b runs/c",
-        ],
-    )
-    parser.add_argument(
-        "source", metavar="IN", help="weights file, checkpoint or run folder, or hf-hub:OWNER/NAME[/FILE]"
-    )
-    parser.add_argument("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
-    parser.add_argument("--to", choices=_FORMATS, required=True, help="tensor names; timm has the image tower only")
-    parser.add_argument("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
-    mean = parser.add_mutually_exclusive_group()
+    """Add `convert` to the command line."""
+    help = "write weights under the names of another library, or average them"
+    parser = leaf(subparsers, "convert", _run, help=help, examples=_EXAMPLES)
+    add, mean = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("source", metavar="IN", help="weights file, checkpoint or run folder, or hf-hub:OWNER/NAME[/FILE]")
+    add("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
+    add("--to", choices=_FORMATS, required=True, help="tensor names; timm has the image tower only")
+    add("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
     mean.add_argument(
         "--interpolate",
         nargs=2,
@@ -38,8 +33,7 @@ def add_commands(subparsers: Any) -> None:
         help="write (1 - ALPHA) IN + ALPHA OTHER (WiSE-FT: IN is the zero-shot model, OTHER the fine-tuned one)",
     )
     mean.add_argument("--average", nargs="+", metavar="OTHER", help="write the mean of IN and OTHER... (a model soup)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists; inputs are never replaced")
-    parser.set_defaults(run=_run)
+    add("--force", action="store_true", help="replace OUT if it exists; inputs are never replaced")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -10,32 +10,24 @@ from typing import Any
 from evaclip.commands.parser import leaf
 from evaclip.demo.story import BUDGET_MINUTES, DATA_FOLDER, RUN_FOLDER, run_demo
 
+_EXAMPLES = ("evaclip demo", "evaclip demo --out runs/demo --budget-minutes 8")
+
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `demo` to the command line."""
-    parser = leaf(
-        subparsers,
-        "demo",
-        help="train on real pictures, evaluate on a style never seen, write a report, and search in the pictures",
-        examples=["evaclip demo", "evaclip demo --out runs/demo --budget-minutes 8"],
-    )
+    """Add `demo` to the command line."""
+    help = "train on emoji, evaluate on another style of drawing, write a report, and search in the images"
+    add = leaf(subparsers, "demo", _run, help=help, examples=_EXAMPLES).add_argument
     folders = (("--out", RUN_FOLDER, "the run, its report and its store"), ("--data", DATA_FOLDER, "the shards"))
-    for name, folder, what in folders:
-        parser.add_argument(name, type=Path, default=folder, metavar="FOLDER", help=f"for {what} (default: {folder})")
-    parser.add_argument(
-        "--budget-minutes",
-        type=float,
-        default=BUDGET_MINUTES,
-        metavar="N",
-        help=f"how long the training may take (default: {BUDGET_MINUTES:g})",
-    )
-    parser.set_defaults(run=_run)
+    for name, folder, content in folders:
+        add(name, type=Path, default=folder, metavar="FOLDER", help=f"for {content} (default: %(default)s)")
+    help = "how long the training may take (default: %(default)g)"
+    add("--budget-minutes", type=float, default=BUDGET_MINUTES, metavar="N", help=help)
 
 
 def _run(args: argparse.Namespace) -> None:
     report, store = run_demo(args.out, data=args.data, minutes=args.budget_minutes)
     print(report)
-    print("search in these pictures, in the browser:")
+    print("search in these images, in the browser:")
     print(f"  {_program()} serve {shlex.quote(str(store))} --open")
 
 

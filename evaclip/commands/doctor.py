@@ -3,33 +3,31 @@
 import argparse
 import json
 import shutil
-import sys
 from typing import Any
 
 from evaclip.commands.parser import leaf
 
+_EXAMPLES = ("evaclip doctor", "evaclip doctor --json > doctor.json")
+
+_WIDTHS = 60, 100
+"""Fewest and most columns of the output."""
+
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `doctor` to the command line."""
+    """Add `doctor` to the command line."""
     help = "show installed packages, available backends, and why others are not available"
-    examples = ["evaclip doctor", "evaclip doctor --verbose", "evaclip doctor --json > doctor.json"]
-    parser = leaf(subparsers, "doctor", help=help, examples=examples)
-    parser.add_argument("--verbose", action="store_true", help="every op and every package too")
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    parser.set_defaults(run=run)
+    add = leaf(subparsers, "doctor", _run, help=help, examples=_EXAMPLES).add_argument
+    add("--json", action="store_true", help="print everything, every op and package too, as one JSON object")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints one screen; exits with 1 if something is there that doesn't work."""
-    from evaclip.doctor import MAX_WIDTH, MIN_WIDTH, diagnose, marks_for, render
+def _run(args: argparse.Namespace) -> None:
+    """Print one screen; exit with 1 if there are defects."""
+    from evaclip.doctor import diagnose, render
 
     facts = diagnose()
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
-        encoding = sys.stdout.encoding or "utf-8"
-        width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, MAX_WIDTH))
-        text = render(facts, args.verbose, width, marks_for(encoding))
-        print(text.encode(encoding, "replace").decode(encoding))
+        print(render(facts, width=min(max(shutil.get_terminal_size().columns, _WIDTHS[0]), _WIDTHS[1])))
     if facts["problems"]:
         raise SystemExit(1)

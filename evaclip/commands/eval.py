@@ -1,11 +1,12 @@
-"""`evaclip eval zero-shot | classify | retrieval | linear-probe`."""
+"""`evaclip eval zero-shot | classify | retrieval | linear-probe | knn`."""
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaclip.commands.parser import add_reading, leaf, open_data
+from evaclip.commands.parser import Run, add_reading, leaf, open_data
 
 if TYPE_CHECKING:
     from evaclip.data import Source
@@ -14,158 +15,119 @@ if TYPE_CHECKING:
     from evaclip.eval.runs import Setting
     from evaclip.loading import LoadedClassifier, LoadedModel
 
-_MODEL_HELP = "a run folder, a checkpoint folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or NAME[:WEIGHTS]"
-_CLASSIFIER_HELP = "a run or checkpoint folder of a classifier, hf-hub:timm/NAME, or NAME[:WEIGHTS] with timm's NAME"
-_DATA_HELP = "tar shards (pattern or folder), a table (CSV, JSON Lines, Parquet), or a folder of class folders"
+_MODEL = "a run folder, a checkpoint folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or NAME[:WEIGHTS]"
+_CLASSIFIER = "a run or checkpoint folder of a classifier, hf-hub:timm/NAME, or NAME[:WEIGHTS] with timm's NAME"
+_DATA = "tar shards (pattern or folder), a table (CSV, JSON Lines, Parquet), or a folder of class folders"
+_CLASSES = "class names, one a line or a JSON list, in label order"
+_ZERO_SHOT = (
+    "evaclip eval zero-shot runs/demo --data 'emoji/openmoji-*.tar' --classes emoji/classes.txt",
+    "evaclip eval zero-shot EVA02-CLIP-B-16:b16.pt --data val --classes imagenet",
+    "evaclip eval zero-shot runs/a --data 'cifar/{00..03}.tar' --caption-key cls --classes names.txt",
+)
+_CLASSIFY = (
+    "evaclip eval classify hf-hub:timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k --data imagenet/val",
+    "evaclip eval classify eva02_tiny_patch14_336:tiny.safetensors --data 'val/{00..49}.tar' --caption-key cls",
+    "evaclip eval classify eva02_base_patch14_448.mim_in22k_ft_in22k:b.pt --data imagenet/val --subset in1k",
+)
+_RETRIEVAL = (
+    "evaclip eval retrieval runs/demo --data 'emoji/openmoji-*.tar'",
+    "evaclip eval retrieval EVA02-CLIP-B-16:weights.pt --data coco/test.csv   # one row per caption",
+    "evaclip eval retrieval runs/a --data 'flickr/{0..3}.tar' --caption-key json:captions",
+)
+_PROBES = {
+    "linear-probe": "train a linear classifier on frozen features",
+    "knn": "classify by the 20 nearest neighbours among frozen features",
+}
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `evaclip eval` and its tasks."""
+    """Add `evaclip eval` and its tasks."""
     group = subparsers.add_parser("eval", help="measure a model", description="Measure a model.")
     tasks = group.add_subparsers(title="tasks", metavar="TASK", required=True, parser_class=type(group))
-    zero_shot = leaf(
-        tasks,
-        "zero-shot",
-        help="classify pictures by their classes' names, with no training",
-        examples=[
-            "evaclip eval zero-shot runs/demo --data 'emoji/openmoji-*.tar' --classes emoji/classes.txt",
-            "evaclip eval zero-shot EVA02-CLIP-B-16:b16.pt --data val --classes imagenet",
-            "evaclip eval zero-shot runs/a --data 'cifar/{00..03}.tar' --caption-key cls --classes names.txt",
-        ],
-    )
-    _add_common(zero_shot)
-    zero_shot.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="class names, one a line or a JSON list, in label order, or 'imagenet' "
-        "(default: the folders' names, or the distinct captions)",
-    )
-    zero_shot.add_argument(
+
+    def task(name: str, run: Run, help: str, examples: tuple[str, ...], model: str = _MODEL) -> Any:
+        parser = leaf(tasks, name, run, help=help, examples=examples)
+        _add_common(parser, model)
+        return parser.add_argument
+
+    add = task("zero-shot", _run_zero_shot, "classify images by the names of classes, without training", _ZERO_SHOT)
+    add("--classes", metavar="FILE", help=f"{_CLASSES}, or 'imagenet' (default: the folders' names, or the captions)")
+    add(
         "--templates",
         metavar="FILE",
         help="one a line, or a JSON list, each with {}; 'imagenet' for its 80; or one template itself "
         "(default: 'imagenet' with its classes, else '{}')",
     )
-    zero_shot.add_argument("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
-    zero_shot.set_defaults(run=_run_zero_shot)
-    _add_classify(tasks)
-    retrieval = leaf(
-        tasks,
-        "retrieval",
-        help="find pictures by text and texts by picture, all captions of a picture counted",
-        examples=[
-            "evaclip eval retrieval runs/demo --data 'emoji/openmoji-*.tar'",
-            "evaclip eval retrieval EVA02-CLIP-B-16:weights.pt --data coco/test.csv   # one row per caption",
-            "evaclip eval retrieval runs/a --data 'flickr/{0..3}.tar' --caption-key json:captions",
-        ],
-    )
-    _add_common(retrieval)
-    retrieval.set_defaults(run=_run_retrieval)
-    for name, what in (
-        ("linear-probe", "train a linear classifier on frozen features"),
-        ("knn", "classify by the 20 nearest neighbours among frozen features"),
-    ):
-        example = f"evaclip eval {name} runs/demo --train flowers/train --data flowers/test --cache features"
-        probe = leaf(tasks, name, help=what, examples=[example])
-        _add_common(probe, f"{_MODEL_HELP}; or an image model's as for classify")
-        probe.add_argument("--train", metavar="PATH", required=True, help=f"to train on: {_DATA_HELP}")
-        probe.add_argument("--classes", metavar="FILE", help="class names in label order, or 'imagenet'")
-        probe.set_defaults(run=_run_by_features, task=name)
-
-
-def _add_classify(tasks: Any) -> None:
-    parser = leaf(
-        tasks,
-        "classify",
-        help="classify pictures by the model's own classifier, as timm's validate does",
-        examples=[
-            "evaclip eval classify hf-hub:timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k --data imagenet/val",
-            "evaclip eval classify eva02_tiny_patch14_336:tiny.safetensors --data 'val/{00..49}.tar' --caption-key cls",
-            "evaclip eval classify eva02_base_patch14_448.mim_in22k_ft_in22k:b.pt --data imagenet/val --subset in1k",
-        ],
-    )
-    _add_common(parser, _CLASSIFIER_HELP, cache=False)
-    parser.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="class names, one a line or a JSON list, in the classifier's order (default: the folders' sorted names, "
-        "or the numbers from 0)",
-    )
-    parser.add_argument(
+    _add_show_classes(add)
+    help = "classify images by the model's own classifier, as timm's validate does"
+    add = task("classify", _run_classify, help, _CLASSIFY, _CLASSIFIER)
+    add("--classes", metavar="FILE", help=f"{_CLASSES} (default: the folders' sorted names, or the numbers from 0)")
+    add(
         "--subset",
         metavar="SUBSET",
         help="choose among these of its classes only: in1k, for classifiers of ImageNet's larger sets, or a file with "
         "their numbers, one a line, in the order of the labels",
     )
-    parser.add_argument(
-        "--real-labels",
-        metavar="FILE",
-        help="reassessed labels of ImageNet's validation set (real.json), or 'imagenet' for timm's copy",
-    )
-    parser.add_argument("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument(
-        "--image-size", type=_image_size, metavar="N", help="side in pixels, or HEIGHTxWIDTH (default: the model's)"
-    )
-    pictures.add_argument(
-        "--crop-pct", type=float, metavar="SHARE", help="share that the centre crop keeps (default: the weights')"
-    )
-    pictures.add_argument(
-        "--antialias", action="store_true", help="resize positions as timm does (default: as the models' authors do)"
-    )
-    parser.set_defaults(run=_run_classify)
+    help = "reassessed labels of ImageNet's validation set (real.json), or 'imagenet' for timm's copy"
+    add("--real-labels", metavar="FILE", help=help)
+    _add_show_classes(add)
+    add("--image-size", type=_image_size, metavar="N", help="in pixels, or HEIGHTxWIDTH (default: the model's)")
+    add("--crop-pct", type=float, metavar="SHARE", help="share that the centre crop keeps (default: the weights')")
+    add("--antialias", action="store_true", help="resize positions as timm does (default: as the models' authors do)")
+    help = "find images by caption and captions by image, all captions of an image counted"
+    task("retrieval", _run_retrieval, help, _RETRIEVAL)
+    for name, help in _PROBES.items():
+        example = f"evaclip eval {name} runs/demo --train flowers/train --data flowers/test --cache features"
+        run, model = partial(_run_by_features, name), f"{_MODEL}; or an image model's as for classify"
+        add = task(name, run, help, (example,), model)
+        add("--train", metavar="PATH", required=True, help=f"to train on: {_DATA}")
+        add("--classes", metavar="FILE", help="class names in label order, or 'imagenet'")
+
+
+def _add_show_classes(add: Any) -> None:
+    add("--show-classes", action="store_true", help="print the accuracy of every class, worst first")
 
 
 def _image_size(text: str) -> int | tuple[int, int]:
     sides = text.split("x")
     if len(sides) > 2 or not all(map(str.isdecimal, sides)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected N or HEIGHTxWIDTH, in pixels")
+        raise argparse.ArgumentTypeError(f"must be N or HEIGHTxWIDTH, in pixels, got {text!r}")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def _add_common(parser: argparse.ArgumentParser, model_help: str = _MODEL_HELP, *, cache: bool = True) -> None:
-    parser.add_argument("model", metavar="MODEL", help=model_help)
+def _add_common(parser: argparse.ArgumentParser, model: str) -> None:
+    parser.add_argument("model", metavar="MODEL", help=model)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="PATH", required=True, help=_DATA_HELP)
+    add = data.add_argument
+    add("--data", metavar="PATH", required=True, help=_DATA)
     add_reading(data)
-    data.add_argument(
-        "--allow-unreadable", action="store_true", help="evaluate the readable samples even if many cannot be read"
-    )
-    data.add_argument(
-        "--title", metavar="TEXT", help="what the data is called in tables and reports (default: the end of its path)"
-    )
-    compute = parser.add_argument_group("computation")
-    compute.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at once (default: 64)")
-    compute.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
-    compute.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda where there is one)")
-    compute.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
-    )
-    if cache:
-        compute.add_argument("--cache", type=Path, metavar="FOLDER", help="store features here and reuse stored ones")
-    else:
+    add("--allow-unreadable", action="store_true", help="evaluate the readable samples even if many cannot be read")
+    add("--title", metavar="TEXT", help="name of the data in tables and reports (default: the end of its path)")
+    add = parser.add_argument_group("computation").add_argument
+    add("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
+    add("--device", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)")
+    if model == _CLASSIFIER:
         parser.set_defaults(cache=None)
-    compute.add_argument("--no-average", action="store_true", help="the weights themselves, not their moving average")
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the result, with all that it depends on, here")
+    else:
+        add("--cache", type=Path, metavar="FOLDER", help="store features here and reuse stored ones")
+    add("--no-average", action="store_true", help="the weights themselves, not their moving average")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="write the result, with all that it depends on, here")
 
 
 def _run_zero_shot(args: argparse.Namespace) -> None:
-    from evaclip.eval.results import print_classes
     from evaclip.eval.runs import run_zero_shot
     from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_templates
 
     templates = load_templates(args.templates or (IMAGENET if args.classes == IMAGENET else PLACEHOLDER))
-    setting = _setting(args)
-    evaluation = run_zero_shot(setting, _classnames(args), templates)
-    if args.show_classes:
-        print_classes(evaluation)
-    _report(args, setting, evaluation)
+    setting = _load_setting(args)
+    _report(args, setting, run_zero_shot(setting, _classnames(args), templates))
 
 
 def _run_classify(args: argparse.Namespace) -> None:
     from evaclip.eval.classify import class_space, load_real_labels
-    from evaclip.eval.results import print_classes
     from evaclip.eval.runs import run_classify
     from evaclip.loading import find_classifier
     from evaclip.model.config import Preprocess
@@ -179,38 +141,36 @@ def _run_classify(args: argparse.Namespace) -> None:
         classnames = found.classes
     classes = class_space(found.num_classes, source, classnames, args.subset)
     real = load_real_labels(args.real_labels, source, len(classes.names)) if args.real_labels else None
-    pictures = {"image_size": args.image_size, "crop": args.crop_pct, "antialias": args.antialias}
-    setting = _set(args, source, options, found.load(device=_device(args), **pictures))
-    evaluation = run_classify(setting, classes, real)
-    if args.show_classes:
-        print_classes(evaluation)
-    _report(args, setting, evaluation)
+    changes = {"image_size": args.image_size, "crop": args.crop_pct, "antialias": args.antialias}
+    setting = _make_setting(args, source, options, found.load(device=_device(args), **changes))
+    _report(args, setting, run_classify(setting, classes, real))
 
 
 def _run_retrieval(args: argparse.Namespace) -> None:
     from evaclip.eval.runs import run_retrieval
 
-    setting = _setting(args)
+    setting = _load_setting(args)
     _report(args, setting, *run_retrieval(setting))
 
 
-def _run_by_features(args: argparse.Namespace) -> None:
+def _run_by_features(task: str, args: argparse.Namespace) -> None:
     from evaclip.eval.runs import run_knn, run_linear_probe
     from evaclip.loading import load_features
 
     train = open_data(args.train, args, caption_template="{}")
     source, options = _prepare(args)
     loaded = load_features(args.model, device=_device(args), average=not args.no_average)
-    setting = _set(args, source, options, loaded)
-    run = run_knn if args.task == "knn" else run_linear_probe
+    setting = _make_setting(args, source, options, loaded)
+    run = run_knn if task == "knn" else run_linear_probe
     _report(args, setting, run(setting, train, _classnames(args)))
 
 
-def _setting(args: argparse.Namespace) -> "Setting":
+def _load_setting(args: argparse.Namespace) -> "Setting":
     from evaclip.loading import load_model
 
     source, options = _prepare(args)
-    return _set(args, source, options, load_model(args.model, device=_device(args), average=not args.no_average))
+    loaded = load_model(args.model, device=_device(args), average=not args.no_average)
+    return _make_setting(args, source, options, loaded)
 
 
 def _prepare(args: argparse.Namespace) -> tuple["Source", "FeatureOptions"]:
@@ -230,7 +190,7 @@ def _device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _set(
+def _make_setting(
     args: argparse.Namespace, source: "Source", options: "FeatureOptions", loaded: "LoadedModel | LoadedClassifier"
 ) -> "Setting":
     from evaclip.eval.runs import Setting
@@ -250,11 +210,13 @@ def _classnames(args: argparse.Namespace) -> tuple[str, ...] | None:
 def _report(
     args: argparse.Namespace, setting: "Setting", evaluation: "Evaluation", gallery: "Gallery | None" = None
 ) -> None:
-    from evaclip.eval.results import print_evaluation
+    from evaclip.eval.results import print_classes, print_evaluation
     from evaclip.eval.runs import store
 
+    if getattr(args, "show_classes", False):
+        print_classes(evaluation)
     print_evaluation(evaluation)
     if args.json:
         evaluation.save(args.json)
     if setting.loaded.run:
-        print(f"kept for the report of the run: {store(setting.loaded.run, evaluation, gallery)}")
+        print(f"stored for the report of the run: {store(setting.loaded.run, evaluation, gallery)}")

@@ -10,48 +10,39 @@ from evaclip.errors import UserError
 if TYPE_CHECKING:
     from evaclip.onnx_check import Outcome
 
-_TOWERS = ("image", "text")
+_EXAMPLES = (
+    "evaclip export EVA02-CLIP-B-16:merged2b_s8b_b131k image.onnx --tower image",
+    "evaclip export runs/demo text.pt2 --tower text",
+    "evaclip export runs/finetuned classifier.onnx",
+    "evaclip export --check image.onnx --provider CPUExecutionProvider",
+)
 _DTYPES = ("fp32", "fp16", "bf16")
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `export` to the command line."""
-    parser = leaf(
-        subparsers,
-        "export",
-        help="write a tower of a model, or a classifier, as a program of torch.export or ONNX (opset 20), for any "
-        "batch size; an ONNX file is written only if ONNX Runtime reproduces the model's outputs",
-        examples=[
-            "evaclip export EVA02-CLIP-B-16:merged2b_s8b_b131k image.onnx --tower image",
-            "evaclip export runs/demo text.pt2 --tower text",
-            "evaclip export runs/finetuned classifier.onnx",
-            "evaclip export --check image.onnx --provider CPUExecutionProvider",
-        ],
+    """Add `export` to the command line."""
+    help = (
+        "write a tower of a model, or a classifier, as a program of torch.export or ONNX (opset 20), for any batch "
+        "size; an ONNX file is written only if ONNX Runtime reproduces the model's outputs"
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help="NAME:WEIGHTS, a run, a checkpoint, hf-hub:OWNER/NAME, as for 'evaclip eval'",
-    )
-    parser.add_argument("target", metavar="OUT", nargs="?", type=Path, help="file to write: .pt2 (torch.export), .onnx")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tower", choices=_TOWERS, help="which half of a CLIP; of a classifier there is one")
+    parser = leaf(subparsers, "export", _run, help=help, examples=_EXAMPLES)
+    add, what, kinds = parser.add_argument, *(parser.add_mutually_exclusive_group() for _ in range(2))
+    model_help = "NAME:WEIGHTS, a run, a checkpoint, hf-hub:OWNER/NAME, as for 'evaclip eval'"
+    add("model", metavar="MODEL", nargs="?", help=model_help)
+    add("target", metavar="OUT", nargs="?", type=Path, help="file to write: .pt2 (torch.export), .onnx")
+    what.add_argument("--tower", choices=("image", "text"), help="tower of a CLIP; a classifier has one")
     what.add_argument("--check", metavar="FILE", type=Path, help="run the probe that an exported ONNX file holds")
-    parser.add_argument("--random", action="store_true", help="MODEL is a NAME with random weights")
-    kinds = parser.add_mutually_exclusive_group()
+    add("--random", action="store_true", help="MODEL is a NAME with random weights")
     kinds.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of ONNX weights (default: %(default)s)")
     kinds.add_argument("--int8", action="store_true", help="ONNX with matmuls of 8-bit integers")
-    parser.add_argument("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
-    parser.add_argument("--provider", nargs="+", help="execution providers of ONNX Runtime for --check (default: CPU)")
-    parser.set_defaults(run=_run)
+    add("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
+    add("--force", action="store_true", help="replace OUT if it is a file that exists")
+    add("--provider", nargs="+", help="execution providers of ONNX Runtime for --check (default: CPU)")
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.check:
-        _check(args)
-        return
+        return _check(args)
     if args.model is None or args.target is None:
         raise UserError("MODEL and OUT aren't both given; expected `evaclip export MODEL OUT ...`")
     if args.provider:
@@ -72,12 +63,11 @@ def _run(args: argparse.Namespace) -> None:
             if args.random
             else f"{args.model!r} has random weights; give NAME:WEIGHTS, a run, or --random to try the program"
         )
-    is_classifier = isinstance(loaded.model, VisionModel)
-    if args.tower is None and not is_classifier:
+    if args.tower is None and not isinstance(loaded.model, VisionModel):
         raise UserError(f"--tower must be image or text for the CLIP {args.model!r}")
     tower: Literal["image", "text"] = args.tower or "image"
     kind = {"normalize": args.normalize, "overwrite": args.force, "dtype": args.dtype, "int8": args.int8}
-    _show(args.target.name, export(loaded.model.eval(), tower, args.target, **kind))
+    _show(args.target, export(loaded.model.eval(), tower, args.target, **kind))
     if card:
         write_text(*card)
     print(f"wrote {args.target}" + (", with random weights" if args.random else ""))
@@ -90,10 +80,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.model is not None or any(ignored):
         raise UserError("--check takes FILE and --provider, and no other option")
     outcomes = check(args.check, args.provider or [DEFAULT_PROVIDER])
-    _show(args.check.name, outcomes)
+    _show(args.check, outcomes)
     require(outcomes, read_probe(args.check).lowest, str(args.check))
 
 
-def _show(name: str, outcomes: "list[Outcome]") -> None:
+def _show(file: Path, outcomes: "list[Outcome]") -> None:
     for outcome in outcomes:
-        print(f"{name}, lowest cosine to the model's embeddings in float32, {outcome}")
+        print(f"{file.name}, lowest cosine to the model's embeddings in float32, {outcome}")

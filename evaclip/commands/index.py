@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,62 +20,45 @@ if TYPE_CHECKING:
     from evaclip.runtime.store import Store
 
 _NAMED_FAULTS = 3
+_EXAMPLES = (
+    "evaclip index photos.store --images ~/Photos --model EVA02-CLIP-B-16:merged2b_s8b_b131k",
+    "evaclip index cc3m.store --images 'cc3m/{00000..00331}.tar' --model runs/b16 --thumbnails 128",
+    "evaclip index photos.store --images ~/Photos --prune     # later: new, changed and deleted files",
+    "evaclip index photos.store --images ~/Photos --part 0/2  # and 1/2 on another machine, then:",
+    "evaclip index photos.store --add photos.store-0 photos.store-1",
+    "evaclip index --npz queries.npz --texts queries.txt --model runs/b16",
+)
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `index` to the command line."""
-    parser = leaf(
-        subparsers,
-        "index",
-        help="embed images into a store that 'evaclip search' reads; rows that it has already stay as they are",
-        examples=[
-            "evaclip index photos.store --images ~/Pictures --model EVA02-CLIP-B-16:merged2b_s8b_b131k",
-            "evaclip index cc3m.store --images 'cc3m/{00000..00331}.tar' --model runs/b16 --thumbnails 128",
-            "evaclip index photos.store --images ~/Pictures --prune     # later: new, changed and deleted files",
-            "evaclip index photos.store --images ~/Pictures --part 0/2  # and 1/2 on another machine, then:",
-            "evaclip index photos.store --add photos.store-0 photos.store-1",
-            "evaclip index --npz queries.npz --texts queries.txt --model runs/b16",
-        ],
-    )
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("store", metavar="STORE", type=Path, nargs="?", help="folder of the store, made if it is new")
-    target.add_argument("--npz", metavar="FILE", type=Path, help="write the arrays 'ids' and 'embeddings' instead")
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument(
-        "--images", metavar="PATH", help="a folder of images, tar shards, or a table of paths: all that training reads"
-    )
-    given.add_argument("--texts", metavar="FILE", type=Path, help="for --npz: a text in each line, in UTF-8")
-    given.add_argument(
-        "--add", nargs="+", type=Path, metavar="OTHER", help="stores of the same model; STORE takes their rows"
-    )
+    """Add `index` to the command line."""
+    help = "embed images into a store that 'evaclip search' reads; rows that it has already stay as they are"
+    parser = leaf(subparsers, "index", _run, help=help, examples=_EXAMPLES)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("store", metavar="STORE", type=Path, nargs="?", help="folder of the store, made if it is new")
+    add("--npz", metavar="FILE", type=Path, help="write the arrays 'ids' and 'embeddings' instead")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--images", metavar="PATH", help="a folder of images, tar shards, or a table of paths: all that training reads")
+    add("--texts", metavar="FILE", type=Path, help="for --npz: a text in each line, in UTF-8")
+    add("--add", nargs="+", type=Path, metavar="OTHER", help="stores of the same model; STORE takes their rows")
     add_reading(parser, decoding=False)
-    parser.add_argument(
-        "--thumbnails",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="keep small copies of this side, also of rows that have none yet (default: none)",
-    )
-    parser.add_argument("--prune", action="store_true", help="also remove rows of images deleted from the folder PATH")
-    parser.add_argument("--approximate", action="store_true", help="also make an index for 'search --approximate'")
-    parser.add_argument("--force", action="store_true", help="replace the file of --npz")
-    parser.add_argument(
-        "--part",
-        metavar="I/N",
-        type=_part,
-        help="embed part I of N, from 0 on, into STORE-I (default: SLURM's task, if it started several)",
-    )
-    compute = _add_model(parser)
-    compute.add_argument(
-        "--engine",
-        choices=tuple(_ENGINES),
-        default="local",
-        help="ray: on the cluster that RAY_ADDRESS names, each node of which must see the images; or on this machine",
-    )
-    compute.add_argument(
-        "--workers", type=int, metavar="N", help="of ray (default: one a GPU or, if there is none, one a node)"
-    )
-    parser.set_defaults(run=_run)
+    add, help = parser.add_argument, "small copies of this side, also of rows that have none yet (default: none)"
+    add("--thumbnails", type=int, default=0, metavar="PIXELS", help=help)
+    add("--prune", action="store_true", help="also remove rows of images deleted from the folder PATH")
+    add("--approximate", action="store_true", help="also make an index for 'search --approximate'")
+    add("--force", action="store_true", help="replace the file of --npz")
+    help = "embed part I of N, from 0 on, into STORE-I (default: SLURM's task, if it started several)"
+    add("--part", metavar="I/N", type=_part, help=help)
+    add = parser.add_argument_group("compute").add_argument
+    add("--model", help="as for 'evaclip eval': NAME:WEIGHTS, a run, hf-hub:OWNER/NAME (default: the store's)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+    add("--precision", choices=_PRECISIONS, default="auto", help="default: auto, bf16 if the device has it, else fp32")
+    add("--batch-size", type=int, metavar="N", help="images at once (default: 32, on a GPU 256)")
+    add("--threads", type=int, metavar="N", help="threads that decode (default: one per core, 8 at most)")
+    help = "ray: on the cluster at RAY_ADDRESS, each node of which must see the images; or on this machine"
+    add("--engine", choices=tuple(_ENGINES), default="local", help=help)
+    add("--workers", type=int, metavar="N", help="workers of ray (default: one per GPU or, without GPUs, one per node)")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -85,25 +68,6 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> Any:
-    compute = parser.add_argument_group("compute")
-    compute.add_argument(
-        "--model",
-        help="NAME:WEIGHTS, a run, a checkpoint, hf-hub:OWNER/NAME, as for 'evaclip eval' (default: the store's own)",
-    )
-    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
-    compute.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16", "int8"),
-        default="auto",
-        help="default: what the device has",
-    )
-    compute.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: 32, on a GPU 256)")
-    compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")
-    compute.add_argument("--compile", action="store_true", help="let torch.compile make the code, which takes minutes")
-    return compute
-
-
 def _run(args: argparse.Namespace) -> None:
     # Imported here so that `evaclip --help` doesn't wait for torch.
     take_over()
@@ -111,14 +75,18 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--thumbnails must be 0 (none) or more, got {args.thumbnails}")
     if args.npz:
         return _write_arrays(args)
-    if args.texts:
-        raise UserError("--texts is for --npz: a store holds images")
+    _refuse(args, ("texts",), "--npz: a store holds images")
     store, advice = _added(args) if args.add else _indexed(args)
     if args.approximate:
-        from evaclip.runtime.approximate import build_approximate
+        from evaclip.runtime.search import build_approximate
 
         build_approximate(store)
     print(f"{store.folder} has {counted(len(store), 'image')}: {advice}")
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], place: str) -> None:
+    if given := [name for name in names if getattr(args, name)]:
+        raise UserError(f"--{given[0]} is for {place}")
 
 
 def _indexed(args: argparse.Namespace) -> tuple["Store", str]:
@@ -173,8 +141,7 @@ def _gone(source: "Source", folder: Path, args: argparse.Namespace) -> list[str]
 def _index_here(source: "Source", folder: Path, model: str, part: tuple[int, int], args: argparse.Namespace) -> "Store":
     from evaclip.runtime.indexing import UNREADABLE_FILE, Progress, index
 
-    if args.workers is not None:
-        raise UserError("--workers is for --engine ray; several machines embed parts, with --part")
+    _refuse(args, ("workers",), "--engine ray; several machines embed parts, with --part")
     encoder, (number, count) = _encoder(model, args), part
     store = _ready_store(folder, model, encoder)
     progress = Progress(len(source) * (number + 1) // count - len(source) * number // count)
@@ -197,7 +164,7 @@ def _index_on_ray(
     with connected(args.device, args.workers) as cluster:
         precision = chosen_precision(args.precision, cluster.device)
         # Here it says what the store is of; the workers have copies.
-        here = _encoder(model, args, device="cpu", precision=precision, compile=False)
+        here = _encoder(model, args, device="cpu", precision=precision)
         loaded = LoadedModel(here.name, here.origin, here.model, here.tokenizer, here.transform)
         encoder = partial(Encoder, loaded, precision=precision, **_options(args))
         store, progress = _ready_store(folder, model, here), Progress(len(source))
@@ -215,8 +182,7 @@ def _added(args: argparse.Namespace) -> tuple["Store", str]:
     from evaclip.runtime.store import Store
     from evaclip.runtime.text import copy_text_tower
 
-    if unused := [name for name in ("model", "thumbnails", "workers", "prune", "part") if getattr(args, name)]:
-        raise UserError(f"--add takes rows as they are: --{unused[0]} is for --images")
+    _refuse(args, ("model", "thumbnails", "workers", "prune", "part"), "--images, not for --add")
     others = [Store.open(folder) for folder in args.add]
     store = Store.open(args.store) if Store.exists(args.store) else Store.create(args.store, others[0].model)
     for other in others:
@@ -230,26 +196,23 @@ def _ready_store(folder: Path, model: str, encoder: "Encoder") -> "Store":
     """The store, which is made if there is none."""
     from evaclip.runtime.indexing import describe
     from evaclip.runtime.store import Store
+    from evaclip.runtime.text import save_text_tower
 
     described = {"given": model, **describe(encoder)}
     if not Store.exists(folder):
         try:
-            _keep_text_tower(Store.create(folder, described), encoder)
+            store = Store.create(folder, described)
         except UserError:
             if not Store.exists(folder):  # another command may have made it meanwhile
                 raise
+        else:
+            try:
+                save_text_tower(store, encoder.model)
+            except UserError as exc:
+                print(f"searches will take seconds longer, for torch and the whole model: {exc}")
     store = Store.open(folder)
     store.require_model(described)
     return store
-
-
-def _keep_text_tower(store: "Store", encoder: "Encoder") -> None:
-    from evaclip.runtime.text import save_text_tower
-
-    try:
-        save_text_tower(store, encoder.model)
-    except UserError as exc:
-        print(f"searches will take seconds longer, for torch and the whole model: {exc}")
 
 
 def _write_arrays(args: argparse.Namespace) -> None:
@@ -258,8 +221,7 @@ def _write_arrays(args: argparse.Namespace) -> None:
     from evaclip.atomic import replacing, writing
     from evaclip.outputs import check_output
 
-    if unused := [name for name in ("add", "part", "prune", "approximate", "thumbnails") if getattr(args, name)]:
-        raise UserError(f"--{unused[0]} is for a STORE, not for --npz")
+    _refuse(args, ("add", "part", "prune", "approximate", "thumbnails"), "a STORE, not for --npz")
     if not args.model:
         raise UserError("--npz needs --model, the model of the embeddings")
     if args.npz.suffix != ".npz":
@@ -272,29 +234,24 @@ def _write_arrays(args: argparse.Namespace) -> None:
 
 
 def _embedded_texts(args: argparse.Namespace) -> tuple[list[str], Any]:
-    try:
+    from evaclip.atomic import reading
+
+    with reading(args.texts):
         # Not splitlines: a line separator of Unicode may be in a text. Editors under Windows begin files with a BOM.
         texts = args.texts.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UserError(f"cannot read {args.texts}: {getattr(exc, 'strerror', None) or exc}") from exc
     texts = [] if texts == [""] else texts
     return texts, _encoder(args.model, args).texts(texts).numpy()
 
 
 def _embedded_images(args: argparse.Namespace) -> tuple[list[str], Any]:
-    import numpy as np
-
-    from evaclip.runtime.indexing import Progress, embedded
+    from evaclip.runtime.indexing import Progress, embedded, join
 
     source = open_data(_absolute(args.images), args, captions=False)
     encoder, progress = _encoder(args.model, args), Progress(len(source))
-    ids, parts = list[str](), [np.empty((0, encoder.dim), np.float32)]
     with _shown(progress):
-        for rows, embeddings in embedded(source, encoder, progress):
-            ids += [row.id for row in rows]
-            parts.append(embeddings)
+        rows, embeddings = join(embedded(source, encoder, progress), encoder.dim)
     _tell(progress)
-    return ids, np.concatenate(parts)
+    return [row.id for row in rows], embeddings
 
 
 def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder":
@@ -309,7 +266,7 @@ def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"batch_size": args.batch_size, "threads": args.threads, "compile": args.compile}
+    return {"batch_size": args.batch_size, "threads": args.threads}
 
 
 def _absolute(path: str) -> str:

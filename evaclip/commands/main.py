@@ -2,25 +2,10 @@
 
 from collections.abc import Sequence
 
-from evaclip.commands import (
-    convert,
-    data,
-    demo,
-    doctor,
-    eval,
-    export,
-    index,
-    plan,
-    report,
-    search,
-    serve,
-    train,
-)
+from evaclip.commands import convert, data, demo, doctor, eval, export, index, plan, report, search, serve, train
 from evaclip.commands.parser import CommandParser, run_command
 from evaclip.extras import DISTRIBUTION
 from evaclip.machine import version_of
-
-_VERBS = (train, eval, data, convert, export, index, search, serve, plan, report, doctor, demo)
 
 
 def build_parser() -> CommandParser:
@@ -28,7 +13,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="evaclip", description="Train, evaluate and inspect EVA-CLIP models.")
     parser.add_argument("--version", action="version", version=f"evaclip {version_of(DISTRIBUTION)}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
-    for verb in _VERBS:
+    for verb in (train, eval, data, convert, export, index, search, serve, plan, report, doctor, demo):
         verb.add_commands(subparsers)
     return parser
 

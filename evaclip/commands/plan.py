@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evaclip.commands.parser import leaf, positive
@@ -22,70 +22,58 @@ _EXAMPLES = (
     "evaclip plan eva02-b-16 --config my.yaml --set accumulation=8 --gpus 8 --gpu h100-80g",
     "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --set batch_size=16384 model.savings.recompute=activations --json",
     "evaclip plan finetune-eva02-b-in1k --gpus 8 --set schedule.epoch_samples=1281167",
-    "evaclip plan eva02-l-14 --gpus 128 --images-per-core 400 --storage-gbps 5",
 )
 _GIB, _GB = 2**30, 1e9
 _MFU = 0.4
-_HASHED = 1.9e9
-"""Bytes of which one core computes SHA-256 in a second."""
 _STATIC = ("parameters", "frozen weights", "weights in 16 bits", "gradients", "optimizer state", "averaged weights")
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `plan` to the command line."""
+    """Add `plan` to the command line."""
     help = "plan a training run before a GPU is rented: memory, FLOPs, communication, layouts that fit"
-    parser = leaf(subparsers, "plan", help=help, examples=_EXAMPLES)
+    parser = leaf(subparsers, "plan", _run, help=help, examples=_EXAMPLES)
     add = parser.add_argument
-    add("--gpus", type=int, default=1, metavar="N", help="number of GPUs (1)")
-    add("--gpu", default="a100-80g", metavar="KIND", help="kind of GPU (a100-80g)")
-    add("--mfu", type=float, default=_MFU, metavar="SHARE", help=f"share of the GPU's peak FLOP/s, for times ({_MFU})")
-    add("--caption-tokens", type=int, metavar="N", help="mean length of captions, with start and end token (15)")
-    add("--beside", type=positive, metavar="GIB", help="memory of a GPU besides tensors, as 'train --dry-run' measures")
-    add("--images-per-core", type=positive, metavar="N", help="images that a core decodes a second ('data bench')")
-    add("--storage-gbps", type=positive, metavar="GB/S", help="rate at which all ranks write together")
+    add("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
+    add("--gpu", default="a100-80g", metavar="KIND", help="kind of GPU (default: %(default)s)")
+    help = "share of the GPU's peak FLOP/s, for times (default: %(default)s)"
+    add("--mfu", type=float, default=_MFU, metavar="SHARE", help=help)
+    add("--caption-tokens", type=int, metavar="N", help="mean tokens of a caption, with start and end (default: 15)")
+    help = "GPU memory that isn't tensors (CUDA context, NCCL, workspaces), as 'train --dry-run' measures it"
+    add("--non-tensor-gib", "--beside", type=positive, metavar="GIB", help=help)
     add("--layouts", "--fit", action="store_true", help="plan every parallelism and policy of recomputation")
     add("--json", action="store_true", help="print everything as one JSON object")
     add_configuration(parser)
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the plan that the command line asks for.
+def _run(args: argparse.Namespace) -> None:
+    # Imported here so that `evaclip --help` doesn't wait for torch.
+    from rich.console import Console
 
-    Raises:
-        UserError: as the run itself would, or for an unknown GPU.
-    """
-    # Imported here so that `evaclip --help` does not wait for torch.
     from evaclip.plan.gpus import get_gpu
     from evaclip.plan.layouts import plan_layouts
 
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu}")
     config, gpu = configure(args, args.gpus), get_gpu(args.gpu)
-    if args.beside is not None:
-        gpu = replace(gpu, other_gib=(args.beside, args.beside))
+    if (other := args.non_tensor_gib) is not None:
+        gpu = replace(gpu, other_gib=(other, other))
     parts = _plan_parts(config, args)
     largest = max((plan for plan, _ in parts), key=lambda plan: plan.memory.total())
     peak_flops = 1e12 * (gpu.single_tflops if config.precision == "fp32" else gpu.half_tflops)
     layouts = plan_layouts(largest.config, args.gpus, gpu, args.caption_tokens) if args.layouts else []
     trees = [_tree(plan, steps, gpu, peak_flops * args.mfu) for plan, steps in parts]
-    steps = None if parts[0][1] is None else sum(steps or 0 for _, steps in parts)
-    host = _host(largest, steps, min(tree["seconds"] for tree in trees), args)
     layout_trees = [_tree(plan, None, gpu, peak_flops * args.mfu) for plan in layouts]
     if args.json:
         memory = {"of_the_gpu": int(gpu.memory_gib * _GIB), "room": gpu.room, "host": largest.host}
-        tree = {"gpu": gpu.name, "mfu": args.mfu, **memory, "parts": trees, "layouts": layout_trees, "nodes": host}
+        tree = {"gpu": gpu.name, "mfu": args.mfu, **memory, "parts": trees, "layouts": layout_trees}
         print(json.dumps(tree, indent=2))
         return
-    from rich.console import Console
-
     console = Console()
     console.print(_summary(largest, gpu))
     console.print(_memory_table(largest, gpu))
     console.print(_step_table(largest, gpu, peak_flops * args.mfu, args.mfu))
     if len(parts) > 1 or parts[0][1]:
         console.print(_parts_table(trees, args.gpus))
-    console.print(_host_table(host))
     if layouts:
         console.print(_layouts_table(layout_trees, gpu))
     if not any(tree["fits"] for tree in layout_trees or trees):
@@ -106,45 +94,8 @@ def _plan_parts(config: Any, args: argparse.Namespace) -> "list[tuple[StepPlan, 
     if schedule.steps or schedule.epoch_samples:
         steps = total_steps(schedule, config.batch_size, 0)
         parts = [(len(part), size) for part, size in image_parts(steps, schedule)]
-    plans = []
-    for steps_of_part, size in parts:
-        plan = plan_step(config, args.gpus, caption_tokens=args.caption_tokens, image_size=size)
-        plans.append((plan, steps_of_part))
-    return plans
-
-
-def _host(plan: "StepPlan", steps: int | None, seconds: float, args: argparse.Namespace) -> dict[str, float]:
-    """Needs of nodes and storage besides GPUs: bytes, cores, seconds.
-
-    Args:
-        steps: steps of the run; None if unknown.
-        seconds: time of a step with the smallest images.
-    """
-    from evaclip.data.loader import UNIT
-    from evaclip.plan.gpus import PER_NODE
-
-    config, in_node = plan.config, min(PER_NODE, plan.gpus)
-    # Each worker holds as many parts of batches as there are batches waiting.
-    rows = max(plan.local_batch, config.data.workers * min(UNIT, plan.local_batch))
-    checkpoint = plan.checkpoint_bytes
-    # Without shards rank 0 alone copies what the background thread writes.
-    copy = checkpoint * plan.parameters * in_node // plan.model_parameters if plan.is_cut else checkpoint
-    host: dict[str, float] = {
-        "batches waiting in a node, bytes": in_node * config.data.prefetch * rows * 3 * math.prod(plan.image_shape),
-        "copy of a checkpoint in a node, bytes": copy if config.checkpoint.background else 0,
-        "checkpoint, bytes": checkpoint,
-    }
-    if steps is not None:
-        forever = steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
-        host["storage, bytes"] = checkpoint * (config.checkpoint.keep + forever + 1)
-    if plan.host:
-        host["offloaded in a node, bytes"] = in_node * plan.host
-    if args.images_per_core:
-        host["decoding cores of a node"] = in_node * plan.local_batch / seconds / args.images_per_core
-    if args.storage_gbps:
-        hashing = checkpoint / _HASHED / (plan.gpus if plan.is_cut else 1)
-        host["writing a checkpoint, seconds"] = checkpoint / (args.storage_gbps * _GB) + hashing
-    return host
+    plan = partial(plan_step, config, args.gpus, caption_tokens=args.caption_tokens)
+    return [(plan(image_size=size), steps_of_part) for steps_of_part, size in parts]
 
 
 def _tree(plan: "StepPlan", steps: int | None, gpu: "Gpu", rate: float) -> dict[str, Any]:
@@ -278,13 +229,4 @@ def _layouts_table(trees: list[dict[str, Any]], gpu: "Gpu") -> "Table":
             f"{tree['seconds']:,.3g}",
             "yes" if tree["fits"] else "no",
         )
-    return table
-
-
-def _host_table(host: dict[str, float]) -> "Table":
-    table = _table("besides the GPUs", "", title="Nodes and storage")
-    for name, value in host.items():
-        what, _, unit = name.partition(", ")
-        text = f"{value / _GB:,.1f} GB" if unit == "bytes" else f"{value:,.1f} s" if unit else f"{value:,.1f}"
-        table.add_row(what, text)
     return table

@@ -1,8 +1,7 @@
-"""`evaclip search`: what a store has that is nearest to a text or an image."""
+"""`evaclip search`: the images of a store that are nearest to a text or an image."""
 
 import argparse
 import base64
-import html
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,40 +12,34 @@ from evaclip.errors import UserError, counted
 if TYPE_CHECKING:
     from evaclip.runtime.store import Row, Store
 
+_EXAMPLES = (
+    "evaclip search photos.store 'a red bicycle'",
+    "evaclip search photos.store 'a beach' --where \"year >= 2020 and contains(caption, 'sunset')\"",
+    "evaclip search photos.store --image bicycle.jpg --top 50 --html found.html",
+)
+
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `search` to the command line."""
-    parser = leaf(
-        subparsers,
-        "search",
-        help="find the pictures of a store that are nearest to a text or a picture",
-        examples=[
-            "evaclip search photos.store 'a red bicycle'",
-            "evaclip search photos.store 'a beach' --where \"year >= 2020 and contains(caption, 'sunset')\"",
-            "evaclip search photos.store --image bicycle.jpg --top 50 --html found.html",
-        ],
-    )
-    parser.add_argument("store", metavar="STORE", type=Path, help="folder that 'evaclip index' made")
-    parser.add_argument("text", metavar="TEXT", nargs="?", help="what to look for")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="search by this image, together with the text")
-    parser.add_argument("--minus", metavar="TEXT", help="and unlike this text")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument(
-        "--where",
-        metavar="SQL",
-        help="among rows that meet a condition on id, caption and metadata: \"year >= 2020 and id glob '*.png'\"",
-    )
-    parser.add_argument(
-        "--approximate", action="store_true", help="by the index that 'evaclip index --approximate' made; may miss some"
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the thumbnails")
-    parser.set_defaults(run=_run)
+    """Add `search` to the command line."""
+    help = "find the images of a store that are nearest to a text or an image"
+    add = leaf(subparsers, "search", _run, help=help, examples=_EXAMPLES).add_argument
+    add("store", metavar="STORE", type=Path, help="folder that 'evaclip index' made")
+    add("text", metavar="TEXT", nargs="?", help="what to look for")
+    add("--image", type=Path, metavar="FILE", help="search by this image, together with the text")
+    add("--minus", metavar="TEXT", help="and unlike this text")
+    add("--top", type=int, default=10, metavar="N", help="number of results (default: %(default)s)")
+    help = "among rows that meet a condition on id, caption and metadata: \"year >= 2020 and id glob '*.png'\""
+    add("--where", metavar="SQL", help=help)
+    help = "by the index that 'evaclip index --approximate' made; may miss some"
+    add("--approximate", action="store_true", help=help)
+    add("--json", action="store_true", help="print a JSON object a line")
+    add("--html", type=Path, metavar="FILE", help="write a page with the thumbnails")
 
 
 def _run(args: argparse.Namespace) -> None:
-    # Imported here so that `evaclip --help` doesn't wait for it. Nothing of it imports torch, but for --image.
-    from evaclip.runtime.search import search
+    # Imported here so that `evaclip --help` doesn't wait for it. None of it imports torch, except for --image.
+    from evaclip.atomic import require_writable, write_text
+    from evaclip.runtime.search import search, search_approximate
     from evaclip.runtime.store import Store
 
     # An empty text, as of a variable of the shell that isn't set, is none.
@@ -54,18 +47,18 @@ def _run(args: argparse.Namespace) -> None:
     if args.text is None and args.image is None:
         raise UserError("nothing to look for: give a TEXT or --image FILE")
     if args.html:
-        from evaclip.atomic import require_writable, write_text
-
         require_writable(args.html)
     with Store.open(args.store) as store:
-        if args.approximate:
-            from evaclip.runtime.approximate import search_approximate as search
-        scores, numbers = search(store, _query(store, args), args.top, args.where)
+        find = search_approximate if args.approximate else search
+        scores, numbers = find(store, _query(store, args), args.top, args.where)
         found = list(zip(scores.tolist(), store.rows(numbers), strict=True))
         if not found and not args.json:
-            print(f"none of {counted(len(store), 'picture')}" + (f" meets {args.where!r}" if args.where else ""))
+            print(f"none of {counted(len(store), 'image')}" + (f" meets {args.where!r}" if args.where else ""))
     if args.html:
-        write_text(args.html, _page(_title(args), found))
+        from evaclip.report import render_template
+
+        page = render_template("search.html", title=_title(args), found=found, address=_data_url)
+        write_text(args.html, page)
     if args.json:
         for score, row in found:
             shown = {"score": score, "id": row.id, "caption": row.caption, "metadata": row.metadata}
@@ -109,29 +102,6 @@ def _title(args: argparse.Namespace) -> str:
     return " + ".join(str(part) for part in (args.text, args.image) if part is not None) + less
 
 
-def _page(title: str, found: "list[tuple[float, Row]]") -> str:
-    cards = "\n".join(_card(score, row) for score, row in found)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 15px system-ui, sans-serif; margin: 2rem; color-scheme: light dark; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1.5rem; }}
-figure {{ margin: 0; overflow-wrap: anywhere; }} img {{ width: 100%; }} small {{ opacity: .7; }}
-</style>
-<h1>{html.escape(title)}</h1>
-<main>
-{cards}
-</main>
-</html>
-"""
-
-
-def _card(score: float, row: "Row") -> str:
-    name, caption = html.escape(row.id), html.escape(row.caption)
-    picture = ""
-    if row.thumbnail:
-        data = base64.b64encode(row.thumbnail).decode()
-        kind = "webp" if row.thumbnail[8:12] == b"WEBP" else "png" if row.thumbnail[1:4] == b"PNG" else "jpeg"
-        picture = f'<img alt="{caption}" src="data:image/{kind};base64,{data}">'
-    return f"<figure>{picture}<figcaption>{caption} <small>{score:.3f} {name}</small></figcaption></figure>"
+def _data_url(image: bytes) -> str:
+    kind = "webp" if image[8:12] == b"WEBP" else "png" if image[1:4] == b"PNG" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaclip.atomic import reading
 from evaclip.commands.parser import leaf
 from evaclip.errors import UserError, counted
 
@@ -15,49 +16,39 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 KEY_VARIABLE = "EVACLIP_API_KEY"
+_EXAMPLES = (
+    "evaclip serve photos.store --open                # or without it, then open http://127.0.0.1:8000",
+    "curl -F text='a red bicycle' -F top=5 http://127.0.0.1:8000/search",
+    "curl -F image=@cat.jpg -F label=cat -F label=dog http://127.0.0.1:8000/label",
+    "evaclip serve photos.store --host 0.0.0.0 --api-key-file key.txt",
+)
 _KEY_LENGTH = 16
 _CPU_BATCH = 8
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `serve` to the command line."""
-    parser = leaf(
-        subparsers,
-        "serve",
-        help="search in a store in the browser, and by an HTTP API",
-        examples=[
-            "evaclip serve photos.store --open                # or without it, then open http://127.0.0.1:8000",
-            "curl -F text='a red bicycle' -F top=5 http://127.0.0.1:8000/search",
-            "curl -F image=@cat.jpg -F label=cat -F label=dog http://127.0.0.1:8000/label",
-            "evaclip serve photos.store --host 0.0.0.0 --api-key-file key.txt",
-        ],
-    )
-    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store, as 'evaclip index' makes it")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; any but this machine's own needs an API key"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)")
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE",
-        help=f"with the key that requests must bring, in one line (default: the variable {KEY_VARIABLE}, if set)",
-    )  # fmt: skip
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    compute = parser.add_argument_group("compute")
-    compute.add_argument("--model", help="what the store's embeddings are of, if that has moved (default: as indexed)")
-    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
-    compute.add_argument("--threads", type=int, metavar="N", help="that decode (default: one a core, 8 at most)")
-    compute.add_argument("--batch-size", type=int, metavar="N", help="encoded at once (default: 8, on a GPU 256)")
-    compute.add_argument(
-        "--delay", type=float, default=3.0, metavar="MS",
-        help="milliseconds that a request waits for others to be encoded with (default: %(default)g)",
-    )  # fmt: skip
-    parser.set_defaults(run=_run)
+    """Add `serve` to the command line."""
+    help = "search in a store in the browser, and by an HTTP API"
+    parser = leaf(subparsers, "serve", _run, help=help, examples=_EXAMPLES)
+    add = parser.add_argument
+    add("store", metavar="STORE", type=Path, help="folder of the store, as 'evaclip index' makes it")
+    add("--host", default="127.0.0.1", help="address to listen at; any but this machine's own needs an API key")
+    add("--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)")
+    help = f"file with the API key that requests must send, in one line (default: the variable {KEY_VARIABLE}, if set)"
+    add("--api-key-file", type=Path, metavar="FILE", help=help)
+    add("--open", action="store_true", help="open the page in the browser")
+    add = parser.add_argument_group("compute").add_argument
+    add("--model", help="the store's model, if it has moved (default: as indexed)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+    add("--threads", type=int, metavar="N", help="threads that decode (default: one per core, 8 at most)")
+    add("--batch-size", type=int, metavar="N", help="encoded at once (default: 8, on a GPU 256)")
+    help = "milliseconds that a request waits for others to be encoded with (default: %(default)g)"
+    add("--delay", type=float, default=3.0, metavar="MS", help=help)
 
 
 def _run(args: argparse.Namespace) -> None:
-    key = _key(args.api_key_file)
-    local = _is_loopback(args.host)
+    key, local = _key(args.api_key_file), _is_loopback(args.host)
     if key is None and not local:
         raise UserError(
             f"--host {args.host} lets other machines in, which needs a key: give --api-key-file or {KEY_VARIABLE}"
@@ -75,13 +66,17 @@ def _run(args: argparse.Namespace) -> None:
         async def startup(self, sockets: list[Any] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                _tell(_address(args.host, self.servers[0].sockets[0].getsockname()[1]), args.open)
+                address = _address(args.host, self.servers[0].sockets[0].getsockname()[1])
+                print(f"open {address} (Ctrl-C ends)", flush=True)
+                if args.open:
+                    # Some browsers return when they are closed, and wait for the server until then.
+                    threading.Thread(target=_show, args=(address,), daemon=True).start()
 
     Server(uvicorn.Config(app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=5)).run()
 
 
 def _require_free(host: str, port: int) -> None:
-    """Raises UserError now, before the model is loaded, where nothing can listen at the address."""
+    """Raise UserError now, before the model is loaded, where nothing can listen at the address."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         socket.create_server(address[:2], family=family).close()
@@ -89,13 +84,6 @@ def _require_free(host: str, port: int) -> None:
         raise UserError(
             f"cannot listen at {host}, port {port}: {exc.strerror}; --port 0 takes any port that is free"
         ) from exc
-
-
-def _tell(address: str, show: bool) -> None:
-    print(f"open {address} (Ctrl-C ends)", flush=True)
-    if show:
-        # In a thread, as some browsers return when they are closed, and wait for the server until then.
-        threading.Thread(target=_show, args=(address,), daemon=True).start()
 
 
 def _show(address: str) -> None:
@@ -113,30 +101,29 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
 
     store = Store.open(args.store)
     _require_free(args.host, args.port)
-    given = args.model or store.model["given"]
     options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
-    encoder = Encoder(given, device=args.device, **options)
+    encoder = Encoder(args.model or store.model["given"], device=args.device, **options)
     if args.batch_size is None and encoder.device.type == "cpu":
         # Later requests wait for a whole batch.
         encoder.batch_size = _CPU_BATCH
     store.require_model(describe(encoder))
-    print(f"{args.store}: {counted(len(store), 'picture')}, {encoder.name} on {encoder.device}", flush=True)
+    print(f"{args.store}: {counted(len(store), 'image')}, {encoder.name} on {encoder.device}", flush=True)
     return create_app(store, encoder, key=key, hosts=hosts, delay=args.delay / 1000)
 
 
 def _key(file: Path | None) -> str | None:
-    try:
-        key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UserError(f"cannot read the key in {file}: {exc}") from exc
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE)
+    else:
+        with reading(file):
+            key = file.read_text(encoding="utf-8")
     if key is None:
         return None
     key = key.strip()
     if len(key) < _KEY_LENGTH or not key.isascii() or not key.isprintable():
-        where = KEY_VARIABLE if file is None else file
         raise UserError(
-            f"the key in {where} has {len(key)} characters; expected {_KEY_LENGTH} or more of ASCII in one line, such"
-            " as 'openssl rand -hex 32' makes"
+            f"the key in {file or KEY_VARIABLE} has {len(key)} characters; expected {_KEY_LENGTH} or more of ASCII in"
+            " one line, such as 'openssl rand -hex 32' makes"
         )
     return key
 

@@ -26,36 +26,26 @@ _EXAMPLES = (
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `train` to the command line."""
-    parser = leaf(subparsers, "train", help="train a model from a recipe", examples=_EXAMPLES)
+    """Add `train` to the command line."""
+    parser = leaf(subparsers, "train", _run, help="train a model from a recipe", examples=_EXAMPLES)
+    add = parser.add_argument
     add_configuration(parser)
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--resume",
-        default="none",
-        metavar="WHAT",
-        help="auto: from the newest whole checkpoint, if any; latest; the path of a checkpoint; weights:PATH: "
-        "a new run from the weights of a checkpoint alone; none (the default)",
+    add("--device", help="auto, cpu, cuda or cuda:N")
+    help = (
+        "auto: from the newest whole checkpoint, if any; latest; the path of a checkpoint; weights:PATH: a new run "
+        "from the weights of a checkpoint alone; none (the default)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name")
-    parser.add_argument(
-        "--steal", action="store_true", help="take the run over from a process that trains it, which then stops"
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the whole configuration with what its keys mean"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="build everything, time a few steps, save nothing")
-    parser.add_argument(
-        "--as-gpus",
-        type=int,
-        metavar="N",
-        help="with --dry-run: as one of N GPUs, the others of which aren't there; on a CPU the step's memory is traced",
-    )
-    parser.set_defaults(run=run)
+    add("--resume", default="none", metavar="WHAT", help=help)
+    add("--overwrite", action="store_true", help="delete an earlier run of the same name")
+    add("--steal", action="store_true", help="take the run over from a process that trains it, which then stops")
+    add("--print-config", action="store_true", help="print the whole configuration with the meaning of its keys")
+    add("--dry-run", action="store_true", help="build everything, time a few steps, save nothing")
+    help = "with --dry-run: as one of N GPUs, without the others; on a CPU the step's memory is traced"
+    add("--as-gpus", type=int, metavar="N", help=help)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Does what the command line asks for; a run that a signal ended exits with 130 or 143."""
+def _run(args: argparse.Namespace) -> None:
+    """Run the trainer; a run that a signal ended exits with 130 or 143."""
     # Imported here so that `evaclip --help` does not wait for torch.
     from evaclip.train import recipes
     from evaclip.train.comments import commented_yaml
@@ -91,19 +81,14 @@ def run(args: argparse.Namespace) -> None:
 def add_configuration(parser: argparse.ArgumentParser) -> None:
     """Add the options that `configure` reads."""
     parser.usage = "%(prog)s [RECIPE] [OPTION ...]"
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="initial configuration; none lists the recipes")
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="YAML", help="file with keys that replace the recipe's"
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, last"
-    )
+    add = parser.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="initial configuration; none lists the recipes")
+    add("--config", action="append", default=[], metavar="YAML", help="file with keys that replace the recipe's")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, last")
     flags = fill(" ".join(alias.flag for alias in aliases.ALIASES), 110, break_on_hyphens=False)
     group = parser.add_argument_group("options of open_clip and EVA-CLIP, see docs/open-clip.md", flags)
     for alias in aliases.ALIASES:
-        takes: dict[str, Any] = (
-            {"nargs": "*" if alias.many else None} if alias.takes_value else {"action": "store_true"}
-        )
+        takes: Any = {"nargs": "*" if alias.many else None} if alias.takes_value else {"action": "store_true"}
         group.add_argument(alias.flag, dest=alias.flag, help=argparse.SUPPRESS, **takes)
 
 

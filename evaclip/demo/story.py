@@ -25,7 +25,7 @@ DATA_FOLDER = Path("data/emoji")
 STORE_FOLDER = "pictures.store"
 
 _TITLES = {"openmoji": "OpenMoji, a style never seen", "twemoji": "Twemoji, the drawings trained on"}
-_PICTURE_SIZE = 64  # twice what the model sees, for the report's gallery
+_IMAGE_SIZE = 64  # twice the model's image size, for the report's gallery
 _SPEED_STEPS = 48  # the first ones are slow: images are decoded, memory is taken
 _PHASES = ("drawings", "training", "evaluation", "report", "index")
 _THUMBNAIL = 128
@@ -91,8 +91,8 @@ def draw_shards(data: Path, say: Say = print) -> None:
     if (data / "classes.txt").is_file() and all(any(data.glob(f"{style}-*.tar")) for style in STYLES):
         say(f"the shards in {data} are there already")
         return
-    say(f"drawing the pictures of {' and '.join(STYLES)} into {data}")
-    build_emoji(data, STYLES, size=_PICTURE_SIZE)
+    say(f"drawing the images of {' and '.join(STYLES)} into {data}")
+    build_emoji(data, STYLES, size=_IMAGE_SIZE)
 
 
 def demo_config(out: Path, data: Path) -> "TrainConfig":
@@ -177,7 +177,7 @@ def index_drawings(run: Path, data: Path) -> Path:
     encoder = Encoder(str(run), precision="fp32", batch_size=_BATCH)
     shards = "::".join(str(data.absolute() / f"{style}-*.tar") for style in STYLES)
     source = open_source(shards, image_key="large.png", caption_key="json:captions", captions=False)
-    # Beside the run, as no program may be written into one, and so that the earlier store is there until this one is.
+    # Next to the run: no program may be written into one, and the earlier store stays until this one is complete.
     with tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.absolute().parent) as temporary:
         made = Path(temporary) / "made"
         with Store.create(made, {"given": str(run.resolve()), **describe(encoder)}) as store:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
-from evaclip.extras import install_command
+from evaclip.extras import import_extra
 from evaclip.model.config import Savings, TextConfig
 from evaclip.model.text import Layout, check_tokens
 from evaclip.model.tower import Tower
@@ -209,14 +209,12 @@ def _set_buffers(tower: nn.Module, _: Any) -> None:
 
 def _load(kind: str, option: str, name: str | None, **options: Any) -> Any:
     """`KIND.from_pretrained(name)` of transformers."""
-    try:
-        import transformers
-    except ModuleNotFoundError as exc:
-        raise UserError(f"the package transformers is not installed: {install_command('hf')}") from exc
+    transformers = import_extra("transformers")
     try:
         return getattr(transformers, kind).from_pretrained(name, **options)
     except (KeyError, OSError, ValueError) as exc:
         reason = str(exc).strip().partition("\n")[0]
         raise UserError(
-            f"text.{option} must be a folder or a name on the Hugging Face hub, got {name!r}: {reason}"
+            f"text.{option} must be the path of a local folder with a config.json, or a name on the Hugging Face hub, "
+            f"got {name!r}, which is no such folder; asking the hub failed: {reason}"
         ) from exc

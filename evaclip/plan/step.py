@@ -75,7 +75,6 @@ class StepPlan:
         received: bytes that the rank receives in a step, by collective.
         is_cut: whether parameters are sharded.
         image_shape: height and width of the images.
-        checkpoint_bytes: parameters, optimizer state and averaged weights of the model.
     """
 
     config: TrainConfig
@@ -92,7 +91,6 @@ class StepPlan:
     received: dict[str, int]
     is_cut: bool
     image_shape: tuple[int, int]
-    checkpoint_bytes: int
 
 
 def plan_step(
@@ -396,7 +394,6 @@ def _summarize(
         received={collective: costs[collective] for collective in COLLECTIVES if costs[collective]},
         is_cut=trace.is_cut,
         image_shape=task.visual.config.image_shape,
-        checkpoint_bytes=parameters * sum(start[kind] for kind in (PARAMETERS, OPTIMIZER, AVERAGE)) // trace.elements,
     )
 
 

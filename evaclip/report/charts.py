@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -16,7 +16,6 @@ from evaclip.train.sinks import is_share
 
 _ROW = 0.36  # height of one bar's row in inches: the chart grows with its rows
 _TITLE_ROWS = 1.5  # a group's title, with some air above it
-MOST_POINTS = 2000
 RUN_COLOURS: Mapping[str, str] = {
     "accent": PALETTE.accent,
     "chance": PALETTE.chance,
@@ -129,41 +128,21 @@ def compared(logs: Mapping[str, Log]) -> list[Panel]:
     return [panel for panel in found if _is_worth_it(panel)]
 
 
-def panel_html(panel: Panel, runs: Sequence[str] = ()) -> str:
-    """The chart with its title, and a legend where it has several lines.
+def draw_panel(panel: Panel, runs: Sequence[str] = ()) -> tuple[str, list[tuple[str, str]], Markup]:
+    """The title, the legend (label and CSS variable of each line, if there are several), and the SVG element.
 
     Args:
         runs: the runs that the colours stand for; none gives the lines of each chart colours of their own.
     """
     order = list(runs) or [series.label for series in panel.series]
     drawn = [(series, list(RUN_COLOURS)[order.index(series.label)]) for series in panel.series if series.x]
-    legend = ""
-    if len(order) > 1:
-        keys = (
-            f'<span><i class="line" style="background: var(--{colour})"></i>{escape(series.label)}</span>'
-            for series, colour in drawn
-        )
-        legend = f'<div class="legend">{"".join(keys)}</div>'
-    return f"<figure><figcaption>{escape(panel.title)}</figcaption>{legend}{_svg(panel, drawn)}</figure>"
+    legend = [(series.label, colour) for series, colour in drawn] if len(order) > 1 else []
+    return panel.title, legend, Markup(_svg(panel, drawn))
 
 
 def _line(label: str, log: Log, key: str) -> Series:
     known = [record for record in log if record.get(key) is not None]
-    points = thinned([(record["samples"], float(record[key])) for record in known])
-    return Series(label, [x for x, _ in points], [y for _, y in points])
-
-
-def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `MOST_POINTS` of the points: the least and the largest of each stretch, so that no peak is lost."""
-    if len(points) <= MOST_POINTS:
-        return points
-    kept = []
-    stretches = MOST_POINTS // 2
-    for number in range(stretches):
-        part = points[number * len(points) // stretches : (number + 1) * len(points) // stretches]
-        ends = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-        kept += sorted(ends)
-    return kept
+    return Series(label, [record["samples"] for record in known], [float(record[key]) for record in known])
 
 
 def _evaluations(log: Log) -> list[tuple[str, Series, Callable[[float], str]]]:

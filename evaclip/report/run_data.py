@@ -77,34 +77,16 @@ class BarGroup:
     bars: tuple[Bar, ...]
 
 
-@dataclass(frozen=True)
-class RunData:
-    """A run as the report shows it.
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read a run folder as the values of `run.html`.
 
-    Attributes:
+    Returns:
         classes: (class, samples, top-1, most often taken for) by evaluation, the best and the worst classes.
         validation: (set and metric, value, step) of the last evaluation while training.
-        log: what was logged, as the file has it.
         events: (time, step, what happened), from the first start on.
         facts: (name, value) pairs by heading.
         config: the whole configuration as YAML text, without credentials.
-    """
-
-    name: str
-    summary: str
-    curve: LossCurve
-    groups: tuple[BarGroup, ...]
-    classes: dict[str, list[tuple[str, ...]]]
-    validation: list[tuple[str, str, str]]
-    galleries: tuple[Gallery, ...]
-    log: list[dict[str, Any]]
-    events: list[tuple[str, int, str]]
-    facts: dict[str, list[tuple[str, str]]]
-    config: str
-
-
-def read_run(folder: Path) -> RunData:
-    """Reads `log.jsonl`, `events.jsonl`, `config.yaml`, `evaluations/` and `galleries/` of a run folder.
+        And `name`, `summary`, `curve`, `groups` (`BarGroup`), `galleries`, `log`.
 
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
@@ -114,25 +96,21 @@ def read_run(folder: Path) -> RunData:
     events: list[dict[str, Any]] = redacted(read_log(folder / EVENTS_FILE))
     evaluations = [Evaluation.load(path) for path in sorted((folder / EVALUATIONS_FOLDER).glob("*.json"))]
     evaluations.sort(key=lambda evaluation: (list(_TASKS).index(evaluation.task), evaluation.date))
-    galleries = tuple(Gallery.load(path) for path in sorted((folder / GALLERIES_FOLDER).glob("*.json")))
-    groups = tuple(group for evaluation in evaluations for group in _bar_groups(evaluation))
-    state = what_stands_still(folder, records, events) or "goes on"
-    facts = _facts(config, records, evaluations, events, state)
+    state = describe_state(folder, records, events) or "goes on"
     loss_name = config["loss"]["name"] if config["task"]["name"] == "contrastive" else None
-    curve = loss_curve(records, config["batch_size"], loss_name)
-    return RunData(
-        name=folder.name,
-        summary=_summary(config, records, evaluations),
-        curve=curve,
-        groups=groups,
-        classes={evaluation.title: rows for evaluation in evaluations if (rows := _class_rows(evaluation))},
-        validation=_validation_rows(log),
-        galleries=galleries,
-        log=log,
-        events=[_dated(event) for event in events],
-        facts=facts,
-        config=yaml.safe_dump(config, sort_keys=False),
-    )
+    return {
+        "name": folder.name,
+        "summary": _summary(config, records, evaluations),
+        "curve": _loss_curve(records, config["batch_size"], loss_name),
+        "groups": [group for evaluation in evaluations for group in _bar_groups(evaluation)],
+        "classes": {evaluation.title: rows for evaluation in evaluations if (rows := _class_rows(evaluation))},
+        "validation": _validation_rows(log),
+        "galleries": [Gallery.load(path) for path in sorted((folder / GALLERIES_FOLDER).glob("*.json"))],
+        "log": log,
+        "events": [(f"{at:%d %B %Y, %H:%M:%S}", f"{step:,}", what) for at, step, what in map(describe_event, events)],
+        "facts": _facts(config, records, evaluations, events, state),
+        "config": yaml.safe_dump(config, sort_keys=False),
+    }
 
 
 def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -160,7 +138,7 @@ _TASKS = {
 """Titles, in the order of the report."""
 
 
-def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str | None) -> LossCurve:
+def _loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: str | None) -> LossCurve:
     """The losses of a log's records, with their running mean.
 
     Args:
@@ -178,14 +156,14 @@ def loss_curve(records: Sequence[dict[str, Any]], batch_size: int, loss_name: st
 def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
     metrics = evaluation.metrics
     if evaluation.task == "retrieval":
-        pictures = f"{metrics['images']:,} pictures, {metrics['captions']:,} captions"
-        for name, title in (("text_to_image", "text finds picture"), ("image_to_text", "picture finds text")):
+        images = f"{metrics['images']:,} images, {metrics['captions']:,} captions"
+        for name, title in (("text_to_image", "caption to image"), ("image_to_text", "image to caption")):
             direction = metrics[name]
             bars = [Bar(f"within {k}", direction["recall"][k], direction["chance"][k]) for k in direction["recall"]]
             first = Bar("first", bars[0].value, bars[0].chance, main=True)
-            yield BarGroup(f"{evaluation.title}: {title}", pictures, (first, *bars[1:]))
+            yield BarGroup(f"{evaluation.title}: {title}", images, (first, *bars[1:]))
         return
-    detail = f"{metrics['samples']:,} pictures, {metrics['classes']:,} classes"
+    detail = f"{metrics['samples']:,} images, {metrics['classes']:,} classes"
     chance = metrics["chance_top1"]
     top = Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))
     yield BarGroup(f"{evaluation.title}: {_TASKS[evaluation.task]}", detail, top)
@@ -215,17 +193,12 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], evaluati
     parts = [config["model"]["name"]]
     if evaluations:
         parts.append(f"{evaluations[-1].model.parameters / 1e6:.1f} M parameters")
-    samples = "image-text pairs" if config["task"]["name"] == "contrastive" else "pictures"
+    samples = "image-text pairs" if config["task"]["name"] == "contrastive" else "images"
     parts.append(f"{last['samples']:,} {samples} in {duration(last['seconds'])}")
     if evaluations:
         machine = evaluations[-1].machine
         parts.append(", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores, no GPU")
     return " · ".join(parts)
-
-
-def _dated(event: dict[str, Any]) -> tuple[str, int, str]:
-    moment, step, what = describe_event(event)
-    return moment.strftime("%d %B %Y, %H:%M:%S"), step, what
 
 
 def _facts(
@@ -280,7 +253,7 @@ def _machine(machine: dict[str, Any], versions: dict[str, str]) -> list[tuple[st
     ]
 
 
-def what_stands_still(folder: Path, records: Objects, events: Objects) -> str | None:
+def describe_state(folder: Path, records: Objects, events: Objects) -> str | None:
     """How a run ended, or for how long it has been silent; None for one that goes on as usual."""
     now = time.time()
     written = max((_changed(folder / name) for name in (LOG_FILE, EVENTS_FILE)), default=0.0)
@@ -292,12 +265,12 @@ def what_stands_still(folder: Path, records: Objects, events: Objects) -> str | 
             return "starting again"
         return f"its process lives, but has written nothing for {duration(now - written)}" if is_late else None
     if events and "end" in events[-1]:
-        return ended(events)
+        return _describe_end(events)
     # Where no events were written, no lock was held either.
     return f"no sign of life for {silence}" if events or is_late else None
 
 
-def ended(events: Objects) -> str:
+def _describe_end(events: Objects) -> str:
     """How a run ended, by its last event."""
     if error := events[-1]["end"]:
         return f"ended by an error: {shorten(error, 200)}"

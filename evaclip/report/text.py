@@ -7,8 +7,15 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from evaclip.errors import UserError
+from evaclip.report.run_data import Objects, describe_event, describe_state
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
+from evaclip.train.overrides import load_yaml
+from evaclip.train.progress import read_log
 from evaclip.train.sinks import is_share
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -45,7 +52,7 @@ class _Row(NamedTuple):
     values: Sequence[float | None]
 
 
-def render(folder: Path, width: int, height: int | None = None) -> Any:
+def render(folder: Path, width: int, height: int | None = None) -> Group:
     """The present state of a run, for rich to print.
 
     Args:
@@ -55,18 +62,13 @@ def render(folder: Path, width: int, height: int | None = None) -> Any:
     Raises:
         UserError: it is no run folder.
     """
-    from rich.console import Group
-    from rich.text import Text
-
-    from evaclip.train.overrides import load_yaml
-    from evaclip.train.progress import read_log
-
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{str(folder)!r} is no run folder: it has no {CONFIG_FILE}; `evaclip train` writes one")
     log, events = read_log(folder / LOG_FILE), read_log(folder / EVENTS_FILE)
-    records = [record for record in log if "eval" not in record]
+    records, last_events = [record for record in log if "eval" not in record], events[-_LAST_EVENTS:]
     title = _title(folder, load_yaml(folder / CONFIG_FILE), records, events)
-    last = [Text(line, no_wrap=height is not None, overflow="ellipsis") for line in _describe_last(events)]
+    lines = (f"{time:%d %b %H:%M:%S}  step {step:,}  {what}" for time, step, what in map(describe_event, last_events))
+    last = [Text(line, no_wrap=height is not None, overflow="ellipsis") for line in lines]
     rows = _rows(records, [record for record in log if "eval" in record])
     if height is not None:
         # Rich leaves the last line of a terminal to the cursor.
@@ -74,7 +76,7 @@ def render(folder: Path, width: int, height: int | None = None) -> Any:
     return Group(Text(title, style="bold"), _table(rows, width), *last)
 
 
-def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[_Row]:
+def _rows(records: Objects, evaluations: Objects) -> list[_Row]:
     rows = []
     for title, key, form in _ROWS:
         values = [record.get(key) for record in records]
@@ -94,9 +96,7 @@ def _rows(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
     return rows
 
 
-def _table(rows: Sequence[_Row], width: int) -> Any:
-    from rich.table import Table
-
+def _table(rows: Sequence[_Row], width: int) -> Table:
     now = max(len("now"), *(len(row.now) for row in rows))
     titles = min(max(len(row.title) for row in rows), width - _FRAME - now - _FEWEST_BARS)
     bars = max(_FEWEST_BARS, width - _FRAME - now - titles)
@@ -105,11 +105,11 @@ def _table(rows: Sequence[_Row], width: int) -> Any:
     table.add_column("now", width=now, no_wrap=True, justify="right")
     table.add_column(f"last {bars}", width=bars, no_wrap=True)
     for row in rows:
-        table.add_row(row.title, row.now, sparkline(row.values[-bars:]))
+        table.add_row(row.title, row.now, _sparkline(row.values[-bars:]))
     return table
 
 
-def sparkline(values: Sequence[float | None]) -> str:
+def _sparkline(values: Sequence[float | None]) -> str:
     """One bar for each value, between the smallest and the largest of them; a blank for one that is missing."""
     known = [value for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
@@ -117,17 +117,13 @@ def sparkline(values: Sequence[float | None]) -> str:
     return "".join(" " if value is None else _BARS[round((value - low) * scale)] for value in values)
 
 
-def _title(
-    folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
-) -> str:
-    from evaclip.report.run_data import what_stands_still
-
+def _title(folder: Path, config: Mapping[str, Any], records: Objects, events: Objects) -> str:
     total = (config.get("schedule") or {}).get("steps")
     step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
     parts = [folder.name, f"step {step:,}" + (f" of {total:,}" if total else "")]
     if records:
         parts.append(f"{timedelta(seconds=round(seconds))} so far")
-    state = what_stands_still(folder, records, events)
+    state = describe_state(folder, records, events)
     if state is not None:
         parts.append(state)
     elif total and 0 < step < total:
@@ -136,10 +132,3 @@ def _title(
         age = time.time() - (folder / LOG_FILE).stat().st_mtime
         parts.append(f"last record {timedelta(seconds=round(age))} ago")
     return ", ".join(parts)
-
-
-def _describe_last(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    from evaclip.report.run_data import describe_event
-
-    last = map(describe_event, events[-_LAST_EVENTS:])
-    return [f"{moment:%d %b %H:%M:%S}  step {step:,}  {what}" for moment, step, what in last]

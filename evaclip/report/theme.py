@@ -6,7 +6,7 @@ that the plots follow the reader's light or dark theme. `theme.css` holds the va
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -77,13 +77,6 @@ def themed_svg(figure: Figure, label: str, colours: Mapping[str, str] = COLOURS)
     for name, value in colours.items():
         svg = svg.replace(value, f"var(--{name})")
     return svg
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain texts, in HTML."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def document(title: str, body: str, styles: str, script: str = "") -> str:

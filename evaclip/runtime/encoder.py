@@ -1,9 +1,12 @@
 """A model at work: images and texts to embeddings, with decoding, transfer and compute at the same time."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Full, Queue
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,12 +20,12 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.eval.ranking import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
-from evaclip.runtime.prefetch import prefetch
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8"
@@ -105,9 +108,9 @@ class Encoder:
         compile: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise UserError(f"the batch size must be 1 or more, got {batch_size}")
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         if threads is not None and threads < 1:
-            raise UserError(f"the number of decoding threads must be 1 or more, got {threads}")
+            raise UserError(f"threads must be 1 or more, got {threads}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.precision = chosen_precision(precision, device)
@@ -184,8 +187,8 @@ class Encoder:
 
         Args:
             items: whatever stands for an image; one thread goes through them.
-            picture: of an item, in any form that `images` takes, called in threads; without it items are images. An
-                item with the image None is left out; BadSample becomes a fault.
+            picture: called in threads; returns the image of an item in any form that `images` takes, or None to leave
+                the item out; BadSample becomes a fault. Without it items are images.
 
         Raises:
             UserError: if the model gives NaN or infinity.
@@ -195,7 +198,7 @@ class Encoder:
             return item, self._read(item, picture)
 
         if isinstance(items, Sequence) and len(items) == 1:
-            # Nothing is ahead of it, and threads cost an image some 3 ms (AMD EPYC, Zen 5, 2 cores, 2026-11-29).
+            # Nothing can be read ahead, and starting threads takes longer than decoding one image.
             read: Iterator[tuple[T, Tensor | Fault | None]] = map(step, items)
         else:
             read = prefetch(items, step, threads=self.threads, depth=3 * self.batch_size)
@@ -223,8 +226,8 @@ class Encoder:
             expected = (3, *self.model.config.vision.image_shape)
             if given.shape != expected or not given.is_floating_point():
                 raise TypeError(
-                    f"a tensor of a picture is {given.dtype} of shape {list(given.shape)}; expected {list(expected)} in"
-                    " floating point, as the model's preprocessing gives it"
+                    f"an image tensor must be floating point of shape {list(expected)}, as the model's preprocessing"
+                    f" returns it, got {given.dtype} of shape {list(given.shape)}"
                 )
             return given.float()
         return self.transform(_decoded(given))
@@ -242,13 +245,57 @@ class Encoder:
 
     def _finished(self, batch: "_Batch[T]") -> Encoded[T]:
         embeddings = torch.empty(0, self.dim) if batch.features is None else batch.features.cpu()
-        require_finite(embeddings, batch.items, "picture")
+        require_finite(embeddings, batch.items, "image")
         return Encoded(batch.items, embeddings, batch.faults, batch.waited)
 
 
+def prefetch(items: Iterable[T], function: Callable[[T], U], *, threads: int, depth: int) -> Iterator[U]:
+    """Yield `function(item)` of each item in order; threads compute the results in advance.
+
+    A single thread iterates `items`. Its exception is raised after the results of earlier items, an exception of
+    `function` in place of its result. Closing the iterator stops the threads.
+
+    Args:
+        threads: number of threads that run `function`.
+        depth: maximum number of finished and running results.
+    """
+    queue: Queue[Future[U] | None] = Queue(depth)
+    stopped = threading.Event()
+
+    def put(future: Future[U] | None) -> bool:
+        while not stopped.is_set():
+            try:
+                queue.put(future, timeout=0.1)
+            except Full:
+                continue
+            return True
+        return False
+
+    def feed() -> None:
+        try:
+            for item in items:
+                if not put(pool.submit(function, item)):
+                    return
+        except BaseException as exc:
+            failed = Future[U]()
+            failed.set_exception(exc)
+            put(failed)
+        put(None)
+
+    with ThreadPoolExecutor(threads, "evaclip-stream") as pool:
+        feeder = threading.Thread(target=feed, name="evaclip-feed", daemon=True)
+        feeder.start()
+        try:
+            while (future := queue.get()) is not None:
+                yield future.result()
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            feeder.join()
+
+
 def _in_8_bits(parameter: str) -> bool:
-    """All blocks' but the first one's, of a tower: in a B/16 with random weights its rounding made half of the
-    error (distance from a cosine of 1, eight photographs, AMD EPYC, Zen 5, 2026-11-28)."""
+    """Whether a weight is quantized: in every block except a tower's first, which makes half of the rounding error."""
     return "blocks.0." not in parameter
 
 
@@ -301,13 +348,13 @@ def _decoded(given: Any) -> Image.Image:
         # Not a regular one alone, as a shell's <(curl ...) is a pipe.
         return decode_image(read_image_file(Path(given), regular=False), str(given), UPRIGHT)
     if isinstance(given, bytes):
-        return decode_image(given, f"a picture of {len(given):,} bytes", UPRIGHT)
+        return decode_image(given, f"an image of {len(given):,} bytes", UPRIGHT)
     if isinstance(given, Image.Image):
         return loaded_image(given, str(getattr(given, "filename", "") or "a PIL image"))
     if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.size and _is_one(given):
         return Image.fromarray(given)
     kind = f"{given.dtype} array {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
     raise TypeError(
-        f"a picture is a {kind}; accepted: a path, bytes, a PIL image, a uint8 array [H, W, 3] or [H, W], a tensor"
-        " as the model's preprocessing gives it"
+        "an image must be a path, bytes, a PIL image, a uint8 array [H, W, 3] or [H, W], or a tensor as the model's"
+        f" preprocessing returns it, got {kind}"
     )

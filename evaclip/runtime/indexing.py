@@ -19,8 +19,7 @@ from evaclip.atomic import write_text, writing
 from evaclip.data import BadSample, Fault, RawSample, Source
 from evaclip.data.samples import UPRIGHT, decode_image
 from evaclip.eval.features import weights_hash
-from evaclip.runtime.encoder import Encoder
-from evaclip.runtime.prefetch import prefetch
+from evaclip.runtime.encoder import Encoder, prefetch
 from evaclip.runtime.store import Row, Store
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -107,6 +106,15 @@ def embedded(source: Source, encoder: Encoder, progress: Progress) -> Parts:
     progress.faults += source.faults
 
 
+def join(parts: Parts, dim: int) -> tuple[list[Row], Array]:
+    """All rows, and their embeddings float32 `[n, dim]`."""
+    rows, embeddings = list[Row](), [np.empty((0, dim), np.float32)]
+    for more, of_them in parts:
+        rows += more
+        embeddings.append(of_them)
+    return rows, np.concatenate(embeddings)
+
+
 def gone(root: Path, store: Store) -> list[str]:
     """Ids of the rows of deleted images below a folder; an image counts as there if its state is unknown."""
     inside = f"{str(root).rstrip('/')}/"
@@ -157,7 +165,7 @@ class _Job:
     content: str
     small: bytes | None = None
 
-    def picture(self, thumbnail: int) -> Image.Image:
+    def image(self, thumbnail: int) -> Image.Image:
         if isinstance(self.read, BadSample):
             raise self.read
         image = decode_image(self.read.image, self.name, UPRIGHT)
@@ -193,7 +201,7 @@ class Work:
     def embedded(self, numbers: Iterable[int], encoder: Encoder, progress: Progress) -> Parts:
         """The rows of those samples that are to be embedded and can be."""
         began = time.monotonic()
-        for part in encoder.stream(self._changed(numbers, progress), partial(_Job.picture, thumbnail=self.thumbnail)):
+        for part in encoder.stream(self._changed(numbers, progress), partial(_Job.image, thumbnail=self.thumbnail)):
             progress.embedded += len(part.items)
             progress.faults += part.faults
             progress.waited += part.waited
@@ -251,7 +259,7 @@ def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: P
 
     def made(job: _Job) -> Row:
         with suppress(BadSample):
-            job.picture(work.thumbnail)
+            job.image(work.thumbnail)
         return job.row()
 
     for row in prefetch(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
@@ -290,9 +298,9 @@ def list_faults(source: Source, store: Store, progress: Progress, number: int = 
 
 def small_copy(image: Image.Image, side: int) -> bytes:
     """The image with its longer side cut down to `side` pixels, as a WebP file."""
-    picture = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    picture.thumbnail((side, side))
+    small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     # Method 2 takes half of the time that the default, 4, takes, for an eighth more bytes.
-    picture.save(buffer, "WEBP", quality=80, method=2)
+    small.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()

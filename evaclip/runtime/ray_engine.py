@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from evaclip.data import Source
 from evaclip.errors import UserError
 from evaclip.runtime.encoder import Encoder
-from evaclip.runtime.indexing import Array, Parts, Progress, Work, add_thumbnails, keep, list_faults
+from evaclip.runtime.indexing import Array, Parts, Progress, Work, add_thumbnails, join, keep, list_faults
 from evaclip.runtime.store import Row, Store
 
-_PICTURES = {"cuda": 4096, "cpu": 512}
+_IMAGES = {"cuda": 4096, "cpu": 512}
 """Of a task: 16 batches, as decoding is ahead of the model within a task alone. A worker that dies costs one."""
 
 
@@ -135,7 +133,7 @@ def _pipeline(work: Work, encoder: Callable[..., Encoder], cluster: Cluster) -> 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     count = len(work.source)
-    size = max(1, min(_PICTURES[cluster.device], count // (4 * cluster.workers)))
+    size = max(1, min(_IMAGES[cluster.device], count // (4 * cluster.workers)))
     tasks = [{"start": start, "stop": min(start + size, count)} for start in range(0, count, size)]
     return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _Worker,
@@ -167,8 +165,4 @@ class _Worker:
 
     def _found(self, numbers: range) -> tuple[list[Row], Array, Progress]:
         progress = Progress(len(numbers))
-        rows, embeddings = list[Row](), [np.empty((0, self._encoder.dim), np.float32)]
-        for more, of_them in self._work.embedded(numbers, self._encoder, progress):
-            rows += more
-            embeddings.append(of_them)
-        return rows, np.concatenate(embeddings), progress
+        return *join(self._work.embedded(numbers, self._encoder, progress), self._encoder.dim), progress

@@ -6,7 +6,6 @@ commits the new number of slots. It holds SQLite's write transaction meanwhile, 
 ends the transaction with the process.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.atomic import reading, replacing, writing
+from evaclip.atomic import locked, reading, replacing, writing
 from evaclip.errors import UserError, unknown_name
 
 ROWS_FILE = "rows.sqlite"
@@ -115,7 +114,7 @@ class Store:
             raise refused
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder), _alone(folder):
+        with writing(folder), locked(folder):
             if not all(map(_is_left, folder.iterdir())):
                 raise refused
             (folder / EMBEDDINGS_FILE).touch()
@@ -204,9 +203,9 @@ class Store:
             database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", records)
             keys = {key for row in rows for key in row.metadata}
             database.executemany("INSERT OR IGNORE INTO keys VALUES (?)", [(key,) for key in keys])
-            pictures = ((number, row.thumbnail) for number, row in enumerate(rows, start=first) if row.thumbnail)
-            database.executemany("INSERT INTO thumbnails VALUES (?, ?)", pictures)
-            self._set(database, "slots", first + len(rows))
+            thumbnails = ((number, row.thumbnail) for number, row in enumerate(rows, start=first) if row.thumbnail)
+            database.executemany("INSERT INTO thumbnails VALUES (?, ?)", thumbnails)
+            database.execute("UPDATE about SET value = ? WHERE key = 'slots'", (json.dumps(first + len(rows)),))
 
     def without_thumbnail(self) -> dict[str, str]:
         """The ids of rows that have no thumbnail, and the hashes of their content."""
@@ -233,13 +232,13 @@ class Store:
         self.require_model(other.model)
         if self.folder.samefile(other.folder):
             raise UserError(f"{other.folder} can't be merged into itself")
-        taken = 0
+        taken, known = 0, self.contents()
         for start in range(0, other.slots, _BLOCK):
             block = (start, min(start + _BLOCK, other.slots))
             found = other._database.execute(
                 "SELECT number, id, content FROM rows WHERE number >= ? AND number < ?", block
             )
-            numbers = [number for number, id, content in found if self._content(id) != content]
+            numbers = [number for number, id, content in found if known.get(id) != content]
             if numbers:
                 rows = other.rows(numbers)
                 self.add(other.embeddings[numbers], rows)
@@ -385,10 +384,6 @@ class Store:
             except sqlite3.OperationalError as exc:
                 raise UserError(f"cannot write {self.folder}: {exc}") from exc
 
-    def _content(self, id: str) -> str | None:
-        found = self._database.execute("SELECT content FROM rows WHERE id = ?", (id,)).fetchone()
-        return found[0] if found else None
-
     def _forget(self, database: sqlite3.Connection, ids: list[str]) -> int:
         numbers = [
             found for id in ids if (found := database.execute("SELECT number FROM rows WHERE id = ?", (id,)).fetchone())
@@ -397,9 +392,6 @@ class Store:
             database.executemany(f"DELETE FROM {table} WHERE number = ?", numbers)
         database.executemany("INSERT INTO free VALUES (?)", numbers)
         return len(numbers)
-
-    def _set(self, database: sqlite3.Connection, key: str, value: int) -> None:
-        database.execute("UPDATE about SET value = ? WHERE key = ?", (json.dumps(value), key))
 
 
 def _write(path: Path, first: int, vectors: NDArray[np.float32]) -> None:
@@ -421,17 +413,6 @@ def _allowed(action: int, first: str | None, second: str | None, *_: object) -> 
         return sqlite3.SQLITE_OK if second in _FUNCTIONS else sqlite3.SQLITE_DENY
     reads = action == sqlite3.SQLITE_SELECT or (action == sqlite3.SQLITE_READ and first == "rows")
     return sqlite3.SQLITE_OK if reads else sqlite3.SQLITE_DENY
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Of several processes one at a time; the kernel ends it with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_left(file: Path) -> bool:

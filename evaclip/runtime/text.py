@@ -83,7 +83,7 @@ def encoder_of(store: Store) -> "Encoder":
 
     given, precision = store.model.get("given"), store.model.get("precision")
     if not given:
-        raise UserError(f"{store.folder} doesn't say which model embeds pictures; look for a TEXT")
+        raise UserError(f"{store.folder} doesn't name the model that embeds images; search by a TEXT")
     loaded = load_model(given, device="cpu", random=False)
     if "weights" in store.model and precision in PRECISIONS:
         # Of int8's, that only such a processor makes, the hash isn't known here.

@@ -1,4 +1,4 @@
-"""The HTTP API and the page."""
+"""The HTTP API, the page, and the metrics for Prometheus."""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,14 +9,13 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Store
 from evaclip.serve.limits import Guard, Limits, Rejected
-from evaclip.serve.metrics import Measured, Metrics
 from evaclip.serve.service import Hits, Query, Service
 
 _PAGE = {
@@ -25,6 +24,8 @@ _PAGE = {
     "/page.css": ("serve/page/page.css", "text/css; charset=utf-8"),
     "/theme.css": ("report/theme.css", "text/css; charset=utf-8"),
 }
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Texts = Annotated[list[str], Form()]
 
@@ -57,7 +58,7 @@ def create_app(
         ```
     """
     limits, metrics = limits or Limits(), Metrics()
-    service = Service(store, encoder, limits, metrics, delay)
+    service = Service(store, encoder, limits, delay, lambda kind, count: metrics.batches.labels(kind).observe(count))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,6 +75,44 @@ def create_app(
     app.add_middleware(Measured, metrics=metrics)
     app.add_middleware(_with_head)
     return app
+
+
+class Metrics:
+    """The counters of one app. The status of a request that the client abandoned is 499."""
+
+    def __init__(self) -> None:
+        self.registry = of = CollectorRegistry()
+        self.seconds = Histogram("evaclip_request_seconds", "Seconds", ["route"], buckets=_SECONDS, registry=of)
+        self.requests = Counter("evaclip_requests", "Answered", ["route", "status"], registry=of)
+        self.batches = Histogram("evaclip_batch_size", "Encoded at once", ["kind"], buckets=_SIZES, registry=of)
+        self.waiting = Gauge("evaclip_waiting", "Images and texts that wait to be encoded", registry=of)
+        self.rows = Gauge("evaclip_rows", "Rows of the store", registry=of)
+
+
+class Measured:
+    """ASGI middleware that counts requests and their time."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, status = time.perf_counter(), 499
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            # All that has no route is one: addresses that don't exist shall not fill the memory.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            self._metrics.requests.labels(route, str(status)).inc()
 
 
 def _with_head(app: ASGIApp) -> ASGIApp:
@@ -124,7 +163,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/embed/image")
     async def embed_image(image: list[UploadFile]) -> dict[str, list[list[float]]]:
         """Embeddings of images (JPEG, PNG, WebP, GIF or AVIF files), of length 1, in their order."""
-        return {"embeddings": (await service.pictures([await one.read() for one in image])).tolist()}
+        return {"embeddings": (await service.images([await one.read() for one in image])).tolist()}
 
     @app.post("/embed/text")
     async def embed_text(text: Texts) -> dict[str, list[list[float]]]:

@@ -34,7 +34,7 @@ class Limits:
 
     body: int = 16 << 20  # bytes of a request
     pixels: int = 50_000_000  # of an image
-    pictures: int = 16  # of a request, as are the texts
+    images: int = 16  # of a request, as are the texts
     texts: int = 128
     length: int = 1000  # characters of a text
     top: int = 200  # results of a search
@@ -68,20 +68,20 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         raise _too_large(limits) from exc
     except Exception as exc:  # the parsers raise almost anything on damaged data
         known = "JPEG, PNG, WebP, GIF or AVIF"
-        raise Rejected(415, f"The file of {len(data):,} bytes is no picture that can be read; send {known}.") from exc
+        raise Rejected(415, f"The file of {len(data):,} bytes is no image that can be read; send {known}.") from exc
     if header.width * header.height > limits.pixels:
         raise _too_large(limits, f" of {header.width:,} x {header.height:,} pixels")
     # Noise in files of other formats has these bytes too.
     if header.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _SCANS:
         raise Rejected(422, f"The JPEG file has more than {_SCANS} scans; save it anew.")
     try:
-        return decode_image(data, "the picture", UPRIGHT)
+        return decode_image(data, "the image", UPRIGHT)
     except (BadSample, MemoryError) as exc:
-        raise Rejected(422, "The picture is damaged and can't be decoded; save it anew.") from exc
+        raise Rejected(422, "The image is damaged and can't be decoded; save it anew.") from exc
 
 
 def _too_large(limits: Limits, given: str = "") -> Rejected:
-    return Rejected(413, f"A picture{given} is too large; send one of {limits.pixels:,} pixels at most.")
+    return Rejected(413, f"An image{given} is too large; send one of {limits.pixels:,} pixels at most.")
 
 
 def check_texts(texts: Sequence[str], limits: Limits) -> None:

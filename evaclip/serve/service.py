@@ -22,7 +22,6 @@ from evaclip.runtime.search import search
 from evaclip.runtime.store import Row, Store
 from evaclip.serve.batching import Batcher, QueueFull
 from evaclip.serve.limits import FORMATS, Limits, Rejected, check_texts, decode
-from evaclip.serve.metrics import Metrics
 
 T = TypeVar("T")
 Vector = NDArray[np.float32]
@@ -67,14 +66,16 @@ class Service:
         Rejected: by all methods, for what isn't accepted.
     """
 
-    def __init__(self, store: Store, encoder: Encoder, limits: Limits, metrics: Metrics, delay: float) -> None:
+    def __init__(
+        self, store: Store, encoder: Encoder, limits: Limits, delay: float, observe: Callable[[str, int], None]
+    ) -> None:
         self.store, self.encoder, self.limits = store, encoder, limits
         self.batcher = Batcher(
             {"picture": lambda p: list(encoder.images(p).numpy()), "text": lambda t: list(encoder.texts(t).numpy())},
             size=encoder.batch_size,
             delay=delay,
             depth=limits.waiting,
-            observe=lambda kind, count: metrics.batches.labels(kind).observe(count),
+            observe=observe,
         )
         self._scale, bias = float(encoder.model.logit_scale.exp()), encoder.model.logit_bias
         self._bias = None if bias is None else bias.item()
@@ -88,10 +89,10 @@ class Service:
         self._decoders.shutdown(cancel_futures=True)
         self._reader.shutdown(cancel_futures=True)
 
-    async def pictures(self, files: Sequence[bytes]) -> Vector:
+    async def images(self, files: Sequence[bytes]) -> Vector:
         """Embeddings `[n, dim]` of image files."""
-        if len(files) > self.limits.pictures:
-            raise Rejected(422, f"There are {len(files):,} pictures; send {self.limits.pictures:,} at most.")
+        if len(files) > self.limits.images:
+            raise Rejected(422, f"There are {len(files):,} images; send {self.limits.images:,} at most.")
         pixels = await _all(_in(self._decoders, partial(self._pixels, data)) for data in files)
         return await self._embeddings("picture", pixels)
 
@@ -100,14 +101,14 @@ class Service:
         check_texts(texts, self.limits)
         return await self._embeddings("text", texts)
 
-    async def label(self, picture: bytes, labels: Sequence[str], template: str) -> list[float]:
+    async def label(self, file: bytes, labels: Sequence[str], template: str) -> list[float]:
         """The probability of each label by the model, for one of them to be right; of a model with SigLIP's bias that
         of each label by itself."""
         if "{}" not in template:
             raise Rejected(422, f"The template {template!r} has no place for the label; write {{}} there.")
         check_texts([template, *labels], self.limits)
         (image,), texts = await _all(
-            (self.pictures([picture]), self.texts([template.replace("{}", label) for label in labels]))
+            (self.images([file]), self.texts([template.replace("{}", label) for label in labels]))
         )
         logits = self._scale * (texts @ image).astype(np.float64)
         if self._bias is not None:
@@ -123,10 +124,10 @@ class Service:
         texts = {name: text for name in ("text", "minus") if (text := getattr(query, name).strip())}
         files = [] if query.image is None else [await query.image.read()]
         if "text" not in texts and not files and query.like is None:
-            raise Rejected(422, "There is nothing to look for; send a text, a picture or the number of a row.")
-        embedded, pictures = await _all((self.texts(list(texts.values())), self.pictures(files)))
+            raise Rejected(422, "There is nothing to look for; send a text, an image or the number of a row.")
+        embedded, images = await _all((self.texts(list(texts.values())), self.images(files)))
         signs = np.array([-1 if name == "minus" else 1 for name in texts], np.float32)
-        vector = pictures.sum(axis=0) + signs @ embedded
+        vector = images.sum(axis=0) + signs @ embedded
         return await _in(self._reader, partial(self._search, vector, query))
 
     async def count(self) -> int:
@@ -144,7 +145,7 @@ class Service:
             image = open_image(data or b"", formats=FORMATS)
             return data or b"", image.get_format_mimetype() or ""
         except Exception as exc:
-            raise Rejected(404, f"There is no picture of row {number} to show.") from exc
+            raise Rejected(404, f"There is no image of row {number} to show.") from exc
 
     async def _embeddings(self, kind: str, items: Sequence[Any]) -> Vector:
         try:
@@ -194,13 +195,13 @@ def _hit(score: float, number: int, row: Row) -> Hit:
 
 
 def _small_copy_of_file(id: str, content: str) -> bytes | None:
-    """URL of the embedded image, if it is a file. The content distinguishes versions of the file."""
+    """A small copy of a row's image, if it is a file; `content` is in the cache's key for a changed file."""
     path = Path(id)
     try:
         if not (path.is_absolute() and path.is_file()):
             return None
-        picture = decode_image(read_image_file(path), id, Decoding(exif_orientation=True, at_least=_SIDE))
-        return small_copy(picture, _SIDE)
+        image = decode_image(read_image_file(path), id, Decoding(exif_orientation=True, at_least=_SIDE))
+        return small_copy(image, _SIDE)
     except (BadSample, OSError, ValueError):
         return None
 

@@ -65,7 +65,7 @@ def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_recipe")
-def test_the_whole_story(data, tmp_path, monkeypatch, capsys):
+def test_demo_from_shards_to_store(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_steps_per_second", lambda config: 1000.0)
     out = tmp_path / "runs" / "demo"
     html, pictures = demo.run_demo(out, data=data)
@@ -103,14 +103,14 @@ def test_the_whole_story(data, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("small_recipe")
 @pytest.mark.parametrize(("speed", "steps", "warmup"), [(10.0, 4, 2), (2 / 60, 2, 1), (0.001, 1, 0)])
-def test_the_budget_shortens_but_never_lengthens(data, tmp_path, monkeypatch, speed, steps, warmup):
+def test_demo_budget_only_shortens(data, tmp_path, monkeypatch, speed, steps, warmup):
     monkeypatch.setattr(demo, "_steps_per_second", lambda config: speed)
     config = demo.demo_config(tmp_path / "run", data)
     schedule = demo.fit_to_budget(config, 1.0, say=lambda message: None).schedule
     assert (schedule.steps, schedule.warmup_steps) == (steps, warmup)
 
 
-def test_the_last_line_is_a_command_that_serves(tmp_path, monkeypatch, capsys):
+def test_demo_prints_serve_command(tmp_path, monkeypatch, capsys):
     out = tmp_path / "my runs/demo"
     made = out / "report.html", out / "pictures.store"
     monkeypatch.setattr("evaclip.commands.demo.run_demo", lambda *args, **options: made)
@@ -120,7 +120,7 @@ def test_the_last_line_is_a_command_that_serves(tmp_path, monkeypatch, capsys):
     assert (args.store, args.open) == (out / "pictures.store", True)
 
 
-def test_another_store_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_keeps_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "draw_shards", lambda *args: pytest.fail("the demo begins"))
     store = tmp_path / "pictures.store"
     store.mkdir()
@@ -134,7 +134,7 @@ def test_another_store_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     assert Store.exists(store)
 
 
-def test_another_run_is_not_replaced(tmp_path: Path) -> None:
+def test_demo_keeps_another_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {name: EVA02-CLIP-B-16}\n")
     with pytest.raises(UserError, match="holds another run, which the demo would replace"):
         demo.run_demo(tmp_path)

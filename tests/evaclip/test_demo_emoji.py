@@ -24,7 +24,7 @@ def few(monkeypatch):
     return concepts
 
 
-def test_concepts_have_unique_names_and_both_drawings():
+def test_emoji_concepts_have_unique_names():
     concepts = emoji.load_concepts()
     assert 1850 < len(concepts) < 2100
     assert "1f9b0" not in {concept.key for concept in concepts}, "red hair is a component, no emoji"
@@ -45,7 +45,7 @@ def test_emoji_names():
     assert "1f44d-1f3fd" in {concept.key for concept in emoji.load_concepts(skin_tones=True)} - names.keys()
 
 
-def test_shards_of_both_styles_match_sample_by_sample(few, tmp_path, capsys):
+def test_emoji_shards_of_both_styles_match(few, tmp_path, capsys):
     shards = emoji.build_emoji(tmp_path / "out", ("twemoji", "openmoji"), size=32)
     assert [path.name for path in shards["twemoji"]] == [f"twemoji-{i:05d}.tar" for i in range(3)]
     sources = [open_source(str(tmp_path / "out" / f"{style}-*.tar"), caption_key="json:captions") for style in shards]
@@ -71,10 +71,10 @@ def test_shards_of_both_styles_match_sample_by_sample(few, tmp_path, capsys):
     assert all(name in licences for name in ("CC-BY 4.0", "CC-BY-SA 4.0", "BSD"))
 
 
-def test_mistakes(tmp_path, monkeypatch):
+def test_emoji_wrong_arguments(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'twemoji'"):
         emoji.build_emoji(tmp_path, ["twemojy"])
-    with pytest.raises(UserError, match="8 to 4096 pixels, not 4"):
+    with pytest.raises(UserError, match="size must be 8 to 4096 pixels, got 4"):
         emoji.build_emoji(tmp_path, ["twemoji"], size=4)
     monkeypatch.setitem(emoji.STYLES, "twemoji", emoji.Style("no_such_package", "", "", ""))
     with pytest.raises(UserError, match=r"no-such-package is not installed: pip install 'evakernels\[demo\]'"):

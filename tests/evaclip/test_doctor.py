@@ -15,8 +15,6 @@ from evaclip.commands.main import main
 from evakernels import backends
 from evakernels.ops import layer_norm
 
-ASCII = doctor.ASCII_MARKS
-
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
@@ -51,7 +49,7 @@ def test_doctor_fits_on_a_screen(capsys: Any, monkeypatch: pytest.MonkeyPatch) -
     assert len(lines) <= 40
     assert all(len(line) <= 80 for line in lines)
     text = "\n".join(lines)
-    for part in ("machine", metadata.version("torch"), "reference", "layer_norm", "● live"):
+    for part in ("machine", metadata.version("torch"), "reference", "layer_norm", "* live"):
         assert part in text
     assert "broken" not in text
 
@@ -82,7 +80,7 @@ def test_doctor_lists_problems_first(changes: dict[str, Any], expected: str) -> 
     assert expected in line
 
 
-def test_optional_parts_are_no_problem() -> None:
+def test_doctor_ignores_optional_parts() -> None:
     for changes in (
         {"native": {"loaded": False, "built": False, "reason": "not built: no C++ compiler found"}},
         {"native": {"cuda_archs": ["80", "90"]}, "cuda": GPU | {"capabilities": ["8.0", "8.9", "9.0", "12.0"]}},
@@ -98,12 +96,6 @@ def test_doctor_wrong_isa_exits_with_1() -> None:
     assert result.stdout.startswith("broken       EVAKERNELS_ISA: unknown instruction set 'avx1024'")
     assert result.stdout.isascii()
     assert "x calls fail" in result.stdout
-
-
-def test_doctor_verbose_lists_ops(capsys: Any) -> None:
-    assert main(["doctor", "--verbose"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"\n{op}  cuda: " in text for op in backends.ops())
 
 
 def test_doctor_json(known: dict[str, Any], capsys: Any) -> None:

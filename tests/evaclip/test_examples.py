@@ -51,7 +51,7 @@ def encoded(model: CLIP, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return images, model.encode_text(get_tokenizer("tiny")(texts), normalize=True)
 
 
-def test_immich(model: CLIP, tmp_path: Path) -> None:
+def test_immich_example(model: CLIP, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     write("immich", model, folder)
     images, texts = encoded(model, TEXTS)
@@ -76,7 +76,7 @@ def test_immich(model: CLIP, tmp_path: Path) -> None:
         assert cosine(textual.run(None, {"text": tokens})[0], expected[None]) > 0.9999
 
 
-def test_transformers_js(model: CLIP, tmp_path: Path) -> None:
+def test_transformers_js_example(model: CLIP, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     folder = tmp_path / "tiny"
@@ -94,7 +94,7 @@ def test_transformers_js(model: CLIP, tmp_path: Path) -> None:
     assert cosine(found, texts) > 0.9999
 
 
-def test_tokenizer_file_gives_the_ids_of_the_tokenizer(model: CLIP) -> None:
+def test_tokenizer_file_equals_tokenizer(model: CLIP) -> None:
     ours = get_tokenizer("tiny")
     file = ours.to_tokenizers()
     texts = [*TEXTS, "Ünïcödé ÀÉ 日本語 12345", "it's we'll 'tis\tnew\nline", "<end_of_text> a", "😀!!??..."]
@@ -109,7 +109,7 @@ def test_tokenizer_file_gives_the_ids_of_the_tokenizer(model: CLIP) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"), [({"vision": {"image_size": (32, 48)}}, "square"), ({"preprocess": {"crop": 0.9}}, "crop")]
 )
-def test_models_without_a_place(program: str, options: dict[str, object], reason: str, tmp_path: Path) -> None:
+def test_export_examples_refuse_models(program: str, options: dict[str, object], reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         write(program, lively(**options), tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
@@ -120,7 +120,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "life_cycle" / "life_cycle.py"
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_the_chain_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+def test_life_cycle_example_runs_once(tmp_path, monkeypatch, capsys):
     """On 160 of the concepts, with narrow towers: all else is the example's own."""
     concepts = emoji.load_concepts()[:160]
     monkeypatch.setattr(emoji, "load_concepts", lambda skin_tones=False: concepts)

@@ -14,13 +14,13 @@ from evaclip.redact import redacted
         ("s3fs", "s3fs", "remote"),
     ],
 )
-def test_a_missing_module_is_told_by_its_package(module: str, package: str, extra: str) -> None:
+def test_missing_module_names_package(module: str, package: str, extra: str) -> None:
     error = extras.with_remedy(ModuleNotFoundError(f"No module named {module!r}", name=module))
     assert isinstance(error, UserError)
     assert str(error) == f"the package {package} is not installed: pip install 'evakernels[{extra}]'"
 
 
-def test_other_errors_stay_as_they_are() -> None:
+def test_other_errors_are_unchanged() -> None:
     for error in (ModuleNotFoundError("No module named 'other'", name="other"), ImportError("cannot import name 'x'")):
         assert extras.with_remedy(error) is error
 

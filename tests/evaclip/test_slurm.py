@@ -22,7 +22,7 @@ def taken(**changes: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in STEP}
 
 
-def test_a_task_of_several_is_told_its_place() -> None:
+def test_slurm_task_gets_rank() -> None:
     assert taken() == {
         "RANK": "17", "LOCAL_RANK": "1", "GROUP_RANK": "2", "WORLD_SIZE": "20", "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "n04", "MASTER_PORT": "21274",
@@ -33,7 +33,7 @@ def test_a_task_of_several_is_told_its_place() -> None:
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("10.0.0.1", "5")
 
 
-def test_the_first_host_leads() -> None:
+def test_slurm_first_host_is_master() -> None:
     for hosts, first in (("n1,n2", "n1"), ("a[007,3]x,b", "a007x"), ("r[1-2]n[3,5-8],z", "r1n3")):
         assert taken(SLURM_STEP_NODELIST=hosts)["MASTER_ADDR"] == first
 

@@ -42,7 +42,7 @@ PIECES = st.one_of(
 
 
 @pytest.mark.parametrize("text", WRITTEN)
-def test_ids_equal_those_of_open_clip(text: str) -> None:
+def test_ids_equal_open_clip(text: str) -> None:
     tokenizer = Tokenizer()
     assert tokenizer.encode(text) == PEER.encode(text)
     assert torch.equal(tokenizer(text), PEER(text))
@@ -50,11 +50,11 @@ def test_ids_equal_those_of_open_clip(text: str) -> None:
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.lists(PIECES, max_size=8).map("".join), st.integers(2, 90))
-def test_ids_equal_those_of_open_clip_on_random_texts(text: str, length: int) -> None:
+def test_random_ids_equal_open_clip(text: str, length: int) -> None:
     assert torch.equal(Tokenizer()(text, length), PEER(text, length)), repr(text)
 
 
-def test_fewer_merges_cut_rarer_words_into_more_tokens() -> None:
+def test_tokenizer_of_smaller_vocabulary() -> None:
     whole, small = Tokenizer(16), Tokenizer(16, 4096)
     row = small("a black cat's rhinoceros")[0]
     assert row[:4].tolist() == [4094, *whole.encode("a black cat")]
@@ -66,7 +66,7 @@ def test_fewer_merges_cut_rarer_words_into_more_tokens() -> None:
     assert len(Tokenizer(16, 514).encode("cat")) == 3
 
 
-def test_wrong_input() -> None:
+def test_tokenizer_wrong_input() -> None:
     with pytest.raises(UserError, match="context_length"):
         Tokenizer(1)
     for size in (513, 49409):
@@ -79,7 +79,7 @@ def test_wrong_input() -> None:
 
 
 @pytest.mark.parametrize("text", ["A cat's 3 tails!", "naïve 東京 🙂", "", "a" * 300])
-def test_decoding_is_open_clips(text: str) -> None:
+def test_decode_equals_open_clip(text: str) -> None:
     tokenizer = Tokenizer()
     ids = tokenizer.encode(text)
     expected = PEER.decode(ids).strip()

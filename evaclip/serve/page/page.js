@@ -41,10 +41,10 @@ function show(next) {
   preview = query.image ? URL.createObjectURL(query.image) : null;
   const like = query.like !== undefined;
   $("chip").hidden = !like && !preview;
-  $("text").placeholder = like || preview ? "Add words" : "Describe a picture";
+  $("text").placeholder = like || preview ? "Add words" : "Describe an image";
   if (like || preview) {
     $("chip-image").src = preview || query.thumbnail;
-    $("chip-text").textContent = like ? "More like this" : "Your picture";
+    $("chip-text").textContent = like ? "More like this" : "Your image";
   }
   $("labels").hidden = !preview;
   $("bars").replaceChildren();
@@ -77,8 +77,8 @@ async function search() {
     const {results} = await ask("/search", [...fields, ["top", TOP]], mine.signal);
     const seconds = ((performance.now() - began) / 1000).toFixed(2);
     $("results").replaceChildren(...results.map(card));
-    const count = results.length === 1 ? "1 picture" : `The nearest ${results.length} pictures`;
-    $("status").textContent = results.length ? `${count}, in ${seconds} s` : "No picture meets the condition.";
+    const count = results.length === 1 ? "1 image" : `The nearest ${results.length} images`;
+    $("status").textContent = results.length ? `${count}, in ${seconds} s` : "No image meets the condition.";
   } catch (error) {
     if (mine.signal.aborted) return;
     $("results").replaceChildren();
@@ -104,7 +104,7 @@ function card(hit) {
   const image = make("img", "");
   image.alt = name;
   image.loading = "lazy";
-  image.addEventListener("error", () => image.replaceWith("No picture to show"));
+  image.addEventListener("error", () => image.replaceWith("No image to show"));
   image.addEventListener("load", fit);
   image.src = hit.thumbnail;
   const words = make("span", "words", make("span", "caption", name), make("span", "score", hit.score.toFixed(3)));
@@ -143,7 +143,7 @@ function bar({label, probability}) {
 function use(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
-    complain(new Error(`${file.name || "This"} is no picture. Drop a JPEG, PNG, WebP, GIF or AVIF file.`));
+    complain(new Error(`${file.name || "This"} is no image. Drop a JPEG, PNG, WebP, GIF or AVIF file.`));
     return;
   }
   go({image: file, minus: $("minus").value.trim(), filter: $("filter").value.trim()});
@@ -229,6 +229,6 @@ function fromAddress() {
 }
 
 fetch("/about").then(response => response.json()).then(({model, pictures}) => {
-  $("about").textContent = `${pictures.toLocaleString("en")} pictures · ${model}`;
+  $("about").textContent = `${pictures.toLocaleString("en")} images · ${model}`;
 }).catch(() => {});
 show(history.state || fromAddress());

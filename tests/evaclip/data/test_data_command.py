@@ -86,7 +86,7 @@ def test_data_command_wrong_number_is_refused(shards, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaclip("data", "bench", shards, "--seconds", "nan")
     assert "argument --seconds: must be" in capsys.readouterr().err
-    with pytest.raises(UserError, match="picture size"):
+    with pytest.raises(UserError, match="size must be"):
         evaclip("data", "emoji", str(tmp_path), "--size", "100000")
     for options in (["--image-size", "-3"], ["--images-per-second", "9", "--gpus", "0"]):
         with pytest.raises(UserError, match=options[-2]):

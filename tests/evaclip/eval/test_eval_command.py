@@ -61,7 +61,7 @@ def test_retrieval_command_and_report(run: Path, color_shard: Path) -> None:
     evaclip("eval", "retrieval", run / "checkpoints" / "step_00000004", "--data", color_shard, "--workers", 0)
     (result,) = (run / "evaluations").iterdir()
     assert json.loads(result.read_text())["metrics"]["images"] == 8
-    assert "pictures searched" in write_report(run).read_text()
+    assert "images searched" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize(("task", "kind"), [("linear-probe", "clip"), ("knn", "image model")])

@@ -1,9 +1,12 @@
-"""Models, transforms and tokenizers by name."""
+"""Models, transforms and tokenizers by name, under the functions and names of open_clip and timm."""
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +23,9 @@ from evaclip import (
     get_tokenizer,
 )
 from evaclip.errors import UserError
+from evaclip.model.config import find_model
 from evaclip.weights import describe_preprocess
+from evaclip.weights.hub import RELEASED
 
 
 def _checkpoint(folder: Path, model: CLIP) -> Path:
@@ -140,3 +145,188 @@ def test_create_model_of_run_of_another_model(make, name, run_folder):
     with pytest.raises(UserError, match=f"pretrained must be weights of model {name!r}, got .* 'tiny'") as caught:
         make(name, run_folder, as_trained=False)
     assert len(str(caught.value)) < 300
+
+
+# Functions, and the parameters that are passed to them by place or by name.
+SHARED = {
+    "create_model": ("model_name", "pretrained", "device", "precision"),
+    "create_model_and_transforms": ("model_name", "pretrained", "device", "precision"),
+    "create_model_from_pretrained": ("model_name", "pretrained", "device", "precision", "return_transform"),
+    "get_tokenizer": ("model_name", "context_length"),
+    "list_models": (),
+    "list_pretrained": ("as_str",),
+    "list_pretrained_tags_by_model": ("model",),
+    "get_model_config": ("model_name",),
+    "add_model_config": ("path",),
+    "tokenize": ("texts", "context_length"),
+    "decode": ("output_ids",),
+    "push_to_hf_hub": (
+        *("model", "tokenizer", "model_config", "repo_id", "commit_message", "token", "revision", "private"),
+        *("create_pr", "model_card", "safe_serialization"),
+    ),
+    "build_zero_shot_classifier": (
+        *("model", "tokenizer", "classnames", "templates", "num_classes_per_batch", "device", "use_tqdm"),
+    ),
+}
+METHODS = {
+    "encode_image": ("normalize",),
+    "encode_text": ("normalize",),
+    "get_logits": (),
+    "set_grad_checkpointing": ("enable",),
+    "lock_image_tower": ("unlocked_groups", "freeze_bn_stats"),
+    "lock_text_tower": ("unlocked_layers", "freeze_layer_norm"),
+}
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def compare(ours: Any, theirs: Any, names: tuple[str, ...]) -> None:
+    own, other = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+    assert set(names) <= own.keys()
+    assert set(names) <= other.keys()
+    places, their_places = ([p.name for p in signature.values() if p.kind in BY_PLACE] for signature in (own, other))
+    # Positional arguments mean the same here and there.
+    assert [name for name in places if name in names] == [name for name in their_places if name in names][: len(places)]
+    assert len(places) <= len(their_places)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_function_signature_matches_open_clip(name: str) -> None:
+    ours = getattr(evaclip, name)
+    own = inspect.signature(ours).parameters
+    by_place = tuple(n for n in SHARED[name] if own[n].kind in BY_PLACE)
+    theirs = getattr(open_clip, name)
+    compare(ours, theirs, by_place)
+    assert set(SHARED[name]) <= own.keys() & inspect.signature(theirs).parameters.keys()
+    assert "Example:" in (ours.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_signature_matches_open_clip(name: str) -> None:
+    compare(getattr(evaclip.CLIP, name), getattr(open_clip.CLIP, name), METHODS[name])
+
+
+@pytest.mark.parametrize("spelling", ["EVA02_CLIP_B/16", "hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"])
+def test_find_model_in_any_spelling(spelling: str) -> None:
+    assert find_model(spelling) == "EVA02-CLIP-B-16"
+    assert evaclip.get_model_config(spelling)["vision"]["patch_size"] == 16
+    assert evaclip.list_pretrained_tags_by_model(spelling) == ["eva_clip", "merged2b_s8b_b131k"]
+
+
+def test_create_model_by_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = "hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"
+    asked = []
+
+    def find(source: str, model: str) -> Path:
+        asked.append((source, model))
+        return tmp_path / "none.safetensors"
+
+    monkeypatch.setattr("evaclip.factory.find_weights", find)
+    evaclip.create_model(name, device="meta")
+    assert asked == [(name, "EVA02-CLIP-B-16")]
+
+
+def test_list_functions() -> None:
+    assert evaclip.list_pretrained() == [(model, tag) for model, tags in RELEASED.items() for tag in tags]
+    assert "EVA02-CLIP-L-14:eva_clip" in evaclip.list_pretrained(as_str=True)
+    assert evaclip.list_pretrained_tags_by_model("tiny") == []
+    assert evaclip.list_vision_models("eva02_tiny*") == ["eva02_tiny_patch14_224", "eva02_tiny_patch14_336"]
+    released = evaclip.list_vision_models(pretrained=True)
+    assert "eva02_tiny_patch14_336.mim_in22k_ft_in1k" in released
+    for name in (released[0], f"timm/{released[0]}", f"hf-hub:timm/{released[0]}"):
+        evaclip.create_vision_model(name, device="meta")
+
+
+def test_add_model_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaclip.model.config._added", {})
+    (tmp_path / "my-clip.json").write_text(json.dumps({**evaclip.get_model_config("tiny"), "embed_dim": 32}))
+    evaclip.add_model_config(tmp_path)
+    assert "my-clip" in evaclip.list_models()
+    assert evaclip.create_model("My_Clip").encode_image(random_images(1)).shape == (1, 32)
+    (tmp_path / "my-clip.json").write_text('{"embed_dim": 16}')
+    evaclip.add_model_config(tmp_path / "my-clip.json")
+    assert evaclip.get_config("my-clip").embed_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("EVA02-B-16.json", "{}", "has the name of a shipped model"),
+        ("a.json", '{"embed": 1}', "a.json' is no model configuration: unknown model option 'embed'"),
+        ("a.json", None, "No such file"),
+    ],
+)
+def test_add_model_config_wrong_file(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        evaclip.add_model_config(tmp_path / name)
+
+
+def test_create_model_open_clip_keywords(tmp_path: Path) -> None:
+    torch.save(small_model().state_dict(), tmp_path / "w.pt")
+    (tmp_path / "preprocess.json").write_text(json.dumps({"mean": [0.1, 0.1, 0.1], "resize": "squash"}))
+    model, preprocess = evaclip.create_model_from_pretrained(
+        "tiny", tmp_path / "w.pt", force_image_size=48, image_mean=(0, 0, 0), image_std=None, precision="pure_bf16"
+    )
+    assert not model.training
+    assert model.visual.pos_embed.dtype == torch.bfloat16
+    assert (preprocess.size, preprocess.preprocess.mean, preprocess.preprocess.resize) == (48, (0, 0, 0), "squash")
+    alone = evaclip.create_model_from_pretrained("tiny", tmp_path / "w.pt", return_transform=False)
+    assert isinstance(alone, evaclip.CLIP)
+    with pytest.raises(UserError, match=r"EVA02-B-16 needs pretrained: .* it has: eva_clip, merged2b_s8b_b131k"):
+        evaclip.create_model_from_pretrained("EVA02-B-16")
+
+
+def test_logits_and_classifier_match_open_clip() -> None:
+    model, tokenizer = small_model().eval(), evaclip.get_tokenizer("tiny")
+    names, images = ["cat", "red car"], random_images(3)
+    with torch.no_grad():
+        logits, transposed = model.get_logits(images, tokenizer(names))
+        expected = (
+            model.logit_scale.exp() * model.encode_image(images, True) @ model.encode_text(tokenizer(names), True).T
+        )
+    torch.testing.assert_close(logits, expected)
+    assert torch.equal(logits.T, transposed)
+    for templates in (["a {}.", "the {}"], [lambda name: f"a {name}.", lambda name: f"the {name}"]):
+        arguments = (model, tokenizer, names, templates)
+        theirs = open_clip.build_zero_shot_classifier(*arguments, num_classes_per_batch=1)
+        for classes in (1, None):
+            ours = evaclip.build_zero_shot_classifier(*arguments, num_classes_per_batch=classes)
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match="template 'a cat' lacks the placeholder"):
+        evaclip.build_zero_shot_classifier(model, tokenizer, names, ["a cat"])
+
+
+def test_imagenet_names_match_open_clip() -> None:
+    assert list(evaclip.IMAGENET_CLASSNAMES) == list(open_clip.IMAGENET_CLASSNAMES)
+    for name in ("OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES"):
+        ours, theirs = getattr(evaclip, name), getattr(open_clip, name)
+        assert [template("x") for template in ours] == [template("x") for template in theirs]
+
+
+def test_set_grad_checkpointing() -> None:
+    model = small_model()
+    for enable, expected in ((True, "block"), (False, "none")):
+        model.set_grad_checkpointing(enable)
+        assert model.visual.savings.recompute == model.text.savings.recompute == expected
+
+
+def trained(tower: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+
+
+def test_lock_towers() -> None:
+    model = small_model()
+    everything = trained(model.visual)
+    last = model.visual.layers - 1
+    model.lock_image_tower()
+    assert trained(model.visual) == set()
+    model.lock_image_tower(unlocked_groups=1)
+    assert trained(model.visual) == {name for name in everything if name.startswith("head.")}
+    model.lock_image_tower(unlocked_groups=2)
+    behind = ("head.", "norm.", f"blocks.{last}.")
+    assert trained(model.visual) == {name for name in everything if name.startswith(behind)}
+    model.lock_image_tower(unlocked_groups=model.visual.layers + 2)
+    assert trained(model.visual) == everything
+    model.lock_text_tower(unlocked_layers=1)
+    assert trained(model.text) == {"text_projection"}

@@ -52,7 +52,7 @@ def count(config: TrainConfig) -> int:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name == "E" else name for name in COUNTED]
 )
-def test_flops_equal_those_of_a_real_step(name: str) -> None:
+def test_flops_equal_real_step(name: str) -> None:
     config = COUNTED[name]
     plan = plan_step(config, caption_tokens=None if config.task.name != "contrastive" else 77)
     assert sum(plan.flops.values()) == count(config)
@@ -61,7 +61,7 @@ def test_flops_equal_those_of_a_real_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["B", "student"])
-def test_micro_batches_pass_forward_again(name: str) -> None:
+def test_micro_batches_repeat_forward_pass(name: str) -> None:
     """Those of pairs twice, those of a mean over samples once; the backward pass is as long in any case."""
     run = replace(COUNTED[name], batch_size=96)
     words = 77 if name == "B" else None

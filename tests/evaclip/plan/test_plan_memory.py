@@ -119,7 +119,6 @@ def test_5b_model_on_one_gpu() -> None:
     assert plan.parameters == plan.model_parameters == 5_044_889_089
     assert plan.memory[PARAMETERS] == 4 * 5_044_889_089
     assert plan.memory[OPTIMIZER] == pytest.approx(8 * 5_044_889_089, rel=1e-6)
-    assert plan.checkpoint_bytes == pytest.approx(12 * 5_044_889_089, rel=1e-6)
 
 
 TINY = {"embed_dim": 16, "vision": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4}}
@@ -141,7 +140,7 @@ def test_offloaded_bytes_match_real_step(precision: str, optimizer: str) -> None
     assert not {PARAMETERS, OPTIMIZER, "gradients"} & plan.memory.keys()
 
 
-def test_average_and_evaluation_are_counted() -> None:
+def test_plan_counts_average_and_evaluation() -> None:
     config = run_of("tiny", {})
     plain, averaged = plan_step(config), plan_step(replace(config, ema_decay=0.9))
     assert averaged.memory.total() - plain.memory.total() == averaged.memory[AVERAGE] == 4 * plain.parameters

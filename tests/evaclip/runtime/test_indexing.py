@@ -72,7 +72,7 @@ def _good(folder):
     return sorted(folder.rglob("*.png"))
 
 
-def test_all_pictures_of_a_folder_and_what_is_none(folder, tmp_path, encoder):
+def test_index_of_folder_lists_unreadable_files(folder, tmp_path, encoder):
     store, progress = _index(folder, tmp_path / "store", encoder)
     _is_right(store, _good(folder), encoder)
     assert (progress.embedded, progress.unchanged, len(progress.faults)) == (7, 0, 1)
@@ -90,7 +90,7 @@ def test_index_embeds_new_and_changed_images_only(folder, tmp_path, encoder, pic
     assert _index(folder, tmp_path / "store", encoder)[1].embedded == 0
 
 
-def test_thumbnails_are_added_without_embedding(folder, tmp_path, encoder, pictures, monkeypatch):
+def test_index_adds_thumbnails_without_embedding(folder, tmp_path, encoder, pictures, monkeypatch):
     monkeypatch.setattr(indexing, "_ROWS", 2)
     _index(folder, tmp_path / "store", encoder)
     pictures[1].save(folder / "0.png")
@@ -105,7 +105,7 @@ def test_thumbnails_are_added_without_embedding(folder, tmp_path, encoder, pictu
     assert _index(folder, tmp_path / "store", encoder, thumbnail=16)[1].unchanged == 8
 
 
-def test_shards_keep_their_captions_and_may_lack_them(pictures, tmp_path, encoder):
+def test_index_shards_with_missing_captions(pictures, tmp_path, encoder):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, picture in enumerate(pictures[:3]):
             members = {f"{number}.png": as_file(picture)} | ({f"{number}.txt": b"a cat"} if number == 1 else {})
@@ -144,7 +144,7 @@ def test_index_killed_fifty_times_is_complete(tmp_path, encoder, monkeypatch):
     _is_right(store, sorted(Path(root).iterdir()), encoder)
 
 
-def test_a_picture_that_a_table_names_twice_is_one_row(folder, encoder, tmp_path):
+def test_index_table_with_repeated_image(folder, encoder, tmp_path):
     table = tmp_path / "pairs.csv"
     names = ["0.png", "3.png", "0.png", "6.png", "0.png"]
     table.write_text("filepath,title\n" + "".join(f"{folder / name},caption {n}\n" for n, name in enumerate(names)))

@@ -59,7 +59,7 @@ def _kill_workers(store, told):
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_killed_workers_cost_no_picture(arguments, tmp_path, capsys, monkeypatch):
+def test_ray_killed_workers_lose_no_image(arguments, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray isn't installed")
     monkeypatch.setattr(indexing, "_ROWS", 8)
     ray, told = tmp_path / "ray.store", []
@@ -92,7 +92,7 @@ def test_killed_workers_cost_no_picture(arguments, tmp_path, capsys, monkeypatch
     ],
     ids=str,
 )
-def test_workers_share_the_nodes(nodes, asked, given):
+def test_ray_workers_share_nodes(nodes, asked, given):
     assert _shared_out(nodes, *asked) == given
     with pytest.raises(UserError, match="no node of the cluster has a GPU"):
         _shared_out([{"CPU": 8}, {"CPU": 0}], "cuda", 2)
@@ -109,7 +109,7 @@ def test_workers_share_the_nodes(nodes, asked, given):
         (["--engine", "ray", "--part", "0/2"], "without --part"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(more, says, arguments, tmp_path, capsys):
+def test_ray_mistakes_leave_no_store(more, says, arguments, tmp_path, capsys):
     if "ray" in more:
         pytest.importorskip("ray", reason="the extra ray isn't installed")
     assert main(["index", str(tmp_path / "a.store"), *arguments, *more]) == 2

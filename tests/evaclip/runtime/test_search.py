@@ -7,8 +7,7 @@ import pytest
 from store_makers import filled, named, unit
 
 from evaclip.errors import UserError
-from evaclip.runtime.approximate import build_approximate, search_approximate
-from evaclip.runtime.search import search
+from evaclip.runtime.search import build_approximate, search, search_approximate
 from evaclip.runtime.store import Store
 
 needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="the extra faiss isn't installed")

@@ -29,14 +29,14 @@ def folder(loaded, tmp_path_factory):
     return folder
 
 
-def test_the_program_is_the_text_tower(folder, loaded):
+def test_text_encoder_equals_model(folder, loaded):
     with Store.open(folder) as store:
         found = text_encoder(store)(["a dog", *TEXTS])
     expected = Encoder(loaded, device="cpu", precision="fp32").texts(["a dog", *TEXTS]).numpy()
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_it_finds_without_torch(folder):
+def test_search_command_without_torch(folder):
     code = (
         "import sys; from evaclip.commands.main import main; code = main(sys.argv[1:]); "
         "sys.exit(9 if 'torch' in sys.modules else code)"
@@ -50,7 +50,7 @@ def test_it_finds_without_torch(folder):
     assert first["metadata"] == {"n": 0}
 
 
-def test_table_and_page_show_names_as_they_are(folder, tmp_path, capsys):
+def test_search_output_escapes_names(folder, tmp_path, capsys):
     page = tmp_path / "found.html"
     assert main(["search", str(folder), TEXTS[2], "--html", str(page), "--where", "n>=1"]) == 0
     shown = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_table_and_page_show_names_as_they_are(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["embeddings.f32", TOKENS_FILE])
-def test_a_damaged_file_of_the_store_is_named(name, folder, tmp_path, capsys):
+def test_search_names_damaged_file(name, folder, tmp_path, capsys):
     store = tmp_path / "store"
     shutil.copytree(folder, store)
     damages = (lambda path: path.write_bytes(b"no such thing"), Path.unlink)
@@ -73,7 +73,7 @@ def test_a_damaged_file_of_the_store_is_named(name, folder, tmp_path, capsys):
         assert f"{store / name} can't be read: " in line
 
 
-def test_minus_turns_the_order_round(folder, capsys):
+def test_search_minus_reverses_order(folder, capsys):
     assert main(["search", str(folder), "a dog", "--minus", TEXTS[0], "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["id"] == "0.jpg"
 
@@ -85,11 +85,11 @@ def test_minus_turns_the_order_round(folder, capsys):
         (["", "--minus", "x"], "nothing to look for"),
         (["x", "--top", "0"], "top must be"),
         (["x", "--where", "n >"], "where must be"),
-        (["--image", "x.jpg"], "doesn't say which model"),
+        (["--image", "x.jpg"], "doesn't name the model"),
         (["x", "--html", "."], "it is a folder"),
     ],
 )
-def test_wrong_input_is_one_line(folder, capsys, arguments, reason):
+def test_search_mistakes_are_one_line(folder, capsys, arguments, reason):
     assert main(["search", str(folder), *arguments]) == 2
     error = capsys.readouterr().err
     assert reason in error

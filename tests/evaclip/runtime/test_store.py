@@ -30,7 +30,7 @@ def is_whole(folder):
         return len(store)
 
 
-def test_rows_come_back_from_a_store_opened_anew(tmp_path):
+def test_store_round_trip(tmp_path):
     row = Row("a/ä.jpg", "ff", "a [red] bicycle", {"tags": ["x"], "size": 1.5}, b"\xff\xd8")
     with Store.create(tmp_path / "s", {"name": "tiny", "dim": DIM}) as store:
         store.add(unit(1), [row])
@@ -41,7 +41,7 @@ def test_rows_come_back_from_a_store_opened_anew(tmp_path):
         np.testing.assert_array_equal(store.embeddings, unit(1))
 
 
-def test_a_row_takes_the_place_of_that_of_the_same_id(tmp_path):
+def test_add_replaces_row_of_same_id(tmp_path):
     store = filled(tmp_path, unit(3))
     store.add(unit(1, seed=9), [Row("1.jpg", "new")])
     assert len(store) == 3
@@ -51,7 +51,7 @@ def test_a_row_takes_the_place_of_that_of_the_same_id(tmp_path):
     np.testing.assert_allclose(alive, expected, atol=1e-3)
 
 
-def test_removed_rows_take_no_space_in_a_merged_copy(tmp_path):
+def test_merged_copy_has_no_removed_rows(tmp_path):
     store = filled(tmp_path / "a", unit(100))
     reader = Store.open(store.folder)
     assert store.remove([f"{n}.jpg" for n in range(0, 100, 2)] + ["0.jpg", "none"]) == 50
@@ -63,7 +63,7 @@ def test_removed_rows_take_no_space_in_a_merged_copy(tmp_path):
     assert is_whole(copy.folder) == 51
 
 
-def test_reader_sees_one_state(tmp_path):
+def test_reader_refreshes_between_states(tmp_path):
     store, other = filled(tmp_path, unit(9)), Store.open(tmp_path)
     mapped = store.embeddings
     store.refresh()
@@ -80,7 +80,7 @@ def test_reader_sees_one_state(tmp_path):
     assert len(store) == 8
 
 
-def test_a_full_disk_is_said_and_nothing_is_added(tmp_path):
+def test_full_disk_adds_nothing(tmp_path):
     store = filled(tmp_path, unit(9))
     store._database.execute("PRAGMA max_page_count = 12")
     with pytest.raises(UserError, match="disk is full"):
@@ -88,7 +88,7 @@ def test_a_full_disk_is_said_and_nothing_is_added(tmp_path):
     assert is_whole(tmp_path) == len(store) == 9
 
 
-def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
+def test_add_wrong_input_adds_nothing(tmp_path, monkeypatch):
     store = filled(tmp_path, unit(2))
     with pytest.raises(UserError, match="embeddings"):
         store.add(unit(2), named(3))
@@ -101,13 +101,13 @@ def test_nothing_is_added_when_something_is_wrong(tmp_path, monkeypatch):
     assert is_whole(tmp_path) == 2
 
 
-def test_what_a_killed_create_leaves_is_no_obstacle(tmp_path):
+def test_create_after_killed_create(tmp_path):
     for name in ("embeddings.f32", ".rows.sqlite.4752.tmp", ".rows.sqlite.4752.tmp-journal"):
         (tmp_path / name).write_bytes(b"")
     assert len(filled(tmp_path, unit(3))) == 3
 
 
-def test_what_is_no_store_is_refused(tmp_path):
+def test_open_and_create_wrong_folder(tmp_path):
     with pytest.raises(UserError, match=r"isn't a store.*evaclip index"):
         Store.open(tmp_path / "none")
     (tmp_path / "file").write_text("x")
@@ -169,7 +169,7 @@ def test_merge_takes_new_and_changed_rows(two_stores):
     assert store.merge(other) == 0
 
 
-def test_a_merge_that_is_ended_goes_on_where_it_was(two_stores, monkeypatch):
+def test_interrupted_merge_continues(two_stores, monkeypatch):
     store, other = two_stores
     add, blocks = Store.add, []
 
@@ -187,7 +187,7 @@ def test_a_merge_that_is_ended_goes_on_where_it_was(two_stores, monkeypatch):
     assert is_whole(store.folder) == 10
 
 
-def test_stores_that_do_not_merge(two_stores, tmp_path):
+def test_merge_wrong_store(two_stores, tmp_path):
     store, _ = two_stores
     with pytest.raises(UserError, match="can't be merged into itself"):
         store.merge(Store.open(store.folder))
@@ -278,7 +278,7 @@ def test_killed_writer_keeps_committed_rows(tmp_path, seed):
     assert told <= count <= told + 10
 
 
-def test_two_writers_do_not_mix(tmp_path):
+def test_two_writers_at_a_time(tmp_path):
     Store.create(tmp_path, {"name": "tiny", "dim": DIM}).close()
     both = [writer(tmp_path, 0, 100), writer(tmp_path, 200, 300)]
     assert [process.communicate() and process.returncode for process in both] == [0, 0]

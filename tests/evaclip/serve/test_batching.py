@@ -47,14 +47,14 @@ def _first(batcher, held):
     return future
 
 
-def test_waiting_items_make_a_batch(batcher, held):
+def test_batcher_joins_waiting_items(batcher, held):
     futures = [_first(batcher, held)] + [_submit(batcher, "a", str(number)) for number in range(6)]
     held.go.set()
     assert [future.result(10) for future in futures] == ["firstfirst", *(str(number) * 2 for number in range(6))]
     assert held.batches == [["first"], ["0", "1", "2", "3"], ["4", "5"]]
 
 
-def test_batch_waits_for_the_delay():
+def test_batcher_waits_for_the_delay():
     sizes = []
     batcher = Batcher({"a": list}, size=2, delay=10, depth=8, observe=lambda kind, count: sizes.append((kind, count)))
     wait([_submit(batcher, "a", 1), _submit(batcher, "a", 2)], timeout=5)
@@ -62,7 +62,7 @@ def test_batch_waits_for_the_delay():
     assert sizes == [("a", 2)]
 
 
-def test_batches_have_one_kind_oldest_first(batcher, held):
+def test_batcher_takes_oldest_kind_first(batcher, held):
     first = _first(batcher, held)
     other, later = _submit(batcher, "b", 5), _submit(batcher, "a", "later")
     other.add_done_callback(lambda future: held.batches.append("b"))
@@ -71,7 +71,7 @@ def test_batches_have_one_kind_oldest_first(batcher, held):
     assert held.batches == [["first"], "b", ["later"]]
 
 
-def test_what_is_cancelled_leaves_the_queue(batcher, held):
+def test_batcher_drops_cancelled_items(batcher, held):
     _first(batcher, held)
     waiting = [_submit(batcher, "a", str(number)) for number in range(8)]
     with pytest.raises(QueueFull):
@@ -85,7 +85,7 @@ def test_what_is_cancelled_leaves_the_queue(batcher, held):
     assert held.batches == [["first"], ["7", "new"]]
 
 
-def test_a_bad_item_fails_alone(batcher, held):
+def test_batcher_bad_item_fails_alone(batcher, held):
     _first(batcher, held)
     futures = [_submit(batcher, "a", item) for item in ("x", "bad", "y")]
     held.go.set()

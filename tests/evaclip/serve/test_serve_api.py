@@ -40,7 +40,7 @@ def _error(answer, status):
     return sentence
 
 
-def test_leaving_client_cancels_its_work():
+def test_client_disconnect_cancels_work():
     state, scope = [], {"type": "http", "path": "/", "headers": []}
 
     async def app(scope, receive, send):
@@ -65,7 +65,7 @@ def test_leaving_client_cancels_its_work():
     assert state == [b"x", "cancelled"]
 
 
-def test_embeddings_are_those_of_the_encoder(client, encoder, pictures):
+def test_embed_routes_equal_encoder(client, encoder, pictures):
     files = [("image", as_file(picture)) for picture in pictures[:3]]
     found = client.post("/embed/image", files=files).json()["embeddings"]
     np.testing.assert_allclose(found, encoder.images(pictures[:3]), atol=1e-5)
@@ -87,7 +87,7 @@ def test_search_adds_queries_and_subtracts_minus(client, encoder, store, picture
     np.testing.assert_allclose([hit["score"] for hit in answer.json()["results"]], scores[expected], atol=1e-4)
 
 
-def test_labels_have_probabilities(client, encoder, pictures):
+def test_label_route_probabilities(client, encoder, pictures):
     names = ["cat", "dog", "bicycle"]
     answer = client.post("/label", files={"image": as_file(pictures[0])}, data={"label": names})
     cosines = encoder.texts([f"a photo of a {name}" for name in names]) @ encoder.images([pictures[0]])[0]
@@ -97,7 +97,7 @@ def test_labels_have_probabilities(client, encoder, pictures):
     assert {label["label"]: label["probability"] for label in found} == pytest.approx(expected)
 
 
-def test_labels_of_a_siglip_model_are_independent(store, encoder, pictures, monkeypatch):
+def test_label_route_of_siglip_model(store, encoder, pictures, monkeypatch):
     monkeypatch.setattr(encoder.model, "logit_bias", torch.tensor(-3.0))
     cosine = float(encoder.texts(["a photo of a cat"])[0] @ encoder.images([pictures[0]])[0])
     with TestClient(create_app(store, encoder, hosts=("localhost",)), base_url="http://localhost") as client:
@@ -145,17 +145,17 @@ def test_server_follows_a_changing_store(store, encoder, pictures, tmp_path):
         ({"image": "no file"}, 422, "'image'"),
     ],
 )
-def test_a_wrong_search_gets_a_sentence(client, fields, status, words):
+def test_search_route_wrong_fields(client, fields, status, words):
     assert words in _error(client.post("/search", data=fields), status)
 
 
-def test_other_wrong_requests_get_a_sentence(client, pictures):
+def test_routes_wrong_requests(client, pictures):
     picture = as_file(pictures[0])
-    assert "17 pictures; send 16" in _error(client.post("/embed/image", files=[("image", picture)] * 17), 422)
+    assert "17 images; send 16" in _error(client.post("/embed/image", files=[("image", picture)] * 17), 422)
     assert "129 texts; send 128" in _error(client.post("/embed/text", data={"text": ["a"] * 129}), 422)
     label = {"files": {"image": picture}, "data": {"label": ["a"], "template": "a photo"}}
     assert "no place for the label" in _error(client.post("/label", **label), 422)
-    assert "no picture that can be read" in _error(client.post("/embed/image", files={"image": b"hello"}), 415)
+    assert "no image that can be read" in _error(client.post("/embed/image", files={"image": b"hello"}), 415)
     assert "16 MiB" in _error(client.post("/search", content=iter([bytes(9 << 20)] * 2)), 413)
     _error(client.post("/search", content=b"x", headers={"content-type": "multipart/form-data; boundary=y"}), 400)
     assert "are forms" in _error(client.post("/search", json={"text": "a"}), 415)
@@ -165,7 +165,7 @@ def test_other_wrong_requests_get_a_sentence(client, pictures):
     _error(client.get("/nowhere"), 404)
 
 
-def test_the_page_loads_nothing_from_elsewhere(client):
+def test_page_loads_no_other_hosts(client):
     for path in ("/", "/page.js", "/page.css", "/theme.css"):
         answer = client.get(path)
         assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
@@ -174,7 +174,7 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     assert client.get("/redoc").status_code == 404
 
 
-def test_head_is_get_without_its_body(client):
+def test_head_equals_get_without_body(client):
     for path in ("/", "/page.js", "/about", "/healthz", "/thumbnail/2"):
         head, get = client.head(path), client.get(path)
         assert (head.status_code, head.content) == (200, b"")
@@ -182,7 +182,7 @@ def test_head_is_get_without_its_body(client):
     assert client.head("/search").status_code == 405
 
 
-def test_other_names_are_refused(store, encoder):
+def test_other_host_names_are_refused(store, encoder):
     with TestClient(create_app(store, encoder, hosts=("localhost", "[::1]", "*.example.com"))) as client:
         for host in ("localhost:80", "LOCALHOST", "[::1]:8000", "a.example.com"):
             assert client.get("/about", headers={"host": host}).status_code == 200
@@ -192,7 +192,7 @@ def test_other_names_are_refused(store, encoder):
                 assert sentence in _error(client.get(path, headers={"host": host}), 400)
 
 
-def test_counters(client):
+def test_metrics_route(client):
     client.post("/search", data={"text": "a"})
     client.get("/elsewhere")
     text = client.get("/metrics").text
@@ -202,7 +202,7 @@ def test_counters(client):
     assert "evaclip_rows 12.0" in text
 
 
-def test_a_key_is_asked_for(store, encoder):
+def test_api_key_is_required(store, encoder):
     with TestClient(create_app(store, encoder, key="a key of some length")) as client:
         assert client.get("/healthz").json() == {"status": "ok"}
         basic = base64.b64encode(b"anyone:a key of some length").decode()
@@ -216,7 +216,7 @@ def test_a_key_is_asked_for(store, encoder):
         assert client.get("/").status_code == client.get("/metrics").status_code == 401
 
 
-def test_more_than_the_server_can_do_is_sent_away(store, encoder, monkeypatch):
+def test_overload_is_rejected(store, encoder, monkeypatch):
     held, real = threading.Event(), encoder.texts
     monkeypatch.setattr(encoder, "texts", lambda texts: held.wait(10) and real(texts))
     with TestClient(create_app(store, encoder, limits=Limits(waiting=20))) as client:
@@ -231,7 +231,7 @@ def test_more_than_the_server_can_do_is_sent_away(store, encoder, monkeypatch):
         assert "too much to do" in _error(client.post("/search", data={"text": "a"}), 503)
 
 
-def test_what_takes_too_long_ends(store, encoder, monkeypatch):
+def test_slow_request_times_out(store, encoder, monkeypatch):
     held = threading.Event()
     monkeypatch.setattr(encoder, "texts", lambda texts: held.wait(10))
     with TestClient(create_app(store, encoder, limits=Limits(seconds=0.2))) as client:
@@ -240,7 +240,7 @@ def test_what_takes_too_long_ends(store, encoder, monkeypatch):
         held.set()
 
 
-def test_a_failure_is_told_as_one_and_the_server_lives(store, encoder, monkeypatch):
+def test_server_survives_encoder_error(store, encoder, monkeypatch):
     app = create_app(store, encoder)
     with TestClient(app, raise_server_exceptions=False) as client:
         with monkeypatch.context() as broken:
@@ -254,13 +254,13 @@ def test_a_failure_is_told_as_one_and_the_server_lives(store, encoder, monkeypat
     [
         (["--host", "example.com"], None, "lets other machines in, which needs a key"),
         ([], "short", "has 5 characters; expected 16 or more"),
-        (["--api-key-file", "nowhere"], None, "cannot read the key in nowhere"),
+        (["--api-key-file", "nowhere"], None, "nowhere can't be read"),
         (["--port", "70000"], None, "--port is 0 to 65535"),
         (["--delay", "-1"], None, "--delay 0 to 1000"),
         ([], None, "isn't a store"),
     ],
 )
-def test_mistakes_are_one_line(arguments, key, says, tmp_path, capsys, monkeypatch):
+def test_serve_mistakes_are_one_line(arguments, key, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     if key is not None:
@@ -270,7 +270,7 @@ def test_mistakes_are_one_line(arguments, key, says, tmp_path, capsys, monkeypat
     assert says in line
 
 
-def test_port_in_use_is_refused_first(store, capsys, monkeypatch):
+def test_serve_port_in_use(store, capsys, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setattr("evaclip.runtime.encoder.Encoder", lambda *args, **kwargs: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -280,7 +280,7 @@ def test_port_in_use_is_refused_first(store, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_the_browser_is_opened_once_the_page_is_there(found, store, encoder, capsys, monkeypatch):
+def test_serve_opens_browser_when_ready(found, store, encoder, capsys, monkeypatch):
     shown = []
 
     def browse(address):
@@ -302,7 +302,7 @@ def test_the_browser_is_opened_once_the_page_is_there(found, store, encoder, cap
     unasked.cancel()
     signal.signal(signal.SIGINT, before)
     ((address, page),) = shown
-    assert b"Describe a picture" in page
+    assert b"Describe an image" in page
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"open {address} (Ctrl-C ends)"
     assert said[1:] == ([] if found else ["no browser was found here to open it"])

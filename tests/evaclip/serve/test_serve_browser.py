@@ -1,5 +1,4 @@
-"""The page in a real browser: search, a dropped or pasted picture, more like a result, words for a picture, keys, a
-phone."""
+"""The page in a real browser: search, a dropped or pasted image, more like a result, labels for an image, keys."""
 
 import threading
 import time
@@ -19,7 +18,7 @@ DROP = """([bytes, name, type]) => {
 
 PASTE = """([bytes, type]) => {
     const data = new DataTransfer();
-    data.items.add("words beside the picture", "text/plain");
+    data.items.add("text next to the image", "text/plain");
     data.items.add(new File([new Uint8Array(bytes)], "image.png", {type}));
     const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
     return document.activeElement.dispatchEvent(event);
@@ -70,7 +69,7 @@ def test_page_search_shows_captions_and_scores(page):
     assert all(alt for alt, _ in shown)
     scores = [float(score) for score in page.locator(".score").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
-    assert page.get_by_role("status").first.inner_text().startswith("The nearest 12 pictures")
+    assert page.get_by_role("status").first.inner_text().startswith("The nearest 12 images")
     page.reload()
     page.locator(".card").first.wait_for()
     assert page.get_by_label("What to look for").input_value() == "a red bicycle"
@@ -86,14 +85,14 @@ def test_page_dropped_image_gets_labels(page, pictures):
     shares = page.locator("#bars li span:nth-child(2)").all_inner_texts()
     assert len(shares) == 3
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.2)
-    page.get_by_label("Search without this picture").click()
+    page.get_by_label("Search without this image").click()
     assert page.get_by_text("Search images by content.").is_visible()
 
 
-def test_a_picture_can_be_pasted_into_the_search_box(page, pictures):
+def test_page_pasted_image_is_searched(page, pictures):
     assert page.evaluate("document.activeElement.id") == "text"
     assert page.evaluate(PASTE, [list(as_file(pictures[9])), "image/png"]) is False
-    page.get_by_text("Your picture", exact=True).wait_for()
+    page.get_by_text("Your image", exact=True).wait_for()
     page.locator(".card").first.wait_for()
     assert page.locator(".caption").first.inner_text() == "picture 9"
     # Text is the search box's own.
@@ -105,13 +104,13 @@ def test_page_click_shows_similar_images(page):
     name = page.locator(".caption").nth(3).inner_text()
     page.locator(".card").nth(3).click()
     page.get_by_text("More like this", exact=True).wait_for()
-    page.get_by_text("The nearest 11 pictures").wait_for()
+    page.get_by_text("The nearest 11 images").wait_for()
     assert name not in page.locator(".caption").all_inner_texts()
     page.go_back()
-    page.get_by_text("The nearest 12 pictures").wait_for()
+    page.get_by_text("The nearest 12 images").wait_for()
 
 
-def test_keys_move_through_the_grid(page):
+def test_page_keys_move_through_results(page):
     def focused():
         return page.evaluate("[...document.querySelectorAll('.card')].indexOf(document.activeElement)")
 
@@ -129,7 +128,7 @@ def test_keys_move_through_the_grid(page):
     assert page.evaluate("document.activeElement.id") == "text"
 
 
-def test_errors_are_sentences(page):
+def test_page_shows_errors(page):
     page.get_by_text("Narrow it down").click()
     page.get_by_label("Only where").fill("n=")
     page.get_by_label("What to look for").fill("a")
@@ -138,6 +137,6 @@ def test_errors_are_sentences(page):
     alert.wait_for()
     assert alert.inner_text().startswith("The search can't be made: where must be")
     page.evaluate(DROP, [[1, 2, 3], "broken.png", "image/png"])
-    page.get_by_text("is no picture that can be read").wait_for()
+    page.get_by_text("is no image that can be read").wait_for()
     page.evaluate(DROP, [[1, 2, 3], "notes.txt", "text/plain"])
-    page.get_by_text("notes.txt is no picture").wait_for()
+    page.get_by_text("notes.txt is no image").wait_for()

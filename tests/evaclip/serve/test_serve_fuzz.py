@@ -93,7 +93,7 @@ def _uploads():
 
 
 @pytest.mark.slow
-def test_no_upload_is_the_servers_failure(store, encoder, pictures):
+def test_damaged_uploads_are_rejected(store, encoder, pictures):
     found = Counter()
     app = create_app(store, encoder, delay=0)
     with TestClient(app, raise_server_exceptions=False) as client:
