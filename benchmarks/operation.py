@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape, parse_shape
-from evaclip.errors import UserError, unknown_name
+from evaclip.errors import UserError, hint, unknown_name
 from evaclip.machine import version_of
-from evakernels.names import hint
 
 Inputs = dict[str, Any]
 Outputs = Any

@@ -1,6 +1,9 @@
 """Exceptions, and phrases that messages share. Imports no torch: the command line uses it."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+
+_IGNORED = str.maketrans("", "", "-_ ")
 
 
 class UserError(Exception):
@@ -17,11 +20,28 @@ class RunFailed(RuntimeError):
 
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> UserError:
     """Return the error for an unknown name, with the nearest known names, or else all of them."""
-    from evakernels.names import unknown  # here, because evakernels imports torch
+    names = sorted(known)
+    return UserError(f"unknown {kind} {given!r}{hint(given, names) or '; known: ' + ', '.join(names)}")
 
-    return UserError(unknown(kind, given, sorted(known)))
+
+def hint(given: object, known: Iterable[str]) -> str:
+    """Return `; did you mean ...?` with the nearest known names, or an empty string."""
+    near = nearest(given, known)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def nearest(given: object, known: Iterable[str]) -> list[str]:
+    """Return up to three known names: another spelling of the given one, or names that hold it or are similar."""
+    names = {_plain(name): name for name in known}
+    plain = _plain(given)
+    near = [plain] if plain in names else [name for name in names if plain and plain in name]
+    return [names[name] for name in (near or get_close_matches(plain, names, cutoff=0.55))[:3]]
 
 
 def counted(count: int, noun: str) -> str:
     """Return `1 row` or `1,200 rows`, for nouns with a regular plural."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _plain(name: object) -> str:
+    return str(name).lower().translate(_IGNORED)

@@ -5,20 +5,18 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from evaclip.data import KINDS
-from evaclip.errors import Refused, RunFailed, UserError, unknown_name
+from evaclip.errors import Refused, RunFailed, UserError, hint, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.launchers import stop_restarts
 from evaclip.outputs import silence
 
 if TYPE_CHECKING:
     from evaclip.data import Source
-
-Run = Callable[[argparse.Namespace], None]
 
 _SOURCE_OPTIONS = ("image_key", "caption_key", "csv_separator", "exif_orientation", "min_size", "max_image_pixels")
 
@@ -44,10 +42,8 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
-def leaf(
-    subparsers: Any, name: str, run: Run | None = None, *, help: str, examples: Sequence[str] = ()
-) -> argparse.ArgumentParser:
-    """Add the parser of a command that calls `run`, with `--debug`, and its examples in `--help`."""
+def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Add the parser of a command, with `--debug`, and its examples in `--help`."""
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
@@ -57,7 +53,7 @@ def leaf(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(parser=parser, run=run)
+    parser.set_defaults(parser=parser)
     return parser
 
 
@@ -96,7 +92,10 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            _refuse(getattr(args, "parser", parser), unknown)
+            command = getattr(args, "parser", parser)
+            option = unknown[0].partition("=")[0]
+            known = command._option_string_actions if option.startswith("-") else ()
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")
         debug = args.debug
         args.run(args)
         sys.stdout.flush()
@@ -117,9 +116,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         exc = with_remedy(raised)
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
-        message = " ".join(str(exc).split())
-        is_plain = isinstance(exc, UserError | RunFailed | ValueError | TypeError)
-        print(f"error: {message if is_plain else f'{type(exc).__name__}: {message}'}", file=sys.stderr)
+        print(f"error: {_one_line(exc)}", file=sys.stderr)
         if isinstance(exc, UserError | RunFailed):
             stop_restarts(str(exc), at_once=isinstance(exc, RunFailed))
         else:
@@ -128,9 +125,6 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     return 0
 
 
-def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
-    from evakernels.names import hint  # here, because evakernels imports torch
-
-    option = unknown[0].partition("=")[0]
-    known = command._option_string_actions if option.startswith("-") else ()
-    command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")
+def _one_line(exc: Exception) -> str:
+    text = " ".join(str(exc).split())
+    return text if isinstance(exc, UserError | RunFailed | ValueError | TypeError) else f"{type(exc).__name__}: {text}"

@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import ValidationError
 
-from evaclip.errors import UserError
+from evaclip.errors import UserError, nearest
 from evaclip.train.config import ADAPTER, ScheduleConfig, TrainConfig, to_tree
 from evaclip.train.tree import Tree, merge, nest
 
@@ -110,10 +110,9 @@ def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> No
 
 
 def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
-    from evakernels.names import nearest  # here, because evakernels imports torch
-
     *parents, key = path
-    if near := nearest(key, known):
+    near = nearest(key, known)
+    if near:
         hint = f"did you mean {'.'.join([*parents, near[0]])!r}?"
     else:
         hint = f"{'.'.join(parents) or 'the configuration'} has: {', '.join(known)}"
