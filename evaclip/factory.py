@@ -23,8 +23,8 @@ from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, TrainTransform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, read_open_clip_config
-from evaclip.weights.files import classifier_size, options_beside, read_checkpoint, read_tensors
-from evaclip.weights.hub import HUB, LOCAL, RELEASED, download_beside
+from evaclip.weights.files import classifier_size, read_checkpoint, read_model_options, read_tensors
+from evaclip.weights.hub import HUB, LOCAL, RELEASED, download_file
 
 M = TypeVar("M", CLIP, VisionModel, MaskedImageModel)
 
@@ -106,7 +106,7 @@ def create_model(
     weights = find_weights(pretrained, known_name) if pretrained else None
     if weights is not None:
         if as_trained:
-            config = override(override(described, _options_beside(weights, known_name)), options)
+            config = override(override(described, _stored_options(weights, known_name)), options)
         config = _with_stored_preprocess(config, weights, options)
         if target.type != "meta" and config.init_logit_bias is None and "logit_bias" in read_tensors(weights):
             config = replace(config, init_logit_bias=0.0)  # which the weights replace
@@ -168,7 +168,7 @@ def create_vision_model(
     if weights is not None and pretrained:
         stored, preprocess = classifier_size(weights), read_preprocess(weights) or preprocess
         if as_trained:
-            stored_options = _options_beside(weights, architecture)
+            stored_options = _stored_options(weights, architecture)
             names = {field.name for field in fields(config)}
             known = {name: option for name, option in stored_options.items() if name in names}
             config = override(override(vision_config(architecture), known), overrides)
@@ -394,8 +394,8 @@ def _build(
     try:
         materialize(model.to(dtype), weights, target, antialias)
     except UserError as exc:
-        other = str(options_beside(weights).get("name", ""))
-        if not other or _options_beside(weights, name):
+        other = str(read_model_options(weights).get("name", ""))
+        if not other or _stored_options(weights, name):
             raise
         raise UserError(f"pretrained must be weights of model {name!r}, got those of {other!r} ({weights})") from exc
     return model
@@ -418,11 +418,11 @@ def _described(model_name: str) -> CLIPConfig:
     """The configuration of a name, or the one next to the weights of a repository, a folder or a run."""
     if _is_folder(model_name):
         name, weights = _run_of(model_name)
-        return override(get_config(name), _options_beside(weights, name))
+        return override(get_config(name), _stored_options(weights, name))
     if model_name.startswith(LOCAL):
         return read_open_clip_config(Path(model_name.removeprefix(LOCAL)).expanduser() / OPEN_CLIP_CONFIG_FILE)
     if model_name.startswith(HUB) and find_model(model_name) is None:
-        return read_open_clip_config(download_beside(model_name, OPEN_CLIP_CONFIG_FILE))
+        return read_open_clip_config(download_file(model_name, OPEN_CLIP_CONFIG_FILE))
     return get_config(model_name)
 
 
@@ -451,9 +451,9 @@ def _options(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _options_beside(weights: Path, model_name: str) -> dict[str, Any]:
+def _stored_options(weights: Path, model_name: str) -> dict[str, Any]:
     """The options stored next to a run's weights, if they are of this model."""
-    options = options_beside(weights)
+    options = read_model_options(weights)
     name = str(options.pop("name", ""))
     return options if (find_model(name) or name.partition(".")[0]) == model_name else {}
 

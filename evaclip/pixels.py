@@ -15,6 +15,10 @@ _INTEGER_RANGES = (65535,)
 _FLOAT_RANGES = (1, 255, 65535)
 
 
+class UnknownRangeError(ValueError):
+    """Pixels that are no bytes lie in none of the known ranges."""
+
+
 def open_image(
     data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, formats: Sequence[str] = FORMATS
 ) -> ImageFile.ImageFile:
@@ -57,7 +61,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     """Convert an image with non-byte pixels to grey (mode L, or LA with transparency); return others unchanged.
 
     Pillow's own conversion cuts such pixels off at 255 instead. Integers are scaled from 0..65535; floats from the
-    smallest of 0..1, 0..255 and 0..65535 that holds all of them. Raises ValueError for pixels beyond that and for NaN.
+    smallest of 0..1, 0..255 and 0..65535 that holds all of them. Raises UnknownRangeError for other pixels, and NaN.
     """
     kind = pixel_kind(image)
     if not kind:
@@ -69,7 +73,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     top = next((top for top in ranges if low >= 0 and high <= top), None)
     if top is None:
         known = " or ".join(f"0..{top}" for top in ranges)
-        raise ValueError(f"{kind} pixels from {low:g} to {high:g}; accepted: {known}")
+        raise UnknownRangeError(f"{kind} pixels from {low:g} to {high:g}; accepted: {known}")
     scaled = values.astype(np.float32) * np.float32(255 / top)
     gray = Image.fromarray((scaled + np.float32(0.5)).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is None:

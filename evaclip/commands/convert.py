@@ -42,12 +42,12 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.outputs import check_output
     from evaclip.weights.convert import convert
     from evaclip.weights.files import find_weights
-    from evaclip.weights.publish import card_beside
+    from evaclip.weights.publish import prepare_card
 
     source = find_weights(args.source, args.model or "")
     others = [(find_weights(other, args.model or ""), share) for other, share in _shares(args)]
     check_output(args.target, overwrite=args.force, sources=[source])
-    card = card_beside(args.target, args.source, overwrite=args.force)
+    card = prepare_card(args.target, args.source, overwrite=args.force)
     convert(source, args.target, args.to, args.model, others=others, overwrite=args.force)
     if card:
         write_text(*card)

@@ -4,17 +4,11 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evaclip.commands.parser import add_reading, leaf, open_data, positive
 from evaclip.errors import UserError, counted
 from evaclip.launchers import take_over
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from evaclip.data.bench import StageTimes
-    from evaclip.data.check import CheckReport
 
 _STYLES = ("twemoji", "openmoji")
 _NAMED_FAULTS = 5
@@ -82,7 +76,7 @@ def _add_convert(verbs: Any) -> None:
     parser.add_argument("path", metavar="SOURCE", help="class folders, a table, tar shards, or the word synthetic")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder that the shards are written to, without others")
     add_reading(parser, decoding=False)
-    parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
+    _add_separator(parser)
     parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: %(default)s")
     parser.set_defaults(run=_run_convert)
 
@@ -125,10 +119,14 @@ def _add_bench(verbs: Any) -> None:
     parser.set_defaults(run=_run_bench)
 
 
+def _add_separator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
+
+
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="tar shards, a table, a folder, or the word synthetic")
     add_reading(parser)
-    parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
+    _add_separator(parser)
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
@@ -194,20 +192,21 @@ def _run_convert(args: argparse.Namespace) -> None:
     from evaclip.data.webdataset import IMAGE_KEY
 
     out: Path = args.out
-    if args.samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard must be 1 or more, got {args.samples_per_shard}")
     require_writable(out / "classes.txt")
     with writing(out):
-        written = convert(open_data(args.path, args), out, args.samples_per_shard, Console(stderr=True))
-    print(f"{out}: {counted(written.shards, 'shard')}, {counted(written.samples, 'sample')}")
-    if bad := written.faults.counts.total():
+        source = open_data(args.path, args)
+        shards, suffixes, faults = convert(source, out, args.samples_per_shard, Console(stderr=True))
+    print(f"{out}: {counted(shards, 'shard')}, {counted(suffixes.total(), 'sample')}")
+    if bad := faults.counts.total():
         print(f"left out: {counted(bad, 'bad sample')}; `evaclip data check` lists them")
-    if written.suffixes - set(IMAGE_KEY.split(";")):
-        print(f"set data.image_key='{';'.join(sorted(written.suffixes))}' to read these shards")
+    if set(suffixes) - set(IMAGE_KEY.split(";")):
+        print(f"set data.image_key='{';'.join(sorted(suffixes))}' to read these shards")
 
 
 def _run_check(args: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
     from evaclip.atomic import require_writable
     from evaclip.data.check import check
@@ -218,40 +217,35 @@ def _run_check(args: argparse.Namespace) -> None:
     console = Console()
     report = check(source, args.workers, console)
     size = report.image_bytes / 1e6
-    console.print(
-        f"{source.description}: {counted(report.samples, 'sample')}, {size:.1f} MB of pictures", soft_wrap=True
-    )
+    console.print(f"{source.description}: {counted(report.samples, 'sample')}, {size:.1f} MB of images", soft_wrap=True)
     console.print(f"fingerprint {source.fingerprint}")
     for note in source.notes:
         console.print(note, soft_wrap=True, highlight=False)
     for kind, count in report.converted.items():
-        console.print(f"converted: {kind} pixels of {counted(count, 'picture')}, to 8 bits")
+        console.print(f"converted: {kind} pixels of {counted(count, 'image')}, to 8 bits")
     if args.json:
         report.save(args.json)
-    if report.bad:
-        console.print(_fault_table(report, None if args.all else _NAMED_FAULTS))
-        raise SystemExit(1)
-    console.print("no faults")
-
-
-def _fault_table(report: "CheckReport", named: int | None) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("fault", "count", "the first of them" if named else "all of them")
+    if not report.faults:
+        console.print("no faults")
+        return
+    table = Table("fault", "count", "all of them" if args.all else "the first of them")
     for kind, faults in report.faults.items():
-        lines = "\n".join(str(fault).removeprefix(f"{kind}: ") for fault in faults[:named])
+        lines = "\n".join(
+            str(fault).removeprefix(f"{kind}: ") for fault in faults[: None if args.all else _NAMED_FAULTS]
+        )
         table.add_row(kind, str(len(faults)), escape(lines))
-    return table
+    console.print(table)
+    raise SystemExit(1)
 
 
 def _run_bench(args: argparse.Namespace) -> None:
     from dataclasses import replace
+    from math import ceil
 
     from rich.console import Console
     from rich.table import Table
 
-    from evaclip.data import bench
+    from evaclip.data.bench import time_loader, time_stages
     from evaclip.data.samples import REDUCTION_MARGIN
     from evaclip.transforms import TrainTransform
 
@@ -259,46 +253,37 @@ def _run_bench(args: argparse.Namespace) -> None:
         if (given := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {given}")
     rate: float | None = args.images_per_second
-    console = Console()
     began = time.perf_counter()
     source = open_data(args.path, args)
     opened = time.perf_counter() - began
     transform = TrainTransform(args.image_size).levels
-    loader = bench.make_loader(source, transform, args.batch_size, args.workers)
+    step_seconds = args.batch_size / rate if rate else 0.0
+    throughput = time_loader(source, transform, args.batch_size, args.workers, step_seconds, args.seconds)
     reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * args.image_size)
-    decoders = {"whole": source.decoding, "jpeg_reduction": reduced}
-    stages = {name: bench.time_stages(source, transform, decoding) for name, decoding in decoders.items()}
-    console.print(_stage_table(stages, rate, args.gpus))
-    throughput = bench.time_loader(loader, args.batch_size / rate if rate else 0.0, args.seconds)
-    bytes_a_second = throughput.samples_per_second * stages["whole"].image_bytes
-    shared = "" if throughput.shared_bytes is None else f"{throughput.shared_bytes / 1e6:,.0f}"
-    found = {
+    stages = {
+        name: time_stages(source, transform, decoding)
+        for name, decoding in (("whole", source.decoding), ("jpeg_reduction", reduced))
+    }
+    columns = ["decoding", "read, ms", "decode, ms", "transform, ms", "images/s a core"]
+    if rate:
+        columns.append(f"cores for {args.gpus} GPUs of {rate:,.0f} images/s")
+    table = Table(*columns)
+    for name, times in stages.items():
+        cores = [f"{ceil(args.gpus * rate / times.per_second):,}"] if rate else []
+        table.add_row(name, *(f"{value:.2f}" for value in times[:3]), f"{times.per_second:.0f}", *cores)
+    console = Console()
+    console.print(table)
+    shared = throughput.shared_bytes
+    table = Table(show_header=False)
+    for name, value in {
         "workers": str(args.workers),
         "batch size": str(args.batch_size),
         "samples/s": f"{throughput.samples_per_second:.0f}",
-        "MB/s": f"{bytes_a_second / 1e6:.1f}",
+        "MB/s": f"{throughput.samples_per_second * stages['whole'].image_bytes / 1e6:.1f}",
         "waiting": f"{throughput.waited:.0%}",
         "first batch, s": f"{throughput.first_batch_seconds:.2f}",
         "opening, s": f"{opened:.2f}",
-        "shared memory, MB": shared,
-    }
-    table = Table(show_header=False)
-    for name, value in found.items():
+        "shared memory, MB": "" if shared is None else f"{shared / 1e6:,.0f}",
+    }.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _stage_table(stages: dict[str, "StageTimes"], rate: float | None, gpus: int) -> "Table":
-    from math import ceil
-
-    from rich.table import Table
-
-    columns = ["decoding", "read, ms", "decode, ms", "transform, ms", "images/s a core"]
-    if rate is not None:
-        columns.append(f"cores for {gpus} GPUs of {rate:,.0f} images/s")
-    table = Table(*columns)
-    for name, times in stages.items():
-        row = [f"{value:.2f}" for value in (times.read_ms, times.decode_ms, times.transform_ms)]
-        cores = [f"{ceil(gpus * rate / times.per_second):,}"] if rate is not None else []
-        table.add_row(name, *row, f"{times.per_second:.0f}", *cores)
-    return table

@@ -52,10 +52,10 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.export import check_target, export
     from evaclip.loading import RANDOM, load_features
     from evaclip.model.vision_model import VisionModel
-    from evaclip.weights.publish import card_beside
+    from evaclip.weights.publish import prepare_card
 
     check_target(args.target, args.force, args.dtype, args.int8)  # before the weights are fetched
-    card = card_beside(args.target, args.model, overwrite=args.force)
+    card = prepare_card(args.target, args.model, overwrite=args.force)
     loaded = load_features(args.model)
     if (loaded.origin == RANDOM) != args.random:
         raise UserError(

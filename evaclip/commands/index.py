@@ -117,11 +117,11 @@ def _search_of(store: Path) -> str:
 
 def _gone(source: "Source", folder: Path, args: argparse.Namespace) -> list[str]:
     """Ids of the store's rows of images that were deleted from this folder."""
-    from evaclip.data.image_folder import PictureFolder
+    from evaclip.data.image_folder import FolderSource
     from evaclip.runtime.indexing import empty_folders, gone
     from evaclip.runtime.store import Store
 
-    if not isinstance(source, PictureFolder):
+    if not isinstance(source, FolderSource):
         if args.prune:
             raise UserError(f"--prune removes rows of images deleted from a folder, which {args.images} is not")
         return []

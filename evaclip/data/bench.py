@@ -3,8 +3,8 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ _SEED = 0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-@dataclass(frozen=True)
-class StageTimes:
+class StageTimes(NamedTuple):
     """Mean cost of one sample: milliseconds of a core per stage, and the bytes of its image file."""
 
     read_ms: float
@@ -32,11 +31,10 @@ class StageTimes:
     @property
     def per_second(self) -> float:
         """Samples a second that one core makes ready."""
-        return 1e3 / (self.read_ms + self.decode_ms + self.transform_ms)
+        return 1e3 / sum(self[:3])
 
 
-@dataclass(frozen=True)
-class Throughput:
+class Throughput(NamedTuple):
     """Rates and waits of a loader.
 
     Attributes:
@@ -52,43 +50,46 @@ class Throughput:
     shared_bytes: int | None
 
 
-def time_stages(
-    source: Source, transform: TrainTransform, decoding: Decoding | None = None, seconds: float = 5.0
-) -> StageTimes:
+def time_stages(source: Source, transform: TrainTransform, decoding: Decoding, seconds: float = 5.0) -> StageTimes:
     """Times the stages on up to 256 samples in training order; bad samples do not count.
 
-    torch uses one thread meanwhile, as it does in a worker. Takes little more than `seconds`. `decoding`
-    defaults to the source's options. Times are CPU times, without waits for the disk.
+    torch uses one thread meanwhile, as it does in a worker. Takes little more than `seconds`. Times are CPU times,
+    without waits for the disk.
     """
     order = sample_order(len(source), _SEED, shard_sizes=source.shard_sizes)
-    totals = [0.0, 0.0, 0.0]
-    samples = image_bytes = 0
+    costs = list[list[float]]()
     deadline = time.perf_counter() + seconds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for position, index in enumerate(order.indices(np.arange(min(_STAGE_SAMPLES, len(source)))).tolist()):
-        marks = [time.thread_time()]
+        start = time.thread_time()
         try:
             raw = source[index]
-            marks.append(time.thread_time())
-            picture = decode_image(raw.image, source.name(index), decoding or source.decoding)
+            read = time.thread_time()
+            image = decode_image(raw.image, source.name(index), decoding)
         except BadSample:
             continue
-        marks.append(time.thread_time())
-        transform(picture, position)
-        marks.append(time.thread_time())
-        totals = [total + end - start for total, start, end in zip(totals, marks, marks[1:], strict=False)]
-        samples += 1
-        image_bytes += len(raw.image)
+        decoded = time.thread_time()
+        transform(image, position)
+        costs.append([read - start, decoded - read, time.thread_time() - decoded, len(raw.image)])
         if time.perf_counter() > deadline:
             break
     torch.set_num_threads(threads)
-    read, decode, change = (1e3 * total / max(samples, 1) for total in totals)
-    return StageTimes(read, decode, change, image_bytes / max(samples, 1))
+    return StageTimes(*np.mean(costs or [[0.0] * 4], axis=0) * [1e3, 1e3, 1e3, 1])
 
 
-def time_loader(loader: TrainLoader, step_seconds: float = 0.0, seconds: float = 10.0) -> Throughput:
+def time_loader(
+    source: Source,
+    transform: TrainTransform,
+    batch_size: int,
+    workers: int,
+    step_seconds: float = 0.0,
+    seconds: float = 10.0,
+) -> Throughput:
     """Takes batches for `seconds` and at least one after the first, each followed by a pause of a step's length."""
+    loader = TrainLoader(
+        source, batch_size=batch_size, transform=transform, targets=_no_targets, seed=_SEED, workers=workers
+    )
     held = _shared_bytes()
     began = time.perf_counter()
     batches = loader.batches()
@@ -103,13 +104,6 @@ def time_loader(loader: TrainLoader, step_seconds: float = 0.0, seconds: float =
         shared = max(shared, _shared_bytes() - held)
     batches.close()
     return Throughput(first - began, samples / (start - first), waited / (start - first), shared or None)
-
-
-def make_loader(source: Source, transform: TrainTransform, batch_size: int, workers: int) -> TrainLoader:
-    """A loader as training has it, but that captions come to nothing."""
-    return TrainLoader(
-        source, batch_size=batch_size, transform=transform, targets=_no_targets, seed=_SEED, workers=workers
-    )
 
 
 def _shared_bytes() -> int:

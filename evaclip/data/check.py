@@ -3,16 +3,17 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
 from evaclip.atomic import write_json
-from evaclip.data.samples import BadSample, Fault, FaultKind, as_bytes, load_image
+from evaclip.data.samples import BadSample, Fault, FaultKind, decode_image
 from evaclip.data.source import Source
-from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
-from evaclip.pixels import pixel_kind
+from evaclip.data.workers import WorkerLoader, WorkerOptions
+from evaclip.pixels import open_image, pixel_kind
 
 _CHUNK = 64
 _Chunk = tuple[int, Counter[str], list[Fault]]
@@ -39,11 +40,6 @@ class CheckReport:
     converted: Counter[str] = field(default_factory=Counter)
     faults: dict[FaultKind, list[Fault]] = field(default_factory=lambda: defaultdict(list))
 
-    @property
-    def bad(self) -> int:
-        """The number of faults of all kinds."""
-        return sum(map(len, self.faults.values()))
-
     def save(self, path: Path) -> None:
         """Writes everything as JSON: counts by kind, and each fault with its file, key and index."""
         counts = {kind: len(faults) for kind, faults in self.faults.items()}
@@ -57,7 +53,7 @@ def check(source: Source, workers: int = 0, console: Console | None = None) -> C
     for fault in source.faults:
         report.faults[fault.kind].append(fault)
     chunks = range(0, len(source), _CHUNK)
-    results: Iterable[_Chunk] = WorkerLoader(_ChunkReader(source), chunks, WorkerOptions(workers))
+    results: Iterable[_Chunk] = WorkerLoader(partial(_check_chunk, source), chunks, WorkerOptions(workers))
     if console:
         results = track(results, "reading", total=len(chunks), console=console, transient=True)
     for image_bytes, converted, faults in results:
@@ -68,22 +64,16 @@ def check(source: Source, workers: int = 0, console: Console | None = None) -> C
     return report
 
 
-@dataclass(frozen=True)
-class _ChunkReader(BatchReader[int, _Chunk]):
-    source: Source
-
-    def read(self, first: int) -> _Chunk:
-        image_bytes, converted, faults = 0, Counter[str](), list[Fault]()
-        for index in range(first, min(first + _CHUNK, len(self.source))):
-            name = self.source.name(index)
-            try:
-                raw = self.source[index]
-                image_bytes += len(raw.image)
-                image = load_image(raw.image, name, self.source.decoding)
-                as_bytes(image, name)
-            except BadSample as exc:
-                file, key = self.source.place(index)
-                faults.append(replace(exc.fault, file=file, key=key, index=index))
-            else:
-                converted.update(filter(None, [pixel_kind(image)]))
-        return image_bytes, converted, faults
+def _check_chunk(source: Source, first: int) -> _Chunk:
+    image_bytes, converted, faults = 0, Counter[str](), list[Fault]()
+    for index in range(first, min(first + _CHUNK, len(source))):
+        try:
+            raw = source[index]
+            image_bytes += len(raw.image)
+            decode_image(raw.image, source.name(index), source.decoding)
+        except BadSample as exc:
+            file, key = source.place(index)
+            faults.append(replace(exc.fault, file=file, key=key, index=index))
+        else:
+            converted.update(filter(None, [pixel_kind(open_image(raw.image, source.decoding.max_pixels))]))
+    return image_bytes, converted, faults

@@ -34,32 +34,46 @@ _FORMAT = 1
 _ARRAYS = ("text", "ends", "folder_text", "folder_ends", "folder_times")
 
 
-def class_folders(root: Path) -> list[str]:
-    """The classes of a folder of class folders, as `FolderSource.classes`, found without listing every image."""
-    folders = _entries(str(root)) if root.is_dir() else iter(())
-    return [_class_name(folder.name) for folder in folders if folder.is_dir() and _has_image(folder.path)]
+class FolderSource(Source):
+    """Image files of a folder, in the order of their paths below it, which are the samples' keys.
 
+    With a caption template the images are those of ROOT/CLASS/**, and the caption is the template with the class name,
+    in which spaces stand for underscores. A class folder without images is no class, but a fault. Without a template
+    the images lie at any depth and have no captions. Hidden files and folders don't count.
 
-class _Files(Source):
-    """Image files of a folder, in the order of their paths below it.
-
-    Attributes:
-        notes: which images were left out.
+    Raises UserError if there is no image.
     """
 
-    def __init__(self, root: Path, by_class: bool) -> None:
-        arrays, facts = _listing(root, by_class)
+    def __init__(self, root: Path, template: str | None = DEFAULT_TEMPLATE) -> None:
+        arrays, facts = _listing(root, by_class=template is not None)
         self.description = str(root)
-        self._root = root
-        self._files = PackedStrings(arrays["text"], arrays["ends"])
-        self._facts = facts
         self.fingerprint = facts["fingerprint"]
-        self.shard_sizes = [len(self._files)]
         left_out = ", ".join(f"{count:,} {which}" for which, count in sorted(facts["left_out"].items()))
         self.notes = [f"images left out: {left_out}"] if left_out else []
-        if len(self._files):
-            for note in self.notes:
-                _LOG.warning("%s: %s", root, note)
+        self._root = root
+        self._template = template
+        self._files = PackedStrings(arrays["text"], arrays["ends"])
+        self.shard_sizes = [len(self._files)]
+        empty = [str(root / name) for name in facts["empty"]] if template is not None else []
+        if not len(self):
+            layout = "images" if template is None else "one folder of images per class"
+            given = "; ".join([f"0 images and {counted(len(empty), 'class folder')}", *self.notes])
+            raise UserError(
+                f"{root} must be a folder with {layout} ({', '.join(sorted(IMAGE_SUFFIXES))}), got {given}; a table"
+                " (.csv, .jsonl, .parquet) lists images with their captions instead"
+            )
+        for note in self.notes:
+            _LOG.warning("%s: %s", root, note)
+        classes = facts["classes"] if template is not None else []
+        self._labels = {name: label for label, name in enumerate(classes)}
+        self.classes = list(map(_class_name, classes))
+        self.faults = [Fault(FaultKind.EMPTY_CLASS, name, "it is not taken for a class", file=name) for name in empty]
+
+    def __getitem__(self, index: int) -> RawSample:
+        key, captions = self._files[index], tuple[str, ...]()
+        if self._template is not None:
+            captions = (self._template.replace("{}", _class_name(key.split("/", 1)[0])),)
+        return RawSample(key, read_image_file(self._root / key), captions)
 
     def name(self, index: int) -> str:
         return str(self.file(index))
@@ -70,54 +84,8 @@ class _Files(Source):
     def place(self, index: int) -> tuple[str, str]:
         return self.name(index), self._files[index]
 
-
-class FolderSource(_Files):
-    """ROOT/CLASS/**/*.jpg in sorted order; the caption is the template with the class name.
-
-    Underscores in folder names stand for spaces. A sample's key is its path below the root. Hidden files and folders
-    don't count; a folder without images is no class, but a fault. Raises UserError if there is no image at all.
-    """
-
-    def __init__(self, root: Path, template: str = DEFAULT_TEMPLATE) -> None:
-        super().__init__(root, by_class=True)
-        classes, empty = self._facts["classes"], self._facts["empty"]
-        if not len(self):
-            wanted = f"{root} must hold one folder of images ({', '.join(sorted(IMAGE_SUFFIXES))}) per class"
-            given = "; ".join([f"{counted(len(empty), 'folder')} with 0 images", *self.notes])
-            table = "a table (.csv, .jsonl, .parquet) lists images with their captions instead"
-            raise UserError(f"{wanted}, got {given}; {table}")
-        self._template = template
-        self._labels = {name: label for label, name in enumerate(classes)}
-        self.classes = list(map(_class_name, classes))
-        self.faults = [
-            Fault(FaultKind.EMPTY_CLASS, str(root / name), "it is not taken for a class", file=str(root / name))
-            for name in empty
-        ]
-
-    def __getitem__(self, index: int) -> RawSample:
-        key = self._files[index]
-        caption = self._template.replace("{}", _class_name(key.split("/", 1)[0]))
-        return RawSample(key, read_image_file(self._root / key), (caption,))
-
-    def label(self, index: int) -> int:
-        return self._labels[self._files[index].split("/", 1)[0]]
-
-
-class PictureFolder(_Files):
-    """All images in a folder, at any depth, in sorted order; without captions.
-
-    Keys are paths below the root, and hidden files and folders don't count. Raises UserError if there is no image.
-    """
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, by_class=False)
-        if not len(self):
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            where = str(root) if root.is_dir() else f"{root}: no folder"
-            raise UserError("; ".join([f"there are 0 images ({suffixes}) in {where}", *self.notes]))
-
-    def __getitem__(self, index: int) -> RawSample:
-        return RawSample(self._files[index], read_image_file(self._root / self._files[index]), ())
+    def label(self, index: int) -> int | None:
+        return self._labels.get(self._files[index].split("/", 1)[0])
 
 
 def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
@@ -217,15 +185,6 @@ def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
         return
     # Archives of macOS keep its metadata in that folder.
     yield from (entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX")
-
-
-def _has_image(folder: str) -> bool:
-    return any(
-        _has_image(entry.path)
-        if entry.is_dir(follow_symlinks=False)
-        else os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-        for entry in _entries(folder)
-    )
 
 
 def _size(file: "os.DirEntry[str]") -> int:

@@ -1,7 +1,7 @@
 """Batches for training, an endless stream with one integer as its position, and batches for evaluation."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, U64, SampleOrder, mix, sample_order
 from evaclip.data.remote import Prefetcher
-from evaclip.data.samples import BadSample, Decoding, Fault, FaultLog, RawSample, decode_image
+from evaclip.data.samples import BadSample, Fault, FaultLog, RawSample, decode_image
 from evaclip.data.source import Source
-from evaclip.data.workers import BatchReader, WorkerLoader, WorkerOptions
+from evaclip.data.workers import WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
 
 TrainTransform = Callable[[Image.Image, int], Tensor]
@@ -158,33 +158,29 @@ class TrainLoader:
             )
         self.faults = FaultLog()
         self.faults.add(source.faults)
-        part = part_of_batch(batch_size, rank, world_size, together)
-        self._global_batch = batch_size
-        self._units = _units(len(part))
+        self._source = source
+        self._batch_size = batch_size
+        self._part = part_of_batch(batch_size, rank, world_size, together)
+        self._units = _units(len(self._part))
+        self._seed = seed
+        self._decoding = replace(source.decoding, at_least=decode_size)
         held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
         self._options = WorkerOptions(workers, held, pin, patience)
         if isinstance(source, MixtureSource):
-            order: SampleOrder | MixedOrder = source.order(seed, window, nodes)
+            self._order: SampleOrder | MixedOrder = source.order(seed, window, nodes)
         else:
-            order = sample_order(len(source), seed, window, source.shard_sizes, nodes)
-        self._reader = _TrainReader(
-            source,
-            order,
-            part,
-            batch_size,
-            transform,
-            targets,
-            seed,
-            replace(source.decoding, at_least=decode_size),
-            Prefetcher(),
-        )
-        ends = [part_of_batch(batch_size, each, world_size, together) for each in machine or [rank]]
-        of_machine = replace(self._reader, part=range(ends[0].start, ends[-1].stop), ordered={})
-        of_machine.check_room(window, len(ends))
+            self._order = sample_order(len(source), seed, window, source.shard_sizes, nodes)
+        self._prefetcher = Prefetcher()
+        self._decoded = dict[int, tuple[RawSample, Image.Image]]()
+        self._ordered: tuple[int, I64] | None = None
+        self.set_transform(transform, targets)
+        if source.remote:
+            parts = [part_of_batch(batch_size, each, world_size, together) for each in machine or [rank]]
+            self._require_room(range(parts[0].start, parts[-1].stop), window, len(parts))
 
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
         """Sets the transform and targets of later calls of `batches`. Order and random draws stay the same."""
-        self._reader = replace(self._reader, transform=transform, targets=targets)
+        self._transform, self._targets = transform, targets
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """The batches from a position on, endlessly; any position that a batch reported, at any world size,
@@ -195,16 +191,91 @@ class TrainLoader:
         """
         if position < 0:
             raise ValueError(f"position must be 0 or more, got {position}")
-        step = self._global_batch
-        ends = count(position + step, step)
-        units = ((start, rows) for start in count(position, step) for rows in self._units)
-        loaded = iter(WorkerLoader(self._reader, units, self._options))
-        for end in ends:
+        starts = count(position, self._batch_size)
+        units = ((start, rows) for start in starts for rows in self._units)
+        read = partial(self._read, self._transform, self._targets)
+        loaded = iter(WorkerLoader(read, units, self._options))
+        for end in count(position + self._batch_size, self._batch_size):
             images, targets, faults = zip(*islice(loaded, len(self._units)), strict=True)
             found = list(chain.from_iterable(faults))
             self.faults.add(found)
             rows = Rows(images)
             yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(targets), end, len(found))
+
+    def _require_room(self, part: range, window: int, ranks: int) -> None:
+        """Raises UserError if the cache is too small for the remote shards that a machine reads at the same time."""
+        shards = self._source.remote_shards(self._order.shards(self._in_order(0)[part.start : part.stop])[0])
+        size = sum(shard.size for shard in shards)
+        if shards and size > (capacity := shards[0].cache.capacity):
+            readers = f", which {ranks} processes of this machine read," if ranks > 1 else ""
+            raise UserError(
+                f"a shuffle window of {window} samples (0: all){readers} takes {len(shards)} remote shards,"
+                f" {size / 1e9:.3g} GB, but local copies may take {capacity / 1e9:.3g} GB: raise data.remote.cache_gb,"
+                " to twice as much for the next window to be fetched meanwhile, or lower data.shuffle_window"
+            )
+
+    def _read(
+        self, transform: TrainTransform, targets: Targets, unit: tuple[int, slice]
+    ) -> tuple[Tensor, Tensor, list[Fault]]:
+        """Images [rows, 3, H, W] and targets [rows, ...] of some rows, and the faults of replaced samples."""
+        position, rows = unit
+        if self._ordered is None or self._ordered[0] != position:
+            # A worker reads several units of a batch.
+            self._ordered = position, self._in_order(position)[self._part.start : self._part.stop]
+        global_indices = self._ordered[1][rows]
+        if self._source.remote:
+            now, after = self._order.shards(global_indices)
+            self._prefetcher.want(self._source.remote_shards([*now, *after]))
+        samples = self._order.indices(global_indices)
+        caption_draws = mix(self._seed, _CAPTION, global_indices)
+        seeds = mix(self._seed, _AUGMENTATION, global_indices) >> np.uint64(1)
+        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
+        for slot, sample in enumerate(samples.tolist()):
+            raw, image = self._load(sample, int(global_indices[slot]), faults)
+            keys.append(raw.key)
+            captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
+            try:
+                images.append(transform(image, int(seeds[slot])))
+            except Exception as exc:
+                exc.add_note(f"while transforming {raw.key} of {self._source.description}")
+                raise
+        try:
+            # In a worker the images are in shared memory at once.
+            return default_collate(images), targets(captions, mix(self._seed, _TARGET, global_indices)), faults
+        except UserError as exc:
+            raise UserError(f"{exc}; in {self._source.description}, one of {', '.join(keys)}") from exc
+
+    def _in_order(self, position: int) -> I64:
+        """The global indices of a batch, of which the ranks take one part each: sorted by canonical node."""
+        batch = np.arange(position, position + self._batch_size, dtype=np.int64)
+        return batch[np.argsort(self._order.nodes(batch), kind="stable")]
+
+    def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
+        """The sample, or its first good replacement."""
+        source = self._source
+        for candidate in chain([sample], self._replacements(global_index)):
+            if candidate in self._decoded:
+                return self._decoded[candidate]
+            try:
+                raw = source[candidate]
+                image = decode_image(raw.image, source.name(candidate), self._decoding)
+            except BadSample as exc:
+                faults.append(exc.fault)
+                continue
+            # Kept for later epochs if all images of the data set would fit into memory.
+            if (len(raw.image) + image.width * image.height * 4) * len(source) <= _KEPT_BYTES:
+                self._decoded[candidate] = raw, image
+            return raw, image
+        raise UserError(
+            f"{source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
+            " `evaclip data check` lists the faults"
+        )
+
+    def _replacements(self, global_index: int) -> Iterator[int]:
+        for attempt in range(1, _ATTEMPTS):
+            draw = int(mix(self._seed, _REPLACEMENT, global_index, attempt)[0])
+            # First from the same window: its shards are read anyway.
+            yield self._order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self._source)
 
 
 def _units(batch_size: int) -> list[slice]:
@@ -231,106 +302,6 @@ def _tokens(tokenizer: Callable[[list[str]], Tensor], captions: list[str], seeds
     return tokenizer(captions)
 
 
-class _Loaded(NamedTuple):
-    images: Tensor
-    targets: Tensor
-    faults: list[Fault]
-
-
-@dataclass(frozen=True)
-class _TrainReader(BatchReader[tuple[int, slice], _Loaded]):
-    """Loads some rows of the batch at a position."""
-
-    source: Source
-    order: SampleOrder | MixedOrder
-    part: range
-    batch_size: int
-    transform: TrainTransform
-    targets: Targets
-    seed: int
-    decoding: Decoding
-    prefetcher: Prefetcher
-    kept: dict[int, tuple[RawSample, Image.Image]] = field(default_factory=dict)
-    ordered: dict[int, I64] = field(default_factory=dict)
-    """The batch in order, by its position; the last one only, of which a worker has several units."""
-
-    def check_room(self, window: int, processes: int) -> None:
-        """Raises UserError if the cache is too small for the shards that are read at the same time."""
-        copies = self.source.copies(self.order.shards(self._global_indices(0))[0]) if self.source.remote else []
-        size = sum(copy.size for copy in copies)
-        if copies and size > (capacity := copies[0].shard.cache.capacity):
-            readers = f", which {processes} processes of this machine read," if processes > 1 else ""
-            raise UserError(
-                f"a shuffle window of {window} samples (0: all){readers} takes {len(copies)} remote shards,"
-                f" {size / 1e9:.3g} GB, but local copies may take {capacity / 1e9:.3g} GB: raise data.remote.cache_gb,"
-                " to twice as much for the next window to be fetched meanwhile, or lower data.shuffle_window"
-            )
-
-    def read(self, unit: tuple[int, slice]) -> _Loaded:
-        position, rows = unit
-        global_indices = self._global_indices(position)[rows]
-        if self.source.remote:
-            now, after = self.order.shards(global_indices)
-            self.prefetcher.want(self.source.copies([*now, *after]))
-        samples = self.order.indices(global_indices)
-        caption_draws = mix(self.seed, _CAPTION, global_indices)
-        seeds = mix(self.seed, _AUGMENTATION, global_indices) >> np.uint64(1)
-        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
-        for slot, sample in enumerate(samples.tolist()):
-            raw, image = self._load(sample, int(global_indices[slot]), faults)
-            keys.append(raw.key)
-            captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
-            try:
-                images.append(self.transform(image, int(seeds[slot])))
-            except Exception as exc:
-                exc.add_note(f"while transforming {raw.key} of {self.source.description}")
-                raise
-        try:
-            targets = self.targets(captions, mix(self.seed, _TARGET, global_indices))
-        except UserError as exc:
-            raise UserError(f"{exc}; in {self.source.description}, one of {', '.join(keys)}") from exc
-        # In a worker this is shared memory at once.
-        return _Loaded(default_collate(images), targets, faults)
-
-    def _global_indices(self, position: int) -> I64:
-        """Of this process's part [n] of the batch. Processes take its samples by canonical node."""
-        if position not in self.ordered:
-            batch = np.arange(position, position + self.batch_size, dtype=np.int64)
-            by_node = np.argsort(self.order.nodes(batch), kind="stable")
-            self.ordered.clear()
-            self.ordered[position] = batch[by_node][self.part.start : self.part.stop]
-        return self.ordered[position]
-
-    def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
-        """The sample, or its first good replacement."""
-        for candidate in chain([sample], self._replacements(global_index)):
-            if candidate in self.kept:
-                return self.kept[candidate]
-            try:
-                raw = self.source[candidate]
-                image = decode_image(raw.image, self.source.name(candidate), self.decoding)
-                self._keep(candidate, raw, image)
-                return raw, image
-            except BadSample as exc:
-                faults.append(exc.fault)
-        raise UserError(
-            f"{self.source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
-            " `evaclip data check` lists the faults"
-        )
-
-    def _keep(self, sample: int, raw: RawSample, image: Image.Image) -> None:
-        """Keeps a decoded image for later epochs if all images of the data set would fit into memory."""
-        size = len(raw.image) + image.width * image.height * 4
-        if size * len(self.source) <= _KEPT_BYTES:
-            self.kept[sample] = raw, image
-
-    def _replacements(self, global_index: int) -> Iterator[int]:
-        for attempt in range(1, _ATTEMPTS):
-            draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
-            # First from the same window: its shards are read anyway.
-            yield self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)
-
-
 class EvalBatch(NamedTuple):
     """Samples in the order of the source.
 
@@ -355,29 +326,25 @@ def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: 
         raise UserError(f"batch_size must be 1 or more, got {batch_size}")
     faults = FaultLog()
     faults.add(source.faults)
-    reader = _EvalReader(source, transform, batch_size)
-    for images, captions, keys, bad in WorkerLoader(reader, range(0, len(source), batch_size), WorkerOptions(workers)):
+    read = partial(_read_samples, source, transform, batch_size)
+    for images, captions, keys, bad in WorkerLoader(read, range(0, len(source), batch_size), WorkerOptions(workers)):
         faults.add(bad)
         if keys:
             yield EvalBatch(torch.stack(images), captions, keys)
 
 
-@dataclass(frozen=True)
-class _EvalReader(BatchReader[int, tuple[list[Tensor], list[str], list[str], list[Fault]]]):
-    source: Source
-    transform: EvalTransform
-    batch_size: int
-
-    def read(self, first: int) -> tuple[list[Tensor], list[str], list[str], list[Fault]]:
-        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
-        for index in range(first, min(first + self.batch_size, len(self.source))):
-            try:
-                raw = self.source[index]
-                image = decode_image(raw.image, self.source.name(index), self.source.decoding)
-            except BadSample as exc:
-                faults.append(exc.fault)
-                continue
-            images.append(self.transform(image))
-            captions.append(raw.caption)
-            keys.append(raw.key)
-        return images, captions, keys, faults
+def _read_samples(
+    source: Source, transform: EvalTransform, batch_size: int, first: int
+) -> tuple[list[Tensor], list[str], list[str], list[Fault]]:
+    images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
+    for index in range(first, min(first + batch_size, len(source))):
+        try:
+            raw = source[index]
+            image = decode_image(raw.image, source.name(index), source.decoding)
+        except BadSample as exc:
+            faults.append(exc.fault)
+            continue
+        images.append(transform(image))
+        captions.append(raw.caption)
+        keys.append(raw.key)
+    return images, captions, keys, faults

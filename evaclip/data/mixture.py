@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 
 from evaclip.data.order import I64, SampleOrder, mix, sample_order
-from evaclip.data.remote import Copy
+from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
@@ -42,23 +42,19 @@ class MixtureSource(Source):
         self.decoding = parts[0].decoding
         self.fingerprint = hash_list("mixture", zip([p.fingerprint for p in parts], self.counts, strict=True))
         self._ends = list(accumulate(map(len, parts)))
+        self._shard_ends = list(accumulate(len(part.shard_sizes) for part in parts))
 
     def __getitem__(self, index: int) -> RawSample:
-        part, position = self._locate(index)
-        return part[position]
+        number, position = _locate(index, self._ends)
+        return self.parts[number][position]
 
     def name(self, index: int) -> str:
-        part, position = self._locate(index)
-        return part.name(position)
+        number, position = _locate(index, self._ends)
+        return self.parts[number].name(position)
 
-    def copies(self, shards: Sequence[int]) -> list[Copy]:
-        found = list[Copy]()
-        ends = list(accumulate(len(part.shard_sizes) for part in self.parts))
-        for shard in shards:
-            number = bisect_right(ends, shard)
-            part = self.parts[number]
-            found += part.copies([shard - (ends[number] - len(part.shard_sizes))])
-        return found
+    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
+        located = (_locate(shard, self._shard_ends) for shard in shards)
+        return [shard for number, own in located for shard in self.parts[number].remote_shards([own])]
 
     def close(self) -> None:
         for part in self.parts:
@@ -69,11 +65,13 @@ class MixtureSource(Source):
         orders = [sample_order(len(part), seed, window, part.shard_sizes, nodes) for part in self.parts]
         return MixedOrder(orders, self.counts, seed)
 
-    def _locate(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < self._ends[-1]:
-            raise IndexError(f"sample {index} of {self._ends[-1]}")
-        number = bisect_right(self._ends, index)
-        return self.parts[number], index - (self._ends[number] - len(self.parts[number]))
+
+def _locate(index: int, ends: Sequence[int]) -> tuple[int, int]:
+    """The part that an index lies in, and the index there."""
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"sample {index} of {ends[-1]}")
+    number = bisect_right(ends, index)
+    return number, index - (ends[number - 1] if number else 0)
 
 
 class MixedOrder:

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from evaclip.data import KINDS, Kind, webdataset
+from evaclip.data import KINDS, Kind
 from evaclip.data.config import DEFAULT_TEMPLATE, DataConfig, RemoteConfig
-from evaclip.data.image_folder import FolderSource, PictureFolder, class_folders
+from evaclip.data.image_folder import FolderSource
+from evaclip.data.index_cache import IndexCache
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.remote import ShardCache, is_command, is_remote
 from evaclip.data.samples import Decoding
 from evaclip.data.shard_list import LIST_SUFFIX, ShardList, expand_paths, list_shards, read_list, shards_at
 from evaclip.data.source import Source
 from evaclip.data.synthetic import SyntheticSource
-from evaclip.data.tables import COLUMNS, TABLES, Columns, TableSource
-from evaclip.data.tar_index import IndexCache
+from evaclip.data.tables import TABLES, TableSource
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError, unknown_name
 from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS
@@ -53,20 +53,16 @@ def open_source(
         raise UserError(f"max_image_pixels must be 1 or more, got {max_image_pixels}")
     if kind not in KINDS:
         raise unknown_name("kind of data", kind, KINDS)
-    if kind == "synthetic" or (kind == "auto" and path == "synthetic"):
-        source: Source = SyntheticSource(num_samples)
+    source: Source
+    kind, paths = _kind_and_paths(path, kind)
+    if kind == "synthetic":
+        source = SyntheticSource(num_samples)
+    elif kind == "webdataset":
+        source = _open_shards(paths, remote or RemoteConfig(), IndexCache(), image_key, caption_key)
+    elif kind == "folder":
+        source = FolderSource(_one_local(kind, paths), caption_template if captions else None)
     else:
-        paths = expand_paths(path)
-        chosen = _guess_kind(paths[0]) if kind == "auto" else kind
-        if chosen == "webdataset":
-            keys = (image_key or webdataset.IMAGE_KEY, caption_key or webdataset.CAPTION_KEY)
-            source = _open_shards(paths, remote or RemoteConfig(), IndexCache(), keys)
-        elif chosen == "folder":
-            root = _one_local(chosen, path, paths)
-            source = FolderSource(root, caption_template) if captions else PictureFolder(root)
-        else:
-            columns = Columns(image_key or COLUMNS.image, caption_key or COLUMNS.caption)
-            source = TableSource(_one_local(chosen, path, paths), chosen, columns, csv_separator)
+        source = TableSource(_one_local(kind, paths), kind, image_key, caption_key, csv_separator)
     source.decoding = Decoding(exif_orientation, min_size, max_pixels=max_image_pixels)
     source.wants_captions = captions
     return source
@@ -81,14 +77,11 @@ def open_configured(config: DataConfig, *, captions: bool = True) -> Source:
 
 
 def classes_of(config: DataConfig) -> Sequence[str]:
-    """`Source.classes` of what a configuration names, without opening it."""
+    """`Source.classes` of the data that a configuration names; no shard or table is opened."""
     if config.mixture or not config.train:
         return ()
-    if config.train == "synthetic" or config.kind == "synthetic":
-        return SyntheticSource(1).classes
-    paths = expand_paths(config.train)
-    kind = _guess_kind(paths[0]) if config.kind == "auto" else config.kind
-    return class_folders(_one_local(kind, config.train, paths)) if kind == "folder" else ()
+    kind, _ = _kind_and_paths(config.train, config.kind)
+    return open_configured(config).classes if kind in ("folder", "synthetic") else ()
 
 
 _KEYS = (
@@ -121,7 +114,7 @@ def index_shards(path: str, part: int = 0, parts: int = 1) -> WebDatasetSource:
 
 
 def allow_open_files() -> None:
-    """Raises the limit of open files to the hard one: a source keeps 400 shards open, a rank its connections."""
+    """Raises the limit of open files to the hard one: a source keeps 400 files open, a rank its connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -131,7 +124,8 @@ def _open_shards(
     paths: Sequence[str],
     remote: RemoteConfig,
     indexes: IndexCache,
-    keys: tuple[str, str] = (webdataset.IMAGE_KEY, webdataset.CAPTION_KEY),
+    image_key: str | None = None,
+    caption_key: str | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> WebDatasetSource:
     allow_open_files()
@@ -140,48 +134,53 @@ def _open_shards(
         if part[1] > 1:
             raise UserError(f"lists of shards are joined as a whole, so part {part[0]}/{part[1]} is none of {paths[0]}")
         _require_all_parts(paths)
-        return WebDatasetSource(ShardList(chain.from_iterable(map(read_list, paths))), cache, indexes, *keys)
-    shards = shards_at(paths, cache)
-    if len(shards) < part[1]:
-        raise UserError(f"{len(shards)} shards can't be divided into {part[1]} parts")
-    begin, end = (len(shards) * bound // part[1] for bound in (part[0], part[0] + 1))
-    return WebDatasetSource(list_shards(shards[begin:end], indexes), cache, indexes, *keys)
+        shards = ShardList(chain.from_iterable(map(read_list, paths)))
+        return WebDatasetSource(shards, cache, indexes, image_key, caption_key)
+    found = shards_at(paths, cache)
+    if len(found) < part[1]:
+        raise UserError(f"{len(found)} shards can't be divided into {part[1]} parts")
+    begin, end = (len(found) * bound // part[1] for bound in (part[0], part[0] + 1))
+    return WebDatasetSource(list_shards(found[begin:end], indexes), cache, indexes, image_key, caption_key)
 
 
 def _require_all_parts(lists: Sequence[str]) -> None:
     """Raises UserError unless lists that `evaclip data index --part` has written are all parts of one whole."""
     found = [(int(name[1]), int(name[2])) for path in lists if (name := _PART.search(path))]
-    counts = {count for _, count in found}
-    if not found or (len(counts) == 1 and sorted(found) == [(part, len(found)) for part in range(max(counts))]):
+    parts = found[0][1] if found else 0
+    if sorted(found) == (expected := [(part, parts) for part in range(parts)]):
         return
-    missing = sorted({(part, count) for count in counts for part in range(count)} - set(found))
-    lacking = ", ".join(f"{part:05d}-of-{count:05d}" for part, count in missing[:5]) + ", ..." * (len(missing) > 5)
+    missing = [f"{part:05d}-of-{parts:05d}" for part, _ in sorted(set(expected) - set(found))]
     raise UserError(
-        f"{len(found)} lists of parts of {' and of '.join(map(str, sorted(counts)))} are no whole"
-        + (f": there is no {lacking}" if missing else ": some are given twice")
+        f"lists of parts must be the {parts} parts of one whole, each once, got {len(found)}"
+        + (f" without {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5) if missing else "")
         + "; 'evaclip data index --part' makes missing lists; delete lists of another division"
     )
 
 
-def _guess_kind(path: str) -> Kind:
-    if is_remote(path) or path.endswith(LIST_SUFFIX):
-        return "webdataset"
-    if Path(path).is_dir():
-        return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
-    suffix = Path(path).suffix.lower()
-    if suffix in TABLES:
-        return TABLES[suffix]
-    if suffix == ".tar":
-        return "webdataset"
+def _kind_and_paths(path: str, kind: Kind) -> tuple[Kind, list[str]]:
+    """The kind of a data set, guessed if it is auto, and the paths of its files, folders and URLs."""
+    if kind == "synthetic" or (kind == "auto" and path == "synthetic"):
+        return "synthetic", []
+    paths = expand_paths(path)
+    first = paths[0]
+    if kind != "auto":
+        return kind, paths
+    if is_remote(first) or first.endswith(LIST_SUFFIX):
+        return "webdataset", paths
+    if Path(first).is_dir():
+        return "webdataset" if any(Path(first).glob("*.tar")) else "folder", paths
+    suffix = Path(first).suffix.lower()
+    if suffix == ".tar" or suffix in TABLES:
+        return TABLES.get(suffix, "webdataset"), paths
     raise UserError(
-        f"{path} is neither a .tar shard, a list of shards ({LIST_SUFFIX}), a table ({' '.join(TABLES)}), a folder nor"
+        f"{first} is neither a .tar shard, a list of shards ({LIST_SUFFIX}), a table ({' '.join(TABLES)}), a folder nor"
         " the word 'synthetic'; if it is one of these by another name, give the kind (webdataset, csv, jsonl, parquet)"
     )
 
 
-def _one_local(kind: str, path: str, paths: Sequence[str]) -> Path:
+def _one_local(kind: str, paths: Sequence[str]) -> Path:
     if len(paths) > 1:
-        raise UserError(f"a {kind} data set is one path, but {path!r} names {len(paths)}")
+        raise UserError(f"a {kind} data set must be one path, got {len(paths)}, the first {paths[0]}")
     if is_remote(paths[0]):
         raise UserError(f"a {kind} data set is read from local files only: copy or mount {paths[0]!r} first")
     return Path(paths[0])

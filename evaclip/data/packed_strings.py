@@ -7,6 +7,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -33,11 +34,9 @@ class PackedStrings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
-        """Packs strings in order, one at a time: a generator never has two of them in memory."""
-        packer = StringPacker()
-        for string in strings:
-            packer.add(string)
-        return packer.packed()
+        """Packs strings in order."""
+        parts = [string.encode("utf-8", "surrogateescape") for string in strings]
+        return cls(np.frombuffer(b"".join(parts), np.uint8), np.fromiter(accumulate(map(len, parts)), np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -61,7 +60,7 @@ class PackedStrings(Sequence[str]):
 
 
 class StringPacker:
-    """Takes the strings of a `PackedStrings` one after the other."""
+    """Takes the strings of a `PackedStrings` one after the other, without holding them as Python objects."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()

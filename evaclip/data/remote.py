@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, compress
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
@@ -51,7 +51,7 @@ _TOUCH_AFTER = 10.0
 _ABANDONED_AFTER = 3600.0
 
 T = TypeVar("T")
-Check = Callable[[Path], None]
+Check = Callable[["RemoteShard", Path], None]
 """Looks at a copy before anybody else sees it, and raises RemoteError to refuse it."""
 
 
@@ -220,20 +220,31 @@ def _translated() -> Iterator[None]:
 
 
 class RemoteShard:
-    """A tar elsewhere; a `Shard`.
+    """A tar elsewhere.
 
     Args:
         url: as `open_remote` takes it.
         cache: holds the copy that is read.
         version: as which the shard was indexed; None asks the server when it is needed.
+        size: in bytes, nearly.
+        check: of each new copy; None accepts all.
     """
 
     path = None
 
-    def __init__(self, url: str, cache: "ShardCache", version: Version | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        cache: "ShardCache",
+        version: Version | None = None,
+        size: int = 0,
+        check: Check | None = None,
+    ) -> None:
         self.url = url
         self.identity = os.fsencode(url)
         self.cache = cache
+        self.size = size
+        self.check = check
         self._version = version
 
     def __str__(self) -> str:
@@ -288,7 +299,7 @@ class ShardCache:
         self._failures: dict[str, tuple[float, RemoteError]] = {}
 
     def version(self, url: str) -> Version:
-        """The version that the server has now. Raises RemoteError."""
+        """The version that the server has now; unknown for a command. Raises RemoteError."""
 
         def ask() -> Version:
             with open_remote(url, self._config.timeout) as remote:
@@ -297,11 +308,11 @@ class ShardCache:
         return Version() if is_command(url) else self._try(url, ask)
 
     @contextmanager
-    def opened(self, shard: RemoteShard, check: Check | None = None) -> Iterator[int]:
+    def opened(self, shard: RemoteShard) -> Iterator[int]:
         """A file descriptor of the shard's copy, which is fetched if it isn't there.
 
         Raises:
-            RemoteError: the fetch fails, the shard has another version, or `check` refuses it.
+            RemoteError: the fetch fails, the shard has another version, or its check refuses it.
             UserError: the folder cannot be written.
         """
         path = self._folder / shard.file_name
@@ -311,7 +322,7 @@ class ShardCache:
                 break
             except (FileNotFoundError, NotADirectoryError):
                 # Another process may have put it out again before it is opened: then once more.
-                self.fetch(shard, check)
+                self.fetch(shard)
             except OSError as exc:
                 raise UserError(f"the copy {path} of {shard.url} cannot be read: {exc.strerror}") from exc
         try:
@@ -321,7 +332,7 @@ class ShardCache:
         finally:
             os.close(descriptor)
 
-    def fetch(self, shard: RemoteShard, check: Check | None, wait: bool = True) -> None:
+    def fetch(self, shard: RemoteShard, wait: bool = True) -> None:
         """Fetches a shard unless it is there.
 
         Raises:
@@ -339,7 +350,7 @@ class ShardCache:
             # One of 256 locks, so that there aren't as many lock files as shards.
             with locked(self._folder / f"{path.name[:2]}.lock", wait):
                 if not path.exists():
-                    self._fetch_locked(shard, path, check)
+                    self._fetch_locked(shard, path)
         except RemoteError as exc:
             self._failures[shard.url] = (time.monotonic(), exc)
             raise
@@ -351,16 +362,10 @@ class ShardCache:
                 " data.remote.cache_folder names another folder"
             ) from exc
 
-    def _fetch_locked(self, shard: RemoteShard, path: Path, check: Check | None) -> None:
+    def _fetch_locked(self, shard: RemoteShard, path: Path) -> None:
         part = path.with_suffix(".part")
-
-        def copy() -> None:
-            self._copy(shard, part)
-            if check:
-                check(part)
-
         try:
-            self._try(shard.url, copy)
+            self._try(shard.url, partial(self._copy, shard, part))
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -376,6 +381,8 @@ class ShardCache:
                 file.write(chunk)
             if size not in (None, file.tell()):
                 raise RemoteError(f"only {file.tell()} of {size} bytes came")
+        if shard.check:
+            shard.check(shard, part)
 
     def _make_room(self, size: int, kept: Path) -> None:
         """Deletes the copies that were read longest ago until `size` more bytes fit; never `kept`."""
@@ -410,20 +417,6 @@ class ShardCache:
         raise AssertionError("unreachable")
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A local copy of a remote shard, there or not.
-
-    Attributes:
-        check: refuses a copy that is not the shard that was indexed.
-        size: of the shard in bytes, nearly.
-    """
-
-    shard: RemoteShard
-    check: Check
-    size: int
-
-
 class Prefetcher:
     """One thread of each process that reads, started when it is first needed.
 
@@ -432,18 +425,17 @@ class Prefetcher:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._copies = list[Copy]()
+        self._shards = list[RemoteShard]()
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def want(self, copies: Sequence[Copy]) -> None:
+    def want(self, shards: Sequence[RemoteShard]) -> None:
         """Fetches these in the background, in order and as many as fit, instead of those of the last call."""
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]  # a thread isn't forked
-        totals = accumulate(copy.size for copy in copies)
-        fits = (total <= copy.shard.cache.capacity for copy, total in zip(copies, totals, strict=True))
-        self._copies = list(compress(copies, fits))
-        if not self._copies:
+        totals = accumulate(shard.size for shard in shards)
+        self._shards = [s for s, total in zip(shards, totals, strict=True) if total <= s.cache.capacity]
+        if not self._shards:
             return
         self._news.set()
         if self._thread is None:
@@ -455,11 +447,11 @@ class Prefetcher:
         while True:
             self._news.wait()
             self._news.clear()
-            for copy in self._copies:
+            for shard in self._shards:
                 try:
-                    copy.shard.cache.fetch(copy.shard, copy.check, wait=False)
+                    shard.cache.fetch(shard, wait=False)
                 except (RemoteError, UserError, BlockingIOError) as exc:  # the reader of the shard gets the error
-                    _LOG.debug("%s is not prefetched: %s", copy.shard.url, exc)
+                    _LOG.debug("%s is not prefetched: %s", shard.url, exc)
                 if self._news.is_set():
                     break
 

@@ -11,7 +11,7 @@ from stat import S_ISREG
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS, FORMATS, eight_bit, open_image
+from evaclip.pixels import DEFAULT_MAX_IMAGE_PIXELS, FORMATS, UnknownRangeError, eight_bit, open_image
 
 
 class FaultKind(StrEnum):
@@ -98,8 +98,6 @@ WHOLE = Decoding()
 REDUCTION_MARGIN = 2
 """`at_least` divided by the model's image size, where `jpeg_reduction` is on."""
 UPRIGHT = Decoding(exif_orientation=True)
-
-
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 
 
@@ -109,11 +107,6 @@ def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Im
     Raises BadSample for damaged data, other formats than `FORMATS`, too few pixels, too many, and pixels of an unknown
     range.
     """
-    return as_bytes(load_image(data, name, decoding), name)
-
-
-def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
-    """As `decode_image`, the pixels being as they are stored."""
     with _faults(name):
         image: Image.Image = open_image(data, decoding.max_pixels)
         if min(image.size) < decoding.min_size:
@@ -124,7 +117,7 @@ def load_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Imag
         image.load()
         if decoding.exif_orientation:
             ImageOps.exif_transpose(image, in_place=True)
-    return image
+        return eight_bit(image)
 
 
 def image_suffix(data: bytes, name: str) -> str:
@@ -138,7 +131,7 @@ def loaded_image(image: Image.Image, name: str) -> Image.Image:
     """As `decode_image`, of an open image, without rotation. Raises BadSample."""
     with _faults(name):
         image.load()
-    return as_bytes(image, name)
+        return eight_bit(image)
 
 
 @contextmanager
@@ -152,16 +145,10 @@ def _faults(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as exc:
         raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"the format must be {', '.join(FORMATS)}") from exc
+    except UnknownRangeError as exc:
+        raise BadSample(FaultKind.UNKNOWN_RANGE, name, str(exc)) from exc
     except Exception as exc:  # the decoders raise almost anything on damaged data: struct.error, IndexError, ...
         raise BadSample(FaultKind.CORRUPT_IMAGE, name, f"{type(exc).__name__}: {exc}") from exc
-
-
-def as_bytes(image: Image.Image, name: str) -> Image.Image:
-    """`eight_bit` of a sample's image. Raises BadSample where that raises ValueError."""
-    try:
-        return eight_bit(image)
-    except ValueError as exc:
-        raise BadSample(FaultKind.UNKNOWN_RANGE, name, str(exc)) from exc
 
 
 def read_image_file(path: Path, *, regular: bool = True) -> bytes:

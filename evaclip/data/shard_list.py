@@ -6,14 +6,14 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import numpy as np
 
 from evaclip.atomic import write_text
+from evaclip.data.index_cache import IndexCache, LocalShard, Shard
 from evaclip.data.packed_strings import StringPacker
 from evaclip.data.remote import (
     RemoteError,
@@ -26,7 +26,7 @@ from evaclip.data.remote import (
     open_remote,
 )
 from evaclip.data.samples import Fault, FaultKind
-from evaclip.data.tar_index import IndexCache, LocalShard, ShardFacts
+from evaclip.data.tar_index import ShardFacts
 from evaclip.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
@@ -34,8 +34,6 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 KIND = "evaclip-shards-v1"
 LIST_SUFFIX = ".json"
 _TIMEOUT = 60.0
-
-Shard = LocalShard | RemoteShard
 
 
 def expand_paths(pattern: str) -> list[str]:
@@ -85,11 +83,6 @@ def expand_braces(pattern: str) -> list[str]:
     return list(dict.fromkeys(text for choice in choices for text in expand_braces(head + choice + tail)))
 
 
-def shard_at(location: str, cache: ShardCache, version: Version | None = None) -> Shard:
-    """The shard of a path, URL or command; arguments as those of `RemoteShard`."""
-    return RemoteShard(location, cache, version) if is_remote(location) else LocalShard(Path(location))
-
-
 def shards_at(paths: Sequence[str], cache: ShardCache) -> list[Shard]:
     """The shards of paths, URLs, commands and folders. Raises UserError for a folder without shards."""
     locations = list[str]()
@@ -101,11 +94,10 @@ def shards_at(paths: Sequence[str], cache: ShardCache) -> list[Shard]:
         if not inside:
             raise UserError(f"there are 0 .tar shards in the folder {path}")
         locations += map(local_name, inside)
-    return [shard_at(location, cache) for location in locations]
+    return [RemoteShard(place, cache) if is_remote(place) else LocalShard(Path(place)) for place in locations]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A shard of a list: a local path, URL or command; its version, if it is remote; and its facts."""
 
     location: str
@@ -113,60 +105,56 @@ class Entry:
     facts: ShardFacts
 
 
-class ShardList(Sequence[Entry]):
+class ShardList:
     """Shards in flat arrays: a worker shares those of the process that opened them, and 160,000 take 24 MB.
 
     Attributes:
         samples: int64 [n], of each shard.
+        faults: of shards as a whole.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
-        texts, numbers, odd = StringPacker(), array("q"), dict[int, tuple[str, tuple[str, ...]]]()
+        texts, numbers = StringPacker(), array("q")
+        self.faults = list[Fault]()
+        self._odd = dict[int, Entry]()
         for number, entry in enumerate(entries):
-            for text in (entry.location, entry.version.tag, entry.facts.digest):
+            location, version, facts = entry
+            for text in (location, version.tag, facts.digest):
                 texts.add(text)
-            size = -1 if entry.version.size is None else entry.version.size
-            numbers.extend((entry.facts.samples, entry.facts.size, size))
-            if entry.facts.damage or entry.facts.duplicates:
-                odd[number] = entry.facts.damage, entry.facts.duplicates
+            numbers.extend((facts.samples, facts.size, -1 if version.size is None else version.size))
+            if facts.damage or facts.duplicates:
+                self._odd[number] = entry
+                self.faults += _faults(location, facts)
         self._texts = texts.packed()
         self._numbers = np.array(numbers, np.int64).reshape(-1, 3)
-        self._odd = odd
         self.samples = self._numbers[:, 0].copy()
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Entry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Entry]: ...
-    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def __getitem__(self, number: int) -> Entry:
+        if number in self._odd:
+            return self._odd[number]
         location, tag, digest = self._texts[3 * number : 3 * number + 3]
         samples, size, version = self._numbers[number].tolist()
-        damage, duplicates = self._odd.get(number, ("", ()))
-        facts = ShardFacts(samples, digest, damage, size, duplicates)
-        return Entry(location, Version(None if version < 0 else version, tag), facts)
+        return Entry(location, Version(None if version < 0 else version, tag), ShardFacts(samples, digest, "", size))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.__getitem__, range(len(self)))
 
     def digests(self) -> Iterator[tuple[str, str]]:
         """Location and digest of each, faster than its entry."""
         texts = iter(self._texts)
         return ((location, digest) for location, _, digest in zip(texts, texts, texts, strict=True))
 
-    def faults(self) -> Iterator[Fault]:
-        """Faults of shards as a whole."""
-        for number in self._odd:
-            entry = self[number]
-            shard, facts = entry.location, entry.facts
-            if facts.damage:
-                detail = f"{facts.damage}; its first {facts.samples} samples are used"
-                yield Fault(FaultKind.DAMAGED_SHARD, shard, detail, file=shard)
-            for key in facts.duplicates:
-                detail = "it comes again in this shard; the first copy is used"
-                yield Fault(FaultKind.DUPLICATE_KEY, f"{shard}:{key}", detail, shard, key)
+
+def _faults(shard: str, facts: ShardFacts) -> Iterator[Fault]:
+    if facts.damage:
+        detail = f"{facts.damage}; its first {facts.samples} samples are used"
+        yield Fault(FaultKind.DAMAGED_SHARD, shard, detail, file=shard)
+    for key in facts.duplicates:
+        detail = "it comes again in this shard; the first copy is used"
+        yield Fault(FaultKind.DUPLICATE_KEY, f"{shard}:{key}", detail, shard, key)
 
 
 def list_shards(shards: Sequence[Shard], indexes: IndexCache) -> ShardList:
@@ -209,7 +197,8 @@ def read_list(location: str) -> Iterator[Entry]:
         if content["kind"] != KIND:
             raise ValueError(f"its kind is {content['kind']!r}")
         shards = content["shardlist"]
-        yield from (_entry(shard, location) for shard in shards)
+        for shard in shards:
+            yield _entry(shard, location)
     except (ValueError, KeyError, TypeError) as exc:
         raise UserError(
             f"{location} is no list of shards ({KIND}), as `evaclip data index` writes it: {type(exc).__name__}: {exc}"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -44,22 +44,9 @@ def write_shards(folder: Path, prefix: str, samples: Iterable[WritableSample], p
     return paths
 
 
-class Converted(NamedTuple):
-    """The result of `convert`.
-
-    Attributes:
-        samples, shards: their numbers.
-        suffixes: of the image members.
-        faults: of samples that were left out.
-    """
-
-    samples: int
-    shards: int
-    suffixes: set[str]
-    faults: FaultLog
-
-
-def convert(source: Source, folder: Path, per_shard: int, console: Console | None = None) -> Converted:
+def convert(
+    source: Source, folder: Path, per_shard: int, console: Console | None = None
+) -> tuple[int, Counter[str], FaultLog]:
     """Writes the samples of a source, in order, as `folder/00000.tar`, ...: each file appears complete or not at all.
 
     A sample's members are its image, as it is; `txt`, its caption, or several as `caption` in `json`; `json` with its
@@ -70,6 +57,9 @@ def convert(source: Source, folder: Path, per_shard: int, console: Console | Non
         source: bad samples of it are left out.
         per_shard: samples a shard, bad ones counted.
         console: where a progress bar is shown; None shows none.
+
+    Returns:
+        the number of shards, the number of images by their suffix, and the faults of samples that were left out.
 
     Raises:
         UserError: `per_shard` is below 1, or the folder holds shards.
@@ -103,7 +93,7 @@ def convert(source: Source, folder: Path, per_shard: int, console: Console | Non
         write_shard(folder / f"{shard:05d}.tar", filter(None, islice(samples, per_shard)))
     if source.classes:
         write_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-    return Converted(suffixes.total(), shards, set(suffixes), faults)
+    return shards, suffixes, faults
 
 
 def _members(raw: RawSample, suffix: str, label: int | None) -> dict[str, bytes]:

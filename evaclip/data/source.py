@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evaclip.data.order import I64
-from evaclip.data.remote import Copy
+from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import WHOLE, Decoding, Fault, RawSample
 
 
@@ -23,7 +23,7 @@ class Source(ABC):
         decoding: how its image files are to be decoded.
         classes: names of the classes where the kind of data has them, in label order; else empty.
         wants_captions: whether a sample without a caption can't be used.
-        remote: whether there are shards that are read from local copies, see `copies`.
+        remote: whether there are remote shards, see `remote_shards`.
     """
 
     description: str
@@ -67,8 +67,8 @@ class Source(ABC):
         """A number for each sample, equal for samples that share an image; None if no samples do."""
         return None
 
-    def copies(self, shards: Sequence[int]) -> list[Copy]:
-        """The local copies that samples of these shards are read from, in this order; none for local shards."""
+    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
+        """The remote shards among those of these numbers, in this order."""
         return []
 
     def close(self) -> None:  # noqa: B027 - most kinds hold nothing open

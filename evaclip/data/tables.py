@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +27,9 @@ Rows = Iterator[tuple[str, Sequence[str]]]
 """The path of an image, "" if there is none, and its captions."""
 
 
-class Columns(NamedTuple):
-    """Names of the two columns that are read."""
+Columns = tuple[str, str]
+"""Names of the columns of images and captions."""
 
-    image: str
-    caption: str
-
-
-COLUMNS = Columns("filepath", "title")
 TABLES: dict[str, Kind] = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 """The kind of a table by its suffix."""
 
@@ -45,19 +40,28 @@ class TableSource(Source):
     Args:
         path: a CSV, JSON Lines or Parquet file.
         kind: its format: csv, jsonl or parquet.
-        columns: the columns of images and captions. A caption may be a list in JSON Lines and Parquet.
+        image_key: the column of image paths; None for filepath.
+        caption_key: the column of captions; None for title. A caption may be a list in JSON Lines and Parquet.
         separator: of a CSV file; None for tab, comma, semicolon or pipe, the one that gives the columns.
 
     Raises:
         UserError: a column is missing, the file isn't of this format, or it has no row.
     """
 
-    def __init__(self, path: Path, kind: str, columns: Columns = COLUMNS, separator: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        image_key: str | None = None,
+        caption_key: str | None = None,
+        separator: str | None = None,
+    ) -> None:
         self.description = str(path)
         self._folder = path.parent
         if path.is_dir():
             raise UserError(f"{path} is a folder; a {kind} file is expected")
         images, captions, ends = StringPacker(), StringPacker(), array("q")
+        columns = (image_key or "filepath", caption_key or "title")
         try:
             for image, texts in self._read(path, kind, columns, separator):
                 images.add(image)
@@ -97,7 +101,7 @@ class TableSource(Source):
     def __getitem__(self, index: int) -> RawSample:
         image, captions = self._images[index], not_blank(self._texts(index))
         if not image:
-            raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the row names no picture")
+            raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the row names no image")
         if not captions and self.wants_captions:
             raise BadSample(FaultKind.MISSING_CAPTION, self.name(index))
         return RawSample(image, read_image_file(self._folder / image), captions)
@@ -122,7 +126,7 @@ class TableSource(Source):
 
 def _unknown_column(path: Path, columns: Columns, given: Iterable[str]) -> UserError:
     return UserError(
-        f"{path} must have the columns {columns.image!r} (images) and {columns.caption!r} (captions), got"
+        f"{path} must have the columns {columns[0]!r} (images) and {columns[1]!r} (captions), got"
         f" {', '.join(map(repr, given))}; data.image_key and data.caption_key choose others, or on the command line"
         " --csv-img-key and --csv-caption-key (train), --image-key and --caption-key (data, eval, index)"
     )
@@ -184,8 +188,8 @@ def _jsonl_rows(path: Path, encoding: str, columns: Columns) -> Rows:
                 raise UserError(f"{path}, line {number}: a JSON object is expected, got {line.strip()[:40]!r}")
             first = first or row
             missing -= row.keys()
-            image = row.get(columns.image)
-            yield sound(image) if isinstance(image, str) else "", texts_of(row.get(columns.caption))
+            image, caption = map(row.get, columns)
+            yield sound(image) if isinstance(image, str) else "", texts_of(caption)
     if first and missing:
         raise _unknown_column(path, columns, first)
 
@@ -200,10 +204,10 @@ def _parquet_rows(path: Path, columns: Columns) -> Rows:
             schema = file.schema_arrow
             if not set(columns) <= set(schema.names):
                 raise _unknown_column(path, columns, schema.names)
-            kind = schema.field(columns.image).type
+            kind = schema.field(columns[0]).type
             text = kind.value_type if types.is_dictionary(kind) else kind
             if not (types.is_string(text) or types.is_large_string(text)):
-                raise UserError(f"the column {columns.image!r} of {path} must hold paths of pictures, got {kind}")
+                raise UserError(f"the column {columns[0]!r} of {path} must hold paths of images, got {kind}")
             for batch in file.iter_batches(columns=list(columns)):
                 images, captions = (batch.column(name).to_pylist() for name in columns)
                 for image, caption in zip(images, captions, strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.order import I64, U64, mix
-from evaclip.data.remote import Copy
+from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 
@@ -135,8 +135,8 @@ class Rest(View):
         self.classes = whole.classes
         self.remote = whole.remote
 
-    def copies(self, shards: Sequence[int]) -> list[Copy]:
-        return self.whole.copies(shards)
+    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
+        return self.whole.remote_shards(shards)
 
     def number(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -6,14 +6,13 @@ import os
 import signal
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from evaclip.errors import UserError
 
 _LOG = logging.getLogger("evaclip.data")
+_LOOK_EVERY = 5.0
+"""Seconds of waiting after which torch looks whether all workers are alive."""
 _A_MOMENT = 1.0
 """Seconds from a broken connection to a worker until its end must be there to be seen."""
 
@@ -55,39 +56,44 @@ class WorkerOptions:
             raise UserError(f"prefetch must be 1 or more, got {self.prefetch}")
 
 
-class BatchReader(Dataset[Any], ABC, Generic[P, T]):
-    """Reads the batch at a position, in a worker."""
+class _Reader(Dataset[Any]):
+    """A function of positions as a data set."""
 
-    @abstractmethod
-    def read(self, position: P) -> T:
-        """The batch. Raises UserError."""
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self._read = read
 
-    def __getitem__(self, position: P) -> T | UserError:
+    def __getitem__(self, position: Any) -> Any:
         try:
-            return self.read(position)
+            return self._read(position)
         except UserError as exc:  # as a value: DataLoader would put the worker's traceback into its message
             return exc
 
 
 class WorkerLoader(DataLoader[T]):
-    """Iterates over the batches at the given positions, in order, read by worker processes.
+    """Iterates over `read(position)` for the given positions, in order, called in worker processes.
 
     The default random generators are neither read nor changed.
 
+    Attributes:
+        waits: whether a consumer of this process waits for a batch.
+
     Raises:
-        UserError: the reader does, or no worker can be started.
+        UserError: `read` does, or no worker can be started.
         WorkerDied: a worker has ended.
     """
 
-    def __init__(self, reader: BatchReader[P, T], positions: Iterable[P], options: WorkerOptions) -> None:
+    waits = False
+
+    def __init__(self, read: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> None:
         super().__init__(
-            reader,
+            _Reader(read),
             batch_size=None,
             sampler=positions,
             num_workers=options.workers,
             prefetch_factor=options.prefetch if options.workers else None,
             collate_fn=_unchanged,
             pin_memory=options.pin,
+            timeout=min(options.patience, _LOOK_EVERY) if options.workers else 0,
             worker_init_fn=_init_worker,
             # A seed for the workers is drawn from it, and not from the generator of the training.
             generator=torch.Generator(),
@@ -103,20 +109,36 @@ class WorkerLoader(DataLoader[T]):
             raise UserError(f"{failed}; 0 (data.workers, --workers) does without") from exc
         processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
         _raise_in_waits_alone()
-        with _StallWatch(processes, self._patience) as watch:
-            while True:
-                try:
-                    with watch.waiting():
-                        batch = next(batches)
-                except StopIteration:
-                    return
-                except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
+        for number in count():
+            try:
+                batch = self._next(batches, processes, number)
+            except StopIteration:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def _next(self, batches: Iterator[T], processes: Sequence[BaseProcess], number: int) -> T:
+        """The next batch; each `patience` seconds without one are logged."""
+        began = reported = time.monotonic()
+        while True:
+            WorkerLoader.waits = True
+            try:
+                return next(batches)
+            except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
+                if not str(exc).startswith("DataLoader timed out"):
                     if not (ended := _ended(processes)):
                         raise
                     raise WorkerDied(ended) from exc
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+            finally:
+                WorkerLoader.waits = False
+            now = time.monotonic()
+            if now - reported >= self._patience:
+                reported = now
+                worker = number % len(processes)
+                state = f"pid {processes[worker].pid}, {'alive' if processes[worker].is_alive() else 'dead'}"
+                waited = f"no samples for {now - began:.0f} s: waiting for part {number}"
+                _LOG.warning("%s from data worker %d (%s)", waited, worker, state)
 
 
 def _raise_in_waits_alone() -> None:
@@ -126,7 +148,7 @@ def _raise_in_waits_alone() -> None:
     """
     found: Any = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is threading.main_thread() and getattr(found, "__module__", "").startswith("torch."):
-        signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if _StallWatch.waits else None)
+        signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if WorkerLoader.waits else None)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -172,54 +194,3 @@ def _describe_exit(code: int) -> str:
         " in its place, as cp does it",
     }.get(name, "")
     return f"was killed by {name}{hint}"
-
-
-class _StallWatch:
-    """Logs a warning while the consumer waits for a batch longer than `patience` seconds.
-
-    Attributes:
-        waits: whether a consumer of this process waits.
-    """
-
-    waits = False
-
-    def __init__(self, processes: Sequence[BaseProcess], patience: float) -> None:
-        self._processes = processes
-        self._patience = patience
-        self._since: float | None = None
-        self._batches = 0
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="evaclip-data-watch", daemon=True)
-
-    def __enter__(self) -> Self:
-        if self._processes:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        if self._processes:
-            self._thread.join()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The time in which the consumer waits for one batch."""
-        self._since, _StallWatch.waits = time.monotonic(), True
-        try:
-            yield
-        finally:
-            self._since, _StallWatch.waits = None, False
-            self._batches += 1
-
-    def _watch(self) -> None:
-        warned = 0.0
-        while not self._closed.wait(min(self._patience / 4, 5.0)):
-            since, now = self._since, time.monotonic()
-            if since is None or now - max(since, warned) < self._patience:
-                continue
-            warned = now
-            worker = self._batches % len(self._processes)
-            process = self._processes[worker]
-            state = f"pid {process.pid}, {'alive' if process.is_alive() else 'dead'}"
-            waited = f"no samples for {now - since:.0f} s: waiting for part {self._batches}"
-            _LOG.warning("%s from data worker %d (%s)", waited, worker, state)

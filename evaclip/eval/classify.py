@@ -1,6 +1,7 @@
 """Classification: labels of a data set, the classes of a classifier, and top-1 and top-5 as timm's `validate`."""
 
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -217,9 +218,15 @@ def load_real_labels(file: str | Path, source: Source, classes: int) -> list[fro
         UserError: no such file, or its labels are not those of the source.
     """
     try:
-        labels = [frozenset(map(_require_int, each)) for each in _real_labels(file)]
+        if file == IMAGENET:
+            from timm.data.real_labels import RealLabelsImagenet
+
+            content = RealLabelsImagenet(range(_VALIDATION_IMAGES)).real_labels.values()
+        else:
+            content = json.loads(read_text(Path(file), "labels"))
+        labels = [frozenset(map(operator.index, each)) for each in content]
     except (TypeError, ValueError) as exc:
-        raise UserError(f"{file}: expected a JSON list with a list of labels for each image ({exc})") from exc
+        raise UserError(f"{file} must be a JSON list with a list of labels for each image: {exc}") from exc
     if len(labels) != len(source):
         raise UserError(f"{file} has labels of {len(labels):,} images, but {source.description} has {len(source):,}")
     if outside := [label for each in labels for label in each if not 0 <= label < classes]:
@@ -237,20 +244,6 @@ def _validation_index(key: str) -> int:
     """Index of an image in ImageNet's validation set, from 0, by its file name; -1 for another image."""
     match = _VALIDATION_NAME.search(key)
     return int(match[1]) - 1 if match else -1
-
-
-def _real_labels(file: str | Path) -> Any:
-    if file != IMAGENET:
-        return json.loads(read_text(Path(file), "labels"))
-    from timm.data.real_labels import RealLabelsImagenet
-
-    return RealLabelsImagenet(range(_VALIDATION_IMAGES)).real_labels.values()
-
-
-def _require_int(label: object) -> int:
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise ValueError(f"{label!r} is no label")
-    return label
 
 
 @dataclass(frozen=True)

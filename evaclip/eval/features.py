@@ -22,8 +22,7 @@ from evaclip.errors import Refused, UserError
 from evaclip.eval.ranking import require_finite
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
-from evaclip.weights import is_cut
-from evaclip.weights.files import save_file
+from evaclip.weights.files import save_file, weights_hash
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Item = TypeVar("Item")
@@ -198,19 +197,6 @@ def encode_texts(
     return _cached(options, model, "texts", texts, encode)["features"]
 
 
-def weights_hash(model: object) -> str:
-    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all weights, equal on all machines.
-
-    A sharded module has the hash of the whole one. All ranks must call: they gather one tensor at a time.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_module(model).state_dict().items()):
-        whole = tensor.full_tensor() if is_cut(tensor) else tensor
-        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 @contextmanager
 def _inference(model: object, precision: Precision) -> Iterator[torch.device]:
     """Context with evaluation mode, no gradients and autocast; yields the model's device."""
@@ -276,7 +262,7 @@ def _cached(
     """Tensors of `encode`, from the cache if it has them; a damaged file is replaced."""
     if options.cache is None:
         return encode()
-    described = json.dumps([kind, weights_hash(model), options.precision, *inputs])
+    described = json.dumps([kind, weights_hash(_module(model)), options.precision, *inputs])
     path = options.cache / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:24]}.safetensors"
     with suppress(OSError, SafetensorError):
         return load_file(path)

@@ -1,19 +1,37 @@
 """Stored results of an evaluation: a JSON file, a table, and a gallery of retrieved images."""
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from evaclip.atomic import write_json
-from evaclip.errors import UserError, counted
+from evaclip.atomic import reading, write_json
+from evaclip.errors import counted
 from evaclip.machine import machine, versions
 
 Task = Literal["zero-shot", "classify", "retrieval", "linear-probe", "knn"]
+
+
+class _Stored:
+    """A dataclass that is stored as a JSON file."""
+
+    def save(self: Any, path: Path) -> None:
+        """Write the JSON file, atomically."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file of `save`. Keys of other versions are ignored.
+
+        Raises:
+            UserError: for any other file.
+        """
+        with reading(path):
+            return TypeAdapter(cls).validate_json(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(_Stored):
     """A result with everything needed to repeat it.
 
     Attributes:
@@ -62,27 +80,6 @@ class Evaluation:
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=versions)
     machine: dict[str, Any] = field(default_factory=machine)
-
-    def save(self, path: Path) -> None:
-        """Write the JSON file, atomically."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Evaluation":
-        """Read a file of `save`.
-
-        Raises:
-            UserError: for any other file.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            known = {entry.name for entry in fields(cls)}
-            values = {name: value for name, value in content.items() if name in known}
-            values["model"] = ModelFacts(**values["model"])
-            values["data"] = DataFacts(**values["data"])
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise UserError(f"{path} is no evaluation result ({type(exc).__name__}: {exc})") from exc
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
@@ -196,31 +193,9 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class Gallery(_Stored):
     """Examples of a retrieval; `pictures` is the number of images searched."""
 
     title: str
     pictures: int
     sections: tuple[Section, ...]
-
-    def save(self, path: Path) -> None:
-        """Write the JSON file, atomically."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Gallery":
-        """Read a file of `save`.
-
-        Raises:
-            UserError: for any other file.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["title"], content["pictures"], tuple(map(_section, content["sections"])))
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise UserError(f"{path} is no gallery ({type(exc).__name__}: {exc})") from exc
-
-
-def _section(content: dict[str, Any]) -> Section:
-    queries = (Query(q["text"], q["rank"], tuple(Found(**found) for found in q["found"])) for q in content["queries"])
-    return Section(content["title"], content["note"], tuple(queries))

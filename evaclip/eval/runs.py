@@ -17,19 +17,14 @@ from evaclip.data import Source
 from evaclip.data.config import DEFAULT_MAX_BAD_SHARE
 from evaclip.eval import classify, probes, retrieval, zero_shot
 from evaclip.eval.classify import ClassSpace, assign_labels
-from evaclip.eval.features import (
-    FeatureOptions,
-    ImageFeatures,
-    encode_images,
-    refuse_rest,
-    weights_hash,
-)
+from evaclip.eval.features import FeatureOptions, ImageFeatures, encode_images, refuse_rest
 from evaclip.eval.ranking import target_ranks, top_items
 from evaclip.eval.results import DataFacts, Evaluation, Found, Gallery, ModelFacts, Query, Section, Task
 from evaclip.eval.retrieval import EncodedPairs, encode_pairs
 from evaclip.loading import LoadedClassifier, LoadedModel
 from evaclip.redact import redacted
 from evaclip.run_files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
+from evaclip.weights.files import weights_hash
 
 _ALLOW = "--allow-unreadable"
 

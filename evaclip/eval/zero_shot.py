@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,47 +89,35 @@ def read_text(path: Path, what: str, hint: str = "") -> str:
 def _read_list(path: Path, what: str, alternative: str = "") -> list[tuple[str, str]]:
     """Position and text of every entry."""
     text = read_text(path, what, f"; give a file with one a line, a JSON list, or 'imagenet'{alternative}")
+    place, values = "line", text.rstrip().splitlines()
     if path.suffix == ".json":
-        entries = _parse_json(path, text)
-    else:
-        entries = [(f"line {number}", line.strip()) for number, line in enumerate(text.rstrip().splitlines(), 1)]
-    for where, entry in entries:
-        if not entry:
-            raise UserError(f"{path}, {where}: empty; every line must hold one of the {what}")
-    if not entries:
-        raise UserError(f"{path} holds no {what}")
-    return entries
-
-
-def _parse_json(path: Path, text: str) -> list[tuple[str, str]]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as exc:
-        raise UserError(f"{path}, line {exc.lineno}: not valid JSON ({exc.msg})") from exc
-    if not isinstance(values, list):
-        raise UserError(f"{path}: expected a JSON list of strings, got {type(values).__name__}")
+        try:
+            place, values = "entry", json.loads(text)
+        except ValueError as exc:
+            raise UserError(f"{path} must be valid JSON: {exc}") from exc
+        if not isinstance(values, list):
+            raise UserError(f"{path} must be a JSON list of strings, got a {type(values).__name__}")
     for number, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise UserError(f"{path}, entry {number}: expected a string, got {json.dumps(value)}")
-    return [(f"entry {number}", value.strip()) for number, value in enumerate(values, 1)]
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{path}, {place} {number}: must be one of the {what}, got {value!r}")
+    if not values:
+        raise UserError(f"{path} holds no {what}")
+    return [(f"{place} {number}", value.strip()) for number, value in enumerate(values, 1)]
 
 
 @cache
 def _open_clip_data() -> ModuleType:
     """open_clip's data file as a separate module, without importing the open_clip package."""
-    try:
-        distribution = metadata.distribution("open_clip_torch")
-    except metadata.PackageNotFoundError as exc:
+    package = importlib.util.find_spec("open_clip")
+    path = Path(package.origin).with_name("zero_shot_metadata.py") if package and package.origin else None
+    if path is None or not path.is_file():
         raise UserError(
-            "ImageNet's class names and templates come from open_clip_torch, which is not installed: "
+            "ImageNet's class names and templates come from a package that is not installed: "
             "pip install 'open_clip_torch>=3.3'"
-        ) from exc
-    path = Path(str(distribution.locate_file("open_clip/zero_shot_metadata.py")))
-    spec = importlib.util.spec_from_file_location("evaclip.eval._imagenet_prompts", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(
-            f"open_clip_torch {distribution.version} has no {path.name}; evaclip needs open_clip_torch>=3.3"
         )
+    spec = importlib.util.spec_from_file_location("evaclip.eval._imagenet_prompts", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -18,9 +18,9 @@ from PIL import Image
 from evaclip.atomic import write_text, writing
 from evaclip.data import BadSample, Fault, RawSample, Source
 from evaclip.data.samples import UPRIGHT, decode_image
-from evaclip.eval.features import weights_hash
 from evaclip.runtime.encoder import Encoder, prefetch
 from evaclip.runtime.store import Row, Store
+from evaclip.weights.files import weights_hash
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Parts = Iterator[tuple[list[Row], Array]]

@@ -77,9 +77,9 @@ def encoder_of(store: Store) -> "Encoder":
     Raises:
         UserError: the store doesn't name it, or the named model has other weights by now.
     """
-    from evaclip.eval.features import weights_hash
     from evaclip.loading import load_model
     from evaclip.runtime.encoder import PRECISIONS, Encoder
+    from evaclip.weights.files import weights_hash
 
     given, precision = store.model.get("given"), store.model.get("precision")
     if not given:

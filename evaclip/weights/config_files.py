@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from evaclip.atomic import reading
 from evaclip.errors import UserError
 from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, override
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
@@ -123,10 +124,8 @@ def read_preprocess(weights: Path) -> Preprocess | None:
     path = weights.parent / PREPROCESS_FILE
     if not path.is_file():
         return None
-    try:
+    with reading(path):
         options = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise UserError(f"{path} isn't JSON: {exc}") from exc
     if not isinstance(options, dict):
         raise UserError(f"{path} holds a {type(options).__name__}; expected an object with the preprocessing")
     # The size follows from the model; it is there for other readers of the file.

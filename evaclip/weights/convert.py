@@ -12,7 +12,7 @@ from evaclip.model.config import CLIPConfig, find_model, get_config, list_models
 from evaclip.model.vision import RotaryTable
 from evaclip.model.vision_names import is_vision_model, vision_config
 from evaclip.outputs import check_output
-from evaclip.weights.files import check_suffix, load_state_dict, options_beside, save_tensors, weight_files
+from evaclip.weights.files import check_suffix, load_state_dict, read_model_options, save_tensors, weight_files
 from evaclip.weights.layouts import is_image_tower, to_authors, to_open_clip, to_timm
 from evaclip.weights.load import differences
 
@@ -125,7 +125,7 @@ def _config_of(state: Mapping[str, Tensor], model: str | None, source: Path) -> 
     Raises:
         UserError: there is no such model, or its weights have other names or shapes.
     """
-    options = options_beside(source) or {"name": model or identify(state)}
+    options = read_model_options(source) or {"name": model or identify(state)}
     name = str(options.pop("name"))
     if model and find_model(model) != find_model(name):
         raise UserError(f"the weights are of {name!r}, not of {model!r}; leave --model out")

@@ -1,5 +1,6 @@
 """Weights files: find, read and write them."""
 
+import hashlib
 import json
 import stat
 import zipfile
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
@@ -27,7 +28,7 @@ from evaclip.run_files import (
 )
 from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
-from evaclip.weights.parts import is_there, joined
+from evaclip.weights.parts import is_cut, is_there, joined
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _INDEX = ".index.json"
@@ -97,14 +98,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: as `load_state_dict`.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    for part in weight_files(path):
+    for part in weight_files(Path(path)):
+        content = _content(part)
         try:
-            tensors |= unwrapped(_content(part))
+            tensors |= unwrapped(content)
         except UserError as exc:
-            message = str(exc)
-            raise exc if str(part) in message else UserError(f"{str(part)!r}: {message}") from None
+            raise UserError(f"{str(part)!r}: {exc}") from None
     return tensors
 
 
@@ -127,7 +127,7 @@ def weight_files(path: Path) -> list[Path]:
     return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
 
 
-def options_beside(weights: Path) -> dict[str, Any]:
+def read_model_options(weights: Path) -> dict[str, Any]:
     """Model options in the model.json of a training next to a weights file, with `name`; empty without one."""
     try:
         options = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
@@ -197,11 +197,27 @@ def check_suffix(path: Path) -> None:
         raise UserError(f"{str(path)!r} can't be written; expected one of {', '.join(_SUFFIXES)}")
 
 
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all weights, equal on all machines.
+
+    A sharded module has the hash of the whole one. All ranks must call: they gather one tensor at a time.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole = tensor.full_tensor() if is_cut(tensor) else tensor
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _content(path: Path) -> Mapping[str, Any]:
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{str(path)!r} isn't a weights file; expected one of {', '.join((*_SUFFIXES, _INDEX))}")
     try:
-        content = _read(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Memory mapping needs the zip format, which torch.save has written since 1.6.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"there is no weights file {str(path)!r}") from None
     except UnpicklingError as exc:
@@ -216,13 +232,6 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}; expected tensors by name")
     return content
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    # Memory mapping needs the zip format, which torch.save has written since 1.6.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _parts(index: Path) -> list[Path]:

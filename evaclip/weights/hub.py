@@ -104,7 +104,7 @@ def download(source: str) -> Path:
     return path
 
 
-def download_beside(source: str, name: str) -> Path:
+def download_file(source: str, name: str) -> Path:
     """Local copy of another file in the repository and revision of `source`.
 
     Raises:

@@ -94,7 +94,7 @@ def _progress(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     }
 
 
-def card_beside(target: Path, source: str | Path | None, *, overwrite: bool) -> tuple[Path, str] | None:
+def prepare_card(target: Path, source: str | Path | None, *, overwrite: bool) -> tuple[Path, str] | None:
     """Path and text of the card next to a weights file, `NAME.safetensors.md`.
 
     Args:

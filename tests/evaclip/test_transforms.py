@@ -48,7 +48,7 @@ def drawing(size: int = 64) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_levels_normalised_later_are_the_same_bits(mode: str) -> None:
+def test_levels_normalised_later_are_bit_exact(mode: str) -> None:
     preprocess = Preprocess(mean=(0.5, 0.1, 0.7), std=(0.3, 0.25, 0.9))
     transform = TrainTransform((32, 48), preprocess, STRONG)
     for seed in range(4):
@@ -65,7 +65,7 @@ def test_levels_normalised_later_are_the_same_bits(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES[:3])
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
-def test_evaluation_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int], resize: str) -> None:
+def test_eval_transform_matches_open_clip(mode: str, size: tuple[int, int], resize: str) -> None:
     image = _picture(size, mode)
     ours = eval_transform(112, resize=resize)(image)
     assert ours.shape == (3, 112, 112)
@@ -73,7 +73,7 @@ def test_evaluation_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int]
 
 
 @pytest.mark.parametrize("size", [(216, 459), (504, 585), (88, 429), (48, 114), (90, 70)])
-def test_rectangular_sizes_equal_open_clip(size: tuple[int, int]) -> None:
+def test_eval_transform_oblong_matches_open_clip(size: tuple[int, int]) -> None:
     """The first ones end between two pixels, where a last bit decides."""
     image, shape = _picture(size), (336, 196) if size == (216, 459) else (112, 196)
     theirs = image_transform(shape, is_train=False)(image)
@@ -81,7 +81,7 @@ def test_rectangular_sizes_equal_open_clip(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 3001), (901, 2)])
-def test_very_flat_images_are_cropped_first(size: tuple[int, int], monkeypatch: Any) -> None:
+def test_very_flat_image_is_cropped_first(size: tuple[int, int], monkeypatch: Any) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     expected = image_transform(32, is_train=False)(Image.fromarray(pixels))
     resized, seen = transforms._resize, []
@@ -94,7 +94,7 @@ def test_very_flat_images_are_cropped_first(size: tuple[int, int], monkeypatch: 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
-def test_training_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int]) -> None:
+def test_train_transform_matches_open_clip(mode: str, size: tuple[int, int]) -> None:
     image, theirs, ours = _picture(size, mode), image_transform(64, is_train=True), train_transform(64)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def test_training_gives_the_bits_of_open_clip(mode: str, size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), STRONG])
-def test_result_is_a_function_of_the_seed(augmentation: Augmentation) -> None:
+def test_train_transform_depends_on_the_seed_only(augmentation: Augmentation) -> None:
     image, transform = _picture((80, 60)), train_transform(32, augmentation=augmentation)
     alone = [transform(image, seed) for seed in range(24)]
     state = torch.get_rng_state()
@@ -119,7 +119,7 @@ def test_result_is_a_function_of_the_seed(augmentation: Augmentation) -> None:
     assert len({tensor.numpy().tobytes() for tensor in alone}) > 12
 
 
-def test_transparent_pictures_lie_on_white() -> None:
+def test_transparent_image_lies_on_white() -> None:
     for transform in (eval_transform(64, PLAIN.mean, PLAIN.std), TrainTransform(64, PLAIN)):
         tensor = transform(drawing())
         assert tensor[:, 0, 0].tolist() == [1, 1, 1]
@@ -128,15 +128,15 @@ def test_transparent_pictures_lie_on_white() -> None:
 
 @pytest.mark.parametrize("draw", [0.0, 0.3, 0.6, 0.99])
 @pytest.mark.parametrize(("field", "center"), [("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0)])
-def test_colours_change_as_torchvision_changes_them(field: str, center: int, draw: float) -> None:
+def test_colour_changes_match_torchvision(field: str, center: int, draw: float) -> None:
     image, options = _picture((50, 40)), Augmentation(**{field: 0.4})
     expected = getattr(F, f"adjust_{field}")(image, center - 0.4 + 0.8 * draw)
     # The grayscale behind them isn't asked for, and draws nothing.
-    assert np.array_equal(transforms._recolor(image, options, iter([draw])), expected)
+    assert np.array_equal(TrainTransform(32, PLAIN, options).recolored(image, iter([draw])), expected)
 
 
 @pytest.mark.parametrize("draws", [(0.5, 0.5, 0.5, 0.0), (0.1, 0.8, 0.3, 1.0), (0.9, 0.2, 0.6, 0.4)])
-def test_pictures_move_as_torchvision_moves_them(draws: tuple[float, ...]) -> None:
+def test_affine_change_matches_torchvision(draws: tuple[float, ...]) -> None:
     image, options = _picture((50, 40)), Augmentation(rotation=30, translation=0.2, zoom=(0.6, 1.3))
     angle, right, down, zoom = (
         low + (high - low) * draw
@@ -147,7 +147,7 @@ def test_pictures_move_as_torchvision_moves_them(draws: tuple[float, ...]) -> No
     assert np.array_equal(transforms._move(image, options, (10, 20, 30), iter(draws)), expected)
 
 
-def test_some_pictures_are_mirrored_or_gray() -> None:
+def test_some_images_are_mirrored_or_grey() -> None:
     image = _picture((40, 30))
     gray = train_transform(16, PLAIN.mean, PLAIN.std, augmentation=Augmentation(grayscale=1.0))(image, 0)
     assert torch.equal(gray[0], gray[2])
@@ -161,14 +161,13 @@ def test_some_pictures_are_mirrored_or_gray() -> None:
     assert 10 < sum(found) < 30
 
 
-def test_wrong_options_are_named() -> None:
+def test_augmentation_wrong_option_is_named() -> None:
     for options in ({"scale": (0.9, 0.5)}, {"scale": (0.5, 1.2)}, {"ratio": (0, 1)}, {"hue": 0.6}):
         with pytest.raises(UserError, match=f"augmentation.{next(iter(options))}"):
             Augmentation(**options)  # type: ignore[arg-type]
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
-UNIT = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -181,25 +180,26 @@ UNIT = {"mean": (0, 0, 0), "std": (1, 1, 1)}
         (RAMP.astype(np.float32), "tiff", "float"),
     ],
 )
-def test_a_ramp_stays_a_ramp(values: np.ndarray, kind: str, name: str) -> None:
+def test_deep_image_is_scaled_to_bytes(values: np.ndarray, kind: str, name: str) -> None:
     data = as_file(Image.fromarray(values), kind)
     raw = Image.open(io.BytesIO(data))
     assert pixel_kind(raw) == name
     decoded = decode_image(data, "x")
     assert decoded.mode == "L"
     assert np.abs(np.asarray(decoded) - RAMP / 257).max() <= 1
-    for tensor in (eval_transform(64, **UNIT)(raw), train_transform(64, **UNIT, scale=(1, 1))(raw, 0)):
+    plain = PLAIN.mean, PLAIN.std
+    for tensor in (eval_transform(64, *plain)(raw), train_transform(64, *plain, scale=(1, 1))(raw, 0)):
         assert tensor.mean().item() == pytest.approx(0.5, abs=0.02)
         assert tensor[:, -1, -1].min() > 0.97
         assert tensor[:, 0, 0].max() < 0.03
 
 
-def test_a_crop_takes_the_range_of_the_whole_picture() -> None:
+def test_crop_takes_the_range_of_the_whole_image() -> None:
     """A float picture of 0..255, of which a part lies within 0..1."""
     values = np.zeros((64, 64), np.float32)
     values[0, 0] = 255
     values[32:] = 1
-    tensor = train_transform(64, **UNIT, scale=(0.5, 0.5))(Image.fromarray(values), 1)
+    tensor = train_transform(64, PLAIN.mean, PLAIN.std, scale=(0.5, 0.5))(Image.fromarray(values), 1)
     assert tensor[:, -1].max() < 0.01
 
 
@@ -211,17 +211,17 @@ def test_a_crop_takes_the_range_of_the_whole_picture() -> None:
         (np.array([[0.5, np.nan]], np.float32), "float pixels from nan to nan"),
     ],
 )
-def test_other_ranges_are_bad_samples(values: np.ndarray, reason: str) -> None:
+def test_unknown_pixel_range_is_a_bad_sample(values: np.ndarray, reason: str) -> None:
     with pytest.raises(BadSample, match=reason) as caught:
         decode_image(as_file(Image.fromarray(values), "tiff"), "shard:key")
     assert caught.value.fault.kind is FaultKind.UNKNOWN_RANGE
     assert caught.value.fault.name == "shard:key"
 
 
-def test_a_transparent_value_stays_transparent() -> None:
+def test_deep_transparent_value_stays_transparent() -> None:
     values = np.full((8, 8), 30000, np.uint16)
     values[2:6, 2:6] = 514
     image = Image.open(io.BytesIO(as_file(Image.fromarray(values), "png", transparency=30000)))
-    tensor = eval_transform(8, **UNIT)(image)
+    tensor = eval_transform(8, PLAIN.mean, PLAIN.std)(image)
     assert tensor[:, 0, 0].tolist() == [1, 1, 1]
     assert torch.equal(tensor[:, 4, 4], torch.full((3,), np.float32(2 / 255).item()))

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
-from evaclip.eval.features import weights_hash
 from evaclip.factory import create_model, create_vision_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Preprocess, VisionConfig, find_model, get_config, override
@@ -33,7 +32,7 @@ from evaclip.train.config import ParallelConfig, TeacherConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.sharding import WholeRandomNumbers, shard
 from evaclip.weights import is_cut
-from evaclip.weights.files import save_file
+from evaclip.weights.files import save_file, weights_hash
 
 _log = logging.getLogger(__name__)
 

@@ -48,16 +48,11 @@ def test_check_writes_and_names_all_faults(tmp_path, capsys):
     assert all(f["name"] == f"{shard}:{f['key']}" and f["detail"] for f in corrupt)
 
 
-def test_check_prints_conversions_and_guesses(tmp_path, capsys):
+def test_check_reports_conversions_and_guesses(tmp_path):
     for name, values in (("a", np.uint16(30000)), ("b", np.float32(0.5)), ("c", np.uint8(9))):
         Image.fromarray(np.full((4, 4), values)).save(tmp_path / f"{name}.tiff")
     (tmp_path / "pairs.csv").write_text("filepath|title\na.tiff|x\nb.tiff|x\na.tiff|y\nc.tiff|y\n")
     evaclip("data", "check", str(tmp_path / "pairs.csv"), "--workers", "0", "--json", str(tmp_path / "out.json"))
-    lines = capsys.readouterr().out.splitlines()
-    assert "converted: 16-bit pixels of 2 pictures, to 8 bits" in lines
-    assert "converted: float pixels of 1 picture, to 8 bits" in lines
-    assert "read as utf-8-sig, columns separated by pipes" in lines
-    assert "no faults" in lines
     stored = json.loads((tmp_path / "out.json").read_text())
     assert stored["converted"] == {"16-bit": 2, "float": 1}
     assert stored["notes"] == ["read as utf-8-sig, columns separated by pipes"]
@@ -91,7 +86,7 @@ def test_data_command_wrong_number_is_refused(shards, tmp_path, capsys):
     for options in (["--image-size", "-3"], ["--images-per-second", "9", "--gpus", "0"]):
         with pytest.raises(UserError, match=options[-2]):
             evaclip("data", "bench", shards, *options)
-    with pytest.raises(UserError, match="64 samples are too few for one global batch of 65"):
+    with pytest.raises(UserError, match="global batch of 65"):
         evaclip("data", "bench", shards, "--batch-size", "65", "--workers", "0")
 
 
@@ -149,5 +144,5 @@ def test_convert_leaves_bad_samples_out(tmp_path, capsys):
 def test_convert_overwrites_no_shards(shards, tmp_path):
     with pytest.raises(UserError, match=f"OUT .*{tmp_path}"):
         evaclip("data", "convert", shards, str(tmp_path))
-    with pytest.raises(UserError, match="--samples-per-shard"):
+    with pytest.raises(UserError, match="samples_per_shard"):
         evaclip("data", "convert", shards, str(tmp_path / "out"), "--samples-per-shard", "0")

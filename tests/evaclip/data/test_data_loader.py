@@ -24,13 +24,6 @@ def damaged(number: int, **changes) -> tuple[str, dict[str, bytes]]:
     return key, {name: content for name, content in {**members, **changes}.items() if content is not None}
 
 
-def test_epoch_has_every_sample_once(shards):
-    batches = take(make_loader(open_source(shards)), 24)
-    epochs = [numbers(batches[start : start + 8]) for start in (0, 8, 16)]
-    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
 @pytest.mark.parametrize(("limit", "decoded"), [(2**26, 64), (64 * 8, 192)])
 def test_small_data_set_is_decoded_once(shards, monkeypatch, limit, decoded):
     calls = []

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -48,23 +49,6 @@ def forget_copies(copies: Path) -> None:
 def write_twenties(folder: Path, shards: int) -> None:
     for number in range(shards):
         write_shard(folder / f"n{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
-
-
-def in_group(process: psutil.Process, group: int) -> bool:
-    try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False
-
-
-def left_of_group(group: int, seconds: float = 10) -> list[psutil.Process]:
-    """Its processes that are still there after so long: one that was killed may need a moment to end."""
-    end = time.monotonic() + seconds
-    while left := [process for process in psutil.process_iter() if in_group(process, group)]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    return left
 
 
 def fault_of(source, index: int):
@@ -263,9 +247,13 @@ def test_failing_command_is_an_error(tmp_path, copies, caplog):
         open_source("pipe:no-such-program", remote=QUICK)
     assert not caplog.records
     with pytest.raises(UserError, match="no byte for 1 s"):
-        open_source(f"pipe:echo $$ > {tmp_path}/pid; sleep 30", remote=RemoteConfig(timeout=1, attempts=1))
-    group = int((tmp_path / "pid").read_text())
-    assert not left_of_group(group)
+        open_source(f"pipe:sleep 30 & echo $! > {tmp_path}/pid; wait", remote=RemoteConfig(timeout=1, attempts=1))
+    with suppress(psutil.NoSuchProcess):
+        child = psutil.Process(int((tmp_path / "pid").read_text()))
+        deadline = time.monotonic() + 10
+        while child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_unwritable_cache_folder_is_named(server, tmp_path):

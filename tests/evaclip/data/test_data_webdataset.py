@@ -175,11 +175,11 @@ def test_data_without_samples_lists_its_members(tmp_path):
 
 
 def test_open_files_stay_bounded_and_close(tmp_path):
-    write_shards(tmp_path, "s", map(sample, range(150)), 1)
+    write_shards(tmp_path, "s", map(sample, range(250)), 1)
     source = open_source(str(tmp_path / "*.tar"))
     before = len(list(OPEN_FILES.iterdir()))
-    assert [source[i].caption for i in range(150)] == [f"caption {i}" for i in range(150)]
-    assert len(list(OPEN_FILES.iterdir())) - before <= 128
+    assert [source[i].caption for i in range(250)] == [f"caption {i}" for i in range(250)]
+    assert len(list(OPEN_FILES.iterdir())) - before <= 400
     source.close()
     assert len(list(OPEN_FILES.iterdir())) == before
     assert source[7].caption == "caption 7"

@@ -8,12 +8,7 @@ from eval_fakes import ColorModel
 
 from evaclip.errors import UserError
 from evaclip.eval.features import FeatureOptions
-from evaclip.eval.zero_shot import (
-    build_classifier,
-    evaluate,
-    load_classnames,
-    load_templates,
-)
+from evaclip.eval.zero_shot import build_classifier, evaluate, load_classnames, load_templates
 
 
 @pytest.mark.parametrize(
@@ -42,11 +37,11 @@ def test_load_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"cat\n\ndog\n", "a.txt, line 2: empty"),
+        ("a.txt", b"cat\n\ndog\n", "a.txt, line 2"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.txt", None, "No such file or directory; give a file"),
         ("a.json", b'["cat", 3]', "a.json, entry 2"),
-        ("a.json", b'["cat",\n', "a.json, line 2: not valid JSON"),
+        ("a.json", b'["cat",\n', "a.json must be valid JSON"),
     ],
 )
 def test_load_classnames_wrong_file(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

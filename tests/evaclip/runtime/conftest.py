@@ -9,9 +9,9 @@ from PIL import Image
 
 import evaclip
 import evaclip.export
-from evaclip.eval.features import weights_hash
 from evaclip.loading import LoadedModel
 from evaclip.transforms import EvalTransform
+from evaclip.weights.files import weights_hash
 
 
 @pytest.fixture(scope="session")

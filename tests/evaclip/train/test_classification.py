@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from plain_vision import plain_vision, turn_exactly
 from small_tasks import CLASSIFIER
 from timm.data.transforms_factory import create_transform
@@ -287,6 +287,20 @@ def test_pixels_are_those_of_timm(picture: Image.Image, policy: str | None) -> N
             expected = chain(picture)
         found = Normalization(PREPROCESS)(transform(auto_augment=policy)(picture, seed))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_posterize_to_no_bits_is_black(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow 13 refuses 0 bits, which timm draws at the highest magnitude."""
+    posterize = ImageOps.posterize
+
+    def posterize_as_pillow_13(image: Image.Image, bits: int) -> Image.Image:
+        if not 1 <= bits <= 8:
+            raise ValueError("bits must be between 1 and 8")
+        return posterize(image, bits)
+
+    monkeypatch.setattr(ImageOps, "posterize", posterize_as_pillow_13)
+    augment = transform(auto_augment="rand-m10-n1-inc1")
+    assert any(not augment(picture, seed).any() for seed in range(120))
 
 
 def pictures(rows: int = 8) -> Tensor:

@@ -105,7 +105,7 @@ def test_load_weights_names_every_difference() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "isn't JSON"),
+        ("{", r"preprocess\.json can't be read"),
         ('{"men": 3}', "did you mean 'mean'"),
         ('{"std": [0.5, NaN, 0.5]}', r"preprocess\.std"),
     ],
