@@ -5,7 +5,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from evaclip.outputs import silence
 
 if TYPE_CHECKING:
     from evaclip.data import Source
+
+Run = Callable[[argparse.Namespace], None]
 
 _SOURCE_OPTIONS = ("image_key", "caption_key", "csv_separator", "exif_orientation", "min_size", "max_image_pixels")
 
@@ -42,8 +44,10 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
-def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Add the parser of a command, with `--debug`, and its examples in `--help`."""
+def leaf(
+    subparsers: Any, name: str, run: Run | None = None, *, help: str, examples: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add the parser of a command that calls `run`, with `--debug`, and its examples in `--help`."""
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
@@ -53,7 +57,7 @@ def leaf(subparsers: Any, name: str, *, help: str, examples: Sequence[str] = ())
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(parser=parser)
+    parser.set_defaults(parser=parser, run=run)
     return parser
 
 
@@ -92,10 +96,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            command = getattr(args, "parser", parser)
-            option = unknown[0].partition("=")[0]
-            known = command._option_string_actions if option.startswith("-") else ()
-            command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")
+            _refuse(getattr(args, "parser", parser), unknown)
         debug = args.debug
         args.run(args)
         sys.stdout.flush()
@@ -116,7 +117,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         exc = with_remedy(raised)
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
-        print(f"error: {_one_line(exc)}", file=sys.stderr)
+        message = " ".join(str(exc).split())
+        is_plain = isinstance(exc, UserError | RunFailed | ValueError | TypeError)
+        print(f"error: {message if is_plain else f'{type(exc).__name__}: {message}'}", file=sys.stderr)
         if isinstance(exc, UserError | RunFailed):
             stop_restarts(str(exc), at_once=isinstance(exc, RunFailed))
         else:
@@ -125,6 +128,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     return 0
 
 
-def _one_line(exc: Exception) -> str:
-    text = " ".join(str(exc).split())
-    return text if isinstance(exc, UserError | RunFailed | ValueError | TypeError) else f"{type(exc).__name__}: {text}"
+def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
+
+    option = unknown[0].partition("=")[0]
+    known = command._option_string_actions if option.startswith("-") else ()
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")
