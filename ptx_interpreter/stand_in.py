@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 
 from ptx_interpreter import GlobalMemory
 from ptx_interpreter.memory import Interval, Shadow
-from ptx_interpreter.triton_driver import SHARED_KB, WARP, Driver
+from ptx_interpreter.triton_driver import Driver
+from ptx_interpreter.types import SHARED_KB, WARP
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ANSWERS: dict[Any, Any] = {

@@ -16,17 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from ptx_interpreter import GlobalMemory, Kernel, Module, Report, Unsupported, launch
+from ptx_interpreter.types import SHARED_KB, WARP
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""What a block may have, by compute capability times ten (CUDA C++ Programming Guide, technical specifications)."""
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Of the largest GPU that is sold, by compute capability times ten."""
 THREADS = 1024
-WARP = 32
 FORMATS = {"fp32": "f4", "fp64": "f8", "i1": "i1", "u1": "u1"}
 """Of scalar arguments, as numpy calls them; integers are those of their bits."""
-
-
 DESCRIPTOR = re.compile(r"tensordesc<([^[>]*)\[")
 
 

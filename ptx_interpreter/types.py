@@ -12,6 +12,8 @@ Value = Any
 """What an operand is: an `Array`, or one numpy number that holds for all lanes."""
 
 WARP = 32
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that a block may have, by compute capability times ten (CUDA C++ Programming Guide)."""
 
 DTYPES: dict[str, Any] = {
     "pred": np.bool_,
