@@ -1,4 +1,4 @@
-"""The least time of a kernel on each part of a GPU, and its occupancy: predicted from counts, not measured.
+"""The least time of a kernel on each part of a GPU: predicted from counts, not measured.
 
 PTX is not machine code: it has instructions that ptxas folds into others (address arithmetic, for one) and lacks those
 that ptxas adds. Moves, which ptxas mostly removes, cost nothing.
@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from benchmarks.audit.budget import budget
-from benchmarks.audit.result import SECTOR, Count, Launch, Line, Shared
+from benchmarks.audit.result import Count, Launch, Line
 from evaclip.plan.gpus import get_gpu
 from ptx_interpreter.body import Instruction
+from ptx_interpreter.traffic import SECTOR
+from ptx_interpreter.types import WARP
 
 # Parts of a multiprocessor: matmuls; sums and products of floats; integers, comparisons and conversions; roots,
 # quotients and exponentials; loads, stores and shuffles; branches and barriers; copies of registers and parameters.
@@ -65,7 +66,6 @@ _FMA_LANES = {"sm_80": 64, "sm_90": 128, "sm_100": 128}
 """Lanes of a multiprocessor. These and the widths of the other parts are assumptions, the same for all three; no
 measurement has confirmed them, least of all 64 lanes for integers on 10.0."""
 _LANES = {ALU: 64, SFU: 16, ISSUE: 128, "cycles": 32}
-_WARP = 32
 _SECTORS_A_CYCLE = 4
 
 
@@ -89,22 +89,19 @@ def rates(arch: str) -> Rates:
     """Rates of the GPU of an architecture in `GPUS`; the clock follows from its published float32 rate."""
     gpu = get_gpu(GPUS[arch])
     cycles = gpu.single_tflops * 1e12 / 2 / _FMA_LANES[arch]
-    pipes = {name: cycles * number / _WARP for name, number in ({FMA: _FMA_LANES[arch]} | _LANES).items()}
+    pipes = {name: cycles * number / WARP for name, number in ({FMA: _FMA_LANES[arch]} | _LANES).items()}
     return Rates(pipes, gpu.half_tflops * 1e12, gpu.memory_gbps * 1e9)
 
 
-def _times(
-    arch: str, warps: Mapping[str, int], flops: int, shared: Shared, lines: Sequence[Line], moved: int
-) -> dict[str, float]:
-    rate = rates(arch)
+def _times(arch: str, total: Line, lines: Sequence[Line], moved: int) -> dict[str, float]:
+    rate, warps, shared = rates(arch), total.warps, total.shared
     issued = sum(number for pipe, number in warps.items() if pipe != MOVES)
     # A cycle of memory serves a part of a request to shared memory, 128 bytes of global memory, or a shuffle.
-    accesses = sum(line.requests for line in lines) + shared.requests
-    cycles = shared.cycles + sum(max(line.requests, line.sectors / _SECTORS_A_CYCLE) for line in lines)
-    cycles += max(0, warps.get(MEMORY, 0) - accesses)
+    cycles = shared.sectors + sum(max(line.memory.requests, line.memory.sectors / _SECTORS_A_CYCLE) for line in lines)
+    cycles += max(0, warps[MEMORY] - total.memory.requests - shared.requests)
     return {
-        **{pipe: warps.get(pipe, 0) / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)},
-        TENSOR: flops / rate.flops,
+        **{pipe: warps[pipe] / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)},
+        TENSOR: total.flops / rate.flops,
         MEMORY: cycles / rate.pipes["cycles"],
         ISSUE: issued / rate.pipes[ISSUE],
         DRAM: moved / rate.bytes,
@@ -113,12 +110,12 @@ def _times(
 
 def times(arch: str, launch: Launch) -> dict[str, float]:
     """Seconds of each part of the GPU, with evenly loaded multiprocessors, no gaps and perfect caches."""
-    return _times(arch, launch.warps, launch.flops, launch.shared, launch.lines, launch.touched)
+    return _times(arch, launch.total, launch.lines, launch.touched)
 
 
 def times_of_line(arch: str, line: Line) -> dict[str, float]:
     """As `times`, of a line's instructions; DRAM moves every requested sector."""
-    return _times(arch, line.warps, line.flops, line.shared, [line], SECTOR * line.sectors)
+    return _times(arch, line, [line], SECTOR * line.memory.sectors)
 
 
 def limiter(arch: str, launch: Launch) -> str:
@@ -131,56 +128,3 @@ def share_of_floor(count: Count) -> float:
     """The time of the floor's bytes at DRAM's rate over the time of the kernels' slowest parts."""
     least = sum(max(times(count.arch, launch).values()) for launch in count.launches)
     return count.floor / rates(count.arch).bytes / least
-
-
-# --- occupancy: CUDA's published formula, and the budget ------------------------------------------------------------
-
-SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
-"""Bytes of shared memory of a multiprocessor."""
-WARPS = 64
-_BLOCKS, _REGISTERS, _PARTITIONS = 32, 65_536, 4
-_REGISTER_UNIT, _SHARED_UNIT = 256, 128
-_SHARED_OF_THE_SYSTEM = 1024
-"""Additional bytes of each block."""
-
-
-def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
-    """Resident warps of a multiprocessor, at most `WARPS`, by NVIDIA's `cuda_occupancy.h`.
-
-    Registers are allocated to warps in units, a quarter of them in each of four partitions.
-
-    Args:
-        arch: one of `SHARED`.
-        threads: threads of a block.
-        registers: registers of a thread.
-        shared: bytes of a block.
-    """
-    warps = -(-threads // _WARP)
-    registers_of_warp = _in_units(max(1, registers) * _WARP, _REGISTER_UNIT)
-    if registers_of_warp * _in_units(warps, _PARTITIONS) > _REGISTERS:
-        return 0
-    by_registers = _REGISTERS // _PARTITIONS // registers_of_warp * _PARTITIONS // warps
-    by_shared = SHARED[arch] // _in_units(shared + _SHARED_OF_THE_SYSTEM, _SHARED_UNIT)
-    return warps * min(_BLOCKS, WARPS // warps, by_registers, by_shared)
-
-
-def occupancy(kernel: str, threads: int, dynamic_bytes: int = 0) -> Mapping[str, float]:
-    """Resident warps over `WARPS`, by architecture; empty for a kernel without a budget.
-
-    Args:
-        kernel: name of `Launch.kernel`.
-        threads: threads of a block.
-        dynamic_bytes: dynamic shared memory of a block.
-    """
-    stored: Mapping[str, Mapping[str, tuple[int, int]]] = budget().read()[1]
-    shares = {}
-    for arch, kernels in stored.items():
-        own = next((numbers for name, numbers in kernels.items() if name.partition(": ")[2] == kernel), None)
-        if own and arch in SHARED:
-            registers, shared = own
-            shares[arch] = resident_warps(arch, threads, registers, shared + dynamic_bytes) / WARPS
-    return shares
-
-
-def _in_units(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
