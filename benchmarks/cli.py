@@ -82,7 +82,6 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_choice(audit, " (default: a list for each)")
     audit.add_argument("--arch", **_SEVERAL, choices=["sm_80", "sm_90", "sm_100"], help="default: all")
     audit.add_argument("--explain", action="store_true", help="also the ten lines of the source that cost most")
-    audit.add_argument("--json", type=_file, metavar="FILE", help="all counts")
     return parser
 
 
@@ -151,12 +150,13 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from benchmarks.page import split_markdown
     from benchmarks.render import print_results
 
     _load(args)
     plan, chosen = _plan(args), _chosen(args)
     if args.page:
+        from benchmarks.page import split_markdown  # needs matplotlib, which only pages do
+
         split_markdown(args.page)  # complains before minutes have gone by
     with _progress() as progress:
         results = run(chosen, plan, progress)
@@ -278,7 +278,7 @@ def _write_pages(args: argparse.Namespace, several: dict[str, Results], whole: b
 
 def _audit(args: argparse.Namespace) -> None:
     from benchmarks.audit import build, cases
-    from benchmarks.audit.table import print_audit, write_json
+    from benchmarks.audit.table import print_audit
 
     chosen = {kind: names for kind, names in cases.AUDITED.items() if args.kernels in (None, kind)}
     for name in args.names:
@@ -294,8 +294,6 @@ def _audit(args: argparse.Namespace) -> None:
     for done, (listed, arch, kind) in enumerate(work, start=1):
         print(f"{done} of {len(work)}: {len(listed)} calls of {kind} kernels on {arch}", file=sys.stderr, flush=True)
         counts += build.count_all(listed, arch, kind)
-    if args.json:
-        write_json(counts, args.json)
     print_audit(counts, explain=args.explain)
 
 

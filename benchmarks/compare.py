@@ -96,7 +96,6 @@ class Comparison:
 
     before: Machine
     after: Machine
-    threshold: float
     other_setup: tuple[str, ...] = ()
     drift: float = 1.0
     compared: int = 0
@@ -130,7 +129,7 @@ def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparis
             f"before: {_describe_rows(before)}\nafter: {_describe_rows(after)}\n"
             "Measure both with the same operations, modes, shapes, dtypes, device and backends."
         )
-    found = Comparison(before.machine, after.machine, threshold, _other_setup(before.machine, after.machine))
+    found = Comparison(before.machine, after.machine, _other_setup(before.machine, after.machine))
     found.only_before = [row for key, row in earlier.items() if key not in later]
     found.only_after = [row for key, row in later.items() if key not in earlier]
     found.notes = _notes(before.machine, after.machine, pairs)

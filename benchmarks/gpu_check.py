@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,17 @@ _OPS = ["rope_attention", "causal_attention", "packed_attention", "layer_norm", 
 _OPS += ["swiglu", "token_dropout", "gelu", "clip_loss", "siglip_loss", "lamb_step", "adamw_step"]
 _DRIVEN = ("norms", "rope_attention", "swiglu", "token_dropout", "gelu", "lamb")
 _SANITIZERS = ("memcheck", "synccheck", "racecheck", "initcheck")
-_PACKAGES = ("torch", "numpy", "triton", "pytest", "xdist", "hypothesis", "rich", "psutil", "pydantic", "yaml", "timm")
+PACKAGES = {
+    **dict.fromkeys(("torch", "triton"), ""),
+    **{name: name for name in ("numpy", "pytest", "rich", "psutil", "pydantic", "regex", "tokenizers", "safetensors")},
+    "xdist": "pytest-xdist",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "ftfy": "ftfy",
+}
+"""Distributions of the modules that the check imports; the bundle has all of them except torch and Triton."""
+_OF_MODELS = ("open_clip", "timm", "torchvision")
+"""Modules of the models that are compared; torchvision must fit the machine's torch."""
 _SHORTEST = 20.0
 """Seconds: no step begins if the budget has less left."""
 _CSRC = (".h", ".cpp", ".cu", ".cuh")
@@ -64,10 +77,13 @@ def list_steps(device: str, out: Path) -> list[Step]:
             command = (*pytest, "--backend", backend, str(folder / f"test_{name}.py"))
             steps.append(Step(f"tests of {name} on {backend}", command, 240))
 
+    absent = [name for name in _OF_MODELS if find_spec(name) is None]
+
     def measure(name: str, seconds: float, verb: str, *options: str) -> Step:
         file = out / f"{name.replace(' ', '-')}.json"
         command = (python, "-m", "benchmarks", verb, *options, "--device", device, "--check", "--json", str(file))
-        return Step(name, command, seconds)
+        missing = f"not installed: {', '.join(absent)}" if verb == "model" and absent else ""
+        return Step(name, command, seconds, missing)
 
     quick = ("--first", "2", "--dtype", "bfloat16")
     steps += [measure(f"times of {op}", 240, "op", op, *quick) for op in _OPS]
@@ -111,7 +127,7 @@ def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str])
 
 
 def run_steps(
-    steps: Sequence[Step], out: Path, budget: float, environment: dict[str, str], report: Callable[[str], None] = print
+    steps: Sequence[Step], out: Path, budget: float, environment: dict[str, str], report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Run the steps without a result until `budget` seconds are over, and return all results.
 
@@ -156,7 +172,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def install(bundle: Path, packages: Path) -> None:
-    """Copy the bundle's libraries into this checkout, and unpack its wheels into a folder for PYTHONPATH.
+    """Copy the bundle's libraries into this checkout, and unpack missing packages into a folder for PYTHONPATH.
 
     Raises:
         SystemExit: the bundle is for other kernels or another Python.
@@ -170,9 +186,11 @@ def install(bundle: Path, packages: Path) -> None:
     for library in (bundle / "libraries").iterdir():
         shutil.copy(library, ROOT / "evakernels")
     shutil.rmtree(packages, ignore_errors=True)
+    installed = {re.sub("[-_.]+", "_", found.name).lower() for found in metadata.distributions()}
     for wheel in (bundle / "wheels").glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(packages)
+        if wheel.name.partition("-")[0].lower() not in installed:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(packages)
 
 
 def hash_csrc(root: Path) -> str:
@@ -219,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = os.environ | {"PYTHONFAULTHANDLER": "1", "COLUMNS": "160"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(packages), os.environ.get("PYTHONPATH")]))
     sys.path.append(str(packages))
-    if lacking := [name for name in _PACKAGES if find_spec(name) is None]:
+    if lacking := [name for name in PACKAGES if find_spec(name) is None]:
         parser.error(f"missing packages: {', '.join(lacking)}; install them, or use a bundle of `make gpu-bundle`")
     steps = list_steps(args.device, out)
     if args.only:
@@ -232,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_GPU
     (out / "machine.json").write_text(json.dumps(machine, indent=1))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = run_steps(steps, out, args.budget, environment)
+    results = run_steps(steps, out, args.budget, environment, partial(print, flush=True))
     return conclude(steps, results, out)
 
 

@@ -1,8 +1,8 @@
 """Operations with their inputs, their cost by formula and their peers, and the registry of both."""
 
 import importlib
-import importlib.util
 import re
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -263,21 +263,17 @@ def load(plugins: Sequence[Path] = ()) -> None:
     """
     importlib.import_module("benchmarks.cases")
     for path in plugins:
+        if not path.is_file():
+            known = map(str, path.parent.glob("*.py"))
+            raise UserError(f"--plugin must be a Python file, got {str(path)!r}{hint(path, known)}")
         before = _count()
-        _run(path)
+        try:
+            runpy.run_path(str(path))
+        except (Exception, SystemExit) as exc:
+            raise UserError(f"--plugin {str(path)!r} ends with {type(exc).__name__}: {exc}") from exc
         if _count() == before:
             raise UserError(f"--plugin {str(path)!r} registers nothing; it needs a @peer(OPERATION, NAME)")
 
 
 def _count() -> int:
     return len(_operations) + sum(map(len, _peers.values()))
-
-
-def _run(path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UserError(f"--plugin {str(path)!r} isn't a Python file{hint(path, map(str, path.parent.glob('*.py')))}")
-    try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except (Exception, SystemExit) as exc:
-        raise UserError(f"--plugin {str(path)!r} ends with {type(exc).__name__}: {exc}") from exc

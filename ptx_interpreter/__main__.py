@@ -10,6 +10,7 @@ import linecache
 import os
 import runpy
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ptx_interpreter import Fault, GlobalMemory, Kernel, Report, Traffic, Unsupp
 from ptx_interpreter.gpus import GPUS, Gpu
 from ptx_interpreter.report import UNEQUAL
 from ptx_interpreter.stand_in import Tensors, gpu
+from ptx_interpreter.traffic import SECTOR
 from ptx_interpreter.triton_driver import Driver
 
 TRITON = str(Path(triton.__file__).parent)
@@ -118,7 +120,7 @@ class Checker(Driver):
         for (place, space), t in sorted(self.traffic.items()):
             if t.requests:
                 each = t.sectors / t.requests
-                least = max(1, t.bytes / (32 * t.requests)) if space.startswith("global") else t.least / t.requests
+                least = max(1, t.bytes / (SECTOR * t.requests)) if space.startswith("global") else t.least / t.requests
                 print(f"{space:14}{t.requests:10}{each:24.1f}{min(each, least):10.1f}  {shown(place)}")
         print("", *self.found.values(), *(f"unsupported: {message}" for message in self.unsupported), sep="\n")
         kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.items())
@@ -126,13 +128,20 @@ class Checker(Driver):
 
 
 def run_file(checker: Checker, path: str, arguments: Sequence[str] = ()) -> None:
-    """Runs a Python file as `python FILE.py ARGUMENTS` would, with `checker` as its GPU.
+    """Run a Python file as `python FILE.py ARGUMENTS` does, with `checker` as its GPU.
+
+    Triton's shared cache ignores the paths of files: kernels from it may name the files of another checkout.
 
     Raises:
         Unsupported: names an instruction that the interpreter doesn't know. Errors of the file are raised as they are.
     """
     folders = [str(Path(path).resolve().parent), *sys.path]
-    with mock.patch.multiple(sys, argv=[path, *arguments], path=folders), gpu(checker, checker.tensors):
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        mock.patch.multiple(sys, argv=[path, *arguments], path=folders),
+        gpu(checker, checker.tensors),
+    ):
         runpy.run_path(path, run_name="__main__")
         gc.collect()  # Triton unloads kernels from the driver that is active.
 

@@ -1,12 +1,14 @@
-"""Runs blocks of a grid: registers are vectors over the threads of many blocks, and an instruction is one operation on
-all of them.
+"""Launches kernels: registers are vectors over the threads of many blocks of a grid, and an instruction is one
+operation on all of them.
 
 Threads that are at the same block of instructions run it together. Of several blocks of instructions the first in the
 text goes on, which brings threads together again that a branch has separated.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable
+import math
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +18,18 @@ from .instructions import make
 from .memory import GlobalMemory
 from .parse import Kernel
 from .registers import Dim3, Registers
-from .report import UNEQUAL, Fault, Faults, Report, Traffic
+from .report import UNEQUAL, Fault, Faults, Report
+from .rounding import errors_of_numpy
 from .shared import SharedMemory
 from .step import Active, Step
+from .traffic import Traffic
 from .types import SIZES, WARP, Array, Unsupported
 from .watch import Watch
 
-MOST_VISITS, MOST_OF_HASTY = 5_000_000, 5_000
+LANES = 8192
+"""That run together, at most, unless a single block has more."""
+MACHINES_BYTES = 1 << 29
+MOST_VISITS = 5_000_000
 """Of blocks of instructions by one machine; who needs more is taken to wait for ever."""
 
 BYTES_OF_STEP = 2048
@@ -38,7 +45,17 @@ class Machine:
     A lane is a thread of one of the blocks; each block begins at a whole warp, so that there may be lanes without one.
     """
 
-    def __init__(self, kernel: Kernel, grid: Dim3, block: Dim3, blocks: int, memory: GlobalMemory) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: Dim3,
+        block: Dim3,
+        blocks: int,
+        memory: GlobalMemory,
+        dynamic_shared: int,
+        watch: bool,
+        count: bool,
+    ) -> None:
         self.kernel, self.body, self.blocks, self.memory = kernel, kernel.parsed, blocks, memory
         self.threads = block[0] * block[1] * block[2]
         self.pitch = -(-self.threads // WARP) * WARP  # of a block, in lanes
@@ -50,15 +67,10 @@ class Machine:
         self.exists = self.thread_of < self.threads
         self.registers = Registers(self.body, self.thread_of, grid, block)
         self.params = np.zeros(kernel.param_bytes, np.uint8)
-        self.watch = self.count = True
-        self.hasty = False
+        self.watch, self.count = watch, count
         self.checks = Watch(self)
         self._code: dict[int, ReadyBlock] = {}
         self._steps = 0
-
-    def prepare(self, dynamic_shared: int, *, watch: bool, count: bool) -> None:
-        """Lays out shared memory. `watch`: look for races and uninitialised reads; `count`: count traffic."""
-        self.watch, self.count = watch, count
         size = self._place_symbols() + dynamic_shared
         self.shared = SharedMemory(self.blocks, size, _narrowest_shared(self.body.blocks))
         self.shared_base = self.block_of.astype(np.int64) * self.shared.pitch
@@ -97,8 +109,6 @@ class Machine:
         lane = int(lanes[0])
         who = (self.first_block + int(self.block_of[lane]), int(self.thread_of[lane]))
         self.report.faults.append(Fault(kind, instruction.text, where, detail, *who, len(lanes)))
-        if self.hasty:
-            raise Faults(self.report.faults)
 
     # --- running -------------------------------------------------------------------------------------------------
 
@@ -107,7 +117,6 @@ class Machine:
         self._begin(params, first_block, report)
         pending: Masks = {0: self.alive.copy()}
         visits: Counter[int] = Counter()
-        most_visits = MOST_OF_HASTY if self.hasty else MOST_VISITS
         threads: Counter[int] = Counter()
         warps: Counter[int] = Counter()
         while pending or self._pass_barrier(pending):
@@ -133,8 +142,8 @@ class Machine:
                     else:
                         step.some(some)
             self._leave(code, mask, active, pending)
-            if visits[number] > most_visits:
-                detail = f"{most_visits} times through this loop; it is taken to have no end"
+            if visits[number] > MOST_VISITS:
+                detail = f"{MOST_VISITS} times through this loop; it is taken to have no end"
                 self.fault("endless loop", code.last, np.flatnonzero(mask), detail)
                 break
         report.blocks.update(threads)
@@ -316,3 +325,78 @@ def _narrowest_shared(blocks: list[Block]) -> int:
             elif i.op == "cp" and "shared" in i.mods:
                 sizes.append(4)
     return min(sizes)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+_machines: OrderedDict[tuple[Any, ...], Machine] = OrderedDict()
+"""Of the last launches: to make one ready takes longer than a small launch."""
+
+
+def launch(
+    kernel: Kernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    params: bytes,
+    memory: GlobalMemory,
+    dynamic_shared: int = 0,
+    *,
+    watch: bool = True,
+    count: bool = True,
+    check: bool = True,
+) -> Report:
+    """Runs a kernel for the whole grid.
+
+    Args:
+        grid, block: one to three sizes each.
+        params: the packed arguments, `kernel.param_bytes` of them; `kernel.params` says where each one is.
+        memory: what the kernel may touch of this process.
+        dynamic_shared: bytes of shared memory of a block, in addition to the declared ones.
+        watch: look for races and for reads of what nobody has written.
+        count: count sectors and cycles.
+        check: raise Faults at the end if there are any; else they are in the report only.
+
+    Raises:
+        ValueError: the launch doesn't fit the kernel.
+        Unsupported: the kernel has an instruction that the interpreter doesn't know.
+    """
+    sizes = (_dim3(grid, "grid"), _dim3(block, "block"))
+    if len(params) != kernel.param_bytes:
+        raise ValueError(f"{kernel.name} takes {kernel.param_bytes} bytes of parameters, not {len(params)}")
+    if kernel.most_threads and math.prod(sizes[1]) > math.prod(kernel.most_threads):
+        raise ValueError(f"{kernel.name} allows blocks of {kernel.most_threads} threads, not {sizes[1]}")
+    report = Report(kernel.name, kernel, *sizes, dynamic_shared)
+    blocks = math.prod(sizes[0])
+    memory.begin_launch(blocks)
+    fitting = max(1, LANES // (-(-math.prod(sizes[1]) // WARP) * WARP))
+    together = -(-blocks // -(-blocks // fitting))  # rounds of the same size
+    with errors_of_numpy():
+        for first in range(0, blocks, together):
+            options = (dynamic_shared, watch, count)
+            _machine(kernel, sizes, min(together, blocks - first), memory, options).run(params, first, report)
+    if check and report.faults:
+        raise Faults(report.faults)
+    return report
+
+
+def _dim3(sizes: Sequence[int], what: str) -> Dim3:
+    x, y, z = (*sizes, 1, 1)[:3] if 1 <= len(sizes) <= 2 else sizes
+    if min(x, y, z) < 1:
+        raise ValueError(f"a {what} of {tuple(sizes)}")
+    return x, y, z
+
+
+def _machine(
+    kernel: Kernel, sizes: tuple[Dim3, Dim3], blocks: int, memory: GlobalMemory, options: tuple[int, bool, bool]
+) -> Machine:
+    # The machine holds the kernel and the memory, so that no others come to have their numbers.
+    key = (id(kernel), id(memory), sizes, blocks, options)
+    machine = _machines.pop(key, None)
+    if machine is None:
+        machine = Machine(kernel, *sizes, blocks, memory, options[0], watch=options[1], count=options[2])
+    _machines[key] = machine
+    while len(_machines) > 1 and sum(kept.size for kept in _machines.values()) > MACHINES_BYTES:
+        _, oldest = _machines.popitem(last=False)
+        vars(oldest).clear()  # its parts hold each other
+    return machine

@@ -56,15 +56,12 @@ class Module:
 
     Attributes:
         kernels: by name.
-        target: "sm_90a".
         files: names of source files by number, as `.loc` refers to them.
         shared: variables in shared memory that stand outside kernels.
         texts: constants in global memory by name: what a kernel says that ends the launch.
     """
 
     def __init__(self, text: str) -> None:
-        target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
-        self.target = target[1] if target else ""
         self.files = {int(found[1]): found[2] for found in _found(_FILE, ".file", text)}
         self.kernels: dict[str, Kernel] = {}
         entries = list(_found(_ENTRY, ".entry", text))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from .parse import Kernel
 from .registers import Dim3
-from .sectors import Sectors
+from .traffic import Sectors, Traffic
 
 UNEQUAL = "another thread writes something else there in the same instruction"
 """The detail of a race that may be of no consequence: of copies of a sum that were rounded differently."""
@@ -40,29 +40,6 @@ class Faults(Exception):
         self.faults = faults
 
 
-@dataclass
-class Traffic:
-    """Of one instruction that accesses memory.
-
-    `requests`: by warps. `sectors`: of 32 bytes, of global memory; of shared memory cycles, which are as many as a bank
-    has different words to serve. `bytes`: what the threads asked for. Of shared memory `least` are the cycles without
-    conflicts, and `worst` the most that any part of a request took in place of one.
-    """
-
-    requests: int = 0
-    sectors: int = 0
-    bytes: int = 0
-    least: int = 0
-    worst: int = 0
-
-    def add(self, other: "Traffic") -> None:
-        self.requests += other.requests
-        self.sectors += other.sectors
-        self.bytes += other.bytes
-        self.least += other.least
-        self.worst = max(self.worst, other.worst)
-
-
 TrafficKey = tuple[str, str, str]
 """Space ("global", "global store", "shared", "shared store"), place in the source, instruction."""
 
@@ -86,11 +63,6 @@ class Report:
     warps: Counter[int] = field(default_factory=Counter)
     loads: Sectors = field(default_factory=Sectors)
     stores: Sectors = field(default_factory=Sectors)
-
-    @property
-    def instructions(self) -> int:
-        """Instructions times threads."""
-        return sum(self.blocks[block.number] * len(block.instructions) for block in self.of.parsed.blocks)
 
     def lines(self) -> Counter[tuple[str, int]]:
         """Instructions times threads of each line of the source, by file and line; 0 where none was run."""

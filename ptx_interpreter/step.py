@@ -1,13 +1,19 @@
-"""An instruction made ready to run, for all lanes of a machine or for some."""
+"""An instruction made ready to run, for all lanes of a machine or for some, and the makers by opcode."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .body import Instruction
 from .types import Array, Value
+
+if TYPE_CHECKING:
+    from .machine import Machine
 
 
 class Active:
@@ -21,7 +27,7 @@ class Active:
         return np.flatnonzero(self.mask)
 
     @classmethod
-    def of(cls, lanes: Array, count: int) -> "Active":
+    def of(cls, lanes: Array, count: int) -> Active:
         mask = np.zeros(count, bool)
         mask[lanes] = True
         return cls(mask)
@@ -94,3 +100,25 @@ def put(target: Array | None, active: Active | None, values: Value) -> None:
         target[:] = values
     else:
         target[active.lanes] = values
+
+
+# --- makers ---------------------------------------------------------------------------------------------------------
+
+Maker = Callable[["Machine", Instruction], Step]
+MAKERS: dict[str, tuple[Maker, frozenset[str]]] = {}
+"""Makers by opcode, each with the modifiers that it knows."""
+
+
+def makes(opcodes: str, modifiers: str) -> Callable[[Maker], Maker]:
+    """Make a function the maker of these opcodes; all other modifiers are refused."""
+
+    def register(maker: Maker) -> Maker:
+        MAKERS.update(dict.fromkeys(opcodes.split(), (maker, frozenset(modifiers.split()))))
+        return maker
+
+    return register
+
+
+def one_of(i: Instruction, names: str) -> str | None:
+    """Return the modifier of an instruction that is among these."""
+    return next((mod for mod in i.mods if mod in names.split()), None)

@@ -22,8 +22,6 @@ from ptx_interpreter.types import WARP
 THREADS = 1024
 FORMATS = {"fp32": "f4", "fp64": "f8", "i1": "i1", "u1": "u1"}
 """Of scalar arguments, as numpy calls them; integers are those of their bits."""
-
-
 DESCRIPTOR = re.compile(r"tensordesc<([^[>]*)\[")
 
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import shared as sm
-from . import traffic
 from .body import Instruction
 from .memory import MANY, Interval, Shadow
-from .report import Traffic
 from .step import Active
+from .traffic import Traffic, by_warp, cycles
 from .types import Array
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Watch:
     def _count_global(self, access: Access, active: Active | None, addresses: Array) -> None:
         report = self.machine.report
         asked = report.stores if access.write else report.loads
-        requests, sectors = asked.add(traffic.by_warp(active, addresses), access.size)
+        requests, sectors = asked.add(by_warp(active, addresses), access.size)
         access.traffic.add(Traffic(requests, sectors, len(addresses) * access.size))
 
     # --- global memory -------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ class Watch:
             elif good.any():
                 self.watch_shared(access, places[good], stamps[good], lanes[good])
         if machine.count:
-            access.traffic.add(traffic.cycles(active, addresses, size))
+            access.traffic.add(cycles(active, addresses, size))
         return places, good
 
     def watch_shared(self, access: Access, places: Array, stamps: Array, lanes: Array) -> None:

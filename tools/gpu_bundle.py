@@ -24,16 +24,16 @@ import wheel
 from requirements import requirements
 
 sys.path.insert(0, str(wheel.ROOT))
-from benchmarks.gpu_check import hash_csrc
+from benchmarks.gpu_check import PACKAGES, hash_csrc
 
 ROOT = wheel.ROOT
 MIB = 1 << 20
-NEEDED = ("pydantic", "ftfy", "open_clip_torch", "psutil", "pyyaml")
+NEEDED = tuple(filter(None, PACKAGES.values()))
 """Without these the check can't run."""
-PEERS = ("liger-kernel", "inf-cl", "xformers", "cut-cross-entropy")
-"""In the order of their value."""
-WHOLE = ("pydantic", "ftfy", "psutil", "pyyaml")
-"""Packed with all that they require. The other packages require torch, which the machine has."""
+ALONE = ("tokenizers",)
+"""Packed without their requirements: tokenizers requires huggingface_hub only to download."""
+PEERS = ("open_clip_torch", "liger-kernel", "inf-cl", "xformers", "cut-cross-entropy")
+"""In the order of their value. They require torch, which the machine has."""
 
 
 def pack_libraries(python: Path, archs: Sequence[str], target: Path) -> None:
@@ -52,24 +52,26 @@ def pack_libraries(python: Path, archs: Sequence[str], target: Path) -> None:
 
 def pack_wheels(python: Path, version: str, target: Path, room: int) -> None:
     """Download the needed packages, and those peers that fit into `room` bytes."""
-    known = {re.split(r"[<>=!~\[]", text)[0]: text for text in requirements("clip")}
+    known = {re.split(r"[<>=!~\[]", text)[0]: text for text in requirements("test")}
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 40)] + ["manylinux2014_x86_64"]
     options = ["--quiet", "--only-binary", ":all:", "--python-version", version, "--implementation", "cp"]
     options += [option for name in platforms for option in ("--platform", name)]
     folder = target / "download"
     (target / "wheels").mkdir()
-    for name in (*NEEDED, *PEERS):
-        depth = [] if name in WHOLE else ["--no-deps"]
-        command = [python, "-m", "pip", "download", *options, *depth, "--dest", folder, known.get(name, name)]
+    # Together: each distribution comes in one version.
+    for names in ([name for name in NEEDED if name not in ALONE], *([name] for name in (*ALONE, *PEERS))):
+        depth = ["--no-deps"] if len(names) == 1 else []
+        wanted = [known.get(name, name) for name in names]
+        command = [python, "-m", "pip", "download", *options, *depth, "--dest", folder, *wanted]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         size = size_of(folder)
         problem = matrix.last_line(done.stderr) if done.returncode else ""
         if not problem and size > room:
             problem = f"{size / MIB:.1f} MiB, and {max(room, 0) / MIB:.1f} are left"
-        if problem and name in NEEDED:
-            raise SystemExit(f"error: the check needs {name}: {problem}")
+        if problem and names[0] in NEEDED:
+            raise SystemExit(f"error: the check needs {', '.join(names)}: {problem}")
         if problem:
-            print(f"left out {name}: {problem}")
+            print(f"left out {names[0]}: {problem}")
         else:
             room -= size
             for path in folder.iterdir():

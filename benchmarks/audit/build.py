@@ -11,11 +11,12 @@ from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.audit.budget import ROOT, budget
+from benchmarks import ROOT
+from benchmarks.audit import budget
 from benchmarks.audit.cases import Case
 from benchmarks.audit.result import Count
-from benchmarks.audit.roofline import SHARED
 from evaclip.errors import UserError
+from ptx_interpreter.gpus import GPUS
 
 ARCHS = {"cuda": ("sm_80", "sm_90", "sm_100"), "triton": ("sm_80", "sm_90")}
 
@@ -62,8 +63,8 @@ def require(kinds: Collection[str]) -> None:
 
 def _count(cases: Sequence[Case], arch: str, library: str, folder: Path) -> list[Count]:
     paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    shared = SHARED[arch] // 1024 - 1  # the system takes 1 KiB of a block
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PTX_SHARED_KB": str(shared)}
+    shared = str(next(gpu.shared_kb for gpu in GPUS.values() if arch == f"sm_{gpu.capability}"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PTX_SHARED_KB": shared}
     call = [sys.executable, "-m", "benchmarks.audit.count", arch, library, json.dumps(cases)]
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, check=False)
     if done.returncode:

@@ -6,8 +6,8 @@ from functools import partial
 
 import benchmarks.cases  # noqa: F401  (registers the operations)
 import evakernels
-from benchmarks.cases._optimizer import sizes_of
 from benchmarks.cases.layer_norm import EPS
+from benchmarks.cases.optimizers import sizes_of
 from benchmarks.operation import Cost, Draw, Inputs, Operation, Work, get_operation
 from benchmarks.shapes import Shape, parse_shape
 from evaclip.errors import unknown_name
@@ -40,7 +40,6 @@ SHAPES = {
     "rope_attention": ("eva02-b16@112 b1", "eva02-l14@112 b1 drop50", "eva01-g14@112 b1", "eva02-bige14@112 b1"),
     "causal_attention": ("eva02-b16:text b1",),
     "lamb_step": OPTIMIZED,
-    "lamb_step of a large tensor": OPTIMIZED,
 }
 """Audited operations with nvcc's kernels, and their default shapes."""
 _ROWS = ("eva02-b16@224 b1",)
@@ -68,8 +67,6 @@ AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}
 DTYPES = ("bfloat16", "float32")
 MOST_ELEMENTS = 50_000
 """Largest tensor in an audited step of an optimizer."""
-LARGE = 175_070
-"""Elements of a parameter that is twice as large as the cache, with its moments, all in float32."""
 
 
 def _scaled(name: str, backward: int) -> Operation:
@@ -137,25 +134,12 @@ def _few_tensors(name: str) -> Operation:
     return replace(plain, inputs=inputs, work=work)
 
 
-def _large_tensor(name: str) -> Operation:
-    """Over a single tensor of `LARGE` elements."""
-    plain, large = get_operation(name), Shape(batch=1, width=LARGE)
-    return replace(
-        plain,
-        name=f"{name} of a large tensor",
-        inputs=lambda shape, draw: plain.inputs(large, draw),
-        work=lambda shape, itemsize: plain.work(large, itemsize),
-    )
-
-
 def operation(name: str) -> Operation:
     """The operation of that name. Raises `UserError` with the nearest names if there is none."""
     if name not in SHAPES and name not in TRITON_SHAPES:
         raise unknown_name("audited operation", name, [*SHAPES, *TRITON_SHAPES])
     if name == NOT_KEPT:
         return replace(get_operation("clip_loss"), name=name, ours=partial(evakernels.clip_loss, memory_budget=0))
-    if name == "lamb_step of a large tensor":
-        return _large_tensor("lamb_step")
     if SHAPES.get(name) == OPTIMIZED:
         return _few_tensors(name)
     if name.endswith(OF_HIDDEN):

@@ -9,7 +9,6 @@ import gc
 import json
 import pickle
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,16 +18,16 @@ from torch import Tensor
 
 import evakernels
 from benchmarks import accuracy
-from benchmarks.audit.budget import budget
+from benchmarks.audit import budget
 from benchmarks.audit.cases import Case, operation
-from benchmarks.audit.result import REST, Count, Launch, Line, Shared, Traffic
+from benchmarks.audit.result import REST, Count, Launch, Line, add_up
 from benchmarks.audit.roofline import flops_of, instructions_of, pipe_of
 from benchmarks.measure import DTYPES
 from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape
 from ptx_interpreter import Report
 from ptx_interpreter.runtime import Launches
-from ptx_interpreter.sectors import Sectors
+from ptx_interpreter.traffic import Asked, Sectors
 
 TRITON = "triton"
 Buffers = Mapping[str, Sequence[tuple[int, int]]]
@@ -105,50 +104,32 @@ def launch_of(report: Report, buffers: Buffers) -> Launch:
     warps = -(-report.block[0] * report.block[1] * report.block[2] // 32) * blocks
     return Launch(
         kernel=report.kernel,
-        grid=report.grid,
-        block=report.block,
-        dynamic_bytes=report.dynamic_shared,
         barriers=barriers / warps,
-        lines=tuple(_lines(report)),
+        lines=tuple(_count_lines(report)),
         loads=_traffic(report.loads, buffers),
         stores=_traffic(report.stores, buffers),
     )
 
 
-def _lines(report: Report) -> Iterator[Line]:
+def _count_lines(report: Report) -> list[Line]:
     body = report.of.parsed
-    warps: dict[str, Counter[str]] = {}
-    flops: Counter[str] = Counter()
+    lines: dict[str, Line] = {}
     for block in body.blocks:
         for i in block.instructions:
             place, times = body.where(i.line), report.warps[block.number]
-            warps.setdefault(place, Counter())[pipe_of(i)] += times * instructions_of(i)
-            flops[place] += times * flops_of(i)
-    shared: dict[str, Shared] = {}
-    requests: Counter[str] = Counter()
-    sectors: Counter[str] = Counter()
-    for (space, place, _), own in report.traffic.items():
-        if space.startswith("shared"):
-            found = Shared(own.requests, own.sectors, own.least, own.worst)
-            shared[place] = shared.get(place, Shared()) + found
-        else:
-            requests[place] += own.requests
-            sectors[place] += own.sectors
-    for place, own_warps in warps.items():
-        if any(own_warps.values()):
-            yield Line(
-                place, dict(own_warps), flops[place], shared.get(place, Shared()), requests[place], sectors[place]
-            )
+            line = lines.setdefault(place, Line(place))
+            line.warps[pipe_of(i)] += times * instructions_of(i)
+            line.flops += times * flops_of(i)
+    for (space, place, _), traffic in report.traffic.items():
+        (lines[place].shared if space.startswith("shared") else lines[place].memory).add(traffic)
+    return [line for line in lines.values() if any(line.warps.values())]
 
 
-def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Traffic]:
-    rest = Traffic(*sectors.within(0, 1 << 62))
-    result = {}
-    for name, spans in buffers.items():
-        found = [sectors.within(start, end) for start, end in spans]
-        result[name] = Traffic(*map(sum, zip(*found, strict=True)))
-        rest += Traffic(*(-number for number in vars(result[name]).values()))
-    return {name: own for name, own in (result | {REST: rest}).items() if own.sectors}
+def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Asked]:
+    result = {name: add_up(sectors.within(*span) for span in spans) for name, spans in buffers.items()}
+    rest = zip(sectors.within(0, 1 << 62), add_up(result.values()), strict=True)
+    result[REST] = Asked(*(total - known for total, known in rest))
+    return {name: asked for name, asked in result.items() if asked.sectors}
 
 
 def spans_of(tensors: Mapping[str, Sequence[Tensor]]) -> Buffers:

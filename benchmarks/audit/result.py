@@ -1,52 +1,23 @@
 """Counts of one call of an op, and the ratios that follow from them."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-SECTOR = 32
-"""Bytes of the smallest transfer of a GPU's memory."""
+from ptx_interpreter import Traffic
+from ptx_interpreter.traffic import SECTOR, Asked
+
 _STREAMED = 4
 REST = "the rest"
 """Buffers unknown to the caller: statistics, and values between kernels."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Requests of warps to a buffer in one direction.
-
-    Attributes:
-        requests: warp instructions.
-        bytes: different bytes of each request, summed.
-        sectors: different sectors of each request, summed.
-        touched: different sectors of the whole launch.
-    """
-
-    requests: int = 0
-    bytes: int = 0
-    sectors: int = 0
-    touched: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        mine, theirs = vars(self), vars(other)
-        return Traffic(**{name: mine[name] + theirs[name] for name in mine})
+def add_up(several: Iterable[Asked]) -> Asked:
+    """Return the sums of several requests."""
+    return Asked(*map(sum, zip(*several, strict=True)))
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Shared memory: requests of warps, their cycles, the least cycles without conflicts, and the worst conflict."""
-
-    requests: int = 0
-    cycles: int = 0
-    least: int = 0
-    worst: int = 0
-
-    def __add__(self, other: "Shared") -> "Shared":
-        sums = self.requests + other.requests, self.cycles + other.cycles, self.least + other.least
-        return Shared(*sums, max(self.worst, other.worst))
-
-
-@dataclass(frozen=True)
+@dataclass
 class Line:
     """A line of the source.
 
@@ -54,16 +25,14 @@ class Line:
         place: file and number.
         warps: warp instructions, by part of a multiprocessor.
         flops: multiplications and additions of matmuls.
-        shared: shared memory.
-        requests, sectors: global memory.
+        memory, shared: requests to global and to shared memory.
     """
 
     place: str
-    warps: Mapping[str, int]
-    flops: int
-    shared: Shared
-    requests: int
-    sectors: int
+    warps: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
+    memory: Traffic = field(default_factory=Traffic)
+    shared: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -72,39 +41,27 @@ class Launch:
 
     Attributes:
         kernel: its name; nvcc's kernels as in `tests/cuda/budget.json` without the file.
-        grid, block: sizes in x, y and z, on a simulated GPU of three multiprocessors.
-        dynamic_bytes: dynamic shared memory of a block.
         barriers: barriers of a warp, on average.
         lines: lines of the source.
         loads, stores: global memory, by buffer.
     """
 
     kernel: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    dynamic_bytes: int
     barriers: float
     lines: tuple[Line, ...]
-    loads: Mapping[str, Traffic]
-    stores: Mapping[str, Traffic]
+    loads: Mapping[str, Asked]
+    stores: Mapping[str, Asked]
 
     @property
-    def warps(self) -> Mapping[str, int]:
-        """Warp instructions, by part of a multiprocessor."""
-        total: Counter[str] = Counter()
+    def total(self) -> Line:
+        """All lines together."""
+        total = Line(self.kernel)
         for line in self.lines:
-            total.update(line.warps)
+            total.warps.update(line.warps)
+            total.flops += line.flops
+            total.memory.add(line.memory)
+            total.shared.add(line.shared)
         return total
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of matmuls."""
-        return sum(line.flops for line in self.lines)
-
-    @property
-    def shared(self) -> Shared:
-        """Shared memory of all lines."""
-        return sum((line.shared for line in self.lines), Shared())
 
     @property
     def touched(self) -> int:
@@ -159,22 +116,17 @@ class Count:
         repeated = sum(traffic.sectors - traffic.touched for traffic in self._requests(large=False))
         return SECTOR * repeated / self.floor
 
-    @property
-    def bytes_a_load(self) -> float:
-        """Bytes of a warp's load from a large buffer; at most 512."""
-        return self._bytes_a_request("loads")
-
-    @property
-    def bytes_a_store(self) -> float:
-        """Bytes of a warp's store to a large buffer."""
-        return self._bytes_a_request("stores")
+    def request_bytes(self, direction: str) -> float:
+        """Bytes of a warp's request to a large buffer, at most 512; `direction` is `loads` or `stores`."""
+        total = add_up(self._requests(True, (direction,)))
+        return total.bytes / max(1, total.requests)
 
     @property
     def worst_ways(self) -> int:
         """The worst conflict in the banks of shared memory; 1 is none, 0 no shared memory."""
-        return max((launch.shared.worst for launch in self.launches), default=0)
+        return max((launch.total.shared.worst for launch in self.launches), default=0)
 
-    def _requests(self, large: bool, directions: tuple[str, ...] = ("loads", "stores")) -> list[Traffic]:
+    def _requests(self, large: bool, directions: tuple[str, ...] = ("loads", "stores")) -> list[Asked]:
         """Requests to the large buffers, or to the others."""
         streamed = self.streamed
         return [
@@ -184,7 +136,3 @@ class Count:
             for name, traffic in getattr(launch, direction).items()
             if (name in streamed) == large
         ]
-
-    def _bytes_a_request(self, direction: str) -> float:
-        total = sum(self._requests(True, (direction,)), Traffic())
-        return total.bytes / max(1, total.requests)

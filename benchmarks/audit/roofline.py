@@ -1,4 +1,4 @@
-"""The least time of a kernel on each part of a GPU, and its occupancy: predicted from counts, not measured.
+"""The least time of a kernel on each part of a GPU: predicted from counts, not measured.
 
 PTX is not machine code: it has instructions that ptxas folds into others (address arithmetic, for one) and lacks those
 that ptxas adds. Moves, which ptxas mostly removes, cost nothing.
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from benchmarks.audit.budget import budget
-from benchmarks.audit.result import SECTOR, Count, Launch, Line, Shared
+from benchmarks.audit.result import Count, Launch, Line
 from evaclip.plan.gpus import get_gpu
-from ptx_interpreter import gpus
 from ptx_interpreter.body import Instruction
+from ptx_interpreter.traffic import SECTOR
+from ptx_interpreter.types import WARP
 
 # Parts of a multiprocessor: matmuls; sums and products of floats; integers, comparisons and conversions; roots,
 # quotients and exponentials; loads, stores and shuffles; branches and barriers; copies of registers and parameters.
@@ -71,7 +71,6 @@ measurement has confirmed them, least of all 64 lanes for integers on 10.0."""
 MMA_SYNC_CEILING = {"sm_80": 1.0, "sm_90": 0.62, "sm_100": 0.25}
 """Share of the peak of matmuls that mma.sync reaches: an assumption; wgmma and tcgen05 reach all of it."""
 _LANES = {ALU: 64, SFU: 16, ISSUE: 128, "cycles": 32}
-_WARP = 32
 _SECTORS_A_CYCLE = 4
 
 
@@ -95,23 +94,20 @@ def rates(arch: str) -> Rates:
     """Rates of the GPU of an architecture in `GPUS`; the clock follows from its published float32 rate."""
     gpu = get_gpu(GPUS[arch])
     cycles = gpu.single_tflops * 1e12 / 2 / _FMA_LANES[arch]
-    pipes = {name: cycles * number / _WARP for name, number in ({FMA: _FMA_LANES[arch]} | _LANES).items()}
+    pipes = {name: cycles * number / WARP for name, number in ({FMA: _FMA_LANES[arch]} | _LANES).items()}
     return Rates(pipes, gpu.half_tflops * 1e12, gpu.memory_gbps * 1e9)
 
 
-def _times(
-    arch: str, warps: Mapping[str, int], flops: int, shared: Shared, lines: Sequence[Line], moved: int
-) -> dict[str, float]:
-    rate = rates(arch)
+def _times(arch: str, total: Line, lines: Sequence[Line], moved: int) -> dict[str, float]:
+    rate, warps, shared = rates(arch), total.warps, total.shared
     ceiling = MMA_SYNC_CEILING[arch] if warps.get(MMA_SYNC) else 1.0
     issued = sum(number for pipe, number in warps.items() if pipe != MOVES)
     # A cycle of memory serves a part of a request to shared memory, 128 bytes of global memory, or a shuffle.
-    accesses = sum(line.requests for line in lines) + shared.requests
-    cycles = shared.cycles + sum(max(line.requests, line.sectors / _SECTORS_A_CYCLE) for line in lines)
-    cycles += max(0, warps.get(MEMORY, 0) - accesses)
+    cycles = shared.sectors + sum(max(line.memory.requests, line.memory.sectors / _SECTORS_A_CYCLE) for line in lines)
+    cycles += max(0, warps[MEMORY] - total.memory.requests - shared.requests)
     return {
-        **{pipe: warps.get(pipe, 0) / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)},
-        TENSOR: flops / rate.flops / ceiling,
+        **{pipe: warps[pipe] / rate.pipes[pipe] for pipe in (FMA, ALU, SFU)},
+        TENSOR: total.flops / rate.flops / ceiling,
         MEMORY: cycles / rate.pipes["cycles"],
         ISSUE: issued / rate.pipes[ISSUE],
         DRAM: moved / rate.bytes,
@@ -120,12 +116,12 @@ def _times(
 
 def times(arch: str, launch: Launch) -> dict[str, float]:
     """Seconds of each part of the GPU, with evenly loaded multiprocessors, no gaps and perfect caches."""
-    return _times(arch, launch.warps, launch.flops, launch.shared, launch.lines, launch.touched)
+    return _times(arch, launch.total, launch.lines, launch.touched)
 
 
 def times_of_line(arch: str, line: Line) -> dict[str, float]:
     """As `times`, of a line's instructions; DRAM moves every requested sector."""
-    return _times(arch, line.warps, line.flops, line.shared, [line], SECTOR * line.sectors)
+    return _times(arch, line, [line], SECTOR * line.memory.sectors)
 
 
 def limiter(arch: str, launch: Launch) -> str:
@@ -138,41 +134,3 @@ def share_of_floor(count: Count) -> float:
     """The time of the floor's bytes at DRAM's rate over the time of the kernels' slowest parts."""
     least = sum(max(times(count.arch, launch).values()) for launch in count.launches)
     return count.floor / rates(count.arch).bytes / least
-
-
-# --- occupancy: CUDA's published formula, and the budget ------------------------------------------------------------
-
-SHARED = {f"sm_{gpu.capability}": gpu.shared_kb + 1 << 10 for gpu in gpus.GPUS.values() if gpu.warps == 64}
-"""Bytes of shared memory of a multiprocessor."""
-WARPS = 64
-
-
-def resident_warps(arch: str, threads: int, registers: int, shared: int) -> int:
-    """Resident warps of a multiprocessor, at most `WARPS`.
-
-    Args:
-        arch: one of `SHARED`.
-        threads: threads of a block.
-        registers: registers of a thread.
-        shared: bytes of a block.
-    """
-    gpu = next(gpu for gpu in gpus.GPUS.values() if f"sm_{gpu.capability}" == arch)
-    return -(-threads // _WARP) * gpu.resident_blocks(threads, registers, shared)
-
-
-def occupancy(kernel: str, threads: int, dynamic_bytes: int = 0) -> Mapping[str, float]:
-    """Resident warps over `WARPS`, by architecture; empty for a kernel without a budget.
-
-    Args:
-        kernel: name of `Launch.kernel`.
-        threads: threads of a block.
-        dynamic_bytes: dynamic shared memory of a block.
-    """
-    stored: Mapping[str, Mapping[str, tuple[int, int]]] = budget().read()[1]
-    shares = {}
-    for arch, kernels in stored.items():
-        own = next((numbers for name, numbers in kernels.items() if name.partition(": ")[2] == kernel), None)
-        if own and arch in SHARED:
-            registers, shared = own
-            shares[arch] = resident_warps(arch, threads, registers, shared + dynamic_bytes) / WARPS
-    return shares

@@ -1,18 +1,13 @@
-"""The audit on the terminal, and as JSON."""
+"""The audit on the terminal."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from math import prod
-from pathlib import Path
 
 from rich.text import Text
 
 from benchmarks.audit.result import Count, Line
-from benchmarks.audit.roofline import GPUS, PARTS, limiter, occupancy, share_of_floor, times, times_of_line
+from benchmarks.audit.roofline import GPUS, PARTS, limiter, share_of_floor, times, times_of_line
 from benchmarks.render import NOTHING, TIMES, Cell, Table, make_console, percent, significant
-from evaclip.atomic import write_text
 
 PREDICTED = "predicted from counted instructions, not measured"
 MOST_LINES = 10
@@ -25,10 +20,10 @@ _MEANING = (
     "ways: cycles of shared memory over those without conflicts, mean and worst, 1 is no conflict",
     "of floor: the time of the floor's bytes over the one of the kernels' limiters; the others are the least "
     "microseconds of each part of the GPU, evenly loaded and without gaps",
-    "barriers: of a warp; warps: share of a multiprocessor's, by registers and shared memory, CUDA's formula",
+    "barriers: of a warp",
 )
 _CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "of floor")
-_KERNEL = (*PARTS, "limiter", "barriers", "warps")
+_KERNEL = (*PARTS, "limiter", "barriers")
 
 
 def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
@@ -42,7 +37,11 @@ def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
         console.print(Text(f"{name}: {kernels}, {arch} ({GPUS[arch]})", "bold"))
         calls = [(_title(count), *_call_cells(count)) for count in found]
         console.print(_table("shape, dtype, direction", _CALL, calls).to_terminal())
-        kernels_of_calls = [cells for count in found for cells in _kernel_cells(count)]
+        kernels_of_calls = [
+            (launch.kernel, *_microseconds(times(arch, launch)), limiter(arch, launch), f"{launch.barriers:.1f}")
+            for count in found
+            for launch in count.launches
+        ]
         console.print(_table("kernel, us", _KERNEL, kernels_of_calls).to_terminal())
         for count in found if explain else ():
             lines = [[line.place, *_microseconds(times_of_line(count.arch, line))] for line in costly_lines(count)]
@@ -50,21 +49,6 @@ def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
     console.print()
     for line in _MEANING:
         console.print(Text(line, "dim"))
-
-
-def write_json(counts: Sequence[Count], file: Path) -> None:
-    """Write all counts, and the cells of the tables."""
-    shown = [
-        asdict(count)
-        | {
-            "shown": dict(zip(_CALL, _call_cells(count), strict=True)),
-            "times": [times(count.arch, launch) for launch in count.launches],
-            "limiters": [limiter(count.arch, launch) for launch in count.launches],
-            "warps": [launch.warps for launch in count.launches],
-        }
-        for count in counts
-    ]
-    write_text(file, json.dumps({"what": PREDICTED, "counts": shown}, indent=1) + "\n")
 
 
 def _table(first: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -78,20 +62,11 @@ def _title(count: Count) -> str:
 
 def _call_cells(count: Count) -> list[str]:
     ratios = [f"{ratio:.3f}" for ratio in (count.traffic, count.touched, count.cached)]
-    requests = [f"{size:.0f}" for size in (count.bytes_a_load, count.bytes_a_store)]
-    ways = [launch.shared.cycles / launch.shared.least for launch in count.launches if launch.shared.least]
+    requests = [f"{size:.0f}" for size in map(count.request_bytes, ("loads", "stores"))]
+    shared = [launch.total.shared for launch in count.launches]
+    ways = [traffic.sectors / traffic.least for traffic in shared if traffic.least]
     mean_and_worst = f"{max(ways):.2f} {count.worst_ways}" if ways else NOTHING
     return [significant(count.floor / 1e6), *ratios, *requests, mean_and_worst, percent(share_of_floor(count))]
-
-
-def _kernel_cells(count: Count) -> Iterator[list[str]]:
-    for launch in count.launches:
-        shares: Mapping[str, float] = {}
-        if count.kernels == "cuda":
-            shares = occupancy(launch.kernel, prod(launch.block), launch.dynamic_bytes)
-        warps = percent(shares[count.arch]) if count.arch in shares else NOTHING
-        parts = _microseconds(times(count.arch, launch))
-        yield [launch.kernel, *parts, limiter(count.arch, launch), f"{launch.barriers:.1f}", warps]
 
 
 def _microseconds(seconds: Mapping[str, float]) -> list[str]:

@@ -101,26 +101,15 @@ register(
 
 
 @peer("clip_loss", package="open_clip_torch")
-def open_clip_loss(shape: Shape) -> Function:
-    """open_clip's loss, as its trainer calls it."""
-    from open_clip.loss import ClipLoss
-
-    return _under_autocast(ClipLoss())
-
-
 @peer("siglip_loss", package="open_clip_torch")
-def open_clip_siglip(shape: Shape) -> Function:
-    """open_clip's sigmoid loss, as its trainer calls it."""
-    from open_clip.loss import SigLipLoss
+def open_clip(shape: Shape) -> Function:
+    """open_clip's losses, as its trainer calls them: under autocast for features of 16 bits."""
+    from open_clip.loss import ClipLoss, SigLipLoss
 
-    return _under_autocast(SigLipLoss())
-
-
-def _under_autocast(loss: Function) -> Function:
-    """A loss under autocast for features of 16 bits, as in open_clip's trainer."""
+    clip, siglip = ClipLoss(), SigLipLoss()
 
     def call(image_features: Tensor, text_features: Tensor, **scalars: Tensor) -> Tensor:
-        dtype = image_features.dtype
+        dtype, loss = image_features.dtype, siglip if "logit_bias" in scalars else clip
         with torch.autocast(image_features.device.type, dtype=dtype, enabled=dtype.itemsize == 2):
             return _widened(loss(image_features, text_features, **scalars))
 

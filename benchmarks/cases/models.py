@@ -149,17 +149,14 @@ def _pair(model: str, pixels: int, device: torch.device, part: str) -> Pair:
     plain_part = f"{part}trunk." if part == _VISION else part
     # Only whole models are trained.
     our_module, plain_module = (
-        _submodule(model, own).train(part == "") for model, own in ((ours, part), (plain, plain_part))
+        model.get_submodule(own.removesuffix(".")).train(part == "")
+        for model, own in ((ours, part), (plain, plain_part))
     )
     plain_names = _names(to_open_clip(ours.state_dict()), plain_part)
     return Pair(
         Network(our_module, _names(ours.state_dict(), part), {}),
         Network(plain_module, plain_names, dict(plain_module.named_buffers())),
     )
-
-
-def _submodule(model: nn.Module, part: str) -> nn.Module:
-    return model.get_submodule(part.removesuffix("."))
 
 
 def _names(state: dict[str, Tensor], part: str) -> tuple[str, ...]:
@@ -250,13 +247,10 @@ def _config(shape: Shape) -> CLIPConfig:
     return override(shape.config, {"vision": {"image_size": pixels_of(shape)}})
 
 
-def _count(shape: Shape, part: str) -> int:
-    return _counts(shape.model, pixels_of(shape), part)
-
-
 @cache
-def _counts(model: str, pixels: int, part: str) -> int:
-    built = create_model(short_names()[model], device="meta", vision={"image_size": pixels})
+def _count(shape: Shape, part: str) -> int:
+    """Parameters of a part of the model."""
+    built = create_model(short_names()[shape.model], device="meta", vision={"image_size": pixels_of(shape)})
     return sum(values.numel() for name, values in built.named_parameters() if name.startswith(part))
 
 

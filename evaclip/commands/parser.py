@@ -129,7 +129,6 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 
 def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
-
     option = unknown[0].partition("=")[0]
     known = command._option_string_actions if option.startswith("-") else ()
     command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..body import Instruction
-from ..step import Step
+from ..step import MAKERS, Step
 from ..types import Unsupported
 from . import arithmetic, asynchronous, atomic, conversion, integer, matrix, memory, warp, warpgroup  # noqa: F401
-from .registry import MAKERS
 
 if TYPE_CHECKING:
     from ..machine import Machine

@@ -13,9 +13,8 @@ import numpy as np
 
 from .. import rounding
 from ..body import Instruction
-from ..step import NO_STEP, Active, Step, elementwise
+from ..step import NO_STEP, Active, Step, elementwise, makes, one_of
 from ..types import DTYPES, Array, Unsupported, Value, type_of
-from .registry import makes, one_of
 
 if TYPE_CHECKING:
     from ..machine import Machine

@@ -9,11 +9,10 @@ import numpy as np
 
 from ..body import Instruction
 from ..shared import WRITTEN
-from ..step import NO_STEP, Active, Step, by_lanes
+from ..step import NO_STEP, Active, Step, by_lanes, makes
 from ..types import CARRIERS, SHIFTS, Array, Unsupported
 from ..watch import Access
 from .memory import addresses_of, of_active, read_global
-from .registry import makes
 
 if TYPE_CHECKING:
     from ..machine import Machine

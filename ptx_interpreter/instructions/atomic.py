@@ -8,12 +8,11 @@ import numpy as np
 
 from ..body import Instruction
 from ..memory import BASE, WORDS
-from ..step import Active, Step, by_lanes, put
+from ..step import Active, Step, by_lanes, makes, one_of, put
 from ..types import DTYPES, SHIFTS, SIZES, Array, Unsupported, type_of, unsigned
 from ..watch import Access
 from .arithmetic import HALVES as OF_HALVES
 from .memory import addresses_of, of_active, space_of
-from .registry import makes, one_of
 
 if TYPE_CHECKING:
     from ..machine import Machine

@@ -9,9 +9,8 @@ import numpy as np
 
 from .. import rounding
 from ..body import Instruction
-from ..step import Step, elementwise, several
+from ..step import Step, elementwise, makes, one_of, several
 from ..types import DTYPES, SIZES, Unsupported, Value, type_of, unsigned
-from .registry import makes, one_of
 
 if TYPE_CHECKING:
     from ..machine import Machine

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..body import Instruction
-from ..step import Step, elementwise
+from ..step import Step, elementwise, makes
 from ..types import DTYPES, SIZES, Value, type_of
-from .registry import makes
 
 if TYPE_CHECKING:
     from ..machine import Machine

@@ -8,11 +8,10 @@ import numpy as np
 
 from .. import rounding
 from ..body import Instruction
-from ..step import Active, Step, by_lanes
+from ..step import Active, Step, by_lanes, makes, one_of
 from ..types import CARRIERS, DTYPES, WARP, Array, Unsupported, Value
 from ..watch import Access
 from .memory import addresses_of, read_shared, write_shared
-from .registry import makes, one_of
 from .warp import groups_of
 
 if TYPE_CHECKING:

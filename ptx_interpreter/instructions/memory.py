@@ -10,10 +10,9 @@ import numpy as np
 from ..body import Address, Instruction
 from ..memory import BASE, WORDS
 from ..report import UNEQUAL
-from ..step import Active, Step, by_lanes, elementwise, put, several
+from ..step import Active, Step, by_lanes, elementwise, makes, put, several
 from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
 from ..watch import Access
-from .registry import makes
 
 if TYPE_CHECKING:
     from ..machine import Machine

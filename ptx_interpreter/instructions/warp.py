@@ -8,9 +8,8 @@ import numpy as np
 
 from ..body import Instruction
 from ..shared import WARP_BARRIER
-from ..step import Active, Step, by_lanes, put
+from ..step import Active, Step, by_lanes, makes, put
 from ..types import WARP, Array, Unsupported, type_of
-from .registry import makes
 
 if TYPE_CHECKING:
     from ..machine import Machine

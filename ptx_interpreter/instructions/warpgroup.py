@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..body import Instruction
-from ..step import NO_STEP, Active, Step, by_lanes
+from ..step import NO_STEP, Active, Step, by_lanes, makes
 from ..types import WARP, Array, Unsupported, Value
 from ..watch import Access
 from .matrix import numbers
-from .registry import makes
 from .warp import groups_of
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """The command runs a file's Triton kernels and finds what was planted in them, at the right line."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,11 +15,11 @@ FILE = Path(__file__).with_name("planted_kernels.py")
 ROOT = Path(__file__).parents[2]
 
 
-def check(*kernels, capability=80):
+def check(*kernels, capability=80, file=FILE):
     from ptx_interpreter.__main__ import Checker, run_file
 
     checker = Checker(capability)
-    run_file(checker, str(FILE), kernels)
+    run_file(checker, str(file), kernels)
     return checker
 
 
@@ -65,6 +66,16 @@ def test_checker_names_the_planted_line(name):
     assert name != "unwritten" or finding.accesses == 64
     callers = {lines[line - 1].strip()[:5] for _, line in finding.callers}  # Triton 3.6 names none
     assert callers <= ({"write"} if name == "wrong_mask" else set())
+
+
+@pytest.mark.parametrize("checkout", ["first", "second"])
+def test_checker_names_the_file_of_its_checkout(tmp_path, checkout):
+    """Though a file with the same kernels in another folder was checked before."""
+    file = tmp_path / checkout / FILE.name
+    file.parent.mkdir()
+    shutil.copy(FILE, file)
+    (finding,) = check("no_mask", file=file).found.values()
+    assert finding.place[0] == str(file)
 
 
 def test_command_reports_lines_and_the_unknown():

@@ -1,19 +1,18 @@
-"""An operation small enough to be measured in a test, and results that nobody had to measure."""
+"""An operation small enough to be measured in a test, a timer without a clock, and results without a measurement."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, float64
+import torch
+from torch import Tensor
 
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, Work, _operations, _peers, peer, register
 from benchmarks.results import Machine, Row
 from benchmarks.shapes import Shape
+from benchmarks.timing import Rotation
 
-
-def tanh_inputs(shape: Shape, draw: Draw) -> Inputs:
-    """One tensor."""
-    return {"x": draw.normal(shape.batch, shape.width)}
+CPU = torch.device("cpu")
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -21,23 +20,12 @@ def tanh(x: Tensor) -> Tensor:
     return x.tanh()
 
 
-def tanh_but_in_float64(error: Exception) -> Function:
-    """The operation, with an error in the place of the truth."""
-
-    def function(x: Tensor) -> Tensor:
-        if x.dtype is float64:
-            raise error
-        return x.tanh()
-
-    return function
-
-
 def tanh_operation(**changes: Any) -> Operation:
     """tanh over a small tensor, a composition: no op of the library stands behind it."""
     options: dict[str, Any] = {
         "name": "tanh",
         "summary": "hyperbolic tangent",
-        "inputs": tanh_inputs,
+        "inputs": lambda shape, draw: {"x": draw.normal(shape.batch, shape.width)},
         "eager": tanh,
         "ours": tanh,
         "work": lambda shape, itemsize: Work(Cost(0, 8 * shape.batch), Cost(16 * shape.batch, 0)),
@@ -58,6 +46,27 @@ def registered(op: Operation, **peers: Function) -> Iterator[Operation]:
     finally:
         _operations.pop(op.name)
         _peers.pop(op.name, None)
+
+
+def draw(op: Operation, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+    """A set of inputs on the CPU."""
+    return op.inputs(shape, Draw(dtype, CPU, torch.Generator().manual_seed(seed)))
+
+
+class FakeTimer:
+    """Calls everything once and returns a millisecond."""
+
+    def __init__(self) -> None:
+        self.rotations: list[int] = []
+        self.launched: dict[int, str] = {}
+
+    def first_call(self, call: Any) -> float:
+        call()
+        return 0.5
+
+    def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
+        self.rotations = [len(rotation.calls) for rotation in rotations]
+        return [[1.0, 1.0] for _ in rotations]
 
 
 def machine(**changes: Any) -> Machine:

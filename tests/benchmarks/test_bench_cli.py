@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks import cli
 from benchmarks import machine as machine_module
 from benchmarks.audit import build
-from benchmarks.operation import peers_of
 from benchmarks.results import Results, read_results
 
 QUICK = ["--shape", "tiny b2", "--dtype", "float32", "--mode", "forward", "--passes", "1", "--seconds", "0.001"]
@@ -40,15 +39,22 @@ def test_op_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "run.html").is_file()
 
 
+def test_op_is_measured_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # type: ignore[arg-type]
+    for name in ("page", "plots"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    with registered(tanh_operation()):
+        assert cli.main(["op", "tanh", *QUICK, "--peer", "none"]) == 0
+
+
 def test_plugin_adds_a_candidate(tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
-        "from benchmarks import peer\n\n@peer('tanh', 'mine')\ndef build(shape):\n    return lambda x: x.tanh()\n"
+        "from benchmarks import peer\n\n@peer('tanh', 'mine')\ndef f(shape):\n    return lambda x: x.tanh()\n"
     )
     with registered(tanh_operation()):
         arguments = ["op", "tanh", *QUICK, "--plugin", str(plugin), "--peer", "mine"]
         assert cli.main([*arguments, "--json", str(tmp_path / "run.json")]) == 0
-        assert [peer.name for peer in peers_of("tanh")] == ["mine"]
     assert read_results(tmp_path / "run.json").rows[-1].candidate == "mine"
 
 
@@ -57,9 +63,7 @@ def test_plugin_adds_a_candidate(tmp_path: Path) -> None:
     [
         (["op", "tanhh"], "'tanhh'; did you mean 'tanh'"),
         (["model", "tanh"], "python -m benchmarks op tanh"),
-        (["op", "clip_step"], "python -m benchmarks model clip_step"),
         (["op", "tanh", "--shape", "tinyb2"], "did you mean 'tiny b2'?"),
-        (["op", "tanh", "--shape", "4x8"], "shape '4x8'"),
         (["op", "layer_norm", "--shape", "8x0"], "rows x channels"),
         (["model", "dropin_frozen", "--device", "cuda"], "no GPU here"),
         (["op", "tanh", "--peer", "nobody"], "unknown peer 'nobody'"),
@@ -68,7 +72,7 @@ def test_plugin_adds_a_candidate(tmp_path: Path) -> None:
         (["op", "tanh", "--seconds", "nan"], "--seconds"),
         (["op", "tanh", "--threads", "0"], "--threads"),
         (["op", "tanh", "--first", "-1"], "--first"),
-        (["op", "tanh", "--plugin", "missing.py"], "--plugin 'missing.py'"),
+        (["op", "tanh", "--plugin", "missing.py"], "got 'missing.py'"),
         (["op", "tanh", "--installed"], "--installed"),
         (["op", "tanh", "--page", "missing.md"], "missing.md"),
         (["op", "tanh", "--dtype", "float31"], "'float31'"),
@@ -85,7 +89,7 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, capsys: pyt
     assert len(error.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["op --json", "op --html", "op --profile", "audit --json"])
+@pytest.mark.parametrize("command", ["op --json", "op --html", "op --profile"])
 def test_unwritable_target_is_an_early_error(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine_module, "describe", None)  # what all of them begin with
     (tmp_path / "file").touch()

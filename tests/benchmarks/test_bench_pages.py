@@ -89,8 +89,8 @@ def test_markdown_section_is_replaced(tmp_path: Path) -> None:
     for _ in range(2):
         write_markdown(RESULTS, page)
     text = page.read_text()
-    assert text.startswith("# Before\n<!-- benchmarks: begin -->\n\n**AMD EPYC**: ")
-    assert text.endswith("(roofline.png)\n\n<!-- benchmarks: end -->\n## After\n")
+    assert text.startswith("# Before\n<!-- benchmarks: begin -->\n")
+    assert text.endswith("\n<!-- benchmarks: end -->\n## After\n")
     assert "old" not in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len({(one.op, one.shape, one.dtype) for one in CASES})
@@ -137,7 +137,7 @@ def page(browser: "Browser") -> Iterator["BrowserPage"]:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
-def test_page_in_a_browser(page: "BrowserPage", file: Path, scheme: str, width: int) -> None:
+def test_page_fits_and_sorts_in_a_browser(page: "BrowserPage", file: Path, scheme: str, width: int) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(file.as_uri())
@@ -145,21 +145,11 @@ def test_page_in_a_browser(page: "BrowserPage", file: Path, scheme: str, width: 
         box = plot.bounding_box()
         assert min(box["width"] / 4, box["height"]) > 40  # a single case is a flat plot
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("table", "number"), [("cases", 5), ("rows", 6)])
-def test_click_sorts_and_another_reverses(page: "BrowserPage", file: Path, table: str, number: int) -> None:
-    page.goto(file.as_uri())
-    heading = page.locator(f"#{table} thead th:nth-child({number})")
-
-    def numbers() -> list[float]:
-        texts = page.locator(f"#{table} tbody tr > :nth-child({number})").all_inner_texts()
-        return [float(text.split()[0].replace(",", "")) for text in texts if text not in ("failed", "wrong", "–")]  # noqa: RUF001
-
-    heading.get_by_role("button").click()
-    assert heading.get_attribute("aria-sort") == "ascending"
-    assert numbers() == sorted(numbers())
-    heading.get_by_role("button").click()
-    assert heading.get_attribute("aria-sort") == "descending"
-    assert numbers() == sorted(numbers(), reverse=True)
+    for table, number in (("cases", 5), ("rows", 6)):
+        heading = page.locator(f"#{table} thead th:nth-child({number})")
+        for order in ("ascending", "descending"):
+            heading.get_by_role("button").click()
+            assert heading.get_attribute("aria-sort") == order
+            texts = page.locator(f"#{table} tbody tr > :nth-child({number})").all_inner_texts()
+            numbers = [float(text.split()[0].replace(",", "")) for text in texts if text[:1].isdigit()]
+            assert numbers == sorted(numbers, reverse=order == "descending")

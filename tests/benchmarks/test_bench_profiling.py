@@ -3,38 +3,24 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from bench_fakes import registered, tanh_operation
+from bench_fakes import CPU, registered, tanh_operation
 
-from benchmarks.candidates import Candidate, candidates
+from benchmarks.candidates import candidates
 from benchmarks.measure import Case
-from benchmarks.operation import Operation
 from benchmarks.profiling import main, profile_case
 from benchmarks.shapes import parse_shape
 
 SHAPE = "eva02-b16@224 b1"
 
 
-def a_case(op: Operation, mode: str = "training", device: str = "cpu") -> tuple[Case, Candidate]:
-    """A case, and plain PyTorch on it."""
-    case = Case(op, parse_shape(SHAPE), mode, torch.float32, torch.device(device))
-    return case, next(one for one in candidates(op, device)[0] if one.kind == "baseline")
-
-
-def events(path: Path) -> list[dict[str, Any]]:
-    """The events of a trace."""
-    trace: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    return list(trace["traceEvents"])
-
-
-def test_the_trace_holds_the_range_and_what_ran_in_it(tmp_path: Path) -> None:
-    case, candidate = a_case(tanh_operation())
+def test_trace_holds_the_range_and_its_operators(tmp_path: Path) -> None:
+    case = Case(tanh_operation(), parse_shape(SHAPE), "training", torch.float32, CPU)
+    candidate = next(one for one in candidates(case.op, "cpu")[0] if one.kind == "baseline")
     path = profile_case(case, candidate, tmp_path / "traces")
     assert path == tmp_path / "traces" / "tanh-torch_eager-eva02-b16@224_b1-training-float32.json.gz"
-    assert [path] == list(path.parent.iterdir())
-    found = events(path)
+    found = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     ranges = [one for one in found if one.get("name") == "tanh: torch eager"]
     assert len(ranges) == 3
     for name in ("aten::tanh", "aten::tanh_backward"):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_case_checks import assert_exact
 from bench_fakes import machine, row
 
 import benchmarks.cases
@@ -35,9 +34,9 @@ def test_results_round_trip(tmp_path: Path) -> None:
     assert read_results(tmp_path / "run.json") == results
 
 
-@pytest.mark.parametrize("path", sorted((benchmarks.ROOT / "benchmarks/results").glob("*.json")), ids=lambda p: p.stem)
-def test_published_results_are_readable(path: Path) -> None:
-    assert contests(read_results(path).rows)
+def test_published_results_are_readable() -> None:
+    for path in (benchmarks.ROOT / "benchmarks/results").glob("*.json"):
+        assert contests(read_results(path).rows), path
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}', '{"format": 1, "rows": []}'])
@@ -82,6 +81,7 @@ def test_best_peer_is_the_fastest_right_one() -> None:
     assert time_text(contest, "baseline", "peer") == "3.00 torch eager"
     (alone,) = contests([row(samples_ms=[[2.0]]), fast])
     assert time_text(alone, "baseline", "peer") == "wrong"
+    assert verdict(alone) is None
 
 
 @pytest.mark.parametrize(
@@ -117,32 +117,10 @@ def test_wrong_shape_is_refused(name: str) -> None:
         parse_shape(name)
 
 
-SMALL = {"batch": 2, "captions": 3, "channels": 8, "elements": 5, "head_dim": 8, "heads": 3, "hidden": 16, "images": 2}
-SMALL |= {"kept": 4, "pairs": 6, "patches": 9, "rows": 4, "tensors": 3, "tokens": 5, "width": 8}
-SIZES = {
-    op.name: "x".join(str(SMALL[name]) for name in op.raw_sizes)
-    for op in operations().values()
-    if op.raw_sizes and not op.by_request
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_sizes_alone_make_a_shape(name: str) -> None:
-    op = get_operation(name)
-    for given in (SIZES[name], "small"):
-        shape = op.shape(given)
-        assert op.work(shape, 4).forward.bytes > 0
-        assert_exact(op, op.ours, shape, training=bool(op.gradients))  # type: ignore[arg-type]
-    assert op.shape(SIZES[name]).name == SIZES[name]
-
-
 def test_every_operation_has_a_small_shape() -> None:
     for op in operations().values():
-        assert op.shape("small").name == op.shape(op.small).name
+        shape = op.shape("small")
+        assert shape.name == op.shape(op.small).name
+        assert not op.raw_sizes or op.work(shape, 4).forward.bytes > 0
     with pytest.raises(UserError, match="token_dropout"):
         get_operation("token_dropout").shape("2x9x10x8")
-
-
-def test_verdict_without_time_is_none() -> None:
-    assert verdict(contests([row(failure="x")])[0]) is None
-    assert verdict(contests([row()])[0]) is None

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.audit.build import ARCHS, count_all
 from benchmarks.audit.cases import NOT_KEPT, list_cases, operation
-from benchmarks.audit.result import REST, SECTOR, Count, Launch
+from benchmarks.audit.result import REST, Count, Launch
 from benchmarks.shapes import parse_shape
+from ptx_interpreter.traffic import SECTOR
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.xdist_group("triton audit")]
 
@@ -74,7 +75,7 @@ def by_kernel(counts: list[Count], chosen: Callable[[Count], bool]) -> list[tupl
 
 def useful(count: Count, launches: list[Launch]) -> float | None:
     """Multiplications by formula over the ones of tensor cores."""
-    flops = sum(launch.flops for launch in launches)
+    flops = sum(launch.total.flops for launch in launches)
     shape = parse_shape(count.shape)
     product = operation(count.op).work(shape, 1).forward.flops / (2 if "attention" in count.op else 1)
     return PRODUCTS[launches[0].kernel] * product / flops if flops else None

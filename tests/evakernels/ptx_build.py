@@ -9,7 +9,7 @@ from pathlib import Path
 from op_suite import ROOT, tool
 from planted_faults import REQUESTED, changed_files, units
 
-from benchmarks.audit.budget import budget as load_budget
+from benchmarks.audit import budget as load_budget
 
 budget = load_budget()
 BUILD: Path = budget.BUILD
