@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from evaclip.errors import UserError
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
-from evaclip.train.sinks import is_share
+from evaclip.train.progress import is_share, read_log
 
 _BARS = "▁▂▃▄▅▆▇█"
 # Less important rows come last and are cut first on a low terminal.
@@ -59,7 +59,6 @@ def render(folder: Path, width: int, height: int | None = None) -> Any:
     from rich.text import Text
 
     from evaclip.train.overrides import load_yaml
-    from evaclip.train.progress import read_log
 
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{str(folder)!r} is no run folder: it has no {CONFIG_FILE}; `evaclip train` writes one")

@@ -40,7 +40,9 @@ def test_json_adds_up(plan: Any) -> None:
 
 
 def test_config_file_and_nodes(plan: Any, tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text("{batch_size: 64, accumulation: 2, data: {workers: 3}, checkpoint: {keep: 1}}")
+    (tmp_path / "my.yaml").write_text(
+        "{batch_size: 64, accumulation_steps: 2, data: {workers: 3}, checkpoint: {keep: 1}}"
+    )
     given = ("--gpus", "16", "--config", str(tmp_path / "my.yaml"), "--images-per-core", "100", "--storage-gbps", "2")
     tree = json.loads(plan("tiny", *given, "--set", "checkpoint.keep_every=45", "--json"))
     nodes, (part,) = tree["nodes"], tree["parts"]
@@ -55,14 +57,14 @@ def test_config_file_and_nodes(plan: Any, tmp_path: Path) -> None:
 
 
 def test_image_sizes_are_planned_apart(plan: Any) -> None:
-    sizes = "schedule.resolutions=[{image_size: 16, share: 0.4}, {image_size: 64, steps: 20}]"
+    sizes = "schedule.resolutions=[{image_size: 16, fraction: 0.4}, {image_size: 64, steps: 20}]"
     given = ("tiny", "--set", "batch_size=64", "schedule.steps=100")
     parts = json.loads(plan(*given, sizes, "--json"))["parts"]
     assert [(part["image_size"], part["steps"]) for part in parts] == [(16, 40), (64, 20), (32, 40)]
     assert parts[0]["peak"] < parts[2]["peak"] < parts[1]["peak"]
     (alone,) = json.loads(plan(*given, "model.options.vision.image_size=64", "--json"))["parts"]
     assert (parts[1]["flops"], parts[1]["peak"]) == (alone["flops"], alone["peak"])
-    epochs = "schedule={steps: null, epochs: 3, resolutions: [{image_size: 16, share: 0.4}]}"
+    epochs = "schedule={steps: null, epochs: 3, resolutions: [{image_size: 16, fraction: 0.4}]}"
     parts = json.loads(plan("tiny", "--set", epochs, "--json"))["parts"]
     assert [(part["image_size"], part["gpu_hours"]) for part in parts] == [(16, None), (32, None)]
 

@@ -29,7 +29,7 @@ import torch._dynamo  # noqa: E402, F401  # every optimizer imports it
 
 MINE, RUN = Path("mine"), Path("runs/mine")
 TRAIN = ("train", "finetune", "--train-data", str(MINE), "--model", "tiny", "--pretrained", "runs/tiny")
-SMALL = ("name=mine", "batch_size=8", "data.workers=0", "held_out=0.25", "checkpoint.every_steps=2")
+SMALL = ("name=mine", "batch_size=8", "data.workers=0", "validation_split=0.25", "checkpoint.every_steps=2")
 LONG = ("--set", *SMALL, "schedule.epochs=null", "schedule.steps=4000", "schedule.warmup_share=null")
 
 
