@@ -7,7 +7,7 @@ steps=${STEPS:-1600}
 for seed in 0 1 2; do
     for kind in fixed progressive; do
         parts='[]'
-        [ $kind = fixed ] || parts='[{image_size: 32, share: 0.72}]'
+        [ $kind = fixed ] || parts='[{image_size: 32, fraction: 0.72}]'
         evaclip train emoji --resume auto --set "name=$kind-$seed" "seed=$seed" "schedule.resolutions=$parts" \
             model.options.vision.image_size=48 "schedule.steps=$steps" "schedule.warmup_steps=$((steps / 10))"
         echo "$kind-$seed $(grep '"eval"' "runs/$kind-$seed/log.jsonl" | tail -n 1)"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLES = (
     "evaclip plan eva02-e-14-plus --gpus 144 --gpu a100-80g",
     "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --layouts",
-    "evaclip plan eva02-b-16 --config my.yaml --set accumulation=8 --gpus 8 --gpu h100-80g",
+    "evaclip plan eva02-b-16 --config my.yaml --set accumulation_steps=8 --gpus 8 --gpu h100-80g",
     "evaclip plan eva02-l-14 --gpus 8 --gpu h100-80g --set batch_size=16384 model.savings.recompute=activations --json",
     "evaclip plan finetune-eva02-b-in1k --gpus 8 --set schedule.epoch_samples=1281167",
 )
@@ -107,7 +107,7 @@ def _tree(plan: "StepPlan", steps: int | None, gpu: "Gpu", rate: float) -> dict[
         "mode": plan.config.parallel.mode if plan.is_cut else "replicate",
         "shard_size": plan.config.parallel.shard_size if plan.is_cut else None,
         "recompute": plan.config.model.savings.recompute,
-        "accumulation": plan.config.accumulation,
+        "accumulation": plan.config.accumulation_steps,
         "micro_batch": plan.micro_batch,
         "parameters": plan.parameters,
         "model_parameters": plan.model_parameters,
@@ -139,8 +139,8 @@ def _summary(plan: "StepPlan", gpu: "Gpu") -> "Table":
         size = parallel.shard_size or plan.gpus
         spread = f"cut over {size} GPUs" + (f", {plan.gpus // size} copies" if size < plan.gpus else "")
         spread += "; in host memory" if parallel.offload != "none" else ""
-    samples = f"{plan.gpus} (GPUs) x {config.accumulation} (micro-batches) x {plan.micro_batch:,}"
-    is_uneven = config.batch_size % (plan.gpus * config.accumulation) > 0
+    samples = f"{plan.gpus} (GPUs) x {config.accumulation_steps} (micro-batches) x {plan.micro_batch:,}"
+    is_uneven = config.batch_size % (plan.gpus * config.accumulation_steps) > 0
     table = Table(show_header=False, title="Plan")
     for row in (
         ("model", f"{config.model.name}; {config.task.name}"),

@@ -1,7 +1,6 @@
 """`evaclip train`, and the options of a configuration that `evaclip plan` shares."""
 
 import argparse
-from functools import partial
 from textwrap import fill
 from typing import Any
 
@@ -48,7 +47,7 @@ def _run(args: argparse.Namespace) -> None:
     """Run the trainer; a run that a signal ended exits with 130 or 143."""
     # Imported here so that `evaclip --help` does not wait for torch.
     from evaclip.train import recipes
-    from evaclip.train.comments import commented_yaml
+    from evaclip.train.overrides import commented_yaml
 
     take_over()
     if all(value == args.parser.get_default(name) for name, value in vars(args).items()):
@@ -62,10 +61,9 @@ def _run(args: argparse.Namespace) -> None:
         print(commented_yaml(config), end="")
         return
     if args.dry_run:
-        from evaclip.train.dry_run import dry_run, dry_run_as
+        from evaclip.train.dry_run import dry_run
 
-        dry = dry_run if args.as_gpus is None else partial(dry_run_as, gpus=args.as_gpus)
-        dry(config, resume=args.resume, overwrite=args.overwrite)
+        dry_run(config, resume=args.resume, overwrite=args.overwrite, gpus=args.as_gpus)
         return
     if args.as_gpus is not None:
         raise UserError("--as-gpus is for a --dry-run; torchrun starts the processes of a run")
@@ -109,7 +107,7 @@ def configure(args: argparse.Namespace, processes: int | None = None, *, here: b
     recipe = get_recipe(args.recipe)
     cores = [[nest("data.workers", min(recipe.data.workers, usable_cores()))]] if here else []
     files = [*cores, *([load_yaml(path)] for path in args.config)]
-    accumulation = resolve(recipe, in_layers(files, recipe)).accumulation
+    accumulation = resolve(recipe, in_layers(files, recipe)).accumulation_steps
     changes = aliases.changes(vars(args), accumulation, processes or process_count())
     if getattr(args, "device", None):
         changes.append({"device": args.device})

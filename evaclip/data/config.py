@@ -79,7 +79,7 @@ class DataConfig:
     """Minimum pixels of the shorter side; samples with smaller images are replaced, like bad samples."""
     max_image_pixels: Count = DEFAULT_MAX_IMAGE_PIXELS
     """Maximum width times height; samples with larger images are replaced, like bad samples."""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
     """Share of bad samples above which training stops and an evaluation set isn't measured; 1: no limit."""
     jpeg_reduction: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's image size: faster, not bit-equal."""

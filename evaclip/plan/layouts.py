@@ -44,7 +44,7 @@ def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
 
 def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None) -> StepPlan:
     together = task_class(config.task.name).rows_per_group(config)
-    plan = plan_step(replace(config, accumulation=1), gpus, caption_tokens=caption_tokens)
+    plan = plan_step(replace(config, accumulation_steps=1), gpus, caption_tokens=caption_tokens)
     # All that isn't fixed is at most in proportion to the micro-batch; several of them add gradients that stay.
     needed = plan.memory.total() - _fixed(plan)
     for number in micro_batch_counts(config.batch_size // gpus // together)[1:]:
@@ -52,7 +52,7 @@ def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_toke
         if plan.memory.total() <= gpu.room or room <= 0:
             break
         if number * room >= needed:
-            plan = plan_step(replace(config, accumulation=number), gpus, caption_tokens=caption_tokens)
+            plan = plan_step(replace(config, accumulation_steps=number), gpus, caption_tokens=caption_tokens)
     return plan
 
 

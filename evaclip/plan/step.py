@@ -38,9 +38,8 @@ from evaclip.plan.recorder import (
 from evaclip.train import rng
 from evaclip.train.build import build_step, check_batch, is_cut_up, precision_of_parameters
 from evaclip.train.config import TIMM, ContrastiveTask, TrainConfig
-from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World
+from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World, fake_ranks, without_data
 from evaclip.train.ema import Ema
-from evaclip.train.fake_ranks import fake_ranks, without_data
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.micro_batch import MicroBatch
 from evaclip.train.sharding import forget_gathered, shard
@@ -122,11 +121,11 @@ def plan_step(
     if image_size is not None:
         # Evaluations have the model's own size.
         plain = replace(plain, options=_options(config, vision={"image_size": image_size}))
-        config = replace(config, model=plain, eval=replace(config.eval, sets=None), held_out=None)
+        config = replace(config, model=plain, eval=replace(config.eval, sets=None), validation_split=None)
     kind = task_class(config.task.name)
     together = kind.rows_per_group(config)
     local_batch = together * -(-config.batch_size // together // gpus)
-    micro_batch = together * -(-local_batch // together // config.accumulation)
+    micro_batch = together * -(-local_batch // together // config.accumulation_steps)
     precision = precision_of_parameters(config.precision)
     whole = kind.create_model(config, device="meta", precision=precision)
     if isinstance(whole, CLIP) and (encoder := whole.config.text.hf_model_name):
@@ -135,12 +134,12 @@ def plan_step(
     few = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
     options = _options(config, vision=few["image"], **({"text": few["text"]} if "text" in few else {}))
     # Two micro-batches, the first and the last, stand for any number.
-    parts = min(config.accumulation, 2)
+    parts = min(config.accumulation_steps, 2)
     traced = replace(
         config,
         model=replace(plain, options=options),
         batch_size=gpus * parts * micro_batch,
-        accumulation=parts,
+        accumulation_steps=parts,
         parallel=replace(config.parallel, offload="none"),
     )
     is_cut = is_cut_up(config, World(torch.device("cpu"), size=gpus))
@@ -149,7 +148,7 @@ def plan_step(
         world = closing(fake_ranks("cpu", gpus))
     with world as ranks:
         trace = _Trace(traced, ranks, is_cut, depths, caption_tokens)
-        sizes = [config.batch_size, traced.batch_size] if config.accumulation > 2 else []
+        sizes = [config.batch_size, traced.batch_size] if config.accumulation_steps > 2 else []
         loss = [trace.loss(size) for size in sizes if isinstance(trace.task, Contrastive)]
     return _summarize(config, gpus, (local_batch, micro_batch), sum(p.numel() for p in whole.parameters()), trace, loss)
 
@@ -195,8 +194,8 @@ class _Trace:
     def _record(self, ema: Ema | None) -> None:
         config, task, model = self.config, self.task, self.task.model
         rows = config.batch_size // self.world.size
-        micro = rows // config.accumulation
-        is_evaluated = bool(config.eval.sets or config.held_out)
+        micro = rows // config.accumulation_steps
+        is_evaluated = bool(config.eval.sets or config.validation_split)
         together = task.rows_per_group(config)
         few = max(config.eval.batch_size, together) if is_evaluated else micro
         evaluated = self._samples(few, {few})
@@ -237,7 +236,7 @@ class _Trace:
             recorder = Recorder({INPUTS: features}, _OPENING)
             recorder.mark("loss")
             with recorder:
-                loss(*features, torch.ones((), requires_grad=True), bias).backward()
+                loss(features[0], features[1], torch.ones((), requires_grad=True), bias).backward()
         return recorder.phases()[1][0]
 
     def _samples(self, rows: int, sizes: set[int]) -> tuple[Tensor, Tensor]:
@@ -372,7 +371,7 @@ def _summarize(
     costs: Amounts = Counter()
     for phase in trace.phases:
         # Of several forward passes the odd ones are of the first micro-batch, which stands for all but the last.
-        times = config.accumulation - 1 if config.accumulation > 1 and phase.number % 2 else 1
+        times = config.accumulation_steps - 1 if config.accumulation_steps > 1 and phase.number % 2 else 1
         costs.update({key: times * value for key, value in phase.costs.items()})
     if loss:
         costs.update(loss[0].costs)

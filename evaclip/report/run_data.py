@@ -26,9 +26,8 @@ from evaclip.run_files import (
     STOPPED,
 )
 from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import read_log
+from evaclip.train.progress import is_share, read_log
 from evaclip.train.run_lock import STALE, is_held
-from evaclip.train.sinks import is_share
 
 _SMOOTHING = 0.02
 _CLASSES = 5

@@ -15,8 +15,7 @@ from evaclip.errors import UserError
 from evaclip.report.run_data import Objects, describe_event, describe_state
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
 from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import read_log
-from evaclip.train.sinks import is_share
+from evaclip.train.progress import is_share, read_log
 
 _BARS = "▁▂▃▄▅▆▇█"
 # Less important rows come last and are cut first on a low terminal.

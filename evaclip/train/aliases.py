@@ -57,7 +57,7 @@ def _pretrained(value: str) -> Tree:
 
 def _validation(value: str) -> Tree:
     """An evaluation set, so that no training data is held out."""
-    return {"held_out": None, **nest(f"{_VALIDATION}.data.train", value)}
+    return {"validation_split": None, **nest(f"{_VALIDATION}.data.train", value)}
 
 
 def _imagenet(name: str) -> Callable[[str], Tree]:
@@ -108,7 +108,7 @@ _NO_BATCH_NORM = "EVA-CLIP has no batch norm"
 _NO_COCA = "there is no CoCa here"
 _NO_DISTILLATION = "there is no distillation here"
 _COOLDOWN = (
-    "schedule={name: constant, cooldown_share: 0.2, cooldown: linear, final_factor: 0} is one of the last fifth of "
+    "schedule={name: constant, cooldown_fraction: 0.2, cooldown: linear, final_factor: 0} is one of the last fifth of "
     "the steps"
 )
 _TORCHRUN = "torchrun starts the processes, and its --rdzv-endpoint and --rdzv-backend say where they meet"
@@ -144,7 +144,7 @@ ALIASES = (
     Alias("--skip-scheduler", "schedule.name", constant="constant", note="warm-up stays; --warmup 0 leaves it out too"),
     *_refused(_COOLDOWN, "--epochs-cooldown", "--lr-cooldown-end", "--lr-cooldown-power"),
     Alias("--batch-size", "batch_size"),
-    Alias("--accum-freq", "accumulation"),
+    Alias("--accum-freq", "accumulation_steps"),
     Alias("--precision", "precision", words=_PRECISIONS),
     Alias("--model", "model.name"),
     Alias("--pretrained", "model.pretrained", read=_pretrained),
@@ -228,13 +228,13 @@ ALIASES = (
 )
 
 
-def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list[Tree]:
+def changes(given: Mapping[str, Any], accumulation_steps: int, processes: int) -> list[Tree]:
     """The configuration changes that flags ask for.
 
     Args:
         given: values by flag, True for a flag without a value; None, False or nothing for flags that aren't given.
-        accumulation: micro-batches of the configuration so far.
-        processes: number of ranks.
+        accumulation_steps: of the configuration so far.
+        processes: that train together.
 
     Raises:
         UserError: a flag is refused, with the alternative; or two flags set one key to different values.
@@ -253,7 +253,7 @@ def changes(given: Mapping[str, Any], accumulation: int, processes: int) -> list
                 )
         if alias.key == "batch_size":
             # There it is the micro-batch of one rank, here the global batch.
-            value = _times(value, _times(given.get("--accum-freq") or accumulation, processes))
+            value = _times(value, _times(given.get("--accum-freq") or accumulation_steps, processes))
         found.append(alias.change(value))
         if alias.flag in _OF_EITHER_SET and given.get("--val-data"):
             found.append(nest(_VALIDATION, alias.change(value)))

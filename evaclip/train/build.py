@@ -1,13 +1,14 @@
 """Everything that a run is made of, built from its configuration."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from shlex import quote
 
+import torch
 from torch import nn
 
 from evaclip.data import Source, TrainLoader, open_configured
-from evaclip.data.config import DataConfig
 from evaclip.data.loader import part_of_batch
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.samples import REDUCTION_MARGIN
@@ -15,33 +16,34 @@ from evaclip.data.shard_list import LIST_SUFFIX
 from evaclip.data.validation import hold_out
 from evaclip.data.webdataset import WebDatasetSource
 from evaclip.errors import UserError
+from evaclip.machine import multiplies_bfloat16, usable_cores
+from evaclip.model.tower import ResidualBlock
 from evaclip.train import rng
-from evaclip.train.compiled import compile_blocks
 from evaclip.train.config import Precision, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.optimizer import build_optimizer, parameter_groups
-from evaclip.train.resolution import Resolution
-from evaclip.train.schedule import total_steps
+from evaclip.train.schedule import image_parts, image_size_at, total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.tasks import task_class
-from evaclip.train.tasks.task import Evaluate, Task
+from evaclip.train.tasks.task import Evaluate, Size, Task
 from evaclip.train.throughput import peak_flops
+from evakernels import keep_freed_memory, set_loss_products
 
-MANY_SHARDS = 1000
-"""From more shards on, that all processes look at each of them is worth a line."""
+_MANY_SHARDS = 1000
+"""Number of shards above which a run of several ranks suggests a shard list."""
+_MOST_GRAPHS = 64
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with.
+    """Model, data, optimizer and evaluation of a run.
 
     Attributes:
-        resolution: which size images have at each step, and what that costs.
+        epoch_samples: samples of one epoch.
         peak_flops: FLOP/s of all devices together.
-        epoch_samples: samples that count as one epoch.
-        remarks: lines on the data and the task to print before the run begins.
+        remarks: lines to print before the run begins.
     """
 
     config: TrainConfig
@@ -54,14 +56,44 @@ class Parts:
     evaluation: Evaluate | None
     total_steps: int
     epoch_samples: int
-    resolution: Resolution
     peak_flops: float
     remarks: list[str]
 
     @property
     def model(self) -> nn.Module:
-        """That of the task."""
         return self.task.model
+
+    def image_size(self, step: int) -> Size:
+        """The image size of a step, counted from 0."""
+        size = image_size_at(step, self.total_steps, self.config.schedule)
+        return size or self.task.visual.config.image_size
+
+    def set_image_size(self, step: int) -> None:
+        """Makes the model and the loader's next iterator use the image size of this step."""
+        size = self.image_size(step)
+        self.task.visual.set_image_size(size)
+        self.loader.set_transform(self.task.transform(self.config.data, size), self.task.targets(size))
+
+    @contextmanager
+    def final_image_size(self) -> Iterator[None]:
+        """Inside, the model takes images of its final size."""
+        visual = self.task.visual
+        size = visual.present.image_size
+        visual.set_image_size(visual.config.image_size)
+        try:
+            yield
+        finally:
+            visual.set_image_size(size)
+
+    def flops_per_sample(self, step: int) -> float:
+        """Model FLOPs of a training step per sample, forward and backward."""
+        return self.task.flops_per_sample(self.image_size(step))
+
+    def flops_left(self, step: int) -> float:
+        """Sum of `flops_per_sample` over the steps from `step` to the end."""
+        parts = image_parts(self.total_steps, self.config.schedule)
+        left = [range(max(step, steps.start), steps.stop) for steps, _ in parts]
+        return sum(len(steps) * self.flops_per_sample(steps.start) for steps in left if steps)
 
 
 def build(config: TrainConfig, world: World) -> Parts:
@@ -70,40 +102,48 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: a name or path does not exist, or the numbers do not fit one another.
     """
+    prepare_device(config, world.device)
     check_batch(config, world)
     if not (config.data.train or config.data.mixture):
         raise UserError("data.train is not set: name your data, such as --train-data 'shards/{00000..00099}.tar'")
     kind = task_class(config.task.name)
     whole = open_configured(kind.data(config), captions=kind.captions)
-    source, held_out = hold_out(whole, config.held_out or 0.0, config.seed)
-    # All processes draw the same start weights, and different random numbers from then on.
+    source, validation = hold_out(whole, config.validation_split or 0.0, config.seed)
+    # All ranks draw the same initial weights, and different random numbers from then on.
     rng.seed_all(config.seed, 0)
     task = build_task(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
-    step = build_step(config, world, task)
-    steps = total_steps(config.schedule, config.batch_size, len(source))
-    loader = _loader(config, world, source, task)
-    resolution = Resolution(task, loader, config.data, config.schedule, steps)
-    resolution.flops_left(0)  # refuses sizes that the model can't take
-    return Parts(
+    parts = Parts(
         config=config,
         world=world,
         task=task,
         source=source,
-        loader=loader,
-        step=step,
+        step=build_step(config, world, task),
+        loader=_loader(config, world, source, task),
         ema=None if config.ema_decay is None else Ema(task.model, config.ema_decay),
-        evaluation=task.evaluation(config, world, held_out),
-        total_steps=steps,
+        evaluation=task.evaluation(config, world, validation),
+        total_steps=total_steps(config.schedule, config.batch_size, len(source)),
         epoch_samples=config.schedule.epoch_samples or len(source),
-        resolution=resolution,
         peak_flops=world.size * peak_flops(world.device, config.precision),
         remarks=[
-            *([_held_out_of(config, whole, held_out)] if config.held_out else []),
-            *unlisted(config.data, whole, world.size),
+            *_slow_precision(world.device, config.precision),
+            *_data_remarks(config, whole, validation, world.size),
             *task.remarks(),
         ],
     )
+    parts.flops_left(0)  # raises for image sizes that the model can't take
+    return parts
+
+
+def prepare_device(config: TrainConfig, device: torch.device) -> None:
+    """Sets the precision of float32 matmuls; on a CPU keeps freed memory, and leaves cores to the data workers."""
+    # By torch's defaults cuDNN rounds to TF32 in the patch embedding, unlike all other matmuls of a float32 model.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    set_loss_products(config.loss.products)
+    if device.type == "cpu":
+        keep_freed_memory()
+        # A data worker that shares a core with one of torch's threads delays all of them.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() - config.data.workers)))
 
 
 def build_task(config: TrainConfig, world: World) -> Task:
@@ -137,7 +177,7 @@ def build_step(config: TrainConfig, world: World, task: Task) -> TrainStep:
     together = task.rows_per_group(config)
     options = StepOptions(
         precision=config.precision,
-        accumulation=config.accumulation,
+        accumulation_steps=config.accumulation_steps,
         grad_clip_norm=config.optim.grad_clip_norm,
         seed=config.seed,
         first_row=part_of_batch(config.batch_size, world.rank, world.size, together).start,
@@ -146,6 +186,19 @@ def build_step(config: TrainConfig, world: World, task: Task) -> TrainStep:
         reduce_each_micro_batch=config.parallel.accumulate == "shards",
     )
     return TrainStep(task, optimizer, options, world)
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Makes torch.compile compile every block of the towers when it first runs.
+
+    Equal blocks share one graph; blocks with stochastic depth have one each. Numbers of samples and tokens are dynamic.
+    Parameters keep their names, and sharding, recomputation and packing work around the blocks as before.
+    """
+    # All blocks count as one function to the compiler, which gives up at 8 graphs of it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            module.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
 def is_cut_up(config: TrainConfig, world: World) -> bool:
@@ -160,14 +213,14 @@ def precision_of_parameters(precision: Precision) -> str:
 
 def check_batch(config: TrainConfig, world: World) -> None:
     """Raise UserError if a micro-batch of a rank has no sample, or a batch cuts rows that belong together."""
-    parts, together = world.size * config.accumulation, task_class(config.task.name).rows_per_group(config)
+    parts, together = world.size * config.accumulation_steps, task_class(config.task.name).rows_per_group(config)
     if config.batch_size % together:
         raise UserError(f"batch_size={config.batch_size} is no multiple of {together}, the samples that are mixed")
     if config.batch_size < parts * together:
         least = "one sample" if together == 1 else f"{together} samples"
         raise UserError(
             f"batch_size={config.batch_size} is less than {least} for each of {parts} micro-batches "
-            f"({world.size} ranks x accumulation {config.accumulation})"
+            f"({world.size} ranks x accumulation_steps {config.accumulation_steps})"
         )
 
 
@@ -192,23 +245,27 @@ def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> Tr
     )
 
 
-def unlisted(data: DataConfig, whole: Source, processes: int) -> list[str]:
-    """A line on each set of many local shards that has no list, where there are several processes."""
+def _slow_precision(device: torch.device, precision: Precision) -> list[str]:
+    if device.type != "cpu" or precision not in ("amp_bf16", "bf16") or multiplies_bfloat16():
+        return []
+    return [f"precision={precision} is slow here: this processor multiplies no bfloat16; precision=fp32 is faster"]
+
+
+def _data_remarks(config: TrainConfig, whole: Source, validation: Source | None, ranks: int) -> list[str]:
+    """Lines on the validation split, and on sets of many local shards without a list if there are several ranks."""
+    data, remarks = config.data, []
+    if config.validation_split:
+        held_out = "nothing is held out" if validation is None else f"{len(validation):,} are never trained on"
+        remarks.append(f"validation_split={config.validation_split:g} of {len(whole):,} samples: {held_out}")
     sets = [part.train for part in data.mixture.values()] if data.mixture else [data.train]
     sources = whole.parts if isinstance(whole, MixtureSource) else [whole]
-    return [
-        f"each of {processes} processes has looked at all {len(source.shard_sizes):,} shards of {path}; one look for "
-        f"all, and data.train=shards.json that opens at once: evaclip data index {quote(path)} --out shards.json"
+    remarks += [
+        f"each of {ranks} ranks has opened all {len(source.shard_sizes):,} shards of {path}; "
+        f"`evaclip data index {quote(path)} --out shards.json` and data.train=shards.json open at once"
         for path, source in zip(sets, sources, strict=True)
-        if processes > 1
+        if ranks > 1
         and isinstance(source, WebDatasetSource)
         and not (source.remote or path.endswith(LIST_SUFFIX))
-        and len(source.shard_sizes) > MANY_SHARDS
+        and len(source.shard_sizes) > _MANY_SHARDS
     ]
-
-
-def _held_out_of(config: TrainConfig, whole: Source, held_out: Source | None) -> str:
-    share = f"held_out={config.held_out:g} of {len(whole):,} samples"
-    if held_out is None:
-        return f"{share} is none: nothing is held out"
-    return f"{share}: {len(held_out):,} are never trained on"
+    return remarks

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,19 +15,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
-from evaclip.train import tensor_files
-from evaclip.weights.parts import damage, fingerprint, is_there, joined_fingerprint, part_name, parts_of
+from evaclip.weights.files import save_file
+from evaclip.weights.parts import (
+    DTYPES,
+    INDEX,
+    PLACES,
+    damage,
+    fingerprint,
+    first_row,
+    is_cut,
+    is_there,
+    joined_fingerprint,
+    part_name,
+    parts_of,
+)
 
 _log = logging.getLogger(__name__)
 
 FORMAT = 4
 _NAMED = 10
-"""As many damaged files are named."""
+"""Number of damaged files that a message names."""
 _UNFINISHED = ".unfinished-"
+_REPLACED = f"{_UNFINISHED}replaced-"
 _FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -45,7 +59,7 @@ class Lost(NotWritten):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint folder that a run goes on from, or with `weights_only` begins with the weights of."""
+    """The checkpoint from which a run resumes, or with `weights_only` takes its initial weights."""
 
     folder: Path
     weights_only: bool = False
@@ -53,14 +67,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into one checkpoint.
+    """The content of a checkpoint.
 
     Attributes:
-        model: the weights, under the model's own names.
-        ema: the averaged weights under the same names, or None.
+        model: weights by name.
+        ema: averaged weights by name, or None.
         moments: of the optimizer, tensors of at least one dimension.
         descriptions: JSON files next to the weights, by file name.
-        state: everything else that resuming needs; tensors and plain values only.
+        state: all else that resuming needs; tensors and plain values only.
         meta: facts for people and for choosing among checkpoints.
     """
 
@@ -84,31 +98,31 @@ def save(root: Path, step: int, content: Content, group: Any = None, guard: Call
     """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it.
 
     Args:
-        group: the processes that hold the tensors of `content` together, all of which call this; None if this one
-            holds them whole.
-        guard: raises in the main process if nothing may be written here (any more).
+        group: the ranks that hold the tensors together, all of which call this; None if this rank holds them whole.
+        guard: raises on the main rank if nothing may be written (any more).
 
     Raises:
-        NotWritten: in every process; what was there before is still there.
+        NotWritten: on every rank; earlier checkpoints are unchanged.
     """
     unfinished = root / f"{_UNFINISHED}{folder_name(step)}"
     final = root / folder_name(step)
     is_main = group is None or dist.get_rank(group) == 0
     try:
-        # The first and the last are the main process's; the others learn whether they went well.
+        # The main rank does the first and the last two; the others learn whether they succeeded.
         _agreed(partial(_start_folder, unfinished, guard) if is_main else _nothing, group)
         written = _agreed(partial(_write_own, unfinished, content, group), group)
         _agreed(partial(_finish_folder, unfinished, step, content, written) if is_main else _nothing, group)
         _agreed(partial(_publish, unfinished, final, guard) if is_main else _nothing, group)
     except NotWritten:
         if is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            with suppress(OSError):
+                remove_unfinished(root)
         raise
     return final
 
 
 def _write_own(unfinished: Path, content: Content, group: Any) -> dict[str, Any]:
-    """Writes the tensors that this process holds; the fingerprints of its files, which are on the disk then."""
+    """Writes and flushes the tensors that this rank holds; returns the fingerprints of its files."""
     _write_tensors(unfinished, content, group)
     name = "*.safetensors" if group is None else part_name(dist.get_rank(group))
     paths = sorted(unfinished.rglob(name))
@@ -123,14 +137,40 @@ def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
         if tensors is None:
             continue
         if group is None:
-            tensor_files.write_whole(tensors, unfinished / name)
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, unfinished / name)
         else:
-            tensor_files.write_parts(tensors, parts_of(unfinished / name), rank, size)
-    tensor_files.write_parts(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)
+            write_parts(tensors, parts_of(unfinished / name), rank, size)
+    write_parts(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)
+
+
+def write_parts(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: int) -> None:
+    """Writes this rank's shards into its file in `folder`, and on rank 0 the index. All ranks call it, without talking.
+
+    Replicas of a sharded tensor take turns in writing it; rank 0 writes tensors that aren't sharded.
+
+    Args:
+        tensors: DTensors sharded by rows, and others that are equal on all ranks.
+    """
+    own, places, about = {}, {}, {}
+    turns = 0
+    for name, tensor in sorted(tensors.items()):
+        first, count = 0, 1
+        if is_cut(tensor):
+            count = max(tensor.device_mesh.size(dim) for dim, how in enumerate(tensor.placements) if how.is_shard())
+            first = turns % (size // count) * count
+            turns += 1
+        about[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "files": [first, count]}
+        if first <= rank < first + count:
+            own[name] = (tensor.to_local() if is_cut(tensor) else tensor).detach().contiguous()
+            places[name] = {"saved_offsets": [first_row(tensor), *[0] * tensor.ndim][: tensor.ndim]}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(own, folder / part_name(rank), {PLACES: json.dumps(places), "format": "pt"})
+    if rank == 0:
+        (folder / INDEX).write_text(json.dumps({"files": size, "tensors": about}), encoding="utf-8")
 
 
 def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
-    """Returns the results of `action` on all ranks. If it fails on one, raises on all: no rank waits forever."""
+    """The results of the action on all ranks; raises on all ranks if it fails on one, so that none waits for it."""
     result: Any = None
     problem: str | None = None
     try:
@@ -160,7 +200,7 @@ def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
 
 
 def _finish_folder(unfinished: Path, step: int, content: Content, written: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what isn't tensors; the others' files may not be seen on this machine yet, and needn't."""
+    """Writes all but tensors; files of other machines needn't be visible here yet."""
     for name, value in content.descriptions.items():
         _write_json(unfinished / name, value)
     torch.save(dict(content.state), unfinished / STATE_FILE)
@@ -177,7 +217,7 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
 
 def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
     guard()
-    replaced = final.parent / f"{_UNFINISHED}replaced"
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         final.rename(replaced)
     unfinished.rename(final)
@@ -186,14 +226,14 @@ def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
 
 
 Ask = Callable[[tuple[Path, Mapping[str, Any]]], list[list[str]]]
-"""Has all processes call `damage_in_share`, and returns what each of them found."""
+"""Calls `damage_in_share` on all ranks and returns all results."""
 
 
 def damage_in_share(job: tuple[Path, Mapping[str, Any]], share: int = 0, shares: int = 1) -> list[str]:
-    """Damage of the checkpoint's files that one rank checks, usually the files that it will read.
+    """Damage to the files of a checkpoint that one of several ranks checks, mostly those that it will read.
 
     Args:
-        job: the folder, and the size and the hash of each file.
+        job: the folder, and size and hash of each file.
     """
     folder, files = job
     numbers = (int((re.findall(r"\d+", Path(name).name) or [place])[0]) for place, name in enumerate(files))
@@ -202,7 +242,7 @@ def damage_in_share(job: tuple[Path, Mapping[str, Any]], share: int = 0, shares:
 
 
 def alone(job: tuple[Path, Mapping[str, Any]]) -> list[list[str]]:
-    """`Ask` for one process."""
+    """`Ask` for one rank."""
     return [damage_in_share(job)]
 
 
@@ -219,7 +259,7 @@ def read_meta(folder: Path, ask: Ask = alone) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> str | None:
-    """Checks the weights of a checkpoint alone; returns a remark where nothing is left to check them against.
+    """Checks only the weights of a checkpoint; returns a remark if their hashes are lost.
 
     Raises:
         DamagedCheckpoint: they are missing, short or changed.
@@ -228,15 +268,24 @@ def check_weights(folder: Path) -> str | None:
     try:
         meta = _read_facts(folder)
     except DamagedCheckpoint as exc:
-        if not tensor_files.is_complete(weights) and (weights.is_file() or not is_there(weights)):
+        if not _is_complete(weights) and (weights.is_file() or not is_there(weights)):
             raise DamagedCheckpoint(f"{MODEL_FILE} is missing or can't be read") from exc
-        return f"whether the weights of {folder} are as they were written can't be known: {exc}"
+        return f"the weights of {folder} can't be checked: {exc}"
     files = {name: facts for name, facts in meta["files"].items() if name.startswith(MODEL_FILE)}
     if facts := joined_fingerprint(weights):
         files[MODEL_FILE] = facts
     if problems := damage_in_share((folder, files)):
         raise DamagedCheckpoint(" and ".join(problems[:_NAMED]))
     return None
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a file has all the bytes that its header promises."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -252,7 +301,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `Content.state` held, with tensors on the CPU; no code of the file is run."""
+    """`Content.state` with tensors on the CPU; no code of the file is run."""
     state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     return state
 
@@ -263,26 +312,19 @@ def choose(
     accept: Callable[[dict[str, Any]], bool] = lambda meta: True,
     ask: Ask = alone,
 ) -> Path | None:
-    """The newest checkpoint under `root` that is whole and accepted; says which damaged ones it passed over.
+    """The newest whole and accepted checkpoint up to the one that `latest` names; reports damaged ones.
 
-    Checkpoints of later steps than the one that `latest` names are not newer: the run went back before them.
+    A run that returned to a checkpoint has later ones, which don't count.
     """
-    for folder, found in _checked(root, ask):
-        if isinstance(found, DamagedCheckpoint):
-            say(f"skipped the checkpoint {folder}: {found}")
-        elif accept(found):
-            return folder
-    return None
-
-
-def _checked(root: Path, ask: Ask) -> Iterator[tuple[Path, dict[str, Any] | DamagedCheckpoint]]:
-    """The checkpoints up to the latest, newest first, with their facts or their damage."""
     for _, folder in sorted(_steps(root), reverse=True):
-        if folder.name <= _latest_name(root, default=folder.name):
-            try:
-                yield folder, read_meta(folder, ask)
-            except DamagedCheckpoint as exc:
-                yield folder, exc
+        if folder.name > _latest_name(root, default=folder.name):
+            continue
+        try:
+            if accept(read_meta(folder, ask)):
+                return folder
+        except DamagedCheckpoint as exc:
+            say(f"skipped the checkpoint {folder}: {exc}")
+    return None
 
 
 def find(request: str, root: Path, say: Callable[[str], None], ask: Ask = alone) -> Path | None:
@@ -313,32 +355,27 @@ def find(request: str, root: Path, say: Callable[[str], None], ask: Ask = alone)
 
 
 def _newest_whole(root: Path, say: Callable[[str], None], ask: Ask) -> Path | None:
-    damage: dict[Path, DamagedCheckpoint] = {}
-    for folder, found in _checked(root, ask):
-        if not isinstance(found, DamagedCheckpoint):
-            for damaged, reason in damage.items():
-                say(f"skipped the checkpoint {damaged}: {reason}")
-            return folder
-        damage[folder] = found
-    problems = [
-        f"{folder.name}: {damage.get(folder, 'later than `latest` says')}" for _, folder in sorted(_steps(root))
-    ]
-    if problems:
-        raise UserError(
-            f"no checkpoint under {str(root)!r} can be used ({'; '.join(problems)}); {_ways_on(root, damage)}"
-        )
-    return None
+    problems: list[str] = []
+    folder = choose(root, problems.append, ask=ask)
+    if folder is not None or newest(root) is None:
+        for problem in problems:
+            say(problem)
+        return folder
+    raise UserError(f"no checkpoint under {str(root)!r} can be used: {'; '.join([*problems, _ways_on(root)])}")
 
 
-def _ways_on(root: Path, damaged: Collection[Path]) -> str:
-    """What can be done where `auto` finds no checkpoint to go on from."""
-    anew = "--overwrite replaces it, --set name=NAME starts another run"
-    if not damaged:
-        return f"--resume {newest(root)} goes on from the last one all the same; {anew}"
-    for folder in damaged:
-        with suppress(DamagedCheckpoint):
-            check_weights(folder)
-            return f"--resume weights:{folder} --set name=NAME starts a run from these weights alone; {anew}"
+def _ways_on(root: Path) -> str:
+    """The commands that go on if `auto` finds no checkpoint."""
+    anew = "--overwrite starts anew, --set name=NAME starts another run"
+    for _, folder in sorted(_steps(root), reverse=True):
+        if folder.name <= _latest_name(root, default=folder.name):
+            with suppress(DamagedCheckpoint):
+                check_weights(folder)
+                return f"--resume weights:{folder} --set name=NAME starts a run from these weights alone; {anew}"
+    last = newest(root)
+    assert last is not None
+    if last.name > _latest_name(root, default=last.name):
+        return f"--resume {last} goes on from a checkpoint later than `latest`; {anew}"
     return f"their weights are damaged too; {anew}"
 
 
@@ -364,16 +401,19 @@ def go_back_to(folder: Path, keep_every: int | None = None) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """By another name, under which nobody joins weights meanwhile; what can't be deleted goes at the next start."""
+    """Deletes a checkpoint under another name, where nobody joins its weights; leftovers go at the next start."""
     gone = folder.rename(folder.with_name(f"{_UNFINISHED}{time.time_ns()}-{folder.name}"))
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_unfinished(root: Path) -> None:
-    """Deletes what a process left that died while it was saving."""
+    """Deletes what a process left that died while it was saving; a checkpoint that it was to replace comes back."""
     for leftover in root.glob(f"{_UNFINISHED}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+        replaced = leftover.with_name(leftover.name.removeprefix(_REPLACED))
+        if replaced != leftover and not replaced.exists():
+            leftover.rename(replaced)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink()
 

@@ -1,7 +1,5 @@
-"""The one description of a training run: a tree of frozen dataclasses, checked by pydantic."""
+"""The configuration of a training run: a tree of frozen dataclasses, checked by pydantic."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,9 +13,9 @@ from evaclip.model.config import Savings
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Measure = Literal["classify", "retrieval", "loss", "linear_probe", "knn"]
+Metric = Literal["classify", "retrieval", "loss", "linear_probe", "knn"]
 
 
 TIMM = "timm/"
@@ -45,37 +43,33 @@ _STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ModelConfig:
-    """Which model is trained, and from what weights it starts."""
+    """The model and its initial weights."""
 
     name: str = "EVA02-CLIP-B-16"
     pretrained: str | None = None
     """Weights of the whole model: a file, a checkpoint folder, `hf-hub:OWNER/NAME`, a tag; none: random ones."""
     pretrained_image: str | None = None
-    """Weights that the image tower starts from, such as those of masked image modelling."""
+    """Initial weights of the image tower, such as those of masked image modelling."""
     pretrained_text: str | None = None
-    """Weights that the text tower starts from, of a CLIP model of any library."""
-    patch_dropout: Share | None = None
-    """Share of the patch tokens that are left out in training; none keeps the model's own value."""
+    """Initial weights of the text tower, of a CLIP model of any library."""
+    patch_dropout: Fraction | None = None
+    """Fraction of patches dropped in training; none keeps the model's own value."""
     lock_image: bool = False
-    """Train nothing of the image tower (LiT, Zhai et al. 2022, arXiv 2111.07991) but what the next key says."""
+    """Freeze the image tower (LiT, Zhai et al. 2022, arXiv 2111.07991) except for the unlocked groups."""
     lock_image_unlocked_groups: Annotated[int, Field(ge=0)] = 0
-    """Groups of a locked tower that are trained all the same, from the output: the projection, the last block with the
-    norm behind it, each block before it, the embeddings."""
+    """Groups of a locked tower that are trained, counted from the output: the projection, the last block with the norm
+    after it, each block before it, the embeddings."""
     lock_text: bool = False
     lock_text_unlocked_layers: Annotated[int, Field(ge=0)] = 0
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the architecture that differ from the named model's, such as `vision: {drop_path: 0.1}`."""
     savings: Savings = Savings()
-    """What the model leaves out, and computes again instead of keeping it; no result depends on it."""
+    """Memory options: padding that is skipped, activation checkpointing. No result depends on them."""
 
     @model_validator(mode="after")
-    def _whole_or_parts(self) -> Self:
+    def _check(self) -> Self:
         if self.pretrained and (self.pretrained_image or self.pretrained_text):
             raise ValueError("set either pretrained, for the whole model, or pretrained_image and pretrained_text")
-        return self
-
-    @model_validator(mode="after")
-    def _unlocked_is_of_what_is_locked(self) -> Self:
         if self.lock_image_unlocked_groups and not self.lock_image:
             raise ValueError(f"lock_image_unlocked_groups={self.lock_image_unlocked_groups} needs lock_image=true")
         if self.lock_text_unlocked_layers and not self.lock_text:
@@ -85,15 +79,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class TowerConfig:
-    """What differs between the towers; none takes the value of the whole optimizer."""
+    """Options of one tower; none takes the optimizer's value."""
 
     lr: Rate | None = None
     weight_decay: Rate | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate falls by this factor with each block away from the output."""
     frozen_steps: Annotated[int, Field(ge=0)] = 0
-    """So many steps at the beginning leave the tower's weights as they are: its rate is 0. Gradients are computed, and
-    the optimizer's moments are warm when it ends; `model.lock_image` and `lock_text` spare that for a whole run."""
+    """First steps with a rate of 0. Gradients are computed, so the moments are warm afterwards; `model.lock_image` and
+    `lock_text` skip that for a whole run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -105,18 +99,18 @@ class OptimConfig:
     options: dict[str, Any] | None = None
     """Keyword arguments of timm's optimizer that have no key here, such as `caution: true`."""
     lr: Rate = 5e-4
-    """Peak rate of whatever a tower does not override: logit_scale, and towers without a rate."""
-    beta1: Share = 0.9
-    beta2: Share = 0.98
+    """Peak rate of towers without a rate, and of parameters outside the towers, such as logit_scale."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Rate = 0.05
     visual: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig()
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Bound on the L2 norm of all gradients together."""
+    """Maximum L2 norm of all gradients together; none doesn't clip."""
     stochastic_rounding: bool = False
-    """Under precision=bf16 round updated weights up or down at random, so that steps below half a unit of bfloat16 add
-    up; there are no float32 copies. Nothing but `seed` decides: neither threads nor processes."""
+    """Under precision=bf16 round updated weights up or down at random, so that small updates add up without float32
+    copies. The random bits depend on `seed`, not on threads or ranks."""
 
     @model_validator(mode="after")
     def _options_fit_the_optimizer(self) -> Self:
@@ -135,20 +129,24 @@ class ResolutionConfig:
     image_size: Count
     """Side of the images in pixels, a multiple of the patches' side."""
     steps: Count | None = None
-    """How many steps the part takes."""
-    share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The same as a share of all steps."""
+    """Length of the part."""
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Length as a fraction of all steps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if (self.steps is None) == (self.share is None):
-            raise ValueError(f"set either steps or share, got steps={self.steps} and share={self.share}")
+        if (self.steps is None) == (self.fraction is None):
+            raise ValueError(f"set either steps or fraction, got steps={self.steps} and fraction={self.fraction}")
         return self
+
+
+ALTERNATIVES = (("steps", "epochs"), ("warmup_steps", "warmup_fraction"), ("cooldown_steps", "cooldown_fraction"))
+"""Keys of `schedule` of which only one is set."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ScheduleConfig:
-    """How long the run is, and the course of learning rate and image size over it."""
+    """Length of the run, learning rate and image size over the steps."""
 
     name: Literal["cosine", "constant"] = "cosine"
     steps: Count | None = None
@@ -156,59 +154,40 @@ class ScheduleConfig:
     epoch_samples: Count | None = None
     """Samples that make one epoch; none takes the size of the data."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    warmup_share: Share | None = None
-    """Share of all steps that is warm-up, in the place of `warmup_steps`."""
+    warmup_fraction: Fraction | None = None
+    """Warm-up as a fraction of all steps, instead of `warmup_steps`."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate at which the cosine or the cooldown ends."""
+    """Learning rate at the end of the cosine or the cooldown, as a fraction of the peak rate."""
     cooldown_steps: Annotated[int, Field(ge=0)] = 0
     """Last steps of a constant schedule in which the rate falls: warm-up, stable, decay (WSD)."""
-    cooldown_share: Share | None = None
-    """Share of all steps that is cooldown, in the place of `cooldown_steps`."""
+    cooldown_fraction: Fraction | None = None
+    """Cooldown as a fraction of all steps, instead of `cooldown_steps`."""
     cooldown: Literal["linear", "1-sqrt"] = "1-sqrt"
-    """How it falls: in proportion, or by the square root of the cooldown's part that is done."""
+    """Shape of the cooldown over its progress p: 1 - p, or 1 - sqrt(p)."""
     resolutions: tuple[ResolutionConfig, ...] = ()
-    """Parts that the run begins with, one after the other; the rest of it has the model's own image size."""
+    """First parts of the run, one after the other; the rest has the model's own image size."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"set either steps or epochs, and the other to null, got steps={self.steps} and epochs={self.epochs}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Self:
-        if self.warmup_share is not None and self.warmup_steps:
-            raise ValueError(
-                "set either warmup_steps or warmup_share, and the other to null, "
-                f"got warmup_steps={self.warmup_steps} and warmup_share={self.warmup_share}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_cooldown(self) -> Self:
-        given = f"got cooldown_steps={self.cooldown_steps} and cooldown_share={self.cooldown_share}"
-        if self.cooldown_share and self.cooldown_steps:
-            raise ValueError(f"set either cooldown_steps or cooldown_share, and the other to null, {given}")
-        if self.name != "constant" and (self.cooldown_share or self.cooldown_steps):
-            raise ValueError(f"a cooldown needs name=constant; {self.name} falls all the time; {given}")
-        return self
-
-    @model_validator(mode="after")
-    def _ends_with_the_models_size(self) -> Self:
-        shares = [part.share or 0.0 for part in self.resolutions]
-        if sum(shares) >= 1:
-            raise ValueError(f"the shares of resolutions leave nothing for the model's own image size: {shares}")
+    def _check(self) -> Self:
+        for name, alternative in ALTERNATIVES:
+            one, other = getattr(self, name), getattr(self, alternative)
+            if (one and other is not None) or (name == "steps" and one is None and other is None):
+                given = f"got {name}={one} and {alternative}={other}"
+                raise ValueError(f"set either {name} or {alternative}, and the other to null, {given}")
+        if self.name != "constant" and (self.cooldown_fraction or self.cooldown_steps):
+            raise ValueError(f"cooldown_steps and cooldown_fraction need name=constant, got name={self.name}")
+        fractions = [part.fraction or 0.0 for part in self.resolutions]
+        if sum(fractions) >= 1:
+            raise ValueError(f"the fractions of resolutions must be less than 1 together, got {fractions}")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class LossConfig:
-    """The contrastive loss over the whole batch of all processes."""
+    """The contrastive loss over the global batch."""
 
     name: Literal["clip", "siglip"] = "clip"
-    label_smoothing: Share = 0.0
+    label_smoothing: Fraction = 0.0
     products: Literal["ieee", "tf32x3"] = "tf32x3"
     """How a GPU multiplies float32 features: `tf32x3` on tensor cores as sums of three TF32 products, with about the
     error of float32; `ieee` without tensor cores."""
@@ -222,67 +201,62 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ContrastiveTask:
-    """Images and texts of pairs are made alike, and unlike those of all other pairs: see `loss`."""
+    """Contrastive training of images and captions, see `loss`."""
 
     name: Literal["contrastive"] = "contrastive"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ClassificationTask:
-    """Image classification: the mean of the patches or the class token, a linear layer, and cross-entropy. timm
-    augments and mixes the images; it uses `scale` and `ratio` of `data.augmentation`."""
+    """Image classification: mean of the patches or class token, a linear layer, cross-entropy. timm augments and mixes
+    the images; of `data.augmentation` only `scale` and `ratio` apply."""
 
     name: Literal["classification"] = "classification"
     classes: Count | str | tuple[str, ...] | None = None
-    """How many there are; or their names in the order of the labels: `imagenet`, a file with one a line, or a list.
-    None: those of the class folders. Captions are names of classes, or their numbers from 0 as `cls` members hold
-    them."""
-    label_smoothing: Share = 0.1
-    """Share of a label that all classes have in equal parts."""
+    """Number of classes, or their names in the order of the labels: `imagenet`, a file with one name a line, a list.
+    None: the class folders. Captions are names of classes, or their numbers from 0 as in `cls` members."""
+    label_smoothing: Fraction = 0.1
+    """Fraction of a label that is spread evenly over all classes."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """A policy of timm, such as RandAugment's; none has no policy."""
+    """An augmentation policy of timm, such as RandAugment; none uses no policy."""
     color_jitter: Rate = 0.4
-    """Largest change of brightness, contrast and saturation; as in timm, where there is no policy."""
+    """Maximum change of brightness, contrast and saturation; as in timm, only without a policy."""
     flip: Probability = 0.5
-    """How likely a picture is mirrored."""
+    """Probability of a horizontal flip."""
     random_erasing: Probability = 0.0
-    """How likely rectangles of a picture are erased."""
-    erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
-    """What is there then: noise, a colour of noise, or the mean colour."""
-    erasing_count: Count = 1
-    """Rectangles at most."""
+    """Probability that a rectangle of an image is replaced by noise."""
     mixup: Rate = 0.0
-    """Both parameters of the beta distribution that mixup's shares are drawn from; 0 does no mixup."""
+    """Both parameters of the beta distribution of mixup's weights; 0 disables mixup."""
     cutmix: Rate = 0.0
-    """The same of CutMix."""
+    """Both parameters of the beta distribution of CutMix's areas; 0 disables CutMix."""
     mix_prob: Probability = 1.0
-    """How likely pictures are mixed at all, where mixup or CutMix is on."""
+    """Probability that images are mixed, if mixup or CutMix is on."""
     switch_prob: Probability = 0.5
-    """How likely it is CutMix that mixes them, where both are on."""
+    """Probability of CutMix instead of mixup, if both are on."""
     mix_mode: Literal["batch", "pair", "elem"] = "batch"
-    """What shares a draw: all pictures of a batch, both of a pair, or none. Partners are rows 2n and 2n + 1 of the
-    batch of all processes."""
+    """Images with the same random numbers: a whole batch, a pair, or single images. Rows 2n and 2n + 1 of the global
+    batch are mixed with each other."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class TeacherConfig:
-    """Whose features of patches are predicted; a frozen image tower."""
+    """The frozen image tower whose features are predicted."""
 
     name: str = "EVA01-CLIP-g-14"
-    """Of any CLIP, or timm's name of an image model."""
+    """Name of a CLIP, or timm's name of an image model."""
     pretrained: str | None = None
-    """Its weights, as `model.pretrained` is given; none: random ones, which the run says."""
+    """Its weights, given as in `model.pretrained`; none: random ones, with a warning."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of its architecture that differ from the named model's."""
+    """Options of the architecture that differ from the named model's."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Dtype of its parameters and features; none: the 16-bit type of the run's `precision`, if it has one."""
+    """Type of its parameters and activations; none: the 16-bit type of the run's `precision`, if any."""
     shard: bool = False
-    """Shard it over the ranks as the model; needs `parallel.mode` shard or hybrid. False: every rank has it whole."""
+    """Shard it as `parallel` says, with mode shard or hybrid; else each rank holds it whole."""
     cache: str | None = None
-    """A folder that keeps its features for views that come again: in later epochs where `data.augmentation` draws none
-    at random, and in later runs of the same `seed`, data and image size."""
+    """Folder that stores its features of views that occur again: in later epochs without random augmentation, and in
+    later runs with the same `seed`, data and image size."""
     cache_leaves_gb: Annotated[float, Field(ge=0)] = 10.0
-    """What stays free of the disk: with less than this nothing more is kept."""
+    """Disk space in 10^9 bytes that stays free: with less, no more features are stored."""
 
     @model_validator(mode="after")
     def _each_process_by_itself(self) -> Self:
@@ -298,14 +272,14 @@ class MaskedImageTask:
     name: Literal["masked_image"] = "masked_image"
     teacher: TeacherConfig = TeacherConfig()
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Share of the patches that is masked, in blocks."""
+    """Fraction of the patches that is masked, in blocks."""
     smallest_block: Count = 16
-    """Patches of the smallest block, while there is room."""
+    """Minimum patches of a block, while there is room."""
     masked: Literal["compute", "drop"] = "compute"
-    """compute: the mask token takes the place of masked patches in front of the first block, as in EVA. drop: behind
-    the last one, in front of `decoder_layers` more, as in MAE (He et al. 2022, arXiv 2111.06377)."""
+    """compute: mask tokens replace masked patches before the first block, as in EVA. drop: after the last block, before
+    `decoder_layers` more blocks, as in MAE (He et al. 2022, arXiv 2111.06377)."""
     decoder_layers: Count = 1
-    """Blocks that see all patches under drop."""
+    """Blocks of the decoder, under drop."""
     patch_gradient: Probability = 1.0
     """Factor of the gradient that reaches the patch embedding."""
 
@@ -316,70 +290,66 @@ TaskConfig = Annotated[ContrastiveTask | ClassificationTask | MaskedImageTask, F
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class NonfiniteConfig:
-    """What happens when the loss or a gradient is not a number."""
+    """Reaction to a loss or gradient that is not finite."""
 
     max_skipped: Count = 20
-    """Steps in a row that may be skipped before `action` is taken."""
+    """Skipped steps in a row that trigger `action`."""
     action: Literal["stop", "rollback"] = "stop"
-    """Stop with an error, or return to the last good checkpoint and leave the bad stretch of data out."""
+    """Stop with an error, or return to the last good checkpoint and leave out the data since then."""
     max_rollbacks: Count = 3
-    """Returns to a checkpoint that one process of a run makes, for spikes too."""
+    """Maximum returns to a checkpoint in one start of the run, after loss spikes too."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class SpikeConfig:
-    """Return to the last good checkpoint when the loss jumps, and leave the data of the jump out."""
+    """Return to the last good checkpoint when the loss jumps, and leave out the data since then."""
 
-    deviations: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviations above the median that are still ordinary, such as 8; none looks for no spikes."""
+    threshold_sigma: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviations above the median that make a loss a spike, such as 8; none disables the detection."""
     patience: Count = 3
-    """Logged records in a row that make a spike."""
+    """Logged losses in a row above the threshold that make a spike."""
     window: Count = 50
-    """Logged records that the loss is compared with."""
+    """Logged losses before, with which a loss is compared."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class WatchdogConfig:
-    """What happens when a process fetches data, makes a step or saves for too long."""
+    """Reaction to a rank that fetches data, computes a step or saves for too long."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 1800.0
-    """Then it says so, with the stacks of its threads; none never does."""
+    """Time after which a rank prints the stacks of its threads; none never does."""
     abort: bool | None = None
-    """And ends, so that torchrun starts all processes anew; none: only under torchrun, and only while steps follow one
-    another, as a first step, an evaluation and a checkpoint may take long."""
+    """Also end the rank, so that torchrun restarts all ranks; none: only under torchrun, and only between two steps, as
+    a first step, an evaluation and a checkpoint may take long."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ParallelConfig:
-    """What the processes of a run share among them; no result depends on it by more than rounding."""
+    """How ranks share the model; results depend on it only by rounding."""
 
     mode: Literal["replicate", "shard", "hybrid"] = "replicate"
-    """replicate: each has everything; shard: parameters, gradients and moments are cut over all; hybrid: over groups
-    of `shard_size`, which hold copies of each other."""
+    """replicate: each rank holds everything; shard: parameters, gradients and moments are sharded over all ranks;
+    hybrid: over groups of `shard_size` ranks, which are replicas of each other."""
     shard_size: Count | None = None
-    """Processes that share one copy under hybrid, such as those of one node."""
-    reshard: bool = True
-    """Gather a block's parameters once more for the backward pass (ZeRO-3) instead of keeping them (ZeRO-2)."""
+    """Ranks that share one replica under hybrid, such as the ranks of a node."""
+    reshard_after_forward: bool = True
+    """Gather a block's parameters again for the backward pass (ZeRO-3) instead of keeping them (ZeRO-2)."""
     accumulate: Literal["whole", "shards"] = "whole"
     """Gradients that micro-batches add up under shard and hybrid. whole: every rank keeps whole gradients, in
     float32 under amp_*, and reduces them once per step; shards: its shard, reduced after every micro-batch."""
     offload: Literal["none", "cpu"] = "none"
-    """cpu: a rank's parameters, gradients and moments stay in host memory, and the optimizer runs there. A GPU has a
-    copy of a block's parameters while it computes with them. On a CPU there is nothing to move."""
+    """cpu: parameters, gradients and moments are in host memory, where the optimizer runs; a GPU holds a block's
+    parameters while it computes with them. No effect on a CPU."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
-    """A process waits so long for another one, which opens a cold index or compiles, before the run fails; that one has
-    died is noticed at once. Between one step and the next it is 1.2 times `watchdog.seconds`, if less."""
+    """Maximum wait for another rank, which opens a cold index or compiles; a rank that died is noticed at once. Between
+    two steps it is 1.2 times `watchdog.seconds`, if less."""
     saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
-    """And so long for one that writes its part of a checkpoint, before the run goes on without that checkpoint."""
+    """Maximum wait for a rank that writes its part of a checkpoint; then the run goes on without that checkpoint."""
 
     @model_validator(mode="after")
-    def _offload_is_of_shards(self) -> Self:
+    def _check(self) -> Self:
         if self.offload != "none" and self.mode == "replicate":
             raise ValueError(f"offload={self.offload} needs mode=shard or hybrid, with any number of processes")
-        return self
-
-    @model_validator(mode="after")
-    def _size_is_for_hybrid(self) -> Self:
         if (self.shard_size is not None) != (self.mode == "hybrid"):
             raise ValueError(
                 f"mode=hybrid needs a shard_size and no other mode has one, "
@@ -398,29 +368,24 @@ class CheckpointConfig:
     keep: Count = 3
     keep_every: Count | None = None
     """Checkpoints at multiples of this step are never deleted."""
-    background: bool = True
-    """Write from a copy in host memory, while the training goes on."""
     allow_data_change: bool = False
-    """Resume although the data is no longer what the checkpoint was trained on."""
+    """Resume although the data isn't that of the checkpoint."""
     allow_teacher_change: bool = False
-    """Resume although the teacher isn't the one that the checkpoint was trained with (`task.name=masked_image`)."""
+    """Resume although the teacher isn't that of the checkpoint (`task.name=masked_image`)."""
     allow_schedule_change: bool = False
-    """Resume although steps that are done would have had another rate or image size."""
+    """Resume although past steps would have had another rate or image size."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class WandbConfig:
-    """A run of Weights & Biases (extra `wandb`), under the run's own name."""
+    """A run of Weights & Biases (extra `wandb`) under the run's name; WANDB_ENTITY and WANDB_MODE apply."""
 
     project: str
-    entity: str | None = None
-    mode: Literal["online", "offline"] | None = None
-    """none: what the variable WANDB_MODE says, or else online."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class LogConfig:
-    """What is reported while training."""
+    """Logs of the training."""
 
     every_steps: Count = 10
     tensorboard: bool = True
@@ -431,42 +396,42 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class EvalSetConfig:
-    """One set that the model is measured on."""
+    """One evaluation set."""
 
     data: DataConfig | None = None
-    """Where it is; none: the held-out samples. Of class folders the captions are the classes' names, and
+    """Its samples; none: the validation split. For class folders, captions are the classes' names and
     `caption_template` is the prompt."""
-    measure: tuple[Measure, ...] | None = None
-    """classify: zero-shot accuracy; retrieval: recall of captions by picture and the other way round; loss: the
-    contrastive loss of all pairs at once. None: all three, but classify alone where captions are names of classes.
+    metrics: tuple[Metric, ...] | None = None
+    """classify: zero-shot accuracy; retrieval: recall of captions by image and of images by caption; loss: the
+    contrastive loss of all pairs at once. None: all three, but only classify if captions are names of classes.
 
-    With task.name=masked_image linear_probe and knn, accuracies by what frozen features of `fit` teach, and loss, with
-    every second patch masked; None: knn where there is a `fit`, else loss. A linear probe must be asked for: one
-    process fits it, for hours on a large `fit`, while the others wait."""
+    With task.name=masked_image: linear_probe and knn, accuracies of probes on frozen features of `fit`, and loss, with
+    every second patch masked; None: knn with a `fit`, else loss. One rank fits a linear probe while the others wait,
+    which takes hours on a large `fit`."""
     fit: DataConfig | None = None
-    """Labelled pictures that linear_probe and knn learn from."""
+    """Labelled images to which linear_probe and knn are fitted."""
     classes: str | tuple[str, ...] | None = None
-    """Names of the classes in the order of the labels: `imagenet`, a file with one a line, or a list; none: those of
-    the class folders, or else the distinct captions. Captions are names of classes, or their numbers from 0."""
+    """Names of the classes in the order of the labels: `imagenet`, a file with one name a line, or a list; none: the
+    class folders, or else the distinct captions. Captions are names of classes, or their numbers from 0."""
     templates: str | tuple[str, ...] | None = None
-    """Prompts with {} for the class; their embeddings are averaged: `imagenet`, a file, one or a list; none: the 80 of
-    ImageNet for its classes, else the name alone."""
-    first: Annotated[int, Field(ge=0)] = 0
-    """Samples of the set that are left out before the first one used."""
+    """Prompts with {} for the class, whose embeddings are averaged: `imagenet`, a file, one or a list; none: ImageNet's
+    80 with its classes, else the name alone."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Samples left out at the beginning."""
     samples: Count | None = None
-    """How many are used; none uses all."""
+    """Number of samples; none uses all."""
     allow_unreadable: bool = False
-    """Evaluate the readable samples even if more than `data.max_bad_share` of the samples cannot be read."""
+    """Evaluate the readable samples even if more than `data.max_bad_fraction` of the samples cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class EvalConfig:
-    """What a model in training is measured on, and when."""
+    """Evaluation of the model in training."""
 
     sets: dict[SetName, EvalSetConfig | None] | None = None
-    """Sets by name; null leaves a set out, or all. The validation split of the training data is the set `held_out`."""
+    """Sets by name; null removes a set, or all. The validation split is the set `held_out`."""
     every_steps: Count | None = None
-    """Also evaluate while training; the end of the run always does."""
+    """Also evaluate after these steps; the end of the run is always evaluated."""
     every_epochs: Count | None = None
     """Also evaluate at the end of these epochs."""
     batch_size: Count = 64
@@ -479,32 +444,32 @@ class TrainConfig:
     name: RunName
     """The run's folder inside `output`."""
     batch_size: Count
-    """Samples of one optimizer step, over all processes: the contrastive batch."""
+    """Global batch size: samples of one optimizer step over all ranks."""
     data: DataConfig
-    held_out: Share | None = None
-    """Share of the data, at most 5,000 samples, that training never sees and that is evaluated; `seed` decides which.
-    None and 0 hold out nothing."""
+    validation_split: Fraction | None = None
+    """Fraction of the data, at most 5,000 samples, that is evaluated and never trained on; `seed` decides which. None
+    and 0 hold out nothing."""
     schedule: ScheduleConfig
     output: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     precision: Precision = "fp32"
     """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: parameters themselves in 16 bits."""
-    accumulation: Count = 1
+    accumulation_steps: Count = 1
     """Micro-batches per step and rank, with one exact loss over the global batch."""
     compile: Literal["none", "blocks"] = "none"
-    """blocks: every block of both towers goes through torch.compile."""
+    """blocks: torch.compile every block of both towers."""
     parallel: ParallelConfig = ParallelConfig()
     task: TaskConfig = ContrastiveTask()
-    """What the model learns."""
+    """The training task."""
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
-    ema_decay: Share | None = None
-    """Keep a moving average of the weights, and evaluate it; none keeps none."""
-    collect_every: Count | None = 50
-    """Steps from one run of Python's garbage collector to the next, in all processes after the same one: where each has
-    its pauses by itself, all wait for every one of them. none leaves it to Python."""
+    ema_decay: Fraction | None = None
+    """Decay of a moving average of the weights, which is evaluated; none has no average."""
+    gc_every_steps: Count | None = 50
+    """Steps between runs of Python's garbage collector, at the same steps on all ranks, as all wait for the slowest;
+    none leaves it to Python."""
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     spikes: SpikeConfig = SpikeConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -513,22 +478,14 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _no_micro_batch_is_empty(self) -> Self:
-        if self.batch_size < self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is less than accumulation={self.accumulation}")
-        return self
-
-    @model_validator(mode="after")
-    def _timms_optimizers_update_float32(self) -> Self:
+    def _check(self) -> Self:
+        if self.batch_size < self.accumulation_steps:
+            raise ValueError(f"batch_size={self.batch_size} is less than accumulation_steps={self.accumulation_steps}")
         if self.optim.name.startswith(TIMM) and self.precision in ("bf16", "fp16"):
             raise ValueError(
                 f"optim.name={self.optim.name} needs precision=fp32, amp_bf16 or amp_fp16, "
                 f"got precision={self.precision}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _stochastic_rounding_is_to_bfloat16(self) -> Self:
         if self.optim.stochastic_rounding and self.precision != "bf16":
             raise ValueError(f"optim.stochastic_rounding needs precision=bf16, got precision={self.precision}")
         return self
@@ -536,8 +493,8 @@ class TrainConfig:
 
 ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
 
-_NOT_THE_RESULT = (
-    "collect_every",
+_IRRELEVANT = (
+    "gc_every_steps",
     "name",
     "output",
     "device",
@@ -558,20 +515,15 @@ def to_tree(config: TrainConfig) -> dict[str, Any]:
 
 
 def training_tree(config: TrainConfig) -> dict[str, Any]:
-    """The part of the configuration that decides what weights come out."""
-    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_THE_RESULT}
-    del tree["data"]["max_bad_share"]
+    """The part of the configuration on which the trained weights depend."""
+    tree = {key: value for key, value in to_tree(config).items() if key not in _IRRELEVANT}
+    del tree["data"]["max_bad_fraction"]
     if isinstance(config.task, MaskedImageTask):
         for key in ("cache", "cache_leaves_gb", "shard"):
             del tree["task"]["teacher"][key]
     return tree
 
 
-def config_hash(config: TrainConfig) -> str:
-    """Equal for two configurations exactly when they train the same weights."""
-    return hashlib.sha256(json.dumps(training_tree(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
 def process_count() -> int:
-    """Processes that torchrun started, this one included; 1 without torchrun."""
+    """Number of ranks; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

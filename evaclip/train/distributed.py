@@ -1,12 +1,15 @@
-"""Data parallelism over the processes that torchrun starts: plain collectives, no wrapper around the model."""
+"""Process groups and data parallelism: plain collectives, no wrapper around the model."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +19,6 @@ from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
 from evaclip.errors import UserError
-from evaclip.train import flight_recorder
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_cut
 
@@ -24,6 +26,11 @@ BUCKET_BYTES = 32 * 2**20
 _IN_FLIGHT = 4
 _ABORT_LIMIT = timedelta(minutes=1)
 """How long NCCL may take to end its kernels after an error."""
+_RECORD_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+_RECORD_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+_RECORD_ON_TIMEOUT = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
+_RECORD_SECONDS = 30.0
+"""How long writing the last collectives may take: it asks a device that may hang."""
 
 
 def _no_group() -> None:
@@ -32,13 +39,13 @@ def _no_group() -> None:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together.
+    """The ranks that train together.
 
     Attributes:
-        group: of all processes, for tensors on `device`; None for one process.
-        control: of all processes, for tensors on the CPU, so that agreeing never waits for the device.
-        new_saving_group: makes a group like `control`, if all ranks call it, for the checkpoint thread; it waits
-            longer, as a slow disk is no failure.
+        group: of all ranks, for tensors on `device`; None for one rank.
+        control: of all ranks, for tensors in host memory, so that decisions never wait for the device.
+        new_saving_group: makes a group like `control` for the checkpoint thread, with a longer timeout for slow disks;
+            all ranks call it.
     """
 
     device: torch.device
@@ -58,24 +65,24 @@ class World:
 
     @property
     def machine(self) -> range:
-        """The ranks of this machine's processes, which torchrun numbers one after the other."""
+        """The ranks of this machine, which torchrun numbers one after the other."""
         local, count = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
         first = self.rank - local
         return range(max(0, first), min(self.size, first + max(1, count)))
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """The mean over all processes, in place."""
+        """The mean over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
             tensor /= self.size
         return tensor
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is set in any process."""
+        """For each flag, whether it is set on any rank."""
         return self.begin_any(*flags)()
 
     def begin_any(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
-        """Begins `any`, without waiting for other ranks; the function that it returns waits for the result."""
+        """Begins `any`; the returned function waits for the result."""
         if self.size == 1:
             return lambda: flags
         votes = torch.tensor(flags, dtype=torch.int32)
@@ -88,7 +95,7 @@ class World:
         return result
 
     def sum(self, *values: float) -> list[float]:
-        """Each value's sum over all processes, in all."""
+        """Each value's sum over all ranks."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -96,7 +103,7 @@ class World:
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in the main one; an empty list in the others."""
+        """The values of all ranks on the main rank; an empty list on others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
@@ -104,14 +111,14 @@ class World:
         return values or []
 
     def gather_everywhere(self, value: Any) -> list[Any]:
-        """The values of all processes, in all."""
+        """The values of all ranks."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
     def from_main(self, value: Any) -> Any:
-        """The main process's value, in all."""
+        """The main rank's value."""
         if self.size == 1:
             return value
         values = [value]
@@ -119,10 +126,10 @@ class World:
         return values[0]
 
     def decide(self, choose: Callable[[Callable[[Any], list[Any]]], Any], work: Callable[[Any, int, int], Any]) -> Any:
-        """What `choose(ask)` gives in the main process, in all; every process must call it.
+        """The result of `choose(ask)` on the main rank; every rank must call it.
 
         Args:
-            choose: may call `ask(job)`, which has each process do `work(job, rank, size)`, and gives all results.
+            choose: may call `ask(job)`, which runs `work(job, rank, size)` on each rank and returns all results.
         """
         if not self.is_main:
             while (said := self.from_main(None))[1]:
@@ -137,17 +144,17 @@ class World:
 
     @torch.no_grad()  # or torch warns of each one's gradient in every backward pass
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrites the tensors by the main process's."""
+        """Overwrites the tensors with the main rank's."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self.group)
 
     def set_timeout(self, limit: timedelta, model: nn.Module) -> None:
-        """Sets how long later collectives wait for other ranks, except the collectives that write checkpoints.
+        """Sets the timeout of collectives that start from now on, except while saving.
 
         Args:
-            limit: longest wait.
-            model: its meshes have groups if its parameters are sharded.
+            limit: maximum wait for other ranks.
+            model: its sharded parameters have further groups.
         """
         meshes = {parameter.device_mesh for parameter in model.parameters() if is_cut(parameter)}
         groups = {self.group, self.control}.union(*(mesh.get_all_groups() for mesh in meshes))
@@ -184,12 +191,11 @@ class World:
 
 
 def connect(device_name: str, config: ParallelConfig | None = None) -> World:
-    """Joins the processes that torchrun started, or returns a world of one.
+    """Joins the ranks that torchrun started, or returns a world of one.
 
     Args:
         device_name: a torch device, or auto for a GPU if there is one.
-        config: how long the processes wait for each other. With `offload` the groups are also of one process, as
-            sharding needs one, and serve tensors in host memory too.
+        config: timeouts. With `offload` one rank also has groups, which also take tensors in host memory.
 
     Raises:
         UserError: the device does not exist.
@@ -216,19 +222,81 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
 
 @contextmanager
 def naming_timeouts(config: ParallelConfig, world: World) -> Iterator[None]:
-    """Inside, an error of a rank that waited too long says which key has the limit, and where its collectives are."""
+    """Inside, a timeout error names the key of the limit, and the file of the rank's last collectives."""
     try:
         yield
     except RuntimeError as exc:
         if any(sign in str(exc).lower() for sign in ("timed out", "timeout")):
             exc.add_note(
-                f"parallel.timeout_minutes={config.timeout_minutes:g} is how long a process waits for the others; "
-                "between one step and the next 1.2 times watchdog.seconds is, if less. The watchdog's lines, if there "
-                "are any, say which process it was and where; a longer limit waits longer for it"
+                f"parallel.timeout_minutes={config.timeout_minutes:g} is the maximum wait for other ranks; between two "
+                "steps it is 1.2 times watchdog.seconds, if less. The watchdog's lines, if any, name the slow rank"
             )
-            if world.uses_nccl and (line := flight_recorder.write(world.rank)):
+            if world.uses_nccl and (line := write_collectives(world.rank)):
                 exc.add_note(line)
         raise
+
+
+@contextmanager
+def recording_collectives(folder: Path) -> Iterator[None]:
+    """Inside, torch's flight recorder writes `folder`/rank_N when a collective of rank N times out.
+
+    Enter it before process groups exist. Environment variables that the user has set stay.
+    """
+    values = {_RECORD_FILE: f"{folder.absolute()}/rank_", _RECORD_SIZE: "2000", _RECORD_ON_TIMEOUT: "1"}
+    added = {names[0]: value for names, value in values.items() if not any(name in os.environ for name in names)}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def write_collectives(rank: int) -> str | None:
+    """Writes the last NCCL collectives of this rank; returns how to read them, or None if they can't be written."""
+    prefix = next((os.environ[name] for name in _RECORD_FILE if name in os.environ), None)
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if prefix is None or dump is None:
+        return None
+    path, written = Path(f"{prefix}{rank}"), list[int]()
+
+    def work() -> None:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written.append(path.write_bytes(dump()))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_RECORD_SECONDS)
+    if not written:
+        return None
+    return (
+        f"the last collectives of this rank are in {path}; `torchfrtrace {quote(str(path.parent))}` compares the ranks "
+        "and names the collective that some of them didn't join"
+    )
+
+
+def fake_ranks(device: str, size: int) -> World:
+    """The world of rank 0 of `size` ranks. Collectives return at once with uninitialised memory.
+
+    Raises:
+        UserError: a process group exists already, or the device does not exist.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if size < 1:
+        raise UserError(f"--as-gpus must be at least 1, got {size}")
+    if (dist.is_available() and dist.is_initialized()) or dist.is_torchelastic_launched():
+        raise UserError("--as-gpus and `evaclip plan` stand for many ranks: start one process, without torchrun")
+    found = device_of(device)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    return World(found, 0, size, dist.group.WORLD, dist.group.WORLD, lambda: dist.group.WORLD)
+
+
+def without_data(model: nn.Module, mode: AbstractContextManager[object]) -> None:
+    """Gives a model on the meta device parameters and buffers of this fake mode that count as memory of a CPU."""
+    with mode:
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device:
@@ -269,12 +337,11 @@ def _widen_gradient(parameter: Tensor) -> None:
 
 
 class GradientMean:
-    """Takes the mean of gradients over all processes, while the backward pass that makes them goes on.
+    """Averages gradients over all ranks during the backward pass.
 
-    Buckets are fixed, and so is their order: one begins when its gradients and those of all buckets before it are
-    there. So every process sends the same, and a run that is resumed sums as one that isn't; torch's
-    `DistributedDataParallel` makes other buckets after its first step. At most `_IN_FLIGHT` have memory at a time.
-    Gradients are summed in float32 (float64 of float64 parameters).
+    Buckets and their order are fixed: a reduction begins when its gradients and those of all earlier buckets exist. A
+    resumed run therefore sums like an undisturbed one; torch's `DistributedDataParallel` rebuilds its buckets after the
+    first step. At most `_IN_FLIGHT` buckets have memory at a time. Sums are in float32 (float64 of float64 parameters).
 
     Args:
         parameters: in the order of the forward pass; sharded ones are skipped.
@@ -296,11 +363,11 @@ class GradientMean:
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, known[id(parameter)]))
 
     def begin(self) -> None:
-        """Call it before the last backward pass of a step, after which gradients are whole."""
+        """Call it before the last backward pass of a step."""
         self._missing, self._begun = [len(bucket) for bucket in self._buckets], 0
 
     def finish(self) -> None:
-        """Call it after that pass: from then on gradients are the mean."""
+        """Call it after the last backward pass: then gradients are the mean."""
         while self._begun < len(self._buckets):
             self._start()
         while self._running:
@@ -338,7 +405,7 @@ class GradientMean:
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups neighbours of one dtype up to `BUCKET_BYTES` of float32 copies; a larger tensor is alone."""
+    """Groups consecutive tensors of one dtype up to `BUCKET_BYTES` of float32 copies; a larger tensor is alone."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

@@ -13,10 +13,9 @@ from evaclip.weights import part_of
 
 
 class Ema:
-    """Follows a model's parameters: `average += (1 - decay) * (parameter - average)`.
+    """Follows a model's parameters: `average += (1 - decay) * (parameter - average)`, in fp32 at least.
 
-    The average is held in fp32 at least, because 16-bit sums lose such small steps. Early on the decay is lower,
-    `(1 + steps) / (10 + steps)`, so that the random start is soon forgotten.
+    The first steps have a lower decay, `(1 + steps) / (10 + steps)`, to forget the random start.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,7 +25,7 @@ class Ema:
         self.restart()
 
     def restart(self) -> None:
-        """Begins the average anew, with the weights that the model has now."""
+        """Restarts the average from the model's present weights."""
         self._average = {name: _at_least_fp32(value).clone() for name, value in self._parameters.items()}
 
     @torch.no_grad()
@@ -40,10 +39,10 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights inside this context, and its trained weights afterwards.
+        """Inside, the model holds the averaged weights.
 
-        Tensors are swapped one at a time, so shards work too. Only 16-bit weights need another copy: the average in
-        float32 can't hold them without rounding.
+        Tensors and shards are swapped one at a time. Only 16-bit weights are copied: in a float32 average they would
+        replace it.
         """
         pairs = [(parameter, self._average[name]) for name, parameter in self._parameters.items()]
         own = [None if value.dtype == parameter.dtype else parameter.detach().clone() for parameter, value in pairs]
@@ -58,7 +57,7 @@ class Ema:
             forget_gathered(self._model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the model's own names."""
+        """The averaged weights by the model's names."""
         return dict(self._average)
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Evaluation while training and at its end, on any number of sets, by the functions of `evaclip.eval`."""
+"""Evaluation during training on any number of sets and ranks, by the functions of `evaclip.eval`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
-from typing import Any
+from itertools import chain, takewhile
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evaclip.data import Source, open_configured
 from evaclip.data.image_folder import FolderSource
 from evaclip.data.validation import Selection
+from evaclip.data.workers import WorkerDied
 from evaclip.errors import UserError
 from evaclip.eval import retrieval, zero_shot
 from evaclip.eval.classify import assign_labels
@@ -27,28 +28,123 @@ from evaclip.eval.features import (
 from evaclip.eval.ranking import hit_rate, target_ranks
 from evaclip.eval.retrieval import Picture, distinct_pictures, merge
 from evaclip.eval.zero_shot import IMAGENET, PLACEHOLDER, load_classnames, load_templates
-from evaclip.model.clip import CLIP
-from evaclip.train.config import EvalSetConfig, Measure, TrainConfig
+from evaclip.train.config import EvalSetConfig, Metric, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.distributed_encoder import DistributedEncoder
 from evaclip.train.loss import ContrastiveLoss
+from evaclip.weights import is_sharded
 
+Result = TypeVar("Result")
+_HARMLESS = (OSError, MemoryError, WorkerDied)
+"""Errors after which a rank can go on, unlike those of a device or a lost rank."""
 Metrics = dict[str, float]
 Attempt = Callable[[Sequence[str], Callable[[], Metrics]], Metrics]
 """(names of metrics, function that measures them) -> metrics; NaN for each if the function fails."""
 
-HELD_OUT = "held_out"
+VALIDATION_SET = "held_out"
+"""Name of the validation split among the sets."""
 _DIRECTIONS = ("image_to_text", "text_to_image")
 _CUTOFFS = (1, 5)
-_HEADLINES: dict[Measure, tuple[str, ...]] = {
+_HEADLINES: dict[Metric, tuple[str, ...]] = {
     "classify": ("zero_shot_top1", "zero_shot_top5"),
     "retrieval": tuple(f"{direction}_r{k}" for direction in _DIRECTIONS for k in _CUTOFFS),
     "loss": ("loss",),
 }
-_AUTOCAST = {"amp_bf16": "bf16", "amp_fp16": "fp16"}
+_AUTOCAST: dict[str, Any] = {"amp_bf16": "bf16", "amp_fp16": "fp16"}
 _PLAIN = (PLACEHOLDER,)
 _BLOCK = 256
 """Queries that a rank takes at a time: few, so that many ranks get some."""
+
+
+class Stopped(Exception):
+    """A rank was asked to stop; all ranks raise this before the same batch."""
+
+
+class DistributedEncoder(nn.Module):
+    """A model that encodes images and captions, of which each rank has a part.
+
+    Ranks vote before each batch on whether to stop. Sharded parameters need all ranks in every call, so ranks without
+    batches encode blank ones until no rank has any left.
+
+    Args:
+        model: in evaluation mode; a CLIP, or an image model with `encode_image` and `config`.
+        world: the ranks.
+        tokenizer: captions to tokens.
+        stop: whether this rank was asked to stop.
+    """
+
+    def __init__(
+        self, model: Any, world: World, tokenizer: Callable[[list[str]], Tensor] | None, stop: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self._image_shape = getattr(model.config, "vision", model.config).image_shape
+        self.tokenizer: Any = tokenizer
+        self.stop = stop
+        self.device = world.device
+        self._world = world
+        self._is_sharded = is_sharded(model)
+        self.train(model.training)
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        self._is_any_busy(True)
+        features: Tensor = self.model.encode_image(images, normalize)
+        return features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        self._is_any_busy(True)
+        features: Tensor = self.model.encode_text(tokens, normalize)
+        return features
+
+    def share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This rank's part of the items."""
+        rank, size = self._world.rank, self._world.size
+        return items[len(items) * rank // size : len(items) * (rank + 1) // size]
+
+    def everywhere(self, action: Callable[[], Result], *, texts: bool = False) -> list[Result]:
+        """The results of the action on all ranks.
+
+        Raises:
+            UserError: on all ranks, of the first rank that failed; also for unreadable files, a lack of host memory,
+                and a data worker that died.
+            Stopped: on all ranks.
+        """
+        outcome: Result | UserError
+        try:
+            outcome = action()
+        except UserError as exc:
+            outcome = exc
+        except _HARMLESS as exc:
+            outcome = UserError(str(exc) if isinstance(exc, WorkerDied) else f"{type(exc).__name__}: {exc}")
+        self._encode_blanks(texts)
+        outcomes = self._world.gather_everywhere(outcome)
+        for failure in outcomes:
+            if isinstance(failure, UserError):
+                raise failure
+        return outcomes
+
+    def over(self, items: Sequence[Any], action: Callable[[Any], Result]) -> list[Result]:
+        """The results of an action that encodes nothing, one per item; each rank runs it on its part.
+
+        Raises as `everywhere`.
+        """
+        mine = takewhile(lambda _: not self.stop(), self.share(items))
+        return list(chain(*self.everywhere(lambda: [action(item) for item in mine])))
+
+    @torch.no_grad()
+    def _encode_blanks(self, texts: bool) -> None:
+        while self._is_any_busy(False):
+            if self._is_sharded and texts and self.tokenizer:
+                self.model.encode_text(self.tokenizer([""]).to(self.device))
+            elif self._is_sharded:
+                self.model.encode_image(torch.zeros(1, 3, *self._image_shape, device=self.device))
+
+    def _is_any_busy(self, is_busy: bool) -> bool:
+        """Whether any rank has a batch."""
+        is_busy, stop = self._world.any(is_busy, self.stop())
+        if stop:
+            raise Stopped
+        return is_busy
 
 
 @dataclass
@@ -57,7 +153,7 @@ class EvalSet:
 
     Attributes:
         options: how features are computed.
-        max_bad_share: share of the samples that may be unreadable.
+        max_bad_fraction: share of the samples that may be unreadable.
         pictures: the distinct ones, once they have been looked for.
     """
 
@@ -67,38 +163,38 @@ class EvalSet:
     classnames: tuple[str, ...] | None
     templates: tuple[str, ...]
     options: FeatureOptions
-    max_bad_share: float
+    max_bad_fraction: float
     pictures: list[Picture] | None = None
 
 
-def open_sets(config: TrainConfig, held_out: Source | None) -> list[EvalSet]:
-    """The sets that a run is evaluated on.
+def open_sets(config: TrainConfig, validation: Source | None) -> list[EvalSet]:
+    """Opens the evaluation sets of a run.
 
     Args:
-        held_out: samples that are held out of the training data; they are a set too.
+        validation: the validation split, which is a set too.
 
     Raises:
         UserError: a set or one of its files doesn't exist.
     """
     sets = dict(config.eval.sets or {})
-    if held_out is not None:
-        sets.setdefault(HELD_OUT, EvalSetConfig())
-    return [_open(name, each, config, held_out) for name, each in sets.items() if each is not None]
+    if validation is not None:
+        sets.setdefault(VALIDATION_SET, EvalSetConfig())
+    return [_open(name, each, config, validation) for name, each in sets.items() if each is not None]
 
 
-def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source | None) -> EvalSet:
+def _open(name: str, config: EvalSetConfig, run: TrainConfig, validation: Source | None) -> EvalSet:
     data = config.data
-    if data is None and held_out is None:
+    if data is None and validation is None:
         raise UserError(
             f"eval.sets.{name}.data is not set and nothing is held out: name its data, as eval.sets.{name}.data.train="
-            "PATH, or set held_out"
+            "PATH, or set validation_split"
         )
     task = run.task.name
     for key, user in (("fit", "masked_image"), ("templates", "contrastive")):
         if getattr(config, key) is not None and task != user:
             raise UserError(f"eval.sets.{name}.{key} is not used with task.name={task}, but with {user}: leave it out")
     # The names of class folders go into templates, and into a caption's template no less.
-    whole = held_out if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
+    whole = validation if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
     assert whole is not None
     source = _part(whole, config, f"eval.sets.{name}")
     templates = config.templates
@@ -113,52 +209,22 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, held_out: Source |
         source,
         load_classnames(config.classes) if isinstance(config.classes, str) else config.classes,
         tuple(template for each in given for template in load_templates(each)),
-        _options(run, (data or run.data).workers),
-        1.0 if config.allow_unreadable else (data or run.data).max_bad_share,
+        FeatureOptions(
+            run.eval.batch_size, (data or run.data).workers, _AUTOCAST.get(run.precision, "fp32"), progress=False
+        ),
+        1.0 if config.allow_unreadable else (data or run.data).max_bad_fraction,
     )
 
 
-def _options(run: TrainConfig, workers: int) -> FeatureOptions:
-    autocast: Any = _AUTOCAST.get(run.precision, "fp32")
-    return FeatureOptions(run.eval.batch_size, workers, autocast, progress=False)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Measures a model on its sets; every process encodes its part of each. `transform` is without augmentation."""
-
-    sets: Sequence[EvalSet]
-    tokenizer: Callable[[list[str]], Tensor]
-    transform: Callable[[Any], Tensor]
-    loss: ContrastiveLoss
-    world: World
-
-    def __call__(self, model: CLIP, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
-        """The metrics of all sets as `NAME/METRIC`, and a line on each set that could not be measured.
-
-        Those of such a set are not a number: too much of it can't be read, its captions are no classes, or the model
-        gives NaN or infinity.
-
-        Args:
-            stop: whether this process was asked to stop, looked at between batches.
-
-        Raises:
-            Stopped: a process was asked to stop.
-        """
-        clip = DistributedEncoder(model, self.world, self.tokenizer, stop)
-        return measured(model, {each.name: partial(self._measure, each, clip) for each in self.sets})
-
-    def _measure(self, each: EvalSet, clip: DistributedEncoder, attempt: Attempt) -> Metrics:
-        headlines = [name for measure in each.config.measure or ("classify",) for name in _HEADLINES[measure]]
-        return attempt(headlines, lambda: _Measurement(each, clip, self.transform, self.loss).metrics())
-
-
 def measured(model: nn.Module, sets: Mapping[str, Callable[[Attempt], Metrics]]) -> tuple[Metrics, list[str]]:
-    """The metrics of all sets as `NAME/METRIC`, and a line on each measurement that failed; others go on.
+    """The metrics of all sets as `NAME/METRIC`, and a line on each measurement that failed, whose metrics are NaN.
 
     Args:
         model: is in evaluation mode meanwhile.
-        sets: by name, what measures one.
+        sets: functions that measure a set, by name.
+
+    Raises:
+        Stopped: a rank was asked to stop.
     """
     was_training = model.training
     model.eval()
@@ -181,6 +247,18 @@ def _attempt(name: str, problems: list[str], metrics: Sequence[str], action: Cal
         return dict.fromkeys(metrics, math.nan)
 
 
+def evaluate_pairs(
+    clip: DistributedEncoder,
+    transform: Callable[[Any], Tensor],
+    loss: ContrastiveLoss,
+    each: EvalSet,
+    attempt: Attempt,
+) -> Metrics:
+    """Zero-shot accuracy, retrieval and loss of a CLIP on a set; every rank encodes its part."""
+    headlines = [name for metric in each.config.metrics or ("classify",) for name in _HEADLINES[metric]]
+    return attempt(headlines, lambda: _Measurement(each, clip, transform, loss).metrics())
+
+
 class _Measurement:
     """One set as one model sees it; whatever several metrics need is encoded once."""
 
@@ -199,23 +277,22 @@ class _Measurement:
         self._features = found.features
 
     def metrics(self) -> Metrics:
-        """Of all that the set is to be measured by."""
         metrics: Metrics = {"samples": len(self._captions), "unreadable": self._unreadable}
-        measures = self._measures()
-        if "classify" in measures:
+        kinds = self._kinds()
+        if "classify" in kinds:
             metrics |= self._classify()
-        if "retrieval" in measures:
+        if "retrieval" in kinds:
             metrics |= self._retrieve()
-        if "loss" in measures:
+        if "loss" in kinds:
             images, texts = (part.to(self._clip.device) for part in (self._features, self._encoded(self._captions)))
             scale, bias = self._clip.model.logit_scale.float().exp(), self._clip.model.logit_bias
-            metrics["loss"] = self._loss.of_set(images, texts, scale, None if bias is None else bias.float()).item()
+            metrics["loss"] = self._loss(images, texts, scale, None if bias is None else bias.float()).item()
         return metrics
 
-    def _measures(self) -> tuple[Measure, ...]:
+    def _kinds(self) -> tuple[Metric, ...]:
         each = self._set
-        if each.config.measure is not None:
-            return each.config.measure
+        if each.config.metrics is not None:
+            return each.config.metrics
         if each.classnames is not None or each.source.classes:
             return ("classify",)
         # Names of classes belong to several pictures each, and to find one picture's own means nothing.
@@ -284,14 +361,15 @@ class _Measurement:
 def encode_everywhere(
     model: DistributedEncoder, transform: Callable[[Any], Tensor], source: Source, each: EvalSet
 ) -> ImageFeatures:
-    """Features of all pictures of a source, of which each process encodes its part; keys are the samples' numbers.
+    """Features of all images of a source, of which each rank encodes its part; keys are the samples' indices.
 
     Raises:
-        UserError: more of them than the set's configuration allows could not be read, or none.
+        UserError: more images than the set's configuration allows can't be read, or all.
     """
     found = [part for part in model.everywhere(partial(_encode_part, model, transform, source, each.options)) if part]
     captions = [caption for part in found for caption in part.captions]
-    refuse_rest(source, len(source) - len(captions), each.max_bad_share, f"eval.sets.{each.name}.allow_unreadable=true")
+    remedy = f"eval.sets.{each.name}.allow_unreadable=true"
+    refuse_rest(source, len(source) - len(captions), each.max_bad_fraction, remedy)
     if not found:
         raise NothingReadable(f"none of the {len(source):,} samples of {source.description} could be read")
     return ImageFeatures(
@@ -313,15 +391,15 @@ def _encode_part(
 
 def _part(whole: Source, config: EvalSetConfig, key: str) -> Source:
     """Consecutive samples of a source."""
-    first, samples = config.first, config.samples
-    count = len(whole) - first if samples is None else samples
-    if count < 1 or first + count > len(whole):
+    skip, samples = config.skip, config.samples
+    count = len(whole) - skip if samples is None else samples
+    if count < 1 or skip + count > len(whole):
         raise UserError(
-            f"{key}.first={first} and {key}.samples={samples} ask for samples that {whole.description} does not "
+            f"{key}.skip={skip} and {key}.samples={samples} ask for samples that {whole.description} does not "
             f"have: it has {len(whole)}"
         )
-    part = Selection(whole, range(first, first + count))
-    part.description = f"{whole.description}, {count} from number {first} on"
+    part = Selection(whole, range(skip, skip + count))
+    part.description = f"{whole.description}, {count} from number {skip} on"
     # Those of drawn pictures are their captions, which differ as captions do.
     part.classes = whole.classes if isinstance(whole, FolderSource) else ()
     return part

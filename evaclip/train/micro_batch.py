@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,80 +29,59 @@ class MicroBatch:
     step: int
     first_row: int
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same, with targets on the device."""
-        return replace(self, targets=send(self.targets, device))
 
-
+@dataclass(frozen=True, kw_only=True)
 class StepContext:
     """Everything that a task needs to run the micro-batches of one step.
 
-    Args:
+    Attributes:
         micro_batches: this rank's rows in parts.
-        images: this rank's images, uint8 or float32 [b, 3, height, width], in host memory.
-        upload: copies and normalises the images of micro-batches, see `Upload`.
+        rank_images: this rank's images, uint8 or float32 [b, 3, height, width], in host memory.
+        upload: copies the images of micro-batches to the device and normalises them, see `upload`.
+        device: that computes.
+        measure: whether metrics are wanted besides the loss.
         autocast_dtype: None for no autocast.
         loss_scale: 0-D factor of the loss, 1 except under amp_fp16.
         share: factor of a sum over rows that makes its mean over ranks the mean over the global batch.
         begin_backward: called before the backward pass of each micro-batch with whether it is the last.
-
-    Attributes:
-        step: index of the step, from 0.
-        measure: whether metrics are wanted besides the loss.
-        device: that computes.
     """
 
-    def __init__(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        images: Tensor | Rows,
-        *,
-        device: torch.device,
-        step: int,
-        measure: bool,
-        upload: Callable[[Iterable[Tensor | Rows]], Iterator[Tensor]],
-        autocast_dtype: torch.dtype | None,
-        loss_scale: Tensor,
-        share: float,
-        begin_backward: Callable[[bool], None],
-    ) -> None:
-        self.micro_batches = micro_batches
-        self.device = device
-        self.step = step
-        self.measure = measure
-        self._images = images
-        self._upload = upload
-        self._autocast_dtype = autocast_dtype
-        self._loss_scale = loss_scale
-        self._share = share
-        self._begin_backward = begin_backward
+    micro_batches: Sequence[MicroBatch]
+    rank_images: Tensor | Rows
+    upload: Callable[[Iterable[Tensor | Rows]], Iterator[Tensor]]
+    device: torch.device
+    measure: bool
+    autocast_dtype: torch.dtype | None
+    loss_scale: Tensor
+    share: float
+    begin_backward: Callable[[bool], None]
 
     def images(self, rounds: int = 1) -> Iterator[Tensor]:
         """Images of each micro-batch, on the device and normalised, float32 [rows, 3, height, width]; `rounds` times.
 
         Call `next` in the expression that uses the images: holding them costs memory while the next ones are copied.
         """
-        return self._upload(self._images[part.rows] for part in [*self.micro_batches] * rounds)
+        return self.upload(self.rank_images[part.rows] for part in [*self.micro_batches] * rounds)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast of one forward pass: its cache would carry casts without a graph over into the next pass."""
-        dtype = self._autocast_dtype
+        dtype = self.autocast_dtype
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
     def begin(self, micro_batch: MicroBatch) -> None:
         """Call it before the backward pass of each micro-batch, in their order."""
-        self._begin_backward(micro_batch is self.micro_batches[-1])
+        self.begin_backward(micro_batch is self.micro_batches[-1])
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call `backward` on."""
-        return loss * self._loss_scale
+        return loss * self.loss_scale
 
     def mean_of(self, values: Tensor) -> Tensor:
         """The contribution of these rows to a mean over the global batch.
 
         Sum it over micro-batches and average it over ranks, which may have unequal numbers of rows.
         """
-        return values.sum() * self._share
+        return values.sum() * self.share
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -112,8 +91,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class Upload:
-    """An iterator that copies images to the device, each while the ones before are computed.
+def upload(
+    images: Iterable[Tensor | Rows], device: torch.device, stream: torch.cuda.Stream | None, normalize: Normalization
+) -> Iterator[Tensor]:
+    """Copies images to the device, each while the ones before are computed, and yields them normalised.
 
     On a GPU, copies use their own stream, and the host doesn't wait if the memory is pinned.
 
@@ -123,42 +104,23 @@ class Upload:
         stream: of the copies; None copies in the current stream.
         normalize: uint8 to float32.
     """
+    waiting = iter(images)
 
-    def __init__(
-        self,
-        images: Iterable[Tensor | Rows],
-        device: torch.device,
-        stream: torch.cuda.Stream | None,
-        normalize: Normalization,
-    ) -> None:
-        self._images = iter(images)
-        self._device = device
-        self._stream = stream
-        self._normalize = normalize
-        self._copy = self._start()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
-        # Images that were handed out aren't referenced here.
-        copy, self._copy = self._copy, None
-        if copy is None:
-            raise StopIteration
-        if self._stream is not None:
-            present = torch.cuda.current_stream(self._device)
-            present.wait_stream(self._stream)
-            # The copy stream may reuse the memory only after the computation.
-            copy.record_stream(present)
-        pixels = self._normalize(copy)
-        del copy
-        self._copy = self._start()
-        return pixels
-
-    def _start(self) -> Tensor | None:
-        images = next(self._images, None)
+    def begin_copy() -> Tensor | None:
+        images = next(waiting, None)
         if images is None:
             return None
-        # Does nothing without a stream.
-        with torch.cuda.stream(self._stream):
-            return images.to(self._device, non_blocking=True)
+        with torch.cuda.stream(stream):  # does nothing without a stream
+            return images.to(device, non_blocking=True)
+
+    copy = begin_copy()
+    while copy is not None:
+        if stream is not None:
+            present = torch.cuda.current_stream(device)
+            present.wait_stream(stream)
+            # The copy stream may reuse the memory only after the computation.
+            copy.record_stream(present)
+        pixels = [normalize(copy)]
+        del copy
+        copy = begin_copy()
+        yield pixels.pop()  # so that no reference stays here

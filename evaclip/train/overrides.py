@@ -1,17 +1,24 @@
 """From a recipe, a YAML file and `--set a.b=c` to one checked configuration, and back to YAML."""
 
+import ast
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from textwrap import dedent, indent, wrap
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import ValidationError
 
 from evaclip.errors import UserError, nearest
-from evaclip.train.config import ADAPTER, ScheduleConfig, TrainConfig, to_tree
-from evaclip.train.tree import Tree, merge, nest
+from evaclip.train.config import ADAPTER, ALTERNATIVES, ScheduleConfig, TrainConfig, to_tree
+from evaclip.train.tree import REMOVED, Tree, merge, nest, with_new_names
+
+_WIDTH = 120
+_ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
@@ -22,20 +29,15 @@ def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
     """
     tree = to_tree(base)
     for change in changes:
-        _check_keys(TrainConfig, change, ())
-        tree = merge(tree, change)
+        tree = merge(tree, with_new_names(change))
     return validate(tree)
-
-
-_SPELLINGS = (("steps", "epochs"), ("warmup_steps", "warmup_share"), ("cooldown_steps", "cooldown_share"))
-"""Keys of `schedule` of which one says the same as the other."""
 
 
 def in_layers(layers: Iterable[Sequence[Tree]], base: TrainConfig) -> Iterator[Tree]:
     """The changes of several layers, for `resolve`: files, then flags, then `--set`.
 
-    A layer that sets one spelling of the schedule unsets the other spelling of earlier layers. One that sets `epochs`
-    also unsets the `epoch_samples` of the recipe, so that an epoch is one pass over the data given.
+    A layer that sets one of two alternatives of the schedule unsets the other. One that sets `epochs` also unsets the
+    `epoch_samples` of the recipe, so that an epoch is one pass over the given data.
 
     Args:
         layers: the changes of each layer.
@@ -46,7 +48,7 @@ def in_layers(layers: Iterable[Sequence[Tree]], base: TrainConfig) -> Iterator[T
     for changes in layers:
         schedules = [change["schedule"] for change in changes if isinstance(change.get("schedule"), Mapping)]
         given = {key: value for schedule in schedules for key, value in schedule.items()}
-        pairs = [pair for one, other in _SPELLINGS for pair in ((one, other), (other, one))]
+        pairs = [pair for one, other in ALTERNATIVES for pair in ((one, other), (other, one))]
         unset = {other: defaults[other] for one, other in pairs if given.get(one) is not None and other not in given}
         if given.get("epochs") is not None and samples == base.schedule.epoch_samples:
             unset["epoch_samples"] = None
@@ -61,9 +63,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     Raises:
         UserError: names the key, the accepted values and the given one.
     """
-    _check_keys(TrainConfig, tree, ())
     try:
-        return ADAPTER.validate_python(tree)
+        return ADAPTER.validate_python(with_new_names(tree))
     except ValidationError as exc:
         raise UserError("; ".join(map(_describe, exc.errors()))) from exc
 
@@ -80,12 +81,17 @@ def load_yaml(path: str | Path) -> Tree:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{str(path)!r} must hold keys and values, it holds a {type(tree).__name__}")
-    return tree
+    return with_new_names(tree)
 
 
 def dump_yaml(config: TrainConfig) -> str:
     """The complete configuration, which `load_yaml` reads back to an equal one."""
     return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def commented_yaml(config: TrainConfig) -> str:
+    """As `dump_yaml`, with comments from the docstrings of the dataclasses, once per class."""
+    return "".join(_commented_lines(config, to_tree(config), "", set()))
 
 
 def parse_assignment(text: str) -> Tree:
@@ -94,66 +100,86 @@ def parse_assignment(text: str) -> Tree:
     if not separator or not path.strip():
         raise UserError(f"--set takes key=value, such as optim.lr=1e-3; got {text!r}")
     try:
-        return nest(path.strip(), yaml.safe_load(value))
+        return with_new_names(nest(path.strip(), yaml.safe_load(value)))
     except yaml.YAMLError as exc:
         raise UserError(f"the value in --set {text!r} is not YAML") from exc
 
 
-def _check_keys(cls: type, tree: Mapping[str, Any], path: tuple[str, ...]) -> None:
-    hints = get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key, value in tree.items():
-        if key not in known:
-            raise _unknown_key((*path, str(key)), known)
-        for inner, part, where in _dataclasses_in(hints[key], value, (*path, key)):
-            _check_keys(inner, part, where)
-
-
-def _unknown_key(path: tuple[str, ...], known: list[str]) -> UserError:
-    *parents, key = path
-    near = nearest(key, known)
-    if near:
-        hint = f"did you mean {'.'.join([*parents, near[0]])!r}?"
-    else:
-        hint = f"{'.'.join(parents) or 'the configuration'} has: {', '.join(known)}"
-    return UserError(f"unknown configuration key {'.'.join(path)!r}; {hint}")
-
-
-def _dataclasses_in(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[type, Tree, tuple[str, ...]]]:
-    """The dataclasses that the value, of this type, is of or has by name; with their own values and paths."""
-    if not isinstance(value, Mapping):
-        return
-    if get_origin(hint) in (Union, UnionType):
-        for each in _meant(get_args(hint), value):
-            yield from _dataclasses_in(each, value, path)
-    elif get_origin(hint) is dict:
-        for name, part in value.items():
-            yield from _dataclasses_in(get_args(hint)[1], part, (*path, str(name)))
-    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        yield hint, dict(value), path
-
-
-def _meant(options: tuple[Any, ...], value: Mapping[str, Any]) -> Iterable[Any]:
-    """Of several dataclasses the one that has the value's `name`; of a part without one, that has most of its keys."""
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
-    if len(classes) < 2:
-        return options
-    fields = {option: {field.name: field.default for field in dataclasses.fields(option)} for option in classes}
-    named = [option for option in classes if "name" in value and fields[option].get("name") == value["name"]]
-    return named or [max(classes, key=lambda option: len(value.keys() & fields[option].keys()))]
-
-
 def _describe(error: Any) -> str:
     """One pydantic error as `path=value: accepted values`."""
-    parts = list(error["loc"])
-    if parts[:1] == ["task"]:
-        del parts[1:2]  # the kind of task, which is no key
-    path = ".".join(map(str, parts))
+    location = list(error["loc"])
+    # The kind of task is no key.
+    path = ".".join(map(str, location[:1] + location[2:] if location[:1] == ["task"] else location))
     if error["type"] == "missing":
         return f"{path} is not set"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown configuration key {path!r}; {_hint(path, _known_keys(location[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     value = error["input"]
     if error["type"] == "value_error" and not isinstance(value, str | int | float):
         return f"{path}: {message}" if path else message
     return f"{path}={value!r}: {message}"
+
+
+def _hint(path: str, known: list[str]) -> str:
+    if path in REMOVED:
+        return "it was removed: leave it out"
+    parent, _, key = path.rpartition(".")
+    if near := nearest(key, known):
+        return f"did you mean {f'{parent}.{near[0]}'.lstrip('.')!r}?"
+    return f"{parent or 'the configuration'} has: {', '.join(known)}"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Keys of the dataclass at a location of a pydantic error, in which names of sets and kinds of tasks occur too."""
+    classes: list[Any] = [TrainConfig]
+    for part in location:
+        if len(classes) > 1:
+            classes = [each for each in classes if each.name == part]
+        elif (hints := get_type_hints(classes[0])).keys() & {part}:
+            classes = list(_dataclasses_in(hints[str(part)]))
+    return [field.name for field in dataclasses.fields(classes[0])]
+
+
+def _dataclasses_in(hint: Any) -> Iterator[type]:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        yield hint
+    for part in get_args(hint):
+        yield from _dataclasses_in(part)
+
+
+def _commented_lines(config: Any, tree: Mapping[str, Any], margin: str, seen: set[type]) -> Iterator[str]:
+    comments = {} if type(config) in seen else _field_docstrings(type(config))
+    seen.add(type(config))
+    width = _WIDTH - len(margin)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        text = comments.get(field.name, "")
+        if nested and not text and type(value) not in seen:
+            text = inspect.getdoc(value) or ""
+        # Only the first paragraph becomes a comment.
+        for line in wrap(text.partition("\n\n")[0], width - 2):
+            yield f"{margin}# {line}\n"
+        if nested:
+            yield f"{margin}{field.name}:\n"
+            yield from _commented_lines(value, tree[field.name], margin + "  ", seen)
+        else:
+            yield indent(yaml.safe_dump({field.name: tree[field.name]}, sort_keys=False, width=width), margin)
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass: below the field, or among the class's attributes."""
+    found = {
+        name: " ".join(text.split())
+        for names, text in _ATTRIBUTE.findall((inspect.getdoc(cls) or "").partition("Attributes:\n")[2])
+        for name in names.split(", ")
+    }
+    # Python keeps no docstrings of fields.
+    body = ast.parse(dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, text in pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = inspect.cleandoc(str(ast.literal_eval(text.value)))
+    return found

@@ -1,12 +1,15 @@
-"""Where a run reports: the terminal, JSON-lines files and TensorBoard."""
+"""Logs of a run: records and their sinks, which are the terminal, JSON-lines files, TensorBoard and W&B."""
 
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
 from types import TracebackType
@@ -17,24 +20,94 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from evaclip.atomic import reading, write_text
+from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 from evaclip.outputs import silence
-from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER
+from evaclip.redact import redacted
+from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER
 from evaclip.train.config import LogConfig
-from evaclip.train.sinks import Record, Sink, is_share
 
 _FURTHER = ("_top5", "/top5", "_r5")
 """Suffixes of metrics that the terminal omits; it shows the value at 1."""
+_PATIENCE = 30.0
+"""Seconds that W&B may take to start and to end."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One logged step.
+
+    Attributes:
+        step: optimizer steps so far.
+        samples: samples so far, over all ranks.
+        epoch: `samples` in passes over the data.
+        lr: learning rate of parameters outside the towers in this step.
+        grad_norm: L2 norm of all gradients, before clipping.
+        loss_scale: factor of the next step's loss; 1 except under amp_fp16.
+        skipped: steps so far without an update because a number was not finite.
+        bad_samples: replaced samples so far, over all ranks.
+        samples_per_second: over all ranks, since the last record.
+        tokens_per_second: the same for tokens that enter the towers' blocks.
+        data_wait: fraction of that time spent waiting for data.
+        mfu: model FLOP/s over the device's peak.
+        memory_gib: peak memory of the GPU's allocator, or of the main process without a GPU.
+        seconds: duration of the run so far, with earlier starts.
+        more: for each tower lr_TOWER (at its output, 0 if it isn't trained), grad_norm_TOWER, update_norm_TOWER (L2
+            norm of this step's change of its weights) and update_ratio_TOWER (the same over the norm of its weights);
+            and the task's metrics, see `Task.backward` and `Task.measures`.
+    """
+
+    step: int
+    samples: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    loss_scale: float
+    skipped: int
+    bad_samples: int
+    samples_per_second: float
+    tokens_per_second: float
+    data_wait: float
+    mfu: float
+    memory_gib: float
+    seconds: float
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, float]:
+        """All numbers by name, as logs have them."""
+        return {name: value for name, value in vars(self).items() if name != "more"} | dict(self.more)
+
+
+class Sink:
+    """A destination of records and messages. Unimplemented hooks are no-ops."""
+
+    def record(self, record: Record) -> None:
+        """One logged step."""
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of an evaluation after `step` steps."""
+
+    def say(self, message: str) -> None:
+        """A message."""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """`error` ended the run, if it isn't None."""
+
+
+def is_share(metric: str) -> bool:
+    """Whether this metric of an evaluation is in [0, 1]."""
+    return metric.rpartition("/")[2] not in ("loss", "seconds")
 
 
 class Report:
-    """Passes everything on to all sinks; a context manager."""
+    """Passes records and messages on to all sinks; a context manager."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
 
     def add(self, sinks: list[Sink]) -> None:
-        """Tells these too from now on."""
+        """Adds sinks."""
         self._sinks += sinks
 
     def record(self, record: Record) -> None:
@@ -61,12 +134,12 @@ class Report:
 def open_report(
     config: LogConfig, folder: Path | None, start_step: int, total_steps: int, processes: int = 1
 ) -> Report:
-    """The sinks that `config` asks for.
+    """The configured sinks, without W&B.
 
     Args:
         folder: of the run; None reports to the terminal only.
-        start_step: what the files hold of later steps is dropped, so that a resumed run does not log a step twice.
-        processes: that train together.
+        start_step: records of later steps are dropped from the files, so that a resumed run logs no step twice.
+        processes: number of ranks.
     """
     sinks: list[Sink] = []
     live = config.progress == "rich" or (config.progress == "auto" and sys.stdout.isatty())
@@ -78,6 +151,18 @@ def open_report(
         if config.tensorboard:
             sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, start_step))
     return Report(sinks)
+
+
+def require_trackers(config: LogConfig) -> None:
+    """Raises a UserError for a configured tracker that isn't installed."""
+    for name, extra, is_used, without in (
+        ("tensorboard", "clip", config.tensorboard, "false"),
+        ("wandb", "wandb", config.wandb is not None, "null"),
+    ):
+        if is_used and find_spec(name) is None:
+            raise UserError(
+                f"log.{name} needs `pip install 'evakernels[{extra}]'`; log.{name}={without} logs without it"
+            )
 
 
 class PlainLines(Sink):
@@ -97,26 +182,26 @@ class PlainLines(Sink):
         try:
             print(message, flush=True)
         except BrokenPipeError:
-            silence()  # no reason to end a training: its files tell the same
+            silence()  # the training goes on, with its files as logs
 
 
 class _BarAndNumbers(Progress):
-    """Numbers in their own line: next to the bar, 80 columns aren't enough."""
+    """A bar with numbers in another line."""
 
     numbers = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.numbers:
-            # Where they take several lines none is broken: textwrap, unlike rich, breaks at no other space.
+            # textwrap, unlike rich, keeps non-breaking spaces.
             yield Text(fill(self.numbers, self.console.width).replace("\xa0", " "))
 
 
 class LiveDisplay(Sink):
-    """A bar and the latest numbers, below the messages."""
+    """A progress bar and the latest numbers, below the messages."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
-        # Rich's own estimate is of the last 30 seconds, in which a large model makes no record.
+        # Rich's own estimate needs a record in the last 30 seconds.
         columns = (TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TextColumn("eta {task.fields[eta]}"))
         self._progress = _BarAndNumbers(*columns, console=Console())
         self._total = total_steps
@@ -164,7 +249,7 @@ class _Lines:
 
 @cache
 def _warn(folder: Path, reason: str) -> None:
-    """Says once what keeps the logs from being written."""
+    """Warns once that the logs can't be written."""
     print(f"warning: the logs in {folder} can't be written ({reason}); the run goes on", file=sys.stderr, flush=True)
 
 
@@ -186,10 +271,9 @@ class JsonLines(Sink):
 
 
 class Events(Sink):
-    """A file with one JSON object for what happened: each start and end, and every message.
+    """A file with one JSON object for each start, message and end, over all starts of the run.
 
-    Each has `time` (UTC) and `step`, and `start` (processes, machine, versions), `message`, or `end` (null, or what
-    ended the run). It is history: what a resumed run does anew stays in it.
+    Each has `time` (UTC), `step`, and `start` (processes, machine, versions), `message`, or `end` (null or the error).
     """
 
     def __init__(self, path: Path, start_step: int, processes: int) -> None:
@@ -213,7 +297,7 @@ class Events(Sink):
 
 
 class TensorBoard(Sink):
-    """Curves over the step; points that find the disk full are left out."""
+    """Curves over the step; points are left out while the disk is full."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._folder = folder
@@ -256,8 +340,69 @@ class TensorBoard(Sink):
                     given_up.close()
 
 
+class Wandb(Sink):
+    """A run of Weights & Biases in RUN/wandb, which a resumed run continues.
+
+    Args:
+        project: of W&B.
+        folder: of the run.
+        name: of the run.
+        tree: the configuration, shown without credentials.
+        say: takes a line on the first failure, after which nothing more is sent.
+    """
+
+    def __init__(
+        self, project: str, folder: Path, name: str, tree: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self._say = say
+        self._run: Any = None
+        self._do(lambda: self._open(project, folder, name, redacted(tree)))
+
+    def record(self, record: Record) -> None:
+        self._do(lambda: self._log("train", record.flat()))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._do(lambda: self._log("eval", metrics))
+
+    def close(self, error: BaseException | None = None) -> None:
+        if self._run is not None:
+            self._do(lambda: self._run.finish(exit_code=0 if error is None else 1))
+
+    def _open(self, project: str, folder: Path, name: str, tree: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = folder / WANDB_FOLDER / "evaclip_id"
+        id_file.parent.mkdir(exist_ok=True)
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        run = wandb.init(
+            project=project,
+            name=name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=dict(tree),
+            settings=wandb.Settings(init_timeout=_PATIENCE, finish_timeout=_PATIENCE, console="off", quiet=True),
+        )
+        # W&B's own step must grow; a run that returns to a checkpoint repeats steps.
+        run.define_metric("*", step_metric="train/samples")
+        self._run = run
+
+    def _log(self, kind: str, values: Mapping[str, float]) -> None:
+        if self._run is not None:
+            self._run.log({f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)})
+
+    def _do(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as exc:
+            self._run = None
+            reason = " ".join(str(exc).split())
+            self._say(f"log.wandb failed and is left out from now on ({type(exc).__name__}: {reason})")
+
+
 def summary(record: Record) -> list[str]:
-    """The numbers that a person watches."""
+    """The numbers of a record that the terminal shows."""
     rates = dict.fromkeys(f"{rate:.2e}" for name, rate in record.more.items() if name.startswith("lr_"))
     return [
         f"loss {record.loss:.4f}",
@@ -291,7 +436,7 @@ def _drop_later_records(path: Path, step: int) -> None:
 
 
 def headlines(metrics: Mapping[str, float]) -> list[str]:
-    """A line on each evaluation set: its loss and accuracies at 1; the log has all metrics."""
+    """One line per evaluation set, with its loss and accuracies at 1."""
     lines: dict[str, list[str]] = {}
     for name, value in metrics.items():
         each, _, metric = name.rpartition("/")
@@ -303,7 +448,7 @@ def headlines(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _eta(record: Record, total_steps: int) -> str:
-    """How long the steps that are left take at the rate of the last ones."""
+    """Time for the remaining steps at the speed of the last ones."""
     left = (total_steps - record.step) * record.samples / max(1, record.step)
     seconds = left / record.samples_per_second if record.samples_per_second else 0.0
     minutes, rest = divmod(round(seconds), 60)

@@ -39,24 +39,14 @@ Recipe = Callable[[], TrainConfig]
 
 RECIPES: dict[str, Recipe] = {}
 
-HELD_OUT = 0.05
-"""Share of one's own data that is evaluated where nothing else is named."""
+VALIDATION_SPLIT = 0.05
+"""Fraction of the user's data that is held out if no evaluation set is given."""
 
 
 def recipe(function: Recipe) -> Recipe:
     """Registers a recipe under its function's name, with `-` for `_`."""
     RECIPES[function.__name__.replace("_", "-")] = function
     return function
-
-
-def _register(name: str, about: str, make: Recipe) -> None:
-    """Registers one of a table."""
-
-    def function() -> TrainConfig:
-        return make()
-
-    function.__doc__ = about
-    RECIPES[name] = function
 
 
 def get_recipe(name: str) -> TrainConfig:
@@ -83,17 +73,17 @@ def with_fitting_parts(config: TrainConfig, base: TrainConfig) -> TrainConfig:
 
 
 def with_own_evaluation(config: TrainConfig, base: TrainConfig) -> TrainConfig:
-    """`config`, but for the evaluation sets of the recipe `base` where the training data is no longer the recipe's.
+    """`config` without the evaluation sets of the recipe `base` if the training data is no longer the recipe's.
 
-    Where no other is left, a part of the training data is held out in their place, unless `held_out` says otherwise.
+    If no other set is left, a validation split replaces them, unless `validation_split` is set.
     """
     sets, of_recipe = config.eval.sets or {}, base.eval.sets or {}
     left = {name: each for name, each in sets.items() if not _same_data(each, of_recipe.get(name))}
     same_data = (config.data.train, config.data.mixture) == (base.data.train, base.data.mixture)
     if same_data or left == sets:
         return config
-    held_out = HELD_OUT if config.held_out is None and not left else config.held_out
-    return replace(config, eval=replace(config.eval, sets=left or None), held_out=held_out)
+    split = VALIDATION_SPLIT if config.validation_split is None and not left else config.validation_split
+    return replace(config, eval=replace(config.eval, sets=left or None), validation_split=split)
 
 
 def _same_data(one: EvalSetConfig | None, other: EvalSetConfig | None) -> bool:
@@ -123,7 +113,7 @@ def tiny() -> TrainConfig:
         schedule=ScheduleConfig(steps=180, warmup_steps=10),
         log=LogConfig(every_steps=10),
         eval=EvalConfig(
-            sets={"shapes": EvalSetConfig(data=replace(drawn, num_samples=samples + held_out), first=samples)}
+            sets={"shapes": EvalSetConfig(data=replace(drawn, num_samples=samples + held_out), skip=samples)}
         ),
     )
 
@@ -177,11 +167,11 @@ def finetune() -> TrainConfig:
     return TrainConfig(
         name="finetune",
         batch_size=256,
-        held_out=HELD_OUT,
+        validation_split=VALIDATION_SPLIT,
         data=DataConfig(train="", workers=4),
         model=ModelConfig(name="EVA02-CLIP-B-16", pretrained="eva_clip"),
         optim=OptimConfig(lr=5e-5, visual=towers, text=towers, grad_clip_norm=1.0),
-        schedule=ScheduleConfig(epochs=10, warmup_share=0.1),
+        schedule=ScheduleConfig(epochs=10, warmup_fraction=0.1),
         eval=EvalConfig(every_epochs=1),
     )
 
@@ -230,7 +220,7 @@ class _FineTuning(NamedTuple):
             task=ClassificationTask(classes=21_841 if large else 1000, label_smoothing=self.smoothing),
             model=ModelConfig(name=self.model, pretrained_image=start, options=options, savings=savings),
             optim=OptimConfig(lr=self.lr, beta2=0.999, eps=1e-8, visual=TowerConfig(layer_decay=self.layer_decay)),
-            schedule=ScheduleConfig(epochs=self.epochs, warmup_share=self.warmup_epochs / self.epochs),
+            schedule=ScheduleConfig(epochs=self.epochs, warmup_fraction=self.warmup_epochs / self.epochs),
             ema_decay=None if large else 0.9999,
             eval=EvalConfig(every_epochs=1),
         )
@@ -258,9 +248,9 @@ _FINE_TUNINGS = {
     "eva-g-clip-in1k-336": _FineTuning("eva_giant_patch14_336.clip_ft_in1k", 512, 20, 2, 3e-5, 0.9, 0.4, 0.3),
 }
 for _name, _tuning in _FINE_TUNINGS.items():
+    _recipe = RECIPES[f"finetune-{_name}"] = partial(_tuning.config)
     _data = "ImageNet-21K" if _tuning.model.endswith("_ft_in22k") else "ImageNet-1K"
-    _about = f"{_tuning.model}: {_tuning.epochs} epochs of {_data} from {_tuning.start}."
-    _register(f"finetune-{_name}", _about, _tuning.config)
+    _recipe.__doc__ = f"{_tuning.model}: {_tuning.epochs} epochs of {_data} from {_tuning.start}."
 
 
 @recipe
@@ -362,8 +352,8 @@ def _fang_2023(size: str, batch_size: int, epochs: int, lr: float, drop_path: fl
         ),
         model=ModelConfig(name=f"eva02_{size}_patch14_224", options={"drop_path": drop_path}),
         optim=OptimConfig(lr=lr, weight_decay=0.05, beta2=0.98, eps=1e-6, grad_clip_norm=3.0),
-        schedule=ScheduleConfig(epochs=epochs, warmup_share=1 / epochs, final_factor=1e-5 / lr),
-        checkpoint=CheckpointConfig(every_epochs=1, keep_every=None),
+        schedule=ScheduleConfig(epochs=epochs, warmup_fraction=1 / epochs, final_factor=1e-5 / lr),
+        checkpoint=CheckpointConfig(every_epochs=1),
     )
 
 
@@ -373,11 +363,10 @@ for _size, _letters, _batch, _epochs, _rate, _drop in (
     ("base", "B", 2048, 150, 1.5e-3, 0.0),
     ("large", "L", 2048, 150, 1.5e-3, 0.1),  # on Merged-38M it was 56 epochs, the rest being the same
 ):
-    _register(
-        f"pretrain-mim-eva02-{_size}",
-        f"EVA-02 {_letters} by masked image modelling, taught by EVA01-CLIP-g/14: ImageNet-21K, {_epochs} epochs, "
-        f"batches of {_batch:,}.",
-        partial(_fang_2023, _size, _batch, _epochs, _rate, _drop),
+    _recipe = RECIPES[f"pretrain-mim-eva02-{_size}"] = partial(_fang_2023, _size, _batch, _epochs, _rate, _drop)
+    _recipe.__doc__ = (
+        f"EVA-02 {_letters} by masked image modelling with the teacher EVA01-CLIP-g/14: ImageNet-21K, {_epochs} "
+        f"epochs, batches of {_batch:,}."
     )
 
 

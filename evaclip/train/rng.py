@@ -39,19 +39,14 @@ def seed_all(seed: int, stream: int) -> None:
     torch.manual_seed(int(torch_seed) % 2**63)
 
 
-def reseed(*key: int) -> None:
-    """Gives Python's, NumPy's and torch's CPU generators states that are a function of `key`; others stay."""
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, the states of Python's, NumPy's and torch's CPU generators are a function of `key`."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     random.seed(digest)
     np.random.seed(np.frombuffer(digest, np.uint32))
     torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Begins with `reseed`, for libraries that draw from these generators; behind it they go on as if nothing was."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    reseed(*key)
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ from evaclip.weights.parts import joined
 
 _WEIGHTS = "weights:"
 ATTRIBUTES = 70.0
-"""Seconds after which NFS has looked again at a folder, which by default it does every 60 at the latest."""
+"""Seconds after which NFS shows new files of a folder; its cache expires after 60 by default."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class RunFolder:
         return (self.path / CONFIG_FILE).exists()
 
     def lock(self, steal: bool) -> RunLock:
-        """Makes this process the only one that trains into the folder; see `RunLock.acquire`.
+        """Locks the folder for this process; see `RunLock.acquire`.
 
         Raises:
-            UserError: another one does, or the folder can't be written.
+            UserError: another process holds the lock, or the folder can't be written.
         """
         with self.writing():
-            return RunLock.acquire(self.path, steal=steal, say=_at_once)
+            return RunLock.acquire(self.path, steal=steal, say=_print_to_stderr)
 
     def require_shared(self, world: World, lock: RunLock | None) -> None:
-        """Looks whether all processes see the lock that the main one holds; every process must call it.
+        """Checks that all ranks see the main rank's lock; every rank must call it.
 
         Raises:
-            UserError: some don't, in every process: the folder is another one there.
+            UserError: on every rank, if one doesn't see it: its folder is another one.
         """
         wanted, where = world.from_main((lock and lock.id, str(self.path.absolute())))
         end = time.monotonic() + ATTRIBUTES
@@ -89,9 +89,9 @@ class RunFolder:
         found = world.gather_everywhere((socket.gethostname(), sees))
         if blind := sorted({host for host, sees in found if not sees}):
             raise UserError(
-                f"the run folder {where!r} that the first process has made on {found[0][0]} isn't "
-                f"there for {sum(not sees for _, sees in found)} of {world.size} processes, on {', '.join(blind)}: a "
-                "run needs a folder that all its nodes share; --set output=FOLDER names one"
+                f"the run folder {where!r} of {found[0][0]} must be shared by all nodes, got another one for "
+                f"{sum(not sees for _, sees in found)} of {world.size} ranks, on {', '.join(blind)}; "
+                "--set output=FOLDER names one"
             )
 
     def _sees(self, lock: str) -> bool:
@@ -105,7 +105,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Makes a UserError of an OSError inside: the folder can't be written."""
+        """Turns an OSError inside into a UserError: the folder can't be written."""
         try:
             yield
         except OSError as exc:
@@ -115,11 +115,10 @@ class RunFolder:
             ) from exc
 
     def create(self, config: TrainConfig, overwrite: bool) -> None:
-        """Makes the folder, without what an earlier run left if `overwrite`, and writes the whole configuration."""
+        """Makes the folder, without an earlier run if `overwrite`, and writes the whole configuration."""
         if overwrite:
             self._delete_run()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_unfinished(self.checkpoints)
         write_text(self.path / CONFIG_FILE, dump_yaml(config))
 
     def _delete_run(self) -> None:
@@ -140,14 +139,14 @@ class RunFolder:
 def locate(
     config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None], ask: Ask = checkpoint.alone
 ) -> Start | None:
-    """Where a run goes on from, None for the beginning; changes nothing, but for joining weights that are asked for.
+    """The checkpoint from which a run starts, None for the beginning; changes no file, except to join weights.
 
     Args:
-        resume: `weights:PATH` for the weights of a checkpoint folder alone, or as for `checkpoint.find`.
-        ask: checks files, in several processes.
+        resume: `weights:PATH` for only the weights of a checkpoint folder, or as for `checkpoint.find`.
+        ask: checks files, on several ranks.
 
     Raises:
-        UserError: as `permit`, or the checkpoint that was asked for cannot be used.
+        UserError: as `permit`, or the requested checkpoint can't be used.
     """
     folder = permit(config, resume, overwrite)
     if resume.startswith(_WEIGHTS):
@@ -159,10 +158,10 @@ def locate(
 
 
 def permit(config: TrainConfig, resume: str, overwrite: bool) -> RunFolder:
-    """The folder of a run, if the command line allows training there.
+    """The folder of a run.
 
     Raises:
-        UserError: a run of this name exists and neither `resume` nor `overwrite` says what to do with it.
+        UserError: the run exists, and neither `resume` nor `overwrite` is given, or both are.
     """
     folder = RunFolder.of(config)
     is_new = resume == "none" or resume.startswith(_WEIGHTS)
@@ -191,6 +190,5 @@ def _weights_of(source: Path, folder: RunFolder, overwrite: bool, say: Callable[
     return Start(source, weights_only=True)
 
 
-def _at_once(message: str) -> None:
-    # No report is open yet, and the user must see what the process waits for.
+def _print_to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

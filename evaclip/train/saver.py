@@ -19,14 +19,14 @@ from evaclip.train.distributed import World
 class Saver:
     """Writes the checkpoints of a run and thins them out.
 
-    A checkpoint that can't be written, because the disk is full for example, is reported and the run goes on: the
-    earlier ones stay as they are. Only the last one must succeed: `lost` says that it is worth another try.
+    A checkpoint that can't be written, for example on a full disk, is reported and the run goes on with the earlier
+    ones. Only the last one must succeed: `lost` returns whether it is worth another try.
 
     Args:
         root: the folder of all checkpoints.
-        config: how many stay, and whether they are written in the background.
-        world: the processes that write together; None for one that has everything.
-        say: takes a line on what could not be written.
+        config: how many stay.
+        world: the ranks that write together; None for one rank that holds everything.
+        say: takes a line on a failure.
         guard: as for `checkpoint.save`.
         device: that computes.
     """
@@ -54,14 +54,13 @@ class Saver:
     def start(self, step: int, content: Content) -> None:
         """Begins to write the checkpoint of a step, after the one before is done; all of `world` must call it."""
         self.finish()
-        self._find_each_other()
-        background = self._config.background
-        self._pending = self._thread.submit(self._write, step, self._copies.take(content) if background else content)
-        if not background:
-            self.finish()
+        if self._world and self.lost():  # nothing gets through the old group any more
+            torch.distributed.destroy_process_group(self._group)
+            self._group = self._world.new_saving_group()
+        self._pending = self._thread.submit(self._write, step, self._copies.take(content))
 
     def hold_updates(self) -> None:
-        """Makes the device finish the copies for a checkpoint first; call it before tensors of a checkpoint change."""
+        """Makes the device finish the copies of a checkpoint; call it before its tensors change."""
         self._copies.hold_device()
 
     def finish(self) -> None:
@@ -75,7 +74,7 @@ class Saver:
         except NotWritten as exc:
             self._failure = exc
             newest = checkpoint.newest(self._root)
-            left = f"{newest.name} and older checkpoints are still there" if newest else "no earlier one is there"
+            left = f"{newest.name} and earlier ones are still there" if newest else "no earlier one is there"
             self._say(f"a checkpoint could not be written: {exc}; the run goes on, {left}")
 
     def close(self) -> None:
@@ -90,15 +89,9 @@ class Saver:
             raise UserError(f"the last checkpoint could not be written: {self._failure}")
 
     def lost(self) -> bool:
-        """Whether the last checkpoint failed as processes lost each other; all of `world` must call it."""
+        """Whether the last checkpoint failed because ranks lost each other; all of `world` must call it."""
         lost = isinstance(self._failure, Lost)
         return self._world.any(lost)[0] if self._world else lost
-
-    def _find_each_other(self) -> None:
-        """Makes the group anew if a process waited too long in it, as nothing gets through it any more."""
-        if self._world and self.lost():
-            torch.distributed.destroy_process_group(self._group)
-            self._group = self._world.new_saving_group()
 
     def _write(self, step: int, content: Content) -> None:
         self._copies.wait()

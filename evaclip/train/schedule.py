@@ -6,15 +6,16 @@ from evaclip.train.config import ScheduleConfig
 
 
 def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
-    """Share of the peak learning rate that step `step` (from 0) of `total_steps` uses.
+    """Learning rate of step `step` (from 0) of `total_steps`, as a fraction of the peak rate.
 
     Linear warm-up, `(step + 1) / warm-up steps`, then down to `final_factor`: by half a cosine, or constant until the
     cooldown (Hägele et al. 2024, arXiv 2405.18392), which begins when the warm-up has ended.
     """
-    warmup = warmup_steps(total_steps, config)
+    warmup = _length(config.warmup_steps, config.warmup_fraction, total_steps)
     if step < warmup:
         return (step + 1) / warmup
-    start = warmup if config.name == "cosine" else max(warmup, total_steps - cooldown_steps(total_steps, config))
+    cooldown = _length(config.cooldown_steps, config.cooldown_fraction, total_steps)
+    start = warmup if config.name == "cosine" else max(warmup, total_steps - cooldown)
     progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
     if config.name == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * progress))
@@ -23,22 +24,16 @@ def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
     return config.final_factor + (1 - config.final_factor) * left
 
 
-def warmup_steps(total_steps: int, config: ScheduleConfig) -> int:
-    """Steps in which the rate rises."""
-    return config.warmup_steps if config.warmup_share is None else round(config.warmup_share * total_steps)
-
-
-def cooldown_steps(total_steps: int, config: ScheduleConfig) -> int:
-    """Steps in which the rate of a constant schedule falls at its end."""
-    return config.cooldown_steps if config.cooldown_share is None else round(config.cooldown_share * total_steps)
+def _length(steps: int, fraction: float | None, total_steps: int) -> int:
+    return steps if fraction is None else round(fraction * total_steps)
 
 
 def image_parts(total_steps: int, config: ScheduleConfig) -> list[tuple[range, int | None]]:
-    """The parts of the run with one image size each: steps (from 0) and the images' side, None for the model's own."""
+    """Parts of the run with one image size each: steps (from 0) and the images' side, None for the model's own."""
     parts: list[tuple[range, int | None]] = []
     begin, end = 0, 0.0
     for part in config.resolutions:
-        end += total_steps * part.share if part.share is not None else part.steps or 0
+        end += total_steps * part.fraction if part.fraction is not None else part.steps or 0
         parts.append((range(begin, min(round(end), total_steps)), part.image_size))
         begin = parts[-1][0].stop
     return [(steps, size) for steps, size in [*parts, (range(begin, total_steps), None)] if steps]

@@ -1,7 +1,7 @@
 """Fully sharded training: torch's `fully_shard` around every block of the towers.
 
-Each process keeps its rows of every parameter, gradient and moment, and a block is whole only while it is used.
-What torch has for it is imported where it is used: that takes a second, and most runs shard nothing.
+Each rank holds its rows of every parameter, gradient and moment, and a block is whole only while it computes.
+`torch.distributed.fsdp` is imported where it is used: that takes a second, and most runs shard nothing.
 """
 
 import sys
@@ -33,22 +33,23 @@ _RANDOM = (_aten.normal_.default, _aten.uniform_.default)
 def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precision, world: World) -> None:
     """Shards every block of the towers, and the rest of each tower, as its own FSDP group.
 
-    The parameters become DTensors under the same names. What belongs to no tower stays whole in every process, as a
-    temperature: a number can't be cut. Under amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits,
-    gradients are summed in float32 and the towers return float32; tables that are no parameters stay as they are.
+    Parameters become DTensors under the same names; those outside the towers, such as logit_scale, stay whole. Under
+    amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits, gradients are summed in float32 and the towers
+    return float32.
 
     Args:
-        towers: on the meta device, so that no process ever holds one whole.
+        towers: on the meta device, so that no rank ever holds one whole.
 
     Raises:
-        UserError: `config.shard_size` doesn't divide the number of processes.
+        UserError: `config.shard_size` doesn't divide the number of ranks.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = _mesh(config, world)
     # What the GPU copies must lie in pinned memory, which a machine without one doesn't have.
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload == "cpu" else OffloadPolicy()
-    common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": offload}
+    reshard = config.reshard_after_forward
+    common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard, "offload_policy": offload}
     dtype = _COMPUTED_IN.get(precision)
     # A block's arguments are left alone: among them are the rotary tables, which must stay float32.
     in_block = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -65,13 +66,13 @@ def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precis
 
 
 def _without_views(block: nn.Module, args: Any, stream: Stream) -> Stream:
-    """FSDP hooks into what a block returns. Of a view it warns, as a write to it would lose the hook."""
+    """Returns no views: FSDP hooks into a block's output, and warns of views, as a write to them loses the hook."""
     branch = stream.branch
     return stream if branch is None else stream._replace(branch=torch.ops.aten._unsafe_view(branch, branch.shape))
 
 
 def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
-    """Moves buffers, and parameters that aren't cut up, to the device; for a model with shards in host memory."""
+    """Moves buffers and unsharded parameters to the device; for a model with shards in host memory."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -81,15 +82,15 @@ def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
 
 
 def synchronize_gradients(towers: Iterable[nn.Module], wanted: bool) -> None:
-    """Whether the next backward pass sums the gradients of shards over the processes, or keeps its own sums."""
+    """Sets whether the next backward pass reduces gradients of shards over ranks, or accumulates them locally."""
     for tower in _sharded(towers):
         tower.set_requires_gradient_sync(wanted)
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Drops parameters that are still whole from a forward pass, after which no backward pass came.
+    """Drops parameters that are still gathered from a forward pass without a backward pass.
 
-    Call it when the shards have been written to, or what was gathered before would be used once more.
+    Call it after writing to shards, or stale values would be used.
     """
     for module in _sharded(model.modules()):
         module.reshard()
@@ -103,9 +104,9 @@ def _sharded(modules: Iterable[nn.Module]) -> Iterator["FSDPModule"]:
 
 
 class WholeRandomNumbers(TorchDispatchMode):
-    """Inside, a random start value of a sharded parameter is drawn for the whole tensor and each keeps its part.
+    """Draws random initial values of sharded parameters for the whole tensor, of which each rank keeps its part.
 
-    So a model starts from the same values on any number of processes. The random states must agree.
+    A model then has equal initial values on any number of ranks, if their random states are equal.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,7 @@ def _mesh(config: ParallelConfig, world: World) -> "DeviceMesh":
     size = config.shard_size
     assert size is not None
     if world.size % size:
-        raise UserError(f"parallel.shard_size={size} is no divisor of the {world.size} processes")
+        raise UserError(f"parallel.shard_size must divide the {world.size} ranks, got {size}")
     copies = [list(range(first, first + size)) for first in range(0, world.size, size)]
     same_rows = [list(ranks) for ranks in zip(*copies, strict=True)]
     limit = timedelta(minutes=config.timeout_minutes)

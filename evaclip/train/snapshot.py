@@ -1,5 +1,6 @@
-"""What of a run a checkpoint holds, and how it comes back."""
+"""The state of a run as a checkpoint holds it: take it, and restore it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -7,35 +8,36 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
-from evaclip.train import checkpoint, moments, rng
+from evaclip.train import checkpoint, rng
 from evaclip.train.build import Parts
-from evaclip.train.config import TIMM, ScheduleConfig, config_hash, training_tree
+from evaclip.train.config import TIMM, ScheduleConfig, training_tree
 from evaclip.train.ema import Ema
+from evaclip.train.optimizer import TimmOptimizer
 from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
-from evaclip.train.tree import differences
+from evaclip.train.tree import differences, with_new_names
 from evaclip.weights import is_sharded, load_weights, put
 from evaclip.weights.parts import is_there, likes, parts_of, read
 
 _SHAPING = ("model.name", "model.options", "task.", "loss.name", "optim.name")
-"""Keys that decide what tensors there are, as far as a configuration does."""
+"""Keys on which names and shapes of tensors depend."""
 _LONGEST = 200
 
 
 @dataclass
 class Position:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        step: optimizer steps done.
-        samples: position in the stream of training samples, over all processes.
-        bad_samples: those replaced, as they could not be used, over all processes, up to the last record or checkpoint.
-        seconds: time that the run has taken, over all processes that went on with it.
-        rollbacks: returns of this process to an earlier checkpoint.
+        step: optimizer steps so far.
+        samples: position in the stream of training samples, over all ranks.
+        bad_samples: replaced samples of all ranks, up to the last record or checkpoint.
+        seconds: duration of the run, with earlier starts.
+        rollbacks: returns to an earlier checkpoint in this start.
         spikes: state of the `SpikeDetector`.
     """
 
@@ -48,16 +50,16 @@ class Position:
 
 
 def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content | None:
-    """The checkpoint of this moment, in the processes that write it; every process must call it.
+    """The checkpoint of this moment, on the ranks that write it; every rank must call it.
 
-    `calm`: the loss shows no spike.
+    Args:
+        calm: the loss shows no spike.
     """
     states = parts.world.gather(rng.capture(parts.world.device))
     if not (parts.world.is_main or is_sharded(parts.model)):
         return None
     step = parts.step
-    tree = training_tree(parts.config)
-    tensors, scalars = moments.take(parts.model, step.optimizer)
+    tensors, scalars = take_moments(parts.model, step.optimizer)
     state = {
         "step": position.step,
         "samples": position.samples,
@@ -69,7 +71,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "rng": states,
         "fingerprint": parts.source.fingerprint,
         "taught_by": parts.task.teacher_identity(),  # the name in earlier checkpoints
-        "config": tree,
+        "config": training_tree(parts.config),
     }
     return checkpoint.Content(
         model=parts.model.state_dict(),
@@ -81,68 +83,63 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
             "samples": position.samples,
             "skipped_in_a_row": int(step.skipped_in_a_row),
             "calm": calm,
-            "config_hash": config_hash(parts.config),
             "torch": torch.__version__,
         },
     )
 
 
 def is_good(meta: dict[str, Any]) -> bool:
-    """Whether the checkpoint was taken while training was sound, so that going back to it helps."""
+    """Whether the loss was finite and showed no spike, so that a run may return to the checkpoint."""
     return bool(meta["skipped_in_a_row"] == 0 and meta["calm"])
 
 
 def begin(start: checkpoint.Start | None, parts: Parts) -> tuple[Position, list[str]]:
-    """Puts the parts where a run starts; returns the position and lines on it. Raises as `put_back`."""
+    """Restores the start of a run; returns its position and remarks. Raises as `restore`."""
     if start is None:
         return Position(), []
     if start.weights_only:
-        _put_weights(start.folder, parts)
+        try:
+            load_weights(parts.model, start.folder / MODEL_FILE)
+        except UserError as exc:
+            raise UserError(shorten(str(exc), 2 * _LONGEST, placeholder=" ...")) from exc
+        forget_gathered(parts.model)
+        if parts.ema:
+            parts.ema.restart()
         return Position(), [f"starting from the weights of {start.folder}, at step 0 with a new optimizer state"]
-    position, remarks = put_back(start.folder, parts)
+    position, remarks = restore(start.folder, parts)
     return position, [f"resuming from {start.folder} at step {position.step}", *remarks]
 
 
-def _put_weights(folder: Path, parts: Parts) -> None:
-    try:
-        load_weights(parts.model, folder / MODEL_FILE)
-    except UserError as exc:
-        raise UserError(shorten(str(exc), 2 * _LONGEST, placeholder=" ...")) from exc
-    forget_gathered(parts.model)
-    if parts.ema:
-        parts.ema.restart()
-
-
-def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
+def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     """Restores weights, moments, loss scale, random states and counters.
 
     Returns:
-        the position, and lines on settings that changed since the checkpoint was written.
+        the position, and remarks on changes since the checkpoint.
 
     Raises:
-        UserError: the data or the model is another one, or steps that are done would have had another rate or image
-            size.
+        UserError: data, model, teacher or past steps of the schedule differ from the checkpoint's.
     """
     state = checkpoint.load_state(folder)
-    remarks = [
-        f"changed since the checkpoint: {line}" for line in differences(state["config"], training_tree(parts.config))
-    ]
+    state["config"] = before = with_new_names(state["config"])
+    remarks = [f"changed since the checkpoint: {line}" for line in differences(before, training_tree(parts.config))]
     if state["fingerprint"] != parts.source.fingerprint:
-        remarks.append(_data_changed(parts))
+        change = f"the training data ({parts.source.description}) is not what the checkpoint was trained on"
+        remarks.append(_accept(change, "allow_data_change", parts))
     if other := differences(state["taught_by"], parts.task.teacher_identity()):
-        remarks.append(_teacher_changed(folder, other, parts))
-    if not parts.config.checkpoint.allow_schedule_change:
-        _check_schedule(folder, state, parts)
-    before, optimizer = state["config"]["optim"]["name"], parts.config.optim.name
-    if before != optimizer and TIMM in before + optimizer:
+        change = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
+        remarks.append(_accept(change, "allow_teacher_change", parts))
+    if past := _changed_past(folder, state, parts):
+        remarks.append(_accept(past, "allow_schedule_change", parts))
+    old_optimizer, optimizer = before["optim"]["name"], parts.config.optim.name
+    if old_optimizer != optimizer and TIMM in old_optimizer + optimizer:
         raise UserError(
-            f"optim.name must be {before} as in the checkpoint {str(folder)!r}, got {optimizer}; "
+            f"optim.name must be {old_optimizer} as in the checkpoint {str(folder)!r}, got {optimizer}; "
             f"--resume weights:{folder} starts with a new optimizer state"
         )
     try:
         _put_model(folder / MODEL_FILE, parts.model)
         parts.step.load_state_dict(state["train_step"])
-        moments.put_back(parts.model, parts.step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
+        restore_moments(parts.model, parts.step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
     except (UserError, RuntimeError, ValueError, KeyError) as exc:
         raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
     forget_gathered(parts.model)
@@ -152,26 +149,34 @@ def put_back(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         rng.restore(state["rng"][parts.world.rank], parts.world.device)
     else:
         remarks.append(
-            f"{len(state['rng'])} processes wrote the checkpoint, {parts.world.size} go on: new random states"
+            f"{len(state['rng'])} ranks wrote the checkpoint, {parts.world.size} resume it: new random states"
         )
     counters = {name: state[name] for name in ("step", "samples", "bad_samples", "seconds")}
     return Position(**counters, spikes=state.get("spikes", {})), remarks
 
 
-def _check_schedule(folder: Path, state: dict[str, Any], parts: Parts) -> None:
-    """A changed schedule may only change future steps: done steps must have the same place in both."""
+def _accept(change: str, key: str, parts: Parts) -> str:
+    """The change as a remark if `checkpoint.KEY` is true, else an error."""
+    if not getattr(parts.config.checkpoint, key):
+        raise UserError(f"{change}; checkpoint.{key}=true goes on nevertheless")
+    return change
+
+
+def _changed_past(folder: Path, state: dict[str, Any], parts: Parts) -> str | None:
+    """The first past step that would have another rate or image size now."""
     before = ScheduleConfig(**state["config"]["schedule"])
     total = total_steps(before, state["config"]["batch_size"], len(parts.source))
     if (before, total) == (parts.config.schedule, parts.total_steps):
-        return
+        return None
     for step in range(state["step"]):
         had, has = _course(step, total, before), _course(step, parts.total_steps, parts.config.schedule)
         if had != has:
-            raise UserError(
-                f"schedule must not change steps before step {state['step']} of the checkpoint {str(folder)!r}: step "
-                f"{step + 1} had {had}, and would now have {has}; a constant schedule may become longer or get a "
-                "cooldown; checkpoint.allow_schedule_change=true resumes nevertheless"
+            return (
+                f"the checkpoint {str(folder)!r} was trained by another schedule: step {step + 1} had {had}, and would "
+                f"now have {has}; a schedule may change only after step {state['step']}, such as one with "
+                "name=constant that gets longer or a cooldown"
             )
+    return None
 
 
 def _course(step: int, total: int, config: ScheduleConfig) -> str:
@@ -180,7 +185,7 @@ def _course(step: int, total: int, config: ScheduleConfig) -> str:
 
 
 def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) -> str:
-    """Why a checkpoint can't be put back, in one sentence: the keys that were changed, or else how the error begins."""
+    """One sentence: the changed keys on which tensors depend, or else the beginning of the error."""
     changed = [
         shorten(line, _LONGEST, placeholder=" ...")
         for line in differences(config, training_tree(parts.config))
@@ -188,22 +193,6 @@ def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) 
     ]
     reason = f"changed since it was written: {'; '.join(changed)}" if changed else " ".join(str(exc).split())[:_LONGEST]
     return f"the checkpoint {str(folder)!r} does not fit the model or optimizer; {reason}"
-
-
-def _data_changed(parts: Parts) -> str:
-    if not parts.config.checkpoint.allow_data_change:
-        raise UserError(
-            f"the training data ({parts.source.description}) is not what the checkpoint was trained on; "
-            "checkpoint.allow_data_change=true goes on nevertheless, from the same position"
-        )
-    return "the training data has changed since the checkpoint"
-
-
-def _teacher_changed(folder: Path, other: list[str], parts: Parts) -> str:
-    message = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
-    if not parts.config.checkpoint.allow_teacher_change:
-        raise UserError(f"{message}: restore task.teacher; checkpoint.allow_teacher_change=true goes on nevertheless")
-    return message
 
 
 def _put_model(path: Path, model: nn.Module) -> None:
@@ -226,3 +215,53 @@ def _put_average(folder: Path, ema: Ema, remarks: list[str]) -> None:
         read(ema.state_dict(), parts_of(path))
     else:
         ema.load_state_dict(load_file(path))
+
+
+def take_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    """Moments as `NAME.KIND`; and numbers and 0-D tensors, such as step counts, which are equal on all ranks."""
+    values_of = optimizer.values_of if isinstance(optimizer, TimmOptimizer) else lambda p: optimizer.state.get(p, {})
+    state = {
+        f"{name}.{kind}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in values_of(parameter).items()
+    }
+    moments = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    return moments, {name: value for name, value in state.items() if name not in moments}
+
+
+def restore_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, scalars: Mapping[str, Any]
+) -> None:
+    """Restores the result of `take_moments` in its dtypes; rates and decays stay those of the present configuration.
+
+    Parameters that aren't trained any more get no state.
+
+    Raises:
+        UserError: a moment is of a parameter that doesn't exist, or that has another shape.
+    """
+    parameters, is_timms = dict(model.named_parameters()), isinstance(optimizer, TimmOptimizer)
+    moments: dict[str, Tensor] = {}
+    for key, like in likes(folder).items():
+        parameter = _parameter(parameters, key)
+        if parameter.shape != like.shape and not is_timms:
+            raise UserError(f"the moment {key} is {list(like.shape)}, the parameter {list(parameter.shape)}")
+        if parameter.requires_grad:
+            same = parameter.shape == like.shape  # Adafactor has rows and columns of a matrix
+            moments[key] = torch.zeros_like(parameter if same else like, dtype=like.dtype, device=parameter.device)
+    read(moments, folder)
+    optimizer.state.clear()
+    for key, value in {**moments, **scalars}.items():
+        parameter, kind = _parameter(parameters, key), key.rpartition(".")[2]
+        if not parameter.requires_grad:
+            continue
+        if isinstance(optimizer, TimmOptimizer):
+            optimizer.put_value(parameter, kind, value)
+        else:
+            optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def _parameter(parameters: Mapping[str, nn.Parameter], key: str) -> nn.Parameter:
+    name = key.rpartition(".")[0]
+    if name not in parameters:
+        raise UserError(f"there is no parameter {name}")
+    return parameters[name]

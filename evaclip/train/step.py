@@ -1,7 +1,9 @@
 """One optimizer step of any task: loss and gradients, their mean over ranks, a guarded update."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +12,15 @@ from torch import Tensor
 from evaclip.data.loader import Rows, part_of_batch
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
-from evaclip.train.loss_scale import LossScale
-from evaclip.train.micro_batch import MicroBatch, StepContext, Upload
+from evaclip.train.micro_batch import MicroBatch, StepContext, upload
 from evaclip.train.sharding import synchronize_gradients
 from evaclip.train.tasks.task import Task
-from evaclip.train.token_sampling import token_index
 from evaclip.transforms import Normalization
 from evaclip.weights import is_sharded
-from evakernels import gradient_norm
+from evakernels import gradient_norm, sample_token_index
 
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+_ROWS_PER_DRAW = 256
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StepOptions:
     """Options of one optimizer step.
 
     Attributes:
-        accumulation: micro-batches per step and rank.
+        accumulation_steps: micro-batches per step and rank.
         grad_clip_norm: maximum global L2 norm of the gradients; None disables clipping.
         seed: seed of token dropout.
         first_row: index of this rank's first row in the global batch.
@@ -37,7 +38,7 @@ class StepOptions:
     """
 
     precision: Precision = "fp32"
-    accumulation: int = 1
+    accumulation_steps: int = 1
     grad_clip_norm: float | None = None
     seed: int = 0
     first_row: int = 0
@@ -48,17 +49,16 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-D tensors on the device, so that reading them is the caller's choice.
+    """0-D tensors on the device, which the caller may read.
 
     Attributes:
-        loss: mean over the batch of all processes.
+        loss: mean over the global batch.
         grad_norm: L2 norm of all gradients before clipping.
         tower_norms: L2 norm of each tower's gradients, by name.
-        found_inf: 1 if the loss or a gradient was not finite and the update was left out, else 0.
-        updates: for each tower `[2]`, the L2 norm of what its weights changed by, and that over the norm of the weights
-            themselves; None where it was not asked for.
-        measures: the task's other metrics of the batch and the model, by the names in the log; None
-            where it was not asked for.
+        found_inf: 1 if the loss or a gradient was not finite and the update was skipped, else 0.
+        updates: for each tower `[2]`, the L2 norm of its weights' change, and its ratio to the weights' norm; None
+            without `measure`.
+        measures: other metrics of the task by their names in the log; None without `measure`.
     """
 
     loss: Tensor
@@ -69,7 +69,7 @@ class StepResult:
     measures: dict[str, Tensor] | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """What was asked for, and the towers' norms, by the names in the log."""
+        """All but loss, norm and `found_inf` by their names in the log."""
         found = {f"grad_norm_{tower}": norm for tower, norm in self.tower_norms.items()}
         for tower, values in (self.updates or {}).items():
             found[f"update_norm_{tower}"], found[f"update_ratio_{tower}"] = values.unbind()
@@ -77,11 +77,13 @@ class StepResult:
 
 
 class TrainStep:
-    """Trains a task's model on one batch per call.
+    """Trains a task's model on one batch per call, without waiting for the device.
 
-    A loss or gradient that is not finite makes the optimizer skip its update on the device, through the `found_inf`
-    attribute that evakernels' optimizers obey; nothing waits for the device. The loss scale and the bound on the norm
-    reach them as one divisor of the gradients, `grad_scale`; the gradients themselves stay as they are.
+    1. The task runs all micro-batches forward and backward; during the last backward pass gradients are averaged over
+       ranks.
+    2. Clipping and loss scale become one divisor of the gradients, the optimizer's `grad_scale`.
+    3. The optimizer updates the weights. It skips the update on the device if the loss or a gradient is not finite
+       (`found_inf`).
     """
 
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, options: StepOptions, world: World) -> None:
@@ -93,13 +95,14 @@ class TrainStep:
         towers: dict[str, list[Tensor]] = {name: list(tower.parameters()) for name, tower in task.towers.items()}
         known = {id(parameter) for parameters in towers.values() for parameter in parameters}
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
-        if options.accumulation > 1:
+        if options.accumulation_steps > 1:
             accumulate_in_float32(self.parameters, reduce_each_micro_batch=options.reduce_each_micro_batch)
         self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)
-        self.normalize = Normalization(task.preprocess, world.device)
-        self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        normalize = Normalization(task.preprocess, world.device)
+        self._upload = partial(upload, device=world.device, stream=stream, normalize=normalize)
         # Called before weights, moments and counters change.
         self.before_update: Callable[[], None] = lambda: None
         self.loss_scale = LossScale(world.device, enabled=options.precision == "amp_fp16")
@@ -107,23 +110,22 @@ class TrainStep:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def __call__(self, images: Tensor | Rows, targets: Tensor, step: int, *, measure: bool = False) -> StepResult:
-        """
+        """Runs forward, backward and update on one batch.
+
         Args:
-            images: [b, 3, height, width], this process's rows of the batch: float32, or uint8 to be normalised as the
-                model says. In host memory they may be larger than the device: each micro-batch is copied while the one
-                before is computed, and the host doesn't wait if they are pinned.
+            images: [b, 3, height, width], this rank's rows of the batch, best in pinned host memory: float32, or uint8
+                to be normalised. Each micro-batch is copied while the one before is computed.
             targets: [b, ...], targets of the task, in host memory: otherwise the host waits for the device.
-            step: number of the step from 0; decides which tokens are kept.
-            measure: also tell what the task measures and how far the weights moved. The step stays the same, to the
-                bit.
+            step: index of the step, from 0; decides which patches are kept.
+            measure: also return metrics of the task and norms of the weights' changes; the step stays bit-equal.
         """
         self.task.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        found = self.task.backward(self._context(images, targets, step, measure))
+        found = self.task.backward(self._context(images, targets, measure, step))
         self.mean.finish()
         loss = self.world.mean_(found.pop("loss").detach().clone())
         tower_norms = self._tower_norms()
-        grad_norm = self._set_divisor(list(tower_norms.values()))
+        grad_norm: Tensor = torch.linalg.vector_norm(torch.stack(list(tower_norms.values())))
         found_inf, moved = self._update(loss, grad_norm, measure)
         # A tower that isn't trained has no gradients.
         norms = {name: tower_norms.get(name, torch.zeros_like(grad_norm)) for name in self.task.towers}
@@ -146,29 +148,26 @@ class TrainStep:
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
 
-    def _context(self, images: Tensor | Rows, targets: Tensor, step: int, measure: bool) -> StepContext:
+    def _context(self, images: Tensor | Rows, targets: Tensor, measure: bool, step: int) -> StepContext:
         options, count = self.options, len(targets)
         kept = self._kept_tokens(count, step)
-        parts = [part_of_batch(count, i, options.accumulation, options.together) for i in range(options.accumulation)]
-        micro_batches = [
-            MicroBatch(rows, targets[rows], None if kept is None else kept[rows], step, options.first_row + rows.start)
-            for rows in (slice(part.start, part.stop) for part in parts)
-        ]
+        parts = options.accumulation_steps
+        rows = [part_of_batch(count, index, parts, options.together) for index in range(parts)]
+        micro_batches = []
+        for part in (slice(each.start, each.stop) for each in rows):
+            tokens = None if kept is None else kept[part]
+            micro_batches.append(MicroBatch(part, targets[part], tokens, step, options.first_row + part.start))
         return StepContext(
-            micro_batches,
-            images,
-            device=self.world.device,
-            step=step,
-            measure=measure,
+            micro_batches=micro_batches,
+            rank_images=images,
             upload=self._upload,
+            device=self.world.device,
+            measure=measure,
             autocast_dtype=self.autocast_dtype,
             loss_scale=self.loss_scale.scale,
             share=self.world.size / (options.batch_size or count * self.world.size),
             begin_backward=self._begin_backward,
         )
-
-    def _upload(self, images: Iterable[Tensor | Rows]) -> Upload:
-        return Upload(images, self.world.device, self.copies, self.normalize)
 
     def _begin_backward(self, is_last: bool) -> None:
         synchronize_gradients(self.task.towers.values(), is_last or self.options.reduce_each_micro_batch)
@@ -184,7 +183,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _tower_norms(self) -> dict[str, Tensor]:
-        """Norms of the gradients of each tower, and of what belongs to none."""
+        """Norms of the gradients of each tower, and of parameters outside the towers."""
         return {
             name: gradient_norm(gradients).to(self.world.device) / self.loss_scale.scale
             for name, parameters in self._parts.items()
@@ -192,27 +191,14 @@ class TrainStep:
         }
 
     @torch.no_grad()
-    def _set_divisor(self, norms: list[Tensor]) -> Tensor:
-        scale = self.loss_scale.scale
-        grad_norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        divisor: Tensor | None = scale if self.loss_scale.enabled else None
-        if self.options.grad_clip_norm is not None:
-            divisor = scale * (grad_norm / self.options.grad_clip_norm).clamp(min=1.0)
-        self.optimizer.grad_scale = divisor
-        return grad_norm
-
-    @torch.no_grad()
-    def _tower_update(self, name: str, moved: dict[Tensor, Tensor]) -> Tensor:
-        squares = [moved[parameter] for parameter in self._parts[name] if parameter in moved]
-        if not squares:
-            return torch.zeros(2, device=self.world.device)
-        weights, change = torch.stack(squares).sum(0).sqrt().unbind()
-        return torch.stack([change, change / weights]).to(self.world.device)
-
-    @torch.no_grad()
     def _update(self, loss: Tensor, grad_norm: Tensor, measure: bool) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """Updates the weights unless a number isn't finite; the squared norms of each parameter and its change."""
+        scale, limit = self.loss_scale.scale, self.options.grad_clip_norm
         found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
         self.optimizer.found_inf = found_inf
+        self.optimizer.grad_scale = scale if self.loss_scale.enabled else None
+        if limit is not None:
+            self.optimizer.grad_scale = scale * (grad_norm / limit).clamp(min=1.0)
         moved: dict[Tensor, Tensor] = {}
         self.before_update()
         if measure:
@@ -224,3 +210,69 @@ class TrainStep:
         self.skipped_in_a_row.copy_(torch.where(found_inf > 0, self.skipped_in_a_row + 1, 0))
         self.task.after_update()
         return found_inf, moved
+
+    @torch.no_grad()
+    def _tower_update(self, name: str, moved: dict[Tensor, Tensor]) -> Tensor:
+        squares = [moved[parameter] for parameter in self._parts[name] if parameter in moved]
+        if not squares:
+            return torch.zeros(2, device=self.world.device)
+        weights, change = torch.stack(squares).sum(0).sqrt().unbind()
+        return torch.stack([change, change / weights]).to(self.world.device)
+
+
+class LossScale:
+    """Dynamic loss scale by the rule of `torch.amp.GradScaler`, in tensors.
+
+    `GradScaler.step` reads its overflow flag on the host for optimizers other than torch's; here the flag stays on the
+    device, where the optimizer obeys it.
+
+    Args:
+        device: of the scale.
+        enabled: False keeps the scale at 1.
+        initial: the first scale.
+        growth_interval: steps without an overflow after which the scale doubles.
+    """
+
+    def __init__(
+        self, device: torch.device, enabled: bool, *, initial: float = 2.0**16, growth_interval: int = 2000
+    ) -> None:
+        self.enabled = enabled
+        self.growth_interval = growth_interval
+        self.scale = torch.full((), initial if enabled else 1.0, device=device)
+        self.clean_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Halves the scale after an overflow (`found_inf` is 1), doubles it after `growth_interval` clean steps."""
+        if not self.enabled:
+            return
+        overflow = found_inf > 0
+        clean = torch.where(overflow, 0, self.clean_steps + 1)
+        grow = clean >= self.growth_interval
+        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))).clamp_(min=1.0)
+        self.clean_steps.copy_(torch.where(grow, 0, clean))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "clean_steps": self.clean_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scale.copy_(state["scale"])
+        self.clean_steps.copy_(state["clean_steps"])
+
+
+def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: int, device: torch.device) -> Tensor:
+    """Patches that patch dropout keeps in these rows of the global batch: int64 [len(rows), num_keep], ascending.
+
+    Each block of rows has its own generator, so the result doesn't depend on the number of ranks.
+
+    Args:
+        key: seed and step.
+        rows: consecutive rows.
+    """
+    first, last = rows.start // _ROWS_PER_DRAW, (rows.stop - 1) // _ROWS_PER_DRAW
+    blocks = []
+    for block in range(first, last + 1):
+        digest = hashlib.blake2b(repr((*key, block)).encode(), digest_size=8).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        blocks.append(sample_token_index(_ROWS_PER_DRAW, num_tokens, num_keep, generator=generator, device=device))
+    offset = first * _ROWS_PER_DRAW
+    return torch.cat(blocks)[rows.start - offset : rows.stop - offset]

@@ -1,12 +1,17 @@
-"""How fast the device could be, of which training reaches a share (MFU)."""
+"""Time, samples and tokens between two log records, and the peak speed and memory of the device."""
 
+import resource
 import time
+from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from evaclip.train.config import Precision
 from evakernels.nn import linear
+
+Item = TypeVar("Item")
 
 BACKWARD_FACTOR = 3
 """A training step costs three forward passes; recomputation for activation checkpointing is not counted as useful."""
@@ -38,18 +43,13 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
         if known:
             half, single = _DATA_SHEET_TFLOPS[max(known, key=len)]
             return (single if precision == "fp32" else half) * 1e12
-    return _measure_peak(device, _matmul_type(precision))
+    half_type = torch.bfloat16 if precision.endswith("bf16") else torch.float16
+    return _measure_peak(device, torch.float32 if precision == "fp32" else half_type)
 
 
-def _matmul_type(precision: Precision) -> torch.dtype:
-    if precision == "fp32":
-        return torch.float32
-    return torch.bfloat16 if precision.endswith("bf16") else torch.float16
-
-
-# Once for each process, of numbers that leave the run's own random numbers alone.
 @cache
 def _measure_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    # With a generator of its own: the run's random numbers stay as they are.
     a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     _timed_product(a)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -63,3 +63,68 @@ def _timed_product(a: torch.Tensor) -> float:
     # Reading one element waits for the device.
     linear(a, a)[0, 0].item()
     return time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by tensors on a GPU, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Interval(NamedTuple):
+    """Work since the last reading.
+
+    Attributes:
+        samples: of all ranks.
+        tokens: of this rank.
+        seconds: duration, above 0.
+        waited: part of `seconds` spent waiting for data.
+    """
+
+    samples: int
+    tokens: int
+    seconds: float
+    waited: float
+
+
+class Meter:
+    """Measures intervals of training; call `restart` after anything else, such as saving.
+
+    Args:
+        seconds: duration of the run before this process.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._begin = time.monotonic() - seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Drops the present interval and begins another one."""
+        self._start = time.monotonic()
+        self._waited = 0.0
+        self._samples = 0
+        self._tokens = 0
+
+    def fetch(self, batches: Iterator[Item]) -> Item:
+        """The next batch; its time counts as waiting."""
+        before = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - before
+        return batch
+
+    def count(self, samples: int, tokens: int) -> None:
+        self._samples += samples
+        self._tokens += tokens
+
+    def read(self) -> Interval:
+        """The interval, which ends here."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        interval = Interval(self._samples, self._tokens, elapsed, self._waited)
+        self.restart()
+        return interval
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the run so far."""
+        return time.monotonic() - self._begin

@@ -1,7 +1,7 @@
-"""Augmentation and mixing of labelled pictures by timm, as pure functions of seeds.
+"""Augmentation and mixing of labelled images by timm, as pure functions of seeds.
 
-timm draws from the process's own generators. Here they are seeded for each sample and each row, so that no picture
-depends on the data workers, the processes, accumulation or the steps before.
+timm draws from the process's own generators. Here they are seeded for each sample and each row, so that no image
+depends on data workers, ranks, accumulation or earlier steps.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,17 @@ _MIXING = 5
 class TimmTransform:
     """PIL image of any mode and size, seed -> uint8 `[3, height, width]`, or with erasing float32, normalised.
 
-    A random crop, a flip, and a policy such as RandAugment (Cubuk et al. 2019, arXiv 1909.13719) or else changes of
-    colour, by `timm.data.create_transform`; behind them random erasing (Zhong et al. 2017, arXiv 1708.04896).
+    A random crop, a flip, and a policy such as RandAugment (Cubuk et al. 2019, arXiv 1909.13719) or else colour jitter,
+    by `timm.data.create_transform`; then random erasing (Zhong et al. 2017, arXiv 1708.04896).
 
     Args:
         size: side of the result in pixels, or height and width.
         preprocess: of the model.
-        augmentation: the crop; timm has the rest of it in `task`.
-        task: flip, policy or colours, and erasing.
+        augmentation: the crop; other options must be at their defaults.
+        task: flip, policy, colour jitter and erasing.
 
     Raises:
-        UserError: for an augmentation that isn't the crop, or a policy that timm doesn't know.
+        UserError: for an augmentation other than the crop, or an unknown policy.
     """
 
     size: int | tuple[int, int]
@@ -89,9 +89,7 @@ class TimmTransform:
         _keep_no_bits(augment)
         if not task.random_erasing:
             return augment, None
-        return augment, RandomErasing(
-            task.random_erasing, mode=task.erasing_mode, max_count=task.erasing_count, device="cpu"
-        )
+        return augment, RandomErasing(task.random_erasing, mode="pixel", device="cpu")
 
 
 def _keep_no_bits(augment: Any) -> None:
@@ -111,10 +109,9 @@ def _posterized(posterize: Callable[..., Image.Image], image: Image.Image, bits:
 class Mixing:
     """mixup (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899), by timm's `Mixup`.
 
-    timm mixes the first row of a rank's batch with the last, and draws once per batch, so the result depends on the
-    number of ranks. Here rows 2n and 2n + 1 of the global batch are mixed. timm's `Mixup` is applied to a white and a
-    black image, and its result gives the rows' weights. The draw is a function of the seed and of the step (`mix_mode:
-    batch`), the pair (`pair`) or the row (`elem`).
+    timm mixes the first row of a batch with its last, which depends on the number of ranks. Here rows 2n and 2n + 1 of
+    the global batch are partners. timm mixes a white and a black image, and the result weights all rows with the same
+    random numbers: a function of the seed and of the step (`mix_mode: batch`), the pair (`pair`) or the row (`elem`).
     """
 
     def __init__(self, task: ClassificationTask, seed: int) -> None:
@@ -130,11 +127,10 @@ class Mixing:
         """
         Args:
             images: float `[rows, 3, height, width]`, whole pairs; they stay as they are.
-            first_row: of the batch of all processes that is the first here.
+            first_row: index of the first row in the global batch.
 
         Returns:
-            the mixed images, and the share `[rows]` in float32 that each one's own label has; the partner's has the
-            rest.
+            the mixed images, and the weight `[rows]` in float32 of each row's own label; the partner has the rest.
         """
         rows = range(first_row, first_row + len(images))
         draws = [0 if self._rows_a_draw is None else row // self._rows_a_draw for row in rows]
@@ -147,7 +143,7 @@ class Mixing:
         return torch.lerp(partners(images), images, weights), send(torch.stack(shares)[which], images.device)
 
     def _draw(self, size: torch.Size, step: int, draw: int) -> tuple[Tensor, Tensor]:
-        """What is left of a row, pixel by pixel [1, height, width], and of its label, 0-D; the partner has the rest."""
+        """Weights of a row's pixels [1, height, width] and of its label, 0-D; the partner has the rest."""
         pair = torch.stack((torch.ones(1, *size), torch.zeros(1, *size)))
         with rng.seeded(self._seed, _MIXING, step, draw):
             mixed, labels = self._mixup(pair, torch.arange(2))

@@ -1,14 +1,17 @@
-"""The loop: fetch, step, report, evaluate, save; stopping, resuming and going back when it must."""
+"""The training loop: fetch, step, log, evaluate, save; stop, resume and return to a checkpoint."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,34 +20,31 @@ from evaclip.data import Batch
 from evaclip.data.samples import BadShare
 from evaclip.errors import RunFailed
 from evaclip.run_files import CONFIG_FILE, STOPPED
-from evaclip.train import checkpoint, flight_recorder, host, snapshot, trackers
+from evaclip.train import checkpoint, snapshot
 from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig, process_count, to_tree
-from evaclip.train.distributed import World, connect, naming_timeouts
-from evaclip.train.distributed_encoder import Stopped
-from evaclip.train.evaluation import Metrics
-from evaclip.train.host import peak_memory, slow_precision
-from evaclip.train.meter import Meter
+from evaclip.train.distributed import World, connect, naming_timeouts, recording_collectives, write_collectives
+from evaclip.train.evaluation import Metrics, Stopped
 from evaclip.train.optimizer import set_lr_factor, tower_rate
 from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import Report, open_report, read_log
+from evaclip.train.progress import Record, Report, Wandb, open_report, read_log, require_trackers
 from evaclip.train.run_folder import RunFolder, locate, permit
 from evaclip.train.run_lock import RunLock, RunTaken
 from evaclip.train.saver import Saver
 from evaclip.train.schedule import lr_factor
 from evaclip.train.sharding import forget_gathered
-from evaclip.train.signals import StopSignals, unwinding_on_sigterm
-from evaclip.train.sinks import Record
 from evaclip.train.snapshot import Position
-from evaclip.train.spikes import SpikeDetector
 from evaclip.train.step import StepResult
+from evaclip.train.throughput import Meter, peak_memory
 from evaclip.train.tracing import Tracer, collecting
-from evaclip.train.watchdog import Watchdog
+from evaclip.train.watchdog import StopSignals, Watchdog, unwinding_on_sigterm
 from evaclip.weights import is_sharded
 
 _STEP_LIMIT = 1.2
-"""Share of `watchdog.seconds` that a collective of a step may wait: the watchdog looks up to 1.1 times as late, and its
-report says more than the timeout of a rank that waits."""
+"""Maximum wait in a collective of a step, as a multiple of `watchdog.seconds`: the watchdog, which is up to 10 % late,
+reports before it."""
+_MAD_SCALE = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
 
 
 class TrainingDiverged(RunFailed):
@@ -56,9 +56,9 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        steps: optimizer steps done in all.
-        metrics: of the last evaluation; empty if there was none.
-        stopped_by: exit code of the signal that ended it early, or None.
+        steps: optimizer steps so far.
+        metrics: of the last evaluation, empty without one.
+        stopped_by: exit code for the signal that ended the run early, or None.
     """
 
     folder: Path
@@ -68,32 +68,36 @@ class Outcome:
 
 
 def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False, steal: bool = False) -> Outcome:
-    """Runs a training to its end, or until Ctrl-C or SIGTERM; of a run that is at its end it says so, and no more.
+    """Trains to the end, or until Ctrl-C or SIGTERM. A finished run is only reported.
 
     Args:
         resume: none, auto, latest, the path of a checkpoint folder or `weights:PATH`; see `run_folder.locate`.
-        overwrite: delete what an earlier run of the same name left.
-        steal: take the run over from another process that trains it; see `RunLock.acquire`.
+        overwrite: delete an earlier run of the same name.
+        steal: take the run over from another process; see `RunLock.acquire`.
 
     Raises:
         UserError: the configuration cannot be run, the run exists already, or another process trains it.
         RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
-        RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_share` allows.
+        RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_fraction` allows.
     """
     folder, lock = RunFolder.of(config), None
-    if process_count() > 1:
-        flight_recorder.enable(folder.collectives)
-    world = connect(config.device, config.parallel)
-    host.prepare(world.device, config.data.workers, config.loss.products)
-    with world, naming_timeouts(config.parallel, world), _out_of_memory_is_final(config), ExitStack() as stack:
-        messages = list(filter(None, [slow_precision(world.device, config.precision)]))
-        trackers.require(config.log)
+    with (
+        recording_collectives(folder.collectives) if process_count() > 1 else nullcontext(),
+        connect(config.device, config.parallel) as world,
+        naming_timeouts(config.parallel, world),
+        _out_of_memory_is_final(config),
+        ExitStack() as stack,
+    ):
+        messages = list[str]()
+        require_trackers(config.log)
         if world.is_main:
             stack.enter_context(unwinding_on_sigterm())
             lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
             if lock.taken_from is not None:
                 messages.append(f"took the run over from {lock.taken_from}")
+            with folder.writing():
+                checkpoint.remove_unfinished(folder.checkpoints)
         folder.require_shared(world, lock)
         find = partial(locate, config, resume, overwrite, messages.append)
         start = world.decide(find, checkpoint.damage_in_share)
@@ -113,55 +117,106 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
                 report.say(message)
             if metrics is None:
                 return Trainer(parts, folder, report, position, lock).run()
-            report.say(f"the run is finished: {_told(folder, position.step)}")
+            report.say(f"the run is finished: {_where_is(folder, position.step)}")
             return Outcome(folder.path, position.step, metrics)
 
 
 @contextmanager
 def _out_of_memory_is_final(config: TrainConfig) -> Iterator[None]:
-    """Inside, an error of too little memory becomes a RunFailed: another start would take as much."""
+    """Turns out-of-memory errors into RunFailed: another start would need as much memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as exc:
         if not isinstance(exc, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(exc):
             raise
         raise RunFailed(
-            f"batch_size={config.batch_size} with accumulation={config.accumulation} must fit into memory, got: "
-            f"{' '.join(str(exc).split()) or type(exc).__name__}; a larger accumulation or "
+            f"batch_size={config.batch_size} with accumulation_steps={config.accumulation_steps} must fit into memory, "
+            f"got: {' '.join(str(exc).split()) or type(exc).__name__}; a larger accumulation_steps or "
             "model.savings.recompute=block takes less, and `evaclip plan` says how much"
         ) from exc
 
 
 def _final_metrics(parts: Parts, folder: RunFolder, step: int) -> Metrics | None:
-    """What a run that is at its end was measured to be there; None if something is left to do."""
+    """The last metrics of a finished run; None if something is left to do."""
     if step < parts.total_steps or not folder.exists:
         return None
     if parts.evaluation is None:
         return {}
     if load_yaml(folder.path / CONFIG_FILE).get("eval") != to_tree(parts.config)["eval"]:
-        return None  # it is to be measured otherwise now
+        return None  # the evaluation has changed
     found = [record["eval"] for record in read_log(folder.log) if "eval" in record and record["step"] == step]
     if not found:
         return None
     return {name: math.nan if value is None else value for name, value in found[-1].items() if name != "seconds"}
 
 
-def _told(folder: RunFolder, step: int) -> str:
+def _where_is(folder: RunFolder, step: int) -> str:
     model = folder.checkpoints / checkpoint.folder_name(step)
     return f"the model is {model}; `evaclip report {quote(str(folder.path))}` shows the run"
 
 
 def _report(parts: Parts, folder: RunFolder | None, start_step: int) -> Report:
-    """The terminal, and where there is a folder all that is written."""
+    """The terminal, and with a folder all logs."""
     if not parts.world.is_main:
         return Report([])
     config = parts.config
-    report = open_report(
-        config.log, None if folder is None else folder.path, start_step, parts.total_steps, parts.world.size
-    )
-    if folder:
-        report.add(trackers.open_trackers(config.log, folder.path, config.name, to_tree(config), report.say))
+    path = None if folder is None else folder.path
+    report = open_report(config.log, path, start_step, parts.total_steps, parts.world.size)
+    if path is not None and config.log.wandb is not None:
+        report.add([Wandb(config.log.wandb.project, path, config.name, to_tree(config), report.say)])
     return report
+
+
+class SpikeDetector:
+    """Detects losses far above the median of the last ordinary ones, by robust estimates.
+
+    Args:
+        threshold_sigma: standard deviations above the median that make a loss high; None finds no spikes.
+        patience: high losses in a row that make a spike.
+        window: ordinary losses that are remembered; half of them are needed first.
+    """
+
+    def __init__(self, threshold_sigma: float | None, patience: int, window: int) -> None:
+        self._threshold = threshold_sigma
+        self._patience = patience
+        self._window = window
+        self._ordinary: deque[float] = deque(maxlen=window)
+        self.suspicious = 0
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the last loss was ordinary."""
+        return self.suspicious == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered losses, as a checkpoint holds them."""
+        return {"ordinary": list(self._ordinary), "suspicious": self.suspicious}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`; checkpoints of earlier versions have an empty one."""
+        self._ordinary = deque(state.get("ordinary", ()), maxlen=self._window)
+        self.suspicious = state.get("suspicious", 0)
+
+    def saw(self, loss: float) -> bool:
+        """Adds a loss; True if it completes a spike, which is then forgotten."""
+        if self._threshold is None or not math.isfinite(loss):
+            return False
+        if not self._is_high(loss, self._threshold):
+            self._ordinary.append(loss)
+            self.suspicious = 0
+            return False
+        self.suspicious += 1
+        if self.suspicious < self._patience:
+            return False
+        self.suspicious = 0
+        return True
+
+    def _is_high(self, loss: float, sigmas: float) -> bool:
+        if 2 * len(self._ordinary) < self._window:
+            return False
+        middle = median(self._ordinary)
+        deviation = _MAD_SCALE * median(abs(value - middle) for value in self._ordinary)
+        return loss > middle + sigmas * deviation
 
 
 class Trainer:
@@ -178,16 +233,16 @@ class Trainer:
         self.position = position
         self.meter = Meter(position.seconds)
         self.metrics: Metrics = {}
-        self._bad_samples = 0  # of this process, that the position doesn't count yet
-        allowed = self.config.data.max_bad_share
+        self._bad_samples = 0  # of this rank, since the last log record or checkpoint
+        allowed = self.config.data.max_bad_fraction
         self._bad_share = BadShare(len(parts.source), allowed, position.samples, position.bad_samples)
         self._saved_at: int | None = None
         writers = self.world if is_sharded(parts.model) else None
         spikes = self.config.spikes
-        self._spikes = SpikeDetector(spikes.deviations, spikes.patience, spikes.window)
+        self._spikes = SpikeDetector(spikes.threshold_sigma, spikes.patience, spikes.window)
         self._spikes.load_state_dict(position.spikes)
         watch = self.config.watchdog
-        record = partial(flight_recorder.write, self.world.rank) if self.world.uses_nccl else None
+        record = partial(write_collectives, self.world.rank) if self.world.uses_nccl else None
         self._watchdog = Watchdog(self.world.rank, watch.seconds, watch.abort is True, record)
         self._is_steady = False
         self._votes: Callable[[], tuple[bool, ...]] | None = None
@@ -209,7 +264,7 @@ class Trainer:
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
             stopped = False
-            with collecting(self.config.collect_every) as collect, closing(self._tracer):
+            with collecting(self.config.gc_every_steps) as collect, closing(self._tracer):
                 while not stopped and self.position.step < self.parts.total_steps:
                     stopped = self._part(signals, collect)
             self._expect_steps(False)
@@ -225,21 +280,21 @@ class Trainer:
         if stopped:
             self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
             return Outcome(self.folder.path, self.position.step, self.metrics, signals.exit_code)
-        self.report.say(f"done: {_told(self.folder, self.position.step)}")
+        self.report.say(f"done: {_where_is(self.folder, self.position.step)}")
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
     def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:
-        """The steps to come with one image size; True if a signal stopped them before."""
+        """The next steps with one image size; True if a signal stopped them."""
         self._expect_steps(False)  # the first step may open a cold index, and compiles
-        self.parts.resolution.begin(self.position.step)
-        # Time without batches is not the training's, and images of two sizes don't cost the same.
+        self.parts.set_image_size(self.position.step)
+        # A log record measures steps of one image size.
         self.meter.restart()
         with closing(self.parts.loader.batches(self.position.samples)) as batches:
             return self._loop(batches, signals, collect)
 
     def _loop(self, batches: Iterator[Batch], signals: StopSignals, collect: Callable[[int], None]) -> bool:
-        """Steps until the end, or another image size; True if a signal stopped them before."""
-        size_at = self.parts.resolution.at
+        """Steps until the end or another image size; True if a signal stopped them."""
+        size_at = self.parts.image_size
         size = size_at(self.position.step)
         while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
             self._tracer.between(self.position.step)
@@ -264,15 +319,15 @@ class Trainer:
             if time_is_up or self._is_due(saving.every_steps) or self._epochs_ended(before, saving.every_epochs):
                 self._save()
             is_due = self._is_due(evaluation.every_steps) or self._epochs_ended(before, evaluation.every_epochs)
-            # What was gone back to has been measured.
+            # After a return to a checkpoint, its step has been evaluated already.
             if is_due and self.position.step == reached and self._evaluate(signals):
                 return True
         return False
 
     def _vote(self, signals: StopSignals) -> tuple[bool, ...]:
-        """Whether any rank wants to stop, wants a checkpoint, or lost the run; all ranks learn it at the same step.
+        """Whether any rank wants to stop, wants a checkpoint, or lost the run; equal on all ranks.
 
-        Between two steps this returns the result of the previous vote, so that no rank waits for another.
+        Between two steps it returns the vote after the step before, so that no rank waits for another.
         """
         taken = self._lock is not None and self._lock.thief is not None
         before = self._votes
@@ -282,7 +337,7 @@ class Trainer:
         return (before if before and overlaps else self._votes)()
 
     def _expect_steps(self, steady: bool) -> None:
-        """Says whether all ranks go from one step to the next, so that none has a reason to wait long for another."""
+        """Shortens the timeouts of collectives while all ranks go from one step to the next."""
         if steady == self._is_steady:
             return
         self._is_steady = steady
@@ -327,7 +382,7 @@ class Trainer:
         interval = self.meter.read()
         (tokens,) = self.world.sum(interval.tokens)
         self._count_bad_samples()
-        flops = interval.samples * self.parts.resolution.flops_per_sample(self.position.step - 1) / interval.seconds
+        flops = interval.samples * self.parts.flops_per_sample(self.position.step - 1) / interval.seconds
         self.report.record(
             Record(
                 step=self.position.step,
@@ -364,13 +419,13 @@ class Trainer:
         self._bad_samples = 0
 
     def _check_bad_share(self) -> None:
-        """Raises RunFailed if too many samples are bad; on all ranks alike, as `position` counts those of all."""
+        """Raises RunFailed on all ranks if too many samples of all ranks are bad."""
         if excess := self._bad_share.excess(self.position.samples, self.position.bad_samples):
             bad, read = excess
             raise RunFailed(
-                f"bad samples must be at most {self.config.data.max_bad_share:.3g} of all (data.max_bad_share), got"
-                f" {bad:,} of {read:,} from {self.parts.source.description}; `evaclip data check` lists them;"
-                " --resume auto --set data.max_bad_share=1 trains on the rest all the same"
+                f"bad samples must be at most data.max_bad_fraction={self.config.data.max_bad_fraction:.3g} of all, "
+                f"got {bad:,} of {read:,} from {self.parts.source.description}; `evaclip data check` lists them;"
+                " --resume auto --set data.max_bad_fraction=1 trains on the rest all the same"
             )
 
     def _go_back(self, problem: str) -> None:
@@ -385,11 +440,11 @@ class Trainer:
         good = self.world.decide(choose, checkpoint.damage_in_share)
         if good is None:
             raise TrainingDiverged(f"{problem}, and there is no good checkpoint to return to")
-        restored, _ = snapshot.put_back(good, self.parts)
-        # The data goes on from here: what led to the failure would lead to it again.
+        restored, _ = snapshot.restore(good, self.parts)
+        # The data position stays: the same data would lead to the same failure.
         self.position.step = restored.step
         self.position.rollbacks += 1
-        # Judged by later losses, those of the restored weights would be a spike again.
+        # Compared with later losses, the losses of the restored weights would be a spike again.
         self._spikes.load_state_dict(restored.spikes)
         if self.world.is_main:
             checkpoint.go_back_to(good, self.config.checkpoint.keep_every)
@@ -397,14 +452,14 @@ class Trainer:
         self.report.say(f"{problem}: went back to {good.name}, leaving out the data in between")
 
     def _evaluate(self, signals: StopSignals) -> bool:
-        """True if a signal stopped it. What can't be measured costs a line, and the training goes on."""
+        """True if a signal stopped it. A failed evaluation costs one line, and the training goes on."""
         evaluation, ema = self.parts.evaluation, self.parts.ema
         if evaluation is None:
             return False
         self._expect_steps(False)
         begun = time.monotonic()
-        whole = self.parts.resolution.whole()
-        self._saver.hold_updates()  # averaged weights change places with the model's
+        whole = self.parts.final_image_size()
+        self._saver.hold_updates()  # the average is swapped with the model's weights
         try:
             with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
                 self.metrics, problems = evaluation(self.parts.model, lambda: signals.received is not None)

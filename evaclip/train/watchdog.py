@@ -1,27 +1,32 @@
-"""Says which process is stuck, where and since when; on request ends it, so that torchrun starts all anew."""
+"""A watchdog of hanging ranks; Ctrl-C and SIGTERM as a request to stop after the step."""
 
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 EXIT_CODE = 70
 """Of a process that the watchdog ended: EX_SOFTWARE."""
+INSISTING = 2.0
+"""Seconds from a signal to a Ctrl-C that ends the process: torchrun passes a terminal's signal on to all at once."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Watchdog:
-    """Watches that a phase of the training (fetching data, a step, saving) ends in time.
+    """Prints the stacks of all threads if a phase of the training (data, a step, saving) takes too long.
 
-    Every process has one. When a process hangs, the others soon wait for it in a step, so that the one that reports
-    another phase is the one to look at.
+    Every rank has one. Other ranks wait for a hanging one in a step, so the rank that reports another phase hangs.
 
     Args:
         rank: of this process.
-        seconds: a phase may take; None watches nothing.
+        seconds: maximum duration of a phase; None watches nothing.
         abort: end the process then, with `EXIT_CODE`, in every phase.
         record: called when a phase takes too long; returns another line of the report, or None.
     """
@@ -73,3 +78,54 @@ class Watchdog:
                 print(f"watchdog: process {self._rank}: {line}", file=sys.stderr, flush=True)
             if phase[2]:
                 os._exit(EXIT_CODE)
+
+
+@contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit(143) instead of ending the process, so that locks are released."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+class StopSignals:
+    """Remembers the first signal, so that the last checkpoint can be written.
+
+    Repeated signals of launchers and schedulers have no effect. Only a second Ctrl-C, some seconds after the first
+    signal, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.received or signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since >= INSISTING:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -42,7 +42,7 @@ class Life:
             f"name={run.name}",
             f"output={self.folder}",
             f"seed={self.seed}",
-            f"schedule={{steps: {steps}, epochs: null, warmup_steps: {steps // 10}, warmup_share: null}}",
+            f"schedule={{steps: {steps}, epochs: null, warmup_steps: {steps // 10}, warmup_fraction: null}}",
             "log={tensorboard: false, every_steps: 10}",
         )
         arguments = ["train", recipe, "--resume", "auto", "--set", *common, *settings]

@@ -24,7 +24,7 @@ from evaclip.runtime.search import search
 from evaclip.runtime.store import Store
 from evaclip.runtime.text import text_encoder
 from evaclip.train.recipes import RECIPES, get_recipe
-from evaclip.train.transform import training_transform
+from evaclip.train.tasks.task import training_transform
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 

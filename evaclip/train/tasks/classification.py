@@ -1,12 +1,14 @@
-"""Fine-tuning of classifiers: pictures and their classes (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023)."""
+"""Fine-tuning of classifiers (EVA, Fang et al. 2022; EVA-02, Fang et al. 2023), and their evaluation."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
@@ -14,7 +16,7 @@ from evaclip.data.loader import Targets, TrainTransform
 from evaclip.data.opening import classes_of
 from evaclip.data.order import U64
 from evaclip.errors import UserError
-from evaclip.eval.classify import ClassSpace
+from evaclip.eval.classify import TOP, ClassSpace, Predictions, evaluate
 from evaclip.eval.zero_shot import PLACEHOLDER, load_classnames
 from evaclip.factory import create_vision_model
 from evaclip.model.flops import vision_flops
@@ -22,22 +24,30 @@ from evaclip.model.vision_model import VisionModel
 from evaclip.run_files import CLASSES_FILE
 from evaclip.train.config import ClassificationTask, TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.evaluation import (
+    Attempt,
+    DistributedEncoder,
+    EvalSet,
+    Metrics,
+    encode_everywhere,
+    measured,
+    open_sets,
+)
 from evaclip.train.micro_batch import MicroBatch
-from evaclip.train.tasks.classifying import open_classifying
-from evaclip.train.tasks.image_model import ImageModelTask, described
-from evaclip.train.tasks.task import Evaluate, Size
+from evaclip.train.tasks.task import Evaluate, ImageModelTask, Size, describe_image_model
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.train.timm_data import Mixing, TimmTransform, partners
+from evaclip.transforms import EvalTransform, OpaqueTransform
 
 _TRANSFORM = DataConfig(train="").transform
 
 
 class Classification(ImageModelTask):
-    """The loss is cross-entropy with smoothed labels, of pictures that may be mixed with their neighbours in the batch.
+    """Cross-entropy with smoothed labels, of images that may be mixed with their neighbours in the batch.
 
     Args:
         model: its targets are int64 labels [b].
-        config: of the labels and of the pictures.
+        config: options of labels and mixing.
         classes: of the labels.
         seed: of the mixing.
     """
@@ -84,7 +94,7 @@ class Classification(ImageModelTask):
         return 2 if _mixes(_task(config)) else 1
 
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
-        """timm's, unless the configuration names another."""
+        """timm's transform, unless the configuration names another."""
         if data.transform != _TRANSFORM:
             return super().transform(data, size)
         return TimmTransform(size, self.preprocess, data.augmentation, self._config)
@@ -102,23 +112,36 @@ class Classification(ImageModelTask):
         cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=self._config.label_smoothing)
         loss = cross_entropy(labels)
         if shares is not None and others is not None:
-            # What the cross-entropy with the mixed labels is, without a matrix of them.
+            # Equals the cross-entropy with mixed labels, without a matrix of them.
             shares = shares.to(loss.dtype)
             loss = shares * loss + (1 - shares) * cross_entropy(others)
             labels = torch.where(shares < 0.5, others, labels)
         return {"loss": loss, "accuracy": (logits.detach().argmax(1) == labels).float()}
 
-    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluate | None:
-        return open_classifying(config, world, self._classes, self.model, held_out)
+    def evaluation(self, config: TrainConfig, world: World, validation: Source | None) -> Evaluate | None:
+        classes, sets = self._classes, open_sets(config, validation)
+        for each in sets:
+            key, named = f"eval.sets.{each.name}", each.classnames
+            if each.config.metrics not in (None, ("classify",)):
+                given = ", ".join(each.config.metrics or ())
+                raise UserError(f"{key}.metrics must be classify with task.name=classification, got {given}")
+            if named is not None and len(named) != classes.outputs:
+                raise UserError(f"{key}.classes must be the classifier's {classes.outputs}, got {len(named)}")
+        transform = OpaqueTransform(self.model.config.image_size, self.model.preprocess)
+
+        def measure(model: VisionModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
+            encoder = DistributedEncoder(_TopLabels(model), world, None, stop)
+            return measured(model, {each.name: partial(_evaluate, encoder, transform, each, classes) for each in sets})
+
+        return measure if sets else None
 
     def flops_per_sample(self, size: Size) -> float:
         config, kept = replace(self.model.config, image_size=size), 1 - self.visual.patch_dropout
         return BACKWARD_FACTOR * vision_flops(config, self.model.num_classes, kept)
 
     def tokens_computed(self, targets: Tensor) -> int:
-        """Of each image the class token, and the patches that patch dropout keeps."""
-        patches = self.visual.num_kept_patches() if self.visual.patch_dropout else self.visual.num_patches
-        return len(targets) * (1 + patches)
+        """The class token and the kept patches of each image."""
+        return len(targets) * (1 + self.visual.num_kept_patches())
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Any) -> Tensor:
         labels: Tensor = fake(torch.arange(rows) % self.model.num_classes)
@@ -127,26 +150,60 @@ class Classification(ImageModelTask):
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
         names = self._classes.names
         known = {} if names == _numbers(len(names)) else {CLASSES_FILE: list(names)}
-        return described(self.model, config, self.model.num_classes) | known
+        return describe_image_model(self.model, config, self.model.num_classes) | known
+
+
+def _evaluate(
+    encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt
+) -> Metrics:
+    folders = classes.folders if each.config.data is None else each.source.classes
+    space = ClassSpace.whole(each.classnames or classes.names, folders)
+
+    def metrics() -> Metrics:
+        found = encode_everywhere(encoder, transform, each.source, each)
+        keys = [each.source.name(int(key)) for key in found.keys]
+        labels = space.labels(found.captions, keys)
+        result = evaluate(Predictions(found.features.long(), labels, keys), space).accuracy
+        return {
+            "top1": result.top1,
+            "top5": result.top5,
+            "chance_top1": result.chance_top1,
+            "classes": result.classes,
+            "samples": len(found),
+            "unreadable": len(each.source) - len(found),
+        }
+
+    return attempt(["top1", "top5"], metrics)
+
+
+class _TopLabels(nn.Module):
+    """A classifier that encodes an image as the labels of its highest logits, best first, exact in float32."""
+
+    def __init__(self, model: VisionModel) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        logits = self.model(images).float()
+        best = logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+        return torch.where(logits.isfinite().all(1, keepdim=True), best.float(), math.nan)
 
 
 def classes_for(config: TrainConfig) -> ClassSpace:
-    """The classes that a run learns.
+    """The classes of the labels.
 
     Raises:
-        UserError: neither the configuration nor the data names them, or both do and they don't fit together.
+        UserError: neither the configuration nor the data names classes, or they don't fit together.
     """
     given, folders = _task(config).classes, tuple(classes_of(config.data))
     if given is None and not folders:
         raise UserError(
-            "task.classes is not set, and the training data has no class folders: give the number of classes, their "
-            "names, a file with one name a line, or imagenet"
+            "task.classes must be a number, names, a file with one name a line, or imagenet, as the training data has "
+            "no class folders, got None"
         )
     if isinstance(given, int) and folders and len(folders) != given:
-        raise UserError(
-            f"task.classes={given}, but the training data has {len(folders)} class folders: "
-            "task.classes=null takes these"
-        )
+        raise UserError(f"task.classes must be null or {len(folders)}, as many as class folders, got {given}")
     if given is None or isinstance(given, int):
         # Folders called by numbers are labels: folder 10 holds class 10, though it comes before 2.
         numbers = _numbers(given or len(folders))

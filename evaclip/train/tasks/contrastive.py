@@ -1,4 +1,4 @@
-"""Contrastive training of a CLIP: exact gradients of one loss over the whole batch, for any number of micro-batches."""
+"""Contrastive training of a CLIP: exact gradients of one loss over the global batch, in any number of micro-batches."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.evaluation import Evaluation, open_sets
+from evaclip.train.evaluation import DistributedEncoder, Metrics, evaluate_pairs, measured, open_sets
 from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
 from evaclip.train.micro_batch import MicroBatch, StepContext, send
-from evaclip.train.tasks.task import Size, Task
+from evaclip.train.tasks.task import Evaluate, Size, Task
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.transforms import EvalTransform
 from evaclip.weights import describe_preprocess
@@ -41,16 +41,16 @@ class _Pairs:
 
 
 class Contrastive(Task):
-    """Images and texts of pairs are made alike, and unlike all others of the batch.
+    """Contrastive training of images and captions.
 
-    With several micro-batches the loss still sees every pair of the batch: features of all micro-batches are computed
-    without a graph, one loss gives the gradients of the features and of logit_scale, then each micro-batch is computed
-    again and its features' gradients are passed backward (Gao et al. 2021, arXiv 2101.06983). Both passes use the same
-    kept tokens and random states, so that the result equals the whole batch's.
+    With several micro-batches the loss still sees every pair: features of all micro-batches are computed without a
+    graph, one loss gives the gradients of the features and of logit_scale, then each micro-batch is computed again and
+    its features' gradients are passed backward (Gao et al. 2021, arXiv 2101.06983). Both passes use the same kept
+    patches and random states, so gradients equal those of the whole batch.
 
     Args:
         model: its targets are int64 tokens [b, context_length].
-        loss: over the batch of all processes.
+        loss: over the global batch.
     """
 
     model: CLIP
@@ -99,7 +99,7 @@ class Contrastive(Task):
             # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
             model.logit_bias.data = model.logit_bias.data.float()
         counts = [len(part_of_batch(config.batch_size, rank, world.size)) for rank in range(world.size)]
-        return cls(model, ContrastiveLoss(config.loss, world.group, counts).to(world.device))
+        return cls(model, ContrastiveLoss(config.loss, world.group, counts))
 
     def targets(self, size: Size) -> Targets:
         return tokenized(self._tokenizer)
@@ -116,16 +116,22 @@ class Contrastive(Task):
     def measures(self) -> dict[str, Tensor]:
         return {"logit_scale": self.model.logit_scale.detach().double().exp()}
 
-    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluation | None:
-        sets = open_sets(config, held_out)
+    def evaluation(self, config: TrainConfig, world: World, validation: Source | None) -> Evaluate | None:
+        sets = open_sets(config, validation)
         for each in sets:
-            if strange := [measure for measure in each.config.measure or () if measure in ("linear_probe", "knn")]:
+            if probes := [metric for metric in each.config.metrics or () if metric in ("linear_probe", "knn")]:
                 raise UserError(
-                    f"eval.sets.{each.name}.measure has {', '.join(strange)}, which task.name=masked_image has alone: "
-                    "`evaclip eval` measures a CLIP by them"
+                    f"eval.sets.{each.name}.metrics must be classify, retrieval or loss with task.name=contrastive, "
+                    f"got {', '.join(probes)}; `evaclip eval` has probes of a CLIP"
                 )
         transform = EvalTransform(self.model.config.vision.image_size, self.preprocess)
-        return Evaluation(sets, self._tokenizer, transform, self.loss, world) if sets else None
+        loss = ContrastiveLoss(replace(self.loss.config, label_smoothing=0.0))
+
+        def measure(model: CLIP, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
+            clip = DistributedEncoder(model, world, self._tokenizer, stop)
+            return measured(model, {each.name: partial(evaluate_pairs, clip, transform, loss, each) for each in sets})
+
+        return measure if sets else None
 
     def flops_per_sample(self, size: Size) -> float:
         config = self.model.config
@@ -133,13 +139,12 @@ class Contrastive(Task):
         return BACKWARD_FACTOR * flops_per_sample(config, 1 - self.visual.patch_dropout)
 
     def tokens_computed(self, targets: Tensor) -> int:
-        """Kept patches and the class token of each image; tokens of each caption up to its last one, or with
-        `pack_text=False` the whole context.
+        """The class token and kept patches of each image; tokens of each caption, or with `pack_text=False` the
+        whole context.
         """
-        patches = self.visual.num_kept_patches() if self.visual.patch_dropout else self.visual.num_patches
         packed = self.model.text.savings.pack_text
         text = int(self.model.text.end_positions(targets).sum()) + len(targets) if packed else targets.numel()
-        return len(targets) * (1 + patches) + text
+        return len(targets) * (1 + self.visual.num_kept_patches()) + text
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         text, config = self.model.text, self.model.config.text
@@ -164,7 +169,7 @@ class Contrastive(Task):
         return _Pairs(micro_batch, send(micro_batch.targets, device), layout)
 
     def _backward(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the features that it is of."""
+        """The loss, and the features of images and captions."""
         image_features, text_features = self._features(pairs[0], next(context.images()), context)
         loss = self._loss(image_features, text_features)
         context.begin(pairs[0].micro_batch)
@@ -208,7 +213,7 @@ class Contrastive(Task):
 
 
 def _caption_lengths(count: int, mean: int, longest: int) -> list[int]:
-    """Lengths of `count` captions with this mean; one is the longest possible, as in any large batch."""
+    """Lengths of `count` captions with this mean; one has the maximum length, as in any large batch."""
     if count == 1:
         return [mean]
     rest, extra = divmod(max(count * mean - longest, 2 * (count - 1)), count - 1)

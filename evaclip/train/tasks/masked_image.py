@@ -1,30 +1,42 @@
-"""Masked image modelling: features of a teacher, predicted for the patches that are masked (EVA, Fang et al. 2022)."""
+"""Masked image modelling: predict a teacher's features of masked patches (EVA, Fang et al. 2022); its evaluation."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evaclip.data import Source
+from evaclip.data import Source, open_configured
 from evaclip.data.loader import Targets
 from evaclip.data.masks import BlockMasks
 from evaclip.data.order import U64
+from evaclip.errors import UserError
+from evaclip.eval.classify import assign_labels
+from evaclip.eval.probes import knn, linear_probe
 from evaclip.factory import create_masked_image_model
 from evaclip.model.flops import masked_image_flops
 from evaclip.model.masked_image import MaskedImageModel
-from evaclip.train.config import MaskedImageTask, TrainConfig
+from evaclip.train.config import MaskedImageTask, Metric, TrainConfig
 from evaclip.train.distributed import World
+from evaclip.train.evaluation import (
+    Attempt,
+    DistributedEncoder,
+    EvalSet,
+    Metrics,
+    encode_everywhere,
+    measured,
+    open_sets,
+)
 from evaclip.train.micro_batch import MicroBatch
-from evaclip.train.tasks.image_model import ImageModelTask, described
-from evaclip.train.tasks.probing import open_probing
-from evaclip.train.tasks.task import Evaluate, Size
+from evaclip.train.tasks.task import Evaluate, ImageModelTask, Size, describe_image_model
 from evaclip.train.tasks.teacher import Teacher, features_of, open_teacher, similarity
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.transforms import EvalTransform
+
+_PROBES: dict[Metric, Callable[..., Any]] = {"knn": knn, "linear_probe": linear_probe}
 
 
 class MaskedImage(ImageModelTask):
@@ -86,9 +98,16 @@ class MaskedImage(ImageModelTask):
         cosines = similarity(self.model(images, masked), wanted.flatten(0, 1))
         return {"loss": -cosines.unflatten(0, masked.shape).mean(1)}
 
-    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluate | None:
+    def evaluation(self, config: TrainConfig, world: World, validation: Source | None) -> Evaluate | None:
+        sets = [_open(each) for each in open_sets(config, validation)]
         transform = EvalTransform(self.model.config.image_size, self.preprocess)
-        return open_probing(config, world, self.teacher, transform, held_out)
+
+        def measure(model: MaskedImageModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
+            loss = DistributedEncoder(_Loss(model, self.teacher), world, None, stop)
+            features = DistributedEncoder(model, world, None, stop)
+            return measured(model, {s.tested.name: partial(_evaluate, s, loss, features, transform) for s in sets})
+
+        return measure if sets else None
 
     def flops_per_sample(self, size: Size) -> float:
         masks, model = self._masks(size), self.model
@@ -97,7 +116,7 @@ class MaskedImage(ImageModelTask):
         return BACKWARD_FACTOR * student + self.teacher.flops_per_sample(masks.grid)
 
     def tokens_computed(self, targets: Tensor) -> int:
-        """The class token and all patches of each image, or only the unmasked ones if masked patches are dropped."""
+        """The class token and all patches of each image; without masked patches if these are dropped."""
         seen = self.model.num_patches - (targets.shape[1] if len(self.model.decoder_blocks) else 0)
         return len(targets) * (1 + seen)
 
@@ -106,8 +125,8 @@ class MaskedImage(ImageModelTask):
         return found
 
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
-        """Those of the image model that the weights give once what predicts is left out."""
-        return described(self.model, config, 0, pool="mean")
+        """The descriptions of the image model without the layers that predict features."""
+        return describe_image_model(self.model, config, 0, pool="mean")
 
     def _masks(self, size: Size) -> BlockMasks:
         grid = replace(self.model.config, image_size=size).grid
@@ -121,3 +140,84 @@ def _masked(masks: BlockMasks, captions: list[str], seeds: U64) -> Tensor:
 def _task(config: TrainConfig) -> MaskedImageTask:
     assert isinstance(config.task, MaskedImageTask)
     return config.task
+
+
+@dataclass(frozen=True)
+class _ProbedSet:
+    """An evaluation set, the labelled images to which probes are fitted, and the metrics."""
+
+    tested: EvalSet
+    fit: Source | None
+    metrics: tuple[Metric, ...]
+
+
+def _open(each: EvalSet) -> _ProbedSet:
+    fit, key = each.config.fit, f"eval.sets.{each.name}"
+    metrics: tuple[Metric, ...] = each.config.metrics or (("loss",) if fit is None else ("knn",))
+    if others := [metric for metric in metrics if metric not in ("loss", *_PROBES)]:
+        raise UserError(
+            f"{key}.metrics must be loss, {', '.join(_PROBES)} with task.name=masked_image, got {', '.join(others)}"
+        )
+    if fit is None and metrics != ("loss",):
+        raise UserError(f"{key}.fit must be labelled images for {', '.join(metrics)}, got None")
+    return _ProbedSet(each, None if fit is None else open_configured(replace(fit, caption_template="{}")), metrics)
+
+
+def _evaluate(
+    each: _ProbedSet, loss: DistributedEncoder, encoder: DistributedEncoder, transform: EvalTransform, attempt: Attempt
+) -> Metrics:
+    metrics: Metrics = {}
+    if "loss" in each.metrics:
+        metrics |= attempt(["loss"], lambda: _mean_loss(each.tested, loss, transform))
+    if probes := [metric for metric in each.metrics if metric in _PROBES]:
+        names = [f"{probe}_top1" for probe in probes]
+        metrics |= attempt(names, lambda: _probe(each, probes, encoder, transform, attempt))
+    return metrics
+
+
+def _mean_loss(each: EvalSet, loss: DistributedEncoder, transform: EvalTransform) -> Metrics:
+    found = encode_everywhere(loss, transform, each.source, each)
+    return {"loss": found.features.double().mean().item(), "samples": len(found)}
+
+
+def _probe(
+    probed: _ProbedSet, probes: list[Metric], encoder: DistributedEncoder, transform: EvalTransform, attempt: Attempt
+) -> Metrics:
+    each, fit = probed.tested, probed.fit
+    assert fit is not None
+    assert each.config.fit is not None
+    fitted_set = replace(each, options=replace(each.options, workers=each.config.fit.workers))
+    fitted = encode_everywhere(encoder, transform, fit, fitted_set)
+    tested = encode_everywhere(encoder, transform, each.source, each)
+    names = [each.source.name(int(key)) for key in tested.keys]
+    known = assign_labels(fitted.captions, fitted.keys, each.classnames, fit.classes)
+    labels = assign_labels(tested.captions, names, known.classnames, each.source.classes)
+    classes = len(known.classnames)
+    metrics: Metrics = {"samples": len(tested), "fit_samples": len(fitted), "classes": classes}
+    for name in probes:
+
+        def accuracy(name: Metric = name) -> Metrics:
+            data = (fitted.features, known.indices), (tested.features, labels.indices)
+            result = _PROBES[name](*data, classes=classes, over=encoder.over)
+            return {f"{name}_top1": result.top1, f"{name}_top5": result.top5}
+
+        metrics |= attempt([f"{name}_top1"], accuracy)
+    return metrics
+
+
+class _Loss(nn.Module):
+    """A student that encodes an image as its loss with every second patch masked, the authors' measure."""
+
+    def __init__(self, model: MaskedImageModel, teacher: Teacher) -> None:
+        super().__init__()
+        self.student = model
+        self.config = model.config
+        self._teacher = teacher
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        images = images.to(self._teacher.tower.cls_token.device)  # an offloaded student is in host memory
+        grid = self.student.present.grid
+        masked = torch.arange(0, self.student.num_patches, 2, device=images.device).expand(len(images), -1)
+        wanted = self._teacher(images, grid)[:, ::2].flatten(0, 1)
+        cosines: Tensor = similarity(self.student(images, masked), wanted).unflatten(0, masked.shape)
+        return -cosines.mean(1, keepdim=True)

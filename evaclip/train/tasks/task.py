@@ -1,7 +1,9 @@
-"""What a run trains, as the trainer knows it: a model, what a batch is of, its loss, and how it is measured."""
+"""The interface of tasks: a model, its targets, loss and evaluation; and what tasks of an image model share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -9,12 +11,14 @@ from torch import Tensor, nn
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
 from evaclip.data.loader import Targets, TrainTransform
-from evaclip.model.config import Preprocess
+from evaclip.errors import UserError
+from evaclip.model.config import Preprocess, VisionConfig
 from evaclip.model.vision import VisionTower
-from evaclip.train.config import TrainConfig
+from evaclip.model.vision_model import VisionModel
+from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.train.config import LossConfig, ModelConfig, TowerConfig, TrainConfig
 from evaclip.train.distributed import World
-from evaclip.train.micro_batch import MicroBatch, StepContext
-from evaclip.train.transform import training_transform
+from evaclip.train.micro_batch import MicroBatch, StepContext, send
 from evaclip.transforms import levels_of
 
 Size = int | tuple[int, int]
@@ -23,19 +27,15 @@ Evaluate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]
 
 
 class Task(ABC):
-    """A model in training, with its loss, data and measures.
-
-    Whatever is the same for all tasks stays in the trainer: accumulation, processes, precision, clipping,
-    skipped updates, checkpoints, resolution, averages. It asks nothing but this class.
+    """A model in training with its loss, data and evaluation; the trainer does everything else.
 
     Attributes:
-        model: in training precision, on its device, sharded if the configuration says so. What it holds is trained and
-            saved; other modules of a task, such as a teacher, aren't part of it.
-        towers: parts of the model by name, with learning rates, gradient and update norms in the log; `visual` and
-            `text` have the options of `optim.visual` and `optim.text`. `visual` is always there; of an image model it
-            is the model itself.
-        preprocess: what the model's images go through; the device normalises them so.
-        captions: whether a sample without one can't be used.
+        model: in training precision, on its device, sharded if configured. All of it is trained and saved; other
+            modules of a task, such as a teacher, aren't part of it.
+        towers: parts of the model by name, with learning rates and norms in the log; `visual` and `text` use
+            `optim.visual` and `optim.text`. `visual` always exists; for an image model it is the model.
+        preprocess: normalisation of the model's images.
+        captions: whether samples need one.
     """
 
     captions: ClassVar[bool] = True
@@ -48,17 +48,17 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> nn.Module:
-        """The model with its start values, or the weights that the configuration names.
+        """The model with its initial values, or the configured weights.
 
         Args:
-            how: device, precision, savings and prepare, as `evaclip.create_model` takes them: on the meta device the
-                model has no values, and `prepare` shards it before it has any.
+            how: device, precision and prepare, as for `evaclip.create_model`: on the meta device the model has no
+                values, and `prepare` shards it before it has any.
         """
 
     @staticmethod
     @abstractmethod
     def towers_of(model: Any) -> dict[str, nn.Module]:
-        """See `towers`; known of a model before there is a task, to shard it."""
+        """The `towers` of a model, before there is a task."""
 
     @classmethod
     @abstractmethod
@@ -70,19 +70,19 @@ class Task(ABC):
         return ()
 
     def teacher_identity(self) -> dict[str, Any]:
-        """Identify the teacher, for example by a hash of its weights: plain values by name, none without a teacher.
+        """Plain values that identify the teacher, such as a hash of its weights; empty without a teacher.
 
-        A checkpoint holds it, and a run resumes only with an equal one.
+        A checkpoint holds them, and a run resumes only with equal ones.
         """
         return {}
 
     def remarks(self) -> list[str]:
-        """What is to be said before the run begins."""
+        """Lines to print before the run begins."""
         return []
 
     @classmethod
     def data(cls, config: TrainConfig) -> DataConfig:
-        """How the training data is opened."""
+        """How to open the training data."""
         return config.data
 
     @classmethod
@@ -91,7 +91,7 @@ class Task(ABC):
         return 1
 
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
-        """What the data workers make of a picture, for images of this size; the device does the rest."""
+        """The transform of training images in the data workers, for images of this size."""
         return levels_of(training_transform(data, size, self.preprocess), self.preprocess)
 
     @abstractmethod
@@ -103,23 +103,23 @@ class Task(ABC):
         """Runs this rank's rows through the model and accumulates the gradients of the loss.
 
         Returns:
-            0-D tensors on the device, to be averaged over ranks: `loss`, and where
-            `context.measure` asks for it what else is logged of a batch, by the names in the log, such as `accuracy`.
+            0-D tensors on the device, to be averaged over ranks: `loss`, and with `context.measure` other metrics of
+            the batch by their names in the log, such as `accuracy`.
         """
 
     def after_update(self) -> None:  # noqa: B027 - most bound nothing
-        """Called behind each update of the weights, without gradients, such as to bound them."""
+        """Called after each update of the weights, without gradients, such as to bound them."""
 
     def measures(self) -> dict[str, Tensor]:
-        """What is logged of the model itself, by the names in the log: 0-D on the device, the same in all processes."""
+        """Metrics of the model by their names in the log: 0-D on the device, equal on all ranks."""
         return {}
 
     @abstractmethod
-    def evaluation(self, config: TrainConfig, world: World, held_out: Source | None) -> Evaluate | None:
-        """Measures the model while it trains, in all processes together; None without a set to measure it on.
+    def evaluation(self, config: TrainConfig, world: World, validation: Source | None) -> Evaluate | None:
+        """Evaluates the model during training, on all ranks together; None without a set.
 
         Args:
-            held_out: samples that are held out of the training data.
+            validation: the validation split.
         """
 
     @abstractmethod
@@ -128,18 +128,16 @@ class Task(ABC):
 
     @abstractmethod
     def tokens_computed(self, targets: Tensor) -> int:
-        """Tokens that enter blocks in a step with these targets, which lie in host memory.
-
-        A token counts once, whatever is computed again.
-        """
+        """Tokens that enter blocks in a step with these targets in host memory; recomputed ones count once."""
 
     @abstractmethod
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
-        """Targets of samples that are as they are on average, without values, for `--as-gpus`.
+        """Targets of average samples, without values, for `--as-gpus`.
 
-        What a step on them reads of the values of targets in micro-batches of these sizes is settled here.
+        Values of targets that a step would read are fixed here.
 
         Args:
+            sizes: of micro-batches.
             fake: replaces all tensors in its argument by fake ones.
         """
 
@@ -155,14 +153,50 @@ class Task(ABC):
         return tower
 
 
-class MeanOverSamples(Task):
-    """A task with a mean over samples as loss, so that gradients of micro-batches add up."""
+def training_transform(data: DataConfig, size: Size, preprocess: Preprocess) -> TrainTransform:
+    """The transform that `data.transform` names.
+
+    Raises:
+        UserError: nothing of this name can be called.
+    """
+    try:
+        named = resolve_name(data.transform)
+    except (ImportError, AttributeError, ValueError) as exc:
+        expected = "MODULE:NAME, the module installed or in a folder of PYTHONPATH"
+        raise UserError(f"data.transform must be {expected}, got {data.transform!r}: {exc}") from exc
+    if not callable(named):
+        raise UserError(f"data.transform must be MODULE:CLASS, got {data.transform!r}, a {type(named).__name__}")
+    transform: TrainTransform = named(size, preprocess, data.augmentation)
+    return transform
+
+
+class ImageModelTask(Task):
+    """A task of an image model with a mean over samples as loss, so that gradients of micro-batches add up.
+
+    Attributes:
+        unused: keys of `model` that have no effect on the task.
+    """
+
+    unused: ClassVar[tuple[str, ...]] = ("pretrained_text", "lock_text", "lock_text_unlocked_layers")
+
+    @staticmethod
+    def towers_of(model: Any) -> dict[str, nn.Module]:
+        return {"visual": model}
+
+    @classmethod
+    def refuse_unused(cls, config: TrainConfig) -> None:
+        """Raises UserError for settings without effect."""
+        options = {each.name for each in fields(VisionConfig)}
+        given = [f"model.{key}" for key in cls.unused if getattr(config.model, key) != getattr(ModelConfig(), key)]
+        given += ["loss"] if config.loss != LossConfig() else []
+        given += ["optim.text"] if config.optim.text != TowerConfig() else []
+        given += [f"model.options.{key}" for key in config.model.options if key not in options]
+        if given:
+            raise UserError(f"task.name={config.task.name} has no {', '.join(given)}: leave that at its default")
 
     @abstractmethod
     def of_samples(self, images: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """Per-sample values of a micro-batch, `[rows]` in float32 or wider: `loss` and others for the log.
-
-        It runs under autocast where the configuration says so.
+        """Values per sample of a micro-batch, `[rows]` in float32 or wider: `loss` and others for the log.
 
         Args:
             images: float32 [rows, 3, height, width], on the device and normalised.
@@ -172,10 +206,19 @@ class MeanOverSamples(Task):
     def backward(self, context: StepContext) -> dict[str, Tensor]:
         images, sums = context.images(), dict[str, Tensor]()
         for micro_batch in context.micro_batches:
+            on_device = replace(micro_batch, targets=send(micro_batch.targets, context.device))
             with context.autocast():
-                found = self.of_samples(next(images), micro_batch.to(context.device))
+                found = self.of_samples(next(images), on_device)
             means = {name: context.mean_of(values) for name, values in found.items()}
             context.begin(micro_batch)
             context.scaled(means["loss"]).backward()
             sums = {name: value.detach() + sums.get(name, 0.0) for name, value in means.items()}
         return sums
+
+
+def describe_image_model(model: VisionModel, config: TrainConfig, num_classes: int, **options: Any) -> dict[str, Any]:
+    """`Task.descriptions` of an image model with this number of classes; `options` replace the model's."""
+    return {
+        PREPROCESS_FILE: {"image_size": model.config.image_size, **asdict(model.preprocess)},
+        MODEL_CONFIG_FILE: {"name": config.model.name, "num_classes": num_classes, **asdict(model.config), **options},
+    }

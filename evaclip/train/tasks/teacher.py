@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from evaclip.model.vision import VisionTower
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import split_name, vision_config
 from evaclip.train import rng
-from evaclip.train.config import ParallelConfig, TeacherConfig, TrainConfig
-from evaclip.train.distributed import World
+from evaclip.train.config import TeacherConfig, TrainConfig
+from evaclip.train.distributed import World, without_data
 from evaclip.train.sharding import WholeRandomNumbers, shard
 from evaclip.weights import is_cut
 from evaclip.weights.files import save_file, weights_hash
@@ -41,10 +40,10 @@ _FEATURES = "features"
 
 
 def features_of(config: TeacherConfig) -> int:
-    """Width of a teacher's features; of the teacher itself nothing is built.
+    """Width of a teacher's features, without building it.
 
     Raises:
-        UserError: for a name that is no model's.
+        UserError: no model has this name.
     """
     if find_model(config.name) is None:
         return override(vision_config(split_name(config.name)[0]), config.options).width
@@ -52,13 +51,11 @@ def features_of(config: TeacherConfig) -> int:
 
 
 class Teacher:
-    """Features of patches from a frozen tower, as EVA-02 takes them: behind the last norm and the projection.
-
-    Cosine similarity normalises them. An image model without a projection gives them behind its last norm.
+    """Features of patches from a frozen tower, after the last norm and the projection, if any (EVA-02).
 
     Args:
         tower: on its device, in its own precision.
-        own, students: what images go through for the one and for the other.
+        own, students: preprocessing of the teacher and of the student.
         cache: of features; None always computes them.
         facts: identify the teacher, see `Task.teacher_identity`.
     """
@@ -87,9 +84,9 @@ class Teacher:
         """Features `[b, patches, width]` in the teacher's precision.
 
         Args:
-            images: `[b, 3, height, width]`, normalised as the student gets them.
-            grid: rows and columns of the student's patches. The teacher sees the images at a size (bicubic, with
-                antialiasing) at which its patches are as many.
+            images: `[b, 3, height, width]`, normalised for the student.
+            grid: rows and columns of the student's patches. Images are resized (bicubic, antialiased) to give the
+                teacher as many.
         """
         with torch.autocast(images.device.type, enabled=False):
             if self._cache is None:
@@ -97,12 +94,12 @@ class Teacher:
             return self._cache(images, grid, self._computed)
 
     def tensors(self) -> Iterator[Tensor]:
-        """What it holds."""
+        """Parameters and buffers."""
         yield from self.tower.parameters()
         yield from self.tower.buffers()
 
     def flops_per_sample(self, grid: tuple[int, int]) -> float:
-        """FLOPs of one forward pass of the teacher; 0 if the features may come from a cache."""
+        """FLOPs of one forward pass; 0 with a cache."""
         if self._cache:
             return 0.0
         config, head = self._sized(grid), self.tower.head
@@ -132,16 +129,14 @@ def similarity(predicted: Tensor, wanted: Tensor) -> Tensor:
 
 
 class FeatureCache:
-    """Features of views on disk, one file each, named by a hash of the pixels.
+    """Features of views on disk, one file each, named by a 128-bit hash of the normalised pixels and the grid.
 
-    A file's name is a hash of 128 bits of the normalised pixels and the grid, in a folder for the teacher's weights,
-    architecture, precision and preprocessing. It appears complete or not at all, and is mapped when it is read; a
-    damaged one is written anew. Where one view of a batch is missing, all are computed: so the products have the shapes
-    that they would have without a cache.
+    Files are written atomically; damaged ones are written again. If a view of a batch is missing, all are computed, so
+    that matmuls have the same shapes as without a cache.
 
     Args:
-        folder: of this teacher.
-        leaves_gb: what stays free of the disk.
+        folder: for one teacher's weights, architecture, precision and preprocessing.
+        leaves_gb: disk space in 10^9 bytes that stays free.
     """
 
     def __init__(self, folder: Path, leaves_gb: float) -> None:
@@ -154,7 +149,7 @@ class FeatureCache:
     def __call__(
         self, images: Tensor, grid: tuple[int, int], compute: Callable[[Tensor, tuple[int, int]], Tensor]
     ) -> Tensor:
-        """What `compute(images, grid)` gives, `[b, patches, width]`."""
+        """The result of `compute(images, grid)`, `[b, patches, width]`."""
         paths = [self._folder / name[:2] / f"{name}-{grid[0]}x{grid[1]}.safetensors" for name in digests(images)]
         found = [_read(path) for path in paths]
         kept = [features for features in found if features is not None]
@@ -170,7 +165,7 @@ class FeatureCache:
         if self._is_full:
             return
         if shutil.disk_usage(self._folder).free < self._leaves:
-            _log.warning("the disk of %s is full but for what cache_leaves_gb says: nothing more is kept", self._folder)
+            _log.warning("%s has less than cache_leaves_gb free: nothing more is kept", self._folder)
             self._is_full = True
             return
         try:
@@ -183,10 +178,7 @@ class FeatureCache:
 
 
 def digests(images: Tensor) -> list[str]:
-    """A hash of 128 bits in hexadecimal digits of each image, computed where they are.
-
-    It is sums of the pixels' bits times fixed random odd numbers, modulo 2^64: the same on any device.
-    """
+    """A 128-bit hash of each image, in hexadecimal: sums of its bits times random odd numbers, equal on all devices."""
     words = images.float().flatten(1).view(torch.int32)
     factors = torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=torch.Generator().manual_seed(0)) * 2 + 1
     factors = factors.to(images.device)
@@ -195,81 +187,67 @@ def digests(images: Tensor) -> list[str]:
 
 
 def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: VisionModel) -> Teacher:
-    """The teacher of a run, on its device: whole, or this process's part of it.
+    """The teacher of a run, on its device: whole, or this rank's shards.
 
     Args:
-        model: the student. Of one without data the teacher has none either, and no weights are looked for.
+        model: the student. If it has no data, the teacher has none either, and no weights are read.
 
     Raises:
-        UserError: the model or its weights aren't there, or the processes share out nothing.
+        UserError: the model or its weights don't exist, or `shard` is set and `parallel.mode` is replicate.
     """
-    refuse_lone_parts(config, run.parallel)
+    if config.shard and run.parallel.mode == "replicate":
+        raise UserError("task.teacher.shard=true needs parallel.mode=shard or hybrid, got replicate")
     mode, cut = _fake_mode(model), config.shard and world.size > 1
     precision = config.precision or _LIKE_THE_RUN.get(run.precision, "fp32")
-    cut_up = partial(_cut_up, parallel=replace(run.parallel, offload="none"), world=world)
+    pretrained = config.pretrained if mode is None else None
+
+    def cut_up(found: CLIP | VisionModel) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        shard([_tower(found)], replace(run.parallel, offload="none"), "fp32", world)
+        register_fsdp_forward_method(_tower(found), "patch_features")
+
     how: dict[str, Any] = {
         "device": world.device if mode is None else "meta",
         "precision": precision,
         "as_trained": False,
+        "prepare": cut_up if cut and mode is None else None,
         **config.options,
     }
-    pretrained = config.pretrained if mode is None else None
-    # One of random weights is the same in all processes, and whatever the student is.
+    # Random weights are equal on all ranks and for all students.
     rng.seed_all(run.seed, 0)
-    prepare = (lambda found: cut_up(_tower(found))) if cut and mode is None else None
     with WholeRandomNumbers() if cut else nullcontext():
         found: CLIP | VisionModel
         if find_model(config.name) is None:
-            found = create_vision_model(config.name, pretrained or False, num_classes=0, prepare=prepare, **how)
+            found = create_vision_model(config.name, pretrained or False, num_classes=0, **how)
         else:
-            found = create_model(config.name, pretrained, prepare=prepare, **how)
+            found = create_model(config.name, pretrained, **how)
     tower, own = _tower(found), found.config.preprocess if isinstance(found, CLIP) else found.preprocess
     if mode is not None:
-        from evaclip.train.fake_ranks import without_data
-
         without_data(tower, mode)
         if cut:
-            cut_up(tower)
-    if mode is not None:
+            cut_up(found)
         with mode:
             return Teacher(tower, own, model.preprocess)
     facts = {"weights": weights_hash(tower)[:32], "precision": precision, "mean": list(own.mean), "std": list(own.std)}
-    return Teacher(tower, own, model.preprocess, _cache(config, tower, model.preprocess, facts), facts)
-
-
-def refuse_lone_parts(config: TeacherConfig, parallel: ParallelConfig) -> None:
-    """Raises UserError for a sharded teacher of a replicated model."""
-    if config.shard and parallel.mode == "replicate":
-        raise UserError("parallel.mode must be shard or hybrid for task.teacher.shard=true, got replicate")
+    cache = None
+    if config.cache is not None:
+        # Options such as a norm's epsilon change features, and no parameter's name or shape.
+        described = json.dumps([facts, asdict(tower.config), asdict(model.preprocess)])
+        name = hashlib.sha256(described.encode()).hexdigest()[:24]
+        cache = FeatureCache(Path(config.cache).expanduser() / name, config.cache_leaves_gb)
+    return Teacher(tower, own, model.preprocess, cache, facts)
 
 
 def _tower(model: CLIP | VisionModel) -> VisionTower:
     return model.visual if isinstance(model, CLIP) else model
 
 
-def _cut_up(tower: VisionTower, parallel: ParallelConfig, world: World) -> None:
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    shard([tower], parallel, "fp32", world)
-    register_fsdp_forward_method(tower, "patch_features")
-
-
 def _fake_mode(model: VisionModel) -> FakeTensorMode | None:
-    """That of the tensors of a model without data."""
+    """The fake mode of a model without data, else None."""
     token = model.cls_token
     local = token.to_local() if is_cut(token) else token
     return local.fake_mode if isinstance(local, FakeTensor) else None
-
-
-def _cache(
-    config: TeacherConfig, tower: VisionTower, students: Preprocess, facts: dict[str, Any]
-) -> FeatureCache | None:
-    if config.cache is None:
-        return None
-    # Options such as the heads or a norm's epsilon change features, and no parameter's name or shape.
-    described = json.dumps([facts, asdict(tower.config), asdict(students)])
-    name = hashlib.sha256(described.encode()).hexdigest()[:24]
-    return FeatureCache(Path(config.cache).expanduser() / name, config.cache_leaves_gb)
 
 
 def _read(path: Path) -> Tensor | None:

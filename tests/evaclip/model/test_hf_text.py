@@ -192,8 +192,8 @@ def test_train_and_resume_with_hf_text(encoders, run_config: Make, tmp_path: Pat
         text = json.dumps(text_options(encoders["xlm-roberta"]))
         return run_config(
             f"model.options.text={text}", "model.lock_text=true", "model.lock_text_unlocked_layers=1",
-            "optim.text.layer_decay=0.5", "accumulation=2", "data.workers=1",
-            "eval.sets.val={data: {num_samples: 48, workers: 0}, first: 40}",
+            "optim.text.layer_decay=0.5", "accumulation_steps=2", "data.workers=1",
+            "eval.sets.val={data: {num_samples: 48, workers: 0}, skip: 40}",
             f"name={name}", f"schedule={{name: constant, steps: {steps}}}",
         )  # fmt: skip
 

@@ -40,21 +40,21 @@ def test_plan_json_adds_up(plan: Any) -> None:
 
 
 def test_plan_reads_config_file(plan: Any, tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text("{batch_size: 64, accumulation: 2}")
+    (tmp_path / "my.yaml").write_text("{batch_size: 64, accumulation_steps: 2}")
     tree = json.loads(plan("tiny", "--gpus", "16", "--config", str(tmp_path / "my.yaml"), "--json"))
     (part,) = tree["parts"]
     assert (part["accumulation"], part["micro_batch"]) == (2, 2)
 
 
 def test_plan_of_several_image_sizes(plan: Any) -> None:
-    sizes = "schedule.resolutions=[{image_size: 16, share: 0.4}, {image_size: 64, steps: 20}]"
+    sizes = "schedule.resolutions=[{image_size: 16, fraction: 0.4}, {image_size: 64, steps: 20}]"
     given = ("tiny", "--set", "batch_size=64", "schedule.steps=100")
     parts = json.loads(plan(*given, sizes, "--json"))["parts"]
     assert [(part["image_size"], part["steps"]) for part in parts] == [(16, 40), (64, 20), (32, 40)]
     assert parts[0]["peak"] < parts[2]["peak"] < parts[1]["peak"]
     (alone,) = json.loads(plan(*given, "model.options.vision.image_size=64", "--json"))["parts"]
     assert (parts[1]["flops"], parts[1]["peak"]) == (alone["flops"], alone["peak"])
-    epochs = "schedule={steps: null, epochs: 3, resolutions: [{image_size: 16, share: 0.4}]}"
+    epochs = "schedule={steps: null, epochs: 3, resolutions: [{image_size: 16, fraction: 0.4}]}"
     parts = json.loads(plan("tiny", "--set", epochs, "--json"))["parts"]
     assert [(part["image_size"], part["gpu_hours"]) for part in parts] == [(16, None), (32, None)]
 

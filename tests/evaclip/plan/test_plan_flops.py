@@ -65,7 +65,9 @@ def test_micro_batches_repeat_forward_pass(name: str) -> None:
     """Those of pairs twice, those of a mean over samples once; the backward pass is as long in any case."""
     run = replace(COUNTED[name], batch_size=96)
     words = 77 if name == "B" else None
-    whole, cut = (plan_step(replace(run, accumulation=number), 2, caption_tokens=words).flops for number in (1, 4))
+    whole, cut = (
+        plan_step(replace(run, accumulation_steps=number), 2, caption_tokens=words).flops for number in (1, 4)
+    )
     assert whole.keys() == cut.keys()
     for stage, flops in cut.items():
         times = 2 if (name, stage) == ("B", "forward") else 1
@@ -75,7 +77,9 @@ def test_micro_batches_repeat_forward_pass(name: str) -> None:
 
 @pytest.mark.parametrize(("reshard", "gathers"), [(True, 2), (False, 1)])
 def test_sharding_communicates_each_parameter(reshard: bool, gathers: int) -> None:
-    run = run_of("EVA02-CLIP-B-16", SMALL, 8, precision="amp_bf16", parallel=replace(SHARD, reshard=reshard))
+    run = run_of(
+        "EVA02-CLIP-B-16", SMALL, 8, precision="amp_bf16", parallel=replace(SHARD, reshard_after_forward=reshard)
+    )
     plan = plan_step(run, 8)
     # Padding makes every shard as large as the first rank's; features and scalars are small.
     assert plan.received["all-gather"] == pytest.approx(7 * gathers * 2 * plan.parameters, rel=0.04)

@@ -26,8 +26,7 @@ from evaclip.train.config import (
     TeacherConfig,
     TrainConfig,
 )
-from evaclip.train.distributed import World, connect
-from evaclip.train.fake_ranks import fake_ranks
+from evaclip.train.distributed import World, connect, fake_ranks
 from evaclip.train.recipes import get_recipe
 
 
@@ -64,11 +63,11 @@ CLASSIFIER, STUDENT = ("eva02_base_patch14_448", IMAGE), ("eva02_base_patch14_22
 STEPS: dict[str, tuple[TrainConfig, int]] = {
     "B": (run_of(CLIP_B, NARROW, optim=LAMB), 1),
     "B-activations": (run_of(CLIP_B, B, dropout=0.5, savings=ACTIVATIONS, precision="amp_bf16"), 1),
-    "E-micro-batches": (run_of(CLIP_E, E, accumulation=2), 1),
+    "E-micro-batches": (run_of(CLIP_E, E, accumulation_steps=2), 1),
     "E-block-one-of-144": (run_of(CLIP_E, E, 16 * 144, dropout=0.5, savings=BLOCK, parallel=SHARD), 144),
-    "classifier-mixed": (run_of(*CLASSIFIER, task=replace(MIXED), accumulation=2), 1),
+    "classifier-mixed": (run_of(*CLASSIFIER, task=replace(MIXED), accumulation_steps=2), 1),
     "classifier-one-of-4": (
-        run_of(*CLASSIFIER, 64, task=ClassificationTask(classes=1000), accumulation=2, parallel=SHARD), 4,
+        run_of(*CLASSIFIER, 64, task=ClassificationTask(classes=1000), accumulation_steps=2, parallel=SHARD), 4,
     ),
     "student-bf16": (run_of(*STUDENT, task=TASK, precision="amp_bf16", savings=BLOCK), 1),
     "student-one-of-4": (
@@ -96,9 +95,11 @@ NINE = {"vision": {"layers": 9, "width": 256, "heads": 4}, "text": {"layers": 8}
 NINE_BLOCKS = {
     "shard": run_of(L, NINE, 16 * 64, savings=BLOCK, parallel=SHARD),
     "hybrid": run_of(BIG_E, NINE, 16 * 64, parallel=ParallelConfig(mode="hybrid", shard_size=8)),
-    "keep": run_of(L, NINE, 16 * 64, savings=ACTIVATIONS, parallel=ParallelConfig(mode="shard", reshard=False)),
+    "keep": run_of(
+        L, NINE, 16 * 64, savings=ACTIVATIONS, parallel=ParallelConfig(mode="shard", reshard_after_forward=False)
+    ),
     "replicate-amp": run_of(BIG_E, NINE, 16 * 64, savings=BLOCK, precision="amp_bf16"),
-    "micro-batches": run_of(L, NINE, 16 * 64, accumulation=2, parallel=SHARD, precision="amp_bf16"),
+    "micro-batches": run_of(L, NINE, 16 * 64, accumulation_steps=2, parallel=SHARD, precision="amp_bf16"),
 }
 
 
@@ -144,7 +145,7 @@ def test_plan_counts_average_and_evaluation() -> None:
     config = run_of("tiny", {})
     plain, averaged = plan_step(config), plan_step(replace(config, ema_decay=0.9))
     assert averaged.memory.total() - plain.memory.total() == averaged.memory[AVERAGE] == 4 * plain.parameters
-    config = replace(config, accumulation=16, held_out=0.1)
+    config = replace(config, accumulation_steps=16, validation_split=0.1)
     few, many = (plan_step(replace(config, eval=EvalConfig(batch_size=size))) for size in (1, 8192))
     assert many.phase == "evaluation"
     assert many.memory.total() > few.memory.total()
@@ -158,7 +159,7 @@ def test_recomputation_saves_memory() -> None:
 
 def test_reduced_shards_replace_whole_gradients() -> None:
     options = {"vision": {"layers": 3}, "text": {"layers": 2, "vocab_size": 1000}}
-    run = run_of(CLIP_B, options, 64, accumulation=4)
+    run = run_of(CLIP_B, options, 64, accumulation_steps=4)
     whole, shards = (plan_step(replace(run, parallel=replace(SHARD, accumulate=how)), 8) for how in ("whole", "shards"))
     assert whole.memory[WHOLE_GRADIENTS] > shards.memory[WHOLE_GRADIENTS]
     assert 0.5 < (whole.memory.total() - shards.memory.total()) / (4 * 7 / 8 * whole.model_parameters) < 1
@@ -167,7 +168,7 @@ def test_reduced_shards_replace_whole_gradients() -> None:
 
 def test_impossible_layout_is_refused() -> None:
     hybrid = run_of("tiny", {}, parallel=ParallelConfig(mode="hybrid", shard_size=3))
-    for run, gpus, argument in ((run_of("tiny", {}, accumulation=6), 3, "batch_size"), (hybrid, 4, "shard_size")):
+    for run, gpus, argument in ((run_of("tiny", {}, accumulation_steps=6), 3, "batch_size"), (hybrid, 4, "shard_size")):
         with pytest.raises(UserError, match=argument):
             plan_step(run, gpus)
 
@@ -179,8 +180,8 @@ def peak_of_step(config: TrainConfig, gpus: int) -> int:
         task = build_task(config, ranks)
         step = build_step(config, ranks, task)
         rows = config.batch_size // gpus
-        micro = -(-rows // config.accumulation)
-        targets = task.stand_ins(rows, {micro, rows // config.accumulation}, lambda tensors: tensors)
+        micro = -(-rows // config.accumulation_steps)
+        targets = task.stand_ins(rows, {micro, rows // config.accumulation_steps}, lambda tensors: tensors)
         images = torch.randn(rows, 3, *task.visual.config.image_shape)
         step(images, targets, 0)
         step.optimizer.zero_grad()

@@ -1,11 +1,20 @@
 """Runs and models small enough that a step takes milliseconds."""
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from small_tasks import OPTIONS
 
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
+from evaclip.train.config import TrainConfig
+from evaclip.train.trainer import train
+
+_TRAINED: list[Path] = []
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +31,12 @@ def small_model() -> CLIP:
     with torch.no_grad():
         model.visual.head.weight.mul_(1000)
     return model
+
+
+@pytest.fixture
+def trained(run_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a finished run of `run_config()`, with averaged weights and checkpoints of steps 3 and 6."""
+    config = run_config("checkpoint.every_steps=3", "ema_decay=0.9")
+    if not _TRAINED:
+        _TRAINED.append(train(replace(config, output=str(tmp_path_factory.mktemp("trained")))).folder)
+    return Path(shutil.copytree(_TRAINED[0], Path(config.output) / config.name))

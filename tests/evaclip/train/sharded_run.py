@@ -5,7 +5,7 @@ from functools import partial
 from unittest.mock import patch
 
 from evaclip.train import build, trainer
-from evaclip.train.compiled import compile_blocks
+from evaclip.train.build import compile_blocks
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World, connect
 

@@ -15,6 +15,7 @@ from plain_vision import plain_vision, turn_exactly
 from small_tasks import CLASSIFIER
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from trained_runs import checkpoint, column, evaluations
 
 from evaclip import create_vision_model
 from evaclip.augmentation import Augmentation
@@ -30,7 +31,6 @@ from evaclip.train.build import build
 from evaclip.train.config import ClassificationTask, OptimConfig, TowerConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.optimizer import build_optimizer, parameter_groups
-from evaclip.train.progress import read_log
 from evaclip.train.recipes import RECIPES, get_recipe
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.tasks.classification import Classification, classes_for
@@ -68,7 +68,7 @@ def step_of(model: VisionModel, config: ClassificationTask, accumulation: int = 
     task = Classification(model, config, ClassSpace.whole("abcde"), seed=7)
     optim = OptimConfig(lr=LR, beta2=0.999, eps=EPS, weight_decay=DECAY, visual=TowerConfig(layer_decay=LAYER_DECAY))
     optimizer = build_optimizer(parameter_groups(model, task.towers, optim), optim)
-    return TrainStep(task, optimizer, StepOptions(accumulation=accumulation), ALONE)
+    return TrainStep(task, optimizer, StepOptions(accumulation_steps=accumulation), ALONE)
 
 
 def expected_loss(state: dict[str, Tensor], model: VisionModel, config: ClassificationTask) -> Tensor:
@@ -130,11 +130,9 @@ def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainC
         "batch_size=12", "ema_decay=0.9", "task.classes=[sky blue, dark red, green]", task="classification",
     )  # fmt: skip
     run = train(config).folder
-    log = read_log(run / "log.jsonl")
-    assert next(record["eval"] for record in log if "eval" in record)["val/top1"] == 1.0
-    assert np.mean([record["accuracy"] for record in log if "accuracy" in record][-5:]) > 0.7
-    checkpoint = run / "checkpoints" / "step_00000030"
-    described = json.loads((checkpoint / "model.json").read_text())
+    assert evaluations(run)[30]["val/top1"] == 1.0
+    assert np.mean(column(run, "accuracy")[-5:]) > 0.7
+    described = json.loads((checkpoint(run, 30) / "model.json").read_text())
     options = {name: value for name, value in described.items() if name in CLASSIFIER}
     model = create_vision_model(NAME, pretrained=run, **options).eval()
     assert model.num_classes == described["num_classes"] == 3
@@ -149,7 +147,7 @@ def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainC
     # The command measures the run as the run did, and its report has it.
     assert main(["eval", "classify", str(run), "--data", str(tmp_path / "val"), "--workers", "0"]) == 0
     found = json.loads(next((run / "evaluations").iterdir()).read_text())
-    assert found["model"]["origin"] == str(checkpoint / "ema.safetensors")
+    assert found["model"]["origin"] == str(checkpoint(run, 30) / "ema.safetensors")
     assert (found["metrics"]["top1"], found["metrics"]["samples"]) == (1.0, 9)
     assert "classification" in write_report(run).read_text()
 
@@ -181,13 +179,16 @@ def test_a_locked_model_trains_its_classifier(run_config: Callable[..., TrainCon
     ("assignments", "message"),
     [
         (["batch_size=7"], "batch_size=7 is no multiple of 2, the samples that are mixed"),
-        (["batch_size=6", "accumulation=4"], r"batch_size=6 is less than 2 samples for each of 4 micro-batches"),
+        (["batch_size=6", "accumulation_steps=4"], r"batch_size=6 is less than 2 samples for each of 4 micro-batches"),
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
         (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),
-        (["task.classes=3"], "task.classes=3, but the training data has 64 class folders: task.classes=null"),
-        (["eval.sets.val={data: {train: synthetic}, measure: [loss]}"], "eval.sets.val.measure is loss; with"),
-        (["eval.sets.val={data: {train: synthetic}, classes: [a, b]}"], "are 2, but the classifier has 64"),
-        (["data={train: x.csv}"], "task.classes is not set, and the training data has no class folders"),
+        (["task.classes=3"], "task.classes must be null or 64"),
+        (["eval.sets.val={data: {train: synthetic}, metrics: [loss]}"], "eval.sets.val.metrics must be classify"),
+        (
+            ["eval.sets.val={data: {train: synthetic}, classes: [a, b]}"],
+            "eval.sets.val.classes must be the classifier.s 64",
+        ),
+        (["data={train: x.csv}"], "task.classes must be"),
     ],
 )
 def test_mistakes(assignments: list[str], message: str, run_config: Any, monkeypatch: Any, tmp_path: Path) -> None:
@@ -197,42 +198,23 @@ def test_mistakes(assignments: list[str], message: str, run_config: Any, monkeyp
         build(run_config(*assignments, task="classification"), ALONE)
 
 
-PUBLISHED = {
-    # batch, epochs, warm-up, rate, layer decay, drop path, smoothing, smallest crop, average
-    "finetune-eva02-ti-in1k": (1024, 100, 5, 2e-4, 0.9, 0.1, 0.1, 0.08, True),
-    "finetune-eva02-s-in1k": (1024, 100, 5, 1e-4, 0.8, 0.1, 0.1, 0.08, True),
-    "finetune-eva02-b-in1k": (1024, 30, 3, 1e-4, 0.7, 0.1, 0.1, 0.08, True),
-    "finetune-eva02-l-in1k": (1024, 30, 3, 5e-5, 0.8, 0.15, 0.2, 0.08, True),
-    "finetune-eva02-l-m38m-in1k": (1024, 30, 3, 7e-5, 0.8, 0.15, 0.2, 0.08, True),
-    "finetune-eva02-b-in22k": (2048, 40, 1, 3e-4, 0.7, 0.1, 0.1, 0.2, False),
-    "finetune-eva02-l-in22k": (1024, 20, 1, 2e-4, 0.75, 0.15, 0.1, 0.2, False),
-    "finetune-eva02-l-m38m-in22k": (2048, 30, 1, 3e-4, 0.75, 0.15, 0.1, 0.2, False),
-    "finetune-eva02-b-in22k-in1k": (512, 15, 2, 5e-5, 0.8, 0.15, 0.2, 0.08, True),
-    "finetune-eva02-l-in22k-in1k": (512, 20, 2, 2e-5, 0.85, 0.15, 0.2, 0.08, True),
-    "finetune-eva02-l-m38m-in22k-in1k": (512, 20, 2, 2e-5, 0.85, 0.15, 0.2, 0.08, True),
-    "finetune-eva-g-clip-in1k": (1024, 20, 2, 3e-5, 0.9, 0.4, 0.3, 0.08, True),
-    "finetune-eva-g-clip-in1k-336": (512, 20, 2, 3e-5, 0.9, 0.4, 0.3, 0.08, True),
-}
-"""Read once more from the authors' commands."""
+FINE_TUNINGS = [name for name in RECIPES if name.startswith("finetune-")]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_recipes_have_the_published_values(name: str) -> None:
+@pytest.mark.parametrize("name", FINE_TUNINGS)
+def test_fine_tuning_recipe_fits_its_release(name: str) -> None:
+    """By the authors' commands: AdamW, a cosine to 0, RandAugment, and neither mixing nor erasing."""
     config = get_recipe(name)
-    batch_size, epochs, warmup, rate, layer_decay, drop_path, smoothing, crop, averaged = PUBLISHED[name]
     task, optim, schedule = config.task, config.optim, config.schedule
-    assert (config.batch_size, schedule.epochs, optim.lr) == (batch_size, epochs, rate)
-    assert schedule.warmup_share == pytest.approx(warmup / epochs)
     assert (optim.name, optim.beta1, optim.beta2, optim.eps) == ("adamw", 0.9, 0.999, 1e-8)
-    assert (optim.weight_decay, optim.grad_clip_norm, optim.visual.layer_decay) == (0.05, None, layer_decay)
+    assert (optim.weight_decay, optim.grad_clip_norm) == (0.05, None)
     assert (schedule.name, schedule.final_factor) == ("cosine", 0.0)
-    assert config.model.options == {"drop_path": drop_path}
-    assert (task.label_smoothing, task.auto_augment) == (smoothing, "rand-m9-mstd0.5-inc1")
-    assert (task.mixup, task.cutmix, task.random_erasing) == (0, 0, 0)
-    assert config.data.augmentation.scale == (crop, 1.0)
-    assert config.ema_decay == (0.9999 if averaged else None)
+    assert (task.auto_augment, task.mixup, task.cutmix, task.random_erasing) == ("rand-m9-mstd0.5-inc1", 0, 0, 0)
     model, _, tag = config.model.name.partition(".")
     assert task.classes == RELEASES[model][tag].num_classes
+    assert (config.data.augmentation.scale[0], config.ema_decay) == (
+        (0.2, None) if task.classes > 1000 else (0.08, 0.9999)
+    )
     start, _, tag = str(config.model.pretrained_image).removeprefix("hf-hub:timm/").partition(".")
     assert tag in RELEASES[start]
     # A model by whose name a recipe is found, too.
@@ -240,14 +222,9 @@ def test_recipes_have_the_published_values(name: str) -> None:
 
 
 def test_released_classifiers_have_recipes() -> None:
-    assert set(PUBLISHED) == {name for name in RECIPES if name.startswith("finetune-")}
-    wanted = {
-        f"{model}.{tag}"
-        for model, tags in RELEASES.items()
-        for tag in tags
-        if tag.startswith(("clip_ft", "mim_in22k_ft", "mim_m38m_ft"))
-    }
-    assert {RECIPES[name]().model.name for name in PUBLISHED} == wanted
+    kinds = ("clip_ft", "mim_in22k_ft", "mim_m38m_ft")
+    released = {f"{model}.{tag}" for model, tags in RELEASES.items() for tag in tags if tag.startswith(kinds)}
+    assert {RECIPES[name]().model.name for name in FINE_TUNINGS} == released
 
 
 PREPROCESS = Preprocess()

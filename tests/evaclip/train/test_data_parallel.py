@@ -23,22 +23,19 @@ import torch.distributed as dist
 from image_files import as_file
 from PIL import Image
 from processes import in_processes
-from safetensors.torch import load_file
 from small_tasks import TASKS
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from trained_runs import assert_equal, evaluations, records, steps, weights
 
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 from evaclip.train import distributed, run_folder, trainer
 from evaclip.train.config import ParallelConfig, TrainConfig
-from evaclip.train.distributed import GradientMean, World, connect, naming_timeouts
+from evaclip.train.distributed import GradientMean, World, connect
 from evaclip.train.overrides import dump_yaml
-from evaclip.train.progress import read_log
 from evaclip.train.sharding import _mesh
 from evaclip.train.step import TrainStep
 from evaclip.train.trainer import train
-
-LAST = "checkpoints/step_00000004/model.safetensors"
 
 
 def run_two(config: TrainConfig, folder: Path) -> str:
@@ -75,17 +72,17 @@ def test_two_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pat
     """Started by torchrun, on shards that can't be cut into equal parts. Other tasks: `test_sharding.py`."""
     task = "siglip"
     common = [
-        *TASKS[task].patch_dropout, "accumulation=2", "schedule.steps=4", "optim.name=lamb", "optim.grad_clip_norm=0.5",
+        *TASKS[task].patch_dropout, "accumulation_steps=2", "schedule.steps=4",
+        "optim={name: lamb, grad_clip_norm: 0.5}",
         "eval.sets.val={data: {num_samples: 64, workers: 0}, samples: 16}",
         f"data.train={uneven_shards(tmp_path / 'shards')}",
     ]  # fmt: skip
     one, two = train(run_config(*common, "name=one", task=task)).folder, tmp_path / "two"
     assert run_two(run_config(*common, "name=two", task=task), tmp_path).count("step 1/4") == 1
-    expected, found = load_file(one / LAST), load_file(two / LAST)
+    expected, found = weights(one, 4), weights(two, 4)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    logs = [[r for r in read_log(run / "log.jsonl") if "loss" in r] for run in (one, two)]
-    for left, right in zip(*logs, strict=True):
+    for left, right in zip(records(one), records(two), strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5, abs=1e-6)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
         assert right["samples"] == left["samples"]
@@ -95,7 +92,7 @@ def test_two_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pat
             assert right[key] == pytest.approx(left[key], rel=1e-3), key
         tokens = [record["tokens_per_second"] / record["samples_per_second"] for record in (left, right)]
         assert tokens[1] == pytest.approx(tokens[0])
-    metrics = [next(r["eval"] for r in read_log(run / "log.jsonl") if "eval" in r) for run in (one, two)]
+    metrics = [evaluations(run)[4] for run in (one, two)]
     assert TASKS[task].metrics < metrics[0].keys()
     assert metrics[1] == pytest.approx(metrics[0] | {"seconds": metrics[1]["seconds"]}, rel=1e-5, abs=1e-6)
 
@@ -138,10 +135,7 @@ def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
 @pytest.mark.xdist_group("processes")
 def test_ranks_vote_during_the_next_step(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     in_processes(2, stop_and_resume, run_config("name=straight"), run_config())
-    weights = [
-        load_file(tmp_path / name / "checkpoints/step_00000006/model.safetensors") for name in ("run", "straight")
-    ]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
 def save_when_time_is_up(config: TrainConfig) -> None:
@@ -160,10 +154,7 @@ def save_when_time_is_up(config: TrainConfig) -> None:
 @pytest.mark.xdist_group("processes")
 def test_checkpoint_by_time_is_written_once(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     in_processes(2, save_when_time_is_up, run_config("checkpoint={every_minutes: 30, keep: 9}"))
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*")) == [
-        "step_00000004",
-        "step_00000006",
-    ]
+    assert steps(tmp_path / "run") == [4, 6]
 
 
 def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
@@ -173,9 +164,7 @@ def train_elsewhere(config: TrainConfig, folder: Path, shared: bool) -> None:
     os.chdir(mine)
     if os.environ["RANK"] == "1" and shared:
         threading.Timer(2, lambda: (mine / "runs").symlink_to(folder / "0" / "runs")).start()
-    elsewhere = pytest.raises(
-        UserError, match=rf"/0/runs/run.*1 of 2 processes, on {socket.gethostname()}: a run needs"
-    )
+    elsewhere = pytest.raises(UserError, match=rf"/0/runs/run.*1 of 2 ranks, on {socket.gethostname()}; ")
     with patch.object(run_folder, "ATTRIBUTES", 300 if shared else 1), nullcontext() if shared else elsewhere:
         train(config)
 
@@ -206,20 +195,25 @@ def test_timeouts_of_steps_and_saving(run_config: Callable[..., TrainConfig]) ->
 
 
 def test_nccl_timeout_writes_last_collectives(run_config, monkeypatch, tmp_path):
-    """With stand-ins for NCCL's recorder and groups; the user's size of the buffer stays."""
-    folder = tmp_path / "run/flight-recorder"
+    """With stand-ins for NCCL's recorder and groups; the user's variable stays, and torch's end with the run."""
+    folder, inside = tmp_path / "run/flight-recorder", {}
+
+    def fail(_: Any) -> None:
+        inside.update(os.environ)
+        raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"collectives", raising=False)
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", Mock())
     monkeypatch.setattr(trainer, "connect", lambda *_: World(torch.device("cuda"), 3, 1024, Mock(), Mock()))
-    monkeypatch.setattr(trainer.host, "prepare", Mock(side_effect=RuntimeError))
-    given = {"WORLD_SIZE": "1024", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}
-    with patch.dict(os.environ, given):
-        with suppress(RuntimeError):
-            train(run_config())
-        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{folder}/rank_"
-        assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-        assert "TORCH_FR_BUFFER_SIZE" not in os.environ
-        with pytest.raises(RuntimeError) as caught, naming_timeouts(ParallelConfig(), trainer.connect()):
-            raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+    monkeypatch.setattr(trainer, "require_trackers", fail)
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "9")
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError) as caught:
+        train(run_config())
+    assert (inside["TORCH_FR_DUMP_TEMP_FILE"], inside["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == (f"{folder}/rank_", "1")
+    assert "TORCH_FR_BUFFER_SIZE" not in inside
+    assert dict(os.environ) == before
     assert f"torchfrtrace {folder}" in caught.value.__notes__[-1]
     assert (folder / "rank_3").read_bytes() == b"collectives"
 

@@ -76,7 +76,7 @@ def test_every_gradient_is_that_of_the_papers(name: str, layers: int, recompute:
     task = MaskedImage(student, teacher, MaskedImageTask(name="masked_image"))
     optim = OptimConfig(lr=0.0)
     optimizer = build_optimizer(parameter_groups(student, task.towers, optim), optim)
-    step = TrainStep(task, optimizer, StepOptions(accumulation=accumulation), World(torch.device("cpu")))
+    step = TrainStep(task, optimizer, StepOptions(accumulation_steps=accumulation), World(torch.device("cpu")))
     result = step(images, masked, step=0)
 
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-12, atol=0)

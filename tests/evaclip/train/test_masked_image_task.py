@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sharded_run import train_all
 from small_tasks import OPTIONS
 from torch import Tensor
+from trained_runs import assert_equal, checkpoint, column, evaluations, weights
 
 from evaclip import create_model, create_vision_model
 from evaclip.data.shard_writer import write_shard
@@ -29,17 +30,12 @@ from evaclip.model.config import Preprocess
 from evaclip.model.flops import masked_image_flops, vision_flops
 from evaclip.model.vision_names import vision_config
 from evaclip.train.config import MaskedImageTask, TeacherConfig, TrainConfig
-from evaclip.train.progress import read_log
 from evaclip.train.tasks.teacher import FeatureCache, Teacher
 from evaclip.train.trainer import train
 from evaclip.weights.convert import convert
 
 Make = Callable[..., TrainConfig]
 SAME = Preprocess()
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record]
 
 
 def small_teacher(own: Preprocess = SAME, students: Preprocess = SAME, **how: Any) -> Teacher:
@@ -118,20 +114,18 @@ def test_the_cache_knows_pixels_again(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_another_teacher_is_refused_unless_allowed(run_config: Make, tmp_path: Path, capsys: Any) -> None:
     """Whether its file was replaced or another one is named; the same weights may lie elsewhere."""
-    file, weights = tmp_path / "teacher.safetensors", create_model("tiny", **OPTIONS).state_dict()
-    save_file(weights, file)
+    file, state = tmp_path / "teacher.safetensors", create_model("tiny", **OPTIONS).state_dict()
+    save_file(state, file)
 
     def go_on(*changes: str, resume: str = "auto") -> dict[str, Tensor]:
         given = ["schedule.steps=4", "checkpoint.every_steps=2", f"task.teacher.pretrained={file}", *changes]
-        folder = train(run_config(*given, task="masked_image"), resume=resume).folder
-        return load_file(folder / "checkpoints/step_00000004/model.safetensors")
+        return weights(train(run_config(*given, task="masked_image"), resume=resume).folder, 4)
 
     straight, halfway = go_on(resume="none"), str(tmp_path / "run/checkpoints/step_00000002")
     moved = file.rename(tmp_path / "moved.safetensors")
-    found = go_on(f"task.teacher.pretrained={moved}", resume=halfway)
-    assert all(torch.equal(value, found[name]) for name, value in straight.items())
+    assert_equal(go_on(f"task.teacher.pretrained={moved}", resume=halfway), straight)
     assert "changed since the checkpoint: task.teacher.pretrained" in capsys.readouterr().out
-    save_file({name: value * 1.01 for name, value in weights.items()}, file)
+    save_file({name: value * 1.01 for name, value in state.items()}, file)
     with pytest.raises(UserError, match=r"the teacher is not the one .* \(weights: \w+ -> \w+\).*allow_teacher_change"):
         go_on(resume=halfway)
     with pytest.raises(UserError, match=r"weights: .*precision: fp32 -> bf16"):
@@ -153,15 +147,13 @@ def test_a_run_with_a_cache_is_the_same_run(run_config: Make, tmp_path: Path) ->
     # A whole run that finds all: what it finds can only be what was kept.
     (folder,) = (tmp_path / "cache").iterdir()
     found = train(run_config(*cached, "name=found", task="masked_image")).folder
-    assert losses(plain) == losses(kept) == losses(found)
-    last = "checkpoints/step_00000008/model.safetensors"
-    expected = load_file(plain / last)
+    assert column(plain, "loss") == column(kept, "loss") == column(found, "loss")
     for run in (kept, found):
-        assert all(torch.equal(value, expected[name]) for name, value in load_file(run / last).items())
+        assert_equal(weights(run, 8), weights(plain, 8))
     for file in folder.rglob("*.safetensors"):
         file.write_bytes(next(iter(folder.rglob("*.safetensors"))).read_bytes())
     wrong = train(run_config(*cached, "name=wrong", task="masked_image")).folder
-    assert losses(wrong) != losses(plain)
+    assert column(wrong, "loss") != column(plain, "loss")
     # Of another teacher there is nothing.
     train(run_config(*cached, "name=other", "seed=1", "schedule.steps=1", task="masked_image"))
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -186,12 +178,13 @@ def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path
     noise = {"data": {"train": str(test), "workers": 0}, "fit": {"train": str(fit), "workers": 0}}
     few = {**noise, "fit": {"train": str(labelled(tmp_path / "few", 8, 2)), "workers": 0}}
     every = ["loss", "linear_probe", "knn"]
-    sets = {"noise": {**noise, "measure": every}, "few": {**few, "measure": every}, "unasked": noise}
-    config = run_config("eval.every_steps=3", "held_out=0.2", f"eval.sets={json.dumps(sets)}", task="masked_image")
-    outcome = train(config)
-    evaluations = [record["eval"] for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
-    assert len(evaluations) == 2
-    for found in evaluations:
+    sets = {"noise": {**noise, "metrics": every}, "few": {**few, "metrics": every}, "unasked": noise}
+    config = run_config(
+        "eval.every_steps=3", "validation_split=0.2", f"eval.sets={json.dumps(sets)}", task="masked_image"
+    )
+    measured = list(evaluations(train(config).folder).values())
+    assert len(measured) == 2
+    for found in measured:
         assert found["noise/knn_top1"] == found["noise/linear_probe_top1"] == 1.0
         assert (found["noise/samples"], found["noise/fit_samples"], found["noise/classes"]) == (10, 30, 2)
         assert -1 < found["held_out/loss"] < 1
@@ -200,7 +193,7 @@ def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path
         assert found["few/knn_top1"] == found["unasked/knn_top1"] == 1.0
         assert found["few/loss"] == found["noise/loss"]
         assert not {"unasked/linear_probe_top1", "unasked/loss"} & found.keys()
-    assert evaluations[1]["held_out/loss"] < evaluations[0]["held_out/loss"]
+    assert measured[1]["held_out/loss"] < measured[0]["held_out/loss"]
 
 
 @pytest.mark.parametrize(
@@ -214,8 +207,8 @@ def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path
         ("task.teacher.shard=true", "parallel.mode"),
         ("task.teacher={shard: true, cache: x}", "shard=false"),
         ("model.options.rope=false", "task.masked=compute"),
-        ("eval.sets.x={measure: [classify], data: {num_samples: 8}}", "measure"),
-        ("eval.sets.x={measure: [knn], data: {num_samples: 8}}", "fit"),
+        ("eval.sets.x={metrics: [classify], data: {num_samples: 8}}", "metrics"),
+        ("eval.sets.x={metrics: [knn], data: {num_samples: 8}}", "fit"),
         ("eval.sets.x={templates: 'a {}', data: {num_samples: 8}}", "eval.sets.x.templates"),
     ],
 )
@@ -229,15 +222,14 @@ def test_pictures_need_no_captions(run_config: Make, tmp_path: Path) -> None:
     samples = [(f"{number}", {"png": source[number].image}) for number in range(24)]
     write_shard(tmp_path / "shard.tar", samples)
     folder = train(run_config(f"data.train={tmp_path / 'shard.tar'}", "schedule.steps=2", task="masked_image")).folder
-    assert len(losses(folder)) == 2
+    assert len(column(folder, "loss")) == 2
 
 
 def test_a_teacher_may_be_an_image_model(run_config: Make) -> None:
     config = run_config("schedule.steps=1", task="masked_image")
     teacher = TeacherConfig(name="eva02_tiny_patch14_224", options={**OPTIONS["vision"], "width": 24})
     folder = train(replace(config, task=MaskedImageTask(name="masked_image", teacher=teacher, smallest_block=2))).folder
-    weights = load_file(folder / "checkpoints/step_00000001/model.safetensors")
-    assert weights["lm_head.weight"].shape == (24, 16)
+    assert weights(folder, 1)["lm_head.weight"].shape == (24, 16)
 
 
 @pytest.mark.parametrize("name", ["eva02_base_patch14_224", "eva02_tiny_patch14_224"])
@@ -275,11 +267,11 @@ def test_masked_image_weights_convert_both_ways(name, run_config, tmp_path):
 
 def test_training_starts_from_weights(run_config: Make) -> None:
     first = train(run_config("name=first", task="masked_image")).folder
-    state = load_file(first / "checkpoints/step_00000006/model.safetensors")
+    state = weights(first)
     for key, own in (("pretrained", ()), ("pretrained_image", ("mask_token", "lm_head"))):
         common = [f"name={key}", f"model.{key}={first}", "optim.lr=0.0", "schedule.steps=1"]
         folder = train(run_config(*common, task="masked_image")).folder
-        for name, value in load_file(folder / "checkpoints/step_00000001/model.safetensors").items():
+        for name, value in weights(folder, 1).items():
             assert torch.equal(value, state[name]) != name.startswith(own), name
 
 
@@ -295,7 +287,7 @@ def test_flops_of_masked_and_of_dropped_patches() -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) -> None:
-    sets = "eval.sets.val={data: {num_samples: 48, workers: 0}, first: 40, samples: 3}"
+    sets = "eval.sets.val={data: {num_samples: 48, workers: 0}, skip: 40, samples: 3}"
     common = ["parallel.mode=shard", "schedule.steps=3", sets]
     alone = train(run_config(*common, "name=alone", task="masked_image"))
     configs = [
@@ -303,12 +295,8 @@ def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) ->
         for shard in ("false", "true")
     ]
     in_processes(2, train_all, *((config, "none") for config in configs))
-    runs = [
-        torch.load(tmp_path / name / "checkpoints/step_00000003/state.pt")["taught_by"]
-        for name in ("alone", "shard-true")
-    ]
-    assert runs[0] == runs[1]
+    states = [torch.load(checkpoint(tmp_path / name, 3) / "state.pt") for name in ("alone", "shard-true")]
+    assert states[0]["taught_by"] == states[1]["taught_by"]
     for name in ("shard-false", "shard-true"):
-        assert losses(tmp_path / name) == pytest.approx(losses(alone.folder), abs=1e-6)
-        (found,) = [record["eval"] for record in read_log(tmp_path / name / "log.jsonl") if "eval" in record]
-        assert found["val/loss"] == pytest.approx(alone.metrics["val/loss"], abs=1e-5)
+        assert column(tmp_path / name, "loss") == pytest.approx(column(alone.folder, "loss"), abs=1e-6)
+        assert evaluations(tmp_path / name)[3]["val/loss"] == pytest.approx(alone.metrics["val/loss"], abs=1e-5)

@@ -20,14 +20,12 @@ from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
 from evaclip.run_files import EVENTS_FILE, LOG_FILE
-from evaclip.train import trackers
-from evaclip.train.config import LogConfig, LossConfig, WandbConfig
+from evaclip.train import progress
+from evaclip.train.config import LogConfig, LossConfig
 from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.meter import Meter
-from evaclip.train.progress import open_report, read_log
-from evaclip.train.sinks import Record, Sink
+from evaclip.train.progress import Record, open_report, read_log
 from evaclip.train.tasks.contrastive import Contrastive
-from evaclip.train.throughput import peak_flops
+from evaclip.train.throughput import Meter, peak_flops
 from evaclip.train.trainer import train
 
 RECORD = Record(
@@ -130,8 +128,8 @@ def test_meter_separates_waiting_from_work(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_later_ctrl_c_ends_at_once() -> None:
     code = (
-        "import os, signal; from evaclip.train import signals; signals.INSISTING = 0\n"
-        "with signals.StopSignals():\n"
+        "import os, signal; from evaclip.train import watchdog; watchdog.INSISTING = 0\n"
+        "with watchdog.StopSignals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('goes on')"
     )
@@ -139,22 +137,12 @@ def test_a_later_ctrl_c_ends_at_once() -> None:
     assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "")
 
 
-WANDB = LogConfig(wandb=WandbConfig(project="p", mode="offline"))
-
-
-def test_tracker_config_has_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = []
-    monkeypatch.setattr(trackers, "Wandb", lambda config, folder, name, tree: shown.append(tree) or Sink())
-    tree = {"data": {"train": "https://me:abc123@host/00.tar"}, "optim": {"lr": 0.1}}
-    trackers.open_trackers(WANDB, tmp_path, "my-run", tree, print)
-    assert shown == [{"data": {"train": "https://host/00.tar"}, "optim": {"lr": 0.1}}]
-
-
 @pytest.mark.exhaustive
-def test_wandb_offline(tmp_path: Path) -> None:
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     for step in (1, 2):
-        (sink,) = trackers.open_trackers(WANDB, tmp_path, "my-run", {"optim": {"lr": 0.123}}, pytest.fail)
+        sink = progress.Wandb("p", tmp_path, "my-run", {"optim": {"lr": 0.123}}, pytest.fail)
         sink.record(replace(RECORD, step=step))
         sink.evaluation(step, {"top1": 0.5})
         sink.close(None)
@@ -167,14 +155,13 @@ def test_wandb_offline(tmp_path: Path) -> None:
         content = path.read_bytes()
         for expected in (b"my-run", b"train/loss", b"train/update_ratio_text", b"eval/top1", b"0.123"):
             assert expected in content, expected
-        # Without samples the value is NaN, and the log leaves it out.
 
 
 @pytest.mark.parametrize(
     ("name", "value", "extra"), [("wandb", "{project: p}", "wandb"), ("tensorboard", "true", "clip")]
 )
 def test_missing_tracker_is_refused_first(name, value, extra, run_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"log\.{name} needs `pip install 'evakernels\[{extra}\]'`"):
         train(run_config(f"log.{name}={value}"))
     assert not (tmp_path / "run").exists()
@@ -182,24 +169,31 @@ def test_missing_tracker_is_refused_first(name, value, extra, run_config, tmp_pa
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_service_that_fails_does_not_fail_the_run(fails, run_config, monkeypatch, capsys):
+    """And gets no credentials."""
+
     def call(name: str) -> Callable[..., Any]:
-        def function(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
+        def function(*args: Any, **given: Any) -> Any:
+            calls.append((name, given))
             if name == fails:
                 raise ConnectionError("no\nroute")
             return run
 
         return function
 
-    calls: list[str] = []
+    calls: list[tuple[str, dict[str, Any]]] = []
     run = SimpleNamespace(**{name: call(name) for name in ("log", "finish", "define_metric")})
     fake = SimpleNamespace(init=call("init"), Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
-    assert train(run_config("log.wandb={project: p}")).steps == 6
-    told = "log.wandb failed and is left out from now on (ConnectionError: no route)"
-    assert capsys.readouterr().out.count(told) == 1
-    assert calls.count("log") == {"init": 0, "log": 1, "finish": 6}[fails]
+    monkeypatch.setattr(progress, "find_spec", lambda name: object())
+    secret = "eval.sets.val={data: {train: 'https://me:abc123@host/00.tar'}, samples: 1}"
+    monkeypatch.setattr("evaclip.train.tasks.contrastive.open_sets", lambda *_: [])
+    assert train(run_config("log.wandb={project: p}", secret)).steps == 6
+    assert (
+        capsys.readouterr().out.count("log.wandb failed and is left out from now on (ConnectionError: no route)") == 1
+    )
+    assert [name for name, _ in calls].count("log") == {"init": 0, "log": 1, "finish": 6}[fails]
+    shown = calls[0][1]["config"]["eval"]["sets"]["val"]["data"]["train"]
+    assert shown == "https://host/00.tar"
 
 
 @pytest.mark.parametrize(

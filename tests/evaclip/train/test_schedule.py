@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from small_tasks import OPTIONS
+from trained_runs import assert_equal, checkpoint, column, weights
 
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.train.config import ScheduleConfig, TrainConfig
-from evaclip.train.progress import read_log
 from evaclip.train.schedule import image_parts, image_size_at, lr_factor, total_steps
 from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.trainer import train
@@ -43,14 +42,14 @@ def test_warm_up_then_half_cosine_to_zero() -> None:
 )
 def test_warm_up_stable_cooldown(cooldown: str, middle: float) -> None:
     config = ScheduleConfig(
-        name="constant", steps=100, warmup_steps=10, cooldown_share=0.4, cooldown=cooldown, final_factor=0.2
+        name="constant", steps=100, warmup_steps=10, cooldown_fraction=0.4, cooldown=cooldown, final_factor=0.2
     )
     factors = [lr_factor(step, 100, config) for step in range(101)]
     assert factors[9:61] == [1.0] * 52
     assert factors[70] == pytest.approx(middle)
     assert factors[100] == pytest.approx(0.2)
     assert factors[60:] == sorted(factors[60:], reverse=True)
-    by_steps = replace(config, cooldown_share=None, cooldown_steps=40)
+    by_steps = replace(config, cooldown_fraction=None, cooldown_steps=40)
     assert [lr_factor(step, 100, by_steps) for step in range(101)] == factors
 
 
@@ -58,9 +57,12 @@ def test_warm_up_stable_cooldown(cooldown: str, middle: float) -> None:
     ("options", "message"),
     [
         ({"cooldown_steps": 5}, "name=constant"),
-        ({"name": "constant", "cooldown_steps": 5, "cooldown_share": 0.1}, "either cooldown_steps or cooldown_share"),
-        ({"resolutions": [{"image_size": 98, "steps": 3, "share": 0.1}]}, "set either steps or share"),
-        ({"resolutions": 2 * [{"image_size": 98, "share": 0.5}]}, "leave nothing for the model's own"),
+        (
+            {"name": "constant", "cooldown_steps": 5, "cooldown_fraction": 0.1},
+            "either cooldown_steps or cooldown_fraction",
+        ),
+        ({"resolutions": [{"image_size": 98, "steps": 3, "fraction": 0.1}]}, "set either steps or fraction"),
+        ({"resolutions": 2 * [{"image_size": 98, "fraction": 0.5}]}, "less than 1 together"),
     ],
 )
 def test_schedule_mistakes(options: dict[str, Any], message: str) -> None:
@@ -78,7 +80,7 @@ def test_total_steps() -> None:
 
 
 Make = Callable[..., TrainConfig]
-PHASES = "schedule.resolutions=[{image_size: 8, steps: 2}, {image_size: 12, share: 0.34}]"
+PHASES = "schedule.resolutions=[{image_size: 8, steps: 2}, {image_size: 12, fraction: 0.34}]"
 
 
 @pytest.mark.parametrize("early_drop", [True, False])
@@ -104,12 +106,12 @@ def test_smaller_image_equals_a_smaller_model(small_model: CLIP, early_drop: boo
 
 
 def test_the_course_of_the_size() -> None:
-    parts: Any = [{"image_size": 98, "share": 0.4}, {"image_size": 154, "steps": 3}]
+    parts: Any = [{"image_size": 98, "fraction": 0.4}, {"image_size": 154, "steps": 3}]
     config = ScheduleConfig(steps=10, resolutions=parts)
     assert [image_size_at(step, 10, config) for step in range(10)] == [98] * 4 + [154] * 3 + [None] * 3
     assert image_parts(10, config) == [(range(4), 98), (range(4, 7), 154), (range(7, 10), None)]
 
-    parts = [{"image_size": 98, "share": 0.01}, {"image_size": 154, "steps": 99}, {"image_size": 182, "steps": 2}]
+    parts = [{"image_size": 98, "fraction": 0.01}, {"image_size": 154, "steps": 99}, {"image_size": 182, "steps": 2}]
     assert image_parts(10, ScheduleConfig(steps=10, resolutions=parts)) == [(range(10), 154)]
 
 
@@ -127,17 +129,12 @@ def test_resolution_parts_resume_bit_exactly(run_config, tmp_path, monkeypatch):
     assert seen == [8, 8, 12, 12, 16, 16]
     for done in (1, 2, 3):
         found = train(
-            run_config(*common, evaluated, f"name=from-{done}"), resume=str(straight / f"checkpoints/step_{done:08d}")
+            run_config(*common, evaluated, f"name=from-{done}"), resume=str(checkpoint(straight, done))
         ).folder
-        logs = [
-            {r["step"]: (r["loss"], r["lr"]) for r in read_log(f / "log.jsonl") if "loss" in r}
-            for f in (straight, found)
-        ]
-        assert list(logs[1]) == list(range(done + 1, 7))
-        assert logs[1].items() <= logs[0].items()
-        for name in ("model.safetensors", "optimizer/00000.safetensors"):
-            left, right = (load_file(f / "checkpoints/step_00000006" / name) for f in (straight, found))
-            assert all(torch.equal(right[key], value) for key, value in left.items())
+        for key in ("step", "loss", "lr"):
+            assert column(found, key) == column(straight, key)[done:]
+        for file in ("model", "optimizer/00000"):
+            assert_equal(weights(found, file=file), weights(straight, file=file))
 
 
 def test_the_past_keeps_its_size(run_config: Make, tmp_path: Path) -> None:

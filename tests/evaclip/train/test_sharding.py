@@ -1,6 +1,5 @@
 """Sharded over processes, a training is what it is in one."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -13,14 +12,13 @@ from processes import in_processes
 from sharded_run import train_all
 from small_tasks import TASKS
 from torch.distributed.tensor import DTensor
+from trained_runs import checkpoint, column, records, weights
 
 from evaclip.train import rng
 from evaclip.train.build import build_step, build_task
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import connect
-from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
-from evaclip.weights.files import read_tensors as load_file
 
 STEPS = 4
 COMMON = (
@@ -30,20 +28,20 @@ MODES = {
     "replicate": ["parallel.mode=replicate"],
     "shard": ["parallel.mode=shard", "model.savings.recompute=block"],
     "hybrid": [
-        "parallel={mode: hybrid, shard_size: 2, reshard: false, accumulate: shards}",
+        "parallel={mode: hybrid, shard_size: 2, reshard_after_forward: false, accumulate: shards}",
         "model.savings.recompute=activations",
     ],
 }
-EVAL = "eval={sets: {val: {data: {num_samples: 112, workers: 0}, first: 96, samples: 13}}, batch_size: 3}"
+EVAL = "eval={sets: {val: {data: {num_samples: 112, workers: 0}, skip: 96, samples: 13}}, batch_size: 3}"
 
 
 def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record]
+    return column(folder, "loss")
 
 
 def update_norms(folder: Path) -> list[float]:
-    records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
-    return [value for record in records for name, value in record.items() if name.startswith("update_norm_")]
+    items = [item for record in records(folder) for item in record.items()]
+    return [value for name, value in items if name.startswith("update_norm_")]
 
 
 @pytest.mark.slow
@@ -52,7 +50,7 @@ def update_norms(folder: Path) -> list[float]:
 def test_unequal_parts_of_a_batch_equal_one(task: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """Of 16 samples 5, 5 and 6, and the 5 in chunks of 2 and 3, or as many pairs; then two processes go on."""
     run_config = partial(run_config, *COMMON, *TASKS[task].patch_dropout, task=task)
-    common = ["batch_size=16", "checkpoint.every_steps=4", "accumulation=2"]
+    common = ["batch_size=16", "checkpoint.every_steps=4", "accumulation_steps=2"]
     more = [*common, "schedule={steps: 6, name: constant}"]
     one = train(run_config(*more, "name=one")).folder
     part = "schedule={steps: 4, name: constant}"
@@ -64,11 +62,10 @@ def test_unequal_parts_of_a_batch_equal_one(task: str, run_config: Callable[...,
     for mode in modes:
         assert losses(tmp_path / mode) == pytest.approx(losses(one), rel=1e-5, abs=1e-6), mode
         assert update_norms(tmp_path / mode) == pytest.approx(update_norms(one), rel=2e-3), mode
-        for step, name in ((4, "model"), (6, "model"), (6, "ema")):
-            file = f"checkpoints/step_{step:08d}/{name}.safetensors"
-            expected, found = load_file(one / file), load_file(tmp_path / mode / file)
+        for step, file in ((4, "model"), (6, "model"), (6, "ema")):
+            expected, found = weights(one, step, file), weights(tmp_path / mode, step, file)
             for key, value in expected.items():
-                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{mode} {file} {key}")
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{mode} {step} {file} {key}")
 
 
 @pytest.mark.slow
@@ -102,8 +99,7 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
     for task, one in straight.items():
         folder = tmp_path / f"{task}-parts"
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5, abs=1e-6), task
-        records = [read_log(path / "log.jsonl")[-1] for path in (one, folder)]
-        assert records[0].get("samples") == records[1].get("samples"), task
+        assert records(folder)[-1]["samples"] == records(one)[-1]["samples"], task
 
 
 @pytest.mark.slow
@@ -122,8 +118,7 @@ def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) ->
     for precision, dtype in dtypes.items():
         two = tmp_path / f"two-{precision}"
         assert losses(two) == pytest.approx(losses(tmp_path / precision), rel=2e-2), precision
-        weights = load_file(two / "checkpoints/step_00000002/model.safetensors")
-        assert {w.dtype for w in weights.values()} == {dtype}
+        assert {value.dtype for value in weights(two, 2).values()} == {dtype}
 
 
 def test_16_bit_shards_are_summed_in_float32(run_config: Callable[..., TrainConfig]) -> None:
@@ -131,7 +126,7 @@ def test_16_bit_shards_are_summed_in_float32(run_config: Callable[..., TrainConf
     found = []
     for accumulate in ("whole", "shards"):
         parallel = f"parallel={{mode: shard, offload: cpu, accumulate: {accumulate}}}"
-        config = run_config(parallel, "precision=bf16", "batch_size=32", "accumulation=32")
+        config = run_config(parallel, "precision=bf16", "batch_size=32", "accumulation_steps=32")
         with closing(connect("cpu", config.parallel)) as world:
             rng.seed_all(0, 0)
             task = build_task(config, world)
@@ -152,12 +147,10 @@ def test_offload_of_one_process_changes_nothing(task, run_config, tmp_path):
     outcome = train(offloaded)
     assert losses(outcome.folder) == pytest.approx(losses(plain.folder), rel=1e-6)
     assert outcome.metrics == pytest.approx(plain.metrics)
-    shutil.rmtree(outcome.folder / "checkpoints/step_00000006")
-    (outcome.folder / "checkpoints/latest").write_text("step_00000003")
+    (checkpoint(outcome.folder) / "state.pt").unlink()
     train(offloaded, resume="auto")
-    for name in ("model.safetensors", "ema.safetensors"):
-        files = [folder / "checkpoints/step_00000006" / name for folder in (plain.folder, outcome.folder)]
-        expected, found = (load_file(file) for file in files)
+    for file in ("model", "ema"):
+        expected, found = weights(plain.folder, file=file), weights(outcome.folder, file=file)
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"{file} {key}")
     assert not torch.distributed.is_initialized()

@@ -3,24 +3,17 @@
 import math
 import random
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+from trained_runs import assert_equal, checkpoint, column, evaluations, records, steps, weights
 
-from evaclip.train import snapshot
 from evaclip.train.checkpoint import load_state
 from evaclip.train.config import TrainConfig
-from evaclip.train.progress import read_log
-from evaclip.train.spikes import SpikeDetector
 from evaclip.train.step import StepResult, TrainStep
-from evaclip.train.trainer import train
+from evaclip.train.trainer import SpikeDetector, train
 
 Make = Callable[..., TrainConfig]
 
@@ -62,17 +55,14 @@ def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, caps
         return replace(result, loss=result.loss + (100 if 8 <= len(calls) <= 9 else 0))
 
     monkeypatch.setattr(TrainStep, "__call__", spiking)
-    spikes = "spikes={deviations: 20, patience: 2, window: 8}"
+    spikes = "spikes={threshold_sigma: 20, patience: 2, window: 8}"
     measured = "eval={every_steps: 7, sets: {val: {data: {num_samples: 4, workers: 0}}}}"
     outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10", measured))
-    assert "up to step 9: went back to step_00000007" in capsys.readouterr().out
-    records = read_log(outcome.folder / "log.jsonl")
-    assert [record["step"] for record in records if "eval" in record] == [7, 10]
-    records = [record for record in records if "eval" not in record]
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
-    assert records[-1]["samples"] == 12 * 8
-    folders = sorted(path.name for path in (outcome.folder / "checkpoints").glob("step_*"))
-    assert folders == [f"step_{step:08d}" for step in range(1, 11)]
+    assert "far above what it was before, up to step 9: went back to step_00000007" in capsys.readouterr().out
+    assert list(evaluations(outcome.folder)) == [7, 10]
+    assert column(outcome.folder, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
+    assert records(outcome.folder)[-1]["samples"] == 12 * 8
+    assert steps(outcome.folder) == list(range(1, 11))
 
 
 def test_spike_detector_returns_with_the_weights(run_config, monkeypatch, capsys):
@@ -87,38 +77,20 @@ def test_spike_detector_returns_with_the_weights(run_config, monkeypatch, capsys
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     saving = "checkpoint={every_steps: 10, keep: 99}"
-    outcome = train(run_config("spikes={deviations: 20, patience: 2, window: 8}", saving, "schedule.steps=24"))
+    outcome = train(run_config("spikes={threshold_sigma: 20, patience: 2, window: 8}", saving, "schedule.steps=24"))
     text = capsys.readouterr().out
     assert [line.split(":")[0] for line in re.findall("went back to (.*),", text)] == ["step_00000010"]
     assert outcome.steps == 24
 
 
-def test_spike_detector_is_resumed(run_config: Make, tmp_path: Path) -> None:
-    config = run_config("spikes={deviations: 1e9, window: 4}", "checkpoint.every_steps=3", "schedule.steps=6")
-    train(config)
-    losses = [record["loss"] for record in read_log(tmp_path / "run" / "log.jsonl")]
-    folder = tmp_path / "run" / "checkpoints"
+def test_spike_detector_is_resumed(run_config: Make) -> None:
+    config = run_config("spikes={threshold_sigma: 1e9, window: 4}", "checkpoint.every_steps=3", "schedule.steps=6")
+    folder = train(config).folder
+    losses, straight = column(folder, "loss"), weights(folder)
     for step in (3, 6):
-        state = load_state(folder / f"step_{step:08d}")
+        state = load_state(checkpoint(folder, step))
         assert state["spikes"] == {"ordinary": losses[max(0, step - 4) : step], "suspicious": 0}
-    straight = load_file(folder / "step_00000006" / "model.safetensors")
-    shutil.rmtree(folder / "step_00000006")
-    (folder / "latest").write_text("step_00000003\n")
+    (checkpoint(folder) / "state.pt").unlink()
     train(config, resume="auto")
-    assert load_state(folder / "step_00000006")["spikes"]["ordinary"] == losses[2:]
-    resumed = load_file(folder / "step_00000006" / "model.safetensors")
-    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
-
-
-def test_checkpoint_without_spikes_is_resumed(run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version wrote it."""
-    config = run_config("schedule={steps: 4, name: constant}")
-    original = snapshot.checkpoint.Content
-
-    def content(**parts: Any) -> Any:
-        return original(**{**parts, "state": {key: value for key, value in parts["state"].items() if key != "spikes"}})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot.checkpoint, "Content", content)
-        train(config)
-    assert train(run_config("schedule={steps: 6, name: constant}"), resume="latest").steps == 6
+    assert load_state(checkpoint(folder))["spikes"]["ordinary"] == losses[2:]
+    assert_equal(weights(folder), straight)

@@ -16,12 +16,11 @@ from evaclip.data.loader import Rows
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.plan.step import plan_step
+from evaclip.train.build import prepare_device
 from evaclip.train.config import LossConfig, OptimConfig
-from evaclip.train.host import prepare
 from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.loss_scale import LossScale
-from evaclip.train.micro_batch import Upload
-from evaclip.train.step import StepOptions, StepResult, TrainStep
+from evaclip.train.micro_batch import upload
+from evaclip.train.step import LossScale, StepOptions, StepResult, TrainStep
 from evaclip.transforms import Normalization
 from evakernels import backends, set_loss_products
 
@@ -49,7 +48,9 @@ def test_accumulation_equals_the_whole_batch(small_model, batch, loss, recompute
     small_model.set_savings(Savings(recompute=recompute))
     found = []
     for accumulation in (1, 3):  # of 8 samples
-        step = make_step(copy.deepcopy(small_model), StepOptions(accumulation=accumulation), LossConfig(name=loss))
+        step = make_step(
+            copy.deepcopy(small_model), StepOptions(accumulation_steps=accumulation), LossConfig(name=loss)
+        )
         result = step(batch[0].double(), batch[1], step=3)
         found.append((result, gradients(step)))
     (whole, whole_gradients), (chunked, chunked_gradients) = found
@@ -94,7 +95,7 @@ def test_16_bit_gradients_are_summed_in_float32(small_model, batch, dtype, accum
     """The sum is that of the micro-batches' gradients in float64. One micro-batch keeps its 16-bit gradient."""
     small_model.to(dtype)
     sums: dict[str, Tensor] = {}
-    step = make_step(small_model, StepOptions(accumulation=accumulation, grad_clip_norm=1.0), name="lamb")
+    step = make_step(small_model, StepOptions(accumulation_steps=accumulation, grad_clip_norm=1.0), name="lamb")
     for name, parameter in small_model.named_parameters():
         parameter.register_hook(lambda part, name=name: sums.update({name: sums.get(name, 0.0) + part.double()}))
     for number in range(2):
@@ -116,7 +117,7 @@ def test_16_bit_gradients_are_summed_in_float32(small_model, batch, dtype, accum
 def test_every_precision_trains(small_model, batch, precision, accumulation):
     if not precision.startswith("amp"):
         small_model.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-    options = StepOptions(precision=precision, accumulation=accumulation, grad_clip_norm=1.0)
+    options = StepOptions(precision=precision, accumulation_steps=accumulation, grad_clip_norm=1.0)
     step = make_step(small_model, options)
     step.loss_scale.scale.clamp_(max=1024.0)
     losses = [step(*batch, number).loss for number in range(8)]
@@ -189,7 +190,7 @@ def test_the_accuracy_is_that_of_the_whole_batch(small_model, batch, accumulatio
         image, text, _ = small_model(*batch)
     right = sum(int((own @ text.T).argmax() == row) for row, own in enumerate(image))
     assert 0 < right < BATCH
-    step = make_step(small_model, StepOptions(accumulation=accumulation))
+    step = make_step(small_model, StepOptions(accumulation_steps=accumulation))
     measures = step(*batch, 0, measure=True).measures
     assert measures["accuracy"] == right / BATCH
     torch.testing.assert_close(measures["logit_scale"].float(), small_model.logit_scale.detach().exp())
@@ -202,7 +203,7 @@ def test_levels_in_parts_are_the_normalised_batch(small_model, batch, accumulati
     whole = Normalization(small_model.config.preprocess)(levels)
     found = []
     for images in (whole, levels, Rows([levels[:3], levels[3:4], levels[4:]])):
-        step = make_step(copy.deepcopy(small_model), StepOptions(accumulation=accumulation))
+        step = make_step(copy.deepcopy(small_model), StepOptions(accumulation_steps=accumulation))
         result = step(images, batch[1], step=0)
         found.append({"loss": result.loss, **gradients(step)})
     for others in found[1:]:
@@ -244,7 +245,7 @@ def test_next_micro_batch_is_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
     chunks: Any = map(Chunk, range(2))
-    for chunk in Upload(chunks, torch.device("cuda"), "copies", normalize):  # type: ignore[arg-type]
+    for chunk in upload(chunks, torch.device("cuda"), "copies", normalize):  # type: ignore[arg-type]
         log += [f"compute {chunk.number}"]  # type: ignore[attr-defined]
     first = ["copy 0 on copies", "compute waits for copies", "keep 0 for compute", "normalise 0 on compute"]
     assert log[:6] == [*first, "copy 1 on copies", "compute 0"]
@@ -284,11 +285,11 @@ def restored_precision() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("precision", "rounded", "products"), [("highest", False, "ieee"), ("high", True, "tf32x3")])
-def test_float32_matmuls_have_one_precision(precision, rounded, products, restored_precision):
+def test_float32_matmuls_have_one_precision(precision, rounded, products, run_config, restored_precision):
     """Convolutions on a GPU round as other matmuls do; the loss has its own precision."""
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = not rounded
-    prepare(torch.device("cpu"), 0, LossConfig(products=products).products)
+    prepare_device(run_config(f"loss.products={products}"), torch.device("cpu"))
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
     assert backends.loss_products == products
 
@@ -296,7 +297,7 @@ def test_float32_matmuls_have_one_precision(precision, rounded, products, restor
 @pytest.mark.parametrize(
     ("changes", "waits"),
     [
-        (["parallel.mode=shard", "accumulation=2"], False),
+        (["parallel.mode=shard", "accumulation_steps=2"], False),
         (["parallel.mode=replicate", "optim={name: lamb, grad_clip_norm: 1.0}"], False),
         (["parallel.mode=shard"], True),
     ],

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from evaclip.errors import UserError
-from evaclip.train import checkpoint, tensor_files
+from evaclip.train import checkpoint
 from evaclip.train.checkpoint import Content, DamagedCheckpoint
 from evaclip.train.config import CheckpointConfig, ParallelConfig
 from evaclip.train.distributed import connect
@@ -62,7 +62,7 @@ def write(folder: Path, *shape: int) -> None:
     size = torch.Size(shape).numel()
     for rank in range(size):
         with as_process(rank, shape) as mesh:
-            tensor_files.write_parts(held(mesh), folder, rank, size)
+            checkpoint.write_parts(held(mesh), folder, rank, size)
 
 
 @contextmanager

@@ -9,24 +9,21 @@ import torch
 from contrastive_step import contrastive_step, random_batch
 from processes import in_processes
 from sharded_run import train_all
-from test_resume_exact import assert_equal_state
 from torch.multiprocessing import ProcessRaisedException
+from trained_runs import assert_equal, checkpoint, records, weights
 
 from evaclip.errors import UserError
 from evaclip.plan.step import plan_step
 from evaclip.train.config import OptimConfig, TrainConfig
-from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
-from evaclip.weights.files import read_tensors
 
 Make = Callable[..., TrainConfig]
 COMMON = ("optim.grad_clip_norm=0.5", "optim.visual={lr: 2e-3, layer_decay: 0.8}", "log.every_steps=1")
-LAST = "checkpoints/step_00000006"
 
 
 def logged(folder: Path) -> list[float]:
-    records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
-    return [value for r in records for name, value in r.items() if name == "loss" or name.startswith("update_norm")]
+    items = [item for record in records(folder) for item in record.items()]
+    return [value for name, value in items if name == "loss" or name.startswith("update_norm")]
 
 
 def test_timm_adamw_equals_ours(run_config: Make) -> None:
@@ -34,7 +31,7 @@ def test_timm_adamw_equals_ours(run_config: Make) -> None:
     names = ("adamw", "timm/adamw")
     runs = [train(run_config(*COMMON, f"optim.name={name}", f"name={name}")).folder for name in names]
     assert logged(runs[1]) == pytest.approx(logged(runs[0]), rel=1e-4)
-    expected, found = (read_tensors(run / LAST / "model.safetensors") for run in runs)
+    expected, found = map(weights, runs)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
@@ -55,11 +52,10 @@ def test_timm_optimizer_resumes_bit_exactly(name: str, run_config: Make) -> None
     straight = train(config("straight", 6)).folder
     train(config("resumed", 3))
     resumed = train(config("resumed", 6), resume="auto").folder
-    for file in ("model.safetensors", "optimizer/00000.safetensors"):
-        assert_equal_state(read_tensors(straight / LAST / file), read_tensors(resumed / LAST / file))
-    assert_equal_state(
-        torch.load(straight / LAST / "state.pt")["moments"], torch.load(resumed / LAST / "state.pt")["moments"]
-    )
+    for file in ("model", "optimizer/00000"):
+        assert_equal(weights(resumed, file=file), weights(straight, file=file))
+    found, expected = (torch.load(checkpoint(run) / "state.pt")["moments"] for run in (resumed, straight))
+    assert_equal(found, expected)
 
 
 @pytest.mark.slow
@@ -77,10 +73,7 @@ def test_sharded_timm_optimizer_equals_one_rank(run_config: Make, tmp_path: Path
     in_processes(2, train_all, *sharded)
     for name, folder in expected.items():
         assert logged(tmp_path / f"{name}-sharded") == pytest.approx(logged(folder), rel=2e-3, abs=1e-6)
-        weights = [
-            read_tensors(tmp_path / f"{name}-{kind}" / LAST / "model.safetensors") for kind in ("sharded", "resumed")
-        ]
-        assert_equal_state(*weights)
+        assert_equal(weights(tmp_path / f"{name}-resumed"), weights(tmp_path / f"{name}-sharded"))
 
 
 @pytest.mark.slow

@@ -100,10 +100,14 @@ def test_epochs_are_of_the_data_given(arguments, expected, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("file", "arguments", "expected"),
     [
-        ("{}", ["--set", "schedule.warmup_steps=0"], {"warmup_steps": 0, "warmup_share": None}),
-        ("{}", ["--warmup", "20", "--set", "schedule.warmup_share=0.2"], {"warmup_steps": 0, "warmup_share": 0.2}),
-        ("{schedule: {warmup_steps: 9}}", ["--set", "schedule.warmup_share=0.2"], {"warmup_share": 0.2}),
-        ("{}", ["--set", "schedule.steps=7"], {"steps": 7, "epochs": None, "warmup_share": 0.1}),
+        ("{}", ["--set", "schedule.warmup_steps=0"], {"warmup_steps": 0, "warmup_fraction": None}),
+        (
+            "{}",
+            ["--warmup", "20", "--set", "schedule.warmup_fraction=0.2"],
+            {"warmup_steps": 0, "warmup_fraction": 0.2},
+        ),
+        ("{schedule: {warmup_steps: 9}}", ["--set", "schedule.warmup_fraction=0.2"], {"warmup_fraction": 0.2}),
+        ("{}", ["--set", "schedule.steps=7"], {"steps": 7, "epochs": None, "warmup_fraction": 0.1}),
         ("{schedule: {steps: 9}}", ["--epochs", "2"], {"steps": None, "epochs": 2}),
     ],
 )
@@ -159,11 +163,21 @@ def test_released_weights_are_fine_tuned_on_a_folder(capsys, tmp_path, monkeypat
         for shade in range(20):
             Image.new("RGB", (16, 16), (250 * (name == "rose"), 10 * shade, 90)).save(f"mine/{name}/{shade}.png")
     save_file(create_model("tiny").state_dict(), "weights.safetensors")
-    small = ["--batch-size", "8", "--epochs", "2", "--workers", "0", "--set", "held_out=0.2", "log.tensorboard=false"]
+    small = [
+        "--batch-size",
+        "8",
+        "--epochs",
+        "2",
+        "--workers",
+        "0",
+        "--set",
+        "validation_split=0.2",
+        "log.tensorboard=false",
+    ]
     command = ["train", "finetune", "--train-data", "mine/", *small]
     assert main([*command, "--pretrained", "tiny:weights.safetensors", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "held_out=0.2 of 40 samples: 8 are never trained on" in text
+    assert "validation_split=0.2 of 40 samples: 8 are never trained on" in text
     assert "zero_shot_top1" in text
     # Captions are classes here: a picture has no caption of its own.
     assert "image_to_text_r1" not in text
@@ -175,7 +189,7 @@ def test_released_weights_are_fine_tuned_on_a_folder(capsys, tmp_path, monkeypat
 
 def test_a_dry_run_shows_the_plan_and_saves_nothing(config_file, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["--set", "model.patch_dropout=0.5", "accumulation=2", "optim.visual.layer_decay=0.9"]
+    arguments = ["--set", "model.patch_dropout=0.5", "accumulation_steps=2", "optim.visual.layer_decay=0.9"]
     assert main(["train", "tiny", "--config", config_file, "--dry-run", *arguments]) == 0
     text = capsys.readouterr().out
     for part in ("8 = 1 ranks x 2 micro-batches x 4", "6 steps, 48 samples, 1.20 epochs", "first step", "loss"):
@@ -220,7 +234,7 @@ def test_a_run_from_a_file_and_notes_on_aliases(config_file: str, capsys: Any, t
         ("train tiny --batch-size -4", "batch_size=-4"),
         ("train tiny --batch-size many", "batch_size='many'"),
         ("train tiny --config missing.yaml", "'missing.yaml'"),
-        ("train finetune --set schedule.warmup_steps=20 schedule.warmup_share=0.2", "warmup_steps"),
+        ("train finetune --set schedule.warmup_steps=20 schedule.warmup_fraction=0.2", "warmup_steps"),
         ("train eva02-b-16", "data.train"),
         ("train tiny --resume latest --name never-made", "checkpoint folder"),
         ("train tiny --device cpu --as-gpus 4", "--as-gpus"),

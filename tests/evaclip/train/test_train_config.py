@@ -4,18 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from evaclip import Preprocess
 from evaclip.errors import UserError
 from evaclip.factory import create_model
-from evaclip.train.comments import commented_yaml
-from evaclip.train.config import TrainConfig, config_hash
-from evaclip.train.overrides import dump_yaml, load_yaml, parse_assignment, resolve, validate
+from evaclip.train.config import TrainConfig, training_tree
+from evaclip.train.overrides import commented_yaml, dump_yaml, load_yaml, parse_assignment, resolve, validate
 from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
 from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
-from evaclip.train.transform import training_transform
-from evaclip.train.tree import nest
+from evaclip.train.tasks.task import training_transform
+from evaclip.train.tree import REMOVED, nest
 
 Make = Callable[..., TrainConfig]
 
@@ -24,7 +24,8 @@ Make = Callable[..., TrainConfig]
     ("assignment", "message"),
     [
         ("optim.lrr=1", "'optim.lrr'; did you mean 'optim.lr'?"),
-        ("task.teacher.nam=tiny", "did you mean 'task.teacher.name'"),
+        ("task={name: masked_image, teacher: {nam: tiny}}", "did you mean 'task.teacher.name'"),
+        ("model.savings.recompte=block", "did you mean 'model.savings.recompute'"),
         ("eval.sets.val.data.trian=x", "did you mean 'eval.sets.val.data.train'?"),
         ("data.mixture.a.wieght=1", "did you mean 'data.mixture.a.weight'?"),
         ("qqqqqqqq=1", "the configuration has: name"),
@@ -42,7 +43,7 @@ Make = Callable[..., TrainConfig]
         ("parallel.mode=hybrid", "hybrid needs a shard_size"),
         ("parallel={mode: shard, shard_size: 2}", "no other mode has one"),
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
-        ("accumulation=9", "batch_size=8 is less than accumulation=9"),
+        ("accumulation_steps=9", "batch_size=8 is less than accumulation_steps=9"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, and the other to null, got steps=6 and epochs=2"),
         ("eval.sets={a/b: {}}", "string should match pattern"),
     ],
@@ -105,24 +106,59 @@ def test_published_numbers(name, batch, samples, visual, text, dropout):
     assert (model.config.init_logit_scale == MAX_LOG_SCALE) == name.endswith("8b")
 
 
-def test_hash_tells_what_changes_the_weights(run_config: Make) -> None:
+def test_training_tree_has_what_changes_the_weights(run_config: Make) -> None:
     same = run_config("log.every_steps=3", "name=other", "checkpoint.keep=9")
-    assert config_hash(same) == config_hash(run_config())
-    assert config_hash(run_config("optim.lr=2e-3")) != config_hash(run_config())
-    plain = config_hash(run_config(task="masked_image"))
-    for same in ("cache=elsewhere", "cache_leaves_gb=1.0", "shard=true"):
-        assert config_hash(run_config(f"task.teacher.{same}", task="masked_image")) == plain
-    assert config_hash(run_config("task.teacher.precision=bf16", task="masked_image")) != plain
+    assert training_tree(same) == training_tree(run_config())
+    assert training_tree(run_config("optim.lr=2e-3")) != training_tree(run_config())
+    plain = training_tree(run_config(task="masked_image"))
+    for irrelevant in ("cache=elsewhere", "cache_leaves_gb=1.0", "shard=true"):
+        assert training_tree(run_config(f"task.teacher.{irrelevant}", task="masked_image")) == plain
+    assert training_tree(run_config("task.teacher.precision=bf16", task="masked_image")) != plain
+
+
+OLD_KEYS = """
+accumulation: 2
+collect_every: 7
+held_out: 0.5
+data: {max_bad_share: 0.5}
+eval: {sets: {val: {data: {max_bad_share: 0.5}, first: 3, measure: [loss]}}}
+parallel: {reshard: false}
+schedule: {name: constant, cooldown_share: 0.5, warmup_share: 0.25, resolutions: [{image_size: 8, share: 0.5}]}
+spikes: {deviations: 8}
+"""
+
+
+def test_old_keys_are_read_as_new_ones(run_config: Make, tmp_path: Path) -> None:
+    expected = run_config(
+        "accumulation_steps=2", "gc_every_steps=7", "validation_split=0.5", "data.max_bad_fraction=0.5",
+        "eval.sets.val={data: {max_bad_fraction: 0.5}, skip: 3, metrics: [loss]}",
+        "parallel.reshard_after_forward=false", "schedule.name=constant", "schedule.cooldown_fraction=0.5",
+        "schedule.warmup_fraction=0.25", "schedule.resolutions=[{image_size: 8, fraction: 0.5}]",
+        "spikes.threshold_sigma=8",
+    )  # fmt: skip
+    (tmp_path / "old.yaml").write_text(OLD_KEYS)
+    assert resolve(run_config(), [load_yaml(tmp_path / "old.yaml")]) == expected
+    assert resolve(run_config(), [yaml.safe_load(OLD_KEYS)]) == expected
+    assert resolve(run_config(), [parse_assignment("spikes.deviations=8")]).spikes.threshold_sigma == 8
+
+
+def test_removed_keys_are_accepted_at_their_defaults(run_config: Make) -> None:
+    for key, default in REMOVED.items():
+        task = "classification" if key.startswith("task") else "clip"
+        base = run_config("log.wandb={project: p}", task=task)
+        assert resolve(base, [nest(key, default)]) == base
+        with pytest.raises(UserError, match=f"'{key}'; it was removed"):
+            resolve(base, [nest(key, "other")])
 
 
 def test_own_data_drops_the_recipes_evaluation() -> None:
     tiny = get_recipe("tiny")
     mine = resolve(tiny, [nest("data.train", "mine")])
     found = with_own_evaluation(mine, tiny)
-    assert (found.eval.sets, found.held_out) == (None, 0.05)
-    assert with_own_evaluation(resolve(mine, [{"held_out": 0}]), tiny).held_out == 0
+    assert (found.eval.sets, found.validation_split) == (None, 0.05)
+    assert with_own_evaluation(resolve(mine, [{"validation_split": 0}]), tiny).validation_split == 0
     other = with_own_evaluation(resolve(mine, [nest("eval.sets.val.data.train", "other")]), tiny)
-    assert (list(other.eval.sets or {}), other.held_out) == (["val"], None)
+    assert (list(other.eval.sets or {}), other.validation_split) == (["val"], None)
     for kept in (tiny, resolve(mine, [nest("eval.sets.shapes.data.train", "other")]), get_recipe("finetune")):
         assert with_own_evaluation(kept, tiny) == kept
 
@@ -158,5 +194,5 @@ def test_own_transform_is_named_by_its_module(tmp_path, monkeypatch, run_config)
     assert training_transform(run_config().data, 4, preprocess)(image, 0).all()
 
     for name in ("nowhere:Transform", "evaclip.transforms:Nothing", "no name", "evaclip.transforms"):
-        with pytest.raises(UserError, match=f"data.transform='{name}'"):
+        with pytest.raises(UserError, match=f"data.transform must be .*, got '{name}'"):
             training_transform(run_config(f"data.transform={name}").data, 4, preprocess)

@@ -21,6 +21,7 @@ from processes import in_processes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from trained_runs import assert_equal, checkpoint, evaluations, steps, weights
 
 from evaclip.data import open_source
 from evaclip.data.shard_writer import write_shard
@@ -35,11 +36,11 @@ from evaclip.run_files import EVENTS_FILE
 from evaclip.train import evaluation
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import connect
-from evaclip.train.distributed_encoder import DistributedEncoder
-from evaclip.train.evaluation import Evaluation
+from evaclip.train.evaluation import DistributedEncoder
 from evaclip.train.progress import read_log
+from evaclip.train.saver import Saver
+from evaclip.train.tasks import contrastive
 from evaclip.train.trainer import train
-from evaclip.weights.files import read_tensors
 
 Make = Callable[..., TrainConfig]
 EVAL = "eval={sets: {val: {data: {num_samples: 40, workers: 0}}}, every_steps: 3, batch_size: 4}"
@@ -51,32 +52,29 @@ def picture(number: int) -> bytes:
 
 def test_validation_split_survives_a_resume(run_config, capsys):
     """40 samples, 10 of which are held out: an epoch is 30 samples, and the third step of 8 ends none."""
-    config = ("held_out=0.25", "eval.every_epochs=1", "schedule.steps=8")
+    config = ("validation_split=0.25", "eval.every_epochs=1", "schedule.steps=8")
     outcome = train(run_config(*config, "checkpoint.every_steps=3"))
-    assert "held_out=0.25 of 40 samples: 10 are never trained on" in capsys.readouterr().out
-    records = read_log(outcome.folder / "log.jsonl")
-    assert [record["step"] for record in records if "eval" in record] == [4, 8]
+    assert "validation_split=0.25 of 40 samples: 10 are never trained on" in capsys.readouterr().out
+    assert list(evaluations(outcome.folder)) == [4, 8]
     assert outcome.metrics["held_out/samples"] == 10
     recalls = {f"held_out/{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)}
     assert {"held_out/loss", *recalls} < outcome.metrics.keys()
-    (outcome.folder / "checkpoints/step_00000008/state.pt").unlink()
+    (checkpoint(outcome.folder, 8) / "state.pt").unlink()
     resumed = train(run_config(*config), resume="auto")
     assert resumed.metrics == outcome.metrics
     with pytest.raises(UserError, match="not what the checkpoint was trained on"):
-        train(run_config(*config, "held_out=0.3"), resume="auto")
+        train(run_config(*config, "validation_split=0.3"), resume="auto")
 
 
 def test_finished_run_evaluates_new_sets_only(run_config: Make, capsys: Any) -> None:
-    config = run_config("held_out=0.25", "name=a run")
+    config = run_config("validation_split=0.25", "name=a run")
     outcome = train(config)
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
     capsys.readouterr()
     assert train(config, resume="auto") == outcome
-    model = outcome.folder / "checkpoints/step_00000006"
-    told = f"the run is finished: the model is {model}; `evaclip report '{outcome.folder}'` shows the run"
-    assert told in capsys.readouterr().out
+    assert f"the run is finished: the model is {checkpoint(outcome.folder)}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")} == before
-    more = train(run_config("held_out=0.25", "name=a run", "eval.sets.few={samples: 4}"), resume="auto")
+    more = train(run_config("validation_split=0.25", "name=a run", "eval.sets.few={samples: 4}"), resume="auto")
     assert {name.partition("/")[0] for name in more.metrics} == {"held_out", "few"}
 
 
@@ -118,8 +116,7 @@ def test_what_cannot_be_read_is_no_result_and_no_end(run_config, tmp_path, capsy
     outcome = train(run_config(evaluation))
     assert outcome.steps == 6
     assert all(math.isnan(value) for value in outcome.metrics.values())
-    records = [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
-    assert [(record["step"], record["eval"]["val/zero_shot_top1"]) for record in records] == [(3, None), (6, None)]
+    assert [found["val/zero_shot_top1"] for found in evaluations(outcome.folder).values()] == [None, None]
     told = capsys.readouterr().out
     assert told.count(f"not evaluated on val: {8 - readable} of the 8 samples of ") == 2
     assert "eval.sets.val.allow_unreadable=true measures the rest all the same" in told
@@ -149,11 +146,11 @@ def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
         "folders": {"data": {"train": folder, "workers": 0}, **prompts},
         "shard": {"data": {"train": str(shard), "caption_key": "cls", "workers": 0}, **prompts},
         "named": {"data": {"train": folder, "caption_template": "one {}", "workers": 0}},
-        "held_out": {"measure": ["loss"]},
+        "held_out": {"metrics": ["loss"]},
         "wrong": {"data": {"train": str(shard), "caption_key": "cls", "workers": 0}, "classes": ["red"]},
         "left-out": None,
     }
-    outcome = train(run_config(f"eval.sets={json.dumps(sets)}", "held_out=0.2", "loss.label_smoothing=0.2"))
+    outcome = train(run_config(f"eval.sets={json.dumps(sets)}", "validation_split=0.2", "loss.label_smoothing=0.2"))
     metrics = outcome.metrics
     setting = Setting(load_model(str(outcome.folder)), folder, open_source(folder, caption_template="{}"), "title")
     for name, classes, templates in (
@@ -188,14 +185,10 @@ def test_evaluation_with_nan_features_is_one_line(run_config, monkeypatch, capsy
     straight = train(run_config("name=straight", mode, "ema_decay=0.9"))
     monkeypatch.setattr(CLIP, "encode_image", encode_image)
     outcome = train(run_config(EVAL, mode, "ema_decay=0.9"))
-    assert outcome.steps == 6
-    records = [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
-    assert [(record["step"], record["eval"]["val/zero_shot_top1"]) for record in records] == [(3, None), (6, None)]
+    assert [found["val/zero_shot_top1"] for found in evaluations(outcome.folder).values()] == [None, None]
     told = [event.get("message", "") for event in read_log(outcome.folder / EVENTS_FILE)]
     assert [line for line in told if "NaN or infinity for 10 of 40 images" in line] == told[1:3]
-    files = [o.folder / "checkpoints/step_00000006/model.safetensors" for o in (outcome, straight)]
-    weights, expected = (read_tensors(file) for file in files)
-    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert_equal(weights(outcome.folder), weights(straight.folder))
 
 
 @pytest.mark.slow
@@ -207,8 +200,7 @@ def test_a_failure_of_one_process_costs_a_line_in_all(run_config: Make, fault: s
     config = run_config(EVAL.replace("workers: 0", "workers: 1"), f"parallel.mode={mode}")
     in_processes(2, train_with_a_fault, config, fault)
     folder = Path(config.output) / config.name
-    records = [record for record in read_log(folder / "log.jsonl") if "eval" in record]
-    assert [record["eval"]["val/zero_shot_top1"] is None for record in records] == [True, False]
+    assert [found["val/zero_shot_top1"] is None for found in evaluations(folder).values()] == [True, False]
     told = [event.get("message", "") for event in read_log(folder / EVENTS_FILE)]
     (line,) = (text for text in told if text.startswith("not evaluated on val: "))
     assert re.search("data worker 0 .* was killed by SIGKILL" if fault == "worker" else "OSError: .*no such disk", line)
@@ -229,27 +221,27 @@ def test_ranks_share_the_ranking(run_config: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_signal_stops_an_evaluation_between_batches(run_config: Make, step: int) -> None:
+def test_a_signal_stops_an_evaluation_between_batches(run_config: Make, trained: Path, step: int) -> None:
     """During an evaluation in between, and that of the end; what is to be saved is saved before."""
     due = EVAL.replace("every_steps: 3", f"every_steps: {step}")
-    saving = f"checkpoint={{every_steps: {'3' if step == 3 else 'null'}, background: false}}"
-    config = run_config(due, saving, "ema_decay=0.9")
+    saving = f"checkpoint.every_steps={'3' if step == 3 else 'null'}"
+    config = run_config(due, saving, "ema_decay=0.9", "name=stopped")
 
     def stop() -> None:
-        assert (Path(config.output) / config.name / f"checkpoints/step_{step:08d}").is_dir()
+        assert start.call_count == 1
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with counting_batches(stop) as batches:
+    with (
+        patch.object(Saver, "start", autospec=True, side_effect=Saver.start) as start,
+        counting_batches(stop) as batches,
+    ):
         outcome = train(config)
     assert (outcome.stopped_by, outcome.steps, batches) == (143, step, [4])
-    assert not [record for record in read_log(outcome.folder / "log.jsonl") if "eval" in record]
+    assert (steps(outcome.folder), evaluations(outcome.folder)) == ([step], {})
     resumed = train(config, resume="auto")
     assert (resumed.stopped_by, resumed.steps) == (None, 6)
-    straight = train(run_config("name=straight", "ema_decay=0.9"))
-    for name in ("model.safetensors", "ema.safetensors"):
-        files = [o.folder / "checkpoints/step_00000006" / name for o in (resumed, straight)]
-        weights, expected = (read_tensors(file) for file in files)
-        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    for file in ("model", "ema"):
+        assert_equal(weights(resumed.folder, file=file), weights(trained, file=file))
 
 
 @pytest.mark.slow
@@ -260,8 +252,7 @@ def test_processes_stop_an_evaluation_together(run_config: Make, mode: str) -> N
     config = run_config(EVAL.replace("40", "11").replace("batch_size: 4", "batch_size: 1"), f"parallel.mode={mode}")
     in_processes(2, train_and_stop, config)
     folder = Path(config.output) / config.name
-    assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == ["step_00000003"]
-    assert not [record for record in read_log(folder / "log.jsonl") if "eval" in record]
+    assert (steps(folder), evaluations(folder)) == ([3], {})
 
 
 @contextmanager
@@ -295,13 +286,13 @@ class _Scores(TorchDispatchMode):
 
 def write_scores(config: TrainConfig, folder: Path) -> None:
     """The number of scores that this rank computes in one evaluation, and the metrics."""
-    scores, original = _Scores(), Evaluation.__call__
+    scores, original = _Scores(), contrastive.measured
 
     def call(*args: Any) -> Any:
         with scores:
             return original(*args)
 
-    with patch.object(Evaluation, "__call__", call), patch.object(evaluation, "_BLOCK", 8, create=True):
+    with patch.object(contrastive, "measured", call), patch.object(evaluation, "_BLOCK", 8, create=True):
         metrics = train(config).metrics
     (folder / f"{config.name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps([scores.count, metrics]))
 

@@ -79,7 +79,9 @@ def ours(model: CLIP, batch: tuple[Tensor, Tensor], loss: Loss, accumulation: in
     torch.manual_seed(2)
     model.logit_bias = None if loss is clip else _bias()
     name: Any = "clip" if loss is clip else "siglip"
-    step = contrastive_step(model, OptimConfig(lr=0.0), StepOptions(accumulation=accumulation), LossConfig(name=name))
+    step = contrastive_step(
+        model, OptimConfig(lr=0.0), StepOptions(accumulation_steps=accumulation), LossConfig(name=name)
+    )
     step(*batch, step=0)
     found, model.logit_bias = _taken(model, None), None
     return found

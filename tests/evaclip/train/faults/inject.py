@@ -216,7 +216,7 @@ class Bench:
         if outcome.fault["kind"] == "slow disk":
             arguments.append(f"parallel.saving_timeout_minutes={_PATIENCE / 60}")
         if outcome.fault["kind"] == "NaN evaluation":
-            one_set = f"{{data: {{train: {data}, workers: 0}}, measure: [loss]}}"
+            one_set = f"{{data: {{train: {data}, workers: 0}}, metrics: [loss]}}"
             arguments += [f"eval.sets={{{_SET}: {one_set}}}", f"eval.every_steps={EVALUATE_EVERY}"]
         torchrun = start_torchrun(options, worker.work, arguments, environment, told)
         torchrun.join(TIMEOUT)

@@ -25,9 +25,9 @@ from evaclip.commands.main import main
 from evaclip.data import Batch, TrainLoader
 from evaclip.model.config import Preprocess
 from evaclip.train import checkpoint, run_folder, saver, throughput
-from evaclip.train.distributed_encoder import DistributedEncoder
-from evaclip.train.evaluation import Evaluation
+from evaclip.train.evaluation import DistributedEncoder
 from evaclip.train.step import TrainStep
+from evaclip.train.tasks import contrastive
 from evaclip.transforms import Normalization
 
 
@@ -134,7 +134,7 @@ def poison(batch: int) -> None:
 
 def poison_evaluation(number: int) -> None:
     """This process's pictures have no features in the n-th evaluation."""
-    evaluate, encode = Evaluation.__call__, DistributedEncoder.encode_image
+    evaluate, encode = contrastive.measured, DistributedEncoder.encode_image
     calls = []
 
     def evaluated(*args: Any) -> Any:
@@ -145,7 +145,7 @@ def poison_evaluation(number: int) -> None:
         features = encode(*args, **options)
         return features * math.nan if len(calls) == number + 1 else features
 
-    Evaluation.__call__ = evaluated  # type: ignore[method-assign]
+    contrastive.measured = evaluated
     DistributedEncoder.encode_image = encoded  # type: ignore[method-assign]
 
 
