@@ -38,6 +38,7 @@ void drive(const Case& c, bool packed, bool with_norm, int64_t before = 0) {
                                  .rstd = rstd.floats(),
                                  .rows = c.rows,
                                  .width = c.width,
+                                 .padding = 0,
                                  .eps = kEps,
                                  .dtype = c.dtype,
                                  .weight_dtype = DType::Float32};
@@ -59,6 +60,7 @@ void drive(const Case& c, bool packed, bool with_norm, int64_t before = 0) {
                                    .dbias = with_norm ? dbias.data() : nullptr,
                                    .rows = c.rows,
                                    .width = c.width,
+                                   .padding = 0,
                                    .dtype = c.dtype,
                                    .weight_dtype = DType::Float32};
   Scratch scratch;
