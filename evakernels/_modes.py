@@ -1,9 +1,10 @@
-"""Queries of compilers, tracers, modes, functorch's transforms and forward-mode differentiation."""
+"""Queries of compilers, tracers, modes, functorch's transforms, forward-mode differentiation and hooks."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -25,6 +26,26 @@ def needs_dispatcher() -> bool:
         or _function_modes()
         or are_transforms_active()
         or _is_tracing()
+    )
+
+
+def is_checkpointed() -> bool:
+    """Whether non-reentrant activation checkpointing runs or repeats this code; False in compiled code."""
+    if is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, `module.compile()` or a forward of the instance depend on calls of the module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None  # set by `module.compile()`
+        or "forward" in module.__dict__
     )
 
 

@@ -131,7 +131,7 @@ register(
         summary="the whole MLP of EVA-02: two projections, gated product with sub-LN, and the projection back",
         inputs=_mlp_inputs,
         eager=_mlp_with(_swiglu_eager),
-        ours=_mlp_with(partial(evakernels.swiglu, eps=EPS)),
+        ours=partial(evakernels.swiglu_mlp, eps=EPS),
         work=_mlp_work,
         shapes=_MLP_SHAPES,
         raw=lambda rows, width, hidden: Shape(tokens=rows, width=width, hidden=hidden),

@@ -37,8 +37,12 @@ void require_norm(const Array& weight, const Array& mean, const Array& rstd, int
   require_statistics(mean, rstd, rows, false);
 }
 
+void require_padding(int64_t padding, int64_t width) {
+  require(padding == 0 || (0 < padding && padding < width), "padding must be 0 or less than the channels");
+}
+
 void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight_in, OptionalInput bias_in,
-                    Output out, Output mean_out, Output rstd_out, double eps) {
+                    Output out, Output mean_out, Output rstd_out, double eps, int64_t padding) {
   const Array gate = call.read_readable(gate_in, "gate", has_even_rows),
               up = call.read_readable(up_in, "up", has_even_rows),
               weight = call.read_optional(weight_in, "norm_weight"),
@@ -50,6 +54,7 @@ void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight
   const Array mean = call.statistic(weight.exists, mean_out, "mean", gate),
               rstd = call.statistic(weight.exists, rstd_out, "rstd", gate);
   require_norm(weight, mean, rstd, size.rows);
+  require_padding(padding, size.width);
   const SwigluForward params = {
       .gate = even_rows(gate),
       .up = even_rows(up),
@@ -60,6 +65,7 @@ void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight
       .rstd = rstd.floats(),
       .rows = size.rows,
       .width = size.width,
+      .padding = padding,
       .eps = static_cast<float>(eps),
       .dtype = gate.dtype,
       .weight_dtype = parameter_dtype(gate, {&weight, &bias}),
@@ -69,7 +75,7 @@ void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight
 
 void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, OptionalInput weight_in,
                      Input mean_in, Input rstd_in, Output dgate_out, Output dup_out, Output dweight_out,
-                     Output dbias_out, NeedsGrad needs_grad) {
+                     Output dbias_out, NeedsGrad needs_grad, int64_t padding) {
   const Array dout = call.read(dout_in, "dout"), gate = call.read_readable(gate_in, "gate", has_even_rows),
               up = call.read_readable(up_in, "up", has_even_rows),
               weight = call.read_optional(weight_in, "norm_weight"),
@@ -78,6 +84,7 @@ void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, Opti
   const RowSizes size(gate);
   for (const Array* array : {&dout, &up}) require_like(*array, gate);
   require_norm(weight, mean, rstd, size.rows);
+  require_padding(padding, size.width);
   const Array dgate = call.output(dgate_out, "dgate", gate.sizes, gate.dtype),
               dup = call.output(dup_out, "dup", gate.sizes, gate.dtype);
   const Array dweight = call.gradient(needs_grad.at(0), dweight_out, "dweight", weight),
@@ -96,6 +103,7 @@ void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, Opti
       .dbias = dbias.data,
       .rows = size.rows,
       .width = size.width,
+      .padding = padding,
       .dtype = gate.dtype,
       .weight_dtype = parameter_dtype(gate, {&weight, &dweight, &dbias}),
   };
@@ -106,14 +114,14 @@ void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, Opti
 
 EVAKERNELS_OPS(swiglu, m) {
   EVAKERNELS_OP(m, swiglu_forward, "gate"_a, "up"_a, "norm_weight"_a, "norm_bias"_a, "out"_a, "mean"_a,
-                "rstd"_a, py::kw_only(), "eps"_a = 1e-6,
+                "rstd"_a, py::kw_only(), "eps"_a = 1e-6, "padding"_a = 0,
                 R"(Writes out = silu(gate) * up, normalised if there is a norm_weight.
 
 gate, up: [..., F], rows dense and equally far apart, as halves of a packed projection are. norm_weight,
 norm_bias: [F] of gate's dtype or float32, or None. mean, rstd: float32, one element a row; None without a
-norm.)");
+norm. padding: number of trailing channels that are zero and that the statistics don't count.)");
   EVAKERNELS_OP(m, swiglu_backward, "dout"_a, "gate"_a, "up"_a, "norm_weight"_a, "mean"_a, "rstd"_a,
-                "dgate"_a, "dup"_a, "dweight"_a, "dbias"_a, py::kw_only(),
+                "dgate"_a, "dup"_a, "dweight"_a, "dbias"_a, py::kw_only(), "padding"_a = 0,
                 R"(Writes dgate and dup, and dweight and dbias unless None.
 
 Arrays as for swiglu_forward; dgate and dup are dense, dweight and dbias of norm_weight's dtype.)");

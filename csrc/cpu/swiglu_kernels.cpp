@@ -42,7 +42,8 @@ void normalised_rows(const SwigluForward& params, const float* weight, const flo
       store(hidden + i, value, part);
       sums[0] += value;
     });
-    const RowStatistics statistics = row_statistics(hidden, sum[0], params.eps, false, width, [](int64_t) {});
+    const RowStatistics statistics =
+        row_statistics(hidden, sum[0], params.eps, false, width - params.padding, [](int64_t) {});
     for_each_vector(width, [&](int64_t i, auto part) {
       const F32 normalised = (load(hidden + i, part) - statistics.mean) * statistics.rstd;
       store(out + i, normalised * load(weight + i, part) + load(bias + i, part), part);
@@ -100,8 +101,9 @@ void normalised_rows_backward(const SwigluBackward& params, const float* weight,
       sums[0] += gradient;
       sums[1] += gradient * value;
     });
-    const float shift = sum[0] / static_cast<float>(width);
-    const float slope = sum[1] / static_cast<float>(width);
+    const float count = static_cast<float>(width - params.padding);
+    const float shift = sum[0] / count;
+    const float slope = sum[1] / count;
 
     for_each_vector(width, [&](int64_t i, auto part) {
       const F32 upstream = load(dout + i, part);

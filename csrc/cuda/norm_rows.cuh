@@ -152,10 +152,11 @@ struct RowStatistics {
 };
 
 // Two-pass mean and variance; get(vector, slot, values) returns the elements. If the mean's rounding error is
-// large compared with the deviations, the mean of the deviations is subtracted as well.
+// large compared with the deviations, the mean of the deviations is subtracted as well. The last `padding`
+// elements are zero and not counted.
 template <int E, int V, class Get>
 __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps, bool rms, RowSums& row_sums,
-                                                        const Get& get) {
+                                                        const Get& get, int64_t padding = 0) {
   const int vectors = static_cast<int>(width / E);
   const auto mean_of = [&](const auto& of) {
     float sum[1] = {0.0f};
@@ -166,7 +167,8 @@ __device__ __forceinline__ RowStatistics row_statistics(int64_t width, float eps
       for (int i = 0; i < E; ++i) sum[0] += of(values[i]);
     });
     row_sums(sum);
-    return sum[0] / static_cast<float>(width);
+    if (padding > 0) sum[0] -= static_cast<float>(padding) * of(0.0f);
+    return sum[0] / static_cast<float>(width - padding);
   };
   float mean = 0.0f, subtracted = 0.0f, variance;
 #pragma unroll 1  // unrolled kernels spill
@@ -206,10 +208,11 @@ __device__ __forceinline__ RowGradient gradient_of_row(int64_t row, const float*
   return {rms ? 0.0f : mean[row], rstd[row], 0.0f, 0.0f};
 }
 
-// get(vector, slot, g, x) returns the gradient of the normalised row, and the row.
+// get(vector, slot, g, x) returns the gradient of the normalised row, and the row. In the last `padding`
+// elements g is zero; the means don't count them.
 template <int E, int V, class Get>
 __device__ __forceinline__ void reduce_gradient(RowGradient& row, int64_t width, bool rms, RowSums& row_sums,
-                                                const Get& get) {
+                                                const Get& get, int64_t padding = 0) {
   float sums[2] = {0.0f, 0.0f};
   for_each_vector<V>(static_cast<int>(width / E), [&](int vector, int slot) {
     float g[E], x[E];
@@ -221,8 +224,9 @@ __device__ __forceinline__ void reduce_gradient(RowGradient& row, int64_t width,
     }
   });
   row_sums(sums);
-  row.shift = rms ? 0.0f : sums[0] / static_cast<float>(width);
-  row.slope = sums[1] / static_cast<float>(width);
+  const float count = static_cast<float>(width - padding);
+  row.shift = rms ? 0.0f : sums[0] / count;
+  row.slope = sums[1] / count;
 }
 
 // --- weight, bias and scales ---

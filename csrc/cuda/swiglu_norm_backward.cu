@@ -61,19 +61,21 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
       wait_for_rows<L>(dout, gate, up);
       prefetch_row<L>(more, step, fetch);
       float sigmoids[V > 0 ? V : 1][E];
-      reduce_gradient<E, V>(gradient, width, false, row_sums,
-                            [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
-                              float upstream[E], gates[E];
-                              dout.get(vector, slot, upstream);
-                              times_weight(vector, upstream, g);
-                              gate.get(vector, slot, gates);
-                              up.get(vector, slot, product);
+      reduce_gradient<E, V>(
+          gradient, width, false, row_sums,
+          [&](int vector, int slot, float (&g)[E], float (&product)[E]) {
+            float upstream[E], gates[E];
+            dout.get(vector, slot, upstream);
+            times_weight(vector, upstream, g);
+            gate.get(vector, slot, gates);
+            up.get(vector, slot, product);
 #pragma unroll
-                              for (int i = 0; i < E; ++i) {
-                                sigmoids[slot][i] = sigmoid(gates[i]);
-                                product[i] = gated(gates[i], sigmoids[slot][i], product[i]);
-                              }
-                            });
+            for (int i = 0; i < E; ++i) {
+              sigmoids[slot][i] = sigmoid(gates[i]);
+              product[i] = gated(gates[i], sigmoids[slot][i], product[i]);
+            }
+          },
+          params.padding);
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
         float upstream[E], g[E], u[E], to_product[E];

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
     }
 
     const RowStatistics statistics =
-        row_statistics<E, V>(params.width, params.eps, false, row_sums, get_product);
+        row_statistics<E, V>(params.width, params.eps, false, row_sums, get_product, params.padding);
     write_statistics(statistics, row, false, params.mean, params.rstd);
     for_each_vector<V>(vectors, [&](int vector, int slot) {
       float values[E];

@@ -1,4 +1,7 @@
 // Parameters of the swiglu launchers: silu(gate) * up, and optionally its LayerNorm.
+//
+// The last `padding` channels are zero in gate, up, norm_weight and norm_bias; the statistics don't count
+// them.
 #pragma once
 
 #include "include/launcher.h"
@@ -21,6 +24,7 @@ struct SwigluForward {
   float* rstd;              // [rows]; null without a norm
   int64_t rows;
   int64_t width;
+  int64_t padding;
   float eps;
   DType dtype;
   DType weight_dtype;
@@ -39,6 +43,7 @@ struct SwigluBackward {
   void* dbias;              // [width], weight_dtype; null: not wanted
   int64_t rows;
   int64_t width;
+  int64_t padding;
   DType dtype;
   DType weight_dtype;
 };

@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
     """
 
     kept_columns: int | None
-    """Width of the matmuls in `mix` that "activations" saves for backward; None for all."""
+    """Minimum width of the matmuls in `mix` that "activations" saves for backward; None for all."""
 
     def forward(self, stream: Stream, *context: Any, keep_products: bool = False) -> Stream:
         """The stream after the block; `context` as for `attend`. `keep_products` recomputes all but matmuls."""
@@ -66,7 +66,9 @@ def _checkpointed(step: Callable[..., Stream], *args: Any, **options: Any) -> St
 def _is_kept_product(columns: int | None, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # The right matrix is the last argument of both.
     product = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
-    keep = product and columns in (None, args[-1].shape[-1])
+    keep = product and (columns is None or args[-1].shape[-1] >= columns)
+    # Compiled code has the MLP's matmuls in one op.
+    keep = keep or op is torch.ops.evakernels.swiglu_mlp_forward.default
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -246,6 +246,17 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: A
     return 4 * heads * channels * tokens * tokens // max(len(cu_seqlens) - 1, 1)
 
 
+def _swiglu_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * (x.numel() // x.shape[-1]) * (w1.numel() + w2.numel() + w3.numel())
+
+
+def _swiglu_mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *rest: Any, **_: Any) -> int:
+    wanted = rest[-1]
+    of_inputs = w3.numel() * (any((*wanted[:3], *wanted[4:6], *wanted[7:]))) + (w1.numel() + w2.numel()) * wanted[0]
+    of_weights = sum(w.numel() for w, needed in zip((w1, w2, w3), wanted[1:4], strict=True) if needed)
+    return int(2 * (x.numel() // x.shape[-1]) * (of_inputs + of_weights))
+
+
 def _contrastive(gemms: int, first: int = 0) -> Callable[..., int]:
     """FLOPs of `gemms` products of the logits' size; `first` is the index of the image features."""
 
@@ -267,6 +278,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
     _ops.rope_attention_backward: lambda dout, q, k, *_, **__: 5 * _rope_attention(q, k) // 2,
     _ops.packed_attention_forward: _packed_attention,
     _ops.packed_attention_backward: lambda dout, q, *rest, **__: 5 * _packed_attention(q, q, q, rest[4]) // 2,
+    _ops.swiglu_mlp_forward: _swiglu_mlp,
+    _ops.swiglu_mlp_backward: _swiglu_mlp_backward,
     _ops.contrastive_forward: _contrastive(1),
     _ops.contrastive_backward: _contrastive(3, first=3),
     _ops.contrastive_kept_forward: _contrastive(1),

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import is_on
+from .._modes import is_observed
+from ..autocast import is_on, matmul_inputs
 from ..backends import refuse
-from ..ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu
+from ..nn.swiglu import runs_as_one_op
+from ..ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu, swiglu_mlp
 from ._dispatch import dispatches_to
 from ._swap import original_class
 
@@ -28,18 +30,6 @@ def role(module: Any) -> str | None:
 def role_of(cls: type) -> str | None:
     """The role of a class, or of the class that it replaces."""
     return ROLES.get(cls) or ROLES.get(original_class(cls) or cls)
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, `module.compile()` or a forward of the instance depend on calls of the module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None  # set by `module.compile()`
-        or "forward" in module.__dict__
-    )
 
 
 def may_drop(module: Any) -> bool:
@@ -181,3 +171,53 @@ def apply_gate(gate: Tensor, up: Tensor, act: Any, drop: Any = None, norm: Any =
     hidden = swiglu(gate, up) if fused else act(gate) * up
     hidden = hidden if drop is None else drop(hidden)
     return hidden if norm is None else norm(hidden)
+
+
+def gated_mlp(
+    x: Tensor,
+    projections: tuple[Any, ...],
+    last: Any,
+    act: Any,
+    drop: Any = None,
+    norm: Any = None,
+    *,
+    gate_last: bool = False,
+    forced: bool,
+) -> Tensor | None:
+    """`last(norm(drop(act(gate) * up)))` by one op; None if modules have to be called or the op has no advantage.
+
+    `projections` are the layers of gate and up, or one layer of both, with the gate in its second half if `gate_last`.
+    """
+    is_normed = role(norm) == "layer_norm"
+    op = "swiglu_norm" if is_normed else "swiglu"
+    layers = *projections, last
+    if not (
+        role(act) == "silu"
+        and (is_normed or norm is None or role(norm) == "identity")
+        and (drop is None or not may_drop(drop))
+        and all(_is_linear(layer) for layer in layers)
+        and dispatches_to(op, x, after_linear=True, forced=forced)
+        and runs_as_one_op(x, *(layer.weight for layer in layers))
+    ):
+        return None
+    weights: Any
+    biases: Any
+    weights, biases = [layer.weight for layer in projections], [layer.bias for layer in projections]
+    if len(projections) == 1:
+        weights = list(weights[0].chunk(2))
+        biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
+    if gate_last:
+        weights, biases = weights[::-1], biases[::-1]
+    parameters: tuple[Any, ...] = ()
+    if is_normed:
+        (product,) = matmul_inputs(x.new_empty(0, weights[0].shape[0]))
+        found = read_child_norm(norm, product)
+        if found is None or found[0] is None:
+            return None
+        parameters = found
+    arguments: list[Any] = [*weights, last.weight, *biases, last.bias, *parameters]
+    return swiglu_mlp(x, *arguments)
+
+
+def _is_linear(layer: Any) -> bool:
+    return (original_class(type(layer)) or type(layer)) is nn.Linear and not is_observed(layer)

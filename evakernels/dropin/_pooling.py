@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modes import is_observed
 from ._dispatch import DTYPES, is_plain
-from ._fused import is_observed, role_of
+from ._fused import role_of
 from ._swap import AcceleratedModule
 
 _TOKENWISE = frozenset(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._modes import is_observed
 from ..autocast import is_on, matmul_inputs
 from ..backends import refuse
 from ..nn import linear
@@ -15,7 +16,7 @@ from ..ops import clip_loss, contrastive_statistics, rope_attention, token_dropo
 from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, is_observed, may_drop
+from ._fused import add, add_norm, may_drop
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .timm import LayerNorm, block_gate, masked_calls

@@ -11,7 +11,7 @@ from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, apply_gate, may_drop, norm_add, role
+from ._fused import add, add_norm, apply_gate, gated_mlp, may_drop, norm_add, role
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, require_1d, require_silu
@@ -32,7 +32,13 @@ class SwiGLU(AcceleratedModule):
     """SwiGLU with two projections."""
 
     def forward(self, x: Tensor) -> Any:
-        return self._finish(self.fc1_g(x), self.fc1_x(x))
+        out = self._fuse(x, self.fc1_g, self.fc1_x)
+        return self._finish(self.fc1_g(x), self.fc1_x(x)) if out is None else out
+
+    def _fuse(self, x: Tensor, *projections: Any, gate_last: bool = False) -> Any:
+        parts = projections, self.fc2, self.act, self.drop1, self.norm
+        out = gated_mlp(x, *parts, gate_last=gate_last, forced=self.is_forced)
+        return None if out is None else self.drop2(out)
 
     def _finish(self, gate: Tensor, up: Tensor) -> Any:
         hidden = apply_gate(gate, up, self.act, self.drop1, self.norm, forced=self.is_forced)
@@ -43,6 +49,9 @@ class GluMlp(SwiGLU):
     """A gated MLP with one packed projection."""
 
     def forward(self, x: Tensor) -> Any:
+        out = self._fuse(x, self.fc1, gate_last=self.gate_last)
+        if out is not None:
+            return out
         first, second = self.fc1(x).chunk(2, dim=-1)
         return self._finish(second, first) if self.gate_last else self._finish(first, second)
 

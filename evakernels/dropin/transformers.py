@@ -13,7 +13,7 @@ from ..backends import refuse
 from ..ops import rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
 from ._dispatch import attention_op, dispatches_to
-from ._fused import add, add_norm, apply_gate, read_norm
+from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
@@ -34,6 +34,10 @@ class GatedMLP(AcceleratedModule):
     """Llama's gated MLP."""
 
     def forward(self, x: Tensor) -> Any:
+        projections = self.gate_proj, self.up_proj
+        out = gated_mlp(x, projections, self.down_proj, self.act_fn, forced=self.is_forced)
+        if out is not None:
+            return out
         return self.down_proj(apply_gate(self.gate_proj(x), self.up_proj(x), self.act_fn, forced=self.is_forced))
 
 

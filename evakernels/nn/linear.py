@@ -67,12 +67,13 @@ class _Linear(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])  # vmap supports reshape, but not flatten
         return (
             linear(dy, weight.t()) if needs_dx else None,
-            _weight_gradient(rows, x.flatten(0, -2)) if needs_dweight else None,
+            weight_gradient(rows, x.flatten(0, -2)) if needs_dweight else None,
             rows.sum(0) if needs_dbias else None,
         )
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient `[out, in]` of a weight, from `dy` `[rows, out]` and `x` `[rows, in]`."""
     # oneDNN is faster than MKL only with the longer side as the columns of the result.
     return linear(dy.t(), x.t()) if x.shape[1] > dy.shape[1] else dy.t() @ x
 

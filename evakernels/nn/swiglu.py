@@ -1,9 +1,13 @@
 """The SwiGLU MLP as a module."""
 
+import os
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..ops import swiglu
+from .._modes import is_observed
+from ..ops import swiglu, swiglu_mlp
 from .layer_norm import LayerNorm
 from .linear import Linear
 
@@ -37,6 +41,12 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden, width, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` to the same shape; by `evakernels.swiglu_mlp` on GPUs."""
+        weights: Any = [layer.weight for layer in (self.w1, self.w2, self.w3)]
+        if self._is_plain() and runs_as_one_op(x, *weights):
+            norm: Any = () if self.ffn_ln is None else (self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps)
+            parameters: list[Any] = [*weights, self.w1.bias, self.w2.bias, self.w3.bias, *norm]
+            return swiglu_mlp(x, *parameters)
         gate, up = self.w1(x), self.w2(x)
         if self.ffn_ln is None:
             hidden = swiglu(gate, up)
@@ -44,3 +54,15 @@ class SwiGLU(nn.Module):
             hidden = swiglu(gate, up, self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps)
         y: Tensor = self.w3(hidden)
         return y
+
+    def _is_plain(self) -> bool:
+        """Whether no hook, adapter or parametrization changes one of the layers."""
+        classes = {"w1": Linear, "w2": Linear, "w3": Linear, "ffn_ln": LayerNorm}
+        parts = ((classes[name], module) for name, module in self._modules.items() if module is not None)
+        return all(type(module) is expected and not is_observed(module) for expected, module in parts)
+
+
+def runs_as_one_op(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `swiglu_mlp` runs an MLP: on GPUs, and elsewhere if padding is forced. False for tensor subclasses."""
+    is_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, *weights))
+    return is_plain and (x.is_cuda or os.environ.get("EVAKERNELS_PAD_HIDDEN") == "1")

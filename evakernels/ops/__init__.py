@@ -10,6 +10,7 @@ from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, layer_norm_add
 from .packed_attention import packed_attention
 from .rope_attention import rope_attention
 from .swiglu import swiglu
+from .swiglu_mlp import swiglu_mlp
 from .token_dropout import sample_token_index, token_dropout
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "sample_token_index",
     "siglip_loss",
     "swiglu",
+    "swiglu_mlp",
     "token_dropout",
 ]

@@ -4,10 +4,12 @@
     hidden = silu(gate) * up;  out = hidden, or LayerNorm(hidden) when there is a norm_weight
 
 The hidden values are never rounded: the norm sees them in float32 (float64 for float64 input), and backward
-computes them again from gate and up.
+computes them again from gate and up. The last `padding` channels are zero in every input and output; the norm's
+statistics don't count them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,12 @@ from .layer_norm import affine, norm_gradients, normalize
 
 
 def swiglu_forward(
-    gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+    gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, padding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if padding and norm_weight is not None:
+        parts: list[Any] = [None if t is None else t[..., :-padding] for t in (gate, up, norm_weight, norm_bias)]
+        out, mean, rstd = swiglu_forward(parts[0], parts[1], parts[2], parts[3], eps)
+        return F.pad(out, (0, padding)), mean, rstd
     hidden = _hidden(*_accumulate(gate, up))
     if norm_weight is None:
         return _contiguous(hidden, gate.dtype), hidden.new_empty(0), hidden.new_empty(0)
@@ -35,7 +41,13 @@ def swiglu_backward(
     mean: Tensor,
     rstd: Tensor,
     wanted: Sequence[bool],
+    padding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if padding and norm_weight is not None:
+        parts: list[Any] = [t[..., :-padding] for t in (dout, gate, up, norm_weight)]
+        dgate, dup, *of_norm = swiglu_backward(parts[0], parts[1], parts[2], parts[3], mean, rstd, wanted)
+        dweight, dbias = (F.pad(t, (0, padding)) if t.numel() else t for t in of_norm)
+        return F.pad(dgate, (0, padding)), F.pad(dup, (0, padding)), dweight, dbias
     dtype = gate.dtype
     dhidden, gate, up = _accumulate(dout, gate, up)
     if norm_weight is None:

@@ -2,7 +2,7 @@
 
 With the norm a program has whole rows, otherwise pieces of rows along the second dimension of the grid. In backward as
 many programs as run at a time loop over the rows; each writes one row of partial sums for the gradients of the norm's
-weight and bias, which are added in a fixed order.
+weight and bias, which are added in a fixed order. Statistics count the first COUNT of WIDTH channels; others are zero.
 """
 
 import torch
@@ -50,6 +50,7 @@ def forward_kernel(
     eps: tl.float32,
     VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -59,8 +60,8 @@ def forward_kernel(
     g = load_tile(gate, row, channel, inside, gate_stride, VECTOR)
     values = product(g * tl.sigmoid(g), load_tile(up, row, channel, inside, up_stride, VECTOR))
     if weight is not None:
-        centre, values = centred(values, inside, WIDTH)
-        scale = 1.0 / tl.sqrt(row_mean(product(values, values), WIDTH) + eps)
+        centre, values = centred(values, inside & (channel < COUNT), COUNT)
+        scale = 1.0 / tl.sqrt(row_mean(product(values, values), COUNT) + eps)
         values = values * scale * load_channels(weight, channel, WIDTH)
         if bias is not None:
             values += load_channels(bias, channel, WIDTH)
@@ -78,6 +79,7 @@ def backward_kernel(
     up_stride: tl.int64,
     VECTOR: tl.constexpr,
     WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -106,7 +108,7 @@ def backward_kernel(
             if dbias is not None:
                 bias_sum += d
             d = product(d, weights)
-            d = (d - row_mean(d, WIDTH) - normed * row_mean(product(d, normed), WIDTH)) * scale
+            d = (d - row_mean(d, COUNT) - normed * row_mean(product(d, normed), COUNT)) * scale
         dsilu = sigmoid * (1.0 + g * (1.0 - sigmoid))
         store_tile(dgate, d * u * dsilu, row, channel, inside, WIDTH)
         store_tile(dup, d * silu, row, channel, inside, WIDTH)
@@ -116,7 +118,7 @@ def backward_kernel(
         store_partial_sum(dbias, bias_sum, channel, WIDTH)
 
 
-def swiglu_forward(gate, up, norm_weight, norm_bias, eps):
+def swiglu_forward(gate, up, norm_weight, norm_bias, eps, padding=0):
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -133,13 +135,14 @@ def swiglu_forward(gate, up, norm_weight, norm_bias, eps):
             *((out, mean, rstd), rows, *strides, eps),
             VECTOR=vector,
             WIDTH=width,
+            COUNT=width - padding,
             BLOCK=block,
             **options,
         )
     return out, mean, rstd
 
 
-def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, wanted):
+def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, wanted, padding=0):
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
@@ -155,6 +158,7 @@ def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, wanted):
                 *((dgate, dup, *sums), rows, *strides),
                 VECTOR=vector,
                 WIDTH=width,
+                COUNT=width - padding,
                 BLOCK=block,
                 **options,
             )

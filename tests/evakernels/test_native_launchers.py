@@ -251,6 +251,7 @@ INDEX = torch.zeros(1, 2, dtype=torch.int64)
     [
         ("gate", ValueError, lambda: _C.swiglu_forward(X.T, X.T, None, None, torch.zeros(4, 2), None, None)),
         ("norm_weight", ValueError, lambda: _C.swiglu_forward(X, X, ROWS, None, X, ROWS, ROWS)),
+        ("padding", ValueError, lambda: _C.swiglu_forward(X, X, None, None, X, None, None, padding=4)),
         ("mean and rstd", ValueError, lambda: _C.swiglu_forward(X, X, X[0], None, X, None, None)),
         ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int(), None, None, X[None])),
         ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int().numpy(), None, None, X[None])),

@@ -66,6 +66,32 @@ def test_a_row_of_one_element_is_as_exact_as_torch(norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("width", "padding"), [(8, 1), (2752, 22)])
+def test_padded_rows_keep_the_error_rule(width, padding, norm, dtype):
+    """Outputs and gradients are those of the other channels, as accurate as torch's, and zero in the padding."""
+
+    def padded(*given):
+        wide = [None if t is None else F.pad(t, (0, padding)) for t in given]
+        out = evakernels.swiglu(*wide, EPS, padding)
+        assert out[..., -padding:].eq(0).all()
+        return out[..., :-padding]
+
+    op_checks.assert_as_accurate_as_torch(padded, theirs, inputs(norm, (7,), width - padding), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_padding_gradients_are_accurate(dtype):
+    given = [None if t is None else F.pad(t.to(dtype), (0, 3)) for t in inputs("norm", (7,), 29)]
+    leaves = [t.detach().requires_grad_() for t in given]
+    dout = F.pad(randn(7, 29, seed=5).to(dtype), (0, 3))
+    gradients = torch.autograd.grad(evakernels.swiglu(*leaves, EPS, 3), leaves, dout)
+    assert all(g[..., -3:].eq(0).all() for g in gradients)
+    expected = torch.autograd.grad(theirs(*(t[..., :-3] for t in leaves)), leaves, dout[..., :-3])
+    torch.testing.assert_close(gradients, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [1.1, 30.3])
 def test_norm_of_equal_products_is_accurate(value, dtype):
     gate, up, *vectors = inputs("norm", (7,), 2050)
@@ -149,5 +175,8 @@ WRONG = {
         (TypeError, "norm_weight", {"norm_weight": VECTOR.half()}),
         (ValueError, "norm_bias", {"norm_weight": None}),
         (TypeError, "eps", {"eps": None}),
+        (ValueError, "padding", {"padding": 4}),
+        (ValueError, "padding", {"padding": -1}),
+        (TypeError, "padding", {"padding": 0.5}),
     ]
 }

@@ -19,6 +19,8 @@ from evaclip.train.build import build_step, build_task
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import connect
 from evaclip.train.trainer import train
+from evaclip.weights.files import read_tensors
+from evaclip.weights.parts import likes, read
 
 STEPS = 4
 COMMON = (
@@ -42,6 +44,12 @@ def losses(folder: Path) -> list[float]:
 def update_norms(folder: Path) -> list[float]:
     items = [item for record in records(folder) for item in record.items()]
     return [value for name, value in items if name.startswith("update_norm_")]
+
+
+def read_moments(folder: Path) -> dict[str, torch.Tensor]:
+    moments = {name: torch.zeros_like(like, device="cpu") for name, like in likes(folder).items()}
+    read(moments, folder)
+    return moments
 
 
 @pytest.mark.slow
@@ -100,6 +108,34 @@ def test_other_numbers_of_processes_go_on(run_config: Callable[..., TrainConfig]
         folder = tmp_path / f"{task}-parts"
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5, abs=1e-6), task
         assert records(folder)[-1]["samples"] == records(one)[-1]["samples"], task
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.xdist_group("processes")
+def test_padded_hidden_width_keeps_checkpoints(
+    run_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of two ranks at EVA02-L's 2,730 hidden channels; a resumed run is bit-exact."""
+    common = [*COMMON, *TASKS["clip"].patch_dropout, "model.options.vision.mlp_ratio=170.6251", *MODES["shard"]]
+
+    def run(name: str, steps: int) -> TrainConfig:
+        return run_config(*common, f"schedule={{steps: {steps}, name: constant}}", f"name={name}")
+
+    for setting, runs in {
+        "0": [(run("plain", 20), "none")],
+        "1": [(run("padded", 20), "none"), (run("parts", 10), "none"), (run("parts", 20), "auto")],
+    }.items():
+        monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", setting)
+        in_processes(2, train_all, *runs)
+    assert losses(tmp_path / "padded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4, abs=1e-6)
+    for name in ("model.safetensors", "ema.safetensors", "optimizer"):
+        places = (checkpoint(tmp_path / run, 20) / name for run in ("plain", "padded", "parts"))
+        plain, padded, parts = (read_moments(path) if name == "optimizer" else read_tensors(path) for path in places)
+        assert {key: value.shape for key, value in padded.items()} == {key: v.shape for key, v in plain.items()}
+        assert all(torch.equal(value, parts[key]) for key, value in padded.items())
+        for key, value in plain.items():
+            torch.testing.assert_close(padded[key], value, rtol=1e-2, atol=1e-4, msg=key)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from dropin_families import FAMILIES, close, log_ops, ops_of, run
 from open_clip.model import CLIP
-from timm.layers import LayerScale, Mlp, SwiGLU
+from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -273,6 +273,31 @@ def test_unknown_argument_runs_the_original(gated):
     with log_ops() as ops:
         mlp(x, factor=2.0)
     assert "swiglu" not in ops
+
+
+GATED = {
+    "timm": lambda: SwiGLU(8, 12, norm_layer=nn.LayerNorm),
+    "packed": lambda: SwiGLUPacked(8, 24, bias=False),
+    "gate-last": lambda: GluMlp(8, 24, act_layer=nn.SiLU),
+    "llama": lambda: LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_padded_mlp_keeps_results_and_state(name, monkeypatch):
+    monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", "1")
+    mlp, x = GATED[name](), torch.randn(2, 3, 8)
+    untouched, state = copy.deepcopy(mlp), {key: value.shape for key, value in mlp.state_dict().items()}
+    evakernels.accelerate(mlp, force=True)
+    with log_ops() as ops:
+        close(mlp(x), untouched(x))
+    for model in (mlp, untouched):
+        model(x).square().sum().backward()
+    close([p.grad for p in mlp.parameters()], [p.grad for p in untouched.parameters()])
+    with torch.no_grad():
+        close(mlp(x), untouched(x))
+    assert "swiglu_mlp" in ops
+    assert {key: value.shape for key, value in mlp.state_dict().items()} == state
 
 
 # --- what counts -----------------------------------------------------------------------------------------------------

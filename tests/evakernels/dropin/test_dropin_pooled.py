@@ -48,7 +48,7 @@ def record_tokens():
     found = set()
     with Recorder() as recorder:
         yield found
-    names = "evakernels::gelu_forward", "evakernels::swiglu_forward"
+    names = {f"evakernels::{name}_forward" for name in ("gelu", "swiglu", "swiglu_mlp")}
     hidden = [args[0] for op, args in recorder.own_calls() if op.name() in names]
     found.update(x.shape[1] if x.dim() > 2 else 1 for x in hidden)
 

@@ -1,0 +1,264 @@
+import sys
+from functools import partial
+from types import ModuleType, SimpleNamespace
+
+import op_checks
+import pytest
+import torch
+import torch.nn.functional as F
+from case_tests import *  # noqa: F403
+from op_checks import DTYPES, OPCHECK_DTYPES, randn, with_gradients
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import evakernels
+from evakernels import nn
+
+EPS = 1e-6
+WIDTH, HIDDEN, OUT = 6, 10, 5
+
+
+def ours(*given):
+    return evakernels.swiglu_mlp(*given, EPS)
+
+
+def theirs(x, w1, w2, w3, b1, b2, b3, weight, bias):
+    hidden = F.silu(F.linear(x, w1, b1)) * F.linear(x, w2, b2)
+    hidden = hidden if weight is None else F.layer_norm(hidden, weight.shape, weight, bias, EPS)
+    return F.linear(hidden, w3, b3)
+
+
+def inputs(variant, rows=(2, 3), width=WIDTH, hidden=HIDDEN, out=OUT):
+    """Input, the three weights, their biases, and the norm's weight and bias, as the variant has them."""
+    given = [randn(*rows, width)]
+    given += [
+        randn(*shape, seed=i) / shape[1] ** 0.5 for i, shape in enumerate([(hidden, width)] * 2 + [(out, hidden)], 1)
+    ]
+    has_biases = variant != "no-biases"
+    given += [randn(size, seed=i) if has_biases else None for i, size in enumerate((hidden, hidden, out), 4)]
+    has_norm = variant in ("norm", "norm-without-bias")
+    return [*given, randn(hidden, seed=7) if has_norm else None, randn(hidden, seed=8) if variant == "norm" else None]
+
+
+VARIANTS = ("plain", "no-biases", "norm", "norm-without-bias")
+CASES = [pytest.param((ours, theirs), inputs(variant), id=variant) for variant in VARIANTS]
+CASES += [pytest.param((ours, theirs), inputs("norm", (2, 0)), id="no-rows")]
+TRANSFORMED = VARIANTS
+QUICK = {"test_opcheck": ("norm", "no-biases"), "test_compiles_without_graph_break": ("norm",)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", ["0", "1"])
+@pytest.mark.parametrize("variant", ["no-biases", "norm"])
+def test_real_width_as_accurate_as_torch(variant, setting, dtype, monkeypatch):
+    monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", setting)
+    op_checks.assert_as_accurate_as_torch(ours, theirs, inputs(variant, (4,), 16, 2730, 16), dtype)
+
+
+# --- padding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _padded(monkeypatch):
+    monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", "1")
+
+
+@pytest.mark.usefixtures("_padded")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_is_exact_zeros(variant):
+    """The gated product runs on 64 channels; the 54 of padding, and their gradients, are zero."""
+    with op_checks.Recorder() as recorder:
+        _, gradients = with_gradients(ours, [None if t is None else t.float() for t in inputs(variant)])
+    calls = {op.name(): args for op, args in recorder.own_calls()}
+    gate, up = calls["evakernels::swiglu_mlp_backward"][7:9]
+    assert gate.shape[-1] == 128
+    assert up.numel() == 0
+    for half in gate.chunk(2, -1):
+        assert half.shape[-1] == 64
+        assert half[..., HIDDEN:].eq(0).all()
+    assert [g.shape for g in gradients] == [t.shape for t in inputs(variant) if t is not None]
+
+
+@pytest.mark.usefixtures("_padded")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padded_mlp_is_deterministic_and_strided(variant):
+    given = [None if t is None else t.float() for t in inputs(variant)]
+    op_checks.assert_deterministic(ours, given)
+    torch.testing.assert_close(with_gradients(ours, given), with_gradients(theirs, given), rtol=1e-4, atol=1e-5)
+    wide = [None if t is None else torch.stack((t, t), -1)[..., 0] for t in given]
+    torch.testing.assert_close(with_gradients(ours, wide, as_they_lie=True), with_gradients(ours, given))
+
+
+@pytest.mark.usefixtures("_padded")
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
+def test_padded_mlp_opcheck(dtype):
+    given = [t.to(dtype) for t in inputs("norm")]
+    with op_checks.Recorder() as recorder:
+        with_gradients(ours, given)
+    for op, args in dict(reversed(recorder.own_calls())).items():
+        op_checks.assert_opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args))
+
+
+@pytest.mark.usefixtures("_padded")
+def test_padded_mlp_compiles():
+    op_checks.assert_compiles(ours, [t.float() for t in inputs("norm")])
+
+
+def test_padding_setting_is_checked(monkeypatch):
+    monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", "yes")
+    with pytest.raises(ValueError, match="EVAKERNELS_PAD_HIDDEN"):
+        ours(*inputs("norm"))
+
+
+def test_padded_training_keeps_states_and_weights(monkeypatch, tmp_path):
+    """20 steps at EVA02-L's width: equal but for rounding; a checkpoint of each run loads bit-exact into the other."""
+
+    def built(setting, state=None):
+        monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", setting)
+        torch.manual_seed(0)
+        module = nn.SwiGLU(16, 2730)
+        optimizer = evakernels.optim.Lamb(module.parameters(), lr=1e-2, weight_decay=0.1)
+        if state is not None:
+            module.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        return module, optimizer
+
+    def train(module, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            x = randn(3, 5, 16, seed=step).float()
+            (module(x) - x.sin()).square().mean().backward()
+            norm = evakernels.clip_grad_norm_(module.parameters(), 0.1)
+            optimizer.step()
+        return {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "norm": norm}
+
+    def assert_equal(actual, expected, **tolerance):
+        assert actual["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
+        for one, other in ((actual, expected), (actual["optimizer"], expected["optimizer"])):
+            parts = ({key: run[key] for key in ("model", "norm", "state") if key in run} for run in (one, other))
+            torch.testing.assert_close(*parts, **tolerance)
+
+    plain, padded = (train(*built(setting), range(20)) for setting in "01")
+    assert_equal(padded, plain, rtol=2e-3, atol=2e-5)
+    torch.save(train(*built("1"), range(10)), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt")
+    assert_equal(train(*built("1", saved), range(10, 20)), padded, rtol=0, atol=0)
+    assert_equal(train(*built("0", saved), range(10, 20)), plain, rtol=2e-3, atol=2e-5)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(function, *given):
+    """Bytes that autograd saves besides the arguments' own memory."""
+    own = {t.untyped_storage().data_ptr() for t in given if t is not None}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(*given)
+    return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own), out
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("setting", ["0", "1"])
+def test_saves_input_gate_and_up(setting, autocast, monkeypatch):
+    monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", setting)
+    given = [t.float().requires_grad_() for t in inputs("norm", (32,), 16, 100)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        saved, out = saved_bytes(ours, *given)
+        peer, _ = saved_bytes(theirs, *given)
+    channels = 16 * autocast + 2 * (128 if setting == "1" else 100)
+    assert saved == 32 * channels * out.itemsize
+    assert peer > saved + 32 * 100 * out.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_matches_torch(dtype):
+    *parameters, _, _ = (t.float() for t in inputs("norm")[1:])
+    op_checks.assert_autocast_is_torchs(
+        lambda x: ours(x, *parameters, None, None),
+        lambda x: theirs(x, *parameters, None, None),
+        randn(3, WIDTH).float(),
+        dtype,
+    )
+
+
+@pytest.mark.usefixtures("_padded")
+def test_checkpoint_policy_sees_matmuls():
+    """A policy that saves matmuls leaves none but the last to recompute."""
+    module, x = nn.SwiGLU(8, 24), randn(4, 8).float().requires_grad_()
+
+    def policy(context, op, *args, **options):
+        keep = op is torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    with FlopCounterMode(display=False) as counter:
+        checkpoint(module, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert counter.get_total_flops() == 3 * 3 * 2 * 4 * 8 * 24
+
+
+@pytest.mark.usefixtures("_padded")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gated_matmul_folds_the_norm(variant, monkeypatch):
+    """quack's matmul needs a GPU; here a stand-in with its signature computes in its place."""
+    op = sys.modules["evakernels.ops.swiglu_mlp"]
+
+    def linear_gated(x, weight, activation, bias=None, *, store_preact, concat_layout):
+        assert (activation, store_preact, concat_layout) == ("swiglu", False, True)
+        gate, up = F.linear(x, weight, bias).chunk(2, -1)
+        return None, F.silu(gate) * up
+
+    monkeypatch.setattr(op, "_has_gated_matmul", lambda *args: True)
+    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.linear", SimpleNamespace(linear_gated_func=linear_gated))
+    given = [None if t is None else t.bfloat16() for t in inputs(variant, (40,), 16, 2730, 16)]
+    exact = theirs(*[None if t is None else t.double() for t in given])
+    assert op_checks.error(ours(*given), exact) <= 2 * op_checks.error(theirs(*given), exact)
+
+
+@pytest.mark.usefixtures("_padded")
+def test_checkpoint_repeats_all_but_last_matmul():
+    module, x = nn.SwiGLU(8, 24), randn(4, 8).float().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        checkpoint(module, x, use_reentrant=False).sum().backward()
+    assert counter.get_total_flops() == (3 * 3 + 2) * 2 * 4 * 8 * 24
+
+
+@pytest.mark.usefixtures("_padded")
+@pytest.mark.parametrize("part", ["w1", "w3"])
+def test_module_with_a_hook_calls_its_layers(part):
+    module, x = nn.SwiGLU(8, 24), randn(4, 8).float()
+    expected = module(x)
+    called = []
+    getattr(module, part).register_forward_hook(lambda *args: called.append(part))
+    torch.testing.assert_close(module(x), expected)
+    assert called == [part]
+
+
+# --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
+
+MATRIX, VECTOR = torch.ones(4, 3), torch.ones(4)
+CALLS = {
+    "swiglu_mlp": {
+        "x": torch.ones(2, 3), "w1": MATRIX, "w2": MATRIX, "w3": MATRIX.T, "b1": VECTOR, "b2": VECTOR,
+        "b3": torch.ones(3), "norm_weight": VECTOR, "norm_bias": VECTOR,
+    }
+}  # fmt: skip
+WRONG = {
+    "swiglu_mlp": [
+        (ValueError, "x", {"x": torch.ones(2, 5)}),
+        (TypeError, "w1", {"w1": MATRIX.half()}),
+        (ValueError, "w2", {"w2": MATRIX.T}),
+        (ValueError, "w3", {"w3": VECTOR}),
+        (ValueError, "b1", {"b1": torch.ones(3)}),
+        (ValueError, "b3", {"b3": torch.ones(4)}),
+        (ValueError, "norm_bias", {"norm_weight": None}),
+        (TypeError, "eps", {"eps": None}),
+    ]
+}
