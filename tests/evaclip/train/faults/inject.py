@@ -45,6 +45,7 @@ from evaclip.train.progress import read_log
 KINDS = (
     "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "SIGTERM to the agent and all", "full disk",
     "slow disk", "unshared folder", "corrupt shard", "truncated checkpoint", "NaN batch", "NaN evaluation",
+    "exception in a step", "full log",
 )  # fmt: skip
 _STRUCK = (*(kind for kind in KINDS if kind.startswith("SIGTERM")), "kill", "truncated checkpoint")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
@@ -90,6 +91,10 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], str]:
         fault |= {"save": rng.randrange(1, STEPS // EVERY + 1), "seconds": rng.choice((2, 2 * _PATIENCE))}
     elif kind == "NaN batch":
         fault["batch"] = rng.randrange(STEPS)
+    elif kind == "exception in a step":
+        fault["step"] = rng.randrange(STEPS)
+    elif kind == "full log":
+        fault |= {"rank": 0, "step": rng.randrange(STEPS - 2)}  # rank 0 writes; two steps find the disk full
     elif kind == "NaN evaluation":
         fault["evaluation"] = rng.randrange(STEPS // EVALUATE_EVERY)
     elif kind == "corrupt shard":

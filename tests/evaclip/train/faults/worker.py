@@ -117,6 +117,39 @@ def slow_disk(save: int, seconds: float) -> None:
     checkpoint._write_tensors = slow
 
 
+def fail_in(step: int) -> None:
+    """This process raises between the forward pass of a step and its update, when others wait for its gradients."""
+    original = TrainStep.__call__
+
+    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, number: int, **options: bool) -> Any:
+        def raised(*_: Any) -> None:
+            raise RuntimeError("a fault")
+
+        if number == step:
+            self.parameters[0].register_hook(raised)
+        return original(self, images, targets, number, **options)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
+def fill_log(step: int) -> None:
+    """The files that this process writes line by line are on a full disk for two steps."""
+    original, full, before = TrainStep.__call__, os.open("/dev/full", os.O_WRONLY), {}
+
+    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, number: int, **options: bool) -> Any:
+        if number == step:
+            links = list(Path("/proc/self/fd").iterdir())
+            for descriptor in [int(link.name) for link in links if os.path.realpath(link).endswith(".jsonl")]:
+                before[descriptor] = os.dup(descriptor)
+                os.dup2(full, descriptor)
+        elif number == step + 2:
+            for descriptor, saved in before.items():
+                os.dup2(saved, descriptor)
+        return original(self, images, targets, number, **options)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
 def poison(batch: int) -> None:
     """The n-th batch of this process is not a number."""
     original: Callable[..., Iterator[Batch]] = TrainLoader.batches
@@ -177,6 +210,10 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
         fill_disk(fault["save"])
     elif fault["kind"] == "NaN batch":
         poison(fault["batch"])
+    elif fault["kind"] == "exception in a step":
+        fail_in(fault["step"])
+    elif fault["kind"] == "full log":
+        fill_log(fault["step"])
     elif fault["kind"] == "NaN evaluation":
         poison_evaluation(fault["evaluation"])
 
