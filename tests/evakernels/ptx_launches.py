@@ -8,7 +8,7 @@ from pathlib import Path
 
 import evakernels
 import evakernels.triton
-from benchmarks.audit.budget import budget
+from benchmarks.audit import budget
 from evakernels import tuning
 from ptx_interpreter.gpus import GPUS
 from ptx_interpreter.runtime import Launches
