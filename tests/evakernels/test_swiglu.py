@@ -180,3 +180,14 @@ WRONG = {
         (TypeError, "padding", {"padding": 0.5}),
     ]
 }
+
+
+def test_packed_halves_are_read_in_place():
+    given = (*randn(2, 3, 2 * HIDDEN).chunk(2, -1), randn(HIDDEN, seed=2), randn(HIDDEN, seed=3))
+    outputs, gradients = with_gradients(ours, given, as_they_lie=True)
+    torch.testing.assert_close((outputs, gradients), with_gradients(theirs, given))
+    assert all(t.is_contiguous() for t in outputs + gradients)
+
+
+# Those of models, and those where kernels change the way they lay a row over threads; no kernel keeps the last three in
+# registers.
