@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import time
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -33,6 +35,8 @@ def train_until_killed(config: TrainConfig, step: int) -> None:
     def record(lines: PlainLines, record: Record) -> None:
         say(lines, record)
         if record.step == step:
+            while not (Path(config.output) / config.name / "checkpoints/latest").exists():
+                time.sleep(0.01)
             os.killpg(0, signal.SIGKILL)
 
     with patch.object(PlainLines, "record", record):
