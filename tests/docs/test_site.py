@@ -52,7 +52,7 @@ def test_site_pages_load_nothing_from_elsewhere(site: Path) -> None:
 
 def test_site_has_contributing_and_changelog(site: Path) -> None:
     assert "Add an op" in (site / "contributing/index.html").read_text("utf-8")
-    assert "Keep a Changelog" in (site / "changelog/index.html").read_text("utf-8")
+    assert "Semantic Versioning" in (site / "changelog/index.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("module", PUBLIC)
