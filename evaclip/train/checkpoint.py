@@ -230,7 +230,7 @@ Ask = Callable[[tuple[Path, Mapping[str, Any]]], list[list[str]]]
 
 
 def damage_in_share(job: tuple[Path, Mapping[str, Any]], share: int = 0, shares: int = 1) -> list[str]:
-    """Damage to the files of a checkpoint that one of several ranks checks, mostly those that it will read.
+    """Damage to a rank's part of the files of a checkpoint, mostly the files that it will read.
 
     Args:
         job: the folder, and size and hash of each file.

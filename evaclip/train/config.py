@@ -240,7 +240,7 @@ class ClassificationTask:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class TeacherConfig:
-    """The frozen image tower whose features are predicted."""
+    """The frozen image tower that gives the features to predict."""
 
     name: str = "EVA01-CLIP-g-14"
     """Name of a CLIP, or timm's name of an image model."""
@@ -369,9 +369,9 @@ class CheckpointConfig:
     keep_every: Count | None = None
     """Checkpoints at multiples of this step are never deleted."""
     allow_data_change: bool = False
-    """Resume although the data isn't that of the checkpoint."""
+    """Resume although the data differs from the checkpoint's."""
     allow_teacher_change: bool = False
-    """Resume although the teacher isn't that of the checkpoint (`task.name=masked_image`)."""
+    """Resume although the teacher differs from the checkpoint's (`task.name=masked_image`)."""
     allow_schedule_change: bool = False
     """Resume although past steps would have had another rate or image size."""
 
@@ -414,7 +414,7 @@ class EvalSetConfig:
     """Names of the classes in the order of the labels: `imagenet`, a file with one name a line, or a list; none: the
     class folders, or else the distinct captions. Captions are names of classes, or their numbers from 0."""
     templates: str | tuple[str, ...] | None = None
-    """Prompts with {} for the class, whose embeddings are averaged: `imagenet`, a file, one or a list; none: ImageNet's
+    """Prompts with {} for the class; their embeddings are averaged: `imagenet`, a file, one or a list; none: ImageNet's
     80 with its classes, else the name alone."""
     skip: Annotated[int, Field(ge=0)] = 0
     """Samples left out at the beginning."""

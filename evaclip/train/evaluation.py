@@ -217,7 +217,7 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, validation: Source
 
 
 def measured(model: nn.Module, sets: Mapping[str, Callable[[Attempt], Metrics]]) -> tuple[Metrics, list[str]]:
-    """The metrics of all sets as `NAME/METRIC`, and a line on each measurement that failed, whose metrics are NaN.
+    """The metrics of all sets as `NAME/METRIC`, and a line for each failed measurement; its metrics are NaN.
 
     Args:
         model: is in evaluation mode meanwhile.

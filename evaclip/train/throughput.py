@@ -49,7 +49,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 @cache
 def _measure_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    # With a generator of its own: the run's random numbers stay as they are.
+    # A separate generator leaves the run's random numbers unchanged.
     a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     _timed_product(a)
     best, end = float("inf"), time.perf_counter() + seconds

@@ -26,10 +26,10 @@ ALIGNED, MULTIPLE = 8, 64
 """A hidden width that isn't a multiple of the first number is padded to a multiple of the second."""
 
 MIN_ROWS = 1 << 10
-"""Rows of x on a GPU from which aligned matmuls save more time than copies of the matrices take."""
+"""Rows of x on a GPU from which aligned matmuls are predicted to save more time than copies of the matrices take."""
 
 MIN_FOLDED_ROWS = 1 << 14
-"""Rows of x from which a gated matmul saves more time than folding the norm into w3 takes."""
+"""Rows of x from which a gated matmul is predicted to save more time than folding the norm into w3 takes."""
 
 
 def swiglu_mlp(
@@ -103,12 +103,12 @@ def _check_call(
     op = "swiglu_mlp"
     _check.floating(op, x=x, w1=w1, w2=w2, w3=w3)
     if x.dim() == 0:
-        raise ValueError(f"{op}: x is a scalar; expected [..., C]")
+        raise ValueError(f"{op}: x must have shape [..., C], got a scalar")
     if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{op}: norm_bias without norm_weight; give both or neither")
+        raise ValueError(f"{op}: norm_bias must be None without norm_weight, got a tensor")
     for name, weight, layout in (("w1", w1, "[F, C]"), ("w3", w3, "[D, F]")):
         if weight.dim() != 2:
-            raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; expected {layout}")
+            raise ValueError(f"{op}: {name} must have shape {layout}, got {tuple(weight.shape)}")
     parameters: dict[str, Any] = {"w1": w1, "w2": w2, "w3": w3, "b1": b1, "b2": b2, "b3": b3}
     (x,) = autocast.matmul_inputs(x)
     if not autocast.is_on(x.device.type):
@@ -117,7 +117,7 @@ def _check_call(
     _check.same_device(op, x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
     hidden = w1.shape[0]
     _check.shape(op, "x", x, (*x.shape[:-1], w1.shape[1]), "[..., C]")
-    _check.shape(op, "w2", w2, tuple(w1.shape), "the shape of w1")
+    _check.shape(op, "w2", w2, tuple(w1.shape), "w1.shape")
     _check.shape(op, "w3", w3, (w3.shape[0], hidden), "[D, F]")
     _check.shape(op, "b3", b3, (w3.shape[0],), "[D]")
     for name, vector in {"b1": b1, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}.items():

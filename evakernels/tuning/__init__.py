@@ -25,7 +25,7 @@ SIZES = ("width", "depth", "head_dim", "tokens", "heads", "itemsize")
 """Sizes of calls; `heads` are those of all samples, `itemsize` is the bytes of an element."""
 
 TIMES = " on"
-"""Suffix of an op's name in a file: the key of its times, whose `config` has microseconds by backend."""
+"""Suffix of an op's name in a file: the key of its times; their `config` has microseconds by backend."""
 
 Entry = dict[str, dict[str, int]]
 """`shape`, the sizes of a configuration, and `config`, the keyword arguments of the launch."""

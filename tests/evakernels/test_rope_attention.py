@@ -267,7 +267,7 @@ def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim):
     ],
 )
 def test_split_heads_as_accurate_as_torch(shape, num_prefix, options, dtype, monkeypatch):
-    """CUDA kernels: two blocks per head, whose dq another kernel adds."""
+    """CUDA kernels: two blocks per head; another kernel adds their dq."""
     monkeypatch.setenv("EVAKERNELS_ATTENTION_PLAN", "1x2")
     angles = randn(shape[1] - num_prefix, shape[3] // 2, seed=3) * 3
     cos, sin = angles.cos().float(), angles.sin().float()
@@ -280,7 +280,7 @@ def test_split_heads_as_accurate_as_torch(shape, num_prefix, options, dtype, mon
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torch_behind_rotation_accurate(dtype, causal):
-    """Its log-sum-exps are those that the backward pass of other backends reads."""
+    """The backward pass of other backends reads its log-sum-exps."""
     angles = randn(39, 32, seed=3) * 3
     tables = angles.cos().float(), angles.sin().float(), None, 1, causal, True, 0.125
     qkv = randn(2, 40, 3, 2, 64).to(dtype).unbind(2)

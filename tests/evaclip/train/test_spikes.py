@@ -58,7 +58,7 @@ def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, caps
     spikes = "spikes={threshold_sigma: 20, patience: 2, window: 8}"
     measured = "eval={every_steps: 7, sets: {val: {data: {num_samples: 4, workers: 0}}}}"
     outcome = train(run_config(spikes, "checkpoint={every_steps: 1, keep: 99}", "schedule.steps=10", measured))
-    assert "went back to step_00000007" in capsys.readouterr().out
+    assert "up to step 9: went back to step_00000007" in capsys.readouterr().out
     assert list(evaluations(outcome.folder)) == [7, 10]
     assert column(outcome.folder, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 10]
     assert records(outcome.folder)[-1]["samples"] == 12 * 8
