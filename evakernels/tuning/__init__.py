@@ -73,6 +73,8 @@ def times(op: str, arguments: Mapping[str, Any], tensor: Tensor) -> Times | None
 def sizes_of(op: str, arguments: Mapping[str, Any], tensor: Tensor) -> dict[str, int]:
     """The sizes of a call by which times are looked up; `tensor` is its first one."""
     width = tensor.shape[-1] if tensor.dim() else 1
+    if "contrastive" in op or "siglip" in op:
+        return {"depth": arguments["image"].shape[-1] if "image" in arguments else width}
     if "attention" not in op:
         return {"width": width}
     tokens = max(1, arguments["max_seqlen"] if "max_seqlen" in arguments else tensor.shape[1])

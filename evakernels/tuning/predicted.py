@@ -2,7 +2,10 @@
 
 They are the least times of the audit's roofline (`benchmarks/audit/roofline.py`) on an A100 and H100: matmuls of
 padded tiles, with `mma.sync` at 62 % of the peak on 9.0, exponentials, and bytes of memory. Triton rotates keys in a
-separate pass, and its backward pass has two kernels with seven matmuls instead of five.
+separate pass, and its backward pass has two kernels with seven matmuls instead of five. Packed sequences are of equal
+length, causal and not rotated, in tiles of 16 tokens, with Triton of 64 (in backward on an H100 of 32, by `mma.sync`).
+Contrastive statistics are of 32,768 pairs; where both backends have `mma.sync`, shared memory limits Triton's smaller
+tiles of a warp. On a B200 Triton's are the matmuls alone.
 """
 
 from typing import Any
@@ -37,6 +40,19 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(64, 257, 4096, cuda=161, triton=241),
             row(64, 577, 4096, cuda=599, triton=610),
             row(64, 1025, 4096, cuda=1850, triton=1516),
+        "packed_attention_forward": [
+            row(64, 77, 4096, cuda=79, triton=79),
+            row(64, 257, 4096, cuda=264, triton=264),
+            row(64, 577, 4096, cuda=605, triton=757),
+            row(64, 1025, 4096, cuda=1845, triton=2106),
+        ],
+        "packed_attention_backward": [
+            row(64, 77, 4096, cuda=158, triton=238),
+            row(64, 257, 4096, cuda=529, triton=809),
+            row(64, 577, 4096, cuda=1512, triton=2650),
+            row(64, 1025, 4096, cuda=4614, triton=7372),
+        ],
+        **statistics(cuda=5690, triton=7450),
             row(112, 257, 4096, cuda=282, triton=422),
             row(112, 577, 4096, cuda=1049, triton=1037),
             row(112, 1025, 4096, cuda=3237, triton=2568),
@@ -52,3 +68,16 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
     },
     100: {},  # Triton's kernels for 10.0 are compiled, but not run by an interpreter: CUDA stays first until measured
 }
+        "packed_attention_forward": [
+            row(64, 77, 4096, cuda=48, triton=48),
+            row(64, 257, 4096, cuda=161, triton=161),
+            row(64, 577, 4096, cuda=361, triton=361),
+            row(64, 1025, 4096, cuda=939, triton=664),
+        ],
+        "packed_attention_backward": [
+            row(64, 77, 4096, cuda=96, triton=145),
+            row(64, 257, 4096, cuda=322, triton=483),
+            row(64, 577, 4096, cuda=769, triton=1207),
+            row(64, 1025, 4096, cuda=2348, triton=3438),
+        ],
+        **statistics(cuda=3320, triton=2700),

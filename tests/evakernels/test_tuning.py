@@ -104,6 +104,29 @@ def test_times_decide_the_backend_and_are_explained(folder, monkeypatch):
     assert why.endswith("torch 2 us, triton 2.5 us, cuda 3 us, measured for head_dim 64, tokens 577, heads 4096")
 
 
+@pytest.mark.parametrize(("longest", "tokens"), [(60, 77), (900, 1025)])
+def test_packed_attention_has_predicted_times(monkeypatch, longest, tokens):
+    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("", 90))
+    q = torch.empty(longest * 8, 16, 64, dtype=torch.bfloat16, device="meta")
+    for op in ("packed_attention_forward", "packed_attention_backward"):
+        times = tuning.times(op, {"max_seqlen": longest}, q)
+        assert times is not None
+        assert (times.shape["tokens"], times.is_measured) == (tokens, False)
+
+
+@pytest.mark.parametrize("op", ["contrastive_forward", "contrastive_backward", "siglip_forward"])
+def test_measured_loss_times_follow_depth(folder, monkeypatch, op):
+    """`tuning run` writes times of the losses by the width of the features."""
+    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("NVIDIA H100", 90))
+    rows = [{"shape": {"depth": depth, "itemsize": 2}, "config": {"triton": depth}} for depth in (512, 1024)]
+    search.write("NVIDIA H100", {op + tuning.TIMES: rows}, 90, folder)
+    tuning.clear_caches()
+    image, of_rows = torch.empty(9, 768, dtype=torch.bfloat16), torch.empty(9)
+    first = of_rows if "backward" in op else image
+    assert tuning.times(op, {"image": image}, first).shape["depth"] == 1024
+    assert tuning.times(op, {}, image).is_measured
+
+
 def test_predicted_times_are_of_known_ops_and_backends():
     for known in tuning.MICROSECONDS.values():
         assert known.keys() <= backends.ops().keys()
