@@ -117,19 +117,25 @@ def norms(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
-    """Gate and up are halves of a packed matrix, or separate."""
-    forms = [(packed, normed, 0) for packed in (False, True) for normed in (False, True)]
-    forms += [(True, True, before) for before in shifts(width, dtype)[1:]]
-    for packed, normed, before in forms:
-        matrices = Matrices(rows, width, dtype, before)
+    """Gate and up are halves of a packed matrix, or separate; halves are also padded to a multiple of 64 channels."""
+    forms = [(packed, normed, 0, 0) for packed in (False, True) for normed in (False, True)]
+    forms += [(True, True, before, 0) for before in shifts(width, dtype)[1:]]
+    forms += [(True, normed, 0, -width % 64) for normed in (False, True) if width % 64]
+    for packed, normed, before, padding in forms:
+        wide = width + padding
+        matrices = Matrices(rows, wide, dtype, before)
         gate, up = matrices.given(), matrices.given()
         if packed:
-            gate, up = draw(rows, 2 * width, dtype=dtype, before=before).chunk(2, -1)
-        weight, bias, mean, rstd = (draw(width), draw(width), blank(rows), blank(rows)) if normed else (None,) * 4
-        run("swiglu_forward", gate, up, weight, bias, writes=[matrices.made(), mean, rstd], eps=EPS)
-        sums = [blank(width), blank(width)] if normed else [None, None]
+            gate, up = draw(rows, 2 * wide, dtype=dtype, before=before).chunk(2, -1)
+        weight, bias, mean, rstd = (draw(wide), draw(wide), blank(rows), blank(rows)) if normed else (None,) * 4
+        for padded in (gate, up, weight, bias):
+            if padded is not None:
+                padded[..., width:] = 0
+        options = {"eps": EPS, "padding": padding}
+        run("swiglu_forward", gate, up, weight, bias, writes=[matrices.made(), mean, rstd], **options)
+        dout, sums = matrices.given(), [blank(wide), blank(wide)] if normed else [None, None]
         writes = [matrices.made(), matrices.made(), *sums]
-        run("swiglu_backward", matrices.given(), gate, up, weight, mean, rstd, writes=writes)
+        run("swiglu_backward", dout, gate, up, weight, mean, rstd, writes=writes, padding=padding)
 
 
 def gelu(rows: int, width: int, dtype: torch.dtype) -> None:

@@ -67,13 +67,18 @@ def test_a_row_of_one_element_is_as_exact_as_torch(norm, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("width", "padding"), [(8, 1), (2752, 22)])
-def test_padded_rows_keep_the_error_rule(width, padding, norm, dtype):
-    """Outputs and gradients are those of the other channels, as accurate as torch's, and zero in the padding."""
+@pytest.mark.parametrize(("width", "padding", "packed"), [(8, 1, False), (2752, 22, False), (2752, 22, True)])
+def test_padded_rows_keep_the_error_rule(width, padding, packed, norm, dtype):
+    """Outputs and gradients are those of the other channels, as accurate as torch's, and zero in the padding.
+
+    Packed gate and up have a row stride of twice the padded width.
+    """
 
     def padded(*given):
-        wide = [None if t is None else F.pad(t, (0, padding)) for t in given]
-        out = evakernels.swiglu(*wide, EPS, padding)
+        gate, up, *vectors = (None if t is None else F.pad(t, (0, padding)) for t in given)
+        if packed:
+            gate, up = torch.cat((gate, up), -1).chunk(2, -1)
+        out = evakernels.swiglu(gate, up, *vectors, EPS, padding)
         assert out[..., -padding:].eq(0).all()
         return out[..., :-padding]
 
