@@ -63,14 +63,19 @@ struct LaunchPlan {
   dim3 grid;
   dim3 block;
   size_t shared_bytes;  // dynamic
+  Error error = nullptr;
 
-  int resident_blocks() const {
-    return cuda::resident_blocks(address_of(kernel), static_cast<int>(block.x * block.y), shared_bytes);
+  // At least 1. If no block fits or the query fails, launch() returns an error.
+  int resident_blocks() {
+    const int blocks =
+        cuda::resident_blocks(address_of(kernel), static_cast<int>(block.x * block.y), shared_bytes);
+    if (blocks == 0) error = "no block of the kernel fits the GPU, or its occupancy can't be queried";
+    return blocks == 0 ? 1 : blocks;
   }
 
   // No-op for an empty grid.
   Error launch(Stream stream, const std::type_identity_t<Parameters>&... arguments) const {
-    if (grid.x == 0) return nullptr;
+    if (error || grid.x == 0) return error;
     return launch_with_memory(kernel, grid, block, shared_bytes, stream, arguments...);
   }
 };

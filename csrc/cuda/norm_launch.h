@@ -89,8 +89,7 @@ auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buff
                      row.block,
                      staged ? row.block.y * size_t{Kernels::kStages} * stage_bytes(width) : 0};
   // Kernels with partial sums launch no more blocks than are resident.
-  const int64_t most =
-      Kernels::kSums > 0 ? std::max(1, plan.resident_blocks()) : std::numeric_limits<int>::max();
+  const int64_t most = Kernels::kSums > 0 ? plan.resident_blocks() : std::numeric_limits<int>::max();
   plan.grid.x = static_cast<unsigned>(std::min(ceil_div(rows, row.block.y), most));
   return plan;
 }

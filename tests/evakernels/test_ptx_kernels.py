@@ -261,6 +261,24 @@ def test_impossible_attention_plan_is_named(printed: Callable[..., str], plan: s
 
 
 @needs_nvcc
+@needs_nvcc
+def test_failed_occupancy_query_is_named(printed: Callable[..., str]) -> None:
+    """Attention, norms and GELU plan by resident blocks."""
+    code = """if True:
+        import torch, evakernels
+        x, q = torch.ones(2, 8, requires_grad=True), torch.ones(1, 4, 1, 8).bfloat16()
+        normed, gated = evakernels.layer_norm(x), evakernels.swiglu(x, x, torch.ones(8))
+        launches._registers = lambda kernel: 1 << 20  # no block fits
+        calls = normed.sum().backward, gated.sum().backward, lambda: evakernels.gelu(x)
+        for call in (*calls, lambda: evakernels.rope_attention(q, q, q)):
+            try:
+                call()
+            except RuntimeError as error:
+                print("occupancy" in str(error))
+    """
+    assert printed(code, gpu="h100").split() == ["True"] * 4
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_lamb_launches_hold_no_rate_on_device(printed: Callable[..., str], on_device: bool) -> None:
     """A captured graph keeps the arguments of its launches."""
