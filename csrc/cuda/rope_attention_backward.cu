@@ -420,6 +420,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       // Whether a later round, or another block, adds to dq of these queries.
       const int next_round = round + round_tiles;
       const bool is_kept = plan.blocks > 1 || (next_round < end && first_stage(next_round) <= stage);
+      // #own-dq
       float* const kept = workspace + head.workspace_row(part, plan.blocks, plan.workspace_rows) * D;
       if (!is_kept) {
         store_queries(head, kept, params.dq, stage, round == begin);

@@ -76,6 +76,9 @@ FAULTS = {
     "dS": Fault("race at"),
     "stages": Fault("race at", ("stage / kStageTiles & 1", "0")),
     "dk-stored": Fault("race at"),
+    "features": Fault("race at"),
+    "parts-of-warps": Fault("race at"),
+    "own-dq": Fault("not written", ("part", "0")),
     "parts": Fault("not written", ("max(ceil_div(seen, plan.block_tiles), 1)", "parts")),
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
