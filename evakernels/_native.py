@@ -108,14 +108,18 @@ def runs_gpu_kernels(device_type: str) -> bool:
 @cache
 def why_not_on_gpu(index: int) -> str | None:
     """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
-    if release := build_record().get("cuda_release"):
-        driver = driver_version() // 1000
-        # A driver runs programs of later toolkits of the same major version.
-        if driver < int(release.partition(".")[0]):
-            return f"the driver is for CUDA {driver}; the library was compiled with CUDA {release}: update the driver"
     codes: list[str] = build_record().get("cuda_codes") or []
     capability = torch.cuda.get_device_capability(index)
-    if not codes or any(_runs_on(code, capability) for code in codes):
+    usable = [code for code in codes if _runs_on(code, capability)]
+    if release := build_record().get("cuda_release"):
+        driver = divmod(driver_version() // 10, 100)
+        toolkit = tuple(map(int, release.split(".")))
+        # A driver runs machine code of later toolkits of its major version, but doesn't compile their PTX.
+        needs_ptx = bool(usable) and all(code.startswith("compute") for code in usable)
+        if driver[0] < toolkit[0] or (needs_ptx and driver < toolkit):
+            found = ".".join(map(str, driver))
+            return f"the driver is for CUDA {found}; the library was compiled with CUDA {release}: update the driver"
+    if not codes or usable:
         return None
     found = ".".join(map(str, capability))
     return f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"

@@ -109,6 +109,9 @@ def test_explain_lists_backends_and_reasons(calls):
         ((7, 5), 13000, {}, True),  # an unknown build
         ((9, 0), 12080, {"cuda_release": "13.0"}, False),
         ((9, 0), 12040, {"cuda_release": "12.9"}, True),
+        ((9, 0), 12080, {"cuda_release": "12.9", "cuda_codes": ["sm_90", "compute_100"]}, True),
+        ((11, 0), 12080, {"cuda_release": "12.9", "cuda_codes": ["sm_90", "compute_100"]}, False),
+        ((11, 0), 12090, {"cuda_release": "12.9", "cuda_codes": ["sm_90", "compute_100"]}, True),
     ],
 )
 def test_gpu_that_the_build_lacks_is_refused(capability, driver, build, runs, monkeypatch):
@@ -134,6 +137,22 @@ def test_lamb_old_driver_is_a_reason(driver, count, monkeypatch):
         reasons = backends.why_not(op, "cuda", [on_a_gpu()])
         assert len(reasons) == count
         assert all("driver" in reason for reason in reasons)
+
+
+# Incomplete calls of a SwiGLU MLP have no device, and complete ones the reasons of its gated product.
+@pytest.mark.parametrize("op", [op for op in backends.ops() if "mlp" not in op])
+def test_explain_names_old_driver(op, monkeypatch):
+    monkeypatch.setattr(_native, "LOADED", True)
+    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
+    monkeypatch.setattr(_native, "build_record", lambda: {"cuda_release": "13.0", "cuda_codes": ["sm_90"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    _native.why_not_on_gpu.cache_clear()
+    takes_list = str(backends.overload(op)._schema.arguments[0].type).startswith("List")
+    arguments = [on_a_gpu()] if takes_list else on_a_gpu()
+    lines = evakernels.explain(getattr(torch.ops.evakernels, op), arguments).splitlines()
+    _native.why_not_on_gpu.cache_clear()
+    assert "the driver is for CUDA 12.8; the library was compiled with CUDA 13.0" in lines[0], lines
 
 
 def test_error_without_any_backend_lists_all():

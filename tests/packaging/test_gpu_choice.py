@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 RECORD = "evakernels/_build.json"
 GPU_FILES = ("/dev/nvidia0", "/proc/driver/nvidia")
 NVCC_13 = (13, 0, (75, 80, 86, 89, 90, 100, 103, 120))
+NVCC_12_8 = (12, 8, (75, 80, 86, 89, 90, 100, 101, 120))
 NVCC_12_4 = (12, 4, (75, 80, 86, 89, 90))
 NO_GPU = "no NVIDIA GPU found (EVAKERNELS_CUDA=on builds for those of other machines)"
 without_gpu = pytest.mark.skipif(any(Path(file).exists() for file in GPU_FILES), reason="this machine has a GPU")
@@ -86,13 +87,14 @@ def test_the_gpus_of_this_machine_are_compiled_for(machine: Machine, nvcc: tuple
     assert record["cuda_archs"] == ["86", "90-virtual"]
 
 
-def test_unknown_gpu_gets_kernels_for_all(machine: Machine) -> None:
-    machine.add_nvcc(*NVCC_13)
+@pytest.mark.parametrize("nvcc", [NVCC_13, NVCC_12_8])
+def test_unknown_gpu_gets_kernels_for_all(machine: Machine, nvcc: tuple) -> None:
+    machine.add_nvcc(*nvcc)
     write_program(machine.programs / "nvidia-smi", {"-L": "GPU 0: NVIDIA H100"})
     record, _ = machine.decide()
     assert record["cuda_archs"] == ["80-real", "90-real", "100-real", "120"]
     assert record["cuda_codes"] == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_100"]
-    assert record["cuda_release"].startswith("13.")
+    assert record["cuda_release"] == f"{nvcc[0]}.{nvcc[1]}"
 
 
 @without_gpu
