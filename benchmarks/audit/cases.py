@@ -22,6 +22,8 @@ HIDDEN = ("eva02-b16@224 b1", "eva02-l14@224 b1")
 OF_HIDDEN = " of hidden"
 DROPPED = ("eva02-b16@224 b8 drop50", "eva01-g14@224 b8 drop50")
 OPTIMIZED = ("tiny@32 b1",)
+_PAIRS = ("eva02-b16@224 b512",)
+STATISTICS = "clip_loss statistics"
 
 SHAPES = {
     "layer_norm": WIDTHS,
@@ -39,11 +41,11 @@ SHAPES = {
     "gelu": ("eva02-b16:text b1", "eva01-g14@112 b1"),
     "rope_attention": ("eva02-b16@112 b1", "eva02-l14@112 b1 drop50", "eva01-g14@112 b1", "eva02-bige14@112 b1"),
     "causal_attention": ("eva02-b16:text b1",),
+    STATISTICS: _PAIRS,
     "lamb_step": OPTIMIZED,
 }
 """Audited operations with nvcc's kernels, and their default shapes."""
 _ROWS = ("eva02-b16@224 b1",)
-_PAIRS = ("eva02-b16@224 b512",)
 _TEXT = ("eva02-b16:text b2",)
 NOT_KEPT = "clip_loss, logits not kept"
 TRITON_SHAPES = {
@@ -140,6 +142,8 @@ def operation(name: str) -> Operation:
         raise unknown_name("audited operation", name, [*SHAPES, *TRITON_SHAPES])
     if name == NOT_KEPT:
         return replace(get_operation("clip_loss"), name=name, ours=partial(evakernels.clip_loss, memory_budget=0))
+    if name == STATISTICS:
+        return replace(get_operation("clip_loss"), name=name, gradients=())
     if SHAPES.get(name) == OPTIMIZED:
         return _few_tensors(name)
     if name.endswith(OF_HIDDEN):

@@ -261,7 +261,9 @@ class Call {
     if constexpr (kCudaIsBuilt) {
       if (is_on_gpu()) return launch_on_gpu<Cuda>(op, params);
     }
-    if constexpr (!kCudaIsInterpreted) {
+    if constexpr (std::is_null_pointer_v<decltype(Cpu)>) {
+      require(false, op, " has kernels for GPUs only");
+    } else if constexpr (!kCudaIsInterpreted) {
       Cpu(params, isa_ ? cpu::parse_isa(*isa_) : cpu::active_isa(), cpu::serial_for);
     }
   }
@@ -314,5 +316,6 @@ inline std::vector<Registration>& registrations() {
   [[maybe_unused]] static const auto& family##_registration = \
       registrations().emplace_back(register_##family);        \
   static void register_##family(py::module_& m)
+#define EVAKERNELS_GPU_OPS(family, m) EVAKERNELS_OPS(family, m)
 #define EVAKERNELS_OP(m, op, ...) \
   m.def(#op, &Bound<&op>::Function<>::call, __VA_ARGS__, "isa"_a = py::none(), "stream"_a = 0)

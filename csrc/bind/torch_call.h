@@ -198,14 +198,14 @@ class Call {
 
   bool is_on_gpu() const { return kCudaIsInterpreted || (kCudaIsBuilt && first_->is_cuda()); }
 
-  // Launchers are template arguments, so that those of a device without kernels needn't be linked. Cuda:
-  // nullptr for an op without GPU kernels.
+  // Launchers are template arguments, so that those of a device without kernels needn't be linked; nullptr
+  // for a device without kernels of the op.
   template <auto Cpu, auto Cuda, class Params>
   void launch(const char* op, const Params& params) {
     if constexpr (kCudaIsBuilt && !std::is_null_pointer_v<decltype(Cuda)>) {
       if (is_on_gpu()) launch_on_gpu<Cuda>(op, params);
     }
-    if constexpr (!kCudaIsInterpreted) {
+    if constexpr (!kCudaIsInterpreted && !std::is_null_pointer_v<decltype(Cpu)>) {
       if (!is_on_gpu()) Cpu(params, cpu::active_isa(), torch_parallel);
     }
     for (auto& [tensor, dense] : updated_) torch::stable::copy_(tensor, dense);
@@ -274,5 +274,14 @@ class Call {
   static void register_##family(torch::stable::detail::StableLibrary& m)
 #else
 #define EVAKERNELS_OPS(family, m) EVAKERNELS_CPU_OPS(family, m)
+#endif
+// Registers ops that have kernels for GPUs only in this file.
+#if defined(EVAKERNELS_INTERPRETED)
+#define EVAKERNELS_GPU_OPS(family, m) EVAKERNELS_CPU_OPS(family, m)
+#elif defined(EVAKERNELS_CUDA)
+#define EVAKERNELS_GPU_OPS(family, m) STABLE_TORCH_LIBRARY_IMPL(evakernels_native, CUDA, m)
+#else
+#define EVAKERNELS_GPU_OPS(family, m) \
+  [[maybe_unused]] static void register_##family(torch::stable::detail::StableLibrary& m)
 #endif
 #define EVAKERNELS_OP(m, op, ...) m.impl(#op, TORCH_BOX(&Bound<&op>::Function<>::call))

@@ -103,4 +103,35 @@ EVAKERNELS_FOR_EACH_ISA(extern const ContrastiveKernels contrastive;)
 
 }  // namespace cpu
 
+// Statistics of all logits, logit_scale * image @ text^T, in one launch. The caption of row i is offset + i.
+struct ContrastiveStatistics {
+  const void* image;        // [rows, width], dtype, dense
+  const void* text;         // [columns, width], dtype, dense
+  const void* logit_scale;  // one element, scale_dtype
+  float* logits;            // [rows, columns]; null if they aren't saved
+  float* row_lse;           // [rows]
+  float* col_lse;           // [columns]
+  float* positive;          // [rows]
+  float* row_max;           // [rows]
+  float* col_max;           // [columns]
+  int64_t rows;
+  int64_t columns;
+  int64_t width;
+  int64_t offset;
+  DType dtype;
+  DType scale_dtype;
+};
+
+namespace cuda {
+
+// Why the kernel doesn't support a call; null if it does.
+inline Error unserved(const ContrastiveStatistics& params) {
+  return params.dtype == DType::Float32 ? "the contrastive losses of float32 have no CUDA kernels" : nullptr;
+}
+
+EVAKERNELS_API Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch,
+                                         Stream stream);
+
+}  // namespace cuda
+
 }  // namespace evakernels

@@ -276,7 +276,13 @@ def _gradient_by(backward: Op) -> Callable[..., Any]:
     return gradient
 
 
-_forward = define(reference.contrastive_forward, fake=_forward_fake)
+def _gpu_reasons(*, image: Tensor | None = None, **_: Any) -> list[str]:
+    """Why GPU kernels don't support these features."""
+    is_float32 = image is not None and image.dtype == torch.float32
+    return ["float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too"] if is_float32 else []
+
+
+_forward = define(reference.contrastive_forward, fake=_forward_fake, gpu_reasons=_gpu_reasons)
 _backward = define(reference.contrastive_backward, fake=_backward_fake)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient_by(_backward))
 
@@ -290,7 +296,12 @@ def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset
     return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
 
 
-_kept_forward = define(reference.contrastive_kept_forward, fake=_kept_forward_fake, decomposition=_kept_decomposition)
+_kept_forward = define(
+    reference.contrastive_kept_forward,
+    fake=_kept_forward_fake,
+    decomposition=_kept_decomposition,
+    gpu_reasons=_gpu_reasons,
+)
 _kept_backward = define(reference.contrastive_kept_backward, fake=_backward_fake)
 differentiable(_kept_forward, _kept_backward, setup_context=_setup, formula=_gradient_by(_kept_backward), returned=5)
 

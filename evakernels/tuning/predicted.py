@@ -16,6 +16,12 @@ def row(head_dim: int, tokens: int, heads: int, **microseconds: float) -> dict[s
     return {"shape": {"head_dim": head_dim, "tokens": tokens, "heads": heads}, "config": microseconds}
 
 
+def statistics(**microseconds: float) -> dict[str, list[dict[str, Any]]]:
+    """The entries of contrastive statistics in 16 bits."""
+    entries = [{"shape": {"depth": 768, "itemsize": 2}, "config": microseconds}]
+    return {"contrastive_forward": entries, "contrastive_kept_forward": entries}
+
+
 MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
     80: {
         "rope_attention_forward": [
@@ -34,12 +40,6 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(112, 577, 4096, cuda=5153, triton=7734),
             row(112, 1025, 4096, cuda=15903, triton=23187),
         ],
-    },
-    90: {
-        "rope_attention_forward": [
-            row(64, 257, 4096, cuda=161, triton=241),
-            row(64, 577, 4096, cuda=599, triton=610),
-            row(64, 1025, 4096, cuda=1850, triton=1516),
         "packed_attention_forward": [
             row(64, 77, 4096, cuda=79, triton=79),
             row(64, 257, 4096, cuda=264, triton=264),
@@ -53,6 +53,12 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(64, 1025, 4096, cuda=4614, triton=7372),
         ],
         **statistics(cuda=5690, triton=7450),
+    },
+    90: {
+        "rope_attention_forward": [
+            row(64, 257, 4096, cuda=161, triton=241),
+            row(64, 577, 4096, cuda=599, triton=610),
+            row(64, 1025, 4096, cuda=1850, triton=1516),
             row(112, 257, 4096, cuda=282, triton=422),
             row(112, 577, 4096, cuda=1049, triton=1037),
             row(112, 1025, 4096, cuda=3237, triton=2568),
@@ -65,9 +71,6 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(112, 577, 4096, cuda=2622, triton=2723),
             row(112, 1025, 4096, cuda=8092, triton=7585),
         ],
-    },
-    100: {},  # Triton's kernels for 10.0 are compiled, but not run by an interpreter: CUDA stays first until measured
-}
         "packed_attention_forward": [
             row(64, 77, 4096, cuda=48, triton=48),
             row(64, 257, 4096, cuda=161, triton=161),
@@ -81,3 +84,9 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(64, 1025, 4096, cuda=2348, triton=3438),
         ],
         **statistics(cuda=3320, triton=2700),
+    },
+    # No times of attention: Triton's kernels for 10.0 are compiled, but not run by an interpreter, and CUDA stays first
+    # until measured.
+    100: statistics(cuda=2990, triton=730),
+    120: statistics(cuda=5690, triton=7450),  # as on 8.0: both use `mma.sync`
+}

@@ -197,6 +197,19 @@ def lamb() -> None:
     check_state("lamb_apply", tensors)
 
 
+# Several row tiles per block, with pairs in several blocks and unfilled last tiles; stages of channels; one pair.
+PAIRS = [(600, 1300, 16, 600, HALF), (70, 260, 72, 0, FLOAT16), (1, 1, 9, 0, HALF)]
+
+
+def contrastive() -> None:
+    for rows, columns, width, offset, dtype in PAIRS:
+        inputs = draw(rows, width, dtype=dtype), draw(columns, width, dtype=dtype), draw(1), offset
+        sizes = (rows,), (columns,), (rows,), (rows,), (columns,), (rows, columns)
+        writes = [blank(*size) for size in sizes]
+        run("contrastive_kept_forward", *inputs, writes=writes)
+        run("contrastive_forward", *inputs, writes=[blank(*size) for size in sizes[:5]])
+
+
 class Attention(NamedTuple):
     """A call of attention.
 
@@ -314,7 +327,7 @@ def tables_of(call: Attention, patches: int) -> dict[str, Tensor]:
 
 
 OF_MATRICES = {"norms": norms, "gelu": gelu, "swiglu": swiglu, "token_dropout": token_dropout}
-OTHERS = {"lamb": lamb, "rope_attention": rope_attention}
+OTHERS = {"contrastive": contrastive, "lamb": lamb, "rope_attention": rope_attention}
 
 
 def with_planted_fault(ptx: str) -> str:

@@ -117,5 +117,5 @@ def units() -> dict[str, str]:
 
 def family_of(unit: str) -> str:
     """The family of tests/cuda/drive.py that runs a source file."""
-    families = ("gelu", "lamb", "rope_attention", "swiglu", "token_dropout")
+    families = ("contrastive", "gelu", "lamb", "rope_attention", "swiglu", "token_dropout")
     return next((family for family in families if unit.startswith(family)), "norms")

@@ -25,7 +25,7 @@ BINDINGS = [path.read_text() for path in sorted((ROOT / "csrc/bind").glob("*.cpp
 COMPILED = [
     op
     for text in BINDINGS
-    if re.search(r"^EVAKERNELS_OPS\(", text, re.MULTILINE)
+    if re.search(r"^EVAKERNELS_(GPU_)?OPS\(", text, re.MULTILINE)
     for op in re.findall(r"EVAKERNELS_OP\(\s*m, (\w+)", text)
 ]
 TRITON = [op for ops in evakernels.triton.FAMILIES.values() for op in ops]

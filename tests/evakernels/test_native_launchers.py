@@ -215,14 +215,23 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 
 
 @gpu_kernels
+@pytest.mark.parametrize("op", ["contrastive_forward", "contrastive_kept_forward"])
+def test_contrastive_statistics(op: str) -> None:
+    image, text = (normal(rows, 16, dtype=torch.bfloat16) for rows in (30, 260))
+    same(op, (image, text, torch.tensor(3.0), 5), ())
+
+
+@gpu_kernels
 def test_gpu_refuses_dtypes() -> None:
     q, offsets = normal(9, 2, 16), torch.tensor([0, 9])
+    features, scale = normal(9, 16), torch.tensor(3.0)
     residual, branch = normal(3, 40, dtype=torch.float16), normal(3, 40, dtype=torch.bfloat16)
     for message, call in (
         (
             "attention of float32 has no CUDA kernels",
             lambda: native.packed_attention_forward(q, q, q, offsets, None, None, None, 9, True, True, 1.0),
         ),
+        ("contrastive losses of float32", lambda: native.contrastive_forward(features, features, scale, 0)),
         (
             "branch must be float16",
             lambda: native.add_layer_norm_forward(residual, branch, None, None, None, None, EPS, False),
@@ -257,6 +266,7 @@ INDEX = torch.zeros(1, 2, dtype=torch.int64)
         ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int().numpy(), None, None, X[None])),
         ("pos_embed", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX, None, X[:1], X[None])),
         ("row_scale", ValueError, lambda: _C.layer_norm_add_forward(X, X, None, None, None, X[0], X, ROWS, ROWS)),
+        ("offset", ValueError, lambda: _C.contrastive_forward(X, X, ROWS[:1], 1, *(ROWS,) * 5)),
         ("lists", ValueError, lambda: _C.lamb_update([X], [X], [X], [], [], [], X, beta1=0.9, beta2=0.98, eps=EPS)),
         # torch's own error
         ("meta", Exception, lambda: _C.layer_norm_forward(X.to("meta"), None, None, X, ROWS, ROWS)),

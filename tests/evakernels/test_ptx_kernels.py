@@ -29,6 +29,7 @@ OPS = {
     "norms": ("layer_norm", "residual_norm"),
     "widths": ("norm_widths",),
     "attention": ("packed_attention", "rope_attention"),
+    "losses": ("contrastive",),
     "elements": ("gelu", "swiglu", "token_dropout"),
 }
 """Test files by process, which parses the kernels that they share once."""
@@ -261,7 +262,6 @@ def test_impossible_attention_plan_is_named(printed: Callable[..., str], plan: s
 
 
 @needs_nvcc
-@needs_nvcc
 def test_failed_occupancy_query_is_named(printed: Callable[..., str]) -> None:
     """Attention, norms and GELU plan by resident blocks."""
     code = """if True:
@@ -279,6 +279,7 @@ def test_failed_occupancy_query_is_named(printed: Callable[..., str]) -> None:
     assert printed(code, gpu="h100").split() == ["True"] * 4
 
 
+@needs_nvcc
 @pytest.mark.parametrize("on_device", [False, True])
 def test_lamb_launches_hold_no_rate_on_device(printed: Callable[..., str], on_device: bool) -> None:
     """A captured graph keeps the arguments of its launches."""
