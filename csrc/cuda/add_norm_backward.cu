@@ -18,7 +18,8 @@ template <int SUMS>
 constexpr int kStages = SUMS == 2 ? 8 : 10;
 
 template <int SUMS, class Residual, class Branch, class Y, class L>
-__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+__global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
+                                  SUMS == 2 ? kBackwardBlocks<L> : L::kBlocks)
     add_norm_backward_kernel(const AddNormBackward params, float* partials) {
   constexpr int E = L::E, V = L::V;
   const ResidualNormShape& shape = params.shape;

@@ -17,7 +17,7 @@ constexpr RowLimits kLimits = {32, 192};
 constexpr int kStages = 5;  // two per input, one for the gradient
 
 template <class Residual, class Branch, class L>
-__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
+__global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
     norm_add_backward_kernel(const NormAddBackward params, float* partials) {
   constexpr int E = L::E, V = L::V;
   const ResidualNormShape& shape = params.shape;

@@ -24,6 +24,23 @@ namespace evakernels::cuda {
 // Bound for kernels with fewer steps than the maximum: three warps share a row, or a block has kRowsPerBlock.
 constexpr int kThreadsOfFewSteps = 128;
 
+// Threads of 16-bit backward kernels with two sums per column that an SM must hold; 0: as the layout has it.
+// The compiler for 10.0 and later would take a third more registers than for 9.0, and fewer warps would be
+// resident.
+template <class L>
+constexpr int kResidentThreads =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    L::kStaged || (L::E == 8 && L::V == 2) ? 512
+    : L::E == 8 && L::V > 2                ? 384
+                                           : 0;
+#else
+    0;
+#endif
+template <class L>
+constexpr int kBackwardThreads = kResidentThreads<L> > 0 ? kResidentThreads<L> : L::kThreads;
+template <class L>
+constexpr int kBackwardBlocks = kResidentThreads<L> > 0 ? 1 : L::kBlocks;
+
 constexpr RowLimits kForwardLimits = {32, 256};
 
 // Minimum blocks per SM. Staged rows leave registers for enough blocks to hide memory latency.
