@@ -305,25 +305,21 @@ class Encoder(AcceleratedModule):
             return own(*args, **kwargs)
         first, *names = _names_of(own.__func__)
         given = {**dict(zip((first, *names), args, strict=False)), **kwargs}
-        packing = self._pack(given[first], given)
+        x, mask = given.pop(first), given.pop("attention_mask", None)
+        packing = self._pack(x, mask, given)
         if packing is None:
             return own(*args, **kwargs)
-        out = own(**{**given, first: packing.pack(given[first]), "attention_mask": packing})
+        out = own(**{first: packing.pack(x), "attention_mask": packing}, **given)
         out.last_hidden_state = packing.unpack(out.last_hidden_state)
         return out
 
-    def _pack(self, x: Tensor, given: dict[str, Any]) -> Packing | None:
-        mask, known = given.get("attention_mask"), (x, None, False)
-        strange = [
-            name
-            for name, value in given.items()
-            if name not in (*_HARMLESS, "attention_mask") and not any(value is one for one in known)
-        ]
+    def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
+        strange = [n for n, value in options.items() if n not in _HARMLESS and value is not None and value is not False]
         plain = (mask is not None or refuse("no mask")) and (not strange or refuse(", ".join(strange)))
         if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
             return None
         packing = read_mask(mask, x, self.pooled)
-        if packing is None or (packing.index is not None and given.get("position_embeddings") is not None):
+        if packing is None or (packing.index is not None and options.get("position_embeddings") is not None):
             refuse("mask")
             return None
         return packing
@@ -368,7 +364,8 @@ def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
 def _vision_calls(module: Any, x: Tensor) -> list[Call]:
     """Three images with their angles."""
     tokens, bounds = x.flatten(0, 1), torch.tensor([0, 12, 15, 24], dtype=torch.int32)
-    return [((tokens, bounds), {"position_embeddings": _tables(module, tokens), "max_seqlen": size}) for size in (None, 12)]
+    options = {"position_embeddings": _tables(module, tokens)}
+    return [((tokens, bounds), {**options, **more}) for more in ({}, {"max_seqlen": 12})]
 
 
 def _pixtral_calls(module: Any, x: Tensor) -> list[Call]:
