@@ -97,7 +97,7 @@ def _attend(
     """`[B, N, H, D]` for queries, keys and values `[B, H, N, D]`; by the op for an accelerated module."""
     if isinstance(attention_mask, Packing):
         if dropout or _has_other_options(options):
-            raise NotImplementedError(f"{type(module).__name__}: packed attention must have no dropout or position bias")
+            raise NotImplementedError(f"{type(module).__name__} must have no dropout and no position bias if packed")
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         return attention_mask.attend(q, k, v, scale=scaling), None
     plain = (attention_mask is None or refuse("mask")) and (dropout == 0 or refuse("dropout"))

@@ -16,7 +16,14 @@ import evakernels
 BATCH, LENGTH, PATCH = 4, 12, 4
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**SIZES, "vocab_size": 50, "max_position_embeddings": 16, "projection_size": 64, "eos_token_id": 49}
-NAFLEX = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5, "patch_size": PATCH, "pos_embed_grid_size": (8, 8)}
+NAFLEX = {
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 5,
+    "patch_size": PATCH,
+    "pos_embed_grid_size": (8, 8),
+}
 SIGLIP2 = {**SIZES, "patch_size": PATCH, "num_patches": 16}
 BERT = {**SIZES, "vocab_size": 50, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -177,13 +184,17 @@ def test_packed_model_matches_untouched(name):
             actual = run(model, given)
         assert "packed_attention" in ops and "rope_attention" not in ops
         assert_close(actual, run(untouched, given))
-        found, theirs, truth = gradients(model, given), gradients(untouched, given), gradients(exact, given, torch.float64)
+        found, theirs = gradients(model, given), gradients(untouched, given)
+        truth = gradients(exact, given, torch.float64)
         assert_same_gradients({n: g.float() for n, g in found.items()}, {n: g.float() for n, g in theirs.items()})
         errors = [norm(g[n] - truth[n] for n in truth) for g in (found, theirs)]
         assert errors[0] <= 3 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "siglip2", "clip-text", "bert", "qwen2.5-vl", "pixtral"])
+AUTOCAST = ["naflexvit_base_patch16_gap", "siglip2", "clip-text", "bert", "qwen2.5-vl", "pixtral"]
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
 def test_packed_model_under_autocast(name):
     inputs, model, untouched = pair(name)
     exact, errors = run(untouched, inputs(1)).detach(), []
@@ -210,7 +221,8 @@ def test_packed_layers_see_no_padding(name):
     handle = register_module_forward_pre_hook(note)
     run(model, given)
     handle.remove()
-    real = next(x for n, x in (given | given.get("x", {})).items() if n in ("patch_valid", "attention_mask", "pixel_attention_mask"))
+    masks = "patch_valid", "attention_mask", "pixel_attention_mask"
+    real = next(mask for name, mask in (given | given.get("x", {})).items() if name in masks)
     assert rows == {(1, int(real.sum()) + BATCH * getattr(model, "num_prefix_tokens", 0))}
 
 
