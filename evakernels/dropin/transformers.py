@@ -216,10 +216,13 @@ class PackedVisionAttention(RotatedAttention):
         hidden_states: Tensor,
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if position_embeddings is None or not self._is_fused(hidden_states, position_embeddings[0], kwargs):
-            return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+            options = {} if max_seqlen is None else {"max_seqlen": max_seqlen}
+            options |= {"position_embeddings": position_embeddings, **kwargs}
+            return super().forward(hidden_states, cu_seqlens, **options)
         longest = hidden_states.shape[0]
         if not torch.compiler.is_compiling():  # which would break the graph
             longest = int(cu_seqlens.diff().max())
@@ -458,6 +461,5 @@ REPLACEMENTS = (
     _encoder(BertEncoder, "xlm_roberta_xl", "XLMRobertaXLEncoder"),
     _encoder(BertEncoder, "camembert", "CamembertEncoder"),
     _encoder(BertEncoder, "chinese_clip", "ChineseCLIPTextEncoder"),
-    _encoder(BertEncoder, "altclip", "AltRobertaEncoder"),
     Replacement(HookedAttention, _INTERFACE, "attention", reason=_require_sdpa, hook=calls_interface),
 )

@@ -100,8 +100,8 @@ def vision_tower(name, tower, **sizes):
 
 
 QWEN = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "temporal_patch_size": 2, "in_channels": 3}
-QWEN25 = {**QWEN, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 32, "window_size": 16}
 QWEN3 = {**QWEN, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 32}
+QWEN25 = {**QWEN3, "window_size": 16, "fullatt_block_indexes": [1]}
 PIXTRAL = {**SIZES, "patch_size": PATCH, "image_size": 28, "head_dim": 32}
 
 PADDED = {
@@ -182,7 +182,8 @@ def test_packed_model_matches_untouched(name):
         given = inputs(seed)
         with log_ops() as ops:
             actual = run(model, given)
-        assert "packed_attention" in ops and "rope_attention" not in ops
+        assert ops >= {"packed_attention"}
+        assert "rope_attention" not in ops
         assert_close(actual, run(untouched, given))
         found, theirs = gradients(model, given), gradients(untouched, given)
         truth = gradients(exact, given, torch.float64)
@@ -203,7 +204,7 @@ def test_packed_model_under_autocast(name):
             out = run(m, inputs(1))
         out.sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
-        errors.append(float((out - exact).norm()))
+        errors.append(float((out.detach() - exact).norm()))
     assert errors[0] <= 2 * errors[1]
 
 
@@ -230,10 +231,10 @@ def test_packed_layers_see_no_padding(name):
 
 
 def reason_of(model, report, given, tower):
-    """Why the tower ran its own code in a call."""
+    """The outputs of a call, and why the tower ran its own code; None if it packed."""
     with report.watch():
         out = run(model, given)
-    return out, next(idle.reason for idle in report.idle if idle.name == tower)
+    return out, next((idle.reason for idle in report.idle if idle.name == tower), None)
 
 
 def encoder_pair(name, **options):
@@ -248,7 +249,7 @@ def encoder_pair(name, **options):
 
 def test_packing_refuses_other_masks():
     """A mask with a bias, one without keys in common, and one of a window."""
-    given, model, untouched, report = encoder_pair("siglip2")
+    _, model, untouched, report = encoder_pair("siglip2")
     tokens = torch.randn(BATCH, LENGTH, 64)
     window = torch.ones(LENGTH, LENGTH).tril(2).triu(-2).bool()
     for mask in (torch.randn(BATCH, 1, 1, LENGTH), torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.3, window[None, None]):
@@ -280,7 +281,7 @@ def test_packing_refuses_dropout():
     torch.manual_seed(1)
     assert_close(out, run(untouched, given))
     assert reason == "dropout"
-    assert reason_of(model.eval(), report, given, "encoder")[1] == ""
+    assert reason_of(model.eval(), report, given, "encoder")[1] is None
 
 
 def test_packing_refuses_stochastic_depth():
@@ -301,7 +302,7 @@ def test_packing_refuses_hooks():
     model.encoder.layers[1].self_attn.register_forward_hook(lambda module, args, out: shapes.append(out[0].shape))
     out, reason = reason_of(model, report, given, "encoder")
     assert_close(out, run(untouched, given))
-    assert reason == "hooks" and shapes == [(BATCH, LENGTH, 64)]
+    assert (reason, shapes) == ("hooks", [(BATCH, LENGTH, 64)])
 
 
 def test_packing_keeps_hidden_states():
@@ -357,7 +358,7 @@ def test_compiled_masks_need_no_recompile(name):
 
 def test_compiled_images_of_any_size():
     """Attention of packed images compiles as one graph for all numbers and sizes of images but the first."""
-    inputs, model, untouched = pair("qwen2.5-vl")
+    _, model, untouched = pair("qwen2.5-vl")
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model.blocks[0], backend=counter, fullgraph=True)
