@@ -252,7 +252,11 @@ def test_packing_refuses_other_masks():
     _, model, untouched, report = encoder_pair("siglip2")
     tokens = torch.randn(BATCH, LENGTH, 64)
     window = torch.ones(LENGTH, LENGTH).tril(2).triu(-2).bool()
-    for mask in (torch.randn(BATCH, 1, 1, LENGTH), torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.3, window[None, None]):
+    for mask in (
+        torch.randn(BATCH, 1, 1, LENGTH).clamp(min=0),
+        torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.3,
+        window[None, None],
+    ):
         with report.watch(), log_ops() as ops:
             actual = model.encoder(tokens, mask).last_hidden_state
         assert_close(actual, untouched.encoder(tokens, mask).last_hidden_state)
@@ -341,19 +345,23 @@ def test_packing_checkpoints_layers():
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["naflexvit_base_patch16_siglip", "siglip2", "bert"])
+more = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("siglip2", "clip-text")]
+
+
+@pytest.mark.parametrize("name", ["bert", *more])
 def test_compiled_masks_need_no_recompile(name):
-    """Compiled towers keep the padding: one program for all masks."""
+    """Compiled towers keep the padding: one program for all masks of a length, one more for all other lengths."""
     inputs, model, untouched = pair(name)
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, dynamic=False)
-    for seed in range(4):
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed, length in enumerate([LENGTH, LENGTH, LENGTH, 11, 10, 9]):
+        given = {k: x[:, :length] if x.shape[1] == LENGTH else x for k, x in inputs(seed).items()}
+        if "spatial_shapes" in given:
+            given["spatial_shapes"] = torch.tensor([[1, min(int(n), length)] for n in given["spatial_shapes"].prod(1)])
         with torch.no_grad():
-            assert_close(run(compiled, inputs(seed)), run(untouched, inputs(seed)))
-    first = counter.frame_count
-    run(compiled, inputs(5))
-    assert counter.frame_count <= 2 * first
+            assert_close(run(compiled, given), run(untouched, given))
+        assert counter.frame_count == 1 + (length < LENGTH)
 
 
 def test_compiled_images_of_any_size():
