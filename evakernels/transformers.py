@@ -8,7 +8,7 @@ run transformers' sdpa attention.
 import inspect
 import logging
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ except ImportError as error:
     raise type(error)(text, name=error.name) from error
 
 from .dropin._dispatch import dispatches_to
-from .ops import packed_attention, rope_attention
+from .dropin._packing import Packing, read_mask
+from .ops import rope_attention
 from .triton import MAX_HEAD_DIM
 
 NAME = "evakernels"
@@ -125,35 +126,26 @@ def _log_once(reason: str) -> None:
 # --- masks of padded keys ---------------------------------------------------------------------------------------------
 
 
-class _Packing(NamedTuple):
-    """The real tokens of a padded batch: their rows in `[B * N]`, and the bounds of the sequences among them."""
-
-    rows: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    causal: bool
-
-
 _packings = WeakTensorKeyDictionary()
-"""Version and packing of each mask, which the layers of a model share."""
+"""Version, batch and packing of each mask, which the layers of a model share."""
 
 
-def _packing_of(module: Any, query: Tensor, key: Tensor, mask: Tensor) -> _Packing | None:
+def _packing_of(module: Any, query: Tensor, key: Tensor, mask: Tensor) -> Packing | None:
     """The packing of a self-attention's mask; None if it isn't one of padded keys, and in compiled code."""
-    batch, _, tokens, _ = query.shape
     cls: Any = type(module)
-    if torch.compiler.is_compiling() or not _is_self_attention(cls) or mask.dtype != torch.bool:
+    if torch.compiler.is_compiling() or not _is_self_attention(cls) or mask.dim() != 4:
         return None
-    if key.shape[2] != tokens or mask.shape != (batch, 1, tokens, tokens):
+    if key.shape[2] != query.shape[2]:
         return None
+    tokens = query.transpose(1, 2)
     if mask.is_inference():  # without a version that shows changes in place
-        return _read_mask(mask)
-    version: int | None
-    packing: _Packing | None
-    version, packing = _packings.get(mask, (None, None))
-    if version != mask._version:
-        packing = _read_mask(mask)
-        _packings[mask] = mask._version, packing
+        return read_mask(mask, tokens)
+    state = mask._version, tokens.shape[:2]
+    packing: Packing | None
+    known, packing = _packings.get(mask, (None, None))
+    if known != state:
+        packing = read_mask(mask, tokens)
+        _packings[mask] = state, packing
     return packing
 
 
@@ -163,28 +155,10 @@ def _is_self_attention(cls: Any) -> bool:
     return _INPUTS.issuperset(inspect.signature(cls.forward).parameters)
 
 
-def _read_mask(mask: Tensor) -> _Packing | None:
-    """The packing of a boolean mask `[B, 1, N, N]`; None if it isn't one of padded keys, or all are padded."""
-    seen = mask[:, 0]
-    real = seen[:, -1]  # the last query sees all real keys, in a causal mask too
-    of_real = real[:, None].expand_as(seen)
-    causal = not torch.equal(seen, of_real)
-    if causal and not torch.equal(seen, of_real.tril()):
-        return None
-    rows, lengths = real.flatten().nonzero().flatten(), real.sum(1)
-    if not len(rows):
-        return None
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return _Packing(rows, cu_seqlens, int(lengths.max()), causal)
-
-
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: _Packing, scaling: float | None) -> Tensor:
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None) -> Tensor:
     """Attention of the real tokens; `[B, N, H, D]` with zeros at the others."""
-    rows, cu_seqlens, max_seqlen, causal = packing
-    q_rows, k_rows, v_rows = (part.flatten(0, 1).index_select(0, rows) for part in (q, k, v))
-    out = packed_attention(q_rows, k_rows, v_rows, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scaling)
-    padded = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:])
-    return padded.index_copy(0, rows, out).view(q.shape)
+    parts = (packing.pack(part.flatten(2)).unflatten(2, part.shape[2:]) for part in (q, k, v))
+    return packing.unpack(packing.attend(*parts, scale=scaling).flatten(2)).view(q.shape)
 
 
 AttentionInterface.register(NAME, attend)

@@ -137,7 +137,7 @@ def test_model_matches_sdpa(name: str) -> None:
         (real * torch.linspace(-1, 1, real.numel()).view_as(real)).sum().backward()
         outs.append(real)
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-    assert ops == expected
+    assert ops & {_ROPE, _PACKED} == expected
     torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients[1], gradients[0], atol=2e-5, rtol=1e-4)
 
