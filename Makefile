@@ -2,6 +2,7 @@
 # make test         everything that a user sees
 # make test-all     that, and the exhaustive proofs: compiled GPU kernels, interpreted, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
+# make hub          build/hub/evakernels, a repository of Hugging Face's kernels
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make gpu-check    on a machine with a GPU, without a network: proves and measures it (docs/gpu-proofs.md)
 # make gpu-bundle   what that needs there, in one folder: GPU_PYTHON=3.12 GPU_ARCHS=90
@@ -29,7 +30,7 @@ CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-all exhaustive wheel wheel-cuda docs docs-build gpu-bundle gpu-check lint format clean
+.PHONY: demo test test-all exhaustive wheel wheel-cuda hub docs docs-build gpu-bundle gpu-check lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
 demo: $(VENV)/.built $(VENV)/.demo
@@ -52,6 +53,9 @@ wheel: $(VENV)/.tools
 
 wheel-cuda: $(VENV)/.tools
 	$(BIN)/python tools/wheel.py --cuda
+
+hub: $(VENV)/.built
+	$(BIN)/python tools/hub.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs serve

@@ -10,6 +10,7 @@ from ._info import info
 from ._version import __version__
 from .backends import BackendError, ReferenceWarning, set_loss_products, use_backend
 from .dropin import ChangedModuleWarning, accelerate, restore
+from .nn import layers
 from .ops import *  # noqa: F403 - each is listed there
 from .optim import clip_grad_norm_
 
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "info",
     "keep_freed_memory",
+    "layers",
     "nn",
     "optim",
     "restore",

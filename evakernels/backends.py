@@ -20,8 +20,8 @@ from .names import unknown
 if TYPE_CHECKING:
     from . import tuning
 
-NAMESPACE = "evakernels"
-"""Of the operators, in `torch.ops`."""
+NAMESPACE = __name__.partition(".")[0]
+"""Of the operators, in `torch.ops`: the name of this package, which a copy for the Hugging Face hub is loaded under."""
 
 OPERATORS = getattr(torch.ops, NAMESPACE)
 

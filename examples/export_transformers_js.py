@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.atomic import write_json
-from evaclip.errors import UserError
 from evaclip.export import export
 from evaclip.loading import load_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import CLIPConfig
 from evaclip.tokenizer import Tokenizer
-
-_PILLOW = {"bilinear": 2, "bicubic": 3}
+from evaclip.weights.for_transformers import check_preprocess, image_processor
 
 
 def main() -> None:
@@ -32,7 +30,7 @@ def main() -> None:
 
 def write(model: CLIP, folder: Path, dtype: str = "fp32", int8: bool = False) -> None:
     """Towers of length 1, configuration, preprocessing and tokenizer."""
-    check(model)
+    check_preprocess(model.config)
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
     # transformers.js finds weights of another kind by the end of the file's name.
     suffix = "_int8" if int8 else "" if dtype == "fp32" else f"_{dtype}"
@@ -73,34 +71,6 @@ def model_config(config: CLIPConfig) -> dict[str, Any]:
             "pad_token_id": text.vocab_size - 1,
         },
     }
-
-
-def image_processor(config: CLIPConfig) -> dict[str, Any]:
-    side, images = config.vision.image_size, config.preprocess
-    cut = images.resize == "shortest"
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side} if cut else {"height": side, "width": side},
-        "resample": _PILLOW[images.interpolation],
-        "do_center_crop": cut,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": images.mean,
-        "image_std": images.std,
-    }
-
-
-def check(model: CLIP) -> None:
-    """Raise UserError if transformers.js can't do the model's preprocessing."""
-    config = model.config
-    if not isinstance(config.vision.image_size, int):
-        raise UserError(f"the model's images must be square, got {config.vision.image_size}")
-    if config.preprocess.crop != 1:
-        raise UserError(f"preprocess.crop must be 1, got {config.preprocess.crop}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ _EXAMPLES = (
     "evaclip convert EVA02_CLIP_B_psz16_s8B.pt b16.safetensors --to open_clip",
     "evaclip convert runs/demo demo.pt --to original",
     "evaclip convert hf-hub:timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k b16.pt --to original",
+    "evaclip convert runs/demo demo --to transformers",
     "evaclip convert zero-shot.safetensors wise.safetensors --to safetensors --interpolate runs/finetune 0.5",
     "evaclip convert runs/a soup.safetensors --to safetensors --average runs/b runs/c",
 )
-_FORMATS = ("original", "open_clip", "timm", "safetensors")
+_FORMATS = ("original", "open_clip", "timm", "safetensors", "transformers")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -23,7 +24,7 @@ def add_commands(subparsers: Any) -> None:
     parser = leaf(subparsers, "convert", _run, help=help, examples=_EXAMPLES)
     add, mean = parser.add_argument, parser.add_mutually_exclusive_group()
     add("source", metavar="IN", help="weights file, checkpoint or run folder, or hf-hub:OWNER/NAME[/FILE]")
-    add("target", metavar="OUT", type=Path, help="file to write: .safetensors, .pt, .pth or .bin")
+    add("target", metavar="OUT", type=Path, help="file: .safetensors, .pt, .pth or .bin; a folder for transformers")
     add("--to", choices=_FORMATS, required=True, help="tensor names; timm has the image tower only")
     add("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
     mean.add_argument(
@@ -44,6 +45,9 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.weights.files import find_weights
     from evaclip.weights.publish import prepare_card
 
+    if args.to == "transformers":
+        _write_folder(args)
+        return
     source = find_weights(args.source, args.model or "")
     others = [(find_weights(other, args.model or ""), share) for other, share in _shares(args)]
     check_output(args.target, overwrite=args.force, sources=[source])
@@ -51,6 +55,20 @@ def _run(args: argparse.Namespace) -> None:
     convert(source, args.target, args.to, args.model, others=others, overwrite=args.force)
     if card:
         write_text(*card)
+    print(f"wrote {args.target}")
+
+
+def _write_folder(args: argparse.Namespace) -> None:
+    from evaclip.loading import load_model
+    from evaclip.weights.for_transformers import save_for_transformers
+    from evaclip.weights.publish import has_run_facts, run_facts
+
+    if args.interpolate or args.average:
+        raise UserError("--to must be safetensors with --interpolate and --average, got transformers")
+    source = f"{args.model}:{args.source}" if args.model else args.source
+    model = load_model(source, random=False).model
+    facts = run_facts(args.source) if has_run_facts(args.source) else None
+    save_for_transformers(model, args.target, facts=facts, overwrite=args.force)
     print(f"wrote {args.target}")
 
 

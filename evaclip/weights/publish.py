@@ -105,12 +105,17 @@ def prepare_card(target: Path, source: str | Path | None, *, overwrite: bool) ->
     Raises:
         UserError: it may not be written.
     """
-    folder = Path(source or "")
-    if source is None or not folder.is_dir() or not any(map(_is_run, (folder, folder.absolute().parent.parent))):
+    if source is None or not has_run_facts(source):
         return None
     path = target.with_name(f"{target.name}.md")
     check_output(path, overwrite=overwrite)
     return path, card_text(run_facts(source), target.stem)
+
+
+def has_run_facts(source: str | Path) -> bool:
+    """Whether the source is a run folder that has logged a loss, or a checkpoint in one."""
+    folder = Path(source)
+    return folder.is_dir() and any(map(_is_run, (folder, folder.absolute().parent.parent)))
 
 
 def _is_run(folder: Path) -> bool:

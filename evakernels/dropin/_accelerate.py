@@ -175,6 +175,8 @@ class _Match(IntEnum):
     SUBCLASS = 1
     SIMILAR = 2
     """It has the replacement's attributes, or stands in the file of a class that the library no longer has."""
+    HOOKED = 3
+    """It calls the interface of its library that the replacement hooks."""
 
 
 def _find_matches(cls: Any) -> list[tuple[Replacement, _Match]]:
@@ -187,7 +189,7 @@ def _find_matches(cls: Any) -> list[tuple[Replacement, _Match]]:
 
 def _match(replacement: Replacement, cls: Any) -> _Match | None:
     if replacement.hook is not None:
-        return _Match.NAMED if replacement.hook(cls) else None
+        return _Match.HOOKED if replacement.hook(cls) else None
     target, (file, _, name) = _find(replacement.target), replacement.target.rpartition(".")
     if target is None and file in sys.modules:
         if name == cls.__name__ and file.partition(".")[0] == cls.__module__.partition(".")[0]:
@@ -283,18 +285,19 @@ class _Plan:
                 return Replaced(name, cls.__name__, replacement.op_of(module), backend), new
             changed = match is _Match.NAMED and verdict.difference is not None
             refusals.append(Left(name, cls.__name__, reason, _library_of(cls) if changed else ""))
-        return (refusals[0] if candidates[0][1] is not _Match.SIMILAR else None), cls
+        named = [left for left, (_, match) in zip(refusals, candidates, strict=True) if match is not _Match.SIMILAR]
+        return (named[0] if named else None), cls
 
     def _compare(self, module: nn.Module, replacement: Replacement) -> tuple[str | None, Verdict]:
         """Why a module keeps its own code, or None, and the verdict on its behaviour, if that was compared."""
         try:
             reason = replacement.reason(module)
-            if reason is None and replacement.pooling is not None:
-                reason = replacement.pooling.reason(module, lambda part: self.classes.get(part) or type(part))
+            if reason is None and replacement.tower is not None:
+                reason = replacement.tower.reason(module, lambda part: self.classes.get(part) or type(part))
         except AttributeError as error:  # it is built differently
             return f"behaves differently: {error}", Verdict(str(error))
         if reason is not None or replacement.hook is not None:
             return reason, Verdict(None)
-        children = {} if replacement.pooling is None else {m: c for m, c in self.classes.items() if m is not module}
+        children = {} if replacement.tower is None else {m: c for m, c in self.classes.items() if m is not module}
         verdict = self.comparisons.verdict(module, replacement, children)
         return (None if verdict.difference is None else f"behaves differently: {verdict.difference}"), verdict

@@ -35,6 +35,7 @@ MAX_PARAMETERS = 1 << 26
 CODE_DEPTH = 3
 """How deep the key of a verdict follows calls: a function, its helpers and theirs."""
 
+_HEADS = "num_heads", "num_kv_heads", "num_attention_heads"
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -62,7 +63,7 @@ class Sizes:
 
     def attribute(self, name: str, value: Any) -> Any:
         if type(value) is int:
-            return (self.heads if name in ("num_heads", "num_kv_heads") else self.dimensions).get(value, value)
+            return (self.heads if name in _HEADS else self.dimensions).get(value, value)
         if type(value) in (tuple, list):
             return type(value)(self.attribute("", item) for item in value)
         return value
@@ -80,7 +81,8 @@ def narrow(module: nn.Module, omitted: set[nn.Module], dimensions: dict[int, int
     parts = [part for part in module.modules() if part not in left_out]
     width, small, heads = width_of(module), CHANNELS, {}
     for part in parts:
-        count, shared = (getattr(part, name, None) for name in ("num_heads", "num_kv_heads"))
+        count, shared = getattr(part, "num_heads", None), getattr(part, "num_kv_heads", None)
+        count = getattr(part, "num_attention_heads", None) if count is None else count
         if type(count) is int and count > 0:
             shared = shared if type(shared) is int and shared > 0 else count
             channels = width_of(part) // count
@@ -141,11 +143,11 @@ class Comparisons:
             replacement: the candidate.
             classes: the classes that the replacement's tower gives its children; by default they keep their own.
         """
-        pooling = replacement.pooling
-        omitted = set() if pooling is None else pooling.unused(module)
-        hidden = omitted | {child for name, child in module.named_children() if pooling and name == pooling.stem}
+        tower = replacement.tower
+        omitted = set() if tower is None else tower.unused(module)
+        hidden = omitted | {child for name, child in module.named_children() if tower and name == tower.stem}
         verdict = Verdict("nothing was tried")
-        smaller = narrow(module, omitted, {} if pooling is None else pooling.sizes(module))
+        smaller = narrow(module, omitted, {} if tower is None else tower.sizes(module))
         for sizes in (smaller, Sizes()) if smaller.dimensions else (smaller,):
             described = self._describe(module, sizes, hidden, classes or {})
             key = replacement.forward, replacement.target != "", replacement.calls, described
@@ -257,7 +259,7 @@ def _names(code: CodeType) -> Iterator[str]:
 def _compare_on_copies(
     module: nn.Module, replacement: Replacement, sizes: Sizes, omitted: set[nn.Module], classes: dict[nn.Module, type]
 ) -> Verdict:
-    stem = None if replacement.pooling is None else module._modules.get(replacement.pooling.stem)
+    stem = None if replacement.tower is None else module._modules.get(replacement.tower.stem)
     parameters: dict[Any, Tensor] = {}
     with torch.random.fork_rng([]), _clean_state():
         try:
@@ -381,23 +383,23 @@ def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
     for number, bound in enumerate(calls):
         by_position = bound.args, bound.kwargs
         by_name = _by_name(signature, bound) if replacement.target else by_position
-        for mode in _MODES if number == 0 else _MODES[:1] if replacement.pooling else _MODES[:2]:
+        for mode in _MODES if number == 0 else _MODES[:1] if replacement.tower else _MODES[:2]:
             call = by_name if mode.training else by_position
             if mode.dtype != torch.float32:
                 own.to(mode.dtype), new.to(mode.dtype)
                 call = _cast(call, mode.dtype)
             try:
-                expected = _run(own, call, mode, replacement.forward.method)
+                expected = _run(own, call, mode, replacement)
             except Exception as error:
                 if number == 0 and mode is _MODES[0]:
                     return Verdict(f"its own code raises {_line(error)}")
                 continue
             if not replacement.target:
                 del expected["input"]  # a fused step has no use for its child's input
-            for serving in (run_all, nullcontext) if mode.unfused and not replacement.pooling else (run_all,):
+            for serving in (run_all, nullcontext) if mode.unfused and not replacement.tower else (run_all,):
                 try:
                     with serving():
-                        actual = _run(new, call, mode, replacement.forward.method)
+                        actual = _run(new, call, mode, replacement)
                 except Exception as error:
                     return Verdict(f"its replacement raises {_line(error)}{mode.where}")
                 for part, theirs in expected.items():
@@ -466,7 +468,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:100]}" if text else type(error).__name__
 
 
-def _run(module: Any, call: Call, mode: _Mode, method: str) -> dict[str, Any]:
+def _run(module: Any, call: Call, mode: _Mode, replacement: Replacement) -> dict[str, Any]:
     """The outputs of a call, its gradients, its inputs afterwards and the random numbers that it draws."""
     values, spec = tree_flatten(call)
     tensors = {id(value): value for value in values if isinstance(value, Tensor)}  # one given twice stays one
@@ -476,7 +478,8 @@ def _run(module: Any, call: Call, mode: _Mode, method: str) -> dict[str, Any]:
     module.train(mode.training)
     _seed(2)
     with torch.set_grad_enabled(mode.gradients != "off"), torch.autocast("cpu", torch.bfloat16, enabled=mode.autocast):
-        result = module(*args, **options) if method == "forward" else getattr(module, method)(*args, **options)
+        called = module if replacement.forward.method == "forward" else getattr(module, replacement.forward.method)
+        result = replacement.compared(called(*args, **options))
     drawn = torch.rand(2)
     outputs, structure = tree_flatten(result)
     results = [value for value in outputs if isinstance(value, Tensor)]

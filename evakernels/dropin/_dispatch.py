@@ -28,6 +28,7 @@ OPS = {
     "attention_training": "rope_attention_forward",
     "multi_head": "rope_attention_forward",
     "rope_attention": "rope_attention_forward",
+    "packed_attention": "packed_attention_forward",
     "swiglu": "swiglu_forward",
     "swiglu_norm": "swiglu_forward",
     "gelu": "gelu_forward",
@@ -52,6 +53,7 @@ _CPU: _Table = {
     "attention_training": dict.fromkeys(_HALF, 1 << 15),
     "multi_head": dict.fromkeys(DTYPES, 1 << 15),
     "rope_attention": dict.fromkeys(DTYPES, 1 << 14),
+    "packed_attention": dict.fromkeys(DTYPES, 0),
     "swiglu": {torch.float32: 0} | dict.fromkeys(_HALF, 1 << 18),
     "swiglu_norm": dict.fromkeys(DTYPES, 0),
     "gelu": dict.fromkeys(DTYPES, 0),
@@ -93,10 +95,11 @@ _CPU_AVX2: _Table = _CPU | {
 }
 """The same without AVX-512."""
 
-_MATMULS = ("attention", "attention_training", "multi_head", "rope_attention")
+_MATMULS = ("attention", "attention_training", "multi_head", "rope_attention", "packed_attention")
 _GPU: _Table = {name: dict.fromkeys(DTYPES, 0) for name in _CPU if name not in (*_MATMULS, "gelu", "exact_gelu")} | {
     # Tensor cores take 16 bits. Without a rotation torch's own attention kernels have nothing to gain.
     "rope_attention": dict.fromkeys(_HALF, 0),
+    "packed_attention": dict.fromkeys(_HALF, 0),
 }
 
 

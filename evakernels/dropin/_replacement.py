@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn.linear import multiplied_dtypes, served_dtypes
 from ._dispatch import DEVICES, DTYPES, OPS, has_op
+from ._packing import Layers
 from ._pooling import Pooling
 from ._swap import AcceleratedModule
 
@@ -37,7 +38,8 @@ class Replacement:
         calls: arguments for the comparison, made of a module and of tokens `[2, N, C]` that fit it. The module must
             accept the first; others may have arguments that it lacks.
         settings: names and values of attributes to give to the copies that are compared.
-        pooling: how a tower pools one token.
+        tower: how a tower pools one token, or which of its layers run packed.
+        compared: the part of a result to compare, made of the result.
         role: role of the class in fused steps of other modules, if it behaves like `forward`.
     """
 
@@ -50,7 +52,8 @@ class Replacement:
     hook: Callable[[type], bool] | None = None
     calls: Callable[[Any, Tensor], list[Call]] = field(default=_pass_tokens)
     settings: tuple[tuple[str, Any], ...] = ()
-    pooling: Pooling | None = None
+    tower: Pooling | Layers | None = None
+    compared: Callable[[Any], Any] = field(default=lambda result: result)
     role: str = ""
 
     def backend(self, module: Any, forced: bool = False) -> str | None:

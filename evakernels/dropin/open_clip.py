@@ -280,7 +280,7 @@ _ONE_RANK = (("rank", 0), ("world_size", 1))
 def _tower(
     forward: type[AcceleratedModule], name: str, token: str, pooling: _pooling.Pooling, **more: Any
 ) -> Replacement:
-    return Replacement(forward, name, "torch", f"last block, {token}", pooling=pooling, **more)
+    return Replacement(forward, name, "torch", f"last block, {token}", tower=pooling, **more)
 
 
 REPLACEMENTS = (

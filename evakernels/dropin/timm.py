@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import refuse
@@ -12,6 +13,7 @@ from ..ops.rope_attention import MAX_PREFIX
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, gated_mlp, may_drop, norm_add, role
+from ._packing import Layers, Packing, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, require_1d, require_silu
@@ -112,10 +114,11 @@ class _Attention(AcceleratedModule):
             return bias
         return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
-    def _attend(self, x: Tensor, **options: Any) -> Any:
+    def _attend(self, x: Tensor, packing: Packing | None = None, **options: Any) -> Any:
         queried = self._select(x)
         q, k, v = self._project(queried, x)
-        out = rope_attention(q.type_as(v), k.type_as(v), v, **options).flatten(2)
+        attend = rope_attention if packing is None else packing.attend
+        out = attend(q.type_as(v), k.type_as(v), v, **options).flatten(2)
         norm, gate = self._modules.get("norm"), getattr(self, "gate", None)
         if norm is not None:
             out = norm(out)
@@ -128,6 +131,8 @@ class Attention(_Attention):
     """Attention without rotary embedding."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        if isinstance(attn_mask, Packing):
+            return self._attend(x, attn_mask)
         if self._is_fused(x, None, attn_mask, is_causal):
             return self._attend(x, causal=is_causal)
         return self._select(super().forward(x, **_drop_defaults(attn_mask, is_causal)))
@@ -139,24 +144,26 @@ class RotaryAttention(_Attention):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Any:
+        if isinstance(attn_mask, Packing):
+            return self._attend(x, attn_mask, **({} if rope is None else self._read_packed_table(attn_mask, rope)))
         if self._is_fused(x, rope, attn_mask, is_causal):
-            rotation = {} if rope is None else self._read_table(x, rope)
+            rotation = {} if rope is None else self._read_table(x.shape[0], x.shape[1], rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
             refuse("rotary table")
         return self._select(super().forward(x, rope=rope, **_drop_defaults(attn_mask, is_causal)))
 
-    def _read_table(self, x: Tensor, rope: Tensor) -> dict[str, Any] | None:
+    def _read_table(self, batch: int, tokens: int, rope: Tensor) -> dict[str, Any] | None:
         """`rope_attention`'s arguments for timm's table `[..., P, 2 * head_dim]`, which holds each angle twice."""
-        batch, prefix, half = x.shape[0], self.num_prefix_tokens, bool(getattr(self, "rotate_half", False))
-        patches, width = x.shape[1] - prefix, rope.shape[-1] // 2
+        prefix, half = self.num_prefix_tokens, bool(getattr(self, "rotate_half", False))
+        patches, width = tokens - prefix, rope.shape[-1] // 2
         if (torch.is_grad_enabled() and rope.requires_grad) or prefix > MAX_PREFIX or rope.shape[-2] != patches:
             return None
         table, index = rope.detach(), None
         if table.dim() == 4:  # after patch dropout each sample has different rows
             if table.shape[0] != batch or table.shape[1] not in (1, self.num_heads):
                 return None
-            index = torch.arange(batch * patches, device=x.device).view(batch, patches)
+            index = torch.arange(batch * patches, device=rope.device).view(batch, patches)
             table = table.transpose(0, 1).flatten(1, 2)
         if table.dim() == 3 and table.shape[0] == 1:
             table = table[0]
@@ -171,6 +178,16 @@ class RotaryAttention(_Attention):
             "num_prefix": prefix,
             "interleaved": not half,
         }
+
+    def _read_packed_table(self, packing: Packing, rope: Tensor) -> dict[str, Any]:
+        """`packed_attention`'s arguments for the table of the padded batch."""
+        table = self._read_table(packing.batch, packing.length, rope)
+        assert table is not None, "the tower packs no other tables"
+        rows, prefix = table.pop("token_index"), table.pop("num_prefix")
+        if rows is None:
+            rows = torch.arange(packing.length - prefix, device=rope.device).expand(packing.batch, -1)
+        rows = F.pad(rows, (prefix, 0), value=-1).flatten()
+        return {**table, "positions": rows if packing.index is None else rows[packing.index]}
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -244,6 +261,53 @@ class Tower(AcceleratedModule):
         return own(x, **options)
 
 
+def _require_fused(attention: Any) -> str | None:
+    return None if attention.fused_attn else "fused_attn is off"
+
+
+_BLOCKS = Layers(
+    "blocks",
+    _Attention,
+    _require_fused,
+    other=("embeds", "norm_pre", "rope", "patch_drop", "attn_pool", "fc_norm", "head_drop", "head"),
+)
+
+
+class PackedTower(AcceleratedModule):
+    """A tower for images of any size, whose blocks run without padding."""
+
+    method = "forward_features"
+
+    def forward_features(
+        self,
+        patches: Tensor,
+        patch_coord: Tensor | None = None,
+        patch_valid: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Any:
+        given = patches, patch_coord, patch_valid, attn_mask
+        has_mask = patch_valid is not None or attn_mask is not None or refuse("no mask")
+        if not has_mask or not _BLOCKS.can_pack(self, patches):
+            return super().forward_features(*given)
+        packing: Packing | None = None
+
+        def embed(*args: Any, **options: Any) -> dict[str, Any]:
+            nonlocal packing
+            embeds: dict[str, Any] = self._forward_embeds(*args, **options)
+            rope = embeds.get("rope_embeds")
+            is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
+            if (is_fixed and self.num_prefix_tokens <= MAX_PREFIX) or refuse("rotary table"):
+                packing = read_mask(embeds["attn_mask"], embeds["patches"])
+                if packing is not None or refuse("mask"):
+                    embeds |= {"patches": packing.pack(embeds["patches"]), "attn_mask": packing}
+            return embeds
+
+        out = super(PackedTower, _pooling.view(self, _forward_embeds=embed)).forward_features(*given)
+        if packing is None:
+            return out
+        return {**out, "patches": packing.unpack(out["patches"])} if isinstance(out, dict) else packing.unpack(out)
+
+
 # --- patch dropout --------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +374,20 @@ def _tower_calls(module: Any, x: Tensor) -> list[Call]:
     return [((patches,), given) for given in options]
 
 
+def _embed(patches: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Any]:
+    """In place of a tower's stem: its comparison starts behind it, with the rotary table as coordinates."""
+    rope = patch_coord if patch_coord.dim() == 4 else None
+    return {"patches": patches, "patch_valid": patch_valid, "rope_embeds": rope, "attn_mask": attn_mask}
+
+
+def _packed_calls(module: Any, x: Tensor) -> list[Call]:
+    places, attention = [x], module.blocks[0].attn
+    if hasattr(attention, "rotate_half"):
+        table = _rotary_calls(module.blocks[0], x)[0][1]["rope"]
+        places.insert(0, torch.stack((table, table.flip(0))).unsqueeze(1))
+    return [((x, place, None, mask), {}) for place in places for mask in padded_masks(x)[:2]]
+
+
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"
 _ACTIVATIONS = f"{_LAYERS}.activations"
 _RELATIVE = f"{_VIT}_relpos"
@@ -317,7 +395,7 @@ _DROP = f"{_LAYERS}.patch_dropout"
 
 
 def _tower(name: str) -> Replacement:
-    return Replacement(Tower, name, "torch", "last block, class token", calls=_tower_calls, pooling=_POOLING)
+    return Replacement(Tower, name, "torch", "last block, class token", calls=_tower_calls, tower=_POOLING)
 
 
 REPLACEMENTS = (
@@ -342,6 +420,15 @@ REPLACEMENTS = (
     Replacement(PostNormBlock, f"{_RELATIVE}.ResPostRelPosBlock", "norm_add", calls=_biased_calls),
     _tower(f"{_VIT}.VisionTransformer"),
     _tower(f"{_EVA}.Eva"),
+    Replacement(
+        PackedTower,
+        "timm.models.naflexvit.NaFlexVit",
+        "packed_attention",
+        calls=_packed_calls,
+        settings=(("_forward_embeds", _embed), ("rope_is_mixed", False)),
+        tower=_BLOCKS,
+        compared=without_padding,
+    ),
     Replacement(PatchDropout, f"{_DROP}.PatchDropout", "token_dropout"),
     Replacement(PatchDropoutWithIndices, f"{_DROP}.PatchDropoutWithIndices", "token_dropout"),
 )

@@ -1,19 +1,22 @@
 """Replacements for transformers: CLIP, SigLIP, SigLIP2, DINOv3; Llama's MLP and RMSNorm and CLIP's layer in any model;
-and the attention of all models that call its `AttentionInterface`, through that interface."""
+the attention of all models that call its `AttentionInterface`, through that interface; encoders that run without
+padding, and vision towers of packed images."""
 
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import refuse
-from ..ops import rms_norm, rope_attention
+from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
+from ._packing import Layers, Packing, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
@@ -85,13 +88,18 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Packing | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """`[B, N, H, D]` for queries, keys and values `[B, H, N, D]`; by the op for an accelerated module."""
+    if isinstance(attention_mask, Packing):
+        if dropout or _has_other_options(options):
+            raise NotImplementedError(f"{type(module).__name__} must have no dropout and no position bias if packed")
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        return attention_mask.attend(q, k, v, scale=scaling), None
     plain = (attention_mask is None or refuse("mask")) and (dropout == 0 or refuse("dropout"))
     plain = isinstance(module, HookedAttention) and plain and not _has_other_options(options)
     if plain and _can_fuse(module, query, key, value):
@@ -164,6 +172,95 @@ class DINOv3Attention(HookedAttention):
         )
 
 
+class RotatedAttention(HookedAttention):
+    """Attention of packed images that turn by their own angles: one op rotates and attends."""
+
+    def _attend_packed(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, position_embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """`[T, C]` for the tokens `[T, C]` and tables `[T, D]`, which hold each angle twice."""
+        parts: dict[str, Any] = self._modules
+        if "qkv" in parts:
+            q, k, v = parts["qkv"](x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        else:
+            names = ("q_proj", "k_proj", "v_proj") if "q_proj" in parts else ("q", "k", "v")
+            q, k, v = (parts[name](x).unflatten(-1, (self.num_heads, -1)) for name in names)
+        if "q_norm" in parts:
+            q, k = parts["q_norm"](q), parts["k_norm"](k)
+        cos, sin = (table[:, : q.shape[-1] // 2] for table in position_embeddings)
+        out = packed_attention(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen=max_seqlen,
+            cos=cos,
+            sin=sin,
+            positions=torch.arange(x.shape[0], device=x.device),
+            causal=False,
+            interleaved=False,
+            scale=self.scaling,
+        )
+        last = next(parts[name] for name in ("proj", "out_proj", "o_proj") if name in parts)
+        projected: Tensor = last(out.flatten(1))
+        return projected
+
+
+class PackedVisionAttention(RotatedAttention):
+    """The attention of Qwen2-VL and of towers made after it, which loops over the images of a batch."""
+
+    returns_weights = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if position_embeddings is None or not self._is_fused(hidden_states, position_embeddings[0], kwargs):
+            options = {} if max_seqlen is None else {"max_seqlen": max_seqlen}
+            options |= {"position_embeddings": position_embeddings, **kwargs}
+            return super().forward(hidden_states, cu_seqlens, **options)
+        longest = hidden_states.shape[0]
+        if not torch.compiler.is_compiling():  # which would break the graph
+            longest = int(cu_seqlens.diff().max())
+        out = self._attend_packed(hidden_states, cu_seqlens, longest, position_embeddings)
+        return (out, [None] * (cu_seqlens.shape[0] - 1)) if self.returns_weights else out
+
+    def _is_fused(self, x: Tensor, table: Tensor, options: dict[str, Any]) -> bool:
+        return (
+            dispatches_to("packed_attention", x, after_linear=True, forced=self.is_forced)
+            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
+            and (not (self.training and self.attention_dropout > 0) or refuse("dropout"))
+            and not _has_other_options(options)
+            and ((x.dim() == 2 and x.numel() > 0 and not table.requires_grad) or refuse("shape or table"))
+        )
+
+
+class PackedVisionAttentionWithWeights(PackedVisionAttention):
+    """The same with a list of weights, None for each image, next to the output."""
+
+    returns_weights = True
+
+
+class PixtralAttention(RotatedAttention):
+    """Pixtral's attention, in an encoder that has packed the images."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | Packing | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(attention_mask, Packing) and position_embeddings is not None:
+            bounds = attention_mask.cu_seqlens, attention_mask.max_seqlen
+            return self._attend_packed(hidden_states[0], *bounds, position_embeddings).unsqueeze(0), None
+        return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+
+
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +289,65 @@ class DINOv3Layer(AcceleratedModule):
         return add(x, self.mlp(y), self.layer_scale2, self.drop_path)
 
 
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+_HARMLESS = ("is_causal", "position_ids", "position_embeddings")
+"""Arguments that layers may have besides a `Packing`: it has their meaning, or there is no padding."""
+
+
+class Encoder(AcceleratedModule):
+    """A list of layers that runs without padding."""
+
+    layers_name = "layers"
+    pooled: int | None = None
+    """Index of a token that the model may pool, so that it must be real."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        first, *names = _names_of(own.__func__)
+        given = {**dict(zip((first, *names), args, strict=False)), **kwargs}
+        x, mask = given.pop(first), given.pop("attention_mask", None)
+        packing = self._pack(x, mask, given)
+        if packing is None:
+            return own(*args, **kwargs)
+        out = own(**{first: packing.pack(x), "attention_mask": packing}, **given)
+        out.last_hidden_state = packing.unpack(out.last_hidden_state)
+        return out
+
+    def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
+        strange = [n for n, value in options.items() if n not in _HARMLESS and value is not None and value is not False]
+        plain = (mask is not None or refuse("no mask")) and (not strange or refuse(", ".join(strange)))
+        if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
+            return None
+        packing = read_mask(mask, x, self.pooled)
+        if packing is None or (packing.index is not None and options.get("position_embeddings") is not None):
+            refuse("mask")
+            return None
+        return packing
+
+
+class SiglipEncoder(Encoder):
+    """The encoder of SigLIP, whose text model pools the last token."""
+
+    @property
+    def pooled(self) -> int | None:  # type: ignore[override]
+        return -1 if hasattr(self.config, "vocab_size") else None
+
+
+class BertEncoder(Encoder):
+    """The encoder of BERT and of models made after it, which pool the first token."""
+
+    layers_name = "layer"
+    pooled = 0
+
+
+@cache
+def _names_of(forward: Callable[..., Any]) -> list[str]:
+    return [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
+
+
 # --- arguments for the comparison -------------------------------------------------------------------------------------
 
 
@@ -208,11 +364,47 @@ def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     return [(args, {"position_embeddings": (angles.cos(), angles.sin())}) for args, _ in _masked_calls(module, x)]
 
 
+def _vision_calls(module: Any, x: Tensor) -> list[Call]:
+    """Three images with their angles."""
+    tokens, bounds = x.flatten(0, 1), torch.tensor([0, 12, 15, 24], dtype=torch.int32)
+    options = {"position_embeddings": _tables(module, tokens)}
+    return [((tokens, bounds), {**options, **more}) for more in ({}, {"max_seqlen": 12})]
+
+
+def _pixtral_calls(module: Any, x: Tensor) -> list[Call]:
+    """One sample of three images, without mask for an attention alone."""
+    tokens = x.flatten(0, 1).unsqueeze(0)
+    images = torch.tensor([0] * 12 + [1] * 3 + [2] * 9)
+    mask = torch.zeros(24, 24).masked_fill(images != images.unsqueeze(1), torch.finfo(x.dtype).min)
+    attention = module.layers[0].attention if hasattr(module, "layers") else module
+    return [((tokens, mask[None, None]), {"position_embeddings": _tables(attention, tokens[0])})]
+
+
+def _tables(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    angles = tokens.new_empty(tokens.shape[0], attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2).detach()
+    return angles.cos(), angles.sin()
+
+
+def _encoder_calls(module: Any, x: Tensor) -> list[Call]:
+    keys, additive, causal = padded_masks(x)
+    options: tuple[dict[str, Any], ...] = ({}, {"is_causal": True}, {"use_cache": False})
+    return [((x, mask), given) for mask, given in zip((keys, causal, additive), options, strict=True)]
+
+
 _MODELS = "transformers.models"
 _CLIP, _SIGLIP = (f"{_MODELS}.{name}.modeling_{name}" for name in ("clip", "siglip"))
 _DINOV3, _LLAMA = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit", f"{_MODELS}.llama.modeling_llama"
 
 _ENCODER_LAYER = "layer_norm1", "self_attn", "layer_norm2", "mlp"
+
+_LAYERS = {name: Layers(name, HookedAttention, _require_sdpa) for name in ("layers", "layer")}
+
+
+def _encoder(forward: type[Encoder], model: str, name: str, **options: Any) -> Replacement:
+    options = {"calls": _encoder_calls, "compared": without_padding, **options}
+    target = f"{_MODELS}.{model}.modeling_{model}.{name}"
+    return Replacement(forward, target, "packed_attention", tower=_LAYERS[forward.layers_name], **options)
+
 
 REPLACEMENTS = (
     Replacement(SiLU, "transformers.activations.SiLUActivation", role="silu"),
@@ -238,5 +430,36 @@ REPLACEMENTS = (
     Replacement(EncoderLayerWithTuple, f"{_CLIP}.CLIPEncoderLayer", "add_norm", calls=_masked_calls),
     Replacement(EncoderLayerWithTuple, f"{_SIGLIP}.SiglipEncoderLayer", "add_norm", calls=_masked_calls),
     Replacement(DINOv3Layer, f"{_DINOV3}.DINOv3ViTLayer", "scaled_add_norm", calls=_rotary_calls),
+    *(
+        Replacement(
+            forward,
+            f"{_MODELS}.qwen2_vl.modeling_qwen2_vl.VisionAttention",
+            "packed_attention",
+            reason=_require_sdpa,
+            attributes=("config", "num_heads", "num_key_value_groups", "scaling"),
+            calls=_vision_calls,
+        )
+        for forward in (PackedVisionAttention, PackedVisionAttentionWithWeights)
+    ),
+    Replacement(
+        PixtralAttention,
+        f"{_MODELS}.pixtral.modeling_pixtral.PixtralAttention",
+        "packed_attention",
+        reason=_require_sdpa,
+        calls=_pixtral_calls,
+    ),
+    _encoder(Encoder, "pixtral", "PixtralTransformer", calls=_pixtral_calls, compared=lambda result: result),
+    _encoder(Encoder, "clip", "CLIPEncoder"),
+    _encoder(SiglipEncoder, "siglip", "SiglipEncoder"),
+    _encoder(SiglipEncoder, "siglip2", "Siglip2Encoder"),
+    _encoder(Encoder, "idefics2", "Idefics2Encoder"),
+    _encoder(Encoder, "idefics3", "Idefics3Encoder"),
+    _encoder(Encoder, "smolvlm", "SmolVLMEncoder"),
+    _encoder(BertEncoder, "bert", "BertEncoder"),
+    _encoder(BertEncoder, "roberta", "RobertaEncoder"),
+    _encoder(BertEncoder, "xlm_roberta", "XLMRobertaEncoder"),
+    _encoder(BertEncoder, "xlm_roberta_xl", "XLMRobertaXLEncoder"),
+    _encoder(BertEncoder, "camembert", "CamembertEncoder"),
+    _encoder(BertEncoder, "chinese_clip", "ChineseCLIPTextEncoder"),
     Replacement(HookedAttention, _INTERFACE, "attention", reason=_require_sdpa, hook=calls_interface),
 )
