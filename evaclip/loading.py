@@ -14,7 +14,7 @@ from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, is_vision_model, split_name
 from evaclip.run_files import CLASSES_FILE
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import EvalTransform, OpaqueTransform
+from evaclip.transforms import EvalTransform, OpaqueTransform, PackedTransform, image_transform
 from evaclip.weights import find_weights
 from evaclip.weights.files import classifier_size, read_checkpoint
 from evaclip.weights.hub import HUB, LOCAL
@@ -37,7 +37,7 @@ class LoadedModel:
     origin: str
     model: CLIP
     tokenizer: Tokenizer | HFTokenizer
-    transform: EvalTransform
+    transform: EvalTransform | PackedTransform
     run: Path | None = None
 
 
@@ -195,5 +195,5 @@ def _load_checkpoint(folder: Path, device: str, average: bool) -> LoadedModel:
 
 
 def _loaded(name: str, origin: str, model: CLIP, run: Path | None = None) -> LoadedModel:
-    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
+    transform = image_transform(model.config.vision, model.config.preprocess)
     return LoadedModel(name, origin, model, tokenizer_of(model.config.text), transform, run)

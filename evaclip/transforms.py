@@ -1,4 +1,4 @@
-"""From a PIL image to the tensor that the vision tower takes.
+"""From a PIL image to the tensor or the packed patches that the vision tower takes.
 
 What a training transform draws at random depends on nothing but its seed: the same seed gives the same tensor
 in any thread, worker or process.
@@ -6,8 +6,9 @@ in any thread, worker or process.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from evaclip.augmentation import Augmentation, Range
-from evaclip.model.config import Interpolation, Preprocess, Resize
+from evaclip.model.config import Interpolation, Preprocess, Resize, VisionConfig
+from evaclip.model.packing import PackedImages, drop_patches, pack_images
 from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]
@@ -28,16 +30,60 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _DRAWS = 16
 
 
+def native_size(height: int, width: int, patch: int, max_patches: int) -> tuple[int, int]:
+    """The size `(height, width)` of NaFlex (SigLIP 2, Tschannen et al. 2025, arXiv 2502.14786) for an image.
+
+    The image is scaled by the largest factor at which its sides, rounded up to whole patches, hold at most
+    `max_patches` patches; small images are enlarged. At least one patch remains. The search is in integers, so the
+    limit is exact.
+
+    Args:
+        height, width: of the image, in pixels.
+        patch: side of a patch in pixels.
+        max_patches: limit of rows times columns.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        `native_size(480, 640, patch=16, max_patches=196)`  # (192, 256): 12 x 16 patches
+    """
+    for name, value in (("height", height), ("width", width), ("patch", patch), ("max_patches", max_patches)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    rows = columns = 1
+    while True:
+        # A growing image first exceeds `rows` patches if rows / height < columns / width; both at once if equal.
+        ahead = rows * width - columns * height
+        taller, wider = rows + (ahead <= 0), columns + (ahead >= 0)
+        if taller * wider > max_patches:
+            return rows * patch, columns * patch
+        rows, columns = taller, wider
+
+
+@dataclass(frozen=True)
+class NativeSize:
+    """A size that keeps each image's aspect ratio, see `native_size`; stands for `size` in a transform."""
+
+    patch_size: int
+    max_patches: int
+
+
+ImageSize = int | tuple[int, int] | NativeSize
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """PIL image of any mode and size -> float32 `[3, height, width]`, normalised.
+
+    With a `NativeSize` the whole image is resized, without the options `resize` and `crop` of `preprocess`.
 
     Transparent images are laid on white; pixels of more than 8 bits are scaled, see `eight_bit`; palettes and single
     bits become RGB before the resize, as in EVA-CLIP's loader of shards. All others give the same bits as open_clip's
     transform; of images more than 100 times as long as wide the ends go first, which may change a last bit.
     """
 
-    size: int | tuple[int, int]
+    size: ImageSize
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -49,7 +95,9 @@ class EvalTransform:
 
     def _cropped(self, image: Image.Image) -> Image.Image:
         image = self._opaque(eight_bit(image))
-        height, width = shape = _shape(self.size)
+        height, width = shape = _shape(self.size, image)
+        if isinstance(self.size, NativeSize):
+            return _resize(image, shape, self.preprocess.interpolation)
         resized = [int(side / self.preprocess.crop) for side in shape]
         if self.preprocess.resize == "shortest":
             image = _without_ends(image)
@@ -79,10 +127,12 @@ class OpaqueTransform(EvalTransform):
 class TrainTransform:
     """PIL image of any mode and size -> float32 `[3, height, width]`, augmented and normalised.
 
+    With a `NativeSize` the crop's `ratio` is relative to the image's width / height: a panorama stays one.
+
     `data.transform` names this class, or one of your own: a subclass has `background` and `recolored` to override.
     """
 
-    size: int | tuple[int, int]
+    size: ImageSize
     preprocess: Preprocess = field(default_factory=Preprocess)
     augmentation: Augmentation = field(default_factory=Augmentation)
 
@@ -101,11 +151,13 @@ class TrainTransform:
         options = self.augmentation
         # Before the crop: the pixel range is taken from the whole image.
         image = eight_bit(image)
-        top, left, height, width = crop_box(image.height, image.width, options.scale, options.ratio, generator)
+        aspect = image.width / image.height if isinstance(self.size, NativeSize) else 1.0
+        ratio = (aspect * options.ratio[0], aspect * options.ratio[1])
+        top, left, height, width = crop_box(image.height, image.width, options.scale, ratio, generator)
         draws = _draws(generator)
         background = self.background(draws)
         image = _on_background(image.crop((left, top, left + width, top + height)), background)
-        image = _resize(image, _shape(self.size), self.preprocess.interpolation)
+        image = _resize(image, _shape(self.size, image), self.preprocess.interpolation)
         image = _rgb(image)
         if _happens(options.flip, draws):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -122,6 +174,40 @@ class TrainTransform:
         return _recolor(image, self.augmentation, draws)
 
 
+@dataclass(frozen=True)
+class PackedTransform:
+    """PIL image, and a seed in training -> one packed image, from the `[3, height, width]` of `transform`.
+
+    Attributes:
+        transform: gives heights and widths that are multiples of `patch_size`.
+        dropout: share of the patches that are dropped at random; needs a seed.
+    """
+
+    transform: Callable[..., Any]
+    patch_size: int
+    dropout: float = 0.0
+
+    @property
+    def preprocess(self) -> Preprocess:
+        preprocess: Preprocess = getattr(self.transform, "preprocess", Preprocess())
+        return preprocess
+
+    def __call__(self, image: Image.Image, seed: int | None = None) -> PackedImages:
+        if seed is None:
+            return pack_images([self.transform(image)], self.patch_size)
+        packed = pack_images([self.transform(image, seed)], self.patch_size)
+        # Another stream than the one that the transform draws from.
+        return drop_patches(packed, self.dropout, Generator().manual_seed(seed ^ 1)) if self.dropout else packed
+
+
+def image_transform(vision: VisionConfig, preprocess: Preprocess) -> EvalTransform | PackedTransform:
+    """The transform of images for evaluation; it packs them if `preprocess.max_patches` is set."""
+    if preprocess.max_patches is None:
+        return EvalTransform(vision.image_size, preprocess)
+    size = NativeSize(vision.patch_size, preprocess.max_patches)
+    return PackedTransform(EvalTransform(size, preprocess), vision.patch_size)
+
+
 class Normalization:
     """From levels to what the vision tower takes, on a device: to the bit what the transforms give on a CPU."""
 
@@ -132,16 +218,24 @@ class Normalization:
             for values in ((255.0,), preprocess.mean, preprocess.std)
         ]
 
-    def __call__(self, levels: Tensor) -> Tensor:
-        """float32 of uint8 `[..., 3, height, width]`; anything but uint8 as it is."""
+    @overload
+    def __call__(self, levels: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, levels: PackedImages) -> PackedImages: ...
+    def __call__(self, levels: Tensor | PackedImages) -> Tensor | PackedImages:
+        """float32 of uint8 `[..., 3, height, width]` or of packed images; anything but uint8 as it is."""
+        if isinstance(levels, PackedImages):
+            return replace(levels, patches=self(levels.patches.unflatten(1, (3, 1, -1))).flatten(1))
         if levels.dtype != torch.uint8:
             return levels
         top, mean, std = self._constants
         return levels.to(torch.float32).div_(top).sub_(mean).div_(std)
 
 
-def levels_of(transform: Callable[..., Tensor], preprocess: Preprocess) -> Callable[..., Tensor]:
+def levels_of(transform: Callable[..., Any], preprocess: Preprocess) -> Callable[..., Any]:
     """The transform that returns uint8 levels for `Normalization`; the transform itself if it has none."""
+    if isinstance(transform, PackedTransform):
+        return replace(transform, transform=levels_of(transform.transform, preprocess))
     for kind in (TrainTransform, EvalTransform):
         # A subclass may do anything to the tensors.
         if isinstance(transform, kind) and type(transform).__call__ is kind.__call__:
@@ -149,7 +243,9 @@ def levels_of(transform: Callable[..., Tensor], preprocess: Preprocess) -> Calla
     return transform
 
 
-def _shape(size: int | tuple[int, int]) -> list[int]:
+def _shape(size: ImageSize, image: Image.Image) -> list[int]:
+    if isinstance(size, NativeSize):
+        return list(native_size(image.height, image.width, size.patch_size, size.max_patches))
     return list(size) if isinstance(size, tuple) else [size, size]
 
 

@@ -1,6 +1,6 @@
 """The data part of a training configuration."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -83,6 +83,10 @@ class DataConfig:
     """Share of bad samples above which training stops and an evaluation set isn't measured; 1: no limit."""
     jpeg_reduction: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the model's image size: faster, not bit-equal."""
+    resize: Literal["native"] | None = None
+    """native: keep each image's aspect ratio (task.name=contrastive); None: resize to the model's image size."""
+    max_patches: Count | None = None
+    """native: maximum patches of an image; None: as many as the model's image size has."""
     augmentation: Augmentation = Augmentation()
     """Random augmentation of training images."""
     transform: str = "evaclip.transforms:TrainTransform"
@@ -93,6 +97,12 @@ class DataConfig:
     def _one_or_several(self) -> Self:
         if self.mixture and self.train:
             raise ValueError(f"mixture names the data sets, so train must be '', got train={self.train!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _max_patches_needs_native(self) -> Self:
+        if self.max_patches is not None and self.resize is None:
+            raise ValueError(f"max_patches={self.max_patches} needs resize=native")
         return self
 
     @model_validator(mode="after")

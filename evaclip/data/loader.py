@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +20,16 @@ from evaclip.data.samples import BadSample, Fault, FaultLog, RawSample, decode_i
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
+from evaclip.model.packing import PackedImages
 
-TrainTransform = Callable[[Image.Image, int], Tensor]
-"""(image, seed) -> float32 or uint8 [3, H, W]; a pure function of both."""
+TrainTransform = Callable[[Image.Image, int], Tensor | PackedImages]
+"""(image, seed) -> float32 or uint8 [3, H, W], or one packed image; a pure function of both."""
 Targets = Callable[[list[str], U64], Tensor]
 """(n captions, n seeds) -> [n, ...]: tokens, labels or masks to be learnt; a pure function of
 each sample's own caption and seed."""
 
-EvalTransform = Callable[[Image.Image], Tensor]
-"""image -> float32 [3, H, W]."""
+EvalTransform = Callable[[Image.Image], Tensor | PackedImages]
+"""image -> float32 or uint8 [3, H, W], or one packed image."""
 
 UNIT = 64
 """Most samples that a worker reads at a time."""
@@ -39,12 +40,12 @@ _REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
 
 
 class Rows:
-    """Tensors `[n_i, ...]` that stand for their concatenation `[sum of n_i, ...]`.
+    """Tensors `[n_i, ...]`, or packed images, that stand for their concatenation `[sum of n_i, ...]`.
 
     Pinned parts stay pinned: they are joined on the device.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
@@ -60,15 +61,23 @@ class Rows:
             start, stop = start - len(part), stop - len(part)
         return Rows(chosen)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
-        """All rows in one tensor on that device."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        """All rows in one tensor, or packed, on that device."""
         first, *others = self.parts
         if not others:
             return first.to(device, non_blocking=non_blocking)
+        if isinstance(first, PackedImages):
+            return PackedImages.concatenate([part.to(device, non_blocking=non_blocking) for part in self.parts])
         whole = first.new_empty((len(self), *first.shape[1:]), device=device)
         for part, rows in zip(self.parts, whole.split([len(part) for part in self.parts]), strict=True):
             rows.copy_(part, non_blocking=non_blocking)
         return whole
+
+
+def packed_parts(images: Tensor | PackedImages | Rows) -> list[PackedImages]:
+    """The packed images of a batch, in parts; empty if the batch is a tensor."""
+    parts = images.parts if isinstance(images, Rows) else [images]
+    return [part for part in parts if isinstance(part, PackedImages)]
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        images: [rows, 3, H, W], the results of the transform; in parts if they are pinned.
+        images: [rows, 3, H, W] or packed, the results of the transform; in parts if they are pinned.
         targets: [rows, ...], see Targets.
         position: samples that all ranks have consumed after this batch; `batches(position)` continues there.
         skipped: bad samples that were replaced in this batch.
     """
 
-    images: Tensor | Rows
+    images: Tensor | PackedImages | Rows
     targets: Tensor
     position: int
     skipped: int
@@ -216,8 +225,8 @@ class TrainLoader:
 
     def _read(
         self, transform: TrainTransform, targets: Targets, unit: tuple[int, slice]
-    ) -> tuple[Tensor, Tensor, list[Fault]]:
-        """Images [rows, 3, H, W] and targets [rows, ...] of some rows, and the faults of replaced samples."""
+    ) -> tuple[Tensor | PackedImages, Tensor, list[Fault]]:
+        """Images [rows, 3, H, W] or packed, targets [rows, ...], and the faults of replaced samples."""
         position, rows = unit
         if self._ordered is None or self._ordered[0] != position:
             # A worker reads several units of a batch.
@@ -229,7 +238,7 @@ class TrainLoader:
         samples = self._order.indices(global_indices)
         caption_draws = mix(self._seed, _CAPTION, global_indices)
         seeds = mix(self._seed, _AUGMENTATION, global_indices) >> np.uint64(1)
-        images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
+        images, captions, keys, faults = list[Any](), list[str](), list[str](), list[Fault]()
         for slot, sample in enumerate(samples.tolist()):
             raw, image = self._load(sample, int(global_indices[slot]), faults)
             keys.append(raw.key)
@@ -240,8 +249,7 @@ class TrainLoader:
                 exc.add_note(f"while transforming {raw.key} of {self._source.description}")
                 raise
         try:
-            # In a worker the images are in shared memory at once.
-            return default_collate(images), targets(captions, mix(self._seed, _TARGET, global_indices)), faults
+            return _join(images), targets(captions, mix(self._seed, _TARGET, global_indices)), faults
         except UserError as exc:
             raise UserError(f"{exc}; in {self._source.description}, one of {', '.join(keys)}") from exc
 
@@ -278,6 +286,12 @@ class TrainLoader:
             yield self._order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self._source)
 
 
+def _join(images: list[Any]) -> Any:
+    """One batch of images of one size, or of packed images."""
+    # In a worker, tensors that default_collate stacks are in shared memory at once.
+    return PackedImages.concatenate(images) if isinstance(images[0], PackedImages) else default_collate(images)
+
+
 def _units(batch_size: int) -> list[slice]:
     """The rows of a process's batch in equal parts, each the work of one worker at a time."""
     bounds = np.linspace(0, batch_size, -(-batch_size // UNIT) + 1).astype(int).tolist()
@@ -306,12 +320,12 @@ class EvalBatch(NamedTuple):
     """Samples in the order of the source.
 
     Attributes:
-        images: float32 [n, 3, H, W].
+        images: float32 [n, 3, H, W], or packed.
         captions: the n main captions.
         keys: the n sample keys.
     """
 
-    images: Tensor
+    images: Any
     captions: list[str]
     keys: list[str]
 
@@ -330,13 +344,13 @@ def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: 
     for images, captions, keys, bad in WorkerLoader(read, range(0, len(source), batch_size), WorkerOptions(workers)):
         faults.add(bad)
         if keys:
-            yield EvalBatch(torch.stack(images), captions, keys)
+            yield EvalBatch(images, captions, keys)
 
 
 def _read_samples(
     source: Source, transform: EvalTransform, batch_size: int, first: int
-) -> tuple[list[Tensor], list[str], list[str], list[Fault]]:
-    images, captions, keys, faults = list[Tensor](), list[str](), list[str](), list[Fault]()
+) -> tuple[Any, list[str], list[str], list[Fault]]:
+    images, captions, keys, faults = list[Any](), list[str](), list[str](), list[Fault]()
     for index in range(first, min(first + batch_size, len(source))):
         try:
             raw = source[index]
@@ -347,4 +361,4 @@ def _read_samples(
         images.append(transform(image))
         captions.append(raw.caption)
         keys.append(raw.key)
-    return images, captions, keys, faults
+    return _join(images) if images else None, captions, keys, faults

@@ -297,7 +297,7 @@ class ClassifyResult(Result):
 
 def predict(
     model: Callable[[Tensor], Tensor],
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Any], Any],
     source: Source,
     classes: ClassSpace,
     options: FeatureOptions | None = None,

@@ -93,7 +93,7 @@ class ImageFeatures:
 
 
 def encode_images(
-    model: ImageModel, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions | None = None
+    model: ImageModel, transform: Callable[[Any], Any], source: Source, options: FeatureOptions | None = None
 ) -> ImageFeatures:
     """Normalized features of all images of a source.
 
@@ -126,11 +126,14 @@ def encode_images(
 def for_each_batch(
     model: object,
     action: Callable[[EvalBatch], None],
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Any], Any],
     source: Source,
     options: FeatureOptions,
 ) -> None:
     """Call `action` with every batch of a source, the images on the model's device, the model in evaluation mode.
+
+    Args:
+        transform: PIL image -> float32 `[3, height, width]`, or one packed image.
 
     Raises:
         NothingReadable: no sample could be read.
@@ -245,7 +248,7 @@ def _describe_source(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _describe(transform: Callable[[Any], Tensor]) -> str:
+def _describe(transform: Callable[[Any], Any]) -> str:
     text = repr(transform)
     if re.search(r" at 0x[0-9a-f]+", text):
         raise UserError(f"features can be cached only for a transform with a repr that describes it, got {text}")

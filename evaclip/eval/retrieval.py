@@ -66,7 +66,7 @@ class EncodedPairs:
 def encode_pairs(
     model: ImageTextModel,
     tokenizer: Tokenizer,
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Any], Any],
     source: Source,
     options: FeatureOptions | None = None,
 ) -> EncodedPairs:

@@ -64,6 +64,8 @@ class Preprocess:
         interpolation: interpolation when images are resized.
         resize: resizing in evaluation: shortest side and centre crop, or squash.
         crop: share of the side that the centre crop keeps.
+        max_patches: evaluation keeps each image's aspect ratio, in at most so many patches, and ignores `resize` and
+            `crop`; None for images of the model's size.
     """
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -71,6 +73,7 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"
     resize: Resize = "shortest"
     crop: float = 1.0
+    max_patches: int | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -88,6 +91,10 @@ class Preprocess:
         _check_choice("preprocess.resize", self.resize, Resize)
         crop = self.crop
         _check(_is_number(crop) and 0 < crop <= 1, f"preprocess.crop must be 0 < share <= 1, got {crop!r}")
+        most = self.max_patches
+        _check(
+            most is None or (type(most) is int and most > 0), f"preprocess.max_patches must be 1 or more, got {most!r}"
+        )
 
 
 @dataclass(frozen=True)

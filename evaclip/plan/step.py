@@ -115,6 +115,9 @@ def plan_step(
         raise UserError(f"gpus must be at least 1, got {gpus}")
     if config.optim.name.startswith(TIMM):
         raise UserError(f"optim.name must be adamw or lamb for a plan, got {config.optim.name}")
+    if config.data.resize:
+        remedy = "--set data.resize=null data.max_patches=null plans images of the model's size"
+        raise UserError(f"data.resize must be null for a plan, got {config.data.resize}; {remedy}")
     check_batch(config, World(torch.device("cpu"), size=gpus))
     plain = replace(config.model, pretrained=None, pretrained_image=None, pretrained_text=None)
     config = replace(config, model=plain)

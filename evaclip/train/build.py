@@ -1,5 +1,6 @@
 """Everything that a run is made of, built from its configuration."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -226,6 +227,9 @@ def check_batch(config: TrainConfig, world: World) -> None:
 
 def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> TrainLoader:
     data, images = config.data, task.visual.config
+    side = max(images.image_shape)
+    if data.max_patches is not None:
+        side = math.ceil(images.patch_size * math.sqrt(data.max_patches))
     return TrainLoader(
         source,
         batch_size=config.batch_size,
@@ -240,7 +244,7 @@ def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> Tr
         machine=world.machine,
         prefetch=data.prefetch,
         pin=world.device.type == "cuda",
-        decode_size=REDUCTION_MARGIN * max(images.image_shape) if data.jpeg_reduction else None,
+        decode_size=REDUCTION_MARGIN * side if data.jpeg_reduction else None,
         together=task.rows_per_group(config),
     )
 

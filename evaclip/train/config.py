@@ -486,6 +486,13 @@ class TrainConfig:
                 f"optim.name={self.optim.name} needs precision=fp32, amp_bf16 or amp_fp16, "
                 f"got precision={self.precision}"
             )
+        if self.data.resize and self.task.name != "contrastive":
+            raise ValueError(f"data.resize must be null with task.name={self.task.name}, got {self.data.resize}")
+        if self.data.max_patches and self.schedule.resolutions:
+            raise ValueError(
+                "data.max_patches must be null with schedule.resolutions, whose image sizes set it, "
+                f"got {self.data.max_patches}"
+            )
         if self.optim.stochastic_rounding and self.precision != "bf16":
             raise ValueError(f"optim.stochastic_rounding needs precision=bf16, got precision={self.precision}")
         return self

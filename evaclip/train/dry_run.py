@@ -93,13 +93,16 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
     samples = parts.total_steps * config.batch_size
     steps = config.accumulation_steps
     micro_batch = config.batch_size / world.size / steps
+    patches = f"{visual.num_kept_patches()} of {visual.num_patches}"
+    if config.data.resize:
+        patches = f"{1 - visual.patch_dropout:.0%} of {config.data.max_patches or visual.num_patches} at most"
     return [
         ("model", f"{config.model.name}: {_count(parts.model)} parameters ({sizes})"),
         ("weights from", _weights(config.model)),
         ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
         *(("", remark) for remark in parts.remarks),
         ("batch", f"{config.batch_size:,} = {world.size} ranks x {steps} micro-batches x {micro_batch:,.6g}"),
-        ("patches kept", f"{visual.num_kept_patches()} of {visual.num_patches}"),
+        ("patches kept", patches),
         ("length", f"{parts.total_steps:,} steps, {samples:,} samples, {samples / parts.epoch_samples:.2f} epochs"),
         ("optimizer", f"{config.optim.name}, {len(parts.step.optimizer.param_groups)} parameter groups"),
         ("precision", f"{config.precision} on {world.device}"),

@@ -249,7 +249,7 @@ def _attempt(name: str, problems: list[str], metrics: Sequence[str], action: Cal
 
 def evaluate_pairs(
     clip: DistributedEncoder,
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Any], Any],
     loss: ContrastiveLoss,
     each: EvalSet,
     attempt: Attempt,
@@ -263,7 +263,7 @@ class _Measurement:
     """One set as one model sees it; whatever several metrics need is encoded once."""
 
     def __init__(
-        self, each: EvalSet, clip: DistributedEncoder, transform: Callable[[Any], Tensor], loss: ContrastiveLoss
+        self, each: EvalSet, clip: DistributedEncoder, transform: Callable[[Any], Any], loss: ContrastiveLoss
     ) -> None:
         self._set = each
         self._clip = clip
@@ -359,7 +359,7 @@ class _Measurement:
 
 
 def encode_everywhere(
-    model: DistributedEncoder, transform: Callable[[Any], Tensor], source: Source, each: EvalSet
+    model: DistributedEncoder, transform: Callable[[Any], Any], source: Source, each: EvalSet
 ) -> ImageFeatures:
     """Features of all images of a source, of which each rank encodes its part; keys are the samples' indices.
 
@@ -378,7 +378,7 @@ def encode_everywhere(
 
 
 def _encode_part(
-    model: DistributedEncoder, transform: Callable[[Any], Tensor], source: Source, options: FeatureOptions
+    model: DistributedEncoder, transform: Callable[[Any], Any], source: Source, options: FeatureOptions
 ) -> ImageFeatures | None:
     mine = model.share(range(len(source)))
     if not mine:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaclip.data.loader import Rows
+from evaclip.model.packing import PackedImages
 from evaclip.transforms import Normalization
 
 
@@ -36,7 +38,7 @@ class StepContext:
 
     Attributes:
         micro_batches: this rank's rows in parts.
-        rank_images: this rank's images, uint8 or float32 [b, 3, height, width], in host memory.
+        rank_images: this rank's images, uint8 or float32 [b, 3, height, width] or packed, in host memory.
         upload: copies the images of micro-batches to the device and normalises them, see `upload`.
         device: that computes.
         measure: whether metrics are wanted besides the loss.
@@ -47,8 +49,8 @@ class StepContext:
     """
 
     micro_batches: Sequence[MicroBatch]
-    rank_images: Tensor | Rows
-    upload: Callable[[Iterable[Tensor | Rows]], Iterator[Tensor]]
+    rank_images: Tensor | PackedImages | Rows
+    upload: Callable[[Iterable[Tensor | PackedImages | Rows]], Iterator[Any]]
     device: torch.device
     measure: bool
     autocast_dtype: torch.dtype | None
@@ -56,8 +58,10 @@ class StepContext:
     share: float
     begin_backward: Callable[[bool], None]
 
-    def images(self, rounds: int = 1) -> Iterator[Tensor]:
-        """Images of each micro-batch, on the device and normalised, float32 [rows, 3, height, width]; `rounds` times.
+    def images(self, rounds: int = 1) -> Iterator[Any]:
+        """Images of each micro-batch, on the device and normalised; `rounds` times.
+
+        float32 [rows, 3, height, width], or packed as the loader returned them.
 
         Call `next` in the expression that uses the images: holding them costs memory while the next ones are copied.
         """
@@ -92,21 +96,24 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def upload(
-    images: Iterable[Tensor | Rows], device: torch.device, stream: torch.cuda.Stream | None, normalize: Normalization
-) -> Iterator[Tensor]:
+    images: Iterable[Tensor | PackedImages | Rows],
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+    normalize: Normalization,
+) -> Iterator[Any]:
     """Copies images to the device, each while the ones before are computed, and yields them normalised.
 
     On a GPU, copies use their own stream, and the host doesn't wait if the memory is pinned.
 
     Args:
-        images: uint8 or float32 [b, 3, height, width] each, in host memory or on the device.
+        images: uint8 or float32 [b, 3, height, width] or packed each, in host memory or on the device.
         device: that computes.
         stream: of the copies; None copies in the current stream.
         normalize: uint8 to float32.
     """
     waiting = iter(images)
 
-    def begin_copy() -> Tensor | None:
+    def begin_copy() -> Any:
         images = next(waiting, None)
         if images is None:
             return None
@@ -118,8 +125,10 @@ def upload(
         if stream is not None:
             present = torch.cuda.current_stream(device)
             present.wait_stream(stream)
+            is_packed = isinstance(copy, PackedImages)
             # The copy stream may reuse the memory only after the computation.
-            copy.record_stream(present)
+            for tensor in (copy.patches, copy.positions, copy.sizes, copy.lengths) if is_packed else (copy,):
+                tensor.record_stream(present)
         pixels = [normalize(copy)]
         del copy
         copy = begin_copy()

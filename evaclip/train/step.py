@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip.data.loader import Rows, part_of_batch
+from evaclip.data.loader import Rows, packed_parts, part_of_batch
+from evaclip.model.packing import PackedImages
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.micro_batch import MicroBatch, StepContext, upload
@@ -109,12 +110,14 @@ class TrainStep:
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
 
-    def __call__(self, images: Tensor | Rows, targets: Tensor, step: int, *, measure: bool = False) -> StepResult:
+    def __call__(
+        self, images: Tensor | PackedImages | Rows, targets: Tensor, step: int, *, measure: bool = False
+    ) -> StepResult:
         """Runs forward, backward and update on one batch.
 
         Args:
-            images: [b, 3, height, width], this rank's rows of the batch, best in pinned host memory: float32, or uint8
-                to be normalised. Each micro-batch is copied while the one before is computed.
+            images: [b, 3, height, width] or packed, this rank's rows of the batch, best in pinned host memory: float32,
+                or uint8 to be normalised. Each micro-batch is copied while the one before is computed.
             targets: [b, ...], targets of the task, in host memory: otherwise the host waits for the device.
             step: index of the step, from 0; decides which patches are kept.
             measure: also return metrics of the task and norms of the weights' changes; the step stays bit-equal.
@@ -148,9 +151,10 @@ class TrainStep:
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
 
-    def _context(self, images: Tensor | Rows, targets: Tensor, measure: bool, step: int) -> StepContext:
+    def _context(self, images: Tensor | PackedImages | Rows, targets: Tensor, measure: bool, step: int) -> StepContext:
         options, count = self.options, len(targets)
-        kept = self._kept_tokens(count, step)
+        # The loader has dropped patches of packed images.
+        kept = None if packed_parts(images) else self._kept_tokens(count, step)
         parts = options.accumulation_steps
         rows = [part_of_batch(count, index, parts, options.together) for index in range(parts)]
         micro_batches = []

@@ -359,7 +359,7 @@ class Trainer:
         position.step = after
         position.samples = batch.position
         self._bad_samples += batch.skipped
-        self.meter.count(self.config.batch_size, parts.task.tokens_computed(batch.targets))
+        self.meter.count(self.config.batch_size, parts.task.tokens_computed(batch))
         if parts.ema:
             parts.ema.update(position.step)
         return result

@@ -35,6 +35,11 @@ _CLIP = SmallTask(
     metrics={"val/zero_shot_top1", "val/text_to_image_r5", "val/loss"},
 )
 
+_NATIVE = _CLIP._replace(
+    # Crops of the square drawings have 2 x 8 to 8 x 2 patches.
+    tree={**_CLIP.tree, "data": {"resize": "native", "augmentation": {"scale": [0.1, 0.5], "ratio": [0.25, 4.0]}}},
+)
+
 _CLASSIFICATION = SmallTask(
     tree={
         "task": {"name": "classification", "mixup": 0.8, "cutmix": 1.0, "mix_mode": "elem", "random_erasing": 0.5},
@@ -57,6 +62,7 @@ _MASKED_IMAGE = SmallTask(
 
 TASKS = {
     "clip": _CLIP,
+    "native": _NATIVE,
     "siglip": _CLIP._replace(tree={**_CLIP.tree, "loss": {"name": "siglip"}}),
     "classification": _CLASSIFICATION,
     "masked_image": _MASKED_IMAGE,

@@ -13,13 +13,14 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
 from evaclip import Augmentation, Preprocess, eval_transform, train_transform, transforms
 from evaclip.data import BadSample, FaultKind
 from evaclip.data.samples import decode_image
 from evaclip.errors import UserError
 from evaclip.pixels import pixel_kind
-from evaclip.transforms import EvalTransform, TrainTransform
+from evaclip.transforms import EvalTransform, NativeSize, Normalization, PackedTransform, TrainTransform, native_size
 
 SIZES = [(300, 200), (48, 224), (224, 224), (37, 500)]
 MODES = ["RGB", "L", "CMYK", "P", "1", "RGBA"]
@@ -117,6 +118,76 @@ def test_train_transform_depends_on_the_seed_only(augmentation: Augmentation) ->
     transform(image, 1)
     assert torch.equal(torch.get_rng_state(), state)
     assert len({tensor.numpy().tobytes() for tensor in alone}) > 12
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 196, 256])
+@pytest.mark.parametrize("size", [(480, 640), (640, 427), (224, 224), (5, 7), (1, 300), (900, 1), (1080, 1920)])
+def test_native_size_matches_siglip2(size: tuple[int, int], budget: int) -> None:
+    found = native_size(*size, patch=16, max_patches=budget)
+    assert found == get_image_size_for_max_num_patches(*size, 16, budget)
+    rows, columns = (side // 16 for side in found)
+    assert 1 <= rows * columns <= budget
+    assert found == (16 * rows, 16 * columns)
+
+
+def test_native_size_at_the_limits() -> None:
+    """Flat, square, and ratios at which both sides need another patch at once."""
+    assert native_size(1, 10**9, 14, 196) == (14, 196 * 14)
+    assert native_size(10**9, 1, 14, 196) == (196 * 14, 14)
+    for side in (1, 224, 65_500):
+        assert native_size(side, side, 16, 255) == (240, 240)
+        assert native_size(side, side, 16, 256) == (256, 256)
+    assert native_size(100, 200, 16, 8) == native_size(1, 2, 16, 8) == (32, 64)
+    assert native_size(100, 200, 16, 7) == (32, 48)
+
+
+@pytest.mark.parametrize("name", ["height", "width", "patch", "max_patches"])
+def test_native_size_refuses_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        native_size(**({"height": 8, "width": 8, "patch": 4, "max_patches": 4} | {name: 0}))
+
+
+def test_native_transform_resizes_the_whole_image() -> None:
+    image = _picture((200, 50))
+    pixels = EvalTransform(NativeSize(8, 64), PLAIN)(image)
+    assert torch.equal(pixels, F.to_tensor(image.resize((128, 32), Image.Resampling.BICUBIC)))
+
+
+def test_native_crop_keeps_the_aspect_ratio() -> None:
+    """The crop has 0.5 to 1 of the image's area, and 3/4 to 4/3 of its width / height."""
+    transform = TrainTransform(NativeSize(4, 256), PLAIN, Augmentation(scale=(0.5, 1.0), flip=0.5))
+    for size in ((300, 75), (75, 300)):
+        shapes = [transform.levels(_picture(size), seed).shape for seed in range(40)]
+        assert len(set(shapes)) > 3
+        for _, height, width in shapes:
+            assert 0.6 < width / height / (size[0] / size[1]) < 1.6
+            assert height * width <= 256 * 4 * 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_packed_levels_normalised_later_are_bit_exact(dropout: float) -> None:
+    preprocess, image = Preprocess(mean=(0.5, 0.1, 0.7), std=(0.3, 0.25, 0.9)), _picture((90, 70))
+    transform = PackedTransform(TrainTransform(NativeSize(4, 30), preprocess, STRONG), 4, dropout)
+    levels = transforms.levels_of(transform, preprocess)(image, 3)
+    assert levels.patches.dtype == torch.uint8
+    expected, found = transform(image, 3), Normalization(preprocess)(levels)
+    assert torch.equal(found.patches, expected.patches)
+    assert torch.equal(found.positions, expected.positions)
+
+
+def test_patch_dropout_is_a_function_of_the_seed() -> None:
+    whole = PackedTransform(TrainTransform(NativeSize(4, 30), PLAIN, STRONG), 4)
+    kept = PackedTransform(whole.transform, 4, dropout=0.4)
+    image, places = _picture((90, 70)), set[str]()
+    for seed in range(6):
+        all_patches, found = whole(image, seed), kept(image, seed)
+        assert len(found.patches) == int(len(all_patches.patches) * 0.6)
+        assert torch.equal(found.sizes, all_patches.sizes)
+        columns = int(found.sizes[0, 1])
+        assert torch.equal(found.patches, all_patches.patches[found.positions @ torch.tensor([columns, 1])])
+        assert torch.equal(found.positions, kept(image, seed).positions)
+        places.add(str(found.positions.tolist()))
+    assert len(places) == 6
 
 
 def test_transparent_image_lies_on_white() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
-from evaclip.data.loader import Targets, TrainTransform
+from evaclip.data.loader import Batch, Targets, TrainTransform
 from evaclip.data.opening import classes_of
 from evaclip.data.order import U64
 from evaclip.errors import UserError
@@ -139,9 +139,9 @@ class Classification(ImageModelTask):
         config, kept = replace(self.model.config, image_size=size), 1 - self.visual.patch_dropout
         return BACKWARD_FACTOR * vision_flops(config, self.model.num_classes, kept)
 
-    def tokens_computed(self, targets: Tensor) -> int:
+    def tokens_computed(self, batch: Batch) -> int:
         """The class token and the kept patches of each image."""
-        return len(targets) * (1 + self.visual.num_kept_patches())
+        return len(batch.targets) * (1 + self.visual.num_kept_patches())
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Any) -> Tensor:
         labels: Tensor = fake(torch.arange(rows) % self.model.num_classes)

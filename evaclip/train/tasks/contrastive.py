@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.data import Source
-from evaclip.data.loader import Targets, part_of_batch, tokenized
+from evaclip.data.config import DataConfig
+from evaclip.data.loader import Batch, Targets, TrainTransform, packed_parts, part_of_batch, tokenized
 from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
@@ -23,9 +24,9 @@ from evaclip.train.distributed import World
 from evaclip.train.evaluation import DistributedEncoder, Metrics, evaluate_pairs, measured, open_sets
 from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
 from evaclip.train.micro_batch import MicroBatch, StepContext, send
-from evaclip.train.tasks.task import Evaluate, Size, Task
+from evaclip.train.tasks.task import Evaluate, Size, Task, training_transform
 from evaclip.train.throughput import BACKWARD_FACTOR
-from evaclip.transforms import EvalTransform
+from evaclip.transforms import NativeSize, PackedTransform, image_transform, levels_of
 from evaclip.weights import describe_preprocess
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -98,8 +99,21 @@ class Contrastive(Task):
         if model.logit_bias is not None:
             # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
             model.logit_bias.data = model.logit_bias.data.float()
+        most = model.config.vision.num_patches if config.data.resize else None
+        # Checkpoints hold the limit, so that evaluations after the run pack images too.
+        preprocess = replace(model.config.preprocess, max_patches=config.data.max_patches or most)
+        model.config = replace(model.config, preprocess=preprocess)
         counts = [len(part_of_batch(config.batch_size, rank, world.size)) for rank in range(world.size)]
         return cls(model, ContrastiveLoss(config.loss, world.group, counts))
+
+    def transform(self, data: DataConfig, size: Size) -> TrainTransform:
+        """Under `data.resize=native` packed images, without the patches that patch dropout drops."""
+        if data.resize is None:
+            return super().transform(data, size)
+        vision = replace(self.model.config.vision, image_size=size)
+        native = NativeSize(vision.patch_size, data.max_patches or vision.num_patches)
+        levels = levels_of(training_transform(data, native, self.preprocess), self.preprocess)
+        return PackedTransform(levels, native.patch_size, self.visual.patch_dropout)
 
     def targets(self, size: Size) -> Targets:
         return tokenized(self._tokenizer)
@@ -124,7 +138,7 @@ class Contrastive(Task):
                     f"eval.sets.{each.name}.metrics must be classify, retrieval or loss with task.name=contrastive, "
                     f"got {', '.join(probes)}; `evaclip eval` has probes of a CLIP"
                 )
-        transform = EvalTransform(self.model.config.vision.image_size, self.preprocess)
+        transform = image_transform(self.model.config.vision, self.preprocess)
         loss = ContrastiveLoss(replace(self.loss.config, label_smoothing=0.0))
 
         def measure(model: CLIP, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
@@ -134,17 +148,22 @@ class Contrastive(Task):
         return measure if sets else None
 
     def flops_per_sample(self, size: Size) -> float:
-        config = self.model.config
+        config, most = self.model.config, self.preprocess.max_patches
+        if most is not None and size == config.vision.image_size:
+            # One row of patches: the cost depends on their number alone.
+            size = config.vision.patch_size, most * config.vision.patch_size
         config = replace(config, vision=replace(config.vision, image_size=size))
         return BACKWARD_FACTOR * flops_per_sample(config, 1 - self.visual.patch_dropout)
 
-    def tokens_computed(self, targets: Tensor) -> int:
+    def tokens_computed(self, batch: Batch) -> int:
         """The class token and kept patches of each image; tokens of each caption, or with `pack_text=False` the
         whole context.
         """
+        targets, images = batch.targets, packed_parts(batch.images)
         packed = self.model.text.savings.pack_text
         text = int(self.model.text.end_positions(targets).sum()) + len(targets) if packed else targets.numel()
-        return len(targets) * (1 + self.visual.num_kept_patches()) + text
+        kept = sum(len(part.patches) for part in images) if images else len(targets) * self.visual.num_kept_patches()
+        return len(targets) + kept + text
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         text, config = self.model.text, self.model.config.text
@@ -196,7 +215,7 @@ class Contrastive(Task):
                 torch.autograd.backward([value for value, _ in trained], [gradient for _, gradient in trained])
         return loss, image_features.detach(), text_features.detach()
 
-    def _features(self, pairs: _Pairs, images: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
+    def _features(self, pairs: _Pairs, images: Any, context: StepContext) -> tuple[Tensor, Tensor]:
         with context.autocast():
             features = self.model(images, pairs.tokens, token_index=pairs.micro_batch.token_index, layout=pairs.layout)
         return features[0], features[1]

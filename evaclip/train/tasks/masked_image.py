@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.data import Source, open_configured
-from evaclip.data.loader import Targets
+from evaclip.data.loader import Batch, Targets
 from evaclip.data.masks import BlockMasks
 from evaclip.data.order import U64
 from evaclip.errors import UserError
@@ -115,8 +115,9 @@ class MaskedImage(ImageModelTask):
         student = masked_image_flops(sized, model.lm_head.out_features, masks.count, len(model.decoder_blocks))
         return BACKWARD_FACTOR * student + self.teacher.flops_per_sample(masks.grid)
 
-    def tokens_computed(self, targets: Tensor) -> int:
+    def tokens_computed(self, batch: Batch) -> int:
         """The class token and all patches of each image; without masked patches if these are dropped."""
+        targets = batch.targets
         seen = self.model.num_patches - (targets.shape[1] if len(self.model.decoder_blocks) else 0)
         return len(targets) * (1 + seen)
 

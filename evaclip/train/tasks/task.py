@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
-from evaclip.data.loader import Targets, TrainTransform
+from evaclip.data.loader import Batch, Targets, TrainTransform
 from evaclip.errors import UserError
 from evaclip.model.config import Preprocess, VisionConfig
 from evaclip.model.vision import VisionTower
@@ -19,7 +19,7 @@ from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train.config import LossConfig, ModelConfig, TowerConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.micro_batch import MicroBatch, StepContext, send
-from evaclip.transforms import levels_of
+from evaclip.transforms import ImageSize, levels_of
 
 Size = int | tuple[int, int]
 Evaluate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]]]
@@ -127,8 +127,8 @@ class Task(ABC):
         """Model FLOPs of a training step per sample with images of this size, forward and backward."""
 
     @abstractmethod
-    def tokens_computed(self, targets: Tensor) -> int:
-        """Tokens that enter blocks in a step with these targets in host memory; recomputed ones count once."""
+    def tokens_computed(self, batch: Batch) -> int:
+        """Tokens that enter blocks in a step with this batch in host memory; recomputed ones count once."""
 
     @abstractmethod
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
@@ -153,7 +153,7 @@ class Task(ABC):
         return tower
 
 
-def training_transform(data: DataConfig, size: Size, preprocess: Preprocess) -> TrainTransform:
+def training_transform(data: DataConfig, size: ImageSize, preprocess: Preprocess) -> TrainTransform:
     """The transform that `data.transform` names.
 
     Raises:

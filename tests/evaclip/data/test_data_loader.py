@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from data_samples import make_loader, number_tokens, number_transform, numbers, picture, sample, take
+from PIL import Image
 
 from evaclip.data import TrainLoader, iterate, loader, open_source
 from evaclip.data.samples import decode_image
 from evaclip.data.shard_writer import write_shard
 from evaclip.data.workers import WorkerDied
 from evaclip.errors import UserError
+from evaclip.model.packing import PackedImages, pack_images
+from evaclip.transforms import PackedTransform
 
 
 def damaged(number: int, **changes) -> tuple[str, dict[str, bytes]]:
@@ -75,6 +78,60 @@ def test_stream_does_not_depend_on_workers_and_ranks(shards):
             assert torch.equal(expected, getattr(other, name))
             assert torch.equal(expected, torch.cat([getattr(left, name), getattr(right, name)]))
         assert one.position == other.position == left.position == right.position
+
+
+def _sized(number: int, seed: int = 0) -> torch.Tensor:
+    """[3, 4 rows, 4 columns]: an image of as many rows and columns of patches as the number and the seed say."""
+    return torch.full((3, 4 * (1 + number % 3), 4 * (1 + seed % 2)), number, dtype=torch.uint8)
+
+
+def _native(image: Image.Image, seed: int = 0) -> torch.Tensor:
+    return _sized(image.convert("RGB").getpixel((0, 0))[1], seed)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set", "ignore:This DataLoader will create")
+def test_packed_batch_equals_single_images(shards, monkeypatch):
+    """Of one process, of workers in units of 5 images, in parts for a GPU, and of two ranks."""
+    source = open_source(shards)
+
+    def batches(**options):
+        transform = PackedTransform(_native, 4)
+        loader = TrainLoader(
+            source, batch_size=16, transform=transform, targets=number_tokens, seed=3, window=20, **options
+        )
+        return take(loader, 5)
+
+    expected = batches()
+    monkeypatch.setattr(loader, "UNIT", 5)
+    sizes = set()
+    ranks = zip(*(batches(rank=rank, world_size=2) for rank in range(2)), strict=True)
+    for whole, batch, parts, halves in zip(expected, batches(workers=2), batches(pin=True), ranks, strict=True):
+        assert len(whole.images) == 16
+        for row, number in enumerate(whole.targets[:, 0].tolist()):
+            image = whole.images[row : row + 1]
+            rows, columns = image.sizes[0].tolist()
+            assert_packed_equal(image, pack_images([_sized(number, columns - 1)], 4))
+            sizes.add((rows, columns))
+        assert_packed_equal(batch.images, whole.images)
+        assert_packed_equal(PackedImages.concatenate([half.images for half in halves]), whole.images)
+        assert [len(part) for part in parts.images.parts] == [4, 4, 4, 4]
+        for some in (slice(0, 16), slice(3, 9), slice(4, 8), slice(15, 16)):
+            assert_packed_equal(parts.images[some].to("cpu"), whole.images[some])
+    assert len(sizes) == 6
+
+
+def assert_packed_equal(found: PackedImages, expected: PackedImages) -> None:
+    for name in ("patches", "positions", "sizes", "lengths"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_evaluation_packs_images_in_order(shards):
+    source = open_source(shards)
+    batches = list(iterate(source, PackedTransform(_native, 4), 24))
+    assert [len(batch.images) for batch in batches] == [24, 24, 16]
+    numbers = iter(range(64))
+    for batch in batches:
+        assert_packed_equal(batch.images, pack_images([_sized(next(numbers)) for _ in batch.keys], 4))
 
 
 def test_position_with_other_batch_and_world_size(shards):

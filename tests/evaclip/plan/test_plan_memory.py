@@ -168,7 +168,12 @@ def test_reduced_shards_replace_whole_gradients() -> None:
 
 def test_impossible_layout_is_refused() -> None:
     hybrid = run_of("tiny", {}, parallel=ParallelConfig(mode="hybrid", shard_size=3))
-    for run, gpus, argument in ((run_of("tiny", {}, accumulation_steps=6), 3, "batch_size"), (hybrid, 4, "shard_size")):
+    native = replace(run_of("tiny", {}), data=DataConfig(resize="native"))
+    for run, gpus, argument in (
+        (run_of("tiny", {}, accumulation_steps=6), 3, "batch_size"),
+        (hybrid, 4, "shard_size"),
+        (native, 1, "data.resize"),
+    ):
         with pytest.raises(UserError, match=argument):
             plan_step(run, gpus)
 

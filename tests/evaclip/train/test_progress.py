@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from evaclip.data import Batch
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
+from evaclip.model.packing import PackedImages, drop_patches, pack_images
 from evaclip.run_files import EVENTS_FILE, LOG_FILE
 from evaclip.train import progress
 from evaclip.train.config import LogConfig, LossConfig
@@ -207,9 +209,10 @@ def test_peak_flops_of_gpus(monkeypatch: pytest.MonkeyPatch, name: str, half: fl
     assert peak_flops(cuda, "fp32") == single
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool, dropout: float) -> None:
+def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool, dropout: float, packed: bool) -> None:
     rows: list[int] = []
 
     def count(block: nn.Module, arguments: tuple[Stream, ...]) -> None:
@@ -222,5 +225,9 @@ def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool
     tokens = torch.zeros(3, small_model.config.text.context_length, dtype=torch.int64)
     for row, end in enumerate((2, 9, 5)):
         tokens[row, end] = 49_407
-    small_model.train()(torch.randn(3, 3, 16, 16), tokens)
-    assert Contrastive(small_model, ContrastiveLoss(LossConfig())).tokens_computed(tokens) == sum(rows)
+    images: Tensor | PackedImages = torch.randn(3, 3, 16, 16)
+    if packed:
+        images = drop_patches(pack_images([torch.randn(3, 4 * size, 8) for size in (1, 3, 2)], 4), dropout)
+    small_model.train()(images, tokens)
+    task = Contrastive(small_model, ContrastiveLoss(LossConfig()))
+    assert task.tokens_computed(Batch(images, tokens, 3, 0)) == sum(rows)

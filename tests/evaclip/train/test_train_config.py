@@ -46,6 +46,8 @@ Make = Callable[..., TrainConfig]
         ("accumulation_steps=9", "batch_size=8 is less than accumulation_steps=9"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, and the other to null, got steps=6 and epochs=2"),
         ("eval.sets={a/b: {}}", "string should match pattern"),
+        ("data.resize=squash", "data.resize"),
+        ("data.max_patches=64", "max_patches=64 needs resize=native"),
     ],
 )
 def test_wrong_assignments_name_the_key(run_config, assignment, message):
@@ -53,6 +55,21 @@ def test_wrong_assignments_name_the_key(run_config, assignment, message):
         resolve(run_config(), [parse_assignment(assignment)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "argument"),
+    [
+        ("task.name=classification", "data.resize"),
+        ("task.name=masked_image", "data.resize"),
+        ("schedule.resolutions=[{image_size: 8, steps: 1}]", "data.max_patches"),
+    ],
+)
+def test_native_resize_refuses_other_options(run_config: Make, assignment: str, argument: str) -> None:
+    native = "data={resize: native, max_patches: 9}"
+    assert run_config(native).data.max_patches == 9
+    with pytest.raises(UserError, match=argument):
+        run_config(native, assignment)
 
 
 def test_values_are_read_as_yaml(run_config: Make) -> None:

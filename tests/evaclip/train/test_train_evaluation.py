@@ -41,13 +41,14 @@ from evaclip.train.progress import read_log
 from evaclip.train.saver import Saver
 from evaclip.train.tasks import contrastive
 from evaclip.train.trainer import train
+from evaclip.transforms import PackedTransform
 
 Make = Callable[..., TrainConfig]
 EVAL = "eval={sets: {val: {data: {num_samples: 40, workers: 0}}}, every_steps: 3, batch_size: 4}"
 
 
 def picture(number: int) -> bytes:
-    return as_file(Image.new("RGB", (16, 16), (20 * number, 250 - 20 * number, 7)))
+    return as_file(Image.new("RGB", (16 + 16 * (number % 3), 16), (20 * number, 250 - 20 * number, 7)))
 
 
 def test_validation_split_survives_a_resume(run_config, capsys):
@@ -78,7 +79,8 @@ def test_finished_run_evaluates_new_sets_only(run_config: Make, capsys: Any) -> 
     assert {name.partition("/")[0] for name in more.metrics} == {"held_out", "few"}
 
 
-def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resize", ["null", "native"])
+def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Path, resize: str) -> None:
     """Two captions a picture, a picture in two samples, and one that can't be read."""
     samples = [
         (
@@ -93,9 +95,11 @@ def test_a_run_measures_what_the_command_measures(run_config: Make, tmp_path: Pa
     ]
     write_shard(tmp_path / "eval.tar", samples)
     data = {"train": str(tmp_path / "eval.tar"), "caption_key": "json:text", "workers": 0}
-    outcome = train(run_config(f"eval.sets.val.data={json.dumps(data)}"))
+    outcome = train(run_config(f"data.resize={resize}", f"eval.sets.val.data={json.dumps(data)}"))
     source = open_source(data["train"], caption_key="json:text")
-    setting = Setting(load_model(str(outcome.folder)), data["train"], source, "title")
+    loaded = load_model(str(outcome.folder))
+    assert isinstance(loaded.transform, PackedTransform) == (resize == "native")
+    setting = Setting(loaded, data["train"], source, "title")
     measured, _ = run_retrieval(setting)
     zero_shot = run_zero_shot(setting, None, ("{}",))
     for direction in ("image_to_text", "text_to_image"):

@@ -22,6 +22,7 @@ from evaclip.errors import RunFailed, UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
 from evaclip.train import saver
+from evaclip.train.build import build
 from evaclip.train.checkpoint import Lost, NotWritten
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
@@ -441,3 +442,15 @@ def test_what_cannot_be_run_is_said_and_leaves_nothing(run_config, tmp_path, ass
     with pytest.raises(UserError, match=message):
         train(run_config(assignment))
     assert not (tmp_path / "run").exists()
+
+
+def test_native_run_drops_patches_in_the_loader(run_config):
+    world = World(torch.device("cpu"))
+    parts = build(run_config("data.max_patches=9", "model.patch_dropout=0.5", task="native"), world)
+    images = next(parts.loader.batches()).images
+    patches = images.sizes.prod(1)
+    assert len({tuple(size) for size in images.sizes.tolist()}) > 2
+    assert 6 <= patches.max() <= 9
+    assert torch.equal(images.lengths, (patches // 2).clamp(min=1))
+    assert images.patches.dtype == torch.uint8
+    assert parts.flops_per_sample(0) < build(run_config(task="native"), world).flops_per_sample(0)
