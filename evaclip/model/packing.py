@@ -34,23 +34,20 @@ class PackedImages:
         """Consecutive images, as views; waits for the device of `lengths`."""
         if not isinstance(images, slice) or images.step not in (None, 1):
             raise TypeError(f"images must be a slice with step 1, got {images!r}")
-        start, stop, _ = images.indices(len(self))
-        lengths, before = self.lengths[start:stop], int(self.lengths[:start].sum())
+        lengths, before = self.lengths[images], int(self.lengths[: images.indices(len(self))[0]].sum())
         rows = slice(before, before + int(lengths.sum()))
         longest = int(lengths.max()) if len(lengths) else 0
-        return replace(
-            self,
-            patches=self.patches[rows],
-            positions=self.positions[rows],
-            sizes=self.sizes[start:stop],
-            lengths=lengths,
-            max_length=longest,
-        )
+        return type(self)(self.patches[rows], self.positions[rows], self.sizes[images], lengths, longest)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """The images of all parts, on one device."""
+        tensors = [torch.cat(tensors) for tensors in zip(*(part._tensors() for part in parts), strict=True)]
+        return cls(*tensors, max(part.max_length for part in parts))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
         """The images with `move` applied to every tensor."""
-        names = ("patches", "positions", "sizes", "lengths")
-        return replace(self, **{name: move(getattr(self, name)) for name in names})
+        return type(self)(*map(move, self._tensors()), self.max_length)
 
     def to(
         self,
@@ -66,6 +63,9 @@ class PackedImages:
     def pin_memory(self) -> Self:
         """The images in pinned memory; a `DataLoader` calls it."""
         return self.moved(lambda tensor: tensor.pin_memory())
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.patches, self.positions, self.sizes, self.lengths
 
 
 def pack_images(images: Sequence[Tensor], patch: int) -> PackedImages:
@@ -99,3 +99,25 @@ def pack_images(images: Sequence[Tensor], patch: int) -> PackedImages:
         torch.cat(patches), torch.cat(positions), torch.tensor(sizes), torch.tensor(lengths), max(lengths)
     )
     return packed.to(images[0].device)
+
+
+def drop_patches(images: PackedImages, share: float, generator: torch.Generator | None = None) -> PackedImages:
+    """Token dropout: each image keeps `max(1, int(n * (1 - share)))` of its n patches, drawn uniformly.
+
+    Images draw one after the other, each as `evakernels.sample_token_index` does. Waits for the device of `images`,
+    which is the generator's.
+    """
+    lengths, first, kept = [], 0, []
+    for count in images.lengths.tolist():
+        lengths.append(max(1, int(count * (1 - share))))
+        keys = torch.rand(count, generator=generator, device=images.lengths.device)
+        kept.append(first + keys.topk(lengths[-1], sorted=False).indices.sort().values)
+        first += count
+    rows = torch.cat(kept)
+    return replace(
+        images,
+        patches=images.patches[rows],
+        positions=images.positions[rows],
+        lengths=images.lengths.new_tensor(lengths),
+        max_length=max(lengths),
+    )
