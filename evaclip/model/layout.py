@@ -35,12 +35,19 @@ class Layout(NamedTuple):
 
     @classmethod
     def packed(cls, tokens: Tensor) -> Self:
-        """Positions up to each caption's end, in a grid as long as the longest; synchronizes with the device."""
+        """Positions up to each caption's end, in a grid as long as the longest; synchronizes with the device.
+
+        In a graph of `torch.compile` the grid is as long as `tokens`, and only the number of rows depends on the data.
+        """
         last = tokens.argmax(dim=-1)
-        length = int(last.max()) + 1
+        compiling = torch.compiler.is_compiling()
+        length = tokens.shape[1] if compiling else int(last.max()) + 1
         used = torch.arange(length, device=tokens.device) <= last.unsqueeze(1)
         rows = used.flatten().nonzero().squeeze(1)
-        return cls(len(tokens), length, last, F.pad((last + 1).cumsum(0), (1, 0)), rows)
+        if compiling:
+            torch._check(rows.shape[0] >= tokens.shape[0])
+            torch._check(rows.shape[0] <= tokens.numel())
+        return cls(tokens.shape[0], length, last, F.pad((last + 1).cumsum(0), (1, 0)), rows)
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, total: int, longest: int) -> Self:

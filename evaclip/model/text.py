@@ -17,8 +17,8 @@ from evakernels.nn import Linear, linear
 def cut_padding(tokens: Tensor) -> Tensor:
     """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings for less work.
 
-    The text tower packs captions by itself, but not under `torch.compile`: call this before the compiled code. It
-    synchronizes with the device.
+    The text tower packs captions by itself, under `torch.compile` as `Savings.pack_text` says: otherwise call this
+    before the compiled code. It synchronizes with the device.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
 
@@ -173,9 +173,12 @@ class TextTower(Tower):
 
     def layout(self, tokens: Tensor) -> Layout:
         """The tower's layout of token ids `[B, N]`; may synchronize with their device."""
-        # The number of tokens depends on the data, which a graph can't read.
-        readable = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
-        return Layout.packed(tokens) if readable and self.savings.pack_text else Layout.padded(tokens)
+        if torch.compiler.is_compiling():
+            # The number of rows depends on the data, which only some graphs allow.
+            packable = not torch.compiler.is_exporting() and torch._dynamo.config.capture_dynamic_output_shape_ops
+        else:
+            packable = not tokens.is_meta and len(tokens) > 0
+        return Layout.packed(tokens) if packable and self.savings.pack_text else Layout.padded(tokens)
 
     def end_positions(self, tokens: Tensor) -> Tensor:
         """Position of each caption's end token, int64 `[B]`: the first occurrence of its largest id."""
