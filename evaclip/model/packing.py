@@ -42,12 +42,13 @@ class PackedImages:
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """The images of all parts, on one device."""
-        tensors = [torch.cat(tensors) for tensors in zip(*(part._tensors() for part in parts), strict=True)]
-        return cls(*tensors, max(part.max_length for part in parts))
+        patches, positions, sizes, lengths = map(torch.cat, zip(*(part._tensors() for part in parts), strict=True))
+        return cls(patches, positions, sizes, lengths, max(part.max_length for part in parts))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
         """The images with `move` applied to every tensor."""
-        return type(self)(*map(move, self._tensors()), self.max_length)
+        patches, positions, sizes, lengths = map(move, self._tensors())
+        return type(self)(patches, positions, sizes, lengths, self.max_length)
 
     def to(
         self,
