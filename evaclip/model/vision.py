@@ -259,7 +259,7 @@ class VisionTower(Tower):
         if images.patches.ndim != 2 or images.patches.shape[1] != columns:
             raise ValueError(f"images.patches must have shape [T, {columns}], got {tuple(images.patches.shape)}")
         _require_normalized(images.patches)
-        count, batch = images.patches.shape[0], len(images)
+        count, batch = images.patches.shape[0], images.sizes.shape[0]  # len would fix the batch of a program
         layout = Layout.of_lengths(images.lengths + 1, count + batch, images.max_length + 1)
         # Row r of image b is patch r - b, but for the image's last row.
         sequences, rows = layout.sequences(), torch.arange(count + batch, device=images.lengths.device)
