@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         get_config,
         list_models,
     )
+    from evaclip.model.packing import PackedImages, pack_images
     from evaclip.model.vision_model import VisionModel
     from evaclip.runtime.encoder import Encoder
     from evaclip.tokenizer import Tokenizer, decode, tokenize
@@ -49,6 +50,7 @@ __all__ = [
     "Augmentation",
     "CLIPConfig",
     "Encoder",
+    "PackedImages",
     "Preprocess",
     "Savings",
     "TextConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "list_vision_models",
     "load_state_dict",
     "load_weights",
+    "pack_images",
     "push_to_hf_hub",
     "save_for_hf",
     "tokenize",
@@ -109,6 +112,7 @@ _MODULES = {
         "get_config",
         "list_models",
     ),
+    "evaclip.model.packing": ("PackedImages", "pack_images"),
     "evaclip.model.vision_model": ("VisionModel",),
     "evaclip.runtime.encoder": ("Encoder",),
     "evaclip.tokenizer": ("Tokenizer", "decode", "tokenize"),

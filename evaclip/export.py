@@ -21,6 +21,7 @@ from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError, unknown_name
 from evaclip.extras import import_extra
 from evaclip.model.clip import CLIP
+from evaclip.model.packing import PackedImages, pack_images
 from evaclip.model.vision_model import VisionModel
 from evaclip.onnx_check import LOWEST, OPSET, SEED, Outcome, Probe, check, make_inputs, require
 from evaclip.outputs import check_output
@@ -43,6 +44,7 @@ def export(
     external: bool = False,
     names: tuple[str, str] = ("inputs", "embeddings"),
     int32: bool = False,
+    max_patches: int | None = None,
 ) -> list[Outcome]:
     """Writes a program from images `[B, 3, H, W]` or token ids `[B, context_length]` to embeddings `[B, embed_dim]`.
 
@@ -64,6 +66,8 @@ def export(
         external: always write an ONNX file's weights into the second file, which ONNX Runtime maps into memory faster.
         names: names of an ONNX file's input and output.
         int32: token ids of an ONNX file are int32, else int64.
+        max_patches: a `.pt2` of an image tower takes `patches`, `positions`, `sizes` and `lengths` of `PackedImages`
+            with at most so many patches per image; None for images of one size.
 
     Returns:
         The outcome of an ONNX file's probe; nothing for a `.pt2`.
@@ -76,8 +80,13 @@ def export(
         `export(model, "image", Path("image.onnx"), dtype="fp16")`
     """
     check_target(target, overwrite, dtype, int8)
+    if max_patches is not None and (tower != "image" or target.suffix != ".pt2" or max_patches < 1):
+        raise UserError(
+            f"max_patches must be None, or 1 or more for the image tower in a .pt2, got {max_patches} for the {tower}"
+            f" tower in a {target.suffix}"
+        )
     if target.suffix == ".pt2":
-        program = exported(model, tower, normalize)
+        program = exported(model, tower, normalize, max_patches)
         require_space(target, sum(tensor.nbytes for tensor in program.state_dict.values()))
         with writing(target), replacing(target) as temporary, temporary.open("wb") as stream:
             torch.export.save(program, stream)
@@ -102,10 +111,19 @@ def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool 
         check_output(written, overwrite=overwrite)
 
 
-def exported(model: CLIP | VisionModel, tower: TowerName, normalize: bool = False) -> ExportedProgram:
+def exported(
+    model: CLIP | VisionModel, tower: TowerName, normalize: bool = False, max_patches: int | None = None
+) -> ExportedProgram:
     """The program that `export` writes to a `.pt2`. The ops of evakernels are replaced by what they mean in torch's."""
-    encoder = _Encoder(exportable(model, tower), tower, normalize).eval()
+    encoder = _Encoder(exportable(model, tower), tower, normalize, max_patches=max_patches).eval()
     # Of two samples: programs take a size of one for a constant.
+    if max_patches is not None:
+        weight, side = encoder.tower.pos_embed, encoder.tower.config.patch_size
+        images = pack_images([torch.zeros(3, side, 2 * side)] * 2, side).to(weight.device, weight.dtype)
+        patches, batch = {0: Dim("patches")}, {0: Dim("batch")}
+        with torch.no_grad(), evakernels.as_torch_operators():
+            inputs = images.patches, images.positions, images.sizes, images.lengths
+            return torch.export.export(encoder, inputs, dynamic_shapes=(patches, patches, batch, batch))
     if tower == "image":
         weight = encoder.tower.pos_embed
         example = torch.zeros(2, 3, *encoder.tower.config.image_shape, dtype=weight.dtype, device=weight.device)
@@ -141,18 +159,30 @@ def _tower(model: CLIP | VisionModel, tower: TowerName) -> Any:
 
 
 class _Encoder(nn.Module):
-    """The module that is exported: a tower. `dtype`: weights of an ONNX file, None for torch.export."""
+    """The module that is exported: a tower. `dtype`: weights of an ONNX file, None for torch.export.
+
+    With `max_patches` it takes the tensors of packed images.
+    """
 
     tower: Any
 
-    def __init__(self, model: CLIP | VisionModel, tower: TowerName, normalize: bool, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: CLIP | VisionModel,
+        tower: TowerName,
+        normalize: bool,
+        dtype: str | None = None,
+        max_patches: int | None = None,
+    ) -> None:
         super().__init__()
         self.tower = _tower(model, tower)
-        self.normalize, self.dtype = normalize, dtype
+        self.normalize, self.dtype, self.max_patches = normalize, dtype, max_patches
         if dtype is not None:
             self.tower = copy.deepcopy(self.tower).to("cpu", DTYPES[dtype])
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Any, positions: Any = None, sizes: Any = None, lengths: Any = None) -> Tensor:
+        if self.max_patches is not None:
+            inputs = PackedImages(inputs, positions, sizes, lengths, self.max_patches)
         if self.dtype is not None and not inputs.is_floating_point():
             inputs = _longest(inputs.long())
         if self.dtype == "fp16" and inputs.is_floating_point():

@@ -36,6 +36,8 @@ def add_commands(subparsers: Any) -> None:
     kinds.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of ONNX weights (default: %(default)s)")
     kinds.add_argument("--int8", action="store_true", help="ONNX with matmuls of 8-bit integers")
     add("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
+    help = "a .pt2 takes packed images of any size with at most so many patches each (default: one size)"
+    add("--max-patches", type=int, metavar="N", help=help)
     add("--force", action="store_true", help="replace OUT if it is a file that exists")
     add("--provider", nargs="+", help="execution providers of ONNX Runtime for --check (default: CPU)")
 
@@ -67,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--tower must be image or text for the CLIP {args.model!r}")
     tower: Literal["image", "text"] = args.tower or "image"
     kind = {"normalize": args.normalize, "overwrite": args.force, "dtype": args.dtype, "int8": args.int8}
-    _show(args.target, export(loaded.model.eval(), tower, args.target, **kind))
+    _show(args.target, export(loaded.model.eval(), tower, args.target, max_patches=args.max_patches, **kind))
     if card:
         write_text(*card)
     print(f"wrote {args.target}" + (", with random weights" if args.random else ""))
@@ -76,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from evaclip.onnx_check import DEFAULT_PROVIDER, check, read_probe, require
 
-    ignored = (args.random, args.int8, args.normalize, args.force, args.dtype != "fp32")
+    ignored = (args.random, args.int8, args.normalize, args.force, args.dtype != "fp32", args.max_patches)
     if args.model is not None or any(ignored):
         raise UserError("--check takes FILE and --provider, and no other option")
     outcomes = check(args.check, args.provider or [DEFAULT_PROVIDER])

@@ -56,6 +56,8 @@ def add_commands(subparsers: Any) -> None:
     add("--precision", choices=_PRECISIONS, default="auto", help="default: auto, bf16 if the device has it, else fp32")
     add("--batch-size", type=int, metavar="N", help="images at once (default: 32, on a GPU 256)")
     add("--threads", type=int, metavar="N", help="threads that decode (default: one per core, 8 at most)")
+    help = "keep each image's aspect ratio, in at most so many patches (default: the store's, or the model's size)"
+    add("--max-patches", type=int, metavar="N", help=help)
     help = "ray: on the cluster at RAY_ADDRESS, each node of which must see the images; or on this machine"
     add("--engine", choices=tuple(_ENGINES), default="local", help=help)
     add("--workers", type=int, metavar="N", help="workers of ray (default: one per GPU or, without GPUs, one per node)")
@@ -99,6 +101,8 @@ def _indexed(args: argparse.Namespace) -> tuple["Store", str]:
         folder, name = args.store.with_name(f"{args.store.name}-{part[0]}"), quote(str(args.store))
         advice = f"when all parts are done, evaclip index {name} --add {name}-*"
     model = _lasting(args.model) if args.model else Store.exists(folder) and Store.open(folder).model["given"]
+    if args.max_patches is None and Store.exists(folder):
+        args.max_patches = Store.open(folder).model.get("max_patches")
     if not model:
         raise UserError(f"there is no store {str(folder)!r} yet: --model must name the model of its embeddings")
     source = open_data(_absolute(args.images), args, captions=False)
@@ -266,7 +270,7 @@ def _encoder(model: str, args: argparse.Namespace, **otherwise: Any) -> "Encoder
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"batch_size": args.batch_size, "threads": args.threads}
+    return {"batch_size": args.batch_size, "threads": args.threads, "max_patches": args.max_patches}
 
 
 def _absolute(path: str) -> str:

@@ -102,6 +102,7 @@ def _app(args: argparse.Namespace, key: str | None, hosts: tuple[str, ...]) -> "
     store = Store.open(args.store)
     _require_free(args.host, args.port)
     options = {"batch_size": args.batch_size, "threads": args.threads, "precision": store.model["precision"]}
+    options["max_patches"] = store.model.get("max_patches")
     encoder = Encoder(args.model or store.model["given"], device=args.device, **options)
     if args.batch_size is None and encoder.device.type == "cpu":
         # Later requests wait for a whole batch.

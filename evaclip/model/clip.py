@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from evaclip.model.config import CLIPConfig, Savings
 from evaclip.model.hf_text import HFTextTower
-from evaclip.model.text import Layout, TextTower
+from evaclip.model.layout import Layout
+from evaclip.model.packing import PackedImages
+from evaclip.model.text import TextTower
 from evaclip.model.vision import VisionTower
 
 
@@ -88,11 +90,13 @@ class CLIP(nn.Module):
         """
         self.text.lock(unlocked_layers)
 
-    def encode_image(self, images: Tensor, normalize: bool = False, *, token_index: Tensor | None = None) -> Tensor:
-        """Embeddings `[B, embed_dim]` of images `[B, 3, image_size, image_size]`, of length 1 if `normalize`.
+    def encode_image(
+        self, images: Tensor | PackedImages, normalize: bool = False, *, token_index: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings `[B, embed_dim]` of images, of length 1 if `normalize`.
 
         Args:
-            images: preprocessed.
+            images: preprocessed, `[B, 3, image_size, image_size]`, or of any sizes by `evaclip.pack_images`.
             normalize: divide by the L2 norm.
             token_index: int64 `[B, K]`, the patches to keep; see `VisionTower.forward`.
         """
@@ -104,8 +108,8 @@ class CLIP(nn.Module):
         features = self.text(tokens, layout)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def get_logits(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `[B, M]` of images `[B, 3, height, width]` and token ids `[M, N]`, and their transpose.
+    def get_logits(self, images: Tensor | PackedImages, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[B, M]` of B images as for `encode_image` and token ids `[M, N]`, and their transpose.
 
         Cosine similarities times `logit_scale.exp()`, plus `logit_bias` if the model has one.
 
@@ -119,7 +123,12 @@ class CLIP(nn.Module):
         return logits, logits.T
 
     def forward(
-        self, images: Tensor, tokens: Tensor, *, token_index: Tensor | None = None, layout: Layout | None = None
+        self,
+        images: Tensor | PackedImages,
+        tokens: Tensor,
+        *,
+        token_index: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(image_features, text_features, logit_scale.exp())`, features `[B, embed_dim]` of length 1.
 

@@ -425,8 +425,9 @@ class Savings:
     """Options that save work and memory. Embeddings and gradients stay equal up to rounding; see docs/scale.md.
 
     Attributes:
-        pack_text: run the text tower without padding. Has no effect in a graph of `torch.compile`, where shapes would
-            depend on the data; use `cut_padding` there.
+        pack_text: run the text tower without padding. In a graph of `torch.compile` it needs
+            `torch._dynamo.config.capture_dynamic_output_shape_ops = True`, before the graph is compiled; texts are
+            padded otherwise, see `cut_padding`.
         pooled_last_block: compute the last block of each tower only for the pooled token.
         early_drop: embed only the patches that token dropout keeps.
         recompute: activation checkpointing in training: none; of norms, activation functions and the query-key-value

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from evaclip.errors import UserError
 from evaclip.extras import import_extra
 from evaclip.model.config import Savings, TextConfig
-from evaclip.model.text import Layout, check_tokens
+from evaclip.model.layout import Layout
+from evaclip.model.text import check_tokens
 from evaclip.model.tower import Tower
 from evaclip.tokenizer import clean
 from evakernels import accelerate

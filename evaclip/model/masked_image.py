@@ -9,6 +9,7 @@ from torch import Tensor, empty, nn
 
 from evaclip.errors import UserError
 from evaclip.model.config import Preprocess, Savings, VisionConfig
+from evaclip.model.packing import PackedImages
 from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
 from evaclip.model.vision_model import VisionModel
 from evakernels import token_dropout
@@ -106,7 +107,7 @@ class MaskedImageModel(VisionModel):
                 scale = factor if any(part in name for part in _LARGER_WITH_SUB_NORM) else 1.0
                 nn.init.normal_(module.weight, std=scale * math.sqrt(2 / (rows + columns)))
 
-    def forward(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor | PackedImages, token_index: Tensor | None = None) -> Tensor:
         """Predictions `[B * K, features]` of the masked patches `token_index`, int64 `[B, K]`, each once in a row.
 
         Without `token_index` the features of whole images, `[B, width]`: the mean of the last block's patches through
@@ -116,20 +117,20 @@ class MaskedImageModel(VisionModel):
             images: normalised, `[B, 3, height, width]`.
 
         Raises:
-            TypeError: for images that aren't floating-point.
+            TypeError: for images that aren't floating-point, or packed.
             ValueError: for images of another size.
         """
         result: Tensor
+        images = self._check(images)
         if token_index is None:
             result = self.last_norm(self.tokens(images)[:, 1:].mean(1))
             return result
-        self._check(images)
         compute = self._with_mask_tokens if self.decoder_norm is None else self._with_decoder
         # Flat, as a sharded model should not return a view.
         result = self.lm_head(compute(images, token_index).flatten(0, 1))
         return result
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, images: Tensor | PackedImages, normalize: bool = False) -> Tensor:
         """Features of whole images `[B, width]`, see `forward`; of length 1 if `normalize`."""
         features: Tensor = self(images)
         return nn.functional.normalize(features, dim=-1) if normalize else features
@@ -140,7 +141,7 @@ class MaskedImageModel(VisionModel):
         token = self.mask_token.to(patches.dtype).expand(*masked.shape, -1)
         patches = patches.scatter(1, _columns(masked, patches), token)
         x = token_dropout(patches, None, prefix=self.cls_token[0], pos_embed=self._positions())
-        x = self.run_blocks(self.blocks, x, *self._tables(), None, pooled_last=False)
+        x = self.run_blocks(self.blocks, x, *self._tables(), pooled_last=False)
         predicted: Tensor = self.last_norm(x[:, 1:].gather(1, _columns(masked, x)))
         return predicted
 
@@ -154,12 +155,12 @@ class MaskedImageModel(VisionModel):
         mask_tokens = (self.mask_token[0] + self._positions()[1:]).to(x.dtype).expand(len(x), -1, -1)
         patches = mask_tokens.scatter(1, _columns(visible, x), x[:, 1:])
         x = torch.cat((x[:, :1], patches), 1)
-        x = self.run_blocks(self.decoder_blocks, x, *self._tables(), None, pooled_last=False)
+        x = self.run_blocks(self.decoder_blocks, x, *self._tables(), pooled_last=False)
         predicted: Tensor = self.decoder_norm(x[:, 1:].gather(1, _columns(masked, x)))
         return predicted
 
-    def _tables(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)
+    def _tables(self) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None) if self.rope is None else (self.rope.cos, self.rope.sin, None, None)
 
 
 def _columns(index: Tensor, tokens: Tensor) -> Tensor:

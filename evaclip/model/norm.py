@@ -86,7 +86,7 @@ class Stream(NamedTuple):
         x: `[..., width]`.
         branch: of the shape of `x`, still to be added; None for none.
         layer_scale: `[width]`, factors of the branch; None for none.
-        row_scale: `[B]`, factors of the branch per sample; None for none.
+        row_scale: `[B]`, factors of the branch per sample, or per row of packed samples; None for none.
     """
 
     x: Tensor
@@ -102,7 +102,7 @@ class Stream(NamedTuple):
         if self.layer_scale is not None:
             branch = branch * self.layer_scale
         if self.row_scale is not None:
-            branch = branch * self.row_scale[:, None, None]
+            branch = branch * self.row_scale.view(-1, *[1] * (branch.dim() - 1))
         return self.x + branch
 
     def read(self, norm: Norm, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

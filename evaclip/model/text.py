@@ -1,94 +1,24 @@
 """The text tower: the causal transformer of CLIP (Radford et al. 2021), with exact GELU."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import Savings, TextConfig
+from evaclip.model.layout import Layout
 from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.tower import ResidualBlock, Tower
 from evakernels import gelu, packed_attention, rope_attention
 from evakernels.nn import Linear, linear
 
 
-class Layout(NamedTuple):
-    """Tokens of a batch as rows `[T, ...]`, packed or padded, and their cells in a grid `[batch, length, ...]`.
-
-    Attributes:
-        batch, length: shape of the grid.
-        last: int64 `[batch]`, position of each caption's end token.
-        cu_seqlens: int64 `[batch + 1]`, the first row of each caption, and the number of rows.
-        rows: int64 `[T]`, each row's cell of the grid; None for a row per cell.
-    """
-
-    batch: int
-    length: int
-    last: Tensor
-    cu_seqlens: Tensor
-    rows: Tensor | None
-
-    @classmethod
-    def padded(cls, tokens: Tensor) -> Self:
-        """All positions of token ids `[B, N]`; a caption ends at the first occurrence of its largest id."""
-        batch, length = tokens.shape
-        cu_seqlens = length * torch.arange(batch + 1, device=tokens.device)
-        return cls(batch, length, tokens.argmax(dim=-1), cu_seqlens, None)
-
-    @classmethod
-    def packed(cls, tokens: Tensor) -> Self:
-        """Positions up to each caption's end, in a grid as long as the longest; synchronizes with the device."""
-        last = tokens.argmax(dim=-1)
-        length = int(last.max()) + 1
-        used = torch.arange(length, device=tokens.device) <= last.unsqueeze(1)
-        rows = used.flatten().nonzero().squeeze(1)
-        return cls(len(tokens), length, last, F.pad((last + 1).cumsum(0), (1, 0)), rows)
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
-        """A layout with all tensors moved."""
-        rows = None if self.rows is None else move(self.rows)
-        return self._replace(last=move(self.last), cu_seqlens=move(self.cu_seqlens), rows=rows)
-
-    def positions(self) -> Tensor:
-        """Position of each packed row in its caption, int64 `[T]`."""
-        assert self.rows is not None
-        return self.rows % self.length
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Rows `[T, C]` -> grid `[batch, length, C]`, 0 in cells without a row."""
-        if self.rows is not None:
-            x = _Spread.apply(x, self.rows, self.batch * self.length)  # type: ignore[no-untyped-call]
-        return x.view(self.batch, self.length, x.shape[-1])
-
-    def at_ends(self, x: Tensor) -> Tensor:
-        """Rows `[T, C]` -> rows of the end tokens, `[batch, C]`."""
-        return x.index_select(0, self.cu_seqlens[:-1] + self.last)
-
-    def before_ends(self) -> Tensor:
-        """Mask of the positions up to each caption's end, bool `[batch, length]`."""
-        return torch.arange(self.length, device=self.last.device) <= self.last.unsqueeze(1)
-
-
-class _Spread(torch.autograd.Function):
-    # Rows are distinct, so a copy suffices where autograd's formula would add.
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, cells: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.new_zeros(cells, x.shape[1]).index_copy_(0, rows, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
 def cut_padding(tokens: Tensor) -> Tensor:
     """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings for less work.
 
-    The text tower packs captions by itself, but not under `torch.compile`: call this before the compiled code. It
-    synchronizes with the device.
+    The text tower packs captions by itself, under `torch.compile` as `Savings.pack_text` says: otherwise call this
+    before the compiled code. It synchronizes with the device.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
 
@@ -180,7 +110,7 @@ class TextBlock(ResidualBlock):
         y, x = stream.read(self.ln_1, None if pooled else product_dtype(stream.x))
         return layout.at_ends(x) if pooled else x, self.attn(y, layout, pooled)
 
-    def mix(self, x: Tensor, branch: Tensor) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, layout: Layout | None = None) -> Stream:
         y, x = self.ln_2.of_sum(x, branch, out_dtype=product_dtype(x))
         return Stream(x, self.mlp(y))
 
@@ -243,9 +173,12 @@ class TextTower(Tower):
 
     def layout(self, tokens: Tensor) -> Layout:
         """The tower's layout of token ids `[B, N]`; may synchronize with their device."""
-        # The number of tokens depends on the data, which a graph can't read.
-        readable = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
-        return Layout.packed(tokens) if readable and self.savings.pack_text else Layout.padded(tokens)
+        if torch.compiler.is_compiling():
+            # The number of rows depends on the data, which only some graphs allow.
+            packable = not torch.compiler.is_exporting() and torch._dynamo.config.capture_dynamic_output_shape_ops
+        else:
+            packable = not tokens.is_meta and len(tokens) > 0
+        return Layout.packed(tokens) if packable and self.savings.pack_text else Layout.padded(tokens)
 
     def end_positions(self, tokens: Tensor) -> Tensor:
         """Position of each caption's end token, int64 `[B]`: the first occurrence of its largest id."""

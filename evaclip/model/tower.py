@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import evakernels
 from evaclip.model.config import Recompute, Savings
+from evaclip.model.layout import Layout
 from evaclip.model.norm import Stream
 
 _keep_attention = partial(create_selective_checkpoint_contexts, evakernels.checkpoint_policy())
@@ -19,7 +20,7 @@ _BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
 
 
 class ResidualBlock(nn.Module):
-    """A transformer block in two parts: `mix(*attend(stream))`.
+    """A transformer block in two parts: `mix(*attend(stream, *context, layout, pooled), layout)`.
 
     All policies but "block" save the outputs of `attend`, so no matmul before them runs twice.
     """
@@ -31,14 +32,14 @@ class ResidualBlock(nn.Module):
         """The stream after the block; `context` as for `attend`. `keep_products` recomputes all but matmuls."""
         if keep_products:
             return _keeping_products(self, stream, *context)
-        return self.mix(*self.attend(stream, *context))
+        return self.mix(*self.attend(stream, *context), *context[-2:-1])
 
     @abstractmethod
     def attend(self, stream: Stream, *context: Any) -> tuple[Tensor, Tensor]:
         """Returns the rows of the residual stream to continue with, and the attention branch to add."""
 
     @abstractmethod
-    def mix(self, x: Tensor, branch: Tensor) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, layout: Layout | None = None) -> Stream:
         """Everything from the residual add of the attention branch to the end of the block."""
 
 
@@ -55,7 +56,7 @@ def _keeping_products(block: ResidualBlock, stream: Stream, *context: Any) -> St
     # output projection nor the MLP's runs twice.
     x, branch = checkpoint(block.attend, stream, *context, use_reentrant=False, context_fn=_keep_attention)
     keep = partial(create_selective_checkpoint_contexts, partial(_is_kept_product, block.kept_columns))
-    return _checkpointed(block.mix, x, branch, context_fn=keep)
+    return _checkpointed(block.mix, x, branch, *context[-2:-1], context_fn=keep)
 
 
 def _checkpointed(step: Callable[..., Stream], *args: Any, **options: Any) -> Stream:
@@ -118,8 +119,8 @@ class Tower(nn.Module):
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any, pooled_last: bool = True) -> Tensor:
         """`x` through all blocks; each is called as `block(stream, *context, pooled)`.
 
-        `pooled` asks a block for the one token of each sample that the tower uses. It is true for the last block if
-        `pooled_last` and the memory option are on.
+        The last of `context` is the layout of packed rows, or None. `pooled` asks a block for the one token of each
+        sample that the tower uses. It is true for the last block if `pooled_last` and the memory option are on.
         """
         recompute = self.savings.recompute if self.training else "none"
         stream = Stream(x)

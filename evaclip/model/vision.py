@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from evaclip.model.config import Savings, VisionConfig
+from evaclip.model.layout import Layout
 from evaclip.model.norm import Norm
+from evaclip.model.packing import PackedImages
 from evaclip.model.tower import Tower
-from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
+from evaclip.model.vision_block import INIT_STD, Block, class_tokens, reset_linear, vision_norm
 from evakernels import sample_token_index, token_dropout
 from evakernels.nn import axial_rope, linear
 
@@ -45,6 +47,17 @@ class RotaryTable(nn.Module):
         for name, values in zip(("cos", "sin"), self._table(device), strict=True):
             self.register_buffer(name, values, persistent=False)
 
+    def of_cells(self, places: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables' rows `[T, head_dim / 2]` of the cells `places` in grids of `sizes`, y and x each, int64 `[T, 2]`.
+
+        The first cell isn't rotated.
+        """
+        config = self._config
+        pairs = torch.arange(config.head_dim // 4, dtype=torch.float64, device=places.device)
+        positions = places.double() * (config.pt_hw_seq_len / sizes.double())
+        angles = (positions.unsqueeze(2) * config.rope_theta ** (-4 * pairs / config.head_dim)).flatten(1)
+        return angles.cos().float(), angles.sin().float()
+
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         config = self._config
         if device.type == "meta":
@@ -67,6 +80,8 @@ class RotaryTable(nn.Module):
 class PatchEmbed(nn.Module):
     """Images `[B, 3, H, W]` -> patches `[B, num_patches, width]`, row by row.
 
+    Pixels of packed patches `[T, 3 * side * side]` -> `[T, width]`.
+
     Attributes:
         gradient: factor of the gradient that reaches the parameters.
     """
@@ -77,6 +92,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dim() == 2:
+            return self._multiply(images)
         # Inference on CPUs is faster as a matmul; with gradients in float32 the convolution is faster.
         if images.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._multiply(self._grid(images).flatten(1, 2).flatten(2))
@@ -184,29 +201,46 @@ class VisionTower(Tower):
         """Number of patches that training keeps at the current `patch_dropout`, at least one."""
         return max(1, int(self.num_patches * (1 - self.patch_dropout)))
 
-    def forward(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
-        """Embeddings `[B, embed_dim]` of images `[B, 3, height, width]`.
+    def forward(self, images: Tensor | PackedImages, token_index: Tensor | None = None) -> Tensor:
+        """Embeddings `[B, embed_dim]` of images `[B, 3, height, width]`, or of packed images of any sizes.
+
+        Every packed image has the embedding that it has alone after `set_image_size`.
 
         Args:
             images: normalised; cast to the dtype of the weights.
             token_index: int64 `[B, K]`, the patches to keep, each at most once in a row. None keeps all, or draws them
-                at random in training with `patch_dropout`.
+                at random in training with `patch_dropout`; packed images keep all, see `drop_patches`.
 
         Raises:
             TypeError: for images that aren't floating-point.
-            ValueError: for images of another size.
+            ValueError: for images of another size, or `token_index` with packed images.
         """
-        return self.embed_tokens(self.tokens(images, token_index, pooled=self.config.pool == "token"))
+        pooled = self.pool(images, token_index)
+        return pooled if self.head is None else self.head(pooled)
 
-    def tokens(self, images: Tensor, token_index: Tensor | None = None, *, pooled: bool = False) -> Tensor:
-        """Outputs of the last block `[B, 1 + K, width]`, class token first, without the last norm.
+    def pool(self, images: Tensor | PackedImages, token_index: Tensor | None = None) -> Tensor:
+        """Input of the head, `[B, width]`; arguments as for `forward`."""
+        of_tokens, layout = self.config.pool == "token", None
+        if isinstance(images, PackedImages):
+            x, context = self._start_packed(images, token_index)
+            layout = context[-1]
+        else:
+            x, context = self.start(images, token_index)
+        x = self.run_blocks(self.blocks, x, *context, pooled_last=of_tokens)
+        # A norm is per token: only the class token's is needed.
+        if of_tokens:
+            x = x[:, 0] if x.dim() == 3 else class_tokens(x, layout)[:, 0]
+        else:
+            x = x[:, 1:].mean(1) if layout is None else layout.mean_before_ends(x)
+        normed: Tensor = self.last_norm(x)
+        return normed
 
-        `pooled` lets the last block compute the class token alone.
-        """
+    def tokens(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
+        """Outputs of the last block `[B, 1 + K, width]`, class token first, without the last norm."""
         x, context = self.start(images, token_index)
-        return self.run_blocks(self.blocks, x, *context, pooled_last=pooled)
+        return self.run_blocks(self.blocks, x, *context, pooled_last=False)
 
-    def start(self, images: Tensor, token_index: Tensor | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def start(self, images: Tensor, token_index: Tensor | None = None) -> tuple[Tensor, tuple[Any, ...]]:
         """Input of the first block: tokens `[B, 1 + K, width]`, and the other arguments of every block."""
         self._check(images)
         if token_index is None and self.training and self.patch_dropout > 0:
@@ -214,14 +248,35 @@ class VisionTower(Tower):
             token_index = sample_token_index(images.shape[0], self.num_patches, keep, device=images.device)
         x = self._embed(images, token_index)
         if self.rope is None:
-            return x, (None, None, None)
-        return x, (self.rope.cos, self.rope.sin, token_index)
+            return x, (None, None, None, None)
+        return x, (self.rope.cos, self.rope.sin, token_index, None)
 
-    def embed_tokens(self, x: Tensor) -> Tensor:
-        """The embedding `[B, embed_dim]` of the outputs of `tokens`."""
-        # A norm is per token: only the class token's is needed.
-        pooled: Tensor = self.last_norm(x[:, 0] if self.config.pool == "token" else x[:, 1:].mean(1))
-        return pooled if self.head is None else self.head(pooled)
+    def _start_packed(self, images: PackedImages, token_index: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+        """As `start`, with the class token of each image after its patches: rows `[T + B, width]`."""
+        columns = self.patch_embed.proj.weight[0].numel()
+        if token_index is not None:
+            raise ValueError("token_index must be None with packed images: drop_patches(images, share) drops patches")
+        if images.patches.ndim != 2 or images.patches.shape[1] != columns:
+            raise ValueError(f"images.patches must have shape [T, {columns}], got {tuple(images.patches.shape)}")
+        _require_normalized(images.patches)
+        count, batch = images.patches.shape[0], images.sizes.shape[0]  # len would fix the batch of a program
+        layout = Layout.of_lengths(images.lengths + 1, count + batch, images.max_length + 1)
+        # Row r of image b is patch r - b, but for the image's last row.
+        sequences, rows = layout.sequences(), torch.arange(count + batch, device=images.lengths.device)
+        is_class = rows == layout.cu_seqlens[sequences + 1] - 1
+        order = torch.where(is_class, count + sequences, rows - sequences)
+        sizes = images.sizes[sequences]
+        places = F.pad(images.positions, (0, 0, 0, batch))[order]  # class tokens at the first cell, without rotation
+        x = self.patch_embed(images.patches)
+        first, positions = self.pos_embed[0].split([1, self.config.num_patches])
+        with torch.autocast(positions.device.type, enabled=False):
+            weights = _resizing_of_cells(places, sizes, self.config.grid)
+            positions = (weights @ positions.float()).to(first.dtype)
+        x = torch.cat((x, self.cls_token[0].expand(batch, -1))).index_select(0, order)
+        x = x + torch.where(is_class.unsqueeze(1), first, positions)
+        if self.rope is None:
+            return x, (None, None, None, layout)
+        return x, (*self.rope.of_cells(places, sizes), rows, layout)
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Every patch through the last norm and the head, `[B, num_patches, embed_dim]`."""
@@ -247,18 +302,47 @@ class VisionTower(Tower):
             resized = self.resizing.to(patches.device).float() @ patches.float()
         return torch.cat((first, resized.to(first.dtype)))
 
-    def _check(self, images: Tensor) -> None:
+    def _check(self, images: Tensor | PackedImages) -> Tensor:
         height, width = self.present.image_shape
+        if isinstance(images, PackedImages):
+            raise TypeError(f"images must be a tensor [batch, 3, {height}, {width}] here, got PackedImages")
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(f"images must have shape [batch, 3, {height}, {width}], got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"images must be normalized floating-point pixels, got {images.dtype}")
+        _require_normalized(images)
+        return images
+
+
+def _require_normalized(pixels: Tensor) -> None:
+    if not pixels.is_floating_point():
+        raise TypeError(f"images must be normalized floating-point pixels, got {pixels.dtype}")
 
 
 def resizing(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """The float32 matrix `[new rows * columns, old rows * columns]` that resizes values of a grid of patches."""
     identity = torch.eye(math.prod(old)).unflatten(1, old).unsqueeze(0)
     return F.interpolate(identity, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
+
+
+def _resizing_of_cells(places: Tensor, sizes: Tensor, old: tuple[int, int]) -> Tensor:
+    """Rows of `resizing` for the cells `places` in grids of `sizes`, int64 `[T, 2]` each: float32 `[T, old cells]`.
+
+    On the device, as one matrix per size would wait for the sizes and depend on them in a compiled graph.
+    """
+    rows, columns = (_bicubic(places[:, axis], sizes[:, axis], old[axis]) for axis in range(2))
+    return (rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1)
+
+
+def _bicubic(places: Tensor, sizes: Tensor, old: int) -> Tensor:
+    """Weights `[T, old]` of the old cells along one axis, by the cubic kernel with a = -0.75 of `F.interpolate`."""
+    center = (places + 0.5) * (old / sizes) - 0.5
+    cell = center.floor()
+    offsets = torch.arange(-1, 3, device=places.device)
+    far = (cell - center).unsqueeze(1).add(offsets).abs()
+    kernel = torch.where(far <= 1, (1.25 * far - 2.25) * far**2 + 1, ((3.75 - 0.75 * far) * far - 6) * far + 3)
+    # Cells beyond the border are the border's.
+    taps = (cell.long().unsqueeze(1) + offsets).clamp(0, old - 1)
+    is_tap = taps.unsqueeze(2) == torch.arange(old, device=places.device)
+    return (kernel.unsqueeze(2) * is_tap).sum(1)
 
 
 def _table_follows_weights(tower: nn.Module, _: Any) -> None:

@@ -3,13 +3,16 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
+from evaclip.model.layout import Layout
 from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.tower import ResidualBlock
-from evakernels import gelu, rope_attention
+from evakernels import gelu, packed_attention, rope_attention
 from evakernels.nn import Linear, SwiGLU, linear
+from evakernels.reference.rope_attention import rotate_rounded
 
 INIT_STD = 0.02
 
@@ -34,6 +37,11 @@ def cast_once(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
+def class_tokens(x: Tensor, layout: Layout | None) -> Tensor:
+    """`[B, 1, ...]` of tokens `[B, N, ...]`, or of packed rows `[T, ...]`."""
+    return x[:, :1] if layout is None else layout.at_ends(x).unsqueeze(1)
+
+
 def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """`layer(x) + bias` by one matmul; a module in the layer's place, such as one with an adapter, is called."""
     if type(layer) is Linear:
@@ -43,7 +51,7 @@ def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions. `[B, N, width]` -> same.
+    """Multi-head self-attention with rotary positions. `[B, N, width]` -> same, and packed rows `[T, width]` -> same.
 
     q and v have biases, k has none: it would shift all scores of a query alike, without effect.
     """
@@ -87,23 +95,34 @@ class Attention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
+        layout: Layout | None = None,
         pooled: bool = False,
     ) -> Tensor:
         """`cos` and `sin` as in `RotaryTable`, `token_index` the patches in `x`; None for all.
 
-        `pooled` computes the class token only, `[B, 1, width]`.
+        `layout` describes packed rows; `token_index` is then the table's row of each. `pooled` computes the class token
+        only, `[B, 1, width]`.
         """
-        q, k, v = self._project(x, pooled)
-        # The class token, before the patches, has no position in the image and isn't rotated.
-        out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1).flatten(2)
+        q, k, v = self._project(x, layout, pooled)
+        if layout is None:
+            # The class token, before the patches, has no position in the image and isn't rotated.
+            out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1)
+        elif pooled:
+            out = _attend_classes(q, k, v, cos, sin, layout)
+        else:
+            cu_seqlens, longest = layout.cu_seqlens, layout.length
+            out = packed_attention(
+                q, k, v, cu_seqlens, max_seqlen=longest, cos=cos, sin=sin, positions=token_index, causal=False
+            )
+        out = out.flatten(-2)
         if self.sub_norm and self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out, out.dtype)  # the projection's dtype, under autocast too
         projected: Tensor = self.proj(out)
         return projected
 
-    def _project(self, x: Tensor, pooled: bool) -> tuple[Tensor, ...]:
-        """q, k, v, `[B, N, heads, head_dim]`; of q only the class token if `pooled`."""
-        width, queried = x.shape[-1], x[:, :1] if pooled else x
+    def _project(self, x: Tensor, layout: Layout | None, pooled: bool) -> tuple[Tensor, ...]:
+        """q, k, v, `[..., heads, head_dim]`; of q only the class token if `pooled`."""
+        width, queried = x.shape[-1], class_tokens(x, layout) if pooled else x
         parts: tuple[Tensor, ...]
         if self.sub_norm:
             parts = _biased(self.q_proj, queried, self.q_bias), self.k_proj(x), _biased(self.v_proj, x, self.v_bias)
@@ -116,12 +135,22 @@ class Attention(nn.Module):
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             q, k, v = _biased(self.qkv, x, bias).chunk(3, dim=-1)
-            parts = q[:, :1] if pooled else q, k, v
+            parts = class_tokens(q, layout) if pooled else q, k, v
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
 
 
+def _attend_classes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout) -> Tensor:
+    """Attention of the class tokens `[B, 1, heads, head_dim]`, which aren't rotated, to packed keys and values."""
+    if cos is not None and sin is not None:
+        k = rotate_rounded(k, (cos.unsqueeze(1), sin.unsqueeze(1)), interleaved=True)
+    k, v = (layout.spread(part.flatten(1)).unflatten(2, part.shape[1:]) for part in (k, v))
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    mask = layout.before_ends()[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
 class GeluMlp(nn.Module):
-    """MLP with exact GELU. `[B, N, width]` -> same."""
+    """MLP with exact GELU. `[..., width]` -> same."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -140,7 +169,10 @@ def _mlp(config: VisionConfig) -> SwiGLU | GeluMlp:
 
 
 class Block(ResidualBlock):
-    """Attention and MLP, each with its norm before or after it. `[B, N, width]` -> same, or the class token only."""
+    """Attention and MLP, each with its norm before or after it.
+
+    `[B, N, width]`, or packed rows `[T, width]`, -> same, or the class tokens only, `[B, 1, width]`.
+    """
 
     gamma_1: nn.Parameter | None
     gamma_2: nn.Parameter | None
@@ -186,6 +218,7 @@ class Block(ResidualBlock):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
+        layout: Layout | None = None,
         pooled: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The other arguments as for `Attention`."""
@@ -193,20 +226,23 @@ class Block(ResidualBlock):
             y = x = stream.total()
         else:
             y, x = stream.read(self.norm1, product_dtype(stream.x))
-        branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, pooled)
-        return x[:, :1] if pooled else x, branch
+        branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, layout, pooled)
+        return class_tokens(x, layout) if pooled else x, branch
 
-    def mix(self, x: Tensor, branch: Tensor) -> Stream:
-        row_scale = self._row_scale(x)
+    def mix(self, x: Tensor, branch: Tensor, layout: Layout | None = None) -> Stream:
+        row_scale = self._row_scale(x, layout)
         if self.post_norm:
             x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
-            return Stream(self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x)))
+            return Stream(self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x, layout)))
         y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale, product_dtype(x))
-        return Stream(x, self.mlp(cast_once(y)), self.gamma_2, self._row_scale(x))
+        return Stream(x, self.mlp(cast_once(y)), self.gamma_2, self._row_scale(x, layout))
 
-    def _row_scale(self, x: Tensor) -> Tensor | None:
-        """Stochastic depth (Huang et al. 2016): 0 where the branch is skipped, else 1 / keep. `[B]`."""
+    def _row_scale(self, x: Tensor, layout: Layout | None) -> Tensor | None:
+        """Stochastic depth (Huang et al. 2016): 0 where the branch is skipped, else 1 / keep. `[B]`, or `[T]`."""
         if not self.training or self.drop_path == 0:
             return None
         keep = 1 - self.drop_path
-        return torch.rand(x.shape[0], device=x.device).lt(keep).to(x.dtype) / keep
+        packed = layout if x.dim() == 2 else None
+        images = x.shape[0] if packed is None else packed.batch
+        scale = torch.rand(images, device=x.device).lt(keep).to(x.dtype) / keep
+        return scale if packed is None else scale[packed.sequences()]

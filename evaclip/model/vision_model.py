@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from evaclip.errors import UserError
 from evaclip.model.config import Pool, Preprocess, Savings, VisionConfig
 from evaclip.model.norm import Stream
+from evaclip.model.packing import PackedImages
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_block import Block
 
@@ -52,9 +53,9 @@ class VisionModel(VisionTower):
             x = self.fc_norm(x)
         return x if pre_logits or self.head is None else self.head(x)
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """The classifier's input `[B, width]` of images `[B, 3, height, width]`, of length 1 if `normalize`."""
-        features = self.forward_head(self.forward_features(images), pre_logits=True)
+    def encode_image(self, images: Tensor | PackedImages, normalize: bool = False) -> Tensor:
+        """The classifier's input `[B, width]` of images as for `forward`, of length 1 if `normalize`."""
+        features = self.pool(images)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward_intermediates(

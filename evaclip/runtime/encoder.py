@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any, Generic, TypeVar
@@ -20,12 +20,17 @@ from evaclip.errors import UserError, unknown_name
 from evaclip.eval.ranking import require_finite
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
+from evaclip.model.packing import PackedImages, pack_images
+from evaclip.transforms import PackedTransform, image_transform
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze
 from evakernels.nn.frozen import why_not_int8
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+Pixels = Tensor | PackedImages
+"""An image `[3, height, width]`, or packed."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8"
@@ -86,6 +91,8 @@ class Encoder:
         batch_size: images at once; None for 32 on a CPU and 256 on a GPU.
         threads: that decode images while others are computed; None for one a core, 8 at most.
         compile: let torch.compile make the image tower's code, which takes minutes for each size of batch, once.
+        max_patches: keep each image's aspect ratio, in at most so many patches, packed without padding; None for the
+            model's own preprocessing.
 
     Raises:
         UserError: for a model, device or number that doesn't exist, and for a model without weights.
@@ -106,6 +113,7 @@ class Encoder:
         batch_size: int | None = None,
         threads: int | None = None,
         compile: bool = False,
+        max_patches: int | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be 1 or more, got {batch_size}")
@@ -117,6 +125,11 @@ class Encoder:
         loaded = load_model(model, device=device, random=False) if isinstance(model, str) else model
         self.name, self.origin = loaded.name, loaded.origin
         self.tokenizer, self.transform = loaded.tokenizer, loaded.transform
+        if max_patches is not None:
+            config = loaded.model.config
+            self.transform = image_transform(config.vision, replace(config.preprocess, max_patches=max_patches))
+        if compile and self.max_patches is not None:
+            raise UserError("compile must be False for packed images, got True")
         self.device = torch.device(device)
         self._dtype = computed_dtype(self.precision)
         self.model = loaded.model.to(self.device, self._dtype).eval().requires_grad_(False)
@@ -127,7 +140,7 @@ class Encoder:
         self.threads = threads or min(8, torch.get_num_threads())
         self._fills_up = compile
         self._prepare()
-        self._tower: Callable[[Tensor], Tensor] = self.model.visual
+        self._tower: Callable[[Any], Tensor] = self.model.visual
         if compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
             self._tower = torch.compile(self.model.visual, mode=mode)
@@ -148,12 +161,18 @@ class Encoder:
         """Elements of an embedding."""
         return self.model.config.embed_dim
 
+    @property
+    def max_patches(self) -> int | None:
+        """Limit of an image's patches if images keep their aspect ratio; None for images of one size."""
+        is_packed = isinstance(self.transform, PackedTransform)
+        return self.transform.preprocess.max_patches if is_packed else None
+
     def images(self, pictures: Iterable[Any]) -> Tensor:
         """Embeddings float32 `[n, dim]` on the CPU, of length 1.
 
         Args:
             pictures: paths, files as bytes, PIL images, uint8 arrays `[H, W, 3]` or `[H, W]`, or tensors
-                `[3, height, width]` as the model's preprocessing gives them; or one of these.
+                `[3, height, width]` or packed images as `transform` gives them; or one of these.
 
         Raises:
             UserError: for an image that can't be read, which is named.
@@ -194,12 +213,12 @@ class Encoder:
             UserError: if the model gives NaN or infinity.
         """
 
-        def step(item: T) -> tuple[T, Tensor | Fault | None]:
+        def step(item: T) -> tuple[T, Pixels | Fault | None]:
             return item, self._read(item, picture)
 
         if isinstance(items, Sequence) and len(items) == 1:
             # Nothing can be read ahead, and starting threads takes longer than decoding one image.
-            read: Iterator[tuple[T, Tensor | Fault | None]] = map(step, items)
+            read: Iterator[tuple[T, Pixels | Fault | None]] = map(step, items)
         else:
             read = prefetch(items, step, threads=self.threads, depth=3 * self.batch_size)
         queued: _Batch[T] | None = None
@@ -212,7 +231,7 @@ class Encoder:
         if queued is not None:
             yield self._finished(queued)
 
-    def _read(self, item: T, picture: Callable[[T], Any] | None) -> Tensor | Fault | None:
+    def _read(self, item: T, picture: Callable[[T], Any] | None) -> Pixels | Fault | None:
         try:
             if picture is None:
                 return self._pixels(item)
@@ -221,7 +240,12 @@ class Encoder:
         except BadSample as exc:
             return exc.fault
 
-    def _pixels(self, given: Any) -> Tensor:
+    def _pixels(self, given: Any) -> Pixels:
+        if self.max_patches is not None:
+            if isinstance(given, PackedImages) and len(given) == 1:
+                return given
+            if isinstance(given, Tensor):
+                return pack_images([given.float()], self.model.config.vision.patch_size)
         if isinstance(given, Tensor):
             expected = (3, *self.model.config.vision.image_shape)
             if given.shape != expected or not given.is_floating_point():
@@ -232,14 +256,14 @@ class Encoder:
             return given.float()
         return self.transform(_decoded(given))
 
-    def _encode(self, pixels: list[Tensor]) -> Tensor:
-        images = torch.stack(pixels)
+    def _encode(self, pixels: list[Any]) -> Tensor:
+        images: Any = torch.stack(pixels) if self.max_patches is None else PackedImages.concatenate(pixels)
         if self._fills_up:
             size = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
             images = torch.cat((images, images[:1].expand(size - len(pixels), -1, -1, -1)))
         if self.device.type == "cuda":
             images = images.pin_memory()
-        images = images.to(self.device, non_blocking=True).to(self._dtype)
+        images = images.to(self.device, non_blocking=True).to(dtype=self._dtype)
         with torch.inference_mode():
             return F.normalize(self._tower(images)[: len(pixels)].float(), dim=-1)
 
@@ -304,13 +328,13 @@ class _Batch(Generic[T]):
     """Images encoded together."""
 
     items: list[T] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
+    pixels: list[Pixels] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     waited: float = 0.0
     features: Tensor | None = None
 
 
-def _batches(read: Iterator[tuple[T, Tensor | Fault | None]], size: int) -> Iterator[_Batch[T]]:
+def _batches(read: Iterator[tuple[T, Pixels | Fault | None]], size: int) -> Iterator[_Batch[T]]:
     batch, asked = _Batch[T](), time.monotonic()
     for item, found in read:
         batch.waited += time.monotonic() - asked
@@ -338,6 +362,8 @@ def _by_length(lengths: Tensor) -> Iterator[Tensor]:
 
 def _is_one(given: Any) -> bool:
     """Whether an array or tensor is an image, and not several."""
+    if isinstance(given, PackedImages):
+        return True
     if isinstance(given, Tensor):
         return given.ndim == 3
     return isinstance(given, np.ndarray) and (given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (3, 4)))

@@ -147,11 +147,13 @@ def _is_there(path: str) -> bool:
 
 def describe(encoder: Encoder) -> dict[str, Any]:
     """Settings that embeddings depend on."""
+    native = {} if encoder.max_patches is None else {"max_patches": encoder.max_patches}
     return {
         "name": encoder.name,
         "weights": weights_hash(encoder.model),
         "precision": encoder.precision,
         "dim": encoder.dim,
+        **native,
     }
 
 

@@ -89,7 +89,7 @@ def encoder_of(store: Store) -> "Encoder":
         # Of int8's, that only such a processor makes, the hash isn't known here.
         model = copy.deepcopy(loaded.model).to(PRECISIONS[precision])
         store.require_model({**store.model, "weights": weights_hash(model)})
-    return Encoder(loaded, device="cpu", precision="fp32")
+    return Encoder(loaded, device="cpu", precision="fp32", max_patches=store.model.get("max_patches"))
 
 
 class _Program:

@@ -7,9 +7,11 @@ names or the whole dictionary. No value is ever changed.
 A file may hold an image tower alone, under the names of the whole model without `visual.`: those of masked image
 modelling, which CLIP training starts from, and timm's. timm puts several parameters into one tensor: both SwiGLU
 matrices of the two smallest EVA-02 models, as the authors' files do, and the bias of q, k and v of EVA-L. The bias of k
-is 0 here: it adds the same to all scores of a query, which changes no result.
+is 0 here: it adds the same to all scores of a query, which changes no result. timm's NaFlexVit (`use_naflex=True`) has
+the embeddings under `embeds.`, a linear layer for the convolution and no position for the class token.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,7 +51,7 @@ def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     flat = {
         f"text.{name}" if name.split(".")[0] in _FLAT_TEXT else name: tensor
-        for name, tensor in unwrapped(state).items()
+        for name, tensor in _without_naflex(unwrapped(state)).items()
         if not _TABLES.search(name)
     }
     old = _OPEN_CLIP if any(name.startswith(_OPEN_CLIP) for name in flat) else ""
@@ -94,6 +96,18 @@ def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, 
 def is_image_tower(names: Iterable[str]) -> bool:
     """Whether names of parameters are those of an image tower alone."""
     return any(name.startswith("blocks.") for name in names)
+
+
+def _without_naflex(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The names and shapes of timm's other image models for those of its NaFlexVit."""
+    if "embeds.proj.weight" not in state or "embeds.pos_embed" not in state:
+        return state
+    renamed = {name.replace("embeds.proj.", "patch_embed.proj.").removeprefix("embeds."): state[name] for name in state}
+    weight, positions = state["embeds.proj.weight"], state["embeds.pos_embed"].flatten(1, 2)
+    side = math.isqrt(weight.shape[1] // 3)
+    renamed["patch_embed.proj.weight"] = weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    renamed["pos_embed"] = torch.cat((torch.zeros_like(positions[:, :1]), positions), 1)
+    return renamed
 
 
 def _block_names(names: Iterable[str]) -> dict[str, str]:

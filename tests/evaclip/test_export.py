@@ -17,6 +17,7 @@ from evaclip.commands.main import main
 from evaclip.errors import Refused, UserError
 from evaclip.export import export
 from evaclip.model.clip import CLIP
+from evaclip.model.packing import pack_images
 from evaclip.model.vision_model import VisionModel
 from evaclip.onnx_check import KEY, check, read_probe
 from evakernels.nn import FrozenWeight, freeze, unfreeze
@@ -173,6 +174,20 @@ def test_frozen_weights_are_exported_dense(model: CLIP, int8: bool, dtype: torch
     # float32 is frozen only where oneDNN's matmuls are faster than torch's.
     is_frozen = any(isinstance(weight, FrozenWeight) for weight in frozen.parameters())
     assert is_frozen == (int8 or dtype in served_dtypes())
+
+
+def test_pt2_of_packed_images_equals_model(model: CLIP, tmp_path: Path) -> None:
+    export(model, "image", tmp_path / "image.pt2", normalize=True, max_patches=24)
+    program = torch.export.load(tmp_path / "image.pt2").module()
+    for sizes in (((32, 32),), ((64, 24), (8, 40), (16, 48))):
+        images = pack_images([torch.randn(3, *size) for size in sizes], 8)
+        with torch.no_grad():
+            expected = model.encode_image(images, normalize=True)
+            found = program(images.patches, images.positions, images.sizes, images.lengths)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for tower, file, limit in (("text", "a.pt2", 24), ("image", "a.onnx", 24), ("image", "a.pt2", 0)):
+        with pytest.raises(UserError, match="max_patches"):
+            export(model, tower, tmp_path / file, max_patches=limit)
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])

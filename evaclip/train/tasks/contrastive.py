@@ -16,7 +16,8 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
-from evaclip.model.text import Layout, TextTower
+from evaclip.model.layout import Layout
+from evaclip.model.text import TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_models import NO_ROPE, random_images, random_tokens, small_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from evaclip import CLIP, Savings
 from evaclip.model.norm import Stream
@@ -82,6 +83,25 @@ def test_compiles_without_graph_break(vision: dict[str, object], recompute: Any)
         # Captions are packed in eager mode and padded in a graph: the same sums in another order.
         slack = 2e-5 * float(gradient.abs().max())
         torch.testing.assert_close(actual[name], gradient, atol=slack, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_text_tower_packs_any_lengths() -> None:
+    """One graph serves captions of any lengths, if graphs may have sizes that depend on the data."""
+    torch._dynamo.reset()
+    tower, counter = small_model().text.train(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tower, fullgraph=True, backend=counter)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for seed in range(5):
+            tokens = random_tokens(6, seed=seed)
+            features = tower(tokens), compiled(tokens)
+            torch.testing.assert_close(features[1], features[0], atol=1e-6, rtol=1e-6)
+            expected, actual = (_gradients_of(tower, each.square().sum()) for each in features)
+            for name, gradient in expected.items():
+                slack = 1e-6 * float(gradient.abs().max())
+                torch.testing.assert_close(actual[name], gradient, atol=slack, rtol=0, msg=name)
+    assert counter.frame_count == 1
+    assert any("packed_attention" in str(node.target) for node in counter.graphs[0].graph.nodes)
 
 
 def _loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:

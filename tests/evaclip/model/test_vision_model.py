@@ -8,7 +8,7 @@ import torch
 from small_models import random_images, stir, without_start_values
 from torch import nn
 
-from evaclip import create_vision_model
+from evaclip import create_vision_model, pack_images
 from evaclip.errors import UserError
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
@@ -98,6 +98,17 @@ def test_features_and_head_match_timm() -> None:
         assert [m.shape for m in model.forward_intermediates(images, 2)[1]] == [(2, 192, 16, 16)] * 2
     with pytest.raises(UserError, match="indices"):
         model.forward_intermediates(images, [3])
+
+
+def test_packed_images_match_timm_naflex() -> None:
+    name, grids = "eva02_tiny_patch14_224", ((8, 8), (4, 12), (10, 5))
+    # timm resizes positions with antialiasing by default, unlike the authors.
+    peer = peer_of(name, use_naflex=True, pos_embed_antialias=False)
+    model = ours(name, peer)
+    images = [torch.randn(3, 14 * rows, 14 * columns) for rows, columns in grids]
+    with torch.no_grad():
+        expected = torch.cat([peer(image.unsqueeze(0)) for image in images])
+        torch.testing.assert_close(model(pack_images(images, 14)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_oblong_images_match_timm() -> None:

@@ -143,6 +143,20 @@ def test_compiled_tower_pads_batches(loaded, pictures, monkeypatch):
     assert sizes == [1, 4, 6, 1]
 
 
+def test_encoder_keeps_aspect_ratios(loaded, pictures):
+    encoder = Encoder(loaded, device="cpu", precision="fp32", batch_size=4, threads=2, max_patches=12)
+    packed = [encoder.transform(picture) for picture in pictures]
+    assert len({tuple(image.sizes[0].tolist()) for image in packed}) > 2
+    assert all(image.max_length <= 12 for image in packed)
+    with torch.no_grad():
+        expected = torch.cat([loaded.model.encode_image(image, normalize=True) for image in packed])
+    for given in (pictures, packed, [encoder.transform.transform(picture) for picture in pictures]):
+        torch.testing.assert_close(encoder.images(given), expected, rtol=0, atol=1e-5)
+    for options, name in (({"max_patches": 0}, "max_patches"), ({"max_patches": 9, "compile": True}, "compile")):
+        with pytest.raises(UserError, match=name):
+            Encoder(loaded, device="cpu", precision="fp32", **options)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from evaclip.commands.main import main
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Store
+from evaclip.runtime.text import encoder_of
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,18 @@ def test_index_command_adds_new_images(model, folder, pictures, tmp_path, capsys
     assert main(["index", "b c", "--images", "at 12:30", "--model", model, "--precision", "fp32"]) == 0
     assert "evaclip search 'b c' 'a red bicycle'" in capsys.readouterr().out
     assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b c").contents()
+
+
+def test_index_command_keeps_aspect_ratios(model, folder, tmp_path, capsys):
+    index = ["index", str(tmp_path / "a.store"), "--images", str(folder), "--model", model, "--precision", "fp32"]
+    assert main([*index, "--max-patches", "12"]) == 0
+    store = Store.open(tmp_path / "a.store")
+    assert store.model["max_patches"] == encoder_of(store).max_patches == 12
+    capsys.readouterr()
+    assert main(index) == 0
+    assert "0 embedded, 7 unchanged" in capsys.readouterr().out
+    assert main([*index, "--max-patches", "9"]) == 2
+    assert "max_patches" in capsys.readouterr().err
 
 
 def test_prune_removes_rows_of_deleted_images(model, folder, pictures, tmp_path, capsys):
