@@ -220,9 +220,9 @@ class PackedVisionAttention(RotatedAttention):
         **kwargs: Any,
     ) -> Any:
         if position_embeddings is None or not self._is_fused(hidden_states, position_embeddings[0], kwargs):
-            options = {} if max_seqlen is None else {"max_seqlen": max_seqlen}
-            options |= {"position_embeddings": position_embeddings, **kwargs}
-            return super().forward(hidden_states, cu_seqlens, **options)
+            kwargs |= {"position_embeddings": position_embeddings}
+            kwargs |= {} if max_seqlen is None else {"max_seqlen": max_seqlen}
+            return super().forward(hidden_states, cu_seqlens, **kwargs)
         longest = hidden_states.shape[0]
         if not torch.compiler.is_compiling():  # which would break the graph
             longest = int(cu_seqlens.diff().max())
@@ -303,7 +303,7 @@ class Encoder(AcceleratedModule):
     """Index of a token that the model may pool, so that it must be real."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = super().forward
+        own: Any = super().forward
         if torch.compiler.is_compiling():
             return own(*args, **kwargs)
         first, *names = _names_of(own.__func__)
@@ -322,7 +322,7 @@ class Encoder(AcceleratedModule):
         if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
             return None
         packing = read_mask(mask, x, self.pooled)
-        if packing is None or (packing.index is not None and options.get("position_embeddings") is not None):
+        if packing is None or (packing.rows is not None and options.get("position_embeddings") is not None):
             refuse("mask")
             return None
         return packing
