@@ -364,6 +364,21 @@ def test_compiled_masks_need_no_recompile(name):
         assert counter.frame_count == 1 + (length < LENGTH)
 
 
+@pytest.mark.exhaustive
+def test_compiled_naflex_recompiles_as_untouched():
+    inputs, *models = pair("naflexvit_base_patch16_gap")
+    counts = []
+    for m in models:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(m, backend=counter)
+        with torch.no_grad():
+            outputs = [run(compiled, inputs(seed)) for seed in range(3)]
+            assert_close(outputs[2], run(models[1], inputs(2)))
+        counts.append(counter.frame_count)
+    assert counts[0] <= counts[1]
+
+
 def test_compiled_images_of_any_size():
     """Attention of packed images compiles as one graph for all numbers and sizes of images but the first."""
     _, model, untouched = pair("qwen2.5-vl")
