@@ -287,8 +287,8 @@ class PackedTower(AcceleratedModule):
     ) -> Any:
         own: Any = super()
         given = patches, patch_coord, patch_valid, attn_mask
-        has_mask = patch_valid is not None or attn_mask is not None or refuse("no mask")
-        if not has_mask or not _BLOCKS.can_pack(self, patches):
+        is_padded = (patch_valid is not None or refuse("no mask")) and (attn_mask is None or refuse("mask"))
+        if not is_padded or not _BLOCKS.can_pack(self, patches):
             return own.forward_features(*given)
         packing: Packing | None = None
 
@@ -379,9 +379,9 @@ def _tower_calls(module: Any, x: Tensor) -> list[Call]:
 
 
 def _embed(patches: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Any]:
-    """In place of a tower's stem: its comparison starts behind it, with the rotary table as coordinates."""
+    """In place of a tower's stem: its comparison starts behind it, with the rotary table and the mask of the blocks."""
     rope = patch_coord if patch_coord.dim() == 4 else None
-    return {"patches": patches, "patch_valid": patch_valid, "rope_embeds": rope, "attn_mask": attn_mask}
+    return {"patches": patches, "patch_valid": patch_valid, "rope_embeds": rope, "attn_mask": patch_valid}
 
 
 def _packed_calls(module: Any, x: Tensor) -> list[Call]:
@@ -389,7 +389,7 @@ def _packed_calls(module: Any, x: Tensor) -> list[Call]:
     if hasattr(attention, "rotate_half"):
         table = _rotary_calls(module.blocks[0], x)[0][1]["rope"]
         places.insert(0, torch.stack((table, table.flip(0))).unsqueeze(1))
-    return [((x, place, None, mask), {}) for place in places for mask in padded_masks(x)[:2]]
+    return [((x, place, mask, None), {}) for place in places for mask in padded_masks(x)[:2]]
 
 
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"

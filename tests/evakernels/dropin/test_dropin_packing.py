@@ -265,10 +265,13 @@ def test_packing_refuses_other_masks():
 
 
 def test_packing_refuses_padded_pooled_token():
-    """SigLIP's text model pools its last token, BERT its first."""
-    for name, flipped in (("siglip-text", True), ("bert", True)):
+    """SigLIP's text model pools its last token, BERT its first, CLIP the end token, which may be hidden as padding."""
+    for name in ("siglip-text", "bert", "clip-text"):
         given, model, untouched, report = encoder_pair(name)
-        given = {key: value.flip(1) for key, value in given.items()} if flipped else given
+        if name == "clip-text":
+            given["attention_mask"] = (given["input_ids"] != 49).long() & given["attention_mask"]
+        else:
+            given = {key: value.flip(1) for key, value in given.items()}
         out, reason = reason_of(model, report, given, "encoder")
         assert_close(out, run(untouched, given))
         assert reason == "mask"
@@ -298,6 +301,15 @@ def test_packing_refuses_stochastic_depth():
     torch.manual_seed(1)
     assert_close(out, run(untouched, given))
     assert reason == "dropout"
+
+
+def test_packing_refuses_given_naflex_mask():
+    """timm pools by `patch_valid`, so that a mask of the caller may hide tokens that are pooled."""
+    given, model, untouched, report = encoder_pair("naflexvit_base_patch16_gap")
+    given["x"]["attn_mask"] = (torch.arange(LENGTH + 4) < 5).expand(BATCH, 1, 1, -1)
+    out, reason = reason_of(model, report, given, "")
+    assert_close(out, run(untouched, given))
+    assert reason == "mask"
 
 
 def test_packing_refuses_hooks():
