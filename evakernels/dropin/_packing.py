@@ -29,7 +29,7 @@ class Packing(NamedTuple):
 
     Attributes:
         batch, length: B and N of the padded batch.
-        index: int64 `[T]`, b * N + n of the real tokens, ascending; None if all B * N tokens are real.
+        rows: int64 `[T]`, b * N + n of the real tokens, ascending; None if all B * N tokens are real.
         cu_seqlens: int32 `[S + 1]`, first tokens of the sequences, then T.
         max_seqlen: the longest sequence.
         causal: whether tokens see no later ones.
@@ -37,7 +37,7 @@ class Packing(NamedTuple):
 
     batch: int
     length: int
-    index: Tensor | None
+    rows: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
     causal: bool
@@ -45,29 +45,30 @@ class Packing(NamedTuple):
     def pack(self, x: Tensor) -> Tensor:
         """The real tokens, `[B, N, C]` -> `[1, T, C]`."""
         tokens = x.flatten(0, 1).unsqueeze(0)
-        return tokens if self.index is None else token_dropout(tokens, self.index.unsqueeze(0))
+        return tokens if self.rows is None else token_dropout(tokens, self.rows.unsqueeze(0))
 
     def unpack(self, x: Tensor) -> Tensor:
         """`[1, T, C]` -> `[B, N, C]`, with zeros in the padding."""
         tokens = x.squeeze(0)
-        if self.index is not None:
+        if self.rows is not None:
             padded = tokens.new_zeros(self.batch * self.length, tokens.shape[-1])
-            tokens = padded.index_copy(0, self.index, tokens)
-        return tokens.unflatten(0, (self.batch, self.length))
+            tokens = padded.index_copy(0, self.rows, tokens)
+        return tokens.view(self.batch, self.length, -1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Attention of `[1, T, H, D]` within each sequence."""
-        bounds = {"max_seqlen": self.max_seqlen, "causal": self.causal}
-        return packed_attention(q[0], k[0], v[0], self.cu_seqlens, **bounds, **options).unsqueeze(0)
+        options |= {"max_seqlen": self.max_seqlen, "causal": self.causal}
+        out: Tensor = packed_attention(q[0], k[0], v[0], self.cu_seqlens, **options)
+        return out.unsqueeze(0)
 
 
 def read_mask(mask: Any, x: Tensor, pooled: int | None = None) -> Packing | None:
     """The sequences that a mask describes, or None for another mask.
 
     Args:
-        mask: bool, True for visible keys, or additive, zero for visible ones: `[B, N]`, `[B, 1, 1, N]` or
-            `[B, 1, N, N]`, which may also be causal or, for one sample, have blocks. Rows of padding see keys of their
-            sample or none. A mask for all samples has a batch of 1.
+        mask: bool, True for visible keys, or additive, zero for visible ones: `[B, 1, 1, N]` or `[B, 1, N, N]`,
+            which may also be causal or, for one sample, have blocks. Rows of padding see keys of their sample or none.
+            A mask for all samples has a batch of 1.
         x: the tokens, `[B, N, C]`.
         pooled: index of a token that must be real in every sample.
     """
@@ -94,25 +95,21 @@ def read_mask(mask: Any, x: Tensor, pooled: int | None = None) -> Packing | None
     real = keys.flatten().nonzero().squeeze(1)
     if not real.shape[0] or (pooled is not None and not bool(keys[:, pooled].all())):
         return None
-    index = real if real.shape[0] < batch * length else None
-    return Packing(batch, length, index, bounds.int(), int(bounds.diff().max()), causal)
+    rows = real if real.shape[0] < batch * length else None
+    return Packing(batch, length, rows, bounds.int(), int(bounds.diff().max()), causal)
 
 
 def _read_visible(mask: Any, batch: int, length: int) -> Tensor | None:
     """Bool `[B or 1, N or 1, N]`, whether queries see keys; None for a mask that isn't of this form."""
-    if type(mask) is not Tensor or mask.requires_grad or mask.dim() not in (2, 4):
+    if type(mask) is not Tensor or mask.requires_grad or mask.dim() != 4:
         return None
-    if mask.dim() == 2:
-        mask = mask[:, None, None]
     if mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2] not in (1, length):
         return None
     if mask.shape[3] != length or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return None
     mask = mask[:, 0]
-    if mask.dtype == torch.bool:
-        return mask
-    visible: Tensor = mask == 0
-    return visible if bool((visible | (mask <= MASKED)).all()) else None
+    visible: Tensor = mask if mask.dtype == torch.bool else mask == 0
+    return visible if mask.dtype == torch.bool or bool((visible | (mask <= MASKED)).all()) else None
 
 
 @dataclass(frozen=True)

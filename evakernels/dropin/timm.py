@@ -187,7 +187,7 @@ class RotaryAttention(_Attention):
         if rows is None:
             rows = torch.arange(packing.length - prefix, device=rope.device).expand(packing.batch, -1)
         rows = F.pad(rows, (prefix, 0), value=-1).flatten()
-        return {**table, "positions": rows if packing.index is None else rows[packing.index]}
+        return {**table, "positions": rows if packing.rows is None else rows[packing.rows]}
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -285,10 +285,11 @@ class PackedTower(AcceleratedModule):
         patch_valid: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Any:
+        own: Any = super()
         given = patches, patch_coord, patch_valid, attn_mask
-        has_mask = patch_valid is not None or attn_mask is not None or refuse("no mask")
-        if not has_mask or not _BLOCKS.can_pack(self, patches):
-            return super().forward_features(*given)
+        is_padded = (patch_valid is not None or refuse("no mask")) and (attn_mask is None or refuse("mask"))
+        if not is_padded or not _BLOCKS.can_pack(self, patches):
+            return own.forward_features(*given)
         packing: Packing | None = None
 
         def embed(*args: Any, **options: Any) -> dict[str, Any]:
@@ -298,11 +299,14 @@ class PackedTower(AcceleratedModule):
             is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
             if (is_fixed and self.num_prefix_tokens <= MAX_PREFIX) or refuse("rotary table"):
                 packing = read_mask(embeds["attn_mask"], embeds["patches"])
-                if packing is not None or refuse("mask"):
+                if packing is None:
+                    refuse("mask")
+                else:
                     embeds |= {"patches": packing.pack(embeds["patches"]), "attn_mask": packing}
             return embeds
 
-        out = super(PackedTower, _pooling.view(self, _forward_embeds=embed)).forward_features(*given)
+        own = super(PackedTower, _pooling.view(self, _forward_embeds=embed))
+        out = own.forward_features(*given)
         if packing is None:
             return out
         return {**out, "patches": packing.unpack(out["patches"])} if isinstance(out, dict) else packing.unpack(out)
@@ -375,9 +379,9 @@ def _tower_calls(module: Any, x: Tensor) -> list[Call]:
 
 
 def _embed(patches: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Any]:
-    """In place of a tower's stem: its comparison starts behind it, with the rotary table as coordinates."""
+    """In place of a tower's stem: its comparison starts behind it, with the rotary table and the mask of the blocks."""
     rope = patch_coord if patch_coord.dim() == 4 else None
-    return {"patches": patches, "patch_valid": patch_valid, "rope_embeds": rope, "attn_mask": attn_mask}
+    return {"patches": patches, "patch_valid": patch_valid, "rope_embeds": rope, "attn_mask": patch_valid}
 
 
 def _packed_calls(module: Any, x: Tensor) -> list[Call]:
@@ -385,7 +389,7 @@ def _packed_calls(module: Any, x: Tensor) -> list[Call]:
     if hasattr(attention, "rotate_half"):
         table = _rotary_calls(module.blocks[0], x)[0][1]["rope"]
         places.insert(0, torch.stack((table, table.flip(0))).unsqueeze(1))
-    return [((x, place, None, mask), {}) for place in places for mask in padded_masks(x)[:2]]
+    return [((x, place, mask, None), {}) for place in places for mask in padded_masks(x)[:2]]
 
 
 _VIT, _EVA, _LAYERS = "timm.models.vision_transformer", "timm.models.eva", "timm.layers"

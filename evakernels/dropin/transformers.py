@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import refuse
 from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
-from ._dispatch import attention_op, dispatches_to
+from ._dispatch import attention_op, dispatches_to, is_plain
 from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
 from ._packing import Layers, Packing, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement
@@ -220,9 +220,9 @@ class PackedVisionAttention(RotatedAttention):
         **kwargs: Any,
     ) -> Any:
         if position_embeddings is None or not self._is_fused(hidden_states, position_embeddings[0], kwargs):
-            options = {} if max_seqlen is None else {"max_seqlen": max_seqlen}
-            options |= {"position_embeddings": position_embeddings, **kwargs}
-            return super().forward(hidden_states, cu_seqlens, **options)
+            kwargs |= {"position_embeddings": position_embeddings}
+            kwargs |= {} if max_seqlen is None else {"max_seqlen": max_seqlen}
+            return super().forward(hidden_states, cu_seqlens, **kwargs)
         longest = hidden_states.shape[0]
         if not torch.compiler.is_compiling():  # which would break the graph
             longest = int(cu_seqlens.diff().max())
@@ -291,7 +291,8 @@ class DINOv3Layer(AcceleratedModule):
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
-_HARMLESS = ("is_causal", "position_ids", "position_embeddings")
+_REAL_ENDS = "pooled_tokens_are_real"
+_HARMLESS = ("is_causal", "position_ids", "position_embeddings", _REAL_ENDS)
 """Arguments that layers may have besides a `Packing`: it has their meaning, or there is no padding."""
 
 
@@ -303,13 +304,14 @@ class Encoder(AcceleratedModule):
     """Index of a token that the model may pool, so that it must be real."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = super().forward
+        own: Any = super().forward
         if torch.compiler.is_compiling():
             return own(*args, **kwargs)
         first, *names = _names_of(own.__func__)
         given = {**dict(zip((first, *names), args, strict=False)), **kwargs}
         x, mask = given.pop(first), given.pop("attention_mask", None)
         packing = self._pack(x, mask, given)
+        given.pop(_REAL_ENDS, None)
         if packing is None:
             return own(*args, **kwargs)
         out = own(**{first: packing.pack(x), "attention_mask": packing}, **given)
@@ -322,10 +324,42 @@ class Encoder(AcceleratedModule):
         if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
             return None
         packing = read_mask(mask, x, self.pooled)
-        if packing is None or (packing.index is not None and options.get("position_embeddings") is not None):
+        if packing is None or (packing.rows is not None and options.get("position_embeddings") is not None):
             refuse("mask")
             return None
         return packing
+
+
+class ClipEncoder(Encoder):
+    """CLIP's encoder, which runs packed if its text model says that no padding is pooled."""
+
+    def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
+        is_read = mask is not None and not options.get(_REAL_ENDS)
+        return None if is_read and not refuse("mask") else super()._pack(x, mask, options)
+
+
+class ClipTextModel(AcceleratedModule):
+    """CLIP's text model, which pools the end token of a caption."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not torch.compiler.is_compiling() and attention_mask is not None and input_ids is not None:
+            kwargs |= {_REAL_ENDS: True} if self._has_real_ends(input_ids, attention_mask) else {}
+        return super().forward(input_ids, attention_mask, *args, **kwargs)
+
+    def _has_real_ends(self, tokens: Tensor, mask: Tensor) -> bool:
+        if not is_plain(tokens) or not is_plain(mask) or mask.shape != tokens.shape:
+            return False
+        ends = tokens if self.eos_token_id == 2 else (tokens == self.eos_token_id).int()
+        return bool(mask.gather(1, ends.argmax(1, keepdim=True)).all())
+
+
+def _takes_any(cls: Any) -> bool:
+    """Whether a class is CLIP's text model with a forward that passes further arguments to its encoder."""
+    if cls.__name__ != "CLIPTextModel" or cls.__module__ != _CLIP:
+        return False
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())
 
 
 class SiglipEncoder(Encoder):
@@ -388,7 +422,8 @@ def _tables(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _encoder_calls(module: Any, x: Tensor) -> list[Call]:
     keys, additive, causal = padded_masks(x)
     options: tuple[dict[str, Any], ...] = ({}, {"is_causal": True}, {"use_cache": False})
-    return [((x, mask), given) for mask, given in zip((keys, causal, additive), options, strict=True)]
+    more = {_REAL_ENDS: True} if type(module).__name__ == "CLIPEncoder" else {}
+    return [((x, mask), {**given, **more}) for mask, given in zip((keys, causal, additive), options, strict=True)]
 
 
 _MODELS = "transformers.models"
@@ -449,7 +484,8 @@ REPLACEMENTS = (
         calls=_pixtral_calls,
     ),
     _encoder(Encoder, "pixtral", "PixtralTransformer", calls=_pixtral_calls, compared=lambda result: result),
-    _encoder(Encoder, "clip", "CLIPEncoder"),
+    Replacement(ClipTextModel, f"{_CLIP}.CLIPTextModel", "packed_attention", hook=_takes_any),
+    _encoder(ClipEncoder, "clip", "CLIPEncoder"),
     _encoder(SiglipEncoder, "siglip", "SiglipEncoder"),
     _encoder(SiglipEncoder, "siglip2", "Siglip2Encoder"),
     _encoder(Encoder, "idefics2", "Idefics2Encoder"),

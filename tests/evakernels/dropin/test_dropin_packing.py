@@ -172,7 +172,10 @@ def norm(values):
     return float(torch.cat([value.flatten() for value in values]).norm())
 
 
-@pytest.mark.parametrize("name", MODELS)
+OFTEN = {*MODELS} - {*timm.list_models("naflexvit*")} | {"naflexvit_base_patch16_gap", "naflexvit_base_patch16_siglip"}
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in MODELS])
 def test_packed_model_matches_untouched(name):
     """Outputs, and gradients with at most three times the untouched model's error."""
     inputs, model, untouched = pair(name)
@@ -248,15 +251,12 @@ def encoder_pair(name, **options):
 
 
 def test_packing_refuses_other_masks():
-    """A mask with a bias, one without keys in common, and one of a window."""
+    """A mask with a bias, keys that differ by query, in two and four dimensions, and a window."""
     _, model, untouched, report = encoder_pair("siglip2")
-    tokens = torch.randn(BATCH, LENGTH, 64)
+    tokens = torch.randn(LENGTH, LENGTH, 64)  # a mask `[N, N]` could be one of keys
     window = torch.ones(LENGTH, LENGTH).tril(2).triu(-2).bool()
-    for mask in (
-        torch.randn(BATCH, 1, 1, LENGTH).clamp(min=0),
-        torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.3,
-        window[None, None],
-    ):
+    bias, keys = torch.randn(LENGTH, 1, 1, LENGTH).clamp(min=0), torch.rand(LENGTH, LENGTH) > 0.3
+    for mask in (bias, keys, keys[None, None], window[None, None]):
         with report.watch(), log_ops() as ops:
             actual = model.encoder(tokens, mask).last_hidden_state
         assert_close(actual, untouched.encoder(tokens, mask).last_hidden_state)
@@ -265,10 +265,13 @@ def test_packing_refuses_other_masks():
 
 
 def test_packing_refuses_padded_pooled_token():
-    """SigLIP's text model pools its last token, BERT its first."""
-    for name, flipped in (("siglip-text", True), ("bert", True)):
+    """SigLIP's text model pools its last token, BERT its first, CLIP the end token, which may be hidden as padding."""
+    for name in ("siglip-text", "bert", "clip-text"):
         given, model, untouched, report = encoder_pair(name)
-        given = {key: value.flip(1) for key, value in given.items()} if flipped else given
+        if name == "clip-text":
+            given["attention_mask"] = (given["input_ids"] != 49).long() & given["attention_mask"]
+        else:
+            given = {key: value.flip(1) for key, value in given.items()}
         out, reason = reason_of(model, report, given, "encoder")
         assert_close(out, run(untouched, given))
         assert reason == "mask"
@@ -298,6 +301,15 @@ def test_packing_refuses_stochastic_depth():
     torch.manual_seed(1)
     assert_close(out, run(untouched, given))
     assert reason == "dropout"
+
+
+def test_packing_refuses_given_naflex_mask():
+    """timm pools by `patch_valid`, so that a mask of the caller may hide tokens that are pooled."""
+    given, model, untouched, report = encoder_pair("naflexvit_base_patch16_gap")
+    given["x"]["attn_mask"] = (torch.arange(LENGTH + 4) < 5).expand(BATCH, 1, 1, -1)
+    out, reason = reason_of(model, report, given, "")
+    assert_close(out, run(untouched, given))
+    assert reason == "mask"
 
 
 def test_packing_refuses_hooks():
@@ -362,6 +374,21 @@ def test_compiled_masks_need_no_recompile(name):
         with torch.no_grad():
             assert_close(run(compiled, given), run(untouched, given))
         assert counter.frame_count == 1 + (length < LENGTH)
+
+
+@pytest.mark.exhaustive
+def test_compiled_naflex_recompiles_as_untouched():
+    inputs, *models = pair("naflexvit_base_patch16_gap")
+    counts = []
+    for m in models:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(m, backend=counter)
+        with torch.no_grad():
+            outputs = [run(compiled, inputs(seed)) for seed in range(3)]
+            assert_close(outputs[2], run(models[1], inputs(2)))
+        counts.append(counter.frame_count)
+    assert counts[0] <= counts[1]
 
 
 def test_compiled_images_of_any_size():
