@@ -20,7 +20,7 @@ from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import EvalTransform, TrainTransform
+from evaclip.transforms import EvalTransform, PackedTransform, TrainTransform, image_transform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, read_open_clip_config
 from evaclip.weights.files import classifier_size, read_checkpoint, read_model_options, read_tensors
@@ -241,8 +241,10 @@ def create_model_and_transforms(
     savings: Savings | None = None,
     augmentation: Augmentation | None = None,
     **overrides: Any,
-) -> tuple[CLIP, TrainTransform, EvalTransform]:
+) -> tuple[CLIP, TrainTransform, EvalTransform | PackedTransform]:
     """`create_model`, and the transforms for training and for evaluation that belong to its weights.
+
+    That for evaluation packs images if `preprocess.max_patches` is set, as after training at native resolution.
 
     Args:
         augmentation: of the transform for training; by default a random crop.
@@ -262,9 +264,9 @@ def create_model_and_transforms(
         savings=savings,
         **overrides,
     )
-    size, preprocess = model.config.vision.image_size, model.config.preprocess
-    training = TrainTransform(size, preprocess, augmentation or Augmentation())
-    return model, training, EvalTransform(size, preprocess)
+    vision, preprocess = model.config.vision, model.config.preprocess
+    training = TrainTransform(vision.image_size, preprocess, augmentation or Augmentation())
+    return model, training, image_transform(vision, preprocess)
 
 
 def create_model_from_pretrained(
@@ -276,7 +278,7 @@ def create_model_from_pretrained(
     savings: Savings | None = None,
     return_transform: bool = True,
     **overrides: Any,
-) -> CLIP | tuple[CLIP, EvalTransform]:
+) -> CLIP | tuple[CLIP, EvalTransform | PackedTransform]:
     """A model in evaluation mode that has pretrained weights for sure, and the transform of its images.
 
     Args:
@@ -296,7 +298,7 @@ def create_model_from_pretrained(
     model = create_model(
         model_name, pretrained, device=device, precision=precision, savings=savings, **overrides
     ).eval()
-    transform = EvalTransform(model.config.vision.image_size, model.config.preprocess)
+    transform = image_transform(model.config.vision, model.config.preprocess)
     return (model, transform) if return_transform else model
 
 

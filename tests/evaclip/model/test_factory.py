@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from small_models import random_images, small_model
 
@@ -24,6 +25,8 @@ from evaclip import (
 )
 from evaclip.errors import UserError
 from evaclip.model.config import find_model
+from evaclip.model.packing import PackedImages
+from evaclip.transforms import EvalTransform
 from evaclip.weights import describe_preprocess
 from evaclip.weights.hub import RELEASED
 
@@ -49,9 +52,18 @@ def test_create_model_of_checkpoint(form: str, tmp_path: Path) -> None:
     again, train, evaluate = create_model_and_transforms("tiny", pretrained=str(source))
     assert again.config == model.config
     assert train.preprocess == evaluate.preprocess == model.config.preprocess
+    assert isinstance(evaluate, EvalTransform)
     assert evaluate.size == 32
     with torch.no_grad():
         assert torch.equal(again.eval().encode_image(random_images(2)), model.encode_image(random_images(2)))
+
+
+def test_transform_of_native_model_packs_images() -> None:
+    model, _, transform = create_model_and_transforms("tiny", preprocess={"max_patches": 4})
+    images: Any = transform(Image.new("RGB", (60, 20)))
+    assert isinstance(images, PackedImages)
+    assert images.sizes[0, 1] > images.sizes[0, 0]
+    assert model.encode_image(images).shape == (1, model.config.embed_dim)
 
 
 @pytest.mark.parametrize(
