@@ -216,8 +216,9 @@ def test_headers_keep_to_their_side() -> None:
     for folder in ("common", "cpu", "cuda", "include"):
         for path in (ROOT / "csrc" / folder).glob("*.*"):
             assert not re.findall(r'#include [<"](torch|ATen|c10|pybind11|Python)', path.read_text()), path
-    # One PTX serves several GPUs.
-    assert "__CUDA_ARCH" not in "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.*"))
+    # One PTX serves several GPUs: only launch bounds of norms depend on the architecture.
+    by_architecture = [path.name for path in (ROOT / "csrc/cuda").glob("*.*") if "__CUDA_ARCH" in path.read_text()]
+    assert by_architecture == ["norm_launch.h"]
     bindings = "".join(path.read_text() for path in (ROOT / "csrc/bind").glob("*.*"))
     included = re.findall(r"#include <((?:torch|ATen|c10)/\S+)>", bindings)
     assert included
