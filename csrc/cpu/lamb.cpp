@@ -50,7 +50,7 @@ bool is_set(const float* found_inf) { return found_inf && *found_inf > 0.0f; }
 
 // 1 - beta^step, to full precision also for beta close to 1.
 double bias_of(double beta, const OptimizedTensor& tensor) {
-  return -std::expm1(*tensor.step * std::log(beta));
+  return -std::expm1(*tensor.step * std::log1p(beta - 1.0));
 }
 
 void count_steps(const OptimizedTensor* tensors, int64_t count) {

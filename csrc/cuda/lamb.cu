@@ -484,8 +484,8 @@ LambRule rule_of(const LambOptions& options, const float* found_inf, const float
       .found_inf = found_inf,
       .squared_norms = squared_norms,
       .lrs = lrs,
-      .log_beta1 = std::log(options.beta1),
-      .log_beta2 = std::log(options.beta2),
+      .log_beta1 = std::log1p(options.beta1 - 1.0),
+      .log_beta2 = std::log1p(options.beta2 - 1.0),
       .nvlamb = options.nvlamb,
   };
 }
