@@ -45,7 +45,7 @@ _INPUTS = {
     *("cache", "past_key_values", "past_key_value", "layer_past", "cache_position", "use_cache", "cu_seqlens"),
     *("max_seqlen", "rotary_pos_emb", "head_mask", "layer_head_mask", "causal_attention_mask", "output_attentions"),
 }
-"""Parameters of an attention module whose queries and keys are the same tokens."""
+"""Parameter names of self-attention. A module with another one, such as encoder states, may attend to other tokens."""
 
 
 def attend(

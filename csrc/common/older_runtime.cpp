@@ -1,5 +1,5 @@
 // What the headers of glibc 2.32 and libstdc++ 9 to 12 call, and earlier releases lack: with these
-// definitions the compiled libraries run with glibc 2.27 and libstdc++ 8, whichever compiler made them.
+// definitions, what GCC 12 compiles needs no symbol after glibc 2.27 and libstdc++ 8.
 #include <exception>
 #include <new>
 #include <sstream>

@@ -274,7 +274,7 @@ _BLOCKS = Layers(
 
 
 class PackedTower(AcceleratedModule):
-    """A tower for images of any size, whose blocks run without padding."""
+    """NaFlexVit; its blocks run on a packed batch."""
 
     method = "forward_features"
 

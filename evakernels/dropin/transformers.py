@@ -363,7 +363,7 @@ def _takes_any(cls: Any) -> bool:
 
 
 class SiglipEncoder(Encoder):
-    """The encoder of SigLIP, whose text model pools the last token."""
+    """SigLIP's encoder; the text model pools the last token."""
 
     @property
     def pooled(self) -> int | None:  # type: ignore[override]
