@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,6 +96,8 @@ class WorkerLoader(DataLoader[T]):
             pin_memory=options.pin,
             timeout=min(options.patience, _LOOK_EVERY) if options.workers else 0,
             worker_init_fn=_init_worker,
+            # Linux's default before Python 3.14. Other start methods import torch again in each worker.
+            multiprocessing_context="fork" if options.workers and sys.platform == "linux" else None,
             # A seed for the workers is drawn from it, and not from the generator of the training.
             generator=torch.Generator(),
         )
@@ -122,16 +125,17 @@ class WorkerLoader(DataLoader[T]):
         """The next batch; each `patience` seconds without one are logged."""
         began = reported = time.monotonic()
         while True:
-            WorkerLoader.waits = True
             try:
-                return next(batches)
+                try:
+                    WorkerLoader.waits = True
+                    return next(batches)
+                finally:  # a dead worker's SIGCHLD may arrive during the search below
+                    WorkerLoader.waits = False
             except (RuntimeError, OSError, EOFError) as exc:  # the latter two within what a worker was sending
                 if not str(exc).startswith("DataLoader timed out"):
                     if not (ended := _ended(processes)):
                         raise
                     raise WorkerDied(ended) from exc
-            finally:
-                WorkerLoader.waits = False
             now = time.monotonic()
             if now - reported >= self._patience:
                 reported = now

@@ -1,4 +1,4 @@
-"""Numbered samples whose pictures, captions and tensors tell their number."""
+"""Numbered samples: image, caption and tensor hold the number."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from evaclip.data.order import U64
 
 
 def picture(number: int, size: int = 8, kind: str = "png") -> bytes:
-    """An image file whose colour tells its number (lossless for PNG, below 65536)."""
+    """An image file with the number as its colour (lossless for PNG, below 65536)."""
     return as_file(Image.new("RGB", (size, size), (number // 256, number % 256, 7)), kind)
 
 
@@ -36,8 +36,8 @@ def number_tokens(captions: list[str], seeds: U64) -> torch.Tensor:
 
 
 def make_loader(source, batch_size=8, **options) -> TrainLoader:
-    options = {"seed": 3, "window": 20, **options}
-    return TrainLoader(source, batch_size=batch_size, transform=number_transform, targets=number_tokens, **options)
+    options = {"seed": 3, "window": 20, "transform": number_transform, **options}
+    return TrainLoader(source, batch_size=batch_size, targets=number_tokens, **options)
 
 
 def take(loader: TrainLoader, batches: int, position: int = 0) -> list:
