@@ -3,9 +3,9 @@
 import importlib
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,11 +50,23 @@ REASON: str | None = _load()
 LOADED: bool = REASON is None
 
 
-def register(op_name: str, reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None) -> None:
+class Launcher(NamedTuple):
+    """Runs an op on GPUs: a Python function that takes the named compiled kernel and the op's arguments."""
+
+    function: Callable[..., Any]
+    kernel: str
+
+
+def register(
+    op_name: str, reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None, launcher: Launcher | None
+) -> None:
     """Registers the library's kernels of an op as its backends "cpu" and "cuda"."""
     for device in _DEVICES:
-        asked = _reasons(op_name, device, reasons, gpu_reasons)
-        backends.register(op_name, device, _kernel(op_name), asked, device)
+        function, kernel = _kernel(op_name), op_name
+        if launcher is not None and runs_gpu_kernels(device):
+            function, kernel = partial(launcher.function, _kernel(launcher.kernel)), launcher.kernel
+        asked = _reasons(op_name, kernel, device, reasons, gpu_reasons)
+        backends.register(op_name, device, function, asked, device)
 
 
 def _kernel(op_name: str) -> Callable[..., Any]:
@@ -64,12 +76,12 @@ def _kernel(op_name: str) -> Callable[..., Any]:
 
 
 def _reasons(
-    op_name: str, device: str, of_all: backends.Reasons | None, of_gpus: backends.Reasons | None
+    op_name: str, kernel: str, device: str, of_all: backends.Reasons | None, of_gpus: backends.Reasons | None
 ) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not LOADED:
             return [f"the compiled library is not loaded: {REASON}"]
-        if not implemented(op_name, device):
+        if not implemented(kernel, device):
             return [f"{op_name} has no compiled {device.upper()} kernel"]
         given = backends.tensors(args)
         if not given:

@@ -24,6 +24,7 @@ DROPPED = ("eva02-b16@224 b8 drop50", "eva01-g14@224 b8 drop50")
 OPTIMIZED = ("tiny@32 b1",)
 _PAIRS = ("eva02-b16@224 b512",)
 STATISTICS = "clip_loss statistics"
+NOT_KEPT = "clip_loss, logits not kept"
 
 SHAPES = {
     "layer_norm": WIDTHS,
@@ -42,12 +43,13 @@ SHAPES = {
     "rope_attention": ("eva02-b16@112 b1", "eva02-l14@112 b1 drop50", "eva01-g14@112 b1", "eva02-bige14@112 b1"),
     "causal_attention": ("eva02-b16:text b1",),
     STATISTICS: _PAIRS,
+    NOT_KEPT: _PAIRS,
+    "siglip_loss": _PAIRS,
     "lamb_step": OPTIMIZED,
 }
 """Audited operations with nvcc's kernels, and their default shapes."""
 _ROWS = ("eva02-b16@224 b1",)
 _TEXT = ("eva02-b16:text b2",)
-NOT_KEPT = "clip_loss, logits not kept"
 TRITON_SHAPES = {
     "layer_norm": _ROWS,
     "add_layer_norm": _ROWS,

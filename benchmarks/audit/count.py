@@ -25,6 +25,7 @@ from benchmarks.audit.roofline import flops_of, instructions_of, pipe_of
 from benchmarks.measure import DTYPES
 from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape
+from evakernels import _logit_gradients
 from ptx_interpreter import Report
 from ptx_interpreter.runtime import Launches
 from ptx_interpreter.traffic import Asked, Sectors
@@ -38,6 +39,7 @@ Buffers = Mapping[str, Sequence[tuple[int, int]]]
 def served(arch: str, library: str) -> Iterator[list[Report]]:
     """Launches within the `with` block leave their reports in the list."""
     capability = int(arch.removeprefix("sm_"))
+    _logit_gradients.INTERPRETED_CHUNK = _logit_gradients.GPU_CHUNK
     reports: list[Report] = []
     if library != TRITON:
         launches = Launches(library, capability, watch=False)
@@ -50,9 +52,6 @@ def served(arch: str, library: str) -> Iterator[list[Report]]:
     from ptx_interpreter.triton_driver import Driver
 
     kernels.interpret()
-    from evakernels.triton import contrastive
-
-    contrastive.MIN_CHUNK = 2048  # as on a GPU
     tuning.gpu_of = lambda tensor: ("", capability)
     driver = Driver(capability, watch=False)
     driver.reports = reports

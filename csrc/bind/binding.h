@@ -76,6 +76,17 @@ inline constexpr Source kSource<Absent> = Source::Nobody;
 
 namespace evakernels {
 
+// Float32 vectors of `count` elements.
+inline float* output_floats(Call& call, Output output, const char* name, int64_t count) {
+  return call.output(output, name, {&count, 1}, DType::Float32).floats();
+}
+inline const float* read_floats(Call& call, Input input, const char* name, int64_t count) {
+  const Array array = call.read(input, name);
+  require_dtype(array, DType::Float32);
+  require_sizes(array, {count});
+  return array.floats();
+}
+
 // The public function of a binding.
 template <auto kBinding>
 struct Bound;

@@ -175,14 +175,11 @@ class LogitGradients : public Tiles {
 void write_statistics(Call& call, Tiles& tiles, Output row_lse_out, Output col_lse_out, Output positive_out,
                       Output row_max_out, Output col_max_out) {
   const int64_t rows = tiles.rows(), columns = tiles.columns();
-  const auto vector = [&](Output out, const char* name, int64_t count) {
-    return call.output(out, name, {&count, 1}, DType::Float32).floats();
-  };
-  float *const row_lse = vector(row_lse_out, "row_lse", rows), *const col_lse =
-                                                                   vector(col_lse_out, "col_lse", columns);
-  float *const positive = vector(positive_out, "positive", rows), *const row_max =
-                                                                      vector(row_max_out, "row_max", rows);
-  float* const col_max = vector(col_max_out, "col_max", columns);
+  float* const row_lse = output_floats(call, row_lse_out, "row_lse", rows);
+  float* const col_lse = output_floats(call, col_lse_out, "col_lse", columns);
+  float* const positive = output_floats(call, positive_out, "positive", rows);
+  float* const row_max = output_floats(call, row_max_out, "row_max", rows);
+  float* const col_max = output_floats(call, col_max_out, "col_max", columns);
   std::vector<float> col_sum(columns);
   std::fill_n(col_max, columns, -std::numeric_limits<float>::infinity());
   tiles.for_each([&](const LogitTile& tile, int64_t start) {
@@ -220,17 +217,11 @@ void contrastive_kept_forward(Call& call, Input image, Input text, Input logit_s
 void write_gradients(Call& call, LogitGradients& gradients, Input drow_lse_in, Input dcol_lse_in,
                      Input dpositive_in, Input row_lse_in, Input col_lse_in, const float* logits) {
   const int64_t rows = gradients.rows(), columns = gradients.columns();
-  const auto vector = [&](Input in, const char* name, int64_t count) {
-    const Array array = call.read(in, name);
-    require_dtype(array, DType::Float32);
-    require_sizes(array, {count});
-    return static_cast<const float*>(array.data);
-  };
-  const float *const drow_lse = vector(drow_lse_in, "drow_lse", rows), *const row_lse = vector(
-                                                                           row_lse_in, "row_lse", rows);
-  const float *const dcol_lse = vector(dcol_lse_in, "dcol_lse", columns), *const col_lse = vector(
-                                                                              col_lse_in, "col_lse", columns);
-  const float* const dpositive = vector(dpositive_in, "dpositive", rows);
+  const float* const drow_lse = read_floats(call, drow_lse_in, "drow_lse", rows);
+  const float* const dcol_lse = read_floats(call, dcol_lse_in, "dcol_lse", columns);
+  const float* const dpositive = read_floats(call, dpositive_in, "dpositive", rows);
+  const float* const row_lse = read_floats(call, row_lse_in, "row_lse", rows);
+  const float* const col_lse = read_floats(call, col_lse_in, "col_lse", columns);
   const auto add = [&](const LogitTile& tile, int64_t start) {
     const ContrastiveBackward params = {
         .tile = tile,

@@ -37,8 +37,8 @@ On the CPU a launcher runs on the calling thread alone. isa: "baseline", "avx2",
 or None for the active one. On a GPU, if this build has kernels for it, it returns before they have run; stream: the
 address of the cudaStream_t that they are put on, 0 for the default one.
 
-The contrastive losses have launchers of their statistics, for GPUs only. Wrong arrays raise a ValueError or a TypeError
-that names them.)";
+The contrastive losses have launchers of the statistics and gradients of their logits, for GPUs only. Wrong arrays raise
+a ValueError or a TypeError that names them.)";
 
 }  // namespace
 }  // namespace evakernels

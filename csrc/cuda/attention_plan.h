@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "cuda/device.h"
@@ -109,11 +111,14 @@ struct RequestedPlan {
   static RequestedPlan read() {
     const char* const text = std::getenv(kVariable);
     RequestedPlan plan;
-    int end = 0;
     if (!text || !*text) return plan;
-    std::sscanf(text, "%dx%d%n", &plan.warps, &plan.blocks, &end);
-    if (end == 0) std::sscanf(text, "%d%n", &plan.warps, &end);
-    return text[end] || plan.warps < 1 || plan.blocks < 0 ? RequestedPlan{-1, 0} : plan;
+    const char* const last = text + std::strlen(text);
+    const char* end = std::from_chars(text, last, plan.warps).ptr;
+    if (*end == 'x') {
+      const auto [rest, error] = std::from_chars(end + 1, last, plan.blocks);
+      end = error == std::errc{} ? rest : text;
+    }
+    return end != last || plan.warps < 1 || plan.blocks < 0 ? RequestedPlan{-1, 0} : plan;
   }
 
   // Why no plan was found.

@@ -1,45 +1,23 @@
-// Statistics of contrastive logits, logit_scale * image @ text^T: maximum and log-sum-exp of each row and
-// column, and the logits of the pairs.
+// Statistics of contrastive logits: maximum and log-sum-exp of each row and column, and the logits of the
+// pairs.
 //
-// Grid: a block has 256 captions and loops over tiles of 128 images. Block: eight warps with 64 x 64 logits
-// each in registers; stages of 32 channels are double-buffered with cp.async. A warp reduces its rows and
-// columns to (maximum, sum of exp relative to it), the block merges those of its warps, and a second kernel
-// merges those of all blocks, in a fixed order. Logits may be of any size.
-// Traffic: features once per wave of blocks, from the L2 cache for most of them; partial results, 3 % of the
-// bytes of the logits at most.
+// Grid: a block has 256 captions and loops over tiles of 128 images (contrastive_tiles.cuh). A warp reduces
+// its rows and columns to (maximum, sum of exp relative to it), the block merges those of its warps, and a
+// second kernel merges those of all blocks, in a fixed order. Logits may be of any size. Traffic: features,
+// and partial results of 3 % of the bytes of the logits at most.
 #include <algorithm>
 
-#include "cuda/elements.cuh"
-#include "cuda/tensor_core.h"
-#include "include/contrastive.h"
+#include "cuda/contrastive_tiles.cuh"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kWarpTiles = 4;                   // 16 x 16 tiles per side of a warp's logits
-constexpr int kWarpSide = kWarpTiles * kTile;   // rows and columns of a warp
-constexpr int kWarpRows = 2, kWarpColumns = 4;  // warps of a block
-constexpr int kRows = kWarpRows * kWarpSide;    // of a block at a time
-constexpr int kColumns = kWarpColumns * kWarpSide;
-constexpr int kThreads = kWarpRows * kWarpColumns * kWarpSize;
-static_assert(kThreads == kColumns && kThreads >= kRows);
-
-constexpr int kDepth = 32;                // channels of a stage
-constexpr int kChunk = 8;                 // 16-bit elements of a cp.async
-constexpr int kStride = kDepth + kChunk;  // avoids bank conflicts
-constexpr int kStageElements = (kRows + kColumns) * kStride;
-constexpr size_t kStageBytes = kStageElements * sizeof(BFloat16);
-
-constexpr int kBand = 8;        // groups of row tiles that run together and share captions in the L2 cache
 constexpr int kMostTiles = 16;  // row tiles per block
 constexpr int kPartsAtOnce = 16;
-constexpr float kLog2OfE = 1.44269504088896340736f;
 
 // Largest distance of maxima for one exponential: exp is 0 below -87, and the terms that are lost are below
 // e^-27 of the largest.
 constexpr float kSpread = 60.0f;
-
-__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * kLog2OfE); }
 
 // The maximum, or 0 instead of an infinite one: infinity minus infinity is NaN.
 __device__ __forceinline__ float finite(float maximum) { return fabsf(maximum) < INFINITY ? maximum : 0.0f; }
@@ -62,50 +40,6 @@ struct BlockParts {
   Part rows[kWarpColumns][kRows];
   Part columns[kWarpRows][kColumns];
 };
-
-// Copies channels [first, first + kDepth) of `count` rows, with cp.async if rows are `wide`; zeros after the
-// last row and channel. A thread has the same channels of each row.
-template <class T>
-__device__ __forceinline__ void copy_rows(T* to, const void* matrix, int begin, int count, int64_t rows,
-                                          int64_t width, int first, bool wide) {
-  constexpr int kChunks = kDepth / kChunk, kRowsAtOnce = kThreads / kChunks;
-  const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
-  const int channel = first + thread % kChunks * kChunk, left = static_cast<int>(width) - channel;
-  const int rows_left = static_cast<int>(rows) - begin - row;
-  const T* from = static_cast<const T*>(matrix) + (begin + row) * width + channel;
-  to += row * kStride + thread % kChunks * kChunk;
-#pragma unroll 1
-  for (int i = 0; i < count; i += kRowsAtOnce, from += kRowsAtOnce * width) {
-    const int exist = i < rows_left ? left : 0;
-    if (wide) {
-      copy_async(to + i * kStride, from, exist > 0);
-    } else {
-      for (int n = 0; n < kChunk; ++n) to[i * kStride + n] = n < exist ? from[n] : T{};
-    }
-  }
-}
-
-using WarpLogits = Accumulator[kWarpTiles][kWarpTiles];
-
-// Calls body(value, row slot, column slot, row, column) for a lane's logits in 16 columns, or in all. Slots
-// are the lane's, rows and columns the warp's.
-template <class Body>
-__device__ __forceinline__ void for_each_logit(WarpLogits& logits, int n, const Body& body) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-#pragma unroll
-  for (int m = 0; m < kWarpTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      body(logits[m][n].values[i], 2 * m + i / 2 % 2, 4 * n + i % 2 + i / 4 * 2,
-           m * kTile + row_in_tile(lane, i), n * kTile + column_in_tile(lane, i));
-    }
-  }
-}
-template <class Body>
-__device__ __forceinline__ void for_each_logit(WarpLogits& logits, const Body& body) {
-#pragma unroll
-  for (int n = 0; n < kWarpTiles; ++n) for_each_logit(logits, n, body);
-}
 
 // Lanes of a row differ in the two lowest bits, lanes of a column in the others.
 template <int N, class Reduce>
@@ -185,50 +119,14 @@ __device__ __forceinline__ void reduce_logits(WarpLogits& logits, int columns, P
   }
 }
 
-// A warp's products of 64 images and 64 captions over all channels.
-template <class T>
-__device__ __forceinline__ void multiply(WarpLogits& logits, const ContrastiveStatistics& params, int row,
-                                         int column, int warp_row, int warp_column, bool wide) {
-  T* const stages = dynamic_shared_memory<T>();
-  const auto copy_stage = [&](int first) {
-    T* const stage = stages + first / kDepth % 2 * kStageElements;
-    copy_rows(stage, params.image, row, kRows, params.rows, params.width, first, wide);
-    copy_rows(stage + kRows * kStride, params.text, column, kColumns, params.columns, params.width, first,
-              wide);
-  };
-  const int width = static_cast<int>(params.width);
-  copy_stage(0);
-  int first = 0;
-  do {
-    wait_for_copies();
-    __syncthreads();  // The stage has arrived, and nobody reads the one before it. #features
-    if (first + kDepth < width) copy_stage(first + kDepth);
-    const T* const image = stages + first / kDepth % 2 * kStageElements + warp_row * kWarpSide * kStride;
-    const T* const text =
-        stages + first / kDepth % 2 * kStageElements + (kRows + warp_column * kWarpSide) * kStride;
-#pragma unroll
-    for (int k = 0; k < kDepth; k += kTile) {
-      FragmentA a[kWarpTiles];
-#pragma unroll
-      for (int m = 0; m < kWarpTiles; ++m) a[m] = load_a(image + m * kTile * kStride + k, kStride);
-#pragma unroll
-      for (int n = 0; n < kWarpTiles; ++n) {
-        const FragmentB b = load_b_transposed(text + n * kTile * kStride + k, kStride);
-#pragma unroll
-        for (int m = 0; m < kWarpTiles; ++m) mma<T>(logits[m][n], a[m], b);
-      }
-    }
-  } while ((first += kDepth) < width);
-}
-
 // Scales a warp's products to logits and stores those of pairs, and all of them if they are saved. Logits
 // without an image or a caption become -inf.
 __device__ __forceinline__ void finish_logits(WarpLogits& logits, const ContrastiveStatistics& params,
                                               int row, int column) {
-  float scale[1];
-  load_floats(params.logit_scale, params.scale_dtype, 0, scale);
-  for_each_logit(logits, [&](float& x, int, int, int, int) { x *= scale[0]; });
-  const int64_t rows = params.rows - row, columns = params.columns - column;  // from this warp's on
+  const float scale = load_scalar(params.logit_scale, params.scale_dtype);
+  for_each_logit(logits, [&](float& x, int, int, int, int) { x *= scale; });
+  const int rows = static_cast<int>(params.rows) - row;  // from this warp's on
+  const int columns = static_cast<int>(params.columns) - column;
   const int64_t pair = row + params.offset - column;
   if (-kWarpSide < pair && pair < kWarpSide) {
     for_each_logit(logits, [&](float x, int, int, int i, int j) {
@@ -253,37 +151,32 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     contrastive_statistics_kernel(const __grid_constant__ ContrastiveStatistics params, bool wide,
                                   int group_tiles, Part* row_parts, Part* col_parts) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
-  const int warp_row = warp % kWarpRows, warp_column = warp / kWarpRows;
-  const int row_tiles = static_cast<int>(ceil_div(params.rows, kRows));
-  const int column_tiles = static_cast<int>(ceil_div(params.columns, kColumns));
-  const int groups = ceil_div(row_tiles, group_tiles), block = static_cast<int>(blockIdx.x);
-  const int first_group = block / (kBand * column_tiles) * kBand, height = min(groups - first_group, kBand);
-  const int inside = block % (kBand * column_tiles);
-  const int group = first_group + inside % height, column_tile = inside / height;
-  const int column = column_tile * kColumns + warp_column * kWarpSide;
+  const int thread = static_cast<int>(threadIdx.x),
+            row_tiles = ceil_div(static_cast<int>(params.rows), kRows);
+  TilePlace place = place_of_block(ceil_div(row_tiles, group_tiles), static_cast<int>(params.columns));
+  const int group = place.row_tile;
   BlockParts& parts = shared_memory<BlockParts>();
   Part column_part = {-INFINITY, 0.0f};  // of this thread's column
 
   const int end = min((group + 1) * group_tiles, row_tiles);
   for (int tile = group * group_tiles; tile < end; ++tile) {
-    const int row = tile * kRows + warp_row * kWarpSide;
+    place.row_tile = tile;
     WarpLogits logits = {};
-    multiply<T>(logits, params, tile * kRows, column_tile * kColumns, warp_row, warp_column, wide);
-    finish_logits(logits, params, row, column);
-    reduce_logits(logits, static_cast<int>(params.columns) - column,
-                  parts.rows[warp_column] + warp_row * kWarpSide,
-                  parts.columns[warp_row] + warp_column * kWarpSide);
+    multiply<T>(logits, params, place, wide);
+    finish_logits(logits, params, place.row(), place.column());
+    reduce_logits(logits, static_cast<int>(params.columns) - place.column(),
+                  parts.rows[place.warp_column] + place.warp_row * kWarpSide,
+                  parts.columns[place.warp_row] + place.warp_column * kWarpSide);
     __syncthreads();  // #parts-of-warps
     for (int n = 0; n < kWarpRows; ++n) merge(column_part, parts.columns[n][thread]);
     if (thread < kRows && tile * kRows + thread < params.rows) {
       Part row_part = parts.rows[0][thread];
       for (int n = 1; n < kWarpColumns; ++n) merge(row_part, parts.rows[n][thread]);
-      row_parts[column_tile * params.rows + tile * kRows + thread] = row_part;
+      row_parts[place.column_tile * params.rows + tile * kRows + thread] = row_part;
     }
   }
-  if (column_tile * kColumns + thread < params.columns) {
-    col_parts[group * params.columns + column_tile * kColumns + thread] = column_part;
+  if (place.column_tile * kColumns + thread < params.columns) {
+    col_parts[group * params.columns + place.column_tile * kColumns + thread] = column_part;
   }
 }
 
@@ -311,7 +204,6 @@ __global__ void __launch_bounds__(kWarpSize* kPartsAtOnce)
 }  // namespace
 
 Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch, Stream stream) {
-  if (params.rows == 0) return nullptr;
   const int64_t row_tiles = ceil_div(params.rows, kRows), column_tiles = ceil_div(params.columns, kColumns);
   // Several blocks per SM, so that the last ones leave few SMs idle.
   const int64_t blocks = std::max(1, 4 * multiprocessors());
@@ -321,19 +213,15 @@ Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch,
   const int64_t row_parts = column_tiles * params.rows, col_parts = groups * params.columns;
   if (const Error error = scratch.allocate(&memory, 2 * (row_parts + col_parts))) return error;
   Part* const parts = reinterpret_cast<Part*>(memory);
-  const auto is_aligned = [](const void* data) {
-    return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0;
-  };
-  const bool wide = params.width % kChunk == 0 && is_aligned(params.image) && is_aligned(params.text);
   const auto kernel = params.dtype == DType::BFloat16 ? contrastive_statistics_kernel<BFloat16>
                                                       : contrastive_statistics_kernel<Float16>;
   const auto merge_parts = [&](const Part* from, int64_t number, int64_t count, float* lse, float* most) {
     return launch(contrastive_merge_kernel, static_cast<unsigned>(ceil_div(count, kWarpSize)),
                   {kWarpSize, kPartsAtOnce, 1}, stream, from, number, count, lse, most);
   };
-  Error error =
-      launch_with_memory(kernel, static_cast<unsigned>(groups * column_tiles), kThreads, 2 * kStageBytes,
-                         stream, params, wide, static_cast<int>(group_tiles), parts, parts + row_parts);
+  Error error = launch_with_memory(kernel, static_cast<unsigned>(groups * column_tiles), kThreads,
+                                   2 * kStageBytes, stream, params, are_rows_wide(params),
+                                   static_cast<int>(group_tiles), parts, parts + row_parts);
   if (!error) error = merge_parts(parts, column_tiles, params.rows, params.row_lse, params.row_max);
   if (error) return error;
   return merge_parts(parts + row_parts, groups, params.columns, params.col_lse, params.col_max);

@@ -101,6 +101,10 @@ template <class KernelOf, class... Pointers>
 Error launch_product(const Shape& shape, DType dtype, Stream stream, const KernelOf& kernel_of,
                      Pointers... pointers) {
   if (shape.size == 0) return nullptr;
+  // nvcc 12.4 captures no packs in the inner lambda.
+  const auto launch_kernel = [&](auto kernel, dim3 grid, unsigned threads) {
+    return launch(kernel, grid, {threads, 1, 1}, stream, shape, pointers...);
+  };
   return with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kWide = kWidestVector<T>;
@@ -111,8 +115,8 @@ Error launch_product(const Shape& shape, DType dtype, Stream stream, const Kerne
       const RowParts parts = even_parts(shape.width / E(), kVectors<T, E()>, kThreads);
       const int64_t rows =
           std::min<int64_t>(ceil_div(shape.size, shape.width), std::numeric_limits<int>::max());
-      return launch(kernel_of(element, E), {static_cast<unsigned>(rows), parts.count, 1},
-                    {parts.threads, 1, 1}, stream, shape, pointers...);
+      return launch_kernel(kernel_of(element, E), {static_cast<unsigned>(rows), parts.count, 1},
+                           parts.threads);
     });
   });
 }

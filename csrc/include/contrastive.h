@@ -103,17 +103,11 @@ EVAKERNELS_FOR_EACH_ISA(extern const ContrastiveKernels contrastive;)
 
 }  // namespace cpu
 
-// Statistics of all logits, logit_scale * image @ text^T, in one launch. The caption of row i is offset + i.
-struct ContrastiveStatistics {
+// Features of one dtype, with logits logit_scale * image @ text^T. The caption of row i is offset + i.
+struct ContrastiveFeatures {
   const void* image;        // [rows, width], dtype, dense
   const void* text;         // [columns, width], dtype, dense
   const void* logit_scale;  // one element, scale_dtype
-  float* logits;            // [rows, columns]; null if they aren't saved
-  float* row_lse;           // [rows]
-  float* col_lse;           // [columns]
-  float* positive;          // [rows]
-  float* row_max;           // [rows]
-  float* col_max;           // [columns]
   int64_t rows;
   int64_t columns;
   int64_t width;
@@ -122,15 +116,47 @@ struct ContrastiveStatistics {
   DType scale_dtype;
 };
 
-namespace cuda {
+// Statistics of all logits in one launch.
+struct ContrastiveStatistics : ContrastiveFeatures {
+  float* logits = nullptr;    // [rows, columns]; null if they aren't saved
+  float* row_lse = nullptr;   // [rows]
+  float* col_lse = nullptr;   // [columns]
+  float* positive = nullptr;  // [rows]
+  float* row_max = nullptr;   // [rows]
+  float* col_max = nullptr;   // [columns]
+};
 
-// Why the kernel doesn't support a call; null if it does.
-inline Error unserved(const ContrastiveStatistics& params) {
-  return params.dtype == DType::Float32 ? "the contrastive losses of float32 have no CUDA kernels" : nullptr;
-}
+// Gradients of the logits from those of InfoNCE's statistics.
+struct ContrastiveGradients : ContrastiveFeatures {
+  const float* drow_lse = nullptr;   // [rows]
+  const float* dcol_lse = nullptr;   // [columns]
+  const float* dpositive = nullptr;  // [rows]
+  const float* row_lse = nullptr;    // [rows]
+  const float* col_lse = nullptr;    // [columns]
+  void* dlogits = nullptr;           // [rows, stride], dtype
+  int64_t stride = 0;                // even, at least columns
+};
+
+// The sigmoid loss and the gradients of its logits.
+struct SiglipGradients : ContrastiveFeatures {
+  const void* logit_bias = nullptr;  // one element, bias_dtype
+  float* sums = nullptr;             // of losses and of dbias: [2, kSiglipSums per block of 128 x 256 logits]
+  void* dlogits = nullptr;           // [rows, stride], dtype, times kSiglipUnit; null without gradients
+  int64_t stride = 0;                // even, at least columns
+  DType bias_dtype = DType::Float32;
+};
+
+constexpr int64_t kSiglipSums = 8;
+constexpr float kSiglipUnit = 16384.0f;  // float16 has nothing below 6e-8
+
+namespace cuda {
 
 EVAKERNELS_API Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch,
                                          Stream stream);
+
+EVAKERNELS_API Error contrastive_dlogits(const ContrastiveGradients& params, Stream stream);
+
+EVAKERNELS_API Error siglip_dlogits(const SiglipGradients& params, Stream stream);
 
 }  // namespace cuda
 

@@ -132,6 +132,7 @@ def define(
     reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
     triton_reasons: backends.Reasons = lambda *args, **given: [],
+    gpu_launcher: _native.Launcher | None = None,
 ) -> Op:
     """Defines the operator that is named like the reference and returns its `Op`.
 
@@ -148,12 +149,12 @@ def define(
         reasons: takes arguments by name and returns why compiled kernels don't support the call.
         gpu_reasons: the same for compiled kernels on GPUs.
         triton_reasons: the same for Triton kernels; takes the first tensor, too.
+        gpu_launcher: runs the op on GPUs with a compiled kernel and torch's matmuls.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     _library.define(f"{name}{schema}")
-    _native_library.define(f"{name}{schema}")
-    _native_library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # torch's own takes time to do nothing
+    define_kernel(f"{name}{schema}")
 
     decomposed = partial(_without_autocast, decomposition or reference)
     op = Op(backends.overload(name), decomposed, check, check_values, sharding)
@@ -165,7 +166,7 @@ def define(
         _library.impl(name, op.record, "Autograd")
     backends.register(name, "reference", reference)
     triton.register(name, backends.family(name), triton_reasons)
-    _native.register(name, reasons, gpu_reasons)
+    _native.register(name, reasons, gpu_reasons, gpu_launcher)
 
     def in_torch_operators(*args: Any) -> Any:
         is_eager = not torch.compiler.is_compiling()
@@ -176,6 +177,13 @@ def define(
     _decompositions[op.overload] = in_torch_operators
     _decompositions[op.overload.overloadpacket] = decomposed  # for `every_output`
     return op
+
+
+def define_kernel(schema: str) -> None:
+    """Defines an operator of the compiled library."""
+    _native_library.define(schema)
+    name = schema.partition("(")[0]
+    _native_library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # torch's own takes time to do nothing
 
 
 def differentiable(

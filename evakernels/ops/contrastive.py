@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import backends
+from .. import _logit_gradients, backends
+from .._native import Launcher
 from ..distributed import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
 from ..reference import accumulation_dtype
 from ..reference import contrastive as reference
 from . import _check
-from ._op import Op, define, differentiable
+from ._op import Op, define, define_kernel, differentiable
 
 MEMORY_BUDGET = 1 << 28
 """256 MiB: the float32 logits of 8,192 pairs, or of 2,896 on each of 8 ranks."""
@@ -137,7 +138,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text, _ = inputs
     keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    forward = _kept_forward if keeps and _needs_grad(inputs) else _forward
+    forward = _kept_forward if keeps and _is_recorded(inputs) else _forward
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = forward(*inputs, offset)
     return found
 
@@ -182,14 +183,14 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
     if len(image) == 0:
         return _zero_of(*inputs)
-    if not _needs_grad(inputs):
+    if not _is_recorded(inputs):
         value: Tensor = _siglip_value(*inputs, offset)
         return value
     loss: Tensor = _siglip_forward(*inputs, offset, (image.requires_grad, text.requires_grad))
     return loss
 
 
-def _needs_grad(inputs: tuple[Tensor, ...]) -> bool:
+def _is_recorded(inputs: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
@@ -250,14 +251,16 @@ def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int)
 
 
 def _backward_fake(*args: Any) -> Any:
-    _, _, _, image, text, logit_scale, *_, wanted = args
-    return _empty_gradients(image, text, logit_scale, wanted)
+    _, _, _, image, text, logit_scale, *_, needs_grad = args
+    return _empty_gradients(image, text, logit_scale, needs_grad)
 
 
 def _empty_gradients(
-    image: Tensor, text: Tensor, logit_scale: Tensor, wanted: Sequence[bool]
+    image: Tensor, text: Tensor, logit_scale: Tensor, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dimage, dtext = (x.new_empty(x.shape if wants else (0,)) for x, wants in zip((image, text), wanted, strict=True))
+    dimage, dtext = (
+        x.new_empty(x.shape if needed else (0,)) for x, needed in zip((image, text), needs_grad, strict=True)
+    )
     return dimage, dtext, torch.empty_like(logit_scale)
 
 
@@ -282,8 +285,18 @@ def _gpu_reasons(*, image: Tensor | None = None, **_: Any) -> list[str]:
     return ["float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too"] if is_float32 else []
 
 
+_FEATURES = "Tensor image, Tensor text, Tensor logit_scale"
+_UPSTREAM = "Tensor drow_lse, Tensor dcol_lse, Tensor dpositive"
+define_kernel(f"contrastive_dlogits({_UPSTREAM}, {_FEATURES}, Tensor row_lse, Tensor col_lse, int offset) -> Tensor")
+define_kernel(f"siglip_dlogits({_FEATURES}, Tensor logit_bias, int offset, bool[] needs_grad) -> (Tensor, Tensor)")
+
 _forward = define(reference.contrastive_forward, fake=_forward_fake, gpu_reasons=_gpu_reasons)
-_backward = define(reference.contrastive_backward, fake=_backward_fake)
+_backward = define(
+    reference.contrastive_backward,
+    fake=_backward_fake,
+    gpu_reasons=_gpu_reasons,
+    gpu_launcher=Launcher(_logit_gradients.contrastive_backward, "contrastive_dlogits"),
+)
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient_by(_backward))
 
 
@@ -311,32 +324,43 @@ def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:
 
 
 def _siglip_forward_fake(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> Any:
-    loss, gradients = _siglip_value_fake(image), _empty_gradients(image, text, logit_scale, wanted)
+    loss, gradients = _siglip_value_fake(image), _empty_gradients(image, text, logit_scale, needs_grad)
     return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.wanted = inputs
+    *tensors, _, ctx.needs_grad = inputs
     _, *gradients = output
     ctx.save_for_backward(*tensors, *gradients)
 
 
 def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
     gradients = _siglip_backward(dloss, *ctx.saved_tensors)
-    return *(x if wants else None for x, wants in zip(gradients, ctx.wanted, strict=False)), *gradients[2:]
+    return *(x if needed else None for x, needed in zip(gradients, ctx.needs_grad, strict=False)), *gradients[2:]
 
 
 def _siglip_decomposition(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> Any:
     loss = reference.siglip_value(image, text, logit_scale, logit_bias, offset)
     return loss, *(loss.new_empty(0) for _ in range(4))
 
 
-_siglip_value = define(reference.siglip_value, fake=_siglip_value_fake)
-_siglip_forward = define(reference.siglip_forward, fake=_siglip_forward_fake, decomposition=_siglip_decomposition)
+_siglip_value = define(
+    reference.siglip_value,
+    fake=_siglip_value_fake,
+    gpu_reasons=_gpu_reasons,
+    gpu_launcher=Launcher(_logit_gradients.siglip_value, "siglip_dlogits"),
+)
+_siglip_forward = define(
+    reference.siglip_forward,
+    fake=_siglip_forward_fake,
+    decomposition=_siglip_decomposition,
+    gpu_reasons=_gpu_reasons,
+    gpu_launcher=Launcher(_logit_gradients.siglip_forward, "siglip_dlogits"),
+)
 _siglip_backward = define(reference.siglip_backward)
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
 

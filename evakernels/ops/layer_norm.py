@@ -328,9 +328,9 @@ def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
     x, branch, _, layer_scale, row_scale, _, _ = saved
     _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
     scaled = layer_scale is not None or row_scale is not None
-    wanted = needs_branch and scaled, needs_weight, needs_bias, needs_layer_scale
+    needs_grad = needs_branch and scaled, needs_weight, needs_bias, needs_layer_scale
     through_norm, dx = torch.zeros_like(x) if dy is None else dy, torch.zeros_like(x) if dx is None else dx
-    dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, wanted)
+    dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, needs_grad)
     if needs_branch and not scaled:
         dbranch = dresidual.to(branch.dtype)
     # As in torch, the norm's parameters get None, not zeros, if y has no gradient.
@@ -351,10 +351,10 @@ def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
     _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
-    wanted = needs_weight, needs_bias, needs_layer_scale
-    if not (needs_branch or any(wanted)):
+    needs_grad = needs_weight, needs_bias, needs_layer_scale
+    if not (needs_branch or any(needs_grad)):
         return (dx,)
-    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, wanted)
+    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, needs_grad)
 
 
 _check_norm_add = partial(_check_joined, "layer_norm_add")

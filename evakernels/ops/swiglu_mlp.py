@@ -265,7 +265,7 @@ def _run_backward(
     gate: Tensor,
     up: Tensor,
     eps: float,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     hidden, dtype = w1.shape[0], x.dtype
     is_packed = gate.shape[-1] != hidden
@@ -275,25 +275,25 @@ def _run_backward(
     rows, dout_rows = _rows(x), _rows(dout)
 
     product, mean, rstd = backends.OPERATORS.swiglu_forward(*halves, *norm, eps, padding)
-    dw3 = _weight_gradient(dout_rows, _rows(product), w3) if wanted[3] else x.new_empty(0)
+    dw3 = _weight_gradient(dout_rows, _rows(product), w3) if needs_grad[3] else x.new_empty(0)
     del product
-    db3 = dout_rows.sum(0) if wanted[6] else x.new_empty(0)
-    if not any((*wanted[:3], *wanted[4:6], *wanted[7:])):
+    db3 = dout_rows.sum(0) if needs_grad[6] else x.new_empty(0)
+    if not any((*needs_grad[:3], *needs_grad[4:6], *needs_grad[7:])):
         dx, dw1, dw2, *others = (x.new_empty(0) for _ in range(7))
         return dx, dw1, dw2, dw3, *others[:2], db3, *others[2:]
     dproduct = linear(dout, _pad(w3, padding, dtype).t())
     dgate, dup, *of_norm = backends.OPERATORS.swiglu_backward(
-        dproduct, *halves, norm[0], mean, rstd, wanted[7:], padding
+        dproduct, *halves, norm[0], mean, rstd, needs_grad[7:], padding
     )
     del dproduct
 
     dgate_rows, dup_rows = _rows(dgate), _rows(dup)
-    dx = _input_gradient(x, dgate_rows, dup_rows, w1, w2) if wanted[0] else x.new_empty(0)
-    dw1 = _weight_gradient(dgate_rows, rows, w1) if wanted[1] else x.new_empty(0)
-    dw2 = _weight_gradient(dup_rows, rows, w2) if wanted[2] else x.new_empty(0)
+    dx = _input_gradient(x, dgate_rows, dup_rows, w1, w2) if needs_grad[0] else x.new_empty(0)
+    dw1 = _weight_gradient(dgate_rows, rows, w1) if needs_grad[1] else x.new_empty(0)
+    dw2 = _weight_gradient(dup_rows, rows, w2) if needs_grad[2] else x.new_empty(0)
     db1, db2 = (
         d.sum(0)[:hidden] if needed else x.new_empty(0)
-        for d, needed in zip((dgate_rows, dup_rows), wanted[4:6], strict=True)
+        for d, needed in zip((dgate_rows, dup_rows), needs_grad[4:6], strict=True)
     )
     return dx, dw1, dw2, dw3, db1, db2, db3, *(t[:hidden] for t in of_norm)
 

@@ -119,10 +119,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, dout: Tensor) -> Any:
     (token_index,) = ctx.saved_tensors
     needs_patches, _, needs_prefix, needs_pos_embed, *_ = ctx.needs_input_grad
-    wanted = needs_patches and token_index is not None, needs_prefix, needs_pos_embed
+    needs_grad = needs_patches and token_index is not None, needs_prefix, needs_pos_embed
     found = dout[:, :0], dout[:, :0], dout[:, :0]
-    if any(wanted):
-        found = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, wanted)
+    if any(needs_grad):
+        found = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, needs_grad)
     dpatches, dprefix, dpos_embed = found
     if token_index is None:
         dpatches = dout[:, ctx.num_prefix :]

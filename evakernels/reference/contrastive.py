@@ -9,7 +9,7 @@ them.
 
 Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions, and the
 [m, B] matrix never exists unless it is saved. Logits and sums are float32 (float64 for float64 input); 16-bit features
-are widened first, as a CPU has no 16-bit matmul with a float32 result. Gradients that aren't wanted are empty and cost
+are widened first, as a CPU has no 16-bit matmul with a float32 result. Gradients that aren't needed are empty and cost
 no matmul.
 """
 
@@ -66,9 +66,9 @@ def contrastive_backward(
     row_lse: Tensor,
     col_lse: Tensor,
     offset: int,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale, wanted)
+    gradients = _Gradients(image, text, logit_scale, needs_grad)
     return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, None, offset)
 
 
@@ -83,9 +83,9 @@ def contrastive_kept_backward(
     col_lse: Tensor,
     logits: Tensor,
     offset: int,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale, wanted)
+    gradients = _Gradients(image, text, logit_scale, needs_grad)
     return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, logits, offset)
 
 
@@ -119,9 +119,9 @@ def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: T
 
 
 def siglip_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: Sequence[bool]
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _Gradients(*_widened(image, text, logit_scale), wanted)
+    gradients = _Gradients(*_widened(image, text, logit_scale), needs_grad)
     total, dbias = (torch.zeros_like(gradients.dscale) for _ in range(2))
     for rows, logits in gradients.tiles():
         _negate_pairs(logits.add_(logit_bias), offset + rows.start)
@@ -155,13 +155,13 @@ def siglip_backward(
 class _Gradients:
     """Computes the logits tile by tile and accumulates the gradients of features and scale."""
 
-    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor, wanted: Sequence[bool]) -> None:
-        self.wants_image, self.wants_text = wanted
+    def __init__(self, image: Tensor, text: Tensor, logit_scale: Tensor, needs_grad: Sequence[bool]) -> None:
+        self.needs_image, self.needs_text = needs_grad
         self.dtypes = image.dtype, text.dtype, logit_scale.dtype
         self.image, self.text, self.scale = _widened(image, text, logit_scale)
         # Contiguous, as compiled code expects.
-        self.dimage = self.image.new_empty(self.image.shape if self.wants_image else 0)
-        self.dtext = self.text.new_zeros(self.text.shape if self.wants_text else 0)
+        self.dimage = self.image.new_empty(self.image.shape if self.needs_image else 0)
+        self.dtext = self.text.new_zeros(self.text.shape if self.needs_text else 0)
         self.dscale = torch.zeros_like(self.scale)
 
     def tiles(self, kept: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -170,15 +170,15 @@ class _Gradients:
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         image = self.image[rows]
-        if self.wants_text:
+        if self.needs_text:
             dscaled_text = dlogits.T @ image
             self.dtext += self.scale * dscaled_text
-        if self.wants_image or not self.wants_text:
+        if self.needs_image or not self.needs_text:
             dscaled_image = dlogits @ self.text
             self.dscale += (image * dscaled_image).sum()
         else:  # the scale's gradient from whichever product there is
             self.dscale += (self.text * dscaled_text).sum()
-        if self.wants_image:
+        if self.needs_image:
             self.dimage[rows] = self.scale * dscaled_image
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, form: int) -> Tensor:
 
 
 def gelu_backward(
-    dout: Tensor, x: Tensor, bias: Tensor | None, form: int, wanted: Sequence[bool]
+    dout: Tensor, x: Tensor, bias: Tensor | None, form: int, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     total = _total(x, bias)
     dout = dout.to(total.dtype).contiguous()
@@ -42,7 +42,7 @@ def gelu_backward(
         dx = torch.ops.aten.silu_backward(dout.to(wide), SLOPE * total.to(wide)).to(total.dtype)
     else:
         dx = torch.ops.aten.gelu_backward(dout, total, approximate=FORMS[form])
-    if bias is None or not wanted[0]:
+    if bias is None or not needs_grad[0]:
         return dx.to(x.dtype), x.new_empty(0)
     dbias = dx.flatten(0, -2).sum(0, dtype=accumulation_dtype(dx)) if dx.dim() > 1 else dx
     return dx.to(x.dtype), dbias.to(bias.dtype)

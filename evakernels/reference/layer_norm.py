@@ -25,9 +25,9 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, wanted)
+    dx, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, needs_grad)
     return _result(dx, x.dtype), dweight, dbias
 
 
@@ -60,15 +60,15 @@ def add_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # An unscaled branch has the gradient of the residual, and none is wanted here.
-    wants_branch, *of_norm, wants_layer_scale = wanted
+    # An unscaled branch has the gradient of the residual, and none is needed here.
+    needs_branch, *of_norm, needs_layer_scale = needs_grad
     through_norm, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, of_norm)
     dtotal = _accumulate(dx) + through_norm
-    of_scaled = wants_branch, wants_layer_scale
+    of_scaled = needs_branch, needs_layer_scale
     dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale, of_scaled)
-    dbranch = _result(dbranch, branch.dtype) if wants_branch else dbranch
+    dbranch = _result(dbranch, branch.dtype) if needs_branch else dbranch
     return _result(dtotal, x.dtype), dbranch, dweight, dbias, dlayer_scale
 
 
@@ -97,11 +97,11 @@ def layer_norm_add_backward(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *of_norm, wants_layer_scale = wanted
-    normed = affine(_standardize(branch, mean, rstd, rms), weight, bias) if wants_layer_scale else branch
-    dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale, (True, wants_layer_scale))
+    *of_norm, needs_layer_scale = needs_grad
+    normed = affine(_standardize(branch, mean, rstd, rms), weight, bias) if needs_layer_scale else branch
+    dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale, (True, needs_layer_scale))
     dbranch, dweight, dbias = norm_gradients(dnormed, branch, weight, mean, rstd, rms, of_norm)
     return _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
 
@@ -139,19 +139,19 @@ def affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Te
 
 
 def norm_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, wanted: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in accumulation precision, dweight and dbias in theirs (empty where there is none or it isn't wanted)."""
-    wants_weight, wants_bias = wanted
+    """dx in accumulation precision, dweight and dbias in theirs (empty where there is none or it isn't needed)."""
+    needs_weight, needs_bias = needs_grad
     dy, normalized = _accumulate(dy), _standardize(x, mean, rstd, rms)
     dnormalized = dy if weight is None else dy * weight
     dx = dnormalized - normalized * (dnormalized * normalized).mean(-1, keepdim=True)
     if not rms:
         dx = dx - dnormalized.mean(-1, keepdim=True)
     dweight, dbias = rstd.new_empty(0), rstd.new_empty(0)
-    if weight is not None and wants_weight:
+    if weight is not None and needs_weight:
         dweight = _row_sum(dy * normalized).to(weight.dtype)
-    if weight is not None and wants_bias:
+    if weight is not None and needs_bias:
         dbias = _row_sum(dy).to(weight.dtype)
     return dx * rstd.unsqueeze(-1), dweight, dbias
 
@@ -163,16 +163,16 @@ def _scaled(branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None
 
 
 def _scale_gradients(
-    dscaled: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None, wanted: tuple[bool, bool]
+    dscaled: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scaled branch for the branch and for layer_scale (empty where none is wanted)."""
+    """Gradients of the scaled branch for the branch and for layer_scale (empty where none is needed)."""
     dbranch, dlayer_scale = dscaled.new_empty(0), dscaled.new_empty(0)
-    wants_branch, wants_layer_scale = wanted
-    if row_scale is not None and any(wanted):
+    needs_branch, needs_layer_scale = needs_grad
+    if row_scale is not None and any(needs_grad):
         dscaled = dscaled * _per_sample(row_scale, dscaled)
-    if layer_scale is not None and wants_layer_scale:
+    if layer_scale is not None and needs_layer_scale:
         dlayer_scale = _row_sum(dscaled * _accumulate(branch)).to(layer_scale.dtype)
-    if wants_branch:
+    if needs_branch:
         dbranch = dscaled if layer_scale is None else dscaled * layer_scale
     return dbranch, dlayer_scale
 

@@ -40,12 +40,12 @@ def swiglu_backward(
     norm_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
     padding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if padding and norm_weight is not None:
         parts: list[Any] = [t[..., :-padding] for t in (dout, gate, up, norm_weight)]
-        dgate, dup, *of_norm = swiglu_backward(parts[0], parts[1], parts[2], parts[3], mean, rstd, wanted)
+        dgate, dup, *of_norm = swiglu_backward(parts[0], parts[1], parts[2], parts[3], mean, rstd, needs_grad)
         dweight, dbias = (F.pad(t, (0, padding)) if t.numel() else t for t in of_norm)
         return F.pad(dgate, (0, padding)), F.pad(dup, (0, padding)), dweight, dbias
     dtype = gate.dtype
@@ -54,7 +54,7 @@ def swiglu_backward(
         dweight, dbias = dhidden.new_empty(0), dhidden.new_empty(0)
     else:
         hidden = _hidden(gate, up)
-        dhidden, dweight, dbias = norm_gradients(dhidden, hidden, norm_weight, mean, rstd, False, wanted)
+        dhidden, dweight, dbias = norm_gradients(dhidden, hidden, norm_weight, mean, rstd, False, needs_grad)
     dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
     return _contiguous(dgate, dtype), _contiguous(dhidden * F.silu(gate), dtype), dweight, dbias
 

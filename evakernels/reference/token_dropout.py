@@ -34,22 +34,22 @@ def token_dropout_forward(
 
 
 def token_dropout_backward(
-    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, wanted: Sequence[bool]
+    dout: Tensor, token_index: Tensor | None, num_prefix: int, num_tokens: int, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Where every patch is kept, their gradient is a part of dout, and none is wanted here.
-    wants_patches, wants_prefix, wants_pos_embed = wanted
+    # Where every patch is kept, their gradient is a part of dout, and none is needed here.
+    needs_patches, needs_prefix, needs_pos_embed = needs_grad
     batch, _, channels = dout.shape
     dtokens = dprefix = dpos_embed = dout[:, num_prefix:]
-    if token_index is not None and (wants_patches or wants_pos_embed):
+    if token_index is not None and (needs_patches or needs_pos_embed):
         rows = _flat_rows(token_index, num_tokens)
         dtokens = dout.new_zeros(batch * num_tokens, channels).index_copy_(0, rows, dtokens.flatten(0, 1))
         dtokens = dtokens.view(batch, num_tokens, channels)
-    if wants_prefix or wants_pos_embed:
+    if needs_prefix or needs_pos_embed:
         dprefix = _batch_sum(dout[:, :num_prefix])
-    if wants_pos_embed:
+    if needs_pos_embed:
         dpos_embed = torch.cat((dprefix, _batch_sum(dtokens)))
-    found = zip((dtokens, dprefix, dpos_embed), wanted, strict=True)
-    dpatches, dprefix, dpos_embed = (x if wants else dout.new_empty(0) for x, wants in found)
+    found = zip((dtokens, dprefix, dpos_embed), needs_grad, strict=True)
+    dpatches, dprefix, dpos_embed = (x if needed else dout.new_empty(0) for x, needed in found)
     return dpatches, dprefix, dpos_embed
 
 

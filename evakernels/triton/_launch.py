@@ -25,9 +25,9 @@ def persistent_programs(tensor: Tensor, tiles: int, num_warps: int) -> int:
     return min(tiles, multiprocessors(tensor.device) * max(1, 16 // num_warps))
 
 
-def partial_sums(programs: int, parameter: Tensor | None, wanted: bool) -> Tensor | None:
-    """Memory for partial sums of a parameter's gradient, `[programs, F]`; None if it isn't wanted."""
-    if parameter is None or not wanted:
+def partial_sums(programs: int, parameter: Tensor | None, needs_grad: bool) -> Tensor | None:
+    """Memory for partial sums of a parameter's gradient, `[programs, F]`; None if it isn't needed."""
+    if parameter is None or not needs_grad:
         return None
     return parameter.new_empty(programs, len(parameter), dtype=torch.float32)
 

@@ -11,32 +11,24 @@ forward saves the logits, in float32, and three matmuls do: at a scale of 100 a 
 SigLIP has no log-sum-exps: one pass computes its loss and the gradients of its logits, with three matmuls.
 """
 
-from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
+from .. import _logit_gradients, backends
+from .._logit_gradients import SIGLIP_UNIT, padded, row_chunks
 from ..reference import contrastive as reference
 from ..tuning import config, entry
-from . import INTERPRETED
 from ._launch import float32_products, on_device_of
-
-CHUNK_BYTES = 1 << (13 if INTERPRETED else 28)
-"""Bytes of a chunk: partial sums in forward, gradients of logits in backward. Interpreted tests need several chunks."""
-
-MIN_CHUNK = 128 if INTERPRETED else 2048
-"""Minimum number of rows of a chunk: with fewer, matmuls would wait for the texts' gradient in memory."""
 
 SPREAD = tl.constexpr(60.0)
 """Largest distance of maxima for one exponential. exp is 0 below -87, so lost terms are below e^-27 of the largest."""
 
-UNIT = tl.constexpr(16384.0)
-"""Scale of the largest gradient of a logit, a power of two: float16 has nothing below 6e-8."""
+UNIT = tl.constexpr(SIGLIP_UNIT)
 
 SIZES = ("rows", "steps", "offset")
 """Arguments that Triton doesn't specialise on. The divisors of `columns` decide the vector width of a row of logits."""
@@ -253,11 +245,11 @@ def _statistics(
     """Statistics of the logits; writes the logits to `kept`."""
     rows, columns = image.shape[0], text.shape[0]
     launch = _launch(op, image)
-    image, text = _padded(image, launch), _padded(text, launch)
+    image, text = (padded(features, launch["BLOCK_K"]) for features in (image, text))
     row_tile, column_tile = launch["BLOCK_M"], launch["BLOCK_N"]
     positive, row_max, row_lse = (image.new_empty(rows, dtype=torch.float32) for _ in range(3))
     col_max, col_lse = (image.new_empty(columns, dtype=torch.float32) for _ in range(2))
-    chunks = list(_chunks(rows, 8 * columns // min(row_tile, column_tile) + 8, MIN_CHUNK))
+    chunks = list(row_chunks(image, 8 * columns // min(row_tile, column_tile) + 8))
     of_columns = image.new_empty(2, len(chunks), columns, dtype=torch.float32)
     with on_device_of(image):
         for chunk, sums in zip(chunks, of_columns.unbind(1), strict=True):
@@ -275,44 +267,31 @@ def _statistics(
     return row_lse, col_lse, positive, row_max, col_max
 
 
-def contrastive_backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, wanted):
-    upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, None)
-    return _backward("contrastive_backward", upstream, image, text, logit_scale, saved, offset, wanted)
+def contrastive_backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, needs_grad):
+    inputs = drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse
+    launch = _launch("contrastive_backward", image)
+    kernel, multiple = partial(_dlogits, launch), launch["BLOCK_K"]
+    return _logit_gradients.contrastive_backward(kernel, *inputs, offset, needs_grad, multiple=multiple)
 
 
 def contrastive_kept_backward(
-    drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, offset, wanted
+    drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, offset, needs_grad
 ):
-    upstream, saved = (drow_lse, dcol_lse, dpositive), (row_lse, col_lse, logits.contiguous())
-    return _backward("contrastive_kept_backward", upstream, image, text, logit_scale, saved, offset, wanted)
+    inputs = drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse
+    launch = _launch("contrastive_kept_backward", image)
+    options = {"logits": logits.contiguous(), "multiple": launch["BLOCK_K"]}
+    return _logit_gradients.contrastive_backward(partial(_dlogits, launch), *inputs, offset, needs_grad, **options)
 
 
-def _backward(
-    op: str,
-    upstream: tuple[Tensor, Tensor, Tensor],
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor | None],
-    offset: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`saved`: the log-sum-exps of rows and columns, and the logits or None."""
-    unit = _unit_of(*upstream)
-    drow_lse, dcol_lse, dpositive = (gradient * unit for gradient in upstream)
-    row_lse, col_lse, kept = saved
-    gradients = _Gradients(op, image, text, logit_scale, unit, image.dtype, wanted)
+def _dlogits(launch, drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, logits=None):
+    dlogits = image.new_empty(len(image), len(text))
     with on_device_of(image):
-        for chunk, dlogits, grid in gradients.chunks():
-            gradient_kernel[grid](
-                *(drow_lse[chunk], dcol_lse, dpositive[chunk], gradients.image[chunk], gradients.text, logit_scale),
-                *(row_lse[chunk], col_lse, None if kept is None else kept[chunk], dlogits),
-                *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
-                **gradients.launch,
-            )
-            gradients.add(chunk, dlogits)
-    dimage, dtext, dscale = gradients.result()
-    return dimage, dtext, dscale.to(logit_scale.dtype)
+        gradient_kernel[_grid(len(image), len(text), launch)](
+            *(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, dlogits),
+            *(*dlogits.shape, _steps(text, launch), offset),
+            **launch,
+        )
+    return dlogits
 
 
 def _merge(parts: Tensor, maximum: Tensor, result: Tensor, *, final: bool) -> None:
@@ -320,13 +299,6 @@ def _merge(parts: Tensor, maximum: Tensor, result: Tensor, *, final: bool) -> No
     launch = {"PARTS": 16, "BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 changes the default
     grid = (triton.cdiv(result.numel(), 64),)
     merge_kernel[grid](*parts, maximum, result, *parts.shape[1:], FINAL=final, **launch)
-
-
-def _unit_of(*gradients: Tensor) -> Tensor:
-    """The power of two that scales the largest of the gradients to less than UNIT."""
-    peak = torch.stack([gradient.abs().amax() for gradient in gradients]).amax()
-    exponent = 14 - torch.frexp(peak).exponent
-    return torch.ldexp(torch.ones_like(peak), exponent.clamp(-100, 100))
 
 
 # --- SigLIP ---------------------------------------------------------------------------------------------------------
@@ -338,12 +310,8 @@ def _log1p(x):
     z = x / (2.0 + x)
     square = z * z
     series = square * (1.0 / 15.0) + 1.0 / 13.0
-    series = series * square + 1.0 / 11.0
-    series = series * square + 1.0 / 9.0
-    series = series * square + 1.0 / 7.0
-    series = series * square + 1.0 / 5.0
-    series = series * square + 1.0 / 3.0
-    series = series * square + 1.0
+    for i in tl.static_range(6):
+        series = series * square + 1.0 / (11.0 - 2.0 * i)
     return 2.0 * z * series
 
 
@@ -360,7 +328,6 @@ def siglip_kernel(
     columns: tl.int32,
     steps: tl.int32,
     offset: tl.int32,
-    HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -379,7 +346,7 @@ def siglip_kernel(
     power = tl.exp(-tl.abs(x))
     loss = tl.where(x > 0.0, x, 0.0) + _log1p(power)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
-    if HAS_GRADIENT:
+    if dlogits is not None:
         gradient = tl.where(x < 0.0, power, 1.0) / (1.0 + power)
         gradient = tl.where(is_pair, -gradient, gradient)
         tl.store(dbias + tl.program_id(0), tl.sum(tl.where(inside, gradient, 0.0)))
@@ -389,99 +356,35 @@ def siglip_kernel(
 
 def siglip_value(image, text, logit_scale, logit_bias, offset):
     launch = _launch("siglip_value", image)
-    image, text = _padded(image, launch), _padded(text, launch)
-    (programs,) = _grid(image.shape[0], text.shape[0], launch)
-    losses = image.new_empty(programs, dtype=torch.float32)
+    kernel, multiple = partial(_siglip, launch), launch["BLOCK_K"]
+    return _logit_gradients.siglip_value(kernel, image, text, logit_scale, logit_bias, offset, multiple=multiple)
+
+
+def siglip_forward(image, text, logit_scale, logit_bias, offset, needs_grad):
+    inputs = image, text, logit_scale, logit_bias
+    launch = _launch("siglip_forward", image)
+    kernel, multiple = partial(_siglip, launch), launch["BLOCK_K"]
+    return _logit_gradients.siglip_forward(kernel, *inputs, offset, needs_grad, multiple=multiple)
+
+
+def _siglip(launch, image, text, logit_scale, logit_bias, offset, needs_grad):
+    (has_gradient,) = needs_grad
+    grid = _grid(len(image), len(text), launch)
+    sums = image.new_empty(1 + has_gradient, *grid, dtype=torch.float32)
+    dlogits = image.new_empty(len(image), len(text)) if has_gradient else None
     with on_device_of(image):
-        siglip_kernel[(programs,)](
-            *(image, text, logit_scale, logit_bias, losses, None, None),
-            *(image.shape[0], text.shape[0], _steps(image, launch), offset),
-            HAS_GRADIENT=False,
+        siglip_kernel[grid](
+            *(image, text, logit_scale, logit_bias, sums[0], sums[1] if has_gradient else None, dlogits),
+            *(len(image), len(text), _steps(text, launch), offset),
             **launch,
         )
-    return _sum(losses)
-
-
-def siglip_forward(image, text, logit_scale, logit_bias, offset, wanted):
-    unit = image.new_full((), UNIT.value, dtype=torch.float32)
-    gradients = _Gradients("siglip_forward", image, text, logit_scale, unit, torch.float32, wanted)
-    sums = []
-    with on_device_of(image):
-        for chunk, dlogits, grid in gradients.chunks():
-            sums.append(image.new_empty(2, *grid, dtype=torch.float32))
-            siglip_kernel[grid](
-                *(gradients.image[chunk], gradients.text, logit_scale, logit_bias, *sums[-1], dlogits),
-                *(len(dlogits), len(gradients.text), gradients.steps, offset + chunk.start),
-                HAS_GRADIENT=True,
-                **gradients.launch,
-            )
-            gradients.add(chunk, dlogits)
-    losses, dbias = torch.cat(sums, 1)
-    return _sum(losses), *gradients.result(), _sum(dbias)
+    return sums, dlogits
 
 
 siglip_backward = reference.siglip_backward
 
 
-def _sum(parts: Tensor) -> Tensor:
-    return parts.sum(dtype=torch.float64).float()
-
-
 # --- both -----------------------------------------------------------------------------------------------------------
-
-
-class _Gradients:
-    """Gradients of the features and the scale from chunks of the logits' gradients, scaled by `unit`."""
-
-    def __init__(
-        self,
-        op: str,
-        image: Tensor,
-        text: Tensor,
-        logit_scale: Tensor,
-        unit: Tensor,
-        dtype: torch.dtype,
-        wanted: Sequence[bool],
-    ) -> None:
-        self.wants_image, self.wants_text = wanted
-        self.launch, self.unit = _launch(op, image), unit
-        self.image, self.text = _padded(image, self.launch), _padded(text, self.launch)
-        self.steps = _steps(self.text, self.launch)
-        self.factor = logit_scale.float() / unit
-        self.dimage = image.new_empty(image.shape if self.wants_image else (0,), dtype=dtype)
-        self.dtext = self.text.new_zeros(self.text.shape if self.wants_text else (0,), dtype=torch.float32)
-        self.depth = image.shape[1]
-        self.dscale = torch.zeros_like(unit)
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor, tuple[int]]]:
-        """The rows of a chunk, memory for its gradients, and the grid of the kernel that writes them."""
-        columns = len(self.text)
-        for chunk in _chunks(len(self.image), columns * self.image.itemsize, MIN_CHUNK):
-            count = chunk.stop - chunk.start
-            yield chunk, self.image.new_empty(count, columns), _grid(count, columns, self.launch)
-
-    def add(self, chunk: slice, dlogits: Tensor) -> None:
-        image = self.image[chunk]
-        if self.wants_text:
-            _add_product(self.dtext, dlogits.T, image)
-        if self.wants_image or not self.wants_text:
-            product = _product(dlogits, self.text)
-            self.dscale += (product * image).sum()
-        if self.wants_image:
-            torch.mul(product[:, : self.depth], self.factor, out=self.dimage[chunk])
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.wants_text and not self.wants_image:
-            self.dscale = (self.dtext * self.text).sum()
-        dtext = self.dtext[:, : self.depth] if self.wants_text else self.dtext
-        return self.dimage, (dtext * self.factor).to(self.dimage.dtype), self.dscale / self.unit
-
-
-def _chunks(rows: int, row_bytes: int, multiple: int) -> Iterator[slice]:
-    """Chunks of a multiple of rows, of at most CHUNK_BYTES if one multiple fits."""
-    height = max(1, CHUNK_BYTES // (row_bytes * multiple)) * multiple
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
 
 
 def _launch(op: str, image: Tensor) -> dict[str, Any]:
@@ -491,12 +394,6 @@ def _launch(op: str, image: Tensor) -> dict[str, Any]:
     return config(op, {"depth": image.shape[1]}, image) | {"PRECISION": precision}
 
 
-def _padded(features: Tensor, launch: dict[str, Any]) -> Tensor:
-    """The features, padded with zeros to a multiple of BLOCK_K."""
-    missing = -features.shape[1] % launch["BLOCK_K"]
-    return (F.pad(features, (0, missing)) if missing else features).contiguous()
-
-
 def _steps(padded: Tensor, launch: dict[str, Any]) -> int:
     """The number of BLOCK_K blocks."""
     return padded.shape[1] // int(launch["BLOCK_K"])
@@ -504,17 +401,6 @@ def _steps(padded: Tensor, launch: dict[str, Any]) -> int:
 
 def _grid(rows: int, columns: int, launch: dict[str, Any]) -> tuple[int]:
     return (triton.cdiv(rows, launch["BLOCK_M"]) * triton.cdiv(columns, launch["BLOCK_N"]),)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matmul with a float32 result, which a CPU (interpreted kernels) can't make of 16-bit inputs."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> Any:
-    if a.is_cuda:
-        return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
-    return acc.addmm_(a.float(), b.float())
 
 
 # --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
@@ -535,8 +421,8 @@ contrastive_kept_forward_calls = contrastive_forward_calls
 
 
 def contrastive_kept_backward_calls(draw, depth):
-    for *inputs, offset, wanted in contrastive_backward_calls(draw, depth):
-        yield *inputs, draw.statistic(draw.pairs, draw.pairs), offset, wanted
+    for *inputs, offset, needs_grad in contrastive_backward_calls(draw, depth):
+        yield *inputs, draw.statistic(draw.pairs, draw.pairs), offset, needs_grad
 
 
 def siglip_forward_calls(draw, depth):

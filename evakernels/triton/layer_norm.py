@@ -244,29 +244,32 @@ def _forward(
     return mean, rstd
 
 
-def layer_norm_backward(dy, x, weight, mean, rstd, rms, wanted):
+def layer_norm_backward(dy, x, weight, mean, rstd, rms, needs_grad):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     inputs, statistics = (dy, None, x, None), (None if rms else mean, rstd)
     op, parameters = "layer_norm_backward", Parameters(weight, None)
-    return dx, *_backward(op, inputs, parameters, statistics, (dx, None), (*wanted, False))[:2]
+    return dx, *_backward(op, inputs, parameters, statistics, (dx, None), (*needs_grad, False))[:2]
 
 
-def add_layer_norm_backward(dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, rms, wanted):
+def add_layer_norm_backward(dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, rms, needs_grad):
     op, parameters = "add_layer_norm_backward", Parameters(weight, None, layer_scale, row_scale)
-    wants_branch, *of_parameters = wanted
+    needs_branch, *of_parameters = needs_grad
     dresidual = torch.empty_like(x)
-    dbranch = torch.empty_like(x, dtype=branch.dtype) if wants_branch else None
-    inputs, statistics = (dy, dx, x, branch if wanted[-1] else None), (None if rms else mean, rstd)
+    dbranch = torch.empty_like(x, dtype=branch.dtype) if needs_branch else None
+    inputs, statistics = (dy, dx, x, branch if needs_grad[-1] else None), (None if rms else mean, rstd)
     sums = _backward(op, inputs, parameters, statistics, (dresidual, dbranch), of_parameters)
     return dresidual, rstd.new_empty(0) if dbranch is None else dbranch, *sums
 
 
-def layer_norm_add_backward(dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, rms, wanted):
+def layer_norm_add_backward(dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, rms, needs_grad):
     # Only layer_scale's gradient needs the bias.
-    op, parameters = "layer_norm_add_backward", Parameters(weight, bias if wanted[-1] else None, layer_scale, row_scale)
+    op, parameters = (
+        "layer_norm_add_backward",
+        Parameters(weight, bias if needs_grad[-1] else None, layer_scale, row_scale),
+    )
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     inputs, statistics = (dx, None, branch, None), (None if rms else mean, rstd)
-    return dbranch, *_backward(op, inputs, parameters, statistics, (dbranch, None), wanted)
+    return dbranch, *_backward(op, inputs, parameters, statistics, (dbranch, None), needs_grad)
 
 
 def _backward(
@@ -275,9 +278,9 @@ def _backward(
     parameters: Parameters,
     statistics: tuple[Tensor | None, Tensor],
     outputs: tuple[Tensor, Tensor | None],
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dx and dbranch; returns the gradients of weight, bias and layer_scale, empty if not wanted."""
+    """Writes dx and dbranch; returns the gradients of weight, bias and layer_scale, empty if not needed."""
     dout, dtotal, x, branch = inputs
     x_rows, branch_rows = rows_of(x), rows_of(x if branch is None else branch)
     rows, width = x_rows.shape
@@ -285,7 +288,7 @@ def _backward(
     options = config(op, {"width": block}, x)
     programs = persistent_programs(x, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
     weight, _, layer_scale, _ = parameters
-    sums = [partial_sums(programs, *of) for of in zip((weight, weight, layer_scale), wanted, strict=True)]
+    sums = [partial_sums(programs, *of) for of in zip((weight, weight, layer_scale), needs_grad, strict=True)]
     if x.numel() > 0:
         vector, strides = row_strides(x_rows, branch_rows)
         with on_device_of(x):

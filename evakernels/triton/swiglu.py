@@ -142,14 +142,14 @@ def swiglu_forward(gate, up, norm_weight, norm_bias, eps, padding=0):
     return out, mean, rstd
 
 
-def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, wanted, padding=0):
+def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, needs_grad, padding=0):
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     block, pieces = _pieces(width)
     options = config("swiglu_backward", {"width": block}, gate)
     programs = persistent_programs(gate, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
-    sums = [partial_sums(programs, norm_weight, wants) for wants in wanted]
+    sums = [partial_sums(programs, norm_weight, needed) for needed in needs_grad]
     if gate.numel() > 0:
         vector, strides = row_strides(gate_rows, up_rows)
         with on_device_of(gate):

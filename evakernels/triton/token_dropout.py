@@ -128,14 +128,14 @@ def token_dropout_forward(patches, token_index, prefix, pos_embed):
     return out
 
 
-def token_dropout_backward(dout, token_index, num_prefix, num_tokens, wanted):
+def token_dropout_backward(dout, token_index, num_prefix, num_tokens, needs_grad):
     batch, rows, width = dout.shape
     sizes = (batch, num_tokens, width), (num_prefix, width), (num_prefix + num_tokens, width)
     dpatches, dprefix, dpos_embed = (
-        dout.new_empty(size if wants else (0,)) for size, wants in zip(sizes, wanted, strict=True)
+        dout.new_empty(size if needed else (0,)) for size, needed in zip(sizes, needs_grad, strict=True)
     )
     outputs = tuple(x if x.numel() > 0 else None for x in (dpatches, dprefix, dpos_embed))
-    positions = num_prefix + (num_tokens if wanted[0] or wanted[2] else 0)
+    positions = num_prefix + (num_tokens if needs_grad[0] or needs_grad[2] else 0)
     if outputs == (None, None, None):
         return dpatches, dprefix, dpos_embed
     places = None if token_index is None else _places(token_index, num_tokens)

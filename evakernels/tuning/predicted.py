@@ -4,8 +4,8 @@ They are the least times of the audit's roofline (`benchmarks/audit/roofline.py`
 padded tiles, with `mma.sync` at 62 % of the peak on 9.0, exponentials, and bytes of memory. Triton rotates keys in a
 separate pass, and its backward pass has two kernels with seven matmuls instead of five. Packed sequences are of equal
 length, causal and not rotated, in tiles of 16 tokens, with Triton of 64 (in backward on an H100 of 32, by `mma.sync`).
-Contrastive statistics are of 32,768 pairs; where both backends have `mma.sync`, shared memory limits Triton's smaller
-tiles of a warp. On a B200 Triton's are the matmuls alone.
+Contrastive losses are of 32,768 pairs; where both backends have `mma.sync`, shared memory limits Triton's smaller tiles
+of a warp. Gradients include the two matmuls with the features at the peak. On a B200 Triton's are the matmuls alone.
 """
 
 from typing import Any
@@ -16,11 +16,15 @@ def row(head_dim: int, tokens: int, heads: int, **microseconds: float) -> dict[s
     return {"shape": {"head_dim": head_dim, "tokens": tokens, "heads": heads}, "config": microseconds}
 
 
-def statistics(**microseconds: float) -> dict[str, list[dict[str, Any]]]:
-    """The entries of contrastive statistics in 16 bits."""
-    entries = [{"shape": {"depth": 768, "itemsize": 2}, "config": microseconds}]
-    return {"contrastive_forward": entries, "contrastive_kept_forward": entries}
+def losses(*microseconds: tuple[float, float]) -> dict[str, list[dict[str, Any]]]:
+    """The entries of contrastive losses in 16 bits, from the times of CUDA and Triton for each of `LOSSES`."""
+    shape = {"depth": 768, "itemsize": 2}
+    times = [{"cuda": cuda, "triton": triton} for cuda, triton in microseconds]
+    return {op: [{"shape": shape, "config": config}] for op, config in zip(LOSSES, times, strict=True)}
 
+
+LOSSES = "contrastive_forward", "contrastive_kept_forward", "contrastive_backward", "siglip_forward", "siglip_value"
+_LOSSES_BY_MMA_SYNC = losses((5690, 7450), (5690, 7450), (16500, 17970), (16420, 20640), (5630, 6930))
 
 MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
     80: {
@@ -52,7 +56,7 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(64, 577, 4096, cuda=1512, triton=2650),
             row(64, 1025, 4096, cuda=4614, triton=7372),
         ],
-        **statistics(cuda=5690, triton=7450),
+        **_LOSSES_BY_MMA_SYNC,
     },
     90: {
         "rope_attention_forward": [
@@ -83,10 +87,10 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(64, 577, 4096, cuda=769, triton=1207),
             row(64, 1025, 4096, cuda=2348, triton=3438),
         ],
-        **statistics(cuda=3320, triton=2700),
+        **losses((3320, 2700), (3320, 2700), (6790, 5350), (6740, 6090), (3270, 1680)),
     },
     # No times of attention: Triton's kernels for 10.0 are compiled, but not run by an interpreter, and CUDA stays first
     # until measured.
-    100: statistics(cuda=2990, triton=730),
-    120: statistics(cuda=5690, triton=7450),  # as on 8.0: both use `mma.sync`
+    100: losses((2990, 730), (2990, 730), (4650, 2200), (5180, 2200), (3440, 730)),
+    120: _LOSSES_BY_MMA_SYNC,  # as on 8.0: both use `mma.sync`
 }

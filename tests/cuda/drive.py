@@ -198,7 +198,7 @@ def lamb() -> None:
 
 
 # Several row tiles per block, with pairs in several blocks and unfilled last tiles; stages of channels; one pair.
-PAIRS = [(600, 1300, 16, 600, HALF), (70, 260, 72, 0, FLOAT16), (1, 1, 9, 0, HALF)]
+PAIRS = [(600, 1300, 16, 600, HALF), (70, 261, 72, 0, FLOAT16), (1, 1, 9, 0, HALF)]
 
 
 def contrastive() -> None:
@@ -208,6 +208,13 @@ def contrastive() -> None:
         writes = [blank(*size) for size in sizes]
         run("contrastive_kept_forward", *inputs, writes=writes)
         run("contrastive_forward", *inputs, writes=[blank(*size) for size in sizes[:5]])
+        row_lse, col_lse = writes[:2]
+        gradients = draw(rows), draw(columns), draw(rows)
+        dlogits = blank(rows, columns + columns % 2, dtype=dtype)
+        run("contrastive_dlogits", *gradients, *inputs[:3], row_lse, col_lse, offset, writes=[dlogits])
+        inputs, sums = (*inputs[:3], draw(1), offset), 8 * math.ceil(rows / 128) * math.ceil(columns / 256)
+        for gradients in (None, torch.full_like(dlogits, torch.nan)):
+            run("siglip_dlogits", *inputs, writes=[blank(2, sums), gradients])
 
 
 class Attention(NamedTuple):

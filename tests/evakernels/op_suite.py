@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Statistics for GPUs are tested with the losses.
-COMPILED = {path.stem for path in (ROOT / "csrc/bind").glob("*.cpp")} - {"contrastive_statistics", "module"}
+# Logits on GPUs are tested with the losses.
+COMPILED = {path.stem for path in (ROOT / "csrc/bind").glob("*.cpp")} - {"contrastive_logits", "module"}
 OPS = (*sorted(COMPILED), "native_optimizers", "norm_widths", "packed_attention", "stochastic_rounding")
 CHOICE = "accurate or odd_shapes or formula or error_rule"
 # Not the plugin that collects garbage at the end, of which there is much.

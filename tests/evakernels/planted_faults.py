@@ -50,6 +50,7 @@ COMPILED_IN = {
     "column_sums.cuh": "swiglu_norm_backward.cu",
     "staged_rows.cuh": "swiglu_norm_forward.cu",
     "attention_tiles.cuh": "rope_attention_forward.cu",
+    "contrastive_tiles.cuh": "contrastive_gradients.cu",
 }
 FAULTS = {
     "warp-sums": Fault("race at"),
@@ -78,6 +79,7 @@ FAULTS = {
     "dk-stored": Fault("race at"),
     "features": Fault("race at"),
     "parts-of-warps": Fault("race at"),
+    "gradients": Fault("out of bounds at", ("row < rows", "row <= rows")),
     "own-dq": Fault("not written", ("part", "0")),
     "parts": Fault("not written", ("max(ceil_div(seen, plan.block_tiles), 1)", "parts")),
 }

@@ -116,7 +116,7 @@ def test_small_logits_as_accurate_as_torch(dtype):
 
 
 @pytest.mark.cpu_only("its threads")
-def test_the_number_of_threads_does_not_change_a_bit():
+def test_threads_change_no_bit():
     """Without gradients of features: torch's matmuls may sum in another order for another number of threads."""
     features = [F.normalize(randn(1043, 37, seed=s), dim=1).float() for s in (0, 1)]
 
@@ -142,7 +142,7 @@ def test_logits_are_saved_within_the_budget(dtype, itemsize):
     assert largest_saved(7 * 7 * itemsize, requires_grad=False) == 0
 
 
-def test_kept_logits_serve_several_backward_passes():
+def test_kept_logits_allow_a_second_backward():
     image, text, scale = (t.float().requires_grad_() for t in SQUARE)
     loss = evakernels.clip_loss(image, text, scale)
     first, second = (torch.autograd.grad(loss, (image, text, scale), retain_graph=True) for _ in range(2))
@@ -154,7 +154,7 @@ LOSSES = {
     "contrastive_backward": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale, memory_budget=0),
     "siglip_forward": evakernels.siglip_loss,
 }
-"""By the op that makes the gradients."""
+"""By the op that computes the gradients."""
 
 
 def gradients_without(op: str, *frozen: int) -> list[torch.Tensor | None]:
@@ -175,10 +175,10 @@ def test_frozen_features_change_no_other_gradient(op, frozen):
 
 
 @pytest.mark.parametrize("op", LOSSES)
-def test_frozen_features_cost_no_product(op):
-    """A locked tower's. One product makes the logits, unless they were kept, and one each side's gradient."""
+def test_frozen_features_cost_no_matmul(op):
+    """One matmul computes the logits, unless they were saved, and one the gradient of each side."""
 
-    def products(*frozen):
+    def matmuls(*frozen):
         counter = FlopCounterMode(display=False)
 
         def counted(*args):
@@ -190,7 +190,7 @@ def test_frozen_features_cost_no_product(op):
         return counter.get_total_flops() / (2 * 6 * 6 * 8)
 
     logits = 0 if "kept" in op else 1
-    assert [products(), products(0), products(1), products(0, 1)] == [logits + n for n in (2, 1, 1, 1)]
+    assert [matmuls(), matmuls(0), matmuls(1), matmuls(0, 1)] == [logits + n for n in (2, 1, 1, 1)]
 
 
 @pytest.mark.parametrize(("loss", "scalars"), [(ClipLoss, [1 / 0.07]), (SigLipLoss, [10.0, -10.0])])
@@ -201,7 +201,7 @@ def test_losses_equal_open_clip(loss, scalars):
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one-tile", "many-tiles"])
-def test_maxima_give_the_accuracies_in_the_batch(many):
+def test_maxima_give_in_batch_accuracy(many):
     image, text, scale = (t.float() for t in SQUARE)
     image = text + 0.8 * image
     _, _, positive, row_max, col_max = evakernels.contrastive_statistics(image, text, scale)
@@ -220,7 +220,7 @@ def test_scale_gradient_has_the_scales_shape():
     assert scale.grad.shape == bias.grad.shape == (1,)
 
 
-def test_autocast_leaves_the_loss_in_float32():
+def test_loss_under_autocast_is_float32():
     inputs = [t.float() for t in (*SQUARE, scalar(-1.0))]
     for function, arguments in ((evakernels.clip_loss, inputs[:3]), (evakernels.siglip_loss, inputs)):
         leaves, plain = ([t.clone().requires_grad_() for t in arguments] for _ in range(2))
@@ -235,8 +235,10 @@ def test_autocast_leaves_the_loss_in_float32():
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one-tile", "many-tiles"])
-def test_nonfinite_logits_propagate(many):
-    image, text, scale = torch.full((7, 1), -1e20), torch.full((7, 1), 1e20), torch.tensor(1.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nonfinite_logits_propagate(many, dtype):
+    image, text = (torch.full((7, 1), value, dtype=dtype) for value in (-1e20, 1e20))
+    scale = torch.tensor(1.0)
     row_lse, col_lse, *_ = evakernels.contrastive_statistics(image, text, scale)
     assert row_lse.isneginf().all()
     assert col_lse.isneginf().all()
@@ -251,8 +253,21 @@ def test_nonfinite_logits_propagate(many):
     assert torch.equal(row_max.isnan(), torch.arange(7) == 1)
     assert col_lse.isnan().all()
     assert col_max.isnan().all()
-    assert evakernels.clip_loss(image, text, scale).isnan()
-    assert evakernels.siglip_loss(image, text, scale, scale).isnan()
+    text.requires_grad_()
+    inputs = image, text, scale
+    for loss in (evakernels.clip_loss(*inputs, memory_budget=0), evakernels.siglip_loss(*inputs, scale)):
+        assert loss.isnan()
+        assert torch.autograd.grad(loss, text)[0].isnan().all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**16])
+def test_scaled_loss_gradient_float16_is_finite(factor):
+    """Unscaled gradients of logits would overflow or vanish in float16."""
+    image, text, scale = (t.half() for t in SQUARE)
+    scale = scale.float().requires_grad_()
+    loss = evakernels.clip_loss(image, text, scale, memory_budget=0)
+    expected, actual = (torch.autograd.grad(f * loss, scale, retain_graph=True)[0] for f in (1.0, factor))
+    torch.testing.assert_close(actual, factor * expected, rtol=1e-6, atol=0)
 
 
 def peak_memory() -> int:
@@ -265,7 +280,7 @@ def extra_memory(batch: int) -> int:
     """Bytes by which forward and backward of both losses raise the peak of a fresh process."""
     image, text = (F.normalize(torch.randn(batch, 64), dim=1).requires_grad_() for _ in range(2))
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
-    for rows in (slice(0, 64), slice(None)):  # the small batch first: what a first call allocates is not the losses'
+    for rows in (slice(0, 64), slice(None)):  # the small batch first: a first call allocates more
         before = peak_memory()
         evakernels.clip_loss(image[rows], text[rows], scale, label_smoothing=0.1).backward()
         evakernels.siglip_loss(image[rows], text[rows], scale, bias).backward()
@@ -275,7 +290,7 @@ def extra_memory(batch: int) -> int:
 @pytest.mark.cpu_only("reads the peak of its memory")
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_a_large_batch_needs_no_matrix():
+def test_large_batch_needs_no_matrix():
     batch = 9216  # more than MEMORY_BUDGET: the matrix would have 324 MiB
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         extra = pool.submit(extra_memory, batch).result()

@@ -1,4 +1,4 @@
-"""The losses over the batches of 2 and 4 processes against one process with the whole batch, and what they cost."""
+"""The losses over batches of 1, 2 and 4 ranks against one process with the global batch, and their collectives."""
 
 import multiprocessing
 from functools import partial
@@ -20,7 +20,7 @@ WORLD = 4
 ROWS = 4
 WIDTH = 5
 LOSSES = {"clip": (ClipLoss, 0.0), "clip-smoothed": (ClipLoss, 0.2), "siglip": (SigLipLoss, None)}
-SIZES = (2, WORLD)
+SIZES = (1, 2, WORLD)
 FAR = {"large": 900.0, "small": -900.0, "infinite": float("inf"), "spread": torch.linspace(-900, 900, WORLD * ROWS)}
 EVEN = [ROWS] * WORLD
 UNEVEN = {"uneven": [3, 1, 4, 2], "empty": [0, 3, 0, 2], "one alone": [0, 0, 3, 0]}
@@ -112,7 +112,7 @@ def message_of(call, *arguments) -> str:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    groups = {size: dist.new_group(list(range(size))) for size in (1, *SIZES)}
+    groups = {size: dist.new_group(list(range(size))) for size in SIZES}
     results, model, (images, texts) = {}, TwoTowers(), batch(ROWS)
     for name in LOSSES:
         for kind, rows in UNEVEN.items():
@@ -122,14 +122,12 @@ def work(rank: int, folder: str) -> None:
         for size in SIZES:
             if rank < size:
                 results[name, size] = data_parallel_step(name, groups[size], EVEN)
-    if rank == 0:
-        results["alone"] = model.loss("clip", images, texts, groups[1]).detach()
-    else:
+    if rank > 0:
         results["outside"] = message_of(model.loss, "clip", images, texts, groups[1])
     narrow = images[:, : 6 - rank], texts[:, : 6 - rank]
     results["unequal"] = message_of(global_loss, *narrow)
-    wanting = [x.clone().requires_grad_(rank in (1, 2)) for x in (images, texts)]
-    results["wanting"] = message_of(global_loss, *wanting)
+    partly_frozen = [x.clone().requires_grad_(rank in (1, 2)) for x in (images, texts)]
+    results["partly frozen"] = message_of(global_loss, *partly_frozen)
     some = [x[: 0 if rank == 1 else 2].float() for x in (images, texts)]
     results["wide"] = [
         kind(group=dist.group.WORLD)(*some, *[torch.ones((), dtype=torch.float64)] * scalars).detach()
@@ -164,9 +162,9 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of four gloo processes found."""
+    """Results of four gloo ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    # Forked from a process that has imported what they need.
+    # Forked from a process that has imported torch.
     multiprocessing.set_forkserver_preload(["evakernels.nn", "torch.distributed"])
     mp.start_processes(work, (str(folder),), nprocs=WORLD, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
@@ -184,10 +182,6 @@ def test_value_and_gradient_match_global_batch(ranks, name, size):
     for rank in range(len(rows)):
         torch.testing.assert_close(ranks[rank][name, size], expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(ranks[rank][name, size]["loss"], ranks[0][name, size]["loss"])
-
-
-def test_a_group_of_one_is_no_group(ranks):
-    assert torch.equal(ranks[0]["alone"], TwoTowers().loss("clip", *batch(ROWS), None).detach())
 
 
 def test_group_none_is_global_and_false_is_local(ranks):
@@ -226,12 +220,10 @@ def test_ranks_exchange_text_features_only(ranks):
 
 
 def test_given_counts_are_checked_and_bit_equal(ranks):
-    for rank in range(WORLD):
-        agreed, given = ranks[rank]["counted"]
+    for rank in ranks:
+        agreed, given = rank["counted"]
         torch.testing.assert_close(given, agreed, rtol=0, atol=0)
-        few, other = ranks[rank]["miscounted"]
-        assert "counts" in few
-        assert "counts" in other
+        assert all("counts" in message for message in rank["miscounted"])
 
 
 @pytest.mark.parametrize("name", FAR)
@@ -252,27 +244,24 @@ def test_large_sums_are_relative_to_the_largest(ranks, name):
     [
         ("unequal", "text_features must have the same width"),
         *(((name, "nowhere"), "text_features must have rows") for name in LOSSES),
-        # The backward pass of the others would wait for them.
-        ("wanting", "text_features must require a gradient"),
+        # The backward pass of the other ranks would wait.
+        ("partly frozen", "text_features must require a gradient"),
     ],
 )
-def test_what_does_not_fit_is_named_on_every_rank(ranks, key, message):
+def test_wrong_features_are_named_on_every_rank(ranks, key, message):
     assert all(message in rank[key] for rank in ranks)
 
 
 def test_empty_batch_loss_has_the_features_dtype(ranks):
-    """Which would be added to those of others."""
-    for rank in range(WORLD):
-        assert [loss.dtype for loss in ranks[rank]["wide"]] == [torch.float32] * 2
-        assert ranks[rank]["wide"] == ranks[0]["wide"]
+    for rank in ranks:
+        assert [loss.dtype for loss in rank["wide"]] == [torch.float32] * 2
+        assert rank["wide"] == ranks[0]["wide"]
 
 
 def test_transforms_are_refused_before_any_collective(ranks):
-    for rank in range(WORLD):
-        for message in ranks[rank]["transformed"]:
-            assert "clip_loss: group must be False" in message
+    for rank in ranks:
+        assert all("clip_loss: group must be False" in message for message in rank["transformed"])
 
 
-def test_a_process_outside_the_group_is_told_so(ranks):
-    for rank in range(1, WORLD):
-        assert "group must contain this rank" in ranks[rank]["outside"]
+def test_rank_outside_the_group_is_an_error(ranks):
+    assert all("group must contain this rank" in rank["outside"] for rank in ranks[1:])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evakernels import _native
+from evakernels import _native, clip_loss, siglip_loss
+from evakernels.backends import observed_by
 from evakernels.reference.gelu import FORMS
 
 _C = pytest.importorskip("evakernels._C", reason="the native library is not built")
@@ -77,11 +78,11 @@ def test_norms_match_operators(dtype: torch.dtype, rms: bool, scaled: bool) -> N
         ((x, *affine), (EPS, rms), options),
         lambda y, *moments: ((dy, x, affine[0], *moments), (rms, [True, True]), {"rms": rms}),
     )
-    wanted = [scaled, True, True, scaled]
+    needs_grad = [scaled, True, True, scaled]
     pair(
         "add_layer_norm",
         ((residual, x, *affine, *scales), (EPS, rms), options),
-        lambda y, total, *moments: ((dy, dx, total, x, affine[0], *scales, *moments), (rms, wanted), {"rms": rms}),
+        lambda y, total, *moments: ((dy, dx, total, x, affine[0], *scales, *moments), (rms, needs_grad), {"rms": rms}),
     )
     pair(
         "layer_norm_add",
@@ -219,6 +220,29 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 def test_contrastive_statistics(op: str) -> None:
     image, text = (normal(rows, 16, dtype=torch.bfloat16) for rows in (30, 260))
     same(op, (image, text, torch.tensor(3.0), 5), ())
+
+
+@gpu_kernels
+@pytest.mark.parametrize("columns", [260, 261])
+def test_contrastive_gradients(columns: int) -> None:
+    image, text = (normal(rows, 16, dtype=torch.bfloat16) for rows in (30, columns))
+    inputs, of_rows, of_columns = (image, text, torch.tensor(3.0)), normal(30), normal(columns)
+    same("contrastive_dlogits", (of_rows, of_columns, of_rows, *inputs, of_rows, of_columns, 5), ())
+    for needs_gradients in (False, True):
+        same("siglip_dlogits", (*inputs, torch.tensor(-1.0), 5), ([needs_gradients],))
+
+
+@gpu_kernels
+def test_losses_use_gpu_kernels() -> None:
+    found = set()
+    image, text = (normal(30, 16, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(2))
+    with observed_by(lambda op, backend: found.add((op, backend))):
+        clip_loss(image, text, torch.tensor(3.0), memory_budget=0).backward()
+        siglip_loss(image, text, torch.tensor(3.0), torch.tensor(-1.0)).backward()
+        with torch.no_grad():
+            siglip_loss(image, text, torch.tensor(3.0), torch.tensor(-1.0))
+    ops = "contrastive_forward", "contrastive_backward", "siglip_forward", "siglip_value"
+    assert found >= {(op, "cpu") for op in ops}
 
 
 @gpu_kernels

@@ -244,6 +244,38 @@ def test_attention_of_few_heads_is_split(printed: Callable[..., str]) -> None:
 
 
 @needs_nvcc
+@pytest.mark.parametrize("gpu", ["a100", "h100", "b200"])
+def test_padded_swiglu_runs_the_plan_of_cards(printed: Callable[..., str], gpu: str) -> None:
+    """The kernels and blocks that 64 images of 257 tokens take run on five rows of 2,730 channels in 5,504 bytes."""
+    code = """if True:
+        import torch
+        native, run, plans = torch.ops.evakernels_native, launches._launch, []
+        def record(kernel, sizes, params, shared):
+            plans[-1].append((kernel.name, sizes[1], shared))
+            return run(kernel, sizes, params, shared) if rows == 5 else ""
+        launches._launch = record
+        weight, bias = torch.ones(2752), torch.zeros(2752)
+        weight[2730:] = 0
+        for rows in (5, 64 * 257):
+            plans.append([])
+            packed = torch.empty(rows, 2, 2752, dtype=torch.bfloat16)
+            if rows == 5:
+                packed.normal_()[..., 2730:] = 0
+            gate, up = packed.unbind(1)
+            out, mean, rstd = native.swiglu_forward(gate, up, weight, bias, 1e-6, 22)
+            native.swiglu_backward(gate, gate, up, weight, mean, rstd, [True, True], 22)
+            if rows == 5:
+                hidden = (torch.nn.functional.silu(gate.float()) * up)[:, :2730]
+                expected = torch.nn.functional.layer_norm(hidden, [2730], eps=1e-6)
+                torch.testing.assert_close(out[:, :2730].float(), expected, rtol=0.01, atol=0.01)
+                assert not out[:, 2730:].any()
+        assert plans[0] == plans[1], plans
+        assert not any("Staged" in name for name, *_ in plans[0])
+    """
+    printed(code, gpu=gpu)
+
+
+@needs_nvcc
 @pytest.mark.parametrize("plan", ["0", "x2", "9x1", "2x99", "2x2 "])
 def test_impossible_attention_plan_is_named(printed: Callable[..., str], plan: str) -> None:
     code = """if True:

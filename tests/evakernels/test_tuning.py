@@ -127,6 +127,18 @@ def test_measured_loss_times_follow_depth(folder, monkeypatch, op):
     assert tuning.times(op, {}, image).is_measured
 
 
+@pytest.mark.parametrize(
+    ("capability", "first"),
+    [(80, "cuda"), (86, "cuda"), (89, "cuda"), (90, "triton"), (100, "triton"), (120, "cuda")],
+)
+def test_predicted_times_order_loss_backends(monkeypatch, capability, first):
+    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("", capability))
+    image = torch.empty(9, 768, dtype=torch.bfloat16)
+    for op in ("contrastive_forward", "contrastive_backward", "siglip_forward", "siglip_value"):
+        times = tuning.times(op, {"image": image}, image)
+        assert backends.preference(times)[0] == first
+
+
 def test_predicted_times_are_of_known_ops_and_backends():
     for known in tuning.MICROSECONDS.values():
         assert known.keys() <= backends.ops().keys()

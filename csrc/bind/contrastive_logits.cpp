@@ -1,0 +1,126 @@
+// Statistics and gradients of contrastive logits on GPUs. contrastive.cpp has the operators for CPUs, which
+// call functions of torch; on GPUs Python code multiplies the gradients with the features.
+#include <limits>
+
+#include "bind/binding.h"
+#include "include/contrastive.h"
+
+namespace evakernels::gpu {
+namespace {
+
+ContrastiveFeatures read_features(Call& call, Input image_in, Input text_in, Input logit_scale,
+                                  int64_t offset) {
+  const Array image = call.read(image_in, "image"), text = call.read(text_in, "text");
+  const Array scale = call.read(logit_scale, "logit_scale");
+  require(image.sizes.size() == 2, "image must be [m, D]");
+  require_dtype(text, image.dtype);
+  require(text.sizes.size() == 2 && text.sizes[1] == image.sizes[1], "text must be [B, D]");
+  const int64_t rows = image.sizes[0], columns = text.sizes[0];
+  require(product(scale.sizes) == 1, "logit_scale must have one element");
+  require(rows > 0 && offset >= 0 && offset <= columns - rows, "offset must be 0 to B - m");
+  require(columns <= std::numeric_limits<int32_t>::max(), "text must have fewer than 2^31 rows");
+  require(image.dtype != DType::Float32, "the contrastive losses of float32 have no CUDA kernels");
+  return {
+      .image = image.data,
+      .text = text.data,
+      .logit_scale = scale.data,
+      .rows = rows,
+      .columns = columns,
+      .width = image.sizes[1],
+      .offset = offset,
+      .dtype = image.dtype,
+      .scale_dtype = scale.dtype,
+  };
+}
+
+// Rows are padded to an even number of columns.
+template <class Params>
+void add_dlogits(Call& call, bool needed, Output dlogits, Params& params) {
+  params.stride = params.columns + params.columns % 2;
+  const int64_t sizes[] = {params.rows, params.stride};
+  params.dlogits = call.output_if(needed, dlogits, "dlogits", sizes, params.dtype, params.dtype).data;
+}
+
+// `logits`: null if they aren't saved.
+void write_statistics(const char* op, Call& call, const ContrastiveFeatures& features, float* logits,
+                      Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max) {
+  ContrastiveStatistics params{features};
+  params.logits = logits;
+  params.row_lse = output_floats(call, row_lse, "row_lse", params.rows);
+  params.col_lse = output_floats(call, col_lse, "col_lse", params.columns);
+  params.positive = output_floats(call, positive, "positive", params.rows);
+  params.row_max = output_floats(call, row_max, "row_max", params.rows);
+  params.col_max = output_floats(call, col_max, "col_max", params.columns);
+  call.launch<nullptr, cuda::contrastive_forward>(op, params);
+}
+
+void contrastive_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
+                         Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max) {
+  write_statistics("contrastive_forward", call, read_features(call, image, text, logit_scale, offset),
+                   nullptr, row_lse, col_lse, positive, row_max, col_max);
+}
+
+void contrastive_kept_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
+                              Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max,
+                              Output logits) {
+  const ContrastiveFeatures features = read_features(call, image, text, logit_scale, offset);
+  const int64_t sizes[] = {features.rows, features.columns};
+  float* const saved = call.output(logits, "logits", sizes, DType::Float32).floats();
+  write_statistics("contrastive_kept_forward", call, features, saved, row_lse, col_lse, positive, row_max,
+                   col_max);
+}
+
+void contrastive_dlogits(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image, Input text,
+                         Input logit_scale, Input row_lse, Input col_lse, int64_t offset, Output dlogits) {
+  ContrastiveGradients params{read_features(call, image, text, logit_scale, offset)};
+  params.drow_lse = read_floats(call, drow_lse, "drow_lse", params.rows);
+  params.dcol_lse = read_floats(call, dcol_lse, "dcol_lse", params.columns);
+  params.dpositive = read_floats(call, dpositive, "dpositive", params.rows);
+  params.row_lse = read_floats(call, row_lse, "row_lse", params.rows);
+  params.col_lse = read_floats(call, col_lse, "col_lse", params.columns);
+  add_dlogits(call, true, dlogits, params);
+  call.launch<nullptr, cuda::contrastive_dlogits>("contrastive_dlogits", params);
+}
+
+void siglip_dlogits(Call& call, Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset,
+                    Output sums, Output dlogits, NeedsGrad needs_grad) {
+  SiglipGradients params{read_features(call, image, text, logit_scale, offset)};
+  const Array bias = call.read(logit_bias, "logit_bias");
+  require(product(bias.sizes) == 1, "logit_bias must have one element");
+  const int64_t sizes[] = {2, (params.rows + 127) / 128 * ((params.columns + 255) / 256) * kSiglipSums};
+  params.logit_bias = bias.data;
+  params.bias_dtype = bias.dtype;
+  params.sums = call.output(sums, "sums", sizes, DType::Float32).floats();
+  add_dlogits(call, needs_grad.at(0), dlogits, params);
+  call.launch<nullptr, cuda::siglip_dlogits>("siglip_dlogits", params);
+}
+
+}  // namespace
+
+EVAKERNELS_GPU_OPS(contrastive_logits, m) {
+  EVAKERNELS_OP(
+      m, contrastive_forward, "image"_a, "text"_a, "logit_scale"_a, "offset"_a, "row_lse"_a, "col_lse"_a,
+      "positive"_a, "row_max"_a, "col_max"_a,
+      R"(Writes log-sum-exps and maxima of logit_scale * image @ text^T, and the logits of the pairs.
+
+image: [m, D], text: [B, D], bfloat16 or float16; logit_scale: one element; row i of image belongs
+to row offset + i of text. row_lse, positive, row_max: float32 [m]; col_lse, col_max: float32 [B]. GPUs only.)");
+  EVAKERNELS_OP(m, contrastive_kept_forward, "image"_a, "text"_a, "logit_scale"_a, "offset"_a, "row_lse"_a,
+                "col_lse"_a, "positive"_a, "row_max"_a, "col_max"_a, "logits"_a,
+                "As contrastive_forward; also writes the logits, float32 [m, B].");
+  EVAKERNELS_OP(m, contrastive_dlogits, "drow_lse"_a, "dcol_lse"_a, "dpositive"_a, "image"_a, "text"_a,
+                "logit_scale"_a, "row_lse"_a, "col_lse"_a, "offset"_a, "dlogits"_a,
+                R"(Writes the gradients of the logits from those of the statistics, in the dtype of image.
+
+dlogits: [m, B], with B rounded up to even; drow_lse, dpositive, row_lse: float32 [m]; dcol_lse, col_lse: float32 [B].
+Others as for contrastive_forward.)");
+  EVAKERNELS_OP(
+      m, siglip_dlogits, "image"_a, "text"_a, "logit_scale"_a, "logit_bias"_a, "offset"_a, "sums"_a,
+      "dlogits"_a,
+      R"(Writes partial sums of the sigmoid loss and of the gradient of logit_bias, and, unless dlogits is None,
+gradients of the logits times 16,384.
+
+sums: float32 [2, 8 * ceil(m / 128) * ceil(B / 256)]; dlogits and others as for contrastive_dlogits.)");
+}
+
+}  // namespace evakernels::gpu
