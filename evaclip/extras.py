@@ -1,4 +1,4 @@
-"""The packages that the distribution asks for, by extra, and the error where one of them is missing."""
+"""Required packages by extra, and the error if one is missing."""
 
 import re
 from importlib import import_module
@@ -10,21 +10,16 @@ DISTRIBUTION = "evakernels"
 
 _FOR_DEVELOPERS = ("bench", "docs", "test", "test-all")
 _REQUIREMENT = re.compile(r"""^(?P<name>[\w.-]+)[^;]*(;.*extra\s*==\s*["'](?P<extra>[\w-]+)["'])?""")
-# Under what other name a package is imported can't be looked up where it is missing.
-_IMPORTED_AS = {
-    "faiss-cpu": "faiss",
-    "pillow": "PIL",
-    "pyyaml": "yaml",
-    "scikit-learn": "sklearn",
-}
+_IMPORTED_AS = {"faiss-cpu": "faiss", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+"""Modules of packages with another name; a missing package has no metadata."""
 
 
 def requirements() -> dict[str, list[str]]:
     """Names of the required packages by extra, "" for the core, as the installed distribution declares them.
 
-    Extras that serve work on the project itself are left out.
+    Extras for developers are left out.
     """
-    from importlib import metadata  # 30 ms, which only those wait for who ask
+    from importlib import metadata  # takes 30 ms
 
     found: dict[str, list[str]] = {"": []}
     try:
@@ -55,11 +50,15 @@ def import_extra(module: str) -> Any:
         raise with_remedy(exc) from exc
 
 
-def with_remedy(exc: Exception) -> Exception:
-    """The error with what to install, where it says that a package of an extra is missing; else as it is."""
+def with_remedy(exc: Exception, extra: str = "") -> Exception:
+    """Return a `UserError` with the install command if a package of an extra is missing, otherwise `exc`.
+
+    `extra` is named if it has the package, otherwise the first extra that has it.
+    """
     if isinstance(exc, ModuleNotFoundError):
-        for extra, packages in requirements().items():
-            for package in packages:
+        packages = requirements()
+        for name in (extra, *packages):
+            for package in packages.get(name, ()):
                 if exc.name == _IMPORTED_AS.get(package, package.replace("-", "_")):
-                    return UserError(f"the package {package} is not installed: {install_command(extra)}")
+                    return UserError(f"the package {package} is not installed: {install_command(name)}")
     return exc

@@ -84,15 +84,6 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def python_version(python: Path | str) -> str:
-    """Return the version of an interpreter, as 3.12."""
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    try:
-        return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as exc:
-        raise SystemExit(f"error: --python must be a version on PATH or an interpreter, got {python}: {exc}") from None
-
-
 def build_python(interpreter: str, version: str) -> Path:
     """Return a Python of this version that can build: the interpreter, or a new environment's."""
     folder = ROOT / "build/gpu-bundle-tools" / version
@@ -100,8 +91,7 @@ def build_python(interpreter: str, version: str) -> Path:
         if python.exists() and wheel.has_modules(python, *wheel.BUILD_MODULES):
             return python
     shutil.rmtree(folder, ignore_errors=True)
-    # The oldest torch: a library that is built with it loads with all later ones.
-    return wheel.environment(Path(interpreter), folder, torch=f"torch=={matrix.OLDEST_TORCH}.*")
+    return wheel.make_environment(interpreter, folder)
 
 
 def require_nvcc(python: Path, archs: Sequence[str]) -> None:
@@ -121,9 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu-bundle", help="default: build/gpu-bundle")
     args = parser.parse_args()
     archs = [arch if "-" in arch else f"{arch}-real" for arch in args.arch]
-    wanted = args.python
-    interpreter = matrix.pythons([wanted], [])[wanted] if re.fullmatch(r"3\.\d+", wanted) else wanted
-    version = python_version(interpreter)
+    version, interpreter = matrix.find_python(shutil.which(f"python{args.python}") or args.python)
     python = build_python(interpreter, version)
     require_nvcc(python, archs)
     out = args.out.absolute()

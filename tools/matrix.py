@@ -1,32 +1,31 @@
-"""Tries the wheels with every Python and torch that they are for, and prints a table in Markdown.
+"""Try the wheels with every Python and torch that they are for, and print a table in Markdown.
 
-    python tools/matrix.py dist [--python PATH ...] [--torch VERSION ...] [--out matrix.md]
+    python tools/matrix.py dist [--python PATH ...] [--torch VERSION ...]
 
-For each Python that has a wheel in the folder, and each torch: a new environment, torch and numpy from the package
-index, the wheel, and then `tools/wheel_check.py`, outside of the source tree. An environment takes up to 6 GB; one
-exists at a time. Pythons are found on PATH as python3.11 and so on; `--python` names others.
+For each torch and each Python with a wheel in the folder: a new environment, torch and the wheel with its requirements,
+and `tools/wheel_check.py`, outside of the source tree. uv installs, from PyPI or UV_DEFAULT_INDEX. An environment takes
+up to 6 GB. One exists at a time, and its packages are links into a cache that is emptied after each torch. uv finds
+Pythons on PATH; `--python` names others.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 CHECK = Path(__file__).with_name("wheel_check.py").resolve()
-OLDEST_TORCH = "2.11"
-HEADER = "| Python | torch | its CUDA | compiled library | ops against the reference | seconds to the first op |"
+TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
+OWN_BINARIES = ("torch", "triton")
+"""Packages with a wheel for each Python."""
 
 
 def wheels(folder: Path) -> dict[str, Path]:
-    """By Python, as 3.11."""
+    """Return the wheels by Python, as 3.11."""
     found = {}
     for path in sorted(folder.glob("evakernels-*.whl")):
         if tag := re.search(r"-cp3(\d+)-cp3\1-", path.name):
@@ -36,91 +35,86 @@ def wheels(folder: Path) -> dict[str, Path]:
     return found
 
 
-def pythons(versions: list[str], named: list[Path]) -> dict[str, str]:
-    """The interpreter of each version."""
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    found = {}
-    for path in named:
-        answer = subprocess.run([path, "-c", code], capture_output=True, text=True, check=True)
-        found[answer.stdout.strip()] = str(path)
-    for version in versions:
-        if version not in found:
-            found[version] = shutil.which(f"python{version}") or ""
-        if not found[version]:
-            raise SystemExit(f"error: no python{version} on PATH, and none given by --python")
-    return found
+def find_python(python: Path | str) -> tuple[str, str]:
+    """Return the version of an interpreter, as 3.12, and its absolute path."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
+    try:
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as exc:
+        raise SystemExit(f"error: --python must be a version on PATH or an interpreter, got {python}: {exc}") from None
+    version, _, path = found.strip().partition(" ")
+    return version, path
 
 
 def last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else ""
 
 
-def try_out(python: str, torch: str, wheel: Path) -> dict[str, Any]:
-    """What `CHECK` reports in a new environment, or an `error`."""
-    with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / "environment/bin/python"
-        requirement = "torch" if torch == "newest" else f"torch=={torch}.*"
-        commands: tuple[list[str | Path], ...] = (
-            [python, "-m", "venv", own.parents[1]],
-            [own, "-m", "pip", "install", "--quiet", "--no-compile", requirement, "numpy"],
-            [own, "-m", "pip", "install", "--quiet", "--no-deps", wheel],
-            [own, "-I", CHECK],
-        )
-        for command in commands:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return {"error": last_line(done.stderr) or f"{command[1:]} ended with {done.returncode}"}
-        report: dict[str, Any] = json.loads(last_line(done.stdout))
-        if not Path(report["file"]).is_relative_to(folder):
-            return {"error": f"the evakernels that was imported is {report['file']}"}
-        return report
+def install_uv(folder: Path) -> Path:
+    uv = folder / "uv/bin/uv"
+    subprocess.run([sys.executable, "-m", "venv", uv.parents[1]], check=True)
+    subprocess.run([uv.with_name("python"), "-m", "pip", "install", "--quiet", "uv"], check=True)
+    return uv
 
 
-def row(version: str, torch: str, report: dict[str, Any]) -> str:
-    if "error" in report:
-        return f"| {version} | {torch} | | fails: {report['error']} | | |"
-    cells = (
-        report["python"],
-        report["torch"],
-        report["cuda"] or "CPU build",
-        f"loaded, {report['isa']}",
-        f"{len(report['ops'])} families",
-        f"{sum(report['seconds'].values()):.1f}",
-    )
-    return f"| {' | '.join(cells)} |"
+def try_out(uv: Path, python: str, torch: str, wheel: Path) -> str:
+    """Return the version of torch in a new environment in which `CHECK` passes, or `fails: ...`."""
+    folder = uv.parents[2]
+    own = folder / "environment/bin/python"
+    environment = os.environ | {"UV_CACHE_DIR": str(folder / "cache"), "UV_PYTHON_DOWNLOADS": "never"}
+
+    def call(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    requirement = "torch" if torch == "newest" else f"torch=={torch}.*"
+    try:
+        call(uv, "venv", "--quiet", "--python", python, own.parents[1])
+        call(uv, "pip", "install", "--quiet", "--python", own, requirement, wheel)
+        report = json.loads(last_line(call(own, "-I", CHECK)))
+        call(uv, "cache", "clean", "--quiet", *OWN_BINARIES)
+    except subprocess.CalledProcessError as exc:
+        return f"fails: {last_line(exc.stderr) or f'{exc.cmd[1:]} ended with {exc.returncode}'}"
+    finally:
+        shutil.rmtree(own.parents[1], ignore_errors=True)
+    if not Path(report["file"]).is_relative_to(folder):
+        return f"fails: the evakernels that was imported is {report['file']}"
+    return str(report["torch"])
 
 
-def processor() -> str:
-    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    return names[0] if names else platform.machine()
+def try_all(found: dict[str, Path], interpreters: dict[str, str], torches: list[str]) -> dict[tuple[str, str], str]:
+    """Return the results of `try_out` by Python and torch; uv finds Pythons without an interpreter."""
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        uv = install_uv(folder)
+        for torch in torches:
+            for version, wheel in found.items():
+                print(f"Python {version}, torch {torch}: ", end="", file=sys.stderr, flush=True)
+                results[version, torch] = try_out(uv, interpreters.get(version, version), torch, wheel)
+                print(results[version, torch], file=sys.stderr, flush=True)
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+    return results
+
+
+def format_table(results: dict[tuple[str, str], str]) -> str:
+    """Return a row for each Python, a column for each torch."""
+    versions, torches = ({key[axis]: None for key in results} for axis in (0, 1))
+    lines = [f"| Python | {' | '.join(f'torch {torch}' for torch in torches)} |", "|---" * (len(torches) + 1) + "|"]
+    lines += [f"| {version} | {' | '.join(results[version, torch] for torch in torches)} |" for version in versions]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", type=Path, help="the folder with a wheel for each Python")
     parser.add_argument("--python", type=Path, action="append", default=[], help="an interpreter that isn't on PATH")
-    parser.add_argument("--torch", action="append", help=f"versions (default: {OLDEST_TORCH}, 2.13, newest)")
-    parser.add_argument("--out", type=Path, help="a file for the table too")
+    parser.add_argument("--torch", action="append", help=f"versions, or newest (default: {', '.join(TORCHES)})")
     arguments = parser.parse_args()
-    found = wheels(arguments.wheels)
-    interpreters = pythons(list(found), arguments.python)
-    lines = [HEADER, "|---" * HEADER[1:].count("|") + "|"]
-    failed = False
-    for version, wheel in found.items():
-        for torch in arguments.torch or (OLDEST_TORCH, "2.13", "newest"):
-            print(f"Python {version}, torch {torch} ...", file=sys.stderr, flush=True)
-            report = try_out(interpreters[version], torch, wheel)
-            failed |= "error" in report
-            lines.append(row(version, torch, report))
-            print(lines[-1], file=sys.stderr, flush=True)
-    machine = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
-    lines += ["", f"{datetime.date.today()}, {machine}, `python tools/matrix.py`; wheels: "]
-    lines[-1] += ", ".join(f"`{wheel.name}`" for wheel in found.values()) + "."
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
-    sys.exit(failed)
+    interpreters = dict(map(find_python, arguments.python))
+    results = try_all(wheels(arguments.wheels), interpreters, arguments.torch or list(TORCHES))
+    print(format_table(results))
+    sys.exit(any(result.startswith("fails") for result in results.values()))
 
 
 if __name__ == "__main__":

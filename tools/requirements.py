@@ -1,8 +1,8 @@
-"""Prints what pyproject.toml requires for the extras that are named, one requirement a line.
+"""Prints the requirements of extras in pyproject.toml, one a line.
 
     pip install $(python tools/requirements.py demo)
 
-installs all that an extra needs, without building the project itself.
+installs the packages of an extra without building the project.
 """
 
 import re
@@ -15,7 +15,7 @@ OWN_EXTRAS = re.compile(rf"{PROJECT['name']}\[(?P<names>[^\]]+)\]")
 
 
 def requirements(extra: str) -> set[str]:
-    """Those of one extra, and of the extras of this project that it names."""
+    """Return the requirements of an extra, and of the extras of this project that it names."""
     found: set[str] = set()
     for requirement in PROJECT["optional-dependencies"][extra]:
         own = OWN_EXTRAS.fullmatch(requirement)

@@ -31,6 +31,7 @@ def _add_emoji(verbs: Any) -> None:
         "emoji",
         help="build shards of captioned emoji pictures from installed packages",
         examples=["evaclip data emoji data/emoji", "evaclip data emoji data/emoji --style twemoji --skin-tones"],
+        extra="demo",
     )
     parser.add_argument("out", metavar="OUT", help="folder that the shards are written to")
     parser.add_argument("--style", choices=(*_STYLES, "both"), default="both", help="default: both")

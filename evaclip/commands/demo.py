@@ -16,7 +16,7 @@ _EXAMPLES = ("evaclip demo", "evaclip demo --out runs/demo --budget-minutes 8")
 def add_commands(subparsers: Any) -> None:
     """Add `demo` to the command line."""
     help = "train on emoji, evaluate on another style of drawing, write a report, and search in the images"
-    add = leaf(subparsers, "demo", _run, help=help, examples=_EXAMPLES).add_argument
+    add = leaf(subparsers, "demo", _run, help=help, examples=_EXAMPLES, extra="demo").add_argument
     folders = (("--out", RUN_FOLDER, "the run, its report and its store"), ("--data", DATA_FOLDER, "the shards"))
     for name, folder, content in folders:
         add(name, type=Path, default=folder, metavar="FOLDER", help=f"for {content} (default: %(default)s)")

@@ -45,9 +45,12 @@ def positive(text: str) -> float:
 
 
 def leaf(
-    subparsers: Any, name: str, run: Run | None = None, *, help: str, examples: Sequence[str] = ()
+    subparsers: Any, name: str, run: Run | None = None, *, help: str, examples: Sequence[str] = (), extra: str = ""
 ) -> argparse.ArgumentParser:
-    """Add the parser of a command that calls `run`, with `--debug`, and its examples in `--help`."""
+    """Add the parser of a command that calls `run`, with `--debug`, and its examples in `--help`.
+
+    A missing package is reported with `extra`, if that extra has it.
+    """
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
@@ -57,7 +60,7 @@ def leaf(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(parser=parser, run=run)
+    parser.set_defaults(parser=parser, run=run, extra=extra)
     return parser
 
 
@@ -92,12 +95,12 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals without a character of a bar or a name
-    debug = False
+    debug, extra = False, ""
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             _refuse(getattr(args, "parser", parser), unknown)
-        debug = args.debug
+        debug, extra = args.debug, args.extra
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -114,7 +117,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
             return 141
         if debug:
             raise
-        exc = with_remedy(raised)
+        exc = with_remedy(raised, extra)
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
         message = " ".join(str(exc).split())

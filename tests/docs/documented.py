@@ -72,7 +72,8 @@ class Page:
             case ["pip", *_]:
                 self._extras(command)
             case ["make", target]:
-                if not re.search(rf"^{target}:", (self.checkout / "Makefile").read_text("utf-8"), re.MULTILINE):
+                makefile = (self.checkout / "Makefile").read_text("utf-8")
+                if not re.search(rf"^(\S+ )*{target}( \S+)*:", makefile, re.MULTILINE):
                     raise ValueError(f"the Makefile has no target {target!r}")
             case ["pytest", *rest]:
                 self._files(rest)

@@ -1,23 +1,29 @@
-"""What is said where a package of an extra is missing; tests/packaging/test_clean_room.py has such an environment."""
+"""Errors of missing packages; tests/packaging/test_clean_room.py has an environment without extras."""
+
+import sys
 
 import pytest
 
 from evaclip import extras
+from evaclip.commands.main import main
 from evaclip.errors import UserError
 from evaclip.redact import redacted
 
 
-@pytest.mark.parametrize(
-    ("module", "package", "extra"),
-    [
-        ("PIL", "pillow", "clip"),
-        ("s3fs", "s3fs", "remote"),
-    ],
-)
+@pytest.mark.parametrize(("module", "package", "extra"), [("PIL", "pillow", "clip"), ("s3fs", "s3fs", "remote")])
 def test_missing_module_names_package(module: str, package: str, extra: str) -> None:
     error = extras.with_remedy(ModuleNotFoundError(f"No module named {module!r}", name=module))
     assert isinstance(error, UserError)
     assert str(error) == f"the package {package} is not installed: pip install 'evakernels[{extra}]'"
+
+
+def test_command_names_its_own_extra(monkeypatch, capsys) -> None:
+    """Though another extra, which comes first, has the package too."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "evaclip.demo.emoji", raising=False)
+    monkeypatch.delattr("evaclip.demo.emoji", raising=False)
+    assert main(["data", "emoji", "x"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'evakernels[demo]'\n")
 
 
 def test_other_errors_are_unchanged() -> None:

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+
+from tools.requirements import PROJECT, requirements
+from tools.wheel import write_settings
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("evakernels", "evaclip")
@@ -96,8 +98,8 @@ def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ..
     """
     env = folder / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
-    wanted = [Requirement(name) for name in tools]
-    wanted += [Requirement(text) for text in _declared(extra)]
+    declared = [*PROJECT["dependencies"], *(requirements(extra) if extra else ())]
+    wanted = [Requirement(text) for text in (*tools, *declared)]
     distributions = {found.name: found for found in _closure(wanted)}
     (site,) = env.glob("lib/python*/site-packages")
     for found in distributions.values():
@@ -107,8 +109,7 @@ def make_room(folder: Path, archive: Path, extra: str = "", tools: tuple[str, ..
     clean = {name: value for name, value in os.environ.items() if name not in (*COMPILER_SETTINGS, "PYTHONPATH")}
     result = subprocess.run(list(map(str, pip)), env=clean | environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    names = frozenset(distributions)
-    return Room(folder, names)
+    return Room(folder, frozenset(distributions))
 
 
 def tracked(*folders: str) -> set[str]:
@@ -125,37 +126,16 @@ def tracked_modules() -> list[str]:
 
 
 def build(kind: str, target: Path, project: Path = ROOT, **environment: str) -> Path:
-    """A "wheel" or an "sdist" of the project in `target`, made by setuptools as pip would call it.
-
-    What setuptools leaves in the project's folder otherwise, and would take up again, goes elsewhere.
-    """
+    """A "wheel" or an "sdist" of the project in `target`, made by setuptools as pip would call it."""
     target.mkdir(parents=True)
-    settings = target / "settings.cfg"
-    settings.write_text(f"[build]\nbuild_base={target}/build\n[egg_info]\negg_base={target}\n")
     code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(target)!r})"
     clean = {name: value for name, value in os.environ.items() if name not in COMPILER_SETTINGS}
     command = [sys.executable, "-c", code]
-    environment = clean | {"DIST_EXTRA_CONFIG": str(settings)} | environment
+    environment = clean | {"DIST_EXTRA_CONFIG": write_settings(target)} | environment
     result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     (built,) = [path for path in target.iterdir() if path.name.endswith((".whl", ".tar.gz"))]
     return built
-
-
-def _declared(extra: str) -> Iterator[str]:
-    """The requirements of this project, and of one of its extras."""
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    yield from project["dependencies"]
-    pending = [extra] if extra else []
-    while pending:
-        for text in project["optional-dependencies"][pending.pop()]:
-            own = Requirement(text)
-            if own.name == project["name"]:
-                pending += own.extras
-            else:
-                yield text
 
 
 def _closure(wanted: list[Requirement]) -> list[metadata.Distribution]:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -107,12 +106,12 @@ def test_wheel_with_native_library(wheel: Path, tmp_path: Path) -> None:
     names = names_in(wheel)
     assert {"evakernels/_ops.so", "evakernels/_build.json"} <= names
     assert len([name for name in names if re.fullmatch(r"evakernels/_C\..*\.so", name)]) == 1
+    assert not [name for name in names if ".libs/" in name], "auditwheel copied a library of this machine"
     native = report_of(wheel, unpacked)["native"]
     assert native["loaded"] is True
     assert native["reason"] is None
     assert native["isa"] == native["isas_available"][-1]
     assert native["version"] == wheel.name.split("-")[1]
-    assert_no_file_names(unpacked, str(ROOT), sys.prefix, sys.base_prefix, f"{tempfile.gettempdir()}/")
     assert_runs_under_any_python(unpacked / "evakernels/_ops.so")
     assert_module_takes_kernels_from_library(unpacked / "evakernels")
     assert_instruction_sets_share_no_symbol(ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
@@ -120,13 +119,6 @@ def test_wheel_with_native_library(wheel: Path, tmp_path: Path) -> None:
 
 def output_of(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def assert_no_file_names(unpacked: Path, *folders: str) -> None:
-    """The folders of the machine that built it."""
-    files = [path for path in unpacked.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    found = {(path, folder) for path in files for folder in folders if folder.encode() in path.read_bytes()}
-    assert not {(path, folder) for path, folder in found if folder not in ("/usr", "/usr/local")}
 
 
 def assert_module_takes_kernels_from_library(package: Path) -> None:
@@ -147,11 +139,10 @@ def assert_module_takes_kernels_from_library(package: Path) -> None:
 
 
 def assert_runs_under_any_python(library: Path) -> None:
-    symbols = output_of("nm", "-D", library)
+    # The symbols of the C and C++ runtimes have versions. libtorch's stable ABI is these C functions alone.
+    symbols = re.findall(r" U (\w+)$", output_of("nm", "-D", library), flags=re.MULTILINE)
     assert "torch_parallel_for" in symbols
-    assert not re.findall(r" U _?Py\w+", symbols)
-    # C++ symbols of libtorch would tie the library to one release.
-    assert not re.findall(r" U _ZN\w*(?:2at|3c10|5torch)\w*", symbols)
+    assert not [name for name in symbols if not name.startswith(("aoti_torch_", "torch_"))]
 
 
 def assert_instruction_sets_share_no_symbol(build: Path) -> None:

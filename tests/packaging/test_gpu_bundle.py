@@ -85,7 +85,7 @@ def run(*arguments, **environment):
 
 
 def test_unknown_python(tmp_path):
-    assert run("--python", "3.97") == "error: no python3.97 on PATH, and none given by --python\n"
+    assert "--python must be" in run("--python", "3.97")
     assert "--python must be" in run("--python", tmp_path / "python")
 
 

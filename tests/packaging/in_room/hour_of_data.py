@@ -44,15 +44,8 @@ def draw() -> None:
 draw()
 run("data", "check", str(MINE), "--workers", "0", "--json", "faults.json", status=1)
 assert "broken.png" in json.dumps(json.loads(Path("faults.json").read_text()))
-small = (
-    "name=mine",
-    "batch_size=8",
-    "data.workers=0",
-    "validation_split=0.25",
-    "schedule.epochs=null",
-    "schedule.steps=4",
-)
-small += ("schedule.warmup_fraction=null",)
+small = ("name=mine", "batch_size=8", "data.workers=0", "validation_split=0.25", "schedule.epochs=null")
+small += ("schedule.steps=4", "schedule.warmup_fraction=null")
 train = ("train", "finetune", "--train-data", str(MINE), "--model", "tiny", "--pretrained", "runs/tiny")
 run(*train, "--set", *small)
 convert = ("convert", "runs/mine", "mine.safetensors", "--to", "open_clip", "--model", "tiny")
