@@ -122,8 +122,7 @@ def exported(
         images = pack_images([torch.zeros(3, side, 2 * side)] * 2, side).to(weight.device, weight.dtype)
         patches, batch = {0: Dim("patches")}, {0: Dim("batch")}
         with torch.no_grad(), evakernels.as_torch_operators():
-            inputs = images.patches, images.positions, images.sizes, images.lengths
-            return torch.export.export(encoder, inputs, dynamic_shapes=(patches, patches, batch, batch))
+            return torch.export.export(encoder, images.tensors(), dynamic_shapes=(patches, patches, batch, batch))
     if tower == "image":
         weight = encoder.tower.pos_embed
         example = torch.zeros(2, 3, *encoder.tower.config.image_shape, dtype=weight.dtype, device=weight.device)
@@ -184,7 +183,7 @@ class _Encoder(nn.Module):
         if self.max_patches is not None:
             inputs = PackedImages(inputs, positions, sizes, lengths, self.max_patches)
         if self.dtype is not None and not inputs.is_floating_point():
-            inputs = _longest(inputs.long())
+            inputs = _longest(inputs.long()) if self.tower.config.causal else inputs.long()
         if self.dtype == "fp16" and inputs.is_floating_point():
             inputs = inputs.half()
         # bfloat16 is widened by nodes of the graph, as few runtimes have kernels for it.

@@ -18,9 +18,9 @@ from evaclip.model.config import CLIPConfig, Savings, TextConfig, find_model, ge
 from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.masked_image import MaskedImageModel
 from evaclip.model.vision_model import VisionModel
-from evaclip.model.vision_names import RELEASES, split_name, vision_config
+from evaclip.model.vision_names import RELEASES, UNTRAINED, split_name, vision_config
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import EvalTransform, PackedTransform, TrainTransform, image_transform
+from evaclip.transforms import EvalTransform, NativeSize, PackedTransform, TrainTransform, image_transform
 from evaclip.weights import find_weights, materialize, read_preprocess, start_image_tower, start_text_tower
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, read_open_clip_config
 from evaclip.weights.files import classifier_size, read_checkpoint, read_model_options, read_tensors
@@ -159,6 +159,8 @@ def create_vision_model(
     architecture, tag = split_name(model_name)
     tag = tag or next(iter(RELEASES[architecture]))
     release = RELEASES[architecture][tag]
+    if pretrained is True and tag == UNTRAINED:
+        raise UserError(f"pretrained must be a file or folder, as {architecture} has no released weights, got True")
     config = override(vision_config(architecture), overrides)
     if pretrained and pretrained_image:
         raise UserError("give either pretrained, for the whole model, or pretrained_image, for all but the classifier")
@@ -241,10 +243,10 @@ def create_model_and_transforms(
     savings: Savings | None = None,
     augmentation: Augmentation | None = None,
     **overrides: Any,
-) -> tuple[CLIP, TrainTransform, EvalTransform | PackedTransform]:
+) -> tuple[CLIP, TrainTransform | PackedTransform, EvalTransform | PackedTransform]:
     """`create_model`, and the transforms for training and for evaluation that belong to its weights.
 
-    That for evaluation packs images if `preprocess.max_patches` is set, as after training at native resolution.
+    They pack images if `preprocess.max_patches` is set, as after training at native resolution.
 
     Args:
         augmentation: of the transform for training; by default a random crop.
@@ -265,8 +267,12 @@ def create_model_and_transforms(
         **overrides,
     )
     vision, preprocess = model.config.vision, model.config.preprocess
-    training = TrainTransform(vision.image_size, preprocess, augmentation or Augmentation())
-    return model, training, image_transform(vision, preprocess)
+    options = preprocess, augmentation or Augmentation()
+    evaluation = image_transform(vision, preprocess)
+    if preprocess.max_patches is None:
+        return model, TrainTransform(vision.image_size, *options), evaluation
+    training = TrainTransform(NativeSize(vision.patch_size, preprocess.max_patches), *options)
+    return model, PackedTransform(training, vision.patch_size, vision.patch_dropout), evaluation
 
 
 def create_model_from_pretrained(
@@ -317,9 +323,10 @@ def get_tokenizer(model_name: str = "", context_length: int | None = None) -> To
 
 def tokenizer_of(config: TextConfig) -> Tokenizer | HFTokenizer:
     """The tokenizer of a text tower; raises UserError as `get_tokenizer`."""
-    if config.hf_model_name is None:
+    name = config.hf_tokenizer_name or config.hf_model_name
+    if name is None:
         return Tokenizer(config.context_length, config.vocab_size)
-    return HFTokenizer(config.hf_tokenizer_name or config.hf_model_name, config.context_length)
+    return HFTokenizer(name, config.context_length)
 
 
 def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
@@ -351,7 +358,8 @@ def list_vision_models(filter: str = "", pretrained: bool = False) -> list[str]:
     Example:
         `evaclip.list_vision_models("eva02_base*", pretrained=True)`
     """
-    names = [f"{name}.{tag}" for name, tags in RELEASES.items() for tag in tags] if pretrained else list(RELEASES)
+    names = [f"{name}.{tag}" for name, tags in RELEASES.items() for tag in tags if tag != UNTRAINED]
+    names = names if pretrained else list(RELEASES)
     return sorted(name for name in names if fnmatch(name, filter or "*"))
 
 

@@ -1,14 +1,14 @@
 """From a PIL image to the tensor or the packed patches that the vision tower takes.
 
-What a training transform draws at random depends on nothing but its seed: the same seed gives the same tensor
-in any thread, worker or process.
+The random draws of a training transform depend on its seed alone: the same seed gives the same tensor in any thread,
+worker or process.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from evaclip.model.packing import PackedImages, drop_patches, pack_images
 from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]
+Images = TypeVar("Images", Tensor, PackedImages)
 
 WHITE: Color = (255, 255, 255)
 _CROP_ATTEMPTS = 10
@@ -209,7 +210,7 @@ def image_transform(vision: VisionConfig, preprocess: Preprocess) -> EvalTransfo
 
 
 class Normalization:
-    """From levels to what the vision tower takes, on a device: to the bit what the transforms give on a CPU."""
+    """uint8 levels -> normalised float32 images, on a device; bit-exact with the transforms on a CPU."""
 
     def __init__(self, preprocess: Preprocess, device: torch.device | str = "cpu") -> None:
         # 255 is a tensor too: by a number GPUs don't divide, they multiply by its reciprocal.
@@ -218,11 +219,7 @@ class Normalization:
             for values in ((255.0,), preprocess.mean, preprocess.std)
         ]
 
-    @overload
-    def __call__(self, levels: Tensor) -> Tensor: ...
-    @overload
-    def __call__(self, levels: PackedImages) -> PackedImages: ...
-    def __call__(self, levels: Tensor | PackedImages) -> Tensor | PackedImages:
+    def __call__(self, levels: Images) -> Images:
         """float32 of uint8 `[..., 3, height, width]` or of packed images; anything but uint8 as it is."""
         if isinstance(levels, PackedImages):
             return replace(levels, patches=self(levels.patches.unflatten(1, (3, 1, -1))).flatten(1))
@@ -341,9 +338,8 @@ def _on_background(image: Image.Image, color: Color) -> Image.Image:
     """A transparent image laid on a colour; any other in its own mode, if Pillow can interpolate in that."""
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode in ("P", "1") else image
-    picture = image.convert("RGBA")
-    canvas = Image.new("RGBA", picture.size, (*color, 255))
-    return Image.alpha_composite(canvas, picture).convert("RGB")
+    canvas = Image.new("RGBA", image.size, (*color, 255))
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -393,10 +389,10 @@ def _mean_gray(image: Image.Image) -> int:
 
 
 def _turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """Moves all hues by this share of the colour circle."""
+    """Rotates all hues by this share of the colour circle."""
     hue, saturation, value = image.convert("HSV").split()
-    turned = np.asarray(hue) + np.uint8(int(share * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+    rotated = np.asarray(hue) + np.uint8(int(share * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(rotated), saturation, value)).convert("RGB")
 
 
 def _levels(image: Image.Image) -> Tensor:

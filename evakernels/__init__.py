@@ -13,10 +13,12 @@ from .dropin import ChangedModuleWarning, accelerate, restore
 from .nn import layers
 from .ops import *  # noqa: F403 - each is listed there
 from .optim import clip_grad_norm_
+from .packing import Packing
 
 __all__ = [
     "BackendError",
     "ChangedModuleWarning",
+    "Packing",
     "ReferenceWarning",
     "__version__",
     "accelerate",

@@ -22,8 +22,9 @@ except ImportError as error:
     raise type(error)(text, name=error.name) from error
 
 from .dropin._dispatch import dispatches_to
-from .dropin._packing import Packing, read_mask
+from .dropin._packing import read_mask
 from .ops import rope_attention
+from .packing import Packing
 from .triton import MAX_HEAD_DIM
 
 NAME = "evakernels"
@@ -80,7 +81,7 @@ def attend(
     packing = None
     reason = _why_not(query, key, value, dropout, options)
     if reason is None and attention_mask is not None:
-        packing = _packing_of(module, query, key, attention_mask)
+        packing = _packing_of(module, query, attention_mask)
         reason = "an attention mask other than padding" if packing is None else None
     if reason is not None:
         if not torch.compiler.is_compiling():
@@ -91,7 +92,7 @@ def attend(
         return result
     q, k, v = (part.transpose(1, 2) for part in (query, key, value))
     if packing is not None:
-        return _attend_packed(q, k, v, packing, scaling), None
+        return packing.unpack(packing.attend(*map(packing.pack, (q, k, v)), scale=scaling)), None
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal, tokens = bool(is_causal and q.shape[1] > 1), q.shape[1]
@@ -130,12 +131,10 @@ _packings = WeakTensorKeyDictionary()
 """Version, batch and packing of each mask, which the layers of a model share."""
 
 
-def _packing_of(module: Any, query: Tensor, key: Tensor, mask: Tensor) -> Packing | None:
+def _packing_of(module: Any, query: Tensor, mask: Tensor) -> Packing | None:
     """The packing of a self-attention's mask; None if it isn't one of padded keys, and in compiled code."""
     cls: Any = type(module)
     if torch.compiler.is_compiling() or not _is_self_attention(cls) or mask.dim() != 4:
-        return None
-    if key.shape[2] != query.shape[2]:
         return None
     tokens = query.transpose(1, 2)
     if mask.is_inference():  # without a version that shows changes in place
@@ -153,12 +152,6 @@ def _packing_of(module: Any, query: Tensor, key: Tensor, mask: Tensor) -> Packin
 def _is_self_attention(cls: Any) -> bool:
     """Whether the module's queries and keys are the same tokens, so that padded queries can be left out."""
     return _INPUTS.issuperset(inspect.signature(cls.forward).parameters)
-
-
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None) -> Tensor:
-    """Attention of the real tokens; `[B, N, H, D]` with zeros at the others."""
-    parts = (packing.pack(part.flatten(2)).unflatten(2, part.shape[2:]) for part in (q, k, v))
-    return packing.unpack(packing.attend(*parts, scale=scaling).flatten(2)).view(q.shape)
 
 
 AttentionInterface.register(NAME, attend)

@@ -94,19 +94,11 @@ class DataConfig:
     result maps a PIL image and a seed to float32 [3, height, width], or to uint8, which the device normalises."""
 
     @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
+    def _check_together(self) -> Self:
         if self.mixture and self.train:
             raise ValueError(f"mixture names the data sets, so train must be '', got train={self.train!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _max_patches_needs_native(self) -> Self:
         if self.max_patches is not None and self.resize is None:
             raise ValueError(f"max_patches={self.max_patches} needs resize=native")
-        return self
-
-    @model_validator(mode="after")
-    def _template_has_a_place(self) -> Self:
         if "{}" not in self.caption_template:
             raise ValueError(f"caption_template must contain '{{}}', got {self.caption_template!r}")
         return self

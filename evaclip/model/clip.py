@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from evaclip.model.config import CLIPConfig, Savings
 from evaclip.model.hf_text import HFTextTower
-from evaclip.model.layout import Layout
 from evaclip.model.packing import PackedImages
 from evaclip.model.text import TextTower
 from evaclip.model.vision import VisionTower
+from evakernels import Packing
 
 
 class CLIP(nn.Module):
@@ -32,7 +32,7 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig, savings: Savings | None = None) -> None:
         super().__init__()
         savings = savings or Savings()
-        self.visual = VisionTower(config.vision, config.embed_dim, savings)
+        self.visual = VisionTower(config.vision, config.image_projection, savings)
         self.text: TextTower | HFTextTower
         if config.text.hf_model_name is None:
             self.text = TextTower(config.text, config.embed_dim, savings)
@@ -71,8 +71,8 @@ class CLIP(nn.Module):
         """Freeze the image tower (LiT, Zhai et al. 2022, arXiv 2111.07991); call before the optimizer is made.
 
         Args:
-            unlocked_groups: groups that stay trainable, from the output: the projection, the last block with the norm
-                after it, each block before it, the embeddings.
+            unlocked_groups: groups that stay trainable, from the output: the projection or attention pooling, the last
+                block with the norm after it, each block before it, the embeddings.
             freeze_bn_stats: no effect, as there is no batch norm.
 
         Example:
@@ -103,7 +103,7 @@ class CLIP(nn.Module):
         features = self.visual(images, token_index)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False, *, layout: Layout | None = None) -> Tensor:
+    def encode_text(self, tokens: Tensor, normalize: bool = False, *, layout: Packing | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`; `layout` as in `TextTower`."""
         features = self.text(tokens, layout)
         return F.normalize(features, dim=-1) if normalize else features
@@ -128,7 +128,7 @@ class CLIP(nn.Module):
         tokens: Tensor,
         *,
         token_index: Tensor | None = None,
-        layout: Layout | None = None,
+        layout: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(image_features, text_features, logit_scale.exp())`, features `[B, embed_dim]` of length 1.
 

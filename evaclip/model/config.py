@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 from evaclip.errors import UserError, unknown_name
 
-Mlp = Literal["gelu", "swiglu"]
+Mlp = Literal["gelu", "gelu_tanh", "swiglu"]
+TextMlp = Literal["gelu", "gelu_tanh"]
 NormKind = Literal["layer_norm", "rms_norm"]
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "squash"]
-Pool = Literal["token", "mean"]
+Pool = Literal["token", "mean", "attention"]
 HFPooler = Literal["mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler", "last_pooler"]
 HFProjection = Literal["mlp", "linear"]
 Recompute = Literal["none", "activations", "block"]
@@ -38,6 +39,8 @@ ALIASES = {
     "BAAI/EVA-CLIP-8B": "EVA-CLIP-8B",
     "BAAI/EVA-CLIP-8B-448": "EVA-CLIP-8B-plus",
     "BAAI/EVA-CLIP-18B": "EVA-CLIP-18B",
+    "google/siglip2-base-patch16-naflex": "SigLIP2-B-16-NaFlex",
+    "google/siglip2-so400m-patch16-naflex": "SigLIP2-SO400M-16-NaFlex",
     "timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k": "EVA01-CLIP-g-14",
     "timm/eva_giant_patch14_plus_clip_224.merged2b_s11b_b114k": "EVA01-CLIP-g-14-plus",
     "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k": "EVA02-CLIP-B-16",
@@ -115,7 +118,12 @@ class VisionConfig:
             factor.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         patch_dropout: share of the patches that training drops (FLIP, Li et al. 2022).
-        pool: input of the head: the class token, or the mean of the patches.
+        pool: input of the head: the class token, the mean of the patches, or the output of an attention pooling layer,
+            which in a CLIP is the embedding.
+        prefix_tokens: learned tokens in front of the patches, 0 to 16: the class token, which `token` pools, then
+            registers (Darcet et al. 2024, arXiv 2309.16588).
+        pos_interpolation, pos_antialias: how the position embedding is resized to images of another size.
+        pos_square: resize it to a square of the image's longer side and crop it: patches keep their aspect ratio.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -138,12 +146,21 @@ class VisionConfig:
     drop_path: float = 0.0
     patch_dropout: float = 0.0
     pool: Pool = "token"
+    prefix_tokens: int = 1
+    pos_interpolation: Interpolation = "bicubic"
+    pos_antialias: bool = False
+    pos_square: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, list | tuple):
             object.__setattr__(self, "image_size", _pair(self.image_size))
         _check_fields("vision", self)
         _check_choice("vision.pool", self.pool, Pool)
+        _check_choice("vision.pos_interpolation", self.pos_interpolation, Interpolation)
+        _check(
+            self.pool != "token" or self.prefix_tokens > 0,
+            "vision.prefix_tokens must be 1 or more with pool=token, got 0",
+        )
         _check_choice("vision.mlp", self.mlp, Mlp)
         _check_choice("vision.norm", self.norm, NormKind)
         _check_heads("vision", self.width, self.heads)
@@ -173,7 +190,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches in an image, without the class token."""
+        """Patches in an image, without prefix tokens."""
         rows, columns = self.grid
         return rows * columns
 
@@ -190,14 +207,17 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower: a causal pre-norm transformer (CLIP, Radford et al. 2021). Lengths in tokens.
+    """The text tower: a pre-norm transformer (CLIP, Radford et al. 2021). Lengths in tokens.
 
     With `hf_model_name` it is an encoder of transformers with a pooler and a projection, under open_clip's options.
     `vocab_size`, `width`, `layers`, `heads` and `mlp_ratio` are then those of the encoder.
 
     Attributes:
+        causal: tokens see earlier ones only, and the end token is pooled. False: they see all, padding too, and the
+            last position is pooled (SigLIP, Zhai et al. 2023, arXiv 2303.15343).
+        proj_bias: a bias on the projection.
         hf_model_name: folder, or name on the Hugging Face hub, of the encoder, such as `xlm-roberta-base`.
-        hf_tokenizer_name: folder or name of the tokenizer; None for the tokenizer of `hf_model_name`.
+        hf_tokenizer_name: folder or name of the tokenizer; None for the tokenizer of `hf_model_name`, or CLIP's.
         hf_model_pretrained: start from the weights of `hf_model_name`, where no weights of the whole model are given.
         hf_pooler_type: mean or maximum over tokens, the first token (`cls_pooler`: after the encoder's own pooling
             layer), or the last token.
@@ -211,6 +231,9 @@ class TextConfig:
     heads: int = 8
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-5
+    mlp: TextMlp = "gelu"
+    causal: bool = True
+    proj_bias: bool = False
     hf_model_name: str | None = None
     hf_tokenizer_name: str | None = None
     hf_model_pretrained: bool = True
@@ -219,6 +242,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_fields("text", self)
+        _check_choice("text.mlp", self.mlp, TextMlp)
         _check_choice("text.hf_pooler_type", self.hf_pooler_type, HFPooler)
         if self.hf_proj_type is not None:
             _check_choice("text.hf_proj_type", self.hf_proj_type, HFProjection)
@@ -254,6 +278,16 @@ class CLIPConfig:
 
     def __post_init__(self) -> None:
         _check_fields("model", self)
+        width = self.vision.width
+        _check(
+            self.vision.pool != "attention" or self.embed_dim == width,
+            f"embed_dim must be vision.width {width} with vision.pool=attention, got {self.embed_dim}",
+        )
+
+    @property
+    def image_projection(self) -> int:
+        """Outputs of the image tower's projection; 0 for none, as an attention pooling layer gives the embedding."""
+        return 0 if self.vision.pool == "attention" else self.embed_dim
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain data; `override(CLIPConfig(), ...)` is the inverse."""
@@ -402,6 +436,8 @@ def _check_fields(part: str, config: Any) -> None:
             accepted, expected = number or value is None, "a number, or null"
         elif entry.name in _RATES:
             accepted, expected = number and 0 <= value < 1, "0 <= rate < 1"
+        elif entry.name == "prefix_tokens":
+            accepted, expected = number and isinstance(value, int) and 0 <= value <= 16, "0 to 16"
         elif isinstance(entry.default, int):
             accepted, expected = number and isinstance(value, int) and value > 0, "a positive integer"
         elif isinstance(entry.default, float) or entry.default is None:

@@ -21,7 +21,7 @@ def flops_per_sample(
         savings: memory options; see docs/scale.md for the effect of each.
         text_tokens: length of the caption with start and end token; None for the full context.
     """
-    image = vision_flops(config.vision, config.embed_dim, token_keep, savings)
+    image = vision_flops(config.vision, config.image_projection, token_keep, savings)
     return image + text_flops(config.text, config.embed_dim, savings, text_tokens)
 
 
@@ -31,8 +31,11 @@ def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0, 
     embedded = kept if savings.early_drop else config.num_patches
     embedding = embedded * config.width * 3 * config.patch_size**2
     mlp_matrices = 3 if config.mlp == "swiglu" else 2
-    blocks = _block_macs(config, 1 + kept, mlp_matrices * config.hidden, savings)
-    return 2 * (embedding + blocks + config.width * embed_dim)
+    blocks = _block_macs(config, config.prefix_tokens + kept, mlp_matrices * config.hidden, savings)
+    head = config.width * embed_dim
+    if config.pool == "attention":
+        head += config.width * ((2 * kept + 1) * config.width + 2 * kept + 2 * config.hidden)
+    return 2 * (embedding + blocks + head)
 
 
 def masked_image_flops(config: VisionConfig, features: int, masked: int, decoder_layers: int = 0) -> int:
@@ -53,7 +56,9 @@ def masked_image_flops(config: VisionConfig, features: int, masked: int, decoder
 
 def text_flops(config: TextConfig, embed_dim: int, savings: Savings = PLAIN, text_tokens: int | None = None) -> int:
     """FLOPs of one text, forward; `text_tokens` matters for packed texts."""
-    tokens = text_tokens if savings.pack_text and text_tokens is not None else config.context_length
+    tokens = config.context_length
+    if savings.pack_text and config.causal and text_tokens is not None:
+        tokens = text_tokens
     return 2 * (_block_macs(config, tokens, 2 * config.hidden, savings) + config.width * embed_dim)
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from evaclip.errors import UserError
 from evaclip.extras import import_extra
 from evaclip.model.config import Savings, TextConfig
-from evaclip.model.layout import Layout
 from evaclip.model.text import check_tokens
 from evaclip.model.tower import Tower
 from evaclip.tokenizer import clean
-from evakernels import accelerate
+from evakernels import Packing, accelerate
 
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
@@ -148,7 +147,7 @@ class HFTextTower(Tower):
         """Freeze the encoder except its last layers; the projection, which has start values, is always trained."""
         super().lock(unlocked_groups + 1)
 
-    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Packing | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, N at most the context length.
 
         Args:
@@ -165,15 +164,15 @@ class HFTextTower(Tower):
         tokens = tokens[:, : layout.length]
         mask = tokens != self.pad_id
         found = self.transformer(input_ids=tokens, attention_mask=mask.long())
-        embeddings: Tensor = self.proj(self._pool(found, mask, layout.last))
+        embeddings: Tensor = self.proj(self._pool(found, mask, layout.lengths - 1))
         return embeddings
 
-    def layout(self, tokens: Tensor) -> Layout:
+    def layout(self, tokens: Tensor) -> Packing:
         """All rows of token ids `[B, N]` up to the longest text's length; may synchronize with their device."""
         last = self.end_positions(tokens)
         readable = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0
         length = int(last.max()) + 1 if readable and self.savings.pack_text else tokens.shape[1]
-        return Layout.padded(tokens)._replace(length=length, last=last)
+        return Packing.padded(last + 1, length)
 
     def end_positions(self, tokens: Tensor) -> Tensor:
         """Position of each text's last token, int64 `[B]`."""

@@ -43,7 +43,7 @@ class MaskedImageModel(VisionModel):
     """
 
     embeddings: ClassVar[tuple[str, ...]] = (*VisionModel.embeddings, "mask_token")
-    projection: ClassVar[str] = "lm_head"
+    projection = "lm_head"
 
     def __init__(
         self,
@@ -54,11 +54,9 @@ class MaskedImageModel(VisionModel):
         preprocess: Preprocess | None = None,
         savings: Savings | None = None,
     ) -> None:
-        if config.pool != "token" or config.patch_dropout:
-            raise UserError(
-                f"masked image modelling needs pool=token and patch_dropout=0, got pool={config.pool} and "
-                f"patch_dropout={config.patch_dropout:g}"
-            )
+        for name, only in (("pool", "token"), ("prefix_tokens", 1), ("patch_dropout", 0)):
+            if (value := getattr(config, name)) != only:
+                raise UserError(f"{name} must be {only} for masked image modelling, got {value}")
         if decoder_layers and not config.rope:
             raise UserError(
                 "rope must be True for dropped patches, as the decoder needs the positions of visible ones, got False: "
@@ -84,6 +82,7 @@ class MaskedImageModel(VisionModel):
         if self.decoder_norm is not None:
             self.decoder_norm.reset_parameters()
         with torch.no_grad():
+            assert self.cls_token is not None
             for parameter in (self.cls_token, self.pos_embed, self.mask_token):
                 # Normal, truncated at one standard deviation. torch's function redraws as often as necessary: the
                 # random states of ranks with shards of a parameter would diverge.
@@ -140,6 +139,7 @@ class MaskedImageModel(VisionModel):
         patches = self.patch_embed(images)
         token = self.mask_token.to(patches.dtype).expand(*masked.shape, -1)
         patches = patches.scatter(1, _columns(masked, patches), token)
+        assert self.cls_token is not None
         x = token_dropout(patches, None, prefix=self.cls_token[0], pos_embed=self._positions())
         x = self.run_blocks(self.blocks, x, *self._tables(), pooled_last=False)
         predicted: Tensor = self.last_norm(x[:, 1:].gather(1, _columns(masked, x)))
@@ -158,9 +158,6 @@ class MaskedImageModel(VisionModel):
         x = self.run_blocks(self.decoder_blocks, x, *self._tables(), pooled_last=False)
         predicted: Tensor = self.decoder_norm(x[:, 1:].gather(1, _columns(masked, x)))
         return predicted
-
-    def _tables(self) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None) if self.rope is None else (self.rope.cos, self.rope.sin, None, None)
 
 
 def _columns(index: Tensor, tokens: Tensor) -> Tensor:

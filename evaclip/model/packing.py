@@ -42,12 +42,12 @@ class PackedImages:
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """The images of all parts, on one device."""
-        patches, positions, sizes, lengths = map(torch.cat, zip(*(part._tensors() for part in parts), strict=True))
+        patches, positions, sizes, lengths = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
         return cls(patches, positions, sizes, lengths, max(part.max_length for part in parts))
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
-        """The images with `move` applied to every tensor."""
-        patches, positions, sizes, lengths = map(move, self._tensors())
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The images with `function` applied to every tensor."""
+        patches, positions, sizes, lengths = map(function, self.tensors())
         return type(self)(patches, positions, sizes, lengths, self.max_length)
 
     def to(
@@ -58,14 +58,15 @@ class PackedImages:
         non_blocking: bool = False,
     ) -> Self:
         """The images on `device`, the patches in `dtype`; None changes nothing."""
-        images = self.moved(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if device else self
+        images = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if device else self
         return images if dtype is None else replace(images, patches=images.patches.to(dtype))
 
     def pin_memory(self) -> Self:
         """The images in pinned memory; a `DataLoader` calls it."""
-        return self.moved(lambda tensor: tensor.pin_memory())
+        return self.map(Tensor.pin_memory)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Patches, positions, sizes and lengths."""
         return self.patches, self.positions, self.sizes, self.lengths
 
 

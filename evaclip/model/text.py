@@ -1,4 +1,4 @@
-"""The text tower: the causal transformer of CLIP (Radford et al. 2021), with exact GELU."""
+"""The text tower: the transformer of CLIP (Radford et al. 2021), or of SigLIP (Zhai et al. 2023)."""
 
 from typing import ClassVar
 
@@ -7,24 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import Savings, TextConfig
-from evaclip.model.layout import Layout
 from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.tower import ResidualBlock, Tower
-from evakernels import gelu, packed_attention, rope_attention
+from evakernels import Packing, gelu, rope_attention
 from evakernels.nn import Linear, linear
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
-    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings for less work.
+    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings of a causal tower for less work.
 
-    The text tower packs captions by itself, under `torch.compile` as `Savings.pack_text` says: otherwise call this
-    before the compiled code. It synchronizes with the device.
+    The text tower packs captions by itself, under `torch.compile` with the setting of `Savings.pack_text`. Without that
+    setting, call this before the compiled code. It synchronizes with the device.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
 
 
 class TextAttention(nn.Module):
-    """Causal multi-head self-attention, one packed projection with bias. `[T, width]` -> same."""
+    """Multi-head self-attention, one packed projection with bias. `[T, width]` -> same."""
 
     linear_weights: ClassVar[tuple[str, ...]] = ("in_proj_weight",)
 
@@ -35,29 +34,27 @@ class TextAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.width))
         self.out_proj = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, layout: Layout, pooled: bool = False) -> Tensor:
+    def forward(self, x: Tensor, layout: Packing, pooled: bool = False) -> Tensor:
         """`layout` describes the rows of `x`; `pooled` computes only the end tokens' rows, `[B, width]`."""
         out = self._attend_ends(x, layout) if pooled else self._attend_all(x, layout)
         projected: Tensor = self.out_proj(out)
         return projected
 
-    def _attend_all(self, x: Tensor, layout: Layout) -> Tensor:
+    def _attend_all(self, x: Tensor, layout: Packing) -> Tensor:
         q, k, v = self._heads(linear(x, self.in_proj_weight, self.in_proj_bias))
         if layout.rows is None:
-            # No token of a caption sees the padding after it.
+            # With a causal mask no token of a caption sees the padding after it.
             grid = (part.unflatten(0, (layout.batch, layout.length)) for part in (q, k, v))
-            return rope_attention(*grid, causal=True).flatten(0, 1).flatten(1)
-        return packed_attention(q, k, v, layout.cu_seqlens, max_seqlen=layout.length).flatten(1)
+            return rope_attention(*grid, causal=layout.causal).flatten(0, 1).flatten(1)
+        return layout.attend(q, k, v).flatten(1)
 
-    def _attend_ends(self, x: Tensor, layout: Layout) -> Tensor:
+    def _attend_ends(self, x: Tensor, layout: Packing) -> Tensor:
         width = x.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
-        q = linear(layout.at_ends(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
-        k, v = self._heads(layout.spread(linear(x, kv_weight, kv_bias)))
-        mask = layout.before_ends()[:, None, None]
-        q, k, v = q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
+        q = linear(layout.last(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
+        k, v = self._heads(linear(x, kv_weight, kv_bias))
+        return layout.attend_once(q, k, v).flatten(1)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[..., parts * width]` -> each part, `[..., heads, head_dim]`."""
@@ -67,15 +64,16 @@ class TextAttention(nn.Module):
 
 
 class TextMlp(nn.Module):
-    """MLP with exact GELU. `[T, width]` -> same."""
+    """MLP with GELU. `[T, width]` -> same."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.width, config.hidden)
         self.c_proj = Linear(config.hidden, config.width)
+        self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(gelu(self.c_fc(x), approximate=self.approximate))
         return out
 
 
@@ -104,13 +102,13 @@ class TextBlock(ResidualBlock):
         self.ln_1.reset_parameters()
         self.ln_2.reset_parameters()
 
-    def attend(self, stream: Stream, layout: Layout, pooled: bool = False) -> tuple[Tensor, Tensor]:
+    def attend(self, stream: Stream, layout: Packing, pooled: bool = False) -> tuple[Tensor, Tensor]:
         """`layout` and `pooled` as in `TextAttention`."""
         # A pooled block reads y twice: gradients of a 16-bit y would be summed in 16 bits.
         y, x = stream.read(self.ln_1, None if pooled else product_dtype(stream.x))
-        return layout.at_ends(x) if pooled else x, self.attn(y, layout, pooled)
+        return layout.last(x) if pooled else x, self.attn(y, layout, pooled)
 
-    def mix(self, x: Tensor, branch: Tensor, layout: Layout | None = None) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, layout: Packing | None = None) -> Stream:
         y, x = self.ln_2.of_sum(x, branch, out_dtype=product_dtype(x))
         return Stream(x, self.mlp(y))
 
@@ -124,10 +122,11 @@ class Transformer(nn.Module):
 
 
 class TextTower(Tower):
-    """Token ids -> one embedding per text, taken at the end token."""
+    """Token ids -> one embedding per text, taken at the end token or at the last position."""
 
     embeddings: ClassVar[tuple[str, ...]] = ("positional_embedding", "token_embedding")
-    projection: ClassVar[str] = "text_projection"
+    projection = "text_projection"
+    text_projection_bias: nn.Parameter | None
 
     def __init__(self, config: TextConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)
@@ -137,10 +136,14 @@ class TextTower(Tower):
         self.transformer = Transformer(config)
         self.ln_final = Norm(config.width, eps=config.norm_eps)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        bias = nn.Parameter(torch.empty(embed_dim)) if config.proj_bias else None
+        self.register_parameter("text_projection_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize as CLIP."""
+        if self.text_projection_bias is not None:
+            nn.init.zeros_(self.text_projection_bias)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.config.width**-0.5)
@@ -149,11 +152,11 @@ class TextTower(Tower):
             block.reset_parameters(self.layers)
         self.ln_final.reset_parameters()
 
-    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Packing | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, N at most the context length.
 
-        The embedding is taken at the first occurrence of the largest id in each row, which is the end token;
-        later tokens have no influence.
+        A causal tower takes the embedding at the first occurrence of the largest id in each row, which is the end
+        token; later tokens have no influence. Others take it at the last position, and all tokens have influence.
 
         Args:
             tokens: int64 or int32.
@@ -167,24 +170,39 @@ class TextTower(Tower):
         if layout is None:
             layout = self.layout(tokens)
         x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, layout), layout)
-        at_ends = x if self.savings.pooled_last_block else layout.at_ends(x)
-        embeddings: Tensor = self.ln_final(at_ends) @ self.text_projection
-        return embeddings
+        ends = x if self.savings.pooled_last_block else layout.last(x)
+        embeddings: Tensor = self.ln_final(ends) @ self.text_projection
+        return embeddings if self.text_projection_bias is None else embeddings + self.text_projection_bias
 
-    def layout(self, tokens: Tensor) -> Layout:
-        """The tower's layout of token ids `[B, N]`; may synchronize with their device."""
-        if torch.compiler.is_compiling():
+    def layout(self, tokens: Tensor) -> Packing:
+        """The captions of token ids `[B, N]` up to their ends, packed or padded; may synchronize with their device.
+
+        In a graph of `torch.compile` only the number of packed rows depends on the data.
+        """
+        lengths, length, compiling = self.end_positions(tokens) + 1, tokens.shape[1], torch.compiler.is_compiling()
+        if compiling:
             # The number of rows depends on the data, which only some graphs allow.
             packable = not torch.compiler.is_exporting() and torch._dynamo.config.capture_dynamic_output_shape_ops
         else:
             packable = not tokens.is_meta and len(tokens) > 0
-        return Layout.packed(tokens) if packable and self.savings.pack_text else Layout.padded(tokens)
+        if not (packable and self.savings.pack_text and self.config.causal):
+            return Packing.padded(lengths, length, causal=self.config.causal)
+        length = length if compiling else int(lengths.max())
+        real = torch.arange(length, device=tokens.device) < lengths.unsqueeze(1)
+        rows = real.flatten().nonzero().squeeze(1)
+        if compiling:
+            torch._check(rows.shape[0] >= tokens.shape[0])
+            torch._check(rows.shape[0] <= tokens.numel())
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+        return Packing(tokens.shape[0], length, rows, cu_seqlens, lengths, length, causal=True)
 
     def end_positions(self, tokens: Tensor) -> Tensor:
-        """Position of each caption's end token, int64 `[B]`: the first occurrence of its largest id."""
-        return tokens.argmax(dim=-1)
+        """Position of each caption's pooled token, int64 `[B]`: the first occurrence of its largest id, or the last."""
+        if self.config.causal:
+            return tokens.argmax(dim=-1)
+        return torch.full_like(tokens[:, 0], tokens.shape[1] - 1, dtype=torch.int64)
 
-    def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def _embed(self, tokens: Tensor, layout: Packing) -> Tensor:
         """Token embeddings with positions, rows `[T, width]`."""
         tokens = tokens[:, : layout.length]
         if layout.rows is None:

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import evakernels
 from evaclip.model.config import Recompute, Savings
-from evaclip.model.layout import Layout
 from evaclip.model.norm import Stream
+from evakernels import Packing
 
 _keep_attention = partial(create_selective_checkpoint_contexts, evakernels.checkpoint_policy())
 _BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
         """Returns the rows of the residual stream to continue with, and the attention branch to add."""
 
     @abstractmethod
-    def mix(self, x: Tensor, branch: Tensor, layout: Layout | None = None) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, layout: Packing | None = None) -> Stream:
         """Everything from the residual add of the attention branch to the end of the block."""
 
 
@@ -83,7 +83,7 @@ class Tower(nn.Module):
 
     embeddings: ClassVar[tuple[str, ...]]
     """First parts of the names of parameters before the first block."""
-    projection: ClassVar[str]
+    projection: str
     """First part of the names of parameters after the last norm."""
 
     def __init__(self, layers: int, savings: Savings) -> None:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from evaclip.model.config import Savings, VisionConfig
-from evaclip.model.layout import Layout
 from evaclip.model.norm import Norm
 from evaclip.model.packing import PackedImages
 from evaclip.model.tower import Tower
-from evaclip.model.vision_block import INIT_STD, Block, class_tokens, reset_linear, vision_norm
-from evakernels import sample_token_index, token_dropout
+from evaclip.model.vision_block import INIT_STD, AttentionPool, Block, class_tokens, reset_linear, vision_norm
+from evakernels import Packing, sample_token_index, token_dropout
 from evakernels.nn import axial_rope, linear
 
 _HEAD_INIT_FACTOR = 0.001
@@ -122,7 +121,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTower(Tower):
-    """Images -> one embedding per image, taken at the class token, or from the mean of the patches.
+    """Images -> one embedding per image, from the class token, the mean of the patches, or attention to them.
 
     Args:
         config: of the tower.
@@ -136,7 +135,7 @@ class VisionTower(Tower):
     """
 
     embeddings: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed", "cls_token")
-    projection: ClassVar[str] = "head"
+    projection = "head"
 
     def __init__(self, config: VisionConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)
@@ -144,17 +143,21 @@ class VisionTower(Tower):
         self.num_patches = config.num_patches
         self.patch_dropout = config.patch_dropout
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(empty(1, 1, config.width))
-        self.pos_embed = nn.Parameter(empty(1, 1 + config.num_patches, config.width))
+        prefix, width = config.prefix_tokens, config.width
+        self.cls_token = nn.Parameter(empty(1, prefix, width)) if prefix else None
+        self.pos_embed = nn.Parameter(empty(1, prefix + config.num_patches, width))
         self.resizing: Tensor | None
         self.register_buffer("resizing", None, persistent=False)
         self.rope = RotaryTable(config) if config.rope else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
         # After mean pooling the last norm has another name.
-        of_tokens = config.pool == "token"
-        self.norm = vision_norm(config, config.width) if of_tokens else None
-        self.fc_norm = None if of_tokens else vision_norm(config, config.width)
+        is_mean = config.pool == "mean"
+        self.norm = None if is_mean else vision_norm(config, width)
+        self.fc_norm = vision_norm(config, width) if is_mean else None
+        self.attn_pool = AttentionPool(config) if config.pool == "attention" else None
         self.head = nn.Linear(config.width, embed_dim, bias=config.qkv_bias) if embed_dim else None
+        if self.head is None and self.attn_pool is not None:
+            self.projection = "attn_pool"
         self.register_load_state_dict_post_hook(_table_follows_weights)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
@@ -162,11 +165,14 @@ class VisionTower(Tower):
         """Initialize as EVA-CLIP."""
         self.patch_embed.proj.reset_parameters()
         for parameter in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=INIT_STD)
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=INIT_STD)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.reset_parameters()
         self.last_norm.reset_parameters()
+        if self.attn_pool is not None:
+            self.attn_pool.reset_parameters()
         self.reset_head()
 
     def reset_head(self) -> None:
@@ -176,7 +182,7 @@ class VisionTower(Tower):
 
     @property
     def last_norm(self) -> Norm:
-        """The norm before the head."""
+        """The norm before the head or the pooling."""
         norm = self.norm or self.fc_norm
         assert norm is not None
         return norm
@@ -184,8 +190,8 @@ class VisionTower(Tower):
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
         """Change the image size without changing parameters.
 
-        The position embedding keeps the grid of `config` and is resized in every forward pass: bicubic, as for weights
-        of another image size, but by a matmul with a fixed matrix, which has a deterministic gradient.
+        The position embedding keeps the grid of `config` and is resized in every forward pass, as for weights of
+        another image size, but by a matmul with a fixed matrix, which has a deterministic gradient.
 
         Raises:
             UserError: for a size that isn't a multiple of the patch size.
@@ -193,7 +199,7 @@ class VisionTower(Tower):
         self.present = replace(self.config, image_size=image_size)
         self.num_patches = self.present.num_patches
         own = self.present.grid == self.config.grid
-        self.resizing = None if own else resizing(self.config.grid, self.present.grid).to(self.cls_token.device)
+        self.resizing = None if own else resizing(self.config, self.present.grid).to(self.pos_embed.device)
         if self.rope is not None:
             self.rope.resize(self.present)
 
@@ -220,39 +226,49 @@ class VisionTower(Tower):
 
     def pool(self, images: Tensor | PackedImages, token_index: Tensor | None = None) -> Tensor:
         """Input of the head, `[B, width]`; arguments as for `forward`."""
-        of_tokens, layout = self.config.pool == "token", None
-        if isinstance(images, PackedImages):
-            x, context = self._start_packed(images, token_index)
-            layout = context[-1]
-        else:
-            x, context = self.start(images, token_index)
-        x = self.run_blocks(self.blocks, x, *context, pooled_last=of_tokens)
+        start: Any = self._start_packed if isinstance(images, PackedImages) else self.start
+        x, context = start(images, token_index)
+        is_token, layout = self.config.pool == "token", context[-1]
+        x = self.run_blocks(self.blocks, x, *context, pooled_last=is_token)
+        if not is_token:
+            return self.pool_patches(x if self.norm is None else self.norm(x), layout)
         # A norm is per token: only the class token's is needed.
-        if of_tokens:
-            x = x[:, 0] if x.dim() == 3 else class_tokens(x, layout)[:, 0]
-        else:
-            x = x[:, 1:].mean(1) if layout is None else layout.mean_before_ends(x)
-        normed: Tensor = self.last_norm(x)
+        normed: Tensor = self.last_norm(x[:, 0] if x.dim() == 3 else class_tokens(x, layout)[:, 0])
+        return normed
+
+    def pool_patches(self, x: Tensor, layout: Packing | None = None) -> Tensor:
+        """Pool the patches of tokens `[B, N, width]`, or of packed rows, for the head, `[B, width]`."""
+        prefix = self.config.prefix_tokens
+        if layout is not None:
+            layout = layout._replace(lengths=layout.lengths - prefix)
+        elif self.attn_pool is not None:
+            x = x[:, prefix:]
+            layout = Packing.padded(torch.full((x.shape[0],), x.shape[1], device=x.device), x.shape[1])
+            x = x.flatten(0, 1)
+        if self.attn_pool is not None and layout is not None:
+            return self.attn_pool(x, layout)  # type: ignore[no-any-return]
+        mean = x[:, prefix:].mean(1) if layout is None else _mean(x, layout)
+        normed: Tensor = self.last_norm(mean)
         return normed
 
     def tokens(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
-        """Outputs of the last block `[B, 1 + K, width]`, class token first, without the last norm."""
+        """Outputs of the last block `[B, P + K, width]`, P prefix tokens first, without the last norm."""
         x, context = self.start(images, token_index)
         return self.run_blocks(self.blocks, x, *context, pooled_last=False)
 
     def start(self, images: Tensor, token_index: Tensor | None = None) -> tuple[Tensor, tuple[Any, ...]]:
-        """Input of the first block: tokens `[B, 1 + K, width]`, and the other arguments of every block."""
+        """Input of the first block: tokens `[B, P + K, width]`, and the other arguments of every block."""
         self._check(images)
         if token_index is None and self.training and self.patch_dropout > 0:
             keep = self.num_kept_patches()
             token_index = sample_token_index(images.shape[0], self.num_patches, keep, device=images.device)
-        x = self._embed(images, token_index)
-        if self.rope is None:
-            return x, (None, None, None, None)
-        return x, (self.rope.cos, self.rope.sin, token_index, None)
+        return self._embed(images, token_index), self._tables(token_index)
+
+    def _tables(self, token_index: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return (None,) * 4 if self.rope is None else (self.rope.cos, self.rope.sin, token_index, None)
 
     def _start_packed(self, images: PackedImages, token_index: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
-        """As `start`, with the class token of each image after its patches: rows `[T + B, width]`."""
+        """As `start`, with the P prefix tokens of each image after its patches, reversed: rows `[T + B P, width]`."""
         columns = self.patch_embed.proj.weight[0].numel()
         if token_index is not None:
             raise ValueError("token_index must be None with packed images: drop_patches(images, share) drops patches")
@@ -260,43 +276,48 @@ class VisionTower(Tower):
             raise ValueError(f"images.patches must have shape [T, {columns}], got {tuple(images.patches.shape)}")
         _require_normalized(images.patches)
         count, batch = images.patches.shape[0], images.sizes.shape[0]  # len would fix the batch of a program
-        layout = Layout.of_lengths(images.lengths + 1, count + batch, images.max_length + 1)
-        # Row r of image b is patch r - b, but for the image's last row.
-        sequences, rows = layout.sequences(), torch.arange(count + batch, device=images.lengths.device)
-        is_class = rows == layout.cu_seqlens[sequences + 1] - 1
-        order = torch.where(is_class, count + sequences, rows - sequences)
-        sizes = images.sizes[sequences]
-        places = F.pad(images.positions, (0, 0, 0, batch))[order]  # class tokens at the first cell, without rotation
+        prefix = self.config.prefix_tokens
+        total = count + prefix * batch
+        layout = Packing.of_lengths(images.lengths + prefix, total, images.max_length + prefix)
+        # Row r of image b is patch r - b P, but for the image's last P rows.
+        samples, rows = layout.samples(), torch.arange(total, device=images.lengths.device)
+        from_end = layout.cu_seqlens[samples + 1] - 1 - rows
+        is_prefix = from_end < prefix
+        order = torch.where(is_prefix, count + prefix * samples + from_end, rows - prefix * samples)
+        sizes = images.sizes[samples]
+        # Prefix tokens are at the first cell, without rotation.
+        places = F.pad(images.positions, (0, 0, 0, total - count))[order]
         x = self.patch_embed(images.patches)
-        first, positions = self.pos_embed[0].split([1, self.config.num_patches])
+        first, positions = self.pos_embed[0].split([prefix, self.config.num_patches])
         with torch.autocast(positions.device.type, enabled=False):
-            weights = _resizing_of_cells(places, sizes, self.config.grid)
+            weights = _resizing_of_cells(places, sizes, self.config)
             positions = (weights @ positions.float()).to(first.dtype)
-        x = torch.cat((x, self.cls_token[0].expand(batch, -1))).index_select(0, order)
-        x = x + torch.where(is_class.unsqueeze(1), first, positions)
-        if self.rope is None:
-            return x, (None, None, None, layout)
-        return x, (*self.rope.of_cells(places, sizes), rows, layout)
+        if self.cls_token is not None:
+            tokens = (self.cls_token[0] + first).expand(batch, -1, -1).flatten(0, 1)
+            x = torch.cat((x, tokens)).index_select(0, order)
+            positions = positions.masked_fill(is_prefix.unsqueeze(1), 0)
+        tables = (None, None, None) if self.rope is None else (*self.rope.of_cells(places, sizes), rows)
+        return x + positions, (*tables, layout)
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Every patch through the last norm and the head, `[B, num_patches, embed_dim]`."""
-        patches: Tensor = self.last_norm(self.tokens(images)[:, 1:])
+        patches: Tensor = self.last_norm(self.tokens(images)[:, self.config.prefix_tokens :])
         return patches if self.head is None else self.head(patches)
 
     def _embed(self, images: Tensor, token_index: Tensor | None) -> Tensor:
-        """Class token and kept patches with their positions, `[B, 1 + K, width]`."""
-        prefix, pos_embed = self.cls_token[0], self._positions()
+        """Prefix tokens and kept patches with their positions, `[B, P + K, width]`."""
+        prefix, pos_embed = None if self.cls_token is None else self.cls_token[0], self._positions()
         if token_index is None or not self.savings.early_drop:
             return token_dropout(self.patch_embed(images), token_index, prefix=prefix, pos_embed=pos_embed)
-        first, positions = pos_embed.split([1, self.num_patches])
+        first, positions = pos_embed.split([self.config.prefix_tokens, self.num_patches])
         patches = self.patch_embed.embed_kept(images, token_index) + F.embedding(token_index, positions)
-        return torch.cat(((prefix + first).expand(len(images), -1, -1), patches), 1)
+        return patches if prefix is None else torch.cat(((prefix + first).expand(len(images), -1, -1), patches), 1)
 
     def _positions(self) -> Tensor:
-        """Position embedding of the class token and of all patches of the current size, `[1 + num_patches, width]`."""
+        """Position embedding of prefix tokens and of all patches of the current size, `[P + num_patches, width]`."""
         if self.resizing is None:
             return self.pos_embed[0]
-        first, patches = self.pos_embed[0].split([1, self.config.num_patches])
+        first, patches = self.pos_embed[0].split([self.config.prefix_tokens, self.config.num_patches])
         with torch.autocast(patches.device.type, enabled=False):
             # Offloaded parameters are gathered on the GPU.
             resized = self.resizing.to(patches.device).float() @ patches.float()
@@ -312,41 +333,66 @@ class VisionTower(Tower):
         return images
 
 
+def _mean(x: Tensor, layout: Packing) -> Tensor:
+    """Packed rows `[T, width]` -> mean of each sequence, `[B, width]`."""
+    return (layout.unpack(x) * layout.mask().unsqueeze(2)).sum(1) / layout.lengths.unsqueeze(1).to(x.dtype)
+
+
 def _require_normalized(pixels: Tensor) -> None:
     if not pixels.is_floating_point():
         raise TypeError(f"images must be normalized floating-point pixels, got {pixels.dtype}")
 
 
-def resizing(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """The float32 matrix `[new rows * columns, old rows * columns]` that resizes values of a grid of patches."""
-    identity = torch.eye(math.prod(old)).unflatten(1, old).unsqueeze(0)
-    return F.interpolate(identity, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
+def resizing(config: VisionConfig, new: tuple[int, int]) -> Tensor:
+    """The float32 matrix `[new rows * columns, old rows * columns]` that resizes values of the grid of `config`."""
+    identity = torch.eye(config.num_patches).unflatten(1, config.grid).unsqueeze(0)
+    return resize_grid(identity, config, new, config.pos_antialias).flatten(2)[0].T.contiguous()
 
 
-def _resizing_of_cells(places: Tensor, sizes: Tensor, old: tuple[int, int]) -> Tensor:
+def resize_grid(values: Tensor, config: VisionConfig, new: tuple[int, int], antialias: bool) -> Tensor:
+    """Interpolate `[1, C, rows, columns]` for the cells of the grid `new`."""
+    size = (max(new), max(new)) if config.pos_square else new
+    resized = F.interpolate(values, size, mode=config.pos_interpolation, align_corners=False, antialias=antialias)
+    return resized[..., : new[0], : new[1]]
+
+
+def _resizing_of_cells(places: Tensor, sizes: Tensor, config: VisionConfig) -> Tensor:
     """Rows of `resizing` for the cells `places` in grids of `sizes`, int64 `[T, 2]` each: float32 `[T, old cells]`.
 
     On the device, as one matrix per size would wait for the sizes and depend on them in a compiled graph.
     """
-    rows, columns = (_bicubic(places[:, axis], sizes[:, axis], old[axis]) for axis in range(2))
+    if config.pos_square:
+        sizes = sizes.amax(1, keepdim=True).expand(-1, 2)
+    rows, columns = (_interpolation(places[:, axis], sizes[:, axis], config.grid[axis], config) for axis in range(2))
     return (rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1)
 
 
-def _bicubic(places: Tensor, sizes: Tensor, old: int) -> Tensor:
-    """Weights `[T, old]` of the old cells along one axis, by the cubic kernel with a = -0.75 of `F.interpolate`."""
+def _interpolation(places: Tensor, sizes: Tensor, old: int, config: VisionConfig) -> Tensor:
+    """Weights `[T, old]` of the old cells along one axis, as of `F.interpolate`."""
     center = (places + 0.5) * (old / sizes) - 0.5
+    if config.pos_antialias:
+        far = (torch.arange(old, device=places.device) - center.unsqueeze(1)).abs()
+        weights = _kernel(far / (old / sizes).clamp(min=1).unsqueeze(1), config, -0.5)
+        return weights / weights.sum(1, keepdim=True)
     cell = center.floor()
     offsets = torch.arange(-1, 3, device=places.device)
-    far = (cell - center).unsqueeze(1).add(offsets).abs()
-    kernel = torch.where(far <= 1, (1.25 * far - 2.25) * far**2 + 1, ((3.75 - 0.75 * far) * far - 6) * far + 3)
+    kernel = _kernel((cell - center).unsqueeze(1).add(offsets).abs(), config, -0.75)
     # Cells beyond the border are the border's.
     taps = (cell.long().unsqueeze(1) + offsets).clamp(0, old - 1)
     is_tap = taps.unsqueeze(2) == torch.arange(old, device=places.device)
     return (kernel.unsqueeze(2) * is_tap).sum(1)
 
 
+def _kernel(far: Tensor, config: VisionConfig, a: float) -> Tensor:
+    """The linear kernel, or the cubic one with parameter `a`, at distances `far`, in cells."""
+    if config.pos_interpolation == "bilinear":
+        return (1 - far).clamp(min=0)
+    near = ((a + 2) * far - (a + 3)) * far**2 + 1
+    return torch.where(far <= 1, near, (((a * far - 5 * a) * far + 8 * a) * far - 4 * a) * (far < 2))
+
+
 def _table_follows_weights(tower: nn.Module, _: Any) -> None:
     # `load_state_dict(assign=True)` gives a tower on the meta device real weights, but no table.
     assert isinstance(tower, VisionTower)
-    if tower.rope is not None and tower.rope.cos.device != tower.cls_token.device:
-        tower.rope.fill(tower.cls_token.device)
+    if tower.rope is not None and tower.rope.cos.device != tower.pos_embed.device:
+        tower.rope.fill(tower.pos_embed.device)

@@ -3,16 +3,13 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaclip.model.config import VisionConfig
-from evaclip.model.layout import Layout
 from evaclip.model.norm import Norm, Stream, product_dtype
 from evaclip.model.tower import ResidualBlock
-from evakernels import gelu, packed_attention, rope_attention
-from evakernels.nn import Linear, SwiGLU, linear
-from evakernels.reference.rope_attention import rotate_rounded
+from evakernels import Packing, gelu, rope_attention
+from evakernels.nn import Linear, SwiGLU, linear, rotate
 
 INIT_STD = 0.02
 
@@ -37,9 +34,9 @@ def cast_once(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def class_tokens(x: Tensor, layout: Layout | None) -> Tensor:
+def class_tokens(x: Tensor, layout: Packing | None) -> Tensor:
     """`[B, 1, ...]` of tokens `[B, N, ...]`, or of packed rows `[T, ...]`."""
-    return x[:, :1] if layout is None else layout.at_ends(x).unsqueeze(1)
+    return x[:, :1] if layout is None else layout.last(x).unsqueeze(1)
 
 
 def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +59,7 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.heads, self.num_prefix = config.heads, config.prefix_tokens
         if config.sub_norm:
             self.q_proj = Linear(width, width, bias=False)
             self.k_proj = Linear(width, width, bias=False)
@@ -95,7 +92,7 @@ class Attention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
-        layout: Layout | None = None,
+        layout: Packing | None = None,
         pooled: bool = False,
     ) -> Tensor:
         """`cos` and `sin` as in `RotaryTable`, `token_index` the patches in `x`; None for all.
@@ -105,22 +102,21 @@ class Attention(nn.Module):
         """
         q, k, v = self._project(x, layout, pooled)
         if layout is None:
-            # The class token, before the patches, has no position in the image and isn't rotated.
-            out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=1)
+            # The tokens before the patches have no position in the image and aren't rotated.
+            out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=self.num_prefix)
         elif pooled:
-            out = _attend_classes(q, k, v, cos, sin, layout)
+            # The class token isn't rotated.
+            k = k if cos is None or sin is None else rotate(k, cos.unsqueeze(1), sin.unsqueeze(1))
+            out = layout.attend_once(q.squeeze(1), k, v).unsqueeze(1)
         else:
-            cu_seqlens, longest = layout.cu_seqlens, layout.length
-            out = packed_attention(
-                q, k, v, cu_seqlens, max_seqlen=longest, cos=cos, sin=sin, positions=token_index, causal=False
-            )
+            out = layout.attend(q, k, v, cos=cos, sin=sin, positions=token_index)
         out = out.flatten(-2)
         if self.sub_norm and self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out, out.dtype)  # the projection's dtype, under autocast too
         projected: Tensor = self.proj(out)
         return projected
 
-    def _project(self, x: Tensor, layout: Layout | None, pooled: bool) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, layout: Packing | None, pooled: bool) -> tuple[Tensor, ...]:
         """q, k, v, `[..., heads, head_dim]`; of q only the class token if `pooled`."""
         width, queried = x.shape[-1], class_tokens(x, layout) if pooled else x
         parts: tuple[Tensor, ...]
@@ -139,26 +135,17 @@ class Attention(nn.Module):
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
 
 
-def _attend_classes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout) -> Tensor:
-    """Attention of the class tokens `[B, 1, heads, head_dim]`, which aren't rotated, to packed keys and values."""
-    if cos is not None and sin is not None:
-        k = rotate_rounded(k, (cos.unsqueeze(1), sin.unsqueeze(1)), interleaved=True)
-    k, v = (layout.spread(part.flatten(1)).unflatten(2, part.shape[1:]) for part in (k, v))
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    mask = layout.before_ends()[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
 class GeluMlp(nn.Module):
-    """MLP with exact GELU. `[..., width]` -> same."""
+    """MLP with GELU. `[..., width]` -> same."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.width, config.hidden)
         self.fc2 = Linear(config.hidden, config.width)
+        self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(gelu(self.fc1(x)))
+        out: Tensor = self.fc2(gelu(self.fc1(x), approximate=self.approximate))
         return out
 
 
@@ -218,7 +205,7 @@ class Block(ResidualBlock):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
-        layout: Layout | None = None,
+        layout: Packing | None = None,
         pooled: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The other arguments as for `Attention`."""
@@ -229,7 +216,7 @@ class Block(ResidualBlock):
         branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, layout, pooled)
         return class_tokens(x, layout) if pooled else x, branch
 
-    def mix(self, x: Tensor, branch: Tensor, layout: Layout | None = None) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, layout: Packing | None = None) -> Stream:
         row_scale = self._row_scale(x, layout)
         if self.post_norm:
             x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
@@ -237,7 +224,7 @@ class Block(ResidualBlock):
         y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale, product_dtype(x))
         return Stream(x, self.mlp(cast_once(y)), self.gamma_2, self._row_scale(x, layout))
 
-    def _row_scale(self, x: Tensor, layout: Layout | None) -> Tensor | None:
+    def _row_scale(self, x: Tensor, layout: Packing | None) -> Tensor | None:
         """Stochastic depth (Huang et al. 2016): 0 where the branch is skipped, else 1 / keep. `[B]`, or `[T]`."""
         if not self.training or self.drop_path == 0:
             return None
@@ -245,4 +232,36 @@ class Block(ResidualBlock):
         packed = layout if x.dim() == 2 else None
         images = x.shape[0] if packed is None else packed.batch
         scale = torch.rand(images, device=x.device).lt(keep).to(x.dtype) / keep
-        return scale if packed is None else scale[packed.sequences()]
+        return scale if packed is None else scale[packed.samples()]
+
+
+class AttentionPool(nn.Module):
+    """Attention of a learned query to the patches of each image, then an MLP (SigLIP, Zhai et al. 2023).
+
+    The names of its parameters are timm's.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
+        self.norm = vision_norm(config, width)
+        self.mlp = GeluMlp(config)
+
+    def reset_parameters(self) -> None:
+        """Initialize as timm."""
+        nn.init.trunc_normal_(self.latent, std=self.latent.shape[2] ** -0.5)
+        for layer in (self.q, self.kv, self.proj, self.mlp.fc1, self.mlp.fc2):
+            reset_linear(layer)
+        self.norm.reset_parameters()
+
+    def forward(self, x: Tensor, patches: Packing) -> Tensor:
+        """Rows `[T, width]` -> `[B, width]`; `patches` has the patches of each image."""
+        q = self.q(self.latent[0]).expand(patches.batch, -1)
+        parts = (part.unflatten(1, (self.heads, -1)) for part in (q, *self.kv(x).chunk(2, dim=1)))
+        pooled: Tensor = self.proj(patches.attend_once(*parts).flatten(1))
+        pooled = pooled + self.mlp(self.norm(pooled))
+        return pooled

@@ -42,15 +42,13 @@ class VisionModel(VisionTower):
         self.preprocess = preprocess or Preprocess()
 
     def forward_features(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
-        """Tokens `[B, 1 + K, width]`, class token first; after the last norm, unless that follows the pooling."""
+        """Tokens `[B, P + K, width]`, prefix tokens first; after the last norm, unless that follows the pooling."""
         tokens = self.tokens(images, token_index)
         return tokens if self.norm is None else self.norm(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits `[B, num_classes]` from the outputs of `forward_features`, or the classifier's input."""
-        x = tokens[:, 0] if self.config.pool == "token" else tokens[:, 1:].mean(1)
-        if self.fc_norm is not None:
-            x = self.fc_norm(x)
+        x = tokens[:, 0] if self.config.pool == "token" else self.pool_patches(tokens)
         return x if pre_logits or self.head is None else self.head(x)
 
     def encode_image(self, images: Tensor | PackedImages, normalize: bool = False) -> Tensor:
@@ -79,7 +77,7 @@ class VisionModel(VisionTower):
             stream = block(stream, *context, False)
             if index in chosen:
                 x = stream.total()
-                patches = (x if self.norm is None or not norm else self.norm(x))[:, 1:]
+                patches = (x if self.norm is None or not norm else self.norm(x))[:, self.config.prefix_tokens :]
                 outputs[index] = patches.transpose(1, 2).unflatten(2, self.present.grid)
         x = stream.total()
         return x if self.norm is None else self.norm(x), [outputs[index] for index in chosen]

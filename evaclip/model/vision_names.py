@@ -1,4 +1,4 @@
-"""Image models of the EVA series under timm's names, and their released weights."""
+"""Image models of the EVA series and NaFlexVits under timm's names, and their released weights."""
 
 import re
 from dataclasses import dataclass
@@ -23,12 +23,28 @@ _SIZES: dict[str, dict[str, object]] = {
         **_PLAIN,
     },
 }
+_NAFLEX = {**_PLAIN, "image_size": 256, "mlp_ratio": 4.0, "pos_antialias": True}
+_SCALED = {**_NAFLEX, "layer_scale_init": 1e-5}
+_SO150M = {**_SCALED, "width": 832, "layers": 21, "heads": 13, "mlp_ratio": 34 / 13}
+_SIGLIP = {**_NAFLEX, "mlp": "gelu_tanh", "pool": "attention", "prefix_tokens": 0, "pos_interpolation": "bilinear"}
+_NAFLEX_MODELS: dict[str, dict[str, object]] = {
+    "naflexvit_base_patch16_gap": {**_SCALED, "pool": "mean", "prefix_tokens": 4},
+    "naflexvit_base_patch16_par_gap": {**_SCALED, "pool": "mean", "prefix_tokens": 4, "pos_square": True},
+    "naflexvit_base_patch16_map": {**_SCALED, "pool": "attention"},
+    "naflexvit_so150m2_patch16_reg1_gap": {**_SO150M, "pool": "mean"},
+    "naflexvit_so150m2_patch16_reg1_map": {**_SO150M, "pool": "attention"},
+    "naflexvit_base_patch16_siglip": _SIGLIP,
+    "naflexvit_so400m_patch16_siglip": {**_SIGLIP, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
+}
 _NAME = re.compile(r"(?P<size>eva\w*?_[a-z]+)_patch(?P<patch>\d+)(?P<clip>_clip)?_(?P<image>\d+)")
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _CENTRE = Preprocess(crop=0.9)
 _WHOLE = Preprocess()
 _SQUASH = Preprocess(resize="squash")
+UNTRAINED = "untrained"
+"""timm's tag of models without released weights."""
+_HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 _SQUASH_IMAGENET = Preprocess(resize="squash", **_IMAGENET)  # type: ignore[arg-type]
 
 
@@ -88,6 +104,13 @@ RELEASES: dict[str, dict[str, Release]] = {
         "laion2b": Release(1024, _CENTRE),
         "laion2b_plus": Release(1024, _CENTRE),
     },
+    "naflexvit_base_patch16_gap": {"e300_s576_in1k": Release(1000, _HALF)},
+    "naflexvit_base_patch16_par_gap": {"e300_s576_in1k": Release(1000, _HALF)},
+    "naflexvit_base_patch16_map": {UNTRAINED: Release(1000, _HALF)},
+    "naflexvit_so150m2_patch16_reg1_gap": {UNTRAINED: Release(1000, _HALF)},
+    "naflexvit_so150m2_patch16_reg1_map": {UNTRAINED: Release(1000, _HALF)},
+    "naflexvit_base_patch16_siglip": {"v2_webli": Release(0, _HALF)},
+    "naflexvit_so400m_patch16_siglip": {"v2_webli": Release(0, _HALF)},
 }
 """Model -> tag -> release."""
 
@@ -121,6 +144,8 @@ def vision_config(model: str) -> VisionConfig:
     Raises:
         UserError: for a name of another form.
     """
+    if model in _NAFLEX_MODELS:
+        return VisionConfig(**_NAFLEX_MODELS[model])  # type: ignore[arg-type]
     match = _NAME.fullmatch(model)
     if match is None or match["size"] not in _SIZES:
         raise UserError(f"unknown vision model {model!r}")

@@ -25,7 +25,7 @@ STAGES = ("teacher", "forward", "backward", "recomputation")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
 
 CHUNK_BYTES, MIN_CHUNK = 1 << 28, 2048
-"""Gradient of the logits that the GPU's contrastive loss holds at a time, as in `evakernels.triton.contrastive`."""
+"""Gradient of the logits that the GPU's contrastive loss holds at a time, as in `evakernels._logit_gradients`."""
 
 Amounts = Counter[str]
 
@@ -251,9 +251,12 @@ def _swiglu_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *_: Any, **__: An
 
 
 def _swiglu_mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *rest: Any, **_: Any) -> int:
-    wanted = rest[-1]
-    of_inputs = w3.numel() * (any((*wanted[:3], *wanted[4:6], *wanted[7:]))) + (w1.numel() + w2.numel()) * wanted[0]
-    of_weights = sum(w.numel() for w, needed in zip((w1, w2, w3), wanted[1:4], strict=True) if needed)
+    needs_grad = rest[-1]
+    of_inputs = (
+        w3.numel() * (any((*needs_grad[:3], *needs_grad[4:6], *needs_grad[7:])))
+        + (w1.numel() + w2.numel()) * needs_grad[0]
+    )
+    of_weights = sum(w.numel() for w, needed in zip((w1, w2, w3), needs_grad[1:4], strict=True) if needed)
     return int(2 * (x.numel() // x.shape[-1]) * (of_inputs + of_weights))
 
 

@@ -74,7 +74,7 @@ class Encoded(Generic[T]):
 
 
 class Encoder:
-    """A model for inference. Embeddings are those of `encode_image` and `encode_text`, of length 1.
+    """A model for inference. Embeddings are the outputs of `encode_image` and `encode_text`, of length 1.
 
     On a CPU, linear weights are prepacked (`evakernels.nn.freeze`) unless the tower is compiled, and under Linux the
     process keeps freed memory for the next pass. For a compiled tower, batches are padded to powers of two.
@@ -191,7 +191,7 @@ class Encoder:
         """Embeddings float32 `[n, dim]` on the CPU, of length 1. Texts of about the same length are computed together.
 
         Raises:
-            TypeError: for what isn't a string or a sequence of strings.
+            TypeError: for anything but a string or a sequence of strings.
         """
         tokens = self.tokenizer(texts)
         found = torch.empty(len(tokens), self.dim)

@@ -33,10 +33,13 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     """Puts the text tower of a model into the store, in float32, so that searches need no torch.
 
     Raises:
-        UserError: the packages that write ONNX are missing (`evakernels[export]`), or the store can't be written.
+        UserError: the packages that write ONNX are missing (`evakernels[export]`), the store can't be written, or the
+            tokenizer is one of transformers.
     """
     from evaclip.export import export
 
+    if (name := model.config.text.hf_tokenizer_name) is not None:
+        raise UserError(f"text.hf_tokenizer_name must be None for a program in a store, got {name!r}")
     export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True, external=True)
     text = model.config.text
     # Written last: without it there is no program.

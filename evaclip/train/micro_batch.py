@@ -125,9 +125,8 @@ def upload(
         if stream is not None:
             present = torch.cuda.current_stream(device)
             present.wait_stream(stream)
-            is_packed = isinstance(copy, PackedImages)
             # The copy stream may reuse the memory only after the computation.
-            for tensor in (copy.patches, copy.positions, copy.sizes, copy.lengths) if is_packed else (copy,):
+            for tensor in copy.tensors() if isinstance(copy, PackedImages) else (copy,):
                 tensor.record_stream(present)
         pixels = [normalize(copy)]
         del copy

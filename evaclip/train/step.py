@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -153,10 +154,13 @@ class TrainStep:
 
     def _context(self, images: Tensor | PackedImages | Rows, targets: Tensor, measure: bool, step: int) -> StepContext:
         options, count = self.options, len(targets)
-        # The loader has dropped patches of packed images.
-        kept = None if packed_parts(images) else self._kept_tokens(count, step)
         parts = options.accumulation_steps
-        rows = [part_of_batch(count, index, parts, options.together) for index in range(parts)]
+        if packed := packed_parts(images):
+            kept = None  # the loader has dropped patches
+            rows = split_by_tokens(torch.cat([part.lengths for part in packed]), parts)
+        else:
+            kept = self._kept_tokens(count, step)
+            rows = [part_of_batch(count, index, parts, options.together) for index in range(parts)]
         micro_batches = []
         for part in (slice(each.start, each.stop) for each in rows):
             tokens = None if kept is None else kept[part]
@@ -280,3 +284,16 @@ def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: in
         blocks.append(sample_token_index(_ROWS_PER_DRAW, num_tokens, num_keep, generator=generator, device=device))
     offset = first * _ROWS_PER_DRAW
     return torch.cat(blocks)[rows.start - offset : rows.stop - offset]
+
+
+def split_by_tokens(lengths: Tensor, parts: int) -> list[range]:
+    """Cut images of `lengths` tokens into consecutive micro-batches of nearly equal tokens, at least one image each.
+
+    None has over the tokens of the longest image more than their mean.
+    """
+    middles = lengths.cumsum(0) - lengths / 2
+    cuts = [0]
+    for part in range(1, parts):
+        cut = int((middles < lengths.sum() * (part / parts)).sum())
+        cuts.append(min(max(cut, cuts[-1] + 1), len(lengths) - parts + part))
+    return [range(*ends) for ends in pairwise([*cuts, len(lengths)])]

@@ -15,6 +15,7 @@ from evaclip.run_files import PREPROCESS_FILE
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 _TEXT = ("context_length", "vocab_size", "width", "heads", "layers")
+_PLAIN_TEXT = ("norm_eps", "mlp", "causal", "proj_bias")
 _HF_TEXT = ("context_length", "hf_model_name", "hf_tokenizer_name", "hf_pooler_type", "hf_proj_type")
 _PREPROCESS = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
 _TOWER = {"timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None}
@@ -37,14 +38,15 @@ def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     }
     if config.init_logit_bias is not None:
         model["init_logit_bias"] = config.init_logit_bias
+    if tokenizer := text.hf_tokenizer_name or text.hf_model_name:
+        model["text_cfg"]["hf_tokenizer_name"] = tokenizer
     if text.hf_model_name:
-        model["text_cfg"]["hf_tokenizer_name"] = text.hf_tokenizer_name or text.hf_model_name
         if text.hf_pooler_type == "last_pooler":
             raise UserError("open_clip can't load this model: it has no text.hf_pooler_type last_pooler")
     elif text.mlp_ratio != TextConfig.mlp_ratio:
         model["text_cfg"]["mlp_ratio"] = text.mlp_ratio
     for name, value, only in (
-        ("text.norm_eps", text.norm_eps, TextConfig.norm_eps),
+        *((f"text.{name}", getattr(text, name), getattr(TextConfig, name)) for name in _PLAIN_TEXT),
         ("preprocess.crop", config.preprocess.crop, Preprocess.crop),
     ):
         if value != only:

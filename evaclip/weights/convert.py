@@ -61,6 +61,9 @@ def convert(
         state = weighted_mean(state, [(load_state_dict(path), share) for path, share in others])
     if not any(name.startswith(("blocks.", "visual.blocks.")) for name in state):
         raise UserError(f"{str(source)!r} holds no image tower of the EVA series (names that begin with visual.blocks)")
+    prefixes = [tensor.shape[1] for name, tensor in state.items() if name.endswith("cls_token")]
+    if layout != "safetensors" and (prefixes != [1] or any("attn_pool." in name for name in state)):
+        raise UserError(f"layout must be safetensors for registers or attention pooling, got {layout!r}")
     match layout:
         case "original":
             state = _with_rotary_tables(state, model, source)

@@ -22,7 +22,7 @@ _USAGE = """\
 from transformers import AutoModel, AutoProcessor  # pip install 'evakernels[hf]'
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 ```
 """
 
@@ -41,8 +41,11 @@ def save_for_transformers(
     Raises:
         UserError: for another model, or files that may not be written.
     """
-    if model.config.text.hf_model_name is not None:
-        raise UserError(f"text.hf_model_name must be None, got {model.config.text.hf_model_name!r}")
+    for name in ("hf_model_name", "hf_tokenizer_name"):
+        if (value := getattr(model.config.text, name)) is not None:
+            raise UserError(f"text.{name} must be None, got {value!r}")
+    if not model.config.text.causal:
+        raise UserError("text.causal must be True, got False")
     check_preprocess(model.config)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,11 @@ def _config(model: CLIP) -> dict[str, Any]:
     return {
         "model_type": "evaclip",
         "architectures": ["EVACLIPModel"],
-        "auto_map": {"AutoConfig": f"{code}.EVACLIPConfig", "AutoModel": f"{code}.EVACLIPModel"},
+        "auto_map": {
+            "AutoConfig": f"{code}.EVACLIPConfig",
+            "AutoModel": f"{code}.EVACLIPModel",
+            "AutoModelForZeroShotImageClassification": f"{code}.EVACLIPModel",
+        },
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "clip": model.config.to_dict(),
     }
@@ -95,3 +102,5 @@ def check_preprocess(config: CLIPConfig) -> None:
         raise UserError(f"the model's images must be square, got {config.vision.image_size}")
     if config.preprocess.crop != 1:
         raise UserError(f"preprocess.crop must be 1, got {config.preprocess.crop}")
+    if config.preprocess.max_patches is not None:
+        raise UserError(f"preprocess.max_patches must be None, got {config.preprocess.max_patches}")

@@ -45,7 +45,7 @@ def _open_clip(repository: str) -> HubFile:
     return HubFile(f"timm/{repository}", "open_clip_model.safetensors")
 
 
-# Model -> tag -> file. `eva_clip` is the authors' file; the other tags are open_clip's, of the same weights.
+# Model -> tag -> file. `eva_clip` is the authors' file; the other tags of the same weights are open_clip's.
 RELEASED: dict[str, dict[str, HubFile]] = {
     "EVA01-CLIP-g-14": {
         "eva_clip": _original("EVA01_CLIP_g_14_psz14_s11B.pt"),
@@ -78,6 +78,8 @@ RELEASED: dict[str, dict[str, HubFile]] = {
     "EVA-CLIP-8B": {"eva_clip": HubFile("BAAI/EVA-CLIP-8B", "EVA_CLIP_8B_psz14_s9B.pt")},
     "EVA-CLIP-8B-plus": {"eva_clip": HubFile("BAAI/EVA-CLIP-8B-448", "EVA_CLIP_8B_psz14_plus_s0.6B.pt")},
     "EVA-CLIP-18B": {"eva_clip": HubFile("BAAI/EVA-CLIP-18B", "EVA_CLIP_18B_psz14_s6B.fp16.pt")},
+    "SigLIP2-B-16-NaFlex": {"webli": HubFile("google/siglip2-base-patch16-naflex", "model.safetensors")},
+    "SigLIP2-SO400M-16-NaFlex": {"webli": HubFile("google/siglip2-so400m-patch16-naflex", "model.safetensors")},
 }
 
 

@@ -4,11 +4,12 @@ Models here use the names of the original EVA-CLIP release. open_clip has its ow
 tower, which are timm's with a prefix; old files have the text tower without a prefix; training programs wrap the
 names or the whole dictionary. No value is ever changed.
 
-A file may hold an image tower alone, under the names of the whole model without `visual.`: those of masked image
-modelling, which CLIP training starts from, and timm's. timm puts several parameters into one tensor: both SwiGLU
+A file may hold an image tower alone, under the names of the whole model without `visual.`. Files of masked image
+modelling, which CLIP training starts from, and timm's do. timm puts several parameters into one tensor: both SwiGLU
 matrices of the two smallest EVA-02 models, as the authors' files do, and the bias of q, k and v of EVA-L. The bias of k
-is 0 here: it adds the same to all scores of a query, which changes no result. timm's NaFlexVit (`use_naflex=True`) has
-the embeddings under `embeds.`, a linear layer for the convolution and no position for the class token.
+is 0 here: it adds the same to all scores of a query, which changes no result. timm's NaFlexVit has the embeddings under
+`embeds.`, a linear layer for the convolution and no positions for class token and registers, which are one tensor here.
+SigLIP 2 of transformers has almost the same tower.
 """
 
 import math
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evaclip.errors import UserError
+from evaclip.weights.transformers_names import is_siglip2, rename_tower
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PARALLEL, _COMPILED = "module.", "_orig_mod."
@@ -49,9 +51,12 @@ def to_original(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: for anything but a state dict.
     """
+    state = unwrapped(state)
+    if is_siglip2(state):
+        return _of_siglip2(state)
     flat = {
         f"text.{name}" if name.split(".")[0] in _FLAT_TEXT else name: tensor
-        for name, tensor in _without_naflex(unwrapped(state)).items()
+        for name, tensor in _without_naflex(state).items()
         if not _TABLES.search(name)
     }
     old = _OPEN_CLIP if any(name.startswith(_OPEN_CLIP) for name in flat) else ""
@@ -94,19 +99,38 @@ def to_timm(state: Mapping[str, Tensor], joint_bias: bool = False) -> dict[str, 
 
 
 def is_image_tower(names: Iterable[str]) -> bool:
-    """Whether names of parameters are those of an image tower alone."""
+    """Whether parameters with these names are an image tower alone."""
     return any(name.startswith("blocks.") for name in names)
 
 
+def _of_siglip2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and reshape SigLIP 2 of transformers to the parameters here."""
+    vision = unpack(_without_naflex(rename_tower(state, "vision")))
+    named = {f"{_ORIGINAL}{name}": tensor for name, tensor in vision.items()}
+    named |= {f"text.{name}": tensor for name, tensor in rename_tower(state, "text").items()}
+    return named | {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in state}
+
+
 def _without_naflex(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The names and shapes of timm's other image models for those of its NaFlexVit."""
+    """Rename and reshape timm's NaFlexVit to the parameters of timm's other image models."""
     if "embeds.proj.weight" not in state or "embeds.pos_embed" not in state:
         return state
     renamed = {name.replace("embeds.proj.", "patch_embed.proj.").removeprefix("embeds."): state[name] for name in state}
-    weight, positions = state["embeds.proj.weight"], state["embeds.pos_embed"].flatten(1, 2)
-    side = math.isqrt(weight.shape[1] // 3)
-    renamed["patch_embed.proj.weight"] = weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
-    renamed["pos_embed"] = torch.cat((torch.zeros_like(positions[:, :1]), positions), 1)
+    renamed = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): tensor for name, tensor in renamed.items()}
+    for name in [name for name in renamed if name.endswith(".attn.qkv.weight")]:
+        attention = name.removesuffix("qkv.weight")
+        if f"{attention}q_bias" not in renamed:
+            renamed.setdefault(f"{attention}qkv.bias", renamed[name].new_zeros(len(renamed[name])))
+    weight, positions = state["embeds.proj.weight"], state["embeds.pos_embed"]
+    if weight.ndim == 2:  # SigLIP 2 of one image size has a convolution
+        side = math.isqrt(weight.shape[1] // 3)
+        renamed["patch_embed.proj.weight"] = weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    positions = positions.reshape(1, -1, positions.shape[-1])
+    prefix = [renamed.pop(name) for name in ("cls_token", "reg_token") if name in renamed]
+    if prefix:
+        renamed["cls_token"] = torch.cat(prefix, 1)
+        positions = torch.cat((torch.zeros_like(renamed["cls_token"]), positions), 1)
+    renamed["pos_embed"] = positions
     return renamed
 
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
+from evaclip.model.config import VisionConfig
 from evaclip.model.masked_image import MaskedImageModel
-from evaclip.model.vision import VisionTower
+from evaclip.model.vision import VisionTower, resize_grid
 from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict, read_tensors
 from evaclip.weights.layouts import MASKED_IMAGE, is_image_tower, to_original
 from evaclip.weights.parts import is_sharded, put
+from evaclip.weights.transformers_names import TEXT, rename_tower
 
 _log = logging.getLogger(__name__)
 
@@ -30,21 +32,7 @@ _POS_EMBED, _PATCH_KERNEL = "pos_embed", "patch_embed.proj.weight"
 _TEXT, _IMAGE = "text.", "visual."
 _INDEX = re.compile(r"\b(blocks|resblocks)\.(\d+)\.")
 _IMAGE_SKIPPED = re.compile(r"(head|lm_head|mask_token|decoder\w*|text_projection|logit_scale)(\.|$)")
-_TEXT_SKIPPED = re.compile(r"(text_projection|proj|logit_scale|logit_bias)(\.|$)")
-_HF_TEXT = "text_model."
-_HF_NAMES = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.": "ln_final.",
-}
-_HF_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
-_HF_LAYER_NAMES = {
-    "self_attn.out_proj.": "attn.out_proj.",
-    "layer_norm1.": "ln_1.",
-    "layer_norm2.": "ln_2.",
-    "mlp.fc1.": "mlp.c_fc.",
-    "mlp.fc2.": "mlp.c_proj.",
-}
+_TEXT_SKIPPED = re.compile(r"(text_projection(_bias)?|proj|logit_scale|logit_bias)(\.|$)")
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
@@ -66,8 +54,8 @@ def materialize(model: nn.Module, source: Path, device: torch.device, antialias:
     """Load weights into a model on the meta device, with no more memory than the weights take.
 
     Tensors of a `.safetensors` file that need no conversion are views of the mapped file. They are copied at the
-    first write, or immediately if the model is sharded. `antialias` is `resize_pos_embed`'s, for positions of another
-    image size. Other arguments and errors are as for `load_weights`.
+    first write, or immediately if the model is sharded. `antialias` resizes positions of another image size as timm
+    does. Other arguments and errors are as for `load_weights`.
     """
     state = _fitting(model, source, antialias)
     if is_sharded(model):
@@ -89,13 +77,13 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
         if not isinstance(model, MaskedImageModel):
             state = {name: t for name, t in state.items() if not MASKED_IMAGE.match(name)}
         state = with_last_norm_of(model, state)
-        fit_image_size(state, expected, model.config.grid, antialias=antialias)
+        fit_image_size(state, expected, model.config, antialias=antialias)
     elif isinstance(model, CLIP):
         if model.config.init_logit_bias is not None:  # the model may continue with SigLIP's loss
             state.setdefault("logit_bias", torch.tensor(float(model.config.init_logit_bias)))
         elif state.pop("logit_bias", None) is not None:
             _log.warning("the weights' logit_bias is left out: this model, without SigLIP's loss, has none")
-        fit_image_size(state, expected, model.config.vision.grid, _IMAGE)
+        fit_image_size(state, expected, model.config.vision, _IMAGE)
     problems = differences(state, expected)
     if problems:
         origin = "the weights" if isinstance(source, Mapping) else f"the weights {str(source)!r}"
@@ -114,28 +102,16 @@ def with_last_norm_of(tower: VisionTower, state: dict[str, Tensor]) -> dict[str,
 def fit_image_size(
     state: dict[str, Tensor],
     expected: Mapping[str, Tensor],
-    grid: tuple[int, int],
+    config: VisionConfig,
     prefix: str = "",
     antialias: bool = False,
 ) -> None:
     """Resize position embedding and patch kernel in `state` to those of the model, with a warning."""
     pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
     if pos_embed in state:
-        state[pos_embed] = _fit_positions(state[pos_embed], grid, antialias)
+        state[pos_embed] = _fit_positions(state[pos_embed], config, antialias)
     if kernel in state and kernel in expected:
         state[kernel] = _fit_kernel(state[kernel], expected[kernel].shape)
-
-
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
-    """Resize a position embedding `[1, 1 + g*g, C]` to a grid (rows, columns); the class token's stays.
-
-    Bicubic without antialiasing, as the released models were adapted to other sizes; timm antialiases.
-    """
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    old = math.isqrt(patches.shape[1])
-    image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
 def _fit_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
@@ -149,14 +125,22 @@ def _fit_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
     return resized.to(kernel.dtype)
 
 
-def _fit_positions(pos_embed: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
-    patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
-    old = math.isqrt(max(patches, 0))
+def _fit_positions(pos_embed: Tensor, config: VisionConfig, antialias: bool) -> Tensor:
+    """Resize a position embedding `[1, P + g*g, C]` to the grid of `config`; the prefix tokens' stays.
+
+    By default bicubic without antialiasing, as the released models were adapted to other sizes; timm antialiases.
+    """
+    prefix, grid = config.prefix_tokens, config.grid
+    count = pos_embed.shape[1] - prefix if pos_embed.ndim == 3 else 0
+    old = math.isqrt(max(count, 0))
     # An equal number of patches is taken for this grid: 2x8 patches stay as they are in a grid of 4x4.
-    if patches < 1 or patches == math.prod(grid) or old**2 != patches:
+    if count < 1 or count == math.prod(grid) or old**2 != count:
         return pos_embed
     _log.warning("weights of another image size: positions are resized from %dx%d to %dx%d patches", old, old, *grid)
-    return resize_pos_embed(pos_embed, grid, antialias)
+    first, patches = pos_embed.split([prefix, count], dim=1)
+    image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    resized = resize_grid(image, config, grid, antialias or config.pos_antialias)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
 
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
@@ -212,7 +196,7 @@ def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], a
         state = {name.removeprefix(_IMAGE): t for name, t in state.items() if name.startswith(_IMAGE)}
     state = with_last_norm_of(tower, state)
     state = {name: tensor for name, tensor in state.items() if not _IMAGE_SKIPPED.match(name)}
-    fit_image_size(state, tower.state_dict(), tower.config.grid, antialias=antialias)
+    fit_image_size(state, tower.state_dict(), tower.config, antialias=antialias)
     _start(tower, state, "image tower", source, ("head.", "lm_head.", "mask_token", "decoder_"))
 
 
@@ -223,8 +207,8 @@ def start_text_tower(tower: nn.Module, source: Path | Mapping[str, Tensor]) -> N
         UserError: as `start_image_tower`.
     """
     tensors = source if isinstance(source, Mapping) else read_tensors(source)
-    if any(name.startswith(_HF_TEXT) for name in tensors):
-        state = _from_transformers(tensors)
+    if any(name.startswith(TEXT) for name in tensors):
+        state = rename_tower(tensors, "text")
     else:
         state = {n.removeprefix(_TEXT): t for n, t in to_original(tensors).items() if n.startswith(_TEXT)}
     state = {name: tensor for name, tensor in state.items() if not _TEXT_SKIPPED.match(name)}
@@ -246,38 +230,3 @@ def _start(
         listed = ", ".join(summarize(missing))
         _log.warning("%s lack %s of the %s; they keep their start values", origin, listed, kind)
     put(tower, state, strict=False)
-
-
-def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower of a CLIP model of transformers, with q, k and v packed."""
-    text: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if match := _HF_LAYER.fullmatch(name):
-            rest = _replaced(match[2], _HF_LAYER_NAMES)
-            if rest is not None:
-                text[f"transformer.resblocks.{match[1]}.{rest}"] = tensor
-            elif match[2] == "self_attn.q_proj.weight":
-                text |= _pack_qkv(state, match[1])
-            elif not match[2].startswith("self_attn."):
-                text[name] = tensor  # unknown, and so reported as unexpected
-        elif (known := _replaced(name, _HF_NAMES)) is not None:
-            text[known] = tensor
-    return text
-
-
-def _pack_qkv(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
-    """q, k and v of a layer as one matrix and one bias; incomplete ones are left out, and so reported as missing."""
-    packed = {}
-    for kind in ("weight", "bias"):
-        names = [f"text_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
-        if all(name in state for name in names):
-            joined = torch.cat([state[name] for name in names])
-            packed[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = joined
-    return packed
-
-
-def _replaced(name: str, table: Mapping[str, str]) -> str | None:
-    for old, new in table.items():
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name.removeprefix(old)
-    return None

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from evaclip.model.clip import CLIP
-from evaclip.model.config import CLIPConfig, override
-from evaclip.model.vision import RotaryTable
+try:
+    from evaclip.model.clip import CLIP
+    from evaclip.model.config import CLIPConfig, override
+    from evaclip.model.vision import RotaryTable
+except ImportError as error:
+    raise ImportError(f"EVA-CLIP needs evakernels: pip install 'evakernels[hf]' ({error})") from error
 
 
 class EVACLIPConfig(PretrainedConfig):

@@ -145,9 +145,9 @@ class Comparisons:
         """
         tower = replacement.tower
         omitted = set() if tower is None else tower.unused(module)
-        hidden = omitted | {child for name, child in module.named_children() if tower and name == tower.stem}
+        hidden = omitted | {child for name, child in module.named_children() if name == replacement.stem}
         verdict = Verdict("nothing was tried")
-        smaller = narrow(module, omitted, {} if tower is None else tower.sizes(module))
+        smaller = narrow(module, omitted, replacement.sizes(module))
         for sizes in (smaller, Sizes()) if smaller.dimensions else (smaller,):
             described = self._describe(module, sizes, hidden, classes or {})
             key = replacement.forward, replacement.target != "", replacement.calls, described
@@ -259,7 +259,7 @@ def _names(code: CodeType) -> Iterator[str]:
 def _compare_on_copies(
     module: nn.Module, replacement: Replacement, sizes: Sizes, omitted: set[nn.Module], classes: dict[nn.Module, type]
 ) -> Verdict:
-    stem = None if replacement.tower is None else module._modules.get(replacement.tower.stem)
+    stem = module._modules.get(replacement.stem)
     parameters: dict[Any, Tensor] = {}
     with torch.random.fork_rng([]), _clean_state():
         try:

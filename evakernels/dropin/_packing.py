@@ -6,60 +6,22 @@ on to their attention, which computes each sequence on its own. Norms and MLPs c
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from .._modes import is_observed
 from ..backends import refuse
-from ..ops import packed_attention, token_dropout
+from ..packing import Packing
 from ._dispatch import dispatches_to
 
 MASKED = -1e4
 """The largest value of an additive mask that hides a key: its softmax is zero in float32."""
 
 _DROP_RATES = "p", "dropout", "attention_dropout", "drop_prob"
-
-
-class Packing(NamedTuple):
-    """The sequences of a packed batch; layers pass it to their attention in place of a mask.
-
-    Attributes:
-        batch, length: B and N of the padded batch.
-        rows: int64 `[T]`, b * N + n of the real tokens, ascending; None if all B * N tokens are real.
-        cu_seqlens: int32 `[S + 1]`, first tokens of the sequences, then T.
-        max_seqlen: the longest sequence.
-        causal: whether tokens see no later ones.
-    """
-
-    batch: int
-    length: int
-    rows: Tensor | None
-    cu_seqlens: Tensor
-    max_seqlen: int
-    causal: bool
-
-    def pack(self, x: Tensor) -> Tensor:
-        """The real tokens, `[B, N, C]` -> `[1, T, C]`."""
-        tokens = x.flatten(0, 1).unsqueeze(0)
-        return tokens if self.rows is None else token_dropout(tokens, self.rows.unsqueeze(0))
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """`[1, T, C]` -> `[B, N, C]`, with zeros in the padding."""
-        tokens = x.squeeze(0)
-        if self.rows is not None:
-            padded = tokens.new_zeros(self.batch * self.length, tokens.shape[-1])
-            tokens = padded.index_copy(0, self.rows, tokens)
-        return tokens.view(self.batch, self.length, -1)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention of `[1, T, H, D]` within each sequence."""
-        options |= {"max_seqlen": self.max_seqlen, "causal": self.causal}
-        out: Tensor = packed_attention(q[0], k[0], v[0], self.cu_seqlens, **options)
-        return out.unsqueeze(0)
 
 
 def read_mask(mask: Any, x: Tensor, pooled: int | None = None) -> Packing | None:
@@ -73,43 +35,49 @@ def read_mask(mask: Any, x: Tensor, pooled: int | None = None) -> Packing | None
         pooled: index of a token that must be real in every sample.
     """
     batch, length = x.shape[:2]
-    visible = _read_visible(mask, batch, length)
-    if visible is None or not x.numel():
+    if not _has_shape(mask, batch, length) or not x.numel():
         return None
-    keys, causal = visible.any(1).expand(batch, -1), False
-    bounds = F.pad(keys.sum(1).cumsum(0), (1, 0))
+    mask = mask[:, 0]
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    keys = visible.any(1).expand(batch, -1)
+    lengths, can_pack = keys.sum(1), keys.any()
+    sizes = [lengths.sum(), lengths.max()]
+    if mask.dtype != torch.bool:
+        can_pack &= (visible | (mask <= MASKED)).all()
+    if pooled is not None:
+        can_pack &= keys[:, pooled].all()
+    matches = [can_pack]
     if visible.shape[1] > 1:
         places = torch.arange(length, device=x.device)
         forms = [keys.unsqueeze(1), keys.unsqueeze(1) & (places <= places.unsqueeze(1))]
         if batch == 1:
-            starts = F.pad(visible[0].diagonal(-1), (1, 0)).logical_not()
-            blocks = starts.cumsum(0)
-            forms.append(blocks == blocks.unsqueeze(1))
+            blocks = (keys[0] & ~F.pad(visible[0].diagonal(-1), (1, 0))).cumsum(0)
+            forms.append((blocks == blocks.unsqueeze(1)) & keys)
+            block_lengths = places.new_zeros(length + 1).scatter_add(0, blocks, keys[0].long())
+            sizes += [block_lengths.max(), block_lengths.count_nonzero()]
         padding = keys.logical_not().unsqueeze(2)
-        equal = torch.stack([((visible == form) | padding).all() for form in forms]).tolist()
-        if not any(equal):
-            return None
-        causal = equal.index(True) == 1
-        if equal.index(True) == 2:
-            bounds = F.pad(starts.nonzero().squeeze(1), (0, 1), value=length)
-    real = keys.flatten().nonzero().squeeze(1)
-    if not real.shape[0] or (pooled is not None and not bool(keys[:, pooled].all())):
+        matches = [can_pack & ((visible == form) | padding).all() for form in forms]
+    # One read, as each waits for the device.
+    found = torch.stack([*matches, *sizes]).tolist()
+    form = next((index for index in range(len(matches)) if found[index]), None)
+    if form is None:
         return None
-    rows = real if real.shape[0] < batch * length else None
-    return Packing(batch, length, rows, bounds.int(), int(bounds.diff().max()), causal)
+    total, longest, *of_blocks = found[len(matches) :]
+    if form == 2:
+        longest, count = of_blocks
+        lengths = block_lengths[1 : count + 1]
+    rows = None if total == batch * length else torch.nonzero_static(keys.flatten(), size=total).squeeze(1)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+    return Packing(batch, length, rows, cu_seqlens, lengths.int(), longest, causal=form == 1)
 
 
-def _read_visible(mask: Any, batch: int, length: int) -> Tensor | None:
-    """Bool `[B or 1, N or 1, N]`, whether queries see keys; None for a mask that isn't of this form."""
+def _has_shape(mask: Any, batch: int, length: int) -> bool:
+    """Whether a mask is `[B or 1, 1, N or 1, N]`, bool or floating-point."""
     if type(mask) is not Tensor or mask.requires_grad or mask.dim() != 4:
-        return None
-    if mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2] not in (1, length):
-        return None
-    if mask.shape[3] != length or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        return None
-    mask = mask[:, 0]
-    visible: Tensor = mask if mask.dtype == torch.bool else mask == 0
-    return visible if mask.dtype == torch.bool or bool((visible | (mask <= MASKED)).all()) else None
+        return False
+    accepted = (1, batch), (1,), (1, length), (length,)
+    fits = all(size in sizes for size, sizes in zip(mask.shape, accepted, strict=True))
+    return fits and (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 @dataclass(frozen=True)
@@ -127,7 +95,6 @@ class Layers:
     attention: type
     refusal: Callable[[Any], str | None]
     other: tuple[str, ...] = ()
-    stem: ClassVar[str] = ""
 
     def unused(self, tower: Any) -> set[nn.Module]:
         """The parts that a comparison on a copy can do without: `other`, and layers that print like an earlier one."""
@@ -137,9 +104,6 @@ class Layers:
             found |= {layer} if repr(layer) in kinds else set()
             kinds.add(repr(layer))
         return found
-
-    def sizes(self, tower: Any) -> dict[int, int]:
-        return {}
 
     def reason(self, tower: Any, class_of: Callable[[Any], type] = type) -> str | None:
         """Why the layers take no `Packing`, or None; `class_of` returns the classes of modules."""
@@ -198,10 +162,6 @@ def padded_masks(x: Tensor) -> list[Tensor]:
 
 def without_padding(result: Any) -> Any:
     """The result of a comparison with zeros in the padding."""
-
-    def clear(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() != 3:
-            return value
-        return value.masked_fill(~real_tokens(value).unsqueeze(2), 0)
-
-    return tree_map(clear, result)
+    return tree_map_only(
+        Tensor, lambda x: x.masked_fill(~real_tokens(x).unsqueeze(2), 0) if x.dim() == 3 else x, result
+    )

@@ -63,8 +63,6 @@ class Pooling:
         methods: methods of the tower that its own code calls.
         refusal: returns why a tower needs more tokens of its last block than one, or None.
         other: names of children that the replaced method doesn't call.
-        stem: name of the child that makes tokens of images; a comparison starts behind it.
-        sizes: returns numbers of tokens and smaller ones for a comparison.
     """
 
     path: tuple[str, ...]
@@ -73,8 +71,6 @@ class Pooling:
     methods: tuple[str, ...]
     refusal: Callable[[Any], str | None]
     other: tuple[str, ...] = ()
-    stem: str = ""
-    sizes: Callable[[Any], dict[int, int]] = lambda tower: {}
 
     def unused(self, tower: Any) -> set[nn.Module]:
         """The parts that a comparison on a copy can do without: all blocks but the last, and `other`."""

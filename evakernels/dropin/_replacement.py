@@ -37,6 +37,8 @@ class Replacement:
             a class isn't compared.
         calls: arguments for the comparison, made of a module and of tokens `[2, N, C]` that fit it. The module must
             accept the first; others may have arguments that it lacks.
+        stem: name of the child that makes tokens of images; the comparison starts with its outputs.
+        sizes: returns numbers of tokens and smaller ones for the comparison.
         settings: names and values of attributes to give to the copies that are compared.
         tower: how a tower pools one token, or which of its layers run packed.
         compared: the part of a result to compare, made of the result.
@@ -51,6 +53,8 @@ class Replacement:
     attributes: tuple[str, ...] = ()
     hook: Callable[[type], bool] | None = None
     calls: Callable[[Any, Tensor], list[Call]] = field(default=_pass_tokens)
+    stem: str = ""
+    sizes: Callable[[Any], dict[int, int]] = field(default=lambda module: {})
     settings: tuple[tuple[str, Any], ...] = ()
     tower: Pooling | Layers | None = None
     compared: Callable[[Any], Any] = field(default=lambda result: result)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..backends import refuse
+
 _CLASSES: dict[Any, type] = {}
 _KEYS: dict[type, Any] = {}
 _PROCESS = uuid.uuid4().hex
@@ -126,7 +128,9 @@ def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **options}
         strange = [name for name in given if name in untried or not (name in known or takes_any)]
-        if len(args) > len(names) or any(given[n] is not defaults.get(n, inspect.Parameter.empty) for n in strange):
+        other = [n for n in strange if given[n] is not defaults.get(n, inspect.Parameter.empty)]
+        if len(args) > len(names) or other:
+            refuse(", ".join(other) or "positional arguments")
             return own(self, *args, **options)
         return new(self, **{name: value for name, value in given.items() if name not in strange})
 

@@ -10,10 +10,11 @@ from ..backends import refuse
 from ..nn import linear
 from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
+from ..packing import Packing
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, gated_mlp, may_drop, norm_add, role
-from ._packing import Layers, Packing, padded_masks, read_mask, without_padding
+from ._packing import Layers, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, require_1d, require_silu
@@ -244,9 +245,7 @@ def _shrink_sizes(module: Any) -> dict[int, int]:
     return {patches: 9, patches + prefix: 9 + prefix} if patches and getattr(stem, "flatten", True) else {}
 
 
-_POOLING = _pooling.Pooling(
-    ("blocks",), "norm", _Attention, _METHODS, _require_one_token, stem="patch_embed", sizes=_shrink_sizes
-)
+_POOLING = _pooling.Pooling(("blocks",), "norm", _Attention, _METHODS, _require_one_token)
 
 
 class Tower(AcceleratedModule):
@@ -290,26 +289,22 @@ class PackedTower(AcceleratedModule):
         is_padded = (patch_valid is not None or refuse("no mask")) and (attn_mask is None or refuse("mask"))
         if not is_padded or not _BLOCKS.can_pack(self, patches):
             return own.forward_features(*given)
-        packing: Packing | None = None
-
-        def embed(*args: Any, **options: Any) -> dict[str, Any]:
-            nonlocal packing
-            embeds: dict[str, Any] = self._forward_embeds(*args, **options)
-            rope = embeds.get("rope_embeds")
-            is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
-            if (is_fixed and self.num_prefix_tokens <= MAX_PREFIX) or refuse("rotary table"):
-                packing = read_mask(embeds["attn_mask"], embeds["patches"])
-                if packing is None:
-                    refuse("mask")
-                else:
-                    embeds |= {"patches": packing.pack(embeds["patches"]), "attn_mask": packing}
-            return embeds
-
-        own = super(PackedTower, _pooling.view(self, _forward_embeds=embed))
+        embeds: dict[str, Any] = self._forward_embeds(*given)
+        rope = embeds.get("rope_embeds")
+        is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
+        is_fixed = is_fixed and self.num_prefix_tokens <= MAX_PREFIX
+        packing = read_mask(embeds["attn_mask"], embeds["patches"]) if is_fixed else None
+        if packing is None:
+            refuse("mask" if is_fixed else "rotary table")
+        else:
+            embeds |= {"patches": packing.pack(embeds["patches"]).unsqueeze(0), "attn_mask": packing}
+        own = super(PackedTower, _pooling.view(self, _forward_embeds=lambda *args, **options: embeds))
         out = own.forward_features(*given)
         if packing is None:
             return out
-        return {**out, "patches": packing.unpack(out["patches"])} if isinstance(out, dict) else packing.unpack(out)
+        if isinstance(out, dict):
+            return {**out, "patches": packing.unpack(out["patches"].squeeze(0))}
+        return packing.unpack(out.squeeze(0))
 
 
 # --- patch dropout --------------------------------------------------------------------------------------------------
@@ -379,7 +374,7 @@ def _tower_calls(module: Any, x: Tensor) -> list[Call]:
 
 
 def _embed(patches: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Any]:
-    """In place of a tower's stem: its comparison starts behind it, with the rotary table and the mask of the blocks."""
+    """Replaces a tower's stem: a comparison starts with the tokens, rotary table and mask of the first block."""
     rope = patch_coord if patch_coord.dim() == 4 else None
     return {"patches": patches, "patch_valid": patch_valid, "rope_embeds": rope, "attn_mask": patch_valid}
 
@@ -399,7 +394,8 @@ _DROP = f"{_LAYERS}.patch_dropout"
 
 
 def _tower(name: str) -> Replacement:
-    return Replacement(Tower, name, "torch", "last block, class token", calls=_tower_calls, tower=_POOLING)
+    options: dict[str, Any] = {"stem": "patch_embed", "sizes": _shrink_sizes, "calls": _tower_calls}
+    return Replacement(Tower, name, "torch", "last block, class token", tower=_POOLING, **options)
 
 
 REPLACEMENTS = (

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..backends import refuse
+from ..nn.layers import RotaryAttention
 from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
+from ..packing import Packing
 from ._dispatch import attention_op, dispatches_to, is_plain
 from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
-from ._packing import Layers, Packing, padded_masks, read_mask, without_padding
+from ._packing import Layers, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
@@ -55,6 +57,14 @@ class ExactGELU(GELU):
 
 class HookedAttention(AcceleratedModule):
     """Attention with its own forward; its "sdpa" call through `AttentionInterface` reaches `_attend`."""
+
+    def _can_run(self, op: str, x: Tensor, dropout: float, options: dict[str, Any]) -> bool:
+        return (
+            dispatches_to(op, x, after_linear=True, forced=self.is_forced)
+            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
+            and (not (self.training and dropout > 0) or refuse("dropout"))
+            and not _has_other_options(options)
+        )
 
 
 _INTERFACE = "transformers.modeling_utils.AttentionInterface"
@@ -131,7 +141,7 @@ def _require_sdpa(module: Any) -> str | None:
 
 
 class DINOv3Attention(HookedAttention):
-    """DINOv3's attention; the op rotates the patches behind class token and registers."""
+    """DINOv3's attention; the op rotates the patches, but not the class token and registers before them."""
 
     def forward(
         self,
@@ -140,40 +150,21 @@ class DINOv3Attention(HookedAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        if position_embeddings is not None and self._is_fused(hidden_states, attention_mask, kwargs):
-            cos, sin = position_embeddings
-            prefix, pairs = hidden_states.shape[1] - sin.shape[-2], self.head_dim // 2
-            if cos.dim() == 2 and 0 <= prefix <= MAX_PREFIX:
-                projections = self.q_proj, self.k_proj, self.v_proj
-                q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
-                causal = kwargs.get("is_causal")
-                out = rope_attention(
-                    q,
-                    k,
-                    v,
-                    cos=cos[:, :pairs],
-                    sin=sin[:, :pairs],
-                    num_prefix=prefix,
-                    interleaved=False,
-                    causal=bool(self.is_causal if causal is None else causal),
-                    scale=self.scaling,
-                )
-                return self.o_proj(out.flatten(2)), None
+        if (
+            position_embeddings is not None
+            and (attention_mask is None or refuse("mask"))
+            and self._can_run("rope_attention", hidden_states, self.dropout, kwargs)
+            and hidden_states.dim() == 3
+        ):
+            prefix = hidden_states.shape[1] - position_embeddings[1].shape[-2]
+            if position_embeddings[0].dim() == 2 and 0 <= prefix <= MAX_PREFIX:
+                forward: Any = RotaryAttention.forward
+                return forward(self, hidden_states, None, position_embeddings, **kwargs)
         return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
-
-    def _is_fused(self, x: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
-        return (
-            (attention_mask is None or refuse("mask"))
-            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
-            and (not (self.training and self.dropout > 0) or refuse("dropout"))
-            and not _has_other_options(options)
-            and dispatches_to("rope_attention", x, after_linear=True, forced=self.is_forced)
-            and x.dim() == 3
-        )
 
 
 class RotatedAttention(HookedAttention):
-    """Attention of packed images that turn by their own angles: one op rotates and attends."""
+    """Attention of packed images with rotary embedding: one op rotates and attends."""
 
     def _attend_packed(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, position_embeddings: tuple[Tensor, Tensor]
@@ -230,13 +221,9 @@ class PackedVisionAttention(RotatedAttention):
         return (out, [None] * (cu_seqlens.shape[0] - 1)) if self.returns_weights else out
 
     def _is_fused(self, x: Tensor, table: Tensor, options: dict[str, Any]) -> bool:
-        return (
-            dispatches_to("packed_attention", x, after_linear=True, forced=self.is_forced)
-            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
-            and (not (self.training and self.attention_dropout > 0) or refuse("dropout"))
-            and not _has_other_options(options)
-            and ((x.dim() == 2 and x.numel() > 0 and not table.requires_grad) or refuse("shape or table"))
-        )
+        if not self._can_run("packed_attention", x, self.attention_dropout, options):
+            return False
+        return (x.dim() == 2 and x.numel() > 0 and not table.requires_grad) or refuse("shape or table")
 
 
 class PackedVisionAttentionWithWeights(PackedVisionAttention):
@@ -314,13 +301,13 @@ class Encoder(AcceleratedModule):
         given.pop(_REAL_ENDS, None)
         if packing is None:
             return own(*args, **kwargs)
-        out = own(**{first: packing.pack(x), "attention_mask": packing}, **given)
-        out.last_hidden_state = packing.unpack(out.last_hidden_state)
+        out = own(**{first: packing.pack(x).unsqueeze(0), "attention_mask": packing}, **given)
+        out.last_hidden_state = packing.unpack(out.last_hidden_state.squeeze(0))
         return out
 
     def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
-        strange = [n for n, value in options.items() if n not in _HARMLESS and value is not None and value is not False]
-        plain = (mask is not None or refuse("no mask")) and (not strange or refuse(", ".join(strange)))
+        others = [n for n, value in options.items() if n not in _HARMLESS and value is not None and value is not False]
+        plain = (mask is not None or refuse("no mask")) and (not others or refuse(", ".join(others)))
         if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
             return None
         packing = read_mask(mask, x, self.pooled)
@@ -331,7 +318,7 @@ class Encoder(AcceleratedModule):
 
 
 class ClipEncoder(Encoder):
-    """CLIP's encoder, which runs packed if its text model says that no padding is pooled."""
+    """CLIP's encoder, which runs packed if its text model has found that no padding is pooled."""
 
     def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
         is_read = mask is not None and not options.get(_REAL_ENDS)
@@ -351,7 +338,8 @@ class ClipTextModel(AcceleratedModule):
     def _has_real_ends(self, tokens: Tensor, mask: Tensor) -> bool:
         if not is_plain(tokens) or not is_plain(mask) or mask.shape != tokens.shape:
             return False
-        ends = tokens if self.eos_token_id == 2 else (tokens == self.eos_token_id).int()
+        end = self.config.eos_token_id
+        ends = tokens if end == 2 else (tokens == end).int()
         return bool(mask.gather(1, ends.argmax(1, keepdim=True)).all())
 
 
@@ -421,9 +409,13 @@ def _tables(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _encoder_calls(module: Any, x: Tensor) -> list[Call]:
     keys, additive, causal = padded_masks(x)
-    options: tuple[dict[str, Any], ...] = ({}, {"is_causal": True}, {"use_cache": False})
+    options: list[dict[str, Any]] = [{}, {"is_causal": True}, {"use_cache": False}]
     more = {_REAL_ENDS: True} if type(module).__name__ == "CLIPEncoder" else {}
-    return [((x, mask), {**given, **more}) for mask, given in zip((keys, causal, additive), options, strict=True)]
+    names = _names_of(type(module).forward)
+    flags = [name for name in ("output_attentions", "output_hidden_states") if name in names]  # before 4.57
+    options += [dict.fromkeys(flags, False)] if flags else []
+    cases = zip((keys, causal, additive, keys), options, strict=False)
+    return [((x, mask), {**given, **more}) for mask, given in cases]
 
 
 _MODELS = "transformers.models"

@@ -4,7 +4,7 @@ from .contrastive import ClipLoss, SigLipLoss
 from .frozen import FrozenWeight, freeze, unfreeze
 from .layer_norm import LayerNorm, RMSNorm
 from .linear import Linear, linear
-from .rope_attention import RotaryAttention, axial_rope
+from .rope_attention import RotaryAttention, axial_rope, rotate
 from .swiglu import SwiGLU
 from .token_dropout import PatchDropout
 
@@ -21,5 +21,6 @@ __all__ = [
     "axial_rope",
     "freeze",
     "linear",
+    "rotate",
     "unfreeze",
 ]

@@ -49,7 +49,7 @@ class GELU(nn.Module):
 
 
 class SwiGLUMLP(nn.Module):
-    """Forward of transformers' `LlamaMLP` with SiLU."""
+    """Forward of transformers' `LlamaMLP`; with another activation than SiLU without the op."""
 
     has_backward = True
     can_torch_compile = True
@@ -58,7 +58,10 @@ class SwiGLUMLP(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        activation: Any = getattr(self, "act_fn", None)
+        is_silu = activation is None or type(activation).__name__ in ("SiLU", "SiLUActivation")
+        out: Tensor = self.down_proj(swiglu(gate, up) if is_silu else activation(gate) * up)
         return out
 
 
@@ -77,6 +80,7 @@ class RotaryAttention(nn.Module):
     head_dim: int
     scaling: float
     dropout: float
+    is_causal: bool
 
     def forward(
         self,
@@ -97,6 +101,9 @@ class RotaryAttention(nn.Module):
         q, k, v = (
             layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = rope_attention(q, k, v, cos, sin, num_prefix=prefix, interleaved=False, scale=self.scaling)
+        causal = kwargs.get("is_causal")
+        causal = bool(self.is_causal if causal is None else causal)
+        options: dict[str, Any] = {"num_prefix": prefix, "interleaved": False, "causal": causal, "scale": self.scaling}
+        out = rope_attention(q, k, v, cos, sin, **options)
         projected: Tensor = self.o_proj(out.flatten(2))
         return projected, None

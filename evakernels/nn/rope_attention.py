@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import rope_attention
+from ..reference.rope_attention import rotate_rounded
 from .layer_norm import LayerNorm
 from .linear import Linear
 
@@ -120,3 +121,14 @@ def axial_rope(
         spread = rows.unsqueeze(1).expand(-1, grid_w, -1), columns.unsqueeze(0).expand(grid_h, -1, -1)
         table = torch.cat(spread, -1).flatten(0, 1)
     return table.cos().float(), table.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> Tensor:
+    """Rotate pairs of channels, as `rope_attention` rotates queries and keys.
+
+    Args:
+        x: `[..., D]`; it is rotated in at least float32 and rounded to its dtype.
+        cos, sin: broadcastable to `[..., D / 2]`, one entry per pair.
+        interleaved: pairs are neighbours; otherwise channel i goes with channel i + D / 2.
+    """
+    return rotate_rounded(x, (cos, sin), interleaved)

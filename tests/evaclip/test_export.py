@@ -109,6 +109,12 @@ def test_onnx_16_bits_halve_the_file(model: CLIP, dtype: str, tower: str, tmp_pa
     assert (tmp_path / "half.onnx").stat().st_size < 0.6 * sum(weight.nbytes for weight in weights)
 
 
+def test_onnx_text_without_causal_mask(tmp_path: Path) -> None:
+    """The program computes all positions; it was compared with the model when it was written."""
+    model = lively(text={"layers": 1, "causal": False, "proj_bias": True, "mlp": "gelu_tanh"})
+    assert all(each.cosine > 0.99999 for each in export(model, "text", tmp_path / "text.onnx"))
+
+
 def test_onnx_int8(model: CLIP, tmp_path: Path) -> None:
     path = tmp_path / "image.onnx"
     outcomes = export(model, "image", path, int8=True, external=True)

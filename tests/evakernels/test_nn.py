@@ -153,6 +153,14 @@ def test_axial_rope_matches_timm(grid, head_dim):
             assert torch.equal(table[grid[1] + 2], torch.cat((rows[1], columns[2])))
 
 
+def test_rotate_matches_rope_attention():
+    q, k, v = torch.randn(3, 1, 6, 2, 8).unbind()
+    cos, sin = nn.axial_rope(2, 3, 8)
+    rotated = [nn.rotate(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k)]
+    expected = evakernels.rope_attention(q, k, v, cos, sin)
+    torch.testing.assert_close(evakernels.rope_attention(*rotated, v), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [

@@ -16,10 +16,10 @@ def offsets_of(lengths, dtype=torch.int64):
     return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(dtype)
 
 
-def pair(lengths, heads=HEADS, kv_heads=HEADS, form="unrotated", dtype=torch.int64, **options):
+def pair(lengths, heads=HEADS, kv_heads=HEADS, form="unrotated", head_dim=HEAD_DIM, dtype=torch.int64, **options):
     """Our function and torch's on each sequence, over one tensor `[T, H + 2 * Hkv, D]`, with tables of one form."""
     cu_seqlens = offsets_of(lengths, dtype)
-    cos, sin, positions, rows = FORMS[form](lengths)
+    cos, sin, positions, rows = FORMS[form](lengths, head_dim)
     full = (expanded(cos), expanded(sin)) if form.startswith("grid") else (cos, sin)
     tables = {"cos": cos, "sin": sin, "positions": positions}
 
@@ -43,30 +43,30 @@ def _angles(*shape):
     return angles.cos().float(), angles.sin().float()
 
 
-def _in_order(lengths, *more):
+def _in_order(lengths, head_dim, *more):
     rows = torch.cat([torch.arange(n) for n in lengths])
-    return *_angles(*more, max(lengths) + 1, HEAD_DIM // 2), None, rows
+    return *_angles(*more, max(lengths) + 1, head_dim // 2), None, rows
 
 
-def _by_row(lengths):
+def _by_row(lengths, head_dim):
     rows = torch.randint(-1, 5, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-    return *_angles(5, HEAD_DIM // 2), rows, rows
+    return *_angles(5, head_dim // 2), rows, rows
 
 
-def _by_place(lengths, paired=True):
+def _by_place(lengths, head_dim, paired=True):
     grid = 5
     places = torch.randint(-1, grid, (sum(lengths), 2), generator=torch.Generator().manual_seed(0))
     rows = torch.where(places.amin(1) < 0, -1, places[:, 0] * grid + places[:, 1])
-    return *_angles(2, grid, HEAD_DIM // 4), places if paired else rows, rows
+    return *_angles(2, grid, head_dim // 4), places if paired else rows, rows
 
 
 FORMS = {
-    "unrotated": lambda lengths: (None, None, None, torch.zeros(sum(lengths), dtype=torch.int64)),
+    "unrotated": lambda lengths, _: (None, None, None, torch.zeros(sum(lengths), dtype=torch.int64)),
     "in order": _in_order,
-    "in order, a table a head": lambda lengths: _in_order(lengths, HEADS),
+    "in order, a table a head": lambda lengths, head_dim: _in_order(lengths, head_dim, HEADS),
     "rows": _by_row,
     "grid by place": _by_place,
-    "grid by row": lambda lengths: _by_place(lengths, paired=False),
+    "grid by row": lambda lengths, head_dim: _by_place(lengths, head_dim, paired=False),
 }
 
 
@@ -100,15 +100,19 @@ TRANSFORMED = ["causal", "rows"]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("lengths", "head_dim", "causal"),
+    ("lengths", "heads", "head_dim", "form", "causal"),
     [
-        pytest.param([77, 1, 30, 64], 64, True, id="size_of_a_tower"),
-        *(([1, 4, 7, 8, 9, 48, 49, 97], head_dim, causal) for head_dim, causal in ((20, True), (64, False))),
+        pytest.param([77, 1, 30, 64], (1, 1), 64, "unrotated", True, id="size_of_a_tower"),
+        pytest.param([64, 17, 49], (2, 1), 64, "grid by place", False, id="mixed_image_sizes"),
+        *(
+            ([1, 4, 7, 8, 9, 48, 49, 97], (1, 1), head_dim, "unrotated", causal)
+            for head_dim, causal in ((20, True), (64, False))
+        ),
     ],
 )
-def test_as_accurate_as_torch_around_tile_sizes(lengths, head_dim, causal, dtype):
-    given = [shared(lengths, 1, 1, head_dim)]
-    op_checks.assert_as_accurate_as_torch(*pair(lengths, 1, 1, causal=causal), given, dtype)
+def test_as_accurate_as_torch_around_tile_sizes(lengths, heads, head_dim, form, causal, dtype):
+    given = [shared(lengths, *heads, head_dim)]
+    op_checks.assert_as_accurate_as_torch(*pair(lengths, *heads, form, head_dim, causal=causal), given, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,30 +122,6 @@ def test_split_heads_as_accurate_as_torch(dtype, monkeypatch):
     ours, theirs = pair([60, 3, 0, 40], form="in order", causal=True)
     x = shared([60, 3, 0, 40])
     op_checks.assert_as_accurate_as_torch(ours, theirs, [x], dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mixed_image_sizes_as_accurate_as_torch(dtype):
-    """Three aspect ratios in one batch, each with a class token, and two heads of queries to one of keys."""
-    sizes, grid, head_dim = [(7, 9), (1, 16), (12, 4)], 16, 64
-    patches = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in sizes]
-    positions = torch.cat([F.pad(places, (0, 0, 1, 0), value=-1) for places in patches])
-    lengths = [1 + h * w for h, w in sizes]
-    angles = randn(2, grid, head_dim // 4, seed=1)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    options = {"max_seqlen": max(lengths), "causal": False, "cos": cos, "sin": sin, "positions": positions}
-
-    def ours(x):
-        return evakernels.packed_attention(*x.split((2, 1, 1), 1), offsets_of(lengths), **options)
-
-    def theirs(x):
-        found = []
-        for image, (height, width) in zip(x.split(lengths), sizes, strict=True):
-            table = (expanded(t).unflatten(0, (grid, grid))[:height, :width].flatten(0, 1) for t in (cos, sin))
-            found.append(attention(*(t[None] for t in image.split((2, 1, 1), 1)), *table, num_prefix=1)[0])
-        return torch.cat(found)
-
-    op_checks.assert_as_accurate_as_torch(ours, theirs, [randn(sum(lengths), 4, head_dim)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -219,3 +199,30 @@ WRONG = {
         (ValueError, "cos", dict.fromkeys("kv", TOKENS[:, :1]) | tables_of(3, 5, 4) | IN_ORDER),
     ]
 }
+
+
+def test_packing_unpack_inverts_pack():
+    """Packed and padded sequences have the same cells, gradients and attention."""
+    lengths = torch.tensor([3, 1, 4])
+    packing, padded = evakernels.Packing.of_lengths(lengths, 8, 5), evakernels.Packing.padded(lengths, 5)
+    assert packing.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert packing.samples().tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    x = torch.randn(3, 5, 2, 8, dtype=torch.float64, requires_grad=True)
+    rows = packing.pack(x)
+    assert torch.equal(packing.unpack(rows), x * packing.mask()[..., None, None])
+    assert torch.equal(packing.last(rows), padded.last(padded.pack(x)))
+    query = torch.randn(3, 2, 8, dtype=torch.float64)
+    outs = [each.attend_once(query, each.pack(x), each.pack(x)) for each in (packing, padded)]
+    torch.testing.assert_close(outs[0], outs[1])
+    everything = packing.attend(query[packing.samples()], rows, rows)
+    torch.testing.assert_close(packing.last(everything), outs[0])
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in outs]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_packing_unpack_in_transforms():
+    packing, x = evakernels.Packing.of_lengths(torch.tensor([2, 1]), 3, 2), torch.randn(3, 4)
+    expected = packing.unpack(x)
+    assert torch.equal(torch.vmap(packing.unpack)(x.expand(5, -1, -1))[4], expected)
+    assert torch.equal(torch.func.jvp(packing.unpack, (x,), (x,))[1], expected)
+    assert torch.equal(torch.func.grad(lambda x: packing.unpack(x).square().sum())(x), 2 * x)

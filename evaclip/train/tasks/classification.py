@@ -140,8 +140,8 @@ class Classification(ImageModelTask):
         return BACKWARD_FACTOR * vision_flops(config, self.model.num_classes, kept)
 
     def tokens_computed(self, batch: Batch) -> int:
-        """The class token and the kept patches of each image."""
-        return len(batch.targets) * (1 + self.visual.num_kept_patches())
+        """The prefix tokens and the kept patches of each image."""
+        return len(batch.targets) * (self.visual.config.prefix_tokens + self.visual.num_kept_patches())
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Any) -> Tensor:
         labels: Tensor = fake(torch.arange(rows) % self.model.num_classes)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
@@ -16,7 +17,6 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
-from evaclip.model.layout import Layout
 from evaclip.model.text import TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train import rng
@@ -29,6 +29,7 @@ from evaclip.train.tasks.task import Evaluate, Size, Task, training_transform
 from evaclip.train.throughput import BACKWARD_FACTOR
 from evaclip.transforms import NativeSize, PackedTransform, image_transform, levels_of
 from evaclip.weights import describe_preprocess
+from evakernels import Packing
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -39,7 +40,7 @@ class _Pairs:
 
     micro_batch: MicroBatch
     tokens: Tensor
-    layout: Layout
+    layout: Packing
 
 
 class Contrastive(Task):
@@ -157,14 +158,14 @@ class Contrastive(Task):
         return BACKWARD_FACTOR * flops_per_sample(config, 1 - self.visual.patch_dropout)
 
     def tokens_computed(self, batch: Batch) -> int:
-        """The class token and kept patches of each image; tokens of each caption, or with `pack_text=False` the
+        """The prefix tokens and kept patches of each image; tokens of each caption, or with `pack_text=False` the
         whole context.
         """
         targets, images = batch.targets, packed_parts(batch.images)
         packed = self.model.text.savings.pack_text
         text = int(self.model.text.end_positions(targets).sum()) + len(targets) if packed else targets.numel()
         kept = sum(len(part.patches) for part in images) if images else len(targets) * self.visual.num_kept_patches()
-        return len(targets) + kept + text
+        return len(targets) * self.visual.config.prefix_tokens + kept + text
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
         text, config = self.model.text, self.model.config.text
@@ -185,7 +186,8 @@ class Contrastive(Task):
         }
 
     def _pairs(self, micro_batch: MicroBatch, device: torch.device) -> _Pairs:
-        layout = self.model.text.layout(micro_batch.targets).moved(partial(send, device=device))
+        layout = self.model.text.layout(micro_batch.targets)
+        layout = tree_map_only(Tensor, partial(send, device=device), layout)
         return _Pairs(micro_batch, send(micro_batch.targets, device), layout)
 
     def _backward(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:

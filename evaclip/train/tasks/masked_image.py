@@ -216,7 +216,7 @@ class _Loss(nn.Module):
         self._teacher = teacher
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        images = images.to(self._teacher.tower.cls_token.device)  # an offloaded student is in host memory
+        images = images.to(self._teacher.tower.pos_embed.device)  # an offloaded student is in host memory
         grid = self.student.present.grid
         masked = torch.arange(0, self.student.num_patches, 2, device=images.device).expand(len(images), -1)
         wanted = self._teacher(images, grid)[:, ::2].flatten(0, 1)

@@ -74,7 +74,7 @@ class Teacher:
         self._change: tuple[Tensor, Tensor] | None = None
         if (own.mean, own.std) != (students.mean, students.std):
             own_mean, own_std, mean, std = (
-                torch.tensor(values, device=tower.cls_token.device).reshape(3, 1, 1)
+                torch.tensor(values, device=tower.pos_embed.device).reshape(3, 1, 1)
                 for values in (own.mean, own.std, students.mean, students.std)
             )
             self._change = std / own_std, (mean - own_mean) / own_std
@@ -245,7 +245,7 @@ def _tower(model: CLIP | VisionModel) -> VisionTower:
 
 def _fake_mode(model: VisionModel) -> FakeTensorMode | None:
     """The fake mode of a model without data, else None."""
-    token = model.cls_token
+    token = model.pos_embed
     local = token.to_local() if is_cut(token) else token
     return local.fake_mode if isinstance(local, FakeTensor) else None
 

@@ -58,12 +58,17 @@ def test_create_model_of_checkpoint(form: str, tmp_path: Path) -> None:
         assert torch.equal(again.eval().encode_image(random_images(2)), model.encode_image(random_images(2)))
 
 
-def test_transform_of_native_model_packs_images() -> None:
-    model, _, transform = create_model_and_transforms("tiny", preprocess={"max_patches": 4})
-    images: Any = transform(Image.new("RGB", (60, 20)))
-    assert isinstance(images, PackedImages)
-    assert images.sizes[0, 1] > images.sizes[0, 0]
-    assert model.encode_image(images).shape == (1, model.config.embed_dim)
+@pytest.mark.parametrize("seed", [None, 3])
+def test_transforms_of_native_model_pack_images(seed: int | None) -> None:
+    overrides: Any = {"preprocess": {"max_patches": 4}, "vision": {"patch_dropout": 0.5}}
+    model, train, evaluate = create_model_and_transforms("tiny", **overrides)
+    picture = Image.new("RGB", (60, 20))
+    for images in (evaluate(picture), train(picture, seed)):
+        assert isinstance(images, PackedImages)
+        assert images.sizes[0, 1] > images.sizes[0, 0]
+        assert model.encode_image(images).shape == (1, model.config.embed_dim)
+    whole = int(images.sizes.prod())
+    assert len(images.patches) == (whole if seed is None else whole // 2)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +248,9 @@ def test_list_functions() -> None:
     assert evaclip.list_pretrained_tags_by_model("tiny") == []
     assert evaclip.list_vision_models("eva02_tiny*") == ["eva02_tiny_patch14_224", "eva02_tiny_patch14_336"]
     released = evaclip.list_vision_models(pretrained=True)
+    assert "naflexvit_base_patch16_map.untrained" not in released
+    with pytest.raises(UserError, match="pretrained must be a file or folder"):
+        evaclip.create_vision_model("naflexvit_base_patch16_map", pretrained=True)
     assert "eva02_tiny_patch14_336.mim_in22k_ft_in1k" in released
     for name in (released[0], f"timm/{released[0]}", f"hf-hub:timm/{released[0]}"):
         evaclip.create_vision_model(name, device="meta")
@@ -342,3 +350,10 @@ def test_lock_towers() -> None:
     assert trained(model.visual) == everything
     model.lock_text_tower(unlocked_layers=1)
     assert trained(model.text) == {"text_projection"}
+
+
+def test_lock_unlocks_attention_pool() -> None:
+    """Such a tower has no projection."""
+    model = create_model("tiny", embed_dim=192, vision={"width": 192, "pool": "attention"})
+    model.lock_image_tower(unlocked_groups=1)
+    assert trained(model.visual) == {f"attn_pool.{name}" for name, _ in model.visual.attn_pool.named_parameters()}

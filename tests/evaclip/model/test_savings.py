@@ -116,7 +116,7 @@ def test_flops_match_counter(saving, monkeypatch):
     tokens[:, 9] = 49407
     for place in ("vision_block.rope_attention", "text.rope_attention"):
         monkeypatch.setattr(f"evaclip.model.{place}", _torch_attention)
-    monkeypatch.setattr("evaclip.model.text.packed_attention", _torch_packed_attention)
+    monkeypatch.setattr("evakernels.packing.packed_attention", _torch_packed_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: q @ k.mT @ v)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(random_images(3), tokens, token_index=sample_token_index(3, 16, 8))
@@ -130,7 +130,9 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) 
     return ((q @ k.mT) @ v).transpose(1, 2).contiguous()
 
 
-def _torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _torch_packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **_: object
+) -> Tensor:
     """For captions of one length."""
     grid = (t.unflatten(0, (len(cu_seqlens) - 1, max_seqlen)) for t in (q, k, v))
     return _torch_attention(*grid).flatten(0, 1)

@@ -1,18 +1,23 @@
 """The image models of the EVA series against timm's, with the same random weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from small_models import random_images, stir, without_start_values
 from torch import nn
+from transformers import Siglip2Config, Siglip2Model
 
-from evaclip import create_vision_model, pack_images
+from evaclip import CLIP, Savings, create_model, create_vision_model, pack_images
 from evaclip.errors import UserError
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
-from evaclip.weights import load_weights, to_timm
+from evaclip.weights import load_weights, to_original, to_timm
+
+NAFLEX = [name for name in RELEASES if name.startswith("naflexvit")]
+Gradients = dict[str, torch.Tensor]
 
 
 def peer_of(name: str, depth: int = 2, num_classes: int = 7, **options: object) -> nn.Module:
@@ -30,7 +35,12 @@ def ours(name: str, peer: nn.Module, depth: int = 2, num_classes: int = 7, **opt
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if "enormous" in name else []) for name in RELEASES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if "enormous" in name else [])
+        for name in RELEASES
+        if name.startswith("eva")
+    ],
 )
 def test_outputs_and_names_match_timm(name: str) -> None:
     config, tiny = vision_config(name), "tiny" in name
@@ -55,7 +65,12 @@ def test_outputs_and_names_match_timm(name: str) -> None:
 
 
 def test_releases_match_timm() -> None:
-    assert set(RELEASES) == set(timm.list_models("eva*"))
+    assert set(RELEASES) == {*timm.list_models("eva*"), *NAFLEX}
+    for name in NAFLEX:
+        for tag, release in RELEASES[name].items():
+            theirs = timm.get_pretrained_cfg(f"{name}.{tag}")
+            assert theirs.num_classes == release.num_classes
+            assert release.preprocess.mean == pytest.approx(theirs.mean)
     for name in timm.list_pretrained("eva*"):
         model, tag = split_name(name)
         assert tag is not None
@@ -100,15 +115,109 @@ def test_features_and_head_match_timm() -> None:
         model.forward_intermediates(images, [3])
 
 
-def test_packed_images_match_timm_naflex() -> None:
+@pytest.mark.parametrize("antialias", [False, True])
+def test_packed_images_match_timm_naflex(antialias: bool) -> None:
     name, grids = "eva02_tiny_patch14_224", ((8, 8), (4, 12), (10, 5))
     # timm resizes positions with antialiasing by default, unlike the authors.
-    peer = peer_of(name, use_naflex=True, pos_embed_antialias=False)
-    model = ours(name, peer)
+    peer = peer_of(name, use_naflex=True, pos_embed_antialias=antialias)
+    model = ours(name, peer, pos_antialias=antialias)
     images = [torch.randn(3, 14 * rows, 14 * columns) for rows, columns in grids]
     with torch.no_grad():
         expected = torch.cat([peer(image.unsqueeze(0)) for image in images])
         torch.testing.assert_close(model(pack_images(images, 14)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAFLEX)
+def test_naflexvit_matches_timm(name: str, tmp_path: Path) -> None:
+    """Logits by 1e-5, packed and of another `image_size`; gradients within three times timm's error in float32."""
+    peer = timm.create_model(name, depth=2, num_classes=7, embed_dim=64, num_heads=2).eval()
+    stir(peer, std=0.1)
+    torch.save(peer.state_dict(), tmp_path / "weights.pt")
+    model = create_vision_model(name, pretrained=tmp_path / "weights.pt", layers=2, width=64, heads=2).eval()
+    torch.manual_seed(1)
+    images = [torch.randn(3, 16 * rows, 16 * columns) for rows, columns in ((16, 16), (8, 20), (3, 5), (18, 12))]
+
+    def compute(model: nn.Module, *batches: Any) -> tuple[torch.Tensor, Gradients]:
+        model.zero_grad()
+        logits = torch.cat([model(batch) for batch in batches])
+        logits.log_softmax(1)[:, 0].sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return logits.detach(), gradients
+
+    logits, gradients = compute(model, pack_images(images, 16))
+    expected, usual = compute(peer, *(image.unsqueeze(0) for image in images))
+    _, exact = compute(peer.double(), *(image.unsqueeze(0).double() for image in images))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    # Prefix tokens have no positions in timm, and some models no biases on q and v.
+    prefix, known = model.config.prefix_tokens, to_original(exact)
+    parameters = {n: g[:, prefix:] if n == "pos_embed" else g for n, g in gradients.items() if known[n].any()}
+    known, rough = ({**each, "pos_embed": each["pos_embed"][:, prefix:]} for each in (known, to_original(usual)))
+    assert_gradients(parameters, known, rough)
+    size = {"image_size": (128, 320), "layers": 2, "width": 64, "heads": 2}
+    resized = create_vision_model(name, pretrained=tmp_path / "weights.pt", **size).eval()
+    torch.testing.assert_close(resized(images[1].unsqueeze(0))[0], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def assert_gradients(found: Gradients, exact: Gradients, usual: Gradients) -> None:
+    """Errors are at most three times as large as those of `usual`, or rounding."""
+    for name, gradient in found.items():
+        errors = [(each - exact[name]).norm().item() for each in (gradient, usual[name])]
+        assert errors[0] <= 3 * errors[1] + 1e-6 * exact[name].norm().item(), name
+
+
+def test_siglip2_matches_transformers(tmp_path: Path) -> None:
+    """Logits by 1e-5, gradients of the sigmoid loss within three times transformers' error in float32.
+
+    SigLIP 2 of a fixed size has a convolution as its patch embedding.
+    """
+    peer, model = siglip2(tmp_path)
+    name = "vision_model.embeddings.patch_embedding.weight"
+    kernel = peer.state_dict()[name].unflatten(1, (4, 4, 3)).permute(0, 3, 1, 2)
+    loaded = to_original({**peer.state_dict(), name: kernel})
+    assert torch.equal(loaded["visual.patch_embed.proj.weight"], model.visual.patch_embed.proj.weight)
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 400, (4, 12))
+    images = [torch.randn(3, 4 * rows, 4 * columns) for rows, columns in ((4, 4), (2, 6), (5, 2), (1, 3))]
+    packed = pack_images(images, 4)
+    inputs = {"input_ids": tokens, "spatial_shapes": packed.sizes, "return_loss": True}
+    pixels = [p.unflatten(1, (3, 16)).mT.flatten(1) for p in packed.patches.split(packed.lengths.tolist())]
+    inputs["pixel_values"] = nn.utils.rnn.pad_sequence(pixels, batch_first=True)
+    inputs["pixel_attention_mask"] = (torch.arange(packed.max_length) < packed.lengths.unsqueeze(1)).int()
+    usual = peer(**inputs)
+    usual.loss.backward()
+    found = {name: p.grad.clone() for name, p in peer.named_parameters()}
+    peer.zero_grad()
+    peer.double()(**{**inputs, "pixel_values": inputs["pixel_values"].double()}).loss.backward()
+    logits, _ = model.get_logits(packed, tokens)
+    torch.testing.assert_close(logits, usual.logits_per_image, atol=1e-5, rtol=1e-5)
+    signs = 2 * torch.eye(4) - 1
+    nn.functional.softplus(-signs * logits).sum(1).mean().backward()
+    exact = to_original({name: p.grad for name, p in peer.named_parameters()})
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert gradients.keys() == exact.keys()
+    assert_gradients(gradients, exact, to_original(found))
+    model.set_savings(Savings(pooled_last_block=False))
+    torch.testing.assert_close(model.encode_text(tokens, normalize=True), usual.text_embeds, atol=1e-5, rtol=1e-5)
+
+
+def siglip2(folder: Path) -> tuple[Any, CLIP]:
+    """A small SigLIP 2 of transformers, and ours with its weights."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 49408, "max_position_embeddings": 12}
+    peer = Siglip2Model(
+        Siglip2Config(text_config=text, vision_config={**sizes, "patch_size": 4, "num_patches": 16})
+    ).eval()
+    stir(peer, std=0.1)
+    peer.save_pretrained(folder)
+    options: dict[str, Any] = {"width": 64, "layers": 2, "heads": 2, "mlp_ratio": 1.5}
+    model = create_model(
+        "SigLIP2-B-16-NaFlex",
+        f"local-dir:{folder}",
+        embed_dim=64,
+        vision={**options, "image_size": 16, "patch_size": 4},
+        text={**options, "vocab_size": 49408, "context_length": 12, "hf_tokenizer_name": None},
+    )
+    return peer, model.eval()
 
 
 def test_oblong_images_match_timm() -> None:

@@ -209,11 +209,15 @@ def test_peak_flops_of_gpus(monkeypatch: pytest.MonkeyPatch, name: str, half: fl
     assert peak_flops(cuda, "fp32") == single
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "prefix"), [(False, 1), (True, 1), (True, 3)])
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_tokens_are_the_rows_that_reach_the_blocks(small_model: CLIP, pack: bool, dropout: float, packed: bool) -> None:
-    rows: list[int] = []
+def test_tokens_are_the_rows_that_reach_the_blocks(
+    small_model: CLIP, pack: bool, dropout: float, packed: bool, prefix: int
+) -> None:
+    config, rows = small_model.config, list[int]()
+    vision = dataclasses.replace(config.vision, prefix_tokens=prefix)
+    small_model = CLIP(dataclasses.replace(config, vision=vision))
 
     def count(block: nn.Module, arguments: tuple[Stream, ...]) -> None:
         rows.append(arguments[0].x.shape[:-1].numel())

@@ -209,6 +209,7 @@ def test_a_lost_run_stops_and_writes_no_checkpoint(is_noticed, run_config, tmp_p
         locks.append(take(folder, **options))
         return locks[-1]
 
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 1e6)  # one between the theft and step 4 would stop the run there
     monkeypatch.setattr(run_lock.RunLock, "acquire", acquired)
     monkeypatch.setattr(TrainLoader, "batches", batches)
     with pytest.raises(UserError, match="was taken over by process"):

@@ -15,12 +15,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 from trained_runs import assert_equal, checkpoint, column, evaluations, records, steps, weights
 
 from evaclip.data import Batch, TrainLoader
 from evaclip.errors import RunFailed, UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
+from evaclip.runtime.encoder import Encoder
 from evaclip.train import saver
 from evaclip.train.build import build
 from evaclip.train.checkpoint import Lost, NotWritten
@@ -351,6 +353,18 @@ def test_siglips_bias_is_the_models(run_config: Make) -> None:
     assert abs(float(weights(folder)["logit_bias"]) + 10) > 0.1
     average = weights(folder, file="ema")["logit_bias"]
     assert torch.equal(load_model(str(checkpoint(folder))).model.logit_bias.detach(), average)
+
+
+def test_siglip2_trains_and_encodes(run_config: Make) -> None:
+    options = ["model.options.text.vocab_size=49408", "model.options.text.hf_tokenizer_name=null", "schedule.steps=2"]
+    config = run_config("model.name=SigLIP2-B-16-NaFlex", "loss.name=siglip", *options, task="native")
+    loaded = load_model(str(train(config).folder))
+    encoder = Encoder(loaded, device="cpu", precision="fp32")
+    assert (encoder.max_patches, loaded.model.config.text.causal) == (16, False)
+    images, texts = encoder.images([Image.new("RGB", (8, 24)), Image.new("RGB", (16, 16))]), encoder.texts(["a", "a b"])
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(2))
+    tokens = loaded.tokenizer(["a", "a b"])
+    torch.testing.assert_close(texts, loaded.model.encode_text(tokens, normalize=True).detach())
 
 
 def test_another_model_is_refused_in_one_sentence(run_config: Make, trained: Path) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _COMMIT_ROUTE = re.compile(r"/api/models/(?P<repository>[^/]+/[^/]+)/(?P<verb>preupload|commit)/(?P<revision>[^?]+)")
+_INFO_ROUTE = re.compile(r"/api/models/(?P<repository>[^/]+/[^/?]+)")
 _ROUTE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^?]+)")
 
 
@@ -84,7 +85,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
             hub.requests.append((self.command, name, asked))
             content = hub.files.get((match["repository"], name)) if match else None
             if content is None:
-                known = match and any(repository == match["repository"] for repository, _ in hub.files)
+                named = match or _INFO_ROUTE.match(self.path)
+                known = named and any(repository == named["repository"] for repository, _ in hub.files)
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
                 self.send_header("X-Repo-Commit", COMMIT)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_convert_timm_round_trip(source: Path) -> None:
     with pytest.raises(UserError, match="an image tower alone"):
         convert(back, source.with_name("no.pt"), "open_clip")
     assert not source.with_name("no.pt").exists()
+
+
+@pytest.mark.parametrize("vision", [{"pool": "attention"}, {"prefix_tokens": 2}])
+def test_convert_attention_pool_or_registers(vision: dict[str, Any], tmp_path: Path) -> None:
+    """No other library has such a tower under these names."""
+    state = create_model("tiny", vision=vision).state_dict()
+    torch.save(state, tmp_path / "source.pt")
+    for layout in ("original", "open_clip", "timm"):
+        with pytest.raises(UserError, match="layout"):
+            convert(tmp_path / "source.pt", tmp_path / "out.pt", layout)
+    convert(tmp_path / "source.pt", tmp_path / "out.safetensors", "safetensors")
+    assert_equal(load_file(tmp_path / "out.safetensors"), state)
 
 
 def test_convert_adds_rotary_tables(source: Path) -> None:

@@ -1,29 +1,26 @@
 """Masks become packing: towers that run without padding and vision towers of packed images, against untouched ones."""
 
 import copy
+from functools import partial
+from importlib import import_module
 
 import pytest
 import timm
 import torch
 import transformers as hf
-from dropin_families import assert_same_gradients, log_ops, randomised
+from dropin_families import log_ops, randomised
 from timm.models.naflexvit import NaFlexVit
 from torch._dynamo.testing import CompileCounter
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_map
 
 import evakernels
 
 BATCH, LENGTH, PATCH = 4, 12, 4
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**SIZES, "vocab_size": 50, "max_position_embeddings": 16, "projection_size": 64, "eos_token_id": 49}
-NAFLEX = {
-    "embed_dim": 64,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 5,
-    "patch_size": PATCH,
-    "pos_embed_grid_size": (8, 8),
-}
+NAFLEX = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5, "patch_size": PATCH}
+NAFLEX["pos_embed_grid_size"] = 8, 8
+ROPE = {"rope_type": "axial", "rope_ref_feat_shape": (4, 4)}
 SIGLIP2 = {**SIZES, "patch_size": PATCH, "num_patches": 16}
 BERT = {**SIZES, "vocab_size": 50, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -77,26 +74,14 @@ def pixtral_inputs(generator):
     return {"pixel_values": torch.randn(3, 3, 28, 28, generator=generator), "image_sizes": sizes.tolist()}
 
 
-def naflex(name):
-    return lambda: timm.create_model(name, **NAFLEX)
-
-
 def of_config(model, config, **sizes):
     return lambda: getattr(hf, model)(getattr(hf, config)(**sizes))
 
 
-def module_of(name):
-    """transformers exports no vision towers of VLMs."""
-    return __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["_"])
-
-
 def vision_tower(name, tower, **sizes):
-    def build():
-        module = module_of(name)
-        cls = getattr(module, tower)
-        return cls(cls.config_class(**sizes))
-
-    return build
+    """transformers exports no vision towers of VLMs."""
+    cls = getattr(import_module(f"transformers.models.{name}.modeling_{name}"), tower)
+    return lambda: cls(cls.config_class(**sizes))
 
 
 QWEN = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "temporal_patch_size": 2, "in_channels": 3}
@@ -105,12 +90,9 @@ QWEN25 = {**QWEN3, "window_size": 16, "fullatt_block_indexes": [1]}
 PIXTRAL = {**SIZES, "patch_size": PATCH, "image_size": 28, "head_dim": 32}
 
 PADDED = {
-    **{name: (naflex(name), naflex_inputs) for name in timm.list_models("naflexvit*")},
-    "naflex-rope": (
-        lambda: NaFlexVit(**NAFLEX, rope_type="axial", rope_ref_feat_shape=(4, 4), reg_tokens=2),
-        naflex_inputs,
-    ),
-    "naflex-key-mask": (lambda: NaFlexVit(**NAFLEX, use_key_only_attn_mask=True, reg_tokens=1), naflex_inputs),
+    **{name: (partial(timm.create_model, name, **NAFLEX), naflex_inputs) for name in timm.list_models("naflexvit*")},
+    "naflex-rope": (partial(NaFlexVit, **NAFLEX, **ROPE, reg_tokens=2), naflex_inputs),
+    "naflex-key-mask": (partial(NaFlexVit, **NAFLEX, use_key_only_attn_mask=True, reg_tokens=1), naflex_inputs),
     "siglip2": (of_config("Siglip2VisionModel", "Siglip2VisionConfig", **SIGLIP2), siglip2_inputs),
     "siglip-text": (of_config("SiglipTextModel", "SiglipTextConfig", **TEXT), left_padded),
     "siglip2-text": (of_config("Siglip2TextModel", "Siglip2TextConfig", **TEXT), left_padded),
@@ -132,28 +114,27 @@ MODELS = PADDED | PACKED
 
 
 def pair(name):
-    """Inputs by seed, an accelerated model and an untouched one."""
+    """Inputs by seed, an accelerated model, an untouched one, and the report."""
     build, inputs = MODELS[name]
     untouched = randomised(build)
     model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True, strict=True)
-    return lambda seed: inputs(torch.Generator().manual_seed(seed)), model, untouched
+    report = evakernels.accelerate(model, force=True, strict=True)
+    return lambda seed: inputs(torch.Generator().manual_seed(seed)), model, untouched, report
 
 
 def run(model, inputs, dtype=torch.float32):
-    """All outputs of real tokens, `[..., C]` in one row each."""
+    """All outputs, the last of real tokens alone, in one row."""
 
     def cast(value):
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    given = {n: {k: cast(v) for k, v in x.items()} if isinstance(x, dict) else cast(x) for n, x in inputs.items()}
-    out = model(**given)
+    out = model(**tree_map(cast, inputs))
     if isinstance(out, torch.Tensor):
         return out.double()
-    hidden, pooled = out.last_hidden_state, out.get("pooler_output")
+    hidden, others = out.last_hidden_state, (out.get("pooler_output"), *(out.get("hidden_states") or ()))
     mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
     hidden = hidden if mask is None else hidden[mask.bool()]
-    return torch.cat([x.flatten() for x in (hidden, pooled) if x is not None]).double()
+    return torch.cat([x.flatten() for x in (hidden, *others) if x is not None]).double()
 
 
 def gradients(model, inputs, dtype=torch.float32):
@@ -168,8 +149,13 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
-def norm(values):
-    return float(torch.cat([value.flatten() for value in values]).norm())
+def assert_gradients(model, untouched, given):
+    """At most three times the untouched model's error."""
+    exact = gradients(copy.deepcopy(untouched).double(), given, torch.float64)
+    found = [gradients(m, given) for m in (model, untouched)]
+    assert found[0].keys() == found[1].keys()
+    errors = [torch.cat([(g[n] - exact[n]).flatten() for n in exact]).norm() for g in found]
+    assert errors[0] <= 3 * errors[1]
 
 
 OFTEN = {*MODELS} - {*timm.list_models("naflexvit*")} | {"naflexvit_base_patch16_gap", "naflexvit_base_patch16_siglip"}
@@ -177,181 +163,133 @@ OFTEN = {*MODELS} - {*timm.list_models("naflexvit*")} | {"naflexvit_base_patch16
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in MODELS])
 def test_packed_model_matches_untouched(name):
-    """Outputs, and gradients with at most three times the untouched model's error."""
-    inputs, model, untouched = pair(name)
-    exact = copy.deepcopy(untouched).double()
-    model.train(), untouched.train(), exact.train()
+    inputs, model, untouched, _ = pair(name)
+    model.train(), untouched.train()
     for seed in range(4):
         given = inputs(seed)
         with log_ops() as ops:
             actual = run(model, given)
         assert ops >= {"packed_attention"}
         assert "rope_attention" not in ops
-        assert_close(actual, run(untouched, given))
-        found, theirs = gradients(model, given), gradients(untouched, given)
-        truth = gradients(exact, given, torch.float64)
-        assert_same_gradients({n: g.float() for n, g in found.items()}, {n: g.float() for n, g in theirs.items()})
-        errors = [norm(g[n] - truth[n] for n in truth) for g in (found, theirs)]
-        assert errors[0] <= 3 * errors[1]
-
-
-AUTOCAST = ["naflexvit_base_patch16_gap", "siglip2", "clip-text", "bert", "qwen2.5-vl", "pixtral"]
-
-
-@pytest.mark.parametrize("name", AUTOCAST)
-def test_packed_model_under_autocast(name):
-    inputs, model, untouched = pair(name)
-    exact, errors = run(untouched, inputs(1)).detach(), []
-    for m in (model, untouched):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = run(m, inputs(1))
-        out.sum().backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
-        errors.append(float((out.detach() - exact).norm()))
+        expected = run(untouched, given)
+        assert_close(actual, expected)
+        assert_gradients(model, untouched, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [run(m, given) for m in (model, untouched)]
+    outputs[0].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    errors = [(out - expected).norm() for out in outputs]
     assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "siglip2", "bert"])
-def test_packed_layers_see_no_padding(name):
-    """Linear layers of the blocks compute as many tokens as there are."""
-    inputs, model, _ = pair(name)
-    given, rows = inputs(0), set()
-
-    def note(module, args):
-        if isinstance(module, torch.nn.Linear) and module in layers:
-            rows.add(args[0].shape[:-1])
-
-    layers = {*(model.blocks if hasattr(model, "blocks") else model.encoder).modules()}
-    handle = register_module_forward_pre_hook(note)
-    run(model, given)
-    handle.remove()
-    masks = "patch_valid", "attention_mask", "pixel_attention_mask"
-    real = next(mask for name, mask in (given | given.get("x", {})).items() if name in masks)
-    assert rows == {(1, int(real.sum()) + BATCH * getattr(model, "num_prefix_tokens", 0))}
+def test_packed_layers_are_checkpointed():
+    inputs, model, untouched, _ = pair("siglip2")
+    model.gradient_checkpointing_enable()
+    assert_gradients(model.train(), untouched.train(), inputs(3))
 
 
 # --- calls that keep the model's own code -----------------------------------------------------------------------------
 
 
-def reason_of(model, report, given, tower):
-    """The outputs of a call, and why the tower ran its own code; None if it packed."""
-    with report.watch():
-        out = run(model, given)
-    return out, next((idle.reason for idle in report.idle if idle.name == tower), None)
+def reason_of(report, tower):
+    """Why the tower ran its own code in the calls watched last; None if it packed."""
+    return next((idle.reason for idle in report.idle if idle.name == tower), None)
 
 
-def encoder_pair(name, **options):
-    build, inputs = MODELS[name]
-    torch.manual_seed(0)
-    untouched = build().eval()
-    for key, value in options.items():
-        setattr(untouched, key, value)
-    model = copy.deepcopy(untouched)
-    return inputs(torch.Generator().manual_seed(0)), model, untouched, evakernels.accelerate(model, force=True)
+def flip(model, given):
+    """SigLIP's text model pools its last token, BERT its first."""
+    return {name: value.flip(1) for name, value in given.items()}
 
 
-def test_packing_refuses_other_masks():
-    """A mask with a bias, keys that differ by query, in two and four dimensions, and a window."""
-    _, model, untouched, report = encoder_pair("siglip2")
+def hide_end(model, given):
+    """CLIP pools the end token."""
+    return given | {"attention_mask": (given["input_ids"] != 49).long() & given["attention_mask"]}
+
+
+def hide_pooled(model, given):
+    """timm pools by `patch_valid`."""
+    return {"x": given["x"] | {"attn_mask": (torch.arange(LENGTH + 4) < 5).expand(BATCH, 1, 1, -1)}}
+
+
+def drop(model, given):
+    for layer in model.train().encoder.layer:
+        layer.attention.self.dropout.p = 0.5
+    return given
+
+
+def drop_paths(model, given):
+    for block in model.train().blocks:
+        block.drop_path1 = timm.layers.DropPath(0.5)
+    return given
+
+
+def hook(model, given):
+    model.encoder.layers[1].self_attn.register_forward_hook(lambda *args: None)
+    return given
+
+
+def record_states(model, given):
+    return given | {"output_hidden_states": True}
+
+
+def use_eager(model, given):
+    model.set_attn_implementation("eager")
+    return given
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("siglip-text", flip, "mask"),
+        ("bert", flip, "mask"),
+        ("clip-text", hide_end, "mask"),
+        ("naflexvit_base_patch16_gap", hide_pooled, "mask"),
+        ("bert", drop, "dropout"),
+        ("naflexvit_base_patch16_gap", drop_paths, "dropout"),
+        ("siglip2", hook, "hooks"),
+        ("bert", record_states, "output_hidden_states"),
+        ("siglip2", use_eager, "its attn_implementation is eager, not sdpa"),
+    ],
+)
+def test_refused_call_matches_untouched(name, change, reason):
+    inputs, model, untouched, report = pair(name)
+    tower, outputs = "" if name.startswith("naflex") else "encoder", []
+    for m in (untouched, model):
+        given = change(m.eval(), inputs(0))
+        torch.manual_seed(1)
+        with report.watch():
+            outputs.append(run(m, given))
+    assert_close(outputs[1], outputs[0])
+    assert reason_of(report, tower) == reason
+    if reason == "dropout":
+        with report.watch():
+            run(model.eval(), given)
+        assert reason_of(report, tower) is None
+
+
+def test_encoder_refuses_other_arguments():
+    """A mask with a bias, keys that differ by query, in two and four dimensions, a window, and an untried argument."""
+    _, model, untouched, report = pair("siglip2")
     tokens = torch.randn(LENGTH, LENGTH, 64)  # a mask `[N, N]` could be one of keys
     window = torch.ones(LENGTH, LENGTH).tril(2).triu(-2).bool()
     bias, keys = torch.randn(LENGTH, 1, 1, LENGTH).clamp(min=0), torch.rand(LENGTH, LENGTH) > 0.3
     for mask in (bias, keys, keys[None, None], window[None, None]):
-        with report.watch(), log_ops() as ops:
+        with report.watch():
             actual = model.encoder(tokens, mask).last_hidden_state
         assert_close(actual, untouched.encoder(tokens, mask).last_hidden_state)
-        assert "packed_attention" not in ops
-        assert "mask" in next(idle.reason for idle in report.idle if idle.name == "encoder")
-
-
-def test_packing_refuses_padded_pooled_token():
-    """SigLIP's text model pools its last token, BERT its first, CLIP the end token, which may be hidden as padding."""
-    for name in ("siglip-text", "bert", "clip-text"):
-        given, model, untouched, report = encoder_pair(name)
-        if name == "clip-text":
-            given["attention_mask"] = (given["input_ids"] != 49).long() & given["attention_mask"]
-        else:
-            given = {key: value.flip(1) for key, value in given.items()}
-        out, reason = reason_of(model, report, given, "encoder")
-        assert_close(out, run(untouched, given))
-        assert reason == "mask"
-
-
-def test_packing_refuses_dropout():
-    given, model, untouched, report = encoder_pair("bert")
-    for m in (model, untouched):
-        m.train()
-        for layer in m.encoder.layer:
-            layer.attention.self.dropout.p = 0.5
-    torch.manual_seed(1)
-    out, reason = reason_of(model, report, given, "encoder")
-    torch.manual_seed(1)
-    assert_close(out, run(untouched, given))
-    assert reason == "dropout"
-    assert reason_of(model.eval(), report, given, "encoder")[1] is None
-
-
-def test_packing_refuses_stochastic_depth():
-    given = naflex_inputs(torch.Generator().manual_seed(0))
-    untouched = randomised(lambda: NaFlexVit(**NAFLEX, drop_path_rate=0.5)).train()
-    model = copy.deepcopy(untouched)
-    report = evakernels.accelerate(model, force=True)
-    torch.manual_seed(1)
-    out, reason = reason_of(model, report, given, "")
-    torch.manual_seed(1)
-    assert_close(out, run(untouched, given))
-    assert reason == "dropout"
-
-
-def test_packing_refuses_given_naflex_mask():
-    """timm pools by `patch_valid`, so that a mask of the caller may hide tokens that are pooled."""
-    given, model, untouched, report = encoder_pair("naflexvit_base_patch16_gap")
-    given["x"]["attn_mask"] = (torch.arange(LENGTH + 4) < 5).expand(BATCH, 1, 1, -1)
-    out, reason = reason_of(model, report, given, "")
-    assert_close(out, run(untouched, given))
-    assert reason == "mask"
-
-
-def test_packing_refuses_hooks():
-    given, model, untouched, report = encoder_pair("siglip2")
-    shapes = []
-    model.encoder.layers[1].self_attn.register_forward_hook(lambda module, args, out: shapes.append(out[0].shape))
-    out, reason = reason_of(model, report, given, "encoder")
-    assert_close(out, run(untouched, given))
-    assert (reason, shapes) == ("hooks", [(BATCH, LENGTH, 64)])
-
-
-def test_packing_keeps_hidden_states():
-    """transformers records them by hooks."""
-    given, model, untouched, _ = encoder_pair("bert")
-    states = [m(**given, output_hidden_states=True).hidden_states for m in (model, untouched)]
-    for actual, expected in zip(*states, strict=True):
-        assert_close(actual, expected)
-
-
-def test_packing_refuses_eager_attention():
-    given, model, untouched, report = encoder_pair("siglip2")
-    for m in (model, untouched):
-        m.set_attn_implementation("eager")
-    out, reason = reason_of(model, report, given, "encoder")
-    assert_close(out, run(untouched, given))
-    assert "eager" in reason
+        assert reason_of(report, "encoder") == "mask"
+    with report.watch():
+        model.encoder(tokens, keys[:, None, None], untried=keys)
+    assert reason_of(report, "encoder") == "untried"
 
 
 def test_packing_follows_excluded_attention():
     """Layers of a tower pack only if all of them do."""
-    given, model, untouched, report = encoder_pair("siglip2")
+    inputs, model, untouched, report = pair("siglip2")
     assert {done.module for done in report.replaced} >= {"Siglip2Encoder"}
     report = evakernels.accelerate(model, force=True, exclude="encoder.layers.1.self_attn")
     assert "Siglip2Encoder" in {left.module for left in report.left}
-    assert_close(run(model, given), run(untouched, given))
-
-
-def test_packing_checkpoints_layers():
-    inputs, model, untouched = pair("siglip2")
-    model.gradient_checkpointing_enable()
-    actual, expected = (gradients(m.train(), inputs(3)) for m in (model, untouched))
-    assert_same_gradients({n: g.float() for n, g in actual.items()}, {n: g.float() for n, g in expected.items()})
+    assert_close(run(model, inputs(0)), run(untouched, inputs(0)))
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -363,7 +301,7 @@ more = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("siglip2",
 @pytest.mark.parametrize("name", ["bert", *more])
 def test_compiled_masks_need_no_recompile(name):
     """Compiled towers keep the padding: one program for all masks of a length, one more for all other lengths."""
-    inputs, model, untouched = pair(name)
+    inputs, model, untouched, _ = pair(name)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -378,7 +316,7 @@ def test_compiled_masks_need_no_recompile(name):
 
 @pytest.mark.exhaustive
 def test_compiled_naflex_recompiles_as_untouched():
-    inputs, *models = pair("naflexvit_base_patch16_gap")
+    inputs, *models, _ = pair("naflexvit_base_patch16_gap")
     counts = []
     for m in models:
         torch._dynamo.reset()
@@ -393,7 +331,7 @@ def test_compiled_naflex_recompiles_as_untouched():
 
 def test_compiled_images_of_any_size():
     """Attention of packed images compiles as one graph for all numbers and sizes of images but the first."""
-    _, model, untouched = pair("qwen2.5-vl")
+    _, model, untouched, _ = pair("qwen2.5-vl")
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model.blocks[0], backend=counter, fullgraph=True)
