@@ -1,15 +1,14 @@
 # make demo         train on real pictures, evaluate, write runs/demo/report.html, and index: some minutes on two cores
 # make test         everything that a user sees
-# make test-all     that, and the exhaustive proofs: compiled GPU kernels, interpreted, every instruction set, faults
+# make test-all     that, and exhaustive proofs: GPU kernels in the interpreter, every instruction set, faults
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
 # make release      sdist and wheels of the Pythons on PATH, checked, with hashes and notes, in an empty dist/
 # make hub          build/hub/evakernels, a repository of Hugging Face's kernels
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
-# make gpu-check    on a machine with a GPU, without a network: proves and measures it (docs/gpu-proofs.md)
-# make gpu-bundle   what that needs there, in one folder: GPU_PYTHON=3.12 GPU_ARCHS=90
+# make gpu-check    tests and measures a GPU, without a network (docs/gpu-proofs.md)
+# make gpu-bundle   packs the files that gpu-check needs offline: GPU_PYTHON=3.12 GPU_ARCHS=90
 #
-# Each target sets up what it needs, and no more: a virtual environment in .venv, packages, the compiled library; these
-# two at once. What the set-up prints is in build/logs.
+# Each target installs only what it needs, in parallel: .venv, packages, the compiled library. Logs: build/logs.
 
 MAKEFLAGS += --jobs=2
 PYTHON ?= python3

@@ -52,8 +52,8 @@ class Model:
 def parse(name: str) -> Shape:
     """The shape called `name`, such as `timm/vit-b b4`, or `open_clip/vit-b-32 b4 t13` for captions of 13 tokens.
 
-    The model is one of `MODELS`, or any other of timm or open_clip by its name there. Without `t` captions are full,
-    and `tokens` is 0.
+    The model is one of `MODELS` and `PADDED`, or any other of timm or open_clip by its name there. Without `t` captions
+    are full, and `tokens` is 0.
 
     Raises:
         UserError: the name has another form, the model is unknown, or takes no such captions.
@@ -74,14 +74,14 @@ def parse(name: str) -> Shape:
 
 @cache
 def model_of(name: str) -> Model:
-    """The model of `MODELS` called `name`, or else timm's or open_clip's, as in `timm/vit_tiny_patch16_224`.
+    """The model called `name`: of `MODELS` or `PADDED`, else timm's or open_clip's, as in `timm/vit_tiny_patch16_224`.
 
     Raises:
         UserError: neither knows it, or it isn't installed.
     """
     library, _, model = name.partition("/")
-    if name in MODELS:
-        return MODELS[name]
+    if found := (MODELS | PADDED).get(name):
+        return found
     if library == "timm" and find_spec("timm"):
         from timm.models import get_pretrained_cfg_value, is_model
 
@@ -95,7 +95,7 @@ def model_of(name: str) -> Model:
             texts = config["text_cfg"]
             sizes = config["vision_cfg"]["image_size"], texts.get("vocab_size", 49_408), texts.get("context_length", 77)
             return _open_clip(model, *sizes)
-    raise unknown_name("model", name, MODELS)
+    raise unknown_name("model", name, [*MODELS, *PADDED])
 
 
 def _timm(name: str, pixels: int = 224) -> Model:
@@ -140,6 +140,49 @@ MODELS = {
     "transformers/clip-b-16": _transformers("CLIP", 49_408, 77),
     "transformers/siglip-b": _transformers("Siglip", 32_000, 64),
 }
+
+
+# --- padded batches of images: 256 patches of 16 pixels, of which the last ones are padding --------------------------
+
+
+def _patches(images: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Patches `[B, 256, 768]`, which are real, and rows and columns: of each patch and of each image."""
+    patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(len(images), 256, 768)
+    rows, place = 16 * (100 - padding) // 100, torch.arange(256)
+    real, grid = place < 16 * rows, torch.stack((place // 16, place % 16), 1)
+    shape = torch.tensor([rows, 16])
+    batched = (x.expand(len(images), *x.shape) for x in (real, grid * real.unsqueeze(1), shape))
+    return patches, *batched
+
+
+def _naflexvit(padding: int) -> Model:
+    def encode(model: nn.Module, images: Tensor, texts: Tensor | None) -> Any:
+        patches, real, places, _ = _patches(images, padding)
+        return model({"patches": patches, "patch_coord": places, "patch_valid": real.to(images.device)})
+
+    return replace(_timm("naflexvit_base_patch16_gap", 256), encode=encode)
+
+
+def _siglip2(padding: int) -> Model:
+    def build(device: torch.device) -> Any:
+        transformers = import_module("transformers")
+        with device:
+            return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(patch_size=16, num_patches=256))
+
+    def encode(model: nn.Module, images: Tensor, texts: Tensor | None) -> Any:
+        patches, real, _, shapes = _patches(images, padding)
+        mask = None if images.is_meta else real.to(images.device)  # to count FLOPs; a mask would be read
+        return model(patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output
+
+    return Model(build, encode, 256)
+
+
+PADDED = {
+    f"{name}-p{padding}": model(padding)
+    for name, model in (("timm/naflexvit-b", _naflexvit), ("transformers/siglip2-b", _siglip2))
+    for padding in (25, 50, 75)
+}
+"""Models by name and percentage of padding."""
 
 
 # --- operations -----------------------------------------------------------------------------------------------------

@@ -22,8 +22,13 @@ from evaclip.tokenizer import Tokenizer
 from evaclip.weights import to_open_clip
 
 QUICK = "timm/vit-b"
+HALF_PADDED = "timm/naflexvit-b-p50", "transformers/siglip2-b-p50"
 each_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.exhaustive) for name in dropin.MODELS]
+    "name",
+    [
+        pytest.param(name, marks=[] if name == QUICK else pytest.mark.exhaustive)
+        for name in (*dropin.MODELS, *HALF_PADDED)
+    ],
 )
 
 
@@ -121,18 +126,18 @@ def test_models_have_published_flops(name: str) -> None:
     expected = {
         "timm/eva02-b": (35.1, 86), "timm/eva02-l": (162.0, 304), "timm/vit-b": (35.1, 87), "timm/dinov3-b": (47.3, 86),
         "open_clip/eva02-b-16": (41.1, 150), "open_clip/vit-b-32": (14.8, 151), "transformers/clip-b-16": (41.1, 150),
-        "transformers/siglip-b": (46.4, 203),
+        "transformers/siglip-b": (46.4, 203), "timm/naflexvit-b-p50": (47.0, 87),
+        "transformers/siglip2-b-p50": (46.9, 93),
     }[name]  # fmt: skip
     assert (work.forward.flops / 1e9, work.forward.bytes / 4e6) == pytest.approx(expected, rel=0.03)
 
 
 @each_model
 def test_all_parameters_are_trained(name: str) -> None:
-    model = dropin.MODELS[name]
-    with torch.device("meta"):
-        module = model.build(torch.device("meta")).train()
-        texts = torch.zeros(2, model.context, dtype=torch.int64) if model.vocabulary else None
-        outputs = model.encode(module, torch.zeros(2, 3, model.pixels, model.pixels), texts)
+    model, meta = dropin.model_of(name), torch.device("meta")
+    module = model.build(meta).train()
+    texts = torch.zeros(2, model.context, dtype=torch.int64, device=meta) if model.vocabulary else None
+    outputs = model.encode(module, torch.zeros(2, 3, model.pixels, model.pixels, device=meta), texts)
     total = sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert len(torch.autograd.grad(total, trained)) == len(trained)
