@@ -335,7 +335,9 @@ class VisionTower(Tower):
 
 def _mean(x: Tensor, layout: Packing) -> Tensor:
     """Packed rows `[T, width]` -> mean of each sequence, `[B, width]`."""
-    return (layout.unpack(x) * layout.mask().unsqueeze(2)).sum(1) / layout.lengths.unsqueeze(1).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = (layout.unpack(x) * layout.mask().unsqueeze(2)).sum(1, dtype=dtype)
+    return (total / layout.lengths.unsqueeze(1)).to(x.dtype)
 
 
 def _require_normalized(pixels: Tensor) -> None:
