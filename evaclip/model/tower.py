@@ -83,13 +83,16 @@ class Tower(nn.Module):
 
     embeddings: ClassVar[tuple[str, ...]]
     """First parts of the names of parameters before the first block."""
-    projection: str
-    """First part of the names of parameters after the last norm."""
 
     def __init__(self, layers: int, savings: Savings) -> None:
         super().__init__()
         self.layers = layers
         self.savings = savings
+
+    @property
+    @abstractmethod
+    def projection(self) -> str:
+        """First part of the names of parameters after the last norm."""
 
     @property
     def num_layer_ids(self) -> int:

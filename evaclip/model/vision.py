@@ -135,7 +135,6 @@ class VisionTower(Tower):
     """
 
     embeddings: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed", "cls_token")
-    projection = "head"
 
     def __init__(self, config: VisionConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)
@@ -156,8 +155,6 @@ class VisionTower(Tower):
         self.fc_norm = vision_norm(config, width) if is_mean else None
         self.attn_pool = AttentionPool(config) if config.pool == "attention" else None
         self.head = nn.Linear(config.width, embed_dim, bias=config.qkv_bias) if embed_dim else None
-        if self.head is None and self.attn_pool is not None:
-            self.projection = "attn_pool"
         self.register_load_state_dict_post_hook(_table_follows_weights)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
@@ -179,6 +176,10 @@ class VisionTower(Tower):
         """Initialize the head alone."""
         if self.head is not None:
             reset_linear(self.head, _HEAD_INIT_FACTOR)
+
+    @property
+    def projection(self) -> str:
+        return "attn_pool" if self.head is None and self.attn_pool is not None else "head"
 
     @property
     def last_norm(self) -> Norm:
