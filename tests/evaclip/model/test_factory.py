@@ -68,7 +68,7 @@ def test_transforms_of_native_model_pack_images(seed: int | None) -> None:
         assert images.sizes[0, 1] > images.sizes[0, 0]
         assert model.encode_image(images).shape == (1, model.config.embed_dim)
     whole = int(images.sizes.prod())
-    assert len(images.patches) == (whole if seed is None else whole // 2)
+    assert len(images.patches) == whole // 2
 
 
 @pytest.mark.parametrize(
