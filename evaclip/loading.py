@@ -16,7 +16,7 @@ from evaclip.run_files import CLASSES_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, OpaqueTransform, PackedTransform, image_transform
 from evaclip.weights import find_weights
-from evaclip.weights.files import classifier_size, read_checkpoint
+from evaclip.weights.files import classifier_size, read_checkpoint, read_model_options
 from evaclip.weights.hub import HUB, LOCAL
 
 RANDOM = "random weights"
@@ -120,12 +120,13 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
         return FoundClassifier(name, weights, count, options, run, classes)
     name, weights_source = _split(source)
     _require_classifier(name)
-    if not weights_source:
-        architecture, tag = split_name(name)
-        releases = RELEASES[architecture]
-        return FoundClassifier(name, None, releases[tag or next(iter(releases))].num_classes)
-    weights = find_weights(weights_source, name)
-    return FoundClassifier(name, weights, classifier_size(weights))
+    architecture, tag = split_name(name)
+    release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
+    weights = find_weights(weights_source, name) if weights_source else None
+    count = release.num_classes if weights is None else classifier_size(weights)
+    has_options = weights is not None and read_model_options(weights)
+    options = {"image_size": release.image_size} if release.image_size and not has_options else {}
+    return FoundClassifier(name, weights, count, options)
 
 
 def _split(source: str) -> tuple[str, str]:
