@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -17,8 +17,10 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
+from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.text import TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
@@ -63,7 +65,11 @@ class Contrastive(Task):
     def __init__(self, model: CLIP, loss: ContrastiveLoss) -> None:
         super().__init__(model, self.towers_of(model), model.config.preprocess)
         self.loss = loss
-        self._tokenizer = tokenizer_of(model.config.text)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | HFTokenizer:
+        # Plans run without it, as it may be on the hub.
+        return tokenizer_of(self.model.config.text)
 
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> CLIP:
