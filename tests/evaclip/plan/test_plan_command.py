@@ -47,7 +47,7 @@ def test_plan_reads_config_file(plan: Any, tmp_path: Path) -> None:
 
 
 def test_plan_needs_no_tokenizer(plan: Any) -> None:
-    options = 'model.options={"text": {"hf_tokenizer_name": "no/such-tokenizer"}}'
+    options = 'model.options={"text": {"hf_tokenizer_name": "/no/such/folder"}}'
     assert "GPU-hours" in plan("tiny", "--gpus", "2", "--set", "batch_size=64", options)
 
 
