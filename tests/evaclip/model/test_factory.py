@@ -354,6 +354,8 @@ def test_lock_towers() -> None:
 
 def test_lock_unlocks_attention_pool() -> None:
     """Such a tower has no projection."""
-    model = create_model("tiny", embed_dim=192, vision={"width": 192, "pool": "attention"})
+    model = create_model(
+        "tiny", embed_dim=192, vision={"width": 192, "pool": "attention", "mlp": "gelu", "sub_norm": False}
+    )
     model.lock_image_tower(unlocked_groups=1)
     assert trained(model.visual) == {f"attn_pool.{name}" for name, _ in model.visual.attn_pool.named_parameters()}
