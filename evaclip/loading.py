@@ -86,13 +86,15 @@ class FoundClassifier:
             device: of the model.
             image_size: side, or height and width; None for the model's.
             crop: share of the side that the centre crop keeps; None for the weights' own.
-            antialias: resize positions as timm does, see `create_vision_model`.
+            antialias: resize positions as timm does, also without `pos_antialias` of the model.
 
         Raises:
             UserError: for a size, a share or weights that don't fit the model.
         """
         options = self.options if image_size is None else {**self.options, "image_size": image_size}
-        model = create_vision_model(self.name, self.weights or False, device=device, antialias=antialias, **options)
+        if antialias:
+            options = {**options, "pos_antialias": True}
+        model = create_vision_model(self.name, self.weights or False, device=device, **options)
         preprocess = model.preprocess if crop is None else replace(model.preprocess, crop=crop)
         transform = OpaqueTransform(model.config.image_size, preprocess)
         return LoadedClassifier(self.name, str(self.weights or RANDOM), model, transform, self.run)

@@ -242,15 +242,15 @@ class VisionTower(Tower):
         prefix = self.config.prefix_tokens
         if layout is not None:
             layout = layout._replace(lengths=layout.lengths - prefix)
-        elif self.attn_pool is not None:
+        if self.attn_pool is None:
+            normed: Tensor = self.last_norm(x[:, prefix:].mean(1) if layout is None else _mean(x, layout))
+            return normed
+        if layout is None:
             x = x[:, prefix:]
-            layout = Packing.padded(torch.full((x.shape[0],), x.shape[1], device=x.device), x.shape[1])
+            layout = Packing.padded(torch.full(x.shape[:1], x.shape[1], device=x.device), x.shape[1])
             x = x.flatten(0, 1)
-        if self.attn_pool is not None and layout is not None:
-            return self.attn_pool(x, layout)  # type: ignore[no-any-return]
-        mean = x[:, prefix:].mean(1) if layout is None else _mean(x, layout)
-        normed: Tensor = self.last_norm(mean)
-        return normed
+        pooled: Tensor = self.attn_pool(x, layout)
+        return pooled
 
     def tokens(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
         """Outputs of the last block `[B, P + K, width]`, P prefix tokens first, without the last norm."""
@@ -349,13 +349,14 @@ def _require_normalized(pixels: Tensor) -> None:
 def resizing(config: VisionConfig, new: tuple[int, int]) -> Tensor:
     """The float32 matrix `[new rows * columns, old rows * columns]` that resizes values of the grid of `config`."""
     identity = torch.eye(config.num_patches).unflatten(1, config.grid).unsqueeze(0)
-    return resize_grid(identity, config, new, config.pos_antialias).flatten(2)[0].T.contiguous()
+    return resize_grid(identity, config, new).flatten(2)[0].T.contiguous()
 
 
-def resize_grid(values: Tensor, config: VisionConfig, new: tuple[int, int], antialias: bool) -> Tensor:
+def resize_grid(values: Tensor, config: VisionConfig, new: tuple[int, int]) -> Tensor:
     """Interpolate `[1, C, rows, columns]` for the cells of the grid `new`."""
     size = (max(new), max(new)) if config.pos_square else new
-    resized = F.interpolate(values, size, mode=config.pos_interpolation, align_corners=False, antialias=antialias)
+    mode, antialias = config.pos_interpolation, config.pos_antialias
+    resized = F.interpolate(values, size, mode=mode, align_corners=False, antialias=antialias)
     return resized[..., : new[0], : new[1]]
 
 
