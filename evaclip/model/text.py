@@ -14,10 +14,11 @@ from evakernels.nn import Linear, linear
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
-    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings of a causal tower for less work.
+    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings for less work.
 
-    The text tower packs captions by itself, under `torch.compile` with the setting of `Savings.pack_text`. Without that
-    setting, call this before the compiled code. It synchronizes with the device.
+    For causal towers only; others pool the last position. The tower packs captions by itself, under `torch.compile`
+    with the setting of `Savings.pack_text`. Without that setting, call this before the compiled code. It synchronizes
+    with the device.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
 
