@@ -124,11 +124,12 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
     _require_classifier(name)
     architecture, tag = split_name(name)
     release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
-    weights = find_weights(weights_source, name) if weights_source else None
-    count = release.num_classes if weights is None else classifier_size(weights)
-    has_options = weights is not None and read_model_options(weights)
-    options = {"image_size": release.image_size} if release.image_size and not has_options else {}
-    return FoundClassifier(name, weights, count, options)
+    size = {} if release.image_size is None else {"image_size": release.image_size}
+    if not weights_source:
+        return FoundClassifier(name, None, release.num_classes, size)
+    weights = find_weights(weights_source, name)
+    # Weights of a training have a size of their own.
+    return FoundClassifier(name, weights, classifier_size(weights), {} if read_model_options(weights) else size)
 
 
 def _split(source: str) -> tuple[str, str]:
