@@ -50,9 +50,9 @@ def export(
 
     A `VisionModel` with a classifier becomes a program from images to logits `[B, num_classes]`.
 
-    B is any number. An ONNX file takes float32 or int64 and returns float32 for any dtype of its weights; for texts it
-    computes only the tokens of the longest one. It stores a seed of probe inputs and the model's float32 embeddings of
-    them, and is written only if ONNX Runtime reproduces these embeddings.
+    B is any number. An ONNX file takes float32 or int64 and returns float32 for any dtype of its weights; a causal text
+    tower computes only the tokens of the longest text. The file stores a seed of probe inputs and the model's float32
+    embeddings of them, and is written only if ONNX Runtime reproduces these embeddings.
 
     Args:
         model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.

@@ -130,7 +130,6 @@ def create_vision_model(
     precision: str = "fp32",
     savings: Savings | None = None,
     prepare: Callable[[VisionModel], None] | None = None,
-    antialias: bool = False,
     as_trained: bool = True,
     **overrides: Any,
 ) -> VisionModel:
@@ -145,9 +144,9 @@ def create_vision_model(
         num_classes: of the classifier; None for the size in the weights, 0 for none. A classifier of another size than
             in the weights is initialised.
         device, precision, savings, prepare: as for `create_model`.
-        antialias: resize the positions of weights of another image size as timm does, not as the authors do.
         as_trained: as for `create_model`.
-        overrides: options of `VisionConfig` to change, such as `image_size=(448, 672)`.
+        overrides: options of `VisionConfig` to change, such as `image_size=(448, 672)`. `pos_antialias=True` resizes
+            the positions of weights of another image size as timm does, not as the authors do.
 
     Raises:
         UserError: for names, options or weights that don't exist or don't fit together.
@@ -179,10 +178,10 @@ def create_vision_model(
 
     def start(model: VisionModel) -> None:
         if weights is not None:
-            start_image_tower(model, weights, antialias)
+            start_image_tower(model, weights)
 
     make = partial(VisionModel, config, classes, preprocess, savings)
-    return _build(make, prepare, dtype, target, start, whole, architecture, antialias)
+    return _build(make, prepare, dtype, target, start, whole, architecture)
 
 
 def create_masked_image_model(
@@ -383,7 +382,6 @@ def _build(
     start: Callable[[M], None],
     weights: Path | None,
     name: str,
-    antialias: bool = False,
 ) -> M:
     """A model with weights, or without `weights` with start values, some of which `start` replaces.
 
@@ -402,7 +400,7 @@ def _build(
         start(model)
         return model.to(dtype)
     try:
-        materialize(model.to(dtype), weights, target, antialias)
+        materialize(model.to(dtype), weights, target)
     except UserError as exc:
         other = str(read_model_options(weights).get("name", ""))
         if not other or _stored_options(weights, name):

@@ -16,7 +16,7 @@ from evaclip.run_files import CLASSES_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, OpaqueTransform, PackedTransform, image_transform
 from evaclip.weights import find_weights
-from evaclip.weights.files import classifier_size, read_checkpoint
+from evaclip.weights.files import classifier_size, read_checkpoint, read_model_options
 from evaclip.weights.hub import HUB, LOCAL
 
 RANDOM = "random weights"
@@ -86,13 +86,15 @@ class FoundClassifier:
             device: of the model.
             image_size: side, or height and width; None for the model's.
             crop: share of the side that the centre crop keeps; None for the weights' own.
-            antialias: resize positions as timm does, see `create_vision_model`.
+            antialias: resize positions as timm does, also without `pos_antialias` of the model.
 
         Raises:
             UserError: for a size, a share or weights that don't fit the model.
         """
         options = self.options if image_size is None else {**self.options, "image_size": image_size}
-        model = create_vision_model(self.name, self.weights or False, device=device, antialias=antialias, **options)
+        if antialias:
+            options = {**options, "pos_antialias": True}
+        model = create_vision_model(self.name, self.weights or False, device=device, **options)
         preprocess = model.preprocess if crop is None else replace(model.preprocess, crop=crop)
         transform = OpaqueTransform(model.config.image_size, preprocess)
         return LoadedClassifier(self.name, str(self.weights or RANDOM), model, transform, self.run)
@@ -120,12 +122,14 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
         return FoundClassifier(name, weights, count, options, run, classes)
     name, weights_source = _split(source)
     _require_classifier(name)
+    architecture, tag = split_name(name)
+    release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
+    size = {} if release.image_size is None else {"image_size": release.image_size}
     if not weights_source:
-        architecture, tag = split_name(name)
-        releases = RELEASES[architecture]
-        return FoundClassifier(name, None, releases[tag or next(iter(releases))].num_classes)
+        return FoundClassifier(name, None, release.num_classes, size)
     weights = find_weights(weights_source, name)
-    return FoundClassifier(name, weights, classifier_size(weights))
+    # Weights of a training have a size of their own.
+    return FoundClassifier(name, weights, classifier_size(weights), {} if read_model_options(weights) else size)
 
 
 def _split(source: str) -> tuple[str, str]:

@@ -179,9 +179,11 @@ class TrainTransform:
 class PackedTransform:
     """PIL image, and a seed in training -> one packed image, from the `[3, height, width]` of `transform`.
 
+    Patch dropout without a seed draws one from torch.
+
     Attributes:
         transform: gives heights and widths that are multiples of `patch_size`.
-        dropout: share of the patches that are dropped at random; needs a seed.
+        dropout: share of the patches that are dropped at random.
     """
 
     transform: Callable[..., Any]
@@ -194,6 +196,8 @@ class PackedTransform:
         return preprocess
 
     def __call__(self, image: Image.Image, seed: int | None = None) -> PackedImages:
+        if seed is None and self.dropout:
+            seed = int(torch.randint(2**63 - 1, ()))
         if seed is None:
             return pack_images([self.transform(image)], self.patch_size)
         packed = pack_images([self.transform(image, seed)], self.patch_size)

@@ -18,7 +18,8 @@ class Packing(NamedTuple):
         batch, length: B and N of the padded batch.
         rows: int64 `[T]`, cell b * N + n of each row, ascending; None if the rows are all B * N cells.
         cu_seqlens: int32 or int64 `[S + 1]`, the first row of each sequence, and T.
-        lengths: of the dtype of `cu_seqlens`, `[S]`, tokens of each sequence, at least 1; rows after them are padding.
+        lengths: of the dtype of `cu_seqlens`, `[S]`, tokens of each sequence; 0 only from a mask. Rows after them are
+            padding. `last` and `attend_once` need 1 or more.
         max_seqlen: the longest sequence, or an upper bound.
         causal: whether tokens see no later ones.
     """
@@ -33,7 +34,13 @@ class Packing(NamedTuple):
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, total: int, longest: int) -> Self:
-        """Packed sequences of `lengths`, int64 `[B]`, `total` in sum, at most `longest` each."""
+        """Packed sequences.
+
+        Args:
+            lengths: int64 `[B]`.
+            total: their sum.
+            longest: their maximum, or an upper bound.
+        """
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
         rows = torch.arange(total, device=lengths.device)
         sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
@@ -48,10 +55,19 @@ class Packing(NamedTuple):
         return cls(batch, length, None, cu_seqlens, lengths, length, causal)
 
     def pack(self, x: Tensor) -> Tensor:
-        """`[B, N, ...]` -> rows `[T, ...]`."""
+        """`[B, N, ...]` of any dtype -> rows `[T, ...]`.
+
+        Raises:
+            ValueError: for another B or N.
+        """
+        if x.shape[:2] != (self.batch, self.length):
+            expected = f"[{self.batch}, {self.length}, ...]"
+            raise ValueError(f"Packing.pack: x must have shape {expected}, got {list(x.shape)}")
         tokens = x.flatten(0, 1)
         if self.rows is None:
             return tokens
+        if x.dim() == 2 or not x.is_floating_point():
+            return tokens.index_select(0, self.rows)
         kept = token_dropout(tokens.flatten(1).unsqueeze(0), self.rows.unsqueeze(0))
         return kept.view(-1, *x.shape[2:])
 
@@ -66,16 +82,29 @@ class Packing(NamedTuple):
         return x.view(self.batch, self.length, *x.shape[1:])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention within each sequence, `[T, H, D]` or `[1, T, H, D]`; `options`: others of `packed_attention`."""
+        """Attention within each sequence.
+
+        Args:
+            q, k, v: `[T, H, D]` or `[1, T, H, D]`.
+            options: further arguments of `packed_attention`.
+
+        Returns:
+            As `q`.
+        """
         shape, options = q.shape, {"max_seqlen": self.max_seqlen, "causal": self.causal, **options}
         q, k, v = (part.flatten(0, -3) for part in (q, k, v))
         out: Tensor = packed_attention(q, k, v, self.cu_seqlens, **options)
         return out.view(shape)
 
     def attend_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one query per sequence, `[B, H, D]`, to all its tokens `[T, H, D]`; `[B, H, D]`.
+        """Attend from one query per sequence to all tokens of its sequence, which must begin in column 0.
 
-        For sequences that begin in column 0.
+        Args:
+            q: `[B, H, D]`.
+            k, v: `[T, H, D]`.
+
+        Returns:
+            `[B, H, D]`.
         """
         k, v = (self.unpack(part).transpose(1, 2) for part in (k, v))
         mask = self.mask()[:, None, None]
@@ -91,13 +120,14 @@ class Packing(NamedTuple):
 
     def positions(self) -> Tensor:
         """Column of each packed row, int64 `[T]`."""
-        assert self.rows is not None
-        return self.rows % self.length
+        return self._cells() % self.length
 
     def samples(self) -> Tensor:
         """Index b of each packed row, int64 `[T]`."""
-        assert self.rows is not None
-        return self.rows // self.length
+        return self._cells() // self.length
+
+    def _cells(self) -> Tensor:
+        return torch.arange(self.batch * self.length, device=self.lengths.device) if self.rows is None else self.rows
 
 
 class _Unpack(torch.autograd.Function):

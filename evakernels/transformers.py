@@ -81,7 +81,7 @@ def attend(
     packing = None
     reason = _why_not(query, key, value, dropout, options)
     if reason is None and attention_mask is not None:
-        packing = _packing_of(module, query, attention_mask)
+        packing = _packing_of(module, query, key, attention_mask)
         reason = "an attention mask other than padding" if packing is None else None
     if reason is not None:
         if not torch.compiler.is_compiling():
@@ -131,10 +131,10 @@ _packings = WeakTensorKeyDictionary()
 """Version, batch and packing of each mask, which the layers of a model share."""
 
 
-def _packing_of(module: Any, query: Tensor, mask: Tensor) -> Packing | None:
+def _packing_of(module: Any, query: Tensor, key: Tensor, mask: Tensor) -> Packing | None:
     """The packing of a self-attention's mask; None if it isn't one of padded keys, and in compiled code."""
     cls: Any = type(module)
-    if torch.compiler.is_compiling() or not _is_self_attention(cls) or mask.dim() != 4:
+    if torch.compiler.is_compiling() or not _is_self_attention(cls) or mask.dim() != 4 or mask.shape[3] != key.shape[2]:
         return None
     tokens = query.transpose(1, 2)
     if mask.is_inference():  # without a version that shows changes in place

@@ -103,9 +103,9 @@ class CLIP(nn.Module):
         features = self.visual(images, token_index)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False, *, layout: Packing | None = None) -> Tensor:
-        """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`; `layout` as in `TextTower`."""
-        features = self.text(tokens, layout)
+    def encode_text(self, tokens: Tensor, normalize: bool = False, *, packing: Packing | None = None) -> Tensor:
+        """Embeddings `[B, embed_dim]` of token ids `[B, N]`, of length 1 if `normalize`; `packing` as for the tower."""
+        features = self.text(tokens, packing)
         return F.normalize(features, dim=-1) if normalize else features
 
     def get_logits(self, images: Tensor | PackedImages, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,12 +128,12 @@ class CLIP(nn.Module):
         tokens: Tensor,
         *,
         token_index: Tensor | None = None,
-        layout: Packing | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(image_features, text_features, logit_scale.exp())`, features `[B, embed_dim]` of length 1.
 
-        `token_index` and `layout` as for the towers.
+        `token_index` and `packing` as for the towers.
         """
         image_features = self.encode_image(images, normalize=True, token_index=token_index)
-        text_features = self.encode_text(tokens, normalize=True, layout=layout)
+        text_features = self.encode_text(tokens, normalize=True, packing=packing)
         return image_features, text_features, self.logit_scale.exp()

@@ -162,6 +162,10 @@ class VisionConfig:
             "vision.prefix_tokens must be 1 or more with pool=token, got 0",
         )
         _check_choice("vision.mlp", self.mlp, Mlp)
+        _check(
+            self.pool != "attention" or self.mlp != "swiglu",
+            "vision.mlp must be gelu or gelu_tanh with pool=attention, got swiglu",
+        )
         _check_choice("vision.norm", self.norm, NormKind)
         _check_heads("vision", self.width, self.heads)
         _check(

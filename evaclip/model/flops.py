@@ -31,6 +31,8 @@ def vision_flops(config: VisionConfig, embed_dim: int, token_keep: float = 1.0, 
     embedded = kept if savings.early_drop else config.num_patches
     embedding = embedded * config.width * 3 * config.patch_size**2
     mlp_matrices = 3 if config.mlp == "swiglu" else 2
+    if config.pool != "token":
+        savings = replace(savings, pooled_last_block=False)
     blocks = _block_macs(config, config.prefix_tokens + kept, mlp_matrices * config.hidden, savings)
     head = config.width * embed_dim
     if config.pool == "attention":

@@ -147,27 +147,27 @@ class HFTextTower(Tower):
         """Freeze the encoder except its last layers; the projection, which has start values, is always trained."""
         super().lock(unlocked_groups + 1)
 
-    def forward(self, tokens: Tensor, layout: Packing | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, N at most the context length.
 
         Args:
             tokens: int64 or int32; padding has the encoder's `pad_token_id` and no influence.
-            layout: of these tokens; None computes it.
+            packing: of these tokens; None computes it.
 
         Raises:
             TypeError: for ids that aren't integers.
             ValueError: for a wrong shape.
         """
         check_tokens(tokens, self.config.context_length)
-        layout = self.layout(tokens) if layout is None else layout
+        packing = self.pack_tokens(tokens) if packing is None else packing
         self._set_recompute(self.savings.recompute != "none")
-        tokens = tokens[:, : layout.length]
+        tokens = tokens[:, : packing.length]
         mask = tokens != self.pad_id
         found = self.transformer(input_ids=tokens, attention_mask=mask.long())
-        embeddings: Tensor = self.proj(self._pool(found, mask, layout.lengths - 1))
+        embeddings: Tensor = self.proj(self._pool(found, mask, packing.lengths - 1))
         return embeddings
 
-    def layout(self, tokens: Tensor) -> Packing:
+    def pack_tokens(self, tokens: Tensor) -> Packing:
         """All rows of token ids `[B, N]` up to the longest text's length; may synchronize with their device."""
         last = self.end_positions(tokens)
         readable = not torch.compiler.is_compiling() and not tokens.is_meta and len(tokens) > 0

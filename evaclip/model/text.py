@@ -14,10 +14,11 @@ from evakernels.nn import Linear, linear
 
 
 def cut_padding(tokens: Tensor) -> Tensor:
-    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings of a causal tower for less work.
+    """Token ids `[B, N]` up to the batch's last end token, `[B, M]`: equal embeddings for less work.
 
-    The text tower packs captions by itself, under `torch.compile` with the setting of `Savings.pack_text`. Without that
-    setting, call this before the compiled code. It synchronizes with the device.
+    For causal towers only; others pool the last position. The tower packs captions by itself, under `torch.compile`
+    with the setting of `Savings.pack_text`. Without that setting, call this before the compiled code. It synchronizes
+    with the device.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
 
@@ -34,27 +35,27 @@ class TextAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.width))
         self.out_proj = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, layout: Packing, pooled: bool = False) -> Tensor:
-        """`layout` describes the rows of `x`; `pooled` computes only the end tokens' rows, `[B, width]`."""
-        out = self._attend_ends(x, layout) if pooled else self._attend_all(x, layout)
+    def forward(self, x: Tensor, packing: Packing, pooled: bool = False) -> Tensor:
+        """`packing` describes the rows of `x`; `pooled` computes only the end tokens' rows, `[B, width]`."""
+        out = self._attend_ends(x, packing) if pooled else self._attend_all(x, packing)
         projected: Tensor = self.out_proj(out)
         return projected
 
-    def _attend_all(self, x: Tensor, layout: Packing) -> Tensor:
+    def _attend_all(self, x: Tensor, packing: Packing) -> Tensor:
         q, k, v = self._heads(linear(x, self.in_proj_weight, self.in_proj_bias))
-        if layout.rows is None:
+        if packing.rows is None:
             # With a causal mask no token of a caption sees the padding after it.
-            grid = (part.unflatten(0, (layout.batch, layout.length)) for part in (q, k, v))
-            return rope_attention(*grid, causal=layout.causal).flatten(0, 1).flatten(1)
-        return layout.attend(q, k, v).flatten(1)
+            grid = (part.unflatten(0, (packing.batch, packing.length)) for part in (q, k, v))
+            return rope_attention(*grid, causal=packing.causal).flatten(0, 1).flatten(1)
+        return packing.attend(q, k, v).flatten(1)
 
-    def _attend_ends(self, x: Tensor, layout: Packing) -> Tensor:
+    def _attend_ends(self, x: Tensor, packing: Packing) -> Tensor:
         width = x.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
-        q = linear(layout.last(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
+        q = linear(packing.last(x), q_weight, q_bias).unflatten(-1, (self.heads, -1))
         k, v = self._heads(linear(x, kv_weight, kv_bias))
-        return layout.attend_once(q, k, v).flatten(1)
+        return packing.attend_once(q, k, v).flatten(1)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[..., parts * width]` -> each part, `[..., heads, head_dim]`."""
@@ -102,13 +103,13 @@ class TextBlock(ResidualBlock):
         self.ln_1.reset_parameters()
         self.ln_2.reset_parameters()
 
-    def attend(self, stream: Stream, layout: Packing, pooled: bool = False) -> tuple[Tensor, Tensor]:
-        """`layout` and `pooled` as in `TextAttention`."""
+    def attend(self, stream: Stream, packing: Packing, pooled: bool = False) -> tuple[Tensor, Tensor]:
+        """`packing` and `pooled` as in `TextAttention`."""
         # A pooled block reads y twice: gradients of a 16-bit y would be summed in 16 bits.
         y, x = stream.read(self.ln_1, None if pooled else product_dtype(stream.x))
-        return layout.last(x) if pooled else x, self.attn(y, layout, pooled)
+        return packing.last(x) if pooled else x, self.attn(y, packing, pooled)
 
-    def mix(self, x: Tensor, branch: Tensor, layout: Packing | None = None) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, packing: Packing | None = None) -> Stream:
         y, x = self.ln_2.of_sum(x, branch, out_dtype=product_dtype(x))
         return Stream(x, self.mlp(y))
 
@@ -152,7 +153,7 @@ class TextTower(Tower):
             block.reset_parameters(self.layers)
         self.ln_final.reset_parameters()
 
-    def forward(self, tokens: Tensor, layout: Packing | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, packing: Packing | None = None) -> Tensor:
         """Embeddings `[B, embed_dim]` of token ids `[B, N]`, N at most the context length.
 
         A causal tower takes the embedding at the first occurrence of the largest id in each row, which is the end
@@ -160,21 +161,21 @@ class TextTower(Tower):
 
         Args:
             tokens: int64 or int32.
-            layout: of these tokens; None computes it.
+            packing: of these tokens; None computes it.
 
         Raises:
             TypeError: for ids that aren't integers.
             ValueError: for a wrong shape.
         """
         check_tokens(tokens, self.config.context_length)
-        if layout is None:
-            layout = self.layout(tokens)
-        x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, layout), layout)
-        ends = x if self.savings.pooled_last_block else layout.last(x)
+        if packing is None:
+            packing = self.pack_tokens(tokens)
+        x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, packing), packing)
+        ends = x if self.savings.pooled_last_block else packing.last(x)
         embeddings: Tensor = self.ln_final(ends) @ self.text_projection
         return embeddings if self.text_projection_bias is None else embeddings + self.text_projection_bias
 
-    def layout(self, tokens: Tensor) -> Packing:
+    def pack_tokens(self, tokens: Tensor) -> Packing:
         """The captions of token ids `[B, N]` up to their ends, packed or padded; may synchronize with their device.
 
         In a graph of `torch.compile` only the number of packed rows depends on the data.
@@ -202,15 +203,15 @@ class TextTower(Tower):
             return tokens.argmax(dim=-1)
         return torch.full_like(tokens[:, 0], tokens.shape[1] - 1, dtype=torch.int64)
 
-    def _embed(self, tokens: Tensor, layout: Packing) -> Tensor:
+    def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Token embeddings with positions, rows `[T, width]`."""
-        tokens = tokens[:, : layout.length]
-        if layout.rows is None:
-            embedded: Tensor = self.token_embedding(tokens) + self.positional_embedding[: layout.length]
+        tokens = tokens[:, : packing.length]
+        if packing.rows is None:
+            embedded: Tensor = self.token_embedding(tokens) + self.positional_embedding[: packing.length]
             return embedded.flatten(0, 1)
         # Both by F.embedding: on a CPU the gradient of indexing is summed by threads in any order.
-        positions = F.embedding(layout.positions(), self.positional_embedding)
-        packed: Tensor = self.token_embedding(tokens.flatten()[layout.rows]) + positions
+        positions = F.embedding(packing.positions(), self.positional_embedding)
+        packed: Tensor = self.token_embedding(tokens.flatten()[packing.rows]) + positions
         return packed
 
 

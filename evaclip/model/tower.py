@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"\b(?:blocks|resblocks)\.(\d+)\.")
 
 
 class ResidualBlock(nn.Module):
-    """A transformer block in two parts: `mix(*attend(stream, *context, layout, pooled), layout)`.
+    """A transformer block in two parts: `mix(*attend(stream, *context, packing, pooled), packing)`.
 
     All policies but "block" save the outputs of `attend`, so no matmul before them runs twice.
     """
@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
         """Returns the rows of the residual stream to continue with, and the attention branch to add."""
 
     @abstractmethod
-    def mix(self, x: Tensor, branch: Tensor, layout: Packing | None = None) -> Stream:
+    def mix(self, x: Tensor, branch: Tensor, packing: Packing | None = None) -> Stream:
         """Everything from the residual add of the attention branch to the end of the block."""
 
 
@@ -83,13 +83,16 @@ class Tower(nn.Module):
 
     embeddings: ClassVar[tuple[str, ...]]
     """First parts of the names of parameters before the first block."""
-    projection: str
-    """First part of the names of parameters after the last norm."""
 
     def __init__(self, layers: int, savings: Savings) -> None:
         super().__init__()
         self.layers = layers
         self.savings = savings
+
+    @property
+    @abstractmethod
+    def projection(self) -> str:
+        """First part of the names of parameters after the last norm."""
 
     @property
     def num_layer_ids(self) -> int:
@@ -119,7 +122,7 @@ class Tower(nn.Module):
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, *context: Any, pooled_last: bool = True) -> Tensor:
         """`x` through all blocks; each is called as `block(stream, *context, pooled)`.
 
-        The last of `context` is the layout of packed rows, or None. `pooled` asks a block for the one token of each
+        The last of `context` is the packing of the rows, or None. `pooled` asks a block for the one token of each
         sample that the tower uses. It is true for the last block if `pooled_last` and the memory option are on.
         """
         recompute = self.savings.recompute if self.training else "none"

@@ -135,7 +135,6 @@ class VisionTower(Tower):
     """
 
     embeddings: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed", "cls_token")
-    projection = "head"
 
     def __init__(self, config: VisionConfig, embed_dim: int, savings: Savings) -> None:
         super().__init__(config.layers, savings)
@@ -156,8 +155,6 @@ class VisionTower(Tower):
         self.fc_norm = vision_norm(config, width) if is_mean else None
         self.attn_pool = AttentionPool(config) if config.pool == "attention" else None
         self.head = nn.Linear(config.width, embed_dim, bias=config.qkv_bias) if embed_dim else None
-        if self.head is None and self.attn_pool is not None:
-            self.projection = "attn_pool"
         self.register_load_state_dict_post_hook(_table_follows_weights)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
@@ -179,6 +176,10 @@ class VisionTower(Tower):
         """Initialize the head alone."""
         if self.head is not None:
             reset_linear(self.head, _HEAD_INIT_FACTOR)
+
+    @property
+    def projection(self) -> str:
+        return "attn_pool" if self.head is None and self.attn_pool is not None else "head"
 
     @property
     def last_norm(self) -> Norm:
@@ -228,28 +229,28 @@ class VisionTower(Tower):
         """Input of the head, `[B, width]`; arguments as for `forward`."""
         start: Any = self._start_packed if isinstance(images, PackedImages) else self.start
         x, context = start(images, token_index)
-        is_token, layout = self.config.pool == "token", context[-1]
+        is_token, packing = self.config.pool == "token", context[-1]
         x = self.run_blocks(self.blocks, x, *context, pooled_last=is_token)
         if not is_token:
-            return self.pool_patches(x if self.norm is None else self.norm(x), layout)
+            return self.pool_patches(x if self.norm is None else self.norm(x), packing)
         # A norm is per token: only the class token's is needed.
-        normed: Tensor = self.last_norm(x[:, 0] if x.dim() == 3 else class_tokens(x, layout)[:, 0])
+        normed: Tensor = self.last_norm(x[:, 0] if x.dim() == 3 else class_tokens(x, packing)[:, 0])
         return normed
 
-    def pool_patches(self, x: Tensor, layout: Packing | None = None) -> Tensor:
+    def pool_patches(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Pool the patches of tokens `[B, N, width]`, or of packed rows, for the head, `[B, width]`."""
         prefix = self.config.prefix_tokens
-        if layout is not None:
-            layout = layout._replace(lengths=layout.lengths - prefix)
-        elif self.attn_pool is not None:
+        if packing is not None:
+            packing = packing._replace(lengths=packing.lengths - prefix)
+        if self.attn_pool is None:
+            normed: Tensor = self.last_norm(x[:, prefix:].mean(1) if packing is None else _mean(x, packing))
+            return normed
+        if packing is None:
             x = x[:, prefix:]
-            layout = Packing.padded(torch.full((x.shape[0],), x.shape[1], device=x.device), x.shape[1])
+            packing = Packing.padded(torch.full(x.shape[:1], x.shape[1], device=x.device), x.shape[1])
             x = x.flatten(0, 1)
-        if self.attn_pool is not None and layout is not None:
-            return self.attn_pool(x, layout)  # type: ignore[no-any-return]
-        mean = x[:, prefix:].mean(1) if layout is None else _mean(x, layout)
-        normed: Tensor = self.last_norm(mean)
-        return normed
+        pooled: Tensor = self.attn_pool(x, packing)
+        return pooled
 
     def tokens(self, images: Tensor, token_index: Tensor | None = None) -> Tensor:
         """Outputs of the last block `[B, P + K, width]`, P prefix tokens first, without the last norm."""
@@ -278,10 +279,10 @@ class VisionTower(Tower):
         count, batch = images.patches.shape[0], images.sizes.shape[0]  # len would fix the batch of a program
         prefix = self.config.prefix_tokens
         total = count + prefix * batch
-        layout = Packing.of_lengths(images.lengths + prefix, total, images.max_length + prefix)
+        packing = Packing.of_lengths(images.lengths + prefix, total, images.max_length + prefix)
         # Row r of image b is patch r - b P, but for the image's last P rows.
-        samples, rows = layout.samples(), torch.arange(total, device=images.lengths.device)
-        from_end = layout.cu_seqlens[samples + 1] - 1 - rows
+        samples, rows = packing.samples(), torch.arange(total, device=images.lengths.device)
+        from_end = packing.cu_seqlens[samples + 1] - 1 - rows
         is_prefix = from_end < prefix
         order = torch.where(is_prefix, count + prefix * samples + from_end, rows - prefix * samples)
         sizes = images.sizes[samples]
@@ -297,7 +298,7 @@ class VisionTower(Tower):
             x = torch.cat((x, tokens)).index_select(0, order)
             positions = positions.masked_fill(is_prefix.unsqueeze(1), 0)
         tables = (None, None, None) if self.rope is None else (*self.rope.of_cells(places, sizes), rows)
-        return x + positions, (*tables, layout)
+        return x + positions, (*tables, packing)
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Every patch through the last norm and the head, `[B, num_patches, embed_dim]`."""
@@ -333,9 +334,11 @@ class VisionTower(Tower):
         return images
 
 
-def _mean(x: Tensor, layout: Packing) -> Tensor:
+def _mean(x: Tensor, packing: Packing) -> Tensor:
     """Packed rows `[T, width]` -> mean of each sequence, `[B, width]`."""
-    return (layout.unpack(x) * layout.mask().unsqueeze(2)).sum(1) / layout.lengths.unsqueeze(1).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = (packing.unpack(x) * packing.mask().unsqueeze(2)).sum(1, dtype=dtype)
+    return (total / packing.lengths.unsqueeze(1)).to(x.dtype)
 
 
 def _require_normalized(pixels: Tensor) -> None:
@@ -346,13 +349,14 @@ def _require_normalized(pixels: Tensor) -> None:
 def resizing(config: VisionConfig, new: tuple[int, int]) -> Tensor:
     """The float32 matrix `[new rows * columns, old rows * columns]` that resizes values of the grid of `config`."""
     identity = torch.eye(config.num_patches).unflatten(1, config.grid).unsqueeze(0)
-    return resize_grid(identity, config, new, config.pos_antialias).flatten(2)[0].T.contiguous()
+    return resize_grid(identity, config, new).flatten(2)[0].T.contiguous()
 
 
-def resize_grid(values: Tensor, config: VisionConfig, new: tuple[int, int], antialias: bool) -> Tensor:
+def resize_grid(values: Tensor, config: VisionConfig, new: tuple[int, int]) -> Tensor:
     """Interpolate `[1, C, rows, columns]` for the cells of the grid `new`."""
     size = (max(new), max(new)) if config.pos_square else new
-    resized = F.interpolate(values, size, mode=config.pos_interpolation, align_corners=False, antialias=antialias)
+    mode, antialias = config.pos_interpolation, config.pos_antialias
+    resized = F.interpolate(values, size, mode=mode, align_corners=False, antialias=antialias)
     return resized[..., : new[0], : new[1]]
 
 

@@ -34,9 +34,9 @@ def cast_once(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def class_tokens(x: Tensor, layout: Packing | None) -> Tensor:
+def class_tokens(x: Tensor, packing: Packing | None) -> Tensor:
     """`[B, 1, ...]` of tokens `[B, N, ...]`, or of packed rows `[T, ...]`."""
-    return x[:, :1] if layout is None else layout.last(x).unsqueeze(1)
+    return x[:, :1] if packing is None else packing.last(x).unsqueeze(1)
 
 
 def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,33 +92,33 @@ class Attention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
-        layout: Packing | None = None,
+        packing: Packing | None = None,
         pooled: bool = False,
     ) -> Tensor:
         """`cos` and `sin` as in `RotaryTable`, `token_index` the patches in `x`; None for all.
 
-        `layout` describes packed rows; `token_index` is then the table's row of each. `pooled` computes the class token
-        only, `[B, 1, width]`.
+        `packing` describes packed rows; `token_index` is then the table's row of each. `pooled` computes the class
+        token only, `[B, 1, width]`.
         """
-        q, k, v = self._project(x, layout, pooled)
-        if layout is None:
+        q, k, v = self._project(x, packing, pooled)
+        if packing is None:
             # The tokens before the patches have no position in the image and aren't rotated.
             out = rope_attention(q, k, v, cos, sin, token_index=token_index, num_prefix=self.num_prefix)
         elif pooled:
             # The class token isn't rotated.
             k = k if cos is None or sin is None else rotate(k, cos.unsqueeze(1), sin.unsqueeze(1))
-            out = layout.attend_once(q.squeeze(1), k, v).unsqueeze(1)
+            out = packing.attend_once(q.squeeze(1), k, v).unsqueeze(1)
         else:
-            out = layout.attend(q, k, v, cos=cos, sin=sin, positions=token_index)
+            out = packing.attend(q, k, v, cos=cos, sin=sin, positions=token_index)
         out = out.flatten(-2)
         if self.sub_norm and self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out, out.dtype)  # the projection's dtype, under autocast too
         projected: Tensor = self.proj(out)
         return projected
 
-    def _project(self, x: Tensor, layout: Packing | None, pooled: bool) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, packing: Packing | None, pooled: bool) -> tuple[Tensor, ...]:
         """q, k, v, `[..., heads, head_dim]`; of q only the class token if `pooled`."""
-        width, queried = x.shape[-1], class_tokens(x, layout) if pooled else x
+        width, queried = x.shape[-1], class_tokens(x, packing) if pooled else x
         parts: tuple[Tensor, ...]
         if self.sub_norm:
             parts = _biased(self.q_proj, queried, self.q_bias), self.k_proj(x), _biased(self.v_proj, x, self.v_bias)
@@ -131,7 +131,7 @@ class Attention(nn.Module):
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             q, k, v = _biased(self.qkv, x, bias).chunk(3, dim=-1)
-            parts = class_tokens(q, layout) if pooled else q, k, v
+            parts = class_tokens(q, packing) if pooled else q, k, v
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
 
 
@@ -205,7 +205,7 @@ class Block(ResidualBlock):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         token_index: Tensor | None = None,
-        layout: Packing | None = None,
+        packing: Packing | None = None,
         pooled: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The other arguments as for `Attention`."""
@@ -213,23 +213,23 @@ class Block(ResidualBlock):
             y = x = stream.total()
         else:
             y, x = stream.read(self.norm1, product_dtype(stream.x))
-        branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, layout, pooled)
-        return class_tokens(x, layout) if pooled else x, branch
+        branch: Tensor = self.attn(cast_once(y), cos, sin, token_index, packing, pooled)
+        return class_tokens(x, packing) if pooled else x, branch
 
-    def mix(self, x: Tensor, branch: Tensor, layout: Packing | None = None) -> Stream:
-        row_scale = self._row_scale(x, layout)
+    def mix(self, x: Tensor, branch: Tensor, packing: Packing | None = None) -> Stream:
+        row_scale = self._row_scale(x, packing)
         if self.post_norm:
             x = self.norm1.of_branch(x, branch, self.gamma_1, row_scale)
-            return Stream(self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x, layout)))
+            return Stream(self.norm2.of_branch(x, self.mlp(cast_once(x)), self.gamma_2, self._row_scale(x, packing)))
         y, x = self.norm2.of_sum(x, branch, self.gamma_1, row_scale, product_dtype(x))
-        return Stream(x, self.mlp(cast_once(y)), self.gamma_2, self._row_scale(x, layout))
+        return Stream(x, self.mlp(cast_once(y)), self.gamma_2, self._row_scale(x, packing))
 
-    def _row_scale(self, x: Tensor, layout: Packing | None) -> Tensor | None:
+    def _row_scale(self, x: Tensor, packing: Packing | None) -> Tensor | None:
         """Stochastic depth (Huang et al. 2016): 0 where the branch is skipped, else 1 / keep. `[B]`, or `[T]`."""
         if not self.training or self.drop_path == 0:
             return None
         keep = 1 - self.drop_path
-        packed = layout if x.dim() == 2 else None
+        packed = packing if x.dim() == 2 else None
         images = x.shape[0] if packed is None else packed.batch
         scale = torch.rand(images, device=x.device).lt(keep).to(x.dtype) / keep
         return scale if packed is None else scale[packed.samples()]

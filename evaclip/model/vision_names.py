@@ -50,10 +50,17 @@ _SQUASH_IMAGENET = Preprocess(resize="squash", **_IMAGENET)  # type: ignore[arg-
 
 @dataclass(frozen=True)
 class Release:
-    """Released weights on the hub, `timm/NAME.TAG`."""
+    """Released weights on the hub, `timm/NAME.TAG`.
+
+    Attributes:
+        num_classes: of the classifier; 0 without one.
+        preprocess: of images.
+        image_size: side of images in evaluation; None for the model's.
+    """
 
     num_classes: int
     preprocess: Preprocess
+    image_size: int | None = None
 
 
 RELEASES: dict[str, dict[str, Release]] = {
@@ -104,13 +111,13 @@ RELEASES: dict[str, dict[str, Release]] = {
         "laion2b": Release(1024, _CENTRE),
         "laion2b_plus": Release(1024, _CENTRE),
     },
-    "naflexvit_base_patch16_gap": {"e300_s576_in1k": Release(1000, _HALF)},
-    "naflexvit_base_patch16_par_gap": {"e300_s576_in1k": Release(1000, _HALF)},
-    "naflexvit_base_patch16_map": {UNTRAINED: Release(1000, _HALF)},
-    "naflexvit_so150m2_patch16_reg1_gap": {UNTRAINED: Release(1000, _HALF)},
-    "naflexvit_so150m2_patch16_reg1_map": {UNTRAINED: Release(1000, _HALF)},
-    "naflexvit_base_patch16_siglip": {"v2_webli": Release(0, _HALF)},
-    "naflexvit_so400m_patch16_siglip": {"v2_webli": Release(0, _HALF)},
+    "naflexvit_base_patch16_gap": {"e300_s576_in1k": Release(1000, _HALF, 384)},
+    "naflexvit_base_patch16_par_gap": {"e300_s576_in1k": Release(1000, _HALF, 384)},
+    "naflexvit_base_patch16_map": {UNTRAINED: Release(1000, _HALF, 384)},
+    "naflexvit_so150m2_patch16_reg1_gap": {UNTRAINED: Release(1000, _HALF, 384)},
+    "naflexvit_so150m2_patch16_reg1_map": {UNTRAINED: Release(1000, _HALF, 384)},
+    "naflexvit_base_patch16_siglip": {"v2_webli": Release(0, _HALF, 384)},
+    "naflexvit_so400m_patch16_siglip": {"v2_webli": Release(0, _HALF, 384)},
 }
 """Model -> tag -> release."""
 

@@ -255,7 +255,7 @@ class _Trace:
         recorder.mark("evaluation")
         with recorder, torch.no_grad(), torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
             if isinstance(task, Contrastive):
-                task.model(images, targets, layout=task.model.text.layout(targets))
+                task.model(images, targets, packing=task.model.text.pack_tokens(targets))
             else:
                 cast(Any, task).of_samples(images, MicroBatch(slice(0, len(images)), targets, None, 0, 0))
         phase = recorder.phases()[1][0]

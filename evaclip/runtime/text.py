@@ -39,7 +39,7 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     from evaclip.export import export
 
     if (name := model.config.text.hf_tokenizer_name) is not None:
-        raise UserError(f"text.hf_tokenizer_name must be None for a program in a store, got {name!r}")
+        raise UserError(f"a store's text program supports CLIP's tokenizer only, got {name!r}")
     export(model.eval(), "text", store.folder / PROGRAM_FILE, normalize=True, overwrite=True, external=True)
     text = model.config.text
     # Written last: without it there is no program.

@@ -289,7 +289,7 @@ def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: in
 def split_by_tokens(lengths: Tensor, parts: int) -> list[range]:
     """Cut images of `lengths` tokens into consecutive micro-batches of nearly equal tokens, at least one image each.
 
-    None has over the tokens of the longest image more than their mean.
+    The largest exceeds the mean by at most the longest image.
     """
     middles = lengths.cumsum(0) - lengths / 2
     cuts = [0]

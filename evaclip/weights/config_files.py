@@ -50,7 +50,7 @@ def to_open_clip_config(config: CLIPConfig) -> dict[str, Any]:
         ("preprocess.crop", config.preprocess.crop, Preprocess.crop),
     ):
         if value != only:
-            raise UserError(f"open_clip can't load this model: its {name} is {value}, and open_clip's always {only}")
+            raise UserError(f"{name} must be {only} for open_clip's layout, got {value}")
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 

@@ -62,8 +62,12 @@ def convert(
     if not any(name.startswith(("blocks.", "visual.blocks.")) for name in state):
         raise UserError(f"{str(source)!r} holds no image tower of the EVA series (names that begin with visual.blocks)")
     prefixes = [tensor.shape[1] for name, tensor in state.items() if name.endswith("cls_token")]
-    if layout != "safetensors" and (prefixes != [1] or any("attn_pool." in name for name in state)):
-        raise UserError(f"layout must be safetensors for registers or attention pooling, got {layout!r}")
+    is_ours = prefixes != [1] or any("attn_pool." in name for name in state)
+    if layout == "timm":  # a NaFlexVit with one register, which timm calls reg_token
+        is_ours |= any(".gamma_1" in name for name in state) and any("fc_norm." in name for name in state)
+    if layout != "safetensors" and is_ours:
+        kinds = "registers, attention pooling or no class token"
+        raise UserError(f"layout must be safetensors for a tower with {kinds}, got {layout!r}")
     match layout:
         case "original":
             state = _with_rotary_tables(state, model, source)

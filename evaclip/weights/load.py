@@ -50,14 +50,13 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     put(model, _fitting(model, source))
 
 
-def materialize(model: nn.Module, source: Path, device: torch.device, antialias: bool = False) -> None:
+def materialize(model: nn.Module, source: Path, device: torch.device) -> None:
     """Load weights into a model on the meta device, with no more memory than the weights take.
 
     Tensors of a `.safetensors` file that need no conversion are views of the mapped file. They are copied at the
-    first write, or immediately if the model is sharded. `antialias` resizes positions of another image size as timm
-    does. Other arguments and errors are as for `load_weights`.
+    first write, or immediately if the model is sharded. Other arguments and errors are as for `load_weights`.
     """
-    state = _fitting(model, source, antialias)
+    state = _fitting(model, source)
     if is_sharded(model):
         put(model.to_empty(device=device), state)
         return
@@ -69,7 +68,7 @@ def materialize(model: nn.Module, source: Path, device: torch.device, antialias:
     model.load_state_dict(state, assign=True)
 
 
-def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antialias: bool = False) -> dict[str, Tensor]:
+def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of `source` with the names and shapes of the model."""
     state = to_original(source) if isinstance(source, Mapping) else load_state_dict(source)
     expected = model.state_dict()
@@ -77,7 +76,7 @@ def _fitting(model: nn.Module, source: str | Path | Mapping[str, Tensor], antial
         if not isinstance(model, MaskedImageModel):
             state = {name: t for name, t in state.items() if not MASKED_IMAGE.match(name)}
         state = with_last_norm_of(model, state)
-        fit_image_size(state, expected, model.config, antialias=antialias)
+        fit_image_size(state, expected, model.config)
     elif isinstance(model, CLIP):
         if model.config.init_logit_bias is not None:  # the model may continue with SigLIP's loss
             state.setdefault("logit_bias", torch.tensor(float(model.config.init_logit_bias)))
@@ -104,12 +103,11 @@ def fit_image_size(
     expected: Mapping[str, Tensor],
     config: VisionConfig,
     prefix: str = "",
-    antialias: bool = False,
 ) -> None:
     """Resize position embedding and patch kernel in `state` to those of the model, with a warning."""
     pos_embed, kernel = prefix + _POS_EMBED, prefix + _PATCH_KERNEL
     if pos_embed in state:
-        state[pos_embed] = _fit_positions(state[pos_embed], config, antialias)
+        state[pos_embed] = _fit_positions(state[pos_embed], config)
     if kernel in state and kernel in expected:
         state[kernel] = _fit_kernel(state[kernel], expected[kernel].shape)
 
@@ -125,7 +123,7 @@ def _fit_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
     return resized.to(kernel.dtype)
 
 
-def _fit_positions(pos_embed: Tensor, config: VisionConfig, antialias: bool) -> Tensor:
+def _fit_positions(pos_embed: Tensor, config: VisionConfig) -> Tensor:
     """Resize a position embedding `[1, P + g*g, C]` to the grid of `config`; the prefix tokens' stays.
 
     By default bicubic without antialiasing, as the released models were adapted to other sizes; timm antialiases.
@@ -139,7 +137,7 @@ def _fit_positions(pos_embed: Tensor, config: VisionConfig, antialias: bool) -> 
     _log.warning("weights of another image size: positions are resized from %dx%d to %dx%d patches", old, old, *grid)
     first, patches = pos_embed.split([prefix, count], dim=1)
     image = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = resize_grid(image, config, grid, antialias or config.pos_antialias)
+    resized = resize_grid(image, config, grid)
     return torch.cat([first, resized.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
 
 
@@ -182,11 +180,11 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], antialias: bool = False) -> None:
+def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor]) -> None:
     """Copy the image tower of `source` into `tower`.
 
-    Position embedding and patch kernel are resized to the tower's, as the authors did (bicubic), or with `antialias`
-    as timm does. The head keeps its start values; so do parameters that the source lacks, with a warning.
+    Position embedding and patch kernel are resized to the tower's, by default as the authors did (bicubic). The head
+    keeps its start values; so do parameters that the source lacks, with a warning.
 
     Raises:
         UserError: names every unexpected and misshapen parameter; the tower is unchanged.
@@ -196,7 +194,7 @@ def start_image_tower(tower: VisionTower, source: Path | Mapping[str, Tensor], a
         state = {name.removeprefix(_IMAGE): t for name, t in state.items() if name.startswith(_IMAGE)}
     state = with_last_norm_of(tower, state)
     state = {name: tensor for name, tensor in state.items() if not _IMAGE_SKIPPED.match(name)}
-    fit_image_size(state, tower.state_dict(), tower.config, antialias=antialias)
+    fit_image_size(state, tower.state_dict(), tower.config)
     _start(tower, state, "image tower", source, ("head.", "lm_head.", "mask_token", "decoder_"))
 
 

@@ -66,7 +66,7 @@ class SwiGLUMLP(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """Forward of transformers' `DINOv3ViTAttention`: the patches behind class token and registers are rotated.
+    """Forward of transformers' `DINOv3ViTAttention`; rotates patch tokens, not the class token and registers.
 
     Raises `NotImplementedError` for an attention mask and for attention dropout.
     """

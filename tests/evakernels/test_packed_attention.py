@@ -220,6 +220,27 @@ def test_packing_unpack_inverts_pack():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_packing_packs_ids():
+    packing = evakernels.Packing.of_lengths(torch.tensor([3, 1, 4]), 8, 5)
+    ids = torch.arange(15).view(3, 5)
+    for x in (ids, ids.float(), ids > 5, ids.unsqueeze(2)):
+        assert torch.equal(packing.pack(x), x[packing.mask()])
+
+
+@pytest.mark.parametrize("shape", [(2, 10, 3), (1, 5, 3), (10, 3), (5,)])
+def test_packing_refuses_other_shapes(shape):
+    lengths = torch.tensor([3, 1])
+    for packing in (evakernels.Packing.of_lengths(lengths, 4, 5), evakernels.Packing.padded(lengths, 5)):
+        with pytest.raises(ValueError, match=r"x must have shape \[2, 5, \.\.\.\], got"):
+            packing.pack(torch.zeros(shape))
+
+
+def test_positions_of_whole_batch():
+    packing = evakernels.Packing.padded(torch.tensor([3, 1]), 3)
+    assert packing.positions().tolist() == [0, 1, 2, 0, 1, 2]
+    assert packing.samples().tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_packing_unpack_in_transforms():
     packing, x = evakernels.Packing.of_lengths(torch.tensor([2, 1]), 3, 2), torch.randn(3, 4)
     expected = packing.unpack(x)

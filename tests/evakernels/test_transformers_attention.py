@@ -178,6 +178,14 @@ def test_attend_refuses_eager_options(name: str) -> None:
         evakernels.transformers.attend(_SelfAttention(), *tokens, None, **{name: torch.zeros(2)})
 
 
+def test_mask_of_other_length_fails_as_sdpa() -> None:
+    """A mask of the queries' length, with more keys."""
+    tokens = torch.randn(_SHAPE), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
+    for attend in (evakernels.transformers.attend, evakernels.transformers.sdpa_attention_forward):
+        with pytest.raises(RuntimeError, match=r"size|shape|expand"):
+            attend(_SelfAttention(), *tokens, _MASK)
+
+
 def test_mask_changed_in_place_is_read_again() -> None:
     sdpa, ours = _models("bert", _BERT)
     mask = _RIGHT.bool()[:, None, None].repeat(1, 1, 9, 1)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -17,8 +17,10 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
+from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.text import TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
@@ -36,11 +38,11 @@ MAX_LOG_SCALE = math.log(100.0)
 
 @dataclass(frozen=True)
 class _Pairs:
-    """A micro-batch of pairs, with its tokens on the device and their layout."""
+    """A micro-batch of pairs, with its tokens on the device and their packing."""
 
     micro_batch: MicroBatch
     tokens: Tensor
-    layout: Packing
+    packing: Packing
 
 
 class Contrastive(Task):
@@ -63,7 +65,11 @@ class Contrastive(Task):
     def __init__(self, model: CLIP, loss: ContrastiveLoss) -> None:
         super().__init__(model, self.towers_of(model), model.config.preprocess)
         self.loss = loss
-        self._tokenizer = tokenizer_of(model.config.text)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | HFTokenizer:
+        # Plans run without it, as it may be on the hub.
+        return tokenizer_of(self.model.config.text)
 
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> CLIP:
@@ -174,8 +180,8 @@ class Contrastive(Task):
         tokens = torch.zeros(rows, config.context_length, dtype=torch.int64)
         tokens[torch.arange(rows), torch.tensor(lengths) - 1] = config.vocab_size - 1
         # Which rows a caption has can't be read from tokens without data.
-        layouts = fake({size: type(text).layout(text, tokens[:size]) for size in sizes})
-        text.layout = lambda tokens: layouts[len(tokens)]  # type: ignore[method-assign]
+        packings = fake({size: type(text).pack_tokens(text, tokens[:size]) for size in sizes})
+        text.pack_tokens = lambda tokens: packings[len(tokens)]  # type: ignore[method-assign]
         found: Tensor = fake(tokens)
         return found
 
@@ -186,9 +192,9 @@ class Contrastive(Task):
         }
 
     def _pairs(self, micro_batch: MicroBatch, device: torch.device) -> _Pairs:
-        layout = self.model.text.layout(micro_batch.targets)
-        layout = tree_map_only(Tensor, partial(send, device=device), layout)
-        return _Pairs(micro_batch, send(micro_batch.targets, device), layout)
+        packing = self.model.text.pack_tokens(micro_batch.targets)
+        packing = tree_map_only(Tensor, partial(send, device=device), packing)
+        return _Pairs(micro_batch, send(micro_batch.targets, device), packing)
 
     def _backward(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the features of images and captions."""
@@ -220,7 +226,8 @@ class Contrastive(Task):
 
     def _features(self, pairs: _Pairs, images: Any, context: StepContext) -> tuple[Tensor, Tensor]:
         with context.autocast():
-            features = self.model(images, pairs.tokens, token_index=pairs.micro_batch.token_index, layout=pairs.layout)
+            index = pairs.micro_batch.token_index
+            features = self.model(images, pairs.tokens, token_index=index, packing=pairs.packing)
         return features[0], features[1]
 
     def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:

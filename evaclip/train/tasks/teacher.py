@@ -104,7 +104,7 @@ class Teacher:
             return 0.0
         config, head = self._sized(grid), self.tower.head
         projection = 0 if head is None else 2 * config.num_patches * config.width * head.out_features
-        return vision_flops(config, 0) + projection
+        return vision_flops(replace(config, pool="mean"), 0) + projection  # without an attention pooling
 
     def _computed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.tower.present.grid != grid:

@@ -143,6 +143,17 @@ def test_other_size_and_crop_match_timm(val: Path, tmp_path: Path) -> None:
     assert oblong.transform.size == oblong.model.config.image_size == (56, 112)
 
 
+def test_image_size_of_released_classifier(tmp_path: Path) -> None:
+    """Larger than the grid of the positions; weights of a training have their own."""
+    name, file = "naflexvit_base_patch16_gap.e300_s576_in1k", tmp_path / "model.safetensors"
+    save_file({"head.weight": torch.zeros(6, 1)}, file)
+    for source in (name, f"{name}:{file}"):
+        assert find_classifier(source).options == {"image_size": 384}
+    (tmp_path / "model.json").write_text(json.dumps({"name": name, "image_size": 256}))
+    assert find_classifier(f"{name}:{file}").options == {}
+    assert find_classifier(name).load().transform.size == 384
+
+
 def numbers(folder: Path, values: Any) -> Path:
     file = folder / "numbers.txt"
     file.write_text("".join(f"{value}\n" for value in values))
@@ -256,7 +267,6 @@ def test_classify_wrong_arguments(words, message, val, tmp_path, monkeypatch):
 
 
 def _unless_config_is_wrong(name: str, weights: object, **options: Any) -> None:
-    options.pop("antialias")
     create_vision_model(name, **{**options, "device": "meta"})
     pytest.fail("the model was made")
 

@@ -111,10 +111,11 @@ def test_packed_savings_match_square(recompute: Recompute, post_norm: bool) -> N
         _assert_same(_with_gradients(model, lambda same=same: model.encode_image(same)), expected, 2e-5)
 
 
+@pytest.mark.parametrize("name", ["rope", "mean"])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_packed_images_in_bf16(autocast: bool) -> None:
+def test_packed_images_in_bf16(autocast: bool, name: str) -> None:
     """Under autocast, or with weights in bfloat16."""
-    model, images = small_model(layers=2).train(), _images()
+    model, images = small_model(**MODELS[name]).train(), _images()
     exact, exact_gradients = _with_gradients(model, lambda: _alone(model, images))
     model = model if autocast else model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -125,6 +126,16 @@ def test_packed_images_in_bf16(autocast: bool) -> None:
     for name, expected in exact_gradients.items():
         error, rough = ((each[name] - expected).norm() for each in (gradients, usual_gradients))
         assert error <= 3 * rough + 1e-2 * expected.norm(), name
+
+
+def test_packed_mean_in_fp16() -> None:
+    """The sum of the patches overflows in float16."""
+    model, images = small_model(**MODELS["mean"]), _images(((136, 136), (16, 48)))
+    with torch.no_grad():
+        model.visual.pos_embed += 300
+        exact = _alone(model, images)
+        found = model.half().encode_image(pack_images(images, 8))
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.slow

@@ -108,8 +108,10 @@ def test_encode_text_of_any_tokens() -> None:
 
 
 @pytest.mark.parametrize("saving", ["nothing", "pack_text", "pooled_last_block", "early_drop", "all"])
-def test_flops_match_counter(saving, monkeypatch):
-    model = small_model(layers=2)
+@pytest.mark.parametrize("pool", ["token", "mean", "attention"])
+def test_flops_match_counter(pool, saving, monkeypatch):
+    vision = {**NO_ROPE, "pool": pool, "prefix_tokens": 3} if pool != "token" else {}
+    model = small_model(layers=2, **vision).requires_grad_(False)
     savings = {"nothing": PLAIN, **SAVINGS}[saving]
     model.set_savings(savings)
     tokens = torch.zeros(3, 16, dtype=torch.int64)
@@ -121,7 +123,8 @@ def test_flops_match_counter(saving, monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(random_images(3), tokens, token_index=sample_token_index(3, 16, 8))
     expected = flops_per_sample(model.config, 0.5, savings, text_tokens=10)
-    assert counter.get_total_flops() == 3 * expected
+    latent = 2 * model.config.vision.width**2 if pool == "attention" else 0  # its query is the same for all images
+    assert counter.get_total_flops() == 3 * expected + latent
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:

@@ -70,7 +70,10 @@ def test_releases_match_timm() -> None:
         for tag, release in RELEASES[name].items():
             theirs = timm.get_pretrained_cfg(f"{name}.{tag}")
             assert theirs.num_classes == release.num_classes
+            assert theirs.input_size == (3, release.image_size, release.image_size)
             assert release.preprocess.mean == pytest.approx(theirs.mean)
+            assert release.preprocess.std == pytest.approx(theirs.std)
+            assert release.preprocess.crop == theirs.crop_pct
     for name in timm.list_pretrained("eva*"):
         model, tag = split_name(name)
         assert tag is not None
@@ -218,6 +221,15 @@ def siglip2(folder: Path) -> tuple[Any, CLIP]:
         text={**options, "vocab_size": 49408, "context_length": 12, "hf_tokenizer_name": None},
     )
     return peer, model.eval()
+
+
+def test_lock_follows_classifier() -> None:
+    """The last group is the classifier, or without one the attention pooling."""
+    model = create_vision_model("naflexvit_base_patch16_map", num_classes=0, device="meta", layers=1)
+    for num_classes, last in ((5, {"head"}), (0, {"attn_pool"}), (5, {"head"})):
+        model.reset_classifier(num_classes)
+        model.lock(1)
+        assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == last
 
 
 def test_oblong_images_match_timm() -> None:

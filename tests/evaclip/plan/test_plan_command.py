@@ -46,6 +46,11 @@ def test_plan_reads_config_file(plan: Any, tmp_path: Path) -> None:
     assert (part["accumulation"], part["micro_batch"]) == (2, 2)
 
 
+def test_plan_needs_no_tokenizer(plan: Any) -> None:
+    options = 'model.options={"text": {"hf_tokenizer_name": "/no/such/folder"}}'
+    assert "GPU-hours" in plan("tiny", "--gpus", "2", "--set", "batch_size=64", options)
+
+
 def test_plan_of_several_image_sizes(plan: Any) -> None:
     sizes = "schedule.resolutions=[{image_size: 16, fraction: 0.4}, {image_size: 64, steps: 20}]"
     given = ("tiny", "--set", "batch_size=64", "schedule.steps=100")

@@ -284,6 +284,13 @@ def test_flops_of_masked_and_of_dropped_patches() -> None:
     assert dropped / computed == pytest.approx((12 * 152 + 257) / (12 * 257), rel=0.03)
 
 
+def test_flops_of_teacher_leave_out_pooling() -> None:
+    options: dict[str, Any] = {"num_classes": 0, "layers": 1, "width": 24, "heads": 2}
+    towers = [create_vision_model("naflexvit_base_patch16_map", pool=pool, **options) for pool in ("mean", "attention")]
+    mean, attention = (Teacher(tower, SAME, SAME).flops_per_sample((4, 4)) for tower in towers)
+    assert attention == mean
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_peak_flops_of_gpus(monkeypatch: pytest.MonkeyPatch, name: str, half: fl
     assert peak_flops(cuda, "fp32") == single
 
 
-@pytest.mark.parametrize(("packed", "prefix"), [(False, 1), (True, 1), (True, 3)])
+@pytest.mark.parametrize(("packed", "prefix"), [(False, 1), (False, 3), (True, 1), (True, 3)])
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_tokens_are_the_rows_that_reach_the_blocks(

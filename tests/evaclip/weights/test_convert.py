@@ -71,12 +71,20 @@ def test_convert_timm_round_trip(source: Path) -> None:
     assert not source.with_name("no.pt").exists()
 
 
-@pytest.mark.parametrize("vision", [{"pool": "attention"}, {"prefix_tokens": 2}])
-def test_convert_attention_pool_or_registers(vision: dict[str, Any], tmp_path: Path) -> None:
-    """No other library has such a tower under these names."""
+@pytest.mark.parametrize(
+    ("vision", "layouts"),
+    [
+        ({"pool": "attention", "mlp": "gelu", "sub_norm": False}, {"original", "open_clip", "timm"}),
+        ({"prefix_tokens": 2}, {"original", "open_clip", "timm"}),
+        ({"pool": "mean", "prefix_tokens": 0}, {"original", "open_clip", "timm"}),
+        ({"pool": "mean", "layer_scale_init": 1e-5}, {"timm"}),
+    ],
+)
+def test_convert_refuses_other_towers(vision: dict[str, Any], layouts: set[str], tmp_path: Path) -> None:
+    """No other library has such a tower under these names; the last is timm's NaFlexVit with one register."""
     state = create_model("tiny", vision=vision).state_dict()
     torch.save(state, tmp_path / "source.pt")
-    for layout in ("original", "open_clip", "timm"):
+    for layout in layouts:
         with pytest.raises(UserError, match="layout"):
             convert(tmp_path / "source.pt", tmp_path / "out.pt", layout)
     convert(tmp_path / "source.pt", tmp_path / "out.safetensors", "safetensors")
