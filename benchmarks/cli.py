@@ -289,6 +289,8 @@ def _audit(args: argparse.Namespace) -> None:
         names = [name for name in args.names or known if name in known]
         listed = cases.list_cases(names, args.shape, args.dtype, kind) if names else []
         work += [(listed, arch, kind) for arch in build.ARCHS[kind] if listed and arch in (args.arch or [arch])]
+    if not work:
+        raise UserError("no audited kernels have these names, dtypes and architectures")
     build.require({kind for *_, kind in work})
     counts = []
     for done, (listed, arch, kind) in enumerate(work, start=1):

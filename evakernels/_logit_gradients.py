@@ -1,24 +1,20 @@
-"""Gradients of contrastive features from those of their logits, which a GPU kernel writes in bounded chunks of rows.
+"""Gradients of contrastive losses on GPUs.
 
-The gradients of a chunk have the features' dtype; torch multiplies them with the features into float32. `unit`, a power
-of two, scales them, as float16 has nothing below 6e-8.
-
-The functions are ops with the arguments of their references, behind a `kernel` of CUDA or Triton. It takes the chunk of
-each argument, of the features after padding with zeros to a `multiple` of channels.
+A kernel of CUDA or Triton writes the gradients of the logits, a chunk of rows at a time, in the features' dtype; torch
+multiplies them with the features into float32. Each function takes the kernel and its reference's arguments. `unit`, a
+power of two, scales logit gradients into float16's range. Features are padded with zeros to a `multiple` of channels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GPU_CHUNK = 1 << 28, 2048
-"""Maximum bytes and minimum rows of a chunk: with fewer, traffic of the text gradient would limit the matmuls."""
+from .reference import contrastive as reference
 
-INTERPRETED_CHUNK = 1 << 13, 256
-"""The same for kernels that are interpreted on a CPU: tests need several chunks."""
+CHUNK = 1 << 28, 2048
+"""Maximum bytes and minimum rows of a chunk: with fewer, traffic of the text gradient would limit the matmuls."""
 
 SIGLIP_UNIT = 16384.0
 """The `unit` of the sigmoid loss in Triton and, as `kSiglipUnit`, in CUDA: gradients of its logits are at most 1."""
@@ -43,8 +39,11 @@ def contrastive_backward(
     logits: Tensor | None = None,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernel` returns the gradients of the logits; it also takes the logits if forward saved them."""
-    peak = torch.stack([gradient.abs().amax() for gradient in (drow_lse, dcol_lse, dpositive)]).amax()
+    """Gradients of image, text and logit_scale.
+
+    `kernel` maps a chunk of the arguments, and its logits if forward saved them, to logit gradients.
+    """
+    peak = torch.cat((drow_lse, dcol_lse, dpositive)).abs().amax()
     # The largest gradient becomes less than 2^14.
     exponent = 14 - torch.frexp(peak).exponent
     unit = torch.ldexp(torch.ones_like(peak), exponent.clamp(-100, 100))
@@ -69,7 +68,7 @@ def siglip_value(
     offset: int,
     multiple: int = 1,
 ) -> Tensor:
-    """`kernel` as for `siglip_forward`."""
+    """The summed loss. `kernel` is as for `siglip_forward`, but its sums may lack the bias gradient."""
     image, text = padded(image, multiple), padded(text, multiple)
     sums, _ = kernel(image, text, logit_scale, logit_bias, offset, [False])
     return _totals(sums)[0]
@@ -86,9 +85,10 @@ def siglip_forward(
     *,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`kernel` returns partial sums, `[2, n]`, of the loss and the bias gradient, and the gradients of the logits.
+    """The summed loss and its gradients.
 
-    Its last argument is whether it computes gradients.
+    `kernel` returns `(sums, dlogits)`; `sums` is `[2, n]`, partial sums of the loss and of the bias gradient. Its last
+    argument is whether it computes gradients.
     """
     unit = image.new_full((), SIGLIP_UNIT, dtype=torch.float32)
     parts = []
@@ -104,10 +104,19 @@ def siglip_forward(
     return loss, *gradients, dbias
 
 
+def siglip_backward(kernel: SiglipKernel, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scales the gradients that `siglip_forward` saved; needs no kernel."""
+    return reference.siglip_backward(*args)
+
+
+def rows_of_chunk(row_bytes: int) -> int:
+    """The rows of a chunk, of at most the maximum bytes if the minimum rows fit."""
+    most_bytes, least_rows = CHUNK
+    return max(1, most_bytes // (row_bytes * least_rows)) * least_rows
+
+
 def row_chunks(features: Tensor, row_bytes: int) -> Iterator[slice]:
-    """Chunks of rows, of at most the maximum bytes if the minimum rows fit."""
-    most_bytes, multiple = INTERPRETED_CHUNK if features.is_cpu else GPU_CHUNK
-    height = max(1, most_bytes // (row_bytes * multiple)) * multiple
+    height = rows_of_chunk(row_bytes)
     for start in range(0, len(features), height):
         yield slice(start, min(start + height, len(features)))
 
@@ -165,7 +174,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> Any:
+def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda:
-        return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
-    return acc.addmm_(a.float(), b.float())
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    else:
+        acc.addmm_(a.float(), b.float())

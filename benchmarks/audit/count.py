@@ -25,7 +25,6 @@ from benchmarks.audit.roofline import flops_of, instructions_of, pipe_of
 from benchmarks.measure import DTYPES
 from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape
-from evakernels import _logit_gradients
 from ptx_interpreter import Report
 from ptx_interpreter.runtime import Launches
 from ptx_interpreter.traffic import Asked, Sectors
@@ -39,7 +38,6 @@ Buffers = Mapping[str, Sequence[tuple[int, int]]]
 def served(arch: str, library: str) -> Iterator[list[Report]]:
     """Launches within the `with` block leave their reports in the list."""
     capability = int(arch.removeprefix("sm_"))
-    _logit_gradients.INTERPRETED_CHUNK = _logit_gradients.GPU_CHUNK
     reports: list[Report] = []
     if library != TRITON:
         launches = Launches(library, capability, watch=False)

@@ -12,14 +12,16 @@ ContrastiveFeatures read_features(Call& call, Input image_in, Input text_in, Inp
                                   int64_t offset) {
   const Array image = call.read(image_in, "image"), text = call.read(text_in, "text");
   const Array scale = call.read(logit_scale, "logit_scale");
-  require(image.sizes.size() == 2, "image must be [m, D]");
+  require(image.sizes.size() == 2 && image.sizes[0] > 0, "image must be [m, D] with m > 0, got ",
+          text_of(image.sizes));
   require_dtype(text, image.dtype);
   require(text.sizes.size() == 2 && text.sizes[1] == image.sizes[1], "text must be [B, D]");
   const int64_t rows = image.sizes[0], columns = text.sizes[0];
   require(product(scale.sizes) == 1, "logit_scale must have one element");
-  require(rows > 0 && offset >= 0 && offset <= columns - rows, "offset must be 0 to B - m");
+  require(offset >= 0 && offset <= columns - rows,
+          "offset must be 0 to B - m = ", std::to_string(columns - rows), ", got ", std::to_string(offset));
   require(columns <= std::numeric_limits<int32_t>::max(), "text must have fewer than 2^31 rows");
-  require(image.dtype != DType::Float32, "the contrastive losses of float32 have no CUDA kernels");
+  require(image.dtype != DType::Float32, "image must be bfloat16 or float16 on a GPU, got float32");
   return {
       .image = image.data,
       .text = text.data,
@@ -33,12 +35,15 @@ ContrastiveFeatures read_features(Call& call, Input image_in, Input text_in, Inp
   };
 }
 
-// Rows are padded to an even number of columns.
+// Rows are padded to an even number of columns, as kernels store two at a time.
 template <class Params>
 void add_dlogits(Call& call, bool needed, Output dlogits, Params& params) {
   params.stride = params.columns + params.columns % 2;
   const int64_t sizes[] = {params.rows, params.stride};
   params.dlogits = call.output_if(needed, dlogits, "dlogits", sizes, params.dtype, params.dtype).data;
+  const auto address = reinterpret_cast<uintptr_t>(params.dlogits);
+  require(address % 4 == 0, "dlogits must be aligned to 4 bytes, got ", std::to_string(address % 4),
+          " bytes after a multiple");
 }
 
 // `logits`: null if they aren't saved.
@@ -87,7 +92,9 @@ void siglip_dlogits(Call& call, Input image, Input text, Input logit_scale, Inpu
   SiglipGradients params{read_features(call, image, text, logit_scale, offset)};
   const Array bias = call.read(logit_bias, "logit_bias");
   require(product(bias.sizes) == 1, "logit_bias must have one element");
-  const int64_t sizes[] = {2, (params.rows + 127) / 128 * ((params.columns + 255) / 256) * kSiglipSums};
+  const int64_t row_tiles = (params.rows + kBlockLogitRows - 1) / kBlockLogitRows;
+  const int64_t column_tiles = (params.columns + kBlockLogitColumns - 1) / kBlockLogitColumns;
+  const int64_t sizes[] = {2, row_tiles * column_tiles * kSiglipSums};
   params.logit_bias = bias.data;
   params.bias_dtype = bias.dtype;
   params.sums = call.output(sums, "sums", sizes, DType::Float32).floats();

@@ -1,9 +1,12 @@
-# glibc 2.34 moved functions of libpthread, libdl and librt into libc, under new versions. The CUDA runtime calls them:
-# linked with stand-ins that have the versions before, a library also runs with earlier releases.
+# The CUDA runtime calls functions that glibc 2.34 moved from libpthread, libdl and librt to libc under new versions.
+# Linking stubs with the old versions lets a library run on earlier releases.
 function(link_with_older_glibc target)
   execute_process(COMMAND ${CMAKE_CXX_COMPILER} -print-file-name=libc.so.6 OUTPUT_VARIABLE libc
                   OUTPUT_STRIP_TRAILING_WHITESPACE)
-  execute_process(COMMAND ${CMAKE_NM} -D ${libc} OUTPUT_VARIABLE symbols ERROR_QUIET)
+  execute_process(COMMAND ${CMAKE_NM} -D ${libc} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  if(NOT symbols MATCHES " __libc_start_main@@GLIBC_2\\.34")
+    return()
+  endif()
   add_older_library(${target} pthread 0 "pthread_[a-z_]+|sem_[a-z]+" "${symbols}")
   add_older_library(${target} dl 2 "dl[a-z]+" "${symbols}")
   add_older_library(${target} rt 1 "shm_[a-z]+" "${symbols}")
@@ -13,7 +16,7 @@ endfunction()
 function(add_older_library target name version pattern symbols)
   string(REGEX MATCHALL " (${pattern})@@GLIBC_2\\.34" moved "${symbols}")
   if(NOT moved)
-    return()
+    message(FATAL_ERROR "libc must have functions of lib${name} under GLIBC_2.34, got none")
   endif()
   foreach(function ${moved})
     string(REGEX REPLACE "^ (.*)@@.*" "\\1" function ${function})
@@ -29,7 +32,8 @@ function(add_older_library target name version pattern symbols)
   foreach(last ${versions})
     string(APPEND map "${last} { ${of_${last}}};\n")
   endforeach()
-  set(stem ${CMAKE_BINARY_DIR}/older_glibc/${name})  # not in a folder whose libraries a compiler may load
+  # In a subfolder: the compiler may load libraries from the build folder.
+  set(stem ${CMAKE_BINARY_DIR}/older_glibc/${name})
   file(WRITE ${stem}.cpp "extern \"C\" {\n${functions}}\n")
   file(WRITE ${stem}.map "${map}")
   add_library(older_${name} SHARED ${stem}.cpp)

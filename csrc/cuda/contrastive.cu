@@ -51,11 +51,6 @@ __device__ __forceinline__ void reduce_lanes(float (&values)[N], bool of_rows, c
   }
 }
 
-// The warp's column in a lane's slot.
-__device__ __forceinline__ int column_of(int slot, int lane) {
-  return slot / 4 * kTile + column_in_tile(lane, slot % 2 + slot / 2 % 2 * 4);
-}
-
 // Writes the parts of a warp's rows and columns. Columns from `columns` on don't exist.
 __device__ __forceinline__ void reduce_logits(WarpLogits& logits, int columns, Part* row_parts,
                                               Part* col_parts) {
@@ -115,14 +110,15 @@ __device__ __forceinline__ void reduce_logits(WarpLogits& logits, int columns, P
   reduce_lanes(row_sum, true, sum);
 #pragma unroll
   for (int r = 0; r < kRowSlots; ++r) {
-    if (lane % 4 == 0) row_parts[r / 2 * kTile + r % 2 * 8 + lane / 4] = {row_max[r], row_sum[r]};
+    if (lane % 4 == 0) row_parts[row_of(r, lane)] = {row_max[r], row_sum[r]};
   }
 }
 
 // Scales a warp's products to logits and stores those of pairs, and all of them if they are saved. Logits
 // without an image or a caption become -inf.
 __device__ __forceinline__ void finish_logits(WarpLogits& logits, const ContrastiveStatistics& params,
-                                              int row, int column) {
+                                              const TilePlace& place) {
+  const int row = place.row(), column = place.column();
   const float scale = load_scalar(params.logit_scale, params.scale_dtype);
   for_each_logit(logits, [&](float& x, int, int, int, int) { x *= scale; });
   const int rows = static_cast<int>(params.rows) - row;  // from this warp's on
@@ -163,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
     place.row_tile = tile;
     WarpLogits logits = {};
     multiply<T>(logits, params, place, wide);
-    finish_logits(logits, params, place.row(), place.column());
+    finish_logits(logits, params, place);
     reduce_logits(logits, static_cast<int>(params.columns) - place.column(),
                   parts.rows[place.warp_column] + place.warp_row * kWarpSide,
                   parts.columns[place.warp_row] + place.warp_column * kWarpSide);

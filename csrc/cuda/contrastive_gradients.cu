@@ -1,5 +1,5 @@
-// Gradients of contrastive logits in 16 bits: InfoNCE's, and those of the sigmoid loss together with the
-// loss.
+// Gradients of contrastive logits in 16 bits: of InfoNCE, and of the sigmoid loss, whose value the kernel
+// also sums.
 //
 // Grid: a block per tile of 128 x 256 logits (contrastive_tiles.cuh), which it replaces by their gradients.
 // The caller multiplies these with the features. Traffic: features, and the gradients once, in words of two
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   float row_lse[2 * kWarpTiles], drow[2 * kWarpTiles];
 #pragma unroll
   for (int r = 0; r < 2 * kWarpTiles; ++r) {
-    const int at = min(row + r / 2 * kTile + row_in_tile(lane, r % 2 * 2), rows - 1);
+    const int at = min(row + row_of(r, lane), rows - 1);
     row_lse[r] = params.row_lse[at];
     drow[r] = params.drow_lse[at];
   }
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
     float col_lse[4], dcol[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int at = min(column + n * kTile + column_in_tile(lane, c % 2 + c / 2 * 4), columns - 1);
+      const int at = min(column + column_of(4 * n + c, lane), columns - 1);
       col_lse[c] = params.col_lse[at];
       dcol[c] = params.dcol_lse[at];
     }

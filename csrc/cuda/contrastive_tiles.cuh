@@ -1,7 +1,7 @@
 // Tiles of contrastive logits, logit_scale * image @ text^T, in registers.
 //
 // A block has 128 x 256 logits at a time; each of its eight warps has 64 x 64. Stages of 32 channels are
-// double-buffered with cp.async. Features come once per wave of blocks, from the L2 cache for most of them.
+// double-buffered with cp.async. Each wave of blocks reads the features once, mostly from the L2 cache.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -18,6 +18,8 @@ constexpr int kRows = kWarpRows * kWarpSide;    // of a block at a time
 constexpr int kColumns = kWarpColumns * kWarpSide;
 constexpr int kThreads = kWarpRows * kWarpColumns * kWarpSize;
 static_assert(kThreads == kColumns && kThreads >= kRows);
+static_assert(kRows == kBlockLogitRows && kColumns == kBlockLogitColumns &&
+              kThreads / kWarpSize == kSiglipSums);
 
 constexpr int kDepth = 32;                // channels of a stage
 constexpr int kChunk = 8;                 // 16-bit elements of a cp.async
@@ -32,8 +34,8 @@ __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * kL
 
 // Tiles of a block and a warp in the matrix of logits.
 struct TilePlace {
-  int row_tile, column_tile;  // the block's; place_of_block gives its group of row tiles
-  int warp_row, warp_column;  // the warp's in the block
+  int row_tile, column_tile;  // of the block; place_of_block sets row_tile to its group of row tiles
+  int warp_row, warp_column;  // of the warp in the block
 
   __device__ __forceinline__ int row() const { return row_tile * kRows + warp_row * kWarpSide; }
   __device__ __forceinline__ int column() const { return column_tile * kColumns + warp_column * kWarpSide; }
@@ -46,7 +48,8 @@ struct TilePlace {
   }
 };
 
-// The place of this block; each of `groups` has a column of blocks. Consecutive blocks have different groups.
+// Returns the tile of this block, for `groups` x ceil(columns / kColumns) blocks. Consecutive blocks differ
+// in group.
 __device__ __forceinline__ TilePlace place_of_block(int groups, int columns) {
   const int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int band = kBand * ceil_div(columns, kColumns), first = block / band * kBand;
@@ -77,6 +80,14 @@ __device__ __forceinline__ void copy_rows(T* to, const void* matrix, int begin, 
 }
 
 using WarpLogits = Accumulator[kWarpTiles][kWarpTiles];
+
+// The warp's row and column of a lane's slot.
+__device__ __forceinline__ int row_of(int slot, int lane) {
+  return slot / 2 * kTile + row_in_tile(lane, slot % 2 * 2);
+}
+__device__ __forceinline__ int column_of(int slot, int lane) {
+  return slot / 4 * kTile + column_in_tile(lane, slot % 2 + slot / 2 % 2 * 4);
+}
 
 // Calls body(value, row slot, column slot, row, column) for a lane's logits in 16 columns, or in all. Slots
 // are the lane's, rows and columns the warp's.

@@ -1,4 +1,5 @@
-// Parameters of the contrastive launchers. Each processes one tile of logits, the output of a matmul.
+// Parameters of the contrastive launchers: on CPUs one tile of logits, the output of a matmul; on GPUs
+// features, whose logits the kernel computes.
 #pragma once
 
 #include "include/launcher.h"
@@ -140,13 +141,14 @@ struct ContrastiveGradients : ContrastiveFeatures {
 // The sigmoid loss and the gradients of its logits.
 struct SiglipGradients : ContrastiveFeatures {
   const void* logit_bias = nullptr;  // one element, bias_dtype
-  float* sums = nullptr;             // of losses and of dbias: [2, kSiglipSums per block of 128 x 256 logits]
+  float* sums = nullptr;             // of losses and of dbias: [2, kSiglipSums per block]
   void* dlogits = nullptr;           // [rows, stride], dtype, times kSiglipUnit; null without gradients
   int64_t stride = 0;                // even, at least columns
   DType bias_dtype = DType::Float32;
 };
 
-constexpr int64_t kSiglipSums = 8;
+// Logits of a block on a GPU, and its partial sums of the sigmoid loss.
+constexpr int64_t kBlockLogitRows = 128, kBlockLogitColumns = 256, kSiglipSums = 8;
 constexpr float kSiglipUnit = 16384.0f;  // float16 has nothing below 6e-8
 
 namespace cuda {

@@ -28,8 +28,8 @@ struct LayerNormBackward {
   const float* mean;   // [rows]; not read when rms
   const float* rstd;   // [rows]
   void* dx;            // [rows, width], dtype
-  void* dweight;       // [width], weight_dtype; null: not wanted
-  void* dbias;         // [width], weight_dtype; null: not wanted
+  void* dweight;       // [width], weight_dtype; null: not needed
+  void* dbias;         // [width], weight_dtype; null: not needed
   int64_t rows;
   int64_t width;
   DType dtype;

@@ -127,9 +127,9 @@ struct ResidualNormVectors {
 
 // Sums over rows that the backward pass accumulates, [width] each; null if not needed.
 struct AddNormSums {
-  float* weight;       // null: not wanted
-  float* bias;         // null: not wanted
-  float* layer_scale;  // null: not wanted
+  float* weight;       // null: not needed
+  float* bias;         // null: not needed
+  float* layer_scale;  // null: not needed
 };
 
 // Sums of g = row_scale * dx, from which all parameter gradients follow.

@@ -39,8 +39,8 @@ struct SwigluBackward {
   const float* rstd;        // [rows]
   void* dgate;              // [rows, width], dtype, dense
   void* dup;                // [rows, width], dtype, dense
-  void* dweight;            // [width], weight_dtype; null: not wanted
-  void* dbias;              // [width], weight_dtype; null: not wanted
+  void* dweight;            // [width], weight_dtype; null: not needed
+  void* dbias;              // [width], weight_dtype; null: not needed
   int64_t rows;
   int64_t width;
   int64_t padding;

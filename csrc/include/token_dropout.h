@@ -41,9 +41,9 @@ struct TokenDropoutForward {
 struct TokenDropoutBackward {
   const void* dout;            // [batch, prefix_tokens + kept_tokens, channels]
   const int64_t* token_index;  // [batch, kept_tokens], distinct in a row; null: the first ones
-  void* dpatches;              // [batch, tokens, channels]; zero where a token was dropped; null: not wanted
-  void* dprefix;               // [prefix_tokens, channels]; null: not wanted
-  void* dpos_embed;            // [prefix_tokens + tokens, channels]; null: not wanted
+  void* dpatches;              // [batch, tokens, channels]; zero where a token was dropped; null: not needed
+  void* dprefix;               // [prefix_tokens, channels]; null: not needed
+  void* dpos_embed;            // [prefix_tokens + tokens, channels]; null: not needed
   TokenDropoutShape shape;
   DType dtype;  // of all buffers
 };

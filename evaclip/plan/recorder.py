@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import evakernels  # noqa: F401  (registers the ops)
 from evaclip.weights import is_cut
+from evakernels import _logit_gradients
 
 PARAMETERS, FROZEN, CASTS, GRADIENTS = "parameters", "frozen weights", "weights in 16 bits", "gradients"
 WHOLE_GRADIENTS = "whole gradients of micro-batches"
@@ -23,9 +23,6 @@ OPTIMIZER, AVERAGE, INPUTS, HOST = "optimizer state", "averaged weights", "input
 COMMUNICATION, WORKING = "communication", "working memory"
 STAGES = ("teacher", "forward", "backward", "recomputation")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
-
-CHUNK_BYTES, MIN_CHUNK = 1 << 28, 2048
-"""Gradient of the logits that the GPU's contrastive loss holds at a time, as in `evakernels._logit_gradients`."""
 
 Amounts = Counter[str]
 
@@ -153,8 +150,9 @@ class Recorder(TorchDispatchMode):
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view"))):
             costs["bytes"] += sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
         if name in ("contrastive_backward", "contrastive_kept_backward"):
-            rows, columns = len(args[3]), len(args[4])
-            workspace = 4 * columns * min(rows, max(MIN_CHUNK, CHUNK_BYTES // (4 * columns)))
+            image, text = args[3:5]
+            row_bytes = image.itemsize * len(text)  # of gradients of the logits
+            workspace = row_bytes * min(len(image), _logit_gradients.rows_of_chunk(row_bytes))
             self._kinds.append(WORKING)
             self._sizes.append(0)
             self._resize(len(self._sizes) - 1, workspace)

@@ -361,7 +361,9 @@ _siglip_forward = define(
     gpu_reasons=_gpu_reasons,
     gpu_launcher=Launcher(_logit_gradients.siglip_forward, "siglip_dlogits"),
 )
-_siglip_backward = define(reference.siglip_backward)
+_siglip_backward = define(
+    reference.siglip_backward, gpu_launcher=Launcher(_logit_gradients.siglip_backward, "siglip_dlogits")
+)
 differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
 
 backends.name_ops("contrastive_statistics", "contrastive_forward", "contrastive_kept_forward")

@@ -368,6 +368,7 @@ def siglip_forward(image, text, logit_scale, logit_bias, offset, needs_grad):
 
 
 def _siglip(launch, image, text, logit_scale, logit_bias, offset, needs_grad):
+    """Returns partial sums of the loss and, if it needs gradients, of dbias, `[1 or 2, n]`, and logit gradients."""
     (has_gradient,) = needs_grad
     grid = _grid(len(image), len(text), launch)
     sums = image.new_empty(1 + has_gradient, *grid, dtype=torch.float32)

@@ -262,11 +262,8 @@ def add_layer_norm_backward(dy, dx, x, branch, weight, layer_scale, row_scale, m
 
 
 def layer_norm_add_backward(dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, rms, needs_grad):
-    # Only layer_scale's gradient needs the bias.
-    op, parameters = (
-        "layer_norm_add_backward",
-        Parameters(weight, bias if needs_grad[-1] else None, layer_scale, row_scale),
-    )
+    bias = bias if needs_grad[-1] else None  # only layer_scale's gradient needs it
+    op, parameters = "layer_norm_add_backward", Parameters(weight, bias, layer_scale, row_scale)
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     inputs, statistics = (dx, None, branch, None), (None if rms else mean, rstd)
     return dbranch, *_backward(op, inputs, parameters, statistics, (dbranch, None), needs_grad)

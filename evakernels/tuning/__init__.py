@@ -67,7 +67,9 @@ def entry(**values: int) -> Entry:
 def times(op: str, arguments: Mapping[str, Any], tensor: Tensor) -> Times | None:
     """The times of the nearest sizes on the tensor's GPU; None if there are none."""
     shape = sizes_of(op, arguments, tensor)
-    return _times(op, tuple(shape.items()), tensor.dtype.itemsize, gpu_of(tensor))
+    # The first tensor of a loss's backward pass is in float32.
+    itemsize = arguments.get("image", tensor).dtype.itemsize
+    return _times(op, tuple(shape.items()), itemsize, gpu_of(tensor))
 
 
 def sizes_of(op: str, arguments: Mapping[str, Any], tensor: Tensor) -> dict[str, int]:

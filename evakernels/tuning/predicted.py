@@ -5,7 +5,8 @@ padded tiles, with `mma.sync` at 62 % of the peak on 9.0, exponentials, and byte
 separate pass, and its backward pass has two kernels with seven matmuls instead of five. Packed sequences are of equal
 length, causal and not rotated, in tiles of 16 tokens, with Triton of 64 (in backward on an H100 of 32, by `mma.sync`).
 Contrastive losses are of 32,768 pairs; where both backends have `mma.sync`, shared memory limits Triton's smaller tiles
-of a warp. Gradients include the two matmuls with the features at the peak. On a B200 Triton's are the matmuls alone.
+of a warp. Gradients include the two matmuls with the features at the peak. On a B200,
+Triton's times count the matmuls only.
 """
 
 from typing import Any
@@ -16,15 +17,17 @@ def row(head_dim: int, tokens: int, heads: int, **microseconds: float) -> dict[s
     return {"shape": {"head_dim": head_dim, "tokens": tokens, "heads": heads}, "config": microseconds}
 
 
-def losses(*microseconds: tuple[float, float]) -> dict[str, list[dict[str, Any]]]:
+LOSSES = "contrastive_forward", "contrastive_kept_forward", "contrastive_backward", "siglip_forward", "siglip_value"
+
+
+def loss_entries(*microseconds: tuple[float, float]) -> dict[str, list[dict[str, Any]]]:
     """The entries of contrastive losses in 16 bits, from the times of CUDA and Triton for each of `LOSSES`."""
     shape = {"depth": 768, "itemsize": 2}
     times = [{"cuda": cuda, "triton": triton} for cuda, triton in microseconds]
     return {op: [{"shape": shape, "config": config}] for op, config in zip(LOSSES, times, strict=True)}
 
 
-LOSSES = "contrastive_forward", "contrastive_kept_forward", "contrastive_backward", "siglip_forward", "siglip_value"
-_LOSSES_BY_MMA_SYNC = losses((5690, 7450), (5690, 7450), (16500, 17970), (16420, 20640), (5630, 6930))
+_LOSSES_BY_MMA_SYNC = loss_entries((5690, 7450), (5690, 7450), (16500, 17970), (16420, 20640), (5630, 6930))
 
 MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
     80: {
@@ -87,10 +90,10 @@ MICROSECONDS: dict[int, dict[str, list[dict[str, Any]]]] = {
             row(64, 577, 4096, cuda=769, triton=1207),
             row(64, 1025, 4096, cuda=2348, triton=3438),
         ],
-        **losses((3320, 2700), (3320, 2700), (6790, 5350), (6740, 6090), (3270, 1680)),
+        **loss_entries((3320, 2700), (3320, 2700), (6790, 5350), (6740, 6090), (3270, 1680)),
     },
     # No times of attention: Triton's kernels for 10.0 are compiled, but not run by an interpreter, and CUDA stays first
     # until measured.
-    100: losses((2990, 730), (2990, 730), (4650, 2200), (5180, 2200), (3440, 730)),
+    100: loss_entries((2990, 730), (2990, 730), (4650, 2200), (5180, 2200), (3440, 730)),
     120: _LOSSES_BY_MMA_SYNC,  # as on 8.0: both use `mma.sync`
 }

@@ -98,6 +98,18 @@ def test_tensors_that_share_memory_are_one_buffer() -> None:
     assert spans == {"q, k": [(start, start + packed.nbytes)], "x": [(alone.data_ptr(), alone.data_ptr() + 20)]}
 
 
+def test_audit_lists_calls_with_kernels() -> None:
+    float32 = {op for op, _, dtype, _ in list_cases() if dtype == "float32"}
+    assert {"layer_norm", "gelu", "lamb_step"} <= float32
+    assert not any("loss" in op or "attention" in op for op in float32)
+    assert {direction for *_, direction in list_cases(["siglip_loss"])} == {"forward"}
+
+
+def test_audit_command_without_kernels_fails(capsys) -> None:
+    assert cli.main(["audit", "siglip_loss", "--kernels", "cuda", "--dtype", "float32"]) == 2
+    assert "no audited kernels" in capsys.readouterr().err
+
+
 def test_audit_command_counts_and_explains(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # names are broken in a narrow table
     asked = []

@@ -209,12 +209,12 @@ def contrastive() -> None:
         run("contrastive_kept_forward", *inputs, writes=writes)
         run("contrastive_forward", *inputs, writes=[blank(*size) for size in sizes[:5]])
         row_lse, col_lse = writes[:2]
-        gradients = draw(rows), draw(columns), draw(rows)
+        upstream = draw(rows), draw(columns), draw(rows)
         dlogits = blank(rows, columns + columns % 2, dtype=dtype)
-        run("contrastive_dlogits", *gradients, *inputs[:3], row_lse, col_lse, offset, writes=[dlogits])
-        inputs, sums = (*inputs[:3], draw(1), offset), 8 * math.ceil(rows / 128) * math.ceil(columns / 256)
-        for gradients in (None, torch.full_like(dlogits, torch.nan)):
-            run("siglip_dlogits", *inputs, writes=[blank(2, sums), gradients])
+        run("contrastive_dlogits", *upstream, *inputs[:3], row_lse, col_lse, offset, writes=[dlogits])
+        sums = 8 * math.ceil(rows / 128) * math.ceil(columns / 256)
+        for written in (None, blank(*dlogits.shape, dtype=dtype)):
+            run("siglip_dlogits", *inputs[:3], draw(1), offset, writes=[blank(2, sums), written])
 
 
 class Attention(NamedTuple):

@@ -5,9 +5,10 @@ nvcc's kernels are in the library of tests/cuda/ptx.cmake, which takes the place
 
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import evakernels.triton
-from evakernels import _native
+from evakernels import _logit_gradients, _native
 from ptx_interpreter.runtime import Launches
 from ptx_interpreter.triton_driver import Driver
 
@@ -17,6 +18,7 @@ _contexts = ExitStack()
 
 def pytest_configure():
     evakernels.triton.interpret()
+    _contexts.enter_context(patch.object(_logit_gradients, "CHUNK", (1 << 13, 256)))  # several chunks of few rows
     _contexts.enter_context(Driver(_CAPABILITY, count=False))
     if _native.runs_gpu_kernels("cpu"):
         library = Path(evakernels.__file__).with_name("_ops.so")

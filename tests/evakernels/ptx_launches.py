@@ -5,15 +5,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import evakernels
 import evakernels.triton
 from benchmarks.audit import budget
-from evakernels import tuning
+from evakernels import _logit_gradients, tuning
 from ptx_interpreter.gpus import GPUS
 from ptx_interpreter.runtime import Launches
 
 gc.disable()  # of the many objects that kernels are read into none is garbage
+
+small_chunks = patch.object(_logit_gradients, "CHUNK", (1 << 13, 256))
+"""Few rows of logits have several chunks."""
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def nvcc_kernels(capability: int, lines: str | None = None, gpu: str | None = No
     """
     library = Path(evakernels.__file__).with_name("_ops.so")
     registers = budget().registers_of(f"sm_{GPUS[gpu].capability}") if gpu else None
-    with Launches(library, capability, gpu=gpu, registers=registers, count=False) as launches:
+    with small_chunks, Launches(library, capability, gpu=gpu, registers=registers, count=False) as launches:
         try:
             yield launches
         finally:
@@ -42,7 +46,7 @@ def triton_kernels(capability: int) -> Iterator[None]:
 
     evakernels.triton.interpret()
     tuning.gpu_of = lambda tensor: ("", capability)
-    with Driver(capability, count=False) as driver, evakernels.use_backend("triton"):
+    with small_chunks, Driver(capability, count=False) as driver, evakernels.use_backend("triton"):
         try:
             yield
         finally:

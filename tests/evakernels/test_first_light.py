@@ -28,10 +28,12 @@ COMPILED = [
     if re.search(r"^EVAKERNELS_(GPU_)?OPS\(", text, re.MULTILINE)
     for op in re.findall(r"EVAKERNELS_OP\(\s*m, (\w+)", text)
 ]
-COMPOSED = ["contrastive_backward", "siglip_forward", "siglip_value"]
-"""Ops that call a compiled kernel for GPUs from Python."""
+COMPOSED = ["contrastive_backward", "siglip_backward", "siglip_forward", "siglip_value"]
+"""Ops that run on GPUs as Python code with a compiled kernel."""
+KERNELS = {"contrastive_dlogits", "siglip_dlogits"}
+"""Their kernels, which aren't ops."""
 TRITON = [op for ops in evakernels.triton.FAMILIES.values() for op in ops]
-CASES = [(op, DEVICE.type) for op in (*COMPILED, *COMPOSED) if op in backends.ops()]
+CASES = [(op, DEVICE.type) for op in (*COMPILED, *COMPOSED) if op not in KERNELS]
 if DEVICE.type == "cuda" or evakernels.triton.INTERPRETED:
     CASES += [(op, "triton") for op in TRITON]
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from evakernels import _native, clip_loss, siglip_loss
+from evakernels import _native, clip_loss, siglip_loss, use_backend
 from evakernels.backends import observed_by
 from evakernels.reference.gelu import FORMS
 
@@ -236,13 +237,19 @@ def test_contrastive_gradients(columns: int) -> None:
 def test_losses_use_gpu_kernels() -> None:
     found = set()
     image, text = (normal(30, 16, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(2))
-    with observed_by(lambda op, backend: found.add((op, backend))):
-        clip_loss(image, text, torch.tensor(3.0), memory_budget=0).backward()
-        siglip_loss(image, text, torch.tensor(3.0), torch.tensor(-1.0)).backward()
+    scalars = torch.tensor(3.0), torch.tensor(-1.0)
+    with observed_by(lambda op, backend: found.add((op, backend))), use_backend("cpu"):
+        clip_loss(image, text, scalars[0], memory_budget=0).backward()
+        loss = siglip_loss(image, text, *scalars)
+        loss.backward()
         with torch.no_grad():
-            siglip_loss(image, text, torch.tensor(3.0), torch.tensor(-1.0))
-    ops = "contrastive_forward", "contrastive_backward", "siglip_forward", "siglip_value"
+            value = siglip_loss(image, text, *scalars)
+    ops = "contrastive_forward", "contrastive_backward", "siglip_forward", "siglip_backward", "siglip_value"
     assert found >= {(op, "cpu") for op in ops}
+    assert torch.equal(loss, value)
+    logits = scalars[0] * image.float() @ text.float().T + scalars[1]
+    expected = -F.logsigmoid(logits * (2 * torch.eye(30) - 1)).sum() / 30
+    torch.testing.assert_close(value, expected)
 
 
 @gpu_kernels
@@ -255,7 +262,7 @@ def test_gpu_refuses_dtypes() -> None:
             "attention of float32 has no CUDA kernels",
             lambda: native.packed_attention_forward(q, q, q, offsets, None, None, None, 9, True, True, 1.0),
         ),
-        ("contrastive losses of float32", lambda: native.contrastive_forward(features, features, scale, 0)),
+        ("image must be bfloat16 or float16", lambda: native.contrastive_forward(features, features, scale, 0)),
         (
             "branch must be float16",
             lambda: native.add_layer_norm_forward(residual, branch, None, None, None, None, EPS, False),
@@ -276,7 +283,12 @@ def test_wrong_cu_seqlens_are_refused(offsets: list[int]) -> None:
 
 
 X, ROWS = torch.zeros(2, 4), torch.zeros(2)
+HALVES, ONE, SUMS = X.half(), ROWS[:1], torch.zeros(2, 8)
 INDEX = torch.zeros(1, 2, dtype=torch.int64)
+
+
+def dlogits_of(dlogits: Tensor, row_lse: Tensor = ROWS) -> None:
+    _C.contrastive_dlogits(ROWS, ROWS, ROWS, HALVES, HALVES, ONE, row_lse, ROWS, 0, dlogits)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +303,11 @@ INDEX = torch.zeros(1, 2, dtype=torch.int64)
         ("pos_embed", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX, None, X[:1], X[None])),
         ("row_scale", ValueError, lambda: _C.layer_norm_add_forward(X, X, None, None, None, X[0], X, ROWS, ROWS)),
         ("offset", ValueError, lambda: _C.contrastive_forward(X, X, ROWS[:1], 1, *(ROWS,) * 5)),
+        ("row_lse", ValueError, lambda: dlogits_of(HALVES[:, :2], row_lse=ROWS.bfloat16())),
+        ("dlogits", ValueError, lambda: dlogits_of(HALVES[:, :3].contiguous())),
+        ("dlogits must be aligned", ValueError, lambda: dlogits_of(torch.zeros(5).half()[1:].view(2, 2))),
+        ("logit_bias", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ROWS, 0, SUMS, None)),
+        ("sums", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ONE, 0, X, None)),
         ("lists", ValueError, lambda: _C.lamb_update([X], [X], [X], [], [], [], X, beta1=0.9, beta2=0.98, eps=EPS)),
         # torch's own error
         ("meta", Exception, lambda: _C.layer_norm_forward(X.to("meta"), None, None, X, ROWS, ROWS)),

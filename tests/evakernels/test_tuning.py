@@ -116,9 +116,10 @@ def test_packed_attention_has_predicted_times(monkeypatch, longest, tokens):
 
 @pytest.mark.parametrize("op", ["contrastive_forward", "contrastive_backward", "siglip_forward"])
 def test_measured_loss_times_follow_depth(folder, monkeypatch, op):
-    """`tuning run` writes times of the losses by the width of the features."""
+    """`tuning run` writes times of the losses by width and itemsize of the features."""
     monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("NVIDIA H100", 90))
-    rows = [{"shape": {"depth": depth, "itemsize": 2}, "config": {"triton": depth}} for depth in (512, 1024)]
+    sizes = (512, 2), (1024, 2), (768, 4)
+    rows = [{"shape": {"depth": depth, "itemsize": size}, "config": {"triton": depth}} for depth, size in sizes]
     search.write("NVIDIA H100", {op + tuning.TIMES: rows}, 90, folder)
     tuning.clear_caches()
     image, of_rows = torch.empty(9, 768, dtype=torch.bfloat16), torch.empty(9)
