@@ -149,8 +149,8 @@ class Recorder(TorchDispatchMode):
         name = packet.__name__
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view"))):
             costs["bytes"] += sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
-        if name in ("contrastive_backward", "contrastive_kept_backward"):
-            image, text = args[3:5]
+        if name in _LOGIT_GRADIENTS:
+            image, text = args[_LOGIT_GRADIENTS[name] :][:2]
             row_bytes = image.itemsize * len(text)  # of gradients of the logits
             workspace = row_bytes * min(len(image), _logit_gradients.rows_of_chunk(row_bytes))
             self._kinds.append(WORKING)
@@ -256,6 +256,10 @@ def _swiglu_mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Te
     )
     of_weights = sum(w.numel() for w, needed in zip((w1, w2, w3), needs_grad[1:4], strict=True) if needed)
     return int(2 * (x.numel() // x.shape[-1]) * (of_inputs + of_weights))
+
+
+_LOGIT_GRADIENTS = {"contrastive_backward": 3, "contrastive_kept_backward": 3, "siglip_forward": 0}
+"""Ops that compute gradients of logits, and the index of their image features."""
 
 
 def _contrastive(gemms: int, first: int = 0) -> Callable[..., int]:

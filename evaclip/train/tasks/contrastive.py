@@ -107,6 +107,12 @@ class Contrastive(Task):
         if model.logit_bias is not None:
             # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
             model.logit_bias.data = model.logit_bias.data.float()
+        native = model.config.preprocess.max_patches
+        if native and config.data.resize is None:
+            raise UserError(
+                f"data.resize must be native for a model with preprocess.max_patches={native}, got None; "
+                "model.options.preprocess.max_patches=null trains it on squares"
+            )
         most = model.config.vision.num_patches if config.data.resize else None
         # Checkpoints hold the limit, so that evaluations after the run pack images too.
         preprocess = replace(model.config.preprocess, max_patches=config.data.max_patches or most)

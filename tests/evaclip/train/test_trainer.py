@@ -367,6 +367,15 @@ def test_siglip2_trains_and_encodes(run_config: Make) -> None:
     torch.testing.assert_close(texts, loaded.model.encode_text(tokens, normalize=True).detach())
 
 
+def test_native_model_needs_native_data(run_config: Make) -> None:
+    options = ["model.name=SigLIP2-B-16-NaFlex", "loss.name=siglip", "model.options.text.vocab_size=49408"]
+    options += ["model.options.text.hf_tokenizer_name=null", "schedule.steps=1", "data.resize=null"]
+    with pytest.raises(UserError, match=r"^data\.resize must be native .*max_patches=256, got None; .*=null"):
+        train(run_config(*options, task="native"))
+    squares = train(run_config(*options, "model.options.preprocess.max_patches=null", task="native"))
+    assert load_model(str(squares.folder)).model.config.preprocess.max_patches is None
+
+
 def test_another_model_is_refused_in_one_sentence(run_config: Make, trained: Path) -> None:
     with pytest.raises(UserError, match=r"does not fit the model .*: model\.options\.text\.layers: 1 -> 2$"):
         train(run_config("model.options.text.layers=2", "optim.lr=1e-4"), resume="auto")
