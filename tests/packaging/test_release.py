@@ -7,23 +7,16 @@ import sys
 import tomllib
 from pathlib import Path
 
+import matrix
 import pytest
+import release
 import yaml
 
 ROOT = Path(__file__).parents[2]
 WHEEL = "evakernels-0.1.0-cp311-cp311-manylinux_2_27_x86_64.whl"
 
 
-@pytest.fixture
-def release(monkeypatch):
-    """tools/release.py, which has its neighbours on the path as a script has."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import release
-
-    return release
-
-
-def test_release_notes_are_one_section(release):
+def test_release_notes_are_one_section():
     text = "# Changelog\n\n## 1.1.0, unreleased\n\nnew\n\n### Added\n\n- x\n\n## 1.1\n\nolder\n\n## 1.0.0\n\noldest\n"
     assert release.release_notes(text, "1.1.0") == "new\n\n### Added\n\n- x\n"
     assert release.release_notes(text, "1.1") == "older\n"
@@ -32,12 +25,12 @@ def test_release_notes_are_one_section(release):
         release.release_notes(text, "1.0")
 
 
-def test_release_writes_hashes_and_notes(release, tmp_path, monkeypatch):
+def test_release_writes_hashes_and_notes(tmp_path, monkeypatch):
     """With a fake build and check."""
     out, results = tmp_path / "dist", iter(["fails: no kernel", "2.15.0"])
     monkeypatch.setattr(release, "build_all", lambda interpreters, out, cuda: (out / WHEEL).write_text("wheel"))
-    monkeypatch.setattr(release.matrix, "try_out", lambda *arguments: next(results))
-    monkeypatch.setattr(release.matrix, "install_uv", lambda folder: folder / "uv/bin/uv")
+    monkeypatch.setattr(matrix, "try_out", lambda *arguments: next(results))
+    monkeypatch.setattr(matrix, "install_uv", lambda folder: folder / "uv/bin/uv")
     monkeypatch.setattr(sys, "argv", ["release.py", "--python", sys.executable, "--out", str(out)])
     with pytest.raises(SystemExit, match="check of a wheel"):
         release.main()
@@ -51,9 +44,9 @@ def test_release_writes_hashes_and_notes(release, tmp_path, monkeypatch):
     assert (out / "NOTES.md").read_text().startswith("### Added")
 
 
-def test_matrix_tries_all_pairs_one_at_a_time(release, tmp_path, monkeypatch, capsys):
+def test_matrix_tries_all_pairs_one_at_a_time(tmp_path, monkeypatch, capsys):
     """A fake uv makes environments and fills its cache."""
-    matrix, seen = release.matrix, []
+    seen = []
 
     def run(command, **options):
         folder, program = options["cwd"], str(command[1])
@@ -75,7 +68,7 @@ def test_matrix_tries_all_pairs_one_at_a_time(release, tmp_path, monkeypatch, ca
     assert lines[2:] == ["| 3.11 | 1 | 3 |", "| 3.12 | fails: no such package | fails: no such package |"]
 
 
-def test_ci_calls_targets_for_supported_pythons(release):
+def test_ci_calls_targets_for_supported_pythons():
     versions = release.supported_pythons()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={versions[0]}"

