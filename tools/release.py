@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,14 @@ def release_notes(changelog: str, version: str) -> str:
     return section[1].strip() + "\n"
 
 
+def require_committed() -> None:
+    """Exit if the checkout has uncommitted files: they would be released. A folder without .git can't be compared."""
+    if (build_wheel.ROOT / ".git").exists():
+        code, output = subprocess.getstatusoutput(f"git -C {shlex.quote(str(build_wheel.ROOT))} status --porcelain")
+        if code or output:
+            raise SystemExit(f"error: the checkout must have no uncommitted files: git status\n{output}")
+
+
 def supported_pythons() -> list[str]:
     """Return the versions in pyproject.toml's classifiers, as 3.12."""
     classifiers = tomllib.loads((build_wheel.ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
@@ -39,15 +48,19 @@ def supported_pythons() -> list[str]:
 
 def find_pythons() -> list[Path]:
     """Return the supported Pythons on PATH; a shim without its Python doesn't run."""
-    found = filter(None, (shutil.which(f"python{version}") for version in supported_pythons()))
-    return [Path(path) for path in found if not subprocess.run([path, "-c", ""], capture_output=True).returncode]
+    versions = supported_pythons()
+    paths = filter(None, (shutil.which(f"python{version}") for version in versions))
+    found = [Path(path) for path in paths if not subprocess.run([path, "-c", ""], capture_output=True).returncode]
+    if not found:
+        raise SystemExit(f"error: --python must be given: none of Python {', '.join(versions)} is on PATH")
+    return found
 
 
 def build_sdist(python: Path, out: Path) -> Path:
     code = f"import setuptools.build_meta as backend; backend.build_sdist({str(out)!r})"
     with tempfile.TemporaryDirectory() as temporary:
         settings = build_wheel.write_settings(Path(temporary))
-        build_wheel.run(python, "-c", code, EVAKERNELS_NATIVE="off", DIST_EXTRA_CONFIG=settings)
+        build_wheel.run(python, "-c", code, EVAKERNELS_NATIVE="off", EVAKERNELS_CUDA="off", DIST_EXTRA_CONFIG=settings)
     return next(out.glob("*.tar.gz"))
 
 
@@ -71,6 +84,7 @@ def main() -> None:
     out = arguments.out.resolve()
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"error: --out must be an empty folder, got {out}: rm -r {out}")
+    require_committed()
     version = runpy.run_path(str(build_wheel.ROOT / "evakernels/_version.py"))["__version__"]
     notes = release_notes((build_wheel.ROOT / "CHANGELOG.md").read_text(), version)
     interpreters = dict(map(matrix.find_python, arguments.python or find_pythons()))

@@ -55,9 +55,9 @@ def test_unfinished_bundle_leaves_the_former_one(tmp_path, monkeypatch):
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "csrc.sha256").write_text("former")
-    monkeypatch.setattr("build_python", lambda interpreter, version: interpreter)
-    monkeypatch.setattr("require_nvcc", lambda python, archs: None)
-    monkeypatch.setattr("pack_libraries", fail)
+    monkeypatch.setattr(gpu_bundle, "build_python", lambda interpreter, version: interpreter)
+    monkeypatch.setattr(gpu_bundle, "require_nvcc", lambda python, archs: None)
+    monkeypatch.setattr(gpu_bundle, "pack_libraries", fail)
     monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "--python", sys.executable, "--out", str(folder)])
     with pytest.raises(SystemExit, match="the compiler failed"):
         gpu_bundle.main()
