@@ -21,6 +21,8 @@ PHASE := bash tools/phase.sh
 # Python compiles a module at its first import; to compile all that are installed takes longer than to install them.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 BUILD_TOOLS := setuptools cmake ninja pybind11
+CHECK_PYTHON := $(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	sys.version_info >= (3, 11) or sys.exit("error: PYTHON must be Python 3.11 or later, got " + v)'
 BUNDLE ?= build/gpu-bundle
 # Options of `python -m benchmarks.gpu_check`, such as `--only tuning`, and of tools/release.py, such as `--cuda`.
 GPU_CHECK ?=
@@ -55,6 +57,7 @@ wheel wheel-cuda: $(VENV)/.tools
 
 # Every Python builds in an environment that is deleted.
 release:
+	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/release.py $(RELEASE)
 
 hub: $(VENV)/.built
@@ -68,6 +71,7 @@ docs-build: $(VENV)/.docs
 
 # It sets up an environment of the other machine's Python itself.
 gpu-bundle:
+	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/gpu_bundle.py --python $(GPU_PYTHON) --arch $(GPU_ARCHS)
 
 # With the Python and the torch that are there. What they lack is in the bundle, if there is one.
@@ -86,7 +90,7 @@ format: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 $(VENV)/.tools: Makefile
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
+	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(VENV)
 	@$(PHASE) "Installing torch and the build tools" $(PIP_INSTALL) $(BUILD_TOOLS) torch
 	@touch $@
