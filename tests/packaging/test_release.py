@@ -84,11 +84,12 @@ def test_release_finds_pythons_that_run(tmp_path, monkeypatch):
 
 def test_release_refuses_uncommitted_files(tmp_path, monkeypatch):
     monkeypatch.setattr(build_wheel, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["release.py", "--out", str(tmp_path / "dist")])
     (tmp_path / "h100.json").touch()
     release.require_committed()
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     with pytest.raises(SystemExit, match=r"must have no uncommitted files: git status\n\?\? h100\.json"):
-        release.require_committed()
+        release.main()
     (tmp_path / "h100.json").unlink()
     release.require_committed()
 
