@@ -29,8 +29,8 @@ GPU_CHECK ?=
 RELEASE ?=
 CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-# A process for each processor, each with one thread: torch's own would only take each other's processor. What Python
-# compiles is kept, as tests start hundreds of processes.
+# One single-threaded process per processor: torch's threads would compete. Bytecode is kept, as tests start hundreds of
+# processes.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
@@ -74,7 +74,7 @@ gpu-bundle:
 	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/gpu_bundle.py --python $(GPU_PYTHON) --arch $(GPU_ARCHS)
 
-# With the Python and the torch that are there. What they lack is in the bundle, if there is one.
+# Uses the installed Python and torch; missing packages come from the bundle.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --bundle $(BUNDLE) $(GPU_CHECK)
 
@@ -111,7 +111,7 @@ $(EXTRAS): $(VENV)/.tools pyproject.toml tools/requirements.py
 $(VENV)/oldest-triton: | $(VENV)/.tools
 	@$(PHASE) "Installing the oldest Triton" $(PIP_INSTALL) --no-deps --target $@ 'triton==3.6.*'
 
-# What compiles the kernels to PTX, where there is no compiler on PATH: NVIDIA's packages, of the budget's release.
+# NVIDIA's compiler from PyPI, of the budget's release, if none is on PATH.
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm nvidia-cuda-cccl
 NVCC_RELEASE := $(shell sed -n 's/.*"nvcc": "\(.*\)".*/\1/p' tests/cuda/budget.json)
 $(VENV)/.nvcc: tests/cuda/budget.json | $(VENV)/.tools

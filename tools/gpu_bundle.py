@@ -1,9 +1,9 @@
-"""Pack what `make gpu-check` needs on a machine with a GPU and no network: build/gpu-bundle.
+"""Pack files for `make gpu-check` on an offline machine.
 
     python tools/gpu_bundle.py [--python 3.12] [--arch 90 ...] [--limit 60] [--out build/gpu-bundle]
 
 libraries/   _ops.so, _C.*.so and _build.json for that machine's Python and GPUs
-wheels/      packages that such a machine lacks, and of the peers as many as fit
+wheels/      required packages, and as many peers as fit
 csrc.sha256  hash of the sources that were compiled
 
 Neither torch nor Triton is packed. The environment of the build stays in build/gpu-bundle-tools.
