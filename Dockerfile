@@ -5,8 +5,7 @@
 #     docker run --rm evakernels train tiny
 #     docker run --rm --gpus all evakernels:cuda doctor
 #
-# The wheel is for one version of Python, so both images must have the same; the one that runs it must not be older than
-# the one that built it in its C++ library.
+# Both images need the same Python. The C++ library of PYTHON_IMAGE must not be older than the build image's.
 ARG VARIANT=cpu
 ARG PYTHON_IMAGE=python:3.12-slim-trixie
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04

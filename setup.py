@@ -1,11 +1,10 @@
-"""Builds the native library with CMake and ninja.
+"""Build the native library with CMake and ninja.
 
-EVAKERNELS_NATIVE selects the build: "auto" (default) builds on Linux and installs the pure Python package elsewhere,
-"on" builds everywhere, "off" installs the pure Python package. A missing tool or a failed build is always an error.
-
-EVAKERNELS_CUDA says the same of the kernels for GPUs: "auto" builds them where there are an nvcc and a GPU, "on"
-wherever there is an nvcc. EVAKERNELS_CUDA_ARCHS says for which GPUs, as CMake spells them ("90-real,100"), or "all";
-if not set, for those of this machine, and for all where there are none.
+EVAKERNELS_NATIVE: "auto" (default) builds the library on Linux and installs pure Python elsewhere; "on" is an error
+outside of Linux; "off" installs pure Python. A missing tool or a failed build is an error.
+EVAKERNELS_CUDA: "auto" (default) builds CUDA kernels if nvcc and a GPU are found; "on" needs only nvcc; "off" builds
+none.
+EVAKERNELS_CUDA_ARCHS: GPUs in CMake's spelling ("90-real,100"), or "all". Default: this machine's GPUs, or all.
 """
 
 import importlib.util
@@ -45,13 +44,13 @@ def find_tool(*names: str) -> str | None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: what $CXX says, else the usual names."""
+    """Return the C++ compiler: $CXX, or c++, g++, clang++ on PATH."""
     wanted = os.environ.get("CXX")
     return find_tool(*wanted.split()[:1]) if wanted else find_tool("c++", "g++", "clang++")
 
 
 def require_tools() -> None:
-    """Ends the build if a tool is missing, with the command that installs it."""
+    """End the build if a tool is missing, with the command that installs it."""
     problems = []
     if not find_compiler():
         looked_for = os.environ.get("CXX") or "c++, g++, clang++"
@@ -66,7 +65,7 @@ def require_tools() -> None:
 
 
 def mode_of(variable: str) -> str:
-    """What the environment says about a part of the build."""
+    """Return a mode from the environment."""
     mode = os.environ.get(variable, "auto")
     if mode not in MODES:
         raise SystemExit(f"error: {variable}={mode!r}; accepted are {', '.join(MODES)}")
@@ -88,7 +87,7 @@ def why_not_native() -> str | None:
 
 
 def output_of(*command: str) -> str:
-    """What a program prints; nothing if it isn't there, fails, or hangs as nvidia-smi may."""
+    """Return the output of a program; empty if it is missing, fails or hangs."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
@@ -96,7 +95,7 @@ def output_of(*command: str) -> str:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: what $CUDACXX says, else on PATH or where the toolkit is usually installed."""
+    """Return nvcc: $CUDACXX, or found on PATH or in the usual folders."""
     if wanted := os.environ.get("CUDACXX"):
         return find_tool(wanted)
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -189,10 +188,9 @@ def cuda_archs() -> list[str]:
 
 
 def codes_to_generate(archs: list[str]) -> list[str]:
-    """The options of nvcc for these archs.
+    """Return the options of nvcc for these archs.
 
-    PTX, of which machine code is made, takes the most time. That of the oldest GPU serves the others: the kernels have
-    no code for one GPU alone.
+    PTX generation takes most of the time, so the oldest GPU's PTX serves the others. No kernel has code for one GPU.
     """
     numbers = [int(arch.partition("-")[0]) for arch in archs]
     options = []
@@ -206,7 +204,7 @@ def codes_to_generate(archs: list[str]) -> list[str]:
 
 
 def cuda_options() -> list[str]:
-    """What CMake must know about the kernels for GPUs."""
+    """Return CMake's options for the CUDA kernels."""
     if NOT_CUDA:
         return ["-DEVAKERNELS_CUDA=OFF"]
     return [
@@ -218,14 +216,14 @@ def cuda_options() -> list[str]:
 
 
 def forget_environment(build: Path) -> None:
-    """The paths of a former environment's torch or ninja must not survive. CMake's --fresh removes the objects too."""
+    """Delete cached paths of another environment; CMake's --fresh would delete the objects too."""
     (build / "CMakeCache.txt").unlink(missing_ok=True)
     for compilers in (build / "CMakeFiles").glob("[0-9]*.*"):
         shutil.rmtree(compilers)
 
 
 class BuildPython(build_py):
-    """Adds the record of what was decided, which `evakernels.info()` reports."""
+    """Add the record of the build's choices, which `evakernels.info()` reports."""
 
     def run(self) -> None:
         super().run()
@@ -250,7 +248,7 @@ class BuildPython(build_py):
 
 
 class BuildNative(build_ext):
-    """Runs CMake in place of the compiler commands of setuptools."""
+    """Run CMake in place of the compiler commands of setuptools."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()

@@ -56,7 +56,7 @@ def wheel(made_once: Callable[..., Path]) -> Path:
     """What `make wheel` builds. What was compiled in the project's folder is not compiled again."""
 
     def make(folder: Path) -> None:
-        command = [sys.executable, ROOT / "tools/wheel.py", "--out", folder]
+        command = [sys.executable, ROOT / "tools/build_wheel.py", "--out", folder]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 

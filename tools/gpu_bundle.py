@@ -1,9 +1,9 @@
-"""Pack what `make gpu-check` needs on a machine with a GPU and no network: build/gpu-bundle.
+"""Pack files for `make gpu-check` on an offline machine.
 
     python tools/gpu_bundle.py [--python 3.12] [--arch 90 ...] [--limit 60] [--out build/gpu-bundle]
 
 libraries/   _ops.so, _C.*.so and _build.json for that machine's Python and GPUs
-wheels/      packages that such a machine lacks, and of the peers as many as fit
+wheels/      required packages, and as many peers as fit
 csrc.sha256  hash of the sources that were compiled
 
 Neither torch nor Triton is packed. The environment of the build stays in build/gpu-bundle-tools.
@@ -19,14 +19,14 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import build_wheel
 import matrix
-import wheel
 from requirements import requirements
 
-sys.path.insert(0, str(wheel.ROOT))
+sys.path.insert(0, str(build_wheel.ROOT))
 from benchmarks.gpu_check import PACKAGES, hash_csrc
 
-ROOT = wheel.ROOT
+ROOT = build_wheel.ROOT
 MIB = 1 << 20
 NEEDED = tuple(filter(None, PACKAGES.values()))
 """Without these the check can't run."""
@@ -41,7 +41,7 @@ def pack_libraries(python: Path, archs: Sequence[str], target: Path) -> None:
     os.environ["EVAKERNELS_CUDA_ARCHS"] = ",".join(archs)
     temporary = target / "wheel"
     temporary.mkdir()
-    built = wheel.build(python, temporary / "plain", cuda=True)
+    built = build_wheel.build(python, temporary / "plain", cuda=True)
     with zipfile.ZipFile(built) as archive:
         for name in archive.namelist():
             if re.fullmatch(r"evakernels/(_ops\.so|_C\..*\.so|_build\.json)", name):
@@ -88,10 +88,10 @@ def build_python(interpreter: str, version: str) -> Path:
     """Return a Python of this version that can build: the interpreter, or a new environment's."""
     folder = ROOT / "build/gpu-bundle-tools" / version
     for python in (Path(interpreter).absolute(), folder / "bin/python"):
-        if python.exists() and wheel.has_modules(python, *wheel.BUILD_MODULES):
+        if python.exists() and build_wheel.has_modules(python, *build_wheel.BUILD_MODULES):
             return python
     shutil.rmtree(folder, ignore_errors=True)
-    return wheel.make_environment(interpreter, folder)
+    return build_wheel.make_environment(interpreter, folder)
 
 
 def require_nvcc(python: Path, archs: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes this package as a repository of Hugging Face's kernels, https://github.com/huggingface/kernels.
+"""Write this package as a repository of Hugging Face's kernels, https://github.com/huggingface/kernels.
 
     python tools/hub.py [--out build/hub/evakernels]
 
@@ -36,12 +36,12 @@ backends = ["cpu", "cuda"]
 
 
 def sources() -> dict[str, bytes]:
-    """The Python files of the package."""
+    """Return the Python files of the package."""
     return {str(file.relative_to(PACKAGE)): file.read_bytes() for file in sorted(PACKAGE.rglob("*.py"))}
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
-    """Name, backend and files of each variant."""
+    """Yield name, backend and files of each variant."""
     yield "torch-universal", {"type": "cuda"}, sources()
     if not (PACKAGE / LIBRARY).exists():
         return
@@ -57,7 +57,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
 
 
 def rename_operators(name: str, files: dict[str, bytes]) -> str:
-    """Gives the compiled library a namespace of operators that no other build has, and returns the package's name.
+    """Give the compiled library a namespace of operators that no other build has, and return the package's name.
 
     The library holds its namespace as a string, which is replaced by one of the same length. The Python files take
     theirs from the name under which the package is imported.
@@ -81,7 +81,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def write_repository(out: Path) -> None:
-    """Writes the repository in place of a former one."""
+    """Write the repository in place of a former one."""
     if out.exists() and not (out / "build.toml").exists():
         raise SystemExit(f"error: --out must be a new folder or one that this script wrote, got {out}")
     shutil.rmtree(out, ignore_errors=True)

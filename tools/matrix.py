@@ -72,11 +72,12 @@ def try_out(uv: Path, python: str, torch: str, wheel: Path) -> str:
         call(uv, "venv", "--quiet", "--python", python, own.parents[1])
         call(uv, "pip", "install", "--quiet", "--python", own, requirement, wheel)
         report = json.loads(last_line(call(own, "-I", CHECK)))
-        call(uv, "cache", "clean", "--quiet", *OWN_BINARIES)
     except subprocess.CalledProcessError as exc:
         return f"fails: {last_line(exc.stderr) or f'{exc.cmd[1:]} ended with {exc.returncode}'}"
     finally:
         shutil.rmtree(own.parents[1], ignore_errors=True)
+        clean = (uv, "cache", "clean", "--quiet", *OWN_BINARIES)
+        subprocess.run(clean, cwd=folder, env=environment, capture_output=True, check=False)
     if not Path(report["file"]).is_relative_to(folder):
         return f"fails: the evakernels that was imported is {report['file']}"
     return str(report["torch"])

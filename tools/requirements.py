@@ -1,8 +1,8 @@
-"""Prints the requirements of extras in pyproject.toml, one a line.
+"""Print the requirements of extras in pyproject.toml, one a line.
 
     pip install $(python tools/requirements.py demo)
 
-installs the packages of an extra without building the project.
+This installs the packages of an extra without building the project.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Makes the pictures of README.md and docs/search.md, of a server that has the store of `evaclip demo`:
+"""Screenshot the search page of a running server with the demo's store.
 
 python tools/screenshots.py http://127.0.0.1:8000 docs
 """
@@ -21,7 +21,7 @@ SHOTS = {
 
 
 def main(address: str, folder: Path) -> None:
-    """Writes a PNG file of each."""
+    """Write one PNG per entry of SHOTS."""
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=path, args=["--disable-gpu"])
@@ -39,8 +39,8 @@ def main(address: str, folder: Path) -> None:
 
 def _compare(page: Any, address: str) -> None:
     data = page.request.get(address + page.locator(".card img").first.get_attribute("src")).body()
-    file = {"name": "picture.webp", "mimeType": "image/webp", "buffer": data}
-    page.get_by_label("Search with a picture").set_input_files(file)
+    file = {"name": "image.webp", "mimeType": "image/webp", "buffer": data}
+    page.get_by_label("Search with an image").set_input_files(file)
     page.get_by_label("Which of these words?").fill(WORDS)
     page.keyboard.press("Enter")
     page.locator("#bars li").first.wait_for()

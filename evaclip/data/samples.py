@@ -19,7 +19,7 @@ class FaultKind(StrEnum):
 
     DAMAGED_SHARD = "damaged shard"
     DUPLICATE_KEY = "duplicate key"
-    EMPTY_CLASS = "class without pictures"
+    EMPTY_CLASS = "class without images"
     UNREADABLE = "unreadable file"
     UNREACHABLE = "unreachable shard"
     MISSING_IMAGE = "missing image"

@@ -16,10 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from build_wheel import write_settings
 from packaging.requirements import Requirement
-
-from tools.requirements import PROJECT, requirements
-from tools.wheel import write_settings
+from requirements import PROJECT, requirements
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("evakernels", "evaclip")
@@ -35,7 +34,7 @@ class Room:
 
     folder: Path
     distributions: frozenset[str]
-    """What was linked, by the names that PyPI has."""
+    """Names of the linked distributions on PyPI."""
 
     @property
     def python(self) -> Path:
@@ -49,12 +48,12 @@ class Room:
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """That of programs in here; there is no variable of this process in it."""
+        """Environment variables of programs in the room."""
         path = os.pathsep.join([str(self.python.parent), "/usr/bin", "/bin"])
         return {"PATH": path, "HOME": str(self.work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 
     def output(self, *command: object) -> str:
-        """What a program of the room prints that runs in its folder; it must succeed."""
+        """Run a program in the room and return its output."""
         result = subprocess.run(
             list(map(str, command)), cwd=self.work, env=self.environment, capture_output=True, text=True
         )
@@ -73,20 +72,20 @@ class Room:
         )
 
     def run_script(self, file: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Runs a script, such as one of `in_room`, without the script's folder on its path; torch is imported."""
+        """Run a script, such as one of `in_room`, without the script's folder on its path; torch is imported."""
         words = [str(SCRIPTS / file), *map(str, arguments)]
         self._host.stdin.write(json.dumps(words) + "\n")
         self._host.stdin.flush()
         return subprocess.CompletedProcess(words, *json.loads(self._host.stdout.readline()))
 
     def script(self, file: str | Path, *arguments: object) -> str:
-        """What such a script prints; it must succeed."""
+        """Run a script and return its output."""
         result = self.run_script(file, *arguments)
         assert result.returncode == 0, f"{result.args}\n{result.stdout[-5000:]}{result.stderr[-5000:]}"
         return result.stdout
 
     def close(self) -> None:
-        """Ends what runs in here."""
+        """End the programs of the room."""
         if "_host" in self.__dict__:
             self._host.communicate()
 

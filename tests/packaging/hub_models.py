@@ -1,4 +1,4 @@
-"""Runs models on the repository `argv[1]`, by `kernelize` and by `use_kernels=True`: same losses and gradients."""
+"""Run models on the repository `argv[1]`, by `kernelize` and by `use_kernels=True`: same losses and gradients."""
 
 import copy
 import sys
@@ -15,7 +15,8 @@ from torch import nn
 
 import evakernels
 
-# The installed releases of both may not ask for each other. Modeling files read the answer when they are imported.
+# transformers refuses releases of kernels other than its own. Its check is patched, so that its code runs our layers
+# with the installed release. Modeling files read the answer when they are imported.
 transformers.utils.is_kernels_available.__wrapped__.__defaults__ = ("0.17", "1")
 llama = import_module("transformers.models.llama.modeling_llama")
 dinov3 = import_module("transformers.models.dinov3_vit.modeling_dinov3_vit")
@@ -47,7 +48,7 @@ class Block(nn.Module):
 
 
 def check(model: nn.Module, expected: nn.Module, ops: set[str], *, loss: Any) -> None:
-    """Compares losses and gradients of a model on the repository with those of a model without it."""
+    """Compare losses and gradients of a model on the repository with those of a model without it."""
     calls: set[tuple[str, str]] = set()
     with module.backends.observed_by(lambda op, backend: calls.add((op, backend))):
         losses = [loss(each) for each in (model, expected)]
@@ -63,7 +64,8 @@ for name in LAYERS.keys() - {"RMSNorm"}:  # transformers names its own norms
     kernels.replace_kernel_forward_from_hub(LAYERS[name], name)
 mapping: Any = {name: {"cpu": LocalLayerRepository(path, layer_name=name)} for name in LAYERS}
 module: Any = kernels.get_local_kernel(path)
-assert module.__name__ != "evakernels" == evakernels.__name__
+assert module.__name__ != "evakernels"
+assert sys.modules["evakernels"] is evakernels
 
 expected = Block()
 block = copy.deepcopy(expected)

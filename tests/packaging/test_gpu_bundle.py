@@ -6,25 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_bundle
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """tools/gpu_bundle.py, which has its neighbours on the path as a script has."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import gpu_bundle
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    return gpu_bundle
-
-
 @pytest.fixture
-def packed(tool, tmp_path, monkeypatch):
+def packed(tmp_path, monkeypatch):
     """`pack_wheels` with a pip that makes wheels of these sizes, or fails with a message; returns the names."""
 
     def pack(sizes, room):
@@ -38,16 +28,16 @@ def packed(tool, tmp_path, monkeypatch):
                     (folder / f"{name}-1.0-py3-none-any.whl").write_bytes(b"x" * sizes.get(name, 10))
             return subprocess.CompletedProcess(command, len(failures), "", *failures or [""])
 
-        monkeypatch.setattr(tool.subprocess, "run", run)
-        tool.pack_wheels(Path("python"), "3.12", tmp_path, room)
+        monkeypatch.setattr(gpu_bundle.subprocess, "run", run)
+        gpu_bundle.pack_wheels(Path("python"), "3.12", tmp_path, room)
         return {path.name.partition("-1.0")[0] for path in (tmp_path / "wheels").iterdir()}
 
     return pack
 
 
-def test_peers_that_do_not_fit_are_left_out(tool, packed, capsys):
+def test_peers_that_do_not_fit_are_left_out(packed, capsys):
     names = packed({"xformers": 500, "cut-cross-entropy": "no such wheel"}, room=200)
-    assert names == {*tool.NEEDED, "open_clip_torch", "liger-kernel", "inf-cl"}
+    assert names == {*gpu_bundle.NEEDED, "open_clip_torch", "liger-kernel", "inf-cl"}
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["left out xformers: 0.0 MiB, and 0.0 are left", "left out cut-cross-entropy: no such wheel"]
 
@@ -58,19 +48,19 @@ def test_needed_packages_are_not_left_out(packed, size):
         packed({"pydantic": size}, room=100)
 
 
-def test_unfinished_bundle_leaves_the_former_one(tool, tmp_path, monkeypatch):
+def test_unfinished_bundle_leaves_the_former_one(tmp_path, monkeypatch):
     def fail(*arguments):
         raise SystemExit("error: the compiler failed")
 
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "csrc.sha256").write_text("former")
-    monkeypatch.setattr(tool, "build_python", lambda interpreter, version: interpreter)
-    monkeypatch.setattr(tool, "require_nvcc", lambda python, archs: None)
-    monkeypatch.setattr(tool, "pack_libraries", fail)
+    monkeypatch.setattr(gpu_bundle, "build_python", lambda interpreter, version: interpreter)
+    monkeypatch.setattr(gpu_bundle, "require_nvcc", lambda python, archs: None)
+    monkeypatch.setattr(gpu_bundle, "pack_libraries", fail)
     monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "--python", sys.executable, "--out", str(folder)])
     with pytest.raises(SystemExit, match="the compiler failed"):
-        tool.main()
+        gpu_bundle.main()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (folder / "csrc.sha256").read_text() == "former"
 

