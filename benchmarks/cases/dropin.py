@@ -150,9 +150,9 @@ def _patches(images: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor, Tens
     patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(len(images), 256, 768)
     rows, place = 16 * (100 - padding) // 100, torch.arange(256)
     real, grid = place < 16 * rows, torch.stack((place // 16, place % 16), 1)
-    shape = torch.tensor([rows, 16])
-    batched = (x.expand(len(images), *x.shape) for x in (real, grid * real.unsqueeze(1), shape))
-    return patches, *batched
+    single = real, grid * real.unsqueeze(1), torch.tensor([rows, 16])
+    real, places, shapes = (x.expand(len(images), *x.shape) for x in single)
+    return patches, real, places, shapes
 
 
 def _naflexvit(padding: int) -> Model:
