@@ -22,7 +22,7 @@ from PIL import Image
 from evaclip.data.shard_writer import write_shards
 
 KINDS = {"native": ("data.resize=native",), "squashed": (), "crop": ()}
-CONCEPTS, ROWS = 48, 12_000
+CONCEPTS, ROWS = 12, 12_000
 
 
 def read_drawings(folder: Path) -> list[tuple[str, Image.Image]]:
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drawings", type=Path, help="the folder that `evaclip data emoji` wrote")
     parser.add_argument("out", type=Path, help="folder for shards and runs; finished runs are kept")
-    parser.add_argument("--steps", type=int, default=400, help="steps per run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="steps per run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per kind (default: %(default)s)")
     arguments = parser.parse_args()
     drawings = read_drawings(arguments.drawings)
