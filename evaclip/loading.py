@@ -63,6 +63,7 @@ class FoundClassifier:
         options: options for `create_vision_model`.
         run: folder of its run; None without one.
         classes: class names by label from its training; None without them.
+        eval_size: side of images in the release's evaluation; None for the model's.
     """
 
     name: str
@@ -71,6 +72,7 @@ class FoundClassifier:
     options: dict[str, Any] = field(default_factory=dict)
     run: Path | None = None
     classes: tuple[str, ...] | None = None
+    eval_size: int | None = None
 
     def load(
         self,
@@ -124,12 +126,12 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
     _require_classifier(name)
     architecture, tag = split_name(name)
     release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
-    size = {} if release.image_size is None else {"image_size": release.image_size}
     if not weights_source:
-        return FoundClassifier(name, None, release.num_classes, size)
+        return FoundClassifier(name, None, release.num_classes, eval_size=release.eval_size)
     weights = find_weights(weights_source, name)
     # Weights of a training have a size of their own.
-    return FoundClassifier(name, weights, classifier_size(weights), {} if read_model_options(weights) else size)
+    size = None if read_model_options(weights) else release.eval_size
+    return FoundClassifier(name, weights, classifier_size(weights), eval_size=size)
 
 
 def _split(source: str) -> tuple[str, str]:

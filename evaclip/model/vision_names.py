@@ -55,12 +55,12 @@ class Release:
     Attributes:
         num_classes: of the classifier; 0 without one.
         preprocess: of images.
-        image_size: side of images in evaluation; None for the model's.
+        eval_size: side of images in evaluation; None for the model's.
     """
 
     num_classes: int
     preprocess: Preprocess
-    image_size: int | None = None
+    eval_size: int | None = None
 
 
 RELEASES: dict[str, dict[str, Release]] = {

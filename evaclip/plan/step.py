@@ -119,7 +119,10 @@ def plan_step(
         remedy = "--set data.resize=null data.max_patches=null plans images of the model's size"
         raise UserError(f"data.resize must be null for a plan, got {config.data.resize}; {remedy}")
     check_batch(config, World(torch.device("cpu"), size=gpus))
-    plain = replace(config.model, pretrained=None, pretrained_image=None, pretrained_text=None)
+    options = config.model.options
+    if isinstance(config.task, ContrastiveTask):  # images have the model's size
+        options = {**options, "preprocess": {**options.get("preprocess", {}), "max_patches": None}}
+    plain = replace(config.model, options=options, pretrained=None, pretrained_image=None, pretrained_text=None)
     config = replace(config, model=plain)
     if image_size is not None:
         # Evaluations have the model's own size.

@@ -66,7 +66,7 @@ def convert(
     if layout == "timm":  # a NaFlexVit with one register, which timm calls reg_token
         is_ours |= any(".gamma_1" in name for name in state) and any("fc_norm." in name for name in state)
     if layout != "safetensors" and is_ours:
-        kinds = "registers, attention pooling or no class token"
+        kinds = "registers, attention pooling, no class token or, in timm's, layer scale with mean pooling"
         raise UserError(f"layout must be safetensors for a tower with {kinds}, got {layout!r}")
     match layout:
         case "original":

@@ -126,8 +126,8 @@ def test_models_have_published_flops(name: str) -> None:
     expected = {
         "timm/eva02-b": (35.1, 86), "timm/eva02-l": (162.0, 304), "timm/vit-b": (35.1, 87), "timm/dinov3-b": (47.3, 86),
         "open_clip/eva02-b-16": (41.1, 150), "open_clip/vit-b-32": (14.8, 151), "transformers/clip-b-16": (41.1, 150),
-        "transformers/siglip-b": (46.4, 203), "timm/naflexvit-b-p50": (47.0, 87),
-        "transformers/siglip2-b-p50": (46.9, 93),
+        "transformers/siglip-b": (46.4, 203), "timm/naflexvit-b-p50": (23.0, 87),
+        "transformers/siglip2-b-p50": (23.0, 93),
     }[name]  # fmt: skip
     assert (work.forward.flops / 1e9, work.forward.bytes / 4e6) == pytest.approx(expected, rel=0.03)
 

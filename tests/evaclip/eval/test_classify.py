@@ -148,10 +148,10 @@ def test_image_size_of_released_classifier(tmp_path: Path) -> None:
     name, file = "naflexvit_base_patch16_gap.e300_s576_in1k", tmp_path / "model.safetensors"
     save_file({"head.weight": torch.zeros(6, 1)}, file)
     for source in (name, f"{name}:{file}"):
-        assert find_classifier(source).options == {"image_size": 384}
+        assert find_classifier(source).eval_size == 384
     (tmp_path / "model.json").write_text(json.dumps({"name": name, "image_size": 256}))
-    assert find_classifier(f"{name}:{file}").options == {}
-    assert find_classifier(name).load().transform.size == 384
+    assert find_classifier(f"{name}:{file}").eval_size is None
+    assert find_classifier(name).load().model.config.image_size == 256  # the grid that packed images resize
 
 
 def numbers(folder: Path, values: Any) -> Path:

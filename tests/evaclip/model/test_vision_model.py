@@ -70,7 +70,7 @@ def test_releases_match_timm() -> None:
         for tag, release in RELEASES[name].items():
             theirs = timm.get_pretrained_cfg(f"{name}.{tag}")
             assert theirs.num_classes == release.num_classes
-            assert theirs.input_size == (3, release.image_size, release.image_size)
+            assert theirs.input_size == (3, release.eval_size, release.eval_size)
             assert release.preprocess.mean == pytest.approx(theirs.mean)
             assert release.preprocess.std == pytest.approx(theirs.std)
             assert release.preprocess.crop == theirs.crop_pct

@@ -51,6 +51,11 @@ def test_plan_needs_no_tokenizer(plan: Any) -> None:
     assert "GPU-hours" in plan("tiny", "--gpus", "2", "--set", "batch_size=64", options)
 
 
+def test_plan_of_native_model_has_its_image_size(plan: Any) -> None:
+    options = "model.options={preprocess: {max_patches: 9}}"
+    assert "GPU-hours" in plan("tiny", "--gpus", "2", "--set", "batch_size=64", options)
+
+
 def test_plan_of_several_image_sizes(plan: Any) -> None:
     sizes = "schedule.resolutions=[{image_size: 16, fraction: 0.4}, {image_size: 64, steps: 20}]"
     given = ("tiny", "--set", "batch_size=64", "schedule.steps=100")
