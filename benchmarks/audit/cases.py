@@ -70,9 +70,9 @@ TRITON_SHAPES = {
 AUDITED = {"cuda": SHAPES, "triton": TRITON_SHAPES}
 DTYPES = ("bfloat16", "float32")
 NO_FLOAT32 = (STATISTICS, NOT_KEPT, "siglip_loss", "rope_attention", "causal_attention")
-"""Operations whose CUDA kernels have no float32."""
+"""Operations without float32 kernels in CUDA."""
 NO_BACKWARD = ("siglip_loss",)
-"""Operations with gradients whose forward pass computes them."""
+"""Operations that compute gradients in the forward pass."""
 MOST_ELEMENTS = 50_000
 """Largest tensor in an audited step of an optimizer."""
 

@@ -1,5 +1,5 @@
-// Gradients of contrastive logits in 16 bits: of InfoNCE, and of the sigmoid loss, whose value the kernel
-// also sums.
+// Gradients of contrastive logits in 16 bits, of InfoNCE and of the sigmoid loss. The latter's kernel also
+// sums the loss.
 //
 // Grid: a block per tile of 128 x 256 logits (contrastive_tiles.cuh), which it replaces by their gradients.
 // The caller multiplies these with the features. Traffic: features, and the gradients once, in words of two

@@ -1,5 +1,5 @@
-// Parameters of the contrastive launchers: on CPUs one tile of logits, the output of a matmul; on GPUs
-// features, whose logits the kernel computes.
+// Parameters of the contrastive launchers: on CPUs a tile of logits, the output of a matmul; on GPUs
+// the features, from which the kernel computes logits.
 #pragma once
 
 #include "include/launcher.h"

@@ -25,7 +25,7 @@ from evaclip.data import iterate, open_source
 from evaclip.errors import UserError
 from evaclip.eval.classify import assign_labels, class_space, evaluate, predict
 from evaclip.eval.features import FeatureOptions
-from evaclip.loading import find_classifier, load_model
+from evaclip.loading import FoundClassifier, find_classifier, load_model
 from evaclip.transforms import OpaqueTransform
 from evaclip.weights import load_weights
 
@@ -152,6 +152,20 @@ def test_image_size_of_released_classifier(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps({"name": name, "image_size": 256}))
     assert find_classifier(f"{name}:{file}").eval_size is None
     assert find_classifier(name).load().model.config.image_size == 256  # the grid that packed images resize
+
+
+def test_classify_takes_size_of_release(val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, sizes = "naflexvit_base_patch16_gap", []
+
+    def load(self: FoundClassifier, **options: Any) -> None:
+        sizes.append(options["image_size"])
+        raise UserError("not loaded")
+
+    monkeypatch.setattr(FoundClassifier, "load", load)
+    for words in ((), ("--image-size", 256)):
+        with pytest.raises(UserError, match="not loaded"):
+            evaclip("eval", "classify", name, "--data", val, "--classes", in1k_file(tmp_path), *words)
+    assert sizes == [384, 256]
 
 
 def numbers(folder: Path, values: Any) -> Path:
