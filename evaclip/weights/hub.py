@@ -161,7 +161,7 @@ def _fetch(file: HubFile, revision: str | None, optional: bool = False) -> Path 
     what = "weights" if optional else file.name
     known = isinstance(try_to_load_from_cache(file.repository, file.name, revision=revision), str)
     try:
-        local = not known and not _is_reachable(file, revision)
+        local = not _is_reachable(file, revision)
         path = Path(hf_hub_download(file.repository, file.name, revision=revision, local_files_only=local))
     except errors.LocalEntryNotFoundError as exc:
         reason = "it isn't in the cache, and the hub can't be reached or is offline"
