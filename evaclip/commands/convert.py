@@ -63,12 +63,17 @@ def _run(args: argparse.Namespace) -> None:
 
 def _write_folder(args: argparse.Namespace) -> None:
     from evaclip.loading import load_model
+    from evaclip.weights.convert import identify
+    from evaclip.weights.files import load_state_dict, read_model_options
     from evaclip.weights.for_transformers import save_for_transformers
     from evaclip.weights.publish import has_run_facts, run_facts
 
     if args.interpolate or args.average:
         raise UserError("--to must be safetensors with --interpolate and --average, got transformers")
-    source = f"{args.model}:{args.source}" if args.model else args.source
+    name, file = args.model, Path(args.source)
+    if name is None and file.is_file():
+        name = read_model_options(file).get("name") or identify(load_state_dict(file))
+    source = f"{name}:{args.source}" if name else args.source
     model = load_model(source, random=False, average=not args.no_average).model
     facts = run_facts(args.source, average=not args.no_average) if has_run_facts(args.source) else None
     save_for_transformers(model, args.target, facts=facts, overwrite=args.force)

@@ -139,7 +139,10 @@ def download_released(model: str, tag: str) -> Path:
     """
     tags = RELEASED.get(model, {})
     if not tags:
-        raise UserError(f"no weights {tag!r}: it is no file or folder, and {model} has no released weights")
+        raise UserError(
+            f"pretrained must be a file or folder, as {model} has no released weights, got {tag!r}; without weights in"
+            " training: --pretrained ''"
+        )
     if tag not in tags:
         raise unknown_name(f"file, folder or tag of released {model} weights", tag, tags)
     path = _fetch(tags[tag], None)
