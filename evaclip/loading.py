@@ -109,7 +109,7 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
         source: a run folder or a checkpoint folder of an image model (its `model.json` has timm's name and options of
             `create_vision_model`), `hf-hub:timm/NAME`, or NAME[:WEIGHTS] with timm's NAME, where WEIGHTS is a file, a
             folder or `hf-hub:OWNER/NAME`; a NAME alone has random weights.
-        average: take the averaged weights of a checkpoint that has them.
+        average: as for `find_weights`.
 
     Raises:
         UserError: it is none of these, or a CLIP model.
@@ -128,7 +128,7 @@ def find_classifier(source: str, *, average: bool = True) -> FoundClassifier:
     release = RELEASES[architecture][tag or next(iter(RELEASES[architecture]))]
     if not weights_source:
         return FoundClassifier(name, None, release.num_classes, eval_size=release.eval_size)
-    weights = find_weights(weights_source, name)
+    weights = find_weights(weights_source, name, average=average)
     # Weights of a training have a size of their own.
     size = None if read_model_options(weights) else release.eval_size
     return FoundClassifier(name, weights, classifier_size(weights), eval_size=size)
@@ -168,7 +168,7 @@ def load_model(source: str, *, device: str = "cpu", average: bool = True, random
             NAME[:WEIGHTS], where WEIGHTS is the tag of released weights, a file or a folder; a NAME alone has random
             weights.
         device: of the model.
-        average: take the averaged weights of a checkpoint that has them.
+        average: as for `find_weights`.
         random: allow random weights, for a NAME alone.
 
     Raises:
@@ -186,6 +186,8 @@ def load_model(source: str, *, device: str = "cpu", average: bool = True, random
             f"the model {source!r} has random weights and its embeddings are useless: give NAME:WEIGHTS or a run;"
             f" released weights of {name}: {tags}"
         )
+    if weights and Path(weights).expanduser().is_dir():  # `origin` names the file
+        weights = str(find_weights(weights, name, average=average))
     model = create_model(name, pretrained=weights or None, device=device)
     return _loaded(name, weights or RANDOM, model)
 

@@ -1,6 +1,7 @@
 """`evaclip convert`: weights under the names of another library, and means of weights."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def add_commands(subparsers: Any) -> None:
     add("source", metavar="IN", help="weights file, checkpoint or run folder, or hf-hub:OWNER/NAME[/FILE]")
     add("target", metavar="OUT", type=Path, help="file: .safetensors, .pt, .pth or .bin; a folder for transformers")
     add("--to", choices=_FORMATS, required=True, help="tensor names; timm has the image tower only")
+    add("--no-average", action="store_true", help="a run's raw weights, not their moving average")
     add("--model", help="name of the model (default: as the checkpoint says, or by the shapes)")
     mean.add_argument(
         "--interpolate",
@@ -48,10 +50,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.to == "transformers":
         _write_folder(args)
         return
-    source = find_weights(args.source, args.model or "")
-    others = [(find_weights(other, args.model or ""), share) for other, share in _shares(args)]
+    find = partial(find_weights, model=args.model or "", average=not args.no_average)
+    source, others = find(args.source), [(find(other), share) for other, share in _shares(args)]
     check_output(args.target, overwrite=args.force, sources=[source])
-    card = prepare_card(args.target, args.source, overwrite=args.force)
+    run = None if others else args.source  # a mean is of no run
+    card = prepare_card(args.target, run, overwrite=args.force, average=not args.no_average)
     convert(source, args.target, args.to, args.model, others=others, overwrite=args.force)
     if card:
         write_text(*card)
@@ -60,14 +63,19 @@ def _run(args: argparse.Namespace) -> None:
 
 def _write_folder(args: argparse.Namespace) -> None:
     from evaclip.loading import load_model
+    from evaclip.weights.convert import identify
+    from evaclip.weights.files import load_state_dict, read_model_options
     from evaclip.weights.for_transformers import save_for_transformers
     from evaclip.weights.publish import has_run_facts, run_facts
 
     if args.interpolate or args.average:
         raise UserError("--to must be safetensors with --interpolate and --average, got transformers")
-    source = f"{args.model}:{args.source}" if args.model else args.source
-    model = load_model(source, random=False).model
-    facts = run_facts(args.source) if has_run_facts(args.source) else None
+    name, file = args.model, Path(args.source)
+    if name is None and file.is_file():
+        name = read_model_options(file).get("name") or identify(load_state_dict(file))
+    source = f"{name}:{args.source}" if name else args.source
+    model = load_model(source, random=False, average=not args.no_average).model
+    facts = run_facts(args.source, average=not args.no_average) if has_run_facts(args.source) else None
     save_for_transformers(model, args.target, facts=facts, overwrite=args.force)
     print(f"wrote {args.target}")
 

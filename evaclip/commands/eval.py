@@ -137,9 +137,7 @@ def _run_classify(args: argparse.Namespace) -> None:
     classnames = _classnames(args)
     source, options = _prepare(args)
     found = find_classifier(args.model, average=not args.no_average)
-    if classnames is None and args.subset is None:
-        classnames = found.classes
-    classes = class_space(found.num_classes, source, classnames, args.subset)
+    classes = class_space(found.num_classes, source, classnames, args.subset, found.classes)
     real = load_real_labels(args.real_labels, source, len(classes.names)) if args.real_labels else None
     changes = {"image_size": args.image_size or found.eval_size, "crop": args.crop_pct, "antialias": args.antialias}
     setting = _make_setting(args, source, options, found.load(device=_device(args), **changes))

@@ -35,6 +35,7 @@ def add_commands(subparsers: Any) -> None:
     add("--random", action="store_true", help="MODEL is a NAME with random weights")
     kinds.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of ONNX weights (default: %(default)s)")
     kinds.add_argument("--int8", action="store_true", help="ONNX with matmuls of 8-bit integers")
+    add("--no-average", action="store_true", help="a run's raw weights, not their moving average")
     add("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
     help = "a .pt2 takes packed images of any size with at most so many patches each (default: one size)"
     add("--max-patches", type=int, metavar="N", help=help)
@@ -57,8 +58,8 @@ def _run(args: argparse.Namespace) -> None:
     from evaclip.weights.publish import prepare_card
 
     check_target(args.target, args.force, args.dtype, args.int8)  # before the weights are fetched
-    card = prepare_card(args.target, args.model, overwrite=args.force)
-    loaded = load_features(args.model)
+    card = prepare_card(args.target, args.model, overwrite=args.force, average=not args.no_average)
+    loaded = load_features(args.model, average=not args.no_average)
     if (loaded.origin == RANDOM) != args.random:
         raise UserError(
             f"--random is for a NAME without weights, got {args.model!r}"

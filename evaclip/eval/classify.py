@@ -3,7 +3,8 @@
 import json
 import operator
 import re
-from collections import Counter
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,39 +40,32 @@ def assign_labels(
 ) -> Labels:
     """Map the caption of each sample to a class index.
 
-    A caption is the name of its class, or the index of the class in `classnames` (as `.cls` members have it). Without
-    `classnames`, numbers are names. If all names are numbers but not their own indices (classes 0, 2, 5), every number
-    is a name.
+    A caption is the name of its class, or the index of the class in `classnames` (as `.cls` members have it). Names
+    are compared as they are, and then without case and with `_` as a space. Without `classnames`, numbers are names.
+    If all names are numbers but not their own indices (classes 0, 2, 5), every number is a name.
 
     Args:
         captions: one per sample.
         keys: names of the samples, for error messages.
         classnames: in label order; None takes `folders`, or else the distinct captions, sorted.
-        folders: names that the source itself has for all classes, in label order. They may differ from `classnames`
-            (as for ImageNet) if there are as many: the n-th folder is the n-th class. Numeric folders are labels (as
-            for ImageNet-V2): folder 10 is class 10, though it sorts before 2.
+        folders: names that the source itself has for all classes, in label order. If one of them is a class name, all
+            must be. If none is (as for ImageNet), the n-th folder is the n-th class, with a warning. Numeric folders
+            are labels (as for ImageNet-V2): folder 10 is class 10, though it sorts before 2.
 
     Raises:
-        UserError: a caption that is no class, with the sample and the nearest names.
+        UserError: a caption or folder that is no class, with the nearest names.
     """
     if classnames is None:
         classnames = folders or _distinct(captions)
-    known = classnames
-    if folders and not set(folders) <= set(classnames) and not all(map(str.isdecimal, folders)):
-        if len(folders) != len(classnames):
-            raise UserError(
-                f"there are {len(classnames)} class names for {len(folders)} folders of other names"
-                f" (such as {folders[0]!r}): give one name per folder, in their sorted order"
-            )
-        known = folders
-    index_of = {name: index for index, name in enumerate(known)}
-    # Two classes may have the same name, as in ImageNet; only numbers and folders distinguish them.
-    ambiguous = sorted(name for name, count in Counter(known).items() if count > 1 and name in set(captions))
-    if ambiguous:
-        raise UserError(f"several classes are called {ambiguous[0]!r}: label by number or by folder")
-    are_names = all(map(str.isdecimal, known)) and list(map(int, known)) != list(range(len(known)))
-    numbers = 0 if are_names else len(known)
-    indices = [_index(caption, key, index_of, numbers) for caption, key in zip(captions, keys, strict=True)]
+    known = _ClassNames(classnames)
+    unknown = [] if all(map(str.isdecimal, folders)) else [name for name in folders if not known.find(name)]
+    if unknown:
+        _check_folders(folders, unknown, classnames)
+        known = _ClassNames(folders)
+    names = known.names
+    are_names = all(map(str.isdecimal, names)) and list(map(int, names)) != list(range(len(names)))
+    numbers = 0 if are_names else len(names)
+    indices = [_index(caption, key, known, numbers) for caption, key in zip(captions, keys, strict=True)]
     return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
 
 
@@ -81,14 +75,58 @@ def _distinct(captions: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
 
-def _index(caption: str, key: str, index_of: dict[str, int], numbers: int) -> int:
-    if caption in index_of:
-        return index_of[caption]
+class _ClassNames:
+    """Class names in label order, found as they are or normalised."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._exact, self._normalised = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
+        for index, name in enumerate(names):
+            self._exact[name].append(index)
+            self._normalised[_normalised(name)].append(index)
+
+    def find(self, name: str) -> list[int]:
+        """Indices of the classes of a name; several if they have the same name, as in ImageNet."""
+        return self._exact.get(name) or self._normalised.get(_normalised(name), [])
+
+
+def _normalised(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).casefold()
+
+
+def _check_folders(folders: Sequence[str], unknown: Sequence[str], classnames: Sequence[str]) -> None:
+    """Accept folders as classes by their position: none of them is a class name, and there are as many."""
+    if len(unknown) < len(folders):
+        listed = ", ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
+        raise UserError(
+            f"class folders must all be class names, or none, got {len(unknown)} of {len(folders)} that are none:"
+            f" {listed}; the class names are {', '.join(map(repr, classnames[:10]))}"
+            + (" ..." if len(classnames) > 10 else "")
+        )
+    if len(folders) != len(classnames):
+        raise UserError(
+            f"there are {len(classnames)} class names for {len(folders)} folders of other names"
+            f" (such as {folders[0]!r}): give one name per folder, in their sorted order"
+        )
+    # `warnings` shows this once, however many batches are labelled.
+    warnings.warn(
+        f"no class folder has a class name, so they are matched by position: the first folder, {folders[0]!r}, is"
+        f" {classnames[0]!r}, the last one, {folders[-1]!r}, is {classnames[-1]!r}",
+        stacklevel=3,
+    )
+
+
+def _index(caption: str, key: str, known: _ClassNames, numbers: int) -> int:
+    found = known.find(caption)
+    if len(found) > 1:
+        raise UserError(f"several classes are called {caption!r}: label by number or by folder")
+    if found:
+        return found[0]
     if numbers and caption.isdecimal():
         if int(caption) < numbers:
             return int(caption)
         raise UserError(f"sample {key!r} has label {caption}, but the {numbers} classes are 0..{numbers - 1}")
-    raise unknown_name(f"class of sample {key!r}:", caption, index_of)
+    raise unknown_name(f"class of sample {key!r}:", caption, known.names)
 
 
 @dataclass(frozen=True)
@@ -114,9 +152,22 @@ class ClassSpace:
         self.labels(self.folders)
 
     @classmethod
-    def whole(cls, names: Sequence[str], folders: Sequence[str] = ()) -> Self:
-        """All classes of a classifier that has these."""
-        return cls(tuple(names), tuple(folders), tuple(range(len(names))), len(names))
+    def whole(cls, names: Sequence[str], folders: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Self:
+        """All classes of a classifier.
+
+        Args:
+            names: by label.
+            folders: as the attribute.
+            outputs: the same classes by output, matched as `assign_labels` matches folders; None if they are `names`,
+                numbers if they have no names.
+
+        Raises:
+            UserError: the names of labels and outputs don't match.
+        """
+        columns = tuple(range(len(names)))
+        if outputs is not None and tuple(names) != tuple(outputs) and not all(map(str.isdecimal, outputs)):
+            columns = tuple(assign_labels(names, names, outputs, names).indices.tolist())
+        return cls(tuple(names), tuple(folders), columns, len(names))
 
     @cached_property
     def known_labels(self) -> Tensor:
@@ -144,7 +195,11 @@ class ClassSpace:
 
 
 def class_space(
-    outputs: int, source: Source, classnames: Sequence[str] | None = None, subset: str | Path | None = None
+    outputs: int,
+    source: Source,
+    classnames: Sequence[str] | None = None,
+    subset: str | Path | None = None,
+    trained: Sequence[str] | None = None,
 ) -> ClassSpace:
     """Match the classes of a source with the outputs of a classifier.
 
@@ -156,6 +211,7 @@ def class_space(
         subset: outputs among which the classifier chooses. `in1k`: ImageNet's 1,000 classes, which classifiers of
             timm's larger ImageNet sets have by WordNet number. Otherwise a file with one output's number a line, in
             label order.
+        trained: class names of the classifier by output, from its training; None if unknown.
 
     Raises:
         UserError: the classes of data, names and subset don't fit the classifier's.
@@ -163,6 +219,8 @@ def class_space(
     if not outputs:
         raise UserError("the model has no classifier: its weights are not those of one")
     names, columns = _columns(outputs, subset)
+    if classnames is None and subset is None:
+        classnames = trained
     folders = tuple(source.classes)
     if classnames is None and names is None and folders and not all(map(str.isdecimal, folders)):
         names = folders
@@ -174,6 +232,8 @@ def class_space(
             f" {names[0]!r}: name all of the classifier's in its order (--classes), or the classes to choose among"
             " (--subset)"
         )
+    if subset is None:
+        return ClassSpace.whole(names, folders, trained)
     return ClassSpace(names, folders, columns, outputs)
 
 

@@ -1,5 +1,7 @@
 """Stored results of an evaluation: a JSON file, a table, and a gallery of retrieved images."""
 
+import hashlib
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,12 +38,13 @@ class _Stored:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The weights that were evaluated."""
+    """The weights that were evaluated; `weights` says whether those of a run are averaged."""
 
     name: str
     origin: str
     parameters: int
     weights_sha256: str
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Evaluation(_Stored):
     Attributes:
         title: name of the data in tables and in the report.
         metrics: the result's `to_dict()`.
-        prompts: templates and number of classes, for tasks that have them.
+        prompts: templates and class names, for tasks that have them.
         date: UTC, ISO 8601.
     """
 
@@ -80,6 +83,19 @@ class Evaluation(_Stored):
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=versions)
     machine: dict[str, Any] = field(default_factory=machine)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the stored result: equal if task, title, data, transform, kind of weights and prompts are."""
+        key = repr((self.data.path, self.transform, self.model.weights, self.prompts, self.metrics.get("classes")))
+        title = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+        return f"{self.task}-{title}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
+
+    @property
+    def setting(self) -> str:
+        """Kind of weights, and templates if there are few, in words."""
+        templates = (self.prompts or {}).get("templates", ())
+        return ", ".join(filter(None, (self.model.weights, *(templates if len(templates) < 3 else ()))))
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
@@ -107,8 +123,9 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
         left_out.append(f"{images} left out: {reason}")
     for note in left_out:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
+    origin = ": ".join(filter(None, (evaluation.model.origin, evaluation.model.weights)))
     console.print(
-        f"{evaluation.model.name} ({evaluation.model.origin}), {evaluation.data.samples:,} samples of "
+        f"{evaluation.model.name} ({origin}), {evaluation.data.samples:,} samples of "
         f"{evaluation.data.path}, {evaluation.precision} on {evaluation.device}, {evaluation.seconds:.1f} s",
         style="dim",
         soft_wrap=True,

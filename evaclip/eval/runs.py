@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from evaclip.eval.retrieval import EncodedPairs, encode_pairs
 from evaclip.loading import LoadedClassifier, LoadedModel
 from evaclip.redact import redacted
 from evaclip.run_files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
-from evaclip.weights.files import weights_hash
+from evaclip.weights.files import weights_hash, weights_kind
 
 _ALLOW = "--allow-unreadable"
 
@@ -66,7 +65,7 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
     labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
     classifier = zero_shot.build_classifier(loaded.model, loaded.tokenizer, labels.classnames, templates, options)
     result = zero_shot.evaluate(images.features, labels.indices, classifier, labels.classnames)
-    prompts = {"classes": len(labels.classnames), "templates": list(templates)}
+    prompts = {"classes": list(labels.classnames), "templates": list(templates)}
     return _evaluation("zero-shot", setting, result.to_dict(), started, len(images), prompts)
 
 
@@ -177,8 +176,8 @@ def _answered_best(pairs: EncodedPairs, ranks: Tensor) -> list[int]:
 
 
 def store(run: Path, evaluation: Evaluation, gallery: Gallery | None = None) -> Path:
-    """Write a result into the folder of its run, for the report; one of the same name is replaced."""
-    name = f"{evaluation.task}-{re.sub(r'[^a-z0-9]+', '-', evaluation.title.lower()).strip('-')}.json"
+    """Write a result into the folder of its run, for the report; an earlier one of the same question is replaced."""
+    name = evaluation.file_name
     evaluation.save(run / EVALUATIONS_FOLDER / name)
     if gallery:
         gallery.save(run / GALLERIES_FOLDER / name)
@@ -212,7 +211,9 @@ def _evaluation(
         task=task,
         title=setting.title,
         metrics=metrics,
-        model=ModelFacts(loaded.name, loaded.origin, parameters, weights_hash(loaded.model)),
+        model=ModelFacts(
+            loaded.name, loaded.origin, parameters, weights_hash(loaded.model), weights_kind(Path(loaded.origin))
+        ),
         data=DataFacts(
             redacted(setting.path),
             source.fingerprint,

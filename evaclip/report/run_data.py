@@ -102,7 +102,11 @@ def read_run(folder: Path) -> dict[str, Any]:
         "summary": _summary(config, records, evaluations),
         "curve": _loss_curve(records, config["batch_size"], loss_name),
         "groups": [group for evaluation in evaluations for group in _bar_groups(evaluation)],
-        "classes": {evaluation.title: rows for evaluation in evaluations if (rows := _class_rows(evaluation))},
+        "classes": {
+            ", ".join(filter(None, (evaluation.title, evaluation.setting))): rows
+            for evaluation in evaluations
+            if (rows := _class_rows(evaluation))
+        },
         "validation": _validation_rows(log),
         "galleries": [Gallery.load(path) for path in sorted((folder / GALLERIES_FOLDER).glob("*.json"))],
         "log": log,
@@ -160,9 +164,11 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
             direction = metrics[name]
             bars = [Bar(f"within {k}", direction["recall"][k], direction["chance"][k]) for k in direction["recall"]]
             first = Bar("first", bars[0].value, bars[0].chance, main=True)
-            yield BarGroup(f"{evaluation.title}: {title}", images, (first, *bars[1:]))
+            detail = ", ".join(filter(None, (images, evaluation.setting)))
+            yield BarGroup(f"{evaluation.title}: {title}", detail, (first, *bars[1:]))
         return
-    detail = f"{metrics['samples']:,} images, {metrics['classes']:,} classes"
+    counts = f"{metrics['samples']:,} images, {metrics['classes']:,} classes"
+    detail = ", ".join(filter(None, (counts, evaluation.setting)))
     chance = metrics["chance_top1"]
     top = Bar("top-1", metrics["top1"], chance, main=True), Bar("top-5", metrics["top5"], min(1.0, 5 * chance))
     yield BarGroup(f"{evaluation.title}: {_TASKS[evaluation.task]}", detail, top)

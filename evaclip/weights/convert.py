@@ -12,7 +12,14 @@ from evaclip.model.config import CLIPConfig, find_model, get_config, list_models
 from evaclip.model.vision import RotaryTable
 from evaclip.model.vision_names import is_vision_model, vision_config
 from evaclip.outputs import check_output
-from evaclip.weights.files import check_suffix, load_state_dict, read_model_options, save_tensors, weight_files
+from evaclip.weights.files import (
+    check_suffix,
+    load_state_dict,
+    read_model_options,
+    save_tensors,
+    weight_files,
+    weights_kind,
+)
 from evaclip.weights.layouts import is_image_tower, to_authors, to_open_clip, to_timm
 from evaclip.weights.load import differences
 
@@ -75,7 +82,7 @@ def convert(
             state = to_open_clip(state)
         case "timm":
             state = to_timm(state, joint_bias=_is_large(state))
-    save_tensors(state, target)
+    save_tensors(state, target, weights="mean of several" if others else weights_kind(source))
 
 
 def weighted_mean(

@@ -22,15 +22,18 @@ from evaclip.run_files import (
     CONFIG_FILE,
     EMA_FILE,
     LATEST_FILE,
+    META_FILE,
     MODEL_CONFIG_FILE,
     MODEL_FILE,
     PREPROCESS_FILE,
 )
-from evaclip.weights.hub import HUB, LOCAL, download, download_released, find_in_folder
+from evaclip.weights.hub import HUB, LOCAL, RELEASED, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
 from evaclip.weights.parts import is_cut, is_there, joined
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+AVERAGE, RAW = "moving average of the steps", "of the last step"
+"""Descriptions of a run's weights in files, cards and results."""
 _INDEX = ".index.json"
 """Suffix of the index of weights in several files."""
 
@@ -49,15 +52,17 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
-def find_weights(source: str | Path, model: str) -> Path:
+def find_weights(source: str | Path, model: str, *, average: bool = True) -> Path:
     """Find a weights file.
 
     Args:
-        source: a weights file, the index of one in several parts, a checkpoint folder (or the pointer
-            `checkpoints/latest` to one), a run folder (its latest checkpoint), a repository or a file of the
-            Hugging Face hub (`hf-hub:OWNER/NAME[/FILE][@REVISION]`), a folder laid out as a repository
-            (`local-dir:FOLDER`), or the tag of released weights.
+        source: the tag of released weights, a weights file, the index of one in several parts, a checkpoint folder (or
+            the pointer `checkpoints/latest` to one), a run folder (its latest checkpoint), a repository or a file of
+            the Hugging Face hub (`hf-hub:OWNER/NAME[/FILE][@REVISION]`), or a folder laid out as a repository
+            (`local-dir:FOLDER`). A folder with the name of a tag is `./TAG`.
         model: name of the configuration, for tags of its released weights.
+        average: take the moving average of the weights from a run or checkpoint that has one. Any other source is
+            taken as it is, so the file `model.safetensors` of a checkpoint always has the raw weights.
 
     Raises:
         UserError: for a source that is none of these.
@@ -66,11 +71,13 @@ def find_weights(source: str | Path, model: str) -> Path:
         return download(str(source))
     if str(source).startswith(LOCAL):
         return find_in_folder(str(source))
+    if source in RELEASED.get(model, {}):
+        return download_released(model, str(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path, average)
     if path.name == LATEST_FILE and path.is_file():
-        return _in_folder(_pointed_at(path))
+        return _in_folder(_pointed_at(path), average)
     if is_there(path):
         return path
     if isinstance(source, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1:
@@ -127,12 +134,24 @@ def weight_files(path: Path) -> list[Path]:
     return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
 
 
+def weights_kind(weights: Path) -> str:
+    """Whether a file of a checkpoint has averaged or raw weights, in words; empty for any other file."""
+    return {EMA_FILE: AVERAGE, MODEL_FILE: RAW}.get(weights.name, "") if (weights.parent / META_FILE).is_file() else ""
+
+
 def read_model_options(weights: Path) -> dict[str, Any]:
-    """Model options in the model.json of a training next to a weights file, with `name`; empty without one."""
+    """Model options in the model.json of a training next to a weights file, with `name`; empty without one.
+
+    Raises:
+        UserError: the file exists, but can't be read.
+    """
+    path = weights.with_name(MODEL_CONFIG_FILE)
     try:
-        options = json.loads(weights.with_name(MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError) as exc:
+        raise UserError(f"{path} must describe the model of {weights.name}, but can't be read: {exc}") from exc
     return options if isinstance(options, dict) and "name" in options else {}  # another program's file of that name
 
 
@@ -141,15 +160,13 @@ def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, A
 
     Args:
         folder: of a run or a checkpoint.
-        average: take the averaged weights if there are any.
+        average: as for `find_weights`.
 
     Raises:
         UserError: there is no checkpoint, or it has no model.json.
     """
-    weights = find_weights(folder, "")
+    weights = find_weights(folder, "", average=average)
     checkpoint = weights.parent
-    if average and is_there(checkpoint / EMA_FILE):
-        weights = checkpoint / EMA_FILE
     path = checkpoint / MODEL_CONFIG_FILE
     try:
         options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -164,8 +181,13 @@ def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, A
     return name, weights, options, run if (run / CONFIG_FILE).is_file() else None
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, weights: str = "") -> None:
     """Write a `.safetensors` file, or one of `torch.save`; it appears complete or not at all.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        weights: description of the weights in the metadata of a `.safetensors` file.
 
     Raises:
         UserError: for another suffix, or if the file can't be written, on a full disk for example.
@@ -180,7 +202,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     with writing(path), replacing(path) as temporary:
         try:
             if path.suffix == ".safetensors":
-                save_file(dense, temporary, metadata={"format": "pt"})
+                save_file(dense, temporary, {"format": "pt"} | ({"weights": weights} if weights else {}))
             else:
                 torch.save(dense, temporary)
         except (SafetensorError, RuntimeError) as exc:
@@ -249,12 +271,13 @@ def _parts(index: Path) -> list[Path]:
     return parts
 
 
-def _in_folder(folder: Path) -> Path:
+def _in_folder(folder: Path, average: bool) -> Path:
     pointer = folder / CHECKPOINTS_FOLDER / LATEST_FILE
     if pointer.is_file():
         folder = _pointed_at(pointer)
-    if is_there(folder / MODEL_FILE):
-        return folder / MODEL_FILE
+    for name in (EMA_FILE, MODEL_FILE) if average else (MODEL_FILE,):
+        if is_there(folder / name):
+            return folder / name
     indices = sorted(folder.glob(f"*{_INDEX}"))
     if len(indices) == 1:
         return indices[0]

@@ -14,7 +14,7 @@ from evaclip.weights.files import save_tensors
 from evaclip.weights.publish import CARD_FILE, card_text
 
 _PILLOW = {"bilinear": 2, "bicubic": 3}
-_CODE = Path(__file__).with_name("modeling_evaclip.py")
+_CODE, _IMAGES = (Path(__file__).with_name(f"{name}_evaclip.py") for name in ("modeling", "image_processing"))
 _WEIGHTS = "model.safetensors"
 _CONFIGS = "config.json", "preprocessor_config.json"
 _USAGE = """\
@@ -49,13 +49,14 @@ def save_for_transformers(
     check_preprocess(model.config)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in (_WEIGHTS, *_CONFIGS, _CODE.name, CARD_FILE):
+    for name in (_WEIGHTS, *_CONFIGS, _CODE.name, _IMAGES.name, CARD_FILE):
         check_output(folder / name, overwrite=overwrite)
     save_tensors({f"clip.{name}": tensor for name, tensor in model.state_dict().items()}, folder / _WEIGHTS)
     for name, content in zip(_CONFIGS, (_config(model), image_processor(model.config)), strict=True):
         write_json(folder / name, content)
     Tokenizer(model.config.text.context_length, model.config.text.vocab_size).save_pretrained(folder)
-    write_text(folder / _CODE.name, _CODE.read_text(encoding="utf-8"))
+    for code in (_CODE, _IMAGES):
+        write_text(folder / code.name, code.read_text(encoding="utf-8"))
     parts = {"library_name": "transformers", "usage": _USAGE.format(name=folder.name), **(facts or {})}
     write_text(folder / CARD_FILE, card_text(parts, folder.name))
 
@@ -82,6 +83,7 @@ def image_processor(config: CLIPConfig) -> dict[str, Any]:
     return {
         "processor_class": "CLIPProcessor",
         "image_processor_type": "CLIPImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{_IMAGES.stem}.EVACLIPImageProcessor"},
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": side} if cut else {"height": side, "width": side},

@@ -139,7 +139,10 @@ def download_released(model: str, tag: str) -> Path:
     """
     tags = RELEASED.get(model, {})
     if not tags:
-        raise UserError(f"no weights {tag!r}: it is no file or folder, and {model} has no released weights")
+        raise UserError(
+            f"pretrained must be a file or folder, as {model} has no released weights, got {tag!r}; without weights in"
+            " training: --pretrained ''"
+        )
     if tag not in tags:
         raise unknown_name(f"file, folder or tag of released {model} weights", tag, tags)
     path = _fetch(tags[tag], None)
@@ -161,7 +164,7 @@ def _fetch(file: HubFile, revision: str | None, optional: bool = False) -> Path 
     what = "weights" if optional else file.name
     known = isinstance(try_to_load_from_cache(file.repository, file.name, revision=revision), str)
     try:
-        local = not known and not _is_reachable(file, revision)
+        local = not _is_reachable(file, revision)
         path = Path(hf_hub_download(file.repository, file.name, revision=revision, local_files_only=local))
     except errors.LocalEntryNotFoundError as exc:
         reason = "it isn't in the cache, and the hub can't be reached or is offline"

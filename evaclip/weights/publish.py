@@ -17,7 +17,7 @@ from evaclip.outputs import check_output
 from evaclip.run_files import CONFIG_FILE, LOG_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_config
-from evaclip.weights.files import save_tensors
+from evaclip.weights.files import AVERAGE, RAW, save_tensors
 from evaclip.weights.hub import HUB, LOCAL
 from evaclip.weights.layouts import to_open_clip
 from evaclip.weights.parts import is_sharded
@@ -27,6 +27,12 @@ _CARD_PARTS = (
     *("library_name", "license", "tags", "datasets", "pipeline_tag"),
     *("description", "details", "evaluation", "usage", "comparison", "citation"),
 )
+_KINDS = {
+    "contrastive": ("clip", "zero-shot-image-classification", "pairs", None),
+    "classification": ("image-classification", "image-classification", "images", "cross-entropy"),
+    "masked_image": ("image-feature-extraction", "image-feature-extraction", "images", "cosine to the teacher"),
+}
+"""Tag, pipeline of the hub, samples and loss of each task; None for the loss that the configuration names."""
 _CHECKPOINT = re.compile(r"step_(\d+)")
 SAFE_FILE = "open_clip_model.safetensors"
 PICKLE_FILE = "open_clip_pytorch_model.bin"
@@ -45,11 +51,13 @@ tokenizer = {library}.get_tokenizer("{source}")
 """
 
 
-def run_facts(source: str | Path) -> dict[str, Any]:
+def run_facts(source: str | Path, *, average: bool = True) -> dict[str, Any]:
     """Parts of a model card from the configuration and the log of a run.
 
     Args:
         source: a run folder, or one of its checkpoints (the log is then read up to its step).
+        average: the card is of the moving average, if the run has one, which the run evaluates. A card of its raw
+            weights has no evaluation.
 
     Raises:
         UserError: it is neither.
@@ -63,19 +71,22 @@ def run_facts(source: str | Path) -> dict[str, Any]:
     log = [record for record in log if last is None or record["step"] <= last]
     records = [record for record in log if record.get("loss") is not None]
     evaluations = [record for record in log if "eval" in record]
-    data, optim = config["data"], config["optim"]
+    data, optim, decay = config["data"], config["optim"], config.get("ema_decay")
+    task = config.get("task", {}).get("name", "contrastive")
+    tag, pipeline, *_ = _KINDS[task]
     sets = [part["train"] for part in data["mixture"].values()] if data.get("mixture") else [data["train"]]
     details = {
         "Model": config["model"]["name"],
+        "Weights": AVERAGE if average and decay is not None else RAW,
         "Starts from": [v for k, v in config["model"].items() if k.startswith("pretrained") and v] or "random values",
         "Training data": sets,
-        **_progress(config, records),
+        **_progress(config, records, task),
         "Optimizer": f"{optim['name']}, peak rate {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
         "Precision": config["precision"],
         "Seed": config["seed"],
     }
-    facts: dict[str, Any] = {"details": details}
-    if evaluations:
+    facts: dict[str, Any] = {"tags": [tag], "pipeline_tag": pipeline, "details": details}
+    if evaluations and (average or decay is None):
         newest = evaluations[-1]
         values = {name: "not measured" if value is None else f"{value:.6g}" for name, value in newest["eval"].items()}
         rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
@@ -83,24 +94,29 @@ def run_facts(source: str | Path) -> dict[str, Any]:
     return facts
 
 
-def _progress(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _progress(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], task: str) -> dict[str, str]:
     """Steps and loss, if a step has been logged."""
+    *_, samples, loss = _KINDS[task]
+    loss = loss or config["loss"]["name"]
     if not records:
-        return {"Loss": config["loss"]["name"]}
+        return {"Loss": loss}
     last = records[-1]
     return {
-        "Steps": f"{last['step']:,} of {config['batch_size']:,} pairs, {last['samples']:,} in all",
-        "Loss": f"{config['loss']['name']}, at the end {last['loss']:.4g}",
+        "Steps": f"{last['step']:,} of {config['batch_size']:,} {samples}, {last['samples']:,} in all",
+        "Loss": f"{loss}, at the end {last['loss']:.4g}",
     }
 
 
-def prepare_card(target: Path, source: str | Path | None, *, overwrite: bool) -> tuple[Path, str] | None:
+def prepare_card(
+    target: Path, source: str | Path | None, *, overwrite: bool, average: bool = True
+) -> tuple[Path, str] | None:
     """Path and text of the card next to a weights file, `NAME.safetensors.md`.
 
     Args:
         target: the weights file.
         source: a run folder that has logged a loss, or a checkpoint in one; None is returned for anything else.
         overwrite: replace the card if it exists.
+        average: as for `run_facts`.
 
     Raises:
         UserError: it may not be written.
@@ -109,7 +125,7 @@ def prepare_card(target: Path, source: str | Path | None, *, overwrite: bool) ->
         return None
     path = target.with_name(f"{target.name}.md")
     check_output(path, overwrite=overwrite)
-    return path, card_text(run_facts(source), target.stem)
+    return path, card_text(run_facts(source, average=average), target.stem)
 
 
 def has_run_facts(source: str | Path) -> bool:
@@ -176,7 +192,8 @@ def save_for_hf(
         skip_weights: write the configuration and the card only.
         model_card: parts of the card: `license`, `tags`, `datasets`, `description`, `details` (a mapping), `usage`,
             `comparison`, `citation`.
-        run: run folder of the weights, or the checkpoint in it: the card then has data, recipe, steps and evaluations.
+        run: run folder of the weights, or the checkpoint in it, as `create_model` loads them: the card then has data,
+            recipe, steps and evaluations.
         overwrite: replace existing files.
 
     Raises:

@@ -157,13 +157,13 @@ def _evaluate(
     encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt
 ) -> Metrics:
     folders = classes.folders if each.config.data is None else each.source.classes
-    space = ClassSpace.whole(each.classnames or classes.names, folders)
+    space = ClassSpace.whole(each.classnames or classes.names, folders, classes.names)
 
     def metrics() -> Metrics:
         found = encode_everywhere(encoder, transform, each.source, each)
         keys = [each.source.name(int(key)) for key in found.keys]
-        labels = space.labels(found.captions, keys)
-        result = evaluate(Predictions(found.features.long(), labels, keys), space).accuracy
+        labels = torch.tensor(space.columns)[space.labels(found.captions, keys)]
+        result = evaluate(Predictions(found.features.long(), labels, keys), classes).accuracy
         return {
             "top1": result.top1,
             "top5": result.top5,

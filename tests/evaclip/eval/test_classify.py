@@ -119,6 +119,21 @@ def in1k_map() -> dict[str, int]:
     return {name: label for label, name in enumerate(ImageNetInfo().label_names())}
 
 
+def test_class_names_in_another_order(val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = create_vision_model(TINY, num_classes=6, image_size=56, layers=1)
+    folder = write_model(tmp_path, model.state_dict(), 6, layers=1, image_size=56)
+    (folder / "classes.json").write_text(json.dumps(WNIDS))
+    expected = classify(tmp_path / "own.json", folder, "--data", val)["metrics"]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(name.upper() for name in reversed(WNIDS)))
+    metrics = classify(tmp_path / "named.json", folder, "--data", val, "--classes", names)["metrics"]
+    assert (metrics["top1"], metrics["mean_per_class"]) == (expected["top1"], expected["mean_per_class"])
+    names.write_text("\n".join((*WNIDS[:5], "no class")))
+    assert main(["eval", "classify", str(folder), "--data", str(val), "--classes", str(names)]) == 2
+    assert "'no class'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_other_size_and_crop_match_timm(val: Path, tmp_path: Path) -> None:
     """A file of weights of 336 pixels, used at 112: with `--antialias` as timm does, which resizes positions so."""
@@ -313,8 +328,13 @@ CRANES = ["crane", "jay", "crane"]
         # Two classes of one name are told apart by number or folder.
         (["2", "0"], CRANES, [], [2, 0]),
         (["n3", "n1"], CRANES, ["n1", "n2", "n3"], [2, 0]),
+        # Names match whatever their order, case and underscores; a set may lack classes.
+        (["new jay"], ["Crane", "new_jay"], ["crane", "new jay"], [1]),
+        (["eel", "cat"], ["eel", "dog", "cat"], ["cat", "eel"], [0, 2]),
+        (["a", "A"], ["A", "a"], [], [1, 0]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:no class folder")
 def test_assign_labels(captions, classnames, folders, indices) -> None:
     labels = assign_labels(captions, captions, classnames, folders)
     assert labels.indices.tolist() == indices
@@ -330,11 +350,18 @@ def test_assign_labels(captions, classnames, folders, indices) -> None:
         ("1", ["0", "2", "5"], [], "class of sample 'k7': '1'"),
         ("n01", ["a", "b", "c"], ["n01", "n02"], "3 class names for 2 folders"),
         ("crane", CRANES, [], "several classes are called 'crane'"),
+        ("crAne", ["crane", "Crane"], [], "several classes are called 'crAne'"),
+        ("cat", ["cat", "dgo", "eel"], ["cat", "dog", "eel"], "1 of 3 that are none: 'dog'"),
     ],
 )
 def test_assign_labels_wrong_caption(caption, classnames, folders, message) -> None:
     with pytest.raises(UserError, match=message):
         assign_labels([caption], ["k7"], classnames, folders)
+
+
+def test_assign_labels_by_position_warns() -> None:
+    with pytest.warns(UserWarning, match="'n01', is 'tench', the last one, 'n02', is 'goldfish'"):
+        assign_labels(["n02"], ["k"], ["tench", "goldfish"], ["n01", "n02"])
 
 
 MODES = ("RGB", "L", "P", "RGBA", "CMYK", "LA", "1", "tRNS")

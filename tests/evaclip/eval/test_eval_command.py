@@ -48,13 +48,23 @@ def test_zero_shot_command(run: Path, color_shard: Path, capsys: pytest.CaptureF
     evaclip("eval", "zero-shot", run, *common, "--templates", "a {} square", "--show-classes", "--json", out)
     assert "zero-shot: Eight Colours!" in capsys.readouterr().out
     stored = json.loads(out.read_text())
-    assert (run / "evaluations" / "zero-shot-eight-colours.json").read_text() == out.read_text()
+    (result,) = (run / "evaluations").glob("zero-shot-eight-colours-*.json")
+    assert result.read_text() == out.read_text()
     assert stored["metrics"]["samples"] == stored["metrics"]["classes"] == 8
-    assert stored["prompts"] == {"classes": 8, "templates": ["a {} square"]}
+    assert stored["prompts"] == {"classes": list(COLORS), "templates": ["a {} square"]}
     assert stored["model"]["origin"].endswith("ema.safetensors")
     evaclip("eval", "zero-shot", run, *common, "--caption-key", "cls", "--templates", "a {} square")
-    by_label = json.loads((run / "evaluations" / "zero-shot-eight-colours.json").read_text())
-    assert by_label["metrics"] == stored["metrics"]
+    assert json.loads(result.read_text())["metrics"] == stored["metrics"]
+
+
+def test_results_of_other_settings_are_kept(run: Path, color_shard: Path) -> None:
+    common = ("--data", color_shard, "--title", "Colours", "--workers", 0)
+    for options in ((), ("--no-average",), ("--templates", "a {} square"), ()):
+        evaclip("eval", "zero-shot", run, *common, *options)
+    assert len(list((run / "evaluations").iterdir())) == 3
+    page = write_report(run).read_text()
+    for setting in ("moving average of the steps, {}", "of the last step, {}", "moving average of the steps, a {} squ"):
+        assert f"8 classes, {setting}" in page
 
 
 def test_retrieval_command_and_report(run: Path, color_shard: Path) -> None:

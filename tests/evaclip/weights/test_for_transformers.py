@@ -90,7 +90,7 @@ def test_convert_command_writes_folder_and_card(tmp_path: Path) -> None:
     assert 'AutoModel.from_pretrained("out", trust_remote_code=True)' in card
     assert (tmp_path / "out/modeling_evaclip.py").exists()
     assert main([*call, "--model", "tiny"]) != 0  # the files exist
-    assert main([*call, "--model", "tiny", "--force"]) == 0
+    assert main([*call, "--force"]) == 0  # the model is found by its shapes
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -105,6 +105,17 @@ def test_processor_matches_transform(resize: str, interpolation: str, tmp_path: 
     for mode in ("RGB", "RGBA"):
         pixels = processor(images=image.convert(mode), return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(pixels, expected, atol=3 / 255 / 0.26, rtol=0)
+
+
+def test_processor_crops_odd_excess(tmp_path: Path) -> None:
+    model = lively()
+    save_for_transformers(model, tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    levels = np.random.default_rng(0).integers(0, 256, (32, 39, 3), dtype=np.uint8)
+    for width in range(32, 40):
+        image = Image.fromarray(levels[:, :width])
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(pixels, EvalTransform(32, model.config.preprocess)(image))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from evaclip.train.recipes import get_recipe
 from evaclip.train.tree import nest
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_config
 from evaclip.weights.load import load_weights
-from evaclip.weights.publish import SAFE_FILE
+from evaclip.weights.publish import SAFE_FILE, card_text, run_facts
 
 NAME = "EVA02-B-16"
 TEXTS = ["a photo of a cat", "two dogs"]
@@ -179,6 +179,16 @@ def test_model_card_and_existing_files(folder: Path, model: evaclip.CLIP, run_fo
     assert (folder / SAFE_FILE).read_bytes() == before
     with pytest.raises(UserError, match="is no run folder: it has no log"):
         evaclip.save_for_hf(model, save_directory=folder.with_name("new"), run=folder)
+
+
+def test_card_of_a_classifier(run_folder: Path) -> None:
+    config = resolve(get_recipe("finetune-eva02-ti-in1k"), [nest("data.train", "synthetic")])
+    (run_folder / "config.yaml").write_text(dump_yaml(config))
+    text = card_text(run_facts(run_folder), "mine")
+    assert "pipeline_tag: image-classification" in text
+    assert f"- **Steps:** 10 of {config.batch_size:,} images" in text
+    assert "- **Loss:** cross-entropy, at the end 0.1\n" in text
+    assert "pairs" not in text
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,18 @@ def test_read_preprocess_damaged_file(content: str, message: str, tmp_path: Path
         read_preprocess(tmp_path / "model.safetensors")
 
 
+def test_damaged_model_options_are_refused(tmp_path: Path) -> None:
+    """A model with another epsilon has the same shapes, so nothing else would notice."""
+    model = create_model("tiny", vision={"norm_eps": 0.01})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    options = json.dumps({"name": "tiny", "vision": {"norm_eps": 0.01}})
+    (tmp_path / "model.json").write_text(options)
+    assert create_model("tiny", pretrained=tmp_path).config.vision.norm_eps == 0.01
+    (tmp_path / "model.json").write_text(options[:20])
+    with pytest.raises(UserError, match=r"model\.json must describe the model"):
+        create_model("tiny", pretrained=tmp_path)
+
+
 def test_released_tags_are_those_of_open_clip() -> None:
     repositories = {file.repository for tags in RELEASED.values() for file in tags.values()}
     assert {alias for alias in ALIASES if "/" in alias} == repositories - {"QuanSun/EVA-CLIP"}

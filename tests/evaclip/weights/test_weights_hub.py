@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,10 +47,10 @@ def test_find_weights_on_hub(hub: Hub, source: str, model: str) -> None:
 
 def test_find_weights_in_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = find_weights(SOURCE, "tiny")
-    downloads = [request for request in hub.requests if request[0] == "GET"]
+    downloads = [request for request in hub.requests if request[:2] == ("GET", MODEL_FILE)]
     assert len(downloads) == 1
     assert find_weights(SOURCE, "tiny") == path
-    assert [request for request in hub.requests if request[0] == "GET"] == downloads
+    assert [request for request in hub.requests if request[:2] == ("GET", MODEL_FILE)] == downloads
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(hub.requests)
     assert find_weights(SOURCE, "tiny") == path
@@ -110,3 +111,23 @@ def test_find_weights_unreachable_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="can't get weights of a/b"):
         find_weights("hf-hub:a/b", "tiny")
     assert waits == []
+
+
+def test_find_weights_cached_without_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = find_weights(SOURCE, "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    ask(closed, monkeypatch)
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    assert find_weights(SOURCE, "tiny") == path
+    assert not waits
+
+
+def test_tag_is_preferred_to_folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("merged2b_s8b_b131k").mkdir()
+    assert load_state_dict(find_weights("merged2b_s8b_b131k", "EVA02-CLIP-B-16"))
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        find_weights("./merged2b_s8b_b131k", "EVA02-CLIP-B-16")
