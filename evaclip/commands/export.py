@@ -26,6 +26,7 @@ def add_commands(subparsers: Any) -> None:
         "size; an ONNX file is written only if ONNX Runtime reproduces the model's outputs"
     )
     parser = leaf(subparsers, "export", _run, help=help, examples=_EXAMPLES)
+    parser.is_intermixed = True
     add, what, kinds = parser.add_argument, *(parser.add_mutually_exclusive_group() for _ in range(2))
     model_help = "NAME:WEIGHTS, a run, a checkpoint, hf-hub:OWNER/NAME, as for 'evaclip eval'"
     add("model", metavar="MODEL", nargs="?", help=model_help)

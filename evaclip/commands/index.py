@@ -197,25 +197,28 @@ def _added(args: argparse.Namespace) -> tuple["Store", str]:
 
 
 def _ready_store(folder: Path, model: str, encoder: "Encoder") -> "Store":
-    """The store, which is made if there is none."""
+    """The store, which is made if there is none, with the text tower that a killed command may have left out."""
     from evaclip.runtime.indexing import describe
     from evaclip.runtime.store import Store
-    from evaclip.runtime.text import save_text_tower
+    from evaclip.runtime.text import has_text_tower, save_text_tower
 
     described = {"given": model, **describe(encoder)}
-    if not Store.exists(folder):
+    is_new = not Store.exists(folder)
+    if is_new:
         try:
-            store = Store.create(folder, described)
+            Store.create(folder, described)
         except UserError:
             if not Store.exists(folder):  # another command may have made it meanwhile
                 raise
-        else:
-            try:
-                save_text_tower(store, encoder.model)
-            except UserError as exc:
-                print(f"searches will take seconds longer, for torch and the whole model: {exc}")
     store = Store.open(folder)
     store.require_model(described)
+    if not has_text_tower(store):
+        try:
+            save_text_tower(store, encoder.model)
+            if not is_new:
+                print(f"added the missing text tower to {folder}")
+        except UserError as exc:
+            print(f"searches will take seconds longer, for torch and the whole model: {exc}")
     return store
 
 

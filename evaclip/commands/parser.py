@@ -24,7 +24,22 @@ _SOURCE_OPTIONS = ("image_key", "caption_key", "csv_separator", "exif_orientatio
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Report a wrong command line in the form of all other errors."""
+    """Report a wrong command line in the form of all other errors.
+
+    Attributes:
+        is_intermixed: options may stand between positionals that may be left out.
+    """
+
+    is_intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.is_intermixed:
+            return super().parse_known_args(args, namespace)
+        self.is_intermixed = False  # argparse calls this method again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.is_intermixed = True
 
     def error(self, message: str) -> Any:
         print(f"error: {message} (see '{self.prog} --help')", file=sys.stderr)
@@ -46,13 +61,13 @@ def positive(text: str) -> float:
 
 def leaf(
     subparsers: Any, name: str, run: Run | None = None, *, help: str, examples: Sequence[str] = (), extra: str = ""
-) -> argparse.ArgumentParser:
+) -> CommandParser:
     """Add the parser of a command that calls `run`, with `--debug`, and its examples in `--help`.
 
     A missing package is reported with `extra`, if that extra has it.
     """
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+    parser: CommandParser = subparsers.add_parser(
         name,
         help=help,
         description=help[:1].upper() + help[1:] + ".",

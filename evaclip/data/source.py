@@ -59,6 +59,10 @@ class Source(ABC):
         """A sample's image file; None if the image is a part of another file."""
         return None
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """A sample's captions. Raises BadSample if it cannot be used."""
+        return self[index].captions
+
     def label(self, index: int) -> int | None:
         """The place of a sample's class in `classes`; None where the kind of data has no classes."""
         return None

@@ -99,12 +99,15 @@ class TableSource(Source):
         return _jsonl_rows(path, encoding, columns)
 
     def __getitem__(self, index: int) -> RawSample:
-        image, captions = self._images[index], not_blank(self._texts(index))
+        image, captions = self._images[index], self.captions(index)
         if not image:
             raise BadSample(FaultKind.MISSING_IMAGE, self.name(index), "the row names no image")
         if not captions and self.wants_captions:
             raise BadSample(FaultKind.MISSING_CAPTION, self.name(index))
         return RawSample(image, read_image_file(self._folder / image), captions)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return not_blank(self._texts(index))
 
     def pictures(self) -> I64:
         # Two paths with one checksum count as one image, which is harmless.

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,7 @@ def index(
 ) -> Progress:
     """Embeds the images of a source that the store doesn't have, or has with another content.
 
+    Threads of the encoder read and hash the files. A file whose size and time are those in the store isn't read again.
     What has been embedded is in the store at the latest 30 seconds later; a run that is ended goes on there. Images
     that can't be read are listed in the store's `unreadable-N.jsonl`, N being the part, with the reasons.
 
@@ -94,7 +95,7 @@ def index(
     """
     numbers = _numbers(source, part)
     progress = progress or Progress(len(numbers))
-    work = Work(source, store.contents(), thumbnail)
+    work = Work(source, store.states(), thumbnail)
     keep(work.embedded(add_thumbnails(work, store, numbers, progress), encoder, progress), store)
     list_faults(source, store, progress, part[0])
     return progress
@@ -159,27 +160,63 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 @dataclass
 class _Job:
-    """An image on its way."""
+    """An image on its way.
+
+    Attributes:
+        id: of its row.
+        numbers: the samples that share it, each with its captions.
+        raw: the first sample; None if `read` is to read it.
+        content, stamp, captions, small: of the row.
+    """
 
     id: str
-    name: str
-    read: RawSample | BadSample
-    content: str
+    numbers: list[int]
+    raw: RawSample | BadSample | None = None
+    content: str = ""
+    stamp: str = ""
+    captions: tuple[str, ...] = ()
     small: bytes | None = None
 
-    def image(self, thumbnail: int) -> Image.Image:
-        if isinstance(self.read, BadSample):
-            raise self.read
-        image = decode_image(self.read.image, self.name, UPRIGHT)
+    def read(self, source: Source, known: tuple[str, str]) -> bool:
+        """Read and hash the image unless it has the known content and stamp; returns whether the content is new.
+
+        Raises:
+            BadSample: it can't be read.
+        """
+        first, *others = self.numbers
+        self.stamp = _stamp(source.file(first))  # before it is read, so that a change in the meantime is noticed
+        if self.stamp and self.stamp == known[1]:
+            return False
+        if isinstance(self.raw, BadSample):
+            raise self.raw
+        self.raw = self.raw or source[first]
+        self.content = hashlib.sha256(self.raw.image).hexdigest()
+        captions = (*self.raw.captions, *(caption for number in others for caption in source.captions(number)))
+        self.captions = tuple(dict.fromkeys(captions))
+        return self.content != known[0]
+
+    def image(self, source: Source, thumbnail: int) -> Image.Image:
+        """Decode what `read` has read, and make the small copy."""
+        assert isinstance(self.raw, RawSample)
+        image = decode_image(self.raw.image, source.name(self.numbers[0]), UPRIGHT)
         if thumbnail:
             self.small = small_copy(image, thumbnail)
         return image
 
     def row(self) -> Row:
-        assert isinstance(self.read, RawSample)
-        captions = list(self.read.captions)
-        metadata = {"captions": captions} if len(captions) > 1 else {}
-        return Row(self.id, self.content, self.read.caption, metadata, self.small)
+        """The row of an image that has been read."""
+        first, *others = self.captions or ("",)
+        metadata = {"captions": [first, *others]} if others else {}
+        return Row(self.id, self.content, first, metadata, self.small, self.stamp)
+
+
+def _stamp(file: Path | None) -> str:
+    """Size and time of a file; "" without one, or if it can't be read."""
+    with suppress(OSError):
+        if file is not None:
+            state = file.stat()
+            return f"{state.st_size} {state.st_mtime_ns}"
+    return ""
 
 
 def _numbers(source: Source, part: tuple[int, int]) -> range:
@@ -193,17 +230,26 @@ class Work:
     """The images of a source that differ from the content of the same id in `known`.
 
     Attributes:
+        source: of the images.
+        known: content and stamp of a store's rows by id.
         thumbnail: side in pixels of small copies that rows get; 0 for none.
     """
 
     source: Source
-    known: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     thumbnail: int = 0
 
     def embedded(self, numbers: Iterable[int], encoder: Encoder, progress: Progress) -> Parts:
         """The rows of those samples that are to be embedded and can be."""
-        began = time.monotonic()
-        for part in encoder.stream(self._changed(numbers, progress), partial(_Job.image, thumbnail=self.thumbnail)):
+        began, counting = time.monotonic(), Lock()
+
+        def changed(job: _Job) -> Image.Image | None:
+            is_new = job.read(self.source, self.known.get(job.id, ("", "")))
+            with counting:
+                progress.unchanged += len(job.numbers) - is_new
+            return job.image(self.source, self.thumbnail) if is_new else None
+
+        for part in encoder.stream(self.jobs(numbers), changed):
             progress.embedded += len(part.items)
             progress.faults += part.faults
             progress.waited += part.waited
@@ -215,28 +261,22 @@ class Work:
         file = self.source.file(number)
         return self.source.name(number) if file is None else str(file)
 
-    def _changed(self, numbers: Iterable[int], progress: Progress) -> Iterator[_Job]:
-        seen = set[str]()
-        for number in numbers:
-            key, name = self.id(number), self.source.name(number)
-            if key in seen:  # a table may name an image with each of its captions
-                progress.unchanged += 1
-                continue
-            seen.add(key)
-            try:
-                raw = self.source[number]
-            except BadSample as exc:
-                yield _Job(key, name, exc, "")
-                continue
-            content = _content(raw)
-            if self.known.get(key) == content:
-                progress.unchanged += 1
-            else:
-                yield _Job(key, name, raw, content)
-
-
-def _content(raw: RawSample) -> str:
-    return hashlib.sha256(raw.image).hexdigest()
+    def jobs(self, numbers: Iterable[int]) -> Iterator[_Job]:
+        """A job for each image. Threads read files; samples in shards are read here, one after the other."""
+        groups = ((self.id(number), [number]) for number in numbers)
+        if self.source.pictures() is not None:  # a table may name an image with each of its captions
+            shared: dict[str, list[int]] = {}
+            for id, (number,) in groups:
+                shared.setdefault(id, []).append(number)
+            groups = (each for each in shared.items())
+        for id, group in groups:
+            job = _Job(id, group)
+            if self.source.file(group[0]) is None:
+                try:
+                    job.raw = self.source[group[0]]
+                except BadSample as exc:
+                    job.raw = exc
+            yield job
 
 
 def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: Progress) -> Sequence[int]:
@@ -250,23 +290,20 @@ def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: P
         return numbers
     others, rows = list[int](), list[Row]()
 
-    def unchanged() -> Iterator[_Job]:
-        for number in numbers:
-            id = work.id(number)
-            with suppress(BadSample):
-                if id in lacking and _content(raw := work.source[number]) == lacking[id]:
-                    yield _Job(id, work.source.name(number), raw, lacking[id])
-                    continue
-            others.append(number)
-
-    def made(job: _Job) -> Row:
+    def made(job: _Job) -> tuple[_Job, bool]:
+        is_made = False
         with suppress(BadSample):
-            job.image(work.thumbnail)
-        return job.row()
+            is_made = job.id in lacking and not job.read(work.source, (lacking[job.id], ""))
+            if is_made:
+                job.image(work.source, work.thumbnail)
+        return job, is_made
 
-    for row in prefetch(unchanged(), made, threads=_THREADS, depth=16 * _THREADS):
-        rows.append(row)
-        progress.unchanged += 1
+    for job, is_made in prefetch(work.jobs(numbers), made, threads=_THREADS, depth=16 * _THREADS):
+        if not is_made:
+            others += job.numbers
+            continue
+        rows.append(job.row())
+        progress.unchanged += len(job.numbers)
         if len(rows) == _ROWS:
             store.add_thumbnails(rows)
             rows.clear()

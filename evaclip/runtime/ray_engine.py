@@ -101,7 +101,7 @@ def index_on_ray(
         UserError: as for `index`.
     """
     progress = progress or Progress(len(source))
-    work = Work(source, store.contents(), thumbnail)
+    work = Work(source, store.states(), thumbnail)
     add_thumbnails(work, store, range(len(source)), Progress(len(source)))  # the workers count the same images
     keep(_embedded(work, encoder, cluster, progress), store)
     list_faults(source, store, progress)

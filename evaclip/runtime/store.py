@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ ROWS_FILE = "rows.sqlite"
 EMBEDDINGS_FILE = "embeddings.f32"
 WHERE = "a condition in SQL on id, content, caption and keys of the metadata"
 
-_FORMAT = 3
+_FORMAT = 4
 _PATIENCE = 600.0
 """Seconds that a writer waits for another writer's transaction."""
 _BLOCK = 4096
@@ -35,13 +35,13 @@ _BLOCK = 4096
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, content TEXT NOT NULL, caption TEXT NOT NULL,
-                   metadata TEXT NOT NULL);
+                   metadata TEXT NOT NULL, stamp TEXT NOT NULL);
 CREATE TABLE thumbnails (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE free (number INTEGER PRIMARY KEY);
 CREATE TABLE keys (name TEXT PRIMARY KEY);
 """
 _ROW = (
-    "SELECT number, id, content, caption, metadata, data FROM rows LEFT JOIN thumbnails USING (number) WHERE number = ?"
+    "SELECT id, content, caption, metadata, data, stamp FROM rows LEFT JOIN thumbnails USING (number) WHERE number = ?"
 )
 _COLUMNS = ("id", "content", "caption")
 _FUNCTIONS = {
@@ -49,6 +49,8 @@ _FUNCTIONS = {
     *("lower", "max", "min", "nullif", "round", "substr", "trim", "typeof", "upper", "->", "->>"),
 }
 """Functions that a condition may call. Conditions come from users who may only search."""
+_SELECTS = 2
+"""SELECTs in the query of `select`. One more would be of the condition, which is an expression on one row."""
 _LONGEST_CONDITION = 10.0
 """Seconds that a condition may take."""
 
@@ -62,6 +64,7 @@ class Row:
         content: hash of the file's bytes, in hexadecimal.
         metadata: anything that JSON has.
         thumbnail: an encoded image.
+        stamp: size and time of the file when it was read; "" if unknown.
     """
 
     id: str
@@ -69,6 +72,7 @@ class Row:
     caption: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     thumbnail: bytes | None = None
+    stamp: str = ""
 
 
 class Store:
@@ -162,7 +166,10 @@ class Store:
         found = self._database.execute("SELECT key, value FROM about UNION ALL SELECT '', number FROM free").fetchall()
         about = {key: json.loads(value) for key, value in found if key}
         if about.get("format") != _FORMAT:
-            raise UserError(f"{self.folder} has the format {about.get('format')!r}; this version reads {_FORMAT}")
+            raise UserError(
+                f"{self.folder} has the format {about.get('format')!r}; this version reads {_FORMAT}: index the images"
+                " into a new store"
+            )
         self.model: dict[str, Any] = about["model"]
         self.dim: int = self.model["dim"]
         self.slots: int = about["slots"]
@@ -197,10 +204,17 @@ class Store:
             _write(self.embeddings_file, first, vectors)
             self._forget(database, [row.id for row in rows])
             records = (
-                (number, row.id, row.content, row.caption, json.dumps(dict(row.metadata), ensure_ascii=False))
+                (
+                    number,
+                    row.id,
+                    row.content,
+                    row.caption,
+                    json.dumps(dict(row.metadata), ensure_ascii=False),
+                    row.stamp,
+                )
                 for number, row in enumerate(rows, start=first)
             )
-            database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", records)
+            database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", records)
             keys = {key for row in rows for key in row.metadata}
             database.executemany("INSERT OR IGNORE INTO keys VALUES (?)", [(key,) for key in keys])
             thumbnails = ((number, row.thumbnail) for number, row in enumerate(rows, start=first) if row.thumbnail)
@@ -253,7 +267,12 @@ class Store:
 
     def contents(self) -> dict[str, str]:
         """The hash of what each id held when it was embedded."""
-        return dict(self._database.execute("SELECT id, content FROM rows").fetchall())
+        return {id: content for id, (content, _) in self.states().items()}
+
+    def states(self) -> dict[str, tuple[str, str]]:
+        """Content and stamp of each id when it was embedded."""
+        found = self._database.execute("SELECT id, content, stamp FROM rows").fetchall()
+        return {id: (content, stamp) for id, content, stamp in found}
 
     def __len__(self) -> int:
         return self.slots - len(self._free)
@@ -310,7 +329,7 @@ class Store:
         query = f"SELECT number FROM (SELECT number, id, content, caption{columns} FROM rows) WHERE ({where}\n)"
         end = time.monotonic() + _LONGEST_CONDITION
         self._database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
-        self._database.set_authorizer(_allowed)
+        self._database.set_authorizer(_authorizer())
         try:
             found = self._database.execute(query).fetchall()
         except (sqlite3.Error, sqlite3.Warning) as exc:
@@ -337,7 +356,8 @@ class Store:
         if None in found:
             raise UserError(f"{self.folder} was changed by another process: open it again")
         return [
-            Row(id, content, caption, json.loads(metadata), data) for _, id, content, caption, metadata, data in found
+            Row(id, content, caption, json.loads(metadata), data, stamp)
+            for id, content, caption, metadata, data, stamp in found
         ]
 
     def close(self) -> None:
@@ -407,12 +427,23 @@ def _contains(text: object, part: object) -> bool | None:
     return None if text is None or part is None else str(part).casefold() in str(text).casefold()
 
 
-def _allowed(action: int, first: str | None, second: str | None, *_: object) -> int:
-    """SQLite's authorizer for the condition of `select`: it may read rows and call the functions above."""
-    if action == sqlite3.SQLITE_FUNCTION:
-        return sqlite3.SQLITE_OK if second in _FUNCTIONS else sqlite3.SQLITE_DENY
-    reads = action == sqlite3.SQLITE_SELECT or (action == sqlite3.SQLITE_READ and first == "rows")
-    return sqlite3.SQLITE_OK if reads else sqlite3.SQLITE_DENY
+def _authorizer() -> Callable[..., int]:
+    """SQLite's authorizer for one condition of `select`: it may read rows and call the functions above."""
+    selects = 0
+
+    def authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
+        nonlocal selects
+        allowed = False
+        if action == sqlite3.SQLITE_FUNCTION:
+            allowed = second in _FUNCTIONS
+        elif action == sqlite3.SQLITE_READ:
+            allowed = first == "rows"
+        elif action == sqlite3.SQLITE_SELECT:
+            selects += 1
+            allowed = selects <= _SELECTS
+        return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
+
+    return authorize
 
 
 def _is_left(file: Path) -> bool:

@@ -3,6 +3,7 @@ seconds to import; or by the model itself where there is no such program."""
 
 import copy
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from evaclip.runtime.store import Store
 if TYPE_CHECKING:
     from evaclip.model.clip import CLIP
     from evaclip.runtime.encoder import Encoder
+
+_LOG = logging.getLogger("evaclip.runtime")
 
 PROGRAM_FILE = "text.onnx"
 TOKENS_FILE = "text.json"
@@ -46,9 +49,14 @@ def save_text_tower(store: Store, model: "CLIP") -> None:
     write_json(store.folder / TOKENS_FILE, {"context_length": text.context_length, "vocab_size": text.vocab_size})
 
 
+def has_text_tower(store: Store) -> bool:
+    """Whether the store holds the text tower of its model."""
+    return (store.folder / TOKENS_FILE).is_file()
+
+
 def copy_text_tower(store: Store, target: Store) -> None:
     """Puts the text tower of a store, if it has one, into another of the same model, if that has none."""
-    if (store.folder / TOKENS_FILE).is_file() and not (target.folder / TOKENS_FILE).is_file():
+    if has_text_tower(store) and not has_text_tower(target):
         for name in (f"{PROGRAM_FILE}.data", PROGRAM_FILE, TOKENS_FILE):
             with writing(target.folder), replacing(target.folder / name) as temporary:
                 shutil.copyfile(store.folder / name, temporary)
@@ -63,13 +71,15 @@ def text_encoder(store: Store) -> TextEncoder:
     Example:
         `text_encoder(store)(["a red bicycle", "a cat"])`
     """
-    if (store.folder / TOKENS_FILE).is_file() and find_spec("onnxruntime"):
+    if has_text_tower(store) and find_spec("onnxruntime"):
         return _Program(store.folder)
     if not store.model.get("given"):
         raise UserError(
             f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and no model name for its "
             "embeddings; put the tower into it with evaclip.runtime.text.save_text_tower"
         )
+    remedy = "install onnxruntime" if has_text_tower(store) else "`evaclip index` adds the text tower to the store"
+    _LOG.warning("%s: torch and the whole model are loaded, which takes seconds; %s", store.folder, remedy)
     encoder = encoder_of(store)
     return lambda texts: encoder.texts(list(texts)).numpy()
 

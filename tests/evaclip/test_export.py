@@ -243,6 +243,7 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "text.pt2' exists; --force" in capsys.readouterr().err
     assert target.read_bytes() == before
     assert main([*command, "--force"]) == 0
+    assert main(["export", "tiny", "--tower", "text", str(target), "--random", "--force"]) == 0
     assert main(["export", "tiny", str(tmp_path / "text.tflite"), "--tower", "text", "--random"]) == 2
     assert "expected .pt2 or .onnx" in capsys.readouterr().err
     for options, named in (

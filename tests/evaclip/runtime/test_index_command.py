@@ -46,6 +46,23 @@ def test_index_command_adds_new_images(model, folder, pictures, tmp_path, capsys
     assert str(tmp_path / "at 12:30" / "0.png") in Store.open(tmp_path / "b c").contents()
 
 
+def test_index_command_repairs_text_tower(model, folder, tmp_path, capsys, caplog):
+    """As after a first command that was killed before it wrote the tower."""
+    store = tmp_path / "a.store"
+    command = ["index", str(store), "--images", str(folder), "--model", model, "--precision", "fp32"]
+    assert main(command) == 0
+    for file in store.glob("text.*"):
+        file.unlink()
+    assert main(["search", str(store), "a cat"]) == 0
+    assert "`evaclip index` adds the text tower" in caplog.text
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "added the missing text tower" in capsys.readouterr().out
+    caplog.clear()
+    assert main(["search", str(store), "a cat"]) == 0
+    assert not caplog.text
+
+
 def test_index_command_keeps_aspect_ratios(model, folder, tmp_path, capsys):
     index = ["index", str(tmp_path / "a.store"), "--images", str(folder), "--model", model, "--precision", "fp32"]
     assert main([*index, "--max-patches", "12"]) == 0

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from image_files import as_file
 from PIL import Image
 
 from evaclip.data import open_source
+from evaclip.data.image_folder import FolderSource
 from evaclip.runtime import indexing
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.indexing import UNREADABLE_FILE, describe, index
@@ -105,6 +107,33 @@ def test_index_adds_thumbnails_without_embedding(folder, tmp_path, encoder, pict
     assert _index(folder, tmp_path / "store", encoder, thumbnail=16)[1].unchanged == 8
 
 
+def test_index_reads_files_in_threads(folder, tmp_path, encoder, monkeypatch):
+    """Two threads meet within a read; one thread alone would wait in vain."""
+    read, barrier = FolderSource.__getitem__, threading.Barrier(2, timeout=30)
+    (folder / "broken.jpg").unlink()
+    (folder / "0.png").unlink()  # six are left
+
+    def meeting(source, number):
+        barrier.wait()
+        return read(source, number)
+
+    monkeypatch.setattr(FolderSource, "__getitem__", meeting)
+    store, progress = _index(folder, tmp_path / "store", encoder)
+    assert progress.embedded == len(store) == 6
+
+
+def test_index_skips_files_of_known_size_and_time(folder, tmp_path, encoder, pictures, monkeypatch):
+    _index(folder, tmp_path / "store", encoder)
+    pictures[1].save(folder / "0.png")
+    os.utime(folder / "0.png", ns=(0, 5))
+    numbers, read = [], FolderSource.__getitem__
+    monkeypatch.setattr(FolderSource, "__getitem__", lambda source, n: numbers.append(n) or read(source, n))
+    store, progress = _index(folder, tmp_path / "store", encoder)
+    assert (progress.embedded, progress.unchanged, len(progress.faults)) == (1, 6, 1)
+    assert len(numbers) == 2  # the changed file, and the broken one
+    _is_right(store, _good(folder), encoder)
+
+
 def test_index_shards_with_missing_captions(pictures, tmp_path, encoder):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, picture in enumerate(pictures[:3]):
@@ -150,6 +179,8 @@ def test_index_table_with_repeated_image(folder, encoder, tmp_path):
     table.write_text("filepath,title\n" + "".join(f"{folder / name},caption {n}\n" for n, name in enumerate(names)))
     store, progress = _index(table, tmp_path / "store", encoder)
     assert [row.caption for row in _rows(store)] == ["caption 0", "caption 1", "caption 3"]
+    assert [dict(row.metadata) for row in _rows(store)] == [{"captions": [f"caption {n}" for n in (0, 2, 4)]}, {}, {}]
+    assert store.select("contains(captions, 'caption 4')").tolist() == [0]
     assert (progress.embedded, progress.unchanged) == (3, 2)
     parts = [(_rows(store), store.embeddings[:3].astype(np.float32))] * 2  # as from two workers
     twice = Store.create(tmp_path / "twice", describe(encoder))
