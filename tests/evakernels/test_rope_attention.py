@@ -277,24 +277,6 @@ def test_split_heads_as_accurate_as_torch(shape, num_prefix, options, dtype, mon
     op_checks.assert_deterministic(ours, [x.to(dtype)])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torch_behind_rotation_accurate(dtype, causal):
-    """The backward pass of other backends reads its log-sum-exps."""
-    angles = randn(39, 32, seed=3) * 3
-    tables = angles.cos().float(), angles.sin().float(), None, 1, causal, True, 0.125
-    qkv = randn(2, 40, 3, 2, 64).to(dtype).unbind(2)
-    if reasons := backends.why_not("rope_attention_forward", "torch", *qkv, *tables):
-        pytest.skip(reasons[0])
-    with evakernels.use_backend("torch"):
-        out, lse = OPS.rope_attention_forward(*qkv, *tables)
-    exact, exact_lse = reference.rope_attention_forward(*(x.double() for x in qkv), *tables)
-    theirs = attention(*qkv, *tables)
-    assert (out - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2**-5)
-    assert out.is_contiguous()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_does_not_change_a_bit(dtype):
     cos, sin = axial_rope(20, 15, 32)
