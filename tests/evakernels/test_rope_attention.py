@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import evakernels
 from evakernels import _native, backends, triton
 from evakernels.nn import axial_rope
-from evakernels.reference import rope_attention as reference
 
 OPS = torch.ops.evakernels
 BATCH, HEADS, HEAD_DIM, PATCHES, GRID = 2, 3, 4, 6, 3
