@@ -211,17 +211,15 @@ static inline F32 at_most(F32 x, float limit) {
 #endif
 }
 
-static inline F32 at_least(F32 x, F32 limit) {
+static inline F32 at_least(F32 x, float limit) {
 #if defined(__AVX512F__)
-  return __builtin_bit_cast(F32, _mm512_max_ps(limit, x));
+  return __builtin_bit_cast(F32, _mm512_max_ps(broadcast(limit), x));
 #elif defined(__AVX2__)
-  return __builtin_bit_cast(F32, _mm256_max_ps(limit, x));
+  return __builtin_bit_cast(F32, _mm256_max_ps(broadcast(limit), x));
 #else
-  return x < limit ? limit : x;
+  return x < limit ? broadcast(limit) : x;
 #endif
 }
-
-static inline F32 at_least(F32 x, float limit) { return at_least(x, broadcast(limit)); }
 
 // value 2^n for integral n; without AVX-512 for -126 to 127.
 static inline F32 multiplied_by_power(F32 value, F32 n) {
