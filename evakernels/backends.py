@@ -1,8 +1,7 @@
 """The choice of a backend for each call, with the reasons against the others.
 
 Every op has a `reference` implementation in plain PyTorch and others. A call runs on the first backend that supports
-it: on a GPU in the order of their times at the nearest known sizes (`tuning.times`), otherwise in that of `PREFERENCE`.
-`use_backend` overrides the choice, `explain` prints it.
+it, in the order of `preference`. `use_backend` overrides the choice, `explain` prints it.
 """
 
 import os
@@ -11,14 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .names import unknown
-
-if TYPE_CHECKING:
-    from . import tuning
 
 NAMESPACE = __name__.partition(".")[0]
 """Of the operators, in `torch.ops`: the name of this package, which a copy for the Hugging Face hub is loaded under."""
@@ -27,9 +23,6 @@ OPERATORS = getattr(torch.ops, NAMESPACE)
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
-
-BACKENDS = (*PREFERENCE, "torch")
-"""Also torch's own kernels behind ours, which run only where they were measured to be faster."""
 
 LOSS_PRODUCTS = ("ieee", "tf32x3")
 
@@ -61,7 +54,8 @@ class Implementation:
 
     def observed(self, op: str) -> Callable[..., Any]:
         """The function, which reports each call to the observer if there is one."""
-        observer = None if overrides is None else overrides.observer
+        active = overrides()
+        observer = None if active is None else active.observer
         if observer is None:
             return self.function
 
@@ -73,7 +67,7 @@ class Implementation:
 
 
 class Overrides(NamedTuple):
-    """The settings of `use_backend` and `observed_by`, for the whole process."""
+    """The settings of `use_backend` and `observed_by`."""
 
     forced: str | None = None
     observer: Callable[[str, str], None] | None = None
@@ -86,7 +80,9 @@ _functions: dict[str, tuple[str, ...]] = {}
 choices: dict[Any, Any] = {}
 """Cache of `ops._fast`; cleared when a backend is added."""
 _warned: set[tuple[str, str]] = set()
-overrides: Overrides | None = None
+_OVERRIDES = f"{NAMESPACE}.overrides"
+"""Key among the thread-local objects that torch hands to the threads of a backward pass."""
+_were_overridden = False
 loss_products = "tf32x3"
 
 
@@ -114,10 +110,10 @@ def register(
 ) -> None:
     """Adds an implementation of `op` for one type of device, or for all with None.
 
-    Raises `ValueError` for a backend that isn't in `BACKENDS`.
+    Raises `ValueError` for a backend that isn't in `PREFERENCE`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(unknown("backend", backend, BACKENDS))
+    if backend not in PREFERENCE:
+        raise ValueError(unknown("backend", backend, PREFERENCE))
     _implementations.setdefault(op, {})[backend] = Implementation(backend, function, reasons, device)
     choices.clear()
 
@@ -161,14 +157,15 @@ def name_ops(function: str, *ops: str) -> None:
 def select(op: str, args: tuple[Any, ...]) -> Implementation:
     """The implementation for `op(*args)`. Raises `BackendError` if a forced backend doesn't support the call."""
     candidates = _implementations[op]
-    if overrides is not None and overrides.forced is not None:
-        reasons = why_not(op, overrides.forced, *args)
+    active = overrides()
+    if active is not None and active.forced is not None:
+        reasons = why_not(op, active.forced, *args)
         if reasons:
-            raise BackendError(f"backend {overrides.forced!r} can't serve {op}: " + "; ".join(reasons))
-        return candidates[overrides.forced]
+            raise BackendError(f"backend {active.forced!r} can't serve {op}: " + "; ".join(reasons))
+        return candidates[active.forced]
     tensor = first_tensor(args)
     devices = (None,) if tensor is None else (None, tensor.device.type)
-    for backend in preference(times_of(op, args)):
+    for backend in preference(op, args):
         implementation = candidates.get(backend)
         if implementation is None or (tensor is not None and implementation.device not in devices):
             continue
@@ -179,22 +176,20 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
     raise BackendError(f"no backend serves {op}: {report(op, args)}")
 
 
-def times_of(op: str, args: tuple[Any, ...]) -> "tuning.Times | None":
-    """The known times of backends at the sizes of a call on a GPU."""
+def preference(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The backends in the order in which a call tries them; on a GPU, a measured order comes first."""
     from . import tuning
 
     tensor = first_tensor(args)
     if tensor is None or not tensor.is_cuda or not torch.cuda.is_available():  # a fake tensor needs no GPU
-        return None
-    return tuning.times(op, by_name(op, args), tensor)
-
-
-def preference(times: "tuning.Times | None") -> tuple[str, ...]:
-    """The backends in the order in which they are tried: those with a time first."""
-    if times is None:
         return PREFERENCE
-    timed = sorted(times.microseconds, key=lambda backend: times.microseconds[backend])
-    return (*timed, *(backend for backend in PREFERENCE if backend not in timed))
+    gpu, capability = tuning.gpu_of(tensor)
+    first = tuning.measured_order(op, gpu, capability)
+    if not first and family(op) == "contrastive" and 90 <= capability < 120:
+        # Triton uses the tensor cores by wgmma or tcgen05, the CUDA kernels by mma.sync, which reaches a part of their
+        # throughput. On other GPUs both use mma.sync.
+        first = ("triton",)
+    return (*first, *(backend for backend in PREFERENCE if backend not in first))
 
 
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
@@ -212,20 +207,21 @@ def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Makes every op use `backend` inside the `with` block, in the whole process.
+    """Makes every op use `backend` inside the `with` block, in this thread.
 
-    It also holds in compiled functions, but not in a captured CUDA graph. A backward pass must run inside the block,
-    too. Raises `ValueError` for an unknown name; the ops raise `BackendError` if the backend doesn't support a call.
+    As with `torch.no_grad`, other threads aren't affected, and a backward pass follows the block in which it runs, on
+    whatever threads torch runs it. The choice also holds in compiled functions, but not in a captured CUDA graph.
+    Raises `ValueError` for an unknown name; the ops raise `BackendError` if the backend doesn't support a call.
     """
-    if backend not in BACKENDS:
-        raise ValueError(unknown("backend", backend, BACKENDS))
+    if backend not in PREFERENCE:
+        raise ValueError(unknown("backend", backend, PREFERENCE))
     with _overridden(forced=backend):
         yield
 
 
 @contextmanager
 def observed_by(observer: Callable[[str, str], None], refusals: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process.
+    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in this thread and in backward.
 
     Also calls `refusals(reason)` where an accelerated module runs its own code.
     """
@@ -235,33 +231,44 @@ def observed_by(observer: Callable[[str, str], None], refusals: Callable[[str], 
 
 @contextmanager
 def _overridden(**changes: Any) -> Iterator[None]:
-    global overrides
-    previous = overrides
-    overrides = (previous or Overrides())._replace(**changes)
+    global _were_overridden
+    previous = overrides()
+    _were_overridden = True
+    torch._C._stash_obj_in_tls(_OVERRIDES, (previous or Overrides())._replace(**changes))
     try:
         yield
     finally:
-        overrides = previous
+        torch._C._stash_obj_in_tls(_OVERRIDES, previous)
+
+
+def overrides() -> Overrides | None:
+    """The settings of this thread's blocks, or in backward of those around it."""
+    # The look-up takes as long as the rest of a cache key.
+    if not _were_overridden or not torch._C._is_key_in_tls(_OVERRIDES):
+        return None
+    active: Overrides | None = torch._C._get_obj_in_tls(_OVERRIDES)
+    return active
 
 
 def observe(op: str, backend: str) -> None:
     """Reports a call to the observer, if there is one."""
-    if overrides is not None and overrides.observer is not None:
-        overrides.observer(op, backend)
+    active = None if torch.compiler.is_compiling() else overrides()
+    if active is not None and active.observer is not None:
+        active.observer(op, backend)
 
 
 def refuse(reason: str) -> bool:
     """Reports to `observed_by` why an accelerated module runs its own code. Returns False, as the failed condition."""
-    if not torch.compiler.is_compiling() and overrides is not None and overrides.refusals is not None:
-        overrides.refusals(reason)
+    active = None if torch.compiler.is_compiling() else overrides()
+    if active is not None and active.refusals is not None:
+        active.refusals(reason)
     return False
 
 
 def ops_of(function: Any) -> tuple[str, ...]:
     """The ops that a public function calls, or the op of this name. Raises `ValueError` for an unknown one."""
-    # A family's first op is its forward pass.
-    family = next((name for name in _implementations if name.startswith(f"{function}_")), None)
-    names = (function,) if function in _implementations else _functions.get(function) or ((family,) if family else ())
+    known = (name for name in (function, f"{function}_forward") if name in _implementations)
+    names = _functions.get(function) or tuple(known)[:1]
     if function in ("gradient_norm", "sample_token_index"):
         raise ValueError(f"op must be one with backends, got {function}, which is made of torch's own operators")
     if not names:
@@ -289,15 +296,13 @@ def why_not(op: str, backend: str, *args: Any) -> list[str]:
 
 
 def report(op: str, args: tuple[Any, ...]) -> str:
-    lines, chosen, times = [], False, times_of(op, args)
-    for backend in preference(times):
+    lines, chosen = [], False
+    for backend in preference(op, args):
         reasons = why_not(op, backend, *args)
         usable = not reasons and not chosen
         chosen = chosen or usable
         verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but not preferred here"
         lines.append(f"{op} on {backend}: {verdict}")
-    if times is not None:
-        lines.append(f"order of {op}: {times}")
     return "\n".join(lines)
 
 

@@ -17,19 +17,22 @@ struct AttentionOptions {
   double scale;
 };
 
-// Strides of empty tensors and of dimensions of size 1 have no meaning.
-bool has_dense_vectors(Sizes sizes, Sizes strides) {
-  return !sizes.empty() && (strides.back() == 1 || sizes.back() == 1 || product(sizes) == 0);
+// Dense vectors, and tokens no further apart than the GPU kernels address. Strides of empty tensors and of
+// dimensions of size 1 have no meaning.
+bool are_readable_heads(Sizes sizes, Sizes strides) {
+  const size_t axes = sizes.size();
+  require(axes == 3 || axes == 4, "q, k and v must be [B, N, H, D] or [T, H, D]");
+  const bool is_near = sizes[axes - 3] == 1 || strides[axes - 3] <= cuda::kMaxHeadElements;
+  return product(sizes) == 0 || (is_near && (strides.back() == 1 || sizes.back() == 1));
 }
 
 Array read_heads(Call& call, Input heads, const char* name) {
-  return call.read_readable(heads, name, has_dense_vectors);
+  return call.read_readable(heads, name, are_readable_heads);
 }
 
 HeadsView view_of(const Array& heads) {
+  require(are_readable_heads(heads.sizes, heads.strides), heads.name, " must have dense vectors");
   const size_t axes = heads.sizes.size();
-  require(axes == 3 || axes == 4, heads.name, " must be [B, N, H, D] or [T, H, D]");
-  require(has_dense_vectors(heads.sizes, heads.strides), heads.name, " must have dense vectors");
   return {.data = heads.data,
           .batch_stride = axes == 4 ? heads.strides[0] : 0,
           .token_stride = heads.strides[axes - 3],
@@ -61,11 +64,9 @@ struct AttentionInputs {
     set_tables(call, options);
   }
 
-  // Checks that the CUDA kernels support the call. views: inputs of the launch.
-  void require_served(const Call& call, std::initializer_list<HeadsView> views) const {
-    int64_t max_stride = 0;
-    for (const HeadsView& view : views) max_stride = std::max(max_stride, view.token_stride);
-    const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape, tables, max_stride) : nullptr;
+  // Checks that the CUDA kernels support the call.
+  void require_served(const Call& call) const {
+    const cuda::Error reason = call.is_on_gpu() ? cuda::unserved(shape, tables) : nullptr;
     if (reason) require(false, reason);
   }
 
@@ -160,7 +161,7 @@ void attend(const char* op, Call& call, Input q, Input k, Input v, Output out, O
       .tables = in.tables,
       .shape = in.shape,
   };
-  in.require_served(call, {params.q, params.k, params.v});
+  in.require_served(call);
   call.launch<cpu::rope_attention_forward, cuda::rope_attention_forward>(op, params);
 }
 
@@ -183,7 +184,7 @@ void attend_backward(const char* op, Call& call, Input dout, Input q, Input k, I
       .tables = in.tables,
       .shape = in.shape,
   };
-  in.require_served(call, {params.q, params.k, params.v, params.dout, params.out});
+  in.require_served(call);
   call.launch<cpu::rope_attention_backward, cuda::rope_attention_backward>(op, params);
 }
 

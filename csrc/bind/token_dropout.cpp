@@ -105,7 +105,7 @@ EVAKERNELS_OPS(token_dropout, m) {
       R"(Writes out [B, P + K, C]: the prefix, then the patches that token_index names, each plus its position.
 
 patches: [B, N, C], the channels of a patch or the patches of a channel side by side. token_index: [B, K] int64,
-distinct in a row, all of them below N, which the CPU kernel doesn't check; None: all patches. prefix: [P, C], pos_embed:
+distinct in a row, which isn't checked, all of them below N; None: all patches. prefix: [P, C], pos_embed:
 [P + N, C], or None. out: of their common dtype, float32 if they have several.)");
   EVAKERNELS_OP(m, token_dropout_backward, "dout"_a, "token_index"_a, "num_prefix"_a, "num_tokens"_a,
                 "dpatches"_a, "dprefix"_a, "dpos_embed"_a, py::kw_only(),

@@ -161,7 +161,9 @@ class Call {
     const bool is_dense = tensor.is_contiguous();
     const Tensor& dense = keep(tensor, is_dense);
     if (!is_dense) updated_.emplace_back(tensor, dense);
-    return array_of(dense, name);
+    Array array = array_of(dense, name);
+    array.data = dense.mutable_data_ptr();  // a lazy clone gets its own memory
+    return array;
   }
 
   Array output(Output result, const char* name, Sizes sizes, ScalarType dtype) {

@@ -46,7 +46,7 @@ template <class T>
 struct ExactGelu {
   static F32 of(F32 x) {
     const F32 z = at_most(magnitude(x), kNoTail);
-    return at_least(x, 0.0f) - z * Normal<T>::tail(z);
+    return x - at_most(x, 0.0f) - z * Normal<T>::tail(z);  // NaN for -inf, as in torch
   }
 
   static F32 derivative(F32 x) {

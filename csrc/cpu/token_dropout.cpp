@@ -9,6 +9,10 @@
 namespace evakernels::cpu {
 namespace {
 
+void require_token(int64_t token, const TokenDropoutShape& shape) {
+  if (token < 0 || token >= shape.tokens) throw std::invalid_argument("token_index is out of range");
+}
+
 // [batch, tokens]: a token's index among the kept tokens of its sample, -1 if it was dropped. Empty without
 // token_index.
 std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape& shape) {
@@ -18,7 +22,7 @@ std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape&
     int32_t* sample_places = place.data() + sample * shape.tokens;
     for (int64_t i = 0; i < shape.kept_tokens; ++i) {
       const int64_t token = token_index[sample * shape.kept_tokens + i];
-      if (token < 0 || token >= shape.tokens) throw std::invalid_argument("token_index is out of range");
+      require_token(token, shape);
       if (sample_places[token] >= 0) throw std::invalid_argument("token_index names a token twice");
       sample_places[token] = static_cast<int32_t>(i);
     }
@@ -31,6 +35,8 @@ std::vector<int32_t> places(const int64_t* token_index, const TokenDropoutShape&
 void token_dropout_forward(const TokenDropoutForward& params, Isa isa, ParallelFor parallel_for) {
   const TokenDropoutKernels& kernels = EVAKERNELS_OF_ISA(isa, token_dropout);
   const TokenDropoutShape& shape = params.shape;
+  const int64_t indices = params.token_index ? shape.batch * shape.kept_tokens : 0;
+  for (int64_t i = 0; i < indices; ++i) require_token(params.token_index[i], shape);
   const FloatVector prefix(params.prefix, params.prefix_dtype, shape.prefix_tokens * shape.channels, 0.0f);
   if (params.patches.channel_stride == 1) {
     const int64_t rows = shape.batch * (shape.prefix_tokens + shape.kept_tokens);

@@ -30,7 +30,7 @@ __device__ __forceinline__ GatedGradient gradient_of_gated(float upstream, float
 struct ExactGelu {
   static __device__ __forceinline__ float of(float x) {
     const float z = magnitude(x);
-    return (x > 0.0f ? x : 0.0f) - z * tail(z);
+    return x - fminf(x, 0.0f) - z * tail(z);  // NaN for -inf, as in torch
   }
 
   static __device__ __forceinline__ float derivative(float x) {

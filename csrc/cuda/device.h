@@ -152,9 +152,6 @@ inline __device__ __noinline__ __attribute__((noreturn)) void refuse(const char*
   __assert_fail(what, "", 0, op);
 }
 
-// The same without a message, for attention: the call would take up to 68 registers.
-__device__ __forceinline__ void refuse_silently(const char*, const char*) { __trap(); }
-
 // Declares that a pointer read from memory is global. Only for loads: nvcc 13 splits stores through it.
 template <class T>
 __device__ __forceinline__ T* assume_global(T* pointer) {

@@ -75,7 +75,7 @@ struct Rotary {
     if (row < 0) return false;
     if (!tables.token_index) return true;
     const int64_t index = tables.token_index[first + static_cast<unsigned>(row)];
-    if (index < -1 || index >= tables.rows) refuse_silently("rope_attention", "token_index is out of range");
+    if (index < -1 || index >= tables.rows) __trap();  // `refuse` takes up to 68 registers
     row = static_cast<int>(index);
     return index >= 0;
   }

@@ -156,9 +156,11 @@ namespace cuda {
 // per sequence. An index in token_index or cu_seqlens that is out of range fails the launch.
 constexpr int kMaxHeadDim = 128;
 constexpr int kMaxTokens = 4096;
+// Between tokens, and in a table: offsets within a head are ints.
+constexpr int64_t kMaxHeadElements = (int64_t{1} << 29) - 1;
 
-// Why the CUDA kernels don't support a call; null if they do. Offsets within a head are ints.
-inline Error unserved(const AttentionShape& shape, const RotaryTables& tables, int64_t max_token_stride) {
+// Why the CUDA kernels don't support a call; null if they do.
+inline Error unserved(const AttentionShape& shape, const RotaryTables& tables) {
   if (shape.dtype == DType::Float32) {
     return "attention of float32 has no CUDA kernels; those for CPUs, Triton's and the reference serve it";
   }
@@ -166,11 +168,9 @@ inline Error unserved(const AttentionShape& shape, const RotaryTables& tables, i
     return "a sequence has more tokens than the CUDA kernels serve, 4096";
   }
   if (shape.head_dim > kMaxHeadDim) return "q has more channels a head than the CUDA kernels serve, 128";
-  constexpr int64_t kMaxElements = (int64_t{1} << 29) - 1;
-  if (max_token_stride > kMaxElements || shape.heads * shape.head_dim > kMaxElements ||
-      (tables.cos && tables.rows * shape.head_dim / 2 > kMaxElements)) {
-    return "tokens of attention are further apart, or its tables larger, than the CUDA kernels serve, 2^29 "
-           "elements";
+  if (shape.heads * shape.head_dim > kMaxHeadElements ||
+      (tables.cos && tables.rows * shape.head_dim / 2 > kMaxHeadElements)) {
+    return "tokens or tables of attention are larger than the CUDA kernels serve, 2^29 elements";
   }
   return nullptr;
 }

@@ -247,8 +247,8 @@ def _check_values(
 def gpu_reasons(heads: list[Tensor], longest: int, cos: Tensor | None) -> list[str]:
     """Why the GPU kernels don't support sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
     q, found, head_dim = heads[0], [], heads[0].shape[-1]
-    if (apart := max(q.shape[-2] * head_dim, *(x.stride(-3) for x in heads))) > _MAX_GPU_ELEMENTS:
-        found.append(f"tokens are {apart} elements apart; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
+    if (size := q.shape[-2] * head_dim) > _MAX_GPU_ELEMENTS:
+        found.append(f"tokens of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
     if cos is not None and (size := table_rows(cos, head_dim) * head_dim // 2) > _MAX_GPU_ELEMENTS:
         found.append(f"a table of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
     if q.dtype == torch.float32:

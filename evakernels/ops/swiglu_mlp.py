@@ -7,15 +7,13 @@ live during one pass; parameters, gradients and checkpoints have the model's wid
 
 import os
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import autocast, backends
-from .._modes import is_checkpointed, needs_dispatcher, needs_grad
+from .._modes import is_checkpointed
 from ..nn.linear import linear, weight_gradient
 from ..reference import swiglu_mlp as reference
 from . import _check
@@ -27,9 +25,6 @@ ALIGNED, MULTIPLE = 8, 64
 
 MIN_ROWS = 1 << 10
 """Rows of x on a GPU from which aligned matmuls are predicted to save more time than copies of the matrices take."""
-
-MIN_FOLDED_ROWS = 1 << 14
-"""Rows of x from which a gated matmul is predicted to save more time than folding the norm into w3 takes."""
 
 
 def swiglu_mlp(
@@ -52,9 +47,6 @@ def swiglu_mlp(
 
     On GPUs the matmuls have a hidden width of a multiple of 16 bytes: other widths are padded with zeros inside the op.
     `EVAKERNELS_PAD_HIDDEN=1` in the environment also pads on CPUs, `EVAKERNELS_PAD_HIDDEN=0` pads nowhere.
-
-    Without gradients quack's gated matmul is used where quack is installed, on GPUs since Hopper, for large inputs in
-    16 bits; the LayerNorm is then folded into `w3`.
 
     Args:
         x: `[..., C]`.
@@ -81,8 +73,6 @@ def swiglu_mlp(
     out: Tensor
     if is_checkpointed():
         out, *_ = _compose(*_check_call(*args))
-    elif _has_gated_matmul(*args[:-1]):
-        out = _infer(*_check_call(*args))
     else:
         out = _forward(*args)
     return out
@@ -201,57 +191,6 @@ def _compose(
         halves = gate, up
     product = swiglu(halves[0], halves[1], _pad(norm_weight, padding), _pad(norm_bias, padding), eps, padding)
     return linear(product, _pad(w3, padding, dtype), _pad(b3, 0, dtype)), gate, up
-
-
-def _has_gated_matmul(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether quack's matmul with a gated epilogue runs the call."""
-    if not (isinstance(x, Tensor) and x.is_cuda) or needs_dispatcher() or needs_grad(x, *parameters):
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if autocast.is_on("cuda") else x.dtype
-    return (
-        dtype in (torch.bfloat16, torch.float16)
-        and x.shape[-1] % ALIGNED == 0
-        and x.numel() >= MIN_FOLDED_ROWS * x.shape[-1]
-        and (backends.overrides is None or backends.overrides.forced is None)
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-        and find_spec("quack") is not None
-    )
-
-
-def _infer(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    b3: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """The output by a gated matmul, with the LayerNorm folded into w3.
-
-    With c the rows of w3 * norm_weight less their means, w3 norm(h) = rstd * (c h) + w3 norm_bias.
-    """
-    backends.observe("swiglu_mlp_forward", "quack")
-    hidden, dtype = w1.shape[0], x.dtype
-    width = _packed_width(x, hidden)
-    w12, b12 = _pack(w1, w2, width, dtype), _pack_biases(b1, b2, width, dtype)
-    gated_matmul = import_module("quack.linear").linear_gated_func
-    with torch.no_grad():
-        product = gated_matmul(x, w12, "swiglu", bias=b12, store_preact=False, concat_layout=True)[1]
-        if norm_weight is None:
-            return linear(product, _pad(w3, width - hidden, dtype), _pad(b3, 0, dtype))
-        scaled = w3.float() * norm_weight
-        scaled = _pad(scaled - scaled.mean(1, keepdim=True), width - hidden, dtype)
-        bias = scaled.new_zeros(w3.shape[0], dtype=torch.float32) if b3 is None else b3.float()
-        if norm_bias is not None:
-            bias = torch.addmv(bias, w3.float(), norm_bias.float())
-        mean = product.sum(-1, keepdim=True, dtype=torch.float32) / hidden
-        norm = torch.linalg.vector_norm(product, dim=-1, keepdim=True, dtype=torch.float32)
-        rstd = (norm.square() / hidden - mean.square()).clamp(min=0).add(eps).rsqrt()
-        return torch.addcmul(bias, linear(product, scaled).float(), rstd).to(dtype)
 
 
 def _run_backward(

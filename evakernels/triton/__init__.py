@@ -49,9 +49,6 @@ def register(op: str, family: str, size_reasons: backends.Reasons) -> None:
         FAMILIES.setdefault(family, []).append(op)
         _FAMILY_OF[op] = family
         _size_reasons[op] = size_reasons
-    if op == "rope_attention_forward":
-        by_torch = lambda *args: launcher(op, "_by_torch")(*args)  # noqa: E731
-        backends.register(op, "torch", by_torch, _reasons_of_torch, "cpu" if INTERPRETED else "cuda")
     function = backends.noting_writes(lambda *args: launcher(op)(*args), backends.overload(op))
     backends.register(op, "triton", function, lambda *args: _reasons(op, args), "cpu" if INTERPRETED else "cuda")
 
@@ -65,9 +62,9 @@ def interpret() -> None:
 
 
 @cache
-def launcher(op: str, suffix: str = "") -> Callable[..., Any]:
+def launcher(op: str) -> Callable[..., Any]:
     """The function that launches the kernels of `op`; it takes the op's arguments."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{_FAMILY_OF[op]}"), op + suffix)
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{_FAMILY_OF[op]}"), op)
     return function
 
 
@@ -100,20 +97,6 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
         found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
     found += backends.dtype_reasons(args)
     return found or _size_reasons[op](tensor, **backends.by_name(op, args))
-
-
-def _reasons_of_torch(*args: Any) -> list[str]:
-    """Why torch's attention behind Triton's rotation doesn't support a call of `rope_attention_forward`."""
-    reasons = _reasons("rope_attention_forward", args)
-    if reasons or not args:
-        return reasons
-    q, k, _, _, _, _, _, causal, *_ = args
-    found = [] if q.dtype.itemsize == 2 else [f"{q.dtype}; torch's attention serves float16 and bfloat16"]
-    if q.shape[2] != k.shape[2] or k.numel() == 0:
-        found.append("torch's attention serves as many heads of keys as of queries")
-    if causal and q.shape[1] != k.shape[1]:
-        found.append("torch's causal mask is aligned at the first token")
-    return found
 
 
 def row_reasons(rows: Tensor, limit: int = MAX_WIDTH) -> list[str]:

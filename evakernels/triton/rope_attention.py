@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from ..reference.rope_attention import is_compact
 from ..tuning import config, entry
@@ -118,7 +117,7 @@ class Attention:
     def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], of_rows: tuple[Tensor, ...]) -> None:
         """Launches the pass `kind` of `attention_kernel`."""
         head_dim, packed = self.q.shape[-1], self.cu_seqlens is not None
-        chosen = config(op, {"head_dim": head_dim, "tokens": self.max_seqlen}, self.q)
+        chosen = config(op, {"head_dim": head_dim}, self.q)
         block, step = chosen["BLOCK_M"], chosen["BLOCK_N"]
         if kind == "dkdv":  # its programs have tiles of keys
             chosen |= {"BLOCK_M": step, "BLOCK_N": block}
@@ -211,23 +210,6 @@ def rope_attention_forward(q, k, v, cos, sin, token_index, num_prefix, causal, i
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     call = Attention(*dense_heads(q, k, v), tokens, causal, scale, None, cos, sin, token_index, num_prefix, interleaved)
     return call.forward("rope_attention_forward", lse), lse
-
-
-def rope_attention_forward_by_torch(q, k, v, cos, sin, token_index, num_prefix, causal, interleaved, scale):
-    """Rotates queries and keys in passes of their own; the rest is torch's attention, by cuDNN if it can."""
-    call = Attention(
-        *dense_heads(q, k, v), q.shape[1], causal, scale, None, cos, sin, token_index, num_prefix, interleaved
-    )
-    op, aten = "rope_attention_forward", torch.ops.aten
-    q, k = replace(call, k=call.q)._with_rotated_keys(op).k, call._with_rotated_keys(op).k
-    q, k, v = (x.transpose(1, 2) for x in (q, k, call.v))
-    if not q.is_cuda:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    elif can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    else:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return out.transpose(1, 2).contiguous(), lse.reshape(out.shape[:3]).float()
 
 
 def rope_attention_backward(dout, q, k, v, out, lse, cos, sin, token_index, num_prefix, causal, interleaved, scale):

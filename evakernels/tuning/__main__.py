@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import torch
 
 from .. import names, tuning
-from .predicted import MICROSECONDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,16 +38,13 @@ def run(ops: Sequence[str]) -> None:
     from . import search
 
     gpu, capability = tuning.gpu_of(torch.empty(0, device="cuda"))
-    found = {}
     for op in ops:
-        found[op] = search.tuned(op, tuning.table(gpu, capability)[op], search.median_time)
-        search.write(gpu, found, capability)
-        tuning.clear_caches()  # the backends are timed with these configurations
-        rows = next((known[op] for known in MICROSECONDS.values() if op in known), found[op])
-        found[op + tuning.TIMES] = search.timed(op, rows, search.median_time)
-        for entry in found[op] + found[op + tuning.TIMES]:
-            print(op, entry["shape"], entry["config"], flush=True)
-        path = search.write(gpu, found, capability)
+        entries = search.tuned(op, tuning.table(gpu, capability)[op], search.median_time)
+        search.write(gpu, {op: entries}, capability)
+        times = search.timed(op, entries, search.median_time)  # with the configurations just written
+        path = search.write(gpu, {tuning.ORDER + op: search.order(times)}, capability)
+        for entry, microseconds in zip(entries, times, strict=True):
+            print(op, entry["shape"], entry["config"], microseconds, flush=True)
     print(f"wrote {path}")
 
 

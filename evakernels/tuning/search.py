@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from triton.testing import do_bench
 
 from .. import backends
 from ..triton import launcher as launcher_of
-from . import FOLDER, file_name, forced, table
+from . import clear_caches, file_of, forced, table
 from .calls import Draw, calls
 
 Config = dict[str, int]
@@ -28,7 +28,7 @@ GAIN = 0.99
 
 MOST = {"num_warps": 16, "num_stages": 5}
 
-GPU_BACKENDS = ("cuda", "triton", "torch")
+GPU_BACKENDS = ("cuda", "triton")
 
 DTYPE_OF = {2: torch.bfloat16, 4: torch.float32}
 
@@ -81,23 +81,26 @@ def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], 
     return result
 
 
-def timed(op: str, rows: list[dict[str, Any]], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
-    """The rows of an op's times with the times of its GPU backends on this GPU."""
+def timed(op: str, entries: list[Any], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, float]]:
+    """Microseconds of the GPU backends at the sizes of each entry."""
     result = []
-    for row in rows:
-        shape = dict(row["shape"])
-        elements = math.prod(shape.values()) if "heads" in shape else Draw.elements
-        shape.pop("heads", None)
-        dtype = DTYPE_OF[shape.get("itemsize", 2)]
-        arguments = next(calls(op, shape, Draw("cuda", dtype, elements)))
-        usable = [backend for backend in GPU_BACKENDS if not backends.why_not(op, backend, *arguments)]
+    for entry in entries:
+        dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
+        arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))
         times = {}
-        for backend in usable:
-            with backends.use_backend(backend):
-                function = backends.select(op, arguments).function
-            times[backend] = 1000 * timer(partial(function, *arguments))
-        result.append({"shape": row["shape"], "config": times})
+        for backend in GPU_BACKENDS:
+            if not backends.why_not(op, backend, *arguments):
+                with backends.use_backend(backend):
+                    function = backends.select(op, arguments).function
+                times[backend] = 1000 * timer(partial(function, *arguments))
+        result.append(times)
     return result
+
+
+def order(times: Sequence[Mapping[str, float]]) -> list[str]:
+    """The backends by the geometric mean of their times, over the sizes that all of them support."""
+    compared = [found for found in times if len(found) == max(map(len, times))]
+    return sorted(compared[0], key=lambda backend: math.prod(found[backend] for found in compared))
 
 
 def median_time(call: Callable[[], Any]) -> float:
@@ -122,13 +125,15 @@ def kernels_of(launcher: Callable[..., Any], arguments: tuple[Any, ...], *, comp
     return kernels
 
 
-def write(gpu: str, tuned_ops: Mapping[str, list[dict[str, Any]]], capability: int, folder: Path = FOLDER) -> Path:
-    """Replaces the file of a GPU atomically: tuned ops and the unchanged others."""
-    path = folder / f"{file_name(gpu)}.json"
+def write(gpu: str, measured: Mapping[str, list[Any]], capability: int) -> Path:
+    """Replaces the file of a GPU atomically: measured lists of entries or backends, and the unchanged others."""
+    path = file_of(gpu)
     lines = []
-    for op, entries in (table(gpu, capability) | dict(tuned_ops)).items():
-        lines.append(f'  "{op}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]")
+    for key, entries in (table(gpu, capability) | dict(measured)).items():
+        lines.append(f'  "{key}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]")
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     draft.replace(path)
+    clear_caches()
     return path

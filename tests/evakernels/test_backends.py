@@ -1,6 +1,8 @@
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -61,7 +63,61 @@ def test_overrides_end_with_their_block(calls):
     with evakernels.use_backend("reference"), evakernels.use_backend("cpu"):
         evakernels.layer_norm(x)
     assert calls == ["reference", "cpu", "cpu"]
-    assert backends.overrides is None
+    assert backends.overrides() is None
+
+
+def test_overrides_do_not_leak_across_threads(calls):
+    """A enters, B enters, A leaves, B leaves; each thread sees its own choice alone."""
+    x, others = torch.ones(2, 4), []
+    first, second = (
+        evakernels.use_backend("reference"),
+        backends.observed_by(lambda op, backend: others.append(backend)),
+    )
+    with ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
+
+        def step(thread, function, *args):
+            thread.submit(function, *args).result()
+
+        step(a, first.__enter__)
+        step(b, second.__enter__)
+        for thread in (a, b):
+            step(thread, evakernels.layer_norm, x)
+        evakernels.layer_norm(x)
+        step(a, first.__exit__, None, None, None)
+        step(b, second.__exit__, None, None, None)
+        for thread in (a, b):
+            step(thread, evakernels.layer_norm, x)
+    evakernels.layer_norm(x)
+    assert calls == ["reference", *["cpu"] * 5]
+    assert others == ["cpu"]
+    assert backends.overrides() is None
+
+
+def test_overrides_hold_in_threads_of_backward():
+    """Deeply nested backward passes run on other threads, as all do on a GPU."""
+    seen = {}
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, depth):
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen[threading.get_ident()] = backends.overrides()
+            if ctx.depth:
+                with torch.enable_grad():
+                    Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).backward()
+            return gradient, None
+
+    with evakernels.use_backend("reference"):
+        Nested.apply(torch.ones(1, requires_grad=True), 100).backward()
+    assert len(seen) > 1
+    assert {found.forced for found in seen.values()} == {"reference"}
+    seen.clear()
+    Nested.apply(torch.ones(1, requires_grad=True), 100).backward()
+    assert set(seen.values()) == {None}
 
 
 def test_forced_reference_holds_in_compiled_code(calls):
@@ -222,6 +278,7 @@ def forced(name):
     [
         (evakernels.explain, "Rope-Attention", "'rope_attention'"),
         (evakernels.explain, "softmax", "adamw_update"),
+        *((evakernels.explain, part, "layer_norm") for part in ("rope", "add", "token", "packed", "lamb")),
         (forced, "Cpu", "'cpu'"),
         (lambda name: backends.register(OP, name, lambda: None), "quantum", "cuda"),
     ],

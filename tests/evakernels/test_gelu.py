@@ -126,12 +126,13 @@ def test_large_values_stay_finite(approximate, dtype):
 
 @EVERY
 def test_what_is_not_finite_is_not_lost(approximate):
-    x = torch.tensor([torch.nan, torch.inf, 1.0, -1e38, 1e38, -0.0])
+    x = torch.tensor([torch.nan, torch.inf, 1.0, -1e38, 1e38, -0.0, -torch.inf])
     (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))
     assert out[0].isnan()
+    assert out[6].isnan()
     assert not out[1].isfinite()
     assert dx[0].isnan()
-    assert out[2:].isfinite().all()
+    assert out[2:6].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

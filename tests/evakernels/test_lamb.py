@@ -66,6 +66,16 @@ def test_state_dict_keeps_its_variant():
         assert torch.equal(got, expected)
 
 
+def test_lazy_clone_leaves_the_original():
+    """Copy-on-write memory is copied before it is written."""
+    originals = torch.ones(5), torch.ones(5), torch.ones(5), torch.ones(())
+    params, *state = ([torch._lazy_clone(original)] for original in originals)
+    evakernels.lamb_step(params, [torch.full((5,), 3.0)], *state, [0.1], [0.01], betas=BETAS, eps=EPS)
+    for (changed,), original in zip((params, *state), originals, strict=True):
+        assert not (changed == 1).any()
+        assert (original == 1).all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_zero_norm_gives_the_ratio_one(variant):
     zero, one = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)

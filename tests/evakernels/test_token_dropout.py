@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import op_checks
 import pytest
@@ -171,9 +172,16 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
 @pytest.mark.skipif(not _native.implemented("token_dropout_backward", "cpu"), reason="no compiled kernel")
 @pytest.mark.parametrize("wrong", [KEPT + 1, KEPT - 1, torch.tensor([[0, 1, 2], [3, 3, 4]])])
-def test_backward_kernel_refuses_a_wrong_index(wrong):
-    with pytest.raises((ValueError, RuntimeError), match="token_index"):
-        torch.ops.evakernels_native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, [True, True, True])
+def test_kernels_refuse_a_wrong_index(wrong):
+    """Forward may read a token twice, but none outside of the patches."""
+    native = torch.ops.evakernels_native
+    calls = [lambda: native.token_dropout_backward(PATCHES[:, :3], wrong, 0, 6, [True, True, True])]
+    if wrong.min() < 0 or wrong.max() >= TOKENS:
+        layouts = PATCHES, PATCHES.mT.contiguous().mT
+        calls += [partial(native.token_dropout_forward, patches, wrong, None, None) for patches in layouts]
+    for call in calls:
+        with pytest.raises((ValueError, RuntimeError), match="token_index"):
+            call()
 
 
 def test_every_set_of_tokens_is_equally_likely():

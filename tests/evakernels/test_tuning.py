@@ -1,21 +1,20 @@
 """Launch configurations: the look-up, what is shipped, and the search for better ones."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import evakernels
 from evakernels import backends, tuning
 from evakernels.triton import FAMILIES
 from evakernels.tuning.__main__ import main
-from evakernels.tuning.predicted import row
 
 pytest.importorskip("triton")
 search = pytest.importorskip("evakernels.tuning.search")
 
-OP = "rope_attention_forward"
 ENTRIES = [
     tuning.entry(width=512, ROWS=4),
     tuning.entry(width=4096, ROWS=2),
@@ -28,17 +27,12 @@ def folder(tmp_path, monkeypatch):
     """Tables of its own: for 8.0, 9.0 and one GPU by name."""
     (tmp_path / "nvidia_a10g.json").write_text(json.dumps({"op": [tuning.entry(ROWS=10)]}))
     kernels = {80: {"op": [tuning.entry(ROWS=8)]}, 90: {"op": [tuning.entry(ROWS=9)]}}
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setenv("EVAKERNELS_TUNING", str(tmp_path))
     monkeypatch.setattr(tuning, "shipped", lambda: kernels)
-    clear()
+    tuning.clear_caches()
     yield tmp_path
-    clear()
-
-
-def clear(table=tuning.table) -> None:
-    table.cache_clear()
-    tuning._nearest.cache_clear()
-    tuning._times.cache_clear()
+    monkeypatch.undo()
+    tuning.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -80,70 +74,45 @@ def test_every_op_has_entries_and_each_is_found(capability):
             assert found == entry["config"], (op, entry)
 
 
-def explained(tokens):
-    with FakeTensorMode():
-        q = torch.empty(256, tokens, 16, 64, dtype=torch.bfloat16, device="cuda")
-    return evakernels.explain("rope_attention_forward", q, q, q, None, None, None, 0, False, True, 1.0).splitlines()
+def test_other_thread_is_not_forced():
+    width, tensor = {"width": 512}, torch.empty(0)
+    shipped = tuning.config("swiglu_forward", width, tensor)
+    with tuning.forced("swiglu_forward", {"ROWS": 64}), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(tuning.config, "swiglu_forward", width, tensor).result() == shipped
 
 
-def test_times_decide_the_backend_and_are_explained(folder, monkeypatch):
-    known = {"rope_attention_forward": [row(64, 257, 4096, cuda=2, triton=1), row(64, 1025, 4096, cuda=1, triton=2)]}
-    monkeypatch.setattr(tuning, "MICROSECONDS", {80: known})
-    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("NVIDIA H100", 90))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def preference(monkeypatch, op, capability, name=""):
+    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: (name, capability))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    clear()
-    first, second, *_, why = explained(197)
-    assert (first.split(":")[0], second.split(":")[0]) == tuple(f"{OP} on {backend}" for backend in ("triton", "cuda"))
-    assert why == f"order of {OP}: triton 1 us, cuda 2 us, predicted for head_dim 64, tokens 257, heads 4096"
-    assert explained(700)[0].startswith(f"{OP} on cuda")
-    search.write("NVIDIA H100", {OP + tuning.TIMES: [row(64, 577, 4096, cuda=3, triton=2.5, torch=2)]}, 90, folder)
-    tuning.clear_caches()
-    first, *_, why = explained(700)
-    assert first.startswith(f"{OP} on torch: ")
-    assert why.endswith("torch 2 us, triton 2.5 us, cuda 3 us, measured for head_dim 64, tokens 577, heads 4096")
-
-
-@pytest.mark.parametrize(("longest", "tokens"), [(60, 77), (900, 1025)])
-def test_packed_attention_has_predicted_times(monkeypatch, longest, tokens):
-    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("", 90))
-    q = torch.empty(longest * 8, 16, 64, dtype=torch.bfloat16, device="meta")
-    for op in ("packed_attention_forward", "packed_attention_backward"):
-        times = tuning.times(op, {"max_seqlen": longest}, q)
-        assert times is not None
-        assert (times.shape["tokens"], times.is_measured) == (tokens, False)
-
-
-@pytest.mark.parametrize("op", ["contrastive_forward", "contrastive_backward", "siglip_forward"])
-def test_measured_loss_times_follow_depth(folder, monkeypatch, op):
-    """`tuning run` writes times of the losses by width and itemsize of the features."""
-    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("NVIDIA H100", 90))
-    sizes = (512, 2), (1024, 2), (768, 4)
-    rows = [{"shape": {"depth": depth, "itemsize": size}, "config": {"triton": depth}} for depth, size in sizes]
-    search.write("NVIDIA H100", {op + tuning.TIMES: rows}, 90, folder)
-    tuning.clear_caches()
-    image, of_rows = torch.empty(9, 768, dtype=torch.bfloat16), torch.empty(9)
-    first = of_rows if "backward" in op else image
-    assert tuning.times(op, {"image": image}, first).shape["depth"] == 1024
-    assert tuning.times(op, {}, image).is_measured
+    with FakeTensorMode():
+        return backends.preference(op, (torch.empty(9, 64, dtype=torch.bfloat16, device="cuda"),))
 
 
 @pytest.mark.parametrize(
     ("capability", "first"),
     [(80, "cuda"), (86, "cuda"), (89, "cuda"), (90, "triton"), (100, "triton"), (120, "cuda")],
 )
-def test_predicted_times_order_loss_backends(monkeypatch, capability, first):
-    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("", capability))
-    image = torch.empty(9, 768, dtype=torch.bfloat16)
+def test_backend_order_on_gpus(monkeypatch, capability, first):
     for op in ("contrastive_forward", "contrastive_backward", "siglip_forward", "siglip_value"):
-        times = tuning.times(op, {"image": image}, image)
-        assert backends.preference(times)[0] == first
+        assert sorted(preference(monkeypatch, op, capability)) == sorted(backends.PREFERENCE)
+        assert preference(monkeypatch, op, capability)[0] == first
+    for op in ("rope_attention_forward", "layer_norm_backward"):
+        assert preference(monkeypatch, op, capability) == backends.PREFERENCE
 
 
-def test_predicted_times_are_of_known_ops_and_backends():
-    for known in tuning.MICROSECONDS.values():
-        assert known.keys() <= backends.ops().keys()
-        assert all(set(entry["config"]) == {"cuda", "triton"} for entries in known.values() for entry in entries)
+def test_measured_order_is_first(folder, monkeypatch):
+    search.write("NVIDIA H100", {tuning.ORDER + "rope_attention_forward": ["triton", "cuda"]}, 90)
+    search.write("NVIDIA H100", {tuning.ORDER + "siglip_forward": ["cuda", "triton"]}, 90)
+    first = {
+        op: preference(monkeypatch, op, 90, "NVIDIA H100")[0] for op in ("rope_attention_forward", "siglip_forward")
+    }
+    assert first == {"rope_attention_forward": "triton", "siglip_forward": "cuda"}
+
+
+def test_order_is_by_mean_over_common_sizes():
+    times = [{"cuda": 1.0, "triton": 2.0}, {"cuda": 5.0, "triton": 2.0}, {"triton": 1.0}]
+    assert search.order(times) == ["triton", "cuda"]
+    assert search.order(times[2:]) == ["triton"]
 
 
 # --- the command and the search -------------------------------------------------------------------------------------
@@ -182,8 +151,15 @@ def test_search_ignores_gains_within_noise():
 
 def test_measured_file_is_found_by_gpu_name(folder):
     entries = [{"shape": {"width": 512}, "config": {"ROWS": 32}}]
-    path = search.write("NVIDIA H100 80GB HBM3", {"other": entries}, 90, folder)
-    assert path.name == "nvidia_h100_80gb_hbm3.json"
-    clear()
+    path = search.write("NVIDIA H100 80GB HBM3", {"other": entries}, 90)
+    assert path == folder / "nvidia_h100_80gb_hbm3.json"
     assert tuning.table("NVIDIA H100 80GB HBM3", 90) == tuning.shipped()[90] | {"other": entries}
     assert len(list(folder.iterdir())) == 2
+
+
+def test_measured_files_are_in_the_users_cache(monkeypatch):
+    monkeypatch.delenv("EVAKERNELS_TUNING", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert tuning.folder() == Path("/cache/evakernels/tuning")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuning.folder() == Path.home() / ".cache/evakernels/tuning"
