@@ -157,7 +157,7 @@ def padded_masks(x: Tensor) -> list[Tensor]:
     """Masks of padding, bool and additive, and a causal one."""
     real = real_tokens(x)
     keys = real[:, None, None].expand(-1, 1, x.shape[1], -1)
-    return [keys, torch.zeros(keys.shape).masked_fill(~keys, float("-inf")), keys & keys.new_ones(keys.shape).tril()]
+    return [keys, x.new_zeros(keys.shape).masked_fill(~keys, float("-inf")), keys & keys.new_ones(keys.shape).tril()]
 
 
 def without_padding(result: Any) -> Any:

@@ -17,7 +17,7 @@ from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, may_drop
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 from .timm import LayerNorm, block_gate, masked_calls
 from .torch_modules import LayerScale, is_causal_mask, require_1d
@@ -251,24 +251,25 @@ def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
 
 
 def _block_calls(module: Any, x: Tensor) -> list[Call]:
-    mask = torch.randn(x.shape[1], x.shape[1])
+    mask = draw(x.shape[1], x.shape[1])
     return [((x,), {}), ((x,), {"attn_mask": mask}), ((x[:, :3],), {"k_x": x, "v_x": x.flip(1)})]
 
 
 def _image_calls(module: Any, x: Tensor) -> list[Call]:
-    return [((torch.randn(2, module.conv1.weight.shape[1], *module.image_size, requires_grad=True),), {})]
+    return [((draw(2, module.conv1.weight.shape[1], *module.image_size).requires_grad_(),), {})]
 
 
 def _text_calls(module: Any, x: Tensor) -> list[Call]:
-    text = torch.randint(1, module.token_embedding.weight.shape[0] - 1, (2, module.positional_embedding.shape[0]))
-    text[0, 5], text[0, 6:] = module.token_embedding.weight.shape[0] - 1, 0
+    last, length = module.token_embedding.weight.shape[0] - 1, module.positional_embedding.shape[0]
+    text = 1 + torch.arange(2 * length).view(2, length) * 7 % (last - 1)
+    text[0, 5], text[0, 6:] = last, 0
     return [((text,), {}), ((text,), {"normalize": True})]
 
 
 def _loss_calls(module: Any, x: Tensor) -> list[Call]:
     image, text = F.normalize(x, dim=-1).flatten(0, 1).chunk(2)
-    options = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0, requires_grad=True)}
-    biased = {**options, "logit_bias": torch.tensor(-2.0, requires_grad=True)}
+    options = {"image_features": image, "text_features": text, "logit_scale": x.new_tensor(10.0).requires_grad_()}
+    biased = {**options, "logit_bias": x.new_tensor(-2.0).requires_grad_()}
     calls: list[Call] = [((), {**o, **form}) for o in (options, biased) for form in ({}, {"output_dict": True})]
     return calls[2:] if hasattr(module, "_loss") else calls
 
@@ -280,7 +281,7 @@ _ONE_RANK = (("rank", 0), ("world_size", 1))
 def _tower(
     forward: type[AcceleratedModule], name: str, token: str, pooling: _pooling.Pooling, **more: Any
 ) -> Replacement:
-    return Replacement(forward, name, "torch", f"last block, {token}", tower=pooling, **more)
+    return Replacement(forward, name, "torch", f"last block, {token}", tower=pooling, constants=("attn_mask",), **more)
 
 
 REPLACEMENTS = (

@@ -15,7 +15,7 @@ from . import _pooling
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, gated_mlp, may_drop, norm_add, role
 from ._packing import Layers, padded_masks, read_mask, without_padding
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, require_1d, require_silu
 from .torch_modules import LayerNorm as _LayerNorm
@@ -343,7 +343,7 @@ class PatchDropoutWithIndices(PatchDropout):
 
 def masked_calls(module: Any, x: Tensor, **options: Any) -> list[Call]:
     """With a mask and a causal one, for modules that take these."""
-    mask = torch.randn_like(x @ x.mT)[0]
+    mask = draw(x.shape[1], x.shape[1])
     return [((x,), {**options, **further}) for further in ({}, {"attn_mask": mask}, {"is_causal": True})]
 
 
@@ -352,7 +352,7 @@ def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     attention = getattr(module, "attn", module)
     width = int(attention.proj.in_features)
     patches, pairs = x.shape[1] - attention.num_prefix_tokens, width // attention.num_heads // 2
-    angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
+    angles, half = draw(patches, pairs), getattr(attention, "rotate_half", False)
     twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
     return [*masked_calls(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
 
@@ -360,16 +360,16 @@ def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
 def _biased_calls(module: Any, x: Tensor) -> list[Call]:
     bias = module.attn.rel_pos
     if bias is not None:
-        x = x.new_empty(2, bias.get_bias().shape[-1], x.shape[-1]).normal_().requires_grad_()
-    return [((x,), {}), ((x,), {"shared_rel_pos": torch.randn_like(x @ x.mT)[:1, None]})]
+        x = draw(2, bias.get_bias().shape[-1], x.shape[-1]).requires_grad_()
+    return [((x,), {}), ((x,), {"shared_rel_pos": draw(1, 1, x.shape[1], x.shape[1])})]
 
 
 def _tower_calls(module: Any, x: Tensor) -> list[Call]:
     flat, prefix = getattr(module.patch_embed, "flatten", True), module.num_prefix_tokens
     shape = (2, module.patch_embed.num_patches or 9) if flat else (2, 3, 3)  # of images of any size
-    patches = torch.randn(*shape, module.embed_dim, requires_grad=True)
+    patches = draw(*shape, module.embed_dim).requires_grad_()
     count = prefix + patches[0, ..., 0].numel()
-    options: tuple[dict[str, Any], ...] = ({}, {"attn_mask": torch.randn(count, count)}, {"is_causal": True})
+    options: tuple[dict[str, Any], ...] = ({}, {"attn_mask": draw(count, count)}, {"is_causal": True})
     return [((patches,), given) for given in options]
 
 
@@ -394,7 +394,7 @@ _DROP = f"{_LAYERS}.patch_dropout"
 
 
 def _tower(name: str) -> Replacement:
-    options: dict[str, Any] = {"stem": "patch_embed", "sizes": _shrink_sizes, "calls": _tower_calls}
+    options: dict[str, Any] = {"stem": "patch_embed", "sizes": _shrink_sizes, "calls": _tower_calls, "constants": ("rope",)}
     return Replacement(Tower, name, "torch", "last block, class token", tower=_POOLING, **options)
 
 

@@ -1,6 +1,6 @@
 """Replacements for torch's own modules."""
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..nn import FrozenWeight, linear
 from ..ops import gelu, layer_norm, rms_norm, rope_attention
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, draw_rows, read_norm, role
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 
 
@@ -154,7 +154,7 @@ def is_causal_mask(mask: Tensor) -> bool:
     return torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
 
 
-@cache
+@lru_cache(8)
 def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
 
@@ -168,8 +168,8 @@ def _require_packed(module: Any) -> str | None:
 
 
 def _attention_calls(module: Any, x: Tensor) -> list[Call]:
-    causal, any_mask = _causal_mask(x.shape[1], x.dtype), torch.randn(x.shape[1], x.shape[1])
-    of_heads = torch.randn(x.shape[0] * module.num_heads, 1, x.shape[1])
+    causal, any_mask = _causal_mask(x.shape[1], x.dtype), draw(x.shape[1], x.shape[1])
+    of_heads = draw(x.shape[0] * module.num_heads, 1, x.shape[1])
     padding = torch.arange(x.shape[1]).expand(x.shape[0], -1) > 8
     plain: dict[str, Any] = {"need_weights": False}
     itself, one, other = (x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)

@@ -19,7 +19,7 @@ from ..packing import Packing
 from ._dispatch import attention_op, dispatches_to, is_plain
 from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
 from ._packing import Layers, padded_masks, read_mask, without_padding
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
 
@@ -374,7 +374,7 @@ def _names_of(forward: Callable[..., Any]) -> list[str]:
 
 
 def _masked_calls(module: Any, x: Tensor) -> list[Call]:
-    mask = torch.randn_like(x @ x.mT)[:, None]
+    mask = draw(x.shape[0], 1, x.shape[1], x.shape[1])
     if "causal_attention_mask" in inspect.signature(type(module).forward).parameters:  # CLIP before transformers 5
         return [((x, first), {"causal_attention_mask": second}) for first in (None, mask) for second in (None, mask)]
     return [((x, None), {}), ((x, mask), {})]
@@ -382,7 +382,7 @@ def _masked_calls(module: Any, x: Tensor) -> list[Call]:
 
 def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     attention = getattr(module, "attention", module)
-    angles = x.new_empty(x.shape[1] - 3, attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2)
+    angles = draw(x.shape[1] - 3, attention.head_dim // 2).repeat(1, 2)
     return [(args, {"position_embeddings": (angles.cos(), angles.sin())}) for args, _ in _masked_calls(module, x)]
 
 
@@ -397,13 +397,13 @@ def _pixtral_calls(module: Any, x: Tensor) -> list[Call]:
     """One sample of three images, without mask for an attention alone."""
     tokens = x.flatten(0, 1).unsqueeze(0)
     images = torch.tensor([0] * 12 + [1] * 3 + [2] * 9)
-    mask = torch.zeros(24, 24).masked_fill(images != images.unsqueeze(1), torch.finfo(x.dtype).min)
+    mask = x.new_zeros(24, 24).masked_fill(images != images.unsqueeze(1), torch.finfo(x.dtype).min)
     attention = module.layers[0].attention if hasattr(module, "layers") else module
     return [((tokens, mask[None, None]), {"position_embeddings": _tables(attention, tokens[0])})]
 
 
 def _tables(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    angles = tokens.new_empty(tokens.shape[0], attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2).detach()
+    angles = draw(tokens.shape[0], attention.head_dim // 2).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
