@@ -18,13 +18,16 @@ from ._dispatch import dispatches_to
 from ._swap import original_class
 
 ROLES: dict[type, str] = {}
-"""Role by class, for classes that `accelerate` has compared and found equal. Subclasses don't count."""
+"""Role by class. Subclasses don't count."""
+
+CHANGED = "_evakernels_changed"
+"""Name of an attribute that `accelerate` sets on modules that behave differently from the role of their class."""
 
 
 def role(module: Any) -> str | None:
-    """The module's role, or None for a class without one, a module with hooks or with its own forward."""
+    """The module's role, or None for a class without one, a module with hooks, its own forward or other behaviour."""
     found = role_of(type(module))
-    return None if found is None or is_observed(module) else found
+    return None if found is None or CHANGED in module.__dict__ or is_observed(module) else found
 
 
 def role_of(cls: type) -> str | None:

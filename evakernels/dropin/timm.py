@@ -139,6 +139,20 @@ class Attention(_Attention):
         return self._select(super().forward(x, **_drop_defaults(attn_mask, is_causal)))
 
 
+def find_other_layouts(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """The attentions of another layout than their tower's rotary table, with the reason against a replacement."""
+    found = {}
+    for tower in model.modules():
+        rope = tower._modules.get("rope")
+        if rope is None:
+            continue
+        half = getattr(rope, "rotate_half", "MRope" in type(rope).__name__)
+        for part in tower.modules():
+            if part is not rope and getattr(part, "rotate_half", half) != half:
+                found[part] = f"its rotate_half is {not half}, unlike its rotary table"
+    return found
+
+
 class RotaryAttention(_Attention):
     """Attention with rotary embedding; tables may differ by head and by sample."""
 

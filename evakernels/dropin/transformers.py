@@ -20,7 +20,7 @@ from ._dispatch import attention_op, dispatches_to, is_plain
 from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
 from ._packing import Layers, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement, draw
-from ._swap import AcceleratedModule
+from ._swap import LIVE, AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
 
 
@@ -77,12 +77,22 @@ _unsupported: frozenset[str] = frozenset()
 def prepare() -> None:
     """Registers `_attend` as "sdpa", unless another function than transformers' own is registered."""
     global _sdpa, _unsupported
-    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    current = None if interface is None else interface().get("sdpa")
+    current = _registered()
     if current is not None and current.__module__.startswith("transformers."):
         _unsupported = frozenset(inspect.signature(current).parameters) - _ARGUMENTS | {"output_attentions", "softcap"}
         _sdpa = current
-        interface.register("sdpa", _attend)
+        sys.modules["transformers.modeling_utils"].AttentionInterface.register("sdpa", _attend)
+
+
+def release() -> None:
+    """Registers transformers' own function as "sdpa" again, if no replaced module is left that calls `_attend`."""
+    if _registered() is _attend and not any(isinstance(module, HookedAttention) for module in LIVE):
+        sys.modules["transformers.modeling_utils"].AttentionInterface.register("sdpa", _sdpa)
+
+
+def _registered() -> Any:
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    return None if interface is None else interface().get("sdpa")
 
 
 def calls_interface(cls: Any) -> bool:
@@ -137,7 +147,9 @@ def _can_fuse(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _require_sdpa(module: Any) -> str | None:
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return None if chosen == "sdpa" else f"its attn_implementation is {chosen}, not sdpa"
+    if chosen != "sdpa":
+        return f"its attn_implementation is {chosen}, not sdpa"
+    return None if _registered() in (_attend, None) else "another function is registered as sdpa"
 
 
 class DINOv3Attention(HookedAttention):
