@@ -77,7 +77,6 @@ class Overrides(NamedTuple):
 
     forced: str | None = None
     observer: Callable[[str, str], None] | None = None
-    refusals: Callable[[str], None] | None = None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -224,12 +223,9 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def observed_by(observer: Callable[[str, str], None], refusals: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process.
-
-    Also calls `refusals(reason)` where an accelerated module runs its own code.
-    """
-    with _overridden(observer=observer, refusals=refusals):
+def observed_by(observer: Callable[[str, str], None]) -> Iterator[None]:
+    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in the whole process."""
+    with _overridden(observer=observer):
         yield
 
 
@@ -248,13 +244,6 @@ def observe(op: str, backend: str) -> None:
     """Reports a call to the observer, if there is one."""
     if overrides is not None and overrides.observer is not None:
         overrides.observer(op, backend)
-
-
-def refuse(reason: str) -> bool:
-    """Reports to `observed_by` why an accelerated module runs its own code. Returns False, as the failed condition."""
-    if not torch.compiler.is_compiling() and overrides is not None and overrides.refusals is not None:
-        overrides.refusals(reason)
-    return False
 
 
 def ops_of(function: Any) -> tuple[str, ...]:

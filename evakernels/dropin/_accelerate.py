@@ -61,7 +61,7 @@ def accelerate(
 
     Returns:
         The replaced modules with op and backend, and the other modules with the reason. `str` of it is a line such as
-        "12 of 12 blocks, 109 of 110 modules" and a table. Its `watch` reports which ops ran.
+        "12 of 12 blocks, 109 of 110 modules" and a table.
 
     Raises:
         TypeError: `model` isn't an `nn.Module`, or a pattern isn't a str.

@@ -6,8 +6,8 @@ Modules of equal classes, attributes and shapes share a verdict within one call 
 import inspect
 import math
 import threading
-from contextlib import contextmanager, nullcontext, suppress
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any

@@ -10,8 +10,6 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from ..backends import refuse
-
 _PROCESS = uuid.uuid4().hex
 """Verdicts hold for one process and its forks; in another process a pickle has its original classes."""
 
@@ -138,7 +136,6 @@ def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
         strange = [name for name in given if name in untried or not (name in known or takes_any)]
         other = [n for n in strange if given[n] is not defaults.get(n, inspect.Parameter.empty)]
         if len(args) > len(names) or other:
-            refuse(", ".join(other) or "positional arguments")
             return own(self, *args, **options)
         return new(self, **{name: value for name, value in given.items() if name not in strange})
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .._modes import is_observed
 from ..autocast import is_on, matmul_inputs
-from ..backends import refuse
 from ..nn import linear
 from ..ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
 from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
@@ -66,7 +65,7 @@ class Attention(AcceleratedModule):
     """open_clip's own, without a mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Any:
-        plain = (attn_mask is None or refuse("mask")) and (not may_drop(self.attn_drop) or refuse("dropout"))
+        plain = attn_mask is None and not may_drop(self.attn_drop)
         if not (plain and dispatches_to(attention_op(), x, after_linear=True, forced=self.is_forced)):
             return super().forward(x, attn_mask=attn_mask)
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
@@ -165,7 +164,7 @@ class PatchDropout(AcceleratedModule):
     """Patch dropout with the same random numbers; one gather returns class token and kept patches."""
 
     def forward(self, x: Tensor) -> Any:
-        drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
+        drops_patches = self.training and self.prob > 0
         if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)):
             return super().forward(x)
         prefix = 1 if self.exclude_first_token else 0
@@ -239,7 +238,7 @@ class SigLipLoss(AcceleratedModule):
 def _can_fuse(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
     ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
     is_faster = ones and dispatches_to(op, image, after_linear=True, forced=forced)
-    return is_faster and ((image.dtype == text.dtype and image.shape == text.shape) or refuse("shape or dtype"))
+    return is_faster and image.dtype == text.dtype and image.shape == text.shape
 
 
 def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import refuse
 from ..nn import linear
 from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
@@ -80,10 +79,10 @@ class _Attention(AcceleratedModule):
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         op = attention_op() if rope is None else "rope_attention"
         return (
-            (attn_mask is None or refuse("mask"))
-            and (self.selection is None or is_causal is False or refuse("causal"))
-            and (self.fused_attn or refuse("fused_attn is off"))
-            and (not may_drop(self.attn_drop) or refuse("dropout"))
+            attn_mask is None
+            and (self.selection is None or is_causal is False)
+            and self.fused_attn
+            and not may_drop(self.attn_drop)
             and dispatches_to(op, x, after_linear=True, forced=self.is_forced)
         )
 
@@ -165,7 +164,6 @@ class RotaryAttention(_Attention):
             rotation = {} if rope is None else self._read_table(x.shape[0], x.shape[1], rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
-            refuse("rotary table")
         return self._select(super().forward(x, rope=rope, **_drop_defaults(attn_mask, is_causal)))
 
     def _read_table(self, batch: int, tokens: int, rope: Tensor) -> dict[str, Any] | None:
@@ -300,7 +298,7 @@ class PackedTower(AcceleratedModule):
     ) -> Any:
         own: Any = super()
         given = patches, patch_coord, patch_valid, attn_mask
-        is_padded = (patch_valid is not None or refuse("no mask")) and (attn_mask is None or refuse("mask"))
+        is_padded = patch_valid is not None and attn_mask is None
         if not is_padded or not _BLOCKS.can_pack(self, patches):
             return own.forward_features(*given)
         embeds: dict[str, Any] = self._forward_embeds(*given)
@@ -308,9 +306,7 @@ class PackedTower(AcceleratedModule):
         is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
         is_fixed = is_fixed and self.num_prefix_tokens <= MAX_PREFIX
         packing = read_mask(embeds["attn_mask"], embeds["patches"]) if is_fixed else None
-        if packing is None:
-            refuse("mask" if is_fixed else "rotary table")
-        else:
+        if packing is not None:
             embeds |= {"patches": packing.pack(embeds["patches"]).unsqueeze(0), "attn_mask": packing}
         own = super(PackedTower, _pooling.view(self, _forward_embeds=lambda *args, **options: embeds))
         out = own.forward_features(*given)
@@ -330,7 +326,7 @@ class PatchDropout(AcceleratedModule):
     returns_indices = False
 
     def forward(self, x: Tensor) -> Any:
-        drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
+        drops_patches = self.training and self.prob > 0
         if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)) or x.dim() != 3:
             return super().forward(x)
         prefix = self.num_prefix_tokens
@@ -408,7 +404,12 @@ _DROP = f"{_LAYERS}.patch_dropout"
 
 
 def _tower(name: str) -> Replacement:
-    options: dict[str, Any] = {"stem": "patch_embed", "sizes": _shrink_sizes, "calls": _tower_calls, "constants": ("rope",)}
+    options: dict[str, Any] = {
+        "stem": "patch_embed",
+        "sizes": _shrink_sizes,
+        "calls": _tower_calls,
+        "constants": ("rope",),
+    }
     return Replacement(Tower, name, "torch", "last block, class token", tower=_POOLING, **options)
 
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import is_on
-from ..backends import refuse
 from ..nn import FrozenWeight, linear
 from ..ops import gelu, layer_norm, rms_norm, rope_attention
 from ._dispatch import attention_op, dispatches_to
@@ -87,12 +86,7 @@ class MultiheadAttention(AcceleratedModule):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Any:
-        plain = (
-            (key is value or refuse("other values than keys"))
-            and (key_padding_mask is None or refuse("mask"))
-            and (not is_causal or refuse("causal"))
-            and (not (self.training and self.dropout > 0) or refuse("dropout"))
-        )
+        plain = key is value and key_padding_mask is None and not is_causal and not (self.training and self.dropout > 0)
         if not (plain and self._can_fuse(query, key, attn_mask)):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -115,7 +109,7 @@ class MultiheadAttention(AcceleratedModule):
             return False
         mask_fits = mask is None or (mask.dim() in (2, 3) and mask.is_floating_point())
         fits = query.dim() == key.dim() == 3 and query.dtype == key.dtype
-        return (fits or refuse("shape or dtype")) and (mask_fits or refuse("mask"))
+        return fits and mask_fits
 
     def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, `[B, N, heads, head_dim]`."""
@@ -193,7 +187,7 @@ class TransformerEncoderLayer(AcceleratedModule):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        if not self._can_fuse(src, src_mask) or not (src_key_padding_mask is None or refuse("mask")):
+        if src_key_padding_mask is not None or not self._can_fuse(src, src_mask):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x, forced = src, self.is_forced
         if self.norm_first:

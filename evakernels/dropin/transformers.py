@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import refuse
 from ..nn.layers import RotaryAttention
 from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
@@ -61,8 +60,8 @@ class HookedAttention(AcceleratedModule):
     def _can_run(self, op: str, x: Tensor, dropout: float, options: dict[str, Any]) -> bool:
         return (
             dispatches_to(op, x, after_linear=True, forced=self.is_forced)
-            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
-            and (not (self.training and dropout > 0) or refuse("dropout"))
+            and self.config._attn_implementation == "sdpa"
+            and not (self.training and dropout > 0)
             and not _has_other_options(options)
         )
 
@@ -120,7 +119,7 @@ def _attend(
             raise NotImplementedError(f"{type(module).__name__} must have no dropout and no position bias if packed")
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         return attention_mask.attend(q, k, v, scale=scaling), None
-    plain = (attention_mask is None or refuse("mask")) and (dropout == 0 or refuse("dropout"))
+    plain = attention_mask is None and dropout == 0
     plain = isinstance(module, HookedAttention) and plain and not _has_other_options(options)
     if plain and _can_fuse(module, query, key, value):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -134,15 +133,14 @@ def _attend(
 
 
 def _has_other_options(options: dict[str, Any]) -> bool:
-    given = [name for name in _unsupported if options.get(name) is not None and options[name] is not False]
-    return bool(given) and not refuse(", ".join(sorted(given)))
+    return any(options.get(name) is not None and options[name] is not False for name in _unsupported)
 
 
 def _can_fuse(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
     fits = query.dim() == 4 and query.dtype == key.dtype == value.dtype
     fits = fits and key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
     forced = module.is_forced
-    return (fits or refuse("shape or dtype")) and dispatches_to(attention_op(), query, after_linear=True, forced=forced)
+    return fits and dispatches_to(attention_op(), query, after_linear=True, forced=forced)
 
 
 def _require_sdpa(module: Any) -> str | None:
@@ -164,7 +162,7 @@ class DINOv3Attention(HookedAttention):
     ) -> Any:
         if (
             position_embeddings is not None
-            and (attention_mask is None or refuse("mask"))
+            and attention_mask is None
             and self._can_run("rope_attention", hidden_states, self.dropout, kwargs)
             and hidden_states.dim() == 3
         ):
@@ -235,7 +233,7 @@ class PackedVisionAttention(RotatedAttention):
     def _is_fused(self, x: Tensor, table: Tensor, options: dict[str, Any]) -> bool:
         if not self._can_run("packed_attention", x, self.attention_dropout, options):
             return False
-        return (x.dim() == 2 and x.numel() > 0 and not table.requires_grad) or refuse("shape or table")
+        return x.dim() == 2 and x.numel() > 0 and not table.requires_grad
 
 
 class PackedVisionAttentionWithWeights(PackedVisionAttention):
@@ -319,12 +317,11 @@ class Encoder(AcceleratedModule):
 
     def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
         others = [n for n, value in options.items() if n not in _HARMLESS and value is not None and value is not False]
-        plain = (mask is not None or refuse("no mask")) and (not others or refuse(", ".join(others)))
+        plain = mask is not None and not others
         if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
             return None
         packing = read_mask(mask, x, self.pooled)
         if packing is None or (packing.rows is not None and options.get("position_embeddings") is not None):
-            refuse("mask")
             return None
         return packing
 
@@ -334,7 +331,7 @@ class ClipEncoder(Encoder):
 
     def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
         is_read = mask is not None and not options.get(_REAL_ENDS)
-        return None if is_read and not refuse("mask") else super()._pack(x, mask, options)
+        return None if is_read else super()._pack(x, mask, options)
 
 
 class ClipTextModel(AcceleratedModule):

@@ -1,10 +1,13 @@
 """Modules are replaced if they behave like their replacement."""
 
 import copy
+import gc
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -282,7 +285,7 @@ def test_table_of_another_layout_is_left():
 class _Observer(nn.LayerNorm):
     """Notes the state of the process while it is compared, drawing a random number or not."""
 
-    states: list = []
+    states: ClassVar[list] = []
     draws = False
 
     def forward(self, input):
@@ -502,3 +505,31 @@ def test_other_registered_attention_stays():
     finally:
         AttentionInterface.register("sdpa", before)
     assert "CLIPAttention" not in {done.module for done in report.replaced}
+
+
+def test_restore_of_the_last_model_releases_sdpa():
+    models = [FAMILIES["clip"].build() for _ in range(2)]
+    gc.collect()
+    evakernels.restore(models[0])  # what other tests left
+    own = AttentionInterface().get("sdpa")
+    assert own.__module__.startswith("transformers.")
+    for model in models:
+        evakernels.accelerate(model, force=True)
+    copied = copy.deepcopy(models[0])
+    for model in (*models, copied):
+        assert AttentionInterface().get("sdpa") is not own
+        evakernels.restore(model)
+    assert AttentionInterface().get("sdpa") is own
+
+
+def test_replaced_class_is_freed_with_its_modules():
+    class Mine(nn.LayerNorm):
+        pass
+
+    model = nn.Sequential(Mine(8))
+    evakernels.accelerate(model, force=True)
+    replaced = weakref.ref(type(model[0]))
+    assert issubclass(replaced(), Mine)
+    evakernels.restore(model)
+    gc.collect()
+    assert replaced() is None
