@@ -71,7 +71,6 @@ class Overrides(NamedTuple):
 
     forced: str | None = None
     observer: Callable[[str, str], None] | None = None
-    refusals: Callable[[str], None] | None = None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -220,12 +219,9 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def observed_by(observer: Callable[[str, str], None], refusals: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in this thread and in backward.
-
-    Also calls `refusals(reason)` where an accelerated module runs its own code.
-    """
-    with _overridden(observer=observer, refusals=refusals):
+def observed_by(observer: Callable[[str, str], None]) -> Iterator[None]:
+    """Calls `observer(op, backend)` for every op that runs inside the `with` block, in this thread and in backward."""
+    with _overridden(observer=observer):
         yield
 
 
@@ -255,14 +251,6 @@ def observe(op: str, backend: str) -> None:
     active = None if torch.compiler.is_compiling() else overrides()
     if active is not None and active.observer is not None:
         active.observer(op, backend)
-
-
-def refuse(reason: str) -> bool:
-    """Reports to `observed_by` why an accelerated module runs its own code. Returns False, as the failed condition."""
-    active = None if torch.compiler.is_compiling() else overrides()
-    if active is not None and active.refusals is not None:
-        active.refusals(reason)
-    return False
 
 
 def ops_of(function: Any) -> tuple[str, ...]:

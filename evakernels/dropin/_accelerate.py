@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from ..names import nearest
 from ..nn import frozen
 from . import _swap, open_clip, timm, torch_modules, transformers
 from ._comparison import Comparisons, Verdict
-from ._fused import ROLES
+from ._fused import CHANGED, ROLES
 from ._replacement import Replacement, explain_no_backend
 from ._report import Left, Replaced, Report
 from ._swap import original_class_of
@@ -61,7 +61,7 @@ def accelerate(
 
     Returns:
         The replaced modules with op and backend, and the other modules with the reason. `str` of it is a line such as
-        "12 of 12 blocks, 109 of 110 modules" and a table. Its `watch` reports which ops ran.
+        "12 of 12 blocks, 109 of 110 modules" and a table.
 
     Raises:
         TypeError: `model` isn't an `nn.Module`, or a pattern isn't a str.
@@ -86,18 +86,24 @@ def accelerate(
         plan.exclude = _check_patterns("exclude", exclude, modules)
     report = Report.of(model)
     plan.verify_roles(named)
-    entries = [(name, module, plan.add(name, module, cls)) for name, module, cls in reversed(named)]
-    for name, module, entry in reversed(entries):
-        if isinstance(entry, Replaced):
-            report.replaced.append(entry)
-        elif entry is not None or name in report.attentions:
-            report.left.append(entry or Left(name, type(module).__name__, "not supported"))
-    if report.changed:  # a filter may make an error of the warning, so before anything is changed
-        message = f"{report.headline} ({report.changed[0].reason})"
-        if strict:
-            raise RuntimeError(f"accelerate: {message}")
-        warnings.warn(message, ChangedModuleWarning, stacklevel=2)
-    _set_classes([(module, cls) for module, cls in plan.classes.items() if cls is not _swap.own_class(module)])
+    plan.refused = timm.find_other_layouts(model)
+    previous = _mark(model, plan.changed_roles)
+    try:
+        entries = [(name, module, plan.add(name, module, cls)) for name, module, cls in reversed(named)]
+        for name, module, entry in reversed(entries):
+            if isinstance(entry, Replaced):
+                report.replaced.append(entry)
+            elif entry is not None or name in report.attentions:
+                report.left.append(entry or Left(name, type(module).__name__, "not supported"))
+        if report.changed:  # a filter may make an error of the warning, so before the classes are changed
+            message = f"{report.headline} ({report.changed[0].reason})"
+            if strict:
+                raise RuntimeError(f"accelerate: {message}")
+            warnings.warn(message, ChangedModuleWarning, stacklevel=2)
+        _set_classes([(module, cls) for module, cls in plan.classes.items() if cls is not _swap.own_class(module)])
+    except BaseException:
+        _mark(model, previous)
+        raise
     if freeze:
         frozen.freeze(model)
     return report
@@ -111,8 +117,19 @@ def restore(model: nn.Module) -> int:
     _check("restore", model)
     swapped = [module for module in model.modules() if _is_swapped(module)]
     _set_classes([(module, original_class_of(module)) for module in swapped])
+    _mark(model, ())
+    transformers.release()
     frozen.unfreeze(model)
     return len(swapped)
+
+
+def _mark(model: nn.Module, changed: Container[nn.Module]) -> list[nn.Module]:
+    """Marks modules as changed, and no others; returns the modules that were marked before."""
+    previous = [module for module in model.modules() if vars(module).pop(CHANGED, False)]
+    for module in model.modules():
+        if module in changed:
+            vars(module)[CHANGED] = True
+    return previous
 
 
 def _set_classes(classes: list[tuple[nn.Module, type]]) -> None:
@@ -228,7 +245,8 @@ class _Plan:
         self.include: list[str] | None = None
         self.exclude: list[str] = []
         self.classes: dict[nn.Module, type] = {}
-        self._changed_roles: dict[type, str] = {}
+        self.refused: dict[nn.Module, str] = {}
+        self.changed_roles: dict[nn.Module, str] = {}
         self._matches = cache(_find_matches)
 
     def candidates(self, module: nn.Module, cls: type) -> list[tuple[Replacement, _Match]]:
@@ -240,7 +258,7 @@ class _Plan:
         ]
 
     def verify_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
-        """Gives a role to each class of children all of which behave like it."""
+        """Finds the modules that behave differently from the role of their class."""
         known = {_find(r.target): r for r in _REPLACEMENTS if r.role}
         roles = {cls: known[cls] for *_, cls in modules if cls in known}
         for _, module, cls in modules:
@@ -248,12 +266,8 @@ class _Plan:
                 continue
             difference = self.comparisons.verdict(module, replace(roles[cls], target="")).difference
             if difference is not None:
-                self._changed_roles[cls] = f"behaves differently: {difference}"
-        for cls, replacement in roles.items():
-            if cls in self._changed_roles:
-                ROLES.pop(cls, None)
-            else:
-                ROLES[cls] = replacement.role
+                self.changed_roles[module] = f"behaves differently: {difference}"
+        ROLES.update({cls: replacement.role for cls, replacement in roles.items()})
 
     def add(self, name: str, module: nn.Module, cls: type) -> Replaced | Left | None:
         """Plans the class of a module, after the classes of its children; returns the entry for the report."""
@@ -263,9 +277,9 @@ class _Plan:
     def _choose(self, name: str, module: nn.Module, cls: type) -> tuple[Replaced | Left | None, type]:
         current, candidates = _swap.own_class(module), self.candidates(module, cls)
         if not candidates:
-            if cls not in self._changed_roles:
+            if module not in self.changed_roles:
                 return None, current
-            return Left(name, cls.__name__, self._changed_roles[cls], _library_of(cls)), current
+            return Left(name, cls.__name__, self.changed_roles[module], _library_of(cls)), current
         if _matches(self.exclude, name, cls.__name__):
             return Left(name, cls.__name__, "excluded"), cls
         included = self.include is None or _matches(self.include, name, cls.__name__)
@@ -291,7 +305,7 @@ class _Plan:
     def _compare(self, module: nn.Module, replacement: Replacement) -> tuple[str | None, Verdict]:
         """Why a module keeps its own code, or None, and the verdict on its behaviour, if that was compared."""
         try:
-            reason = replacement.reason(module)
+            reason = self.refused.get(module) or replacement.reason(module)
             if reason is None and replacement.tower is not None:
                 reason = replacement.tower.reason(module, lambda part: self.classes.get(part) or type(part))
         except AttributeError as error:  # it is built differently

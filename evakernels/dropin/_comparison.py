@@ -1,16 +1,15 @@
 """Compares a module with its replacement: both run on small random inputs, on a copy of the module.
 
-A verdict holds for the process, for modules of equal classes, attributes and shapes, as long as the functions that
-their code names stay the same objects.
+Modules of equal classes, attributes and shapes share a verdict within one call of `accelerate`.
 """
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from ._dispatch import run_all
-from ._replacement import Call, Replacement
-from ._swap import original_class_of, parameters_of, replacement_class
+from ._dispatch import ALWAYS
+from ._replacement import Call, Replacement, draw
+from ._swap import AcceleratedModule, original_class_of, parameters_of, replacement_class
 
 TOKENS = 12
 """Tokens of each of two samples."""
@@ -32,12 +31,9 @@ CHANNELS, HIDDEN, EMBEDDINGS = 32, 160, 256
 MAX_PARAMETERS = 1 << 26
 """The largest copy at full size, which is compared if the narrow copy behaves differently or can't run."""
 
-CODE_DEPTH = 3
-"""How deep the key of a verdict follows calls: a function, its helpers and theirs."""
-
 _HEADS = "num_heads", "num_kv_heads", "num_attention_heads"
 _INTERNAL = frozenset(vars(nn.Module()))
-_PLAIN = (type(None), bool, float, complex, str, bytes, torch.dtype, torch.device)
+_PLAIN = (type(None), int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,6 @@ class Verdict:
 
     difference: str | None
     tried: frozenset[str] = frozenset()
-
-
-_VERDICTS: dict[Any, Verdict] = {}
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,8 @@ def narrow(module: nn.Module, omitted: set[nn.Module], dimensions: dict[int, int
     for unit, smaller in units.items():
         multiples = {size for size in sizes if size % unit == 0} - dimensions.keys()
         dimensions |= {size: size // unit * smaller for size in multiples if smaller < unit}
-    return Sizes(dimensions, heads)
+    integers = (buffer for part in parts for buffer in part.buffers(False) if not buffer.is_floating_point())
+    return Sizes() if any(dimensions.keys() & {*buffer.shape} for buffer in integers) else Sizes(dimensions, heads)
 
 
 def width_of(module: nn.Module) -> int:
@@ -128,10 +122,10 @@ def _count(module: nn.Module, omitted: set[nn.Module]) -> int:
 
 
 class Comparisons:
-    """Verdicts for the modules of one model."""
+    """Verdicts for the modules of one model, in one call of `accelerate`."""
 
     def __init__(self) -> None:
-        self._code: dict[type, Any] = {}
+        self._verdicts: dict[Any, Verdict] = {}
 
     def verdict(
         self, module: nn.Module, replacement: Replacement, classes: dict[nn.Module, type] | None = None
@@ -143,174 +137,137 @@ class Comparisons:
             replacement: the candidate.
             classes: the classes that the replacement's tower gives its children; by default they keep their own.
         """
-        tower = replacement.tower
+        tower, classes = replacement.tower, classes or {}
         omitted = set() if tower is None else tower.unused(module)
-        hidden = omitted | {child for name, child in module.named_children() if name == replacement.stem}
+        stem = module._modules.get(replacement.stem)
+        constants = _find_constants(module, replacement)
         verdict = Verdict("nothing was tried")
-        smaller = narrow(module, omitted, replacement.sizes(module))
-        for sizes in (smaller, Sizes()) if smaller.dimensions else (smaller,):
-            described = self._describe(module, sizes, hidden, classes or {})
-            key = replacement.forward, replacement.target != "", replacement.calls, described
-            if key not in _VERDICTS:
-                if sizes is not smaller and _count(module, omitted) > MAX_PARAMETERS:
+        with _clean_state():
+            smaller = narrow(module, omitted, replacement.sizes(module))
+            for sizes in (smaller, Sizes()) if smaller.dimensions else (smaller,):
+                copies = _Copies(sizes, omitted, stem, constants)
+                key = replacement.forward, replacement.target, replacement.calls, copies.key(module, classes)
+                if key not in self._verdicts:
+                    if sizes is not smaller and _count(module, omitted) > MAX_PARAMETERS:
+                        break
+                    self._verdicts[key] = _compare_on_copies(module, replacement, copies, classes)
+                verdict = self._verdicts[key]
+                if verdict.difference is None:
                     break
-                _VERDICTS[key] = _compare_on_copies(module, replacement, sizes, omitted, classes or {})
-            verdict = _VERDICTS[key]
-            if verdict.difference is None:
-                break
         return verdict
 
-    def _describe(
-        self, module: nn.Module, sizes: Sizes, omitted: set[nn.Module], classes: dict[nn.Module, type]
-    ) -> Any:
-        """A key that is equal for modules that do the same to their inputs."""
-        cls = original_class_of(module)
-        if cls not in self._code:
-            self._code[cls] = _code_of(cls)
-        tensors = {**module._parameters, **module._buffers}
-        return (
-            cls,
-            classes.get(module),
-            self._code[cls],
-            tuple((name, None if tensor is None else sizes.shape(tensor)) for name, tensor in tensors.items()),
-            tuple(
-                (name, _key(sizes.attribute(name, value), sizes))
-                for name, value in vars(module).items()
-                if name not in _INTERNAL and (name[0] != "_" or type(value) in (*_PLAIN, int))
-            ),
-            tuple(
-                (name, self._describe(child, sizes, omitted, classes))
-                for name, child in module._modules.items()
-                if child is not None and child not in omitted
-            ),
-        )
+
+def _find_constants(module: nn.Module, replacement: Replacement) -> set[int]:
+    """The ids of the buffers that keep their values in a copy."""
+    children = [module._modules.get(name) for name in replacement.constants]
+    buffers = [module._buffers.get(name) for name in replacement.constants]
+    return {id(buffer) for child in children if child is not None for buffer in child.buffers()} | {*map(id, buffers)}
 
 
-# --- the key ----------------------------------------------------------------------------------------------------------
-
-
-def _key(value: Any, sizes: Sizes = Sizes(), depth: int = 2) -> Any:
-    """A hashable stand-in for a value: by value if it is plain, by identity if it is code."""
-    if type(value) is int:
-        return sizes.dimensions.get(value, value)
+def _key(value: Any, depth: int = 3) -> Any:
+    """A hashable stand-in for an attribute: the value or items if these are plain, otherwise the object's identity."""
     if isinstance(value, _PLAIN):
         return type(value), value
-    if isinstance(value, Tensor):
-        return "tensor", tuple(value.shape), value.dtype
-    if isinstance(value, FunctionType | type) or inspect.isbuiltin(value):
-        return value
-    if isinstance(value, partial):
-        return _key(value.func), _key(value.args), _key(value.keywords)
+    if depth and isinstance(value, partial):
+        return _key(value.func, 0), _key(value.args, depth - 1), _key(value.keywords, depth - 1)
     if depth and isinstance(value, tuple | list):
-        return type(value), tuple(_key(item, sizes, depth - 1) for item in value)
-    if depth and isinstance(value, dict | MappingProxyType):
-        return type(value), tuple((str(name), _key(item, sizes, depth - 1)) for name, item in value.items())
-    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | ModuleType):
-        return type(value), _key(vars(value), sizes, depth - 1)
-    return type(value)
-
-
-def _code_of(cls: type) -> Any:
-    """The functions of a class and of its bases up to `nn.Module`, with the globals that their code reads."""
-    found: list[Any] = []
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for name, member in vars(base).items():
-            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
-            if isinstance(function, FunctionType):
-                found.append((name, *_references(function, CODE_DEPTH)))
-            elif isinstance(member, (*_PLAIN, int)) and name[:2] != "__":
-                found.append((name, _key(member)))
-    return tuple(found)
-
-
-def _references(function: FunctionType, depth: int) -> Iterator[Any]:
-    """A function and, to a depth, the globals and closure variables that its code names."""
-    yield function
-    if not depth:
-        return
-    names = dict.fromkeys(_names(function.__code__))
-    values = [function.__globals__[name] for name in names if name in function.__globals__]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # empty
-            values.append(cell.cell_contents)
-    modules = []
-    for value in values:  # grows
-        if isinstance(value, FunctionType):
-            yield from _references(value, depth - 1)
-        elif not isinstance(value, ModuleType):
-            yield _key(value)
-        elif value not in modules:
-            modules.append(value)
-            values += [vars(value)[name] for name in names if name in vars(value)]
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+        return type(value), tuple(_key(item, depth - 1) for item in value)
+    if depth and type(value) is dict:
+        return dict, tuple((_key(name), _key(item, depth - 1)) for name, item in value.items())
+    return "id", id(value)
 
 
 # --- the copies -------------------------------------------------------------------------------------------------------
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _compare_on_copies(
-    module: nn.Module, replacement: Replacement, sizes: Sizes, omitted: set[nn.Module], classes: dict[nn.Module, type]
+    module: nn.Module, replacement: Replacement, copies: "_Copies", classes: dict[nn.Module, type]
 ) -> Verdict:
-    stem = module._modules.get(replacement.stem)
-    parameters: dict[Any, Tensor] = {}
-    with torch.random.fork_rng([]), _clean_state():
+    def compare(seeded: bool) -> Verdict:
         try:
-            _seed(1)
-            own, new = (_Copies(sizes, omitted, stem, parameters, c).of(module) for c in ({}, classes))
+            own, new = copies.pair(module, classes)
             for copied in (own, new):
                 vars(copied).update(replacement.settings)
             new.__class__ = replacement_class(type(new), replacement.forward)
-            return _compare(own, new, replacement)
+            return _compare(own, new, replacement, seeded)
         except Exception as error:
             return Verdict(f"no comparison can be made: {_line(error)}")
+
+    with _ONE_AT_A_TIME:
+        state = torch.get_rng_state()
+        verdict = compare(seeded=False)
+        if torch.equal(torch.get_rng_state(), state):
+            return verdict
+        # The modules draw from torch's default generator, which no context replaces: it is seeded, then restored.
+        torch.set_rng_state(state)
+        with torch.random.fork_rng([]):
+            return compare(seeded=True)
 
 
 @contextmanager
 def _clean_state() -> Iterator[None]:
-    """Eager float32 on the CPU with gradients, even if the caller has set other modes."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-        autocast = torch.autocast("cpu", enabled=False)
-        with _disable_current_modes(), device, torch.inference_mode(False), torch.enable_grad(), autocast:
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    """Eager code on the CPU with gradients in this thread, even if the caller has set other modes."""
+    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    autocast = torch.autocast("cpu", enabled=False)
+    with _disable_current_modes(), device, torch.inference_mode(False), torch.enable_grad(), autocast:
+        yield
 
 
 @dataclass
 class _Copies:
-    """Copies of modules with their original classes, without hooks, with random parameters on the CPU.
+    """Copies of a module with original classes, without hooks, with random float tensors on the CPU.
 
     Attributes:
         sizes: the sizes of the copies.
         omitted: modules to leave out.
         stem: a module to replace by the identity.
-        parameters: random parameters by their originals; copies with the same dictionary share them.
-        classes: classes to give to copies, by their originals.
+        constants: ids of float buffers that keep their values.
+        values: random values by the ids of their originals; a pair of copies shares the parameters.
     """
 
     sizes: Sizes
     omitted: set[nn.Module]
     stem: nn.Module | None
-    parameters: dict[Any, Tensor]
-    classes: dict[nn.Module, type]
-    copies: dict[nn.Module, Any] = field(default_factory=dict)
+    constants: set[int]
+    values: dict[Any, Tensor] = field(default_factory=dict)
+    generator: torch.Generator = field(default_factory=torch.Generator)
 
-    def of(self, module: nn.Module) -> Any:
-        if module in self.copies:
-            return self.copies[module]
-        cls: Any = self.classes.get(module) or original_class_of(module)
-        copied = self.copies[module] = cls.__new__(cls)
+    def key(self, module: nn.Module, classes: dict[nn.Module, type]) -> Any:
+        """A value that is equal for modules with equal copies."""
+        tensors = [
+            (name, None if tensor is None else self._tensor_key(tensor))
+            for named in (module._parameters, module._buffers)
+            for name, tensor in named.items()
+        ]
+        attributes = [
+            (
+                name,
+                self._tensor_key(value) if isinstance(value, Tensor) else _key(self.sizes.attribute(name, value)),
+            )
+            for name, value in vars(module).items()
+            if name not in _INTERNAL
+        ]
+        children = [
+            (name, self.key(child, classes))
+            for name, child in module._modules.items()
+            if child is not None and child not in self.omitted and child is not self.stem
+        ]
+        return original_class_of(module), classes.get(module), tuple(tensors), tuple(attributes), tuple(children)
+
+    def pair(self, module: nn.Module, classes: dict[nn.Module, type]) -> tuple[Any, Any]:
+        """A copy with original classes, and one with the given classes by their originals."""
+        self.values.clear()
+        self.generator.manual_seed(1)
+        return self._copy(module, {}, {}), self._copy(module, classes, {})
+
+    def _copy(self, module: nn.Module, classes: dict[nn.Module, type], copies: dict[nn.Module, Any]) -> Any:
+        if module in copies:
+            return copies[module]
+        cls: Any = classes.get(module) or original_class_of(module)
+        copied = copies[module] = cls.__new__(cls)
         nn.Module.__init__(copied)
         for name, value in vars(module).items():
             if name not in _INTERNAL:
@@ -330,7 +287,7 @@ class _Copies:
             children = {str(number): child for number, child in enumerate(children.values())}
         for name, child in children.items():
             if not (name == "parametrizations" and is_parametrized(module)):
-                copied._modules[name] = None if child is None else self.of(child)
+                copied._modules[name] = None if child is None else self._copy(child, classes, copies)
         return copied
 
     def _attribute(self, name: str, value: Any) -> Any:
@@ -341,45 +298,64 @@ class _Copies:
         return self.sizes.attribute(name, value)
 
     def _parameter(self, parameter: Tensor, key: Any) -> Tensor:
-        if key not in self.parameters:
+        if key not in self.values:
             is_float = parameter.is_floating_point()
-            value = _random(self.sizes.shape(parameter)) if is_float else self._buffer(parameter)
-            self.parameters[key] = nn.Parameter(value, requires_grad=is_float)
-        return self.parameters[key]
+            value = self._random(parameter) if is_float else self._buffer(parameter)
+            self.values[key] = nn.Parameter(value, requires_grad=is_float)
+        return self.values[key]
 
     def _buffer(self, buffer: Tensor) -> Tensor:
+        if buffer.is_floating_point() and id(buffer) not in self.constants:
+            if id(buffer) not in self.values:
+                self.values[id(buffer)] = self._random(buffer)
+            return self.values[id(buffer)].clone()
         shape, dtype = self.sizes.shape(buffer), torch.float32 if buffer.is_floating_point() else buffer.dtype
         if buffer.is_meta or shape != tuple(buffer.shape):
             return torch.full(shape, 0.5 if dtype == torch.float32 else 0, dtype=dtype)
         copied: Tensor = buffer.detach().to("cpu", dtype, copy=True)
         return copied
 
+    def _tensor_key(self, tensor: Tensor) -> Any:
+        """Shape, and the values if a copy keeps them."""
+        shape = self.sizes.shape(tensor)
+        is_random = tensor.is_floating_point() and id(tensor) not in self.constants
+        if is_random:
+            return shape
+        if tensor.is_meta or shape != tuple(tensor.shape):
+            return shape, tensor.dtype
+        try:
+            values = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+        except (RuntimeError, TypeError):  # a tensor subclass or another layout
+            values = id(tensor)
+        return shape, tensor.dtype, values
 
-def _random(shape: tuple[int, ...]) -> Tensor:
-    """Values that hide no error, as zeros would; large ones repeat a prime number of values."""
-    count, period = int(torch.Size(shape).numel()), 65521
-    values: Tensor = torch.rand(min(count, period))
-    values = values.repeat(-(-count // period))[:count].view(shape)
-    if len(shape) < 2:
-        return values * 0.5 + 0.3
-    return (values - 0.5).mul(math.sqrt(12 / max(1, shape[-1])))
+    def _random(self, tensor: Tensor) -> Tensor:
+        """Values that hide no error, as zeros would; large ones repeat a prime number of values."""
+        shape, period = self.sizes.shape(tensor), 65521
+        count = int(torch.Size(shape).numel())
+        values = torch.rand(min(count, period), generator=self.generator, dtype=torch.float32)
+        values = values.repeat(-(-count // period))[:count].view(shape)
+        if len(shape) < 2:
+            return values * 0.5 + 0.3
+        return (values - 0.5).mul(math.sqrt(12 / max(1, shape[-1])))
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
-    _seed(1)
+def _compare(own: Any, new: Any, replacement: Replacement, seeded: bool) -> Verdict:
+    """Compares the copies; with random numbers of a fixed seed, or up to the first random number that is drawn."""
     methods = (getattr(type(module), replacement.forward.method) for module in (own, new))
     signature = inspect.Signature(parameters_of(*methods))
     try:
-        x = torch.randn(2, TOKENS, width_of(own), requires_grad=True)
+        x = draw(2, TOKENS, width_of(own)).requires_grad_()
         calls = [bound for call in replacement.calls(own, x) if (bound := _bind(signature, call))]
     except Exception as error:
         return Verdict(f"no input can be made: {_line(error)}")
     if not calls:
         return Verdict("its arguments have other names")
     tried: set[str] = set()
+    state = torch.get_rng_state()
     for number, bound in enumerate(calls):
         by_position = bound.args, bound.kwargs
         by_name = _by_name(signature, bound) if replacement.target else by_position
@@ -389,17 +365,19 @@ def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
                 own.to(mode.dtype), new.to(mode.dtype)
                 call = _cast(call, mode.dtype)
             try:
-                expected = _run(own, call, mode, replacement)
+                expected = _run(own, call, mode, replacement, seeded)
             except Exception as error:
                 if number == 0 and mode is _MODES[0]:
                     return Verdict(f"its own code raises {_line(error)}")
                 continue
+            if not seeded and not torch.equal(torch.get_rng_state(), state):
+                return Verdict("random numbers are drawn")
             if not replacement.target:
                 del expected["input"]  # a fused step has no use for its child's input
-            for serving in (run_all, nullcontext) if mode.unfused and not replacement.tower else (run_all,):
+            for always in (True, False) if mode.unfused and not replacement.tower else (True,):
+                _use_ops(new, always)
                 try:
-                    with serving():
-                        actual = _run(new, call, mode, replacement)
+                    actual = _run(new, call, mode, replacement, seeded)
                 except Exception as error:
                     return Verdict(f"its replacement raises {_line(error)}{mode.where}")
                 for part, theirs in expected.items():
@@ -408,6 +386,14 @@ def _compare(own: Any, new: Any, replacement: Replacement) -> Verdict:
             tried |= bound.arguments.keys()
         own.float(), new.float()
     return Verdict(None, frozenset(tried))
+
+
+def _use_ops(module: nn.Module, always: bool) -> None:
+    """Runs every op, at every size and on any backend; or as the classes of the modules decide."""
+    for part in module.modules():
+        if isinstance(part, AcceleratedModule):
+            vars(part).pop("is_forced", None)
+            vars(part).update({"is_forced": ALWAYS} if always else {})
 
 
 @dataclass(frozen=True)
@@ -468,7 +454,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:100]}" if text else type(error).__name__
 
 
-def _run(module: Any, call: Call, mode: _Mode, replacement: Replacement) -> dict[str, Any]:
+def _run(module: Any, call: Call, mode: _Mode, replacement: Replacement, seeded: bool) -> dict[str, Any]:
     """The outputs of a call, its gradients, its inputs afterwards and the random numbers that it draws."""
     values, spec = tree_flatten(call)
     tensors = {id(value): value for value in values if isinstance(value, Tensor)}  # one given twice stays one
@@ -476,11 +462,12 @@ def _run(module: Any, call: Call, mode: _Mode, replacement: Replacement) -> dict
     inputs = {key: leaf.clone() for key, leaf in leaves.items()}  # they may be changed in place
     args, options = spec.unflatten([inputs.get(id(value), value) for value in values])
     module.train(mode.training)
-    _seed(2)
+    if seeded:  # `torch.manual_seed` formats a stack for each device that isn't in use
+        torch.default_generator.manual_seed(2)
     with torch.set_grad_enabled(mode.gradients != "off"), torch.autocast("cpu", torch.bfloat16, enabled=mode.autocast):
         called = module if replacement.forward.method == "forward" else getattr(module, replacement.forward.method)
         result = replacement.compared(called(*args, **options))
-    drawn = torch.rand(2)
+    drawn = torch.rand(2, dtype=torch.float32) if seeded else torch.get_rng_state()
     outputs, structure = tree_flatten(result)
     results = [value for value in outputs if isinstance(value, Tensor)]
     needs_grad = [tensor for tensor in (*leaves.values(), *module.parameters()) if tensor.requires_grad]
@@ -496,8 +483,7 @@ def _run(module: Any, call: Call, mode: _Mode, replacement: Replacement) -> dict
 
 def _gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of a sum in which every element of the outputs has its own random weight."""
-    _seed(3)
-    terms = [(v.float() * torch.rand(v.shape)).sum() for v in outputs if v.requires_grad]
+    terms = [(v.float() * draw(*v.shape, seed=2).abs()).sum() for v in outputs if v.requires_grad]
     if not terms:
         return []
     found = torch.autograd.grad(torch.stack(terms).sum(), inputs, allow_unused=True)
@@ -522,8 +508,3 @@ def _distance(a: Tensor, b: Tensor) -> float:
     if a.isnan().any():  # torch's fast path for inference makes them from some masks
         return 0.0 if torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) else float("inf")
     return float((a.float() - b.float()).abs().max())
-
-
-def _seed(number: int) -> None:
-    """Seeds the CPU's generator alone: `torch.manual_seed` formats a stack for each device that isn't in use."""
-    torch.default_generator.manual_seed(number)

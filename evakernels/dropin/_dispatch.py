@@ -3,20 +3,20 @@
 The GPU table isn't measured: it has the ops that make one pass over memory instead of several.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, triton
 from ..autocast import is_on
-from ..backends import refuse
 
 _HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALF)
 """The dtypes of all ops."""
+ALWAYS: Any = "always"
+"""A value of `forced` for comparisons: every op runs, at every size and on any backend."""
 
 OPS = {
     "layer_norm": "layer_norm_forward",
@@ -149,34 +149,18 @@ def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: b
     anything else reads `x`. With `forced`: whether the op supports the call.
     """
     if not is_plain(x):
-        return refuse("tensor subclass, transform or tracer")
+        return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if after_linear and is_on(device) else x.dtype
-    if _runs_all:
+    if forced is ALWAYS:
         return dtype in DTYPES
     size = (_FORCED if forced else _MIN_SIZES).get((name, device, dtype))
-    if size is None:
-        return refuse(f"{str(dtype).removeprefix('torch.')} on {device}")
-    return x.numel() >= size or refuse("too small")
+    return size is not None and x.numel() >= size
 
 
 def attention_op() -> str:
     """The entry of attention without a rotation, in training or in inference."""
     return "attention_training" if torch.is_grad_enabled() else "attention"
-
-
-_runs_all = False
-
-
-@contextmanager
-def run_all() -> Iterator[None]:
-    """Runs every op inside the `with` block, at every size and on any backend."""
-    global _runs_all
-    _runs_all = True
-    try:
-        yield
-    finally:
-        _runs_all = False
 
 
 def is_plain(x: Tensor) -> bool:

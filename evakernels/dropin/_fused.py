@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from .._modes import is_observed
 from ..autocast import is_on, matmul_inputs
-from ..backends import refuse
 from ..nn.swiglu import runs_as_one_op
 from ..ops import add_layer_norm, add_rms_norm, layer_norm_add, swiglu, swiglu_mlp
 from ._dispatch import dispatches_to
 from ._swap import original_class
 
 ROLES: dict[type, str] = {}
-"""Role by class, for classes that `accelerate` has compared and found equal. Subclasses don't count."""
+"""Role by class. Subclasses don't count."""
+
+CHANGED = "_evakernels_changed"
+"""Name of an attribute that `accelerate` sets on modules that behave differently from the role of their class."""
 
 
 def role(module: Any) -> str | None:
-    """The module's role, or None for a class without one, a module with hooks or with its own forward."""
+    """The module's role, or None for a class without one, a module with hooks, its own forward or other behaviour."""
     found = role_of(type(module))
-    return None if found is None or is_observed(module) else found
+    return None if found is None or CHANGED in module.__dict__ or is_observed(module) else found
 
 
 def role_of(cls: type) -> str | None:
@@ -52,7 +54,6 @@ def read_child_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None,
 def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
     """Weight, bias and eps of a module that is known to be a norm, even if it has hooks."""
     if getattr(norm, "_fast_norm", False):  # timm's fast norm computes in autocast's dtype
-        refuse("timm's fast norm")
         return None
     weight, bias = norm.weight, getattr(norm, "bias", None)
     eps: float | None = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
@@ -60,7 +61,6 @@ def read_norm(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float
     if eps is None or (shape is not None and len(shape) != 1) or (weight is None and bias is not None):
         return None
     if weight is not None and (weight.dtype not in (x.dtype, torch.float32) or weight.shape[0] != x.shape[-1]):
-        refuse("its weight's dtype or size")
         return None
     return weight, bias, eps
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .._modes import is_observed
-from ..backends import refuse
 from ..packing import Packing
 from ._dispatch import dispatches_to
 
@@ -129,13 +128,10 @@ class Layers:
             return False
         if not dispatches_to("packed_attention", x, after_linear=True, forced=tower.is_forced):
             return False
-        reason = self.reason(tower)
-        if reason is not None:
-            return refuse(reason)
-        parts = list(tower._modules[self.name].modules())
-        if any(is_observed(part) for part in parts):
-            return refuse("hooks")
-        return not any(part.training and _drops(part) for part in parts) or refuse("dropout")
+        if self.reason(tower) is not None:
+            return False
+        parts = tower._modules[self.name].modules()
+        return not any(is_observed(part) or (part.training and _drops(part)) for part in parts)
 
 
 def _drops(module: nn.Module) -> bool:
@@ -157,7 +153,7 @@ def padded_masks(x: Tensor) -> list[Tensor]:
     """Masks of padding, bool and additive, and a causal one."""
     real = real_tokens(x)
     keys = real[:, None, None].expand(-1, 1, x.shape[1], -1)
-    return [keys, torch.zeros(keys.shape).masked_fill(~keys, float("-inf")), keys & keys.new_ones(keys.shape).tril()]
+    return [keys, x.new_zeros(keys.shape).masked_fill(~keys, float("-inf")), keys & keys.new_ones(keys.shape).tril()]
 
 
 def without_padding(result: Any) -> Any:

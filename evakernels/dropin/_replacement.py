@@ -16,6 +16,11 @@ from ._swap import AcceleratedModule
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    """Standard normal float32 values `shape`, from a generator of their own."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
 def _pass_tokens(module: Any, x: Tensor) -> list[Call]:
     return [((x,), {})]
 
@@ -39,6 +44,8 @@ class Replacement:
             accept the first; others may have arguments that it lacks.
         stem: name of the child that makes tokens of images; the comparison starts with its outputs.
         sizes: returns numbers of tokens and smaller ones for the comparison.
+        constants: names of buffers, and of children with buffers, that keep their values in a comparison, such as
+            rotary tables; other float buffers get random values.
         settings: names and values of attributes to give to the copies that are compared.
         tower: how a tower pools one token, or which of its layers run packed.
         compared: the part of a result to compare, made of the result.
@@ -55,6 +62,7 @@ class Replacement:
     calls: Callable[[Any, Tensor], list[Call]] = field(default=_pass_tokens)
     stem: str = ""
     sizes: Callable[[Any], dict[int, int]] = field(default=lambda module: {})
+    constants: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     tower: Pooling | Layers | None = None
     compared: Callable[[Any], Any] = field(default=lambda result: result)

@@ -6,15 +6,15 @@ Parameters, buffers, hooks, names, `isinstance` and the class's name stay.
 import inspect
 import uuid
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from ..backends import refuse
-
-_CLASSES: dict[Any, type] = {}
-_KEYS: dict[type, Any] = {}
 _PROCESS = uuid.uuid4().hex
 """Verdicts hold for one process and its forks; in another process a pickle has its original classes."""
+
+LIVE: "WeakSet[nn.Module]" = WeakSet()
+"""The modules of this process that have or had a replaced class."""
 
 
 class AcceleratedModule(nn.Module):
@@ -25,6 +25,9 @@ class AcceleratedModule(nn.Module):
 
     is_forced = False
     """Whether it runs on the ops even where its own code is faster."""
+
+    untried: tuple[str, ...] = ()
+    """Arguments that weren't compared; a call with another value than the default runs the original method."""
 
     selection: Any = None
     """The tokens that the module returns, a `_pooling.Selection`; None for all."""
@@ -44,10 +47,11 @@ class AcceleratedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the original class, which can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
-        if type(self) not in _KEYS:
+        cls = type(self)
+        original = original_class(cls)
+        if original is None:
             return reduced
-        original, forward, forced, untried = _KEYS[type(self)]
-        return _rebuild, (original, forced, forward, untried, _PROCESS), *reduced[2:]
+        return _rebuild, (original, cls.is_forced, cls.__bases__[0], cls.untried, _PROCESS), *reduced[2:]
 
 
 def own_class(module: nn.Module) -> type:
@@ -60,8 +64,8 @@ def own_class(module: nn.Module) -> type:
 
 def original_class(cls: type) -> type | None:
     """The class that `cls` replaces, or None for a class that isn't of this package."""
-    key = _KEYS.get(cls)
-    return None if key is None else key[0]
+    bases = cls.__bases__
+    return bases[1] if len(bases) == 2 and issubclass(bases[0], AcceleratedModule) else None
 
 
 def original_class_of(module: nn.Module) -> type:
@@ -73,7 +77,7 @@ def original_class_of(module: nn.Module) -> type:
 def replacement_class(
     original: type, forward: type[AcceleratedModule], forced: bool = False, tried: frozenset[str] | None = None
 ) -> type:
-    """The subclass of `original` that runs `forward`'s forward, always the same one.
+    """The subclass of `original` that runs `forward`'s forward; the same one as long as a module has it.
 
     Args:
         original: class of the module.
@@ -81,17 +85,19 @@ def replacement_class(
         forced: whether the module runs on the ops even where its own code is faster.
         tried: arguments of the comparison; a call with others runs the original forward. None for all.
     """
-    key = original, forward, forced, _untried(original, forward, tried)
-    if key not in _CLASSES:
-        members = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        members["is_forced"] = forced
-        if key[3]:
-            members[forward.method] = _guarded(
-                getattr(original, forward.method), getattr(forward, forward.method), frozenset(key[3])
-            )
-        cls = type(original.__name__, (forward, original), members)
-        _CLASSES[key], _KEYS[cls] = cls, key
-    return _CLASSES[key]
+    return _get_class(original, forward, forced, _untried(original, forward, tried))
+
+
+def _get_class(original: Any, forward: type[AcceleratedModule], forced: bool, untried: tuple[str, ...]) -> type:
+    for cls in original.__subclasses__():  # which holds them weakly
+        if cls.__bases__ == (forward, original) and (cls.is_forced, cls.untried) == (forced, untried):
+            return cls  # type: ignore[no-any-return]
+    members = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"is_forced": forced, "untried": untried}
+    if untried:
+        own, new = (getattr(base, forward.method) for base in (original, forward))
+        members[forward.method] = _guarded(own, new, frozenset(untried))
+    return type(original.__name__, (forward, original), members)
 
 
 def parameters_of(original: Any, replacement: Any) -> list[inspect.Parameter]:
@@ -130,7 +136,6 @@ def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
         strange = [name for name in given if name in untried or not (name in known or takes_any)]
         other = [n for n in strange if given[n] is not defaults.get(n, inspect.Parameter.empty)]
         if len(args) > len(names) or other:
-            refuse(", ".join(other) or "positional arguments")
             return own(self, *args, **options)
         return new(self, **{name: value for name, value in given.items() if name not in strange})
 
@@ -140,6 +145,7 @@ def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
 def set_class(module: nn.Module, cls: type) -> None:
     """Gives the module the class `cls`, behind the classes that FSDP2 or a parametrization has put there."""
     module.__class__ = _behind(type(module), cls)
+    LIVE.add(module)
 
 
 def _behind(current: type, cls: type) -> type:
@@ -162,9 +168,12 @@ _PARAMETRIZE = "torch.nn.utils.parametrize"
 
 
 def _rebuild(
-    original: type, forced: bool = False, forward: Any = None, untried: tuple[str, ...] = (), process: str = ""
+    original: Any, forced: bool = False, forward: Any = None, untried: tuple[str, ...] = (), process: str = ""
 ) -> Any:
     """An empty module for `pickle` and `copy` to fill, of its replaced class in the process that has verified it."""
-    cls: Any = _CLASSES.get((original, forward, forced, untried)) if process == _PROCESS else None
-    cls = cls or original
-    return cls.__new__(cls)
+    if process != _PROCESS:
+        return original.__new__(original)
+    cls: Any = _get_class(original, forward, forced, untried)
+    module = cls.__new__(cls)
+    LIVE.add(module)
+    return module

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from .._modes import is_observed
 from ..autocast import is_on, matmul_inputs
-from ..backends import refuse
 from ..nn import linear
 from ..ops import clip_loss, contrastive_statistics, rope_attention, token_dropout
 from ..ops.contrastive import MEMORY_BUDGET, siglip_sum
 from . import _pooling
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, may_drop
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 from .timm import LayerNorm, block_gate, masked_calls
 from .torch_modules import LayerScale, is_causal_mask, require_1d
@@ -66,7 +65,7 @@ class Attention(AcceleratedModule):
     """open_clip's own, without a mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Any:
-        plain = (attn_mask is None or refuse("mask")) and (not may_drop(self.attn_drop) or refuse("dropout"))
+        plain = attn_mask is None and not may_drop(self.attn_drop)
         if not (plain and dispatches_to(attention_op(), x, after_linear=True, forced=self.is_forced)):
             return super().forward(x, attn_mask=attn_mask)
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
@@ -165,7 +164,7 @@ class PatchDropout(AcceleratedModule):
     """Patch dropout with the same random numbers; one gather returns class token and kept patches."""
 
     def forward(self, x: Tensor) -> Any:
-        drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
+        drops_patches = self.training and self.prob > 0
         if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)):
             return super().forward(x)
         prefix = 1 if self.exclude_first_token else 0
@@ -239,7 +238,7 @@ class SigLipLoss(AcceleratedModule):
 def _can_fuse(op: str, image: Tensor, text: Tensor, *scalars: Any, forced: bool) -> bool:
     ones = all(isinstance(scalar, Tensor) and scalar.numel() == 1 for scalar in scalars)
     is_faster = ones and dispatches_to(op, image, after_linear=True, forced=forced)
-    return is_faster and ((image.dtype == text.dtype and image.shape == text.shape) or refuse("shape or dtype"))
+    return is_faster and image.dtype == text.dtype and image.shape == text.shape
 
 
 def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
@@ -251,24 +250,25 @@ def _loss_dtype(image: Tensor, logit_scale: Tensor) -> torch.dtype:
 
 
 def _block_calls(module: Any, x: Tensor) -> list[Call]:
-    mask = torch.randn(x.shape[1], x.shape[1])
+    mask = draw(x.shape[1], x.shape[1])
     return [((x,), {}), ((x,), {"attn_mask": mask}), ((x[:, :3],), {"k_x": x, "v_x": x.flip(1)})]
 
 
 def _image_calls(module: Any, x: Tensor) -> list[Call]:
-    return [((torch.randn(2, module.conv1.weight.shape[1], *module.image_size, requires_grad=True),), {})]
+    return [((draw(2, module.conv1.weight.shape[1], *module.image_size).requires_grad_(),), {})]
 
 
 def _text_calls(module: Any, x: Tensor) -> list[Call]:
-    text = torch.randint(1, module.token_embedding.weight.shape[0] - 1, (2, module.positional_embedding.shape[0]))
-    text[0, 5], text[0, 6:] = module.token_embedding.weight.shape[0] - 1, 0
+    last, length = module.token_embedding.weight.shape[0] - 1, module.positional_embedding.shape[0]
+    text = 1 + torch.arange(2 * length).view(2, length) * 7 % (last - 1)
+    text[0, 5], text[0, 6:] = last, 0
     return [((text,), {}), ((text,), {"normalize": True})]
 
 
 def _loss_calls(module: Any, x: Tensor) -> list[Call]:
     image, text = F.normalize(x, dim=-1).flatten(0, 1).chunk(2)
-    options = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0, requires_grad=True)}
-    biased = {**options, "logit_bias": torch.tensor(-2.0, requires_grad=True)}
+    options = {"image_features": image, "text_features": text, "logit_scale": x.new_tensor(10.0).requires_grad_()}
+    biased = {**options, "logit_bias": x.new_tensor(-2.0).requires_grad_()}
     calls: list[Call] = [((), {**o, **form}) for o in (options, biased) for form in ({}, {"output_dict": True})]
     return calls[2:] if hasattr(module, "_loss") else calls
 
@@ -280,7 +280,7 @@ _ONE_RANK = (("rank", 0), ("world_size", 1))
 def _tower(
     forward: type[AcceleratedModule], name: str, token: str, pooling: _pooling.Pooling, **more: Any
 ) -> Replacement:
-    return Replacement(forward, name, "torch", f"last block, {token}", tower=pooling, **more)
+    return Replacement(forward, name, "torch", f"last block, {token}", tower=pooling, constants=("attn_mask",), **more)
 
 
 REPLACEMENTS = (

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import refuse
 from ..nn import linear
 from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
@@ -15,7 +14,7 @@ from . import _pooling
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, apply_gate, gated_mlp, may_drop, norm_add, role
 from ._packing import Layers, padded_masks, read_mask, without_padding
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, RMSNorm, require_1d, require_silu
 from .torch_modules import LayerNorm as _LayerNorm
@@ -80,10 +79,10 @@ class _Attention(AcceleratedModule):
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         op = attention_op() if rope is None else "rope_attention"
         return (
-            (attn_mask is None or refuse("mask"))
-            and (self.selection is None or is_causal is False or refuse("causal"))
-            and (self.fused_attn or refuse("fused_attn is off"))
-            and (not may_drop(self.attn_drop) or refuse("dropout"))
+            attn_mask is None
+            and (self.selection is None or is_causal is False)
+            and self.fused_attn
+            and not may_drop(self.attn_drop)
             and dispatches_to(op, x, after_linear=True, forced=self.is_forced)
         )
 
@@ -139,6 +138,20 @@ class Attention(_Attention):
         return self._select(super().forward(x, **_drop_defaults(attn_mask, is_causal)))
 
 
+def find_other_layouts(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """The attentions of another layout than their tower's rotary table, with the reason against a replacement."""
+    found = {}
+    for tower in model.modules():
+        rope = tower._modules.get("rope")
+        if rope is None:
+            continue
+        half = getattr(rope, "rotate_half", "MRope" in type(rope).__name__)
+        for part in tower.modules():
+            if part is not rope and getattr(part, "rotate_half", half) != half:
+                found[part] = f"its rotate_half is {not half}, unlike its rotary table"
+    return found
+
+
 class RotaryAttention(_Attention):
     """Attention with rotary embedding; tables may differ by head and by sample."""
 
@@ -151,7 +164,6 @@ class RotaryAttention(_Attention):
             rotation = {} if rope is None else self._read_table(x.shape[0], x.shape[1], rope)
             if rotation is not None:
                 return self._attend(x, causal=is_causal, **rotation)
-            refuse("rotary table")
         return self._select(super().forward(x, rope=rope, **_drop_defaults(attn_mask, is_causal)))
 
     def _read_table(self, batch: int, tokens: int, rope: Tensor) -> dict[str, Any] | None:
@@ -286,7 +298,7 @@ class PackedTower(AcceleratedModule):
     ) -> Any:
         own: Any = super()
         given = patches, patch_coord, patch_valid, attn_mask
-        is_padded = (patch_valid is not None or refuse("no mask")) and (attn_mask is None or refuse("mask"))
+        is_padded = patch_valid is not None and attn_mask is None
         if not is_padded or not _BLOCKS.can_pack(self, patches):
             return own.forward_features(*given)
         embeds: dict[str, Any] = self._forward_embeds(*given)
@@ -294,9 +306,7 @@ class PackedTower(AcceleratedModule):
         is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
         is_fixed = is_fixed and self.num_prefix_tokens <= MAX_PREFIX
         packing = read_mask(embeds["attn_mask"], embeds["patches"]) if is_fixed else None
-        if packing is None:
-            refuse("mask" if is_fixed else "rotary table")
-        else:
+        if packing is not None:
             embeds |= {"patches": packing.pack(embeds["patches"]).unsqueeze(0), "attn_mask": packing}
         own = super(PackedTower, _pooling.view(self, _forward_embeds=lambda *args, **options: embeds))
         out = own.forward_features(*given)
@@ -316,7 +326,7 @@ class PatchDropout(AcceleratedModule):
     returns_indices = False
 
     def forward(self, x: Tensor) -> Any:
-        drops_patches = (self.training and self.prob > 0) or refuse("nothing to drop")
+        drops_patches = self.training and self.prob > 0
         if not (drops_patches and dispatches_to("token_dropout", x, forced=self.is_forced)) or x.dim() != 3:
             return super().forward(x)
         prefix = self.num_prefix_tokens
@@ -343,7 +353,7 @@ class PatchDropoutWithIndices(PatchDropout):
 
 def masked_calls(module: Any, x: Tensor, **options: Any) -> list[Call]:
     """With a mask and a causal one, for modules that take these."""
-    mask = torch.randn_like(x @ x.mT)[0]
+    mask = draw(x.shape[1], x.shape[1])
     return [((x,), {**options, **further}) for further in ({}, {"attn_mask": mask}, {"is_causal": True})]
 
 
@@ -352,7 +362,7 @@ def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     attention = getattr(module, "attn", module)
     width = int(attention.proj.in_features)
     patches, pairs = x.shape[1] - attention.num_prefix_tokens, width // attention.num_heads // 2
-    angles, half = x.new_empty(patches, pairs).uniform_(-3, 3), getattr(attention, "rotate_half", False)
+    angles, half = draw(patches, pairs), getattr(attention, "rotate_half", False)
     twice = torch.cat((angles, angles), -1) if half else angles.repeat_interleave(2, -1)
     return [*masked_calls(module, x, rope=torch.cat((twice.sin(), twice.cos()), -1)), ((x,), {})]
 
@@ -360,16 +370,16 @@ def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
 def _biased_calls(module: Any, x: Tensor) -> list[Call]:
     bias = module.attn.rel_pos
     if bias is not None:
-        x = x.new_empty(2, bias.get_bias().shape[-1], x.shape[-1]).normal_().requires_grad_()
-    return [((x,), {}), ((x,), {"shared_rel_pos": torch.randn_like(x @ x.mT)[:1, None]})]
+        x = draw(2, bias.get_bias().shape[-1], x.shape[-1]).requires_grad_()
+    return [((x,), {}), ((x,), {"shared_rel_pos": draw(1, 1, x.shape[1], x.shape[1])})]
 
 
 def _tower_calls(module: Any, x: Tensor) -> list[Call]:
     flat, prefix = getattr(module.patch_embed, "flatten", True), module.num_prefix_tokens
     shape = (2, module.patch_embed.num_patches or 9) if flat else (2, 3, 3)  # of images of any size
-    patches = torch.randn(*shape, module.embed_dim, requires_grad=True)
+    patches = draw(*shape, module.embed_dim).requires_grad_()
     count = prefix + patches[0, ..., 0].numel()
-    options: tuple[dict[str, Any], ...] = ({}, {"attn_mask": torch.randn(count, count)}, {"is_causal": True})
+    options: tuple[dict[str, Any], ...] = ({}, {"attn_mask": draw(count, count)}, {"is_causal": True})
     return [((patches,), given) for given in options]
 
 
@@ -394,7 +404,12 @@ _DROP = f"{_LAYERS}.patch_dropout"
 
 
 def _tower(name: str) -> Replacement:
-    options: dict[str, Any] = {"stem": "patch_embed", "sizes": _shrink_sizes, "calls": _tower_calls}
+    options: dict[str, Any] = {
+        "stem": "patch_embed",
+        "sizes": _shrink_sizes,
+        "calls": _tower_calls,
+        "constants": ("rope",),
+    }
     return Replacement(Tower, name, "torch", "last block, class token", tower=_POOLING, **options)
 
 

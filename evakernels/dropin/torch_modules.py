@@ -1,6 +1,6 @@
 """Replacements for torch's own modules."""
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import is_on
-from ..backends import refuse
 from ..nn import FrozenWeight, linear
 from ..ops import gelu, layer_norm, rms_norm, rope_attention
 from ._dispatch import attention_op, dispatches_to
 from ._fused import add, add_norm, draw_rows, read_norm, role
-from ._replacement import Call, Replacement
+from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule
 
 
@@ -87,12 +86,7 @@ class MultiheadAttention(AcceleratedModule):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Any:
-        plain = (
-            (key is value or refuse("other values than keys"))
-            and (key_padding_mask is None or refuse("mask"))
-            and (not is_causal or refuse("causal"))
-            and (not (self.training and self.dropout > 0) or refuse("dropout"))
-        )
+        plain = key is value and key_padding_mask is None and not is_causal and not (self.training and self.dropout > 0)
         if not (plain and self._can_fuse(query, key, attn_mask)):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -115,7 +109,7 @@ class MultiheadAttention(AcceleratedModule):
             return False
         mask_fits = mask is None or (mask.dim() in (2, 3) and mask.is_floating_point())
         fits = query.dim() == key.dim() == 3 and query.dtype == key.dtype
-        return (fits or refuse("shape or dtype")) and (mask_fits or refuse("mask"))
+        return fits and mask_fits
 
     def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, `[B, N, heads, head_dim]`."""
@@ -154,7 +148,7 @@ def is_causal_mask(mask: Tensor) -> bool:
     return torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
 
 
-@cache
+@lru_cache(8)
 def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
 
@@ -168,8 +162,8 @@ def _require_packed(module: Any) -> str | None:
 
 
 def _attention_calls(module: Any, x: Tensor) -> list[Call]:
-    causal, any_mask = _causal_mask(x.shape[1], x.dtype), torch.randn(x.shape[1], x.shape[1])
-    of_heads = torch.randn(x.shape[0] * module.num_heads, 1, x.shape[1])
+    causal, any_mask = _causal_mask(x.shape[1], x.dtype), draw(x.shape[1], x.shape[1])
+    of_heads = draw(x.shape[0] * module.num_heads, 1, x.shape[1])
     padding = torch.arange(x.shape[1]).expand(x.shape[0], -1) > 8
     plain: dict[str, Any] = {"need_weights": False}
     itself, one, other = (x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)
@@ -193,7 +187,7 @@ class TransformerEncoderLayer(AcceleratedModule):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        if not self._can_fuse(src, src_mask) or not (src_key_padding_mask is None or refuse("mask")):
+        if src_key_padding_mask is not None or not self._can_fuse(src, src_mask):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x, forced = src, self.is_forced
         if self.norm_first:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import refuse
 from ..nn.layers import RotaryAttention
 from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
@@ -19,8 +18,8 @@ from ..packing import Packing
 from ._dispatch import attention_op, dispatches_to, is_plain
 from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
 from ._packing import Layers, padded_masks, read_mask, without_padding
-from ._replacement import Call, Replacement
-from ._swap import AcceleratedModule
+from ._replacement import Call, Replacement, draw
+from ._swap import LIVE, AcceleratedModule
 from .torch_modules import GELU, DropPath, LayerScale, QuickGELU, SiLU, require_silu
 
 
@@ -61,8 +60,8 @@ class HookedAttention(AcceleratedModule):
     def _can_run(self, op: str, x: Tensor, dropout: float, options: dict[str, Any]) -> bool:
         return (
             dispatches_to(op, x, after_linear=True, forced=self.is_forced)
-            and (self.config._attn_implementation == "sdpa" or refuse("attn_implementation"))
-            and (not (self.training and dropout > 0) or refuse("dropout"))
+            and self.config._attn_implementation == "sdpa"
+            and not (self.training and dropout > 0)
             and not _has_other_options(options)
         )
 
@@ -77,12 +76,22 @@ _unsupported: frozenset[str] = frozenset()
 def prepare() -> None:
     """Registers `_attend` as "sdpa", unless another function than transformers' own is registered."""
     global _sdpa, _unsupported
-    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    current = None if interface is None else interface().get("sdpa")
+    current = _registered()
     if current is not None and current.__module__.startswith("transformers."):
         _unsupported = frozenset(inspect.signature(current).parameters) - _ARGUMENTS | {"output_attentions", "softcap"}
         _sdpa = current
-        interface.register("sdpa", _attend)
+        sys.modules["transformers.modeling_utils"].AttentionInterface.register("sdpa", _attend)
+
+
+def release() -> None:
+    """Registers transformers' own function as "sdpa" again, if no replaced module is left that calls `_attend`."""
+    if _registered() is _attend and not any(isinstance(module, HookedAttention) for module in LIVE):
+        sys.modules["transformers.modeling_utils"].AttentionInterface.register("sdpa", _sdpa)
+
+
+def _registered() -> Any:
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    return None if interface is None else interface().get("sdpa")
 
 
 def calls_interface(cls: Any) -> bool:
@@ -110,7 +119,7 @@ def _attend(
             raise NotImplementedError(f"{type(module).__name__} must have no dropout and no position bias if packed")
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         return attention_mask.attend(q, k, v, scale=scaling), None
-    plain = (attention_mask is None or refuse("mask")) and (dropout == 0 or refuse("dropout"))
+    plain = attention_mask is None and dropout == 0
     plain = isinstance(module, HookedAttention) and plain and not _has_other_options(options)
     if plain and _can_fuse(module, query, key, value):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -124,20 +133,21 @@ def _attend(
 
 
 def _has_other_options(options: dict[str, Any]) -> bool:
-    given = [name for name in _unsupported if options.get(name) is not None and options[name] is not False]
-    return bool(given) and not refuse(", ".join(sorted(given)))
+    return any(options.get(name) is not None and options[name] is not False for name in _unsupported)
 
 
 def _can_fuse(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
     fits = query.dim() == 4 and query.dtype == key.dtype == value.dtype
     fits = fits and key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:])  # heads may share keys
     forced = module.is_forced
-    return (fits or refuse("shape or dtype")) and dispatches_to(attention_op(), query, after_linear=True, forced=forced)
+    return fits and dispatches_to(attention_op(), query, after_linear=True, forced=forced)
 
 
 def _require_sdpa(module: Any) -> str | None:
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return None if chosen == "sdpa" else f"its attn_implementation is {chosen}, not sdpa"
+    if chosen != "sdpa":
+        return f"its attn_implementation is {chosen}, not sdpa"
+    return None if _registered() in (_attend, None) else "another function is registered as sdpa"
 
 
 class DINOv3Attention(HookedAttention):
@@ -152,7 +162,7 @@ class DINOv3Attention(HookedAttention):
     ) -> Any:
         if (
             position_embeddings is not None
-            and (attention_mask is None or refuse("mask"))
+            and attention_mask is None
             and self._can_run("rope_attention", hidden_states, self.dropout, kwargs)
             and hidden_states.dim() == 3
         ):
@@ -223,7 +233,7 @@ class PackedVisionAttention(RotatedAttention):
     def _is_fused(self, x: Tensor, table: Tensor, options: dict[str, Any]) -> bool:
         if not self._can_run("packed_attention", x, self.attention_dropout, options):
             return False
-        return (x.dim() == 2 and x.numel() > 0 and not table.requires_grad) or refuse("shape or table")
+        return x.dim() == 2 and x.numel() > 0 and not table.requires_grad
 
 
 class PackedVisionAttentionWithWeights(PackedVisionAttention):
@@ -307,12 +317,11 @@ class Encoder(AcceleratedModule):
 
     def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
         others = [n for n, value in options.items() if n not in _HARMLESS and value is not None and value is not False]
-        plain = (mask is not None or refuse("no mask")) and (not others or refuse(", ".join(others)))
+        plain = mask is not None and not others
         if not plain or not _LAYERS[self.layers_name].can_pack(self, x):
             return None
         packing = read_mask(mask, x, self.pooled)
         if packing is None or (packing.rows is not None and options.get("position_embeddings") is not None):
-            refuse("mask")
             return None
         return packing
 
@@ -322,7 +331,7 @@ class ClipEncoder(Encoder):
 
     def _pack(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Packing | None:
         is_read = mask is not None and not options.get(_REAL_ENDS)
-        return None if is_read and not refuse("mask") else super()._pack(x, mask, options)
+        return None if is_read else super()._pack(x, mask, options)
 
 
 class ClipTextModel(AcceleratedModule):
@@ -374,7 +383,7 @@ def _names_of(forward: Callable[..., Any]) -> list[str]:
 
 
 def _masked_calls(module: Any, x: Tensor) -> list[Call]:
-    mask = torch.randn_like(x @ x.mT)[:, None]
+    mask = draw(x.shape[0], 1, x.shape[1], x.shape[1])
     if "causal_attention_mask" in inspect.signature(type(module).forward).parameters:  # CLIP before transformers 5
         return [((x, first), {"causal_attention_mask": second}) for first in (None, mask) for second in (None, mask)]
     return [((x, None), {}), ((x, mask), {})]
@@ -382,7 +391,7 @@ def _masked_calls(module: Any, x: Tensor) -> list[Call]:
 
 def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
     attention = getattr(module, "attention", module)
-    angles = x.new_empty(x.shape[1] - 3, attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2)
+    angles = draw(x.shape[1] - 3, attention.head_dim // 2).repeat(1, 2)
     return [(args, {"position_embeddings": (angles.cos(), angles.sin())}) for args, _ in _masked_calls(module, x)]
 
 
@@ -397,13 +406,13 @@ def _pixtral_calls(module: Any, x: Tensor) -> list[Call]:
     """One sample of three images, without mask for an attention alone."""
     tokens = x.flatten(0, 1).unsqueeze(0)
     images = torch.tensor([0] * 12 + [1] * 3 + [2] * 9)
-    mask = torch.zeros(24, 24).masked_fill(images != images.unsqueeze(1), torch.finfo(x.dtype).min)
+    mask = x.new_zeros(24, 24).masked_fill(images != images.unsqueeze(1), torch.finfo(x.dtype).min)
     attention = module.layers[0].attention if hasattr(module, "layers") else module
     return [((tokens, mask[None, None]), {"position_embeddings": _tables(attention, tokens[0])})]
 
 
 def _tables(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    angles = tokens.new_empty(tokens.shape[0], attention.head_dim // 2).uniform_(-3, 3).repeat(1, 2).detach()
+    angles = draw(tokens.shape[0], attention.head_dim // 2).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 

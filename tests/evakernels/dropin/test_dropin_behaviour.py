@@ -1,9 +1,13 @@
 """Modules are replaced if they behave like their replacement."""
 
 import copy
+import gc
 import subprocess
 import sys
+import threading
 import warnings
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -219,6 +223,138 @@ def test_strict_or_warning_as_error_changes_nothing(gated, strict, error):
     assert _is_left(model)
 
 
+class Scaled(nn.LayerNorm):
+    """A norm with a factor in a buffer, an attribute or a list of attributes."""
+
+    def __init__(self, kind, factor):
+        super().__init__(64)
+        self.kind = kind
+        if kind == "buffer":
+            self.register_buffer("factor", torch.tensor(factor))
+        elif kind == "integer buffer":
+            self.register_buffer("factor", torch.tensor([int(factor)]))
+        elif kind == "tensor":
+            self.factor = torch.tensor(factor)
+        elif kind == "function":
+            self.function = (lambda y: 3 * y) if factor == 3.0 else (lambda y: y)
+        else:
+            self.factor = {"of": {"which": [factor]}} if kind == "nested" else factor
+
+    def forward(self, input):
+        y = super().forward(input)
+        if self.kind == "function":
+            return self.function(y)
+        return y * (self.factor["of"]["which"][0] if self.kind == "nested" else self.factor)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "integer buffer", "tensor", "function", "nested", "float"])
+@pytest.mark.parametrize("factors", [(3.0, 1.0), (1.0, 3.0)])
+def test_values_of_each_instance_are_compared(kind, factors):
+    untouched, x = nn.Sequential(*(Scaled(kind, factor) for factor in factors)), torch.randn(8, 64)
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True)
+    for accelerated, own in zip(model, untouched, strict=True):
+        close(accelerated(x), own(x))
+        if kind in ("buffer", "tensor"):
+            for norm in (accelerated, own):
+                norm.factor = torch.tensor(5.0)
+            close(accelerated(x), own(x))
+
+
+def test_values_of_another_model_are_compared():
+    for factor in (1, 3):
+        untouched, x = Scaled("integer buffer", factor), torch.randn(8, 64)
+        model = copy.deepcopy(untouched)
+        evakernels.accelerate(model, force=True)
+        close(model(x), untouched(x))
+
+
+def test_table_of_another_layout_is_left():
+    family, untouched = FAMILIES["eva02"], FAMILIES["eva02"].build()
+    untouched.blocks[1].attn.rotate_half = True  # the table stays interleaved
+    model = copy.deepcopy(untouched)
+    report = evakernels.accelerate(model, force=True)
+    assert "blocks.1.attn" in {left.name for left in report.left}
+    assert "blocks.0.attn" in {done.name for done in report.replaced}
+    close(run(family, model, 1), run(family, untouched, 1))
+
+
+# --- what comparisons leave alone -------------------------------------------------------------------------------------
+
+
+class _Observer(nn.LayerNorm):
+    """Notes the state of the process while it is compared, drawing a random number or not."""
+
+    states: ClassVar[list] = []
+    draws = False
+
+    def forward(self, input):
+        self.states.append((torch.get_default_dtype(), torch.initial_seed()))
+        y = super().forward(input)
+        return y + 0 * torch.rand(1) if self.draws else y
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_comparison_changes_no_default(draws, monkeypatch):
+    monkeypatch.setattr(_Observer, "states", [])
+    monkeypatch.setattr(_Observer, "draws", draws)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        evakernels.accelerate(nn.Sequential(_Observer(64)), force=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    dtypes, seeds = zip(*_Observer.states, strict=True)
+    assert set(dtypes) == {torch.float64}
+    assert draws or set(seeds) == {123}  # a module that draws can only use the default generator
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_comparison_leaves_other_threads_alone():
+    """A small call of another model runs its own code while modules are compared."""
+    other = nn.Sequential(nn.GELU())
+    evakernels.accelerate(other)
+    seen = []
+
+    def ops_of_other():
+        with log_ops() as ops:
+            other(torch.zeros(1, 8))
+        return ops
+
+    class Last(nn.Linear):
+        def forward(self, x):
+            thread = threading.Thread(target=lambda: seen.append(ops_of_other()))
+            thread.start(), thread.join()
+            return super().forward(x)
+
+    expected, mlp = ops_of_other(), SwiGLU(8, 12)
+    mlp.fc2 = Last(12, 8)
+    evakernels.accelerate(mlp)
+    assert seen
+    assert all(ops == expected for ops in seen)
+
+
+def test_other_models_keep_their_fused_steps(monkeypatch):
+    """Only modules that behave differently are called; all others are fused, in whatever order models come."""
+    family, own = FAMILIES["vit"], LayerScale.forward
+    monkeypatch.setattr(LayerScale, "forward", lambda self, x: own(self, x) * (2 if hasattr(self, "twice") else 1))
+    first, changed = family.build(), family.build()
+    changed.blocks[0].ls1.twice = True
+    untouched = copy.deepcopy(changed)
+    evakernels.accelerate(first, force=True)
+    ops = ops_of(family, first)
+    with pytest.warns(ChangedModuleWarning, match="LayerScale of timm"):
+        report = evakernels.accelerate(changed, force=True)
+    assert [left.name for left in report.changed] == ["blocks.0.ls1"]
+    assert ops_of(family, first) == ops
+    evakernels.accelerate(family.build(), force=True)
+    for model in (changed, copy.deepcopy(changed)):
+        close(run(family, model, 1), run(family, untouched, 1))
+    evakernels.restore(changed)
+    assert [vars(a).keys() for a in changed.modules()] == [vars(b).keys() for b in untouched.modules()]
+
+
 # --- classes that no replacement names --------------------------------------------------------------------------------
 
 
@@ -369,3 +505,31 @@ def test_other_registered_attention_stays():
     finally:
         AttentionInterface.register("sdpa", before)
     assert "CLIPAttention" not in {done.module for done in report.replaced}
+
+
+def test_restore_of_the_last_model_releases_sdpa():
+    models = [FAMILIES["clip"].build() for _ in range(2)]
+    gc.collect()
+    evakernels.restore(models[0])  # what other tests left
+    own = AttentionInterface().get("sdpa")
+    assert own.__module__.startswith("transformers.")
+    for model in models:
+        evakernels.accelerate(model, force=True)
+    copied = copy.deepcopy(models[0])
+    for model in (*models, copied):
+        assert AttentionInterface().get("sdpa") is not own
+        evakernels.restore(model)
+    assert AttentionInterface().get("sdpa") is own
+
+
+def test_replaced_class_is_freed_with_its_modules():
+    class Mine(nn.LayerNorm):
+        pass
+
+    model = nn.Sequential(Mine(8))
+    evakernels.accelerate(model, force=True)
+    replaced = weakref.ref(type(model[0]))
+    assert issubclass(replaced(), Mine)
+    evakernels.restore(model)
+    gc.collect()
+    assert replaced() is None
