@@ -273,9 +273,15 @@ _BLOCKS = Layers(
 
 
 class PackedTower(AcceleratedModule):
-    """NaFlexVit; its blocks run on a packed batch."""
+    """NaFlexVit; its blocks run on a packed batch if it pools their tokens itself."""
 
     method = "forward_features"
+    pools = False
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        pools = bool(self.global_pool) or self.attn_pool is not None
+        tower = self if torch.compiler.is_compiling() else _pooling.view(self, pools=pools)
+        return super(PackedTower, tower).forward(*args, **options)
 
     def forward_features(
         self,
@@ -286,7 +292,8 @@ class PackedTower(AcceleratedModule):
     ) -> Any:
         own: Any = super()
         given = patches, patch_coord, patch_valid, attn_mask
-        is_padded = (patch_valid is not None or refuse("no mask")) and (attn_mask is None or refuse("mask"))
+        is_padded = (self.pools or refuse("unpooled tokens")) and (patch_valid is not None or refuse("no mask"))
+        is_padded = is_padded and (attn_mask is None or refuse("mask"))
         if not is_padded or not _BLOCKS.can_pack(self, patches):
             return own.forward_features(*given)
         embeds: dict[str, Any] = self._forward_embeds(*given)
@@ -425,7 +432,7 @@ REPLACEMENTS = (
         "timm.models.naflexvit.NaFlexVit",
         "packed_attention",
         calls=_packed_calls,
-        settings=(("_forward_embeds", _embed), ("rope_is_mixed", False)),
+        settings=(("_forward_embeds", _embed), ("rope_is_mixed", False), ("pools", True)),
         tower=_BLOCKS,
         compared=without_padding,
     ),

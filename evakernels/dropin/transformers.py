@@ -365,6 +365,30 @@ class BertEncoder(Encoder):
     pooled = 0
 
 
+_BERTS = "Bert", "Roberta", "XLMRoberta", "XLMRobertaXL", "Camembert"
+_HEADS = "Model", "ForSequenceClassification", "ForMultipleChoice"
+_PADDING_UNREAD = {
+    # They pool the first token, and their heads read it alone.
+    *(f"transformers.{name}{head}" for name in _BERTS for head in _HEADS),
+    *("transformers.BertForNextSentencePrediction", "transformers.ChineseCLIPTextModel"),
+    # They pool a token that the encoder has found to be real.
+    *("transformers.CLIPTextModel", "transformers.CLIPTextModelWithProjection", "transformers.CLIPTextTransformer"),
+    *(f"transformers.{name}Text{kind}" for name in ("Siglip", "Siglip2") for kind in ("Model", "Transformer")),
+    # Its pooling head masks padding. The classifier averages real tokens.
+    *("transformers.Siglip2VisionModel", "transformers.Siglip2VisionTransformer"),
+    "transformers.Siglip2ForImageClassification",
+    # They compare pooled tokens.
+    *(f"transformers.{name}Model" for name in ("CLIP", "ChineseCLIP", "Siglip", "Siglip2")),
+    # Its poolers take the mask.
+    *("open_clip.HFTextEncoder", "open_clip.CustomTextCLIP"),
+}
+"""Classes that read no padded token of their encoder. Others, such as heads for each token, keep the padding."""
+
+
+def _reads_no_padding(cls: type) -> bool:
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}" in _PADDING_UNREAD
+
+
 @cache
 def _names_of(forward: Callable[..., Any]) -> list[str]:
     return [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
@@ -427,10 +451,16 @@ _ENCODER_LAYER = "layer_norm1", "self_attn", "layer_norm2", "mlp"
 _LAYERS = {name: Layers(name, HookedAttention, _require_sdpa) for name in ("layers", "layer")}
 
 
-def _encoder(forward: type[Encoder], model: str, name: str, **options: Any) -> Replacement:
-    options = {"calls": _encoder_calls, "compared": without_padding, **options}
-    target = f"{_MODELS}.{model}.modeling_{model}.{name}"
-    return Replacement(forward, target, "packed_attention", tower=_LAYERS[forward.layers_name], **options)
+def _encoder(forward: type[Encoder], model: str, name: str) -> Replacement:
+    return Replacement(
+        forward,
+        f"{_MODELS}.{model}.modeling_{model}.{name}",
+        "packed_attention",
+        tower=_LAYERS[forward.layers_name],
+        holder=_reads_no_padding,
+        calls=_encoder_calls,
+        compared=without_padding,
+    )
 
 
 REPLACEMENTS = (
@@ -475,14 +505,17 @@ REPLACEMENTS = (
         reason=_require_sdpa,
         calls=_pixtral_calls,
     ),
-    _encoder(Encoder, "pixtral", "PixtralTransformer", calls=_pixtral_calls, compared=lambda result: result),
+    Replacement(
+        Encoder,
+        f"{_MODELS}.pixtral.modeling_pixtral.PixtralTransformer",
+        "packed_attention",
+        tower=_LAYERS["layers"],
+        calls=_pixtral_calls,
+    ),
     Replacement(ClipTextModel, f"{_CLIP}.CLIPTextModel", "packed_attention", hook=_takes_any),
     _encoder(ClipEncoder, "clip", "CLIPEncoder"),
     _encoder(SiglipEncoder, "siglip", "SiglipEncoder"),
     _encoder(SiglipEncoder, "siglip2", "Siglip2Encoder"),
-    _encoder(Encoder, "idefics2", "Idefics2Encoder"),
-    _encoder(Encoder, "idefics3", "Idefics3Encoder"),
-    _encoder(Encoder, "smolvlm", "SmolVLMEncoder"),
     _encoder(BertEncoder, "bert", "BertEncoder"),
     _encoder(BertEncoder, "roberta", "RobertaEncoder"),
     _encoder(BertEncoder, "xlm_roberta", "XLMRobertaEncoder"),
