@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, triton
+from .._modes import has_global_hooks
 from ..autocast import is_on
 from ..backends import refuse
 
@@ -145,11 +146,13 @@ def has_op(name: str, device: str, dtype: torch.dtype, forced: bool = False) -> 
 def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: bool = False) -> bool:
     """Whether the op `name` is faster for `x`, or with `after_linear` for a linear layer's output of `x`.
 
-    False for tensor subclasses, such as a DTensor or a tracer's proxy, and under functorch's transforms. Call it before
-    anything else reads `x`. With `forced`: whether the op supports the call.
+    False for tensor subclasses, such as a DTensor or a tracer's proxy, under functorch's transforms and with global
+    hooks. Call it before anything else reads `x`. With `forced`: whether the op supports the call.
     """
     if not is_plain(x):
         return refuse("tensor subclass, transform or tracer")
+    if has_global_hooks():
+        return refuse("global hooks")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if after_linear and is_on(device) else x.dtype
     if _runs_all:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._modes import is_observed
 from ..backends import refuse
 from ..nn import linear
 from ..ops import rope_attention, token_dropout
@@ -79,11 +80,13 @@ class _Attention(AcceleratedModule):
 
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         op = attention_op() if rope is None else "rope_attention"
+        norms = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
         return (
             (attn_mask is None or refuse("mask"))
             and (self.selection is None or is_causal is False or refuse("causal"))
             and (self.fused_attn or refuse("fused_attn is off"))
             and (not may_drop(self.attn_drop) or refuse("dropout"))
+            and (not any(map(is_observed, norms)) or refuse("hooks"))  # which see heads first
             and dispatches_to(op, x, after_linear=True, forced=self.is_forced)
         )
 

@@ -17,7 +17,7 @@ from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
 from ..packing import Packing
 from ._dispatch import attention_op, dispatches_to, is_plain
-from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
+from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm, role
 from ._packing import Layers, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement
 from ._swap import AcceleratedModule
@@ -39,6 +39,8 @@ class GatedMLP(AcceleratedModule):
     """Llama's gated MLP."""
 
     def forward(self, x: Tensor) -> Any:
+        if role(self.act_fn) != "silu":  # its own code calls a hooked activation before `up_proj`
+            return super().forward(x)
         projections = self.gate_proj, self.up_proj
         out = gated_mlp(x, projections, self.down_proj, self.act_fn, forced=self.is_forced)
         if out is not None:
@@ -254,8 +256,9 @@ class PixtralAttention(RotatedAttention):
 class EncoderLayer(AcceleratedModule):
     """The encoder layer of CLIP and SigLIP."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        branch, _ = self.self_attn(self.layer_norm1(hidden_states), *args, **kwargs)
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        options = {"attention_mask": attention_mask, **dict(zip(("causal_attention_mask",), args, strict=False))}
+        branch, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **options, **kwargs)
         y, x = add_norm(hidden_states, branch, self.layer_norm2, forced=self.is_forced)
         return add(x, self.mlp(y))
 

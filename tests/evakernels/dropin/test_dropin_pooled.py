@@ -10,6 +10,7 @@ from op_checks import Recorder
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.module import register_module_forward_hook
 
 import evakernels
 
@@ -122,6 +123,22 @@ def test_hook_gets_all_tokens(name, path, shape):
         inputs["text"][:, 3], inputs["text"][:, 4:] = END, 0
     model(**inputs)
     assert seen == [shape]
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "open-clip"])
+def test_global_hook_sees_untouched_calls(name):
+    family = (TIMM | OPEN_CLIP)[name]
+    untouched = family.build().eval()
+    calls = []
+    for model in (accelerated(untouched).eval(), untouched):
+        names, seen = {module: path for path, module in model.named_modules()}, []
+        handle = register_module_forward_hook(lambda m, args, out, n=names, s=seen: s.append(n[m]))
+        try:
+            model(**family.inputs(1))
+        finally:
+            handle.remove()
+        calls.append(seen)
+    assert calls[0] == calls[1]
 
 
 def test_forward_features_returns_all_tokens():
