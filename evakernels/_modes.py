@@ -39,7 +39,7 @@ def is_checkpointed() -> bool:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, also global ones, `module.compile()` or a forward of the instance depend on calls of the module."""
+    """Whether hooks, global ones too, `module.compile()` or its own forward depend on calls of the module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

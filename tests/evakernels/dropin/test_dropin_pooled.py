@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dropin_families import OPEN_CLIP, TIMM, assert_same_gradients, close, images
 from op_checks import Recorder
 from timm.models.vision_transformer import VisionTransformer
@@ -123,6 +124,41 @@ def test_hook_gets_all_tokens(name, path, shape):
         inputs["text"][:, 3], inputs["text"][:, 4:] = END, 0
     model(**inputs)
     assert seen == [shape]
+
+
+class Quantized(torch.Tensor):
+    """A weight without views, as those of quantisation libraries."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.split, torch.Tensor.chunk, torch.Tensor.__getitem__):
+            raise NotImplementedError(func)
+        if func is F.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "eva02-packed"])
+@pytest.mark.parametrize("quantizes_first", [True, False])
+def test_quantized_weights_are_not_split(name, quantizes_first):
+    model = TIMM[name].build().eval()
+    x = images(1)["x"]
+    expected = model(x).detach()
+
+    def quantize():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                weight = layer.weight.detach().as_subclass(Quantized)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    if quantizes_first:
+        quantize()
+    evakernels.accelerate(model, force=True)
+    if not quantizes_first:
+        quantize()
+    with torch.no_grad():
+        close(model(x), expected)
 
 
 @pytest.mark.parametrize("name", ["vit", "eva02", "open-clip"])
