@@ -80,7 +80,7 @@ class _Attention(AcceleratedModule):
 
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         op = attention_op() if rope is None else "rope_attention"
-        norms = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
+        norms: list[Any] = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
         return (
             (attn_mask is None or refuse("mask"))
             and (self.selection is None or is_causal is False or refuse("causal"))
@@ -283,7 +283,7 @@ class PackedTower(AcceleratedModule):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         pools = bool(self.global_pool) or self.attn_pool is not None
-        tower = self if torch.compiler.is_compiling() else _pooling.view(self, pools=pools)
+        tower: Any = self if torch.compiler.is_compiling() else _pooling.view(self, pools=pools)
         return super(PackedTower, tower).forward(*args, **options)
 
     def forward_features(
