@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 # Names of this module are looked up faster than attributes.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -38,7 +39,7 @@ def is_checkpointed() -> bool:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, `module.compile()` or a forward of the instance depend on calls of the module."""
+    """Whether hooks, global ones too, `module.compile()` or its own forward depend on calls of the module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -46,6 +47,7 @@ def is_observed(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None  # set by `module.compile()`
         or "forward" in module.__dict__
+        or has_global_hooks()
     )
 
 

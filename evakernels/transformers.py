@@ -1,30 +1,27 @@
 """Attention for transformers: `attn_implementation="evakernels"`.
 
 Importing this module registers the name with transformers' `AttentionInterface` and `AttentionMaskInterface`. Masks are
-those of "sdpa". A mask of padded keys, causal or not, runs packed, so padding costs no time; other masks and options
-run transformers' sdpa attention.
+those of "sdpa". Calls with a mask or other options run transformers' sdpa attention. Models that refuse "sdpa" refuse
+this name, too.
 """
 
 import inspect
 import logging
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 except ImportError as error:
     text = f"evakernels.transformers: transformers must be 4.53 or later ({error}): pip install -U transformers"
     raise type(error)(text, name=error.name) from error
 
 from .dropin._dispatch import dispatches_to
-from .dropin._packing import read_mask
 from .ops import rope_attention
-from .packing import Packing
 from .triton import MAX_HEAD_DIM
 
 NAME = "evakernels"
@@ -40,13 +37,6 @@ _OPTIONS = sorted(
 
 _EAGER_OPTIONS = "softcap", "s_aux", "sinks"
 """Options that change the result and that sdpa attention lacks, too."""
-
-_INPUTS = {
-    *("self", "hidden_states", "x", "attention_mask", "mask", "position_embeddings", "position_ids", "kwargs"),
-    *("cache", "past_key_values", "past_key_value", "layer_past", "cache_position", "use_cache", "cu_seqlens"),
-    *("max_seqlen", "rotary_pos_emb", "head_mask", "layer_head_mask", "causal_attention_mask", "output_attentions"),
-}
-"""Parameter names of self-attention. A module with another one, such as encoder states, may attend to other tokens."""
 
 
 def attend(
@@ -70,7 +60,7 @@ def attend(
         dropout, scaling, is_causal, options: as for `sdpa_attention_forward`.
 
     Returns:
-        `[B, N, H, D]`, zeros at padded tokens if the call runs packed, and None.
+        `[B, N, H, D]` and None.
 
     Raises:
         NotImplementedError: for soft caps and attention sinks, which sdpa attention ignores.
@@ -78,11 +68,9 @@ def attend(
     for name in _EAGER_OPTIONS:
         if options.get(name) is not None:
             raise NotImplementedError(f'{NAME}: {name} must be None, got a value: set attn_implementation="eager"')
-    packing = None
     reason = _why_not(query, key, value, dropout, options)
     if reason is None and attention_mask is not None:
-        packing = _packing_of(module, query, key, attention_mask)
-        reason = "an attention mask other than padding" if packing is None else None
+        reason = "an attention mask"
     if reason is not None:
         if not torch.compiler.is_compiling():
             _log_once(reason)
@@ -91,8 +79,6 @@ def attend(
         )
         return result
     q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-    if packing is not None:
-        return packing.unpack(packing.attend(*map(packing.pack, (q, k, v)), scale=scaling)), None
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal, tokens = bool(is_causal and q.shape[1] > 1), q.shape[1]
@@ -124,35 +110,26 @@ def _log_once(reason: str) -> None:
     _logger.warning("transformers' sdpa attention runs instead of evakernels: %s", reason)
 
 
-# --- masks of padded keys ---------------------------------------------------------------------------------------------
+def _refuse_without_sdpa(own: Any) -> Any:
+    """A model's choice of its attention that refuses `NAME` where the model refuses "sdpa"."""
 
+    @wraps(own)
+    def choose(self: Any, requested_attention: str | None, *args: Any, **options: Any) -> str:
+        if requested_attention == NAME:
+            try:
+                own(self, "sdpa", *args, **options)
+            except ValueError as error:
+                accepted = f'"eager" for {type(self).__name__}'
+                raise ValueError(f'attn_implementation must be {accepted}, got "{NAME}": {error}') from error
+        chosen: str = own(self, requested_attention, *args, **options)
+        return chosen
 
-_packings = WeakTensorKeyDictionary()
-"""Version, batch and packing of each mask, which the layers of a model share."""
-
-
-def _packing_of(module: Any, query: Tensor, key: Tensor, mask: Tensor) -> Packing | None:
-    """The packing of a self-attention's mask; None if it isn't one of padded keys, and in compiled code."""
-    cls: Any = type(module)
-    if torch.compiler.is_compiling() or not _is_self_attention(cls) or mask.dim() != 4 or mask.shape[3] != key.shape[2]:
-        return None
-    tokens = query.transpose(1, 2)
-    if mask.is_inference():  # without a version that shows changes in place
-        return read_mask(mask, tokens)
-    state = mask._version, tokens.shape[:2]
-    packing: Packing | None
-    known, packing = _packings.get(mask, (None, None))
-    if known != state:
-        packing = read_mask(mask, tokens)
-        _packings[mask] = state, packing
-    return packing
-
-
-@cache
-def _is_self_attention(cls: Any) -> bool:
-    """Whether the module's queries and keys are the same tokens, so that padded queries can be left out."""
-    return _INPUTS.issuperset(inspect.signature(cls.forward).parameters)
+    return choose
 
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+if hasattr(PreTrainedModel, "get_correct_attn_implementation"):  # since transformers 4.55
+    PreTrainedModel.get_correct_attn_implementation = _refuse_without_sdpa(
+        PreTrainedModel.get_correct_attn_implementation
+    )

@@ -85,6 +85,7 @@ def accelerate(
     if exclude is not None:
         plan.exclude = _check_patterns("exclude", exclude, modules)
     report = Report.of(model)
+    plan.holders = {name: cls for name, _, cls in named}
     plan.verify_roles(named)
     plan.refused = timm.find_other_layouts(model)
     previous = _mark(model, plan.changed_roles)
@@ -158,8 +159,13 @@ def _check(function: str, model: object) -> None:
 
 def _matches(patterns: list[str], name: str, cls: str) -> bool:
     """Whether a pattern of `fnmatch` matches a module's class, its name or the name of a module that holds it."""
-    paths = [name, *(name[: dot.start()] for dot in re.finditer(r"\.", name)), cls]
+    paths = [name, *_holders(name), cls]
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
+
+
+def _holders(name: str) -> list[str]:
+    """The names of the modules inside the model that hold the module `name`, the outermost first."""
+    return [name[: dot.start()] for dot in re.finditer(r"\.", name)]
 
 
 def _check_patterns(argument: str, patterns: Patterns, modules: list[tuple[str, str]]) -> list[str]:
@@ -245,6 +251,7 @@ class _Plan:
         self.include: list[str] | None = None
         self.exclude: list[str] = []
         self.classes: dict[nn.Module, type] = {}
+        self.holders: dict[str, type] = {}
         self.refused: dict[nn.Module, str] = {}
         self.changed_roles: dict[nn.Module, str] = {}
         self._matches = cache(_find_matches)
@@ -290,7 +297,7 @@ class _Plan:
         forced = (self.force and included) or getattr(current, "is_forced", False)
         refusals = []
         for replacement, match in candidates:
-            reason, verdict = self._compare(module, replacement)
+            reason, verdict = self._compare(name, module, replacement)
             if reason is None:
                 new = _swap.replacement_class(cls, replacement.forward, forced, verdict.tried or None)
                 backend = replacement.backend(module, forced)
@@ -302,8 +309,11 @@ class _Plan:
         named = [left for left, (_, match) in zip(refusals, candidates, strict=True) if match is not _Match.SIMILAR]
         return (named[0] if named else None), cls
 
-    def _compare(self, module: nn.Module, replacement: Replacement) -> tuple[str | None, Verdict]:
+    def _compare(self, name: str, module: nn.Module, replacement: Replacement) -> tuple[str | None, Verdict]:
         """Why a module keeps its own code, or None, and the verdict on its behaviour, if that was compared."""
+        holders = [self.holders[holder] for holder in ("", *_holders(name)) if holder != name]
+        if reader := next((cls for cls in holders if not replacement.holder(cls)), None):
+            return f"{reader.__name__} may read padding", Verdict(None)
         try:
             reason = self.refused.get(module) or replacement.reason(module)
             if reason is None and replacement.tower is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, triton
+from .._modes import has_global_hooks
 from ..autocast import is_on
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -145,10 +146,10 @@ def has_op(name: str, device: str, dtype: torch.dtype, forced: bool = False) -> 
 def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: bool = False) -> bool:
     """Whether the op `name` is faster for `x`, or with `after_linear` for a linear layer's output of `x`.
 
-    False for tensor subclasses, such as a DTensor or a tracer's proxy, and under functorch's transforms. Call it before
-    anything else reads `x`. With `forced`: whether the op supports the call.
+    False for tensor subclasses, such as a DTensor or a tracer's proxy, under functorch's transforms and with global
+    hooks. Call it before anything else reads `x`. With `forced`: whether the op supports the call.
     """
-    if not is_plain(x):
+    if not is_plain(x) or has_global_hooks():
         return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if after_linear and is_on(device) else x.dtype

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import is_observed
+from ..nn import FrozenWeight
+from ..nn.linear import is_plain_tensor
 from ._dispatch import DTYPES, is_plain
 from ._fused import role_of
 from ._swap import AcceleratedModule
@@ -91,7 +93,10 @@ class Pooling:
             return f"its last block, {class_of(last).__name__}, computes all tokens"
         strange = [part for part in last.modules() if not _is_tokenwise(class_of(part))]
         strange += [norm] if role_of(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
-        return f"{class_of(strange[0]).__name__} may need all tokens" if strange else None
+        if strange:
+            return f"{class_of(strange[0]).__name__} may need all tokens"
+        other = next((p for p in last.parameters() if not (is_plain_tensor(p) or isinstance(p, FrozenWeight))), None)
+        return None if other is None else f"{type(other).__name__} may not split"
 
     def can_shorten(self, tower: Any, x: Tensor) -> bool:
         """Whether only the pooled token is needed after the last attention, for input `x`.

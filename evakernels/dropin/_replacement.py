@@ -48,6 +48,7 @@ class Replacement:
             rotary tables; other float buffers get random values.
         settings: names and values of attributes to give to the copies that are compared.
         tower: how a tower pools one token, or which of its layers run packed.
+        holder: returns whether a class that holds the module, at any depth, reads no padded token of it.
         compared: the part of a result to compare, made of the result.
         role: role of the class in fused steps of other modules, if it behaves like `forward`.
     """
@@ -65,6 +66,7 @@ class Replacement:
     constants: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     tower: Pooling | Layers | None = None
+    holder: Callable[[type], bool] = field(default=lambda cls: True)
     compared: Callable[[Any], Any] = field(default=lambda result: result)
     role: str = ""
 

@@ -65,7 +65,9 @@ class Attention(AcceleratedModule):
     """open_clip's own, without a mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Any:
+        norms = [getattr(self, name) for name in ("ln_q", "ln_k") if hasattr(self, name)]
         plain = attn_mask is None and not may_drop(self.attn_drop)
+        plain = plain and not any(map(is_observed, norms))  # hooks see heads first
         if not (plain and dispatches_to(attention_op(), x, after_linear=True, forced=self.is_forced)):
             return super().forward(x, attn_mask=attn_mask)
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)

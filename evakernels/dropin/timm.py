@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._modes import is_observed
 from ..nn import linear
 from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
@@ -78,11 +79,13 @@ class _Attention(AcceleratedModule):
 
     def _is_fused(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> bool:
         op = attention_op() if rope is None else "rope_attention"
+        norms: list[Any] = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
         return (
             attn_mask is None
             and (self.selection is None or is_causal is False)
             and self.fused_attn
             and not may_drop(self.attn_drop)
+            and not any(map(is_observed, norms))  # hooks see heads first
             and dispatches_to(op, x, after_linear=True, forced=self.is_forced)
         )
 
@@ -285,9 +288,15 @@ _BLOCKS = Layers(
 
 
 class PackedTower(AcceleratedModule):
-    """NaFlexVit; its blocks run on a packed batch."""
+    """NaFlexVit; its blocks run on a packed batch if it pools their tokens itself."""
 
     method = "forward_features"
+    pools = False
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        pools = bool(self.global_pool) or self.attn_pool is not None
+        tower: Any = self if torch.compiler.is_compiling() else _pooling.view(self, pools=pools)
+        return super(PackedTower, tower).forward(*args, **options)
 
     def forward_features(
         self,
@@ -298,7 +307,7 @@ class PackedTower(AcceleratedModule):
     ) -> Any:
         own: Any = super()
         given = patches, patch_coord, patch_valid, attn_mask
-        is_padded = patch_valid is not None and attn_mask is None
+        is_padded = self.pools and patch_valid is not None and attn_mask is None
         if not is_padded or not _BLOCKS.can_pack(self, patches):
             return own.forward_features(*given)
         embeds: dict[str, Any] = self._forward_embeds(*given)
@@ -440,7 +449,7 @@ REPLACEMENTS = (
         "timm.models.naflexvit.NaFlexVit",
         "packed_attention",
         calls=_packed_calls,
-        settings=(("_forward_embeds", _embed), ("rope_is_mixed", False)),
+        settings=(("_forward_embeds", _embed), ("rope_is_mixed", False), ("pools", True)),
         tower=_BLOCKS,
         compared=without_padding,
     ),

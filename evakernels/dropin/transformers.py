@@ -16,7 +16,7 @@ from ..ops import packed_attention, rms_norm, rope_attention
 from ..ops.rope_attention import MAX_PREFIX
 from ..packing import Packing
 from ._dispatch import attention_op, dispatches_to, is_plain
-from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm
+from ._fused import add, add_norm, apply_gate, gated_mlp, read_norm, role
 from ._packing import Layers, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement, draw
 from ._swap import LIVE, AcceleratedModule
@@ -38,6 +38,8 @@ class GatedMLP(AcceleratedModule):
     """Llama's gated MLP."""
 
     def forward(self, x: Tensor) -> Any:
+        if role(self.act_fn) != "silu":  # its own code calls a hooked activation before `up_proj`
+            return super().forward(x)
         projections = self.gate_proj, self.up_proj
         out = gated_mlp(x, projections, self.down_proj, self.act_fn, forced=self.is_forced)
         if out is not None:
@@ -264,8 +266,9 @@ class PixtralAttention(RotatedAttention):
 class EncoderLayer(AcceleratedModule):
     """The encoder layer of CLIP and SigLIP."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        branch, _ = self.self_attn(self.layer_norm1(hidden_states), *args, **kwargs)
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        options = {"attention_mask": attention_mask, **dict(zip(("causal_attention_mask",), args, strict=False))}
+        branch, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **options, **kwargs)
         y, x = add_norm(hidden_states, branch, self.layer_norm2, forced=self.is_forced)
         return add(x, self.mlp(y))
 
@@ -374,6 +377,30 @@ class BertEncoder(Encoder):
     pooled = 0
 
 
+_BERTS = "Bert", "Roberta", "XLMRoberta", "XLMRobertaXL", "Camembert"
+_HEADS = "Model", "ForSequenceClassification", "ForMultipleChoice"
+_PADDING_UNREAD = {
+    # They pool the first token, and their heads read it alone.
+    *(f"transformers.{name}{head}" for name in _BERTS for head in _HEADS),
+    *("transformers.BertForNextSentencePrediction", "transformers.ChineseCLIPTextModel"),
+    # They pool a token that the encoder has found to be real.
+    *("transformers.CLIPTextModel", "transformers.CLIPTextModelWithProjection", "transformers.CLIPTextTransformer"),
+    *(f"transformers.{name}Text{kind}" for name in ("Siglip", "Siglip2") for kind in ("Model", "Transformer")),
+    # Its pooling head masks padding. The classifier averages real tokens.
+    *("transformers.Siglip2VisionModel", "transformers.Siglip2VisionTransformer"),
+    "transformers.Siglip2ForImageClassification",
+    # They compare pooled tokens.
+    *(f"transformers.{name}Model" for name in ("CLIP", "ChineseCLIP", "Siglip", "Siglip2")),
+    # Its poolers take the mask.
+    *("open_clip.HFTextEncoder", "open_clip.CustomTextCLIP"),
+}
+"""Classes that read no padded token of their encoder. Others, such as heads for each token, keep the padding."""
+
+
+def _reads_no_padding(cls: type) -> bool:
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}" in _PADDING_UNREAD
+
+
 @cache
 def _names_of(forward: Callable[..., Any]) -> list[str]:
     return [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
@@ -436,10 +463,16 @@ _ENCODER_LAYER = "layer_norm1", "self_attn", "layer_norm2", "mlp"
 _LAYERS = {name: Layers(name, HookedAttention, _require_sdpa) for name in ("layers", "layer")}
 
 
-def _encoder(forward: type[Encoder], model: str, name: str, **options: Any) -> Replacement:
-    options = {"calls": _encoder_calls, "compared": without_padding, **options}
-    target = f"{_MODELS}.{model}.modeling_{model}.{name}"
-    return Replacement(forward, target, "packed_attention", tower=_LAYERS[forward.layers_name], **options)
+def _encoder(forward: type[Encoder], model: str, name: str) -> Replacement:
+    return Replacement(
+        forward,
+        f"{_MODELS}.{model}.modeling_{model}.{name}",
+        "packed_attention",
+        tower=_LAYERS[forward.layers_name],
+        holder=_reads_no_padding,
+        calls=_encoder_calls,
+        compared=without_padding,
+    )
 
 
 REPLACEMENTS = (
@@ -484,14 +517,17 @@ REPLACEMENTS = (
         reason=_require_sdpa,
         calls=_pixtral_calls,
     ),
-    _encoder(Encoder, "pixtral", "PixtralTransformer", calls=_pixtral_calls, compared=lambda result: result),
+    Replacement(
+        Encoder,
+        f"{_MODELS}.pixtral.modeling_pixtral.PixtralTransformer",
+        "packed_attention",
+        tower=_LAYERS["layers"],
+        calls=_pixtral_calls,
+    ),
     Replacement(ClipTextModel, f"{_CLIP}.CLIPTextModel", "packed_attention", hook=_takes_any),
     _encoder(ClipEncoder, "clip", "CLIPEncoder"),
     _encoder(SiglipEncoder, "siglip", "SiglipEncoder"),
     _encoder(SiglipEncoder, "siglip2", "Siglip2Encoder"),
-    _encoder(Encoder, "idefics2", "Idefics2Encoder"),
-    _encoder(Encoder, "idefics3", "Idefics3Encoder"),
-    _encoder(Encoder, "smolvlm", "SmolVLMEncoder"),
     _encoder(BertEncoder, "bert", "BertEncoder"),
     _encoder(BertEncoder, "roberta", "RobertaEncoder"),
     _encoder(BertEncoder, "xlm_roberta", "XLMRobertaEncoder"),

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
         supports it, the matmul and the bias are one call of oneDNN. Otherwise this is torch's function.
     """
     # A frozen weight is a tensor subclass with its own matmul.
-    is_plain = _is_plain(weight) and _is_plain(x) and (bias is None or _is_plain(bias))
+    is_plain = is_plain_tensor(weight) and is_plain_tensor(x) and (bias is None or is_plain_tensor(bias))
     if not (
         is_plain and x.is_cpu and weight.is_cpu and not needs_dispatcher() and _is_supported(x, weight, bias, forced)
     ):
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
     return _product(x, weight, bias)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain_tensor(tensor: Tensor) -> bool:
     """Whether it is a tensor of torch's own class."""
     return type(tensor) is Tensor or type(tensor) is nn.Parameter
 

@@ -46,22 +46,21 @@ _NAFLEX = {
     "spatial_shapes": torch.tensor([[4, 4], [2, 3]]),
 }
 _QWEN_IMAGES = {"hidden_states": _randn(24, 3 * 2 * 4 * 4), "grid_thw": torch.tensor([[1, 4, 4], [1, 2, 4]])}
-_ROPE, _PACKED = "rope_attention_forward", "packed_attention_forward"
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "clip_vision": ("clip_vision_model", _VISION, _IMAGES, _ROPE),
-    "clip_text": ("clip_text_model", _TEXT, _tokens(), _ROPE),
-    "clip_text_padded": ("clip_text_model", _TEXT, _tokens(_RIGHT), _PACKED),
-    "siglip2": ("siglip2_vision_model", _VISION | {"num_patches": 16}, _NAFLEX, _PACKED),
-    "vit": ("vit", _VISION, _IMAGES, _ROPE),
-    "dinov2": ("dinov2", _VISION, _IMAGES, _ROPE),
-    "qwen2_5_vl": ("qwen2_5_vl_vision", _QWEN_VISION, _QWEN_IMAGES, _ROPE),
-    "bert": ("bert", _BERT, _tokens(), _ROPE),
-    "bert_padded": ("bert", _BERT, _tokens(_RIGHT), _PACKED),
-    "llama": ("llama", _GROUPED, _tokens(), _ROPE),
-    "llama_right": ("llama", _GROUPED, _tokens(_RIGHT), _PACKED),
-    "llama_holes": ("llama", _GROUPED, _tokens(_WITH_HOLES), _PACKED),
-    "qwen2_left": ("qwen2", _GROUPED, _tokens(_LEFT), _PACKED),
+_ROPE = "rope_attention_forward"
+_ATTENTION = {_ROPE, "packed_attention_forward"}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "clip_vision": ("clip_vision_model", _VISION, _IMAGES),
+    "clip_text": ("clip_text_model", _TEXT, _tokens()),
+    "vit": ("vit", _VISION, _IMAGES),
+    "dinov2": ("dinov2", _VISION, _IMAGES),
+    "qwen2_5_vl": ("qwen2_5_vl_vision", _QWEN_VISION, _QWEN_IMAGES),
+    "bert": ("bert", _BERT, _tokens()),
+    "llama": ("llama", _GROUPED, _tokens()),
 }
+
+
+_OF_TEXT = {"siglip_text_model": transformers.SiglipTextModel, "owlvit_text_model": transformers.OwlViTTextModel}
+"""Classes that `AutoModel` lacks."""
 
 
 def _models(kind: str, sizes: dict[str, Any], auto: Any = transformers.AutoModel) -> tuple[Any, Any]:
@@ -69,24 +68,24 @@ def _models(kind: str, sizes: dict[str, Any], auto: Any = transformers.AutoModel
 
     def build(name: str) -> Any:
         torch.manual_seed(0)
-        return auto.from_config(transformers.AutoConfig.for_model(kind, **sizes), attn_implementation=name).eval()
+        build = _OF_TEXT[kind]._from_config if kind in _OF_TEXT else auto.from_config
+        return build(transformers.AutoConfig.for_model(kind, **sizes), attn_implementation=name).eval()
 
     return build("sdpa"), build("evakernels")
 
 
 def _run(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, set[str]]:
-    """The last hidden states of real tokens, and the attention ops that ran."""
+    """The last hidden states and the pooled tokens in one row, and the attention ops that ran."""
     ops: set[str] = set()
     with observed_by(lambda op, backend: ops.add(op)):
-        out = model(**inputs)[0]
-    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
-    real = mask.bool() if mask is not None and mask.dim() == 2 else slice(None)
-    return out[real], ops & {_ROPE, _PACKED}
+        out = model(**inputs)
+    pooled = out.get("pooler_output")
+    return torch.cat([part.flatten() for part in (out[0], pooled) if part is not None]), ops & _ATTENTION
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_model_matches_sdpa(name: str) -> None:
-    kind, sizes, inputs, op = CASES[name]
+    kind, sizes, inputs = CASES[name]
     outs, gradients = [], []
     for model in _models(kind, sizes):
         with torch.inference_mode():
@@ -95,7 +94,7 @@ def test_model_matches_sdpa(name: str) -> None:
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         outs.append((out, inferred))
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-    assert ops == {op}
+    assert ops == {_ROPE}
     torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients[1], gradients[0], atol=2e-5, rtol=1e-4)
 
@@ -114,7 +113,16 @@ OTHER: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
     for kind, sizes in (("llama", _GROUPED), ("bert", _BERT))
     for name, mask in _MASKS.items()
 }
+_PADDED = {"right": _RIGHT, "left": _LEFT, "holes": _WITH_HOLES}
+_TEXTS = {"clip_text_model": _TEXT, "siglip_text_model": _TEXT, "bert": _BERT, "llama": _GROUPED, "qwen2": _GROUPED}
 OTHER |= {
+    f"{kind}_{name}": (kind, sizes, _tokens(mask), set())
+    for kind, sizes in _TEXTS.items()
+    for name, mask in _PADDED.items()
+}
+OTHER |= {
+    "owlvit_right": ("owlvit_text_model", _TEXT, _tokens(_RIGHT), set()),
+    "siglip2": ("siglip2_vision_model", _VISION | {"num_patches": 16}, _NAFLEX, set()),
     "position_ids": ("llama", _GROUPED, _tokens(position_ids=_POSITIONS, use_cache=False), set()),
     "sliding_window": ("mistral", _GROUPED | {"sliding_window": 3}, _tokens(use_cache=False), set()),
     # The decoder's self-attention has no mask.
@@ -129,7 +137,7 @@ OTHER |= {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_other_masks_match_sdpa(name: str) -> None:
-    """Masks that don't run packed."""
+    """Every token has sdpa's values, the padded and pooled ones too."""
     kind, sizes, inputs, expected = OTHER[name]
     sdpa, ours = _models(kind, sizes)
     out, ops = _run(ours, inputs)
@@ -145,11 +153,9 @@ class _SelfAttention(torch.nn.Module):
 
 _SHAPE = 2, 2, 5, 8
 _MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None]
-_BLOCKS = torch.block_diag(torch.ones(2, 2), torch.ones(1, 1), torch.zeros(2, 2)).bool()[None, None]
 CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], set[str]]] = {
     "scaling": ({}, {"scaling": 0.9}, {_ROPE}),
-    "packed_scaling": ({}, {"scaling": 0.9, "attention_mask": _MASK}, {_PACKED}),
-    "padded_blocks": (dict.fromkeys(("query", "key", "value"), (1, 2, 5, 8)), {"attention_mask": _BLOCKS}, {_PACKED}),
+    "mask": ({}, {"scaling": 0.9, "attention_mask": _MASK}, set()),
     "position_bias": ({}, {"position_bias": _randn(1, 2, 5, 5)}, set()),
     "width_of_values": ({"value": (2, 2, 5, 4)}, {}, set()),
     "one_sample_of_keys": ({"key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}, {}, set()),
@@ -166,9 +172,8 @@ def test_attend_matches_sdpa_forward(name: str) -> None:
     with observed_by(lambda op, backend: ops.add(op)):
         out = evakernels.transformers.attend(_SelfAttention(), *tokens, **call)[0]
     sdpa = evakernels.transformers.sdpa_attention_forward(_SelfAttention(), *tokens, **call)[0]
-    real = call["attention_mask"][:, 0].any(1) if expected == {_PACKED} else slice(None)
-    torch.testing.assert_close(out[real], sdpa[real], atol=1e-5, rtol=1e-5)
-    assert ops & {_ROPE, _PACKED} == expected
+    torch.testing.assert_close(out, sdpa, atol=1e-5, rtol=1e-5)
+    assert ops & _ATTENTION == expected
 
 
 @pytest.mark.parametrize("name", ["s_aux", "sinks", "softcap"])
@@ -186,13 +191,17 @@ def test_mask_of_other_length_fails_as_sdpa() -> None:
             attend(_SelfAttention(), *tokens, _MASK)
 
 
-def test_mask_changed_in_place_is_read_again() -> None:
-    sdpa, ours = _models("bert", _BERT)
-    mask = _RIGHT.bool()[:, None, None].repeat(1, 1, 9, 1)
-    for keys in (_RIGHT, _LEFT):
-        mask.copy_(keys.bool()[:, None, None])
-        outs = [_run(model, _tokens(mask))[0][keys.bool()] for model in (sdpa, ours)]
-        torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("kind", ["gemma2", "bridgetower"])
+def test_model_without_sdpa_refuses_name(kind: str) -> None:
+    """When the model is built, and when the name is set later."""
+    config = transformers.AutoConfig.for_model(kind)
+    with pytest.raises(ValueError, match="attn_implementation"), torch.device("meta"):
+        transformers.AutoModel.from_config(config, attn_implementation="evakernels")
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, attn_implementation="eager")
+    if model._can_set_attn_implementation():
+        with pytest.raises(ValueError, match="attn_implementation"):
+            model.set_attn_implementation("evakernels")
 
 
 def test_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -214,9 +223,9 @@ def test_generate_gives_equal_tokens(mask: torch.Tensor | None, options: dict[st
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert_padded", "llama"])
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
 def test_compiles_without_graph_breaks(name: str) -> None:
-    kind, sizes, inputs, _ = CASES[name]
+    kind, sizes, inputs = CASES[name]
     model = _models(kind, sizes)[1]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(_run(compiled, inputs)[0], _run(model, inputs)[0], atol=1e-5, rtol=1e-5)

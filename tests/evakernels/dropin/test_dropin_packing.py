@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers as hf
 from dropin_families import log_ops, randomised
+from open_clip.hf_model import HFTextEncoder
 from timm.models.naflexvit import NaFlexVit
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_map
@@ -276,6 +277,136 @@ def test_encoder_refuses_other_arguments():
     with log_ops() as ops:
         model.encoder(tokens, keys[:, None, None], untried=keys)
     assert "packed_attention" not in ops
+
+
+def config_of(name, sizes):
+    cls = getattr(hf, name)
+    parts = {"text_config": TEXT, "vision_config": {**SIGLIP2, "image_size": 16}}
+    return cls(**(sizes if sizes is not None else parts))
+
+
+def with_images(generator):
+    return left_padded(generator) | siglip2_inputs(generator) | {"pixel_values": patches(generator)[0]}
+
+
+def with_pixels(generator):
+    return captions(generator) | {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+
+
+def choices(generator):
+    return {name: value.unflatten(0, (2, 2)) for name, value in captions(generator).items()}
+
+
+CROPPED = {**BERT, "max_position_embeddings": 16, "num_labels": 3, "classifier_dropout": 0.0}
+HOLDERS = {
+    **{f"{kind}ForSequenceClassification": (kind, CROPPED, captions) for kind in ("Bert", "Roberta", "XLMRoberta")},
+    **{f"{kind}ForMultipleChoice": (kind, CROPPED, choices) for kind in ("Bert", "Camembert", "XLMRobertaXL")},
+    "CamembertForSequenceClassification": ("Camembert", CROPPED, captions),
+    "XLMRobertaXLForSequenceClassification": ("XLMRobertaXL", CROPPED, captions),
+    "RobertaForMultipleChoice": ("Roberta", CROPPED, choices),
+    "XLMRobertaForMultipleChoice": ("XLMRoberta", CROPPED, choices),
+    "BertForNextSentencePrediction": ("Bert", CROPPED, captions),
+    "ChineseCLIPTextModel": ("ChineseCLIPText", CROPPED, captions),
+    "CLIPTextModelWithProjection": ("CLIPText", TEXT, captions),
+    "CLIPModel": ("CLIP", None, with_pixels),
+    "ChineseCLIPModel": ("ChineseCLIP", None, with_pixels),
+    "SiglipModel": ("Siglip", None, lambda g: with_pixels(g) | left_padded(g)),
+    "Siglip2Model": ("Siglip2", None, with_images),
+    "Siglip2ForImageClassification": ("Siglip2", None, siglip2_inputs),
+}
+"""Models of the list whose outputs need no padded token: configuration and inputs."""
+
+
+def holder(name):
+    kind, sizes, inputs = HOLDERS[name]
+    untouched = randomised(lambda: getattr(hf, name)(config_of(f"{kind}Config", sizes))).eval()
+    return untouched, inputs(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_pooling_model_packs_with_equal_outputs(name):
+    untouched, given = holder(name)
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True, strict=True)
+    with log_ops() as ops:
+        actual = model(**given)
+    assert "packed_attention" in ops
+    expected = untouched(**given)
+    for key in {"logits", "pooler_output", "text_embeds", "image_embeds", "logits_per_text"} & expected.keys():
+        assert_close(actual[key], expected[key])
+
+
+def open_clip_text():
+    config = hf.BertConfig(**BERT, pad_token_id=1)
+    return HFTextEncoder("", 8, config, pooler_type="mean_pooler", proj_type="linear", pretrained=False)
+
+
+def test_open_clip_text_packs_with_equal_outputs():
+    untouched = randomised(open_clip_text).eval()
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True, strict=True)
+    tokens = captions(torch.Generator().manual_seed(0))["input_ids"]
+    with log_ops() as ops:
+        actual = model(tokens)
+    assert "packed_attention" in ops
+    assert_close(actual, untouched(tokens))
+
+
+class Reader(torch.nn.Module):
+    """A model that averages padded tokens, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = hf.BertModel(hf.BertConfig(**BERT))
+
+    def forward(self, **given):
+        return {"logits": self.text(**given).last_hidden_state.mean(1)}
+
+
+READERS = {
+    "BertForQuestionAnswering": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**BERT)),
+    "BertForTokenClassification": lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT)),
+    "Reader": Reader,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_model_that_may_read_padding_is_equal(name):
+    untouched = randomised(READERS[name]).eval()
+    model = copy.deepcopy(untouched)
+    report = evakernels.accelerate(model, force=True)
+    given = captions(torch.Generator().manual_seed(0))
+    assert [left.reason for left in report.left if left.module == "BertEncoder"] == [f"{name} may read padding"]
+    actual, expected = model(**given), untouched(**given)
+    for key in expected:
+        assert_close(actual[key], expected[key])
+
+
+@pytest.mark.parametrize("kind", ["Idefics3", "SmolVLM"])
+def test_padded_patches_of_connector_are_equal(kind):
+    """The connector mixes real and padded patches."""
+    vision = {**SIZES, "image_size": 32, "patch_size": 8}
+    text = {**SIZES, "vocab_size": 50, "num_key_value_heads": 2, "pad_token_id": 0, "model_type": "llama"}
+    sizes = {"vision_config": vision, "text_config": text, "image_token_id": 49, "scale_factor": 2}
+    config = getattr(hf, f"{kind}Config")(**sizes)
+    untouched = randomised(lambda: getattr(hf, f"{kind}Model")(config)).eval()
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True)
+    pixels, mask = torch.randn(1, 2, 3, 32, 32), torch.ones(1, 2, 32, 32, dtype=torch.bool)
+    mask[0, 1, 16:] = False
+    given = {"pixel_values": pixels, "pixel_attention_mask": mask}
+    assert_close(*(torch.cat(list(m.get_image_features(**given).pooler_output)) for m in (model, untouched)))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"global_pool": ""}])
+def test_unpooled_naflex_features_are_equal(sizes):
+    """Features that the tower doesn't pool itself keep their padded tokens."""
+    untouched = randomised(partial(NaFlexVit, **NAFLEX | sizes)).eval()
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True, strict=True)
+    given = naflex_inputs(torch.Generator().manual_seed(0))["x"]
+    run_features = (lambda m: m(given)) if sizes else (lambda m: m.forward_features(**given)["patches"])
+    assert_close(run_features(model), run_features(untouched))
 
 
 def test_packing_follows_excluded_attention():

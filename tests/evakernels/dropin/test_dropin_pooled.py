@@ -5,11 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dropin_families import OPEN_CLIP, TIMM, assert_same_gradients, close, images
 from op_checks import Recorder
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.module import register_module_forward_hook
 
 import evakernels
 
@@ -122,6 +124,57 @@ def test_hook_gets_all_tokens(name, path, shape):
         inputs["text"][:, 3], inputs["text"][:, 4:] = END, 0
     model(**inputs)
     assert seen == [shape]
+
+
+class Quantized(torch.Tensor):
+    """A weight without views, as those of quantisation libraries."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.split, torch.Tensor.chunk, torch.Tensor.__getitem__):
+            raise NotImplementedError(func)
+        if func is F.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "eva02-packed"])
+@pytest.mark.parametrize("quantizes_first", [True, False])
+def test_quantized_weights_are_not_split(name, quantizes_first):
+    model = TIMM[name].build().eval()
+    x = images(1)["x"]
+    expected = model(x).detach()
+
+    def quantize():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                weight = layer.weight.detach().as_subclass(Quantized)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    if quantizes_first:
+        quantize()
+    evakernels.accelerate(model, force=True)
+    if not quantizes_first:
+        quantize()
+    with torch.no_grad():
+        close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "open-clip"])
+def test_global_hook_sees_untouched_calls(name):
+    family = (TIMM | OPEN_CLIP)[name]
+    untouched = family.build().eval()
+    calls = []
+    for model in (accelerated(untouched).eval(), untouched):
+        names, seen = {module: path for path, module in model.named_modules()}, []
+        handle = register_module_forward_hook(lambda m, args, out, n=names, s=seen: s.append(n[m]))
+        try:
+            model(**family.inputs(1))
+        finally:
+            handle.remove()
+        calls.append(seen)
+    assert calls[0] == calls[1]
 
 
 def test_forward_features_returns_all_tokens():

@@ -8,15 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dropin_families import FAMILIES, close, log_ops, pair, run
+from open_clip.transformer import Attention as OpenClipAttention
 from timm.layers import Attention, GluMlp, LayerNorm
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from transformers import LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import evakernels
 
@@ -94,6 +98,66 @@ def test_hook_on_child_is_called(path, training):
     model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output))
     torch.testing.assert_close(run(family, model, 1), run(family, untouched, 1), rtol=1e-5, atol=1e-5)
     assert len(seen) == 1
+
+
+def _record(models, register):
+    """The names and shapes that hooks on all calls see, of each of the models."""
+    family, *models = models
+    found = []
+    for m in models:
+        seen, names = [], {module: name for name, module in m.named_modules()}
+
+        def note(module, args, output, names=names, seen=seen):
+            shapes = [tuple(x.shape) for x in (*args, output) if isinstance(x, torch.Tensor)]
+            seen.append((names[module], shapes))
+
+        handles = register(m, note)
+        run(family, m.eval(), 1)
+        for handle in handles:
+            handle.remove()
+        found.append(seen)
+    return found
+
+
+def _hook_all(model, hook):
+    return [module.register_forward_hook(hook) for module in model.modules()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "register", [_hook_all, lambda model, hook: [register_module_forward_hook(hook)]], ids=["local", "global"]
+)
+def test_hooks_see_untouched_calls(name, register):
+    """The same modules in the same order, with inputs and outputs of the same shapes."""
+    actual, expected = _record(pair(name), register)
+    assert actual == expected
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(Attention, "q_norm"), (Attention, "k_norm"), (OpenClipAttention, "ln_q"), (OpenClipAttention, "ln_k")],
+)
+def test_hook_on_head_norm_gets_heads_first(cls, name):
+    untouched = cls(32, num_heads=4, qk_norm=True, norm_layer=LayerNorm).eval()
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True)
+    x = torch.randn(2, 5, 32)
+    for m in (model, untouched):
+        getattr(m, name).register_forward_hook(lambda module, args, output: output.index_fill(1, torch.tensor(2), 0))
+    close(model(x), untouched(x))
+
+
+def test_hook_on_activation_runs_before_up_projection():
+    untouched = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=12))
+    model = copy.deepcopy(untouched)
+    evakernels.accelerate(model, force=True)
+    orders = []
+    for m in (model, untouched):
+        orders.append([])
+        for child in (m.act_fn, m.up_proj):
+            child.register_forward_hook(lambda module, args, output, order=orders[-1]: order.append(type(module)))
+        m(torch.randn(2, 32))
+    assert [cls.__name__ for cls in orders[0]] == [cls.__name__ for cls in orders[1]]
 
 
 def test_replaced_child_is_called():
