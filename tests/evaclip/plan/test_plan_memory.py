@@ -199,8 +199,12 @@ def peak_of_step(config: TrainConfig, gpus: int) -> int:
         return held + peak_of(lambda: step(images, targets, 1))
 
 
-# CPU kernels of these ops allocate workspaces that GPU kernels don't, such as the float32 result of a bfloat16 matmul.
-WITH_WORKSPACE = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}
+# CPU kernels of these ops allocate workspaces that GPU kernels don't, such as the float32 result of a bfloat16 matmul,
+# or oneDNN's copy of a transposed matrix.
+WITH_WORKSPACE = {
+    *("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"),
+    "mkldnn::_linear_pointwise",
+}
 
 
 def peak_of(run: Any) -> int:
