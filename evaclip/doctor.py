@@ -229,8 +229,8 @@ def _isa_state(native: Facts) -> str:
 def _thread_state(threads: Facts, cores: int) -> str:
     waiting = " ".join(f"{name}={threads[name]}" for name in _WAITING if threads[name]) or "spinning for long"
     many = f"; set OMP_NUM_THREADS={cores}: there are no more cores" if threads["count"] > cores else ""
-    advice = f"GOMP_SPINCOUNT={SPIN_COUNT} before `import torch` suits busy machines"
-    return f"{threads['count']}{many}; at barriers {waiting}; in your programs {advice}"
+    advice = f"in your own programs set GOMP_SPINCOUNT={SPIN_COUNT} before `import torch`"
+    return f"{threads['count']}{many}; waiting: {waiting}; {advice}"
 
 
 def _cuda_state(cuda: Facts) -> str:
