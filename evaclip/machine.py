@@ -1,10 +1,16 @@
 """Machine and package versions, for runs and evaluations."""
 
+import math
 import os
 import platform
+import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+SPIN_COUNT = "1000"
+"""Iterations that a thread of libgomp spins at a barrier before it sleeps; libgomp's default is 300,000."""
 
 
 def versions() -> dict[str, str]:
@@ -36,17 +42,35 @@ def machine() -> dict[str, Any]:
     return {"system": platform.platform(terse=True), "processor": _processor(), "cores": usable_cores(), "gpus": gpus}
 
 
-def usable_cores() -> int:
-    """Number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Number of processor cores that this process may use, by its affinity and its container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # "max" and -1 are no limits
+            quota, period = map(int, " ".join((control_groups / name).read_text() for name in names).split())
+            if quota > 0:
+                return max(1, min(cores, math.ceil(quota / period)))
+    return cores
+
+
+def limit_spinning() -> None:
+    """Let OpenMP threads sleep soon at a barrier, so that spinning threads don't block the thread they wait for.
+
+    Does nothing after torch was imported, as libgomp has read its environment, or if OMP_WAIT_POLICY is set.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for matmuls in bfloat16; without them these are far slower than fp32."""
     import torch
 
+    from evakernels._native import processor
+
     found = torch.cpu.get_capabilities()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    has_instructions = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return has_instructions and processor() not in ("avx2", "avx512")
 
 
 def _processor() -> str:

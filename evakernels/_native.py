@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -48,6 +49,9 @@ REASON: str | None = _load()
 """Why the compiled library is not loaded; None if it is."""
 
 LOADED: bool = REASON is None
+
+PROCESSORS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amd")
+"""Kinds of processors."""
 
 
 class Launcher(NamedTuple):
@@ -163,9 +167,19 @@ def active_isa() -> str | None:
     return isa
 
 
-def is_amd() -> bool:
-    """Whether the processor is AMD's, where torch's matmuls by MKL are slow."""
-    return str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD")
+@cache
+def processor() -> str:
+    """The kind of processor, by which implementations are chosen: "amd" with AVX-512, others by instruction set.
+
+    Tests set EVAKERNELS_PROCESSOR to another kind; EVAKERNELS_ISA chooses the kernels.
+    """
+    kind = os.environ.get("EVAKERNELS_PROCESSOR")
+    if kind and kind not in PROCESSORS:
+        raise ValueError(f"EVAKERNELS_PROCESSOR must be one of {', '.join(PROCESSORS)}, got {kind!r}")
+    found = torch.cpu.get_capabilities()
+    isa = active_isa() or ("avx512_bf16" if found.get("avx512_f") else "baseline")
+    is_amd = str(found.get("cpu_name", "")).startswith("AMD") and isa.startswith("avx512")
+    return kind or ("amd" if is_amd else isa)
 
 
 def is_module_built() -> bool:

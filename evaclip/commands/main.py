@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from evaclip.commands import convert, data, demo, doctor, eval, export, index, plan, report, search, serve, train
 from evaclip.commands.parser import CommandParser, run_command
 from evaclip.extras import DISTRIBUTION
-from evaclip.machine import version_of
+from evaclip.machine import limit_spinning, version_of
 
 
 def build_parser() -> CommandParser:
@@ -20,4 +20,5 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command of `evaclip`; see `run_command` for the exit codes."""
+    limit_spinning()
     return run_command(build_parser(), argv)

@@ -111,16 +111,8 @@ def _has_kernels(name: str, device: str) -> bool:
     return _native.implemented(op, device) or (device == "cuda" and has_triton)
 
 
-def cpu_table(isa: str | None, amd: bool = False) -> _Table:
-    """The table for the instruction set of the kernels, and for AMD's processors or others."""
-    if isa == "amx":
-        return _CPU_AMX
-    if isa is None or not isa.startswith("avx512"):
-        return _CPU_AVX2
-    return _CPU_AMD if amd else _CPU
-
-
-_TABLES = {"cpu": cpu_table(_native.active_isa(), _native.is_amd()), "cuda": _GPU}
+_CPUS = {"amx": _CPU_AMX, "avx512_bf16": _CPU, "avx512": _CPU, "amd": _CPU_AMD}
+_TABLES = {"cpu": _CPUS.get(_native.processor(), _CPU_AVX2), "cuda": _GPU}
 DEVICES = tuple(_TABLES)
 """The types of devices with kernels."""
 

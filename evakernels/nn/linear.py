@@ -109,8 +109,8 @@ def multiplied_dtypes() -> frozenset[torch.dtype]:
     """The dtypes of oneDNN's matmuls on this machine."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
-    half = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
-    return frozenset({torch.float32, *half})
+    has_half = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _native.processor() != "avx2"
+    return frozenset({torch.float32, torch.bfloat16} if has_half else {torch.float32})
 
 
 @cache
@@ -120,5 +120,4 @@ def served_dtypes() -> frozenset[torch.dtype]:
     In bfloat16 torch calls oneDNN, too, but adds the bias in another pass. In float32 it calls MKL, which is slow on
     AMD's processors with AVX-512, but not on those with AVX2.
     """
-    slow_in_torch = _native.is_amd() and torch.cpu.get_capabilities().get("avx512_f", False)
-    return multiplied_dtypes() - (set() if slow_in_torch else {torch.float32})
+    return multiplied_dtypes() - (set() if _native.processor() == "amd" else {torch.float32})

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from evaclip import doctor
 from evaclip.commands.main import main
+from evaclip.machine import usable_cores
 from evakernels import backends
 from evakernels.ops import layer_norm
 
@@ -107,3 +109,47 @@ def test_doctor_json(known: dict[str, Any], capsys: Any) -> None:
     assert tree["packages"][""]["torch"] == metadata.version("torch")
     assert list(tree["ops"]) == list(backends.ops())
     assert tree["ops"]["swiglu_forward"]["family"] == "swiglu"
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "77"}, {"GOMP_SPINCOUNT": "77"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_command_limits_spinning(given: dict[str, str], used: dict[str, str]) -> None:
+    """libgomp itself prints what it uses; it reads the environment once, while torch is imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    command = [sys.executable, "-m", "evaclip", "doctor", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    for name, value in used.items():
+        assert f"{name} = '{value}'" in result.stderr
+    threads = json.loads(result.stdout)["threads"]
+    assert {name for name, value in threads.items() if value is not None} == {"count", *used}
+
+
+def test_doctor_names_threads_without_cores(known: dict[str, Any]) -> None:
+    machine, threads = known["machine"] | {"cores": 2}, known["threads"]
+    assert "OMP_NUM_THREADS" not in doctor.render(known | {"machine": machine, "threads": threads | {"count": 2}}, 100)
+    assert "OMP_NUM_THREADS=2" in doctor.render(known | {"machine": machine, "threads": threads | {"count": 8}}, 100)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "90000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_usable_cores_respect_quota(files: dict[str, str], cores: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text + "\n")
+    assert usable_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))

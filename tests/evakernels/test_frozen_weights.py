@@ -3,30 +3,23 @@
 import copy
 import io
 import pickle
-import sys
 
 import pytest
 import torch
+from op_checks import freezes_both
 from torch import nn
 
 import evakernels
 from evakernels.backends import observed_by
-from evakernels.nn import FrozenWeight, Linear, freeze, frozen, linear, unfreeze
+from evakernels.nn import FrozenWeight, Linear, freeze, frozen, unfreeze
+
+pytestmark = [pytest.mark.by_processor, freezes_both]
 
 KINDS = [
     pytest.param(dtype, int8, id=f"{str(dtype)[6:]}{'-int8' * int8}")
     for dtype in (torch.float32, torch.bfloat16)
     for int8 in (False, True)
 ]
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    """float32 too, on processors for which MKL is the faster library."""
-    module = sys.modules[linear.__module__]
-    if torch.bfloat16 not in module.multiplied_dtypes():
-        pytest.skip("this torch has no oneDNN, or the processor none of its products of bfloat16")
-    monkeypatch.setattr(module, "served_dtypes", module.multiplied_dtypes)
 
 
 def skip_without_int8(int8):

@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import evakernels
 from evakernels.backends import observed_by
 
+pytestmark = pytest.mark.by_processor
 native = pytest.mark.skipif(not evakernels.info()["native"]["loaded"], reason="the native library is not built")
 
 

@@ -1,26 +1,20 @@
 """torch's MultiheadAttention, accelerated: of a sequence with itself and with another."""
 
 import copy
-import sys
 
 import pytest
 import torch
 from dropin_families import log_ops
+from op_checks import freezes_both
 from torch import nn
 
 import evakernels
-from evakernels.nn import FrozenWeight, linear
+from evakernels.nn import FrozenWeight
 
 WIDTH, HEADS, QUERIES, KEYS = 48, 3, 4, 20
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """Freezes float32 too, on processors for which MKL is the faster library."""
-    module = sys.modules[linear.__module__]
-    if torch.bfloat16 not in module.multiplied_dtypes():
-        pytest.skip("this torch has no oneDNN, or the processor none of its products of bfloat16")
-    monkeypatch.setattr(module, "served_dtypes", module.multiplied_dtypes)
+pytestmark = pytest.mark.by_processor
 
 
 def attention(bias=True, dtype=torch.float32):
@@ -94,7 +88,7 @@ def test_mha_under_autocast(call):
     assert_same(found, expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.usefixtures("onednn")
+@freezes_both
 @pytest.mark.parametrize("call", calls())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mha_with_frozen_weights(call, dtype):
