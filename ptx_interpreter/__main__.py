@@ -22,7 +22,7 @@ import triton
 
 from ptx_interpreter import Fault, GlobalMemory, Kernel, Report, Traffic, Unsupported
 from ptx_interpreter.gpus import GPUS, Gpu
-from ptx_interpreter.report import UNEQUAL
+from ptx_interpreter.report import NEARLY_EQUAL
 from ptx_interpreter.stand_in import Tensors, gpu
 from ptx_interpreter.traffic import SECTOR
 from ptx_interpreter.triton_driver import Driver
@@ -105,7 +105,7 @@ class Checker(Driver):
             own = [place for place in lines if not place[0].startswith(TRITON)]
             places[body.where(instruction.line), instruction.text] = own or lines
         for fault in report.faults:
-            if fault.detail == UNEQUAL:
+            if fault.detail == NEARLY_EQUAL:
                 continue  # Threads that hold copies of a sum, which Triton's fma rounds in several ways.
             place, *callers = places[fault.where, fault.instruction]
             program = fault.block % x, fault.block // x % y, fault.block // (x * y)

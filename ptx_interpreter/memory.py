@@ -169,11 +169,12 @@ class GlobalMemory:
         return [(self.intervals[number], at == number) for number in np.unique(at) if number >= 0]
 
     def near(self, address: int) -> str:
-        """Where an address is, in words."""
-        at = int(np.searchsorted(self._starts, address, "right")) - 1
-        if at < 0:
-            return "in front of all arrays"
-        interval = self.intervals[at]
-        past = address - interval.end
-        where = f"{past} bytes past the end" if past >= 0 else f"at byte {address - interval.start}"
-        return f"{where} of {interval.name or hex(interval.start)} ({interval.end - interval.start} bytes)"
+        """Where an address is, in words: in or next to the nearest array, one with a name if there is any."""
+        intervals = [interval for interval in self.intervals if interval.name] or self.intervals
+        if not intervals:
+            return "where no array is"
+        nearest = min(intervals, key=lambda interval: max(interval.start - address, address - interval.end))
+        past, before = address - nearest.end, nearest.start - address
+        where = f"{past} bytes past the end of" if past >= 0 else f"at byte {-before} of"
+        where = f"{before} bytes before" if before > 0 else where
+        return f"{where} {nearest.name or hex(nearest.start)} ({nearest.end - nearest.start} bytes)"

@@ -52,6 +52,25 @@ def cut_to_tf32(bits: Array) -> Array:
     return (bits & _TF32).view(np.float32)
 
 
+def nearly_equal(a: Array, b: Array) -> Array:
+    """Whether bits [n, m] are of one number that was rounded in two ways: of a float, or of narrower ones side by side.
+
+    Floats may differ by a part in 256, those of 16 bits in their last two bits.
+    """
+    size = a.itemsize
+    if size == 1:
+        return a == b
+    digits, last = {2: (7, 2), 4: (23, 15), 8: (52, 44)}[size]
+    infinite = ((1 << 8 * size - 1) - 1) >> digits << digits
+    magnitude = a & a.dtype.type((1 << 8 * size - 1) - 1)
+    is_number = (magnitude >= a.dtype.type(1 << digits)) & (magnitude < a.dtype.type(infinite))
+    near: Array = (a == b) | is_number & (np.maximum(a, b) - np.minimum(a, b) < a.dtype.type(1 << last))
+    if size == 2:
+        return near
+    halves = nearly_equal(*(np.ascontiguousarray(v).view(f"u{size // 2}") for v in (a, b)))
+    return near | halves.reshape(*a.shape, 2).all(-1)
+
+
 def flushed(x: Value) -> Value:
     """float32 with zeros of the same sign in place of subnormal numbers."""
     return np.where(np.abs(x) < SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)

@@ -52,6 +52,18 @@ def one_address(x, out, B: tl.constexpr):
 
 
 @triton.jit
+def one_place(x, y, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(y + i * 0, tl.load(x + i))  # race
+
+
+@triton.jit
+def counted(x, counts, B: tl.constexpr):
+    bins = tl.load(x + tl.arange(0, 2 * B)).to(tl.int32) & 15
+    tl.store(counts + tl.arange(0, 16), tl.histogram(bins, 16))
+
+
+@triton.jit
 def no_barrier(x, scratch, out, B: tl.constexpr):
     i = tl.arange(0, B)
     tl.store(scratch + i, tl.load(x + i))
@@ -64,6 +76,13 @@ def no_mask(x, y, n, B: tl.constexpr):
     i = tl.program_id(0) * B + tl.arange(0, B)
     loaded = tl.load(x + i)  # out of bounds
     tl.store(y + i, loaded, i < n)
+
+
+@triton.jit
+def before(x, y, B: tl.constexpr):
+    i = tl.arange(0, B)
+    loaded = tl.load(x + i - 1)  # out of bounds
+    tl.store(y + i, loaded)
 
 
 @triton.jit
