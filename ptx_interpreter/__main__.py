@@ -79,7 +79,7 @@ class Checker(Driver):
 
     def __init__(self, capability: int = 80, multiprocessors: int | None = None, gpu: Gpu | None = None) -> None:
         super().__init__(capability, multiprocessors, gpu)
-        self._memory.anywhere = False
+        self._memory.anywhere, self._memory.poisoned = False, True
         self.tensors = Tensors()
         self.found: dict[tuple[str, str, Place], Finding] = {}
         self.kernels: Counter[str] = Counter()

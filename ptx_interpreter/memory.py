@@ -67,10 +67,12 @@ class Interval:
 class GlobalMemory:
     """Which memory of this process kernels may touch: arrays that are added, and allocations that are followed.
 
-    `anywhere` lets them touch everything: a store out of bounds is then not a fault but happens.
+    `anywhere` lets them touch everything: a store out of bounds is then not a fault but happens. `poisoned`: masked-off
+    lanes of loads have POISON, and to store it is a fault.
     """
 
     anywhere: bool = False
+    poisoned: bool = False
     intervals: list[Interval] = field(default_factory=list)
 
     def __post_init__(self) -> None:

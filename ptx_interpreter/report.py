@@ -11,6 +11,8 @@ UNEQUAL = "another thread writes something else there in the same instruction"
 NEARLY_EQUAL = "another thread writes nearly the same there in the same instruction"
 """The detail of a race that may be of no consequence: of copies of a sum that were rounded differently."""
 
+POISONED = "what it stores depends on lanes that a load masked off; give the load `other`"
+
 
 @dataclass
 class Fault:

@@ -10,6 +10,9 @@ from .types import Array, Value
 SMALLEST_NORMAL = np.float32(2.0**-126)
 NAN16 = np.uint16(0x7FFF)
 """The NaN that conversions to 16 bits give, of bf16 and of f16."""
+POISON = np.uint32(0x7FE00000)
+"""The NaN that masked-off lanes of a load get, and what 16 bits of it are."""
+POISON16 = np.array([0x7FE0, 0x7F00], np.uint16)
 _TF32 = np.uint32(0xFFFFE000)
 _LOW_BITS = np.uint64((1 << 29) - 1)
 _MIDPOINT = np.uint64(1 << 28)
@@ -26,7 +29,7 @@ def to_bf16(x: Value) -> Array:
     bits = np.asarray(x, np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     nan = np.isnan(x)
-    return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+    return np.where(nan, _nan16(x), rounded) if np.any(nan) else rounded
 
 
 def from_f16(bits: Value) -> Array:
@@ -38,7 +41,24 @@ def to_f16(x: Value) -> Array:
     """The bits of float16, rounded to nearest even."""
     rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
     nan = np.isnan(x)
-    return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+    return np.where(nan, _nan16(x), rounded) if np.any(nan) else rounded
+
+
+def is_poison(x: Value) -> Array:
+    """Which floats come from lanes that a load masked off; arithmetic keeps the bits of a NaN, but its sign."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return (bits & np.uint32(0x7FFFFFFF)) == POISON
+
+
+def holds_poison(bits: Array) -> Array:
+    """Which unsigned integers are poison of 32 bits, or nothing but poison of 16 bits."""
+    if bits.itemsize == 4:
+        return (bits == POISON) | holds_poison(bits.view(np.uint16)).reshape(*bits.shape, 2).all(-1)
+    return np.isin(bits, POISON16)
+
+
+def _nan16(x: Value) -> Array:
+    return np.where(is_poison(x), POISON16[0], NAN16)
 
 
 def to_tf32(x: Value) -> Array:

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..body import Address, Instruction
 from ..memory import BASE, WORDS
-from ..report import NEARLY_EQUAL, UNEQUAL
-from ..rounding import nearly_equal
+from ..report import NEARLY_EQUAL, POISONED, UNEQUAL
+from ..rounding import holds_poison, nearly_equal
 from ..step import Active, Step, by_lanes, elementwise, makes, put, several
 from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
 from ..watch import Access
@@ -158,6 +158,12 @@ def of_active(source: Value, active: Active | None) -> Value:
 
 def write_global(machine: Machine, access: Access, active: Active | None, addresses: Array, words: Array) -> None:
     good = machine.checks.check_global(access, active, addresses)
+    size = SIZES[type_of(access.instruction.mods)]
+    if machine.memory.poisoned and size in (2, 4):
+        poison = holds_poison(words.view(DTYPES[unsigned(size)]).reshape(len(words), -1)).any(1)
+        if poison.any():
+            lanes = machine.all_lanes if active is None else active.lanes
+            machine.fault("masked off", access.instruction, lanes[poison], POISONED)
     _write(machine, access, active, good, WORDS[access.size], (addresses - BASE) >> SHIFTS[access.size], words)
 
 

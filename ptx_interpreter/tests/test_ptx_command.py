@@ -25,9 +25,9 @@ def check(*kernels, capability=80, file=FILE):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_checker_right_kernels_have_no_findings(capability):
-    checker = check("right", "differentiated", "tuned", "locked", "counted", capability=capability)
+    checker = check("right", "differentiated", "tuned", "locked", "counted", "rows_off", capability=capability)
     assert not checker.found
-    assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1, "counted": 1}
+    assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1, "counted": 1, "rows_off": 1}
 
 
 SIZES = """
@@ -54,7 +54,8 @@ def test_checker_runs_tensor_descriptors():
 
 @pytest.mark.parametrize(
     "name",
-    ["one_address", "one_place", "no_barrier", "no_mask", "before", "wrong_mask", "unwritten", "wrong_hint", "uneven"],
+    ["one_address", "one_place", "no_barrier", "no_mask", "before", "no_other", "no_other_bf16", "wrong_mask"]
+    + ["unwritten", "wrong_hint", "uneven"],
 )
 def test_checker_names_the_planted_line(name):
     lines = FILE.read_text().splitlines()
