@@ -28,6 +28,8 @@ from ptx_interpreter.traffic import SECTOR
 from ptx_interpreter.triton_driver import Driver
 
 TRITON = str(Path(triton.__file__).parent)
+NO_KERNEL = 3
+"""Exit status of a file that launched no kernel."""
 Place = tuple[str, int]
 """A source file, and a line of it."""
 
@@ -165,6 +167,8 @@ def main() -> int:
             raise
     finally:
         checker.print()
+    if not checker.unsupported and not checker.kernels:
+        return NO_KERNEL
     return 2 if checker.unsupported else int(bool(checker.found))
 
 

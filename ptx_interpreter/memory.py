@@ -1,7 +1,10 @@
 """Global memory: the memory of this process at its own addresses, and the parts that kernels may access."""
 
 import ctypes
+import os
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +20,15 @@ WORDS: dict[int, Array] = {
 MANY = -1
 """In place of a block's number: several blocks."""
 MOST_ALLOCATIONS = 1 << 17
+
+
+def build_allocations(folder: Path) -> Path:
+    """Compiles host/allocations.cpp for LD_PRELOAD with `CXX` or g++; returns the library in `folder`."""
+    folder.mkdir(exist_ok=True)
+    source, library = Path(__file__).with_name("host") / "allocations.cpp", folder / "allocations.so"
+    options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    subprocess.run([os.environ.get("CXX", "g++"), *options, source, "-o", library], check=True)
+    return library
 
 
 @dataclass

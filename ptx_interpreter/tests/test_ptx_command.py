@@ -46,6 +46,7 @@ def test_command_shows_the_sizes_of_a_gpu(options, sizes, tmp_path):
     command = [sys.executable, "-m", "ptx_interpreter", *options, str(tmp_path / "sizes.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.stdout.startswith(sizes + "\n"), done.stderr
+    assert done.returncode == 3, "no kernel was launched"
 
 
 def test_checker_runs_tensor_descriptors():
