@@ -127,7 +127,7 @@ class Tensors(TorchDispatchMode):
 
 
 def load_or_poison(self: TritonSemantic[Any], ptr: Any, mask: Any, other: Any, *options: Any) -> Any:
-    """In place of TritonSemantic.load: masked-off lanes have POISON if they are floats and the kernel has no `other`."""
+    """In place of TritonSemantic.load: without `other` masked-off lanes of floats have POISON."""
     kind = ptr.type.scalar
     if mask is not None and other is None and kind.is_ptr():
         element = kind.element_ty

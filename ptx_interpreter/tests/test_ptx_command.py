@@ -55,8 +55,10 @@ def test_checker_runs_tensor_descriptors():
 
 @pytest.mark.parametrize(
     "name",
-    ["one_address", "one_place", "no_barrier", "no_mask", "before", "no_other", "no_other_bf16", "wrong_mask"]
-    + ["unwritten", "wrong_hint", "uneven"],
+    [
+        *("one_address", "one_place", "no_barrier", "no_mask", "before", "no_other", "no_other_bf16", "wrong_mask"),
+        *("unwritten", "wrong_hint", "uneven"),
+    ],
 )
 def test_checker_names_the_planted_line(name):
     lines = FILE.read_text().splitlines()
