@@ -28,8 +28,7 @@ def to_bf16(x: Value) -> Array:
     """The bits of bfloat16, rounded to nearest even."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    nan = np.isnan(x)
-    return np.where(nan, _nan16(x), rounded) if np.any(nan) else rounded
+    return _with_nan16(rounded, x)
 
 
 def from_f16(bits: Value) -> Array:
@@ -40,25 +39,27 @@ def from_f16(bits: Value) -> Array:
 def to_f16(x: Value) -> Array:
     """The bits of float16, rounded to nearest even."""
     rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
-    nan = np.isnan(x)
-    return np.where(nan, _nan16(x), rounded) if np.any(nan) else rounded
+    return _with_nan16(rounded, x)
 
 
 def is_poison(x: Value) -> Array:
     """Which floats come from lanes that a load masked off; arithmetic keeps the bits of a NaN, but its sign."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    return (bits & np.uint32(0x7FFFFFFF)) == POISON
+    poison: Array = (bits & np.uint32(0x7FFFFFFF)) == POISON
+    return poison
 
 
 def holds_poison(bits: Array) -> Array:
     """Which unsigned integers are poison of 32 bits, or nothing but poison of 16 bits."""
-    if bits.itemsize == 4:
-        return (bits == POISON) | holds_poison(bits.view(np.uint16)).reshape(*bits.shape, 2).all(-1)
-    return np.isin(bits, POISON16)
+    if bits.itemsize == 2:
+        return np.isin(bits & np.uint16(0x7FFF), POISON16)
+    return is_poison(bits.view(np.float32)) | holds_poison(bits.view(np.uint16)).reshape(*bits.shape, 2).all(-1)
 
 
-def _nan16(x: Value) -> Array:
-    return np.where(is_poison(x), POISON16[0], NAN16)
+def _with_nan16(rounded: Array, x: Value) -> Array:
+    """`rounded` with the NaN of 16 bits where `x` is NaN."""
+    nan = np.isnan(x)
+    return np.where(nan, np.where(is_poison(x), POISON16[0], NAN16), rounded) if np.any(nan) else rounded
 
 
 def to_tf32(x: Value) -> Array:
@@ -78,13 +79,14 @@ def nearly_equal(a: Array, b: Array) -> Array:
     Floats may differ by a part in 256, those of 16 bits in their last two bits.
     """
     size = a.itemsize
+    near: Array = a == b
     if size == 1:
-        return a == b
+        return near
     digits, last = {2: (7, 2), 4: (23, 15), 8: (52, 44)}[size]
     infinite = ((1 << 8 * size - 1) - 1) >> digits << digits
     magnitude = a & a.dtype.type((1 << 8 * size - 1) - 1)
     is_number = (magnitude >= a.dtype.type(1 << digits)) & (magnitude < a.dtype.type(infinite))
-    near: Array = (a == b) | is_number & (np.maximum(a, b) - np.minimum(a, b) < a.dtype.type(1 << last))
+    near |= is_number & (np.maximum(a, b) - np.minimum(a, b) < a.dtype.type(1 << last))
     if size == 2:
         return near
     halves = nearly_equal(*(np.ascontiguousarray(v).view(f"u{size // 2}") for v in (a, b)))

@@ -116,8 +116,8 @@ class Tensors(TorchDispatchMode):
     def prepare(self, memory: GlobalMemory, arguments: dict[str, Any]) -> None:
         """Lets a kernel touch all tensors that live; races are looked for in its arguments."""
         self._known = {start: each for start, each in self._known.items() if not each[0].expired()}
-        for _, interval in self._known.values():
-            interval.name = ""  # of an earlier launch
+        for _, known in self._known.values():
+            known.name = ""  # of an earlier launch
         for name, tensor in arguments.items():
             if isinstance(tensor, torch.Tensor) and (interval := self.interval_of(tensor)):
                 interval.name = name

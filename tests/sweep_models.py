@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-MOST_PARAMETERS = 100_000_000
+MOST_PARAMETERS = 130_000_000
 Inputs = dict[str, Any]
 Built = tuple[nn.Module, dict[str, Inputs]]
 """A model and its calls by name: "plain", and those with padding masks."""
@@ -112,23 +112,22 @@ def build_timm(name: str) -> Built:
             for size in sorted({options.get("img_size", 64), model.default_cfg["input_size"][-1]}):
                 try:
                     run(model.eval(), calls(size)["plain"])
-                    return model, calls(size)
+                    return model, calls(size) | ({"right": naflex_call()} if name.startswith("naflexvit") else {})
                 except (RuntimeError, AssertionError, ValueError, IndexError) as error:
                     reason = first_line(error)
-        except Refused:
+        except (Refused, TimeoutError):
             raise
-        except (
-            TypeError,
-            RuntimeError,
-            AssertionError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-        ) as error:
+        except Exception as error:
             reason = first_line(error)
     raise Refused(reason)
+
+
+def naflex_call() -> Inputs:
+    """Two images of 16 patches, of which the second one has 8."""
+    coordinates = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, -1, -1)
+    valid = torch.ones(2, 16, dtype=torch.bool)
+    valid[1, 8:] = False
+    return {"x": draw(2, 16, 768), "patch_coord": coordinates, "patch_valid": valid}
 
 
 def open_clip_names() -> list[str]:
@@ -145,12 +144,9 @@ def build_open_clip(name: str) -> Built:
     if "hf_model_name" in text:
         raise Refused("its text tower needs a download")
     custom = config.pop("custom_text", False) or "timm_model_name" in vision
-    parts = [vision, text, config.get("multimodal_cfg", {})]
-    for part in parts:
+    for part in (vision, text, config.get("multimodal_cfg", {})):
         if isinstance(part.get("layers"), int):
             part["layers"] = 2
-        if "timm_model_name" not in part and "width" in part and "patch_size" not in vision:
-            part.setdefault("heads", part["width"] // 64)
     text["vocab_size"] = 1000
     if "multimodal_cfg" in config:
         config["multimodal_cfg"]["vocab_size"] = 1000
@@ -180,7 +176,7 @@ SIZES = {
     128: "max_position_embeddings n_positions",
     96: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim n_inner d_ff",
     64: "hidden_size d_model n_embd dim embed_dim hidden_dim word_embed_dim embedding_size projection_dim"
-    " out_hidden_size",
+    " out_hidden_size mit_hidden_size",
     32: "image_size moe_intermediate_size shared_expert_intermediate_size",
     16: "head_dim d_kv max_source_positions",
     8: "patch_size",
