@@ -178,7 +178,7 @@ SIZES = {
     64: "hidden_size d_model n_embd dim embed_dim hidden_dim word_embed_dim embedding_size projection_dim"
     " out_hidden_size mit_hidden_size",
     32: "image_size moe_intermediate_size shared_expert_intermediate_size",
-    16: "head_dim d_kv max_source_positions",
+    16: "head_dim d_kv max_source_positions rotary_dim",
     8: "patch_size",
     4: "num_attention_heads num_key_value_heads encoder_attention_heads decoder_attention_heads"
     " n_head n_heads num_heads num_experts num_local_experts n_routed_experts moe_num_experts",
@@ -207,6 +207,8 @@ def shrink(cls: Any) -> Any:
             values[name] = shrink(type(value)).to_dict()
         elif name in SMALL and isinstance(value, int) and not isinstance(value, bool):
             values[name] = SMALL[name]
+        elif name == "rope_parameters" and "mrope_section" in (value or {}):
+            values[name] = value | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
         elif name in SPECIAL_TOKENS and value is not None:
             values[name] = SPECIAL_TOKENS[name]
         elif DROPOUT.fullmatch(name) and isinstance(value, float):
@@ -253,6 +255,9 @@ def transformers_calls(name: str, model: Any) -> dict[str, Inputs]:
         return {side: idefics_call(config, size, side) for side in ("plain", "right")}
     if name.startswith("siglip2"):
         return {side: siglip2_call(config, tokens, parameters, side) for side in ("plain", "right")}
+    if "grid_thw" in parameters and "hidden_states" in parameters:
+        patch = getattr(config, "temporal_patch_size", 1) * config.patch_size**2
+        return {"plain": {"hidden_states": draw(48, 3 * patch), "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]])}}
     if "input_ids" in parameters:
         call["input_ids"] = tokens
     elif "input_features" in parameters:
