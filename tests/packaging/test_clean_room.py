@@ -62,7 +62,14 @@ def missing_modules(room: Room) -> dict[str, str]:
 def test_sdist_holds_the_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {*tracked("csrc", "ptx_interpreter", *PACKAGES), "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    needed = {
+        *tracked("csrc", "ptx_interpreter", *PACKAGES),
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+    }
     assert needed - names == set()
     assert not {name for name in names if name.startswith(("tests/", "benchmarks/"))}
 
