@@ -22,12 +22,14 @@ import triton
 
 from ptx_interpreter import Fault, GlobalMemory, Kernel, Report, Traffic, Unsupported
 from ptx_interpreter.gpus import GPUS, Gpu
-from ptx_interpreter.report import UNEQUAL
+from ptx_interpreter.report import NEARLY_EQUAL
 from ptx_interpreter.stand_in import Tensors, gpu
 from ptx_interpreter.traffic import SECTOR
 from ptx_interpreter.triton_driver import Driver
 
 TRITON = str(Path(triton.__file__).parent)
+NO_KERNEL = 3
+"""Exit status of a file that launched no kernel."""
 Place = tuple[str, int]
 """A source file, and a line of it."""
 
@@ -79,7 +81,7 @@ class Checker(Driver):
 
     def __init__(self, capability: int = 80, multiprocessors: int | None = None, gpu: Gpu | None = None) -> None:
         super().__init__(capability, multiprocessors, gpu)
-        self._memory.anywhere = False
+        self._memory.anywhere, self._memory.poisoned = False, True
         self.tensors = Tensors()
         self.found: dict[tuple[str, str, Place], Finding] = {}
         self.kernels: Counter[str] = Counter()
@@ -105,7 +107,7 @@ class Checker(Driver):
             own = [place for place in lines if not place[0].startswith(TRITON)]
             places[body.where(instruction.line), instruction.text] = own or lines
         for fault in report.faults:
-            if fault.detail == UNEQUAL:
+            if fault.detail == NEARLY_EQUAL:
                 continue  # Threads that hold copies of a sum, which Triton's fma rounds in several ways.
             place, *callers = places[fault.where, fault.instruction]
             program = fault.block % x, fault.block // x % y, fault.block // (x * y)
@@ -165,6 +167,8 @@ def main() -> int:
             raise
     finally:
         checker.print()
+    if not checker.unsupported and not checker.kernels:
+        return NO_KERNEL
     return 2 if checker.unsupported else int(bool(checker.found))
 
 

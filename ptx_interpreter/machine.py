@@ -18,7 +18,7 @@ from .instructions import make
 from .memory import GlobalMemory
 from .parse import Kernel
 from .registers import Dim3, Registers
-from .report import UNEQUAL, Fault, Faults, Report
+from .report import NEARLY_EQUAL, Fault, Faults, Report
 from .rounding import errors_of_numpy
 from .shared import SharedMemory
 from .step import Active, Step
@@ -101,9 +101,9 @@ class Machine:
 
     def fault(self, kind: str, instruction: Instruction, lanes: Array, detail: str) -> None:
         where = self.body.where(instruction.line)
-        key = (kind, instruction.text, where, detail == UNEQUAL)
+        key = (kind, instruction.text, where, detail == NEARLY_EQUAL)
         for known in self.report.faults:
-            if (known.kind, known.instruction, known.where, known.detail == UNEQUAL) == key:
+            if (known.kind, known.instruction, known.where, known.detail == NEARLY_EQUAL) == key:
                 known.count += len(lanes)
                 return
         lane = int(lanes[0])
@@ -320,7 +320,7 @@ def _narrowest_shared(blocks: list[Block]) -> int:
     sizes = [16]
     for block in blocks:
         for i in block.instructions:
-            if i.op in ("ld", "st") and "shared" in i.mods:
+            if i.op in ("ld", "st", "atom", "red") and "shared" in i.mods:
                 sizes.append(SIZES[i.mods[-1]])
             elif i.op == "cp" and "shared" in i.mods:
                 sizes.append(4)

@@ -1,7 +1,10 @@
 """Global memory: the memory of this process at its own addresses, and the parts that kernels may access."""
 
 import ctypes
+import os
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +20,15 @@ WORDS: dict[int, Array] = {
 MANY = -1
 """In place of a block's number: several blocks."""
 MOST_ALLOCATIONS = 1 << 17
+
+
+def build_allocations(folder: Path) -> Path:
+    """Compiles host/allocations.cpp for LD_PRELOAD with `CXX` or g++; returns the library in `folder`."""
+    folder.mkdir(exist_ok=True)
+    source, library = Path(__file__).with_name("host") / "allocations.cpp", folder / "allocations.so"
+    options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    subprocess.run([os.environ.get("CXX", "g++"), *options, source, "-o", library], check=True)
+    return library
 
 
 @dataclass
@@ -67,10 +79,12 @@ class Interval:
 class GlobalMemory:
     """Which memory of this process kernels may touch: arrays that are added, and allocations that are followed.
 
-    `anywhere` lets them touch everything: a store out of bounds is then not a fault but happens.
+    `anywhere` lets them touch everything: a store out of bounds is then not a fault but happens. `poisoned`: masked-off
+    lanes of loads have POISON, and to store it is a fault.
     """
 
     anywhere: bool = False
+    poisoned: bool = False
     intervals: list[Interval] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -169,11 +183,12 @@ class GlobalMemory:
         return [(self.intervals[number], at == number) for number in np.unique(at) if number >= 0]
 
     def near(self, address: int) -> str:
-        """Where an address is, in words."""
-        at = int(np.searchsorted(self._starts, address, "right")) - 1
-        if at < 0:
-            return "in front of all arrays"
-        interval = self.intervals[at]
-        past = address - interval.end
-        where = f"{past} bytes past the end" if past >= 0 else f"at byte {address - interval.start}"
-        return f"{where} of {interval.name or hex(interval.start)} ({interval.end - interval.start} bytes)"
+        """Where an address is, in words: in or next to the nearest array, one with a name if there is any."""
+        intervals = [interval for interval in self.intervals if interval.name] or self.intervals
+        if not intervals:
+            return "where no array is"
+        nearest = min(intervals, key=lambda interval: max(interval.start - address, address - interval.end))
+        past, before = address - nearest.end, nearest.start - address
+        where = f"{past} bytes past the end of" if past >= 0 else f"at byte {-before} of"
+        where = f"{before} bytes before" if before > 0 else where
+        return f"{where} {nearest.name or hex(nearest.start)} ({nearest.end - nearest.start} bytes)"

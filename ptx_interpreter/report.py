@@ -8,15 +8,18 @@ from .registers import Dim3
 from .traffic import Sectors, Traffic
 
 UNEQUAL = "another thread writes something else there in the same instruction"
+NEARLY_EQUAL = "another thread writes nearly the same there in the same instruction"
 """The detail of a race that may be of no consequence: of copies of a sum that were rounded differently."""
+
+POISONED = "what it stores depends on lanes that a load masked off; give the load `other`"
 
 
 @dataclass
 class Fault:
     """Something that a kernel must not do.
 
-    Of a kind at one instruction the first is kept, with its block and thread, and how many there were. Those of UNEQUAL
-    are of a kind of their own.
+    Of a kind at one instruction the first is kept, with its block and thread, and how many there were. Those of
+    NEARLY_EQUAL are of a kind of their own.
     """
 
     kind: str

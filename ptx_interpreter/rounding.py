@@ -10,6 +10,9 @@ from .types import Array, Value
 SMALLEST_NORMAL = np.float32(2.0**-126)
 NAN16 = np.uint16(0x7FFF)
 """The NaN that conversions to 16 bits give, of bf16 and of f16."""
+POISON = np.uint32(0x7FE00000)
+"""The NaN that masked-off lanes of a load get, and what 16 bits of it are."""
+POISON16 = np.array([0x7FE0, 0x7F00], np.uint16)
 _TF32 = np.uint32(0xFFFFE000)
 _LOW_BITS = np.uint64((1 << 29) - 1)
 _MIDPOINT = np.uint64(1 << 28)
@@ -25,8 +28,7 @@ def to_bf16(x: Value) -> Array:
     """The bits of bfloat16, rounded to nearest even."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    nan = np.isnan(x)
-    return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+    return _with_nan16(rounded, x)
 
 
 def from_f16(bits: Value) -> Array:
@@ -37,8 +39,27 @@ def from_f16(bits: Value) -> Array:
 def to_f16(x: Value) -> Array:
     """The bits of float16, rounded to nearest even."""
     rounded = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
+    return _with_nan16(rounded, x)
+
+
+def is_poison(x: Value) -> Array:
+    """Which floats come from lanes that a load masked off; arithmetic keeps the bits of a NaN, but its sign."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    poison: Array = (bits & np.uint32(0x7FFFFFFF)) == POISON
+    return poison
+
+
+def holds_poison(bits: Array) -> Array:
+    """Which unsigned integers are poison of 32 bits, or nothing but poison of 16 bits."""
+    if bits.itemsize == 2:
+        return np.isin(bits & np.uint16(0x7FFF), POISON16)
+    return is_poison(bits.view(np.float32)) | holds_poison(bits.view(np.uint16)).reshape(*bits.shape, 2).all(-1)
+
+
+def _with_nan16(rounded: Array, x: Value) -> Array:
+    """`rounded` with the NaN of 16 bits where `x` is NaN."""
     nan = np.isnan(x)
-    return np.where(nan, NAN16, rounded) if np.any(nan) else rounded
+    return np.where(nan, np.where(is_poison(x), POISON16[0], NAN16), rounded) if np.any(nan) else rounded
 
 
 def to_tf32(x: Value) -> Array:
@@ -50,6 +71,26 @@ def to_tf32(x: Value) -> Array:
 def cut_to_tf32(bits: Array) -> Array:
     """float32 of the bits of TF32: tensor cores ignore the other bits."""
     return (bits & _TF32).view(np.float32)
+
+
+def nearly_equal(a: Array, b: Array) -> Array:
+    """Whether bits [n, m] are of one number that was rounded in two ways: of a float, or of narrower ones side by side.
+
+    Floats may differ by a part in 256, those of 16 bits in their last two bits.
+    """
+    size = a.itemsize
+    near: Array = a == b
+    if size == 1:
+        return near
+    digits, last = {2: (7, 2), 4: (23, 15), 8: (52, 44)}[size]
+    infinite = ((1 << 8 * size - 1) - 1) >> digits << digits
+    magnitude = a & a.dtype.type((1 << 8 * size - 1) - 1)
+    is_number = (magnitude >= a.dtype.type(1 << digits)) & (magnitude < a.dtype.type(infinite))
+    near |= is_number & (np.maximum(a, b) - np.minimum(a, b) < a.dtype.type(1 << last))
+    if size == 2:
+        return near
+    halves = nearly_equal(*(np.ascontiguousarray(v).view(f"u{size // 2}") for v in (a, b)))
+    return near | halves.reshape(*a.shape, 2).all(-1)
 
 
 def flushed(x: Value) -> Value:

@@ -36,6 +36,7 @@ SERVE = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint * 3),  # threads of a block
     ctypes.POINTER(ctypes.c_void_p),  # arguments
     ctypes.c_size_t,  # bytes of dynamic shared memory
+    ctypes.c_size_t,  # how many bytes of static and dynamic shared memory there may be
     ctypes.POINTER(ctypes.c_char),  # where the message of an error goes
     ctypes.c_size_t,  # and how long it may be
 )
@@ -138,11 +139,15 @@ class Launches:
         self._library.ptx_serve(None)
 
     def _serve(
-        self, binary: int, name: bytes, grid: Any, block: Any, arguments: Any, shared: int, *message: Any
+        self, binary: int, name: bytes, grid: Any, block: Any, arguments: Any, shared: int, limit: int, *message: Any
     ) -> int:
         try:
             kernel = self._module(binary).kernels[name.decode()]
             sizes = tuple(grid.contents), tuple(block.contents)
+            if (static := _static_shared(kernel)) + shared > limit:
+                raise ValueError(
+                    f"shared memory must have at most {limit} bytes, got {static} static + {shared} dynamic"
+                )
             text = self._launch(kernel, sizes, packed(kernel, arguments), shared)
         except BaseException:  # which C can't be given
             text = traceback.format_exc()
@@ -168,8 +173,7 @@ class Launches:
         threads_at_most = math.prod(kernel.most_threads or [threads])
         allowed = min(MOST_REGISTERS, REGISTERS // threads_at_most // 8 * 8)
         registers = self._registers(kernel.name) if self._registers else allowed
-        static = sum(variable.size for variable in kernel.parsed.shared)
-        return self._gpu.resident_blocks(threads, registers, static + shared)
+        return self._gpu.resident_blocks(threads, registers, _static_shared(kernel) + shared)
 
     def _module(self, binary: int) -> Module:
         """Of the fat binary at this address."""
@@ -178,6 +182,10 @@ class Launches:
             (texts,) = ptx_in(ctypes.string_at(binary, header + size))
             self._modules[binary] = Module(self._edit(newest_for(texts, self._capability)))
         return self._modules[binary]
+
+
+def _static_shared(kernel: Kernel) -> int:
+    return sum(variable.size for variable in kernel.parsed.shared)
 
 
 def packed(kernel: Kernel, arguments: Any) -> bytes:

@@ -12,7 +12,7 @@ from .types import CARRIERS, SHIFTS, WARP, Array
 
 BLOCK_BARRIER, WARP_BARRIER = 1 << 32, 1 << 12
 THREAD, WARP_OF_THREAD = 0xFFF, 0xFE0
-UNWRITTEN, WRITTEN, ON_ITS_WAY = 0, 1, 2
+UNWRITTEN, WRITTEN, ON_ITS_WAY, BY_ATOMIC = 0, 1, 2, 3
 
 
 def first_stamps(threads: Array) -> Array:

@@ -7,18 +7,21 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.language.semantic import TritonSemantic
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources
 
 from ptx_interpreter import GlobalMemory
 from ptx_interpreter.gpus import REGISTERS
 from ptx_interpreter.memory import Interval, Shadow
+from ptx_interpreter.rounding import POISON
 from ptx_interpreter.triton_driver import Driver
 from ptx_interpreter.types import WARP
 
@@ -32,6 +35,7 @@ ANSWERS: dict[Any, Any] = {
     torch.Tensor.record_stream: None,
 }
 """Properties and methods of tensors that name the device, and what a tensor of the GPU returns."""
+LOAD = TritonSemantic.load
 PRUNE, ENGINE = Autotuner.prune_configs, torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 """torch's operators that return memory which nobody has written."""
@@ -112,12 +116,24 @@ class Tensors(TorchDispatchMode):
     def prepare(self, memory: GlobalMemory, arguments: dict[str, Any]) -> None:
         """Lets a kernel touch all tensors that live; races are looked for in its arguments."""
         self._known = {start: each for start, each in self._known.items() if not each[0].expired()}
+        for _, known in self._known.values():
+            known.name = ""  # of an earlier launch
         for name, tensor in arguments.items():
             if isinstance(tensor, torch.Tensor) and (interval := self.interval_of(tensor)):
                 interval.name = name
                 size = interval.end - interval.start
                 interval.shadow = interval.shadow or Shadow.of(size, min(tensor.itemsize, 8), written=True)
         memory.hold([interval for _, interval in self._known.values()])
+
+
+def load_or_poison(self: TritonSemantic[Any], ptr: Any, mask: Any, other: Any, *options: Any) -> Any:
+    """In place of TritonSemantic.load: without `other` masked-off lanes of floats have POISON."""
+    kind = ptr.type.scalar
+    if mask is not None and other is None and kind.is_ptr():
+        element = kind.element_ty
+        if element.is_floating() and element.primitive_bitwidth >= 16:
+            other = self.scalar_constant(float(POISON.view(np.float32)), triton.language.float32)
+    return LOAD(self, ptr, mask, other, *options)
 
 
 def first_fitting(self: Autotuner, kwargs: dict[str, Any]) -> list[triton.Config]:
@@ -196,6 +212,7 @@ def gpu(driver: Driver, tensors: Tensors) -> Iterator[None]:
             mock.patch.multiple(Autotuner, prune_configs=first_fitting, _bench=lambda *_, **__: [0.0] * 3)
         )
         stack.enter_context(mock.patch.object(triton.testing, "do_bench", run_once))
+        stack.enter_context(mock.patch.object(TritonSemantic, "load", load_or_poison))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         for context in (driver, tensors, CudaDevices()):
             stack.enter_context(context)

@@ -39,6 +39,10 @@ class Access:
     def verb(self) -> str:
         return "store" if self.write else "load"
 
+    @property
+    def reads(self) -> bool:
+        return not self.write or (bool(self.atomic) and "exch" not in self.instruction.mods)
+
 
 class Watch:
     """Of one machine. Checks return which of the accesses may be made: a mask over the active lanes, None for all."""
@@ -47,7 +51,7 @@ class Watch:
         self.machine = machine
         self.accesses: list[Access] = []
         self.collided = False
-        """Whether several lanes wrote a cell of shared memory at once; the store compares what they wrote."""
+        """Whether several lanes of a block wrote a cell at once; the store compares what they wrote."""
 
     def access(self, access: Access) -> Access:
         """Counts it from now on."""
@@ -119,7 +123,7 @@ class Watch:
         is_over = (acquired > read_at) & ((reader == MANY) | (memory.released[reader] > read_at))
         reader = np.where(is_over, 0, reader)
         self._blame(access, lanes, near, "race", f"another thread wrote to {interval.name} there, without a barrier")
-        if not access.write or (access.atomic and "exch" not in access.instruction.mods):
+        if access.reads:
             never = writer == 0
             self._blame(access, lanes, never, "uninitialised", f"nothing has been written to {interval.name} there")
         others = (writer > 0) & (writer != mine) & ~both
@@ -132,6 +136,7 @@ class Watch:
             shadow.atomic[cells] = bool(access.atomic)
             if not access.atomic:
                 others |= shadow.writer[cells] != mine
+                self.collided |= bool(((shadow.writer[cells] == mine) & (shadow.written[cells] != stamps)).any())
             self._blame(access, lanes, read, "race", f"another block reads what this writes to {interval.name}")
             self._blame(access, lanes, others, "race", f"another block writes to {interval.name} there too")
         else:
@@ -198,21 +203,22 @@ class Watch:
                 other = sm.thread_of(int(before[which[0]]))
                 blame("race", which, f"thread {other} {verb} it and no barrier came between")
 
-        race(shared.writer.take(cells, mode="clip"), "wrote")
-        if access.write:
-            race(shared.reader.take(cells, mode="clip"), "read")
-            race(shared.other_reader.take(cells, mode="clip"), "read")
-            race(shared.near_reader.take(cells, mode="clip"), "read")
-            state = sm.ON_ITS_WAY if access.arriving else sm.WRITTEN
-            self.collided |= shared.note_write(cells, stamps, state)
-            return
-        state_of = shared.state.take(cells, mode="clip")
-        if (state_of != sm.WRITTEN).any():
+        writer, state_of = shared.writer.take(cells, mode="clip"), shared.state.take(cells, mode="clip")
+        # Atomics don't race with each other.
+        race(np.where(state_of == sm.BY_ATOMIC, stamps, writer) if access.atomic else writer, "wrote")
+        if access.reads and (state_of != sm.WRITTEN).any():
             if len(which := np.flatnonzero(state_of == sm.UNWRITTEN)):
                 blame("uninitialised", which, "nobody has written it")
             if len(which := np.flatnonzero(state_of == sm.ON_ITS_WAY)):
                 blame("not waited for", which, "cp.async has yet to fill it")
-        shared.note_read(cells, sm.of_whole_warp(stamps) if access.together else stamps)
+        if access.write:
+            race(shared.reader.take(cells, mode="clip"), "read")
+            race(shared.other_reader.take(cells, mode="clip"), "read")
+            race(shared.near_reader.take(cells, mode="clip"), "read")
+            state = sm.BY_ATOMIC if access.atomic else sm.ON_ITS_WAY if access.arriving else sm.WRITTEN
+            self.collided = shared.note_write(cells, stamps, state) and not access.atomic
+        else:
+            shared.note_read(cells, sm.of_whole_warp(stamps) if access.together else stamps)
 
     def _lanes(self, active: Active | None) -> Array:
         return self.machine.all_lanes if active is None else active.lanes

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* const places = place + blockIdx.x * shape.tokens;
   const int64_t* const index = token_index + blockIdx.x * shape.kept_tokens;
   const auto is_token = [&](int64_t token) { return token >= 0 && token < shape.tokens; };
-  for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) places[token] = -1;
+  for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) places[token] = -1;  // #dropped
   __syncthreads();
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
     if (!is_token(index[i])) refuse("token_dropout", "token_index is out of range");

@@ -1,12 +1,12 @@
 // To be preloaded: keeps where aligned memory was allocated, to the byte, so that accesses past the end of a
 // tensor are seen. torch's memory on a CPU is all of it; what Python itself allocates is not. New memory is
-// filled with 0xFF, NaN in every format, so that what nobody has written shows. With ALLOCATIONS_STAY in the
-// environment nothing else comes to lie where it was.
+// filled with kUnwritten, so that what nobody has written shows. With ALLOCATIONS_STAY in the environment
+// nothing else comes to lie where it was.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -14,7 +14,8 @@
 
 namespace {
 
-constexpr size_t kAlignment = 64;  // of torch
+constexpr size_t kAlignment = 64;        // of torch
+constexpr uint16_t kUnwritten = 0x7FFE;  // NaN in every float format; no index, and not the -1 of "no index"
 
 std::mutex guards_sizes;
 
@@ -25,7 +26,8 @@ std::map<uintptr_t, size_t>& sizes() {
 }
 
 void keep(void* memory, size_t bytes) {
-  std::memset(memory, 0xFF, bytes);
+  std::fill_n(static_cast<uint16_t*>(memory), bytes / 2, kUnwritten);
+  if (bytes % 2) static_cast<uint8_t*>(memory)[bytes - 1] = kUnwritten & 0xFF;
   const std::lock_guard lock(guards_sizes);
   sizes()[reinterpret_cast<uintptr_t>(memory)] = bytes;
 }

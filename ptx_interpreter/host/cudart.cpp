@@ -22,10 +22,10 @@ namespace {
 
 constexpr size_t kWithoutLeave = 48 * 1024;  // of shared memory
 
-// Arguments are pointers to the kernel's; the message is of up to `size` bytes, for a code that isn't
-// cudaSuccess.
+// Arguments are pointers to the kernel's. Static and dynamic shared memory (`shared_bytes`) may have `limit`
+// bytes. The message is of up to `size` bytes, for a code that isn't cudaSuccess.
 using Serve = int (*)(const void* binary, const char* kernel, const unsigned* grid, const unsigned* block,
-                      void** arguments, size_t shared_bytes, char* message, size_t size);
+                      void** arguments, size_t shared_bytes, size_t limit, char* message, size_t size);
 
 // Resident blocks of a multiprocessor.
 using Occupancy = int (*)(const void* binary, const char* kernel, int threads, size_t shared_bytes);
@@ -149,8 +149,9 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   cudaGetDevice(&last_device);
   last_stream = stream;
   const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
-  return static_cast<cudaError_t>(
-      serve(kernel.binary, kernel.name, blocks, threads, arguments, shared_bytes, message, sizeof message));
+  const size_t limit = kernel.shared_bytes > kWithoutLeave ? gpu.shared_bytes : kWithoutLeave;
+  return static_cast<cudaError_t>(serve(kernel.binary, kernel.name, blocks, threads, arguments, shared_bytes,
+                                        limit, message, sizeof message));
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {

@@ -31,7 +31,7 @@ def smaller(a: Value, b: Value) -> Value:
     found = np.fmin(a, b)
     if np.count_nonzero(found == 0):
         found = np.where((found == 0) & (a == b), np.where(np.signbit(a), a, b), found)
-    return found
+    return _or_poison(found, a, b)
 
 
 def larger(a: Value, b: Value) -> Value:
@@ -39,6 +39,14 @@ def larger(a: Value, b: Value) -> Value:
     found = np.fmax(a, b)
     if np.count_nonzero(found == 0):
         found = np.where((found == 0) & (a == b), np.where(np.signbit(a), b, a), found)
+    return _or_poison(found, a, b)
+
+
+def _or_poison(found: Value, *sources: Value) -> Value:
+    """Poison where a source is: a GPU has any number in its place."""
+    for source in sources:
+        if np.count_nonzero(poison := rounding.is_poison(source)):
+            found = np.where(poison, source, found)
     return found
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..body import Address, Instruction
 from ..memory import BASE, WORDS
-from ..report import UNEQUAL
+from ..report import NEARLY_EQUAL, POISONED, UNEQUAL
+from ..rounding import holds_poison, nearly_equal
 from ..step import Active, Step, by_lanes, elementwise, makes, put, several
 from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
 from ..watch import Access
@@ -157,21 +158,34 @@ def of_active(source: Value, active: Active | None) -> Value:
 
 def write_global(machine: Machine, access: Access, active: Active | None, addresses: Array, words: Array) -> None:
     good = machine.checks.check_global(access, active, addresses)
-    if good is not None:
-        addresses, words = addresses[good], words[good]
-    WORDS[access.size][(addresses - BASE) >> SHIFTS[access.size]] = words
+    size = SIZES[type_of(access.instruction.mods)]
+    if machine.memory.poisoned and size in (2, 4):
+        poison = holds_poison(words.view(DTYPES[unsigned(size)]).reshape(len(words), -1)).any(1)
+        if poison.any():
+            lanes = machine.all_lanes if active is None else active.lanes
+            machine.fault("masked off", access.instruction, lanes[poison], POISONED)
+    _write(machine, access, active, good, WORDS[access.size], (addresses - BASE) >> SHIFTS[access.size], words)
 
 
 def write_shared(machine: Machine, access: Access, active: Active | None, addresses: Array, words: Array) -> None:
     places, good = machine.checks.check_shared(access, active, addresses)
-    lanes = machine.all_lanes if active is None else active.lanes
-    if good is not None:
-        lanes, places, words = lanes[good], places[good], words[good]
     memory, at = machine.shared.words[access.size], places >> SHIFTS[access.size]
+    _write(machine, access, active, good, memory, at, words)
+
+
+def _write(
+    machine: Machine, access: Access, active: Active | None, good: Array | None, memory: Array, at: Array, words: Array
+) -> None:
+    """Writes the `good` lanes' words, and compares what several lanes wrote to one place."""
+    if good is not None:
+        at, words = at[good], words[good]
     memory[at] = words
     if machine.checks.collided:
         machine.checks.collided = False
-        there = memory.take(at).view(np.uint8)
-        lost = (there != words.view(np.uint8)).reshape(len(words), -1).any(1)
+        lanes = machine.all_lanes if active is None else active.lanes
+        lanes = lanes if good is None else lanes[good]
+        element = unsigned(min(SIZES[type_of(access.instruction.mods)], 8))
+        there, mine = (v.view(DTYPES[element]).reshape(len(words), -1) for v in (memory[at], words))
+        lost, near = (there != mine).any(1), nearly_equal(there, mine).all(1)
         if lost.any():
-            machine.fault("race", access.instruction, lanes[lost], UNEQUAL)
+            machine.fault("race", access.instruction, lanes[lost], NEARLY_EQUAL if near.all() else UNEQUAL)

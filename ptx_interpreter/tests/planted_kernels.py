@@ -52,6 +52,18 @@ def one_address(x, out, B: tl.constexpr):
 
 
 @triton.jit
+def one_place(x, y, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(y + i * 0, tl.load(x + i))  # race
+
+
+@triton.jit
+def counted(x, counts, B: tl.constexpr):
+    bins = tl.load(x + tl.arange(0, 2 * B)).to(tl.int32) & 15
+    tl.store(counts + tl.arange(0, 16), tl.histogram(bins, 16))
+
+
+@triton.jit
 def no_barrier(x, scratch, out, B: tl.constexpr):
     i = tl.arange(0, B)
     tl.store(scratch + i, tl.load(x + i))
@@ -64,6 +76,37 @@ def no_mask(x, y, n, B: tl.constexpr):
     i = tl.program_id(0) * B + tl.arange(0, B)
     loaded = tl.load(x + i)  # out of bounds
     tl.store(y + i, loaded, i < n)
+
+
+@triton.jit
+def before(x, y, B: tl.constexpr):
+    i = tl.arange(0, B)
+    loaded = tl.load(x + i - 1)  # out of bounds
+    tl.store(y + i, loaded)
+
+
+@triton.jit
+def no_other(x, y, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    largest = tl.max(tl.load(x + i, i < n))
+    tl.store(y + i, tl.exp(tl.load(x + i, i < n) - largest), i < n)  # masked off
+
+
+@triton.jit
+def no_other_bf16(x, y, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    total = tl.sum(tl.load(x + i, i < n).to(tl.float32))
+    tl.store(y, total.to(tl.bfloat16))  # masked off
+
+
+@triton.jit
+def rows_off(x, y, rows, B: tl.constexpr):
+    """Rows that are masked off in load and store; a masked-off value that isn't chosen."""
+    row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
+    loaded = tl.load(x + row * B + column, row < rows)
+    tl.store(y + tl.arange(0, B), tl.max(loaded, 1), tl.arange(0, B) < rows)
+    some = tl.load(x + row * B + column, column < 3)
+    tl.store(y + tl.arange(0, B), tl.sum(tl.where(column < 3, some, 0), 1))
 
 
 @triton.jit
@@ -152,6 +195,13 @@ def launch(name: str) -> None:
         torch.testing.assert_close(sums, x[:512].view(4, 128).sum(0))
     elif name == "no_barrier":
         no_barrier[(1,)](x, y, torch.empty_like(x), B=256)
+    elif name == "no_other_bf16":
+        no_other_bf16[(1,)](x.bfloat16(), y.bfloat16(), 100, B=128)
+    elif name == "rows_off":
+        rows_off[(1,)](x, y, 9, B=16)
+        torch.testing.assert_close(y[:16], x[:256].view(16, 16)[:, :3].sum(1))
+    elif name == "no_other":
+        no_other[(1,)](x, y, 100, B=128)
     elif name in ("no_mask", "wrong_mask"):
         globals()[name][(4,)](x, y, 1000, B=256)
     elif name == "wrong_hint":

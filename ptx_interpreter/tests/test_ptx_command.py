@@ -25,9 +25,9 @@ def check(*kernels, capability=80, file=FILE):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_checker_right_kernels_have_no_findings(capability):
-    checker = check("right", "differentiated", "tuned", "locked", capability=capability)
+    checker = check("right", "differentiated", "tuned", "locked", "counted", "rows_off", capability=capability)
     assert not checker.found
-    assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1}
+    assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1, "counted": 1, "rows_off": 1}
 
 
 SIZES = """
@@ -46,6 +46,7 @@ def test_command_shows_the_sizes_of_a_gpu(options, sizes, tmp_path):
     command = [sys.executable, "-m", "ptx_interpreter", *options, str(tmp_path / "sizes.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.stdout.startswith(sizes + "\n"), done.stderr
+    assert done.returncode == 3, "no kernel was launched"
 
 
 def test_checker_runs_tensor_descriptors():
@@ -53,7 +54,11 @@ def test_checker_runs_tensor_descriptors():
 
 
 @pytest.mark.parametrize(
-    "name", ["one_address", "no_barrier", "no_mask", "wrong_mask", "unwritten", "wrong_hint", "uneven"]
+    "name",
+    [
+        *("one_address", "one_place", "no_barrier", "no_mask", "before", "no_other", "no_other_bf16", "wrong_mask"),
+        *("unwritten", "wrong_hint", "uneven"),
+    ],
 )
 def test_checker_names_the_planted_line(name):
     lines = FILE.read_text().splitlines()
@@ -64,6 +69,7 @@ def test_checker_names_the_planted_line(name):
     assert (finding.kernel, finding.kind) == (name, lines[number].partition("  # ")[2])
     assert finding.place == (str(FILE), number + 1)
     assert name != "unwritten" or finding.accesses == 64
+    assert name != "before" or "4 bytes before x (4000 bytes)" in finding.first.detail
     callers = {lines[line - 1].strip()[:5] for _, line in finding.callers}  # Triton 3.6 names none
     assert callers <= ({"write"} if name == "wrong_mask" else set())
 

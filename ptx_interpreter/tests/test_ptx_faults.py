@@ -26,6 +26,10 @@ def test_out_of_bounds_of_global_memory():
     assert (fault.kind, fault.thread, fault.count) == ("out of bounds", 60, 4)
     assert "store of 4 bytes 0 bytes past the end of p0 (240 bytes)" in fault.detail
     assert "st.global.u32 [%d2], %r1" in str(fault)
+    arrays = [np.zeros(64, np.uint32) for _ in range(20)]
+    first, last = sorted(arrays, key=lambda array: array.ctypes.data)[9:11]
+    report = run(kernel(HEAD + "ld.global.u32 %r2, [%d31+-4];", 2), [first, last], check=False)
+    assert "4 bytes before p1 (256 bytes)" in report.faults[0].detail
     assert of_body("ld.global.u32 %r2, [%d2];", count=60) == ["out of bounds"]
     assert of_body("ld.global.u32 %r2, [%d2+-4];") == ["out of bounds"]
     assert of_body("ld.global.u32 %r2, [%d2];") == []
@@ -99,6 +103,34 @@ def test_atomics_race_with_plain_accesses_alone():
             found = two_blocks(f"setp.eq.s32 %p1, %r5, 0; @%p1 {first} @!%p1 {second}")
             assert [fault.kind for fault in found] == ["race"]
     assert [fault.kind for fault in two_blocks(ADD, written=False)] == ["uninitialised"]
+
+
+def test_shared_atomics_race_with_plain_accesses():
+    zeroed, add = "st.shared.u32 [%r3], 0; bar.sync 0; mov.u32 %r3, 0;", "atom.shared.add.u32 %r2, [%r3], 1;"
+    assert of_body(f"{zeroed} {add} bar.sync 0; ld.shared.u32 %r2, [%r3];") == []
+    for plain in ("st.shared.u32 [%r3], 5;", "ld.shared.u32 %r2, [%r3];"):
+        for first, second in ((add, plain), (plain, add)):
+            found = of_body(f"{zeroed} setp.lt.u32 %p1, %r1, 32; @%p1 {first} @!%p1 {second}")
+            assert set(found) == {"race"}, (first, second)
+    assert of_body(add) == ["uninitialised"]
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("mov.u32 %r4, 9;", None),
+        ("mov.u32 %r4, %r1;", "something else"),
+        ("add.u32 %r4, %r1, 0x3F800000;", "nearly the same"),
+        ("shl.b32 %r4, %r1, 17; add.u32 %r4, %r4, 0x3F800000;", "something else"),
+        ("and.b32 %r4, %r1, 1; add.u32 %r4, %r4, 0x40003F80;", "nearly the same"),  # two bfloat16
+    ],
+)
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_threads_that_store_to_one_address(space, value, wanted):
+    address = {"global": "[%d30]", "shared": "[0]"}[space]
+    report = run(kernel(HEAD + value + f"st.{space}.u32 {address}, %r4;"), [WORDS], block=64, shared=4, check=False)
+    assert [fault.kind for fault in report.faults] == ["race"] * bool(wanted)
+    assert all(wanted in fault.detail for fault in report.faults)
 
 
 @pytest.mark.parametrize(("order", "wanted"), [("acq_rel", []), ("relaxed", ["race"])])
@@ -367,7 +399,7 @@ def test_memory_may_be_open_or_forgotten():
     memory, array = GlobalMemory(), np.zeros(64, np.uint32)
     program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
     params = array.__array_interface__["data"][0].to_bytes(8, "little")
-    with pytest.raises(Faults, match="in front of all arrays"):
+    with pytest.raises(Faults, match="where no array is"):
         launch(program, (1,), (64,), params, memory)
     memory.anywhere = True
     launch(program, (1,), (64,), params, memory)

@@ -68,6 +68,7 @@ FAULTS = {
     "aligned-rows": Fault("misaligned at", ("width % elements == 0", "width > 0")),
     "tile": Fault("race at"),
     "sums-of-samples": Fault("race at"),
+    "dropped": Fault("out of bounds at"),
     "total": Fault("race at"),
     "common-head": Fault("misaligned at", ("common", "true")),
     "edges": Fault("out of bounds at", ("size - vectors * kVector", "size - vectors * kVector + 1")),

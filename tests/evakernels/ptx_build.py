@@ -30,13 +30,6 @@ __host__ __device__ inline int planted() {{
 """
 
 
-def build_allocations(folder: Path) -> None:
-    """Builds `folder/allocations.so`, for LD_PRELOAD."""
-    folder.mkdir(exist_ok=True)
-    source = ROOT / "ptx_interpreter/host/allocations.cpp"
-    call([str(gxx()), "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", "allocations.so"], folder)
-
-
 def call(command: list[str], folder: Path) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-5000:]

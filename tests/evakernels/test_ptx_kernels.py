@@ -17,11 +17,12 @@ from tempfile import mkdtemp
 import pytest
 from op_suite import CHOICE, ROOT, copy_with_library, run_ops
 from planted_faults import FAULTS, NUMBERS, REQUESTED, family_of, units
-from ptx_build import BUILD, budget, build_allocations, build_planted, gxx
+from ptx_build import BUILD, budget, build_planted, gxx
 
 from evakernels.triton import FAMILIES
 from ptx_interpreter import Module
 from ptx_interpreter.gpus import GPUS
+from ptx_interpreter.memory import build_allocations
 from ptx_interpreter.runtime import newest_for, ptx_in
 
 OPS = {
@@ -492,6 +493,36 @@ def test_triton_widths(served: Environment, capability: int) -> None:
     run_triton(
         served, capability, "(no_columns or one_element) and not dtype3", ["layer_norm", "residual_norm", "swiglu"]
     )
+
+
+WITHOUT_MASK = """
+import torch, triton
+from triton import language as tl
+
+@triton.jit
+def double(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, 2 * tl.load(x + i{mask}), i < n)
+
+def test_double():
+    x = torch.ones(100)
+    y = torch.empty_like(x)
+    double[(1,)](x, y, 100, BLOCK=128)
+    assert (y == 2).all()
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("mask", ["", ", i < n"])
+def test_interpreted_gpu_plugin_knows_bounds(tmp_path: Path, mask: str) -> None:
+    """The command of CONTRIBUTING.md for Triton kernels."""
+    (tmp_path / "test_double.py").write_text(WITHOUT_MASK.format(mask=mask))
+    paths = os.pathsep.join([str(ROOT / "tests/evakernels"), str(ROOT)])
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "interpreted_gpu", "test_double.py"]
+    environment = os.environ | {"PYTHONPATH": paths}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == (not mask), result.stdout + result.stderr
+    assert ("28 accesses" in result.stdout or "(28 in all)" in result.stdout) == (not mask), result.stdout
 
 
 @needs_triton
