@@ -8,6 +8,7 @@ are this library's export, or torch.onnx's export of open_clip's model. The trut
 import copy
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,25 +90,25 @@ class Subject:
         path = Path(self.folder.name, f"{tower}-{'plain' if plain else 'ours'}-{precision}", "model.onnx")
         if not path.exists():
             path.parent.mkdir()
-            (self._export_plain if plain else self._export_ours)(tower, path, precision == INT8)
+            self._write_onnx(tower, path, precision, plain)
         return path
 
-    def _export_ours(self, tower: Tower, path: Path, int8: bool) -> None:
-        from evaclip.export import export
+    def _write_onnx(self, tower: Tower, path: Path, precision: str, plain: bool) -> None:
+        from evaclip.export import export, quantize
 
-        export(copy.deepcopy(self.model), tower, path, int8=int8, names=("input_ids", "embeddings"))
-
-    def _export_plain(self, tower: Tower, path: Path, int8: bool) -> None:
-        from evaclip.export import quantize
-
+        if precision == INT8:
+            shutil.copytree(self.onnx(tower, plain=plain).parent, path.parent, dirs_exist_ok=True)
+            quantize(path)
+            return
+        if not plain:
+            export(copy.deepcopy(self.model), tower, path, names=("input_ids", "embeddings"))
+            return
         example, batch = self.samples(tower, count=2).tensor, ({0: torch.export.Dim("batch")},)
         module = self.plain_tower(tower, torch.float32)
         program = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=batch, verbose=False)
         if program is None:
             raise UserError("torch.onnx made no program")
         program.save(path)
-        if int8:
-            quantize(path)
 
 
 # --- engines: a subject, a tower and a precision to a run -----------------------------------------------------------
