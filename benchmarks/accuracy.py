@@ -21,8 +21,8 @@ ROUGHEST = 2.0**-8
 """One rounding to bfloat16: a peer that rounds to it, or to TF32, where plain PyTorch doesn't is inexact, not wrong."""
 UNRELATED = 0.5
 """The error of a result that has little to do with the truth, whatever the dtype."""
-QUANTIZED = 0.15
-"""The error that candidates of fewer bits may have: embeddings with a cosine of 0.99."""
+QUANTIZED = 0.25
+"""The error that candidates of fewer bits may have: embeddings with a cosine of 0.97."""
 FINEST = 2.0**-24
 """One rounding to float32: a smaller error is none."""
 _ZERO = 1e-12

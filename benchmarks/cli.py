@@ -31,7 +31,8 @@ _EXAMPLES = {
         "python -m benchmarks op loader --dtype float32",
     ],
     "model": [
-        "python -m benchmarks model encode_image --peer onnxruntime --peer openvino",
+        "python -m benchmarks model embed --json engines.json --page docs/benchmarks.md",
+        "python -m benchmarks model embed --shape 'eva02-b16:text b1' --peer onnxruntime --peer openvino --busy",
         "python -m benchmarks model clip_step --shape 'eva02-b16@224 b16 drop50' --mode training",
         "python -m benchmarks model dropin --shape 'open_clip/vit-b-32 b32 t13'  # captions of 13 tokens, and padding",
     ],
@@ -45,7 +46,7 @@ _EXAMPLES = {
     ],
 }
 _SEVERAL: dict[str, Any] = {"action": "append", "default": []}
-_PAGE = "put the table of ours against the best peers into this Markdown page, and pictures next to the page"
+_PAGE = "put the table, of engines or of ours against the best peers, into this Markdown page"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,6 +136,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--passes", type=int, default=Plan.passes, metavar="N", help=passes)
     seconds = "a candidate and pass (default: %(default)s)"
     how.add_argument("--seconds", type=positive, default=Plan.seconds, metavar="S", help=seconds)
+    how.add_argument("--busy", action="store_true", help="time while a process spins on each core")
     how.add_argument("--profile", type=_folder, metavar="FOLDER", help="write a trace of each candidate there")
     how.add_argument("--check", action="store_true", help="exit 1 if an op of this library fails, or is wrong")
     results = parser.add_argument_group("results")
@@ -155,9 +157,9 @@ def _measure(args: argparse.Namespace) -> None:
     _load(args)
     plan, chosen = _plan(args), _chosen(args)
     if args.page:
-        from benchmarks.page import split_markdown  # needs matplotlib, which only pages do
+        from benchmarks.page import section, split_markdown  # needs matplotlib, which only pages do
 
-        split_markdown(args.page)  # complains before minutes have gone by
+        split_markdown(args.page, section([op.name for op in chosen], args.busy))  # before minutes have gone by
     with _progress() as progress:
         results = run(chosen, plan, progress)
     if args.json:  # before anything is printed: the reader of a pipe may be gone
@@ -195,7 +197,7 @@ def _plan(args: argparse.Namespace) -> Plan:
             raise UserError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     several = {name: tuple(getattr(args, name[:-1])) for name in ("shapes", "dtypes", "modes", "backends", "peers")}
-    return Plan(args.device, **several, passes=args.passes, seconds=args.seconds, first=args.first)
+    return Plan(args.device, **several, passes=args.passes, seconds=args.seconds, first=args.first, busy=args.busy)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks.candidates import Candidate, candidates, check_names
 from benchmarks.operation import Cost, Draw, Function, Inputs, Operation, peers_of
 from benchmarks.results import WRONG, Machine, Results, Row
 from benchmarks.shapes import Shape
-from benchmarks.timing import CudaTimer, Rotation, Timer
+from benchmarks.timing import CudaTimer, Rotation, Timer, spinning
 from evaclip.errors import UserError
 from evakernels import keep_freed_memory
 
@@ -112,7 +113,8 @@ def _time(
             rotation = Rotation([make_call(case, candidate, inputs) for inputs in sets], candidate.context)
             if _guard(case, candidate, partial(_call_each, rotation)):
                 ready.append((candidate, rotation))
-    samples = timer.rounds([rotation for _, rotation in ready], seconds)
+    with spinning() if machine.busy else nullcontext():
+        samples = timer.rounds([rotation for _, rotation in ready], seconds)
     for (candidate, _), values in zip(ready, samples, strict=True):
         case.rows[candidate.name].samples_ms.append(values)
     for index, reason in timer.launched.items():
@@ -337,6 +339,7 @@ class Plan:
         dtypes, modes, backends, peers: by default all that make sense on the device.
         passes: passes over the whole suite.
         seconds: time for each candidate in each pass.
+        busy: a process spins on each core while candidates are timed.
     """
 
     device: str = "cpu"
@@ -348,6 +351,7 @@ class Plan:
     passes: int = 3
     seconds: float = 0.15
     first: int = 0
+    busy: bool = False
 
 
 def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda done, total, title: None) -> Results:
@@ -367,6 +371,7 @@ def run(operations: Sequence[Operation], plan: Plan, progress: Progress = lambda
     cases = list_cases(operations, plan)
     packages = {peer.package for op in operations for peer in peers_of(op.name) if peer.package}
     machine = machines.describe(device, dict.fromkeys(case.dtype for case in cases), packages)
+    machine.busy = plan.busy
     watch = machines.Watch(machine, device)
     contestants = {op.name: candidates(op, plan.device, plan.backends, plan.peers) for op in operations}
     total, done, interrupted = len(cases) * plan.passes, 0, False
@@ -393,7 +398,7 @@ def list_cases(operations: Sequence[Operation], plan: Plan) -> list[Case]:
         Case(op, shape, mode, DTYPES[dtype], torch.device(plan.device))
         for op in operations
         for shape in map(op.shape, plan.shapes or _default_shapes(op, plan))
-        for dtype in plan.dtypes or DEFAULT_DTYPES[plan.device]
+        for dtype in plan.dtypes or op.dtypes or DEFAULT_DTYPES[plan.device]
         for mode in op.modes
         if not plan.modes or mode in plan.modes
     )

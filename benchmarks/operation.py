@@ -23,6 +23,8 @@ Function = Callable[..., Outputs]
 Kind = Literal["ours", "baseline", "peer", "quantized"]
 """Candidates of fewer bits than the measured dtype, `quantized`, take no part in verdicts."""
 
+EMBED = "embed"
+"""The operation with a table of engines."""
 NVIDIA_APEX = "from the source of https://github.com/NVIDIA/apex; the package of that name on PyPI is another"
 _NUMBERS = re.compile(r"\d+(x\d+)*")
 
@@ -94,6 +96,7 @@ class Operation:
         ours: this library's function.
         work: the cost by formula, given the bytes of one element.
         shapes: default shapes by device type.
+        dtypes: default dtypes; empty for those usual on the device.
         gradients: names of the inputs that get gradients in training; none for an op without backward.
         registered: the registered op, such as `layer_norm_forward`; None for a composition of several ops, which is
             measured with the backends that they choose, and on the references.
@@ -115,6 +118,7 @@ class Operation:
     ours: Function
     work: Callable[[Any, int], Work]
     shapes: Mapping[str, Sequence[str]]
+    dtypes: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     registered: str | None = None
     baseline: str = "torch eager"

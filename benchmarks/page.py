@@ -1,6 +1,7 @@
 """Results as files for readers: one HTML page that needs nothing else, and a section of a Markdown page."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -8,16 +9,29 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks import plots
-from benchmarks.operation import operations
-from benchmarks.render import all_rows, failures, machine_facts, side_by_side, summary, summary_by_mode, tally_text
-from benchmarks.results import Results, contests
+from benchmarks.candidates import OURS
+from benchmarks.operation import EMBED, operations
+from benchmarks.render import (
+    NOTHING,
+    Cell,
+    Table,
+    all_rows,
+    failures,
+    machine_facts,
+    side_by_side,
+    significant,
+    summary,
+    summary_by_mode,
+    tally_text,
+)
+from benchmarks.results import Results, Row, contests, grouped
 from evaclip.atomic import replacing, write_text
 from evaclip.errors import UserError
 from evaclip.report.theme import document, themed_svg
 
 WHOLE_MODELS = "dropin"
 """The operation with a picture of speedups: models before and after `accelerate`."""
-_MARKERS = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+_PRECISIONS = ("fp32", "bf16", "int8")
 _KIND = "Benchmark of evakernels"
 _VERDICT_NOTE = (
     "The verdict is the time of the best peer over the one of this library's fastest backend. The best peer is the "
@@ -119,20 +133,32 @@ def _pairs(title: str, pairs: Mapping[str, str]) -> str:
 # --- the section of a Markdown page ---------------------------------------------------------------------------------
 
 
-def split_markdown(page: Path) -> tuple[str, str]:
-    """Return the parts of a Markdown page before and after its section for benchmarks, with the section's markers.
+def section(operations: Sequence[str], busy: bool) -> str:
+    """Return the name of the section of a Markdown page for results of these operations.
+
+    Raises:
+        UserError: the engines' operation is among others.
+    """
+    if EMBED in operations and len(set(operations)) > 1:
+        raise UserError(f"--page must get {EMBED} alone, or other operations, got {', '.join(operations)}")
+    return ("engines" if EMBED in operations else "benchmarks") + (", busy" if busy else "")
+
+
+def split_markdown(page: Path, section: str) -> tuple[str, str]:
+    """Return the parts of a Markdown page before and after a section, with the section's markers.
 
     Raises:
         UserError: the page can't be read, or lacks the two markers.
     """
+    markers = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as exc:
         raise UserError(f"can't read {page}: {exc}") from exc
-    before, begin, rest = text.partition(_MARKERS[0])
-    _, end, after = rest.partition(_MARKERS[1])
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise UserError(f"{page} has no place for the table, the lines {_MARKERS[0]!r} and {_MARKERS[1]!r}")
+        raise UserError(f"{page} has no place for the table, the lines {markers[0]!r} and {markers[1]!r}")
     return before + begin, end + after
 
 
@@ -142,13 +168,16 @@ def write_markdown(results: Results, page: Path) -> Path:
     Raises:
         UserError: as `split_markdown`.
     """
-    before, after = split_markdown(page)
+    before, after = split_markdown(page, section([row.op for row in results.rows], results.machine.busy))
     facts = machine_facts(results.machine) | results.machine.versions
     name, command = facts.pop("device"), facts.pop("command", "")
     found = contests(results.rows)
     parts = [f"**{name}**: {', '.join(f'{fact} {text}' for fact, text in facts.items())}."]
     parts += [f"`{command}`"] if command else []
-    parts += [*(f"> {note}" for note in results.machine.notes), tally_text(found), summary_by_mode(found).to_markdown()]
+    parts += [f"> {note}" for note in results.machine.notes]
+    if results.rows[0].op == EMBED:
+        return _write_engines(results, page, before, parts, after)
+    parts += [tally_text(found), summary_by_mode(found).to_markdown()]
     for file, label, figure in (
         ("roofline.png", "Speed and share of the roofline of each op", plots.draw_roofline(results)),
         ("speedups.png", "Speedups of whole models", plots.draw_speedups(results, WHOLE_MODELS)),
@@ -159,3 +188,61 @@ def write_markdown(results: Results, page: Path) -> Path:
             parts.append(f"![{label}]({file})")
     write_text(page, "\n\n".join([before, *parts, after]))
     return page
+
+
+def _write_engines(results: Results, page: Path, before: str, parts: Sequence[str], after: str) -> Path:
+    failed = {f"{row.candidate}: {row.failure}": None for row in results.rows if row.failure}
+    absent = {f"{name.removeprefix(f'{EMBED}: ')}: {why}": None for name, why in results.absent.items()}
+    reasons = [f"- {reason}" for reason in (*failed, *absent)]
+    table = engine_table(results.rows).to_markdown()
+    write_text(page, "\n\n".join([before, *parts, table, *(["\n".join(reasons)] if reasons else []), after]))
+    return page
+
+
+def engine_table(rows: Sequence[Row]) -> Table:
+    """A row for each engine and precision, the fastest first in each precision; the best of each column is bold.
+
+    The cosine is the mean to float64's embeddings, over the largest batch.
+    """
+    shapes = {row.shape: "text" if ":text" in row.shape else "image" for row in rows}
+    towers = list(dict.fromkeys(shapes.values()))
+    titles = [*(f"cosine, {tower}" for tower in towers), *(f"{shape}, ms" for shape in shapes)]
+    table = Table("engines", [(title, "") for title in ("engine", "precision", *titles)], texts=2)
+    found = {
+        name: {row.shape: row for row in group} for name, group in grouped(rows, lambda row: row.candidate).items()
+    }
+    for precision in _PRECISIONS:
+        engines = {name: by_shape for name, by_shape in found.items() if _precision(name) == precision}
+        best = {shape: min(_time(by_shape.get(shape)) for by_shape in engines.values()) for shape in shapes if engines}
+        for name, by_shape in sorted(
+            engines.items(), key=lambda one: sum(math.log(_time(one[1].get(s))) for s in shapes)
+        ):
+            cells = [Cell(name.removesuffix(f" {precision}").replace(OURS, "`Encoder`")), Cell(precision)]
+            cells += [_cosine([row for row in by_shape.values() if shapes[row.shape] == tower]) for tower in towers]
+            table.rows.append(cells + [_time_cell(by_shape.get(shape), best[shape]) for shape in shapes])
+    return table
+
+
+def _precision(candidate: str) -> str:
+    """The precision in a candidate's name; float32 isn't named."""
+    last = candidate.rpartition(" ")[2]
+    return last if last in _PRECISIONS else _PRECISIONS[0]
+
+
+def _time(row: Row | None) -> float:
+    return math.inf if row is None or row.failure or not row.median_ms else row.median_ms
+
+
+def _time_cell(row: Row | None, best: float) -> Cell:
+    if (ms := _time(row)) == math.inf:
+        return Cell((row.mark if row else "") or NOTHING)
+    return Cell(f"**{significant(ms)}**" if ms == best else significant(ms), ms)
+
+
+def _cosine(rows: Sequence[Row]) -> Cell:
+    """The mean cosine that follows from the error of embeddings of length 1: their squared distance is 2 - 2 cosine."""
+    judged = [(row.sizes["batch"], 1 - row.error**2 / 2) for row in rows if row.error is not None]
+    if not judged:
+        return Cell(NOTHING)
+    cosine = max(judged)[1]
+    return Cell(f"{cosine:.4f}".removesuffix(".0000"), cosine)

@@ -303,6 +303,7 @@ def machine_facts(machine: Machine) -> dict[str, str]:
         **{f"{dtype} matmul": f"{significant(rate)} TFLOP/s" for dtype, rate in machine.matmul_tflops.items()},
         "last-level cache": f"{machine.cache_bytes / 2**20:.0f} MiB",
         **{name: significant(value) for name, value in machine.clocks.items()},
+        "load": "one spinning process per core" if machine.busy else "",
         "date": machine.date,
         "commit": machine.commit,
         "evakernels from": machine.package,

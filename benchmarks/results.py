@@ -142,6 +142,7 @@ class Machine:
     notes: list[str] = field(default_factory=list)
     clocks: dict[str, float] = field(default_factory=dict)
     package: str = ""
+    busy: bool = False
 
 
 @dataclass

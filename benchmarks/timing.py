@@ -6,6 +6,9 @@ example because it waits for the GPU, is launched call by call.
 """
 
 import math
+import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +70,35 @@ class Timer:
         return interleave(
             len(rotations), count, lambda index, current: _sample(rotations[index], repeats[index], current)
         )
+
+
+@contextmanager
+def spinning(seconds: float = 1800) -> Iterator[None]:
+    """Keep the processors busy with one spinning process each, which ends with the block or with this process.
+
+    Args:
+        seconds: longest life of a spinning process.
+
+    Raises:
+        RuntimeError: a spinning process ended before the block.
+    """
+    code = (
+        f"import os, time; print(flush=True); end = time.monotonic() + {seconds}\n"
+        f"while os.getppid() == {os.getpid()} and time.monotonic() < end: sum(range(100_000))"
+    )
+    command = [sys.executable, "-IS", "-c", code]
+    spinners = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in os.sched_getaffinity(0)]
+    try:
+        for spinner in spinners:
+            assert spinner.stdout is not None
+            spinner.stdout.readline()  # it runs
+        yield
+        if any(spinner.poll() is not None for spinner in spinners):
+            raise RuntimeError("a spinning process ended before the measurement")
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.communicate()
 
 
 def schedule(once_ms: Sequence[float], window_ms: float, seconds: float) -> tuple[list[int], int]:

@@ -1,8 +1,9 @@
-"""Inputs of several operations: captions of photographs, and the patches that token dropout keeps."""
+"""Inputs of several operations: captions, photographs, and the patches that token dropout keeps."""
 
 from functools import cache
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 import evakernels
@@ -11,11 +12,29 @@ from benchmarks.shapes import Shape
 from evaclip.errors import UserError
 from evaclip.tokenizer import Tokenizer
 
+CAPTIONS = (Path(__file__).parents[1] / "captions.txt").read_text().splitlines()
+"""Real captions of photographs."""
+
 
 @cache
 def captions(context_length: int) -> Tensor:
     """Token ids int64 `[captions, context_length]` of real captions: most of a row is padding."""
-    return Tokenizer(context_length)((Path(__file__).parents[1] / "captions.txt").read_text().splitlines())
+    return Tokenizer(context_length)(CAPTIONS)
+
+
+@cache
+def photographs(pixels: int) -> list[Image.Image]:
+    """Eight squares with sides of `pixels`: the corners of both photographs of scikit-learn."""
+    from sklearn.datasets import load_sample_images
+
+    found = []
+    for image in map(Image.fromarray, load_sample_images().images):
+        side = image.height * 2 // 3
+        for left in (0, image.width - side):
+            for top in (0, image.height - side):
+                square = image.crop((left, top, left + side, top + side))
+                found.append(square.resize((pixels, pixels), Image.Resampling.BICUBIC))
+    return found
 
 
 def kept_patches(op: str, shape: Shape, draw: Draw) -> Tensor | None:

@@ -220,6 +220,11 @@ def _text_work(shape: Shape, itemsize: int) -> Work:
     return Work(Cost(shape.batch * text_flops(config.text, config.embed_dim), values * itemsize + ids))
 
 
+def tower_work(shape: Shape, itemsize: int) -> Work:
+    """The work of the shape's tower."""
+    return (_text_work if shape.tower == "text" else _image_work)(shape, itemsize)
+
+
 def _step_work(shape: Shape, itemsize: int) -> Work:
     """Both towers and the loss; backward twice that, but without gradients of the images.
 

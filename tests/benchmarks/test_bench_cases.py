@@ -20,6 +20,7 @@ from benchmarks.measure import DTYPES, Case, measure
 from benchmarks.operation import Inputs, Operation, get_operation, operations, peers_of
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
+from evaclip.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("few_parameters")
 
@@ -78,8 +79,8 @@ RESIDUAL = ("add_layer_norm", "layer_norm_add")
 CASES = [(op, shape) for op in OPERATIONS for shape in SMALL.get(op, ("tiny b2",))]
 ROWS = [(name, "small") for name in (*OPERATIONS, *RESIDUAL, "loader") if get_operation(name).raw]
 ENCODERS = ("encode_image", "encode_text")
-ENGINES = [peer.name for peer in peers_of("encode_image") if peer.package not in ("openvino", "zentorch")]
-SLOW = ("compiled", "freezing", "of open_clip")
+ENGINES = [peer.name for peer in peers_of("embed") if peer.package in ("torch", "open_clip_torch", "onnxruntime")]
+SLOW = ("freezing", "of open_clip")
 
 
 def measure_case(name: str, shape: str, dtype: str, mode: str = "forward", peers: Any = ()) -> dict[str, Row]:
@@ -134,22 +135,22 @@ def test_varlen_accepts_its_arguments() -> None:
     [pytest.param(n, marks=[pytest.mark.exhaustive] if any(slow in n for slow in SLOW) else []) for n in ENGINES],
 )
 def test_image_engine_agrees_with_open_clip(engine: str) -> None:
-    row = measure_case("encode_image", "small", "float32", peers=[engine])[engine]
+    row = measure_case("embed", "small", "float32", peers=[engine])[engine]
     assert row.failure is None
     assert (row.error > 1e-4) == (row.kind == "quantized")
 
 
-@pytest.mark.parametrize("engine", ["evakernels frozen", "onnxruntime"])
-def test_text_engine_agrees_with_open_clip(engine: str) -> None:
-    assert measure_case("encode_text", "small", "float32", peers=[engine])[engine].failure is None
+def test_text_engines_agree_with_open_clip() -> None:
+    rows = measure_case("embed", "tiny:text b2", "float32", peers=["evakernels bf16", "onnxruntime"])
+    assert {name: row.failure for name, row in rows.items()} == dict.fromkeys(
+        ("evakernels", "open_clip", "evakernels bf16", "onnxruntime")
+    )
+    assert rows["evakernels"].error < 1e-5 < rows["evakernels bf16"].error
 
 
-def test_engine_computes_in_the_dtype_measured() -> None:
-    dense, of_open_clip = "evakernels frozen", "onnxruntime of open_clip"
-    rows = measure_case("encode_image", "small", "bfloat16", peers=[dense, of_open_clip])
-    assert rows[dense].failure is None
-    assert rows[dense].error > 1e-4
-    assert rows[of_open_clip].failure.startswith("UserError: onnxruntime of open_clip has no")
+def test_embed_refuses_other_dtypes_of_weights() -> None:
+    with pytest.raises(UserError, match="--dtype of embed must be float32"):
+        draw(get_operation("embed"), parse_shape("tiny:text b2"), torch.bfloat16)
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_uncounted_inputs_are_negligible(name: str) -> None:
 
 
 def test_every_operation_has_a_formula_test():
-    assert set(operations()) == {*OPERATIONS, *RESIDUAL, "dropin", "dropin_frozen", "loader"}
+    assert set(operations()) == {*OPERATIONS, *RESIDUAL, "dropin", "dropin_frozen", "embed", "loader"}
 
 
 @pytest.mark.parametrize(("name", "shape"), [case for case in CASES if get_operation(case[0]).raw])

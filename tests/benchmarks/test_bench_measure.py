@@ -1,6 +1,7 @@
 """One case with all candidates, errors and memory, on a tiny operation."""
 
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from importlib import metadata
 from itertools import groupby
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from bench_fakes import CPU, FakeTimer, machine, registered, tanh, tanh_operation
@@ -21,7 +23,7 @@ from benchmarks.measure import Case, Plan, list_cases, measure, peak_bytes, run,
 from benchmarks.operation import Operation, get_operation
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
-from benchmarks.timing import MIN_ROUNDS, Rotation, Timer
+from benchmarks.timing import MIN_ROUNDS, Rotation, Timer, spinning
 from evakernels import backends
 
 
@@ -238,6 +240,27 @@ def test_run_has_one_sample_list_a_pass(steady: None) -> None:
     assert seen == [(done, 4) for done in range(5)]
     assert results.machine.copy_gbps == 10.0
     assert results.machine.versions["torch"] == metadata.version("torch")
+
+
+def test_busy_run_spins_on_each_core_while_timed(steady: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, children = Timer.rounds, []
+
+    def count(self: Timer, rotations: Any, seconds: float) -> Any:
+        children.append(len(psutil.Process().children()))
+        return rounds(self, rotations, seconds)
+
+    monkeypatch.setattr(Timer, "rounds", count)
+    before = len(psutil.Process().children())
+    for busy in (True, False):
+        plan = Plan(dtypes=("float32",), modes=("forward",), peers=("none",), passes=1, seconds=0.001, busy=busy)
+        assert run([tanh_operation()], plan).machine.busy == busy
+    assert children == [before + len(os.sched_getaffinity(0)), before]
+    assert len(psutil.Process().children()) == before
+
+
+def test_spinning_process_that_ended_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="spinning process ended"), spinning(seconds=0):
+        psutil.wait_procs(psutil.Process().children(), 10)
 
 
 def test_context_surrounds_every_call() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import ROOT
 from benchmarks.page import write_markdown, write_page
 from benchmarks.plots import draw_roofline
-from benchmarks.render import significant, verdict_text
+from benchmarks.render import NOTHING, significant, verdict_text
 from benchmarks.results import Results, contests, read_results, verdict
 from evaclip.errors import UserError
 
@@ -102,6 +102,39 @@ def test_markdown_section_is_replaced(tmp_path: Path) -> None:
     for name in ("roofline.png", "speedups.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
+
+
+def test_engine_table_has_every_row_by_precision(tmp_path: Path) -> None:
+    shapes = {"eva02-b16@224 b1": 1, "eva02-b16:text b8": 8}
+    times = {"evakernels": (3, 2), "openvino": (2, 2.5), "onnxruntime": (9, 9), "evakernels int8": (1, 1)}
+    rows = [
+        row(op="embed", candidate=name, shape=shape, samples_ms=[[ms]], error=0.1, sizes={"batch": batch})
+        for name, several in times.items()
+        for (shape, batch), ms in zip(shapes.items(), several, strict=True)
+    ]
+    rows.append(row(op="embed", candidate="zentorch", shape="eva02-b16@224 b1", samples_ms=[], failure="no luck"))
+    page, absent = tmp_path / "page.md", {"embed: fastembed": "not installed"}
+    page.write_text(
+        "".join(f"<!-- {name}: begin -->old<!-- {name}: end -->\n" for name in ("engines", "engines, busy"))
+    )
+    write_markdown(Results(machine(busy=True), rows, absent), page)
+    text = page.read_text()
+    assert "<!-- engines: begin -->old<!-- engines: end -->" in text
+    assert "load one spinning process per core" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert lines == [
+        "| openvino | fp32 | 0.9950 | 0.9950 | **2.00** | 2.50 |",
+        "| `Encoder` | fp32 | 0.9950 | 0.9950 | 3.00 | **2.00** |",
+        "| onnxruntime | fp32 | 0.9950 | 0.9950 | 9.00 | 9.00 |",
+        f"| zentorch | fp32 | {NOTHING} | {NOTHING} | failed | {NOTHING} |",
+        "| `Encoder` | int8 | 0.9950 | 0.9950 | **1.00** | **1.00** |",
+    ]
+    assert "- zentorch: no luck\n- fastembed: not installed" in text
+
+
+def test_engines_share_no_section_with_other_operations(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--page must get embed alone"):
+        write_markdown(Results(machine(), [row(), row(op="embed")]), tmp_path / "page.md")
 
 
 def test_markdown_without_markers_is_left_alone(tmp_path: Path) -> None:
