@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from ._dispatch import ALWAYS
+from ._dispatch import ALWAYS, NEVER
 from ._replacement import Call, Replacement, draw
 from ._swap import AcceleratedModule, original_class_of, parameters_of, replacement_class
 
@@ -374,8 +374,8 @@ def _compare(own: Any, new: Any, replacement: Replacement, seeded: bool) -> Verd
                 return Verdict("random numbers are drawn")
             if not replacement.target:
                 del expected["input"]  # a fused step has no use for its child's input
-            for always in (True, False) if mode.unfused and not replacement.tower else (True,):
-                _use_ops(new, always)
+            for forced in (ALWAYS, NEVER) if mode.unfused and not replacement.tower else (ALWAYS,):
+                _force(new, forced)
                 try:
                     actual = _run(new, call, mode, replacement, seeded)
                 except Exception as error:
@@ -388,12 +388,10 @@ def _compare(own: Any, new: Any, replacement: Replacement, seeded: bool) -> Verd
     return Verdict(None, frozenset(tried))
 
 
-def _use_ops(module: nn.Module, always: bool) -> None:
-    """Runs every op, at every size and on any backend; or as the classes of the modules decide."""
+def _force(module: nn.Module, forced: Any) -> None:
     for part in module.modules():
         if isinstance(part, AcceleratedModule):
-            vars(part).pop("is_forced", None)
-            vars(part).update({"is_forced": ALWAYS} if always else {})
+            vars(part)["is_forced"] = forced
 
 
 @dataclass(frozen=True)

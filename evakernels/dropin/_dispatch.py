@@ -18,6 +18,10 @@ DTYPES = (torch.float32, *_HALF)
 """The dtypes of all ops."""
 ALWAYS: Any = "always"
 """A value of `forced` for comparisons: every op runs, at every size and on any backend."""
+NEVER: Any = None
+"""A value of `forced` for comparisons: as False, but replacements don't call a block's own forward."""
+TINY = 1 << 13
+"""Number of elements below which a block runs its own forward on CPUs."""
 
 OPS = {
     "layer_norm": "layer_norm_forward",
@@ -68,8 +72,8 @@ _CPU: _Table = {
 """Minimum number of elements by op and dtype, with AVX-512."""
 
 _CPU_AMD: _Table = _CPU | {
-    "attention": dict.fromkeys(DTYPES, 0),
-    "attention_training": dict.fromkeys(DTYPES, 0),
+    "attention": dict.fromkeys(DTYPES, TINY),
+    "attention_training": dict.fromkeys(DTYPES, TINY),
     "layer_norm": {torch.float32: 3 << 16} | dict.fromkeys(_HALF, 1 << 17),
     "add_norm": {torch.float32: 3 << 16} | dict.fromkeys(_HALF, 1 << 17),
     "scaled_add_norm": {torch.float32: 3 << 16} | dict.fromkeys(_HALF, 1 << 17),
@@ -149,6 +153,11 @@ def dispatches_to(name: str, x: Tensor, *, after_linear: bool = False, forced: b
         return dtype in DTYPES
     size = (_FORCED if forced else _MIN_SIZES).get((name, device, dtype))
     return size is not None and x.numel() >= size
+
+
+def is_tiny(x: Tensor, forced: bool) -> bool:
+    """Whether a block's own code is faster, as the host time of more checks than torch makes outweighs any op."""
+    return forced is False and type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and x.numel() < TINY
 
 
 def attention_op() -> str:

@@ -24,6 +24,8 @@ _TOKENWISE = frozenset(
 )
 _TOKENWISE_BY_NAME = frozenset({"timm.layers.mlp.Mlp"})
 """Classes without a role that compute, apart from attention, each token from that token alone."""
+_MIN_PIXELS = 1 << 14
+"""Minimum size of images; in smaller ones the host time of a view outweighs the tokens that are saved."""
 _COMPILES = torch.__version__ >= "2.12"
 """Whether torch's compiler can trace `view`."""
 
@@ -106,7 +108,11 @@ class Pooling:
         """
         if torch.compiler.is_compiling() and not _COMPILES:
             return False
-        if not is_plain(x) or any(name in tower.__dict__ for name in self.methods) or self.reason(tower) is not None:
+        if not is_plain(x) or any(name in tower.__dict__ for name in self.methods):
+            return False
+        if x.is_floating_point() and x.numel() < _MIN_PIXELS and not (tower.is_forced or torch.compiler.is_compiling()):
+            return False
+        if self.reason(tower) is not None:
             return False
         _, *path = self._path(tower)
         parameter = next(path[-1][-1].parameters(), None)  # none where FSDP1 has flattened them

@@ -12,7 +12,7 @@ from ..ops import rope_attention, token_dropout
 from ..ops.rope_attention import MAX_PREFIX
 from ..packing import Packing
 from . import _pooling
-from ._dispatch import attention_op, dispatches_to
+from ._dispatch import attention_op, dispatches_to, is_tiny
 from ._fused import add, add_norm, apply_gate, gated_mlp, may_drop, norm_add, role
 from ._packing import Layers, padded_masks, read_mask, without_padding
 from ._replacement import Call, Replacement, draw
@@ -220,6 +220,9 @@ class Block(_Block):
     """A block of ViT, with or without relative positions, or of EVA, with layer scales as the block's parameters."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self.selection is None and is_tiny(x, self.is_forced):
+            own: Tensor = super().forward(x, *args, **options)
+            return own
         scales = (self.gamma_1, self.gamma_2) if hasattr(self, "gamma_1") else (self.ls1, self.ls2)
         branch = self._attention()(self.norm1(x), *args, **options)
         y, x = add_norm(self._select(x), branch, self.norm2, scales[0], self.drop_path1, forced=self.is_forced)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import _native, backends
 from .._modes import needs_dispatcher, needs_grad
@@ -25,10 +26,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
         `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
         supports it, the matmul and the bias are one call of oneDNN. Otherwise this is torch's function.
     """
-    # A frozen weight is a tensor subclass with its own matmul.
-    is_plain = is_plain_tensor(weight) and is_plain_tensor(x) and (bias is None or is_plain_tensor(bias))
+    # A frozen weight is a tensor subclass with its own matmul. Small calls leave first: their host time counts.
     if not (
-        is_plain and x.is_cpu and weight.is_cpu and not needs_dispatcher() and _is_supported(x, weight, bias, forced)
+        is_plain_tensor(x)
+        and is_plain_tensor(weight)
+        and not is_compiling()
+        and x.numel() * weight.shape[0] >= (1 if forced else _MIN_MACS.get(x.dtype, 0))
+        and (bias is None or is_plain_tensor(bias))
+        and x.is_cpu
+        and weight.is_cpu
+        and not needs_dispatcher()
+        and _is_supported(x, weight, bias, forced)
     ):
         return F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
@@ -94,7 +102,6 @@ def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None, forced: bool) 
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
-        and x.numel() * weight.shape[0] >= (1 if forced else _MIN_MACS[dtype])
         and torch._C._get_mkldnn_enabled()
         and not is_on("cpu")
     )
