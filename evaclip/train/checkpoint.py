@@ -94,12 +94,11 @@ def _nothing() -> None:
     pass
 
 
-def save(root: Path, step: int, content: Content, group: Any = None, guard: Callable[[], None] = _nothing) -> Path:
+def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
     """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it.
 
     Args:
         group: the ranks that hold the tensors together, all of which call this; None if this rank holds them whole.
-        guard: raises on the main rank if nothing may be written (any more).
 
     Raises:
         NotWritten: on every rank; earlier checkpoints are unchanged.
@@ -109,10 +108,10 @@ def save(root: Path, step: int, content: Content, group: Any = None, guard: Call
     is_main = group is None or dist.get_rank(group) == 0
     try:
         # The main rank does the first and the last two; the others learn whether they succeeded.
-        _agreed(partial(_start_folder, unfinished, guard) if is_main else _nothing, group)
+        _agreed(partial(_start_folder, unfinished) if is_main else _nothing, group)
         written = _agreed(partial(_write_own, unfinished, content, group), group)
         _agreed(partial(_finish_folder, unfinished, step, content, written) if is_main else _nothing, group)
-        _agreed(partial(_publish, unfinished, final, guard) if is_main else _nothing, group)
+        _agreed(partial(_publish, unfinished, final) if is_main else _nothing, group)
     except NotWritten:
         if is_main:
             with suppress(OSError):
@@ -193,8 +192,7 @@ def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
     return [value for value, _ in found]
 
 
-def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
-    guard()
+def _start_folder(unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
@@ -215,8 +213,7 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
             _flush(path)
 
 
-def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
-    guard()
+def _publish(unfinished: Path, final: Path) -> None:
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         final.rename(replaced)
