@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Content:
         descriptions: JSON files next to the weights, by file name.
         state: all else that resuming needs; tensors and plain values only.
         meta: facts for people and for choosing among checkpoints.
+        files: further files by path.
     """
 
     model: Mapping[str, Tensor]
@@ -84,6 +85,7 @@ class Content:
     descriptions: Mapping[str, Any]
     state: Mapping[str, Any]
     meta: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def folder_name(step: int) -> str:
@@ -201,6 +203,9 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
     """Writes all but tensors; files of other machines needn't be visible here yet."""
     for name, value in content.descriptions.items():
         _write_json(unfinished / name, value)
+    for name, data in content.files.items():
+        (unfinished / name).parent.mkdir(exist_ok=True)
+        (unfinished / name).write_bytes(data)
     torch.save(dict(content.state), unfinished / STATE_FILE)
     files = {name: facts for own in written for name, facts in own.items()}
     for path in unfinished.rglob("*"):
