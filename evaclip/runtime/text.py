@@ -3,6 +3,7 @@ seconds to import; or by the model itself where there is no such program."""
 
 import copy
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from evaclip.atomic import reading, replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.runtime.store import Store
+
+_LOG = logging.getLogger("evaclip.runtime")
 
 if TYPE_CHECKING:
     from evaclip.model.clip import CLIP
@@ -63,8 +66,10 @@ def text_encoder(store: Store) -> TextEncoder:
     Example:
         `text_encoder(store)(["a red bicycle", "a cat"])`
     """
-    if (store.folder / TOKENS_FILE).is_file() and find_spec("onnxruntime"):
-        return _Program(store.folder)
+    if (store.folder / TOKENS_FILE).is_file():
+        if find_spec("onnxruntime"):
+            return _Program(store.folder)
+        _LOG.warning("the package onnxruntime is not installed: the model is loaded in torch, which takes longer")
     if not store.model.get("given"):
         raise UserError(
             f"{store.folder} has no text tower ({PROGRAM_FILE}, for onnxruntime) and no model name for its "

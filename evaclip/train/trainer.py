@@ -23,7 +23,7 @@ from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, snapshot
 from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig, process_count, to_tree
-from evaclip.train.distributed import World, connect, naming_timeouts, recording_collectives, write_collectives
+from evaclip.train.distributed import World, connect, naming_lost_ranks, recording_collectives, write_collectives
 from evaclip.train.evaluation import Metrics, Stopped
 from evaclip.train.optimizer import set_lr_factor, tower_rate
 from evaclip.train.overrides import load_yaml
@@ -86,7 +86,7 @@ def train(
     with (
         recording_collectives(folder.collectives) if process_count() > 1 else nullcontext(),
         connect(config.device, config.parallel) as world,
-        naming_timeouts(config.parallel, world),
+        naming_lost_ranks(config.parallel, world),
         _out_of_memory_is_final(config),
         ExitStack() as stack,
     ):

@@ -22,6 +22,7 @@ from evaclip.eval.runs import thumbnail
 from evaclip.report import write_report
 from evaclip.report.text import render
 from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOCK_FILE, LOG_FILE
+from evaclip.train.progress import read_log
 from evaclip.train.run_lock import Owner, RunLock
 from evaclip.train.trainer import train
 
@@ -93,9 +94,17 @@ def save_events(folder: Path) -> None:
     write_lines(folder / "events.jsonl", [{**next(times), **event} for event in events])
 
 
+def test_report_without_evaluations_says_so(run: Path) -> None:
+    """Unless there is a table of the validation while training."""
+    nothing = "Nothing has been evaluated yet"
+    assert nothing not in write_report(run).read_text(encoding="utf-8")
+    losses = [record for record in read_log(run / LOG_FILE) if "eval" not in record]
+    (run / LOG_FILE).write_text("".join(json.dumps(record) + "\n" for record in losses))
+    assert nothing in write_report(run).read_text(encoding="utf-8")
+
+
 def test_report_shows_results_and_loads_nothing(run: Path) -> None:
     """Evaluations, the gallery, classes, validation and history, from a page without scripts or other files."""
-    assert "Nothing has been evaluated yet" in write_report(run).read_text(encoding="utf-8")
     save_evaluations(run)
     save_gallery(run)
     assert write_report(run, run / "a").read_bytes() == write_report(run, run / "b").read_bytes()
