@@ -20,7 +20,7 @@ from evaclip.train.ema import Ema
 from evaclip.train.optimizer import TimmOptimizer
 from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
-from evaclip.train.tree import differences, with_new_names
+from evaclip.train.tree import differences
 from evaclip.weights import is_sharded, load_weights, put
 from evaclip.weights.parts import is_there, likes, parts_of, read
 
@@ -124,7 +124,7 @@ def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         UserError: data, model, teacher or past steps of the schedule differ from the checkpoint's.
     """
     state = checkpoint.load_state(folder)
-    state["config"] = before = with_new_names(state["config"])
+    before = state["config"]
     remarks = [f"changed since the checkpoint: {line}" for line in differences(before, training_tree(parts.config))]
     if state["fingerprint"] != parts.source.fingerprint:
         change = f"the training data ({parts.source.description}) is not what the checkpoint was trained on"
