@@ -14,6 +14,8 @@ from typing import Any
 
 from evaclip.errors import UserError
 
+_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -27,16 +29,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def flock(descriptor: int, kind: int) -> bool:
+    """Locks an open file or folder; False where the file system has no such locks.
+
+    Args:
+        kind: flags of `fcntl.flock`.
+
+    Raises:
+        BlockingIOError: with LOCK_NB, another process or thread holds it.
+    """
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError as exc:
+        if exc.errno not in _NO_FLOCK:
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file, made if it is missing, or of a folder against all processes and threads.
 
     Raises:
         BlockingIOError: without `wait`, another process or thread holds it.
+        OSError: the file system has no such locks.
     """
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
+            raise OSError(errno.ENOLCK, "its file system has no flock", str(path))
         yield
     finally:
         # Not left to close: a process forked meanwhile has the descriptor too.

@@ -18,6 +18,10 @@ class RunFailed(RuntimeError):
     """A training run that would fail again after a restart."""
 
 
+class RanksLost(RuntimeError):
+    """Another rank of a run ended, or didn't answer in time."""
+
+
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> UserError:
     """Return the error for an unknown name, with the nearest known names, or else all of them."""
     names = sorted(known)

@@ -325,7 +325,7 @@ def tokenizer_of(config: TextConfig) -> Tokenizer | HFTokenizer:
     name = config.hf_tokenizer_name or config.hf_model_name
     if name is None:
         return Tokenizer(config.context_length, config.vocab_size)
-    return HFTokenizer(name, config.context_length)
+    return HFTokenizer(config.hf_folder or name, config.context_length)
 
 
 def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:

@@ -4,6 +4,7 @@ RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  checkpoints/late
 RUN/flight-recorder/rank_0 (last NCCL collectives of each rank, after a timeout)
 RUN/lock (while a process trains)  evaluations/  galleries/ (what `evaclip eval` measured)  report.html
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  classes.json  state.pt  meta.json
+step_.../hf_text/ (config.json and tokenizer of a text tower of transformers)
 step_.../model.safetensors.parts/  ema.safetensors.parts/ (of a sharded run, until they are joined in their place)
 """
 
@@ -27,6 +28,7 @@ PARTS = ".parts"
 OPTIMIZER_FOLDER = "optimizer"
 MODEL_CONFIG_FILE = "model.json"
 PREPROCESS_FILE = "preprocess.json"
+HF_TEXT_FOLDER = "hf_text"
 CLASSES_FILE = "classes.json"
 """The names of a classifier's classes, by label, if they have any."""
 STATE_FILE = "state.pt"

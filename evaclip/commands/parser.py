@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from evaclip.data import KINDS
-from evaclip.errors import Refused, RunFailed, UserError, hint, unknown_name
+from evaclip.errors import RanksLost, Refused, RunFailed, UserError, hint, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.launchers import stop_restarts
 from evaclip.outputs import silence
@@ -136,7 +136,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
         message = " ".join(str(exc).split())
-        is_plain = isinstance(exc, UserError | RunFailed | ValueError | TypeError)
+        is_plain = isinstance(exc, UserError | RunFailed | RanksLost | ValueError | TypeError)
         print(f"error: {message if is_plain else f'{type(exc).__name__}: {message}'}", file=sys.stderr)
         if isinstance(exc, UserError | RunFailed):
             stop_restarts(str(exc), at_once=isinstance(exc, RunFailed))

@@ -39,8 +39,8 @@ def add_commands(subparsers: Any) -> None:
     add("--mfu", type=float, default=_MFU, metavar="SHARE", help=help)
     add("--caption-tokens", type=int, metavar="N", help="mean tokens of a caption, with start and end (default: 15)")
     help = "GPU memory that isn't tensors (CUDA context, NCCL, workspaces), as 'train --dry-run' measures it"
-    add("--non-tensor-gib", "--beside", type=positive, metavar="GIB", help=help)
-    add("--layouts", "--fit", action="store_true", help="plan every parallelism and policy of recomputation")
+    add("--non-tensor-gib", type=positive, metavar="GIB", help=help)
+    add("--layouts", action="store_true", help="plan every parallelism and policy of recomputation")
     add("--json", action="store_true", help="print everything as one JSON object")
     add_configuration(parser)
 

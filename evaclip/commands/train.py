@@ -36,7 +36,8 @@ def add_commands(subparsers: Any) -> None:
     )
     add("--resume", default="none", metavar="WHAT", help=help)
     add("--overwrite", action="store_true", help="delete an earlier run of the same name")
-    add("--steal", action="store_true", help="take the run over from a process that trains it, which then stops")
+    help = "take the lock of another process that is gone but still named in RUN/lock"
+    add("--overwrite-lock", action="store_true", help=help)
     add("--print-config", action="store_true", help="print the whole configuration with the meaning of its keys")
     add("--dry-run", action="store_true", help="build everything, time a few steps, save nothing")
     help = "with --dry-run: as one of N GPUs, without the others; on a CPU the step's memory is traced"
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
 
     for note in aliases.notes(vars(args)):
         print(note)
-    outcome = train(config, resume=args.resume, overwrite=args.overwrite, steal=args.steal)
+    outcome = train(config, resume=args.resume, overwrite=args.overwrite, overwrite_lock=args.overwrite_lock)
     if outcome.stopped_by is not None:
         raise SystemExit(outcome.stopped_by)
 

@@ -117,7 +117,7 @@ def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
                     write_arrays(file, stamp, *scanned)
             return _stored(file, stamp, root) or scanned
     except OSError as exc:
-        _LOG.debug("the files of %s are not listed in %s: %s", root, file, exc)
+        _LOG.warning("the list of files in %s is not stored, so each start makes it again: %s", root, exc)
     return _scan(root, by_class)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from evaclip.data.packed_strings import PackedStrings, map_arrays, write_arrays
 from evaclip.data.remote import RemoteShard
 from evaclip.data.tar_index import ShardFacts, TarIndex, build_index
+from evaclip.errors import UserError
 from evaclip.machine import user_cache
 
 _LOG = logging.getLogger("evaclip.data")
@@ -87,14 +88,32 @@ class IndexCache:
         return _load(stored, stamp) or index
 
     def get_all(self, shards: Sequence[Shard]) -> Iterator[TarIndex]:
-        """The indexes of many shards in order, several being read at once. Raises as `get` does."""
-        reported = time.monotonic()
+        """The indexes of many shards in order, several being read at once.
+
+        Raises:
+            OSError: as `get`.
+            UserError: as `get`; the message names all local files that are no shards.
+        """
+        reported, problems = time.monotonic(), list[str]()
+
+        def get(shard: Shard) -> TarIndex | None:
+            try:
+                return self.get(shard)
+            except UserError as exc:
+                if isinstance(shard, RemoteShard):  # whose server may be away
+                    raise
+                problems.append(str(exc))
+                return None
+
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(shards), _AT_A_TIME):
-                yield from pool.map(self.get, shards[first : first + _AT_A_TIME])
+                found = pool.map(get, shards[first : first + _AT_A_TIME])
+                yield from (index for index in found if index is not None)
                 if time.monotonic() - reported >= _SECONDS_BETWEEN_REPORTS:
                     reported = time.monotonic()
                     _LOG.info("indexed %d of %d shards", min(first + _AT_A_TIME, len(shards)), len(shards))
+        if problems:
+            raise UserError("; ".join(sorted(problems)))
 
     def put(self, shard: Shard, index: TarIndex) -> None:
         """Stores an index that another process built; a folder that can't be written is ignored."""
@@ -118,7 +137,7 @@ class IndexCache:
             try:
                 write_arrays(file, stamp, dict(zip(_ARRAYS, arrays, strict=True)), notes)
             except OSError as exc:
-                level = logging.DEBUG if file == files[-1] or file.parent in self._closed else logging.WARNING
+                level = logging.DEBUG if file.parent in self._closed else logging.WARNING
                 self._closed.add(file.parent)
                 _LOG.log(level, "the index is not stored in %s: %s", file, exc)
                 continue

@@ -152,10 +152,11 @@ class WebDatasetSource(Source):
         return shard, index - int(self._ends[shard]) + self.shard_sizes[shard]
 
     def _read_captions(self, index: int, descriptor: int, members: Mapping[str, Member]) -> tuple[str, ...]:
+        fields: Sequence[str] = ()
         for suffix, field in self._captions:
             if suffix in members:
                 try:
-                    captions = _captions_in(self._read(index, descriptor, members[suffix]), field)
+                    captions, fields = _captions_in(self._read(index, descriptor, members[suffix]), field)
                 except ValueError as exc:
                     detail = f"the {suffix} member is unreadable: {exc}"
                     raise BadSample(FaultKind.MISSING_CAPTION, self.name(index), detail) from exc
@@ -163,7 +164,8 @@ class WebDatasetSource(Source):
                     return captions
         if not self.wants_captions:
             return ()
-        detail = f"no text in {self._caption_key.replace(';', ' or ')}; members: {', '.join(members)}"
+        names = f"fields of the JSON: {', '.join(fields)}" if fields else f"members: {', '.join(members)}"
+        detail = f"no text in {self._caption_key.replace(';', ' or ')}; {names}"
         raise BadSample(FaultKind.MISSING_CAPTION, self.name(index), detail)
 
     def _read(self, index: int, descriptor: int, member: Member) -> bytes:
@@ -210,10 +212,10 @@ def _name(location: str) -> str:
     return file_name(location) if is_remote(location) else location.rpartition("/")[2]
 
 
-def _captions_in(data: bytes, field: str) -> tuple[str, ...]:
-    """The captions that are not blank, of a text, or of a field of JSON. Raises ValueError for other data."""
+def _captions_in(data: bytes, field: str) -> tuple[tuple[str, ...], Sequence[str]]:
+    """The captions that are not blank, of a text, or of a field of JSON, and all fields. Raises ValueError."""
     text = data.decode("utf-8-sig")
     if not field:
-        return not_blank([text])
+        return not_blank([text]), ()
     parsed: Any = json.loads(text)
-    return not_blank(texts_of(parsed.get(field))) if isinstance(parsed, dict) else ()
+    return (not_blank(texts_of(parsed.get(field))), list(parsed)) if isinstance(parsed, dict) else ((), ())

@@ -222,6 +222,8 @@ class TextConfig:
         proj_bias: a bias on the projection.
         hf_model_name: folder, or name on the Hugging Face hub, of the encoder, such as `xlm-roberta-base`.
         hf_tokenizer_name: folder or name of the tokenizer; None for the tokenizer of `hf_model_name`, or CLIP's.
+        hf_folder: folder with copies of the encoder's config.json and the tokenizer, which are read in place of those
+            of the two names, such as in a checkpoint.
         hf_model_pretrained: start from the weights of `hf_model_name`, where no weights of the whole model are given.
         hf_pooler_type: mean or maximum over tokens, the first token (`cls_pooler`: after the encoder's own pooling
             layer), or the last token.
@@ -240,6 +242,7 @@ class TextConfig:
     proj_bias: bool = False
     hf_model_name: str | None = None
     hf_tokenizer_name: str | None = None
+    hf_folder: str | None = None
     hf_model_pretrained: bool = True
     hf_pooler_type: HFPooler = "mean_pooler"
     hf_proj_type: HFProjection | None = "mlp"
@@ -434,7 +437,7 @@ def _check_fields(part: str, config: Any) -> None:
             continue
         if isinstance(entry.default, bool):
             accepted, expected = isinstance(value, bool), "true or false"
-        elif entry.name in ("hf_model_name", "hf_tokenizer_name"):
+        elif entry.name in ("hf_model_name", "hf_tokenizer_name", "hf_folder"):
             accepted, expected = value is None or isinstance(value, str), "a folder, a name on the hub, or null"
         elif entry.name == "init_logit_bias":
             accepted, expected = number or value is None, "a number, or null"

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,6 +46,12 @@ class HFTokenizer:
         ids: Tensor = self._tokenizer(cleaned, **options).input_ids
         return ids
 
+    def files(self) -> dict[str, bytes]:
+        """The files of a folder from which the same tokenizer can be loaded, by name."""
+        with TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
     def decode(self, ids: Tensor) -> str:
         """The text of a row of token ids, without special tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -70,7 +78,7 @@ class HFTextTower(Tower):
 
     def __init__(self, config: TextConfig, embed_dim: int, savings: Savings) -> None:
         assert config.hf_model_name is not None
-        encoder = _load("AutoConfig", "hf_model_name", config.hf_model_name)
+        encoder = _load("AutoConfig", "hf_model_name", config.hf_folder or config.hf_model_name)
         width, longest = encoder.hidden_size, getattr(encoder, "max_position_embeddings", config.context_length)
         if encoder.is_encoder_decoder or encoder.pad_token_id is None:
             kind = "an encoder-decoder" if encoder.is_encoder_decoder else "one without pad_token_id"

@@ -27,7 +27,7 @@ from evaclip.run_files import (
 )
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import is_share, read_log
-from evaclip.train.run_lock import STALE, is_held
+from evaclip.train.run_lock import is_held
 
 _SMOOTHING = 0.02
 _CLASSES = 5
@@ -35,6 +35,9 @@ _USUAL = 20
 """Records that tell how long it usually takes from one to the next."""
 _PATIENCE = 5.0
 """Times the usual interval after which it is said that nothing was written."""
+
+_LEAST_SILENCE = 60.0
+"""Seconds without a record that are never reported."""
 
 Objects = Sequence[Mapping[str, Any]]
 
@@ -264,11 +267,11 @@ def describe_state(folder: Path, records: Objects, events: Objects) -> str | Non
     written = max((_changed(folder / name) for name in (LOG_FILE, EVENTS_FILE)), default=0.0)
     silence = duration(max(0.0, now - max(written, _changed(folder / LOCK_FILE))))
     usual = _usual_interval(records)
-    is_late = usual is not None and now - written > max(STALE, _PATIENCE * usual)
+    is_late = usual is not None and now - written > max(_LEAST_SILENCE, _PATIENCE * usual)
     if is_held(folder / LOCK_FILE):
         if events and "end" in events[-1]:
             return "starting again"
-        return f"its process lives, but has written nothing for {duration(now - written)}" if is_late else None
+        return f"its lock is held, but nothing was written for {duration(now - written)}" if is_late else None
     if events and "end" in events[-1]:
         return _describe_end(events)
     # Where no events were written, no lock was held either.

@@ -18,6 +18,8 @@ from evaclip.atomic import reading, replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.runtime.store import Store
 
+_LOG = logging.getLogger("evaclip.runtime")
+
 if TYPE_CHECKING:
     from evaclip.model.clip import CLIP
     from evaclip.runtime.encoder import Encoder

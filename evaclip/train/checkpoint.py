@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Content:
         descriptions: JSON files next to the weights, by file name.
         state: all else that resuming needs; tensors and plain values only.
         meta: facts for people and for choosing among checkpoints.
+        files: further files by path.
     """
 
     model: Mapping[str, Tensor]
@@ -84,6 +85,7 @@ class Content:
     descriptions: Mapping[str, Any]
     state: Mapping[str, Any]
     meta: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def folder_name(step: int) -> str:
@@ -94,12 +96,11 @@ def _nothing() -> None:
     pass
 
 
-def save(root: Path, step: int, content: Content, group: Any = None, guard: Callable[[], None] = _nothing) -> Path:
+def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
     """Writes the folder of `step` under another name, flushes it to the disk, renames it, and points `latest` at it.
 
     Args:
         group: the ranks that hold the tensors together, all of which call this; None if this rank holds them whole.
-        guard: raises on the main rank if nothing may be written (any more).
 
     Raises:
         NotWritten: on every rank; earlier checkpoints are unchanged.
@@ -109,10 +110,10 @@ def save(root: Path, step: int, content: Content, group: Any = None, guard: Call
     is_main = group is None or dist.get_rank(group) == 0
     try:
         # The main rank does the first and the last two; the others learn whether they succeeded.
-        _agreed(partial(_start_folder, unfinished, guard) if is_main else _nothing, group)
+        _agreed(partial(_start_folder, unfinished) if is_main else _nothing, group)
         written = _agreed(partial(_write_own, unfinished, content, group), group)
         _agreed(partial(_finish_folder, unfinished, step, content, written) if is_main else _nothing, group)
-        _agreed(partial(_publish, unfinished, final, guard) if is_main else _nothing, group)
+        _agreed(partial(_publish, unfinished, final) if is_main else _nothing, group)
     except NotWritten:
         if is_main:
             with suppress(OSError):
@@ -193,8 +194,7 @@ def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
     return [value for value, _ in found]
 
 
-def _start_folder(unfinished: Path, guard: Callable[[], None]) -> None:
-    guard()
+def _start_folder(unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
@@ -203,6 +203,9 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
     """Writes all but tensors; files of other machines needn't be visible here yet."""
     for name, value in content.descriptions.items():
         _write_json(unfinished / name, value)
+    for name, data in content.files.items():
+        (unfinished / name).parent.mkdir(exist_ok=True)
+        (unfinished / name).write_bytes(data)
     torch.save(dict(content.state), unfinished / STATE_FILE)
     files = {name: facts for own in written for name, facts in own.items()}
     for path in unfinished.rglob("*"):
@@ -215,8 +218,7 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
             _flush(path)
 
 
-def _publish(unfinished: Path, final: Path, guard: Callable[[], None]) -> None:
-    guard()
+def _publish(unfinished: Path, final: Path) -> None:
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         final.rename(replaced)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
-from evaclip.errors import UserError
+from evaclip.errors import RanksLost, UserError
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_cut
 
@@ -221,19 +221,32 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
 
 
 @contextmanager
-def naming_timeouts(config: ParallelConfig, world: World) -> Iterator[None]:
-    """Inside, a timeout error names the key of the limit, and the file of the rank's last collectives."""
+def naming_lost_ranks(config: ParallelConfig, world: World) -> Iterator[None]:
+    """Inside, errors of collectives say in plain words what happened to another rank.
+
+    Raises:
+        RanksLost: another rank ended, or didn't answer in time. The message names the key of the limit, and the file
+            of the rank's last collectives.
+    """
     try:
         yield
-    except RuntimeError as exc:
-        if any(sign in str(exc).lower() for sign in ("timed out", "timeout")):
-            exc.add_note(
-                f"parallel.timeout_minutes={config.timeout_minutes:g} is the maximum wait for other ranks; between two "
-                "steps it is 1.2 times watchdog.seconds, if less. The watchdog's lines, if any, name the slow rank"
+    except RuntimeError as exc:  # of gloo, which has no type of its own
+        text = str(exc).lower()
+        if "timed out" in text or "timeout" in text:
+            message = (
+                f"another rank must answer within parallel.timeout_minutes={config.timeout_minutes:g}, between two "
+                "steps within 1.2 times watchdog.seconds, if less; the watchdog's lines, if any, name the slow rank"
             )
             if world.uses_nccl and (line := write_collectives(world.rank)):
-                exc.add_note(line)
-        raise
+                message += f"; {line}"
+        elif "closed by peer" in text or "reset by peer" in text:
+            message = (
+                "another rank has ended, and its own output says why; if it has none, it was killed (signal 9), often "
+                "for lack of memory: torchrun's summary or the scheduler's log names it"
+            )
+        else:
+            raise
+        raise RanksLost(f"{message} ({str(exc).splitlines()[0]})") from exc
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from evaclip.errors import UserError, nearest
 from evaclip.train.config import ADAPTER, ALTERNATIVES, ScheduleConfig, TrainConfig, to_tree
-from evaclip.train.tree import REMOVED, Tree, merge, nest, with_new_names
+from evaclip.train.tree import Tree, merge, nest
 
 _WIDTH = 120
 _ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -29,7 +29,7 @@ def resolve(base: TrainConfig, changes: Iterable[Tree]) -> TrainConfig:
     """
     tree = to_tree(base)
     for change in changes:
-        tree = merge(tree, with_new_names(change))
+        tree = merge(tree, change)
     return validate(tree)
 
 
@@ -64,7 +64,7 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         UserError: names the key, the accepted values and the given one.
     """
     try:
-        return ADAPTER.validate_python(with_new_names(tree))
+        return ADAPTER.validate_python(tree)
     except ValidationError as exc:
         raise UserError("; ".join(map(_describe, exc.errors()))) from exc
 
@@ -81,7 +81,7 @@ def load_yaml(path: str | Path) -> Tree:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{str(path)!r} must hold keys and values, it holds a {type(tree).__name__}")
-    return with_new_names(tree)
+    return tree
 
 
 def dump_yaml(config: TrainConfig) -> str:
@@ -100,7 +100,7 @@ def parse_assignment(text: str) -> Tree:
     if not separator or not path.strip():
         raise UserError(f"--set takes key=value, such as optim.lr=1e-3; got {text!r}")
     try:
-        return with_new_names(nest(path.strip(), yaml.safe_load(value)))
+        return nest(path.strip(), yaml.safe_load(value))
     except yaml.YAMLError as exc:
         raise UserError(f"the value in --set {text!r} is not YAML") from exc
 
@@ -123,8 +123,6 @@ def _describe(error: Any) -> str:
 
 
 def _hint(path: str, known: list[str]) -> str:
-    if path in REMOVED:
-        return "it was removed: leave it out"
     parent, _, key = path.rpartition(".")
     if near := nearest(key, known):
         return f"did you mean {f'{parent}.{near[0]}'.lstrip('.')!r}?"

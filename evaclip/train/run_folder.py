@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from evaclip.train.checkpoint import Ask, DamagedCheckpoint, Start
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.overrides import dump_yaml
-from evaclip.train.run_lock import RunLock, read_lock
+from evaclip.train.run_lock import Owner, RunLock, read_lock
 from evaclip.weights.parts import joined
 
 _WEIGHTS = "weights:"
@@ -67,14 +66,14 @@ class RunFolder:
         """Whether a run has written into it."""
         return (self.path / CONFIG_FILE).exists()
 
-    def lock(self, steal: bool) -> RunLock:
-        """Locks the folder for this process; see `RunLock.acquire`.
+    def lock(self, overwrite: bool) -> RunLock:
+        """Locks the folder for this process; see `RunLock`.
 
         Raises:
             UserError: another process holds the lock, or the folder can't be written.
         """
         with self.writing():
-            return RunLock.acquire(self.path, steal=steal, say=_print_to_stderr)
+            return RunLock(self.path, overwrite=overwrite)
 
     def require_shared(self, world: World, lock: RunLock | None) -> None:
         """Checks that all ranks see the main rank's lock; every rank must call it.
@@ -82,7 +81,7 @@ class RunFolder:
         Raises:
             UserError: on every rank, if one doesn't see it: its folder is another one.
         """
-        wanted, where = world.from_main((lock and lock.id, str(self.path.absolute())))
+        wanted, where = world.from_main((lock and lock.owner, str(self.path.absolute())))
         end = time.monotonic() + ATTRIBUTES
         while not (sees := self._sees(wanted)) and time.monotonic() < end:
             time.sleep(0.5)
@@ -94,14 +93,13 @@ class RunFolder:
                 "--set output=FOLDER names one"
             )
 
-    def _sees(self, lock: str) -> bool:
+    def _sees(self, owner: Owner) -> bool:
         try:
             # Listing makes NFS ask the server again for missing files.
             next(self.path.iterdir(), None)
-            found = read_lock(self.path / LOCK_FILE)
+            return read_lock(self.path / LOCK_FILE) == owner
         except OSError:
             return False
-        return found is not None and found[0].id == lock
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -188,7 +186,3 @@ def _weights_of(source: Path, folder: RunFolder, overwrite: bool, say: Callable[
         say(remark)
     joined(source / MODEL_FILE)  # here, where one process does it
     return Start(source, weights_only=True)
-
-
-def _print_to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

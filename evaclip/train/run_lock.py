@@ -1,40 +1,30 @@
 """The lock on a run's folder: one process trains into it at a time.
 
-RUN/lock names its owner as JSON, and the owner holds an `flock` on it. The kernel releases the flock when the process
-ends, so a killed run restarts at once. Some file systems keep flocks within one machine or have none: there a
-heartbeat, the file's time of change, shows that an owner on another machine is alive.
+RUN/lock names its owner as JSON, and the owner holds an exclusive `flock` on it. The kernel releases the flock when the
+process ends, so a killed run restarts at once. On a file system without flock the file itself is the lock: one process
+creates it and deletes it at its end. If its owner was killed, the next start takes the lock if it runs on the same
+machine and sees that the owner is gone; otherwise with `--overwrite-lock`.
 """
 
-import errno
 import fcntl
 import json
 import os
 import socket
-import threading
 import time
-import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+from evaclip.atomic import flock
 from evaclip.errors import UserError
 from evaclip.run_files import LOCK_FILE
 
-HEARTBEAT = 5.0
-"""Seconds between two heartbeats."""
-STALE = 60.0
-"""Seconds without a heartbeat after which an owner on another machine counts as dead."""
 RETRIES = 20
 """Attempts, a tenth of a second apart: workers of a killed process may hold its flock for a moment."""
-
-_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-
-
-class RunTaken(UserError):
-    """Another process has taken the run over."""
+SETTLE = 1.0
+"""Seconds after which the last of several processes that replaced a dead owner's file has its lock."""
 
 
 @dataclass(frozen=True)
@@ -42,112 +32,92 @@ class Owner:
     """A process that holds, or held, the lock.
 
     Attributes:
-        id: random and unique.
-        since: when it acquired the lock, by its own clock (UTC).
-        machine: identifies the boot of a machine; "" if unknown.
+        start: when it acquired the lock, by its own clock (UTC).
+        machine: identifies the boot of a machine and the namespace of its process ids; "" if unknown.
+        ticks: start of the process, in clock ticks since the boot.
     """
 
-    id: str
     host: str
     pid: int
-    since: str
+    start: str
     machine: str
+    ticks: str
 
     @classmethod
     def of_this_process(cls) -> Self:
-        since = datetime.now(UTC).isoformat(" ", "seconds").removesuffix("+00:00")
-        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, _machine())
+        start = datetime.now(UTC).isoformat(" ").removesuffix("+00:00")
+        return cls(socket.gethostname(), os.getpid(), start, _machine(), _start_of(os.getpid()))
 
     @property
-    def is_local(self) -> bool:
-        """Whether it runs, or ran, on this machine."""
-        return bool(self.machine) and self.machine == _machine()
+    def is_running(self) -> bool | None:
+        """Whether the process lives; None if this machine can't tell."""
+        if not self.machine or self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            return True
+        return _start_of(self.pid) == self.ticks
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} (since {self.since} UTC)" if self.id else "an unknown process"
+        return f"process {self.pid} on {self.host} (since {self.start[:19]} UTC)" if self.pid else "an unknown process"
 
 
-_UNKNOWN = Owner("", "", 0, "", "")
+_UNKNOWN = Owner("", 0, "", "", "")
 
 
 class RunLock:
     """The lock of one folder, held by this process until `release`; a context manager.
 
+    Args:
+        folder: of the run; is created if necessary.
+        overwrite: take the lock from an owner that is not known to run, such as one on a machine that crashed.
+
     Attributes:
-        taken_from: the owner before, if it didn't release the lock.
-        thief: the process that took the lock from this one, or None.
+        owner: this process.
+        taken_from: the owner before, if it ended without releasing the lock.
+
+    Raises:
+        UserError: another process holds the lock.
+        OSError: the folder can't be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, overwrite: bool = False) -> None:
         self._path = folder / LOCK_FILE
-        self._owner = Owner.of_this_process()
         self._new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
         self._file = -1
+        self.owner = Owner.of_this_process()
         self.taken_from: Owner | None = None
-        self.thief: Owner | None = None
-        self._last_beat = time.monotonic()
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, name="run lock", daemon=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # A forked worker must not keep the flock after this process.
         os.register_at_fork(after_in_child=self._close)
-
-    @property
-    def id(self) -> str:
-        """Identifies this lock."""
-        return self._owner.id
-
-    @classmethod
-    def acquire(cls, folder: Path, *, steal: bool = False, say: Callable[[str], None]) -> Self:
-        """Acquires the lock; waits up to `STALE` seconds for a heartbeat of an owner on another machine.
-
-        Args:
-            folder: of the run; is created if necessary.
-            steal: also take the lock from a living owner, which then stops at its next step.
-            say: called with a line before each wait.
-
-        Raises:
-            UserError: a living process holds it.
-            OSError: the folder can't be written.
-        """
-        lock = cls(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        before = read_lock(lock._path)
         for _ in range(RETRIES):
-            if lock._replace() if steal and before else lock._open():
-                break
+            with suppress(FileNotFoundError):
+                if self._take(overwrite):
+                    return
             time.sleep(0.1)
-        else:
-            raise UserError(_refusal(lock._path))
-        if not steal:
-            before = read_lock(lock._path) if os.fstat(lock._file).st_size else None
-        if before is not None:
-            lock.taken_from = before[0]
-            if not steal and not before[0].is_local and _is_alive(lock._path, *before, say):
-                lock._close()
-                raise UserError(_refusal(lock._path))
-        lock._write()
-        lock._thread.start()
-        if steal and lock.taken_from:
-            say(f"took the run from {lock.taken_from}; waiting {2 * HEARTBEAT:.0f} s for it to notice")
-            time.sleep(2 * HEARTBEAT)
-        return lock
+        self._close()
+        owner = read_lock(self._path) or _UNKNOWN
+        way_on = "" if owner.is_running else "; if that process is gone, --overwrite-lock takes its lock"
+        raise UserError(
+            f"{owner} trains the run {str(folder)!r}: wait for its end, or choose another by --set name=NAME{way_on}"
+        )
 
     def check(self) -> None:
-        """Raises RunTaken if another process took the lock."""
-        self._beat()
-        if self.thief is not None:
-            raise RunTaken(
-                f"the run {str(self._path.parent)!r} was taken over by {self.thief}: this process stops and leaves "
-                "the checkpoints to it"
-            )
+        """Raises UserError if the file was deleted or replaced, so that another process may train here."""
+        with suppress(OSError):  # a file system that is away for a moment says nothing about the lock
+            if (found := read_lock(self._path)) != self.owner:
+                raise UserError(
+                    f"the lock {str(self._path)!r} must stay while a run goes on, got "
+                    f"{found or 'no file'} in its place: this process stops; --resume auto goes on"
+                )
 
     def release(self) -> None:
-        """Releases the lock, unless another process took it, and removes the folders that contain nothing else."""
-        self._released.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        """Deletes the file, unless it is another process's, and the folders that contain nothing else."""
         with suppress(OSError):
-            if self._is_current():
+            if read_lock(self._path) == self.owner:
                 self._path.unlink()
             for folder in self._new_folders:
                 folder.rmdir()
@@ -159,130 +129,86 @@ class RunLock:
     def __exit__(self, *error: object) -> None:
         self.release()
 
-    def _open(self) -> bool:
-        """Opens the file and locks it; False if another process of this machine holds it."""
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        # The owner removes the file when it releases the lock: one that is gone from the folder locks nothing.
-        if _flock(self._file, fcntl.LOCK_EX) and self._is_current():
-            return True
+    def _take(self, overwrite: bool) -> bool:
+        """One attempt to get the lock; raises FileNotFoundError if another process deletes the file meanwhile."""
         self._close()
-        return False
-
-    def _replace(self) -> bool:
-        """Puts a locked file in the place of another owner's, which at no time finds none."""
-        path, self._path = self._path, self._path.with_name(f".{LOCK_FILE}.{self.id}")
+        before: Owner | None = None
         try:
-            self._open()
-            self._write()
-            self._path.replace(path)
-        finally:
-            self._path.unlink(missing_ok=True)
-            self._path = path
-        return True
-
-    def _write(self) -> None:
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(asdict(self._owner)).encode() + b"\n", 0)
-
-    def _is_current(self) -> bool:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            self._file = os.open(self._path, os.O_RDWR)
+            before = read_lock(self._path)
         try:
-            return os.path.samestat(self._path.stat(), os.fstat(self._file))
-        except OSError:
+            has_flock = flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = has_flock or before is None
+        except BlockingIOError:
+            has_flock, is_free = True, False
+        if not is_free:
+            self._replace(before, has_flock, overwrite)
             return False
+        if not os.path.samestat(self._path.stat(), os.fstat(self._file)):
+            return False
+        self.taken_from = self.taken_from or before
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(asdict(self.owner)).encode() + b"\n", 0)
+        if not has_flock:
+            time.sleep(SETTLE)
+        return has_flock or read_lock(self._path) == self.owner
+
+    def _replace(self, before: Owner | None, has_flock: bool, overwrite: bool) -> None:
+        """Deletes the file of an owner that is gone, or once with `overwrite` of one that may be gone."""
+        if before is None or before.is_running or self.taken_from is not None:
+            return
+        if overwrite or (before.is_running is False and not has_flock):
+            self.taken_from = before
+            self._path.unlink()
 
     def _close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
-    def _keep_alive(self) -> None:
-        while not self._released.wait(HEARTBEAT):
-            self._beat()
 
-    def _beat(self) -> None:
-        # A file system that is away for a moment says nothing about the lock; the next heartbeat is soon enough.
-        with suppress(OSError):
-            found = read_lock(self._path)
-            # Somebody may have deleted it. After a long sleep, though, others may have trained in between.
-            if found is None and time.monotonic() - self._last_beat < STALE:
-                self._close()
-                if self._open():
-                    self._write()
-                found = read_lock(self._path)
-            owner = found[0] if found else _UNKNOWN
-            if owner.id != self._owner.id:
-                self.thief = owner
-                return
-            os.utime(self._path)
-            self._last_beat = time.monotonic()
-
-
-def read_lock(path: Path) -> tuple[Owner, int] | None:
-    """The owner of the lock and its last heartbeat, in ns by the clock of the file system; None if nobody holds it."""
+def read_lock(path: Path) -> Owner | None:
+    """The process that a lock names; None if there is no file."""
     try:
         # Opening a file makes NFS ask the server, which `stat` alone does not.
-        with path.open(encoding="utf-8") as file:
-            text, beat = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except OSError as exc:
-        if exc.errno == errno.ESTALE:
-            return None
-        raise
     try:
-        return Owner(**json.loads(text)), beat
+        return Owner(**json.loads(text))
     except (ValueError, TypeError):
-        return _UNKNOWN, beat
+        return _UNKNOWN
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock; an owner on another machine by the age of its last heartbeat."""
-    found = read_lock(path)
-    if found is None:
+    """Whether a process holds the lock, as far as this machine can tell."""
+    owner = read_lock(path)
+    if owner is None:
         return False
-    owner, beat = found
-    if owner.is_local:
-        with suppress(OSError), path.open("rb") as file:
-            return not _flock(file.fileno(), fcntl.LOCK_SH)
-    return time.time() - beat / 1e9 < STALE
-
-
-def _is_alive(path: Path, owner: Owner, beat: int, say: Callable[[str], None]) -> bool:
-    """Waits for a heartbeat of an owner on another machine. No two clocks need to agree."""
-    say(f"{owner} holds the run {str(path.parent)!r}: waiting up to {STALE:.0f} s for a sign of life")
-    for _ in range(round(STALE)):
-        time.sleep(1)
-        found = read_lock(path)
-        if found is None or found[0] != owner:
-            return found is not None
-        if found[1] != beat:
-            return True
-    return False
-
-
-def _refusal(path: Path) -> str:
-    owner, beat = read_lock(path) or (_UNKNOWN, time.time_ns())
-    age = max(0.0, time.time() - beat / 1e9)
-    return (
-        f"{owner} trains the run {str(path.parent)!r}, its last sign of life was {age:.0f} s ago: wait for its end, "
-        "choose another by --set name=NAME, or stop it and take the run over with --steal"
-    )
-
-
-def _flock(file: int, kind: int) -> bool:
-    """Locks an open file without waiting; False if another process has it. True where flocks don't exist."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        with path.open("rb") as file:
+            if flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB):
+                return False
     except BlockingIOError:
-        return False
-    except OSError as exc:
-        if exc.errno not in _NO_FLOCK:
-            raise
-    return True
+        return True
+    except OSError:
+        pass
+    return owner.is_running is not False
 
 
 def _machine() -> str:
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def _start_of(pid: int) -> str:
+    """Start of a process in clock ticks since the boot; "" if it has ended, or without /proc."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] == "Z" else fields[19]

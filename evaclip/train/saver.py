@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ class Saver:
     """Writes the checkpoints of a run and thins them out.
 
     A checkpoint that can't be written, for example on a full disk, is reported and the run goes on with the earlier
-    ones. Only the last one must succeed: `lost` returns whether it is worth another try.
+    ones. Only the last one must succeed: `lost` returns whether it is worth another try, and the end of a `with` block
+    raises UserError if it failed. An error in the block stays the one that is raised.
 
     Args:
         root: the folder of all checkpoints.
         config: how many stay.
         world: the ranks that write together; None for one rank that holds everything.
         say: takes a line on a failure.
-        guard: as for `checkpoint.save`.
         device: that computes.
     """
 
@@ -37,7 +38,6 @@ class Saver:
         config: CheckpointConfig,
         world: World | None,
         say: Callable[[str], None],
-        guard: Callable[[], None],
         device: torch.device | None = None,
     ) -> None:
         self._root = root
@@ -45,11 +45,10 @@ class Saver:
         self._world = world
         self._group: Any = None if world is None else world.new_saving_group()
         self._say = say
-        self._guard = guard
         self._copies = _HostCopies(device or torch.device("cpu"))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._failure: NotWritten | None = None
+        self._failure: NotWritten | OSError | None = None
 
     def start(self, step: int, content: Content) -> None:
         """Begins to write the checkpoint of a step, after the one before is done; all of `world` must call it."""
@@ -71,21 +70,19 @@ class Saver:
         try:
             pending.result()
             self._failure = None
-        except NotWritten as exc:
+        except (NotWritten, OSError) as exc:  # an old checkpoint that can't be deleted is an OSError
             self._failure = exc
             newest = checkpoint.newest(self._root)
             left = f"{newest.name} and earlier ones are still there" if newest else "no earlier one is there"
-            self._say(f"a checkpoint could not be written: {exc}; the run goes on, {left}")
+            self._say(f"a checkpoint could not be written: {exc}; {left}")
 
-    def close(self) -> None:
-        """Waits for the last checkpoint.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            UserError: it could not be written.
-        """
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.finish()
         self._thread.shutdown()
-        if self._failure is not None:
+        if self._failure is not None and error is None:
             raise UserError(f"the last checkpoint could not be written: {self._failure}")
 
     def lost(self) -> bool:
@@ -95,7 +92,7 @@ class Saver:
 
     def _write(self, step: int, content: Content) -> None:
         self._copies.wait()
-        checkpoint.save(self._root, step, content, self._group, self._guard)
+        checkpoint.save(self._root, step, content, self._group)
         if self._group is None or torch.distributed.get_rank(self._group) == 0:
             checkpoint.prune(self._root, step, self._config.keep, self._config.keep_every)
 

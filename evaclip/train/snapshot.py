@@ -1,5 +1,6 @@
 """The state of a run as a checkpoint holds it: take it, and restore it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,20 @@ from evaclip.errors import UserError
 from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
 from evaclip.train import checkpoint, rng
 from evaclip.train.build import Parts
-from evaclip.train.config import TIMM, ScheduleConfig, training_tree
+from evaclip.train.config import ScheduleConfig, training_tree
 from evaclip.train.ema import Ema
 from evaclip.train.optimizer import TimmOptimizer
 from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
-from evaclip.train.tree import differences, with_new_names
+from evaclip.train.tree import differences
 from evaclip.weights import is_sharded, load_weights, put
 from evaclip.weights.parts import is_there, likes, parts_of, read
 
 _SHAPING = ("model.name", "model.options", "task.", "loss.name", "optim.name")
 """Keys on which names and shapes of tensors depend."""
 _LONGEST = 200
+_ABOUT_FILE = {"transformers_version", "name_or_path", "_name_or_path", "is_local", "local_files_only"}
+"""Keys of transformers' files that don't change a model or tokenizer."""
 
 
 @dataclass
@@ -78,6 +81,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         ema=parts.ema.state_dict() if parts.ema else None,
         moments=tensors,
         descriptions=parts.task.descriptions(parts.config),
+        files=parts.task.files,
         state=state,
         meta={
             "samples": position.samples,
@@ -120,7 +124,7 @@ def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
         UserError: data, model, teacher or past steps of the schedule differ from the checkpoint's.
     """
     state = checkpoint.load_state(folder)
-    state["config"] = before = with_new_names(state["config"])
+    before = state["config"]
     remarks = [f"changed since the checkpoint: {line}" for line in differences(before, training_tree(parts.config))]
     if state["fingerprint"] != parts.source.fingerprint:
         change = f"the training data ({parts.source.description}) is not what the checkpoint was trained on"
@@ -128,10 +132,11 @@ def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     if other := differences(state["taught_by"], parts.task.teacher_identity()):
         change = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
         remarks.append(_accept(change, "allow_teacher_change", parts))
+    _require_equal_files(folder, parts.task.files)
     if past := _changed_past(folder, state, parts):
         remarks.append(_accept(past, "allow_schedule_change", parts))
     old_optimizer, optimizer = before["optim"]["name"], parts.config.optim.name
-    if old_optimizer != optimizer and TIMM in old_optimizer + optimizer:
+    if old_optimizer != optimizer:
         raise UserError(
             f"optim.name must be {old_optimizer} as in the checkpoint {str(folder)!r}, got {optimizer}; "
             f"--resume weights:{folder} starts with a new optimizer state"
@@ -160,6 +165,25 @@ def _accept(change: str, key: str, parts: Parts) -> str:
     if not getattr(parts.config.checkpoint, key):
         raise UserError(f"{change}; checkpoint.{key}=true goes on nevertheless")
     return change
+
+
+def _require_equal_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Raises UserError, with the first differences, if `files` aren't those of the checkpoint."""
+    changes = []
+    for name, content in files.items():
+        before = (folder / name).read_bytes() if (folder / name).is_file() else content
+        if name.endswith(".json"):
+            old, new = json.loads(before), json.loads(content)
+            common = old.keys() & new.keys() - _ABOUT_FILE  # a later transformers has more keys
+            found = differences(*({key: each[key] for key in common} for each in (old, new)))
+            changes += [f"{name}: {shorten(line, _LONGEST, placeholder=' ...')}" for line in found]
+        elif before != content:
+            changes.append(name)
+    if changes:
+        raise UserError(
+            f"the tokenizer and configuration of the text tower must be those of the checkpoint {str(folder)!r}, got "
+            f"{'; '.join(changes[:3])}{' ...' if len(changes) > 3 else ''}"
+        )
 
 
 def _changed_past(folder: Path, state: dict[str, Any], parts: Parts) -> str | None:

@@ -23,13 +23,13 @@ from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, snapshot
 from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig, process_count, to_tree
-from evaclip.train.distributed import World, connect, naming_timeouts, recording_collectives, write_collectives
+from evaclip.train.distributed import World, connect, naming_lost_ranks, recording_collectives, write_collectives
 from evaclip.train.evaluation import Metrics, Stopped
 from evaclip.train.optimizer import set_lr_factor, tower_rate
 from evaclip.train.overrides import load_yaml
 from evaclip.train.progress import Record, Report, Wandb, open_report, read_log, require_trackers
 from evaclip.train.run_folder import RunFolder, locate, permit
-from evaclip.train.run_lock import RunLock, RunTaken
+from evaclip.train.run_lock import RunLock
 from evaclip.train.saver import Saver
 from evaclip.train.schedule import lr_factor
 from evaclip.train.sharding import forget_gathered
@@ -67,17 +67,18 @@ class Outcome:
     stopped_by: int | None = None
 
 
-def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False, steal: bool = False) -> Outcome:
+def train(
+    config: TrainConfig, *, resume: str = "none", overwrite: bool = False, overwrite_lock: bool = False
+) -> Outcome:
     """Trains to the end, or until Ctrl-C or SIGTERM. A finished run is only reported.
 
     Args:
         resume: none, auto, latest, the path of a checkpoint folder or `weights:PATH`; see `run_folder.locate`.
         overwrite: delete an earlier run of the same name.
-        steal: take the run over from another process; see `RunLock.acquire`.
+        overwrite_lock: take the lock of a process that may be gone; see `RunLock`.
 
     Raises:
         UserError: the configuration cannot be run, the run exists already, or another process trains it.
-        RunTaken: another process has taken the run over.
         TrainingDiverged: see `NonfiniteConfig`.
         RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_fraction` allows.
     """
@@ -85,7 +86,7 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
     with (
         recording_collectives(folder.collectives) if process_count() > 1 else nullcontext(),
         connect(config.device, config.parallel) as world,
-        naming_timeouts(config.parallel, world),
+        naming_lost_ranks(config.parallel, world),
         _out_of_memory_is_final(config),
         ExitStack() as stack,
     ):
@@ -93,9 +94,9 @@ def train(config: TrainConfig, *, resume: str = "none", overwrite: bool = False,
         require_trackers(config.log)
         if world.is_main:
             stack.enter_context(unwinding_on_sigterm())
-            lock = stack.enter_context(permit(config, resume, overwrite).lock(steal))
+            lock = stack.enter_context(permit(config, resume, overwrite).lock(overwrite_lock))
             if lock.taken_from is not None:
-                messages.append(f"took the run over from {lock.taken_from}")
+                messages.append(f"took the lock of {lock.taken_from}, which ended without releasing it")
             with folder.writing():
                 checkpoint.remove_unfinished(folder.checkpoints)
         folder.require_shared(world, lock)
@@ -247,9 +248,7 @@ class Trainer:
         self._is_steady = False
         self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock
-        self._saver = Saver(
-            folder.checkpoints, self.config.checkpoint, writers, report.say, self._check_lock, self.world.device
-        )
+        self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self.world.device)
         parts.step.before_update = self._saver.hold_updates
         self._saved_time = time.monotonic()
         self._tracer = Tracer(
@@ -262,7 +261,7 @@ class Trainer:
         )
 
     def run(self) -> Outcome:
-        with closing(self._watchdog), StopSignals() as signals, closing(self._saver):
+        with closing(self._watchdog), StopSignals() as signals, self._saver:
             stopped = False
             with collecting(self.config.gc_every_steps) as collect, closing(self._tracer):
                 while not stopped and self.position.step < self.parts.total_steps:
@@ -305,12 +304,9 @@ class Trainer:
             with self._watchdog.phase("step", abort=abort):
                 result = self._step(batch)
                 reached = self.position.step
-                stop, time_is_up, taken = self._vote(signals)
+                stop, time_is_up = self._vote(signals)
             self._expect_steps(True)
             collect(self.position.step)
-            if taken:
-                self._check_lock()
-                raise RunTaken("the run was taken over by another process")
             if result.updates is not None:
                 self._log(result)
             if stop or self.position.step == self.parts.total_steps:
@@ -325,13 +321,12 @@ class Trainer:
         return False
 
     def _vote(self, signals: StopSignals) -> tuple[bool, ...]:
-        """Whether any rank wants to stop, wants a checkpoint, or lost the run; equal on all ranks.
+        """Whether any rank wants to stop, and whether one wants a checkpoint; equal on all ranks.
 
         Between two steps it returns the vote after the step before, so that no rank waits for another.
         """
-        taken = self._lock is not None and self._lock.thief is not None
         before = self._votes
-        self._votes = self.world.begin_any(signals.received is not None, self._time_is_up(), taken)
+        self._votes = self.world.begin_any(signals.received is not None, self._time_is_up())
         is_last = self.position.step == self.parts.total_steps
         overlaps = self.world.size > 1 and self._is_steady and not is_last
         return (before if before and overlaps else self._votes)()
@@ -365,6 +360,7 @@ class Trainer:
         return result
 
     def _log(self, result: StepResult) -> None:
+        self._check_lock()
         step = self.parts.step
         measured = {
             "loss": result.loss,
@@ -474,6 +470,7 @@ class Trainer:
         return False
 
     def _save(self) -> None:
+        self._check_lock()
         self._expect_steps(False)
         self._count_bad_samples()
         self.position.seconds = self.meter.seconds

@@ -1,48 +1,9 @@
-"""Configurations as nested dicts of plain values, as YAML holds them; keys of earlier versions."""
+"""Configurations as nested dicts of plain values, as YAML holds them."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 Tree = dict[str, Any]
-
-_RENAMED = {
-    "accumulation": "accumulation_steps",
-    "collect_every": "gc_every_steps",
-    "held_out": "validation_split",
-    "data.max_bad_share": "max_bad_fraction",
-    "eval.sets.*.max_bad_share": "max_bad_fraction",
-    "eval.sets.*.first": "skip",
-    "eval.sets.*.measure": "metrics",
-    "parallel.reshard": "reshard_after_forward",
-    "schedule.cooldown_share": "cooldown_fraction",
-    "schedule.warmup_share": "warmup_fraction",
-    "schedule.resolutions.share": "fraction",
-    "spikes.deviations": "threshold_sigma",
-}
-"""Keys of earlier versions, and the last part of their present names."""
-REMOVED = {
-    "checkpoint.background": True,
-    "log.wandb.entity": None,
-    "log.wandb.mode": None,
-    "task.erasing_count": 1,
-    "task.erasing_mode": "pixel",
-}
-"""Keys of earlier versions that don't exist any more, and their defaults, which are still accepted."""
-
-
-def with_new_names(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """The tree with keys of earlier versions under their present names, and without removed keys at their defaults."""
-    renamed = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if path in REMOVED and value == REMOVED[path]:
-            continue
-        name = next((new for old, new in _RENAMED.items() if fnmatchcase(path, old)), key)
-        values = value if isinstance(value, list) else [value]
-        found = [with_new_names(each, f"{path}.") if isinstance(each, Mapping) else each for each in values]
-        renamed[name] = found if isinstance(value, list) else found[0]
-    return renamed
 
 
 def nest(path: str, value: Any) -> Tree:

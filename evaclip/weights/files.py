@@ -21,6 +21,7 @@ from evaclip.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     EMA_FILE,
+    HF_TEXT_FOLDER,
     LATEST_FILE,
     META_FILE,
     MODEL_CONFIG_FILE,
@@ -152,7 +153,9 @@ def read_model_options(weights: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as exc:
         raise UserError(f"{path} must describe the model of {weights.name}, but can't be read: {exc}") from exc
-    return options if isinstance(options, dict) and "name" in options else {}  # another program's file of that name
+    if not isinstance(options, dict) or "name" not in options:  # another program's file of that name
+        return {}
+    return _with_hf_folder(options, weights.parent)
 
 
 def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, Any], Path | None]:
@@ -178,7 +181,14 @@ def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, A
     if (checkpoint / PREPROCESS_FILE).is_file():
         options.pop("preprocess", None)
     run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
-    return name, weights, options, run if (run / CONFIG_FILE).is_file() else None
+    return name, weights, _with_hf_folder(options, checkpoint), run if (run / CONFIG_FILE).is_file() else None
+
+
+def _with_hf_folder(options: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Model options with the checkpoint's copy of the configuration and tokenizer of a text tower of transformers."""
+    if (folder := checkpoint / HF_TEXT_FOLDER).is_dir():
+        options["text"]["hf_folder"] = str(folder)
+    return options
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, weights: str = "") -> None:

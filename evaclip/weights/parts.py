@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from evaclip.atomic import replacing, write_json, writing
+from evaclip.atomic import flock, replacing, write_json, writing
 from evaclip.errors import UserError
 from evaclip.run_files import META_FILE, PARTS
 
@@ -199,7 +199,7 @@ def joined(path: Path) -> Path:
         return path
     with writing(path), (folder / INDEX).open("rb") as lock:
         with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock.fileno(), fcntl.LOCK_EX)
         if not path.is_file():
             print(f"joining the parts of {path}, once for all readers", file=sys.stderr, flush=True)
             with replacing(path) as temporary:

@@ -17,9 +17,9 @@ from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
-from evaclip.model.hf_text import HFTokenizer
+from evaclip.model.hf_text import HFTextTower, HFTokenizer
 from evaclip.model.text import TextTower
-from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.run_files import HF_TEXT_FOLDER, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.config import TrainConfig
@@ -196,6 +196,16 @@ class Contrastive(Task):
             PREPROCESS_FILE: describe_preprocess(self.model.config),
             MODEL_CONFIG_FILE: {"name": config.model.name, **self.model.config.to_dict()},
         }
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer of a text tower of transformers, which may change or move during a run."""
+        tokenizer, files = tokenizer_of(self.model.config.text), dict[str, bytes]()
+        if isinstance(tokenizer, HFTokenizer):
+            files |= tokenizer.files()
+        if isinstance(self.model.text, HFTextTower):
+            files["config.json"] = self.model.text.transformer.config.to_json_string().encode()
+        return {f"{HF_TEXT_FOLDER}/{name}": content for name, content in files.items()}
 
     def _pairs(self, micro_batch: MicroBatch, device: torch.device) -> _Pairs:
         packing = self.model.text.pack_tokens(micro_batch.targets)

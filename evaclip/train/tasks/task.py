@@ -146,6 +146,11 @@ class Task(ABC):
         """JSON files next to the weights in a checkpoint, by file name."""
 
     @property
+    def files(self) -> dict[str, bytes]:
+        """Further files of a checkpoint by path, which must stay the same over a run."""
+        return {}
+
+    @property
     def visual(self) -> VisionTower:
         """The image tower."""
         tower = self.towers["visual"]

@@ -65,6 +65,29 @@ def test_captions_by_key(shards, caption_key, captions):
     assert open_source(shards, caption_key=caption_key)[3].captions == captions
 
 
+def test_missing_json_field_names_the_others(shards):
+    with pytest.raises(BadSample, match="no text in json:captoin; fields of the JSON: caption, captions"):
+        open_source(shards, caption_key="json:captoin")[3]
+
+
+def test_all_files_that_are_no_shards_are_named(shards, tmp_path):
+    for name in ("03", "05"):
+        (tmp_path / f"{name}.tar").write_text("not a tar\n" * 200)
+    with pytest.raises(UserError, match=r"03\.tar is not a plain tar.*05\.tar is not a plain tar"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["shards", "a folder"])
+def test_cache_that_cannot_be_written_is_logged(kind, shards, tmp_path, cache_folder, caplog):
+    cache_folder.parent.mkdir(parents=True)
+    cache_folder.touch()
+    if kind == "a folder":
+        (tmp_path / "images" / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "1.png")
+    open_source(shards if kind == "shards" else str(tmp_path / "images"))
+    assert "is not stored" in caplog.text
+
+
 def test_images_by_key(tmp_path):
     members = {"jpg": picture(1, kind="jpeg"), "webp": picture(2, kind="webp"), "txt": b"two pictures"}
     write_shard(tmp_path / "a.tar", [("000000", members)])

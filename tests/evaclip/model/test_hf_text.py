@@ -1,6 +1,7 @@
 """Text towers of transformers: small encoders in folders, without the hub."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,37 @@ def test_train_and_resume_with_hf_text(encoders, run_config: Make, tmp_path: Pat
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     with pytest.raises(UserError, match="tower"):
         export(loaded.model, "text", tmp_path / "text.onnx")
+
+
+def test_run_keeps_its_tokenizer(encoders, run_config: Make, tmp_path: Path, monkeypatch) -> None:
+    """A run works without the folder of its encoder; another tokenizer is refused with the differences."""
+    shutil.copytree(encoders["xlm-roberta"], tmp_path / "encoder")
+    monkeypatch.chdir(tmp_path)
+    text = f"model.options.text={json.dumps(text_options('encoder', hf_model_pretrained=False))}"
+    run = train(run_config(text, "schedule={name: constant, steps: 2}")).folder
+    tokenizer = tmp_path / "encoder" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["red"], vocabulary["green"] = vocabulary["green"], vocabulary["red"]
+    tokenizer.write_text(json.dumps(content))
+    config = run_config(text, "schedule={name: constant, steps: 4}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: model\.vocab\.red: 5 -> 6"):
+        train(config, resume="auto")
+    shutil.copyfile(Path(encoders["xlm-roberta"]) / "tokenizer.json", tokenizer)
+    settings = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps({**settings, "layer_norm_eps": 0.1}))
+    with pytest.raises(UserError, match=r"config\.json: layer_norm_eps: .* -> 0\.1"):
+        train(config, resume="auto")
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(settings))
+    assert train(config, resume="auto").steps == 4
+
+    tokens = get_tokenizer(str(run))("a red square")
+    monkeypatch.chdir(encoders["bert"])
+    shutil.rmtree(tmp_path / "encoder")
+    assert torch.equal(get_tokenizer(str(run))("a red square"), tokens)
+    loaded = load_model(str(run))
+    assert torch.equal(loaded.tokenizer("a red square"), tokens)
+    assert create_model("tiny", run).config.text.hf_model_name == "encoder"
 
 
 def test_hf_text_in_open_clips_configuration(encoders, tmp_path: Path) -> None:

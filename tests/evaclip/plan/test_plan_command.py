@@ -73,7 +73,7 @@ def test_plan_of_several_image_sizes(plan: Any) -> None:
 def test_layouts_fit_with_few_micro_batches(plan: Any) -> None:
     """The GPU has room for one copy of the model's state, and not for the activations of 1,024 samples."""
     given = ("tiny", "--gpus", "2", "--set", "batch_size=2048", "--gpu", "rtx-4090", "--layouts", "--json")
-    tree = json.loads(plan(*given, "--beside", "23.1"))
+    tree = json.loads(plan(*given, "--non-tensor-gib", "23.1"))
     layouts = tree["layouts"]
     assert {(each["mode"], each["recompute"]) for each in layouts} == {
         (mode, recompute) for mode in ("replicate", "shard") for recompute in ("none", "activations", "block")

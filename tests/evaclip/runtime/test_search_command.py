@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from evaclip.commands.main import main
+from evaclip.errors import UserError
+from evaclip.runtime import text
 from evaclip.runtime.encoder import Encoder
 from evaclip.runtime.store import Row, Store
 from evaclip.runtime.text import TOKENS_FILE, save_text_tower, text_encoder
@@ -34,6 +36,13 @@ def test_text_encoder_equals_model(folder, loaded):
         found = text_encoder(store)(["a dog", *TEXTS])
     expected = Encoder(loaded, device="cpu", precision="fp32").texts(["a dog", *TEXTS]).numpy()
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_missing_onnxruntime_is_logged(folder, monkeypatch, caplog):
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
+    with Store.open(folder) as store, pytest.raises(UserError, match="no model name"):
+        text_encoder(store)
+    assert "onnxruntime is not installed" in caplog.text
 
 
 def test_search_command_without_torch(folder):

@@ -6,7 +6,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ def test_gpu_copies_before_the_next_update(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     weight = torch.zeros(3).as_subclass(OnGpu)
     config = CheckpointConfig(keep=9)
-    with closing(Saver(tmp_path, config, None, pytest.fail, lambda: None, torch.device("cuda"))) as saver:
+    with Saver(tmp_path, config, None, pytest.fail, torch.device("cuda")) as saver:
         for step in (0, 1):
             gpu.writing.clear()
             saver.start(step, replace(content(step), model={"weight": weight}))

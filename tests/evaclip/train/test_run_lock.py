@@ -1,6 +1,7 @@
 """One process trains into a folder at a time, whatever happens to it."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from evaclip.errors import UserError
 from evaclip.run_files import LOCK_FILE
 from evaclip.train import run_lock
 from evaclip.train.progress import read_log
-from evaclip.train.run_lock import Owner, RunLock, RunTaken, read_lock
+from evaclip.train.run_lock import Owner, RunLock, is_held, read_lock
 from evaclip.train.trainer import train
 from evaclip.train.watchdog import unwinding_on_sigterm
 
@@ -27,97 +28,124 @@ HOLDING = """
 import os, sys, time
 from pathlib import Path
 from evaclip.train.run_lock import RunLock
-RunLock.acquire(Path(sys.argv[1]), say=print)
+lock = RunLock(Path(sys.argv[1]))
 if os.fork() == 0:  # a worker that outlives a killed trainer
     print("held", flush=True)
     time.sleep(10)
     os._exit(0)
 sys.stdin.read()
 """
+ELSEWHERE = {"machine": "elsewhere"}
 
 
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The lock waits for nothing; how long it would have."""
-    found: list[float] = []
-    monkeypatch.setattr(run_lock.time, "sleep", found.append)
-    return found
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "RETRIES", 3)
+    monkeypatch.setattr(run_lock, "SETTLE", 0.3)
 
 
-def acquire(folder: Path, *, steal: bool = False) -> RunLock:
-    return RunLock.acquire(folder, steal=steal, say=lambda message: None)
+@pytest.fixture(params=["flock", "no flock"])
+def has_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system has flocks."""
+    if request.param == "no flock":
+        remove_flock(monkeypatch)
+    return request.param == "flock"
+
+
+def remove_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
 def write(folder: Path, **changes: Any) -> Owner:
     """Leaves the lock of another process in the folder; without changes it would be this one."""
-    holder = replace(Owner.of_this_process(), **changes)
+    owner = replace(Owner.of_this_process(), **changes)
     folder.mkdir(exist_ok=True)
-    (folder / LOCK_FILE).write_text(json.dumps(asdict(holder)))
-    return holder
+    (folder / LOCK_FILE).write_text(json.dumps(asdict(owner)))
+    return owner
 
 
-def holder_of(folder: Path) -> Owner | None:
-    found = read_lock(folder / LOCK_FILE)
-    return found and found[0]
+def dead_pid() -> int:
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_lock_names_its_living_holder(tmp_path: Path) -> None:
+def test_lock_names_its_living_holder(has_flock: bool, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "run"
-    with acquire(folder):
-        with pytest.raises(
-            UserError, match=rf"process {os.getpid()} on .* \(since .* sign of life was \d+ s .*--steal"
-        ):
-            acquire(folder)
+    with RunLock(folder):
+        assert is_held(folder / LOCK_FILE)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=rf"process {os.getpid()} on .* \(since .* UTC\) trains") as refused:
+                RunLock(folder, overwrite=overwrite)
+            assert "--overwrite-lock" not in str(refused.value)
         assert names(folder) == [LOCK_FILE]
     assert not folder.parent.exists()
 
 
-def test_lock_of_a_killed_process_is_free(tmp_path: Path, sleeps: list[float]) -> None:
+def test_lock_of_a_killed_process_is_free(has_flock: bool, tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {process.pid} on"):
-            acquire(tmp_path)
+            RunLock(tmp_path)
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_held(tmp_path / LOCK_FILE)
         # Nobody has asked for how it ended: its number is still there.
-        with acquire(tmp_path) as lock:
+        with RunLock(tmp_path) as lock:
             assert lock.taken_from.pid == process.pid
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(("other", "has_flock"), [({"machine": "elsewhere"}, False), ({"machine": ""}, True)])
-def test_another_machine_is_watched_for_a_sign_of_life(other, has_flock, tmp_path, monkeypatch, sleeps):
-    def flock(file: int, kind: int) -> None:
-        raise OSError(errno.ENOSYS, "not implemented")
-
-    if not has_flock:
-        monkeypatch.setattr(run_lock.fcntl, "flock", flock)
-    dead = write(tmp_path, **other)
-    with acquire(tmp_path) as lock:
+def test_reused_process_number_is_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove_flock(monkeypatch)
+    dead = write(tmp_path, ticks="1")
+    with RunLock(tmp_path) as lock:
         assert lock.taken_from == dead
-    assert sum(sleeps) == run_lock.STALE
-
-    write(tmp_path, **other)
-    # Its clock may be years off: that the time changes is what counts.
-    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(tmp_path / LOCK_FILE, (10, 10)))
-    with pytest.raises(UserError, match="trains the run"):
-        acquire(tmp_path)
 
 
-def test_of_many_who_find_it_stale_one_gets_it(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize("changes", [ELSEWHERE, {"machine": "", "pid": 1}])
+def test_overwrite_lock_of_another_machine(changes, tmp_path, monkeypatch):
+    remove_flock(monkeypatch)
+    dead = write(tmp_path, **changes)
+    assert is_held(tmp_path / LOCK_FILE)
+    with pytest.raises(UserError, match="if that process is gone, --overwrite-lock"):
+        RunLock(tmp_path)
+    with RunLock(tmp_path, overwrite=True) as lock:
+        assert lock.taken_from == dead
+    assert names(tmp_path) == []
+
+
+def test_overwrite_lock_that_a_file_system_still_holds(tmp_path: Path) -> None:
+    """A server keeps the flocks of a crashed client for a while."""
+    dead = write(tmp_path, **ELSEWHERE)
+    with (tmp_path / LOCK_FILE).open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="--overwrite-lock"):
+            RunLock(tmp_path)
+        with RunLock(tmp_path, overwrite=True) as lock:
+            assert lock.taken_from == dead
+
+
+@pytest.mark.parametrize("left", ["nothing", "a dead process", "an empty file"])
+def test_one_of_many_launches_gets_the_lock(left: str, has_flock: bool, tmp_path: Path) -> None:
+    if left == "a dead process":
+        write(tmp_path, pid=dead_pid())
+    elif left == "an empty file":
+        (tmp_path / LOCK_FILE).touch()
     barrier, won, refused = threading.Barrier(12), [], []
 
     def start() -> None:
         barrier.wait()
         try:
-            won.append(acquire(tmp_path))
+            won.append(RunLock(tmp_path))
         except UserError as exc:
             refused.append(exc)
 
@@ -126,49 +154,45 @@ def test_of_many_who_find_it_stale_one_gets_it(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(won), len(refused)) == (1, 11)
-    won[0].check()
-    won[0].release()
-    assert names(tmp_path) == []
-
-
-def test_holder_notices_a_stolen_lock(tmp_path: Path, sleeps: list[float]) -> None:
-    lost = acquire(tmp_path)
-    with acquire(tmp_path, steal=True) as thief:
-        assert sum(sleeps) == 2 * run_lock.HEARTBEAT
-        with pytest.raises(RunTaken, match=f"was taken over by process {os.getpid()} on"):
-            lost.check()
-        lost.release()
-        thief.check()
-    assert names(tmp_path) == []
-
-
-def test_a_sign_of_life_comes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.01)
-    beats, utime = threading.Semaphore(0), os.utime
-
-    def count(path: Path) -> None:
-        utime(path)
-        beats.release()
-
-    monkeypatch.setattr(os, "utime", count)
-    with acquire(tmp_path):
-        assert all(beats.acquire(timeout=30) for _ in range(3))
-
-
-def test_deleted_lock_is_made_again(tmp_path, monkeypatch):
-    with acquire(tmp_path) as lock:
-        (tmp_path / LOCK_FILE).unlink()
+    winners = 0 if left == "an empty file" and not has_flock else 1
+    assert (len(won), len(refused)) == (winners, 12 - winners)
+    for lock in won:
         lock.check()
-        assert names(tmp_path) == [LOCK_FILE]
-        (tmp_path / LOCK_FILE).unlink()
-        lock._last_beat -= run_lock.STALE
-        with pytest.raises(RunTaken, match="by an unknown process"):
-            lock.check()
+        lock.release()
+        assert names(tmp_path) == []
+
+
+def test_lock_deleted_before_flock_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner deletes the file between another process's open and flock: that flock excludes nobody."""
+    first, original, others = RunLock(tmp_path), fcntl.flock, list[RunLock]()
+
+    def flock(file: int, kind: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", original)
+        first.release()
+        others.append(RunLock(tmp_path))
+        original(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="trains the run"):
+        RunLock(tmp_path)
+    others[0].check()
+    others[0].release()
+
+
+@pytest.mark.parametrize("other", [None, ELSEWHERE])
+def test_deleted_or_replaced_lock_stops_its_owner(other, has_flock, tmp_path):
+    lock = RunLock(tmp_path)
+    lock.check()
+    (tmp_path / LOCK_FILE).unlink()
+    expected = "no file" if other is None else str(write(tmp_path, **other)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(UserError, match=f"got {expected} in its place"):
+        lock.check()
+    lock.release()
+    assert names(tmp_path) == ([] if other is None else [LOCK_FILE])
 
 
 def test_sigterm_outside_of_the_loop_frees_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as caught, unwinding_on_sigterm(), acquire(tmp_path):
+    with pytest.raises(SystemExit) as caught, unwinding_on_sigterm(), RunLock(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.code == 143
     assert names(tmp_path) == []
@@ -180,7 +204,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", [{"resume": "auto"}, {"overwrite": True}])
 def test_a_run_that_goes_on_is_not_touched(how, run_config, trained):
-    with acquire(trained):
+    with RunLock(trained):
         before = contents(trained)
         with pytest.raises(UserError, match="trains the run"):
             train(run_config(), **how)
@@ -189,34 +213,18 @@ def test_a_run_that_goes_on_is_not_touched(how, run_config, trained):
     assert not (trained / LOCK_FILE).exists()
 
 
-@pytest.mark.parametrize("is_noticed", [True, False])
-def test_a_lost_run_stops_and_writes_no_checkpoint(is_noticed, run_config, tmp_path, monkeypatch, sleeps):
-    original, locks = TrainLoader.batches, list[RunLock]()
+def test_run_with_a_replaced_lock_stops(run_config, tmp_path, monkeypatch):
+    original = TrainLoader.batches
 
     def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
         for batch in original(self, position):
             if batch.position == 24:
-                while not (tmp_path / "run/checkpoints/step_00000002").exists():
-                    threading.Event().wait(0.01)
-                acquire(tmp_path / "run", steal=True)
-                if is_noticed:
-                    locks[0]._beat()
+                write(tmp_path / "run", **ELSEWHERE)
             yield batch
 
-    take = RunLock.acquire
-
-    def acquired(folder: Path, **options: Any) -> RunLock:
-        locks.append(take(folder, **options))
-        return locks[-1]
-
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 1e6)  # one between the theft and step 4 would stop the run there
-    monkeypatch.setattr(run_lock.RunLock, "acquire", acquired)
     monkeypatch.setattr(TrainLoader, "batches", batches)
-    with pytest.raises(UserError, match="was taken over by process"):
+    with pytest.raises(UserError, match="this process stops"):
         train(run_config("checkpoint={every_steps: 2, keep: 1}"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000002"]
-    # The checkpoint of step 4 finds the lock stolen, while steps go on.
-    logged = len(read_log(tmp_path / "run" / "log.jsonl"))
-    assert logged == 2 if is_noticed else 4 <= logged < 7
-    assert holder_of(tmp_path / "run") == locks[-1]._owner
-    locks[-1].release()
+    assert len(read_log(tmp_path / "run" / "log.jsonl")) == 2
+    assert read_lock(tmp_path / "run" / LOCK_FILE).machine == "elsewhere"

@@ -116,10 +116,11 @@ def test_missing_timm_names_its_extra(small_model, monkeypatch: pytest.MonkeyPat
         contrastive_step(small_model, OptimConfig(name="timm/lion"))
 
 
-def test_another_timm_optimizer_is_not_resumed(run_config: Make) -> None:
-    train(run_config("optim.name=timm/lion", "schedule={name: constant, steps: 1}"))
-    with pytest.raises(UserError, match=r"optim\.name must be timm/lion"):
-        train(run_config("schedule={name: constant, steps: 2}"), resume="auto")
+@pytest.mark.parametrize("name", ["timm/lion", "lamb"])
+def test_another_optimizer_is_not_resumed(name: str, run_config: Make) -> None:
+    train(run_config(f"optim.name={name}", "schedule={name: constant, steps: 1}"))
+    with pytest.raises(UserError, match=rf"optim\.name must be {name}.*--resume weights:"):
+        train(run_config("optim.name=adamw", "schedule={name: constant, steps: 2}"), resume="auto")
 
 
 def test_timm_optimizer_has_no_plan(run_config: Make) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from evaclip import Preprocess
@@ -15,7 +14,7 @@ from evaclip.train.overrides import commented_yaml, dump_yaml, load_yaml, parse_
 from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
 from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
 from evaclip.train.tasks.task import training_transform
-from evaclip.train.tree import REMOVED, nest
+from evaclip.train.tree import nest
 
 Make = Callable[..., TrainConfig]
 
@@ -131,41 +130,6 @@ def test_training_tree_has_what_changes_the_weights(run_config: Make) -> None:
     for irrelevant in ("cache=elsewhere", "cache_leaves_gb=1.0", "shard=true"):
         assert training_tree(run_config(f"task.teacher.{irrelevant}", task="masked_image")) == plain
     assert training_tree(run_config("task.teacher.precision=bf16", task="masked_image")) != plain
-
-
-OLD_KEYS = """
-accumulation: 2
-collect_every: 7
-held_out: 0.5
-data: {max_bad_share: 0.5}
-eval: {sets: {val: {data: {max_bad_share: 0.5}, first: 3, measure: [loss]}}}
-parallel: {reshard: false}
-schedule: {name: constant, cooldown_share: 0.5, warmup_share: 0.25, resolutions: [{image_size: 8, share: 0.5}]}
-spikes: {deviations: 8}
-"""
-
-
-def test_old_keys_are_read_as_new_ones(run_config: Make, tmp_path: Path) -> None:
-    expected = run_config(
-        "accumulation_steps=2", "gc_every_steps=7", "validation_split=0.5", "data.max_bad_fraction=0.5",
-        "eval.sets.val={data: {max_bad_fraction: 0.5}, skip: 3, metrics: [loss]}",
-        "parallel.reshard_after_forward=false", "schedule.name=constant", "schedule.cooldown_fraction=0.5",
-        "schedule.warmup_fraction=0.25", "schedule.resolutions=[{image_size: 8, fraction: 0.5}]",
-        "spikes.threshold_sigma=8",
-    )  # fmt: skip
-    (tmp_path / "old.yaml").write_text(OLD_KEYS)
-    assert resolve(run_config(), [load_yaml(tmp_path / "old.yaml")]) == expected
-    assert resolve(run_config(), [yaml.safe_load(OLD_KEYS)]) == expected
-    assert resolve(run_config(), [parse_assignment("spikes.deviations=8")]).spikes.threshold_sigma == 8
-
-
-def test_removed_keys_are_accepted_at_their_defaults(run_config: Make) -> None:
-    for key, default in REMOVED.items():
-        task = "classification" if key.startswith("task") else "clip"
-        base = run_config("log.wandb={project: p}", task=task)
-        assert resolve(base, [nest(key, default)]) == base
-        with pytest.raises(UserError, match=f"'{key}'; it was removed"):
-            resolve(base, [nest(key, "other")])
 
 
 def test_own_data_drops_the_recipes_evaluation() -> None:

@@ -213,6 +213,25 @@ def test_last_checkpoint_is_retried_in_a_new_group(run_config, monkeypatch, fail
     assert steps == [1] * tries
 
 
+def test_failed_save_hides_no_other_error(run_config, monkeypatch, capsys, tmp_path):
+    def fail(*args: Any, **options: Any) -> None:
+        raise NotWritten("no")
+
+    monkeypatch.setattr(saver.checkpoint, "save", fail)
+    original = TrainStep.__call__
+
+    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> StepResult:
+        if number == 4:
+            raise RunFailed("the true error")
+        return original(self, images, targets, number, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    with pytest.raises(RunFailed, match="the true error"):
+        train(run_config("checkpoint.every_steps=3"))
+    assert "a checkpoint could not be written: no" in capsys.readouterr().out
+    assert read_log(tmp_path / "run" / "events.jsonl")[-1]["end"] == "RunFailed: the true error"
+
+
 def test_nan_is_skipped_for_a_while_only(run_config: Make, change_batches: Callable[[Change], None]) -> None:
     change_batches(nan_in(3, 4))
     folder = train(run_config("nonfinite.max_skipped=3")).folder

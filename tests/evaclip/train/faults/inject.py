@@ -45,9 +45,9 @@ from evaclip.train.progress import read_log
 KINDS = (
     "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "SIGTERM to the agent and all", "full disk",
     "slow disk", "unshared folder", "corrupt shard", "truncated checkpoint", "NaN batch", "NaN evaluation",
-    "exception in a step", "full log",
+    "exception in a step", "full log", "two launches", "two launches, no flock", "kill, no flock",
 )  # fmt: skip
-_STRUCK = (*(kind for kind in KINDS if kind.startswith("SIGTERM")), "kill", "truncated checkpoint")
+_STRUCK = (*(kind for kind in KINDS if kind.startswith(("SIGTERM", "kill"))), "truncated checkpoint")
 PROCESSES, BATCH, SAMPLES, STEPS = 2, 8, 48, 12
 EVERY = 2
 """Steps from checkpoint to checkpoint."""
@@ -223,15 +223,25 @@ class Bench:
         if outcome.fault["kind"] == "NaN evaluation":
             one_set = f"{{data: {{train: {data}, workers: 0}}, metrics: [loss]}}"
             arguments += [f"eval.sets={{{_SET}: {one_set}}}", f"eval.every_steps={EVALUATE_EVERY}"]
-        torchrun = start_torchrun(options, worker.work, arguments, environment, told)
-        torchrun.join(TIMEOUT)
-        if torchrun.exitcode is None:
-            for child in psutil.Process(torchrun.pid).children(recursive=True):
-                child.kill()
-            torchrun.kill()
-            torchrun.join()
-            return None, told.read_text()
-        return torchrun.exitcode, told.read_text()
+        if outcome.fault["kind"].endswith("no flock"):
+            environment["NO_FLOCK"] = "1"
+        launches = 2 if outcome.fault["kind"].startswith("two launches") else 1
+        files = [told.with_stem(f"told-{number}") for number in range(launches)]
+        agents = [start_torchrun(options, worker.work, arguments, environment, file) for file in files]
+        for agent in agents:
+            agent.join(TIMEOUT)
+        codes, texts = [agent.exitcode for agent in agents], [file.read_text() for file in files]
+        told.write_text("".join(texts))
+        for agent, code in zip(agents, codes, strict=True):
+            if code is None:
+                for child in psutil.Process(agent.pid).children(recursive=True):
+                    child.kill()
+                agent.kill()
+                agent.join()
+                return None, told.read_text()
+        # Of two launches one may be refused; or it finds the run of the other finished.
+        refused = ["trains the run" in text for code, text in zip(codes, texts, strict=True) if code]
+        return (0 if len(refused) < launches and all(refused) else 1), told.read_text()
 
     def _arguments(self, name: str, data: Path) -> list[str]:
         """Of `evaclip train`; assignments may follow."""

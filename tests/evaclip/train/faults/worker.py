@@ -5,6 +5,8 @@ the run, know it. What each process trains on is written down, step by step: the
 colour, which is the sample's number.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -189,6 +191,15 @@ def go_elsewhere(arguments: list[str]) -> None:
             arguments[place] = f"{argument}/elsewhere"
 
 
+def remove_flock() -> None:
+    """Stands in for a file system without flock."""
+
+    def flock(file: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = flock
+
+
 def install(fault: dict[str, Any], arguments: list[str]) -> None:
     if fault["kind"] == "unshared folder":
         run_folder.ATTRIBUTES = 1.0
@@ -198,7 +209,7 @@ def install(fault: dict[str, Any], arguments: list[str]) -> None:
         slow_disk(fault["save"], fault["slow"])
     if str(fault["rank"]) != os.environ["RANK"]:
         return
-    if fault["kind"] in ("kill", "truncated checkpoint"):
+    if fault["kind"] in ("kill", "kill, no flock", "truncated checkpoint"):
         strike_in(fault["step"], fault["seconds"], signal.SIGKILL)
     elif fault["kind"] in VICTIMS:
         strike_in(fault["step"], fault["seconds"], signal.SIGTERM, victims=VICTIMS[fault["kind"]])
@@ -223,6 +234,8 @@ def work(*given: str) -> None:
     torch.set_num_threads(1)
     throughput._measure_peak = lambda device, dtype: 1e11
     write_down_samples()
+    if "NO_FLOCK" in os.environ:
+        remove_flock()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "FAULT" in os.environ:
         install(json.loads(os.environ["FAULT"]), arguments)
     raise SystemExit(main(["train", *arguments]))
