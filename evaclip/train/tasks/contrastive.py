@@ -22,7 +22,7 @@ from evaclip.model.text import TextTower
 from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
-from evaclip.train.config import TrainConfig
+from evaclip.train.config import SIXTEEN_BITS, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.evaluation import DistributedEncoder, Metrics, evaluate_pairs, measured, open_sets
 from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
@@ -79,10 +79,16 @@ class Contrastive(Task):
             options["vision"] = {**options.get("vision", {}), "patch_dropout": given.patch_dropout}
         if config.loss.name == "siglip":
             options = {**SIGLIP_START, **options}
-        if (options.get("text") or {}).get("hf_model_name") and config.parallel.mode != "replicate":
-            raise UserError(
-                f"parallel.mode must be replicate for a text tower of transformers, got {config.parallel.mode}"
-            )
+        if (options.get("text") or {}).get("hf_model_name"):
+            if config.parallel.mode != "replicate":
+                raise UserError(
+                    f"parallel.mode must be replicate for a text tower of transformers, got {config.parallel.mode}"
+                )
+            if config.precision in SIXTEEN_BITS:
+                raise UserError(
+                    "precision must be fp32, amp_bf16 or amp_fp16 for a text tower of transformers, got "
+                    f"{config.precision}: --set precision=amp_bf16"
+                )
         return create_model(
             given.name,
             pretrained=given.pretrained,
@@ -104,9 +110,6 @@ class Contrastive(Task):
             model.lock_image_tower(config.model.lock_image_unlocked_groups)
         if config.model.lock_text:
             model.lock_text_tower(config.model.lock_text_unlocked_layers)
-        if model.logit_bias is not None:
-            # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
-            model.logit_bias.data = model.logit_bias.data.float()
         native = model.config.preprocess.max_patches
         if native and config.data.resize is None:
             raise UserError(
