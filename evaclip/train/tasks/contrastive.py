@@ -108,6 +108,8 @@ class Contrastive(Task):
     def build(cls, config: TrainConfig, world: World, model: CLIP) -> Self:
         if config.model.lock_image:
             model.lock_image_tower(config.model.lock_image_unlocked_groups)
+            if not any(parameter.requires_grad for parameter in model.visual.parameters()):
+                model.visual.patch_dropout = 0.0
         if config.model.lock_text:
             model.lock_text_tower(config.model.lock_text_unlocked_layers)
         native = model.config.preprocess.max_patches
@@ -140,6 +142,11 @@ class Contrastive(Task):
         backward = self._backward if len(pairs) == 1 else self._backward_in_micro_batches
         loss, *features = backward(pairs, context)
         return {"loss": loss, "accuracy": self.loss.accuracy(*features)} if context.measure else {"loss": loss}
+
+    def remarks(self) -> list[str]:
+        if self.visual.patch_dropout == self.model.config.vision.patch_dropout:
+            return []
+        return ["model.lock_image=true: the image tower keeps all patches, as it isn't trained"]
 
     def after_update(self) -> None:
         self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
@@ -214,23 +221,33 @@ class Contrastive(Task):
         return loss, image_features.detach(), text_features.detach()
 
     def _backward_in_micro_batches(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        states, features, images = [], [], context.images(rounds=2)
+        # A locked tower draws no random numbers, and one pass is enough for its features.
+        trained = [any(p.requires_grad for p in tower.parameters()) for tower in (self.model.visual, self.model.text)]
+        states, features, images = [], [], context.images(rounds=1 + trained[0])
         for part in pairs:
             states.append(rng.capture(context.device))
             with torch.no_grad():
                 features.append(self._features(part, next(images), context))
-        image_features, text_features = (torch.cat(each).requires_grad_() for each in zip(*features, strict=True))
+        whole = [torch.cat(each).requires_grad_(needs) for each, needs in zip(zip(*features), trained, strict=True)]
+        image_features, text_features = whole
         loss = self._loss(image_features, text_features)
         context.scaled(loss).backward()
         for part, state in zip(pairs, states, strict=True):
             context.begin(part.micro_batch)
             rng.restore(state, context.device)
-            gradients = [_gradient(value)[part.micro_batch.rows] for value in (image_features, text_features)]
-            # The features of a locked tower have no graph.
-            found = zip(self._features(part, next(images), context), gradients, strict=True)
-            trained = [(value, gradient) for value, gradient in found if value.requires_grad]
-            if trained:
-                torch.autograd.backward([value for value, _ in trained], [gradient for _, gradient in trained])
+            found = []
+            if all(trained):
+                found += self._features(part, next(images), context)
+            elif trained[0]:
+                with context.autocast():
+                    index = part.micro_batch.token_index
+                    found.append(self.model.encode_image(next(images), normalize=True, token_index=index))
+            elif trained[1]:
+                with context.autocast():
+                    found.append(self.model.encode_text(part.tokens, normalize=True, packing=part.packing))
+            if found:
+                gradients = [value.grad[part.micro_batch.rows] for value in whole if value.grad is not None]
+                torch.autograd.backward(found, gradients)
         return loss, image_features.detach(), text_features.detach()
 
     def _features(self, pairs: _Pairs, images: Any, context: StepContext) -> tuple[Tensor, Tensor]:
@@ -256,11 +273,6 @@ def _caption_lengths(count: int, mean: int, longest: int) -> list[int]:
         return [mean]
     rest, extra = divmod(max(count * mean - longest, 2 * (count - 1)), count - 1)
     return [longest, *(min(rest + (index < extra), longest) for index in range(count - 1))]
-
-
-def _gradient(value: Tensor) -> Tensor:
-    assert value.grad is not None
-    return value.grad
 
 
 def _at_least_fp32(value: Tensor) -> Tensor:
