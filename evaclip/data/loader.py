@@ -88,7 +88,7 @@ class Batch:
         images: [rows, 3, H, W] or packed, the results of the transform; in parts if they are pinned.
         targets: [rows, ...], see Targets.
         position: samples that all ranks have consumed after this batch; `batches(position)` continues there.
-        skipped: bad samples that were replaced in this batch.
+        skipped: rows of this batch whose sample was bad and was replaced, once each.
     """
 
     images: Tensor | PackedImages | Rows
@@ -205,11 +205,10 @@ class TrainLoader:
         read = partial(self._read, self._transform, self._targets)
         loaded = iter(WorkerLoader(read, units, self._options))
         for end in count(position + self._batch_size, self._batch_size):
-            images, targets, faults = zip(*islice(loaded, len(self._units)), strict=True)
-            found = list(chain.from_iterable(faults))
-            self.faults.add(found)
+            images, targets, faults, replaced = zip(*islice(loaded, len(self._units)), strict=True)
+            self.faults.add(list(chain.from_iterable(faults)))
             rows = Rows(images)
-            yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(targets), end, len(found))
+            yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(targets), end, sum(replaced))
 
     def _require_room(self, part: range, window: int, ranks: int) -> None:
         """Raises UserError if the cache is too small for the remote shards that a machine reads at the same time."""
@@ -225,8 +224,8 @@ class TrainLoader:
 
     def _read(
         self, transform: TrainTransform, targets: Targets, unit: tuple[int, slice]
-    ) -> tuple[Tensor | PackedImages, Tensor, list[Fault]]:
-        """Images [rows, 3, H, W] or packed, targets [rows, ...], and the faults of replaced samples."""
+    ) -> tuple[Tensor | PackedImages, Tensor, list[Fault], int]:
+        """Images [rows, 3, H, W] or packed, targets [rows, ...], the faults of all attempts, and replaced rows."""
         position, rows = unit
         if self._ordered is None or self._ordered[0] != position:
             # A worker reads several units of a batch.
@@ -238,9 +237,11 @@ class TrainLoader:
         samples = self._order.indices(global_indices)
         caption_draws = mix(self._seed, _CAPTION, global_indices)
         seeds = mix(self._seed, _AUGMENTATION, global_indices) >> np.uint64(1)
-        images, captions, keys, faults = list[Any](), list[str](), list[str](), list[Fault]()
+        images, captions, keys, faults, replaced = list[Any](), list[str](), list[str](), list[Fault](), 0
         for slot, sample in enumerate(samples.tolist()):
+            attempts = len(faults)
             raw, image = self._load(sample, int(global_indices[slot]), faults)
+            replaced += len(faults) > attempts
             keys.append(raw.key)
             captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
             try:
@@ -249,7 +250,7 @@ class TrainLoader:
                 exc.add_note(f"while transforming {raw.key} of {self._source.description}")
                 raise
         try:
-            return _join(images), targets(captions, mix(self._seed, _TARGET, global_indices)), faults
+            return _join(images), targets(captions, mix(self._seed, _TARGET, global_indices)), faults, replaced
         except UserError as exc:
             raise UserError(f"{exc}; in {self._source.description}, one of {', '.join(keys)}") from exc
 

@@ -13,6 +13,7 @@ from evaclip.model.packing import PackedImages
 from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
 from evaclip.model.vision_model import VisionModel
 from evakernels import token_dropout
+from evakernels.nn import Linear
 
 _WITHIN_ONE = math.erf(math.sqrt(0.5))
 """Share of a normal distribution within one standard deviation."""
@@ -65,7 +66,7 @@ class MaskedImageModel(VisionModel):
         super().__init__(config, 0, preprocess, savings)
         self.patch_embed.gradient = patch_gradient
         self.mask_token = nn.Parameter(empty(1, 1, config.width))
-        self.lm_head = nn.Linear(config.width, features)
+        self.lm_head = Linear(config.width, features)
         steady = replace(config, drop_path=0.0)
         self.decoder_blocks = nn.ModuleList(Block(steady, config.layers + i) for i in range(decoder_layers))
         self.decoder_norm = vision_norm(config, config.width) if decoder_layers else None

@@ -173,7 +173,8 @@ class TextTower(Tower):
         x = self.run_blocks(self.transformer.resblocks, self._embed(tokens, packing), packing)
         ends = x if self.savings.pooled_last_block else packing.last(x)
         embeddings: Tensor = self.ln_final(ends) @ self.text_projection
-        return embeddings if self.text_projection_bias is None else embeddings + self.text_projection_bias
+        bias = self.text_projection_bias
+        return embeddings if bias is None else embeddings + bias.to(embeddings.dtype)
 
     def pack_tokens(self, tokens: Tensor) -> Packing:
         """The captions of token ids `[B, N]` up to their ends, packed or padded; may synchronize with their device.

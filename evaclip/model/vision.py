@@ -15,7 +15,7 @@ from evaclip.model.packing import PackedImages
 from evaclip.model.tower import Tower
 from evaclip.model.vision_block import INIT_STD, AttentionPool, Block, class_tokens, reset_linear, vision_norm
 from evakernels import Packing, sample_token_index, token_dropout
-from evakernels.nn import axial_rope, linear
+from evakernels.nn import Linear, axial_rope, linear
 
 _HEAD_INIT_FACTOR = 0.001
 
@@ -96,7 +96,8 @@ class PatchEmbed(nn.Module):
         # Inference on CPUs is faster as a matmul; with gradients in float32 the convolution is faster.
         if images.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._multiply(self._grid(images).flatten(1, 2).flatten(2))
-        patches: Tensor = self.proj(images.to(self.proj.weight.dtype))
+        weight, bias = self.proj.weight, self.proj.bias
+        patches = F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), self.proj.stride)
         return self._scale_gradient(patches.flatten(2).transpose(1, 2))
 
     def embed_kept(self, images: Tensor, token_index: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class VisionTower(Tower):
         self.norm = None if is_mean else vision_norm(config, width)
         self.fc_norm = vision_norm(config, width) if is_mean else None
         self.attn_pool = AttentionPool(config) if config.pool == "attention" else None
-        self.head = nn.Linear(config.width, embed_dim, bias=config.qkv_bias) if embed_dim else None
+        self.head = Linear(config.width, embed_dim, bias=config.qkv_bias) if embed_dim else None
         self.register_load_state_dict_post_hook(_table_follows_weights)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 

@@ -44,7 +44,7 @@ def _biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     if type(layer) is Linear:
         return linear(x, layer.weight, bias)
     y: Tensor = layer(x)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class Attention(nn.Module):

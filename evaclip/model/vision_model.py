@@ -11,6 +11,7 @@ from evaclip.model.norm import Stream
 from evaclip.model.packing import PackedImages
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_block import Block
+from evakernels.nn import Linear
 
 
 class VisionModel(VisionTower):
@@ -93,7 +94,7 @@ class VisionModel(VisionTower):
         self.num_classes, like = num_classes, self.pos_embed
         self.head = None
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            self.head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             self.reset_head()
 
     def _blocks(self, indices: int | Sequence[int] | None) -> list[int]:

@@ -36,7 +36,7 @@ from evaclip.plan.recorder import (
     local,
 )
 from evaclip.train import rng
-from evaclip.train.build import build_step, check_batch, is_cut_up, precision_of_parameters
+from evaclip.train.build import build_step, cast_matrices, check_batch, is_cut_up
 from evaclip.train.config import TIMM, ContrastiveTask, TrainConfig
 from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World, fake_ranks, without_data
 from evaclip.train.ema import Ema
@@ -132,8 +132,7 @@ def plan_step(
     together = kind.rows_per_group(config)
     local_batch = together * -(-config.batch_size // together // gpus)
     micro_batch = together * -(-local_batch // together // config.accumulation_steps)
-    precision = precision_of_parameters(config.precision)
-    whole = kind.create_model(config, device="meta", precision=precision)
+    whole = kind.create_model(config, device="meta")
     if isinstance(whole, CLIP) and (encoder := whole.config.text.hf_model_name):
         raise UserError(f"model.options.text.hf_model_name must be left out for a plan, got {encoder!r}")
     depths = {_TOWERS[name]: cast(Tower, tower).layers for name, tower in kind.towers_of(whole).items()}
@@ -176,8 +175,8 @@ class _Trace:
     ) -> None:
         self.config, self.world, self.is_cut, self._fake = config, world, is_cut, FakeTensorMode()
         kind = task_class(config.task.name)
-        precision = precision_of_parameters(config.precision)
-        model = kind.create_model(config, device="meta", precision=precision).train()
+        model = kind.create_model(config, device="meta").train()
+        cast_matrices(model, config.precision)
         without_data(model, self._fake)
         if is_cut:
             shard(kind.towers_of(model).values(), config.parallel, config.precision, world)

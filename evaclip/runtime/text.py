@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from evaclip.model.clip import CLIP
     from evaclip.runtime.encoder import Encoder
 
-_LOG = logging.getLogger("evaclip.runtime")
 
 PROGRAM_FILE = "text.onnx"
 TOKENS_FILE = "text.json"

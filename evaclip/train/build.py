@@ -20,7 +20,7 @@ from evaclip.errors import UserError
 from evaclip.machine import multiplies_bfloat16, usable_cores
 from evaclip.model.tower import ResidualBlock
 from evaclip.train import rng
-from evaclip.train.config import Precision, TrainConfig
+from evaclip.train.config import SIXTEEN_BITS, Precision, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.optimizer import build_optimizer, parameter_groups
@@ -127,7 +127,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         epoch_samples=config.schedule.epoch_samples or len(source),
         peak_flops=world.size * peak_flops(world.device, config.precision),
         remarks=[
-            *_slow_precision(world.device, config.precision),
+            *_precision_remarks(world.device, config.precision),
             *_data_remarks(config, whole, validation, world.size),
             *task.remarks(),
         ],
@@ -160,9 +160,9 @@ def build_task(config: TrainConfig, world: World) -> Task:
         model = kind.create_model(
             config,
             device="cpu" if offloaded else world.device,
-            precision=precision_of_parameters(config.precision),
             prepare=prepare if sharded else None,
         )
+    cast_matrices(model, config.precision)
     if offloaded:
         move_all_but_shards(model, world.device)
     if not sharded:
@@ -207,9 +207,14 @@ def is_cut_up(config: TrainConfig, world: World) -> bool:
     return config.parallel.mode != "replicate" and (world.size > 1 or config.parallel.offload != "none")
 
 
-def precision_of_parameters(precision: Precision) -> str:
-    """Under autocast it is float32."""
-    return precision if precision in ("bf16", "fp16") else "fp32"
+def cast_matrices(model: nn.Module, precision: Precision) -> None:
+    """Under bf16 and fp16 casts all parameters but those of one dimension or none, such as norms and logit_scale.
+
+    Near 1 a learning rate is less than half the distance of two 16-bit numbers, so an update would be lost.
+    """
+    if precision in SIXTEEN_BITS:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        model._apply(lambda value: value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value)
 
 
 def check_batch(config: TrainConfig, world: World) -> None:
@@ -249,7 +254,9 @@ def _loader(config: TrainConfig, world: World, source: Source, task: Task) -> Tr
     )
 
 
-def _slow_precision(device: torch.device, precision: Precision) -> list[str]:
+def _precision_remarks(device: torch.device, precision: Precision) -> list[str]:
+    if precision == "fp16":
+        return ["precision=fp16 scales no loss, so small gradients become 0; precision=amp_fp16 scales it"]
     if device.type != "cpu" or precision not in ("amp_bf16", "bf16") or multiplies_bfloat16():
         return []
     return [f"precision={precision} is slow here: this processor multiplies no bfloat16; precision=fp32 is faster"]

@@ -11,6 +11,8 @@ from evaclip.data.config import DataConfig
 from evaclip.model.config import Savings
 
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
+SIXTEEN_BITS: tuple[Precision, ...] = ("bf16", "fp16")
+"""Precisions whose matrices are stored in 16 bits."""
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -325,7 +327,11 @@ class WatchdogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ParallelConfig:
-    """How ranks share the model; results depend on it only by rounding."""
+    """How ranks share the model; results depend on it only by rounding.
+
+    Under amp_* the modes shard and hybrid round more than replicate: FSDP casts whole towers, norms and the residual
+    stream included, where autocast keeps these in float32.
+    """
 
     mode: Literal["replicate", "shard", "hybrid"] = "replicate"
     """replicate: each rank holds everything; shard: parameters, gradients and moments are sharded over all ranks;
@@ -454,7 +460,8 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     precision: Precision = "fp32"
-    """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: parameters themselves in 16 bits."""
+    """amp_*: parameters in fp32, autocast to the 16-bit type; bf16, fp16: matrices themselves in 16 bits, and norms,
+    biases, logit_scale and logit_bias in fp32."""
     accumulation_steps: Count = 1
     """Micro-batches per step and rank, with one exact loss over the global batch."""
     compile: Literal["none", "blocks"] = "none"
@@ -481,7 +488,7 @@ class TrainConfig:
     def _check(self) -> Self:
         if self.batch_size < self.accumulation_steps:
             raise ValueError(f"batch_size={self.batch_size} is less than accumulation_steps={self.accumulation_steps}")
-        if self.optim.name.startswith(TIMM) and self.precision in ("bf16", "fp16"):
+        if self.optim.name.startswith(TIMM) and self.precision in SIXTEEN_BITS:
             raise ValueError(
                 f"optim.name={self.optim.name} needs precision=fp32, amp_bf16 or amp_fp16, "
                 f"got precision={self.precision}"

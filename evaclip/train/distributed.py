@@ -418,12 +418,13 @@ class GradientMean:
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups consecutive tensors of one dtype up to `BUCKET_BYTES` of float32 copies; a larger tensor is alone."""
+    """Groups consecutive tensors, float64 apart, up to `BUCKET_BYTES` of float32 copies; a larger tensor is alone."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
         copied = tensor.numel() * max(4, tensor.itemsize)
-        if bucket and (tensor.dtype != bucket[0].dtype or size + copied > BUCKET_BYTES):
+        is_other = bucket and (tensor.dtype == torch.float64) != (bucket[0].dtype == torch.float64)
+        if bucket and (is_other or size + copied > BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

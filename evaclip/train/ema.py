@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evaclip.train.distributed import buckets
 from evaclip.train.sharding import forget_gathered
-from evaclip.weights import part_of
+from evaclip.weights import is_cut, part_of
 
 
 class Ema:
@@ -32,9 +32,9 @@ class Ema:
     def update(self, steps: int) -> None:
         """Call after each optimizer step; `steps` counts the steps so far, this one included."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages = iter(self._average.values())
+        averages = iter([_local(value) for value in self._average.values()])
         # Few float32 copies of 16-bit weights at a time: those of a bucket are gone before the next one's.
-        for bucket in buckets(self._parameters.values()):
+        for bucket in buckets(map(_local, self._parameters.values())):
             torch._foreach_lerp_(list(islice(averages, len(bucket))), [_at_least_fp32(v) for v in bucket], 1 - decay)
 
     @contextmanager
@@ -73,6 +73,10 @@ def _exchange(parameter: Tensor, average: Tensor, own: Tensor | None = None) -> 
     parameter.copy_(average if own is None else own)
     if before is not None:
         average.copy_(before)
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if is_cut(value) else value
 
 
 def _at_least_fp32(value: Tensor) -> Tensor:

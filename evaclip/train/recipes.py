@@ -65,11 +65,14 @@ def get_recipe(name: str) -> TrainConfig:
 
 
 def with_fitting_parts(config: TrainConfig, base: TrainConfig) -> TrainConfig:
-    """`config` with as many of the recipe's `canonical_nodes` as divide its batch."""
+    """`config` with as many of the recipe's `canonical_nodes` as divide its batch, mixed over as many batches."""
     nodes = config.data.canonical_nodes
     if nodes != base.data.canonical_nodes or config.batch_size % nodes == 0:
         return config
-    return replace(config, data=replace(config.data, canonical_nodes=math.gcd(config.batch_size, nodes)))
+    nodes, window = math.gcd(config.batch_size, nodes), config.data.shuffle_window
+    if window and window == base.data.shuffle_window:
+        window = 8 * config.batch_size // nodes
+    return replace(config, data=replace(config.data, canonical_nodes=nodes, shuffle_window=window))
 
 
 def with_own_evaluation(config: TrainConfig, base: TrainConfig) -> TrainConfig:

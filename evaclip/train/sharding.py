@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evaclip.errors import UserError
 from evaclip.model.norm import Stream
 from evaclip.model.tower import ResidualBlock
-from evaclip.train.config import ParallelConfig, Precision
+from evaclip.train.config import SIXTEEN_BITS, ParallelConfig, Precision
 from evaclip.train.distributed import World
 from evaclip.weights import is_cut, part_of
 
@@ -35,7 +35,7 @@ def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precis
 
     Parameters become DTensors under the same names; those outside the towers, such as logit_scale, stay whole. Under
     amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits, gradients are summed in float32 and the towers
-    return float32.
+    return float32. Under bf16 and fp16 the float32 parameters of `cast_matrices` stay whole: FSDP needs one dtype.
 
     Args:
         towers: on the meta device, so that no rank ever holds one whole.
@@ -57,6 +57,8 @@ def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precis
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32 if dtype else None
     )
     for tower in towers:
+        if precision in SIXTEEN_BITS:
+            common["ignored_params"] = {parameter for parameter in tower.parameters() if parameter.ndim < 2}
         for block in tower.modules():
             if isinstance(block, ResidualBlock):
                 block.register_forward_hook(_without_views)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip.data.loader import Rows, packed_parts, part_of_batch
 from evaclip.model.packing import PackedImages
@@ -99,6 +99,7 @@ class TrainStep:
         self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
         if options.accumulation_steps > 1:
             accumulate_in_float32(self.parameters, reduce_each_micro_batch=options.reduce_each_micro_batch)
+        self._locked = [module for module in task.model.modules() if _is_locked(module)]
         self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)
@@ -124,6 +125,8 @@ class TrainStep:
             measure: also return metrics of the task and norms of the weights' changes; the step stays bit-equal.
         """
         self.task.model.train()
+        for module in self._locked:
+            module.eval()
         self.optimizer.zero_grad(set_to_none=True)
         found = self.task.backward(self._context(images, targets, measure, step))
         self.mean.finish()
@@ -256,7 +259,8 @@ class LossScale:
         overflow = found_inf > 0
         clean = torch.where(overflow, 0, self.clean_steps + 1)
         grow = clean >= self.growth_interval
-        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))).clamp_(min=1.0)
+        scale = (self.scale * torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))).clamp(min=1.0)
+        self.scale.copy_(torch.where(scale.isfinite(), scale, self.scale))
         self.clean_steps.copy_(torch.where(grow, 0, clean))
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,6 +269,12 @@ class LossScale:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale.copy_(state["scale"])
         self.clean_steps.copy_(state["clean_steps"])
+
+
+def _is_locked(module: nn.Module) -> bool:
+    """Whether the module has parameters and none is trained; dropout and stochastic depth are off in it."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: int, device: torch.device) -> Tensor:

@@ -19,13 +19,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
     Args:
         x: `[..., in]`.
         weight: `[out, in]`, dense or prepacked by `evakernels.nn.freeze`.
-        bias: `[out]`.
+        bias: `[out]`; cast to the dtype of the weight, such as a float32 bias of a bfloat16 weight.
         forced: use oneDNN where torch's function is faster, too; gradients use the faster one.
 
     Returns:
         `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
         supports it, the matmul and the bias are one call of oneDNN. Otherwise this is torch's function.
     """
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
     # A frozen weight is a tensor subclass with its own matmul. Small calls leave first: their host time counts.
     if not (
         is_plain_tensor(x)

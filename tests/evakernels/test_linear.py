@@ -44,6 +44,15 @@ def test_linear_as_accurate_as_torch(direct, inner, columns, bias):
     assert direct
 
 
+def test_linear_casts_the_bias_to_its_weight():
+    x, weight, bias = _inputs(3, 5, 4)
+    x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.requires_grad_()
+    y = linear(x, weight, bias)
+    assert torch.equal(y, F.linear(x, weight, bias.bfloat16()))
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((4,), 6.0))
+
+
 def test_linear_result_may_change_in_place(direct):
     leaves = [t.requires_grad_() for t in _inputs(3, 5, 4)]
     ours, theirs = (

@@ -22,7 +22,7 @@ from evaclip.model.text import TextTower
 from evaclip.run_files import HF_TEXT_FOLDER, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
-from evaclip.train.config import TrainConfig
+from evaclip.train.config import SIXTEEN_BITS, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.evaluation import DistributedEncoder, Metrics, evaluate_pairs, measured, open_sets
 from evaclip.train.loss import SIGLIP_START, ContrastiveLoss
@@ -79,10 +79,16 @@ class Contrastive(Task):
             options["vision"] = {**options.get("vision", {}), "patch_dropout": given.patch_dropout}
         if config.loss.name == "siglip":
             options = {**SIGLIP_START, **options}
-        if (options.get("text") or {}).get("hf_model_name") and config.parallel.mode != "replicate":
-            raise UserError(
-                f"parallel.mode must be replicate for a text tower of transformers, got {config.parallel.mode}"
-            )
+        if (options.get("text") or {}).get("hf_model_name"):
+            if config.parallel.mode != "replicate":
+                raise UserError(
+                    f"parallel.mode must be replicate for a text tower of transformers, got {config.parallel.mode}"
+                )
+            if config.precision in SIXTEEN_BITS:
+                raise UserError(
+                    "precision must be fp32, amp_bf16 or amp_fp16 for a text tower of transformers, got "
+                    f"{config.precision}: --set precision=amp_bf16"
+                )
         return create_model(
             given.name,
             pretrained=given.pretrained,
@@ -102,11 +108,10 @@ class Contrastive(Task):
     def build(cls, config: TrainConfig, world: World, model: CLIP) -> Self:
         if config.model.lock_image:
             model.lock_image_tower(config.model.lock_image_unlocked_groups)
+            if not any(parameter.requires_grad for parameter in model.visual.parameters()):
+                model.visual.patch_dropout = 0.0
         if config.model.lock_text:
             model.lock_text_tower(config.model.lock_text_unlocked_layers)
-        if model.logit_bias is not None:
-            # In bfloat16 a value near 10 would stay where it is: its neighbours are 0.06 away.
-            model.logit_bias.data = model.logit_bias.data.float()
         native = model.config.preprocess.max_patches
         if native and config.data.resize is None:
             raise UserError(
@@ -137,6 +142,11 @@ class Contrastive(Task):
         backward = self._backward if len(pairs) == 1 else self._backward_in_micro_batches
         loss, *features = backward(pairs, context)
         return {"loss": loss, "accuracy": self.loss.accuracy(*features)} if context.measure else {"loss": loss}
+
+    def remarks(self) -> list[str]:
+        if self.visual.patch_dropout == self.model.config.vision.patch_dropout:
+            return []
+        return ["model.lock_image=true: the image tower keeps all patches, as it isn't trained"]
 
     def after_update(self) -> None:
         self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
@@ -221,23 +231,33 @@ class Contrastive(Task):
         return loss, image_features.detach(), text_features.detach()
 
     def _backward_in_micro_batches(self, pairs: list[_Pairs], context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        states, features, images = [], [], context.images(rounds=2)
+        # A locked tower draws no random numbers, and one pass is enough for its features.
+        trained = [any(p.requires_grad for p in tower.parameters()) for tower in (self.model.visual, self.model.text)]
+        states, features, images = [], [], context.images(rounds=1 + trained[0])
         for part in pairs:
             states.append(rng.capture(context.device))
             with torch.no_grad():
                 features.append(self._features(part, next(images), context))
-        image_features, text_features = (torch.cat(each).requires_grad_() for each in zip(*features, strict=True))
+        whole = [torch.cat(each).requires_grad_(needs) for each, needs in zip(zip(*features), trained, strict=True)]
+        image_features, text_features = whole
         loss = self._loss(image_features, text_features)
         context.scaled(loss).backward()
         for part, state in zip(pairs, states, strict=True):
             context.begin(part.micro_batch)
             rng.restore(state, context.device)
-            gradients = [_gradient(value)[part.micro_batch.rows] for value in (image_features, text_features)]
-            # The features of a locked tower have no graph.
-            found = zip(self._features(part, next(images), context), gradients, strict=True)
-            trained = [(value, gradient) for value, gradient in found if value.requires_grad]
-            if trained:
-                torch.autograd.backward([value for value, _ in trained], [gradient for _, gradient in trained])
+            found = []
+            if all(trained):
+                found += self._features(part, next(images), context)
+            elif trained[0]:
+                with context.autocast():
+                    index = part.micro_batch.token_index
+                    found.append(self.model.encode_image(next(images), normalize=True, token_index=index))
+            elif trained[1]:
+                with context.autocast():
+                    found.append(self.model.encode_text(part.tokens, normalize=True, packing=part.packing))
+            if found:
+                gradients = [value.grad[part.micro_batch.rows] for value in whole if value.grad is not None]
+                torch.autograd.backward(found, gradients)
         return loss, image_features.detach(), text_features.detach()
 
     def _features(self, pairs: _Pairs, images: Any, context: StepContext) -> tuple[Tensor, Tensor]:
@@ -263,11 +283,6 @@ def _caption_lengths(count: int, mean: int, longest: int) -> list[int]:
         return [mean]
     rest, extra = divmod(max(count * mean - longest, 2 * (count - 1)), count - 1)
     return [longest, *(min(rest + (index < extra), longest) for index in range(count - 1))]
-
-
-def _gradient(value: Tensor) -> Tensor:
-    assert value.grad is not None
-    return value.grad
 
 
 def _at_least_fp32(value: Tensor) -> Tensor:

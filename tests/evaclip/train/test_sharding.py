@@ -154,7 +154,7 @@ def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) ->
     for precision, dtype in dtypes.items():
         two = tmp_path / f"two-{precision}"
         assert losses(two) == pytest.approx(losses(tmp_path / precision), rel=2e-2), precision
-        assert {value.dtype for value in weights(two, 2).values()} == {dtype}
+        assert {value.dtype for value in weights(two, 2).values() if value.ndim > 1} == {dtype}
 
 
 def test_16_bit_shards_are_summed_in_float32(run_config: Callable[..., TrainConfig]) -> None:

@@ -17,8 +17,9 @@ from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.model.packing import pack_images
 from evaclip.plan.step import plan_step
-from evaclip.train.build import prepare_device
+from evaclip.train.build import build_step, build_task, prepare_device
 from evaclip.train.config import LossConfig, OptimConfig
+from evaclip.train.distributed import World
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.micro_batch import upload
 from evaclip.train.step import LossScale, StepOptions, StepResult, TrainStep, split_by_tokens
@@ -66,6 +67,33 @@ def test_accumulation_equals_the_whole_batch(small_model, batch, loss, recompute
         # Positions of packed images are resized in float32.
         slack = 1e-7 * expected.abs().max() if packed else 1e-12
         torch.testing.assert_close(chunked_gradients[name], expected, rtol=1e-7, atol=slack, msg=name)
+
+
+@pytest.mark.parametrize("locked", ["visual", "text"])
+def test_locked_tower_runs_once_as_in_evaluation(run_config, locked):
+    """Stochastic depth and patch dropout are off in it."""
+    options = "model.options.vision={drop_path: 0.9, patch_dropout: 0.5}"
+    name = {"visual": "image", "text": "text"}[locked]
+    config = run_config(options, f"model.lock_{name}=true", "accumulation_steps=4", "precision=fp32")
+    task = build_task(config, World(torch.device("cpu")))
+    found: dict[str, list[Tensor]] = {"visual": [], "text": []}
+    for tower, module in task.towers.items():
+        module.register_forward_hook(lambda module, args, out, tower=tower: found[tower].append(out.detach()))
+    step = build_step(config, World(torch.device("cpu")), task)
+    images, tokens = random_batch()
+    step(images, tokens, 0)
+    other = {"visual": "text", "text": "visual"}[locked]
+    assert (len(found[locked]), len(found[other])) == (4, 8)
+    step.task.model.eval()
+    expected = step.task.visual(images) if locked == "visual" else task.model.text(tokens)
+    torch.testing.assert_close(torch.cat(found[locked][:4]), expected)
+
+
+def test_locked_blocks_have_no_stochastic_depth(run_config):
+    config = run_config("model={lock_image: true, lock_image_unlocked_groups: 2}", "model.options.vision.drop_path=0.9")
+    task = build_task(config, World(torch.device("cpu")))
+    build_step(config, World(torch.device("cpu")), task)(*random_batch(), 0)
+    assert [block.training for block in task.visual.blocks] == [False, True]
 
 
 @pytest.mark.parametrize("lengths", [[9, 1, 1, 1, 9, 9, 4, 2], [1, 1, 1, 90], [90, 1, 1], [3] * 12])

@@ -367,6 +367,38 @@ def test_a_schedule_changes_in_what_is_to_come_alone(run_config: Make, tmp_path:
     assert allowed.steps == 6
 
 
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("clip", ["precision=bf16", "loss.name=siglip"]),
+        ("clip", ["precision=fp16", "accumulation_steps=2"]),
+        ("clip", ["precision=bf16", "parallel={mode: shard, offload: cpu}", "optim.stochastic_rounding=true"]),
+        ("classification", ["precision=bf16", "optim.name=lamb"]),
+        ("masked_image", ["precision=bf16", "model.savings.recompute=block"]),
+    ],
+)
+def test_16_bit_run_trains_norms_and_scales(run_config: Make, task: str, changes: list[str]) -> None:
+    """Parameters of one dimension or none are float32; a stopped run resumes bit-exactly."""
+    config = run_config(*changes, "checkpoint.every_steps=3", "ema_decay=0.5", "validation_split=0.2", task=task)
+    outcome = train(config)
+    assert all(math.isfinite(value) for value in outcome.metrics.values())
+    first, last, average = weights(outcome.folder, 3), weights(outcome.folder), weights(outcome.folder, file="ema")
+    dtype = torch.bfloat16 if "precision=bf16" in changes else torch.float16
+    for name, value in last.items():
+        assert value.dtype == (dtype if value.ndim > 1 else torch.float32), name
+        if "norm" in name or "ln" in name or name == "logit_scale":
+            assert not torch.equal(value, first[name]), name
+    shutil.rmtree(checkpoint(outcome.folder))
+    train(config, resume="auto")
+    assert_equal(weights(outcome.folder), last)
+    assert_equal(weights(outcome.folder, file="ema"), average)
+
+
+def test_16_bit_text_tower_of_transformers(run_config: Make) -> None:
+    with pytest.raises(UserError, match="precision must be"):
+        train(run_config("precision=bf16", "model.options.text={hf_model_name: any}"))
+
+
 def test_siglips_bias_is_the_models(run_config: Make) -> None:
     folder = train(run_config("loss.name=siglip", "schedule.name=constant", "ema_decay=0.9", "optim.lr=0.1")).folder
     assert abs(float(weights(folder)["logit_bias"]) + 10) > 0.1
