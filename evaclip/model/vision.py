@@ -97,6 +97,7 @@ class PatchEmbed(nn.Module):
         if images.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._multiply(self._grid(images).flatten(1, 2).flatten(2))
         weight, bias = self.proj.weight, self.proj.bias
+        assert bias is not None
         patches = F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), self.proj.stride)
         return self._scale_gradient(patches.flatten(2).transpose(1, 2))
 

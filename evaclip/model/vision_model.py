@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.errors import UserError
 from evaclip.model.config import Pool, Preprocess, Savings, VisionConfig

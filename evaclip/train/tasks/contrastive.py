@@ -238,14 +238,14 @@ class Contrastive(Task):
             states.append(rng.capture(context.device))
             with torch.no_grad():
                 features.append(self._features(part, next(images), context))
-        whole = [torch.cat(each).requires_grad_(needs) for each, needs in zip(zip(*features), trained, strict=True)]
-        image_features, text_features = whole
+        whole = [torch.cat(each) for each in zip(*features, strict=True)]
+        image_features, text_features = (x.requires_grad_(needs) for x, needs in zip(whole, trained, strict=True))
         loss = self._loss(image_features, text_features)
         context.scaled(loss).backward()
         for part, state in zip(pairs, states, strict=True):
             context.begin(part.micro_batch)
             rng.restore(state, context.device)
-            found = []
+            found: list[Tensor] = []
             if all(trained):
                 found += self._features(part, next(images), context)
             elif trained[0]:

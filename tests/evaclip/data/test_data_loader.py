@@ -148,7 +148,8 @@ def test_bad_samples_are_replaced_and_logged(tmp_path, caplog):
         batches = take(loader, 4)
     assert [len(batch.images) for batch in batches] == [8] * 4
     assert not faults.keys() & set(numbers(batches))
-    assert sum(batch.skipped for batch in batches) == sum(loader.faults.counts.values()) >= 6
+    # One for each row, however many attempts its replacement took.
+    assert 0 < sum(batch.skipped for batch in batches) < sum(loader.faults.counts.values())
     assert set(loader.faults.counts) == {"corrupt image", "missing caption", "missing image", "undersized image"}
     for name in ("corrupt image: ", "a.tar:000003", "missing caption: ", "a.tar:000008", "a.tar:000011"):
         assert name in caplog.text

@@ -313,7 +313,10 @@ def test_loss_scale_follows_grad_scaler(pattern: str) -> None:
         ours.update(torch.tensor(float(overflow)))
         assert ours.scale.item() == theirs.get_scale()
 
-    # It never falls below one.
+    # It stays finite, and never falls below one.
+    scale = LossScale(CPU, enabled=True, initial=2.0**127, growth_interval=1)
+    scale.update(torch.tensor(0.0))
+    assert scale.scale == 2.0**127
     scale = LossScale(CPU, enabled=True, initial=2.0)
     for _ in range(3):
         scale.update(torch.tensor(1.0))

@@ -148,8 +148,10 @@ def test_own_batch_size_keeps_fitting_parts() -> None:
     recipe = get_recipe("eva02-b-16")
     assert recipe.data.canonical_nodes == 64
     for batch, nodes in ((131_072, 64), (1_000, 8), (7, 1)):
-        mine = resolve(recipe, [{"batch_size": batch}])
-        assert with_fitting_parts(mine, recipe).data.canonical_nodes == nodes
+        data = with_fitting_parts(resolve(recipe, [{"batch_size": batch}]), recipe).data
+        assert data.canonical_nodes == nodes
+        if nodes < 64:
+            assert data.shuffle_window == 8 * batch // nodes
     own = resolve(recipe, [nest("data.canonical_nodes", 3), {"batch_size": 7}])
     assert with_fitting_parts(own, recipe) == own
 
