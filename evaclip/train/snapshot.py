@@ -175,7 +175,7 @@ def _require_equal_files(folder: Path, files: Mapping[str, bytes]) -> None:
         if name.endswith(".json"):
             old, new = json.loads(before), json.loads(content)
             common = old.keys() & new.keys() - _ABOUT_FILE  # a later transformers has more keys
-            found = differences(*({key: each[key] for key in common} for each in (old, new)))
+            found = differences({key: old[key] for key in common}, {key: new[key] for key in common})
             changes += [f"{name}: {shorten(line, _LONGEST, placeholder=' ...')}" for line in found]
         elif before != content:
             changes.append(name)
