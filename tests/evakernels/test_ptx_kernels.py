@@ -404,7 +404,7 @@ def test_kernel_rejects_wrong_indices(printed: Callable[..., str]) -> None:
             lambda: native.token_dropout_forward(patches, index, None, None),
             lambda: native.token_dropout_forward(patches.mT.contiguous().mT, index, None, None),
         ]
-        for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4), ([1, 5], 4), ([0, 4], 4)):
+        for offsets, longest in (([0, 6], 6), ([0, 4, 2], 4), ([-1, 2], 3), ([0, 5], 4)):
             arguments = (q, q, q, torch.tensor(offsets), None, None, None, longest, True, True, 1.0)
             calls.append(lambda arguments=arguments: native.packed_attention_forward(*arguments))
         tables, one = (torch.ones(7, 4), torch.zeros(7, 4)), q[None]
@@ -421,7 +421,7 @@ def test_kernel_rejects_wrong_indices(printed: Callable[..., str]) -> None:
                 print(error)
     """
     lines = [line for line in printed(code).splitlines() if "CUDA error" in line]  # what it says first
-    ops = ["token_dropout"] * 2 + ["packed_attention"] * 6 + ["packed_attention", "rope_attention"] * 2
+    ops = ["token_dropout"] * 2 + ["packed_attention"] * 4 + ["packed_attention", "rope_attention"] * 2
     assert [line.split(" at ")[0] for line in lines] == [f"{op}_forward: CUDA error: trap" for op in ops]
     assert all("token_index is out of range" in line for line in lines[:2])
 
