@@ -324,10 +324,9 @@ class _Copies:
         if tensor.is_meta or shape != tuple(tensor.shape):
             return shape, tensor.dtype
         try:
-            values = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+            return shape, tensor.dtype, tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
         except (RuntimeError, TypeError):  # a tensor subclass or another layout
-            values = id(tensor)
-        return shape, tensor.dtype, values
+            return id(tensor)
 
     def _random(self, tensor: Tensor) -> Tensor:
         """Values that hide no error, as zeros would; large ones repeat a prime number of values."""
