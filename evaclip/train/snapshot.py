@@ -8,6 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -188,7 +189,10 @@ def _require_equal_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _changed_past(folder: Path, state: dict[str, Any], parts: Parts) -> str | None:
     """The first past step that would have another rate or image size now."""
-    before = ScheduleConfig(**state["config"]["schedule"])
+    try:
+        before = ScheduleConfig(**state["config"]["schedule"])
+    except ValidationError as exc:
+        raise UserError(f"the checkpoint {str(folder)!r} must be of this version, got the schedule of another") from exc
     total = total_steps(before, state["config"]["batch_size"], len(parts.source))
     if (before, total) == (parts.config.schedule, parts.total_steps):
         return None

@@ -132,7 +132,7 @@ def test_samples_of_missing_shard_are_replaced(server, copies, caplog):
         batches = take(loader, 8)
     assert [len(batch.images) for batch in batches] == [8] * 8
     assert not set(range(20)) & set(numbers(batches))
-    assert loader.faults.counts["unreachable shard"] == sum(batch.skipped for batch in batches) >= 20
+    assert loader.faults.counts["unreachable shard"] >= sum(batch.skipped for batch in batches) >= 20
     assert f"unreachable shard: {server.url('00.tar')} (sample " in caplog.text
 
 

@@ -240,7 +240,7 @@ def test_select_refuses_what_is_no_condition(tmp_path, where):
 
 
 def test_select_ends_a_condition_that_takes_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_LONGEST_CONDITION", 0.01)
+    monkeypatch.setattr(store_module, "_LONGEST_CONDITION", 0.0)
     store = filled(tmp_path, unit(300))
     with pytest.raises(UserError, match="takes more than"):
         store.select("+".join(["length(id || caption)"] * 300) + " > 0")

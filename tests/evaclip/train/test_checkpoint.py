@@ -53,7 +53,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert (meta["step"], meta["good"]) == (7, True)
     state = checkpoint.load_state(folder)
     assert state["nested"]["list"] == [1, "a", (2.0, None)]
-    assert find_weights(tmp_path / "latest", "tiny") == folder / "model.safetensors"
+    assert find_weights(tmp_path / "latest", "tiny") == folder / "ema.safetensors"
 
 
 @pytest.mark.parametrize(
