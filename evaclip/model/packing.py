@@ -33,7 +33,9 @@ class PackedImages:
     def __getitem__(self, images: slice) -> Self:
         """Consecutive images, as views; waits for the device of `lengths`."""
         if not isinstance(images, slice) or images.step not in (None, 1):
-            raise TypeError(f"images must be a slice with step 1, got {images!r}")
+            raise TypeError(
+                f"images must be a slice with step 1, got {images!r}; `evaclip.pack_images` makes a batch of images"
+            )
         lengths, before = self.lengths[images], int(self.lengths[: images.indices(len(self))[0]].sum())
         rows = slice(before, before + int(lengths.sum()))
         longest = int(lengths.max()) if len(lengths) else 0

@@ -174,7 +174,7 @@ def open_sets(config: TrainConfig, validation: Source | None) -> list[EvalSet]:
         validation: the validation split, which is a set too.
 
     Raises:
-        UserError: a set or one of its files doesn't exist.
+        UserError: a set or one of its files doesn't exist, or its class folders don't match its class names.
     """
     sets = dict(config.eval.sets or {})
     if validation is not None:
@@ -203,11 +203,17 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, validation: Source
         if templates == PLACEHOLDER and data is not None and source.classes:
             templates = data.caption_template
     given = (templates,) if isinstance(templates, str) else templates
+    classnames = load_classnames(config.classes) if isinstance(config.classes, str) else config.classes
+    if classnames is not None and task == "contrastive":
+        try:
+            assign_labels((), (), classnames, source.classes)
+        except UserError as exc:
+            raise UserError(f"eval.sets.{name}.classes: {exc}") from None
     return EvalSet(
         name,
         config,
         source,
-        load_classnames(config.classes) if isinstance(config.classes, str) else config.classes,
+        classnames,
         tuple(template for each in given for template in load_templates(each)),
         FeatureOptions(
             run.eval.batch_size, (data or run.data).workers, _AUTOCAST.get(run.precision, "fp32"), progress=False

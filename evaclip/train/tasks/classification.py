@@ -128,10 +128,14 @@ class Classification(ImageModelTask):
             if named is not None and len(named) != classes.outputs:
                 raise UserError(f"{key}.classes must be the classifier's {classes.outputs}, got {len(named)}")
         transform = OpaqueTransform(self.model.config.image_size, self.model.preprocess)
+        spaces = {each.name: _space_of(each, classes) for each in sets}
 
         def measure(model: VisionModel, stop: Callable[[], bool]) -> tuple[Metrics, list[str]]:
             encoder = DistributedEncoder(_TopLabels(model), world, None, stop)
-            return measured(model, {each.name: partial(_evaluate, encoder, transform, each, classes) for each in sets})
+            return measured(
+                model,
+                {each.name: partial(_evaluate, encoder, transform, each, spaces[each.name], classes) for each in sets},
+            )
 
         return measure if sets else None
 
@@ -153,12 +157,20 @@ class Classification(ImageModelTask):
         return describe_image_model(self.model, config, self.model.num_classes) | known
 
 
-def _evaluate(
-    encoder: DistributedEncoder, transform: EvalTransform, each: EvalSet, classes: ClassSpace, attempt: Attempt
-) -> Metrics:
+def _space_of(each: EvalSet, classes: ClassSpace) -> ClassSpace:
+    """The classes of a set; `classes` are the classifier's."""
     folders = classes.folders if each.config.data is None else each.source.classes
-    space = ClassSpace.whole(each.classnames or classes.names, folders, classes.names)
+    return ClassSpace.whole(each.classnames or classes.names, folders, classes.names)
 
+
+def _evaluate(
+    encoder: DistributedEncoder,
+    transform: EvalTransform,
+    each: EvalSet,
+    space: ClassSpace,
+    classes: ClassSpace,
+    attempt: Attempt,
+) -> Metrics:
     def metrics() -> Metrics:
         found = encode_everywhere(encoder, transform, each.source, each)
         keys = [each.source.name(int(key)) for key in found.keys]

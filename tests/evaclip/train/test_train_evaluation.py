@@ -141,6 +141,14 @@ def class_folders(folder: Path) -> str:
     return str(folder)
 
 
+def test_set_of_other_classes_is_refused_before_training(run_config: Make, tmp_path: Path) -> None:
+    sets = {"val": {"data": {"train": class_folders(tmp_path / "folders"), "workers": 0}, "classes": ["red", "blue"]}}
+    config = run_config(f"eval.sets={json.dumps(sets)}")
+    with pytest.raises(UserError, match=r"eval\.sets\.val\.classes: .*2 class names for 3 folders"):
+        train(config)
+    assert not list(Path(config.output).rglob("checkpoints"))
+
+
 def test_any_number_of_sets_by_name(run_config: Make, tmp_path: Path) -> None:
     """Class folders, the same in a shard by number, a held-out part by its loss alone, and one that is no set of it."""
     folder, shard = class_folders(tmp_path / "folders"), tmp_path / "labels.tar"
