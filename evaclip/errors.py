@@ -22,6 +22,10 @@ class RanksLost(RuntimeError):
     """Another rank of a run ended, or didn't answer in time."""
 
 
+class ReplicasDiffer(RuntimeError):
+    """Ranks that must hold equal weights don't; a restart from the last checkpoint may help."""
+
+
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> UserError:
     """Return the error for an unknown name, with the nearest known names, or else all of them."""
     names = sorted(known)

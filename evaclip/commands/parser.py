@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from evaclip.data import KINDS
-from evaclip.errors import RanksLost, Refused, RunFailed, UserError, hint, unknown_name
+from evaclip.errors import RanksLost, Refused, ReplicasDiffer, RunFailed, UserError, hint, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.launchers import stop_restarts
 from evaclip.outputs import silence
@@ -103,7 +103,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     """Run the command that `argv` names.
 
     Returns:
-        0 on success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C, 141 if the reader of stdout is gone.
+        0 on success, 1 for a failure, 2 for wrong input, 75 (EX_TEMPFAIL) for replicas that differ, 130 for Ctrl-C, 141
+        if the reader of stdout is gone.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell's >&-; the next file that is opened must not replace it
@@ -136,12 +137,14 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
         message = " ".join(str(exc).split())
-        is_plain = isinstance(exc, UserError | RunFailed | RanksLost | ValueError | TypeError)
+        is_plain = isinstance(exc, UserError | RunFailed | RanksLost | ReplicasDiffer | ValueError | TypeError)
         print(f"error: {message if is_plain else f'{type(exc).__name__}: {message}'}", file=sys.stderr)
         if isinstance(exc, UserError | RunFailed):
             stop_restarts(str(exc), at_once=isinstance(exc, RunFailed))
         else:
             print("(--debug shows the traceback)", file=sys.stderr)
+        if isinstance(exc, ReplicasDiffer):
+            return os.EX_TEMPFAIL
         return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
     return 0
 

@@ -1,8 +1,9 @@
 """Process groups and data parallelism: plain collectives, no wrapper around the model."""
 
 import os
+import socket
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
-from evaclip.errors import RanksLost, UserError
+from evaclip.errors import RanksLost, ReplicasDiffer, UserError
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_cut
 
 BUCKET_BYTES = 32 * 2**20
 _IN_FLIGHT = 4
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types of the bits of tensors, by their bytes per element."""
 _ABORT_LIMIT = timedelta(minutes=1)
 """How long NCCL may take to end its kernels after an error."""
 _RECORD_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
@@ -415,6 +418,43 @@ class GradientMean:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def check_replicas(tensors: Iterable[Tensor], world: World) -> None:
+    """Compare checksums of tensors over the ranks that must hold the same elements; all ranks call it.
+
+    A checksum is the sum of the elements' bits as integers, taken on the tensors' device.
+
+    Args:
+        tensors: whole, equal on all ranks, or sharded on one mesh, equal on ranks with the same shard.
+
+    Raises:
+        ReplicasDiffer: on all ranks; the message names the ranks that differ from most replicas, or from the first
+            one if there is no majority.
+    """
+    if world.size == 1:
+        return
+    parts: dict[int | None, list[Tensor]] = {}
+    for tensor in tensors:
+        shard, local = None, tensor.detach()
+        if is_cut(local):
+            coordinate = local.device_mesh.get_coordinate()
+            assert coordinate is not None
+            shard, local = coordinate[-1], local.to_local()
+        parts.setdefault(shard, []).append(local.view(_INTEGERS[local.itemsize]).sum(dtype=torch.int64))
+    checksums = {shard: int(torch.stack(sums).sum()) for shard, sums in parts.items()}
+    ranks = world.gather_everywhere((socket.gethostname(), checksums))
+    differing = set[int]()
+    for shard in {shard for _, checksums in ranks for shard in checksums}:
+        found = {rank: checksums[shard] for rank, (_, checksums) in enumerate(ranks) if shard in checksums}
+        ((common, _),) = Counter(found.values()).most_common(1)
+        differing |= {rank for rank, checksum in found.items() if checksum != common}
+    if differing:
+        raise ReplicasDiffer(
+            "weights must be equal in all replicas, got other bits on "
+            f"{', '.join(f'rank {rank} ({ranks[rank][0]})' for rank in sorted(differing))}; --resume auto goes on from "
+            "the last checkpoint, whose replicas were equal; if a rank is named again, replace its GPU or machine"
+        )
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

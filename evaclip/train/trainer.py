@@ -23,7 +23,14 @@ from evaclip.run_files import CONFIG_FILE, STOPPED
 from evaclip.train import checkpoint, snapshot
 from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig, process_count, to_tree
-from evaclip.train.distributed import World, connect, naming_lost_ranks, recording_collectives, write_collectives
+from evaclip.train.distributed import (
+    World,
+    check_replicas,
+    connect,
+    naming_lost_ranks,
+    recording_collectives,
+    write_collectives,
+)
 from evaclip.train.evaluation import Metrics, Stopped
 from evaclip.train.optimizer import set_lr_factor, tower_rate
 from evaclip.train.overrides import load_yaml
@@ -80,6 +87,7 @@ def train(
     Raises:
         UserError: the configuration cannot be run, the run exists already, or another process trains it.
         TrainingDiverged: see `NonfiniteConfig`.
+        ReplicasDiffer: ranks that must hold equal weights don't.
         RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_fraction` allows.
     """
     folder, lock = RunFolder.of(config), None
@@ -345,6 +353,10 @@ class Trainer:
         if self._lock is not None:
             self._lock.check()
 
+    def _check_replicas(self) -> None:
+        average = self.parts.ema.state_dict().values() if self.parts.ema else ()
+        check_replicas([*self.parts.model.parameters(), *average], self.world)
+
     def _step(self, batch: Batch) -> StepResult:
         position, parts, log_every = self.position, self.parts, self.config.log.every_steps
         after = position.step + 1
@@ -361,6 +373,7 @@ class Trainer:
 
     def _log(self, result: StepResult) -> None:
         self._check_lock()
+        self._check_replicas()
         step = self.parts.step
         measured = {
             "loss": result.loss,
@@ -472,6 +485,7 @@ class Trainer:
     def _save(self) -> None:
         self._check_lock()
         self._expect_steps(False)
+        self._check_replicas()
         self._count_bad_samples()
         self.position.seconds = self.meter.seconds
         self.position.spikes = self._spikes.state_dict()

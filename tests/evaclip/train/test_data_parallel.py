@@ -1,5 +1,6 @@
 """Two ranks give what one gives; process groups, timeouts, and how torchrun ends a failed run."""
 
+import io
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +28,12 @@ from small_tasks import TASKS
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from trained_runs import assert_equal, evaluations, records, steps, weights
 
+from evaclip.commands.main import main
 from evaclip.data.shard_writer import write_shard
-from evaclip.errors import RanksLost, UserError
+from evaclip.errors import RanksLost, ReplicasDiffer, UserError
 from evaclip.train import distributed, run_folder, trainer
 from evaclip.train.config import ParallelConfig, TrainConfig
-from evaclip.train.distributed import GradientMean, World, connect, naming_lost_ranks
+from evaclip.train.distributed import GradientMean, World, check_replicas, connect, naming_lost_ranks
 from evaclip.train.overrides import dump_yaml
 from evaclip.train.sharding import _mesh
 from evaclip.train.step import TrainStep
@@ -215,6 +217,61 @@ def test_nccl_timeout_writes_last_collectives(run_config, monkeypatch, tmp_path)
     assert "TORCH_FR_BUFFER_SIZE" not in inside
     assert dict(os.environ) == before
     assert (folder / "rank_3").read_bytes() == b"collectives"
+
+
+def damage_rank_1(folder: Path) -> None:
+    """Flips the lowest bit of one weight of rank 1 after step 4; writes exit status and stderr of each rank."""
+    step, rank = TrainStep.__call__, os.environ["RANK"]
+
+    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+        result = step(self, images, targets, number, **options)
+        if number == 3 and rank == "1":
+            self.parameters[0].data.view(torch.int32).view(-1)[0] ^= 1
+        return result
+
+    with patch.object(TrainStep, "__call__", call), redirect_stderr(io.StringIO()) as errors:
+        status = main(["train", "tiny", "--config", str(folder / "config.yaml")])
+    (folder / f"{rank}.json").write_text(json.dumps([status, errors.getvalue()]))
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("due", ["log", "checkpoint"])
+def test_replica_with_other_weights_is_named(due: str, run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Before a record is logged, and before a checkpoint is written."""
+    every = {"log": 4, "checkpoint": 9} if due == "log" else {"log": 9, "checkpoint": 2}
+    config = run_config(f"log.every_steps={every['log']}", f"checkpoint.every_steps={every['checkpoint']}")
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    in_processes(2, damage_rank_1, tmp_path)
+    for rank in range(2):
+        status, message = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert status == os.EX_TEMPFAIL
+        assert f"on rank 1 ({socket.gethostname()});" in message
+        assert "another start would fail" not in message
+    assert steps(tmp_path / "run") == ([] if due == "log" else [2])
+
+
+def compare_shards(config: ParallelConfig) -> None:
+    """Rank 3 has another element in its shard, then also rank 2 in a whole parameter."""
+    with connect("cpu") as world:
+        mesh, is_sharded_once = _mesh(config, world), config.mode == "shard"
+        placements = [Shard(0)] if is_sharded_once else [Replicate(), Shard(0)]
+        shards, whole = distribute_tensor(torch.arange(16.0).view(4, 4), mesh, placements), torch.ones(2)
+        check_replicas([shards, whole], world)
+        if world.rank == 3:
+            shards.to_local()[0, 0] = 7.5
+        differs = pytest.raises(ReplicasDiffer, match=r"on rank 3 \(")
+        with nullcontext() if is_sharded_once else differs:
+            check_replicas([shards, whole], world)
+        whole[0] += world.rank == 2
+        names = r"on rank 2 \(" if is_sharded_once else r"on rank 2 \(.*, rank 3 \("
+        with pytest.raises(ReplicasDiffer, match=names):
+            check_replicas([shards, whole], world)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("mode", ["hybrid", "shard"])
+def test_check_replicas_compares_equal_shards(mode: str) -> None:
+    in_processes(4, compare_shards, ParallelConfig(mode=mode, shard_size=2 if mode == "hybrid" else None))
 
 
 def test_end_of_another_rank_is_named() -> None:
