@@ -114,7 +114,7 @@ def test_doctor_json(known: dict[str, Any], capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "used"),
     [
-        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
         ({"GOMP_SPINCOUNT": "77"}, {"GOMP_SPINCOUNT": "77"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
