@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 # Names of this module are looked up faster than attributes.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -16,6 +16,7 @@ _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defi
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 are_transforms_active = torch._C._are_functorch_transforms_active
+has_global_hooks: Callable[[], bool] = _has_any_global_hook
 
 
 def needs_dispatcher() -> bool:
