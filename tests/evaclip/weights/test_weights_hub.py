@@ -32,6 +32,16 @@ def hub(hub: Hub) -> Hub:
     return hub
 
 
+def disconnect(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Asks a closed port from now on; returns the client's waits between its tries."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ask(f"http://127.0.0.1:{free.getsockname()[1]}", monkeypatch)
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    return waits
+
+
 @pytest.mark.parametrize(
     ("source", "model"),
     [
@@ -100,12 +110,7 @@ def test_find_weights_missing_on_hub(hub: Hub, source: str, message: str) -> Non
 
 
 def test_find_weights_unreachable_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
-    ask(closed, monkeypatch)
-    waits: list[float] = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    waits = disconnect(monkeypatch)
     with pytest.raises(UserError, match=r"can't get EVA02_CLIP_B_psz16_s8B\.pt of QuanSun/EVA-CLIP .*give its path"):
         create_model("EVA02-B-16", pretrained="eva_clip")
     with pytest.raises(UserError, match="can't get weights of a/b"):
@@ -115,12 +120,7 @@ def test_find_weights_unreachable_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch)
 
 def test_find_weights_cached_without_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = find_weights(SOURCE, "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
-    ask(closed, monkeypatch)
-    waits: list[float] = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    waits = disconnect(monkeypatch)
     assert find_weights(SOURCE, "tiny") == path
     assert not waits
 
