@@ -39,6 +39,8 @@ _WINDOW_MS = {"cpu": 2.0, "cuda": 1.0}
 """Least duration of a sample: far above the clock's resolution and the loop's cost."""
 _ESTIMATES = 3
 """Samples that estimate a call's time: a single one may have been interrupted."""
+_SHORT_MS = 200.0
+"""Calls up to this are preceded by one that isn't timed: threads of the candidate before may still spin."""
 _WARM_UPS = 3
 """Calls before capture, on the same stream: libraries make their handles and workspaces for a stream at first use."""
 
@@ -66,10 +68,15 @@ class Timer:
             rotations: the candidates, each already called once on each of its inputs.
             seconds: about how long to spend on each candidate.
         """
-        repeats, count = schedule([_estimate(rotation) for rotation in rotations], _WINDOW_MS["cpu"], seconds)
-        return interleave(
-            len(rotations), count, lambda index, current: _sample(rotations[index], repeats[index], current)
-        )
+        once = [_estimate(rotation) for rotation in rotations]
+        repeats, count = schedule(once, _WINDOW_MS["cpu"], seconds)
+
+        def sample(index: int, current: int) -> float:
+            if once[index] <= _SHORT_MS:
+                _sample(rotations[index], 1, current)
+            return _sample(rotations[index], repeats[index], current)
+
+        return interleave(len(rotations), count, sample)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-SPIN_COUNT = "10000"
+SPIN_COUNT = "50000"
 """Iterations that a thread of libgomp spins at a barrier before it sleeps; libgomp's default is 300,000."""
 
 

@@ -13,7 +13,7 @@ import torch
 
 from evaclip import doctor
 from evaclip.commands.main import main
-from evaclip.machine import usable_cores
+from evaclip.machine import SPIN_COUNT, usable_cores
 from evakernels import backends
 from evakernels.ops import layer_norm
 
@@ -114,7 +114,7 @@ def test_doctor_json(known: dict[str, Any], capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "used"),
     [
-        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({}, {"GOMP_SPINCOUNT": SPIN_COUNT}),
         ({"GOMP_SPINCOUNT": "77"}, {"GOMP_SPINCOUNT": "77"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
