@@ -53,7 +53,11 @@ class GELU(AcceleratedModule):
 
     def forward(self, input: Tensor) -> Any:
         if dispatches_to(_gelu_gate(self), input, forced=self.is_forced):
-            return gelu(input, approximate=self.approximate)
+            if input.is_contiguous():
+                return gelu(input, approximate=self.approximate)
+            # The op's output is contiguous; convolutions are slower, and dropout draws others, in another layout.
+            if input.is_contiguous(memory_format=torch.channels_last):
+                return gelu(input.permute(0, 2, 3, 1), approximate=self.approximate).permute(0, 3, 1, 2)
         return super().forward(input)
 
 

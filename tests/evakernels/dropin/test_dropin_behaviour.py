@@ -66,6 +66,17 @@ def test_second_call_returns_the_same_report(gated):
     assert evakernels.accelerate(model) == first
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None])
+def test_gelu_keeps_layout_of_images(layout):
+    x = torch.randn(2, 8, 4, 6)
+    x = x.transpose(2, 3) if layout is None else x.contiguous(memory_format=layout)
+    model = nn.Sequential(nn.GELU("tanh"))
+    expected = model(x)
+    evakernels.accelerate(model, force=True)
+    torch.testing.assert_close(model(x), expected)
+    assert model(x).stride() == expected.stride()
+
+
 def test_pickle_in_another_process_is_untouched(tmp_path):
     model = nn.Sequential(nn.LayerNorm(8), nn.GELU("tanh"))
     evakernels.accelerate(model)
