@@ -34,7 +34,7 @@ _RETRIEVAL = (
     "evaclip eval retrieval EVA02-CLIP-B-16:weights.pt --data coco/test.csv   # one row per caption",
     "evaclip eval retrieval runs/a --data 'flickr/{0..3}.tar' --caption-key json:captions",
 )
-_PROBES = {
+_PROBES: dict[Literal["linear-probe", "knn"], str] = {
     "linear-probe": "train a linear classifier on frozen features",
     "knn": "classify by the 20 nearest neighbours among frozen features",
 }

@@ -65,7 +65,7 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
     labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
     classifier = zero_shot.build_classifier(loaded.model, loaded.tokenizer, labels.classnames, templates, options)
     result = zero_shot.evaluate(images.features, labels.indices, classifier, labels.classnames)
-    prompts = {"classes": list(labels.classnames), "templates": list(templates)}
+    prompts: dict[str, object] = {"classes": list(labels.classnames), "templates": list(templates)}
     return _evaluation("zero-shot", setting, result.to_dict(), started, len(images), prompts)
 
 
