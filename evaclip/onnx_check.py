@@ -81,7 +81,7 @@ def check(path: Path, providers: Sequence[str] = (DEFAULT_PROVIDER,)) -> list[Ou
         raise UserError(f"{str(path)!r} holds no probe; expected a file that `evaclip export` wrote")
     try:
         probe = json.loads(metadata[KEY])
-        expected, lowest = np.array(probe["expected"]), float(probe["lowest"])
+        expected, lowest = np.array(probe["expected"], np.float64), float(probe["lowest"])
         inputs = make_inputs(session.get_inputs()[0].shape[1:], probe["vocab_size"])
     except (KeyError, TypeError, ValueError) as exc:
         raise UserError(f"the probe in {str(path)!r} can't be read: {exc}; export the file again") from exc
