@@ -1,6 +1,7 @@
 """Towers as programs that run without this library: torch.export's, or ONNX files that passed their probe."""
 
 import copy
+import json
 import logging
 import shutil
 import warnings
@@ -23,11 +24,12 @@ from evaclip.extras import import_extra
 from evaclip.model.clip import CLIP
 from evaclip.model.packing import PackedImages, pack_images
 from evaclip.model.vision_model import VisionModel
-from evaclip.onnx_check import LOWEST, OPSET, SEED, Outcome, Probe, check, make_inputs, require
+from evaclip.onnx_check import KEY, LOWEST, Outcome, check, make_inputs, require
 from evaclip.outputs import check_output
 from evakernels.nn import FrozenWeight, unfreeze
 
 SUFFIXES = (".pt2", ".onnx")
+OPSET = 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TowerName = Literal["image", "text"]
 
@@ -51,8 +53,8 @@ def export(
     A `VisionModel` with a classifier becomes a program from images to logits `[B, num_classes]`.
 
     B is any number. An ONNX file takes float32 or int64 and returns float32 for any dtype of its weights; a causal text
-    tower computes only the tokens of the longest text. The file stores a seed of probe inputs and the model's float32
-    embeddings of them, and is written only if ONNX Runtime reproduces these embeddings.
+    tower computes only the tokens of the longest text. The file stores the model's float32 embeddings of a few
+    inputs, and is written only if ONNX Runtime reproduces them.
 
     Args:
         model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.
@@ -212,9 +214,8 @@ def _write_onnx(
     int32: bool,
 ) -> list[Outcome]:
     """Writes a file and runs its probe; raises Refused if ONNX Runtime doesn't give the model's embeddings."""
-    probe = _probe(model, tower, normalize, LOWEST[kind])
-    example = torch.from_numpy(probe.inputs()[:3])
-    example = example.int() if int32 and tower == "text" else example
+    inputs, probe = _probe(model, tower, normalize, LOWEST[kind])
+    example = inputs[:3].int() if int32 and tower == "text" else inputs[:3]
     encoder = _Encoder(model, tower, normalize, "fp32" if kind == "int8" else kind).eval()
     import_extra("onnxscript")  # the exporter's own error doesn't name the extra
     with torch.no_grad(), evakernels.as_torch_operators(), _silence():
@@ -229,7 +230,7 @@ def _write_onnx(
             if value.name in names and value not in graph.outputs:
                 value.name += "_inside"
     onnx_program.model.metadata_props.update(
-        {**probe.to_metadata(), "evaclip.tower": tower, "evaclip.dtype": kind, "evaclip.normalize": str(normalize)}
+        {KEY: json.dumps(probe), "evaclip.tower": tower, "evaclip.dtype": kind, "evaclip.normalize": str(normalize)}
     )
     onnx_program.save(path, external_data=external)
     if kind == "int8":
@@ -239,23 +240,25 @@ def _write_onnx(
     if data.exists():
         data.chmod(path.stat().st_mode)
     outcomes = check(path)
-    require(outcomes, probe.lowest, path.name)
+    require(outcomes, path.name)
     return outcomes
 
 
-def _probe(model: CLIP | VisionModel, tower: TowerName, normalize: bool, lowest: float) -> Probe:
-    """Inputs, and the embeddings or logits that the model gives for them in float32."""
+def _probe(
+    model: CLIP | VisionModel, tower: TowerName, normalize: bool, lowest: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """Inputs, and the probe: what `check` needs to draw them again, and the model's float32 outputs for them."""
     encode = _Encoder(model, tower, normalize).eval()
     config = encode.tower.config
     shape = (3, *config.image_shape) if tower == "image" else (config.context_length,)
     vocab_size = 0 if tower == "image" else config.vocab_size
-    inputs = torch.from_numpy(make_inputs(tower, shape, vocab_size, SEED))
+    inputs = torch.from_numpy(make_inputs(shape, vocab_size))
     weight = next(encode.parameters())
     if weight.dtype != torch.float32:
         encode = copy.deepcopy(encode).float()
     with torch.no_grad():
-        expected = encode(inputs.to(weight.device)).cpu().numpy()
-    return Probe(tower, shape, vocab_size, lowest, expected)
+        expected = encode(inputs.to(weight.device)).tolist()
+    return inputs, {"vocab_size": vocab_size, "lowest": lowest, "expected": expected}
 
 
 def quantize(path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evaclip.commands.parser import Run, add_reading, leaf, open_data
 
@@ -34,7 +34,7 @@ _RETRIEVAL = (
     "evaclip eval retrieval EVA02-CLIP-B-16:weights.pt --data coco/test.csv   # one row per caption",
     "evaclip eval retrieval runs/a --data 'flickr/{0..3}.tar' --caption-key json:captions",
 )
-_PROBES = {
+_PROBES: dict[Literal["linear-probe", "knn"], str] = {
     "linear-probe": "train a linear classifier on frozen features",
     "knn": "classify by the 20 nearest neighbours among frozen features",
 }
@@ -151,16 +151,15 @@ def _run_retrieval(args: argparse.Namespace) -> None:
     _report(args, setting, *run_retrieval(setting))
 
 
-def _run_by_features(task: str, args: argparse.Namespace) -> None:
-    from evaclip.eval.runs import run_knn, run_linear_probe
+def _run_by_features(task: Literal["linear-probe", "knn"], args: argparse.Namespace) -> None:
+    from evaclip.eval.runs import run_probe
     from evaclip.loading import load_features
 
     train = open_data(args.train, args, caption_template="{}")
     source, options = _prepare(args)
     loaded = load_features(args.model, device=_device(args), average=not args.no_average)
     setting = _make_setting(args, source, options, loaded)
-    run = run_knn if task == "knn" else run_linear_probe
-    _report(args, setting, run(setting, train, _classnames(args)))
+    _report(args, setting, run_probe(task, setting, train, _classnames(args)))
 
 
 def _load_setting(args: argparse.Namespace) -> "Setting":

@@ -78,14 +78,14 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from evaclip.onnx_check import DEFAULT_PROVIDER, check, read_probe, require
+    from evaclip.onnx_check import DEFAULT_PROVIDER, check, require
 
     ignored = (args.random, args.int8, args.normalize, args.force, args.dtype != "fp32", args.max_patches)
     if args.model is not None or any(ignored):
         raise UserError("--check takes FILE and --provider, and no other option")
     outcomes = check(args.check, args.provider or [DEFAULT_PROVIDER])
     _show(args.check, outcomes)
-    require(outcomes, read_probe(args.check).lowest, str(args.check))
+    require(outcomes, str(args.check))
 
 
 def _show(file: Path, outcomes: "list[Outcome]") -> None:

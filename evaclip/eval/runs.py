@@ -33,7 +33,7 @@ class Setting:
     """Model, data and options of an evaluation.
 
     Attributes:
-        loaded: the model; for `run_classify` a classifier, for `run_linear_probe` and `run_knn` either.
+        loaded: the model; for `run_classify` a classifier, for `run_probe` either.
         path: of the data, as the user wrote it.
         source: the data, opened.
         title: name of the data in tables and reports.
@@ -65,7 +65,7 @@ def run_zero_shot(setting: Setting, classnames: Sequence[str] | None, templates:
     labels = assign_labels(images.captions, images.keys, classnames, setting.source.classes)
     classifier = zero_shot.build_classifier(loaded.model, loaded.tokenizer, labels.classnames, templates, options)
     result = zero_shot.evaluate(images.features, labels.indices, classifier, labels.classnames)
-    prompts = {"classes": list(labels.classnames), "templates": list(templates)}
+    prompts: dict[str, object] = {"classes": list(labels.classnames), "templates": list(templates)}
     return _evaluation("zero-shot", setting, result.to_dict(), started, len(images), prompts)
 
 
@@ -85,23 +85,14 @@ def run_retrieval(setting: Setting) -> tuple[Evaluation, Gallery]:
     return evaluation, build_gallery(f"{setting.title}: captions and the images they retrieve", pairs)
 
 
-def run_linear_probe(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
-    """A linear probe trained on the features of `train` and tested on those of the setting's source.
+def run_probe(
+    task: Literal["linear-probe", "knn"], setting: Setting, train: Source, classnames: Sequence[str] | None
+) -> Evaluation:
+    """A linear probe, or k nearest neighbours, by the features of `train`, tested on the setting's source.
 
     Raises:
         Refused: more samples of either than `setting` allows could not be read.
     """
-    return _by_features("linear-probe", setting, train, classnames)
-
-
-def run_knn(setting: Setting, train: Source, classnames: Sequence[str] | None) -> Evaluation:
-    """k nearest neighbours among the features of `train`; the rest as for `run_linear_probe`."""
-    return _by_features("knn", setting, train, classnames)
-
-
-def _by_features(
-    task: Literal["linear-probe", "knn"], setting: Setting, train: Source, classnames: Sequence[str] | None
-) -> Evaluation:
     started = time.monotonic()
     fitted, tested = _encode(setting, train), _encode(setting, setting.source)
     train_labels = assign_labels(fitted.captions, fitted.keys, classnames, train.classes)

@@ -6,13 +6,13 @@ A configuration file holds only what differs from the defaults here, which are t
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib.resources import files
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from evaclip.errors import UserError, unknown_name
 
@@ -53,8 +53,16 @@ ALIASES = {
 _HUB = "hf-hub:"
 _added: dict[str, Path] = {}
 """Files of `add_model_config` by model name."""
+_RATE = "0 <= rate < 1", lambda value: 0 <= value < 1
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "crop": ("0 < share <= 1", lambda value: 0 < value <= 1),
+    "drop_path": _RATE,
+    "patch_dropout": _RATE,
+    "prefix_tokens": ("0 to 16", lambda value: 0 <= value <= 16),
+    "init_logit_bias": ("a number, or null", math.isfinite),
+}
+"""Accepted numbers by field; all others are positive."""
 
-_RATES = ("drop_path", "patch_dropout")
 Config = TypeVar("Config")
 
 
@@ -90,14 +98,7 @@ class Preprocess:
             )
             object.__setattr__(self, name, numbers)
         _check(min(self.std) > 0, f"preprocess.std must be positive, got {self.std}")
-        _check_choice("preprocess.interpolation", self.interpolation, Interpolation)
-        _check_choice("preprocess.resize", self.resize, Resize)
-        crop = self.crop
-        _check(_is_number(crop) and 0 < crop <= 1, f"preprocess.crop must be 0 < share <= 1, got {crop!r}")
-        most = self.max_patches
-        _check(
-            most is None or (type(most) is int and most > 0), f"preprocess.max_patches must be 1 or more, got {most!r}"
-        )
+        _check_fields("preprocess", self)
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,14 @@ class VisionConfig:
         if isinstance(self.image_size, list | tuple):
             object.__setattr__(self, "image_size", _pair(self.image_size))
         _check_fields("vision", self)
-        _check_choice("vision.pool", self.pool, Pool)
-        _check_choice("vision.pos_interpolation", self.pos_interpolation, Interpolation)
         _check(
             self.pool != "token" or self.prefix_tokens > 0,
             "vision.prefix_tokens must be 1 or more with pool=token, got 0",
         )
-        _check_choice("vision.mlp", self.mlp, Mlp)
         _check(
             self.pool != "attention" or self.mlp != "swiglu",
             "vision.mlp must be gelu or gelu_tanh with pool=attention, got swiglu",
         )
-        _check_choice("vision.norm", self.norm, NormKind)
         _check_heads("vision", self.width, self.heads)
         _check(
             all(side % self.patch_size == 0 for side in self.image_shape),
@@ -249,10 +246,6 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_fields("text", self)
-        _check_choice("text.mlp", self.mlp, TextMlp)
-        _check_choice("text.hf_pooler_type", self.hf_pooler_type, HFPooler)
-        if self.hf_proj_type is not None:
-            _check_choice("text.hf_proj_type", self.hf_proj_type, HFProjection)
         _check_heads("text", self.width, self.heads)
 
     @property
@@ -425,38 +418,28 @@ def _check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_fields(part: str, config: Any) -> None:
+    """Check each field by its annotation, and numbers by `_NUMBERS`."""
     for entry in fields(config):
-        value = getattr(config, entry.name)
-        number = isinstance(value, int | float) and _is_number(value)
-        if entry.name == "image_size" and isinstance(value, tuple):
+        name, value = f"{part}.{entry.name}", getattr(config, entry.name)
+        is_union = get_origin(entry.type) in (Union, UnionType)
+        kind, *others = get_args(entry.type) if is_union else (entry.type,)
+        if is_dataclass(kind) or get_origin(kind) is tuple or type(value) in [get_origin(x) or x for x in others]:
             continue
-        if isinstance(entry.default, bool):
-            accepted, expected = isinstance(value, bool), "true or false"
-        elif entry.name in ("hf_model_name", "hf_tokenizer_name", "hf_folder"):
-            accepted, expected = value is None or isinstance(value, str), "a folder, a name on the hub, or null"
-        elif entry.name == "init_logit_bias":
-            accepted, expected = number or value is None, "a number, or null"
-        elif entry.name in _RATES:
-            accepted, expected = number and 0 <= value < 1, "0 <= rate < 1"
-        elif entry.name == "prefix_tokens":
-            accepted, expected = number and isinstance(value, int) and 0 <= value <= 16, "0 to 16"
-        elif isinstance(entry.default, int):
-            accepted, expected = number and isinstance(value, int) and value > 0, "a positive integer"
-        elif isinstance(entry.default, float) or entry.default is None:
-            accepted, expected = (number and value > 0) or value is entry.default, "a positive number"
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise unknown_name(name, str(value), get_args(kind))
+        elif kind is bool:
+            _check(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
+        elif kind is str:
+            _check(isinstance(value, str), f"{name} must be a folder, a name on the hub, or null, got {value!r}")
         else:
-            continue
-        _check(accepted, f"{part}.{entry.name} must be {expected}, got {value!r}")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise unknown_name(name, str(value), get_args(choices))
+            numbers = "a positive integer" if kind is int else "a positive number"
+            expected, is_accepted = _NUMBERS.get(entry.name, (numbers, lambda number: number > 0))
+            is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            _check(
+                is_number and math.isfinite(value) and is_accepted(value), f"{name} must be {expected}, got {value!r}"
+            )
 
 
 def _check_heads(part: str, width: int, heads: int) -> None:
@@ -483,5 +466,4 @@ class Savings:
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
-        if self.recompute not in get_args(Recompute):
-            raise unknown_name("savings.recompute", str(self.recompute), get_args(Recompute))
+        _check_fields("savings", self)

@@ -94,15 +94,16 @@ def check_texts(texts: Sequence[str], limits: Limits) -> None:
 
 
 class Guard:
-    """ASGI middleware that reads a request, and lets it through if it is within the limits and brings the key.
+    """ASGI middleware that reads a request, and passes it on if it is within the limits and has the key.
 
-    Work on a request ends when its time is over, and when nobody waits for the answer any more.
+    Work on a request ends after its time limit, and when the client disconnects. The middleware of starlette and the
+    limits of uvicorn answer in plain text and without `Retry-After`; this one answers in JSON.
 
     Args:
-        app: what answers.
-        limits: see there.
-        key: what requests must bring, as a bearer token or the password of basic authentication; None for no key.
-        hosts: names that the server may be called by; see `create_app`.
+        app: the application.
+        limits: of requests.
+        key: required as a bearer token or as the password of basic authentication; None for no key.
+        hosts: accepted names of the server; see `create_app`.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, key: str | None = None, hosts: Sequence[str] = ("*",)) -> None:
@@ -152,50 +153,44 @@ class Guard:
             raise _too_long(self._limits)
 
     async def _serve(self, scope: Scope, receive: Receive, answer: Send) -> None:
-        end = asyncio.get_running_loop().time() + self._limits.seconds
+        clock, seconds = asyncio.get_running_loop().time, self._limits.seconds
+        end = clock() + seconds
         try:
             async with asyncio.timeout_at(end):
                 body = await self._body(receive)
         except TimeoutError as exc:
-            raise Rejected(408, f"The request didn't arrive within {self._limits.seconds:g} seconds.") from exc
+            raise Rejected(408, f"The request didn't arrive within {seconds:g} seconds.") from exc
         if body is None:
             return
+        messages: list[Message] = [{"type": "http.request", "body": body}]
         gone = asyncio.ensure_future(receive())
-        work = asyncio.ensure_future(self._app(scope, _replay(body, gone), answer))
-        left = end - asyncio.get_running_loop().time()
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await asyncio.shield(gone)
+
+        work = asyncio.ensure_future(self._app(scope, replay, answer))
         try:
-            done, _ = await asyncio.wait({gone, work}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({gone, work}, timeout=end - clock(), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (gone, work):
-                if not task.done():
-                    task.cancel()
+            gone.cancel()
+            work.cancel()
         if work in done:
             work.result()
         elif not done:
-            raise Rejected(503, f"The answer took more than {self._limits.seconds:g} seconds; try again later.")
+            raise Rejected(503, f"The answer took more than {seconds:g} seconds; try again later.")
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """All of it; None where who asked is gone."""
-        parts, size, more = list[bytes](), 0, True
+        """The whole body; None if the client has disconnected."""
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._limits.body:
+            body += message.get("body", b"")
+            if len(body) > self._limits.body:
                 raise _too_long(self._limits)
             more = message.get("more_body", False)
-        return b"".join(parts)
-
-
-def _replay(body: bytes, gone: "asyncio.Future[Message]") -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        return messages.pop() if messages else await asyncio.shield(gone)
-
-    return receive
+        return bytes(body)
 
 
 def _too_long(limits: Limits) -> Rejected:

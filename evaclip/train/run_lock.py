@@ -51,15 +51,8 @@ class Owner:
     @property
     def is_running(self) -> bool | None:
         """Whether the process lives; None if this machine can't tell."""
-        if not self.machine or self.machine != _machine():
-            return None
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # another user's
-            return True
-        return _start_of(self.pid) == self.ticks
+        is_here = self.machine and self.machine == _machine()
+        return _start_of(self.pid) == self.ticks if is_here else None
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.start[:19]} UTC)" if self.pid else "an unknown process"
@@ -140,11 +133,14 @@ class RunLock:
             before = read_lock(self._path)
         try:
             has_flock = flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = has_flock or before is None
+            is_held = before is not None and not has_flock
         except BlockingIOError:
-            has_flock, is_free = True, False
-        if not is_free:
-            self._replace(before, has_flock, overwrite)
+            has_flock = is_held = True
+        if is_held:
+            is_dead = before is not None and before.is_running is False and not has_flock
+            if before and self.taken_from is None and (is_dead or (overwrite and not before.is_running)):
+                self.taken_from = before
+                self._path.unlink()
             return False
         if not os.path.samestat(self._path.stat(), os.fstat(self._file)):
             return False
@@ -154,14 +150,6 @@ class RunLock:
         if not has_flock:
             time.sleep(SETTLE)
         return has_flock or read_lock(self._path) == self.owner
-
-    def _replace(self, before: Owner | None, has_flock: bool, overwrite: bool) -> None:
-        """Deletes the file of an owner that is gone, or once with `overwrite` of one that may be gone."""
-        if before is None or before.is_running or self.taken_from is not None:
-            return
-        if overwrite or (before.is_running is False and not has_flock):
-            self.taken_from = before
-            self._path.unlink()
 
     def _close(self) -> None:
         if self._file >= 0:
@@ -187,14 +175,9 @@ def is_held(path: Path) -> bool:
     owner = read_lock(path)
     if owner is None:
         return False
-    try:
-        with path.open("rb") as file:
-            if flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB):
-                return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+    with suppress(OSError), path.open("rb") as file:
+        if flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB):
+            return False
     return owner.is_running is not False
 
 

@@ -155,7 +155,9 @@ def read_model_options(weights: Path) -> dict[str, Any]:
         raise UserError(f"{path} must describe the model of {weights.name}, but can't be read: {exc}") from exc
     if not isinstance(options, dict) or "name" not in options:  # another program's file of that name
         return {}
-    return _with_hf_folder(options, weights.parent)
+    if (folder := weights.with_name(HF_TEXT_FOLDER)).is_dir():  # copies of configuration and tokenizer
+        options["text"]["hf_folder"] = str(folder)
+    return options
 
 
 def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, Any], Path | None]:
@@ -170,25 +172,16 @@ def read_checkpoint(folder: Path, average: bool) -> tuple[str, Path, dict[str, A
     """
     weights = find_weights(folder, "", average=average)
     checkpoint = weights.parent
-    path = checkpoint / MODEL_CONFIG_FILE
-    try:
-        options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    options = read_model_options(weights)
+    if not options:
         raise UserError(
-            f"{path} cannot be read, so the model of this checkpoint is unknown ({exc}); give it as NAME:{checkpoint}"
-        ) from exc
+            f"{checkpoint} must have a {MODEL_CONFIG_FILE}, naming its model; else give it as NAME:{checkpoint}"
+        )
     name = str(options.pop("name"))
     if (checkpoint / PREPROCESS_FILE).is_file():
         options.pop("preprocess", None)
     run = folder if (folder / CONFIG_FILE).is_file() else checkpoint.parent.parent
-    return name, weights, _with_hf_folder(options, checkpoint), run if (run / CONFIG_FILE).is_file() else None
-
-
-def _with_hf_folder(options: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Model options with the checkpoint's copy of the configuration and tokenizer of a text tower of transformers."""
-    if (folder := checkpoint / HF_TEXT_FOLDER).is_dir():
-        options["text"]["hf_folder"] = str(folder)
-    return options
+    return name, weights, options, run if (run / CONFIG_FILE).is_file() else None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, weights: str = "") -> None:

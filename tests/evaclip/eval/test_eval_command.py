@@ -15,7 +15,7 @@ from evaclip.commands.main import main
 from evaclip.data import open_source
 from evaclip.errors import Refused, UserError
 from evaclip.eval.features import FeatureOptions
-from evaclip.eval.runs import Setting, run_knn, run_linear_probe, run_retrieval, run_zero_shot
+from evaclip.eval.runs import Setting, run_probe, run_retrieval, run_zero_shot
 from evaclip.loading import LoadedModel, load_model
 from evaclip.report import write_report
 from evaclip.train.config import EvalConfig, LogConfig
@@ -180,8 +180,8 @@ def setting(path: Path, **options: Any) -> Setting:
     [
         lambda setting: run_zero_shot(setting, None, ["{}"]),
         lambda setting: run_retrieval(setting)[0],
-        lambda setting: run_linear_probe(setting, setting.source, None),
-        lambda setting: run_knn(setting, setting.source, None),
+        lambda setting: run_probe("linear-probe", setting, setting.source, None),
+        lambda setting: run_probe("knn", setting, setting.source, None),
     ],
     ids=["zero-shot", "retrieval", "linear-probe", "knn"],
 )
