@@ -51,8 +51,15 @@ class Owner:
     @property
     def is_running(self) -> bool | None:
         """Whether the process lives; None if this machine can't tell."""
-        is_here = self.machine and self.machine == _machine()
-        return _start_of(self.pid) == self.ticks if is_here else None
+        if not self.machine or self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's, which /proc may hide
+            return True
+        return _start_of(self.pid) == self.ticks
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.start[:19]} UTC)" if self.pid else "an unknown process"
