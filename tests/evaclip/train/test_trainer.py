@@ -83,7 +83,7 @@ def test_a_run_leaves_what_it_should(run_config: Make, capsys: Any) -> None:
     assert [record["step"] for record in logged] == [1, 2, 3, 4, 5, 6]
     assert [record["samples"] for record in logged] == [8, 16, 24, 32, 40, 48]
     assert logged[4]["epoch"] == 1.0
-    assert all(record["mfu"] > 0 and record["samples_per_second"] > 0 for record in logged)
+    assert all("mfu" not in record and record["samples_per_second"] > 0 for record in logged)
     assert [logged[0][key] for key in ("lr", "lr_visual", "lr_text", "loss_scale")] == [1e-3, 2e-3, 1e-3, 1.0]
     assert list(evaluations(folder)) == [4, 6]
     assert (outcome.metrics["val/samples"], outcome.metrics["val/classes"]) == (24, 24)
