@@ -202,7 +202,7 @@ class SpikeDetector:
         return {"ordinary": list(self._ordinary), "suspicious": self.suspicious}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`; checkpoints of earlier versions have an empty one."""
+        """Restores `state_dict`; an empty one starts anew."""
         self._ordinary = deque(state.get("ordinary", ()), maxlen=self._window)
         self.suspicious = state.get("suspicious", 0)
 
