@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evaclip.commands.parser import add_reading, leaf, open_data, positive
+from evaclip.commands.parser import add_reading, leaf, open_data, part_of_n, positive
 from evaclip.errors import UserError, counted
 from evaclip.launchers import take_over
 
@@ -57,6 +57,7 @@ def _add_index(verbs: Any) -> None:
     parser.add_argument(
         "--part",
         metavar="I/N",
+        type=part_of_n,
         help="index the I-th of N parts of the shards, from 0, into FILE-0000I-of-0000N.json; under torchrun and srun"
         " each process takes one",
     )
@@ -160,7 +161,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
     if not args.out.endswith(LIST_SUFFIX):
         raise UserError(f"--out must end in {LIST_SUFFIX}, got {args.out!r}")
-    part, parts = _part(args.part)
+    part, parts = args.part or take_over()
     out = Path(args.out)
     if parts > 1:
         out = out.with_stem(f"{out.stem}-{part:05d}-of-{parts:05d}")
@@ -172,17 +173,6 @@ def _run_index(args: argparse.Namespace) -> None:
         write_list(out, source.shards)
     found = f"{counted(len(source.shards), 'shard')}, {counted(len(source), 'sample')}"
     print(f"{out}: {found}, fingerprint {source.fingerprint}")
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    """Which part of how many; what isn't said is what torchrun or srun says."""
-    if text is None:
-        take_over()
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"--part must be I/N, with I from 0 to N - 1, got {text!r}")
-    return int(number), int(count)
 
 
 def _run_convert(args: argparse.Namespace) -> None:

@@ -109,7 +109,7 @@ def open_data(path: str, args: argparse.Namespace, **options: Any) -> "Source":
     return open_source(path, args.kind, **chosen, **options)
 
 
-def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+def run_command(parser: CommandParser, argv: Sequence[str] | None) -> int:
     """Run the command that `argv` names.
 
     Returns:
