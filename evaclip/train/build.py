@@ -265,7 +265,7 @@ def _precision_remarks(device: torch.device, precision: Precision) -> list[str]:
 
 
 def _data_remarks(config: TrainConfig, whole: Source, validation: Source | None, ranks: int) -> list[str]:
-    """Lines on the validation split, and on sets of many local shards without a list if there are several ranks."""
+    """Lines on the validation split, on many local shards without a list, and on a shuffle window of few batches."""
     data, remarks = config.data, []
     if config.validation_split:
         held_out = "nothing is held out" if validation is None else f"{len(validation):,} are never trained on"
@@ -281,4 +281,11 @@ def _data_remarks(config: TrainConfig, whole: Source, validation: Source | None,
         and not (source.remote or path.endswith(LIST_SUFFIX))
         and len(source.shard_sizes) > _MANY_SHARDS
     ]
+    window, nodes = data.shuffle_window, data.canonical_nodes
+    mixed, least = window * nodes, 4 * config.batch_size
+    if 0 < mixed < min(least, len(whole)):
+        remarks.append(
+            f"data.shuffle_window={window} x data.canonical_nodes={nodes} shuffles {mixed:,} samples with each other, "
+            f"fewer than 4 batches of {config.batch_size:,}; data.shuffle_window={math.ceil(least / nodes)} mixes 4"
+        )
     return remarks

@@ -115,6 +115,17 @@ def test_existing_run_is_kept(run_config: Make, trained: Path) -> None:
     assert not {"evaluations", "galleries", "report.html"} & {path.name for path in trained.iterdir()}
 
 
+def test_shuffle_window_of_few_batches_warns_once(run_config: Make, capsys: Any) -> None:
+    train(run_config("schedule.steps=1", "data.shuffle_window=8", "data.canonical_nodes=2"))
+    text = capsys.readouterr().out
+    assert text.count("shuffles 16 samples with each other") == 1
+    assert "fewer than 4 batches of 8" in text
+    assert "data.shuffle_window=16 mixes 4" in text
+    for window in (16, 0):  # four batches, and everything
+        train(run_config("schedule.steps=1", f"data.shuffle_window={window}", "data.canonical_nodes=2"), overwrite=True)
+        assert "samples with each other" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_locked_tower_is_unchanged_and_resumes(run_config: Make, accumulation: int) -> None:
     locked = ("model.lock_image=true", "model.lock_image_unlocked_groups=1", f"accumulation_steps={accumulation}")
