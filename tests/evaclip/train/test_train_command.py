@@ -192,7 +192,7 @@ def test_a_dry_run_shows_the_plan_and_saves_nothing(config_file, capsys, tmp_pat
     arguments = ["--set", "model.patch_dropout=0.5", "accumulation_steps=2", "optim.visual.layer_decay=0.9"]
     assert main(["train", "tiny", "--config", config_file, "--dry-run", *arguments]) == 0
     text = capsys.readouterr().out
-    for part in ("8 = 1 ranks x 2 micro-batches x 4", "6 steps, 48 samples, 1.20 epochs", "first step", "loss"):
+    for part in ("8 = 1 ranks x 2 micro-batches x 4", "6 steps, 48 samples, 1.20 epochs", "first step", "samples/s"):
         assert part in text
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
