@@ -11,15 +11,18 @@ from pathlib import Path
 _PORTS = range(20000, 30000)
 
 
-def take_over(environment: MutableMapping[str, str] = os.environ) -> None:
+def take_over(environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
     """Sets torchrun's environment variables if `srun` started this process as one of several.
 
     MASTER_ADDR and MASTER_PORT keep values that are already set.
+
+    Returns:
+        rank and number of ranks; 0 and 1 of a process that was started alone.
     """
     # A batch script and its children without srun aren't part of a step.
     size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if size == 1 or "WORLD_SIZE" in environment:
-        return
+        return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     node, job, step = (int(environment[f"SLURM_{name}"]) for name in ("NODEID", "JOB_ID", "STEP_ID"))
     ours = {
         "RANK": environment["SLURM_PROCID"],
@@ -33,6 +36,7 @@ def take_over(environment: MutableMapping[str, str] = os.environ) -> None:
     }
     for name, value in ours.items():
         environment.setdefault(name, value)
+    return int(environment["RANK"]), size
 
 
 def _tasks_of(counts: str) -> list[int]:

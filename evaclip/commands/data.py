@@ -1,4 +1,4 @@
-"""`evaclip data`: build the emoji shards, list shards, convert, check and time data sets."""
+"""`evaclip data`: build the emoji shards, list shards, convert and check data sets."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evaclip.commands.parser import add_reading, leaf, open_data, positive
+from evaclip.commands.parser import add_reading, leaf, open_data, part_of_n
 from evaclip.errors import UserError, counted
 from evaclip.launchers import take_over
 
@@ -16,13 +16,12 @@ _NAMED_FAULTS = 5
 
 def add_commands(subparsers: Any) -> None:
     """Adds `data` with its verbs to the command line."""
-    parser = subparsers.add_parser("data", help="build, convert, check and time data sets")
+    parser = subparsers.add_parser("data", help="build, list, convert and check data sets")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_emoji(verbs)
     _add_index(verbs)
     _add_convert(verbs)
     _add_check(verbs)
-    _add_bench(verbs)
 
 
 def _add_emoji(verbs: Any) -> None:
@@ -57,6 +56,7 @@ def _add_index(verbs: Any) -> None:
     parser.add_argument(
         "--part",
         metavar="I/N",
+        type=part_of_n,
         help="index the I-th of N parts of the shards, from 0, into FILE-0000I-of-0000N.json; under torchrun and srun"
         " each process takes one",
     )
@@ -100,26 +100,6 @@ def _add_check(verbs: Any) -> None:
     parser.set_defaults(run=_run_check)
 
 
-def _add_bench(verbs: Any) -> None:
-    parser = leaf(
-        verbs,
-        "bench",
-        help="measure how fast batches are read, decoded and augmented, and say how many cores a node needs",
-        examples=[
-            "evaclip data bench 'data/cc3m/{00000..00331}.tar' --workers 8 --batch-size 256",
-            "evaclip data bench 'data/cc3m/{00000..00331}.tar' --images-per-second 2600",
-        ],
-    )
-    _add_source_options(parser)
-    add = parser.add_argument
-    add("--batch-size", type=int, default=64, help="samples per batch (default: 64)")
-    add("--image-size", type=int, default=224, help="side of the tensors (default: 224)")
-    add("--seconds", type=positive, default=10.0, help="how long to measure (default: 10)")
-    add("--images-per-second", type=positive, metavar="N", help="rate of a GPU, measured or from 'evaclip plan'")
-    add("--gpus", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
-    parser.set_defaults(run=_run_bench)
-
-
 def _add_separator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv-separator", help="default: tab, comma, semicolon or pipe, whichever gives the columns")
 
@@ -160,7 +140,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
     if not args.out.endswith(LIST_SUFFIX):
         raise UserError(f"--out must end in {LIST_SUFFIX}, got {args.out!r}")
-    part, parts = _part(args.part)
+    part, parts = args.part or take_over()
     out = Path(args.out)
     if parts > 1:
         out = out.with_stem(f"{out.stem}-{part:05d}-of-{parts:05d}")
@@ -172,17 +152,6 @@ def _run_index(args: argparse.Namespace) -> None:
         write_list(out, source.shards)
     found = f"{counted(len(source.shards), 'shard')}, {counted(len(source), 'sample')}"
     print(f"{out}: {found}, fingerprint {source.fingerprint}")
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    """Which part of how many; what isn't said is what torchrun or srun says."""
-    if text is None:
-        take_over()
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"--part must be I/N, with I from 0 to N - 1, got {text!r}")
-    return int(number), int(count)
 
 
 def _run_convert(args: argparse.Namespace) -> None:
@@ -237,54 +206,3 @@ def _run_check(args: argparse.Namespace) -> None:
         table.add_row(kind, str(len(faults)), escape(lines))
     console.print(table)
     raise SystemExit(1)
-
-
-def _run_bench(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-    from math import ceil
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from evaclip.data.bench import time_loader, time_stages
-    from evaclip.data.samples import REDUCTION_MARGIN
-    from evaclip.transforms import TrainTransform
-
-    for name in ("image_size", "gpus"):
-        if (given := getattr(args, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {given}")
-    rate: float | None = args.images_per_second
-    began = time.perf_counter()
-    source = open_data(args.path, args)
-    opened = time.perf_counter() - began
-    transform = TrainTransform(args.image_size).levels
-    step_seconds = args.batch_size / rate if rate else 0.0
-    throughput = time_loader(source, transform, args.batch_size, args.workers, step_seconds, args.seconds)
-    reduced = replace(source.decoding, at_least=REDUCTION_MARGIN * args.image_size)
-    stages = {
-        name: time_stages(source, transform, decoding)
-        for name, decoding in (("whole", source.decoding), ("jpeg_reduction", reduced))
-    }
-    columns = ["decoding", "read, ms", "decode, ms", "transform, ms", "images/s a core"]
-    if rate:
-        columns.append(f"cores for {args.gpus} GPUs of {rate:,.0f} images/s")
-    table = Table(*columns)
-    for name, times in stages.items():
-        cores = [f"{ceil(args.gpus * rate / times.per_second):,}"] if rate else []
-        table.add_row(name, *(f"{value:.2f}" for value in times[:3]), f"{times.per_second:.0f}", *cores)
-    console = Console()
-    console.print(table)
-    shared = throughput.shared_bytes
-    table = Table(show_header=False)
-    for name, value in {
-        "workers": str(args.workers),
-        "batch size": str(args.batch_size),
-        "samples/s": f"{throughput.samples_per_second:.0f}",
-        "MB/s": f"{throughput.samples_per_second * stages['whole'].image_bytes / 1e6:.1f}",
-        "waiting": f"{throughput.waited:.0%}",
-        "first batch, s": f"{throughput.first_batch_seconds:.2f}",
-        "opening, s": f"{opened:.2f}",
-        "shared memory, MB": "" if shared is None else f"{shared / 1e6:,.0f}",
-    }.items():
-        table.add_row(name, value)
-    console.print(table)

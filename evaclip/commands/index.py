@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from evaclip.commands.parser import add_reading, leaf, open_data
+from evaclip.commands.parser import add_reading, leaf, open_data, part_of_n
 from evaclip.errors import UserError, counted
 from evaclip.launchers import take_over
 
@@ -49,7 +49,7 @@ def add_commands(subparsers: Any) -> None:
     add("--approximate", action="store_true", help="also make an index for 'search --approximate'")
     add("--force", action="store_true", help="replace the file of --npz")
     help = "embed part I of N, from 0 on, into STORE-I (default: SLURM's task, if it started several)"
-    add("--part", metavar="I/N", type=_part, help=help)
+    add("--part", metavar="I/N", type=part_of_n, help=help)
     add = parser.add_argument_group("compute").add_argument
     add("--model", help="as for 'evaclip eval': NAME:WEIGHTS, a run, hf-hub:OWNER/NAME (default: the store's)")
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
@@ -61,13 +61,6 @@ def add_commands(subparsers: Any) -> None:
     help = "ray: on the cluster at RAY_ADDRESS, each node of which must see the images; or on this machine"
     add("--engine", choices=tuple(_ENGINES), default="local", help=help)
     add("--workers", type=int, metavar="N", help="workers of ray (default: one per GPU or, without GPUs, one per node)")
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
-    return int(number), int(count)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -95,7 +88,7 @@ def _indexed(args: argparse.Namespace) -> tuple["Store", str]:
     """The store with the images of --images, and the command that comes next."""
     from evaclip.runtime.store import Store
 
-    part = args.part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    part = args.part or take_over()
     folder, advice = args.store, _search_of(args.store)
     if part[1] > 1:
         folder, name = args.store.with_name(f"{args.store.name}-{part[0]}"), quote(str(args.store))

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ class CommandParser(argparse.ArgumentParser):
 
     Attributes:
         is_intermixed: options may stand between positionals that may be left out.
+        instead: replacements of other programs' options, by option, for errors.
     """
 
     is_intermixed = False
+    instead: Mapping[str, str] = {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not self.is_intermixed:
@@ -57,6 +59,14 @@ def positive(text: str) -> float:
         if 0 < (number := float(text)) < math.inf:
             return number
     raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+
+
+def part_of_n(text: str) -> tuple[int, int]:
+    """Parse I/N, part I of N parts, as the `type` of an argument."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(number), int(count)
 
 
 def leaf(
@@ -99,7 +109,7 @@ def open_data(path: str, args: argparse.Namespace, **options: Any) -> "Source":
     return open_source(path, args.kind, **chosen, **options)
 
 
-def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+def run_command(parser: CommandParser, argv: Sequence[str] | None) -> int:
     """Run the command that `argv` names.
 
     Returns:
@@ -149,7 +159,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     return 0
 
 
-def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
+def _refuse(command: CommandParser, unknown: list[str]) -> None:
     option = unknown[0].partition("=")[0]
+    if option in command.instead:
+        command.error(f"unrecognized arguments: {option}; instead: {command.instead[option]}")
     known = command._option_string_actions if option.startswith("-") else ()
     command.error(f"unrecognized arguments: {' '.join(unknown)}{hint(option, known)}")

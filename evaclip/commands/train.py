@@ -4,7 +4,7 @@ import argparse
 from textwrap import fill
 from typing import Any
 
-from evaclip.commands.parser import leaf
+from evaclip.commands.parser import CommandParser, leaf
 from evaclip.errors import UserError
 from evaclip.launchers import take_over
 from evaclip.machine import usable_cores
@@ -70,25 +70,23 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError("--as-gpus is for a --dry-run; torchrun starts the processes of a run")
     from evaclip.train.trainer import train
 
-    for note in aliases.notes(vars(args)):
-        print(note)
     outcome = train(config, resume=args.resume, overwrite=args.overwrite, overwrite_lock=args.overwrite_lock)
     if outcome.stopped_by is not None:
         raise SystemExit(outcome.stopped_by)
 
 
-def add_configuration(parser: argparse.ArgumentParser) -> None:
+def add_configuration(parser: CommandParser) -> None:
     """Add the options that `configure` reads."""
-    parser.usage = "%(prog)s [RECIPE] [OPTION ...]"
+    parser.usage, parser.instead = "%(prog)s [RECIPE] [OPTION ...]", aliases.INSTEAD
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="initial configuration; none lists the recipes")
     add("--config", action="append", default=[], metavar="YAML", help="file with keys that replace the recipe's")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace single keys, last")
-    flags = fill(" ".join(alias.flag for alias in aliases.ALIASES), 110, break_on_hyphens=False)
+    flags = fill(" ".join(aliases.FLAGS), 110, break_on_hyphens=False)
     group = parser.add_argument_group("options of open_clip and EVA-CLIP, see docs/open-clip.md", flags)
-    for alias in aliases.ALIASES:
-        takes: Any = {"nargs": "*" if alias.many else None} if alias.takes_value else {"action": "store_true"}
-        group.add_argument(alias.flag, dest=alias.flag, help=argparse.SUPPRESS, **takes)
+    for flag, assignments in aliases.FLAGS.items():
+        takes = aliases.ARGUMENTS.get(flag, {}) if "{}" in assignments else {"action": "store_true"}
+        group.add_argument(flag, dest=flag, help=argparse.SUPPRESS, default=None, **takes)
 
 
 def configure(args: argparse.Namespace, processes: int | None = None, *, here: bool = False) -> Any:

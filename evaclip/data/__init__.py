@@ -4,31 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
-    from evaclip.data.config import DataConfig
-    from evaclip.data.loader import Batch, EvalBatch, TrainLoader, iterate, tokenized
-    from evaclip.data.opening import open_configured, open_source
-    from evaclip.data.order import SampleOrder, sample_order
-    from evaclip.data.samples import BadSample, Decoding, Fault, FaultKind, RawSample
-    from evaclip.data.source import Source
-
-__all__ = [
-    "BadSample",
-    "Batch",
-    "DataConfig",
-    "Decoding",
-    "EvalBatch",
-    "Fault",
-    "FaultKind",
-    "RawSample",
-    "SampleOrder",
-    "Source",
-    "TrainLoader",
-    "iterate",
-    "open_configured",
-    "open_source",
-    "sample_order",
-    "tokenized",
-]
+    from evaclip.data.config import DataConfig as DataConfig
+    from evaclip.data.loader import Batch as Batch
+    from evaclip.data.loader import EvalBatch as EvalBatch
+    from evaclip.data.loader import TrainLoader as TrainLoader
+    from evaclip.data.loader import iterate as iterate
+    from evaclip.data.loader import tokenized as tokenized
+    from evaclip.data.opening import open_configured as open_configured
+    from evaclip.data.opening import open_source as open_source
+    from evaclip.data.order import SampleOrder as SampleOrder
+    from evaclip.data.order import sample_order as sample_order
+    from evaclip.data.samples import BadSample as BadSample
+    from evaclip.data.samples import Decoding as Decoding
+    from evaclip.data.samples import Fault as Fault
+    from evaclip.data.samples import FaultKind as FaultKind
+    from evaclip.data.samples import RawSample as RawSample
+    from evaclip.data.source import Source as Source
 
 Kind = Literal["auto", "webdataset", "csv", "jsonl", "parquet", "folder", "synthetic"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -42,6 +33,7 @@ _MODULES = {
     "source": ("Source",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from evaclip.errors import unknown_name
+from evaclip.train.throughput import TFLOPS
 
 PER_NODE = 8
 
@@ -13,7 +14,7 @@ class Gpu:
 
     Attributes:
         memory_gib: memory that a program can use, as torch reports it.
-        half_tflops, single_tflops: dense peak of GEMMs in 16 bits and in float32, from the maker's data sheet.
+        half_tflops, single_tflops: dense peak of GEMMs in 16 bits and in float32, of `TFLOPS`.
         memory_gbps: bandwidth of its memory, in GB/s.
         other_gib: memory that isn't tensors, least and most: CUDA context, workspaces of NCCL and cuBLAS, fragments.
             An assumption; `evaclip train --dry-run` measures it.
@@ -33,13 +34,13 @@ class Gpu:
 
 
 GPUS = {
-    "a100-40g": Gpu("NVIDIA A100 40 GB SXM", 39.5, 312, 19.5, 1555),
-    "a100-80g": Gpu("NVIDIA A100 80 GB SXM", 79.1, 312, 19.5, 2039),
-    "h100-80g": Gpu("NVIDIA H100 80 GB SXM", 79.1, 989, 67, 3350),
-    "h200": Gpu("NVIDIA H200 SXM", 139.8, 989, 67, 4800),
-    "b200": Gpu("NVIDIA B200 SXM", 178.3, 2250, 75, 8000),
-    "l40s": Gpu("NVIDIA L40S", 44.4, 362, 91.6, 864),
-    "rtx-4090": Gpu("NVIDIA RTX 4090", 23.5, 165.2, 82.6, 1008),
+    "a100-40g": Gpu("NVIDIA A100 40 GB SXM", 39.5, *TFLOPS["A100"], 1555),
+    "a100-80g": Gpu("NVIDIA A100 80 GB SXM", 79.1, *TFLOPS["A100"], 2039),
+    "h100-80g": Gpu("NVIDIA H100 80 GB SXM", 79.1, *TFLOPS["H100"], 3350),
+    "h200": Gpu("NVIDIA H200 SXM", 139.8, *TFLOPS["H200"], 4800),
+    "b200": Gpu("NVIDIA B200 SXM", 178.3, *TFLOPS["B200"], 8000),
+    "l40s": Gpu("NVIDIA L40S", 44.4, *TFLOPS["L40S"], 864),
+    "rtx-4090": Gpu("NVIDIA RTX 4090", 23.5, *TFLOPS["RTX 4090"], 1008),
 }
 
 

@@ -31,7 +31,7 @@ _STANDING: dict[str, Callable[[Any, Any], str]] = {
     "time": lambda config, log: duration(log[-1]["seconds"]),
     "loss, mean of the last tenth": lambda config, log: f"{mean(_values(log[-max(1, len(log) // 10) :], 'loss')):.4f}",
     "samples a second, median": lambda config, log: f"{median(_values(log, 'samples_per_second')):,.1f}",
-    "MFU, median": lambda config, log: f"{median(_values(log, 'mfu')):.1%}",
+    "MFU, median": lambda config, log: f"{median(known):.1%}" if (known := _values(log, "mfu")) else _MISSING,
     "steps left out": lambda config, log: f"{log[-1]['skipped']:,}",
 }
 """Rows of the comparison's first table: title, and value by a run's configuration and records with a loss."""
@@ -71,11 +71,12 @@ def render_comparison(folders: Sequence[Path]) -> str:
     records = [(config, [record for record in log if record.get("loss") is not None]) for config, log in runs.values()]
     flat = [dict(_leaves(config)) for config, _ in runs.values()]
     keys = sorted({key for leaves in flat for key in leaves} - {"name", "output"})
+    standing = [[title, *(value(*each) for each in records)] for title, value in _STANDING.items()]
     settings = [[key, *(str(leaves.get(key, _MISSING)) for leaves in flat)] for key in keys]
     body = render_template(
         "comparison.html",
         names=names,
-        standing=[[title, *(value(*each) for each in records)] for title, value in _STANDING.items()],
+        standing=[row for row in standing if set(row[1:]) != {_MISSING}],
         charts=[draw_panel(panel, names) for panel in compared({name: log for name, (_, log) in runs.items()})],
         differences=[row for row in settings if len(set(row[1:])) > 1],
     )
@@ -98,7 +99,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _values(log: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [float(record[key]) for record in log]
+    return [float(record[key]) for record in log if key in record]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

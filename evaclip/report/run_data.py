@@ -226,7 +226,7 @@ def _facts(
             ("state", state),
             ("samples seen", f"{last['samples']:,} ({last['epoch']:.1f} epochs)"),
             ("time", duration(last["seconds"])),
-            ("speed", f"{rate:,.0f} samples/s (median), MFU {last['mfu']:.0%}"),
+            ("speed", f"{rate:,.0f} samples/s (median)" + (f", MFU {last['mfu']:.0%}" if "mfu" in last else "")),
             ("optimizer", f"{config['optim']['name']}, peak rate {config['optim']['lr']:g}"),
             ("precision", config["precision"]),
             ("skipped steps", f"{last['skipped']:,}"),

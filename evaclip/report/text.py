@@ -80,7 +80,8 @@ def _rows(records: Objects, evaluations: Objects) -> list[_Row]:
     for title, key, form in _ROWS:
         values = [record.get(key) for record in records]
         now = values[-1] if values else None
-        rows.append(_Row(title, "" if now is None else form.format(now), values))
+        if not values or any(value is not None for value in values):
+            rows.append(_Row(title, "" if now is None else form.format(now), values))
     if evaluations:
         last = evaluations[-1]
         rows[1:1] = [

@@ -43,7 +43,6 @@ class Parts:
 
     Attributes:
         epoch_samples: samples of one epoch.
-        peak_flops: FLOP/s of all devices together.
         remarks: lines to print before the run begins.
     """
 
@@ -57,7 +56,6 @@ class Parts:
     evaluation: Evaluate | None
     total_steps: int
     epoch_samples: int
-    peak_flops: float
     remarks: list[str]
 
     @property
@@ -89,6 +87,11 @@ class Parts:
     def flops_per_sample(self, step: int) -> float:
         """Model FLOPs of a training step per sample, forward and backward."""
         return self.task.flops_per_sample(self.image_size(step))
+
+    def mfu(self, samples_per_second: float, step: int) -> float | None:
+        """Model FLOP/s of all ranks over their devices' peak; None if the peak is unknown."""
+        peak = peak_flops(self.world.device, self.config.precision)
+        return peak and samples_per_second * self.flops_per_sample(step) / (self.world.size * peak)
 
     def flops_left(self, step: int) -> float:
         """Sum of `flops_per_sample` over the steps from `step` to the end."""
@@ -125,7 +128,6 @@ def build(config: TrainConfig, world: World) -> Parts:
         evaluation=task.evaluation(config, world, validation),
         total_steps=total_steps(config.schedule, config.batch_size, len(source)),
         epoch_samples=config.schedule.epoch_samples or len(source),
-        peak_flops=world.size * peak_flops(world.device, config.precision),
         remarks=[
             *_precision_remarks(world.device, config.precision),
             *_data_remarks(config, whole, validation, world.size),
@@ -263,7 +265,7 @@ def _precision_remarks(device: torch.device, precision: Precision) -> list[str]:
 
 
 def _data_remarks(config: TrainConfig, whole: Source, validation: Source | None, ranks: int) -> list[str]:
-    """Lines on the validation split, and on sets of many local shards without a list if there are several ranks."""
+    """Lines on the validation split, on many local shards without a list, and on a shuffle window of few batches."""
     data, remarks = config.data, []
     if config.validation_split:
         held_out = "nothing is held out" if validation is None else f"{len(validation):,} are never trained on"
@@ -279,4 +281,11 @@ def _data_remarks(config: TrainConfig, whole: Source, validation: Source | None,
         and not (source.remote or path.endswith(LIST_SUFFIX))
         and len(source.shard_sizes) > _MANY_SHARDS
     ]
+    window, nodes = data.shuffle_window, data.canonical_nodes
+    mixed, least = window * nodes, 4 * config.batch_size
+    if 0 < mixed < min(least, len(whole)):
+        remarks.append(
+            f"data.shuffle_window={window} x data.canonical_nodes={nodes} shuffles {mixed:,} samples with each other, "
+            f"fewer than 4 batches of {config.batch_size:,}; data.shuffle_window={math.ceil(least / nodes)} mixes 4"
+        )
     return remarks

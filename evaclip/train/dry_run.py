@@ -116,13 +116,15 @@ def _measured(parts: Parts, position: Position, loss: float, seconds: list[float
         return [("steps left", "none")]
     count, step_seconds = len(seconds), median(seconds[1:] or seconds)
     flops = parts.flops_per_sample(position.step)
-    mfu = flops * parts.config.batch_size / step_seconds / parts.peak_flops
+    rate = parts.config.batch_size / step_seconds
+    mfu = parts.mfu(rate, position.step)
     # Steps with larger images take longer.
     whole = timedelta(seconds=round(step_seconds * parts.flops_left(position.step) / flops))
     rows = [("first step", f"loss {loss:.4f}, {seconds[0]:.2f} s with all that starts")]
     if count > 1:
         steps = "step 2" if count == 2 else f"steps 2 to {count}"
-        rows.append(("a step", f"{step_seconds:.2f} s (median of {steps}, with their data), MFU {mfu:.1%}"))
+        text = f"{step_seconds:.2f} s (median of {steps}, with their data), {rate:,.1f} samples/s"
+        rows.append(("a step", text if mfu is None else f"{text}, MFU {mfu:.1%}"))
         rows.append((f"{left:,} steps", f"about {whole}, an estimate; evaluations and checkpoints come on top"))
     else:
         rows.append((f"{left:,} steps", f"at most about {whole}, an estimate: the first step is the slowest"))

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +49,7 @@ class Record:
         samples_per_second: over all ranks, since the last record.
         tokens_per_second: the same for tokens that enter the towers' blocks.
         data_wait: fraction of that time spent waiting for data.
-        mfu: model FLOP/s over the device's peak.
+        mfu: model FLOP/s over the GPU's peak; None, and left out of logs, if the peak is unknown.
         memory_gib: peak memory of the GPU's allocator, or of the main process without a GPU.
         seconds: duration of the run so far, with earlier starts.
         more: for each tower lr_TOWER (at its output, 0 if it isn't trained), grad_norm_TOWER, update_norm_TOWER (L2
@@ -69,14 +69,15 @@ class Record:
     samples_per_second: float
     tokens_per_second: float
     data_wait: float
-    mfu: float
+    mfu: float | None
     memory_gib: float
     seconds: float
     more: Mapping[str, float] = field(default_factory=dict)
 
     def flat(self) -> dict[str, float]:
         """All numbers by name, as logs have them."""
-        return {name: value for name, value in vars(self).items() if name != "more"} | dict(self.more)
+        numbers = vars(self) | dict(self.more)
+        return {name: value for name, value in numbers.items() if name != "more" and value is not None}
 
 
 class Sink:
@@ -205,7 +206,7 @@ class LiveDisplay(Sink):
         columns = (TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TextColumn("eta {task.fields[eta]}"))
         self._progress = _BarAndNumbers(*columns, console=Console())
         self._total = total_steps
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, eta="-:--")
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, eta="-:--:--")
         self._progress.start()
 
     def record(self, record: Record) -> None:
@@ -410,7 +411,7 @@ def summary(record: Record) -> list[str]:
         f"lr {'/'.join(rates)}",
         f"{record.samples_per_second:,.1f} samples/s",
         f"data wait {record.data_wait:.0%}",
-        f"MFU {record.mfu:.1%}",
+        *([] if record.mfu is None else [f"MFU {record.mfu:.1%}"]),
         *([f"skipped {record.skipped}"] if record.skipped else []),
         *([f"bad samples {record.bad_samples}"] if record.bad_samples else []),
     ]
@@ -451,6 +452,4 @@ def _eta(record: Record, total_steps: int) -> str:
     """Time for the remaining steps at the speed of the last ones."""
     left = (total_steps - record.step) * record.samples / max(1, record.step)
     seconds = left / record.samples_per_second if record.samples_per_second else 0.0
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return str(timedelta(seconds=round(seconds)))

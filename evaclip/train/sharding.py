@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
-_COMPUTED_IN = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 _aten = torch.ops.aten
 _RANDOM = (_aten.normal_.default, _aten.uniform_.default)
 
@@ -50,7 +50,7 @@ def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precis
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload == "cpu" else OffloadPolicy()
     reshard = config.reshard_after_forward
     common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard, "offload_policy": offload}
-    dtype = _COMPUTED_IN.get(precision)
+    dtype = AUTOCAST.get(precision)
     # A block's arguments are left alone: among them are the rotary tables, which must stay float32.
     in_block = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     around = MixedPrecisionPolicy(

@@ -15,13 +15,12 @@ from evaclip.model.packing import PackedImages
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.micro_batch import MicroBatch, StepContext, upload
-from evaclip.train.sharding import synchronize_gradients
+from evaclip.train.sharding import AUTOCAST, synchronize_gradients
 from evaclip.train.tasks.task import Task
 from evaclip.transforms import Normalization
 from evaclip.weights import is_sharded
 from evakernels import gradient_norm, sample_token_index
 
-_AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 _ROWS_PER_DRAW = 256
 
 
@@ -102,7 +101,7 @@ class TrainStep:
         self._locked = [module for module in task.model.modules() if _is_locked(module)]
         self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
-        self.autocast_dtype = None if is_sharded(task.model) else _AUTOCAST.get(options.precision)
+        self.autocast_dtype = None if is_sharded(task.model) else AUTOCAST.get(options.precision)
         stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         normalize = Normalization(task.preprocess, world.device)
         self._upload = partial(upload, device=world.device, stream=stream, normalize=normalize)

@@ -3,13 +3,11 @@
 import resource
 import time
 from collections.abc import Iterator
-from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from evaclip.train.config import Precision
-from evakernels.nn import linear
 
 Item = TypeVar("Item")
 
@@ -17,8 +15,8 @@ BACKWARD_FACTOR = 3
 """A training step costs three forward passes; recomputation for activation checkpointing is not counted as useful."""
 
 # Dense TFLOP/s from the makers' data sheets: (fp16 / bf16 with fp32 sums, fp32 as torch multiplies by default).
-# The longest name that occurs in the device's name counts.
-_DATA_SHEET_TFLOPS = {
+# A GPU has the row of the longest name in its name.
+TFLOPS = {
     "B200": (2250.0, 75.0),
     "H200": (989.0, 67.0),
     "H100": (989.0, 67.0),
@@ -35,34 +33,14 @@ _DATA_SHEET_TFLOPS = {
 }
 
 
-def peak_flops(device: torch.device, precision: Precision) -> float:
-    """Peak FLOP/s: from the GPU's data sheet, or else measured by a short matrix product (0.2 s, once)."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [key for key in _DATA_SHEET_TFLOPS if key in name]
-        if known:
-            half, single = _DATA_SHEET_TFLOPS[max(known, key=len)]
-            return (single if precision == "fp32" else half) * 1e12
-    half_type = torch.bfloat16 if precision.endswith("bf16") else torch.float16
-    return _measure_peak(device, torch.float32 if precision == "fp32" else half_type)
-
-
-@cache
-def _measure_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    # A separate generator leaves the run's random numbers unchanged.
-    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
-    _timed_product(a)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, _timed_product(a))
-    return 2 * size**3 / best
-
-
-def _timed_product(a: torch.Tensor) -> float:
-    start = time.perf_counter()
-    # Reading one element waits for the device.
-    linear(a, a)[0, 0].item()
-    return time.perf_counter() - start
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Dense peak FLOP/s of a GPU by its data sheet; None for CPUs and GPUs without a row in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [key for key in TFLOPS if key in name]
+    if not known:
+        return None
+    half, single = TFLOPS[max(known, key=len)]
+    return (single if precision == "fp32" else half) * 1e12
 
 
 def peak_memory(device: torch.device) -> int:

@@ -202,7 +202,7 @@ class SpikeDetector:
         return {"ordinary": list(self._ordinary), "suspicious": self.suspicious}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`; checkpoints of earlier versions have an empty one."""
+        """Restores `state_dict`; an empty one starts anew."""
         self._ordinary = deque(state.get("ordinary", ()), maxlen=self._window)
         self.suspicious = state.get("suspicious", 0)
 
@@ -391,7 +391,7 @@ class Trainer:
         interval = self.meter.read()
         (tokens,) = self.world.sum(interval.tokens)
         self._count_bad_samples()
-        flops = interval.samples * self.parts.flops_per_sample(self.position.step - 1) / interval.seconds
+        samples_per_second = interval.samples / interval.seconds
         self.report.record(
             Record(
                 step=self.position.step,
@@ -403,10 +403,10 @@ class Trainer:
                 loss_scale=values.pop("loss_scale"),
                 skipped=int(values.pop("skipped")),
                 bad_samples=self.position.bad_samples,
-                samples_per_second=interval.samples / interval.seconds,
+                samples_per_second=samples_per_second,
                 tokens_per_second=tokens / interval.seconds,
                 data_wait=interval.waited / interval.seconds,
-                mfu=flops / self.parts.peak_flops,
+                mfu=self.parts.mfu(samples_per_second, self.position.step - 1),
                 memory_gib=peak_memory(self.world.device) / 2**30,
                 seconds=self.meter.seconds,
                 more={**values, **rates},

@@ -170,6 +170,8 @@ def test_report_of_trained_run(run_config, tmp_path):
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert {"Tokens a second", "Accuracy in the batch", "Evaluation: val/zero_shot_top1"} <= set(figures)
     assert "Loss scale" not in figures
+    assert "MFU" not in text
+    assert "MFU" not in state(tmp_path / "run")
     words = Page(text).words
     assert "start of 1 process" in words
     assert "ended: done" in words

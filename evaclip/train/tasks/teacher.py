@@ -35,7 +35,6 @@ from evaclip.weights.files import save_file, weights_hash
 
 _log = logging.getLogger(__name__)
 
-_LIKE_THE_RUN = {"amp_bf16": "bf16", "bf16": "bf16", "amp_fp16": "fp16", "fp16": "fp16"}
 _FEATURES = "features"
 
 
@@ -198,7 +197,7 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
     if config.shard and run.parallel.mode == "replicate":
         raise UserError("task.teacher.shard=true needs parallel.mode=shard or hybrid, got replicate")
     mode, cut = _fake_mode(model), config.shard and world.size > 1
-    precision = config.precision or _LIKE_THE_RUN.get(run.precision, "fp32")
+    precision = config.precision or run.precision.removeprefix("amp_")
     pretrained = config.pretrained if mode is None else None
 
     def cut_up(found: CLIP | VisionModel) -> None:

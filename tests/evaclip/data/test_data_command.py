@@ -71,23 +71,9 @@ def test_unwritable_output_is_refused_first(shards, tmp_path, monkeypatch, words
         evaclip("data", *({"SHARDS": shards, "OUT": out}.get(word, word) for word in words))
 
 
-def test_bench_shows_stages_and_throughput(shards, capsys):
-    evaclip("data", "bench", shards, "--workers", "1", "--batch-size", "16", "--image-size", "32", "--seconds", "0.1")
-    output = capsys.readouterr().out
-    assert all(word in output for word in ("read", "decode", "transform", "samples/s", "MB/s", "waiting"))
-
-
-def test_data_command_wrong_number_is_refused(shards, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        evaclip("data", "bench", shards, "--seconds", "nan")
-    assert "argument --seconds: must be" in capsys.readouterr().err
+def test_data_emoji_wrong_size_is_refused(tmp_path):
     with pytest.raises(UserError, match="size must be"):
         evaclip("data", "emoji", str(tmp_path), "--size", "100000")
-    for options in (["--image-size", "-3"], ["--images-per-second", "9", "--gpus", "0"]):
-        with pytest.raises(UserError, match=options[-2]):
-            evaclip("data", "bench", shards, *options)
-    with pytest.raises(UserError, match="global batch of 65"):
-        evaclip("data", "bench", shards, "--batch-size", "65", "--workers", "0")
 
 
 def read(source) -> list[tuple]:

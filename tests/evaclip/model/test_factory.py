@@ -71,6 +71,12 @@ def test_transforms_of_native_model_pack_images(seed: int | None) -> None:
     assert len(images.patches) == whole // 2
 
 
+def test_native_image_with_new_axis_names_pack_images() -> None:
+    _, _, evaluate = create_model_and_transforms("tiny", preprocess={"max_patches": 4})
+    with pytest.raises(TypeError, match=r"got None; `evaclip\.pack_images`"):
+        evaluate(Image.new("RGB", (60, 20)))[None]
+
+
 @pytest.mark.parametrize(
     ("make", "name", "options", "overrides"),
     [

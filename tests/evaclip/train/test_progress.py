@@ -209,6 +209,17 @@ def test_peak_flops_of_gpus(monkeypatch: pytest.MonkeyPatch, name: str, half: fl
     assert peak_flops(cuda, "fp32") == single
 
 
+def test_peak_flops_unknown_device_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 9000")
+    for device in ("cpu", "cuda"):
+        assert peak_flops(torch.device(device), "amp_bf16") is None
+
+
+def test_summary_has_mfu_only_if_known() -> None:
+    assert "MFU 37.5%" in progress.summary(RECORD)
+    assert not any("MFU" in number for number in progress.summary(replace(RECORD, mfu=None)))
+
+
 @pytest.mark.parametrize(("packed", "prefix"), [(False, 1), (False, 3), (True, 1), (True, 3)])
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

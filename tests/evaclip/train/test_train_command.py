@@ -192,7 +192,7 @@ def test_a_dry_run_shows_the_plan_and_saves_nothing(config_file, capsys, tmp_pat
     arguments = ["--set", "model.patch_dropout=0.5", "accumulation_steps=2", "optim.visual.layer_decay=0.9"]
     assert main(["train", "tiny", "--config", config_file, "--dry-run", *arguments]) == 0
     text = capsys.readouterr().out
-    for part in ("8 = 1 ranks x 2 micro-batches x 4", "6 steps, 48 samples, 1.20 epochs", "first step", "loss"):
+    for part in ("8 = 1 ranks x 2 micro-batches x 4", "6 steps, 48 samples, 1.20 epochs", "first step", "samples/s"):
         assert part in text
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
@@ -214,9 +214,8 @@ def test_a_dry_run_goes_on_as_the_run_would(config_file: str, capsys: Any, monke
     assert "4 steps" in text
 
 
-def test_a_run_from_a_file_and_notes_on_aliases(config_file: str, capsys: Any, tmp_path: Path) -> None:
+def test_train_from_a_file_with_flags(config_file: str, tmp_path: Path) -> None:
     assert main(["train", "tiny", "--config", config_file, "--local-loss", "--name", "named"]) == 0
-    assert "--local-loss: the loss here is always" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "named" / "log.jsonl").read_text().splitlines()]
     assert len(records) == 6
 
@@ -232,7 +231,7 @@ def test_a_run_from_a_file_and_notes_on_aliases(config_file: str, capsys: Any, t
         ("train tiny --batchsize 3", "'--batch-size'"),
         ("train tiny --set optim.lrr=1", "'optim.lr'"),
         ("train tiny --batch-size -4", "batch_size=-4"),
-        ("train tiny --batch-size many", "batch_size='many'"),
+        ("train tiny --batch-size many", "--batch-size"),
         ("train tiny --config missing.yaml", "'missing.yaml'"),
         ("train finetune --set schedule.warmup_steps=20 schedule.warmup_fraction=0.2", "warmup_steps"),
         ("train eva02-b-16", "data.train"),
