@@ -37,7 +37,7 @@ from evaclip.weights.parts import (
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 4
 _NAMED = 10
 """Number of damaged files that a message names."""
 _UNFINISHED = ".unfinished-"

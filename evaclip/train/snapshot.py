@@ -74,7 +74,7 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "moments": scalars,
         "rng": states,
         "fingerprint": parts.source.fingerprint,
-        "teacher": parts.task.teacher_identity(),
+        "taught_by": parts.task.teacher_identity(),
         "config": training_tree(parts.config),
     }
     return checkpoint.Content(
@@ -130,7 +130,7 @@ def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     if state["fingerprint"] != parts.source.fingerprint:
         change = f"the training data ({parts.source.description}) is not what the checkpoint was trained on"
         remarks.append(_accept(change, "allow_data_change", parts))
-    if other := differences(state["teacher"], parts.task.teacher_identity()):
+    if other := differences(state["taught_by"], parts.task.teacher_identity()):
         change = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
         remarks.append(_accept(change, "allow_teacher_change", parts))
     _require_equal_files(folder, parts.task.files)

@@ -303,7 +303,7 @@ def test_a_sharded_teacher_is_the_whole_one(run_config: Make, tmp_path: Path) ->
     ]
     in_processes(2, train_all, *((config, "none") for config in configs))
     states = [torch.load(checkpoint(tmp_path / name, 3) / "state.pt") for name in ("alone", "shard-true")]
-    assert states[0]["teacher"] == states[1]["teacher"]
+    assert states[0]["taught_by"] == states[1]["taught_by"]
     for name in ("shard-false", "shard-true"):
         assert column(tmp_path / name, "loss") == pytest.approx(column(alone.folder, "loss"), abs=1e-6)
         assert evaluations(tmp_path / name)[3]["val/loss"] == pytest.approx(alone.metrics["val/loss"], abs=1e-5)
