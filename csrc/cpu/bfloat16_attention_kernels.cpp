@@ -10,6 +10,7 @@
 #else
 #include "cpu/bfloat16_products.h"
 #endif
+#include "cpu/attention_blocks.h"
 #include "cpu/rotation.h"
 
 namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE {
@@ -24,37 +25,22 @@ static_assert(kPanelRows % (2 * kPairStep) == 0,
               "a panel's queries, and a causal one's keys, are whole steps");
 static_assert(kBlockPairs <= kChunkPairs, "a block's pairs fit into one chunk");
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Padded lengths of a head's matrices, in elements. Matmuls write whole blocks of rows. Pairs beyond head_dim
 // are zero.
 struct Extents {
-  explicit Extents(const HeadsShape& shape)
-      : tokens(round_up(shape.tokens, 2 * kPanelRows)),
-        channel_vectors((shape.head_dim + kLanes - 1) / kLanes),
+  Extents(int64_t tokens, int64_t head_dim)
+      : tokens(round_up(tokens, 2 * kPanelRows)),
+        channel_vectors(vectors_of(head_dim)),
         channels(channel_vectors * kLanes),
-        pairs(round_up(shape.head_dim, 2 * kPairStep) / 2),
-        pair_vectors((pairs + kLanes - 1) / kLanes) {}
+        pairs(round_up(head_dim, 2 * kPairStep) / 2),
+        pair_vectors(vectors_of(pairs)) {}
+  explicit Extents(const HeadsShape& shape) : Extents(shape.tokens, shape.head_dim) {}
 
   int64_t tokens;
   int64_t channel_vectors;
   int64_t channels;
   int64_t pairs;  // of channels
   int64_t pair_vectors;
-};
-
-// Bump allocator over a workspace; with data null it computes the size.
-struct Arena {
-  float* data;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* part = data == nullptr ? nullptr : reinterpret_cast<T*>(data + used);
-    used += round_up(count, kLanes);
-    return part;
-  }
 };
 
 uint32_t* take_panel(Arena& arena, int64_t pairs) {
@@ -147,39 +133,26 @@ void prefetch_next_head(const HeadsView (&views)[kCount], const BFloat16Attentio
 
 // --- matmuls ---
 
-// A panel of queries, and the keys that are visible to it.
-struct Tile {
-  int64_t first;    // query
-  int64_t rows;     // queries
-  int64_t columns;  // keys
-  int64_t vectors;  // of keys
+// At most `most` queries of a head from `first` on.
+Queries queries_of(const BFloat16Attention& params, int64_t first, int64_t most) {
+  return Queries{0, params.shape.tokens, params.shape.tokens, 0, params.causal}.part(first, most);
+}
 
-  Tile(const BFloat16Attention& params, int64_t first, int64_t most_rows)
-      : first(first),
-        rows(smaller(most_rows, params.shape.tokens - first)),
-        columns(params.causal ? first + rows : params.shape.tokens),
-        vectors((columns + kLanes - 1) / kLanes) {}
-
-  // Rows, zero-padded to whole steps of pairs.
-  int64_t rows_in_steps() const { return round_up(rows, 2 * kPairStep); }
-
-  int64_t visible(const BFloat16Attention& params, int64_t row) const {
-    return params.causal ? smaller(first + row + 1, columns) : columns;
-  }
-};
+// Queries, zero-padded to whole steps of pairs.
+int64_t rows_in_steps(const Queries& tile) { return round_up(tile.rows, 2 * kPairStep); }
 
 // scores = panel * keys^T, or dout * values^T.
-void score(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_channel,
+void score(const Queries& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_channel,
            float* scores) {
-  multiply_panel({panel, 1, 0, by_channel, extents.tokens, scores, extents.tokens, tile.rows, tile.vectors,
-                  extents.pairs, false});
+  multiply_panel({panel, 1, 0, by_channel, extents.tokens, scores, extents.tokens, tile.rows,
+                  vectors_of(tile.columns()), extents.pairs, false});
 }
 
 // sums = weights * values, or dS * keys. Padding of the last step is zero in both factors.
-void combine(const Tile& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_token,
+void combine(const Queries& tile, const Extents& extents, const uint32_t* panel, const uint32_t* by_token,
              float* sums) {
   multiply_panel({panel, 1, kPanelChunk, by_token, extents.channels, sums, extents.channels, tile.rows,
-                  extents.channel_vectors, round_up(tile.columns, 2 * kPairStep) / 2, false});
+                  extents.channel_vectors, round_up(tile.columns(), 2 * kPairStep) / 2, false});
 }
 
 // --- forward ---
@@ -207,7 +180,7 @@ float softmax(const float* scores, int64_t visible, int64_t vectors, uint32_t* p
     store_bits(panel_vector(panel, row, i / kLanes), narrow_normal(e));
     sum += e;
   });
-  for (int64_t i = (visible + kLanes - 1) / kLanes; i < vectors; ++i) {
+  for (int64_t i = vectors_of(visible); i < vectors; ++i) {
     store_bits(panel_vector(panel, row, i), U16{});
   }
   const float total = _mm512_reduce_add_ps(__builtin_bit_cast(__m512, sum));
@@ -233,17 +206,18 @@ struct ForwardBuffers {
         out(arena.take<float>(kPanelRows * extents.channels)) {}
 };
 
-void forward_tile(const BFloat16Attention& params, const ForwardBuffers& buffers, const Tile& tile,
+void forward_tile(const BFloat16Attention& params, const ForwardBuffers& buffers, const Queries& tile,
                   Position at, float* lse) {
   const Extents extents(params.shape);
   at.token = tile.first;
   prefetch_next_head({params.q, params.k, params.v}, params, at, tile.rows);
   load_rows({params.q, params.rotation, params.scale}, params.shape, at, tile.rows, buffers.queries);
   score(tile, extents, buffers.queries, buffers.keys.by_channel, buffers.scores);
+  const int64_t vectors = vectors_of(tile.columns());
   float factors[kPanelRows];
   for (int64_t row = 0; row < tile.rows; ++row) {
-    factors[row] = softmax(buffers.scores + row * extents.tokens, tile.visible(params, row), tile.vectors,
-                           buffers.weights, row, lse + tile.first + row);
+    factors[row] = softmax(buffers.scores + row * extents.tokens, tile.visible(row), vectors, buffers.weights,
+                           row, lse + tile.first + row);
   }
   combine(tile, extents, buffers.weights, buffers.values.by_token, buffers.out);
   for (int64_t row = 0; row < tile.rows; ++row, ++at.token) {
@@ -267,16 +241,11 @@ void forward(const BFloat16Attention& params, float* workspace, int64_t begin, i
     const int64_t first = block % blocks * kAttentionBlockRows;
     const int64_t last = smaller(first + kAttentionBlockRows, params.shape.tokens);
     for (int64_t row = first; row < last; row += kPanelRows) {
-      forward_tile(params, buffers, Tile(params, row, kPanelRows), at, params.lse + head * params.lse_stride);
+      forward_tile(params, buffers, queries_of(params, row, kPanelRows), at,
+                   params.lse + head * params.lse_stride);
     }
   }
   end_products();
-}
-
-int64_t forward_workspace(const HeadsShape& shape) {
-  Arena arena{nullptr};
-  ForwardBuffers(arena, Extents(shape));
-  return arena.used;
 }
 
 // --- backward ---
@@ -380,7 +349,7 @@ class HeadBackward {
     const int64_t tokens = params_.shape.tokens;
     const int64_t last = (tokens - 1) / kAttentionBlockRows * kAttentionBlockRows;
     for (int64_t first = last; first >= 0; first -= kAttentionBlockRows) {
-      const Tile block(params_, first, kAttentionBlockRows);
+      const Queries block = queries_of(params_, first, kAttentionBlockRows);
       for (int64_t row = 0; row < block.rows; row += kPanelRows) run_tile(block, row);
       add_over_queries(block, buffers_.weight_pairs, buffers_.dout_pairs, buffers_.dvalues, first < last);
       add_over_queries(block, buffers_.dscore_pairs, buffers_.query_pairs, buffers_.dkeys, first < last);
@@ -391,8 +360,8 @@ class HeadBackward {
   }
 
  private:
-  void run_tile(const Tile& block, int64_t start) const {
-    const Tile tile(params_, block.first + start, smaller(kPanelRows, block.rows - start));
+  void run_tile(const Queries& block, int64_t start) const {
+    const Queries tile = block.part(start, kPanelRows);
     Position at = at_;
     at.token = tile.first;
     prefetch_next_head({params_.q, params_.k, params_.v, params_.dout, params_.out}, params_, at, tile.rows);
@@ -402,44 +371,44 @@ class HeadBackward {
                  buffers_.dout_pairs + start / 2 * extents_.channels);
     score(tile, extents_, buffers_.queries, buffers_.keys.by_channel, buffers_.scores);
     score(tile, extents_, buffers_.dout, buffers_.values.by_channel, buffers_.dweights);
-    const int64_t end = round_up(block.columns, 2 * kPanelRows);
-    for (int64_t row = 0; row < tile.rows_in_steps(); row += 2) {
+    const int64_t end = round_up(block.columns(), 2 * kPanelRows);
+    for (int64_t row = 0; row < rows_in_steps(tile); row += 2) {
       const int64_t pair = (start + row) / 2 * extents_.tokens;
       const GradientRows target = {buffers_.dscores, row, buffers_.weight_pairs + pair,
                                    buffers_.dscore_pairs + pair};
-      target.fill({softmax_row(tile, row), softmax_row(tile, row + 1)}, tile.columns, end);
+      target.fill({softmax_row(tile, row), softmax_row(tile, row + 1)}, tile.columns(), end);
     }
     combine(tile, extents_, buffers_.dscores, buffers_.keys.by_token, buffers_.dqueries);
     store_rows(buffers_.dqueries, {params_.dq, unrotation_, params_.scale}, params_.shape, at, tile.rows);
   }
 
   // As a panel and as pairs of rows, zero-padded.
-  void load_queries(const Vectors& source, const Tile& tile, uint32_t* panel, uint32_t* pairs) const {
+  void load_queries(const Vectors& source, const Queries& tile, uint32_t* panel, uint32_t* pairs) const {
     Position at = at_;
     at.token = tile.first;
     load_rows(source, params_.shape, at, tile.rows, panel);
-    for (int64_t row = tile.rows; row < tile.rows_in_steps(); ++row) clear_row(panel, row);
-    pair_rows(panel, tile.rows_in_steps(), extents_.channel_vectors, pairs, extents_.channels);
+    for (int64_t row = tile.rows; row < rows_in_steps(tile); ++row) clear_row(panel, row);
+    pair_rows(panel, rows_in_steps(tile), extents_.channel_vectors, pairs, extents_.channels);
   }
 
-  SoftmaxRow softmax_row(const Tile& tile, int64_t row) const {
+  SoftmaxRow softmax_row(const Queries& tile, int64_t row) const {
     SoftmaxRow result = {buffers_.scores + row * extents_.tokens, buffers_.dweights + row * extents_.tokens,
                          0, 0.0f, 0.0f};
     if (row >= tile.rows) return result;
     Position at = at_;
     at.token = tile.first + row;
-    result.visible = tile.visible(params_, row);
+    result.visible = tile.visible(row);
     result.shift = lse_[at.token] * kLog2E;
     // dPsum = sum(dout * out) over the channels (Dao et al. 2022).
     result.mean = dot(at.in<BFloat16>(params_.dout), at.in<BFloat16>(params_.out), params_.shape.head_dim);
     return result;
   }
 
-  void add_over_queries(const Tile& block, const uint32_t* over_keys, const uint32_t* over_channels,
+  void add_over_queries(const Queries& block, const uint32_t* over_keys, const uint32_t* over_channels,
                         float* sums, bool add) const {
     multiply_transposed({over_keys, extents_.tokens, kChunkPairs * extents_.tokens, over_channels,
-                         extents_.channels, sums, extents_.channels, block.columns, extents_.channel_vectors,
-                         block.rows_in_steps() / 2, add});
+                         extents_.channels, sums, extents_.channels, block.columns(),
+                         extents_.channel_vectors, rows_in_steps(block) / 2, add});
   }
 
   const BFloat16Attention& params_;
@@ -458,15 +427,9 @@ void backward(const BFloat16Attention& params, float* workspace, int64_t begin, 
   end_products();
 }
 
-int64_t backward_workspace(const HeadsShape& shape) {
-  Arena arena{nullptr};
-  BackwardBuffers(arena, Extents(shape));
-  return arena.used;
-}
-
 }  // namespace
 
-const BFloat16AttentionKernels bfloat16_attention = {forward_workspace, backward_workspace, forward,
-                                                     backward};
+const BFloat16AttentionKernels bfloat16_attention = {workspace<ForwardBuffers>, workspace<BackwardBuffers>,
+                                                     forward, backward};
 
 }  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

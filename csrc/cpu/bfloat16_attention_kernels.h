@@ -24,8 +24,8 @@ struct BFloat16Attention {
 
 // workspace: floats, zeroed and aligned to 64 bytes, as many as the functions of that name return.
 struct BFloat16AttentionKernels {
-  int64_t (*forward_workspace)(const HeadsShape& shape);
-  int64_t (*backward_workspace)(const HeadsShape& shape);
+  int64_t (*forward_workspace)(int64_t tokens, int64_t head_dim);
+  int64_t (*backward_workspace)(int64_t tokens, int64_t head_dim);
 
   // Blocks [begin, end) of query rows; those of a head are consecutive.
   void (*forward)(const BFloat16Attention& params, float* workspace, int64_t begin, int64_t end);

@@ -118,7 +118,7 @@ void bfloat16_forward(const BFloat16Attention& params, Isa isa, ParallelFor para
   const int64_t tasks = params.count * ceil_div(shape.tokens, kAttentionBlockRows);
   run_parallel(parallel_for, tasks, tasks_grain(rows * (shape.tokens + shape.head_dim)),
                [&](int64_t begin, int64_t end) {
-                 AlignedFloats workspace(kernels.forward_workspace(shape), 0.0f);
+                 AlignedFloats workspace(kernels.forward_workspace(shape.tokens, shape.head_dim), 0.0f);
                  kernels.forward(params, workspace.data(), begin, end);
                });
 }
@@ -128,7 +128,7 @@ void bfloat16_backward(const BFloat16Attention& params, Isa isa, ParallelFor par
   const HeadsShape& shape = params.shape;
   const int64_t grain = tasks_grain(shape.tokens * (shape.tokens + shape.head_dim));
   run_parallel(parallel_for, params.count, grain, [&](int64_t begin, int64_t end) {
-    AlignedFloats workspace(kernels.backward_workspace(shape), 0.0f);
+    AlignedFloats workspace(kernels.backward_workspace(shape.tokens, shape.head_dim), 0.0f);
     kernels.backward(params, workspace.data(), begin, end);
   });
 }

@@ -2,6 +2,7 @@
 //
 // A head's keys and values are copied to float32 once; then each block of queries is multiplied with its
 // visible keys, a panel at a time. Padding of the last tile is uninitialised and only affects padding.
+#include "cpu/attention_blocks.h"
 #include "cpu/rotation.h"
 #include "include/rope_attention.h"
 
@@ -125,10 +126,6 @@ static_assert(kBlockRows % kTileRows == 0, "a block consists of tiles");
 static_assert(kPanelKeys % kLanes == 0, "a panel consists of vectors");
 static_assert(kLanes % kTileRows == 0, "vectors of keys are tiles of them, too");
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t vectors_of(int64_t elements) { return (elements + kLanes - 1) / kLanes; }
-
 // Lengths of a head's matrices, padded to whole vectors.
 struct Extents {
   Extents(int64_t keys, int64_t head_dim)
@@ -139,25 +136,6 @@ struct Extents {
   int64_t columns;  // keys
   int64_t channel_vectors;
   int64_t channels;
-};
-
-// Queries of a head, and their visible keys. shift: seqlen_k - seqlen_q of the causal mask.
-struct Queries {
-  int64_t first;  // query
-  int64_t rows;   // queries
-  int64_t keys;   // of the head
-  int64_t shift;
-  bool causal;
-
-  int64_t visible(int64_t row) const {
-    return causal ? larger_of(0, smaller(first + row + 1 + shift, keys)) : keys;
-  }
-  int64_t columns() const { return visible(rows - 1); }
-
-  // The tile of this block that begins at `row`.
-  Queries tile(int64_t row) const {
-    return {first + row, smaller(kTileRows, rows - row), keys, shift, causal};
-  }
 };
 
 const Rotation kUnrotated = {};
@@ -186,7 +164,7 @@ struct Head {
   }
 
   Queries queries(int64_t first, int64_t most) const {
-    return {first, smaller(most, tokens() - first), keys(), keys() - tokens(), shape.causal};
+    return Queries{0, tokens(), keys(), keys() - tokens(), shape.causal}.part(first, most);
   }
 
   Vectors queries_of(const HeadsView& view) const { return {view, number, rotation}; }
@@ -261,25 +239,13 @@ struct Head {
   }
 };
 
-// Bump allocator over a workspace; with data null it computes the size.
-struct Arena {
-  float* data;
-  int64_t used = 0;
-
-  float* take(int64_t count) {
-    float* part = data == nullptr ? nullptr : data + used;
-    used += count;
-    return part;
-  }
-};
-
 // Calls body(row, tile, first, count) for each tile of a block and keys [first, first + count) of each
 // visible panel; at least for the first panel, which may have no keys.
 template <class Body>
 void for_each_panel(const Queries& block, const Body& body) {
   for (int64_t first = 0; first == 0 || first < block.columns(); first += kPanelKeys) {
     for (int64_t row = 0; row < block.rows; row += kTileRows) {
-      const Queries tile = block.tile(row);
+      const Queries tile = block.part(row, kTileRows);
       const int64_t count = smaller(kPanelKeys, tile.columns() - first);
       if (first == 0 || count > 0) body(row, tile, first, count);
     }
@@ -342,7 +308,7 @@ void forward_head(const RopeAttentionForward& params, float* workspace, const He
       float* scores = buffers.scores + row * extents.columns;
       const int64_t visible = block.visible(row);
       lse[first + row] = visible > 0 ? softmax_row(scores, visible) : -__builtin_inff();
-      clear(scores + visible, block.tile(row - row % kTileRows).columns() - visible);
+      clear(scores + visible, block.part(row - row % kTileRows, kTileRows).columns() - visible);
     }
     combine(block, extents, buffers.scores, buffers.values, buffers.out);
     head.store_rows(buffers.out, out, first, block.rows, 1.0f);
@@ -414,7 +380,7 @@ class HeadBackward {
       float* weights = buffers_.weights + row * extents_.columns;
       float* dscores = buffers_.dscores + row * extents_.columns;
       const int64_t token = block.first + row, visible = block.visible(row);
-      const int64_t written = vectors_of(block.tile(row - row % kTileRows).columns()) * kLanes;
+      const int64_t written = vectors_of(block.part(row - row % kTileRows, kTileRows).columns()) * kLanes;
       // dPsum = sum(dout * out) over the channels (Dao et al. 2022).
       const float mean = dot<T>(head_.vector(params_.dout, head_.number, token),
                                 head_.vector(params_.out, head_.number, token), shape_.head_dim);
@@ -451,13 +417,6 @@ class HeadBackward {
 };
 
 // --- table ---
-
-template <class Buffers>
-int64_t workspace(int64_t keys, int64_t head_dim) {
-  Arena arena{nullptr};
-  Buffers(arena, Extents(keys, head_dim));
-  return arena.used;
-}
 
 // Calls body(Head<T>) for each head.
 template <class Body>

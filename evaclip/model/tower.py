@@ -66,10 +66,11 @@ def _checkpointed(step: Callable[..., Stream], *args: Any, **options: Any) -> St
 
 def _is_kept_product(columns: int | None, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # The right matrix is the last argument of both.
-    product = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
-    keep = product and (columns is None or args[-1].shape[-1] >= columns)
+    width = args[-1].shape[-1] if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) else 0
+    if op is torch.ops.evakernels.linear.default:  # in compiled code, with the weight [out, in]
+        width = args[1].shape[0]
     # Compiled code has the MLP's matmuls in one op.
-    keep = keep or op is torch.ops.evakernels.swiglu_mlp_forward.default
+    keep = width >= (columns or 1) or op is torch.ops.evakernels.swiglu_mlp_forward.default
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from .. import _native, backends
-from .._modes import needs_dispatcher, needs_grad
+from .._modes import is_transformed, needs_dispatcher, needs_grad
 from ..autocast import is_on
 
 
@@ -23,8 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
         forced: use oneDNN where torch's function is faster, too; gradients use the faster one.
 
     Returns:
-        `[..., out]`. On a CPU in eager mode, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN
-        supports it, the matmul and the bias are one call of oneDNN. Otherwise this is torch's function.
+        `[..., out]`. On a CPU, in float32 on AMD's processors with AVX-512 and in bfloat16 where oneDNN supports it,
+        the matmul and the bias are one call of oneDNN. Otherwise, and in exported programs, this is torch's function,
+        which `torch.compile` itself runs on oneDNN in bfloat16.
     """
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
@@ -32,19 +33,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forced: boo
     if not (
         is_plain_tensor(x)
         and is_plain_tensor(weight)
-        and not is_compiling()
+        and (not is_compiling() or _is_opaque(x.dtype, forced))  # before sizes, on which compiled code would depend
         and x.numel() * weight.shape[0] >= (1 if forced else _MIN_MACS.get(x.dtype, 0))
         and (bias is None or is_plain_tensor(bias))
         and x.is_cpu
         and weight.is_cpu
-        and not needs_dispatcher()
+        and (is_compiling() or not needs_dispatcher())
         and _is_supported(x, weight, bias, forced)
     ):
         return F.linear(x, weight, bias)
-    if needs_grad(x, weight, bias):
+    if is_compiling() or needs_grad(x, weight, bias):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
-    return _product(x, weight, bias)
+    return _multiply(x, weight, bias)
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
@@ -65,7 +66,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = _product(x, weight, bias)
+        y = _multiply(x, weight, bias)
         # oneDNN returns a view of rows, which autograd doesn't let an activation change in place.
         own: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return own
@@ -88,25 +89,51 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return linear(dy.t(), x.t()) if x.shape[1] > dy.shape[1] else dy.t() @ x
 
 
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _opaque(x, weight, bias) if is_compiling() else _product(x, weight, bias)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     backends.observe("linear", "oneDNN")
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
+@torch.library.custom_op(f"{backends.NAMESPACE}::linear", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's matmul in compiled code: inductor supports oneDNN's own op with prepacked weights only."""
+    return _product(x, weight, bias)
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _is_opaque(dtype: torch.dtype, forced: bool) -> bool:
+    # Exported programs run without this library, and inductor itself calls oneDNN in bfloat16.
+    return dtype == torch.float32 and _is_chosen(dtype, forced) and not (is_exporting() or is_transformed())
+
+
 def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None, forced: bool) -> bool:
     dtype = x.dtype
     return (
-        dtype in (multiplied_dtypes() if forced else served_dtypes())
+        _is_chosen(dtype, forced)
         and weight.dtype == dtype
         and (bias is None or bias.dtype == dtype)
         and x.dim() >= 2
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
-        and torch._C._get_mkldnn_enabled()
         and not is_on("cpu")
     )
+
+
+def _is_chosen(dtype: torch.dtype, forced: bool) -> bool:
+    return dtype in (multiplied_dtypes() if forced else served_dtypes()) and torch._C._get_mkldnn_enabled()
+
+
+_is_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in `_modes`
 
 
 _MIN_MACS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 31}

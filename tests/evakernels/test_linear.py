@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import assert_as_accurate_as_torch, assert_compiles, assert_deterministic
+from op_checks import assert_as_accurate_as_torch, assert_compiles, assert_deterministic, assert_opcheck
 from torch.autograd import forward_ad
 from torch.func import jvp
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,6 +81,48 @@ def test_linear_compiles_and_counts_flops(direct):
         linear(*inputs)
     assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 4
     assert len(direct) == called
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_linear_compiled_runs_onednn(direct, backend, dynamic):
+    """Forward and backward, without graph breaks."""
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend=backend, fullgraph=True, dynamic=dynamic)
+    for rows, inner, columns in ((3, 5, 4), (7, 4, 5)):
+        leaves = [t.requires_grad_() for t in _inputs(rows, inner, columns)]
+        y, expected = compiled(*leaves), F.linear(*leaves)
+        torch.testing.assert_close(y, expected)
+        assert len(direct) == 1
+        ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in (y, expected))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert len(direct) == (3 if inner > columns else 2)
+        direct.clear()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_linear_compiled_op_passes_opcheck(bias):
+    x, weight, bias = _inputs(3, 5, 4, bias)
+    assert_opcheck(torch.ops.evakernels.linear.default, (x, weight, bias))
+
+
+def test_linear_compiled_vmap_uses_torch(direct):
+    torch._dynamo.reset()
+    batched = torch.vmap(linear, (0, None, None))
+    inputs = _inputs(3, 5, 4)
+    compiled = torch.compile(batched, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), F.linear(*inputs))
+    assert not direct
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_linear_exports_any_batch_size(strict):
+    """An exported program has neither the op nor a limit of sizes."""
+    module = Linear(512, 2048).requires_grad_(False)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(module, (torch.ones(4, 4, 512),), dynamic_shapes=shapes, strict=strict)
+    assert "evakernels" not in str(program.graph)
+    assert program.module()(torch.ones(1, 4, 512)).shape == (1, 4, 2048)
 
 
 def test_linear_autocast_and_float64_use_torch(direct):
