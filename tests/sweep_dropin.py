@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import evakernels
 import evakernels.transformers
+from evakernels.dropin.transformers import _reads_no_padding as reads_no_padding
 
 LIMIT, LIMIT_BF16 = 2e-4, 5e-2
 """Largest error, relative to the largest value of the same tensor."""
@@ -52,7 +53,7 @@ def randomize(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 0.7 * parameter[0].numel() ** -0.5, generator=generator)
+                parameter.normal_(0, 0.7 * max(1, parameter[0].numel()) ** -0.5, generator=generator)
             elif parameter.is_floating_point():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
@@ -165,6 +166,8 @@ class Checks:
                     [a[mask.bool()] if fit else a for a, fit in zip(each, fits, strict=True)] for each in (ours, theirs)
                 ]
                 where = " at padded positions alone" if error_of(*real) <= limit else " at real positions too"
+                if error_of(*real) <= limit and reads_no_padding(type(self.reference)):
+                    return  # docs/dropin.md names these classes; they are zero there
             raise Differs(f"outputs differ by {error:.1e}{where}")
 
     def training(self, model: nn.Module) -> None:
@@ -186,7 +189,13 @@ class Checks:
 
     def bfloat16(self, model: nn.Module) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            ours, theirs = (run(each, self.calls["plain"]) for each in (model, self.reference))
+            try:
+                theirs = run(self.reference, self.calls["plain"])
+            except TimeoutError:
+                raise
+            except Exception:
+                return  # the untouched model doesn't run
+            ours = run(model, self.calls["plain"])
         error = error_of(ours, theirs)
         own = error_of(theirs, self.expected["plain"])
         if error > max(LIMIT_BF16, 2 * own):  # bfloat16 itself may change this model more
@@ -274,8 +283,9 @@ def by_name(name: str, checks: Checks, record: dict[str, Any]) -> None:
     try:
         model = build("evakernels")
     except Exception as error:
+        has_own_table = isinstance(error, KeyError)  # the model looks up its own classes by the name
         record["reasons"].append(f"by name refused: {refuses or first_line(error)}")
-        if not refuses:
+        if not (refuses or has_own_table):
             checks.wrong.append(f"by name: sdpa is accepted, evakernels refused: {first_line(error)}")
         return
     if refuses:
