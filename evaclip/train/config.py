@@ -24,6 +24,12 @@ TIMM = "timm/"
 """Prefix of the names of timm's optimizers."""
 
 
+def _steps(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps[0] > steps[1]:
+        raise ValueError(f"must be the first and the last step, got {list(steps)}")
+    return steps
+
+
 def _optimizer(name: str) -> str:
     if name not in ("adamw", "lamb") and not name.startswith(TIMM):
         raise ValueError("must be adamw, lamb or timm/NAME, such as timm/lion")
@@ -398,6 +404,8 @@ class LogConfig:
     wandb: WandbConfig | None = None
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """auto: a live display on a terminal, plain lines elsewhere."""
+    profile_steps: Annotated[tuple[Count, Count], AfterValidator(_steps)] | None = None
+    """First and last step that torch's profiler records on each rank, into RUN/traces/rank_N.json."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

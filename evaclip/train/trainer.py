@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -43,7 +43,7 @@ from evaclip.train.sharding import forget_gathered
 from evaclip.train.snapshot import Position
 from evaclip.train.step import StepResult
 from evaclip.train.throughput import Meter, peak_memory
-from evaclip.train.tracing import Tracer, collecting
+from evaclip.train.tracing import collecting, tracing
 from evaclip.train.watchdog import StopSignals, Watchdog, unwinding_on_sigterm
 from evaclip.weights import is_sharded
 
@@ -259,21 +259,18 @@ class Trainer:
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self.world.device)
         parts.step.before_update = self._saver.hold_updates
         self._saved_time = time.monotonic()
-        self._tracer = Tracer(
-            folder.path,
-            self.world.device,
-            report.say if self.world.is_main else partial(print, flush=True),
-            self.world.rank,
-            self.world.size,
-            self.config.log.every_steps,
-        )
 
     def run(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, self._saver:
             stopped = False
-            with collecting(self.config.gc_every_steps) as collect, closing(self._tracer):
+            with collecting(self.config.gc_every_steps) as collect, self._tracing() as trace:
+
+                def end_step() -> None:
+                    collect(self.position.step)
+                    trace()
+
                 while not stopped and self.position.step < self.parts.total_steps:
-                    stopped = self._part(signals, collect)
+                    stopped = self._part(signals, end_step)
             self._expect_steps(False)
             if self._saved_at != self.position.step:
                 self._save()
@@ -290,21 +287,25 @@ class Trainer:
         self.report.say(f"done: {_where_is(self.folder, self.position.step)}")
         return Outcome(self.folder.path, self.position.step, self.metrics)
 
-    def _part(self, signals: StopSignals, collect: Callable[[int], None]) -> bool:
+    def _tracing(self) -> AbstractContextManager[Callable[[], object]]:
+        file = self.folder.path / "traces" / f"rank_{self.world.rank}.json"
+        say = self.report.say if self.world.is_main else partial(print, flush=True)
+        return tracing(file, self.config.log.profile_steps, self.position.step, say)
+
+    def _part(self, signals: StopSignals, end_step: Callable[[], None]) -> bool:
         """The next steps with one image size; True if a signal stopped them."""
         self._expect_steps(False)  # the first step may open a cold index, and compiles
         self.parts.set_image_size(self.position.step)
         # A log record measures steps of one image size.
         self.meter.restart()
         with closing(self.parts.loader.batches(self.position.samples)) as batches:
-            return self._loop(batches, signals, collect)
+            return self._loop(batches, signals, end_step)
 
-    def _loop(self, batches: Iterator[Batch], signals: StopSignals, collect: Callable[[int], None]) -> bool:
+    def _loop(self, batches: Iterator[Batch], signals: StopSignals, end_step: Callable[[], None]) -> bool:
         """Steps until the end or another image size; True if a signal stopped them."""
         size_at = self.parts.image_size
         size = size_at(self.position.step)
         while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
-            self._tracer.between(self.position.step)
             before = self.position.samples
             abort = self.config.watchdog.abort is None and self._is_steady and dist.is_torchelastic_launched()
             with self._watchdog.phase("data", abort=abort):
@@ -314,7 +315,7 @@ class Trainer:
                 reached = self.position.step
                 stop, time_is_up = self._vote(signals)
             self._expect_steps(True)
-            collect(self.position.step)
+            end_step()
             if result.updates is not None:
                 self._log(result)
             if stop or self.position.step == self.parts.total_steps:

@@ -1,4 +1,4 @@
-"""Traces by request, the garbage collector at fixed steps, and the watchdog."""
+"""Traces of chosen steps, the garbage collector at fixed steps, and the watchdog."""
 
 import gc
 import json
@@ -12,49 +12,41 @@ from typing import Any
 import pytest
 import torch
 
-from evaclip.train.tracing import REQUEST, STEPS, Tracer, collecting
-from evaclip.train.trainer import Trainer, train
+from evaclip.train.tracing import collecting, tracing
+from evaclip.train.trainer import train
 from evaclip.train.watchdog import EXIT_CODE, Watchdog
 
 
-def test_a_run_traces_its_steps_when_a_file_asks(run_config, tmp_path, monkeypatch):
-    step = Trainer._step
-
-    def asking(self: Trainer, batch: Any) -> Any:
-        if self.position.step == 1:
-            (self.folder.path / REQUEST).touch()
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "_step", asking)
-    folder = train(run_config("gc_every_steps=2")).folder
-    assert not (folder / REQUEST).exists()
-    # Steps 3, 4 and 5 of six.
+def test_run_traces_chosen_steps(run_config: Any) -> None:
+    folder = train(run_config("gc_every_steps=2", "log.profile_steps=[3, 5]")).folder
     (file,) = (folder / "traces").iterdir()
-    assert file.name == f"step_{2 + STEPS:08d}.json"
+    assert file.name == "rank_0.json"
     names = [event.get("name") for event in json.loads(file.read_text())["traceEvents"]]
     assert "aten::mm" in names
     assert "[memory]" in names
+    assert [sum(name == f"ProfilerStep#{step}" for name in names) > 0 for step in range(6)] == [0, 0, 1, 1, 1, 0]
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
 
-def test_a_request_with_a_number_is_for_that_process(tmp_path: Path) -> None:
+def test_trace_of_resumed_run_starts_at_its_step(tmp_path: Path) -> None:
     said: list[str] = []
-    tracers = [Tracer(tmp_path, torch.device("cpu"), said.append, rank, 3, every=5) for rank in range(3)]
+    for finished, recorded in ((8, True), (12, False)):
+        file = tmp_path / str(finished) / "rank_1.json"
+        with tracing(file, (10, 12), finished, said.append) as end_step:
+            for _ in range(6):
+                torch.ones(2).sin()
+                end_step()
+        assert file.exists() == recorded
+    assert said == [f"traced steps 10 to 12: {tmp_path / '8' / 'rank_1.json'}"]
 
-    def trace(request: str) -> None:
-        (tmp_path / REQUEST).write_text(request)
-        for step in range(6, 6 + 5 + STEPS):  # the one step in which they look is 10
-            for tracer in tracers:
-                tracer.between(step)
 
-    trace("2\n")
-    assert [file.name for file in (tmp_path / "traces").iterdir()] == [f"step_{10 + STEPS:08d}-rank2.json"]
-    for wrong in ("3", "all"):
-        trace(wrong)
-        assert said[-1] == f"no trace: want_trace names process '{wrong}'; expected 0 to 2"
-    assert len(said) == 3
-    assert not (tmp_path / REQUEST).exists()
+def test_trace_without_room_leaves_the_run_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "file").touch()
+    with tracing(tmp_path / "file" / "rank_0.json", (1, 1), 0, said.append) as end_step:
+        end_step()
+    assert said[0].startswith("no trace: ")
 
 
 class _Cycle:

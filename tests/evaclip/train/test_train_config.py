@@ -44,6 +44,7 @@ Make = Callable[..., TrainConfig]
         ("ema_decay=1.0", "ema_decay=1.0: input should be less than 1"),
         ("accumulation_steps=9", "batch_size=8 is less than accumulation_steps=9"),
         ("schedule.epochs=2", "schedule: set either steps or epochs, and the other to null, got steps=6 and epochs=2"),
+        ("log.profile_steps=[5, 3]", "log.profile_steps: must be the first and the last step, got [5, 3]"),
         ("eval.sets={a/b: {}}", "string should match pattern"),
         ("data.resize=squash", "data.resize"),
         ("data.max_patches=64", "max_patches=64 needs resize=native"),
