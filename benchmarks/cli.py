@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_build_parser(), argv)
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m benchmarks",
         description="Measure ops and models: time, memory, error, and the share of this machine's roofline.",

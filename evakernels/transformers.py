@@ -130,6 +130,6 @@ def _refuse_without_sdpa(own: Any) -> Any:
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 if hasattr(PreTrainedModel, "get_correct_attn_implementation"):  # since transformers 4.55
-    PreTrainedModel.get_correct_attn_implementation = _refuse_without_sdpa(
+    PreTrainedModel.get_correct_attn_implementation = _refuse_without_sdpa(  # type: ignore[method-assign]
         PreTrainedModel.get_correct_attn_implementation
     )

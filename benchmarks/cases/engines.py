@@ -32,7 +32,7 @@ from evaclip.errors import UserError
 from evaclip.loading import LoadedModel
 from evaclip.runtime.encoder import INT8, PRECISIONS, computed_dtype
 from evaclip.tokenizer import Tokenizer
-from evaclip.transforms import image_transform
+from evaclip.transforms import EvalTransform, image_transform
 from evaclip.weights import to_open_clip
 from evaclip.weights.for_transformers import image_processor, save_for_transformers
 
@@ -73,7 +73,7 @@ class Subject:
             return Samples("text", Tokenizer(config.text.context_length)(texts), texts)
         known = photographs(config.vision.image_shape[0])
         images = [known[index % len(known)] for index in range(start, start + count)]
-        transform = image_transform(config.vision, config.preprocess)
+        transform = EvalTransform(config.vision.image_size, config.preprocess)
         return Samples("image", torch.stack([transform(image) for image in images]), images)
 
     def plain_tower(self, tower: Tower, dtype: torch.dtype) -> nn.Module:
@@ -286,8 +286,11 @@ def _engine(name: str, build: Callable[[Subject, Tower, str], Run], *packages: s
         full = name if precision == "fp32" else f"{name} {precision}"
         function = partial(_embed, name=full, build=build, precision=precision)
         kind = "peer" if precision == "fp32" else "quantized"
-        needs = {"package": packages[0], "needs": packages[1:]}
-        peer(EMBED, full, devices=("cpu",), kind=kind, **needs)(lambda shape, function=function: function)
+
+        def make(shape: Any, function: Any = function) -> Any:
+            return function
+
+        peer(EMBED, full, devices=("cpu",), kind=kind, package=packages[0], needs=packages[1:])(make)
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")

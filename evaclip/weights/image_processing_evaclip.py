@@ -5,7 +5,6 @@
 
 from typing import Any
 
-from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 from transformers import CLIPImageProcessor
 
@@ -16,6 +15,6 @@ class EVACLIPImageProcessor(CLIPImageProcessor):
     transformers rounds an odd excess down, torchvision to the nearest even number.
     """
 
-    def center_crop(self, image: Tensor, size: Any, **kwargs: Any) -> Tensor:
+    def center_crop(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
         """The centre of an image `[..., C, H, W]`, of `size.height` x `size.width` pixels."""
         return center_crop(image, [size.height, size.width])
