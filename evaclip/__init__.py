@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from evaclip.model.config import add_model_config as add_model_config
     from evaclip.model.config import get_config as get_config
     from evaclip.model.config import list_models as list_models
-    from evaclip.model.packing import PackedImages as PackedImages
-    from evaclip.model.packing import pack_images as pack_images
     from evaclip.model.vision_model import VisionModel as VisionModel
+    from evaclip.packing import PackedImages as PackedImages
+    from evaclip.packing import pack_images as pack_images
     from evaclip.runtime.encoder import Encoder as Encoder
     from evaclip.tokenizer import Tokenizer as Tokenizer
     from evaclip.tokenizer import decode as decode
@@ -72,7 +72,7 @@ _MODULES = {
         "get_config",
         "list_models",
     ),
-    "evaclip.model.packing": ("PackedImages", "pack_images"),
+    "evaclip.packing": ("PackedImages", "pack_images"),
     "evaclip.model.vision_model": ("VisionModel",),
     "evaclip.runtime.encoder": ("Encoder",),
     "evaclip.tokenizer": ("Tokenizer", "decode", "tokenize"),

@@ -1,7 +1,11 @@
 """Exceptions, and phrases that messages share. Imports no torch: the command line uses it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _IGNORED = str.maketrans("", "", "-_ ")
 
@@ -49,6 +53,20 @@ def nearest(given: object, known: Iterable[str]) -> list[str]:
 def counted(count: int, noun: str) -> str:
     """Return `1 row` or `1,200 rows`, for nouns with a regular plural."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def require_finite(values: "Tensor", names: Sequence[object], what: str) -> None:
+    """Check a model's outputs `[n, width]` for images or texts, which `what` and `names` call in the error.
+
+    Raises:
+        UserError: NaN or infinity.
+    """
+    bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the model gives NaN or infinity for {len(bad)} of {len(values)} {what}s, first for"
+            f" {str(names[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
+        )
 
 
 def _plain(name: object) -> str:

@@ -22,10 +22,10 @@ from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError, unknown_name
 from evaclip.extras import import_extra
 from evaclip.model.clip import CLIP
-from evaclip.model.packing import PackedImages, pack_images
 from evaclip.model.vision_model import VisionModel
 from evaclip.onnx_check import KEY, LOWEST, Outcome, check, make_inputs, require
 from evaclip.outputs import check_output
+from evaclip.packing import PackedImages, pack_images
 from evakernels.nn import FrozenWeight, unfreeze
 
 SUFFIXES = (".pt2", ".onnx")

@@ -12,7 +12,7 @@ from evaclip.model.config import find_model
 from evaclip.model.hf_text import HFTokenizer
 from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import RELEASES, is_vision_model, split_name
-from evaclip.run_files import CLASSES_FILE
+from evaclip.runs.files import CLASSES_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.transforms import EvalTransform, OpaqueTransform, PackedTransform, image_transform
 from evaclip.weights import find_weights

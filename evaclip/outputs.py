@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaclip.atomic import require_writable
 from evaclip.errors import UserError
-from evaclip.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE, PARTS
+from evaclip.runs.files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE, PARTS
 
 
 def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:

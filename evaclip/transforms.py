@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from evaclip.augmentation import Augmentation, Range
 from evaclip.model.config import Interpolation, Preprocess, Resize, VisionConfig
-from evaclip.model.packing import PackedImages, drop_patches, pack_images
+from evaclip.packing import PackedImages, drop_patches, pack_images
 from evaclip.pixels import eight_bit
 
 Color = tuple[int, int, int]

@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
         print(commented_yaml(config), end="")
         return
     if args.dry_run:
-        from evaclip.train.dry_run import dry_run
+        from evaclip.plan.dry_run import dry_run
 
         dry_run(config, resume=args.resume, overwrite=args.overwrite, gpus=args.as_gpus)
         return
@@ -96,8 +96,9 @@ def configure(args: argparse.Namespace, processes: int | None = None, *, here: b
         processes: number of ranks; None for the number that torchrun has started.
         here: limit the recipe's `data.workers` to this machine's cores.
     """
+    from evaclip.runs.log import load_yaml
     from evaclip.train.config import process_count
-    from evaclip.train.overrides import in_layers, load_yaml, parse_assignment, resolve
+    from evaclip.train.overrides import in_layers, parse_assignment, resolve
     from evaclip.train.recipes import get_recipe, with_fitting_parts, with_own_evaluation
     from evaclip.train.tree import nest
 

@@ -20,7 +20,7 @@ from evaclip.data.samples import BadSample, Fault, FaultLog, RawSample, decode_i
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
-from evaclip.model.packing import PackedImages
+from evaclip.packing import PackedImages
 
 TrainTransform = Callable[[Image.Image, int], Tensor | PackedImages]
 """(image, seed) -> float32 or uint8 [3, H, W], or one packed image; a pure function of both."""

@@ -128,9 +128,9 @@ def fit_to_budget(config: "TrainConfig", minutes: float, say: Say = print) -> "T
 
 def _steps_per_second(config: "TrainConfig") -> float:
     """Measured by the first steps of the same run, elsewhere."""
-    from evaclip.run_files import LOG_FILE
+    from evaclip.runs.files import LOG_FILE
+    from evaclip.runs.log import read_log
     from evaclip.train.config import LogConfig
-    from evaclip.train.progress import read_log
     from evaclip.train.trainer import train
 
     schedule = replace(config.schedule, steps=_SPEED_STEPS, epochs=None)
@@ -215,9 +215,9 @@ def _stop_if_asked(outcome: "Outcome") -> None:
 
 def _check_replaceable(out: Path) -> None:
     """Raises UserError if a run or a store would be lost that isn't a demo's."""
-    from evaclip.run_files import CONFIG_FILE
+    from evaclip.runs.files import CONFIG_FILE
+    from evaclip.runs.log import load_yaml
     from evaclip.runtime.store import Store
-    from evaclip.train.overrides import load_yaml
 
     path, store = out / CONFIG_FILE, out / STORE_FOLDER
     if path.is_file() and load_yaml(path).get("model", {}).get("name") != RECIPE:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from evaclip.data import EvalBatch, Source
-from evaclip.errors import UserError, unknown_name
+from evaclip.errors import UserError, require_finite, unknown_name
 from evaclip.eval.features import FeatureOptions, for_each_batch
-from evaclip.eval.ranking import Result, hit_rate, require_finite
+from evaclip.eval.ranking import Result, hit_rate
 from evaclip.eval.zero_shot import IMAGENET, ZeroShotResult, read_text, summarize
 
 TOP = 5

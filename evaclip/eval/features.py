@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from evaclip.atomic import replacing, writing
 from evaclip.data import BadSample, EvalBatch, Source, iterate
-from evaclip.errors import Refused, UserError
-from evaclip.eval.ranking import require_finite
+from evaclip.errors import Refused, UserError, require_finite
 from evaclip.model.config import Preprocess
 from evaclip.transforms import Normalization, levels_of
 from evaclip.weights.files import save_file, weights_hash

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip.errors import UserError
-
 BLOCK = 2048
 
 Over = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
@@ -40,20 +38,6 @@ def _with_string_keys(tree: Any) -> Any:
 def map_locally(items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
     """Map in this process alone, see `Over`."""
     return [function(item) for item in items]
-
-
-def require_finite(values: Tensor, names: Sequence[object], what: str) -> None:
-    """Check a model's outputs `[n, width]` for images or texts, which `what` and `names` call in the error.
-
-    Raises:
-        UserError: NaN or infinity.
-    """
-    bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"the model gives NaN or infinity for {len(bad)} of {len(values)} {what}s, first for"
-            f" {str(names[bad[0]])[:80]!r}: its weights are broken, or need precision fp32"
-        )
 
 
 def target_ranks(

@@ -22,7 +22,7 @@ from evaclip.eval.results import DataFacts, Evaluation, Found, Gallery, ModelFac
 from evaclip.eval.retrieval import EncodedPairs, encode_pairs
 from evaclip.loading import LoadedClassifier, LoadedModel
 from evaclip.redact import redacted
-from evaclip.run_files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
+from evaclip.runs.files import EVALUATIONS_FOLDER, GALLERIES_FOLDER
 from evaclip.weights.files import weights_hash, weights_kind
 
 _ALLOW = "--allow-unreadable"

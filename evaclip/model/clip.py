@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from evaclip.model.config import CLIPConfig, Savings
 from evaclip.model.hf_text import HFTextTower
-from evaclip.model.packing import PackedImages
 from evaclip.model.text import TextTower
 from evaclip.model.vision import VisionTower
+from evaclip.packing import PackedImages
 from evakernels import Packing
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, empty, nn
 
 from evaclip.errors import UserError
 from evaclip.model.config import Preprocess, Savings, VisionConfig
-from evaclip.model.packing import PackedImages
 from evaclip.model.vision_block import INIT_STD, Block, reset_linear, vision_norm
 from evaclip.model.vision_model import VisionModel
+from evaclip.packing import PackedImages
 from evakernels import token_dropout
 from evakernels.nn import Linear
 

@@ -11,9 +11,9 @@ from torch import Tensor, empty, nn
 
 from evaclip.model.config import Savings, VisionConfig
 from evaclip.model.norm import Norm
-from evaclip.model.packing import PackedImages
 from evaclip.model.tower import Tower
 from evaclip.model.vision_block import INIT_STD, AttentionPool, Block, class_tokens, reset_linear, vision_norm
+from evaclip.packing import PackedImages
 from evakernels import Packing, sample_token_index, token_dropout
 from evakernels.nn import Linear, axial_rope, linear
 

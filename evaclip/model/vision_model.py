@@ -8,9 +8,9 @@ from torch import Tensor
 from evaclip.errors import UserError
 from evaclip.model.config import Pool, Preprocess, Savings, VisionConfig
 from evaclip.model.norm import Stream
-from evaclip.model.packing import PackedImages
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_block import Block
+from evaclip.packing import PackedImages
 from evakernels.nn import Linear
 
 

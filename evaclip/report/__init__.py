@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip.atomic import write_text, writing
-from evaclip.run_files import REPORT_FILE
+from evaclip.runs.files import REPORT_FILE
 
 COMPARISON_FILE = "comparison.html"
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from evaclip.report.run_data import Bar, BarGroup, LossCurve
 from evaclip.report.theme import COLOURS, PALETTE, STYLE, themed_svg
-from evaclip.train.progress import is_share
+from evaclip.runs.log import is_share
 
 _ROW = 0.36  # height of one bar's row in inches: the chart grows with its rows
 _TITLE_ROWS = 1.5  # a group's title, with some air above it

@@ -20,8 +20,9 @@ from evaclip.report.charts import (
     percent,
     times_chance,
 )
-from evaclip.report.run_data import duration, read_log_of, read_run
+from evaclip.report.run_data import duration, read_run
 from evaclip.report.theme import document
+from evaclip.runs.log import read_config_and_log
 
 _MISSING = "–"  # noqa: RUF001
 _STANDING: dict[str, Callable[[Any, Any], str]] = {
@@ -67,7 +68,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
     if len(folders) > len(RUN_COLOURS):
         raise UserError(f"{len(folders)} runs are too many for one chart; accepted: up to {len(RUN_COLOURS)}")
     names = _names(folders)
-    runs = {name: read_log_of(folder) for name, folder in zip(names, folders, strict=True)}
+    runs = {name: read_config_and_log(folder) for name, folder in zip(names, folders, strict=True)}
     records = [(config, [record for record in log if record.get("loss") is not None]) for config, log in runs.values()]
     flat = [dict(_leaves(config)) for config, _ in runs.values()]
     keys = sorted({key for leaves in flat for key in leaves} - {"name", "output"})

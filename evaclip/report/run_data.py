@@ -13,11 +13,10 @@ from typing import Any
 
 import yaml
 
-from evaclip.errors import UserError, counted
+from evaclip.errors import counted
 from evaclip.eval.results import Evaluation, Gallery
 from evaclip.redact import redacted
-from evaclip.run_files import (
-    CONFIG_FILE,
+from evaclip.runs.files import (
     EVALUATIONS_FOLDER,
     EVENTS_FILE,
     GALLERIES_FOLDER,
@@ -25,9 +24,8 @@ from evaclip.run_files import (
     LOG_FILE,
     STOPPED,
 )
-from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import is_share, read_log
-from evaclip.train.run_lock import is_held
+from evaclip.runs.lock import is_held
+from evaclip.runs.log import is_share, read_config_and_log, read_log
 
 _SMOOTHING = 0.02
 _CLASSES = 5
@@ -93,7 +91,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no run folder, or nothing was logged yet.
     """
-    config, log = read_log_of(folder)
+    config, log = read_config_and_log(folder)
     records = [record for record in log if record.get("loss") is not None]
     events: list[dict[str, Any]] = redacted(read_log(folder / EVENTS_FILE))
     evaluations = [Evaluation.load(path) for path in sorted((folder / EVALUATIONS_FOLDER).glob("*.json"))]
@@ -117,21 +115,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         "facts": _facts(config, records, evaluations, events, state),
         "config": yaml.safe_dump(config, sort_keys=False),
     }
-
-
-def read_log_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The configuration of a run, without credentials, and its whole log.
-
-    Raises:
-        UserError: it is no run folder, or nothing was logged yet.
-    """
-    for name in (LOG_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"{str(folder)!r} is no run folder: it has no {name}; `evaclip train` writes one")
-    log = read_log(folder / LOG_FILE)
-    if not any(record.get("loss") is not None for record in log):
-        raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")
-    return redacted(load_yaml(folder / CONFIG_FILE)), log
 
 
 _TASKS = {

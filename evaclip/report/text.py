@@ -13,9 +13,8 @@ from rich.text import Text
 
 from evaclip.errors import UserError
 from evaclip.report.run_data import Objects, describe_event, describe_state
-from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
-from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import is_share, read_log
+from evaclip.runs.files import CONFIG_FILE, EVENTS_FILE, LOG_FILE
+from evaclip.runs.log import is_share, load_yaml, read_log
 
 _BARS = "▁▂▃▄▅▆▇█"
 # Less important rows come last and are cut first on a low terminal.

@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from evaclip.data.samples import UPRIGHT, BadSample, Fault, decode_image, loaded_image, read_image_file
-from evaclip.errors import UserError, unknown_name
-from evaclip.eval.ranking import require_finite
+from evaclip.errors import UserError, require_finite, unknown_name
 from evaclip.loading import LoadedModel, load_model
 from evaclip.machine import multiplies_bfloat16
-from evaclip.model.packing import PackedImages, pack_images
+from evaclip.packing import PackedImages, pack_images
 from evaclip.transforms import PackedTransform, image_transform
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.run_files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
+from evaclip.runs.files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
 from evaclip.weights.files import save_file
 from evaclip.weights.parts import (
     DTYPES,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaclip.data.loader import Rows
-from evaclip.model.packing import PackedImages
+from evaclip.packing import PackedImages
 from evaclip.transforms import Normalization
 
 

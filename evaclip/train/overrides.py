@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from textwrap import dedent, indent, wrap
 from typing import Any, get_args, get_type_hints
 
@@ -67,21 +66,6 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         return ADAPTER.validate_python(tree)
     except ValidationError as exc:
         raise UserError("; ".join(map(_describe, exc.errors()))) from exc
-
-
-def load_yaml(path: str | Path) -> Tree:
-    """Reads a configuration, which may hold only some of the keys."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise UserError(f"cannot read the configuration {str(path)!r}: {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise UserError(f"{str(path)!r} is not YAML: {exc}") from exc
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{str(path)!r} must hold keys and values, it holds a {type(tree).__name__}")
-    return tree
 
 
 def dump_yaml(config: TrainConfig) -> str:

@@ -19,12 +19,13 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from evaclip.atomic import reading, write_text
+from evaclip.atomic import write_text
 from evaclip.errors import UserError
 from evaclip.machine import machine, versions
 from evaclip.outputs import silence
 from evaclip.redact import redacted
-from evaclip.run_files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER
+from evaclip.runs.files import EVENTS_FILE, LOG_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER
+from evaclip.runs.log import is_share, read_log
 from evaclip.train.config import LogConfig
 
 _FURTHER = ("_top5", "/top5", "_r5")
@@ -94,11 +95,6 @@ class Sink:
 
     def close(self, error: BaseException | None = None) -> None:
         """`error` ended the run, if it isn't None."""
-
-
-def is_share(metric: str) -> bool:
-    """Whether this metric of an evaluation is in [0, 1]."""
-    return metric.rpartition("/")[2] not in ("loss", "seconds")
 
 
 class Report:
@@ -415,15 +411,6 @@ def summary(record: Record) -> list[str]:
         *([f"skipped {record.skipped}"] if record.skipped else []),
         *([f"bad samples {record.bad_samples}"] if record.bad_samples else []),
     ]
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines log; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    with reading(path):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ from typing import Self
 
 from evaclip.atomic import write_text
 from evaclip.errors import UserError
-from evaclip.run_files import (
+from evaclip.runs.files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     EVALUATIONS_FOLDER,
@@ -25,12 +25,12 @@ from evaclip.run_files import (
     TENSORBOARD_FOLDER,
     WANDB_FOLDER,
 )
+from evaclip.runs.lock import Owner, RunLock, read_lock
 from evaclip.train import checkpoint
 from evaclip.train.checkpoint import Ask, DamagedCheckpoint, Start
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.overrides import dump_yaml
-from evaclip.train.run_lock import Owner, RunLock, read_lock
 from evaclip.weights.parts import joined
 
 _WEIGHTS = "weights:"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaclip.errors import UserError
-from evaclip.run_files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
+from evaclip.runs.files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
 from evaclip.train import checkpoint, rng
 from evaclip.train.build import Parts
 from evaclip.train.config import ScheduleConfig, training_tree

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evaclip.data.loader import Rows, packed_parts, part_of_batch
-from evaclip.model.packing import PackedImages
+from evaclip.packing import PackedImages
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.micro_batch import MicroBatch, StepContext, upload

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from evaclip.data import Batch
 from evaclip.data.samples import BadShare
 from evaclip.errors import RunFailed
-from evaclip.run_files import CONFIG_FILE, STOPPED
+from evaclip.runs.files import CONFIG_FILE, STOPPED
+from evaclip.runs.lock import RunLock
+from evaclip.runs.log import load_yaml, read_log
 from evaclip.train import checkpoint, snapshot
 from evaclip.train.build import Parts, build
 from evaclip.train.config import TrainConfig, process_count, to_tree
@@ -33,10 +35,8 @@ from evaclip.train.distributed import (
 )
 from evaclip.train.evaluation import Metrics, Stopped
 from evaclip.train.optimizer import set_lr_factor, tower_rate
-from evaclip.train.overrides import load_yaml
-from evaclip.train.progress import Record, Report, Wandb, open_report, read_log, require_trackers
+from evaclip.train.progress import Record, Report, Wandb, open_report, require_trackers
 from evaclip.train.run_folder import RunFolder, locate, permit
-from evaclip.train.run_lock import RunLock
 from evaclip.train.saver import Saver
 from evaclip.train.schedule import lr_factor
 from evaclip.train.sharding import forget_gathered

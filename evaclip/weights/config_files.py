@@ -10,7 +10,7 @@ from evaclip.atomic import reading
 from evaclip.errors import UserError
 from evaclip.model.config import CLIPConfig, Preprocess, TextConfig, VisionConfig, override
 from evaclip.model.vision_names import RELEASES, split_name, vision_config
-from evaclip.run_files import PREPROCESS_FILE
+from evaclip.runs.files import PREPROCESS_FILE
 
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 

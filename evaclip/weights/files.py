@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from evaclip.atomic import replacing, require_space, writing
 from evaclip.errors import UserError
-from evaclip.run_files import (
+from evaclip.runs.files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     EMA_FILE,

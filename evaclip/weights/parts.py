@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from evaclip.atomic import flock, replacing, write_json, writing
 from evaclip.errors import UserError
-from evaclip.run_files import META_FILE, PARTS
+from evaclip.runs.files import META_FILE, PARTS
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

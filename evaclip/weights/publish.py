@@ -14,7 +14,8 @@ from evaclip.extras import with_remedy
 from evaclip.model.clip import CLIP
 from evaclip.model.hf_text import HFTokenizer
 from evaclip.outputs import check_output
-from evaclip.run_files import CONFIG_FILE, LOG_FILE
+from evaclip.runs.files import CONFIG_FILE, LOG_FILE
+from evaclip.runs.log import read_config_and_log
 from evaclip.tokenizer import Tokenizer
 from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_config
 from evaclip.weights.files import AVERAGE, RAW, save_tensors
@@ -62,12 +63,10 @@ def run_facts(source: str | Path, *, average: bool = True) -> dict[str, Any]:
     Raises:
         UserError: it is neither.
     """
-    from evaclip.report.run_data import read_log_of
-
     folder, last = Path(source), None
     if match := _CHECKPOINT.fullmatch(folder.name):
         folder, last = folder.parent.parent, int(match[1])
-    config, log = read_log_of(folder)
+    config, log = read_config_and_log(folder)
     log = [record for record in log if last is None or record["step"] <= last]
     records = [record for record in log if record.get("loss") is not None]
     evaluations = [record for record in log if "eval" in record]

@@ -17,9 +17,9 @@ from evaclip.commands.main import main
 from evaclip.errors import Refused, UserError
 from evaclip.export import export
 from evaclip.model.clip import CLIP
-from evaclip.model.packing import pack_images
 from evaclip.model.vision_model import VisionModel
 from evaclip.onnx_check import KEY, check
+from evaclip.packing import pack_images
 from evakernels.nn import FrozenWeight, freeze, unfreeze
 from evakernels.nn.linear import served_dtypes
 

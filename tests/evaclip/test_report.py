@@ -21,9 +21,9 @@ from evaclip.eval.results import DataFacts, Evaluation, Found, Gallery, ModelFac
 from evaclip.eval.runs import thumbnail
 from evaclip.report import write_report
 from evaclip.report.text import render
-from evaclip.run_files import CONFIG_FILE, EVENTS_FILE, LOCK_FILE, LOG_FILE
-from evaclip.train.progress import read_log
-from evaclip.train.run_lock import Owner, RunLock
+from evaclip.runs.files import CONFIG_FILE, EVENTS_FILE, LOCK_FILE, LOG_FILE
+from evaclip.runs.lock import Owner, RunLock
+from evaclip.runs.log import read_log
 from evaclip.train.trainer import train
 
 CONFIG = """\

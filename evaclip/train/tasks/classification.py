@@ -21,7 +21,7 @@ from evaclip.eval.zero_shot import PLACEHOLDER, load_classnames
 from evaclip.factory import create_vision_model
 from evaclip.model.flops import vision_flops
 from evaclip.model.vision_model import VisionModel
-from evaclip.run_files import CLASSES_FILE
+from evaclip.runs.files import CLASSES_FILE
 from evaclip.train.config import ClassificationTask, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.evaluation import (

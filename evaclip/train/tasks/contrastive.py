@@ -19,7 +19,7 @@ from evaclip.model.clip import CLIP
 from evaclip.model.flops import flops_per_sample
 from evaclip.model.hf_text import HFTextTower, HFTokenizer
 from evaclip.model.text import TextTower
-from evaclip.run_files import HF_TEXT_FOLDER, MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.runs.files import HF_TEXT_FOLDER, MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.tokenizer import Tokenizer
 from evaclip.train import rng
 from evaclip.train.config import SIXTEEN_BITS, TrainConfig

@@ -15,7 +15,7 @@ from evaclip.errors import UserError
 from evaclip.model.config import Preprocess, VisionConfig
 from evaclip.model.vision import VisionTower
 from evaclip.model.vision_model import VisionModel
-from evaclip.run_files import MODEL_CONFIG_FILE, PREPROCESS_FILE
+from evaclip.runs.files import MODEL_CONFIG_FILE, PREPROCESS_FILE
 from evaclip.train.config import LossConfig, ModelConfig, TowerConfig, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.micro_batch import MicroBatch, StepContext, send

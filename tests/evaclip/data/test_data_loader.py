@@ -21,7 +21,7 @@ from evaclip.data.samples import decode_image
 from evaclip.data.shard_writer import write_shard
 from evaclip.data.workers import WorkerDied, WorkerLoader, WorkerOptions
 from evaclip.errors import UserError
-from evaclip.model.packing import PackedImages, pack_images
+from evaclip.packing import PackedImages, pack_images
 from evaclip.transforms import PackedTransform
 
 

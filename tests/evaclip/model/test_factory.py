@@ -25,7 +25,7 @@ from evaclip import (
 )
 from evaclip.errors import UserError
 from evaclip.model.config import find_model
-from evaclip.model.packing import PackedImages
+from evaclip.packing import PackedImages
 from evaclip.transforms import EvalTransform
 from evaclip.weights import describe_preprocess
 from evaclip.weights.hub import RELEASED

@@ -24,8 +24,8 @@ from evaclip.export import export
 from evaclip.loading import load_model
 from evaclip.model.config import Savings
 from evaclip.plan.step import plan_step
+from evaclip.runs.log import read_log
 from evaclip.train.config import TrainConfig
-from evaclip.train.progress import read_log
 from evaclip.train.trainer import train
 from evaclip.weights import start_text_tower, to_open_clip
 from evaclip.weights.convert import convert

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from evaclip import CLIP, Savings, pack_images
 from evaclip.model.config import Recompute
-from evaclip.model.packing import PackedImages, drop_patches
+from evaclip.packing import PackedImages, drop_patches
 from evakernels import sample_token_index
 
 MODELS: dict[str, dict[str, Any]] = {

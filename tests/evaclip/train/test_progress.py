@@ -20,12 +20,13 @@ from evaclip.data import Batch
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
-from evaclip.model.packing import PackedImages, drop_patches, pack_images
-from evaclip.run_files import EVENTS_FILE, LOG_FILE
+from evaclip.packing import PackedImages, drop_patches, pack_images
+from evaclip.runs.files import EVENTS_FILE, LOG_FILE
+from evaclip.runs.log import read_log
 from evaclip.train import progress
 from evaclip.train.config import LogConfig, LossConfig
 from evaclip.train.loss import ContrastiveLoss
-from evaclip.train.progress import Record, open_report, read_log
+from evaclip.train.progress import Record, open_report
 from evaclip.train.tasks.contrastive import Contrastive
 from evaclip.train.throughput import Meter, peak_flops
 from evaclip.train.trainer import train

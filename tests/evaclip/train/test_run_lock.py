@@ -17,17 +17,16 @@ import pytest
 
 from evaclip.data import Batch, TrainLoader
 from evaclip.errors import UserError
-from evaclip.run_files import LOCK_FILE
-from evaclip.train import run_lock
-from evaclip.train.progress import read_log
-from evaclip.train.run_lock import Owner, RunLock, is_held, read_lock
+from evaclip.runs.files import LOCK_FILE
+from evaclip.runs.lock import Owner, RunLock, is_held, read_lock
+from evaclip.runs.log import read_log
 from evaclip.train.trainer import train
 from evaclip.train.watchdog import unwinding_on_sigterm
 
 HOLDING = """
 import os, sys, time
 from pathlib import Path
-from evaclip.train.run_lock import RunLock
+from evaclip.runs.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 if os.fork() == 0:  # a worker that outlives a killed trainer
     print("held", flush=True)
@@ -40,8 +39,8 @@ ELSEWHERE = {"machine": "elsewhere"}
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "RETRIES", 3)
-    monkeypatch.setattr(run_lock, "SETTLE", 0.3)
+    monkeypatch.setattr("evaclip.runs.lock.RETRIES", 3)
+    monkeypatch.setattr("evaclip.runs.lock.SETTLE", 0.3)
 
 
 @pytest.fixture(params=["flock", "no flock"])

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from evaclip.data.loader import Rows
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
-from evaclip.model.packing import pack_images
+from evaclip.packing import pack_images
 from evaclip.plan.step import plan_step
 from evaclip.train.build import build_step, build_task, prepare_device
 from evaclip.train.config import LossConfig, OptimConfig

@@ -9,8 +9,9 @@ from PIL import Image
 from evaclip import Preprocess
 from evaclip.errors import UserError
 from evaclip.factory import create_model
+from evaclip.runs.log import load_yaml
 from evaclip.train.config import TrainConfig, training_tree
-from evaclip.train.overrides import commented_yaml, dump_yaml, load_yaml, parse_assignment, resolve, validate
+from evaclip.train.overrides import commented_yaml, dump_yaml, parse_assignment, resolve, validate
 from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
 from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
 from evaclip.train.tasks.task import training_transform

@@ -32,12 +32,12 @@ from evaclip.eval.retrieval import encode_pairs
 from evaclip.eval.runs import Setting, run_retrieval, run_zero_shot
 from evaclip.loading import load_model
 from evaclip.model.clip import CLIP
-from evaclip.run_files import EVENTS_FILE
+from evaclip.runs.files import EVENTS_FILE
+from evaclip.runs.log import read_log
 from evaclip.train import evaluation
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import connect
 from evaclip.train.evaluation import DistributedEncoder
-from evaclip.train.progress import read_log
 from evaclip.train.saver import Saver
 from evaclip.train.tasks import contrastive
 from evaclip.train.trainer import train

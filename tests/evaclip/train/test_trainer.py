@@ -22,6 +22,7 @@ from evaclip.data import Batch, TrainLoader
 from evaclip.errors import RunFailed, UserError
 from evaclip.factory import create_model
 from evaclip.loading import load_model
+from evaclip.runs.log import read_log
 from evaclip.runtime.encoder import Encoder
 from evaclip.train import saver
 from evaclip.train.build import build
@@ -29,7 +30,6 @@ from evaclip.train.checkpoint import Lost, NotWritten
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
-from evaclip.train.progress import read_log
 from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.tasks import task_class
 from evaclip.train.trainer import TrainingDiverged, train

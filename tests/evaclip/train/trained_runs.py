@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip.train.progress import read_log
+from evaclip.runs.log import read_log
 from evaclip.weights.files import read_tensors
 
 

@@ -39,8 +39,8 @@ from evaclip.commands.main import main as evaclip
 from evaclip.data import open_source
 from evaclip.data.order import sample_order
 from evaclip.data.shard_writer import write_shard
+from evaclip.runs.log import read_log
 from evaclip.train import checkpoint
-from evaclip.train.progress import read_log
 
 KINDS = (
     "kill", "SIGTERM", "SIGTERM to all, twice", "SIGTERM to the agent", "SIGTERM to the agent and all", "full disk",

@@ -19,7 +19,7 @@ from typing import Self
 
 from evaclip.atomic import flock
 from evaclip.errors import UserError
-from evaclip.run_files import LOCK_FILE
+from evaclip.runs.files import LOCK_FILE
 
 RETRIES = 20
 """Attempts, a tenth of a second apart: workers of a killed process may hold its flock for a moment."""
