@@ -80,6 +80,7 @@ gpu-check:
 lint: $(VENV)/.built $(VENV)/.test-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
