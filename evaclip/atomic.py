@@ -87,7 +87,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as exc:
         cause = Path(exc.filename) if isinstance(exc.filename, str) else path
         where = f": {cause}" if cause in path.parents else ""
-        # That a folder exists is no error; that there is a file in its place is.
+        # An existing folder is not an error; a file in its place is.
         reason = os.strerror(errno.ENOTDIR) if isinstance(exc, FileExistsError) else exc.strerror or exc
         raise UserError(f"cannot write {path}: {reason}{where}") from exc
 

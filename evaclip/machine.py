@@ -46,7 +46,7 @@ def usable_cores(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Number of processor cores that this process may use, by its affinity and its container's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with suppress(OSError, ValueError):  # "max" and -1 are no limits
+        with suppress(OSError, ValueError):  # "max" and -1 are not limits
             quota, period = map(int, " ".join((control_groups / name).read_text() for name in names).split())
             if quota > 0:
                 return max(1, min(cores, math.ceil(quota / period)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaclip.atomic import require_writable
 from evaclip.errors import UserError
-from evaclip.runs.files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE, PARTS
+from evaclip.runs.files import CHECKPOINTS_FOLDER, CONFIG_FILE, META_FILE, MODEL_CONFIG_FILE, MODEL_FILE, SHARDS_SUFFIX
 
 
 def check_output(target: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
@@ -52,5 +52,5 @@ def _run_around(target: Path) -> Path | None:
 
 def _is_checkpoint(folder: Path) -> bool:
     facts = (META_FILE, MODEL_CONFIG_FILE)
-    has_weights = (folder / MODEL_FILE).is_file() or (folder / f"{MODEL_FILE}{PARTS}").is_dir()
+    has_weights = (folder / MODEL_FILE).is_file() or (folder / f"{MODEL_FILE}{SHARDS_SUFFIX}").is_dir()
     return has_weights and any((folder / name).is_file() for name in facts)

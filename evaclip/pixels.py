@@ -16,7 +16,7 @@ _FLOAT_RANGES = (1, 255, 65535)
 
 
 class UnknownRangeError(ValueError):
-    """Pixels that are no bytes lie in none of the known ranges."""
+    """Pixels that are not bytes lie in none of the known ranges."""
 
 
 def open_image(
@@ -51,7 +51,7 @@ def _readable() -> frozenset[str]:
 
 
 def pixel_kind(image: Image.Image) -> str:
-    """'16-bit', 'integer' or 'float' where the pixels are no bytes; '' where they are."""
+    """'16-bit', 'integer' or 'float' where the pixels are not bytes; '' where they are."""
     if image.mode.startswith("I;16"):
         return "16-bit"
     return {"I": "integer", "F": "float"}.get(image.mode, "")

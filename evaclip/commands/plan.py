@@ -87,13 +87,13 @@ def _run(args: argparse.Namespace) -> None:
 def _plan_parts(config: Any, args: argparse.Namespace) -> "list[tuple[StepPlan, int | None]]":
     """A plan, and the number of steps if known, for each image size of the run."""
     from evaclip.plan.step import plan_step
-    from evaclip.train.schedule import image_parts, total_steps
+    from evaclip.train.schedule import image_size_phases, total_steps
 
     schedule, sizes = config.schedule, [(None, part.image_size) for part in config.schedule.resolutions]
     parts: list[tuple[int | None, int | None]] = [*sizes, (None, None)]
     if schedule.steps or schedule.epoch_samples:
         steps = total_steps(schedule, config.batch_size, 0)
-        parts = [(len(part), size) for part, size in image_parts(steps, schedule)]
+        parts = [(len(part), size) for part, size in image_size_phases(steps, schedule)]
     plan = partial(plan_step, config, args.gpus, caption_tokens=args.caption_tokens)
     return [(plan(image_size=size), steps_of_part) for steps_of_part, size in parts]
 
@@ -104,8 +104,8 @@ def _tree(plan: "StepPlan", steps: int | None, gpu: "Gpu", rate: float) -> dict[
     return {
         "image_size": max(plan.image_shape),
         "steps": steps,
-        "mode": plan.config.parallel.mode if plan.is_cut else "replicate",
-        "shard_size": plan.config.parallel.shard_size if plan.is_cut else None,
+        "mode": plan.config.parallel.mode if plan.is_sharded else "replicate",
+        "shard_size": plan.config.parallel.shard_size if plan.is_sharded else None,
         "recompute": plan.config.model.savings.recompute,
         "accumulation": plan.config.accumulation_steps,
         "micro_batch": plan.micro_batch,
@@ -135,7 +135,7 @@ def _summary(plan: "StepPlan", gpu: "Gpu") -> "Table":
 
     config, parallel = plan.config, plan.config.parallel
     spread = "whole on each GPU"
-    if plan.is_cut:
+    if plan.is_sharded:
         size = parallel.shard_size or plan.gpus
         spread = f"cut over {size} GPUs" + (f", {plan.gpus // size} copies" if size < plan.gpus else "")
         spread += "; in host memory" if parallel.offload != "none" else ""

@@ -99,7 +99,7 @@ def configure(args: argparse.Namespace, processes: int | None = None, *, here: b
     from evaclip.runs.log import load_yaml
     from evaclip.train.config import process_count
     from evaclip.train.overrides import in_layers, parse_assignment, resolve
-    from evaclip.train.recipes import get_recipe, with_fitting_parts, with_own_evaluation
+    from evaclip.train.recipes import get_recipe, with_fitting_nodes, with_own_evaluation
     from evaclip.train.tree import nest
 
     if args.recipe is None:
@@ -113,4 +113,4 @@ def configure(args: argparse.Namespace, processes: int | None = None, *, here: b
         changes.append({"device": args.device})
     layers = [*files, changes, list(map(parse_assignment, args.set))]
     config = resolve(recipe, in_layers(layers, recipe))
-    return with_fitting_parts(with_own_evaluation(config, recipe), recipe)
+    return with_fitting_nodes(with_own_evaluation(config, recipe), recipe)

@@ -1,4 +1,4 @@
-"""The data part of a training configuration."""
+"""The section `data` of a training configuration."""
 
 from typing import Annotated, Literal, Self
 
@@ -18,7 +18,7 @@ _STRICT_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
-class PartConfig:
+class MixtureItem:
     """One data set of a mixture; other keys are common to the mixture."""
 
     train: str
@@ -48,7 +48,7 @@ class DataConfig:
     train: str = "synthetic"
     """Tar shards (paths, URLs or 'pipe:COMMAND', with braces, '::' between several; or a list that `evaclip data index`
     wrote), a table (.csv, .tsv, .jsonl, .ndjson, .parquet), a folder, or 'synthetic'."""
-    mixture: dict[str, PartConfig] = Field(default_factory=dict)
+    mixture: dict[str, MixtureItem] = Field(default_factory=dict)
     """Data sets by name, mixed sample by sample in these proportions; `train` must be empty then."""
     kind: Kind = "auto"
     """Kind of `train`; auto: by the path."""
@@ -69,7 +69,7 @@ class DataConfig:
     shuffle_window: Annotated[int, Field(ge=0)] = DEFAULT_WINDOW
     """Samples of the shuffled shards that are shuffled with each other; 0: all."""
     canonical_nodes: Count = 1
-    """Parts of the shards, best one per machine, so that a machine fetches only the shards of its part. It decides the
+    """Groups of shards, best one per machine, so that a machine fetches only the shards of its group. It decides the
     order of samples, so don't change it when a run resumes on other machines."""
     remote: RemoteConfig = RemoteConfig()
     """Fetching of shards that are not local files."""

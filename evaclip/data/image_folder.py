@@ -38,7 +38,7 @@ class FolderSource(Source):
     """Image files of a folder, in the order of their paths below it, which are the samples' keys.
 
     With a caption template the images are those of ROOT/CLASS/**, and the caption is the template with the class name,
-    in which spaces stand for underscores. A class folder without images is no class, but a fault. Without a template
+    in which spaces stand for underscores. A class folder without images is not a class, but a fault. Without a template
     the images lie at any depth and have no captions. Hidden files and folders don't count.
 
     Raises UserError if there is no image.

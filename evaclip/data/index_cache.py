@@ -92,7 +92,7 @@ class IndexCache:
 
         Raises:
             OSError: as `get`.
-            UserError: as `get`; the message names all local files that are no shards.
+            UserError: as `get`; the message names all local files that are not shards.
         """
         reported, problems = time.monotonic(), list[str]()
 

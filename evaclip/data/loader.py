@@ -42,50 +42,50 @@ _REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
 class Rows:
     """Tensors `[n_i, ...]`, or packed images, that stand for their concatenation `[sum of n_i, ...]`.
 
-    Pinned parts stay pinned: they are joined on the device.
+    Pinned pieces stay pinned: they are joined on the device.
     """
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = parts
+    def __init__(self, pieces: Sequence[Any]) -> None:
+        self.pieces = pieces
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(map(len, self.pieces))
 
     def __getitem__(self, rows: slice) -> "Rows":
         """Some of the rows, which must follow one another."""
         start, stop, _ = rows.indices(len(self))
         chosen = []
-        for part in self.parts:
-            if start < len(part) and stop > 0:
-                chosen.append(part[max(start, 0) : stop])
-            start, stop = start - len(part), stop - len(part)
+        for piece in self.pieces:
+            if start < len(piece) and stop > 0:
+                chosen.append(piece[max(start, 0) : stop])
+            start, stop = start - len(piece), stop - len(piece)
         return Rows(chosen)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
         """All rows in one tensor, or packed, on that device."""
-        first, *others = self.parts
+        first, *others = self.pieces
         if not others:
             return first.to(device, non_blocking=non_blocking)
         if isinstance(first, PackedImages):
-            return PackedImages.concatenate([part.to(device, non_blocking=non_blocking) for part in self.parts])
+            return PackedImages.concatenate([piece.to(device, non_blocking=non_blocking) for piece in self.pieces])
         whole = first.new_empty((len(self), *first.shape[1:]), device=device)
-        for part, rows in zip(self.parts, whole.split([len(part) for part in self.parts]), strict=True):
-            rows.copy_(part, non_blocking=non_blocking)
+        for piece, rows in zip(self.pieces, whole.split([len(piece) for piece in self.pieces]), strict=True):
+            rows.copy_(piece, non_blocking=non_blocking)
         return whole
 
 
-def packed_parts(images: Tensor | PackedImages | Rows) -> list[PackedImages]:
-    """The packed images of a batch, in parts; empty if the batch is a tensor."""
-    parts = images.parts if isinstance(images, Rows) else [images]
-    return [part for part in parts if isinstance(part, PackedImages)]
+def packed_pieces(images: Tensor | PackedImages | Rows) -> list[PackedImages]:
+    """The packed images of a batch, in pieces; empty if the batch is a tensor."""
+    pieces = images.pieces if isinstance(images, Rows) else [images]
+    return [piece for piece in pieces if isinstance(piece, PackedImages)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch.
+    """One rank's rows of a global batch.
 
     Attributes:
-        images: [rows, 3, H, W] or packed, the results of the transform; in parts if they are pinned.
+        images: [rows, 3, H, W] or packed, the results of the transform; in pieces if they are pinned.
         targets: [rows, ...], see Targets.
         position: samples that all ranks have consumed after this batch; `batches(position)` continues there.
         skipped: rows of this batch whose sample was bad and was replaced, once each.
@@ -101,7 +101,7 @@ class TrainLoader:
     """Endless shuffled batches of a source, decoded and augmented by worker processes.
 
     The global batch at position p holds the samples with the global indices [p, p + batch_size), sorted by canonical
-    node; rank r gets the r-th part, see `part_of_batch`. Samples, order, captions and augmentation of a batch depend on
+    node; rank r gets the rows of `rank_rows`. Samples, order, captions and augmentation of a batch depend on
     seed and position only. Epochs have no gap between them, so a batch can hold the end of one and the start of the
     next. A bad sample is logged and replaced by one that its global index determines. The next remote shards are
     prefetched.
@@ -115,14 +115,14 @@ class TrainLoader:
         workers: processes that read and decode; 0 does it in the calling process.
         rank, world_size: this rank and the number of ranks.
         window: samples that the shuffle mixes with one another; 0 mixes all.
-        nodes: parts that the shards are divided among, see `sample_order`; machines, in general.
+        nodes: groups that the shards are divided among, see `sample_order`; machines, in general.
         machine: ranks of this machine, which share its copies of remote shards; None: this rank only.
-        prefetch: batches that are ready ahead, over all workers, or as many parts a worker, if these are more.
-        pin: return `images` in pinned parts, for copies to a GPU.
+        prefetch: batches that are ready ahead, over all workers, or as many units a worker, if these are more.
+        pin: return `images` in pinned pieces, for copies to a GPU.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
         patience: seconds without a batch after which a warning is logged.
-        together: rows of a global batch that stay on one rank, see `part_of_batch`.
+        together: rows of a global batch that stay on one rank, see `rank_rows`.
 
     Raises:
         UserError: the source has fewer samples than one global batch, or a number is out of range.
@@ -169,8 +169,8 @@ class TrainLoader:
         self.faults.add(source.faults)
         self._source = source
         self._batch_size = batch_size
-        self._part = part_of_batch(batch_size, rank, world_size, together)
-        self._units = _units(len(self._part))
+        self._rows = rank_rows(batch_size, rank, world_size, together)
+        self._units = _units(len(self._rows))
         self._seed = seed
         self._decoding = replace(source.decoding, at_least=decode_size)
         held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
@@ -184,8 +184,8 @@ class TrainLoader:
         self._ordered: tuple[int, I64] | None = None
         self.set_transform(transform, targets)
         if source.remote:
-            parts = [part_of_batch(batch_size, each, world_size, together) for each in machine or [rank]]
-            self._require_room(range(parts[0].start, parts[-1].stop), window, len(parts))
+            ranks = [rank_rows(batch_size, each, world_size, together) for each in machine or [rank]]
+            self._require_room(range(ranks[0].start, ranks[-1].stop), window, len(ranks))
 
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
         """Sets the transform and targets of later calls of `batches`. Order and random draws stay the same."""
@@ -210,9 +210,9 @@ class TrainLoader:
             rows = Rows(images)
             yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(targets), end, sum(replaced))
 
-    def _require_room(self, part: range, window: int, ranks: int) -> None:
+    def _require_room(self, rows: range, window: int, ranks: int) -> None:
         """Raises UserError if the cache is too small for the remote shards that a machine reads at the same time."""
-        shards = self._source.remote_shards(self._order.shards(self._in_order(0)[part.start : part.stop])[0])
+        shards = self._source.remote_shards(self._order.shards(self._in_order(0)[rows.start : rows.stop])[0])
         size = sum(shard.size for shard in shards)
         if shards and size > (capacity := shards[0].cache.capacity):
             readers = f", which {ranks} processes of this machine read," if ranks > 1 else ""
@@ -229,7 +229,7 @@ class TrainLoader:
         position, rows = unit
         if self._ordered is None or self._ordered[0] != position:
             # A worker reads several units of a batch.
-            self._ordered = position, self._in_order(position)[self._part.start : self._part.stop]
+            self._ordered = position, self._in_order(position)[self._rows.start : self._rows.stop]
         global_indices = self._ordered[1][rows]
         if self._source.remote:
             now, after = self._order.shards(global_indices)
@@ -255,7 +255,7 @@ class TrainLoader:
             raise UserError(f"{exc}; in {self._source.description}, one of {', '.join(keys)}") from exc
 
     def _in_order(self, position: int) -> I64:
-        """The global indices of a batch, of which the ranks take one part each: sorted by canonical node."""
+        """The global indices of a batch, which the ranks take in order: sorted by canonical node."""
         batch = np.arange(position, position + self._batch_size, dtype=np.int64)
         return batch[np.argsort(self._order.nodes(batch), kind="stable")]
 
@@ -294,12 +294,12 @@ def _join(images: list[Any]) -> Any:
 
 
 def _units(batch_size: int) -> list[slice]:
-    """The rows of a process's batch in equal parts, each the work of one worker at a time."""
+    """The rows of a rank's batch in equal units, each the work of one worker at a time."""
     bounds = np.linspace(0, batch_size, -(-batch_size // UNIT) + 1).astype(int).tolist()
     return list(map(slice, bounds, bounds[1:]))
 
 
-def part_of_batch(batch_size: int, rank: int, processes: int, together: int = 1) -> range:
+def rank_rows(batch_size: int, rank: int, processes: int, together: int = 1) -> range:
     """The rows of a global batch that belong to one process; some have one row more than others if they must.
 
     Rows stay `together` so many at a time, where the batch is a multiple of that: then it is one such group more.

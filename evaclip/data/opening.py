@@ -72,8 +72,8 @@ def open_configured(config: DataConfig, *, captions: bool = True) -> Source:
     """Opens the data set, or the mixture of several, that a configuration names; `captions` as for `open_source`."""
     if not config.mixture:
         return _open(config.train, config, captions)
-    parts = [_open(part.train, config, captions) for part in config.mixture.values()]
-    return MixtureSource(parts, [part.weight for part in config.mixture.values()])
+    sources = [_open(item.train, config, captions) for item in config.mixture.values()]
+    return MixtureSource(sources, [item.weight for item in config.mixture.values()])
 
 
 def classes_of(config: DataConfig) -> Sequence[str]:
@@ -134,24 +134,24 @@ def _open_shards(
         if part[1] > 1:
             raise UserError(f"lists of shards are joined as a whole, so part {part[0]}/{part[1]} is none of {paths[0]}")
         _require_all_parts(paths)
-        shards = ShardList(chain.from_iterable(map(read_list, paths)))
-        return WebDatasetSource(shards, cache, indexes, image_key, caption_key)
-    found = shards_at(paths, cache)
-    if len(found) < part[1]:
-        raise UserError(f"{len(found)} shards can't be divided into {part[1]} parts")
-    begin, end = (len(found) * bound // part[1] for bound in (part[0], part[0] + 1))
-    return WebDatasetSource(list_shards(found[begin:end], indexes), cache, indexes, image_key, caption_key)
+        whole = ShardList(chain.from_iterable(map(read_list, paths)))
+        return WebDatasetSource(whole, cache, indexes, image_key, caption_key)
+    shards = shards_at(paths, cache)
+    if len(shards) < part[1]:
+        raise UserError(f"{len(shards)} shards can't be divided into {part[1]} parts")
+    begin, end = (len(shards) * bound // part[1] for bound in (part[0], part[0] + 1))
+    return WebDatasetSource(list_shards(shards[begin:end], indexes), cache, indexes, image_key, caption_key)
 
 
 def _require_all_parts(lists: Sequence[str]) -> None:
     """Raises UserError unless lists that `evaclip data index --part` has written are all parts of one whole."""
-    found = [(int(name[1]), int(name[2])) for path in lists if (name := _PART.search(path))]
-    parts = found[0][1] if found else 0
-    if sorted(found) == (expected := [(part, parts) for part in range(parts)]):
+    parts = [(int(name[1]), int(name[2])) for path in lists if (name := _PART.search(path))]
+    count = parts[0][1] if parts else 0
+    if sorted(parts) == (expected := [(part, count) for part in range(count)]):
         return
-    missing = [f"{part:05d}-of-{parts:05d}" for part, _ in sorted(set(expected) - set(found))]
+    missing = [f"{part:05d}-of-{count:05d}" for part, _ in sorted(set(expected) - set(parts))]
     raise UserError(
-        f"lists of parts must be the {parts} parts of one whole, each once, got {len(found)}"
+        f"lists of parts must be the {count} parts of one whole, each once, got {len(parts)}"
         + (f" without {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5) if missing else "")
         + "; 'evaclip data index --part' makes missing lists; delete lists of another division"
     )

@@ -5,9 +5,9 @@ the stream of their samples is cut into windows; a keyed permutation mixes the s
 Nothing depends on the batch size, the number of workers or the number of processes, so one integer says how
 far a run has come.
 
-With several canonical nodes (MosaicML Streaming's term) the stream is first cut into as many parts of equal length,
-each with separate windows. Global indices alternate between the parts: every batch has equally many samples of each
-part, so a machine that reads one part needs only the shards of that part.
+With several canonical nodes (MosaicML Streaming's term) the stream is first cut into as many groups of equal length,
+each with separate windows. Global indices alternate between the groups: every batch has equally many samples of each
+group, so a machine that reads one group needs only the shards of that group.
 """
 
 from collections.abc import Iterable, Sequence

@@ -102,7 +102,7 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 
 
 def decode_image(data: bytes, name: str, decoding: Decoding = WHOLE) -> Image.Image:
-    """Decodes an image file completely, in its own mode, but for pixels that are no bytes: see `eight_bit`.
+    """Decodes an image file completely, in its own mode, but for pixels that are not bytes: see `eight_bit`.
 
     Raises BadSample for damaged data, other formats than `FORMATS`, too few pixels, too many, and pixels of an unknown
     range.
@@ -170,7 +170,7 @@ def read_image_file(path: Path, *, regular: bool = True) -> bytes:
 
 
 def texts_of(value: object) -> tuple[str, ...]:
-    """The captions in a value of a JSON file or a table: one, or a list. Values that are no text are left out."""
+    """The captions in a value of a JSON file or a table: one, or a list. Values that are not text are left out."""
     listed: Sequence[object] = value if isinstance(value, list) else [value]
     # A number is a caption too: class labels often are.
     return tuple(sound(str(item)) for item in listed if isinstance(item, str | int) and not isinstance(item, bool))

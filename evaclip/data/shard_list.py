@@ -201,7 +201,7 @@ def read_list(location: str) -> Iterator[Entry]:
             yield _entry(shard, location)
     except (ValueError, KeyError, TypeError) as exc:
         raise UserError(
-            f"{location} is no list of shards ({KIND}), as `evaclip data index` writes it: {type(exc).__name__}: {exc}"
+            f"{location} is not a list of shards ({KIND}) from `evaclip data index`: {type(exc).__name__}: {exc}"
         ) from exc
     if not shards:
         raise UserError(f"there are 0 shards in the list {location}")

@@ -69,7 +69,7 @@ class TableSource(Source):
                     captions.add(text)
                 ends.append(len(captions))
         except UnicodeDecodeError as exc:
-            raise UserError(f"{path} is no {exc.encoding} text: {exc}") from exc
+            raise UserError(f"{path} is not {exc.encoding} text: {exc}") from exc
         except OSError as exc:
             raise UserError(f"cannot read {path}: {exc.strerror}") from exc
         self._images, self._captions = images.packed(), captions.packed()
@@ -145,7 +145,7 @@ def _text_encoding(path: Path) -> str:
             while text.read(2**20):
                 pass
             return encoding
-    raise UserError(f"{path} is no text: neither UTF-8, UTF-16 with a byte order mark nor cp1252")
+    raise UserError(f"{path} is not text: neither UTF-8, UTF-16 with a byte order mark nor cp1252")
 
 
 def _guess_separator(path: Path, encoding: str, columns: Columns) -> str:

@@ -98,8 +98,8 @@ class TarIndex:
 def build_index(path: Path, name: str | None = None) -> TarIndex:
     """Reads the headers of a tar. Damage ends the index before the damaged sample; it is not an error.
 
-    Messages call the tar by `name`, or else by its path. Raises UserError for a file that cannot be read or is no plain
-    tar.
+    Messages call the tar by `name`, or else by its path. Raises UserError for an unreadable file and for one that
+    isn't a plain tar.
     """
     name = name or str(path)
     groups, again, cut, damage = dict[str, dict[str, Member]](), set[str](), "", ""

@@ -1,4 +1,4 @@
-"""The validation split: which samples it has, and both parts as sources."""
+"""The validation split: which samples it has, and both splits as sources."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def hold_out(source: Source, share: float, seed: int, most: int = MOST) -> tuple
     """Splits a source into training samples and validation samples: `share` of all, at most `most`.
 
     The split is a function of the seed and the samples' indices, so a resumed run, on any number of ranks, has the same
-    one. Samples that share an image, as in a table with a row per caption, stay together. Each part of a mixture gives
-    its share.
+    one. Samples that share an image, as in a table with a row per caption, stay together. Each source of a mixture
+    gives its share.
 
     Returns:
         training and validation source; None for the second if the share is less than one sample.
@@ -33,11 +33,11 @@ def hold_out(source: Source, share: float, seed: int, most: int = MOST) -> tuple
         return source, None
     share = min(share, most / len(source))
     if isinstance(source, MixtureSource):
-        chosen = [_choose(part, share, seed + number) for number, part in enumerate(source.parts)]
-        parts = [Rest(part, held) if len(held) else part for part, held in zip(source.parts, chosen, strict=True)]
-        firsts = np.cumsum([0, *map(len, source.parts)])[:-1]
+        chosen = [_choose(each, share, seed + number) for number, each in enumerate(source.sources)]
+        rests = [Rest(each, held) if len(held) else each for each, held in zip(source.sources, chosen, strict=True)]
+        firsts = np.cumsum([0, *map(len, source.sources)])[:-1]
         held = np.concatenate([first + indices for first, indices in zip(firsts, chosen, strict=True)])
-        rest: Source = MixtureSource(parts, source.weights)
+        rest: Source = MixtureSource(rests, source.weights)
     else:
         held = _choose(source, share, seed)
         rest = Rest(source, held)

@@ -53,7 +53,7 @@ def assign_labels(
             are labels (as for ImageNet-V2): folder 10 is class 10, though it sorts before 2.
 
     Raises:
-        UserError: a caption or folder that is no class, with the nearest names.
+        UserError: a caption or folder that is not a class, with the nearest names.
     """
     if classnames is None:
         classnames = folders or _distinct(captions)
@@ -140,7 +140,7 @@ class ClassSpace:
         outputs: number of the classifier's outputs.
 
     Raises:
-        UserError: for folders that are no classes.
+        UserError: for folders that are not classes.
     """
 
     names: tuple[str, ...]
@@ -189,7 +189,7 @@ class ClassSpace:
         """Class indices `[n]` int64 of n captions, by `assign_labels`; `keys` (default: captions) name them in errors.
 
         Raises:
-            UserError: a caption that is no class.
+            UserError: a caption that is not a class.
         """
         return assign_labels(captions, keys or captions, self.names, self.folders).indices
 
@@ -373,7 +373,7 @@ def predict(
 
     Raises:
         NothingReadable: no sample could be read.
-        UserError: a caption that is no class, or the model gave NaN or infinity (the sample is named).
+        UserError: a caption that is not a class, or the model gave NaN or infinity (the sample is named).
     """
     best, labels, keys = list[Tensor](), list[Tensor](), list[str]()
 

@@ -399,7 +399,7 @@ def _read_config(file: Path) -> CLIPConfig:
             raise ValueError(f"expected an object with options, got a {type(options).__name__}")
         return override(CLIPConfig(), options)
     except (OSError, ValueError, UserError) as exc:
-        raise UserError(f"{str(file)!r} is no model configuration: {exc}") from exc
+        raise UserError(f"{str(file)!r} is not a model configuration: {exc}") from exc
 
 
 def _pair(sizes: Sequence[Any]) -> tuple[int, int]:

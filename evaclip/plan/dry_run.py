@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaclip.train import snapshot
-from evaclip.train.build import Parts, build
+from evaclip.train.build import Run, build
 from evaclip.train.checkpoint import Start
 from evaclip.train.config import ModelConfig, TrainConfig
 from evaclip.train.distributed import World, connect, device_of, fake_ranks
@@ -54,12 +54,12 @@ def dry_run(config: TrainConfig, *, resume: str = "none", overwrite: bool = Fals
         require_trackers(config.log)
         remarks: list[str] = []
         start = _start(config, resume, overwrite, remarks.append) if world.is_main else None
-        parts = build(config, world)
-        position, more = snapshot.begin(world.from_main(start), parts)
-        loss, seconds = _time(parts, position)
+        run = build(config, world)
+        position, more = snapshot.begin(world.from_main(start), run)
+        loss, seconds = _time(run, position)
         if world.is_main:
             where = [("run folder", str(RunFolder.of(config).path)), *(("", remark) for remark in (*remarks, *more))]
-            Console().print(_table([*where, *_plan(parts), *_measured(parts, position, loss, seconds)]))
+            Console().print(_table([*where, *_plan(run), *_measured(run, position, loss, seconds)]))
 
 
 def _start(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str], None]) -> Start | None:
@@ -69,57 +69,57 @@ def _start(config: TrainConfig, resume: str, overwrite: bool, say: Callable[[str
     return locate(config, resume, overwrite, say)
 
 
-def _time(parts: Parts, position: Position) -> tuple[float, list[float]]:
+def _time(run: Run, position: Position) -> tuple[float, list[float]]:
     """Loss of the first step, and seconds of the first steps with the wait for their data."""
     losses, seconds = list[float](), list[float]()
     begin = time.perf_counter()
-    parts.set_image_size(position.step)
-    with closing(parts.loader.batches(position.samples)) as batches:
-        for step in range(position.step, min(position.step + _STEPS, parts.total_steps)):
+    run.set_image_size(position.step)
+    with closing(run.loader.batches(position.samples)) as batches:
+        for step in range(position.step, min(position.step + _STEPS, run.total_steps)):
             start = time.perf_counter()
             batch = next(batches)
-            set_lr_factor(parts.step.optimizer, lr_factor(step, parts.total_steps, parts.config.schedule), step)
+            set_lr_factor(run.step.optimizer, lr_factor(step, run.total_steps, run.config.schedule), step)
             # Reading the loss waits for the device.
-            losses.append(parts.step(batch.images, batch.targets, step).loss.item())
+            losses.append(run.step(batch.images, batch.targets, step).loss.item())
             seconds.append(time.perf_counter() - start)
-            if parts.world.any(time.perf_counter() - begin > _PATIENCE)[0]:
+            if run.world.any(time.perf_counter() - begin > _PATIENCE)[0]:
                 break
     return (losses or [math.nan])[0], seconds
 
 
-def _plan(parts: Parts) -> list[tuple[str, str]]:
-    config, world, visual = parts.config, parts.world, parts.task.visual
-    sizes = ", ".join(f"{name} {_count(tower)}" for name, tower in parts.task.towers.items())
-    samples = parts.total_steps * config.batch_size
+def _plan(run: Run) -> list[tuple[str, str]]:
+    config, world, visual = run.config, run.world, run.task.visual
+    sizes = ", ".join(f"{name} {_count(tower)}" for name, tower in run.task.towers.items())
+    samples = run.total_steps * config.batch_size
     steps = config.accumulation_steps
     micro_batch = config.batch_size / world.size / steps
     patches = f"{visual.num_kept_patches()} of {visual.num_patches}"
     if config.data.resize:
         patches = f"{1 - visual.patch_dropout:.0%} of {config.data.max_patches or visual.num_patches} at most"
     return [
-        ("model", f"{config.model.name}: {_count(parts.model)} parameters ({sizes})"),
+        ("model", f"{config.model.name}: {_count(run.model)} parameters ({sizes})"),
         ("weights from", _weights(config.model)),
-        ("data", f"{parts.source.description}: {len(parts.source):,} samples"),
-        *(("", remark) for remark in parts.remarks),
+        ("data", f"{run.source.description}: {len(run.source):,} samples"),
+        *(("", remark) for remark in run.remarks),
         ("batch", f"{config.batch_size:,} = {world.size} ranks x {steps} micro-batches x {micro_batch:,.6g}"),
         ("patches kept", patches),
-        ("length", f"{parts.total_steps:,} steps, {samples:,} samples, {samples / parts.epoch_samples:.2f} epochs"),
-        ("optimizer", f"{config.optim.name}, {len(parts.step.optimizer.param_groups)} parameter groups"),
+        ("length", f"{run.total_steps:,} steps, {samples:,} samples, {samples / run.epoch_samples:.2f} epochs"),
+        ("optimizer", f"{config.optim.name}, {len(run.step.optimizer.param_groups)} parameter groups"),
         ("precision", f"{config.precision} on {world.device}"),
-        ("cost", f"{parts.flops_left(0) / parts.total_steps * config.batch_size / 1e12:,.3g} TFLOP a step"),
+        ("cost", f"{run.flops_left(0) / run.total_steps * config.batch_size / 1e12:,.3g} TFLOP a step"),
     ]
 
 
-def _measured(parts: Parts, position: Position, loss: float, seconds: list[float]) -> list[tuple[str, str]]:
-    left = parts.total_steps - position.step
+def _measured(run: Run, position: Position, loss: float, seconds: list[float]) -> list[tuple[str, str]]:
+    left = run.total_steps - position.step
     if not seconds:
         return [("steps left", "none")]
     count, step_seconds = len(seconds), median(seconds[1:] or seconds)
-    flops = parts.flops_per_sample(position.step)
-    rate = parts.config.batch_size / step_seconds
-    mfu = parts.mfu(rate, position.step)
+    flops = run.flops_per_sample(position.step)
+    rate = run.config.batch_size / step_seconds
+    mfu = run.mfu(rate, position.step)
     # Steps with larger images take longer.
-    whole = timedelta(seconds=round(step_seconds * parts.flops_left(position.step) / flops))
+    whole = timedelta(seconds=round(step_seconds * run.flops_left(position.step) / flops))
     rows = [("first step", f"loss {loss:.4f}, {seconds[0]:.2f} s with all that starts")]
     if count > 1:
         steps = "step 2" if count == 2 else f"steps 2 to {count}"
@@ -128,9 +128,9 @@ def _measured(parts: Parts, position: Position, loss: float, seconds: list[float
         rows.append((f"{left:,} steps", f"about {whole}, an estimate; evaluations and checkpoints come on top"))
     else:
         rows.append((f"{left:,} steps", f"at most about {whole}, an estimate: the first step is the slowest"))
-    if parts.world.device.type == "cuda":
-        tensors = torch.cuda.max_memory_allocated(parts.world.device)
-        free, total = torch.cuda.mem_get_info(parts.world.device)
+    if run.world.device.type == "cuda":
+        tensors = torch.cuda.max_memory_allocated(run.world.device)
+        free, total = torch.cuda.mem_get_info(run.world.device)
         other = (total - free - tensors) / _GIB
         rows.append(("GPU memory", f"{tensors / _GIB:.1f} GiB of tensors at the peak"))
         rows.append(
@@ -151,8 +151,8 @@ def _table(rows: list[tuple[str, str]]) -> Table:
 
 def _weights(model: ModelConfig) -> str:
     towers = {"image tower": model.pretrained_image, "text tower": model.pretrained_text}
-    parts = [f"{tower}: {source}" for tower, source in towers.items() if source]
-    return model.pretrained or "; ".join(parts) or "random start values"
+    sources = [f"{tower}: {source}" for tower, source in towers.items() if source]
+    return model.pretrained or "; ".join(sources) or "random start values"
 
 
 def _count(module: torch.nn.Module) -> str:

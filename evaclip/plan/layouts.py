@@ -30,16 +30,16 @@ def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int |
 
 
 def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
-    given = config.parallel
+    parallel = config.parallel
     if gpus == 1:
-        yield given
+        yield parallel
         return
     shards_teacher = isinstance(config.task, MaskedImageTask) and config.task.teacher.shard
-    if given.offload == "none" and not shards_teacher:
-        yield replace(given, mode="replicate", shard_size=None)
-    yield replace(given, mode="shard", shard_size=None)
+    if parallel.offload == "none" and not shards_teacher:
+        yield replace(parallel, mode="replicate", shard_size=None)
+    yield replace(parallel, mode="shard", shard_size=None)
     if gpus > PER_NODE and gpus % PER_NODE == 0:
-        yield replace(given, mode="hybrid", shard_size=PER_NODE)
+        yield replace(parallel, mode="hybrid", shard_size=PER_NODE)
 
 
 def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None) -> StepPlan:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from evaclip.weights import is_cut
+from evaclip.weights import is_dtensor
 from evakernels import _logit_gradients
 
 PARAMETERS, FROZEN, CASTS, GRADIENTS = "parameters", "frozen weights", "weights in 16 bits", "gradients"
@@ -115,7 +115,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for index, storage in self._gathered.items():
-            # Sharding frees and allocates gathered parameters by resizing their storages, which is no operator.
+            # Sharding frees and allocates gathered parameters by resizing their storages, which is not an operator.
             self._resize(index, storage.nbytes())
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
         casts = func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) == PARAMETERS
@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    return tensor._local_tensor if is_cut(tensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def _size(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from evaclip.data.loader import part_of_batch
+from evaclip.data.loader import rank_rows
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
@@ -36,7 +36,7 @@ from evaclip.plan.recorder import (
     local,
 )
 from evaclip.train import rng
-from evaclip.train.build import build_step, cast_matrices, check_batch, is_cut_up
+from evaclip.train.build import build_step, cast_matrices, check_batch, shards_parameters
 from evaclip.train.config import TIMM, ContrastiveTask, TrainConfig
 from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World, fake_ranks, without_data
 from evaclip.train.ema import Ema
@@ -72,7 +72,7 @@ class StepPlan:
         flops: FLOPs of a step by stage, two for a MAC.
         traffic: bytes that operators read and write in a step.
         received: bytes that the rank receives in a step, by collective.
-        is_cut: whether parameters are sharded.
+        is_sharded: whether parameters are sharded.
         image_shape: height and width of the images.
     """
 
@@ -88,7 +88,7 @@ class StepPlan:
     flops: dict[str, int]
     traffic: int
     received: dict[str, int]
-    is_cut: bool
+    is_sharded: bool
     image_shape: tuple[int, int]
 
 
@@ -139,20 +139,20 @@ def plan_step(
     few = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
     options = _options(config, vision=few["image"], **({"text": few["text"]} if "text" in few else {}))
     # Two micro-batches, the first and the last, stand for any number.
-    parts = min(config.accumulation_steps, 2)
+    micro_batches = min(config.accumulation_steps, 2)
     traced = replace(
         config,
         model=replace(plain, options=options),
-        batch_size=gpus * parts * micro_batch,
-        accumulation_steps=parts,
+        batch_size=gpus * micro_batches * micro_batch,
+        accumulation_steps=micro_batches,
         parallel=replace(config.parallel, offload="none"),
     )
-    is_cut = is_cut_up(config, World(torch.device("cpu"), size=gpus))
+    is_sharded = shards_parameters(config, World(torch.device("cpu"), size=gpus))
     world: AbstractContextManager[World] = nullcontext(World(torch.device("cpu")))
-    if gpus > 1 or is_cut:
+    if gpus > 1 or is_sharded:
         world = closing(fake_ranks("cpu", gpus))
     with world as ranks:
-        trace = _Trace(traced, ranks, is_cut, depths, caption_tokens)
+        trace = _Trace(traced, ranks, is_sharded, depths, caption_tokens)
         sizes = [config.batch_size, traced.batch_size] if config.accumulation_steps > 2 else []
         loss = [trace.loss(size) for size in sizes if isinstance(trace.task, Contrastive)]
     return _summarize(config, gpus, (local_batch, micro_batch), sum(p.numel() for p in whole.parameters()), trace, loss)
@@ -171,14 +171,14 @@ class _Trace:
     """
 
     def __init__(
-        self, config: TrainConfig, world: World, is_cut: bool, depths: dict[str, int], caption_tokens: int | None
+        self, config: TrainConfig, world: World, is_sharded: bool, depths: dict[str, int], caption_tokens: int | None
     ) -> None:
-        self.config, self.world, self.is_cut, self._fake = config, world, is_cut, FakeTensorMode()
+        self.config, self.world, self.is_sharded, self._fake = config, world, is_sharded, FakeTensorMode()
         kind = task_class(config.task.name)
         model = kind.create_model(config, device="meta").train()
         cast_matrices(model, config.precision)
         without_data(model, self._fake)
-        if is_cut:
+        if is_sharded:
             shard(kind.towers_of(model).values(), config.parallel, config.precision, world)
         self.task = task = kind.build(config, world, model)
         self.towers = {_TOWERS[name]: cast(Tower, tower) for name, tower in task.towers.items()}
@@ -231,7 +231,7 @@ class _Trace:
 
     def loss(self, batch_size: int) -> Phase:
         """The contrastive loss alone, forward and backward, of a global batch of this size."""
-        counts = [len(part_of_batch(batch_size, rank, self.world.size)) for rank in range(self.world.size)]
+        counts = [len(rank_rows(batch_size, rank, self.world.size)) for rank in range(self.world.size)]
         assert isinstance(self.task, Contrastive)
         with self._fake:
             loss = ContrastiveLoss(self.config.loss, self.world.group, counts)
@@ -351,7 +351,7 @@ def _summarize(
         if isinstance(task, Contrastive):
             start["features of other micro-batches"] += 4 * others * task.model.config.embed_dim * 4
     moments, live, buckets = [], Counter(start), Counter[str]()
-    is_replicated = gpus > 1 and not trace.is_cut
+    is_replicated = gpus > 1 and not trace.is_sharded
     last_loss = max(index for index, phase in enumerate(trace.phases) if phase.name == "loss")
     for index, phase in enumerate(trace.phases):
         moments.append((phase.name, _sum(live, phase.peak, buckets)))
@@ -396,7 +396,7 @@ def _summarize(
         flops={stage: costs[stage] for stage in STAGES if costs[stage]},
         traffic=costs["bytes"],
         received={collective: costs[collective] for collective in COLLECTIVES if costs[collective]},
-        is_cut=trace.is_cut,
+        is_sharded=trace.is_sharded,
         image_shape=task.visual.config.image_shape,
     )
 

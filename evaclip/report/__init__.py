@@ -21,7 +21,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
         Its path.
 
     Raises:
-        UserError: it is no run folder, nothing was logged yet, or the page can't be written.
+        UserError: it is not a run folder, nothing was logged yet, or the page can't be written.
     """
     # Imported here: the command line should not wait for matplotlib.
     from evaclip.report.page import render_page
@@ -33,7 +33,7 @@ def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
     """Write `comparison.html`, several runs next to each other, and return its path.
 
     Raises:
-        UserError: one is no run folder or logged nothing yet, there are too many, or the page can't be written.
+        UserError: one is not a run folder or logged nothing yet, there are too many, or the page can't be written.
     """
     from evaclip.report.page import render_comparison
 

@@ -98,12 +98,12 @@ _KINDS = (
 
 def panels(log: Log) -> list[Panel]:
     """The charts of one run, without series that have no numbers or stayed 0."""
-    found = []
+    charts = []
     for kind in _KINDS:
         series = tuple(_line(label, log, key) for label, key in kind.keys.items())
-        found.append(Panel(kind.title, series, kind.form, kind.log))
-    found += [Panel(title, (line,), form) for title, line, form in _evaluations(log)]
-    return [panel for panel in found if _is_worth_it(panel)]
+        charts.append(Panel(kind.title, series, kind.form, kind.log))
+    charts += [Panel(title, (line,), form) for title, line, form in _evaluations(log)]
+    return [panel for panel in charts if _is_worth_it(panel)]
 
 
 def compared(logs: Mapping[str, Log]) -> list[Panel]:
@@ -114,7 +114,7 @@ def compared(logs: Mapping[str, Log]) -> list[Panel]:
         for kind in kinds
         for label, key in kind.keys.items()
     ]
-    found = [
+    charts = [
         Panel(title, tuple(_line(name, log, key) for name, log in logs.items()), kind.form, kind.log)
         for title, key, kind in singles
     ]
@@ -124,8 +124,8 @@ def compared(logs: Mapping[str, Log]) -> list[Panel]:
         for title, series, form in _evaluations(log):
             by_title.setdefault(title, []).append(Series(name, series.x, series.y))
             forms[title] = form
-    found += [Panel(title, tuple(series), forms[title]) for title, series in by_title.items()]
-    return [panel for panel in found if _is_worth_it(panel)]
+    charts += [Panel(title, tuple(series), forms[title]) for title, series in by_title.items()]
+    return [panel for panel in charts if _is_worth_it(panel)]
 
 
 def draw_panel(panel: Panel, runs: Sequence[str] = ()) -> tuple[str, list[tuple[str, str]], Markup]:
@@ -141,8 +141,8 @@ def draw_panel(panel: Panel, runs: Sequence[str] = ()) -> tuple[str, list[tuple[
 
 
 def _line(label: str, log: Log, key: str) -> Series:
-    known = [record for record in log if record.get(key) is not None]
-    return Series(label, [record["samples"] for record in known], [float(record[key]) for record in known])
+    records = [record for record in log if record.get(key) is not None]
+    return Series(label, [record["samples"] for record in records], [float(record[key]) for record in records])
 
 
 def _evaluations(log: Log) -> list[tuple[str, Series, Callable[[float], str]]]:

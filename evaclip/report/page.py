@@ -32,7 +32,7 @@ _STANDING: dict[str, Callable[[Any, Any], str]] = {
     "time": lambda config, log: duration(log[-1]["seconds"]),
     "loss, mean of the last tenth": lambda config, log: f"{mean(_values(log[-max(1, len(log) // 10) :], 'loss')):.4f}",
     "samples a second, median": lambda config, log: f"{median(_values(log, 'samples_per_second')):,.1f}",
-    "MFU, median": lambda config, log: f"{median(known):.1%}" if (known := _values(log, "mfu")) else _MISSING,
+    "MFU, median": lambda config, log: f"{median(values):.1%}" if (values := _values(log, "mfu")) else _MISSING,
     "steps left out": lambda config, log: f"{log[-1]['skipped']:,}",
 }
 """Rows of the comparison's first table: title, and value by a run's configuration and records with a loss."""
@@ -42,7 +42,7 @@ def render_page(folder: Path) -> str:
     """The whole page as text.
 
     Raises:
-        UserError: it is no run folder, or nothing was logged yet.
+        UserError: it is not a run folder, or nothing was logged yet.
     """
     run = read_run(folder)
     tiles = [(group, bar) for group in run["groups"] for bar in group.bars if bar.main]
@@ -63,7 +63,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
     """The whole page as text.
 
     Raises:
-        UserError: one is no run folder or logged nothing yet, or there are more folders than colours.
+        UserError: one is not a run folder or logged nothing yet, or there are more folders than colours.
     """
     if len(folders) > len(RUN_COLOURS):
         raise UserError(f"{len(folders)} runs are too many for one chart; accepted: up to {len(RUN_COLOURS)}")

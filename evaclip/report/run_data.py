@@ -46,7 +46,7 @@ class LossCurve:
 
     Attributes:
         smooth: the running mean of `loss`, over a window of 2 % of the run.
-        guessing: the loss of a model that knows nothing, or None where that is no single number.
+        guessing: the loss of a model that knows nothing, or None if that is not a single number.
         returns: where the run went back to a checkpoint, in samples seen.
     """
 
@@ -89,7 +89,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         And `name`, `summary`, `curve`, `groups` (`BarGroup`), `galleries`, `log`.
 
     Raises:
-        UserError: it is no run folder, or nothing was logged yet.
+        UserError: it is not a run folder, or nothing was logged yet.
     """
     config, log = read_config_and_log(folder)
     records = [record for record in log if record.get("loss") is not None]
@@ -162,8 +162,8 @@ def _bar_groups(evaluation: Evaluation) -> Iterator[BarGroup]:
 
 def _class_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Return the `_CLASSES` best and the `_CLASSES` worst classes of a classification, best first."""
-    found = sorted(evaluation.metrics.get("per_class", ()), key=lambda entry: (-entry["top1"], entry["name"]))
-    chosen = found if len(found) <= 2 * _CLASSES else [*found[:_CLASSES], *found[-_CLASSES:]]
+    classes = sorted(evaluation.metrics.get("per_class", ()), key=lambda entry: (-entry["top1"], entry["name"]))
+    chosen = classes if len(classes) <= 2 * _CLASSES else [*classes[:_CLASSES], *classes[-_CLASSES:]]
     return [
         (entry["name"], f"{entry['samples']:,}", f"{entry['top1']:.0%}", entry["mistaken_for"] or "")
         for entry in chosen

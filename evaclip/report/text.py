@@ -58,10 +58,10 @@ def render(folder: Path, width: int, height: int | None = None) -> Group:
         height: lines of the terminal, for the most important numbers alone; None shows all.
 
     Raises:
-        UserError: it is no run folder.
+        UserError: it is not a run folder.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{str(folder)!r} is no run folder: it has no {CONFIG_FILE}; `evaclip train` writes one")
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG_FILE}; `evaclip train` writes one")
     log, events = read_log(folder / LOG_FILE), read_log(folder / EVENTS_FILE)
     records, last_events = [record for record in log if "eval" not in record], events[-_LAST_EVENTS:]
     title = _title(folder, load_yaml(folder / CONFIG_FILE), records, events)
@@ -110,8 +110,8 @@ def _table(rows: Sequence[_Row], width: int) -> Table:
 
 def _sparkline(values: Sequence[float | None]) -> str:
     """One bar for each value, between the smallest and the largest of them; a blank for one that is missing."""
-    known = [value for value in values if value is not None]
-    low, high = min(known, default=0.0), max(known, default=0.0)
+    numbers = [value for value in values if value is not None]
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(" " if value is None else _BARS[round((value - low) * scale)] for value in values)
 

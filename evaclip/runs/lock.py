@@ -108,10 +108,10 @@ class RunLock:
     def check(self) -> None:
         """Raises UserError if the file was deleted or replaced, so that another process may train here."""
         with suppress(OSError):  # a file system that is away for a moment says nothing about the lock
-            if (found := read_lock(self._path)) != self.owner:
+            if (holder := read_lock(self._path)) != self.owner:
                 raise UserError(
                     f"the lock {str(self._path)!r} must stay while a run goes on, got "
-                    f"{found or 'no file'} in its place: this process stops; --resume auto goes on"
+                    f"{holder or 'no file'} in its place: this process stops; --resume auto goes on"
                 )
 
     def release(self) -> None:

@@ -16,11 +16,11 @@ def read_config_and_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, An
     """The configuration of a run, without credentials, and its whole log.
 
     Raises:
-        UserError: it is no run folder, or nothing was logged yet.
+        UserError: it is not a run folder, or nothing was logged yet.
     """
     for name in (LOG_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"{str(folder)!r} is no run folder: it has no {name}; `evaclip train` writes one")
+            raise UserError(f"{str(folder)!r} is not a run folder: it has no {name}; `evaclip train` writes one")
     log = read_log(folder / LOG_FILE)
     if not any(record.get("loss") is not None for record in log):
         raise UserError(f"{folder / LOG_FILE} holds no losses yet: train for some steps first")

@@ -178,7 +178,7 @@ class Encoder:
 
         Raises:
             UserError: for an image that can't be read, which is named.
-            TypeError: an item is no image.
+            TypeError: an item is not an image.
         """
         if isinstance(pictures, str | Path | bytes | Image.Image) or _is_one(pictures):
             pictures = [pictures]

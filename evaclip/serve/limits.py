@@ -60,7 +60,7 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     """The image in an uploaded file, upright. Its size is read, and judged, before any pixel.
 
     Raises:
-        Rejected: it is no image, a damaged one, or one with too many pixels.
+        Rejected: it is not an image, a damaged one, or one with too many pixels.
     """
     try:
         header = open_image(data, formats=FORMATS)
@@ -68,7 +68,7 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         raise _too_large(limits) from exc
     except Exception as exc:  # the parsers raise almost anything on damaged data
         known = "JPEG, PNG, WebP, GIF or AVIF"
-        raise Rejected(415, f"The file of {len(data):,} bytes is no image that can be read; send {known}.") from exc
+        raise Rejected(415, f"The file of {len(data):,} bytes is not a readable image; send {known}.") from exc
     if header.width * header.height > limits.pixels:
         raise _too_large(limits, f" of {header.width:,} x {header.height:,} pixels")
     # Noise in files of other formats has these bytes too.

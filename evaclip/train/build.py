@@ -1,4 +1,4 @@
-"""Everything that a run is made of, built from its configuration."""
+"""A training run: model, data, optimizer and evaluation, built from a configuration."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from evaclip.data import Source, TrainLoader, open_configured
-from evaclip.data.loader import part_of_batch
+from evaclip.data.loader import rank_rows
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.samples import REDUCTION_MARGIN
 from evaclip.data.shard_list import LIST_SUFFIX
@@ -24,7 +24,7 @@ from evaclip.train.config import SIXTEEN_BITS, Precision, TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.ema import Ema
 from evaclip.train.optimizer import build_optimizer, parameter_groups
-from evaclip.train.schedule import image_parts, image_size_at, total_steps
+from evaclip.train.schedule import image_size_at, image_size_phases, total_steps
 from evaclip.train.sharding import WholeRandomNumbers, move_all_but_shards, shard
 from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.tasks import task_class
@@ -38,7 +38,7 @@ _MOST_GRAPHS = 64
 
 
 @dataclass(frozen=True)
-class Parts:
+class Run:
     """Model, data, optimizer and evaluation of a run.
 
     Attributes:
@@ -95,12 +95,12 @@ class Parts:
 
     def flops_left(self, step: int) -> float:
         """Sum of `flops_per_sample` over the steps from `step` to the end."""
-        parts = image_parts(self.total_steps, self.config.schedule)
-        left = [range(max(step, steps.start), steps.stop) for steps, _ in parts]
+        phases = image_size_phases(self.total_steps, self.config.schedule)
+        left = [range(max(step, steps.start), steps.stop) for steps, _ in phases]
         return sum(len(steps) * self.flops_per_sample(steps.start) for steps in left if steps)
 
 
-def build(config: TrainConfig, world: World) -> Parts:
+def build(config: TrainConfig, world: World) -> Run:
     """Builds model, data, optimizer and evaluation.
 
     Raises:
@@ -117,7 +117,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     rng.seed_all(config.seed, 0)
     task = build_task(config, world)
     rng.seed_all(config.seed, 1 + world.rank)
-    parts = Parts(
+    run = Run(
         config=config,
         world=world,
         task=task,
@@ -134,8 +134,8 @@ def build(config: TrainConfig, world: World) -> Parts:
             *task.remarks(),
         ],
     )
-    parts.flops_left(0)  # raises for image sizes that the model can't take
-    return parts
+    run.flops_left(0)  # raises for image sizes that the model can't take
+    return run
 
 
 def prepare_device(config: TrainConfig, device: torch.device) -> None:
@@ -153,7 +153,7 @@ def build_task(config: TrainConfig, world: World) -> Task:
     """The task, its model in training precision, on the device, and sharded if the configuration says so."""
     kind = task_class(config.task.name)
     offloaded = config.parallel.offload != "none"
-    sharded = is_cut_up(config, world)
+    sharded = shards_parameters(config, world)
 
     def prepare(model: nn.Module) -> None:
         shard(kind.towers_of(model).values(), config.parallel, config.precision, world)
@@ -183,7 +183,7 @@ def build_step(config: TrainConfig, world: World, task: Task) -> TrainStep:
         accumulation_steps=config.accumulation_steps,
         grad_clip_norm=config.optim.grad_clip_norm,
         seed=config.seed,
-        first_row=part_of_batch(config.batch_size, world.rank, world.size, together).start,
+        first_row=rank_rows(config.batch_size, world.rank, world.size, together).start,
         batch_size=config.batch_size,
         together=together,
         reduce_each_micro_batch=config.parallel.accumulate == "shards",
@@ -204,8 +204,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             module.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
-def is_cut_up(config: TrainConfig, world: World) -> bool:
-    """Whether the processes share out parameters; one process does so for offload's sake alone."""
+def shards_parameters(config: TrainConfig, world: World) -> bool:
+    """Whether ranks shard the parameters; a single rank does so only to offload them."""
     return config.parallel.mode != "replicate" and (world.size > 1 or config.parallel.offload != "none")
 
 
@@ -221,13 +221,14 @@ def cast_matrices(model: nn.Module, precision: Precision) -> None:
 
 def check_batch(config: TrainConfig, world: World) -> None:
     """Raise UserError if a micro-batch of a rank has no sample, or a batch cuts rows that belong together."""
-    parts, together = world.size * config.accumulation_steps, task_class(config.task.name).rows_per_group(config)
+    micro_batches = world.size * config.accumulation_steps
+    together = task_class(config.task.name).rows_per_group(config)
     if config.batch_size % together:
-        raise UserError(f"batch_size={config.batch_size} is no multiple of {together}, the samples that are mixed")
-    if config.batch_size < parts * together:
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of {together}, the samples that are mixed")
+    if config.batch_size < micro_batches * together:
         least = "one sample" if together == 1 else f"{together} samples"
         raise UserError(
-            f"batch_size={config.batch_size} is less than {least} for each of {parts} micro-batches "
+            f"batch_size={config.batch_size} is less than {least} for each of {micro_batches} micro-batches "
             f"({world.size} ranks x accumulation_steps {config.accumulation_steps})"
         )
 
@@ -270,8 +271,8 @@ def _data_remarks(config: TrainConfig, whole: Source, validation: Source | None,
     if config.validation_split:
         held_out = "nothing is held out" if validation is None else f"{len(validation):,} are never trained on"
         remarks.append(f"validation_split={config.validation_split:g} of {len(whole):,} samples: {held_out}")
-    sets = [part.train for part in data.mixture.values()] if data.mixture else [data.train]
-    sources = whole.parts if isinstance(whole, MixtureSource) else [whole]
+    sets = [item.train for item in data.mixture.values()] if data.mixture else [data.train]
+    sources = whole.sources if isinstance(whole, MixtureSource) else [whole]
     remarks += [
         f"each of {ranks} ranks has opened all {len(source.shard_sizes):,} shards of {path}; "
         f"`evaclip data index {quote(path)} --out shards.json` and data.train=shards.json open at once"

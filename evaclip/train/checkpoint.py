@@ -21,18 +21,18 @@ from torch import Tensor
 from evaclip.errors import UserError
 from evaclip.runs.files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
 from evaclip.weights.files import save_file
-from evaclip.weights.parts import (
+from evaclip.weights.shards import (
     DTYPES,
     INDEX,
     PLACES,
     damage,
     fingerprint,
     first_row,
-    is_cut,
-    is_there,
+    has_weights,
+    is_dtensor,
     joined_fingerprint,
-    part_name,
-    parts_of,
+    shard_name,
+    shards_folder,
 )
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
     try:
         # The main rank does the first and the last two; the others learn whether they succeeded.
         _agreed(partial(_start_folder, unfinished) if is_main else _nothing, group)
-        written = _agreed(partial(_write_own, unfinished, content, group), group)
+        written = _agreed(partial(_write_rank_files, unfinished, content, group), group)
         _agreed(partial(_finish_folder, unfinished, step, content, written) if is_main else _nothing, group)
         _agreed(partial(_publish, unfinished, final) if is_main else _nothing, group)
     except NotWritten:
@@ -122,10 +122,10 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
     return final
 
 
-def _write_own(unfinished: Path, content: Content, group: Any) -> dict[str, Any]:
+def _write_rank_files(unfinished: Path, content: Content, group: Any) -> dict[str, Any]:
     """Writes and flushes the tensors that this rank holds; returns the fingerprints of its files."""
     _write_tensors(unfinished, content, group)
-    name = "*.safetensors" if group is None else part_name(dist.get_rank(group))
+    name = "*.safetensors" if group is None else shard_name(dist.get_rank(group))
     paths = sorted(unfinished.rglob(name))
     for path in paths:
         _flush(path)
@@ -140,11 +140,11 @@ def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
         if group is None:
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, unfinished / name)
         else:
-            write_parts(tensors, parts_of(unfinished / name), rank, size)
-    write_parts(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)
+            write_shards(tensors, shards_folder(unfinished / name), rank, size)
+    write_shards(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)
 
 
-def write_parts(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: int) -> None:
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: int) -> None:
     """Writes this rank's shards into its file in `folder`, and on rank 0 the index. All ranks call it, without talking.
 
     Replicas of a sharded tensor take turns in writing it; rank 0 writes tensors that aren't sharded.
@@ -152,20 +152,20 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: in
     Args:
         tensors: DTensors sharded by rows, and others that are equal on all ranks.
     """
-    own, places, about = {}, {}, {}
+    shards, places, about = {}, {}, {}
     turns = 0
     for name, tensor in sorted(tensors.items()):
         first, count = 0, 1
-        if is_cut(tensor):
+        if is_dtensor(tensor):
             count = max(tensor.device_mesh.size(dim) for dim, how in enumerate(tensor.placements) if how.is_shard())
             first = turns % (size // count) * count
             turns += 1
         about[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "files": [first, count]}
         if first <= rank < first + count:
-            own[name] = (tensor.to_local() if is_cut(tensor) else tensor).detach().contiguous()
+            shards[name] = (tensor.to_local() if is_dtensor(tensor) else tensor).detach().contiguous()
             places[name] = {"saved_offsets": [first_row(tensor), *[0] * tensor.ndim][: tensor.ndim]}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(own, folder / part_name(rank), {PLACES: json.dumps(places), "format": "pt"})
+    save_file(shards, folder / shard_name(rank), {PLACES: json.dumps(places), "format": "pt"})
     if rank == 0:
         (folder / INDEX).write_text(json.dumps({"files": size, "tensors": about}), encoding="utf-8")
 
@@ -179,19 +179,19 @@ def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
     except Exception as exc:  # a full disk alone is an OSError, a SafetensorError or a RuntimeError, by who writes
         problem = f"{type(exc).__name__}: {exc}"
         _log.debug("a checkpoint could not be written", exc_info=exc)
-    found = [(result, problem)]
+    results = [(result, problem)]
     if group is not None:
-        found = [(None, None)] * dist.get_world_size(group)
+        results = [(None, None)] * dist.get_world_size(group)
         try:
-            dist.all_gather_object(found, (result, problem), group=group)
+            dist.all_gather_object(results, (result, problem), group=group)
         except RuntimeError as exc:  # a process is gone, or took longer than the group waits; gloo then closes it
             reason = problem or str(exc).splitlines()[0]
             raise Lost(
                 f"the processes lost each other, or one took longer than parallel.saving_timeout_minutes: {reason}"
             ) from exc
-    if problems := [text for _, text in found if text is not None]:
+    if problems := [text for _, text in results if text is not None]:
         raise NotWritten(problems[0])
-    return [value for value, _ in found]
+    return [value for value, _ in results]
 
 
 def _start_folder(unfinished: Path) -> None:
@@ -207,7 +207,7 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
         (unfinished / name).parent.mkdir(exist_ok=True)
         (unfinished / name).write_bytes(data)
     torch.save(dict(content.state), unfinished / STATE_FILE)
-    files = {name: facts for own in written for name, facts in own.items()}
+    files = {name: facts for each in written for name, facts in each.items()}
     for path in unfinished.rglob("*"):
         if path.is_file() and (name := str(path.relative_to(unfinished))) not in files:
             files[name] = fingerprint(path)
@@ -239,8 +239,8 @@ def damage_in_share(job: tuple[Path, Mapping[str, Any]], share: int = 0, shares:
     """
     folder, files = job
     numbers = (int((re.findall(r"\d+", Path(name).name) or [place])[0]) for place, name in enumerate(files))
-    own = [name for name, number in zip(files, numbers, strict=True) if number % shares == share]
-    return [problem for name in own if (problem := damage(folder, name, files[name]))]
+    names = [name for name, number in zip(files, numbers, strict=True) if number % shares == share]
+    return [problem for name in names if (problem := damage(folder, name, files[name]))]
 
 
 def alone(job: tuple[Path, Mapping[str, Any]]) -> list[list[str]]:
@@ -255,7 +255,7 @@ def read_meta(folder: Path, ask: Ask = alone) -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, short or changed, or the format is unknown.
     """
     meta = _read_facts(folder)
-    if problems := [problem for found in ask((folder, meta["files"])) for problem in found]:
+    if problems := [problem for each in ask((folder, meta["files"])) for problem in each]:
         raise DamagedCheckpoint(" and ".join(problems[:_NAMED]))
     return meta
 
@@ -270,7 +270,7 @@ def check_weights(folder: Path) -> str | None:
     try:
         meta = _read_facts(folder)
     except DamagedCheckpoint as exc:
-        if not _is_complete(weights) and (weights.is_file() or not is_there(weights)):
+        if not _is_complete(weights) and (weights.is_file() or not has_weights(weights)):
             raise DamagedCheckpoint(f"{MODEL_FILE} is missing or can't be read") from exc
         return f"the weights of {folder} can't be checked: {exc}"
     files = {name: facts for name, facts in meta["files"].items() if name.startswith(MODEL_FILE)}

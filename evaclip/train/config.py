@@ -132,12 +132,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ResolutionConfig:
-    """A part of the run with another image size than the model's."""
+    """A phase of the run with another image size than the model's."""
 
     image_size: Count
     """Side of the images in pixels, a multiple of the patches' side."""
     steps: Count | None = None
-    """Length of the part."""
+    """Length of the phase."""
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Length as a fraction of all steps."""
 
@@ -173,7 +173,7 @@ class ScheduleConfig:
     cooldown: Literal["linear", "1-sqrt"] = "1-sqrt"
     """Shape of the cooldown over its progress p: 1 - p, or 1 - sqrt(p)."""
     resolutions: tuple[ResolutionConfig, ...] = ()
-    """First parts of the run, one after the other; the rest has the model's own image size."""
+    """First phases of the run, in order; the rest of the run has the model's image size."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -184,7 +184,7 @@ class ScheduleConfig:
                 raise ValueError(f"set either {name} or {alternative}, and the other to null, {given}")
         if self.name != "constant" and (self.cooldown_fraction or self.cooldown_steps):
             raise ValueError(f"cooldown_steps and cooldown_fraction need name=constant, got name={self.name}")
-        fractions = [part.fraction or 0.0 for part in self.resolutions]
+        fractions = [phase.fraction or 0.0 for phase in self.resolutions]
         if sum(fractions) >= 1:
             raise ValueError(f"the fractions of resolutions must be less than 1 together, got {fractions}")
         return self
@@ -356,7 +356,7 @@ class ParallelConfig:
     """Maximum wait for another rank, which opens a cold index or compiles; a rank that died is noticed at once. Between
     two steps it is 1.2 times `watchdog.seconds`, if less."""
     saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
-    """Maximum wait for a rank that writes its part of a checkpoint; then the run goes on without that checkpoint."""
+    """Maximum wait for a rank that writes its shards of a checkpoint; then the run goes on without that checkpoint."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

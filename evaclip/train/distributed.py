@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evaclip.data.opening import allow_open_files
 from evaclip.errors import RanksLost, ReplicasDiffer, UserError
 from evaclip.train.config import ParallelConfig, process_count
-from evaclip.weights import is_cut
+from evaclip.weights import is_dtensor
 
 BUCKET_BYTES = 32 * 2**20
 _IN_FLIGHT = 4
@@ -159,7 +159,7 @@ class World:
             limit: maximum wait for other ranks.
             model: its sharded parameters have further groups.
         """
-        meshes = {parameter.device_mesh for parameter in model.parameters() if is_cut(parameter)}
+        meshes = {parameter.device_mesh for parameter in model.parameters() if is_dtensor(parameter)}
         groups = {self.group, self.control}.union(*(mesh.get_all_groups() for mesh in meshes))
         for group in groups - {None}:
             group.set_timeout(limit)
@@ -304,9 +304,9 @@ def fake_ranks(device: str, size: int) -> World:
         raise UserError(f"--as-gpus must be at least 1, got {size}")
     if (dist.is_available() and dist.is_initialized()) or dist.is_torchelastic_launched():
         raise UserError("--as-gpus and `evaclip plan` stand for many ranks: start one process, without torchrun")
-    found = device_of(device)
+    present = device_of(device)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    return World(found, 0, size, dist.group.WORLD, dist.group.WORLD, lambda: dist.group.WORLD)
+    return World(present, 0, size, dist.group.WORLD, dist.group.WORLD, lambda: dist.group.WORLD)
 
 
 def without_data(model: nn.Module, mode: AbstractContextManager[object]) -> None:
@@ -323,7 +323,7 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
         if device.type == "cuda" and device.index is None and local_rank is not None:
             device = torch.device("cuda", local_rank)
         if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{device.type} is no device that models are trained on")
+            raise RuntimeError(f"{device.type} is not a device that models are trained on")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         reason = str(exc).splitlines()[0]
@@ -342,7 +342,8 @@ def accumulate_in_float32(parameters: Iterable[Tensor], *, reduce_each_micro_bat
         reduce_each_micro_batch: whether gradients of shards are reduced after every micro-batch.
     """
     for parameter in parameters:
-        if parameter.dtype in (torch.bfloat16, torch.float16) and (reduce_each_micro_batch or not is_cut(parameter)):
+        is_narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+        if is_narrow and (reduce_each_micro_batch or not is_dtensor(parameter)):
             parameter.grad_dtype = None  # any
             parameter.register_post_accumulate_grad_hook(_widen_gradient)
 
@@ -372,11 +373,11 @@ class GradientMean:
         self._running: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
         if world.size == 1:
             return
-        whole = [p for p in reversed(parameters) if p.requires_grad and not is_cut(p)]
-        self._buckets = [*buckets(whole), *buckets([p for p in others if not is_cut(p)])]
-        known = {id(p): index for index, bucket in enumerate(self._buckets) for p in bucket}
+        whole = [p for p in reversed(parameters) if p.requires_grad and not is_dtensor(p)]
+        self._buckets = [*buckets(whole), *buckets([p for p in others if not is_dtensor(p)])]
+        numbers = {id(p): index for index, bucket in enumerate(self._buckets) for p in bucket}
         for parameter in whole:
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, known[id(parameter)]))
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, numbers[id(parameter)]))
 
     def begin(self) -> None:
         """Call it before the last backward pass of a step."""
@@ -415,9 +416,9 @@ class GradientMean:
         work, flat, gradients = self._running.popleft()
         work.wait()
         flat /= self._world.size
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        slices = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, slices, strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
 
 def check_replicas(tensors: Iterable[Tensor], world: World) -> None:
@@ -434,21 +435,21 @@ def check_replicas(tensors: Iterable[Tensor], world: World) -> None:
     """
     if world.size == 1:
         return
-    parts: dict[int | None, list[Tensor]] = {}
+    sums_of: dict[int | None, list[Tensor]] = {}
     for tensor in tensors:
         shard, local = None, tensor.detach()
-        if is_cut(local):
+        if is_dtensor(local):
             coordinate = local.device_mesh.get_coordinate()
             assert coordinate is not None
             shard, local = coordinate[-1], local.to_local()
-        parts.setdefault(shard, []).append(local.view(_INTEGERS[local.itemsize]).sum(dtype=torch.int64))
-    checksums = {shard: int(torch.stack(sums).sum()) for shard, sums in parts.items()}
+        sums_of.setdefault(shard, []).append(local.view(_INTEGERS[local.itemsize]).sum(dtype=torch.int64))
+    checksums = {shard: int(torch.stack(sums).sum()) for shard, sums in sums_of.items()}
     ranks = world.gather_everywhere((socket.gethostname(), checksums))
     differing = set[int]()
     for shard in {shard for _, checksums in ranks for shard in checksums}:
-        found = {rank: checksums[shard] for rank, (_, checksums) in enumerate(ranks) if shard in checksums}
-        ((common, _),) = Counter(found.values()).most_common(1)
-        differing |= {rank for rank, checksum in found.items() if checksum != common}
+        by_rank = {rank: checksums[shard] for rank, (_, checksums) in enumerate(ranks) if shard in checksums}
+        ((common, _),) = Counter(by_rank.values()).most_common(1)
+        differing |= {rank for rank, checksum in by_rank.items() if checksum != common}
     if differing:
         raise ReplicasDiffer(
             "weights must be equal in all replicas, got other bits on "

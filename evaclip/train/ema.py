@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evaclip.train.distributed import buckets
 from evaclip.train.sharding import forget_gathered
-from evaclip.weights import is_cut, part_of
+from evaclip.weights import is_dtensor, shard_like
 
 
 class Ema:
@@ -45,14 +45,14 @@ class Ema:
         replace it.
         """
         pairs = [(parameter, self._average[name]) for name, parameter in self._parameters.items()]
-        own = [None if value.dtype == parameter.dtype else parameter.detach().clone() for parameter, value in pairs]
+        weights = [None if value.dtype == parameter.dtype else parameter.detach().clone() for parameter, value in pairs]
         for parameter, value in pairs:
             _exchange(parameter, value)
         forget_gathered(self._model)
         try:
             yield
         finally:
-            for (parameter, value), kept in zip(pairs, own, strict=True):
+            for (parameter, value), kept in zip(pairs, weights, strict=True):
                 _exchange(parameter, value, kept)
             forget_gathered(self._model)
 
@@ -63,20 +63,20 @@ class Ema:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, value in self._average.items():
-            value.copy_(part_of(state[name], value))
+            value.copy_(shard_like(state[name], value))
 
 
 @torch.no_grad()
-def _exchange(parameter: Tensor, average: Tensor, own: Tensor | None = None) -> None:
-    """Puts the average, or `own`, into the parameter; and what was there into an average of the same dtype."""
+def _exchange(parameter: Tensor, average: Tensor, weights: Tensor | None = None) -> None:
+    """Puts the average, or `weights`, into the parameter; and what was there into an average of the same dtype."""
     before = parameter.detach().clone() if average.dtype == parameter.dtype else None
-    parameter.copy_(average if own is None else own)
+    parameter.copy_(average if weights is None else weights)
     if before is not None:
         average.copy_(before)
 
 
 def _local(value: Tensor) -> Tensor:
-    return value.to_local() if is_cut(value) else value
+    return value.to_local() if is_dtensor(value) else value
 
 
 def _at_least_fp32(value: Tensor) -> Tensor:

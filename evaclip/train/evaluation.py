@@ -60,7 +60,7 @@ class Stopped(Exception):
 
 
 class DistributedEncoder(nn.Module):
-    """A model that encodes images and captions, of which each rank has a part.
+    """A model that encodes images and captions, of which each rank has a share.
 
     Ranks vote before each batch on whether to stop. Sharded parameters need all ranks in every call, so ranks without
     batches encode blank ones until no rank has any left.
@@ -97,7 +97,7 @@ class DistributedEncoder(nn.Module):
         return features
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This rank's part of the items."""
+        """This rank's share of the items."""
         rank, size = self._world.rank, self._world.size
         return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
@@ -124,7 +124,7 @@ class DistributedEncoder(nn.Module):
         return outcomes
 
     def over(self, items: Sequence[Any], action: Callable[[Any], Result]) -> list[Result]:
-        """The results of an action that encodes nothing, one per item; each rank runs it on its part.
+        """The results of an action that encodes nothing, one per item; each rank runs it on its share.
 
         Raises as `everywhere`.
         """
@@ -196,7 +196,7 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, validation: Source
     # The names of class folders go into templates, and into a caption's template no less.
     whole = validation if data is None else open_configured(replace(data, caption_template=PLACEHOLDER))
     assert whole is not None
-    source = _part(whole, config, f"eval.sets.{name}")
+    source = _select(whole, config, f"eval.sets.{name}")
     templates = config.templates
     if templates is None:
         templates = IMAGENET if config.classes == IMAGENET else PLACEHOLDER
@@ -260,7 +260,7 @@ def evaluate_pairs(
     each: EvalSet,
     attempt: Attempt,
 ) -> Metrics:
-    """Zero-shot accuracy, retrieval and loss of a CLIP on a set; every rank encodes its part."""
+    """Zero-shot accuracy, retrieval and loss of a CLIP on a set; every rank encodes its share."""
     headlines = [name for metric in each.config.metrics or ("classify",) for name in _HEADLINES[metric]]
     return attempt(headlines, lambda: _Measurement(each, clip, transform, loss).metrics())
 
@@ -290,7 +290,7 @@ class _Measurement:
         if "retrieval" in kinds:
             metrics |= self._retrieve()
         if "loss" in kinds:
-            images, texts = (part.to(self._clip.device) for part in (self._features, self._encoded(self._captions)))
+            images, texts = (each.to(self._clip.device) for each in (self._features, self._encoded(self._captions)))
             scale, bias = self._clip.model.logit_scale.float().exp(), self._clip.model.logit_bias
             metrics["loss"] = self._loss(images, texts, scale, None if bias is None else bias.float()).item()
         return metrics
@@ -333,11 +333,11 @@ class _Measurement:
         if each.pictures is None:
             mine = takewhile(lambda _: not clip.stop(), clip.share(range(len(each.source))))
             everywhere: dict[bytes, Picture] = {}
-            for part in clip.everywhere(partial(distinct_pictures, each.source, mine)):
-                merge(everywhere, part)
+            for pictures in clip.everywhere(partial(distinct_pictures, each.source, mine)):
+                merge(everywhere, pictures)
             each.pictures = list(everywhere.values())
-        known = set(self._numbers)
-        return [picture for picture in each.pictures if picture.index in known]
+        numbers = set(self._numbers)
+        return [picture for picture in each.pictures if picture.index in numbers]
 
     def _classifier(self, classnames: Sequence[str]) -> Tensor:
         """[classes, embed_dim], each the mean over the templates."""
@@ -355,7 +355,7 @@ class _Measurement:
         return torch.stack([self._texts[text] for text in texts])
 
     def _encode_texts(self, texts: Sequence[str], templates: Sequence[str] = _PLAIN) -> Tensor:
-        """This process's part of the texts, or of classes of these names."""
+        """This rank's share of the texts, or of classes of these names."""
         clip, mine = self._clip, self._clip.share(texts)
         if not mine:
             return torch.empty(0, clip.config.embed_dim)
@@ -367,23 +367,24 @@ class _Measurement:
 def encode_everywhere(
     model: DistributedEncoder, transform: Callable[[Any], Any], source: Source, each: EvalSet
 ) -> ImageFeatures:
-    """Features of all images of a source, of which each rank encodes its part; keys are the samples' indices.
+    """Features of all images of a source, of which each rank encodes its share; keys are the samples' indices.
 
     Raises:
         UserError: more images than the set's configuration allows can't be read, or all.
     """
-    found = [part for part in model.everywhere(partial(_encode_part, model, transform, source, each.options)) if part]
-    captions = [caption for part in found for caption in part.captions]
+    shares = model.everywhere(partial(_encode_share, model, transform, source, each.options))
+    features = [share for share in shares if share]
+    captions = [caption for share in features for caption in share.captions]
     remedy = f"eval.sets.{each.name}.allow_unreadable=true"
     refuse_rest(source, len(source) - len(captions), each.max_bad_fraction, remedy)
-    if not found:
+    if not features:
         raise NothingReadable(f"none of the {len(source):,} samples of {source.description} could be read")
     return ImageFeatures(
-        torch.cat([part.features for part in found]), captions, [key for part in found for key in part.keys]
+        torch.cat([share.features for share in features]), captions, [key for share in features for key in share.keys]
     )
 
 
-def _encode_part(
+def _encode_share(
     model: DistributedEncoder, transform: Callable[[Any], Any], source: Source, options: FeatureOptions
 ) -> ImageFeatures | None:
     mine = model.share(range(len(source)))
@@ -395,7 +396,7 @@ def _encode_part(
         return None
 
 
-def _part(whole: Source, config: EvalSetConfig, key: str) -> Source:
+def _select(whole: Source, config: EvalSetConfig, key: str) -> Source:
     """Consecutive samples of a source."""
     skip, samples = config.skip, config.samples
     count = len(whole) - skip if samples is None else samples
@@ -404,8 +405,8 @@ def _part(whole: Source, config: EvalSetConfig, key: str) -> Source:
             f"{key}.skip={skip} and {key}.samples={samples} ask for samples that {whole.description} does not "
             f"have: it has {len(whole)}"
         )
-    part = Selection(whole, range(skip, skip + count))
-    part.description = f"{whole.description}, {count} from number {skip} on"
+    selection = Selection(whole, range(skip, skip + count))
+    selection.description = f"{whole.description}, {count} from number {skip} on"
     # Those of drawn pictures are their captions, which differ as captions do.
-    part.classes = whole.classes if isinstance(whole, FolderSource) else ()
-    return part
+    selection.classes = whole.classes if isinstance(whole, FolderSource) else ()
+    return selection

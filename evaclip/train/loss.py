@@ -67,7 +67,7 @@ class ContrastiveLoss:
         tiles = zip(image_features.float().split(rows), own.split(rows), strict=True)
         text = text.float().T
         hits = torch.cat([(image @ text).argmax(1) == label for image, label in tiles]).sum()
-        # Ranks may have unequal parts of the batch.
+        # Ranks may have unequal shares of the batch.
         return hits * (len(counts) / sum(counts))
 
     @property

@@ -37,7 +37,7 @@ class StepContext:
     """Everything that a task needs to run the micro-batches of one step.
 
     Attributes:
-        micro_batches: this rank's rows in parts.
+        micro_batches: this rank's rows, in order.
         rank_images: this rank's images, uint8 or float32 [b, 3, height, width] or packed, in host memory.
         upload: copies the images of micro-batches to the device and normalises them, see `upload`.
         device: that computes.
@@ -65,7 +65,7 @@ class StepContext:
 
         Call `next` in the expression that uses the images: holding them costs memory while the next ones are copied.
         """
-        return self.upload(self.rank_images[part.rows] for part in [*self.micro_batches] * rounds)
+        return self.upload(self.rank_images[each.rows] for each in [*self.micro_batches] * rounds)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast of one forward pass: its cache would carry casts without a graph over into the next pass."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from evaclip.errors import UserError, unknown_name
 from evaclip.extras import install_command
 from evaclip.train.config import TIMM, OptimConfig, TowerConfig
-from evaclip.weights import is_cut
+from evaclip.weights import is_dtensor
 from evakernels import gradient_norm
 from evakernels.optim import AdamW, Lamb
 
@@ -132,7 +132,7 @@ class TimmOptimizer(torch.optim.Optimizer):
             self._optimizer.step()
         except (NotImplementedError, RuntimeError, TypeError) as exc:
             is_other = self._checked or isinstance(exc, torch.OutOfMemoryError)
-            if is_other or not any(map(is_cut, self._group_of)):
+            if is_other or not any(map(is_dtensor, self._group_of)):
                 raise
             raise self._not_sharded(str(exc).partition("\n")[0]) from exc
         if not self._checked:
@@ -177,10 +177,10 @@ class TimmOptimizer(torch.optim.Optimizer):
                         f"optim.name must be an optimizer with tensors and numbers as its state, got {self._name} "
                         f"with {kind} as {type(value).__name__}"
                     )
-                if is_cut(parameter) and isinstance(value, Tensor):
+                if is_dtensor(parameter) and isinstance(value, Tensor):
                     # Checkpoints of any number of ranks hold shards of the parameter's shape, and whole numbers.
-                    is_fit = is_cut(value) and value.shape == parameter.shape if value.ndim else not is_cut(value)
-                    if not is_fit:
+                    fits = value.shape == parameter.shape if value.ndim else True
+                    if is_dtensor(value) != bool(value.ndim) or not fits:
                         raise self._not_sharded(f"its {kind} isn't sharded like the parameter")
 
     def _not_sharded(self, reason: str) -> UserError:
@@ -192,9 +192,9 @@ def _create(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Op
         from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # type: ignore[attr-defined]
     except ModuleNotFoundError as exc:
         raise UserError(f"the package timm is not installed: {install_command('clip')}") from exc
-    name, known = config.name.removeprefix(TIMM).lower(), list(map(str, list_optimizers()))
-    if name not in known:
-        raise unknown_name("optim.name", config.name, [TIMM + each for each in known])
+    name, names = config.name.removeprefix(TIMM).lower(), list(map(str, list_optimizers()))
+    if name not in names:
+        raise unknown_name("optim.name", config.name, [TIMM + each for each in names])
     info = get_optimizer_info(name)
     if info.second_order:
         raise UserError(f"optim.name must be a first-order optimizer, got {config.name}")

@@ -46,12 +46,12 @@ def in_layers(layers: Iterable[Sequence[Tree]], base: TrainConfig) -> Iterator[T
     samples = base.schedule.epoch_samples
     for changes in layers:
         schedules = [change["schedule"] for change in changes if isinstance(change.get("schedule"), Mapping)]
-        given = {key: value for schedule in schedules for key, value in schedule.items()}
+        layer = {key: value for schedule in schedules for key, value in schedule.items()}
         pairs = [pair for one, other in ALTERNATIVES for pair in ((one, other), (other, one))]
-        unset = {other: defaults[other] for one, other in pairs if given.get(one) is not None and other not in given}
-        if given.get("epochs") is not None and samples == base.schedule.epoch_samples:
+        unset = {other: defaults[other] for one, other in pairs if layer.get(one) is not None and other not in layer}
+        if layer.get("epochs") is not None and samples == base.schedule.epoch_samples:
             unset["epoch_samples"] = None
-        samples = given.get("epoch_samples", unset.get("epoch_samples", samples))
+        samples = layer.get("epoch_samples", unset.get("epoch_samples", samples))
         yield {"schedule": unset}
         yield from changes
 
@@ -92,7 +92,7 @@ def parse_assignment(text: str) -> Tree:
 def _describe(error: Any) -> str:
     """One pydantic error as `path=value: accepted values`."""
     location = list(error["loc"])
-    # The kind of task is no key.
+    # The kind of task is not a key.
     path = ".".join(map(str, location[:1] + location[2:] if location[:1] == ["task"] else location))
     if error["type"] == "missing":
         return f"{path} is not set"
@@ -106,29 +106,29 @@ def _describe(error: Any) -> str:
     return f"{path}={value!r}: {message}"
 
 
-def _hint(path: str, known: list[str]) -> str:
+def _hint(path: str, keys: list[str]) -> str:
     parent, _, key = path.rpartition(".")
-    if near := nearest(key, known):
+    if near := nearest(key, keys):
         return f"did you mean {f'{parent}.{near[0]}'.lstrip('.')!r}?"
-    return f"{parent or 'the configuration'} has: {', '.join(known)}"
+    return f"{parent or 'the configuration'} has: {', '.join(keys)}"
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     """Keys of the dataclass at a location of a pydantic error, in which names of sets and kinds of tasks occur too."""
     classes: list[Any] = [TrainConfig]
-    for part in location:
+    for key in location:
         if len(classes) > 1:
-            classes = [each for each in classes if each.name == part]
-        elif (hints := get_type_hints(classes[0])).keys() & {part}:
-            classes = list(_dataclasses_in(hints[str(part)]))
+            classes = [each for each in classes if each.name == key]
+        elif (hints := get_type_hints(classes[0])).keys() & {key}:
+            classes = list(_dataclasses_in(hints[str(key)]))
     return [field.name for field in dataclasses.fields(classes[0])]
 
 
 def _dataclasses_in(hint: Any) -> Iterator[type]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         yield hint
-    for part in get_args(hint):
-        yield from _dataclasses_in(part)
+    for argument in get_args(hint):
+        yield from _dataclasses_in(argument)
 
 
 def _commented_lines(config: Any, tree: Mapping[str, Any], margin: str, seen: set[type]) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _commented_lines(config: Any, tree: Mapping[str, Any], margin: str, seen: se
 
 def _field_docstrings(cls: type) -> dict[str, str]:
     """The docstring of each field of a dataclass: below the field, or among the class's attributes."""
-    found = {
+    comments = {
         name: " ".join(text.split())
         for names, text in _ATTRIBUTE.findall((inspect.getdoc(cls) or "").partition("Attributes:\n")[2])
         for name in names.split(", ")
@@ -163,5 +163,5 @@ def _field_docstrings(cls: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     for field, text in pairwise(body.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = inspect.cleandoc(str(ast.literal_eval(text.value)))
-    return found
+            comments[field.target.id] = inspect.cleandoc(str(ast.literal_eval(text.value)))
+    return comments

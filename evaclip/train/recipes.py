@@ -64,7 +64,7 @@ def get_recipe(name: str) -> TrainConfig:
     raise unknown_name("recipe", name, RECIPES)
 
 
-def with_fitting_parts(config: TrainConfig, base: TrainConfig) -> TrainConfig:
+def with_fitting_nodes(config: TrainConfig, base: TrainConfig) -> TrainConfig:
     """`config` with as many of the recipe's `canonical_nodes` as divide its batch, mixed over as many batches."""
     nodes = config.data.canonical_nodes
     if nodes != base.data.canonical_nodes or config.batch_size % nodes == 0:
@@ -387,19 +387,19 @@ def _cut(config: TrainConfig) -> TrainConfig:
     return replace(config, parallel=ParallelConfig(mode="shard"))
 
 
-def _in_parts(batch_size: int) -> DataConfig:
-    """Shards with samples mixed over eight batches; a machine reads only its part of them.
+def _canonical_shuffle(batch_size: int) -> DataConfig:
+    """Shards with samples mixed over eight batches; a machine reads only the shards of its canonical nodes.
 
-    In 64 parts, as most batches can be divided by it: a batch of 131,072 is drawn from 165 shards. On two machines and
-    more the local copies have room for the next window.
+    Most batches can be divided by 64 nodes: a batch of 131,072 is drawn from 165 shards. On two machines and more the
+    local copies have room for the next window.
     """
-    parts = math.gcd(batch_size, 64)
+    nodes = math.gcd(batch_size, 64)
     return DataConfig(
         train="",
         kind="webdataset",
         workers=8,
-        canonical_nodes=parts,
-        shuffle_window=8 * batch_size // parts,
+        canonical_nodes=nodes,
+        shuffle_window=8 * batch_size // nodes,
         remote=RemoteConfig(cache_gb=80),
     )
 
@@ -421,7 +421,7 @@ def _published(
         seed=4096,
         batch_size=batch_size,
         precision="amp_fp16",
-        data=_in_parts(batch_size),
+        data=_canonical_shuffle(batch_size),
         model=ModelConfig(name=model, patch_dropout=patch_dropout, savings=Savings(recompute="block")),
         optim=OptimConfig(name="lamb", lr=5e-4, visual=visual, text=text, grad_clip_norm=5.0),
         schedule=ScheduleConfig(steps=steps, epoch_samples=40_000_000, warmup_steps=2000),

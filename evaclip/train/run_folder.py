@@ -31,7 +31,7 @@ from evaclip.train.checkpoint import Ask, DamagedCheckpoint, Start
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import World
 from evaclip.train.overrides import dump_yaml
-from evaclip.weights.parts import joined
+from evaclip.weights.shards import ensure_joined
 
 _WEIGHTS = "weights:"
 ATTRIBUTES = 70.0
@@ -81,15 +81,15 @@ class RunFolder:
         Raises:
             UserError: on every rank, if one doesn't see it: its folder is another one.
         """
-        wanted, where = world.from_main((lock and lock.owner, str(self.path.absolute())))
+        owner, where = world.from_main((lock and lock.owner, str(self.path.absolute())))
         end = time.monotonic() + ATTRIBUTES
-        while not (sees := self._sees(wanted)) and time.monotonic() < end:
+        while not (sees := self._sees(owner)) and time.monotonic() < end:
             time.sleep(0.5)
-        found = world.gather_everywhere((socket.gethostname(), sees))
-        if blind := sorted({host for host, sees in found if not sees}):
+        hosts = world.gather_everywhere((socket.gethostname(), sees))
+        if blind := sorted({host for host, sees in hosts if not sees}):
             raise UserError(
-                f"the run folder {where!r} of {found[0][0]} must be shared by all nodes, got another one for "
-                f"{sum(not sees for _, sees in found)} of {world.size} ranks, on {', '.join(blind)}; "
+                f"the run folder {where!r} of {hosts[0][0]} must be shared by all nodes, got another one for "
+                f"{sum(not sees for _, sees in hosts)} of {world.size} ranks, on {', '.join(blind)}; "
                 "--set output=FOLDER names one"
             )
 
@@ -149,10 +149,10 @@ def locate(
     folder = permit(config, resume, overwrite)
     if resume.startswith(_WEIGHTS):
         return _weights_of(Path(resume.removeprefix(_WEIGHTS)), folder, overwrite, say)
-    found = checkpoint.find(resume, folder.checkpoints, say, ask)
-    if resume == "auto" and found is None:
+    newest = checkpoint.find(resume, folder.checkpoints, say, ask)
+    if resume == "auto" and newest is None:
         say(f"no checkpoint under {folder.checkpoints}: starting from the beginning")
-    return None if found is None else Start(found)
+    return None if newest is None else Start(newest)
 
 
 def permit(config: TrainConfig, resume: str, overwrite: bool) -> RunFolder:
@@ -184,5 +184,5 @@ def _weights_of(source: Path, folder: RunFolder, overwrite: bool, say: Callable[
         raise UserError(f"the weights of the checkpoint {str(source)!r} are damaged: {exc}") from exc
     if remark:
         say(remark)
-    joined(source / MODEL_FILE)  # here, where one process does it
+    ensure_joined(source / MODEL_FILE)  # here, where one process does it
     return Start(source, weights_only=True)

@@ -116,8 +116,8 @@ class _HostCopies:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):  # does nothing without a stream
-            parts = ("model", "ema", "moments", "state")
-            copies = {part: self._copy(part, getattr(content, part)) for part in parts}
+            names = ("model", "ema", "moments", "state")
+            copies = {name: self._copy(name, getattr(content, name)) for name in names}
         if self._stream is not None:
             self._source = content  # the allocator must not reuse memory that is still being copied
             self._end = self._stream.record_event()

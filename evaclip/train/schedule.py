@@ -28,20 +28,20 @@ def _length(steps: int, fraction: float | None, total_steps: int) -> int:
     return steps if fraction is None else round(fraction * total_steps)
 
 
-def image_parts(total_steps: int, config: ScheduleConfig) -> list[tuple[range, int | None]]:
-    """Parts of the run with one image size each: steps (from 0) and the images' side, None for the model's own."""
-    parts: list[tuple[range, int | None]] = []
+def image_size_phases(total_steps: int, config: ScheduleConfig) -> list[tuple[range, int | None]]:
+    """Phases with one image size each: steps (from 0) and side of the images, None for the model's image size."""
+    phases: list[tuple[range, int | None]] = []
     begin, end = 0, 0.0
-    for part in config.resolutions:
-        end += total_steps * part.fraction if part.fraction is not None else part.steps or 0
-        parts.append((range(begin, min(round(end), total_steps)), part.image_size))
-        begin = parts[-1][0].stop
-    return [(steps, size) for steps, size in [*parts, (range(begin, total_steps), None)] if steps]
+    for phase in config.resolutions:
+        end += total_steps * phase.fraction if phase.fraction is not None else phase.steps or 0
+        phases.append((range(begin, min(round(end), total_steps)), phase.image_size))
+        begin = phases[-1][0].stop
+    return [(steps, size) for steps, size in [*phases, (range(begin, total_steps), None)] if steps]
 
 
 def image_size_at(step: int, total_steps: int, config: ScheduleConfig) -> int | None:
     """Side of the images of step `step` (from 0), or None for the model's own size."""
-    return next((size for steps, size in image_parts(total_steps, config) if step in steps), None)
+    return next((size for steps, size in image_size_phases(total_steps, config) if step in steps), None)
 
 
 def total_steps(config: ScheduleConfig, batch_size: int, data_samples: int) -> int:

@@ -19,7 +19,7 @@ from evaclip.model.norm import Stream
 from evaclip.model.tower import ResidualBlock
 from evaclip.train.config import SIXTEEN_BITS, ParallelConfig, Precision
 from evaclip.train.distributed import World
-from evaclip.weights import is_cut, part_of
+from evaclip.weights import is_dtensor, shard_like
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -79,7 +79,7 @@ def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
         for parameter in module.parameters(recurse=False):
-            if not is_cut(parameter):
+            if not is_dtensor(parameter):
                 parameter.data = parameter.data.to(device)
 
 
@@ -106,7 +106,7 @@ def _sharded(modules: Iterable[nn.Module]) -> Iterator["FSDPModule"]:
 
 
 class WholeRandomNumbers(TorchDispatchMode):
-    """Draws random initial values of sharded parameters for the whole tensor, of which each rank keeps its part.
+    """Draws random initial values of sharded parameters for the whole tensor, of which each rank keeps its shard.
 
     A model then has equal initial values on any number of ranks, if their random states are equal.
     """
@@ -116,12 +116,12 @@ class WholeRandomNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _RANDOM or not is_cut(args[0]):
+        if func not in _RANDOM or not is_dtensor(args[0]):
             return func(*args, **kwargs)
         target = args[0]
         whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
         func(whole, *args[1:], **kwargs)
-        target.copy_(part_of(whole, target))
+        target.copy_(shard_like(whole, target))
         return target
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from evaclip.errors import UserError
 from evaclip.runs.files import EMA_FILE, MODEL_FILE, OPTIMIZER_FOLDER
 from evaclip.train import checkpoint, rng
-from evaclip.train.build import Parts
+from evaclip.train.build import Run
 from evaclip.train.config import ScheduleConfig, training_tree
 from evaclip.train.ema import Ema
 from evaclip.train.optimizer import TimmOptimizer
@@ -23,7 +23,7 @@ from evaclip.train.schedule import image_size_at, lr_factor, total_steps
 from evaclip.train.sharding import forget_gathered
 from evaclip.train.tree import differences
 from evaclip.weights import is_sharded, load_weights, put
-from evaclip.weights.parts import is_there, likes, parts_of, read
+from evaclip.weights.shards import has_weights, read, read_metadata, shards_folder
 
 _SHAPING = ("model.name", "model.options", "task.", "loss.name", "optim.name")
 """Keys on which names and shapes of tensors depend."""
@@ -53,17 +53,17 @@ class Position:
     spikes: dict[str, Any] = field(default_factory=dict)
 
 
-def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content | None:
+def take(run: Run, position: Position, *, calm: bool) -> checkpoint.Content | None:
     """The checkpoint of this moment, on the ranks that write it; every rank must call it.
 
     Args:
         calm: the loss shows no spike.
     """
-    states = parts.world.gather(rng.capture(parts.world.device))
-    if not (parts.world.is_main or is_sharded(parts.model)):
+    states = run.world.gather(rng.capture(run.world.device))
+    if not (run.world.is_main or is_sharded(run.model)):
         return None
-    step = parts.step
-    tensors, scalars = take_moments(parts.model, step.optimizer)
+    step = run.step
+    tensors, scalars = take_moments(run.model, step.optimizer)
     state = {
         "step": position.step,
         "samples": position.samples,
@@ -73,16 +73,16 @@ def take(parts: Parts, position: Position, *, calm: bool) -> checkpoint.Content 
         "train_step": step.state_dict(),
         "moments": scalars,
         "rng": states,
-        "fingerprint": parts.source.fingerprint,
-        "taught_by": parts.task.teacher_identity(),
-        "config": training_tree(parts.config),
+        "fingerprint": run.source.fingerprint,
+        "taught_by": run.task.teacher_identity(),
+        "config": training_tree(run.config),
     }
     return checkpoint.Content(
-        model=parts.model.state_dict(),
-        ema=parts.ema.state_dict() if parts.ema else None,
+        model=run.model.state_dict(),
+        ema=run.ema.state_dict() if run.ema else None,
         moments=tensors,
-        descriptions=parts.task.descriptions(parts.config),
-        files=parts.task.files,
+        descriptions=run.task.descriptions(run.config),
+        files=run.task.files,
         state=state,
         meta={
             "samples": position.samples,
@@ -98,24 +98,24 @@ def is_good(meta: dict[str, Any]) -> bool:
     return bool(meta["skipped_in_a_row"] == 0 and meta["calm"])
 
 
-def begin(start: checkpoint.Start | None, parts: Parts) -> tuple[Position, list[str]]:
+def begin(start: checkpoint.Start | None, run: Run) -> tuple[Position, list[str]]:
     """Restores the start of a run; returns its position and remarks. Raises as `restore`."""
     if start is None:
         return Position(), []
     if start.weights_only:
         try:
-            load_weights(parts.model, start.folder / MODEL_FILE)
+            load_weights(run.model, start.folder / MODEL_FILE)
         except UserError as exc:
             raise UserError(shorten(str(exc), 2 * _LONGEST, placeholder=" ...")) from exc
-        forget_gathered(parts.model)
-        if parts.ema:
-            parts.ema.restart()
+        forget_gathered(run.model)
+        if run.ema:
+            run.ema.restart()
         return Position(), [f"starting from the weights of {start.folder}, at step 0 with a new optimizer state"]
-    position, remarks = restore(start.folder, parts)
+    position, remarks = restore(start.folder, run)
     return position, [f"resuming from {start.folder} at step {position.step}", *remarks]
 
 
-def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
+def restore(folder: Path, run: Run) -> tuple[Position, list[str]]:
     """Restores weights, moments, loss scale, random states and counters.
 
     Returns:
@@ -126,44 +126,42 @@ def restore(folder: Path, parts: Parts) -> tuple[Position, list[str]]:
     """
     state = checkpoint.load_state(folder)
     before = state["config"]
-    remarks = [f"changed since the checkpoint: {line}" for line in differences(before, training_tree(parts.config))]
-    if state["fingerprint"] != parts.source.fingerprint:
-        change = f"the training data ({parts.source.description}) is not what the checkpoint was trained on"
-        remarks.append(_accept(change, "allow_data_change", parts))
-    if other := differences(state["taught_by"], parts.task.teacher_identity()):
+    remarks = [f"changed since the checkpoint: {line}" for line in differences(before, training_tree(run.config))]
+    if state["fingerprint"] != run.source.fingerprint:
+        change = f"the training data ({run.source.description}) is not what the checkpoint was trained on"
+        remarks.append(_accept(change, "allow_data_change", run))
+    if other := differences(state["taught_by"], run.task.teacher_identity()):
         change = f"the teacher is not the one that {str(folder)!r} was trained with ({'; '.join(other)})"
-        remarks.append(_accept(change, "allow_teacher_change", parts))
-    _require_equal_files(folder, parts.task.files)
-    if past := _changed_past(folder, state, parts):
-        remarks.append(_accept(past, "allow_schedule_change", parts))
-    old_optimizer, optimizer = before["optim"]["name"], parts.config.optim.name
+        remarks.append(_accept(change, "allow_teacher_change", run))
+    _require_equal_files(folder, run.task.files)
+    if past := _changed_past(folder, state, run):
+        remarks.append(_accept(past, "allow_schedule_change", run))
+    old_optimizer, optimizer = before["optim"]["name"], run.config.optim.name
     if old_optimizer != optimizer:
         raise UserError(
             f"optim.name must be {old_optimizer} as in the checkpoint {str(folder)!r}, got {optimizer}; "
             f"--resume weights:{folder} starts with a new optimizer state"
         )
     try:
-        _put_model(folder / MODEL_FILE, parts.model)
-        parts.step.load_state_dict(state["train_step"])
-        restore_moments(parts.model, parts.step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
+        _put_model(folder / MODEL_FILE, run.model)
+        run.step.load_state_dict(state["train_step"])
+        restore_moments(run.model, run.step.optimizer, folder / OPTIMIZER_FOLDER, state["moments"])
     except (UserError, RuntimeError, ValueError, KeyError) as exc:
-        raise UserError(_misfit(folder, state["config"], parts, exc)) from exc
-    forget_gathered(parts.model)
-    if parts.ema:
-        _put_average(folder, parts.ema, remarks)
-    if len(state["rng"]) == parts.world.size:
-        rng.restore(state["rng"][parts.world.rank], parts.world.device)
+        raise UserError(_misfit(folder, state["config"], run, exc)) from exc
+    forget_gathered(run.model)
+    if run.ema:
+        _put_average(folder, run.ema, remarks)
+    if len(state["rng"]) == run.world.size:
+        rng.restore(state["rng"][run.world.rank], run.world.device)
     else:
-        remarks.append(
-            f"{len(state['rng'])} ranks wrote the checkpoint, {parts.world.size} resume it: new random states"
-        )
+        remarks.append(f"{len(state['rng'])} ranks wrote the checkpoint, {run.world.size} resume it: new random states")
     progress = ("step", "samples", "bad_samples", "seconds", "spikes")
     return Position(**{name: state[name] for name in progress}), remarks
 
 
-def _accept(change: str, key: str, parts: Parts) -> str:
+def _accept(change: str, key: str, run: Run) -> str:
     """The change as a remark if `checkpoint.KEY` is true, else an error."""
-    if not getattr(parts.config.checkpoint, key):
+    if not getattr(run.config.checkpoint, key):
         raise UserError(f"{change}; checkpoint.{key}=true goes on nevertheless")
     return change
 
@@ -176,8 +174,8 @@ def _require_equal_files(folder: Path, files: Mapping[str, bytes]) -> None:
         if name.endswith(".json"):
             old, new = json.loads(before), json.loads(content)
             common = old.keys() & new.keys() - _ABOUT_FILE  # a later transformers has more keys
-            found = differences({key: old[key] for key in common}, {key: new[key] for key in common})
-            changes += [f"{name}: {shorten(line, _LONGEST, placeholder=' ...')}" for line in found]
+            changed = differences({key: old[key] for key in common}, {key: new[key] for key in common})
+            changes += [f"{name}: {shorten(line, _LONGEST, placeholder=' ...')}" for line in changed]
         elif before != content:
             changes.append(name)
     if changes:
@@ -187,17 +185,17 @@ def _require_equal_files(folder: Path, files: Mapping[str, bytes]) -> None:
         )
 
 
-def _changed_past(folder: Path, state: dict[str, Any], parts: Parts) -> str | None:
+def _changed_past(folder: Path, state: dict[str, Any], run: Run) -> str | None:
     """The first past step that would have another rate or image size now."""
     try:
         before = ScheduleConfig(**state["config"]["schedule"])
     except ValidationError as exc:
         raise UserError(f"the checkpoint {str(folder)!r} must be of this version, got the schedule of another") from exc
-    total = total_steps(before, state["config"]["batch_size"], len(parts.source))
-    if (before, total) == (parts.config.schedule, parts.total_steps):
+    total = total_steps(before, state["config"]["batch_size"], len(run.source))
+    if (before, total) == (run.config.schedule, run.total_steps):
         return None
     for step in range(state["step"]):
-        had, has = _course(step, total, before), _course(step, parts.total_steps, parts.config.schedule)
+        had, has = _course(step, total, before), _course(step, run.total_steps, run.config.schedule)
         if had != has:
             return (
                 f"the checkpoint {str(folder)!r} was trained by another schedule: step {step + 1} had {had}, and would "
@@ -212,11 +210,11 @@ def _course(step: int, total: int, config: ScheduleConfig) -> str:
     return f"{rate:.6g} of the peak rate" + (f" and images of {size} pixels" if size else "")
 
 
-def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) -> str:
+def _misfit(folder: Path, config: dict[str, Any], run: Run, exc: Exception) -> str:
     """One sentence: the changed keys on which tensors depend, or else the beginning of the error."""
     changed = [
         shorten(line, _LONGEST, placeholder=" ...")
-        for line in differences(config, training_tree(parts.config))
+        for line in differences(config, training_tree(run.config))
         if line.startswith(_SHAPING)
     ]
     reason = f"changed since it was written: {'; '.join(changed)}" if changed else " ".join(str(exc).split())[:_LONGEST]
@@ -224,23 +222,23 @@ def _misfit(folder: Path, config: dict[str, Any], parts: Parts, exc: Exception) 
 
 
 def _put_model(path: Path, model: nn.Module) -> None:
-    folder = parts_of(path)
+    folder = shards_folder(path)
     if not folder.is_dir():
         put(model, load_file(path))
         return
     state = model.state_dict()
-    if others := likes(folder).keys() - state.keys():
+    if others := read_metadata(folder).keys() - state.keys():
         raise UserError(f"the model has no {', '.join(sorted(others)[:3])}")
     read(state, folder)
 
 
 def _put_average(folder: Path, ema: Ema, remarks: list[str]) -> None:
     path = folder / EMA_FILE
-    if not is_there(path):
+    if not has_weights(path):
         remarks.append("the checkpoint has no averaged weights: the average starts from its weights")
         path = folder / MODEL_FILE
-    if parts_of(path).is_dir():
-        read(ema.state_dict(), parts_of(path))
+    if shards_folder(path).is_dir():
+        read(ema.state_dict(), shards_folder(path))
     else:
         ema.load_state_dict(load_file(path))
 
@@ -269,7 +267,7 @@ def restore_moments(
     """
     parameters, is_timms = dict(model.named_parameters()), isinstance(optimizer, TimmOptimizer)
     moments: dict[str, Tensor] = {}
-    for key, like in likes(folder).items():
+    for key, like in read_metadata(folder).items():
         parameter = _parameter(parameters, key)
         if parameter.shape != like.shape and not is_timms:
             raise UserError(f"the moment {key} is {list(like.shape)}, the parameter {list(parameter.shape)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaclip.data.loader import Rows, packed_parts, part_of_batch
+from evaclip.data.loader import Rows, packed_pieces, rank_rows
 from evaclip.packing import PackedImages
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
@@ -71,10 +71,10 @@ class StepResult:
 
     def named(self) -> dict[str, Tensor]:
         """All but loss, norm and `found_inf` by their names in the log."""
-        found = {f"grad_norm_{tower}": norm for tower, norm in self.tower_norms.items()}
+        norms = {f"grad_norm_{tower}": norm for tower, norm in self.tower_norms.items()}
         for tower, values in (self.updates or {}).items():
-            found[f"update_norm_{tower}"], found[f"update_ratio_{tower}"] = values.unbind()
-        return {**(self.measures or {}), **found}
+            norms[f"update_norm_{tower}"], norms[f"update_ratio_{tower}"] = values.unbind()
+        return {**(self.measures or {}), **norms}
 
 
 class TrainStep:
@@ -94,12 +94,12 @@ class TrainStep:
         self.world = world
         self.parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         towers: dict[str, list[Tensor]] = {name: list(tower.parameters()) for name, tower in task.towers.items()}
-        known = {id(parameter) for parameters in towers.values() for parameter in parameters}
-        self._parts = {**towers, "rest": [value for value in self.parameters if id(value) not in known]}
+        in_towers = {id(parameter) for parameters in towers.values() for parameter in parameters}
+        self._groups = {**towers, "rest": [value for value in self.parameters if id(value) not in in_towers]}
         if options.accumulation_steps > 1:
             accumulate_in_float32(self.parameters, reduce_each_micro_batch=options.reduce_each_micro_batch)
         self._locked = [module for module in task.model.modules() if _is_locked(module)]
-        self.mean = GradientMean([p for tower in towers.values() for p in tower], self._parts["rest"], world)
+        self.mean = GradientMean([p for tower in towers.values() for p in tower], self._groups["rest"], world)
         # Shards are gathered in the 16-bit type, so that there is nothing left to cast.
         self.autocast_dtype = None if is_sharded(task.model) else AUTOCAST.get(options.precision)
         stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
@@ -127,9 +127,9 @@ class TrainStep:
         for module in self._locked:
             module.eval()
         self.optimizer.zero_grad(set_to_none=True)
-        found = self.task.backward(self._context(images, targets, measure, step))
+        measures = self.task.backward(self._context(images, targets, measure, step))
         self.mean.finish()
-        loss = self.world.mean_(found.pop("loss").detach().clone())
+        loss = self.world.mean_(measures.pop("loss").detach().clone())
         tower_norms = self._tower_norms()
         grad_norm: Tensor = torch.linalg.vector_norm(torch.stack(list(tower_norms.values())))
         found_inf, moved = self._update(loss, grad_norm, measure)
@@ -138,7 +138,7 @@ class TrainStep:
         if not measure:
             return StepResult(loss, grad_norm, norms, found_inf)
         updates = {name: self._tower_update(name, moved) for name in self.task.towers}
-        measures = {name: self.world.mean_(value) for name, value in found.items()} | self.task.measures()
+        measures = {name: self.world.mean_(value) for name, value in measures.items()} | self.task.measures()
         return StepResult(loss, grad_norm, norms, found_inf, updates, measures)
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,17 +156,17 @@ class TrainStep:
 
     def _context(self, images: Tensor | PackedImages | Rows, targets: Tensor, measure: bool, step: int) -> StepContext:
         options, count = self.options, len(targets)
-        parts = options.accumulation_steps
-        if packed := packed_parts(images):
+        steps = options.accumulation_steps
+        if packed := packed_pieces(images):
             kept = None  # the loader has dropped patches
-            rows = split_by_tokens(torch.cat([part.lengths for part in packed]), parts)
+            rows = split_by_tokens(torch.cat([piece.lengths for piece in packed]), steps)
         else:
             kept = self._kept_tokens(count, step)
-            rows = [part_of_batch(count, index, parts, options.together) for index in range(parts)]
+            rows = [rank_rows(count, index, steps, options.together) for index in range(steps)]
         micro_batches = []
-        for part in (slice(each.start, each.stop) for each in rows):
-            tokens = None if kept is None else kept[part]
-            micro_batches.append(MicroBatch(part, targets[part], tokens, step, options.first_row + part.start))
+        for chosen in (slice(each.start, each.stop) for each in rows):
+            tokens = None if kept is None else kept[chosen]
+            micro_batches.append(MicroBatch(chosen, targets[chosen], tokens, step, options.first_row + chosen.start))
         return StepContext(
             micro_batches=micro_batches,
             rank_images=images,
@@ -196,7 +196,7 @@ class TrainStep:
         """Norms of the gradients of each tower, and of parameters outside the towers."""
         return {
             name: gradient_norm(gradients).to(self.world.device) / self.loss_scale.scale
-            for name, parameters in self._parts.items()
+            for name, parameters in self._groups.items()
             if (gradients := [p.grad for p in parameters if p.grad is not None])
         }
 
@@ -223,7 +223,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _tower_update(self, name: str, moved: dict[Tensor, Tensor]) -> Tensor:
-        squares = [moved[parameter] for parameter in self._parts[name] if parameter in moved]
+        squares = [moved[parameter] for parameter in self._groups[name] if parameter in moved]
         if not squares:
             return torch.zeros(2, device=self.world.device)
         weights, change = torch.stack(squares).sum(0).sqrt().unbind()
@@ -295,14 +295,14 @@ def token_index(key: tuple[int, ...], rows: range, num_tokens: int, num_keep: in
     return torch.cat(blocks)[rows.start - offset : rows.stop - offset]
 
 
-def split_by_tokens(lengths: Tensor, parts: int) -> list[range]:
+def split_by_tokens(lengths: Tensor, count: int) -> list[range]:
     """Cut images of `lengths` tokens into consecutive micro-batches of nearly equal tokens, at least one image each.
 
     The largest exceeds the mean by at most the longest image.
     """
     middles = lengths.cumsum(0) - lengths / 2
     cuts = [0]
-    for part in range(1, parts):
-        cut = int((middles < lengths.sum() * (part / parts)).sum())
-        cuts.append(min(max(cut, cuts[-1] + 1), len(lengths) - parts + part))
+    for number in range(1, count):
+        cut = int((middles < lengths.sum() * (number / count)).sum())
+        cuts.append(min(max(cut, cuts[-1] + 1), len(lengths) - count + number))
     return [range(*ends) for ends in pairwise([*cuts, len(lengths)])]

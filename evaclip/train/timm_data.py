@@ -59,7 +59,7 @@ class TimmTransform:
         try:
             self._steps  # noqa: B018 - timm reads the policy here
         except (AssertionError, KeyError, ValueError) as exc:
-            raise UserError(f"task.auto_augment={self.task.auto_augment!r} is no policy of timm: {exc!r}") from exc
+            raise UserError(f"task.auto_augment={self.task.auto_augment!r} is not a policy of timm: {exc!r}") from exc
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         augment, erase = self._steps

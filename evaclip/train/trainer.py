@@ -23,7 +23,7 @@ from evaclip.runs.files import CONFIG_FILE, STOPPED
 from evaclip.runs.lock import RunLock
 from evaclip.runs.log import load_yaml, read_log
 from evaclip.train import checkpoint, snapshot
-from evaclip.train.build import Parts, build
+from evaclip.train.build import Run, build
 from evaclip.train.config import TrainConfig, process_count, to_tree
 from evaclip.train.distributed import (
     World,
@@ -110,22 +110,22 @@ def train(
         folder.require_shared(world, lock)
         find = partial(locate, config, resume, overwrite, messages.append)
         start = world.decide(find, checkpoint.damage_in_share)
-        parts = build(config, world)
-        messages += parts.remarks
-        position, remarks = snapshot.begin(start, parts)
+        run = build(config, world)
+        messages += run.remarks
+        position, remarks = snapshot.begin(start, run)
         messages += remarks
-        metrics = world.from_main(_final_metrics(parts, folder, position.step) if world.is_main else None)
+        metrics = world.from_main(_final_metrics(run, folder, position.step) if world.is_main else None)
         with folder.writing():
             if world.is_main and metrics is None:
                 folder.create(config, overwrite)
                 if world.uses_nccl:
                     folder.collectives.mkdir(exist_ok=True)  # torch makes no folder
-            report = _report(parts, folder if metrics is None else None, position.step)
+            report = _report(run, folder if metrics is None else None, position.step)
         with report:
             for message in messages:
                 report.say(message)
             if metrics is None:
-                return Trainer(parts, folder, report, position, lock).run()
+                return Trainer(run, folder, report, position, lock).train()
             report.say(f"the run is finished: {_where_is(folder, position.step)}")
             return Outcome(folder.path, position.step, metrics)
 
@@ -145,18 +145,18 @@ def _out_of_memory_is_final(config: TrainConfig) -> Iterator[None]:
         ) from exc
 
 
-def _final_metrics(parts: Parts, folder: RunFolder, step: int) -> Metrics | None:
+def _final_metrics(run: Run, folder: RunFolder, step: int) -> Metrics | None:
     """The last metrics of a finished run; None if something is left to do."""
-    if step < parts.total_steps or not folder.exists:
+    if step < run.total_steps or not folder.exists:
         return None
-    if parts.evaluation is None:
+    if run.evaluation is None:
         return {}
-    if load_yaml(folder.path / CONFIG_FILE).get("eval") != to_tree(parts.config)["eval"]:
+    if load_yaml(folder.path / CONFIG_FILE).get("eval") != to_tree(run.config)["eval"]:
         return None  # the evaluation has changed
-    found = [record["eval"] for record in read_log(folder.log) if "eval" in record and record["step"] == step]
-    if not found:
+    evaluations = [record["eval"] for record in read_log(folder.log) if "eval" in record and record["step"] == step]
+    if not evaluations:
         return None
-    return {name: math.nan if value is None else value for name, value in found[-1].items() if name != "seconds"}
+    return {name: math.nan if value is None else value for name, value in evaluations[-1].items() if name != "seconds"}
 
 
 def _where_is(folder: RunFolder, step: int) -> str:
@@ -164,13 +164,13 @@ def _where_is(folder: RunFolder, step: int) -> str:
     return f"the model is {model}; `evaclip report {quote(str(folder.path))}` shows the run"
 
 
-def _report(parts: Parts, folder: RunFolder | None, start_step: int) -> Report:
+def _report(run: Run, folder: RunFolder | None, start_step: int) -> Report:
     """The terminal, and with a folder all logs."""
-    if not parts.world.is_main:
+    if not run.world.is_main:
         return Report([])
-    config = parts.config
+    config = run.config
     path = None if folder is None else folder.path
-    report = open_report(config.log, path, start_step, parts.total_steps, parts.world.size)
+    report = open_report(config.log, path, start_step, run.total_steps, run.world.size)
     if path is not None and config.log.wandb is not None:
         report.add([Wandb(config.log.wandb.project, path, config.name, to_tree(config), report.say)])
     return report
@@ -229,14 +229,14 @@ class SpikeDetector:
 
 
 class Trainer:
-    """Drives the parts of one run from a position to the end."""
+    """Trains a run from a position to the end."""
 
     def __init__(
-        self, parts: Parts, folder: RunFolder, report: Report, position: Position, lock: RunLock | None = None
+        self, run: Run, folder: RunFolder, report: Report, position: Position, lock: RunLock | None = None
     ) -> None:
-        self.parts = parts
-        self.config = parts.config
-        self.world: World = parts.world
+        self.run = run
+        self.config = run.config
+        self.world: World = run.world
         self.folder = folder
         self.report = report
         self.position = position
@@ -244,9 +244,9 @@ class Trainer:
         self.metrics: Metrics = {}
         self._bad_samples = 0  # of this rank, since the last log record or checkpoint
         allowed = self.config.data.max_bad_fraction
-        self._bad_share = BadShare(len(parts.source), allowed, position.samples, position.bad_samples)
+        self._bad_share = BadShare(len(run.source), allowed, position.samples, position.bad_samples)
         self._saved_at: int | None = None
-        writers = self.world if is_sharded(parts.model) else None
+        writers = self.world if is_sharded(run.model) else None
         spikes = self.config.spikes
         self._spikes = SpikeDetector(spikes.threshold_sigma, spikes.patience, spikes.window)
         self._spikes.load_state_dict(position.spikes)
@@ -257,10 +257,10 @@ class Trainer:
         self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self.world.device)
-        parts.step.before_update = self._saver.hold_updates
+        run.step.before_update = self._saver.hold_updates
         self._saved_time = time.monotonic()
 
-    def run(self) -> Outcome:
+    def train(self) -> Outcome:
         with closing(self._watchdog), StopSignals() as signals, self._saver:
             stopped = False
             with collecting(self.config.gc_every_steps) as collect, self._tracing() as trace:
@@ -269,8 +269,8 @@ class Trainer:
                     collect(self.position.step)
                     trace()
 
-                while not stopped and self.position.step < self.parts.total_steps:
-                    stopped = self._part(signals, end_step)
+                while not stopped and self.position.step < self.run.total_steps:
+                    stopped = self._phase(signals, end_step)
             self._expect_steps(False)
             if self._saved_at != self.position.step:
                 self._save()
@@ -292,20 +292,20 @@ class Trainer:
         say = self.report.say if self.world.is_main else partial(print, flush=True)
         return tracing(file, self.config.log.profile_steps, self.position.step, say)
 
-    def _part(self, signals: StopSignals, end_step: Callable[[], None]) -> bool:
+    def _phase(self, signals: StopSignals, end_step: Callable[[], None]) -> bool:
         """The next steps with one image size; True if a signal stopped them."""
         self._expect_steps(False)  # the first step may open a cold index, and compiles
-        self.parts.set_image_size(self.position.step)
+        self.run.set_image_size(self.position.step)
         # A log record measures steps of one image size.
         self.meter.restart()
-        with closing(self.parts.loader.batches(self.position.samples)) as batches:
+        with closing(self.run.loader.batches(self.position.samples)) as batches:
             return self._loop(batches, signals, end_step)
 
     def _loop(self, batches: Iterator[Batch], signals: StopSignals, end_step: Callable[[], None]) -> bool:
         """Steps until the end or another image size; True if a signal stopped them."""
-        size_at = self.parts.image_size
+        size_at = self.run.image_size
         size = size_at(self.position.step)
-        while self.position.step < self.parts.total_steps and size_at(self.position.step) == size:
+        while self.position.step < self.run.total_steps and size_at(self.position.step) == size:
             before = self.position.samples
             abort = self.config.watchdog.abort is None and self._is_steady and dist.is_torchelastic_launched()
             with self._watchdog.phase("data", abort=abort):
@@ -318,7 +318,7 @@ class Trainer:
             end_step()
             if result.updates is not None:
                 self._log(result)
-            if stop or self.position.step == self.parts.total_steps:
+            if stop or self.position.step == self.run.total_steps:
                 return stop
             saving, evaluation = self.config.checkpoint, self.config.eval
             if time_is_up or self._is_due(saving.every_steps) or self._epochs_ended(before, saving.every_epochs):
@@ -336,7 +336,7 @@ class Trainer:
         """
         before = self._votes
         self._votes = self.world.begin_any(signals.received is not None, self._time_is_up())
-        is_last = self.position.step == self.parts.total_steps
+        is_last = self.position.step == self.run.total_steps
         overlaps = self.world.size > 1 and self._is_steady and not is_last
         return (before if before and overlaps else self._votes)()
 
@@ -348,34 +348,34 @@ class Trainer:
         limit, seconds = timedelta(minutes=self.config.parallel.timeout_minutes), self.config.watchdog.seconds
         if steady and seconds is not None:
             limit = min(limit, timedelta(seconds=_STEP_LIMIT * seconds))
-        self.world.set_timeout(limit, self.parts.model)
+        self.world.set_timeout(limit, self.run.model)
 
     def _check_lock(self) -> None:
         if self._lock is not None:
             self._lock.check()
 
     def _check_replicas(self) -> None:
-        average = self.parts.ema.state_dict().values() if self.parts.ema else ()
-        check_replicas([*self.parts.model.parameters(), *average], self.world)
+        average = self.run.ema.state_dict().values() if self.run.ema else ()
+        check_replicas([*self.run.model.parameters(), *average], self.world)
 
     def _step(self, batch: Batch) -> StepResult:
-        position, parts, log_every = self.position, self.parts, self.config.log.every_steps
+        position, run, log_every = self.position, self.run, self.config.log.every_steps
         after = position.step + 1
-        set_lr_factor(parts.step.optimizer, self._lr_factor(), position.step)
-        is_logged = after % log_every == 0 or after == parts.total_steps
-        result = parts.step(batch.images, batch.targets, position.step, measure=is_logged)
+        set_lr_factor(run.step.optimizer, self._lr_factor(), position.step)
+        is_logged = after % log_every == 0 or after == run.total_steps
+        result = run.step(batch.images, batch.targets, position.step, measure=is_logged)
         position.step = after
         position.samples = batch.position
         self._bad_samples += batch.skipped
-        self.meter.count(self.config.batch_size, parts.task.tokens_computed(batch))
-        if parts.ema:
-            parts.ema.update(position.step)
+        self.meter.count(self.config.batch_size, run.task.tokens_computed(batch))
+        if run.ema:
+            run.ema.update(position.step)
         return result
 
     def _log(self, result: StepResult) -> None:
         self._check_lock()
         self._check_replicas()
-        step = self.parts.step
+        step = self.run.step
         measured = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -388,7 +388,7 @@ class Trainer:
         numbers = torch.stack([value.detach().double() for value in measured.values()]).tolist()
         values = dict(zip(measured, numbers, strict=True))
         loss, in_a_row = values.pop("loss"), values.pop("skipped_in_a_row")
-        rates = {f"lr_{tower}": tower_rate(step.optimizer, tower) for tower in self.parts.task.towers}
+        rates = {f"lr_{tower}": tower_rate(step.optimizer, tower) for tower in self.run.task.towers}
         interval = self.meter.read()
         (tokens,) = self.world.sum(interval.tokens)
         self._count_bad_samples()
@@ -397,7 +397,7 @@ class Trainer:
             Record(
                 step=self.position.step,
                 samples=self.position.samples,
-                epoch=self.position.samples / self.parts.epoch_samples,
+                epoch=self.position.samples / self.run.epoch_samples,
                 loss=loss,
                 lr=self.config.optim.lr * self._lr_factor(self.position.step - 1),
                 grad_norm=values.pop("grad_norm"),
@@ -407,7 +407,7 @@ class Trainer:
                 samples_per_second=samples_per_second,
                 tokens_per_second=tokens / interval.seconds,
                 data_wait=interval.waited / interval.seconds,
-                mfu=self.parts.mfu(samples_per_second, self.position.step - 1),
+                mfu=self.run.mfu(samples_per_second, self.position.step - 1),
                 memory_gib=peak_memory(self.world.device) / 2**30,
                 seconds=self.meter.seconds,
                 more={**values, **rates},
@@ -424,8 +424,8 @@ class Trainer:
             self._go_back(f"the loss was {loss:.4g}, far above the losses before")
 
     def _count_bad_samples(self) -> None:
-        (found,) = self.world.sum(self._bad_samples)
-        self.position.bad_samples += int(found)
+        (bad_samples,) = self.world.sum(self._bad_samples)
+        self.position.bad_samples += int(bad_samples)
         self._bad_samples = 0
 
     def _check_bad_share(self) -> None:
@@ -434,7 +434,7 @@ class Trainer:
             bad, read = excess
             raise RunFailed(
                 f"bad samples must be at most data.max_bad_fraction={self.config.data.max_bad_fraction:.3g} of all, "
-                f"got {bad:,} of {read:,} from {self.parts.source.description}; `evaclip data check` lists them;"
+                f"got {bad:,} of {read:,} from {self.run.source.description}; `evaclip data check` lists them;"
                 " --resume auto --set data.max_bad_fraction=1 trains on the rest all the same"
             )
 
@@ -450,7 +450,7 @@ class Trainer:
         good = self.world.decide(choose, checkpoint.damage_in_share)
         if good is None:
             raise TrainingDiverged(f"{problem}, and there is no good checkpoint to return to")
-        restored, _ = snapshot.restore(good, self.parts)
+        restored, _ = snapshot.restore(good, self.run)
         # The data position stays: the same data would lead to the same failure.
         self.position.step = restored.step
         self.position.rollbacks += 1
@@ -463,20 +463,20 @@ class Trainer:
 
     def _evaluate(self, signals: StopSignals) -> bool:
         """True if a signal stopped it. A failed evaluation costs one line, and the training goes on."""
-        evaluation, ema = self.parts.evaluation, self.parts.ema
+        evaluation, ema = self.run.evaluation, self.run.ema
         if evaluation is None:
             return False
         self._expect_steps(False)
         begun = time.monotonic()
-        whole = self.parts.final_image_size()
+        whole = self.run.final_image_size()
         self._saver.hold_updates()  # the average is swapped with the model's weights
         try:
             with self._watchdog.phase("evaluation"), whole, ema.applied() if ema else nullcontext():
-                self.metrics, problems = evaluation(self.parts.model, lambda: signals.received is not None)
+                self.metrics, problems = evaluation(self.run.model, lambda: signals.received is not None)
         except Stopped:
             return True
         finally:
-            forget_gathered(self.parts.model)
+            forget_gathered(self.run.model)
             self.meter.restart()
         for problem in problems:
             self.report.say(problem)
@@ -491,7 +491,7 @@ class Trainer:
         self.position.seconds = self.meter.seconds
         self.position.spikes = self._spikes.state_dict()
         with self._watchdog.phase("saving"):
-            content = snapshot.take(self.parts, self.position, calm=self._spikes.is_calm)
+            content = snapshot.take(self.run, self.position, calm=self._spikes.is_calm)
             if content is not None:
                 self._saver.start(self.position.step, content)
         self._saved_at = self.position.step
@@ -500,7 +500,7 @@ class Trainer:
 
     def _lr_factor(self, step: int | None = None) -> float:
         step = self.position.step if step is None else step
-        return lr_factor(step, self.parts.total_steps, self.config.schedule)
+        return lr_factor(step, self.run.total_steps, self.config.schedule)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.position.step % every == 0
@@ -513,5 +513,5 @@ class Trainer:
         """Whether that many epochs ended in the step that began at sample `before`."""
         if every is None:
             return False
-        size = every * self.parts.epoch_samples
+        size = every * self.run.epoch_samples
         return before // size != self.position.samples // size

@@ -30,7 +30,7 @@ from evaclip.runs.files import (
 )
 from evaclip.weights.hub import HUB, LOCAL, RELEASED, download, download_released, find_in_folder
 from evaclip.weights.layouts import to_original, unwrapped
-from evaclip.weights.parts import is_cut, is_there, joined
+from evaclip.weights.shards import ensure_joined, has_weights, is_dtensor
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 AVERAGE, RAW = "moving average of the steps", "of the last step"
@@ -79,7 +79,7 @@ def find_weights(source: str | Path, model: str, *, average: bool = True) -> Pat
         return _in_folder(path, average)
     if path.name == LATEST_FILE and path.is_file():
         return _in_folder(_pointed_at(path), average)
-    if is_there(path):
+    if has_weights(path):
         return path
     if isinstance(source, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise UserError(f"there is no weights file or checkpoint folder {str(source)!r}")
@@ -127,12 +127,12 @@ def classifier_size(path: Path) -> int:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Files with the tensors of `path`: those of an index, or `path` itself, joined from its parts if necessary.
+    """Files with the tensors of `path`: those of an index, or `path` itself, joined from its shards if necessary.
 
     Raises:
-        UserError: for an index that can't be read or names missing files; as `parts.joined`.
+        UserError: for an index that can't be read or names missing files; as `shards.ensure_joined`.
     """
-    return _parts(path) if path.name.endswith(_INDEX) else [joined(path)]
+    return _parts(path) if path.name.endswith(_INDEX) else [ensure_joined(path)]
 
 
 def weights_kind(weights: Path) -> str:
@@ -229,7 +229,7 @@ def weights_hash(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.full_tensor() if is_cut(tensor) else tensor
+        whole = tensor.full_tensor() if is_dtensor(tensor) else tensor
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -279,7 +279,7 @@ def _in_folder(folder: Path, average: bool) -> Path:
     if pointer.is_file():
         folder = _pointed_at(pointer)
     for name in (EMA_FILE, MODEL_FILE) if average else (MODEL_FILE,):
-        if is_there(folder / name):
+        if has_weights(folder / name):
             return folder / name
     indices = sorted(folder.glob(f"*{_INDEX}"))
     if len(indices) == 1:

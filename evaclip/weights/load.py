@@ -23,7 +23,7 @@ from evaclip.model.vision import VisionTower, resize_grid
 from evaclip.model.vision_model import VisionModel
 from evaclip.weights.files import load_state_dict, read_tensors
 from evaclip.weights.layouts import MASKED_IMAGE, is_image_tower, to_original
-from evaclip.weights.parts import is_sharded, put
+from evaclip.weights.shards import is_sharded, put
 from evaclip.weights.transformers_names import TEXT, rename_tower
 
 _log = logging.getLogger(__name__)

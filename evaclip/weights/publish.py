@@ -21,7 +21,7 @@ from evaclip.weights.config_files import OPEN_CLIP_CONFIG_FILE, to_open_clip_con
 from evaclip.weights.files import AVERAGE, RAW, save_tensors
 from evaclip.weights.hub import HUB, LOCAL
 from evaclip.weights.layouts import to_open_clip
-from evaclip.weights.parts import is_sharded
+from evaclip.weights.shards import is_sharded
 
 CARD_FILE = "README.md"
 _CARD_PARTS = (
@@ -73,7 +73,7 @@ def run_facts(source: str | Path, *, average: bool = True) -> dict[str, Any]:
     data, optim, decay = config["data"], config["optim"], config.get("ema_decay")
     task = config.get("task", {}).get("name", "contrastive")
     tag, pipeline, *_ = _KINDS[task]
-    sets = [part["train"] for part in data["mixture"].values()] if data.get("mixture") else [data["train"]]
+    sets = [item["train"] for item in data["mixture"].values()] if data.get("mixture") else [data["train"]]
     details = {
         "Model": config["model"]["name"],
         "Weights": AVERAGE if average and decay is not None else RAW,

@@ -49,18 +49,18 @@ def is_siglip2(state: Mapping[str, Tensor]) -> bool:
 def rename_tower(state: Mapping[str, Tensor], tower: Literal["text", "vision"]) -> dict[str, Tensor]:
     """A tower of a model of transformers, with q, k and v packed: the image tower under timm's names of NaFlexVit."""
     prefix = f"{tower}_model."
-    given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    given.pop("embeddings.position_ids", None)
-    for name in [name for name in given if ".q_proj." in name]:
-        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(part in given for part in parts):
-            given[name.replace(".q_proj.", ".qkv.")] = torch.cat([given.pop(part) for part in parts])
+    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    weights.pop("embeddings.position_ids", None)
+    for name in [name for name in weights if ".q_proj." in name]:
+        names = [name.replace(".q_proj.", f".{kind}_proj.") for kind in "qkv"]
+        if all(name in weights for name in names):
+            weights[name.replace(".q_proj.", ".qkv.")] = torch.cat([weights.pop(each) for each in names])
     for kind in ("weight", "bias"):
-        if (joined := given.pop(f"head.attention.in_proj_{kind}", None)) is not None:
+        if (joined := weights.pop(f"head.attention.in_proj_{kind}", None)) is not None:
             q, kv = joined.tensor_split([len(joined) // 3])
-            given |= {f"head.attention.q.{kind}": q, f"head.attention.kv.{kind}": kv}
+            weights |= {f"head.attention.q.{kind}": q, f"head.attention.kv.{kind}": kv}
     renamed = {}
-    for name, tensor in given.items():
+    for name, tensor in weights.items():
         for old, new in _NAMES[tower].items():
             name = name.replace(old, new)
         renamed[name] = tensor

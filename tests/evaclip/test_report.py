@@ -197,7 +197,7 @@ def test_report_text_of_running_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_report_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options in ([], ["--text"]):
         assert main(["report", str(tmp_path), *options]) == 2
-        assert "is no run folder" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
     (tmp_path / CONFIG_FILE).write_text("name: x\n")
     assert main(["report", str(tmp_path), "--text"]) == 0  # it has not logged yet
     for log, options, reason in (("no JSON\n", ["--text"], LOG_FILE), ('{"step": 1, "loss": null}\n', [], "no losses")):

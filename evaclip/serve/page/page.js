@@ -143,7 +143,7 @@ function bar({label, probability}) {
 function use(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
-    complain(new Error(`${file.name || "This"} is no image. Drop a JPEG, PNG, WebP, GIF or AVIF file.`));
+    complain(new Error(`${file.name || "This"} is not an image. Drop a JPEG, PNG, WebP, GIF or AVIF file.`));
     return;
   }
   go({image: file, minus: $("minus").value.trim(), filter: $("filter").value.trim()});

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
-from evaclip.data.loader import Batch, Targets, TrainTransform, packed_parts, part_of_batch, tokenized
+from evaclip.data.loader import Batch, Targets, TrainTransform, packed_pieces, rank_rows, tokenized
 from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
@@ -73,10 +73,10 @@ class Contrastive(Task):
 
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> CLIP:
-        given = config.model
-        options = dict(given.options)
-        if given.patch_dropout is not None:
-            options["vision"] = {**options.get("vision", {}), "patch_dropout": given.patch_dropout}
+        model = config.model
+        options = dict(model.options)
+        if model.patch_dropout is not None:
+            options["vision"] = {**options.get("vision", {}), "patch_dropout": model.patch_dropout}
         if config.loss.name == "siglip":
             options = {**SIGLIP_START, **options}
         if (options.get("text") or {}).get("hf_model_name"):
@@ -90,11 +90,11 @@ class Contrastive(Task):
                     f"{config.precision}: --set precision=amp_bf16"
                 )
         return create_model(
-            given.name,
-            pretrained=given.pretrained,
-            pretrained_image=given.pretrained_image,
-            pretrained_text=given.pretrained_text,
-            savings=given.savings,
+            model.name,
+            pretrained=model.pretrained,
+            pretrained_image=model.pretrained_image,
+            pretrained_text=model.pretrained_text,
+            savings=model.savings,
             as_trained=False,
             **how,
             **options,
@@ -122,7 +122,7 @@ class Contrastive(Task):
         # Checkpoints hold the limit, so that evaluations after the run pack images too.
         preprocess = replace(model.config.preprocess, max_patches=config.data.max_patches or most)
         model.config = replace(model.config, preprocess=preprocess)
-        counts = [len(part_of_batch(config.batch_size, rank, world.size)) for rank in range(world.size)]
+        counts = [len(rank_rows(config.batch_size, rank, world.size)) for rank in range(world.size)]
         return cls(model, ContrastiveLoss(config.loss, world.group, counts))
 
     def transform(self, data: DataConfig, size: Size) -> TrainTransform:
@@ -138,7 +138,7 @@ class Contrastive(Task):
         return tokenized(self._tokenizer)
 
     def backward(self, context: StepContext) -> dict[str, Tensor]:
-        pairs = [self._pairs(part, context.device) for part in context.micro_batches]
+        pairs = [self._pairs(each, context.device) for each in context.micro_batches]
         backward = self._backward if len(pairs) == 1 else self._backward_in_micro_batches
         loss, *features = backward(pairs, context)
         return {"loss": loss, "accuracy": self.loss.accuracy(*features)} if context.measure else {"loss": loss}
@@ -183,10 +183,10 @@ class Contrastive(Task):
         """The prefix tokens and kept patches of each image; tokens of each caption, or with `pack_text=False` the
         whole context.
         """
-        targets, images = batch.targets, packed_parts(batch.images)
+        targets, images = batch.targets, packed_pieces(batch.images)
         packed = self.model.text.savings.pack_text
         text = int(self.model.text.end_positions(targets).sum()) + len(targets) if packed else targets.numel()
-        kept = sum(len(part.patches) for part in images) if images else len(targets) * self.visual.num_kept_patches()
+        kept = sum(len(piece.patches) for piece in images) if images else len(targets) * self.visual.num_kept_patches()
         return len(targets) * self.visual.config.prefix_tokens + kept + text
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:
@@ -198,8 +198,8 @@ class Contrastive(Task):
         # Which rows a caption has can't be read from tokens without data.
         packings = fake({size: type(text).pack_tokens(text, tokens[:size]) for size in sizes})
         text.pack_tokens = lambda tokens: packings[len(tokens)]  # type: ignore[method-assign]
-        found: Tensor = fake(tokens)
-        return found
+        traced: Tensor = fake(tokens)
+        return traced
 
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
         return {
@@ -234,30 +234,30 @@ class Contrastive(Task):
         # A locked tower draws no random numbers, and one pass is enough for its features.
         trained = [any(p.requires_grad for p in tower.parameters()) for tower in (self.model.visual, self.model.text)]
         states, features, images = [], [], context.images(rounds=1 + trained[0])
-        for part in pairs:
+        for each in pairs:
             states.append(rng.capture(context.device))
             with torch.no_grad():
-                features.append(self._features(part, next(images), context))
+                features.append(self._features(each, next(images), context))
         whole = [torch.cat(each) for each in zip(*features, strict=True)]
         image_features, text_features = (x.requires_grad_(needs) for x, needs in zip(whole, trained, strict=True))
         loss = self._loss(image_features, text_features)
         context.scaled(loss).backward()
-        for part, state in zip(pairs, states, strict=True):
-            context.begin(part.micro_batch)
+        for each, state in zip(pairs, states, strict=True):
+            context.begin(each.micro_batch)
             rng.restore(state, context.device)
-            found: list[Tensor] = []
+            outputs: list[Tensor] = []
             if all(trained):
-                found += self._features(part, next(images), context)
+                outputs += self._features(each, next(images), context)
             elif trained[0]:
                 with context.autocast():
-                    index = part.micro_batch.token_index
-                    found.append(self.model.encode_image(next(images), normalize=True, token_index=index))
+                    index = each.micro_batch.token_index
+                    outputs.append(self.model.encode_image(next(images), normalize=True, token_index=index))
             elif trained[1]:
                 with context.autocast():
-                    found.append(self.model.encode_text(part.tokens, normalize=True, packing=part.packing))
-            if found:
-                gradients = [value.grad[part.micro_batch.rows] for value in whole if value.grad is not None]
-                torch.autograd.backward(found, gradients)
+                    outputs.append(self.model.encode_text(each.tokens, normalize=True, packing=each.packing))
+            if outputs:
+                gradients = [value.grad[each.micro_batch.rows] for value in whole if value.grad is not None]
+                torch.autograd.backward(outputs, gradients)
         return loss, image_features.detach(), text_features.detach()
 
     def _features(self, pairs: _Pairs, images: Any, context: StepContext) -> tuple[Tensor, Tensor]:

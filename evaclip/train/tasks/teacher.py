@@ -30,7 +30,7 @@ from evaclip.train import rng
 from evaclip.train.config import TeacherConfig, TrainConfig
 from evaclip.train.distributed import World, without_data
 from evaclip.train.sharding import WholeRandomNumbers, shard
-from evaclip.weights import is_cut
+from evaclip.weights import is_dtensor
 from evaclip.weights.files import save_file, weights_hash
 
 _log = logging.getLogger(__name__)
@@ -150,12 +150,12 @@ class FeatureCache:
     ) -> Tensor:
         """The result of `compute(images, grid)`, `[b, patches, width]`."""
         paths = [self._folder / name[:2] / f"{name}-{grid[0]}x{grid[1]}.safetensors" for name in digests(images)]
-        found = [_read(path) for path in paths]
-        kept = [features for features in found if features is not None]
+        cached = [_read(path) for path in paths]
+        kept = [features for features in cached if features is not None]
         if len(kept) == len(paths):
             return torch.stack(kept).to(images.device)
         computed = compute(images, grid)
-        for path, before, features in zip(paths, found, computed.cpu(), strict=True):
+        for path, before, features in zip(paths, cached, computed.cpu(), strict=True):
             if before is None:
                 self._write(path, features)
         return computed
@@ -200,32 +200,32 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
     precision = config.precision or run.precision.removeprefix("amp_")
     pretrained = config.pretrained if mode is None else None
 
-    def cut_up(found: CLIP | VisionModel) -> None:
+    def shard_teacher(teacher: CLIP | VisionModel) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        shard([_tower(found)], replace(run.parallel, offload="none"), "fp32", world)
-        register_fsdp_forward_method(_tower(found), "patch_features")
+        shard([_tower(teacher)], replace(run.parallel, offload="none"), "fp32", world)
+        register_fsdp_forward_method(_tower(teacher), "patch_features")
 
     how: dict[str, Any] = {
         "device": world.device if mode is None else "meta",
         "precision": precision,
         "as_trained": False,
-        "prepare": cut_up if cut and mode is None else None,
+        "prepare": shard_teacher if cut and mode is None else None,
         **config.options,
     }
     # Random weights are equal on all ranks and for all students.
     rng.seed_all(run.seed, 0)
     with WholeRandomNumbers() if cut else nullcontext():
-        found: CLIP | VisionModel
+        teacher: CLIP | VisionModel
         if find_model(config.name) is None:
-            found = create_vision_model(config.name, pretrained or False, num_classes=0, **how)
+            teacher = create_vision_model(config.name, pretrained or False, num_classes=0, **how)
         else:
-            found = create_model(config.name, pretrained, **how)
-    tower, own = _tower(found), found.config.preprocess if isinstance(found, CLIP) else found.preprocess
+            teacher = create_model(config.name, pretrained, **how)
+    tower, own = _tower(teacher), teacher.config.preprocess if isinstance(teacher, CLIP) else teacher.preprocess
     if mode is not None:
         without_data(tower, mode)
         if cut:
-            cut_up(found)
+            shard_teacher(teacher)
         with mode:
             return Teacher(tower, own, model.preprocess)
     facts = {"weights": weights_hash(tower)[:32], "precision": precision, "mean": list(own.mean), "std": list(own.std)}
@@ -245,7 +245,7 @@ def _tower(model: CLIP | VisionModel) -> VisionTower:
 def _fake_mode(model: VisionModel) -> FakeTensorMode | None:
     """The fake mode of a model without data, else None."""
     token = model.pos_embed
-    local = token.to_local() if is_cut(token) else token
+    local = token.to_local() if is_dtensor(token) else token
     return local.fake_mode if isinstance(local, FakeTensor) else None
 
 

@@ -75,7 +75,7 @@ def test_batch_in_parts_is_bit_exact(shards, monkeypatch, workers, transform):
         assert_same_images(batch.images, whole.images)
         assert torch.equal(batch.targets, whole.targets)
         assert (batch.position, batch.skipped) == (whole.position, whole.skipped)
-        assert [len(part) for part in parts.images.parts] == [4, 4, 4, 4]
+        assert [len(part) for part in parts.images.pieces] == [4, 4, 4, 4]
         for rows in (slice(0, 16), slice(3, 9), slice(4, 8), slice(15, 16)):
             assert_same_images(parts.images[rows].to("cpu"), whole.images[rows])
     assert sum(batch.skipped for batch in batches) >= 1

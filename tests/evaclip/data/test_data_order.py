@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaclip.data import DataConfig, Source, TrainLoader, open_configured, open_source
-from evaclip.data.config import PartConfig
+from evaclip.data.config import MixtureItem
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.order import sample_order
 from evaclip.data.synthetic import SyntheticSource
@@ -122,7 +122,7 @@ def test_mixture_batches_do_not_depend_on_ranks():
 
 
 def test_mixture_is_configured():
-    pieces = {name: PartConfig(train="synthetic", weight=weight) for name, weight in (("a", 4), ("b", 1))}
+    pieces = {name: MixtureItem(train="synthetic", weight=weight) for name, weight in (("a", 4), ("b", 1))}
     source = open_configured(DataConfig(train="", mixture=pieces, num_samples=50))
     assert source.counts == [800, 200]
     assert source.description.startswith("80 % ")
@@ -178,6 +178,6 @@ def test_split_takes_a_share_of_each_mixture_part(shards: str) -> None:
     parts = [open_source(shards), open_source(shards.replace("{00..02}", "00"))]
     mixed = MixtureSource(parts, [3, 1])
     rest, held = hold_out(mixed, 0.25, seed=0)
-    assert [len(part) for part in rest.parts] == [48, 15]
+    assert [len(part) for part in rest.sources] == [48, 15]
     assert len(held) == 16 + 5
     assert [held.name(i) for i in range(len(held))] == [mixed.name(int(held[i].key)) for i in range(len(held))]

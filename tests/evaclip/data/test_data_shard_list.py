@@ -73,7 +73,7 @@ def test_shard_list_has_the_faults_of_shards(shards, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no list of shards"),
+        ("{", "is not a list of shards"),
         ('{"kind": "other", "shardlist": []}', "its kind is 'other'"),
         ('{"kind": "evaclip-shards-v1", "shardlist": [{"url": "a.tar"}]}', "KeyError: 'nsamples'"),
     ],

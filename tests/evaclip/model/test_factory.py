@@ -277,7 +277,7 @@ def test_add_model_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("name", "content", "message"),
     [
         ("EVA02-B-16.json", "{}", "has the name of a shipped model"),
-        ("a.json", '{"embed": 1}', "a.json' is no model configuration: unknown model option 'embed'"),
+        ("a.json", '{"embed": 1}', "a.json' is not a model configuration: unknown model option 'embed'"),
         ("a.json", None, "No such file"),
     ],
 )

@@ -14,7 +14,7 @@ from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
 from evaclip.plan.recorder import AVERAGE, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS, local
 from evaclip.plan.step import plan_step
-from evaclip.train.build import build_step, build_task, is_cut_up
+from evaclip.train.build import build_step, build_task, shards_parameters
 from evaclip.train.config import (
     ClassificationTask,
     EvalConfig,
@@ -193,7 +193,7 @@ def peak_of_step(config: TrainConfig, gpus: int) -> int:
         known += [images[:micro].clone(), targets[:micro].clone()]
         known += [value for state in step.optimizer.state.values() for value in state.values()]
         held = sum(local(value).untyped_storage().nbytes() for value in known)
-        assert is_cut_up(config, ranks) == (gpus > 1)
+        assert shards_parameters(config, ranks) == (gpus > 1)
         return held + peak_of(lambda: step(images, targets, 1))
 
 

@@ -137,6 +137,6 @@ def test_page_shows_errors(page):
     alert.wait_for()
     assert alert.inner_text().startswith("The search can't be made: where must be")
     page.evaluate(DROP, [[1, 2, 3], "broken.png", "image/png"])
-    page.get_by_text("is no image that can be read").wait_for()
+    page.get_by_text("is not a readable image").wait_for()
     page.evaluate(DROP, [[1, 2, 3], "notes.txt", "text/plain"])
-    page.get_by_text("notes.txt is no image").wait_for()
+    page.get_by_text("notes.txt is not an image").wait_for()

@@ -178,10 +178,10 @@ def test_a_locked_model_trains_its_classifier(run_config: Callable[..., TrainCon
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["batch_size=7"], "batch_size=7 is no multiple of 2, the samples that are mixed"),
+        (["batch_size=7"], "batch_size=7 is not a multiple of 2, the samples that are mixed"),
         (["batch_size=6", "accumulation_steps=4"], r"batch_size=6 is less than 2 samples for each of 4 micro-batches"),
         (["data.augmentation.rotation=5"], "data.augmentation.rotation is not used in classification"),
-        (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is no policy of timm"),
+        (["task.auto_augment=rand-q1"], "task.auto_augment='rand-q1' is not a policy of timm"),
         (["task.classes=3"], "task.classes must be null or 64"),
         (["eval.sets.val={data: {train: synthetic}, metrics: [loss]}"], "eval.sets.val.metrics must be classify"),
         (

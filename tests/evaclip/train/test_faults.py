@@ -1,4 +1,4 @@
-"""A fault of each kind, put into a training; `faults/inject.py` does so as often as one likes."""
+"""A fault of each kind, put into a training; `faults/inject.py` does so as often as one read_metadata."""
 
 import random
 from pathlib import Path

@@ -12,7 +12,7 @@ from torch import nn
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.train.build import cast_matrices
-from evaclip.train.checkpoint import write_parts
+from evaclip.train.checkpoint import write_shards
 from evaclip.train.config import OptimConfig, TowerConfig
 from evaclip.train.ema import Ema
 from evaclip.train.optimizer import build_optimizer
@@ -81,7 +81,7 @@ def test_moments_come_back_and_rates_stay(small_model: CLIP, name: Any, tmp_path
         parameter.grad = torch.ones_like(parameter)
     first.step()
     tensors, scalars = take_moments(small_model, first)
-    write_parts(tensors, tmp_path, 0, 1)
+    write_shards(tensors, tmp_path, 0, 1)
     # Other groups, in another order.
     config = OptimConfig(name=name, lr=2e-2, weight_decay=0.3, visual={"layer_decay": 0.5})  # type: ignore[arg-type]
     second = build_optimizer(groups_of(small_model, config), config)

@@ -17,7 +17,7 @@ from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.train.config import ScheduleConfig, TrainConfig
-from evaclip.train.schedule import image_parts, image_size_at, lr_factor, total_steps
+from evaclip.train.schedule import image_size_at, image_size_phases, lr_factor, total_steps
 from evaclip.train.step import StepResult, TrainStep
 from evaclip.train.trainer import train
 from evaclip.weights.load import load_weights
@@ -109,10 +109,10 @@ def test_the_course_of_the_size() -> None:
     parts: Any = [{"image_size": 98, "fraction": 0.4}, {"image_size": 154, "steps": 3}]
     config = ScheduleConfig(steps=10, resolutions=parts)
     assert [image_size_at(step, 10, config) for step in range(10)] == [98] * 4 + [154] * 3 + [None] * 3
-    assert image_parts(10, config) == [(range(4), 98), (range(4, 7), 154), (range(7, 10), None)]
+    assert image_size_phases(10, config) == [(range(4), 98), (range(4, 7), 154), (range(7, 10), None)]
 
     parts = [{"image_size": 98, "fraction": 0.01}, {"image_size": 154, "steps": 99}, {"image_size": 182, "steps": 2}]
-    assert image_parts(10, ScheduleConfig(steps=10, resolutions=parts)) == [(range(10), 154)]
+    assert image_size_phases(10, ScheduleConfig(steps=10, resolutions=parts)) == [(range(10), 154)]
 
 
 def test_resolution_parts_resume_bit_exactly(run_config, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import connect
 from evaclip.train.trainer import train
 from evaclip.weights.files import read_tensors
-from evaclip.weights.parts import likes, read
+from evaclip.weights.shards import read, read_metadata
 
 STEPS = 4
 COMMON = (
@@ -47,7 +47,7 @@ def update_norms(folder: Path) -> list[float]:
 
 
 def read_moments(folder: Path) -> dict[str, torch.Tensor]:
-    moments = {name: torch.zeros_like(like, device="cpu") for name, like in likes(folder).items()}
+    moments = {name: torch.zeros_like(like, device="cpu") for name, like in read_metadata(folder).items()}
     read(moments, folder)
     return moments
 

@@ -27,7 +27,7 @@ from evaclip.train.checkpoint import Content, DamagedCheckpoint
 from evaclip.train.config import CheckpointConfig, ParallelConfig
 from evaclip.train.distributed import connect
 from evaclip.train.saver import Saver
-from evaclip.weights import load_state_dict, part_of, parts
+from evaclip.weights import load_state_dict, shard_like, shards
 
 WHOLE = {
     "scale": torch.tensor(2.5),
@@ -54,7 +54,7 @@ def held(mesh: Any) -> dict[str, Tensor]:
     how = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
     empty = {name: DTensor.from_local(torch.empty(0), mesh, how, run_check=False, shape=WHOLE[name].shape,
              stride=WHOLE[name].stride()) for name in CUT}  # fmt: skip
-    return {name: part_of(value, empty[name]) if name in CUT else value for name, value in WHOLE.items()}
+    return {name: shard_like(value, empty[name]) if name in CUT else value for name, value in WHOLE.items()}
 
 
 def write(folder: Path, *shape: int) -> None:
@@ -62,7 +62,7 @@ def write(folder: Path, *shape: int) -> None:
     size = torch.Size(shape).numel()
     for rank in range(size):
         with as_process(rank, shape) as mesh:
-            checkpoint.write_parts(held(mesh), folder, rank, size)
+            checkpoint.write_shards(held(mesh), folder, rank, size)
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def names(*numbers: int) -> list[str]:
 def test_parts_are_joined_in_one_pass(ranks: int, tmp_path: Path) -> None:
     write(tmp_path / "parts", ranks)
     with counting_opens() as opened:
-        parts.join(tmp_path / "parts", tmp_path / "joined.safetensors")
+        shards.join(tmp_path / "parts", tmp_path / "joined.safetensors")
     assert_equal(tmp_path / "joined.safetensors")
     assert sorted(opened) == sorted([*names(*range(ranks)), "index.json", "joined.safetensors"])
 
@@ -105,8 +105,8 @@ def test_what_is_incomplete_is_neither_joined_nor_read(tmp_path: Path) -> None:
     write(tmp_path / "parts", 3)
     save_file({}, tmp_path / "parts" / names(1)[0])
     for use in (
-        lambda: parts.join(tmp_path / "parts", tmp_path / "joined.safetensors"),
-        lambda: parts.read({name: torch.zeros_like(value) for name, value in WHOLE.items()}, tmp_path / "parts"),
+        lambda: shards.join(tmp_path / "parts", tmp_path / "joined.safetensors"),
+        lambda: shards.read({name: torch.zeros_like(value) for name, value in WHOLE.items()}, tmp_path / "parts"),
     ):
         with pytest.raises(OSError, match="don't make up 2 of 4 tensors, such as "):
             use()
@@ -125,10 +125,10 @@ def test_a_process_opens_the_files_that_hold_its_rows(rank, shape, files, tmp_pa
     with as_process(rank, shape) as mesh, counting_opens() as opened:
         expected = held(mesh)
         targets = {name: torch.zeros_like(value) for name, value in expected.items()}
-        assert {name: value.shape for name, value in parts.likes(tmp_path / "parts").items()} == {
+        assert {name: value.shape for name, value in shards.read_metadata(tmp_path / "parts").items()} == {
             name: value.shape for name, value in WHOLE.items()
         }
-        parts.read(targets, tmp_path / "parts")
+        shards.read(targets, tmp_path / "parts")
         for name, value in expected.items():
             here, there = (t.to_local() if isinstance(t, DTensor) else t for t in (value, targets[name]))
             assert torch.equal(here, there), name
@@ -153,7 +153,7 @@ def sharded(tmp_path: Path) -> Path:
         write(folder / f"{file}.parts", 3)
     (folder.parent / "latest").write_text("step_00000002\n")
     files = [path for path in folder.rglob("*") if path.is_file()]
-    facts = {str(path.relative_to(folder)): parts.fingerprint(path) for path in files}
+    facts = {str(path.relative_to(folder)): shards.fingerprint(path) for path in files}
     (folder / "meta.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 2, "files": facts}))
     return folder
 
@@ -162,7 +162,7 @@ def test_who_reads_weights_joins_them_once(sharded: Path, capsys: pytest.Capture
     for _ in range(2):
         found = load_state_dict(sharded / "model.safetensors")
         assert torch.equal(found["rows"], WHOLE["rows"])
-    assert capsys.readouterr().err.count("joining the parts of") == 1
+    assert capsys.readouterr().err.count("joining the shards of") == 1
     assert sorted(path.name for path in sharded.iterdir() if path.is_file()) == ["meta.json", "model.safetensors"]
     checkpoint.read_meta(sharded)
 
@@ -175,9 +175,11 @@ def test_two_readers_at_once_wait_for_one_join(sharded: Path) -> None:
         time.sleep(0.2)
         original(*args)
 
-    original = parts.join
-    with patch.object(parts, "join", slowly):
-        threads = [threading.Thread(target=parts.joined, args=(sharded / "model.safetensors",)) for _ in range(2)]
+    original = shards.join
+    with patch.object(shards, "join", slowly):
+        threads = [
+            threading.Thread(target=shards.ensure_joined, args=(sharded / "model.safetensors",)) for _ in range(2)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -198,12 +200,12 @@ def test_a_damaged_part_is_noticed(harm: str, sharded: Path) -> None:
         with pytest.raises(DamagedCheckpoint, match="parts/00001"):
             check(sharded)
     with pytest.raises(UserError, match=r"is damaged: .*model\.safetensors\.parts/00001"):
-        parts.joined(sharded / "model.safetensors")
+        shards.ensure_joined(sharded / "model.safetensors")
     assert [path.name for path in sharded.iterdir() if path.is_file()] == ["meta.json"]
 
 
 def test_damage_to_what_was_joined_is_noticed(sharded: Path) -> None:
-    path = parts.joined(sharded / "model.safetensors")
+    path = shards.ensure_joined(sharded / "model.safetensors")
     assert checkpoint.check_weights(sharded) is None
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -270,4 +272,4 @@ def test_a_slow_disk_ends_neither_run_nor_saving(tmp_path: Path) -> None:
     checkpoint.read_meta(root / "step_00000002")
     for file in ("model.safetensors", "ema.safetensors"):
         assert not (root / "step_00000002" / file).exists()
-        assert_equal(parts.joined(root / "step_00000002" / file))
+        assert_equal(shards.ensure_joined(root / "step_00000002" / file))

@@ -12,7 +12,7 @@ from evaclip.factory import create_model
 from evaclip.runs.log import load_yaml
 from evaclip.train.config import TrainConfig, training_tree
 from evaclip.train.overrides import commented_yaml, dump_yaml, parse_assignment, resolve, validate
-from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_parts, with_own_evaluation
+from evaclip.train.recipes import RECIPES, get_recipe, with_fitting_nodes, with_own_evaluation
 from evaclip.train.tasks.contrastive import MAX_LOG_SCALE
 from evaclip.train.tasks.task import training_transform
 from evaclip.train.tree import nest
@@ -150,12 +150,12 @@ def test_own_batch_size_keeps_fitting_parts() -> None:
     recipe = get_recipe("eva02-b-16")
     assert recipe.data.canonical_nodes == 64
     for batch, nodes in ((131_072, 64), (1_000, 8), (7, 1)):
-        data = with_fitting_parts(resolve(recipe, [{"batch_size": batch}]), recipe).data
+        data = with_fitting_nodes(resolve(recipe, [{"batch_size": batch}]), recipe).data
         assert data.canonical_nodes == nodes
         if nodes < 64:
             assert data.shuffle_window == 8 * batch // nodes
     own = resolve(recipe, [nest("data.canonical_nodes", 3), {"batch_size": 7}])
-    assert with_fitting_parts(own, recipe) == own
+    assert with_fitting_nodes(own, recipe) == own
 
 
 def test_a_recipe_may_be_called_by_its_model() -> None:

@@ -177,7 +177,7 @@ def test_model_card_and_existing_files(folder: Path, model: evaclip.CLIP, run_fo
     assert all(line in text for line in expected)
     assert "abc123" not in text
     assert (folder / SAFE_FILE).read_bytes() == before
-    with pytest.raises(UserError, match="is no run folder: it has no log"):
+    with pytest.raises(UserError, match="is not a run folder: it has no log"):
         evaclip.save_for_hf(model, save_directory=folder.with_name("new"), run=folder)
 
 

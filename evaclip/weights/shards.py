@@ -1,10 +1,10 @@
-"""Sharded tensors and models (DTensors), and tensors saved in parts: one file per rank, and an index.
+"""Sharded tensors and models (DTensors), and tensors saved in shards: one file per rank, and an index.
 
 FOLDER/00000.safetensors  00001.safetensors ...  index.json
 
 A tensor is split by rows as `fully_shard` splits it: each of `count` ranks has ceil(rows / count), the last ranks fewer
 or none. So `{"files": N, "tensors": {NAME: {"dtype", "shape", "files": [first, count]}}}` locates any rows, for any
-number of ranks. The metadata of each file has the first row of each part, in the format of torch's distributed
+number of ranks. The metadata of each file has the first row of each shard, in the format of torch's distributed
 checkpointing, which reads these folders too.
 """
 
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from evaclip.atomic import flock, replacing, write_json, writing
 from evaclip.errors import UserError
-from evaclip.runs.files import META_FILE, PARTS
+from evaclip.runs.files import META_FILE, SHARDS_SUFFIX
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 INDEX = "index.json"
 PLACES = "DCP_SHARDING_INFO"
-"""Key of the parts' offsets in the metadata of a file, as in files of torch."""
+"""Key of the shards' offsets in the metadata of a file, as in files of torch."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _NAMED = {name: dtype for dtype, name in DTYPES.items()}
 _JOINED = "joined.json"
@@ -42,18 +42,18 @@ _JOINED = "joined.json"
 
 def put(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """`module.load_state_dict(state)` for whole tensors, of which each rank takes its shard."""
-    own = module.state_dict()
-    module.load_state_dict({n: part_of(t, own[n]) if n in own else t for n, t in state.items()}, strict=strict)
+    like = module.state_dict()
+    module.load_state_dict({n: shard_like(t, like[n]) if n in like else t for n, t in state.items()}, strict=strict)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module has a sharded parameter."""
-    return any(is_cut(parameter) for parameter in module.parameters())
+    return any(is_dtensor(parameter) for parameter in module.parameters())
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """The shard of a whole tensor, sharded like `like`; the tensor itself if `like` is whole. Reads only the shard."""
-    if not is_cut(like):
+    if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import DTensor, Shard
 
@@ -61,13 +61,13 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     mesh, local = like.device_mesh, whole
     for dim, placement in enumerate(like.placements):
         if isinstance(placement, Shard):
-            parts = local.chunk(mesh.size(dim), placement.dim)
+            shards = local.chunk(mesh.size(dim), placement.dim)
             index = mesh.get_local_rank(dim)
-            local = parts[index] if index < len(parts) else local.narrow(placement.dim, 0, 0)
-    part: DTensor = DTensor.from_local(
+            local = shards[index] if index < len(shards) else local.narrow(placement.dim, 0, 0)
+    shard: DTensor = DTensor.from_local(
         local.to(like.device), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return part
+    return shard
 
 
 def first_row(tensor: Tensor) -> int:
@@ -76,7 +76,7 @@ def first_row(tensor: Tensor) -> int:
     Raises:
         NotImplementedError: it isn't sharded by rows over one mesh dimension.
     """
-    if not is_cut(tensor):
+    if not is_dtensor(tensor):
         return 0
     from torch.distributed.tensor import Shard
 
@@ -87,7 +87,7 @@ def first_row(tensor: Tensor) -> int:
     return max((min(rows, mesh.get_local_rank(dim) * -(-rows // mesh.size(dim))) for dim in shards), default=0)
 
 
-def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor."""
     # The import takes half a second; without it there is no DTensor.
     if type(tensor) in (Tensor, nn.Parameter):
@@ -97,7 +97,7 @@ def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
     return isinstance(tensor, DTensor)
 
 
-class _Part(NamedTuple):
+class _Shard(NamedTuple):
     """Rows of a tensor, from `first` on, in a mapped file."""
 
     name: str
@@ -128,29 +128,29 @@ class _Index:
         return self.files[first + begin // step : first + (end - 1) // step + 1]
 
 
-def parts_of(path: Path) -> Path:
-    """Folder of the parts of a weights file."""
-    return path.with_name(path.name + PARTS)
+def shards_folder(path: Path) -> Path:
+    """Folder of the shards of a weights file."""
+    return path.with_name(path.name + SHARDS_SUFFIX)
 
 
-def part_name(number: int) -> str:
-    """File name of a rank's parts."""
+def shard_name(number: int) -> str:
+    """File name of a rank's shards."""
     return f"{number:05d}.safetensors"
 
 
-def is_there(path: Path) -> bool:
-    """Whether a weights file exists, whole or in parts."""
-    return path.is_file() or parts_of(path).is_dir()
+def has_weights(path: Path) -> bool:
+    """Whether a weights file exists, whole or in shards."""
+    return path.is_file() or shards_folder(path).is_dir()
 
 
-def likes(folder: Path) -> dict[str, Tensor]:
+def read_metadata(folder: Path) -> dict[str, Tensor]:
     """The tensors in `folder` on the meta device, without values."""
     return _read_index(folder).tensors
 
 
 @torch.no_grad()
 def read(targets: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill tensors or DTensors from the parts in `folder`; opens only files with rows of them.
+    """Fill tensors or DTensors from the shards in `folder`; opens only files with rows of them.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -164,61 +164,61 @@ def read(targets: Mapping[str, Tensor], folder: Path) -> None:
         if like is None or like.shape != target.shape:
             got = "none" if like is None else list(like.shape)
             raise UserError(f"{name} must have shape {list(target.shape)}, got {got} in {str(folder)!r}")
-        local, begin = (target.to_local() if is_cut(target) else target), first_row(target)
+        local, begin = (target.to_local() if is_dtensor(target) else target), first_row(target)
         local = local if local.ndim else local.reshape(1)
         missing[name] = len(local)
         for path in index.files_of(name, begin, begin + len(local)):
             targets_of[path][name] = local, begin
     for path, held in targets_of.items():
-        for part in _parts(path):
-            if part.name in held:
-                missing[part.name] -= _copy(part, *held[part.name])
+        for shard in _read_shards(path):
+            if shard.name in held:
+                missing[shard.name] -= _copy(shard, *held[shard.name])
     _require_all(folder, missing)
 
 
-def _copy(part: _Part, local: Tensor, begin: int) -> int:
-    """Copy the common rows of a part and of `local`, the rows from `begin` on; returns their number."""
-    first, last = max(begin, part.first), min(begin + len(local), part.first + part.rows)
+def _copy(shard: _Shard, local: Tensor, begin: int) -> int:
+    """Copy the common rows of a shard and of `local`, the rows from `begin` on; returns their number."""
+    first, last = max(begin, shard.first), min(begin + len(local), shard.first + shard.rows)
     if first >= last:
         return 0
-    values = torch.frombuffer(part.data, dtype=part.dtype).view(part.rows, *part.shape[1:])
-    local[first - begin : last - begin].copy_(values[first - part.first : last - part.first])
+    values = torch.frombuffer(shard.data, dtype=shard.dtype).view(shard.rows, *shard.shape[1:])
+    local[first - begin : last - begin].copy_(values[first - shard.first : last - shard.first])
     return last - first
 
 
-def joined(path: Path) -> Path:
-    """`path`, which is joined from its parts first if only they exist, complete or not at all.
+def ensure_joined(path: Path) -> Path:
+    """`path`, which is joined from its shards first if only they exist, complete or not at all.
 
     Processes on one machine wait for the first. On a file system without locks each joins; the files are equal.
 
     Raises:
-        UserError: a part is missing or damaged, or the file can't be written.
+        UserError: a shard is missing or damaged, or the file can't be written.
     """
-    folder = parts_of(path)
+    folder = shards_folder(path)
     if path.is_file() or not folder.is_dir():
         return path
     with writing(path), (folder / INDEX).open("rb") as lock:
         with suppress(OSError):
             flock(lock.fileno(), fcntl.LOCK_EX)
         if not path.is_file():
-            print(f"joining the parts of {path}, once for all readers", file=sys.stderr, flush=True)
+            print(f"joining the shards of {path}, once for all readers", file=sys.stderr, flush=True)
             with replacing(path) as temporary:
                 join(folder, temporary, _checks(path.parent))
                 write_json(folder / _JOINED, fingerprint(temporary))
     return path
 
 
-def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda part: None) -> None:
+def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda shard: None) -> None:
     """Write all tensors in `folder` whole into one safetensors file, and flush it to the disk.
 
-    Each part is written straight to its offset, so no tensor is ever whole in memory. The file doesn't depend on the
+    Each shard is written straight to its offset, so no tensor is ever whole in memory. The file doesn't depend on the
     number of ranks.
 
     Args:
         check: called with each file before it is read.
 
     Raises:
-        OSError: the parts don't make up the tensors of the index, or can't be read or written.
+        OSError: the shards don't make up the tensors of the index, or can't be read or written.
     """
     index = _read_index(folder)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -236,12 +236,12 @@ def join(folder: Path, path: Path, check: Callable[[Path], None] = lambda part: 
         _write_at(file.fileno(), 0, memoryview(len(text).to_bytes(8, "little") + text))
         for source in index.files:
             check(source)
-            for part in _parts(source):
-                dtype, shape, start, size = rows.get(part.name, (None, (), 0, 0))
-                if (part.dtype, part.shape[1:]) != (dtype, shape):
-                    raise OSError(f"{source} has a part of {part.name} that doesn't fit {INDEX}")
-                missing[part.name] -= part.rows
-                _write_at(file.fileno(), begin + start + part.first * size, part.data)
+            for shard in _read_shards(source):
+                dtype, shape, start, size = rows.get(shard.name, (None, (), 0, 0))
+                if (shard.dtype, shard.shape[1:]) != (dtype, shape):
+                    raise OSError(f"{source} has a shard of {shard.name} that doesn't fit {INDEX}")
+                missing[shard.name] -= shard.rows
+                _write_at(file.fileno(), begin + start + shard.first * size, shard.data)
         _require_all(folder, missing)
         os.fsync(file.fileno())
 
@@ -272,19 +272,19 @@ def damage(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
 
 def joined_fingerprint(path: Path) -> Mapping[str, Any] | None:
     """The `fingerprint` of `path` when it was joined; None if it wasn't."""
-    record = parts_of(path) / _JOINED
+    record = shards_folder(path) / _JOINED
     return json.loads(record.read_text(encoding="utf-8")) if path.is_file() and record.is_file() else None
 
 
 def _checks(checkpoint: Path) -> Callable[[Path], None]:
     """A function that compares a file with the checkpoint's fingerprint, if it has one."""
-    known = {}
+    files = {}
     with suppress(OSError, ValueError, KeyError):
-        known = json.loads((checkpoint / META_FILE).read_text(encoding="utf-8"))["files"]
+        files = json.loads((checkpoint / META_FILE).read_text(encoding="utf-8"))["files"]
 
     def check(path: Path) -> None:
         name = str(path.relative_to(checkpoint))
-        if name in known and (problem := damage(checkpoint, name, known[name])):
+        if name in files and (problem := damage(checkpoint, name, files[name])):
             raise UserError(f"the checkpoint {str(checkpoint)!r} is damaged: {problem}")
 
     return check
@@ -292,12 +292,14 @@ def _checks(checkpoint: Path) -> Callable[[Path], None]:
 
 def _require_all(folder: Path, missing: Mapping[str, int]) -> None:
     if wrong := [name for name, rows in missing.items() if rows]:
-        raise OSError(f"the parts in {folder} don't make up {len(wrong)} of {len(missing)} tensors, such as {wrong[0]}")
+        raise OSError(
+            f"the shards in {folder} don't make up {len(wrong)} of {len(missing)} tensors, such as {wrong[0]}"
+        )
 
 
 def _read_index(folder: Path) -> _Index:
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    files = [folder / part_name(number) for number in range(index["files"])]
+    files = [folder / shard_name(number) for number in range(index["files"])]
     entries = index["tensors"]
     tensors = {
         name: torch.empty(entry["shape"], dtype=_NAMED[entry["dtype"]], device="meta")
@@ -306,7 +308,7 @@ def _read_index(folder: Path) -> _Index:
     return _Index(files, tensors, {name: tuple(entry["files"]) for name, entry in entries.items()})
 
 
-def _parts(path: Path) -> Iterator[_Part]:
+def _read_shards(path: Path) -> Iterator[_Shard]:
     with path.open("rb") as file:
         # A private mapping: torch warns of memory that isn't writable.
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
@@ -319,7 +321,7 @@ def _parts(path: Path) -> Iterator[_Part]:
             raise OSError(f"{path} ends before {name} does")
         offsets = places[name]["saved_offsets"] if name in places else ()
         shape = tuple(entry["shape"])
-        yield _Part(name, _NAMED[entry["dtype"]], shape, offsets[0] if offsets else 0, data[begin:end])
+        yield _Shard(name, _NAMED[entry["dtype"]], shape, offsets[0] if offsets else 0, data[begin:end])
 
 
 def _rows(shape: tuple[int, ...]) -> int:
