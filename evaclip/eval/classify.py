@@ -57,15 +57,15 @@ def assign_labels(
     """
     if classnames is None:
         classnames = folders or _distinct(captions)
-    known = _ClassNames(classnames)
-    unknown = [] if all(map(str.isdecimal, folders)) else [name for name in folders if not known.find(name)]
+    classes = _ClassNames(classnames)
+    unknown = [] if all(map(str.isdecimal, folders)) else [name for name in folders if not classes.find(name)]
     if unknown:
         _check_folders(folders, unknown, classnames)
-        known = _ClassNames(folders)
-    names = known.names
+        classes = _ClassNames(folders)
+    names = classes.names
     are_names = all(map(str.isdecimal, names)) and list(map(int, names)) != list(range(len(names)))
     numbers = 0 if are_names else len(names)
-    indices = [_index(caption, key, known, numbers) for caption, key in zip(captions, keys, strict=True)]
+    indices = [_index(caption, key, classes, numbers) for caption, key in zip(captions, keys, strict=True)]
     return Labels(torch.tensor(indices, dtype=torch.int64), tuple(classnames))
 
 
@@ -116,17 +116,17 @@ def _check_folders(folders: Sequence[str], unknown: Sequence[str], classnames: S
     )
 
 
-def _index(caption: str, key: str, known: _ClassNames, numbers: int) -> int:
-    found = known.find(caption)
-    if len(found) > 1:
+def _index(caption: str, key: str, classes: _ClassNames, numbers: int) -> int:
+    indices = classes.find(caption)
+    if len(indices) > 1:
         raise UserError(f"several classes are called {caption!r}: label by number or by folder")
-    if found:
-        return found[0]
+    if indices:
+        return indices[0]
     if numbers and caption.isdecimal():
         if int(caption) < numbers:
             return int(caption)
         raise UserError(f"sample {key!r} has label {caption}, but the {numbers} classes are 0..{numbers - 1}")
-    raise unknown_name(f"class of sample {key!r}:", caption, known.names)
+    raise unknown_name(f"class of sample {key!r}:", caption, classes.names)
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,13 @@ def _columns(outputs: int, subset: str | Path | None) -> tuple[tuple[str, ...] |
         return None, _read_numbers(Path(subset), outputs)
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset  # seconds
 
-    known = infer_imagenet_subset({"num_classes": outputs})
-    if known in (None, _IN1K_NAME):
+    subset = infer_imagenet_subset({"num_classes": outputs})
+    if subset in (None, _IN1K_NAME):
         raise UserError(
             f"--subset in1k is for classifiers of 21,841, 21,842, 21,843, 11,821 or 11,221 classes of ImageNet, got one"
             f" of {outputs:,}"
         )
-    column_of = {name: column for column, name in enumerate(ImageNetInfo(known).label_names())}
+    column_of = {name: column for column, name in enumerate(ImageNetInfo(subset).label_names())}
     names = ImageNetInfo(_IN1K_NAME).label_names()
     return tuple(names), tuple(map(column_of.get, names))
 

@@ -37,15 +37,15 @@ TEXT_TOKENS = 4096
 """Of one batch of texts: about as much work as 20 images of a B/16."""
 
 
-def chosen_precision(given: str, device: str) -> str:
+def chosen_precision(precision: str, device: str) -> str:
     """The precision that `auto` means on a device. Raises UserError for an unknown one."""
-    if given == "auto":
+    if precision == "auto":
         return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
-    if given not in (*PRECISIONS, INT8):
-        raise unknown_name("precision", given, ("auto", *PRECISIONS, INT8))
-    if given == INT8 and (reason := why_not_int8() if device.startswith("cpu") else "is for a CPU"):
+    if precision not in (*PRECISIONS, INT8):
+        raise unknown_name("precision", precision, ("auto", *PRECISIONS, INT8))
+    if precision == INT8 and (reason := why_not_int8() if device.startswith("cpu") else "is for a CPU"):
         raise UserError(f"precision int8 {reason}; expected one of auto, {', '.join(PRECISIONS)}")
-    return given
+    return precision
 
 
 def computed_dtype(precision: str) -> torch.dtype:
@@ -57,7 +57,7 @@ def computed_dtype(precision: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Encoded(Generic[T]):
-    """Some of the items that `Encoder.stream` was given, in their order.
+    """Some items of `Encoder.stream`, in their order.
 
     Attributes:
         items: encoded items.
@@ -196,12 +196,12 @@ class Encoder:
             TypeError: for anything but a string or a sequence of strings.
         """
         tokens = self.tokenizer(texts)
-        found = torch.empty(len(tokens), self.dim)
+        features = torch.empty(len(tokens), self.dim)
         for rows in _by_length(self.model.text.end_positions(tokens) + 1):
             with torch.inference_mode():
-                found[rows] = F.normalize(self.model.text(tokens[rows].to(self.device)).float(), dim=-1).cpu()
-        require_finite(found, range(len(found)), "text")
-        return found
+                features[rows] = F.normalize(self.model.text(tokens[rows].to(self.device)).float(), dim=-1).cpu()
+        require_finite(features, range(len(features)), "text")
+        return features
 
     def stream(self, items: Iterable[T], picture: Callable[[T], Any] | None = None) -> Iterator[Encoded[T]]:
         """Encodes images as they come, any number of them, in batches, while the next ones are read and decoded.
@@ -237,26 +237,26 @@ class Encoder:
         try:
             if picture is None:
                 return self._pixels(item)
-            given = picture(item)
-            return None if given is None else self._pixels(given)
+            image = picture(item)
+            return None if image is None else self._pixels(image)
         except BadSample as exc:
             return exc.fault
 
-    def _pixels(self, given: Any) -> Pixels:
+    def _pixels(self, image: Any) -> Pixels:
         if self.max_patches is not None:
-            if isinstance(given, PackedImages) and len(given) == 1:
-                return given
-            if isinstance(given, Tensor):
-                return pack_images([given.float()], self.model.config.vision.patch_size)
-        if isinstance(given, Tensor):
+            if isinstance(image, PackedImages) and len(image) == 1:
+                return image
+            if isinstance(image, Tensor):
+                return pack_images([image.float()], self.model.config.vision.patch_size)
+        if isinstance(image, Tensor):
             expected = (3, *self.model.config.vision.image_shape)
-            if given.shape != expected or not given.is_floating_point():
+            if image.shape != expected or not image.is_floating_point():
                 raise TypeError(
                     f"an image tensor must be floating point of shape {list(expected)}, as the model's preprocessing"
-                    f" returns it, got {given.dtype} of shape {list(given.shape)}"
+                    f" returns it, got {image.dtype} of shape {list(image.shape)}"
                 )
-            return given.float()
-        return self.transform(_decoded(given))
+            return image.float()
+        return self.transform(_decoded(image))
 
     def _encode(self, pixels: list[Any]) -> Tensor:
         images: Any = torch.stack(pixels) if self.max_patches is None else PackedImages.concatenate(pixels)
@@ -338,13 +338,13 @@ class _Batch(Generic[T]):
 
 def _batches(read: Iterator[tuple[T, Pixels | Fault | None]], size: int) -> Iterator[_Batch[T]]:
     batch, asked = _Batch[T](), time.monotonic()
-    for item, found in read:
+    for item, result in read:
         batch.waited += time.monotonic() - asked
-        if isinstance(found, Fault):
-            batch.faults.append(found)
-        elif found is not None:
+        if isinstance(result, Fault):
+            batch.faults.append(result)
+        elif result is not None:
             batch.items.append(item)
-            batch.pixels.append(found)
+            batch.pixels.append(result)
         if len(batch.pixels) == size:
             yield batch
             batch = _Batch[T]()
@@ -362,26 +362,26 @@ def _by_length(lengths: Tensor) -> Iterator[Tensor]:
         rows = rows[count:]
 
 
-def _is_one(given: Any) -> bool:
+def _is_one(image: Any) -> bool:
     """Whether an array or tensor is an image, and not several."""
-    if isinstance(given, PackedImages):
+    if isinstance(image, PackedImages):
         return True
-    if isinstance(given, Tensor):
-        return given.ndim == 3
-    return isinstance(given, np.ndarray) and (given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (3, 4)))
+    if isinstance(image, Tensor):
+        return image.ndim == 3
+    return isinstance(image, np.ndarray) and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)))
 
 
-def _decoded(given: Any) -> Image.Image:
-    if isinstance(given, str | Path):
+def _decoded(image: Any) -> Image.Image:
+    if isinstance(image, str | Path):
         # Not a regular one alone, as a shell's <(curl ...) is a pipe.
-        return decode_image(read_image_file(Path(given), regular=False), str(given), UPRIGHT)
-    if isinstance(given, bytes):
-        return decode_image(given, f"an image of {len(given):,} bytes", UPRIGHT)
-    if isinstance(given, Image.Image):
-        return loaded_image(given, str(getattr(given, "filename", "") or "a PIL image"))
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.size and _is_one(given):
-        return Image.fromarray(given)
-    kind = f"{given.dtype} array {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+        return decode_image(read_image_file(Path(image), regular=False), str(image), UPRIGHT)
+    if isinstance(image, bytes):
+        return decode_image(image, f"an image of {len(image):,} bytes", UPRIGHT)
+    if isinstance(image, Image.Image):
+        return loaded_image(image, str(getattr(image, "filename", "") or "a PIL image"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and _is_one(image):
+        return Image.fromarray(image)
+    kind = f"{image.dtype} array {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
     raise TypeError(
         "an image must be a path, bytes, a PIL image, a uint8 array [H, W, 3] or [H, W], or a tensor as the model's"
         f" preprocessing returns it, got {kind}"

@@ -23,7 +23,7 @@ from evaclip.runtime.store import Row, Store
 from evaclip.weights.files import weights_hash
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-Parts = Iterator[tuple[list[Row], Array]]
+Batches = Iterator[tuple[list[Row], Array]]
 """Rows with their embeddings, float32 `[n, dim]`."""
 
 UNREADABLE_FILE = "unreadable-{}.jsonl"
@@ -101,16 +101,16 @@ def index(
     return progress
 
 
-def embedded(source: Source, encoder: Encoder, progress: Progress) -> Parts:
+def embedded(source: Source, encoder: Encoder, progress: Progress) -> Batches:
     """The rows of all images of a source that can be read, with their embeddings, float32 `[n, dim]`."""
     yield from Work(source).embedded(range(len(source)), encoder, progress)
     progress.faults += source.faults
 
 
-def join(parts: Parts, dim: int) -> tuple[list[Row], Array]:
+def join(batches: Batches, dim: int) -> tuple[list[Row], Array]:
     """All rows, and their embeddings float32 `[n, dim]`."""
     rows, embeddings = list[Row](), [np.empty((0, dim), np.float32)]
-    for more, of_them in parts:
+    for more, of_them in batches:
         rows += more
         embeddings.append(of_them)
     return rows, np.concatenate(embeddings)
@@ -239,7 +239,7 @@ class Work:
     known: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     thumbnail: int = 0
 
-    def embedded(self, numbers: Iterable[int], encoder: Encoder, progress: Progress) -> Parts:
+    def embedded(self, numbers: Iterable[int], encoder: Encoder, progress: Progress) -> Batches:
         """The rows of those samples that are to be embedded and can be."""
         began, counting = time.monotonic(), Lock()
 
@@ -311,10 +311,10 @@ def add_thumbnails(work: Work, store: Store, numbers: Sequence[int], progress: P
     return others
 
 
-def keep(parts: Parts, store: Store) -> None:
-    """Writes parts as they come, many at once; of rows with the same id, the first."""
+def keep(batches: Batches, store: Store) -> None:
+    """Writes batches as they come, many at once; of rows with the same id, the first."""
     rows, embeddings, written, ids = list[Row](), list[Array](), time.monotonic(), set[str]()
-    for more, of_them in parts:
+    for more, of_them in batches:
         new = [place for place, row in enumerate(more) if row.id not in ids]
         rows += [more[place] for place in new]
         embeddings.append(of_them[new])

@@ -12,7 +12,7 @@ from typing import Any
 from evaclip.data import Source
 from evaclip.errors import UserError
 from evaclip.runtime.encoder import Encoder
-from evaclip.runtime.indexing import Array, Parts, Progress, Work, add_thumbnails, join, keep, list_faults
+from evaclip.runtime.indexing import Array, Batches, Progress, Work, add_thumbnails, join, keep, list_faults
 from evaclip.runtime.store import Row, Store
 
 _IMAGES = {"cuda": 4096, "cpu": 512}
@@ -108,13 +108,13 @@ def index_on_ray(
     return progress
 
 
-def _embedded(work: Work, encoder: Callable[..., Encoder], cluster: Cluster, progress: Progress) -> Parts:
+def _embedded(work: Work, encoder: Callable[..., Encoder], cluster: Cluster, progress: Progress) -> Batches:
     began, computed = time.monotonic(), 0.0
     for result in _pipeline(work, encoder, cluster).iter_rows():
-        found = pickle.loads(result["found"])
-        if isinstance(found, UserError):
-            raise found
-        rows, embeddings, part = found
+        output = pickle.loads(result["output"])
+        if isinstance(output, UserError):
+            raise output
+        rows, embeddings, part = output
         progress.embedded += part.embedded
         progress.unchanged += part.unchanged
         progress.faults += part.faults
@@ -157,12 +157,12 @@ class _Worker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
         numbers = range(int(batch["start"][0]), int(batch["stop"][0]))
         try:
-            found: object = self._found(numbers)
+            output: object = self._embed(numbers)
         except UserError as exc:
-            found = exc  # raised here it would lose its plain message
+            output = exc  # raised here it would lose its plain message
         # Arrow, in which results travel, has no type for it.
-        return {"found": [pickle.dumps(found)]}
+        return {"output": [pickle.dumps(output)]}
 
-    def _found(self, numbers: range) -> tuple[list[Row], Array, Progress]:
+    def _embed(self, numbers: range) -> tuple[list[Row], Array, Progress]:
         progress = Progress(len(numbers))
         return *join(self._work.embedded(numbers, self._encoder, progress), self._encoder.dim), progress
