@@ -147,8 +147,8 @@ def exportable(model: CLIP | VisionModel, tower: str) -> Any:
     if tower == "text" and isinstance(model, CLIP) and model.config.text.hf_model_name:
         raise UserError("tower must be image for a model with a text tower of transformers, got 'text'")
     visual = _tower(model, "image")
-    if (size := visual.present.image_size) != (own := visual.config.image_size):
-        raise UserError(f"set_image_size({size}) is in force; call set_image_size({own}) before the model is exported")
+    if (size := visual.present.image_size) != (base := visual.config.image_size):
+        raise UserError(f"set_image_size({size}) is in force; call set_image_size({base}) before the model is exported")
     is_frozen = any(isinstance(weight, FrozenWeight) for weight in model.parameters())
     return unfreeze(copy.deepcopy(model)) if is_frozen else model
 

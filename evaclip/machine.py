@@ -17,8 +17,8 @@ def versions() -> dict[str, str]:
     """Versions by package, Python's among them."""
     from evakernels import __version__
 
-    found = {"python": platform.python_version(), "evakernels": __version__}
-    return found | {name: version_of(name) or "not installed" for name in ("torch", "pillow", "scikit-learn")}
+    packages = {"python": platform.python_version(), "evakernels": __version__}
+    return packages | {name: version_of(name) or "not installed" for name in ("torch", "pillow", "scikit-learn")}
 
 
 def version_of(package: str) -> str | None:
@@ -68,8 +68,8 @@ def multiplies_bfloat16() -> bool:
 
     from evakernels._native import processor
 
-    found = torch.cpu.get_capabilities()
-    has_instructions = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    has_instructions = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return has_instructions and processor() not in ("avx2", "avx512")
 
 

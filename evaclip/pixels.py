@@ -72,8 +72,8 @@ def eight_bit(image: Image.Image) -> Image.Image:
     # Of NaN no comparison is true.
     top = next((top for top in ranges if low >= 0 and high <= top), None)
     if top is None:
-        known = " or ".join(f"0..{top}" for top in ranges)
-        raise UnknownRangeError(f"{kind} pixels from {low:g} to {high:g}; accepted: {known}")
+        accepted = " or ".join(f"0..{top}" for top in ranges)
+        raise UnknownRangeError(f"{kind} pixels from {low:g} to {high:g}; accepted: {accepted}")
     scaled = values.astype(np.float32) * np.float32(255 / top)
     gray = Image.fromarray((scaled + np.float32(0.5)).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is None:

@@ -57,9 +57,9 @@ class FolderSource(Source):
         empty = [str(root / name) for name in facts["empty"]] if template is not None else []
         if not len(self):
             layout = "images" if template is None else "one folder of images per class"
-            given = "; ".join([f"0 images and {counted(len(empty), 'class folder')}", *self.notes])
+            content = "; ".join([f"0 images and {counted(len(empty), 'class folder')}", *self.notes])
             raise UserError(
-                f"{root} must be a folder with {layout} ({', '.join(sorted(IMAGE_SUFFIXES))}), got {given}; a table"
+                f"{root} must be a folder with {layout} ({', '.join(sorted(IMAGE_SUFFIXES))}), got {content}; a table"
                 " (.csv, .jsonl, .parquet) lists images with their captions instead"
             )
         for note in self.notes:
@@ -104,13 +104,13 @@ def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
     stamp = [_FORMAT, by_class, str(root.absolute()), inode.st_ino, inode.st_ctime_ns]
     name = hashlib.sha256(repr(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     file = user_cache("tar-index") / f"{name}.files"
-    if found := _stored(file, stamp, root):
-        return found
+    if listing := _stored(file, stamp, root):
+        return listing
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.parent / f".{name}.lock"):
-            if found := _stored(file, stamp, root):
-                return found
+            if listing := _stored(file, stamp, root):
+                return listing
             scanned = _scan(root, by_class)
             with suppress(OSError):
                 if len(scanned[0]["ends"]):
@@ -123,13 +123,13 @@ def _listing(root: Path, by_class: bool) -> tuple[dict[str, Any], Any]:
 
 def _stored(file: Path, stamp: list[Any], root: Path) -> tuple[dict[str, Any], Any] | None:
     """The stored listing of a folder; None if there is none, or a folder changed after it was made."""
-    if not (found := map_arrays(file, stamp, _ARRAYS)):
+    if not (listing := map_arrays(file, stamp, _ARRAYS)):
         return None
-    arrays, _ = found
+    arrays, _ = listing
     folders = PackedStrings(arrays["folder_text"], arrays["folder_ends"])
     try:
         times = (Path(f"{root}/{folder}").stat().st_mtime_ns for folder in folders)
-        return found if all(map(int.__eq__, times, arrays["folder_times"].tolist())) else None
+        return listing if all(map(int.__eq__, times, arrays["folder_times"].tolist())) else None
     except OSError:
         return None
 
@@ -179,8 +179,8 @@ def _scan(root: Path, by_class: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
     """The entries of a folder that aren't hidden, by name; none if the folder may not be read."""
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
     except PermissionError:
         return
     # Archives of macOS keep its metadata in that folder.

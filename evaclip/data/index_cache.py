@@ -107,8 +107,8 @@ class IndexCache:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(shards), _AT_A_TIME):
-                found = pool.map(get, shards[first : first + _AT_A_TIME])
-                yield from (index for index in found if index is not None)
+                indexes = pool.map(get, shards[first : first + _AT_A_TIME])
+                yield from (index for index in indexes if index is not None)
                 if time.monotonic() - reported >= _SECONDS_BETWEEN_REPORTS:
                     reported = time.monotonic()
                     _LOG.info("indexed %d of %d shards", min(first + _AT_A_TIME, len(shards)), len(shards))
@@ -153,9 +153,9 @@ def _stamp(shard: Shard) -> list[int]:
 
 
 def _load(file: Path, stamp: list[int]) -> TarIndex | None:
-    if not (found := map_arrays(file, stamp, _ARRAYS)):
+    if not (stored := map_arrays(file, stamp, _ARRAYS)):
         return None
-    (text, ends, starts, codes, blocks, sizes), notes = found[0].values(), found[1]
+    (text, ends, starts, codes, blocks, sizes), notes = stored[0].values(), stored[1]
     samples, digest, damage, end, duplicates = notes["facts"]
     facts = ShardFacts(samples, digest, damage, end, tuple(duplicates))
     return TarIndex(PackedStrings(text, ends), starts, tuple(notes["suffixes"]), codes, blocks, sizes, facts)

@@ -100,14 +100,14 @@ class SampleOrder:
         return self._shards_of(now), self._shards_of(after)
 
     def _shards_of(self, windows: Iterable[tuple[int, int, int]]) -> list[int]:
-        found: dict[int, None] = {}
+        shards: dict[int, None] = {}
         for epoch, node, window in windows:
             first = self._firsts[node] + window * self._window
             last = self._firsts[node] + min((window + 1) * self._window, self._lengths[node]) - 1
             order = self._shard_order(epoch)
             slots = np.searchsorted(order.ends, [first, last], side="right")
-            found |= dict.fromkeys(order.order[slots[0] : slots[1] + 1].tolist())
-        return list(found)
+            shards |= dict.fromkeys(order.order[slots[0] : slots[1] + 1].tolist())
+        return list(shards)
 
     def _in_epoch(self, epoch: int, positions: I64) -> I64:
         offsets, nodes = np.divmod(positions, len(self._lengths))

@@ -230,9 +230,9 @@ class BadShare:
 
     def excess(self, samples: int, bad: int) -> tuple[int, int] | None:
         """The window's bad samples and all that it read, if more are bad than a whole window may have; else None."""
-        used, found = samples - self._samples, bad - self._bad
-        if found > self._allowed * (max(used, self._window) + found):
-            return found, used + found
+        used, faults = samples - self._samples, bad - self._bad
+        if faults > self._allowed * (max(used, self._window) + faults):
+            return faults, used + faults
         if used >= self._window:
             self._samples, self._bad = samples, bad
         return None

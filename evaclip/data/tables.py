@@ -127,10 +127,10 @@ class TableSource(Source):
         return self._captions[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])]
 
 
-def _unknown_column(path: Path, columns: Columns, given: Iterable[str]) -> UserError:
+def _unknown_column(path: Path, columns: Columns, names: Iterable[str]) -> UserError:
     return UserError(
         f"{path} must have the columns {columns[0]!r} (images) and {columns[1]!r} (captions), got"
-        f" {', '.join(map(repr, given))}; data.image_key and data.caption_key choose others, or on the command line"
+        f" {', '.join(map(repr, names))}; data.image_key and data.caption_key choose others, or on the command line"
         " --csv-img-key and --csv-caption-key (train), --image-key and --caption-key (data, eval, index)"
     )
 

@@ -59,9 +59,9 @@ class ShardFacts:
     size: int
     duplicates: tuple[str, ...] = ()
 
-    def matches(self, found: "ShardFacts") -> bool:
-        """Whether a shard with the facts `found` is this one."""
-        return (self.samples, self.digest) == (found.samples, found.digest)
+    def matches(self, other: "ShardFacts") -> bool:
+        """Whether a shard with the facts `other` is this one."""
+        return (self.samples, self.digest) == (other.samples, other.digest)
 
 
 @dataclass(frozen=True)

@@ -192,13 +192,13 @@ def index_drawings(run: Path, data: Path) -> Path:
 
 def summary(evaluations: Sequence["Evaluation"]) -> list[str]:
     """The zero-shot results against chance, as the lines of a table."""
-    found = [evaluation for evaluation in evaluations if evaluation.task == "zero-shot"]
-    header = f"zero-shot, {found[0].metrics['classes']:,} classes"
+    zero_shot = [evaluation for evaluation in evaluations if evaluation.task == "zero-shot"]
+    header = f"zero-shot, {zero_shot[0].metrics['classes']:,} classes"
     return [
         f"{header:<34}{'top-1':>23}{'top-5':>23}",
         *(
             f"{each.title:<34}{_against_chance(each.metrics, 'top1'):>23}{_against_chance(each.metrics, 'top5'):>23}"
-            for each in found
+            for each in zero_shot
         ),
     ]
 

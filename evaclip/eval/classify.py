@@ -418,7 +418,9 @@ def evaluate(
 
 
 def _evaluate_real(best: Tensor, labels: Sequence[frozenset[int]]) -> RealResult:
-    hits = [[place in own for place in row] for row, own in zip(best.tolist(), labels, strict=True) if own]
+    hits = [
+        [place in accepted for place in row] for row, accepted in zip(best.tolist(), labels, strict=True) if accepted
+    ]
     if not hits:
         raise UserError("no image has a reassessed label")
     ranks = _ranks(torch.tensor(hits))

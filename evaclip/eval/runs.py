@@ -134,8 +134,8 @@ def build_gallery(title: str, pairs: EncodedPairs, *, queries: int = 8, per_quer
 
     def answer(index: int) -> Query:
         items = top_items(pairs.text_features[index : index + 1], pairs.image_features, per_query)[1][0].tolist()
-        own = int(pairs.image_of_text[index])
-        shown = tuple(Found(pairs.key(item), item == own, thumbnail(pairs.picture(item))) for item in items)
+        target = int(pairs.image_of_text[index])
+        shown = tuple(Found(pairs.key(item), item == target, thumbnail(pairs.picture(item))) for item in items)
         return Query(pairs.texts[index], int(ranks[index]) + 1, shown)
 
     sections = [Section("Drawn at random", f"Queries drawn with seed {seed}, not selected.", tuple(map(answer, drawn)))]

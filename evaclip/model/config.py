@@ -305,11 +305,11 @@ def override(config: Config, changes: Mapping[str, Any], path: str = "") -> Conf
     Raises:
         UserError: for a field that doesn't exist or a value that isn't accepted.
     """
-    known = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(config)]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, value in changes.items():
-        if name not in known:
-            raise unknown_name("model option", path + name, [path + k for k in known])
+        if name not in names:
+            raise unknown_name("model option", path + name, [path + k for k in names])
         current = getattr(config, name)
         if is_dataclass(current) and isinstance(value, Mapping):
             value = override(current, value, f"{path}{name}.")
@@ -358,8 +358,8 @@ def find_model(name: str) -> str | None:
 
     Case, `_` or `/` instead of `-`, and the prefix `hf-hub:` of a name on the hub don't matter.
     """
-    spellings = {_spelling(known): known for known in list_models()}
-    spellings |= {_spelling(alias): known for alias, known in ALIASES.items()}
+    spellings = {_spelling(model): model for model in list_models()}
+    spellings |= {_spelling(alias): model for alias, model in ALIASES.items()}
     return spellings.get(_spelling(name))
 
 

@@ -171,8 +171,8 @@ class HFTextTower(Tower):
         self._set_recompute(self.savings.recompute != "none")
         tokens = tokens[:, : packing.length]
         mask = tokens != self.pad_id
-        found = self.transformer(input_ids=tokens, attention_mask=mask.long())
-        embeddings: Tensor = self.proj(self._pool(found, mask, packing.lengths - 1))
+        output = self.transformer(input_ids=tokens, attention_mask=mask.long())
+        embeddings: Tensor = self.proj(self._pool(output, mask, packing.lengths - 1))
         return embeddings
 
     def pack_tokens(self, tokens: Tensor) -> Packing:
@@ -193,8 +193,8 @@ class HFTextTower(Tower):
             getattr(self.transformer, f"{kind}_checkpointing_{'enable' if recompute else 'disable'}")()
             self._recomputes = recompute
 
-    def _pool(self, found: Any, mask: Tensor, last: Tensor) -> Tensor:
-        hidden: Tensor = found.last_hidden_state
+    def _pool(self, output: Any, mask: Tensor, last: Tensor) -> Tensor:
+        hidden: Tensor = output.last_hidden_state
         match self.config.hf_pooler_type:
             case "mean_pooler":
                 return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -202,8 +202,8 @@ class HFTextTower(Tower):
                 return hidden.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
             case "last_pooler":
                 return hidden[torch.arange(len(hidden), device=hidden.device), last]
-            case "cls_pooler" if getattr(found, "pooler_output", None) is not None:
-                pooled: Tensor = found.pooler_output
+            case "cls_pooler" if getattr(output, "pooler_output", None) is not None:
+                pooled: Tensor = output.pooler_output
                 return pooled
         return hidden[:, 0]
 

@@ -201,8 +201,8 @@ class VisionTower(Tower):
         """
         self.present = replace(self.config, image_size=image_size)
         self.num_patches = self.present.num_patches
-        own = self.present.grid == self.config.grid
-        self.resizing = None if own else resizing(self.config, self.present.grid).to(self.pos_embed.device)
+        is_default = self.present.grid == self.config.grid
+        self.resizing = None if is_default else resizing(self.config, self.present.grid).to(self.pos_embed.device)
         if self.rope is not None:
             self.rope.resize(self.present)
 

@@ -67,8 +67,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise _too_large(limits) from exc
     except Exception as exc:  # the parsers raise almost anything on damaged data
-        known = "JPEG, PNG, WebP, GIF or AVIF"
-        raise Rejected(415, f"The file of {len(data):,} bytes is not a readable image; send {known}.") from exc
+        formats = "JPEG, PNG, WebP, GIF or AVIF"
+        raise Rejected(415, f"The file of {len(data):,} bytes is not a readable image; send {formats}.") from exc
     if header.width * header.height > limits.pixels:
         raise _too_large(limits, f" of {header.width:,} x {header.height:,} pixels")
     # Noise in files of other formats has these bytes too.
@@ -80,8 +80,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         raise Rejected(422, "The image is damaged and can't be decoded; save it anew.") from exc
 
 
-def _too_large(limits: Limits, given: str = "") -> Rejected:
-    return Rejected(413, f"An image{given} is too large; send one of {limits.pixels:,} pixels at most.")
+def _too_large(limits: Limits, size: str = "") -> Rejected:
+    return Rejected(413, f"An image{size} is too large; send one of {limits.pixels:,} pixels at most.")
 
 
 def check_texts(texts: Sequence[str], limits: Limits) -> None:
@@ -138,10 +138,10 @@ class Guard:
             if not begun:
                 await exc.response()(scope, receive, answer)
 
-    def _require_host(self, given: str) -> None:
-        name = re.sub(r":\d*$", "", given.lower())
+    def _require_host(self, address: str) -> None:
+        name = re.sub(r":\d*$", "", address.lower())
         if not any(name.endswith(host[1:]) if host.startswith("*") else name == host.lower() for host in self._hosts):
-            raise Rejected(400, f"The server isn't called {given!r} here; ask for {', '.join(self._hosts)}.")
+            raise Rejected(400, f"The server isn't called {address!r} here; ask for {', '.join(self._hosts)}.")
 
     def _admit(self, headers: Headers) -> None:
         if self._key is not None and not _has_key(headers.get("authorization", ""), self._key):
@@ -198,10 +198,10 @@ def _too_long(limits: Limits) -> Rejected:
 
 
 def _has_key(authorization: str, key: str) -> bool:
-    scheme, _, given = authorization.partition(" ")
+    scheme, _, token = authorization.partition(" ")
     if scheme.lower() == "basic":
         with suppress(ValueError):
-            given = base64.b64decode(given).decode("utf-8").partition(":")[2]
+            token = base64.b64decode(token).decode("utf-8").partition(":")[2]
     elif scheme.lower() != "bearer":
         return False
-    return hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
+    return hmac.compare_digest(token.strip().encode("utf-8", "replace"), key.encode())

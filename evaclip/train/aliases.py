@@ -132,11 +132,11 @@ _TRACKERS = {
 }
 
 
-def changes(given: Mapping[str, Any], accumulation_steps: int, processes: int) -> list[Tree]:
+def changes(flags: Mapping[str, Any], accumulation_steps: int, processes: int) -> list[Tree]:
     """The configuration changes that flags ask for.
 
     Args:
-        given: values by flag, True for a flag without a value; None or nothing for flags that aren't given.
+        flags: values by flag, True for a flag without a value; None or nothing for unset flags.
         accumulation_steps: of the configuration so far.
         processes: number of ranks.
 
@@ -145,9 +145,9 @@ def changes(given: Mapping[str, Any], accumulation_steps: int, processes: int) -
     """
     from evaclip.train.overrides import parse_assignment  # yaml belongs to the extra clip
 
-    found, values = list[Tree](), dict[str, Any]()
+    trees, values = list[Tree](), dict[str, Any]()
     for flag, text in FLAGS.items():
-        value, assignments = given.get(flag), text.split()
+        value, assignments = flags.get(flag), text.split()
         if value is None:
             continue
         if flag == "--report-to":
@@ -158,26 +158,26 @@ def changes(given: Mapping[str, Any], accumulation_steps: int, processes: int) -
             assignments = [f"optim.options.{option}" for option in value]
         elif flag == "--batch-size":
             # There it is the micro-batch of one rank, here the global batch.
-            value *= (given.get("--accum-freq") or accumulation_steps) * processes
+            value *= (flags.get("--accum-freq") or accumulation_steps) * processes
         elif flag == "--pretrained":
             name, _, source = value.partition(":")
             if source and find_model(name):
-                found.append(nest("model.name", name))
+                trees.append(nest("model.name", name))
                 value = source
         for assignment in assignments:
             key, _, constant = assignment.partition("=")
             if constant != "{}":
-                found.append(parse_assignment(assignment))
+                trees.append(parse_assignment(assignment))
                 continue
             if values.setdefault(key, value) != value:
                 raise UserError(f"{key} must have one value, got {values[key]} and, by {flag}, {value}")
             if ".options." in key:  # has no type that could convert the text
                 several = isinstance(value, list) and len(value) > 1
                 given_text = f"[{', '.join(value)}]" if several else "".join(value)
-                found.append(parse_assignment(f"{key}={given_text}"))
+                trees.append(parse_assignment(f"{key}={given_text}"))
                 continue
             value = _WORDS.get(key, {}).get(value, value)
-            found.append(nest(key, value))
-            if key in _SHARED and given.get("--val-data"):
-                found.append(nest(f"{_VALIDATION}.{key}", value))
-    return found
+            trees.append(nest(key, value))
+            if key in _SHARED and flags.get("--val-data"):
+                trees.append(nest(f"{_VALIDATION}.{key}", value))
+    return trees

@@ -180,8 +180,8 @@ class ScheduleConfig:
         for name, alternative in ALTERNATIVES:
             one, other = getattr(self, name), getattr(self, alternative)
             if (one and other is not None) or (name == "steps" and one is None and other is None):
-                given = f"got {name}={one} and {alternative}={other}"
-                raise ValueError(f"set either {name} or {alternative}, and the other to null, {given}")
+                values = f"got {name}={one} and {alternative}={other}"
+                raise ValueError(f"set either {name} or {alternative}, and the other to null, {values}")
         if self.name != "constant" and (self.cooldown_fraction or self.cooldown_steps):
             raise ValueError(f"cooldown_steps and cooldown_fraction need name=constant, got name={self.name}")
         fractions = [phase.fraction or 0.0 for phase in self.resolutions]

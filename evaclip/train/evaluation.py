@@ -202,7 +202,7 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, validation: Source
         templates = IMAGENET if config.classes == IMAGENET else PLACEHOLDER
         if templates == PLACEHOLDER and data is not None and source.classes:
             templates = data.caption_template
-    given = (templates,) if isinstance(templates, str) else templates
+    prompts = (templates,) if isinstance(templates, str) else templates
     classnames = load_classnames(config.classes) if isinstance(config.classes, str) else config.classes
     if classnames is not None and task == "contrastive":
         try:
@@ -214,7 +214,7 @@ def _open(name: str, config: EvalSetConfig, run: TrainConfig, validation: Source
         config,
         source,
         classnames,
-        tuple(template for each in given for template in load_templates(each)),
+        tuple(template for each in prompts for template in load_templates(each)),
         FeatureOptions(
             run.eval.batch_size, (data or run.data).workers, _AUTOCAST.get(run.precision, "fp32"), progress=False
         ),
@@ -238,8 +238,8 @@ def measured(model: nn.Module, sets: Mapping[str, Callable[[Attempt], Metrics]])
     problems: list[str] = []
     try:
         for name, measure in sets.items():
-            found = measure(partial(_attempt, name, problems))
-            metrics |= {f"{name}/{key}": value for key, value in found.items()}
+            results = measure(partial(_attempt, name, problems))
+            metrics |= {f"{name}/{key}": value for key, value in results.items()}
     finally:
         model.train(was_training)
     return metrics, problems
@@ -276,11 +276,11 @@ class _Measurement:
         self._loss = loss
         self._texts: dict[str, Tensor] = {}
         source = each.source
-        found = encode_everywhere(clip, transform, source, each)
-        self._captions = found.captions
-        self._numbers = [int(key) for key in found.keys]
-        self._unreadable = len(source) - len(found)
-        self._features = found.features
+        features = encode_everywhere(clip, transform, source, each)
+        self._captions = features.captions
+        self._numbers = [int(key) for key in features.keys]
+        self._unreadable = len(source) - len(features)
+        self._features = features.features
 
     def metrics(self) -> Metrics:
         metrics: Metrics = {"samples": len(self._captions), "unreadable": self._unreadable}

@@ -62,9 +62,9 @@ class ContrastiveLoss:
         """
         op, counts = "accuracy", self.counts or [len(image_features)]
         text, offset = gather_rows(op, "text_features", text_features, resolved(op, self._group), counts)
-        own = torch.arange(offset, offset + len(image_features), device=text.device)
+        targets = torch.arange(offset, offset + len(image_features), device=text.device)
         rows = max(1, _TILE // len(text))
-        tiles = zip(image_features.float().split(rows), own.split(rows), strict=True)
+        tiles = zip(image_features.float().split(rows), targets.split(rows), strict=True)
         text = text.float().T
         hits = torch.cat([(image @ text).argmax(1) == label for image, label in tiles]).sum()
         # Ranks may have unequal shares of the batch.

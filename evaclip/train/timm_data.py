@@ -134,11 +134,11 @@ class Mixing:
         """
         rows = range(first_row, first_row + len(images))
         draws = [0 if self._rows_a_draw is None else row // self._rows_a_draw for row in rows]
-        found = {draw: number for number, draw in enumerate(dict.fromkeys(draws))}
-        masks, shares = zip(*(self._draw(images.shape[2:], step, draw) for draw in found), strict=True)
-        which = torch.tensor([found[draw] for draw in draws])
+        places = {draw: number for number, draw in enumerate(dict.fromkeys(draws))}
+        masks, shares = zip(*(self._draw(images.shape[2:], step, draw) for draw in places), strict=True)
+        which = torch.tensor([places[draw] for draw in draws])
         weights = send(torch.stack(masks), images.device).to(images.dtype)
-        if len(found) > 1:  # else one weighs all rows
+        if len(places) > 1:  # else one weighs all rows
             weights = weights[send(which, images.device)]
         return torch.lerp(partners(images), images, weights), send(torch.stack(shares)[which], images.device)
 

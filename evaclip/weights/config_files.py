@@ -77,11 +77,11 @@ def _tower(vision: VisionConfig) -> str:
     """timm's name of the image tower."""
     plain = replace(vision, drop_path=0.0, patch_dropout=0.0)
     towers = {name: vision_config(name) for name in RELEASES if "_clip_" in name}
-    for name, known in towers.items():
-        if known == plain:
+    for name, released in towers.items():
+        if released == plain:
             return name
     fields = asdict(plain).items()
-    gaps = {name: [f"{k}={v}" for k, v in fields if v != getattr(known, k)] for name, known in towers.items()}
+    gaps = {name: [f"{k}={v}" for k, v in fields if v != getattr(released, k)] for name, released in towers.items()}
     nearest = min(gaps, key=lambda name: len(gaps[name]))
     raise UserError(
         f"open_clip can't load this model: it has no such image tower; {nearest} differs in {', '.join(gaps[nearest])}."

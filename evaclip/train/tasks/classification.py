@@ -62,16 +62,16 @@ class Classification(ImageModelTask):
 
     @classmethod
     def create_model(cls, config: TrainConfig, **how: Any) -> VisionModel:
-        given, options = config.model, dict(config.model.options)
+        model, options = config.model, dict(config.model.options)
         cls.refuse_unused(config)
-        if given.patch_dropout is not None:
-            options["patch_dropout"] = given.patch_dropout
+        if model.patch_dropout is not None:
+            options["patch_dropout"] = model.patch_dropout
         return create_vision_model(
-            given.name,
-            given.pretrained or False,
-            pretrained_image=given.pretrained_image,
+            model.name,
+            model.pretrained or False,
+            pretrained_image=model.pretrained_image,
             num_classes=len(classes_for(config).names),
-            savings=given.savings,
+            savings=model.savings,
             as_trained=False,
             **how,
             **options,
@@ -123,8 +123,8 @@ class Classification(ImageModelTask):
         for each in sets:
             key, named = f"eval.sets.{each.name}", each.classnames
             if each.config.metrics not in (None, ("classify",)):
-                given = ", ".join(each.config.metrics or ())
-                raise UserError(f"{key}.metrics must be classify with task.name=classification, got {given}")
+                metrics = ", ".join(each.config.metrics or ())
+                raise UserError(f"{key}.metrics must be classify with task.name=classification, got {metrics}")
             if named is not None and len(named) != classes.outputs:
                 raise UserError(f"{key}.classes must be the classifier's {classes.outputs}, got {len(named)}")
         transform = OpaqueTransform(self.model.config.image_size, self.model.preprocess)
@@ -153,8 +153,8 @@ class Classification(ImageModelTask):
 
     def descriptions(self, config: TrainConfig) -> dict[str, Any]:
         names = self._classes.names
-        known = {} if names == _numbers(len(names)) else {CLASSES_FILE: list(names)}
-        return describe_image_model(self.model, config, self.model.num_classes) | known
+        files = {} if names == _numbers(len(names)) else {CLASSES_FILE: list(names)}
+        return describe_image_model(self.model, config, self.model.num_classes) | files
 
 
 def _space_of(each: EvalSet, classes: ClassSpace) -> ClassSpace:
@@ -172,17 +172,17 @@ def _evaluate(
     attempt: Attempt,
 ) -> Metrics:
     def metrics() -> Metrics:
-        found = encode_everywhere(encoder, transform, each.source, each)
-        keys = [each.source.name(int(key)) for key in found.keys]
-        labels = torch.tensor(space.columns)[space.labels(found.captions, keys)]
-        result = evaluate(Predictions(found.features.long(), labels, keys), classes).accuracy
+        features = encode_everywhere(encoder, transform, each.source, each)
+        keys = [each.source.name(int(key)) for key in features.keys]
+        labels = torch.tensor(space.columns)[space.labels(features.captions, keys)]
+        result = evaluate(Predictions(features.features.long(), labels, keys), classes).accuracy
         return {
             "top1": result.top1,
             "top5": result.top5,
             "chance_top1": result.chance_top1,
             "classes": result.classes,
-            "samples": len(found),
-            "unreadable": len(each.source) - len(found),
+            "samples": len(features),
+            "unreadable": len(each.source) - len(features),
         }
 
     return attempt(["top1", "top5"], metrics)
@@ -208,20 +208,20 @@ def classes_for(config: TrainConfig) -> ClassSpace:
     Raises:
         UserError: neither the configuration nor the data names classes, or they don't fit together.
     """
-    given, folders = _task(config).classes, tuple(classes_of(config.data))
-    if given is None and not folders:
+    choice, folders = _task(config).classes, tuple(classes_of(config.data))
+    if choice is None and not folders:
         raise UserError(
             "task.classes must be a number, names, a file with one name a line, or imagenet, as the training data has "
             "no class folders, got None"
         )
-    if isinstance(given, int) and folders and len(folders) != given:
-        raise UserError(f"task.classes must be null or {len(folders)}, as many as class folders, got {given}")
-    if given is None or isinstance(given, int):
+    if isinstance(choice, int) and folders and len(folders) != choice:
+        raise UserError(f"task.classes must be null or {len(folders)}, as many as class folders, got {choice}")
+    if choice is None or isinstance(choice, int):
         # Folders called by numbers are labels: folder 10 holds class 10, though it comes before 2.
-        numbers = _numbers(given or len(folders))
+        numbers = _numbers(choice or len(folders))
         names = numbers if not folders or set(folders) == set(numbers) else folders
     else:
-        names = load_classnames(given) if isinstance(given, str) else given
+        names = load_classnames(choice) if isinstance(choice, str) else choice
     return ClassSpace.whole(names, folders)
 
 

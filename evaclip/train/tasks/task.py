@@ -192,12 +192,12 @@ class ImageModelTask(Task):
     def refuse_unused(cls, config: TrainConfig) -> None:
         """Raises UserError for settings without effect."""
         options = {each.name for each in fields(VisionConfig)}
-        given = [f"model.{key}" for key in cls.unused if getattr(config.model, key) != getattr(ModelConfig(), key)]
-        given += ["loss"] if config.loss != LossConfig() else []
-        given += ["optim.text"] if config.optim.text != TowerConfig() else []
-        given += [f"model.options.{key}" for key in config.model.options if key not in options]
-        if given:
-            raise UserError(f"task.name={config.task.name} has no {', '.join(given)}: leave that at its default")
+        settings = [f"model.{key}" for key in cls.unused if getattr(config.model, key) != getattr(ModelConfig(), key)]
+        settings += ["loss"] if config.loss != LossConfig() else []
+        settings += ["optim.text"] if config.optim.text != TowerConfig() else []
+        settings += [f"model.options.{key}" for key in config.model.options if key not in options]
+        if settings:
+            raise UserError(f"task.name={config.task.name} has no {', '.join(settings)}: leave that at its default")
 
     @abstractmethod
     def of_samples(self, images: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
@@ -213,8 +213,8 @@ class ImageModelTask(Task):
         for micro_batch in context.micro_batches:
             on_device = replace(micro_batch, targets=send(micro_batch.targets, context.device))
             with context.autocast():
-                found = self.of_samples(next(images), on_device)
-            means = {name: context.mean_of(values) for name, values in found.items()}
+                per_sample = self.of_samples(next(images), on_device)
+            means = {name: context.mean_of(values) for name, values in per_sample.items()}
             context.begin(micro_batch)
             context.scaled(means["loss"]).backward()
             sums = {name: value.detach() + sums.get(name, 0.0) for name, value in means.items()}
