@@ -47,8 +47,6 @@ struct SequenceOffsets {
   const void* data;  // [B + 1]; null: not packed, all samples have equal lengths
   bool is_int64;     // otherwise int32
   int64_t tokens;
-
-  bool operator==(const SequenceOffsets&) const = default;
 };
 
 struct AttentionShape {
@@ -65,8 +63,6 @@ struct AttentionShape {
   bool causal;
   DType dtype;
   SequenceOffsets offsets;
-
-  bool operator==(const AttentionShape&) const = default;
 };
 
 // Packed: tensors are [T, H, D] and lse is [H, T], without a batch_stride. A query that sees no key has an
