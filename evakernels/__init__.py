@@ -8,7 +8,7 @@ from ._checkpoint import checkpoint_policy
 from ._explain import explain
 from ._info import info
 from ._version import __version__
-from .backends import BackendError, ReferenceWarning, set_loss_products, use_backend
+from .backends import BackendError, ReferenceWarning, use_backend
 from .dropin import ChangedModuleWarning, accelerate, restore
 from .nn import layers
 from .ops import *  # noqa: F403 - each is listed there
@@ -31,7 +31,6 @@ __all__ = [
     "nn",
     "optim",
     "restore",
-    "set_loss_products",
     "use_backend",
 ]
 __all__ += ops.__all__

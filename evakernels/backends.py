@@ -24,7 +24,6 @@ OPERATORS = getattr(torch.ops, NAMESPACE)
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
 
-LOSS_PRODUCTS = ("ieee", "tf32x3")
 
 KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -82,26 +81,6 @@ _warned: set[tuple[str, str]] = set()
 _OVERRIDES = f"{NAMESPACE}.overrides"
 """Key among the thread-local objects that torch hands to the threads of a backward pass."""
 _were_overridden = False
-loss_products = "tf32x3"
-
-
-def set_loss_products(kind: str) -> None:
-    """Sets how the contrastive losses' Triton kernels multiply float32, in the whole process.
-
-    Each launch reads it, in backward too. It has no effect on gradients, which cuBLAS multiplies, and none where
-    `torch.set_float32_matmul_precision` rounds matmuls to TF32.
-
-    Args:
-        kind: `tf32x3`, the default, for three TF32 matmuls on tensor cores with about the error of float32 (Ootomo and
-            Yokota 2022, arXiv 2203.03341); `ieee` for float32 without tensor cores.
-
-    Raises:
-        ValueError: for another kind.
-    """
-    global loss_products
-    if kind not in LOSS_PRODUCTS:
-        raise ValueError(unknown("kind", kind, LOSS_PRODUCTS))
-    loss_products = kind
 
 
 def register(

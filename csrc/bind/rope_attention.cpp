@@ -123,14 +123,11 @@ struct AttentionInputs {
     require(shape.keys == shape.tokens, "keys are rotated only where there are as many as queries");
     require_like(sin, cos);
     const size_t axes = cos.sizes.size();
-    const bool compact = axes == 3 && cos.sizes[2] == shape.head_dim / 4;
-    require((axes == 2 && cos.sizes[1] == shape.head_dim / 2) ||
-                (axes == 3 && cos.sizes[0] == (compact ? 2 : shape.heads) &&
-                 (compact || cos.sizes[2] == shape.head_dim / 2)),
-            "cos must be [P, D/2], [H, P, D/2] or [2, G, D/4]");
-    require(axes == 2 || compact || shape.kv_heads == shape.heads,
-            "tables of each head need as many heads of keys");
-    const int64_t lines = cos.sizes[axes - 2], rows = compact ? lines * lines : lines;
+    require(
+        (axes == 2 || (axes == 3 && cos.sizes[0] == shape.heads)) && cos.sizes.back() == shape.head_dim / 2,
+        "cos must be [P, D/2] or [H, P, D/2]");
+    require(axes == 2 || shape.kv_heads == shape.heads, "tables of each head need as many heads of keys");
+    const int64_t rows = cos.sizes[axes - 2];
     const int64_t patches = shape.tokens - shape.num_prefix;
     const bool packed = shape.offsets.data != nullptr;
     if (index) {
@@ -143,8 +140,7 @@ struct AttentionInputs {
               .sin = sin.floats(),
               .token_index = static_cast<const int64_t*>(index.data),
               .rows = rows,
-              .head_stride = axes == 3 && !compact ? lines * cos.sizes[2] : 0,
-              .grid = compact ? lines : 0,
+              .head_stride = axes == 3 ? rows * cos.sizes[2] : 0,
               .interleaved = options.interleaved};
   }
 };

@@ -65,16 +65,13 @@ class ElementTables {
   // first_sign: sign of a pair's first element.
   std::vector<float> expanded(const float* table, const RotaryTables& tables,
                               const std::vector<int64_t>& rows, int64_t heads, float first_sign) const {
-    const int64_t grid = tables.grid, width = grid > 0 ? half_ / 2 : half_;
     std::vector<float> target(heads * rows.size() * half_ * 2);
     float* to = target.data();
     for (int64_t head = 0; head < heads; ++head) {
       for (const int64_t row : rows) {
-        // A compact table has the pairs of a patch's row, then of its column.
-        const float* first = table + (grid > 0 ? row / grid : head * tables.rows + row) * width;
-        const float* second = grid > 0 ? table + (grid + row % grid) * width - width : nullptr;
+        const float* values = table + (head * tables.rows + row) * half_;
         for (int64_t pair = 0; pair < half_; ++pair) {
-          const float value = pair < width ? first[pair] : second[pair];
+          const float value = values[pair];
           to[interleaved_ ? 2 * pair : pair] = first_sign * value;
           to[interleaved_ ? 2 * pair + 1 : pair + half_] = value;
         }

@@ -1,13 +1,9 @@
-// Launch plan of attention: padding, mask bounds, and the choice of warps and tiles per block.
+// Launch plan of attention: padding, mask bounds, and warps and tiles per block.
 #pragma once
 
 #include <algorithm>
-#include <charconv>
+#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <string>
-#include <system_error>
 #include <vector>
 
 #include "cuda/device.h"
@@ -103,110 +99,51 @@ __device__ __forceinline__ int64_t offset_of(const SequenceOffsets& offsets, int
                           : load(static_cast<const int32_t*>(offsets.data) + number);
 }
 
-// Warps per block and blocks per head that EVAKERNELS_ATTENTION_PLAN requests, as in `3` or `3x2`; 0: any.
-struct RequestedPlan {
+// Warps per block, at most, and blocks per head that EVAKERNELS_ATTENTION_PLAN sets in tests, as in `1x2`; 0:
+// not set.
+struct TestPlan {
   int warps = 0;
   int blocks = 0;
 
-  static RequestedPlan read() {
-    const char* const text = std::getenv(kVariable);
-    RequestedPlan plan;
-    if (!text || !*text) return plan;
-    const char* const last = text + std::strlen(text);
-    const char* end = std::from_chars(text, last, plan.warps).ptr;
-    if (*end == 'x') {
-      const auto [rest, error] = std::from_chars(end + 1, last, plan.blocks);
-      end = error == std::errc{} ? rest : text;
+  static TestPlan read() {
+    TestPlan plan;
+    if (const char* text = std::getenv("EVAKERNELS_ATTENTION_PLAN")) {
+      std::sscanf(text, "%dx%d", &plan.warps, &plan.blocks);
     }
-    return end != last || plan.warps < 1 || plan.blocks < 0 ? RequestedPlan{-1, 0} : plan;
+    return plan;
   }
-
-  // Why no plan was found.
-  static Error error() {
-    static thread_local std::string message;
-    const char* const text = std::getenv(kVariable);
-    if (!text || !*text) return "too little shared memory for attention, or its occupancy can't be queried";
-    message = std::string(kVariable) + " must be WARPS or WARPSxBLOCKS of a possible plan, got " + text;
-    return message.c_str();
-  }
-
-  bool operator==(const RequestedPlan&) const = default;
-
-  static constexpr const char* kVariable = "EVAKERNELS_ATTENTION_PLAN";
 };
 
-// Cycles that a resident warp takes per instruction, and bytes of global memory that reach an SM per cycle:
-// typical of A100, H100 and B200. Plans are compared by them.
-constexpr double kCyclesPerInstruction = 3;
-constexpr double kBytesPerCycle = 14;
-
-// Searches the launch plan with the least predicted time: the waves of blocks times the instructions of a
-// warp. Registers leave an SM two or three warps per scheduler, too few to hide latency, so a warp is assumed
-// to take equally long however many others are resident.
-class PlanSearch {
- public:
-  template <class... Parameters>
-  PlanSearch(void (*kernel)(Parameters...), const AttentionShape& shape)
-      : kernel_(address_of(kernel)), memory_(max_shared_memory()), requested_(RequestedPlan::read()) {
-    // The lengths of packed sequences are unknown: as many of the longest as the tokens make.
-    const int64_t longest = std::max<int64_t>(shape.tokens, 1);
-    heads_ = shape.heads * (shape.offsets.data ? ceil_div(shape.offsets.tokens, longest) : shape.batch);
+// Sets plan.warps to the most, up to `warps`, of which a block fits the GPU with bytes(plan) of shared
+// memory. Returns the blocks that are resident on the GPU then; 0 if none fits.
+template <class Bytes, class... Parameters>
+int64_t fit_warps(AttentionPlan& plan, int warps, void (*kernel)(Parameters...), const Bytes& bytes) {
+  const TestPlan test = TestPlan::read();
+  plan.warps = test.warps > 0 ? std::min(test.warps, warps) : warps;
+  for (; plan.warps > 0; --plan.warps) {
+    const size_t shared_bytes = bytes(plan);
+    if (shared_bytes > max_shared_memory()) continue;
+    const int64_t resident = resident_blocks(address_of(kernel), plan.warps * kWarpSize, shared_bytes);
+    if (resident > 0) return resident;
   }
+  return 0;
+}
 
-  // Resident blocks of the GPU; 0 if they don't fit or another number of warps is requested.
-  int64_t resident(int warps, size_t shared_bytes) const {
-    if (requested_.warps != 0 && requested_.warps != warps) return 0;
-    return shared_bytes > memory_ ? 0 : resident_blocks(kernel_, warps * kWarpSize, shared_bytes);
-  }
+constexpr Error kNoPlan = "too little shared memory for attention, or its occupancy can't be queried";
 
-  // Instructions of a warp in the time in which all heads read or write `bytes` each.
-  double instructions_of_traffic(double bytes) const {
-    return static_cast<double>(heads_) * bytes / multiprocessors() / kBytesPerCycle / kCyclesPerInstruction;
-  }
-
-  // instructions: of a warp in a block. extra: of another kernel, not multiplied by the waves.
-  void consider(const AttentionPlan& plan, int64_t resident, double instructions, double extra = 0) {
-    if (requested_.blocks != 0 && requested_.blocks != plan.blocks) return;
-    const double time = static_cast<double>(ceil_div(heads_ * plan.blocks, resident)) * instructions + extra;
-    if (time >= least_) return;
-    least_ = time;
-    best_ = plan;
-  }
-
-  Error finish(AttentionPlan& plan) const {
-    plan = best_;
-    return best_.warps > 0 ? nullptr : RequestedPlan::error();
-  }
-
- private:
-  const void* kernel_;
-  size_t memory_;
-  RequestedPlan requested_;
-  int64_t heads_ = 0;
-  double least_ = std::numeric_limits<double>::infinity();
-  AttentionPlan best_ = {};
-};
-
-// make(plan), or its result for the thread's last call: the layers of a model have the same shape.
-template <class Make>
-Error remember_plan(const AttentionShape& shape, AttentionPlan& plan, const Make& make) {
-  struct Call {
-    AttentionShape shape;
-    size_t memory;
-    int multiprocessors;
-    RequestedPlan requested;
-    bool operator==(const Call&) const = default;
-  };
-  static thread_local Call last = {};
-  static thread_local AttentionPlan found = {};
-  const Call call = {shape, max_shared_memory(), multiprocessors(), RequestedPlan::read()};
-  if (found.warps == 0 || !(call == last)) {
-    found = {};
-    if (const Error error = make(found)) return error;
-    last = call;
-  }
-  plan = found;
-  return nullptr;
+// Shares a head's `tiles` among as many blocks as fill the GPU, whose warps take `warp_tiles` at a time.
+inline void share_tiles(AttentionPlan& plan, const AttentionShape& shape, int64_t resident, int tiles,
+                        int warp_tiles) {
+  // The lengths of packed sequences are unknown: as many of the longest as the tokens make.
+  const int64_t longest = std::max<int64_t>(shape.tokens, 1);
+  const int64_t heads =
+      shape.heads * (shape.offsets.data ? ceil_div(shape.offsets.tokens, longest) : shape.batch);
+  const int test_blocks = TestPlan::read().blocks;
+  const int64_t filling = test_blocks > 0 ? test_blocks : resident / heads;
+  const int64_t most = ceil_div(tiles, plan.warps * warp_tiles);
+  const int rounds = static_cast<int>(ceil_div(most, std::clamp<int64_t>(filling, 1, most)));
+  plan.block_tiles = rounds * plan.warps * warp_tiles;
+  plan.blocks = ceil_div(tiles, plan.block_tiles);
 }
 
 // Whether every tensor allows 16-byte accesses.

@@ -142,12 +142,7 @@ struct Head {
   // n on.
   template <int E, class Load>
   __device__ __forceinline__ void rotate_back(float (&values)[E], int token, int i, const Load& load) const {
-    if (!tables.cos) return;
-    if (tables.grid > 0) {
-      rotary<true>().rotate_back(values, token, i, load);
-    } else {
-      rotary<false>().rotate_back(values, token, i, load);
-    }
+    if (tables.cos) rotary().rotate_back(values, token, i, load);
   }
 
   // Calls body(token, row, element) for chunks of E elements of padded rows [first, first + count). A power
@@ -178,8 +173,7 @@ struct Head {
     return number;
   }
 
-  template <bool COMPACT>
-  __device__ __forceinline__ Rotary<COMPACT> rotary() const {
+  __device__ __forceinline__ Rotary rotary() const {
     const auto [sample, head] = recomputed();
     int64_t first = 0;
     if (tables.token_index) {
@@ -191,19 +185,10 @@ struct Head {
 
   template <int E>
   __device__ __forceinline__ void rotate_chunks(T* rows, const Threads& threads, int first, int count) const {
-    // A branch, so that only one form is live at a time.
-    if (tables.grid > 0) {
-      rotate_by<E>(rotary<true>(), rows, threads, first, count);
-    } else {
-      rotate_by<E>(rotary<false>(), rows, threads, first, count);
-    }
-  }
-  template <int E, class Rotation>
-  __device__ __forceinline__ void rotate_by(const Rotation& rotary, T* rows, const Threads& threads,
-                                            int first, int count) const {
+    const Rotary rotation = rotary();
     for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
       if (!padded_rows().contains(token) || i >= width()) return;
-      rotary.template rotate<E>(rows + row * kRow<D>, token, i);
+      rotation.rotate<E>(rows + row * kRow<D>, token, i);
     });
   }
 

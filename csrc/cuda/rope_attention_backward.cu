@@ -8,7 +8,7 @@
 // dS goes to shared memory in 16 bits, from where the warps compute dq = dS k together: five matmuls.
 // Rounds: more keys than the warps own take several rounds; between them dq is accumulated in a float32
 // workspace. The order of every sum is fixed: no atomics.
-// Plan: warps and blocks of the least predicted time with the GPU's occupancy (attention_plan.h).
+// Plan: by shared memory and the GPU's resident blocks (plan_backward).
 // Shared memory: padded rows of 2 (D + 8) bytes for k, v and two stages of q and dout, 80 bytes per key for
 // dS, 32 rows of floats for dq, and lse and dPsum of all queries. Traffic: 8 B N H D elements; per further
 // round or block q and dout again, and 8 B N H D bytes of the workspace; per block out.
@@ -473,38 +473,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 2)  // Without a minimum
              });
 }
 
-// Instructions of a warp in a block that takes its keys in `rounds`, roughly as in the PTX.
-template <int D>
-double backward_instructions(const AttentionPlan& plan, int rounds) {
-  constexpr int KT = kKeyTiles<D>;
-  const double stages = stage_rows(plan.tiles) / kStageRows;
-  const double own = KT * (80 + 2 * D);         // scores, dS, dk and dv
-  const double shared = 15.0 * D / plan.warps;  // copies and rotation of q, stores of dq
-  const double barriers = 100;
-  const double dq = ceil_div(D / kTile, plan.warps) * (13 * KT * plan.warps + 24);
-  const double round = 12 * KT * D + 500 + stages * (own + shared + barriers + dq);
-  return rounds * round + stages * 8 * D / plan.warps;
-}
-
+// As many warps as fit, and as many blocks per head as fill the GPU.
 template <class T, int D, class Kernel>
 Error plan_backward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& plan) {
   constexpr int KT = kKeyTiles<D>;
-  constexpr double kLaunch = 2000;  // of another kernel, in instructions of a warp
-  PlanSearch search(kernel, shape);
   plan = begin_plan(shape);
-  const int warp_tiles = ceil_div(plan.key_tiles, KT);
-  for (plan.warps = 1; plan.warps <= std::min(kMaxWarps, warp_tiles); ++plan.warps) {
-    const int64_t blocks = search.resident(plan.warps, BackwardMemory<T, D>::bytes(plan));
-    const int most_rounds = blocks == 0 ? 0 : ceil_div(warp_tiles, plan.warps);
-    for (int rounds = 1; rounds <= most_rounds; ++rounds) {
-      plan.block_tiles = rounds * plan.warps * KT;
-      plan.blocks = ceil_div(plan.key_tiles, plan.block_tiles);
-      const double dq_bytes = 4.0 * plan.tiles * kTile * D * plan.blocks;
-      const double sum = plan.blocks > 1 ? kLaunch + search.instructions_of_traffic(dq_bytes) : 0;
-      search.consider(plan, blocks, backward_instructions<D>(plan, rounds), sum);
-    }
-  }
-  return search.finish(plan);
+  const int warps = std::min(kMaxWarps, ceil_div(plan.key_tiles, KT));
+  const int64_t resident = fit_warps(plan, warps, kernel, BackwardMemory<T, D>::bytes);
+  if (resident == 0) return kNoPlan;
+  share_tiles(plan, shape, resident, plan.key_tiles, KT);
+  return nullptr;
 }
 
 }  // namespace
@@ -516,8 +494,7 @@ Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scra
     using T = decltype(element);
     BackwardPlan plan;
     const auto kernel = rope_attention_backward_kernel<T, D()>;
-    const auto make = [&](AttentionPlan& made) { return plan_backward<T, D()>(kernel, shape, made); };
-    if (const Error error = remember_plan(shape, plan, make)) return error;
+    if (const Error error = plan_backward<T, D()>(kernel, shape, plan)) return error;
     plan.wide = is_wide(shape, params.tables, {params.q, params.k, params.v, params.dout, params.out},
                         {params.dq, params.dk, params.dv});
     plan.workspace_rows =

@@ -2,7 +2,7 @@
 //
 // Grid: one or several blocks per (batch, head). Block: each warp owns 16 or 32 query rows in registers and
 // loops over key/value tiles in shared memory. Tiles: of the whole head, or double-buffered with cp.async.
-// Plan: warps, blocks and tiles of the least predicted time with the GPU's occupancy (attention_plan.h).
+// Plan: by shared memory and the GPU's resident blocks (plan_forward).
 // Shared memory: padded rows of 2 (D + 8) bytes for k and v (of a head or of two stages) and for each warp's
 // own rows, which hold q first and out at the end.
 // Traffic: q, k, v, out once, plus k and v once per extra block of a head. Tables come from the L2 cache.
@@ -26,8 +26,8 @@ constexpr int kMaxWarps = D == 96 || D == 112 ? 12 : 8;
 // Key tiles per step of a warp.
 template <int D>
 constexpr int kKeyTiles = D <= 112 ? 2 : 4;
-// Key tiles per stage, or half as many, where keys aren't resident.
-constexpr int kStageTiles = 8;
+// Key tiles per stage where keys aren't resident.
+constexpr int kStageTiles = 4;
 
 // Sets masked scores to -inf.
 template <int KT, class T, int D, int MT>
@@ -201,40 +201,25 @@ struct ForwardMemory {
   }
 };
 
-// Instructions of a warp in a block that takes its queries in `rounds`, roughly as in the PTX. Nothing hides
-// the load of the first stage.
-template <int D>
-double forward_instructions(const AttentionPlan& plan, int rounds) {
-  constexpr int MT = kQueryTiles<D>;
-  const int stages = ceil_div(plan.key_tiles, plan.stage_tiles);
-  const double first_load = plan.stage_tiles * 4 * kTile * D / kBytesPerCycle / kCyclesPerInstruction + 300;
-  const double shared = plan.key_tiles * 5.0 * D / plan.warps;  // copies and rotation of keys
-  const double scores = D / 8.0 * (1 + 2 * MT) + MT * (40 + D / 4.0);
-  return first_load + shared + stages * 60 + rounds * (MT * 7 * D + 300 + plan.key_tiles * scores);
-}
-
+// All keys stay in shared memory if two blocks of half the warps then fit a multiprocessor. Otherwise a block
+// has as many warps as fit, and each takes queries once.
 template <int D, class Kernel>
 Error plan_forward(Kernel* kernel, const AttentionShape& shape, AttentionPlan& plan) {
   constexpr int MT = kQueryTiles<D>;
-  PlanSearch search(kernel, shape);
   plan = begin_plan(shape);
-  const int warp_tiles = ceil_div(plan.tiles, MT), key_tiles = plan.key_tiles;
-  for (const int stage_tiles : {key_tiles, kStageTiles, kStageTiles / 2}) {
-    const bool resident = stage_tiles == key_tiles;
-    if (stage_tiles > key_tiles) continue;
-    plan.stage_tiles = stage_tiles;
-    for (plan.warps = 1; plan.warps <= std::min(kMaxWarps<D>, warp_tiles); ++plan.warps) {
-      const int64_t blocks = search.resident(plan.warps, ForwardMemory<D>::of_block(plan));
-      // Only resident keys serve several rounds.
-      const int most_rounds = blocks == 0 ? 0 : resident ? ceil_div(warp_tiles, plan.warps) : 1;
-      for (int rounds = 1; rounds <= most_rounds; ++rounds) {
-        plan.block_tiles = rounds * plan.warps * MT;
-        plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
-        search.consider(plan, blocks, forward_instructions<D>(plan, rounds));
-      }
-    }
+  const int warp_tiles = ceil_div(plan.tiles, MT);
+  int64_t resident =
+      fit_warps(plan, std::min(kMaxWarps<D> / 2, warp_tiles), kernel, ForwardMemory<D>::of_block);
+  if (resident > 0 && 2 * ForwardMemory<D>::of_block(plan) <= max_shared_memory()) {
+    share_tiles(plan, shape, resident, plan.tiles, MT);
+    return nullptr;
   }
-  return search.finish(plan);
+  plan.stage_tiles = std::min(kStageTiles, plan.key_tiles);
+  resident = fit_warps(plan, std::min(kMaxWarps<D>, warp_tiles), kernel, ForwardMemory<D>::of_block);
+  if (resident == 0) return kNoPlan;
+  plan.block_tiles = plan.warps * MT;
+  plan.blocks = ceil_div(plan.tiles, plan.block_tiles);
+  return nullptr;
 }
 
 }  // namespace
@@ -246,8 +231,7 @@ Error rope_attention_forward(const RopeAttentionForward& params, Stream stream) 
     using T = decltype(element);
     AttentionPlan plan;
     void (*const kernel)(RopeAttentionForward, AttentionPlan) = rope_attention_forward_kernel<T, D()>;
-    const auto make = [&](AttentionPlan& made) { return plan_forward<D()>(kernel, shape, made); };
-    if (const Error error = remember_plan(shape, plan, make)) return error;
+    if (const Error error = plan_forward<D()>(kernel, shape, plan)) return error;
     plan.wide = is_wide(shape, params.tables, {params.q, params.k, params.v}, {params.out});
     const dim3 grid = {static_cast<unsigned>(shape.batch * shape.heads * plan.blocks), 1, 1};
     const dim3 block = {static_cast<unsigned>(plan.warps * kWarpSize), 1, 1};

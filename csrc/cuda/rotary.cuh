@@ -5,8 +5,7 @@
 
 namespace evakernels::cuda {
 
-// One head's rotation. COMPACT: the tables are [2, G, D/4].
-template <bool COMPACT>
+// One head's rotation.
 struct Rotary {
   const AttentionShape& shape;
   const RotaryTables& tables;
@@ -83,23 +82,10 @@ struct Rotary {
   // cos and sin of E pairs from `pair` on.
   template <int E>
   __device__ __forceinline__ void load_angles(int row, int pair, float (&c)[E], float (&s)[E]) const {
-    if constexpr (COMPACT) {
-      const int quarter = static_cast<int>(shape.head_dim / 4);
-      const unsigned grid = static_cast<unsigned>(tables.grid), patch = static_cast<unsigned>(row);
-      // The column's line holds the second half of the pairs, so a quarter is subtracted.
-      const int of_row = patch / grid * quarter, of_column = (grid + patch % grid - 1) * quarter;  // #column
-#pragma unroll
-      for (int n = 0; n < E; ++n) {
-        const int at = (pair + n < quarter ? of_row : of_column) + pair + n;
-        c[n] = load(tables.cos + at);
-        s[n] = load(tables.sin + at);
-      }
-    } else {
-      const int64_t column = head * tables.head_stride + pair;  // invariant over rows
-      const int at = row * static_cast<int>(shape.head_dim / 2);
-      load_floats(tables.cos + column + at, c);
-      load_floats(tables.sin + column + at, s);
-    }
+    const int64_t column = head * tables.head_stride + pair;  // invariant over rows
+    const int at = row * static_cast<int>(shape.head_dim / 2);
+    load_floats(tables.cos + column + at, c);
+    load_floats(tables.sin + column + at, s);
   }
 
   static __device__ __forceinline__ void rotate_pair(float& a, float& b, float c, float s) {

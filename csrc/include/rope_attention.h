@@ -32,17 +32,14 @@ struct Rotation {
 
 // One entry per pair of elements.
 struct RotaryTables {
-  const float* cos;  // [P, D/2], [H, P, D/2] or, compact, [2, G, D/4]; null: no rotation
+  const float* cos;  // [P, D/2] or [H, P, D/2]; null: no rotation
   const float* sin;
   // [B, N - num_prefix], packed [T]: rows of the tables, -1 for tokens that aren't rotated. Null: position in
   // the sequence.
   const int64_t* token_index;
-  int64_t rows;         // P; G * G for compact tables
+  int64_t rows;         // P
   int64_t head_stride;  // 0: all heads share a table
-  // G of compact tables: row r has its first pairs from [0, r / G], the others from [1, r % G]. 0: not
-  // compact.
-  int64_t grid;
-  bool interleaved;  // pairs are neighbours, otherwise head_dim / 2 apart
+  bool interleaved;     // pairs are neighbours, otherwise head_dim / 2 apart
 };
 
 // Packed batch: sequence b has tokens offsets[b] to offsets[b + 1] - 1 of `tokens`.
@@ -50,8 +47,6 @@ struct SequenceOffsets {
   const void* data;  // [B + 1]; null: not packed, all samples have equal lengths
   bool is_int64;     // otherwise int32
   int64_t tokens;
-
-  bool operator==(const SequenceOffsets&) const = default;
 };
 
 struct AttentionShape {
@@ -68,8 +63,6 @@ struct AttentionShape {
   bool causal;
   DType dtype;
   SequenceOffsets offsets;
-
-  bool operator==(const AttentionShape&) const = default;
 };
 
 // Packed: tensors are [T, H, D] and lse is [H, T], without a batch_stride. A query that sees no key has an

@@ -30,7 +30,7 @@ from evaclip.train.step import StepOptions, TrainStep
 from evaclip.train.tasks import task_class
 from evaclip.train.tasks.task import Evaluate, Size, Task
 from evaclip.train.throughput import peak_flops
-from evakernels import keep_freed_memory, set_loss_products
+from evakernels import keep_freed_memory
 
 _MANY_SHARDS = 1000
 """Number of shards above which a run of several ranks suggests a shard list."""
@@ -142,7 +142,6 @@ def prepare_device(config: TrainConfig, device: torch.device) -> None:
     """Sets the precision of float32 matmuls; on a CPU keeps freed memory, and leaves cores to the data workers."""
     # By torch's defaults cuDNN rounds to TF32 in the patch embedding, unlike all other matmuls of a float32 model.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    set_loss_products(config.loss.products)
     if device.type == "cpu":
         keep_freed_memory()
         # A data worker that shares a core with one of torch's threads delays all of them.

@@ -196,9 +196,6 @@ class LossConfig:
 
     name: Literal["clip", "siglip"] = "clip"
     label_smoothing: Fraction = 0.0
-    products: Literal["ieee", "tf32x3"] = "tf32x3"
-    """How a GPU multiplies float32 features: `tf32x3` on tensor cores as sums of three TF32 products, with about the
-    error of float32; `ieee` without tensor cores."""
 
     @model_validator(mode="after")
     def _smoothing_needs_softmax(self) -> Self:

@@ -114,8 +114,8 @@ def memory_efficient_attention(
     """xformers' attention by `evakernels.rope_attention` and `evakernels.packed_attention`.
 
     Args:
-        query: `[B, N, H, K]`, `[B, N, K]` with one head, or `[B, N, G, H, K]` with G groups of heads.
-        key, value: the same with M tokens, in the dtype of `query`. A group may share one key head, expanded to H.
+        query: `[B, N, H, K]`, or `[B, N, K]` with one head.
+        key, value: the same with M tokens, in the dtype of `query`. H is a multiple of the number of key heads.
         attn_bias: None or a mask, of this module or xformers'. Block-diagonal masks need `B = 1` and as many keys as
             queries in each sequence.
         p, op: must be 0 and None.
@@ -134,10 +134,10 @@ def memory_efficient_attention(
     if output_dtype not in (None, query.dtype):
         raise NotImplementedError(f"{name}: output_dtype must be None or {query.dtype} (as query), got {output_dtype}")
     shape = query.shape
+    if query.dim() not in (3, 4):
+        raise ValueError(f"{name}: query must have shape [B, N, H, K] or [B, N, K], got {tuple(shape)}")
     if query.dim() == key.dim() == value.dim() == 3:
         query, key, value = (tensor.unsqueeze(2) for tensor in (query, key, value))
-    elif query.dim() == key.dim() == value.dim() == 5:
-        query, (key, value) = query.flatten(2, 3), _shared(key, value)
     mask = type(attn_bias).__name__
     if attn_bias is not None and mask not in _CAUSAL:
         raise NotImplementedError(f"{name}: attn_bias must be None, {', '.join(_CAUSAL)}, got {mask}")
@@ -154,10 +154,3 @@ def memory_efficient_attention(
     cu_seqlens = queries.seqstart.to(query.device)
     causal, max_seqlen = _CAUSAL[mask], queries.max_seqlen
     return packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale).view(shape)
-
-
-def _shared(*tensors: Tensor) -> list[Tensor]:
-    """Flattens groups of `[B, M, G, H, K]`, to one head a group where heads are expanded in all tensors."""
-    if all(tensor.stride(3) == 0 or tensor.shape[3] == 1 for tensor in tensors):
-        return [tensor[:, :, :, 0] for tensor in tensors]
-    return [tensor.flatten(2, 3) for tensor in tensors]

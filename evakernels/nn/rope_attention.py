@@ -76,7 +76,6 @@ def axial_rope(
     *,
     reference_size: float = 16,
     theta: float = 10000.0,
-    compact: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The 2-D rotary embedding of EVA-02 (Fang et al. 2023), as tables for `rope_attention`.
@@ -90,22 +89,17 @@ def axial_rope(
         head_dim: a multiple of 4.
         reference_size: grid size of the pre-training, in cells.
         theta: base of the frequencies.
-        compact: return tables of rows and columns instead of patches, for a square grid; a GPU caches them better.
 
     Returns:
-        `(cos, sin)`, float32 `[grid_h * grid_w, head_dim / 2]`: one entry per rotated pair. If `compact`:
-        `[2, grid_h, head_dim / 4]`.
+        `(cos, sin)`, float32 `[grid_h * grid_w, head_dim / 2]`: one entry per rotated pair.
 
     Raises:
-        ValueError: for an empty grid, a head_dim that isn't a multiple of 4, or a compact table of a grid that isn't
-            square.
+        ValueError: for an empty grid, or a head_dim that isn't a multiple of 4.
     """
     if grid_h < 1 or grid_w < 1:
         raise ValueError(f"axial_rope: grid_h and grid_w must be at least 1, got {grid_h} x {grid_w}")
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"axial_rope: head_dim must be a multiple of 4, got {head_dim}")
-    if compact and grid_h != grid_w:
-        raise ValueError(f"axial_rope: compact must be False for a grid of {grid_h} x {grid_w}, got True")
     # float64, so that the tables don't depend on the device or the default dtype.
     pairs = torch.arange(head_dim // 4, dtype=torch.float64, device=device)
     frequencies = theta ** (-4 * pairs / head_dim)
@@ -115,11 +109,8 @@ def axial_rope(
         return positions.unsqueeze(1) * frequencies
 
     rows, columns = angles(grid_h), angles(grid_w)
-    if compact:
-        table = torch.stack((rows, columns))
-    else:
-        spread = rows.unsqueeze(1).expand(-1, grid_w, -1), columns.unsqueeze(0).expand(grid_h, -1, -1)
-        table = torch.cat(spread, -1).flatten(0, 1)
+    spread = rows.unsqueeze(1).expand(-1, grid_w, -1), columns.unsqueeze(0).expand(grid_h, -1, -1)
+    table = torch.cat(spread, -1).flatten(0, 1)
     return table.cos().float(), table.sin().float()
 
 

@@ -20,7 +20,6 @@ from .rope_attention import (
     gradients_fake,
     refuse_gradients,
     sum_shared_heads,
-    table_rows,
 )
 
 
@@ -84,9 +83,8 @@ def packed_attention(
             `cu_seqlens[b + 1] - 1`; it may be empty.
         max_seqlen: upper bound of the sequence lengths.
         cos, sin: tables as for `rope_attention`; None for no rotation.
-        positions: int64 `[T]`, the table row of each token; or `[T, 2]`, its y and x below G in the compact table, so
-            that images of any size share a table. Each call converts these to rows, y * G + x. -1, in either column,
-            for no rotation. None for a token's index in its sequence; P is then at least `max_seqlen`.
+        positions: int64 `[T]`, the table row of each token; -1 for no rotation. None for a token's index in its
+            sequence; P is then at least `max_seqlen`.
         causal: mask later keys.
         interleaved, scale, return_lse: as for `rope_attention`.
 
@@ -106,34 +104,12 @@ def packed_attention(
         >>> evakernels.packed_attention(q, k, v, cu_seqlens, max_seqlen=77).shape
         torch.Size([94, 8, 64])
     """
-    token_index = positions
-    if isinstance(positions, Tensor) and positions.dim() == 2:
-        token_index = _grid_rows(positions, cos, q)
-    args = q, k, v, cu_seqlens, cos, sin, token_index, max_seqlen, causal, interleaved, scale
+    args = q, k, v, cu_seqlens, cos, sin, positions, max_seqlen, causal, interleaved, scale
     if return_lse:
         both: tuple[Tensor, Tensor] = _forward.every_output(*args)
         return both[0], both[1].detach()
     out: Tensor = _forward(*args)
     return out
-
-
-def _grid_rows(positions: Tensor, cos: Tensor | None, q: Tensor) -> Tensor:
-    """The table rows of (y, x), `[T, 2]` -> `[T]`; positions outside the grid give a row after the last one."""
-    op = "packed_attention"
-    _check.floating(op, q=q)
-    _check.of_dtype(op, (torch.int64,), positions=positions)
-    if positions.shape[1] != 2:
-        raise ValueError(f"{op}: positions must have shape [T] or [T, 2], got {tuple(positions.shape)}")
-    if cos is None:
-        return positions[:, 0]  # which the op refuses
-    if not isinstance(cos, Tensor) or not q.dim() or not rope_attention.is_compact(cos, q.shape[-1]):
-        found = tuple(cos.shape) if isinstance(cos, Tensor) else _check.kind(cos)
-        raise ValueError(f"{op}: cos must be the compact table [2, G, D/4] for positions [T, 2], got {found}")
-    grid = cos.shape[1]
-    y, x = positions.unbind(1)
-    low, high = torch.minimum(y, x), torch.maximum(y, x)
-    rows = (y * grid + x).masked_fill(low == -1, -1)
-    return rows.masked_fill((low < -1) | (high >= grid), grid * grid)
 
 
 def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any) -> Any:
@@ -160,9 +136,9 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any)
             raise ValueError(f"{op}: positions must be None without cos and sin, got {_check.kind(positions)}")
         _check.of_dtype(op, (torch.int64,), positions=positions)
         _check.same_device(op, q=q, positions=positions)
-        _check.shape(op, "positions", positions, (q.shape[0],), "[T] or [T, 2] with T")
+        _check.shape(op, "positions", positions, (q.shape[0],), "[T]")
     check_tables(op, q, k, cos, sin)
-    if cos is not None and positions is None and (rows := table_rows(cos, q.shape[-1])) < max_seqlen:
+    if cos is not None and positions is None and (rows := cos.shape[-2]) < max_seqlen:
         raise ValueError(f"{op}: cos must have max_seqlen = {max_seqlen} rows or more, got {rows}")
     options = max_seqlen, causal, interleaved, q.shape[-1] ** -0.5 if scale is None else scale
     return q, k, v, cu_seqlens, cos, sin, positions, *options
@@ -180,7 +156,7 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: An
     """Only on a CPU: reading values would synchronise another device."""
     op, (cos, _, token_index, max_seqlen, *_) = "packed_attention", rest
     if cos is not None and token_index is not None:
-        token_range(op, token_index, table_rows(cos, q.shape[-1]), lowest=-1, name="positions")
+        token_range(op, token_index, cos.shape[-2], lowest=-1, name="positions")
     if cu_seqlens.device.type != "cpu":
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])

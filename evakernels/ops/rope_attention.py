@@ -77,9 +77,8 @@ def rope_attention(
         k, v: `[B, M, Hkv, D]` in the dtype of `q`. H is a multiple of Hkv: query head h uses head h // (H // Hkv)
             (grouped and multi-query attention). M may differ from N without rotation, or if `q` holds the first N of
             the M tokens, all of the prefix.
-        cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair; without gradient. Or the
-            compact `[2, G, D/4]` of a square grid, P = G * G: table row r has its first D/4 pairs from `[0, r // G]`
-            and the others from `[1, r % G]`. None for no rotation. `evakernels.nn.axial_rope` computes EVA's.
+        cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair; without gradient. None
+            for no rotation. `evakernels.nn.axial_rope` computes EVA's.
         token_index: int64 `[B, M - num_prefix]`: table row of each token behind the prefix (see `token_dropout`); -1
             for no rotation. None for row i of token `num_prefix + i`; P is then `M - num_prefix`.
         num_prefix: number of leading tokens (class token, registers) that aren't rotated; 0 to 16.
@@ -191,9 +190,7 @@ def check_tables(
     _check.same_device(op, q=q, cos=cos, sin=sin)
     lines = cos.shape[-2] if cos.dim() >= 2 else cos.numel()
     rows = lines if patches is None else patches
-    if reference.is_compact(cos, head_dim):
-        _check_compact(op, cos, patches, head_dim)
-    elif cos.dim() == 3:
+    if cos.dim() == 3:
         _check.shape(op, "cos", cos, (heads, rows, head_dim // 2), "[H, P, D/2]")
         if k.shape[-2] != heads:
             raise ValueError(
@@ -203,23 +200,6 @@ def check_tables(
         _check.shape(op, "cos", cos, (rows, head_dim // 2), "[P, D/2]")
     _check.shape(op, "sin", sin, tuple(cos.shape), "cos.shape")
     return True
-
-
-def _check_compact(op: str, cos: Tensor, patches: int | None, head_dim: int) -> None:
-    grid = cos.shape[1]
-    if head_dim % 4:
-        raise ValueError(f"{op}: head_dim must be a multiple of 4 with a compact table in cos, got {head_dim}")
-    _check.shape(op, "cos", cos, (2, grid, head_dim // 4), "[2, G, D/4]")
-    if patches is not None and patches != grid * grid:
-        raise ValueError(
-            f"{op}: cos must be a compact table of N - num_prefix = {patches} patches, got one of {grid} x {grid}"
-        )
-
-
-def table_rows(cos: Tensor, head_dim: int) -> int:
-    """The number of rows of a table of any form."""
-    rows = cos.shape[-2]
-    return rows**2 if reference.is_compact(cos, head_dim) else rows
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -241,7 +221,7 @@ def _check_values(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, token_index: Tensor | None, *rest: Any
 ) -> None:
     if cos is not None and token_index is not None:
-        token_range("rope_attention", token_index, table_rows(cos, q.shape[-1]), lowest=-1)
+        token_range("rope_attention", token_index, cos.shape[-2], lowest=-1)
 
 
 def gpu_reasons(heads: list[Tensor], longest: int, cos: Tensor | None) -> list[str]:
@@ -249,7 +229,7 @@ def gpu_reasons(heads: list[Tensor], longest: int, cos: Tensor | None) -> list[s
     q, found, head_dim = heads[0], [], heads[0].shape[-1]
     if (size := q.shape[-2] * head_dim) > _MAX_GPU_ELEMENTS:
         found.append(f"tokens of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
-    if cos is not None and (size := table_rows(cos, head_dim) * head_dim // 2) > _MAX_GPU_ELEMENTS:
+    if cos is not None and (size := cos.shape[-2] * head_dim // 2) > _MAX_GPU_ELEMENTS:
         found.append(f"a table of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
     if q.dtype == torch.float32:
         found.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")

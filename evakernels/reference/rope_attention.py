@@ -110,8 +110,6 @@ def rotation_tables(
 
     def of_tokens(table: Tensor, of_prefix: float) -> Tensor:
         rows = table.to(accumulation_dtype(q))
-        if is_compact(table, q.shape[-1]):
-            rows = _of_grid(*rows)
         per_head = rows.dim() == 3
         if token_index is not None:
             rows = rows[..., token_index.clamp(min=0), :]
@@ -123,17 +121,6 @@ def rotation_tables(
         return torch.cat((prefix, rows), -2)
 
     return of_tokens(cos, 1.0), of_tokens(sin, 0.0)
-
-
-def is_compact(table: Tensor, head_dim: int) -> bool:
-    """Whether a table holds rows and columns of a square grid, [2, G, D / 4]."""
-    return table.dim() == 3 and table.shape[2] == head_dim // 4
-
-
-def _of_grid(of_rows: Tensor, of_columns: Tensor) -> Tensor:
-    """The table [G * G, D / 2] of patches in row-major order: pairs of the row, then of the column."""
-    size = len(of_rows)
-    return torch.cat((of_rows.repeat_interleave(size, 0), of_columns.repeat(size, 1)), -1)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:

@@ -23,7 +23,7 @@ from ._rows import product
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SIZES = ("stride_qz", "stride_qm", "stride_qh", "stride_kz", "stride_kn", "stride_kh")
-SIZES += ("stride_vz", "stride_vn", "stride_vh", "table_rows", "grid", "tiles", "heads", "group")
+SIZES += ("stride_vz", "stride_vn", "stride_vh", "table_rows", "tiles", "heads", "group")
 SIZES += ("seqlen_q", "seqlen_k", "num_prefix")
 """Arguments that Triton doesn't specialise on."""
 PREFIX_ROWS = tl.constexpr(16)
@@ -101,7 +101,7 @@ def _of_rows(tensors, place, heads, seqlen_q, cu_seqlens):
 
 
 @triton.jit
-def _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, D: tl.constexpr):
+def _rope(tables, num_prefix, place, seqlen_q, cu_seqlens, table_rows, D: tl.constexpr):
     """The rotation of a head; () without one, and for absent parts, as Triton 3.6 takes no None in tuples."""
     _, head, sample, first, _ = place
     cos, sin, token_index = tables
@@ -110,9 +110,8 @@ def _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, D: 
     else:
         row = sample * (seqlen_q - num_prefix) if cu_seqlens is None else first
         index = () if token_index is None else (token_index + row,)
-        sides = () if grid is None else (grid,)
         table = head * table_rows * (D // 2)
-        return cos + table, sin + table, index, num_prefix, sides
+        return cos + table, sin + table, index, num_prefix
 
 
 @triton.jit
@@ -321,7 +320,6 @@ def attention_kernel(
     stride_vn: tl.int64,
     stride_vh: tl.int64,
     table_rows: tl.int64,
-    grid,
     tiles,
     heads,
     group,
@@ -345,7 +343,6 @@ def attention_kernel(
         tables: cos, sin and token_index, or None.
         cu_seqlens: bounds of a packed batch, or None.
         table_rows: rows between the tables of heads; 0 for a shared table.
-        grid: side of a compact table's grid, or None.
         group: number of heads of q that share a head of k and v.
         seqlen_q, seqlen_k: N and M, or T.
         scale: factor of the scores, times log2(e).
@@ -362,7 +359,7 @@ def attention_kernel(
     )
     dense = _dense(dense, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS, FORM.D)
     of_rows = _of_rows(of_rows, place, heads, seqlen_q, cu_seqlens)
-    rope = _rope(tables, num_prefix, grid, place, seqlen_q, cu_seqlens, table_rows, FORM.D)
+    rope = _rope(tables, num_prefix, place, seqlen_q, cu_seqlens, table_rows, FORM.D)
     of_keys = seqlen_k if cu_seqlens is None else length
     start, limit, end = num_prefix if FORM.PREFIX else 0, length, of_keys
     if PASS == "dkdv":

@@ -114,7 +114,7 @@ def store_unrotated(target, base, inside, rope, rows, FORM: tl.constexpr):
 @triton.jit
 def _angles(rope, base, inside, D: tl.constexpr):
     """cos and sin of the pairs; 1 and 0 for tokens of the prefix and index -1."""
-    cos, sin, index, num_prefix, sides = rope
+    cos, sin, index, num_prefix = rope
     offs = base + tl.arange(0, inside.shape[0])
     inside &= offs >= num_prefix
     patches = offs - num_prefix
@@ -122,15 +122,7 @@ def _angles(rope, base, inside, D: tl.constexpr):
         patches = tl.load(index[0] + patches, mask=inside, other=-1).to(tl.int32)
         inside &= patches >= 0
     columns = tl.arange(0, _width(D) // 2)
-    if len(sides) == 0:
-        at = patches[:, None] * (D // 2) + columns[None, :]
-    else:  # the patch's row rotates the first half of the pairs, its column the second
-        grid = sides[0]
-        by_row = (patches // grid * (D // 4))[:, None] + columns[None, :]
-        by_column = ((grid + patches % grid - 1) * (D // 4))[:, None] + columns[None, :]
-        at = tl.where((columns < D // 4)[None, :], by_row, by_column)
-        if D % 16 == 0:
-            at = tl.max_contiguous(tl.multiple_of(at, (1, 4)), (1, 4))
+    at = patches[:, None] * (D // 2) + columns[None, :]
     mask = _mask(inside, columns, D // 2)
     return (
         tl.load(cos + at, mask=mask, other=1.0).to(tl.float32),

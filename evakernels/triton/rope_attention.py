@@ -7,7 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference.rope_attention import is_compact
 from ..tuning import config, entry
 from ._attention import PREFIX_ROWS, Form, attention_kernel
 from ._launch import dense, float32_products, in_vectors, on_device_of
@@ -132,7 +131,7 @@ class Attention:
             [s for x in (self.q, self.k, self.v) for s in (0 if packed else x.stride(0), *x.stride()[-3:-1])],
             self.q.element_size(),
         )
-        tables, table_rows, grid = self._tables()
+        tables, table_rows = self._tables()
         products = float32_products(self.q)
         form = Form(
             D=head_dim,
@@ -147,7 +146,7 @@ class Attention:
         )
         with on_device_of(self.q):
             attention_kernel[(tiles * self.heads * self.samples,)](
-                *((self.q, self.k, self.v), heads, of_rows, tables, self.cu_seqlens, *strides, table_rows, grid),
+                *((self.q, self.k, self.v), heads, of_rows, tables, self.cu_seqlens, *strides, table_rows),
                 *(tiles, self.heads, self.heads // self.k.shape[-2], queries, keys, tokens),
                 self.scale * math.log2(math.e),
                 PASS=kind,
@@ -181,13 +180,10 @@ class Attention:
             return self.num_prefix, 0
         return tokens, 1 if tokens == 1 else int(PREFIX_ROWS.value)
 
-    def _tables(self) -> tuple[tuple[Tensor | None, ...], int, int | None]:
-        """(cos, sin, token_index), rows between the tables of heads, and grid of a compact table or None."""
+    def _tables(self) -> tuple[tuple[Tensor | None, ...], int]:
+        """(cos, sin, token_index), and rows between the tables of heads."""
         cos, sin, token_index = map(dense, (self.cos, self.sin, self.token_index))
-        tables = cos, sin, token_index
-        if cos is None or cos.dim() == 2:
-            return tables, 0, None
-        return (tables, 0, cos.shape[1]) if is_compact(cos, self.q.shape[-1]) else (tables, cos.shape[1], None)
+        return (cos, sin, token_index), 0 if cos is None or cos.dim() == 2 else cos.shape[1]
 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

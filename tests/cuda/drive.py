@@ -221,7 +221,7 @@ class Attention(NamedTuple):
     """A call of attention.
 
     Attributes:
-        tables: "shared", "heads" or "compact"; None for no rotation.
+        tables: "shared" or "heads"; None for no rotation.
         indexed: whether there is a token_index.
         packed: whether q, k and v are one tensor `[B, N, 3, H, D]`.
         offsets: cu_seqlens of a packed batch, which has no `batch`, `tokens` and `keys`.
@@ -247,7 +247,7 @@ class Attention(NamedTuple):
 SEVERAL, TWO = (0, 17, 17, 18, 60), (0, 5, 30)
 # Prefix and patches that fill their tile; pairs half a vector apart; access by element; text; more tiles than warps;
 # stages; blocks whose warps take queries twice. Then a negative scale with all options, access by element, and twice
-# the tiles that a warp has at a time; compact tables; sequences, one of them empty. Fewer keys than queries, of which
+# the tiles that a warp has at a time; sequences, one of them empty. Fewer keys than queries, of which
 # some see none: tiles of them, in several rounds too, and all of them; more keys, in stages and rounds; no queries;
 # heads of keys for several of queries; rotated sequences.
 ATTENTIONS = [
@@ -262,8 +262,6 @@ ATTENTIONS = [
     Attention(1, 30, 30, 1, 1, 18, 1, 0.2, True, FLOAT16, "shared", False, False, True),
     Attention(1, 97, 97, 1, 1, 112, 0, 0.1, True, FLOAT16),
     Attention(1, 113, 113, 1, 1, 8, 0, 0.3, True, HALF, packed=True),
-    Attention(2, 26, 26, 1, 1, 64, 1, 0.125, False, HALF, "compact", True, True, True),
-    Attention(1, 26, 26, 1, 1, 24, 1, 0.2, False, FLOAT16, "compact", False, False, True),
     Attention(0, 0, 0, 2, 2, 64, 0, 0.125, True, HALF, packed=True, offsets=SEVERAL),
     Attention(0, 0, 0, 1, 1, 32, 0, 0.2, False, FLOAT16, packed=True, offsets=TWO),
     Attention(2, 50, 13, 4, 2, 64, 0, 0.125, True, HALF),
@@ -274,12 +272,12 @@ ATTENTIONS = [
     Attention(1, 3, 90, 1, 1, 18, 0, 0.2, False, HALF),
     Attention(1, 0, 20, 1, 1, 32, 0, 0.2, False, FLOAT16),
     Attention(2, 17, 17, 6, 2, 64, 1, 0.125, False, HALF, "shared", True, True, False),
-    Attention(0, 0, 0, 2, 2, 64, 0, 0.125, True, HALF, "compact", True, True, True, SEVERAL),
+    Attention(0, 0, 0, 2, 2, 64, 0, 0.125, True, HALF, "shared", True, True, True, SEVERAL),
     Attention(0, 0, 0, 4, 2, 18, 0, 0.2, False, FLOAT16, "shared", False, False, False, TWO),
 ]
 
 
-SPLIT = (3, 7, 9, 10, 13, 16, 19)
+SPLIT = (3, 7, 9, 10, 11, 14, 17)
 """Calls with two blocks per head: a prefix, causal ones by element and in words, sequences, and fewer keys."""
 
 
@@ -320,11 +318,7 @@ def attend(call: Attention) -> None:
 def tables_of(call: Attention, patches: int) -> dict[str, Tensor]:
     """The tables have more rows than patches if there is an index."""
     rows, pairs = patches + 3 * call.indexed, call.head_dim // 2
-    shapes: dict[str | None, tuple[int, ...]] = {"shared": (rows, pairs), "heads": (call.heads, rows, pairs)}
-    if call.tables == "compact":
-        grid = math.isqrt(patches) + 2 * call.indexed
-        rows, shapes["compact"] = grid**2, (2, grid, pairs // 2)
-    angles = 3 * draw(*shapes[call.tables])
+    angles = 3 * draw(*([call.heads] if call.tables == "heads" else []), rows, pairs)
     found = {"cos": angles.cos(), "sin": angles.sin()}
     if call.indexed:
         sizes = (call.offsets[-1],) if call.offsets else (call.batch, patches)

@@ -180,7 +180,7 @@ def test_lamb_step() -> None:
 
 def attention_calls() -> dict[str, Any]:
     """By name: the op, q, k and v in float32, and the options of the launcher."""
-    grid, rows = normal(2, 3, 4), normal(9, 8)
+    rows = normal(9, 8)
     index, offsets = torch.tensor([[8, 0, 3, 4], [1, 2, 0, 7]]), torch.tensor([0, 2, 2, 9])
     tokens = torch.tensor([-1, 0, 8, 3, 3, -1, 7, 1, 2])
 
@@ -194,12 +194,10 @@ def attention_calls() -> dict[str, Any]:
     images, halves = {"token_index": index, "num_prefix": 1, "causal": True}, {"causal": True, "interleaved": False}
     return {
         "rotated": ("rope_attention", qkv, rotary(rows) | images),
-        "compact": ("rope_attention", qkv, rotary(grid) | images),
         "fewer keys": ("rope_attention", fewer_keys, {"causal": True}),
         "packed": ("packed_attention", packed, sequences),
         "packed, in order": ("packed_attention", grouped, sequences | rotary(rows) | halves),
         "packed, rows": ("packed_attention", grouped, sequences | rotary(rows) | halves | {"token_index": tokens}),
-        "packed, grid": ("packed_attention", grouped, sequences | rotary(grid) | halves | {"token_index": tokens}),
     }
 
 

@@ -148,9 +148,6 @@ def test_axial_rope_matches_timm(grid, head_dim):
     actual = nn.axial_rope(*grid, head_dim)
     assert [t.dtype for t in actual] == [torch.float32] * 2
     torch.testing.assert_close(actual, (cos, sin), atol=2e-6, rtol=0)
-    if grid[0] == grid[1]:
-        for table, (rows, columns) in zip(actual, nn.axial_rope(*grid, head_dim, compact=True), strict=True):
-            assert torch.equal(table[grid[1] + 2], torch.cat((rows[1], columns[2])))
 
 
 def test_rotate_matches_rope_attention():
@@ -166,7 +163,6 @@ def test_rotate_matches_rope_attention():
     [
         (lambda: nn.axial_rope(0, 4, 8), "grid_h"),
         (lambda: nn.axial_rope(4, 4, 6), "head_dim"),
-        (lambda: nn.axial_rope(2, 4, 8, compact=True), "compact"),
         (lambda: nn.RotaryAttention(10, 4), "width"),
         (lambda: nn.PatchDropout(-0.1), "rate"),
         (lambda: nn.PatchDropout(1.0), "rate"),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from op_checks import DTYPES, randn
-from test_rope_attention import attention, expanded, tables_of
+from test_rope_attention import attention, tables_of
 
 import evakernels
 
@@ -20,7 +20,6 @@ def pair(lengths, heads=HEADS, kv_heads=HEADS, form="unrotated", head_dim=HEAD_D
     """Our function and torch's on each sequence, over one tensor `[T, H + 2 * Hkv, D]`, with tables of one form."""
     cu_seqlens = offsets_of(lengths, dtype)
     cos, sin, positions, rows = FORMS[form](lengths, head_dim)
-    full = (expanded(cos), expanded(sin)) if form.startswith("grid") else (cos, sin)
     tables = {"cos": cos, "sin": sin, "positions": positions}
 
     def ours(x):
@@ -29,7 +28,9 @@ def pair(lengths, heads=HEADS, kv_heads=HEADS, form="unrotated", head_dim=HEAD_D
 
     def theirs(x):
         found = [
-            attention(*(t[None] for t in s.split((heads, kv_heads, kv_heads), 1)), *full, index[None], 0, **options)[0]
+            attention(*(t[None] for t in s.split((heads, kv_heads, kv_heads), 1)), cos, sin, index[None], 0, **options)[
+                0
+            ]
             for s, index in zip(x.split(lengths), rows.split(lengths), strict=True)
             if len(s)
         ]
@@ -53,20 +54,11 @@ def _by_row(lengths, head_dim):
     return *_angles(5, head_dim // 2), rows, rows
 
 
-def _by_place(lengths, head_dim, paired=True):
-    grid = 5
-    places = torch.randint(-1, grid, (sum(lengths), 2), generator=torch.Generator().manual_seed(0))
-    rows = torch.where(places.amin(1) < 0, -1, places[:, 0] * grid + places[:, 1])
-    return *_angles(2, grid, head_dim // 4), places if paired else rows, rows
-
-
 FORMS = {
     "unrotated": lambda lengths, _: (None, None, None, torch.zeros(sum(lengths), dtype=torch.int64)),
     "in order": _in_order,
     "in order, a table a head": lambda lengths, head_dim: _in_order(lengths, head_dim, HEADS),
     "rows": _by_row,
-    "grid by place": _by_place,
-    "grid by row": lambda lengths, head_dim: _by_place(lengths, head_dim, paired=False),
 }
 
 
@@ -89,12 +81,12 @@ CASES = [
             ("rotated", (2, 2), "in order", True, True),
             ("table-a-head", (2, 2), "in order, a table a head", False, True),
             ("rows", (4, 2), "rows", False, False),
-            ("places", (3, 1), "grid by place", False, True),
-            ("grid-rows", (2, 1), "grid by row", True, True),
+            ("rows-one-key-head", (3, 1), "rows", False, True),
+            ("rows-causal", (2, 1), "rows", True, True),
         ]
     ),
 ]
-QUICK = dict.fromkeys(("test_gradcheck", "test_compiles_without_graph_break"), ("causal", "places"))
+QUICK = dict.fromkeys(("test_gradcheck", "test_compiles_without_graph_break"), ("causal", "rows-one-key-head"))
 TRANSFORMED = ["causal", "rows"]
 
 
@@ -103,7 +95,7 @@ TRANSFORMED = ["causal", "rows"]
     ("lengths", "heads", "head_dim", "form", "causal"),
     [
         pytest.param([77, 1, 30, 64], (1, 1), 64, "unrotated", True, id="size_of_a_tower"),
-        pytest.param([64, 17, 49], (2, 1), 64, "grid by place", False, id="mixed_image_sizes"),
+        pytest.param([64, 17, 49], (2, 1), 64, "rows", False, id="mixed_image_sizes"),
         *(
             ([1, 4, 7, 8, 9, 48, 49, 97], (1, 1), head_dim, "unrotated", causal)
             for head_dim, causal in ((20, True), (64, False))
@@ -162,12 +154,11 @@ def test_autocast_casts_as_for_torch(dtype):
 # --- wrong input, for test_wrong_input ------------------------------------------------------------------------------
 
 TOKENS, ROWS = torch.ones(5, 3, 8), torch.arange(5)
-PLACES = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [2, 2]])
-TO_PLACES, IN_ORDER = {"positions": PLACES}, {"positions": None}
+IN_ORDER = {"positions": None}
 CALLS = {
     "packed_attention": dict.fromkeys("qkv", TOKENS)
     | {"cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5, "positions": ROWS}
-    | tables_of(2, 3, 2)
+    | tables_of(5, 4)
 }
 WRONG = {
     "packed_attention": [
@@ -185,16 +176,11 @@ WRONG = {
         (TypeError, "max_seqlen", {"max_seqlen": 5.0}),
         (TypeError, "scale", {"scale": "1"}),
         (ValueError, "positions", {"cos": None, "sin": None}),
-        (ValueError, "positions", {"cos": None, "sin": None} | TO_PLACES),
         (ValueError, "sin", {"sin": None}),
-        (ValueError, "positions", {"positions": PLACES.repeat(1, 2)}),
-        (TypeError, "positions", {"positions": PLACES.int()}),
+        (ValueError, "positions", {"positions": ROWS.view(5, 1)}),
+        (TypeError, "positions", {"positions": ROWS.int()}),
         (IndexError, "positions", {"positions": ROWS + 5}),
         (IndexError, "positions", {"positions": ROWS - 2}),
-        (IndexError, "positions", {"positions": PLACES + 1}),
-        (IndexError, "positions", {"positions": PLACES - 2}),
-        (ValueError, "positions", tables_of(9, 4) | TO_PLACES),
-        (ValueError, "positions", dict.fromkeys("qkv", TOKENS[:, :2]) | tables_of(2, 5, 4) | TO_PLACES),
         (ValueError, "cos", tables_of(4, 4) | IN_ORDER),
         (ValueError, "cos", dict.fromkeys("kv", TOKENS[:, :1]) | tables_of(3, 5, 4) | IN_ORDER),
     ]

@@ -279,24 +279,6 @@ def test_padded_swiglu_runs_the_plan_of_cards(printed: Callable[..., str], gpu: 
 
 
 @needs_nvcc
-@pytest.mark.parametrize("plan", ["0", "x2", "9x1", "2x99", "2x2 "])
-def test_impossible_attention_plan_is_named(printed: Callable[..., str], plan: str) -> None:
-    code = """if True:
-        import torch, evakernels
-        qkv = [torch.ones(1, 40, 1, 16).half() for _ in range(3)]
-        try:
-            evakernels.rope_attention(*qkv)
-        except RuntimeError as error:
-            print(error)
-        from evakernels import layer_norm
-        layer_norm(torch.ones(2, 4))
-    """
-    assert f"EVAKERNELS_ATTENTION_PLAN must be WARPS or WARPSxBLOCKS of a possible plan, got {plan}" in printed(
-        code, EVAKERNELS_ATTENTION_PLAN=plan
-    )
-
-
-@needs_nvcc
 def test_failed_occupancy_query_is_named(printed: Callable[..., str]) -> None:
     """Attention, norms and GELU plan by resident blocks."""
     code = """if True:

@@ -15,16 +15,13 @@ from evakernels import _native, backends, triton
 from evakernels.nn import axial_rope
 
 OPS = torch.ops.evakernels
-BATCH, HEADS, HEAD_DIM, PATCHES, GRID = 2, 3, 4, 6, 3
+BATCH, HEADS, HEAD_DIM, PATCHES = 2, 3, 4, 6
 
 
 def tables(kind):
-    """cos and sin: none, one table for all heads, one a head, or the compact one of a grid of 3 x 3."""
+    """cos and sin: none, one table for all heads, or one a head."""
     if kind == "none":
         return None, None
-    if kind == "compact":
-        angles = randn(2, GRID, HEAD_DIM // 4, seed=1) * 3
-        return angles.cos().float(), angles.sin().float()
     angles = randn(HEADS, PATCHES, HEAD_DIM // 2, seed=1) * 3
     angles = angles if kind == "heads" else angles[0]
     return angles.cos().float(), angles.sin().float()
@@ -52,12 +49,6 @@ def rotate(x, cos, sin, token_index, num_prefix, interleaved):
     return torch.cat((prefix, turned.to(x.dtype)), 2)
 
 
-def expanded(table):
-    """A compact table as one of all patches: the row's angles in front of the column's."""
-    places = [(i, j) for i in range(table.shape[1]) for j in range(table.shape[1])]
-    return torch.stack([torch.cat((table[0, i], table[1, j])) for i, j in places])
-
-
 def attention(q, k, v, cos=None, sin=None, token_index=None, num_prefix=0, causal=False, interleaved=True, scale=None):
     """What the op computes, by torch's own functions."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -74,9 +65,7 @@ def attention(q, k, v, cos=None, sin=None, token_index=None, num_prefix=0, causa
 def functions(kind="shared", token_index=None, num_prefix=1, **options):
     """Our function and torch's, over q, k and v with tables of a kind."""
     cos, sin = tables(kind)
-    full = (expanded(cos), expanded(sin)) if kind == "compact" else (cos, sin)
-    options |= {"token_index": token_index, "num_prefix": num_prefix}
-    return both(cos=cos, sin=sin, **options)[0], both(cos=full[0], sin=full[1], **options)[1]
+    return both(cos=cos, sin=sin, token_index=token_index, num_prefix=num_prefix, **options)
 
 
 def pair(*args, **options):
@@ -128,14 +117,10 @@ CASES = [
     pytest.param(pair("heads"), [packed()], id="table-a-head"),
     pytest.param(pair(token_index=KEPT), [packed(patches=3)], id="dropout"),
     pytest.param(pair("heads", KEPT, interleaved=False), [packed(patches=3)], id="dropout-table-a-head"),
-    pytest.param(pair("compact"), [packed(patches=GRID**2)], id="compact"),
-    pytest.param(pair("compact", KEPT + 3, interleaved=False), [packed(patches=3)], id="dropout-compact"),
     pytest.param(pair(token_index=UNTURNED, interleaved=False), [packed(patches=4)], id="tokens-not-rotated"),
     pytest.param(of_first_queries(1, "shared"), [packed(2)], id="first-query"),
     pytest.param(of_first_queries(2, "heads", interleaved=False), [packed(2)], id="first-queries-table-a-head"),
-    pytest.param(of_first_queries(1, "compact", interleaved=False), [packed(2, GRID**2)], id="first-query-compact"),
     pytest.param(of_first_queries(2, "shared", UNTURNED), [packed(2, 4)], id="first-queries-not-all-rotated"),
-    pytest.param(of_first_queries(2, "compact", KEPT + 3), [packed(2, 3)], id="first-queries-dropout-compact"),
     pytest.param(shared(4, kind="shared", num_prefix=1), [randn(BATCH, 7, 8, HEAD_DIM)], id="heads-share-keys"),
     pytest.param(shared(3, causal=True, scale=0.7), [randn(BATCH, 6, 5, HEAD_DIM)], id="all-heads-share-keys"),
     pytest.param(shared(3, 2, 5), [randn(BATCH, 5, 9, HEAD_DIM)], id="more-keys"),
@@ -396,11 +381,11 @@ def pretend_gpu_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("table", "count"), [((2, 2896, 32), 0), ((2, 2897, 32), 1), ((1 << 23, 64), 1), ((1 << 25, 64), 2)], ids=str
+    ("table", "count"), [(((1 << 23) - 1, 64), 0), ((1 << 23, 64), 1), ((1 << 25, 64), 2)], ids=str
 )
 @pytest.mark.parametrize("op", ["rope_attention", "packed_attention"])
 def test_large_table_is_a_reason(op, table, count, monkeypatch):
-    """A compact table of a large grid has more rows than it stores; Triton's kernels support larger tables."""
+    """Triton's kernels support larger tables than CUDA's."""
     pretend_gpu_kernels(monkeypatch)
     with FakeTensorMode():
         packed = op == "packed_attention"
@@ -450,9 +435,7 @@ WRONG = {
         (ValueError, "cos", TRAINED),
         (IndexError, "token_index", {"token_index": INDEX + 1}),
         (IndexError, "token_index", {"token_index": INDEX - 2}),
-        (ValueError, "num_prefix", tables_of(2, 3, 2) | NO_INDEX),
-        (ValueError, "cos", tables_of(3, 2, 2) | NO_INDEX),
-        (IndexError, "token_index", tables_of(2, 3, 2) | {"token_index": INDEX + 6}),
+        (ValueError, "cos", tables_of(2, 2, 2)),
         (TypeError, "scale", {"scale": [1.0]}),
         # Queries of the first tokens alone, which no kernel rotates.
         (ValueError, "causal", FIRST | NO_INDEX | {"causal": True}),

@@ -16,7 +16,7 @@ import evakernels
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 CASES = [*of_images.CASES, *of_packed_batch.CASES]
-QUICK = "text", "dropout", "compact", "heads-share-keys", "fewer-keys-causal", "causal", "places"
+QUICK = "text", "dropout", "heads-share-keys", "fewer-keys-causal", "causal", "rows-one-key-head"
 
 
 class Calls(nn.Module):

@@ -9,14 +9,11 @@ import pytest
 import torch
 from op_suite import ROOT, run_ops
 
-import evakernels
-
 
 @pytest.fixture(autouse=True)
 def restored():
     yield
     torch.set_float32_matmul_precision("highest")
-    evakernels.set_loss_products("tf32x3")
 
 
 @pytest.fixture
@@ -46,22 +43,21 @@ def matrix_units(monkeypatch):
     return found
 
 
-MORE = ("contrastive_backward", "siglip_value", "packed_attention_backward")
-OPS = ["contrastive_forward", "packed_attention_forward"]
-OPS += [pytest.param(op, marks=pytest.mark.exhaustive) for op in MORE]
+OPS = ["packed_attention_forward", pytest.param("packed_attention_backward", marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_matrix_units_round_to_tf32_where_torchs_do(matrix_units, op):
     """Under "highest" there is no matrix instruction at all: sums of float32 products have none."""
-    evakernels.set_loss_products("ieee")
     assert matrix_units(op) == set()
     torch.set_float32_matmul_precision("high")
     assert matrix_units(op) == {"tf32"}
 
 
 LOSSES = ["contrastive_forward"]
-LOSSES += [pytest.param(op, marks=pytest.mark.exhaustive) for op in ("contrastive_backward", "siglip_forward")]
+LOSSES += [
+    pytest.param(op, marks=pytest.mark.exhaustive) for op in ("contrastive_backward", "siglip_value", "siglip_forward")
+]
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -69,12 +65,8 @@ def test_losses_split_float32_by_default(matrix_units, op):
     assert matrix_units(op) == {"tf32"}
     assert matrix_units(op, split=True)
     torch.set_float32_matmul_precision("high")  # torch's rule comes first
+    assert matrix_units(op) == {"tf32"}
     assert not matrix_units(op, split=True)
-
-
-def test_other_products_are_refused():
-    with pytest.raises(ValueError, match="kind must be"):
-        evakernels.set_loss_products("tf32x2")
 
 
 @pytest.mark.slow

@@ -33,9 +33,8 @@ THOROUGH = 90
 HEAD_DIMS = (80, 88, 112, 128)
 """Of models, beside the 64 and 96 of the entries: for the thorough one each is compiled with the nearest entry."""
 
-PRECISIONS = ("highest", "high", "tf32x3")
-"""Of float32 products: as torch calls them that of sums of float32 products and that of tensor cores; and the losses'
-own."""
+PRECISIONS = ("highest", "high")
+"""`torch.set_float32_matmul_precision`: sums of float32 products (split TF32 products in the losses), and TF32."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,7 @@ def usages(capability: int) -> Iterator[Usage]:
     for op, entries in tuning.table("", capability).items():
         for shape, dtype, arguments in calls_of(op, entries, thorough=capability == THOROUGH):
             for precision in PRECISIONS if dtype == torch.float32 else PRECISIONS[:1]:
-                split = precision == "tf32x3"
-                if split and not op.startswith(("contrastive", "siglip")):
-                    continue
-                torch.set_float32_matmul_precision("highest" if split else precision)
-                evakernels.set_loss_products("tf32x3" if split else "ieee")
+                torch.set_float32_matmul_precision(precision)
                 for kernel in compiled(op, arguments):
                     if kernel.hash not in measured:
                         measured[kernel.hash] = registers_and_stack(kernel.asm["cubin"])

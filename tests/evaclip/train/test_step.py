@@ -24,7 +24,6 @@ from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.micro_batch import upload
 from evaclip.train.step import LossScale, StepOptions, StepResult, TrainStep, split_by_tokens
 from evaclip.transforms import Normalization
-from evakernels import backends, set_loss_products
 
 BATCH = 8
 
@@ -329,17 +328,15 @@ def restored_precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
-    set_loss_products("tf32x3")
 
 
-@pytest.mark.parametrize(("precision", "rounded", "products"), [("highest", False, "ieee"), ("high", True, "tf32x3")])
-def test_float32_matmuls_have_one_precision(precision, rounded, products, run_config, restored_precision):
-    """Convolutions on a GPU round as other matmuls do; the loss has its own precision."""
+@pytest.mark.parametrize(("precision", "rounded"), [("highest", False), ("high", True)])
+def test_float32_matmuls_have_one_precision(precision, rounded, run_config, restored_precision):
+    """Convolutions on a GPU round as other matmuls do."""
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = not rounded
-    prepare_device(run_config(f"loss.products={products}"), torch.device("cpu"))
+    prepare_device(run_config(), torch.device("cpu"))
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
-    assert backends.loss_products == products
 
 
 @pytest.mark.parametrize(
