@@ -87,10 +87,10 @@ def _reasons(
             return [f"the compiled library is not loaded: {REASON}"]
         if not implemented(kernel, device):
             return [f"{op_name} has no compiled {device.upper()} kernel"]
-        given = backends.tensors(args)
-        if not given:
+        tensor = backends.first_tensor(args)
+        if tensor is None:
             return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
-        place, found = given[0].device, []
+        place, found = tensor.device, []
         if place.type != device:
             found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
         elif device == "cuda" and (reason := why_not_on_gpu(place.index)):

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .names import unknown
 
@@ -273,14 +274,14 @@ def report(op: str, args: tuple[Any, ...]) -> str:
     return "\n".join(lines)
 
 
-def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
+def tensors(args: Sequence[Any]) -> list[Tensor]:
     """All tensors among the arguments of an op, in lists too."""
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if isinstance(arg, Tensor):
             found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            found += [item for item in arg if isinstance(item, torch.Tensor)]
+            found += [item for item in arg if isinstance(item, Tensor)]
     return found
 
 
@@ -291,9 +292,11 @@ def dtype_reasons(args: Sequence[Any]) -> list[str]:
     return [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
 
 
-def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
+def first_tensor(args: tuple[Any, ...]) -> Tensor | None:
     """The first tensor among the arguments of an op; the call runs on its device."""
-    if args and isinstance(args[0], torch.Tensor):
-        return args[0]
-    found = tensors(args)
-    return found[0] if found else None
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    return None

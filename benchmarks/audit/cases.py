@@ -45,7 +45,6 @@ SHAPES = {
     STATISTICS: _PAIRS,
     NOT_KEPT: _PAIRS,
     "siglip_loss": _PAIRS,
-    "lamb_step": OPTIMIZED,
 }
 """Audited operations with nvcc's kernels, and their default shapes."""
 _ROWS = ("eva02-b16@224 b1",)
@@ -150,7 +149,7 @@ def operation(name: str) -> Operation:
         return replace(get_operation("clip_loss"), name=name, ours=partial(evakernels.clip_loss, memory_budget=0))
     if name == STATISTICS:
         return replace(get_operation("clip_loss"), name=name, gradients=())
-    if SHAPES.get(name) == OPTIMIZED:
+    if TRITON_SHAPES.get(name) == OPTIMIZED:
         return _few_tensors(name)
     if name.endswith(OF_HIDDEN):
         return _of_hidden(operation(name.removesuffix(OF_HIDDEN)))

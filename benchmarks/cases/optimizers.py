@@ -114,7 +114,7 @@ _LAMB = register(
         shapes={"cpu": ("tiny@32 b1",), "cuda": ("eva02-b16@224 b1", "eva02-l14@224 b1", "eva01-g14@224 b1")},
         raw=lambda tensors, elements: Shape(batch=tensors, width=elements),
         small="4x64",
-        registered="lamb_step",
+        registered="lamb_update",
     )
 )
 register(

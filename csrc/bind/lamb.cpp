@@ -10,16 +10,8 @@ using Numbers = std::vector<int64_t>;
 using RealNumbers = std::vector<double>;
 using OptimizedTensors = std::vector<OptimizedTensor>;
 
-// Torch's schema has beta1, beta2 and eps in one list.
-using BetasAndEps = Either<const RealNumbers&, Absent>;
-using RealNumber = Either<Absent, double>;
-
-[[maybe_unused]] LambOptions lamb_options(const RealNumbers& numbers, Absent, Absent, Absent, bool nvlamb) {
-  return {numbers.at(0), numbers.at(1), numbers.at(2), nvlamb};
-}
-
-[[maybe_unused]] LambOptions lamb_options(Absent, double beta1, double beta2, double eps, bool nvlamb) {
-  return {beta1, beta2, eps, nvlamb};
+LambOptions lamb_options(const RealNumbers& betas_and_eps, bool nvlamb) {
+  return {betas_and_eps.at(0), betas_and_eps.at(1), betas_and_eps.at(2), nvlamb};
 }
 
 int64_t count_of(const OptimizedTensors& tensors) { return static_cast<int64_t>(tensors.size()); }
@@ -67,14 +59,11 @@ void set_grads(OptimizedTensors& tensors, Call& call, Inputs grads) {
   }
 }
 
-// Returns the learning rates on a GPU, which the host doesn't read; null if they are in `tensors`.
-const float* set_lrs(OptimizedTensors& tensors, Call& call, const RealNumbers& lrs, OptionalInput on_device) {
-  const Array rates = call.read_float32_optional(on_device, "device_lrs");
+void set_lrs(OptimizedTensors& tensors, Call& call, const RealNumbers& lrs, OptionalInput device_lrs) {
+  const Array rates = call.read_float32_optional(device_lrs, "device_lrs");
   if (rates) require_sizes(rates, {count_of(tensors)});
-  if (rates && call.is_on_gpu()) return rates.floats();
   require(rates || lrs.size() == tensors.size(), "lrs must be as many as params");
   for (size_t i = 0; i < tensors.size(); ++i) tensors[i].lr = rates ? rates.floats()[i] : lrs[i];
-  return nullptr;
 }
 
 // Without seeds: round to nearest.
@@ -90,9 +79,8 @@ void set_rounding(OptimizedTensors& tensors, const Numbers& seeds, const Numbers
 }
 
 void lamb_update(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
-                 const RealNumbers& weight_decays, Output squared_norms, BetasAndEps betas_and_eps,
-                 RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb, OptionalInput grad_scale,
-                 OptionalInput found_inf) {
+                 const RealNumbers& weight_decays, const RealNumbers& betas_and_eps, bool nvlamb,
+                 OptionalInput grad_scale, OptionalInput found_inf, Output squared_norms) {
   OptimizedTensors tensors =
       lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::read, &Call::update);
   set_grads(tensors, call, grads);
@@ -100,79 +88,39 @@ void lamb_update(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Input
   const LambUpdate update = {
       .tensors = tensors.data(),
       .count = count_of(tensors),
-      .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
+      .options = lamb_options(betas_and_eps, nvlamb),
       .squared_norms = call.output(squared_norms, "squared_norms", sizes, DType::Float32).floats(),
       .grad_scale = one_float(call.read_float32_optional(grad_scale, "grad_scale")),
       .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
   };
-  call.launch<cpu::lamb_update, cuda::lamb_update>("lamb_update", update);
+  call.launch<cpu::lamb_update, nullptr>("lamb_update", update);
 }
 
 void lamb_apply(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
                 Input squared_norms, const RealNumbers& lrs, const RealNumbers& weight_decays,
-                BetasAndEps betas_and_eps, RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb,
-                OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements,
-                OptionalInput device_lrs) {
+                const RealNumbers& betas_and_eps, bool nvlamb, OptionalInput found_inf, const Numbers& seeds,
+                const Numbers& first_elements, OptionalInput device_lrs) {
   OptimizedTensors tensors =
       lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::read);
-  const float* const rates = set_lrs(tensors, call, lrs, device_lrs);
+  set_lrs(tensors, call, lrs, device_lrs);
   set_rounding(tensors, seeds, first_elements);
   const Array norms = call.read_float32(squared_norms, "squared_norms");
   require_sizes(norms, {count_of(tensors), 2});
   const LambApply apply = {
       .tensors = tensors.data(),
       .count = count_of(tensors),
-      .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
+      .options = lamb_options(betas_and_eps, nvlamb),
       .squared_norms = norms.floats(),
       .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
-      .lrs = rates,
   };
-  call.launch<cpu::lamb_apply, cuda::lamb_apply>("lamb_apply", apply);
-}
-
-void lamb_step(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
-               const RealNumbers& lrs, const RealNumbers& weight_decays, BetasAndEps betas_and_eps,
-               RealNumber beta1, RealNumber beta2, RealNumber eps, bool nvlamb, OptionalInput grad_scale,
-               OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements,
-               OptionalInput device_lrs) {
-  OptimizedTensors tensors =
-      lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::update);
-  set_grads(tensors, call, grads);
-  const float* const rates = set_lrs(tensors, call, lrs, device_lrs);
-  set_rounding(tensors, seeds, first_elements);
-  const LambStep step = {
-      .tensors = tensors.data(),
-      .count = count_of(tensors),
-      .options = lamb_options(betas_and_eps, beta1, beta2, eps, nvlamb),
-      .grad_scale = one_float(call.read_float32_optional(grad_scale, "grad_scale")),
-      .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
-      .lrs = rates,
-  };
-  call.launch<cpu::lamb_step, cuda::lamb_step>("lamb_step", step);
+  call.launch<cpu::lamb_apply, nullptr>("lamb_apply", apply);
 }
 
 }  // namespace
 
-EVAKERNELS_OPS(lamb, m) {
-  EVAKERNELS_OP(
-      m, lamb_update, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "weight_decays"_a,
-      "squared_norms"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
-      "grad_scale"_a = py::none(), "found_inf"_a = py::none(),
-      R"(Advances the moments and steps in place and writes squared_norms [n, 2], of parameters and directions.
-
-Lists of n arrays, dense, of any dtypes and shapes; steps: float32 of one element. grad_scale, found_inf:
-float32 of one element, or None.)");
-  EVAKERNELS_OP(
-      m, lamb_apply, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "squared_norms"_a, "lrs"_a,
-      "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
-      "found_inf"_a = py::none(), "seeds"_a = Numbers{}, "first_elements"_a = Numbers{},
-      "device_lrs"_a = py::none(),
-      "Takes the step of the parameters in place. Arrays as for lamb_update; squared_norms are read.");
-  EVAKERNELS_OP(m, lamb_step, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "lrs"_a,
-                "weight_decays"_a, py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "nvlamb"_a = false,
-                "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "seeds"_a = Numbers{},
-                "first_elements"_a = Numbers{}, "device_lrs"_a = py::none(),
-                "lamb_update and lamb_apply in one. Arrays as for these.");
+EVAKERNELS_CPU_OPS(lamb, m) {
+  EVAKERNELS_OP(m, lamb_update);
+  EVAKERNELS_OP(m, lamb_apply);
 }
 
 }  // namespace evakernels

@@ -8,12 +8,6 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define EVAKERNELS_EVERYWHERE static __host__ __device__ __forceinline__
-#else
-#define EVAKERNELS_EVERYWHERE static inline
-#endif
-
 namespace evakernels {
 
 constexpr int64_t kNearest = -1;
@@ -33,7 +27,7 @@ struct RoundingKey {
 
 // lowbias32 of Chris Wellons's hash-prospector (2018).
 template <class U>
-EVAKERNELS_EVERYWHERE U scrambled(U x) {
+static inline U scrambled(U x) {
   x ^= x >> 16;
   x *= 0x7FEB352Du;
   x ^= x >> 15;
@@ -43,7 +37,7 @@ EVAKERNELS_EVERYWHERE U scrambled(U x) {
 }
 
 // `step`: its number.
-EVAKERNELS_EVERYWHERE RoundingKey key_of(const Rounding& rounding, float step) {
+static inline RoundingKey key_of(const Rounding& rounding, float step) {
   const uint32_t low = static_cast<uint32_t>(rounding.seed), count = static_cast<uint32_t>(step);
   const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(rounding.seed) >> 32);
   const uint32_t start = scrambled(scrambled(scrambled(low) + high) + count);
@@ -53,13 +47,13 @@ EVAKERNELS_EVERYWHERE RoundingKey key_of(const Rounding& rounding, float step) {
 
 // 32 random bits for element `i` of the buffer, with a period of 2^32 elements.
 template <class U>
-EVAKERNELS_EVERYWHERE U random_bits(const RoundingKey& key, U i) {
+static inline U random_bits(const RoundingKey& key, U i) {
   return scrambled(scrambled(i + key.start) ^ key.mask);
 }
 
 // The value rounded to bfloat16, as a float. Preserves NaN.
 template <class U, class F>
-EVAKERNELS_EVERYWHERE F rounded_to_bfloat16(F value, U random) {
+static inline F rounded_to_bfloat16(F value, U random) {
   U bits;
   memcpy(&bits, &value, sizeof bits);
   bits = (bits + (random >> 16)) & 0xFFFF0000u;

@@ -131,13 +131,4 @@ void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for) {
   });
 }
 
-void lamb_step(const LambStep& params, Isa isa, ParallelFor parallel_for) {
-  std::vector<float> squared_norms(2 * params.count);
-  lamb_update({params.tensors, params.count, params.options, squared_norms.data(), params.grad_scale,
-               params.found_inf},
-              isa, parallel_for);
-  lamb_apply({params.tensors, params.count, params.options, squared_norms.data(), params.found_inf}, isa,
-             parallel_for);
-}
-
 }  // namespace evakernels::cpu

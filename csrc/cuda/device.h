@@ -152,13 +152,6 @@ inline __device__ __noinline__ __attribute__((noreturn)) void refuse(const char*
   __assert_fail(what, "", 0, op);
 }
 
-// Declares that a pointer read from memory is global. Only for loads: nvcc 13 splits stores through it.
-template <class T>
-__device__ __forceinline__ T* assume_global(T* pointer) {
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
-
 // 2^x to 2 ulp in one instruction; subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;

@@ -99,11 +99,6 @@ int multiprocessors() {
   return static_cast<int>(attribute_of_current_device(cudaDevAttrMultiProcessorCount));
 }
 
-int driver_version() {
-  static Answers<int> answers;
-  return answers.get(0, cudaDriverGetVersion);
-}
-
 Error use_device(int device) { return error_of(cudaSetDevice(device)); }
 
 DeviceGuard::DeviceGuard(int device) {

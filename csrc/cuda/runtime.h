@@ -22,7 +22,4 @@ size_t max_shared_memory();
 // Multiprocessors of the current device; 0 if the query fails.
 int multiprocessors();
 
-// CUDA version of the driver, 12010 for 12.1; 0 if the query fails.
-int driver_version();
-
 }  // namespace evakernels::cuda

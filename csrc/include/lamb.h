@@ -64,26 +64,14 @@ struct LambApply {
   LambOptions options;
   const float* squared_norms;  // [count, 2]
   const float* found_inf;      // above 0 nothing is written; null: 0
-  const float* lrs = nullptr;  // [count], on the device; null: those of the tensors
-};
-
-// Both phases: writes params and the moments, and counts the steps up.
-struct LambStep {
-  const OptimizedTensor* tensors;  // [count]
-  int64_t count;
-  LambOptions options;
-  const float* grad_scale;     // the gradients are divided by it; null: by 1
-  const float* found_inf;      // above 0 nothing is written; null: 0
-  const float* lrs = nullptr;  // as in LambApply
 };
 
 namespace cpu {
 
 // The squared norms don't depend on the number of threads.
-EVAKERNELS_API void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
+void lamb_update(const LambUpdate& params, Isa isa, ParallelFor parallel_for);
 
-EVAKERNELS_API void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
-EVAKERNELS_API void lamb_step(const LambStep& params, Isa isa, ParallelFor parallel_for);
+void lamb_apply(const LambApply& params, Isa isa, ParallelFor parallel_for);
 
 // Rates of the moments, and the factor that gradients are multiplied with.
 struct LambMoments {
@@ -118,18 +106,5 @@ struct LambKernels {
 EVAKERNELS_FOR_EACH_ISA(extern const LambKernels lamb;)
 
 }  // namespace cpu
-
-namespace cuda {
-
-// A launcher reads the array of tensors before it returns.
-// The squared norms depend on sizes and alignment, not on the GPU.
-EVAKERNELS_API Error lamb_update(const LambUpdate& params, Scratch& scratch, Stream stream);
-
-EVAKERNELS_API Error lamb_apply(const LambApply& params, Scratch& scratch, Stream stream);
-
-// Bit-equal to update and apply.
-EVAKERNELS_API Error lamb_step(const LambStep& params, Scratch& scratch, Stream stream);
-
-}  // namespace cuda
 
 }  // namespace evakernels

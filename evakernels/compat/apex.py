@@ -7,7 +7,6 @@ replaces the imports from `apex.normalization` and `apex.optimizers`. Signatures
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +16,9 @@ from torch.optim.optimizer import ParamsT
 from ..autocast import is_on
 from ..nn.layer_norm import over_trailing
 from ..ops import adamw_update, gradient_norm, layer_norm, rms_norm
-from ..ops._dtensors import local, sum_over
+from ..ops._dtensors import local
 from ..optim._device_optimizer import Batch, DeviceOptimizer
 from ..optim.lamb import make_step
-from ..reference import accumulation_dtype
-from ..reference._optimizer import bias, changed_moments, write
 from . import missing
 
 __all__ = ["FusedAdam", "FusedLAMB", "FusedLayerNorm", "FusedRMSNorm", "MixedFusedLayerNorm", "MixedFusedRMSNorm"]
@@ -123,20 +120,33 @@ class MixedFusedRMSNorm(_MixedNorm, FusedRMSNorm):
 
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
-_NO_CORRECTION = float(1 << 24)
-"""Step count at which bias correction is 1 in float32, for betas below 1 - 1e-6."""
+_ACCEPTED = {
+    "adam_w_mode": (True, "use torch.optim.Adam for weight decay in the gradients"),
+    "bias_correction": (True, "use timm.optim.Lamb(bias_correction=False), or NVIDIA's apex for Adam"),
+    "grad_averaging": (True, "use timm.optim.Lamb(grad_averaging=False)"),
+    "use_nvlamb": (False, "use timm.optim.Lamb(always_adapt=True)"),
+}
+"""The only accepted value of an option, and the replacement for others."""
 
 
 class _ApexOptimizer(DeviceOptimizer):
     """Options and state dict of apex: one step count a group. Inside, every tensor has its count on the device."""
 
     def __init__(
-        self, params: ParamsT, amsgrad: bool, adam_w_mode: bool, set_grad_none: bool, defaults: dict[str, Any]
+        self, params: ParamsT, amsgrad: bool, set_grad_none: bool, defaults: dict[str, Any], **fixed: bool
     ) -> None:
         if amsgrad:
             raise RuntimeError(f"{type(self).__name__}: amsgrad must be False, got True")
+        self.check_options(defaults | fixed)
         super().__init__(params, defaults)
-        self.adam_w_mode, self.set_grad_none = adam_w_mode, set_grad_none
+        self.set_grad_none = set_grad_none
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        super().check_options(options)
+        for option, (accepted, replacement) in _ACCEPTED.items():
+            if bool(options.get(option, accepted)) != accepted:
+                given = f"{type(self).__name__}: {option} must be {accepted}, got {options[option]}"
+                raise ValueError(f"{given}: {replacement}")
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Sets gradients to None, or to zero if `set_grad_none` is False."""
@@ -166,30 +176,19 @@ class _ApexOptimizer(DeviceOptimizer):
                     state[i].setdefault("step", step)
         super().load_state_dict({"state": state, "param_groups": groups})
 
-    def _steps(self, batch: Batch, bias_correction: bool, found_inf: Tensor | None) -> list[Tensor]:
-        """Step counts for the op to increment; without bias correction, copies at `_NO_CORRECTION`."""
-        if bias_correction:
-            return batch.steps
-        for step in batch.steps:
-            step += 1 if found_inf is None else (found_inf <= 0).to(step.dtype)
-        return [torch.full_like(step, _NO_CORRECTION) for step in batch.steps]
-
 
 class FusedAdam(_ApexOptimizer):
-    """apex's `FusedAdam`: `torch.optim.AdamW`, or `torch.optim.Adam` with `adam_w_mode=False`.
+    """apex's `FusedAdam`: `torch.optim.AdamW`.
 
     Args:
         params, lr, betas, eps, weight_decay: as for `evakernels.optim.AdamW`, as are errors; a group may set them.
-        bias_correction: whether moments are divided by `1 - beta ** step`; a group may set it.
-        adam_w_mode: decoupled weight decay; otherwise decay is added to the gradients.
+        bias_correction, adam_w_mode: must be True, otherwise `ValueError`.
         amsgrad: must be False, as in apex, otherwise `RuntimeError`.
         set_grad_none: whether `zero_grad` sets gradients to None.
         capturable: accepted without effect, as no step synchronises. A CUDA graph keeps the learning rate of its
             capture; in apex it is a tensor on the device.
         master_weights: update float32 copies of 16-bit parameters, which are part of the state.
     """
-
-    shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "bias_correction")
 
     def __init__(
         self,
@@ -206,21 +205,16 @@ class FusedAdam(_ApexOptimizer):
         master_weights: bool = False,
     ) -> None:
         defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
-        super().__init__(params, amsgrad, adam_w_mode, set_grad_none, {**defaults, "weight_decay": weight_decay})
+        defaults |= {"weight_decay": weight_decay}
+        super().__init__(params, amsgrad, set_grad_none, defaults, adam_w_mode=adam_w_mode)
         self.capturable, self.master_weights = capturable, master_weights
 
     def step_batch(
         self, batch: Batch, options: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         weights = self._masters(batch) if self.master_weights else batch.params
-        grads, decays, scale = batch.grads, batch.weight_decays, grad_scale
-        if not self.adam_w_mode:
-            grads, decays, scale = _with_decay(batch, weights, scale), [0.0] * len(decays), None
-        steps = self._steps(batch, options.pop("bias_correction"), found_inf)
-        moments = batch.exp_avgs, batch.exp_avg_sqs
-        adamw_update(
-            weights, grads, *moments, steps, batch.rates, decays, grad_scale=scale, found_inf=found_inf, **options
-        )
+        options |= {"grad_scale": grad_scale, "found_inf": found_inf}
+        adamw_update(weights, batch.grads, *batch.state, batch.rates, batch.weight_decays, **options)
         if self.master_weights:
             torch._foreach_copy_(batch.params, weights)
 
@@ -242,12 +236,10 @@ class FusedLAMB(_ApexOptimizer):
     Args:
         params, lr, betas, eps, weight_decay: as for `evakernels.optim.Lamb`, as are errors; a group may set them.
         bias_correction, amsgrad, adam_w_mode, set_grad_none: as for `FusedAdam`.
-        grad_averaging: whether the first moment adds `1 - beta1` times the gradient, not all of it; a group may set it.
+        grad_averaging: must be True, otherwise `ValueError`.
         max_grad_norm: maximum global L2 norm of the gradients; 0, None or infinity disables clipping.
-        use_nvlamb: whether tensors without weight decay have a trust ratio, too.
+        use_nvlamb: must be False, otherwise `ValueError`: tensors without weight decay have no trust ratio.
     """
-
-    shared_options: ClassVar[tuple[str, ...]] = (*DeviceOptimizer.shared_options, "bias_correction", "grad_averaging")
 
     def __init__(
         self,
@@ -266,8 +258,7 @@ class FusedLAMB(_ApexOptimizer):
     ) -> None:
         defaults: dict[str, Any] = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "grad_averaging": grad_averaging, "max_grad_norm": max_grad_norm}
-        super().__init__(params, amsgrad, adam_w_mode, set_grad_none, defaults)
-        self.use_nvlamb = use_nvlamb
+        super().__init__(params, amsgrad, set_grad_none, defaults, adam_w_mode=adam_w_mode, use_nvlamb=use_nvlamb)
         self._norm: Tensor | None = None
 
     def _batches(self) -> dict[tuple[Any, ...], Batch]:
@@ -283,50 +274,4 @@ class FusedLAMB(_ApexOptimizer):
             # The gradients of the norm aren't divided by grad_scale yet.
             scale = 1.0 if grad_scale is None else grad_scale
             grad_scale = torch.maximum(self._norm, torch.ones_like(self._norm) * scale)
-        bias_correction, averaging = options.pop("bias_correction"), options.pop("grad_averaging")
-        steps = self._steps(batch, bias_correction, found_inf)
-        batch = replace(batch, steps=steps)
-        if averaging and self.adam_w_mode and not self.use_nvlamb:
-            make_step(batch, grad_scale=grad_scale, found_inf=found_inf, variant="nvlamb", **options)
-            return
-        self._step_in_torch(batch, options, averaging, grad_scale, found_inf)
-
-    def _step_in_torch(
-        self,
-        batch: Batch,
-        options: dict[str, Any],
-        averaging: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """The step with options that the op lacks: L2 decay, no gradient averaging, a trust ratio for all tensors."""
-        (beta1, beta2), eps = options["betas"], options["eps"]
-        grads = batch.grads
-        if not self.adam_w_mode:
-            grads, grad_scale = _with_decay(batch, batch.params, grad_scale), None
-        for i, (w, m, v, t) in enumerate(zip(batch.params, *batch.state, strict=True)):
-            decay = batch.weight_decays[i]
-            average, average_sq = changed_moments(grads[i].to(accumulation_dtype(w)), m, v, beta1, beta2, grad_scale)
-            if not averaging:
-                kept = beta1 * m.to(average.dtype)
-                average = kept + (average - kept) / (1 - beta1)
-            for target, value in ((m, average), (v, average_sq), (t, t + 1)):
-                write(target, value, found_inf)
-            weight = w.to(average.dtype)
-            direction = average / bias(beta1, t, weight) / ((average_sq / bias(beta2, t, weight)).sqrt() + eps)
-            if self.adam_w_mode:
-                direction += decay * weight
-            if decay != 0 or self.use_nvlamb:
-                squares = torch.stack((weight.square().sum(), direction.square().sum()))
-                sum_over(squares, batch.shards)
-                norm, step_norm = squares.sqrt()
-                direction *= torch.where((norm > 0) & (step_norm > 0), norm / step_norm, 1.0)
-            write(w, weight - batch.lrs[i] * direction, found_inf)
-
-
-def _with_decay(batch: Batch, weights: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
-    """Gradients, divided by the scale, plus `decay * weight`: L2 regularisation."""
-    grads = [g.to(accumulation_dtype(w)) for g, w in zip(batch.grads, weights, strict=True)]
-    if grad_scale is not None:
-        grads = [g / grad_scale for g in grads]
-    return [g + decay * w for g, w, decay in zip(grads, weights, batch.weight_decays, strict=True)]
+        make_step(batch, grad_scale=grad_scale, found_inf=found_inf, variant="nvlamb", **options)

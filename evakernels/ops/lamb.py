@@ -1,11 +1,10 @@
-"""LAMB for all tensors of a model, whatever their groups: in one call, or in two between which norms are reduced."""
+"""LAMB for all tensors of a model, in two phases; norms of shards are reduced between them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from .. import _native, names
+from .. import backends, names
 from ..reference import accumulation_dtype
 from ..reference import lamb as reference
 from . import _check, _tensor_lists
@@ -32,7 +31,7 @@ def lamb_step(
     seeds: Sequence[int] = (),
     first_elements: Sequence[int] = (),
 ) -> None:
-    """`lamb_update` and `lamb_apply` of tensors that aren't sharded, in one call; arguments and errors as there.
+    """Calls `lamb_update`, then `lamb_apply`, on tensors that aren't sharded; arguments and errors as there.
 
     Examples:
         >>> params, grads, exp_avgs, exp_avg_sqs = ([torch.full((3,), value)] for value in (1.0, 2.0, 0.0, 0.0))
@@ -50,7 +49,8 @@ def lamb_step(
     _tensor_lists.flags(op, params[0], grad_scale=grad_scale, found_inf=found_inf)
     rounding = _tensor_lists.rounding(op, params, seeds, first_elements)
     state, options = (exp_avgs, exp_avg_sqs, steps), ((*betas, eps), variant == "nvlamb")
-    _step(params, grads, *state, lrs, weight_decays, *options, grad_scale, found_inf, *rounding, device_lrs)
+    squared_norms = _update(params, grads, *state, weight_decays, *options, grad_scale, found_inf)
+    _apply(params, *state, squared_norms, lrs, weight_decays, *options, found_inf, *rounding, device_lrs)
 
 
 def lamb_update(
@@ -157,21 +157,10 @@ def check_variant(op: str, variant: str) -> None:
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
-_OLDEST_DRIVER = 12010  # as in csrc/cuda/lamb.cu
-
-
-def _gpu_reasons(**_: Any) -> list[str]:
-    driver = _native.driver_version()
-    if driver == 0 or driver >= _OLDEST_DRIVER:
-        return []
-    return [f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}; the GPU kernels need 12.1: update it"]
-
-
 _update = define(
     reference.lamb_update,
     fake=lambda params, *rest: params[0].new_empty(len(params), 2, dtype=accumulation_dtype(*params)),
     mutates=("exp_avgs", "exp_avg_sqs", "steps"),
-    gpu_reasons=_gpu_reasons,
 )
-_apply = define(reference.lamb_apply, mutates=("params",), gpu_reasons=_gpu_reasons)
-_step = define(reference.lamb_step, mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"), gpu_reasons=_gpu_reasons)
+_apply = define(reference.lamb_apply, mutates=("params",))
+backends.name_ops("lamb_step", "lamb_update", "lamb_apply")

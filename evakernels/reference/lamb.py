@@ -77,28 +77,6 @@ def lamb_apply(
         write(w, rounded(w.to(u.dtype) - rate * u, i, t, seeds, first_elements), found_inf)
 
 
-def lamb_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lrs: list[float],
-    weight_decays: list[float],
-    betas_and_eps: list[float],
-    nvlamb: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seeds: Sequence[int],
-    first_elements: Sequence[int],
-    device_lrs: Tensor | None = None,
-) -> None:
-    state = exp_avgs, exp_avg_sqs, steps
-    norms = lamb_update(params, grads, *state, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf)
-    rounding = seeds, first_elements
-    lamb_apply(params, *state, norms, lrs, weight_decays, betas_and_eps, nvlamb, found_inf, *rounding, device_lrs)
-
-
 def _direction(
     w: Tensor, m: Tensor, v: Tensor, t: Tensor, decay: float, betas_and_eps: list[float], nvlamb: bool
 ) -> Tensor:

@@ -211,11 +211,6 @@ def lamb_apply(
         table.return_copies("PARAM")
 
 
-def lamb_step(params, grads, m, v, steps, lrs, decays, betas_and_eps, nvlamb, grad_scale, found_inf, *rounding):
-    norms = lamb_update(params, grads, m, v, steps, decays, betas_and_eps, nvlamb, grad_scale, found_inf)
-    lamb_apply(params, m, v, steps, norms, lrs, decays, betas_and_eps, nvlamb, found_inf, *rounding)
-
-
 # --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
 
 

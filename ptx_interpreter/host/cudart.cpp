@@ -5,7 +5,7 @@
 // It plays two equal GPUs, which `ptx_play` describes. By default they are so small that kernels loop: three
 // multiprocessors with a block each and 1 MB of L2 cache. A block may have 99 KB of shared memory as on
 // compute capability 8.6, or PTX_SHARED_KB. As in the CUDA runtime a kernel may have 48 KB until the host
-// raises the limit. PTX_DRIVER is the version of the driver, such as 12010.
+// raises the limit.
 #include <cuda_runtime_api.h>
 #include <fatbinary_section.h>
 
@@ -196,12 +196,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     default:
       return cudaErrorNotSupported;
   }
-}
-
-cudaError_t cudaDriverGetVersion(int* version) {
-  ++queries;
-  *version = static_cast<int>(number_in("PTX_DRIVER", CUDART_VERSION));
-  return cudaSuccess;
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,

@@ -133,7 +133,7 @@ def objects() -> list[Path]:
 
 
 def source_of(path: Path) -> str:
-    """`lamb` of `lamb.cu.o`."""
+    """`gelu` of `gelu.cu.o`."""
     return path.name.removesuffix(".cu.o")
 
 

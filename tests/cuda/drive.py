@@ -165,38 +165,6 @@ def token_dropout(rows: int, width: int, dtype: torch.dtype) -> None:
         run("token_dropout_backward", dout, index, 2, tokens, writes=writes)
 
 
-# Vectors only, edges only, nothing, several chunks, one that begins anywhere: elements, elements before them, dtype.
-PARAMETERS = [(3, 0, FLOAT), (8192, 0, FLOAT), (0, 0, FLOAT), (3 * 8192 + 5, 0, HALF), (1037, 1, FLOAT16)]
-PARAMETERS += [(600, 4, FLOAT)]
-
-
-def lamb() -> None:
-    def state(parameters: list[tuple[int, int, torch.dtype]]) -> list[list[Tensor]]:
-        """Parameters, gradients, moments and steps."""
-        params, grads = ([draw(n, dtype=dtype, before=before) for n, before, dtype in parameters] for _ in range(2))
-        exp_avgs, exp_avg_sqs = ([draw(n) for n, *_ in parameters] for _ in range(2))
-        squares = [squared.abs_() for squared in exp_avg_sqs]
-        return [params, grads, exp_avgs, squares, [torch.tensor(3.0, device=DEVICE) for _ in parameters]]
-
-    def check_state(name: str, tensors: list[list[Tensor]]) -> None:
-        check(name, *tensors[0])
-        assert all(step == 4 for step in tensors[-1]), name
-
-    found_inf, grad_scale = torch.tensor(0.0, device=DEVICE), torch.tensor(4.0, device=DEVICE)
-    options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.98, "eps": EPS, "found_inf": found_inf}
-    halves = [parameter for parameter in PARAMETERS if parameter[2] == HALF]
-    rounding = {"seeds": [7], "first_elements": [1000]}
-    for parameters, more in ((PARAMETERS, {}), (PARAMETERS, {"nvlamb": True}), (halves, rounding)):
-        tensors, rates = state(parameters), ([0.1] * len(parameters), [0.05] * len(parameters))
-        run("lamb_step", *tensors, *rates, writes=[], grad_scale=grad_scale, **options, **more)
-        check_state("lamb_step", tensors)
-    tensors, rates = state(PARAMETERS), ([0.1] * len(PARAMETERS), [0.05] * len(PARAMETERS))
-    norms = blank(len(PARAMETERS), 2)
-    run("lamb_update", *tensors, rates[1], writes=[norms], grad_scale=grad_scale, **options)
-    run("lamb_apply", tensors[0], *tensors[2:], norms, *rates, writes=[], **options)
-    check_state("lamb_apply", tensors)
-
-
 # Several row tiles per block, with pairs in several blocks and unfilled last tiles; stages of channels; one pair.
 PAIRS = [(600, 1300, 16, 600, HALF), (70, 261, 72, 0, FLOAT16), (1, 1, 9, 0, HALF)]
 
@@ -328,7 +296,7 @@ def tables_of(call: Attention, patches: int) -> dict[str, Tensor]:
 
 
 OF_MATRICES = {"norms": norms, "gelu": gelu, "swiglu": swiglu, "token_dropout": token_dropout}
-OTHERS = {"contrastive": contrastive, "lamb": lamb, "rope_attention": rope_attention}
+OTHERS = {"contrastive": contrastive, "rope_attention": rope_attention}
 
 
 def with_planted_fault(ptx: str) -> str:

@@ -69,9 +69,6 @@ FAULTS = {
     "tile": Fault("race at"),
     "sums-of-samples": Fault("race at"),
     "dropped": Fault("out of bounds at"),
-    "total": Fault("race at"),
-    "common-head": Fault("misaligned at", ("common", "true")),
-    "edges": Fault("out of bounds at", ("size - vectors * kVector", "size - vectors * kVector + 1")),
     "stage": Fault("race at"),
     "stage-copies": Fault("not waited for at"),
     "first-index": Fault("out of bounds at", ("shape.offsets.data", "nullptr")),
@@ -120,5 +117,5 @@ def units() -> dict[str, str]:
 
 def family_of(unit: str) -> str:
     """The family of tests/cuda/drive.py that runs a source file."""
-    families = ("contrastive", "gelu", "lamb", "rope_attention", "swiglu", "token_dropout")
+    families = ("contrastive", "gelu", "rope_attention", "swiglu", "token_dropout")
     return next((family for family in families if unit.startswith(family)), "norms")

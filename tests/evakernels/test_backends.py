@@ -183,18 +183,6 @@ def test_gpu_that_the_build_lacks_is_refused(capability, driver, build, runs, mo
     assert len(reasons) == (not runs)
 
 
-@pytest.mark.parametrize(("driver", "count"), [(12000, 1), (12010, 0), (13000, 0)])
-def test_lamb_old_driver_is_a_reason(driver, count, monkeypatch):
-    monkeypatch.setattr(_native, "LOADED", True)
-    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
-    monkeypatch.setattr(_native, "why_not_on_gpu", lambda index: None)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    for op in ("lamb_update", "lamb_apply", "lamb_step"):
-        reasons = backends.why_not(op, "cuda", [on_a_gpu()])
-        assert len(reasons) == count
-        assert all("driver" in reason for reason in reasons)
-
-
 # Incomplete calls of a SwiGLU MLP have no device, and complete ones the reasons of its gated product.
 @pytest.mark.parametrize("op", [op for op in backends.ops() if "mlp" not in op])
 def test_explain_names_old_driver(op, monkeypatch):

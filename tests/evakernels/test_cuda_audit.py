@@ -38,8 +38,6 @@ MOST = {
     # Blocks of 128 x 256 logits read images twice and texts four times; torch's matmuls aren't counted.
     (NOT_KEPT, "eva02-b16@224 b512", "backward"): 1.80,
     ("siglip_loss", "eva02-b16@224 b512", "forward"): 3.05,
-    # Two passes: the norms must be known before the step.
-    ("lamb_step", "tiny@32 b1", "forward"): 1.50,
 }
 """The most traffic, relative to the bytes by formula."""
 CASES = [(op, shape, "bfloat16", direction) for op, shape, direction in MOST]

@@ -38,12 +38,6 @@ ATTENTION_FLOAT32 = [] if _native.runs_gpu_kernels("cpu") else [torch.float32]
 gpu_kernels = pytest.mark.skipif(not _native.runs_gpu_kernels("cpu"), reason="these have kernels for GPUs only")
 
 
-def states() -> list[list[Tensor]]:
-    """Parameters, gradients, moments and steps of two tensors."""
-    params, grads, moments, squares = ([normal(size, seed=seed) for size in (5, 3000)] for seed in range(4))
-    return [params, grads, moments, [square.square() for square in squares], [torch.tensor(3.0), torch.tensor(3.0)]]
-
-
 def same(name: str, inputs: tuple[Any, ...], more: tuple[Any, ...], operator: str = "", **options: Any) -> Any:
     """Asserts that the launcher, with `options`, writes what the operator, with `more`, returns; returns it."""
     result = getattr(native, operator or name)(*inputs, *more)
@@ -136,46 +130,6 @@ def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
     _C.token_dropout_forward(patches, token_index.numpy(), prefix, pos_embed, out)
     assert_same([out], (expected,))
     same("token_dropout_backward", (normal(2, 4, 10, dtype=dtype), token_index, 1, 6), ([True] * 3,))
-
-
-@pytest.mark.parametrize("nvlamb", [False, True])
-def test_lamb_phases(nvlamb: bool) -> None:
-    decays, lrs, betas = [0.05, 0.0], [0.1, 0.2], (0.9, 0.98)
-    scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
-    (params, grads, *state), theirs = states(), states()
-    norms = torch.empty(2, 2)
-    options = {"beta1": betas[0], "beta2": betas[1], "eps": EPS, "nvlamb": nvlamb, "found_inf": found_inf}
-    _C.lamb_update(params, grads, *state, decays, norms, grad_scale=scale, **options)
-    expected = native.lamb_update(*theirs, decays, (*betas, EPS), nvlamb, scale, found_inf)
-    assert torch.equal(norms, expected)
-    _C.lamb_apply(params, *state, norms, lrs, decays, **options)
-    numbers = lrs, decays, (*betas, EPS)
-    native.lamb_apply(theirs[0], *theirs[2:], expected, *numbers, nvlamb, found_inf, [], [])
-    for ours, other in zip([params, *state], [theirs[0], *theirs[2:]], strict=True):
-        assert_same(ours, tuple(other))
-
-
-def step_lamb(dtype: torch.dtype, flags: Any = (None, None), **rounding: Any) -> list[Tensor]:
-    """Returns the parameters after a step, asserted to equal the operator's."""
-    ours, theirs = states(), states()
-    for state in (ours, theirs):
-        state[0] = [param.to(dtype) for param in state[0]]
-    rates, numbers = ([0.1, 0.2], [0.05, 0.0]), {"seeds": [], "first_elements": []} | rounding
-    options = {"beta1": 0.9, "beta2": 0.98, "eps": EPS, "grad_scale": flags[0], "found_inf": flags[1]}
-    _C.lamb_step(*ours, *rates, **options, **numbers)
-    native.lamb_step(*theirs, *rates, (0.9, 0.98, EPS), False, *flags, *numbers.values())
-    for a, b in zip(ours, theirs, strict=True):
-        assert_same(a, tuple(b))
-    return ours[0]
-
-
-def test_lamb_step() -> None:
-    step_lamb(torch.float32, (torch.tensor(4.0), torch.tensor(0.0)))
-    rounding = {"seeds": [3, 4], "first_elements": [0, 1000]}
-    nearest, stochastic = step_lamb(torch.bfloat16), step_lamb(torch.bfloat16, **rounding)
-    assert not all(map(torch.equal, stochastic, nearest))
-    with pytest.raises(ValueError, match="params must be bfloat16 where there are seeds"):
-        step_lamb(torch.float32, **rounding)
 
 
 def attention_calls() -> dict[str, Any]:
@@ -306,7 +260,6 @@ def dlogits_of(dlogits: Tensor, row_lse: Tensor = ROWS) -> None:
         ("dlogits must be aligned", ValueError, lambda: dlogits_of(torch.zeros(5).half()[1:].view(2, 2))),
         ("logit_bias", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ROWS, 0, SUMS, None)),
         ("sums", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ONE, 0, X, None)),
-        ("lists", ValueError, lambda: _C.lamb_update([X], [X], [X], [], [], [], X, beta1=0.9, beta2=0.98, eps=EPS)),
         # torch's own error
         ("meta", Exception, lambda: _C.layer_norm_forward(X.to("meta"), None, None, X, ROWS, ROWS)),
     ],

@@ -210,7 +210,7 @@ def test_step_bumps_the_parameters_version(kind):
         loss.backward()
 
 
-@pytest.mark.parametrize("op", ["adamw_update", "lamb_update", "lamb_apply", "lamb_step"])
+@pytest.mark.parametrize("op", ["adamw_update", "lamb_update", "lamb_apply"])
 @pytest.mark.parametrize(
     ("nvlamb", "flagged", "rounded"),
     [(True, True, False), (False, False, True), pytest.param(False, False, False, marks=pytest.mark.exhaustive)],
@@ -226,7 +226,6 @@ def test_opcheck(op, nvlamb, flagged, rounded):
         "adamw_update": (params, grads, *state, LRS, DECAYS, numbers, *flags, *rounding),
         "lamb_update": (params, grads, *state, DECAYS, numbers, nvlamb, *flags),
         "lamb_apply": (params, *state, norms, LRS, DECAYS, numbers, nvlamb, flags[1], *rounding),
-        "lamb_step": (params, grads, *state, LRS, DECAYS, numbers, nvlamb, *flags, *rounding),
     }
     assert_opcheck(getattr(torch.ops.evakernels, op).default, arguments[op])
 

@@ -173,7 +173,8 @@ def test_optimizer_step_launches_once_per_phase(launches):
     assert [name for name, _ in launches] == ["prepare_kernel", "update_kernel"]
     launches.clear()
     numbers = [0.1] * 300
-    launcher("lamb_step")(*state, numbers, numbers, BETAS_AND_EPS, True, None, None, [], [])
+    norms = launcher("lamb_update")(*state, numbers, BETAS_AND_EPS, True, None, None)
+    launcher("lamb_apply")(state[0], *state[2:], norms, numbers, numbers, BETAS_AND_EPS, True, None, [], [])
     update, apply = ["prepare_kernel", "update_kernel", "norms_kernel"], ["prepare_kernel", "apply_kernel"]
     assert [name for name, _ in launches] == update + apply
 
