@@ -7,13 +7,15 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from evaclip.extras import requirements
+from evaclip.extras import install_command, requirements
+from evaclip.machine import SPIN_COUNT
 
 Facts = dict[str, Any]
 
 _MARKS = {"live": "*", "usable": "o", "unable": "-", "fails": "x"}
 _MEANINGS = {"live": "live", "usable": "usable, not first", "unable": "unable", "fails": "calls fail"}
 _TITLE_WIDTH = 12
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation SOURCE_FOLDER"
 
 
@@ -25,6 +27,7 @@ def diagnose() -> Facts:
         `cuda`: also `driver` (version), `capabilities` (one a GPU), `error` (why torch can't use a GPU that is there);
             None for an unknown value.
         `machine`: see `evaclip.machine.machine`.
+        `threads`: the `count` of OpenMP threads, and OMP_WAIT_POLICY and GOMP_SPINCOUNT, None if not set.
         `packages`: by extra, "" for the core, the version of each package, None if it is missing.
         `ops`: by op, its `family` and, by backend, the `state` ("live", "usable", "unable", "fails") and `reasons`.
         `problems`: for each defect, the text `what`, its `fix`, and the `backend` with failing calls, or None.
@@ -32,7 +35,7 @@ def diagnose() -> Facts:
     from evaclip.machine import machine, version_of
     from evakernels import info
 
-    facts: Facts = {"problems": [], "machine": machine(), **info()}
+    facts: Facts = {"problems": [], "machine": machine(), "threads": _threads(), **info()}
     facts["cuda"] |= {"driver": _driver_version(), "capabilities": _capabilities(), "error": _cuda_error()}
     facts["packages"] = {extra: {name: version_of(name) for name in names} for extra, names in requirements().items()}
     facts["problems"] = list(find_problems(facts))
@@ -90,13 +93,14 @@ def op_states(broken: dict[str, str]) -> dict[str, Facts]:
 
 def render(facts: Facts, width: int) -> str:
     """Format the result of `diagnose` for a terminal of `width` columns, in ASCII."""
-    tables = [
+    parts = [
         _rows((("broken", f"{p['what']}; fix: {p['fix']}") for p in facts["problems"]), width),
         _rows(_system_rows(facts), width),
         _matrix(facts["ops"], width),
         _rows(_reason_rows(facts["ops"]), width),
+        _rows((("missing", text) for text in _missing(facts["packages"])), width),
     ]
-    return "\n\n".join(table for table in tables if table)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _runs_on(archs: list[str], capability: str) -> bool:
@@ -123,6 +127,12 @@ def _capabilities() -> list[str]:
     return [".".join(map(str, torch.cuda.get_device_capability(index))) for index in range(count)]
 
 
+def _threads() -> Facts:
+    import torch
+
+    return {"count": torch.get_num_threads(), **{name: os.environ.get(name) for name in _WAITING}}
+
+
 def _cuda_error(devices: Path = Path("/dev")) -> str | None:
     """Return why torch, built for CUDA, can't use the GPUs that the system shows; None if it can or there are none."""
     import torch
@@ -142,6 +152,7 @@ def _system_rows(facts: Facts) -> list[tuple[str, str]]:
     machine, triton = facts["machine"], facts["triton"] or "not installed (needed for kernels on GPUs only)"
     return [
         ("machine", f"{machine['processor']}, {machine['cores']} cores; instruction set {_isa_state(facts['native'])}"),
+        ("threads", _thread_state(facts["threads"], machine["cores"])),
         ("GPU", _cuda_state(facts["cuda"])),
         ("evakernels", f"{facts['evakernels'] or 'not installed'}; native library {_native_state(facts['native'])}"),
         ("Python", f"{facts['python']}, torch {facts['torch']}, triton {triton}"),
@@ -167,14 +178,26 @@ def _matrix(ops: dict[str, Facts], width: int) -> str:
 def _reason_rows(ops: dict[str, Facts]) -> Iterator[tuple[str, str]]:
     """Yield, for each backend, each reason that excludes it, with the families."""
     families: dict[tuple[str, str], dict[str, None]] = {}
-    for op, entry in ops.items():
-        for backend, verdict in entry["backends"].items():
+    for op, known in ops.items():
+        for backend, verdict in known["backends"].items():
             for reason in verdict["reasons"]:
                 text = reason.removeprefix(op).strip().removeprefix("has ")
-                families.setdefault((backend, text), {})[entry["family"]] = None
-    count = len({entry["family"] for entry in ops.values()})
+                families.setdefault((backend, text), {})[known["family"]] = None
+    count = len({known["family"] for known in ops.values()})
     for (backend, reason), names in families.items():
         yield backend, f"{reason}: {'all ops' if len(names) == count else ', '.join(names)}"
+
+
+def _missing(packages: dict[str, dict[str, str | None]]) -> Iterator[str]:
+    """Yield the command that completes all extras, and the packages that it installs."""
+    names: dict[str, dict[str, None]] = {
+        extra: {name: None for name, version in versions.items() if version is None}
+        for extra, versions in packages.items()
+        if extra
+    }
+    if incomplete := [extra for extra in names if names[extra]]:
+        missing = dict.fromkeys(name for extra in incomplete for name in names[extra])
+        yield f"{install_command(','.join(incomplete))} brings {', '.join(missing)}"
 
 
 def _rows(rows: Iterable[tuple[str, str]], width: int) -> str:
@@ -201,6 +224,13 @@ def _isa_state(native: Facts) -> str:
     if native["isa"] is None:
         return "not known"
     return f"{native['isa']} in use (built: {', '.join(native['isas_built'])})"
+
+
+def _thread_state(threads: Facts, cores: int) -> str:
+    waiting = " ".join(f"{name}={threads[name]}" for name in _WAITING if threads[name]) or "spinning for long"
+    many = f"; set OMP_NUM_THREADS={cores}: there are no more cores" if threads["count"] > cores else ""
+    advice = f"in your own programs set GOMP_SPINCOUNT={SPIN_COUNT} before `import torch`"
+    return f"{threads['count']}{many}; waiting: {waiting}; {advice}"
 
 
 def _cuda_state(cuda: Facts) -> str:

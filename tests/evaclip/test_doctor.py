@@ -123,10 +123,18 @@ def test_command_limits_spinning(given: dict[str, str], used: dict[str, str]) ->
     """libgomp itself prints what it uses; it reads the environment once, while torch is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
-    command = [sys.executable, "-m", "evaclip", "doctor"]
+    command = [sys.executable, "-m", "evaclip", "doctor", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     for name, value in used.items():
         assert f"{name} = '{value}'" in result.stderr
+    threads = json.loads(result.stdout)["threads"]
+    assert {name for name, value in threads.items() if value is not None} == {"count", *used}
+
+
+def test_doctor_names_threads_without_cores(known: dict[str, Any]) -> None:
+    machine, threads = known["machine"] | {"cores": 2}, known["threads"]
+    assert "OMP_NUM_THREADS" not in doctor.render(known | {"machine": machine, "threads": threads | {"count": 2}}, 100)
+    assert "OMP_NUM_THREADS=2" in doctor.render(known | {"machine": machine, "threads": threads | {"count": 8}}, 100)
 
 
 @pytest.mark.parametrize(
