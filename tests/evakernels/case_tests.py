@@ -58,6 +58,7 @@ def test_opcheck(pair, inputs, dtype):
         op_checks.assert_opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args) if is_backward else args)
 
 
+@pytest.mark.kernels("nvcc")
 def test_strided_inputs_change_nothing(pair, inputs):
     dense = cast(inputs, torch.float32)
     actual = with_gradients(pair[0], [spread(x) for x in dense], as_they_lie=True)
@@ -69,6 +70,7 @@ def test_gradcheck(pair, inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels
 def test_as_accurate_as_torch(pair, inputs, dtype):
     op_checks.assert_as_accurate_as_torch(*pair, inputs, dtype)
 
@@ -78,5 +80,6 @@ def test_compiles_without_graph_break(pair, inputs, dynamic):
     op_checks.assert_compiles(pair[0], cast(inputs, torch.float32), dynamic)
 
 
+@pytest.mark.kernels("nvcc")
 def test_two_runs_are_bit_equal(pair, inputs):
     op_checks.assert_deterministic(pair[0], cast(inputs, torch.bfloat16))

@@ -10,21 +10,48 @@ import torch
 
 import evakernels
 
+BUILDS = ("cpu", "nvcc", "triton", "newest triton", "triton bfloat16", "triton edges")
+"""Builds of the kernels: for CPUs, PTX of nvcc, and PTX of Triton: of 8.0 and 9.0, 9.0 only, in bfloat16 only, and
+edge cases in every dtype."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the op tests' tensors are, e.g. cuda; default: cpu")
     parser.addoption("--backend", help="the only one that may serve an op; what it refuses is skipped")
+
+    help = f"only tests marked for this build of the kernels, of {', '.join(BUILDS)}; `nvcc=bfloat16`: in these dtypes"
+    parser.addoption("--kernels", action="append", default=[], help=help)
 
     help = "end the process after a test of this length or with a broken GPU context; pytest-xdist starts another"
     parser.addoption("--test-seconds", type=float, help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    kernels = "kernels(*builds): runs on these builds of the kernels too; default: cpu, nvcc, triton"
+    config.addinivalue_line("markers", f"{kernels}. A parameter's mark replaces its test's")
     config.addinivalue_line("markers", "cpu_only(reason): makes no sense with --device cuda")
     on_device.use(config.getoption("--device", "cpu"), config.getoption("--backend", None))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def runs_on(item: pytest.Item, kernels: dict[str, str]) -> bool:
+    """Whether a test is marked for one of the builds and has no other dtypes than that build's, if it names some."""
+    callspec, marks = getattr(item, "callspec", None), list(item.iter_markers("kernels"))
+    inner = [mark for mark in callspec.marks if mark.name == "kernels"] if callspec else []
+    if len(marks) == len(inner):
+        return False
+    builds = (inner or marks)[0].args or ("cpu", "nvcc", "triton")
+    assert set(builds) <= set(BUILDS), (item.nodeid, builds)
+    values = callspec.params.values() if callspec else ()
+    dtypes = {str(value).removeprefix("torch.") for value in values if isinstance(value, torch.dtype)}
+    return any(not kernels[build] or dtypes <= set(kernels[build].split(",")) for build in builds if build in kernels)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if kernels := dict(build.partition("=")[::2] for build in config.getoption("--kernels", None) or ()):
+        assert kernels.keys() <= set(BUILDS), kernels
+        chosen = {item for item in items if runs_on(item, kernels)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     if on_device.DEVICE.type == "cpu":
         return
     for item in items:

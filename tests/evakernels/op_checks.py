@@ -23,6 +23,7 @@ OPCHECK_DTYPES = [
     *(pytest.param(t, marks=pytest.mark.exhaustive) for t in (torch.bfloat16, torch.float64)),
 ]
 
+no_triton = pytest.mark.kernels("cpu", "nvcc")
 freezes_both = pytest.mark.skipif(
     not {torch.float32, torch.bfloat16} <= served_dtypes(),
     reason="EVAKERNELS_PROCESSOR=amd freezes float32 and bfloat16, where oneDNN has both",
@@ -43,10 +44,8 @@ def op_files() -> dict[str, ModuleType]:
 def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:
     """The cases, of which all but those with these ids are for `make test-all`."""
     assert set(quick) <= {case.id for case in cases}
-    return [
-        case if case.id in quick else pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive)
-        for case in cases
-    ]
+    marks = [[*case.marks, *([] if case.id in quick else [pytest.mark.exhaustive])] for case in cases]
+    return [pytest.param(*case.values, id=case.id, marks=more) for case, more in zip(cases, marks, strict=True)]
 
 
 @contextmanager

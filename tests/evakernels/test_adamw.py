@@ -46,6 +46,7 @@ def by_torch(state, scale=1.0):
 
 
 @pytest.mark.parametrize("flags", [{}, {"scale": 3.0}, {"scale": 8.0, "found_inf": 0.0}])
+@pytest.mark.kernels("triton")
 def test_adamw_matches_formula_of_torch(flags):
     state = lists(sizes=[*SIZES, 2**18 + 5])
     expected = by_torch(state, flags.get("scale", 1.0))
@@ -64,6 +65,7 @@ def test_adamw_every_mix_of_dtypes(dtypes):
             torch.testing.assert_close(a.double(), b, rtol=unit + 2e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.kernels("triton")
 def test_kernels_are_as_accurate_as_torch():
     state, peer = lists(sizes=[100_003]), lists(sizes=[100_003])
     exact = by_torch(state)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, randn, served_by
+from op_checks import DTYPES, no_triton, randn, served_by
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
@@ -73,7 +73,7 @@ CASES = [
 
 
 TRANSFORMED = [case.id for case in CASES]
-CASES += [pytest.param(*case.values, id=f"{case.id}-many-tiles") for case in CASES]
+CASES += [pytest.param(*case.values, id=f"{case.id}-many-tiles", marks=no_triton) for case in CASES]
 QUICK = {"test_compiles_without_graph_break": ["clip", "siglip"]}
 
 
@@ -94,6 +94,7 @@ TRAINED = 100.0, -20.0
     [smoothed(0.1), smoothed(0.1, memory_budget=0), (evakernels.siglip_loss, sigmoid_losses)],
     ids=["clip", "clip-not-kept", "siglip"],
 )
+@pytest.mark.kernels
 def test_odd_tiles_and_trained_scale_are_accurate(pair, rows, width, scalars, dtype):
     image, noise = (F.normalize(randn(rows, width, seed=s), dim=1) for s in (0, 1))
     text = F.normalize(image + 0.5 * noise, dim=1) if scalars == TRAINED else noise
@@ -102,6 +103,7 @@ def test_odd_tiles_and_trained_scale_are_accurate(pair, rows, width, scalars, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels
 def test_small_logits_as_accurate_as_torch(dtype):
     """The largest logits of rows and of columns lie 200 apart, where no common shift serves all."""
     image, text = randn(150, 3), randn(600, 3, seed=1)
@@ -168,6 +170,7 @@ def gradients_without(op: str, *frozen: int, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("op", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.kernels("nvcc", "triton")
 def test_frozen_features_change_no_other_gradient(op, frozen, dtype):
     every, some = gradients_without(op, dtype=dtype), gradients_without(op, *frozen, dtype=dtype)
     for i, (expected, actual) in enumerate(zip(every, some, strict=True)):
@@ -257,6 +260,7 @@ def test_loss_under_autocast_is_float32():
 
 @pytest.mark.parametrize("many", [False, True], ids=["one-tile", "many-tiles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.kernels("nvcc")
 def test_nonfinite_logits_propagate(many, dtype):
     image, text = (torch.full((7, 1), value, dtype=dtype) for value in (-1e20, 1e20))
     scale = torch.tensor(1.0)
@@ -282,6 +286,7 @@ def test_nonfinite_logits_propagate(many, dtype):
 
 
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+@pytest.mark.kernels("nvcc")
 def test_scaled_loss_gradient_float16_is_finite(factor):
     """Unscaled gradients of logits would overflow or vanish in float16."""
     image, text, scale = (t.half() for t in SQUARE)

@@ -1,16 +1,14 @@
-"""Each op that the sources bind for GPUs has its kernel, launches, and gives its reference's result.
+"""Each op but those named WITHOUT_GPU_KERNEL has its kernel for GPUs, launches, and gives its reference's result.
 
 The first test on a new GPU. A missing kernel is a failure: the other tests skip calls that a backend doesn't support.
 """
 
 import copy
-import re
 
 import pytest
 import torch
 from on_device import DEVICE
 from op_checks import Recorder, op_files, with_gradients
-from op_suite import ROOT
 from test_wrong_input import CALLS
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -21,19 +19,10 @@ from evakernels import _native, backends
 
 LARGEST_ERROR = 0.03
 """Relative to float64, in bfloat16: a wrong formula or layout is far above."""
-BINDINGS = [path.read_text() for path in sorted((ROOT / "csrc/bind").glob("*.cpp"))]
-COMPILED = [
-    op
-    for text in BINDINGS
-    if re.search(r"^EVAKERNELS_(GPU_)?OPS\(", text, re.MULTILINE)
-    for op in re.findall(r"EVAKERNELS_OP\(\s*m, (\w+)", text)
-]
-COMPOSED = ["contrastive_backward", "siglip_backward", "siglip_forward", "siglip_value"]
-"""Ops that run on GPUs as Python code with a compiled kernel."""
-KERNELS = {"contrastive_dlogits", "siglip_dlogits"}
-"""Their kernels, which aren't ops."""
+WITHOUT_GPU_KERNEL = {"adamw_update", "contrastive_kept_backward", "dequantize_rows", "quantize_rows"}
+WITHOUT_GPU_KERNEL |= {"swiglu_mlp_backward", "swiglu_mlp_forward"}
 TRITON = [op for ops in evakernels.triton.FAMILIES.values() for op in ops]
-CASES = [(op, DEVICE.type) for op in (*COMPILED, *COMPOSED) if op not in KERNELS]
+CASES = [(op, DEVICE.type) for op in backends.ops() if op not in WITHOUT_GPU_KERNEL]
 if DEVICE.type == "cuda" or evakernels.triton.INTERPRETED:
     CASES += [(op, "triton") for op in TRITON]
 

@@ -53,6 +53,7 @@ SIZES = [((7,), 64), ((5,), 250), ((3,), 4100), ((2, 3), 2056), ((70,), 36), ((1
 @EVERY
 @BIAS
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels
 def test_every_size_keeps_the_error_rule(bias, approximate, dtype):
     for rows, width in SIZES:
         assert_as_accurate_as_torch(*pair(approximate), inputs(bias, rows, width), dtype)
@@ -60,6 +61,7 @@ def test_every_size_keeps_the_error_rule(bias, approximate, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("limits", [(-1.0, 1.0), (-6.0, -1.0), (-12.0, -4.0), (0.0, 12.0)], ids=str)
+@pytest.mark.kernels
 def test_both_tails_are_as_accurate_as_torch(limits, dtype):
     """Where the values are small, so that an error relative to the largest is one relative to all."""
     x = torch.linspace(*limits, 4096, dtype=torch.float64)
@@ -93,6 +95,7 @@ def test_the_number_of_threads_changes_no_bit(bias):
     op_checks.assert_threads_change_no_bit(pair("none")[0], many_rows)
 
 
+@pytest.mark.kernels
 def test_bias_gradient_of_many_rows_is_accurate():
     """A long chain of additions has several times the error of torch's sum."""
     x, bias = (t.float() for t in inputs(True, (1 << 18,), 8))
@@ -105,6 +108,7 @@ def test_bias_gradient_of_many_rows_is_accurate():
 
 @BIAS
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels("nvcc")
 def test_strides_and_odd_addresses_are_bit_equal(bias, dtype):
     x, b = (None if t is None else t.to(dtype) for t in inputs(bias, (5,), 40))
     wider, shifted = torch.cat((x, x[:, :3]), -1), torch.cat((x.new_zeros(1), x.flatten()))
@@ -117,6 +121,7 @@ def test_strides_and_odd_addresses_are_bit_equal(bias, dtype):
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels("nvcc")
 def test_large_values_stay_finite(approximate, dtype):
     x = torch.tensor([-3e4, -200.0, -17.0, -0.0, 0.0, 17.0, 200.0, 3e4]).to(dtype)
     (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))
@@ -125,6 +130,7 @@ def test_large_values_stay_finite(approximate, dtype):
 
 
 @EVERY
+@pytest.mark.kernels("nvcc")
 def test_what_is_not_finite_is_not_lost(approximate):
     x = torch.tensor([torch.nan, torch.inf, 1.0, -1e38, 1e38, -0.0, -torch.inf])
     (out,), (dx,) = with_gradients(pair(approximate)[0], (x, None))

@@ -19,6 +19,8 @@ from optimizer_checks import (
 import evakernels
 from evakernels.optim import Lamb
 
+pytestmark = pytest.mark.kernels("nvcc", "newest triton")
+
 
 def lamb_of(params: list[torch.Tensor], variant: str, *rates: list[float]) -> Lamb:
     return optimizer_of(params, Lamb, *rates, variant=variant)
@@ -45,6 +47,7 @@ def by_hand(variant, params, all_grads):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", [{}, {"variant": "deepspeed"}], ids=["default", "deepspeed"])
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+@pytest.mark.kernels
 def test_lamb_equals_the_formula(size, options, dtype, tolerance):
     """Includes parameters with a trust ratio that DeepSpeed's form clips."""
     params, all_grads = [size * param for param in tensors(0)], [tensors(seed) for seed in range(1, 6)]

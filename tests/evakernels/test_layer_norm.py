@@ -100,6 +100,7 @@ TRANSFORMED += ["norm_then_add-layer-True-True", "norm_then_add-rms-False-False"
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 0), (0, 8), (3, 0, 8)])
+@pytest.mark.kernels("nvcc", "triton edges")
 def test_no_columns_and_no_rows(shape, dtype, kind):
     x, parameter = torch.ones(shape, dtype=dtype), torch.ones(shape[-1], dtype=dtype)
     outputs, gradients = with_gradients(plain(kind)[0], (x, parameter, None if kind == "rms" else parameter))
@@ -150,6 +151,7 @@ OUT_FORMS = ["to half", "to float32", "add", "add, rms"]
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("form", OUT_FORMS)
 @pytest.mark.parametrize("width", [None, 13, 250, 768, 2048])
+@pytest.mark.kernels
 def test_out_dtype_is_as_accurate_as_torch(width, form, half):
     """As the norm of float32 that is cast, where one is cast. Also of rows of one warp, of several, and odd ones."""
     ours, theirs, inputs = with_out_dtype(form, half, width)
@@ -197,6 +199,7 @@ def test_norm_parameters_of_two_dtypes(form):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.1, 1.1, -300.3, 5e4])
 @pytest.mark.parametrize("width", [7, 768, 2050])
+@pytest.mark.kernels
 def test_norm_of_equal_elements_is_accurate(width, value, dtype):
     """Torch's is the bias: a mean that is rounded would leave its error, divided by sqrt(eps)."""
     x, vectors = torch.full((2, 3, width), value, dtype=torch.float64), parameters("layer", width, True)

@@ -20,7 +20,8 @@ from optimizer_checks import (
 import evakernels
 from evakernels import _native
 
-pytestmark = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+native = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
+pytestmark = [native, pytest.mark.kernels("nvcc", "newest triton")]
 
 every_kind = pytest.mark.parametrize("kind", ["adamw", *VARIANTS])
 
@@ -36,6 +37,7 @@ def test_equals_the_reference(variant, flags):
 
 @pytest.mark.parametrize("backend", [COMPILED, "reference"])
 @pytest.mark.parametrize("kind", ["adamw", "lamb_step", *VARIANTS])
+@pytest.mark.kernels
 def test_rates_on_device_equal_numbers_formula(kind, backend):
     ours, theirs = lists(), lists()
     lrs = [(1 + i) / 64 for i in range(len(ours[0]))]
@@ -45,6 +47,7 @@ def test_rates_on_device_equal_numbers_formula(kind, backend):
 
 
 @every_kind
+@pytest.mark.kernels
 def test_many_tensors_formula(kind):
     sizes = [i % 3 for i in range(700)]
     ours, theirs = lists(sizes=sizes), lists(sizes=sizes)
@@ -77,6 +80,7 @@ def test_strided_parts_of_a_flat_buffer(kind, dtypes, offsets):
 
 
 @pytest.mark.parametrize("dtypes", MIXES, ids=str)
+@pytest.mark.kernels("nvcc")
 def test_every_mix_of_dtypes(dtypes):
     ours, theirs = lists(dtypes, [1061, 5]), lists(dtypes, [1061, 5])
     norms, expected_norms = update(ours, "deepspeed"), update(theirs, "deepspeed", "reference")
@@ -91,6 +95,7 @@ def test_every_mix_of_dtypes(dtypes):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.kernels
 def test_norms_are_as_accurate_as_torchs(variant):
     size = 100_003
     ours, theirs, exact = (lists(sizes=[size]) for _ in range(3))

@@ -16,7 +16,9 @@ import evakernels
 from evakernels.compat.apex import FusedLAMB
 from evakernels.optim import AdamW, Lamb, _device_optimizer
 
-every_optimizer = pytest.mark.parametrize("kind", [AdamW, Lamb])
+
+def every_optimizer(test):
+    return pytest.mark.kernels("nvcc", "newest triton")(pytest.mark.parametrize("kind", [AdamW, Lamb])(test))
 
 
 @every_optimizer
@@ -162,6 +164,7 @@ def test_loaded_steps_become_float32(kind, saved):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.kernels("nvcc", "newest triton")
 def test_resume_is_bit_exact(first_kind, second_kind, dtype, tmp_path):
     """Between AdamW and torch's up to rounding."""
     if dtype == torch.bfloat16 and second_kind is torch.optim.AdamW:
@@ -235,6 +238,7 @@ def test_opcheck(op, nvlamb, flagged, rounded):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [AdamW, Lamb, partial(Lamb, variant="deepspeed")])
+@pytest.mark.kernels("nvcc", "newest triton")
 def test_measured_step_is_bit_equal(kind, dtype):
     """It returns the squared norms of each parameter and of its change."""
     plain, measured = (optimizer_of(tensors(0, dtype), kind) for _ in range(2))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from op_suite import CHOICE, ROOT, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
+from op_suite import ROOT, build_library, copy_with_library, gcc, run_ops, sanitizer_runtimes
 
 import evakernels
 
@@ -84,8 +84,7 @@ def test_instruction_set(isa: str) -> None:
 
 @pytest.mark.skipif(not NATIVE["loaded"], reason="the other tests run on the references already")
 def test_reference() -> None:
-    # Some tests are of the kernels' own tiles and polynomials.
-    run_ops("with evakernels.use_backend('reference')", choice=f"({CHOICE}) and not several_tiles and not 16_bits")
+    run_ops("with evakernels.use_backend('reference')")
 
 
 def test_no_op_test_mixes_devices() -> None:
@@ -104,7 +103,7 @@ def test_no_op_test_mixes_devices() -> None:
         "--tb",
         "line",
     ]
-    command += ["-k", "(accurate or error_rule) and not dtype0 and not dtype2", *(f"test_{op}.py" for op in ops)]
+    command += ["--kernels", "cpu=bfloat16", *(f"test_{op}.py" for op in ops)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}  # room for the errors
     folder = Path(__file__).parent
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
-from op_checks import DTYPES, randn
+from op_checks import DTYPES, no_triton, randn
 from test_rope_attention import attention, tables_of
 
 import evakernels
@@ -94,7 +94,7 @@ TRANSFORMED = ["causal", "rows"]
 @pytest.mark.parametrize(
     ("lengths", "heads", "head_dim", "form", "causal"),
     [
-        pytest.param([77, 1, 30, 64], (1, 1), 64, "unrotated", True, id="size_of_a_tower"),
+        pytest.param([77, 1, 30, 64], (1, 1), 64, "unrotated", True, id="size_of_a_tower", marks=no_triton),
         pytest.param([64, 17, 49], (2, 1), 64, "rows", False, id="mixed_image_sizes"),
         *(
             ([1, 4, 7, 8, 9, 48, 49, 97], (1, 1), head_dim, "unrotated", causal)
@@ -102,12 +102,14 @@ TRANSFORMED = ["causal", "rows"]
         ),
     ],
 )
+@pytest.mark.kernels
 def test_as_accurate_as_torch_around_tile_sizes(lengths, heads, head_dim, form, causal, dtype):
     given = [shared(lengths, *heads, head_dim)]
     op_checks.assert_as_accurate_as_torch(*pair(lengths, *heads, form, head_dim, causal=causal), given, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels
 def test_split_heads_as_accurate_as_torch(dtype, monkeypatch):
     """CUDA kernels: two blocks per head, of which short sequences need one."""
     monkeypatch.setenv("EVAKERNELS_ATTENTION_PLAN", "1x2")

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
-from op_suite import CHOICE, ROOT, copy_with_library, run_ops
+from op_suite import ROOT, copy_with_library, run_ops
 from planted_faults import FAULTS, NUMBERS, REQUESTED, family_of, units
 from ptx_build import BUILD, budget, build_planted, gxx
 
@@ -33,43 +33,21 @@ OPS = {
     "elements": ("gelu", "swiglu", "token_dropout"),
 }
 """Test files by process, which parses the kernels that they share once."""
-MORE = (
-    "every_mix", "no_rows", "one_element", "strided", "finite", "bit_equal", "any_layout", "frozen_features_change",
-)  # fmt: skip
-# Tests of chunk and tile sizes of other kernels, and tests that don't depend on the kernels.
-OTHERS = "several_chunks or opcheck or compiles or training or of_bfloat16_products"
-WIDER = " or ".join((CHOICE, *MORE))
-CHECKS = f"({WIDER}) and not ({OTHERS})"
-CHECKED = {80: CHECKS, 100: f"({CHECKS}) and not (dtype2 or gradient_float16)"}
+CHECKED = {80: "nvcc", 100: "nvcc=float32,bfloat16,float64"}
 """Tests by compute capability of the PTX; float16 only on the older one."""
 SHARED_KB = {80: 163, 100: 227}
 """Shared memory per block by compute capability, which attention plans for."""
 AGAIN = OPS.keys() - {"widths"}
 """Ops that also run on the newer PTX, which another compiler generates."""
 FILES = {
-    "layer_norm": ("layer_norm", "residual_norm"),
+    "layer_norm": ("layer_norm", "residual_norm", "norm_widths"),
     "adamw": ("adamw", "native_optimizers", "optimizers", "stochastic_rounding"),
-    "lamb": ("lamb", "optimizers"),
 }
 """Test files of families with other files than their own."""
-
-# Rows that are longer than registers hold are refused where there is a norm, as is a scale that isn't positive. The
-# interpreter is slow: no residual of (40, 30, 24), of float16 the first test only, and of attention's larger shapes
-# only those of the towers and a causal one whose prefix is padded; shapes of models in bfloat16 alone, as odd ones have
-# every mask and dtype.
-SERVED = "not several_tiles and (plain or not (4100 or 8199 or 8200 or 16390)) and not (30 and 24) and not negative"
-SMALL = "not (size_of_a_tower or several_chunks or thousands_of_keys or of_bfloat16_products)"
-SMALL += " and (not around-a-tile or tile-67) and (dtype1 or not shapes_of or tile-67)"
-# The tiles are the reference's.
-SMALL += " and not (many and tiles)"
-CHOSEN = f"({CHOICE} or frozen_features_change) and {SERVED} and {SMALL} and (accurate or not dtype2)"
-TRITON = {80: f"({CHOSEN}) and dtype1", 90: CHOSEN}
-"""Tests on Triton's PTX by compute capability; on the older one only bfloat16."""
-OPTIMIZERS = {
-    80: "formula or accurate or rounds_by",
-    90: f"({WIDER} or lamb or native_optimizers or seen or odd) and not ({OTHERS} or every_mix)",
-}
-"""The same for optimizers, whose test names contain no dtypes. Every mix of dtypes is 81 kernels."""
+# Tests on Triton's PTX by compute capability; on the older one few optimizer tests, and of other ops only bfloat16.
+EDGES = ("triton bfloat16=bfloat16", "triton edges=float32,bfloat16,float16")
+TRITON = {80: ("triton=bfloat16", *EDGES), 90: ("triton", *EDGES)}
+OPTIMIZERS = {80: ("triton",), 90: ("triton", "newest triton")}
 LEAST_COVERAGE = 0.95
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.skipif(gxx() is None, reason="no g++")]
@@ -106,7 +84,7 @@ def lines_run(built: Path, served: Environment, made_once: Callable[..., Path]) 
         tests = copy_with_library(Path(mkdtemp(dir=folder)), built / "_ops.so")
         before = f"from ptx_launches import nvcc_kernels\nwith nvcc_kernels({capability}, {str(folder / 'lines')!r})"
         environment = served(tests.parent, PTX_SHARED_KB=SHARED_KB[capability])
-        run_ops(before, CHECKED[capability], tests, OPS[ops], **environment)
+        run_ops(before, [CHECKED[capability]], tests, OPS[ops], **environment)
 
     def lines(capability: int, ops: str) -> Path:
         return made_once(f"ptx-{capability}-{ops}", lambda folder: run(folder, capability, ops)) / "lines"
@@ -159,7 +137,7 @@ def printed(built: Path, served: Environment, tmp_path: Path) -> Callable[..., s
 def test_raw_launchers_on_interpreted_kernels(built: Path, served: Environment, tmp_path: Path) -> None:
     tests = copy_with_library(tmp_path, built / "_ops.so", *built.glob("_C*.so"))
     before = "from ptx_launches import nvcc_kernels\nwith nvcc_kernels(80)"
-    run_ops(before, "test", tests, ["native_launchers"], **served(tests.parent))
+    run_ops(before, (), tests, ["native_launchers"], **served(tests.parent))
 
 
 @needs_nvcc
@@ -412,33 +390,16 @@ def test_planted_fault_is_reported(planted: Path, complaint: Callable[..., str],
 # --- Triton --------------------------------------------------------------------------------------------------------
 
 
-def run_triton(served, capability, choice, ops, options=()):
-    before = f"from ptx_launches import triton_kernels\nwith triton_kernels({capability})"
-    run_ops(before, choice, ops=ops, options=options, **served())
-
-
 @needs_triton
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("capability", TRITON)
 def test_triton_ops(served: Environment, capability: int, family: str) -> None:
-    files = FILES.get(family, [family])
+    before = f"from ptx_launches import triton_kernels\nwith triton_kernels({capability})"
+    kernels, options = TRITON[capability], ()
     if family in ("adamw", "lamb"):
         # These tests select the backend themselves and skip calls that it refuses.
-        choice = OPTIMIZERS[capability]
-        if family == "adamw":
-            choice = f"({choice}) and not (deepspeed or nvlamb)"  # tests of LAMB in the same files
-        run_triton(served, capability, choice, files, ["--backend", "triton"])
-    else:
-        run_triton(served, capability, TRITON[capability], files)
-
-
-@needs_triton
-@pytest.mark.parametrize("capability", TRITON)
-def test_triton_widths(served: Environment, capability: int) -> None:
-    run_triton(served, capability, "(1408 or 2730 or 5120) and not dtype2", ["norm_widths"])
-    run_triton(
-        served, capability, "(no_columns or one_element) and not dtype3", ["layer_norm", "residual_norm", "swiglu"]
-    )
+        kernels, options = OPTIMIZERS[capability], ("--backend", "triton")
+    run_ops(before, kernels, ops=FILES.get(family, [family]), options=options, **served())
 
 
 WITHOUT_MASK = """

@@ -40,6 +40,7 @@ def theirs(form):
 @pytest.mark.parametrize(
     "shape", [(1, 768), (2, 5, 7), (3, 11, 37), (5, 3, 2, 70), (40, 30, 24), (0, 3, 8), (2, 0, 8)], ids=str
 )
+@pytest.mark.kernels
 def test_odd_shapes_keep_the_error_rule(form, dtype, shape):
     assert_as_accurate_as_torch(ours(form), theirs(form), inputs_of(*shape), dtype)
 
@@ -52,6 +53,7 @@ def test_eps_none_is_the_accumulation_dtypes(residual, branch):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.kernels("nvcc", "triton edges")
 def test_a_row_of_one_element_is_its_own_mean(form):
     """The norm is the bias and passes no gradient, up to rounding times rstd = 1 / sqrt(eps)."""
     residual, branch, weight, bias, layer_scale = (t.float() for t in inputs_of(3, 1))
@@ -71,6 +73,7 @@ def test_a_row_of_one_element_is_its_own_mean(form):
 @pytest.mark.parametrize("residual_dtype", DTYPES)
 @pytest.mark.parametrize("branch_dtype", DTYPES)
 @pytest.mark.parametrize("parameter_dtype", ["that of the norm's input", torch.float32])
+@pytest.mark.kernels("nvcc")
 def test_every_mix_of_dtypes_matches_reference(form, residual_dtype, branch_dtype, parameter_dtype, rms):
     if isinstance(parameter_dtype, str):
         parameter_dtype = residual_dtype
@@ -90,6 +93,7 @@ def test_every_mix_of_dtypes_matches_reference(form, residual_dtype, branch_dtyp
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.kernels("nvcc")
 def test_what_is_not_finite_stays_in_its_row(form, dtype, value):
     residual, branch, *parameters = (t.to(dtype) for t in inputs_of(2, 3, 19))
     clean = with_gradients(ours(form), (residual, branch, *parameters))
@@ -105,6 +109,7 @@ def test_what_is_not_finite_stays_in_its_row(form, dtype, value):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.kernels("nvcc")
 def test_dropped_infinite_branch_gives_nan(form):
     residual, branch, *parameters = (t.float() for t in inputs_of(2, 3, 19))
     branch[0, 1, 2] = float("inf")  # row_scale is 0 for sample 0, and 0 * inf is NaN

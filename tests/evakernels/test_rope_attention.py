@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
-from op_checks import DTYPES, randn
+from op_checks import DTYPES, no_triton, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evakernels
@@ -151,6 +151,7 @@ TRANSFORMED = ["text", "shared", "dropout", "heads-share-keys", "fewer-keys-caus
         pytest.param((1, 130), (4, 2), {}, id="one-query"),
     ],
 )
+@pytest.mark.kernels
 def test_gqa_and_cross_attention_accuracy(sizes, heads, options, dtype):
     x = randn(2, max(sizes), heads[0] + 2 * heads[1], 64)
     op_checks.assert_as_accurate_as_torch(*shared(heads[0], *sizes, **options), [x], dtype)
@@ -185,7 +186,7 @@ def test_keys_without_queries_get_gradients_of_zero(causal):
         pytest.param((1, 17, 3, 64), 1, {"interleaved": False}, id="halves"),
         pytest.param((2, 49, 1, 88), 1, {"causal": True}, id="causal"),
         pytest.param((1, 20, 2, 88), 4, {"interleaved": False}, id="odd-halves"),
-        pytest.param((1, 65, 1, 112), 16, {"scale": -0.1}, id="many-registers-negative-scale"),
+        pytest.param((1, 65, 1, 112), 16, {"scale": -0.1}, id="many-registers-negative-scale", marks=no_triton),
         pytest.param((1, 33, 1, 96), 1, {}, id="head-of-96"),
         pytest.param((1, 20, 1, 112), 4, {}, id="head-of-112"),
         pytest.param((1, 20, 1, 100), 4, {}, id="head-of-100"),
@@ -197,15 +198,16 @@ def test_keys_without_queries_get_gradients_of_zero(causal):
         pytest.param((1, 97, 2, 48), 0, {"causal": True}, id="97-tokens-causal"),
         pytest.param((1, 129, 1, 36), 1, {"causal": True}, id="129-tokens-causal"),
         # A prefix that stands apart from a full tile, of one token and of several; one that doesn't.
-        pytest.param((1, 65, 1, 88), 1, {}, id="around-a-tile-65"),
-        pytest.param((1, 68, 1, 88), 4, {"interleaved": False}, id="around-a-tile-68"),
-        pytest.param((1, 71, 1, 88), 1, {"causal": True}, id="around-a-tile-71"),
-        pytest.param((1, 67, 1, 88), 3, {"causal": True}, id="around-a-tile-67"),
+        pytest.param((1, 65, 1, 88), 1, {}, id="around-a-tile-65", marks=no_triton),
+        pytest.param((1, 68, 1, 88), 4, {"interleaved": False}, id="around-a-tile-68", marks=no_triton),
+        pytest.param((1, 71, 1, 88), 1, {"causal": True}, id="around-a-tile-71", marks=no_triton),
+        pytest.param((1, 67, 1, 88), 3, {"causal": True}, id="around-a-tile-67", marks=pytest.mark.kernels),
         # Fewer channels than threads; more scores than are computed at a time.
         pytest.param((1, 40, 1, 16), 0, {}, id="head-of-16"),
         pytest.param((2, 301, 7, 88), 1, {}, id="301-tokens"),
     ],
 )
+@pytest.mark.kernels("cpu", "nvcc", "triton bfloat16")
 def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, dtype):
     patches, heads, head_dim = shape[1] - num_prefix, *shape[2:]
     angles = randn(heads, patches, head_dim // 2, seed=3) * 3
@@ -220,9 +222,10 @@ def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, d
     [
         pytest.param((2, 64, 3, 64), 8, id="large-scores"),  # the softmax is nearly one-hot
         pytest.param((2, 301, 7, 37), 1, id="odd-chunks"),
-        pytest.param((1, 3001, 1, 16), 1, id="thousands_of_keys", marks=pytest.mark.cpu_only("its order of sums")),
+        pytest.param((1, 3001, 1, 16), 1, id="many-keys", marks=[no_triton, pytest.mark.cpu_only("its order of sums")]),
     ],
 )
+@pytest.mark.kernels
 def test_unrotated_heads_are_as_accurate_as_torch(shape, sharpness, dtype):
     """Values with a mean: their products with dout, less the mean of these, cancel."""
     inputs = [randn(*shape, seed=s) + (s == 2) for s in range(3)]
@@ -232,6 +235,7 @@ def test_unrotated_heads_are_as_accurate_as_torch(shape, sharpness, dtype):
 
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 88, 112, 128])
 @pytest.mark.parametrize("tokens", [32, 50, 197, 257, 300])
+@pytest.mark.kernels("cpu")
 def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim):
     """Whole tiles of keys, of queries, of channels and of pairs of any of these, and parts of one."""
     causal = (tokens + head_dim // 8) % 2 == 0
@@ -251,6 +255,7 @@ def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim):
         pytest.param((1, 70, 1, 90), 0, {}, id="odd"),
     ],
 )
+@pytest.mark.kernels
 def test_split_heads_as_accurate_as_torch(shape, num_prefix, options, dtype, monkeypatch):
     """CUDA kernels: two blocks per head; another kernel adds their dq."""
     monkeypatch.setenv("EVAKERNELS_ATTENTION_PLAN", "1x2")
@@ -368,6 +373,7 @@ def test_gpu_kernels_explain_what_they_refuse(q, reason, monkeypatch):
         assert all(text.startswith(reason) for text in found)
 
 
+@pytest.mark.kernels("nvcc")
 def test_strided_tokens_far_apart_are_copied():
     """The address space of the tensor is large, but only its two tokens take memory."""
     far = torch.empty_strided((1, 2, 1, 8), (0, 1 << 29, 8, 1), dtype=torch.half, device=on_device.DEVICE)

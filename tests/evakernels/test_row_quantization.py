@@ -14,6 +14,7 @@ WIDTHS = pytest.mark.parametrize("width", [1, 7, 64, 131])
 @BACKENDS
 @WIDTHS
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.kernels("cpu")
 def test_codes_are_as_accurate_as_8_bits(backend, width, dtype):
     if backend == "cpu" and dtype == torch.float64:
         pytest.skip("the reference alone has float64")
@@ -28,6 +29,7 @@ def test_codes_are_as_accurate_as_8_bits(backend, width, dtype):
 
 
 @BACKENDS
+@pytest.mark.kernels("cpu")
 def test_formula_of_rows_without_a_scale(backend):
     x = torch.tensor([[0.0, -0.0, 0.0], [1e-38, 0.0, -1e-38], [1.0, torch.nan, 0.0], [torch.inf, 1.0, 0.0]])
     with backends.use_backend(backend):
@@ -41,6 +43,7 @@ def test_formula_of_rows_without_a_scale(backend):
 
 @WIDTHS
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.kernels("cpu")
 def test_odd_shapes_give_the_reference(width, dtype):
     x, scale, bias = randn(5, 11, width).to(dtype), randn(5, 11, seed=1).abs().float(), randn(width, seed=2).to(dtype)
     found = {}

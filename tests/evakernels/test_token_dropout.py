@@ -94,10 +94,14 @@ def of_channels(patches):
     [
         *((1, 1, 1), (3, 9, 7), (2, 5, 37), (3, 10, 100)),
         # More rows, channels and samples than a block of any kernel.
-        *(pytest.param(shape, id=f"shapes_of_models-{shape}") for shape in ((2, 70, 768), (3, 40, 74), (40, 9, 264))),
+        *(
+            pytest.param(shape, marks=pytest.mark.kernels("cpu", "nvcc", "triton bfloat16"))
+            for shape in ((2, 70, 768), (3, 40, 74), (40, 9, 264))
+        ),
     ],
     ids=str,
 )
+@pytest.mark.kernels
 def test_odd_shapes(shape, layout, dtype):
     batch, tokens, _ = shape
     index = evakernels.sample_token_index(batch, tokens, tokens // 2 + 1, generator=torch.Generator().manual_seed(0))
@@ -123,6 +127,7 @@ def test_no_samples_no_tokens_none_kept_no_channels(dtype):
 
 @pytest.mark.parametrize("dtypes", [mix[:3] for mix in MIXES])
 @pytest.mark.parametrize("layout", [lambda patches: patches, of_channels], ids=["token by token", "channel by channel"])
+@pytest.mark.kernels("nvcc")
 def test_every_mix_of_dtypes(dtypes, layout):
     patches, prefix, pos_embed = (t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True))
     actual = evakernels.token_dropout(layout(patches), KEPT, prefix=prefix, pos_embed=pos_embed)
@@ -135,6 +140,7 @@ def test_every_mix_of_dtypes(dtypes, layout):
 
 @pytest.mark.parametrize("channels", [1, 31, 32, 70])
 @pytest.mark.parametrize("token_index", [None, KEPT])
+@pytest.mark.kernels("nvcc")
 def test_patches_in_any_layout(channels, token_index):
     """As a convolution leaves them, as slices of something larger, and the same for all samples."""
     patches, prefix, pos_embed = (t.float() for t in wide_inputs(2, 6, channels))

@@ -76,7 +76,8 @@ def test_split_float32_keeps_the_error_rule():
     before = "from ptx_launches import triton_kernels\nwith triton_kernels(90)"
     run_ops(
         before,
-        "test_as_accurate_as_torch and not many and dtype0 and (statistics or siglip)",
+        kernels=["triton=float32"],
         ops=["contrastive"],
+        options=["-k", "test_as_accurate_as_torch and (statistics or siglip)"],
         PYTHONPATH=str(ROOT),
     )
