@@ -19,7 +19,7 @@ from optimizer_checks import (
 import evakernels
 from evakernels.optim import Lamb
 
-pytestmark = pytest.mark.kernels("nvcc", "newest triton")
+pytestmark = pytest.mark.kernels("newest triton")
 
 
 def lamb_of(params: list[torch.Tensor], variant: str, *rates: list[float]) -> Lamb:

@@ -21,7 +21,7 @@ import evakernels
 from evakernels import _native
 
 native = pytest.mark.skipif(not _native.LOADED, reason="the native library is not built")
-pytestmark = [native, pytest.mark.kernels("nvcc", "newest triton")]
+pytestmark = [native, pytest.mark.kernels("newest triton")]
 
 every_kind = pytest.mark.parametrize("kind", ["adamw", *VARIANTS])
 
