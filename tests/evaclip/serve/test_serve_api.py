@@ -155,7 +155,7 @@ def test_routes_wrong_requests(client, pictures):
     assert "129 texts; send 128" in _error(client.post("/embed/text", data={"text": ["a"] * 129}), 422)
     label = {"files": {"image": picture}, "data": {"label": ["a"], "template": "a photo"}}
     assert "no place for the label" in _error(client.post("/label", **label), 422)
-    assert "no image that can be read" in _error(client.post("/embed/image", files={"image": b"hello"}), 415)
+    assert "is not a readable image" in _error(client.post("/embed/image", files={"image": b"hello"}), 415)
     assert "16 MiB" in _error(client.post("/search", content=iter([bytes(9 << 20)] * 2)), 413)
     _error(client.post("/search", content=b"x", headers={"content-type": "multipart/form-data; boundary=y"}), 400)
     assert "are forms" in _error(client.post("/search", json={"text": "a"}), 415)
