@@ -429,7 +429,8 @@ def test_interpreted_gpu_plugin_knows_bounds(tmp_path: Path, mask: str) -> None:
     environment = os.environ | {"PYTHONPATH": paths}
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == (not mask), result.stdout + result.stderr
-    assert ("28 accesses" in result.stdout or "(28 in all)" in result.stdout) == (not mask), result.stdout
+    # How many of the 28 accesses are found depends on what the heap has behind the tensor.
+    assert ("out of bounds" in result.stdout) == (not mask), result.stdout
 
 
 @needs_triton
