@@ -13,14 +13,15 @@ void require_norm_serves(const Array& x, const Array& y) {
           name_of(y.dtype));
 }
 
-void layer_norm_forward(Call& call, Input x_in, OptionalInput weight_in, OptionalInput bias_in, Output y_out,
-                        Output mean_out, Output rstd_out, double eps, bool rms, OutputDType out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Input x_in, OptionalInput weight_in,
+                                                      OptionalInput bias_in, double eps, bool rms,
+                                                      OutputDType out_dtype) {
+  Call call;
   const Array x = call.read(x_in, "x"), weight = call.read_optional(weight_in, "weight"),
               bias = call.read_optional(bias_in, "bias");
   const RowSizes size(x);
-  const Array y = call.output(y_out, "y", x, out_dtype);
-  const Array mean = call.statistic(!rms, mean_out, "mean", x),
-              rstd = call.statistic(true, rstd_out, "rstd", x);
+  const Array y = call.output("y", x, out_dtype);
+  const Array mean = call.statistic(!rms, "mean", x), rstd = call.statistic(true, "rstd", x);
   require_norm_serves(x, y);
   require_statistics(mean, rstd, size.rows, !rms);
   const LayerNormForward params = {
@@ -39,20 +40,22 @@ void layer_norm_forward(Call& call, Input x_in, OptionalInput weight_in, Optiona
       .rms = rms,
   };
   call.launch<cpu::layer_norm_forward, cuda::layer_norm_forward>("layer_norm_forward", params);
+  return call.results<3>();
 }
 
-void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weight_in, Input mean_in,
-                         Input rstd_in, Output dx_out, Output dweight_out, Output dbias_out, bool rms,
-                         NeedsGrad needs_grad) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Input dy_in, Input x_in, OptionalInput weight_in,
+                                                       Input mean_in, Input rstd_in, bool rms,
+                                                       NeedsGrad needs_grad) {
+  Call call;
   const Array dy = call.read(dy_in, "dy"), x = call.read(x_in, "x"),
               weight = call.read_optional(weight_in, "weight"), mean = call.read_if(!rms, mean_in, "mean"),
               rstd = call.read(rstd_in, "rstd");
   const RowSizes size(x);
   require_norm_serves(x, dy);
   require_statistics(mean, rstd, size.rows, !rms);
-  const Array dx = call.output(dx_out, "dx", x.sizes, x.dtype);
-  const Array dweight = call.gradient(needs_grad.at(0), dweight_out, "dweight", weight),
-              dbias = call.gradient(needs_grad.at(1), dbias_out, "dbias", weight);
+  const Array dx = call.output("dx", x.sizes, x.dtype);
+  const Array dweight = call.gradient(needs_grad.at(0), "dweight", weight),
+              dbias = call.gradient(needs_grad.at(1), "dbias", weight);
   const LayerNormBackward params = {
       .dy = dy.data,
       .x = x.data,
@@ -70,22 +73,14 @@ void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weig
       .rms = rms,
   };
   call.launch<cpu::layer_norm_backward, cuda::layer_norm_backward>("layer_norm_backward", params);
+  return call.results<3>();
 }
 
 }  // namespace
 
 EVAKERNELS_OPS(layer_norm, m) {
-  EVAKERNELS_OP(m, layer_norm_forward, "x"_a, "weight"_a, "bias"_a, "y"_a, "mean"_a, "rstd"_a, py::kw_only(),
-                "eps"_a = 1e-6, "rms"_a = false,
-                R"(Writes y, mean and rstd of x [..., width].
-
-y: of x's dtype, or one of x and y has 16 bits and the other is float32. weight, bias: [width] of x's or y's dtype or
-float32, or None. mean, rstd: float32, one element a row; mean may be None if rms.)");
-  EVAKERNELS_OP(m, layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "dx"_a, "dweight"_a,
-                "dbias"_a, py::kw_only(), "rms"_a = false,
-                R"(Writes dx, and dweight and dbias unless None.
-
-Arrays as for layer_norm_forward; dweight and dbias: [width] of weight's dtype.)");
+  EVAKERNELS_OP(m, layer_norm_forward);
+  EVAKERNELS_OP(m, layer_norm_backward);
 }
 
 }  // namespace evakernels

@@ -28,16 +28,15 @@ NormArrays read_norm(Call& call, OptionalInput weight, OptionalInput bias, Optio
 }
 
 // first: index of the weight in needs_grad.
-ResidualNormGradients norm_gradients(Call& call, const NormArrays& norm, int64_t width, Output dweight,
-                                     Output dbias, Output dlayer_scale, NeedsGrad needs_grad,
+ResidualNormGradients norm_gradients(Call& call, const NormArrays& norm, int64_t width, NeedsGrad needs_grad,
                                      size_t first = 0) {
-  const auto gradient = [&](size_t i, Output result, const char* name, const Array& parameter) {
-    const Array array = call.gradient(needs_grad.at(first + i), result, name, parameter);
+  const auto gradient = [&](size_t i, const char* name, const Array& parameter) {
+    const Array array = call.gradient(needs_grad.at(first + i), name, parameter);
     if (array) require_sizes(array, {width});
     return ParameterGradient{array.data, array.dtype};
   };
-  return {gradient(0, dweight, "dweight", norm.weight), gradient(1, dbias, "dbias", norm.weight),
-          gradient(2, dlayer_scale, "dlayer_scale", norm.layer_scale)};
+  return {gradient(0, "dweight", norm.weight), gradient(1, "dbias", norm.weight),
+          gradient(2, "dlayer_scale", norm.layer_scale)};
 }
 
 // y: in add + norm the norm's output or its gradient, in norm + add the sum.
@@ -65,17 +64,18 @@ ResidualNormShape add_norm_shape(const Array& x, const Array& branch, const Arra
   return shape;
 }
 
-void add_layer_norm_forward(Call& call, Input residual_in, Input branch_in, OptionalInput weight,
-                            OptionalInput bias, OptionalInput layer_scale, OptionalInput row_scale,
-                            Output y_out, Output x_out, Output mean_out, Output rstd_out, double eps,
-                            bool rms, OutputDType out_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Input residual_in, Input branch_in,
+                                                                  OptionalInput weight, OptionalInput bias,
+                                                                  OptionalInput layer_scale,
+                                                                  OptionalInput row_scale, double eps,
+                                                                  bool rms, OutputDType out_dtype) {
+  Call call;
   const Array residual = call.read(residual_in, "residual"), branch = call.read(branch_in, "branch");
   const NormArrays norm = read_norm(call, weight, bias, layer_scale, row_scale);
-  const Array y = call.output(y_out, "y", residual, out_dtype);
+  const Array y = call.output("y", residual, out_dtype);
   const ResidualNormShape shape = add_norm_shape(residual, branch, y, rms);
-  const Array x = call.output(x_out, "x", residual.sizes, residual.dtype),
-              mean = call.statistic(!rms, mean_out, "mean", residual),
-              rstd = call.statistic(true, rstd_out, "rstd", residual);
+  const Array x = call.output("x", residual.sizes, residual.dtype),
+              mean = call.statistic(!rms, "mean", residual), rstd = call.statistic(true, "rstd", residual);
   require_sizes(branch, residual.sizes);
   require_statistics(mean, rstd, shape.rows, !rms);
   const AddNormForward params = {
@@ -90,13 +90,13 @@ void add_layer_norm_forward(Call& call, Input residual_in, Input branch_in, Opti
       .shape = shape,
   };
   call.launch<cpu::add_norm_forward, cuda::add_norm_forward>("add_layer_norm_forward", params);
+  return call.results<4>();
 }
 
-void add_layer_norm_backward(Call& call, Input dy_in, Input dx_in, Input x_in, Input branch_in,
-                             OptionalInput weight, OptionalInput layer_scale, OptionalInput row_scale,
-                             Input mean_in, Input rstd_in, Output dresidual_out, Output dbranch_out,
-                             Output dweight, Output dbias, Output dlayer_scale, bool rms,
-                             NeedsGrad needs_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    Input dy_in, Input dx_in, Input x_in, Input branch_in, OptionalInput weight, OptionalInput layer_scale,
+    OptionalInput row_scale, Input mean_in, Input rstd_in, bool rms, NeedsGrad needs_grad) {
+  Call call;
   const Array dy = call.read(dy_in, "dy"), dx = call.read(dx_in, "dx"), x = call.read(x_in, "x"),
               branch = call.read(branch_in, "branch"), mean = call.read_if(!rms, mean_in, "mean"),
               rstd = call.read(rstd_in, "rstd");
@@ -106,11 +106,9 @@ void add_layer_norm_backward(Call& call, Input dy_in, Input dx_in, Input x_in, I
   const ResidualNormShape shape = add_norm_shape(x, branch, dy, rms);
   require_like(dx, x);
   require_statistics(mean, rstd, shape.rows, !rms);
-  const Array dresidual = call.output(dresidual_out, "dresidual", x.sizes, x.dtype),
-              dbranch = call.output_if(needs_grad.at(0), dbranch_out, "dbranch", x.sizes, branch.dtype,
-                                       DType::Float32);
-  const ResidualNormGradients gradients =
-      norm_gradients(call, norm, shape.width, dweight, dbias, dlayer_scale, needs_grad, 1);
+  const Array dresidual = call.output("dresidual", x.sizes, x.dtype),
+              dbranch = call.output_if(needs_grad.at(0), "dbranch", x.sizes, branch.dtype, DType::Float32);
+  const ResidualNormGradients gradients = norm_gradients(call, norm, shape.width, needs_grad, 1);
   if (gradients.layer_scale.data) require_sizes(branch, x.sizes);
   const AddNormBackward params = {
       .dy = dy.data,
@@ -126,17 +124,19 @@ void add_layer_norm_backward(Call& call, Input dy_in, Input dx_in, Input x_in, I
       .shape = shape,
   };
   call.launch<cpu::add_norm_backward, cuda::add_norm_backward>("add_layer_norm_backward", params);
+  return call.results<5>();
 }
 
-void layer_norm_add_forward(Call& call, Input residual_in, Input branch_in, OptionalInput weight,
-                            OptionalInput bias, OptionalInput layer_scale, OptionalInput row_scale,
-                            Output x_out, Output mean_out, Output rstd_out, double eps, bool rms) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_add_forward(Input residual_in, Input branch_in,
+                                                          OptionalInput weight, OptionalInput bias,
+                                                          OptionalInput layer_scale, OptionalInput row_scale,
+                                                          double eps, bool rms) {
+  Call call;
   const Array residual = call.read(residual_in, "residual"), branch = call.read(branch_in, "branch");
   const NormArrays norm = read_norm(call, weight, bias, layer_scale, row_scale);
   const ResidualNormShape shape = norm_shape(residual, branch, residual, rms);
-  const Array x = call.output(x_out, "x", residual.sizes, residual.dtype),
-              mean = call.statistic(!rms, mean_out, "mean", residual),
-              rstd = call.statistic(true, rstd_out, "rstd", residual);
+  const Array x = call.output("x", residual.sizes, residual.dtype),
+              mean = call.statistic(!rms, "mean", residual), rstd = call.statistic(true, "rstd", residual);
   require_sizes(branch, residual.sizes);
   require_statistics(mean, rstd, shape.rows, !rms);
   const NormAddForward params = {
@@ -150,12 +150,13 @@ void layer_norm_add_forward(Call& call, Input residual_in, Input branch_in, Opti
       .shape = shape,
   };
   call.launch<cpu::norm_add_forward, cuda::norm_add_forward>("layer_norm_add_forward", params);
+  return call.results<3>();
 }
 
-void layer_norm_add_backward(Call& call, Input dx_in, Input branch_in, OptionalInput weight,
-                             OptionalInput bias, OptionalInput layer_scale, OptionalInput row_scale,
-                             Input mean_in, Input rstd_in, Output dbranch_out, Output dweight, Output dbias,
-                             Output dlayer_scale, bool rms, NeedsGrad needs_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_add_backward(
+    Input dx_in, Input branch_in, OptionalInput weight, OptionalInput bias, OptionalInput layer_scale,
+    OptionalInput row_scale, Input mean_in, Input rstd_in, bool rms, NeedsGrad needs_grad) {
+  Call call;
   const Array dx = call.read(dx_in, "dx"), branch = call.read(branch_in, "branch"),
               mean = call.read_if(!rms, mean_in, "mean"), rstd = call.read(rstd_in, "rstd");
   const NormArrays norm = read_norm(call, weight, bias, layer_scale, row_scale);
@@ -167,42 +168,22 @@ void layer_norm_add_backward(Call& call, Input dx_in, Input branch_in, OptionalI
       .branch = branch.data,
       .mean = mean.floats(),
       .rstd = rstd.floats(),
-      .dbranch = call.output(dbranch_out, "dbranch", branch.sizes, branch.dtype).data,
+      .dbranch = call.output("dbranch", branch.sizes, branch.dtype).data,
       .parameters = norm.parameters(dx),
-      .gradients = norm_gradients(call, norm, shape.width, dweight, dbias, dlayer_scale, needs_grad),
+      .gradients = norm_gradients(call, norm, shape.width, needs_grad),
       .shape = shape,
   };
   call.launch<cpu::norm_add_backward, cuda::norm_add_backward>("layer_norm_add_backward", params);
+  return call.results<4>();
 }
 
 }  // namespace
 
 EVAKERNELS_OPS(residual_norm, m) {
-  EVAKERNELS_OP(
-      m, add_layer_norm_forward, "residual"_a, "branch"_a, "weight"_a, "bias"_a, "layer_scale"_a,
-      "row_scale"_a, "y"_a, "x"_a, "mean"_a, "rstd"_a, py::kw_only(), "eps"_a = 1e-6, "rms"_a = false,
-      R"(Writes x = residual + layer_scale * row_scale * branch, y = norm(x), and mean and rstd of x's rows.
-
-residual, branch: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32. x: of residual's
-dtype. y: of residual's dtype, or of branch's with a float32 residual. weight, bias, layer_scale: [C]; row_scale: [B];
-each of any dtype or None. mean, rstd: as for layer_norm_forward.)");
-  EVAKERNELS_OP(m, add_layer_norm_backward, "dy"_a, "dx"_a, "x"_a, "branch"_a, "weight"_a, "layer_scale"_a,
-                "row_scale"_a, "mean"_a, "rstd"_a, "dresidual"_a, "dbranch"_a, "dweight"_a, "dbias"_a,
-                "dlayer_scale"_a, py::kw_only(), "rms"_a = false,
-                R"(Writes dresidual, and dbranch, dweight, dbias and dlayer_scale unless None.
-
-dx: the gradient of x without the part through the norm. branch: read only for dlayer_scale.)");
-  EVAKERNELS_OP(
-      m, layer_norm_add_forward, "residual"_a, "branch"_a, "weight"_a, "bias"_a, "layer_scale"_a,
-      "row_scale"_a, "x"_a, "mean"_a, "rstd"_a, py::kw_only(), "eps"_a = 1e-6, "rms"_a = false,
-      R"(Writes x = residual + layer_scale * row_scale * norm(branch), and mean and rstd of branch's rows.
-
-Arrays as for add_layer_norm_forward.)");
-  EVAKERNELS_OP(
-      m, layer_norm_add_backward, "dx"_a, "branch"_a, "weight"_a, "bias"_a, "layer_scale"_a, "row_scale"_a,
-      "mean"_a, "rstd"_a, "dbranch"_a, "dweight"_a, "dbias"_a, "dlayer_scale"_a, py::kw_only(),
-      "rms"_a = false,
-      "Writes dbranch, and dweight, dbias and dlayer_scale unless None. The residual's gradient is dx.");
+  EVAKERNELS_OP(m, add_layer_norm_forward);
+  EVAKERNELS_OP(m, add_layer_norm_backward);
+  EVAKERNELS_OP(m, layer_norm_add_forward);
+  EVAKERNELS_OP(m, layer_norm_add_backward);
 }
 
 }  // namespace evakernels

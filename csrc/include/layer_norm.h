@@ -43,10 +43,10 @@ inline bool norm_serves(DType a, DType b) { return a == b || a == DType::Float32
 
 namespace cpu {
 
-EVAKERNELS_API void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
+void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result doesn't depend on the number of threads.
-EVAKERNELS_API void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
+void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
 
 // The loops of one instruction set.
 struct LayerNormKernels {
@@ -65,9 +65,9 @@ EVAKERNELS_FOR_EACH_ISA(extern const LayerNormKernels layer_norm;)
 
 namespace cuda {
 
-EVAKERNELS_API Error layer_norm_forward(const LayerNormForward& params, Stream stream);
+Error layer_norm_forward(const LayerNormForward& params, Stream stream);
 
-EVAKERNELS_API Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
+Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda
 

@@ -110,12 +110,12 @@ struct NormAddBackward {
 
 namespace cpu {
 
-EVAKERNELS_API void add_norm_forward(const AddNormForward& params, Isa isa, ParallelFor parallel_for);
-EVAKERNELS_API void norm_add_forward(const NormAddForward& params, Isa isa, ParallelFor parallel_for);
+void add_norm_forward(const AddNormForward& params, Isa isa, ParallelFor parallel_for);
+void norm_add_forward(const NormAddForward& params, Isa isa, ParallelFor parallel_for);
 
 // The results don't depend on the number of threads.
-EVAKERNELS_API void add_norm_backward(const AddNormBackward& params, Isa isa, ParallelFor parallel_for);
-EVAKERNELS_API void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor parallel_for);
+void add_norm_backward(const AddNormBackward& params, Isa isa, ParallelFor parallel_for);
+void norm_add_backward(const NormAddBackward& params, Isa isa, ParallelFor parallel_for);
 
 // The parameters as floats; ones or zeros for missing ones, but null for layer_scale.
 struct ResidualNormVectors {
@@ -160,11 +160,11 @@ EVAKERNELS_FOR_EACH_ISA(extern const ResidualNormKernels residual_norm;)
 namespace cuda {
 
 // Dtypes: gpu_serves and add_norm_serves; norm + add without a residual: norm_serves (layer_norm.h).
-EVAKERNELS_API Error add_norm_forward(const AddNormForward& params, Stream stream);
-EVAKERNELS_API Error norm_add_forward(const NormAddForward& params, Stream stream);
+Error add_norm_forward(const AddNormForward& params, Stream stream);
+Error norm_add_forward(const NormAddForward& params, Stream stream);
 
-EVAKERNELS_API Error add_norm_backward(const AddNormBackward& params, Scratch& scratch, Stream stream);
-EVAKERNELS_API Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream stream);
+Error add_norm_backward(const AddNormBackward& params, Scratch& scratch, Stream stream);
+Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda
 
