@@ -24,20 +24,6 @@ void for_each_block(const LogitTile& tile, ParallelFor parallel_for, const Body&
   });
 }
 
-// Sum of body over the blocks of a tile, in order.
-template <class Body>
-SiglipSums sum_of_blocks(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
-  std::vector<SiglipSums> sums(ceil_div(tile.columns, kBlockColumns));
-  for_each_block(tile, parallel_for,
-                 [&](int64_t block, int64_t begin, int64_t end) { sums[block] = body(begin, end); });
-  SiglipSums total;
-  for (const SiglipSums& sum : sums) {
-    total.loss += sum.loss;
-    total.dbias += sum.dbias;
-  }
-  return total;
-}
-
 float log_sum_exp(float sum, float highest) {
   return std::log(sum) + (std::isfinite(highest) ? highest : 0.0f);
 }
@@ -103,12 +89,11 @@ void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor 
     sums.finish(row, params.row_lse + row, params.row_max + row);
     params.positive[row] = tile.logits[row * tile.columns + tile.pair + row];
   }
-}
-
-void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_t columns) {
-  for (int64_t i = 0; i < columns; ++i) {
-    col_lse[i] = log_sum_exp(col_sum[i], col_max[i]);
-    col_max[i] = maximum(col_sum[i], col_max[i]);
+  if (!params.is_last) return;
+  for (int64_t i = 0; i < tile.columns; ++i) {
+    const float sum = params.col_lse[i];
+    params.col_lse[i] = log_sum_exp(sum, params.col_max[i]);
+    params.col_max[i] = maximum(sum, params.col_max[i]);
   }
 }
 
@@ -123,29 +108,13 @@ void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFo
   }
 }
 
-SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
+void siglip(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  return sum_of_blocks(params.tile, parallel_for,
-                       [&](int64_t begin, int64_t end) { return kernels.siglip_value(params, begin, end); });
-}
-
-SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
-    return kernels.siglip_forward(params, begin, end);
+  for_each_block(params.tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+    const SiglipSums sums = kernels.siglip(params, begin, end);
+    params.losses[block] = static_cast<float>(sums.loss);
+    if (params.needs_grad) params.dbias[block] = static_cast<float>(sums.dbias);
   });
-}
-
-void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  run_parallel(parallel_for, params.rows, tasks_grain(params.width),
-               [&](int64_t begin, int64_t end) { kernels.scale_image(params, begin, end); });
-}
-
-void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  run_parallel(parallel_for, params.rows, tasks_grain(params.width),
-               [&](int64_t begin, int64_t end) { kernels.finish_image(params, begin, end); });
 }
 
 }  // namespace evakernels::cpu

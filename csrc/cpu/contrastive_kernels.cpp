@@ -139,7 +139,7 @@ void forward(const ContrastiveForward& params, const RowSums& row_sums, int64_t 
       for (int64_t i = 0; i < block.width; ++i) col_shift[i] = col_max[i];
       sum_apart(block, row_max, col_max, row_sum, col_sum);
     }
-    add_to_columns(block.width, col_max, col_shift, col_sum, params.col_max + begin, params.col_sum + begin);
+    add_to_columns(block.width, col_max, col_shift, col_sum, params.col_max + begin, params.col_lse + begin);
   });
 }
 
@@ -228,84 +228,40 @@ inline void prepare_row(const SiglipTile& params, float* logits, int64_t row, in
   negate_pair(params.tile, logits, row, begin, end);
 }
 
-SiglipSums siglip_value(const SiglipTile& params, int64_t begin, int64_t end) {
-  SiglipSums total;
-  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      float* logits = block.row(row);
-      prepare_row(params, logits, first + row, begin, end);
-      float sum[1];
-      sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
-        const F32 x = load(logits + i, part);
-        sums[0] += zero_beyond(softplus(x, power_of(x)), part);
-      });
-      total.loss += sum[0];
-    }
-  });
-  return total;
-}
-
 // Negating the positives before and after the sigmoid computes sigmoid(x) - 1 without cancellation.
-SiglipSums siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) {
+template <bool kNeedsGrad>
+SiglipSums siglip_sums(const SiglipTile& params, int64_t begin, int64_t end) {
   SiglipSums total;
   for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
     for (int64_t row = 0; row < block.rows; ++row) {
       float* logits = block.row(row);
       prepare_row(params, logits, first + row, begin, end);
-      float sum[2];
+      float sum[1 + kNeedsGrad];
       sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
         const F32 x = load(logits + i, part);
         const F32 power = power_of(x);
-        const F32 gradient = (x < 0.0f ? power : broadcast(1.0f)) / (1.0f + power);
-        store(logits + i, gradient, part);
         sums[0] += zero_beyond(softplus(x, power), part);
-        sums[1] += zero_beyond(gradient, part);
+        if constexpr (kNeedsGrad) {
+          const F32 gradient = (x < 0.0f ? power : broadcast(1.0f)) / (1.0f + power);
+          store(logits + i, gradient, part);
+          sums[1] += zero_beyond(gradient, part);
+        }
       });
       total.loss += sum[0];
-      total.dbias += sum[1] - 2.0 * negate_pair(params.tile, logits, first + row, begin, end);
+      if constexpr (kNeedsGrad) {
+        total.dbias += sum[1] - 2.0 * negate_pair(params.tile, logits, first + row, begin, end);
+      }
     }
   });
   return total;
 }
 
-// --- features ---
-
-template <class T>
-void scale_rows(const ImageRows& params, int64_t begin, int64_t end) {
-  const T* image = static_cast<const T*>(params.image) + begin * params.width;
-  float* scaled = params.scaled + begin * params.width;
-  for_each_vector((end - begin) * params.width, [&](int64_t i, auto part) {
-    store(scaled + i, load(image + i, part) * params.scale, part);
-  });
-}
-
-template <class T>
-void finish_rows(const ImageRows& params, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* image = static_cast<const T*>(params.image) + row * params.width;
-    const float* gradient = params.scaled + row * params.width;
-    T* dimage = static_cast<T*>(params.dimage) + row * params.width;
-    sum_over_row(params.width, *reinterpret_cast<float (*)[1]>(params.dot_products + row),
-                 [&](int64_t i, auto part, F32* sums) {
-                   const F32 g = load(gradient + i, part);
-                   store(dimage + i, g * params.scale, part);
-                   sums[0] += g * load(image + i, part);
-                 });
-  }
-}
-
-void scale_image(const ImageRows& params, int64_t begin, int64_t end) {
-  with_element_type(params.dtype, [&]<class T>(T) { scale_rows<T>(params, begin, end); });
-}
-
-void finish_image(const ImageRows& params, int64_t begin, int64_t end) {
-  with_element_type(params.dtype, [&]<class T>(T) { finish_rows<T>(params, begin, end); });
+SiglipSums siglip(const SiglipTile& params, int64_t begin, int64_t end) {
+  return params.needs_grad ? siglip_sums<true>(params, begin, end) : siglip_sums<false>(params, begin, end);
 }
 
 }  // namespace
 
-const ContrastiveKernels contrastive = {
-    forward, backward, siglip_value, siglip_forward, scale_image, finish_image,
-};
+const ContrastiveKernels contrastive = {forward, backward, siglip};
 
 }  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

@@ -28,7 +28,7 @@ COMPILED = [
     if re.search(r"^EVAKERNELS_(GPU_)?OPS\(", text, re.MULTILINE)
     for op in re.findall(r"EVAKERNELS_OP\(\s*m, (\w+)", text)
 ]
-COMPOSED = ["contrastive_backward", "siglip_backward", "siglip_forward", "siglip_value"]
+COMPOSED = ["contrastive_backward", "siglip_forward", "siglip_value"]
 """Ops that run on GPUs as Python code with a compiled kernel."""
 KERNELS = {"contrastive_dlogits", "siglip_dlogits"}
 """Their kernels, which aren't ops."""
