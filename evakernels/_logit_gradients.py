@@ -50,7 +50,8 @@ def contrastive_backward(
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         saved = () if logits is None else (logits[rows],)
         upstream = drow_lse[rows], dcol_lse, dpositive[rows]
-        return kernel(*upstream, image, text, logit_scale, row_lse[rows], col_lse, offset + rows.start, *saved)
+        arguments = image, text, logit_scale, row_lse[rows], col_lse, offset + rows.start
+        return kernel(*upstream, *arguments, *saved)[:, : len(text)]
 
     factor, height = logit_scale.float() / unit, _height(image, text)
     dimage, dtext, dscale = feature_gradients(
@@ -71,7 +72,7 @@ def siglip_value(
     """The summed loss. `kernel` is as for `siglip_forward`, but its sums may lack the bias gradient."""
     image, text = padded(image, multiple), padded(text, multiple)
     sums, _ = kernel(image, text, logit_scale, logit_bias, offset, [False])
-    return siglip_totals([sums])[0]
+    return _totals(sums)[0]
 
 
 def siglip_forward(
@@ -94,13 +95,13 @@ def siglip_forward(
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         sums, dlogits = kernel(image, text, logit_scale, logit_bias, offset + rows.start, [True])
         parts.append(sums)
-        return dlogits
+        return dlogits[:, : len(text)]
 
     factor, height = logit_scale.float() / SIGLIP_UNIT, _height(image, text)
     dimage, dtext, dscale = feature_gradients(
         chunk_gradients, image, text, factor, needs_grad, torch.float32, height, multiple
     )
-    loss, dbias = siglip_totals(parts)
+    loss, dbias = _totals(torch.cat(parts, 1))
     return loss, dimage, dtext, (dscale / SIGLIP_UNIT).float(), dbias
 
 
@@ -108,35 +109,39 @@ def feature_gradients(
     chunk_gradients: Callable[[slice, Tensor, Tensor], Tensor],
     image: Tensor,
     text: Tensor,
-    factor: Tensor,
+    factor: Tensor | None,
     needs_grad: Sequence[bool],
     dtype: torch.dtype,
     height: int,
     multiple: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of image and text in `dtype`, empty unless needed, and of the logits' scale in float64.
 
     Args:
         chunk_gradients: maps rows, their images and all texts to the gradients of their logits.
-        factor: of the features' gradients.
+        factor: of the features' gradients. None if `chunk_gradients` returns gradients of the unscaled products and
+            sums the scale's gradient itself; then all tensors are float32.
         height: rows of a chunk.
     """
     needs_image, needs_text = needs_grad
     rows, depth = image.shape
-    columns = text.shape[0]
     image, text = padded(image, multiple), padded(text, multiple)
     dimage = image.new_empty((rows, depth) if needs_image else (0,), dtype=dtype)
     dtext, parts = None, []
     for chunk in row_chunks(rows, height):
         image_rows = image[chunk]
-        dlogits = chunk_gradients(chunk, image_rows, text)[:, :columns]
+        dlogits = chunk_gradients(chunk, image_rows, text)
         if needs_text:
             dtext = _product(dlogits.T, image_rows, dtext)
-        if needs_image or not needs_text:
+        if factor is None and needs_image:
+            torch.mm(dlogits, text, out=dimage[chunk])
+        elif factor is not None and (needs_image or not needs_text):
             product = _product(dlogits, text)
             parts.append(torch.linalg.vecdot(product, image_rows))
-        if needs_image:
-            torch.mul(product[:, :depth], factor, out=dimage[chunk])
+            if needs_image:
+                torch.mul(product[:, :depth], factor, out=dimage[chunk])
+    if factor is None:
+        return dimage, text.new_empty(0) if dtext is None else dtext, None
     if dtext is None:
         return dimage, text.new_empty(0, dtype=dtype), _sum(parts)
     dscale = _sum(parts or [torch.linalg.vecdot(dtext, text)])
@@ -160,18 +165,16 @@ def padded(features: Tensor, multiple: int) -> Tensor:
     return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
 
-def siglip_totals(parts: Sequence[Tensor]) -> Tensor:
-    """The float32 loss and gradient of the bias from partial sums, `[2, n]`."""
-    return torch.cat(parts, 1).sum(1, dtype=torch.float64).float()
-
-
 def _height(image: Tensor, text: Tensor) -> int:
     return rows_of_chunk(len(text) * image.itemsize)
 
 
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """The float64 sum of vectors."""
-    return torch.cat(parts).sum(dtype=torch.float64)
+def _sum(vectors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(vectors)).sum(dtype=torch.float64)
+
+
+def _totals(parts: Tensor) -> Tensor:
+    return parts.sum(1, dtype=torch.float64).float()
 
 
 def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
-"""Contrastive losses on CPUs: torch computes a tile of rows of logits, and a compiled pass runs over it.
+"""Contrastive losses on CPUs: torch multiplies a tile of rows, and a compiled pass replaces the products.
 
-Each function takes the pass and its reference's arguments. 16-bit features are widened, as torch has no matmul of them
-with a float32 result on a CPU. Logits that forward saves are the tiles.
+A pass scales the products to logits and replaces them by the logits or by the products' gradients. Each function takes
+the pass and its reference's arguments. 16-bit features are widened, as torch has no matmul of them with a float32
+result on a CPU.
 """
 
 import math
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._logit_gradients import feature_gradients, row_chunks, siglip_totals
+from ._logit_gradients import feature_gradients, row_chunks
 
 TILE = 1 << 26, 512
-"""Maximum logits of a tile (256 MiB), but at least one row, and maximum rows: enough for matmuls at full rate."""
+"""Maximum elements of a tile (256 MiB), but at least one row, and maximum rows: enough for matmuls at full rate."""
 
 Pass = Callable[..., Any]
 
@@ -23,16 +24,17 @@ def contrastive_forward(
     statistics: Pass, image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text = image.float(), text.float()
-    rows, columns = image.shape[0], text.shape[0]
-    logits = image.new_empty((rows, columns) if keep else (0,))
-    row_lse, positive, row_max = (image.new_empty(rows) for _ in range(3))
+    rows, columns, height = image.shape[0], text.shape[0], _height(text)
+    logits = image.new_empty((rows, columns) if keep else (min(rows, height), columns))
+    row_lse, positive, row_max = image.new_empty(rows), image.new_empty(rows), image.new_empty(rows)
     # Until the last tile col_lse has sums of exp(logit - col_max).
     col_lse, col_max = text.new_zeros(columns), text.new_full((columns,), -math.inf)
-    for chunk in row_chunks(rows, _height(text)):
-        tile = _logits(image[chunk], text, logit_scale, logits[chunk] if keep else None)
-        of_rows = row_lse, positive, row_max
-        statistics(tile, chunk.start, offset, *of_rows, col_lse, col_max, chunk.stop == rows)
-    return row_lse, col_lse, positive, row_max, col_max, logits
+    for chunk in row_chunks(rows, height):
+        tile = logits[chunk] if keep else logits[: chunk.stop - chunk.start]
+        torch.mm(image[chunk], text.T, out=tile)
+        vectors = row_lse, positive, row_max, col_lse, col_max
+        statistics(tile, logit_scale, chunk.start, offset, *vectors, chunk.stop == rows)
+    return row_lse, col_lse, positive, row_max, col_max, logits if keep else image.new_empty(0)
 
 
 def contrastive_backward(
@@ -49,27 +51,30 @@ def contrastive_backward(
     offset: int,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = [x.contiguous() for x in (drow_lse, dcol_lse, dpositive, row_lse, col_lse)]
+    upstream = drow_lse.contiguous(), dcol_lse.contiguous(), dpositive.contiguous()
+    saved = None if logits is None or logit_scale == 0 else logits  # a scale of 0 hides the products
+    dscales = []
 
-    def dlogits(rows: slice, image: Tensor, text: Tensor) -> Tensor:
-        tile = _logits(image, text, logit_scale) if logits is None else logits[rows].clone()
-        gradients(tile, rows.start, offset, *vectors)
+    def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
+        tile = torch.mm(image, text.T) if saved is None else saved[rows].clone()
+        vectors = *upstream, row_lse, col_lse
+        dscales.append(gradients(tile, saved is not None, logit_scale, rows.start, offset, *vectors))
         return tile
 
-    features = image.float(), text.float(), logit_scale
-    dimage, dtext, dscale = feature_gradients(dlogits, *features, needs_grad, image.dtype, _height(text))
-    return dimage, dtext, dscale.to(logit_scale.dtype)
+    features = image.float(), text.float()
+    dimage, dtext, _ = feature_gradients(chunk_gradients, *features, None, needs_grad, torch.float32, _height(text))
+    return dimage.to(image.dtype), dtext.to(text.dtype), _total(dscales).to(logit_scale.dtype)
 
 
 def siglip_value(
     siglip: Pass, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
 ) -> Tensor:
     image, text = image.float(), text.float()
-    sums = []
+    losses = []
     for rows in row_chunks(image.shape[0], _height(text)):
-        tile = _logits(image[rows], text, logit_scale)
-        sums.append(siglip(tile, offset + rows.start, logit_bias, False))
-    return siglip_totals(sums)[0]
+        tile = torch.mm(image[rows], text.T)
+        losses.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, False)[0])
+    return _total(losses)
 
 
 def siglip_forward(
@@ -81,23 +86,23 @@ def siglip_forward(
     offset: int,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = []
+    sums: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def dlogits(rows: slice, image: Tensor, text: Tensor) -> Tensor:
-        tile = _logits(image, text, logit_scale)
-        sums.append(siglip(tile, offset + rows.start, logit_bias, True))
+    def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
+        tile = torch.mm(image, text.T)
+        sums.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, True))
         return tile
 
-    features = image.float(), text.float(), logit_scale
-    dimage, dtext, dscale = feature_gradients(dlogits, *features, needs_grad, torch.float32, _height(text))
-    loss, dbias = siglip_totals(sums)
-    return loss, dimage, dtext, dscale.float(), dbias
+    features = image.float(), text.float()
+    dimage, dtext, _ = feature_gradients(chunk_gradients, *features, None, needs_grad, torch.float32, _height(text))
+    loss, dscale, dbias = map(_total, zip(*sums, strict=True))
+    return loss, dimage, dtext, dscale, dbias
+
+
+def _total(of_tiles: Sequence[Tensor]) -> Tensor:
+    return of_tiles[0] if len(of_tiles) == 1 else torch.stack(tuple(of_tiles)).sum(dtype=torch.float64).float()
 
 
 def _height(text: Tensor) -> int:
-    most_logits, most_rows = TILE
-    return max(1, min(most_rows, most_logits // text.shape[0]))
-
-
-def _logits(image: Tensor, text: Tensor, logit_scale: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.mm(image * logit_scale, text.T, out=out)
+    most_elements, most_rows = TILE
+    return max(1, min(most_rows, most_elements // text.shape[0]))

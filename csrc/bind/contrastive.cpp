@@ -8,13 +8,16 @@ namespace evakernels {
 namespace {
 
 // The tile of images `first_row` and on; the caption of image i is offset + i.
-LogitTile tile_of(const Array& logits, int64_t first_row, int64_t offset) {
-  require_dtype(logits, DType::Float32);
-  require(logits.sizes.size() == 2, "logits must be [rows, columns], got ", text_of(logits.sizes));
-  const int64_t rows = logits.sizes[0], columns = logits.sizes[1], pair = first_row + offset;
+LogitTile update_tile(Call& call, Input values_in, Input scale_in, int64_t first_row, int64_t offset) {
+  const Array values = call.update(values_in, "values");
+  const Array scale = call.read_float32(scale_in, "logit_scale");
+  require_dtype(values, DType::Float32);
+  require(values.sizes.size() == 2, "values must be [rows, columns], got ", text_of(values.sizes));
+  require(product(scale.sizes) == 1, "logit_scale must have one element");
+  const int64_t rows = values.sizes[0], columns = values.sizes[1], pair = first_row + offset;
   require(pair >= 0 && pair <= columns - rows, "first_row + offset must be 0 to ",
           std::to_string(columns - rows), ", got ", std::to_string(pair));
-  return {logits.floats(), rows, columns, pair};
+  return {values.floats(), rows, columns, pair, *scale.floats()};
 }
 
 // Elements [begin, begin + count) of a vector.
@@ -25,9 +28,10 @@ float* floats_of(const Array& vector, int64_t begin, int64_t count) {
   return vector.floats() + begin;
 }
 
-void contrastive_tile_statistics(Call& call, Input logits, int64_t first_row, int64_t offset, Input row_lse,
-                                 Input positive, Input row_max, Input col_lse, Input col_max, bool is_last) {
-  const LogitTile tile = tile_of(call.read(logits, "logits"), first_row, offset);
+void contrastive_tile_statistics(Call& call, Input values, Input logit_scale, int64_t first_row,
+                                 int64_t offset, Input row_lse, Input positive, Input row_max, Input col_lse,
+                                 Input col_max, bool is_last) {
+  const LogitTile tile = update_tile(call, values, logit_scale, first_row, offset);
   const ContrastiveForward params = {
       .tile = tile,
       .row_lse = floats_of(call.update(row_lse, "row_lse"), first_row, tile.rows),
@@ -40,9 +44,10 @@ void contrastive_tile_statistics(Call& call, Input logits, int64_t first_row, in
   call.launch<cpu::contrastive_forward, nullptr>("contrastive_tile_statistics", params);
 }
 
-void contrastive_tile_gradients(Call& call, Input logits, int64_t first_row, int64_t offset, Input drow_lse,
-                                Input dcol_lse, Input dpositive, Input row_lse, Input col_lse) {
-  const LogitTile tile = tile_of(call.update(logits, "logits"), first_row, offset);
+void contrastive_tile_gradients(Call& call, Input values, bool are_logits, Input logit_scale,
+                                int64_t first_row, int64_t offset, Input drow_lse, Input dcol_lse,
+                                Input dpositive, Input row_lse, Input col_lse, Output dscale) {
+  const LogitTile tile = update_tile(call, values, logit_scale, first_row, offset);
   const ContrastiveBackward params = {
       .tile = tile,
       .drow_lse = floats_of(call.read(drow_lse, "drow_lse"), first_row, tile.rows),
@@ -50,22 +55,22 @@ void contrastive_tile_gradients(Call& call, Input logits, int64_t first_row, int
       .dpositive = floats_of(call.read(dpositive, "dpositive"), first_row, tile.rows),
       .row_lse = floats_of(call.read(row_lse, "row_lse"), first_row, tile.rows),
       .col_lse = floats_of(call.read(col_lse, "col_lse"), 0, tile.columns),
+      .dscale = call.output(dscale, "dscale", {}, DType::Float32).floats(),
+      .are_logits = are_logits,
   };
   call.launch<cpu::contrastive_backward, nullptr>("contrastive_tile_gradients", params);
 }
 
-void siglip_tile(Call& call, Input logits, int64_t offset, Input logit_bias, bool needs_grad,
-                 Output sums_out) {
-  const LogitTile tile = tile_of(call.update(logits, "logits"), 0, offset);
+void siglip_tile(Call& call, Input values, Input logit_scale, Input logit_bias, int64_t offset,
+                 bool needs_grad, Output loss, Output dscale, Output dbias) {
+  const LogitTile tile = update_tile(call, values, logit_scale, 0, offset);
   const Array bias = call.read_float32(logit_bias, "logit_bias");
   require(product(bias.sizes) == 1, "logit_bias must have one element");
-  const int64_t blocks = (tile.columns + cpu::kBlockColumns - 1) / cpu::kBlockColumns;
-  const int64_t sizes[] = {1 + needs_grad, blocks};
-  float* const sums = call.output(sums_out, "sums", sizes, DType::Float32).floats();
   const SiglipTile params = {
       .tile = tile,
-      .losses = sums,
-      .dbias = sums + blocks,
+      .loss = call.output(loss, "loss", {}, DType::Float32).floats(),
+      .dscale = call.output(dscale, "dscale", {}, DType::Float32).floats(),
+      .dbias = call.output(dbias, "dbias", {}, DType::Float32).floats(),
       .bias = *bias.floats(),
       .needs_grad = needs_grad,
   };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -61,19 +62,22 @@ class BlockSums {
   std::vector<float> values_;
 };
 
-// Gradients of the positives, with exact exponentials: where the probability is almost 1, the terms cancel
-// with dpositive.
-std::vector<float> gradients_of_pairs(const ContrastiveBackward& params) {
+// Replaces the positives by their gradients, with exact exponentials: where the probability is almost 1, the
+// terms cancel with dpositive. Returns the sum of gradient * value.
+double replace_pairs(const ContrastiveBackward& params, float scale) {
   const LogitTile& tile = params.tile;
-  std::vector<float> gradients(tile.rows);
+  double total = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const int64_t column = tile.pair + row;
-    const float logit = tile.logits[row * tile.columns + column];
+    float& value = tile.values[row * tile.columns + column];
+    const float logit = value * scale;
     const float through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
     const float through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
-    gradients[row] = through_row + through_column + params.dpositive[row];
+    const float gradient = through_row + through_column + params.dpositive[row];
+    total += double{gradient} * value;
+    value = gradient * tile.scale;
   }
-  return gradients;
+  return total;
 }
 
 }  // namespace
@@ -87,7 +91,7 @@ void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor 
   });
   for (int64_t row = 0; row < tile.rows; ++row) {
     sums.finish(row, params.row_lse + row, params.row_max + row);
-    params.positive[row] = tile.logits[row * tile.columns + tile.pair + row];
+    params.positive[row] = tile.values[row * tile.columns + tile.pair + row];
   }
   if (!params.is_last) return;
   for (int64_t i = 0; i < tile.columns; ++i) {
@@ -99,22 +103,30 @@ void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor 
 
 void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  const LogitTile& tile = params.tile;
-  const std::vector<float> pairs = gradients_of_pairs(params);
-  for_each_block(tile, parallel_for,
-                 [&](int64_t, int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    tile.logits[row * tile.columns + tile.pair + row] = pairs[row];
-  }
+  std::vector<double> sums(ceil_div(params.tile.columns, kBlockColumns));
+  for_each_block(params.tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+    sums[block] = kernels.backward(params, begin, end);
+  });
+  const double total = std::accumulate(sums.begin(), sums.end(),
+                                       replace_pairs(params, params.are_logits ? 1.0f : params.tile.scale));
+  *params.dscale = static_cast<float>(params.are_logits ? total / params.tile.scale : total);
 }
 
 void siglip(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
+  std::vector<SiglipSums> sums(ceil_div(params.tile.columns, kBlockColumns));
   for_each_block(params.tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
-    const SiglipSums sums = kernels.siglip(params, begin, end);
-    params.losses[block] = static_cast<float>(sums.loss);
-    if (params.needs_grad) params.dbias[block] = static_cast<float>(sums.dbias);
+    sums[block] = kernels.siglip(params, begin, end);
   });
+  SiglipSums total;
+  for (const SiglipSums& sum : sums) {
+    total.loss += sum.loss;
+    total.dscale += sum.dscale;
+    total.dbias += sum.dbias;
+  }
+  *params.loss = static_cast<float>(total.loss);
+  *params.dscale = static_cast<float>(total.dscale);
+  *params.dbias = static_cast<float>(total.dbias);
 }
 
 }  // namespace evakernels::cpu

@@ -6,16 +6,18 @@
 
 namespace evakernels {
 
-// Logits of `rows` images and all captions. The positive of row i is in column pair + i.
+// Products of `rows` images with all captions, image @ text^T; logits are scale * products. The positive of
+// row i is in column pair + i.
 struct LogitTile {
-  float* logits;  // [rows, columns], dense
+  float* values;  // [rows, columns], dense
   int64_t rows;
   int64_t columns;
   int64_t pair;
+  float scale;
 };
 
 struct ContrastiveForward {
-  LogitTile tile;
+  LogitTile tile;   // overwritten with the logits
   float* row_lse;   // [rows]
   float* row_max;   // [rows]
   float* positive;  // [rows]
@@ -25,18 +27,21 @@ struct ContrastiveForward {
 };
 
 struct ContrastiveBackward {
-  LogitTile tile;          // overwritten with the gradient of the logits
+  LogitTile tile;          // overwritten with the gradient of the products
   const float* drow_lse;   // [rows]
   const float* dcol_lse;   // [columns]
   const float* dpositive;  // [rows]
   const float* row_lse;    // [rows]
   const float* col_lse;    // [columns]
+  float* dscale;           // one element
+  bool are_logits;         // the tile has logits that forward saved; the scale isn't 0
 };
 
 struct SiglipTile {
-  LogitTile tile;  // overwritten, with the gradient of the logits if it is needed
-  float* losses;   // [blocks of kBlockColumns]
-  float* dbias;    // [blocks], if the gradient is needed
+  LogitTile tile;  // overwritten with the gradient of the products, if it is needed
+  float* loss;     // one element each: the sum of losses, and the gradients of scale and bias if needed
+  float* dscale;
+  float* dbias;
   float bias;
   bool needs_grad;
 };
@@ -61,16 +66,18 @@ struct RowSums {
   float* sum;
 };
 
-// A block's share of the loss and of the bias gradient.
+// A block's share of the loss and of the gradients of scale and bias.
 struct SiglipSums {
   double loss = 0;
+  double dscale = 0;
   double dbias = 0;
 };
 
 // The loops of one instruction set, for columns [begin, end), kBlockColumns at most.
 struct ContrastiveKernels {
   void (*forward)(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end);
-  void (*backward)(const ContrastiveBackward& params, int64_t begin, int64_t end);
+  // Leaves the pairs and returns the share of the others in the sum of gradient * value.
+  double (*backward)(const ContrastiveBackward& params, int64_t begin, int64_t end);
   SiglipSums (*siglip)(const SiglipTile& params, int64_t begin, int64_t end);
 };
 

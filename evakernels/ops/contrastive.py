@@ -128,7 +128,7 @@ def clip_loss(
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
     if rank_and_size(op, group)[1] == 1:
         # The differences are small and the terms are not: summing the terms first would lose digits.
-        return ((row_lse - target) + (col_lse - target)).sum() / (2 * len(col_lse))
+        return (torch.stack((row_lse, col_lse)) - target).mean()
     loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, group)  # type: ignore[no-untyped-call]
     return loss
 
@@ -330,12 +330,19 @@ define_kernel(f"contrastive_dlogits({_UPSTREAM}, {_FEATURES}, {_LSE}, int offset
 define_kernel(f"siglip_dlogits({_FEATURES}, Tensor logit_bias, int offset, bool[] needs_grad) -> (Tensor, Tensor)")
 _OF_ROWS = "Tensor(a!) row_lse, Tensor(b!) positive, Tensor(c!) row_max"
 _OF_COLUMNS = "Tensor(d!) col_lse, Tensor(e!) col_max"
+_TILE = "Tensor(f!) values"
 define_kernel(
-    f"contrastive_tile_statistics(Tensor logits, int first_row, int offset, {_OF_ROWS}, {_OF_COLUMNS}, bool is_last)"
-    " -> ()"
+    f"contrastive_tile_statistics({_TILE}, Tensor logit_scale, int first_row, int offset, {_OF_ROWS}, {_OF_COLUMNS}, "
+    "bool is_last) -> ()"
 )
-define_kernel(f"contrastive_tile_gradients(Tensor(a!) logits, int first_row, int offset, {_UPSTREAM}, {_LSE}) -> ()")
-define_kernel("siglip_tile(Tensor(a!) logits, int offset, Tensor logit_bias, bool needs_grad) -> Tensor")
+define_kernel(
+    f"contrastive_tile_gradients({_TILE}, bool are_logits, Tensor logit_scale, int first_row, int offset, "
+    f"{_UPSTREAM}, {_LSE}) -> Tensor"
+)
+define_kernel(
+    f"siglip_tile({_TILE}, Tensor logit_scale, Tensor logit_bias, int offset, bool needs_grad)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 _forward = define(
     reference.contrastive_forward,
