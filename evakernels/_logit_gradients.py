@@ -129,17 +129,18 @@ def feature_gradients(
     dimage = image.new_empty((rows, depth) if needs_image else (0,), dtype=dtype)
     dtext, parts = None, []
     for chunk in row_chunks(rows, height):
-        image_rows = image[chunk]
+        image_rows = rows_of(image, chunk)
         dlogits = chunk_gradients(chunk, image_rows, text)
         if needs_text:
             dtext = _product(dlogits.T, image_rows, dtext)
         if factor is None and needs_image:
-            torch.mm(dlogits, text, out=dimage[chunk])
+            torch.mm(dlogits, text, out=rows_of(dimage, chunk))
         elif factor is not None and (needs_image or not needs_text):
             product = _product(dlogits, text)
             parts.append(torch.linalg.vecdot(product, image_rows))
             if needs_image:
                 torch.mul(product[:, :depth], factor, out=dimage[chunk])
+        del dlogits  # before those of the next chunk are made
     if factor is None:
         return dimage, text.new_empty(0) if dtext is None else dtext, None
     if dtext is None:
@@ -157,6 +158,11 @@ def rows_of_chunk(row_bytes: int) -> int:
 def row_chunks(rows: int, height: int) -> Iterator[slice]:
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
+
+
+def rows_of(matrix: Tensor, chunk: slice) -> Tensor:
+    """A chunk of rows, without a view of all rows, which would take time."""
+    return matrix if chunk.stop - chunk.start == matrix.shape[0] else matrix[chunk]
 
 
 def padded(features: Tensor, multiple: int) -> Tensor:

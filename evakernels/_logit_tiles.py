@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._logit_gradients import feature_gradients, row_chunks
+from ._logit_gradients import feature_gradients, row_chunks, rows_of
 
 TILE = 1 << 26, 512
 """Maximum elements of a tile (256 MiB), but at least one row, and maximum rows: enough for matmuls at full rate."""
@@ -24,17 +24,17 @@ def contrastive_forward(
     statistics: Pass, image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text = image.float(), text.float()
-    rows, columns, height = image.shape[0], text.shape[0], _height(text)
-    logits = image.new_empty((rows, columns) if keep else (min(rows, height), columns))
+    rows, columns = image.shape[0], text.shape[0]
+    logits = image.new_empty((rows, columns) if keep else 0)
     row_lse, positive, row_max = image.new_empty(rows), image.new_empty(rows), image.new_empty(rows)
     # Until the last tile col_lse has sums of exp(logit - col_max).
     col_lse, col_max = text.new_zeros(columns), text.new_full((columns,), -math.inf)
-    for chunk in row_chunks(rows, height):
-        tile = logits[chunk] if keep else logits[: chunk.stop - chunk.start]
-        torch.mm(image[chunk], text.T, out=tile)
-        vectors = row_lse, positive, row_max, col_lse, col_max
+    vectors = row_lse, positive, row_max, col_lse, col_max
+    for chunk in row_chunks(rows, _height(text)):
+        tile = torch.mm(rows_of(image, chunk), text.T, out=rows_of(logits, chunk) if keep else None)
         statistics(tile, logit_scale, chunk.start, offset, *vectors, chunk.stop == rows)
-    return row_lse, col_lse, positive, row_max, col_max, logits if keep else image.new_empty(0)
+        del tile  # before the next one is made
+    return row_lse, col_lse, positive, row_max, col_max, logits
 
 
 def contrastive_backward(
@@ -52,11 +52,11 @@ def contrastive_backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     upstream = drow_lse.contiguous(), dcol_lse.contiguous(), dpositive.contiguous()
-    saved = None if logits is None or logit_scale == 0 else logits  # a scale of 0 hides the products
+    saved = None if logits is None or logit_scale.item() == 0 else logits  # a scale of 0 hides the products
     dscales = []
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
-        tile = torch.mm(image, text.T) if saved is None else saved[rows].clone()
+        tile = torch.mm(image, text.T) if saved is None else rows_of(saved, rows).clone()
         vectors = *upstream, row_lse, col_lse
         dscales.append(gradients(tile, saved is not None, logit_scale, rows.start, offset, *vectors))
         return tile
@@ -72,7 +72,7 @@ def siglip_value(
     image, text = image.float(), text.float()
     losses = []
     for rows in row_chunks(image.shape[0], _height(text)):
-        tile = torch.mm(image[rows], text.T)
+        tile = torch.mm(rows_of(image, rows), text.T)
         losses.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, False)[0])
     return _total(losses)
 

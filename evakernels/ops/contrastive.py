@@ -328,12 +328,11 @@ _UPSTREAM = "Tensor drow_lse, Tensor dcol_lse, Tensor dpositive"
 _LSE = "Tensor row_lse, Tensor col_lse"
 define_kernel(f"contrastive_dlogits({_UPSTREAM}, {_FEATURES}, {_LSE}, int offset) -> Tensor")
 define_kernel(f"siglip_dlogits({_FEATURES}, Tensor logit_bias, int offset, bool[] needs_grad) -> (Tensor, Tensor)")
-_OF_ROWS = "Tensor(a!) row_lse, Tensor(b!) positive, Tensor(c!) row_max"
-_OF_COLUMNS = "Tensor(d!) col_lse, Tensor(e!) col_max"
-_TILE = "Tensor(f!) values"
+_TILE = "Tensor(a!) values"
+_VECTORS = "Tensor(b!) row_lse, Tensor(c!) positive, Tensor(d!) row_max, Tensor(e!) col_lse, Tensor(f!) col_max"
 define_kernel(
-    f"contrastive_tile_statistics({_TILE}, Tensor logit_scale, int first_row, int offset, {_OF_ROWS}, {_OF_COLUMNS}, "
-    "bool is_last) -> ()"
+    f"contrastive_tile_statistics({_TILE}, Tensor logit_scale, int first_row, int offset, {_VECTORS}, bool is_last)"
+    " -> ()"
 )
 define_kernel(
     f"contrastive_tile_gradients({_TILE}, bool are_logits, Tensor logit_scale, int first_row, int offset, "
