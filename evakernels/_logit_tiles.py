@@ -26,14 +26,14 @@ def contrastive_forward(
     image, text = image.float(), text.float()
     rows, columns = image.shape[0], text.shape[0]
     logits = image.new_empty((rows, columns) if keep else 0)
-    row_lse, positive, row_max = image.new_empty(rows), image.new_empty(rows), image.new_empty(rows)
     # Until the last tile col_lse has sums of exp(logit - col_max).
     col_lse, col_max = text.new_zeros(columns), text.new_full((columns,), -math.inf)
-    vectors = row_lse, positive, row_max, col_lse, col_max
+    of_tiles: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk in row_chunks(rows, _height(text)):
         tile = torch.mm(rows_of(image, chunk), text.T, out=rows_of(logits, chunk) if keep else None)
-        statistics(tile, logit_scale, chunk.start, offset, *vectors, chunk.stop == rows)
+        of_tiles.append(statistics(tile, logit_scale, offset + chunk.start, col_lse, col_max, chunk.stop == rows))
         del tile  # before the next one is made
+    row_lse, positive, row_max = of_tiles[0] if len(of_tiles) == 1 else map(torch.cat, zip(*of_tiles, strict=True))
     return row_lse, col_lse, positive, row_max, col_max, logits
 
 

@@ -7,16 +7,15 @@
 namespace evakernels {
 namespace {
 
-// The tile of images `first_row` and on; the caption of image i is offset + i.
-LogitTile update_tile(Call& call, Input values_in, Input scale_in, int64_t first_row, int64_t offset) {
+LogitTile update_tile(Call& call, Input values_in, Input scale_in, int64_t pair) {
   const Array values = call.update(values_in, "values");
   const Array scale = call.read_float32(scale_in, "logit_scale");
   require_dtype(values, DType::Float32);
   require(values.sizes.size() == 2, "values must be [rows, columns], got ", text_of(values.sizes));
   require(product(scale.sizes) == 1, "logit_scale must have one element");
-  const int64_t rows = values.sizes[0], columns = values.sizes[1], pair = first_row + offset;
-  require(pair >= 0 && pair <= columns - rows, "first_row + offset must be 0 to ",
-          std::to_string(columns - rows), ", got ", std::to_string(pair));
+  const int64_t rows = values.sizes[0], columns = values.sizes[1];
+  require(pair >= 0 && pair <= columns - rows, "pair must be 0 to ", std::to_string(columns - rows), ", got ",
+          std::to_string(pair));
   return {values.floats(), rows, columns, pair, *scale.floats()};
 }
 
@@ -28,15 +27,15 @@ float* floats_of(const Array& vector, int64_t begin, int64_t count) {
   return vector.floats() + begin;
 }
 
-void contrastive_tile_statistics(Call& call, Input values, Input logit_scale, int64_t first_row,
-                                 int64_t offset, Input row_lse, Input positive, Input row_max, Input col_lse,
-                                 Input col_max, bool is_last) {
-  const LogitTile tile = update_tile(call, values, logit_scale, first_row, offset);
+void contrastive_tile_statistics(Call& call, Input values, Input logit_scale, int64_t pair, Input col_lse,
+                                 Input col_max, bool is_last, Output row_lse, Output positive,
+                                 Output row_max) {
+  const LogitTile tile = update_tile(call, values, logit_scale, pair);
   const ContrastiveForward params = {
       .tile = tile,
-      .row_lse = floats_of(call.update(row_lse, "row_lse"), first_row, tile.rows),
-      .row_max = floats_of(call.update(row_max, "row_max"), first_row, tile.rows),
-      .positive = floats_of(call.update(positive, "positive"), first_row, tile.rows),
+      .row_lse = output_floats(call, row_lse, "row_lse", tile.rows),
+      .row_max = output_floats(call, row_max, "row_max", tile.rows),
+      .positive = output_floats(call, positive, "positive", tile.rows),
       .col_max = floats_of(call.update(col_max, "col_max"), 0, tile.columns),
       .col_lse = floats_of(call.update(col_lse, "col_lse"), 0, tile.columns),
       .is_last = is_last,
@@ -47,7 +46,7 @@ void contrastive_tile_statistics(Call& call, Input values, Input logit_scale, in
 void contrastive_tile_gradients(Call& call, Input values, bool are_logits, Input logit_scale,
                                 int64_t first_row, int64_t offset, Input drow_lse, Input dcol_lse,
                                 Input dpositive, Input row_lse, Input col_lse, Output dscale) {
-  const LogitTile tile = update_tile(call, values, logit_scale, first_row, offset);
+  const LogitTile tile = update_tile(call, values, logit_scale, first_row + offset);
   const ContrastiveBackward params = {
       .tile = tile,
       .drow_lse = floats_of(call.read(drow_lse, "drow_lse"), first_row, tile.rows),
@@ -61,9 +60,9 @@ void contrastive_tile_gradients(Call& call, Input values, bool are_logits, Input
   call.launch<cpu::contrastive_backward, nullptr>("contrastive_tile_gradients", params);
 }
 
-void siglip_tile(Call& call, Input values, Input logit_scale, Input logit_bias, int64_t offset,
-                 bool needs_grad, Output loss, Output dscale, Output dbias) {
-  const LogitTile tile = update_tile(call, values, logit_scale, 0, offset);
+void siglip_tile(Call& call, Input values, Input logit_scale, Input logit_bias, int64_t pair, bool needs_grad,
+                 Output loss, Output dscale, Output dbias) {
+  const LogitTile tile = update_tile(call, values, logit_scale, pair);
   const Array bias = call.read_float32(logit_bias, "logit_bias");
   require(product(bias.sizes) == 1, "logit_bias must have one element");
   const SiglipTile params = {

@@ -329,17 +329,16 @@ _LSE = "Tensor row_lse, Tensor col_lse"
 define_kernel(f"contrastive_dlogits({_UPSTREAM}, {_FEATURES}, {_LSE}, int offset) -> Tensor")
 define_kernel(f"siglip_dlogits({_FEATURES}, Tensor logit_bias, int offset, bool[] needs_grad) -> (Tensor, Tensor)")
 _TILE = "Tensor(a!) values"
-_VECTORS = "Tensor(b!) row_lse, Tensor(c!) positive, Tensor(d!) row_max, Tensor(e!) col_lse, Tensor(f!) col_max"
 define_kernel(
-    f"contrastive_tile_statistics({_TILE}, Tensor logit_scale, int first_row, int offset, {_VECTORS}, bool is_last)"
-    " -> ()"
+    f"contrastive_tile_statistics({_TILE}, Tensor logit_scale, int pair, Tensor(b!) col_lse, Tensor(c!) col_max, "
+    "bool is_last) -> (Tensor, Tensor, Tensor)"
 )
 define_kernel(
     f"contrastive_tile_gradients({_TILE}, bool are_logits, Tensor logit_scale, int first_row, int offset, "
     f"{_UPSTREAM}, {_LSE}) -> Tensor"
 )
 define_kernel(
-    f"siglip_tile({_TILE}, Tensor logit_scale, Tensor logit_bias, int offset, bool needs_grad)"
+    f"siglip_tile({_TILE}, Tensor logit_scale, Tensor logit_bias, int pair, bool needs_grad)"
     " -> (Tensor, Tensor, Tensor)"
 )
 

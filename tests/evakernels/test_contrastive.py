@@ -150,6 +150,16 @@ def test_kept_logits_allow_a_second_backward():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 0}], ids=["kept", "not-kept"])
+def test_scale_of_zero_has_gradient(options):
+    """Logits of 0 don't show the products of the features."""
+    image, text, _ = SQUARE
+    exact, scale = scalar(0.0).requires_grad_(), torch.zeros((), requires_grad=True)
+    (expected,) = torch.autograd.grad(cross_entropies(image, text, exact), exact)
+    (actual,) = torch.autograd.grad(evakernels.clip_loss(image.float(), text.float(), scale, **options), scale)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 LOSSES = {
     "clip": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale),
     "clip-not-kept": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale, memory_budget=0),
