@@ -54,10 +54,11 @@ def contrastive_backward(
         return kernel(*upstream, *arguments, *saved)[:, : len(text)]
 
     factor, height = logit_scale.float() / unit, _height(image, text)
-    dimage, dtext, dscale = feature_gradients(
+    dimage, dtext, parts = feature_gradients(
         chunk_gradients, image, text, factor, needs_grad, image.dtype, height, multiple
     )
-    return dimage, dtext, (dscale / unit).to(logit_scale.dtype)
+    dscale = torch.stack(parts).sum() / unit
+    return dimage, dtext, dscale.to(logit_scale.dtype)
 
 
 def siglip_value(
@@ -90,19 +91,20 @@ def siglip_forward(
     `kernel` returns `(sums, dlogits)`; `sums` is `[2, n]`, partial sums of the loss and of the bias gradient. Its last
     argument is whether it computes gradients.
     """
-    parts = []
+    of_chunks = []
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         sums, dlogits = kernel(image, text, logit_scale, logit_bias, offset + rows.start, [True])
-        parts.append(sums)
+        of_chunks.append(sums)
         return dlogits[:, : len(text)]
 
     factor, height = logit_scale.float() / SIGLIP_UNIT, _height(image, text)
-    dimage, dtext, dscale = feature_gradients(
+    dimage, dtext, parts = feature_gradients(
         chunk_gradients, image, text, factor, needs_grad, torch.float32, height, multiple
     )
-    loss, dbias = _totals(torch.cat(parts, 1))
-    return loss, dimage, dtext, (dscale / SIGLIP_UNIT).float(), dbias
+    loss, dbias = _totals(torch.cat(of_chunks, 1))
+    dscale = torch.stack(parts).sum() / SIGLIP_UNIT
+    return loss, dimage, dtext, dscale, dbias
 
 
 def feature_gradients(
@@ -114,20 +116,21 @@ def feature_gradients(
     dtype: torch.dtype,
     height: int,
     multiple: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of image and text in `dtype`, empty unless needed, and of the logits' scale in float64.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of image and text in `dtype`, empty unless needed, and numbers whose sum is the scale's gradient.
 
     Args:
         chunk_gradients: maps rows, their images and all texts to the gradients of their logits.
         factor: of the features' gradients. None if `chunk_gradients` returns gradients of the unscaled products and
-            sums the scale's gradient itself; then all tensors are float32.
+            sums the scale's gradient itself; then all tensors are float32 and there are no numbers.
         height: rows of a chunk.
     """
     needs_image, needs_text = needs_grad
     rows, depth = image.shape
     image, text = padded(image, multiple), padded(text, multiple)
     dimage = image.new_empty((rows, depth) if needs_image else (0,), dtype=dtype)
-    dtext, parts = None, []
+    dtext: Tensor | None = None
+    parts: list[Tensor] = []
     for chunk in row_chunks(rows, height):
         image_rows = rows_of(image, chunk)
         dlogits = chunk_gradients(chunk, image_rows, text)
@@ -137,16 +140,15 @@ def feature_gradients(
             torch.mm(dlogits, text, out=rows_of(dimage, chunk))
         elif factor is not None and (needs_image or not needs_text):
             product = _product(dlogits, text)
-            parts.append(torch.linalg.vecdot(product, image_rows))
+            parts.append((product * image_rows).sum())
             if needs_image:
                 torch.mul(product[:, :depth], factor, out=dimage[chunk])
         del dlogits  # before those of the next chunk are made
-    if factor is None:
-        return dimage, text.new_empty(0) if dtext is None else dtext, None
     if dtext is None:
-        return dimage, text.new_empty(0, dtype=dtype), _sum(parts)
-    dscale = _sum(parts or [torch.linalg.vecdot(dtext, text)])
-    return dimage, (dtext[:, :depth] * factor).to(dtype), dscale
+        return dimage, text.new_empty(0, dtype=dtype), parts
+    if factor is None:
+        return dimage, dtext, parts
+    return dimage, (dtext[:, :depth] * factor).to(dtype), parts or [(dtext * text).sum()]
 
 
 def rows_of_chunk(row_bytes: int) -> int:
@@ -173,10 +175,6 @@ def padded(features: Tensor, multiple: int) -> Tensor:
 
 def _height(image: Tensor, text: Tensor) -> int:
     return rows_of_chunk(len(text) * image.itemsize)
-
-
-def _sum(vectors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(tuple(vectors)).sum(dtype=torch.float64)
 
 
 def _totals(parts: Tensor) -> Tensor:

@@ -62,20 +62,20 @@ class BlockSums {
   std::vector<float> values_;
 };
 
-// Replaces the positives by their gradients, with exact exponentials: where the probability is almost 1, the
-// terms cancel with dpositive. Returns the sum of gradient * value.
+// Replaces the positives by their gradients, in float64: where the probability is almost 1, the terms cancel
+// with dpositive. Returns the sum of gradient * value.
 double replace_pairs(const ContrastiveBackward& params, float scale) {
   const LogitTile& tile = params.tile;
   double total = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const int64_t column = tile.pair + row;
     float& value = tile.values[row * tile.columns + column];
-    const float logit = value * scale;
-    const float through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
-    const float through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
-    const float gradient = through_row + through_column + params.dpositive[row];
-    total += double{gradient} * value;
-    value = gradient * tile.scale;
+    const double logit = value * scale;
+    const double through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
+    const double through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
+    const double gradient = through_row + through_column + params.dpositive[row];
+    total += gradient * value;
+    value = static_cast<float>(gradient * tile.scale);
   }
   return total;
 }

@@ -49,6 +49,19 @@ struct Block {
   float* row(int64_t i) const { return values + i * stride; }
 };
 
+// A gradient of the scale is a small difference of large terms.
+typedef double F64 __attribute__((vector_size(kLanes * sizeof(double))));
+
+inline void add_product(F64& sums, F32 a, F32 b) {
+  sums += __builtin_convertvector(a, F64) * __builtin_convertvector(b, F64);
+}
+
+inline double total_of(const F64& sums) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  return total;
+}
+
 // Calls body(first column, columns, whether it is the positive) for the parts of a row.
 template <class Body>
 inline void for_each_part(const Block& block, int64_t row, const Body& body) {
@@ -175,21 +188,26 @@ void factors(const float* gradient, const float* lse, float shift, int64_t count
 template <class Gradient>
 double replace_row(const ContrastiveBackward& params, const Block& block, int64_t row,
                    const Gradient& gradient_of) {
-  const float scale = params.are_logits ? 1.0f : params.tile.scale;
   float* values = block.row(row);
-  double total = 0;
+  // Rounded as in the forward pass: a fused multiply-add would compute exp(logit - lse) of another logit.
+  float scaled[kBlockColumns];
+  const float* logits = params.are_logits ? values : scaled;
+  if (!params.are_logits) {
+    for_each_vector(block.width, [&](int64_t i, auto part) {
+      store(scaled + i, load(values + i, part) * params.tile.scale, part);
+    });
+  }
+  F64 sums = {};
   for_each_part(block, row, [&](int64_t first, int64_t count, bool is_pair) {
     if (is_pair) return;
-    float sum[1];
-    sum_over_row(count, sum, [&](int64_t i, auto part, F32* sums) {
+    for_each_vector(count, [&](int64_t i, auto part) {
       const F32 value = load(values + first + i, part);
-      const F32 gradient = gradient_of(value * scale, first + i, part);
+      const F32 gradient = gradient_of(load(logits + first + i, part), first + i, part);
       store(values + first + i, gradient * params.tile.scale, part);
-      sums[0] += zero_beyond(gradient * value, part);
+      add_product(sums, zero_beyond(gradient, part), value);
     });
-    total += sum[0];
   });
-  return total;
+  return total_of(sums);
 }
 
 double backward(const ContrastiveBackward& params, int64_t begin, int64_t end) {

@@ -268,7 +268,7 @@ def _contrastive(gemms: int) -> Callable[..., int]:
 
 
 def _contrastive_backward(*args: Any, **_: Any) -> int:
-    image, text, *_, logits, _, _ = args[3:]
+    image, text, logits = args[3], args[4], args[8]
     return _contrastive(3 if logits is None else 2)(image, text)
 
 
