@@ -25,7 +25,6 @@ OPERATORS = getattr(torch.ops, NAMESPACE)
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backend names, the preferred one first."""
 
-
 KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 Reasons = Callable[..., list[str]]

@@ -131,7 +131,7 @@ int64_t fit_warps(AttentionPlan& plan, int warps, void (*kernel)(Parameters...),
 
 constexpr Error kNoPlan = "too little shared memory for attention, or its occupancy can't be queried";
 
-// Shares a head's `tiles` among as many blocks as fill the GPU, whose warps take `warp_tiles` at a time.
+// Divides a head's `tiles` among enough blocks to fill the GPU. A warp takes `warp_tiles` at a time.
 inline void share_tiles(AttentionPlan& plan, const AttentionShape& shape, int64_t resident, int tiles,
                         int warp_tiles) {
   // The lengths of packed sequences are unknown: as many of the longest as the tokens make.

@@ -224,5 +224,5 @@ def _load(kind: str, option: str, name: str | None, **options: Any) -> Any:
         reason = str(exc).strip().partition("\n")[0]
         raise UserError(
             f"text.{option} must be the path of a local folder with a config.json, or a name on the Hugging Face hub, "
-            f"got {name!r}, which is not such a folder; asking the hub failed: {reason}"
+            f"got {name!r}, which is not one; asking the hub failed: {reason}"
         ) from exc

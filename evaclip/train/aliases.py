@@ -88,7 +88,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--image-std": {"nargs": "*"},
     "--opt-kwargs": {"nargs": "*"},
 }
-"""Keyword arguments of `add_argument` for flags whose value is not a single string."""
+"""Keyword arguments of `add_argument` for flags whose value is an integer or a list."""
 
 _REPLACEMENTS = {
     "--set 'data.mixture={NAME: {train: PATH, weight: SHARE}, ...}'": "--train-data-upsampling-factors",

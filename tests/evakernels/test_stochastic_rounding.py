@@ -89,7 +89,7 @@ def assert_same_but_for_few(ours, theirs, slack):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.kernels("nvcc", "triton")
+@pytest.mark.kernels("triton")
 def test_every_device_rounds_by_the_same_bits(kind, backend):
     """Of steps that float32 holds exactly: by 2^-12, from 1. The parameter decides nothing, its random bits all."""
     size, first = 3 * 16384 + 5, (1 << 33) + 77
@@ -124,7 +124,7 @@ def test_kernels_equal_the_formula_of_the_reference(kind, dtypes):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.kernels("nvcc", "newest triton")
+@pytest.mark.kernels("newest triton")
 def test_stochastic_rounding_is_unbiased(kind, backend):
     """Of a tensor whose elements all make the same step."""
     size, exact = 1 << 17, None
@@ -163,7 +163,7 @@ def test_parts_are_rounded_as_the_whole_is(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("seeds", "scale"), [(None, None), (None, float("nan")), ((), float("nan"))])
-@pytest.mark.kernels("nvcc", "newest triton")
+@pytest.mark.kernels("newest triton")
 def test_found_inf_skips_the_update(kind, backend, seeds, scale):
     """Rounded stochastically or to the nearest; also in the first step."""
     skipped, before, bad = (lists(MIXED, [0, 5, 1061]) for _ in range(3))
@@ -208,7 +208,7 @@ def test_training_follows_float32_not_bfloat16(kind):
 
 
 @pytest.mark.parametrize("kind", [AdamW, Lamb])
-@pytest.mark.kernels("nvcc", "newest triton")
+@pytest.mark.kernels("newest triton")
 def test_the_seed_and_nothing_else_decides(kind):
     runs = [losses(kind, HALF, 20, stochastic_rounding=True, seed=seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]

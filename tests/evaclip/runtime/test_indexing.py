@@ -160,7 +160,7 @@ def test_index_killed_fifty_times_is_complete(tmp_path, encoder, monkeypatch):
     for _ in range(50):
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)  # replaces torch's pool, whose threads are gone, before two threads do so at once
+            torch.set_num_threads(1)  # renews torch's thread pool; two reader threads at once would fail to
             _index(root, path, encoder)
             os._exit(0)
         time.sleep(float(draw.uniform(0, seconds)))

@@ -1,4 +1,4 @@
-"""A fault of each kind, put into a training; `faults/inject.py` does so as often as one read_metadata."""
+"""A fault of each kind, put into a training; `faults/inject.py` does so as often as asked."""
 
 import random
 from pathlib import Path
