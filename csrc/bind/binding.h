@@ -23,7 +23,7 @@
 #include <utility>
 
 #include "bind/array.h"
-#include "include/residual_norm.h"
+#include "include/launcher.h"
 
 namespace evakernels {
 
@@ -45,11 +45,6 @@ inline void raise_if_any(const char* op, cuda::Error error) {
 // Calls a GPU launcher, with or without scratch memory, and raises its error.
 template <auto Cuda, class Params>
 void call_launcher(const char* op, const Params& params, cuda::Scratch& scratch, cuda::Stream stream) {
-  if constexpr (requires { params.shape.branch_dtype; }) {
-    const DType dtype = params.shape.dtype, branch = params.shape.branch_dtype;
-    require(gpu_serves(dtype, branch), op, ": branch must be ", name_of(dtype),
-            " on a GPU, or of any dtype with a float32 residual, got ", name_of(branch));
-  }
   if constexpr (std::is_invocable_v<decltype(Cuda), const Params&, cuda::Stream>) {
     raise_if_any(op, Cuda(params, stream));
   } else {

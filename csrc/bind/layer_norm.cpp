@@ -1,4 +1,4 @@
-// LayerNorm and RMSNorm over the last dimension.
+// LayerNorm and RMSNorm, alone and fused with the residual connection around them.
 #include "include/layer_norm.h"
 
 #include "bind/binding.h"
@@ -6,68 +6,129 @@
 namespace evakernels {
 namespace {
 
-// y: the output or its gradient.
-void require_norm_serves(const Array& x, const Array& y) {
-  require_sizes(y, x.sizes);
-  require(norm_serves(x.dtype, y.dtype), y.name, " must be ", name_of(x.dtype), " or float32, got ",
-          name_of(y.dtype));
+struct NormArrays {
+  Array weight, bias, layer_scale, row_scale;
+
+  NormParameters parameters(const Array& x) const {
+    const auto vector = [](const Array& array, int64_t size) -> ParameterVector {
+      require(!array || (array.sizes.size() == 1 && array.sizes[0] == size), array.name, " must have ",
+              std::to_string(size), " elements");
+      return {array.data, array.dtype};
+    };
+    const int64_t width = x.sizes.back();
+    return {vector(weight, width), vector(bias, width), vector(layer_scale, width),
+            vector(row_scale, x.sizes[0])};
+  }
+};
+
+NormArrays read_norm(Call& call, OptionalInput weight, OptionalInput bias, OptionalInput layer_scale,
+                     OptionalInput row_scale) {
+  return {call.read_optional(weight, "weight"), call.read_optional(bias, "bias"),
+          call.read_optional(layer_scale, "layer_scale"), call.read_optional(row_scale, "row_scale")};
 }
 
-void layer_norm_forward(Call& call, Input x_in, OptionalInput weight_in, OptionalInput bias_in, Output y_out,
-                        Output mean_out, Output rstd_out, double eps, bool rms, OutputDType out_dtype) {
-  const Array x = call.read(x_in, "x"), weight = call.read_optional(weight_in, "weight"),
-              bias = call.read_optional(bias_in, "bias");
+// dtype, branch_dtype: of the residual, without one of y, and of the forward pass's x.
+NormShape norm_shape(const Call& call, const Array& x, const Array& row_scale, DType dtype,
+                     DType branch_dtype, const Array& y, bool rms, bool add_first) {
+  require(!row_scale || x.sizes.size() > 1, x.name, " must be [B, ..., C]");
   const RowSizes size(x);
-  const Array y = call.output(y_out, "y", x, out_dtype);
-  const Array mean = call.statistic(!rms, mean_out, "mean", x),
-              rstd = call.statistic(true, rstd_out, "rstd", x);
-  require_norm_serves(x, y);
-  require_statistics(mean, rstd, size.rows, !rms);
-  const LayerNormForward params = {
-      .x = x.data,
-      .weight = weight.data,
-      .bias = bias.data,
-      .y = y.data,
-      .mean = mean.floats(),
-      .rstd = rstd.floats(),
+  const int64_t samples = row_scale ? std::max<int64_t>(1, x.sizes[0]) : 1;
+  const NormShape shape = {
       .rows = size.rows,
       .width = size.width,
-      .eps = static_cast<float>(eps),
-      .dtype = x.dtype,
+      .rows_per_sample = std::max<int64_t>(1, size.rows / samples),
+      .dtype = dtype,
+      .branch_dtype = branch_dtype,
       .y_dtype = y.dtype,
-      .weight_dtype = parameter_dtype(x, {&weight, &bias}, &y),
       .rms = rms,
+      .add_first = add_first,
+  };
+  require_sizes(y, x.sizes);
+  require(norm_serves(shape), y.name, " must be ", name_of(dtype),
+          ", or the branch's dtype with a float32 residual, got ", name_of(y.dtype), " with a branch of ",
+          name_of(branch_dtype));
+  require(!call.is_on_gpu() || gpu_serves(shape), "branch must be ", name_of(dtype),
+          " on a GPU, or one of branch and residual float32, in add + norm the residual, got ",
+          name_of(branch_dtype));
+  return shape;
+}
+
+void layer_norm_forward(Call& call, Input x_in, OptionalInput weight, OptionalInput bias, Output y_out,
+                        Output total_out, Output statistics_out, double eps, bool rms, OutputDType out_dtype,
+                        OptionalInput residual_in, OptionalInput layer_scale, OptionalInput row_scale,
+                        bool add_first) {
+  const Array x = call.read(x_in, "x"), residual = call.read_optional(residual_in, "residual");
+  const NormArrays norm = read_norm(call, weight, bias, layer_scale, row_scale);
+  require(residual || !(add_first || norm.layer_scale || norm.row_scale),
+          "add_first, layer_scale and row_scale need a residual");
+  const Array& stream = residual ? residual : x;
+  require_sizes(stream, x.sizes);
+  const Array y = call.output(y_out, "y", stream, out_dtype);
+  const NormShape shape =
+      norm_shape(call, x, norm.row_scale, residual ? residual.dtype : y.dtype, x.dtype, y, rms, add_first);
+  const Array total = call.output_if(add_first, total_out, "total", x.sizes, stream.dtype, DType::Float32);
+  require(add_first == total.exists, "total is needed with add_first, and only with it");
+  std::vector<int64_t> sizes(x.sizes.begin(), x.sizes.end() - 1);
+  sizes.insert(sizes.begin(), rms ? 1 : 2);
+  float* const statistics = call.output(statistics_out, "statistics", sizes, DType::Float32).floats();
+  const LayerNormForward params = {
+      .x = x.data,
+      .residual = residual.data,
+      .y = y.data,
+      .total = total.data,
+      .mean = statistics,
+      .rstd = rms ? statistics : statistics + shape.rows,
+      .eps = static_cast<float>(eps),
+      .parameters = norm.parameters(x),
+      .shape = shape,
   };
   call.launch<cpu::layer_norm_forward, cuda::layer_norm_forward>("layer_norm_forward", params);
 }
 
-void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weight_in, Input mean_in,
-                         Input rstd_in, Output dx_out, Output dweight_out, Output dbias_out, bool rms,
-                         NeedsGrad needs_grad) {
+void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weight, Input statistics_in,
+                         Output dx_out, Output dbranch_out, Output dweight, Output dbias, Output dlayer_scale,
+                         NeedsGrad needs_grad, OptionalInput bias, OptionalInput layer_scale,
+                         OptionalInput row_scale, OptionalInput dtotal_in, OptionalInput branch_in) {
   const Array dy = call.read(dy_in, "dy"), x = call.read(x_in, "x"),
-              weight = call.read_optional(weight_in, "weight"), mean = call.read_if(!rms, mean_in, "mean"),
-              rstd = call.read(rstd_in, "rstd");
-  const RowSizes size(x);
-  require_norm_serves(x, dy);
-  require_statistics(mean, rstd, size.rows, !rms);
-  const Array dx = call.output(dx_out, "dx", x.sizes, x.dtype);
-  const Array dweight = call.gradient(needs_grad.at(0), dweight_out, "dweight", weight),
-              dbias = call.gradient(needs_grad.at(1), dbias_out, "dbias", weight);
+              statistics = call.read(statistics_in, "statistics"),
+              dtotal = call.read_optional(dtotal_in, "dtotal"),
+              branch = call.read_optional(branch_in, "branch");
+  const NormArrays norm = read_norm(call, weight, bias, layer_scale, row_scale);
+  const bool add_first = dtotal.exists, rms = statistics.sizes.size() > 0 && statistics.sizes[0] == 1;
+  require(add_first == branch.exists, "dtotal and branch are needed together");
+  const NormShape shape = norm_shape(call, x, norm.row_scale, add_first ? x.dtype : dy.dtype,
+                                     add_first ? branch.dtype : x.dtype, dy, rms, add_first);
+  if (add_first) require_like(dtotal, x);
+  require_dtype(statistics, DType::Float32);
+  require(product(statistics.sizes) == (rms ? 1 : 2) * shape.rows,
+          "statistics must have mean and rstd, or with rms rstd, of each of the ", std::to_string(shape.rows),
+          " rows");
+  const Array dx = call.output(dx_out, "dx", x.sizes, x.dtype),
+              dbranch = call.output_if(add_first && needs_grad.at(3), dbranch_out, "dbranch", x.sizes,
+                                       branch.dtype, DType::Float32);
+  const auto gradient = [&](size_t i, Output result, const char* name, const Array& parameter) {
+    const Array array = call.gradient(needs_grad.at(i), result, name, parameter);
+    if (array) require_sizes(array, {shape.width});
+    return ParameterGradient{array.data, array.dtype};
+  };
+  const NormGradients gradients = {gradient(0, dweight, "dweight", norm.weight),
+                                   gradient(1, dbias, "dbias", norm.weight),
+                                   gradient(2, dlayer_scale, "dlayer_scale", norm.layer_scale)};
+  const bool reads_branch = add_first && gradients.layer_scale.data;
+  if (reads_branch) require_sizes(branch, x.sizes);
+  float* const moments = statistics.floats();
   const LayerNormBackward params = {
       .dy = dy.data,
+      .dtotal = dtotal.data,
       .x = x.data,
-      .weight = weight.data,
-      .mean = mean.floats(),
-      .rstd = rstd.floats(),
+      .branch = reads_branch ? branch.data : nullptr,
+      .mean = moments,
+      .rstd = rms ? moments : moments + shape.rows,
       .dx = dx.data,
-      .dweight = dweight.data,
-      .dbias = dbias.data,
-      .rows = size.rows,
-      .width = size.width,
-      .dtype = x.dtype,
-      .y_dtype = dy.dtype,
-      .weight_dtype = parameter_dtype(x, {&weight, &dweight, &dbias}, &dy),
-      .rms = rms,
+      .dbranch = dbranch.data,
+      .parameters = norm.parameters(x),
+      .gradients = gradients,
+      .shape = shape,
   };
   call.launch<cpu::layer_norm_backward, cuda::layer_norm_backward>("layer_norm_backward", params);
 }
@@ -75,17 +136,25 @@ void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weig
 }  // namespace
 
 EVAKERNELS_OPS(layer_norm, m) {
-  EVAKERNELS_OP(m, layer_norm_forward, "x"_a, "weight"_a, "bias"_a, "y"_a, "mean"_a, "rstd"_a, py::kw_only(),
-                "eps"_a = 1e-6, "rms"_a = false,
-                R"(Writes y, mean and rstd of x [..., width].
+  EVAKERNELS_OP(
+      m, layer_norm_forward, "x"_a, "weight"_a, "bias"_a, "y"_a, "total"_a, "statistics"_a, py::kw_only(),
+      "eps"_a = 1e-6, "rms"_a = false, "residual"_a = py::none(), "layer_scale"_a = py::none(),
+      "row_scale"_a = py::none(), "add_first"_a = false,
+      R"(Writes y = norm(x), or with a residual y = residual + layer_scale * row_scale * norm(x), or with add_first
+total = residual + layer_scale * row_scale * x and y = norm(total). Also writes statistics.
 
-y: of x's dtype, or one of x and y has 16 bits and the other is float32. weight, bias: [width] of x's or y's dtype or
-float32, or None. mean, rstd: float32, one element a row; mean may be None if rms.)");
-  EVAKERNELS_OP(m, layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "dx"_a, "dweight"_a,
-                "dbias"_a, py::kw_only(), "rms"_a = false,
-                R"(Writes dx, and dweight and dbias unless None.
+x, residual: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32. y: without a residual of
+any dtype, on a GPU of x's or one of both in float32; else of residual's dtype, with add_first also of x's if residual
+is float32. total: of residual's dtype, or None. weight, bias, layer_scale: [C]; row_scale: [B]; each of any dtype or
+None. statistics: float32, [2, B, ...] for mean and rstd, with rms [1, B, ...] for rstd.)");
+  EVAKERNELS_OP(m, layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "statistics"_a, "dx"_a, "dbranch"_a,
+                "dweight"_a, "dbias"_a, "dlayer_scale"_a, py::kw_only(), "bias"_a = py::none(),
+                "layer_scale"_a = py::none(), "row_scale"_a = py::none(), "dtotal"_a = py::none(),
+                "branch"_a = py::none(),
+                R"(Writes dx, and dbranch, dweight, dbias and dlayer_scale unless None.
 
-Arrays as for layer_norm_forward; dweight and dbias: [width] of weight's dtype.)");
+x: the norm's input, which is total after a call with add_first. dtotal, branch: only after such a call, the gradient of
+total without the part through the norm, and that call's x, read only for dlayer_scale.)");
 }
 
 }  // namespace evakernels

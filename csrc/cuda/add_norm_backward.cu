@@ -1,10 +1,10 @@
-// Backward of x = residual + layer_scale * row_scale * branch, y = norm(x).
+// Backward of total = residual + layer_scale * row_scale * branch, y = norm(total).
 //
-// Traffic: dy, dx, x, dresidual and dbranch once; branch once if layer_scale needs a gradient.
+// Traffic: dy, dtotal, total, dresidual and dbranch once; branch once if layer_scale needs a gradient.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
 #include "cuda/staged_rows.cuh"
-#include "include/residual_norm.h"
+#include "include/layer_norm.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -20,9 +20,9 @@ constexpr int kStages = SUMS == 2 ? 8 : 10;
 template <int SUMS, class Residual, class Branch, class Y, class L>
 __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
                                   SUMS == 2 ? kBackwardBlocks<L> : L::kBlocks)
-    add_norm_backward_kernel(const AddNormBackward params, float* partials) {
+    add_norm_backward_kernel(const LayerNormBackward params, float* partials) {
   constexpr int E = L::E, V = L::V;
-  const ResidualNormShape& shape = params.shape;
+  const NormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
   const int64_t step = row_step(), ahead = step * shape.width;
   ColumnSums<SUMS, E, V> column_sums(partials, shape.width);
@@ -40,23 +40,23 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
   int64_t row = first_row();
   if (row < shape.rows) {
     InputRow<Y, L, 2> dy;
-    InputRow<Residual, L, 2> x;
-    ReadOnceInputRow<Residual, L, 2> dx;
+    InputRow<Residual, L, 2> total;
+    ReadOnceInputRow<Residual, L, 2> dtotal;
     std::conditional_t<SUMS == 3, ReadOnceInputRow<Branch, L, 2>, NoRow> branch;
     OutputRow<Residual, L> dresidual;
     OutputRow<Branch, L> dbranch;
-    assign_stages<L, kStages<SUMS>>(shape.width, dy, x, dx, branch, dresidual, dbranch);
+    assign_stages<L, kStages<SUMS>>(shape.width, dy, total, dtotal, branch, dresidual, dbranch);
     const auto set_row = [&](int64_t row) {
       dy.set_row(params.dy, row, shape.width);
-      x.set_row(params.x, row, shape.width);
-      dx.set_row(params.dx, row, shape.width);
+      total.set_row(params.x, row, shape.width);
+      dtotal.set_row(params.dtotal, row, shape.width);
       branch.set_row(params.branch, row, shape.width);
     };
     set_row(row);
     const auto fetch = [&](int64_t elements_ahead, auto... part) {
       dy.fetch(part..., elements_ahead);
-      x.fetch(part..., elements_ahead);
-      dx.fetch(part..., elements_ahead);
+      total.fetch(part..., elements_ahead);
+      dtotal.fetch(part..., elements_ahead);
       branch.fetch(part..., elements_ahead);
     };
     fetch_rows<L>(vectors, fetch);
@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
       RowGradient gradient = next;
       if (more) next = gradient_of(row + step);
       set_row(row);
-      dresidual.set_row(params.dresidual, row, shape.width);
+      dresidual.set_row(params.dx, row, shape.width);
       dbranch.set_row(params.dbranch, row, shape.width);
-      wait_for_rows<L>(dy, x, dx, branch);
+      wait_for_rows<L>(dy, total, dtotal, branch);
       prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       reduce_gradient<E, V>(gradient, shape.width, shape.rms, row_sums,
@@ -76,39 +76,39 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
                               float upstream[E];
                               dy.get(vector, slot, upstream);
                               times_weight(vector, upstream, g);
-                              x.get(vector, slot, x_values);
+                              total.get(vector, slot, x_values);
                             });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
-        float upstream[E], x_values[E], total[E], g[E];
-        dx.get(vector, slot, total);
+        float upstream[E], x_values[E], sum[E], g[E];
+        dtotal.get(vector, slot, sum);
         dy.get(vector, slot, upstream);
-        x.get(vector, slot, x_values);
+        total.get(vector, slot, x_values);
         prefetch_vector<L>(more, ahead, vector, slot, fetch);
         times_weight(vector, upstream, g);
         float times_normalised[E];
 #pragma unroll
         for (int i = 0; i < E; ++i) {
           const float normalised = gradient.normalised(x_values[i]);
-          total[i] += gradient.of_x(g[i], normalised);
+          sum[i] += gradient.of_x(g[i], normalised);
           times_normalised[i] = upstream[i] * normalised;
         }
-        dresidual.put(vector, total);
+        dresidual.put(vector, sum);
         column_sums.add(0, vector, slot, times_normalised);
         column_sums.add(1, vector, slot, upstream);
         if (SUMS == 2 && !params.dbranch) return;
 #pragma unroll
-        for (int i = 0; i < E; ++i) total[i] *= row_scale;
+        for (int i = 0; i < E; ++i) sum[i] *= row_scale;
         if constexpr (SUMS == 3) {
           float times_branch[E];
           branch.get(vector, slot, times_branch);
 #pragma unroll
-          for (int i = 0; i < E; ++i) times_branch[i] *= total[i];
+          for (int i = 0; i < E; ++i) times_branch[i] *= sum[i];
           column_sums.add(2, vector, slot, times_branch);
         }
         if (!params.dbranch) return;
-        multiply_by(params.parameters.layer_scale, vector, total);
-        dbranch.put(vector, total);
+        multiply_by(params.parameters.layer_scale, vector, sum);
+        dbranch.put(vector, sum);
       });
       finish_rows<L>(dresidual, dbranch);  // #stored-rows
     }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
 
 template <int SUMS>
 struct WriteGradients {
-  ResidualNormGradients gradients;
+  NormGradients gradients;
 
   __device__ void operator()(int64_t column, const float (&sums)[SUMS]) const {
     write_gradient(gradients.weight, column, sums[0]);
@@ -139,14 +139,14 @@ struct BackwardOf {
 };
 
 template <int SUMS>
-Error launch_backward(const AddNormBackward& params, Scratch& scratch, Stream stream) {
-  const ResidualNormShape& shape = params.shape;
+Error launch_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream) {
+  const NormShape& shape = params.shape;
   const auto plan =
       plan_add_norm<BackwardOf<SUMS>::template Kernels>(shape, {{params.dy, shape.y_dtype},
-                                                                {params.dx, shape.dtype},
+                                                                {params.dtotal, shape.dtype},
                                                                 {params.x, shape.dtype},
                                                                 {params.branch, shape.branch_dtype},
-                                                                {params.dresidual, shape.dtype},
+                                                                {params.dx, shape.dtype},
                                                                 {params.dbranch, shape.branch_dtype},
                                                                 buffer_of(params.parameters.weight),
                                                                 buffer_of(params.parameters.layer_scale)});
@@ -157,7 +157,7 @@ Error launch_backward(const AddNormBackward& params, Scratch& scratch, Stream st
 
 }  // namespace
 
-Error add_norm_backward(const AddNormBackward& params, Scratch& scratch, Stream stream) {
+Error add_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream) {
   if (params.shape.width == 0) return nullptr;
   return params.gradients.layer_scale.data ? launch_backward<3>(params, scratch, stream)
                                            : launch_backward<2>(params, scratch, stream);

@@ -1,9 +1,9 @@
-// x = residual + layer_scale * row_scale * branch, y = norm(x), with x unrounded.
+// total = residual + layer_scale * row_scale * x, y = norm(total), with total unrounded.
 //
 // Traffic: inputs and outputs once; the sum stays in registers.
 #include "cuda/norm_launch.h"
 #include "cuda/staged_rows.cuh"
-#include "include/residual_norm.h"
+#include "include/layer_norm.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -12,21 +12,21 @@ constexpr int kStages = 4;  // one per matrix
 
 template <class Residual, class Branch, class Y, class L>
 __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
-    add_norm_forward_kernel(const AddNormForward params) {
+    add_norm_forward_kernel(const LayerNormForward params) {
   constexpr int E = L::E, V = L::V;
-  const ResidualNormShape& shape = params.shape;
+  const NormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
   InputRow<Residual, L> residual;
   InputRow<Branch, L> branch;
-  OutputRow<Residual, L> x;
+  OutputRow<Residual, L> total;
   OutputRow<Y, L> y;
-  assign_stages<L, kStages>(shape.width, residual, branch, x, y);
+  assign_stages<L, kStages>(shape.width, residual, branch, total, y);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
     const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
     residual.set_row(params.residual, row, shape.width);
-    branch.set_row(params.branch, row, shape.width);
-    x.set_row(params.x, row, shape.width);
+    branch.set_row(params.x, row, shape.width);
+    total.set_row(params.total, row, shape.width);
     y.set_row(params.y, row, shape.width);
     fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
       residual.fetch(part..., ahead);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
     };
     for_each_vector<V>(vectors, [&](int vector, int slot) {
       add(vector, slot, held[slot]);
-      x.put(vector, held[slot]);
+      total.put(vector, held[slot]);
     });
 
     const RowStatistics statistics =
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
       transform(params.parameters, vector, values);
       y.put(vector, values);
     });
-    finish_rows<L>(x, y);
+    finish_rows<L>(total, y);
   }
 }
 
@@ -81,13 +81,13 @@ struct Kernels : RowKernels<kForwardLimits, kStages, 0, Residual, Branch, Y> {
 
 }  // namespace
 
-Error add_norm_forward(const AddNormForward& params, Stream stream) {
-  const ResidualNormShape& shape = params.shape;
-  const ResidualNormParameters& parameters = params.parameters;
+Error add_norm_forward(const LayerNormForward& params, Stream stream) {
+  const NormShape& shape = params.shape;
+  const NormParameters& parameters = params.parameters;
   const auto plan = plan_add_norm<Kernels>(shape, {{params.residual, shape.dtype},
-                                                   {params.branch, shape.branch_dtype},
+                                                   {params.x, shape.branch_dtype},
                                                    {params.y, shape.y_dtype},
-                                                   {params.x, shape.dtype},
+                                                   {params.total, shape.dtype},
                                                    buffer_of(parameters.weight),
                                                    buffer_of(parameters.bias),
                                                    buffer_of(parameters.layer_scale)});

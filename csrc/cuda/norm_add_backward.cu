@@ -1,16 +1,16 @@
-// Backward of x = residual + layer_scale * row_scale * norm(branch). The residual's gradient is dx.
+// Backward of y = residual + layer_scale * row_scale * norm(x), and of the plain norm. The residual's
+// gradient is dy.
 //
-// Traffic: dx, branch and dbranch once.
+// Traffic: dy, x and dx once.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
 #include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
-#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {
 
-// Sums over rows: g = row_scale * dx, and g * normalised.
+// Sums over rows: g = row_scale * dy, and g * normalised.
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {32, 192};
@@ -18,9 +18,9 @@ constexpr int kStages = 5;  // two per input, one for the gradient
 
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
-    norm_add_backward_kernel(const NormAddBackward params, float* partials) {
+    norm_add_backward_kernel(const LayerNormBackward params, float* partials) {
   constexpr int E = L::E, V = L::V;
-  const ResidualNormShape& shape = params.shape;
+  const NormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
   const int64_t step = row_step(), ahead = step * shape.width;
   ColumnSums<kSums, E, V> column_sums(partials, shape.width);
@@ -38,18 +38,18 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
 
   int64_t row = first_row();
   if (row < shape.rows) {
-    InputRow<Residual, L, 2> dx;
-    InputRow<Branch, L, 2> branch;
-    OutputRow<Branch, L> dbranch;
-    assign_stages<L, kStages>(shape.width, dx, branch, dbranch);
+    InputRow<Residual, L, 2> dy;
+    InputRow<Branch, L, 2> x;
+    OutputRow<Branch, L> dx;
+    assign_stages<L, kStages>(shape.width, dy, x, dx);
     const auto set_row = [&](int64_t row) {
-      dx.set_row(params.dx, row, shape.width);
-      branch.set_row(params.branch, row, shape.width);
+      dy.set_row(params.dy, row, shape.width);
+      x.set_row(params.x, row, shape.width);
     };
     set_row(row);
     const auto fetch = [&](int64_t elements_ahead, auto... part) {
-      dx.fetch(part..., elements_ahead);
-      branch.fetch(part..., elements_ahead);
+      dy.fetch(part..., elements_ahead);
+      x.fetch(part..., elements_ahead);
     };
     fetch_rows<L>(vectors, fetch);
     RowGradient next = gradient_of(row);
@@ -58,37 +58,37 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
       RowGradient gradient = next;
       if (more) next = gradient_of(row + step);
       set_row(row);
-      dbranch.set_row(params.dbranch, row, shape.width);
-      wait_for_rows<L>(dx, branch);  // #next-stage
+      dx.set_row(params.dx, row, shape.width);
+      wait_for_rows<L>(dy, x);  // #next-stage
       prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       reduce_gradient<E, V>(gradient, shape.width, shape.rms, row_sums,
-                            [&](int vector, int slot, float (&g)[E], float (&x)[E]) {
+                            [&](int vector, int slot, float (&g)[E], float (&x_values)[E]) {
                               float upstream[E];
-                              dx.get(vector, slot, upstream);
+                              dy.get(vector, slot, upstream);
                               times_weight(vector, upstream, g);
-                              branch.get(vector, slot, x);
+                              x.get(vector, slot, x_values);
                             });
 
       for_each_vector<V>(vectors, [&](int vector, int slot) {
-        float upstream[E], x[E], g[E];
-        dx.get(vector, slot, upstream);
-        branch.get(vector, slot, x);
+        float upstream[E], x_values[E], g[E];
+        dy.get(vector, slot, upstream);
+        x.get(vector, slot, x_values);
         prefetch_vector<L>(more, ahead, vector, slot, fetch);
         times_weight(vector, upstream, g);
         float scaled[E], scaled_normalised[E];
 #pragma unroll
         for (int i = 0; i < E; ++i) {
-          const float normalised = gradient.normalised(x[i]);
+          const float normalised = gradient.normalised(x_values[i]);
           g[i] = gradient.of_x(g[i], normalised) * row_scale;
           scaled[i] = upstream[i] * row_scale;
           scaled_normalised[i] = scaled[i] * normalised;
         }
-        dbranch.put(vector, g);
+        dx.put(vector, g);
         column_sums.add(0, vector, slot, scaled);
         column_sums.add(1, vector, slot, scaled_normalised);
       });
-      finish_rows<L>(dbranch);
+      finish_rows<L>(dx);
     }
   }
   column_sums.write();
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
 // dweight = layer_scale * sum(g n), dbias = layer_scale * sum(g), dlayer_scale = weight * sum(g n) + bias *
 // sum(g), with n the normalised row.
 struct WriteGradients {
-  ResidualNormParameters parameters;
-  ResidualNormGradients gradients;
+  NormParameters parameters;
+  NormGradients gradients;
 
   __device__ void operator()(int64_t column, const float (&sums)[kSums]) const {
     const float layer_scale = parameter_at(parameters.layer_scale, column, 1.0f);
@@ -120,36 +120,18 @@ struct Kernels : RowKernels<kLimits, kStages, kSums, Residual, Branch> {
 
 }  // namespace
 
-Error norm_add_backward(const NormAddBackward& params, Scratch& scratch, Stream stream) {
-  const ResidualNormShape& shape = params.shape;
+Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream) {
+  if (params.shape.add_first) return add_norm_backward(params, scratch, stream);
+  const NormShape& shape = params.shape;
   if (shape.width == 0) return nullptr;
-  const auto plan = plan_norm_add<Kernels>(shape, {{params.dx, shape.dtype},
-                                                   {params.branch, shape.branch_dtype},
-                                                   {params.dbranch, shape.branch_dtype},
+  const auto plan = plan_norm_add<Kernels>(shape, {{params.dy, shape.dtype},
+                                                   {params.x, shape.branch_dtype},
+                                                   {params.dx, shape.branch_dtype},
                                                    buffer_of(params.parameters.weight),
                                                    buffer_of(params.parameters.layer_scale)});
   std::optional<WriteGradients> finish;
   if (params.gradients.any_wanted()) finish = {params.parameters, params.gradients};
   return launch_with_column_sums<kSums>(plan, shape.width, finish, scratch, stream, params);
-}
-
-Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream) {
-  const NormAddBackward norm_add = {
-      .dx = params.dy,
-      .branch = params.x,
-      .mean = params.mean,
-      .rstd = params.rstd,
-      .dbranch = params.dx,
-      .parameters = {.weight = {params.weight, params.weight_dtype},
-                     .bias = {},
-                     .layer_scale = {},
-                     .row_scale = {}},
-      .gradients = {.weight = {params.dweight, params.weight_dtype},
-                    .bias = {params.dbias, params.weight_dtype},
-                    .layer_scale = {}},
-      .shape = plain_norm_shape(params),
-  };
-  return norm_add_backward(norm_add, scratch, stream);
 }
 
 }  // namespace evakernels::cuda

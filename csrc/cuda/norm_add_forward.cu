@@ -1,10 +1,9 @@
-// x = residual + layer_scale * row_scale * norm(branch); without a residual the plain norm.
+// y = residual + layer_scale * row_scale * norm(x); without a residual the plain norm.
 //
-// Traffic: branch, residual and x once.
+// Traffic: x, residual and y once.
 #include "cuda/norm_launch.h"
 #include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
-#include "include/residual_norm.h"
 
 namespace evakernels::cuda {
 namespace {
@@ -13,19 +12,19 @@ constexpr int kStages = 3;  // one per matrix
 
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
-    norm_add_forward_kernel(const NormAddForward params) {
+    norm_add_forward_kernel(const LayerNormForward params) {
   constexpr int E = L::E, V = L::V;
-  const ResidualNormShape& shape = params.shape;
+  const NormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
   InputRow<Branch, L> branch;
   ReadOnceInputRow<Residual, L> residual;
-  OutputRow<Residual, L> x;
-  assign_stages<L, kStages>(shape.width, branch, residual, x);
+  OutputRow<Residual, L> y;
+  assign_stages<L, kStages>(shape.width, branch, residual, y);
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
-    branch.set_row(params.branch, row, shape.width);
+    branch.set_row(params.x, row, shape.width);
     residual.set_row(params.residual, row, shape.width);
-    x.set_row(params.x, row, shape.width);
+    y.set_row(params.y, row, shape.width);
     fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
       branch.fetch(part..., ahead);
       if (params.residual) residual.fetch(part..., ahead);
@@ -48,9 +47,9 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
       if (params.residual) residual.get(vector, slot, carried);
 #pragma unroll
       for (int i = 0; i < E; ++i) values[i] = carried[i] + values[i] * row_scale;
-      x.put(vector, values);
+      y.put(vector, values);
     });
-    finish_rows<L>(x);
+    finish_rows<L>(y);
   }
 }
 
@@ -64,33 +63,17 @@ struct Kernels : RowKernels<kForwardLimits, kStages, 0, Residual, Branch> {
 
 }  // namespace
 
-Error norm_add_forward(const NormAddForward& params, Stream stream) {
-  const ResidualNormShape& shape = params.shape;
-  const ResidualNormParameters& parameters = params.parameters;
+Error layer_norm_forward(const LayerNormForward& params, Stream stream) {
+  if (params.shape.add_first) return add_norm_forward(params, stream);
+  const NormShape& shape = params.shape;
+  const NormParameters& parameters = params.parameters;
   const auto plan = plan_norm_add<Kernels>(shape, {{params.residual, shape.dtype},
-                                                   {params.branch, shape.branch_dtype},
-                                                   {params.x, shape.dtype},
+                                                   {params.x, shape.branch_dtype},
+                                                   {params.y, shape.dtype},
                                                    buffer_of(parameters.weight),
                                                    buffer_of(parameters.bias),
                                                    buffer_of(parameters.layer_scale)});
   return plan.launch(stream, params);
-}
-
-Error layer_norm_forward(const LayerNormForward& params, Stream stream) {
-  const NormAddForward norm_add = {
-      .residual = nullptr,
-      .branch = params.x,
-      .x = params.y,
-      .mean = params.mean,
-      .rstd = params.rstd,
-      .eps = params.eps,
-      .parameters = {.weight = {params.weight, params.weight_dtype},
-                     .bias = {params.bias, params.weight_dtype},
-                     .layer_scale = {},
-                     .row_scale = {}},
-      .shape = plain_norm_shape(params),
-  };
-  return norm_add_forward(norm_add, stream);
 }
 
 }  // namespace evakernels::cuda

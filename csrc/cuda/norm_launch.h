@@ -116,10 +116,9 @@ auto with_half_type(DType dtype, const Body& body) {
   return dtype == DType::BFloat16 ? body(BFloat16{}) : body(Float16{});
 }
 
-// Plan of norm + add, with a table by the types of residual and branch. A 16-bit residual with a float32
-// branch is the output of a plain norm.
+// Plan of norm + add, with a table by the types of residual and branch that gpu_serves accepts.
 template <template <class Residual, class Branch> class Kernels>
-auto plan_norm_add(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
+auto plan_norm_add(const NormShape& shape, const std::vector<Buffer>& buffers) {
   const auto plan = [&](auto residual, auto branch) {
     return plan_rows<Kernels<decltype(residual), decltype(branch)>>(shape.rows, shape.width, shape.width,
                                                                     buffers);
@@ -132,10 +131,10 @@ auto plan_norm_add(const ResidualNormShape& shape, const std::vector<Buffer>& bu
              : with_half_type(shape.dtype, [&](auto residual) { return plan(residual, float{}); });
 }
 
-// Plan of add + norm, with a table by the types of residual, branch and y that gpu_serves and add_norm_serves
+// Plan of add + norm, with a table by the types of residual, branch and y that gpu_serves and norm_serves
 // accept.
 template <template <class Residual, class Branch, class Y> class Kernels>
-auto plan_add_norm(const ResidualNormShape& shape, const std::vector<Buffer>& buffers) {
+auto plan_add_norm(const NormShape& shape, const std::vector<Buffer>& buffers) {
   const auto plan = [&](auto residual, auto branch, auto y) {
     return plan_rows<Kernels<decltype(residual), decltype(branch), decltype(y)>>(shape.rows, shape.width,
                                                                                  shape.width, buffers);
@@ -146,20 +145,6 @@ auto plan_add_norm(const ResidualNormShape& shape, const std::vector<Buffer>& bu
   return with_half_type(shape.branch_dtype, [&](auto branch) {
     return shape.y_dtype == DType::Float32 ? plan(float{}, branch, float{}) : plan(float{}, branch, branch);
   });
-}
-
-// A plain norm as norm + add without a residual: the branch is x, the sum y.
-template <class Params>
-ResidualNormShape plain_norm_shape(const Params& params) {
-  return {
-      .rows = params.rows,
-      .width = params.width,
-      .rows_per_sample = 1,
-      .dtype = params.y_dtype,
-      .branch_dtype = params.dtype,
-      .y_dtype = params.y_dtype,
-      .rms = params.rms,
-  };
 }
 
 // Launch bounds of SwiGLU with a norm: THREADS per block, more than most launches have, which limits

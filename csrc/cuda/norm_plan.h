@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cuda/elements.cuh"
-#include "include/residual_norm.h"
+#include "include/layer_norm.h"
 
 namespace evakernels::cuda {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
-#include "include/residual_norm.h"
+#include "include/layer_norm.h"
 
 namespace evakernels::cuda {
 
@@ -250,8 +250,7 @@ __device__ __forceinline__ void load_weight(const ParameterVector& weight, int v
 
 // values * weight + bias.
 template <int E>
-__device__ __forceinline__ void transform(const ResidualNormParameters& parameters, int vector,
-                                          float (&values)[E]) {
+__device__ __forceinline__ void transform(const NormParameters& parameters, int vector, float (&values)[E]) {
   multiply_by(parameters.weight, vector, values);
   if (!parameters.bias.data) return;
   float bias[E];
@@ -260,7 +259,7 @@ __device__ __forceinline__ void transform(const ResidualNormParameters& paramete
   for (int i = 0; i < E; ++i) values[i] += bias[i];
 }
 
-__device__ __forceinline__ float row_scale_of(const ResidualNormParameters& parameters, int64_t row,
+__device__ __forceinline__ float row_scale_of(const NormParameters& parameters, int64_t row,
                                               int64_t rows_per_sample) {
   const ParameterVector& scales = parameters.row_scale;
   float scale[1] = {1.0f};

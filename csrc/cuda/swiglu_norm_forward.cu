@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
     swiglu_norm_forward_kernel(const SwigluForward params) {
   constexpr int E = L::E, V = L::V;
   const int vectors = static_cast<int>(params.width / E);
-  const ResidualNormParameters parameters = {
+  const NormParameters parameters = {
       {params.norm_weight, params.weight_dtype}, {params.norm_bias, params.weight_dtype}, {}, {}};
   InputRow<T, L> gate, up;
   OutputRow<T, L> out;

@@ -1,45 +1,94 @@
-// Parameters of the layer_norm launchers. All buffers are dense.
+// Parameters of the layer_norm launchers: a norm, alone or with a residual connection. All buffers are dense.
+//
+//   norm         y = norm(x)
+//   add + norm   total = residual + scaled(x),  y = norm(total)
+//   norm + add   y = residual + scaled(norm(x))
+//
+// scaled multiplies by layer_scale, one factor per column, and by row_scale, one per sample. A norm alone has
+// neither.
 #pragma once
 
 #include "include/launcher.h"
 
 namespace evakernels {
 
-struct LayerNormForward {
-  const void* x;       // [rows, width], dtype
-  const void* weight;  // [width], weight_dtype; null: ones
-  const void* bias;    // [width], weight_dtype; null: zeros
-  void* y;             // [rows, width], y_dtype
-  float* mean;         // [rows]; not written when rms
-  float* rstd;         // [rows]
+// A parameter; null if there is none.
+struct ParameterVector {
+  const void* data;
+  DType dtype;
+};
+
+// A gradient to write, in the dtype of its parameter; null if not needed.
+struct ParameterGradient {
+  void* data;
+  DType dtype;
+};
+
+struct NormParameters {
+  ParameterVector weight;       // [width]
+  ParameterVector bias;         // [width]
+  ParameterVector layer_scale;  // [width]
+  ParameterVector row_scale;    // [rows / rows_per_sample]
+};
+
+struct NormGradients {
+  ParameterGradient weight;       // [width]
+  ParameterGradient bias;         // [width]
+  ParameterGradient layer_scale;  // [width]
+
+  bool any_wanted() const { return weight.data || bias.data || layer_scale.data; }
+};
+
+struct NormShape {
   int64_t rows;
   int64_t width;
-  float eps;
-  DType dtype;
+  int64_t rows_per_sample;
+  DType dtype;         // of residual and total; without add_first of y
+  DType branch_dtype;  // of the forward pass's x
   DType y_dtype;
-  DType weight_dtype;
-  bool rms;  // no mean is subtracted: y = x / sqrt(mean(x^2) + eps) * weight + bias
+  bool rms;        // no mean is subtracted
+  bool add_first;  // add + norm
+};
+
+// Whether there are kernels for y of add + norm: of the residual's dtype, or for a float32 residual of the
+// branch's, as under autocast. Other forms have kernels for all dtypes.
+inline bool norm_serves(const NormShape& shape) {
+  return shape.y_dtype == shape.dtype ||
+         (shape.add_first && shape.dtype == DType::Float32 && shape.y_dtype == shape.branch_dtype);
+}
+
+// Whether there are GPU kernels: for equal dtypes, for float32 with a 16-bit branch, as under autocast, and
+// without add_first for 16 bits with a float32 x.
+inline bool gpu_serves(const NormShape& shape) {
+  return shape.branch_dtype == shape.dtype || shape.dtype == DType::Float32 ||
+         (!shape.add_first && shape.branch_dtype == DType::Float32);
+}
+
+struct LayerNormForward {
+  const void* x;         // [rows, width]
+  const void* residual;  // [rows, width]; null: a norm alone
+  void* y;               // [rows, width]
+  void* total;           // [rows, width]; written with add_first
+  float* mean;           // [rows]; not written when rms
+  float* rstd;           // [rows]
+  float eps;
+  NormParameters parameters;
+  NormShape shape;
 };
 
 struct LayerNormBackward {
-  const void* dy;      // [rows, width], y_dtype
-  const void* x;       // [rows, width], dtype
-  const void* weight;  // [width], weight_dtype; null: ones
+  const void* dy;      // [rows, width]
+  const void* dtotal;  // [rows, width]: with add_first, the gradient that reaches total past the norm
+  const void* x;       // [rows, width], the norm's input: with add_first the forward pass's total
+  const void* branch;  // [rows, width]: with add_first, the forward pass's x, for the gradient of layer_scale
   const float* mean;   // [rows]; not read when rms
   const float* rstd;   // [rows]
-  void* dx;            // [rows, width], dtype
-  void* dweight;       // [width], weight_dtype; null: not needed
-  void* dbias;         // [width], weight_dtype; null: not needed
-  int64_t rows;
-  int64_t width;
-  DType dtype;
-  DType y_dtype;
-  DType weight_dtype;
-  bool rms;
+  void* dx;            // [rows, width]: the gradient of x
+  void* dbranch;       // [rows, width], with add_first; null if not needed
+  NormParameters parameters;
+  NormGradients gradients;
+  NormShape shape;
 };
-
-// Whether there are kernels for x and y of these dtypes: equal ones, or 16 bits with float32.
-inline bool norm_serves(DType a, DType b) { return a == b || a == DType::Float32 || b == DType::Float32; }
 
 namespace cpu {
 
@@ -48,14 +97,30 @@ EVAKERNELS_API void layer_norm_forward(const LayerNormForward& params, Isa isa, 
 // The result doesn't depend on the number of threads.
 EVAKERNELS_API void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
 
-// The loops of one instruction set.
+// The parameters as floats; ones or zeros for missing ones, but null for layer_scale.
+struct NormVectors {
+  const float* weight;       // [width]
+  const float* bias;         // [width]
+  const float* layer_scale;  // [width]; null: ones
+  const float* row_scale;    // [samples]
+};
+
+// Sums over rows, [width] each; null if not needed. Without add_first, of g = row_scale * dy: weight sums
+// g * normalised and bias g, from which the gradients of all parameters follow.
+struct NormSums {
+  float* weight;
+  float* bias;
+  float* layer_scale;  // with add_first
+};
+
+// The loops of one instruction set, over rows [begin, end).
 struct LayerNormKernels {
-  // Rows [begin, end). weight, bias: [width] floats, in place of the parameters'; never null.
-  void (*forward)(const LayerNormForward& params, const float* weight, const float* bias, int64_t begin,
+  // scratch: width floats, with add_first.
+  void (*forward)(const LayerNormForward& params, const NormVectors& vectors, float* scratch, int64_t begin,
                   int64_t end);
 
-  // Writes dx for rows [begin, end) and adds their share to dweight and dbias, [width] or null.
-  void (*backward)(const LayerNormBackward& params, const float* weight, float* dweight, float* dbias,
+  // vectors.weight: without add_first, weight * layer_scale.
+  void (*backward)(const LayerNormBackward& params, const NormVectors& vectors, const NormSums& sums,
                    int64_t begin, int64_t end);
 };
 
@@ -68,6 +133,10 @@ namespace cuda {
 EVAKERNELS_API Error layer_norm_forward(const LayerNormForward& params, Stream stream);
 
 EVAKERNELS_API Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
+
+// With add_first.
+Error add_norm_forward(const LayerNormForward& params, Stream stream);
+Error add_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda
 

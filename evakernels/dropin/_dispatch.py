@@ -26,9 +26,9 @@ TINY = 1 << 13
 OPS = {
     "layer_norm": "layer_norm_forward",
     "rms_norm": "layer_norm_forward",
-    "add_norm": "add_layer_norm_forward",
-    "scaled_add_norm": "add_layer_norm_forward",
-    "norm_add": "layer_norm_add_forward",
+    "add_norm": "layer_norm_forward",
+    "scaled_add_norm": "layer_norm_forward",
+    "norm_add": "layer_norm_forward",
     "attention": "rope_attention_forward",
     "attention_training": "rope_attention_forward",
     "multi_head": "rope_attention_forward",

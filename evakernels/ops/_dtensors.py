@@ -15,7 +15,7 @@ class ShardingRule(NamedTuple):
     """The layouts of an op's arguments by name; all others are parameters `[C]`.
 
     Attributes:
-        activations: arguments `[B, ..., C]`; the first is the op's first argument. Outputs have the same layout.
+        activations: arguments `[B, ..., C]`, or None. Outputs have the same layout.
         samples: an argument `[B]`, without a gradient.
         whole_rows: returns for the arguments whether a channel's result depends on other channels.
     """
@@ -44,14 +44,15 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
             f"{name}: tensors must be all DTensors or none, got {len(sharded)} of {len(given)} "
             "(torch.distributed.tensor.distribute_tensor makes one of a plain tensor)"
         )
-    first = args[rule.activations[0]]
+    activations = [args[name] for name in rule.activations if args.get(name) is not None]
+    first = activations[0]
     mesh, last = sharded[0].device_mesh, first.dim() - 1
     if any(arg.device_mesh != mesh for arg in sharded):
         raise ValueError(f"{name}: DTensors must be of one mesh, got several")
     cuttable = range(last) if rule.whole_rows(*args.values()) else range(last + 1)
 
     def of_activations(dimension: int) -> Any:
-        found = (args[name].placements[dimension] for name in rule.activations)
+        found = (activation.placements[dimension] for activation in activations)
         return next((Shard(p.dim) for p in found if isinstance(p, Shard) and p.dim in cuttable), Replicate())
 
     rows = tuple(map(of_activations, range(mesh.ndim)))
@@ -78,7 +79,9 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
     def whole(out: Tensor) -> Any:
         return DTensor.from_local(out, mesh, rows, run_check=False, shape=shape, stride=stride)
 
-    return whole(outputs) if isinstance(outputs, Tensor) else tuple(map(whole, outputs))
+    if isinstance(outputs, Tensor):
+        return whole(outputs)
+    return tuple(whole(out) if out.dim() == first.dim() else out for out in outputs)  # others are empty
 
 
 # --- shards of parameters -------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """The op's public outputs, without tensors for backward alone."""
         if self.sharding is not None and any(is_sharded(tensor) for tensor in backends.tensors(args)):
-            return over_shards(self.family, self, self.sharding, dict(zip(self.argument_names, args, strict=True)))
+            return over_shards(self.family, self, self.sharding, dict(zip(self.argument_names, args, strict=False)))
         return self.public_outputs(self._dispatch(self.overload, args))
 
     def every_output(self, *args: Any) -> Any:

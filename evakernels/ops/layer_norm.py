@@ -1,6 +1,5 @@
 """LayerNorm and RMSNorm: plain, with the residual add before the norm, and with the residual add after it."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,8 @@ def layer_norm(
         >>> evakernels.layer_norm(x, out_dtype=torch.bfloat16).dtype
         torch.bfloat16
     """
-    y: Tensor = _forward(x, weight, bias, eps, False, out_dtype)
+    y: Tensor
+    y, _ = _forward(x, weight, bias, eps, False, out_dtype)
     return y
 
 
@@ -63,7 +63,8 @@ def rms_norm(
         >>> evakernels.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
         tensor([0.8485, 2.2627])
     """
-    y: Tensor = _forward(x, weight, None, eps, True, out_dtype)
+    y: Tensor
+    y, _ = _forward(x, weight, None, eps, True, out_dtype)
     return y
 
 
@@ -106,8 +107,8 @@ def add_layer_norm(
         >>> torch.equal(x[0], residual[0])
         True
     """
-    both: tuple[Tensor, Tensor] = _add_forward(
-        residual, branch, weight, bias, layer_scale, row_scale, eps, False, out_dtype
+    both: tuple[Tensor, Tensor] = _forward(
+        branch, weight, bias, eps, False, out_dtype, residual, layer_scale, row_scale, True
     )
     return both
 
@@ -129,8 +130,8 @@ def add_rms_norm(
         >>> x, y
         (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
-    both: tuple[Tensor, Tensor] = _add_forward(
-        residual, branch, weight, None, layer_scale, row_scale, eps, True, out_dtype
+    both: tuple[Tensor, Tensor] = _forward(
+        branch, weight, None, eps, True, out_dtype, residual, layer_scale, row_scale, True
     )
     return both
 
@@ -155,7 +156,8 @@ def layer_norm_add(
         >>> evakernels.layer_norm_add(residual, branch, torch.ones(768), torch.zeros(768), eps=1e-6).shape
         torch.Size([2, 197, 768])
     """
-    x: Tensor = _norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, False)
+    x: Tensor
+    x, _ = _forward(branch, weight, bias, eps, False, None, residual, layer_scale, row_scale)
     return x
 
 
@@ -174,16 +176,25 @@ def rms_norm_add(
         >>> evakernels.rms_norm_add(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
         tensor([[1.8485, 2.1314]])
     """
-    x: Tensor = _norm_add_forward(residual, branch, weight, None, layer_scale, row_scale, eps, True)
+    x: Tensor
+    x, _ = _forward(branch, weight, None, eps, True, None, residual, layer_scale, row_scale)
     return x
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_plain(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, rms: bool, out_dtype: torch.dtype | None
+def _check_call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+    out_dtype: torch.dtype | None,
+    *joined: Any,
 ) -> Any:
+    if joined:
+        return _check_joined(x, weight, bias, eps, rms, out_dtype, *joined)
     op = "rms_norm" if rms else "layer_norm"
     _check.floating(op, x=x)
     _check.out_dtype(op, out_dtype)
@@ -196,23 +207,20 @@ def _check_plain(
     return x, weight, bias, _check_eps(op, eps, x, rms), rms, out_dtype
 
 
-def _check_add(*args: Any) -> Any:
-    return *_check_joined("add_layer_norm", *args), args[-1]
-
-
 def _check_joined(
-    op: str,
-    residual: Tensor,
     branch: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
     eps: float | None,
     rms: bool,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    add_first: bool = False,
 ) -> Any:
-    op = op.replace("layer", "rms") if rms else op
+    norm = "rms_norm" if rms else "layer_norm"
+    op = f"add_{norm}" if add_first else f"{norm}_add"
     _check.floating(op, residual=residual, branch=branch)
     _check.out_dtype(op, out_dtype)
     if widens_norms(residual):
@@ -227,8 +235,8 @@ def _check_joined(
     _check.shape(op, "layer_scale", layer_scale, (residual.shape[-1],), "[C]")
     _check.shape(op, "row_scale", row_scale, (residual.shape[0],), "[B]")
     _check.same_device(op, residual=residual, branch=branch, weight=weight, bias=bias, **scales)
-    normed = branch if op.endswith("_add") else residual
-    return residual, branch, weight, bias, layer_scale, row_scale, _check_eps(op, eps, normed, rms), rms
+    eps = _check_eps(op, eps, residual if add_first else branch, rms)
+    return branch, weight, bias, eps, rms, out_dtype, residual, layer_scale, row_scale, *([True] if add_first else [])
 
 
 def _check_eps(op: str, eps: float | None, x: Tensor, rms: bool) -> float:
@@ -259,31 +267,43 @@ def _reasons(
     *,
     x: Tensor | None = None,
     residual: Tensor | None = None,
-    branch: Tensor | None = None,
-    dy: Tensor | None = None,
+    add_first: bool = False,
     out_dtype: torch.dtype | None = None,
+    dy: Tensor | None = None,
+    dtotal: Tensor | None = None,
+    branch: Tensor | None = None,
     **_: Any,
 ) -> list[str]:
-    """Why compiled kernels don't support this dtype of `y` with the dtypes of `x`, or of residual and branch."""
-    stream = x if residual is None else residual
-    y = out_dtype if dy is None else dy.dtype
-    if stream is None or y in (None, stream.dtype):
+    """Why compiled kernels don't support this dtype of `y` with those of residual and branch."""
+    stream, y = (residual, out_dtype) if dy is None else (dtotal, dy.dtype)
+    branch = x if branch is None else branch
+    if stream is None or branch is None or y in (None, stream.dtype):
         return []
-    if branch is None:
-        served, accepted = torch.float32 in (y, stream.dtype), "16 bits next to float32"
-    else:
-        served = stream.dtype == torch.float32 and y == branch.dtype
-        accepted = f"the dtype of the branch, {branch.dtype}, next to a float32 residual"
-    return [] if served else [f"y is {y}; compiled kernels take {stream.dtype}, or {accepted}"]
+    if (add_first or dtotal is not None) and stream.dtype == torch.float32 and y == branch.dtype:
+        return []
+    accepted = f"{stream.dtype}, or with a float32 residual added first the dtype of the branch, {branch.dtype}"
+    return [f"y is {y}; compiled kernels take {accepted}"]
 
 
-def _gpu_reasons(*, branch: Tensor | None = None, **tensors: Any) -> list[str]:
-    """Why GPU kernels don't support this pair of branch and residual dtypes; backward gets `x` or `dx` as residual."""
-    streams = (tensors.get(name) for name in ("residual", "x", "dx"))
-    stream = next((tensor.dtype for tensor in streams if tensor is not None), None)
-    if branch is None or stream in (None, branch.dtype, torch.float32):
+def _gpu_reasons(
+    *,
+    x: Tensor | None = None,
+    residual: Tensor | None = None,
+    add_first: bool = False,
+    out_dtype: torch.dtype | None = None,
+    dy: Tensor | None = None,
+    dtotal: Tensor | None = None,
+    branch: Tensor | None = None,
+    **_: Any,
+) -> list[str]:
+    """Why GPU kernels don't support this pair of the dtypes of x or branch, and of residual or y."""
+    add_first = add_first or dtotal is not None
+    stream = next((tensor.dtype for tensor in (dtotal, dy, residual) if tensor is not None), out_dtype)
+    taken = next((tensor.dtype for tensor in (branch, x) if tensor is not None), None)
+    if None in (stream, taken) or taken == stream or torch.float32 in ((stream,) if add_first else (stream, taken)):
         return []
-    return [f"branch is {branch.dtype} and residual {stream}: GPU kernels take equal dtypes, or a float32 residual"]
+    accepted = "a float32 residual" if add_first else "one of both in float32"
+    return [f"x is {taken} and the residual or y {stream}: GPU kernels take equal dtypes, or {accepted}"]
 
 
 _REASONS: dict[str, Any] = {
@@ -291,79 +311,60 @@ _REASONS: dict[str, Any] = {
     "gpu_reasons": _gpu_reasons,
     "triton_reasons": lambda first, /, **_: triton.row_reasons(first),
 }
+_DEFAULTS = None, None, None, None, False
+"""Of out_dtype, residual, layer_scale, row_scale and add_first; the dispatcher drops trailing defaults."""
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, ctx.rms, *_ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-
-
-def _gradient(ctx: Any, dy: Tensor) -> Any:
-    _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    return _backward(dy, *ctx.saved_tensors, ctx.rms, (needs_weight, needs_bias))
-
-
-_forward = define(reference.layer_norm_forward, check=_check_plain, sharding=ShardingRule(("x",)), **_REASONS)
-_backward = define(reference.layer_norm_backward, **_REASONS)
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=1)
-
-_JOINED = ShardingRule(("residual", "branch"), samples="row_scale")
-
-
-def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, weight, _, layer_scale, row_scale, _, ctx.rms, *_ = inputs
-    _, x, mean, rstd = output
-    _, _, _, _, needs_layer_scale, *_ = ctx.needs_input_grad
-    # Only the gradient of layer_scale needs the branch's values; the others need its dtype.
-    saved = branch if needs_layer_scale else branch.new_empty(0)
-    ctx.save_for_backward(x, saved, weight, layer_scale, row_scale, mean, rstd)
     ctx.set_materialize_grads(False)
+    x, weight, bias, _, _, *more = inputs
+    _, residual, layer_scale, row_scale, ctx.add_first = (*more, *_DEFAULTS[len(more) :])
+    _, total, statistics = output
+    if ctx.add_first:
+        # Only the gradient of layer_scale needs the branch's values; the others need its dtype.
+        branch = x if ctx.needs_input_grad[7] else x.new_empty(0)
+        ctx.save_for_backward(total, weight, statistics, None, layer_scale, row_scale, branch)
+        return
+    ctx.mark_non_differentiable(total, statistics)
+    joined = () if residual is None else (bias, layer_scale, row_scale)
+    ctx.save_for_backward(x, weight, statistics, *joined)
 
 
-def _add_gradient(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
-    if dy is None and dx is None:
+def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
+    if dy is None and dtotal is None:
         return ()
-    saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
-    x, branch, _, layer_scale, row_scale, _, _ = saved
-    _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
+    x, weight, statistics, *joined = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
+    needs_x, *needs_norm = ctx.needs_input_grad[:3]
+    if not joined:
+        dx, _, dweight, dbias, _ = _backward(dy, x, weight, statistics, (*needs_norm, False, False))
+        return dx, dweight, dbias
+    needs_norm.append(ctx.needs_input_grad[7])  # of layer_scale
+    if not ctx.add_first:
+        if not (needs_x or any(needs_norm)):
+            return *[None] * 6, dy
+        dx, _, dweight, dbias, dlayer_scale = _backward(dy, x, weight, statistics, (*needs_norm, False), *joined)
+        return dx, dweight, dbias, None, None, None, dy, dlayer_scale
+    _, layer_scale, row_scale, branch = joined
     scaled = layer_scale is not None or row_scale is not None
-    needs_grad = needs_branch and scaled, needs_weight, needs_bias, needs_layer_scale
-    through_norm, dx = torch.zeros_like(x) if dy is None else dy, torch.zeros_like(x) if dx is None else dx
-    dresidual, dbranch, dweight, dbias, dlayer_scale = _add_backward(through_norm, dx, *saved, ctx.rms, needs_grad)
-    if needs_branch and not scaled:
+    through_norm, dtotal = (torch.zeros_like(x) if gradient is None else gradient for gradient in (dy, dtotal))
+    needs_grad, scales = (*needs_norm, needs_x and scaled), (None, layer_scale, row_scale)
+    gradients = _backward(through_norm, x, weight, statistics, needs_grad, *scales, dtotal, branch)
+    dresidual, dbranch, dweight, dbias, dlayer_scale = gradients
+    if needs_x and not scaled:
         dbranch = dresidual.to(branch.dtype)
     # As in torch, the norm's parameters get None, not zeros, if y has no gradient.
     dweight, dbias = (None, None) if dy is None else (dweight, dbias)
-    return dresidual, dbranch, dweight, dbias, dlayer_scale
+    return dbranch, dweight, dbias, None, None, None, dresidual, dlayer_scale
 
 
-_add_forward = define(reference.add_layer_norm_forward, check=_check_add, sharding=_JOINED, **_REASONS)
-_add_backward = define(reference.add_layer_norm_backward, **_REASONS)
-differentiable(_add_forward, _add_backward, setup_context=_add_setup, formula=_add_gradient, returned=2)
-
-
-def _norm_add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, weight, bias, layer_scale, row_scale, _, ctx.rms = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(branch, weight, bias, layer_scale, row_scale, mean, rstd)
-
-
-def _norm_add_gradient(ctx: Any, dx: Tensor) -> Any:
-    _, needs_branch, needs_weight, needs_bias, needs_layer_scale, *_ = ctx.needs_input_grad
-    needs_grad = needs_weight, needs_bias, needs_layer_scale
-    if not (needs_branch or any(needs_grad)):
-        return (dx,)
-    return dx, *_norm_add_backward(dx, *ctx.saved_tensors, ctx.rms, needs_grad)
-
-
-_check_norm_add = partial(_check_joined, "layer_norm_add")
-_norm_add_forward = define(reference.layer_norm_add_forward, check=_check_norm_add, sharding=_JOINED, **_REASONS)
-_norm_add_backward = define(reference.layer_norm_add_backward, **_REASONS)
-differentiable(
-    _norm_add_forward, _norm_add_backward, setup_context=_norm_add_setup, formula=_norm_add_gradient, returned=1
+_forward = define(
+    reference.layer_norm_forward,
+    check=_check_call,
+    sharding=ShardingRule(("residual", "x"), samples="row_scale"),
+    **_REASONS,
 )
+_backward = define(reference.layer_norm_backward, **_REASONS)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=2)
 
-backends.name_ops("rms_norm", "layer_norm_forward")
-backends.name_ops("add_rms_norm", "add_layer_norm_forward")
-backends.name_ops("rms_norm_add", "layer_norm_add_forward")
+for _name in ("rms_norm", "add_layer_norm", "add_rms_norm", "layer_norm_add", "rms_norm_add"):
+    backends.name_ops(_name, "layer_norm_forward")

@@ -1,12 +1,12 @@
-"""LayerNorm and RMSNorm, plain and joined with the residual connection around them.
+"""LayerNorm and RMSNorm, alone and joined with the residual connection around them.
 
-    plain       y = norm(x)                                                      Ba et al. 2016; Zhang, Sennrich 2019
-    add + norm  x = residual + row_scale * layer_scale * branch;  y = norm(x)     pre-norm blocks
-    norm + add  x = residual + row_scale * layer_scale * norm(branch)             post-norm blocks
+    norm        y = norm(x)                                                       Ba et al. 2016; Zhang, Sennrich 2019
+    add + norm  total = residual + row_scale * layer_scale * x;  y = norm(total)   pre-norm blocks
+    norm + add  y = residual + row_scale * layer_scale * norm(x)                   post-norm blocks
 
 `row_scale` [B] is the drop-path factor of each sample (0 or 1/keep), `layer_scale` [C] the factor of each channel. Sums
-and statistics are float32 (float64 for float64 input). y is in `out_dtype`, by default the dtype of x; it is rounded
-once.
+and statistics are float32 (float64 for float64 input). y is in `out_dtype`, by default the dtype of the residual or of
+x; it is rounded once. `statistics` are mean and rstd, [2, B, ...], with `rms` rstd alone, [1, B, ...].
 """
 
 from collections.abc import Sequence
@@ -18,92 +18,64 @@ from . import accumulation_dtype
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    normalized, mean, rstd = normalize(x, eps, rms)
-    return _result(affine(normalized, weight, bias), out_dtype or x.dtype), mean, rstd
-
-
-def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool, needs_grad: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, needs_grad)
-    return _result(dx, x.dtype), dweight, dbias
-
-
-def add_layer_norm_forward(
-    residual: Tensor,
-    branch: Tensor,
+    x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
     eps: float,
     rms: bool,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # The norm sees the sum before it is rounded: one rounding less than an add followed by a norm.
-    total = _accumulate(residual) + _scaled(_accumulate(branch), layer_scale, row_scale)
-    normalized, mean, rstd = normalize(total, eps, rms)
-    y = affine(normalized, weight, bias)
-    return _result(y, out_dtype or residual.dtype), _result(total, residual.dtype), mean, rstd
-
-
-def add_layer_norm_backward(
-    dy: Tensor,
-    dx: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rms: bool,
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # An unscaled branch has the gradient of the residual, and none is needed here.
-    needs_branch, *of_norm, needs_layer_scale = needs_grad
-    through_norm, dweight, dbias = norm_gradients(dy, x, weight, mean, rstd, rms, of_norm)
-    dtotal = _accumulate(dx) + through_norm
-    of_scaled = needs_branch, needs_layer_scale
-    dbranch, dlayer_scale = _scale_gradients(dtotal, branch, layer_scale, row_scale, of_scaled)
-    dbranch = _result(dbranch, branch.dtype) if needs_branch else dbranch
-    return _result(dtotal, x.dtype), dbranch, dweight, dbias, dlayer_scale
-
-
-def layer_norm_add_forward(
-    residual: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    rms: bool,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    add_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normalized, mean, rstd = normalize(branch, eps, rms)
-    total = _accumulate(residual) + _scaled(affine(normalized, weight, bias), layer_scale, row_scale)
-    return _result(total, residual.dtype), mean, rstd
+    """Returns y, total (empty without `add_first`) and statistics."""
+    stream = x if residual is None else residual
+    if residual is not None and add_first:
+        # The norm sees the sum before it is rounded: one rounding less than an add followed by a norm.
+        x = _accumulate(residual) + _scaled(_accumulate(x), layer_scale, row_scale)
+    normalized, mean, rstd = normalize(x, eps, rms)
+    y = affine(normalized, weight, bias)
+    if residual is not None and not add_first:
+        y = _accumulate(residual) + _scaled(y, layer_scale, row_scale)
+    statistics = torch.stack((rstd,) if rms else (mean, rstd))
+    total = _result(x, stream.dtype) if add_first else rstd.new_empty(0)
+    return _result(y, out_dtype or stream.dtype), total, statistics
 
 
-def layer_norm_add_backward(
-    dx: Tensor,
-    branch: Tensor,
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    rms: bool,
+    statistics: Tensor,
     needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *of_norm, needs_layer_scale = needs_grad
-    normed = affine(_standardize(branch, mean, rstd, rms), weight, bias) if needs_layer_scale else branch
-    dnormed, dlayer_scale = _scale_gradients(_accumulate(dx), normed, layer_scale, row_scale, (True, needs_layer_scale))
-    dbranch, dweight, dbias = norm_gradients(dnormed, branch, weight, mean, rstd, rms, of_norm)
-    return _result(dbranch, branch.dtype), dweight, dbias, dlayer_scale
+    bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dtotal: Tensor | None = None,
+    branch: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, branch, weight, bias and layer_scale, empty where not needed.
+
+    `needs_grad` is of weight, bias, layer_scale and branch. After a call with `add_first`, x is its total, `dtotal` the
+    gradient that reaches total past the norm, and `branch` that call's x, with values if layer_scale needs a gradient.
+    """
+    needs_weight, needs_bias, needs_layer_scale, needs_branch = needs_grad
+    rms, (*mean, rstd) = len(statistics) == 1, statistics
+    moments = (rstd.new_empty(0) if rms else mean[0]), rstd
+    of_norm, dbranch = (needs_weight, needs_bias), rstd.new_empty(0)
+    if dtotal is None or branch is None:
+        normed = affine(_standardize(x, *moments, rms), weight, bias) if needs_layer_scale else x
+        of_scaled = True, needs_layer_scale
+        dnormed, dlayer_scale = _scale_gradients(_accumulate(dy), normed, layer_scale, row_scale, of_scaled)
+        dx, dweight, dbias = norm_gradients(dnormed, x, weight, *moments, rms, of_norm)
+    else:
+        through_norm, dweight, dbias = norm_gradients(dy, x, weight, *moments, rms, of_norm)
+        dx = _accumulate(dtotal) + through_norm
+        of_scaled = needs_branch, needs_layer_scale
+        dbranch, dlayer_scale = _scale_gradients(dx, branch, layer_scale, row_scale, of_scaled)
+        dbranch = _result(dbranch, branch.dtype) if needs_branch else dbranch
+    return _result(dx, x.dtype), dbranch, dweight, dbias, dlayer_scale
 
 
 def _accumulate(x: Tensor) -> Tensor:

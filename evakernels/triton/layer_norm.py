@@ -4,13 +4,9 @@ Absent tensors are None, and the kernel is compiled without them. In backward as
 over the rows; each writes one row of partial sums over rows, which are added in a fixed order.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..tuning import config, entry
 from ..tuning.calls import EPS
@@ -24,24 +20,14 @@ _FORWARD = [
     entry(width=4096, ROWS=1, num_warps=8, num_stages=1),
     entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
 ]
-_BACKWARD_OF_ALL = [
+_BACKWARD = [
     entry(width=512, ROWS=2, num_warps=4, num_stages=1),
     entry(width=1024, ROWS=2, num_warps=8, num_stages=1),
+    entry(width=2048, ROWS=2, num_warps=16, num_stages=1),
     entry(width=4096, ROWS=1, num_warps=16, num_stages=1),
     entry(width=8192, ROWS=1, num_warps=16, num_stages=1),
 ]
-_BACKWARD = [*_BACKWARD_OF_ALL, entry(width=2048, ROWS=1, num_warps=8, num_stages=1)]
-_BACKWARD_WITH_BRANCH = [*_BACKWARD_OF_ALL, entry(width=2048, ROWS=2, num_warps=16, num_stages=1)]
-CONFIGS = {
-    80: {
-        "layer_norm_forward": _FORWARD,
-        "layer_norm_backward": _BACKWARD,
-        "add_layer_norm_forward": _FORWARD,
-        "add_layer_norm_backward": _BACKWARD_WITH_BRANCH,
-        "layer_norm_add_forward": _FORWARD,
-        "layer_norm_add_backward": _BACKWARD_WITH_BRANCH,
-    },
-}
+CONFIGS = {80: {"layer_norm_forward": _FORWARD, "layer_norm_backward": _BACKWARD}}
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
@@ -56,13 +42,14 @@ def forward_kernel(
     residual_stride: tl.int64,
     eps: tl.float32,
     VECTOR: tl.constexpr,
+    RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     x, residual = inputs
     weight, bias, _, _ = parameters
-    total, out, mean, rstd = outputs
+    total, out, statistics = outputs
     row, channel, inside = tile_at(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
     exists = row < rows
     values = load_tile(x, row, channel, inside, x_stride, VECTOR)
@@ -71,9 +58,11 @@ def forward_kernel(
     if total is not None:  # the add comes before the norm, which takes the unrounded sum
         values = before + scaled(values, parameters, row, channel, exists, sample_rows, WIDTH)
         store_tile(total, values, row, channel, inside, WIDTH)
-    if mean is not None:
+    rstd = statistics
+    if not RMS:
         centre, values = centred(values, inside, WIDTH)
-        tl.store(mean + row, centre, mask=exists)
+        tl.store(statistics + row, centre, mask=exists)
+        rstd += rows
     scale = 1.0 / tl.sqrt(row_mean(product(values, values), WIDTH) + eps)
     tl.store(rstd + row, scale, mask=exists)
     values *= scale
@@ -113,6 +102,7 @@ def backward_kernel(
     x_stride: tl.int64,
     branch_stride: tl.int64,
     VECTOR: tl.constexpr,
+    RMS: tl.constexpr,
     SCALE_NORMED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,7 +110,7 @@ def backward_kernel(
 ):
     dout, dtotal, x, branch = inputs
     weight, bias, layer_scale, row_scale = parameters
-    mean, rstd = statistics
+    rstd = statistics if RMS else statistics + rows
     dx, dbranch, dweight, dbias, dlayer_scale = results
     channel = tl.arange(0, BLOCK)[None, :]
     if dweight is not None:
@@ -134,8 +124,8 @@ def backward_kernel(
         exists = row < rows
         d = load_tile(dout, row, channel, inside, WIDTH)
         normed = load_tile(x, row, channel, inside, x_stride, VECTOR)
-        if mean is not None:
-            normed -= tl.load(mean + row, mask=exists, other=0.0)  # outside of the row d is zero
+        if not RMS:
+            normed -= tl.load(statistics + row, mask=exists, other=0.0)  # outside of the row d is zero
         scale = tl.load(rstd + row, mask=exists, other=0.0)
         normed *= scale
         if weight is not None:
@@ -163,7 +153,7 @@ def backward_kernel(
         else:
             rounded = d
         along = row_mean(product(d, normed), WIDTH)
-        if mean is not None:
+        if not RMS:
             d -= row_mean(rounded, WIDTH)
         d = (d - normed * along) * scale
         if dtotal is not None:
@@ -186,126 +176,79 @@ def backward_kernel(
         store_partial_sum(dlayer_scale, scale_sum, channel, WIDTH)
 
 
-class Parameters(NamedTuple):
-    weight: Tensor | None
-    bias: Tensor | None
-    layer_scale: Tensor | None = None
-    row_scale: Tensor | None = None
+def layer_norm_forward(
+    x, weight, bias, eps, rms, out_dtype=None, residual=None, layer_scale=None, row_scale=None, add_first=False
+):
+    stream = x if residual is None else residual
+    out = torch.empty_like(stream, dtype=out_dtype, memory_format=torch.contiguous_format)
+    statistics = x.new_empty(1 if rms else 2, *x.shape[:-1], dtype=torch.float32)
+    total = torch.empty_like(stream, memory_format=torch.contiguous_format) if add_first else None
+    if x.numel() > 0:
+        x_rows, residual_rows = rows_of(x), rows_of(stream)
+        rows, width = x_rows.shape
+        block = triton.next_power_of_2(width)
+        options = config("layer_norm_forward", {"width": block}, out)
+        vector, strides = row_strides(x_rows, residual_rows)
+        parameters = tuple(map(dense, (weight, bias, layer_scale, row_scale)))
+        with on_device_of(x):
+            forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+                *((x_rows, None if residual is None else residual_rows), parameters, (total, out, statistics)),
+                *(rows, rows // len(x), *strides, eps),
+                VECTOR=vector,
+                RMS=rms,
+                WIDTH=width,
+                BLOCK=block,
+                **options,
+            )
+    return out, statistics.new_empty(0) if total is None else total, statistics
 
 
-def layer_norm_forward(x, weight, bias, eps, rms, out_dtype=None):
-    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
-    return out, *_forward("layer_norm_forward", x, None, Parameters(weight, bias), eps, rms, None, out)
-
-
-def add_layer_norm_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms, out_dtype=None):
-    out, total = (
-        torch.empty_like(residual, dtype=dtype, memory_format=torch.contiguous_format) for dtype in (out_dtype, None)
-    )
-    parameters = Parameters(weight, bias, layer_scale, row_scale)
-    return out, total, *_forward("add_layer_norm_forward", branch, residual, parameters, eps, rms, total, out)
-
-
-def layer_norm_add_forward(residual, branch, weight, bias, layer_scale, row_scale, eps, rms):
-    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    parameters = Parameters(weight, bias, layer_scale, row_scale)
-    return out, *_forward("layer_norm_add_forward", branch, residual, parameters, eps, rms, None, out)
-
-
-def _forward(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    parameters: Parameters,
-    eps: float,
-    rms: bool,
-    total: Tensor | None,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes `total` and `out`; returns mean and rstd."""
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
-    if x.numel() == 0:
-        return mean, rstd
-    x_rows, residual_rows = rows_of(x), rows_of(out if residual is None else residual)
-    rows, width = x_rows.shape
-    block = triton.next_power_of_2(width)
-    options = config(op, {"width": block}, out)
-    vector, strides = row_strides(x_rows, residual_rows)
-    with on_device_of(x):
-        forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-            *((x_rows, None if residual is None else residual_rows), tuple(map(dense, parameters))),
-            *((total, out, None if rms else mean, rstd), rows, rows // len(x), *strides, eps),
-            VECTOR=vector,
-            WIDTH=width,
-            BLOCK=block,
-            **options,
-        )
-    return mean, rstd
-
-
-def layer_norm_backward(dy, x, weight, mean, rstd, rms, needs_grad):
+def layer_norm_backward(
+    dy, x, weight, statistics, needs_grad, bias=None, layer_scale=None, row_scale=None, dtotal=None, branch=None
+):
+    *needs_norm, needs_layer_scale, needs_branch = needs_grad
+    if not needs_layer_scale:  # only its gradient needs their values
+        bias = None
+    taken = branch if needs_layer_scale else None
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    inputs, statistics = (dy, None, x, None), (None if rms else mean, rstd)
-    op, parameters = "layer_norm_backward", Parameters(weight, None)
-    return dx, *_backward(op, inputs, parameters, statistics, (dx, None), (*needs_grad, False))[:2]
-
-
-def add_layer_norm_backward(dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, rms, needs_grad):
-    op, parameters = "add_layer_norm_backward", Parameters(weight, None, layer_scale, row_scale)
-    needs_branch, *of_parameters = needs_grad
-    dresidual = torch.empty_like(x)
-    dbranch = torch.empty_like(x, dtype=branch.dtype) if needs_branch else None
-    inputs, statistics = (dy, dx, x, branch if needs_grad[-1] else None), (None if rms else mean, rstd)
-    sums = _backward(op, inputs, parameters, statistics, (dresidual, dbranch), of_parameters)
-    return dresidual, rstd.new_empty(0) if dbranch is None else dbranch, *sums
-
-
-def layer_norm_add_backward(dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, rms, needs_grad):
-    bias = bias if needs_grad[-1] else None  # only layer_scale's gradient needs it
-    op, parameters = "layer_norm_add_backward", Parameters(weight, bias, layer_scale, row_scale)
-    dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    inputs, statistics = (dx, None, branch, None), (None if rms else mean, rstd)
-    return dbranch, *_backward(op, inputs, parameters, statistics, (dbranch, None), needs_grad)
-
-
-def _backward(
-    op: str,
-    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    parameters: Parameters,
-    statistics: tuple[Tensor | None, Tensor],
-    outputs: tuple[Tensor, Tensor | None],
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dx and dbranch; returns the gradients of weight, bias and layer_scale, empty if not needed."""
-    dout, dtotal, x, branch = inputs
-    x_rows, branch_rows = rows_of(x), rows_of(x if branch is None else branch)
+    needs_branch = needs_branch and branch is not None
+    dbranch = torch.empty_like(dx, dtype=branch.dtype) if needs_branch else None
+    x_rows, branch_rows = rows_of(x), rows_of(x if taken is None else taken)
     rows, width = x_rows.shape
     block = triton.next_power_of_2(width)
-    options = config(op, {"width": block}, x)
+    options = config("layer_norm_backward", {"width": block}, x)
     programs = persistent_programs(x, triton.cdiv(rows, options["ROWS"]), options["num_warps"])
-    weight, _, layer_scale, _ = parameters
-    sums = [partial_sums(programs, *of) for of in zip((weight, weight, layer_scale), needs_grad, strict=True)]
+    needs_sums = (*needs_norm, needs_layer_scale)
+    sums = [partial_sums(programs, *of) for of in zip((weight, weight, layer_scale), needs_sums, strict=True)]
     if x.numel() > 0:
         vector, strides = row_strides(x_rows, branch_rows)
+        inputs = dense(dy), dense(dtotal), x_rows, None if taken is None else branch_rows
+        parameters = tuple(map(dense, (weight, bias, layer_scale, row_scale)))
         with on_device_of(x):
             backward_kernel[(programs,)](
-                (dense(dout), dense(dtotal), x_rows, None if branch is None else branch_rows),
-                *(tuple(map(dense, parameters)), statistics, (*outputs, *sums), rows, rows // len(x), *strides),
+                *(inputs, parameters, dense(statistics), (dx, dbranch, *sums), rows, rows // len(x), *strides),
                 VECTOR=vector,
+                RMS=len(statistics) == 1,
                 SCALE_NORMED=dtotal is None,
                 WIDTH=width,
                 BLOCK=block,
                 **options,
             )
-    return total_of(weight, sums[0], x), total_of(weight, sums[1], x), total_of(layer_scale, sums[2], x)
+    gradients = [total_of(*of, x) for of in zip((weight, weight, layer_scale), sums, strict=True)]
+    return dx, statistics.new_empty(0) if dbranch is None else dbranch, *gradients
 
 
 # --- calls that are timed and compiled for each entry of CONFIGS ------------------------------------------------------
 
 
 def layer_norm_forward_calls(draw, width):
-    x, _, weight, bias, _, _ = _norm(draw, width)
+    residual, x, weight, bias, layer_scale, row_scale = _norm(draw, width)
+    yield x, weight, bias, EPS, False, None, residual, layer_scale, row_scale, True
+    yield x, weight, bias, EPS, False, None, residual, None, None, True
+    yield x, weight, None, EPS, True, None, residual, None, None, True
+    yield x, weight, bias, EPS, False, None, residual, layer_scale, row_scale
+    yield x, weight, bias, EPS, False, None, residual
+    yield x, weight, None, EPS, True, None, residual
     yield x, weight, bias, EPS, False
     yield x, weight, None, EPS, True
     yield x, None, None, EPS, False
@@ -313,39 +256,18 @@ def layer_norm_forward_calls(draw, width):
 
 
 def layer_norm_backward_calls(draw, width):
-    x, dy, weight, *_ = _norm(draw, width)
-    mean, rstd = _statistics(draw, width)
-    yield dy, x, weight, mean, rstd, False, (True, True)
-    yield dy, x, weight, mean[:0], rstd, True, (True, False)
-    yield dy, x, None, mean, rstd, False, (False, False)
-    yield dy, x.float(), weight.float(), mean, rstd, False, (True, True)
-
-
-def add_layer_norm_forward_calls(draw, width):
-    residual, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
-    yield residual, branch, weight, bias, layer_scale, row_scale, EPS, False
-    yield residual, branch, weight, bias, None, None, EPS, False
-    yield residual, branch, weight, None, None, None, EPS, True
-
-
-def add_layer_norm_backward_calls(draw, width):
-    x, branch, weight, _, layer_scale, row_scale = _norm(draw, width)
-    dy, dx = draw(*x.shape), draw(*x.shape)
-    mean, rstd = _statistics(draw, width)
-    yield dy, dx, x, branch, weight, layer_scale, row_scale, mean, rstd, False, (True, True, True, True)
-    yield dy, dx, x, branch[:0], weight, None, None, mean, rstd, False, (False, True, True, False)
-    yield dy, dx, x, branch[:0], weight, None, None, mean[:0], rstd, True, (False, True, False, False)
-
-
-layer_norm_add_forward_calls = add_layer_norm_forward_calls
-
-
-def layer_norm_add_backward_calls(draw, width):
-    dx, branch, weight, bias, layer_scale, row_scale = _norm(draw, width)
-    mean, rstd = _statistics(draw, width)
-    yield dx, branch, weight, bias, layer_scale, row_scale, mean, rstd, False, (True, True, True)
-    yield dx, branch, weight, bias, None, None, mean, rstd, False, (True, True, False)
-    yield dx, branch, weight, None, None, None, mean[:0], rstd, True, (True, False, False)
+    x, dy, weight, bias, layer_scale, row_scale = _norm(draw, width)
+    dtotal, branch = draw(*x.shape), draw(*x.shape)
+    statistics = draw.statistic(2, *x.shape[:-1])
+    scales, add = (None, layer_scale, row_scale), (None, None, None, dtotal, branch[:0])
+    yield dy, x, weight, statistics, (True, True, True, True), *scales, dtotal, branch
+    yield dy, x, weight, statistics, (True, True, False, False), *add
+    yield dy, x, weight, statistics[:1], (True, False, False, False), *add
+    yield dy, x, weight, statistics, (True, True, True, False), bias, layer_scale, row_scale
+    yield dy, x, weight, statistics, (True, True, False, False)
+    yield dy, x, weight, statistics[:1], (True, False, False, False)
+    yield dy, x, None, statistics, (False, False, False, False)
+    yield dy, x.float(), weight.float(), statistics, (True, True, False, False)
 
 
 def _norm(draw, width):
@@ -353,8 +275,3 @@ def _norm(draw, width):
     width = 3 * width // 4
     size = draw.batch, draw.elements // draw.batch // width, width
     return draw(*size), draw(*size), draw(width), draw(width), draw(width), draw.statistic(draw.batch)
-
-
-def _statistics(draw, width):
-    size = draw.batch, draw.elements // draw.batch // (3 * width // 4)
-    return draw.statistic(*size), draw.statistic(*size)

@@ -90,30 +90,33 @@ def shifts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 def norms(rows: int, width: int, dtype: torch.dtype) -> None:
     for before in shifts(width, dtype):
-        affine = draw(width), draw(width)
-        scales = (draw(width), draw(rows)) if before == 0 else (None, None)
-        matrices, mean, rstd = Matrices(rows, width, dtype, before), blank(rows), blank(rows)
+        affine = weight, bias = draw(width), draw(width)
+        layer_scale, row_scale = (draw(width), draw(rows)) if before == 0 else (None, None)
+        scales = {"layer_scale": layer_scale, "row_scale": row_scale}
+
+        def of_scale(buffer: Tensor, scale: Tensor | None = layer_scale) -> Tensor | None:
+            return buffer if scale is not None else None
+
+        matrices, statistics = Matrices(rows, width, dtype, before), blank(2, rows)
         x = matrices.given()
-        run("layer_norm_forward", x, *affine, writes=[matrices.made(), mean, rstd], eps=EPS)
-        writes = [matrices.made(), blank(width), blank(width)]
-        run("layer_norm_backward", matrices.given(), x, affine[0], mean, rstd, writes=writes)
+        run("layer_norm_forward", x, *affine, writes=[matrices.made(), None, statistics], eps=EPS)
+        writes = [matrices.made(), None, blank(width), blank(width), None]
+        run("layer_norm_backward", matrices.given(), x, weight, statistics, writes=writes)
 
-        def of_scale(buffer: Tensor, scales: Any = scales) -> Tensor | None:
-            return buffer if scales[0] is not None else None
-
-        matrices, mean, rstd = Matrices(rows, width, dtype, before), blank(rows), blank(rows)
-        residual, branch, y, x = matrices.given(), matrices.given(), matrices.made(), matrices.made()
-        run("add_layer_norm_forward", residual, branch, *affine, *scales, writes=[y, x, mean, rstd], eps=EPS)
-        inputs = matrices.given(), matrices.given(), x, branch, affine[0], *scales, mean, rstd
+        matrices, statistics = Matrices(rows, width, dtype, before), blank(2, rows)
+        residual, branch, y, total = matrices.given(), matrices.given(), matrices.made(), matrices.made()
+        options = {"eps": EPS, "residual": residual, "add_first": True, **scales}
+        run("layer_norm_forward", branch, *affine, writes=[y, total, statistics], **options)
+        dy, options = matrices.given(), {"dtotal": matrices.given(), "branch": branch, **scales}
         writes = [matrices.made(), of_scale(matrices.made()), blank(width), blank(width), of_scale(blank(width))]
-        run("add_layer_norm_backward", *inputs, writes=writes)
+        run("layer_norm_backward", dy, total, weight, statistics, writes=writes, **options)
 
-        matrices, mean, rstd = Matrices(rows, width, dtype, before), blank(rows), blank(rows)
-        residual, branch, x = matrices.given(), matrices.given(), matrices.made()
-        run("layer_norm_add_forward", residual, branch, *affine, *scales, writes=[x, mean, rstd], eps=EPS)
-        inputs = matrices.given(), branch, *affine, *scales, mean, rstd
-        writes = [matrices.made(), blank(width), blank(width), of_scale(blank(width))]
-        run("layer_norm_add_backward", *inputs, writes=writes)
+        matrices, statistics = Matrices(rows, width, dtype, before), blank(2, rows)
+        residual, x, y = matrices.given(), matrices.given(), matrices.made()
+        options = {"eps": EPS, "residual": residual, **scales}
+        run("layer_norm_forward", x, *affine, writes=[y, None, statistics], **options)
+        writes = [matrices.made(), None, blank(width), blank(width), of_scale(blank(width))]
+        run("layer_norm_backward", matrices.given(), x, weight, statistics, writes=writes, bias=bias, **scales)
 
 
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:

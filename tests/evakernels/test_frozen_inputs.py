@@ -31,16 +31,16 @@ def dropout(patches, prefix, pos_embed, token_index=KEPT):
 NORM = (ROWS, ROWS, VECTOR, VECTOR, VECTOR)
 PATCHES = (ROWS, (1, 24), (6, 24))
 CASES = {
-    "layer_norm": ("layer_norm_backward", evakernels.layer_norm, (ROWS, VECTOR, VECTOR), {1: 1, 2: 2}),
-    "rms_norm": ("layer_norm_backward", evakernels.rms_norm, (ROWS, VECTOR), {1: 1}),
-    "add_layer_norm": ("add_layer_norm_backward", joined(evakernels.add_layer_norm), NORM, {1: 1, 2: 2, 3: 3, 4: 4}),
+    "layer_norm": ("layer_norm_backward", evakernels.layer_norm, (ROWS, VECTOR, VECTOR), {1: 2, 2: 3}),
+    "rms_norm": ("layer_norm_backward", evakernels.rms_norm, (ROWS, VECTOR), {1: 2}),
+    "add_layer_norm": ("layer_norm_backward", joined(evakernels.add_layer_norm), NORM, {1: 1, 2: 2, 3: 3, 4: 4}),
     "add_layer_norm, unscaled": (
-        "add_layer_norm_backward",
+        "layer_norm_backward",
         joined(evakernels.add_layer_norm, False),
         NORM[:4],
         {2: 2, 3: 3},  # the branch's is that of the residual
     ),
-    "layer_norm_add": ("layer_norm_add_backward", joined(evakernels.layer_norm_add), NORM, {2: 1, 3: 2, 4: 3}),
+    "layer_norm_add": ("layer_norm_backward", joined(evakernels.layer_norm_add), NORM, {2: 2, 3: 3, 4: 4}),
     "swiglu": ("swiglu_backward", evakernels.swiglu, (ROWS, ROWS, VECTOR, VECTOR), {2: 2, 3: 3}),
     "gelu": ("gelu_backward", evakernels.gelu, (ROWS, VECTOR), {1: 1}),
     "token_dropout": ("token_dropout_backward", dropout, PATCHES, {0: 0, 1: 1, 2: 2}),

@@ -169,8 +169,8 @@ def test_out_dtype_opcheck():
     weight = randn(8, seed=2).float().requires_grad_()
     assert_opcheck(OPS.layer_norm_forward.default, (x, weight, weight, EPS, False, torch.bfloat16))
     assert_opcheck(OPS.layer_norm_forward.default, (branch, weight, None, EPS, True, torch.float32))
-    joined = (x, branch, weight, weight, weight, None, EPS, False, torch.bfloat16)
-    assert_opcheck(OPS.add_layer_norm_forward.default, joined)
+    joined = (branch, weight, weight, EPS, False, torch.bfloat16, x, weight, None, True)
+    assert_opcheck(OPS.layer_norm_forward.default, joined)
 
 
 FORMS = {"plain": plain("layer")[0], "add": add_then_norm("layer", None)[0], "post": norm_then_add("layer", None)[0]}

@@ -66,23 +66,35 @@ def pair(
 @pytest.mark.parametrize("scaled", [False, True])
 def test_norms_match_operators(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
     residual, x, dy, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(4))
-    affine, options = (normal(40), normal(40, seed=1)), {"eps": EPS, "rms": rms}
-    scales = (normal(40, seed=2), normal(3)) if scaled else (None, None)
+    weight, bias, layer_scale = (normal(40, seed=seed) for seed in range(3))
+    affine, options = (x, weight, bias), {"eps": EPS, "rms": rms}
+    scales = (
+        {"layer_scale": layer_scale, "row_scale": normal(3)} if scaled else {"layer_scale": None, "row_scale": None}
+    )
     pair(
         "layer_norm",
-        ((x, *affine), (EPS, rms), options),
-        lambda y, *moments: ((dy, x, affine[0], *moments), (rms, [True, True]), {"rms": rms}),
+        (affine, (EPS, rms), options),
+        lambda y, _, statistics: ((dy, x, weight, statistics), ([True, True, False, False],), {}),
     )
-    needs_grad = [scaled, True, True, scaled]
+    joined, factors = {"residual": residual} | scales, tuple(scales.values())
+    needs_grad, added = [True, True, scaled, scaled], {"dtotal": dx, "branch": x}
     pair(
-        "add_layer_norm",
-        ((residual, x, *affine, *scales), (EPS, rms), options),
-        lambda y, total, *moments: ((dy, dx, total, x, affine[0], *scales, *moments), (rms, needs_grad), {"rms": rms}),
+        "layer_norm",
+        (affine, (EPS, rms, None, residual, *factors, True), options | joined | {"add_first": True}),
+        lambda y, total, statistics: (
+            (dy, total, weight, statistics),
+            (needs_grad, None, *factors, dx, x),
+            scales | added,
+        ),
     )
     pair(
-        "layer_norm_add",
-        ((residual, x, *affine, *scales), (EPS, rms), options),
-        lambda y, *moments: ((dx, x, *affine, *scales, *moments), (rms, [True, True, scaled]), {"rms": rms}),
+        "layer_norm",
+        (affine, (EPS, rms, None, residual, *factors), options | joined),
+        lambda y, _, statistics: (
+            (dx, x, weight, statistics),
+            ([True, True, scaled, False], bias, *factors),
+            {"bias": bias} | scales,
+        ),
     )
 
 
@@ -91,10 +103,10 @@ def test_norms_with_bf16_output() -> None:
     pair(
         "layer_norm",
         ((x, weight, weight), (EPS, False, torch.bfloat16), {"eps": EPS}),
-        lambda y, *moments: ((dy, x, weight, *moments), (False, [True, True]), {}),
+        lambda y, _, statistics: ((dy, x, weight, statistics), ([True, True, False, False],), {}),
     )
     with pytest.raises(ValueError, match="y must be float16"):
-        _C.layer_norm_forward(x.half(), None, None, dy, torch.empty(15), torch.empty(15))
+        _C.layer_norm_forward(x, None, None, dy, None, torch.empty(2, 3, 5), residual=x.half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -217,7 +229,7 @@ def test_gpu_refuses_dtypes() -> None:
         ("image must be bfloat16 or float16", lambda: native.contrastive_forward(features, features, scale, 0)),
         (
             "branch must be float16",
-            lambda: native.add_layer_norm_forward(residual, branch, None, None, None, None, EPS, False),
+            lambda: native.layer_norm_forward(branch, None, None, EPS, False, None, residual),
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -243,6 +255,10 @@ def dlogits_of(dlogits: Tensor, row_lse: Tensor = ROWS) -> None:
     _C.contrastive_dlogits(ROWS, ROWS, ROWS, HALVES, HALVES, ONE, row_lse, ROWS, 0, dlogits)
 
 
+def norm_of(x: Tensor, **options: Any) -> None:
+    _C.layer_norm_forward(x, None, None, X, None, torch.zeros(2, 2), **options)
+
+
 @pytest.mark.parametrize(
     ("argument", "error", "call"),
     [
@@ -253,7 +269,10 @@ def dlogits_of(dlogits: Tensor, row_lse: Tensor = ROWS) -> None:
         ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int(), None, None, X[None])),
         ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int().numpy(), None, None, X[None])),
         ("pos_embed", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX, None, X[:1], X[None])),
-        ("row_scale", ValueError, lambda: _C.layer_norm_add_forward(X, X, None, None, None, X[0], X, ROWS, ROWS)),
+        ("row_scale", ValueError, lambda: norm_of(X, residual=X, row_scale=X[0])),
+        ("residual", ValueError, lambda: norm_of(X, layer_scale=X[0])),
+        ("residual", ValueError, lambda: norm_of(X, add_first=True)),
+        ("total", ValueError, lambda: norm_of(X, residual=X, add_first=True)),
         ("offset", ValueError, lambda: _C.contrastive_forward(X, X, ROWS[:1], 1, *(ROWS,) * 5)),
         ("row_lse", ValueError, lambda: dlogits_of(HALVES[:, :2], row_lse=ROWS.bfloat16())),
         ("dlogits", ValueError, lambda: dlogits_of(HALVES[:, :3].contiguous())),
@@ -261,7 +280,7 @@ def dlogits_of(dlogits: Tensor, row_lse: Tensor = ROWS) -> None:
         ("logit_bias", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ROWS, 0, SUMS, None)),
         ("sums", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ONE, 0, X, None)),
         # torch's own error
-        ("meta", Exception, lambda: _C.layer_norm_forward(X.to("meta"), None, None, X, ROWS, ROWS)),
+        ("meta", Exception, lambda: norm_of(X.to("meta"))),
     ],
 )
 def test_wrong_argument_is_named(argument: str, error: type[Exception], call: Callable[[], None]) -> None:

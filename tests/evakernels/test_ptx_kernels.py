@@ -148,11 +148,11 @@ def test_raw_launchers_restore_the_device(printed: Callable[..., str]) -> None:
         from evakernels import _C, _native
         runtime = ctypes.CDLL(str(_native._LIBRARY))
         x, out = torch.ones(2, 2, 8).numpy()
-        statistics = torch.zeros(2, 2).numpy()
+        statistics = torch.zeros(2, 2, 2).numpy()
         for device in (None, 1, 0):
             if device is not None:
                 runtime.ptx_set_device(device)
-            _C.layer_norm_forward(x, None, None, out, *statistics, eps=1e-6, rms=False)
+            _C.layer_norm_forward(x, None, None, out, None, statistics)
             print(runtime.ptx_device(), runtime.ptx_last_device())
     """
     assert printed(code).split() == ["-1", "0", "1", "0", "0", "0"]

@@ -20,7 +20,7 @@ SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}
 
 HEAD_DIMS = {64, 80, 88, 96, 112, 128}
 
-PERSISTENT = ("layer_norm_backward", "add_layer_norm_backward", "layer_norm_add_backward", "swiglu_backward")
+PERSISTENT = ("layer_norm_backward", "swiglu_backward")
 """As many of their programs run at a time as `persistent_programs` launches, if registers allow."""
 
 

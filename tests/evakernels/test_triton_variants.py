@@ -60,11 +60,11 @@ def rows_apart(samples, tokens, width, more):
 def norm(backward, more):
     vectors = drawn(3, 768).unbind()
     for samples, tokens in ROWS:
-        x, scale, of_row = rows_apart(samples, tokens, 768, more), drawn(samples), statistic(samples, tokens)
+        x, scale, statistics = rows_apart(samples, tokens, 768, more), drawn(samples), statistic(2, samples, tokens)
         if backward:
-            yield x, x, x, x, vectors[0], vectors[2], scale, of_row, of_row, False, [True] * 4
+            yield x, x, vectors[0], statistics, [True] * 4, None, vectors[2], scale, x, x
         else:
-            yield x, x, *vectors, scale, EPS, False
+            yield x, *vectors[:2], EPS, False, None, x, vectors[2], scale, True
 
 
 def swiglu(backward, more):
@@ -75,7 +75,7 @@ def swiglu(backward, more):
         yield (gate, gate, up, weight, of_row, of_row, [True] * 2) if backward else (gate, up, weight, weight, EPS)
 
 
-FAMILIES = {"add_layer_norm": norm, "swiglu": swiglu}
+FAMILIES = {"layer_norm": norm, "swiglu": swiglu}
 
 
 @pytest.mark.parametrize("more", [[0, 8, 16, 24, 768], [0, 1, 2, 3, 4, 5, 6, 8]], ids=str)

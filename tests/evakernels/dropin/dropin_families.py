@@ -75,7 +75,16 @@ def log_ops() -> Iterator[set[str]]:
     ops: set[str] = set()
     with Recorder() as recorder:
         yield ops
-    ops.update(op.name().partition("::")[2].removesuffix("_forward") for op, _ in recorder.own_calls())
+    ops.update(
+        _public_name(op.name().partition("::")[2].removesuffix("_forward"), args) for op, args in recorder.own_calls()
+    )
+
+
+def _public_name(op: str, args: tuple[Any, ...]) -> str:
+    """The public function of a call; the norms are one op, with a residual as seventh argument."""
+    if op != "layer_norm" or args[6:7] in ((), (None,)):
+        return op
+    return "add_layer_norm" if args[9:] == (True,) else "layer_norm_add"
 
 
 def ops_of(family: Family, model: nn.Module) -> set[str]:
