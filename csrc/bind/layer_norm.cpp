@@ -32,11 +32,10 @@ NormShape norm_shape(const Call& call, const Array& x, const Array& row_scale, D
                      DType branch_dtype, const Array& y, bool rms, bool add_first) {
   require(!row_scale || x.sizes.size() > 1, x.name, " must be [B, ..., C]");
   const RowSizes size(x);
-  const int64_t samples = row_scale ? std::max<int64_t>(1, x.sizes[0]) : 1;
   const NormShape shape = {
       .rows = size.rows,
       .width = size.width,
-      .rows_per_sample = std::max<int64_t>(1, size.rows / samples),
+      .rows_per_sample = row_scale && x.sizes[0] > 0 ? size.rows / x.sizes[0] : 0,
       .dtype = dtype,
       .branch_dtype = branch_dtype,
       .y_dtype = y.dtype,
@@ -68,19 +67,19 @@ void layer_norm_forward(Call& call, Input x_in, OptionalInput weight, OptionalIn
       norm_shape(call, x, norm.row_scale, residual ? residual.dtype : y.dtype, x.dtype, y, rms, add_first);
   const Array total = call.output_if(add_first, total_out, "total", x.sizes, stream.dtype, DType::Float32);
   require(add_first == total.exists, "total is needed with add_first, and only with it");
-  std::vector<int64_t> sizes(x.sizes.begin(), x.sizes.end() - 1);
-  sizes.insert(sizes.begin(), rms ? 1 : 2);
+  std::vector<int64_t> sizes(x.sizes.size(), rms ? 1 : 2);
+  std::copy(x.sizes.begin(), x.sizes.end() - 1, sizes.begin() + 1);
   float* const statistics = call.output(statistics_out, "statistics", sizes, DType::Float32).floats();
   const LayerNormForward params = {
-      .x = x.data,
       .residual = residual.data,
+      .x = x.data,
       .y = y.data,
-      .total = total.data,
       .mean = statistics,
       .rstd = rms ? statistics : statistics + shape.rows,
       .eps = static_cast<float>(eps),
       .parameters = norm.parameters(x),
       .shape = shape,
+      .total = total.data,
   };
   call.launch<cpu::layer_norm_forward, cuda::layer_norm_forward>("layer_norm_forward", params);
 }

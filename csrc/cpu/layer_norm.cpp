@@ -14,24 +14,21 @@ class FloatParameters {
   FloatParameters(const NormParameters& parameters, const NormShape& shape)
       : weight_(parameters.weight.data, parameters.weight.dtype, shape.width, 1.0f),
         bias_(parameters.bias.data, parameters.bias.dtype, shape.width, 0.0f),
-        has_layer_scale_(parameters.layer_scale.data != nullptr),
-        layer_scale_(parameters.layer_scale.data, parameters.layer_scale.dtype,
-                     has_layer_scale_ ? shape.width : 0, 1.0f),
-        row_scale_(parameters.row_scale.data, parameters.row_scale.dtype, samples(shape), 1.0f) {}
+        layer_scale_(scale(parameters.layer_scale, shape.width)),
+        row_scale_(scale(parameters.row_scale,
+                         shape.rows_per_sample == 0 ? 0 : shape.rows / shape.rows_per_sample)) {}
 
   NormVectors vectors() const {
-    const float* layer_scale = has_layer_scale_ ? layer_scale_.data() : nullptr;
-    return {weight_.data(), bias_.data(), layer_scale, row_scale_.data()};
+    return {weight_.data(), bias_.data(), layer_scale_.data(), row_scale_.data()};
   }
 
  private:
-  static int64_t samples(const NormShape& shape) {
-    return ceil_div(shape.rows, std::max<int64_t>(1, shape.rows_per_sample));
+  static FloatVector scale(const ParameterVector& vector, int64_t size) {
+    return {vector.data, vector.dtype, vector.data ? size : 0, 1.0f};
   }
 
   FloatVector weight_;
   FloatVector bias_;
-  bool has_layer_scale_;
   FloatVector layer_scale_;
   FloatVector row_scale_;
 };

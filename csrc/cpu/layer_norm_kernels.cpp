@@ -18,15 +18,16 @@ T* output_row(void* matrix, int64_t row, const NormShape& shape) {
   return matrix ? static_cast<T*>(matrix) + row * shape.width : nullptr;
 }
 
-// Prefetches the next row of both inputs. Backward passes, which read more, are slower with it.
-template <class X, class R>
+// Prefetches the next row of both inputs, or with RESIDUAL false of x. Backward passes, which read more, are
+// slower with it.
+template <bool RESIDUAL, class X, class R>
 struct NextRow {
   const X* x;
-  const R* residual;  // or null
+  const R* residual;
 
   void operator()(int64_t i) const {
     __builtin_prefetch(x + i);
-    if (residual) __builtin_prefetch(residual + i);
+    if constexpr (RESIDUAL) __builtin_prefetch(residual + i);
   }
 };
 
@@ -52,6 +53,10 @@ inline F32 scale(F32 value, const float* layer_scale, float sample_scale, Part p
   return value * sample_scale;
 }
 
+float sample_scale_of(const NormVectors& vectors, int64_t row, const NormShape& shape) {
+  return vectors.row_scale ? vectors.row_scale[row / shape.rows_per_sample] : 1.0f;
+}
+
 const float* offset(const float* vector, int64_t i) { return vector ? vector + i : nullptr; }
 
 // Element types: X of the forward pass's x, R of residual and total, Y of y.
@@ -65,7 +70,7 @@ void add_norm_rows(const LayerNormForward& params, const NormVectors& vectors, f
     R* total = output_row<R>(params.total, row, shape);
     float* sums = unrounded(total, scratch);
     Y* y = output_row<Y>(params.y, row, shape);
-    const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
+    const float sample_scale = sample_scale_of(vectors, row, shape);
 
     float sum[1];
     sum_over_row(shape.width, sum, [&](int64_t i, auto part, F32* sum_of) {
@@ -76,7 +81,7 @@ void add_norm_rows(const LayerNormForward& params, const NormVectors& vectors, f
       sum_of[0] += zero_beyond(value, part);
     });
     const int64_t ahead = row + 1 < end ? shape.width : 0;
-    const NextRow<X, R> next = {x + ahead, residual + ahead};
+    const NextRow<true, X, R> next = {x + ahead, residual + ahead};
     const RowStatistics statistics = row_statistics(sums, sum[0], params.eps, shape.rms, shape.width, next);
     for_each_vector(shape.width, [&](int64_t i, auto part) {
       const F32 normalised = (load(sums + i, part) - statistics.mean) * statistics.rstd;
@@ -87,24 +92,25 @@ void add_norm_rows(const LayerNormForward& params, const NormVectors& vectors, f
   }
 }
 
-// The norm alone, or norm + add.
-template <class X, class R>
+// norm + add, or with RESIDUAL false the norm alone. A condition in the loops would change the compiler's
+// choice of FMAs.
+template <bool RESIDUAL, class X, class R>
 void norm_rows(const LayerNormForward& params, const NormVectors& vectors, int64_t begin, int64_t end) {
   const NormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
     const X* x = input_row<X>(params.x, row, shape);
     const R* residual = input_row<R>(params.residual, row, shape);
     R* y = output_row<R>(params.y, row, shape);
-    const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
+    const float sample_scale = sample_scale_of(vectors, row, shape);
 
     const float sum = shape.rms ? 0.0f : row_sum(x, shape.width);
     const int64_t ahead = row + 1 < end ? shape.width : 0;
-    const NextRow<X, R> next = {x + ahead, residual ? residual + ahead : nullptr};
+    const NextRow<RESIDUAL, X, R> next = {x + ahead, RESIDUAL ? residual + ahead : nullptr};
     const RowStatistics statistics = row_statistics(x, sum, params.eps, shape.rms, shape.width, next);
     for_each_vector(shape.width, [&](int64_t i, auto part) {
       const F32 normalised = (load(x + i, part) - statistics.mean) * statistics.rstd;
       const F32 normed = normalised * load(vectors.weight + i, part) + load(vectors.bias + i, part);
-      if (residual) {
+      if constexpr (RESIDUAL) {
         const F32 scaled = scale(normed, offset(vectors.layer_scale, i), sample_scale, part);
         store(y + i, load(residual + i, part) + scaled, part);
       } else {
@@ -133,7 +139,7 @@ void add_norm_rows_backward(const LayerNormBackward& params, const NormVectors& 
     R* dresidual = output_row<R>(params.dx, row, shape);
     X* dbranch = output_row<X>(params.dbranch, row, shape);
     const float* mean = shape.rms ? nullptr : params.mean + row;
-    const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
+    const float sample_scale = sample_scale_of(vectors, row, shape);
     const RowGradient gradient = row_gradient(dy, total, vectors.weight, mean, params.rstd[row], shape.width);
 
     for_each_vector(shape.width, [&](int64_t i, auto part) {
@@ -163,7 +169,7 @@ void norm_rows_backward(const LayerNormBackward& params, const NormVectors& vect
     const X* x = input_row<X>(params.x, row, shape);
     X* dx = output_row<X>(params.dx, row, shape);
     const float* mean = shape.rms ? nullptr : params.mean + row;
-    const float sample_scale = vectors.row_scale[row / shape.rows_per_sample];
+    const float sample_scale = sample_scale_of(vectors, row, shape);
     const RowGradient gradient = row_gradient(dy, x, vectors.weight, mean, params.rstd[row], shape.width);
 
     for_each_vector(shape.width, [&](int64_t i, auto part) {
@@ -205,8 +211,10 @@ void forward(const LayerNormForward& params, const NormVectors& vectors, float* 
       add_norm_rows<X, R, Y>(params, vectors, scratch, begin, end);
     });
   } else {
-    with_element_types(params.shape,
-                       [&]<class X, class R>(X, R) { norm_rows<X, R>(params, vectors, begin, end); });
+    with_element_types(params.shape, [&]<class X, class R>(X, R) {
+      const auto rows = params.residual ? norm_rows<true, X, R> : norm_rows<false, X, R>;
+      rows(params, vectors, begin, end);
+    });
   }
 }
 

@@ -35,7 +35,8 @@ class AlignedFloats {
  public:
   // Uninitialised.
   explicit AlignedFloats(int64_t size)
-      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))), size_(size) {}
+      : data_(size == 0 ? nullptr : static_cast<float*>(::operator new(size * sizeof(float), kAlignment))),
+        size_(size) {}
   AlignedFloats(int64_t size, float value) : AlignedFloats(size) { std::fill(begin(), end(), value); }
   ~AlignedFloats() { ::operator delete(data_, kAlignment); }
   AlignedFloats(const AlignedFloats&) = delete;

@@ -65,15 +65,15 @@ inline bool gpu_serves(const NormShape& shape) {
 }
 
 struct LayerNormForward {
-  const void* x;         // [rows, width]
   const void* residual;  // [rows, width]; null: a norm alone
+  const void* x;         // [rows, width]
   void* y;               // [rows, width]
-  void* total;           // [rows, width]; written with add_first
   float* mean;           // [rows]; not written when rms
   float* rstd;           // [rows]
   float eps;
   NormParameters parameters;
   NormShape shape;
+  void* total;  // [rows, width]; written with add_first
 };
 
 struct LayerNormBackward {
@@ -97,12 +97,12 @@ EVAKERNELS_API void layer_norm_forward(const LayerNormForward& params, Isa isa, 
 // The result doesn't depend on the number of threads.
 EVAKERNELS_API void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
 
-// The parameters as floats; ones or zeros for missing ones, but null for layer_scale.
+// The parameters as floats; ones or zeros for missing ones, but null for the scales.
 struct NormVectors {
   const float* weight;       // [width]
   const float* bias;         // [width]
   const float* layer_scale;  // [width]; null: ones
-  const float* row_scale;    // [samples]
+  const float* row_scale;    // [samples]; null: ones
 };
 
 // Sums over rows, [width] each; null if not needed. Without add_first, of g = row_scale * dy: weight sums

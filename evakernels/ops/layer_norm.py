@@ -1,5 +1,6 @@
 """LayerNorm and RMSNorm: plain, with the residual add before the norm, and with the residual add after it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def layer_norm(
         x: `[..., C]`, float64, float32, bfloat16 or float16.
         weight, bias: `[C]`, each in the dtype of `x`, of the result, or float32; or None.
         eps: added to the variance.
-        out_dtype: dtype of the result, which is rounded once; None for the dtype of `x`. Compiled kernels support
+        out_dtype: dtype of the result, which is rounded once; None for the dtype of `x`. Compiled GPU kernels support
             pairs of float32 and a 16-bit dtype; the next backend runs other pairs.
 
     Returns:
@@ -264,6 +265,7 @@ def _check_parameters(
 
 
 def _reasons(
+    on_gpu: bool,
     *,
     x: Tensor | None = None,
     residual: Tensor | None = None,
@@ -274,41 +276,30 @@ def _reasons(
     branch: Tensor | None = None,
     **_: Any,
 ) -> list[str]:
-    """Why compiled kernels don't support this dtype of `y` with those of residual and branch."""
-    stream, y = (residual, out_dtype) if dy is None else (dtotal, dy.dtype)
-    branch = x if branch is None else branch
-    if stream is None or branch is None or y in (None, stream.dtype):
+    """Why compiled kernels don't support the dtypes of branch, residual and `y`; without a residual, of `x` and `y`."""
+    branch, residual, add_first = _first(branch, x), _first(residual, dtotal), add_first or dtotal is not None
+    if branch is None:
         return []
-    if (add_first or dtotal is not None) and stream.dtype == torch.float32 and y == branch.dtype:
+    y = _first(out_dtype, _first(residual, branch).dtype) if dy is None else dy.dtype
+    dtypes = branch.dtype, y if residual is None else residual.dtype
+    if on_gpu:
+        if dtypes[0] == dtypes[1] or torch.float32 in (dtypes[1:] if add_first else dtypes):
+            return []
+        accepted = "a float32 residual" if add_first else "one of both in float32"
+        return [f"branch is {dtypes[0]} and residual {dtypes[1]}: GPU kernels take equal dtypes, or {accepted}"]
+    if y == dtypes[1] or (add_first and dtypes == (y, torch.float32)):
         return []
-    accepted = f"{stream.dtype}, or with a float32 residual added first the dtype of the branch, {branch.dtype}"
-    return [f"y is {y}; compiled kernels take {accepted}"]
+    return [f"y is {y}; compiled kernels take {dtypes[1]}, or {dtypes[0]} next to a float32 residual added first"]
 
 
-def _gpu_reasons(
-    *,
-    x: Tensor | None = None,
-    residual: Tensor | None = None,
-    add_first: bool = False,
-    out_dtype: torch.dtype | None = None,
-    dy: Tensor | None = None,
-    dtotal: Tensor | None = None,
-    branch: Tensor | None = None,
-    **_: Any,
-) -> list[str]:
-    """Why GPU kernels don't support this pair of the dtypes of x or branch, and of residual or y."""
-    add_first = add_first or dtotal is not None
-    stream = next((tensor.dtype for tensor in (dtotal, dy, residual) if tensor is not None), out_dtype)
-    taken = next((tensor.dtype for tensor in (branch, x) if tensor is not None), None)
-    if None in (stream, taken) or taken == stream or torch.float32 in ((stream,) if add_first else (stream, taken)):
-        return []
-    accepted = "a float32 residual" if add_first else "one of both in float32"
-    return [f"x is {taken} and the residual or y {stream}: GPU kernels take equal dtypes, or {accepted}"]
+def _first(*given: Any) -> Any:
+    """The first that isn't None, or None."""
+    return next((each for each in given if each is not None), None)
 
 
 _REASONS: dict[str, Any] = {
-    "reasons": _reasons,
-    "gpu_reasons": _gpu_reasons,
+    "reasons": partial(_reasons, False),
+    "gpu_reasons": partial(_reasons, True),
     "triton_reasons": lambda first, /, **_: triton.row_reasons(first),
 }
 _DEFAULTS = None, None, None, None, False
