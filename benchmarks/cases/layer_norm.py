@@ -79,7 +79,6 @@ _ADD_NORM = register(
         work=count_passes("width", forward=4, backward=4),
         shapes=_RESIDUAL_SHAPES,
         gradients=("residual", "branch", "weight", "bias"),
-        registered="layer_norm_forward",
     )
 )
 register(
@@ -90,7 +89,6 @@ register(
         eager=_norm_add_eager,
         ours=partial(evakernels.layer_norm_add, eps=EPS),
         work=count_passes("width", forward=3, backward=3),
-        registered="layer_norm_forward",
     )
 )
 

@@ -11,8 +11,7 @@ struct NormArrays {
 
   NormParameters parameters(const Array& x) const {
     const auto vector = [](const Array& array, int64_t size) -> ParameterVector {
-      require(!array || (array.sizes.size() == 1 && array.sizes[0] == size), array.name, " must have ",
-              std::to_string(size), " elements");
+      if (array) require_sizes(array, {size});
       return {array.data, array.dtype};
     };
     const int64_t width = x.sizes.back();
@@ -52,6 +51,13 @@ NormShape norm_shape(const Call& call, const Array& x, const Array& row_scale, D
   return shape;
 }
 
+// Of mean and rstd, with rms of rstd.
+std::vector<int64_t> statistics_sizes(const Array& x, bool rms) {
+  std::vector<int64_t> sizes(x.sizes.size(), rms ? 1 : 2);
+  std::copy(x.sizes.begin(), x.sizes.end() - 1, sizes.begin() + 1);
+  return sizes;
+}
+
 void layer_norm_forward(Call& call, Input x_in, OptionalInput weight, OptionalInput bias, Output y_out,
                         Output total_out, Output statistics_out, double eps, bool rms, OutputDType out_dtype,
                         OptionalInput residual_in, OptionalInput layer_scale, OptionalInput row_scale,
@@ -67,9 +73,8 @@ void layer_norm_forward(Call& call, Input x_in, OptionalInput weight, OptionalIn
       norm_shape(call, x, norm.row_scale, residual ? residual.dtype : y.dtype, x.dtype, y, rms, add_first);
   const Array total = call.output_if(add_first, total_out, "total", x.sizes, stream.dtype, DType::Float32);
   require(add_first == total.exists, "total is needed with add_first, and only with it");
-  std::vector<int64_t> sizes(x.sizes.size(), rms ? 1 : 2);
-  std::copy(x.sizes.begin(), x.sizes.end() - 1, sizes.begin() + 1);
-  float* const statistics = call.output(statistics_out, "statistics", sizes, DType::Float32).floats();
+  float* const statistics =
+      call.output(statistics_out, "statistics", statistics_sizes(x, rms), DType::Float32).floats();
   const LayerNormForward params = {
       .residual = residual.data,
       .x = x.data,
@@ -99,9 +104,7 @@ void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weig
                                      add_first ? branch.dtype : x.dtype, dy, rms, add_first);
   if (add_first) require_like(dtotal, x);
   require_dtype(statistics, DType::Float32);
-  require(product(statistics.sizes) == (rms ? 1 : 2) * shape.rows,
-          "statistics must have mean and rstd, or with rms rstd, of each of the ", std::to_string(shape.rows),
-          " rows");
+  require_sizes(statistics, statistics_sizes(x, rms));
   const Array dx = call.output(dx_out, "dx", x.sizes, x.dtype),
               dbranch = call.output_if(add_first && needs_grad.at(3), dbranch_out, "dbranch", x.sizes,
                                        branch.dtype, DType::Float32);

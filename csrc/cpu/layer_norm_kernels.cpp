@@ -53,7 +53,7 @@ inline F32 scale(F32 value, const float* layer_scale, float sample_scale, Part p
   return value * sample_scale;
 }
 
-float sample_scale_of(const NormVectors& vectors, int64_t row, const NormShape& shape) {
+float sample_scale_of(NormVectors vectors, int64_t row, const NormShape& shape) {
   return vectors.row_scale ? vectors.row_scale[row / shape.rows_per_sample] : 1.0f;
 }
 
@@ -61,7 +61,7 @@ const float* offset(const float* vector, int64_t i) { return vector ? vector + i
 
 // Element types: X of the forward pass's x, R of residual and total, Y of y.
 template <class X, class R, class Y>
-void add_norm_rows(const LayerNormForward& params, const NormVectors& vectors, float* scratch, int64_t begin,
+void add_norm_rows(const LayerNormForward& params, NormVectors vectors, float* scratch, int64_t begin,
                    int64_t end) {
   const NormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
@@ -95,7 +95,7 @@ void add_norm_rows(const LayerNormForward& params, const NormVectors& vectors, f
 // norm + add, or with RESIDUAL false the norm alone. A condition in the loops would change the compiler's
 // choice of FMAs.
 template <bool RESIDUAL, class X, class R>
-void norm_rows(const LayerNormForward& params, const NormVectors& vectors, int64_t begin, int64_t end) {
+void norm_rows(const LayerNormForward& params, NormVectors vectors, int64_t begin, int64_t end) {
   const NormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
     const X* x = input_row<X>(params.x, row, shape);
@@ -128,7 +128,7 @@ inline void add_to(float* sum, F32 value, Part part) {
 }
 
 template <class X, class R, class Y>
-void add_norm_rows_backward(const LayerNormBackward& params, const NormVectors& vectors, const NormSums& sums,
+void add_norm_rows_backward(const LayerNormBackward& params, NormVectors vectors, NormSums sums,
                             int64_t begin, int64_t end) {
   const NormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
@@ -161,8 +161,8 @@ void add_norm_rows_backward(const LayerNormBackward& params, const NormVectors& 
 }
 
 template <class X, class R>
-void norm_rows_backward(const LayerNormBackward& params, const NormVectors& vectors, const NormSums& sums,
-                        int64_t begin, int64_t end) {
+void norm_rows_backward(const LayerNormBackward& params, NormVectors vectors, NormSums sums, int64_t begin,
+                        int64_t end) {
   const NormShape& shape = params.shape;
   for (int64_t row = begin; row < end; ++row) {
     const R* dy = input_row<R>(params.dy, row, shape);
@@ -204,7 +204,7 @@ void with_types_of_y(const NormShape& shape, const Body& body) {
   }
 }
 
-void forward(const LayerNormForward& params, const NormVectors& vectors, float* scratch, int64_t begin,
+void forward(const LayerNormForward& params, NormVectors vectors, float* scratch, int64_t begin,
              int64_t end) {
   if (params.shape.add_first) {
     with_types_of_y(params.shape, [&]<class X, class R, class Y>(X, R, Y) {
@@ -218,8 +218,8 @@ void forward(const LayerNormForward& params, const NormVectors& vectors, float* 
   }
 }
 
-void backward(const LayerNormBackward& params, const NormVectors& vectors, const NormSums& sums,
-              int64_t begin, int64_t end) {
+void backward(const LayerNormBackward& params, NormVectors vectors, NormSums sums, int64_t begin,
+              int64_t end) {
   if (params.shape.add_first) {
     with_types_of_y(params.shape, [&]<class X, class R, class Y>(X, R, Y) {
       add_norm_rows_backward<X, R, Y>(params, vectors, sums, begin, end);

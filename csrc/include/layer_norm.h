@@ -116,12 +116,12 @@ struct NormSums {
 // The loops of one instruction set, over rows [begin, end).
 struct LayerNormKernels {
   // scratch: width floats, with add_first.
-  void (*forward)(const LayerNormForward& params, const NormVectors& vectors, float* scratch, int64_t begin,
+  void (*forward)(const LayerNormForward& params, NormVectors vectors, float* scratch, int64_t begin,
                   int64_t end);
 
   // vectors.weight: without add_first, weight * layer_scale.
-  void (*backward)(const LayerNormBackward& params, const NormVectors& vectors, const NormSums& sums,
-                   int64_t begin, int64_t end);
+  void (*backward)(const LayerNormBackward& params, NormVectors vectors, NormSums sums, int64_t begin,
+                   int64_t end);
 };
 
 EVAKERNELS_FOR_EACH_ISA(extern const LayerNormKernels layer_norm;)

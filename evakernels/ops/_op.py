@@ -45,7 +45,7 @@ class Op:
         self.check = check
         self.check_values = check_values
         self.sharding = sharding
-        self.returned: int | None = None
+        self.public_outputs: Callable[[Any], Any] = lambda outputs: outputs
         self.takes_gradients = False
         self.function = _autograd_function(self.name, self._refuse_gradient)
 
@@ -64,10 +64,6 @@ class Op:
     def every_output(self, *args: Any) -> Any:
         """All outputs; outputs that only backward reads are non-differentiable."""
         return self._dispatch(self.overload.overloadpacket, args)
-
-    def public_outputs(self, outputs: Any) -> Any:
-        count = self.returned
-        return outputs if count is None else outputs[0] if count == 1 else outputs[:count]
 
     def _dispatch(self, operator: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self.check is not None:
@@ -203,7 +199,8 @@ def differentiable(
             arguments that need no gradient.
         returned: number of outputs of the public function; None for all. The others are non-differentiable.
     """
-    forward.returned = returned
+    if returned is not None:
+        forward.public_outputs = lambda outputs: outputs[0] if returned == 1 else outputs[:returned]
     backward.takes_gradients = True
     forward.function = _autograd_function(forward.family, formula, setup_context, returned)
 

@@ -302,34 +302,38 @@ _REASONS: dict[str, Any] = {
     "gpu_reasons": partial(_reasons, True),
     "triton_reasons": lambda first, /, **_: triton.row_reasons(first),
 }
-_DEFAULTS = None, None, None, None, False
-"""Of out_dtype, residual, layer_scale, row_scale and add_first; the dispatcher drops trailing defaults."""
+_DEFAULTS = None, None, False
+"""Of layer_scale, row_scale and add_first; the dispatcher drops trailing defaults."""
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     x, weight, bias, _, _, *more = inputs
-    _, residual, layer_scale, row_scale, ctx.add_first = (*more, *_DEFAULTS[len(more) :])
     _, total, statistics = output
+    if len(more) < 2 or more[1] is None:  # no residual
+        ctx.mark_non_differentiable(total, statistics)
+        ctx.save_for_backward(x, weight, statistics)
+        return
+    _, _, layer_scale, row_scale, ctx.add_first = (*more, *_DEFAULTS[len(more) - 2 :])
     if ctx.add_first:
         # Only the gradient of layer_scale needs the branch's values; the others need its dtype.
         branch = x if ctx.needs_input_grad[7] else x.new_empty(0)
         ctx.save_for_backward(total, weight, statistics, None, layer_scale, row_scale, branch)
-        return
-    ctx.mark_non_differentiable(total, statistics)
-    joined = () if residual is None else (bias, layer_scale, row_scale)
-    ctx.save_for_backward(x, weight, statistics, *joined)
+    else:
+        ctx.mark_non_differentiable(total, statistics)
+        ctx.save_for_backward(x, weight, statistics, bias, layer_scale, row_scale)
 
 
 def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
     if dy is None and dtotal is None:
         return ()
-    x, weight, statistics, *joined = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
-    needs_x, *needs_norm = ctx.needs_input_grad[:3]
-    if not joined:
-        dx, _, dweight, dbias, _ = _backward(dy, x, weight, statistics, (*needs_norm, False, False))
+    saved = ctx.saved_tensors  # once, as a checkpoint recomputes them at each access
+    needed = ctx.needs_input_grad
+    if len(saved) == 3:
+        dx, _, dweight, dbias, _ = _backward(dy, *saved, (needed[1], needed[2], False, False))
         return dx, dweight, dbias
-    needs_norm.append(ctx.needs_input_grad[7])  # of layer_scale
+    x, weight, statistics, *joined = saved
+    needs_x, needs_norm = needed[0], (needed[1], needed[2], needed[7])
     if not ctx.add_first:
         if not (needs_x or any(needs_norm)):
             return *[None] * 6, dy

@@ -234,8 +234,8 @@ def test_cuda_autocast_makes_no_copy_of_what_is_given(monkeypatch, kind):
     assert [y.dtype for y in results] == [full, half, half]
     assert [(y.dtype, total.dtype) for y, total in joined] == [(half, full), (half, half)]
     taken = [[x.dtype for x in args if isinstance(x, torch.Tensor)] for _, args in recorder.own_calls()]
-    plain, added = [[half, full], [half, full], [full, full]], [[half, full], [half, half]]  # branch and residual
-    assert taken == plain + added
+    plain, added = [[half, full], [half, full], [full, full]], [[half, full, full], [half, full, half]]
+    assert taken == plain + added  # x or branch, weight, residual
     assert not [op for op, _ in recorder.calls if "_to_copy" in op.name()]
 
 
