@@ -314,7 +314,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         ctx.mark_non_differentiable(total, statistics)
         ctx.save_for_backward(x, weight, statistics)
         return
-    _, _, layer_scale, row_scale, ctx.add_first = (*more, *_DEFAULTS[len(more) - 2 :])
+    scales: tuple[Any, ...] = (*more[2:], *_DEFAULTS[len(more) - 2 :])
+    layer_scale, row_scale, ctx.add_first = scales
     if ctx.add_first:
         # Only the gradient of layer_scale needs the branch's values; the others need its dtype.
         branch = x if ctx.needs_input_grad[7] else x.new_empty(0)
@@ -336,7 +337,7 @@ def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
     needs_x, needs_norm = needed[0], (needed[1], needed[2], needed[7])
     if not ctx.add_first:
         if not (needs_x or any(needs_norm)):
-            return *[None] * 6, dy
+            return None, None, None, None, None, None, dy
         dx, _, dweight, dbias, dlayer_scale = _backward(dy, x, weight, statistics, (*needs_norm, False), *joined)
         return dx, dweight, dbias, None, None, None, dy, dlayer_scale
     _, layer_scale, row_scale, branch = joined
