@@ -46,33 +46,24 @@ void add_dlogits(Call& call, bool needed, Output dlogits, Params& params) {
           " bytes after a multiple");
 }
 
-// `logits`: null if they aren't saved.
-void write_statistics(const char* op, Call& call, const ContrastiveFeatures& features, float* logits,
-                      Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max) {
-  ContrastiveStatistics params{features};
-  params.logits = logits;
+// Python: logits are None if they aren't saved.
+using Keep = Either<bool, Absent>;
+inline bool is_kept(bool keep) { return keep; }
+inline bool is_kept(Absent) { return true; }
+
+void contrastive_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset, Keep keep,
+                         Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max,
+                         Output logits) {
+  ContrastiveStatistics params{read_features(call, image, text, logit_scale, offset)};
+  const int64_t sizes[] = {params.rows, params.columns};
   params.row_lse = output_floats(call, row_lse, "row_lse", params.rows);
   params.col_lse = output_floats(call, col_lse, "col_lse", params.columns);
   params.positive = output_floats(call, positive, "positive", params.rows);
   params.row_max = output_floats(call, row_max, "row_max", params.rows);
   params.col_max = output_floats(call, col_max, "col_max", params.columns);
-  call.launch<nullptr, cuda::contrastive_forward>(op, params);
-}
-
-void contrastive_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
-                         Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max) {
-  write_statistics("contrastive_forward", call, read_features(call, image, text, logit_scale, offset),
-                   nullptr, row_lse, col_lse, positive, row_max, col_max);
-}
-
-void contrastive_kept_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
-                              Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max,
-                              Output logits) {
-  const ContrastiveFeatures features = read_features(call, image, text, logit_scale, offset);
-  const int64_t sizes[] = {features.rows, features.columns};
-  float* const saved = call.output(logits, "logits", sizes, DType::Float32).floats();
-  write_statistics("contrastive_kept_forward", call, features, saved, row_lse, col_lse, positive, row_max,
-                   col_max);
+  params.logits =
+      call.output_if(is_kept(keep), logits, "logits", sizes, DType::Float32, DType::Float32).floats();
+  call.launch<nullptr, cuda::contrastive_forward>("contrastive_forward", params);
 }
 
 void contrastive_dlogits(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image, Input text,
@@ -107,14 +98,12 @@ void siglip_dlogits(Call& call, Input image, Input text, Input logit_scale, Inpu
 EVAKERNELS_GPU_OPS(contrastive_logits, m) {
   EVAKERNELS_OP(
       m, contrastive_forward, "image"_a, "text"_a, "logit_scale"_a, "offset"_a, "row_lse"_a, "col_lse"_a,
-      "positive"_a, "row_max"_a, "col_max"_a,
-      R"(Writes log-sum-exps and maxima of logit_scale * image @ text^T, and the logits of the pairs.
+      "positive"_a, "row_max"_a, "col_max"_a, "logits"_a = py::none(),
+      R"(Writes log-sum-exps and maxima of logit_scale * image @ text^T, the logits of the pairs and, if needed, all logits.
 
 image: [m, D], text: [B, D], bfloat16 or float16; logit_scale: one element; row i of image belongs
-to row offset + i of text. row_lse, positive, row_max: float32 [m]; col_lse, col_max: float32 [B]. GPUs only.)");
-  EVAKERNELS_OP(m, contrastive_kept_forward, "image"_a, "text"_a, "logit_scale"_a, "offset"_a, "row_lse"_a,
-                "col_lse"_a, "positive"_a, "row_max"_a, "col_max"_a, "logits"_a,
-                "As contrastive_forward; also writes the logits, float32 [m, B].");
+to row offset + i of text. row_lse, positive, row_max: float32 [m]; col_lse, col_max: float32 [B]; logits: float32
+[m, B] or None. GPUs only.)");
   EVAKERNELS_OP(m, contrastive_dlogits, "drow_lse"_a, "dcol_lse"_a, "dpositive"_a, "image"_a, "text"_a,
                 "logit_scale"_a, "row_lse"_a, "col_lse"_a, "offset"_a, "dlogits"_a,
                 R"(Writes the gradients of the logits from those of the statistics, in the dtype of image.
