@@ -17,7 +17,6 @@ from evakernels import _logit_gradients, backends
 from evakernels.nn import ClipLoss, SigLipLoss
 from evakernels.reference import contrastive as reference
 
-OPS = torch.ops.evakernels
 OFFSET = 2
 
 

@@ -9,7 +9,6 @@ from op_checks import DTYPES, assert_as_accurate_as_torch, randn, with_gradients
 import evakernels
 from evakernels import _native
 
-OPS = torch.ops.evakernels
 WIDTH = 7
 APPROXIMATIONS = ["none", "tanh", "sigmoid"]
 

@@ -12,7 +12,6 @@ import evakernels
 from evakernels import _native
 
 EPS = 1e-6
-OPS = torch.ops.evakernels
 HIDDEN = 7
 
 

@@ -13,7 +13,6 @@ from optimizer_checks import MIXES
 import evakernels
 from evakernels import _native
 
-OPS = torch.ops.evakernels
 BATCH, TOKENS, CHANNELS, PREFIX = 2, 6, 5, 2
 KEPT = torch.tensor([[5, 0, 3], [1, 4, 2]])
 
