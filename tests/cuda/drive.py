@@ -4,7 +4,7 @@
     LD_PRELOAD=allocations.so python tests/cuda/drive.py --interpret 80 [FAMILY ...]       in ptx_interpreter
 
 The interpreter and NVIDIA's sanitizers report races and wrong accesses; the ops' tests compare results. Here only
-outputs that aren't written, and elements in front of them that are, raise an error.
+outputs that aren't written, and elements before them that are, raise an error.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MATRICES += [(4, 2049, HALF), (4, 3072, FLOAT), (3, 8200, HALF)]
 
 
 def draw(*shape: int, dtype: torch.dtype = FLOAT, before: int = 0) -> Tensor:
-    """Numbers in [-1, 1), with `before` elements of another buffer in front of them."""
+    """Numbers in [-1, 1), with `before` elements of another buffer before them."""
     whole = torch.full((before + math.prod(shape),), GUARD, dtype=dtype, device=DEVICE)
     view = whole[before:].view(shape)
     return view.copy_(torch.rand(shape) * 2 - 1)
@@ -59,7 +59,7 @@ def check(name: str, *outputs: Tensor | None) -> None:
             continue
         label = f"{name}: output {number} of shape {tuple(output.shape)}, {output.dtype}"
         assert not output.isnan().any(), f"{label}: not written"
-        assert output._base is None or (output._base[: output.storage_offset()] == GUARD).all(), f"in front of {label}"
+        assert output._base is None or (output._base[: output.storage_offset()] == GUARD).all(), f"before {label}"
 
 
 class Matrices:

@@ -72,13 +72,13 @@ def copy_with_library(top: Path, *libraries: Path) -> Path:
 
 
 def sanitizer_runtimes(compiler: str) -> list[str]:
-    """What to load in front of Python, which is built without them; without a folder what the compiler lacks."""
+    """What to load before Python, which is built without them; without a folder what the compiler lacks."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     calls = [[compiler, f"-print-file-name={name}"] for name in names]
     return [subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() for call in calls]
 
 
 def gcc() -> str | None:
-    """The path of a g++ whose sanitizers can be loaded in front of Python; None where there is none."""
+    """The path of a g++ whose sanitizers can be loaded before Python; None where there is none."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     return found if found and all(Path(name).is_absolute() for name in sanitizer_runtimes(found)) else None

@@ -52,8 +52,8 @@ ARGUMENTS = record_calls()
 def test_kernel_matches_reference(op, backend):
     given = tree_map_only(Tensor, Tensor.detach, ARGUMENTS[op])
     if DEVICE.type == "cuda":
-        assert not backends.why_not(op, backend)
-    elif reasons := backends.why_not(op, backend, *given):
+        assert not backends.unsupported_reasons(op, backend)
+    elif reasons := backends.unsupported_reasons(op, backend, *given):
         pytest.skip("; ".join(reasons))
     implementations = backends._implementations[op]
     result = tensors_of(implementations[backend].function, given)

@@ -148,7 +148,7 @@ def test_raw_launchers_restore_the_device(printed: Callable[..., str]) -> None:
         from evakernels import _C, _native
         runtime = ctypes.CDLL(str(_native._LIBRARY))
         x, out = torch.ones(2, 2, 8).numpy()
-        statistics = torch.zeros(2, 2, 2).numpy()
+        statistics = torch.zeros(2, 2).numpy()
         for device in (None, 1, 0):
             if device is not None:
                 runtime.ptx_set_device(device)
