@@ -146,11 +146,11 @@ class LogitGradients : public Tiles {
     for (float product : dot_products) dscale_ += product;
   }
 
-  void write(Output dimage, Output dtext, Output dscale) const {
-    dimage = needs_dimage_ ? dimage_ : new_like(image_, {0});
-    dtext = torch::stable::to(dtext_, text_dtype_);
+  // dimage, dtext and dscale.
+  std::tuple<Tensor, Tensor, Tensor> results() const {
     const double total = multiplies_text_ ? dscale_ : dot_product(dtext_, text_) / scale_;
-    dscale = scalar_of_dtype(total, scale_dtype_, text_);
+    return {needs_dimage_ ? dimage_ : new_like(image_, {0}), torch::stable::to(dtext_, text_dtype_),
+            scalar_of_dtype(total, scale_dtype_, text_)};
   }
 
  private:
@@ -172,14 +172,13 @@ class LogitGradients : public Tiles {
   double dscale_ = 0;
 };
 
-void write_statistics(Call& call, Tiles& tiles, Output row_lse_out, Output col_lse_out, Output positive_out,
-                      Output row_max_out, Output col_max_out) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_statistics(Call& call, Tiles& tiles) {
   const int64_t rows = tiles.rows(), columns = tiles.columns();
-  float* const row_lse = output_floats(call, row_lse_out, "row_lse", rows);
-  float* const col_lse = output_floats(call, col_lse_out, "col_lse", columns);
-  float* const positive = output_floats(call, positive_out, "positive", rows);
-  float* const row_max = output_floats(call, row_max_out, "row_max", rows);
-  float* const col_max = output_floats(call, col_max_out, "col_max", columns);
+  float* const row_lse = call.output_floats("row_lse", rows);
+  float* const col_lse = call.output_floats("col_lse", columns);
+  float* const positive = call.output_floats("positive", rows);
+  float* const row_max = call.output_floats("row_max", rows);
+  float* const col_max = call.output_floats("col_max", columns);
   std::vector<float> col_sum(columns);
   std::fill_n(col_max, columns, -std::numeric_limits<float>::infinity());
   tiles.for_each([&](const LogitTile& tile, int64_t start) {
@@ -194,23 +193,26 @@ void write_statistics(Call& call, Tiles& tiles, Output row_lse_out, Output col_l
     cpu::contrastive_forward(params, cpu::active_isa(), torch_parallel);
   });
   cpu::finish_columns(col_sum.data(), col_max, col_lse, columns);
+  return call.results<5>();
 }
 
-void contrastive_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
-                         Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Input image, Input text,
+                                                                       Input logit_scale, int64_t offset) {
+  Call call;
   call.read(image, "image");
   Tiles tiles(image, text, logit_scale, offset);
-  write_statistics(call, tiles, row_lse, col_lse, positive, row_max, col_max);
+  return write_statistics(call, tiles);
 }
 
-void contrastive_kept_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset,
-                              Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max,
-                              Output logits) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_kept_forward(Input image, Input text,
+                                                                                    Input logit_scale,
+                                                                                    int64_t offset) {
+  Call call;
   call.read(image, "image");
   const int64_t sizes[] = {image.size(0), text.size(0)};
-  call.output(logits, "logits", sizes, DType::Float32);
-  Tiles tiles(image, text, logit_scale, offset, &*logits);
-  write_statistics(call, tiles, row_lse, col_lse, positive, row_max, col_max);
+  const Tensor logits = new_tensor(TorchDevice(image), sizes, ScalarType::Float);
+  Tiles tiles(image, text, logit_scale, offset, &logits);
+  return std::tuple_cat(write_statistics(call, tiles), std::make_tuple(logits));
 }
 
 // `logits`: null if they are recomputed.
@@ -237,41 +239,43 @@ void write_gradients(Call& call, LogitGradients& gradients, Input drow_lse_in, I
   gradients.for_each(add, logits);
 }
 
-void contrastive_backward(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image,
-                          Input text, Input logit_scale, Input row_lse, Input col_lse, int64_t offset,
-                          NeedsGrad needs_grad, Output dimage, Output dtext, Output dscale) {
+std::tuple<Tensor, Tensor, Tensor> contrastive_backward(Input drow_lse, Input dcol_lse, Input dpositive,
+                                                        Input image, Input text, Input logit_scale,
+                                                        Input row_lse, Input col_lse, int64_t offset,
+                                                        NeedsGrad needs_grad) {
+  Call call;
   LogitGradients gradients(image, text, logit_scale, offset, needs_grad);
   write_gradients(call, gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, nullptr);
-  gradients.write(dimage, dtext, dscale);
+  return gradients.results();
 }
 
-void contrastive_kept_backward(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image,
-                               Input text, Input logit_scale, Input row_lse, Input col_lse, Input logits_in,
-                               int64_t offset, NeedsGrad needs_grad, Output dimage, Output dtext,
-                               Output dscale) {
+std::tuple<Tensor, Tensor, Tensor> contrastive_kept_backward(Input drow_lse, Input dcol_lse, Input dpositive,
+                                                             Input image, Input text, Input logit_scale,
+                                                             Input row_lse, Input col_lse, Input logits_in,
+                                                             int64_t offset, NeedsGrad needs_grad) {
+  Call call;
   LogitGradients gradients(image, text, logit_scale, offset, needs_grad);
   const Array logits = call.read(logits_in, "logits");
   require_dtype(logits, DType::Float32);
   require_sizes(logits, {gradients.rows(), gradients.columns()});
   write_gradients(call, gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, logits.floats());
-  gradients.write(dimage, dtext, dscale);
+  return gradients.results();
 }
 
-void siglip_value(Call&, Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset,
-                  Output loss) {
+Tensor siglip_value(Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset) {
   Tiles tiles(image, text, logit_scale, offset);
   const float bias = scalar_of(logit_bias, "logit_bias");
   double total = 0;
   tiles.for_each([&](const LogitTile& tile, int64_t) {
     total += cpu::siglip_value({.tile = tile, .bias = bias}, cpu::active_isa(), torch_parallel).loss;
   });
-  loss = scalar_of_dtype(total, ScalarType::Float, image);
+  return scalar_of_dtype(total, ScalarType::Float, image);
 }
 
 // The gradients are float32: backward multiplies them by dloss and rounds once.
-void siglip_forward(Call&, Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset,
-                    NeedsGrad needs_grad, Output loss, Output dimage, Output dtext, Output dscale,
-                    Output dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_forward(Input image, Input text, Input logit_scale,
+                                                                  Input logit_bias, int64_t offset,
+                                                                  NeedsGrad needs_grad) {
   require(dtype_of(image, "image") == dtype_of(text, "text"), "text must be of image's dtype");
   LogitGradients gradients(as_float32(image), as_float32(text), as_float32(logit_scale), offset, needs_grad);
   const float bias = scalar_of(logit_bias, "logit_bias");
@@ -283,23 +287,22 @@ void siglip_forward(Call&, Input image, Input text, Input logit_scale, Input log
     total.dbias += sums.dbias;
     gradients.add(tile, start);
   });
-  gradients.write(dimage, dtext, dscale);
-  loss = scalar_of_dtype(total.loss, ScalarType::Float, image);
-  dbias = scalar_of_dtype(total.dbias, ScalarType::Float, image);
+  return std::tuple_cat(std::make_tuple(scalar_of_dtype(total.loss, ScalarType::Float, image)),
+                        gradients.results(),
+                        std::make_tuple(scalar_of_dtype(total.dbias, ScalarType::Float, image)));
 }
 
-void siglip_backward(Call&, Input dloss, Input image, Input text, Input logit_scale, Input logit_bias,
-                     Input dimage, Input dtext, Input dlogit_scale, Input dlogit_bias, Output dimage_out,
-                     Output dtext_out, Output dscale_out, Output dbias_out) {
-  const auto scale = [&](Output out, const Tensor& unscaled, const Tensor& input) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(Input dloss, Input image, Input text,
+                                                           Input logit_scale, Input logit_bias, Input dimage,
+                                                           Input dtext, Input dlogit_scale,
+                                                           Input dlogit_bias) {
+  const auto scale = [&](const Tensor& unscaled, const Tensor& input) {
     AtenTensorHandle scaled = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Tensor(unscaled.get(), dloss.get(), &scaled));
-    out = torch::stable::to(Tensor(scaled), input.scalar_type());
+    return torch::stable::to(Tensor(scaled), input.scalar_type());
   };
-  scale(dimage_out, dimage, image);
-  scale(dtext_out, dtext, text);
-  scale(dscale_out, dlogit_scale, logit_scale);
-  scale(dbias_out, dlogit_bias, logit_bias);
+  return {scale(dimage, image), scale(dtext, text), scale(dlogit_scale, logit_scale),
+          scale(dlogit_bias, logit_bias)};
 }
 
 }  // namespace

@@ -153,12 +153,11 @@ constexpr float kSiglipUnit = 16384.0f;  // float16 has nothing below 6e-8
 
 namespace cuda {
 
-EVAKERNELS_API Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch,
-                                         Stream stream);
+Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch, Stream stream);
 
-EVAKERNELS_API Error contrastive_dlogits(const ContrastiveGradients& params, Stream stream);
+Error contrastive_dlogits(const ContrastiveGradients& params, Stream stream);
 
-EVAKERNELS_API Error siglip_dlogits(const SiglipGradients& params, Stream stream);
+Error siglip_dlogits(const SiglipGradients& params, Stream stream);
 
 }  // namespace cuda
 
