@@ -14,7 +14,7 @@ import evakernels
 from benchmarks.operation import Function, Kind, Operation, peers_of
 from evaclip.errors import UserError, unknown_name
 from evaclip.machine import version_of
-from evakernels.backends import why_not
+from evakernels.backends import unsupported_reasons
 
 OURS, COMPILE = "evakernels", "torch.compile"
 NOBODY = "none"
@@ -79,7 +79,7 @@ def _list_ours(op: Operation, device: str, backends: Sequence[str]) -> tuple[lis
 
     if op.registered is not None:
         here = [backend for backend in BACKENDS[device] if not backends or backend in backends]
-        reasons = {backend: why_not(op.registered, backend) for backend in here}
+        reasons = {backend: unsupported_reasons(op.registered, backend) for backend in here}
         absent = {f"{OURS} {backend}": "; ".join(why) for backend, why in reasons.items() if why}
         return [on_backend(backend) for backend, why in reasons.items() if not why], absent
     found = []

@@ -72,13 +72,13 @@ def find_problems(facts: Facts) -> Iterator[dict[str, str | None]]:
 
 def op_states(broken: dict[str, str]) -> dict[str, Facts]:
     """Return the family of each op and the state of each backend; `broken` maps a backend to why its calls fail."""
-    from evakernels.backends import PREFERENCE, family, ops, why_not
+    from evakernels.backends import PREFERENCE, family, ops, unsupported_reasons
 
     states: dict[str, Facts] = {}
     for op in ops():
         backends: dict[str, Facts] = {}
         for backend in PREFERENCE:
-            reasons = why_not(op, backend)
+            reasons = unsupported_reasons(op, backend)
             if reasons:
                 state = "unable"
             elif backend in broken:

@@ -132,12 +132,12 @@ def feature_gradients(
     dtext: Tensor | None = None
     parts: list[Tensor] = []
     for chunk in row_chunks(rows, height):
-        image_rows = rows_of(image, chunk)
+        image_rows = select_rows(image, chunk)
         dlogits = chunk_gradients(chunk, image_rows, text)
         if needs_text:
             dtext = _product(dlogits.T, image_rows, dtext)
         if factor is None and needs_image:
-            torch.mm(dlogits, text, out=rows_of(dimage, chunk))
+            torch.mm(dlogits, text, out=select_rows(dimage, chunk))
         elif factor is not None and (needs_image or not needs_text):
             product = _product(dlogits, text)
             parts.append((product * image_rows).sum())
@@ -162,7 +162,7 @@ def row_chunks(rows: int, height: int) -> Iterator[slice]:
         yield slice(start, min(start + height, rows))
 
 
-def rows_of(matrix: Tensor, chunk: slice) -> Tensor:
+def select_rows(matrix: Tensor, chunk: slice) -> Tensor:
     """A chunk of rows, without a view of all rows, which would take time."""
     return matrix if chunk.stop - chunk.start == matrix.shape[0] else matrix[chunk]
 

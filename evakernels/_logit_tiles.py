@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._logit_gradients import feature_gradients, row_chunks, rows_of
+from ._logit_gradients import feature_gradients, row_chunks, select_rows
 
 TILE = 1 << 26, 512
 """Maximum elements of a tile (256 MiB), but at least one row, and maximum rows: enough for matmuls at full rate."""
@@ -30,7 +30,7 @@ def contrastive_forward(
     col_lse, col_max = text.new_zeros(columns), text.new_full((columns,), -math.inf)
     of_tiles: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk in row_chunks(rows, _height(text)):
-        tile = torch.mm(rows_of(image, chunk), text.T, out=rows_of(logits, chunk) if keep else None)
+        tile = torch.mm(select_rows(image, chunk), text.T, out=select_rows(logits, chunk) if keep else None)
         of_tiles.append(statistics(tile, logit_scale, offset + chunk.start, col_lse, col_max, chunk.stop == rows))
         del tile  # before the next one is made
     row_lse, positive, row_max = of_tiles[0] if len(of_tiles) == 1 else map(torch.cat, zip(*of_tiles, strict=True))
@@ -56,7 +56,7 @@ def contrastive_backward(
     dscales = []
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
-        tile = torch.mm(image, text.T) if saved is None else rows_of(saved, rows).clone()
+        tile = torch.mm(image, text.T) if saved is None else select_rows(saved, rows).clone()
         vectors = *upstream, row_lse, col_lse
         dscales.append(gradients(tile, saved is not None, logit_scale, rows.start, offset, *vectors))
         return tile
@@ -73,7 +73,7 @@ def siglip_value(
     height, losses = _height(text), []
     buffer = image.new_empty(min(height, image.shape[0]), text.shape[0])  # new memory for each tile would take time
     for rows in row_chunks(image.shape[0], height):
-        tile = torch.mm(rows_of(image, rows), text.T, out=buffer[: rows.stop - rows.start])
+        tile = torch.mm(select_rows(image, rows), text.T, out=buffer[: rows.stop - rows.start])
         losses.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, False)[0])
     return _total(losses)
 

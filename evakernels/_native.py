@@ -80,8 +80,8 @@ def register(
         else:
             _launchers[op_name, device] = launcher
             function = partial(launcher.function, _overload(launcher.kernel)._op)
-        asked = _reasons(op_name, device, reasons, gpu_reasons)
-        backends.register(op_name, device, function, asked, device)
+        op_reasons = _reasons(op_name, device, reasons, gpu_reasons)
+        backends.register(op_name, device, function, op_reasons, device)
 
 
 def _overload(kernel: str) -> torch._ops.OpOverload:
@@ -96,7 +96,7 @@ def _kernel(op_name: str) -> Callable[..., Any]:
 
 
 def _reasons(
-    op_name: str, device: str, of_all: backends.Reasons | None, of_gpus: backends.Reasons | None
+    op_name: str, device: str, common_reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None
 ) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not LOADED:
@@ -109,13 +109,13 @@ def _reasons(
         place, found = tensor.device, []
         if place.type != device:
             found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
-        elif device == "cuda" and (reason := why_not_on_gpu(place.index)):
+        elif device == "cuda" and (reason := gpu_unsupported_reason(place.index)):
             found.append(reason)
         found += backends.dtype_reasons(args)
-        if of_all is not None:
-            found += of_all(**backends.by_name(op_name, args))
-        if of_gpus is not None and runs_gpu_kernels(device):
-            found += of_gpus(**backends.by_name(op_name, args))
+        if common_reasons is not None:
+            found += common_reasons(**backends.by_name(op_name, args))
+        if gpu_reasons is not None and runs_gpu_kernels(device):
+            found += gpu_reasons(**backends.by_name(op_name, args))
         return found
 
     return reasons
@@ -140,7 +140,7 @@ def runs_gpu_kernels(device_type: str) -> bool:
 
 
 @cache
-def why_not_on_gpu(index: int) -> str | None:
+def gpu_unsupported_reason(index: int) -> str | None:
     """Why no compiled kernel runs on the GPU of that number; None if they do, or if the build left no record of it."""
     codes: list[str] = build_record().get("cuda_codes") or []
     capability = torch.cuda.get_device_capability(index)

@@ -1,7 +1,7 @@
 """The casts of `torch.autocast` for the arguments of an op, as PyTorch makes them for its own ops.
 
 PyTorch runs matrix work (linear, attention) in the autocast dtype on every device, and norms in float32 on CUDA but in
-the dtype of their input on a CPU. The casts are made by the public functions, in front of the op, so that autograd and
+the dtype of their input on a CPU. The casts are made by the public functions, before the op, so that autograd and
 `torch.compile` see them.
 """
 

@@ -137,7 +137,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
     candidates = _implementations[op]
     active = overrides()
     if active is not None and active.forced is not None:
-        reasons = why_not(op, active.forced, *args)
+        reasons = unsupported_reasons(op, active.forced, *args)
         if reasons:
             raise BackendError(f"backend {active.forced!r} can't serve {op}: " + "; ".join(reasons))
         return candidates[active.forced]
@@ -171,7 +171,9 @@ def preference(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
-    reasons = "; ".join(f"{backend}: {', '.join(why_not(op, backend, *args))}" for backend in ("cuda", "triton"))
+    reasons = "; ".join(
+        f"{backend}: {', '.join(unsupported_reasons(op, backend, *args))}" for backend in ("cuda", "triton")
+    )
     text = f"{op} runs as its reference, in plain PyTorch, which is slow on a GPU ({reasons})"
     strict = os.environ.get("EVAKERNELS_STRICT", "")
     if strict not in ("", "0", "1"):
@@ -254,7 +256,7 @@ def family(op: str) -> str:
     return _implementations[op]["reference"].function.__module__.rpartition(".")[2]
 
 
-def why_not(op: str, backend: str, *args: Any) -> list[str]:
+def unsupported_reasons(op: str, backend: str, *args: Any) -> list[str]:
     """The reasons why `backend` doesn't support `op(*args)`; without arguments, reasons for every call."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
@@ -265,10 +267,10 @@ def why_not(op: str, backend: str, *args: Any) -> list[str]:
 def report(op: str, args: tuple[Any, ...]) -> str:
     lines, chosen = [], False
     for backend in preference(op, args):
-        reasons = why_not(op, backend, *args)
+        reasons = unsupported_reasons(op, backend, *args)
         usable = not reasons and not chosen
         chosen = chosen or usable
-        verdict = "serves the call" if usable else "; ".join(reasons) or "usable, but not preferred here"
+        verdict = "selected" if usable else "; ".join(reasons) or "usable, but not preferred here"
         lines.append(f"{op} on {backend}: {verdict}")
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def attend(
     for name in _EAGER_OPTIONS:
         if options.get(name) is not None:
             raise NotImplementedError(f'{NAME}: {name} must be None, got a value: set attn_implementation="eager"')
-    reason = _why_not(query, key, value, dropout, options)
+    reason = _unsupported_reason(query, key, value, dropout, options)
     if reason is None and attention_mask is not None:
         reason = "an attention mask"
     if reason is not None:
@@ -87,7 +87,9 @@ def attend(
     return rope_attention(q, k, v, causal=causal, scale=scaling), None
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> str | None:
+def _unsupported_reason(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
+) -> str | None:
     """The reason against a call on the ops, whatever its mask; None if they support it."""
     if dropout:
         return "attention dropout"

@@ -1,4 +1,4 @@
-"""GELU with the bias in front of it, as it stands between the two projections of an MLP."""
+"""GELU with the bias before it, as it stands between the two projections of an MLP."""
 
 from dataclasses import replace
 from functools import partial

@@ -27,25 +27,27 @@ float* floats_of(const Array& vector, int64_t begin, int64_t count) {
   return vector.floats() + begin;
 }
 
-void contrastive_tile_statistics(Call& call, Input values, Input logit_scale, int64_t pair, Input col_lse,
-                                 Input col_max, bool is_last, Output row_lse, Output positive,
-                                 Output row_max) {
+std::tuple<Tensor, Tensor, Tensor> contrastive_tile_statistics(Input values, Input logit_scale, int64_t pair,
+                                                               Input col_lse, Input col_max, bool is_last) {
+  Call call;
   const LogitTile tile = update_tile(call, values, logit_scale, pair);
   const ContrastiveForward params = {
       .tile = tile,
-      .row_lse = output_floats(call, row_lse, "row_lse", tile.rows),
-      .row_max = output_floats(call, row_max, "row_max", tile.rows),
-      .positive = output_floats(call, positive, "positive", tile.rows),
+      .row_lse = call.output_floats("row_lse", tile.rows),
+      .positive = call.output_floats("positive", tile.rows),
+      .row_max = call.output_floats("row_max", tile.rows),
       .col_max = floats_of(call.update(col_max, "col_max"), 0, tile.columns),
       .col_lse = floats_of(call.update(col_lse, "col_lse"), 0, tile.columns),
       .is_last = is_last,
   };
   call.launch<cpu::contrastive_forward, nullptr>("contrastive_tile_statistics", params);
+  return call.results<3>();
 }
 
-void contrastive_tile_gradients(Call& call, Input values, bool are_logits, Input logit_scale,
-                                int64_t first_row, int64_t offset, Input drow_lse, Input dcol_lse,
-                                Input dpositive, Input row_lse, Input col_lse, Output dscale) {
+Tensor contrastive_tile_gradients(Input values, bool are_logits, Input logit_scale, int64_t first_row,
+                                  int64_t offset, Input drow_lse, Input dcol_lse, Input dpositive,
+                                  Input row_lse, Input col_lse) {
+  Call call;
   const LogitTile tile = update_tile(call, values, logit_scale, first_row + offset);
   const ContrastiveBackward params = {
       .tile = tile,
@@ -54,26 +56,29 @@ void contrastive_tile_gradients(Call& call, Input values, bool are_logits, Input
       .dpositive = floats_of(call.read(dpositive, "dpositive"), first_row, tile.rows),
       .row_lse = floats_of(call.read(row_lse, "row_lse"), first_row, tile.rows),
       .col_lse = floats_of(call.read(col_lse, "col_lse"), 0, tile.columns),
-      .dscale = call.output(dscale, "dscale", {}, DType::Float32).floats(),
+      .dscale = call.output("dscale", {}, DType::Float32).floats(),
       .are_logits = are_logits,
   };
   call.launch<cpu::contrastive_backward, nullptr>("contrastive_tile_gradients", params);
+  return call.results<1>();
 }
 
-void siglip_tile(Call& call, Input values, Input logit_scale, Input logit_bias, int64_t pair, bool needs_grad,
-                 Output loss, Output dscale, Output dbias) {
+std::tuple<Tensor, Tensor, Tensor> siglip_tile(Input values, Input logit_scale, Input logit_bias,
+                                               int64_t pair, bool needs_grad) {
+  Call call;
   const LogitTile tile = update_tile(call, values, logit_scale, pair);
   const Array bias = call.read_float32(logit_bias, "logit_bias");
   require(product(bias.sizes) == 1, "logit_bias must have one element");
   const SiglipTile params = {
       .tile = tile,
-      .loss = call.output(loss, "loss", {}, DType::Float32).floats(),
-      .dscale = call.output(dscale, "dscale", {}, DType::Float32).floats(),
-      .dbias = call.output(dbias, "dbias", {}, DType::Float32).floats(),
+      .loss = call.output("loss", {}, DType::Float32).floats(),
+      .dscale = call.output("dscale", {}, DType::Float32).floats(),
+      .dbias = call.output("dbias", {}, DType::Float32).floats(),
       .bias = *bias.floats(),
       .needs_grad = needs_grad,
   };
   call.launch<cpu::siglip, nullptr>("siglip_tile", params);
+  return call.results<3>();
 }
 
 }  // namespace

@@ -37,49 +37,48 @@ ContrastiveFeatures read_features(Call& call, Input image_in, Input text_in, Inp
 
 // Rows are padded to an even number of columns, as kernels store two at a time.
 template <class Params>
-void add_dlogits(Call& call, bool needed, Output dlogits, Params& params) {
+void add_dlogits(Call& call, bool needed, Params& params) {
   params.stride = params.columns + params.columns % 2;
   const int64_t sizes[] = {params.rows, params.stride};
-  params.dlogits = call.output_if(needed, dlogits, "dlogits", sizes, params.dtype, params.dtype).data;
+  params.dlogits = call.output_if(needed, "dlogits", sizes, params.dtype, params.dtype).data;
   const auto address = reinterpret_cast<uintptr_t>(params.dlogits);
   require(address % 4 == 0, "dlogits must be aligned to 4 bytes, got ", std::to_string(address % 4),
           " bytes after a multiple");
 }
 
-// Python: logits are None if they aren't saved.
-using Keep = Either<bool, Absent>;
-inline bool is_kept(bool keep) { return keep; }
-inline bool is_kept(Absent) { return true; }
-
-void contrastive_forward(Call& call, Input image, Input text, Input logit_scale, int64_t offset, Keep keep,
-                         Output row_lse, Output col_lse, Output positive, Output row_max, Output col_max,
-                         Output logits) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Input image, Input text,
+                                                                               Input logit_scale,
+                                                                               int64_t offset, bool keep) {
+  Call call;
   ContrastiveStatistics params{read_features(call, image, text, logit_scale, offset)};
   const int64_t sizes[] = {params.rows, params.columns};
-  params.row_lse = output_floats(call, row_lse, "row_lse", params.rows);
-  params.col_lse = output_floats(call, col_lse, "col_lse", params.columns);
-  params.positive = output_floats(call, positive, "positive", params.rows);
-  params.row_max = output_floats(call, row_max, "row_max", params.rows);
-  params.col_max = output_floats(call, col_max, "col_max", params.columns);
-  params.logits =
-      call.output_if(is_kept(keep), logits, "logits", sizes, DType::Float32, DType::Float32).floats();
+  params.row_lse = call.output_floats("row_lse", params.rows);
+  params.col_lse = call.output_floats("col_lse", params.columns);
+  params.positive = call.output_floats("positive", params.rows);
+  params.row_max = call.output_floats("row_max", params.rows);
+  params.col_max = call.output_floats("col_max", params.columns);
+  params.logits = call.output_if(keep, "logits", sizes, DType::Float32, DType::Float32).floats();
   call.launch<nullptr, cuda::contrastive_forward>("contrastive_forward", params);
+  return call.results<6>();
 }
 
-void contrastive_dlogits(Call& call, Input drow_lse, Input dcol_lse, Input dpositive, Input image, Input text,
-                         Input logit_scale, Input row_lse, Input col_lse, int64_t offset, Output dlogits) {
+Tensor contrastive_dlogits(Input drow_lse, Input dcol_lse, Input dpositive, Input image, Input text,
+                           Input logit_scale, Input row_lse, Input col_lse, int64_t offset) {
+  Call call;
   ContrastiveGradients params{read_features(call, image, text, logit_scale, offset)};
   params.drow_lse = read_floats(call, drow_lse, "drow_lse", params.rows);
   params.dcol_lse = read_floats(call, dcol_lse, "dcol_lse", params.columns);
   params.dpositive = read_floats(call, dpositive, "dpositive", params.rows);
   params.row_lse = read_floats(call, row_lse, "row_lse", params.rows);
   params.col_lse = read_floats(call, col_lse, "col_lse", params.columns);
-  add_dlogits(call, true, dlogits, params);
+  add_dlogits(call, true, params);
   call.launch<nullptr, cuda::contrastive_dlogits>("contrastive_dlogits", params);
+  return call.results<1>();
 }
 
-void siglip_dlogits(Call& call, Input image, Input text, Input logit_scale, Input logit_bias, int64_t offset,
-                    Output sums, Output dlogits, NeedsGrad needs_grad) {
+std::tuple<Tensor, Tensor> siglip_dlogits(Input image, Input text, Input logit_scale, Input logit_bias,
+                                          int64_t offset, NeedsGrad needs_grad) {
+  Call call;
   SiglipGradients params{read_features(call, image, text, logit_scale, offset)};
   const Array bias = call.read(logit_bias, "logit_bias");
   require(product(bias.sizes) == 1, "logit_bias must have one element");
@@ -88,35 +87,18 @@ void siglip_dlogits(Call& call, Input image, Input text, Input logit_scale, Inpu
   const int64_t sizes[] = {2, row_tiles * column_tiles * kSiglipSums};
   params.logit_bias = bias.data;
   params.bias_dtype = bias.dtype;
-  params.sums = call.output(sums, "sums", sizes, DType::Float32).floats();
-  add_dlogits(call, needs_grad.at(0), dlogits, params);
+  params.sums = call.output("sums", sizes, DType::Float32).floats();
+  add_dlogits(call, needs_grad.at(0), params);
   call.launch<nullptr, cuda::siglip_dlogits>("siglip_dlogits", params);
+  return call.results<2>();
 }
 
 }  // namespace
 
 EVAKERNELS_GPU_OPS(contrastive_logits, m) {
-  EVAKERNELS_OP(
-      m, contrastive_forward, "image"_a, "text"_a, "logit_scale"_a, "offset"_a, "row_lse"_a, "col_lse"_a,
-      "positive"_a, "row_max"_a, "col_max"_a, "logits"_a = py::none(),
-      R"(Writes log-sum-exps and maxima of logit_scale * image @ text^T, the logits of the pairs and, if needed, all logits.
-
-image: [m, D], text: [B, D], bfloat16 or float16; logit_scale: one element; row i of image belongs
-to row offset + i of text. row_lse, positive, row_max: float32 [m]; col_lse, col_max: float32 [B]; logits: float32
-[m, B] or None. GPUs only.)");
-  EVAKERNELS_OP(m, contrastive_dlogits, "drow_lse"_a, "dcol_lse"_a, "dpositive"_a, "image"_a, "text"_a,
-                "logit_scale"_a, "row_lse"_a, "col_lse"_a, "offset"_a, "dlogits"_a,
-                R"(Writes the gradients of the logits from those of the statistics, in the dtype of image.
-
-dlogits: [m, B], with B rounded up to even; drow_lse, dpositive, row_lse: float32 [m]; dcol_lse, col_lse: float32 [B].
-Others as for contrastive_forward.)");
-  EVAKERNELS_OP(
-      m, siglip_dlogits, "image"_a, "text"_a, "logit_scale"_a, "logit_bias"_a, "offset"_a, "sums"_a,
-      "dlogits"_a,
-      R"(Writes partial sums of the sigmoid loss and of the gradient of logit_bias, and, unless dlogits is None,
-gradients of the logits times 16,384.
-
-sums: float32 [2, 8 * ceil(m / 128) * ceil(B / 256)]; dlogits and others as for contrastive_dlogits.)");
+  EVAKERNELS_OP(m, contrastive_forward);
+  EVAKERNELS_OP(m, contrastive_dlogits);
+  EVAKERNELS_OP(m, siglip_dlogits);
 }
 
 }  // namespace evakernels::gpu

@@ -78,9 +78,10 @@ void set_rounding(OptimizedTensors& tensors, const Numbers& seeds, const Numbers
   }
 }
 
-void lamb_update(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
-                 const RealNumbers& weight_decays, const RealNumbers& betas_and_eps, bool nvlamb,
-                 OptionalInput grad_scale, OptionalInput found_inf, Output squared_norms) {
+Tensor lamb_update(Inputs params, Inputs grads, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
+                   const RealNumbers& weight_decays, const RealNumbers& betas_and_eps, bool nvlamb,
+                   OptionalInput grad_scale, OptionalInput found_inf) {
+  Call call;
   OptimizedTensors tensors =
       lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::read, &Call::update);
   set_grads(tensors, call, grads);
@@ -89,17 +90,19 @@ void lamb_update(Call& call, Inputs params, Inputs grads, Inputs exp_avgs, Input
       .tensors = tensors.data(),
       .count = count_of(tensors),
       .options = lamb_options(betas_and_eps, nvlamb),
-      .squared_norms = call.output(squared_norms, "squared_norms", sizes, DType::Float32).floats(),
+      .squared_norms = call.output("squared_norms", sizes, DType::Float32).floats(),
       .grad_scale = one_float(call.read_float32_optional(grad_scale, "grad_scale")),
       .found_inf = one_float(call.read_float32_optional(found_inf, "found_inf")),
   };
   call.launch<cpu::lamb_update, nullptr>("lamb_update", update);
+  return call.results<1>();
 }
 
-void lamb_apply(Call& call, Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps,
-                Input squared_norms, const RealNumbers& lrs, const RealNumbers& weight_decays,
-                const RealNumbers& betas_and_eps, bool nvlamb, OptionalInput found_inf, const Numbers& seeds,
-                const Numbers& first_elements, OptionalInput device_lrs) {
+void lamb_apply(Inputs params, Inputs exp_avgs, Inputs exp_avg_sqs, Inputs steps, Input squared_norms,
+                const RealNumbers& lrs, const RealNumbers& weight_decays, const RealNumbers& betas_and_eps,
+                bool nvlamb, OptionalInput found_inf, const Numbers& seeds, const Numbers& first_elements,
+                OptionalInput device_lrs) {
+  Call call;
   OptimizedTensors tensors =
       lamb_tensors(call, params, exp_avgs, exp_avg_sqs, steps, weight_decays, &Call::update, &Call::read);
   set_lrs(tensors, call, lrs, device_lrs);

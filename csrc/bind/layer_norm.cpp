@@ -58,23 +58,22 @@ std::vector<int64_t> statistics_sizes(const Array& x, bool rms) {
   return sizes;
 }
 
-void layer_norm_forward(Call& call, Input x_in, OptionalInput weight, OptionalInput bias, Output y_out,
-                        Output total_out, Output statistics_out, double eps, bool rms, OutputDType out_dtype,
-                        OptionalInput residual_in, OptionalInput layer_scale, OptionalInput row_scale,
-                        bool add_first) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Input x_in, OptionalInput weight, OptionalInput bias,
+                                                      double eps, bool rms, OutputDType out_dtype,
+                                                      OptionalInput residual_in, OptionalInput layer_scale,
+                                                      OptionalInput row_scale, bool add_first) {
+  Call call;
   const Array x = call.read(x_in, "x"), residual = call.read_optional(residual_in, "residual");
   const NormArrays norm = read_norm(call, weight, bias, layer_scale, row_scale);
   require(residual || !(add_first || norm.layer_scale || norm.row_scale),
           "add_first, layer_scale and row_scale need a residual");
   const Array& stream = residual ? residual : x;
   require_sizes(stream, x.sizes);
-  const Array y = call.output(y_out, "y", stream, out_dtype);
+  const Array y = call.output("y", stream, out_dtype);
   const NormShape shape =
       norm_shape(call, x, norm.row_scale, residual ? residual.dtype : y.dtype, x.dtype, y, rms, add_first);
-  const Array total = call.output_if(add_first, total_out, "total", x.sizes, stream.dtype, DType::Float32);
-  require(add_first == total.exists, "total is needed with add_first, and only with it");
-  float* const statistics =
-      call.output(statistics_out, "statistics", statistics_sizes(x, rms), DType::Float32).floats();
+  const Array total = call.output_if(add_first, "total", x.sizes, stream.dtype, DType::Float32);
+  float* const statistics = call.output("statistics", statistics_sizes(x, rms), DType::Float32).floats();
   const LayerNormForward params = {
       .residual = residual.data,
       .x = x.data,
@@ -87,12 +86,14 @@ void layer_norm_forward(Call& call, Input x_in, OptionalInput weight, OptionalIn
       .total = total.data,
   };
   call.launch<cpu::layer_norm_forward, cuda::layer_norm_forward>("layer_norm_forward", params);
+  return call.results<3>();
 }
 
-void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weight, Input statistics_in,
-                         Output dx_out, Output dbranch_out, Output dweight, Output dbias, Output dlayer_scale,
-                         NeedsGrad needs_grad, OptionalInput bias, OptionalInput layer_scale,
-                         OptionalInput row_scale, OptionalInput dtotal_in, OptionalInput branch_in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
+    Input dy_in, Input x_in, OptionalInput weight, Input statistics_in, NeedsGrad needs_grad,
+    OptionalInput bias, OptionalInput layer_scale, OptionalInput row_scale, OptionalInput dtotal_in,
+    OptionalInput branch_in) {
+  Call call;
   const Array dy = call.read(dy_in, "dy"), x = call.read(x_in, "x"),
               statistics = call.read(statistics_in, "statistics"),
               dtotal = call.read_optional(dtotal_in, "dtotal"),
@@ -105,17 +106,16 @@ void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weig
   if (add_first) require_like(dtotal, x);
   require_dtype(statistics, DType::Float32);
   require_sizes(statistics, statistics_sizes(x, rms));
-  const Array dx = call.output(dx_out, "dx", x.sizes, x.dtype),
-              dbranch = call.output_if(add_first && needs_grad.at(3), dbranch_out, "dbranch", x.sizes,
-                                       branch.dtype, DType::Float32);
-  const auto gradient = [&](size_t i, Output result, const char* name, const Array& parameter) {
-    const Array array = call.gradient(needs_grad.at(i), result, name, parameter);
+  const Array dx = call.output("dx", x.sizes, x.dtype),
+              dbranch = call.output_if(add_first && needs_grad.at(3), "dbranch", x.sizes, branch.dtype,
+                                       DType::Float32);
+  const auto gradient = [&](size_t i, const char* name, const Array& parameter) {
+    const Array array = call.gradient(needs_grad.at(i), name, parameter);
     if (array) require_sizes(array, {shape.width});
     return ParameterGradient{array.data, array.dtype};
   };
-  const NormGradients gradients = {gradient(0, dweight, "dweight", norm.weight),
-                                   gradient(1, dbias, "dbias", norm.weight),
-                                   gradient(2, dlayer_scale, "dlayer_scale", norm.layer_scale)};
+  const NormGradients gradients = {gradient(0, "dweight", norm.weight), gradient(1, "dbias", norm.weight),
+                                   gradient(2, "dlayer_scale", norm.layer_scale)};
   const bool reads_branch = add_first && gradients.layer_scale.data;
   if (reads_branch) require_sizes(branch, x.sizes);
   float* const moments = statistics.floats();
@@ -133,30 +133,14 @@ void layer_norm_backward(Call& call, Input dy_in, Input x_in, OptionalInput weig
       .shape = shape,
   };
   call.launch<cpu::layer_norm_backward, cuda::layer_norm_backward>("layer_norm_backward", params);
+  return call.results<5>();
 }
 
 }  // namespace
 
 EVAKERNELS_OPS(layer_norm, m) {
-  EVAKERNELS_OP(
-      m, layer_norm_forward, "x"_a, "weight"_a, "bias"_a, "y"_a, "total"_a, "statistics"_a, py::kw_only(),
-      "eps"_a = 1e-6, "rms"_a = false, "residual"_a = py::none(), "layer_scale"_a = py::none(),
-      "row_scale"_a = py::none(), "add_first"_a = false,
-      R"(Writes y = norm(x), or with a residual y = residual + layer_scale * row_scale * norm(x), or with add_first
-total = residual + layer_scale * row_scale * x and y = norm(total). Also writes statistics.
-
-x, residual: [B, ..., C], of any two dtypes on a CPU, on a GPU of one or residual in float32. y: without a residual of
-any dtype, on a GPU of x's or one of both in float32; else of residual's dtype, with add_first also of x's if residual
-is float32. total: of residual's dtype, or None. weight, bias, layer_scale: [C]; row_scale: [B]; each of any dtype or
-None. statistics: float32, [2, B, ...] for mean and rstd, with rms [1, B, ...] for rstd.)");
-  EVAKERNELS_OP(m, layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "statistics"_a, "dx"_a, "dbranch"_a,
-                "dweight"_a, "dbias"_a, "dlayer_scale"_a, py::kw_only(), "bias"_a = py::none(),
-                "layer_scale"_a = py::none(), "row_scale"_a = py::none(), "dtotal"_a = py::none(),
-                "branch"_a = py::none(),
-                R"(Writes dx, and dbranch, dweight, dbias and dlayer_scale unless None.
-
-x: the norm's input, which is total after a call with add_first. dtotal, branch: only after such a call, the gradient of
-total without the part through the norm, and that call's x, read only for dlayer_scale.)");
+  EVAKERNELS_OP(m, layer_norm_forward);
+  EVAKERNELS_OP(m, layer_norm_backward);
 }
 
 }  // namespace evakernels

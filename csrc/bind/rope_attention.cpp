@@ -1,5 +1,4 @@
-// Attention with rotary embedding, of samples and of packed sequences: two torch operators, one Python
-// function per direction.
+// Attention with rotary embedding, of samples and of packed sequences.
 #include "include/rope_attention.h"
 
 #include <algorithm>
@@ -145,24 +144,26 @@ struct AttentionInputs {
   }
 };
 
-void attend(const char* op, Call& call, Input q, Input k, Input v, Output out, Output lse,
-            const AttentionOptions& options) {
+std::tuple<Tensor, Tensor> attend(const char* op, Call& call, Input q, Input k, Input v,
+                                  const AttentionOptions& options) {
   const AttentionInputs in(call, q, k, v, options);
   const RopeAttentionForward params = {
       .q = view_of(in.q),
       .k = view_of(in.k),
       .v = view_of(in.v),
-      .out = call.output(out, "out", in.q.sizes, in.q.dtype).data,
-      .lse = call.output(lse, "lse", in.lse_sizes(), DType::Float32).floats(),
+      .out = call.output("out", in.q.sizes, in.q.dtype).data,
+      .lse = call.output("lse", in.lse_sizes(), DType::Float32).floats(),
       .tables = in.tables,
       .shape = in.shape,
   };
   in.require_served(call);
   call.launch<cpu::rope_attention_forward, cuda::rope_attention_forward>(op, params);
+  return call.results<2>();
 }
 
-void attend_backward(const char* op, Call& call, Input dout, Input q, Input k, Input v, Input out,
-                     Input lse_in, Output dq, Output dk, Output dv, const AttentionOptions& options) {
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const char* op, Call& call, Input dout, Input q, Input k,
+                                                   Input v, Input out, Input lse_in,
+                                                   const AttentionOptions& options) {
   const AttentionInputs in(call, q, k, v, options);
   const Array lse = call.read(lse_in, "lse");
   require_dtype(lse, DType::Float32);
@@ -174,86 +175,64 @@ void attend_backward(const char* op, Call& call, Input dout, Input q, Input k, I
       .v = view_of(in.v),
       .out = view_like(read_heads(call, out, "out"), in.q),
       .lse = lse.floats(),
-      .dq = call.output(dq, "dq", in.q.sizes, in.q.dtype).data,
-      .dk = call.output(dk, "dk", in.gradient_sizes(), in.q.dtype).data,
-      .dv = call.output(dv, "dv", in.gradient_sizes(), in.q.dtype).data,
+      .dq = call.output("dq", in.q.sizes, in.q.dtype).data,
+      .dk = call.output("dk", in.gradient_sizes(), in.q.dtype).data,
+      .dv = call.output("dv", in.gradient_sizes(), in.q.dtype).data,
       .tables = in.tables,
       .shape = in.shape,
   };
   in.require_served(call);
   call.launch<cpu::rope_attention_backward, cuda::rope_attention_backward>(op, params);
+  return call.results<3>();
 }
 
-// Only Python's rope_attention has these arguments.
-using CuSeqlens = Either<Absent, OptionalInput>;
-using MaxSeqlen = Either<Absent, int64_t>;
-
-[[maybe_unused]] Array read_offsets(Call&, Absent) { return no_array("cu_seqlens"); }
-[[maybe_unused]] Array read_offsets(Call& call, OptionalInput cu_seqlens) {
-  return call.read_index(cu_seqlens, "cu_seqlens", true);
-}
-[[maybe_unused]] int64_t value_of(Absent) { return 0; }
-[[maybe_unused]] int64_t value_of(int64_t max_seqlen) { return max_seqlen; }
-
-void rope_attention_forward(Call& call, Input q, Input k, Input v, Output out, Output lse, OptionalInput cos,
-                            OptionalInput sin, OptionalInput token_index, CuSeqlens cu_seqlens,
-                            int64_t num_prefix, MaxSeqlen max_seqlen, bool causal, bool interleaved,
-                            double scale) {
-  attend("rope_attention_forward", call, q, k, v, out, lse,
-         {cos, sin, token_index, read_offsets(call, cu_seqlens), num_prefix, value_of(max_seqlen), causal,
-          interleaved, scale});
+std::tuple<Tensor, Tensor> rope_attention_forward(Input q, Input k, Input v, OptionalInput cos,
+                                                  OptionalInput sin, OptionalInput token_index,
+                                                  int64_t num_prefix, bool causal, bool interleaved,
+                                                  double scale) {
+  Call call;
+  return attend("rope_attention_forward", call, q, k, v,
+                {cos, sin, token_index, no_array("cu_seqlens"), num_prefix, 0, causal, interleaved, scale});
 }
 
-void rope_attention_backward(Call& call, Input dout, Input q, Input k, Input v, Input out, Input lse,
-                             Output dq, Output dk, Output dv, OptionalInput cos, OptionalInput sin,
-                             OptionalInput token_index, CuSeqlens cu_seqlens, int64_t num_prefix,
-                             MaxSeqlen max_seqlen, bool causal, bool interleaved, double scale) {
-  attend_backward("rope_attention_backward", call, dout, q, k, v, out, lse, dq, dk, dv,
-                  {cos, sin, token_index, read_offsets(call, cu_seqlens), num_prefix, value_of(max_seqlen),
-                   causal, interleaved, scale});
+std::tuple<Tensor, Tensor, Tensor> rope_attention_backward(Input dout, Input q, Input k, Input v, Input out,
+                                                           Input lse, OptionalInput cos, OptionalInput sin,
+                                                           OptionalInput token_index, int64_t num_prefix,
+                                                           bool causal, bool interleaved, double scale) {
+  Call call;
+  return attend_backward(
+      "rope_attention_backward", call, dout, q, k, v, out, lse,
+      {cos, sin, token_index, no_array("cu_seqlens"), num_prefix, 0, causal, interleaved, scale});
 }
 
-#ifndef EVAKERNELS_PYTHON
-void packed_attention_forward(Call& call, Input q, Input k, Input v, Output out, Output lse, Input cu_seqlens,
-                              OptionalInput cos, OptionalInput sin, OptionalInput token_index,
-                              int64_t max_seqlen, bool causal, bool interleaved, double scale) {
-  attend("packed_attention_forward", call, q, k, v, out, lse,
-         {cos, sin, token_index, read_offsets(call, cu_seqlens), 0, max_seqlen, causal, interleaved, scale});
+std::tuple<Tensor, Tensor> packed_attention_forward(Input q, Input k, Input v, Input cu_seqlens,
+                                                    OptionalInput cos, OptionalInput sin,
+                                                    OptionalInput token_index, int64_t max_seqlen,
+                                                    bool causal, bool interleaved, double scale) {
+  Call call;
+  return attend("packed_attention_forward", call, q, k, v,
+                {cos, sin, token_index, call.read_index(cu_seqlens, "cu_seqlens", true), 0, max_seqlen,
+                 causal, interleaved, scale});
 }
 
-void packed_attention_backward(Call& call, Input dout, Input q, Input k, Input v, Input out, Input lse,
-                               Input cu_seqlens, Output dq, Output dk, Output dv, OptionalInput cos,
-                               OptionalInput sin, OptionalInput token_index, int64_t max_seqlen, bool causal,
-                               bool interleaved, double scale) {
-  attend_backward(
-      "packed_attention_backward", call, dout, q, k, v, out, lse, dq, dk, dv,
-      {cos, sin, token_index, read_offsets(call, cu_seqlens), 0, max_seqlen, causal, interleaved, scale});
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Input dout, Input q, Input k, Input v, Input out,
+                                                             Input lse, Input cu_seqlens, OptionalInput cos,
+                                                             OptionalInput sin, OptionalInput token_index,
+                                                             int64_t max_seqlen, bool causal,
+                                                             bool interleaved, double scale) {
+  Call call;
+  return attend_backward("packed_attention_backward", call, dout, q, k, v, out, lse,
+                         {cos, sin, token_index, call.read_index(cu_seqlens, "cu_seqlens", true), 0,
+                          max_seqlen, causal, interleaved, scale});
 }
-#endif
 
 }  // namespace
 
 EVAKERNELS_OPS(rope_attention, m) {
-  EVAKERNELS_OP(m, rope_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, py::kw_only(),
-                "cos"_a = py::none(), "sin"_a = py::none(), "token_index"_a = py::none(),
-                "cu_seqlens"_a = py::none(), "num_prefix"_a = 0, "max_seqlen"_a = 0, "causal"_a = false,
-                "interleaved"_a = true, "scale"_a,
-                R"(Writes out and the log-sum-exps lse.
-
-q: [B, N, H, D], k and v: [B, M, Hkv, D], with dense vectors; out: like q, dense; lse: float32 [B, H, N]. cos, sin: float32, as
-evakernels.rope_attention takes them, or None. With cu_seqlens, int64 [B + 1], the tensors are [T, H, D] and lse
-[H, T], as evakernels.packed_attention has them.)");
-  EVAKERNELS_OP(
-      m, rope_attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a,
-      py::kw_only(), "cos"_a = py::none(), "sin"_a = py::none(), "token_index"_a = py::none(),
-      "cu_seqlens"_a = py::none(), "num_prefix"_a = 0, "max_seqlen"_a = 0, "causal"_a = false,
-      "interleaved"_a = true, "scale"_a,
-      "Writes dq, dk and dv, dense; dk and dv [B, M, H, D], those of each query head. Arrays as for "
-      "rope_attention_forward.");
-#ifndef EVAKERNELS_PYTHON
+  EVAKERNELS_OP(m, rope_attention_forward);
+  EVAKERNELS_OP(m, rope_attention_backward);
   EVAKERNELS_OP(m, packed_attention_forward);
   EVAKERNELS_OP(m, packed_attention_backward);
-#endif
 }
 
 }  // namespace evakernels

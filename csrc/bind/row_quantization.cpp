@@ -6,21 +6,24 @@
 namespace evakernels {
 namespace {
 
-void quantize_rows(Call& call, Input x_in, Output codes, Output scale) {
+std::tuple<Tensor, Tensor> quantize_rows(Input x_in) {
+  Call call;
   const Array x = call.read(x_in, "x");
   const RowSizes size(x);
   const QuantizeRows params = {
       .x = x.data,
-      .codes = static_cast<uint8_t*>(call.output_bytes(codes, x.sizes)),
-      .scale = call.statistic(true, scale, "scale", x).floats(),
+      .codes = call.output_bytes("codes", x.sizes),
+      .scale = call.statistic(true, "scale", x).floats(),
       .rows = size.rows,
       .width = size.width,
       .dtype = x.dtype,
   };
   call.launch<cpu::quantize_rows, nullptr>("quantize_rows", params);
+  return call.results<2>();
 }
 
-void dequantize_rows(Call& call, Input y_in, Input scale_in, OptionalInput bias_in, Output out) {
+Tensor dequantize_rows(Input y_in, Input scale_in, OptionalInput bias_in) {
+  Call call;
   const Array y = call.read(y_in, "y"), scale = call.read(scale_in, "scale"),
               bias = call.read_optional(bias_in, "bias");
   const RowSizes size(y);
@@ -30,13 +33,14 @@ void dequantize_rows(Call& call, Input y_in, Input scale_in, OptionalInput bias_
       .y = y.data,
       .scale = scale.floats(),
       .bias = bias.data,
-      .out = call.output(out, "out", y.sizes, y.dtype).data,
+      .out = call.output("out", y.sizes, y.dtype).data,
       .rows = size.rows,
       .width = size.width,
       .dtype = y.dtype,
       .bias_dtype = parameter_dtype(y, {&bias}),
   };
   call.launch<cpu::dequantize_rows, nullptr>("dequantize_rows", params);
+  return call.results<1>();
 }
 
 }  // namespace

@@ -26,23 +26,15 @@ std::optional<int64_t> row_stride(Sizes sizes, Sizes strides) {
 
 bool has_even_rows(Sizes sizes, Sizes strides) { return row_stride(sizes, strides).has_value(); }
 
-SwigluRows even_rows(const Array& array) {
-  const std::optional<int64_t> stride = row_stride(array.sizes, array.strides);
-  require(stride.has_value(), array.name, " must have dense rows that are equally far apart");
-  return {array.data, *stride};
-}
-
-void require_norm(const Array& weight, const Array& mean, const Array& rstd, int64_t rows) {
-  require(!weight || (mean && rstd), "mean and rstd are needed with norm_weight");
-  require_statistics(mean, rstd, rows, false);
-}
+SwigluRows even_rows(const Array& array) { return {array.data, *row_stride(array.sizes, array.strides)}; }
 
 void require_padding(int64_t padding, int64_t width) {
   require(padding == 0 || (0 < padding && padding < width), "padding must be 0 or less than the channels");
 }
 
-void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight_in, OptionalInput bias_in,
-                    Output out, Output mean_out, Output rstd_out, double eps, int64_t padding) {
+std::tuple<Tensor, Tensor, Tensor> swiglu_forward(Input gate_in, Input up_in, OptionalInput weight_in,
+                                                  OptionalInput bias_in, double eps, int64_t padding) {
+  Call call;
   const Array gate = call.read_readable(gate_in, "gate", has_even_rows),
               up = call.read_readable(up_in, "up", has_even_rows),
               weight = call.read_optional(weight_in, "norm_weight"),
@@ -50,10 +42,9 @@ void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight
   const RowSizes size(gate);
   require_like(up, gate);
   require(weight || !bias, "norm_bias needs norm_weight");
-  const Array hidden = call.output(out, "out", gate.sizes, gate.dtype);
-  const Array mean = call.statistic(weight.exists, mean_out, "mean", gate),
-              rstd = call.statistic(weight.exists, rstd_out, "rstd", gate);
-  require_norm(weight, mean, rstd, size.rows);
+  const Array hidden = call.output("out", gate.sizes, gate.dtype);
+  const Array mean = call.statistic(weight.exists, "mean", gate),
+              rstd = call.statistic(weight.exists, "rstd", gate);
   require_padding(padding, size.width);
   const SwigluForward params = {
       .gate = even_rows(gate),
@@ -71,11 +62,14 @@ void swiglu_forward(Call& call, Input gate_in, Input up_in, OptionalInput weight
       .weight_dtype = parameter_dtype(gate, {&weight, &bias}),
   };
   call.launch<cpu::swiglu_forward, cuda::swiglu_forward>("swiglu_forward", params);
+  return call.results<3>();
 }
 
-void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, OptionalInput weight_in,
-                     Input mean_in, Input rstd_in, Output dgate_out, Output dup_out, Output dweight_out,
-                     Output dbias_out, NeedsGrad needs_grad, int64_t padding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(Input dout_in, Input gate_in, Input up_in,
+                                                           OptionalInput weight_in, Input mean_in,
+                                                           Input rstd_in, NeedsGrad needs_grad,
+                                                           int64_t padding) {
+  Call call;
   const Array dout = call.read(dout_in, "dout"), gate = call.read_readable(gate_in, "gate", has_even_rows),
               up = call.read_readable(up_in, "up", has_even_rows),
               weight = call.read_optional(weight_in, "norm_weight"),
@@ -83,13 +77,12 @@ void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, Opti
               rstd = call.read_if(weight.exists, rstd_in, "rstd");
   const RowSizes size(gate);
   for (const Array* array : {&dout, &up}) require_like(*array, gate);
-  require_norm(weight, mean, rstd, size.rows);
+  require_statistics(mean, rstd, size.rows, false);
   require_padding(padding, size.width);
-  const Array dgate = call.output(dgate_out, "dgate", gate.sizes, gate.dtype),
-              dup = call.output(dup_out, "dup", gate.sizes, gate.dtype);
-  const Array dweight = call.gradient(needs_grad.at(0), dweight_out, "dweight", weight),
-              dbias = call.gradient(needs_grad.at(1), dbias_out, "dbias", weight);
-  require(weight || (!dweight && !dbias), "dweight and dbias need norm_weight");
+  const Array dgate = call.output("dgate", gate.sizes, gate.dtype),
+              dup = call.output("dup", gate.sizes, gate.dtype);
+  const Array dweight = call.gradient(needs_grad.at(0), "dweight", weight),
+              dbias = call.gradient(needs_grad.at(1), "dbias", weight);
   const SwigluBackward params = {
       .dout = dout.data,
       .gate = even_rows(gate),
@@ -108,23 +101,14 @@ void swiglu_backward(Call& call, Input dout_in, Input gate_in, Input up_in, Opti
       .weight_dtype = parameter_dtype(gate, {&weight, &dweight, &dbias}),
   };
   call.launch<cpu::swiglu_backward, cuda::swiglu_backward>("swiglu_backward", params);
+  return call.results<4>();
 }
 
 }  // namespace
 
 EVAKERNELS_OPS(swiglu, m) {
-  EVAKERNELS_OP(m, swiglu_forward, "gate"_a, "up"_a, "norm_weight"_a, "norm_bias"_a, "out"_a, "mean"_a,
-                "rstd"_a, py::kw_only(), "eps"_a = 1e-6, "padding"_a = 0,
-                R"(Writes out = silu(gate) * up, normalised if there is a norm_weight.
-
-gate, up: [..., F], rows dense and equally far apart, as halves of a packed projection are. norm_weight,
-norm_bias: [F] of gate's dtype or float32, or None. mean, rstd: float32, one element a row; None without a
-norm. padding: number of trailing channels that are zero and that the statistics don't count.)");
-  EVAKERNELS_OP(m, swiglu_backward, "dout"_a, "gate"_a, "up"_a, "norm_weight"_a, "mean"_a, "rstd"_a,
-                "dgate"_a, "dup"_a, "dweight"_a, "dbias"_a, py::kw_only(), "padding"_a = 0,
-                R"(Writes dgate and dup, and dweight and dbias unless None.
-
-Arrays as for swiglu_forward; dgate and dup are dense, dweight and dbias of norm_weight's dtype.)");
+  EVAKERNELS_OP(m, swiglu_forward);
+  EVAKERNELS_OP(m, swiglu_backward);
 }
 
 }  // namespace evakernels

@@ -7,6 +7,9 @@
 
 #include "include/launcher.h"
 
+// Exported from _ops.so to the Python module; everything else in it is hidden.
+#define EVAKERNELS_API __attribute__((visibility("default")))
+
 namespace evakernels::cpu {
 
 // Each contains the ones before it. Avx512Bf16 adds dot products of bfloat16 pairs, Amx bfloat16 matmuls on

@@ -161,7 +161,7 @@ class Heads {
   // Calls visit(workspace, heads) for each thread's heads of a sample or sequence, with a workspace of
   // `floats`.
   template <class Visit>
-  void share_out(ParallelFor parallel_for, int64_t floats, const Visit& visit) const {
+  void distribute(ParallelFor parallel_for, int64_t floats, const Visit& visit) const {
     run_parallel(parallel_for, work_.back(), kElementsPerTask, [&](int64_t begin, int64_t end) {
       AlignedFloats workspace(floats);
       visit_work(begin, end, [&](const SequenceHeads& heads) { visit(workspace.data(), heads); });
@@ -274,7 +274,7 @@ void attend(const Params& params, Isa isa, ParallelFor parallel_for, int64_t (*w
     return in_bfloat16(bfloat16_params(params, sample, shape.batch, rotation), isa, parallel_for);
   }
   const int64_t floats = workspace(all.most_keys(), shape.head_dim);
-  all.share_out(parallel_for, floats, [&](float* memory, const SequenceHeads& heads) {
+  all.distribute(parallel_for, floats, [&](float* memory, const SequenceHeads& heads) {
     if (is_bfloat16_product(params, isa, heads)) {
       return in_bfloat16(bfloat16_params(params, heads, 1, {}), isa, serial_for);
     }

@@ -47,7 +47,7 @@ void write_position(const TokenDropoutForward& params, O* out, const T* token, i
 }
 
 template <class O, class P, class T>
-void rows_of(const TokenDropoutForward& params, const float* prefix, int64_t begin, int64_t end) {
+void write_rows(const TokenDropoutForward& params, const float* prefix, int64_t begin, int64_t end) {
   const TokenDropoutShape& shape = params.shape;
   const PatchTensor& patches = params.patches;
   const int64_t rows = shape.prefix_tokens + shape.kept_tokens;
@@ -68,7 +68,7 @@ void rows_of(const TokenDropoutForward& params, const float* prefix, int64_t beg
 
 // Transposes the kept patches, contiguous per channel, to rows of kTileChannels.
 template <class T>
-void turn_round(const TokenDropoutForward& params, int64_t sample, Segment segment, T* tile) {
+void transpose_tile(const TokenDropoutForward& params, int64_t sample, Segment segment, T* tile) {
   const PatchTensor& patches = params.patches;
   const T* first = static_cast<const T*>(patches.data) + sample * patches.sample_stride +
                    segment.channel * patches.channel_stride;
@@ -88,7 +88,7 @@ void tiles_of(const TokenDropoutForward& params, const float* prefix, T* tile, i
     const int64_t sample = n / tiles, channel = n % tiles * kTileChannels;
     const int64_t left = shape.channels - channel;
     const Segment segment = {channel, left < kTileChannels ? left : kTileChannels};
-    turn_round(params, sample, segment, tile);
+    transpose_tile(params, sample, segment, tile);
     for (int64_t row = 0; row < shape.prefix_tokens; ++row) {
       const float* token = prefix + row * shape.channels + channel;
       write_position<O, P>(params, out_row<O>(params, sample, row), token, row, segment);
@@ -179,7 +179,7 @@ void with_element_types(const TokenDropoutForward& params, const Body& body) {
 
 void forward_rows(const TokenDropoutForward& params, const float* prefix, int64_t begin, int64_t end) {
   with_element_types(
-      params, [&]<class O, class P, class T>(O, P, T) { rows_of<O, P, T>(params, prefix, begin, end); });
+      params, [&]<class O, class P, class T>(O, P, T) { write_rows<O, P, T>(params, prefix, begin, end); });
 }
 
 void forward_tiles(const TokenDropoutForward& params, const float* prefix, float* scratch, int64_t begin,

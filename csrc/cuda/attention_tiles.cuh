@@ -62,8 +62,8 @@ struct Head {
   __device__ __forceinline__ int key_tiles() const { return padded_rows(Side::Keys).tiles(); }
   __device__ __forceinline__ int width() const { return static_cast<int>(shape.head_dim); }
 
-  __device__ __forceinline__ TokenRows<const T> rows_of(const HeadsView& view,
-                                                        Side side = Side::Queries) const {
+  __device__ __forceinline__ TokenRows<const T> token_rows(const HeadsView& view,
+                                                           Side side = Side::Queries) const {
     const auto [sample, head] = recomputed();
 
     const unsigned number = side == Side::Keys ? head / static_cast<unsigned>(plan.qhead_per_khead) : head;
@@ -74,7 +74,7 @@ struct Head {
   }
 
   // The head's rows in a contiguous [B, N, H, D], [B, M, H, D] or [T, H, D].
-  __device__ __forceinline__ TokenRows<T> rows_of(void* tensor, Side side) const {
+  __device__ __forceinline__ TokenRows<T> token_rows(void* tensor, Side side) const {
     const auto [sample, head] = recomputed();
     const int64_t of_sample = side == Side::Keys ? shape.keys : shape.tokens;
     const int64_t token = shape.offsets.data ? first_token() : sample * of_sample;
@@ -109,7 +109,7 @@ struct Head {
   // Copies padded rows [first, first + count) into `rows`, with cp.async if accesses are wide.
   __device__ __forceinline__ void copy(T* rows, const HeadsView& view, Side side, const Threads& threads,
                                        int first, int count) const {
-    const TokenRows<const T> from = rows_of(view, side);
+    const TokenRows<const T> from = token_rows(view, side);
     if (plan.wide) {
       for_each_chunk<kWide>(threads, first, count, [&](int token, int row, int i) {
         copy_async(rows + row * kRow<D> + i, from.at(token) + i,
@@ -195,7 +195,7 @@ struct Head {
   template <int E, class Load>
   __device__ __forceinline__ void store_chunks(void* tensor, Side side, const Threads& threads, int first,
                                                int count, const Load& load) const {
-    const TokenRows<T> to = rows_of(tensor, side);
+    const TokenRows<T> to = token_rows(tensor, side);
     for_each_chunk<E>(threads, first, count, [&](int token, int row, int i) {
       if (!padded_rows(side).contains(token) || i >= width()) return;
       float values[E];

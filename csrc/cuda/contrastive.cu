@@ -12,7 +12,7 @@
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kMostTiles = 16;  // row tiles per block
+constexpr int kMaxTiles = 16;  // row tiles per block
 constexpr int kPartsAtOnce = 16;
 
 // Largest distance of maxima for one exponential: exp is 0 below -87, and the terms that are lost are below
@@ -203,7 +203,7 @@ Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch,
   const int64_t row_tiles = ceil_div(params.rows, kRows), column_tiles = ceil_div(params.columns, kColumns);
   // Several blocks per SM, so that the last ones leave few SMs idle.
   const int64_t blocks = std::max(1, 4 * multiprocessors());
-  const int64_t group_tiles = std::clamp<int64_t>(row_tiles * column_tiles / blocks, 1, kMostTiles);
+  const int64_t group_tiles = std::clamp<int64_t>(row_tiles * column_tiles / blocks, 1, kMaxTiles);
   const int64_t groups = ceil_div(row_tiles, group_tiles);
   float* memory = nullptr;
   const int64_t row_parts = column_tiles * params.rows, col_parts = groups * params.columns;

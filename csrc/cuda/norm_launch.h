@@ -52,8 +52,8 @@ constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
 template <RowLimits LIMITS, int STAGES, int SUMS, class First, class... Others>
 struct RowKernels {
   static constexpr int kWide = std::min({kWidestVector<First>, kWidestVector<Others>...});
-  static constexpr int kMostSteps = LIMITS.elements / kStep;
-  static constexpr int kFewestSteps = (std::is_same_v<First, Others> && ...) ? 1 : kMostSteps;
+  static constexpr int kMaxSteps = LIMITS.elements / kStep;
+  static constexpr int kMinSteps = (std::is_same_v<First, Others> && ...) ? 1 : kMaxSteps;
   static constexpr RowLimits kLimits = LIMITS;
   static constexpr int kStages = STAGES;
   static constexpr int kSums = SUMS;
@@ -62,12 +62,12 @@ struct RowKernels {
 // The kernel for 16-byte vectors and `steps` steps.
 template <class Kernels, int... I>
 auto wide_kernel(int steps, std::integer_sequence<int, I...>) {
-  constexpr int kWide = Kernels::kWide, kFewest = Kernels::kFewestSteps;
+  constexpr int kWide = Kernels::kWide, kMin = Kernels::kMinSteps;
   const std::array kernels = {
       Kernels::template kernel <
-      Layout<kWide, (kFewest + I) * kStep / kWide,
-             kFewest + I<Kernels::kMostSteps ? kThreadsOfFewSteps : Kernels::kLimits.threads>>()...};
-  return kernels[steps - kFewest];
+      Layout<kWide, (kMin + I) * kStep / kWide,
+             kMin + I<Kernels::kMaxSteps ? kThreadsOfFewSteps : Kernels::kLimits.threads>>()...};
+  return kernels[steps - kMin];
 }
 
 // Rows of 16-bit pairs are staged.
@@ -90,16 +90,15 @@ auto kernel_for(const RowPlan& row) {
     using StagedPairs = Staged<Pairs::V, kLimits.threads>;
     return Kernels::template kernel<std::conditional_t<kStagesPairs<Kernels>, StagedPairs, Pairs>>();
   }
-  return wide_kernel<Kernels>(
-      row.vectors * kWide / kStep,
-      std::make_integer_sequence<int, Kernels::kMostSteps - Kernels::kFewestSteps + 1>{});
+  return wide_kernel<Kernels>(row.vectors * kWide / kStep,
+                              std::make_integer_sequence<int, Kernels::kMaxSteps - Kernels::kMinSteps + 1>{});
 }
 
 // `step`: a divisor of the width and of every row stride.
 template <class Kernels>
 auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buffer>& buffers) {
   const int elements = aligned_elements(Kernels::kWide, step, buffers);
-  const RowPlan row = plan_row(width, Kernels::kWide, elements, Kernels::kLimits, Kernels::kFewestSteps);
+  const RowPlan row = plan_row(width, Kernels::kWide, elements, Kernels::kLimits, Kernels::kMinSteps);
   const bool staged = kStagesPairs<Kernels> && row.elements == 2;
   LaunchPlan plan = {kernel_for<Kernels>(row),
                      {1, 1, 1},

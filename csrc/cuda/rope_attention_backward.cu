@@ -114,7 +114,7 @@ template <class T, int D>
 __device__ __forceinline__ void compute_dPsum(const SoftmaxStats& stats, const RopeAttentionBackward& params,
                                               const Head<T, D>& head) {
   const float* const lse = params.lse + head.first_number();
-  const auto dout = head.rows_of(params.dout), out = head.rows_of(params.out);
+  const auto dout = head.token_rows(params.dout), out = head.token_rows(params.out);
   const int thread = static_cast<int>(threadIdx.x), part = thread % kLanesOfRow;
   const int rows = static_cast<int>(blockDim.x) / kLanesOfRow;
   // A warp processes four rows at a time and a tile has sixteen, so all of its lanes loop equally often.

@@ -1,4 +1,4 @@
-// The forward of token_dropout: copies the kept patches, adding position embeddings, behind the prefix.
+// The forward of token_dropout: copies the kept patches, adding position embeddings, after the prefix.
 //
 // Patches with contiguous channels: one warp copies a row of out. Channels with contiguous patches, as a
 // convolution writes them: a block transposes a tile in shared memory.

@@ -19,8 +19,8 @@ struct LogitTile {
 struct ContrastiveForward {
   LogitTile tile;   // overwritten with the logits
   float* row_lse;   // [rows]
-  float* row_max;   // [rows]
   float* positive;  // [rows]
+  float* row_max;   // [rows]
   float* col_max;   // [columns], of the tiles so far
   float* col_lse;   // [columns]; until the last tile sums of exp(logit - col_max), 0 for an infinite col_max
   bool is_last;
@@ -134,12 +134,11 @@ constexpr float kSiglipUnit = 16384.0f;  // float16 has nothing below 6e-8
 
 namespace cuda {
 
-EVAKERNELS_API Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch,
-                                         Stream stream);
+Error contrastive_forward(const ContrastiveStatistics& params, Scratch& scratch, Stream stream);
 
-EVAKERNELS_API Error contrastive_dlogits(const ContrastiveGradients& params, Stream stream);
+Error contrastive_dlogits(const ContrastiveGradients& params, Stream stream);
 
-EVAKERNELS_API Error siglip_dlogits(const SiglipGradients& params, Stream stream);
+Error siglip_dlogits(const SiglipGradients& params, Stream stream);
 
 }  // namespace cuda
 

@@ -55,10 +55,10 @@ struct GeluBackward {
 
 namespace cpu {
 
-EVAKERNELS_API void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for);
+void gelu_forward(const GeluForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result doesn't depend on the number of threads.
-EVAKERNELS_API void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for);
+void gelu_backward(const GeluBackward& params, Isa isa, ParallelFor parallel_for);
 
 // The loops of one instruction set.
 struct GeluKernels {
@@ -75,9 +75,9 @@ EVAKERNELS_FOR_EACH_ISA(extern const GeluKernels gelu;)
 
 namespace cuda {
 
-EVAKERNELS_API Error gelu_forward(const GeluForward& params, Stream stream);
+Error gelu_forward(const GeluForward& params, Stream stream);
 
-EVAKERNELS_API Error gelu_backward(const GeluBackward& params, Scratch& scratch, Stream stream);
+Error gelu_backward(const GeluBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda
 

@@ -2,11 +2,7 @@
 // GPU.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-
-// Exported from _ops.so to the Python module; everything else in it is hidden.
-#define EVAKERNELS_API __attribute__((visibility("default")))
 
 // Kernels are compiled once per instruction set, in a namespace of its name. FOR_EACH_ISA declares something
 // in each of them, OF_ISA selects one. Amx uses avx512_bf16's: only bfloat16 attention is compiled for AMX.
@@ -93,30 +89,7 @@ class Scratch {
 };
 
 // Sets the current device of the CUDA runtime that is linked into this library; torch has another runtime.
-EVAKERNELS_API Error use_device(int device);
-
-// Sets the device for the guard's lifetime and then restores the thread's context, which may be none.
-// Restoring by device number could create a context on an unused device.
-class EVAKERNELS_API DeviceGuard {
- public:
-  explicit DeviceGuard(int device);
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard();
-
-  Error error() const { return error_; }
-
- private:
-  void* context_ = nullptr;
-  bool restores_ = false;
-  Error error_ = nullptr;
-};
-
-// --- stream-ordered memory of the current device, for callers without an allocator ---
-
-EVAKERNELS_API Error allocate(void** memory, size_t bytes, Stream stream);
-
-EVAKERNELS_API Error release(void* memory, Stream stream);
+Error use_device(int device);
 
 }  // namespace cuda
 

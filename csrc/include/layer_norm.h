@@ -92,10 +92,10 @@ struct LayerNormBackward {
 
 namespace cpu {
 
-EVAKERNELS_API void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
+void layer_norm_forward(const LayerNormForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result doesn't depend on the number of threads.
-EVAKERNELS_API void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
+void layer_norm_backward(const LayerNormBackward& params, Isa isa, ParallelFor parallel_for);
 
 // The parameters as floats; ones or zeros for missing ones, but null for the scales.
 struct NormVectors {
@@ -130,9 +130,9 @@ EVAKERNELS_FOR_EACH_ISA(extern const LayerNormKernels layer_norm;)
 
 namespace cuda {
 
-EVAKERNELS_API Error layer_norm_forward(const LayerNormForward& params, Stream stream);
+Error layer_norm_forward(const LayerNormForward& params, Stream stream);
 
-EVAKERNELS_API Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
+Error layer_norm_backward(const LayerNormBackward& params, Scratch& scratch, Stream stream);
 
 // With add_first.
 Error add_norm_forward(const LayerNormForward& params, Stream stream);

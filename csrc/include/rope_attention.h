@@ -94,10 +94,8 @@ struct RopeAttentionBackward {
 namespace cpu {
 
 // Both throw std::invalid_argument unless the offsets rise from 0 to the number of tokens.
-EVAKERNELS_API void rope_attention_forward(const RopeAttentionForward& params, Isa isa,
-                                           ParallelFor parallel_for);
-EVAKERNELS_API void rope_attention_backward(const RopeAttentionBackward& params, Isa isa,
-                                            ParallelFor parallel_for);
+void rope_attention_forward(const RopeAttentionForward& params, Isa isa, ParallelFor parallel_for);
+void rope_attention_backward(const RopeAttentionBackward& params, Isa isa, ParallelFor parallel_for);
 
 // Heads [begin, end) of a sample, or of the packed sequence that begins at token `first`.
 struct SequenceHeads {
@@ -168,11 +166,10 @@ inline Error unserved(const AttentionShape& shape, const RotaryTables& tables) {
   return nullptr;
 }
 
-EVAKERNELS_API Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
+Error rope_attention_forward(const RopeAttentionForward& params, Stream stream);
 
 // scratch: dq, if the keys of a head take several rounds or blocks.
-EVAKERNELS_API Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch,
-                                             Stream stream);
+Error rope_attention_backward(const RopeAttentionBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda
 

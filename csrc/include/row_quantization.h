@@ -32,9 +32,9 @@ struct DequantizeRows {
 
 namespace cpu {
 
-EVAKERNELS_API void quantize_rows(const QuantizeRows& params, Isa isa, ParallelFor parallel_for);
+void quantize_rows(const QuantizeRows& params, Isa isa, ParallelFor parallel_for);
 
-EVAKERNELS_API void dequantize_rows(const DequantizeRows& params, Isa isa, ParallelFor parallel_for);
+void dequantize_rows(const DequantizeRows& params, Isa isa, ParallelFor parallel_for);
 
 // The loops of one instruction set.
 struct RowQuantizationKernels {

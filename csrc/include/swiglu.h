@@ -50,10 +50,10 @@ struct SwigluBackward {
 
 namespace cpu {
 
-EVAKERNELS_API void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for);
+void swiglu_forward(const SwigluForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result doesn't depend on the number of threads.
-EVAKERNELS_API void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for);
+void swiglu_backward(const SwigluBackward& params, Isa isa, ParallelFor parallel_for);
 
 // Scratch floats per column.
 constexpr int64_t kSwigluScratch = 2;
@@ -76,9 +76,9 @@ EVAKERNELS_FOR_EACH_ISA(extern const SwigluKernels swiglu;)
 
 namespace cuda {
 
-EVAKERNELS_API Error swiglu_forward(const SwigluForward& params, Stream stream);
+Error swiglu_forward(const SwigluForward& params, Stream stream);
 
-EVAKERNELS_API Error swiglu_backward(const SwigluBackward& params, Scratch& scratch, Stream stream);
+Error swiglu_backward(const SwigluBackward& params, Scratch& scratch, Stream stream);
 
 // Without and with the norm.
 Error swiglu_product_forward(const SwigluForward& params, Stream stream);

@@ -51,12 +51,10 @@ struct TokenDropoutBackward {
 namespace cpu {
 
 // Indices must be in range and distinct in a sample; backward throws std::invalid_argument otherwise.
-EVAKERNELS_API void token_dropout_forward(const TokenDropoutForward& params, Isa isa,
-                                          ParallelFor parallel_for);
+void token_dropout_forward(const TokenDropoutForward& params, Isa isa, ParallelFor parallel_for);
 
 // The result doesn't depend on the number of threads.
-EVAKERNELS_API void token_dropout_backward(const TokenDropoutBackward& params, Isa isa,
-                                           ParallelFor parallel_for);
+void token_dropout_backward(const TokenDropoutBackward& params, Isa isa, ParallelFor parallel_for);
 
 // Channels per tile in the transpose of contiguous patches.
 constexpr int64_t kTileChannels = 32;
@@ -88,10 +86,9 @@ EVAKERNELS_FOR_EACH_ISA(extern const TokenDropoutKernels token_dropout;)
 namespace cuda {
 
 // A token_index that is out of range, or in backward a duplicate, ends the launch with an error.
-EVAKERNELS_API Error token_dropout_forward(const TokenDropoutForward& params, Stream stream);
+Error token_dropout_forward(const TokenDropoutForward& params, Stream stream);
 
-EVAKERNELS_API Error token_dropout_backward(const TokenDropoutBackward& params, Scratch& scratch,
-                                            Stream stream);
+Error token_dropout_backward(const TokenDropoutBackward& params, Scratch& scratch, Stream stream);
 
 }  // namespace cuda
 

@@ -23,7 +23,7 @@ from evaclip.packing import PackedImages, pack_images
 from evaclip.transforms import PackedTransform, image_transform
 from evakernels import keep_freed_memory
 from evakernels.nn import freeze
-from evakernels.nn.frozen import why_not_int8
+from evakernels.nn.frozen import int8_unsupported_reason
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -43,7 +43,7 @@ def chosen_precision(precision: str, device: str) -> str:
         return "bf16" if not device.startswith("cpu") or multiplies_bfloat16() else "fp32"
     if precision not in (*PRECISIONS, INT8):
         raise unknown_name("precision", precision, ("auto", *PRECISIONS, INT8))
-    if precision == INT8 and (reason := why_not_int8() if device.startswith("cpu") else "is for a CPU"):
+    if precision == INT8 and (reason := int8_unsupported_reason() if device.startswith("cpu") else "is for a CPU"):
         raise UserError(f"precision int8 {reason}; expected one of auto, {', '.join(PRECISIONS)}")
     return precision
 

@@ -38,7 +38,7 @@ __getattr__ = missing(
 
 
 class _Norm(nn.Module):
-    """apex's arguments and dtypes, in front of a norm of torch in the order of bases."""
+    """apex's arguments and dtypes, before a norm of torch in the order of bases."""
 
     norm: ClassVar[Callable[..., Tensor]]
     normalized_shape: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Towers that pool one token of each sample: their last block returns this token alone.
 
-The last attention needs all tokens as keys and values; the layers behind it need the pooled token only. Such a tower
+The last attention needs all tokens as keys and values; the layers after it need the pooled token only. Such a tower
 runs its own forward on a view of itself with a shortened last block. The tower doesn't change, so its other methods
 still return all tokens.
 """
@@ -62,7 +62,7 @@ class Pooling:
 
     Args:
         path: names of the children that lead from the tower to the list of its blocks.
-        norm: name of the norm behind the blocks.
+        norm: name of the norm after the blocks.
         attention: class of the attention in the last block.
         methods: methods of the tower that its own code calls.
         refusal: returns why a tower needs more tokens of its last block than one, or None.

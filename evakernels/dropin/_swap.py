@@ -18,7 +18,7 @@ LIVE: "WeakSet[nn.Module]" = WeakSet()
 
 
 class AcceleratedModule(nn.Module):
-    """Base of the classes with a replaced forward; the original class comes behind it in the order of bases."""
+    """Base of the classes with a replaced forward; the original class comes after it in the order of bases."""
 
     method = "forward"
     """Name of the replaced method."""
@@ -55,7 +55,7 @@ class AcceleratedModule(nn.Module):
 
 
 def own_class(module: nn.Module) -> type:
-    """The module's class behind the classes that FSDP2 and parametrizations put in front of it."""
+    """The module's class after the classes that FSDP2 and parametrizations put before it."""
     cls = type(module)
     while _is_wrapper(cls):
         cls = cls.__bases__[-1]
@@ -132,12 +132,12 @@ def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
     takes_any = any(p.kind is p.VAR_KEYWORD and p.name not in untried for p in parameters)
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **options}
-        strange = [name for name in given if name in untried or not (name in known or takes_any)]
-        other = [n for n in strange if given[n] is not defaults.get(n, inspect.Parameter.empty)]
+        arguments = {**dict(zip(names, args, strict=False)), **options}
+        strange = [name for name in arguments if name in untried or not (name in known or takes_any)]
+        other = [n for n in strange if arguments[n] is not defaults.get(n, inspect.Parameter.empty)]
         if len(args) > len(names) or other:
             return own(self, *args, **options)
-        return new(self, **{name: value for name, value in given.items() if name not in strange})
+        return new(self, **{name: value for name, value in arguments.items() if name not in strange})
 
     return forward
 

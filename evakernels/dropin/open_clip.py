@@ -188,17 +188,17 @@ class ClipLoss(AcceleratedModule):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *args: Any, **options: Any
     ) -> Any:
         # Before 2.32 there was no bias, and the fourth argument was another.
-        given, biased = (image_features, text_features, logit_scale), options.get("logit_bias") is not None
-        if args or biased or not _can_fuse("clip_loss", *given, forced=self.is_forced):
-            return super().forward(*given, *args, **options)
-        image, text, *of_all = matmul_inputs(*self._gather(image_features, text_features))
+        inputs, biased = (image_features, text_features, logit_scale), options.get("logit_bias") is not None
+        if args or biased or not _can_fuse("clip_loss", *inputs, forced=self.is_forced):
+            return super().forward(*inputs, *args, **options)
+        image, text, *gathered = matmul_inputs(*self._gather(image_features, text_features))
         if self.world_size > 1 and self.local_loss:
             offset = len(image) * self.rank
-            ours = contrastive_statistics(image, of_all[1], logit_scale, offset, memory_budget=MEMORY_BUDGET)
-            theirs = contrastive_statistics(text, of_all[0], logit_scale, offset, memory_budget=MEMORY_BUDGET)
+            ours = contrastive_statistics(image, gathered[1], logit_scale, offset, memory_budget=MEMORY_BUDGET)
+            theirs = contrastive_statistics(text, gathered[0], logit_scale, offset, memory_budget=MEMORY_BUDGET)
             loss = ((ours[0] - ours[2]) + (theirs[0] - theirs[2])).mean() / 2
         else:
-            image, text = of_all or (image, text)
+            image, text = gathered or (image, text)
             loss = clip_loss(image, text, logit_scale, group=False)
         loss = loss.to(_loss_dtype(image_features, logit_scale))
         return {"contrastive_loss": loss} if options.get("output_dict") else loss
@@ -223,8 +223,8 @@ class SigLipLoss(AcceleratedModule):
         logit_bias: Tensor | None,
         output_dict: bool = False,
     ) -> Any:
-        given = image_features, text_features, logit_scale, logit_bias
-        if logit_bias is None or not _can_fuse("siglip_loss", *given, forced=self.is_forced):
+        inputs = image_features, text_features, logit_scale, logit_bias
+        if logit_bias is None or not _can_fuse("siglip_loss", *inputs, forced=self.is_forced):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         dtype = _loss_dtype(image_features, logit_scale)
         texts, rows, rank = text_features, len(image_features), 0

@@ -309,11 +309,11 @@ class PackedTower(AcceleratedModule):
         attn_mask: Tensor | None = None,
     ) -> Any:
         own: Any = super()
-        given = patches, patch_coord, patch_valid, attn_mask
+        inputs = patches, patch_coord, patch_valid, attn_mask
         is_padded = self.pools and patch_valid is not None and attn_mask is None
         if not is_padded or not _BLOCKS.can_pack(self, patches):
-            return own.forward_features(*given)
-        embeds: dict[str, Any] = self._forward_embeds(*given)
+            return own.forward_features(*inputs)
+        embeds: dict[str, Any] = self._forward_embeds(*inputs)
         rope = embeds.get("rope_embeds")
         is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
         is_fixed = is_fixed and self.num_prefix_tokens <= MAX_PREFIX
@@ -321,7 +321,7 @@ class PackedTower(AcceleratedModule):
         if packing is not None:
             embeds |= {"patches": packing.pack(embeds["patches"]).unsqueeze(0), "attn_mask": packing}
         own = super(PackedTower, _pooling.view(self, _forward_embeds=lambda *args, **options: embeds))
-        out = own.forward_features(*given)
+        out = own.forward_features(*inputs)
         if packing is None:
             return out
         if isinstance(out, dict):
@@ -392,7 +392,7 @@ def _tower_calls(module: Any, x: Tensor) -> list[Call]:
     patches = draw(*shape, module.embed_dim).requires_grad_()
     count = prefix + patches[0, ..., 0].numel()
     options: tuple[dict[str, Any], ...] = ({}, {"attn_mask": draw(count, count)}, {"is_causal": True})
-    return [((patches,), given) for given in options]
+    return [((patches,), kwargs) for kwargs in options]
 
 
 def _embed(patches: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _masked_calls(module: Any, x: Tensor) -> list[Call]:
     # With other masks of floats torch's fast path for inference makes NaN.
     causal, padding = _causal_mask(x.shape[1], x.dtype), torch.zeros(x.shape[:2], dtype=torch.bool)
     options: tuple[dict[str, Any], ...] = ({}, {"src_mask": causal}, {"src_mask": causal, "is_causal": True})
-    return [*(((x,), given) for given in options), ((x,), {"src_key_padding_mask": padding})]
+    return [*(((x,), kwargs) for kwargs in options), ((x,), {"src_key_padding_mask": padding})]
 
 
 # --- children of fused steps ------------------------------------------------------------------------------------------

@@ -308,13 +308,13 @@ class Encoder(AcceleratedModule):
         if torch.compiler.is_compiling():
             return own(*args, **kwargs)
         first, *names = _names_of(own.__func__)
-        given = {**dict(zip((first, *names), args, strict=False)), **kwargs}
-        x, mask = given.pop(first), given.pop("attention_mask", None)
-        packing = self._pack(x, mask, given)
-        given.pop(_REAL_ENDS, None)
+        arguments = {**dict(zip((first, *names), args, strict=False)), **kwargs}
+        x, mask = arguments.pop(first), arguments.pop("attention_mask", None)
+        packing = self._pack(x, mask, arguments)
+        arguments.pop(_REAL_ENDS, None)
         if packing is None:
             return own(*args, **kwargs)
-        out = own(**{first: packing.pack(x).unsqueeze(0), "attention_mask": packing}, **given)
+        out = own(**{first: packing.pack(x).unsqueeze(0), "attention_mask": packing}, **arguments)
         out.last_hidden_state = packing.unpack(out.last_hidden_state.squeeze(0))
         return out
 
@@ -451,7 +451,7 @@ def _encoder_calls(module: Any, x: Tensor) -> list[Call]:
     flags = [name for name in ("output_attentions", "output_hidden_states") if name in names]  # before 4.57
     options += [dict.fromkeys(flags, False)] if flags else []
     cases = zip((keys, causal, additive, keys), options, strict=False)
-    return [((x, mask), {**given, **more}) for mask, given in cases]
+    return [((x, mask), {**kwargs, **more}) for mask, kwargs in cases]
 
 
 _MODELS = "transformers.models"

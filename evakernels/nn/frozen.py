@@ -160,8 +160,8 @@ class FrozenWeight(Tensor):
             weight = args[0]
             return cls(weight._packed, weight._scale, weight.shape, weight.dtype)
         for place, argument in enumerate(func._schema.arguments):
-            given = args[place] if place < len(args) else (kwargs or {}).get(argument.name)
-            if argument.alias_info is not None and isinstance(given, cls):
+            value = args[place] if place < len(args) else (kwargs or {}).get(argument.name)
+            if argument.alias_info is not None and isinstance(value, cls):
                 written = argument.alias_info.is_write
                 raise TypeError(f"{func}: {_FROZEN if written else 'a frozen weight has no views: call dense()'}")
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
@@ -201,18 +201,18 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
         torch.Size([2, 8])
     """
     check(model)
-    if int8 and (reason := why_not_int8()):
+    if int8 and (reason := int8_unsupported_reason()):
         raise RuntimeError(f"freeze: int8 {reason}")
     frozen: dict[Tensor, nn.Parameter] = {}
     weights = list(_weights(model))
-    of_linear = Counter(weight for *_, weight in weights)
-    of_all = Counter(weight for module in model.modules() for weight in module._parameters.values())
+    linear_uses = Counter(weight for *_, weight in weights)
+    all_uses = Counter(weight for module in model.modules() for weight in module._parameters.values())
     _disable_gradients(model)
     for module, name, weight in weights:
         in_int8 = int8(name) if callable(int8) else int8
         if isinstance(weight, FrozenWeight) and weight.is_int8 != in_int8:
             raise ValueError(f"freeze: int8 must be {weight.is_int8} for the frozen {name}, got {in_int8}: unfreeze it")
-        is_tied = of_all[weight] > of_linear[weight]
+        is_tied = all_uses[weight] > linear_uses[weight]
         if isinstance(weight, FrozenWeight) or is_tied or weight.dtype not in _frozen_dtypes(in_int8):
             continue
         if weight not in frozen:
@@ -276,7 +276,7 @@ def _with_dense_weights(module: nn.Module, state: dict[str, Any], prefix: str, m
 
 
 @cache
-def why_not_int8() -> str | None:
+def int8_unsupported_reason() -> str | None:
     """Returns why this machine doesn't support linear layers in 8 bits, or None."""
     if not any(torch.cpu.get_capabilities().get(name) for name in _VNNI):
         return "needs a processor with int8 matmuls: AVX-512 VNNI, AVX-VNNI or AMX"

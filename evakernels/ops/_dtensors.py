@@ -37,11 +37,11 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    given = [arg for arg in args.values() if isinstance(arg, Tensor)]
-    sharded = [arg for arg in given if isinstance(arg, DTensor)]
-    if len(sharded) < len(given):
+    tensors = [arg for arg in args.values() if isinstance(arg, Tensor)]
+    sharded = [arg for arg in tensors if isinstance(arg, DTensor)]
+    if len(sharded) < len(tensors):
         raise TypeError(
-            f"{name}: tensors must be all DTensors or none, got {len(sharded)} of {len(given)} "
+            f"{name}: tensors must be all DTensors or none, got {len(sharded)} of {len(tensors)} "
             "(torch.distributed.tensor.distribute_tensor makes one of a plain tensor)"
         )
     activations = [args[name] for name in rule.activations if args.get(name) is not None]

@@ -13,14 +13,14 @@ Tensors = Sequence[Tensor]
 
 def tensors(op: str, params: Tensors, steps: Tensors, betas: Any, eps: float, **lists: Tensors) -> None:
     """Checks dense floating-point tensors with the shapes of `params` on one device, step counts, betas and eps."""
-    given = {"params": params, **lists}
-    for name, values in given.items():
+    lists_by_name = {"params": params, **lists}
+    for name, values in lists_by_name.items():
         sequence(op, name, values)
     if not params:
         raise ValueError(f"{op}: params must be at least one tensor, got none")
     _check.floating(op, **{"params[0]": params[0]})
     device = params[0].device
-    for name, values in given.items():
+    for name, values in lists_by_name.items():
         _length(op, name, values, params)
         for i, (tensor, param) in enumerate(zip(values, params, strict=True)):
             # Messages are made only when needed: for small tensors the checks take most of a step's time.
@@ -63,13 +63,13 @@ def rates(op: str, params: Tensors, lrs: Sequence[float] | Tensor) -> tuple[Sequ
     return [0.0] * len(params), lrs
 
 
-def _check_steps(op: str, params: Tensors, given: Tensors) -> None:
+def _check_steps(op: str, params: Tensors, steps: Tensors) -> None:
     """Checks the step counts: different 0-D float32 tensors on the device of `params`, one for each."""
-    sequence(op, "steps", given)
-    _length(op, "steps", given, params)
-    if len(set(map(id, given))) < len(given):  # it would be incremented several times
+    sequence(op, "steps", steps)
+    _length(op, "steps", steps, params)
+    if len(set(map(id, steps))) < len(steps):  # it would be incremented several times
         raise ValueError(f"{op}: steps must hold a different tensor for each of the params, got one twice")
-    for i, step in enumerate(given):
+    for i, step in enumerate(steps):
         if not isinstance(step, Tensor):
             raise _check.not_a_tensor(op, f"steps[{i}]", step)
         if step.dtype != torch.float32 or step.dim() > 0:
@@ -102,11 +102,11 @@ def rounding(
     return seeds, first_elements
 
 
-def flags(op: str, param: Tensor, **given: Tensor | None) -> None:
+def flags(op: str, param: Tensor, **flags_by_name: Tensor | None) -> None:
     """Checks flags: None, or one element on the device of `param`."""
-    for name, flag in given.items():
+    for name, flag in flags_by_name.items():
         if flag is not None and not isinstance(flag, Tensor):
             raise _check.not_a_tensor(op, name, flag)
         if flag is not None and flag.numel() != 1:
             raise ValueError(f"{op}: {name} must have one element, got shape {tuple(flag.shape)}")
-    _check.same_device(op, **{"params[0]": param}, **given)
+    _check.same_device(op, **{"params[0]": param}, **flags_by_name)

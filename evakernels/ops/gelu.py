@@ -1,4 +1,4 @@
-"""GELU, with the bias of the linear layer in front of it."""
+"""GELU, with the bias of the linear layer before it."""
 
 from typing import Any
 

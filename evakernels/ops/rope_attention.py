@@ -79,7 +79,7 @@ def rope_attention(
             the M tokens, all of the prefix.
         cos, sin: `[P, D/2]`, or `[H, P, D/2]` if Hkv is H: one entry per rotated pair; without gradient. None
             for no rotation. `evakernels.nn.axial_rope` computes EVA's.
-        token_index: int64 `[B, M - num_prefix]`: table row of each token behind the prefix (see `token_dropout`); -1
+        token_index: int64 `[B, M - num_prefix]`: table row of each token after the prefix (see `token_dropout`); -1
             for no rotation. None for row i of token `num_prefix + i`; P is then `M - num_prefix`.
         num_prefix: number of leading tokens (class token, registers) that aren't rotated; 0 to 16.
         causal: mask later keys: query i sees keys up to i + M - N, so that the last query sees all.

@@ -275,9 +275,11 @@ def _reasons(op: str, backend: str) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         given = backends.by_name(op, args)
         if "norm_weight" not in given:
-            return backends.why_not("swiglu_forward", backend)
+            return backends.unsupported_reasons("swiglu_forward", backend)
         product = given["x"].new_empty(0, given["w1"].shape[0])
-        return backends.why_not("swiglu_forward", backend, product, product, given["norm_weight"], None, 0.0)
+        return backends.unsupported_reasons(
+            "swiglu_forward", backend, product, product, given["norm_weight"], None, 0.0
+        )
 
     return reasons
 

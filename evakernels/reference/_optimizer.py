@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def changed_moments(
+def updated_moments(
     g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, grad_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`beta1 m + (1 - beta1) g` and `beta2 v + (1 - beta2) g^2`, with `g` divided by the scale; in its dtype."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import accumulation_dtype
-from ._optimizer import bias, changed_moments, rounded, write
+from ._optimizer import bias, rounded, updated_moments, write
 
 DEEPSPEED_RATIO = (0.01, 10.0)
 
@@ -38,7 +38,7 @@ def lamb_update(
     norms = []
     for w, g, m, v, t, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, weight_decays, strict=True):
         g = g.to(accumulation_dtype(w))
-        average, average_sq = changed_moments(g, m, v, beta1, beta2, grad_scale)
+        average, average_sq = updated_moments(g, m, v, beta1, beta2, grad_scale)
         write(m, average, found_inf)
         write(v, average_sq, found_inf)
         write(t, t + 1, found_inf)

@@ -39,11 +39,13 @@ def rope_attention_forward(
     scores = _scores(q_rotated, k_rotated, scale, causal)
     # Without gradient, as the softmax of shifted scores is the same.
     highest = scores.detach().amax(-1, keepdim=True)
-    if blind := causal and q.shape[1] > k.shape[1]:
+    if fully_masked := causal and q.shape[1] > k.shape[1]:
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = torch.matmul(weights, _heads_first(v, heads)).div_(total.masked_fill(total == 0, 1.0) if blind else total)
+    out = torch.matmul(weights, _heads_first(v, heads)).div_(
+        total.masked_fill(total == 0, 1.0) if fully_masked else total
+    )
     lse = total.log().add_(highest).squeeze(-1)
     return _heads_last(out, q.dtype), lse
 
@@ -53,16 +55,16 @@ def rope_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple
     *tables, causal, interleaved, scale = options
     rotation = rotation_tables(q, *tables)
     q, k = (rotate_rounded(x.transpose(1, 2), rotation, interleaved) for x in (q, k))
-    mask, blind, v = None, 0, v.transpose(1, 2)
+    mask, fully_masked, v = None, 0, v.transpose(1, 2)
     if causal and q.shape[2] != k.shape[2]:
-        blind = max(q.shape[2] - k.shape[2], 0)  # leading queries without a key
-        q = q[:, :, blind:]
+        fully_masked = max(q.shape[2] - k.shape[2], 0)  # leading queries without a key
+        q = q[:, :, fully_masked:]
         mask = ~_hidden(q.shape[2], k.shape[2], q.device)
     shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, **shared
     )
-    return (F.pad(out, (0, 0, blind, 0)).transpose(1, 2).contiguous(),)
+    return (F.pad(out, (0, 0, fully_masked, 0)).transpose(1, 2).contiguous(),)
 
 
 def rotate_rounded(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
@@ -113,8 +115,8 @@ def rotation_tables(
         per_head = rows.dim() == 3
         if token_index is not None:
             rows = rows[..., token_index.clamp(min=0), :]
-            unturned = (token_index < 0).unsqueeze(-1)
-            rows = rows.masked_fill(unturned, of_prefix).movedim(-3, 0)  # [B, (H,) K, D / 2]
+            unrotated = (token_index < 0).unsqueeze(-1)
+            rows = rows.masked_fill(unrotated, of_prefix).movedim(-3, 0)  # [B, (H,) K, D / 2]
         if not per_head:
             rows = rows.unsqueeze(-3)
         prefix = rows.new_full((1,), of_prefix).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])

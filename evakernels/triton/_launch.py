@@ -39,7 +39,7 @@ def total_of(parameter: Tensor | None, partial: Tensor | None, like: Tensor) -> 
     return partial.sum(0).to(parameter.dtype)
 
 
-def rows_of(tensor: Tensor) -> Tensor:
+def row_view(tensor: Tensor) -> Tensor:
     """`[..., F]` as `[rows, F]` with dense rows: a view if possible, otherwise a copy."""
     rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # F may be 0
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

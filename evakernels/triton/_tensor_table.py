@@ -213,7 +213,7 @@ def store_gradient_factor(factors, grad_scale, inside):
 
 
 @triton.jit
-def changed_moments(g, m, v, beta1, beta2):
+def updated_moments(g, m, v, beta1, beta2):
     """The new moments; betas are float64, so that 1 - beta is exact in float32."""
     m = beta1.to(tl.float32) * m + (1.0 - beta1).to(tl.float32) * g
     return m, beta2.to(tl.float32) * v + (1.0 - beta2).to(tl.float32) * (g * g)

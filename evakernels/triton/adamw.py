@@ -14,7 +14,6 @@ from ._tensor_table import (
     Table,
     as_float,
     buffers_at,
-    changed_moments,
     chunk_at,
     draw_tensors,
     is_set,
@@ -25,6 +24,7 @@ from ._tensor_table import (
     store_floats,
     store_gradient_factor,
     store_keys,
+    updated_moments,
 )
 
 CONFIGS = {80: {"adamw_update": [entry(CHUNK=8192, BLOCK=1024, num_warps=4)]}}
@@ -89,7 +89,7 @@ def update_kernel(
         inside = i < end
         g = load_floats(grad, i, inside) * grad_factor
         m, v = load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
-        m, v = changed_moments(g, m, v, beta1, beta2)
+        m, v = updated_moments(g, m, v, beta1, beta2)
         w = kept * load_floats(param, i, inside) - rate * tl.div_rn(m, tl.sqrt_rn(v) * v_factor + eps)
         store_floats(param, i, rounded(w, i, keys, tensor), inside)
         store_floats(exp_avg, i, m, inside)

@@ -16,7 +16,6 @@ from ._tensor_table import (
     Table,
     as_float,
     buffers_at,
-    changed_moments,
     chunk_at,
     draw_tensors,
     is_set,
@@ -27,6 +26,7 @@ from ._tensor_table import (
     store_floats,
     store_gradient_factor,
     store_keys,
+    updated_moments,
 )
 
 PARTIALS = 256
@@ -123,7 +123,7 @@ def update_kernel(
         inside = i < end
         w, m, v = load_floats(param, i, inside), load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
         g = load_floats(grad, i, inside & changes) * grad_factor
-        new_m, new_v = changed_moments(g, m, v, beta1, beta2)
+        new_m, new_v = updated_moments(g, m, v, beta1, beta2)
         store_floats(exp_avg, i, new_m, inside & changes)
         store_floats(exp_avg_sq, i, new_v, inside & changes)
         # Norms are computed from the rounded moments, as in the apply phase.

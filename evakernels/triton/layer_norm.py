@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..tuning import config, entry
 from ..tuning.calls import EPS
-from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, rows_of, total_of
+from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, row_view, total_of
 from ._rows import centred, load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 
 _FORWARD = [
@@ -184,7 +184,7 @@ def layer_norm_forward(
     statistics = x.new_empty(1 if rms else 2, *x.shape[:-1], dtype=torch.float32)
     total = torch.empty_like(stream, memory_format=torch.contiguous_format) if add_first else None
     if x.numel() > 0:
-        x_rows, residual_rows = rows_of(x), rows_of(stream)
+        x_rows, residual_rows = row_view(x), row_view(stream)
         rows, width = x_rows.shape
         block = triton.next_power_of_2(width)
         options = config("layer_norm_forward", {"width": block}, out)
@@ -213,7 +213,7 @@ def layer_norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     needs_branch = needs_branch and branch is not None
     dbranch = torch.empty_like(dx, dtype=branch.dtype) if needs_branch else None
-    x_rows, branch_rows = rows_of(x), rows_of(x if taken is None else taken)
+    x_rows, branch_rows = row_view(x), row_view(x if taken is None else taken)
     rows, width = x_rows.shape
     block = triton.next_power_of_2(width)
     options = config("layer_norm_backward", {"width": block}, x)

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..tuning import config, entry
 from ..tuning.calls import EPS
 from . import MAX_SWIGLU_WIDTH
-from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, rows_of, total_of
+from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, row_view, total_of
 from ._rows import centred, load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 
 CONFIGS = {
@@ -119,7 +119,7 @@ def backward_kernel(
 
 
 def swiglu_forward(gate, up, norm_weight, norm_bias, eps, padding=0):
-    gate_rows, up_rows = rows_of(gate), rows_of(up)
+    gate_rows, up_rows = row_view(gate), row_view(up)
     rows, width = gate_rows.shape
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     statistics = gate.shape[:-1] if norm_weight is not None else (0,)
@@ -143,7 +143,7 @@ def swiglu_forward(gate, up, norm_weight, norm_bias, eps, padding=0):
 
 
 def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, needs_grad, padding=0):
-    gate_rows, up_rows = rows_of(gate), rows_of(up)
+    gate_rows, up_rows = row_view(gate), row_view(up)
     rows, width = gate_rows.shape
     dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
     block, pieces = _pieces(width)

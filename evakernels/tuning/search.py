@@ -89,7 +89,7 @@ def timed(op: str, entries: list[Any], timer: Callable[[Callable[[], Any]], floa
         arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))
         times = {}
         for backend in GPU_BACKENDS:
-            if not backends.why_not(op, backend, *arguments):
+            if not backends.unsupported_reasons(op, backend, *arguments):
                 with backends.use_backend(backend):
                     function = backends.select(op, arguments).function
                 times[backend] = 1000 * timer(partial(function, *arguments))

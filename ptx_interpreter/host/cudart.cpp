@@ -11,7 +11,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -72,16 +71,6 @@ bool is_launchable(dim3 grid, dim3 block) {
   };
   return within(grid, 0x7FFFFFFF, 0xFFFF, 0xFFFF) && within(block, 1024, 1024, 64) &&
          size_t{block.x} * block.y * block.z <= 1024;
-}
-
-int get_context(void** current) {
-  *current = context;
-  return 0;
-}
-
-int set_context(void* current) {
-  context = static_cast<char*>(current);
-  return 0;
 }
 
 }  // namespace
@@ -198,14 +187,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
 }
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
-                                             unsigned long long, cudaDriverEntryPointQueryResult* found) {
-  const bool gets = std::strcmp(symbol, "cuCtxGetCurrent") == 0;
-  *function = gets ? reinterpret_cast<void*>(&get_context) : reinterpret_cast<void*>(&set_context);
-  *found = cudaDriverEntryPointSuccess;
-  return cudaSuccess;
-}
-
 cudaError_t cudaGetDevice(int* device) {
   *device = context ? ptx_device() : 0;
   return cudaSuccess;
@@ -214,15 +195,6 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device > 1) return cudaErrorInvalidDevice;
   ptx_set_device(device);
-  return cudaSuccess;
-}
-
-cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
-  return posix_memalign(memory, 256, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
-  std::free(memory);
   return cudaSuccess;
 }
 

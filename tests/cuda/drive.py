@@ -4,13 +4,14 @@
     LD_PRELOAD=allocations.so python tests/cuda/drive.py --interpret 80 [FAMILY ...]       in ptx_interpreter
 
 The interpreter and NVIDIA's sanitizers report races and wrong accesses; the ops' tests compare results. Here only
-outputs that aren't written, and elements in front of them that are, raise an error.
+outputs that aren't written, and elements before them that are, raise an error.
 """
 
 import argparse
 import gc
 import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ MATRICES += [(4, 2049, HALF), (4, 3072, FLOAT), (3, 8200, HALF)]
 
 
 def draw(*shape: int, dtype: torch.dtype = FLOAT, before: int = 0) -> Tensor:
-    """Numbers in [-1, 1), with `before` elements of another buffer in front of them."""
+    """Numbers in [-1, 1), with `before` elements of another buffer before them."""
     whole = torch.full((before + math.prod(shape),), GUARD, dtype=dtype, device=DEVICE)
     view = whole[before:].view(shape)
     return view.copy_(torch.rand(shape) * 2 - 1)
@@ -45,9 +46,9 @@ def blank(*shape: int, dtype: torch.dtype = FLOAT, before: int = 0) -> Tensor:
     return draw(*shape, dtype=dtype, before=before).fill_(torch.nan)
 
 
-def run(launcher: str, *inputs: Any, writes: list[Tensor | None], **options: Any) -> None:
+def run(launcher: str, *arguments: Any, writes: Sequence[Tensor | None] = (), **options: Any) -> None:
     """Calls a launcher and checks its outputs `writes`."""
-    getattr(_C, launcher)(*inputs, *writes, **options)
+    getattr(_C, launcher)(*arguments, **options, out=list(writes))
     check(launcher, *writes)
 
 
@@ -59,7 +60,7 @@ def check(name: str, *outputs: Tensor | None) -> None:
             continue
         label = f"{name}: output {number} of shape {tuple(output.shape)}, {output.dtype}"
         assert not output.isnan().any(), f"{label}: not written"
-        assert output._base is None or (output._base[: output.storage_offset()] == GUARD).all(), f"in front of {label}"
+        assert output._base is None or (output._base[: output.storage_offset()] == GUARD).all(), f"before {label}"
 
 
 class Matrices:
@@ -99,24 +100,29 @@ def norms(rows: int, width: int, dtype: torch.dtype) -> None:
 
         matrices, statistics = Matrices(rows, width, dtype, before), blank(2, rows)
         x = matrices.given()
-        run("layer_norm_forward", x, *affine, writes=[matrices.made(), None, statistics], eps=EPS)
+        run("layer_norm_forward", x, *affine, EPS, False, writes=[matrices.made(), None, statistics])
         writes = [matrices.made(), None, blank(width), blank(width), None]
-        run("layer_norm_backward", matrices.given(), x, weight, statistics, writes=writes)
+        needs_grad = [True, True, False, False]
+        run("layer_norm_backward", matrices.given(), x, weight, statistics, needs_grad, writes=writes)
 
         matrices, statistics = Matrices(rows, width, dtype, before), blank(2, rows)
         residual, branch, y, total = matrices.given(), matrices.given(), matrices.made(), matrices.made()
-        options = {"eps": EPS, "residual": residual, "add_first": True, **scales}
-        run("layer_norm_forward", branch, *affine, writes=[y, total, statistics], **options)
+        options = {"residual": residual, "add_first": True, **scales}
+        run("layer_norm_forward", branch, *affine, EPS, False, writes=[y, total, statistics], **options)
         dy, options = matrices.given(), {"dtotal": matrices.given(), "branch": branch, **scales}
         writes = [matrices.made(), of_scale(matrices.made()), blank(width), blank(width), of_scale(blank(width))]
-        run("layer_norm_backward", dy, total, weight, statistics, writes=writes, **options)
+        scaled = layer_scale is not None
+        needs_grad = [True, True, scaled, scaled]
+        run("layer_norm_backward", dy, total, weight, statistics, needs_grad, writes=writes, **options)
 
         matrices, statistics = Matrices(rows, width, dtype, before), blank(2, rows)
         residual, x, y = matrices.given(), matrices.given(), matrices.made()
-        options = {"eps": EPS, "residual": residual, **scales}
-        run("layer_norm_forward", x, *affine, writes=[y, None, statistics], **options)
+        options = {"residual": residual, **scales}
+        run("layer_norm_forward", x, *affine, EPS, False, writes=[y, None, statistics], **options)
+        dy, options = matrices.given(), {"bias": bias, **scales}
         writes = [matrices.made(), None, blank(width), blank(width), of_scale(blank(width))]
-        run("layer_norm_backward", matrices.given(), x, weight, statistics, writes=writes, bias=bias, **scales)
+        needs_grad = [True, True, scaled, False]
+        run("layer_norm_backward", dy, x, weight, statistics, needs_grad, writes=writes, **options)
 
 
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -134,20 +140,20 @@ def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
         for padded in (gate, up, weight, bias):
             if padded is not None:
                 padded[..., width:] = 0
-        options = {"eps": EPS, "padding": padding}
-        run("swiglu_forward", gate, up, weight, bias, writes=[matrices.made(), mean, rstd], **options)
+        run("swiglu_forward", gate, up, weight, bias, EPS, padding, writes=[matrices.made(), mean, rstd])
         dout, sums = matrices.given(), [blank(wide), blank(wide)] if normed else [None, None]
+        statistics = (mean, rstd) if normed else (blank(0), blank(0))
         writes = [matrices.made(), matrices.made(), *sums]
-        run("swiglu_backward", dout, gate, up, weight, mean, rstd, writes=writes, padding=padding)
+        run("swiglu_backward", dout, gate, up, weight, *statistics, [normed, normed], padding, writes=writes)
 
 
 def gelu(rows: int, width: int, dtype: torch.dtype) -> None:
     matrices = Matrices(rows, width, dtype, 0)
-    for form, has_bias in (("none", True), ("tanh", False), ("sigmoid", True)):
+    for form, has_bias in enumerate((True, False, True)):
         x, bias = matrices.given(), draw(width) if has_bias else None
-        run("gelu_forward", x, bias, writes=[matrices.made()], approximate=form)
+        run("gelu_forward", x, bias, form, writes=[matrices.made()])
         writes = [matrices.made(), blank(width) if has_bias else None]
-        run("gelu_backward", matrices.given(), x, bias, writes=writes, approximate=form)
+        run("gelu_backward", matrices.given(), x, bias, form, [has_bias], writes=writes)
 
 
 def token_dropout(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -165,7 +171,7 @@ def token_dropout(rows: int, width: int, dtype: torch.dtype) -> None:
         run("token_dropout_forward", patches, index, prefix, pos_embed, writes=[out])
         dout = draw(*out.shape, dtype=dtype)
         writes = [blank(*size, dtype=dtype) for size in sizes]
-        run("token_dropout_backward", dout, index, 2, tokens, writes=writes)
+        run("token_dropout_backward", dout, index, 2, tokens, [True, True, True], writes=writes)
 
 
 # Several row tiles per block, with pairs in several blocks and unfilled last tiles; stages of channels; one pair.
@@ -185,7 +191,8 @@ def contrastive() -> None:
         run("contrastive_dlogits", *upstream, *inputs[:3], row_lse, col_lse, offset, writes=[dlogits])
         sums = 8 * math.ceil(rows / 128) * math.ceil(columns / 256)
         for written in (None, blank(*dlogits.shape, dtype=dtype)):
-            run("siglip_dlogits", *inputs[:3], draw(1), offset, writes=[blank(2, sums), written])
+            needs_grad = [written is not None]
+            run("siglip_dlogits", *inputs[:3], draw(1), offset, needs_grad, writes=[blank(2, sums), written])
 
 
 class Attention(NamedTuple):
@@ -270,20 +277,20 @@ def attend(call: Attention) -> None:
     else:
         q = draw(*of_queries, call.heads, dim, dtype=call.dtype)
         k, v = (draw(*of_keys, call.kv_heads, dim, dtype=call.dtype) for _ in range(2))
-    options = {name: getattr(call, name) for name in ("num_prefix", "scale", "causal", "interleaved")}
-    longest = call.tokens
+    longest, op, offset_table = call.tokens, "rope_attention", ()
     if offsets:
-        longest = max(end - start for start, end in pairwise(offsets))
-        options |= {"cu_seqlens": torch.tensor(offsets, device=DEVICE), "max_seqlen": longest}
-    if call.tables:
-        options |= tables_of(call, longest - call.num_prefix)
+        longest, op = max(end - start for start, end in pairwise(offsets)), "packed_attention"
+        offset_table = (torch.tensor(offsets, device=DEVICE),)
+    tables = tables_of(call, longest - call.num_prefix) if call.tables else {}
+    more = [*offset_table, *(tables.get(name) for name in ("cos", "sin", "token_index"))]
+    more += [longest if offsets else call.num_prefix, call.causal, call.interleaved, call.scale]
     lse_shape = (call.heads, offsets[-1]) if offsets else (call.batch, call.heads, call.tokens)
     out, lse = blank(*q.shape, dtype=call.dtype), blank(*lse_shape)
-    run("rope_attention_forward", q, k, v, writes=[out, lse], **options)
+    run(f"{op}_forward", q, k, v, *more, writes=[out, lse])
     dout = draw(*q.shape, dtype=call.dtype)
     gradients = [q.shape, (*of_keys, call.heads, dim), (*of_keys, call.heads, dim)]
     writes = [blank(*shape, dtype=call.dtype) for shape in gradients]
-    run("rope_attention_backward", dout, q, k, v, out, lse, writes=writes, **options)
+    run(f"{op}_backward", dout, q, k, v, out, lse, *more, writes=writes)
 
 
 def tables_of(call: Attention, patches: int) -> dict[str, Tensor]:

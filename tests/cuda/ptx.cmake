@@ -7,7 +7,7 @@ target_link_libraries(ptx_runtime PRIVATE CUDA::toolkit)
 target_compile_options(ptx_runtime PRIVATE -Wall -Wextra)
 set(PTX_OBJECTS $<TARGET_OBJECTS:cuda_kernels> $<TARGET_OBJECTS:ptx_runtime>)
 
-add_library(ptx_ops SHARED EXCLUDE_FROM_ALL ${GPU_BINDINGS} ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp
+add_library(ptx_ops SHARED EXCLUDE_FROM_ALL ${GPU_BINDINGS} csrc/cpu/isa.cpp ${CMAKE_CURRENT_LIST_DIR}/interpreted.cpp
                                             ${CMAKE_CURRENT_LIST_DIR}/torch_stand_in.cpp ${PTX_OBJECTS})
 set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/torch_stand_in.cpp PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 compile_with_torch(ptx_ops)
@@ -15,10 +15,7 @@ link_with_torch(ptx_ops)
 target_compile_definitions(ptx_ops PRIVATE EVAKERNELS_CUDA EVAKERNELS_INTERPRETED)
 set_target_properties(ptx_ops PROPERTIES OUTPUT_NAME _ops LIBRARY_OUTPUT_DIRECTORY ptx LINKER_LANGUAGE CXX)
 
-# The Python module on these kernels; of those for CPUs it has the names of the instruction sets alone.
 add_python_module(ptx_module)
-target_sources(ptx_module PRIVATE csrc/cpu/isa.cpp)
-target_compile_definitions(ptx_module PRIVATE EVAKERNELS_CUDA EVAKERNELS_INTERPRETED)
 target_link_libraries(ptx_module PRIVATE ptx_ops)
 set_target_properties(ptx_module PROPERTIES OUTPUT_NAME _C LIBRARY_OUTPUT_DIRECTORY ptx INSTALL_RPATH "$ORIGIN"
                                             EXCLUDE_FROM_ALL ON)

@@ -48,7 +48,7 @@ def test_opcheck(pair, inputs, dtype):
     """Each op of both passes, and of a call without gradients."""
     given = [spread(x) for x in cast(inputs, dtype)]
     with op_checks.Recorder() as recorder:
-        with_gradients(pair[0], given, as_they_lie=True)
+        with_gradients(pair[0], given, preserve_strides=True)
         with torch.no_grad():
             pair[0](*given)
     calls = dict(reversed(recorder.own_calls()))
@@ -61,7 +61,7 @@ def test_opcheck(pair, inputs, dtype):
 @pytest.mark.kernels("nvcc")
 def test_strided_inputs_change_nothing(pair, inputs):
     dense = cast(inputs, torch.float32)
-    actual = with_gradients(pair[0], [spread(x) for x in dense], as_they_lie=True)
+    actual = with_gradients(pair[0], [spread(x) for x in dense], preserve_strides=True)
     torch.testing.assert_close(actual, with_gradients(pair[0], dense), rtol=1e-5, atol=1e-5)
 
 

@@ -51,7 +51,7 @@ def moved(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def refusal_in(error: BaseException | None, backend: str) -> str | None:
     """Why `backend` can't serve the call that an error came of; None if that isn't why, or if it serves no op."""
-    if not any(backends.why_not(op, backend) == [] for op in backends.ops()):
+    if not any(backends.unsupported_reasons(op, backend) == [] for op in backends.ops()):
         return None
     while error is not None:
         if isinstance(error, BackendError) and str(error).startswith(f"backend {backend!r} can't serve "):

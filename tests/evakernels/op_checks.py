@@ -102,13 +102,13 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item()
 
 
-def with_gradients(function, inputs, seed=0, as_they_lie=False):
+def with_gradients(function, inputs, seed=0, preserve_strides=False):
     """Outputs of `function(*inputs)` and the gradients of all inputs for one fixed random cotangent an output.
 
     The cotangents are drawn in float64 and cast, so that runs in different dtypes see the same ones. Inputs are copied,
-    and then dense and aligned, unless they are to be read `as_they_lie` in memory.
+    and then dense and aligned, unless they are to be read `preserve_strides` in memory.
     """
-    leaves = [None if t is None else t.detach() if as_they_lie else t.detach().clone() for t in inputs]
+    leaves = [None if t is None else t.detach() if preserve_strides else t.detach().clone() for t in inputs]
     leaves = [None if t is None else t.requires_grad_() for t in leaves]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -155,7 +155,7 @@ def assert_bit_equal(first, second):
         assert torch.equal(a, b)
 
 
-def results_of_threads(call: Callable[[], Any]) -> list[Any]:
+def thread_results(call: Callable[[], Any]) -> list[Any]:
     """What a call returns with one thread, and with three."""
     if DEVICE.type != "cpu":
         pytest.skip("of the CPU: its threads")
@@ -171,7 +171,7 @@ def results_of_threads(call: Callable[[], Any]) -> list[Any]:
 
 def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
     """Forward and backward."""
-    assert_bit_equal(*results_of_threads(lambda: with_gradients(function, inputs)))
+    assert_bit_equal(*thread_results(lambda: with_gradients(function, inputs)))
 
 
 def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:

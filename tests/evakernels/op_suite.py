@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Logits on GPUs are tested with the losses.
-COMPILED = {path.stem for path in (ROOT / "csrc/bind").glob("*.cpp")} - {"contrastive_logits", "module"}
+COMPILED = {path.stem for path in (ROOT / "csrc/bind").glob("*.cpp")} - {"contrastive_logits", "launch", "module"}
 OPS = (*sorted(COMPILED), "native_optimizers", "norm_widths", "packed_attention", "stochastic_rounding")
 # Not the plugin that collects garbage at the end, of which there is much.
 RUN = "import pytest, sys; sys.exit(pytest.main([*{plugins!r}, '-q', *{arguments!r}]))"
@@ -72,13 +72,13 @@ def copy_with_library(top: Path, *libraries: Path) -> Path:
 
 
 def sanitizer_runtimes(compiler: str) -> list[str]:
-    """What to load in front of Python, which is built without them; without a folder what the compiler lacks."""
+    """What to load before Python, which is built without them; without a folder what the compiler lacks."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     calls = [[compiler, f"-print-file-name={name}"] for name in names]
     return [subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() for call in calls]
 
 
 def gcc() -> str | None:
-    """The path of a g++ whose sanitizers can be loaded in front of Python; None where there is none."""
+    """The path of a g++ whose sanitizers can be loaded before Python; None where there is none."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     return found if found and all(Path(name).is_absolute() for name in sanitizer_runtimes(found)) else None

@@ -148,8 +148,8 @@ def test_forced_reference_holds_in_backward(calls):
 
 def test_explain_lists_backends_and_reasons(calls):
     for x, verdicts in (
-        (torch.ones(2, 4), ["no cuda", "no triton", "cpu: serves the call", "not preferred here"]),
-        (torch.ones(2, 4).double(), ["no cuda", "no triton", "float32; it is a test", "reference: serves the call"]),
+        (torch.ones(2, 4), ["no cuda", "no triton", "cpu: selected", "not preferred here"]),
+        (torch.ones(2, 4).double(), ["no cuda", "no triton", "float32; it is a test", "reference: selected"]),
     ):
         lines = evakernels.explain("layer_norm", x, eps=1e-6).splitlines()
         assert all(verdict in line for verdict, line in zip(verdicts, lines, strict=True)), lines
@@ -177,9 +177,9 @@ def test_gpu_that_the_build_lacks_is_refused(capability, driver, build, runs, mo
     monkeypatch.setattr(_native, "build_record", lambda: build)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    _native.why_not_on_gpu.cache_clear()
-    reasons = backends.why_not(OP, "cuda", on_a_gpu(), None, None, 1e-6, False)
-    _native.why_not_on_gpu.cache_clear()
+    _native.gpu_unsupported_reason.cache_clear()
+    reasons = backends.unsupported_reasons(OP, "cuda", on_a_gpu(), None, None, 1e-6, False)
+    _native.gpu_unsupported_reason.cache_clear()
     assert len(reasons) == (not runs)
 
 
@@ -191,11 +191,11 @@ def test_explain_names_old_driver(op, monkeypatch):
     monkeypatch.setattr(_native, "build_record", lambda: {"cuda_release": "13.0", "cuda_codes": ["sm_90"]})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    _native.why_not_on_gpu.cache_clear()
+    _native.gpu_unsupported_reason.cache_clear()
     takes_list = str(backends.overload(op)._schema.arguments[0].type).startswith("List")
     arguments = [on_a_gpu()] if takes_list else on_a_gpu()
     lines = evakernels.explain(getattr(torch.ops.evakernels, op), arguments).splitlines()
-    _native.why_not_on_gpu.cache_clear()
+    _native.gpu_unsupported_reason.cache_clear()
     assert "the driver is for CUDA 12.8; the library was compiled with CUDA 13.0" in lines[0], lines
 
 
@@ -217,7 +217,9 @@ def triton_reasons(op, width, **given):
     with FakeTensorMode():
         x = torch.ones(1, 1, 1, width, device="cuda", dtype=torch.bfloat16)
     names = [argument.name for argument in getattr(torch.ops.evakernels, op).default._schema.arguments]
-    return backends.why_not(op, "triton", *(given.get(name, x if i == 0 else None) for i, name in enumerate(names)))
+    return backends.unsupported_reasons(
+        op, "triton", *(given.get(name, x if i == 0 else None) for i, name in enumerate(names))
+    )
 
 
 @pytest.mark.parametrize("op", [f"{family}_{way}" for family in WIDEST for way in ("forward", "backward")])
@@ -235,11 +237,11 @@ def test_triton_refuses_gpu_and_dtype(monkeypatch):
     monkeypatch.setattr(triton, "_installed", lambda: True)
     monkeypatch.setattr(triton, "_too_old", lambda index: ["it is too old"])
     assert triton_reasons(OP, 4) == ["it is too old"]
-    assert backends.why_not(OP, "triton", torch.ones(2, 4).double()) == [
+    assert backends.unsupported_reasons(OP, "triton", torch.ones(2, 4).double()) == [
         "the tensors are on cpu, not on a GPU",
         "torch.float64 is not one of float32, bfloat16, float16",
     ]
-    assert backends.why_not("gelu_forward", "triton") == ["gelu_forward has no triton implementation"]
+    assert backends.unsupported_reasons("gelu_forward", "triton") == ["gelu_forward has no triton implementation"]
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert triton_reasons(OP, 4) == ["triton is not installed"]
 
@@ -250,7 +252,7 @@ def test_triton_reasons_do_not_import_triton():
         from evakernels import backends, triton
         x = torch.ones(2, 8)
         for op in ("layer_norm_forward", "swiglu_forward", "rope_attention_forward", "contrastive_forward"):
-            backends.why_not(op, "triton", x)
+            backends.unsupported_reasons(op, "triton", x)
         sys.exit("triton" in sys.modules)
     """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

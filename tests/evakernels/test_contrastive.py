@@ -17,7 +17,6 @@ from evakernels import _logit_gradients, _logit_tiles, backends
 from evakernels.nn import ClipLoss, SigLipLoss
 from evakernels.reference import contrastive as reference
 
-OPS = torch.ops.evakernels
 OFFSET = 2
 
 
@@ -128,7 +127,7 @@ def test_threads_change_no_bit():
         loss = evakernels.clip_loss(*features, scale) + evakernels.siglip_loss(*features, scale, bias)
         return [loss, *torch.autograd.grad(loss, (scale, bias))]
 
-    assert all(map(torch.equal, *op_checks.results_of_threads(losses)))
+    assert all(map(torch.equal, *op_checks.thread_results(losses)))
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)])

@@ -187,10 +187,10 @@ def test_value_and_gradient_match_global_batch(ranks, name, size):
 def test_group_none_is_global_and_false_is_local(ranks):
     """None as in torch.distributed."""
     same = batch(ROWS)  # on every rank
-    of_all = [TwoTowers().loss(name, *(x.repeat(WORLD, 1) for x in same), None).detach() for name in LOSSES]
+    whole_batch = [TwoTowers().loss(name, *(x.repeat(WORLD, 1) for x in same), None).detach() for name in LOSSES]
     of_one = [TwoTowers().loss(name, *same, False).detach() for name in LOSSES]
     for rank in ranks:
-        torch.testing.assert_close(rank["meant by", None], of_all, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rank["meant by", None], whole_batch, rtol=1e-12, atol=1e-12)
         assert rank["meant by", False] == of_one
         torch.testing.assert_close(rank["transformed alone"], torch.func.grad(global_loss)(*same))
 
@@ -234,8 +234,8 @@ def test_large_sums_are_relative_to_the_largest(ranks, name):
     for rank in range(WORLD):
         value, *own = ranks[rank]["far", name]
         torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0, equal_nan=True)
-        for gradient, of_all in zip(own, gradients, strict=True):
-            expected = WORLD * of_all[rank * ROWS : (rank + 1) * ROWS]
+        for gradient, whole in zip(own, gradients, strict=True):
+            expected = WORLD * whole[rank * ROWS : (rank + 1) * ROWS]
             torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 

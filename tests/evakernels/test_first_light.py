@@ -54,8 +54,8 @@ def test_kernel_matches_reference(op, backend):
     if op == "contrastive_backward" and backend != "triton":
         given = (*given[:8], None, *given[9:])  # only Triton's kernel reads saved logits
     if DEVICE.type == "cuda":
-        assert not backends.why_not(op, backend)
-    elif reasons := backends.why_not(op, backend, *given):
+        assert not backends.unsupported_reasons(op, backend)
+    elif reasons := backends.unsupported_reasons(op, backend, *given):
         pytest.skip("; ".join(reasons))
     implementations = backends._implementations[op]
     result = tensors_of(implementations[backend].function, given)

@@ -23,7 +23,7 @@ KINDS = [
 
 
 def skip_without_int8(int8):
-    if int8 and (reason := frozen.why_not_int8()):
+    if int8 and (reason := frozen.int8_unsupported_reason()):
         pytest.skip(f"int8 {reason}")
 
 
@@ -144,12 +144,12 @@ def test_freeze_wrong_model_raises(monkeypatch):
         freeze(model().train())
     with pytest.raises(ValueError, match="weight must be on a CPU"):
         freeze(model().to("meta"))
-    monkeypatch.setattr(frozen, "why_not_int8", lambda: "needs a processor with int8 matmuls")
+    monkeypatch.setattr(frozen, "int8_unsupported_reason", lambda: "needs a processor with int8 matmuls")
     with pytest.raises(RuntimeError, match="int8 needs a processor with int8 matmuls"):
         freeze(model(), int8=True)
 
 
-@pytest.mark.skipif(frozen.why_not_int8() is not None, reason=f"int8 {frozen.why_not_int8()}")
+@pytest.mark.skipif(frozen.int8_unsupported_reason() is not None, reason=f"int8 {frozen.int8_unsupported_reason()}")
 def test_freeze_int8_by_name():
     froze = freeze(model(), int8=lambda name: name == "2.weight")
     assert [froze[0].weight.is_int8, froze[2].weight.is_int8] == [False, True]

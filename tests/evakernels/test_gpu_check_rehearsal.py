@@ -60,9 +60,8 @@ def test_wrong_kernel_is_a_failure(tree):
 
 @pytest.mark.parametrize("planted", ["import os; os.kill(os.getpid(), 11)", "import time; time.sleep(99)"])
 def test_crash_or_hang_costs_one_test(tree, planted):
-    file, check = tree / "tests/evakernels/test_first_light.py", tree / "benchmarks/gpu_check.py"
-    file.write_text(file.read_text() + f"\n\ndef test_planted_gelu():\n    {planted}\n")
-    check.write_text(check.read_text().replace('"--test-seconds", "60"', '"--test-seconds", "20"'))
+    with (tree / "tests/evakernels/test_first_light.py").open("a") as file:
+        file.write(f"\n\ndef test_planted_gelu():\n    {planted}\n")
     status, results, output = rehearse(tree, "first light", "gelu")
     assert status == 1, output
     assert "1 failed, 2 passed" in results["first light"]["summary"], output

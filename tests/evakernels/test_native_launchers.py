@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,27 +39,26 @@ ATTENTION_FLOAT32 = [] if _native.runs_gpu_kernels("cpu") else [torch.float32]
 gpu_kernels = pytest.mark.skipif(not _native.runs_gpu_kernels("cpu"), reason="these have kernels for GPUs only")
 
 
-def same(name: str, inputs: tuple[Any, ...], more: tuple[Any, ...], operator: str = "", **options: Any) -> Any:
-    """Asserts that the launcher, with `options`, writes what the operator, with `more`, returns; returns it."""
-    result = getattr(native, operator or name)(*inputs, *more)
+def states() -> list[list[Tensor]]:
+    """Parameters, gradients, moments and steps of two tensors."""
+    params, grads, moments, squares = ([normal(size, seed=seed) for size in (5, 3000)] for seed in range(4))
+    return [params, grads, moments, [square.square() for square in squares], [torch.tensor(3.0), torch.tensor(3.0)]]
+
+
+def same(name: str, *arguments: Any) -> Any:
+    """Asserts that the launcher writes what the operator returns; returns it."""
+    result = getattr(native, name)(*arguments)
     expected = (result,) if isinstance(result, Tensor) else result
     outputs = like(expected)
-    present = [None if isinstance(t, Tensor) and not t.numel() else t for t in inputs]
-    getattr(_C, name)(*present, *outputs, **options)
+    getattr(_C, name)(*arguments, out=outputs)
     assert_same(outputs, expected)
     return result
 
 
-def pair(
-    op: str,
-    forward: tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]],
-    backward: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]],
-) -> None:
+def pair(op: str, inputs: tuple[Any, ...], backward: Callable[..., tuple[Any, ...]]) -> None:
     """Both passes of an op; `backward` makes the arguments from the forward pass's results."""
-    launcher = op.replace("packed", "rope")
-    results = same(f"{launcher}_forward", *forward[:2], f"{op}_forward", **forward[2])
-    inputs, more, options = backward(*([results] if isinstance(results, Tensor) else results))
-    same(f"{launcher}_backward", inputs, more, f"{op}_backward", **options)
+    results = same(f"{op}_forward", *inputs)
+    same(f"{op}_backward", *backward(*([results] if isinstance(results, Tensor) else results)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,34 +67,23 @@ def pair(
 def test_norms_match_operators(dtype: torch.dtype, rms: bool, scaled: bool) -> None:
     residual, x, dy, dx = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in range(4))
     weight, bias, layer_scale = (normal(40, seed=seed) for seed in range(3))
-    affine, options = (x, weight, bias), {"eps": EPS, "rms": rms}
-    scales = (
-        {"layer_scale": layer_scale, "row_scale": normal(3)} if scaled else {"layer_scale": None, "row_scale": None}
+    norm = x, weight, bias, EPS, rms
+    scales = (layer_scale, normal(3)) if scaled else (None, None)
+    pair(
+        "layer_norm",
+        norm,
+        lambda y, _, statistics: (dy, x, weight, statistics, [True, True, False, False]),
+    )
+    needs_grad = [True, True, scaled, scaled]
+    pair(
+        "layer_norm",
+        (*norm, None, residual, *scales, True),
+        lambda y, total, statistics: (dy, total, weight, statistics, needs_grad, None, *scales, dx, x),
     )
     pair(
         "layer_norm",
-        (affine, (EPS, rms), options),
-        lambda y, _, statistics: ((dy, x, weight, statistics), ([True, True, False, False],), {}),
-    )
-    joined, factors = {"residual": residual} | scales, tuple(scales.values())
-    needs_grad, added = [True, True, scaled, scaled], {"dtotal": dx, "branch": x}
-    pair(
-        "layer_norm",
-        (affine, (EPS, rms, None, residual, *factors, True), options | joined | {"add_first": True}),
-        lambda y, total, statistics: (
-            (dy, total, weight, statistics),
-            (needs_grad, None, *factors, dx, x),
-            scales | added,
-        ),
-    )
-    pair(
-        "layer_norm",
-        (affine, (EPS, rms, None, residual, *factors), options | joined),
-        lambda y, _, statistics: (
-            (dx, x, weight, statistics),
-            ([True, True, scaled, False], bias, *factors),
-            {"bias": bias} | scales,
-        ),
+        (*norm, None, residual, *scales),
+        lambda y, _, statistics: (dx, x, weight, statistics, [True, True, scaled, False], bias, *scales),
     )
 
 
@@ -102,11 +91,11 @@ def test_norms_with_bf16_output() -> None:
     x, dy, weight = normal(3, 5, 40), normal(3, 5, 40, seed=1, dtype=torch.bfloat16), normal(40)
     pair(
         "layer_norm",
-        ((x, weight, weight), (EPS, False, torch.bfloat16), {"eps": EPS}),
-        lambda y, _, statistics: ((dy, x, weight, statistics), ([True, True, False, False],), {}),
+        (x, weight, weight, EPS, False, torch.bfloat16),
+        lambda y, _, statistics: (dy, x, weight, statistics, [True, True, False, False]),
     )
     with pytest.raises(ValueError, match="y must be float16"):
-        _C.layer_norm_forward(x, None, None, dy, None, torch.empty(2, 3, 5), residual=x.half())
+        _C.layer_norm_forward(x, None, None, EPS, False, torch.bfloat16, x.half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,17 +106,16 @@ def test_swiglu_packed_projection(dtype: torch.dtype, normed: bool) -> None:
     dout = normal(2, 7, 24, dtype=dtype)
     pair(
         "swiglu",
-        ((gate, up, weight, bias), (EPS,), {"eps": EPS}),
-        lambda out, *moments: ((dout, gate, up, weight, *moments), ([normed, normed],), {}),
+        (gate, up, weight, bias, EPS),
+        lambda out, *moments: (dout, gate, up, weight, *moments, [normed, normed]),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_gelu(dtype: torch.dtype, form: str) -> None:
+@pytest.mark.parametrize("form", range(len(FORMS)))
+def test_gelu(dtype: torch.dtype, form: int) -> None:
     x, dout, bias = normal(3, 5, 40, dtype=dtype), normal(3, 5, 40, dtype=dtype, seed=1), normal(40)
-    number, options = FORMS.index(form), {"approximate": form}
-    pair("gelu", ((x, bias), (number,), options), lambda out: ((dout, x, bias), (number, [True]), options))
+    pair("gelu", (x, bias, form), lambda out: (dout, x, bias, form, [True]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,13 +127,35 @@ def test_token_dropout(dtype: torch.dtype, by_channel: bool) -> None:
     token_index = torch.tensor([[4, 0, 5], [1, 2, 3]])
     expected = native.token_dropout_forward(patches, token_index, prefix, pos_embed)
     (out,) = like((expected,))
-    _C.token_dropout_forward(patches, token_index.numpy(), prefix, pos_embed, out)
+    _C.token_dropout_forward(patches, token_index.numpy(), prefix, pos_embed, out=[out])
     assert_same([out], (expected,))
-    same("token_dropout_backward", (normal(2, 4, 10, dtype=dtype), token_index, 1, 6), ([True] * 3,))
+    same("token_dropout_backward", normal(2, 4, 10, dtype=dtype), token_index, 1, 6, [True] * 3)
+
+
+@pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="lamb has kernels for CPUs only")
+@pytest.mark.parametrize("nvlamb", [False, True])
+def test_lamb_phases(nvlamb: bool) -> None:
+    decays, lrs, numbers = [0.05, 0.0], [0.1, 0.2], [0.9, 0.98, EPS]
+    scale, found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    (params, grads, *state), theirs = states(), states()
+    norms = torch.empty(2, 2)
+    _C.lamb_update(params, grads, *state, decays, numbers, nvlamb, scale, found_inf, out=[norms])
+    expected = native.lamb_update(*theirs, decays, numbers, nvlamb, scale, found_inf)
+    assert torch.equal(norms, expected)
+    more = lrs, decays, numbers, nvlamb, found_inf, [], []
+    _C.lamb_apply(params, *state, norms, *more)
+    native.lamb_apply(theirs[0], *theirs[2:], expected, *more)
+    for ours, other in zip([params, *state], [theirs[0], *theirs[2:]], strict=True):
+        assert_same(ours, tuple(other))
+    with pytest.raises(ValueError, match="lists must be equally long"):
+        _C.lamb_update(params, grads[:1], *state, decays, numbers, nvlamb, scale, found_inf)
+    state[0][1] = np.broadcast_to(np.float32(0), 3000)
+    with pytest.raises(ValueError, match="exp_avgs must be writable"):
+        _C.lamb_update(params, grads, *state, decays, numbers, nvlamb, scale, found_inf)
 
 
 def attention_calls() -> dict[str, Any]:
-    """By name: the op, q, k and v in float32, and the options of the launcher."""
+    """By name: the op, q, k and v in float32, and options."""
     rows = normal(9, 8)
     index, offsets = torch.tensor([[8, 0, 3, 4], [1, 2, 0, 7]]), torch.tensor([0, 2, 2, 9])
     tokens = torch.tensor([-1, 0, 8, 3, 3, -1, 7, 1, 2])
@@ -176,15 +186,14 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     sizes = (options["max_seqlen"],) if op == "packed_attention" else (options.get("num_prefix", 0),)
     offsets = (options["cu_seqlens"],) if op == "packed_attention" else ()
     more = (*offsets, *table, *sizes, options.get("causal", False), options.get("interleaved", True), 0.3)
-    options = options | {"scale": 0.3}
-    pair(op, (qkv, more, options), lambda *results: ((qkv[0], *qkv, *results), more, options))
+    pair(op, (*qkv, *more), lambda *results: (qkv[0], *qkv, *results, *more))
 
 
 @gpu_kernels
 @pytest.mark.parametrize("keep", [False, True])
 def test_contrastive_statistics(keep: bool) -> None:
     image, text = (normal(rows, 16, dtype=torch.bfloat16) for rows in (30, 260))
-    same("contrastive_forward", (image, text, torch.tensor(3.0), 5), (keep,))
+    same("contrastive_forward", image, text, torch.tensor(3.0), 5, keep)
 
 
 @gpu_kernels
@@ -192,9 +201,9 @@ def test_contrastive_statistics(keep: bool) -> None:
 def test_contrastive_gradients(columns: int) -> None:
     image, text = (normal(rows, 16, dtype=torch.bfloat16) for rows in (30, columns))
     inputs, of_rows, of_columns = (image, text, torch.tensor(3.0)), normal(30), normal(columns)
-    same("contrastive_dlogits", (of_rows, of_columns, of_rows, *inputs, of_rows, of_columns, 5), ())
+    same("contrastive_dlogits", of_rows, of_columns, of_rows, *inputs, of_rows, of_columns, 5)
     for needs_gradients in (False, True):
-        same("siglip_dlogits", (*inputs, torch.tensor(-1.0), 5), ([needs_gradients],))
+        same("siglip_dlogits", *inputs, torch.tensor(-1.0), 5, [needs_gradients])
 
 
 @gpu_kernels
@@ -241,9 +250,7 @@ def test_gpu_refuses_dtypes() -> None:
 def test_wrong_cu_seqlens_are_refused(offsets: list[int]) -> None:
     q = normal(9, 2, 16)
     with pytest.raises(ValueError, match=r"cu_seqlens|max_seqlen"):
-        _C.rope_attention_forward(
-            q, q, q, q.clone(), q.new_empty(2, 9), cu_seqlens=torch.tensor(offsets), max_seqlen=6, scale=1.0
-        )
+        _C.packed_attention_forward(q, q, q, torch.tensor(offsets), None, None, None, 6, False, True, 1.0)
 
 
 X, ROWS = torch.zeros(2, 4), torch.zeros(2)
@@ -251,38 +258,67 @@ HALVES, ONE, SUMS = X.half(), ROWS[:1], torch.zeros(2, 8)
 INDEX = torch.zeros(1, 2, dtype=torch.int64)
 
 
+def norm_of(x: Any, *out: Any, rms: bool = False, **options: Any) -> None:
+    _C.layer_norm_forward(x, None, None, EPS, rms, **options, out=list(out))
+
+
 def dlogits_of(dlogits: Tensor, row_lse: Tensor = ROWS) -> None:
-    _C.contrastive_dlogits(ROWS, ROWS, ROWS, HALVES, HALVES, ONE, row_lse, ROWS, 0, dlogits)
-
-
-def norm_of(x: Tensor, **options: Any) -> None:
-    _C.layer_norm_forward(x, None, None, X, None, torch.zeros(2, 2), **options)
+    _C.contrastive_dlogits(ROWS, ROWS, ROWS, HALVES, HALVES, ONE, row_lse, ROWS, 0, out=[dlogits])
 
 
 @pytest.mark.parametrize(
     ("argument", "error", "call"),
     [
-        ("gate", ValueError, lambda: _C.swiglu_forward(X.T, X.T, None, None, torch.zeros(4, 2), None, None)),
-        ("norm_weight", ValueError, lambda: _C.swiglu_forward(X, X, ROWS, None, X, ROWS, ROWS)),
-        ("padding", ValueError, lambda: _C.swiglu_forward(X, X, None, None, X, None, None, padding=4)),
-        ("mean and rstd", ValueError, lambda: _C.swiglu_forward(X, X, X[0], None, X, None, None)),
-        ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int(), None, None, X[None])),
-        ("token_index", TypeError, lambda: _C.token_dropout_forward(X[None], INDEX.int().numpy(), None, None, X[None])),
-        ("pos_embed", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX, None, X[:1], X[None])),
+        ("up", ValueError, lambda: _C.swiglu_forward(X, X.half(), None, None, EPS)),
+        ("norm_weight", ValueError, lambda: _C.swiglu_forward(X, X, ROWS, None, EPS)),
+        ("padding", ValueError, lambda: _C.swiglu_forward(X, X, None, None, EPS, padding=4)),
+        ("token_index", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX.int(), None, None)),
+        ("token_index", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX.int().numpy(), None, None)),
+        ("pos_embed", ValueError, lambda: _C.token_dropout_forward(X[None], INDEX, None, X[:1])),
         ("row_scale", ValueError, lambda: norm_of(X, residual=X, row_scale=X[0])),
         ("residual", ValueError, lambda: norm_of(X, layer_scale=X[0])),
         ("residual", ValueError, lambda: norm_of(X, add_first=True)),
-        ("total", ValueError, lambda: norm_of(X, residual=X, add_first=True)),
-        ("offset", ValueError, lambda: _C.contrastive_forward(X, X, ROWS[:1], 1, *(ROWS,) * 5)),
-        ("row_lse", ValueError, lambda: dlogits_of(HALVES[:, :2], row_lse=ROWS.bfloat16())),
-        ("dlogits", ValueError, lambda: dlogits_of(HALVES[:, :3].contiguous())),
-        ("dlogits must be aligned", ValueError, lambda: dlogits_of(torch.zeros(5).half()[1:].view(2, 2))),
-        ("logit_bias", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ROWS, 0, SUMS, None)),
-        ("sums", ValueError, lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ONE, 0, X, None)),
-        # torch's own error
-        ("meta", Exception, lambda: norm_of(X.to("meta"))),
+        ("x", ValueError, lambda: norm_of(X.double())),
+        ("'x'", RuntimeError, lambda: norm_of([1.0])),
+        ("'bias'", RuntimeError, lambda: _C.gelu_forward(X)),
+        ("meta", ValueError, lambda: norm_of(X.to("meta"))),
+        ("out must have 3", ValueError, lambda: norm_of(X, X)),
+        ("y must be Float, got Half", ValueError, lambda: norm_of(X, HALVES, None, X)),
+        (r"y must have shape \[2, 4\]", ValueError, lambda: norm_of(X, ROWS, None, X)),
+        (r"statistics must have shape \[1, 2\]", ValueError, lambda: norm_of(X, X, None, X, rms=True)),
+        ("y must be contiguous", ValueError, lambda: norm_of(X, torch.zeros(4, 2).T, None, X)),
+        ("total must be None", ValueError, lambda: norm_of(X, X, X, X)),
+        ("out must be writable", ValueError, lambda: norm_of(X, X, bytes(8), X)),
     ],
 )
 def test_wrong_argument_is_named(argument: str, error: type[Exception], call: Callable[[], None]) -> None:
     with pytest.raises(error, match=argument):
         call()
+
+
+@gpu_kernels
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("offset", lambda: _C.contrastive_forward(HALVES, HALVES, ONE, 1)),
+        ("row_lse", lambda: dlogits_of(HALVES, row_lse=ROWS.bfloat16())),
+        ("dlogits", lambda: dlogits_of(HALVES[:, :3].contiguous())),
+        ("dlogits must be aligned", lambda: dlogits_of(torch.zeros(5).half()[1:].view(2, 2))),
+        ("logit_bias", lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ROWS, 0, [True])),
+        ("sums", lambda: _C.siglip_dlogits(HALVES, HALVES, ONE, ONE, 0, [False], out=[X, None])),
+        ("isa", lambda: _C.swiglu_forward(X, X, None, None, EPS, isa="baseline")),
+    ],
+)
+def test_wrong_gpu_argument_is_named(argument: str, call: Callable[[], None]) -> None:
+    with pytest.raises(ValueError, match=argument):
+        call()
+
+
+def test_launcher_options_end_with_the_call() -> None:
+    with pytest.raises(RuntimeError, match="'bias'"):
+        _C.gelu_forward(X, out=[X])
+    assert native.gelu_forward(X, None, 0).data_ptr() != X.data_ptr()
+
+
+def test_unknown_operator_is_no_attribute() -> None:
+    assert not hasattr(_C, "nothing")

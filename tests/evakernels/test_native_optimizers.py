@@ -3,7 +3,7 @@
 import pytest
 import torch
 from on_device import COMPILED
-from op_checks import results_of_threads
+from op_checks import thread_results
 from optimizer_checks import (
     BUFFERS,
     DTYPES,
@@ -125,7 +125,7 @@ def test_threads_do_not_change_the_step(kind):
         state = lists()
         return everything(state, update(state, kind))
 
-    assert all(map(torch.equal, *results_of_threads(step)))
+    assert all(map(torch.equal, *thread_results(step)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -50,5 +50,5 @@ def test_rows_at_odd_addresses_give_the_formula(form, dtype, offset, width):
         return torch.cat([tensor.new_zeros(offset), tensor.flatten()])[offset:].view(tensor.shape)
 
     aligned = [t.to(dtype) for t in inputs_of(7, width)]
-    actual = with_gradients(ours(form), [at_offset(t) for t in aligned], as_they_lie=True)
+    actual = with_gradients(ours(form), [at_offset(t) for t in aligned], preserve_strides=True)
     torch.testing.assert_close(actual, with_gradients(ours(form), aligned), rtol=2 * torch.finfo(dtype).eps, atol=2e-5)

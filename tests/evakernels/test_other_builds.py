@@ -27,7 +27,7 @@ OTHERS = {f"EVAKERNELS_FLAGS_{isa}": "-O0;-fno-sanitize=all" for isa in NATIVE.g
 def compiler() -> str:
     found = gcc()
     if found is None:
-        pytest.skip("no g++ whose sanitizers can be loaded in front of Python")
+        pytest.skip("no g++ whose sanitizers can be loaded before Python")
     return found
 
 

@@ -8,7 +8,6 @@ from test_rope_attention import attention, tables_of
 
 import evakernels
 
-OPS = torch.ops.evakernels
 HEADS, HEAD_DIM = 2, 8
 
 

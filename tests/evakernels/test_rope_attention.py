@@ -37,9 +37,9 @@ def rotate(x, cos, sin, token_index, num_prefix, interleaved):
     if cos is None:
         return x
     if token_index is not None:
-        unturned = (token_index < 0).unsqueeze(-1)
-        cos = cos[..., token_index, :].masked_fill(unturned, 1.0)
-        sin = sin[..., token_index, :].masked_fill(unturned, 0.0)
+        unrotated = (token_index < 0).unsqueeze(-1)
+        cos = cos[..., token_index, :].masked_fill(unrotated, 1.0)
+        sin = sin[..., token_index, :].masked_fill(unrotated, 0.0)
         cos, sin = (t.transpose(0, 1) if t.dim() == 4 else t.unsqueeze(1) for t in (cos, sin))
     cos, sin = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
     prefix, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
@@ -53,13 +53,15 @@ def attention(q, k, v, cos=None, sin=None, token_index=None, num_prefix=0, causa
     """What the op computes, by torch's own functions."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k = (rotate(t, cos, sin, token_index, num_prefix, interleaved) for t in (q, k))
-    mask, blind = None, 0
+    mask, fully_masked = None, 0
     if causal and q.shape[2] != k.shape[2]:  # torch's is_causal has the first query see the first key
-        blind = max(0, q.shape[2] - k.shape[2])
-        mask = torch.ones(q.shape[2] - blind, k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2] + blind)
+        fully_masked = max(0, q.shape[2] - k.shape[2])
+        mask = torch.ones(q.shape[2] - fully_masked, k.shape[2], dtype=torch.bool).tril(
+            k.shape[2] - q.shape[2] + fully_masked
+        )
     options = {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
-    out = F.scaled_dot_product_attention(q[:, :, blind:], k, v, scale=scale, **options)
-    return F.pad(out, (0, 0, blind, 0)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q[:, :, fully_masked:], k, v, scale=scale, **options)
+    return F.pad(out, (0, 0, fully_masked, 0)).transpose(1, 2)
 
 
 def functions(kind="shared", token_index=None, num_prefix=1, **options):
@@ -162,11 +164,11 @@ def test_gqa_and_cross_attention_accuracy(sizes, heads, options, dtype):
 def test_a_query_that_sees_no_key_gives_zeros(tokens, keys, dtype):
     q, k, v = (randn(2, n, heads, 16).to(dtype).requires_grad_() for n, heads in ((tokens, 4), (keys, 2), (keys, 2)))
     out, lse = evakernels.rope_attention(q, k, v, causal=True, return_lse=True)
-    blind = tokens - keys
-    assert torch.equal(out[:, :blind], torch.zeros_like(out[:, :blind]))
-    assert torch.equal(lse.isneginf(), (torch.arange(tokens) < blind).expand(2, 4, tokens))
+    fully_masked = tokens - keys
+    assert torch.equal(out[:, :fully_masked], torch.zeros_like(out[:, :fully_masked]))
+    assert torch.equal(lse.isneginf(), (torch.arange(tokens) < fully_masked).expand(2, 4, tokens))
     gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
-    assert not gradients[0][:, :blind].any()
+    assert not gradients[0][:, :fully_masked].any()
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -368,7 +370,7 @@ def test_gpu_kernels_explain_what_they_refuse(q, reason, monkeypatch):
     """With the real reasons, whether or not they are built here."""
     pretend_gpu_kernels(monkeypatch)
     for op in ("rope_attention_forward", "rope_attention_backward"):
-        _, *found = backends.why_not(op, "cuda", q)
+        _, *found = backends.unsupported_reasons(op, "cuda", q)
         assert len(found) == (reason is not None)
         assert all(text.startswith(reason) for text in found)
 
@@ -398,10 +400,12 @@ def test_large_table_is_a_reason(op, table, count, monkeypatch):
         q = torch.empty(*([] if packed else [2]), 3, 1, 128, dtype=torch.half, device="cuda")
         given = [q] * 3 + [torch.empty(2, dtype=torch.int64, device="cuda")] * packed
         cos = torch.empty(table, device="cuda")
-        monkeypatch.setattr(_native, "why_not_on_gpu", lambda index: None)
+        monkeypatch.setattr(_native, "gpu_unsupported_reason", lambda index: None)
         monkeypatch.setattr(triton, "_installed", lambda: True)
         monkeypatch.setattr(triton, "_too_old", lambda index: [])
-        found = [backends.why_not(f"{op}_forward", backend, *given, cos, cos) for backend in ("cuda", "triton")]
+        found = [
+            backends.unsupported_reasons(f"{op}_forward", backend, *given, cos, cos) for backend in ("cuda", "triton")
+        ]
     assert [len(reasons) for reasons in found] == [min(count, 1), count // 2]
     assert all("table" in reason for reasons in found for reason in reasons)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_checks import DTYPES, assert_opcheck, randn, results_of_threads
+from op_checks import DTYPES, assert_opcheck, randn, thread_results
 
 from evakernels import backends
 from evakernels.ops.row_quantization import dequantize_rows, quantize_rows
@@ -65,7 +65,7 @@ def test_ops():
 
 def test_threads_change_no_bit():
     x = randn(300, 512).float()
-    results = results_of_threads(lambda: (*quantize_rows(x), dequantize_rows(x, quantize_rows(x)[1], None)))
+    results = thread_results(lambda: (*quantize_rows(x), dequantize_rows(x, quantize_rows(x)[1], None)))
     assert all(map(torch.equal, *results))
 
 

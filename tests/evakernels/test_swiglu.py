@@ -12,7 +12,6 @@ import evakernels
 from evakernels import _native
 
 EPS = 1e-6
-OPS = torch.ops.evakernels
 HIDDEN = 7
 
 
@@ -147,7 +146,7 @@ def test_strides_and_odd_addresses_are_bit_equal(norm, dtype, width):
     views.append(tuple(t.T.contiguous().T for t in (gate, up)))
     views.append((gate[:1].expand(6, -1), up))
     for view in views:
-        outputs, gradients = with_gradients(ours, (*view, weight, bias), as_they_lie=True)
+        outputs, gradients = with_gradients(ours, (*view, weight, bias), preserve_strides=True)
         expected = with_gradients(ours, (*(t.contiguous() for t in view), weight, bias))
         torch.testing.assert_close((outputs, gradients), expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
         assert all(t.is_contiguous() for t in outputs + gradients)
@@ -202,6 +201,6 @@ WRONG = {
 
 def test_packed_halves_are_read_in_place():
     given = (*randn(2, 3, 2 * HIDDEN).chunk(2, -1), randn(HIDDEN, seed=2), randn(HIDDEN, seed=3))
-    outputs, gradients = with_gradients(ours, given, as_they_lie=True)
+    outputs, gradients = with_gradients(ours, given, preserve_strides=True)
     torch.testing.assert_close((outputs, gradients), with_gradients(theirs, given))
     assert all(t.is_contiguous() for t in outputs + gradients)

@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
-from op_checks import DTYPES, OPCHECK_DTYPES, randn, with_gradients
-from torch.utils._pytree import tree_map_only
+from op_checks import DTYPES, randn, with_gradients
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +18,11 @@ WIDTH, HIDDEN, OUT = 6, 10, 5
 
 def ours(*given):
     return evakernels.swiglu_mlp(*given, EPS)
+
+
+def padded(*given):
+    """The same; `pad_cases` pads the hidden width."""
+    return ours(*given)
 
 
 def theirs(x, w1, w2, w3, b1, b2, b3, weight, bias):
@@ -42,8 +46,16 @@ def inputs(variant, rows=(2, 3), width=WIDTH, hidden=HIDDEN, out=OUT):
 VARIANTS = ("plain", "no-biases", "norm", "norm-without-bias")
 CASES = [pytest.param((ours, theirs), inputs(variant), id=variant) for variant in VARIANTS]
 CASES += [pytest.param((ours, theirs), inputs("norm", (2, 0)), id="no-rows")]
-TRANSFORMED = VARIANTS
-QUICK = {"test_opcheck": ("norm", "no-biases"), "test_compiles_without_graph_break": ("norm",)}
+CASES += [pytest.param((padded, theirs), inputs(variant), id=f"{variant}-padded") for variant in VARIANTS]
+TRANSFORMED = (*VARIANTS, "norm-padded")
+QUICK = {"test_opcheck": ("norm", "no-biases", "norm-padded")}
+QUICK["test_compiles_without_graph_break"] = ("norm", "norm-padded")
+
+
+@pytest.fixture(autouse=True)
+def pad_cases(request, monkeypatch):
+    if "pair" in request.fixturenames and request.getfixturevalue("pair")[0] is padded:
+        monkeypatch.setenv("EVAKERNELS_PAD_HIDDEN", "1")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,31 +88,6 @@ def test_padding_is_exact_zeros(variant):
         assert half.shape[-1] == 64
         assert half[..., HIDDEN:].eq(0).all()
     assert [g.shape for g in gradients] == [t.shape for t in inputs(variant) if t is not None]
-
-
-@pytest.mark.usefixtures("_padded")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_padded_mlp_is_deterministic_and_strided(variant):
-    given = [None if t is None else t.float() for t in inputs(variant)]
-    op_checks.assert_deterministic(ours, given)
-    torch.testing.assert_close(with_gradients(ours, given), with_gradients(theirs, given), rtol=1e-4, atol=1e-5)
-    wide = [None if t is None else torch.stack((t, t), -1)[..., 0] for t in given]
-    torch.testing.assert_close(with_gradients(ours, wide, as_they_lie=True), with_gradients(ours, given))
-
-
-@pytest.mark.usefixtures("_padded")
-@pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
-def test_padded_mlp_opcheck(dtype):
-    given = [t.to(dtype) for t in inputs("norm")]
-    with op_checks.Recorder() as recorder:
-        with_gradients(ours, given)
-    for op, args in dict(reversed(recorder.own_calls())).items():
-        op_checks.assert_opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args))
-
-
-@pytest.mark.usefixtures("_padded")
-def test_padded_mlp_compiles():
-    op_checks.assert_compiles(ours, [t.float() for t in inputs("norm")])
 
 
 def test_padding_setting_is_checked(monkeypatch):
@@ -186,27 +173,23 @@ def test_autocast_matches_torch(dtype):
     )
 
 
-@pytest.mark.usefixtures("_padded")
-def test_checkpoint_policy_sees_matmuls():
-    """A policy that saves matmuls leaves none but the last to recompute."""
-    module, x = nn.SwiGLU(8, 24), randn(4, 8).float().requires_grad_()
-
-    def policy(context, op, *args, **options):
-        keep = op is torch.ops.aten.addmm.default
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    with FlopCounterMode(display=False) as counter:
-        checkpoint(module, x, use_reentrant=False, context_fn=contexts).sum().backward()
-    assert counter.get_total_flops() == 3 * 3 * 2 * 4 * 8 * 24
+def save_matmuls(context, op, *args, **options):
+    keep = op is torch.ops.aten.addmm.default
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.usefixtures("_padded")
-def test_checkpoint_repeats_all_but_last_matmul():
+@pytest.mark.parametrize(
+    ("options", "repeated"),
+    [({}, 2), ({"context_fn": partial(create_selective_checkpoint_contexts, save_matmuls)}, 0)],
+    ids=["plain", "policy"],
+)
+def test_checkpoint_repeats_no_last_matmul(options, repeated):
+    """A policy that saves matmuls leaves none to recompute."""
     module, x = nn.SwiGLU(8, 24), randn(4, 8).float().requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        checkpoint(module, x, use_reentrant=False).sum().backward()
-    assert counter.get_total_flops() == (3 * 3 + 2) * 2 * 4 * 8 * 24
+        checkpoint(module, x, use_reentrant=False, **options).sum().backward()
+    assert counter.get_total_flops() == (3 * 3 + repeated) * 2 * 4 * 8 * 24
 
 
 @pytest.mark.usefixtures("_padded")

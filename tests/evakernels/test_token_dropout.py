@@ -13,7 +13,6 @@ from optimizer_checks import MIXES
 import evakernels
 from evakernels import _native
 
-OPS = torch.ops.evakernels
 BATCH, TOKENS, CHANNELS, PREFIX = 2, 6, 5, 2
 KEPT = torch.tensor([[5, 0, 3], [1, 4, 2]])
 
@@ -82,13 +81,15 @@ def wide_inputs(batch: int, tokens: int, channels: int):
     return randn(batch, tokens, channels), randn(2, channels, seed=1), randn(2 + tokens, channels, seed=2)
 
 
-def of_channels(patches):
+def channel_by_channel(patches):
     """The same values with a sample's channels apart, as a convolution leaves them."""
     return patches.mT.contiguous().mT
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", [lambda patches: patches, of_channels], ids=["token by token", "channel by channel"])
+@pytest.mark.parametrize(
+    "layout", [lambda patches: patches, channel_by_channel], ids=["token by token", "channel by channel"]
+)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -126,7 +127,9 @@ def test_no_samples_no_tokens_none_kept_no_channels(dtype):
 
 
 @pytest.mark.parametrize("dtypes", [mix[:3] for mix in MIXES])
-@pytest.mark.parametrize("layout", [lambda patches: patches, of_channels], ids=["token by token", "channel by channel"])
+@pytest.mark.parametrize(
+    "layout", [lambda patches: patches, channel_by_channel], ids=["token by token", "channel by channel"]
+)
 @pytest.mark.kernels("nvcc")
 def test_every_mix_of_dtypes(dtypes, layout):
     patches, prefix, pos_embed = (t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True))
@@ -149,7 +152,7 @@ def test_patches_in_any_layout(channels, token_index):
     slices = torch.zeros(2, 9, channels + 3)[:, 3:, 3:]
     slices.copy_(patches)
     expected = evakernels.token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed)
-    for view in (of_channels(patches), sparse, slices):
+    for view in (channel_by_channel(patches), sparse, slices):
         actual = evakernels.token_dropout(view, token_index, prefix=prefix, pos_embed=pos_embed)
         assert actual.is_contiguous()
         assert torch.equal(actual, expected)

@@ -16,9 +16,9 @@ from evaclip.loading import LoadedModel
 from evaclip.runtime import encoder as runtime
 from evaclip.runtime.encoder import Encoder
 from evakernels.nn import FrozenWeight
-from evakernels.nn.frozen import why_not_int8
+from evakernels.nn.frozen import int8_unsupported_reason
 
-needs_int8 = pytest.mark.skipif(why_not_int8() is not None, reason=f"int8 {why_not_int8()}")
+needs_int8 = pytest.mark.skipif(int8_unsupported_reason() is not None, reason=f"int8 {int8_unsupported_reason()}")
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_encoder_bf16_and_int8_are_close(precision, cosine, loaded, pictures):
 
 
 def test_int8_without_vnni_is_refused(monkeypatch):
-    monkeypatch.setattr(runtime, "why_not_int8", lambda: "needs a processor with VNNI")
+    monkeypatch.setattr(runtime, "int8_unsupported_reason", lambda: "needs a processor with VNNI")
     for device, says in (
         ("cpu", "precision int8 needs a processor with VNNI"),
         ("cuda", "precision int8 is for a CPU"),

@@ -69,6 +69,13 @@ def gradients(family: Family, model: nn.Module, seed: int) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def accelerated(model: nn.Module, **options: Any) -> nn.Module:
+    """An accelerated copy."""
+    model = copy.deepcopy(model)
+    evakernels.accelerate(model, force=True, **options)
+    return model
+
+
 @contextmanager
 def log_ops() -> Iterator[set[str]]:
     """Fills the set with the names of the ops that run inside the `with` block."""
@@ -313,9 +320,7 @@ def pair(name: str) -> tuple[Family, nn.Module, nn.Module]:
     """The family, an accelerated model and an untouched one."""
     family = FAMILIES[name]
     untouched = family.build()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True)
-    return family, model, untouched
+    return family, accelerated(untouched), untouched
 
 
 def close(actual: Any, expected: Any) -> None:

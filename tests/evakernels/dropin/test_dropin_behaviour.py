@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from dropin_families import FAMILIES, close, log_ops, ops_of, run
+from dropin_families import FAMILIES, accelerated, close, log_ops, ops_of, run
 from open_clip.model import CLIP
 from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
@@ -42,10 +42,6 @@ def gated(monkeypatch):
         return nn.Sequential(SwiGLU(8, 12), SwiGLU(8, 12)).eval()
 
     return build
-
-
-def _classes(model):
-    return [type(module) for module in model.modules()]
 
 
 def _is_left(model):
@@ -210,17 +206,13 @@ def test_patched_code_is_noticed(how, monkeypatch):
         monkeypatch.setattr(target, patch)
     else:
         monkeypatch.setattr(target, *patch)
-    accelerated = copy.deepcopy(model)
+    swapped = copy.deepcopy(model)
     with pytest.warns(ChangedModuleWarning):
-        report = evakernels.accelerate(accelerated, force=True)
+        report = evakernels.accelerate(swapped, force=True)
     assert left in {entry.module for entry in report.changed}
     inputs = family.inputs(1)
-    for m in (model, accelerated):
-        m.eval()
-    actual, expected = (
-        (out[:2] if isinstance(out, tuple) else (out,)) for out in (accelerated(**inputs), model(**inputs))
-    )
-    close(actual, expected)
+    outs = [m.eval()(**inputs) for m in (swapped, model)]
+    close(*(out[:2] if isinstance(out, tuple) else (out,) for out in outs))
 
 
 @pytest.mark.parametrize(("strict", "error"), [(True, RuntimeError), (False, ChangedModuleWarning)])
@@ -262,22 +254,18 @@ class Scaled(nn.LayerNorm):
 @pytest.mark.parametrize("factors", [(3.0, 1.0), (1.0, 3.0)])
 def test_values_of_each_instance_are_compared(kind, factors):
     untouched, x = nn.Sequential(*(Scaled(kind, factor) for factor in factors)), torch.randn(8, 64)
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True)
-    for accelerated, own in zip(model, untouched, strict=True):
-        close(accelerated(x), own(x))
+    for model, own in zip(accelerated(untouched), untouched, strict=True):
+        close(model(x), own(x))
         if kind in ("buffer", "tensor"):
-            for norm in (accelerated, own):
+            for norm in (model, own):
                 norm.factor = torch.tensor(5.0)
-            close(accelerated(x), own(x))
+            close(model(x), own(x))
 
 
 def test_values_of_another_model_are_compared():
     for factor in (1, 3):
         untouched, x = Scaled("integer buffer", factor), torch.randn(8, 64)
-        model = copy.deepcopy(untouched)
-        evakernels.accelerate(model, force=True)
-        close(model(x), untouched(x))
+        close(accelerated(untouched)(x), untouched(x))
 
 
 def test_table_of_another_layout_is_left():
@@ -482,9 +470,8 @@ def test_attention_interface_dispatches_to_op(monkeypatch):
 
 def test_options_that_the_op_lacks_run_own_code():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50)).eval()
-    untouched = copy.deepcopy(model)
-    evakernels.accelerate(model, force=True, include="LlamaAttention")
+    untouched = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50)).eval()
+    model = accelerated(untouched, include="LlamaAttention")
     ids, mask = torch.randint(3, 49, (2, 6)), torch.ones(2, 6, dtype=torch.long)
     with log_ops() as ops:
         close(model(ids).last_hidden_state, untouched(ids).last_hidden_state)

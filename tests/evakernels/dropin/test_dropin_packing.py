@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from dropin_families import log_ops, randomised
+from dropin_families import accelerated, log_ops, randomised
 from open_clip.hf_model import HFTextEncoder
 from timm.models.naflexvit import NaFlexVit
 from torch._dynamo.testing import CompileCounter
@@ -326,10 +326,8 @@ def holder(name):
 @pytest.mark.parametrize("name", HOLDERS)
 def test_pooling_model_packs_with_equal_outputs(name):
     untouched, given = holder(name)
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True, strict=True)
     with log_ops() as ops:
-        actual = model(**given)
+        actual = accelerated(untouched, strict=True)(**given)
     assert "packed_attention" in ops
     expected = untouched(**given)
     for key in {"logits", "pooler_output", "text_embeds", "image_embeds", "logits_per_text"} & expected.keys():
@@ -342,12 +340,10 @@ def open_clip_text():
 
 
 def test_open_clip_text_packs_with_equal_outputs():
-    untouched = randomised(open_clip_text).eval()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True, strict=True)
+    untouched = randomised(open_clip_text)
     tokens = captions(torch.Generator().manual_seed(0))["input_ids"]
     with log_ops() as ops:
-        actual = model(tokens)
+        actual = accelerated(untouched, strict=True)(tokens)
     assert "packed_attention" in ops
     assert_close(actual, untouched(tokens))
 
@@ -389,24 +385,22 @@ def test_padded_patches_of_connector_are_equal(kind):
     text = {**SIZES, "vocab_size": 50, "num_key_value_heads": 2, "pad_token_id": 0, "model_type": "llama"}
     sizes = {"vision_config": vision, "text_config": text, "image_token_id": 49, "scale_factor": 2}
     config = getattr(hf, f"{kind}Config")(**sizes)
-    untouched = randomised(lambda: getattr(hf, f"{kind}Model")(config)).eval()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True)
+    untouched = randomised(lambda: getattr(hf, f"{kind}Model")(config))
     pixels, mask = torch.randn(1, 2, 3, 32, 32), torch.ones(1, 2, 32, 32, dtype=torch.bool)
     mask[0, 1, 16:] = False
     given = {"pixel_values": pixels, "pixel_attention_mask": mask}
-    assert_close(*(torch.cat(list(m.get_image_features(**given).pooler_output)) for m in (model, untouched)))
+    assert_close(
+        *(torch.cat(list(m.get_image_features(**given).pooler_output)) for m in (accelerated(untouched), untouched))
+    )
 
 
 @pytest.mark.parametrize("sizes", [{}, {"global_pool": ""}])
 def test_unpooled_naflex_features_are_equal(sizes):
     """Features that the tower doesn't pool itself keep their padded tokens."""
-    untouched = randomised(partial(NaFlexVit, **NAFLEX | sizes)).eval()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True, strict=True)
+    untouched = randomised(partial(NaFlexVit, **NAFLEX | sizes))
     given = naflex_inputs(torch.Generator().manual_seed(0))["x"]
     run_features = (lambda m: m(given)) if sizes else (lambda m: m.forward_features(**given)["patches"])
-    assert_close(run_features(model), run_features(untouched))
+    assert_close(run_features(accelerated(untouched, strict=True)), run_features(untouched))
 
 
 def test_packing_follows_excluded_attention():

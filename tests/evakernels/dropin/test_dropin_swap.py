@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from dropin_families import FAMILIES, close, log_ops, pair, run
+from dropin_families import FAMILIES, accelerated, close, log_ops, pair, run
 from open_clip.transformer import Attention as OpenClipAttention
 from timm.layers import Attention, GluMlp, LayerNorm
 from timm.models.eva import EvaAttention, EvaBlock
@@ -23,11 +23,6 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import evakernels
-
-
-def _classes(model):
-    return [type(module) for module in model.modules()]
-
 
 # --- what is kept and what comes back -------------------------------------------------------------------------------
 
@@ -112,7 +107,7 @@ def _record(models, register):
             seen.append((names[module], shapes))
 
         handles = register(m, note)
-        run(family, m.eval(), 1)
+        m.eval()(**family.inputs(1))  # timm's features are all tokens, its output pools one
         for handle in handles:
             handle.remove()
         found.append(seen)
@@ -139,8 +134,7 @@ def test_hooks_see_untouched_calls(name, register):
 )
 def test_hook_on_head_norm_gets_heads_first(cls, name):
     untouched = cls(32, num_heads=4, qk_norm=True, norm_layer=LayerNorm).eval()
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True)
+    model = accelerated(untouched)
     x = torch.randn(2, 5, 32)
     for m in (model, untouched):
         getattr(m, name).register_forward_hook(lambda module, args, output: output.index_fill(1, torch.tensor(2), 0))
@@ -149,8 +143,7 @@ def test_hook_on_head_norm_gets_heads_first(cls, name):
 
 def test_hook_on_activation_runs_before_up_projection():
     untouched = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=12))
-    model = copy.deepcopy(untouched)
-    evakernels.accelerate(model, force=True)
+    model = accelerated(untouched)
     orders = []
     for m in (model, untouched):
         orders.append([])
@@ -174,12 +167,12 @@ def test_replaced_child_is_called():
 
 @pytest.mark.parametrize("first", ["parametrize", "accelerate"])
 def test_parametrized_modules_are_replaced(first):
-    family, accelerated, untouched = pair("eva02")
+    family, swapped, untouched = pair("eva02")
     layers = "blocks.0.attn.proj", "blocks.1.norm2"
-    for model in (accelerated, untouched):
+    for model in (swapped, untouched):
         for name in layers:
             register_parametrization(model.get_submodule(name), "weight", nn.Tanh())
-    model = accelerated if first == "accelerate" else copy.deepcopy(untouched)
+    model = swapped if first == "accelerate" else copy.deepcopy(untouched)
     report = evakernels.accelerate(model, strict=True, force=True)
     assert {done.module for done in report.replaced if done.name in layers} == {"Linear", "LayerNorm"}
     close(run(family, model, 1), run(family, untouched, 1))
