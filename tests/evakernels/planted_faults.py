@@ -63,7 +63,7 @@ FAULTS = {
     "rows-put": Fault("race at"),
     "last-word": Fault("out of bounds at", ("at < end", "at < bytes")),
     "first-word": Fault("uninitialised at", ("last ? begin : 0", "last ? begin : begin > 0 ? -kWidestAccess : 0")),
-    "next-stage": Fault("uninitialised at", ("wait_for_rows<L>(dx, branch)", "wait_for_rows<L>(dx)")),
+    "next-stage": Fault("uninitialised at", ("wait_for_rows<L>(dy, x)", "wait_for_rows<L>(dy)")),
     "stored-rows": Fault("not written", ("finish_rows<L>(dresidual, dbranch)", "finish_rows<L>(dresidual)")),
     "aligned-rows": Fault("misaligned at", ("width % elements == 0", "width > 0")),
     "tile": Fault("race at"),
