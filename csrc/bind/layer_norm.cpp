@@ -51,7 +51,7 @@ NormShape norm_shape(const Call& call, const Array& x, const Array& row_scale, D
   return shape;
 }
 
-// Of mean and rstd, with rms of rstd.
+// Sizes of mean and rstd in one tensor, with rms of rstd alone.
 std::vector<int64_t> statistics_sizes(const Array& x, bool rms) {
   std::vector<int64_t> sizes(x.sizes.size(), rms ? 1 : 2);
   std::copy(x.sizes.begin(), x.sizes.end() - 1, sizes.begin() + 1);

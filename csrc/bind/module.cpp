@@ -119,7 +119,8 @@ constexpr const char* kDoc = R"(What was built, what this machine can run, and a
 
 `_C.NAME(*arguments, out=[...], isa=None)` runs the operator with this name. Its docstring is the operator's schema.
 An array is anything with DLPack or the buffer protocol. out: a contiguous array for each result, or None if the
-result isn't computed. Returns the results as tensors on these arrays; without `out` torch allocates them. isa: "baseline", "avx2", "avx512", "avx512_bf16", "amx", or None for the active one; CPU only.
+result isn't computed. Returns the results as tensors on these arrays; without `out` torch allocates them.
+isa: "baseline", "avx2", "avx512", "avx512_bf16", "amx", or None for the active one; CPU only.
 
 Kernels run on torch's threads, on a GPU on torch's current stream. Wrong arrays raise a ValueError that names them.)";
 

@@ -303,7 +303,7 @@ _REASONS: dict[str, Any] = {
     "triton_reasons": lambda first, /, **_: triton.row_reasons(first),
 }
 _DEFAULTS = None, None, False
-"""Of layer_scale, row_scale and add_first; the dispatcher drops trailing defaults."""
+"""Defaults of layer_scale, row_scale and add_first; the dispatcher drops them at the end of a call."""
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -79,6 +79,6 @@ def sanitizer_runtimes(compiler: str) -> list[str]:
 
 
 def gcc() -> str | None:
-    """The path of a g++ whose sanitizers can be loaded before Python; None where there is none."""
+    """The path of a g++ whose sanitizers can be loaded before Python, or None."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     return found if found and all(Path(name).is_absolute() for name in sanitizer_runtimes(found)) else None
