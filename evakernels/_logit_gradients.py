@@ -1,8 +1,9 @@
-"""Gradients of contrastive losses on GPUs.
+"""Gradients of contrastive losses: a loop over chunks of rows of logits, with torch's matmuls.
 
-A kernel of CUDA or Triton writes the gradients of the logits, a chunk of rows at a time, in the features' dtype; torch
-multiplies them with the features into float32. Each function takes the kernel and its reference's arguments. `unit`, a
-power of two, scales logit gradients into float16's range. Features are padded with zeros to a `multiple` of channels.
+`feature_gradients` is the loop of all backends; a kernel or a pass writes the gradients of a chunk of logits. The other
+functions are for GPUs, where a kernel of CUDA or Triton writes them in the features' dtype; `_logit_tiles` has those
+for CPUs. Each takes the kernel and its reference's arguments. A power of two scales logit gradients into float16's
+range. Features are padded with zeros to a `multiple` of channels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import contrastive as reference
-
 CHUNK = 1 << 28, 2048
 """Maximum bytes and minimum rows of a chunk: with fewer, traffic of the text gradient would limit the matmuls."""
 
 SIGLIP_UNIT = 16384.0
-"""The `unit` of the sigmoid loss in Triton and, as `kSiglipUnit`, in CUDA: gradients of its logits are at most 1."""
+"""Scale of the sigmoid loss's logit gradients, 1 at most, in Triton and, as `kSiglipUnit`, in CUDA."""
 
 Kernel = Callable[..., Tensor]
 SiglipKernel = Callable[..., tuple[Tensor, Tensor]]
@@ -33,10 +32,9 @@ def contrastive_backward(
     logit_scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    logits: Tensor | None,
     offset: int,
     needs_grad: Sequence[bool],
-    *,
-    logits: Tensor | None = None,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and logit_scale.
@@ -52,10 +50,14 @@ def contrastive_backward(
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         saved = () if logits is None else (logits[rows],)
         upstream = drow_lse[rows], dcol_lse, dpositive[rows]
-        return kernel(*upstream, image, text, logit_scale, row_lse[rows], col_lse, offset + rows.start, *saved)
+        arguments = image, text, logit_scale, row_lse[rows], col_lse, offset + rows.start
+        return kernel(*upstream, *arguments, *saved)[:, : len(text)]
 
-    features = image, text, logit_scale
-    dimage, dtext, dscale = _feature_gradients(chunk_gradients, *features, unit, image.dtype, needs_grad, multiple)
+    factor, height = logit_scale.float() / unit, _height(image, text)
+    dimage, dtext, parts = feature_gradients(
+        chunk_gradients, image, text, factor, needs_grad, image.dtype, height, multiple
+    )
+    dscale = torch.stack(parts).sum() / unit
     return dimage, dtext, dscale.to(logit_scale.dtype)
 
 
@@ -82,7 +84,6 @@ def siglip_forward(
     logit_bias: Tensor,
     offset: int,
     needs_grad: Sequence[bool],
-    *,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The summed loss and its gradients.
@@ -90,23 +91,64 @@ def siglip_forward(
     `kernel` returns `(sums, dlogits)`; `sums` is `[2, n]`, partial sums of the loss and of the bias gradient. Its last
     argument is whether it computes gradients.
     """
-    unit = image.new_full((), SIGLIP_UNIT, dtype=torch.float32)
-    parts = []
+    of_chunks = []
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         sums, dlogits = kernel(image, text, logit_scale, logit_bias, offset + rows.start, [True])
-        parts.append(sums)
-        return dlogits
+        of_chunks.append(sums)
+        return dlogits[:, : len(text)]
 
-    features = image, text, logit_scale
-    gradients = _feature_gradients(chunk_gradients, *features, unit, torch.float32, needs_grad, multiple)
-    loss, dbias = _totals(torch.cat(parts, 1))
-    return loss, *gradients, dbias
+    factor, height = logit_scale.float() / SIGLIP_UNIT, _height(image, text)
+    dimage, dtext, parts = feature_gradients(
+        chunk_gradients, image, text, factor, needs_grad, torch.float32, height, multiple
+    )
+    loss, dbias = _totals(torch.cat(of_chunks, 1))
+    dscale = torch.stack(parts).sum() / SIGLIP_UNIT
+    return loss, dimage, dtext, dscale, dbias
 
 
-def siglip_backward(kernel: SiglipKernel, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scales the gradients that `siglip_forward` saved; needs no kernel."""
-    return reference.siglip_backward(*args)
+def feature_gradients(
+    chunk_gradients: Callable[[slice, Tensor, Tensor], Tensor],
+    image: Tensor,
+    text: Tensor,
+    factor: Tensor | None,
+    needs_grad: Sequence[bool],
+    dtype: torch.dtype,
+    height: int,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of image and text in `dtype`, empty unless needed, and numbers whose sum is the scale's gradient.
+
+    Args:
+        chunk_gradients: maps rows, their images and all texts to the gradients of their logits.
+        factor: of the features' gradients. None if `chunk_gradients` returns gradients of the unscaled products and
+            sums the scale's gradient itself; then all tensors are float32 and there are no numbers.
+        height: rows of a chunk.
+    """
+    needs_image, needs_text = needs_grad
+    rows, depth = image.shape
+    image, text = padded(image, multiple), padded(text, multiple)
+    dimage = image.new_empty((rows, depth) if needs_image else (0,), dtype=dtype)
+    dtext: Tensor | None = None
+    parts: list[Tensor] = []
+    for chunk in row_chunks(rows, height):
+        image_rows = select_rows(image, chunk)
+        dlogits = chunk_gradients(chunk, image_rows, text)
+        if needs_text:
+            dtext = _product(dlogits.T, image_rows, dtext)
+        if factor is None and needs_image:
+            torch.mm(dlogits, text, out=select_rows(dimage, chunk))
+        elif factor is not None and (needs_image or not needs_text):
+            product = _product(dlogits, text)
+            parts.append((product * image_rows).sum())
+            if needs_image:
+                torch.mul(product[:, :depth], factor, out=dimage[chunk])
+        del dlogits  # before those of the next chunk are made
+    if dtext is None:
+        return dimage, text.new_empty(0, dtype=dtype), parts
+    if factor is None:
+        return dimage, dtext, parts
+    return dimage, (dtext[:, :depth] * factor).to(dtype), parts or [(dtext * text).sum()]
 
 
 def rows_of_chunk(row_bytes: int) -> int:
@@ -115,10 +157,14 @@ def rows_of_chunk(row_bytes: int) -> int:
     return max(1, most_bytes // (row_bytes * least_rows)) * least_rows
 
 
-def row_chunks(features: Tensor, row_bytes: int) -> Iterator[slice]:
-    height = rows_of_chunk(row_bytes)
-    for start in range(0, len(features), height):
-        yield slice(start, min(start + height, len(features)))
+def row_chunks(rows: int, height: int) -> Iterator[slice]:
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def select_rows(matrix: Tensor, chunk: slice) -> Tensor:
+    """A chunk of rows, without a view of all rows, which would take time."""
+    return matrix if chunk.stop - chunk.start == matrix.shape[0] else matrix[chunk]
 
 
 def padded(features: Tensor, multiple: int) -> Tensor:
@@ -127,55 +173,19 @@ def padded(features: Tensor, multiple: int) -> Tensor:
     return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
 
-def _feature_gradients(
-    chunk_gradients: Callable[[slice, Tensor, Tensor], Tensor],
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    unit: Tensor,
-    dtype: torch.dtype,
-    needs_grad: Sequence[bool],
-    multiple: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of image and text in `dtype`, empty unless needed, and the scale's in float32.
-
-    `chunk_gradients` maps rows, their images and all texts to the gradients of their logits times `unit`.
-    """
-    needs_image, needs_text = needs_grad
-    depth = image.shape[1]
-    image, text = padded(image, multiple), padded(text, multiple)
-    factor = logit_scale.float() / unit
-    dimage = image.new_empty((len(image), depth) if needs_image else (0,), dtype=dtype)
-    dtext = text.new_zeros(text.shape if needs_text else (0,), dtype=torch.float32)
-    dscale = torch.zeros_like(unit)
-    for rows in row_chunks(image, len(text) * image.itemsize):
-        image_rows = image[rows]
-        dlogits = chunk_gradients(rows, image_rows, text)[:, : len(text)]
-        if needs_text:
-            _add_product(dtext, dlogits.T, image_rows)
-        if needs_image or not needs_text:
-            product = _product(dlogits, text)
-            dscale += (product * image_rows).sum()
-        if needs_image:
-            torch.mul(product[:, :depth], factor, out=dimage[rows])
-    if needs_text:
-        if not needs_image:
-            dscale = (dtext * text).sum()
-        dtext = dtext[:, :depth]
-    return dimage, (dtext * factor).to(dtype), dscale / unit
+def _height(image: Tensor, text: Tensor) -> int:
+    return rows_of_chunk(len(text) * image.itemsize)
 
 
 def _totals(parts: Tensor) -> Tensor:
     return parts.sum(1, dtype=torch.float64).float()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matmul with a float32 result, which a CPU (interpreted kernels) can't make of 16-bit inputs."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def _add_product(acc: Tensor, a: Tensor, b: Tensor) -> None:
+def _product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
+    """a @ b in float32, added to `acc` in place; a CPU can't multiply 16-bit inputs so (interpreted kernels)."""
     if a.is_cuda:
-        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
-    else:
-        acc.addmm_(a.float(), b.float())
+        if acc is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    a, b = a.float(), b.float()
+    return torch.mm(a, b) if acc is None else acc.addmm_(a, b)

@@ -55,41 +55,53 @@ PROCESSORS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amd")
 
 
 class Launcher(NamedTuple):
-    """Runs an op on GPUs: a Python function that takes the named compiled kernel and the op's arguments."""
+    """Runs an op: a Python function that takes the named compiled kernel and the op's arguments."""
 
     function: Callable[..., Any]
     kernel: str
 
 
+_launchers: dict[tuple[str, str], Launcher] = {}
+"""By op and type of device."""
+
+
 def register(
-    op_name: str, reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None, launcher: Launcher | None
+    op_name: str,
+    reasons: backends.Reasons | None,
+    gpu_reasons: backends.Reasons | None,
+    cpu_launcher: Launcher | None,
+    gpu_launcher: Launcher | None,
 ) -> None:
     """Registers the library's kernels of an op as its backends "cpu" and "cuda"."""
     for device in _DEVICES:
-        function, kernel = _kernel(op_name), op_name
-        if launcher is not None and runs_gpu_kernels(device):
-            function, kernel = partial(launcher.function, _kernel(launcher.kernel)), launcher.kernel
-        op_reasons = _reasons(op_name, kernel, device, reasons, gpu_reasons)
+        launcher = gpu_launcher if runs_gpu_kernels(device) else cpu_launcher
+        if launcher is None:
+            function = _kernel(op_name)
+        else:
+            _launchers[op_name, device] = launcher
+            function = partial(launcher.function, _overload(launcher.kernel)._op)
+        op_reasons = _reasons(op_name, device, reasons, gpu_reasons)
         backends.register(op_name, device, function, op_reasons, device)
 
 
+def _overload(kernel: str) -> torch._ops.OpOverload:
+    found: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), kernel).default
+    return found
+
+
 def _kernel(op_name: str) -> Callable[..., Any]:
-    overload = getattr(getattr(torch.ops, NAMESPACE), op_name).default
+    overload = _overload(op_name)
     # `_op` is a microsecond faster than the overload.
     return backends.noting_writes(overload._op, overload)
 
 
 def _reasons(
-    op_name: str,
-    kernel: str,
-    device: str,
-    common_reasons: backends.Reasons | None,
-    gpu_reasons: backends.Reasons | None,
+    op_name: str, device: str, common_reasons: backends.Reasons | None, gpu_reasons: backends.Reasons | None
 ) -> backends.Reasons:
     def reasons(*args: Any) -> list[str]:
         if not LOADED:
             return [f"the compiled library is not loaded: {REASON}"]
-        if not implemented(kernel, device):
+        if not implemented(op_name, device):
             return [f"{op_name} has no compiled {device.upper()} kernel"]
         tensor = backends.first_tensor(args)
         if tensor is None:
@@ -111,11 +123,13 @@ def _reasons(
 
 @cache
 def implemented(op_name: str, device_type: str) -> bool:
-    """Whether the compiled library has a kernel for `<op_name>` on this type of device."""
+    """Whether the compiled library has a kernel for `<op_name>`, or for its launcher, on this type of device."""
     if not LOADED or device_type not in _DEVICES:
         return False
+    launcher = _launchers.get((op_name, device_type))
+    kernel = op_name if launcher is None else launcher.kernel
     try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op_name}", device_type.upper())
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{kernel}", device_type.upper())
     except RuntimeError:  # no such operator
         return False
 

@@ -46,33 +46,19 @@ void add_dlogits(Call& call, bool needed, Params& params) {
           " bytes after a multiple");
 }
 
-ContrastiveStatistics new_statistics(Call& call, const ContrastiveFeatures& features) {
-  ContrastiveStatistics params{features};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Input image, Input text,
+                                                                               Input logit_scale,
+                                                                               int64_t offset, bool keep) {
+  Call call;
+  ContrastiveStatistics params{read_features(call, image, text, logit_scale, offset)};
+  const int64_t sizes[] = {params.rows, params.columns};
   params.row_lse = call.output_floats("row_lse", params.rows);
   params.col_lse = call.output_floats("col_lse", params.columns);
   params.positive = call.output_floats("positive", params.rows);
   params.row_max = call.output_floats("row_max", params.rows);
   params.col_max = call.output_floats("col_max", params.columns);
-  return params;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Input image, Input text,
-                                                                       Input logit_scale, int64_t offset) {
-  Call call;
-  const ContrastiveStatistics params =
-      new_statistics(call, read_features(call, image, text, logit_scale, offset));
+  params.logits = call.output_if(keep, "logits", sizes, DType::Float32, DType::Float32).floats();
   call.launch<nullptr, cuda::contrastive_forward>("contrastive_forward", params);
-  return call.results<5>();
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_kept_forward(Input image, Input text,
-                                                                                    Input logit_scale,
-                                                                                    int64_t offset) {
-  Call call;
-  ContrastiveStatistics params = new_statistics(call, read_features(call, image, text, logit_scale, offset));
-  const int64_t sizes[] = {params.rows, params.columns};
-  params.logits = call.output("logits", sizes, DType::Float32).floats();
-  call.launch<nullptr, cuda::contrastive_forward>("contrastive_kept_forward", params);
   return call.results<6>();
 }
 
@@ -111,7 +97,6 @@ std::tuple<Tensor, Tensor> siglip_dlogits(Input image, Input text, Input logit_s
 
 EVAKERNELS_GPU_OPS(contrastive_logits, m) {
   EVAKERNELS_OP(m, contrastive_forward);
-  EVAKERNELS_OP(m, contrastive_kept_forward);
   EVAKERNELS_OP(m, contrastive_dlogits);
   EVAKERNELS_OP(m, siglip_dlogits);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -22,20 +23,6 @@ void for_each_block(const LogitTile& tile, ParallelFor parallel_for, const Body&
       body(block, first, std::min(first + kBlockColumns, tile.columns));
     }
   });
-}
-
-// Sum of body over the blocks of a tile, in order.
-template <class Body>
-SiglipSums sum_of_blocks(const LogitTile& tile, ParallelFor parallel_for, const Body& body) {
-  std::vector<SiglipSums> sums(ceil_div(tile.columns, kBlockColumns));
-  for_each_block(tile, parallel_for,
-                 [&](int64_t block, int64_t begin, int64_t end) { sums[block] = body(begin, end); });
-  SiglipSums total;
-  for (const SiglipSums& sum : sums) {
-    total.loss += sum.loss;
-    total.dbias += sum.dbias;
-  }
-  return total;
 }
 
 float log_sum_exp(float sum, float highest) {
@@ -75,19 +62,22 @@ class BlockSums {
   std::vector<float> values_;
 };
 
-// Gradients of the positives, with exact exponentials: where the probability is almost 1, the terms cancel
-// with dpositive.
-std::vector<float> gradients_of_pairs(const ContrastiveBackward& params) {
+// Replaces the positives by their gradients, in float64: where the probability is almost 1, the terms cancel
+// with dpositive. Returns the sum of gradient * value.
+double replace_pairs(const ContrastiveBackward& params, float scale) {
   const LogitTile& tile = params.tile;
-  std::vector<float> gradients(tile.rows);
+  double total = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const int64_t column = tile.pair + row;
-    const float logit = tile.logits[row * tile.columns + column];
-    const float through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
-    const float through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
-    gradients[row] = through_row + through_column + params.dpositive[row];
+    float& value = tile.values[row * tile.columns + column];
+    const double logit = value * scale;
+    const double through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
+    const double through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
+    const double gradient = through_row + through_column + params.dpositive[row];
+    total += gradient * value;
+    value = static_cast<float>(gradient * tile.scale);
   }
-  return gradients;
+  return total;
 }
 
 }  // namespace
@@ -101,51 +91,42 @@ void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor 
   });
   for (int64_t row = 0; row < tile.rows; ++row) {
     sums.finish(row, params.row_lse + row, params.row_max + row);
-    params.positive[row] = tile.logits[row * tile.columns + tile.pair + row];
+    params.positive[row] = tile.values[row * tile.columns + tile.pair + row];
   }
-}
-
-void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_t columns) {
-  for (int64_t i = 0; i < columns; ++i) {
-    col_lse[i] = log_sum_exp(col_sum[i], col_max[i]);
-    col_max[i] = maximum(col_sum[i], col_max[i]);
+  if (!params.is_last) return;
+  for (int64_t i = 0; i < tile.columns; ++i) {
+    const float sum = params.col_lse[i];
+    params.col_lse[i] = log_sum_exp(sum, params.col_max[i]);
+    params.col_max[i] = maximum(sum, params.col_max[i]);
   }
 }
 
 void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  const LogitTile& tile = params.tile;
-  const std::vector<float> pairs = gradients_of_pairs(params);
-  for_each_block(tile, parallel_for,
-                 [&](int64_t, int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    tile.logits[row * tile.columns + tile.pair + row] = pairs[row];
-  }
-}
-
-SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  return sum_of_blocks(params.tile, parallel_for,
-                       [&](int64_t begin, int64_t end) { return kernels.siglip_value(params, begin, end); });
-}
-
-SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  return sum_of_blocks(params.tile, parallel_for, [&](int64_t begin, int64_t end) {
-    return kernels.siglip_forward(params, begin, end);
+  std::vector<double> sums(ceil_div(params.tile.columns, kBlockColumns));
+  for_each_block(params.tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+    sums[block] = kernels.backward(params, begin, end);
   });
+  const double total = std::accumulate(sums.begin(), sums.end(),
+                                       replace_pairs(params, params.are_logits ? 1.0f : params.tile.scale));
+  *params.dscale = static_cast<float>(params.are_logits ? total / params.tile.scale : total);
 }
 
-void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
+void siglip(const SiglipTile& params, Isa isa, ParallelFor parallel_for) {
   const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  run_parallel(parallel_for, params.rows, tasks_grain(params.width),
-               [&](int64_t begin, int64_t end) { kernels.scale_image(params, begin, end); });
-}
-
-void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for) {
-  const ContrastiveKernels& kernels = EVAKERNELS_OF_ISA(isa, contrastive);
-  run_parallel(parallel_for, params.rows, tasks_grain(params.width),
-               [&](int64_t begin, int64_t end) { kernels.finish_image(params, begin, end); });
+  std::vector<SiglipSums> sums(ceil_div(params.tile.columns, kBlockColumns));
+  for_each_block(params.tile, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+    sums[block] = kernels.siglip(params, begin, end);
+  });
+  SiglipSums total;
+  for (const SiglipSums& sum : sums) {
+    total.loss += sum.loss;
+    total.dscale += sum.dscale;
+    total.dbias += sum.dbias;
+  }
+  *params.loss = static_cast<float>(total.loss);
+  *params.dscale = static_cast<float>(total.dscale);
+  *params.dbias = static_cast<float>(total.dbias);
 }
 
 }  // namespace evakernels::cpu

@@ -40,13 +40,37 @@ struct Range {
 
 // Rows [first, last) of a tile and one column block.
 struct Block {
-  float* logits;
+  float* values;
   int64_t stride;
   int64_t rows;
   int64_t width;
+  int64_t pair;  // column of the first row's positive
 
-  float* row(int64_t i) const { return logits + i * stride; }
+  float* row(int64_t i) const { return values + i * stride; }
 };
+
+// A gradient of the scale is a small difference of large terms.
+typedef double F64 __attribute__((vector_size(kLanes * sizeof(double))));
+
+inline void add_product(F64& sums, F32 a, F32 b) {
+  sums += __builtin_convertvector(a, F64) * __builtin_convertvector(b, F64);
+}
+
+inline double total_of(const F64& sums) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  return total;
+}
+
+// Calls body(first column, columns, whether it is the positive) for the parts of a row.
+template <class Body>
+inline void for_each_part(const Block& block, int64_t row, const Body& body) {
+  const int64_t pair = block.pair + row;
+  if (pair < 0 || pair >= block.width) return body(0, block.width, false);
+  if (pair > 0) body(0, pair, false);
+  body(pair, 1, true);
+  if (pair + 1 < block.width) body(pair + 1, block.width - pair - 1, false);
+}
 
 // Calls body(block, first row) for the blocks of columns [begin, end) of a tile.
 template <class Body>
@@ -54,20 +78,27 @@ inline void for_each_row_block(const LogitTile& tile, int64_t begin, int64_t end
   for (int64_t first = 0; first < tile.rows; first += kBlockRows) {
     const int64_t left = tile.rows - first;
     const int64_t rows = left < kBlockRows ? left : kBlockRows;
-    body(Block{tile.logits + first * tile.columns + begin, tile.columns, rows, end - begin}, first);
+    body(Block{.values = tile.values + first * tile.columns + begin,
+               .stride = tile.columns,
+               .rows = rows,
+               .width = end - begin,
+               .pair = tile.pair + first - begin},
+         first);
   }
 }
 
 // --- forward ---
 
-void find_maxima(const Block& block, float* row_max, float* col_max) {
+// Also scales products to logits.
+void find_maxima(const Block& block, float scale, float* row_max, float* col_max) {
   for_each_vector(block.width,
                   [&](int64_t i, auto part) { store(col_max + i, broadcast(-kInfinity), part); });
   for (int64_t row = 0; row < block.rows; ++row) {
-    const float* logits = block.row(row);
+    float* logits = block.row(row);
     Range range;
     for_each_vector(block.width, [&](int64_t i, auto part) {
-      const F32 s = load(logits + i, part);
+      const F32 s = load(logits + i, part) * scale;
+      store(logits + i, s, part);
       range.high = larger(fill_beyond(s, -kInfinity, part), range.high);
       store(col_max + i, larger(s, load(col_max + i, part)), part);
     });
@@ -125,7 +156,7 @@ void forward(const ContrastiveForward& params, const RowSums& row_sums, int64_t 
     float* row_shift = row_sums.shift + first;
     float* row_sum = row_sums.sum + first;
     float col_max[kBlockColumns], col_shift[kBlockColumns], col_sum[kBlockColumns] = {};
-    find_maxima(block, row_max, col_max);
+    find_maxima(block, params.tile.scale, row_max, col_max);
     Range maxima;
     maxima.add(row_max, block.rows);
     maxima.add(col_max, block.width);
@@ -139,7 +170,7 @@ void forward(const ContrastiveForward& params, const RowSums& row_sums, int64_t 
       for (int64_t i = 0; i < block.width; ++i) col_shift[i] = col_max[i];
       sum_apart(block, row_max, col_max, row_sum, col_sum);
     }
-    add_to_columns(block.width, col_max, col_shift, col_sum, params.col_max + begin, params.col_sum + begin);
+    add_to_columns(block.width, col_max, col_shift, col_sum, params.col_max + begin, params.col_lse + begin);
   });
 }
 
@@ -152,38 +183,62 @@ void factors(const float* gradient, const float* lse, float shift, int64_t count
   });
 }
 
-void backward(const ContrastiveBackward& params, int64_t begin, int64_t end) {
+// Replaces the values of a row, without the positive, by gradient_of(logit, column, part) * tile.scale.
+// Returns the sum of gradient * value.
+template <class Gradient>
+double replace_row(const ContrastiveBackward& params, const Block& block, int64_t row,
+                   const Gradient& gradient_of) {
+  float* values = block.row(row);
+  // Rounded as in the forward pass: a fused multiply-add would compute exp(logit - lse) of another logit.
+  float scaled[kBlockColumns];
+  const float* logits = params.are_logits ? values : scaled;
+  if (!params.are_logits) {
+    for_each_vector(block.width, [&](int64_t i, auto part) {
+      store(scaled + i, load(values + i, part) * params.tile.scale, part);
+    });
+  }
+  F64 sums = {};
+  for_each_part(block, row, [&](int64_t first, int64_t count, bool is_pair) {
+    if (is_pair) return;
+    for_each_vector(count, [&](int64_t i, auto part) {
+      const F32 value = load(values + first + i, part);
+      const F32 gradient = gradient_of(load(logits + first + i, part), first + i, part);
+      store(values + first + i, gradient * params.tile.scale, part);
+      add_product(sums, zero_beyond(gradient, part), value);
+    });
+  });
+  return total_of(sums);
+}
+
+double backward(const ContrastiveBackward& params, int64_t begin, int64_t end) {
   const float* dcol = params.dcol_lse + begin;
   const float* col_lse = params.col_lse + begin;
+  double total = 0;
   for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
     const float* drow = params.drow_lse + first;
     const float* row_lse = params.row_lse + first;
     Range range;
     range.add(row_lse, block.rows);
     range.add(col_lse, block.width);
-    if (range.is_narrow()) {
-      const float shift = range.highest();
-      float of_row[kBlockRows], of_col[kBlockColumns];
+    const float shift = range.highest();
+    const bool is_narrow = range.is_narrow();
+    float of_row[kBlockRows], of_col[kBlockColumns];
+    if (is_narrow) {
       factors(drow, row_lse, shift, block.rows, of_row);
       factors(dcol, col_lse, shift, block.width, of_col);
-      for (int64_t row = 0; row < block.rows; ++row) {
-        float* logits = block.row(row);
-        for_each_vector(block.width, [&](int64_t i, auto part) {
-          store(logits + i, exp(load(logits + i, part) - shift) * (of_row[row] + load(of_col + i, part)),
-                part);
-        });
-      }
-      return;
     }
     for (int64_t row = 0; row < block.rows; ++row) {
-      float* logits = block.row(row);
-      for_each_vector(block.width, [&](int64_t i, auto part) {
-        const F32 s = load(logits + i, part);
-        const F32 through_row = exp(s - row_lse[row]) * drow[row];
-        store(logits + i, through_row + exp(s - load(col_lse + i, part)) * load(dcol + i, part), part);
-      });
+      const auto with_shift = [&](F32 s, int64_t i, auto part) {
+        return exp(s - shift) * (of_row[row] + load(of_col + i, part));
+      };
+      const auto apart = [&](F32 s, int64_t i, auto part) {
+        return exp(s - row_lse[row]) * drow[row] + exp(s - load(col_lse + i, part)) * load(dcol + i, part);
+      };
+      total +=
+          is_narrow ? replace_row(params, block, row, with_shift) : replace_row(params, block, row, apart);
     }
   });
+  return total;
 }
 
 // --- siglip ---
@@ -211,101 +266,47 @@ inline F32 softplus(F32 x, F32 power) {
 
 inline F32 power_of(F32 x) { return exp(x < 0.0f ? x : -x); }
 
-// Returns the pair's value before; 0 if it is in other columns.
-inline float negate_pair(const LogitTile& tile, float* logits, int64_t row, int64_t begin, int64_t end) {
-  const int64_t column = tile.pair + row;
-  if (column < begin || column >= end) return 0;
-  const float value = logits[column - begin];
-  logits[column - begin] = -value;
-  return value;
-}
-
-// Adds the bias and negates the positives, so that the loss is the same function of every logit.
-inline void prepare_row(const SiglipTile& params, float* logits, int64_t row, int64_t begin, int64_t end) {
-  for_each_vector(end - begin, [&](int64_t i, auto part) {
-    store(logits + i, load(logits + i, part) + params.bias, part);
-  });
-  negate_pair(params.tile, logits, row, begin, end);
-}
-
-SiglipSums siglip_value(const SiglipTile& params, int64_t begin, int64_t end) {
+// With negated positives the loss is the same function of every logit. Negating them before and after the
+// sigmoid computes sigmoid(x) - 1 without cancellation.
+template <bool kNeedsGrad>
+SiglipSums siglip_sums(const SiglipTile& params, int64_t begin, int64_t end) {
+  const float scale = params.tile.scale, bias = params.bias;
   SiglipSums total;
-  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
+  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t) {
     for (int64_t row = 0; row < block.rows; ++row) {
-      float* logits = block.row(row);
-      prepare_row(params, logits, first + row, begin, end);
-      float sum[1];
-      sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
-        const F32 x = load(logits + i, part);
-        sums[0] += zero_beyond(softplus(x, power_of(x)), part);
+      for_each_part(block, row, [&](int64_t first, int64_t count, bool is_pair) {
+        float* values = block.row(row) + first;
+        const float sign = is_pair ? -1.0f : 1.0f;
+        float sum[kNeedsGrad ? 3 : 1];
+        sum_over_row(count, sum, [&](int64_t i, auto part, F32* sums) {
+          const F32 value = load(values + i, part);
+          const F32 x = sign * (value * scale + bias);
+          const F32 power = power_of(x);
+          sums[0] += zero_beyond(softplus(x, power), part);
+          if constexpr (kNeedsGrad) {
+            const F32 gradient = sign * (x < 0.0f ? power : broadcast(1.0f)) / (1.0f + power);
+            store(values + i, gradient * scale, part);
+            sums[1] += zero_beyond(gradient * value, part);
+            sums[2] += zero_beyond(gradient, part);
+          }
+        });
+        total.loss += sum[0];
+        if constexpr (kNeedsGrad) {
+          total.dscale += sum[1];
+          total.dbias += sum[2];
+        }
       });
-      total.loss += sum[0];
     }
   });
   return total;
 }
 
-// Negating the positives before and after the sigmoid computes sigmoid(x) - 1 without cancellation.
-SiglipSums siglip_forward(const SiglipTile& params, int64_t begin, int64_t end) {
-  SiglipSums total;
-  for_each_row_block(params.tile, begin, end, [&](const Block& block, int64_t first) {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      float* logits = block.row(row);
-      prepare_row(params, logits, first + row, begin, end);
-      float sum[2];
-      sum_over_row(block.width, sum, [&](int64_t i, auto part, F32* sums) {
-        const F32 x = load(logits + i, part);
-        const F32 power = power_of(x);
-        const F32 gradient = (x < 0.0f ? power : broadcast(1.0f)) / (1.0f + power);
-        store(logits + i, gradient, part);
-        sums[0] += zero_beyond(softplus(x, power), part);
-        sums[1] += zero_beyond(gradient, part);
-      });
-      total.loss += sum[0];
-      total.dbias += sum[1] - 2.0 * negate_pair(params.tile, logits, first + row, begin, end);
-    }
-  });
-  return total;
-}
-
-// --- features ---
-
-template <class T>
-void scale_rows(const ImageRows& params, int64_t begin, int64_t end) {
-  const T* image = static_cast<const T*>(params.image) + begin * params.width;
-  float* scaled = params.scaled + begin * params.width;
-  for_each_vector((end - begin) * params.width, [&](int64_t i, auto part) {
-    store(scaled + i, load(image + i, part) * params.scale, part);
-  });
-}
-
-template <class T>
-void finish_rows(const ImageRows& params, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* image = static_cast<const T*>(params.image) + row * params.width;
-    const float* gradient = params.scaled + row * params.width;
-    T* dimage = static_cast<T*>(params.dimage) + row * params.width;
-    sum_over_row(params.width, *reinterpret_cast<float (*)[1]>(params.dot_products + row),
-                 [&](int64_t i, auto part, F32* sums) {
-                   const F32 g = load(gradient + i, part);
-                   store(dimage + i, g * params.scale, part);
-                   sums[0] += g * load(image + i, part);
-                 });
-  }
-}
-
-void scale_image(const ImageRows& params, int64_t begin, int64_t end) {
-  with_element_type(params.dtype, [&]<class T>(T) { scale_rows<T>(params, begin, end); });
-}
-
-void finish_image(const ImageRows& params, int64_t begin, int64_t end) {
-  with_element_type(params.dtype, [&]<class T>(T) { finish_rows<T>(params, begin, end); });
+SiglipSums siglip(const SiglipTile& params, int64_t begin, int64_t end) {
+  return params.needs_grad ? siglip_sums<true>(params, begin, end) : siglip_sums<false>(params, begin, end);
 }
 
 }  // namespace
 
-const ContrastiveKernels contrastive = {
-    forward, backward, siglip_value, siglip_forward, scale_image, finish_image,
-};
+const ContrastiveKernels contrastive = {forward, backward, siglip};
 
 }  // namespace evakernels::cpu::EVAKERNELS_ISA_NAMESPACE

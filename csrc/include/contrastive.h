@@ -6,54 +6,44 @@
 
 namespace evakernels {
 
-// Logits of `rows` images and all captions. The positive of row i is in column pair + i.
+// Products of `rows` images with all captions, image @ text^T; logits are scale * products. The positive of
+// row i is in column pair + i.
 struct LogitTile {
-  float* logits;  // [rows, columns], dense
+  float* values;  // [rows, columns], dense
   int64_t rows;
   int64_t columns;
   int64_t pair;
+  float scale;
 };
 
 struct ContrastiveForward {
-  LogitTile tile;
+  LogitTile tile;   // overwritten with the logits
   float* row_lse;   // [rows]
-  float* row_max;   // [rows]
   float* positive;  // [rows]
+  float* row_max;   // [rows]
   float* col_max;   // [columns], of the tiles so far
-  float*
-      col_sum;  // [columns], of exp(logit - col_max) in the tiles so far; 0 in place of an infinite col_max
+  float* col_lse;   // [columns]; until the last tile sums of exp(logit - col_max), 0 for an infinite col_max
+  bool is_last;
 };
 
 struct ContrastiveBackward {
-  LogitTile tile;          // overwritten with the gradient of the logits
+  LogitTile tile;          // overwritten with the gradient of the products
   const float* drow_lse;   // [rows]
   const float* dcol_lse;   // [columns]
   const float* dpositive;  // [rows]
   const float* row_lse;    // [rows]
   const float* col_lse;    // [columns]
+  float* dscale;           // one element
+  bool are_logits;         // the tile has logits that forward saved; the scale isn't 0
 };
 
 struct SiglipTile {
-  LogitTile tile;  // siglip_forward overwrites it with the gradient of the logits
+  LogitTile tile;  // overwritten with the gradient of the products, if it is needed
+  float* loss;     // one element each: the sum of losses, and the gradients of scale and bias if needed
+  float* dscale;
+  float* dbias;
   float bias;
-};
-
-// A tile's share of the loss and of the bias gradient.
-struct SiglipSums {
-  double loss = 0;
-  double dbias = 0;
-};
-
-// Rows of image features before and after the matmuls.
-struct ImageRows {
-  const void* image;    // [rows, width], dtype, dense
-  float* scaled;        // [rows, width]: scale * image; backward: the gradient of that
-  void* dimage;         // [rows, width], dtype, dense
-  float* dot_products;  // [rows]: of image with the gradient
-  int64_t rows;
-  int64_t width;
-  float scale;
-  DType dtype;
+  bool needs_grad;
 };
 
 namespace cpu {
@@ -61,20 +51,9 @@ namespace cpu {
 // Each makes one pass over a tile of logits. Results don't depend on the number of threads.
 void contrastive_forward(const ContrastiveForward& params, Isa isa, ParallelFor parallel_for);
 
-// Turns the sums of columns into log-sum-exps after the last tile.
-void finish_columns(const float* col_sum, float* col_max, float* col_lse, int64_t columns);
-
 void contrastive_backward(const ContrastiveBackward& params, Isa isa, ParallelFor parallel_for);
 
-SiglipSums siglip_value(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
-
-SiglipSums siglip_forward(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
-
-// scaled = scale * image.
-void scale_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);
-
-// dimage = scale * scaled, and the dot products that sum to the gradient of the scale.
-void finish_image(const ImageRows& params, Isa isa, ParallelFor parallel_for);
+void siglip(const SiglipTile& params, Isa isa, ParallelFor parallel_for);
 
 // Blocks of a tile fit into the L2 cache (256 KiB), so that each is read from memory once.
 constexpr int64_t kBlockColumns = 512;
@@ -87,17 +66,19 @@ struct RowSums {
   float* sum;
 };
 
-// The loops of one instruction set.
-struct ContrastiveKernels {
-  // Columns [begin, end), kBlockColumns at most.
-  void (*forward)(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end);
-  void (*backward)(const ContrastiveBackward& params, int64_t begin, int64_t end);
-  SiglipSums (*siglip_value)(const SiglipTile& params, int64_t begin, int64_t end);
-  SiglipSums (*siglip_forward)(const SiglipTile& params, int64_t begin, int64_t end);
+// A block's share of the loss and of the gradients of scale and bias.
+struct SiglipSums {
+  double loss = 0;
+  double dscale = 0;
+  double dbias = 0;
+};
 
-  // Rows [begin, end).
-  void (*scale_image)(const ImageRows& params, int64_t begin, int64_t end);
-  void (*finish_image)(const ImageRows& params, int64_t begin, int64_t end);
+// The loops of one instruction set, for columns [begin, end), kBlockColumns at most.
+struct ContrastiveKernels {
+  void (*forward)(const ContrastiveForward& params, const RowSums& row_sums, int64_t begin, int64_t end);
+  // Leaves the pairs and returns the share of the others in the sum of gradient * value.
+  double (*backward)(const ContrastiveBackward& params, int64_t begin, int64_t end);
+  SiglipSums (*siglip)(const SiglipTile& params, int64_t begin, int64_t end);
 };
 
 EVAKERNELS_FOR_EACH_ISA(extern const ContrastiveKernels contrastive;)

@@ -258,18 +258,18 @@ def _swiglu_mlp_backward(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Te
     return int(2 * (x.numel() // x.shape[-1]) * (of_inputs + of_weights))
 
 
-_LOGIT_GRADIENTS = {"contrastive_backward": 3, "contrastive_kept_backward": 3, "siglip_forward": 0}
+_LOGIT_GRADIENTS = {"contrastive_backward": 3, "siglip_forward": 0}
 """Ops that compute gradients of logits, and the index of their image features."""
 
 
-def _contrastive(gemms: int, first: int = 0) -> Callable[..., int]:
-    """FLOPs of `gemms` products of the logits' size; `first` is the index of the image features."""
+def _contrastive(gemms: int) -> Callable[..., int]:
+    """FLOPs of `gemms` products of the logits' size."""
+    return lambda image, text, *_, **__: gemms * 2 * len(image) * len(text) * image.shape[1]
 
-    def formula(*args: Any, **_: Any) -> int:
-        image, text = args[first : first + 2]
-        return int(gemms * 2 * len(image) * len(text) * image.shape[1])
 
-    return formula
+def _contrastive_backward(*args: Any, **_: Any) -> int:
+    image, text, logits = args[3], args[4], args[8]
+    return _contrastive(3 if logits is None else 2)(image, text)
 
 
 # The backward pass of attention has 5 GEMMs to the 2 of the forward pass, as torch counts its own attention.
@@ -286,9 +286,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     _ops.swiglu_mlp_forward: _swiglu_mlp,
     _ops.swiglu_mlp_backward: _swiglu_mlp_backward,
     _ops.contrastive_forward: _contrastive(1),
-    _ops.contrastive_backward: _contrastive(3, first=3),
-    _ops.contrastive_kept_forward: _contrastive(1),
-    _ops.contrastive_kept_backward: _contrastive(2, first=3),
+    _ops.contrastive_backward: _contrastive_backward,
     _ops.siglip_forward: _contrastive(3),
 }
 """FLOPs by operator, two for a MAC; called with the operator's arguments and `out_val`."""

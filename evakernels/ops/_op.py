@@ -109,10 +109,7 @@ class Op:
     def _refuse_gradient(self, ctx: Any, *grads: Any) -> Any:
         if not self.takes_gradients:
             raise RuntimeError(f"evakernels: {self.name} has no gradient")
-        raise RuntimeError(
-            f"evakernels: {self.family} has no second derivative; torch's own operators have one: make the forward "
-            "pass under `with evakernels.as_torch_operators():`"
-        )
+        _refuse_second_derivative(self.family)
 
 
 def define(
@@ -128,6 +125,7 @@ def define(
     reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
     triton_reasons: backends.Reasons = lambda *args, **given: [],
+    cpu_launcher: _native.Launcher | None = None,
     gpu_launcher: _native.Launcher | None = None,
 ) -> Op:
     """Defines the operator that is named like the reference and returns its `Op`.
@@ -145,7 +143,8 @@ def define(
         reasons: takes arguments by name and returns why compiled kernels don't support the call.
         gpu_reasons: the same for compiled kernels on GPUs.
         triton_reasons: the same for Triton kernels; takes the first tensor, too.
-        gpu_launcher: runs the op on GPUs with a compiled kernel and torch's matmuls.
+        cpu_launcher: runs the op on CPUs with a compiled kernel and torch's matmuls.
+        gpu_launcher: the same on GPUs.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -162,7 +161,7 @@ def define(
         _library.impl(name, op.record, "Autograd")
     backends.register(name, "reference", reference)
     triton.register(name, backends.family(name), triton_reasons)
-    _native.register(name, reasons, gpu_reasons, gpu_launcher)
+    _native.register(name, reasons, gpu_reasons, cpu_launcher, gpu_launcher)
 
     def in_torch_operators(*args: Any) -> Any:
         is_eager = not torch.compiler.is_compiling()
@@ -184,7 +183,7 @@ def define_kernel(schema: str) -> None:
 
 def differentiable(
     forward: Op,
-    backward: Op,
+    backward: Op | None,
     *,
     setup_context: Callable[..., None],
     formula: Callable[..., Any],
@@ -193,16 +192,38 @@ def differentiable(
     """Gives `forward` the gradient `formula`, which calls `backward`; a second derivative raises.
 
     Args:
-        forward, backward: the ops.
-        setup_context: as for `torch.library.register_autograd`.
+        forward, backward: the ops; None for a formula in torch's operators.
+        setup_context: as for `torch.library.register_autograd`; without `backward` it saves the inputs, too.
         formula: maps `ctx` and the gradients of the outputs to those of leading arguments, with any placeholder for
             arguments that need no gradient.
         returned: number of outputs of the public function; None for all. The others are non-differentiable.
     """
     if returned is not None:
         forward.public_outputs = lambda outputs: outputs[0] if returned == 1 else outputs[:returned]
-    backward.takes_gradients = True
+    if backward is None:
+        formula = _differentiable_once(forward.family, formula)
+    else:
+        backward.takes_gradients = True
     forward.function = _autograd_function(forward.family, formula, setup_context, returned)
+
+
+def _differentiable_once(family: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    refusing = _autograd_function(family, lambda ctx, *grads: _refuse_second_derivative(family))
+
+    def once(ctx: Any, *grads: Any) -> Any:
+        # A constant upstream gradient needs none, but the saved inputs do: their second derivative isn't zero.
+        if torch.is_grad_enabled() and needs_grad(*grads, *ctx.saved_tensors):
+            return refusing.apply(*grads, *ctx.saved_tensors, lambda *_: formula(ctx, *grads), False)
+        return formula(ctx, *grads)
+
+    return once
+
+
+def _refuse_second_derivative(family: str) -> None:
+    raise RuntimeError(
+        f"evakernels: {family} has no second derivative; torch's own operators have one: make the forward "
+        "pass under `with evakernels.as_torch_operators():`"
+    )
 
 
 def _autograd_function(

@@ -1,7 +1,7 @@
 """InfoNCE and SigLIP over the global batch, without a matrix of logits unless it is small."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import _logit_gradients, backends
+from .. import _logit_gradients, _logit_tiles, backends
 from .._native import Launcher
 from ..distributed import Group, gather_rows, logsumexp_of_ranks, rank_and_size, resolved, sum_of_ranks
 from ..reference import accumulation_dtype
 from ..reference import contrastive as reference
 from . import _check
-from ._op import Op, define, define_kernel, differentiable
+from ._op import define, define_kernel, differentiable
 
 MEMORY_BUDGET = 1 << 28
 """256 MiB: the float32 logits of 8,192 pairs, or of 2,896 on each of 8 ranks."""
@@ -128,7 +128,7 @@ def clip_loss(
         target = (1 - label_smoothing) * target + label_smoothing * mean_logit
     if rank_and_size(op, group)[1] == 1:
         # The differences are small and the terms are not: summing the terms first would lose digits.
-        return ((row_lse - target) + (col_lse - target)).sum() / (2 * len(col_lse))
+        return (torch.stack((row_lse, col_lse)) - target).mean()
     loss: Tensor = _GlobalLoss.apply(row_lse, col_lse, target, group)  # type: ignore[no-untyped-call]
     return loss
 
@@ -137,9 +137,8 @@ def _statistics(
     inputs: tuple[Tensor, Tensor, Tensor], offset: int, memory_budget: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text, _ = inputs
-    keeps = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    forward = _kept_forward if keeps and _is_recorded(inputs) else _forward
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = forward(*inputs, offset)
+    fits = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(*inputs, offset, fits and _is_recorded(inputs))
     return found
 
 
@@ -180,7 +179,7 @@ def siglip_loss(
 
 def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """The sum of the sigmoid loss over these images and all texts, unchecked; row i belongs to text offset + i."""
-    inputs = image, text, logit_scale.reshape(()), logit_bias.reshape(())
+    inputs = image, text, _zero_dim(logit_scale), _zero_dim(logit_bias)
     if len(image) == 0:
         return _zero_of(*inputs)
     if not _is_recorded(inputs):
@@ -238,16 +237,36 @@ def _check_scalar(op: str, name: str, scalar: Tensor, like: Tensor) -> Tensor:
     if scalar.numel() != 1:
         raise ValueError(f"{op}: {name} must have one element, got shape {tuple(scalar.shape)}")
     _check.same_device(op, features=like, **{name: scalar})
-    return scalar.reshape(())
+    return _zero_dim(scalar)
+
+
+def _zero_dim(scalar: Tensor) -> Tensor:
+    return scalar if scalar.dim() == 0 else scalar.reshape(())  # a view takes time, in backward too
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
-    of_row = image.new_empty(image.shape[0], dtype=accumulation_dtype(image))
-    of_col = image.new_empty(text.shape[0], dtype=of_row.dtype)
-    return of_row, of_col, torch.empty_like(of_row), torch.empty_like(of_row), torch.empty_like(of_col)
+def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, keep: bool) -> Any:
+    rows, columns = image.shape[0], text.shape[0]
+    sizes = (rows,), (columns,), (rows,), (rows,), (columns,), (rows, columns) if keep else (0,)
+    return tuple(image.new_empty(size, dtype=accumulation_dtype(image)) for size in sizes)
+
+
+def _forward_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, keep: bool) -> Any:
+    return reference.contrastive_forward(image, text, logit_scale, offset, False)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, logit_scale, ctx.offset, keep = inputs
+    row_lse, col_lse, _, row_max, col_max, logits = output
+    ctx.mark_non_differentiable(row_max, col_max)
+    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, logits if keep else None)
+
+
+def _gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
+    needs_image, needs_text, *_ = ctx.needs_input_grad
+    return _backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
 
 
 def _backward_fake(*args: Any) -> Any:
@@ -264,61 +283,6 @@ def _empty_gradients(
     return dimage, dtext, torch.empty_like(logit_scale)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, logit_scale, ctx.offset = inputs
-    row_lse, col_lse, _, row_max, col_max, *logits = output
-    ctx.mark_non_differentiable(row_max, col_max)
-    ctx.save_for_backward(image, text, logit_scale, row_lse, col_lse, *logits)
-
-
-def _gradient_by(backward: Op) -> Callable[..., Any]:
-    def gradient(ctx: Any, drow_lse: Tensor, dcol_lse: Tensor, dpositive: Tensor, *_: Tensor) -> Any:
-        needs_image, needs_text, *_ = ctx.needs_input_grad
-        return backward(drow_lse, dcol_lse, dpositive, *ctx.saved_tensors, ctx.offset, (needs_image, needs_text))
-
-    return gradient
-
-
-def _gpu_reasons(*, image: Tensor | None = None, **_: Any) -> list[str]:
-    """Why GPU kernels don't support these features."""
-    is_float32 = image is not None and image.dtype == torch.float32
-    return ["float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too"] if is_float32 else []
-
-
-_FEATURES = "Tensor image, Tensor text, Tensor logit_scale"
-_UPSTREAM = "Tensor drow_lse, Tensor dcol_lse, Tensor dpositive"
-define_kernel(f"contrastive_dlogits({_UPSTREAM}, {_FEATURES}, Tensor row_lse, Tensor col_lse, int offset) -> Tensor")
-define_kernel(f"siglip_dlogits({_FEATURES}, Tensor logit_bias, int offset, bool[] needs_grad) -> (Tensor, Tensor)")
-
-_forward = define(reference.contrastive_forward, fake=_forward_fake, gpu_reasons=_gpu_reasons)
-_backward = define(
-    reference.contrastive_backward,
-    fake=_backward_fake,
-    gpu_reasons=_gpu_reasons,
-    gpu_launcher=Launcher(_logit_gradients.contrastive_backward, "contrastive_dlogits"),
-)
-differentiable(_forward, _backward, setup_context=_setup, formula=_gradient_by(_backward))
-
-
-def _kept_forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
-    statistics = _forward_fake(image, text, logit_scale, offset)
-    return *statistics, statistics[0].new_empty(image.shape[0], text.shape[0])
-
-
-def _kept_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int) -> Any:
-    return *reference.contrastive_forward(image, text, logit_scale, offset), image.new_empty(0)
-
-
-_kept_forward = define(
-    reference.contrastive_kept_forward,
-    fake=_kept_forward_fake,
-    decomposition=_kept_decomposition,
-    gpu_reasons=_gpu_reasons,
-)
-_kept_backward = define(reference.contrastive_kept_backward, fake=_backward_fake)
-differentiable(_kept_forward, _kept_backward, setup_context=_setup, formula=_gradient_by(_kept_backward), returned=5)
-
-
 def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:
     return image.new_empty((), dtype=accumulation_dtype(image))
 
@@ -330,17 +294,6 @@ def _siglip_forward_fake(
     return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
 
 
-def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.needs_grad = inputs
-    _, *gradients = output
-    ctx.save_for_backward(*tensors, *gradients)
-
-
-def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
-    gradients = _siglip_backward(dloss, *ctx.saved_tensors)
-    return *(x if needed else None for x, needed in zip(gradients, ctx.needs_grad, strict=False)), *gradients[2:]
-
-
 def _siglip_decomposition(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> Any:
@@ -348,10 +301,68 @@ def _siglip_decomposition(
     return loss, *(loss.new_empty(0) for _ in range(4))
 
 
+def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _ = inputs
+    _, *gradients = output
+    ctx.save_for_backward(*tensors, *gradients)
+
+
+def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
+    saved = ctx.saved_tensors
+    needed = zip(saved[:4], saved[4:], ctx.needs_input_grad, strict=False)
+    return tuple((dloss * gradient).to(x.dtype) if needs else None for x, gradient, needs in needed)
+
+
+def _gpu_reasons(*, image: Tensor | None = None, logits: Tensor | None = None, **_: Any) -> list[str]:
+    """Why the compiled GPU kernels don't support these features, or logits that forward saved."""
+    found = []
+    if image is not None and image.dtype == torch.float32:
+        found.append("float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too")
+    if logits is not None:
+        found.append("saved logits; only Triton's kernel reads them")
+    return found
+
+
+_FEATURES = "Tensor image, Tensor text, Tensor logit_scale"
+_UPSTREAM = "Tensor drow_lse, Tensor dcol_lse, Tensor dpositive"
+_LSE = "Tensor row_lse, Tensor col_lse"
+define_kernel(f"contrastive_dlogits({_UPSTREAM}, {_FEATURES}, {_LSE}, int offset) -> Tensor")
+define_kernel(f"siglip_dlogits({_FEATURES}, Tensor logit_bias, int offset, bool[] needs_grad) -> (Tensor, Tensor)")
+_TILE = "Tensor(a!) values"
+define_kernel(
+    f"contrastive_tile_statistics({_TILE}, Tensor logit_scale, int pair, Tensor(b!) col_lse, Tensor(c!) col_max, "
+    "bool is_last) -> (Tensor, Tensor, Tensor)"
+)
+define_kernel(
+    f"contrastive_tile_gradients({_TILE}, bool are_logits, Tensor logit_scale, int first_row, int offset, "
+    f"{_UPSTREAM}, {_LSE}) -> Tensor"
+)
+define_kernel(
+    f"siglip_tile({_TILE}, Tensor logit_scale, Tensor logit_bias, int pair, bool needs_grad)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+_forward = define(
+    reference.contrastive_forward,
+    fake=_forward_fake,
+    decomposition=_forward_decomposition,
+    gpu_reasons=_gpu_reasons,
+    cpu_launcher=Launcher(_logit_tiles.contrastive_forward, "contrastive_tile_statistics"),
+)
+_backward = define(
+    reference.contrastive_backward,
+    fake=_backward_fake,
+    gpu_reasons=_gpu_reasons,
+    cpu_launcher=Launcher(_logit_tiles.contrastive_backward, "contrastive_tile_gradients"),
+    gpu_launcher=Launcher(_logit_gradients.contrastive_backward, "contrastive_dlogits"),
+)
+differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=5)
+
 _siglip_value = define(
     reference.siglip_value,
     fake=_siglip_value_fake,
     gpu_reasons=_gpu_reasons,
+    cpu_launcher=Launcher(_logit_tiles.siglip_value, "siglip_tile"),
     gpu_launcher=Launcher(_logit_gradients.siglip_value, "siglip_dlogits"),
 )
 _siglip_forward = define(
@@ -359,13 +370,11 @@ _siglip_forward = define(
     fake=_siglip_forward_fake,
     decomposition=_siglip_decomposition,
     gpu_reasons=_gpu_reasons,
+    cpu_launcher=Launcher(_logit_tiles.siglip_forward, "siglip_tile"),
     gpu_launcher=Launcher(_logit_gradients.siglip_forward, "siglip_dlogits"),
 )
-_siglip_backward = define(
-    reference.siglip_backward, gpu_launcher=Launcher(_logit_gradients.siglip_backward, "siglip_dlogits")
-)
-differentiable(_siglip_forward, _siglip_backward, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
+differentiable(_siglip_forward, None, setup_context=_siglip_setup, formula=_siglip_gradient, returned=1)
 
-backends.name_ops("contrastive_statistics", "contrastive_forward", "contrastive_kept_forward")
-backends.name_ops("clip_loss", "contrastive_kept_forward", "contrastive_forward")
+backends.name_ops("contrastive_statistics", "contrastive_forward")
+backends.name_ops("clip_loss", "contrastive_forward")
 backends.name_ops("siglip_loss", "siglip_forward", "siglip_value")

@@ -4,8 +4,7 @@
     siglip      sum_ij -log sigmoid(z_ij (s_ij + logit_bias))   z = 1 on the pairs, else -1 (Zhai et al. 2023)
 
 A gradient of InfoNCE needs the log-sum-exps of all rows and columns, so backward recomputes the logits, unless
-`contrastive_kept_forward` has saved them. `siglip_forward` returns the gradients with the loss, and backward scales
-them.
+forward was to `keep` them. `siglip_forward` returns the gradients with the loss, and backward scales them.
 
 Row i of `image` [m, D] belongs to row offset + i of `text` [B, D]. One tile of logits serves both directions, and the
 [m, B] matrix never exists unless it is saved. Logits and sums are float32 (float64 for float64 input); 16-bit features
@@ -26,34 +25,22 @@ TILE_ELEMENTS = 1 << 22
 
 
 def contrastive_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _statistics(image, text, logit_scale, offset, None)
-
-
-def contrastive_kept_forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logits = image.new_empty(image.shape[0], text.shape[0], dtype=accumulation_dtype(image))
-    return *_statistics(image, text, logit_scale, offset, logits), logits
-
-
-def _statistics(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, kept: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the logits; writes the logits to `kept`."""
+    """Statistics of the logits, and the logits; `[0]` unless they are kept."""
     image, text, scale = _widened(image, text, logit_scale)
     col_max = text.new_full((text.shape[0],), -torch.inf)
     col_sum = torch.zeros_like(col_max)
+    kept = image.new_empty((image.shape[0], text.shape[0]) if keep else (0,))
     of_rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for rows in _row_tiles(image, text):
-        logits = torch.mm(scale * image[rows], text.T, out=None if kept is None else kept[rows])
+        logits = torch.mm(scale * image[rows], text.T, out=kept[rows] if keep else None)
         # A view of the diagonal would keep its tile alive.
         positive = logits.diagonal(offset + rows.start).clone()
         of_rows.append((logits.logsumexp(1), positive, logits.detach().amax(1)))
         col_max, col_sum = _add_to_columns(col_max, col_sum, logits)
     row_lse, positive, row_max = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
-    return row_lse, col_sum.log() + _finite(col_max), positive, row_max, col_max
+    return row_lse, col_sum.log() + _finite(col_max), positive, row_max, col_max, kept
 
 
 def contrastive_backward(
@@ -65,43 +52,14 @@ def contrastive_backward(
     logit_scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    logits: Tensor | None,
     offset: int,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _Gradients(image, text, logit_scale, needs_grad)
-    return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, None, offset)
-
-
-def contrastive_kept_backward(
-    drow_lse: Tensor,
-    dcol_lse: Tensor,
-    dpositive: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    logits: Tensor,
-    offset: int,
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _Gradients(image, text, logit_scale, needs_grad)
-    return _backward(gradients, drow_lse, dcol_lse, dpositive, row_lse, col_lse, logits, offset)
-
-
-def _backward(
-    gradients: "_Gradients",
-    drow_lse: Tensor,
-    dcol_lse: Tensor,
-    dpositive: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    kept: Tensor | None,
-    offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    for rows, logits in gradients.tiles(kept):
-        through_rows = (logits - row_lse[rows, None]).exp_().mul_(drow_lse[rows, None])
-        dlogits = (logits - col_lse).exp_().mul_(dcol_lse).add_(through_rows)
+    for rows, tile in gradients.tiles(logits):
+        through_rows = (tile - row_lse[rows, None]).exp_().mul_(drow_lse[rows, None])
+        dlogits = (tile - col_lse).exp_().mul_(dcol_lse).add_(through_rows)
         dlogits.diagonal(offset + rows.start).add_(dpositive[rows])
         gradients.add(rows, dlogits)
     return gradients.result()
@@ -131,25 +89,6 @@ def siglip_forward(
         dbias += dlogits.sum()
         gradients.add(rows, dlogits)
     return total, *gradients.result(), dbias
-
-
-def siglip_backward(
-    dloss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    dimage: Tensor,
-    dtext: Tensor,
-    dlogit_scale: Tensor,
-    dlogit_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        (dloss * dimage).to(image.dtype),
-        (dloss * dtext).to(text.dtype),
-        (dloss * dlogit_scale).to(logit_scale.dtype),
-        (dloss * dlogit_bias).to(logit_bias.dtype),
-    )
 
 
 class _Gradients:

@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _logit_gradients
-from .._logit_gradients import SIGLIP_UNIT, padded, row_chunks
-from ..reference import contrastive as reference
-from ..tuning import config, entry
+from .._logit_gradients import SIGLIP_UNIT, padded, row_chunks, rows_of_chunk
+from ..tuning import Entry, config, entry
 from ._launch import float32_products, on_device_of
 
 SPREAD = tl.constexpr(60.0)
@@ -40,17 +39,20 @@ _SQUARE = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num
 _NARROW = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
 _FLOAT32 = entry(depth=768, itemsize=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
 _FLOAT32_VALUE = entry(depth=768, itemsize=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3)
-_FROM_LOGITS = entry(depth=768, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1)
-_LOGITS = ("contrastive_forward", "contrastive_backward", "contrastive_kept_forward")
+_SAVED = [
+    entry(depth=768, itemsize=size, matmuls=2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1)
+    for size in (2, 4)
+]
+
+
+def _info_nce(half: Entry) -> dict[str, list[Entry]]:
+    return {"contrastive_forward": [half, _FLOAT32], "contrastive_backward": [half, _FLOAT32, *_SAVED]}
+
+
 CONFIGS = {
-    80: {
-        **{op: [_SQUARE, _FLOAT32] for op in _LOGITS},
-        "contrastive_kept_backward": [_FROM_LOGITS],
-        "siglip_value": [_SQUARE, _FLOAT32_VALUE],
-        "siglip_forward": [_NARROW, _FLOAT32],
-    },
-    100: {op: [_NARROW, _FLOAT32] for op in _LOGITS},
-    120: {op: [_SQUARE, _FLOAT32] for op in _LOGITS},
+    80: _info_nce(_SQUARE) | {"siglip_value": [_SQUARE, _FLOAT32_VALUE], "siglip_forward": [_NARROW, _FLOAT32]},
+    100: _info_nce(_NARROW),
+    120: _info_nce(_SQUARE),
 }
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
@@ -230,26 +232,15 @@ def gradient_kernel(
     tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=inside)
 
 
-def contrastive_forward(image, text, logit_scale, offset):
-    return _statistics("contrastive_forward", image, text, logit_scale, offset, None)
-
-
-def contrastive_kept_forward(image, text, logit_scale, offset):
-    logits = image.new_empty(image.shape[0], text.shape[0], dtype=torch.float32)
-    return *_statistics("contrastive_kept_forward", image, text, logit_scale, offset, logits), logits
-
-
-def _statistics(
-    op: str, image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, kept: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the logits; writes the logits to `kept`."""
+def contrastive_forward(image, text, logit_scale, offset, keep):
     rows, columns = image.shape[0], text.shape[0]
-    launch = _launch(op, image)
+    launch = _launch("contrastive_forward", image)
     image, text = (padded(features, launch["BLOCK_K"]) for features in (image, text))
     row_tile, column_tile = launch["BLOCK_M"], launch["BLOCK_N"]
+    logits = image.new_empty((rows, columns) if keep else (0,), dtype=torch.float32)
     positive, row_max, row_lse = (image.new_empty(rows, dtype=torch.float32) for _ in range(3))
     col_max, col_lse = (image.new_empty(columns, dtype=torch.float32) for _ in range(2))
-    chunks = list(row_chunks(image, 8 * columns // min(row_tile, column_tile) + 8))
+    chunks = list(row_chunks(rows, rows_of_chunk(8 * columns // min(row_tile, column_tile) + 8)))
     of_columns = image.new_empty(2, len(chunks), columns, dtype=torch.float32)
     with on_device_of(image):
         for chunk, sums in zip(chunks, of_columns.unbind(1), strict=True):
@@ -258,29 +249,23 @@ def _statistics(
             by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
             statistics_kernel[_grid(count, columns, launch)](
                 *(image[chunk], text, logit_scale, positive[chunk], *by_row, *by_column),
-                *(None if kept is None else kept[chunk], count, len(text), _steps(text, launch), offset + chunk.start),
+                *(logits[chunk] if keep else None, count, len(text), _steps(text, launch), offset + chunk.start),
                 **launch,
             )
             _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
             _merge(by_column, *sums, final=False)
         _merge(of_columns, col_max, col_lse, final=True)
-    return row_lse, col_lse, positive, row_max, col_max
+    return row_lse, col_lse, positive, row_max, col_max, logits
 
 
-def contrastive_backward(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, needs_grad):
-    inputs = drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse
-    launch = _launch("contrastive_backward", image)
-    kernel, multiple = partial(_dlogits, launch), launch["BLOCK_K"]
-    return _logit_gradients.contrastive_backward(kernel, *inputs, offset, needs_grad, multiple=multiple)
-
-
-def contrastive_kept_backward(
+def contrastive_backward(
     drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, offset, needs_grad
 ):
     inputs = drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse
-    launch = _launch("contrastive_kept_backward", image)
-    options = {"logits": logits.contiguous(), "multiple": launch["BLOCK_K"]}
-    return _logit_gradients.contrastive_backward(partial(_dlogits, launch), *inputs, offset, needs_grad, **options)
+    launch = _launch("contrastive_backward", image, matmuls=3 if logits is None else 2)
+    options = offset, needs_grad, launch["BLOCK_K"]
+    saved = None if logits is None else logits.contiguous()
+    return _logit_gradients.contrastive_backward(partial(_dlogits, launch), *inputs, saved, *options)
 
 
 def _dlogits(launch, drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, logits=None):
@@ -382,17 +367,14 @@ def _siglip(launch, image, text, logit_scale, logit_bias, offset, needs_grad):
     return sums, dlogits
 
 
-siglip_backward = reference.siglip_backward
-
-
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-def _launch(op: str, image: Tensor) -> dict[str, Any]:
+def _launch(op: str, image: Tensor, **sizes: int) -> dict[str, Any]:
     precision = float32_products(image)
     if precision == "ieee" and image.dtype == torch.float32:
         precision = "tf32x3"  # three TF32 matmuls with about the error of float32 (Ootomo and Yokota 2022)
-    return config(op, {"depth": image.shape[1]}, image) | {"PRECISION": precision}
+    return config(op, {"depth": image.shape[1], **sizes}, image) | {"PRECISION": precision}
 
 
 def _steps(padded: Tensor, launch: dict[str, Any]) -> int:
@@ -409,21 +391,15 @@ def _grid(rows: int, columns: int, launch: dict[str, Any]) -> tuple[int]:
 
 def contrastive_forward_calls(draw, depth):
     image, text, scale, _ = _pairs(draw, depth)
-    yield image, text, scale, 0
+    yield image, text, scale, 0, False
+    yield image, text, scale, 0, True
 
 
-def contrastive_backward_calls(draw, depth):
+def contrastive_backward_calls(draw, depth, matmuls=3):
     image, text, scale, _ = _pairs(draw, depth)
     of_row = draw.statistic(len(image))
-    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, 0, (True, True)
-
-
-contrastive_kept_forward_calls = contrastive_forward_calls
-
-
-def contrastive_kept_backward_calls(draw, depth):
-    for *inputs, offset, needs_grad in contrastive_backward_calls(draw, depth):
-        yield *inputs, draw.statistic(draw.pairs, draw.pairs), offset, needs_grad
+    logits = None if matmuls == 3 else draw.statistic(draw.pairs, draw.pairs)
+    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, logits, 0, (True, True)
 
 
 def siglip_forward_calls(draw, depth):

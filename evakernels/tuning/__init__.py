@@ -21,8 +21,8 @@ from torch import Tensor
 from .. import backends
 from ..triton import FAMILIES
 
-SIZES = ("width", "depth", "head_dim", "tokens", "itemsize")
-"""Sizes of calls; `itemsize` is the bytes of an element."""
+SIZES = ("width", "depth", "head_dim", "tokens", "matmuls", "itemsize")
+"""Sizes of calls; `matmuls` is 2 in backward with saved logits, otherwise 3, `itemsize` the bytes of an element."""
 
 ORDER = "order of "
 """Prefix of an op's name in a file: the key of its GPU backends, the faster one first."""

@@ -183,7 +183,7 @@ def contrastive() -> None:
         inputs = draw(rows, width, dtype=dtype), draw(columns, width, dtype=dtype), draw(1), offset
         sizes = (rows,), (columns,), (rows,), (rows,), (columns,), (rows, columns)
         writes = [blank(*size) for size in sizes]
-        run("contrastive_kept_forward", *inputs, writes=writes)
+        run("contrastive_forward", *inputs, writes=writes)
         run("contrastive_forward", *inputs, writes=[blank(*size) for size in sizes[:5]])
         row_lse, col_lse = writes[:2]
         upstream = draw(rows), draw(columns), draw(rows)

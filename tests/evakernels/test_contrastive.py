@@ -13,7 +13,7 @@ from op_checks import DTYPES, no_triton, randn, served_by
 from torch.utils.flop_counter import FlopCounterMode
 
 import evakernels
-from evakernels import _logit_gradients, backends
+from evakernels import _logit_gradients, _logit_tiles, backends
 from evakernels.nn import ClipLoss, SigLipLoss
 from evakernels.reference import contrastive as reference
 
@@ -80,6 +80,7 @@ QUICK = {"test_compiles_without_graph_break": ["clip", "siglip"]}
 def tiles(request, monkeypatch):
     if "many-tiles" in request.node.name:
         monkeypatch.setattr(reference, "TILE_ELEMENTS", 2 * 7)
+        monkeypatch.setattr(_logit_tiles, "TILE", (2 * 7, 512))
 
 
 TRAINED = 100.0, -20.0
@@ -150,28 +151,46 @@ def test_kept_logits_allow_a_second_backward():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 0}], ids=["kept", "not-kept"])
+def test_scale_of_zero_has_gradient(options):
+    """Logits of 0 don't show the products of the features."""
+    image, text, _ = SQUARE
+    exact, scale = scalar(0.0).requires_grad_(), torch.zeros((), requires_grad=True)
+    (expected,) = torch.autograd.grad(cross_entropies(image, text, exact), exact)
+    (actual,) = torch.autograd.grad(evakernels.clip_loss(image.float(), text.float(), scale, **options), scale)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 LOSSES = {
-    "contrastive_kept_backward": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale),
-    "contrastive_backward": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale, memory_budget=0),
-    "siglip_forward": evakernels.siglip_loss,
+    "clip": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale),
+    "clip-not-kept": lambda image, text, scale, bias: evakernels.clip_loss(image, text, scale, memory_budget=0),
+    "siglip": evakernels.siglip_loss,
 }
-"""By the op that computes the gradients."""
 
 
-def gradients_without(op: str, *frozen: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor | None]:
+def gradients_without(loss: str, *frozen: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor | None]:
     features, scalars = (randn(6, 8), randn(6, 8, seed=1)), (scalar(2.0), scalar(-1.0))
     inputs = [x.to(dtype) for x in features] + [x.float() for x in scalars]
     leaves = [x.requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
-    LOSSES[op](*leaves).backward()
+    LOSSES[loss](*leaves).backward()
     return [leaf.grad for leaf in leaves]
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_penalty_of_gradients_is_refused(loss):
+    """The upstream gradient is constant, but the gradient depends on the features."""
+    leaves = [x.float().requires_grad_() for x in (randn(6, 8), randn(6, 8, seed=1), scalar(2.0), scalar(-1.0))]
+    (dimage,) = torch.autograd.grad(LOSSES[loss](*leaves), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dimage.square().sum().backward()
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (0, 2), (1, 2)], ids=str)
-@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.kernels("nvcc", "triton")
-def test_frozen_features_change_no_other_gradient(op, frozen, dtype):
-    every, some = gradients_without(op, dtype=dtype), gradients_without(op, *frozen, dtype=dtype)
+def test_frozen_features_change_no_other_gradient(loss, frozen, dtype):
+    every, some = gradients_without(loss, dtype=dtype), gradients_without(loss, *frozen, dtype=dtype)
     for i, (expected, actual) in enumerate(zip(every, some, strict=True)):
         assert (actual is None) == (i in frozen or expected is None)
         if actual is not None:
@@ -190,16 +209,17 @@ def test_gradients_of_chunks_equal_reference(monkeypatch, needs_grad):
     """Five images in chunks of two, with features padded from 5 to 8 channels."""
     monkeypatch.setattr(_logit_gradients, "CHUNK", (1, 2))
     image, text, scale = randn(5, 5).float(), randn(9, 5, seed=1).float(), torch.tensor(1.7)
-    row_lse, col_lse, *_ = reference.contrastive_forward(image, text, scale, OFFSET)
+    row_lse, col_lse, *_ = reference.contrastive_forward(image, text, scale, OFFSET, False)
     upstream = (randn(n, seed=2).float() for n in (5, 9, 5))
-    arguments = *upstream, image, text, scale, row_lse, col_lse, OFFSET, needs_grad
+    arguments = *upstream, image, text, scale, row_lse, col_lse, None, OFFSET, needs_grad
     actual = _logit_gradients.contrastive_backward(dlogits_of_chunk, *arguments, multiple=4)
     torch.testing.assert_close(actual, reference.contrastive_backward(*arguments), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", LOSSES)
-def test_frozen_features_cost_no_matmul(op):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_frozen_features_cost_no_matmul(loss):
     """One matmul computes the logits, unless they were saved, and one the gradient of each side."""
+    op = "siglip_forward" if loss == "siglip" else "contrastive_backward"
 
     def matmuls(*frozen):
         counter = FlopCounterMode(display=False)
@@ -209,10 +229,10 @@ def test_frozen_features_cost_no_matmul(op):
                 return getattr(reference, op)(*args)
 
         with served_by(op, {"reference": backends.Implementation("reference", counted, lambda *args: [])}):
-            gradients_without(op, *frozen)
+            gradients_without(loss, *frozen)
         return counter.get_total_flops() / (2 * 6 * 6 * 8)
 
-    logits = 0 if "kept" in op else 1
+    logits = 0 if loss == "clip" else 1
     assert [matmuls(), matmuls(0), matmuls(1), matmuls(0, 1)] == [logits + n for n in (2, 1, 1, 1)]
 
 

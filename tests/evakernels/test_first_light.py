@@ -19,7 +19,7 @@ from evakernels import _native, backends
 
 LARGEST_ERROR = 0.03
 """Relative to float64, in bfloat16: a wrong formula or layout is far above."""
-WITHOUT_GPU_KERNEL = {"adamw_update", "contrastive_kept_backward", "dequantize_rows", "quantize_rows"}
+WITHOUT_GPU_KERNEL = {"adamw_update", "dequantize_rows", "quantize_rows"}
 WITHOUT_GPU_KERNEL |= {"lamb_apply", "lamb_update", "swiglu_mlp_backward", "swiglu_mlp_forward"}
 TRITON = [op for ops in evakernels.triton.FAMILIES.values() for op in ops]
 CASES = [(op, DEVICE.type) for op in backends.ops() if op not in WITHOUT_GPU_KERNEL]
@@ -51,6 +51,8 @@ ARGUMENTS = record_calls()
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_kernel_matches_reference(op, backend):
     given = tree_map_only(Tensor, Tensor.detach, ARGUMENTS[op])
+    if op == "contrastive_backward" and backend != "triton":
+        given = (*given[:8], None, *given[9:])  # only Triton's kernel reads saved logits
     if DEVICE.type == "cuda":
         assert not backends.unsupported_reasons(op, backend)
     elif reasons := backends.unsupported_reasons(op, backend, *given):

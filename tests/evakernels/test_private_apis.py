@@ -1,7 +1,6 @@
 """torch's and Triton's private functions that evakernels calls: each does what the named feature needs."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -191,12 +190,6 @@ def driver_version():
     return torch.version.cuda is None or torch._C._cuda_getDriverVersion() >= 0
 
 
-def matmul_headers():
-    header = Path(torch.__file__).parent / "include/torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h"
-    text = header.read_text()
-    return all(f"aoti_torch_cpu_{name}(" in text for name in ("mm_out", "addmm_out", "mul_Tensor"))
-
-
 def triton_run():
     run = pytest.importorskip("triton.runtime.jit").JITFunction.run
     return {"grid", "warmup"} <= set(inspect.signature(run).parameters)
@@ -227,7 +220,6 @@ FEATURES = {
     view_without_alias: "nn.linear (nn/linear.py)",
     compiled_forward: "hooks and module.compile() of fused modules (_modes.py)",
     driver_version: "the check of the CUDA driver (_native.py)",
-    matmul_headers: "building the contrastive losses' CPU kernels (csrc/bind/contrastive.cpp)",
     triton_run: "python -m evakernels.tuning (tuning/search.py)",
 }
 

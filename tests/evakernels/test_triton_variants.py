@@ -99,8 +99,8 @@ def pairs(depth):
 @pytest.mark.parametrize(
     ("op", "expected"),
     [
-        ("contrastive_kept_forward", {"statistics_kernel": 3, "merge_kernel": 2}),
-        ("contrastive_kept_backward", {"gradient_kernel": 3}),
+        ("contrastive_forward", {"statistics_kernel": 3, "merge_kernel": 2}),
+        ("contrastive_backward", {"gradient_kernel": 3}),
         ("siglip_forward", {"siglip_kernel": 3}),
     ],
 )
@@ -113,8 +113,8 @@ def test_losses(variants, op, expected):
                 rows, columns = statistic(len(image)), statistic(len(text))
                 if op == "siglip_forward":
                     yield image, text, scale, bias, offset, [True, True]
-                elif op == "contrastive_kept_forward":
-                    yield image, text, scale, offset
+                elif op == "contrastive_forward":
+                    yield image, text, scale, offset, True
                 else:
                     logits = statistic(len(image), len(text))
                     yield rows, columns, rows, image, text, scale, rows, columns, logits, offset, [True, True]
