@@ -61,21 +61,6 @@ def contrastive_backward(
     return dimage, dtext, dscale.to(logit_scale.dtype)
 
 
-def siglip_value(
-    kernel: SiglipKernel,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
-    multiple: int = 1,
-) -> Tensor:
-    """The summed loss. `kernel` is as for `siglip_forward`, but its sums may lack the bias gradient."""
-    image, text = padded(image, multiple), padded(text, multiple)
-    sums, _ = kernel(image, text, logit_scale, logit_bias, offset, [False])
-    return _totals(sums)[0]
-
-
 def siglip_forward(
     kernel: SiglipKernel,
     image: Tensor,
@@ -86,11 +71,16 @@ def siglip_forward(
     needs_grad: Sequence[bool],
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The summed loss and its gradients.
+    """The summed loss and its gradients; one launch computes the loss alone.
 
     `kernel` returns `(sums, dlogits)`; `sums` is `[2, n]`, partial sums of the loss and of the bias gradient. Its last
-    argument is whether it computes gradients.
+    argument is whether it computes gradients; without them `sums` may be `[1, n]`.
     """
+    if not any(needs_grad):
+        features = padded(image, multiple), padded(text, multiple)
+        sums, _ = kernel(*features, logit_scale, logit_bias, offset, [False])
+        loss = _totals(sums)[0]
+        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(()), loss.new_empty(())
     of_chunks = []
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
@@ -100,7 +90,7 @@ def siglip_forward(
 
     factor, height = logit_scale.float() / SIGLIP_UNIT, _height(image, text)
     dimage, dtext, parts = feature_gradients(
-        chunk_gradients, image, text, factor, needs_grad, torch.float32, height, multiple
+        chunk_gradients, image, text, factor, needs_grad[:2], torch.float32, height, multiple
     )
     loss, dbias = _totals(torch.cat(of_chunks, 1))
     dscale = torch.stack(parts).sum() / SIGLIP_UNIT

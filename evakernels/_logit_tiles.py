@@ -66,18 +66,6 @@ def contrastive_backward(
     return dimage.to(image.dtype), dtext.to(text.dtype), _total(dscales).to(logit_scale.dtype)
 
 
-def siglip_value(
-    siglip: Pass, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-) -> Tensor:
-    image, text = image.float(), text.float()
-    height, losses = _height(text), []
-    buffer = image.new_empty(min(height, image.shape[0]), text.shape[0])  # new memory for each tile would take time
-    for rows in row_chunks(image.shape[0], height):
-        tile = torch.mm(select_rows(image, rows), text.T, out=buffer[: rows.stop - rows.start])
-        losses.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, False)[0])
-    return _total(losses)
-
-
 def siglip_forward(
     siglip: Pass,
     image: Tensor,
@@ -91,11 +79,11 @@ def siglip_forward(
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         tile = torch.mm(image, text.T)
-        sums.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, True))
+        sums.append(siglip(tile, logit_scale, logit_bias, offset + rows.start, any(needs_grad)))
         return tile
 
     features = image.float(), text.float()
-    dimage, dtext, _ = feature_gradients(chunk_gradients, *features, None, needs_grad, torch.float32, _height(text))
+    dimage, dtext, _ = feature_gradients(chunk_gradients, *features, None, needs_grad[:2], torch.float32, _height(text))
     loss, dscale, dbias = map(_total, zip(*sums, strict=True))
     return loss, dimage, dtext, dscale, dbias
 

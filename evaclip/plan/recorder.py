@@ -272,6 +272,11 @@ def _contrastive_backward(*args: Any, **_: Any) -> int:
     return _contrastive(3 if logits is None else 2)(image, text)
 
 
+def _siglip_forward(*args: Any, **_: Any) -> int:
+    needs_grad = args[5]
+    return _contrastive(3 if any(needs_grad) else 1)(*args)
+
+
 # The backward pass of attention has 5 GEMMs to the 2 of the forward pass, as torch counts its own attention.
 _aten, _ops = torch.ops.aten, torch.ops.evakernels
 _flash = "_scaled_dot_product_flash_attention"
@@ -287,6 +292,6 @@ FLOPS: dict[Any, Callable[..., int]] = {
     _ops.swiglu_mlp_backward: _swiglu_mlp_backward,
     _ops.contrastive_forward: _contrastive(1),
     _ops.contrastive_backward: _contrastive_backward,
-    _ops.siglip_forward: _contrastive(3),
+    _ops.siglip_forward: _siglip_forward,
 }
 """FLOPs by operator, two for a MAC; called with the operator's arguments and `out_val`."""

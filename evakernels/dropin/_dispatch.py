@@ -41,7 +41,7 @@ OPS = {
     "quick_gelu": "gelu_forward",
     "token_dropout": "token_dropout_forward",
     "clip_loss": "contrastive_forward",
-    "siglip_loss": "siglip_value",
+    "siglip_loss": "siglip_forward",
 }
 """The op of each entry of the tables."""
 

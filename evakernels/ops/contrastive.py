@@ -182,10 +182,8 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     inputs = image, text, _zero_dim(logit_scale), _zero_dim(logit_bias)
     if len(image) == 0:
         return _zero_of(*inputs)
-    if not _is_recorded(inputs):
-        value: Tensor = _siglip_value(*inputs, offset)
-        return value
-    loss: Tensor = _siglip_forward(*inputs, offset, (image.requires_grad, text.requires_grad))
+    records = torch.is_grad_enabled()
+    loss: Tensor = _siglip_forward(*inputs, offset, [records and x.requires_grad for x in inputs])
     return loss
 
 
@@ -283,22 +281,18 @@ def _empty_gradients(
     return dimage, dtext, torch.empty_like(logit_scale)
 
 
-def _siglip_value_fake(image: Tensor, *rest: Any) -> Any:
-    return image.new_empty((), dtype=accumulation_dtype(image))
-
-
-def _siglip_forward_fake(
+def _siglip_fake(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> Any:
-    loss, gradients = _siglip_value_fake(image), _empty_gradients(image, text, logit_scale, needs_grad)
+    loss = image.new_empty((), dtype=accumulation_dtype(image))
+    gradients = _empty_gradients(image, text, logit_scale, needs_grad[:2])
     return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
 
 
 def _siglip_decomposition(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> Any:
-    loss = reference.siglip_value(image, text, logit_scale, logit_bias, offset)
-    return loss, *(loss.new_empty(0) for _ in range(4))
+    return reference.siglip_forward(image, text, logit_scale, logit_bias, offset, [False] * 4)
 
 
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -358,16 +352,9 @@ _backward = define(
 )
 differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, returned=5)
 
-_siglip_value = define(
-    reference.siglip_value,
-    fake=_siglip_value_fake,
-    gpu_reasons=_gpu_reasons,
-    cpu_launcher=Launcher(_logit_tiles.siglip_value, "siglip_tile"),
-    gpu_launcher=Launcher(_logit_gradients.siglip_value, "siglip_dlogits"),
-)
 _siglip_forward = define(
     reference.siglip_forward,
-    fake=_siglip_forward_fake,
+    fake=_siglip_fake,
     decomposition=_siglip_decomposition,
     gpu_reasons=_gpu_reasons,
     cpu_launcher=Launcher(_logit_tiles.siglip_forward, "siglip_tile"),
@@ -377,4 +364,4 @@ differentiable(_siglip_forward, None, setup_context=_siglip_setup, formula=_sigl
 
 backends.name_ops("contrastive_statistics", "contrastive_forward")
 backends.name_ops("clip_loss", "contrastive_forward")
-backends.name_ops("siglip_loss", "siglip_forward", "siglip_value")
+backends.name_ops("siglip_loss", "siglip_forward")

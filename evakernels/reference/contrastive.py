@@ -65,29 +65,21 @@ def contrastive_backward(
     return gradients.result()
 
 
-def siglip_value(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    image, text, scale = _widened(image, text, logit_scale)
-    total = image.new_zeros(())
-    for rows in _row_tiles(image, text):
-        logits = (scale * image[rows]) @ text.T + logit_bias
-        _negate_pairs(logits, offset + rows.start)
-        # The loss of a logit x that should be negative is softplus(x) = -log sigmoid(-x).
-        total = total - F.logsigmoid(-logits).sum()
-    return total
-
-
 def siglip_forward(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _Gradients(*_widened(image, text, logit_scale), needs_grad)
+    """The summed loss and its gradients; those of the scalars are undefined if no input needs a gradient."""
+    gradients = _Gradients(*_widened(image, text, logit_scale), needs_grad[:2])
     total, dbias = (torch.zeros_like(gradients.dscale) for _ in range(2))
-    for rows, logits in gradients.tiles():
-        _negate_pairs(logits.add_(logit_bias), offset + rows.start)
-        total -= F.logsigmoid(-logits).sum()
-        # Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
-        dlogits = _negate_pairs(logits.sigmoid_(), offset + rows.start)
-        dbias += dlogits.sum()
-        gradients.add(rows, dlogits)
+    for rows, tile in gradients.tiles():
+        logits = _negate_pairs(tile + logit_bias, offset + rows.start)
+        # The loss of a logit x that should be negative is softplus(x) = -log sigmoid(-x).
+        total = total - F.logsigmoid(-logits).sum()
+        if any(needs_grad):
+            # Negating the pairs before and after the sigmoid gives them sigmoid(x) - 1 without its cancellation.
+            dlogits = _negate_pairs(logits.sigmoid_(), offset + rows.start)
+            dbias += dlogits.sum()
+            gradients.add(rows, dlogits)
     return total, *gradients.result(), dbias
 
 

@@ -38,7 +38,10 @@ BAND = tl.constexpr(8)
 _SQUARE = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 _NARROW = entry(depth=768, itemsize=2, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
 _FLOAT32 = entry(depth=768, itemsize=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
-_FLOAT32_VALUE = entry(depth=768, itemsize=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3)
+_LOSS_ALONE = [
+    entry(depth=768, itemsize=2, matmuls=1, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    entry(depth=768, itemsize=4, matmuls=1, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
+]
 _SAVED = [
     entry(depth=768, itemsize=size, matmuls=2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1)
     for size in (2, 4)
@@ -50,7 +53,7 @@ def _info_nce(half: Entry) -> dict[str, list[Entry]]:
 
 
 CONFIGS = {
-    80: _info_nce(_SQUARE) | {"siglip_value": [_SQUARE, _FLOAT32_VALUE], "siglip_forward": [_NARROW, _FLOAT32]},
+    80: _info_nce(_SQUARE) | {"siglip_forward": [_NARROW, _FLOAT32, *_LOSS_ALONE]},
     100: _info_nce(_NARROW),
     120: _info_nce(_SQUARE),
 }
@@ -339,17 +342,10 @@ def siglip_kernel(
         tl.store(at, (gradient * UNIT).to(dlogits.dtype.element_ty), mask=inside)
 
 
-def siglip_value(image, text, logit_scale, logit_bias, offset):
-    launch = _launch("siglip_value", image)
-    kernel, multiple = partial(_siglip, launch), launch["BLOCK_K"]
-    return _logit_gradients.siglip_value(kernel, image, text, logit_scale, logit_bias, offset, multiple=multiple)
-
-
 def siglip_forward(image, text, logit_scale, logit_bias, offset, needs_grad):
     inputs = image, text, logit_scale, logit_bias
-    launch = _launch("siglip_forward", image)
-    kernel, multiple = partial(_siglip, launch), launch["BLOCK_K"]
-    return _logit_gradients.siglip_forward(kernel, *inputs, offset, needs_grad, multiple=multiple)
+    launch = _launch("siglip_forward", image, matmuls=3 if any(needs_grad) else 1)
+    return _logit_gradients.siglip_forward(partial(_siglip, launch), *inputs, offset, needs_grad, launch["BLOCK_K"])
 
 
 def _siglip(launch, image, text, logit_scale, logit_bias, offset, needs_grad):
@@ -402,12 +398,8 @@ def contrastive_backward_calls(draw, depth, matmuls=3):
     yield of_row, of_row, of_row, image, text, scale, of_row, of_row, logits, 0, (True, True)
 
 
-def siglip_forward_calls(draw, depth):
-    yield *_pairs(draw, depth), 0, (True, True)
-
-
-def siglip_value_calls(draw, depth):
-    yield *_pairs(draw, depth), 0
+def siglip_forward_calls(draw, depth, matmuls=3):
+    yield *_pairs(draw, depth), 0, [matmuls == 3] * 4
 
 
 def _pairs(draw, depth):

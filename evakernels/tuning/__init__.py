@@ -22,7 +22,7 @@ from .. import backends
 from ..triton import FAMILIES
 
 SIZES = ("width", "depth", "head_dim", "tokens", "matmuls", "itemsize")
-"""Sizes of calls; `matmuls` is 2 in backward with saved logits, otherwise 3, `itemsize` the bytes of an element."""
+"""Sizes of calls; `matmuls` is the number of a loss's matmuls, `itemsize` the bytes of an element."""
 
 ORDER = "order of "
 """Prefix of an op's name in a file: the key of its GPU backends, the faster one first."""

@@ -45,15 +45,18 @@ def spread(x):
 
 @pytest.mark.parametrize("dtype", OPCHECK_DTYPES)
 def test_opcheck(pair, inputs, dtype):
-    """Each op of both passes, and of a call without gradients."""
+    """Each op of both passes and of a call without gradients, with each of its options."""
     given = [spread(x) for x in cast(inputs, dtype)]
     with op_checks.Recorder() as recorder:
         with_gradients(pair[0], given, preserve_strides=True)
         with torch.no_grad():
             pair[0](*given)
-    calls = dict(reversed(recorder.own_calls()))
+    calls = {
+        (op, str([x for x in args if not isinstance(x, torch.Tensor)])): (op, args)
+        for op, args in reversed(recorder.own_calls())
+    }
     assert len(calls) >= 2
-    for op, args in calls.items():
+    for op, args in calls.values():
         is_backward = op.name().endswith("_backward")
         op_checks.assert_opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args) if is_backward else args)
 

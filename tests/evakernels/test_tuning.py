@@ -92,7 +92,7 @@ def preference(monkeypatch, op, capability, name=""):
     [(80, "cuda"), (86, "cuda"), (89, "cuda"), (90, "triton"), (100, "triton"), (120, "cuda")],
 )
 def test_backend_order_on_gpus(monkeypatch, capability, first):
-    for op in ("contrastive_forward", "contrastive_backward", "siglip_forward", "siglip_value"):
+    for op in ("contrastive_forward", "contrastive_backward", "siglip_forward"):
         assert sorted(preference(monkeypatch, op, capability)) == sorted(backends.PREFERENCE)
         assert preference(monkeypatch, op, capability)[0] == first
     for op in ("rope_attention_forward", "layer_norm_backward"):
