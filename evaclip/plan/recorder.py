@@ -3,8 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,30 +26,42 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
 Amounts = Counter[str]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class Storage:
+    """A storage's kind of memory ("" if unlabelled), its bytes, and the phases of its allocation and its last free."""
+
+    kind: str
+    first: int
+    size: int = 0
+    last: int | None = None
+
+
+@dataclass
 class Phase:
     """A part of a step.
 
     Attributes:
         name: `image.block.0`, in the backward pass `~image.block.0`.
-        number: how many forward passes began before or with it.
-        change: bytes by kind at its end minus those at its beginning.
-        peak: bytes by kind at its highest moment minus those at its beginning.
+        number: forward passes that began before or with it.
+        changes: allocated (positive) and freed (negative) bytes, in order.
         costs: FLOPs by stage, bytes that each collective receives, and `bytes` that operators read and write.
     """
 
     name: str
     number: int
-    change: Amounts
-    peak: Amounts
-    costs: Amounts
+    changes: list[tuple[Storage, int]] = field(default_factory=list)
+    costs: Amounts = field(default_factory=Counter)
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """Kind and bytes of each change."""
+        return [(storage.kind, size) for storage, size in self.changes]
 
 
 class Recorder(TorchDispatchMode):
     """Records every operator inside its `with` block, on fake or real tensors.
 
     A storage counts once, from the operator that returns it until nothing refers to it. Memory that an operator
-    allocates and frees internally isn't seen, except the workspace of the contrastive loss.
+    allocates and frees internally isn't counted, except the workspace of the contrastive loss.
     """
 
     def __init__(self, kinds: dict[str, Iterable[Tensor]], opening: str) -> None:
@@ -60,67 +71,48 @@ class Recorder(TorchDispatchMode):
             opening: phase with which each forward pass begins.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kinds: list[str] = []
-        self._sizes: list[int] = []
-        self._changes: list[tuple[int, int]] = []
-        self._costs: list[Amounts] = [Counter()]
-        self._marks: list[tuple[str, int]] = []
-        self._known: dict[int, int] = {}
-        self._references: dict[int, weakref.ref[Any]] = {}
-        self._gathered: dict[int, Any] = {}
+        self._phases = [Phase("", 0)]
         self._opening = opening
+        self._storages: dict[int, Storage] = {}
+        self._gathered: list[tuple[Storage, Any]] = []
         for kind, tensors in kinds.items():
-            for tensor in tensors:
-                self._know(tensor, kind)
+            self.label(tensors, kind)
 
     def mark(self, name: str) -> None:
         """Begins a phase."""
-        self._marks.append((name, len(self._changes)))
-        self._costs.append(Counter())
+        self._phases.append(Phase(name, self._phases[-1].number + (name == self._opening)))
 
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Sets the kind of the tensors' storages, also for the time before this call."""
         for tensor in tensors:
-            self._kinds[self._know(tensor, kind)] = kind
+            self._storage(tensor).kind = kind
 
-    def phases(self) -> tuple[Amounts, list[Phase]]:
-        """Bytes by kind before the first phase, and the phases.
+    def finish(self) -> tuple[Amounts, list[Phase]]:
+        """Bytes by kind before the first phase, and the phases, in which each storage has a kind.
 
         Optimizer state counts from the start, although the first step creates it at its end.
         """
-        kinds = self._final_kinds()
-        changes = [(kinds[index], size) for index, size in self._changes]
+        phases, self._phases = self._phases, [Phase("", 0)]  # later frees aren't part of the step
         start: Amounts = Counter()
-        for kind, size in changes[: self._marks[0][1]]:
-            start[kind] += size
-        late = [(kind, size) for kind, size in changes[self._marks[0][1] :] if kind == OPTIMIZER]
-        start[OPTIMIZER] += sum(size for _, size in late)
-        phases, number = [], 0
-        bounds = pairwise([*(place for _, place in self._marks), len(changes)])
-        for (name, _), (first, end), costs in zip(self._marks, bounds, self._costs[1:], strict=True):
-            number += name == self._opening
-            change: Amounts = Counter()
-            peak, highest, total = Counter(change), 0, 0
-            for kind, size in changes[first:end]:
-                if kind not in (HOST, OPTIMIZER):
-                    change[kind] += size
-                    total += size
-                    if total > highest:
-                        peak, highest = Counter(change), total
-            phases.append(Phase(name, number, change, peak, costs))
+        for index, phase in enumerate(phases):
+            for storage, size in phase.changes:
+                storage.kind = storage.kind or _kind(storage, phases)
+                if index == 0 or storage.kind == OPTIMIZER:
+                    start[storage.kind] += size
+            phase.changes = [change for change in phase.changes if change[0].kind not in (HOST, OPTIMIZER)]
         del start[HOST]
-        return start, phases
+        return start, phases[1:]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        for index, storage in self._gathered.items():
+        for storage, memory in self._gathered:
             # Sharding frees and allocates gathered parameters by resizing their storages, which is not an operator.
-            self._resize(index, storage.nbytes())
+            self._resize(storage, memory.nbytes())
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
         casts = func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) == PARAMETERS
         for tensor in outputs:
-            self._know(tensor, CASTS if casts else "")
+            self._storage(tensor, CASTS if casts else "")
         if func.namespace in ("c10d", "fsdp"):
             self._communicate(func, args, kwargs, result)
         else:
@@ -132,96 +124,72 @@ class Recorder(TorchDispatchMode):
         written = kwargs.get("out", args[0] if func.namespace == "c10d" else result)
         for tensor in tree_leaves(written):
             if isinstance(tensor, Tensor):
-                index = self._know(tensor, "")
-                self._kinds[index] = self._kinds[index] or COMMUNICATION
+                storage = self._storage(tensor)
+                storage.kind = storage.kind or COMMUNICATION
                 if name == "split_with_sizes_copy":
-                    self._gathered[index] = local(tensor).untyped_storage()
+                    self._gathered.append((storage, local(tensor).untyped_storage()))
         starts = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
         collective = next((value for start, value in starts.items() if name.strip("_").startswith(start)), None)
         if collective:
             size = max(sum(_size(x) for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args[:2])
             group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
             ranks = dist.ProcessGroup.unbox(group).size()
-            self._costs[-1][collective] += (1 + (collective == "all-reduce")) * size * (ranks - 1) // ranks
+            self._phases[-1].costs[collective] += (1 + (collective == "all-reduce")) * size * (ranks - 1) // ranks
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, tensors: list[Tensor]) -> None:
-        packet, costs = func._overloadpacket, self._costs[-1]
+        packet, phase = func._overloadpacket, self._phases[-1]
         name = packet.__name__
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view"))):
-            costs["bytes"] += sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
+            phase.costs["bytes"] += sum(_size(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
         if name in _LOGIT_GRADIENTS:
             image, text = args[_LOGIT_GRADIENTS[name] :][:2]
             row_bytes = image.itemsize * len(text)  # of gradients of the logits
             workspace = row_bytes * min(len(image), _logit_gradients.rows_of_chunk(row_bytes))
-            self._kinds.append(WORKING)
-            self._sizes.append(0)
-            self._resize(len(self._sizes) - 1, workspace)
-            self._resize(len(self._sizes) - 1, 0)
-        formula = FLOPS.get(packet)
-        if formula:
+            phase.changes += [(Storage(WORKING, 0), size) for size in (workspace, -workspace)]
+        if formula := FLOPS.get(packet):
             # The backward pass itself builds no graph, and our own forward ops run in it for recomputation alone.
-            in_backward = torch._C._current_graph_task_id() >= 0
-            again = in_backward and (torch.is_grad_enabled() or name.endswith("_forward"))
-            is_teacher = bool(self._marks) and self._marks[-1][0] == "teacher"
-            stage = "recomputation" if again else "backward" if in_backward else "forward"
-            costs["teacher" if is_teacher else stage] += formula(*args, **kwargs, out_val=result)
+            again = in_backward() and (torch.is_grad_enabled() or name.endswith("_forward"))
+            stage = "recomputation" if again else "backward" if in_backward() else "forward"
+            phase.costs["teacher" if phase.name == "teacher" else stage] += formula(*args, **kwargs, out_val=result)
 
-    def _know(self, tensor: Tensor, kind: str) -> int:
-        storage = local(tensor).untyped_storage()
-        index = self._known.get(id(storage))
-        if index is None:
-            index = len(self._sizes)
-            self._known[id(storage)] = index
-            self._kinds.append(kind)
-            self._sizes.append(0)
-            self._references[index] = weakref.ref(storage, self._forget(id(storage), index))
-            self._resize(index, storage.nbytes())
-        return index
+    def _storage(self, tensor: Tensor, kind: str = "") -> Storage:
+        """The record of a tensor's storage; a new one has this kind."""
+        memory = local(tensor).untyped_storage()
+        storage = self._storages.get(id(memory))
+        if storage is None:
+            storage = self._storages[id(memory)] = Storage(kind, len(self._phases) - 1)
+            weakref.finalize(memory, self._free, id(memory)).atexit = False
+            self._resize(storage, memory.nbytes())
+        return storage
 
     def _kind_of(self, tensor: Tensor) -> str:
-        index = self._known.get(id(local(tensor).untyped_storage()))
-        return "" if index is None else self._kinds[index]
+        storage = self._storages.get(id(local(tensor).untyped_storage()))
+        return "" if storage is None else storage.kind
 
-    def _forget(self, key: int, index: int) -> Callable[[Any], None]:
-        def freed(_: Any) -> None:
-            self._known.pop(key, None)
-            self._references.pop(index, None)
-            self._resize(index, 0)
+    def _free(self, key: int) -> None:
+        self._resize(self._storages.pop(key), 0)
 
-        return freed
+    def _resize(self, storage: Storage, size: int) -> None:
+        if size != storage.size:
+            self._phases[-1].changes.append((storage, size - storage.size))
+            storage.last = len(self._phases) - 1 if size < storage.size else storage.last
+            storage.size = size
 
-    def _resize(self, index: int, size: int) -> None:
-        if size != self._sizes[index]:
-            self._changes.append((index, size - self._sizes[index]))
-            self._sizes[index] = size
 
-    def _final_kinds(self) -> list[str]:
-        """Kinds of all storages; those without a label get one from the phases in which they begin and end."""
-        self._references.clear()  # later frees aren't part of the step
-        names, passes = [""], [0]
-        for name, _ in self._marks:
-            names.append(name)
-            passes.append(passes[-1] + (name == self._opening))
-        born: dict[int, int] = {}
-        died: dict[int, int] = {}
-        phase = 0
-        for place, (index, size) in enumerate(self._changes):
-            while phase < len(self._marks) and place >= self._marks[phase][1]:
-                phase += 1
-            born.setdefault(index, phase)
-            if size < 0:
-                died[index] = phase
-        kinds = []
-        for index, kind in enumerate(self._kinds):
-            first = born.get(index, 0)
-            last = died.get(index, len(self._marks) + 1)
-            name = names[first]
-            if not kind and last > first and name.partition(".")[0] in ("image", "text"):
-                kind = f"activations of the {name.partition('.')[0]} tower"
-            elif not kind and name.startswith("~") and last < len(passes) and passes[last] > passes[first]:
-                kind = WHOLE_GRADIENTS
-            kinds.append(kind or WORKING)
-        return kinds
+def in_backward() -> bool:
+    """Whether autograd computes gradients or recomputes activations."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+def _kind(storage: Storage, phases: list[Phase]) -> str:
+    """The kind of an unlabelled storage, by the phases in which it is allocated and freed."""
+    first, last = phases[storage.first], storage.last
+    tower = first.name.partition(".")[0]
+    if tower in ("image", "text") and (last is None or last > storage.first):
+        return f"activations of the {tower} tower"
+    if tower.startswith("~") and last is not None and phases[last].number > first.number:
+        return WHOLE_GRADIENTS
+    return WORKING
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,12 +33,13 @@ from evaclip.plan.recorder import (
     Amounts,
     Phase,
     Recorder,
+    Storage,
+    in_backward,
     local,
 )
-from evaclip.train import rng
 from evaclip.train.build import build_step, cast_matrices, check_batch, shards_parameters
 from evaclip.train.config import TIMM, ContrastiveTask, TrainConfig
-from evaclip.train.distributed import BUCKET_BYTES, GradientMean, World, fake_ranks, without_data
+from evaclip.train.distributed import BUCKET_BYTES, World, fake_ranks
 from evaclip.train.ema import Ema
 from evaclip.train.loss import ContrastiveLoss
 from evaclip.train.micro_batch import MicroBatch
@@ -162,9 +163,10 @@ class _Trace:
     """The recorded step of a model with few blocks.
 
     Attributes:
+        task: of the model with few blocks.
         start: bytes by kind before the step, of the model with all its blocks.
-        phases: of the model with all its blocks.
-        evaluation: the forward pass of an evaluation; None for a run without one.
+        phases: of the step of the model with all its blocks.
+        evaluation: forward pass of an evaluation; empty for a run without one.
         elements: parameters that the rank holds, of the model with all its blocks.
         largest: elements of the largest group of parameters that are gathered together, on this rank.
         largest_parameter: elements of the largest parameter.
@@ -173,14 +175,18 @@ class _Trace:
     def __init__(
         self, config: TrainConfig, world: World, is_sharded: bool, depths: dict[str, int], caption_tokens: int | None
     ) -> None:
-        self.config, self.world, self.is_sharded, self._fake = config, world, is_sharded, FakeTensorMode()
+        self.config, self.world, self.is_sharded = config, world, is_sharded
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         kind = task_class(config.task.name)
         model = kind.create_model(config, device="meta").train()
         cast_matrices(model, config.precision)
-        without_data(model, self._fake)
         if is_sharded:
             shard(kind.towers_of(model).values(), config.parallel, config.precision, world)
         self.task = task = kind.build(config, world, model)
+        teacher = getattr(task, "teacher", None)
+        with self._fake:
+            for module in (model, *([teacher.tower] if teacher else [])):
+                module.to_empty(device="cpu")
         self.towers = {_TOWERS[name]: cast(Tower, tower) for name, tower in task.towers.items()}
         self.extra = {name: depths[name] - tower.layers for name, tower in self.towers.items()}
         if caption_tokens is not None:
@@ -192,25 +198,22 @@ class _Trace:
             if not 2 <= caption_tokens <= longest:
                 raise UserError(f"--caption-tokens must be 2 to {longest}, got {caption_tokens}")
             task.mean_caption_tokens = caption_tokens
-        # Random states are read as numbers, and nothing is drawn here.
-        with patch.multiple(rng, capture=lambda device: {}, restore=lambda state, device: None):
-            self._record(Ema(model, config.ema_decay) if config.ema_decay is not None else None)
+        self._record(Ema(model, config.ema_decay) if config.ema_decay is not None else None)
 
     def _record(self, ema: Ema | None) -> None:
         config, task, model = self.config, self.task, self.task.model
         rows = config.batch_size // self.world.size
         micro = rows // config.accumulation_steps
         is_evaluated = bool(config.eval.sets or config.validation_split)
-        together = task.rows_per_group(config)
-        few = max(config.eval.batch_size, together) if is_evaluated else micro
+        few = max(config.eval.batch_size, task.rows_per_group(config)) if is_evaluated else micro
         evaluated = self._samples(few, {few})
         fixed = {FROZEN: list(task.extra_tensors()), AVERAGE: list(ema.state_dict().values()) if ema else []}
         with self._fake:
-            step = build_step(config, self.world, task)
-            step.mean = GradientMean([], [], self.world)  # counted by `_summarize`: buckets depend on the depth
+            # `_summarize` adds the mean of replicated gradients over ranks, whose buckets depend on the depth.
+            step = build_step(config, self.world if self.is_sharded else World(self.world.device), task)
             # The first forward pass gathers all parameters once: an evaluation's.
             evaluation = self._evaluate(step, *evaluated, fixed)
-        self.evaluation = evaluation if is_evaluated else None
+        self.evaluation = evaluation if is_evaluated else []
         images, targets = self._samples(rows, {micro})
         with self._fake:
             model.train()
@@ -225,7 +228,7 @@ class _Trace:
                 recorder.label((value for values in state.values() for value in values.values()), OPTIMIZER)
                 if ema:
                     ema.update(1)
-        self.start, phases = recorder.phases()
+        self.start, phases = recorder.finish()
         self.phases = self._deepen(phases)
         self._add_blocks(step, ema)
 
@@ -242,7 +245,7 @@ class _Trace:
             recorder.mark("loss")
             with recorder:
                 loss(features[0], features[1], torch.ones((), requires_grad=True), bias).backward()
-        return recorder.phases()[1][0]
+        return recorder.finish()[1][0]
 
     def _samples(self, rows: int, sizes: set[int]) -> tuple[Tensor, Tensor]:
         """Images and targets of a rank; `sizes` are those of their micro-batches."""
@@ -250,7 +253,9 @@ class _Trace:
         with self._fake:
             return torch.empty(rows, 3, *self.task.visual.config.image_shape), targets
 
-    def _evaluate(self, step: TrainStep, images: Tensor, targets: Tensor, fixed: dict[str, list[Tensor]]) -> Phase:
+    def _evaluate(
+        self, step: TrainStep, images: Tensor, targets: Tensor, fixed: dict[str, list[Tensor]]
+    ) -> list[Phase]:
         task, dtype = self.task, step.autocast_dtype
         task.model.eval()
         recorder = Recorder({**fixed, PARAMETERS: task.model.parameters(), INPUTS: task.model.buffers()}, _OPENING)
@@ -260,16 +265,16 @@ class _Trace:
                 task.model(images, targets, packing=task.model.text.pack_tokens(targets))
             else:
                 cast(Any, task).of_samples(images, MicroBatch(slice(0, len(images)), targets, None, 0, 0))
-        phase = recorder.phases()[1][0]
+        _, phases = recorder.finish()
         forget_gathered(task.model)
-        return phase
+        return phases
 
     @contextmanager
     def _marking(self, recorder: Recorder, step: TrainStep) -> Iterator[None]:
         """Marks where phases begin, in the forward and in the backward pass."""
 
         def mark(name: str, before: str, stream: Stream) -> None:
-            if torch._C._current_graph_task_id() >= 0:
+            if in_backward():
                 return  # recomputation
             recorder.mark(name)
             # The gradient of the branch arrives first.
@@ -277,25 +282,19 @@ class _Trace:
             if last.requires_grad:
                 last.register_hook(lambda _: recorder.mark(f"~{before}"))
 
-        def begin(name: str, before: str, _: Any, args: Any) -> None:
-            mark(name, before, args[0])
-
-        def end(name: str, before: str, _: Any, args: Any, output: Stream) -> None:
-            mark(name, before, output)
-
         handles = [step.optimizer.register_step_pre_hook(lambda *_: recorder.mark("optimizer"))]
         handles.append(self.task.model.register_forward_hook(lambda *_: recorder.mark("loss")))
         if teacher := getattr(self.task, "teacher", None):
             handles.append(teacher.tower.patch_embed.register_forward_pre_hook(lambda *_: recorder.mark("teacher")))
-        for name, tower in self.towers.items():
-            mark_embed = partial(lambda name, *_: recorder.mark(f"{name}.embed"), name)
-            handles.append(tower.register_forward_pre_hook(mark_embed, prepend=True))
+        for tower_name, tower in self.towers.items():
             blocks = _blocks(tower)
-            for index, block in enumerate(blocks):
-                before = f"{name}.block.{index - 1}" if index else f"{name}.embed"
-                hook = partial(begin, f"{name}.block.{index}", before)
+            names = [f"{tower_name}.{part}" for part in ("embed", *(f"block.{i}" for i in range(len(blocks))), "head")]
+            hook = partial(lambda name, *_: recorder.mark(name), names[0])
+            handles.append(tower.register_forward_pre_hook(hook, prepend=True))
+            for block, before, name in zip(blocks, names[:-2], names[1:-1], strict=True):
+                hook = partial(lambda name, before, _, args: mark(name, before, args[0]), name, before)
                 handles.append(block.register_forward_pre_hook(hook, prepend=True))
-            hook = partial(end, f"{name}.head", f"{name}.block.{len(blocks) - 1}")
+            hook = partial(lambda name, before, _, args, output: mark(name, before, output), names[-1], names[-2])
             handles.append(blocks[-1].register_forward_hook(hook))
         try:
             yield
@@ -308,15 +307,14 @@ class _Trace:
         middles = {f"{name}.block.{tower.layers // 2}": self.extra[name] for name, tower in self.towers.items()}
         # Casts of weights that nothing has saved for backward go all at once when autocast ends, behind the model.
         casts: Amounts = Counter()
-        for phase in phases:
-            casts[str(phase.number)] += middles.get(phase.name.lstrip("~"), 0) * phase.change[CASTS]
         deep = []
         for phase in phases:
+            repeats = middles.get(phase.name.lstrip("~"), 0)
+            deep += [phase] * (1 + repeats)
+            casts[str(phase.number)] += repeats * sum(size for kind, size in phase.sizes() if kind == CASTS)
+        for phase in phases:
             if phase.name == "loss":
-                change = Counter(phase.change)
-                change[CASTS] -= casts[str(phase.number)]
-                phase = replace(phase, change=change)
-            deep += [phase] * (1 + middles.get(phase.name.lstrip("~"), 0))
+                phase.changes.append((Storage(CASTS, 0), -casts[str(phase.number)]))
         return deep
 
     def _add_blocks(self, step: TrainStep, ema: Ema | None) -> None:
@@ -341,48 +339,37 @@ class _Trace:
 def _summarize(
     config: TrainConfig, gpus: int, batches: tuple[int, int], parameters: int, trace: _Trace, loss: list[Phase]
 ) -> StepPlan:
-    (local_batch, micro_batch), task = batches, trace.task
+    (local_batch, micro_batch), task, phases = batches, trace.task, trace.phases
     others = local_batch - trace.config.batch_size // gpus
-    start, offload = Counter(trace.start), config.parallel.offload != "none"
+    start = Counter(trace.start)
     if others > 0:
         # Which patches are kept is drawn for all micro-batches, and a contrastive loss holds all features.
         if task.visual.patch_dropout:
             start[INPUTS] += others * task.visual.num_kept_patches() * 8
         if isinstance(task, Contrastive):
             start["features of other micro-batches"] += 4 * others * task.model.config.embed_dim * 4
-    moments, live, buckets = [], Counter(start), Counter[str]()
-    is_replicated = gpus > 1 and not trace.is_sharded
-    last_loss = max(index for index, phase in enumerate(trace.phases) if phase.name == "loss")
-    for index, phase in enumerate(trace.phases):
-        moments.append((phase.name, _sum(live, phase.peak, buckets)))
-        live.update(phase.change)
-        if is_replicated and index == last_loss:
-            # Copies of gradients during the mean over ranks.
-            most = 3 * BUCKET_BYTES + max(BUCKET_BYTES, 4 * trace.largest_parameter)
-            buckets[COMMUNICATION] = min(4 * trace.elements, most)
-    if trace.evaluation:
-        moments.append(("evaluation", _sum(start, trace.evaluation.peak)))
-    if loss:
-        moments.append(("loss", _sum(start, loss[0].peak)))
-    host = 0
-    if offload:
-        host = sum(start[kind] for kind in (PARAMETERS, OPTIMIZER, AVERAGE)) + live[GRADIENTS]
-        copies = _SHARD_COPIES * trace.largest * (start[PARAMETERS] // trace.elements)
-        for _, memory in moments:
-            for kind in (PARAMETERS, OPTIMIZER, AVERAGE, GRADIENTS):
-                del memory[kind]
-            memory[COMMUNICATION] += copies
-    name, memory = max(moments, key=lambda moment: moment[1].total())
     costs: Amounts = Counter()
-    for phase in trace.phases:
+    for phase in phases:
         # Of several forward passes the odd ones are of the first micro-batch, which stands for all but the last.
         times = config.accumulation_steps - 1 if config.accumulation_steps > 1 and phase.number % 2 else 1
         costs.update({key: times * value for key, value in phase.costs.items()})
     if loss:
         costs.update(loss[0].costs)
         costs.subtract(loss[1].costs)
-    if is_replicated:
+    if gpus > 1 and not trace.is_sharded:
         costs["all-reduce"] += 2 * 4 * trace.elements * (gpus - 1) // gpus
+        # Copies of gradients during the mean over ranks.
+        most = 3 * BUCKET_BYTES + max(BUCKET_BYTES, 4 * trace.largest_parameter)
+        copies = Storage(COMMUNICATION, 0), min(4 * trace.elements, most)
+        last = max(index for index, phase in enumerate(phases) if phase.name == "loss")
+        phases = [*phases[: last + 1], Phase("mean", 0, [copies]), *phases[last + 1 :]]
+    host = 0
+    if config.parallel.offload != "none":
+        gradients = sum(size for phase in phases for kind, size in phase.sizes() if kind == GRADIENTS)
+        host = sum(start.pop(kind, 0) for kind in (PARAMETERS, OPTIMIZER, AVERAGE)) + gradients
+        start[COMMUNICATION] += _SHARD_COPIES * trace.largest * (trace.start[PARAMETERS] // trace.elements)
+    moments = [_peak(start, each, {GRADIENTS} if host else set()) for each in (phases, trace.evaluation, loss[:1])]
+    name, memory = max(moments, key=lambda moment: moment[1].total())
     return StepPlan(
         config=config,
         gpus=gpus,
@@ -401,12 +388,15 @@ def _summarize(
     )
 
 
-def _sum(*amounts: Amounts) -> Amounts:
-    """Unlike `+` this keeps negative amounts."""
-    total: Amounts = Counter()
-    for each in amounts:
-        total.update(each)
-    return total
+def _peak(start: Amounts, phases: list[Phase], ignored: set[str]) -> tuple[str, Amounts]:
+    """The phase in which most memory is in use, and the bytes by kind at that moment."""
+    changes = [(phase.name, *change) for phase in phases for change in phase.sizes() if change[0] not in ignored]
+    totals = [0, *accumulate(size for _, _, size in changes)]
+    count = totals.index(max(totals))
+    memory = Counter(start)
+    for _, kind, size in changes[:count]:
+        memory[kind] += size
+    return changes[count - 1][0] if count else "begin", memory
 
 
 def _options(config: TrainConfig, vision: dict[str, Any], text: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -307,12 +307,6 @@ def fake_ranks(device: str, size: int) -> World:
     present = device_of(device)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     return World(present, 0, size, dist.group.WORLD, dist.group.WORLD, lambda: dist.group.WORLD)
-
-
-def without_data(model: nn.Module, mode: AbstractContextManager[object]) -> None:
-    """Gives a model on the meta device parameters and buffers of this fake mode that count as memory of a CPU."""
-    with mode:
-        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device:

@@ -15,7 +15,7 @@ def capture(device: torch.device) -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state(),
         "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
     }
@@ -25,7 +25,7 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     """Puts back what `capture` returned."""
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["device"] is not None and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"], device)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from evaclip.atomic import replacing, writing
 from evaclip.errors import UserError
@@ -28,9 +28,8 @@ from evaclip.model.vision_model import VisionModel
 from evaclip.model.vision_names import split_name, vision_config
 from evaclip.train import rng
 from evaclip.train.config import TeacherConfig, TrainConfig
-from evaclip.train.distributed import World, without_data
+from evaclip.train.distributed import World
 from evaclip.train.sharding import WholeRandomNumbers, shard
-from evaclip.weights import is_dtensor
 from evaclip.weights.files import save_file, weights_hash
 
 _log = logging.getLogger(__name__)
@@ -70,13 +69,7 @@ class Teacher:
         self.tower = tower.requires_grad_(False).eval()
         self.facts = facts or {}
         self._cache = cache
-        self._change: tuple[Tensor, Tensor] | None = None
-        if (own.mean, own.std) != (students.mean, students.std):
-            own_mean, own_std, mean, std = (
-                torch.tensor(values, device=tower.pos_embed.device).reshape(3, 1, 1)
-                for values in (own.mean, own.std, students.mean, students.std)
-            )
-            self._change = std / own_std, (mean - own_mean) / own_std
+        self._own, self._students = own, students
 
     @torch.no_grad()
     def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -115,6 +108,18 @@ class Teacher:
             shape = self.tower.present.image_shape
             images = F.interpolate(images, shape, mode="bicubic", antialias=True)
         return self.tower.patch_features(images)
+
+    @cached_property
+    def _change(self) -> tuple[Tensor, Tensor] | None:
+        """Factor and shift from the student's normalization to the teacher's; None if they are equal."""
+        own, students = self._own, self._students
+        if (own.mean, own.std) == (students.mean, students.std):
+            return None
+        own_mean, own_std, mean, std = (
+            torch.tensor(values, device=self.tower.pos_embed.device).reshape(3, 1, 1)
+            for values in (own.mean, own.std, students.mean, students.std)
+        )
+        return std / own_std, (mean - own_mean) / own_std
 
     def _sized(self, grid: tuple[int, int]) -> VisionConfig:
         side = self.tower.config.patch_size
@@ -189,16 +194,16 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
     """The teacher of a run, on its device: whole, or this rank's shards.
 
     Args:
-        model: the student. If it has no data, the teacher has none either, and no weights are read.
+        model: the student. If it is on the meta device, so is the teacher, and no weights are read.
 
     Raises:
         UserError: the model or its weights don't exist, or `shard` is set and `parallel.mode` is replicate.
     """
     if config.shard and run.parallel.mode == "replicate":
         raise UserError("task.teacher.shard=true needs parallel.mode=shard or hybrid, got replicate")
-    mode, cut = _fake_mode(model), config.shard and world.size > 1
+    is_meta, is_sharded = model.pos_embed.is_meta, config.shard and world.size > 1
     precision = config.precision or run.precision.removeprefix("amp_")
-    pretrained = config.pretrained if mode is None else None
+    pretrained = None if is_meta else config.pretrained
 
     def shard_teacher(teacher: CLIP | VisionModel) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
@@ -207,27 +212,23 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
         register_fsdp_forward_method(_tower(teacher), "patch_features")
 
     how: dict[str, Any] = {
-        "device": world.device if mode is None else "meta",
+        "device": "meta" if is_meta else world.device,
         "precision": precision,
         "as_trained": False,
-        "prepare": shard_teacher if cut and mode is None else None,
+        "prepare": shard_teacher if is_sharded else None,
         **config.options,
     }
     # Random weights are equal on all ranks and for all students.
     rng.seed_all(run.seed, 0)
-    with WholeRandomNumbers() if cut else nullcontext():
+    with WholeRandomNumbers() if is_sharded else nullcontext():
         teacher: CLIP | VisionModel
         if find_model(config.name) is None:
             teacher = create_vision_model(config.name, pretrained or False, num_classes=0, **how)
         else:
             teacher = create_model(config.name, pretrained, **how)
     tower, own = _tower(teacher), teacher.config.preprocess if isinstance(teacher, CLIP) else teacher.preprocess
-    if mode is not None:
-        without_data(tower, mode)
-        if cut:
-            shard_teacher(teacher)
-        with mode:
-            return Teacher(tower, own, model.preprocess)
+    if is_meta:
+        return Teacher(tower, own, model.preprocess)
     facts = {"weights": weights_hash(tower)[:32], "precision": precision, "mean": list(own.mean), "std": list(own.std)}
     cache = None
     if config.cache is not None:
@@ -240,13 +241,6 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
 
 def _tower(model: CLIP | VisionModel) -> VisionTower:
     return model.visual if isinstance(model, CLIP) else model
-
-
-def _fake_mode(model: VisionModel) -> FakeTensorMode | None:
-    """The fake mode of a model without data, else None."""
-    token = model.pos_embed
-    local = token.to_local() if is_dtensor(token) else token
-    return local.fake_mode if isinstance(local, FakeTensor) else None
 
 
 def _read(path: Path) -> Tensor | None:
