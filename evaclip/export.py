@@ -1,7 +1,6 @@
-"""Towers as programs that run without this library: torch.export's, or ONNX files that passed their probe."""
+"""Towers as programs that run without this library: torch.export's, or ONNX files that ONNX Runtime reproduces."""
 
 import copy
-import json
 import logging
 import shutil
 import warnings
@@ -12,18 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
 import evakernels
 from evaclip.atomic import replacing, require_space, writing
-from evaclip.errors import UserError, unknown_name
+from evaclip.errors import Refused, UserError, unknown_name
 from evaclip.extras import import_extra
 from evaclip.model.clip import CLIP
 from evaclip.model.vision_model import VisionModel
-from evaclip.onnx_check import KEY, LOWEST, Outcome, check, make_inputs, require
 from evaclip.outputs import check_output
 from evaclip.packing import PackedImages, pack_images
 from evakernels.nn import FrozenWeight, unfreeze
@@ -32,6 +32,11 @@ SUFFIXES = (".pt2", ".onnx")
 OPSET = 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TowerName = Literal["image", "text"]
+
+_LOWEST = 0.9999
+"""The cosine to the model's embeddings in float32 that an ONNX file must reach."""
+_LENGTHS = 0.1
+"""Largest relative difference of an embedding's length, which the cosine doesn't see."""
 
 
 def export(
@@ -42,19 +47,18 @@ def export(
     normalize: bool = False,
     overwrite: bool = False,
     dtype: str = "fp32",
-    int8: bool = False,
     external: bool = False,
     names: tuple[str, str] = ("inputs", "embeddings"),
     int32: bool = False,
     max_patches: int | None = None,
-) -> list[Outcome]:
+) -> None:
     """Writes a program from images `[B, 3, H, W]` or token ids `[B, context_length]` to embeddings `[B, embed_dim]`.
 
     A `VisionModel` with a classifier becomes a program from images to logits `[B, num_classes]`.
 
     B is any number. An ONNX file takes float32 or int64 and returns float32 for any dtype of its weights; a causal text
-    tower computes only the tokens of the longest text. The file stores the model's float32 embeddings of a few
-    inputs, and is written only if ONNX Runtime reproduces them.
+    tower computes only the tokens of the longest text. The file is written only if ONNX Runtime reproduces the model's
+    float32 embeddings of four inputs.
 
     Args:
         model: in evaluation mode; a `.pt2` computes in the dtype of its parameters.
@@ -64,24 +68,20 @@ def export(
         normalize: whether embeddings have length 1.
         overwrite: replace `target` if it exists. Files of a run or a checkpoint are never replaced.
         dtype: dtype of an ONNX file's weights: fp32; fp16, with computation in fp16; bf16, with computation in float32.
-        int8: int8 matmuls in an ONNX file, other weights in fp32.
         external: always write an ONNX file's weights into the second file, which ONNX Runtime maps into memory faster.
         names: names of an ONNX file's input and output.
         int32: token ids of an ONNX file are int32, else int64.
         max_patches: a `.pt2` of an image tower takes `patches`, `positions`, `sizes` and `lengths` of `PackedImages`
             with at most so many patches per image; None for images of one size.
 
-    Returns:
-        The outcome of an ONNX file's probe; nothing for a `.pt2`.
-
     Raises:
-        Refused: ONNX Runtime's embeddings have a cosine of less than 0.9999 (int8: 0.99) to the model's.
+        Refused: ONNX Runtime's embeddings have a cosine of less than 0.9999 to the model's.
         UserError: `target` can't be written, an option doesn't fit it, or a package is missing.
 
     Example:
         `export(model, "image", Path("image.onnx"), dtype="fp16")`
     """
-    check_target(target, overwrite, dtype, int8)
+    check_target(target, overwrite, dtype)
     if max_patches is not None and (tower != "image" or target.suffix != ".pt2" or max_patches < 1):
         raise UserError(
             f"max_patches must be None, or 1 or more for the image tower in a .pt2, got {max_patches} for the {tower}"
@@ -92,23 +92,20 @@ def export(
         require_space(target, sum(tensor.nbytes for tensor in program.state_dict.values()))
         with writing(target), replacing(target) as temporary, temporary.open("wb") as stream:
             torch.export.save(program, stream)
-        return []
-    kind = "int8" if int8 else dtype
+        return
     with writing(target), _together(target) as folder:
         path, model = folder / target.name, exportable(model, tower)
-        return _write_onnx(model, tower, path, kind, normalize, external, names, int32)
+        _write_onnx(model, tower, path, dtype, normalize, external, names, int32)
 
 
-def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool = False) -> None:
+def check_target(target: Path, overwrite: bool, dtype: str = "fp32") -> None:
     """Raises UserError for a file that `export` doesn't write."""
     if target.suffix not in SUFFIXES:
-        raise UserError(f"{str(target)!r} can't be written; expected {' or '.join(SUFFIXES)}")
+        raise UserError(f"the target must end in {' or '.join(SUFFIXES)}, got {str(target)!r}")
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    if int8 and dtype != "fp32":
-        raise UserError(f"int8 and dtype={dtype} don't go together; give one of them")
-    if target.suffix == ".pt2" and (dtype != "fp32" or int8):
-        raise UserError("dtype and int8 are those of ONNX files; a .pt2 has the dtype of the model's parameters")
+    if target.suffix == ".pt2" and dtype != "fp32":
+        raise UserError(f"dtype must be left out for a .pt2, which has that of the model's parameters, got {dtype}")
     for written in (target, target.with_name(f"{target.name}.data")):
         check_output(written, overwrite=overwrite)
 
@@ -116,7 +113,7 @@ def check_target(target: Path, overwrite: bool, dtype: str = "fp32", int8: bool 
 def exported(
     model: CLIP | VisionModel, tower: TowerName, normalize: bool = False, max_patches: int | None = None
 ) -> ExportedProgram:
-    """The program that `export` writes to a `.pt2`. The ops of evakernels are replaced by what they mean in torch's."""
+    """The program that `export` writes to a `.pt2`. Ops of evakernels are decomposed into torch's."""
     encoder = _Encoder(exportable(model, tower), tower, normalize, max_patches=max_patches).eval()
     # Of two samples: programs take a size of one for a constant.
     if max_patches is not None:
@@ -207,19 +204,20 @@ def _write_onnx(
     model: CLIP | VisionModel,
     tower: TowerName,
     path: Path,
-    kind: str,
+    dtype: str,
     normalize: bool,
     external: bool,
     names: tuple[str, str],
     int32: bool,
-) -> list[Outcome]:
-    """Writes a file and runs its probe; raises Refused if ONNX Runtime doesn't give the model's embeddings."""
-    inputs, probe = _probe(model, tower, normalize, LOWEST[kind])
-    example = inputs[:3].int() if int32 and tower == "text" else inputs[:3]
-    encoder = _Encoder(model, tower, normalize, "fp32" if kind == "int8" else kind).eval()
+) -> None:
+    """Writes a file, and raises Refused if ONNX Runtime doesn't reproduce the model's embeddings."""
+    encoder = _Encoder(model, tower, normalize, dtype).eval()
+    inputs = _draw_inputs(encoder.tower.config, tower)
+    inputs = inputs.int() if int32 and tower == "text" else inputs
     import_extra("onnxscript")  # the exporter's own error doesn't name the extra
     with torch.no_grad(), evakernels.as_torch_operators(), _silence():
-        program = torch.export.export(encoder, (example,), dynamic_shapes=({0: Dim("batch", min=0)},))
+        # Of three inputs: programs take a size of one for a constant.
+        program = torch.export.export(encoder, (inputs[:3],), dynamic_shapes=({0: Dim("batch", min=0)},))
         onnx_program: Any = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=names[:1], output_names=names[1:], verbose=False
         )
@@ -230,63 +228,55 @@ def _write_onnx(
             if value.name in names and value not in graph.outputs:
                 value.name += "_inside"
     onnx_program.model.metadata_props.update(
-        {KEY: json.dumps(probe), "evaclip.tower": tower, "evaclip.dtype": kind, "evaclip.normalize": str(normalize)}
+        {"evaclip.tower": tower, "evaclip.dtype": dtype, "evaclip.normalize": str(normalize)}
     )
     onnx_program.save(path, external_data=external)
-    if kind == "int8":
-        with _silence():
-            quantize(path)
     data = path.with_name(f"{path.name}.data")
     if data.exists():
         data.chmod(path.stat().st_mode)
-    outcomes = check(path)
-    require(outcomes, path.name)
-    return outcomes
-
-
-def _probe(
-    model: CLIP | VisionModel, tower: TowerName, normalize: bool, lowest: float
-) -> tuple[Tensor, dict[str, Any]]:
-    """Inputs, and the probe: what `check` needs to draw them again, and the model's float32 outputs for them."""
-    encode = _Encoder(model, tower, normalize).eval()
-    config = encode.tower.config
-    shape = (3, *config.image_shape) if tower == "image" else (config.context_length,)
-    vocab_size = 0 if tower == "image" else config.vocab_size
-    inputs = torch.from_numpy(make_inputs(shape, vocab_size))
-    weight = next(encode.parameters())
+    reference = _Encoder(model, tower, normalize).eval()
+    weight = next(reference.parameters())
     if weight.dtype != torch.float32:
-        encode = copy.deepcopy(encode).float()
+        reference = copy.deepcopy(reference).float()
     with torch.no_grad():
-        expected = encode(inputs.to(weight.device)).tolist()
-    return inputs, {"vocab_size": vocab_size, "lowest": lowest, "expected": expected}
+        _check(path, inputs, reference(inputs.to(weight.device)).cpu())
 
 
-def quantize(path: Path) -> None:
-    """Replaces the weights of an ONNX file's matmuls by 8-bit integers with a scale for each output channel.
+def _draw_inputs(config: Any, tower: TowerName) -> Tensor:
+    """Four noise images of several scales, or four captions of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    if tower == "image":
+        noise = (torch.randn(4, 3, cells, cells, generator=generator) for cells in (2, 4, 8, 16, 32))
+        return torch.stack([F.interpolate(each, config.image_shape) for each in noise]).sum(0) / 5**0.5
+    start, end = config.vocab_size - 2, config.vocab_size - 1
+    tokens = torch.zeros(4, config.context_length, dtype=torch.int64)
+    for row, words in zip(tokens, np.linspace(1, config.context_length - 2, 4).astype(int), strict=True):
+        row[0], row[words + 1] = start, end
+        row[1 : words + 1] = torch.randint(1, start, (words,), generator=generator)
+    return tokens
 
-    Activations are scaled while the model runs, so no images are needed for calibration. Weights take 7 of the 8 bits:
-    processors without VNNI add pairs of products in 16 bits, which overflow with all 8.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with TemporaryDirectory(dir=path.parent) as folder:
-        quantize_dynamic(
-            path,
-            Path(folder) / path.name,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=path.with_name(f"{path.name}.data").exists(),
-            extra_options={"MatMulConstBOnly": True},
+def _check(path: Path, inputs: Tensor, expected: Tensor) -> None:
+    """Raises Refused if ONNX Runtime's embeddings differ from those expected, of all inputs or of the first alone."""
+    session = import_extra("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    # One input alone, too: a graph may be right only for the batch size of the export.
+    outputs = [session.run(None, {entry.name: batch.numpy()})[0] for batch in (inputs[:1], inputs)]
+    computed, numbers = torch.from_numpy(np.concatenate(outputs)), [0, *range(len(inputs))]
+    cosines = F.normalize(computed, dim=1) @ F.normalize(expected, dim=1).T
+    lowest = cosines[range(len(numbers)), numbers].min().item()
+    length = (computed.norm(dim=1) / expected.norm(dim=1)[numbers] - 1).abs().max().item()
+    # Embeddings of different inputs may have a high cosine, too.
+    if not (lowest >= _LOWEST and length <= _LENGTHS and cosines.argmax(1).tolist() == numbers):
+        raise Refused(
+            f"{path.name!r} must compute the model's embeddings to a cosine of {_LOWEST} and a relative length of"
+            f" {_LENGTHS}, each nearest to its input's, got {lowest:.7f} and {length:.7f}"
         )
-        for made in Path(folder).iterdir():
-            shutil.move(made, path.with_name(made.name))
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without what the exporter and the quantizer print, log and warn of for their developers."""
+    """Hides what the exporter prints, logs and warns of for its developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -19,18 +19,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="NAME:WEIGHTS, a run, a checkpoint or hf-hub:OWNER/NAME")
     parser.add_argument("folder", type=Path, help="to make; files that it has are replaced")
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
-    kinds.add_argument("--int8", action="store_true")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     args = parser.parse_args()
     model = load_model(args.model, random=False).model.eval()
-    write(model, args.folder, dtype=args.dtype, int8=args.int8)
+    write(model, args.folder, args.dtype)
 
 
-def write(model: CLIP, folder: Path, **kind: Any) -> None:
-    """Towers of length 1, preprocessing and tokenizer; `kind` is `dtype` or `int8` of `evaclip.export.export`."""
+def write(model: CLIP, folder: Path, dtype: str = "fp32") -> None:
+    """Write towers whose embeddings have length 1, preprocessing and tokenizer."""
     check(model)
-    kind |= {"normalize": True, "overwrite": True, "int32": True}
+    kind: dict[str, Any] = {"dtype": dtype, "normalize": True, "overwrite": True, "int32": True}
     for name in ("visual", "textual"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     export(model, "image", folder / "visual/model.onnx", names=("image", "embedding"), **kind)

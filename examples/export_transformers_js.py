@@ -20,21 +20,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="NAME:WEIGHTS, a run, a checkpoint or hf-hub:OWNER/NAME")
     parser.add_argument("folder", type=Path, help="to make; files that it has are replaced")
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
-    kinds.add_argument("--int8", action="store_true")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     args = parser.parse_args()
     model = load_model(args.model, random=False).model.eval()
-    write(model, args.folder, dtype=args.dtype, int8=args.int8)
+    write(model, args.folder, args.dtype)
 
 
-def write(model: CLIP, folder: Path, dtype: str = "fp32", int8: bool = False) -> None:
-    """Towers of length 1, configuration, preprocessing and tokenizer."""
+def write(model: CLIP, folder: Path, dtype: str = "fp32") -> None:
+    """Write towers whose embeddings have length 1, configuration, preprocessing and tokenizer."""
     check_preprocess(model.config)
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
     # transformers.js finds weights of another kind by the end of the file's name.
-    suffix = "_int8" if int8 else "" if dtype == "fp32" else f"_{dtype}"
-    kind: dict[str, Any] = {"dtype": dtype, "int8": int8, "normalize": True, "overwrite": True}
+    suffix = "" if dtype == "fp32" else f"_{dtype}"
+    kind: dict[str, Any] = {"dtype": dtype, "normalize": True, "overwrite": True}
     image, text = (folder / "onnx" / f"{name}_model{suffix}.onnx" for name in ("vision", "text"))
     export(model, "image", image, names=("pixel_values", "image_embeds"), **kind)
     export(model, "text", text, names=("input_ids", "text_embeds"), **kind)

@@ -27,21 +27,10 @@ class CommandParser(argparse.ArgumentParser):
     """Report a wrong command line in the form of all other errors.
 
     Attributes:
-        is_intermixed: options may stand between positionals that may be left out.
         instead: replacements of other programs' options, by option, for errors.
     """
 
-    is_intermixed = False
     instead: Mapping[str, str] = {}
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if not self.is_intermixed:
-            return super().parse_known_args(args, namespace)
-        self.is_intermixed = False  # argparse calls this method again
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self.is_intermixed = True
 
     def error(self, message: str) -> Any:
         print(f"error: {message} (see '{self.prog} --help')", file=sys.stderr)

@@ -1,13 +1,10 @@
 """Exported programs, of torch.export and ONNX, against their model; wrong programs aren't written."""
 
 import copy
-import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -18,7 +15,6 @@ from evaclip.errors import Refused, UserError
 from evaclip.export import export
 from evaclip.model.clip import CLIP
 from evaclip.model.vision_model import VisionModel
-from evaclip.onnx_check import KEY, check
 from evaclip.packing import pack_images
 from evakernels.nn import FrozenWeight, freeze, unfreeze
 from evakernels.nn.linear import served_dtypes
@@ -35,22 +31,23 @@ def model() -> CLIP:
     return lively(vision={"layers": 2}, text={"layers": 2})
 
 
-@pytest.fixture(scope="module")
-def image_file(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "image.onnx"
-    export(model, "image", path)
-    return path
-
-
 def example(model: CLIP, tower: str, batch: int) -> torch.Tensor:
     if tower == "image":
         return torch.randn(batch, 3, *model.config.vision.image_shape)
     return torch.randint(1, 400, (batch, model.config.text.context_length))
 
 
-def encode(model: CLIP, tower: str, inputs: torch.Tensor) -> torch.Tensor:
+def onnx_error(model: CLIP, tower: str, path: Path, batch: int = 2, normalize: bool = True) -> float:
+    """Largest difference of ONNX Runtime's embeddings to the model's, relative to the longest embedding."""
+    inputs = example(model, tower, batch)
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"inputs": inputs.numpy()})
+    expected = encode(model, tower, inputs, normalize=normalize)
+    return float((torch.from_numpy(found) - expected).abs().max() / expected.norm(dim=1).max())
+
+
+def encode(model: CLIP, tower: str, inputs: torch.Tensor, normalize: bool = True) -> torch.Tensor:
     with torch.no_grad():
-        return (model.encode_image if tower == "image" else model.encode_text)(inputs, normalize=True)
+        return (model.encode_image if tower == "image" else model.encode_text)(inputs, normalize=normalize)
 
 
 @pytest.mark.parametrize("tower", ["image", pytest.param("text", marks=pytest.mark.exhaustive)])
@@ -67,8 +64,7 @@ def test_pt2_equals_model_for_any_batch(model: CLIP, tower: str, tmp_path: Path)
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_onnx_equals_model_for_any_batch(model: CLIP, tower: str, tmp_path: Path) -> None:
-    outcomes = export(model, tower, tmp_path / "tower.onnx", normalize=True)
-    assert [outcome.provider for outcome in outcomes] == ["CPUExecutionProvider"]
+    export(model, tower, tmp_path / "tower.onnx", normalize=True)
     session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
     for batch in (0, 1, 3) if tower == "image" else (1, 3):
         inputs = example(model, tower, batch)
@@ -99,7 +95,9 @@ def test_classifier_equals_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_onnx_of_every_kind_of_block(options: dict[str, dict[str, object]], tmp_path: Path) -> None:
-    assert all(each.cosine > 0.99999 for each in export(lively(**options), "image", tmp_path / "image.onnx"))
+    model = lively(**options)
+    export(model, "image", tmp_path / "image.onnx", normalize=True)
+    assert onnx_error(model, "image", tmp_path / "image.onnx") < 1e-4
 
 
 @pytest.mark.parametrize(("tower", "dtype"), [("image", "fp16"), ("text", "bf16")])
@@ -110,55 +108,31 @@ def test_onnx_16_bits_halve_the_file(model: CLIP, dtype: str, tower: str, tmp_pa
 
 
 def test_onnx_text_without_causal_mask(tmp_path: Path) -> None:
-    """The program computes all positions; it was compared with the model when it was written."""
     model = lively(text={"layers": 1, "causal": False, "proj_bias": True, "mlp": "gelu_tanh"})
-    assert all(each.cosine > 0.99999 for each in export(model, "text", tmp_path / "text.onnx"))
+    export(model, "text", tmp_path / "text.onnx", normalize=True)
+    assert onnx_error(model, "text", tmp_path / "text.onnx") < 1e-4
 
 
-def test_onnx_int8(model: CLIP, tmp_path: Path) -> None:
-    path = tmp_path / "image.onnx"
-    outcomes = export(model, "image", path, int8=True, external=True)
-    assert all(outcome.passes and outcome.lowest == 0.99 for outcome in outcomes)
-    assert "MatMulInteger" in {node.op_type for node in onnx.load(path).graph.node}
-    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "image.onnx.data"]
-
-
-def test_onnx_of_a_wrong_program_is_refused(model, tmp_path, monkeypatch):
-    """The image tower's patches in another order, as a wrong rotation would turn them."""
+@pytest.mark.parametrize("changed", ["order", "confused", "length"])
+def test_onnx_of_a_wrong_program_is_refused(changed, model, tmp_path, monkeypatch):
+    """Patches in another order, as a wrong rotation would give; no patch embedding; a projection that is too large."""
     make = torch.onnx.export
 
     def wrong(program, **options):
-        for name, value in program.state_dict.items():
-            if name.endswith("pos_embed"):
-                value.data.copy_(value.flip(1))
+        weights = {name.removeprefix("tower."): value.data for name, value in program.state_dict.items()}
+        if changed == "order":
+            weights["pos_embed"].copy_(weights["pos_embed"].flip(1))
+        elif changed == "confused":
+            weights["patch_embed.proj.weight"].zero_()
+        else:
+            weights["head.weight"].mul_(1.2)
+            weights["head.bias"].mul_(1.2)
         return make(program, **options)
 
     monkeypatch.setattr(torch.onnx, "export", wrong)
-    with pytest.raises(Refused, match=r"expected a cosine of 0\.9999 or more: CPUExecutionProvider: 0\."):
+    with pytest.raises(Refused, match=r"cosine of 0\.9999"):
         export(model, "image", tmp_path / "image.onnx")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("changed", ["largest weight", "patch embedding", "scale"])
-def test_onnx_check_finds_changed_weights(changed, image_file, tmp_path):
-    """Without a patch embedding, all inputs give one vector; the cosine sees no scale."""
-    program = onnx.load(image_file)
-    weights = program.graph.initializer
-    if changed == "scale":
-        last = program.graph.node[-1]
-        inside = f"{last.output[0]}_inside"
-        program.graph.node.append(onnx.helper.make_node("Add", [inside, inside], [last.output[0]]))
-        last.output[0] = inside
-    else:
-        largest = max(weights, key=lambda tensor: len(tensor.raw_data))
-        patches = next(tensor for tensor in weights if tuple(tensor.dims)[2:] == (8, 8))
-        weight = largest if changed == "largest weight" else patches
-        weight.raw_data = bytes(len(weight.raw_data))
-    onnx.save(program, tmp_path / "image.onnx")
-    outcomes = check(tmp_path / "image.onnx")
-    assert not any(outcome.passes for outcome in outcomes)
-    words = {"patch embedding": "confused", "scale": "another length"}.get(changed, "")
-    assert words in outcomes[0].problem
 
 
 def test_onnx_external_weights(model: CLIP, tmp_path: Path) -> None:
@@ -167,7 +141,7 @@ def test_onnx_external_weights(model: CLIP, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path, data]
     assert path.stat().st_size < data.stat().st_size / 10
     assert path.stat().st_mode == data.stat().st_mode
-    assert all(outcome.passes for outcome in check(path))
+    assert onnx_error(model, "text", path, normalize=False) < 1e-4
     export(model, "text", path, overwrite=True)
     assert sorted(tmp_path.iterdir()) == [path]
 
@@ -205,37 +179,13 @@ def test_pt2_of_packed_images_equals_model(model: CLIP, tmp_path: Path) -> None:
 def test_export_refuses_other_tower_and_size(model: CLIP, suffix: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown tower 'img'; did you mean 'image'"):
         export(model, "img", tmp_path / f"image.{suffix}")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="dtype"):
+        export(model, "text", tmp_path / "text.pt2", dtype="fp16")
     model = copy.deepcopy(model)
     model.visual.set_image_size(48)
     with pytest.raises(UserError, match=r"set_image_size\(48\) is in force; call set_image_size\(32\)"):
         export(model, "image", tmp_path / f"image.{suffix}")
     assert not list(tmp_path.iterdir())
-
-
-def test_check_refuses_files_without_probe(image_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "image.onnx"
-    bare = onnx.load(image_file)
-    kept = [entry for entry in bare.metadata_props if entry.key != KEY]
-    del bare.metadata_props[:]
-    onnx.save(bare, path)
-    with pytest.raises(UserError, match="holds no probe; expected a file that `evaclip export` wrote"):
-        check(path)
-    bare.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value="{}")])
-    onnx.save(bare, path)
-    with pytest.raises(UserError, match=r"can't be read.*export the file again"):
-        check(path)
-    path.write_bytes(b"no model")
-    with pytest.raises(UserError, match="can't be read as ONNX"):
-        check(path)
-
-
-def test_export_refuses_provider_and_dtype(model: CLIP, image_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"provider must be .*CPUExecutionProvider, got 'TPU'"):
-        check(image_file, providers=["TPU"])
-    with pytest.raises(UserError, match="don't go together"):
-        export(model, "text", tmp_path / "other.onnx", dtype="fp16", int8=True)
-    with pytest.raises(UserError, match=r"those of ONNX files"):
-        export(model, "text", tmp_path / "text.pt2", int8=True)
 
 
 def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,11 +200,10 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([*command, "--force"]) == 0
     assert main(["export", "tiny", "--tower", "text", str(target), "--random", "--force"]) == 0
     assert main(["export", "tiny", str(tmp_path / "text.tflite"), "--tower", "text", "--random"]) == 2
-    assert "expected .pt2 or .onnx" in capsys.readouterr().err
+    assert "must end in .pt2 or .onnx" in capsys.readouterr().err
     for options, named in (
         (["--tower", "text"], "'tiny' has random weights"),
         (["--random"], "--tower must be"),
-        (["--tower", "text", "--random", "--provider", "X"], "--provider is for --check FILE"),
     ):
         assert main(["export", "tiny", str(tmp_path / "other.onnx"), *options]) == 2
         assert named in capsys.readouterr().err
@@ -274,35 +223,6 @@ def test_missing_package_names_its_extra(model: CLIP, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match=r"the package onnxscript is not installed: pip install 'evakernels\[export\]'"):
         export(model, "text", tmp_path / "text.onnx")
     assert not list(tmp_path.iterdir())
-
-
-def test_check_command_finds_changed_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "text.onnx"
-    assert main(["export", "tiny", str(target), "--tower", "text", "--random", "--dtype", "fp16"]) == 0
-    assert re.search(r"CPUExecutionProvider: (1\.0|0\.9999)", capsys.readouterr().out)
-    assert main(["export", "--check", str(target), "--provider", "CPUExecutionProvider"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    probe = onnx.load(target)
-    embedding = next(each for each in probe.graph.initializer if 49408 in each.dims)
-    embedding.raw_data = embedding.raw_data[::-1]
-    onnx.save(probe, target)
-    assert main(["export", "--check", str(target)]) == 1
-    assert "expected a cosine of 0.9999 or more" in capsys.readouterr().err
-    for ignored in (["tiny"], ["--random"], ["--dtype", "fp16"], ["--normalize"]):
-        assert main(["export", *ignored, "--check", str(target)]) == 2
-        assert "--check takes FILE and --provider" in capsys.readouterr().err
-    assert main(["export", "--check", str(tmp_path / "missing.onnx")]) == 2
-
-
-def test_check_needs_no_torch(tmp_path: Path) -> None:
-    (tmp_path / "other.onnx").touch()
-    code = f"""
-import sys
-sys.modules["torch"] = sys.modules["onnx"] = None
-from evaclip.commands.main import main
-assert main(["export", "--check", {str(tmp_path / "other.onnx")!r}]) == 2
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_export_to_a_full_disk(model, tmp_path, monkeypatch):
