@@ -72,7 +72,7 @@ def export(
         names: names of an ONNX file's input and output.
         int32: token ids of an ONNX file are int32, else int64.
         max_patches: a `.pt2` of an image tower takes `patches`, `positions`, `sizes` and `lengths` of `PackedImages`
-            with at most so many patches per image; None for images of one size.
+            with at most this number of patches per image; None for images of one size.
 
     Raises:
         Refused: ONNX Runtime's embeddings have a cosine of less than 0.9999 to the model's.
@@ -93,7 +93,7 @@ def export(
         with writing(target), replacing(target) as temporary, temporary.open("wb") as stream:
             torch.export.save(program, stream)
         return
-    with writing(target), _together(target) as folder:
+    with writing(target), _temporary_folder(target) as folder:
         path, model = folder / target.name, exportable(model, tower)
         _write_onnx(model, tower, path, dtype, normalize, external, names, int32)
 
@@ -136,7 +136,7 @@ def exportable(model: CLIP | VisionModel, tower: str) -> Any:
     """Returns the model, or a copy with dense weights if its weights are prepacked (`evakernels.nn.freeze`).
 
     Raises:
-        UserError: for another tower, or a model that takes images of another size than its configuration says.
+        UserError: for another tower, or a model that takes images of another size than its configuration.
     """
     towers = ("image",) if isinstance(model, VisionModel) else get_args(TowerName)
     if tower not in towers:
@@ -182,18 +182,18 @@ class _Encoder(nn.Module):
         if self.max_patches is not None:
             inputs = PackedImages(inputs, positions, sizes, lengths, self.max_patches)
         if self.dtype is not None and not inputs.is_floating_point():
-            inputs = _longest(inputs.long()) if self.tower.config.causal else inputs.long()
+            inputs = _trim_padding(inputs.long()) if self.tower.config.causal else inputs.long()
         if self.dtype == "fp16" and inputs.is_floating_point():
             inputs = inputs.half()
         # bfloat16 is widened by nodes of the graph, as few runtimes have kernels for it.
-        wide = {name: value.float() for name, value in self.tower.state_dict(keep_vars=True).items()}
-        features = functional_call(self.tower, wide, (inputs,)) if self.dtype == "bf16" else self.tower(inputs)
+        weights = {name: value.float() for name, value in self.tower.state_dict(keep_vars=True).items()}
+        features = functional_call(self.tower, weights, (inputs,)) if self.dtype == "bf16" else self.tower(inputs)
         features = features if self.dtype is None else features.float()
         return nn.functional.normalize(features, dim=-1) if self.normalize else features
 
 
-def _longest(tokens: Tensor) -> Tensor:
-    """Token ids without the padding that all rows share."""
+def _trim_padding(tokens: Tensor) -> Tensor:
+    """Removes the padding that all rows share."""
     longest = (tokens.argmax(1).max() + 1).item()
     torch._check(longest >= 2)
     torch._check(longest <= tokens.shape[1])
@@ -288,12 +288,12 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _together(target: Path) -> Iterator[Path]:
+def _temporary_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary folder. If the block succeeds its files move next to `target`, `target` itself last."""
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         yield Path(folder)
-        made = sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name)
-        for path in made:
+        written = sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name)
+        for path in written:
             shutil.move(path, target.with_name(path.name))
-        if len(made) == 1:  # The file that is replaced may have had its weights in a second one.
+        if len(written) == 1:  # The file that is replaced may have had its weights in a second one.
             target.with_name(f"{target.name}.data").unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def add_commands(subparsers: Any) -> None:
     add("--dtype", choices=_DTYPES, default="fp32", help="of ONNX weights (default: %(default)s)")
     add("--no-average", action="store_true", help="a run's raw weights, not their moving average")
     add("--normalize", action="store_true", help="divide the embeddings by their L2 norm")
-    help = "a .pt2 takes packed images of any size with at most so many patches each (default: one size)"
+    help = "a .pt2 takes packed images of any size with at most N patches each (default: one size)"
     add("--max-patches", type=int, metavar="N", help=help)
     add("--force", action="store_true", help="replace OUT if it is a file that exists")
 

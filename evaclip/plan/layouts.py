@@ -15,8 +15,8 @@ from evaclip.train.tasks import task_class
 def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None = None) -> list[StepPlan]:
     """A plan for each parallelism and policy of recomputation, sorted by FLOPs and then by memory.
 
-    Each has as few micro-batches as fit `gpu`. Where parameters and optimizer state alone don't fit, one policy stands
-    for all.
+    Each plan has as few micro-batches as fit `gpu`. If parameters and optimizer state alone don't fit, the parallelism
+    has one plan only.
     """
     plans = []
     for parallel in _parallelisms(config, gpus):
@@ -24,7 +24,7 @@ def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int |
             savings = replace(config.model.savings, recompute=recompute)
             layout = replace(config, parallel=parallel, model=replace(config.model, savings=savings))
             plans.append(_fewest_micro_batches(layout, gpus, gpu, caption_tokens))
-            if _fixed(plans[-1]) > gpu.room:
+            if _static(plans[-1]) > gpu.room:
                 break
     return sorted(plans, key=lambda plan: (sum(plan.flops.values()), plan.memory.total()))
 
@@ -43,12 +43,12 @@ def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
 
 
 def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int | None) -> StepPlan:
-    together = task_class(config.task.name).rows_per_group(config)
+    group = task_class(config.task.name).rows_per_group(config)
     plan = plan_step(replace(config, accumulation_steps=1), gpus, caption_tokens=caption_tokens)
-    # All that isn't fixed is at most in proportion to the micro-batch; several of them add gradients that stay.
-    needed = plan.memory.total() - _fixed(plan)
-    for number in micro_batch_counts(config.batch_size // gpus // together)[1:]:
-        room = gpu.room - _fixed(plan) - plan.memory[GRADIENTS] - plan.memory[WHOLE_GRADIENTS]
+    # Other memory grows at most in proportion to the micro-batch; several micro-batches add gradients that stay.
+    needed = plan.memory.total() - _static(plan)
+    for number in micro_batch_counts(config.batch_size // gpus // group)[1:]:
+        room = gpu.room - _static(plan) - plan.memory[GRADIENTS] - plan.memory[WHOLE_GRADIENTS]
         if plan.memory.total() <= gpu.room or room <= 0:
             break
         if number * room >= needed:
@@ -56,8 +56,8 @@ def _fewest_micro_batches(config: TrainConfig, gpus: int, gpu: Gpu, caption_toke
     return plan
 
 
-def _fixed(plan: StepPlan) -> int:
-    """Bytes that no number of micro-batches changes."""
+def _static(plan: StepPlan) -> int:
+    """Bytes that don't depend on the number of micro-batches."""
     return sum(plan.memory[kind] for kind in (PARAMETERS, FROZEN, OPTIMIZER, AVERAGE))
 
 

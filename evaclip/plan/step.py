@@ -63,8 +63,8 @@ class StepPlan:
     Attributes:
         config: the run.
         gpus: ranks, one per GPU.
-        local_batch: samples of a step on the rank with most.
-        micro_batch: samples of a micro-batch, at most.
+        local_batch: samples of a step on the rank that has most.
+        micro_batch: largest number of samples in a micro-batch.
         parameters: parameters that one rank holds.
         model_parameters: parameters of the model.
         phase: phase in which most memory is in use.
@@ -106,7 +106,7 @@ def plan_step(
     Args:
         config: of the run; weights are never loaded.
         caption_tokens: mean length of a caption, with start and end token; None for the task's assumption.
-        image_size: side of the images; None for the model's own.
+        image_size: side of the images; None for the model's image size.
         blocks: blocks of each tower that are traced; None for all.
 
     Raises:
@@ -130,15 +130,15 @@ def plan_step(
         plain = replace(plain, options=_options(config, vision={"image_size": image_size}))
         config = replace(config, model=plain, eval=replace(config.eval, sets=None), validation_split=None)
     kind = task_class(config.task.name)
-    together = kind.rows_per_group(config)
-    local_batch = together * -(-config.batch_size // together // gpus)
-    micro_batch = together * -(-local_batch // together // config.accumulation_steps)
-    whole = kind.create_model(config, device="meta")
-    if isinstance(whole, CLIP) and (encoder := whole.config.text.hf_model_name):
+    group = kind.rows_per_group(config)
+    local_batch = group * -(-config.batch_size // group // gpus)
+    micro_batch = group * -(-local_batch // group // config.accumulation_steps)
+    model = kind.create_model(config, device="meta")
+    if isinstance(model, CLIP) and (encoder := model.config.text.hf_model_name):
         raise UserError(f"model.options.text.hf_model_name must be left out for a plan, got {encoder!r}")
-    depths = {_TOWERS[name]: cast(Tower, tower).layers for name, tower in kind.towers_of(whole).items()}
-    few = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
-    options = _options(config, vision=few["image"], **({"text": few["text"]} if "text" in few else {}))
+    depths = {_TOWERS[name]: cast(Tower, tower).layers for name, tower in kind.towers_of(model).items()}
+    layers = {name: {"layers": depth if blocks is None else min(blocks, depth)} for name, depth in depths.items()}
+    options = _options(config, vision=layers["image"], text=layers.get("text"))
     # Two micro-batches, the first and the last, stand for any number.
     micro_batches = min(config.accumulation_steps, 2)
     traced = replace(
@@ -156,7 +156,7 @@ def plan_step(
         trace = _Trace(traced, ranks, is_sharded, depths, caption_tokens)
         sizes = [config.batch_size, traced.batch_size] if config.accumulation_steps > 2 else []
         loss = [trace.loss(size) for size in sizes if isinstance(trace.task, Contrastive)]
-    return _summarize(config, gpus, (local_batch, micro_batch), sum(p.numel() for p in whole.parameters()), trace, loss)
+    return _summarize(config, gpus, (local_batch, micro_batch), sum(p.numel() for p in model.parameters()), trace, loss)
 
 
 class _Trace:
@@ -205,14 +205,14 @@ class _Trace:
         rows = config.batch_size // self.world.size
         micro = rows // config.accumulation_steps
         is_evaluated = bool(config.eval.sets or config.validation_split)
-        few = max(config.eval.batch_size, task.rows_per_group(config)) if is_evaluated else micro
-        evaluated = self._samples(few, {few})
+        eval_rows = max(config.eval.batch_size, task.rows_per_group(config)) if is_evaluated else micro
+        eval_samples = self._samples(eval_rows, {eval_rows})
         fixed = {FROZEN: list(task.extra_tensors()), AVERAGE: list(ema.state_dict().values()) if ema else []}
         with self._fake:
             # `_summarize` adds the mean of replicated gradients over ranks, whose buckets depend on the depth.
             step = build_step(config, self.world if self.is_sharded else World(self.world.device), task)
             # The first forward pass gathers all parameters once: an evaluation's.
-            evaluation = self._evaluate(step, *evaluated, fixed)
+            evaluation = self._evaluate(step, *eval_samples, fixed)
         self.evaluation = evaluation if is_evaluated else []
         images, targets = self._samples(rows, {micro})
         with self._fake:
@@ -305,7 +305,7 @@ class _Trace:
     def _deepen(self, phases: list[Phase]) -> list[Phase]:
         """The phases of the model with all its blocks: each tower's middle block is repeated."""
         middles = {f"{name}.block.{tower.layers // 2}": self.extra[name] for name, tower in self.towers.items()}
-        # Casts of weights that nothing has saved for backward go all at once when autocast ends, behind the model.
+        # Autocast frees casts that nothing has saved for backward all at once, after the model.
         casts: Amounts = Counter()
         deep = []
         for phase in phases:
@@ -319,9 +319,9 @@ class _Trace:
 
     def _add_blocks(self, step: TrainStep, ema: Ema | None) -> None:
         """Adds to `start` the parameters of blocks left out, with their optimizer state and averages."""
-        everything = list(self.task.model.parameters())
-        self.elements = rest = sum(local(p).numel() for p in everything)
-        self.largest, self.largest_parameter = 0, max(p.numel() for p in everything)
+        traced = list(self.task.model.parameters())
+        self.elements = rest = sum(local(p).numel() for p in traced)
+        self.largest, self.largest_parameter = 0, max(p.numel() for p in traced)
         for name, tower in self.towers.items():
             blocks, extra = _blocks(tower), self.extra[name]
             parameters = list(blocks[len(blocks) // 2].parameters())
@@ -340,14 +340,14 @@ def _summarize(
     config: TrainConfig, gpus: int, batches: tuple[int, int], parameters: int, trace: _Trace, loss: list[Phase]
 ) -> StepPlan:
     (local_batch, micro_batch), task, phases = batches, trace.task, trace.phases
-    others = local_batch - trace.config.batch_size // gpus
+    other_rows = local_batch - trace.config.batch_size // gpus
     start = Counter(trace.start)
-    if others > 0:
+    if other_rows > 0:
         # Which patches are kept is drawn for all micro-batches, and a contrastive loss holds all features.
         if task.visual.patch_dropout:
-            start[INPUTS] += others * task.visual.num_kept_patches() * 8
+            start[INPUTS] += other_rows * task.visual.num_kept_patches() * 8
         if isinstance(task, Contrastive):
-            start["features of other micro-batches"] += 4 * others * task.model.config.embed_dim * 4
+            start["features of other micro-batches"] += 4 * other_rows * task.model.config.embed_dim * 4
     costs: Amounts = Counter()
     for phase in phases:
         # Of several forward passes the odd ones are of the first micro-batch, which stands for all but the last.
@@ -400,7 +400,7 @@ def _peak(start: Amounts, phases: list[Phase], ignored: set[str]) -> tuple[str, 
 
 
 def _options(config: TrainConfig, vision: dict[str, Any], text: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Options of the model with these changes of its towers; those of an image model are not nested."""
+    """Options of the model with these changes of its towers; options of an image model are not nested."""
     options = config.model.options
     if not isinstance(config.task, ContrastiveTask):
         return {**options, **vision}
@@ -409,5 +409,5 @@ def _options(config: TrainConfig, vision: dict[str, Any], text: dict[str, Any] |
 
 
 def _blocks(tower: Tower) -> list[ResidualBlock]:
-    """Without those of a decoder, which follow."""
+    """Blocks of the encoder; those of a decoder follow them."""
     return [module for module in tower.modules() if isinstance(module, ResidualBlock)][: tower.layers]

@@ -22,7 +22,7 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `capture` returned."""
+    """Sets the states that `capture` returned."""
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, np.asarray(keys, np.uint32), *rest))

@@ -53,7 +53,7 @@ class Teacher:
 
     Args:
         tower: on its device, in its own precision.
-        own, students: preprocessing of the teacher and of the student.
+        teacher_preprocess, student_preprocess: their means and standard deviations.
         cache: of features; None always computes them.
         facts: identify the teacher, see `Task.teacher_identity`.
     """
@@ -61,15 +61,15 @@ class Teacher:
     def __init__(
         self,
         tower: VisionTower,
-        own: Preprocess,
-        students: Preprocess,
+        teacher_preprocess: Preprocess,
+        student_preprocess: Preprocess,
         cache: "FeatureCache | None" = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
         self.tower = tower.requires_grad_(False).eval()
         self.facts = facts or {}
         self._cache = cache
-        self._own, self._students = own, students
+        self._preprocess = teacher_preprocess, student_preprocess
 
     @torch.no_grad()
     def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -112,24 +112,24 @@ class Teacher:
     @cached_property
     def _change(self) -> tuple[Tensor, Tensor] | None:
         """Factor and shift from the student's normalization to the teacher's; None if they are equal."""
-        own, students = self._own, self._students
-        if (own.mean, own.std) == (students.mean, students.std):
+        teacher, student = self._preprocess
+        if (teacher.mean, teacher.std) == (student.mean, student.std):
             return None
-        own_mean, own_std, mean, std = (
+        teacher_mean, teacher_std, mean, std = (
             torch.tensor(values, device=self.tower.pos_embed.device).reshape(3, 1, 1)
-            for values in (own.mean, own.std, students.mean, students.std)
+            for values in (teacher.mean, teacher.std, student.mean, student.std)
         )
-        return std / own_std, (mean - own_mean) / own_std
+        return std / teacher_std, (mean - teacher_mean) / teacher_std
 
     def _sized(self, grid: tuple[int, int]) -> VisionConfig:
         side = self.tower.config.patch_size
         return replace(self.tower.config, image_size=(grid[0] * side, grid[1] * side))
 
 
-def similarity(predicted: Tensor, wanted: Tensor) -> Tensor:
+def similarity(predicted: Tensor, target: Tensor) -> Tensor:
     """Cosine similarities `[patches]` of features `[patches, width]`, in float32 at least."""
     dtype = torch.promote_types(predicted.dtype, torch.float32)
-    return F.cosine_similarity(predicted.to(dtype), wanted.to(dtype), dim=-1)
+    return F.cosine_similarity(predicted.to(dtype), target.to(dtype), dim=-1)
 
 
 class FeatureCache:
@@ -140,12 +140,12 @@ class FeatureCache:
 
     Args:
         folder: for one teacher's weights, architecture, precision and preprocessing.
-        leaves_gb: disk space in 10^9 bytes that stays free.
+        min_free_gb: disk space in 10^9 bytes that stays free.
     """
 
-    def __init__(self, folder: Path, leaves_gb: float) -> None:
+    def __init__(self, folder: Path, min_free_gb: float) -> None:
         self._folder = folder
-        self._leaves = leaves_gb * 1e9
+        self._min_free = min_free_gb * 1e9
         self._is_full = False
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -156,9 +156,9 @@ class FeatureCache:
         """The result of `compute(images, grid)`, `[b, patches, width]`."""
         paths = [self._folder / name[:2] / f"{name}-{grid[0]}x{grid[1]}.safetensors" for name in digests(images)]
         cached = [_read(path) for path in paths]
-        kept = [features for features in cached if features is not None]
-        if len(kept) == len(paths):
-            return torch.stack(kept).to(images.device)
+        hits = [features for features in cached if features is not None]
+        if len(hits) == len(paths):
+            return torch.stack(hits).to(images.device)
         computed = compute(images, grid)
         for path, before, features in zip(paths, cached, computed.cpu(), strict=True):
             if before is None:
@@ -168,8 +168,8 @@ class FeatureCache:
     def _write(self, path: Path, features: Tensor) -> None:
         if self._is_full:
             return
-        if shutil.disk_usage(self._folder).free < self._leaves:
-            _log.warning("%s has less than cache_leaves_gb free: nothing more is kept", self._folder)
+        if shutil.disk_usage(self._folder).free < self._min_free:
+            _log.warning("%s has less than cache_leaves_gb free: no more features are cached", self._folder)
             self._is_full = True
             return
         try:
@@ -177,7 +177,7 @@ class FeatureCache:
             with replacing(path) as temporary:
                 save_file({_FEATURES: features.contiguous()}, temporary)
         except (OSError, SafetensorError) as exc:
-            _log.warning("cannot write %s: %s; nothing more is kept", path, exc)
+            _log.warning("cannot write %s: %s; no more features are cached", path, exc)
             self._is_full = True
 
 
@@ -226,17 +226,22 @@ def open_teacher(config: TeacherConfig, run: TrainConfig, world: World, model: V
             teacher = create_vision_model(config.name, pretrained or False, num_classes=0, **how)
         else:
             teacher = create_model(config.name, pretrained, **how)
-    tower, own = _tower(teacher), teacher.config.preprocess if isinstance(teacher, CLIP) else teacher.preprocess
+    tower, preprocess = _tower(teacher), teacher.config.preprocess if isinstance(teacher, CLIP) else teacher.preprocess
     if is_meta:
-        return Teacher(tower, own, model.preprocess)
-    facts = {"weights": weights_hash(tower)[:32], "precision": precision, "mean": list(own.mean), "std": list(own.std)}
+        return Teacher(tower, preprocess, model.preprocess)
+    facts = {
+        "weights": weights_hash(tower)[:32],
+        "precision": precision,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+    }
     cache = None
     if config.cache is not None:
         # Options such as a norm's epsilon change features, and no parameter's name or shape.
         described = json.dumps([facts, asdict(tower.config), asdict(model.preprocess)])
         name = hashlib.sha256(described.encode()).hexdigest()[:24]
         cache = FeatureCache(Path(config.cache).expanduser() / name, config.cache_leaves_gb)
-    return Teacher(tower, own, model.preprocess, cache, facts)
+    return Teacher(tower, preprocess, model.preprocess, cache, facts)
 
 
 def _tower(model: CLIP | VisionModel) -> VisionTower:

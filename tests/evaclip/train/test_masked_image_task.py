@@ -108,7 +108,7 @@ def test_the_cache_knows_pixels_again(tmp_path: Path, caplog: pytest.LogCaptureF
     full, before = FeatureCache(tmp_path, 1e9), len(list(tmp_path.rglob("*")))
     with caplog.at_level(logging.WARNING):
         full(torch.rand(3, 3, 8, 8), (2, 2), compute)
-    assert caplog.text.count("nothing more is kept") == 1
+    assert caplog.text.count("no more features are cached") == 1
     assert len(list(tmp_path.rglob("*"))) == before
 
 
