@@ -1,19 +1,14 @@
 """Differences of two results in time, memory, errors and failures, with the noise of the machine taken out.
 
-Noise on a shared machine has one sign: others can only make a call take longer. So the fastest round of a pass stands
-for the pass, and the passes of a run show how well that repeats. A row counts as slower if
-
-- even the fastest pass after is slower than every pass before, and
-- the fastest pass after takes longer than the fastest before by more than the threshold, on top of the distance
-  between the two fastest passes of either run.
-
-Before that the machine's drift is divided out: the change of plain PyTorch in the same rounds, in this case or in the
-median of all cases, whichever is more forgiving, because the baseline is noisy too.
+Noise on a shared machine has one sign: other processes can only make a call take longer. So the fastest round of a pass
+stands for the pass. A row is slower if every pass after exceeds every pass before by more than the threshold. Before
+that the machine's drift is divided out: the change of plain PyTorch in the same rounds, in this case or in the median
+of all cases, whichever is more forgiving, because the baseline is noisy too.
 
 One process may be luckier than another in the placement of its memory, for all of its passes. So a candidate's rows on
-an operation are judged together. They are a regression if two of them are slower, or if their median change is more
-than the threshold and more than twice its standard error. One slower row among four or more is a suspect: to be
-measured again.
+an operation are judged together. They are a regression if two of them are slower, or if their mean change is more than
+the threshold and more than twice its standard error. One slower row among four or more is a suspect: to be measured
+again.
 """
 
 import math
@@ -34,24 +29,21 @@ BETTER = ("faster", "works again")
 ERROR_GROWTH, MEMORY_GROWTH = 2.0, 1.1
 """Ratios that an error and the memory may grow by."""
 _FEW_ROWS = 4
-"""With fewer rows of an operation one slower row is a regression, and they have no spread."""
-_NORMAL_DEVIATIONS = 1.4826
-"""Standard deviations of a normal distribution in its median deviation."""
-_ERROR_OF_MEDIAN = 1.2533
-"""The standard error of a median over the one of a mean."""
-Drifts = Mapping[tuple[str, ...], float]
-"""Change of plain PyTorch's time, by case."""
+"""With fewer rows of an operation one slower row is a regression, and their mean isn't judged."""
+Pair = tuple[Row, Row]
+"""The rows of a candidate on a case, before and after."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One change in one row.
+    """One change in one row, or of the mean time of a candidate's rows on an operation.
 
     Attributes:
         kind: what changed.
-        row: the row of the later result.
+        row: the row of the later result; the first of several.
         before, after: the different values: ms of the fastest round, relative error, or bytes.
         change: after over before, the machine's drift divided out of times.
+        rows: number of rows, of which `change` is the geometric mean.
     """
 
     kind: Kind
@@ -59,22 +51,7 @@ class Difference:
     before: float | None = None
     after: float | None = None
     change: float | None = None
-
-
-@dataclass(frozen=True)
-class Shift:
-    """The change of a candidate on an operation: the median over its rows, each relative to plain PyTorch's change.
-
-    Attributes:
-        change: after over before.
-        error: the standard error of its logarithm, about a share.
-    """
-
-    op: str
-    candidate: str
-    rows: int
-    change: float
-    error: float
+    rows: int = 1
 
 
 @dataclass
@@ -86,8 +63,7 @@ class Comparison:
             machines are not regressions.
         drift: time of plain PyTorch after over before, the median of all cases; 1 between different machines.
         compared: rows that both results measured.
-        regressions: rows of this library that became worse.
-        shifts: operations on which this library became slower as a whole.
+        regressions: rows and operations of this library that became worse.
         suspects: single rows of this library that became slower, where the operation's others did not.
         others: other differences: improvements, and rows of PyTorch and of the peers.
         only_before, only_after: rows that one result lacks.
@@ -100,7 +76,6 @@ class Comparison:
     drift: float = 1.0
     compared: int = 0
     regressions: list[Difference] = field(default_factory=list)
-    shifts: list[Shift] = field(default_factory=list)
     suspects: list[Difference] = field(default_factory=list)
     others: list[Difference] = field(default_factory=list)
     only_before: list[Row] = field(default_factory=list)
@@ -135,22 +110,19 @@ def compare(before: Results, after: Results, threshold: float = 0.1) -> Comparis
     found.notes = _notes(before.machine, after.machine, pairs)
     timed = [(old, new) for old, new in pairs if _is_timed(old) and _is_timed(new)]
     found.compared = len(timed)
-    drifts: Drifts = {}
+    drifts: dict[tuple[str, ...], float] = {}  # change of plain PyTorch's time, by case
     if not found.other_setup:
-        drifts = {new.case: _fastest(new) / _fastest(old) for old, new in timed if new.kind == "baseline"}
+        drifts = {new.case: _change(old, new) for old, new in timed if new.kind == "baseline"}
     found.drift = statistics.median(drifts.values()) if drifts else 1.0
-    for old, new in pairs:
-        differences = list(_exact_differences(old, new))
-        if _is_timed(old) and _is_timed(new):
-            own = drifts.get(new.case, found.drift) if new.kind != "baseline" else found.drift
-            differences += _time_differences(old, new, (own, found.drift), threshold)
-        for one in differences:
-            regression = new.kind == "ours" and one.kind not in BETTER and not found.other_setup
-            (found.regressions if regression else found.others).append(one)
+    differences = [one for old, new in pairs for one in _exact_differences(old, new)]
+    for old, new in timed:
+        own = drifts.get(new.case, found.drift) if new.kind != "baseline" else found.drift
+        differences += _time_differences(old, new, (own, found.drift), threshold)
+    for one in differences:
+        regression = one.row.kind == "ours" and one.kind not in BETTER and not found.other_setup
+        (found.regressions if regression else found.others).append(one)
     if not found.other_setup:
-        ours = [(old, new) for old, new in timed if new.kind == "ours" and new.case in drifts]
-        found.shifts = list(_shifts(ours, drifts, threshold))
-        _separate_suspects(found, pairs)
+        _judge_operations(found, [(old, new) for old, new in pairs if new.kind == "ours"], drifts, threshold)
     return found
 
 
@@ -162,50 +134,33 @@ def _describe_rows(results: Results) -> str:
     return "; ".join(texts) or "no row of evakernels"
 
 
-def _owner(row: Row) -> tuple[str, str]:
-    return row.op, row.candidate
-
-
-def _shifts(pairs: Sequence[tuple[Row, Row]], drifts: Drifts, threshold: float) -> Iterator[Shift]:
-    """The operations on which a candidate became slower as a whole."""
-    for (op, candidate), own in grouped(pairs, lambda pair: _owner(pair[1])).items():
-        changes = [math.log(_fastest(new) / _fastest(old) / drifts[new.case]) for old, new in own]
-        median = statistics.median(changes)
-        spread = _NORMAL_DEVIATIONS * statistics.median([abs(change - median) for change in changes])
-        error = _ERROR_OF_MEDIAN * spread / math.sqrt(len(changes))
-        if len(changes) >= _FEW_ROWS and math.exp(median) > 1 + threshold and median > 2 * error:
-            yield Shift(op, candidate, len(changes), math.exp(median), error)
-
-
-def _separate_suspects(found: Comparison, pairs: Sequence[tuple[Row, Row]]) -> None:
-    rows = Counter(_owner(new) for _, new in pairs)
-    slower = Counter(_owner(one.row) for one in found.regressions if one.kind == "slower")
-    shifted = {(shift.op, shift.candidate) for shift in found.shifts}
-    alone = {owner for owner, count in slower.items() if count == 1 and rows[owner] >= _FEW_ROWS} - shifted
-    found.suspects = [one for one in found.regressions if one.kind == "slower" and _owner(one.row) in alone]
-    found.regressions = [one for one in found.regressions if one not in found.suspects]
+def _judge_operations(
+    found: Comparison, pairs: Sequence[Pair], drifts: Mapping[tuple[str, ...], float], threshold: float
+) -> None:
+    """Add operations that became slower as a whole to the regressions, and move single rows to the suspects."""
+    for (op, candidate), own in grouped(pairs, lambda pair: (pair[1].op, pair[1].candidate)).items():
+        slower = [
+            one for one in found.regressions if (one.kind, one.row.op, one.row.candidate) == ("slower", op, candidate)
+        ]
+        timed = [pair for pair in own if all(map(_is_timed, pair)) and pair[1].case in drifts]
+        if len(timed) >= _FEW_ROWS:
+            changes = [math.log(_change(old, new) / drifts[new.case]) for old, new in timed]
+            mean, error = statistics.mean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+            if mean > max(math.log(1 + threshold), 2 * error):
+                found.regressions.append(Difference("slower", timed[0][1], change=math.exp(mean), rows=len(timed)))
+                continue
+        if len(slower) == 1 and len(own) >= _FEW_ROWS:
+            found.suspects += slower
+            found.regressions.remove(slower[0])
 
 
 def _time_differences(old: Row, new: Row, drifts: tuple[float, float], threshold: float) -> Iterator[Difference]:
-    first, second = _fastest(old), _fastest(new)
-    slower, faster = second / first / max(drifts), second / first / min(drifts)
-    if slower > _bound(old, new, threshold):
-        yield Difference("slower", new, first, second, slower)
-    elif 1 / faster > _bound(new, old, threshold):
-        yield Difference("faster", new, first, second, faster)
-
-
-def _bound(reference: Row, other: Row, threshold: float) -> float:
-    """The largest ratio of the fastest pass of `other` to the one of `reference` that doesn't count as slower."""
-    passes = _passes(reference)
-    repeats = max(_repeatability(passes), _repeatability(_passes(other)))
-    return max(max(passes) / min(passes), (1 + threshold) * repeats)
-
-
-def _repeatability(passes: Sequence[float]) -> float:
-    """The second fastest pass over the fastest."""
-    fastest, *slower = sorted(passes)
-    return slower[0] / fastest if slower else 1.0
+    slowest, fastest = max(drifts), min(drifts)
+    change, values = _change(old, new), (min(_passes(old)), min(_passes(new)))
+    if min(_passes(new)) > (1 + threshold) * slowest * max(_passes(old)):
+        yield Difference("slower", new, *values, change / slowest)
+    elif min(_passes(old)) * fastest > (1 + threshold) * max(_passes(new)):
+        yield Difference("faster", new, *values, change / fastest)
 
 
 def _passes(row: Row) -> list[float]:
@@ -213,8 +168,9 @@ def _passes(row: Row) -> list[float]:
     return [min(one_pass) for one_pass in row.samples_ms if one_pass]
 
 
-def _fastest(row: Row) -> float:
-    return min(_passes(row))
+def _change(old: Row, new: Row) -> float:
+    """The fastest round after over the fastest before."""
+    return min(_passes(new)) / min(_passes(old))
 
 
 def _is_timed(row: Row) -> bool:
@@ -267,9 +223,6 @@ def print_comparison(comparison: Comparison) -> None:
     print_notes(console, comparison.notes)
     drift = "" if comparison.other_setup else f"; the machine's drift was {comparison.drift - 1:+.0%}"
     console.print(f"{comparison.compared} rows have times in both{drift}", markup=False)
-    for shift in comparison.shifts:
-        change = f"{_percent(shift.change)}, give or take {shift.error:.0%}, in the median of {shift.rows} rows"
-        console.print(Text(f"{shift.op} is slower with {shift.candidate}: {change}", "bold red"))
     other = " and ".join(comparison.other_setup)
     rest = f"differences between machines (another {other})" if other else "other differences"
     for title, differences, style in (
@@ -286,7 +239,7 @@ def print_comparison(comparison: Comparison) -> None:
     for name, rows in (("before", comparison.only_before), ("after", comparison.only_after)):
         for op, count in Counter(row.op for row in rows).items():
             console.print(Text(f"only {name}: {counted(count, 'row')} of {op}", "dim"))
-    ops = {one.row.op for one in comparison.regressions} | {shift.op for shift in comparison.shifts}
+    ops = {one.row.op for one in comparison.regressions}
     if comparison.other_setup:
         console.print("a comparison of machines: nothing is called a regression")
     elif ops:
@@ -299,7 +252,7 @@ def _tabulate(differences: Sequence[Difference]) -> Table:
     columns = [(title, "") for title in ("what", "operation", "candidate", "before", "after", "change")]
     table = Table("differences", columns, texts=3)
     for one in sorted(differences, key=lambda one: (one.kind, -(one.change or 0))):
-        case = " ".join((one.row.op, one.row.mode, one.row.shape, one.row.dtype))
+        case = " ".join(one.row.case[:4]) if one.rows == 1 else f"{one.row.op}, mean of {one.rows} rows"
         values = ["" if value is None else _value(one.kind, value) for value in (one.before, one.after)]
         change = "" if one.change is None else _percent(one.change)
         table.rows.append([Cell(text) for text in (one.kind, case, one.row.candidate, *values, change)])
