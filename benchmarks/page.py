@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from benchmarks import plots
@@ -32,25 +34,6 @@ from evaclip.report.theme import document, themed_svg
 WHOLE_MODELS = "dropin"
 """The operation with a picture of speedups: models before and after `accelerate`."""
 _PRECISIONS = ("fp32", "bf16", "int8")
-_KIND = "Benchmark of evakernels"
-_VERDICT_NOTE = (
-    "The verdict is the time of the best peer over the one of this library's fastest backend. The best peer is the "
-    "fastest of all others with right results, torch eager and torch.compile among them. Both are measured in the "
-    "same rounds; a difference is noise where the ratios of the rounds lie on both sides of 1. A click on a heading "
-    "sorts."
-)
-_ROOFLINE_NOTE = (
-    "Above, operations with matmuls under this machine's roofs: left of the bend memory limits, right of it matmuls; a "
-    "line joins the candidates of a case. Below, each dot is a shape and dtype: this library's fastest backend, torch "
-    "eager, and the fastest peer. The roofline is the least time for the bytes and FLOPs of the operation, by the "
-    "machine's copy and matmul rates, measured in this run; data in a cache allows more than 100 %."
-)
-_SPEEDUPS_NOTE = "Speedup over the baseline, the line at 1."
-_ROWS_NOTE = "A click on a heading sorts. Errors are against float64, next to torch eager's in the same dtype."
-_SEVERAL_NOTE = (
-    "This library's fastest backend in each result, against the best peer there. Ratios are over the first result: the "
-    "time there over the time here, above 1 is faster."
-)
 
 
 def write_page(several: Mapping[str, Results], file: Path) -> Path:
@@ -64,70 +47,45 @@ def write_page(several: Mapping[str, Results], file: Path) -> Path:
         `file`.
     """
     results, *others = several.values()
-    title = " and ".join(several) if others else f"{_KIND}: {results.machine.name}"
-    body = _compare_results(several) if others else _describe_result(results)
+    found, known = contests(results.rows), operations()
+    kind = "Benchmark of evakernels"
+    title = " and ".join(several) if others else results.machine.name
+    values: dict[str, Any] = {"several": several, "kind": kind, "title": title, "facts": _facts}
+    if others:
+        values |= {"cases": side_by_side(several)}
+    else:
+        plots_of_ops = {
+            op: plots.draw_speedups(results, op) for op in dict.fromkeys(one.op for one in found) if op in known
+        }
+        values |= {
+            "cases": summary(found),
+            "tally": tally_text(found),
+            "failures": failures(found),
+            "roofline": _svg(plots.draw_roofline(results), "Roofline, speedups and shares of the roofline"),
+            "speedups": [
+                (known[op].summary, _svg(plot, f"Speedups of {op}")) for op, plot in plots_of_ops.items() if plot
+            ],
+            "rows": all_rows(found, case=("op", "mode", "shape", "dtype")),
+            "absent": results.absent,
+        }
     here = Path(__file__).parent
-    styles, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    template, styles, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    body = environment.from_string(template).render(values)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, document(title, "\n".join(filter(None, body)), styles, script))
+    write_text(file, document(title if others else f"{kind}: {title}", body, styles, script))
     return file
 
 
-def _describe_result(results: Results) -> list[str]:
-    found, known = contests(results.rows), operations()
-    summaries = {op: known[op].summary for op in dict.fromkeys(one.op for one in found) if op in known}
-    roofline = _figure(_ROOFLINE_NOTE, "Roofline, speedups and shares of the roofline", plots.draw_roofline(results))
-    return [
-        f'<p class="kind">{_KIND}</p><h1>{escape(results.machine.name)}</h1>',
-        _notes(results),
-        f"<h2>Ours against the best peer</h2><p>{tally_text(found)}</p><p>{_VERDICT_NOTE}</p>",
-        summary(found).to_html(),
-        _pairs("Failed or wrong", failures(found)),
-        "<h2>Against torch eager and against the machine</h2>",
-        roofline or "<p>Nothing could be measured.</p>",
-        *(
-            _figure(f"{escape(text)}. {_SPEEDUPS_NOTE}", f"Speedups of {op}", plots.draw_speedups(results, op))
-            for op, text in summaries.items()
-        ),
-        f"<h2>All rows</h2><p>{_ROWS_NOTE}</p>",
-        all_rows(found, case=("op", "mode", "shape", "dtype")).to_html(),
-        _pairs("Absent", results.absent),
-        _facts(results),
-    ]
-
-
-def _compare_results(several: Mapping[str, Results]) -> list[str]:
-    return [
-        f"<h1>{' and '.join(map(escape, several))}</h1>",
-        *(f"<p>{escape(name)}: {escape(one.machine.name)}</p>{_notes(one)}" for name, one in several.items()),
-        f"<h2>Ours against the best peer</h2><p>{_SEVERAL_NOTE}</p>{side_by_side(several).to_html()}",
-        *(_facts(one, f"The run of {escape(name)}") for name, one in several.items()),
-    ]
-
-
-def _figure(note: str, label: str, figure: Figure | None) -> str:
+def _svg(figure: Figure | None, label: str) -> Markup:
     if figure is None:
-        return ""
+        return Markup()
     with mpl.rc_context(plots.LOOK):
-        return f"<p>{note}</p><figure>{themed_svg(figure, label)}</figure>"
+        return Markup(themed_svg(figure, label))
 
 
-def _notes(results: Results) -> str:
-    if not results.machine.notes:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in results.machine.notes)
-    return f'<div class="notes" role="note"><strong>These numbers are doubtful.</strong><ul>{items}</ul></div>'
-
-
-def _facts(results: Results, title: str = "The machine and the run") -> str:
-    return _pairs(title, machine_facts(results.machine) | results.machine.versions)
-
-
-def _pairs(title: str, pairs: Mapping[str, str]) -> str:
-    if not pairs:
-        return ""
-    lines = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in pairs.items())
-    return f'<h2>{title}</h2><dl class="wide">{lines}</dl>'
+def _facts(results: Results) -> dict[str, str]:
+    return machine_facts(results.machine) | results.machine.versions
 
 
 # --- the section of a Markdown page ---------------------------------------------------------------------------------
@@ -169,33 +127,28 @@ def write_markdown(results: Results, page: Path) -> Path:
         UserError: as `split_markdown`.
     """
     before, after = split_markdown(page, section([row.op for row in results.rows], results.machine.busy))
-    facts = machine_facts(results.machine) | results.machine.versions
+    facts = _facts(results)
     name, command = facts.pop("device"), facts.pop("command", "")
-    found = contests(results.rows)
     parts = [f"**{name}**: {', '.join(f'{fact} {text}' for fact, text in facts.items())}."]
     parts += [f"`{command}`"] if command else []
     parts += [f"> {note}" for note in results.machine.notes]
     if results.rows[0].op == EMBED:
-        return _write_engines(results, page, before, parts, after)
-    parts += [tally_text(found), summary_by_mode(found).to_markdown()]
-    for file, label, figure in (
-        ("roofline.png", "Speed and share of the roofline of each op", plots.draw_roofline(results)),
-        ("speedups.png", "Speedups of whole models", plots.draw_speedups(results, WHOLE_MODELS)),
-    ):
-        if figure is not None:
-            with replacing(page.parent / file) as temporary:
-                figure.savefig(temporary, format="png")
-            parts.append(f"![{label}]({file})")
+        reasons = [f"{row.candidate}: {row.failure}" for row in results.rows if row.failure]
+        reasons += [f"{name.removeprefix(f'{EMBED}: ')}: {why}" for name, why in results.absent.items()]
+        parts.append(engine_table(results.rows).to_markdown())
+        parts += ["\n".join(f"- {reason}" for reason in dict.fromkeys(reasons))] if reasons else []
+    else:
+        found = contests(results.rows)
+        parts += [tally_text(found), summary_by_mode(found).to_markdown()]
+        for file, label, figure in (
+            ("roofline.png", "Speed and share of the roofline of each op", plots.draw_roofline(results)),
+            ("speedups.png", "Speedups of whole models", plots.draw_speedups(results, WHOLE_MODELS)),
+        ):
+            if figure is not None:
+                with replacing(page.parent / file) as temporary:
+                    figure.savefig(temporary, format="png")
+                parts.append(f"![{label}]({file})")
     write_text(page, "\n\n".join([before, *parts, after]))
-    return page
-
-
-def _write_engines(results: Results, page: Path, before: str, parts: Sequence[str], after: str) -> Path:
-    failed = {f"{row.candidate}: {row.failure}": None for row in results.rows if row.failure}
-    absent = {f"{name.removeprefix(f'{EMBED}: ')}: {why}": None for name, why in results.absent.items()}
-    reasons = [f"- {reason}" for reason in (*failed, *absent)]
-    table = engine_table(results.rows).to_markdown()
-    write_text(page, "\n\n".join([before, *parts, table, *(["\n".join(reasons)] if reasons else []), after]))
     return page
 
 

@@ -1,10 +1,9 @@
-"""Tables of results: built once, without a format, and rendered for a terminal, as Markdown or as HTML."""
+"""Tables of results: built once, without a format, and rendered for a terminal, as Markdown, or by page.html."""
 
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from inspect import signature
 
 from rich import box
@@ -110,28 +109,6 @@ class Table:
         head.append(["---" if index < self.texts else "---:" for index in range(len(self.columns))])
         lines = [*head, *([cell.text.replace("|", "\\|") for cell in row] for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def to_html(self) -> str:
-        """The table as HTML; a click on a heading sorts it by `page.js`."""
-        head = "".join(
-            f'<th scope="col"{self._class(index)}>'
-            f'<button type="button" title="{escape(meaning)}">{escape(title)}</button></th>'
-            for index, (title, meaning) in enumerate(self.columns)
-        )
-        body = "\n".join(f"<tr>{''.join(map(self._html_cell, range(len(row)), row))}</tr>" for row in self.rows)
-        return (
-            f'<div class="scroll" tabindex="0" role="region" aria-label="Table of {self.name}">'
-            f'<table id="{self.name}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-        )
-
-    def _html_cell(self, index: int, cell: Cell) -> str:
-        tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
-        value = "" if cell.value is None else f' data-value="{escape(str(cell.value))}"'
-        return f"<{tag}{scope}{self._class(index, cell.style)}{value}>{escape(cell.text)}</{tag}>"
-
-    def _class(self, index: int, style: str = "") -> str:
-        names = " ".join(filter(None, ("text" if index < self.texts else "", style)))
-        return f' class="{names}"' if names else ""
 
 
 # --- tables of results ----------------------------------------------------------------------------------------------
