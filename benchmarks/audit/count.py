@@ -20,8 +20,8 @@ import evakernels
 from benchmarks import accuracy
 from benchmarks.audit import budget
 from benchmarks.audit.cases import Case, operation
+from benchmarks.audit.pipes import flops_of, instructions_of, pipe_of
 from benchmarks.audit.result import REST, Count, Launch, Line, add_up
-from benchmarks.audit.roofline import flops_of, instructions_of, pipe_of
 from benchmarks.measure import DTYPES
 from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape

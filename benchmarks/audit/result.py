@@ -23,7 +23,7 @@ class Line:
 
     Attributes:
         place: file and number.
-        warps: warp instructions, by part of a multiprocessor.
+        warps: warp instructions, by pipe.
         flops: multiplications and additions of matmuls.
         memory, shared: requests to global and to shared memory.
     """

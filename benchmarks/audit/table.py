@@ -1,15 +1,14 @@
 """The audit on the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich.text import Text
 
+from benchmarks.audit.pipes import PIPES
 from benchmarks.audit.result import Count, Line
-from benchmarks.audit.roofline import GPUS, PARTS, limiter, share_of_floor, times, times_of_line
-from benchmarks.render import NOTHING, TIMES, Cell, Table, make_console, percent, significant
+from benchmarks.render import NOTHING, TIMES, Cell, Table, make_console, significant
 
-PREDICTED = "predicted from counted instructions, not measured"
 MOST_LINES = 10
 _MEANING = (
     f"requested: sectors of 32 bytes over the floor, each input read once and each output written once ({TIMES}); "
@@ -18,34 +17,33 @@ _MEANING = (
     f"cached: repeated requests for small buffers ({TIMES} the floor)",
     "load, store: bytes of a warp's request to a large buffer, at most 512; "
     "ways: cycles of shared memory over those without conflicts, mean and worst, 1 is no conflict",
-    "of floor: the time of the floor's bytes over the one of the kernels' limiters; the others are the least "
-    "microseconds of each part of the GPU, evenly loaded and without gaps",
+    "the others are warp instructions by pipe, without moves of registers, and sectors of global memory; "
     "barriers: of a warp",
 )
-_CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways", "of floor")
-_KERNEL = (*PARTS, "limiter", "barriers")
+_CALL = ("floor MB", "requested", "touched", "cached", "load", "store", "ways")
+_COUNTS = (*PIPES, "sectors")
 
 
 def print_audit(counts: Sequence[Count], *, explain: bool = False) -> None:
     """Two tables for each operation and architecture, of calls and of their kernels; and, to explain, the most
     expensive lines of the source."""
     console = make_console()
-    console.print(Text(f"GPU kernels, {PREDICTED}", "bold yellow"))
+    console.print(Text("GPU kernels, counted in their PTX, not measured", "bold yellow"))
     for (name, kernels, arch), group in groupby(counts, lambda count: (count.op, count.kernels, count.arch)):
         found = list(group)
         console.print()
-        console.print(Text(f"{name}: {kernels}, {arch} ({GPUS[arch]})", "bold"))
+        console.print(Text(f"{name}: {kernels}, {arch}", "bold"))
         calls = [(_title(count), *_call_cells(count)) for count in found]
         console.print(_table("shape, dtype, direction", _CALL, calls).to_terminal())
         kernels_of_calls = [
-            (launch.kernel, *_microseconds(times(arch, launch)), limiter(arch, launch), f"{launch.barriers:.1f}")
+            (launch.kernel, *_numbers(launch.total), f"{launch.barriers:.1f}")
             for count in found
             for launch in count.launches
         ]
-        console.print(_table("kernel, us", _KERNEL, kernels_of_calls).to_terminal())
+        console.print(_table("kernel", (*_COUNTS, "barriers"), kernels_of_calls).to_terminal())
         for count in found if explain else ():
-            lines = [[line.place, *_microseconds(times_of_line(count.arch, line))] for line in costly_lines(count)]
-            console.print(_table(f"line of {_title(count)}, us", PARTS, lines).to_terminal())
+            lines = [[line.place, *_numbers(line)] for line in costly_lines(count)]
+            console.print(_table(f"line of {_title(count)}", _COUNTS, lines).to_terminal())
     console.print()
     for line in _MEANING:
         console.print(Text(line, "dim"))
@@ -66,14 +64,18 @@ def _call_cells(count: Count) -> list[str]:
     shared = [launch.total.shared for launch in count.launches]
     ways = [traffic.sectors / traffic.least for traffic in shared if traffic.least]
     mean_and_worst = f"{max(ways):.2f} {count.worst_ways}" if ways else NOTHING
-    return [significant(count.floor / 1e6), *ratios, *requests, mean_and_worst, percent(share_of_floor(count))]
+    return [significant(count.floor / 1e6), *ratios, *requests, mean_and_worst]
 
 
-def _microseconds(seconds: Mapping[str, float]) -> list[str]:
-    return [f"{1e6 * seconds[part]:.2f}" for part in PARTS]
+def _numbers(line: Line) -> list[str]:
+    return [f"{number:,}" for number in (*(line.warps[pipe] for pipe in PIPES), line.memory.sectors)]
 
 
 def costly_lines(count: Count, most: int = MOST_LINES) -> list[Line]:
-    """The lines with the slowest limiters, of all kernels of a call."""
+    """Return the lines with the most instructions and sectors, of all kernels of a call."""
     lines = [line for launch in count.launches for line in launch.lines]
-    return sorted(lines, key=lambda line: max(times_of_line(count.arch, line).values()), reverse=True)[:most]
+    return sorted(lines, key=_cost, reverse=True)[:most]
+
+
+def _cost(line: Line) -> int:
+    return sum(line.warps[pipe] for pipe in PIPES) + line.memory.sectors

@@ -1,4 +1,4 @@
-"""The audit of GPU kernels without the counting itself: ratios, pipes, the roofline, and the command."""
+"""The audit of GPU kernels without the counting itself: ratios, pipes, and the command."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +10,8 @@ from benchmarks import cli
 from benchmarks.audit import build
 from benchmarks.audit.cases import list_cases
 from benchmarks.audit.count import spans_of
+from benchmarks.audit.pipes import flops_of, instructions_of, pipe_of
 from benchmarks.audit.result import REST, Count, Launch, Line
-from benchmarks.audit.roofline import flops_of, instructions_of, limiter, pipe_of, share_of_floor, times
 from benchmarks.audit.table import costly_lines
 from ptx_interpreter import Traffic
 from ptx_interpreter.body import Instruction
@@ -72,22 +72,10 @@ def test_instructions_go_to_pipes(text: str, pipe: str, instructions: int, flops
     assert found == (pipe, instructions, flops)
 
 
-def test_slowest_part_limits() -> None:
-    """An A100: 108 multiprocessors, of which each takes two instructions of a warp a cycle for integers."""
-    clocks = 19.5e12 / 128
-    found = times("sm_80", LAUNCH)
-    assert found["alu"] == pytest.approx(4500 / 2 / clocks)
-    assert found["issue"] == pytest.approx((4500 + 41 + 2) / 4 / clocks)
-    assert found["tensor"] == pytest.approx(2 * 4096 / 312e12)
-    # 25 cycles of shared memory; 650 sectors are as many cycles as lines of 128 bytes.
-    assert found["memory"] == pytest.approx((25 + 650 / 4) / clocks)
-    assert found["DRAM"] == pytest.approx(32 * (160 + 160 + 32 + 1) / 2039e9)
-    assert limiter("sm_80", LAUNCH) == "alu"
-    assert share_of_floor(COUNT) == pytest.approx(10240 / 2039e9 / found["alu"])
-    assert times("sm_90", LAUNCH)["memory"] < found["memory"]
-    of_warps = replace(LAUNCH, lines=(replace(OTHER, warps={"mma.sync": 2}), LINE))
-    assert times("sm_90", of_warps)["tensor"] == pytest.approx(times("sm_90", LAUNCH)["tensor"] / 0.62)
+def test_costly_lines_leave_moves_out() -> None:
     assert [line.place for line in costly_lines(COUNT)] == ["norm.cu:7", "rows.h:3"]
+    moves = replace(COUNT, launches=(replace(LAUNCH, lines=(Line("a.h:1", Counter(moves=10**9)), OTHER)),))
+    assert [line.place for line in costly_lines(moves, most=1)] == ["rows.h:3"]
 
 
 def test_tensors_that_share_memory_are_one_buffer() -> None:
