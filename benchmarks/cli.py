@@ -165,7 +165,7 @@ def _measure(args: argparse.Namespace) -> None:
     if args.json:  # before anything is printed: the reader of a pipe may be gone
         results.write_json(args.json)
     print_results(results)
-    _write_pages(args, {"run": results}, whole=not results.interrupted)
+    _write_pages(args, results)
     if results.interrupted:
         raise KeyboardInterrupt
     if args.profile:
@@ -243,39 +243,33 @@ def _check(results: Results) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from benchmarks.compare import compare, print_comparison
-    from benchmarks.render import make_console, print_results, side_by_side
+    from benchmarks.render import print_results
 
-    names = [path.stem for path in args.results]
-    if len(set(names)) < len(names):
-        names = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
-    several = dict(zip(names, map(read_results, args.results), strict=True))
-    if args.page and len(several) > 1:
-        raise UserError(f"--page takes one result, got {len(several)}")
-    first, *others = several.values()
-    comparison = compare(first, others[0], args.threshold) if len(several) == 2 else None
+    if len(args.results) > 2 or ((args.html or args.page) and len(args.results) > 1):
+        raise UserError(f"RESULT must be one file, or two without --html and --page, got {len(args.results)}")
+    first, *others = map(read_results, args.results)
     if not others:
         print_results(first)
-    elif comparison is None or comparison.other_setup:
-        make_console().print(side_by_side(several).to_terminal())
-    if comparison is not None:
-        print_comparison(comparison)
-    _write_pages(args, several)
-    if comparison is not None and comparison.regressions:
+        _write_pages(args, first)
+        return
+    comparison = compare(first, others[0], args.threshold)
+    print_comparison(comparison)
+    if comparison.regressions:
         raise SystemExit(1)
 
 
-def _write_pages(args: argparse.Namespace, several: dict[str, Results], whole: bool = True) -> None:
+def _write_pages(args: argparse.Namespace, results: Results) -> None:
     """Write the HTML page, and the Markdown section, which an interrupted run leaves as it is."""
-    if not (args.html or args.page):
+    if not args.html and not args.page:
         return
     from benchmarks.page import write_markdown, write_page
 
     load()  # pages have the summary of each operation
     if args.html:
         with writing(args.html):
-            print(write_page(several, args.html))
-    if args.page and whole:
-        print(write_markdown(next(iter(several.values())), args.page))
+            print(write_page(results, args.html))
+    if args.page and not results.interrupted:
+        print(write_markdown(results, args.page))
 
 
 def _audit(args: argparse.Namespace) -> None:

@@ -1,9 +1,8 @@
 """Results as files for readers: one HTML page that needs nothing else, and a section of a Markdown page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
@@ -20,7 +19,6 @@ from benchmarks.render import (
     all_rows,
     failures,
     machine_facts,
-    side_by_side,
     significant,
     summary,
     summary_by_mode,
@@ -36,44 +34,31 @@ WHOLE_MODELS = "dropin"
 _PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def write_page(several: Mapping[str, Results], file: Path) -> Path:
-    """Write one HTML page with everything about one result, or with several results next to each other.
+def write_page(results: Results, file: Path) -> Path:
+    """Write one HTML page with everything about a result, and return its path.
 
     Args:
-        several: results by name; several are compared with the first.
+        results: the result.
         file: the page; it needs no other file.
-
-    Returns:
-        `file`.
     """
-    results, *others = several.values()
     found, known = contests(results.rows), operations()
-    kind = "Benchmark of evakernels"
-    title = " and ".join(several) if others else results.machine.name
-    values: dict[str, Any] = {"several": several, "kind": kind, "title": title, "facts": _facts}
-    if others:
-        values |= {"cases": side_by_side(several)}
-    else:
-        plots_of_ops = {
-            op: plots.draw_speedups(results, op) for op in dict.fromkeys(one.op for one in found) if op in known
-        }
-        values |= {
-            "cases": summary(found),
-            "tally": tally_text(found),
-            "failures": failures(found),
-            "roofline": _svg(plots.draw_roofline(results), "Roofline, speedups and shares of the roofline"),
-            "speedups": [
-                (known[op].summary, _svg(plot, f"Speedups of {op}")) for op, plot in plots_of_ops.items() if plot
-            ],
-            "rows": all_rows(found, case=("op", "mode", "shape", "dtype")),
-            "absent": results.absent,
-        }
+    speedups = {op: plots.draw_speedups(results, op) for op in dict.fromkeys(one.op for one in found) if op in known}
     here = Path(__file__).parent
     template, styles, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    body = environment.from_string(template).render(values)
+    body = environment.from_string(template).render(
+        machine=results.machine,
+        tally=tally_text(found),
+        cases=summary(found),
+        failures=failures(found),
+        roofline=_svg(plots.draw_roofline(results), "Roofline, speedups and shares of the roofline"),
+        speedups=[(known[op].summary, _svg(plot, f"Speedups of {op}")) for op, plot in speedups.items() if plot],
+        rows=all_rows(found, case=("op", "mode", "shape", "dtype")),
+        absent=results.absent,
+        facts=_facts(results),
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, document(title if others else f"{kind}: {title}", body, styles, script))
+    write_text(file, document(f"Benchmark of evakernels: {results.machine.name}", body, styles, script))
     return file
 
 

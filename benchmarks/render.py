@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 
@@ -170,27 +170,6 @@ def summary_by_mode(found: Iterable[Contest]) -> Table:
         for op, shape, dtype in dict.fromkeys(key[:3] for key in cases)
     ]
     return Table("cases", columns, rows, texts=3)
-
-
-def side_by_side(several: Mapping[str, Results]) -> Table:
-    """A row for each case of several results, in each of them this library against the best peer there."""
-    found = {name: {one.rows[0].case[:4]: one for one in contests(results.rows)} for name, results in several.items()}
-    columns = [(title, "") for title in _CASE]
-    for name in several:
-        columns += [(f"{name}, ms", _OURS), (f"{name}, verdict", "against the best peer there")]
-    columns += [(f"{TIMES} {name}", "time in the first result over the time in this one") for name in list(several)[1:]]
-    table = Table("cases", columns, texts=len(_CASE))
-    for key in dict.fromkeys(key for cases in found.values() for key in cases):
-        here = [cases.get(key) for cases in found.values()]
-        cells = [Cell(text, text) for text in key]
-        for contest in here:
-            ours, _, word = verdict_cells(contest)
-            cells += [ours, word]
-        fastest = [contest.fastest("ours") if contest else None for contest in here]
-        first, *others = (row.median_ms if row else None for row in fastest)
-        cells += [Cell(times(first / ms), first / ms) if first and ms else Cell(NOTHING) for ms in others]
-        table.rows.append(cells)
-    return table
 
 
 def verdict_cells(contest: Contest | None) -> list[Cell]:

@@ -36,7 +36,7 @@ CASES = contests(RESULTS.rows)
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of one result."""
-    return write_page({"run": RESULTS}, tmp_path_factory.mktemp("page") / "new/run.html")
+    return write_page(RESULTS, tmp_path_factory.mktemp("page") / "new/run.html")
 
 
 def test_page_needs_nothing_from_outside(file: Path) -> None:
@@ -66,21 +66,7 @@ def test_page_tables_hold_every_row(file: Path) -> None:
 
 def test_page_without_any_time(tmp_path: Path) -> None:
     failed = Results(machine(), [row(failure="no luck", samples_ms=[], op="my/op")])
-    assert "no luck" in write_page({"run": failed}, tmp_path / "run.html").read_text(encoding="utf-8")
-
-
-def test_page_of_several_results(tmp_path: Path) -> None:
-    faster = [
-        replace(one, samples_ms=[[ms / 2 for ms in one_pass] for one_pass in one.samples_ms]) for one in RESULTS.rows
-    ]
-    other = replace(RESULTS, machine=machine(name="Other CPU"), rows=faster[:-20])
-    page = Page(write_page({"old": RESULTS, "new": other}, tmp_path / "both.html").read_text(encoding="utf-8"))
-    (cases,) = page.tables
-    assert len(cases) == 1 + len(CASES)
-    ours = CASES[0].fastest("ours").median_ms
-    found = [float(value) for _, value in cases[1][4:]]
-    assert found == pytest.approx([ours, verdict(CASES[0]).ratio, ours / 2, verdict(CASES[0]).ratio, 2])
-    assert "new: Other CPU" in page.words
+    assert "no luck" in write_page(failed, tmp_path / "run.html").read_text(encoding="utf-8")
 
 
 def test_markdown_section_is_replaced(tmp_path: Path) -> None:
