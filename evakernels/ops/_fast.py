@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _any_requires_grad, _is_any_autocast_enabled
+from torch._C import _is_any_autocast_enabled
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
 from .. import backends
-from .._modes import needs_dispatcher
+from .._modes import needs_dispatcher, needs_grad
 
 MAX_ENTRIES = 1 << 14
 """Maximum number of entries of all ops; a full cache, as from packed captions of changing lengths, is cleared."""
@@ -28,12 +28,13 @@ class DispatchEntry(NamedTuple):
 
     Attributes:
         run: the implementation, with its context managers and checks of values.
-        record: `apply` of the op's `autograd.Function`, without its Python part, which tests for functorch.
+        record: `apply` of the op's `autograd.Function`, without its Python part, which tests for functorch; None if
+            autograd doesn't record these calls.
         changes: indices of the arguments that the op's check replaces, each with a tensor's dtype or another value.
     """
 
     run: Callable[..., Any]
-    record: Callable[..., Any]
+    record: Callable[..., Any] | None
     changes: tuple[tuple[int, Any], ...]
 
     def changed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -54,7 +55,7 @@ def with_fast_path(dispatched: Callable[..., Any]) -> Callable[..., Any]:
         entry = backends.choices.get(key) or _make_entry(op, args, key)
         if entry.changes:
             args = entry.changed(args)
-        if is_grad_enabled() and _any_requires_grad(*args):
+        if entry.record is not None:
             return entry.record(*args, entry.run, True)
         return op.public_outputs(entry.run(*args))
 
@@ -66,15 +67,17 @@ def cache_key(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     overrides = backends.overrides()
     if overrides is not None and overrides.observer is not None:
         return None
-    key: list[Any] = [op.name, overrides]
+    key: list[Any] = [op.name, overrides, is_grad_enabled()]
     may_be_batched = op.takes_gradients  # by `is_grads_batched`, an older vmap that no mode shows
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             if may_be_batched and is_legacy_batchedtensor(arg):
                 return None
-            key += arg.dtype, arg.shape, arg.device
-        elif arg is None or kind is float or kind is bool or kind is int or kind is _dtype:
+            key += arg.dtype, arg.shape, arg.is_cpu or arg.device, arg.requires_grad
+        elif arg is None or kind is _dtype:
+            key.append(arg)
+        elif kind is float or kind is bool or kind is int:
             key += kind, arg
         elif (kind is tuple or kind is list) and arg and type(arg[0]) is bool:
             key += tuple, *arg
@@ -115,4 +118,5 @@ def _make_entry(op: Any, args: tuple[Any, ...], key: tuple[Any, ...]) -> Dispatc
     )
     on_known_device = all(tensor.is_cpu or tensor.is_cuda for tensor in backends.tensors(checked))
     run = op.implementation(checked) if on_known_device else op.overload
-    return _cache(key, DispatchEntry(run, super(torch.autograd.Function, op.function).apply, changes))
+    record = super(torch.autograd.Function, op.function).apply if needs_grad(*args) else None
+    return _cache(key, DispatchEntry(run, record, changes))
