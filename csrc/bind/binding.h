@@ -227,20 +227,20 @@ class Call {
   uint8_t* output_bytes(const char* name, Sizes sizes) {
     return static_cast<uint8_t*>(add_result(name, sizes, ScalarType::Byte).mutable_data_ptr());
   }
-  // An empty tensor of dtype `otherwise` if `exists` is false.
-  Array output_if(bool exists, const char* name, Sizes sizes, DType dtype, DType otherwise) {
+  // Undefined, None in Python, if `exists` is false.
+  Array output_if(bool exists, const char* name, Sizes sizes, DType dtype) {
     if (exists) return output(name, sizes, dtype);
     require(!memory_of_result(), name, " must be None, as it isn't computed");
-    results_.at(made_++) = new_tensor(device(), kNoElements, scalar_type_of(otherwise));
+    results_.at(made_++).emplace();
     return no_array(name);
   }
   // One float per row of `x`.
   Array statistic(bool exists, const char* name, const Array& x) {
-    return output_if(exists, name, x.sizes.first(x.sizes.size() - 1), DType::Float32, DType::Float32);
+    return output_if(exists, name, x.sizes.first(x.sizes.size() - 1), DType::Float32);
   }
   // Like the parameter, if there is one and its gradient is needed.
-  Array gradient(bool needed, const char* name, const Array& parameter, DType otherwise = DType::Float32) {
-    return output_if(parameter && needed, name, parameter.sizes, parameter.dtype, otherwise);
+  Array gradient(bool needed, const char* name, const Array& parameter) {
+    return output_if(parameter && needed, name, parameter.sizes, parameter.dtype);
   }
   template <size_t Count>
   auto results() {
@@ -273,9 +273,6 @@ class Call {
   }
 
  private:
-  static constexpr int64_t kNone = 0;
-  static constexpr Sizes kNoElements{&kNone, 1};
-
   static Sizes span_of(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
     return {numbers.data(), numbers.size()};
   }

@@ -40,7 +40,7 @@ template <class Params>
 void add_dlogits(Call& call, bool needed, Params& params) {
   params.stride = params.columns + params.columns % 2;
   const int64_t sizes[] = {params.rows, params.stride};
-  params.dlogits = call.output_if(needed, "dlogits", sizes, params.dtype, params.dtype).data;
+  params.dlogits = call.output_if(needed, "dlogits", sizes, params.dtype).data;
   const auto address = reinterpret_cast<uintptr_t>(params.dlogits);
   require(address % 4 == 0, "dlogits must be aligned to 4 bytes, got ", std::to_string(address % 4),
           " bytes after a multiple");
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(I
   params.positive = call.output_floats("positive", params.rows);
   params.row_max = call.output_floats("row_max", params.rows);
   params.col_max = call.output_floats("col_max", params.columns);
-  params.logits = call.output_if(keep, "logits", sizes, DType::Float32, DType::Float32).floats();
+  params.logits = call.output_if(keep, "logits", sizes, DType::Float32).floats();
   call.launch<nullptr, cuda::contrastive_forward>("contrastive_forward", params);
   return call.results<6>();
 }

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> gelu_backward(Input dout_in, Input x_in, OptionalInpu
   const RowSizes size(x);
   require_like(dout, x);
   const Array dx = call.output("dx", x.sizes, x.dtype);
-  const Array dbias = call.gradient(needs_grad.at(0), "dbias", bias, x.dtype);
+  const Array dbias = call.gradient(needs_grad.at(0), "dbias", bias);
   const GeluBackward params = {
       .dout = dout.data,
       .x = x.data,

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Input x_in, OptionalInput 
   const Array y = call.output("y", stream, out_dtype);
   const NormShape shape =
       norm_shape(call, x, norm.row_scale, residual ? residual.dtype : y.dtype, x.dtype, y, rms, add_first);
-  const Array total = call.output_if(add_first, "total", x.sizes, stream.dtype, DType::Float32);
+  const Array total = call.output_if(add_first, "total", x.sizes, stream.dtype);
   float* const statistics = call.output("statistics", statistics_sizes(x, rms), DType::Float32).floats();
   const LayerNormForward params = {
       .residual = residual.data,
@@ -107,8 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
   require_dtype(statistics, DType::Float32);
   require_sizes(statistics, statistics_sizes(x, rms));
   const Array dx = call.output("dx", x.sizes, x.dtype),
-              dbranch = call.output_if(add_first && needs_grad.at(3), "dbranch", x.sizes, branch.dtype,
-                                       DType::Float32);
+              dbranch = call.output_if(add_first && needs_grad.at(3), "dbranch", x.sizes, branch.dtype);
   const auto gradient = [&](size_t i, const char* name, const Array& parameter) {
     const Array array = call.gradient(needs_grad.at(i), name, parameter);
     if (array) require_sizes(array, {shape.width});

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> token_dropout_backward(Input dout_in, Optiona
           "dout must have a row for each prefix token and each kept patch");
   const auto gradient = [&](size_t number, const char* name, std::vector<int64_t> sizes) {
     sizes.push_back(channels);
-    return call.output_if(needs_grad.at(number), name, sizes, dout.dtype, dout.dtype).data;
+    return call.output_if(needs_grad.at(number), name, sizes, dout.dtype).data;
   };
   const TokenDropoutBackward params = {
       .dout = dout.data,

@@ -87,8 +87,14 @@ class Op:
             return self.overload(*args)
 
     def run(self, *args: Any) -> Any:
-        """The op's kernel for all devices, with checked arguments."""
-        return implementation(self, args)(*args)
+        """The op's kernel for all devices, with checked arguments; outputs that it doesn't compute are empty."""
+        outputs = implementation(self, args)(*args)
+        if type(outputs) is not tuple or not any(output is None for output in outputs):
+            return outputs
+        tensor = backends.first_tensor(args)
+        assert tensor is not None
+        empty = partial(tensor.new_empty, 0, dtype=torch.float32)
+        return tuple(empty() if output is None else output for output in outputs)
 
     def implementation(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The backend's function for these arguments, with checks of values and without autocast."""

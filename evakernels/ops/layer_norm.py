@@ -306,23 +306,21 @@ _DEFAULTS = None, None, False
 """Defaults of layer_scale, row_scale and add_first; the dispatcher drops them at the end of a call."""
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
-    x, weight, bias, _, _, *more = inputs
     _, total, statistics = output
-    if len(more) < 2 or more[1] is None:  # no residual
-        ctx.mark_non_differentiable(total, statistics)
-        ctx.save_for_backward(x, weight, statistics)
-        return
-    scales: tuple[Any, ...] = (*more[2:], *_DEFAULTS[len(more) - 2 :])
-    layer_scale, row_scale, ctx.add_first = scales
-    if ctx.add_first:
+    x, weight, bias, *_ = inputs
+    scales: tuple[Any, ...] = (*inputs[7:], *_DEFAULTS[max(0, len(inputs) - 7) :])
+    layer_scale, row_scale, add_first = scales
+    if add_first:
         # Only the gradient of layer_scale needs the branch's values; the others need its dtype.
         branch = x if ctx.needs_input_grad[7] else x.new_empty(0)
         ctx.save_for_backward(total, weight, statistics, None, layer_scale, row_scale, branch)
-    else:
+        return
+    if total is not None:
         ctx.mark_non_differentiable(total, statistics)
-        ctx.save_for_backward(x, weight, statistics, bias, layer_scale, row_scale)
+    has_residual = len(inputs) > 6 and inputs[6] is not None
+    ctx.save_for_backward(x, weight, statistics, *((bias, layer_scale, row_scale) if has_residual else ()))
 
 
 def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
@@ -335,7 +333,7 @@ def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
         return dx, dweight, dbias
     x, weight, statistics, *joined = saved
     needs_x, needs_norm = needed[0], (needed[1], needed[2], needed[7])
-    if not ctx.add_first:
+    if len(joined) == 3:  # bias, layer_scale and row_scale of a residual that was added after
         if not (needs_x or any(needs_norm)):
             return None, None, None, None, None, None, dy
         dx, _, dweight, dbias, dlayer_scale = _backward(dy, x, weight, statistics, (*needs_norm, False), *joined)

@@ -43,7 +43,7 @@ def gelu_backward(
     else:
         dx = torch.ops.aten.gelu_backward(dout, total, approximate=FORMS[form])
     if bias is None or not needs_grad[0]:
-        return dx.to(x.dtype), x.new_empty(0)
+        return dx.to(x.dtype), x.new_empty(0, dtype=torch.float32)
     dbias = dx.flatten(0, -2).sum(0, dtype=accumulation_dtype(dx)) if dx.dim() > 1 else dx
     return dx.to(x.dtype), dbias.to(bias.dtype)
 

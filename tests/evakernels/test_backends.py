@@ -307,14 +307,14 @@ def test_fast_path_changes_no_bit(op):
 
 @pytest.mark.parametrize("mode", [nullcontext, BaseTorchFunctionMode])
 def test_choice_is_made_once(calls, monkeypatch, mode):
-    """By dtypes, shapes, devices, numbers and switches; a mode leads to the dispatcher. Errors are never cached."""
+    """By dtypes, shapes, devices, gradients, numbers and switches; errors are never cached."""
     asked, select = [], backends.select
     monkeypatch.setattr(backends, "select", lambda op, args: asked.append(op) or select(op, args))
     x, weight = torch.ones(2, 4), torch.nn.Parameter(torch.ones(4))
     with mode():
         for _ in range(2):
             evakernels.layer_norm(x, weight)
-            evakernels.layer_norm(x.clone(), weight.detach())
+            evakernels.layer_norm(x.clone(), weight.clone())
         assert asked == [OP]
         for _ in range(2):
             evakernels.layer_norm(x[:1], weight)

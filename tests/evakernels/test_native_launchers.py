@@ -24,14 +24,14 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-def like(tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Output arrays; None for a gradient that the operator leaves empty."""
-    return [torch.full_like(tensor, torch.nan) if tensor.numel() else None for tensor in tensors]
+def like(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Output arrays; None for a result that the operator doesn't compute."""
+    return [None if tensor is None else torch.full_like(tensor, torch.nan) for tensor in tensors]
 
 
-def assert_same(written: list[Tensor | None], expected: tuple[Tensor, ...]) -> None:
+def assert_same(written: list[Tensor | None], expected: tuple[Tensor | None, ...]) -> None:
     for ours, theirs in zip(written, expected, strict=True):
-        assert theirs.numel() == 0 if ours is None else torch.equal(ours, theirs)
+        assert theirs is None if ours is None else torch.equal(ours, theirs)
 
 
 ATTENTION_FLOAT32 = [] if _native.runs_gpu_kernels("cpu") else [torch.float32]
