@@ -3,7 +3,6 @@
 // Traffic: dy, dtotal, total, dresidual and dbranch once; branch once if layer_scale needs a gradient.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
 
 namespace evakernels::cuda {
@@ -12,10 +11,6 @@ namespace {
 // SUMS over rows: dy * normalised, dy, and for layer_scale the gradient of the scaled branch * branch.
 template <int SUMS>
 constexpr RowLimits kLimits = {SUMS == 2 ? 24 : 16, SUMS == 2 ? 224 : 320};
-
-// Two stages per input, one per gradient.
-template <int SUMS>
-constexpr int kStages = SUMS == 2 ? 8 : 10;
 
 template <int SUMS, class Residual, class Branch, class Y, class L>
 __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
@@ -39,13 +34,12 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
 
   int64_t row = first_row();
   if (row < shape.rows) {
-    InputRow<Y, L, 2> dy;
-    InputRow<Residual, L, 2> total;
-    ReadOnceInputRow<Residual, L, 2> dtotal;
-    std::conditional_t<SUMS == 3, ReadOnceInputRow<Branch, L, 2>, NoRow> branch;
-    OutputRow<Residual, L> dresidual;
-    OutputRow<Branch, L> dbranch;
-    assign_stages<L, kStages<SUMS>>(shape.width, dy, total, dtotal, branch, dresidual, dbranch);
+    RegisterRow<Y, E, V> dy;
+    RegisterRow<Residual, E, V> total;
+    ReadOnceRow<Residual, E> dtotal;
+    std::conditional_t<SUMS == 3, ReadOnceRow<Branch, E>, NoRow> branch;
+    RowOutput<Residual, E> dresidual;
+    RowOutput<Branch, E> dbranch;
     const auto set_row = [&](int64_t row) {
       dy.set_row(params.dy, row, shape.width);
       total.set_row(params.x, row, shape.width);
@@ -53,13 +47,11 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
       branch.set_row(params.branch, row, shape.width);
     };
     set_row(row);
-    const auto fetch = [&](int64_t elements_ahead, auto... part) {
-      dy.fetch(part..., elements_ahead);
-      total.fetch(part..., elements_ahead);
-      dtotal.fetch(part..., elements_ahead);
-      branch.fetch(part..., elements_ahead);
+    const auto fetch = [&](int64_t elements_ahead, int vector, int slot) {
+      dy.fetch(vector, slot, elements_ahead);
+      total.fetch(vector, slot, elements_ahead);
     };
-    fetch_rows<L>(vectors, fetch);
+    for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
     RowGradient next = gradient_of(row);
     for (; row < shape.rows; row += step) {
       const bool more = row + step < shape.rows;
@@ -68,8 +60,6 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
       set_row(row);
       dresidual.set_row(params.dx, row, shape.width);
       dbranch.set_row(params.dbranch, row, shape.width);
-      wait_for_rows<L>(dy, total, dtotal, branch);
-      prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       reduce_gradient<E, V>(gradient, shape.width, shape.rms, row_sums,
                             [&](int vector, int slot, float (&g)[E], float (&x_values)[E]) {
@@ -84,7 +74,7 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
         dtotal.get(vector, slot, sum);
         dy.get(vector, slot, upstream);
         total.get(vector, slot, x_values);
-        prefetch_vector<L>(more, ahead, vector, slot, fetch);
+        if (more) fetch(ahead, vector, slot);
         times_weight(vector, upstream, g);
         float times_normalised[E];
 #pragma unroll
@@ -110,7 +100,6 @@ __global__ void __launch_bounds__(SUMS == 2 ? kBackwardThreads<L> : L::kThreads,
         multiply_by(params.parameters.layer_scale, vector, sum);
         dbranch.put(vector, sum);
       });
-      finish_rows<L>(dresidual, dbranch);  // #stored-rows
     }
   }
   column_sums.write();
@@ -130,7 +119,7 @@ struct WriteGradients {
 template <int SUMS>
 struct BackwardOf {
   template <class Residual, class Branch, class Y>
-  struct Kernels : RowKernels<kLimits<SUMS>, kStages<SUMS>, SUMS, Residual, Branch, Y> {
+  struct Kernels : RowKernels<kLimits<SUMS>, SUMS, Residual, Branch, Y> {
     template <class L>
     static auto kernel() {
       return add_norm_backward_kernel<SUMS, Residual, Branch, Y, L>;

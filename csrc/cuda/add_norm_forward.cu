@@ -2,25 +2,21 @@
 //
 // Traffic: inputs and outputs once; the sum stays in registers.
 #include "cuda/norm_launch.h"
-#include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kStages = 4;  // one per matrix
-
 template <class Residual, class Branch, class Y, class L>
-__global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
+__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
     add_norm_forward_kernel(const LayerNormForward params) {
   constexpr int E = L::E, V = L::V;
   const NormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
-  InputRow<Residual, L> residual;
-  InputRow<Branch, L> branch;
-  OutputRow<Residual, L> total;
-  OutputRow<Y, L> y;
-  assign_stages<L, kStages>(shape.width, residual, branch, total, y);
+  RegisterRow<Residual, E, V> residual;
+  RegisterRow<Branch, E, V> branch;
+  RowOutput<Residual, E> total;
+  RowOutput<Y, E> y;
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
     const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
@@ -28,11 +24,10 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
     branch.set_row(params.x, row, shape.width);
     total.set_row(params.total, row, shape.width);
     y.set_row(params.y, row, shape.width);
-    fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
-      residual.fetch(part..., ahead);
-      branch.fetch(part..., ahead);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      residual.fetch(vector, slot);
+      branch.fetch(vector, slot);
     });
-    wait_for_rows<L>(residual, branch);
 
     float held[V > 0 ? V : 1][E];
     const auto add = [&](int vector, int slot, float (&values)[E]) {
@@ -67,12 +62,11 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
       transform(params.parameters, vector, values);
       y.put(vector, values);
     });
-    finish_rows<L>(total, y);
   }
 }
 
 template <class Residual, class Branch, class Y>
-struct Kernels : RowKernels<kForwardLimits, kStages, 0, Residual, Branch, Y> {
+struct Kernels : RowKernels<kForwardLimits, 0, Residual, Branch, Y> {
   template <class L>
   static auto kernel() {
     return add_norm_forward_kernel<Residual, Branch, Y, L>;

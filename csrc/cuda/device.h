@@ -128,20 +128,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// cp.async of 16 or 4 bytes from global to shared memory; zeros if `exists` is false. Visible to this thread
-// after wait_for_copies.
-template <int BYTES = 16>
+// cp.async of 16 bytes from global to shared memory; zeros if `exists` is false. Visible to this thread after
+// wait_for_copies.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool exists = true) {
-  static_assert(BYTES == 16 || BYTES == 4);
-  if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(exists ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(exists ? 4 : 0)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -4,7 +4,6 @@
 // Traffic: dy, x and dx once.
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
 
 namespace evakernels::cuda {
@@ -14,8 +13,6 @@ namespace {
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {32, 192};
-constexpr int kStages = 5;  // two per input, one for the gradient
-
 template <class Residual, class Branch, class L>
 __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
     norm_add_backward_kernel(const LayerNormBackward params, float* partials) {
@@ -38,20 +35,19 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
 
   int64_t row = first_row();
   if (row < shape.rows) {
-    InputRow<Residual, L, 2> dy;
-    InputRow<Branch, L, 2> x;
-    OutputRow<Branch, L> dx;
-    assign_stages<L, kStages>(shape.width, dy, x, dx);
+    RegisterRow<Residual, E, V> dy;
+    RegisterRow<Branch, E, V> x;
+    RowOutput<Branch, E> dx;
     const auto set_row = [&](int64_t row) {
       dy.set_row(params.dy, row, shape.width);
       x.set_row(params.x, row, shape.width);
     };
     set_row(row);
-    const auto fetch = [&](int64_t elements_ahead, auto... part) {
-      dy.fetch(part..., elements_ahead);
-      x.fetch(part..., elements_ahead);
+    const auto fetch = [&](int64_t elements_ahead, int vector, int slot) {
+      dy.fetch(vector, slot, elements_ahead);
+      x.fetch(vector, slot, elements_ahead);
     };
-    fetch_rows<L>(vectors, fetch);
+    for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
     RowGradient next = gradient_of(row);
     for (; row < shape.rows; row += step) {
       const bool more = row + step < shape.rows;
@@ -59,8 +55,6 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
       if (more) next = gradient_of(row + step);
       set_row(row);
       dx.set_row(params.dx, row, shape.width);
-      wait_for_rows<L>(dy, x);  // #next-stage
-      prefetch_row<L>(more, ahead, fetch);
       const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
       reduce_gradient<E, V>(gradient, shape.width, shape.rms, row_sums,
                             [&](int vector, int slot, float (&g)[E], float (&x_values)[E]) {
@@ -74,7 +68,7 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
         float upstream[E], x_values[E], g[E];
         dy.get(vector, slot, upstream);
         x.get(vector, slot, x_values);
-        prefetch_vector<L>(more, ahead, vector, slot, fetch);
+        if (more) fetch(ahead, vector, slot);
         times_weight(vector, upstream, g);
         float scaled[E], scaled_normalised[E];
 #pragma unroll
@@ -88,7 +82,6 @@ __global__ void __launch_bounds__(kBackwardThreads<L>, kBackwardBlocks<L>)
         column_sums.add(0, vector, slot, scaled);
         column_sums.add(1, vector, slot, scaled_normalised);
       });
-      finish_rows<L>(dx);
     }
   }
   column_sums.write();
@@ -111,7 +104,7 @@ struct WriteGradients {
 };
 
 template <class Residual, class Branch>
-struct Kernels : RowKernels<kLimits, kStages, kSums, Residual, Branch> {
+struct Kernels : RowKernels<kLimits, kSums, Residual, Branch> {
   template <class L>
   static auto kernel() {
     return norm_add_backward_kernel<Residual, Branch, L>;

@@ -2,34 +2,26 @@
 //
 // Traffic: x, residual and y once.
 #include "cuda/norm_launch.h"
-#include "cuda/staged_rows.cuh"
 #include "include/layer_norm.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kStages = 3;  // one per matrix
-
 template <class Residual, class Branch, class L>
-__global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
+__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
     norm_add_forward_kernel(const LayerNormForward params) {
   constexpr int E = L::E, V = L::V;
   const NormShape& shape = params.shape;
   const int vectors = static_cast<int>(shape.width / E);
-  InputRow<Branch, L> branch;
-  ReadOnceInputRow<Residual, L> residual;
-  OutputRow<Residual, L> y;
-  assign_stages<L, kStages>(shape.width, branch, residual, y);
+  RegisterRow<Branch, E, V> branch;
+  ReadOnceRow<Residual, E> residual;
+  RowOutput<Residual, E> y;
   RowSums row_sums;
   for (int64_t row = first_row(); row < shape.rows; row += row_step()) {
     branch.set_row(params.x, row, shape.width);
     residual.set_row(params.residual, row, shape.width);
     y.set_row(params.y, row, shape.width);
-    fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
-      branch.fetch(part..., ahead);
-      if (params.residual) residual.fetch(part..., ahead);
-    });
-    wait_for_rows<L>(branch, residual);
+    for_each_vector<V>(vectors, [&](int vector, int slot) { branch.fetch(vector, slot); });
     const float row_scale = row_scale_of(params.parameters, row, shape.rows_per_sample);
     const RowStatistics statistics = row_statistics<E, V>(
         shape.width, params.eps, shape.rms, row_sums,
@@ -49,12 +41,11 @@ __global__ void __launch_bounds__(L::kThreads, kForwardBlocks<L>)
       for (int i = 0; i < E; ++i) values[i] = carried[i] + values[i] * row_scale;
       y.put(vector, values);
     });
-    finish_rows<L>(y);
   }
 }
 
 template <class Residual, class Branch>
-struct Kernels : RowKernels<kForwardLimits, kStages, 0, Residual, Branch> {
+struct Kernels : RowKernels<kForwardLimits, 0, Residual, Branch> {
   template <class L>
   static auto kernel() {
     return norm_add_forward_kernel<Residual, Branch, L>;

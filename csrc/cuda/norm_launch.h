@@ -4,7 +4,6 @@
 //
 //   kWide             elements per 16 bytes of the widest matrix
 //   kLimits           elements per thread and threads per block that registers allow
-//   kStages           stages of a row in shared memory
 //   kSums             sums over rows, of which each block writes partial ones
 //   kernel<Layout>()  the kernel for a layout
 #pragma once
@@ -30,9 +29,9 @@ constexpr int kThreadsOfFewSteps = 128;
 template <class L>
 constexpr int kResidentThreads =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    L::kStaged || (L::E == 8 && L::V == 2) ? 512
-    : L::E == 8 && L::V > 2                ? 384
-                                           : 0;
+    L::E == 8 && L::V == 2  ? 512
+    : L::E == 8 && L::V > 2 ? 384
+                            : 0;
 #else
     0;
 #endif
@@ -43,19 +42,14 @@ constexpr int kBackwardBlocks = kResidentThreads<L> > 0 ? 1 : L::kBlocks;
 
 constexpr RowLimits kForwardLimits = {32, 256};
 
-// Minimum blocks per SM. Staged rows leave registers for enough blocks to hide memory latency.
-template <class L>
-constexpr int kForwardBlocks = L::kStaged ? 1024 / L::kThreads : L::kBlocks;
-
 // Base of a table; `First` and `Others` are the element types of the matrices. Kernels of one type are
 // compiled for every number of steps, those of mixed types only for the largest.
-template <RowLimits LIMITS, int STAGES, int SUMS, class First, class... Others>
+template <RowLimits LIMITS, int SUMS, class First, class... Others>
 struct RowKernels {
   static constexpr int kWide = std::min({kWidestVector<First>, kWidestVector<Others>...});
   static constexpr int kMaxSteps = LIMITS.elements / kStep;
   static constexpr int kMinSteps = (std::is_same_v<First, Others> && ...) ? 1 : kMaxSteps;
   static constexpr RowLimits kLimits = LIMITS;
-  static constexpr int kStages = STAGES;
   static constexpr int kSums = SUMS;
 };
 
@@ -70,10 +64,6 @@ auto wide_kernel(int steps, std::integer_sequence<int, I...>) {
   return kernels[steps - kMin];
 }
 
-// Rows of 16-bit pairs are staged.
-template <class Kernels>
-constexpr bool kStagesPairs = Kernels::kWide == 8;
-
 template <class Kernels>
 auto kernel_for(const RowPlan& row) {
   constexpr int kWide = Kernels::kWide;
@@ -85,25 +75,23 @@ auto kernel_for(const RowPlan& row) {
   if (row.elements == 1) {
     return Kernels::template kernel<Layout<1, elements_per_thread(1, kLimits), kLimits.threads>>();
   }
-  if (row.elements == 2) {
-    using Pairs = Layout<2, elements_per_thread(2, kLimits) / 2, kLimits.threads>;
-    using StagedPairs = Staged<Pairs::V, kLimits.threads>;
-    return Kernels::template kernel<std::conditional_t<kStagesPairs<Kernels>, StagedPairs, Pairs>>();
+  if constexpr (kWide == 4) {
+    if (row.elements == 2) {
+      return Kernels::template kernel<Layout<2, elements_per_thread(2, kLimits) / 2, kLimits.threads>>();
+    }
   }
   return wide_kernel<Kernels>(row.vectors * kWide / kStep,
                               std::make_integer_sequence<int, Kernels::kMaxSteps - Kernels::kMinSteps + 1>{});
 }
 
-// `step`: a divisor of the width and of every row stride.
+// `step`: a divisor of the width and of every row stride. Unaligned rows of 16 bits are read by element.
 template <class Kernels>
 auto plan_rows(int64_t rows, int64_t width, int64_t step, const std::vector<Buffer>& buffers) {
-  const int elements = aligned_elements(Kernels::kWide, step, buffers);
-  const RowPlan row = plan_row(width, Kernels::kWide, elements, Kernels::kLimits, Kernels::kMinSteps);
-  const bool staged = kStagesPairs<Kernels> && row.elements == 2;
-  LaunchPlan plan = {kernel_for<Kernels>(row),
-                     {1, 1, 1},
-                     row.block,
-                     staged ? row.block.y * size_t{Kernels::kStages} * stage_bytes(width) : 0};
+  constexpr int kWide = Kernels::kWide;
+  const int aligned = aligned_elements(kWide, step, buffers);
+  const int elements = aligned == kWide || kWide == 4 ? aligned : 1;
+  const RowPlan row = plan_row(width, kWide, elements, Kernels::kLimits, Kernels::kMinSteps);
+  LaunchPlan plan = {kernel_for<Kernels>(row), {1, 1, 1}, row.block, 0};
   // Kernels with partial sums launch no more blocks than are resident.
   const int64_t most = Kernels::kSums > 0 ? plan.resident_blocks() : std::numeric_limits<int>::max();
   plan.grid.x = static_cast<unsigned>(std::min(ceil_div(rows, row.block.y), most));

@@ -28,22 +28,7 @@ struct Layout {
   // Minimum blocks per SM: twelve warps for 16-bit elements, which keep enough loads in flight; with more
   // blocks streaming kernels would spill.
   static constexpr int kBlocks = V == 0 ? 4 : E < 8 ? 1 : std::max(1, 384 / THREADS);
-  static constexpr bool kStaged = false;
 };
-
-// Pairs of 16-bit elements of staged rows (staged_rows.cuh).
-template <int V, int THREADS>
-struct Staged : Layout<2, V, THREADS> {
-  static constexpr int kBlocks = 512 / THREADS;  // with more blocks backward kernels would spill
-  static constexpr bool kStaged = true;
-};
-
-constexpr int kLine = 128;  // bytes of a cache line
-
-// Bytes of shared memory for a row that begins anywhere in a line.
-__host__ __device__ inline int stage_bytes(int64_t width) {
-  return (static_cast<int>(width) * 2 + kLine + kWidestAccess - 1) / kWidestAccess * kWidestAccess;
-}
 
 // Elements per thread with E per access: fewer if the accesses themselves take registers.
 constexpr int elements_per_thread(int E, const RowLimits& limits) {

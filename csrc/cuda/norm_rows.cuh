@@ -98,13 +98,7 @@ class RegisterRow {
 
 // Placeholder for a matrix that a kernel doesn't have.
 struct NoRow {
-  static constexpr int kStages = 0;
-
-  __device__ __forceinline__ void use(int64_t, const char*) const {}
   __device__ __forceinline__ void set_row(const void*, int64_t, int64_t) const {}
-  template <class... Part>
-  __device__ __forceinline__ void fetch(Part...) const {}
-  __device__ __forceinline__ void change_stages() const {}
 };
 
 // An input row with elements that are loaded once, where they are used. The matrix may be null.
@@ -115,9 +109,6 @@ class ReadOnceRow {
     matrix_ = static_cast<const T*>(matrix);
     first_ = row * width;
   }
-
-  template <class... Part>
-  __device__ __forceinline__ void fetch(Part...) const {}
 
   __device__ __forceinline__ void get(int vector, int, float (&values)[E]) const {
     Packed<T, E>::load_once(matrix_ + first_ + int64_t{vector} * E).unpack(values);

@@ -3,7 +3,6 @@
 #include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/staged_rows.cuh"
 #include "include/swiglu.h"
 
 namespace evakernels::cuda {
@@ -13,8 +12,6 @@ namespace {
 constexpr int kSums = 2;
 
 constexpr RowLimits kLimits = {16, 384};
-constexpr int kStages = 8;  // two per input, one per gradient
-
 // Kernels with the most elements per thread need the registers of fewer threads.
 template <class L>
 constexpr int kThreads = kThreadsFor<L, (L::V * L::E == kLimits.elements ? kLimits.threads : 512)>;
@@ -35,21 +32,20 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
 
   int64_t row = first_row();
   if (row < params.rows) {
-    InputRow<T, L, 2> dout, gate, up;
-    OutputRow<T, L> dgate, dup;
-    assign_stages<L, kStages>(width, dout, gate, up, dgate, dup);
+    RegisterRow<T, E, V> dout, gate, up;
+    RowOutput<T, E> dgate, dup;
     const auto set_row = [&](int64_t row) {
       dout.set_row(params.dout, row, width);
       gate.set_row(params.gate.data, row, params.gate.stride);
       up.set_row(params.up.data, row, params.up.stride);
     };
     set_row(row);
-    const auto fetch = [&](int64_t rows_ahead, auto... part) {
-      dout.fetch(part..., rows_ahead * width);
-      gate.fetch(part..., rows_ahead * params.gate.stride);
-      up.fetch(part..., rows_ahead * params.up.stride);
+    const auto fetch = [&](int64_t rows_ahead, int vector, int slot) {
+      dout.fetch(vector, slot, rows_ahead * width);
+      gate.fetch(vector, slot, rows_ahead * params.gate.stride);
+      up.fetch(vector, slot, rows_ahead * params.up.stride);
     };
-    fetch_rows<L>(vectors, fetch);
+    for_each_vector<V>(vectors, [&](int vector, int slot) { fetch(0, vector, slot); });
     RowGradient next = gradient_of_row(row, params.mean, params.rstd, false);
     for (; row < params.rows; row += step) {
       const bool more = row + step < params.rows;
@@ -58,8 +54,6 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
       set_row(row);
       dgate.set_row(params.dgate, row, width);
       dup.set_row(params.dup, row, width);
-      wait_for_rows<L>(dout, gate, up);
-      prefetch_row<L>(more, step, fetch);
       float sigmoids[V > 0 ? V : 1][E];
       reduce_gradient<E, V>(
           gradient, width, false, row_sums,
@@ -82,7 +76,7 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
         dout.get(vector, slot, upstream);
         gate.get(vector, slot, g);
         up.get(vector, slot, u);
-        prefetch_vector<L>(more, step, vector, slot, fetch);
+        if (more) fetch(step, vector, slot);
         times_weight(vector, upstream, to_product);
         float times_normalised[E];
 #pragma unroll
@@ -100,7 +94,6 @@ __global__ void __launch_bounds__(kThreads<L>, kBlocksFor<L>)
         column_sums.add(0, vector, slot, times_normalised);
         column_sums.add(1, vector, slot, upstream);
       });
-      finish_rows<L>(dgate, dup);
     }
   }
   column_sums.write();
@@ -117,7 +110,7 @@ struct WriteGradients {
 };
 
 template <class T>
-struct Kernels : RowKernels<kLimits, kStages, kSums, T> {
+struct Kernels : RowKernels<kLimits, kSums, T> {
   template <class L>
   static auto kernel() {
     return swiglu_norm_backward_kernel<T, L>;

@@ -1,16 +1,13 @@
 // out = norm(silu(gate) * up). Traffic: gate, up and out once; the product stays in registers, unrounded.
 #include "cuda/activations.cuh"
 #include "cuda/norm_launch.h"
-#include "cuda/staged_rows.cuh"
 #include "include/swiglu.h"
 
 namespace evakernels::cuda {
 namespace {
 
-constexpr int kStages = 3;  // one per matrix
-
 template <class T, class L>
-constexpr int kThreads = kThreadsFor<L, (L::kStaged ? 1024 : 1024 / int{sizeof(T)})>;
+constexpr int kThreads = kThreadsFor<L, 1024 / int{sizeof(T)}>;
 
 template <class T, class L>
 __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
@@ -19,19 +16,17 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
   const int vectors = static_cast<int>(params.width / E);
   const NormParameters parameters = {
       {params.norm_weight, params.weight_dtype}, {params.norm_bias, params.weight_dtype}, {}, {}};
-  InputRow<T, L> gate, up;
-  OutputRow<T, L> out;
-  assign_stages<L, kStages>(params.width, gate, up, out);
+  RegisterRow<T, E, V> gate, up;
+  RowOutput<T, E> out;
   RowSums row_sums;
   for (int64_t row = first_row(); row < params.rows; row += row_step()) {
     gate.set_row(params.gate.data, row, params.gate.stride);
     up.set_row(params.up.data, row, params.up.stride);
     out.set_row(params.out, row, params.width);
-    fetch_rows<L>(vectors, [&](int64_t ahead, auto... part) {
-      gate.fetch(part..., ahead);
-      up.fetch(part..., ahead);
+    for_each_vector<V>(vectors, [&](int vector, int slot) {
+      gate.fetch(vector, slot);
+      up.fetch(vector, slot);
     });
-    wait_for_rows<L>(gate, up);
 
     float held[V > 0 ? V : 1][E];
     const auto multiply = [&](int vector, int slot, float (&values)[E]) {
@@ -64,12 +59,11 @@ __global__ void __launch_bounds__(kThreads<T, L>, kBlocksFor<L>)
       transform(parameters, vector, values);
       out.put(vector, values);
     });
-    finish_rows<L>(out);
   }
 }
 
 template <class T>
-struct Kernels : RowKernels<kForwardLimits, kStages, 0, T> {
+struct Kernels : RowKernels<kForwardLimits, 0, T> {
   template <class L>
   static auto kernel() {
     return swiglu_norm_forward_kernel<T, L>;

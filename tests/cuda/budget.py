@@ -74,7 +74,6 @@ def readable(symbols: list[str]) -> list[str]:
     for name in names.splitlines():
         short = re.sub(r"\(anonymous namespace\)::|evakernels::(cuda::)?", "", name)
         short = re.sub(r"Layout<(\d+), (\d+), \d+> ?", r"\1, \2", short)
-        short = re.sub(r"Staged<(\d+), \d+> ?", r"staged, \1", short)
         result.append(re.sub(r"^void |_kernel(?=<)|\(.*\)$", "", short))
     return result
 

@@ -82,7 +82,7 @@ class Matrices:
 
 
 def shifts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Where matrices begin; unaligned too where rows can be staged."""
+    """Where matrices begin; unaligned too where aligned rows have vectors."""
     return (0,) if dtype == FLOAT or width % 2 else (0, 6)
 
 

@@ -17,15 +17,12 @@ pytestmark = [
 
 # So many elements at a time of the first type: `norm_add_forward<BFloat16, BFloat16, 8, 3>` has 8 of 2 bytes.
 ELEMENTS = re.compile(r"<(?:\d+, )?(?:TokenTypes<)?(BFloat16|Float16|float)\b[^>]*?>?, (\d+)(?:, \d+)?>$")
-ALWAYS_WIDE = re.compile(r", staged, ")
 
 
 def is_wide(kernel: str) -> bool:
     """Whether a kernel accesses its large buffers by 16 bytes a thread."""
     found = ELEMENTS.search(kernel)
-    return ALWAYS_WIDE.search(kernel) is not None or (
-        found is not None and int(found[2]) * (4 if found[1] == "float" else 2) == 16
-    )
+    return found is not None and int(found[2]) * (4 if found[1] == "float" else 2) == 16
 
 
 def check_accesses(found: dict[str, Any], same_compiler: bool, remedy: str) -> None:
