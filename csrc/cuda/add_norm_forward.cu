@@ -2,6 +2,7 @@
 //
 // Traffic: inputs and outputs once; the sum stays in registers.
 #include "cuda/norm_launch.h"
+#include "cuda/norm_rows.cuh"
 #include "include/layer_norm.h"
 
 namespace evakernels::cuda {

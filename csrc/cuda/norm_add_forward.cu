@@ -2,6 +2,7 @@
 //
 // Traffic: x, residual and y once.
 #include "cuda/norm_launch.h"
+#include "cuda/norm_rows.cuh"
 #include "include/layer_norm.h"
 
 namespace evakernels::cuda {

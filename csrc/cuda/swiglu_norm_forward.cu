@@ -1,6 +1,7 @@
 // out = norm(silu(gate) * up). Traffic: gate, up and out once; the product stays in registers, unrounded.
 #include "cuda/activations.cuh"
 #include "cuda/norm_launch.h"
+#include "cuda/norm_rows.cuh"
 #include "include/swiglu.h"
 
 namespace evakernels::cuda {
