@@ -19,7 +19,7 @@ _VARIABLE = re.compile(r"\.(\w+)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(
 _COUNTED = re.compile(r"(%\w+?)<(\d+)>")
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _IGNORED = re.compile(r"\.(pragma|section|file|loc|branchtargets|param)\b")
-ENDS_LAUNCH = ("__assertfail", "refuse")
+ENDS_LAUNCH = ("__assertfail", "fail_launch")
 """In the names of functions that don't return; no others are called."""
 
 

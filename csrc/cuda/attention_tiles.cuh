@@ -212,7 +212,7 @@ struct Head {
     if (first >= 0 && first <= end && end <= shape.offsets.tokens && end - first <= shape.tokens) {
       return static_cast<int>(end - first);
     }
-    __trap();  // `refuse` takes up to 68 registers
+    __trap();  // `fail_launch` takes up to 68 registers
     return 0;
   }
 };

@@ -140,7 +140,7 @@ __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_
 
 // Fails the launch for arguments that only the kernel sees; the driver prints op and message like an
 // assertion. Not inlined, so that it costs callers no registers.
-inline __device__ __noinline__ __attribute__((noreturn)) void refuse(const char* op, const char* what) {
+inline __device__ __noinline__ __attribute__((noreturn)) void fail_launch(const char* op, const char* what) {
   __assert_fail(what, "", 0, op);
 }
 

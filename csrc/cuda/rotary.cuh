@@ -74,7 +74,7 @@ struct Rotary {
     if (row < 0) return false;
     if (!tables.token_index) return true;
     const int64_t index = tables.token_index[first + static_cast<unsigned>(row)];
-    if (index < -1 || index >= tables.rows) __trap();  // `refuse` takes up to 68 registers
+    if (index < -1 || index >= tables.rows) __trap();  // `fail_launch` takes up to 68 registers
     row = static_cast<int>(index);
     return index >= 0;
   }

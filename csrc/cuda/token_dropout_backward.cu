@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t token = threadIdx.x; token < shape.tokens; token += kThreads) places[token] = -1;  // #dropped
   __syncthreads();
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
-    if (!is_token(index[i])) refuse("token_dropout", "token_index is out of range");
+    if (!is_token(index[i])) fail_launch("token_dropout", "token_index is out of range");
     if (is_token(index[i])) places[index[i]] = static_cast<int32_t>(i);
   }
   __syncthreads();  // #places
   for (int64_t i = threadIdx.x; i < shape.kept_tokens; i += kThreads) {
     if (is_token(index[i]) && places[index[i]] != i)
-      refuse("token_dropout", "token_index names a token twice");
+      fail_launch("token_dropout", "token_index names a token twice");
   }
 }
 

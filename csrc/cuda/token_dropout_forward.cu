@@ -44,7 +44,7 @@ __device__ __forceinline__ int64_t kept_token(const TokenDropoutForward& params,
   if (!params.token_index) return i;
   const int64_t token = params.token_index[sample * params.shape.kept_tokens + i];
   const bool exists = token >= 0 && token < params.shape.tokens;
-  if (!exists) refuse("token_dropout", "token_index is out of range");
+  if (!exists) fail_launch("token_dropout", "token_index is out of range");
   return exists ? token : -1;
 }
 

@@ -247,7 +247,8 @@ def test_a_trap_is_told():
 
 def test_trap_reports_the_message_of_an_assert():
     head = (
-        ".global .align 1 .b8 $str$1[8] = {111, 110, 101, 32, 116, 111, 111};\n.func refuse(.param .b64 a).noreturn ;"
+        ".global .align 1 .b8 $str$1[8] = {111, 110, 101, 32, 116, 111, 111};\n"
+        ".func fail_launch(.param .b64 a).noreturn ;"
     )
     body = (
         HEAD
@@ -255,7 +256,7 @@ def test_trap_reports_the_message_of_an_assert():
     mov.u64 %d1, $str$1; cvta.global.u64 %d2, %d1;
     { .param .b64 param0; st.param.b64 [param0+0], %d2;
     call.uni
-    refuse,
+    fail_launch,
     (
     param0
     );
