@@ -40,13 +40,13 @@ NEXT_COMPILER = 100
 def find_tool(*names: str) -> str | None:
     """The first of these programs next to this Python (where pip puts CMake and ninja) or on PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+    return next((program for name in names if (program := shutil.which(name, path=path))), None)
 
 
 def find_compiler() -> str | None:
     """Return the C++ compiler: $CXX, or c++, g++, clang++ on PATH."""
-    wanted = os.environ.get("CXX")
-    return find_tool(*wanted.split()[:1]) if wanted else find_tool("c++", "g++", "clang++")
+    compiler = os.environ.get("CXX")
+    return find_tool(*compiler.split()[:1]) if compiler else find_tool("c++", "g++", "clang++")
 
 
 def require_tools() -> None:
@@ -64,7 +64,7 @@ def require_tools() -> None:
         raise SystemExit(f"{lines}\nEVAKERNELS_NATIVE=off installs the package without compiled kernels.")
 
 
-def mode_of(variable: str) -> str:
+def read_mode(variable: str) -> str:
     """Return a mode from the environment."""
     mode = os.environ.get(variable, "auto")
     if mode not in MODES:
@@ -72,9 +72,9 @@ def mode_of(variable: str) -> str:
     return mode
 
 
-def why_not_native() -> str | None:
+def native_skip_reason() -> str | None:
     """The reason to leave the native library out; None to build it."""
-    mode = mode_of("EVAKERNELS_NATIVE")
+    mode = read_mode("EVAKERNELS_NATIVE")
     if mode == "off":
         return "switched off by EVAKERNELS_NATIVE=off"
     if sys.platform != "linux":
@@ -86,7 +86,7 @@ def why_not_native() -> str | None:
     return None
 
 
-def output_of(*command: str) -> str:
+def read_output(*command: str) -> str:
     """Return the output of a program; empty if it is missing, fails or hangs."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -96,25 +96,25 @@ def output_of(*command: str) -> str:
 
 def find_nvcc() -> str | None:
     """Return nvcc: $CUDACXX, or found on PATH or in the usual folders."""
-    if wanted := os.environ.get("CUDACXX"):
-        return find_tool(wanted)
+    if nvcc := os.environ.get("CUDACXX"):
+        return find_tool(nvcc)
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     return find_tool("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
 
 
-def archs_of_nvcc(nvcc: str) -> list[int]:
+def nvcc_archs(nvcc: str) -> list[int]:
     """The GPU architectures to compile for."""
-    found = re.findall(r"^compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), flags=re.MULTILINE)
-    return sorted(arch for arch in map(int, found) if arch >= OLDEST_GPU)
+    numbers = re.findall(r"^compute_(\d+)$", read_output(nvcc, "--list-gpu-arch"), flags=re.MULTILINE)
+    return sorted(arch for arch in map(int, numbers) if arch >= OLDEST_GPU)
 
 
-def why_not_nvcc() -> str | None:
+def nvcc_skip_reason() -> str | None:
     """Why there is no CUDA compiler to use; None if there is one."""
     nvcc = find_nvcc()
     if nvcc is None:
         return f"no CUDA compiler found (looked for {os.environ.get('CUDACXX') or 'nvcc'})"
     release = nvcc_release()
-    if release is None or not archs_of_nvcc(nvcc):
+    if release is None or not nvcc_archs(nvcc):
         return "nvcc doesn't tell its version and the GPUs that it compiles for"
     if tuple(map(int, release.split("."))) < OLDEST_NVCC:
         return f"nvcc {release} is too old; needed is {'.'.join(map(str, OLDEST_NVCC))} or later"
@@ -123,20 +123,20 @@ def why_not_nvcc() -> str | None:
 
 def nvcc_release() -> str | None:
     """The release of nvcc, such as `12.8`; None if it doesn't print one."""
-    release = re.search(r"release (\d+\.\d+)", output_of(str(find_nvcc()), "--version"))
+    release = re.search(r"release (\d+\.\d+)", read_output(str(find_nvcc()), "--version"))
     return release[1] if release else None
 
 
 def find_gpus() -> list[int]:
     """The compute capabilities of the GPUs in this machine, 90 for 9.0; 0 if the driver doesn't report it."""
-    output = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", output, flags=re.MULTILINE)}
+    output = read_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    capabilities = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", output, flags=re.MULTILINE)}
     # Containers may have a GPU and no nvidia-smi, and its older versions don't know of compute_cap.
-    there = "GPU 0" in output_of("nvidia-smi", "-L") or Path("/dev/nvidia0").exists()
-    return sorted(found) or [0] * (there or any(Path("/proc/driver/nvidia/gpus").glob("*")))
+    there = "GPU 0" in read_output("nvidia-smi", "-L") or Path("/dev/nvidia0").exists()
+    return sorted(capabilities) or [0] * (there or any(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def why_no_gpu() -> str | None:
+def gpu_skip_reason() -> str | None:
     """Why no kernels are compiled for the GPUs of this machine; None if they are."""
     gpus = find_gpus()
     if not gpus:
@@ -146,43 +146,43 @@ def why_no_gpu() -> str | None:
     return None
 
 
-def why_not_cuda() -> str | None:
+def cuda_skip_reason() -> str | None:
     """The reason to leave the kernels for GPUs out; None to build them."""
-    mode = mode_of("EVAKERNELS_CUDA")
+    mode = read_mode("EVAKERNELS_CUDA")
     if mode == "off":
         return "switched off by EVAKERNELS_CUDA=off"
-    reason = NOT_NATIVE or why_not_nvcc()
+    reason = NATIVE_SKIP_REASON or nvcc_skip_reason()
     if reason and mode == "on":
         raise SystemExit(f"error: EVAKERNELS_CUDA=on, but {reason}")
-    return reason or (why_no_gpu() if mode == "auto" else None)
+    return reason or (gpu_skip_reason() if mode == "auto" else None)
 
 
-def archs_for_all(known: list[int]) -> list[str]:
+def all_archs(supported: list[int]) -> list[str]:
     """Machine code for the GPUs of `ALL_GPUS` that nvcc knows, and PTX for what comes after them."""
-    archs = [arch for arch in ALL_GPUS if arch in known]
-    if missing := [str(arch / 10) for arch in ALL_GPUS if arch not in known]:
+    archs = [arch for arch in ALL_GPUS if arch in supported]
+    if missing := [str(arch / 10) for arch in ALL_GPUS if arch not in supported]:
         print(f"nvcc knows no compute capability {', '.join(missing)}: PTX serves these")
     return [*(f"{arch}-real" for arch in archs[:-1]), str(archs[-1])]
 
 
-def archs_for(gpu: int, known: list[int]) -> str:
+def gpu_arch(gpu: int, supported: list[int]) -> str:
     """Machine code for this GPU or, where it is newer than nvcc, the PTX that its driver compiles."""
-    return f"{gpu}-real" if gpu in known else f"{max(arch for arch in known if arch < gpu)}-virtual"
+    return f"{gpu}-real" if gpu in supported else f"{max(arch for arch in supported if arch < gpu)}-virtual"
 
 
 def cuda_archs() -> list[str]:
     """The GPUs to compile for, as CMake spells them."""
-    known = archs_of_nvcc(find_nvcc())
+    supported = nvcc_archs(find_nvcc())
     text = os.environ.get("EVAKERNELS_CUDA_ARCHS", "").strip()
     if text in ("", "all"):
         gpus = [gpu for gpu in find_gpus() if gpu >= OLDEST_GPU] if not text else []
-        return list(dict.fromkeys(archs_for(gpu, known) for gpu in gpus)) or archs_for_all(known)
+        return list(dict.fromkeys(gpu_arch(gpu, supported) for gpu in gpus)) or all_archs(supported)
     archs = re.split(r"[,; ]+", text)
-    accepted = {f"{arch}{suffix}" for arch in known for suffix in ("", "-real", "-virtual")}
+    accepted = {f"{arch}{suffix}" for arch in supported for suffix in ("", "-real", "-virtual")}
     if wrong := [arch for arch in archs if arch not in accepted]:
         raise SystemExit(
             f"error: EVAKERNELS_CUDA_ARCHS={text!r}: not {', '.join(wrong)}; accepted are all, or a list of "
-            f"{', '.join(map(str, known))}, each alone or with -real (machine code only) or -virtual (PTX only)"
+            f"{', '.join(map(str, supported))}, each alone or with -real (machine code only) or -virtual (PTX only)"
         )
     return archs
 
@@ -205,7 +205,7 @@ def codes_to_generate(archs: list[str]) -> list[str]:
 
 def cuda_options() -> list[str]:
     """Return CMake's options for the CUDA kernels."""
-    if NOT_CUDA:
+    if CUDA_SKIP_REASON:
         return ["-DEVAKERNELS_CUDA=OFF"]
     return [
         "-DEVAKERNELS_CUDA=ON",
@@ -228,17 +228,17 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
-        if NOT_NATIVE:
+        if NATIVE_SKIP_REASON:
             # What an earlier build left in the source tree would be loaded in spite of the decision.
             for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY)]:
                 stale.unlink()
         record = {
-            "native": NOT_NATIVE is None,
-            "reason": NOT_NATIVE,
-            "cuda": NOT_CUDA is None,
-            "cuda_reason": NOT_CUDA,
+            "native": NATIVE_SKIP_REASON is None,
+            "reason": NATIVE_SKIP_REASON,
+            "cuda": CUDA_SKIP_REASON is None,
+            "cuda_reason": CUDA_SKIP_REASON,
             "cuda_archs": CUDA_ARCHS,
-            "cuda_release": None if NOT_CUDA else nvcc_release(),
+            "cuda_release": None if CUDA_SKIP_REASON else nvcc_release(),
             "cuda_codes": [option.rpartition("=")[2] for option in codes_to_generate(CUDA_ARCHS)],
         }
         (folder / RECORD).write_text(json.dumps(record) + "\n")
@@ -277,11 +277,11 @@ class BuildNative(build_ext):
         return [*super().get_outputs(), str(Path(self.build_lib) / PACKAGE / LIBRARY)]
 
 
-NOT_NATIVE = why_not_native()
-NOT_CUDA = why_not_cuda()
-CUDA_ARCHS = [] if NOT_CUDA else cuda_archs()
+NATIVE_SKIP_REASON = native_skip_reason()
+CUDA_SKIP_REASON = cuda_skip_reason()
+CUDA_ARCHS = [] if CUDA_SKIP_REASON else cuda_archs()
 
 setup(
-    ext_modules=[] if NOT_NATIVE else [Extension(MODULE, sources=[])],
+    ext_modules=[] if NATIVE_SKIP_REASON else [Extension(MODULE, sources=[])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -38,25 +38,25 @@ def checkpoint_policy(
         >>> checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum().backward()
     """
     single = isinstance(save, str | OpOverload) or not isinstance(save, Iterable)
-    kept = frozenset(op for given in ([save] if single else save) for op in _overloads(given))
-    return partial(_policy, kept)
+    saved = frozenset(op for entry in ([save] if single else save) for op in _overloads(entry))
+    return partial(_policy, saved)
 
 
-def _overloads(given: Any) -> list[OpOverload]:
-    if isinstance(given, OpOverload):
-        return [given]
+def _overloads(entry: Any) -> list[OpOverload]:
+    if isinstance(entry, OpOverload):
+        return [entry]
     accepted = "names of ops and overloads, such as 'swiglu' and torch.ops.aten.mm.default"
-    if isinstance(given, OpOverloadPacket):
-        accepted = f"one of its overloads, such as torch.ops.{given}.{given.overloads()[0]}"
-    if not isinstance(given, str):
-        found = given if isinstance(given, OpOverloadPacket) else _check.kind(given)
-        raise TypeError(f"checkpoint_policy: save must be {accepted}, got {found}")
+    if isinstance(entry, OpOverloadPacket):
+        accepted = f"one of its overloads, such as torch.ops.{entry}.{entry.overloads()[0]}"
+    if not isinstance(entry, str):
+        value = entry if isinstance(entry, OpOverloadPacket) else _check.kind(entry)
+        raise TypeError(f"checkpoint_policy: save must be {accepted}, got {value}")
     try:
-        names = backends.ops_of(given)
+        names = backends.find_ops(entry)
     except ValueError as exc:
         raise ValueError(f"checkpoint_policy: {exc}") from None
     return [backends.overload(name) for name in names]
 
 
-def _policy(kept: frozenset[OpOverload], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(saved: frozenset[OpOverload], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -31,10 +31,10 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
     module = str(getattr(op, "__module__", ""))
     is_ours = str(__package__) in module or backends.NAMESPACE in module
     name = getattr(op, "__name__", op) if is_ours else op
-    calls = [(found, args) for found in backends.ops_of(name)]
+    calls = [(op_name, args) for op_name in backends.find_ops(name)]
     public = None if isinstance(op, _TORCH_OPS) else getattr(ops, str(name), None)
     if public is not None and (args or options):
-        calls = _calls_of(public, args, options) or calls
+        calls = _find_calls(public, args, options) or calls
     elif options:
         raise TypeError(f"{name}: arguments must be given by position, got {', '.join(options)}")
     return "\n".join(backends.report(*call) for call in calls)
@@ -54,17 +54,17 @@ class _AtFirstOp(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _calls_of(
+def _find_calls(
     public: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
 ) -> list[tuple[str, tuple[Any, ...]]]:
     """The op that a public function calls with these arguments, and its own; nothing if some are missing."""
     signature = inspect.signature(public)
     try:
-        given = signature.bind_partial(*args, **options).arguments
+        arguments = signature.bind_partial(*args, **options).arguments
     except TypeError as error:
-        known = ", ".join(signature.parameters)
-        raise TypeError(f"{public.__name__}: arguments must be of {known}, {error}") from None
-    if any(p.default is p.empty and name not in given for name, p in signature.parameters.items()):
+        accepted = ", ".join(signature.parameters)
+        raise TypeError(f"{public.__name__}: arguments must be of {accepted}, {error}") from None
+    if any(p.default is p.empty and name not in arguments for name, p in signature.parameters.items()):
         return []
     try:
         with _AtFirstOp():

@@ -81,18 +81,18 @@ def siglip_forward(
         sums, _ = kernel(*features, logit_scale, logit_bias, offset, [False])
         loss = _totals(sums)[0]
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(()), loss.new_empty(())
-    of_chunks = []
+    chunk_sums = []
 
     def chunk_gradients(rows: slice, image: Tensor, text: Tensor) -> Tensor:
         sums, dlogits = kernel(image, text, logit_scale, logit_bias, offset + rows.start, [True])
-        of_chunks.append(sums)
+        chunk_sums.append(sums)
         return dlogits[:, : len(text)]
 
     factor, height = logit_scale.float() / SIGLIP_UNIT, _height(image, text)
     dimage, dtext, parts = feature_gradients(
         chunk_gradients, image, text, factor, needs_grad[:2], torch.float32, height, multiple
     )
-    loss, dbias = _totals(torch.cat(of_chunks, 1))
+    loss, dbias = _totals(torch.cat(chunk_sums, 1))
     dscale = torch.stack(parts).sum() / SIGLIP_UNIT
     return loss, dimage, dtext, dscale, dbias
 

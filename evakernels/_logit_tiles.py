@@ -28,12 +28,16 @@ def contrastive_forward(
     logits = image.new_empty((rows, columns) if keep else 0)
     # Until the last tile col_lse has sums of exp(logit - col_max).
     col_lse, col_max = text.new_zeros(columns), text.new_full((columns,), -math.inf)
-    of_tiles: list[tuple[Tensor, Tensor, Tensor]] = []
+    tile_statistics: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk in row_chunks(rows, _height(text)):
         tile = torch.mm(select_rows(image, chunk), text.T, out=select_rows(logits, chunk) if keep else None)
-        of_tiles.append(statistics(tile, logit_scale, offset + chunk.start, col_lse, col_max, chunk.stop == rows))
+        tile_statistics.append(
+            statistics(tile, logit_scale, offset + chunk.start, col_lse, col_max, chunk.stop == rows)
+        )
         del tile  # before the next one is made
-    row_lse, positive, row_max = of_tiles[0] if len(of_tiles) == 1 else map(torch.cat, zip(*of_tiles, strict=True))
+    row_lse, positive, row_max = (
+        tile_statistics[0] if len(tile_statistics) == 1 else map(torch.cat, zip(*tile_statistics, strict=True))
+    )
     return row_lse, col_lse, positive, row_max, col_max, logits
 
 
@@ -88,8 +92,8 @@ def siglip_forward(
     return loss, dimage, dtext, dscale, dbias
 
 
-def _total(of_tiles: Sequence[Tensor]) -> Tensor:
-    return of_tiles[0] if len(of_tiles) == 1 else torch.stack(tuple(of_tiles)).sum(dtype=torch.float64).float()
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(tuple(parts)).sum(dtype=torch.float64).float()
 
 
 def _height(text: Tensor) -> int:

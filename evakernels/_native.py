@@ -85,8 +85,8 @@ def register(
 
 
 def _overload(kernel: str) -> torch._ops.OpOverload:
-    found: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), kernel).default
-    return found
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), kernel).default
+    return overload
 
 
 def _kernel(op_name: str) -> Callable[..., Any]:
@@ -106,17 +106,17 @@ def _reasons(
         tensor = backends.first_tensor(args)
         if tensor is None:
             return [] if device != "cuda" or torch.cuda.is_available() else ["there is no GPU here"]
-        place, found = tensor.device, []
+        place, unsupported = tensor.device, []
         if place.type != device:
-            found.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
+            unsupported.append(f"the tensors are on {place}, not on {_DEVICES[device]}")
         elif device == "cuda" and (reason := gpu_unsupported_reason(place.index)):
-            found.append(reason)
-        found += backends.dtype_reasons(args)
+            unsupported.append(reason)
+        unsupported += backends.dtype_reasons(args)
         if common_reasons is not None:
-            found += common_reasons(**backends.by_name(op_name, args))
+            unsupported += common_reasons(**backends.by_name(op_name, args))
         if gpu_reasons is not None and runs_gpu_kernels(device):
-            found += gpu_reasons(**backends.by_name(op_name, args))
-        return found
+            unsupported += gpu_reasons(**backends.by_name(op_name, args))
+        return unsupported
 
     return reasons
 
@@ -151,12 +151,12 @@ def gpu_unsupported_reason(index: int) -> str | None:
         # A driver runs machine code of later toolkits of its major version, but doesn't compile their PTX.
         needs_ptx = bool(usable) and all(code.startswith("compute") for code in usable)
         if driver[0] < toolkit[0] or (needs_ptx and driver < toolkit):
-            found = ".".join(map(str, driver))
-            return f"the driver is for CUDA {found}; the library was compiled with CUDA {release}: update the driver"
+            version = ".".join(map(str, driver))
+            return f"the driver is for CUDA {version}; the library was compiled with CUDA {release}: update the driver"
     if not codes or usable:
         return None
-    found = ".".join(map(str, capability))
-    return f"the GPU has compute capability {found}; the library was compiled for {', '.join(codes)}"
+    version = ".".join(map(str, capability))
+    return f"the GPU has compute capability {version}; the library was compiled for {', '.join(codes)}"
 
 
 def driver_version() -> int:
@@ -194,9 +194,9 @@ def processor() -> str:
     kind = os.environ.get("EVAKERNELS_PROCESSOR")
     if kind and kind not in PROCESSORS:
         raise ValueError(f"EVAKERNELS_PROCESSOR must be one of {', '.join(PROCESSORS)}, got {kind!r}")
-    found = torch.cpu.get_capabilities()
-    isa = active_isa() or ("avx512_bf16" if found.get("avx512_f") else "baseline")
-    is_amd = str(found.get("cpu_name", "")).startswith("AMD") and isa.startswith("avx512")
+    capabilities = torch.cpu.get_capabilities()
+    isa = active_isa() or ("avx512_bf16" if capabilities.get("avx512_f") else "baseline")
+    is_amd = str(capabilities.get("cpu_name", "")).startswith("AMD") and isa.startswith("avx512")
     return kind or ("amd" if is_amd else isa)
 
 

@@ -113,8 +113,8 @@ def noting_writes(kernel: Callable[..., Any], overload: torch._ops.OpOverload) -
 
 def overload(op: str) -> torch._ops.OpOverload:
     """The operator of an op."""
-    found: torch._ops.OpOverload = getattr(OPERATORS, op).default
-    return found
+    operator: torch._ops.OpOverload = getattr(OPERATORS, op).default
+    return operator
 
 
 @cache
@@ -161,7 +161,7 @@ def preference(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     tensor = first_tensor(args)
     if tensor is None or not tensor.is_cuda or not torch.cuda.is_available():  # a fake tensor needs no GPU
         return PREFERENCE
-    gpu, capability = tuning.gpu_of(tensor)
+    gpu, capability = tuning.find_gpu(tensor)
     first = tuning.measured_order(op, gpu, capability)
     if not first and family(op) == "contrastive" and 90 <= capability < 120:
         # Triton uses the tensor cores by wgmma or tcgen05, the CUDA kernels by mma.sync, which reaches a part of their
@@ -234,10 +234,10 @@ def observe(op: str, backend: str) -> None:
         active.observer(op, backend)
 
 
-def ops_of(function: Any) -> tuple[str, ...]:
+def find_ops(function: Any) -> tuple[str, ...]:
     """The ops that a public function calls, or the op of this name. Raises `ValueError` for an unknown one."""
-    known = (name for name in (function, f"{function}_forward") if name in _implementations)
-    names = _functions.get(function) or tuple(known)[:1]
+    registered = (name for name in (function, f"{function}_forward") if name in _implementations)
+    names = _functions.get(function) or tuple(registered)[:1]
     if function in ("gradient_norm", "sample_token_index"):
         raise ValueError(f"op must be one with backends, got {function}, which is made of torch's own operators")
     if not names:
@@ -248,7 +248,9 @@ def ops_of(function: Any) -> tuple[str, ...]:
 
 def ops() -> dict[str, list[str]]:
     """Every registered op with the backends that implement it."""
-    return {op: [b for b in PREFERENCE if b in found] for op, found in sorted(_implementations.items())}
+    return {
+        op: [b for b in PREFERENCE if b in implementations] for op, implementations in sorted(_implementations.items())
+    }
 
 
 def family(op: str) -> str:
@@ -277,19 +279,19 @@ def report(op: str, args: tuple[Any, ...]) -> str:
 
 def tensors(args: Sequence[Any]) -> list[Tensor]:
     """All tensors among the arguments of an op, in lists too."""
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     for arg in args:
         if isinstance(arg, Tensor):
-            found.append(arg)
+            result.append(arg)
         elif isinstance(arg, (list, tuple)):
-            found += [item for item in arg if isinstance(item, Tensor)]
-    return found
+            result += [item for item in arg if isinstance(item, Tensor)]
+    return result
 
 
 def dtype_reasons(args: Sequence[Any]) -> list[str]:
     """Why kernels don't support the floating-point dtypes among the arguments of an op."""
-    found = {tensor.dtype for tensor in tensors(args)} | {arg for arg in args if type(arg) is torch.dtype}
-    unknown = sorted(str(dtype) for dtype in found - KERNEL_DTYPES if dtype.is_floating_point)
+    dtypes = {tensor.dtype for tensor in tensors(args)} | {arg for arg in args if type(arg) is torch.dtype}
+    unknown = sorted(str(dtype) for dtype in dtypes - KERNEL_DTYPES if dtype.is_floating_point)
     return [f"{dtype} is not one of float32, bfloat16, float16" for dtype in unknown]
 
 

@@ -90,8 +90,8 @@ def gather_rows(
 
 def _agreed_counts(op: str, name: str, rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     needs_grad = rows.requires_grad and torch.is_grad_enabled()
-    found = _all_gather(torch.tensor([*rows.shape, needs_grad], device=rows.device), group).tolist()
-    shapes, needing = [entry[:-1] for entry in found], [bool(entry[-1]) for entry in found]
+    gathered = _all_gather(torch.tensor([*rows.shape, needs_grad], device=rows.device), group).tolist()
+    shapes, needing = [entry[:-1] for entry in gathered], [bool(entry[-1]) for entry in gathered]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         listed = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
         raise ValueError(f"{op}: {name} must have the same width on every rank, got {listed}")
@@ -134,7 +134,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-        ctx.counts, ctx.group, ctx.own = counts, group, len(rows)
+        ctx.counts, ctx.group, ctx.count = counts, group, len(rows)
         parts = _all_gather(_pad_rows(rows, max(counts)), group)
         if min(counts) == max(counts):
             return parts.flatten(0, 1)
@@ -146,9 +146,9 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradient.to(accumulation_dtype(gradient))  # sums over ranks aren't rounded on the way
         if min(ctx.counts) != height:
             gradient = torch.cat([_pad_rows(part, height) for part in gradient.split(ctx.counts)])
-        own = gradient.new_empty(height, gradient.shape[1])
-        _scatter(own, gradient.contiguous(), group=ctx.group)
-        return own[: ctx.own].to(dtype), None, None
+        local = gradient.new_empty(height, gradient.shape[1])
+        _scatter(local, gradient.contiguous(), group=ctx.group)
+        return local[: ctx.count].to(dtype), None, None
 
 
 def _pad_rows(rows: Tensor, height: int) -> Tensor:

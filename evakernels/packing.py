@@ -33,7 +33,7 @@ class Packing(NamedTuple):
     causal: bool = False
 
     @classmethod
-    def of_lengths(cls, lengths: Tensor, total: int, longest: int) -> Self:
+    def from_lengths(cls, lengths: Tensor, total: int, longest: int) -> Self:
         """Packed sequences.
 
         Args:
@@ -68,8 +68,8 @@ class Packing(NamedTuple):
             return tokens
         if x.dim() == 2 or not x.is_floating_point():
             return tokens.index_select(0, self.rows)
-        kept = token_dropout(tokens.flatten(1).unsqueeze(0), self.rows.unsqueeze(0))
-        return kept.view(-1, *x.shape[2:])
+        rows = token_dropout(tokens.flatten(1).unsqueeze(0), self.rows.unsqueeze(0))
+        return rows.view(-1, *x.shape[2:])
 
     def unpack(self, x: Tensor) -> Tensor:
         """Rows `[T, ...]` -> `[B, N, ...]`, with zeros in cells without a row."""

@@ -93,9 +93,9 @@ def _unsupported_reason(
     """The reason against a call on the ops, whatever its mask; None if they support it."""
     if dropout:
         return "attention dropout"
-    given = [name for name in _OPTIONS if options.get(name) is not None and options[name] is not False]
-    if given:
-        return ", ".join(given)
+    names = [name for name in _OPTIONS if options.get(name) is not None and options[name] is not False]
+    if names:
+        return ", ".join(names)
     if not dispatches_to("attention", query, after_linear=True, forced=True):
         return f"no kernels for {query.dtype} on {query.device.type}, or a tensor subclass or transform"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.shape[1] % key.shape[1]:
@@ -112,18 +112,18 @@ def _log_once(reason: str) -> None:
     _logger.warning("transformers' sdpa attention runs instead of evakernels: %s", reason)
 
 
-def _refuse_without_sdpa(own: Any) -> Any:
+def _refuse_without_sdpa(original: Any) -> Any:
     """A model's choice of its attention that refuses `NAME` where the model refuses "sdpa"."""
 
-    @wraps(own)
+    @wraps(original)
     def choose(self: Any, requested_attention: str | None, *args: Any, **options: Any) -> str:
         if requested_attention == NAME:
             try:
-                own(self, "sdpa", *args, **options)
+                original(self, "sdpa", *args, **options)
             except ValueError as error:
                 accepted = f'"eager" for {type(self).__name__}'
                 raise ValueError(f'attn_implementation must be {accepted}, got "{NAME}": {error}') from error
-        chosen: str = own(self, requested_attention, *args, **options)
+        chosen: str = original(self, requested_attention, *args, **options)
         return chosen
 
     return choose

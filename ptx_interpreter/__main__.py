@@ -73,7 +73,7 @@ class Checker(Driver):
         gpu: the GPU whose sizes the file sees; None: the one of GPUS with that capability.
 
     Attributes:
-        found: a Finding for each kind and line of a kernel, in the order in which they were found.
+        findings: a Finding for each kind and line of a kernel, in the order in which they were found.
         kernels: how many launches there were, by name.
         traffic: by line and space.
         unsupported: messages about kernels that couldn't be run.
@@ -83,7 +83,7 @@ class Checker(Driver):
         super().__init__(capability, multiprocessors, gpu)
         self._memory.anywhere, self._memory.poisoned = False, True
         self.tensors = Tensors()
-        self.found: dict[tuple[str, str, Place], Finding] = {}
+        self.findings: dict[tuple[str, str, Place], Finding] = {}
         self.kernels: Counter[str] = Counter()
         self.traffic: dict[tuple[Place, str], Traffic] = {}
         self.unsupported: list[str] = []
@@ -100,19 +100,19 @@ class Checker(Driver):
 
     def handle(self, report: Report) -> None:
         self.kernels[report.kernel] += 1
-        body, (x, y, _) = report.of.parsed, report.grid
+        body, (x, y, _) = report.entry.parsed, report.grid
         places = {}
         for instruction in (i for block in body.blocks for i in block.instructions):
             lines = [(body.files.get(file, ""), line) for file, line in (instruction.line, *instruction.callers)]
-            own = [place for place in lines if not place[0].startswith(TRITON)]
-            places[body.where(instruction.line), instruction.text] = own or lines
+            outside_triton = [place for place in lines if not place[0].startswith(TRITON)]
+            places[body.where(instruction.line), instruction.text] = outside_triton or lines
         for fault in report.faults:
             if fault.detail == NEARLY_EQUAL:
                 continue  # Threads that hold copies of a sum, which Triton's fma rounds in several ways.
             place, *callers = places[fault.where, fault.instruction]
             program = fault.block % x, fault.block // x % y, fault.block // (x * y)
             finding = Finding(report.kernel, fault.kind, place, callers, fault, program)
-            self.found.setdefault((report.kernel, fault.kind, place), finding).accesses += fault.count
+            self.findings.setdefault((report.kernel, fault.kind, place), finding).accesses += fault.count
         for (space, where, text), traffic in report.traffic.items():
             self.traffic.setdefault((places[where, text][0], space), Traffic()).add(traffic)
 
@@ -124,9 +124,9 @@ class Checker(Driver):
                 each = t.sectors / t.requests
                 least = max(1, t.bytes / (SECTOR * t.requests)) if space.startswith("global") else t.least / t.requests
                 print(f"{space:14}{t.requests:10}{each:24.1f}{min(each, least):10.1f}  {shown(place)}")
-        print("", *self.found.values(), *(f"unsupported: {message}" for message in self.unsupported), sep="\n")
+        print("", *self.findings.values(), *(f"unsupported: {message}" for message in self.unsupported), sep="\n")
         kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.items())
-        print(f"{len(self.found)} findings in {sum(self.kernels.values())} launches: {kernels or 'no kernels'}")
+        print(f"{len(self.findings)} findings in {sum(self.kernels.values())} launches: {kernels or 'no kernels'}")
 
 
 def run_file(checker: Checker, path: str, arguments: Sequence[str] = ()) -> None:
@@ -155,11 +155,11 @@ def main() -> int:
     parser.add_argument("--multiprocessors", type=int, metavar="N", help="how many the GPU has that the file sees")
     parser.add_argument("file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # It would compile for the CPU.
-    checker = Checker(given.sm, given.multiprocessors, GPUS.get(given.gpu))
+    checker = Checker(options.sm, options.multiprocessors, GPUS.get(options.gpu))
     try:
-        run_file(checker, given.file, given.arguments)
+        run_file(checker, options.file, options.arguments)
     except Unsupported as error:
         checker.unsupported = checker.unsupported or [str(error)]
     except SystemExit as end:
@@ -169,7 +169,7 @@ def main() -> int:
         checker.print()
     if not checker.unsupported and not checker.kernels:
         return NO_KERNEL
-    return 2 if checker.unsupported else int(bool(checker.found))
+    return 2 if checker.unsupported else int(bool(checker.findings))
 
 
 if __name__ == "__main__":

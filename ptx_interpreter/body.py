@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .types import SIZES, WARP, Unsupported
 
 ENDS = {"bra", "ret", "exit", "trap", "bar"}
-"""What ends a basic block. Of the barriers only those of a whole block of threads do."""
+"""Opcodes that end a basic block; a barrier does if it is one of a whole block of threads."""
 WRITES_NOTHING = {"st", "red", "bra", "bar", "cp", "stmatrix", "ret", "exit", "trap", "fence", "membar", "wgmma"}
 
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)\s*")
@@ -83,7 +83,7 @@ class Block:
 
 
 class Body:
-    """What stands between the braces of a kernel.
+    """The text between the braces of a kernel.
 
     Attributes:
         blocks: in the order of the text.
@@ -147,12 +147,12 @@ class Body:
         """File and line, as in messages."""
         return f"{self.files.get(line[0], 'PTX').rpartition('/')[2]}:{line[1]}"
 
-    def type_of(self, name: str) -> str | None:
+    def register_type(self, name: str) -> str | None:
         """The type that a register was declared with; None if this is no register."""
-        found = self._types.get(name)
-        if found is None and (found := self._counted.get(name.rstrip("0123456789"))):
-            self._types[name] = found
-        return found
+        name_type = self._types.get(name)
+        if name_type is None and (name_type := self._counted.get(name.rstrip("0123456789"))):
+            self._types[name] = name_type
+        return name_type
 
     def _instruction(self, statement: str, line: tuple[int, int]) -> Instruction:
         guard, unless, text = None, False, statement
@@ -173,10 +173,10 @@ class Body:
         for number, arg in enumerate(args):
             target = number == 0 and op not in WRITES_NOTHING and not isinstance(arg, Address)
             for name in _names(arg):
-                if self.type_of(name):
+                if self.register_type(name):
                     (written if target else read).append(name)
         if mods[:1] == ("mma_async",):  # adds to its sums
-            written += [name for name in _names(args[0]) if self.type_of(name)]
+            written += [name for name in _names(args[0]) if self.register_type(name)]
         made.writes, made.reads = tuple(written), tuple(read)
         return made
 
@@ -198,13 +198,13 @@ class Body:
 
 
 def variable(match: re.Match[str]) -> Variable:
-    """Of a match of `.shared .align 16 .b8 name[64]`; without a number in the brackets the size is 0."""
+    """The variable in a match of `.shared .align 16 .b8 name[64]`; without a number in the brackets its size is 0."""
     count = 1 if match[5] is None else int(match[5] or 0)
     return Variable(match[4], SIZES[match[3]] * count, int(match[2] or SIZES[match[3]]))
 
 
 def module_variables(text: str) -> list[Variable]:
-    """Those in shared memory that stand in front of all kernels."""
+    """Variables in shared memory that are declared before all kernels."""
     return [variable(match) for match in _VARIABLE.finditer(text) if match[1] == "shared"]
 
 
@@ -213,7 +213,7 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
     callers, and their own."""
     place, pending = (0, 0), ""
     callers: Places = ()
-    callers_of: dict[tuple[str, ...], Places] = {}
+    callers_by_place: dict[tuple[str, ...], Places] = {}
     places = -1  # within inline assembly, where LLVM counts lines up from the first place
     for number, raw in enumerate(text.split("\n"), first_line):
         line, _, comment = (part.strip() for part in raw.partition("//"))
@@ -231,8 +231,8 @@ def _statements(text: str, first_line: int) -> Iterator[tuple[str, tuple[int, in
                 callers = ()
                 if words[-4] == "inlined_at":  # an earlier .loc says where that is inlined
                     at = tuple(words[-3:])
-                    callers = ((int(at[0]), int(at[1])), *callers_of.get(at, ()))
-                callers_of[tuple(words[1:4])] = callers
+                    callers = ((int(at[0]), int(at[1])), *callers_by_place.get(at, ()))
+                callers_by_place[tuple(words[1:4])] = callers
             continue
         where = place if place[0] else (0, number)
         *complete, rest = (pending + line).split(";")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .types import WARP
 
 REGISTERS = 65_536
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 _PARTITIONS = 4
 _REGISTER_UNIT, _SHARED_UNIT = 256, 128
 _RESERVED_SHARED = 1024

@@ -19,7 +19,7 @@ from .memory import GlobalMemory
 from .parse import Kernel
 from .registers import Dim3, Registers
 from .report import NEARLY_EQUAL, Fault, Faults, Report
-from .rounding import errors_of_numpy
+from .rounding import numpy_errors
 from .shared import SharedMemory
 from .step import Active, Step
 from .traffic import Traffic
@@ -30,7 +30,7 @@ LANES = 8192
 """That run together, at most, unless a single block has more."""
 MACHINES_BYTES = 1 << 29
 MOST_VISITS = 5_000_000
-"""Of blocks of instructions by one machine; who needs more is taken to wait for ever."""
+"""Maximum number of runs of a basic block by one machine; a loop that needs more counts as endless."""
 
 BYTES_OF_STEP = 2048
 """About what Python's objects for one take."""
@@ -61,11 +61,11 @@ class Machine:
         self.pitch = -(-self.threads // WARP) * WARP  # of a block, in lanes
         self.lanes = self.pitch * blocks
         self.all_lanes = np.arange(self.lanes)
-        self.block_of = self.all_lanes // self.pitch
-        self.thread_of = self.all_lanes % self.pitch
+        self.block_index = self.all_lanes // self.pitch
+        self.thread_index = self.all_lanes % self.pitch
         self.lane_of_warp = self.all_lanes % WARP
-        self.exists = self.thread_of < self.threads
-        self.registers = Registers(self.body, self.thread_of, grid, block)
+        self.exists = self.thread_index < self.threads
+        self.registers = Registers(self.body, self.thread_index, grid, block)
         self.params = np.zeros(kernel.param_bytes, np.uint8)
         self.watch, self.count = watch, count
         self.checks = Watch(self)
@@ -73,14 +73,14 @@ class Machine:
         self._steps = 0
         size = self._place_symbols() + dynamic_shared
         self.shared = SharedMemory(self.blocks, size, _narrowest_shared(self.body.blocks))
-        self.shared_base = self.block_of.astype(np.int64) * self.shared.pitch
+        self.shared_base = self.block_index.astype(np.int64) * self.shared.pitch
 
     def _place_symbols(self) -> int:
         """Gives names their addresses; returns where dynamic shared memory begins."""
         symbols = self.registers.symbols
         symbols.update({param.name: param.offset for param in self.kernel.params})
         symbols.update(dict.fromkeys(self.kernel.module.texts, 0))  # which kernels pass on and don't read
-        used = {part for b in self.body.blocks for i in b.instructions for part in map(_name_of, i.args)}
+        used = {part for b in self.body.blocks for i in b.instructions for part in map(_base_name, i.args)}
         variables = [v for v in self.kernel.module.shared + self.body.shared if v.name in used]
         end = 0
         for variable in variables:
@@ -102,12 +102,12 @@ class Machine:
     def fault(self, kind: str, instruction: Instruction, lanes: Array, detail: str) -> None:
         where = self.body.where(instruction.line)
         key = (kind, instruction.text, where, detail == NEARLY_EQUAL)
-        for known in self.report.faults:
-            if (known.kind, known.instruction, known.where, known.detail == NEARLY_EQUAL) == key:
-                known.count += len(lanes)
+        for earlier in self.report.faults:
+            if (earlier.kind, earlier.instruction, earlier.where, earlier.detail == NEARLY_EQUAL) == key:
+                earlier.count += len(lanes)
                 return
         lane = int(lanes[0])
-        who = (self.first_block + int(self.block_of[lane]), int(self.thread_of[lane]))
+        who = (self.first_block + int(self.block_index[lane]), int(self.thread_index[lane]))
         self.report.faults.append(Fault(kind, instruction.text, where, detail, *who, len(lanes)))
 
     # --- running -------------------------------------------------------------------------------------------------
@@ -170,11 +170,11 @@ class Machine:
     def _begin(self, params: bytes, first_block: int, report: Report) -> None:
         self.report, self.first_block = report, first_block
         self.params[:] = np.frombuffer(bytearray(params), np.uint8)
-        numbers = first_block + self.block_of
+        numbers = first_block + self.block_index
         self.block_numbers = (numbers + 1).astype(np.int32)
         self.registers.set_block(numbers)
         self.shared.forget()
-        self.stamps = sm.first_stamps(self.thread_of)
+        self.stamps = sm.first_stamps(self.thread_index)
         self.copies: list[tuple[Array, Array, Array, Array]] = []  # cp.async: lanes, places, words, groups
         self.groups = np.zeros(self.lanes, np.int64)  # committed by each lane
         self.alive = self.exists.copy()
@@ -216,10 +216,10 @@ class Machine:
     def _said(self, code: "ReadyBlock") -> str:
         """The message of a kernel that ends the launch; all of its messages if the compiler has moved it."""
         texts = self.kernel.module.texts
-        found = [texts[name] for i in code.instructions for arg in i.args if (name := _name_of(arg)) in texts]
-        if not found and code.last.text.startswith("call"):
-            found = list(texts.values())
-        return "; ".join(found) or "an error"
+        messages = [texts[name] for i in code.instructions for arg in i.args if (name := _base_name(arg)) in texts]
+        if not messages and code.last.text.startswith("call"):
+            messages = list(texts.values())
+        return "; ".join(messages) or "an error"
 
     def _pass_barrier(self, pending: Masks) -> bool:
         """Lets those go on who wait at a barrier, when nobody else runs; False if nobody waits.
@@ -301,8 +301,8 @@ def _guarded(machine: Machine, i: Instruction) -> Step:
 
 
 def _check_end(machine: Machine, last: Instruction) -> None:
-    known = {"bra": {"uni"}, "bar": {"sync"}}.get(last.op, set())
-    if set(last.mods) - known or (last.op == "bar" and last.args != ["0"]):
+    modifiers = {"bra": {"uni"}, "bar": {"sync"}}.get(last.op, set())
+    if set(last.mods) - modifiers or (last.op == "bar" and last.args != ["0"]):
         raise Unsupported(f"`{last.text}` at {machine.body.where(last.line)}: not among the known forms of {last.op}")
 
 
@@ -311,7 +311,7 @@ def _join(masks: Masks, number: int, mask: Array) -> None:
     masks[number] = mask if there is None else there | mask
 
 
-def _name_of(arg: object) -> str:
+def _base_name(arg: object) -> str:
     return str(getattr(arg, "base", arg))
 
 
@@ -331,7 +331,7 @@ def _narrowest_shared(blocks: list[Block]) -> int:
 
 
 _machines: OrderedDict[tuple[Any, ...], Machine] = OrderedDict()
-"""Of the last launches: to make one ready takes longer than a small launch."""
+"""The machines of the last launches: making one ready takes longer than a small launch."""
 
 
 def launch(
@@ -371,7 +371,7 @@ def launch(
     memory.begin_launch(blocks)
     fitting = max(1, LANES // (-(-math.prod(sizes[1]) // WARP) * WARP))
     together = -(-blocks // -(-blocks // fitting))  # rounds of the same size
-    with errors_of_numpy():
+    with numpy_errors():
         for first in range(0, blocks, together):
             options = (dynamic_shared, watch, count)
             _machine(kernel, sizes, min(together, blocks - first), memory, options).run(params, first, report)
@@ -396,7 +396,7 @@ def _machine(
     if machine is None:
         machine = Machine(kernel, *sizes, blocks, memory, options[0], watch=options[1], count=options[2])
     _machines[key] = machine
-    while len(_machines) > 1 and sum(kept.size for kept in _machines.values()) > MACHINES_BYTES:
+    while len(_machines) > 1 and sum(each.size for each in _machines.values()) > MACHINES_BYTES:
         _, oldest = _machines.popitem(last=False)
         vars(oldest).clear()  # its parts hold each other
     return machine

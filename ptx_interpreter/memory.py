@@ -33,7 +33,7 @@ def build_allocations(folder: Path) -> Path:
 
 @dataclass
 class Shadow:
-    """Who accessed an array, by cells of its elements' size, as 1 + number of the block in the launch.
+    """The last accesses to an array, by cells of its elements' size, as 1 + number of the block in the launch.
 
     Writers: 0 nobody ever, -1 somebody before this launch. Readers: 0 nobody, MANY several. The stamps of shared.py of
     the last ones tell threads of a block apart. `atomic`: the last write was. `written_at`, `read_at`: by the launch's
@@ -50,8 +50,8 @@ class Shadow:
     read_at: Array
 
     @classmethod
-    def of(cls, size: int, cell: int, *, written: bool) -> "Shadow":
-        """Of so many bytes."""
+    def allocate(cls, size: int, cell: int, *, written: bool) -> "Shadow":
+        """The shadow of an array of `size` bytes."""
         cells = -(-size // cell)
         stamps = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
         more = np.zeros(cells, bool), np.zeros(cells, np.int32), np.zeros(cells, np.int32)
@@ -105,7 +105,7 @@ class GlobalMemory:
         no kernel has written is a fault.
         """
         start = array.__array_interface__["data"][0]
-        shadow = Shadow.of(array.nbytes, min(array.itemsize, 8), written=written)
+        shadow = Shadow.allocate(array.nbytes, min(array.itemsize, 8), written=written)
         self.remove(start)
         self.intervals.append(Interval(start, start + array.nbytes, name, array, shadow))
         self._sort()
@@ -140,13 +140,13 @@ class GlobalMemory:
         pointers = (ctypes.c_void_p(v.ctypes.data) for v in (starts, ends))
         count = self._allocations(*pointers, MOST_ALLOCATIONS)
         added = [interval for interval in self.intervals if interval.array is not None]
-        known = {interval.start for interval in added}
+        starts_added = {interval.start for interval in added}
         pairs = zip(starts[:count].tolist(), ends[:count].tolist(), strict=True)
-        self.intervals = added + [Interval(start, end) for start, end in pairs if start not in known]
+        self.intervals = added + [Interval(start, end) for start, end in pairs if start not in starts_added]
         self._sort()
 
     def begin_launch(self, blocks: int = 0) -> None:
-        """What was written is from now on written before this launch.
+        """Marks earlier writes as made before this launch.
 
         `clock` counts atomic instructions. `released` and `acquired`: when each block of the grid made its last one
         that releases, or acquires.

@@ -17,7 +17,7 @@ _PARAM = re.compile(
 
 
 class Param(NamedTuple):
-    """Of a kernel; offset and size in bytes."""
+    """A parameter of a kernel; offset and size in bytes."""
 
     name: str
     offset: int
@@ -52,7 +52,7 @@ class Kernel:
 
 
 class Module:
-    """What a compiler wrote.
+    """The PTX of a compiler.
 
     Attributes:
         kernels: by name.
@@ -62,13 +62,13 @@ class Module:
     """
 
     def __init__(self, text: str) -> None:
-        self.files = {int(found[1]): found[2] for found in _found(_FILE, ".file", text)}
+        self.files = {int(match[1]): match[2] for match in _matches(_FILE, ".file", text)}
         self.kernels: dict[str, Kernel] = {}
-        entries = list(_found(_ENTRY, ".entry", text))
+        entries = list(_matches(_ENTRY, ".entry", text))
         starts = [text.rfind("\n", 0, entry.start()) + 1 for entry in entries]
         self.shared = module_variables(text[: starts[0]] if starts else text)
         self.texts = {
-            found[1]: bytes(map(int, found[2].split(","))).decode() for found in _found(_TEXT, ".global", text)
+            match[1]: bytes(map(int, match[2].split(","))).decode() for match in _matches(_TEXT, ".global", text)
         }
         line, counted = 1, 0
         for entry, start, end in zip(entries, starts, [*starts[1:], len(text)], strict=True):
@@ -83,7 +83,7 @@ class Module:
         return {(self.files[file], line) for file, line in places if file}
 
 
-def _found(pattern: re.Pattern[str], word: str, text: str) -> Iterator[re.Match[str]]:
+def _matches(pattern: re.Pattern[str], word: str, text: str) -> Iterator[re.Match[str]]:
     """Matches of a pattern that begins with this word, outside comments; a pattern alone would take far longer."""
     at = text.find(word)
     while at >= 0:

@@ -1,4 +1,4 @@
-"""What the names in a kernel stand for: vectors of registers, special registers, symbols, numbers."""
+"""Values of the names in a kernel: vectors of registers, special registers, symbols, numbers."""
 
 from collections import defaultdict
 from typing import Any
@@ -13,7 +13,7 @@ Dim3 = tuple[int, int, int]
 
 
 class Registers:
-    """Of the lanes of a machine.
+    """The registers of a machine's lanes.
 
     A register that no other block of instructions reads takes its vector from a pool and gives it back after its last
     use, so that the vectors in use fit into a processor's cache. `passing` names those while a block is made ready.
@@ -33,20 +33,20 @@ class Registers:
 
     def vector(self, name: str) -> Array:
         """The bits of a register, of each lane."""
-        found = self._vectors.get(name)
-        if found is None:
-            declared = self.body.type_of(name)
+        vector = self._vectors.get(name)
+        if vector is None:
+            declared = self.body.register_type(name)
             if declared is None:
                 raise Unsupported(f"{name}, which is no register,")
             dtype = TYPES["pred" if declared == "pred" else unsigned(SIZES[declared])]
             pool = self._pool[dtype] if name in self.passing else None
             if pool:
-                found = pool.pop()
+                vector = pool.pop()
             else:
-                found = np.zeros(self.lanes, dtype)
-                self.bytes += found.nbytes
-            self._vectors[name] = found
-        return found
+                vector = np.zeros(self.lanes, dtype)
+                self.bytes += vector.nbytes
+            self._vectors[name] = vector
+        return vector
 
     def give_back(self, name: str) -> None:
         vector = self._vectors.pop(name, None)
@@ -60,10 +60,10 @@ class Registers:
             self._special(f"%ctaid.{axis}")[:] = index
 
     def _special(self, name: str) -> Value:
-        found = self._specials.get(name)
-        if found is None:
-            found = self._specials[name] = self._new_special(name)
-        return found
+        value = self._specials.get(name)
+        if value is None:
+            value = self._specials[name] = self._new_special(name)
+        return value
 
     def _new_special(self, name: str) -> Value:
         kind, _, axis = name[1:].partition(".")
@@ -96,7 +96,7 @@ class Registers:
             if bits.itemsize < dtype.itemsize:
                 raise Unsupported(f"{name} as {kind}")
             return bits.view(dtype)[0]
-        if self.body.type_of(name):
+        if self.body.register_type(name):
             vector = self.vector(name)
             if vector.dtype == dtype:
                 return vector

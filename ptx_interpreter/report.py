@@ -49,14 +49,14 @@ TrafficKey = tuple[str, str, str]
 
 @dataclass
 class Report:
-    """Of a launch.
+    """The report of a launch.
 
     `blocks`: how many threads ran each basic block. If it was counted, `warps`: how many warps did, `traffic`: by
     space, place and instruction, `loads` and `stores`: which sectors of global memory.
     """
 
     kernel: str
-    of: Kernel
+    entry: Kernel
     grid: Dim3
     block: Dim3
     dynamic_shared: int
@@ -69,15 +69,15 @@ class Report:
 
     def lines(self) -> Counter[tuple[str, int]]:
         """Instructions times threads of each line of the source, by file and line; 0 where none was run."""
-        found: Counter[tuple[str, int]] = Counter()
-        for block in self.of.parsed.blocks:
+        counts: Counter[tuple[str, int]] = Counter()
+        for block in self.entry.parsed.blocks:
             for instruction in block.instructions:
                 file, line = instruction.line
-                found[self.of.module.files.get(file, "PTX"), line] += self.blocks[block.number]
-        return found
+                counts[self.entry.module.files.get(file, "PTX"), line] += self.blocks[block.number]
+        return counts
 
     def total(self, space: str) -> Traffic:
-        """Of all instructions of a space; "global" and "shared" are loads and stores together."""
+        """Traffic of all instructions of a space; "global" and "shared" are loads and stores together."""
         total = Traffic()
         for (where, *_), traffic in self.traffic.items():
             if where.startswith(space):

@@ -16,7 +16,7 @@ POISON16 = np.array([0x7FE0, 0x7F00], np.uint16)
 _TF32 = np.uint32(0xFFFFE000)
 _LOW_BITS = np.uint64((1 << 29) - 1)
 _MIDPOINT = np.uint64(1 << 28)
-"""Of the bits of a float64 that a float32 hasn't: those of a number in the middle of two float32."""
+"""The bits of a float64 below a float32's, for a number in the middle of two float32."""
 
 
 def from_bf16(bits: Value) -> Array:
@@ -136,7 +136,7 @@ def to_integer(x: Value, dtype: Any, mode: str) -> Array:
     return np.select([np.isnan(whole), low, high], [nan, dtype(info.min), dtype(info.max)], inside)
 
 
-def error_of_sum(a: Value, b: Value, total: Value) -> Value:
+def sum_error(a: Value, b: Value, total: Value) -> Value:
     """a + b - total, exactly, where total is the rounded sum."""
     other = total - a
     return (a - (total - other)) + (b - other)
@@ -158,7 +158,7 @@ def fma32(a: Value, b: Value, c: Value, mode: str = "rn") -> Array:
     """a * b + c of float32, rounded once. Products are exact in float64."""
     product = np.atleast_1d(np.multiply(a, b, dtype=np.float64))
     total = product + c
-    return rounded(to_odd(total, error_of_sum(product, c, total)), np.float32, mode)
+    return rounded(to_odd(total, sum_error(product, c, total)), np.float32, mode)
 
 
 def fma_to_odd(a: Value, b: Value, c: Value) -> Array:
@@ -166,23 +166,23 @@ def fma_to_odd(a: Value, b: Value, c: Value) -> Array:
     rounding gives."""
     product = np.atleast_1d(np.multiply(a, b, dtype=np.float64))
     total = product + c
-    exact = to_odd(total, error_of_sum(product, c, total))
+    exact = to_odd(total, sum_error(product, c, total))
     shorter = rounded(exact, np.float32, "rz")
     odd: Array = shorter.view(np.uint32) | (shorter != exact)
     return odd.view(np.float32)
 
 
 class Underflow:
-    """Notes that numpy, under `errors_of_numpy`, has made something subnormal that it could not keep exactly."""
+    """Notes that numpy, under `numpy_errors`, has made something subnormal that it could not keep exactly."""
 
-    seen = False
+    occurred = False
 
     @classmethod
     def note(cls, *_: object) -> None:
-        cls.seen = True
+        cls.occurred = True
 
 
-def errors_of_numpy() -> np.errstate:
+def numpy_errors() -> np.errstate:
     """The context in which instructions run."""
     return np.errstate(all="ignore", under="call", call=Underflow.note)
 
@@ -202,9 +202,9 @@ class Fma32:
         bits = np.bitwise_and(total.view(np.uint64), _LOW_BITS, self._bits)
         if np.count_nonzero(np.equal(bits, _MIDPOINT, self._flags)):
             self._correct(self._flags, a, b, c)
-        Underflow.seen = False
+        Underflow.occurred = False
         np.copyto(self._rounded, total, casting="same_kind")
-        if Underflow.seen:  # the middles of subnormal numbers have other bits
+        if Underflow.occurred:  # the middles of subnormal numbers have other bits
             self._correct(np.abs(total) < SMALLEST_NORMAL, a, b, c)
             np.copyto(self._rounded, total, casting="same_kind")
         return self._rounded
@@ -213,7 +213,7 @@ class Fma32:
         at = np.flatnonzero(suspects)
         a, b, c = (source[at] if isinstance(source, np.ndarray) else source for source in sources)
         total = self._total[at]
-        error = error_of_sum(np.multiply(a, b, dtype=np.float64), c, total)
+        error = sum_error(np.multiply(a, b, dtype=np.float64), c, total)
         if np.count_nonzero(error):
             self._total[at] = to_odd(total, error)
 
@@ -233,20 +233,20 @@ def fma64(a: Value, b: Value, c: Value) -> Array:
     rest = a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)
     upper = c + rest
     total = product + upper
-    low = error_of_sum(c, rest, upper)
-    high = error_of_sum(product, upper, total)
+    low = sum_error(c, rest, upper)
+    high = sum_error(product, upper, total)
     both = high + low
-    result = np.asarray(total + to_odd(both, error_of_sum(high, low, both)))
+    result = np.asarray(total + to_odd(both, sum_error(high, low, both)))
     plain = (a == 0) | (b == 0) | ~np.isfinite(a) | ~np.isfinite(b) | ~np.isfinite(c)
     result = np.where(plain, product + c, result)
     near = [(np.abs(v) > 2.0**-450) & (np.abs(v) < 2.0**450) for v in (a, b, c)]
     # Parts of the product may leave the range of float64.
     for n in np.flatnonzero(~plain & ~(near[0] & near[1] & (near[2] | (c == 0)))):
-        result[n] = _fma_of_fractions(float(a[n]), float(b[n]), float(c[n]))
+        result[n] = _exact_fma(float(a[n]), float(b[n]), float(c[n]))
     return result
 
 
-def _fma_of_fractions(a: float, b: float, c: float) -> float:
+def _exact_fma(a: float, b: float, c: float) -> float:
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     try:
         size = float(abs(exact))

@@ -56,13 +56,13 @@ def ptx_in(data: bytes) -> list[dict[int, str]]:
     Raises:
         ValueError: PTX is compressed.
     """
-    found, magic = [], MAGIC.to_bytes(4, "little")
+    result, magic = [], MAGIC.to_bytes(4, "little")
     at = data.find(magic)
     while at >= 0:
         _, _, header, size = FAT_BINARY.unpack_from(data, at)
-        found.append(dict(_parts(data[at + header : at + header + size])))
+        result.append(dict(_parts(data[at + header : at + header + size])))
         at = data.find(magic, at + header + size)
-    return found
+    return result
 
 
 def _parts(data: bytes) -> Iterator[tuple[int, str]]:
@@ -82,7 +82,7 @@ def newest_for(texts: dict[int, str], capability: int) -> str:
     Raises:
         ValueError: there is none.
     """
-    fitting = [own for own in texts if own <= capability]
+    fitting = [supported for supported in texts if supported <= capability]
     if not fitting:
         raise ValueError(f"there is no PTX for compute capability {capability / 10}, only for {sorted(texts)}")
     return texts[max(fitting)]
@@ -176,7 +176,7 @@ class Launches:
         return self._gpu.resident_blocks(threads, registers, _static_shared(kernel) + shared)
 
     def _module(self, binary: int) -> Module:
-        """Of the fat binary at this address."""
+        """The module of the fat binary at this address."""
         if binary not in self._modules:
             _, _, header, size = FAT_BINARY.unpack(ctypes.string_at(binary, FAT_BINARY.size))
             (texts,) = ptx_in(ctypes.string_at(binary, header + size))

@@ -16,16 +16,16 @@ UNWRITTEN, WRITTEN, ON_ITS_WAY, BY_ATOMIC = 0, 1, 2, 3
 
 
 def first_stamps(threads: Array) -> Array:
-    """Of threads that have passed no barrier. No stamp is 0, which stands for nobody."""
+    """Stamps of threads that have passed no barrier. No stamp is 0, which means no access."""
     return threads.astype(np.int64) + (BLOCK_BARRIER + WARP_BARRIER + WARP)
 
 
-def of_whole_warp(stamps: Array) -> Array:
+def warp_stamps(stamps: Array) -> Array:
     """Stamps of accesses that a warp makes as one: no barrier of the warp needs to follow them."""
     return stamps & ~np.int64(BLOCK_BARRIER - WARP_BARRIER)
 
 
-def thread_of(stamp: int) -> int:
+def stamp_thread(stamp: int) -> int:
     return (stamp & THREAD) - WARP
 
 
@@ -41,7 +41,7 @@ def conflicts(before: Array, now: Array) -> Array | None:
 
 
 class SharedMemory:
-    """Of `blocks` blocks, `size` bytes each. The shadow's cells are as wide as the narrowest access."""
+    """Shared memory of `blocks` blocks, `size` bytes each. The shadow's cells are as wide as the narrowest access."""
 
     def __init__(self, blocks: int, size: int, cell: int) -> None:
         self.size, self.cell = size, cell
@@ -62,7 +62,7 @@ class SharedMemory:
         for shadow in (self.writer, self.reader, self.other_reader, self.near_reader, self.state):
             shadow.fill(0)
 
-    def cells_of(self, places: Array, size: int) -> tuple[Array, int]:
+    def cells_at(self, places: Array, size: int) -> tuple[Array, int]:
         """The cells of accesses at these bytes of all blocks' memory, and how many each takes."""
         first = places >> SHIFTS[self.cell]
         each = size >> SHIFTS[self.cell]
@@ -83,11 +83,11 @@ class SharedMemory:
         # Of several that read a cell at once the last one stands there.
         self._keep_others(cells, stamps, self.reader.take(cells, mode="clip"))
 
-    def _keep_others(self, cells: Array, stamps: Array, of: Array) -> None:
-        """Keep readers in addition to the readers `of`, where they are other threads."""
-        changed = stamps ^ of
-        kept = (changed != 0) & (changed < BLOCK_BARRIER)
-        if kept.any():
+    def _keep_others(self, cells: Array, stamps: Array, others: Array) -> None:
+        """Keep readers in addition to `others`, where they are other threads."""
+        changed = stamps ^ others
+        is_other = (changed != 0) & (changed < BLOCK_BARRIER)
+        if is_other.any():
             near = (changed & WARP_OF_THREAD) == 0
-            for reader, which in ((self.near_reader, kept & near), (self.other_reader, kept & ~near)):
+            for reader, which in ((self.near_reader, is_other & near), (self.other_reader, is_other & ~near)):
                 reader[cells[which]] = stamps[which]

@@ -51,13 +51,13 @@ class CudaDevices(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.cpu:
             return args[0].clone()
-        given = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        options = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
         args = [CPU if isinstance(arg, torch.device) and arg.type == "cuda" else arg for arg in args]
         if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
             args[1] = CPU
-        if given.get("device") is not None and str(given["device"]) != "meta":
-            given["device"] = CPU
-        return func(*args, **given)
+        if options.get("device") is not None and str(options["device"]) != "meta":
+            options["device"] = CPU
+        return func(*args, **options)
 
 
 class Tensors(TorchDispatchMode):
@@ -65,44 +65,44 @@ class Tensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known: dict[int, tuple[StorageWeakRef, Interval]] = {}
+        self._storages: dict[int, tuple[StorageWeakRef, Interval]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        if getattr(given.get("device"), "type", "") == "cuda":  # of torch.set_default_device
-            given["device"] = CPU
-        result = func(*args, **given)
+        options = dict(kwargs or {})
+        if getattr(options.get("device"), "type", "") == "cuda":  # of torch.set_default_device
+            options["device"] = CPU
+        result = func(*args, **options)
         is_empty = func.overloadpacket.__name__ in EMPTY
         for value in result if isinstance(result, tuple | list) else [result]:
             if isinstance(value, torch.Tensor):
-                self.interval_of(value, written=not is_empty)
+                self.storage_interval(value, written=not is_empty)
         for number, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[number] if number < len(args) else given.get(argument.name)
+                value = args[number] if number < len(args) else options.get(argument.name)
                 for each in value if isinstance(value, tuple | list) else [value]:
                     if isinstance(each, torch.Tensor):
                         self._mark_written(each)
         return result
 
-    def interval_of(self, tensor: torch.Tensor, *, written: bool = True) -> Interval | None:
+    def storage_interval(self, tensor: torch.Tensor, *, written: bool = True) -> Interval | None:
         """The memory of a tensor's storage; `written` matters for a storage that wasn't known."""
         if tensor.layout is not torch.strided or tensor.is_meta:
             return None
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
-        known = self._known.get(start)
-        if known and known[0].cdata == storage._cdata and not known[0].expired() and known[1].end == start + size:
-            return known[1]
+        entry = self._storages.get(start)
+        if entry and entry[0].cdata == storage._cdata and not entry[0].expired() and entry[1].end == start + size:
+            return entry[1]
         if not size:
             return None
         interval = Interval(start, start + size)
         if not written:
-            interval.shadow = Shadow.of(size, min(tensor.itemsize, 8), written=False)
-        self._known[start] = StorageWeakRef(storage), interval
+            interval.shadow = Shadow.allocate(size, min(tensor.itemsize, 8), written=False)
+        self._storages[start] = StorageWeakRef(storage), interval
         return interval
 
     def _mark_written(self, tensor: torch.Tensor) -> None:
-        interval = self.interval_of(tensor)
+        interval = self.storage_interval(tensor)
         if interval is None or (shadow := interval.shadow) is None or not tensor.numel():
             return
         writer = torch.from_numpy(shadow.writer)
@@ -115,15 +115,15 @@ class Tensors(TorchDispatchMode):
 
     def prepare(self, memory: GlobalMemory, arguments: dict[str, Any]) -> None:
         """Lets a kernel touch all tensors that live; races are looked for in its arguments."""
-        self._known = {start: each for start, each in self._known.items() if not each[0].expired()}
-        for _, known in self._known.values():
-            known.name = ""  # of an earlier launch
+        self._storages = {start: each for start, each in self._storages.items() if not each[0].expired()}
+        for _, earlier in self._storages.values():
+            earlier.name = ""  # of an earlier launch
         for name, tensor in arguments.items():
-            if isinstance(tensor, torch.Tensor) and (interval := self.interval_of(tensor)):
+            if isinstance(tensor, torch.Tensor) and (interval := self.storage_interval(tensor)):
                 interval.name = name
                 size = interval.end - interval.start
-                interval.shadow = interval.shadow or Shadow.of(size, min(tensor.itemsize, 8), written=True)
-        memory.hold([interval for _, interval in self._known.values()])
+                interval.shadow = interval.shadow or Shadow.allocate(size, min(tensor.itemsize, 8), written=True)
+        memory.hold([interval for _, interval in self._storages.values()])
 
 
 def load_or_poison(self: TritonSemantic[Any], ptr: Any, mask: Any, other: Any, *options: Any) -> Any:
@@ -140,11 +140,11 @@ def first_fitting(self: Autotuner, kwargs: dict[str, Any]) -> list[triton.Config
     """In place of Autotuner.prune_configs, so that none is timed: the first that compiles and fits the GPU."""
     configs: list[triton.Config] = PRUNE(self, kwargs)
     for config in configs:
-        given = kwargs | config.all_kwargs() | {"warmup": True}
+        options = kwargs | config.all_kwargs() | {"warmup": True}
         if config.pre_hook:
-            config.pre_hook(self.nargs | given)
+            config.pre_hook(self.nargs | options)
         try:
-            self.fn.run(*self.nargs.values(), **given)._init_handles()
+            self.fn.run(*self.nargs.values(), **options)._init_handles()
         except (OutOfResources, CompileTimeAssertionFailure):
             continue
         return [config]
@@ -170,7 +170,7 @@ class Context(nullcontext[None]):
 
 
 class Stream:
-    """Of launches that are over when they return; an event too, which has no times."""
+    """A stream of launches that are over when they return; also an event, which has no times."""
 
     cuda_stream, device = 0, CUDA
 

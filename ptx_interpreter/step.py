@@ -27,7 +27,7 @@ class Active:
         return np.flatnonzero(self.mask)
 
     @classmethod
-    def of(cls, lanes: Array, count: int) -> Active:
+    def from_lanes(cls, lanes: Array, count: int) -> Active:
         mask = np.zeros(count, bool)
         mask[lanes] = True
         return cls(mask)
@@ -54,7 +54,7 @@ NO_STEP = Step(nothing, lambda active: None)
 
 
 def by_lanes(function: Callable[[Active | None], object]) -> Step:
-    """Of a function that is given the active lanes, or None for all."""
+    """The step of a function that takes the active lanes, or None for all."""
     return Step(partial(function, None), function, pure=False)
 
 
@@ -119,6 +119,6 @@ def makes(opcodes: str, modifiers: str) -> Callable[[Maker], Maker]:
     return register
 
 
-def one_of(i: Instruction, names: str) -> str | None:
+def find_modifier(i: Instruction, names: str) -> str | None:
     """Return the modifier of an instruction that is among these."""
     return next((mod for mod in i.mods if mod in names.split()), None)

@@ -17,7 +17,7 @@ _MOST_PENDING = 1 << 20
 
 @dataclass
 class Traffic:
-    """Of one instruction that accesses memory.
+    """Traffic of an instruction that accesses memory.
 
     `requests`: by warps. `sectors`: of 32 bytes, of global memory; of shared memory cycles, which are as many as a bank
     has different words to serve. `bytes`: what the threads asked for. Of shared memory `least` are the cycles without
@@ -38,7 +38,7 @@ class Traffic:
         self.worst = max(self.worst, other.worst)
 
 
-class Asked(NamedTuple):
+class Requests(NamedTuple):
     """Requests of warps to some memory.
 
     Attributes:
@@ -74,14 +74,14 @@ class Sectors:
         numbers = sectors[new]
         counts = new.sum(1)
         first = np.cumsum(counts) - counts
-        found = np.zeros((len(numbers), 4), np.int64)
-        found[:, 0], found[:, 1] = numbers, 1
-        found[first, 2], found[first, 3] = 1, other.sum(1) * size
-        self._rows.append(found)
-        self._pending += len(found)
+        entries = np.zeros((len(numbers), 4), np.int64)
+        entries[:, 0], entries[:, 1] = numbers, 1
+        entries[first, 2], entries[first, 3] = 1, other.sum(1) * size
+        self._rows.append(entries)
+        self._pending += len(entries)
         if self._pending > _MOST_PENDING:
             self.table()
-        return len(rows), len(found)
+        return len(rows), len(entries)
 
     def table(self) -> Array:
         """[sectors, 4], in the order of their numbers."""
@@ -92,12 +92,12 @@ class Sectors:
         self._rows, self._pending = [table], 0
         return table
 
-    def within(self, start: int, end: int) -> Asked:
-        """What was asked of the addresses [start, end), to whole sectors."""
+    def within(self, start: int, end: int) -> Requests:
+        """Requests to the addresses [start, end), extended to whole sectors."""
         table = self._rows[0] if self._pending == 0 and len(self._rows) == 1 else self.table()
         first, last = np.searchsorted(table[:, 0], (start >> SECTOR_SHIFT, (end - 1 >> SECTOR_SHIFT) + 1))
-        times, requests, asked = (int(n) for n in table[first:last, 1:].sum(0))
-        return Asked(requests, asked, times, int(last - first))
+        times, requests, byte_count = (int(n) for n in table[first:last, 1:].sum(0))
+        return Requests(requests, byte_count, times, int(last - first))
 
 
 def by_warp(active: Active | None, values: Array) -> Array:
@@ -111,7 +111,10 @@ def by_warp(active: Active | None, values: Array) -> Array:
 
 
 def cycles(active: Active | None, addresses: Array, size: int) -> Traffic:
-    """Of shared memory. The words of a warp are served at once, those of 8 and 16 bytes by halves and quarters."""
+    """Traffic of shared memory.
+
+    The words of a warp are served at once, those of 8 and 16 bytes by halves and quarters.
+    """
     words = by_warp(active, addresses >> 2)
     each = max(1, size // 4)
     parts = words.reshape(-1, WARP // each)

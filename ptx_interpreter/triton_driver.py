@@ -21,7 +21,7 @@ from ptx_interpreter.types import WARP
 
 THREADS = 1024
 FORMATS = {"fp32": "f4", "fp64": "f8", "i1": "i1", "u1": "u1"}
-"""Of scalar arguments, as numpy calls them; integers are those of their bits."""
+"""numpy's names of the types of scalar arguments; integers are those of their bits."""
 DESCRIPTOR = re.compile(r"tensordesc<([^[>]*)\[")
 
 
@@ -53,7 +53,7 @@ class Driver:
         self, capability: int, multiprocessors: int | None = None, gpu: Gpu | None = None, **options: bool
     ) -> None:
         self.target = GPUTarget("cuda", capability, WARP)
-        self.gpu = gpu or next(known for known in GPUS.values() if known.capability == capability)
+        self.gpu = gpu or next(candidate for candidate in GPUS.values() if candidate.capability == capability)
         self.multiprocessors = multiprocessors or self.gpu.multiprocessors
         self.utils = self
         self.launches = 0
@@ -111,9 +111,9 @@ class Driver:
         if metadata.global_scratch_size or getattr(metadata, "tensordesc_meta", None):
             raise Unsupported(f"{metadata.name}: tensor descriptors in memory (TMA); --sm 80 compiles them to pointers")
 
-        def run(x: int, y: int, z: int, stream: int, kernel: Kernel, *given: Any) -> None:
+        def run(x: int, y: int, z: int, stream: int, kernel: Kernel, *launch_arguments: Any) -> None:
             # Metadata and the hooks of whoever watches come first.
-            arguments = list(flat(signature, given[4:]))
+            arguments = list(flat(signature, launch_arguments[4:]))
             # Kernels have two more, of scratch memory that none of them uses.
             params = bytearray(kernel.param_bytes)
             values = [part for _, kind, value in arguments for part in packed(kind, value)]
@@ -152,10 +152,10 @@ def flat(signature: Iterable[tuple[str, Any]], values: Iterable[Any]) -> Iterato
 
 def packed(kind: str, value: Any) -> list[bytes]:
     """An argument of Triton's type `kind`, as its kernel takes it: one parameter, or those of a tensor descriptor."""
-    if found := DESCRIPTOR.match(kind):
+    if match := DESCRIPTOR.match(kind):
         sizes, strides = list(value.shape), list(value.strides)
         flags = [value.padding == "nan", *([value.round_f32_to_tf32] if hasattr(value, "round_f32_to_tf32") else [])]
-        kinds = ["*" + found[1], *["i64"] * 2 * len(sizes), *["i1"] * len(flags), *["i32"] * len(sizes)]
+        kinds = ["*" + match[1], *["i64"] * 2 * len(sizes), *["i1"] * len(flags), *["i32"] * len(sizes)]
         kinds += ["i64"] * len(sizes)
         values = [value.base, *sizes, *strides, *flags, *sizes, *strides]
         return [part for each in zip(kinds, values, strict=True) for part in packed(*each)]

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-"""Of one value per lane, unless said otherwise."""
+"""An array of one value per lane, unless noted otherwise."""
 Value = Any
-"""What an operand is: an `Array`, or one numpy number that holds for all lanes."""
+"""An operand: an `Array`, or one numpy number for all lanes."""
 
 WARP = 32
 
@@ -39,12 +39,12 @@ class Unsupported(NotImplementedError):
     """PTX that the interpreter doesn't know; the message names it, and where it stands."""
 
 
-def type_of(modifiers: Iterable[str]) -> str:
+def last_type(modifiers: Iterable[str]) -> str:
     """The last modifier that names a type."""
-    found = [mod for mod in modifiers if mod in DTYPES]
-    if not found:
+    kinds = [mod for mod in modifiers if mod in DTYPES]
+    if not kinds:
         raise Unsupported("an instruction without a type")
-    return found[-1]
+    return kinds[-1]
 
 
 def unsigned(size: int) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Access:
-    """What an instruction does to memory, `size` bytes a lane.
+    """The access of an instruction to memory, `size` bytes a lane.
 
     `together`: the lanes of a warp read as one. `arriving`: the written value is there after a wait.
     `atomic`: the order of an access that is.
@@ -45,7 +45,10 @@ class Access:
 
 
 class Watch:
-    """Of one machine. Checks return which of the accesses may be made: a mask over the active lanes, None for all."""
+    """The checks of a machine.
+
+    They return the accesses that may be made: a mask over the active lanes, None for all.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -63,8 +66,8 @@ class Watch:
 
     def _count_global(self, access: Access, active: Active | None, addresses: Array) -> None:
         report = self.machine.report
-        asked = report.stores if access.write else report.loads
-        requests, sectors = asked.add(by_warp(active, addresses), access.size)
+        sectors_table = report.stores if access.write else report.loads
+        requests, sectors = sectors_table.add(by_warp(active, addresses), access.size)
         access.traffic.add(Traffic(requests, sectors, len(addresses) * access.size))
 
     # --- global memory -------------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ class Watch:
 
     def watch_shared(self, access: Access, places: Array, stamps: Array, lanes: Array) -> None:
         shared = self.machine.shared
-        cells, each = shared.cells_of(places, access.size)
+        cells, each = shared.cells_at(places, access.size)
         if each > 1:
             stamps = np.repeat(stamps, each)
 
@@ -200,16 +203,16 @@ class Watch:
 
         def race(before: Array, verb: str) -> None:
             if (which := sm.conflicts(before, stamps)) is not None:
-                other = sm.thread_of(int(before[which[0]]))
+                other = sm.stamp_thread(int(before[which[0]]))
                 blame("race", which, f"thread {other} {verb} it and no barrier came between")
 
-        writer, state_of = shared.writer.take(cells, mode="clip"), shared.state.take(cells, mode="clip")
+        writer, cell_states = shared.writer.take(cells, mode="clip"), shared.state.take(cells, mode="clip")
         # Atomics don't race with each other.
-        race(np.where(state_of == sm.BY_ATOMIC, stamps, writer) if access.atomic else writer, "wrote")
-        if access.reads and (state_of != sm.WRITTEN).any():
-            if len(which := np.flatnonzero(state_of == sm.UNWRITTEN)):
+        race(np.where(cell_states == sm.BY_ATOMIC, stamps, writer) if access.atomic else writer, "wrote")
+        if access.reads and (cell_states != sm.WRITTEN).any():
+            if len(which := np.flatnonzero(cell_states == sm.UNWRITTEN)):
                 blame("uninitialised", which, "nobody has written it")
-            if len(which := np.flatnonzero(state_of == sm.ON_ITS_WAY)):
+            if len(which := np.flatnonzero(cell_states == sm.ON_ITS_WAY)):
                 blame("not waited for", which, "cp.async has yet to fill it")
         if access.write:
             race(shared.reader.take(cells, mode="clip"), "read")
@@ -218,7 +221,7 @@ class Watch:
             state = sm.BY_ATOMIC if access.atomic else sm.ON_ITS_WAY if access.arriving else sm.WRITTEN
             self.collided = shared.note_write(cells, stamps, state) and not access.atomic
         else:
-            shared.note_read(cells, sm.of_whole_warp(stamps) if access.together else stamps)
+            shared.note_read(cells, sm.warp_stamps(stamps) if access.together else stamps)
 
     def _lanes(self, active: Active | None) -> Array:
         return self.machine.all_lanes if active is None else active.lanes

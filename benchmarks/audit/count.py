@@ -27,7 +27,7 @@ from benchmarks.operation import Draw
 from benchmarks.shapes import parse_shape
 from ptx_interpreter import Report
 from ptx_interpreter.runtime import Launches
-from ptx_interpreter.traffic import Asked, Sectors
+from ptx_interpreter.traffic import Requests, Sectors
 
 TRITON = "triton"
 Buffers = Mapping[str, Sequence[tuple[int, int]]]
@@ -50,7 +50,7 @@ def served(arch: str, library: str) -> Iterator[list[Report]]:
     from ptx_interpreter.triton_driver import Driver
 
     kernels.interpret()
-    tuning.gpu_of = lambda tensor: ("", capability)
+    tuning.find_gpu = lambda tensor: ("", capability)
     driver = Driver(capability, watch=False)
     driver.reports = reports
     with driver, evakernels.use_backend("triton"):
@@ -93,7 +93,7 @@ def launch_of(report: Report, buffers: Buffers) -> Launch:
     """The counts of a report. A buffer may be several tensors; accesses outside of all are `REST`."""
     barriers = sum(
         report.warps[block.number]
-        for block in report.of.parsed.blocks
+        for block in report.entry.parsed.blocks
         for i in block.instructions
         if i.op == "bar" and "warp" not in i.mods
     )
@@ -109,7 +109,7 @@ def launch_of(report: Report, buffers: Buffers) -> Launch:
 
 
 def _count_lines(report: Report) -> list[Line]:
-    body = report.of.parsed
+    body = report.entry.parsed
     lines: dict[str, Line] = {}
     for block in body.blocks:
         for i in block.instructions:
@@ -122,10 +122,10 @@ def _count_lines(report: Report) -> list[Line]:
     return [line for line in lines.values() if any(line.warps.values())]
 
 
-def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Asked]:
+def _traffic(sectors: Sectors, buffers: Buffers) -> dict[str, Requests]:
     result = {name: add_up(sectors.within(*span) for span in spans) for name, spans in buffers.items()}
     rest = zip(sectors.within(0, 1 << 62), add_up(result.values()), strict=True)
-    result[REST] = Asked(*(total - known for total, known in rest))
+    result[REST] = Requests(*(total - known for total, known in rest))
     return {name: asked for name, asked in result.items() if asked.sectors}
 
 

@@ -5,16 +5,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ptx_interpreter import Traffic
-from ptx_interpreter.traffic import SECTOR, Asked
+from ptx_interpreter.traffic import SECTOR, Requests
 
 _STREAMED = 4
 REST = "the rest"
 """Buffers unknown to the caller: statistics, and values between kernels."""
 
 
-def add_up(several: Iterable[Asked]) -> Asked:
+def add_up(several: Iterable[Requests]) -> Requests:
     """Return the sums of several requests."""
-    return Asked(*map(sum, zip(*several, strict=True)))
+    return Requests(*map(sum, zip(*several, strict=True)))
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Launch:
     kernel: str
     barriers: float
     lines: tuple[Line, ...]
-    loads: Mapping[str, Asked]
-    stores: Mapping[str, Asked]
+    loads: Mapping[str, Requests]
+    stores: Mapping[str, Requests]
 
     @property
     def total(self) -> Line:
@@ -126,7 +126,7 @@ class Count:
         """The worst conflict in the banks of shared memory; 1 is none, 0 no shared memory."""
         return max((launch.total.shared.worst for launch in self.launches), default=0)
 
-    def _requests(self, large: bool, directions: tuple[str, ...] = ("loads", "stores")) -> list[Asked]:
+    def _requests(self, large: bool, directions: tuple[str, ...] = ("loads", "stores")) -> list[Requests]:
         """Requests to the large buffers, or to the others."""
         streamed = self.streamed
         return [

@@ -281,7 +281,7 @@ class VisionTower(Tower):
         count, batch = images.patches.shape[0], images.sizes.shape[0]  # len would fix the batch of a program
         prefix = self.config.prefix_tokens
         total = count + prefix * batch
-        packing = Packing.of_lengths(images.lengths + prefix, total, images.max_length + prefix)
+        packing = Packing.from_lengths(images.lengths + prefix, total, images.max_length + prefix)
         # Row r of image b is patch r - b P, but for the image's last P rows.
         samples, rows = packing.samples(), torch.arange(total, device=images.lengths.device)
         from_end = packing.cu_seqlens[samples + 1] - 1 - rows

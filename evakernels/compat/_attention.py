@@ -24,10 +24,10 @@ def check_options(function: str, **options: Any) -> None:
     for name, value in options.items():
         is_accepted, accepted = _ACCEPTED[name]
         if not is_accepted(value):
-            given = _check.kind(value) if isinstance(value, Tensor) else repr(value)
-            raise NotImplementedError(f"{function}: {name} must be {accepted}, got {given}")
+            description = _check.kind(value) if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{function}: {name} must be {accepted}, got {description}")
 
 
-def refuse_lengths(function: str, given: str) -> None:
+def refuse_lengths(function: str, lengths: str) -> None:
     """Raises if keys have other sequence lengths than queries."""
-    raise NotImplementedError(f"{function}: keys must have the queries' sequence lengths, got {given}")
+    raise NotImplementedError(f"{function}: keys must have the queries' sequence lengths, got {lengths}")

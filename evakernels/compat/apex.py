@@ -145,8 +145,8 @@ class _ApexOptimizer(DeviceOptimizer):
         super().check_options(options)
         for option, (accepted, replacement) in _ACCEPTED.items():
             if bool(options.get(option, accepted)) != accepted:
-                given = f"{type(self).__name__}: {option} must be {accepted}, got {options[option]}"
-                raise ValueError(f"{given}: {replacement}")
+                message = f"{type(self).__name__}: {option} must be {accepted}, got {options[option]}"
+                raise ValueError(f"{message}: {replacement}")
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Sets gradients to None, or to zero if `set_grad_none` is False."""
@@ -168,7 +168,7 @@ class _ApexOptimizer(DeviceOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of apex's class or of this one."""
         groups = [dict(group) for group in state_dict["param_groups"]]
-        state = {i: dict(of_param) for i, of_param in state_dict["state"].items()}
+        state = {i: dict(param_state) for i, param_state in state_dict["state"].items()}
         for group in groups:
             step = float(group.pop("step", 0))
             for i in group["params"]:

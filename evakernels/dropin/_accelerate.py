@@ -20,7 +20,7 @@ from ._comparison import Comparisons, Verdict
 from ._fused import CHANGED, ROLES
 from ._replacement import Replacement, explain_no_backend
 from ._report import Left, Replaced, Report
-from ._swap import original_class_of
+from ._swap import find_original_class
 
 Patterns = str | Iterable[str]
 
@@ -76,7 +76,7 @@ def accelerate(
     if freeze:
         frozen.check(model)
     transformers.prepare()
-    named = [(name, module, original_class_of(module)) for name, module in model.named_modules()]
+    named = [(name, module, find_original_class(module)) for name, module in model.named_modules()]
     plan = _Plan(force)
     modules = [(name, cls.__name__) for name, _, cls in named]
     if include is not None:
@@ -84,7 +84,7 @@ def accelerate(
         plan.include = _check_patterns("include", include, supported)
     if exclude is not None:
         plan.exclude = _check_patterns("exclude", exclude, modules)
-    report = Report.of(model)
+    report = Report.from_model(model)
     plan.holders = {name: cls for name, _, cls in named}
     plan.verify_roles(named)
     plan.refused = timm.find_other_layouts(model)
@@ -101,7 +101,7 @@ def accelerate(
             if strict:
                 raise RuntimeError(f"accelerate: {message}")
             warnings.warn(message, ChangedModuleWarning, stacklevel=2)
-        _set_classes([(module, cls) for module, cls in plan.classes.items() if cls is not _swap.own_class(module)])
+        _set_classes([(module, cls) for module, cls in plan.classes.items() if cls is not _swap.module_class(module)])
     except BaseException:
         _mark(model, previous)
         raise
@@ -117,7 +117,7 @@ def restore(model: nn.Module) -> int:
     """
     _check("restore", model)
     swapped = [module for module in model.modules() if _is_swapped(module)]
-    _set_classes([(module, original_class_of(module)) for module in swapped])
+    _set_classes([(module, find_original_class(module)) for module in swapped])
     _mark(model, ())
     transformers.release()
     frozen.unfreeze(model)
@@ -146,7 +146,7 @@ def _set_classes(classes: list[tuple[nn.Module, type]]) -> None:
 
 
 def _is_swapped(module: nn.Module) -> bool:
-    return _swap.original_class(_swap.own_class(module)) is not None
+    return _swap.original_class(_swap.module_class(module)) is not None
 
 
 def _check(function: str, model: object) -> None:
@@ -170,21 +170,21 @@ def _holders(name: str) -> list[str]:
 
 def _check_patterns(argument: str, patterns: Patterns, modules: list[tuple[str, str]]) -> list[str]:
     """The patterns as a list; each must match one of the modules, pairs of dotted name and class name."""
-    found = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
-    for pattern in found:
+    pattern_list = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
+    for pattern in pattern_list:
         if not isinstance(pattern, str):
             raise TypeError(
                 f"accelerate: {argument} must be patterns of names and classes, each a str, got {pattern!r}"
             )
         if not any(_matches([pattern], *module) for module in modules):
-            known = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name, _ in modules} | {cls for _, cls in modules}
-            near = nearest(pattern, sorted(known - {""})) or sorted({cls for _, cls in modules})
+            choices = {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name, _ in modules} | {cls for _, cls in modules}
+            near = nearest(pattern, sorted(choices - {""})) or sorted({cls for _, cls in modules})
             accepted = "the name or class of a module" + (" that is supported" if argument == "include" else "")
             raise ValueError(
                 f"accelerate: {argument} must match {accepted}, such as {', '.join(near)}, got {pattern!r}; `*` stands "
                 "for any characters"
             )
-    return found
+    return pattern_list
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _find(name: str) -> Any:
     return getattr(sys.modules.get(file), cls, None)
 
 
-def _library_of(cls: type) -> str:
+def _library_name(cls: type) -> str:
     """Name and version of the package that a class is of."""
     package = cls.__module__.partition(".")[0]
     try:
@@ -266,8 +266,8 @@ class _Plan:
 
     def verify_roles(self, modules: list[tuple[str, nn.Module, type]]) -> None:
         """Finds the modules that behave differently from the role of their class."""
-        known = {_find(r.target): r for r in _REPLACEMENTS if r.role}
-        roles = {cls: known[cls] for *_, cls in modules if cls in known}
+        replacements = {_find(r.target): r for r in _REPLACEMENTS if r.role}
+        roles = {cls: replacements[cls] for *_, cls in modules if cls in replacements}
         for _, module, cls in modules:
             if cls not in roles or "forward" in module.__dict__ or roles[cls].reason(module) is not None:
                 continue
@@ -282,11 +282,11 @@ class _Plan:
         return entry
 
     def _choose(self, name: str, module: nn.Module, cls: type) -> tuple[Replaced | Left | None, type]:
-        current, candidates = _swap.own_class(module), self.candidates(module, cls)
+        current, candidates = _swap.module_class(module), self.candidates(module, cls)
         if not candidates:
             if module not in self.changed_roles:
                 return None, current
-            return Left(name, cls.__name__, self.changed_roles[module], _library_of(cls)), current
+            return Left(name, cls.__name__, self.changed_roles[module], _library_name(cls)), current
         if _matches(self.exclude, name, cls.__name__):
             return Left(name, cls.__name__, "excluded"), cls
         included = self.include is None or _matches(self.include, name, cls.__name__)
@@ -303,9 +303,9 @@ class _Plan:
                 backend = replacement.backend(module, forced)
                 if backend is None:
                     return Left(name, cls.__name__, explain_no_backend(module, forced)), new
-                return Replaced(name, cls.__name__, replacement.op_of(module), backend), new
+                return Replaced(name, cls.__name__, replacement.op_name(module), backend), new
             changed = match is _Match.NAMED and verdict.difference is not None
-            refusals.append(Left(name, cls.__name__, reason, _library_of(cls) if changed else ""))
+            refusals.append(Left(name, cls.__name__, reason, _library_name(cls) if changed else ""))
         named = [left for left, (_, match) in zip(refusals, candidates, strict=True) if match is not _Match.SIMILAR]
         return (named[0] if named else None), cls
 

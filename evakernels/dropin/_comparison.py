@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from ._dispatch import ALWAYS, NEVER
 from ._replacement import Call, Replacement, draw
-from ._swap import AcceleratedModule, original_class_of, parameters_of, replacement_class
+from ._swap import AcceleratedModule, find_original_class, list_parameters, replacement_class
 
 TOKENS = 12
 """Tokens of each of two samples."""
@@ -72,13 +72,13 @@ def narrow(module: nn.Module, omitted: set[nn.Module], dimensions: dict[int, int
     """
     left_out = {part for module in omitted for part in module.modules()}
     parts = [part for part in module.modules() if part not in left_out]
-    width, small, heads = width_of(module), CHANNELS, {}
+    width, small, heads = input_width(module), CHANNELS, {}
     for part in parts:
         count, shared = getattr(part, "num_heads", None), getattr(part, "num_kv_heads", None)
         count = getattr(part, "num_attention_heads", None) if count is None else count
         if type(count) is int and count > 0:
             shared = shared if type(shared) is int and shared > 0 else count
-            channels = width_of(part) // count
+            channels = input_width(part) // count
             width, small, heads = channels * shared, channels * 2, {count: count // shared * 2, shared: 2}
             break
     if width <= small:
@@ -103,7 +103,7 @@ def narrow(module: nn.Module, omitted: set[nn.Module], dimensions: dict[int, int
     return Sizes() if any(dimensions.keys() & {*buffer.shape} for buffer in integers) else Sizes(dimensions, heads)
 
 
-def width_of(module: nn.Module) -> int:
+def input_width(module: nn.Module) -> int:
     """Returns the channels of a module's input, read from its own matrix, its first layer or its first parameter."""
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 2:
@@ -188,11 +188,11 @@ def _compare_on_copies(
 ) -> Verdict:
     def compare(seeded: bool) -> Verdict:
         try:
-            own, new = copies.pair(module, classes)
-            for copied in (own, new):
+            original, replaced = copies.pair(module, classes)
+            for copied in (original, replaced):
                 vars(copied).update(replacement.settings)
-            new.__class__ = replacement_class(type(new), replacement.forward)
-            return _compare(own, new, replacement, seeded)
+            replaced.__class__ = replacement_class(type(replaced), replacement.forward)
+            return _compare(original, replaced, replacement, seeded)
         except Exception as error:
             return Verdict(f"no comparison can be made: {_line(error)}")
 
@@ -255,7 +255,7 @@ class _Copies:
             for name, child in module._modules.items()
             if child is not None and child not in self.omitted and child is not self.stem
         ]
-        return original_class_of(module), classes.get(module), tuple(tensors), tuple(attributes), tuple(children)
+        return find_original_class(module), classes.get(module), tuple(tensors), tuple(attributes), tuple(children)
 
     def pair(self, module: nn.Module, classes: dict[nn.Module, type]) -> tuple[Any, Any]:
         """A copy with original classes, and one with the given classes by their originals."""
@@ -266,7 +266,7 @@ class _Copies:
     def _copy(self, module: nn.Module, classes: dict[nn.Module, type], copies: dict[nn.Module, Any]) -> Any:
         if module in copies:
             return copies[module]
-        cls: Any = classes.get(module) or original_class_of(module)
+        cls: Any = classes.get(module) or find_original_class(module)
         copied = copies[module] = cls.__new__(cls)
         nn.Module.__init__(copied)
         for name, value in vars(module).items():
@@ -342,13 +342,13 @@ class _Copies:
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _compare(own: Any, new: Any, replacement: Replacement, seeded: bool) -> Verdict:
+def _compare(original: Any, replaced: Any, replacement: Replacement, seeded: bool) -> Verdict:
     """Compares the copies; with random numbers of a fixed seed, or up to the first random number that is drawn."""
-    methods = (getattr(type(module), replacement.forward.method) for module in (own, new))
-    signature = inspect.Signature(parameters_of(*methods))
+    methods = (getattr(type(module), replacement.forward.method) for module in (original, replaced))
+    signature = inspect.Signature(list_parameters(*methods))
     try:
-        x = draw(2, TOKENS, width_of(own)).requires_grad_()
-        calls = [bound for call in replacement.calls(own, x) if (bound := _bind(signature, call))]
+        x = draw(2, TOKENS, input_width(original)).requires_grad_()
+        calls = [bound for call in replacement.calls(original, x) if (bound := _bind(signature, call))]
     except Exception as error:
         return Verdict(f"no input can be made: {_line(error)}")
     if not calls:
@@ -361,10 +361,10 @@ def _compare(own: Any, new: Any, replacement: Replacement, seeded: bool) -> Verd
         for mode in _MODES if number == 0 else _MODES[:1] if replacement.tower else _MODES[:2]:
             call = by_name if mode.training else by_position
             if mode.dtype != torch.float32:
-                own.to(mode.dtype), new.to(mode.dtype)
+                original.to(mode.dtype), replaced.to(mode.dtype)
                 call = _cast(call, mode.dtype)
             try:
-                expected = _run(own, call, mode, replacement, seeded)
+                expected = _run(original, call, mode, replacement, seeded)
             except Exception as error:
                 if number == 0 and mode is _MODES[0]:
                     return Verdict(f"its own code raises {_line(error)}")
@@ -374,16 +374,16 @@ def _compare(own: Any, new: Any, replacement: Replacement, seeded: bool) -> Verd
             if not replacement.target:
                 del expected["input"]  # a fused step has no use for its child's input
             for forced in (ALWAYS, NEVER) if mode.unfused and not replacement.tower else (ALWAYS,):
-                _force(new, forced)
+                _force(replaced, forced)
                 try:
-                    actual = _run(new, call, mode, replacement, seeded)
+                    actual = _run(replaced, call, mode, replacement, seeded)
                 except Exception as error:
                     return Verdict(f"its replacement raises {_line(error)}{mode.where}")
                 for part, theirs in expected.items():
                     if not _is_close(actual[part], theirs, mode.tolerance):
                         return Verdict(f"its {part} {'differ' if part.endswith('s') else 'differs'}{mode.where}")
             tried |= bound.arguments.keys()
-        own.float(), new.float()
+        original.float(), replaced.float()
     return Verdict(None, frozenset(tried))
 
 
@@ -483,8 +483,8 @@ def _gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     terms = [(v.float() * draw(*v.shape, seed=2).abs()).sum() for v in outputs if v.requires_grad]
     if not terms:
         return []
-    found = torch.autograd.grad(torch.stack(terms).sum(), inputs, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)]
+    gradients = torch.autograd.grad(torch.stack(terms).sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, gradients, strict=True)]
 
 
 def _is_close(actual: list[Any], expected: list[Any], tolerance: float) -> bool:

@@ -25,22 +25,22 @@ CHANGED = "_evakernels_changed"
 
 def role(module: Any) -> str | None:
     """The module's role, or None for a class without one, a module with hooks, its own forward or other behaviour."""
-    found = role_of(type(module))
-    return None if found is None or CHANGED in module.__dict__ or is_observed(module) else found
+    name = class_role(type(module))
+    return None if name is None or CHANGED in module.__dict__ or is_observed(module) else name
 
 
-def role_of(cls: type) -> str | None:
+def class_role(cls: type) -> str | None:
     """The role of a class, or of the class that it replaces."""
     return ROLES.get(cls) or ROLES.get(original_class(cls) or cls)
 
 
 def may_drop(module: Any) -> bool:
     """Whether a dropout or stochastic depth module may change its input; True for a module without such a role."""
-    known = role(module)
-    if known in ("dropout", "drop_path"):
-        rate: float = module.p if known == "dropout" else module.drop_prob
+    name = role(module)
+    if name in ("dropout", "drop_path"):
+        rate: float = module.p if name == "dropout" else module.drop_prob
         return module.training and rate > 0
-    return known != "identity"
+    return name != "identity"
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def _factor(scale: Any) -> Any:
     """The factor of each channel, None without a layer scale, `_UNREADABLE` where the module has to be called."""
     if scale is None or isinstance(scale, Tensor):
         return scale
-    known = role(scale)
-    if known == "identity":
+    name = role(scale)
+    if name == "identity":
         return None
-    return getattr(scale, "gamma", getattr(scale, "lambda1", _UNREADABLE)) if known == "layer_scale" else _UNREADABLE
+    return getattr(scale, "gamma", getattr(scale, "lambda1", _UNREADABLE)) if name == "layer_scale" else _UNREADABLE
 
 
 def _fits(residual: Tensor, branch: Tensor, factor: Tensor | None) -> bool:
@@ -211,10 +211,10 @@ def gated_mlp(
     parameters: tuple[Any, ...] = ()
     if is_normed:
         (product,) = matmul_inputs(x.new_empty(0, weights[0].shape[0]))
-        found = read_child_norm(norm, product)
-        if found is None or found[0] is None:
+        norm_parameters = read_child_norm(norm, product)
+        if norm_parameters is None or norm_parameters[0] is None:
             return None
-        parameters = found
+        parameters = norm_parameters
     arguments: list[Any] = [*weights, last.weight, *biases, last.bias, *parameters]
     return swiglu_mlp(x, *arguments)
 

@@ -57,13 +57,13 @@ def read_mask(mask: Any, x: Tensor, pooled: int | None = None) -> Packing | None
         padding = keys.logical_not().unsqueeze(2)
         matches = [can_pack & ((visible == form) | padding).all() for form in forms]
     # One read, as each waits for the device.
-    found = torch.stack([*matches, *sizes]).tolist()
-    form = next((index for index in range(len(matches)) if found[index]), None)
+    values = torch.stack([*matches, *sizes]).tolist()
+    form = next((index for index in range(len(matches)) if values[index]), None)
     if form is None:
         return None
-    total, longest, *of_blocks = found[len(matches) :]
+    total, longest, *block_sizes = values[len(matches) :]
     if form == 2:
-        longest, count = of_blocks
+        longest, count = block_sizes
         lengths = block_lengths[1 : count + 1]
     rows = None if total == batch * length else torch.nonzero_static(keys.flatten(), size=total).squeeze(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -97,20 +97,20 @@ class Layers:
 
     def unused(self, tower: Any) -> set[nn.Module]:
         """The parts that a comparison on a copy can do without: `other`, and layers that print like an earlier one."""
-        found = {child for name, child in tower.named_children() if name in self.other}
+        parts = {child for name, child in tower.named_children() if name in self.other}
         kinds: set[str] = set()
         for layer in tower._modules.get(self.name) or ():
-            found |= {layer} if repr(layer) in kinds else set()
+            parts |= {layer} if repr(layer) in kinds else set()
             kinds.add(repr(layer))
-        return found
+        return parts
 
-    def reason(self, tower: Any, class_of: Callable[[Any], type] = type) -> str | None:
+    def reason(self, tower: Any, get_class: Callable[[Any], type] = type) -> str | None:
         """Why the layers take no `Packing`, or None; `class_of` returns the classes of modules."""
         layers = tower._modules.get(self.name)
         if not isinstance(layers, nn.Sequential | nn.ModuleList) or not len(layers):
             return "it has no list of layers"
         for layer in layers:
-            attentions = [part for part in layer.modules() if issubclass(class_of(part), self.attention)]
+            attentions = [part for part in layer.modules() if issubclass(get_class(part), self.attention)]
             if not attentions:
                 return f"the attention of its {type(layer).__name__} keeps its own code"
             for attention in attentions:

@@ -16,7 +16,7 @@ from .._modes import is_observed
 from ..nn import FrozenWeight
 from ..nn.linear import is_plain_tensor
 from ._dispatch import DTYPES, is_plain
-from ._fused import role_of
+from ._fused import class_role
 from ._swap import AcceleratedModule
 
 _TOKENWISE = frozenset(
@@ -42,7 +42,7 @@ class Selection:
             return x[:, :1]
         return x[torch.arange(x.shape[0], device=x.device), self.rows].unsqueeze(1)
 
-    def of_mask(self, mask: Tensor, heads: int) -> Tensor:
+    def select_mask_rows(self, mask: Tensor, heads: int) -> Tensor:
         """Returns these tokens' rows of a mask `[N, N]`: `[B * heads, 1, N]`, or `[1, N]` if all samples share them."""
         return mask[:1] if self.rows is None else mask[self.rows].repeat_interleave(heads, 0).unsqueeze(1)
 
@@ -50,10 +50,10 @@ class Selection:
 def view(module: Any, **changes: Any) -> Any:
     """The module with other children or attributes; parameters, buffers, hooks and the rest are shared."""
     children = {name: changes.pop(name) for name in list(changes) if name in module._modules}
-    seen = object.__new__(type(module))
-    seen.__dict__.update(module.__dict__, **changes)
-    seen.__dict__["_modules"] = {**module._modules, **children}
-    return seen
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__, **changes)
+    copy.__dict__["_modules"] = {**module._modules, **children}
+    return copy
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Pooling:
     def unused(self, tower: Any) -> set[nn.Module]:
         """The parts that a comparison on a copy can do without: all blocks but the last, and `other`."""
         *_, blocks = self._path(tower)
-        found = {tower._modules[name] for name in self.other if name in tower._modules}
-        return found | {*list(blocks)[:-1]} if isinstance(blocks, nn.Sequential | nn.ModuleList) else found
+        parts = {tower._modules[name] for name in self.other if name in tower._modules}
+        return parts | {*list(blocks)[:-1]} if isinstance(blocks, nn.Sequential | nn.ModuleList) else parts
 
-    def reason(self, tower: Any, class_of: Callable[[Any], type] = type) -> str | None:
+    def reason(self, tower: Any, get_class: Callable[[Any], type] = type) -> str | None:
         """Why the last block can't return fewer tokens, or None; `class_of` returns the classes of modules."""
         if (more := self.refusal(tower)) is not None:
             return more
@@ -91,12 +91,12 @@ class Pooling:
             return "it has no list of blocks"
         last, norm = blocks[-1], tower._modules[self.norm]
         attention = getattr(last, "attn", None)
-        if not issubclass(class_of(last), AcceleratedModule) or not issubclass(class_of(attention), self.attention):
-            return f"its last block, {class_of(last).__name__}, computes all tokens"
-        strange = [part for part in last.modules() if not _is_tokenwise(class_of(part))]
-        strange += [norm] if role_of(class_of(norm)) not in ("layer_norm", "rms_norm", "identity") else []
+        if not issubclass(get_class(last), AcceleratedModule) or not issubclass(get_class(attention), self.attention):
+            return f"its last block, {get_class(last).__name__}, computes all tokens"
+        strange = [part for part in last.modules() if not _is_tokenwise(get_class(part))]
+        strange += [norm] if class_role(get_class(norm)) not in ("layer_norm", "rms_norm", "identity") else []
         if strange:
-            return f"{class_of(strange[0]).__name__} may need all tokens"
+            return f"{get_class(strange[0]).__name__} may need all tokens"
         other = next((p for p in last.parameters() if not (is_plain_tensor(p) or isinstance(p, FrozenWeight))), None)
         return None if other is None else f"{type(other).__name__} may not split"
 
@@ -126,10 +126,10 @@ class Pooling:
     def shorten(self, tower: Any, selection: Selection, **changes: Any) -> Any:
         """Returns a view of the tower with `changes`. Its last block returns the selected tokens alone."""
         *parts, blocks = self._path(tower)
-        seen = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], selection=selection)})
+        child = view(blocks, **{str(len(blocks) - 1): view(blocks[-1], selection=selection)})
         for part, name in zip(reversed(parts[1:]), reversed(self.path[1:]), strict=True):
-            seen = view(part, **{name: seen})
-        return view(tower, **{self.path[0]: seen}, **changes)
+            child = view(part, **{name: child})
+        return view(tower, **{self.path[0]: child}, **changes)
 
     def _path(self, tower: Any) -> list[Any]:
         """The tower and the modules that lead from it to the list of its blocks."""
@@ -140,8 +140,8 @@ class Pooling:
 
 
 def _is_tokenwise(cls: type) -> bool:
-    known = cls in _TOKENWISE or f"{cls.__module__}.{cls.__qualname__}" in _TOKENWISE_BY_NAME
-    return known or issubclass(cls, AcceleratedModule) or role_of(cls) is not None
+    is_listed = cls in _TOKENWISE or f"{cls.__module__}.{cls.__qualname__}" in _TOKENWISE_BY_NAME
+    return is_listed or issubclass(cls, AcceleratedModule) or class_role(cls) is not None
 
 
 def _dropout(module: nn.Module) -> float:

@@ -75,7 +75,7 @@ class Replacement:
         device, dtype = _place(module)
         if device == "meta":
             return "of its later device"
-        name = self._gate_of(module)
+        name = self._gate_name(module)
         if name == "torch":
             return "torch" if dtype in DTYPES else None
         if name == "linear":
@@ -85,11 +85,11 @@ class Replacement:
             return None
         return "cpu" if device == "cpu" else "cuda or triton"
 
-    def op_of(self, module: Any) -> str:
+    def op_name(self, module: Any) -> str:
         """The op that runs instead of the module's own code, as the report names it."""
-        return self.op or OPS[self._gate_of(module)].removesuffix("_forward")
+        return self.op or OPS[self._gate_name(module)].removesuffix("_forward")
 
-    def _gate_of(self, module: Any) -> str:
+    def _gate_name(self, module: Any) -> str:
         return self.gate if isinstance(self.gate, str) else self.gate(module)
 
 

@@ -45,7 +45,7 @@ class Report:
     attentions: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Report":
+    def from_model(cls, model: nn.Module) -> "Report":
         """An empty report on a model."""
         blocks = _find_blocks(model)
         return cls(blocks=blocks, attentions=_find_attentions(model, blocks))
@@ -95,12 +95,12 @@ def _find_blocks(model: nn.Module) -> list[str]:
         last = name.rpartition(".")[2].lower()
         if "attn" in last or "attention" in last or "attention" in type(module).__name__.lower():
             attending.update(_prefixes(name))
-    found: dict[str, None] = {}
+    blocks: dict[str, None] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(path in found for path in _prefixes(name)):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(path in blocks for path in _prefixes(name)):
             members = [f"{name}.{key}" if name else key for key, _ in module.named_children()]
-            found |= dict.fromkeys(member for member in members if member in attending)
-    return list(found)
+            blocks |= dict.fromkeys(member for member in members if member in attending)
+    return list(blocks)
 
 
 def _find_attentions(model: nn.Module, blocks: list[str]) -> frozenset[str]:

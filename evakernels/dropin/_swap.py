@@ -54,7 +54,7 @@ class AcceleratedModule(nn.Module):
         return _rebuild, (original, cls.is_forced, cls.__bases__[0], cls.untried, _PROCESS), *reduced[2:]
 
 
-def own_class(module: nn.Module) -> type:
+def module_class(module: nn.Module) -> type:
     """The module's class after the classes that FSDP2 and parametrizations put before it."""
     cls = type(module)
     while _is_wrapper(cls):
@@ -68,10 +68,10 @@ def original_class(cls: type) -> type | None:
     return bases[1] if len(bases) == 2 and issubclass(bases[0], AcceleratedModule) else None
 
 
-def original_class_of(module: nn.Module) -> type:
+def find_original_class(module: nn.Module) -> type:
     """The class that the module has without this package, FSDP2 and parametrizations."""
-    own = own_class(module)
-    return original_class(own) or own
+    cls = module_class(module)
+    return original_class(cls) or cls
 
 
 def replacement_class(
@@ -95,12 +95,12 @@ def _get_class(original: Any, forward: type[AcceleratedModule], forced: bool, un
     members = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {"is_forced": forced, "untried": untried}
     if untried:
-        own, new = (getattr(base, forward.method) for base in (original, forward))
-        members[forward.method] = _guarded(own, new, frozenset(untried))
+        original_method, new_method = (getattr(base, forward.method) for base in (original, forward))
+        members[forward.method] = _guarded(original_method, new_method, frozenset(untried))
     return type(original.__name__, (forward, original), members)
 
 
-def parameters_of(original: Any, replacement: Any) -> list[inspect.Parameter]:
+def list_parameters(original: Any, replacement: Any) -> list[inspect.Parameter]:
     """The parameters of a method without `self`; of its replacement if `*args` hides them."""
     parameters = list(inspect.signature(original).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
@@ -117,27 +117,27 @@ def _untried(original: Any, forward: Any, tried: frozenset[str] | None) -> tuple
     kinds = {parameter.kind for parameter in inspect.signature(new).parameters.values()}
     return tuple(
         parameter.name
-        for parameter in parameters_of(getattr(original, forward.method), new)
+        for parameter in list_parameters(getattr(original, forward.method), new)
         if (parameter.kind not in kinds if parameter.kind in open_ended else parameter.name not in tried)
     )
 
 
-def _guarded(own: Any, new: Any, untried: frozenset[str]) -> Any:
+def _guarded(original: Any, replacement: Any, untried: frozenset[str]) -> Any:
     """A method that calls the new one, or its own if an untried argument differs from its default."""
-    parameters = parameters_of(own, new)
+    parameters = list_parameters(original, replacement)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = [p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
     defaults = {p.name: p.default for p in named if p.name in untried}
-    known = {p.name for p in named} - untried
+    tried = {p.name for p in named} - untried
     takes_any = any(p.kind is p.VAR_KEYWORD and p.name not in untried for p in parameters)
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **options}
-        strange = [name for name in arguments if name in untried or not (name in known or takes_any)]
+        strange = [name for name in arguments if name in untried or not (name in tried or takes_any)]
         other = [n for n in strange if arguments[n] is not defaults.get(n, inspect.Parameter.empty)]
         if len(args) > len(names) or other:
-            return own(self, *args, **options)
-        return new(self, **{name: value for name, value in arguments.items() if name not in strange})
+            return original(self, *args, **options)
+        return replacement(self, **{name: value for name, value in arguments.items() if name not in strange})
 
     return forward
 
@@ -153,15 +153,15 @@ def _behind(current: type, cls: type) -> type:
         return cls
     # transformers' layers put a forward with the one of `current` inside into every subclass, also into FSDP2's.
     left = "__dict__", "__weakref__", "forward"
-    kept = {name: value for name, value in vars(current).items() if name not in left}
+    members = {name: value for name, value in vars(current).items() if name not in left}
     *others, last = current.__bases__
-    return type(current.__name__, (*others, _behind(last, cls)), kept)
+    return type(current.__name__, (*others, _behind(last, cls)), members)
 
 
 def _is_wrapper(cls: type) -> bool:
     """Whether a class was made at run time by FSDP2 or a parametrization, as a subclass of the module's own."""
-    of_fsdp = len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed.")
-    return of_fsdp or (cls.__module__ == _PARAMETRIZE and cls.__name__.startswith("Parametrized"))
+    is_fsdp = len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed.")
+    return is_fsdp or (cls.__module__ == _PARAMETRIZE and cls.__name__.startswith("Parametrized"))
 
 
 _PARAMETRIZE = "torch.nn.utils.parametrize"

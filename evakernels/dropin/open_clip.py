@@ -46,7 +46,7 @@ class ResidualAttentionBlock(AcceleratedModule):
         if self.selection is not None:
             k_x = v_x = queries
             q_x, queries = self.selection(q_x), self.selection(queries)
-            attn_mask = None if attn_mask is None else self.selection.of_mask(attn_mask, self.attn.num_heads)
+            attn_mask = None if attn_mask is None else self.selection.select_mask_rows(attn_mask, self.attn.num_heads)
         branch = self.attention(q_x=queries, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         y, x = add_norm(q_x, branch, self.ln_2, self.ls_1, forced=self.is_forced)
         return add(x, self.mlp(y), self.ls_2)
@@ -101,8 +101,8 @@ def _require_class_token(module: Any) -> str | None:
 def _require_one_token(module: Any) -> str | None:
     """Why a text tower has to compute more tokens than one."""
     pool = getattr(module, "text_pool_type", getattr(module, "pool_type", None))
-    of_class = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
-    read = pool in ("argmax", "last") and not of_class and not getattr(module, "output_tokens", False)
+    pools_class_token = getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False)
+    read = pool in ("argmax", "last") and not pools_class_token and not getattr(module, "output_tokens", False)
     return _require_batch_first(module.transformer) if read else "all of its tokens are read"
 
 
@@ -171,8 +171,8 @@ class PatchDropout(AcceleratedModule):
             return super().forward(x)
         prefix = 1 if self.exclude_first_token else 0
         batch, patches = x.shape[0], x.shape[1] - prefix
-        kept = max(1, int(patches * (1 - self.prob)))
-        keep = torch.randn(batch, patches).topk(kept, dim=-1).indices + prefix
+        count = max(1, int(patches * (1 - self.prob)))
+        keep = torch.randn(batch, patches).topk(count, dim=-1).indices + prefix
         if prefix:
             keep = torch.cat((keep.new_zeros(batch, 1), keep), 1)
         return token_dropout(x, keep.to(x.device))

@@ -143,7 +143,7 @@ class Attention(_Attention):
 
 def find_other_layouts(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """The attentions of another layout than their tower's rotary table, with the reason against a replacement."""
-    found = {}
+    reasons = {}
     for tower in model.modules():
         rope = tower._modules.get("rope")
         if rope is None:
@@ -151,8 +151,8 @@ def find_other_layouts(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
         half = getattr(rope, "rotate_half", "MRope" in type(rope).__name__)
         for part in tower.modules():
             if part is not rope and getattr(part, "rotate_half", half) != half:
-                found[part] = f"its rotate_half is {not half}, unlike its rotary table"
-    return found
+                reasons[part] = f"its rotate_half is {not half}, unlike its rotary table"
+    return reasons
 
 
 class RotaryAttention(_Attention):
@@ -221,8 +221,8 @@ class Block(_Block):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         if self.selection is None and is_tiny(x, self.is_forced):
-            own: Tensor = super().forward(x, *args, **options)
-            return own
+            result: Tensor = super().forward(x, *args, **options)
+            return result
         scales = (self.gamma_1, self.gamma_2) if hasattr(self, "gamma_1") else (self.ls1, self.ls2)
         branch = self._attention()(self.norm1(x), *args, **options)
         y, x = add_norm(self._select(x), branch, self.norm2, scales[0], self.drop_path1, forced=self.is_forced)
@@ -271,11 +271,11 @@ class Tower(AcceleratedModule):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         tower: Any = _POOLING.shorten(self, _pooling.Selection()) if _POOLING.can_shorten(self, x) else self
-        own = super(Tower, tower).forward
+        original_forward = super(Tower, tower).forward
         options = _drop_defaults(attn_mask, is_causal)
         if isinstance(attn_mask, torch.fx.Proxy):  # options that aren't given are proxies, too
-            options = {name: value for name, value in options.items() if name in own.__code__.co_varnames}
-        return own(x, **options)
+            options = {name: value for name, value in options.items() if name in original_forward.__code__.co_varnames}
+        return original_forward(x, **options)
 
 
 def _require_fused(attention: Any) -> str | None:
@@ -308,11 +308,11 @@ class PackedTower(AcceleratedModule):
         patch_valid: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Any:
-        own: Any = super()
+        original: Any = super()
         inputs = patches, patch_coord, patch_valid, attn_mask
         is_padded = self.pools and patch_valid is not None and attn_mask is None
         if not is_padded or not _BLOCKS.can_pack(self, patches):
-            return own.forward_features(*inputs)
+            return original.forward_features(*inputs)
         embeds: dict[str, Any] = self._forward_embeds(*inputs)
         rope = embeds.get("rope_embeds")
         is_fixed = rope is None or (isinstance(rope, Tensor) and not rope.requires_grad)
@@ -320,8 +320,8 @@ class PackedTower(AcceleratedModule):
         packing = read_mask(embeds["attn_mask"], embeds["patches"]) if is_fixed else None
         if packing is not None:
             embeds |= {"patches": packing.pack(embeds["patches"]).unsqueeze(0), "attn_mask": packing}
-        own = super(PackedTower, _pooling.view(self, _forward_embeds=lambda *args, **options: embeds))
-        out = own.forward_features(*inputs)
+        original = super(PackedTower, _pooling.view(self, _forward_embeds=lambda *args, **options: embeds))
+        out = original.forward_features(*inputs)
         if packing is None:
             return out
         if isinstance(out, dict):
@@ -343,8 +343,8 @@ class PatchDropout(AcceleratedModule):
             return super().forward(x)
         prefix = self.num_prefix_tokens
         batch, patches = x.shape[0], x.shape[1] - prefix
-        kept = max(1, int(patches * (1.0 - self.prob)))
-        keep = torch.argsort(torch.randn(batch, patches, device=x.device), dim=-1)[:, :kept]
+        count = max(1, int(patches * (1.0 - self.prob)))
+        keep = torch.argsort(torch.randn(batch, patches, device=x.device), dim=-1)[:, :count]
         if self.ordered:
             keep = keep.sort(dim=-1)[0]
         rows = keep

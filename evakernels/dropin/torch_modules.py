@@ -122,10 +122,10 @@ class MultiheadAttention(AcceleratedModule):
             parts = linear(query, weight, bias).chunk(3, dim=-1)
         else:
             sizes = [self.embed_dim, 2 * self.embed_dim]
-            of_query, of_key = zip(
+            query_part, key_part = zip(
                 weight.split(sizes), (None, None) if bias is None else bias.split(sizes), strict=True
             )
-            parts = linear(query, *of_query), *linear(key, *of_key).chunk(2, dim=-1)
+            parts = linear(query, *query_part), *linear(key, *key_part).chunk(2, dim=-1)
         return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in parts)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -167,7 +167,7 @@ def _require_packed(module: Any) -> str | None:
 
 def _attention_calls(module: Any, x: Tensor) -> list[Call]:
     causal, any_mask = _causal_mask(x.shape[1], x.dtype), draw(x.shape[1], x.shape[1])
-    of_heads = draw(x.shape[0] * module.num_heads, 1, x.shape[1])
+    head_mask = draw(x.shape[0] * module.num_heads, 1, x.shape[1])
     padding = torch.arange(x.shape[1]).expand(x.shape[0], -1) > 8
     plain: dict[str, Any] = {"need_weights": False}
     itself, one, other = (x, x, x), (x[:, :1], x, x), (x, x.flip(1), x)
@@ -176,7 +176,7 @@ def _attention_calls(module: Any, x: Tensor) -> list[Call]:
         (itself, {**plain, "attn_mask": causal, "is_causal": True}),
         (itself, {**plain, "attn_mask": any_mask}),
         (itself, {"average_attn_weights": False}),
-        (one, {"attn_mask": of_heads}),
+        (one, {"attn_mask": head_mask}),
         (other, {"key_padding_mask": padding}),
     ]
 

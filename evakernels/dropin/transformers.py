@@ -304,17 +304,17 @@ class Encoder(AcceleratedModule):
     """Index of a token that the model may pool, so that it must be real."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own: Any = super().forward
+        original_forward: Any = super().forward
         if torch.compiler.is_compiling():
-            return own(*args, **kwargs)
-        first, *names = _names_of(own.__func__)
+            return original_forward(*args, **kwargs)
+        first, *names = _parameter_names(original_forward.__func__)
         arguments = {**dict(zip((first, *names), args, strict=False)), **kwargs}
         x, mask = arguments.pop(first), arguments.pop("attention_mask", None)
         packing = self._pack(x, mask, arguments)
         arguments.pop(_REAL_ENDS, None)
         if packing is None:
-            return own(*args, **kwargs)
-        out = own(**{first: packing.pack(x).unsqueeze(0), "attention_mask": packing}, **arguments)
+            return original_forward(*args, **kwargs)
+        out = original_forward(**{first: packing.pack(x).unsqueeze(0), "attention_mask": packing}, **arguments)
         out.last_hidden_state = packing.unpack(out.last_hidden_state.squeeze(0))
         return out
 
@@ -402,7 +402,7 @@ def _reads_no_padding(cls: type) -> bool:
 
 
 @cache
-def _names_of(forward: Callable[..., Any]) -> list[str]:
+def _parameter_names(forward: Callable[..., Any]) -> list[str]:
     return [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
 
 
@@ -447,7 +447,7 @@ def _encoder_calls(module: Any, x: Tensor) -> list[Call]:
     keys, additive, causal = padded_masks(x)
     options: list[dict[str, Any]] = [{}, {"is_causal": True}, {"use_cache": False}]
     more = {_REAL_ENDS: True} if type(module).__name__ == "CLIPEncoder" else {}
-    names = _names_of(type(module).forward)
+    names = _parameter_names(type(module).forward)
     flags = [name for name in ("output_attentions", "output_hidden_states") if name in names]  # before 4.57
     options += [dict.fromkeys(flags, False)] if flags else []
     cases = zip((keys, causal, additive, keys), options, strict=False)

@@ -51,16 +51,16 @@ class FrozenWeight(Tensor):
         return self
 
     @classmethod
-    def of(cls, weight: Tensor, *, int8: bool = False) -> Self:
+    def prepack(cls, weight: Tensor, *, int8: bool = False) -> Self:
         """Prepacks a dense weight, float32 or bfloat16 `[out, in]`, on a CPU."""
         weight = weight.detach()
         if not int8:
             return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), None, weight.shape, weight.dtype)
         scale = weight.float().abs().amax(1).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
-        return cls._of_codes((weight.float() / scale.unsqueeze(1)).round_().to(torch.int8), scale, weight.dtype)
+        return cls._from_codes((weight.float() / scale.unsqueeze(1)).round_().to(torch.int8), scale, weight.dtype)
 
     @classmethod
-    def _of_codes(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Self:
+    def _from_codes(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Self:
         return cls(torch.ops.onednn.qlinear_prepack(codes.contiguous(), None), scale, codes.shape, dtype)
 
     @property
@@ -77,10 +77,10 @@ class FrozenWeight(Tensor):
         """Splits the weight into parts of these numbers of outputs; the parts are cached."""
         if sizes not in self._pieces:
             if self._scale is None:
-                parts = [FrozenWeight.of(part) for part in self._packed.to_dense().split(sizes)]
+                parts = [FrozenWeight.prepack(part) for part in self._packed.to_dense().split(sizes)]
             else:
                 codes, scales = self._packed.to_dense().t().split(sizes), self._scale.split(sizes)
-                parts = [FrozenWeight._of_codes(*part, self.dtype) for part in zip(codes, scales, strict=True)]
+                parts = [FrozenWeight._from_codes(*part, self.dtype) for part in zip(codes, scales, strict=True)]
             self._pieces[sizes] = tuple(parts)
         return self._pieces[sizes]
 
@@ -216,7 +216,7 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
         if isinstance(weight, FrozenWeight) or is_tied or weight.dtype not in _frozen_dtypes(in_int8):
             continue
         if weight not in frozen:
-            frozen[weight] = nn.Parameter(FrozenWeight.of(weight, int8=in_int8), requires_grad=False)
+            frozen[weight] = nn.Parameter(FrozenWeight.prepack(weight, int8=in_int8), requires_grad=False)
             frozen[weight]._module = ref(module)  # type: ignore[attr-defined]
         module.register_parameter(name.rpartition(".")[2], frozen[weight])
         if _with_dense_weights not in module._state_dict_hooks.values():
@@ -289,8 +289,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Module, name in the model and value of each weight of a linear layer."""
     closed = _parts_of_torch_attention(model)
     for path, module in model.named_modules():
-        of_torch = ("weight",) if type(module).forward is nn.Linear.forward else ()
-        names: tuple[str, ...] = getattr(module, "linear_weights", of_torch)
+        default_names = ("weight",) if type(module).forward is nn.Linear.forward else ()
+        names: tuple[str, ...] = getattr(module, "linear_weights", default_names)
         for name in names if module not in closed else ():
             weight = module._parameters.get(name)
             if weight is not None:

@@ -42,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
         return over_trailing(self, layer_norm, input, self.normalized_shape, *parameters, out_dtype=self.out_dtype)
 
     def extra_repr(self) -> str:
-        return _repr_of(super().extra_repr(), self.out_dtype)
+        return _extend_repr(super().extra_repr(), self.out_dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -76,11 +76,11 @@ class RMSNorm(nn.RMSNorm):
         return over_trailing(self, rms_norm, x, self.normalized_shape, self.weight, out_dtype=self.out_dtype)
 
     def extra_repr(self) -> str:
-        return _repr_of(super().extra_repr(), self.out_dtype)
+        return _extend_repr(super().extra_repr(), self.out_dtype)
 
 
-def _repr_of(of_torch: str, out_dtype: torch.dtype | None) -> str:
-    return of_torch if out_dtype is None else f"{of_torch}, out_dtype={out_dtype}"
+def _extend_repr(text: str, out_dtype: torch.dtype | None) -> str:
+    return text if out_dtype is None else f"{text}, out_dtype={out_dtype}"
 
 
 def over_trailing(

@@ -68,8 +68,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         y = _multiply(x, weight, bias)
         # oneDNN returns a view of rows, which autograd doesn't let an activation change in place.
-        own: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-        return own
+        result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -41,8 +41,8 @@ class PatchDropout(nn.Module):
         token_index = None
         if self.training and self.rate > 0:
             batch, num_patches, _ = patches.shape
-            kept = self.num_kept(num_patches)
-            token_index = sample_token_index(batch, num_patches, kept, device=patches.device)
+            count = self.num_kept(num_patches)
+            token_index = sample_token_index(batch, num_patches, count, device=patches.device)
         return token_dropout(patches, token_index, prefix=prefix, pos_embed=pos_embed), token_index
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ _MAKERS = {"ndarray": "torch.from_numpy", "list": "torch.tensor", "tuple": "torc
 
 def floating(op: str, **tensors: Any) -> None:
     """Raises `TypeError` unless each tensor has a floating-point dtype of the ops."""
-    of_dtype(op, FLOATS, **tensors)
+    dtypes(op, FLOATS, **tensors)
 
 
 def floating_or_none(op: str, **tensors: Any) -> None:
@@ -24,7 +24,7 @@ def floating_or_none(op: str, **tensors: Any) -> None:
     floating(op, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
-def of_dtype(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None:
+def dtypes(op: str, accepted: tuple[torch.dtype, ...], **tensors: Any) -> None:
     """Checks tensors with one of these dtypes."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -94,8 +94,8 @@ def kind(value: Any) -> str:
 def same_device(op: str, **tensors: Tensor | None) -> None:
     """Raises `ValueError` unless all tensors are on one device."""
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
-        raise ValueError(f"{op}: tensors must be on one device, got {found}")
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+        raise ValueError(f"{op}: tensors must be on one device, got {devices}")
 
 
 def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
@@ -163,8 +163,8 @@ def distinct_tokens(op: str, token_index: Tensor, num_tokens: int) -> None:
     """Raises `IndexError` for a row [B, K] that names a token twice, on a CPU; the values are in range."""
     if token_index.device.type != "cpu":
         return
-    seen = torch.zeros(token_index.shape[0], num_tokens, dtype=torch.bool).scatter_(1, token_index, True)
-    distinct = seen.sum(1)
+    marks = torch.zeros(token_index.shape[0], num_tokens, dtype=torch.bool).scatter_(1, token_index, True)
+    distinct = marks.sum(1)
     if bool((distinct < token_index.shape[1]).any()):
         sample = int(distinct.argmin())
         raise IndexError(f"{op}: token_index must be distinct in each sample, got a token twice in sample {sample}")

@@ -51,16 +51,16 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
         raise ValueError(f"{name}: DTensors must be of one mesh, got several")
     cuttable = range(last) if rule.whole_rows(*args.values()) else range(last + 1)
 
-    def of_activations(dimension: int) -> Any:
-        found = (activation.placements[dimension] for activation in activations)
-        return next((Shard(p.dim) for p in found if isinstance(p, Shard) and p.dim in cuttable), Replicate())
+    def activation_placement(dimension: int) -> Any:
+        placements = (activation.placements[dimension] for activation in activations)
+        return next((Shard(p.dim) for p in placements if isinstance(p, Shard) and p.dim in cuttable), Replicate())
 
-    rows = tuple(map(of_activations, range(mesh.ndim)))
+    rows = tuple(map(activation_placement, range(mesh.ndim)))
     samples = tuple(p if p.is_shard(0) else Replicate() for p in rows)
     channels = tuple(Shard(0) if p.is_shard(last) else Replicate() for p in rows)
     sums = tuple(Shard(0) if p.is_shard(last) else Partial() if p.is_shard() else p for p in rows)
 
-    def shard_of(name: str, arg: Any) -> Any:
+    def to_shard(name: str, arg: Any) -> Any:
         if not isinstance(arg, DTensor):
             return arg
         place, gradient = channels, sums
@@ -72,7 +72,7 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
         arg = arg if arg.placements == place else arg.redistribute(mesh, place)
         return arg.to_local(grad_placements=gradient)
 
-    outputs = op(*[shard_of(name, arg) for name, arg in args.items()])
+    outputs = op(*[to_shard(name, arg) for name, arg in args.items()])
     shape = first.shape
     stride = torch.empty(shape, device="meta").stride()
 
@@ -101,7 +101,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def groups_of(tensor: Tensor) -> tuple[Any, ...]:
+def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
     """The process groups over which a tensor is sharded. Raises `TypeError` for a partial DTensor."""
     if not is_sharded(tensor):
         return ()
@@ -111,7 +111,7 @@ def groups_of(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
 
 
-def first_element_of(tensor: Tensor) -> int:
+def first_local_element(tensor: Tensor) -> int:
     """Index of the first local element in the whole tensor.
 
     Raises `TypeError` for a DTensor with shards that aren't ranges of elements: not along the first dimension, or more

@@ -130,7 +130,7 @@ def define(
     sharding: ShardingRule | None = None,
     reasons: backends.Reasons | None = None,
     gpu_reasons: backends.Reasons | None = None,
-    triton_reasons: backends.Reasons = lambda *args, **given: [],
+    triton_reasons: backends.Reasons = lambda *args, **options: [],
     cpu_launcher: _native.Launcher | None = None,
     gpu_launcher: _native.Launcher | None = None,
 ) -> Op:

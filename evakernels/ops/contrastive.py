@@ -118,7 +118,7 @@ def clip_loss(
     if len(image_features):
         row_lse, col_lse, target, *_ = _statistics(inputs, offset, memory_budget)
     else:  # the columns have no logit
-        zero = _zero_of(*inputs)
+        zero = _connected_zero(*inputs)
         row_lse = target = zero.expand(0)
         col_lse = (zero - math.inf).expand(len(text))
     if label_smoothing > 0 and len(row_lse):
@@ -138,11 +138,11 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text, _ = inputs
     fits = len(image) * len(text) * accumulation_dtype(text).itemsize <= memory_budget
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(*inputs, offset, fits and _is_recorded(inputs))
-    return found
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(*inputs, offset, fits and _is_recorded(inputs))
+    return statistics
 
 
-def _zero_of(*inputs: Tensor) -> Tensor:
+def _connected_zero(*inputs: Tensor) -> Tensor:
     """0 with a graph to all inputs, as the backward pass of gathered rows is a collective of all ranks."""
     dtype = accumulation_dtype(inputs[0])  # as the loss of other ranks, with which it is summed
     return torch.stack([x.reshape(-1)[:0].sum(dtype=dtype) for x in inputs]).sum()
@@ -181,7 +181,7 @@ def siglip_sum(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Ten
     """The sum of the sigmoid loss over these images and all texts, unchecked; row i belongs to text offset + i."""
     inputs = image, text, _zero_dim(logit_scale), _zero_dim(logit_bias)
     if len(image) == 0:
-        return _zero_of(*inputs)
+        return _connected_zero(*inputs)
     records = torch.is_grad_enabled()
     loss: Tensor = _siglip_forward(*inputs, offset, [records and x.requires_grad for x in inputs])
     return loss
@@ -196,18 +196,18 @@ class _GlobalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, row_lse: Tensor, col_lse: Tensor, target: Tensor, group: ProcessGroup | None) -> Tensor:
-        of_rows = (row_lse.double() - 2 * target.double()).sum()
-        of_columns, of_rows = logsumexp_of_ranks(col_lse, of_rows, group)
-        ctx.save_for_backward((col_lse - of_columns).exp_().to(col_lse.dtype))
+        row_sum = (row_lse.double() - 2 * target.double()).sum()
+        global_col_lse, row_sum = logsumexp_of_ranks(col_lse, row_sum, group)
+        ctx.save_for_backward((col_lse - global_col_lse).exp_().to(col_lse.dtype))
         ctx.rows, ctx.factor = len(target), dist.get_world_size(group) / (2 * len(col_lse))
-        return ((of_rows + of_columns.sum()) / (2 * len(col_lse))).to(col_lse.dtype)
+        return ((row_sum + global_col_lse.sum()) / (2 * len(col_lse))).to(col_lse.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (share,) = ctx.saved_tensors
         each = ctx.factor * gradient
-        of_rows = each.expand(ctx.rows)
-        return of_rows, each * share, -2 * of_rows, None
+        row_gradient = each.expand(ctx.rows)
+        return row_gradient, each * share, -2 * row_gradient, None
 
 
 def _check_batch(op: str, image: Tensor, text: Tensor, group: ProcessGroup | None) -> None:
@@ -309,12 +309,12 @@ def _siglip_gradient(ctx: Any, dloss: Tensor) -> Any:
 
 def _gpu_reasons(*, image: Tensor | None = None, logits: Tensor | None = None, **_: Any) -> list[str]:
     """Why the compiled GPU kernels don't support these features, or logits that forward saved."""
-    found = []
+    reasons = []
     if image is not None and image.dtype == torch.float32:
-        found.append("float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too")
+        reasons.append("float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too")
     if logits is not None:
-        found.append("saved logits; only Triton's kernel reads them")
-    return found
+        reasons.append("saved logits; only Triton's kernel reads them")
+    return reasons
 
 
 _FEATURES = "Tensor image, Tensor text, Tensor logit_scale"

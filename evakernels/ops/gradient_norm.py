@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import accumulation_dtype
 from . import _check, _tensor_lists
-from ._dtensors import groups_of, local, sum_over
+from ._dtensors import local, shard_groups, sum_over
 
 _PART = 2**17
 """Elements that a CPU sums at a time: over millions of float32 the error reaches the fourth digit."""
@@ -49,9 +49,9 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     dtype, device = accumulation_dtype(*grads), grads[0].device
     alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for grad in grads:
-        own = local(grad)
-        parts = own.reshape(-1).split(_PART) if own.is_cpu and own.numel() > _PART else (own,)
-        alike[grad.device, grad.dtype, groups_of(grad)] += parts
+        shard = local(grad)
+        parts = shard.reshape(-1).split(_PART) if shard.is_cpu and shard.numel() > _PART else (shard,)
+        alike[grad.device, grad.dtype, shard_groups(grad)] += parts
     squares = []
     for (_, _, groups), parts in alike.items():
         norms = torch.stack(torch._foreach_norm(parts, 2, dtype=dtype))

@@ -15,9 +15,9 @@ from ._check import token_range
 from ._op import define, differentiable
 from .rope_attention import (
     check_tables,
-    given_heads,
     gpu_reasons,
     gradients_fake,
+    list_heads,
     refuse_gradients,
     sum_shared_heads,
 )
@@ -118,7 +118,7 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any)
     _check.floating(op, q=q, k=k, v=v)
     q, k, v = matmul_inputs(q, k, v)
     _check.heads(op, "[T, H, D]", q, k, v)
-    _check.of_dtype(op, (torch.int32, torch.int64), cu_seqlens=cu_seqlens)
+    _check.dtypes(op, (torch.int32, torch.int64), cu_seqlens=cu_seqlens)
     _check.same_device(op, q=q, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:  # len would fix a size that a program leaves open
         raise ValueError(f"{op}: cu_seqlens must have shape [B + 1], got {tuple(cu_seqlens.shape)}")
@@ -134,7 +134,7 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: Any)
     if positions is not None:
         if cos is None:
             raise ValueError(f"{op}: positions must be None without cos and sin, got {_check.kind(positions)}")
-        _check.of_dtype(op, (torch.int64,), positions=positions)
+        _check.dtypes(op, (torch.int64,), positions=positions)
         _check.same_device(op, q=q, positions=positions)
         _check.shape(op, "positions", positions, (q.shape[0],), "[T]")
     check_tables(op, q, k, cos, sin)
@@ -170,8 +170,8 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rest: An
 
 
 def _gpu_reasons(*, max_seqlen: int = 0, **tensors: Any) -> list[str]:
-    given = given_heads(tensors)
-    return gpu_reasons(given, min(max_seqlen, len(given[0])), tensors.get("cos")) if given[0].dim() == 3 else []
+    heads = list_heads(tensors)
+    return gpu_reasons(heads, min(max_seqlen, len(heads[0])), tensors.get("cos")) if heads[0].dim() == 3 else []
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

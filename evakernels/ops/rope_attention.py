@@ -160,7 +160,7 @@ def _check_rotation(
     if token_index is not None:
         if cos is None and sin is None:
             raise ValueError(f"{op}: token_index must be None without cos and sin, got {_check.kind(token_index)}")
-        _check.of_dtype(op, (torch.int64,), token_index=token_index)
+        _check.dtypes(op, (torch.int64,), token_index=token_index)
     if cos is not None and q.shape[1] != tokens and (causal or q.shape[1] > num_prefix):
         raise ValueError(
             f"{op}: q must have the tokens of k with cos and sin, or the num_prefix = {num_prefix} first, not causal, "
@@ -181,8 +181,8 @@ def check_tables(
     if cos is None and sin is None:
         return False
     if cos is None or sin is None:
-        given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
-        raise ValueError(f"{op}: {missing} must be a tensor, as {given} is one, got None")
+        present, missing = ("sin", "cos") if cos is None else ("cos", "sin")
+        raise ValueError(f"{op}: {missing} must be a tensor, as {present} is one, got None")
     heads, head_dim = q.shape[-2:]
     if head_dim % 2:
         raise ValueError(f"{op}: head_dim must be even with cos and sin, got {head_dim}")
@@ -226,26 +226,26 @@ def _check_values(
 
 def gpu_reasons(heads: list[Tensor], longest: int, cos: Tensor | None) -> list[str]:
     """Why the GPU kernels don't support sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
-    q, found, head_dim = heads[0], [], heads[0].shape[-1]
+    q, reasons, head_dim = heads[0], [], heads[0].shape[-1]
     if (size := q.shape[-2] * head_dim) > _MAX_GPU_ELEMENTS:
-        found.append(f"tokens of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
+        reasons.append(f"tokens of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
     if cos is not None and (size := cos.shape[-2] * head_dim // 2) > _MAX_GPU_ELEMENTS:
-        found.append(f"a table of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
+        reasons.append(f"a table of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
     if q.dtype == torch.float32:
-        found.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")
+        reasons.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")
     if longest > _MAX_GPU_TOKENS:
-        found.append(f"{longest} tokens; the GPU kernels serve up to {_MAX_GPU_TOKENS}")
+        reasons.append(f"{longest} tokens; the GPU kernels serve up to {_MAX_GPU_TOKENS}")
     if head_dim > _MAX_GPU_HEAD_DIM:
-        found.append(f"head_dim {head_dim}; the GPU kernels serve up to {_MAX_GPU_HEAD_DIM}")
-    return found
+        reasons.append(f"head_dim {head_dim}; the GPU kernels serve up to {_MAX_GPU_HEAD_DIM}")
+    return reasons
 
 
 def _gpu_reasons(**tensors: Any) -> list[str]:
-    given = given_heads(tensors)
-    return gpu_reasons(given, max(x.shape[1] for x in given), tensors.get("cos")) if given[0].dim() == 4 else []
+    heads = list_heads(tensors)
+    return gpu_reasons(heads, max(x.shape[1] for x in heads), tensors.get("cos")) if heads[0].dim() == 4 else []
 
 
-def given_heads(tensors: dict[str, Any]) -> list[Tensor]:
+def list_heads(tensors: dict[str, Any]) -> list[Tensor]:
     """Heads `[..., H, D]` among the arguments of an op, the gradient or the queries first."""
     return [x for name in ("dout", "q", "k", "v", "out") if (x := tensors.get(name)) is not None]
 
@@ -258,11 +258,11 @@ def refuse_gradients(op: str, *tables: Tensor | None) -> None:
 
 def sum_shared_heads(k: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv summed over the query heads that share a head of `k`."""
-    dq, *of_heads = gradients
+    dq, *head_gradients = gradients
     kv_heads, heads = k.shape[-2], dq.shape[-2]
     if kv_heads == heads:
         return gradients
-    dk, dv = (x.reshape(*k.shape[:-1], heads // kv_heads, k.shape[-1]).sum(-2) for x in of_heads)
+    dk, dv = (x.reshape(*k.shape[:-1], heads // kv_heads, k.shape[-1]).sum(-2) for x in head_gradients)
     return dq, dk, dv
 
 

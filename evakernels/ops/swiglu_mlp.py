@@ -144,10 +144,10 @@ def _pack(first: Tensor, second: Tensor, width: int, dtype: torch.dtype) -> Tens
 
 
 def _pack_biases(b1: Tensor | None, b2: Tensor | None, width: int, dtype: torch.dtype) -> Tensor | None:
-    given = b1 if b1 is not None else b2
-    if given is None:
+    bias = b1 if b1 is not None else b2
+    if bias is None:
         return None
-    zeros = torch.zeros_like(given)
+    zeros = torch.zeros_like(bias)
     return _pack(zeros if b1 is None else b1, zeros if b2 is None else b2, width, dtype)
 
 
@@ -221,7 +221,7 @@ def _run_backward(
         dx, dw1, dw2, *others = (x.new_empty(0) for _ in range(7))
         return dx, dw1, dw2, dw3, *others[:2], db3, *others[2:]
     dproduct = linear(dout, _pad(w3, padding, dtype).t())
-    dgate, dup, *of_norm = backends.OPERATORS.swiglu_backward(
+    dgate, dup, *norm_gradients = backends.OPERATORS.swiglu_backward(
         dproduct, *halves, norm[0], mean, rstd, needs_grad[7:], padding
     )
     del dproduct
@@ -234,7 +234,7 @@ def _run_backward(
         d.sum(0)[:hidden] if needed else x.new_empty(0)
         for d, needed in zip((dgate_rows, dup_rows), needs_grad[4:6], strict=True)
     )
-    return dx, dw1, dw2, dw3, db1, db2, db3, *(t[:hidden] for t in of_norm)
+    return dx, dw1, dw2, dw3, db1, db2, db3, *(t[:hidden] for t in norm_gradients)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -273,12 +273,12 @@ def _reasons(op: str, backend: str) -> backends.Reasons:
     """Why `backend` doesn't support the gated product of a call."""
 
     def reasons(*args: Any) -> list[str]:
-        given = backends.by_name(op, args)
-        if "norm_weight" not in given:
+        arguments = backends.by_name(op, args)
+        if "norm_weight" not in arguments:
             return backends.unsupported_reasons("swiglu_forward", backend)
-        product = given["x"].new_empty(0, given["w1"].shape[0])
+        product = arguments["x"].new_empty(0, arguments["w1"].shape[0])
         return backends.unsupported_reasons(
-            "swiglu_forward", backend, product, product, given["norm_weight"], None, 0.0
+            "swiglu_forward", backend, product, product, arguments["norm_weight"], None, 0.0
         )
 
     return reasons

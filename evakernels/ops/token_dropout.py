@@ -83,14 +83,14 @@ def _check_call(patches: Tensor, token_index: Tensor | None, prefix: Tensor | No
     _check.floating(op, patches=patches)
     _check.floating_or_none(op, prefix=prefix, pos_embed=pos_embed)
     if token_index is not None:
-        _check.of_dtype(op, (torch.int64,), token_index=token_index)
+        _check.dtypes(op, (torch.int64,), token_index=token_index)
     if patches.dim() != 3:
         raise ValueError(f"{op}: patches must have shape [B, N, C], got {tuple(patches.shape)}")
     batch, num_tokens, channels = patches.shape
     _check.same_device(op, patches=patches, token_index=token_index, prefix=prefix, pos_embed=pos_embed)
     if token_index is not None:
-        kept = token_index.shape[-1] if token_index.dim() else 0
-        _check.shape(op, "token_index", token_index, (batch, kept), "[B, K]")
+        num_keep = token_index.shape[-1] if token_index.dim() else 0
+        _check.shape(op, "token_index", token_index, (batch, num_keep), "[B, K]")
     num_prefix = 0
     if prefix is not None:
         num_prefix = prefix.shape[0] if prefix.dim() else 0
@@ -120,10 +120,10 @@ def _gradient(ctx: Any, dout: Tensor) -> Any:
     (token_index,) = ctx.saved_tensors
     needs_patches, _, needs_prefix, needs_pos_embed, *_ = ctx.needs_input_grad
     needs_grad = needs_patches and token_index is not None, needs_prefix, needs_pos_embed
-    found = dout[:, :0], dout[:, :0], dout[:, :0]
+    gradients = dout[:, :0], dout[:, :0], dout[:, :0]
     if any(needs_grad):
-        found = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, needs_grad)
-    dpatches, dprefix, dpos_embed = found
+        gradients = _backward(dout, token_index, ctx.num_prefix, ctx.num_tokens, needs_grad)
+    dpatches, dprefix, dpos_embed = gradients
     if token_index is None:
         dpatches = dout[:, ctx.num_prefix :]
     return dpatches, None, dprefix, dpos_embed

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..ops import _check
-from ..ops._dtensors import first_element_of, groups_of, local, sum_over
+from ..ops._dtensors import first_local_element, local, shard_groups, sum_over
 from ..reference import accumulation_dtype
 
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
@@ -54,13 +54,13 @@ class Batch:
         if not any(isinstance(lr, Tensor) for lr in self.lrs):
             return self.lrs  # type: ignore[return-value]
         device = self.params[0].device
-        found = []
+        parts = []
         for _, run in groupby(self.lrs, key=lambda lr: lr.data_ptr() if isinstance(lr, Tensor) else lr):
             lr, *others = run
             if not isinstance(lr, Tensor):
                 lr = torch.full((), lr, device=device)
-            found.append(lr.to(device, torch.float32).expand(1 + len(others)))
-        return torch.cat(found)
+            parts.append(lr.to(device, torch.float32).expand(1 + len(others)))
+        return torch.cat(parts)
 
     def add(self, param: Tensor, number: int, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Adds the parameter with index `number` in the optimizer."""
@@ -76,7 +76,7 @@ class Batch:
         self.weight_decays.append(group["weight_decay"])
         if group.get("stochastic_rounding"):
             self.seeds.append(group["seed"] << 32 | number)
-            self.first_elements.append(first_element_of(param))
+            self.first_elements.append(first_local_element(param))
 
     def parts(self) -> Iterator["Batch"]:
         """The same tensors in order, in batches of at most the largest tensor's number of elements."""
@@ -170,15 +170,15 @@ class DeviceOptimizer(Optimizer):
                 accepted = ", ".join(sorted(_STATE))
                 raise ValueError(f"{type(self).__name__}: state must be {accepted}, got {', '.join(saved)}")
         groups = [{**group, "lr": _on_host(group["lr"])} for group in state_dict["param_groups"]]
-        for own, group in zip(self.param_groups, groups, strict=False):
-            self.check_options({**self.defaults, **own, **group})
-            if _is_on_device(own["lr"]):
-                group["lr"] = own["lr"].fill_(group["lr"])
+        for current, group in zip(self.param_groups, groups, strict=False):
+            self.check_options({**self.defaults, **current, **group})
+            if _is_on_device(current["lr"]):
+                group["lr"] = current["lr"].fill_(group["lr"])
         state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
-        for own, group in zip(self.param_groups, groups, strict=True):
+        for current, group in zip(self.param_groups, groups, strict=True):
             if _is_on_device(group["lr"]):
-                own["lr"] = group["lr"]  # the base class copies it, but a captured graph reads this tensor
+                current["lr"] = group["lr"]  # the base class copies it, but a captured graph reads this tensor
         # The base class casts the moments to the dtype of the parameters and doesn't move the steps.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -195,7 +195,7 @@ class DeviceOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for key, batch in self._batches().items():
-            self._step_of(key, batch)
+            self._step_on_batch(key, batch)
         return loss
 
     @torch.no_grad()
@@ -209,22 +209,22 @@ class DeviceOptimizer(Optimizer):
             For each parameter with a gradient `[2]`: squared L2 norms of the old value and of the stored change,
             float32 (float64 for a float64 parameter); for DTensors of the whole tensor.
         """
-        found: dict[Tensor, Tensor] = {}
+        result: dict[Tensor, Tensor] = {}
         for key, batch in self._batches().items():
             norms = torch.stack([squares for part in batch.parts() for squares in self._measured(key, part)])
             sum_over(norms, batch.shards)
-            found.update(zip(batch.owners, norms, strict=True))
-        return found
+            result.update(zip(batch.owners, norms, strict=True))
+        return result
 
     def _measured(self, key: tuple[Any, ...], batch: Batch) -> list[Tensor]:
         before = [param.clone() for param in batch.params]
-        self._step_of(key, batch)
+        self._step_on_batch(key, batch)
         return [
             torch.stack([_square(old), _square(old.sub_(param))])
             for param, old in zip(batch.params, before, strict=True)
         ]
 
-    def _step_of(self, key: tuple[Any, ...], batch: Batch) -> None:
+    def _step_on_batch(self, key: tuple[Any, ...], batch: Batch) -> None:
         device, _, _, *shared = key
         options = dict(zip(self.shared_options, shared, strict=True))
         grad_scale = self._flag("grad_scale", device)
@@ -241,13 +241,13 @@ class DeviceOptimizer(Optimizer):
             rounding = bool(group.get("stochastic_rounding"))
             for param, number in zip(group["params"], numbers, strict=False):
                 if param.grad is not None:
-                    shards = groups_of(param)
+                    shards = shard_groups(param)
                     key = param.device, shards, rounding, *(shared[option] for option in self.shared_options)
                     batches[key].shards = shards
-                    batches[key].add(param, number, self._state_of(param), group)
+                    batches[key].add(param, number, self._param_state(param), group)
         return batches
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+    def _param_state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)

@@ -67,7 +67,7 @@ def clip_grad_norm_(
         alike[grad.device, grad.dtype].append(grad)
     for (device, dtype), some in alike.items():
         # A factor may be below the smallest number of float16.
-        kept = torch.float32 if dtype == torch.float16 else dtype
+        factor_dtype = torch.float32 if dtype == torch.float16 else dtype
         # A non-blocking copy to the host may be read before it has arrived.
-        torch._foreach_mul_(some, factor.to(device, kept, non_blocking=device.type != "cpu"))
+        torch._foreach_mul_(some, factor.to(device, factor_dtype, non_blocking=device.type != "cpu"))
     return norm

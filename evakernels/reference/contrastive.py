@@ -31,16 +31,16 @@ def contrastive_forward(
     image, text, scale = _widened(image, text, logit_scale)
     col_max = text.new_full((text.shape[0],), -torch.inf)
     col_sum = torch.zeros_like(col_max)
-    kept = image.new_empty((image.shape[0], text.shape[0]) if keep else (0,))
-    of_rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    saved = image.new_empty((image.shape[0], text.shape[0]) if keep else (0,))
+    row_statistics: list[tuple[Tensor, Tensor, Tensor]] = []
     for rows in _row_tiles(image, text):
-        logits = torch.mm(scale * image[rows], text.T, out=kept[rows] if keep else None)
+        logits = torch.mm(scale * image[rows], text.T, out=saved[rows] if keep else None)
         # A view of the diagonal would keep its tile alive.
         positive = logits.diagonal(offset + rows.start).clone()
-        of_rows.append((logits.logsumexp(1), positive, logits.detach().amax(1)))
+        row_statistics.append((logits.logsumexp(1), positive, logits.detach().amax(1)))
         col_max, col_sum = _add_to_columns(col_max, col_sum, logits)
-    row_lse, positive, row_max = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
-    return row_lse, col_sum.log() + _finite(col_max), positive, row_max, col_max, kept
+    row_lse, positive, row_max = (torch.cat(parts) for parts in zip(*row_statistics, strict=True))
+    return row_lse, col_sum.log() + _finite(col_max), positive, row_max, col_max, saved
 
 
 def contrastive_backward(
@@ -95,9 +95,9 @@ class _Gradients:
         self.dtext = self.text.new_zeros(self.text.shape if self.needs_text else 0)
         self.dscale = torch.zeros_like(self.scale)
 
-    def tiles(self, kept: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def tiles(self, saved: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         for rows in _row_tiles(self.image, self.text):
-            yield rows, (self.scale * self.image[rows]) @ self.text.T if kept is None else kept[rows]
+            yield rows, (self.scale * self.image[rows]) @ self.text.T if saved is None else saved[rows]
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         image = self.image[rows]

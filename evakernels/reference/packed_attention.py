@@ -43,9 +43,9 @@ def packed_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
     for batch in _batches(cu_seqlens, causal):
-        given = (_grid(x, batch.rows) for x in (q, k, v))
+        inputs = (_grid(x, batch.rows) for x in (q, k, v))
         rotation = cos, sin, batch.token_index(cos, token_index), 0
-        result = attend(*given, *rotation, causal, interleaved, scale)
+        result = attend(*inputs, *rotation, causal, interleaved, scale)
         out = _filled(out, batch, result[0])
         lse = _filled(lse, batch, result[1].transpose(1, 2))
     return out, lse.T.contiguous()
@@ -68,10 +68,10 @@ def packed_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *
     cells = torch.arange(max_seqlen, device=q.device)
     rows = (firsts.unsqueeze(1) + cells).clamp(max=total - 1)
     # Empty sequences keep one key: a softmax of nothing is NaN.
-    seen = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
+    mask = None if causal else (cells < (ends - firsts).clamp(min=1).unsqueeze(1))[:, None, None]
     shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     q, k, v = (_grid(x, rows).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale, **shared)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, **shared)
     return (out.transpose(1, 2)[sequence, places],)
 
 
@@ -95,10 +95,10 @@ def packed_attention_backward(
     for batch in _batches(cu_seqlens, causal):
         rows = batch.rows
         cotangent = _grid(dout, rows).mul_(batch.inside[..., None, None])
-        given = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
+        inputs = cotangent, *(_grid(x, rows) for x in (q, k, v, out)), _grid(lse.T, rows).transpose(1, 2).contiguous()
         rotation = cos, sin, batch.token_index(cos, token_index), 0
-        found = OPERATORS.rope_attention_backward(*given, *rotation, causal, interleaved, scale)
-        gradients = [_filled(x, batch, grid) for x, grid in zip(gradients, found, strict=True)]
+        grids = OPERATORS.rope_attention_backward(*inputs, *rotation, causal, interleaved, scale)
+        gradients = [_filled(x, batch, grid) for x, grid in zip(gradients, grids, strict=True)]
     dq, dk, dv = gradients
     return dq, dk, dv
 

@@ -110,19 +110,19 @@ def rotation_tables(
     if cos is None or sin is None:
         return None
 
-    def of_tokens(table: Tensor, of_prefix: float) -> Tensor:
+    def spread(table: Tensor, prefix_value: float) -> Tensor:
         rows = table.to(accumulation_dtype(q))
         per_head = rows.dim() == 3
         if token_index is not None:
             rows = rows[..., token_index.clamp(min=0), :]
             unrotated = (token_index < 0).unsqueeze(-1)
-            rows = rows.masked_fill(unrotated, of_prefix).movedim(-3, 0)  # [B, (H,) K, D / 2]
+            rows = rows.masked_fill(unrotated, prefix_value).movedim(-3, 0)  # [B, (H,) K, D / 2]
         if not per_head:
             rows = rows.unsqueeze(-3)
-        prefix = rows.new_full((1,), of_prefix).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
+        prefix = rows.new_full((1,), prefix_value).expand(*rows.shape[:-2], num_prefix, rows.shape[-1])
         return torch.cat((prefix, rows), -2)
 
-    return of_tokens(cos, 1.0), of_tokens(sin, 0.0)
+    return spread(cos, 1.0), spread(sin, 0.0)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:

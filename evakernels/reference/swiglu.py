@@ -45,8 +45,10 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if padding and norm_weight is not None:
         parts: list[Any] = [t[..., :-padding] for t in (dout, gate, up, norm_weight)]
-        dgate, dup, *of_norm = swiglu_backward(parts[0], parts[1], parts[2], parts[3], mean, rstd, needs_grad)
-        dweight, dbias = (F.pad(t, (0, padding)) if t.numel() else t for t in of_norm)
+        dgate, dup, *parameter_gradients = swiglu_backward(
+            parts[0], parts[1], parts[2], parts[3], mean, rstd, needs_grad
+        )
+        dweight, dbias = (F.pad(t, (0, padding)) if t.numel() else t for t in parameter_gradients)
         return F.pad(dgate, (0, padding)), F.pad(dup, (0, padding)), dweight, dbias
     dtype = gate.dtype
     dhidden, gate, up = _accumulate(dout, gate, up)

@@ -46,7 +46,7 @@ def swiglu_mlp_backward(
     """Gradients of x, w1, w2, w3, b1, b2, b3, norm_weight and norm_bias; empty where not needed."""
     hidden, mean, rstd = swiglu_forward(gate, up, norm_weight, norm_bias, eps)
     dhidden = dout @ w3.to(x.dtype)
-    dgate, dup, *of_norm = swiglu_backward(dhidden, gate, up, norm_weight, mean, rstd, needs_grad[-2:])
+    dgate, dup, *norm_gradients = swiglu_backward(dhidden, gate, up, norm_weight, mean, rstd, needs_grad[-2:])
     gradients = [(dgate @ w1.to(x.dtype) + dup @ w2.to(x.dtype)) if needs_grad[0] else x.new_empty(0)]
     pairs = (dgate, x, w1), (dup, x, w2), (dout, hidden, w3)
     for needed, (dy, inputs, weight) in zip(needs_grad[1:4], pairs, strict=True):
@@ -54,7 +54,7 @@ def swiglu_mlp_backward(
     for needed, (dy, *_) in zip(needs_grad[4:7], pairs, strict=True):
         gradients.append(_rows(dy).sum(0) if needed else x.new_empty(0))
     dx, dw1, dw2, dw3, db1, db2, db3 = gradients
-    return dx, dw1, dw2, dw3, db1, db2, db3, of_norm[0], of_norm[1]
+    return dx, dw1, dw2, dw3, db1, db2, db3, norm_gradients[0], norm_gradients[1]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

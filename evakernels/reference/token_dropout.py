@@ -48,8 +48,8 @@ def token_dropout_backward(
         dprefix = _batch_sum(dout[:, :num_prefix])
     if needs_pos_embed:
         dpos_embed = torch.cat((dprefix, _batch_sum(dtokens)))
-    found = zip((dtokens, dprefix, dpos_embed), needs_grad, strict=True)
-    dpatches, dprefix, dpos_embed = (x if needed else dout.new_empty(0, dtype=torch.float32) for x, needed in found)
+    gradients = zip((dtokens, dprefix, dpos_embed), needs_grad, strict=True)
+    dpatches, dprefix, dpos_embed = (x if needed else dout.new_empty(0, dtype=torch.float32) for x, needed in gradients)
     return dpatches, dprefix, dpos_embed
 
 

@@ -89,14 +89,14 @@ def _reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     tensor = backends.first_tensor(args)
     if tensor is None:
         return [] if INTERPRETED or torch.cuda.is_available() else ["there is no GPU here"]
-    found, device = [], tensor.device
+    reasons, device = [], tensor.device
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         where = "a CPU, where kernels are interpreted" if INTERPRETED else "a GPU"
-        found.append(f"the tensors are on {device}, not on {where}")
+        reasons.append(f"the tensors are on {device}, not on {where}")
     elif device.type == "cuda":
-        found += _too_old(torch.cuda.current_device() if device.index is None else device.index)
-    found += backends.dtype_reasons(args)
-    return found or _size_reasons[op](tensor, **backends.by_name(op, args))
+        reasons += _too_old(torch.cuda.current_device() if device.index is None else device.index)
+    reasons += backends.dtype_reasons(args)
+    return reasons or _size_reasons[op](tensor, **backends.by_name(op, args))
 
 
 def row_reasons(rows: Tensor, limit: int = MAX_WIDTH) -> list[str]:
@@ -106,11 +106,11 @@ def row_reasons(rows: Tensor, limit: int = MAX_WIDTH) -> list[str]:
 
 def head_reasons(heads: Tensor, /, *, scale: float | None = None, cos: Tensor | None = None, **_: Any) -> list[str]:
     """Why the kernels don't support this head dimension, scale or rotary table."""
-    head_dim, found = heads.shape[-1], []
+    head_dim, reasons = heads.shape[-1], []
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        found.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
+        reasons.append(f"head_dim {head_dim} is not one of 1 to {MAX_HEAD_DIM}")
     if scale is not None and not scale > 0:
-        found.append(f"scale {scale} is not positive")
+        reasons.append(f"scale {scale} is not positive")
     if cos is not None and (size := math.prod(cos.shape[-2:])) > _MAX_TABLE:
-        found.append(f"a table of {size} elements is larger than {_MAX_TABLE}")
-    return found
+        reasons.append(f"a table of {size} elements is larger than {_MAX_TABLE}")
+    return reasons

@@ -81,23 +81,23 @@ def _strided(tensor, place, head, stride_z, stride_m, stride_h, VECTOR: tl.const
 def _dense(tensors, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS: tl.constexpr, D: tl.constexpr):
     """Pointers and row strides of contiguous tensors; dk and dv have a row for each key."""
     _, head, sample, first, _ = place
-    found = ()
+    pointers = ()
     for i in tl.static_range(len(tensors)):
-        of_sample = sample * (seqlen_k if PASS == "dkdv" and i > 0 else seqlen_q)
-        row = of_sample if cu_seqlens is None else first
-        found += ((tensors[i] + (row * heads + head) * D, heads * D),)
-    return found
+        sample_row = sample * (seqlen_k if PASS == "dkdv" and i > 0 else seqlen_q)
+        row = sample_row if cu_seqlens is None else first
+        pointers += ((tensors[i] + (row * heads + head) * D, heads * D),)
+    return pointers
 
 
 @triton.jit
-def _of_rows(tensors, place, heads, seqlen_q, cu_seqlens):
+def _row_statistics(tensors, place, heads, seqlen_q, cu_seqlens):
     """Pointers to a head's lse and delta in `[B, H, N]` or, packed, `[H, T]`."""
     _, head, sample, first, _ = place
     at = (sample * heads + head) * seqlen_q if cu_seqlens is None else head.to(tl.int64) * seqlen_q + first
-    found = ()
+    pointers = ()
     for i in tl.static_range(len(tensors)):
-        found += (tensors[i] + at,)
-    return found
+        pointers += (tensors[i] + at,)
+    return pointers
 
 
 @triton.jit
@@ -123,8 +123,8 @@ def _before(offs, end, EVEN: tl.constexpr):
 # A `_tile` function runs a program: the tokens from `base` to `limit` against a separate prefix and the tokens of
 # `span`. A `_step` function is one step of its loop. In forward and dq, m are the tile's tokens and n the loop's. A
 # span is start, end and `shift`: if causal, query m sees the keys up to m + shift, so that the last query sees the last
-# key. With `PEELED`, unmasked steps have their own loop. `head` holds the pointers of a head (qkv, dense, of_rows), its
-# rope, span and scale.
+# key. With `PEELED`, unmasked steps have their own loop. `head` holds the pointers of a head (qkv, dense, statistics),
+# its rope, span and scale.
 
 # --- the rotation of keys -------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ def _forward_step(
 
 
 @triton.jit
-def _seen(base, span, ROWS: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr):
+def _loop_bounds(base, span, ROWS: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr):
     """Start of the loop, start of the masked steps (the loop's if not `PEELED`), and end of the visible keys."""
     start, end, shift = span
     masks = start
@@ -169,24 +169,24 @@ def _seen(base, span, ROWS: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr
 
 @triton.jit
 def _forward_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    qkv, dense, of_rows, rope, span, scale = head
+    qkv, dense, statistics, rope, span, scale = head
     q, k, v = qkv
     offs_m = base + tl.arange(0, BLOCK_M)
     inside = offs_m < limit
     tile = load_rotated(q, base, inside, rope, FORM), offs_m + span[2], k, v, scale
     end = span[1]
-    start, masks, seen = _seen(base, span, BLOCK_M, BLOCK_N, FORM)
+    start, masks, stop = _loop_bounds(base, span, BLOCK_M, BLOCK_N, FORM)
     state = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), zeros(BLOCK_M, FORM)
     if FORM.PREFIX:
         state = _forward_step(state, tile, 0, start, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
     for start_n in range(start, masks, BLOCK_N):
         state = _forward_step(state, tile, start_n, end, BLOCK_N, FORM, False, True)
-    for start_n in tl.range(masks, seen, BLOCK_N, num_stages=1 if FORM.PEELED else None):
+    for start_n in tl.range(masks, stop, BLOCK_N, num_stages=1 if FORM.PEELED else None):
         state = _forward_step(state, tile, start_n, end, BLOCK_N, FORM, FORM.CAUSAL, False)
     m_i, l_i, acc = state
     total = tl.where(l_i == 0.0, 1.0, l_i) if FORM.UNSEEN else l_i
     store(dense[0], base, inside, acc * (1.0 / total)[:, None], FORM)
-    tl.store(of_rows[0] + offs_m, (m_i + tl.log2(l_i)) * LN2, mask=inside)
+    tl.store(statistics[0] + offs_m, (m_i + tl.log2(l_i)) * LN2, mask=inside)
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ def _forward_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, 
 @triton.jit
 def _load_lse(lse, offs, inside, FORM: tl.constexpr):
     """lse * log2(e); infinity, for probabilities of 0, without keys and past the last query."""
-    found = tl.load(lse + offs, mask=inside, other=float("inf"))
+    values = tl.load(lse + offs, mask=inside, other=float("inf"))
     if FORM.UNSEEN:
-        found = tl.where(found == float("-inf"), float("inf"), found)
-    return found * LOG2E
+        values = tl.where(values == float("-inf"), float("inf"), values)
+    return values * LOG2E
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def _dq_step(dq, tile, base, end, STEP: tl.constexpr, FORM: tl.constexpr, CAUSAL
 
 @triton.jit
 def _dq_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    qkv, dense, of_rows, rope, span, scale = head
+    qkv, dense, statistics, rope, span, scale = head
     q, k, v = qkv
     offs_m = base + tl.arange(0, BLOCK_M)
     inside = offs_m < limit
@@ -226,16 +226,16 @@ def _dq_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK
     out = load(dense[1], base, inside, FORM)
     # Lanes with the same row all store its delta: a fused product would differ in the last bit.
     delta = tl.sum(product(dout.to(tl.float32), out.to(tl.float32)), 1)
-    tl.store(of_rows[1] + offs_m, delta, mask=inside)
-    tile = q, dout, _load_lse(of_rows[0], offs_m, inside, FORM), delta, offs_m + span[2], k, v, scale
+    tl.store(statistics[1] + offs_m, delta, mask=inside)
+    tile = q, dout, _load_lse(statistics[0], offs_m, inside, FORM), delta, offs_m + span[2], k, v, scale
     end = span[1]
-    start, masks, seen = _seen(base, span, BLOCK_M, BLOCK_N, FORM)
+    start, masks, stop = _loop_bounds(base, span, BLOCK_M, BLOCK_N, FORM)
     dq = zeros(BLOCK_M, FORM)
     if FORM.PREFIX:
         dq = _dq_step(dq, tile, 0, start, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
     for start_n in range(start, masks, BLOCK_N):
         dq = _dq_step(dq, tile, start_n, end, BLOCK_N, FORM, False, True)
-    for start_n in tl.range(masks, seen, BLOCK_N, num_stages=1 if FORM.PEELED else None):
+    for start_n in tl.range(masks, stop, BLOCK_N, num_stages=1 if FORM.PEELED else None):
         dq = _dq_step(dq, tile, start_n, end, BLOCK_N, FORM, FORM.CAUSAL, False)
     store_unrotated(dense[2], base, inside, rope, dq * (scale * LN2), FORM)
 
@@ -243,28 +243,28 @@ def _dq_tile(head, base, limit, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK
 @triton.jit
 def _dkdv_step(dkdv, tile, base, end, STEP: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
     dk, dv = dkdv
-    k, v, first_m, q, dout, of_rows, scale = tile
+    k, v, first_m, q, dout, statistics, scale = tile
     offs_m = base + tl.arange(0, STEP)
     inside = _before(offs_m, end, EVEN)
     q = load(q, base, inside, FORM)
     # [keys, queries]
     qk = masked(dot_transposed(k, q, FORM), offs_m[None, :], first_m[:, None], end, CAUSAL, True)
-    p = tl.exp2(qk * scale - _load_lse(of_rows[0], offs_m, inside, FORM)[None, :])
+    p = tl.exp2(qk * scale - _load_lse(statistics[0], offs_m, inside, FORM)[None, :])
     dout = load(dout, base, inside, FORM)
-    delta = tl.load(of_rows[1] + offs_m, mask=inside, other=0.0)
+    delta = tl.load(statistics[1] + offs_m, mask=inside, other=0.0)
     ds = p * (dot_transposed(v, dout, FORM) - delta[None, :])
     return accumulate(dk, ds, q, FORM), accumulate(dv, p, dout, FORM)
 
 
 @triton.jit
 def _dkdv_tile(head, base, limit, FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    qkv, dense, of_rows, rope, span, scale = head
+    qkv, dense, statistics, rope, span, scale = head
     q, k, v = qkv
     start, end, shift = span
     offs_n = base + tl.arange(0, BLOCK_N)
     inside = offs_n < limit
     k, v = load(k, base, inside, FORM), load(v, base, inside, FORM)
-    tile = k, v, offs_n - shift, q, dense[0], of_rows, scale
+    tile = k, v, offs_n - shift, q, dense[0], statistics, scale
     dkdv = zeros(BLOCK_N, FORM), zeros(BLOCK_N, FORM)
     if FORM.PREFIX:
         dkdv = _dkdv_step(dkdv, tile, 0, start, FORM.PREFIX, FORM, FORM.CAUSAL, FORM.PREFIX == 1)
@@ -307,7 +307,7 @@ def _tile(head, base, limit, PASS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.c
 def attention_kernel(
     qkv,
     dense,
-    of_rows,
+    statistics,
     tables,
     cu_seqlens,
     stride_qz: tl.int64,
@@ -339,7 +339,7 @@ def attention_kernel(
             z, m or n, and h.
         dense: contiguous tensors. "rotate": the rotated k. "forward": out. "dq": dout, out, dq and the rotated q.
             "dkdv": dout, and dk and dv of each head of q.
-        of_rows: lse, and in backward delta.
+        statistics: lse, and in backward delta.
         tables: cos, sin and token_index, or None.
         cu_seqlens: bounds of a packed batch, or None.
         table_rows: rows between the tables of heads; 0 for a shared table.
@@ -358,15 +358,15 @@ def attention_kernel(
         _strided(qkv[2], place, head // group, stride_vz, stride_vn, stride_vh, FORM.VECTOR),
     )
     dense = _dense(dense, place, heads, seqlen_q, seqlen_k, cu_seqlens, PASS, FORM.D)
-    of_rows = _of_rows(of_rows, place, heads, seqlen_q, cu_seqlens)
+    statistics = _row_statistics(statistics, place, heads, seqlen_q, cu_seqlens)
     rope = _rope(tables, num_prefix, place, seqlen_q, cu_seqlens, table_rows, FORM.D)
-    of_keys = seqlen_k if cu_seqlens is None else length
-    start, limit, end = num_prefix if FORM.PREFIX else 0, length, of_keys
+    keys = seqlen_k if cu_seqlens is None else length
+    start, limit, end = num_prefix if FORM.PREFIX else 0, length, keys
     if PASS == "dkdv":
         limit, end = end, limit
-    span = start, end, of_keys - length
+    span = start, end, keys - length
     if FORM.PREFIX and tile == tiles - 1:
-        _tile((qkv, dense, of_rows, (), span, scale), 0, start, PASS, FORM, PREFIX_ROWS, STEP // 2)
+        _tile((qkv, dense, statistics, (), span, scale), 0, start, PASS, FORM, PREFIX_ROWS, STEP // 2)
     elif start + tile * BLOCK < limit:
         base = start + tile * BLOCK
-        _tile((qkv, dense, of_rows, rope, span, scale), base, limit, PASS, FORM, BLOCK, STEP)
+        _tile((qkv, dense, statistics, rope, span, scale), base, limit, PASS, FORM, BLOCK, STEP)

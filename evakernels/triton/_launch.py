@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, which is where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
@@ -32,7 +32,7 @@ def partial_sums(programs: int, parameter: Tensor | None, needs_grad: bool) -> T
     return parameter.new_empty(programs, len(parameter), dtype=torch.float32)
 
 
-def total_of(parameter: Tensor | None, partial: Tensor | None, like: Tensor) -> Tensor:
+def sum_partials(parameter: Tensor | None, partial: Tensor | None, like: Tensor) -> Tensor:
     """The gradient from partial sums; empty without them."""
     if parameter is None or partial is None:
         return like.new_empty(0, dtype=torch.float32)

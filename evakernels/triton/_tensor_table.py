@@ -66,13 +66,13 @@ class Table:
         fits = (size % 4 == 0 and all(p % 16 == 0 for p in row) for size, row in zip(sizes, rows, strict=True))
         dtypes = ([tensor.dtype for tensor in tensors] for tensors in lists.values())
         kinds = tuple(zip(fits, *dtypes, strict=True))
-        self.layout: Layout = _kept(_layout, self._device, tuple(lists), kinds, sizes, self._options.pop("CHUNK"))
+        self.layout: Layout = _cached(_layout, self._device, tuple(lists), kinds, sizes, self._options.pop("CHUNK"))
         self.pointers = self.numbers(*([[step.data_ptr() for step in steps]] if steps else []), *columns)
 
     def numbers(self, *columns: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
         """`[n, columns]` on the device."""
-        found: Tensor = _kept(_numbers, self._device, tuple(map(tuple, columns)), dtype)
-        return found
+        numbers: Tensor = _cached(_numbers, self._device, tuple(map(tuple, columns)), dtype)
+        return numbers
 
     def rates(self, lrs: Sequence[float], device_lrs: Tensor | None) -> Tensor:
         """The learning rates on the device, float64: `device_lrs` if they are there already."""
@@ -93,9 +93,9 @@ class Table:
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Launches a kernel with a program for each chunk."""
-        for first, count, own in self.layout.launches:
-            found = own | constants | self._options
-            kernel[(count,)](self.pointers, self.layout.chunks, first, *arguments, **found)
+        for first, count, dtypes in self.layout.launches:
+            options = dtypes | constants | self._options
+            kernel[(count,)](self.pointers, self.layout.chunks, first, *arguments, **options)
 
     def return_copies(self, *written: str) -> None:
         """Copies results to written tensors that aren't dense."""
@@ -113,7 +113,7 @@ def logs(*betas: float) -> tuple[float, ...]:
     return tuple(math.log(beta) if beta > 0 else -math.inf for beta in betas)
 
 
-def _kept(make: Any, device: torch.device, *arguments: Any) -> Any:
+def _cached(make: Any, device: torch.device, *arguments: Any) -> Any:
     if device.type != "cuda":
         return make(device, None, *arguments)
     if torch.cuda.is_current_stream_capturing():
@@ -141,7 +141,7 @@ def _layout(
     spans, launches, parts, position = [(0, 0)] * len(sizes), [], [], 0
     for kind in dict.fromkeys(kinds):
         start = position
-        for i in (i for i, own in enumerate(kinds) if own == kind):
+        for i in (i for i, other in enumerate(kinds) if other == kind):
             begins = torch.arange(0, sizes[i], chunk, dtype=torch.int64, device="cpu")
             parts.append(torch.stack([torch.full_like(begins, i), begins, (begins + chunk).clamp(max=sizes[i])], 1))
             spans[i] = position, position + len(begins)
@@ -222,10 +222,10 @@ def updated_moments(g, m, v, beta1, beta2):
 @triton.jit
 def buffers_at(pointers, dtypes, FITS: tl.constexpr):
     """The buffers of a tensor from consecutive pointers."""
-    found = ()
+    buffers = ()
     for i in tl.static_range(len(dtypes)):
-        found += (buffer_at(pointers + i, dtypes[i], FITS),)
-    return found
+        buffers += (buffer_at(pointers + i, dtypes[i], FITS),)
+    return buffers
 
 
 @triton.jit
@@ -238,11 +238,11 @@ def lanes_at(pointers, count, found_inf, log_betas, LISTS: tl.constexpr, COUNTS:
     if COUNTS:
         step = tl.where(is_set(found_inf), step, step + 1.0)
         tl.store(counter, step, mask=inside)
-    return tensor, inside, step, bias_of(log_betas[0], step), bias_of(log_betas[1], step)
+    return tensor, inside, step, bias_correction(log_betas[0], step), bias_correction(log_betas[1], step)
 
 
 @triton.jit
-def bias_of(log_beta, step):
+def bias_correction(log_beta, step):
     """1 - beta^step, float64, to full precision also for beta close to 1."""
     return -libdevice.expm1(step.to(tl.float64) * log_beta)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tuning import entry
 from ..tuning.calls import BETAS_AND_EPS
-from ._launch import on_device_of
+from ._launch import device_guard
 from ._tensor_table import (
     Table,
     as_float,
@@ -49,8 +49,8 @@ def prepare_kernel(
     tensor, inside, step, bias1, bias2 = lanes_at(pointers, count, found_inf, (log_beta1, log_beta2), 5, True, BLOCK)
     lr = tl.load(lrs + tensor, mask=inside, other=0.0)
     weight_decay = tl.load(decays + tensor, mask=inside, other=0.0)
-    kept = 1.0 - lr * weight_decay
-    store_floats(factors, 4 * tensor, kept, inside)
+    decay_factor = 1.0 - lr * weight_decay
+    store_floats(factors, 4 * tensor, decay_factor, inside)
     store_floats(factors, 4 * tensor + 1, lr / bias1, inside)
     store_floats(factors, 4 * tensor + 2, 1.0 / tl.sqrt(bias2), inside)
     store_gradient_factor(factors + 4 * tensor + 3, grad_scale, inside)
@@ -80,7 +80,7 @@ def update_kernel(
         return
     tensor, begin, end = chunk_at(chunks, first + tl.program_id(0), FITS)
     param, exp_avg, exp_avg_sq, grad = buffers_at(pointers + 5 * tensor + 1, (PARAM, M, V, GRAD), FITS)
-    kept = tl.load(factors + 4 * tensor)
+    decay_factor = tl.load(factors + 4 * tensor)
     rate = tl.load(factors + 4 * tensor + 1)
     v_factor = tl.load(factors + 4 * tensor + 2)
     grad_factor = tl.load(factors + 4 * tensor + 3)
@@ -90,7 +90,7 @@ def update_kernel(
         g = load_floats(grad, i, inside) * grad_factor
         m, v = load_floats(exp_avg, i, inside), load_floats(exp_avg_sq, i, inside)
         m, v = updated_moments(g, m, v, beta1, beta2)
-        w = kept * load_floats(param, i, inside) - rate * tl.div_rn(m, tl.sqrt_rn(v) * v_factor + eps)
+        w = decay_factor * load_floats(param, i, inside) - rate * tl.div_rn(m, tl.sqrt_rn(v) * v_factor + eps)
         store_floats(param, i, rounded(w, i, keys, tensor), inside)
         store_floats(exp_avg, i, m, inside)
         store_floats(exp_avg_sq, i, v, inside)
@@ -101,7 +101,7 @@ def adamw_update(
     first_elements, device_lrs=None,
 ):  # fmt: skip
     (*betas, eps), skip = betas_and_eps, as_float(found_inf)
-    with on_device_of(params[0]):
+    with device_guard(params[0]):
         table = Table("adamw_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         lrs, decays = table.rates(lrs, device_lrs), table.numbers(weight_decays, dtype=torch.float64)
         factors, (seeds, keys) = table.room(len(params), 4), table.rounding(seeds, first_elements)

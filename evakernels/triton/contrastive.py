@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import _logit_gradients
 from .._logit_gradients import SIGLIP_UNIT, padded, row_chunks, rows_of_chunk
 from ..tuning import Entry, config, entry
-from ._launch import float32_products, on_device_of
+from ._launch import device_guard, float32_products
 
 SPREAD = tl.constexpr(60.0)
 """Largest distance of maxima for one exponential. exp is 0 below -87, so lost terms are below e^-27 of the largest."""
@@ -115,7 +115,7 @@ def statistics_kernel(
     row_sum,
     col_max,
     col_sum,
-    kept,
+    saved,
     rows: tl.int32,
     columns: tl.int32,
     steps: tl.int32,
@@ -131,13 +131,13 @@ def statistics_kernel(
     logits = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
     logits *= tl.load(scale).to(tl.float32)
     if _has_pairs(row_tile, column_tile, offset, BLOCK_M, BLOCK_N):
-        of_pair = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
+        pair_logit = tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
         first = column_tile * BLOCK_N
         inside = (row < rows) & (row + offset >= first) & (row + offset < first + BLOCK_N)
-        tl.store(positive + row, of_pair, mask=inside)
+        tl.store(positive + row, pair_logit, mask=inside)
     tile = (row < rows)[:, None] & (column < columns)[None, :]
-    if kept is not None:
-        tl.store(kept + row[:, None].to(tl.int64) * columns + column[None, :], logits, mask=tile)
+    if saved is not None:
+        tl.store(saved + row[:, None].to(tl.int64) * columns + column[None, :], logits, mask=tile)
     logits = tl.where(tile, logits, float("-inf"))
     m_i, m_j = tl.max(logits, 1), tl.max(logits, 0)
     m = tl.max(m_i)
@@ -198,7 +198,7 @@ def gradient_kernel(
     scale,
     row_lse,
     col_lse,
-    kept,
+    saved,
     dlogits,
     rows: tl.int32,
     columns: tl.int32,
@@ -212,11 +212,11 @@ def gradient_kernel(
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     row, image_row = _positions(row_tile * BLOCK_M, rows, BLOCK_M)
     column, text_row = _positions(column_tile * BLOCK_N, columns, BLOCK_N)
-    if kept is None:
+    if saved is None:
         logits = _products(image, text, image_row, text_row, steps, BLOCK_K, PRECISION)
         logits *= tl.load(scale).to(tl.float32)
     else:
-        logits = tl.load(kept + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
+        logits = tl.load(saved + image_row[:, None].to(tl.int64) * columns + text_row[None, :])
     lse_i, lse_j = tl.load(row_lse + image_row), tl.load(col_lse + text_row)
     drow, dcol = tl.load(drow_lse + image_row), tl.load(dcol_lse + text_row)
     shift = tl.maximum(tl.max(lse_i, 0), tl.max(lse_j, 0))
@@ -244,9 +244,9 @@ def contrastive_forward(image, text, logit_scale, offset, keep):
     positive, row_max, row_lse = (image.new_empty(rows, dtype=torch.float32) for _ in range(3))
     col_max, col_lse = (image.new_empty(columns, dtype=torch.float32) for _ in range(2))
     chunks = list(row_chunks(rows, rows_of_chunk(8 * columns // min(row_tile, column_tile) + 8)))
-    of_columns = image.new_empty(2, len(chunks), columns, dtype=torch.float32)
-    with on_device_of(image):
-        for chunk, sums in zip(chunks, of_columns.unbind(1), strict=True):
+    column_parts = image.new_empty(2, len(chunks), columns, dtype=torch.float32)
+    with device_guard(image):
+        for chunk, sums in zip(chunks, column_parts.unbind(1), strict=True):
             count = chunk.stop - chunk.start
             by_row = image.new_empty(2, triton.cdiv(columns, column_tile), count, dtype=torch.float32)
             by_column = image.new_empty(2, triton.cdiv(count, row_tile), columns, dtype=torch.float32)
@@ -257,7 +257,7 @@ def contrastive_forward(image, text, logit_scale, offset, keep):
             )
             _merge(by_row, row_max[chunk], row_lse[chunk], final=True)
             _merge(by_column, *sums, final=False)
-        _merge(of_columns, col_max, col_lse, final=True)
+        _merge(column_parts, col_max, col_lse, final=True)
     return row_lse, col_lse, positive, row_max, col_max, logits
 
 
@@ -273,7 +273,7 @@ def contrastive_backward(
 
 def _dlogits(launch, drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, offset, logits=None):
     dlogits = image.new_empty(len(image), len(text))
-    with on_device_of(image):
+    with device_guard(image):
         gradient_kernel[_grid(len(image), len(text), launch)](
             *(drow_lse, dcol_lse, dpositive, image, text, logit_scale, row_lse, col_lse, logits, dlogits),
             *(*dlogits.shape, _steps(text, launch), offset),
@@ -354,7 +354,7 @@ def _siglip(launch, image, text, logit_scale, logit_bias, offset, needs_grad):
     grid = _grid(len(image), len(text), launch)
     sums = image.new_empty(1 + has_gradient, *grid, dtype=torch.float32)
     dlogits = image.new_empty(len(image), len(text)) if has_gradient else None
-    with on_device_of(image):
+    with device_guard(image):
         siglip_kernel[grid](
             *(image, text, logit_scale, logit_bias, sums[0], sums[1] if has_gradient else None, dlogits),
             *(len(image), len(text), _steps(text, launch), offset),
@@ -393,9 +393,9 @@ def contrastive_forward_calls(draw, depth):
 
 def contrastive_backward_calls(draw, depth, matmuls=3):
     image, text, scale, _ = _pairs(draw, depth)
-    of_row = draw.statistic(len(image))
+    row_values = draw.statistic(len(image))
     logits = None if matmuls == 3 else draw.statistic(draw.pairs, draw.pairs)
-    yield of_row, of_row, of_row, image, text, scale, of_row, of_row, logits, 0, (True, True)
+    yield row_values, row_values, row_values, image, text, scale, row_values, row_values, logits, 0, (True, True)
 
 
 def siglip_forward_calls(draw, depth, matmuls=3):

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..reference.lamb import DEEPSPEED_RATIO
 from ..tuning import entry
 from ..tuning.calls import BETAS_AND_EPS
-from ._launch import on_device_of
+from ._launch import device_guard
 from ._tensor_table import (
     Table,
     as_float,
@@ -183,7 +183,7 @@ def lamb_update(
     params, grads, exp_avgs, exp_avg_sqs, steps, weight_decays, betas_and_eps, nvlamb, grad_scale, found_inf
 ):
     (*betas, eps), skip, count = betas_and_eps, as_float(found_inf), len(params)
-    with on_device_of(params[0]):
+    with device_guard(params[0]):
         table = Table("lamb_update", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs, GRAD=grads)
         decays, factors = table.numbers(weight_decays, dtype=torch.float64), table.room(count, 4)
         partials, squared_norms = table.room(len(table.layout.chunks), 2), table.room(count, 2)
@@ -200,7 +200,7 @@ def lamb_apply(
     first_elements, device_lrs=None,
 ):  # fmt: skip
     (*betas, eps), skip = betas_and_eps, as_float(found_inf)
-    with on_device_of(params[0]):
+    with device_guard(params[0]):
         table = Table("lamb_apply", steps, PARAM=params, M=exp_avgs, V=exp_avg_sqs)
         decays, rates = table.numbers(weight_decays, dtype=torch.float64), table.rates(lrs, device_lrs)
         seeds, keys = table.rounding(seeds, first_elements)

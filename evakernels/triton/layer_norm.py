@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..tuning import config, entry
 from ..tuning.calls import EPS
-from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, row_view, total_of
+from ._launch import dense, device_guard, partial_sums, persistent_programs, row_strides, row_view, sum_partials
 from ._rows import centred, load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 
 _FORWARD = [
@@ -190,7 +190,7 @@ def layer_norm_forward(
         options = config("layer_norm_forward", {"width": block}, out)
         vector, strides = row_strides(x_rows, residual_rows)
         parameters = tuple(map(dense, (weight, bias, layer_scale, row_scale)))
-        with on_device_of(x):
+        with device_guard(x):
             forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
                 *((x_rows, None if residual is None else residual_rows), parameters, (total, out, statistics)),
                 *(rows, rows // len(x), *strides, eps),
@@ -224,7 +224,7 @@ def layer_norm_backward(
         vector, strides = row_strides(x_rows, branch_rows)
         inputs = dense(dy), dense(dtotal), x_rows, None if taken is None else branch_rows
         parameters = tuple(map(dense, (weight, bias, layer_scale, row_scale)))
-        with on_device_of(x):
+        with device_guard(x):
             backward_kernel[(programs,)](
                 *(inputs, parameters, dense(statistics), (dx, dbranch, *sums), rows, rows // len(x), *strides),
                 VECTOR=vector,
@@ -234,7 +234,7 @@ def layer_norm_backward(
                 BLOCK=block,
                 **options,
             )
-    gradients = [total_of(*of, x) for of in zip((weight, weight, layer_scale), sums, strict=True)]
+    gradients = [sum_partials(*of, x) for of in zip((weight, weight, layer_scale), sums, strict=True)]
     return dx, statistics.new_empty(0) if dbranch is None else dbranch, *gradients
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tuning import config, entry
 from ._attention import PREFIX_ROWS, Form, attention_kernel
-from ._launch import dense, float32_products, in_vectors, on_device_of
+from ._launch import dense, device_guard, float32_products, in_vectors
 
 _MOST_ROW_STRIDE = 1 << 23
 """Elements, for 32-bit offsets in tiles of 128 rows."""
@@ -113,7 +113,7 @@ class Attention:
         replace(self, q=self.k)._launch("rotate", op, (k,), ())
         return replace(self, k=k)
 
-    def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], of_rows: tuple[Tensor, ...]) -> None:
+    def _launch(self, kind: str, op: str, heads: tuple[Tensor, ...], statistics: tuple[Tensor, ...]) -> None:
         """Launches the pass `kind` of `attention_kernel`."""
         head_dim, packed = self.q.shape[-1], self.cu_seqlens is not None
         chosen = config(op, {"head_dim": head_dim}, self.q)
@@ -144,9 +144,9 @@ class Attention:
             PEELED=products != "ieee" or self.q.dtype != torch.float32,
             UNSEEN=self.causal and keys < queries,
         )
-        with on_device_of(self.q):
+        with device_guard(self.q):
             attention_kernel[(tiles * self.heads * self.samples,)](
-                *((self.q, self.k, self.v), heads, of_rows, tables, self.cu_seqlens, *strides, table_rows),
+                *((self.q, self.k, self.v), heads, statistics, tables, self.cu_seqlens, *strides, table_rows),
                 *(tiles, self.heads, self.heads // self.k.shape[-2], queries, keys, tokens),
                 self.scale * math.log2(math.e),
                 PASS=kind,
@@ -222,8 +222,8 @@ def rope_attention_forward_calls(draw, head_dim, tokens):
     qkv, tables = draw_heads(draw, head_dim, tokens)
     yield *qkv, *tables, None, 1, False, True, head_dim**-0.5
     yield *qkv, None, None, None, 0, True, True, head_dim**-0.5
-    of_patches = [table[4:] for table in tables]  # behind a class token and four registers
-    yield *qkv, *of_patches, None, 5, True, True, head_dim**-0.5
+    patch_tables = [table[4:] for table in tables]  # behind a class token and four registers
+    yield *qkv, *patch_tables, None, 5, True, True, head_dim**-0.5
     q, k, v = qkv
     yield q, k[:, 1:], v[:, 1:], None, None, None, 0, True, True, head_dim**-0.5  # a query may see no key
 

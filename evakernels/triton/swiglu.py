@@ -12,7 +12,7 @@ import triton.language as tl
 from ..tuning import config, entry
 from ..tuning.calls import EPS
 from . import MAX_SWIGLU_WIDTH
-from ._launch import dense, on_device_of, partial_sums, persistent_programs, row_strides, row_view, total_of
+from ._launch import dense, device_guard, partial_sums, persistent_programs, row_strides, row_view, sum_partials
 from ._rows import centred, load_channels, load_tile, product, row_mean, store_partial_sum, store_tile, tile_at
 
 CONFIGS = {
@@ -129,7 +129,7 @@ def swiglu_forward(gate, up, norm_weight, norm_bias, eps, padding=0):
     block, pieces = _pieces(width)
     options = config("swiglu_forward", {"width": block}, gate)
     vector, strides = row_strides(gate_rows, up_rows)
-    with on_device_of(gate):
+    with device_guard(gate):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]), pieces)](
             (gate_rows, up_rows, dense(norm_weight), dense(norm_bias)),
             *((out, mean, rstd), rows, *strides, eps),
@@ -152,7 +152,7 @@ def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, needs_grad, padding
     sums = [partial_sums(programs, norm_weight, needed) for needed in needs_grad]
     if gate.numel() > 0:
         vector, strides = row_strides(gate_rows, up_rows)
-        with on_device_of(gate):
+        with device_guard(gate):
             backward_kernel[(programs, pieces)](
                 (dense(dout), gate_rows, up_rows, dense(norm_weight), mean, rstd),
                 *((dgate, dup, *sums), rows, *strides),
@@ -162,7 +162,7 @@ def swiglu_backward(dout, gate, up, norm_weight, mean, rstd, needs_grad, padding
                 BLOCK=block,
                 **options,
             )
-    dweight, dbias = (total_of(norm_weight, partial, gate) for partial in sums)
+    dweight, dbias = (sum_partials(norm_weight, partial, gate) for partial in sums)
     return dgate, dup, dweight, dbias
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import config, entry
-from ._launch import dense, in_vectors, on_device_of
+from ._launch import dense, device_guard, in_vectors
 
 MAX_BLOCK = 1 << 10
 """Channels of a program."""
@@ -23,12 +23,12 @@ CONFIGS = {80: {"token_dropout_forward": _ENTRIES, "token_dropout_backward": _EN
 """Launch configurations by compute capability; a GPU has those of the highest up to its own."""
 
 
-@triton.jit(do_not_specialize=["rows", "kept", "tokens", "sample_stride", "token_stride"])
+@triton.jit(do_not_specialize=["rows", "num_keep", "tokens", "sample_stride", "token_stride"])
 def forward_kernel(
     inputs,
     out,
     rows,
-    kept,
+    num_keep,
     tokens,
     sample_stride: tl.int64,
     token_stride: tl.int64,
@@ -43,12 +43,12 @@ def forward_kernel(
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     exists = row < rows
     inside = channel < WIDTH
-    sample = (row // (PREFIX + kept)).to(tl.int64)
-    place = row % (PREFIX + kept)
+    sample = (row // (PREFIX + num_keep)).to(tl.int64)
+    place = row % (PREFIX + num_keep)
     in_prefix = exists & (place < PREFIX)
     token = place - PREFIX
     if token_index is not None:
-        token = tl.load(token_index + sample * kept + token, mask=exists & (place >= PREFIX), other=-1)
+        token = tl.load(token_index + sample * num_keep + token, mask=exists & (place >= PREFIX), other=-1)
     is_patch = exists & (place >= PREFIX) & (token >= 0) & (token < tokens)
     at = (sample * sample_stride + token * token_stride) * VECTOR + channel
     values = tl.load(patches + at, mask=is_patch & inside, other=0.0).to(tl.float32)
@@ -62,13 +62,13 @@ def forward_kernel(
     tl.store(out + row.to(tl.int64) * WIDTH + channel, values.to(out.dtype.element_ty), mask=exists & inside)
 
 
-@triton.jit(do_not_specialize=["batch", "kept", "tokens"])
+@triton.jit(do_not_specialize=["batch", "num_keep", "tokens"])
 def backward_kernel(
     dout,
     places,
     outputs,
     batch,
-    kept,
+    num_keep,
     tokens,
     PREFIX: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -88,7 +88,7 @@ def backward_kernel(
         if places is not None:
             place = tl.load(places + sample * tokens + token, mask=exists & (token >= 0), other=-1)
             row = tl.where(token >= 0, tl.where(place >= 0, PREFIX + place, -1), row)
-        at = (sample * (PREFIX + kept) + row) * WIDTH + channel
+        at = (sample * (PREFIX + num_keep) + row) * WIDTH + channel
         d = tl.load(dout + at, mask=exists & (row >= 0) & inside, other=0.0)
         if dpatches is not None:
             at = (sample * tokens + token) * WIDTH + channel
@@ -103,22 +103,22 @@ def backward_kernel(
 
 def token_dropout_forward(patches, token_index, prefix, pos_embed):
     batch, tokens, width = patches.shape
-    kept = tokens if token_index is None else token_index.shape[1]
+    num_keep = tokens if token_index is None else token_index.shape[1]
     num_prefix, dtype = 0 if prefix is None else prefix.shape[0], patches.dtype
     for addend in (prefix, pos_embed):
         dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
-    out = patches.new_empty(batch, num_prefix + kept, width, dtype=dtype)
+    out = patches.new_empty(batch, num_prefix + num_keep, width, dtype=dtype)
     if out.numel() == 0:
         return out
     # A convolution's output is strided along the channels.
     patches = patches if patches.stride(2) == 1 else patches.contiguous()
-    rows, block = batch * (num_prefix + kept), min(triton.next_power_of_2(width), MAX_BLOCK)
+    rows, block = batch * (num_prefix + num_keep), min(triton.next_power_of_2(width), MAX_BLOCK)
     options = config("token_dropout_forward", {"width": block}, out)
     vector, strides = in_vectors(patches.stride()[:2], patches.element_size())
-    with on_device_of(patches):
+    with device_guard(patches):
         forward_kernel[(triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, block))](
             (patches, dense(token_index), dense(prefix), dense(pos_embed)),
-            *(out, rows, kept, tokens, *strides),
+            *(out, rows, num_keep, tokens, *strides),
             VECTOR=vector,
             PREFIX=num_prefix,
             WIDTH=width,
@@ -141,7 +141,7 @@ def token_dropout_backward(dout, token_index, num_prefix, num_tokens, needs_grad
     places = None if token_index is None else _places(token_index, num_tokens)
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
     options = config("token_dropout_backward", {"width": block}, dout)
-    with on_device_of(dout):
+    with device_guard(dout):
         backward_kernel[(positions, triton.cdiv(width, block))](
             *(dout.contiguous(), places, outputs, batch, rows - num_prefix, num_tokens),
             PREFIX=num_prefix,
@@ -154,8 +154,8 @@ def token_dropout_backward(dout, token_index, num_prefix, num_tokens, needs_grad
 
 def _places(token_index: Tensor, num_tokens: int) -> Tensor:
     """`[B, N]`: index of each token among the kept ones of its sample, -1 if it was dropped."""
-    batch, kept = token_index.shape
-    in_order = torch.arange(kept, device=token_index.device, dtype=torch.int32).expand(batch, kept)
+    batch, num_keep = token_index.shape
+    in_order = torch.arange(num_keep, device=token_index.device, dtype=torch.int32).expand(batch, num_keep)
     return in_order.new_full((batch, num_tokens), -1).scatter_(1, token_index, in_order)
 
 
@@ -171,9 +171,9 @@ def token_dropout_forward_calls(draw, width):
 
 def token_dropout_backward_calls(draw, width):
     patches, token_index = _patches(draw, width)
-    (_, tokens, width), kept = patches.shape, token_index.shape[1]
-    yield draw(draw.batch, 1 + kept, width), token_index, 1, tokens, (True, True, True)
-    yield draw(draw.batch, kept, width), token_index, 0, tokens, (True, False, False)
+    (_, tokens, width), num_keep = patches.shape, token_index.shape[1]
+    yield draw(draw.batch, 1 + num_keep, width), token_index, 1, tokens, (True, True, True)
+    yield draw(draw.batch, num_keep, width), token_index, 0, tokens, (True, False, False)
     yield draw(draw.batch, 1 + tokens, width), None, 1, tokens, (False, True, True)
 
 

@@ -45,10 +45,10 @@ def config(op: str, shape: Mapping[str, int], tensor: Tensor) -> dict[str, int]:
     They are those of the entry with the smallest sum of |log ratio| over the sizes in `shape` and `itemsize`, among
     equals with the most sizes.
     """
-    forced_op, found = _forced.get() or ("", {})
+    forced_op, options = _forced.get() or ("", {})
     if forced_op != op:
-        found = _nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, gpu_of(tensor))
-    return {**found, "enable_fp_fusion": True}  # Triton 3.10 changes the default
+        options = _nearest(op, tuple(sorted(shape.items())), tensor.dtype.itemsize, find_gpu(tensor))
+    return {**options, "enable_fp_fusion": True}  # Triton 3.10 changes the default
 
 
 def entry(**values: int) -> Entry:
@@ -72,7 +72,7 @@ def forced(op: str, config: Mapping[str, int]) -> Iterator[None]:
         _forced.reset(token)
 
 
-def gpu_of(tensor: Tensor) -> tuple[str, int]:
+def find_gpu(tensor: Tensor) -> tuple[str, int]:
     """Name and compute capability (90 for 9.0) of the tensor's GPU; for interpreted kernels an H100's."""
     return _gpu(tensor.device.index) if tensor.is_cuda else ("", 90)
 
@@ -85,14 +85,14 @@ def _gpu(device: int) -> tuple[str, int]:
 
 @cache
 def _nearest(op: str, shape: tuple[tuple[str, int], ...], itemsize: int, gpu: tuple[str, int]) -> Mapping[str, int]:
-    wanted = dict(shape) | {"itemsize": itemsize}
+    target = dict(shape) | {"itemsize": itemsize}
 
     def distance(entry: Entry) -> tuple[float, int]:
-        sizes = [(size, wanted[name]) for name, size in entry["shape"].items() if name in wanted]
+        sizes = [(size, target[name]) for name, size in entry["shape"].items() if name in target]
         return sum(abs(math.log(size / max(1, near))) for size, near in sizes), -len(sizes)
 
-    found: Entry = min(table(*gpu)[op], key=distance)
-    return found["config"]
+    nearest: Entry = min(table(*gpu)[op], key=distance)
+    return nearest["config"]
 
 
 def clear_caches() -> None:
@@ -105,22 +105,22 @@ def clear_caches() -> None:
 @cache
 def shipped() -> dict[int, dict[str, list[Entry]]]:
     """The entries in the kernels' files, by compute capability and op."""
-    found: dict[int, dict[str, list[Entry]]] = {}
+    result: dict[int, dict[str, list[Entry]]] = {}
     for family in FAMILIES:
         for capability, entries in import_module(f"..triton.{family}", __package__).CONFIGS.items():
-            found.setdefault(capability, {}).update(entries)
-    return dict(sorted(found.items()))
+            result.setdefault(capability, {}).update(entries)
+    return dict(sorted(result.items()))
 
 
 @cache
 def table(name: str, capability: int) -> dict[str, list[Any]]:
     """The entries of a GPU by op, of the highest capability up to its own, with what its file has in their place."""
-    fitting = [known for known in shipped() if known <= capability] or [min(shipped())]
-    found: dict[str, list[Any]] = {op: entries for known in fitting for op, entries in shipped()[known].items()}
-    own = file_of(name)
-    return found | json.loads(own.read_text()) if name and own.exists() else found
+    fitting = [level for level in shipped() if level <= capability] or [min(shipped())]
+    result: dict[str, list[Any]] = {op: entries for level in fitting for op, entries in shipped()[level].items()}
+    path = gpu_file(name)
+    return result | json.loads(path.read_text()) if name and path.exists() else result
 
 
-def file_of(gpu: str) -> Path:
+def gpu_file(gpu: str) -> Path:
     """`nvidia_h100_80gb_hbm3.json` in `folder()` for "NVIDIA H100 80GB HBM3"."""
     return folder() / f"{'_'.join(gpu.lower().split())}.json"

@@ -18,14 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("triton") is None:
         print("triton is not installed, and its kernels' files have the configurations", file=sys.stderr)
         return 2
-    known = sorted(tuning.shipped()[min(tuning.shipped())])
+    choices = sorted(tuning.shipped()[min(tuning.shipped())])
     parser = argparse.ArgumentParser(prog="python -m evakernels.tuning", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["run"])
     parser.add_argument("--op", action="append", metavar="OP", help="default: all")
-    ops = parser.parse_args(argv).op or known
+    ops = parser.parse_args(argv).op or choices
     for op in ops:
-        if op not in known:
-            parser.error(f"argument --op: {names.unknown('op', op, known)}")
+        if op not in choices:
+            parser.error(f"argument --op: {names.unknown('op', op, choices)}")
     if not torch.cuda.is_available():
         print("configurations are chosen by time, and nothing can be measured: there is no GPU here", file=sys.stderr)
         return 2
@@ -37,7 +37,7 @@ def run(ops: Sequence[str]) -> None:
     """Measures the ops one by one; each result is written at once, in case a later op fails."""
     from . import search
 
-    gpu, capability = tuning.gpu_of(torch.empty(0, device="cuda"))
+    gpu, capability = tuning.find_gpu(torch.empty(0, device="cuda"))
     for op in ops:
         entries = search.tuned(op, tuning.table(gpu, capability)[op], search.median_time)
         search.write(gpu, {op: entries}, capability)

@@ -44,5 +44,5 @@ class Draw:
 def calls(op: str, shape: dict[str, int], draw: Draw) -> Iterator[tuple[Any, ...]]:
     """The arguments of the calls of `op` at these sizes."""
     sizes = {name: size for name, size in shape.items() if name != "itemsize"}
-    found: Iterator[tuple[Any, ...]] = getattr(import_module(launcher(op).__module__), f"{op}_calls")(draw, **sizes)
-    return found
+    result: Iterator[tuple[Any, ...]] = getattr(import_module(launcher(op).__module__), f"{op}_calls")(draw, **sizes)
+    return result

@@ -15,12 +15,12 @@ from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
 from .. import backends
-from ..triton import launcher as launcher_of
-from . import clear_caches, file_of, forced, table
+from ..triton import launcher as find_launcher
+from . import clear_caches, forced, gpu_file, table
 from .calls import Draw, calls
 
 Config = dict[str, int]
-TimeOf = Callable[[Config], float | None]
+Measure = Callable[[Config], float | None]
 """Returns the time of a configuration in any unit; None for an unusable one."""
 
 GAIN = 0.99
@@ -46,16 +46,16 @@ def neighbours(config: Config) -> Iterator[Config]:
                 yield from (config | {name: value, "num_warps": warps} for warps in steps["num_warps"])
 
 
-def search(start: Config, time_of: TimeOf) -> Config:
+def search(start: Config, measure: Measure) -> Config:
     """The result of steepest descent from `start`. Raises `ValueError` if `start` is unusable."""
-    best, shortest = start, time_of(start)
+    best, shortest = start, measure(start)
     if shortest is None:
         raise ValueError(f"the configuration to start from can't be used: {start}")
-    seen = [start]
+    tried = [start]
     while True:
-        candidates = [candidate for candidate in neighbours(best) if candidate not in seen]
-        seen += candidates
-        times = [(time, i) for i, candidate in enumerate(candidates) if (time := time_of(candidate)) is not None]
+        candidates = [candidate for candidate in neighbours(best) if candidate not in tried]
+        tried += candidates
+        times = [(time, i) for i, candidate in enumerate(candidates) if (time := measure(candidate)) is not None]
         if not times or min(times)[0] >= GAIN * shortest:
             return best
         shortest, best = min(times)[0], candidates[min(times)[1]]
@@ -63,21 +63,21 @@ def search(start: Config, time_of: TimeOf) -> Config:
 
 def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
     """The entries of an op with the fastest configurations on this GPU."""
-    launcher, result = launcher_of(op), []
+    launcher, result = find_launcher(op), []
     for entry in entries:
         dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
         arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))
 
-        def time_of(config: Config, arguments: tuple[Any, ...] = arguments) -> float | None:
+        def measure(config: Config, arguments: tuple[Any, ...] = arguments) -> float | None:
             with forced(op, config):
                 try:
-                    if any(kernel.n_spills > 0 for kernel in kernels_of(launcher, arguments)):
+                    if any(kernel.n_spills > 0 for kernel in record_kernels(launcher, arguments)):
                         return None
                     return timer(lambda: launcher(*arguments))
                 except (CompilationError, OutOfResources, PTXASError):
                     return None
 
-        result.append({"shape": entry["shape"], "config": search(entry["config"], time_of)})
+        result.append({"shape": entry["shape"], "config": search(entry["config"], measure)})
     return result
 
 
@@ -99,8 +99,8 @@ def timed(op: str, entries: list[Any], timer: Callable[[Callable[[], Any]], floa
 
 def order(times: Sequence[Mapping[str, float]]) -> list[str]:
     """The backends by the geometric mean of their times, over the sizes that all of them support."""
-    compared = [found for found in times if len(found) == max(map(len, times))]
-    return sorted(compared[0], key=lambda backend: math.prod(found[backend] for found in compared))
+    compared = [entry for entry in times if len(entry) == max(map(len, times))]
+    return sorted(compared[0], key=lambda backend: math.prod(entry[backend] for entry in compared))
 
 
 def median_time(call: Callable[[], Any]) -> float:
@@ -109,7 +109,9 @@ def median_time(call: Callable[[], Any]) -> float:
     return time
 
 
-def kernels_of(launcher: Callable[..., Any], arguments: tuple[Any, ...], *, compile_only: bool = False) -> list[Any]:
+def record_kernels(
+    launcher: Callable[..., Any], arguments: tuple[Any, ...], *, compile_only: bool = False
+) -> list[Any]:
     """The compiled kernels of a call of the launcher, which only compiles them with `compile_only`."""
     kernels = []
 
@@ -127,7 +129,7 @@ def kernels_of(launcher: Callable[..., Any], arguments: tuple[Any, ...], *, comp
 
 def write(gpu: str, measured: Mapping[str, list[Any]], capability: int) -> Path:
     """Replaces the file of a GPU atomically: measured lists of entries or backends, and the unchanged others."""
-    path = file_of(gpu)
+    path = gpu_file(gpu)
     lines = []
     for key, entries in (table(gpu, capability) | dict(measured)).items():
         lines.append(f'  "{key}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]")

@@ -22,8 +22,8 @@ def make(machine: Machine, i: Instruction) -> Step:
     try:
         if i.op not in MAKERS:
             raise Unsupported(f"the opcode {i.op}")
-        maker, known = MAKERS[i.op]
-        if unknown := [mod for mod in i.mods if mod not in known]:
+        maker, modifiers = MAKERS[i.op]
+        if unknown := [mod for mod in i.mods if mod not in modifiers]:
             raise Unsupported(f"the modifier .{unknown[0]} of {i.op}")
         return maker(machine, i)
     except (Unsupported, KeyError, ValueError, IndexError, TypeError) as error:

@@ -13,8 +13,8 @@ import numpy as np
 
 from .. import rounding
 from ..body import Instruction
-from ..step import NO_STEP, Active, Step, elementwise, makes, one_of
-from ..types import DTYPES, Array, Unsupported, Value, type_of
+from ..step import NO_STEP, Active, Step, elementwise, find_modifier, makes
+from ..types import DTYPES, Array, Unsupported, Value, last_type
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -28,26 +28,26 @@ def reciprocal(x: Value) -> Value:
 
 def smaller(a: Value, b: Value) -> Value:
     """The number if one is NaN; of zeros the negative one."""
-    found = np.fmin(a, b)
-    if np.count_nonzero(found == 0):
-        found = np.where((found == 0) & (a == b), np.where(np.signbit(a), a, b), found)
-    return _or_poison(found, a, b)
+    result = np.fmin(a, b)
+    if np.count_nonzero(result == 0):
+        result = np.where((result == 0) & (a == b), np.where(np.signbit(a), a, b), result)
+    return _or_poison(result, a, b)
 
 
 def larger(a: Value, b: Value) -> Value:
     """The number if one is NaN; of zeros the positive one."""
-    found = np.fmax(a, b)
-    if np.count_nonzero(found == 0):
-        found = np.where((found == 0) & (a == b), np.where(np.signbit(a), b, a), found)
-    return _or_poison(found, a, b)
+    result = np.fmax(a, b)
+    if np.count_nonzero(result == 0):
+        result = np.where((result == 0) & (a == b), np.where(np.signbit(a), b, a), result)
+    return _or_poison(result, a, b)
 
 
-def _or_poison(found: Value, *sources: Value) -> Value:
+def _or_poison(result: Value, *sources: Value) -> Value:
     """Poison where a source is: a GPU has any number in its place."""
     for source in sources:
         if np.count_nonzero(poison := rounding.is_poison(source)):
-            found = np.where(poison, source, found)
-    return found
+            result = np.where(poison, source, result)
+    return result
 
 
 def smaller_or_nan(a: Value, b: Value) -> Value:
@@ -59,7 +59,7 @@ def larger_or_nan(a: Value, b: Value) -> Value:
 
 
 def quotient(a: Value, b: Value) -> Value:
-    """Of integers, towards zero."""
+    """The quotient of integers, rounded towards zero."""
     if a.dtype.kind == "u":
         return a // b
     floor = a // b
@@ -105,23 +105,26 @@ OR_NAN = {"min": smaller_or_nan, "max": larger_or_nan}
 HALVES = {"bf16": (rounding.from_bf16, rounding.to_bf16), "f16": (rounding.from_f16, rounding.to_f16)}
 
 
-def _of_halves(name: str, function: Any, *sources: Value) -> Value:
-    """Of 16 bits. float32 has twice as many digits and two more, so that to round its sum again changes nothing."""
+def _apply_to_half(name: str, function: Any, *sources: Value) -> Value:
+    """The function of 16-bit floats, computed in float32.
+
+    float32 has more than twice as many digits, so rounding its result again changes nothing.
+    """
     widen, narrow = HALVES[name]
     return narrow(function(*map(widen, sources)))
 
 
-def _of_pairs(name: str, function: Any, *sources: Value) -> Value:
-    low = _of_halves(name, function, *(source & 0xFFFF for source in sources)).astype(np.uint32)
-    high = _of_halves(name, function, *(source >> 16 for source in sources)).astype(np.uint32)
+def _apply_to_pair(name: str, function: Any, *sources: Value) -> Value:
+    low = _apply_to_half(name, function, *(source & 0xFFFF for source in sources)).astype(np.uint32)
+    high = _apply_to_half(name, function, *(source >> 16 for source in sources)).astype(np.uint32)
     return low | high << np.uint32(16)
 
 
 def halved(machine: Machine, i: Instruction, function: Any) -> Step:
     """A function of float32 on numbers of 16 bits, or on pairs of them."""
-    kind = type_of(i.mods)
+    kind = last_type(i.mods)
     name = kind.removesuffix("x2")
-    function = partial(_of_halves if kind == name else _of_pairs, name, function)
+    function = partial(_apply_to_half if kind == name else _apply_to_pair, name, function)
     carrier = "u16" if kind == name else "u32"
     sources = [machine.registers.source(arg, carrier) for arg in i.args[1:]]
     return elementwise(machine.registers.target(i.args[0], carrier), function, *sources)
@@ -129,7 +132,7 @@ def halved(machine: Machine, i: Instruction, function: Any) -> Step:
 
 def operation(machine: Machine, i: Instruction) -> Step:
     """An operation on floats or integers of one type."""
-    kind = type_of(i.mods)
+    kind = last_type(i.mods)
     is_half = kind.removesuffix("x2") in HALVES
     function = (OF_FLOATS if is_half or kind in FLOATS else OF_INTEGERS)[i.op]
     if "NaN" in i.mods:
@@ -169,7 +172,7 @@ def _at_least_zero(function: Any, *sources: Value) -> Value:
 
 @makes("fma", "rn rm ftz f32 f64 bf16 f16 bf16x2 f16x2")
 def fused(machine: Machine, i: Instruction) -> Step:
-    kind, mode = type_of(i.mods), one_of(i, "rn rm") or "rn"
+    kind, mode = last_type(i.mods), find_modifier(i, "rn rm") or "rn"
     if kind.removesuffix("x2") in HALVES:
         if i.mods != ("rn", kind):
             raise Unsupported(f"the mode of {i.op}")
@@ -208,7 +211,7 @@ WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 @makes("mul mad", f"lo hi wide rn ftz f32 f64 {HALF} u16 s16 u32 s32 u64 s64")
 def product(machine: Machine, i: Instruction) -> Step:
     """mul of floats; mul and mad of integers: the low half of the product, the high half, or the whole."""
-    kind, wide = type_of(i.mods), "wide" in i.mods
+    kind, wide = last_type(i.mods), "wide" in i.mods
     if kind.removesuffix("x2") in HALVES:
         return halved(machine, i, np.multiply)
     to = WIDE[kind] if wide else kind
@@ -284,7 +287,7 @@ def compare(machine: Machine, i: Instruction) -> Step:
 
 @makes("selp", "b16 u16 s16 b32 u32 s32 f32 b64 u64 s64 f64")
 def select(machine: Machine, i: Instruction) -> Step:
-    kind = type_of(i.mods)
+    kind = last_type(i.mods)
     a, b = (machine.registers.source(arg, kind) for arg in i.args[1:3])
     predicate = machine.registers.source(i.args[3], "pred")
     return elementwise(machine.registers.target(i.args[0], kind), np.where, predicate, a, b)

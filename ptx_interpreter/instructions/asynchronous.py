@@ -12,7 +12,7 @@ from ..shared import WRITTEN
 from ..step import NO_STEP, Active, Step, by_lanes, makes
 from ..types import CARRIERS, SHIFTS, Array, Unsupported
 from ..watch import Access
-from .memory import addresses_of, of_active, read_global
+from .memory import bind_addresses, read_global, select_active
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -56,13 +56,13 @@ def _arrive(machine: Machine, lanes: Array, places: Array, words: Array) -> None
     size, shared = words.itemsize, machine.shared
     shared.words[size][places >> SHIFTS[size]] = words
     if machine.watch:
-        cells, each = shared.cells_of(places, size)
+        cells, each = shared.cells_at(places, size)
         shared.note_write(cells, np.repeat(machine.stamps[lanes], each), WRITTEN)
 
 
 def _copy(machine: Machine, i: Instruction) -> Step:
     """[to], [of], size, and how many bytes to read of it; the others are zeros."""
-    to, of = addresses_of(machine, i.args[0]), addresses_of(machine, i.args[1])
+    to, source = bind_addresses(machine, i.args[0]), bind_addresses(machine, i.args[1])
     size = machine.registers.number(i.args[2])
     if size not in (4, 8, 16):
         raise Unsupported("a copy of such a size")
@@ -74,16 +74,16 @@ def _copy(machine: Machine, i: Instruction) -> Step:
         lanes = machine.all_lanes if active is None else active.lanes
         places, good = machine.checks.check_shared(writes, active, to(active))
         machine.checks.collided = False
-        given = np.broadcast_to(of_active(amount, active), len(lanes))
-        if ((given != 0) & (given != size)).any():
+        byte_counts = np.broadcast_to(select_active(amount, active), len(lanes))
+        if ((byte_counts != 0) & (byte_counts != size)).any():
             raise Unsupported(f"to copy a part of {size} bytes in `{i.text}` at {machine.body.where(i.line)}")
         words = np.zeros(len(lanes), CARRIERS[size])
-        wanted = given != 0
-        if wanted.all():
-            words[:] = read_global(machine, reads, active, of(active))
-        elif wanted.any():
-            readers = Active.of(lanes[wanted], machine.lanes)
-            words[wanted] = read_global(machine, reads, readers, of(readers))
+        nonzero = byte_counts != 0
+        if nonzero.all():
+            words[:] = read_global(machine, reads, active, source(active))
+        elif nonzero.any():
+            readers = Active.from_lanes(lanes[nonzero], machine.lanes)
+            words[nonzero] = read_global(machine, reads, readers, source(readers))
         if good is not None:
             lanes, places, words = lanes[good], places[good], words[good]
         machine.copies.append((lanes, places, words, machine.groups[lanes]))

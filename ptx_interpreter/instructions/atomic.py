@@ -8,11 +8,11 @@ import numpy as np
 
 from ..body import Instruction
 from ..memory import BASE, WORDS
-from ..step import Active, Step, by_lanes, makes, one_of, put
-from ..types import DTYPES, SHIFTS, SIZES, Array, Unsupported, type_of, unsigned
+from ..step import Active, Step, by_lanes, find_modifier, makes, put
+from ..types import DTYPES, SHIFTS, SIZES, Array, Unsupported, last_type, unsigned
 from ..watch import Access
-from .arithmetic import HALVES as OF_HALVES
-from .memory import addresses_of, of_active, space_of
+from .arithmetic import HALVES as SINGLE_HALVES
+from .memory import address_space, bind_addresses, select_active
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -28,14 +28,14 @@ OPERATIONS: dict[str, Any] = {
     "cas": lambda old, compared, new: np.where(old == compared, new, old),
 }
 TYPES = "b16 b32 b64 u32 s32 u64 s64 f32 f64 f16 bf16 f16x2 bf16x2"
-HALVES = OF_HALVES | {f"{kind}x2": functions for kind, functions in OF_HALVES.items()}
+HALVES = SINGLE_HALVES | {f"{kind}x2": functions for kind, functions in SINGLE_HALVES.items()}
 ORDERS = "relaxed acquire release acq_rel"
 
 
 @makes("atom red", f"global shared cta gpu sys noftz v2 v4 L2::cache_hint {ORDERS} {TYPES} {' '.join(OPERATIONS)}")
 def atomic(machine: Machine, i: Instruction) -> Step:
     """d, [a], b: d = *a, *a = operation(*a, b); cas compares with b and writes c. Elements of a vector are separate."""
-    kind, name = type_of(i.mods), one_of(i, " ".join(OPERATIONS)) or "add"
+    kind, name = last_type(i.mods), find_modifier(i, " ".join(OPERATIONS)) or "add"
     result, address, value, *more = i.args if i.op == "atom" else ["_", *i.args]
     half, size = HALVES.get(kind), SIZES[kind]
     if half and name != "add":
@@ -47,8 +47,8 @@ def atomic(machine: Machine, i: Instruction) -> Step:
     operands = [[one, *more[:1]] if name == "cas" else [one] for one in values]
     sources = [[machine.registers.source(arg, carrier) for arg in args] for args in operands]
     targets = [machine.registers.target(each, carrier) for each in results]
-    space, addresses = space_of(i), addresses_of(machine, address)
-    order = one_of(i, ORDERS) or "relaxed"
+    space, addresses = address_space(i), bind_addresses(machine, address)
+    order = find_modifier(i, ORDERS) or "relaxed"
     access = machine.checks.access(Access(i, space, size * len(values), write=True, atomic=order))
     dtype = DTYPES[carrier]
 
@@ -60,15 +60,15 @@ def atomic(machine: Machine, i: Instruction) -> Step:
         else:
             good = machine.checks.check_global(access, active, at)
             at, words = at - BASE, WORDS[size]
-        for n, (target, given) in enumerate(zip(targets, sources, strict=True)):
+        for n, (target, operands) in enumerate(zip(targets, sources, strict=True)):
             places = (at >> SHIFTS[size]) + n
-            mine = [np.broadcast_to(of_active(source, active), at.shape) for source in given]
-            found = np.zeros(len(at), dtype)
+            mine = [np.broadcast_to(select_active(source, active), at.shape) for source in operands]
+            results = np.zeros(len(at), dtype)
             for turn in _turns(places, good):
                 old = words[places[turn]].view(dtype)
                 words[places[turn]] = np.asarray(function(old, *(v[turn] for v in mine)), dtype).view(words.dtype)
-                found[turn] = old
-            put(target, active, found)
+                results[turn] = old
+            put(target, active, results)
 
     return by_lanes(run)
 

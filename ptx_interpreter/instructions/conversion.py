@@ -9,8 +9,8 @@ import numpy as np
 
 from .. import rounding
 from ..body import Instruction
-from ..step import Step, elementwise, makes, one_of, several
-from ..types import DTYPES, SIZES, Unsupported, Value, type_of, unsigned
+from ..step import Step, elementwise, find_modifier, makes, several
+from ..types import DTYPES, SIZES, Unsupported, Value, last_type, unsigned
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -25,7 +25,7 @@ def same(x: Value) -> Value:
 
 @makes("mov", "pred b16 u16 s16 b32 u32 s32 f32 b64 u64 s64 f64")
 def move(machine: Machine, i: Instruction) -> Step:
-    kind = type_of(i.mods)
+    kind = last_type(i.mods)
     if isinstance(i.args[1], list):
         return _join(machine, i.args[0], i.args[1], SIZES[kind])
     if isinstance(i.args[0], list):
@@ -83,44 +83,44 @@ def convert(machine: Machine, i: Instruction) -> Step:
             raise Unsupported("a conversion to TF32 but .rna.tf32.f32")
         target, source = machine.registers.target(i.args[0], "b32"), machine.registers.source(i.args[1], "f32")
         return elementwise(target, rounding.to_tf32, source)
-    to, of = (mod for mod in i.mods if mod in DTYPES)
-    sources = [machine.registers.source(arg, of) for arg in i.args[1:]]
+    to, kind = (mod for mod in i.mods if mod in DTYPES)
+    sources = [machine.registers.source(arg, kind) for arg in i.args[1:]]
     if to.endswith("x2"):
         pair = partial(_pair, TO_16_BITS[to.removesuffix("x2")])
         return elementwise(machine.registers.target(i.args[0], "b32"), pair, *sources)
     bits = "b16" if to == "f16" else to  # numpy has another NaN
-    return elementwise(machine.registers.target(i.args[0], bits), _conversion(i, to, of), *sources)
+    return elementwise(machine.registers.target(i.args[0], bits), _conversion(i, to, kind), *sources)
 
 
 def _pair(narrow: Any, high: Value, low: Value) -> Value:
     return narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low)
 
 
-def _conversion(i: Instruction, to: str, of: str) -> Any:
-    mode, dtype = one_of(i, MODES), DTYPES[to]
-    if "sat" in i.mods and not (to == of == "f32"):
+def _conversion(i: Instruction, to: str, kind: str) -> Any:
+    mode, dtype = find_modifier(i, MODES), DTYPES[to]
+    if "sat" in i.mods and not (to == kind == "f32"):
         raise Unsupported("the modifier .sat of these types")
     if to in FLOATS:
-        return _to_float(to, of, mode, "sat" in i.mods)
-    if of in FLOATS:
-        if mode not in ("rni", "rzi", "rmi", "rpi") or of == "bf16":
+        return _to_float(to, kind, mode, "sat" in i.mods)
+    if kind in FLOATS:
+        if mode not in ("rni", "rzi", "rmi", "rpi") or kind == "bf16":
             raise Unsupported(f"the rounding .{mode} to an integer")
         return lambda x: rounding.to_integer(x, dtype, mode)
     return lambda x: x.astype(dtype)
 
 
-def _to_float(to: str, of: str, mode: str | None, saturate: bool) -> Any:
+def _to_float(to: str, kind: str, mode: str | None, saturate: bool) -> Any:
     if mode not in (None, "rn", "rz", "rm", "rp"):
         raise Unsupported(f"the rounding .{mode} to a float")
     if saturate:
         return rounding.saturated
-    if of == "bf16" and to == "f32":
+    if kind == "bf16" and to == "f32":
         return rounding.from_bf16
-    if to in TO_16_BITS and of == "f32" and mode == "rn":
+    if to in TO_16_BITS and kind == "f32" and mode == "rn":
         return TO_16_BITS[to]
     dtype = DTYPES[to]
-    if mode in ("rz", "rm", "rp") and (of, to) == ("f64", "f32"):
+    if mode in ("rz", "rm", "rp") and (kind, to) == ("f64", "f32"):
         return lambda x: rounding.rounded(x, dtype, mode)
-    if mode not in (None, "rn") or "bf16" in (to, of) or to == "f16":
-        raise Unsupported(f"the conversion of {of} to {to} with .{mode}")
+    if mode not in (None, "rn") or "bf16" in (to, kind) or to == "f16":
+        raise Unsupported(f"the conversion of {kind} to {to} with .{mode}")
     return lambda x: x.astype(dtype)  # integers of 64 bits too are rounded to nearest even

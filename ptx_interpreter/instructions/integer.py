@@ -9,7 +9,7 @@ import numpy as np
 
 from ..body import Instruction
 from ..step import Step, elementwise, makes
-from ..types import DTYPES, SIZES, Value, type_of
+from ..types import DTYPES, SIZES, Value, last_type
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @makes("shl shr", "b16 b32 b64 u16 u32 u64 s16 s32 s64")
 def shift(machine: Machine, i: Instruction) -> Step:
     """By amounts that are clamped to the width, beyond which all bits are zeros, or copies of the sign."""
-    kind = type_of(i.mods)
+    kind = last_type(i.mods)
     dtype = DTYPES[kind]
     value = machine.registers.source(i.args[1], kind)
     amount = machine.registers.source(i.args[2], "u32")
@@ -81,7 +81,7 @@ TABLE: dict[str, tuple[str, Any, str, str]] = {
 def tabulated(machine: Machine, i: Instruction) -> Step:
     """An instruction of `TABLE`."""
     _, function, kinds, result = TABLE[i.op]
-    names = [type_of(i.mods) if kind == "own" else kind for kind in (*kinds.split(), result)]
+    names = [last_type(i.mods) if kind == "own" else kind for kind in (*kinds.split(), result)]
     sources = [machine.registers.source(arg, kind) for arg, kind in zip(i.args[1:], names[:-1], strict=True)]
     return elementwise(machine.registers.target(i.args[0], names[-1]), function, *sources)
 

@@ -8,17 +8,17 @@ import numpy as np
 
 from .. import rounding
 from ..body import Instruction
-from ..step import Active, Step, by_lanes, makes, one_of
+from ..step import Active, Step, by_lanes, find_modifier, makes
 from ..types import CARRIERS, DTYPES, WARP, Array, Unsupported, Value
 from ..watch import Access
-from .memory import addresses_of, read_shared, write_shared
-from .warp import groups_of
+from .memory import bind_addresses, read_shared, write_shared
+from .warp import find_groups
 
 if TYPE_CHECKING:
     from ..machine import Machine
 
 
-def rows_of(machine: Machine, source: Value, warps: Array | None) -> Array:
+def matrix_rows(machine: Machine, source: Value, warps: Array | None) -> Array:
     """A register as [warps, 8, 4]: lane 4 r + c has what belongs to row r and to the pair of columns c."""
     rows = np.broadcast_to(source, machine.lanes).reshape(-1, 8, 4)
     return rows if warps is None else rows[warps]
@@ -34,33 +34,33 @@ def _bringing(machine: Machine, warps: Array | None, matrices: int) -> Active | 
     if warps is None and matrices == 4:
         return None
     lanes = machine.all_lanes.reshape(-1, WARP)[slice(None) if warps is None else warps]
-    return Active.of(lanes[:, : 8 * matrices].reshape(-1), machine.lanes)
+    return Active.from_lanes(lanes[:, : 8 * matrices].reshape(-1), machine.lanes)
 
 
 def _transposed(rows: Array) -> Array:
-    """Of matrices [..., 8, 4] of pairs of 16 bits."""
+    """The transposes of matrices [..., 8, 4] of pairs of 16 bits."""
     return np.ascontiguousarray(rows.view(np.uint16).swapaxes(-1, -2)).view(np.uint32)
 
 
 @makes("ldmatrix stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
 def move_matrices(machine: Machine, i: Instruction) -> Step:
     """Matrices of 8 rows of 16 bytes, from or to shared memory; `trans` transposes each."""
-    store, number = i.op == "stmatrix", int((one_of(i, "x1 x2 x4") or "x1")[1])
+    store, number = i.op == "stmatrix", int((find_modifier(i, "x1 x2 x4") or "x1")[1])
     address, registers = (i.args[0], i.args[1]) if store else (i.args[1], i.args[0])
     names = registers if isinstance(registers, list) else [registers]
     if len(names) != number:
         raise Unsupported(f"{number} matrices in {len(names)} registers")
     bind = machine.registers.source if store else machine.registers.target
     vectors = [bind(name, "u32") for name in names]
-    addresses = addresses_of(machine, address)
+    addresses = bind_addresses(machine, address)
     access = machine.checks.access(Access(i, "shared", 16, write=store))
     turn = _transposed if "trans" in i.mods else np.asarray
 
     def run(active: Active | None) -> None:
-        warps = groups_of(machine, active, i)
+        warps = find_groups(machine, active, i)
         bringing = _bringing(machine, warps, number)
         if store:
-            rows = turn(np.stack([rows_of(machine, source, warps) for source in vectors], axis=1))
+            rows = turn(np.stack([matrix_rows(machine, source, warps) for source in vectors], axis=1))
             words = np.ascontiguousarray(rows).reshape(-1, 4).view(CARRIERS[16]).reshape(-1)
             write_shared(machine, access, bringing, addresses(bringing), words)
         else:
@@ -89,7 +89,7 @@ SHAPES = {
     **dict.fromkeys((("f32", "bf16"), ("f32", "f16"), ("f16", "f16")), "m16n8k16"),
     **dict.fromkeys((("s32", "s8"), ("s32", "u8")), "m16n8k32"),
 }
-"""Of products, by the types of sums and factors."""
+"""Shapes of products by the types of sums and factors."""
 
 
 @makes("mma", "sync aligned m16n8k32 m16n8k16 m16n8k8 row col f32 bf16 f16 tf32 satfinite s32 s8 u8")
@@ -111,22 +111,22 @@ def multiply(machine: Machine, i: Instruction) -> Step:
     start = [machine.registers.source(name, carrier) for name in c]
 
     def run(active: Active | None) -> None:
-        warps = groups_of(machine, active, i)
+        warps = find_groups(machine, active, i)
         count = machine.lanes // WARP if warps is None else len(warps)
         # Four pairs of columns are next to each other.
         factor = np.empty((count, 2, 8, 2, 4), np.uint32)
         for n, register in enumerate(left):
-            factor[:, n % 2, :, n // 2] = rows_of(machine, register, warps)
+            factor[:, n % 2, :, n // 2] = matrix_rows(machine, register, warps)
         other = np.empty((count, 8, 2, 4), np.uint32)
         for n, register in enumerate(right):
-            other[:, :, n] = rows_of(machine, register, warps)
+            other[:, :, n] = matrix_rows(machine, register, warps)
         # Products of integers are exact: their sums have fewer than 24 bits.
         rows = numbers(factor.reshape(count, 16, 8), kinds[1])
         columns = numbers(other.reshape(count, 8, 8), kinds[1])
         product = np.matmul(rows, columns.swapaxes(1, 2)).reshape(count, 2, 8, 4, 2)
         if kind == "s32":
             product = product.astype(np.int64)
-        before = [rows_of(machine, register, warps) for register in start]
+        before = [matrix_rows(machine, register, warps) for register in start]
         if kind == "f16":
             before = [rounding.from_f16(words >> shift & 0xFFFF) for words in before for shift in (0, 16)]
         sums = [product[:, n // 2, :, :, n % 2] + before[n] for n in range(4)]

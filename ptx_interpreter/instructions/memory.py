@@ -12,7 +12,7 @@ from ..memory import BASE, WORDS
 from ..report import NEARLY_EQUAL, POISONED, UNEQUAL
 from ..rounding import holds_poison, nearly_equal
 from ..step import Active, Step, by_lanes, elementwise, makes, put, several
-from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, type_of, unsigned
+from ..types import CARRIERS, DTYPES, SHIFTS, SIZES, Array, Unsupported, Value, last_type, unsigned
 from ..watch import Access
 
 if TYPE_CHECKING:
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 TYPES = "b8 u8 s8 b16 u16 s16 b32 u32 s32 f32 b64 u64 s64 f64"
 
 
-def space_of(i: Instruction) -> str:
+def address_space(i: Instruction) -> str:
     """Generic addresses are those of global memory, as nothing makes others."""
     return next((mod for mod in i.mods if mod in ("shared", "param")), "global")
 
 
-def addresses_of(machine: Machine, address: object) -> Callable[[Active | None], Array]:
+def bind_addresses(machine: Machine, address: object) -> Callable[[Active | None], Array]:
     """A call that gives int64 addresses of the active lanes."""
     if not isinstance(address, Address):
         raise Unsupported(f"the address {address}")
     base, offset = address
-    declared = machine.body.type_of(base)
+    declared = machine.body.register_type(base)
     size = SIZES[declared] if declared else 8
     source = machine.registers.source(base, unsigned(size))
     if not isinstance(source, np.ndarray):
@@ -76,12 +76,12 @@ CACHING += " L1::no_allocate L1::evict_unchanged L1::evict_normal L2::cache_hint
 
 @makes("ld", f"global shared param {CACHING} v2 v4 {TYPES}")
 def load(machine: Machine, i: Instruction) -> Step:
-    space, kind = space_of(i), type_of(i.mods)
+    space, kind = address_space(i), last_type(i.mods)
     names = _vector(i.args[0])
     targets = [machine.registers.target(name, kind) for name in names]
     if space == "param":
         return _load_param(machine, i, targets, kind)
-    addresses = addresses_of(machine, i.args[1])
+    addresses = bind_addresses(machine, i.args[1])
     access = machine.checks.access(Access(i, space, SIZES[kind] * len(names)))
     read = read_shared if space == "shared" else read_global
     dtype = DTYPES[kind]
@@ -99,7 +99,7 @@ def load(machine: Machine, i: Instruction) -> Step:
 
 
 def _load_param(machine: Machine, i: Instruction, targets: list[Array | None], kind: str) -> Step:
-    """Of a parameter the same number for all lanes; where a register has the address, each lane its own."""
+    """Loads one number for all lanes; with the address in a register, one for each lane."""
     size, address = SIZES[kind], i.args[1]
     if not isinstance(address, Address) or address.base not in machine.registers.symbols:
         return _gather_params(machine, i, targets, kind)
@@ -114,7 +114,7 @@ def _load_param(machine: Machine, i: Instruction, targets: list[Array | None], k
 
 
 def _gather_params(machine: Machine, i: Instruction, targets: list[Array | None], kind: str) -> Step:
-    addresses, size = addresses_of(machine, i.args[1]), SIZES[kind]
+    addresses, size = bind_addresses(machine, i.args[1]), SIZES[kind]
     whole = size * len(targets)
 
     def run(active: Active | None) -> None:
@@ -125,18 +125,18 @@ def _gather_params(machine: Machine, i: Instruction, targets: list[Array | None]
             detail = f"load at byte {int(at[np.argmax(outside)])} of {len(machine.params)} of parameters"
             machine.fault("out of bounds", i, lanes[outside], detail)
             at = np.where(outside, 0, at)
-        found = machine.params[at[:, None] + np.arange(whole)].view(DTYPES[kind])
+        values = machine.params[at[:, None] + np.arange(whole)].view(DTYPES[kind])
         for n, target in enumerate(targets):
-            put(target, active, found[:, n])
+            put(target, active, values[:, n])
 
     return by_lanes(run)
 
 
 @makes("st", f"global shared {CACHING} v2 v4 {TYPES}")
 def store(machine: Machine, i: Instruction) -> Step:
-    space, size = space_of(i), SIZES[type_of(i.mods)]
+    space, size = address_space(i), SIZES[last_type(i.mods)]
     sources = [machine.registers.source(arg, unsigned(size)) for arg in _vector(i.args[1])]
-    addresses = addresses_of(machine, i.args[0])
+    addresses = bind_addresses(machine, i.args[0])
     access = machine.checks.access(Access(i, space, size * len(sources), write=True))
     write = write_shared if space == "shared" else write_global
     dtype, carrier = DTYPES[unsigned(size)], CARRIERS[access.size]
@@ -145,20 +145,20 @@ def store(machine: Machine, i: Instruction) -> Step:
         count = machine.lanes if active is None else len(active.lanes)
         words = np.empty((count, len(sources)), dtype)
         for n, source in enumerate(sources):
-            words[:, n] = of_active(source, active)
+            words[:, n] = select_active(source, active)
         write(machine, access, active, addresses(active), words.view(carrier).reshape(-1))
 
     return by_lanes(run)
 
 
-def of_active(source: Value, active: Active | None) -> Value:
+def select_active(source: Value, active: Active | None) -> Value:
     """The values of the active lanes; a number stays one."""
     return source if active is None or not isinstance(source, np.ndarray) else source[active.lanes]
 
 
 def write_global(machine: Machine, access: Access, active: Active | None, addresses: Array, words: Array) -> None:
     good = machine.checks.check_global(access, active, addresses)
-    size = SIZES[type_of(access.instruction.mods)]
+    size = SIZES[last_type(access.instruction.mods)]
     if machine.memory.poisoned and size in (2, 4):
         poison = holds_poison(words.view(DTYPES[unsigned(size)]).reshape(len(words), -1)).any(1)
         if poison.any():
@@ -184,7 +184,7 @@ def _write(
         machine.checks.collided = False
         lanes = machine.all_lanes if active is None else active.lanes
         lanes = lanes if good is None else lanes[good]
-        element = unsigned(min(SIZES[type_of(access.instruction.mods)], 8))
+        element = unsigned(min(SIZES[last_type(access.instruction.mods)], 8))
         there, mine = (v.view(DTYPES[element]).reshape(len(words), -1) for v in (memory[at], words))
         lost, near = (there != mine).any(1), nearly_equal(there, mine).all(1)
         if lost.any():

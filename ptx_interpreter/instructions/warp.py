@@ -9,7 +9,7 @@ import numpy as np
 from ..body import Instruction
 from ..shared import WARP_BARRIER
 from ..step import Active, Step, by_lanes, makes, put
-from ..types import WARP, Array, Unsupported, type_of
+from ..types import WARP, Array, Unsupported, last_type
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EVERY_LANE = (-1, 0xFFFFFFFF)
 
 
-def groups_of(machine: Machine, active: Active | None, i: Instruction, size: int = WARP) -> Array | None:
+def find_groups(machine: Machine, active: Active | None, i: Instruction, size: int = WARP) -> Array | None:
     """The numbers of the warps (or of groups of so many threads) that run, with all of their threads; None: all do."""
     if active is None:
         return None
@@ -36,7 +36,7 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
     name, _, flag = str(i.args[0]).partition("|")
     registers = machine.registers
     value, (b, c) = registers.source(i.args[1], "u32"), (registers.source(arg, "u32") for arg in i.args[2:4])
-    target, inside_of = registers.target(name, "u32"), registers.target(flag or "_", "pred")
+    target, in_range = registers.target(name, "u32"), registers.target(flag or "_", "pred")
     if registers.number(i.args[4]) not in EVERY_LANE:
         raise Unsupported("a shuffle of some lanes of a warp")
     lane = machine.lane_of_warp
@@ -68,7 +68,7 @@ def shuffle(machine: Machine, i: Instruction) -> Step:
                 detail = "it takes the value of a thread that isn't there"
                 machine.fault("divergent warp", i, active.lanes[asleep], detail)
         put(target, active, value[source] if isinstance(value, np.ndarray) else value)
-        put(inside_of, active, inside)
+        put(in_range, active, inside)
 
     return by_lanes(run)
 
@@ -89,17 +89,17 @@ REDUCTIONS: dict[str, Any] = {
 @makes("vote", "sync any all pred")
 def reduce(machine: Machine, i: Instruction) -> Step:
     """The sum (or minimum, ...) of a value over all lanes of a warp, or whether a predicate holds in any or all."""
-    registers, kind = machine.registers, type_of(i.mods)
+    registers, kind = machine.registers, last_type(i.mods)
     value, target = registers.source(i.args[1], kind), registers.target(i.args[0], kind)
     if registers.number(i.args[2]) not in EVERY_LANE:
         raise Unsupported(f"{i.op} of some lanes of a warp")
     function = REDUCTIONS[i.mods[1]]
 
     def run(active: Active | None) -> None:
-        groups_of(machine, active, i)  # All of a warp must be there.
+        find_groups(machine, active, i)  # All of a warp must be there.
         rows = np.broadcast_to(value, machine.all_lanes.shape).reshape(-1, WARP)
-        found = np.repeat(function.reduce(rows, axis=1, dtype=rows.dtype), WARP)
-        put(target, active, found if active is None else found[active.lanes])
+        totals = np.repeat(function.reduce(rows, axis=1, dtype=rows.dtype), WARP)
+        put(target, active, totals if active is None else totals[active.lanes])
 
     return by_lanes(run)
 

@@ -17,7 +17,7 @@ from ..step import NO_STEP, Active, Step, by_lanes, makes
 from ..types import WARP, Array, Unsupported, Value
 from ..watch import Access
 from .matrix import numbers
-from .warp import groups_of
+from .warp import find_groups
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -82,8 +82,8 @@ class Factor:
             at = np.minimum(at, machine.shared.size - 2)
         places = at + machine.shared_base[lanes][:, None, None]
         if machine.watch:
-            for lane, own in zip(lanes, places, strict=True):
-                self._note(np.unique(own >> 4) << 4, int(lane))
+            for lane, lane_places in zip(lanes, places, strict=True):
+                self._note(np.unique(lane_places >> 4) << 4, int(lane))
         return numbers(machine.shared.words[2].take(places >> 1), self.kind)
 
     def _note(self, places: Array, lane: int) -> None:
@@ -127,8 +127,8 @@ def warpgroup(machine: Machine, i: Instruction) -> Step:
     sign = np.float32((signs[0] or 0) * (signs[1] or 0))
 
     def run(active: Active | None) -> None:
-        found = groups_of(machine, active, i, GROUP)
-        groups = np.arange(machine.lanes // GROUP) if found is None else found
+        active_groups = find_groups(machine, active, i, GROUP)
+        groups = np.arange(machine.lanes // GROUP) if active_groups is None else active_groups
         product = np.matmul(left(groups), right(groups).swapaxes(1, 2)) * sign
         _add(machine, sums, keep, groups, product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2))
 
@@ -141,10 +141,10 @@ def _factor(machine: Machine, i: Instruction, name: Any, rows: int, transposed: 
 
 
 def _add(machine: Machine, sums: list[Array | None], keep: Value, groups: Array, product: Array) -> None:
-    """Of 8 columns the sums are 4 registers, as in mma."""
-    kept = np.broadcast_to(keep, machine.lanes).reshape(-1, 4, 8, 4)[groups]
+    """Adds products to the sums: 8 columns are 4 registers, as in mma."""
+    mask = np.broadcast_to(keep, machine.lanes).reshape(-1, 4, 8, 4)[groups]
     for n, register in enumerate(sums):
         if register is not None:
             rows = register.reshape(-1, 4, 8, 4)
             new = product[:, :, n % 4 // 2, :, n // 4, :, n % 2]
-            rows[groups] = np.where(kept, new + rows[groups], new)
+            rows[groups] = np.where(mask, new + rows[groups], new)

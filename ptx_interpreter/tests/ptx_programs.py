@@ -13,7 +13,7 @@ BLOCK = 64
 
 
 def kernel(body: str, params: int = 1, *, head: str = "", registers: str = "") -> Kernel:
-    """Of the instructions in `body`, with addresses as parameters p0, p1, ..., which are in %d30, %d31, ...
+    """Makes a kernel of the instructions in `body`, with addresses as parameters p0, p1, ..., in %d30, %d31, ...
 
     `head` stands in front of the kernel, `registers` declares more than REGISTERS does.
     """

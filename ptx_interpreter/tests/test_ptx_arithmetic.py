@@ -20,7 +20,7 @@ def pairs(values):
 
 
 def wide_floats(count, dtype=np.float32):
-    """Of all exponents and signs."""
+    """Floats of all exponents and signs."""
     size = np.dtype(dtype).itemsize
     return random.integers(0, 1 << 8 * size, count, f"u{size}").view(dtype)
 
@@ -61,7 +61,7 @@ def test_functions_of_one_float(op, function):
 
 
 def exact_fma(a, b, c, dtype, mode="rn"):
-    """Of finite numbers, by fractions."""
+    """a * b + c of finite numbers, by fractions."""
     exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
     if exact == 0:
         with np.errstate(all="ignore"):
@@ -73,10 +73,10 @@ def exact_fma(a, b, c, dtype, mode="rn"):
     unit = Fraction(2) ** (max(exponent, info.minexp) - info.nmant)
     scaled = exact / unit
     whole = math.floor(scaled) if mode == "rm" else round(scaled)  # round() ties to even
-    found = whole * unit
-    if abs(found) > Fraction(float(info.max)):
+    output = whole * unit
+    if abs(output) > Fraction(float(info.max)):
         return dtype(info.max if mode == "rm" and exact > 0 else np.copysign(np.inf, float(np.sign(exact.numerator))))
-    return dtype(np.copysign(float(found), 1 if exact > 0 else -1))
+    return dtype(np.copysign(float(output), 1 if exact > 0 else -1))
 
 
 def fma_inputs():
@@ -110,22 +110,22 @@ def fma_inputs():
 @pytest.mark.parametrize("mode", ["rn", "rm"])
 def test_fma_is_rounded_once(mode):
     a, b, c = fma_inputs()
-    found = apply(f"fma.{mode}.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    output = apply(f"fma.{mode}.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
     expected = np.array([exact_fma(*each, np.float32, mode) for each in zip(a, b, c, strict=True)])
     if mode == "rm":  # an exact zero is negative then
-        found, expected = found + np.float32(0), expected + np.float32(0)
-    assert same(found, expected)
+        output, expected = output + np.float32(0), expected + np.float32(0)
+    assert same(output, expected)
     with np.errstate(all="ignore"):
         twice = (a.astype(np.float64) * b + c).astype(np.float32)
-    assert not same(found, twice), "these inputs don't tell one rounding from two"
+    assert not same(output, twice), "these inputs don't tell one rounding from two"
 
 
 def test_fma_may_write_what_it_reads():
     a, b, c = fma_inputs()
     expected = apply("fma.rn.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
     for name in ("%a0", "%a1", "%a2"):
-        found = apply(f"fma.rn.f32 {name}, %a0, %a1, %a2; mov.b32 %o, {name};", a, b, c, out=np.float32)
-        assert same(found, expected)
+        output = apply(f"fma.rn.f32 {name}, %a0, %a1, %a2; mov.b32 %o, {name};", a, b, c, out=np.float32)
+        assert same(output, expected)
 
 
 def test_fma_of_what_is_not_finite():
@@ -134,8 +134,8 @@ def test_fma_of_what_is_not_finite():
     with np.errstate(all="ignore"):
         expected = (a.astype(np.float64) * b + c).astype(np.float32)
     unusual = ~np.isfinite(a) | ~np.isfinite(b) | ~np.isfinite(c)
-    found = apply("fma.rn.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
-    assert same(found[unusual], expected[unusual])
+    output = apply("fma.rn.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    assert same(output[unusual], expected[unusual])
 
 
 def test_fma_of_float64_is_rounded_once():
@@ -148,14 +148,14 @@ def test_fma_of_float64_is_rounded_once():
     c[460:464] = np.array([1, 1 + 2.0**-52, 1, 1 + 2.0**-52])
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     a, b, c = a[finite], b[finite], c[finite]
-    found = apply("fma.rn.f64 %o, %a0, %a1, %a2;", a, b, c, out=np.float64)
-    assert same(found, np.array([exact_fma(*each, np.float64) for each in zip(a, b, c, strict=True)]))
+    output = apply("fma.rn.f64 %o, %a0, %a1, %a2;", a, b, c, out=np.float64)
+    assert same(output, np.array([exact_fma(*each, np.float64) for each in zip(a, b, c, strict=True)]))
 
 
 def test_subnormal_numbers_are_flushed_by_ftz():
     a, b, c = (np.array(x, np.float32) for x in ([1e-40, 1e-20, -1e-40], [1e30, 1e-20, 1], [-0.0, 1e-42, -0.0]))
-    found = apply("fma.rn.ftz.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
-    assert same(found, np.array([0, 0, -0.0], np.float32))
+    output = apply("fma.rn.ftz.f32 %o, %a0, %a1, %a2;", a, b, c, out=np.float32)
+    assert same(output, np.array([0, 0, -0.0], np.float32))
     assert apply("ex2.approx.ftz.f32 %o, %a0;", np.array([-130], np.float32), out=np.float32) == 0
     assert apply("ex2.approx.f32 %o, %a0;", np.array([-130], np.float32), out=np.float32) == 2.0**-130
 
@@ -176,8 +176,8 @@ APPROXIMATIONS = {
 def test_approximations_are_as_good_as_ptx_promises(op):
     x, y = np.abs(random.standard_normal((2, 1000)).astype(np.float32))
     exact = APPROXIMATIONS[op](x.astype(np.float64), y)
-    found = apply(f"{op};", x, y, out=np.float32)
-    assert (np.abs(found - exact) <= 2.0**-22 * np.abs(exact)).all()
+    output = apply(f"{op};", x, y, out=np.float32)
+    assert (np.abs(output - exact) <= 2.0**-22 * np.abs(exact)).all()
 
 
 @pytest.mark.parametrize("op", ["min", "max"])
@@ -197,9 +197,9 @@ def test_min_and_max_prefer_numbers_and_order_zeros(op):
 
 def test_copysign_takes_the_sign_of_its_first_operand():
     a, b = pairs(SPECIAL)
-    found = apply("copysign.f32 %o, %a0, %a1;", a, b, out=np.float32)
-    assert (np.signbit(found) == np.signbit(a)).all()
-    assert same(np.abs(found), np.abs(b))
+    output = apply("copysign.f32 %o, %a0, %a1;", a, b, out=np.float32)
+    assert (np.signbit(output) == np.signbit(a)).all()
+    assert same(np.abs(output), np.abs(b))
 
 
 COMPARISONS = {"eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b}
@@ -255,8 +255,8 @@ ORDERS = [(kind, op) for kind in ("s32", "u32", "s64", "u64") for op in ("mul.lo
 def test_integers_wrap(kind, op):
     function = {"add": int.__add__, "sub": int.__sub__, "mul.lo": int.__mul__, "min": min, "max": max}[op]
     both, (a, b) = integers(kind)
-    found = apply(f"{op}.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
-    assert (found == wrapped([function(x, y) for x, y in both], kind)).all()
+    output = apply(f"{op}.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
+    assert (output == wrapped([function(x, y) for x, y in both], kind)).all()
 
 
 @pytest.mark.parametrize("op", ["min", "max"])
@@ -285,23 +285,23 @@ def test_products_wide_and_high(kind):
     both, (a, b) = integers(kind)
     products = [x * y for x, y in both]
     if bits < 64:
-        found = apply(f"mul.wide.{kind} %o, %a0, %a1;", a, b, out=f"u{bits // 4}")
-        assert (found == wrapped(products, kind[0] + str(2 * bits))).all()
-    found = apply(f"mul.hi.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
-    assert (found == wrapped([p >> bits for p in products], kind)).all()
+        output = apply(f"mul.wide.{kind} %o, %a0, %a1;", a, b, out=f"u{bits // 4}")
+        assert (output == wrapped(products, kind[0] + str(2 * bits))).all()
+    output = apply(f"mul.hi.{kind} %o, %a0, %a1;", a, b, out=a.dtype)
+    assert (output == wrapped([p >> bits for p in products], kind)).all()
 
 
 def test_mad():
     both, (a, b) = integers("s32")
     c = np.resize(b[::-1], len(a))
     signed = c.view(np.int32).tolist()
-    found = apply("mad.lo.s32 %o, %a0, %a1, %a2;", a, b, c, out=np.uint32)
-    assert (found == wrapped([x * y + z for (x, y), z in zip(both, signed, strict=True)], "s32")).all()
-    found = apply("mad.hi.s32 %o, %a0, %a1, %a2;", a, b, c, out=np.uint32)
-    assert (found == wrapped([(x * y >> 32) + z for (x, y), z in zip(both, signed, strict=True)], "s32")).all()
+    output = apply("mad.lo.s32 %o, %a0, %a1, %a2;", a, b, c, out=np.uint32)
+    assert (output == wrapped([x * y + z for (x, y), z in zip(both, signed, strict=True)], "s32")).all()
+    output = apply("mad.hi.s32 %o, %a0, %a1, %a2;", a, b, c, out=np.uint32)
+    assert (output == wrapped([(x * y >> 32) + z for (x, y), z in zip(both, signed, strict=True)], "s32")).all()
     wide = random.integers(0, 1 << 64, len(a), np.uint64)
-    found = apply("mad.wide.s32 %o, %a0, %a1, %a2;", a, b, wide, out=np.uint64)
-    assert (found == wrapped([x * y + int(z) for (x, y), z in zip(both, wide, strict=True)], "s64")).all()
+    output = apply("mad.wide.s32 %o, %a0, %a1, %a2;", a, b, wide, out=np.uint64)
+    assert (output == wrapped([x * y + int(z) for (x, y), z in zip(both, wide, strict=True)], "s64")).all()
 
 
 def test_neg_of_integers():
@@ -314,15 +314,15 @@ def test_selp(kind):
     size = int(kind[1:]) // 8
     a, b = random.integers(0, 1 << 8 * size, (2, 100), np.uint64).astype(f"u{size}")
     which = random.integers(0, 2, 100, np.uint32)
-    found = apply(f"setp.ne.s32 %p1, %a2, 0; selp.{kind} %o, %a0, %a1, %p1;", a, b, which, out=a.dtype)
-    assert (found == np.where(which, a, b)).all()
+    output = apply(f"setp.ne.s32 %p1, %a2, 0; selp.{kind} %o, %a0, %a1, %p1;", a, b, which, out=a.dtype)
+    assert (output == np.where(which, a, b)).all()
 
 
 def test_constants_are_numbers_of_their_bits():
     x = np.arange(3, dtype=np.float32)
-    found = apply("mov.f32 %f1, 0f3FC00000; add.f32 %o, %a0, %f1;", x, out=np.float32)
-    assert found.tolist() == [1.5, 2.5, 3.5]
-    found = apply("mov.b32 %r1, 0f3FC00000; add.s32 %o, %a0, %r1;", x.view(np.uint32), out=np.uint32)
-    assert found[0] == 0x3FC00000
-    found = apply("add.f64 %o, %a0, 0dBFF0000000000000;", x.astype(np.float64), out=np.float64)
-    assert found.tolist() == [-1, 0, 1]
+    output = apply("mov.f32 %f1, 0f3FC00000; add.f32 %o, %a0, %f1;", x, out=np.float32)
+    assert output.tolist() == [1.5, 2.5, 3.5]
+    output = apply("mov.b32 %r1, 0f3FC00000; add.s32 %o, %a0, %r1;", x.view(np.uint32), out=np.uint32)
+    assert output[0] == 0x3FC00000
+    output = apply("add.f64 %o, %a0, 0dBFF0000000000000;", x.astype(np.float64), out=np.float64)
+    assert output.tolist() == [-1, 0, 1]

@@ -26,7 +26,7 @@ def check(*kernels, capability=80, file=FILE):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_checker_right_kernels_have_no_findings(capability):
     checker = check("right", "differentiated", "tuned", "locked", "counted", "rows_off", capability=capability)
-    assert not checker.found
+    assert not checker.findings
     assert checker.kernels == {"right": 3, "tuned": 1, "locked": 1, "counted": 1, "rows_off": 1}
 
 
@@ -50,7 +50,7 @@ def test_command_shows_the_sizes_of_a_gpu(options, sizes, tmp_path):
 
 
 def test_checker_runs_tensor_descriptors():
-    assert not check("described").found
+    assert not check("described").findings
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_checker_names_the_planted_line(name):
     function = "write" if name == "wrong_mask" else name
     start = next(n for n, line in enumerate(lines) if line.startswith(f"def {function}("))
     number = next(n for n in range(start, len(lines)) if "  # " in lines[n])
-    finding = next(iter(check(name).found.values()))
+    finding = next(iter(check(name).findings.values()))
     assert (finding.kernel, finding.kind) == (name, lines[number].partition("  # ")[2])
     assert finding.place == (str(FILE), number + 1)
     assert name != "unwritten" or finding.accesses == 64
@@ -80,7 +80,7 @@ def test_checker_names_the_file_of_its_checkout(tmp_path, checkout):
     file = tmp_path / checkout / FILE.name
     file.parent.mkdir()
     shutil.copy(FILE, file)
-    (finding,) = check("no_mask", file=file).found.values()
+    (finding,) = check("no_mask", file=file).findings.values()
     assert finding.place[0] == str(file)
 
 

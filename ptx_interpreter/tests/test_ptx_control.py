@@ -14,9 +14,9 @@ STORE = "\nst.global.u32 [%d2], %r2;\n"
 
 def result(body, block=64):
     """%r2 of each thread."""
-    found = np.zeros(block, np.uint32)
-    run(kernel(HEAD + body + STORE), [found], block=block)
-    return found.tolist()
+    output = np.zeros(block, np.uint32)
+    run(kernel(HEAD + body + STORE), [output], block=block)
+    return output.tolist()
 
 
 def test_branch_diverges_and_reconverges():
@@ -35,7 +35,7 @@ def test_branch_diverges_and_reconverges():
 
 
 def test_registers_of_idle_threads_keep_what_they_have():
-    """Those that outlive a block, whatever the threads of the other branch write."""
+    """Registers that outlive a block keep their values, whatever the threads of the other branch write."""
     body = """
     mov.u32 %r2, %r1; mov.u32 %r3, 0;
     setp.lt.u32 %p1, %r1, 40;
@@ -106,12 +106,12 @@ def test_threads_and_blocks_have_their_numbers():
     body += f"mul.wide.u32 %d1, %r10, {4 * len(names)}; add.s64 %d2, %d1, %d30;\n"
     for n, name in enumerate(names):
         body += f"mov.u32 %r10, %{name}; st.global.u32 [%d2+{4 * n}], %r10;\n"
-    found = np.zeros((*grid[::-1], *block[::-1], len(names)), np.uint32)
-    run(kernel(body), [found], grid=grid, block=block)
-    numbers = np.meshgrid(*(np.arange(size) for size in found.shape[:-1]), indexing="ij")[::-1]
+    output = np.zeros((*grid[::-1], *block[::-1], len(names)), np.uint32)
+    run(kernel(body), [output], grid=grid, block=block)
+    numbers = np.meshgrid(*(np.arange(size) for size in output.shape[:-1]), indexing="ij")[::-1]
     x, y, z = numbers[:3]
     sizes = [np.full_like(x, size) for size in (*block, *grid)]
-    assert (found == np.stack([*numbers, *sizes, (x + 7 * y + 35 * z) % 32], -1)).all()
+    assert (output == np.stack([*numbers, *sizes, (x + 7 * y + 35 * z) % 32], -1)).all()
 
 
 @pytest.mark.parametrize("segment", [0, 24, 28])
@@ -166,9 +166,9 @@ def test_warpgroup_reconverges_from_a_later_address():
     bra MEET;
     END:
     """
-    found = np.zeros(128, np.uint32)
-    run(kernel(HEAD + body + STORE), [found], block=128, shared=2048)
-    assert found.tolist() == [0] * 96 + [1] * 32
+    output = np.zeros(128, np.uint32)
+    run(kernel(HEAD + body + STORE), [output], block=128, shared=2048)
+    assert output.tolist() == [0] * 96 + [1] * 32
 
 
 def test_shuffle_by_a_register():
@@ -210,9 +210,9 @@ def test_a_barrier_waits_for_all_warps():
     bar.sync 0;
     xor.b32 %r4, %r1, 32; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
     """
-    found = np.zeros(64, np.uint32)
-    run(kernel(HEAD + body + STORE), [found], block=64, shared=256)
-    assert found.tolist() == [0] * 32 + [10] * 32
+    output = np.zeros(64, np.uint32)
+    run(kernel(HEAD + body + STORE), [output], block=64, shared=256)
+    assert output.tolist() == [0] * 32 + [10] * 32
 
 
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", "bar.warp.sync -1;"])
@@ -283,8 +283,8 @@ def test_a_warp_that_is_not_complete(instruction):
     body = HEAD + "mov.u32 %r2, 0; mov.u32 %r3, 0; st.shared.v4.u32 [%r3], {%r2, %r2, %r2, %r2};\n"
     body += "and.b32 %r4, %r1, 31; setp.ge.u32 %p1, %r4, 16; @%p1 bra LATER;\n"
     body += f"{instruction}\nLATER: bar.sync 0;"
-    found = run(kernel(body), [np.zeros(64, np.uint32)], block=64, shared=128, check=False).faults
-    assert "divergent warp" in {fault.kind for fault in found}
+    output = run(kernel(body), [np.zeros(64, np.uint32)], block=64, shared=128, check=False).faults
+    assert "divergent warp" in {fault.kind for fault in output}
 
 
 def test_counts():

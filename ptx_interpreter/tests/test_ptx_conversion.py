@@ -35,20 +35,20 @@ def nearest(x, name):
     values, bits = table(name)
     top = values[-1] + (values[-1] - values[-2]) / 2  # from here on infinite
     infinite = {"bf16": 0x7F80, "f16": 0x7C00}[name]
-    found = []
+    output = []
     for number in map(float, x):
         sign = 0x8000 if np.signbit(number) else 0
         if np.isnan(number):
-            found.append(0x7FFF)
+            output.append(0x7FFF)
         elif abs(number) >= top:
-            found.append(infinite | sign)
+            output.append(infinite | sign)
         else:
             at = int(np.clip(np.searchsorted(values, abs(number)), 1, len(values) - 1))
             below, above = abs(number) - values[at - 1], values[at] - abs(number)
             even = at - 1 if bits[at - 1] % 2 == 0 else at
             choice = even if below == above else at - 1 if below < above else at
-            found.append(int(bits[choice]) | sign)
-    return np.array(found, np.uint16)
+            output.append(int(bits[choice]) | sign)
+    return np.array(output, np.uint16)
 
 
 @pytest.mark.parametrize("name", ["bf16", "f16"])
@@ -70,8 +70,8 @@ def test_from_16_bits_is_exact(name):
     exact = (
         (bits << 16).view(np.float32) if name == "bf16" else bits.astype(np.uint16).view(np.float16).astype(np.float32)
     )
-    found = apply(f"cvt.f32.{name} %o, %a0;", bits.astype(np.uint16), out=np.float32)
-    assert ((found == exact) & (np.signbit(found) == np.signbit(exact)) | np.isnan(found) & np.isnan(exact)).all()
+    output = apply(f"cvt.f32.{name} %o, %a0;", bits.astype(np.uint16), out=np.float32)
+    assert ((output == exact) & (np.signbit(output) == np.signbit(exact)) | np.isnan(output) & np.isnan(exact)).all()
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
@@ -80,30 +80,30 @@ def test_roundings_of_float64_to_float32(mode):
     x = np.concatenate(
         [random.standard_normal(3000) * scale, [0, -0.0, 1e300, -1e300, 1e-300, -1e-300, 1.0, np.inf, np.nan]]
     )
-    found = apply(f"cvt.{mode}.f32.f64 %o, %a0;", x, out=np.float32)
+    output = apply(f"cvt.{mode}.f32.f64 %o, %a0;", x, out=np.float32)
     with np.errstate(all="ignore"):
         near = x.astype(np.float32)
     finite = ~np.isnan(x)
     with np.errstate(all="ignore"):
-        up, down = np.nextafter(found, np.float32(np.inf)), np.nextafter(found, np.float32(-np.inf))
-    wide, above, below = (v.astype(np.float64) for v in (found, up, down))
+        up, down = np.nextafter(output, np.float32(np.inf)), np.nextafter(output, np.float32(-np.inf))
+    wide, above, below = (v.astype(np.float64) for v in (output, up, down))
     tests = {
-        "rn": found == near,
+        "rn": output == near,
         "rm": (wide <= x) & ((above > x) | (wide == x)),
         "rp": (wide >= x) & ((below < x) | (wide == x)),
         "rz": (np.abs(wide) <= np.abs(x)) & (np.where(x > 0, above > x, below < x) | (wide == x)),
     }
     assert tests[mode][finite].all()
-    assert (np.signbit(found) == np.signbit(x))[finite].all()
-    assert np.isnan(found[~finite]).all()
+    assert (np.signbit(output) == np.signbit(x))[finite].all()
+    assert np.isnan(output[~finite]).all()
 
 
 def test_float32_to_float64_is_exact():
     x = floats(300)
-    found = apply("cvt.f64.f32 %o, %a0;", x, out=np.float64)
+    output = apply("cvt.f64.f32 %o, %a0;", x, out=np.float64)
     numbers = ~np.isnan(x)
-    assert (found[numbers] == x[numbers]).all()
-    assert np.isnan(found[~numbers]).all()
+    assert (output[numbers] == x[numbers]).all()
+    assert np.isnan(output[~numbers]).all()
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_floats_to_integers_saturate(kind, mode, function):
             expected.append(low if number < 0 else high)
         else:
             expected.append(min(max(int(function(number)), low), high))
-    found = apply(f"cvt.{mode}.{kind}.f32 %o, %a0;", x, out=f"u{bits // 8}")
-    assert found.tolist() == [value % (1 << bits) for value in expected]
+    output = apply(f"cvt.{mode}.{kind}.f32 %o, %a0;", x, out=f"u{bits // 8}")
+    assert output.tolist() == [value % (1 << bits) for value in expected]
 
 
 @pytest.mark.parametrize("kind", ["s32", "u32", "s64"])
@@ -138,8 +138,8 @@ def test_integers_to_float32_are_rounded_once(kind):
     for number in numbers:  # by rounding the integer itself to 24 bits
         drop = max(abs(number).bit_length() - 24, 0)
         expected.append(float(round(number / (1 << drop)) << drop) if bits == 32 else float(rounded(number, drop)))
-    found = apply(f"cvt.rn.f32.{kind} %o, %a0;", x, out=np.float32)
-    assert (found == np.array(expected)).all()
+    output = apply(f"cvt.rn.f32.{kind} %o, %a0;", x, out=np.float32)
+    assert (output == np.array(expected)).all()
 
 
 def rounded(number, drop):
@@ -162,9 +162,9 @@ def test_integers_are_cut_or_extended():
 
 def test_saturation_to_the_unit_interval():
     x = np.array([-1, -0.0, 0.25, 1, 7, np.inf, -np.inf, np.nan], np.float32)
-    found = apply("cvt.sat.f32.f32 %o, %a0;", x, out=np.float32)
-    assert found.tolist() == [0, 0, 0.25, 1, 1, 1, 0, 0]
-    assert not np.signbit(found).any()
+    output = apply("cvt.sat.f32.f32 %o, %a0;", x, out=np.float32)
+    assert output.tolist() == [0, 0, 0.25, 1, 1, 1, 0, 0]
+    assert not np.signbit(output).any()
 
 
 def test_registers_are_joined_and_divided():
@@ -172,8 +172,8 @@ def test_registers_are_joined_and_divided():
     assert (apply("mov.b32 %o, {%a0, %a1};", low, high, out=np.uint32) == low | high.astype(np.uint32) << 16).all()
     whole = random.integers(0, 1 << 64, 50, np.uint64)
     for part, shift in (("%o, %r9", 0), ("_, %o", 32), ("%o, _", 0)):
-        found = apply(f"mov.b64 {{{part}}}, %a0;", whole, out=np.uint32)
-        assert (found == (whole >> np.uint64(shift)).astype(np.uint32)).all()
+        output = apply(f"mov.b64 {{{part}}}, %a0;", whole, out=np.uint32)
+        assert (output == (whole >> np.uint64(shift)).astype(np.uint32)).all()
     quarters = apply("mov.b64 {%h1, %h2, %h3, %h4}, %a0; mov.b64 %o, {%h4, %h3, %h2, %h1};", whole, out=np.uint64)
     parts = whole.view(np.uint16).reshape(-1, 4)[:, ::-1]
     assert (quarters == np.ascontiguousarray(parts).view(np.uint64)[:, 0]).all()
@@ -189,8 +189,8 @@ def test_sums_of_16_bits_are_rounded_once(name, op, function):
     x_bits, y_bits = (bits[n].astype(np.uint16) for n in (x, y))
     # float64 holds the sum of two such numbers, or one far from the middle of two of them.
     expected = nearest(function(values[x], values[y]), name)
-    found = apply(f"{op}.{name} %o, %a0, %a1;", x_bits, y_bits, out=np.uint16)
-    assert (found == expected).all()
+    output = apply(f"{op}.{name} %o, %a0, %a1;", x_bits, y_bits, out=np.uint16)
+    assert (output == expected).all()
     pairs = (n.astype(np.uint32) | n[::-1].astype(np.uint32) << 16 for n in (x_bits, y_bits))
     both = apply(f"{op}.{name}x2 %o, %a0, %a1;", *pairs, out=np.uint32)
     assert (both == expected.astype(np.uint32) | expected[::-1].astype(np.uint32) << 16).all()
@@ -207,14 +207,14 @@ def test_fused_sums_of_16_bits_are_rounded_once(name):
     c = np.concatenate([random.choice(tiny, 1000), random.integers(0, len(bits), 1000)])
     exact = [Fraction(x) * Fraction(y) + Fraction(z) for x, y, z in zip(values[a], values[b], values[c], strict=True)]
     words = [bits[n].astype(np.uint16) for n in (a, b, c)]
-    found = apply(f"fma.rn.{name} %o, %a0, %a1, %a2;", *words, out=np.uint16)
+    output = apply(f"fma.rn.{name} %o, %a0, %a1, %a2;", *words, out=np.uint16)
     neighbours = np.clip(np.searchsorted(values, [float(x) for x in exact]), 1, len(values) - 2)
     for n, (x, at) in enumerate(zip(exact, neighbours, strict=True)):
         around = [(abs(Fraction(values[k]) - x), bits[k] % 2, int(bits[k])) for k in (at - 1, at, at + 1)]
-        assert found[n] == min(around)[2], (n, float(x))
+        assert output[n] == min(around)[2], (n, float(x))
     pairs = [word.astype(np.uint32) | word[::-1].astype(np.uint32) << 16 for word in words]
     both = apply(f"fma.rn.{name}x2 %o, %a0, %a1, %a2;", *pairs, out=np.uint32)
-    assert (both == found.astype(np.uint32) | found[::-1].astype(np.uint32) << 16).all()
+    assert (both == output.astype(np.uint32) | output[::-1].astype(np.uint32) << 16).all()
 
 
 def test_tf32_rounds_halves_away_from_zero():
@@ -223,8 +223,8 @@ def test_tf32_rounds_halves_away_from_zero():
     x[::3] = (x[::3].view(np.uint32) & np.uint32(0xFFFFE000) | np.uint32(0x1000)).view(np.float32)  # halves
     mantissa, exponent = np.frexp(x.astype(np.float64))
     expected = np.copysign(np.ldexp(np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11), x)
-    found = apply("cvt.rna.tf32.f32 %o, %a0;", x, out=np.float32)
-    assert (found == expected).all()
-    assert (found[::3] != x[::3]).all()
+    output = apply("cvt.rna.tf32.f32 %o, %a0;", x, out=np.float32)
+    assert (output == expected).all()
+    assert (output[::3] != x[::3]).all()
     special = np.array([np.inf, -np.inf, np.nan], np.float32)
     np.testing.assert_array_equal(apply("cvt.rna.tf32.f32 %o, %a0;", special, out=np.float32), special)

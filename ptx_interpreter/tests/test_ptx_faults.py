@@ -12,7 +12,7 @@ HEAD = "mov.u32 %r1, %tid.x; mul.wide.u32 %d1, %r1, 4; add.s64 %d2, %d1, %d30; s
 WORDS = np.zeros(64, np.uint32)
 
 
-def of_body(body, block=64, shared=256, count=64):
+def fault_kinds(body, block=64, shared=256, count=64):
     return faults(kernel(HEAD + body), [np.zeros(count, np.uint32)], block=block, shared=shared)
 
 
@@ -20,8 +20,8 @@ def of_body(body, block=64, shared=256, count=64):
 
 
 def test_out_of_bounds_of_global_memory():
-    found = np.arange(60, dtype=np.uint32)
-    report = run(kernel(HEAD + "st.global.u32 [%d2], %r1;"), [found], block=64, check=False)
+    output = np.arange(60, dtype=np.uint32)
+    report = run(kernel(HEAD + "st.global.u32 [%d2], %r1;"), [output], block=64, check=False)
     (fault,) = report.faults
     assert (fault.kind, fault.thread, fault.count) == ("out of bounds", 60, 4)
     assert "store of 4 bytes 0 bytes past the end of p0 (240 bytes)" in fault.detail
@@ -30,9 +30,9 @@ def test_out_of_bounds_of_global_memory():
     first, last = sorted(arrays, key=lambda array: array.ctypes.data)[9:11]
     report = run(kernel(HEAD + "ld.global.u32 %r2, [%d31+-4];", 2), [first, last], check=False)
     assert "4 bytes before p1 (256 bytes)" in report.faults[0].detail
-    assert of_body("ld.global.u32 %r2, [%d2];", count=60) == ["out of bounds"]
-    assert of_body("ld.global.u32 %r2, [%d2+-4];") == ["out of bounds"]
-    assert of_body("ld.global.u32 %r2, [%d2];") == []
+    assert fault_kinds("ld.global.u32 %r2, [%d2];", count=60) == ["out of bounds"]
+    assert fault_kinds("ld.global.u32 %r2, [%d2+-4];") == ["out of bounds"]
+    assert fault_kinds("ld.global.u32 %r2, [%d2];") == []
 
 
 def test_what_is_out_of_bounds_is_not_touched():
@@ -48,13 +48,13 @@ def test_faults_are_raised():
 
 
 def test_misaligned_accesses():
-    assert of_body("ld.global.u64 %d3, [%d2];", block=32) == ["misaligned"]
-    assert of_body("add.s64 %d2, %d30, 8; ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d2];") == ["misaligned"]
-    assert of_body("st.shared.v2.u32 [%r3], {%r1, %r1};", block=32) == ["misaligned"]
+    assert fault_kinds("ld.global.u64 %d3, [%d2];", block=32) == ["misaligned"]
+    assert fault_kinds("add.s64 %d2, %d30, 8; ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d2];") == ["misaligned"]
+    assert fault_kinds("st.shared.v2.u32 [%r3], {%r1, %r1};", block=32) == ["misaligned"]
 
 
 def two_blocks(body, **options):
-    """Of 64 threads, which know their block as %r5."""
+    """Faults of a launch of two blocks of 64 threads, which have their block in %r5."""
     memory, array = GlobalMemory(), np.zeros(64, np.uint32)
     params = memory.add(array, "sums", **options).to_bytes(8, "little")
     report = launch(kernel(HEAD + "mov.u32 %r5, %ctaid.x;" + body), (2,), (64,), params, memory, check=False)
@@ -64,15 +64,15 @@ def two_blocks(body, **options):
 def test_copies_of_a_value_are_no_race():
     """Two warps read the same words, and the first one writes them: compilers let one holder of a value write it."""
     body = "and.b32 %r4, %r1, 31; mul.wide.u32 %d1, %r4, 4; add.s64 %d2, %d1, %d30; ld.global.u32 %r2, [%d2];"
-    assert of_body(body + "setp.lt.u32 %p1, %r1, 32; @%p1 st.global.u32 [%d2], %r2;") == []
-    assert of_body(body + "setp.ge.u32 %p1, %r1, 32; @%p1 st.global.u32 [%d2], %r2;") == ["race"]
+    assert fault_kinds(body + "setp.lt.u32 %p1, %r1, 32; @%p1 st.global.u32 [%d2], %r2;") == []
+    assert fault_kinds(body + "setp.ge.u32 %p1, %r1, 32; @%p1 st.global.u32 [%d2], %r2;") == ["race"]
 
 
 def test_races_between_blocks():
-    own = (
+    private = (
         "mul.wide.u32 %d3, %r5, 128; add.s64 %d3, %d3, %d30; setp.ge.u32 %p1, %r1, 32; @%p1 ret; add.s64 %d4, %d3, %d1;"
     )
-    assert not two_blocks(own + "st.global.u32 [%d4], %r1; ld.global.u32 %r2, [%d4];")
+    assert not two_blocks(private + "st.global.u32 [%d4], %r1; ld.global.u32 %r2, [%d4];")
     (fault,) = two_blocks("st.global.u32 [%d2], %r1;")
     assert (fault.kind, fault.count) == ("race", 64)
     assert "sums" in fault.detail
@@ -83,14 +83,14 @@ def test_races_between_blocks():
     assert not two_blocks("ld.global.u32 %r2, [%d2];")
 
 
-@pytest.mark.parametrize(("barrier", "wanted"), [("", ["race"]), ("bar.sync 0;", [])])
+@pytest.mark.parametrize(("barrier", "expected"), [("", ["race"]), ("bar.sync 0;", [])])
 @pytest.mark.parametrize("first", ["st.global.u32 [%d2], %r1;", "ld.global.u32 %r4, [%d2];"])
-def test_global_memory_race_within_a_block(first, barrier, wanted):
+def test_global_memory_race_within_a_block(first, barrier, expected):
     """The second warp writes where the first one has written or read."""
     body = f"setp.lt.u32 %p1, %r1, 32; @%p1 {first} {barrier} @!%p1 st.global.u32 [%d2+-128], %r1;"
-    assert of_body(body) == wanted
+    assert fault_kinds(body) == expected
     if first.startswith("st"):
-        assert of_body(body.replace("st.global.u32 [%d2+-128], %r1", "ld.global.u32 %r4, [%d2+-128]")) == wanted
+        assert fault_kinds(body.replace("st.global.u32 [%d2+-128], %r1", "ld.global.u32 %r4, [%d2+-128]")) == expected
 
 
 ADD = "red.global.relaxed.gpu.add.u32 [%d2], %r1;"
@@ -100,23 +100,23 @@ def test_atomics_race_with_plain_accesses_alone():
     assert not two_blocks(ADD)
     for plain in ("st.global.u32 [%d2], %r1;", "ld.global.u32 %r2, [%d2];"):
         for first, second in ((ADD, plain), (plain, ADD)):
-            found = two_blocks(f"setp.eq.s32 %p1, %r5, 0; @%p1 {first} @!%p1 {second}")
-            assert [fault.kind for fault in found] == ["race"]
+            output = two_blocks(f"setp.eq.s32 %p1, %r5, 0; @%p1 {first} @!%p1 {second}")
+            assert [fault.kind for fault in output] == ["race"]
     assert [fault.kind for fault in two_blocks(ADD, written=False)] == ["uninitialised"]
 
 
 def test_shared_atomics_race_with_plain_accesses():
     zeroed, add = "st.shared.u32 [%r3], 0; bar.sync 0; mov.u32 %r3, 0;", "atom.shared.add.u32 %r2, [%r3], 1;"
-    assert of_body(f"{zeroed} {add} bar.sync 0; ld.shared.u32 %r2, [%r3];") == []
+    assert fault_kinds(f"{zeroed} {add} bar.sync 0; ld.shared.u32 %r2, [%r3];") == []
     for plain in ("st.shared.u32 [%r3], 5;", "ld.shared.u32 %r2, [%r3];"):
         for first, second in ((add, plain), (plain, add)):
-            found = of_body(f"{zeroed} setp.lt.u32 %p1, %r1, 32; @%p1 {first} @!%p1 {second}")
-            assert set(found) == {"race"}, (first, second)
-    assert of_body(add) == ["uninitialised"]
+            output = fault_kinds(f"{zeroed} setp.lt.u32 %p1, %r1, 32; @%p1 {first} @!%p1 {second}")
+            assert set(output) == {"race"}, (first, second)
+    assert fault_kinds(add) == ["uninitialised"]
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected"),
     [
         ("mov.u32 %r4, 9;", None),
         ("mov.u32 %r4, %r1;", "something else"),
@@ -126,15 +126,15 @@ def test_shared_atomics_race_with_plain_accesses():
     ],
 )
 @pytest.mark.parametrize("space", ["global", "shared"])
-def test_threads_that_store_to_one_address(space, value, wanted):
+def test_threads_that_store_to_one_address(space, value, expected):
     address = {"global": "[%d30]", "shared": "[0]"}[space]
     report = run(kernel(HEAD + value + f"st.{space}.u32 {address}, %r4;"), [WORDS], block=64, shared=4, check=False)
-    assert [fault.kind for fault in report.faults] == ["race"] * bool(wanted)
-    assert all(wanted in fault.detail for fault in report.faults)
+    assert [fault.kind for fault in report.faults] == ["race"] * bool(expected)
+    assert all(expected in fault.detail for fault in report.faults)
 
 
-@pytest.mark.parametrize(("order", "wanted"), [("acq_rel", []), ("relaxed", ["race"])])
-def test_a_lock_orders_blocks(order, wanted):
+@pytest.mark.parametrize(("order", "expected"), [("acq_rel", []), ("relaxed", ["race"])])
+def test_a_lock_orders_blocks(order, expected):
     body = f"""
     LOCK: setp.eq.s32 %p1, %r1, 0; @%p1 atom.global.{order}.gpu.cas.b32 %r2, [%d30+4], 0, 1;
     @%p1 st.shared.u32 [0], %r2;
@@ -144,8 +144,8 @@ def test_a_lock_orders_blocks(order, wanted):
     @%p1 atom.global.{order}.gpu.exch.b32 %r2, [%d30+4], 0;
     """
     array = np.zeros(2, np.uint32)
-    found = faults(kernel(HEAD + body), [array], grid=3, block=64, shared=16)
-    assert sorted(set(found)) == wanted
+    output = faults(kernel(HEAD + body), [array], grid=3, block=64, shared=16)
+    assert sorted(set(output)) == expected
     assert array.tolist() == [3, 0]
 
 
@@ -181,28 +181,28 @@ def test_addresses_of_parameters_in_registers():
 
 
 def test_out_of_bounds_of_shared_memory():
-    assert of_body("st.shared.u32 [%r3], %r1;", shared=252) == ["out of bounds"]
-    assert of_body("st.shared.u32 [%r3+-4], %r1;") == ["out of bounds"]
-    assert of_body("st.shared.u32 [%r3], %r1;") == []
+    assert fault_kinds("st.shared.u32 [%r3], %r1;", shared=252) == ["out of bounds"]
+    assert fault_kinds("st.shared.u32 [%r3+-4], %r1;") == ["out of bounds"]
+    assert fault_kinds("st.shared.u32 [%r3], %r1;") == []
 
 
 def test_shared_memory_that_nobody_has_written():
     """It is NaN in every format, so that wrong numbers come of it too."""
-    found = np.zeros(32, np.uint32)
+    output = np.zeros(32, np.uint32)
     body = HEAD + "ld.shared.u32 %r2, [%r3+128]; st.global.u32 [%d2], %r2; st.shared.u32 [%r3+128], %r1;"
     for _ in range(2):
-        (fault,) = run(kernel(body), [found], block=32, shared=256, check=False).faults
+        (fault,) = run(kernel(body), [output], block=32, shared=256, check=False).faults
         assert (fault.kind, fault.count) == ("uninitialised", 32)
         assert "byte 128" in fault.detail
-        assert (found == 0xFFFFFFFF).all()
+        assert (output == 0xFFFFFFFF).all()
 
 
 def test_blocks_do_not_see_what_others_left():
     body = HEAD + "mov.u32 %r5, %ctaid.x; setp.eq.s32 %p1, %r5, 0;"
     body += "@%p1 st.shared.u32 [%r3], %r1; @!%p1 ld.shared.u32 %r2, [%r3];"
     for block in (32, 8192):  # blocks that run together, and one after the other
-        found = faults(kernel(body), [WORDS], grid=2, block=block, shared=4 * block)
-        assert found == ["uninitialised"]
+        output = faults(kernel(body), [WORDS], grid=2, block=block, shared=4 * block)
+        assert output == ["uninitialised"]
 
 
 EXCHANGE = """
@@ -213,15 +213,15 @@ xor.b32 %r4, %r1, {distance}; shl.b32 %r4, %r4, 2; ld.shared.u32 %r2, [%r4];
 
 
 @pytest.mark.parametrize(
-    ("barrier", "of_warp", "of_another"),
+    ("barrier", "same_warp", "other_warp"),
     [("", ["race"], ["race"]), ("bar.warp.sync -1;", [], ["race"]), ("bar.sync 0;", [], [])],
 )
-def test_reads_race_with_writes_and_writes_with_reads(barrier, of_warp, of_another):
-    """Of another lane of the warp (1), of another warp (32); a thread (0) doesn't with itself."""
-    for distance, wanted in ((0, []), (1, of_warp), (32, of_another)):
-        assert of_body(EXCHANGE.format(barrier=barrier, distance=distance)) == wanted
+def test_reads_race_with_writes_and_writes_with_reads(barrier, same_warp, other_warp):
+    """Another lane of the warp (1) and another warp (32) race; a thread (0) doesn't with itself."""
+    for distance, expected in ((0, []), (1, same_warp), (32, other_warp)):
+        assert fault_kinds(EXCHANGE.format(barrier=barrier, distance=distance)) == expected
         body = EXCHANGE.format(barrier="bar.sync 0;", distance=distance) + barrier + "st.shared.u32 [%r3], %r2;"
-        assert of_body(body) == wanted
+        assert fault_kinds(body) == expected
 
 
 def test_a_race_is_told_with_both_threads():
@@ -242,41 +242,41 @@ def test_three_readers_of_different_warps():
     bar.warp.sync -1;
     setp.eq.s32 %p1, %r1, 65; @%p1 st.shared.u32 [0], %r1;
     """
-    assert of_body(body, block=96, shared=16, count=96) == ["race"]
+    assert fault_kinds(body, block=96, shared=16, count=96) == ["race"]
 
 
-@pytest.mark.parametrize(("barrier", "wanted"), [("", ["race"]), ("bar.warp.sync -1;", [])])
-def test_two_readers_of_a_warp(barrier, wanted):
+@pytest.mark.parametrize(("barrier", "expected"), [("", ["race"]), ("bar.warp.sync -1;", [])])
+def test_two_readers_of_a_warp(barrier, expected):
     """The one that writes has read last."""
     body = "mov.u32 %r2, 7; st.shared.u32 [0], %r2; bar.warp.sync -1; setp.eq.s32 %p1, %r1, 9; setp.eq.s32 %p2, %r1, 4;"
     body += "@%p1 ld.shared.u32 %r4, [0]; @%p2 ld.shared.u32 %r4, [0];" + barrier + "@%p2 st.shared.u32 [0], %r2;"
-    assert of_body(body, block=32) == wanted
+    assert fault_kinds(body, block=32) == expected
 
 
 def test_several_threads_may_write_the_same():
-    assert of_body("st.shared.u32 [0], 5;", block=32, shared=16) == []
-    assert of_body("st.shared.u32 [0], %r1;", block=32, shared=16) == ["race"]
+    assert fault_kinds("st.shared.u32 [0], 5;", block=32, shared=16) == []
+    assert fault_kinds("st.shared.u32 [0], %r1;", block=32, shared=16) == ["race"]
 
 
 def test_ldmatrix_source_overwritten_after_a_barrier():
     """All lanes execute it at once, but its reads are weak: a barrier of the warp orders what another lane writes."""
     body = """
-    and.b32 %r5, %r1, 31; shl.b32 %r6, %r5, 4; and.b32 %r7, %r1, 32; {own}
+    and.b32 %r5, %r1, 31; shl.b32 %r6, %r5, 4; and.b32 %r7, %r1, 32; {private}
     st.shared.v4.u32 [%r6], {{%r1, %r1, %r1, %r1}};
     bar.sync 0;
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r6];
     {barrier} xor.b32 %r6, %r6, {distance};
     st.shared.v4.u32 [%r6], {{%r1, %r1, %r1, %r1}};
     """
-    own = "shl.b32 %r7, %r7, 4; add.s32 %r6, %r6, %r7;"
-    for barrier, distance, wanted in [
+    private = "shl.b32 %r7, %r7, 4; add.s32 %r6, %r6, %r7;"
+    for barrier, distance, expected in [
         ("", 0, []),
         ("", 16, ["race"]),
         ("bar.warp.sync -1;", 16, []),
         ("bar.warp.sync -1;", 512, ["race"]),
         ("bar.sync 0;", 512, []),
     ]:
-        assert of_body(body.format(own=own, barrier=barrier, distance=distance), shared=1024) == wanted
+        assert fault_kinds(body.format(private=private, barrier=barrier, distance=distance), shared=1024) == expected
 
 
 WGMMA = """
@@ -290,7 +290,7 @@ ROWS = 128 >> 4 << 16 | 256 >> 4 << 32  # 8 rows of 16 bytes after the other
 
 
 @pytest.mark.parametrize(
-    ("store", "barrier", "descriptor", "wanted"),
+    ("store", "barrier", "descriptor", "expected"),
     [
         (FILL, "bar.sync 0;", ROWS, []),
         (FILL, "bar.warp.sync -1;", ROWS, ["race"]),
@@ -298,15 +298,15 @@ ROWS = 128 >> 4 << 16 | 256 >> 4 << 32  # 8 rows of 16 bytes after the other
         (FILL, "bar.sync 0;", ROWS + (16 >> 4), ["out of bounds"]),
     ],
 )
-def test_wgmma_reads_what_its_descriptor_tells(store, barrier, descriptor, wanted):
+def test_wgmma_reads_what_its_descriptor_tells(store, barrier, descriptor, expected):
     body = WGMMA.format(store=store, barrier=barrier, descriptor=descriptor)
-    assert of_body(body, block=128, shared=2048, count=128) == wanted
+    assert fault_kinds(body, block=128, shared=2048, count=128) == expected
 
 
 def test_descriptors_with_a_base_offset_are_refused():
     body = WGMMA.format(store=FILL, barrier="bar.sync 0;", descriptor=ROWS | 1 << 49)
     with pytest.raises(Unsupported, match=r"a base offset in `wgmma.*` at PTX:\d+"):
-        of_body(body, block=128, shared=2048, count=128)
+        fault_kinds(body, block=128, shared=2048, count=128)
 
 
 COPY = """
@@ -322,7 +322,7 @@ st.global.v4.u32 [%d2], {{%r13, %r12, %r11, %r10}};
 
 
 @pytest.mark.parametrize(
-    ("wait", "offset", "wanted"),
+    ("wait", "offset", "expected"),
     [
         ("", 0, ["not waited for"]),
         ("cp.async.wait_group 2;", 0, ["not waited for"]),
@@ -332,17 +332,17 @@ st.global.v4.u32 [%d2], {{%r13, %r12, %r11, %r10}};
         ("cp.async.wait_all;", 1024, []),
     ],
 )
-def test_copies_that_are_not_waited_for(wait, offset, wanted):
+def test_copies_that_are_not_waited_for(wait, offset, expected):
     array = np.arange(256, dtype=np.uint32)
     program = kernel(HEAD + COPY.format(wait=wait, offset=offset, amount=""))
-    assert faults(program, [array], block=64, shared=2048) == wanted
-    if not wanted:
+    assert faults(program, [array], block=64, shared=2048) == expected
+    if not expected:
         assert (array.reshape(-1, 4) == np.arange(256).reshape(-1, 4)[:, ::-1]).all()
 
 
 def test_copies_of_nothing_are_zeros():
     """They read nothing either: the addresses of the upper half of the threads are out of bounds."""
-    array, found = np.arange(128, dtype=np.uint32), np.full((64, 4), 7, np.uint32)
+    array, output = np.arange(128, dtype=np.uint32), np.full((64, 4), 7, np.uint32)
     body = """
     setp.lt.u32 %p1, %r1, 32; selp.b32 %r9, 16, 0, %p1;
     shl.b32 %r3, %r1, 4; mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30; add.s64 %d3, %d1, %d31;
@@ -351,17 +351,17 @@ def test_copies_of_nothing_are_zeros():
     ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%r3];
     st.global.v4.u32 [%d3], {%r10, %r11, %r12, %r13};
     """
-    run(kernel(HEAD + body, 2), [array, found], block=64, shared=1024)
-    assert (found[:32] == array.reshape(-1, 4)).all()
-    assert (found[32:] == 0).all()
+    run(kernel(HEAD + body, 2), [array, output], block=64, shared=1024)
+    assert (output[:32] == array.reshape(-1, 4)).all()
+    assert (output[32:] == 0).all()
 
 
 def test_other_threads_need_a_barrier_after_the_wait():
     body = COPY.format(wait="cp.async.wait_all; {barrier} xor.b32 %r3, %r3, 512;", offset=0, amount="")
     body = body.replace("st.global.v4.u32", "// ")
-    for barrier, wanted in (("", ["race"]), ("bar.sync 0;", [])):
+    for barrier, expected in (("", ["race"]), ("bar.sync 0;", [])):
         program = kernel(HEAD + body.replace("{barrier}", barrier))
-        assert faults(program, [np.arange(256, dtype=np.uint32)], block=64, shared=2048) == wanted
+        assert faults(program, [np.arange(256, dtype=np.uint32)], block=64, shared=2048) == expected
 
 
 def test_without_the_watch_only_addresses_are_checked():
@@ -414,20 +414,20 @@ def test_allocations_are_those_that_the_library_tells():
     """A refresh forgets what was freed, and leaves alone what was added."""
     memory, added, other = GlobalMemory(), np.zeros(8, np.uint8), np.zeros(64, np.uint32)
     start = other.__array_interface__["data"][0]
-    known = [(start, start + 256)]
+    allocated = [(start, start + 256)]
 
     def allocations(starts, ends, most):
-        for n, interval in enumerate(known):
+        for n, interval in enumerate(allocated):
             for side, value in zip((starts, ends), interval, strict=True):
                 ctypes.cast(side, ctypes.POINTER(ctypes.c_int64))[n] = value
-        return len(known)
+        return len(allocated)
 
     memory._allocations = allocations
     memory.add(added, "added")
     program = kernel(HEAD + "st.global.u32 [%d2], %r1;")
     launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
     assert other[63] == 63
-    known.clear()
+    allocated.clear()
     with pytest.raises(Faults, match="out of bounds"):
         launch(program, (1,), (64,), start.to_bytes(8, "little"), memory)
     assert [interval.name for interval in memory.intervals] == ["added"]

@@ -46,12 +46,12 @@ def test_shifts_beyond_the_width(kind):
     values = np.array([0, 1, (1 << bits) - 1, 1 << (bits - 1), 0x9ABCDEF012345678 % (1 << bits)], f"u{bits // 8}")
     a, b = (np.array(side) for side in zip(*itertools.product(values, amounts), strict=True))
     a = a.astype(values.dtype)
-    found = apply(f"{kind} %o, %a0, %a1;", a, b, out=values.dtype).tolist()
+    output = apply(f"{kind} %o, %a0, %a1;", a, b, out=values.dtype).tolist()
     pairs = list(zip(a.tolist(), b.tolist(), strict=True))
-    assert found == [shifted(op, value, min(amount, 200), bits, signed) for value, amount in pairs]
+    assert output == [shifted(op, value, min(amount, 200), bits, signed) for value, amount in pairs]
     for amount in (3, bits, 300):  # as a number in the text
-        found = apply(f"{kind} %o, %a0, {amount};", values, out=values.dtype).tolist()
-        assert found == [shifted(op, value, amount, bits, signed) for value in values.tolist()]
+        output = apply(f"{kind} %o, %a0, {amount};", values, out=values.dtype).tolist()
+        assert output == [shifted(op, value, amount, bits, signed) for value in values.tolist()]
 
 
 def extracted(value, start, length, signed):
@@ -68,9 +68,9 @@ def test_bfe_at_every_position_and_length(kind):
     numbers = [*range(0, 33, 3), 31, 32, 33, 64, 255, 256 + 7]
     triples = list(itertools.product(values.tolist(), numbers, numbers))
     value, start, length = (np.array(side, np.uint32) for side in zip(*triples, strict=True))
-    found = apply(f"bfe.{kind} %o, %a0, %a1, %a2;", value, start, length, out=np.uint32)
+    output = apply(f"bfe.{kind} %o, %a0, %a1, %a2;", value, start, length, out=np.uint32)
     expected = [extracted(v, s & 255, n & 255, kind == "s32") for v, s, n in triples]
-    assert found.tolist() == expected
+    assert output.tolist() == expected
 
 
 def inserted(value, into, start, length, width):
@@ -88,8 +88,8 @@ def test_bfi_at_every_position_and_length(width):
     value, into, start, length = zip(*every, strict=True)
     words = [np.array(side, f"u{width // 8}") for side in (value, into)]
     places = [np.array(side, np.uint32) for side in (start, length)]
-    found = apply(f"bfi.b{width} %o, %a0, %a1, %a2, %a3;", *words, *places, out=words[0].dtype)
-    assert found.tolist() == [inserted(v, to, s & 255, n & 255, width) for v, to, s, n in every]
+    output = apply(f"bfi.b{width} %o, %a0, %a1, %a2, %a3;", *words, *places, out=words[0].dtype)
+    assert output.tolist() == [inserted(v, to, s & 255, n & 255, width) for v, to, s, n in every]
 
 
 def permuted(a, b, selector):
@@ -106,14 +106,14 @@ def permuted(a, b, selector):
 @pytest.mark.parametrize("width", [32, 64])
 def test_bits_are_counted(width):
     values = [0, 1, 255, 1 << width - 1, (1 << width) - 1, 0x9ABCDEF012345678 % (1 << width)]
-    found = apply(f"popc.b{width} %o, %a0;", np.array(values, f"u{width // 8}"), out=np.uint32)
-    assert found.tolist() == [f"{value:b}".count("1") for value in values]
+    output = apply(f"popc.b{width} %o, %a0;", np.array(values, f"u{width // 8}"), out=np.uint32)
+    assert output.tolist() == [f"{value:b}".count("1") for value in values]
 
 
 def test_prmt_of_every_selection():
     selector = np.arange(0, 1 << 16, 7, dtype=np.uint32)
     a, b = random.integers(0, 1 << 32, (2, len(selector)), np.uint32)
-    found = apply("prmt.b32 %o, %a0, %a1, %a2;", a, b, selector, out=np.uint32)
-    assert found.tolist() == [permuted(*each) for each in zip(a.tolist(), b.tolist(), selector.tolist(), strict=True)]
-    found = apply("prmt.b32 %o, %a0, %a1, 0x5410U;", a, b, out=np.uint32)
-    assert (found == (a & 0xFFFF | b << 16)).all()
+    output = apply("prmt.b32 %o, %a0, %a1, %a2;", a, b, selector, out=np.uint32)
+    assert output.tolist() == [permuted(*each) for each in zip(a.tolist(), b.tolist(), selector.tolist(), strict=True)]
+    output = apply("prmt.b32 %o, %a0, %a1, 0x5410U;", a, b, out=np.uint32)
+    assert (output == (a & 0xFFFF | b << 16)).all()

@@ -55,8 +55,8 @@ def rows_anywhere(number):
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "trans"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_ldmatrix(number, transposed):
-    found, data = np.zeros((number, 32), np.uint32), matrices(number)
-    order, given = rows_anywhere(number)
+    output, data = np.zeros((number, 32), np.uint32), matrices(number)
+    order, addresses = rows_anywhere(number)
     rows = np.empty((32, 8), np.uint16)
     rows[order] = data.reshape(-1, 8)
     body = f"""{FILL}
@@ -70,15 +70,15 @@ def test_ldmatrix(number, transposed):
     add.s64 %d5, %d3, %d32;
     """
     body += "\n".join(f"st.global.u32 [%d5+{128 * n}], %r{10 + n};" for n in range(number))
-    run(kernel(body, 3), [rows, given, found], shared=512)
-    assert (found == [fragment(matrix, transposed) for matrix in data]).all()
+    run(kernel(body, 3), [rows, addresses, output], shared=512)
+    assert (output == [fragment(matrix, transposed) for matrix in data]).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "trans"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_stmatrix(number, transposed):
-    found, data = np.zeros((number * 8, 8), np.uint16), matrices(number)
-    order, given = rows_anywhere(number)
+    output, data = np.zeros((number * 8, 8), np.uint16), matrices(number)
+    order, addresses = rows_anywhere(number)
     words = np.array([fragment(matrix, transposed) for matrix in data])
     loads = "\n".join(f"ld.global.u32 %r{10 + n}, [%d5+{128 * n}];" for n in range(number))
     body = f"""{FILL}
@@ -95,8 +95,8 @@ def test_stmatrix(number, transposed):
     st.global.v4.u32 [%d2], {{%r2, %r3, %r4, %r5}};
     END:
     """
-    run(kernel(body, 3), [words, given, found], shared=128 * number)
-    assert (found[order] == data.reshape(-1, 8)).all()
+    run(kernel(body, 3), [words, addresses, output], shared=128 * number)
+    assert (output[order] == data.reshape(-1, 8)).all()
 
 
 # --- mma.m16n8k16: PTX ISA, "matrix fragments for mma.m16n8k16" ----------------------------------------------------
@@ -143,27 +143,27 @@ def place_in_b_of_tf32(lane, i):
     return lane % 4 + 4 * i, lane >> 2
 
 
-def words_of(matrix, place, elements, lanes=32):
+def tf32_words(matrix, place, elements, lanes=32):
     """[lanes, elements] words of TF32, with bits that tensor cores don't look at."""
     bits = np.array([[matrix[place(lane, i)] for i in range(elements)] for lane in range(lanes)], np.float32)
     return bits.view(np.uint32) | random.integers(0, 1 << 13, bits.shape).astype(np.uint32)
 
 
-def bytes_of(rows, starts):
+def byte_words(rows, starts):
     """[32, registers] words of m16n8k32: 4 bytes of a row of A, or a column of B, from (row, column) of starts on."""
     words = [[rows[row, k : k + 4] for row, k in starts(lane >> 2, 4 * (lane % 4))] for lane in range(32)]
     return np.array(words, np.int8).view(np.uint32)[..., 0]
 
 
 def factors(kind):
-    """Of C [16, 8] = A B: k of the instruction, A, B, and the words of both."""
+    """The factors of C [16, 8] = A B: k of the instruction, A, B, and the words of both."""
     if kind == "s8":
         a, b = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8))
-        of_a = bytes_of(a, lambda group, k: [(group, k), (group + 8, k), (group, k + 16), (group + 8, k + 16)])
-        return "k32", a, b, of_a, bytes_of(b.T, lambda group, k: [(group, k), (group, k + 16)])
+        a_words = byte_words(a, lambda group, k: [(group, k), (group + 8, k), (group, k + 16), (group + 8, k + 16)])
+        return "k32", a, b, a_words, byte_words(b.T, lambda group, k: [(group, k), (group, k + 16)])
     if kind == "tf32":
         a, b = small_numbers(16, 8), small_numbers(8, 8)
-        return "k8", a, b, words_of(a, place_in_a_of_tf32, 4), words_of(b, place_in_b_of_tf32, 2)
+        return "k8", a, b, tf32_words(a, place_in_a_of_tf32, 4), tf32_words(b, place_in_b_of_tf32, 2)
     a, b = small_numbers(16, 16), small_numbers(16, 8)
     return "k16", a, b, packed(a, place_in_a, 8, kind), packed(b, place_in_b, 4, kind)
 
@@ -180,9 +180,9 @@ def factors(kind):
 )
 def test_mma(kind, sums, dtype):
     shape, a, b, *words = factors(kind)
-    c, found = small_numbers(16, 8).round(), np.zeros((32, 4), dtype)
+    c, output = small_numbers(16, 8).round(), np.zeros((32, 4), dtype)
     start = np.array([[c[place_in_c(lane, i)] for i in range(4)] for lane in range(32)], dtype)
-    count = 4 * found.itemsize // 4  # registers of c and d
+    count = 4 * output.itemsize // 4  # registers of c and d
     types = f"{'satfinite.' if kind == 's8' else ''}{sums}.{kind}.{kind}.{sums}"
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; mul.wide.u32 %d2, %r1, 8; mul.wide.u32 %d7, %r1, {4 * count};
@@ -193,9 +193,9 @@ def test_mma(kind, sums, dtype):
         {{{listed("%f", count)}}}, {{{listed("%r", 4, 10)}}}, {{%r20, %r21}}, {{{listed("%f", count)}}};
     add.s64 %d6, %d7, %d33; st.global.v{count}.f32 [%d6], {{{listed("%f", count)}}};
     """
-    run(kernel(body, 4), [*words, start, found])
+    run(kernel(body, 4), [*words, start, output])
     exact = (a @ b + c).astype(dtype)
-    assert (found == [[exact[place_in_c(lane, i)] for i in range(4)] for lane in range(32)]).all()
+    assert (output == [[exact[place_in_c(lane, i)] for i in range(4)] for lane in range(32)]).all()
 
 
 # --- wgmma.m64nNk16: PTX ISA, "asynchronous warpgroup level matrix" ------------------------------------------------
@@ -253,18 +253,18 @@ def descriptor(start, leading, stride, width):
 
 
 def wgmma(columns, left, right, **options):
-    """Of `left`, words [128, 4] in registers or a pair of (memory, descriptor), and `right`, such a pair."""
+    """Multiplies `left`, words [128, 4] in registers or a pair of (memory, descriptor), by `right`, such a pair."""
     keep, signs, major = options.get("keep", 1), options.get("signs", (1, 1)), options.get("major", ("k", "k"))
     count, in_registers = columns // 2, not isinstance(left, tuple)
     memory = np.concatenate([right[0], np.zeros(1 << 14, np.uint16) if in_registers else left[0]])
     words = left if in_registers else np.zeros((128, 4), np.uint32)
     sums = random.integers(-100, 100, (128, count)).astype(np.float32)
-    found = sums.copy()
+    output = sums.copy()
     turned = [str(int(each == "mn")) for each in major]
     first = f"{{{listed('%r', 4, 10)}}}" if in_registers else "%d7"
     rest = turned[1:] if in_registers else turned
-    of_tf32 = options.get("tf32", False)  # without a choice of the major axis
-    kind, turns = ("k8.f32.tf32.tf32", "") if of_tf32 else ("k16.f32.bf16.bf16", ", " + ", ".join(rest))
+    is_tf32 = options.get("tf32", False)  # without a choice of the major axis
+    kind, turns = ("k8.f32.tf32.tf32", "") if is_tf32 else ("k16.f32.bf16.bf16", ", " + ", ".join(rest))
     body = f"""{FILL}
     mul.wide.u32 %d1, %r1, 16; add.s64 %d2, %d1, %d30; ld.global.v4.u32 {{{listed("%r", 4, 10)}}}, [%d2];
     mov.u32 %r2, %r1;
@@ -286,12 +286,12 @@ def wgmma(columns, left, right, **options):
     {" ".join(f"st.global.f32 [%d3+{4 * n}], %s{n};" for n in range(count))}
     """
     program = kernel(body, 3, registers=f".reg .f32 %s<{count}>;")
-    run(program, [words, memory, found], block=128, shared=2 * len(memory))
-    return sums, found
+    run(program, [words, memory, output], block=128, shared=2 * len(memory))
+    return sums, output
 
 
-def gathered(sums_of, columns):
-    return np.array([[sums_of[place_in_wgmma_d(t, i)] for i in range(columns // 2)] for t in range(128)])
+def gathered(sums, columns):
+    return np.array([[sums[place_in_wgmma_d(t, i)] for i in range(columns // 2)] for t in range(128)])
 
 
 def in_registers(matrix):
@@ -306,8 +306,8 @@ def in_registers(matrix):
 def test_wgmma_with_a_in_registers(columns):
     a, b = small_numbers(64, 16), small_numbers(columns, 16)
     memory, leading, stride = laid_out(b, 128, "k", 0)
-    sums, found = wgmma(columns, in_registers(a), (memory, descriptor(0, leading, stride, 128)))
-    assert (found == gathered(a @ b.T, columns) + sums).all()
+    sums, output = wgmma(columns, in_registers(a), (memory, descriptor(0, leading, stride, 128)))
+    assert (output == gathered(a @ b.T, columns) + sums).all()
 
 
 @pytest.mark.parametrize("width", [0, 32, 64, 128])
@@ -318,18 +318,18 @@ def test_wgmma_by_descriptors(width, major):
     right, *strides = laid_out(b, width, major, 1024)
     left, *more = laid_out(a, width, major, 2048)
     pair = (right, descriptor(0, *strides, width)), (left, descriptor(2 * len(right), *more, width))
-    _, found = wgmma(64, pair[1], pair[0], keep=0, major=(major, major))
-    assert (found == gathered(a @ b.T, 64)).all()
+    _, output = wgmma(64, pair[1], pair[0], keep=0, major=(major, major))
+    assert (output == gathered(a @ b.T, 64)).all()
 
 
 def test_wgmma_scales():
     a, b = small_numbers(64, 16), small_numbers(16, 16)
     memory, leading, stride = laid_out(b, 32, "k", 0)
     right = (memory, descriptor(0, leading, stride, 32))
-    sums, found = wgmma(16, in_registers(a), right, signs=(-1, 1))
-    assert (found == sums - gathered(a @ b.T, 16)).all()
-    _, found = wgmma(16, in_registers(a), right, keep=0, signs=(-1, -1))
-    assert (found == gathered(a @ b.T, 16)).all()
+    sums, output = wgmma(16, in_registers(a), right, signs=(-1, 1))
+    assert (output == sums - gathered(a @ b.T, 16)).all()
+    _, output = wgmma(16, in_registers(a), right, keep=0, signs=(-1, -1))
+    assert (output == gathered(a @ b.T, 16)).all()
 
 
 @pytest.mark.parametrize("in_registers", [True, False])
@@ -350,6 +350,6 @@ def test_wgmma_of_tf32(in_registers):
 
     a, b = small_numbers(64, 8), small_numbers(32, 8)
     right = in_memory(b, 0)
-    left = words_of(a, place, 4, 128) if in_registers else in_memory(a, 2 * len(right[0]))
-    sums, found = wgmma(32, left, right, tf32=True)
-    assert (found == gathered(a @ b.T, 32) + sums).all()
+    left = tf32_words(a, place, 4, 128) if in_registers else in_memory(a, 2 * len(right[0]))
+    sums, output = wgmma(32, left, right, tf32=True)
+    assert (output == gathered(a @ b.T, 32) + sums).all()

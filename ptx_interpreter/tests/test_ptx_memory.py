@@ -25,9 +25,9 @@ def test_every_width_through_shared_memory(kind):
     st.global.{kind} [%d3], {names};
     """
     data = random.integers(0, 256, (64, whole), np.uint8)
-    found = np.zeros_like(data)
-    run(kernel(body, 2), [data, found], block=64, shared=64 * whole)
-    assert (found == data[np.arange(64) ^ 33]).all()
+    output = np.zeros_like(data)
+    run(kernel(body, 2), [data, output], block=64, shared=64 * whole)
+    assert (output == data[np.arange(64) ^ 33]).all()
 
 
 def test_narrow_loads_are_extended():
@@ -35,9 +35,9 @@ def test_narrow_loads_are_extended():
     for kind, expected in (("u8", [128, 255, 127, 1]), ("s8", [-128, -1, 127, 1])):
         body = f"{HEAD}cvt.u64.u32 %d1, %r1; add.s64 %d2, %d1, %d30; ld.global.{kind} %r2, [%d2];"
         body += "mul.wide.u32 %d1, %r1, 4; add.s64 %d3, %d1, %d31; st.global.u32 [%d3], %r2;"
-        found = np.zeros(4, np.int32)
-        run(kernel(body, 2), [data, found], block=4)
-        assert found.tolist() == expected
+        output = np.zeros(4, np.int32)
+        run(kernel(body, 2), [data, output], block=4)
+        assert output.tolist() == expected
 
 
 def traffic(body, space, block=32, size=1 << 14):
@@ -51,7 +51,7 @@ def traffic(body, space, block=32, size=1 << 14):
     [(4, 4, 4), (8, 4, 8), (32, 4, 32), (64, 4, 32), (0, 4, 1), (16, 16, 16), (32, 16, 32), (2, 2, 2)],
 )
 def test_sectors_of_global_memory(stride, width, sectors):
-    """Of one warp: 32 bytes each. The array is aligned to a sector at least half of it."""
+    """A warp's sectors of 32 bytes. The array is aligned to at least half a sector."""
     kind = {2: "u16 %h1", 4: "u32 %r5", 16: "v4.u32 {%r5, %r6, %r7, %r8}"}[width]
     body = f"mul.wide.u32 %d1, %r1, {stride}; add.s64 %d2, %d30, 31; and.b64 %d2, %d2, -32; add.s64 %d2, %d2, %d1;"
     body += f"ld.global.{kind}, [%d2];"
@@ -212,7 +212,7 @@ def test_compare_and_swap_replaces_what_is_equal():
     ],
 )
 def test_atomic_sums_of_floats(instruction, dtype, sums):
-    found = np.zeros(2, dtype)
+    output = np.zeros(2, dtype)
     numbers = "mov.b16 %h1, 0x3C00; mov.b32 %r2, 0x40003C00; mov.f32 %f1, 0f3FC00000; mov.f32 %f2, 0fC0000000;"
-    run(kernel(f"{numbers} red.global.{instruction};"), [found], block=32)
-    assert found.tolist() == sums
+    run(kernel(f"{numbers} red.global.{instruction};"), [output], block=32)
+    assert output.tolist() == sums

@@ -1,4 +1,4 @@
-"""What stands between compiled programs and the interpreter."""
+"""The runtime between compiled programs and the interpreter."""
 
 import ctypes
 import os
@@ -28,7 +28,7 @@ HOST = Path(__file__).parents[1] / "host"
 
 
 def fat_binary(*parts: tuple[int, int, bytes], flags: int = 0) -> bytes:
-    """Of parts (kind, compute capability times ten, content)."""
+    """A fat binary of parts (kind, compute capability times ten, content)."""
     data = b"".join(
         PART.pack(kind, 0, PART.size, len(content), 0, 0, capability, 0, flags) + content
         for kind, capability, content in parts
@@ -40,8 +40,8 @@ def test_the_ptx_of_each_fat_binary_is_found() -> None:
     machine_code = (2, 90, b"\x7fELF")
     first = fat_binary((PTX, 80, b"// of 8.0\0\0\0"), machine_code, (PTX, 100, b"// of 10.0\0"))
     second = fat_binary((PTX, 80, b"// another\0"))
-    found = ptx_in(b"an object" + first + b"more of it" + second + b"its end")
-    assert found == [{80: "// of 8.0", 100: "// of 10.0"}, {80: "// another"}]
+    output = ptx_in(b"an object" + first + b"more of it" + second + b"its end")
+    assert output == [{80: "// of 8.0", 100: "// of 10.0"}, {80: "// another"}]
 
 
 def test_compressed_ptx_is_refused_with_the_remedy() -> None:

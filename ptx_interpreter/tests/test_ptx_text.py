@@ -66,9 +66,9 @@ def test_modules():
 
 def test_statements_over_several_lines():
     text = "mov.u32 %r1,\n   17;\nmov.b64 %d1, {%r1,\n %r1}; st.global.u64\n[%d30]\n, %d1;"
-    found = np.zeros(1, np.uint64)
-    run(kernel(text), [found], block=1)
-    assert found[0] == 17 << 32 | 17
+    output = np.zeros(1, np.uint64)
+    run(kernel(text), [output], block=1)
+    assert output[0] == 17 << 32 | 17
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_a_launch_must_fit_the_kernel():
 
 
 def test_variables_in_shared_memory_follow_each_other():
-    """Those of the kernel, aligned, and then what the launch adds; unused ones take no room."""
+    """First the kernel's variables, aligned, then the launch's; unused ones take no room."""
     head = ".extern .shared .align 16 .b8 rest[];\n.shared .align 4 .b8 unused[4000];\n.shared .align 2 .b8 one[6];"
     body = """
     .shared .align 8 .b8 two[16];
     mov.u32 %r1, one; mov.u32 %r2, two; mov.u32 %r3, rest;
     st.global.v2.u32 [%d30], {%r1, %r2}; st.global.u32 [%d30+8], %r3;
     """
-    found = np.zeros(3, np.uint32)
-    run(kernel(body, head=head), [found], block=1)
-    assert found.tolist() == [0, 8, 32]
+    output = np.zeros(3, np.uint32)
+    run(kernel(body, head=head), [output], block=1)
+    assert output.tolist() == [0, 8, 32]

@@ -15,7 +15,7 @@ from benchmarks.audit.result import REST, Count, Launch, Line
 from benchmarks.audit.table import costly_lines
 from ptx_interpreter import Traffic
 from ptx_interpreter.body import Instruction
-from ptx_interpreter.traffic import Asked
+from ptx_interpreter.traffic import Requests
 
 LINE = Line(
     "norm.cu:7", Counter(alu=4000, memory=41, moves=10**9), 0, Traffic(41, 650), Traffic(10, 25, least=20, worst=2)
@@ -23,8 +23,8 @@ LINE = Line(
 OTHER = Line("rows.h:3", Counter(alu=500, tensor=2), 2 * 4096)
 LAUNCH = Launch(
     kernel="norm_add_forward", barriers=2.0, lines=(OTHER, LINE),
-    loads={"x": Asked(10, 5120, 160, 160), "weight": Asked(20, 10240, 320, 32), REST: Asked(1, 4, 1, 1)},
-    stores={"out 0": Asked(10, 2560, 160, 160)},
+    loads={"x": Requests(10, 5120, 160, 160), "weight": Requests(20, 10240, 320, 32), REST: Requests(1, 4, 1, 1)},
+    stores={"out 0": Requests(10, 2560, 160, 160)},
 )  # fmt: skip
 COUNT = Count(
     kernels="cuda", arch="sm_80", op="layer_norm", shape="eva02-l14@224 b1", dtype="bfloat16", direction="forward",
@@ -37,7 +37,7 @@ def test_small_buffers_count_once() -> None:
     assert COUNT.traffic == pytest.approx(32 * (160 + 160 + 32 + 1) / 10240)
     assert COUNT.touched == COUNT.traffic
     assert COUNT.cached == pytest.approx(32 * (320 - 32) / 10240)
-    twice = replace(LAUNCH, loads={"x": Asked(20, 10240, 320, 160)})
+    twice = replace(LAUNCH, loads={"x": Requests(20, 10240, 320, 160)})
     again = replace(COUNT, launches=(twice,))
     assert (again.traffic, again.touched) == (pytest.approx(1.5), pytest.approx(1.0))
     assert (COUNT.request_bytes("loads"), COUNT.request_bytes("stores"), COUNT.worst_ways) == (512, 256, 2)

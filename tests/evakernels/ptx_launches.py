@@ -45,7 +45,7 @@ def triton_kernels(capability: int) -> Iterator[None]:
     from ptx_interpreter.triton_driver import Driver
 
     evakernels.triton.interpret()
-    tuning.gpu_of = lambda tensor: ("", capability)
+    tuning.find_gpu = lambda tensor: ("", capability)
     with small_chunks, Driver(capability, count=False) as driver, evakernels.use_backend("triton"):
         try:
             yield

@@ -191,7 +191,7 @@ WRONG = {
 def test_packing_unpack_inverts_pack():
     """Packed and padded sequences have the same cells, gradients and attention."""
     lengths = torch.tensor([3, 1, 4])
-    packing, padded = evakernels.Packing.of_lengths(lengths, 8, 5), evakernels.Packing.padded(lengths, 5)
+    packing, padded = evakernels.Packing.from_lengths(lengths, 8, 5), evakernels.Packing.padded(lengths, 5)
     assert packing.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert packing.samples().tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
     x = torch.randn(3, 5, 2, 8, dtype=torch.float64, requires_grad=True)
@@ -208,7 +208,7 @@ def test_packing_unpack_inverts_pack():
 
 
 def test_packing_packs_ids():
-    packing = evakernels.Packing.of_lengths(torch.tensor([3, 1, 4]), 8, 5)
+    packing = evakernels.Packing.from_lengths(torch.tensor([3, 1, 4]), 8, 5)
     ids = torch.arange(15).view(3, 5)
     for x in (ids, ids.float(), ids > 5, ids.unsqueeze(2)):
         assert torch.equal(packing.pack(x), x[packing.mask()])
@@ -217,7 +217,7 @@ def test_packing_packs_ids():
 @pytest.mark.parametrize("shape", [(2, 10, 3), (1, 5, 3), (10, 3), (5,)])
 def test_packing_refuses_other_shapes(shape):
     lengths = torch.tensor([3, 1])
-    for packing in (evakernels.Packing.of_lengths(lengths, 4, 5), evakernels.Packing.padded(lengths, 5)):
+    for packing in (evakernels.Packing.from_lengths(lengths, 4, 5), evakernels.Packing.padded(lengths, 5)):
         with pytest.raises(ValueError, match=r"x must have shape \[2, 5, \.\.\.\], got"):
             packing.pack(torch.zeros(shape))
 
@@ -229,7 +229,7 @@ def test_positions_of_whole_batch():
 
 
 def test_packing_unpack_in_transforms():
-    packing, x = evakernels.Packing.of_lengths(torch.tensor([2, 1]), 3, 2), torch.randn(3, 4)
+    packing, x = evakernels.Packing.from_lengths(torch.tensor([2, 1]), 3, 2), torch.randn(3, 4)
     expected = packing.unpack(x)
     assert torch.equal(torch.vmap(packing.unpack)(x.expand(5, -1, -1))[4], expected)
     assert torch.equal(torch.func.jvp(packing.unpack, (x,), (x,))[1], expected)

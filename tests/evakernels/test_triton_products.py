@@ -29,7 +29,7 @@ def matrix_units(monkeypatch):
     from ptx_interpreter.triton_driver import without_assembling
 
     monkeypatch.setattr(driver, "_active", AbsentGPU(80))
-    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: ("", 80))
+    monkeypatch.setattr(tuning, "find_gpu", lambda tensor: ("", 80))
     monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", without_assembling)
 
     def found(op, *, split=False):

@@ -81,7 +81,7 @@ def test_other_thread_is_not_forced():
 
 
 def preference(monkeypatch, op, capability, name=""):
-    monkeypatch.setattr(tuning, "gpu_of", lambda tensor: (name, capability))
+    monkeypatch.setattr(tuning, "find_gpu", lambda tensor: (name, capability))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
         return backends.preference(op, (torch.empty(9, 64, dtype=torch.bfloat16, device="cuda"),))

@@ -25,7 +25,7 @@ import evakernels
 import evakernels.triton
 from evakernels import tuning
 from evakernels.tuning.calls import Draw, calls
-from evakernels.tuning.search import kernels_of
+from evakernels.tuning.search import record_kernels
 
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 THOROUGH = 90
@@ -71,7 +71,7 @@ class AbsentGPU:
 def compiled(op: str, arguments: tuple[Any, ...]) -> list[Any]:
     """The kernels that a call of the op would launch."""
     try:
-        return kernels_of(evakernels.triton.launcher(op), arguments, compile_only=True)
+        return record_kernels(evakernels.triton.launcher(op), arguments, compile_only=True)
     except Exception as error:
         sizes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in arguments]
         error.add_note(f"{op} of {sizes} on {driver.active.get_current_target()}")
@@ -90,7 +90,7 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
 def usages(capability: int) -> Iterator[Usage]:
     """Of all kernels of all configurations that the GPUs of this compute capability are given."""
     driver.set_active(AbsentGPU(capability))
-    tuning.gpu_of = lambda tensor: ("", capability)
+    tuning.find_gpu = lambda tensor: ("", capability)
     measured = {}
     for op, entries in tuning.table("", capability).items():
         for shape, dtype, arguments in calls_of(op, entries, thorough=capability == THOROUGH):
