@@ -29,7 +29,7 @@ MODES = ("auto", "on", "off")
 INSTALL_TOOLS = "pip install torch setuptools cmake ninja pybind11"
 INSTALL_COMPILER = "apt-get install g++, or set CXX"
 
-# Compute capabilities times ten. What the kernels need at least, and what a library for all GPUs is compiled for.
+# Compute capabilities times ten: the oldest GPU that the kernels support, and those of a library for all GPUs.
 OLDEST_GPU = 80
 ALL_GPUS = (80, 90, 100, 120)
 OLDEST_NVCC = (12, 1)  # the first with C++20 and 32 KB of kernel arguments
@@ -68,7 +68,7 @@ def read_mode(variable: str) -> str:
     """Return a mode from the environment."""
     mode = os.environ.get(variable, "auto")
     if mode not in MODES:
-        raise SystemExit(f"error: {variable}={mode!r}; accepted are {', '.join(MODES)}")
+        raise SystemExit(f"error: {variable} must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
 
 
@@ -181,8 +181,8 @@ def cuda_archs() -> list[str]:
     accepted = {f"{arch}{suffix}" for arch in supported for suffix in ("", "-real", "-virtual")}
     if wrong := [arch for arch in archs if arch not in accepted]:
         raise SystemExit(
-            f"error: EVAKERNELS_CUDA_ARCHS={text!r}: not {', '.join(wrong)}; accepted are all, or a list of "
-            f"{', '.join(map(str, supported))}, each alone or with -real (machine code only) or -virtual (PTX only)"
+            f"error: EVAKERNELS_CUDA_ARCHS must be all, or a list of {', '.join(map(str, supported))}, each alone or "
+            f"with -real (machine code only) or -virtual (PTX only), got {', '.join(wrong)}"
         )
     return archs
 
@@ -229,7 +229,7 @@ class BuildPython(build_py):
         super().run()
         folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
         if NATIVE_SKIP_REASON:
-            # What an earlier build left in the source tree would be loaded in spite of the decision.
+            # Libraries that an earlier build left in the source tree would be loaded in spite of the decision.
             for stale in [*folder.glob("_C.*.so"), *folder.glob(LIBRARY)]:
                 stale.unlink()
         record = {

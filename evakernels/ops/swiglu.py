@@ -69,7 +69,7 @@ def _check_call(
         accepted = f"0 to {gate.shape[-1] - 1}, below the channels of gate"
         _check.integer(op, "padding", padding, accepted)
         if not 0 < padding < gate.shape[-1]:
-            raise ValueError(f"{op}: padding is {padding}; accepted: {accepted}")
+            raise ValueError(f"{op}: padding must be an integer, {accepted}, got {padding}")
     return gate, up, *_check.in_one_dtype(norm_weight, norm_bias), _check.eps(op, eps), padding
 
 
