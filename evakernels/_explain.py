@@ -9,8 +9,6 @@ from torch.overrides import TorchFunctionMode
 
 from . import backends, ops
 
-_TORCH_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-
 
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
     """Reports which backend runs a call and why the others don't, one line each; the op doesn't run.
@@ -32,7 +30,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> str:
     is_ours = str(__package__) in module or backends.NAMESPACE in module
     name = getattr(op, "__name__", op) if is_ours else op
     calls = [(op_name, args) for op_name in backends.find_ops(name)]
-    public = None if isinstance(op, _TORCH_OPS) else getattr(ops, str(name), None)
+    is_operator = isinstance(op, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    public = None if is_operator else getattr(ops, str(name), None)
     if public is not None and (args or options):
         calls = _find_calls(public, args, options) or calls
     elif options:

@@ -13,7 +13,7 @@ import torch
 from . import backends
 
 NAMESPACE = f"{backends.NAMESPACE}_native"
-"""Of the compiled library's operators."""
+"""Namespace of the compiled library's operators."""
 
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "_ops.so"
@@ -62,7 +62,7 @@ class Launcher(NamedTuple):
 
 
 _launchers: dict[tuple[str, str], Launcher] = {}
-"""By op and type of device."""
+"""Launchers by op and type of device."""
 
 
 def register(
@@ -75,24 +75,14 @@ def register(
     """Registers the library's kernels of an op as its backends "cpu" and "cuda"."""
     for device in _DEVICES:
         launcher = gpu_launcher if runs_gpu_kernels(device) else cpu_launcher
+        overload = getattr(getattr(torch.ops, NAMESPACE), op_name if launcher is None else launcher.kernel).default
+        # `_op` is a microsecond faster than the overload.
         if launcher is None:
-            function = _kernel(op_name)
+            function = backends.noting_writes(overload._op, overload)
         else:
             _launchers[op_name, device] = launcher
-            function = partial(launcher.function, _overload(launcher.kernel)._op)
-        op_reasons = _reasons(op_name, device, reasons, gpu_reasons)
-        backends.register(op_name, device, function, op_reasons, device)
-
-
-def _overload(kernel: str) -> torch._ops.OpOverload:
-    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), kernel).default
-    return overload
-
-
-def _kernel(op_name: str) -> Callable[..., Any]:
-    overload = _overload(op_name)
-    # `_op` is a microsecond faster than the overload.
-    return backends.noting_writes(overload._op, overload)
+            function = partial(launcher.function, overload._op)
+        backends.register(op_name, device, function, _reasons(op_name, device, reasons, gpu_reasons), device)
 
 
 def _reasons(
@@ -135,7 +125,7 @@ def implemented(op_name: str, device_type: str) -> bool:
 
 
 def runs_gpu_kernels(device_type: str) -> bool:
-    """Whether kernels for GPUs serve this type of device: a CPU only in a build for tests, which interprets them."""
+    """Whether kernels for GPUs run on this type of device: on a CPU only in a test build, which interprets them."""
     return device_type == "cuda" or implemented("interpreted", device_type)
 
 

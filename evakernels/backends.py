@@ -18,7 +18,7 @@ from torch import Tensor
 from .names import unknown
 
 NAMESPACE = __name__.partition(".")[0]
-"""Of the operators, in `torch.ops`: the name of this package, which a copy for the Hugging Face hub is loaded under."""
+"""Namespace of the operators in `torch.ops`: this package's name; a copy for the Hugging Face hub has another one."""
 
 OPERATORS = getattr(torch.ops, NAMESPACE)
 
@@ -139,7 +139,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
     if active is not None and active.forced is not None:
         reasons = unsupported_reasons(op, active.forced, *args)
         if reasons:
-            raise BackendError(f"backend {active.forced!r} can't serve {op}: " + "; ".join(reasons))
+            raise BackendError(f"backend {active.forced!r} doesn't support {op}: " + "; ".join(reasons))
         return candidates[active.forced]
     tensor = first_tensor(args)
     devices = (None,) if tensor is None else (None, tensor.device.type)
@@ -151,7 +151,7 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
             if backend == "reference" and tensor is not None and tensor.device.type == "cuda":
                 _warn_of_reference(op, args)
             return implementation
-    raise BackendError(f"no backend serves {op}: {report(op, args)}")
+    raise BackendError(f"no backend supports {op}: {report(op, args)}")
 
 
 def preference(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ _COUNTED = re.compile(r"(%\w+?)<(\d+)>")
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _IGNORED = re.compile(r"\.(pragma|section|file|loc|branchtargets|param)\b")
 ENDS_LAUNCH = ("__assertfail", "fail_launch")
-"""In the names of functions that don't return; no others are called."""
+"""Parts of the names of functions that don't return; no others are called."""
 
 
 class Address(NamedTuple):
@@ -36,7 +36,7 @@ Places = tuple[tuple[int, int], ...]
 
 
 class Variable(NamedTuple):
-    """In shared memory; a size of 0 is what the launch asks for."""
+    """A variable in shared memory; size 0 means that the launch sets it."""
 
     name: str
     size: int
@@ -299,7 +299,7 @@ def immediate(text: str) -> int | float:
 
 
 def _lasting(blocks: list[Block]) -> set[str]:
-    """By liveness analysis; sets of registers are the bits of integers."""
+    """Registers that outlive a block, by liveness analysis; sets are the bits of integers."""
     bits: dict[str, int] = {}
     used, killed = [], []
     for block in blocks:

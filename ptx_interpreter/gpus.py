@@ -58,7 +58,7 @@ GPUS = {
     "b200": Gpu(100, 148, 227, 126),
     "rtx5090": Gpu(120, 170, 99, 96, warps=48, blocks=24),
 }
-"""By name."""
+"""GPUs by name."""
 
 
 def _in_units(size: int, unit: int) -> int:

@@ -1,8 +1,8 @@
 """Launches kernels: registers are vectors over the threads of many blocks of a grid, and an instruction is one
 operation on all of them.
 
-Threads that are at the same block of instructions run it together. Of several blocks of instructions the first in the
-text goes on, which brings threads together again that a branch has separated.
+Threads that are at the same basic block run it together. If they are at several, the first one in the text runs, which
+brings threads together again that a branch has separated.
 """
 
 import math
@@ -40,7 +40,7 @@ Masks = dict[int, Array]
 
 
 class Machine:
-    """For `blocks` blocks of a launch at a time.
+    """Runs `blocks` blocks of a launch at a time.
 
     A lane is a thread of one of the blocks; each block begins at a whole warp, so that there may be lanes without one.
     """
@@ -93,7 +93,7 @@ class Machine:
 
     @property
     def size(self) -> int:
-        """In bytes, about."""
+        """The approximate size in bytes."""
         shared = len(self.shared.bytes) + 8 * 4 * len(self.shared.writer)
         return self.registers.bytes + shared + BYTES_OF_STEP * self._steps
 

@@ -18,7 +18,7 @@ WORDS: dict[int, Array] = {
 }
 """The whole process as words of so many bytes. The word at address a is number (a - BASE) / size."""
 MANY = -1
-"""In place of a block's number: several blocks."""
+"""Several blocks, in place of a block's number."""
 MOST_ALLOCATIONS = 1 << 17
 
 

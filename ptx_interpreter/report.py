@@ -16,10 +16,10 @@ POISONED = "what it stores depends on lanes that a load masked off; give the loa
 
 @dataclass
 class Fault:
-    """Something that a kernel must not do.
+    """A forbidden access or operation of a kernel.
 
-    Of a kind at one instruction the first is kept, with its block and thread, and how many there were. Those of
-    NEARLY_EQUAL are of a kind of their own.
+    Faults of one kind at one instruction are one `Fault`: the first, with its block and thread, and their number.
+    NEARLY_EQUAL counts as a separate kind.
     """
 
     kind: str

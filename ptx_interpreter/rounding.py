@@ -115,7 +115,7 @@ def rounded(exact: Array, dtype: Any, mode: str) -> Array:
         near = np.where(above, np.nextafter(near, dtype(-np.inf)), near)
     if mode in ("rp", "rz"):
         near = np.where(below, np.nextafter(near, dtype(np.inf)), near)
-    # What nextafter makes of the least number is a zero without its sign.
+    # nextafter of the least number is a zero without its sign.
     return np.where(near == 0, np.copysign(near, exact), near).astype(dtype)
 
 
@@ -145,7 +145,7 @@ def sum_error(a: Value, b: Value, total: Value) -> Value:
 def to_odd(total: Array, error: Value) -> Array:
     """The sum total + error rounded to the neighbour with an odd last bit, where it isn't a float64.
 
-    Who rounds that once more, to a format that has at least two bits less, gets what one rounding gives.
+    A second rounding, to a format with at least two bits less, then gives the same as one rounding alone.
     """
     bits = total.view(np.int64)
     finite = np.isfinite(total) & (error != 0) & (bits & 1 == 0)

@@ -80,7 +80,7 @@ class SharedMemory:
         before = self.reader.take(cells, mode="clip")
         self.reader[cells] = stamps
         self._keep_others(cells, before, stamps)
-        # Of several that read a cell at once the last one stands there.
+        # If several threads read a cell at once, the shadow holds the last one.
         self._keep_others(cells, stamps, self.reader.take(cells, mode="clip"))
 
     def _keep_others(self, cells: Array, stamps: Array, others: Array) -> None:

@@ -127,7 +127,7 @@ class Tensors(TorchDispatchMode):
 
 
 def load_or_poison(self: TritonSemantic[Any], ptr: Any, mask: Any, other: Any, *options: Any) -> Any:
-    """In place of TritonSemantic.load: without `other` masked-off lanes of floats have POISON."""
+    """Replaces TritonSemantic.load: without `other` masked-off lanes of floats have POISON."""
     kind = ptr.type.scalar
     if mask is not None and other is None and kind.is_ptr():
         element = kind.element_ty
@@ -137,7 +137,7 @@ def load_or_poison(self: TritonSemantic[Any], ptr: Any, mask: Any, other: Any, *
 
 
 def first_fitting(self: Autotuner, kwargs: dict[str, Any]) -> list[triton.Config]:
-    """In place of Autotuner.prune_configs, so that none is timed: the first that compiles and fits the GPU."""
+    """Replaces Autotuner.prune_configs, so that none is timed: returns the first that compiles and fits the GPU."""
     configs: list[triton.Config] = PRUNE(self, kwargs)
     for config in configs:
         options = kwargs | config.all_kwargs() | {"warmup": True}
@@ -158,7 +158,7 @@ def run_backward(*args: Any, **kwargs: Any) -> Any:
 
 
 def run_once(function: Callable[[], Any], *_: Any, quantiles: Any = None, **__: Any) -> Any:
-    """In place of triton.testing.do_bench: an interpreter has no times."""
+    """Replaces triton.testing.do_bench: an interpreter has no times."""
     function()
     return [math.nan] * len(quantiles) if quantiles else math.nan
 

@@ -47,7 +47,7 @@ class Step:
 
 
 def nothing() -> None:
-    """Does so."""
+    """Does nothing."""
 
 
 NO_STEP = Step(nothing, lambda active: None)

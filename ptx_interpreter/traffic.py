@@ -19,9 +19,9 @@ _MOST_PENDING = 1 << 20
 class Traffic:
     """Traffic of an instruction that accesses memory.
 
-    `requests`: by warps. `sectors`: of 32 bytes, of global memory; of shared memory cycles, which are as many as a bank
-    has different words to serve. `bytes`: what the threads asked for. Of shared memory `least` are the cycles without
-    conflicts, and `worst` the most that any part of a request took in place of one.
+    `requests`: by warps. `sectors`: sectors of 32 bytes of global memory; for shared memory cycles, one for each
+    different word of a bank. `bytes`: bytes that the threads requested. For shared memory, `least` are the cycles
+    without conflicts, and `worst` the most cycles of any part of a request that would take one.
     """
 
     requests: int = 0

@@ -34,7 +34,7 @@ def without_assembling(*stages: Any) -> tuple[str, str] | None:
 
 
 class Driver:
-    """In the place of Triton's own within a `with` statement. A launch that has a fault raises an error.
+    """Replaces Triton's driver within a `with` statement. A launch that has a fault raises an error.
 
     Where host/allocations.cpp was preloaded, kernels may touch what this process has allocated and no more.
 
@@ -126,7 +126,7 @@ class Driver:
         return run
 
     def prepare_memory(self, memory: GlobalMemory, arguments: dict[str, Any]) -> None:
-        """Is called before each launch with its arguments by name."""
+        """Called before each launch with its arguments by name."""
 
     def _launch(self, kernel: Kernel, grid: tuple[int, int, int], threads: int, params: bytes, shared: int) -> None:
         report = launch(kernel, grid, (threads,), params, self._memory, shared, check=False, **self._options)
@@ -136,7 +136,7 @@ class Driver:
         self.handle(report)
 
     def handle(self, report: Report) -> None:
-        """Is called after each launch."""
+        """Called after each launch."""
         if report.faults:
             raise RuntimeError("\n".join(map(str, report.faults)))
 

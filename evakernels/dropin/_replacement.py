@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.linear import multiplied_dtypes, served_dtypes
+from ..nn.linear import faster_dtypes, matmul_dtypes
 from ._dispatch import DEVICES, DTYPES, OPS, has_op
 from ._packing import Layers
 from ._pooling import Pooling
@@ -79,7 +79,7 @@ class Replacement:
         if name == "torch":
             return "torch" if dtype in DTYPES else None
         if name == "linear":
-            dtypes = multiplied_dtypes() if forced else served_dtypes()
+            dtypes = matmul_dtypes() if forced else faster_dtypes()
             return "oneDNN" if device == "cpu" and dtype in dtypes else None
         if not has_op(name, device, dtype, forced):
             return None

@@ -143,19 +143,19 @@ def _guarded(original: Any, replacement: Any, untried: frozenset[str]) -> Any:
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Gives the module the class `cls`, behind the classes that FSDP2 or a parametrization has put there."""
-    module.__class__ = _behind(type(module), cls)
+    """Gives the module the class `cls`; classes that FSDP2 or a parametrization has put before it stay."""
+    module.__class__ = _replace_base(type(module), cls)
     LIVE.add(module)
 
 
-def _behind(current: type, cls: type) -> type:
+def _replace_base(current: type, cls: type) -> type:
     if not _is_wrapper(current):
         return cls
     # transformers' layers put a forward with the one of `current` inside into every subclass, also into FSDP2's.
     left = "__dict__", "__weakref__", "forward"
     members = {name: value for name, value in vars(current).items() if name not in left}
     *others, last = current.__bases__
-    return type(current.__name__, (*others, _behind(last, cls)), members)
+    return type(current.__name__, (*others, _replace_base(last, cls)), members)
 
 
 def _is_wrapper(cls: type) -> bool:

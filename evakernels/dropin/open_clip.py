@@ -143,7 +143,7 @@ class Clip(AcceleratedModule):
 def _shorten_text(tower: Any, text: Tensor, pool: str) -> tuple[Any, Tensor]:
     """A view of a text tower with a last block that returns the pooled token, and the text for it.
 
-    Tokens behind the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU that
+    Tokens after the end don't change the features of a causal tower. On a CPU the text is cut there; on a GPU that
     would need a synchronisation.
     """
     mask = tower.attn_mask

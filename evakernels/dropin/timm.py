@@ -254,16 +254,15 @@ def _require_one_token(module: Any) -> str | None:
     return None if read else "all of its tokens are read"
 
 
-_METHODS = ("forward_features", "forward_head", "pool")
-
-
 def _shrink_sizes(module: Any) -> dict[int, int]:
     stem, prefix = module.patch_embed, module.num_prefix_tokens
     patches = getattr(stem, "num_patches", None)
     return {patches: 9, patches + prefix: 9 + prefix} if patches and getattr(stem, "flatten", True) else {}
 
 
-_POOLING = _pooling.Pooling(("blocks",), "norm", _Attention, _METHODS, _require_one_token)
+_POOLING = _pooling.Pooling(
+    ("blocks",), "norm", _Attention, ("forward_features", "forward_head", "pool"), _require_one_token
+)
 
 
 class Tower(AcceleratedModule):
@@ -278,14 +277,10 @@ class Tower(AcceleratedModule):
         return original_forward(x, **options)
 
 
-def _require_fused(attention: Any) -> str | None:
-    return None if attention.fused_attn else "fused_attn is off"
-
-
 _BLOCKS = Layers(
     "blocks",
     _Attention,
-    _require_fused,
+    lambda attention: None if attention.fused_attn else "fused_attn is off",
     other=("embeds", "norm_pre", "rope", "patch_drop", "attn_pool", "fc_norm", "head_drop", "head"),
 )
 
@@ -364,13 +359,13 @@ class PatchDropoutWithIndices(PatchDropout):
 
 
 def masked_calls(module: Any, x: Tensor, **options: Any) -> list[Call]:
-    """With a mask and a causal one, for modules that take these."""
+    """Calls with a mask and a causal one, for modules that take these."""
     mask = draw(x.shape[1], x.shape[1])
     return [((x,), {**options, **further}) for further in ({}, {"attn_mask": mask}, {"is_causal": True})]
 
 
 def _rotary_calls(module: Any, x: Tensor) -> list[Call]:
-    """With a table that holds each angle twice, as timm's."""
+    """Calls with a table that holds each angle twice, as timm's."""
     attention = getattr(module, "attn", module)
     width = int(attention.proj.in_features)
     patches, pairs = x.shape[1] - attention.num_prefix_tokens, width // attention.num_heads // 2

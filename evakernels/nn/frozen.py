@@ -15,6 +15,7 @@ from .. import backends
 from ..autocast import is_on
 from ..ops.row_quantization import dequantize_rows, quantize_rows
 from ..reference.row_quantization import LARGEST, ZERO
+from .linear import faster_dtypes, matmul_dtypes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -213,7 +214,8 @@ def freeze(model: Model, *, int8: bool | Callable[[str], bool] = False) -> Model
         if isinstance(weight, FrozenWeight) and weight.is_int8 != in_int8:
             raise ValueError(f"freeze: int8 must be {weight.is_int8} for the frozen {name}, got {in_int8}: unfreeze it")
         is_tied = all_uses[weight] > linear_uses[weight]
-        if isinstance(weight, FrozenWeight) or is_tied or weight.dtype not in _frozen_dtypes(in_int8):
+        dtypes = matmul_dtypes() if in_int8 else faster_dtypes()
+        if isinstance(weight, FrozenWeight) or is_tied or weight.dtype not in dtypes:
             continue
         if weight not in frozen:
             frozen[weight] = nn.Parameter(FrozenWeight.prepack(weight, int8=in_int8), requires_grad=False)
@@ -301,12 +303,6 @@ def _parts_of_torch_attention(model: nn.Module) -> set[nn.Module]:
     """Modules inside torch's own attention, which takes views of its weights."""
     closed = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and not hasattr(m, "linear_weights"))
     return {part for module in closed for part in module.modules()}
-
-
-def _frozen_dtypes(int8: bool) -> frozenset[torch.dtype]:
-    from .linear import multiplied_dtypes, served_dtypes
-
-    return multiplied_dtypes() if int8 else served_dtypes()
 
 
 @cache

@@ -130,7 +130,7 @@ def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None, forced: bool) 
 
 
 def _is_chosen(dtype: torch.dtype, forced: bool) -> bool:
-    return dtype in (multiplied_dtypes() if forced else served_dtypes()) and torch._C._get_mkldnn_enabled()
+    return dtype in (matmul_dtypes() if forced else faster_dtypes()) and torch._C._get_mkldnn_enabled()
 
 
 _is_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in `_modes`
@@ -141,7 +141,7 @@ _MIN_MACS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 31}
 
 
 @cache
-def multiplied_dtypes() -> frozenset[torch.dtype]:
+def matmul_dtypes() -> frozenset[torch.dtype]:
     """The dtypes of oneDNN's matmuls on this machine."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
@@ -150,10 +150,10 @@ def multiplied_dtypes() -> frozenset[torch.dtype]:
 
 
 @cache
-def served_dtypes() -> frozenset[torch.dtype]:
+def faster_dtypes() -> frozenset[torch.dtype]:
     """The dtypes in which oneDNN is faster than torch's function.
 
     In bfloat16 torch calls oneDNN, too, but adds the bias in another pass. In float32 it calls MKL, which is slow on
     AMD's processors with AVX-512, but not on those with AVX2.
     """
-    return multiplied_dtypes() - (set() if _native.processor() == "amd" else {torch.float32})
+    return matmul_dtypes() - (set() if _native.processor() == "amd" else {torch.float32})

@@ -21,7 +21,7 @@ _library = torch.library.Library(backends.NAMESPACE, "DEF")
 _native_library = torch.library.Library(_native.NAMESPACE, "DEF")
 
 _decompositions: dict[Any, Callable[..., Any]] = {}
-"""By operator: the function that replaces it under `as_torch_operators`."""
+"""Functions by the operators that they replace under `as_torch_operators`."""
 
 Check = Callable[..., tuple[Any, ...]]
 """Maps a public function's arguments to the op's, with autocast's casts, or raises; reads no tensor values."""

@@ -251,10 +251,6 @@ def _forward_fake(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int,
     return tuple(image.new_empty(size, dtype=accumulation_dtype(image)) for size in sizes)
 
 
-def _forward_decomposition(image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, keep: bool) -> Any:
-    return reference.contrastive_forward(image, text, logit_scale, offset, False)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, logit_scale, ctx.offset, keep = inputs
     row_lse, col_lse, _, row_max, col_max, logits = output
@@ -289,12 +285,6 @@ def _siglip_fake(
     return loss, *(loss.new_empty(x.shape) for x in (*gradients, logit_bias))
 
 
-def _siglip_decomposition(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, needs_grad: Sequence[bool]
-) -> Any:
-    return reference.siglip_forward(image, text, logit_scale, logit_bias, offset, [False] * 4)
-
-
 def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, _ = inputs
     _, *gradients = output
@@ -311,7 +301,7 @@ def _gpu_reasons(*, image: Tensor | None = None, logits: Tensor | None = None, *
     """Why the compiled GPU kernels don't support these features, or logits that forward saved."""
     reasons = []
     if image is not None and image.dtype == torch.float32:
-        reasons.append("float32; the compiled GPU kernels serve float16 and bfloat16, Triton's float32 too")
+        reasons.append("float32; the compiled GPU kernels support float16 and bfloat16, Triton's float32 too")
     if logits is not None:
         reasons.append("saved logits; only Triton's kernel reads them")
     return reasons
@@ -339,7 +329,9 @@ define_kernel(
 _forward = define(
     reference.contrastive_forward,
     fake=_forward_fake,
-    decomposition=_forward_decomposition,
+    decomposition=lambda image, text, scale, offset, _: reference.contrastive_forward(
+        image, text, scale, offset, False
+    ),
     gpu_reasons=_gpu_reasons,
     cpu_launcher=Launcher(_logit_tiles.contrastive_forward, "contrastive_tile_statistics"),
 )
@@ -355,7 +347,9 @@ differentiable(_forward, _backward, setup_context=_setup, formula=_gradient, ret
 _siglip_forward = define(
     reference.siglip_forward,
     fake=_siglip_fake,
-    decomposition=_siglip_decomposition,
+    decomposition=lambda image, text, scale, bias, offset, _: reference.siglip_forward(
+        image, text, scale, bias, offset, [False] * 4
+    ),
     gpu_reasons=_gpu_reasons,
     cpu_launcher=Launcher(_logit_tiles.siglip_forward, "siglip_tile"),
     gpu_launcher=Launcher(_logit_gradients.siglip_forward, "siglip_dlogits"),

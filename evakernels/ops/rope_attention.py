@@ -228,15 +228,15 @@ def gpu_reasons(heads: list[Tensor], longest: int, cos: Tensor | None) -> list[s
     """Why the GPU kernels don't support sequences of up to `longest` tokens; `heads` are tensors `[..., H, D]`."""
     q, reasons, head_dim = heads[0], [], heads[0].shape[-1]
     if (size := q.shape[-2] * head_dim) > _MAX_GPU_ELEMENTS:
-        reasons.append(f"tokens of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
+        reasons.append(f"tokens of {size} elements; the GPU kernels support up to {_MAX_GPU_ELEMENTS}")
     if cos is not None and (size := cos.shape[-2] * head_dim // 2) > _MAX_GPU_ELEMENTS:
-        reasons.append(f"a table of {size} elements; the GPU kernels serve up to {_MAX_GPU_ELEMENTS}")
+        reasons.append(f"a table of {size} elements; the GPU kernels support up to {_MAX_GPU_ELEMENTS}")
     if q.dtype == torch.float32:
-        reasons.append("float32; the GPU kernels serve float16 and bfloat16, Triton's and the reference float32 too")
+        reasons.append("float32; the GPU kernels support float16 and bfloat16, Triton's and the reference float32 too")
     if longest > _MAX_GPU_TOKENS:
-        reasons.append(f"{longest} tokens; the GPU kernels serve up to {_MAX_GPU_TOKENS}")
+        reasons.append(f"{longest} tokens; the GPU kernels support up to {_MAX_GPU_TOKENS}")
     if head_dim > _MAX_GPU_HEAD_DIM:
-        reasons.append(f"head_dim {head_dim}; the GPU kernels serve up to {_MAX_GPU_HEAD_DIM}")
+        reasons.append(f"head_dim {head_dim}; the GPU kernels support up to {_MAX_GPU_HEAD_DIM}")
     return reasons
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import accumulation_dtype
 
 FORMS = ("none", "tanh", "sigmoid")
-"""By number: exact and torch's approximation have its own names."""
+"""Forms by index; the exact one and torch's approximation have torch's names."""
 SLOPE = 1.702
 
 

@@ -268,7 +268,7 @@ def store_keys(keys, seeds, tensor, step, inside):
 
 @triton.jit
 def rounded(values, i, keys, tensor):
-    """With keys, values of bfloat16: rounded up with the probability of the fraction that is cut off."""
+    """The values; with keys, bfloat16 values rounded up with the probability of the fraction that is cut off."""
     if keys is not None:
         start = tl.load(keys + 2 * tensor).to(tl.uint32, bitcast=True)
         mask = tl.load(keys + 2 * tensor + 1).to(tl.uint32, bitcast=True)

@@ -222,7 +222,7 @@ def rope_attention_forward_calls(draw, head_dim, tokens):
     qkv, tables = draw_heads(draw, head_dim, tokens)
     yield *qkv, *tables, None, 1, False, True, head_dim**-0.5
     yield *qkv, None, None, None, 0, True, True, head_dim**-0.5
-    patch_tables = [table[4:] for table in tables]  # behind a class token and four registers
+    patch_tables = [table[4:] for table in tables]  # after a class token and four registers
     yield *qkv, *patch_tables, None, 5, True, True, head_dim**-0.5
     q, k, v = qkv
     yield q, k[:, 1:], v[:, 1:], None, None, None, 0, True, True, head_dim**-0.5  # a query may see no key

@@ -30,8 +30,6 @@ MOST = {"num_warps": 16, "num_stages": 5}
 
 GPU_BACKENDS = ("cuda", "triton")
 
-DTYPE_OF = {2: torch.bfloat16, 4: torch.float32}
-
 
 def neighbours(config: Config) -> Iterator[Config]:
     """Configurations that differ in one value, or in one value and the number of warps, by a step up or down."""
@@ -65,8 +63,7 @@ def tuned(op: str, entries: list[dict[str, Any]], timer: Callable[[Callable[[], 
     """The entries of an op with the fastest configurations on this GPU."""
     launcher, result = find_launcher(op), []
     for entry in entries:
-        dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
-        arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))
+        arguments = _draw_call(op, entry)
 
         def measure(config: Config, arguments: tuple[Any, ...] = arguments) -> float | None:
             with forced(op, config):
@@ -85,8 +82,7 @@ def timed(op: str, entries: list[Any], timer: Callable[[Callable[[], Any]], floa
     """Microseconds of the GPU backends at the sizes of each entry."""
     result = []
     for entry in entries:
-        dtype = DTYPE_OF[entry["shape"].get("itemsize", 2)]
-        arguments = next(calls(op, entry["shape"], Draw("cuda", dtype)))
+        arguments = _draw_call(op, entry)
         times = {}
         for backend in GPU_BACKENDS:
             if not backends.unsupported_reasons(op, backend, *arguments):
@@ -95,6 +91,11 @@ def timed(op: str, entries: list[Any], timer: Callable[[Callable[[], Any]], floa
                 times[backend] = 1000 * timer(partial(function, *arguments))
         result.append(times)
     return result
+
+
+def _draw_call(op: str, entry: dict[str, Any]) -> tuple[Any, ...]:
+    dtype = {2: torch.bfloat16, 4: torch.float32}[entry["shape"].get("itemsize", 2)]
+    return next(calls(op, entry["shape"], Draw("cuda", dtype)))
 
 
 def order(times: Sequence[Mapping[str, float]]) -> list[str]:

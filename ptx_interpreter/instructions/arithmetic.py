@@ -246,7 +246,7 @@ def _high_half_of_64(a: Value, b: Value) -> Value:
 
 
 def _unequal(a: Value, b: Value) -> Value:
-    """And neither is NaN."""
+    """Whether the numbers differ and neither is NaN."""
     return (a < b) | (a > b)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @makes("shl shr", "b16 b32 b64 u16 u32 u64 s16 s32 s64")
 def shift(machine: Machine, i: Instruction) -> Step:
-    """By amounts that are clamped to the width, beyond which all bits are zeros, or copies of the sign."""
+    """A shift by amounts that are clamped to the width, beyond which all bits are zeros, or copies of the sign."""
     kind = last_type(i.mods)
     dtype = DTYPES[kind]
     value = machine.registers.source(i.args[1], kind)

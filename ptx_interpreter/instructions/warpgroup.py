@@ -26,7 +26,7 @@ GROUP = 4 * WARP
 DEPTH = 16
 """Elements of 16 bits; of TF32 half as many, which `numbers` makes of them."""
 WIDTH_OF_SWIZZLE = {0: 1, 1: 8, 2: 4, 3: 2}
-"""By bits 62 and 63 of a descriptor: how many units of 16 bytes are exchanged among each other."""
+"""Units of 16 bytes that are exchanged among each other, by bits 62 and 63 of a descriptor."""
 
 
 def described(descriptors: Array, rows: int, transposed: bool) -> Array:

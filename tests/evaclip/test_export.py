@@ -17,7 +17,7 @@ from evaclip.model.clip import CLIP
 from evaclip.model.vision_model import VisionModel
 from evaclip.packing import pack_images
 from evakernels.nn import FrozenWeight, freeze, unfreeze
-from evakernels.nn.linear import served_dtypes
+from evakernels.nn.linear import faster_dtypes
 
 OPTIONS = {
     "large": {"vision": {"layers": 2, "sub_norm": False, "post_norm": True, "mlp": "gelu", "rope": False}},
@@ -158,7 +158,7 @@ def test_frozen_weights_are_exported_dense(model: CLIP, int8: bool, dtype: torch
     assert torch.cosine_similarity(found.float(), expected.float()).min() > 0.999
     # float32 is frozen only where oneDNN's matmuls are faster than torch's.
     is_frozen = any(isinstance(weight, FrozenWeight) for weight in frozen.parameters())
-    assert is_frozen == (int8 or dtype in served_dtypes())
+    assert is_frozen == (int8 or dtype in faster_dtypes())
 
 
 def test_pt2_of_packed_images_equals_model(model: CLIP, tmp_path: Path) -> None:

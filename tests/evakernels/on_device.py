@@ -50,11 +50,11 @@ def moved(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusal_in(error: BaseException | None, backend: str) -> str | None:
-    """Why `backend` can't serve the call that an error came of; None if that isn't why, or if it serves no op."""
+    """Why `backend` doesn't support the call that raised an error; None for another error, or if it supports no op."""
     if not any(backends.unsupported_reasons(op, backend) == [] for op in backends.ops()):
         return None
     while error is not None:
-        if isinstance(error, BackendError) and str(error).startswith(f"backend {backend!r} can't serve "):
+        if isinstance(error, BackendError) and str(error).startswith(f"backend {backend!r} doesn't support "):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import evakernels
 from evakernels import backends
-from evakernels.nn.linear import served_dtypes
+from evakernels.nn.linear import faster_dtypes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPCHECK_DTYPES = [
@@ -25,7 +25,7 @@ OPCHECK_DTYPES = [
 
 no_triton = pytest.mark.kernels("cpu", "nvcc")
 freezes_both = pytest.mark.skipif(
-    not {torch.float32, torch.bfloat16} <= served_dtypes(),
+    not {torch.float32, torch.bfloat16} <= faster_dtypes(),
     reason="EVAKERNELS_PROCESSOR=amd freezes float32 and bfloat16, where oneDNN has both",
 )
 

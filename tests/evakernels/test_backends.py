@@ -48,7 +48,7 @@ def test_preferred_backend_serves_before_reference(calls):
 
 
 def test_forced_backend_raises_with_all_reasons(calls):
-    message = "backend 'cpu' can't serve layer_norm_forward: torch.float64 is not float32; it is a test"
+    message = "backend 'cpu' doesn't support layer_norm_forward: torch.float64 is not float32; it is a test"
     with evakernels.use_backend("cpu"), pytest.raises(evakernels.BackendError, match=message):
         evakernels.layer_norm(torch.ones(2, 4).double())
     assert calls == []
@@ -204,7 +204,7 @@ def test_error_without_any_backend_lists_all():
         backend: backends.Implementation(backend, lambda: None, lambda *_, b=backend: [f"{b} is tired"])
         for backend in backends.PREFERENCE
     }
-    message = r"no backend serves layer_norm_forward(.|\n)*cpu is tired"
+    message = r"no backend supports layer_norm_forward(.|\n)*cpu is tired"
     with served_by(OP, refusing), pytest.raises(evakernels.BackendError, match=message):
         evakernels.layer_norm(torch.ones(2, 4))
 

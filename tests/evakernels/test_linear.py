@@ -20,7 +20,7 @@ pytestmark = pytest.mark.by_processor
 @pytest.fixture
 def direct(monkeypatch):
     """The calls that oneDNN ran, for small matmuls too."""
-    if torch.float32 not in _module.served_dtypes():
+    if torch.float32 not in _module.faster_dtypes():
         pytest.skip("oneDNN isn't chosen in float32; EVAKERNELS_PROCESSOR=amd chooses it")
     monkeypatch.setattr(_module, "_MIN_MACS", dict.fromkeys(_module._MIN_MACS, 0))
     calls, product = [], _module._product

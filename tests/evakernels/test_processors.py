@@ -10,7 +10,7 @@ import torch
 
 import evakernels
 from evakernels import _native
-from evakernels.nn.linear import multiplied_dtypes, served_dtypes
+from evakernels.nn.linear import faster_dtypes, matmul_dtypes
 
 TESTS = Path(__file__).parents[1]
 # By kind, the instruction set of its kernels.
@@ -35,9 +35,9 @@ def test_other_processor(kind: str) -> None:
 
 @pytest.mark.by_processor
 def test_processor_chooses_linear() -> None:
-    assert (torch.float32 in served_dtypes()) == (_native.processor() == "amd" and bool(multiplied_dtypes()))
+    assert (torch.float32 in faster_dtypes()) == (_native.processor() == "amd" and bool(matmul_dtypes()))
     if _native.processor() == "avx2":
-        assert torch.bfloat16 not in multiplied_dtypes()
+        assert torch.bfloat16 not in matmul_dtypes()
 
 
 def test_processor_of_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
