@@ -156,11 +156,11 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
 
 def preference(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends in the order in which a call tries them; on a GPU, a measured order comes first."""
-    from . import tuning
-
     tensor = first_tensor(args)
     if tensor is None or not tensor.is_cuda or not torch.cuda.is_available():  # a fake tensor needs no GPU
         return PREFERENCE
+    from . import tuning
+
     gpu, capability = tuning.find_gpu(tensor)
     first = tuning.measured_order(op, gpu, capability)
     if not first and family(op) == "contrastive" and 90 <= capability < 120:
@@ -283,8 +283,8 @@ def tensors(args: Sequence[Any]) -> list[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
             result.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            result += [item for item in arg if isinstance(item, Tensor)]
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            result += arg
     return result
 
 
