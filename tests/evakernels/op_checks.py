@@ -11,7 +11,7 @@ import torch
 from on_device import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 import evakernels
 from evakernels import backends
@@ -82,6 +82,28 @@ class Recorder(TorchDispatchMode):
     def own_calls(self) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
         """Those of this library's ops."""
         return [(op, args) for op, args in self.calls if op.namespace == "evakernels"]
+
+
+def record_calls(*dtypes: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of this library's ops by name: of TRANSFORMED cases in these dtypes, and of optimizer steps."""
+    with Recorder() as recorder, evakernels.use_backend("reference"):
+        for module in op_files().values():
+            for case in getattr(module, "CASES", ()):
+                (ours, _), inputs = case.values
+                for dtype in dtypes if case.id in module.TRANSFORMED else ():
+                    given = [None if x is None else x.to(dtype) for x in inputs]
+                    with_gradients(ours, given)
+                    with torch.no_grad():
+                        ours(*given)
+            for op, arguments in module.CALLS.items():
+                if "steps" in arguments:
+                    own = tree_map_only(Tensor, Tensor.clone, arguments | {"found_inf": None})
+                    getattr(evakernels, op)(**own)
+    calls: dict[str, list[tuple[Any, ...]]] = {}
+    for overload, arguments in recorder.own_calls():
+        detached = tree_map_only(Tensor, Tensor.detach, arguments)
+        calls.setdefault(overload.name().partition("::")[2], []).append(detached)
+    return calls
 
 
 def assert_autocast_is_torchs(ours, theirs, x, dtype):

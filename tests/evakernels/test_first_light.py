@@ -8,10 +8,7 @@ import copy
 import pytest
 import torch
 from on_device import DEVICE
-from op_checks import Recorder, op_files, with_gradients
-from test_wrong_input import CALLS
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from op_checks import record_calls
 
 import evakernels.triton
 from benchmarks import accuracy
@@ -27,30 +24,17 @@ if DEVICE.type == "cuda" or evakernels.triton.INTERPRETED:
     CASES += [(op, "triton") for op in TRITON]
 
 
-def record_calls():
-    """Arguments of a small call by op: the case of the test files with the most tensors, or an optimizer step."""
-    with Recorder() as recorder, evakernels.use_backend("reference"):
-        for module in op_files().values():
-            for case in getattr(module, "CASES", ()):
-                (ours, _), inputs = case.values
-                if case.id in module.TRANSFORMED:
-                    given = [None if x is None else x.bfloat16() for x in inputs]
-                    with_gradients(ours, given)
-                    with torch.no_grad():
-                        ours(*given)
-        for op in ("adamw_update", "lamb_update", "lamb_apply"):
-            getattr(evakernels, op)(**tree_map_only(Tensor, Tensor.clone, CALLS[op] | {"found_inf": None}))
-    calls = sorted(recorder.own_calls(), key=lambda call: sum(isinstance(x, Tensor) for x in call[1]))
-    return {op.name().partition("::")[2]: arguments for op, arguments in calls}
-
-
-ARGUMENTS = record_calls()
+# The call with the most tensors, which uses all options.
+ARGUMENTS = {
+    op: max(calls, key=lambda arguments: len(list(backends.tensors(arguments))))
+    for op, calls in record_calls(torch.bfloat16).items()
+}
 
 
 @pytest.mark.skipif(not _native.LOADED and DEVICE.type == "cpu", reason="the compiled library isn't built")
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_kernel_matches_reference(op, backend):
-    given = tree_map_only(Tensor, Tensor.detach, ARGUMENTS[op])
+    given = ARGUMENTS[op]
     if op == "contrastive_backward" and backend != "triton":
         given = (*given[:8], None, *given[9:])  # only Triton's kernel reads saved logits
     if DEVICE.type == "cuda":
