@@ -3,19 +3,21 @@
 Widths and alignments need variants of a kernel; numbers of rows, lengths and strides don't.
 """
 
+import math
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 from optimizer_checks import lists
 
 from evakernels.triton import launcher
+from evakernels.tuning.calls import Draw, calls
 
 pytest.importorskip("triton")
 
 ROWS = [(1, 1), (1, 197), (2, 16), (3, 257), (16, 64), (17, 5), (64, 1)]
 """Samples and their tokens."""
-EPS = 1e-6
 
 
 @pytest.fixture
@@ -52,39 +54,35 @@ def statistic(*shape):
     return drawn(*shape, dtype=torch.float32)
 
 
-def rows_apart(samples, tokens, width, more):
-    """Rows of `width`, which begin `width + more` elements apart."""
-    return drawn(samples, tokens, width + more)[..., :width]
+@dataclass(frozen=True)
+class Apart(Draw):
+    """Rows that begin `more` elements farther apart; tokens of attention have several heads a row."""
+
+    more: int = 0
+
+    def __call__(self, *shape):
+        dims = min(len(shape) - 1, 2)
+        width = math.prod(shape[dims:])
+        return drawn(*shape[:dims], width + self.more)[..., :width].unflatten(-1, shape[dims:])
 
 
-def norm(backward, more):
-    vectors = drawn(3, 768).unbind()
-    for samples, tokens in ROWS:
-        x, scale, statistics = rows_apart(samples, tokens, 768, more), drawn(samples), statistic(2, samples, tokens)
-        if backward:
-            yield x, x, vectors[0], statistics, [True] * 4, None, vectors[2], scale, x, x
-        else:
-            yield x, *vectors[:2], EPS, False, None, x, vectors[2], scale, True
-
-
-def swiglu(backward, more):
-    weight = drawn(682)
-    for samples, tokens in ROWS[1:]:  # of a single row torch forgets where the next one would begin
-        gate, up = (rows_apart(samples, tokens, 682, 6 + more) for _ in range(2))
-        of_row = statistic(samples, tokens)
-        yield (gate, gate, up, weight, of_row, of_row, [True] * 2) if backward else (gate, up, weight, weight, EPS)
-
-
-FAMILIES = {"layer_norm": norm, "swiglu": swiglu}
+def model_calls(op, more, **shape):
+    """Calls with all optional tensors, for each number of samples, tokens and additional elements a row."""
+    width = shape["width"] if "width" in shape else 2 * shape["head_dim"]
+    for extra in more:
+        for samples, tokens in ROWS[1:]:  # of a single row torch forgets where the next one would begin
+            draw = Apart("cpu", torch.bfloat16, samples * tokens * width, samples, heads=2, more=extra)
+            sizes = shape | {"tokens": tokens} if "head_dim" in shape else shape
+            yield next(calls(op, sizes, draw))
 
 
 @pytest.mark.parametrize("more", [[0, 8, 16, 24, 768], [0, 1, 2, 3, 4, 5, 6, 8]], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows(variants, family, direction, more):
+@pytest.mark.parametrize(("family", "width"), [("layer_norm", 1024), ("swiglu", 1032)])
+def test_rows(variants, family, width, direction, more):
     """One for rows that begin where words of 16 bytes do; three more for those that begin at parts of these."""
-    calls = [call for one in more for call in FAMILIES[family](direction == "backward", one)]
-    assert variants(f"{family}_{direction}", calls) == {f"{direction}_kernel": 4 if 1 in more else 1}
+    op = f"{family}_{direction}"
+    assert variants(op, model_calls(op, more, width=width)) == {f"{direction}_kernel": 4 if 1 in more else 1}
 
 
 BATCHES = [(1, 1), (2, 2), (5, 7), (16, 16), (48, 144), (67, 67), (130, 260), (192, 192), (200, 1000)]
@@ -107,7 +105,7 @@ def pairs(depth):
 def test_losses(variants, op, expected):
     """One for one text, one where 16 divides the number of texts, and one for the others."""
 
-    def calls():
+    def pairs_of_sizes():
         for offset in (0, 3):
             for image, text, scale, bias in (*pairs(512), *pairs(64)):
                 rows, columns = statistic(len(image)), statistic(len(text))
@@ -119,29 +117,7 @@ def test_losses(variants, op, expected):
                     logits = statistic(len(image), len(text))
                     yield rows, columns, rows, image, text, scale, rows, columns, logits, offset, [True, True]
 
-    assert variants(op, calls()) == expected
-
-
-def heads(samples, tokens, more):
-    shape = samples, tokens, 3, 2, 64
-    return rows_apart(samples, tokens, 3 * 2 * 64, more).view(shape).unbind(2)
-
-
-def rotary(backward, more):
-    for samples, tokens in ROWS[1:]:
-        q, k, v = heads(samples, tokens, more)
-        tables = (drawn(tokens - 1, 32) for _ in range(2))
-        rest = *tables, None, 1, False, True, 0.125
-        lse = statistic(samples, 2, tokens)
-        yield (q, q, k, v, q, lse, *rest) if backward else (q, k, v, *rest)
-
-
-def packed(backward, more):
-    for samples, tokens in ROWS[1:]:
-        q, k, v = (x.flatten(0, 1) for x in heads(samples, tokens, more))
-        tables = (drawn(tokens, 32) for _ in range(2))
-        rest = torch.arange(0, samples * tokens + 1, tokens), *tables, None, tokens, True, True, 0.125
-        yield (q, q, k, v, q, statistic(2, len(q)), *rest) if backward else (q, k, v, *rest)
+    assert variants(op, pairs_of_sizes()) == expected
 
 
 @pytest.mark.parametrize("more", [[0, 8, 384], [0, 1, 2, 4, 8]], ids=str)
@@ -150,8 +126,8 @@ def packed(backward, more):
 def test_attention(variants, family, shapes, direction, more):
     """Of a length known to all, whether the prefix stands apart, but for the pass that rotates keys; the alignment of
     rows as for the others."""
-    calls = rotary if family == "rope_attention" else packed
-    found = variants(f"{family}_{direction}", [call for one in more for call in calls(direction == "backward", one)])
+    op = f"{family}_{direction}"
+    found = variants(op, model_calls(op, more, head_dim=64))
     passes = 1 if direction == "forward" else 2  # of one kernel
     assert set(found) == {"attention_kernel"}
     assert found["attention_kernel"] <= (1 + passes * shapes) * (4 if 1 in more else 1), found
