@@ -454,21 +454,3 @@ WRONG = {
         (IndexError, "token_index", FIRST | {"token_index": INDEX + 1}),
     ]
 }
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_rotation_is_that_of_timm(interleaved):
-    """timm rotates by tables [N, D] that repeat each angle for both members of a pair, sin before cos."""
-    apply_rot_embed_cat = pytest.importorskip("timm.layers").apply_rot_embed_cat
-    cos, sin = tables("shared")
-    q, k, v = packed(dtype=torch.float32).unbind(2)
-    repeat = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: t.repeat(1, 2))
-    table = torch.cat((repeat(sin), repeat(cos)), -1)
-
-    def rotated(x):
-        x = x.transpose(1, 2)
-        return torch.cat((x[:, :, :1], apply_rot_embed_cat(x[:, :, 1:], table, half=not interleaved)), 2)
-
-    expected = F.scaled_dot_product_attention(rotated(q), rotated(k), v.transpose(1, 2)).transpose(1, 2)
-    actual = evakernels.rope_attention(q, k, v, cos, sin, num_prefix=1, interleaved=interleaved)
-    torch.testing.assert_close(actual, expected)

@@ -34,6 +34,7 @@ def inputs(norm, rows=(2, 3), width=HIDDEN):
 NORMS = ("plain", "norm", "norm-without-bias")
 CASES = [pytest.param((ours, theirs), inputs(norm), id=norm) for norm in NORMS]
 CASES += [pytest.param((ours, theirs), inputs(norm, (2, 0)), id=f"{norm}-no rows") for norm in NORMS]
+CASES += [pytest.param((ours, theirs), inputs(norm, (3,), 0), id=f"{norm}-no columns") for norm in NORMS[:2]]
 TRANSFORMED = NORMS
 QUICK = {"test_compiles_without_graph_break": NORMS}
 
@@ -81,27 +82,22 @@ def test_padded_rows_keep_the_error_rule(width, padding, packed, norm, dtype):
     Packed gate and up have a row stride of twice the padded width.
     """
 
+    padding_of_gradients = []
+
     def padded(*given):
         gate, up, *vectors = (None if t is None else F.pad(t, (0, padding)) for t in given)
         if packed:
             gate, up = torch.cat((gate, up), -1).chunk(2, -1)
         out = evakernels.swiglu(gate, up, *vectors, EPS, padding)
         assert out[..., -padding:].eq(0).all()
+        for tensor in (gate, up, *vectors):
+            if tensor is not None:
+                tensor.register_hook(lambda g: padding_of_gradients.append(g[..., -padding:]))
         return out[..., :-padding]
 
     op_checks.assert_as_accurate_as_torch(padded, theirs, inputs(norm, (7,), width - padding), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.kernels
-def test_zero_padding_gradients_are_accurate(dtype):
-    given = [None if t is None else F.pad(t.to(dtype), (0, 3)) for t in inputs("norm", (7,), 29)]
-    leaves = [t.detach().requires_grad_() for t in given]
-    dout = F.pad(randn(7, 29, seed=5).to(dtype), (0, 3))
-    gradients = torch.autograd.grad(evakernels.swiglu(*leaves, EPS, 3), leaves, dout)
-    assert all(g[..., -3:].eq(0).all() for g in gradients)
-    expected = torch.autograd.grad(theirs(*(t[..., :-3] for t in leaves)), leaves, dout[..., :-3])
-    torch.testing.assert_close(gradients, expected, rtol=5e-2, atol=5e-2)
+    assert padding_of_gradients
+    assert all(g.eq(0).all() for g in padding_of_gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,13 +148,6 @@ def test_strides_and_odd_addresses_are_bit_equal(norm, dtype, width):
         assert all(t.is_contiguous() for t in outputs + gradients)
 
 
-@pytest.mark.parametrize("norm", NORMS[:2])
-@pytest.mark.kernels("triton edges")
-def test_no_columns(norm):
-    outputs, gradients = with_gradients(ours, [None if t is None else t.float() for t in inputs(norm, (3,), 0)])
-    assert all(t.numel() == 0 for t in outputs + gradients)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.kernels("nvcc")
 def test_large_gates_stay_finite(dtype):
@@ -197,10 +186,3 @@ WRONG = {
         (TypeError, "padding", {"padding": 0.5}),
     ]
 }
-
-
-def test_packed_halves_are_read_in_place():
-    given = (*randn(2, 3, 2 * HIDDEN).chunk(2, -1), randn(HIDDEN, seed=2), randn(HIDDEN, seed=3))
-    outputs, gradients = with_gradients(ours, given, preserve_strides=True)
-    torch.testing.assert_close((outputs, gradients), with_gradients(theirs, given))
-    assert all(t.is_contiguous() for t in outputs + gradients)
