@@ -155,6 +155,22 @@ def test_explain_lists_backends_and_reasons(calls):
         assert all(verdict in line for verdict, line in zip(verdicts, lines, strict=True)), lines
 
 
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(build, capability, driver)` pretends a build of the library, a GPU and its driver."""
+
+    def pretend(build, capability, driver):
+        monkeypatch.setattr(_native, "LOADED", True)
+        monkeypatch.setattr(_native, "implemented", lambda op, device: True)
+        monkeypatch.setattr(_native, "build_record", lambda: build)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        _native.gpu_unsupported_reason.cache_clear()
+
+    yield pretend
+    _native.gpu_unsupported_reason.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "driver", "build", "runs"),
     [
@@ -170,32 +186,20 @@ def test_explain_lists_backends_and_reasons(calls):
         ((11, 0), 12090, {"cuda_release": "12.9", "cuda_codes": ["sm_90", "compute_100"]}, True),
     ],
 )
-def test_gpu_that_the_build_lacks_is_refused(capability, driver, build, runs, monkeypatch):
+def test_gpu_that_the_build_lacks_is_refused(capability, driver, build, runs, machine):
     """The next backend serves the call; CUDA would end it with an error."""
-    monkeypatch.setattr(_native, "LOADED", True)
-    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
-    monkeypatch.setattr(_native, "build_record", lambda: build)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    _native.gpu_unsupported_reason.cache_clear()
+    machine(build, capability, driver)
     reasons = backends.unsupported_reasons(OP, "cuda", on_a_gpu(), None, None, 1e-6, False)
-    _native.gpu_unsupported_reason.cache_clear()
     assert len(reasons) == (not runs)
 
 
 # Incomplete calls of a SwiGLU MLP have no device, and complete ones the reasons of its gated product.
 @pytest.mark.parametrize("op", [op for op in backends.ops() if "mlp" not in op])
-def test_explain_names_old_driver(op, monkeypatch):
-    monkeypatch.setattr(_native, "LOADED", True)
-    monkeypatch.setattr(_native, "implemented", lambda op, device: True)
-    monkeypatch.setattr(_native, "build_record", lambda: {"cuda_release": "13.0", "cuda_codes": ["sm_90"]})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    _native.gpu_unsupported_reason.cache_clear()
+def test_explain_names_old_driver(op, machine):
+    machine({"cuda_release": "13.0", "cuda_codes": ["sm_90"]}, (9, 0), 12080)
     takes_list = str(backends.overload(op)._schema.arguments[0].type).startswith("List")
     arguments = [on_a_gpu()] if takes_list else on_a_gpu()
     lines = evakernels.explain(getattr(torch.ops.evakernels, op), arguments).splitlines()
-    _native.gpu_unsupported_reason.cache_clear()
     assert "the driver is for CUDA 12.8; the library was compiled with CUDA 13.0" in lines[0], lines
 
 

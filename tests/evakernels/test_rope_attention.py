@@ -91,6 +91,14 @@ def of_packed(function):
     return lambda qkv: function(*qkv.unbind(2))
 
 
+def rotated(shape, num_prefix, **options):
+    """Our function and torch's over a packed projection of `[B, N, H, D]`, with a table for each head, and that."""
+    batch, tokens, heads, head_dim = shape
+    angles = randn(heads, tokens - num_prefix, head_dim // 2, seed=3) * 3
+    functions = both(cos=angles.cos().float(), sin=angles.sin().float(), num_prefix=num_prefix, **options)
+    return *map(of_packed, functions), [randn(batch, tokens, 3, heads, head_dim)]
+
+
 def of_parts(function, heads, queries=None, keys=None):
     """The same over one tensor `[B, N or M, H + 2 * Hkv, D]`, of whose tokens the first ones are queries and keys."""
 
@@ -131,14 +139,9 @@ CASES = [
 ]
 QUICK = {
     "test_gradcheck": ["registers-causal-scaled", "dropout-table-a-head", "heads-share-keys", "fewer-keys-causal"],
-    "test_compiles_without_graph_break": [
-        "text",
-        "table-a-head",
-        "dropout",
-        "first-queries-not-all-rotated",
-        "more-keys-causal",
-    ],
 }
+QUICK["test_compiles_without_graph_break"] = ["text", "table-a-head", "dropout", "more-keys-causal"]
+QUICK["test_compiles_without_graph_break"] += ["first-queries-not-all-rotated"]
 TRANSFORMED = ["text", "shared", "dropout", "heads-share-keys", "fewer-keys-causal"]
 
 
@@ -211,11 +214,7 @@ def test_keys_without_queries_get_gradients_of_zero(causal):
 )
 @pytest.mark.kernels("cpu", "nvcc", "triton bfloat16")
 def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, dtype):
-    patches, heads, head_dim = shape[1] - num_prefix, *shape[2:]
-    angles = randn(heads, patches, head_dim // 2, seed=3) * 3
-    cos, sin = angles.cos().float(), angles.sin().float()
-    functions = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
-    op_checks.assert_as_accurate_as_torch(*functions, [randn(*shape[:2], 3, heads, head_dim)], dtype)
+    op_checks.assert_as_accurate_as_torch(*rotated(shape, num_prefix, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,10 +240,8 @@ def test_unrotated_heads_are_as_accurate_as_torch(shape, sharpness, dtype):
 def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim):
     """Whole tiles of keys, of queries, of channels and of pairs of any of these, and parts of one."""
     causal = (tokens + head_dim // 8) % 2 == 0
-    angles = randn(tokens - 1, head_dim // 2, seed=3) * 3
-    ours, theirs = both(cos=angles.cos().float(), sin=angles.sin().float(), num_prefix=1, causal=causal)
-    packed = randn(1, tokens, 3, 2, head_dim)
-    op_checks.assert_as_accurate_as_torch(of_packed(ours), of_packed(theirs), [packed], torch.bfloat16)
+    shape = 1, tokens, 2, head_dim
+    op_checks.assert_as_accurate_as_torch(*rotated(shape, 1, causal=causal), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -261,10 +258,7 @@ def test_bfloat16_sizes_as_accurate_as_torch(tokens, head_dim):
 def test_split_heads_as_accurate_as_torch(shape, num_prefix, options, dtype, monkeypatch):
     """CUDA kernels: two blocks per head; another kernel adds their dq."""
     monkeypatch.setenv("EVAKERNELS_ATTENTION_PLAN", "1x2")
-    angles = randn(shape[1] - num_prefix, shape[3] // 2, seed=3) * 3
-    cos, sin = angles.cos().float(), angles.sin().float()
-    ours, theirs = map(of_packed, both(cos=cos, sin=sin, num_prefix=num_prefix, **options))
-    x = randn(*shape[:2], 3, *shape[2:])
+    ours, theirs, (x,) = rotated(shape, num_prefix, **options)
     op_checks.assert_as_accurate_as_torch(ours, theirs, [x], dtype)
     op_checks.assert_deterministic(ours, [x.to(dtype)])
 

@@ -86,10 +86,12 @@ def channel_by_channel(patches):
     return patches.mT.contiguous().mT
 
 
+LAYOUTS = {"token by token": lambda patches: patches, "channel by channel": channel_by_channel}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "layout", [lambda patches: patches, channel_by_channel], ids=["token by token", "channel by channel"]
-)
+@every_layout
 @pytest.mark.parametrize(
     "shape",
     [
@@ -127,9 +129,7 @@ def test_no_samples_no_tokens_none_kept_no_channels(dtype):
 
 
 @pytest.mark.parametrize("dtypes", [mix[:3] for mix in MIXES])
-@pytest.mark.parametrize(
-    "layout", [lambda patches: patches, channel_by_channel], ids=["token by token", "channel by channel"]
-)
+@every_layout
 @pytest.mark.kernels("nvcc")
 def test_every_mix_of_dtypes(dtypes, layout):
     patches, prefix, pos_embed = (t.to(dtype) for t, dtype in zip(wide_inputs(2, 6, 70), dtypes, strict=True))
