@@ -183,8 +183,8 @@ def contrastive() -> None:
         inputs = draw(rows, width, dtype=dtype), draw(columns, width, dtype=dtype), draw(1), offset
         sizes = (rows,), (columns,), (rows,), (rows,), (columns,), (rows, columns)
         writes = [blank(*size) for size in sizes]
-        run("contrastive_forward", *inputs, writes=writes)
-        run("contrastive_forward", *inputs, writes=[blank(*size) for size in sizes[:5]])
+        run("contrastive_forward", *inputs, True, writes=writes)
+        run("contrastive_forward", *inputs, False, writes=[*(blank(*size) for size in sizes[:5]), None])
         row_lse, col_lse = writes[:2]
         upstream = draw(rows), draw(columns), draw(rows)
         dlogits = blank(rows, columns + columns % 2, dtype=dtype)

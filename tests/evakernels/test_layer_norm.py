@@ -68,6 +68,31 @@ def norm_then_add(kind, row_scale):
     return joined(f"{kind}_norm_add", row_scale), theirs
 
 
+FORMS = {"plain": None, "add": add_then_norm, "post": norm_then_add}
+JOINED_FORMS = ["add", "post"]
+
+
+def inputs_of(form, *shape):
+    """A norm's input, weight and bias; of a joined one residual, branch, weight, bias and layer_scale."""
+    x, weight, bias, layer_scale = randn(*shape, seed=1) + 0.5, *(randn(shape[-1], seed=seed) for seed in (2, 3, 4))
+    return (x, weight, bias) if form == "plain" else (randn(*shape), x, weight, bias, layer_scale)
+
+
+def row_scale_of(batch):
+    return torch.tensor([0.0, 1.25, 2.0]).repeat(batch)[:batch]
+
+
+def ours(form, kind="layer", place=0):
+    """Our function over `inputs_of`, whose row_scale drops every third sample."""
+    if form == "plain":
+        return plain(kind)[place]
+    return lambda residual, *given: FORMS[form](kind, row_scale_of(len(residual)))[place](residual, *given)
+
+
+def theirs(form, kind="layer"):
+    return ours(form, kind, 1)
+
+
 def parameters(kind, width, affine):
     weight = randn(width, seed=1) if affine else None
     return weight, randn(width, seed=2) if affine and kind == "layer" else None
@@ -94,17 +119,6 @@ QUICK = {
 }
 TRANSFORMED = ["plain-layer-True", "plain-rms-True", "add_then_norm-layer-True-True", "add_then_norm-rms-False-False"]
 TRANSFORMED += ["norm_then_add-layer-True-True", "norm_then_add-rms-False-False"]
-
-
-@pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 0), (0, 8), (3, 0, 8)])
-@pytest.mark.kernels("nvcc", "triton edges")
-def test_no_columns_and_no_rows(shape, dtype, kind):
-    x, parameter = torch.ones(shape, dtype=dtype), torch.ones(shape[-1], dtype=dtype)
-    outputs, gradients = with_gradients(plain(kind)[0], (x, parameter, None if kind == "rms" else parameter))
-    assert outputs[0].shape == gradients[0].shape == x.shape
-    assert all(torch.equal(gradient, torch.zeros_like(parameter)) for gradient in gradients[1:])
 
 
 def given_as(x, dtype):
@@ -172,7 +186,6 @@ def test_out_dtype_opcheck():
     assert_opcheck(OPS.layer_norm_forward.default, joined)
 
 
-FORMS = {"plain": plain("layer")[0], "add": add_then_norm("layer", None)[0], "post": norm_then_add("layer", None)[0]}
 MIXES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
@@ -186,10 +199,10 @@ def with_dtypes(form, weight, bias):
 @pytest.mark.parametrize("form", FORMS)
 def test_norm_parameters_of_two_dtypes(form):
     """Each gradient has the dtype of its parameter, and all results are those of float32 parameters."""
-    expected = with_gradients(FORMS[form], with_dtypes(form, torch.float32, torch.float32))
+    expected = with_gradients(ours(form), with_dtypes(form, torch.float32, torch.float32))
     for mix in MIXES:
         inputs = with_dtypes(form, *mix)
-        outputs, gradients = with_gradients(FORMS[form], inputs)
+        outputs, gradients = with_gradients(ours(form), inputs)
         assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
         for actual, wide in zip(outputs + gradients, expected[0] + expected[1], strict=True):
             assert torch.equal(actual, wide.to(actual.dtype))
@@ -214,9 +227,10 @@ def test_gradients_of_one_result_are_torchs(used, watched):
     leaves = [t.float().requires_grad_() for t in with_dtypes("add", *MIXES[0])]
     cotangent = randn(2, 8, seed=5).float()
     with BaseTorchFunctionMode() if watched else nullcontext():
-        ours = FORMS["add"](*leaves)[used]
-    theirs = add_then_norm("layer", None)[1](*leaves)[used]
-    actual, expected = (torch.autograd.grad(y, leaves, cotangent, allow_unused=True) for y in (ours, theirs))
+        ours_used = ours("add")(*leaves)[used]
+    theirs_used = theirs("add")(*leaves)[used]
+    pair = ours_used, theirs_used
+    actual, expected = (torch.autograd.grad(y, leaves, cotangent, allow_unused=True) for y in pair)
     torch.testing.assert_close(actual, expected)
 
 
@@ -269,6 +283,106 @@ def test_runs_on_the_meta_device_under_any_autocast():
     q = torch.empty(2, 5, 3, 8, device="meta")
     with torch.autocast("cpu"):
         assert evakernels.layer_norm(q).shape == evakernels.rope_attention(q, q, q).shape == q.shape
+
+
+# --- odd sizes, dtypes, NaN -----------------------------------------------------------------------------------------
+
+SHAPES = [(1, 768), (2, 5, 7), (3, 11, 37), (5, 3, 2, 70), (40, 30, 24), (0, 3, 8), (2, 0, 8), (3, 0)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.kernels
+def test_odd_shapes_keep_the_error_rule(form, dtype, shape):
+    op_checks.assert_as_accurate_as_torch(ours(form), theirs(form), inputs_of(form, *shape), dtype)
+
+
+@pytest.mark.parametrize(("residual", "branch"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_eps_none_is_the_accumulation_dtypes(residual, branch):
+    x = torch.full((1, 4), 1e-6, dtype=branch)
+    found = evakernels.rms_norm_add(torch.zeros(1, 4, dtype=residual), x)
+    torch.testing.assert_close(found.to(branch), F.rms_norm(x, (4,)), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", JOINED_FORMS)
+@pytest.mark.kernels("nvcc", "triton edges")
+def test_a_row_of_one_element_is_its_own_mean(form):
+    """The norm is the bias and passes no gradient, up to rounding times rstd = 1 / sqrt(eps)."""
+    residual, branch, weight, bias, layer_scale = (t.float() for t in inputs_of(form, 3, 1))
+    outputs, gradients = with_gradients(ours(form), (residual, branch, weight, bias, layer_scale))
+    scale = layer_scale * row_scale_of(3)[:, None]
+    torch.testing.assert_close(outputs[0], bias.expand(3, 1) if form == "add" else residual + bias * scale)
+    # The cotangent of the sum x is the last that with_gradients draws.
+    generator = torch.Generator().manual_seed(0)
+    for _ in outputs:
+        cotangent = torch.randn(3, 1, generator=generator, dtype=torch.float64).float()
+    expected = (cotangent, cotangent * scale if form == "add" else torch.zeros(3, 1))
+    torch.testing.assert_close(tuple(gradients[:2]), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("form", JOINED_FORMS)
+@pytest.mark.parametrize("residual_dtype", DTYPES)
+@pytest.mark.parametrize("branch_dtype", DTYPES)
+@pytest.mark.parametrize("parameter_dtype", ["that of the norm's input", torch.float32])
+@pytest.mark.kernels("nvcc")
+def test_every_mix_of_dtypes_matches_reference(form, residual_dtype, branch_dtype, parameter_dtype, kind):
+    if isinstance(parameter_dtype, str):
+        parameter_dtype = residual_dtype
+    residual, branch, weight, bias, layer_scale = inputs_of(form, 2, 3, 21)
+    parameters = (t.to(parameter_dtype) for t in (weight, bias, layer_scale))
+    inputs = (residual.to(residual_dtype), branch.to(branch_dtype), *parameters)
+    if kind == "rms":
+        inputs = (*inputs[:3], None, inputs[4])
+    actual = with_gradients(ours(form, kind), inputs)
+    with evakernels.use_backend("reference"):
+        expected = with_gradients(ours(form, kind), inputs)
+    for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=2 * torch.finfo(a.dtype).eps, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", JOINED_FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.kernels("cpu", "nvcc")
+def test_what_is_not_finite_stays_in_its_row(form, dtype, value):
+    residual, branch, *parameters = (t.to(dtype) for t in inputs_of(form, 2, 3, 19))
+    clean = with_gradients(ours(form), (residual, branch, *parameters))
+    branch[1, 2, 4] = value
+    dirty = with_gradients(ours(form), (residual, branch, *parameters))
+    rows = torch.ones(2, 3, dtype=torch.bool)
+    rows[1, 2] = False
+    for a, b in zip(clean[0] + clean[1][:2], dirty[0] + dirty[1][:2], strict=True):
+        assert torch.equal(a[rows], b[rows])
+    y, dweight = dirty[0][0], dirty[1][2]
+    assert y[1, 2].isnan().any()
+    assert dweight.isnan().any()
+
+
+@pytest.mark.parametrize("form", JOINED_FORMS)
+@pytest.mark.kernels("nvcc")
+def test_dropped_infinite_branch_gives_nan(form):
+    residual, branch, *parameters = (t.float() for t in inputs_of(form, 2, 3, 19))
+    branch[0, 1, 2] = float("inf")  # row_scale is 0 for sample 0, and 0 * inf is NaN
+    outputs, _ = with_gradients(ours(form), (residual, branch, *parameters))
+    assert outputs[-1][0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_number_of_threads_changes_no_bit(form):
+    inputs = [t.bfloat16() for t in inputs_of(form, 30, 40, 67)]
+    op_checks.assert_threads_change_no_bit(ours(form), inputs)
+
+
+def test_a_float64_factor_is_left_to_the_reference():
+    residual, branch, *_ = (t.float() for t in inputs_of("add", 2, 3, 8))
+    layer_scale = torch.full((8,), 0.5, dtype=torch.float64)
+    report = evakernels.explain("add_layer_norm", residual, branch, layer_scale=layer_scale)
+    assert "layer_norm_forward on reference: selected" in report
+    _, x = evakernels.add_layer_norm(residual, branch, layer_scale=layer_scale)
+    torch.testing.assert_close(x, residual + 0.5 * branch)
 
 
 # --- wrong input, for test_wrong_input ------------------------------------------------------------------------------

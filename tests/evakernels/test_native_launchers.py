@@ -20,10 +20,11 @@ from evakernels import _native, backends
 _C = pytest.importorskip("evakernels._C", reason="the native library is not built")
 
 EPS = 1e-6
-ISAS = pytest.mark.parametrize("isa", _C.build_info()["isas_available"])
-HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+every_isa = pytest.mark.parametrize("isa", _C.build_info()["isas_available"])
+every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 native = torch.ops.evakernels_native
 gpu_kernels = pytest.mark.skipif(not _native.runs_gpu_kernels("cpu"), reason="these have kernels for GPUs only")
+cpu_kernels = pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="these have kernels for CPUs only")
 CALLS = record_calls(torch.float32, torch.bfloat16)
 # Ops whose kernel has the arguments of the op.
 OPS = [op for op in CALLS if (op, "cpu") not in _native._launchers and _native.implemented(op, "cpu")]
@@ -76,8 +77,9 @@ def assert_equal_with_nan(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
 
 
-@ISAS
-@HALVES
+@cpu_kernels
+@every_isa
+@every_half
 def test_rounding_is_torchs_for_every_value(isa: str, dtype: torch.dtype) -> None:
     # A row of zeros makes y the rounded bias.
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
@@ -93,8 +95,9 @@ def test_rounding_is_torchs_for_every_value(isa: str, dtype: torch.dtype) -> Non
     assert_equal_with_nan(y, bias.to(dtype)[None])
 
 
-@ISAS
-@HALVES
+@cpu_kernels
+@every_isa
+@every_half
 def test_reading_is_exact_for_every_value(isa: str, dtype: torch.dtype) -> None:
     # With one row, dbias is dy as floats.
     dy = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None]
@@ -117,10 +120,12 @@ def _python(code: str, isa: str) -> str:
     return subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@cpu_kernels
 def test_environment_chooses_the_instruction_set() -> None:
     assert _python("from evakernels import _C; print(_C.active_isa())", "baseline") == "baseline\n"
 
 
+@cpu_kernels
 def test_environment_with_a_wrong_name() -> None:
     code = (
         "import torch, evakernels\n"
@@ -136,6 +141,7 @@ def test_environment_with_a_wrong_name() -> None:
 # --- arrays and wrong arguments -------------------------------------------------------------------------------------
 
 
+@cpu_kernels
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_launcher_takes_numpy_arrays(dtype: type) -> None:
     """An input may be read-only."""
@@ -196,7 +202,7 @@ def test_wrong_argument_is_named(argument: str, error: type[Exception], call: Ca
         call()
 
 
-@pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="these have kernels for CPUs only")
+@cpu_kernels
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
@@ -214,7 +220,7 @@ def test_wrong_cpu_argument_is_named(argument: str, call: Callable[[], None]) ->
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
-        ("offset", lambda: _C.contrastive_forward(HALF, HALF, ONE, 1)),
+        ("offset", lambda: _C.contrastive_forward(HALF, HALF, ONE, 1, False)),
         ("row_lse", lambda: dlogits(HALF, row_lse=ROWS.bfloat16())),
         ("dlogits", lambda: dlogits(HALF[:, :3].contiguous())),
         ("dlogits must be aligned", lambda: dlogits(torch.zeros(5).half()[1:].view(2, 2))),
@@ -222,7 +228,7 @@ def test_wrong_cpu_argument_is_named(argument: str, call: Callable[[], None]) ->
         ("sums", lambda: _C.siglip_dlogits(HALF, HALF, ONE, ONE, 0, [False], out=[X, None])),
         ("isa", lambda: _C.swiglu_forward(X, X, None, None, EPS, isa="baseline")),
         ("attention of float32 has no CUDA kernels", lambda: packed(normal(9, 2, 16), 0, 9)),
-        ("image must be bfloat16 or float16", lambda: _C.contrastive_forward(X, X, ONE, 0)),
+        ("image must be bfloat16 or float16", lambda: _C.contrastive_forward(X, X, ONE, 0, False)),
         ("branch must be float16", lambda: norm(X.bfloat16(), residual=HALF)),
     ],
 )

@@ -26,7 +26,7 @@ from ptx_interpreter.memory import build_allocations
 from ptx_interpreter.runtime import newest_for, ptx_in
 
 OPS = {
-    "norms": ("layer_norm", "residual_norm"),
+    "norms": ("layer_norm",),
     "widths": ("norm_widths",),
     "attention": ("packed_attention", "rope_attention"),
     "losses": ("contrastive",),
@@ -40,7 +40,7 @@ SHARED_KB = {80: 163, 100: 227}
 AGAIN = OPS.keys() - {"widths"}
 """Ops that also run on the newer PTX, which another compiler generates."""
 FILES = {
-    "layer_norm": ("layer_norm", "residual_norm", "norm_widths"),
+    "layer_norm": ("layer_norm", "norm_widths"),
     "adamw": ("adamw", "native_optimizers", "optimizers", "stochastic_rounding"),
 }
 """Test files of families with other files than their own."""
