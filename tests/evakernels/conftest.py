@@ -13,6 +13,8 @@ import evakernels
 BUILDS = ("cpu", "nvcc", "triton", "newest triton", "triton bfloat16", "triton edges")
 """Builds of the kernels: for CPUs, PTX of nvcc, and PTX of Triton: of 8.0 and 9.0, 9.0 only, in bfloat16 only, and
 edge cases in every dtype."""
+BUILDS += ("small gpu", "a100", "h100", "b200", "triton launches")
+"""PTX of nvcc on one GPU, and PTX of Triton, for test_gpu_launches.py."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,19 +12,17 @@ ROOT = Path(__file__).parents[2]
 COMPILED = {path.stem for path in (ROOT / "csrc/bind").glob("*.cpp")} - {"contrastive_logits", "launch", "module"}
 OPS = (*sorted(COMPILED), "native_optimizers", "norm_widths", "packed_attention", "stochastic_rounding")
 # Not the plugin that collects garbage at the end, of which there is much.
-RUN = "import pytest, sys; sys.exit(pytest.main([*{plugins!r}, '-q', *{arguments!r}]))"
-PLUGINS = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
 
 
 def run_ops(
-    before: str = "",
     kernels: Sequence[str] = ("cpu",),
     folder: Path = Path(__file__).parent,
     ops: Sequence[str] = OPS,
     options: Sequence[str] = (),
     **environment: str,
 ) -> None:
-    """Runs the ops' tests from `folder`, inside the `with` statement `before` if it is given.
+    """Runs the ops' tests from `folder`.
 
     Args:
         kernels: builds whose tests run, as for the option `--kernels`; of none all tests.
@@ -33,10 +31,8 @@ def run_ops(
     # Threads that wait for others asleep, as other tests may need the processor.
     environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"} | environment
     arguments = [*(f"--kernels={build}" for build in kernels), *options, *(f"test_{op}.py" for op in ops)]
-    call = RUN.format(plugins=PLUGINS, arguments=arguments)
-    code = f"import evakernels\n{before}:\n    {call}" if before else call
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [*PYTEST, *arguments],
         cwd=folder,
         env=os.environ | environment,
         capture_output=True,

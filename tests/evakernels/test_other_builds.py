@@ -84,7 +84,7 @@ def test_instruction_set(isa: str) -> None:
 
 @pytest.mark.skipif(not NATIVE["loaded"], reason="the other tests run on the references already")
 def test_reference() -> None:
-    run_ops("with evakernels.use_backend('reference')")
+    run_ops(options=("--backend", "reference"))
 
 
 def test_no_op_test_mixes_devices() -> None:

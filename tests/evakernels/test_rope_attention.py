@@ -223,6 +223,7 @@ def test_shapes_of_towers_are_as_accurate_as_torch(shape, num_prefix, options, d
     [
         pytest.param((2, 64, 3, 64), 8, id="large-scores"),  # the softmax is nearly one-hot
         pytest.param((2, 301, 7, 37), 1, id="odd-chunks"),
+        pytest.param((1, 145, 6, 16), 1, id="two-rounds-a-warp", marks=pytest.mark.kernels("nvcc")),
         pytest.param((1, 3001, 1, 16), 1, id="many-keys", marks=[no_triton, pytest.mark.cpu_only("its order of sums")]),
     ],
 )

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from op_suite import ROOT, run_ops
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +64,3 @@ def test_losses_split_float32_by_default(matrix_units, op):
     torch.set_float32_matmul_precision("high")  # torch's rule comes first
     assert matrix_units(op) == {"tf32"}
     assert not matrix_units(op, split=True)
-
-
-@pytest.mark.slow
-def test_split_float32_keeps_the_error_rule():
-    """The ops' own tests; with TF32 alone each of them fails."""
-    pytest.importorskip("triton")
-    before = "from ptx_launches import triton_kernels\nwith triton_kernels(90)"
-    run_ops(
-        before,
-        kernels=["triton=float32"],
-        ops=["contrastive"],
-        options=["-k", "test_as_accurate_as_torch and (statistics or siglip)"],
-        PYTHONPATH=str(ROOT),
-    )
