@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contrastive_step import contrastive_step, random_batch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -66,6 +67,38 @@ def test_accumulation_equals_the_whole_batch(small_model, batch, loss, recompute
         # Positions of packed images are resized in float32.
         slack = 1e-7 * expected.abs().max() if packed else 1e-12
         torch.testing.assert_close(chunked_gradients[name], expected, rtol=1e-7, atol=slack, msg=name)
+
+
+def plain_loss(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The formula of CLIP or of SigLIP."""
+    logits, pair = scale * image @ text.T, torch.arange(len(image))
+    if name == "clip":
+        return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+    return -F.logsigmoid((2 * torch.eye(len(image)) - 1) * (logits + bias)).sum() / len(image)
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_gradients_equal_autograd_of_whole_batch(small_model, loss, drop_path):
+    """Stochastic depth draws the same numbers in both passes of each of four micro-batches."""
+    images, tokens = random_batch(torch.float64)
+    small_model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    small_model.double()
+    for block in small_model.visual.blocks:
+        block.drop_path = drop_path
+    whole = copy.deepcopy(small_model)
+    torch.manual_seed(2)
+    features = [whole(*micro_batch)[:2] for micro_batch in zip(images.split(2), tokens.split(2), strict=True)]
+    image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
+    plain_loss(loss, image, text, whole.logit_scale.exp(), whole.logit_bias).backward()
+    torch.manual_seed(2)
+    step = make_step(small_model, StepOptions(accumulation_steps=4), LossConfig(name=loss))
+    step(images, tokens, step=0)
+    expected = {name: value.grad for name, value in whole.named_parameters() if value.grad is not None}
+    found = gradients(step)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("locked", ["visual", "text"])
