@@ -57,7 +57,6 @@ class FakeTimer:
     """Calls everything once and returns a millisecond."""
 
     def __init__(self) -> None:
-        self.rotations: list[int] = []
         self.launched: dict[int, str] = {}
 
     def first_call(self, call: Any) -> float:
@@ -65,7 +64,6 @@ class FakeTimer:
         return 0.5
 
     def rounds(self, rotations: Sequence[Rotation], seconds: float) -> list[list[float]]:
-        self.rotations = [len(rotation.calls) for rotation in rotations]
         return [[1.0, 1.0] for _ in rotations]
 
 

@@ -2,10 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ import benchmarks
 import evakernels
 from benchmarks import cli
 from benchmarks import machine as machines
-from benchmarks.machine import GpuState, gpu_notes, read_gpu_state
+from benchmarks.machine import GpuState, gpu_notes
 from evakernels import _native
 
 UUID = "12345678-1234"
@@ -97,56 +94,11 @@ def test_missing_compiled_library_is_a_warning(monkeypatch, capsys, steady):
 # --- the state of a GPU ---------------------------------------------------------------------------------------------
 
 
-class FakeNvml:
-    """A driver with two GPUs; an answer of None raises."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-    NVML_PERF_POLICY_POWER, NVML_PERF_POLICY_THERMAL = 0, 1
-
-    class NVMLError(Exception):
-        """The driver's refusal."""
-
-    def __init__(self, power: Any = 350_000, limited: Any = (0, 0), processes: Any = 1, driver: Any = True) -> None:
-        def answer(value: Any, convert: Any = lambda value: value) -> Any:
-            if value is None:
-                raise self.NVMLError
-            return convert(value)
-
-        self.nvmlInit = lambda: answer(driver)
-        self.nvmlShutdown = lambda: None
-        self.nvmlDeviceGetHandleByUUID = {f"GPU-{UUID}": "second GPU"}.__getitem__
-        self.nvmlDeviceGetClockInfo = lambda handle, clock: {1: 1980, 2: 2619}[clock]
-        self.nvmlDeviceGetTemperature = lambda handle, sensor: 61
-        self.nvmlDeviceGetPowerUsage = lambda handle: answer(power)
-        self.nvmlDeviceGetComputeRunningProcesses = lambda handle: answer(processes, range)
-        self.nvmlDeviceGetViolationStatus = lambda handle, policy: SimpleNamespace(
-            violationTime=answer(limited)[policy]
-        )
-
-
-def read(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> GpuState | None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(**answers))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=UUID))
-    return read_gpu_state(torch.device("cuda", 0))
-
-
-def test_gpu_state_holds_what_the_driver_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocks = {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 350.0, "temperature_c": 61}
-    assert read(monkeypatch).clocks == clocks
-    state = read(monkeypatch, power=None, limited=None, processes=None)
-    assert state.clocks == {name: value for name, value in clocks.items() if name != "power_w"}
-    assert gpu_notes(state, state) == []
-    assert read(monkeypatch, driver=None) is None
-
-
-def test_gpu_throttling_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = read(monkeypatch, limited=(7_000_000_000, 1_000_000_000))
-    after = read(monkeypatch, limited=(12_000_000_000, 1_000_000_000))
-    (note,) = gpu_notes(before, replace(after, seconds=before.seconds + 20))
+def test_throttling_and_other_processes_are_noted() -> None:
+    before = GpuState(0.0, limited={"power cap": 7.0, "temperature": 1.0})
+    after = GpuState(20.0, limited={"power cap": 12.0, "temperature": 1.0})
+    (note,) = gpu_notes(before, after)
     assert "power cap for 5.0 s (25%" in note
-
-
-@pytest.mark.parametrize(("processes", "count"), [(0, 0), (1, 0), (4, 3)])  # a container may hide all
-def test_other_processes_on_gpu_are_noted(monkeypatch, processes, count):
-    notes = gpu_notes(read(monkeypatch), read(monkeypatch, processes=processes))
-    assert [f"busy: {count} other" in note for note in notes] == [True] * bool(count)
+    (note,) = gpu_notes(GpuState(0.0), GpuState(1.0, others=3))
+    assert "busy: 3 other" in note
+    assert gpu_notes(before, None) == []

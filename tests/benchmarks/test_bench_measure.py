@@ -1,15 +1,10 @@
 """One case with all candidates, errors and memory, on a tiny operation."""
 
-import math
-import os
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from itertools import groupby
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from bench_fakes import CPU, FakeTimer, machine, registered, tanh, tanh_operation
@@ -17,13 +12,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import accuracy
-from benchmarks.candidates import Candidate, candidates
+from benchmarks.candidates import candidates
 from benchmarks.cases import layer_norm  # noqa: F401  registers the operations
 from benchmarks.measure import Case, Plan, list_cases, measure, peak_bytes, run, saved_bytes
 from benchmarks.operation import Operation, get_operation
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
-from benchmarks.timing import MIN_ROUNDS, Rotation, Timer, spinning
 from evakernels import backends
 
 
@@ -146,25 +140,6 @@ def test_failing_timer_fails_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.failure for row in rows_of().values()} == {"RuntimeError: an illegal memory access"}
 
 
-def test_inputs_rotate_beyond_the_cache() -> None:
-    with registered(tanh_operation()) as op:
-        case, timer = case_of(op), FakeTimer()
-        one_set = 2 * case.shape.width * 4
-        contestants, _ = candidates(op, "cpu", peers=["none"])
-        measure(case, contestants, machine(cache_bytes=5 * one_set), timer, 0.01)
-    assert timer.rotations == [10] * 3
-
-
-def test_cpu_timer_interleaves_candidates() -> None:
-    calls: list[str] = []
-    rotations = [Rotation([lambda name=name: calls.append(name)]) for name in "ab"]  # type: ignore[misc]
-    samples = Timer().rounds(rotations, 0.0)
-    assert [len(values) for values in samples] == [MIN_ROUNDS, MIN_ROUNDS]
-    assert all(value > 0 for values in samples for value in values)
-    turns = [name for name, _ in groupby(calls)]
-    assert len(turns) >= MIN_ROUNDS, "one candidate was measured after the other, not in turns"
-
-
 def test_peak_memory_counts_what_is_held_at_once() -> None:
     x = torch.randn(1000)
 
@@ -181,15 +156,6 @@ def test_saved_bytes_leave_inputs_out() -> None:
     assert saved_bytes(lambda: x.exp() + 1, CPU) == 4000  # the output isn't kept
     recomputed = partial(checkpoint, torch.exp, x.exp(), use_reentrant=False, preserve_rng_state=False)
     assert saved_bytes(recomputed, CPU) == 0
-
-
-def test_relative_error_is_of_the_worst_tensor() -> None:
-    truth = [torch.ones(4), torch.ones(4)]
-    assert accuracy.relative_error([torch.ones(4), torch.full((4,), 1.5)], truth) == pytest.approx(0.5)
-    assert math.isnan(accuracy.relative_error([torch.full((4,), float("nan")), torch.ones(4)], truth))
-    truth = [torch.full((4,), 100.0), torch.full((9,), 1e-18)]
-    assert accuracy.relative_error([truth[0], torch.full((9,), 1e-3)], truth) == pytest.approx(1e-5)
-    assert accuracy.relative_error([torch.ones(2)], [torch.zeros(2)]) == 1
 
 
 # --- many cases -----------------------------------------------------------------------------------------------------
@@ -240,49 +206,6 @@ def test_run_has_one_sample_list_a_pass(steady: None) -> None:
     assert seen == [(done, 4) for done in range(5)]
     assert results.machine.copy_gbps == 10.0
     assert results.machine.versions["torch"] == metadata.version("torch")
-
-
-def test_busy_run_spins_on_each_core_while_timed(steady: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds, children = Timer.rounds, []
-
-    def count(self: Timer, rotations: Any, seconds: float) -> Any:
-        children.append(len(psutil.Process().children()))
-        return rounds(self, rotations, seconds)
-
-    monkeypatch.setattr(Timer, "rounds", count)
-    before = len(psutil.Process().children())
-    for busy in (True, False):
-        plan = Plan(dtypes=("float32",), modes=("forward",), peers=("none",), passes=1, seconds=0.001, busy=busy)
-        assert run([tanh_operation()], plan).machine.busy == busy
-    assert children == [before + len(os.sched_getaffinity(0)), before]
-    assert len(psutil.Process().children()) == before
-
-
-def test_spinning_process_that_ended_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="spinning process ended"), spinning(seconds=0):
-        psutil.wait_procs(psutil.Process().children(), 10)
-
-
-def test_context_surrounds_every_call() -> None:
-    inside: list[bool] = []
-    seen: list[bool] = []
-
-    @contextmanager
-    def context() -> Any:
-        inside.append(True)
-        yield
-        inside.pop()
-
-    def watched(x: Tensor) -> Tensor:
-        seen.append(bool(inside))
-        return x.tanh()
-
-    case = case_of(tanh_operation(), "training")
-    candidate = Candidate("watched", "ours", "1", lambda shape: watched, context)
-    measure(case, [candidate], machine(), Timer(), 0.001)
-    assert case.rows["watched"].failure is None
-    assert seen
-    assert all(seen)
 
 
 def test_backends_are_separate_candidates() -> None:

@@ -5,16 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from bench_fakes import CPU, machine, tanh_operation
-
-from benchmarks import test_ops
-from benchmarks.candidates import Candidate
-from benchmarks.measure import Case
-from benchmarks.shapes import parse_shape
 
 ROOT = Path(__file__).parents[2]
 CASE = "layer_norm-forward-eva02-b16@224 b1-float32"
@@ -36,19 +29,3 @@ def test_case_is_measured_by_pytest_benchmark(tmp_path: Path) -> None:
     assert found["name"] == f"test_op[{CASE}-torch eager]"
     assert found["group"] == CASE
     assert found["stats"]["rounds"] >= 3
-
-
-class FakeBenchmark:
-    """The used part of the fixture."""
-
-    group = ""
-
-    def __call__(self, function: Any) -> None:
-        function()
-
-
-def test_failing_candidate_is_skipped_with_its_error() -> None:
-    case = Case(tanh_operation(), parse_shape("eva02-b16@224 b1"), "forward", torch.float32, CPU)
-    broken = Candidate("broken", "peer", "1", lambda shape: lambda x: 1 / 0)
-    with pytest.raises(pytest.skip.Exception, match="ZeroDivisionError: division by zero"):
-        test_ops.test_op(FakeBenchmark(), machine(), case, broken)

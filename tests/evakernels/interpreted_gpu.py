@@ -44,7 +44,7 @@ def pytest_configure():
         from ptx_interpreter.triton_driver import Driver
 
         evakernels.triton.interpret()
-        tuning.gpu_of = lambda tensor: ("", _capability)
+        tuning.find_gpu = lambda tensor: ("", _capability)
         driver = _contexts.enter_context(Driver(_capability, count=False))
     if _compiler == "triton":
         _contexts.enter_context(evakernels.use_backend("triton"))
