@@ -117,8 +117,7 @@ def test_allowed_error(kind: str, mode: str, baseline: float | None, allowed: fl
 
 
 @pytest.mark.parametrize(
-    ("error", "failure"),
-    [(torch.OutOfMemoryError(), None), (RuntimeError("no kernel"), "RuntimeError: no kernel")],
+    ("error", "failure"), [(torch.OutOfMemoryError(), None), (RuntimeError("no kernel"), "RuntimeError: no kernel")]
 )
 def test_failing_truth_leaves_no_error_or_time(error, failure):
     """Without memory for float64 there are times and no errors."""
