@@ -1,9 +1,13 @@
-"""That tests of all folders here find `processes`, and a run whose steps take milliseconds."""
+"""Small runs; and tests of all folders here find the modules beside this one."""
+
+from dataclasses import replace
 
 import pytest
 from small_tasks import TASKS
 
+from evaclip.train.config import LogConfig
 from evaclip.train.overrides import parse_assignment, validate
+from evaclip.train.recipes import get_recipe
 from evaclip.train.tree import merge
 
 
@@ -29,3 +33,14 @@ def run_config(tmp_path):
         return validate(tree)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def averaged_run(tmp_path_factory):
+    """A run of three steps with an evaluation, whose averaged weights differ from the last ones."""
+    from evaclip.train.trainer import train  # takes seconds to import
+
+    recipe = get_recipe("tiny")
+    log = LogConfig(every_steps=1, tensorboard=False, progress="none")
+    config = replace(recipe, batch_size=16, ema_decay=0.9, schedule=replace(recipe.schedule, steps=3), log=log)
+    return train(replace(config, output=str(tmp_path_factory.mktemp("averaged")))).folder

@@ -37,7 +37,7 @@ _CLIP = SmallTask(
 
 _NATIVE = _CLIP._replace(
     # Crops of the square drawings have 2 x 8 to 8 x 2 patches.
-    tree={**_CLIP.tree, "data": {"resize": "native", "augmentation": {"scale": [0.1, 0.5], "ratio": [0.25, 4.0]}}},
+    tree={**_CLIP.tree, "data": {"resize": "native", "augmentation": {"scale": [0.1, 0.5], "ratio": [0.25, 4.0]}}}
 )
 
 _CLASSIFICATION = SmallTask(

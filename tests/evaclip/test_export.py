@@ -201,10 +201,7 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["export", "tiny", "--tower", "text", str(target), "--random", "--force"]) == 0
     assert main(["export", "tiny", str(tmp_path / "text.tflite"), "--tower", "text", "--random"]) == 2
     assert "must end in .pt2 or .onnx" in capsys.readouterr().err
-    for options, named in (
-        (["--tower", "text"], "'tiny' has random weights"),
-        (["--random"], "--tower must be"),
-    ):
+    for options, named in ((["--tower", "text"], "'tiny' has random weights"), (["--random"], "--tower must be")):
         assert main(["export", "tiny", str(tmp_path / "other.onnx"), *options]) == 2
         assert named in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt2"]

@@ -99,7 +99,7 @@ def test_report_without_evaluations_says_so(run: Path) -> None:
     nothing = "Nothing has been evaluated yet"
     assert nothing not in write_report(run).read_text(encoding="utf-8")
     losses = [record for record in read_log(run / LOG_FILE) if "eval" not in record]
-    (run / LOG_FILE).write_text("".join(json.dumps(record) + "\n" for record in losses))
+    write_lines(run / LOG_FILE, losses)
     assert nothing in write_report(run).read_text(encoding="utf-8")
 
 
@@ -181,8 +181,7 @@ def write_run(folder: Path, losses: list[float | None]) -> None:
     folder.mkdir()
     (folder / CONFIG_FILE).write_text("schedule: {steps: 20}\n")
     records = [{"step": i + 1, "loss": loss, "seconds": 2.0 * (i + 1), "skipped": i} for i, loss in enumerate(losses)]
-    lines = [*records, {"step": len(losses), "eval": {"zero_shot_top1": 0.25}}]
-    (folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / LOG_FILE, [*records, {"step": len(losses), "eval": {"zero_shot_top1": 0.25}}])
 
 
 def test_report_text_of_running_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +209,7 @@ def add_events(folder: Path, *events: dict[str, Any]) -> None:
     start = {"start": {"processes": 2}}
     times = [f"2026-11-27T00:00:{second:02d}+00:00" for second in range(60)]
     lines = [{"time": time, "step": 4, **event} for time, event in zip(times, (start, *events), strict=False)]
-    (folder / EVENTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / EVENTS_FILE, lines)
 
 
 def age(folder: Path, seconds: float) -> None:

@@ -60,7 +60,6 @@ def test_tokenizer_of_smaller_vocabulary() -> None:
     assert row[:4].tolist() == [4094, *whole.encode("a black cat")]
     assert (small.start_id, small.end_id, int(row.max())) == (4094, 4095, 4095)
     assert len(small.encode("rhinoceros")) > len(whole.encode("rhinoceros"))
-    assert sorted(small._bpe.get_vocab().values()) == list(range(4096))
     assert torch.equal(pickle.loads(pickle.dumps(small))("rhinoceros"), small("rhinoceros"))
     # With no merges at all every byte stands for itself.
     assert len(Tokenizer(16, 514).encode("cat")) == 3

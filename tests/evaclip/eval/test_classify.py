@@ -85,8 +85,6 @@ def test_predictions_match_timm(name: str, options: dict[str, Any], args: dict[s
     result = evaluate(found, space).accuracy
     assert (result.top1, result.top5) == pytest.approx((theirs.top1, theirs.top5), abs=1e-6)
     assert 0 < result.top1 < 1
-    prefetched = validate(peer, val, input_size=(3, *_pair(size)), prefetch=True, **args)
-    assert torch.equal(found.best, prefetched.best)
 
 
 @pytest.fixture(scope="module")
@@ -417,14 +415,14 @@ class Validated:
     best: Tensor
 
 
-def validate(model, root, *, real=None, columns=None, class_map=None, prefetch=False, **args):
+def validate(model, root, *, real=None, columns=None, class_map=None, **args):
     """The loop of timm's script of that name, of the same parts; `args` are its options of the same names."""
     config = resolve_data_config(args, model=model, use_test_size=True)
     dataset = create_dataset("", str(root), split="validation", class_map=class_map or "")
     loader = create_loader(
         dataset,
         batch_size=5,
-        use_prefetcher=prefetch,
+        use_prefetcher=False,
         num_workers=0,
         device=torch.device("cpu"),
         **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},

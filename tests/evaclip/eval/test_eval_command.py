@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from eval_fakes import COLORS, ColorModel, ToTensor, evaclip, png, tokenize_colors, write_tar
+from image_files import write_class_folders
 from safetensors.torch import load_file
 
 from evaclip.commands.main import main
@@ -18,27 +18,13 @@ from evaclip.eval.features import FeatureOptions
 from evaclip.eval.runs import Setting, run_probe, run_retrieval, run_zero_shot
 from evaclip.loading import LoadedModel, load_model
 from evaclip.report import write_report
-from evaclip.train.config import EvalConfig, LogConfig
-from evaclip.train.recipes import get_recipe
-from evaclip.train.trainer import train
 
 pytestmark = pytest.mark.xdist_group("evaluation")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps that also kept a moving average."""
-    recipe = get_recipe("tiny")
-    config = replace(
-        recipe, output=str(tmp_path_factory.mktemp("runs")), batch_size=8, schedule=replace(recipe.schedule, steps=4),
-        ema_decay=0.5, eval=EvalConfig(), log=LogConfig(every_steps=1, tensorboard=False, progress="none"),
-    )  # fmt: skip
-    return train(config).folder
-
-
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def run(averaged_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(averaged_run, tmp_path / "run"))
 
 
 def test_zero_shot_command(run: Path, color_shard: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +54,7 @@ def test_results_of_other_settings_are_kept(run: Path, color_shard: Path) -> Non
 
 
 def test_retrieval_command_and_report(run: Path, color_shard: Path) -> None:
-    evaclip("eval", "retrieval", run / "checkpoints" / "step_00000004", "--data", color_shard, "--workers", 0)
+    evaclip("eval", "retrieval", run / "checkpoints" / "step_00000003", "--data", color_shard, "--workers", 0)
     (result,) = (run / "evaluations").iterdir()
     assert json.loads(result.read_text())["metrics"]["images"] == 8
     assert "images searched" in write_report(run).read_text()
@@ -76,14 +62,8 @@ def test_retrieval_command_and_report(run: Path, color_shard: Path) -> None:
 
 @pytest.mark.parametrize(("task", "kind"), [("linear-probe", "clip"), ("knn", "image model")])
 def test_probe_command(task: str, kind: str, run: Path, tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        for color in ("red", "blue"):
-            folder = tmp_path / part / color
-            folder.mkdir(parents=True)
-            for number in range(6):
-                channel = 180 + 10 * number + (part == "test")
-                picture = (channel, 0, 0) if color == "red" else (0, 0, channel)
-                (folder / f"{number}.png").write_bytes(png(picture, 32))
+    for seed, part in enumerate(("train", "test")):
+        write_class_folders(tmp_path / part, {"red": (150, 0, 0), "blue": (0, 0, 150)}, 6, seed)
     out = tmp_path / "probe.json"
     common = ("--train", tmp_path / "train", "--data", tmp_path / "test", "--cache", tmp_path / "cache")
     model: Path | str = run
@@ -95,7 +75,7 @@ def test_probe_command(task: str, kind: str, run: Path, tmp_path: Path) -> None:
 
 
 def test_load_model_of_run(run: Path, tmp_path: Path) -> None:
-    checkpoint = run / "checkpoints" / "step_00000004"
+    checkpoint = run / "checkpoints" / "step_00000003"
     for average, file in ((True, "ema.safetensors"), (False, "model.safetensors")):
         loaded = load_model(str(run), average=average)
         expected = load_file(checkpoint / file)["visual.head.weight"]
@@ -105,7 +85,7 @@ def test_load_model_of_run(run: Path, tmp_path: Path) -> None:
     assert loaded.name == "tiny"
     assert loaded.transform.size == loaded.model.config.vision.image_size
 
-    checkpoint = Path(shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "alone"))
+    checkpoint = Path(shutil.copytree(run / "checkpoints" / "step_00000003", tmp_path / "alone"))
     alone = load_model(str(checkpoint), average=False)
     assert alone.run is None
     named = load_model(f"tiny:{checkpoint / 'model.safetensors'}")
@@ -118,7 +98,7 @@ def test_load_model_wrong_name(run: Path, tmp_path: Path) -> None:
         load_model("runs/none")
     with pytest.raises(UserError, match="did you mean 'tiny'"):
         load_model("tinny")
-    (run / "checkpoints" / "step_00000004" / "model.json").unlink()
+    (run / "checkpoints" / "step_00000003" / "model.json").unlink()
     with pytest.raises(UserError, match="give it as NAME:"):
         load_model(str(run))
     with pytest.raises(UserError, match=r"has no model\.safetensors"):

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_fakes import ColorModel
 
 from evaclip.errors import UserError
-from evaclip.eval.features import FeatureOptions
-from evaclip.eval.zero_shot import build_classifier, evaluate, load_classnames, load_templates
+from evaclip.eval.zero_shot import evaluate, load_classnames, load_templates
 
 
 @pytest.mark.parametrize(
@@ -49,23 +47,6 @@ def test_load_classnames_wrong_file(tmp_path: Path, name: str, content: bytes | 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_classnames(tmp_path / name)
-
-
-def test_classifier_is_mean_of_normalized_prompts() -> None:
-    model = ColorModel()
-    templates = ["{}", "red and {}", "a {} {}"]
-    with torch.no_grad():
-        model.scale.copy_(torch.tensor([1.0, 3.0, 0.5]))
-
-    def tokenizer(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[len(text), 40 + text.count("e") * 50, 300] for text in texts])
-
-    classifier = build_classifier(model, tokenizer, ["green", "blue"], templates, FeatureOptions(2, progress=False))
-    for row, name in zip(classifier, ["green", "blue"], strict=True):
-        prompts = [template.replace("{}", name) for template in templates]
-        one_by_one = [model.encode_text(tokenizer([prompt]), normalize=True)[0] for prompt in prompts]
-        mean = torch.stack(one_by_one).mean(0)
-        assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
 
 
 def test_evaluate_counts_accuracies() -> None:

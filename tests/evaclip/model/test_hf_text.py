@@ -34,15 +34,12 @@ from evaclip.weights.files import read_tensors
 Make = Callable[..., TrainConfig]
 WORDS = ("<s>", "<pad>", "</s>", "<unk>", "a", "red", "green", "rotes", "Quadrat", "square", "ellipse", "photo", "of")
 SIZES: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 1, "max_position_embeddings": 32}
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 CONFIGS = {
-    "bert": BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, **SIZES
-    ),
-    "xlm-roberta": XLMRobertaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, **SIZES
-    ),
+    "bert": BertConfig(**SIZES, **LAYERS),
+    "xlm-roberta": XLMRobertaConfig(**SIZES, **LAYERS),
     "distilbert": DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=48, **SIZES),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

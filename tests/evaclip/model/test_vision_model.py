@@ -86,18 +86,6 @@ def test_releases_match_timm() -> None:
         assert release.preprocess.crop == theirs.crop_pct
 
 
-def test_gradients_match_timm() -> None:
-    name = "eva02_base_patch14_224"
-    peer = peer_of(name, depth=1, img_size=112)
-    model = ours(name, peer, depth=1, image_size=112)
-    images = random_images(2, 112)
-    for m in (peer, model):
-        m(images).log_softmax(-1)[:, 0].sum().backward()
-    gradients = to_timm({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    for name, parameter in peer.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-5, rtol=1e-3)
-
-
 def test_features_and_head_match_timm() -> None:
     name = "eva02_tiny_patch14_224"
     peer = peer_of(name, depth=3)

@@ -83,16 +83,6 @@ def test_index_of_folder_lists_unreadable_files(folder, tmp_path, encoder):
     assert [(fault["name"], fault["what"]) for fault in listed] == [(str(folder / "broken.jpg"), "corrupt image")]
 
 
-def test_index_embeds_new_and_changed_images_only(folder, tmp_path, encoder, pictures):
-    _index(folder, tmp_path / "store", encoder)
-    pictures[0].save(folder / "new.png")
-    pictures[1].save(folder / "0.png")
-    store, progress = _index(folder, tmp_path / "store", encoder)
-    assert (progress.embedded, progress.unchanged) == (2, 6)
-    _is_right(store, _good(folder), encoder)
-    assert _index(folder, tmp_path / "store", encoder)[1].embedded == 0
-
-
 def test_index_adds_thumbnails_without_embedding(folder, tmp_path, encoder, pictures, monkeypatch):
     monkeypatch.setattr(indexing, "_ROWS", 2)
     _index(folder, tmp_path / "store", encoder)

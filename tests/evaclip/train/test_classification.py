@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_files import write_class_folders
 from PIL import Image, ImageOps
 from plain_vision import plain_vision, turn_exactly
 from small_tasks import CLASSIFIER
@@ -109,23 +110,15 @@ def test_one_step_equals_the_formulas(mixing: dict[str, Any], accumulation: int)
         torch.testing.assert_close(parameter.detach(), moved.detach(), rtol=1e-7, atol=1e-9, msg=name)
 
 
-def colour_folders(root: Path, count: int = 12) -> Path:
-    """Pictures in three colours with noise, in folders named by these."""
-    generator = np.random.default_rng(0)
-    for number, colour in enumerate(("dark_red", "green", "sky_blue")):
-        (root / colour).mkdir(parents=True)
-        for index in range(count):
-            pixels = generator.integers(0, 90, (20, 24, 3))
-            pixels[..., number] += 150
-            Image.fromarray(pixels.astype(np.uint8)).save(root / colour / f"{index}.png")
-    return root
+COLORS = {"dark_red": (150, 0, 0), "green": (0, 150, 0), "sky_blue": (0, 0, 150)}
 
 
 @pytest.mark.slow
 def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    data = colour_folders(tmp_path / "train")
+    data = write_class_folders(tmp_path / "train", COLORS, 12)
     config = run_config(
-        f"data.train={data}", f"eval.sets.val.data.train={colour_folders(tmp_path / 'val', 3)}",
+        f"data.train={data}",
+        f"eval.sets.val.data.train={write_class_folders(tmp_path / 'val', COLORS, 3)}",
         "data.augmentation.scale=[0.5,1.0]", "task.auto_augment=rand-m3", "schedule.steps=30", "optim.lr=0.01",
         "batch_size=12", "ema_decay=0.9", "task.classes=[sky blue, dark red, green]", task="classification",
     )  # fmt: skip
@@ -161,7 +154,7 @@ def test_a_run_learns_and_its_weights_come_back(run_config: Callable[..., TrainC
     ],
 )
 def test_classes(given: Any, folders: bool, names: tuple[str, ...], run_config: Any, tmp_path: Path) -> None:
-    data = colour_folders(tmp_path / "data", 1) if folders else tmp_path / "rows.csv"
+    data = write_class_folders(tmp_path / "data", COLORS, 1) if folders else tmp_path / "rows.csv"
     (tmp_path / "rows.csv").touch()
     (tmp_path / "data" / "no_pictures").mkdir(parents=True)
     config = run_config(f"data.train={data}", f"task.classes={json.dumps(given)}", task="classification")

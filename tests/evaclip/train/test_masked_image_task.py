@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_files import write_class_folders
 from PIL import Image
 from processes import in_processes
 from safetensors.torch import load_file, save_file
@@ -162,21 +163,12 @@ def test_a_run_with_a_cache_is_the_same_run(run_config: Make, tmp_path: Path) ->
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def labelled(folder: Path, samples: int, seed: int) -> Path:
-    """Class folders of dark and of bright noise."""
-    generator = np.random.default_rng(seed)
-    for number in range(samples):
-        name, low = (("bright", 150), ("dark", 0))[number % 2]
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(low, low + 100, (20, 20, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
-
-
 def test_frozen_features_are_measured_while_it_trains(run_config: Make, tmp_path: Path) -> None:
-    fit, test = labelled(tmp_path / "fit", 30, 0), labelled(tmp_path / "test", 10, 1)
+    kinds = {"bright": (150, 150, 150), "dark": (0, 0, 0)}
+    fit = write_class_folders(tmp_path / "fit", kinds, 15)
+    test = write_class_folders(tmp_path / "test", kinds, 5, seed=1)
     noise = {"data": {"train": str(test), "workers": 0}, "fit": {"train": str(fit), "workers": 0}}
-    few = {**noise, "fit": {"train": str(labelled(tmp_path / "few", 8, 2)), "workers": 0}}
+    few = {**noise, "fit": {"train": str(write_class_folders(tmp_path / "few", kinds, 4, seed=2)), "workers": 0}}
     every = ["loss", "linear_probe", "knn"]
     sets = {"noise": {**noise, "metrics": every}, "few": {**few, "metrics": every}, "unasked": noise}
     config = run_config(

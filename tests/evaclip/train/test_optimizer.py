@@ -22,10 +22,7 @@ from evaclip.train.snapshot import restore_moments, take_moments
 
 @pytest.mark.parametrize(
     ("recipe", "groups", "visual_embedding", "visual_first", "text_embedding"),
-    [
-        ("eva02-b-16", 57, 0.02376, 0.03168, 0.02376),
-        ("eva02-e-14-plus", 201, 0.001061, 0.001179, 7.53e-5),
-    ],
+    [("eva02-b-16", 57, 0.02376, 0.03168, 0.02376), ("eva02-e-14-plus", 201, 0.001061, 0.001179, 7.53e-5)],
 )
 def test_published_models(recipe, groups, visual_embedding, visual_first, text_embedding):
     config = get_recipe(recipe)

@@ -1,7 +1,6 @@
 """Reports: the log file, the lines, TensorBoard, Weights & Biases; throughput and signals."""
 
 import dataclasses
-import json
 import math
 import signal
 import subprocess
@@ -52,18 +51,6 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"step": 4, "lo')
     report_steps(tmp_path, [3, 4], start=2)
     assert [record["step"] for record in read_log(path)] == [1, 1, 2, 2, 3, 3, 4, 4]
-
-
-def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
-    with open_report(LogConfig(tensorboard=False, progress="none"), tmp_path, 0, 20) as report:
-        report.record(replace(RECORD, loss=math.nan, grad_norm=math.inf))
-        report.evaluation(5, {"top1": math.nan})
-    record, evaluation = (
-        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / LOG_FILE).read_text().splitlines()
-    )
-    assert evaluation["eval"] == {"top1": None}
-    assert record["loss"] is None
-    assert record["grad_norm"] is None
 
 
 def test_what_happens_is_kept_over_all_starts(tmp_path: Path) -> None:

@@ -163,18 +163,8 @@ def test_released_weights_are_fine_tuned_on_a_folder(capsys, tmp_path, monkeypat
         for shade in range(20):
             Image.new("RGB", (16, 16), (250 * (name == "rose"), 10 * shade, 90)).save(f"mine/{name}/{shade}.png")
     save_file(create_model("tiny").state_dict(), "weights.safetensors")
-    small = [
-        "--batch-size",
-        "8",
-        "--epochs",
-        "2",
-        "--workers",
-        "0",
-        "--set",
-        "validation_split=0.2",
-        "log.tensorboard=false",
-    ]
-    command = ["train", "finetune", "--train-data", "mine/", *small]
+    small = "--batch-size 8 --epochs 2 --workers 0 --set validation_split=0.2 log.tensorboard=false"
+    command = ["train", "finetune", "--train-data", "mine/", *small.split()]
     assert main([*command, "--pretrained", "tiny:weights.safetensors", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "validation_split=0.2 of 40 samples: 8 are never trained on" in text

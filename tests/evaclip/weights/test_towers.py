@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import small_model
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -17,13 +18,7 @@ State = dict[str, Tensor]
 
 
 def random_model(seed: int = 1, **vision: object) -> CLIP:
-    """A small model without a parameter that has its start value."""
-    model = create_model("tiny", vision={"layers": 2, **vision}, text={"layers": 2})
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
+    return small_model(seed, text={"layers": 2}, layers=2, **vision)
 
 
 def masked_image_layout(state: State) -> State:

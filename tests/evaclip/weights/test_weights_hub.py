@@ -44,11 +44,7 @@ def disconnect(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize(
     ("source", "model"),
-    [
-        (f"{SOURCE}/{MODEL_FILE}", "tiny"),
-        (f"{SOURCE}@main", "tiny"),
-        ("merged2b_s8b_b131k", "EVA02-CLIP-B-16"),
-    ],
+    [(f"{SOURCE}/{MODEL_FILE}", "tiny"), (f"{SOURCE}@main", "tiny"), ("merged2b_s8b_b131k", "EVA02-CLIP-B-16")],
 )
 def test_find_weights_on_hub(hub: Hub, source: str, model: str) -> None:
     expected = create_model("tiny", vision={"layers": 1}, text={"layers": 1}).state_dict()
