@@ -36,15 +36,6 @@ def test_busy_machine_is_noted(monkeypatch, steady, total, doubts):
     assert [note.partition(":")[0] for note in watch.notes()] == doubts
 
 
-def test_moving_ceilings_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = machines.Watch(machine(), CPU)
-    monkeypatch.setattr(machines, "ceilings", lambda device, dtypes: (8.0, {"float32": 0.12, "bfloat16": 0.2}))
-    monkeypatch.setattr(machines, "BUSY_SHARE", float("inf"))
-    lower, higher = watch.notes()
-    assert "copy ceiling was 20% lower" in lower
-    assert "float32 matmul ceiling was 20% higher" in higher
-
-
 # --- which evakernels -----------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
-"""One case with all candidates, errors and memory, on a tiny operation."""
+"""One case with all candidates and their errors, on a tiny operation."""
 
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 from bench_fakes import CPU, FakeTimer, machine, registered, tanh, tanh_operation
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks import accuracy
 from benchmarks.candidates import candidates
 from benchmarks.cases import layer_norm  # noqa: F401  registers the operations
-from benchmarks.measure import Case, Plan, list_cases, measure, peak_bytes, run, saved_bytes
+from benchmarks.measure import Case, Plan, list_cases, measure, run
 from benchmarks.operation import Operation, get_operation
 from benchmarks.results import Row
 from benchmarks.shapes import parse_shape
@@ -44,15 +42,6 @@ def test_every_candidate_gets_a_row() -> None:
         assert row.first_call_ms == 500.0
         assert row.bytes == 16
         assert row.floor_ms == pytest.approx(16 / 10e9 * 1e3)
-
-
-def test_training_adds_the_backward_pass() -> None:
-    row = rows_of("training")["evakernels"]
-    assert row.flops == 32
-    assert row.floor_ms == pytest.approx((16 / 10e9 + 32 / 0.1e12) * 1e3)
-    # tanh keeps its output: 2 samples of the tiny model's width in float32.
-    assert row.saved_bytes == 2 * parse_shape("tiny b2").width * 4
-    assert 0 < row.error < 1e-6
 
 
 WRONG = {
@@ -137,24 +126,6 @@ def test_failing_timer_fails_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(FakeTimer, "rounds", broken)
     assert {row.failure for row in rows_of().values()} == {"RuntimeError: an illegal memory access"}
-
-
-def test_peak_memory_counts_what_is_held_at_once() -> None:
-    x = torch.randn(1000)
-
-    def chain() -> Tensor:
-        return ((x + 1) * 2).exp()  # two intermediates at a time
-
-    assert 8000 <= peak_bytes(chain, CPU) < 9000
-
-
-def test_saved_bytes_leave_inputs_out() -> None:
-    x = torch.randn(1000, requires_grad=True)
-    assert saved_bytes(lambda: x * x, CPU) == 0
-    assert saved_bytes(lambda: x.exp(), CPU) == 4000
-    assert saved_bytes(lambda: x.exp() + 1, CPU) == 4000  # the output isn't kept
-    recomputed = partial(checkpoint, torch.exp, x.exp(), use_reentrant=False, preserve_rng_state=False)
-    assert saved_bytes(recomputed, CPU) == 0
 
 
 # --- many cases -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from PIL import Image
 
 from benchmarks import ROOT
 from benchmarks.page import write_markdown, write_page
-from benchmarks.plots import draw_roofline
 from benchmarks.render import NOTHING, significant, verdict_text
 from benchmarks.results import Results, contests, read_results, verdict
 from evaclip.errors import UserError
@@ -129,16 +128,6 @@ def test_markdown_without_markers_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"page\.md"):
         write_markdown(RESULTS, page)
     assert page.read_text() == "<!-- benchmarks: begin -->\n"
-
-
-def test_roofline_of_rates_and_intensities() -> None:
-    """A line for each roof, bent where copying and multiplying take as long; a dot for each kind of candidate."""
-    rows = [row(candidate=name, kind=name, samples_ms=[[ms]], flops=2e8) for name, ms in (("baseline", 2), ("ours", 1))]
-    axes = draw_roofline(Results(machine(), rows)).axes[0]
-    roofs, dots = axes.lines[:2], axes.lines[3:]
-    assert [(line.get_xdata()[1], line.get_ydata()[1]) for line in roofs] == [(10, 0.1), (20, 0.2)]
-    assert [line.get_xdata()[0] for line in dots] == [20, 20]
-    assert [line.get_ydata()[0] for line in dots] == pytest.approx([0.1, 0.2])
 
 
 @pytest.fixture
