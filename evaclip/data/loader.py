@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.mixture import MixedOrder, MixtureSource
-from evaclip.data.order import I64, U64, SampleOrder, mix, sample_order
+from evaclip.data.order import I64, U64, SampleOrder, mix, rows_by_node, sample_order
 from evaclip.data.remote import Prefetcher
 from evaclip.data.samples import BadSample, Fault, FaultLog, RawSample, decode_image
 from evaclip.data.source import Source
@@ -212,7 +212,7 @@ class TrainLoader:
 
     def _require_room(self, rows: range, window: int, ranks: int) -> None:
         """Raises UserError if the cache is too small for the remote shards that a machine reads at the same time."""
-        shards = self._source.remote_shards(self._order.shards(self._in_order(0)[rows.start : rows.stop])[0])
+        shards = self._source.remote_shards(self._order.shards(self._in_order(0, rows))[0])
         size = sum(shard.size for shard in shards)
         if shards and size > (capacity := shards[0].cache.capacity):
             readers = f", which {ranks} processes of this machine read," if ranks > 1 else ""
@@ -229,7 +229,7 @@ class TrainLoader:
         position, rows = unit
         if self._ordered is None or self._ordered[0] != position:
             # A worker reads several units of a batch.
-            self._ordered = position, self._in_order(position)[self._rows.start : self._rows.stop]
+            self._ordered = position, self._in_order(position, self._rows)
         global_indices = self._ordered[1][rows]
         if self._source.remote:
             now, after = self._order.shards(global_indices)
@@ -254,10 +254,9 @@ class TrainLoader:
         except UserError as exc:
             raise UserError(f"{exc}; in {self._source.description}, one of {', '.join(keys)}") from exc
 
-    def _in_order(self, position: int) -> I64:
-        """The global indices of a batch, which the ranks take in order: sorted by canonical node."""
-        batch = np.arange(position, position + self._batch_size, dtype=np.int64)
-        return batch[np.argsort(self._order.nodes(batch), kind="stable")]
+    def _in_order(self, position: int, rows: range) -> I64:
+        """The global indices in some rows of the batch at a position; the rows are sorted by canonical node."""
+        return rows_by_node(self._order, range(position, position + self._batch_size), rows)
 
     def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
         """The sample, or its first good replacement."""

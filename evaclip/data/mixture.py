@@ -6,13 +6,12 @@ from itertools import accumulate
 
 import numpy as np
 
-from evaclip.data.order import I64, SampleOrder, mix, sample_order
+from evaclip.data.order import I64, PERIOD, SampleOrder, mix, sample_order
 from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
 
-_PERIOD = 1000
 _PATTERN = 3
 
 
@@ -30,10 +29,10 @@ class MixtureSource(Source):
         self.counts = counts_of(self.weights)
         if 0 in self.counts:
             raise UserError(
-                f"the smallest weight of a mixture is {min(weights):g} of {sum(weights):g}; accepted is 1 in {_PERIOD}"
+                f"the smallest weight of a mixture is {min(weights):g} of {sum(weights):g}; accepted is 1 in {PERIOD}"
             )
         shares = (
-            f"{100 * count / _PERIOD:g} % {source.description}"
+            f"{100 * count / PERIOD:g} % {source.description}"
             for count, source in zip(self.counts, sources, strict=True)
         )
         self.description = "; ".join(shares)
@@ -78,7 +77,7 @@ def _locate(index: int, ends: Sequence[int]) -> tuple[int, int]:
 class MixedOrder:
     """Maps global indices to sample indices of a mixture, as a pure function of the seed.
 
-    Every period of 1,000 indices has a fixed number of samples of each source, at places that are shuffled in each
+    Every `PERIOD` of 1,000 indices has a fixed number of samples of each source, at places that are shuffled in each
     period. The n-th place of a source takes the n-th sample of the source's order. Proportions are therefore exact,
     each source has separate epochs, and a position doesn't depend on batch size and number of ranks.
     """
@@ -101,13 +100,23 @@ class MixedOrder:
         return samples
 
     def nodes(self, global_indices: I64) -> I64:
-        """As `SampleOrder.nodes`."""
+        """As `NodeOrder.nodes`."""
         sources, turns = self._turns(global_indices)
         nodes = np.empty_like(turns)
         for number, order in enumerate(self._orders):
             chosen = sources == number
             nodes[chosen] = order.nodes(turns[chosen])
         return nodes
+
+    def counts(self, global_indices: I64) -> I64:
+        """As `NodeOrder.counts`."""
+        periods, places = np.divmod(global_indices, PERIOD)
+        turns = periods[:, None] * self._counts
+        for row in np.flatnonzero(places):
+            (pattern,) = self._patterns(periods[row : row + 1])
+            turns[row] += np.bincount(pattern[: places[row]], minlength=len(self._counts))
+        counts: I64 = np.sum([order.counts(turns[:, number]) for number, order in enumerate(self._orders)], axis=0)
+        return counts
 
     def nearby(self, global_index: int, draw: int) -> int:
         """As `SampleOrder.nearby`, of the same source."""
@@ -127,23 +136,28 @@ class MixedOrder:
 
     def _turns(self, global_indices: I64) -> tuple[I64, I64]:
         """The source [n] of each index, and its turn [n] within that source."""
-        periods, places = np.divmod(global_indices, _PERIOD)
+        periods, places = np.divmod(global_indices, PERIOD)
         distinct, rows = np.unique(periods, return_inverse=True)
-        draws = mix(self._seed, _PATTERN, distinct[:, None], np.arange(_PERIOD))
-        patterns = self._slots[np.argsort(draws, axis=1, kind="stable")]
+        patterns = self._patterns(distinct)
         # Sorted by source, a period is `self._slots`: a place's rank there, less its source's first, is its turn.
         ranks = np.empty_like(patterns)
-        np.put_along_axis(ranks, np.argsort(patterns, axis=1, kind="stable"), np.arange(_PERIOD)[None], axis=1)
+        np.put_along_axis(ranks, np.argsort(patterns, axis=1, kind="stable"), np.arange(PERIOD)[None], axis=1)
         sources = patterns[rows, places]
         firsts = np.cumsum(self._counts) - self._counts
         return sources, periods * self._counts[sources] + ranks[rows, places] - firsts[sources]
 
+    def _patterns(self, periods: I64) -> I64:
+        """The source of each place [n, PERIOD] in periods [n]."""
+        draws = mix(self._seed, _PATTERN, periods[:, None], np.arange(PERIOD))
+        patterns: I64 = self._slots[np.argsort(draws, axis=1, kind="stable")]
+        return patterns
+
 
 def counts_of(weights: Sequence[float]) -> list[int]:
     """How many of a period's 1,000 places each source gets: by largest remainder, so that they add up."""
-    exact = np.asarray(weights, np.float64) / sum(weights) * _PERIOD
+    exact = np.asarray(weights, np.float64) / sum(weights) * PERIOD
     counts = np.floor(exact).astype(np.int64)
-    for number in np.argsort(counts - exact, kind="stable")[: _PERIOD - counts.sum()]:
+    for number in np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]:
         counts[number] += 1
     places: list[int] = counts.tolist()
     return places

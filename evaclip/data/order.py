@@ -11,7 +11,7 @@ group, so a machine that reads one group needs only the shards of that group.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
+PERIOD = 1000
+"""Indices in which a mixture has a fixed number of samples of each source."""
 _ROUNDS = 6
 _SHARDS, _WINDOWS = 1, 2
 _EPOCHS_KEPT = 4
@@ -51,6 +53,38 @@ def sample_order(
     return SampleOrder(sizes, seed, min(window, num_samples) or num_samples, nodes)
 
 
+class NodeOrder(Protocol):
+    """The canonical nodes of global indices."""
+
+    def nodes(self, global_indices: I64, /) -> I64:
+        """The canonical nodes [n], from 0, that the samples of global indices [n] belong to."""
+
+    def counts(self, global_indices: I64, /) -> I64:
+        """For each global index [n] and node, how many smaller ones belong to the node: [n, nodes]."""
+
+
+def rows_by_node(order: NodeOrder, batch: range, rows: range) -> I64:
+    """`rows` of the global indices in `batch` after a stable sort by canonical node, computed without the others."""
+    inner = np.arange(batch.start // PERIOD + 1, -(-batch.stop // PERIOD), dtype=np.int64) * PERIOD
+    marks = np.concatenate([[batch.start], inner, [batch.stop]])
+    counts = order.counts(marks)
+    counts -= counts[0]
+    # Indices of one node between two marks fill the sorted rows from `firsts` to `ends`.
+    before = np.cumsum(counts[-1]) - counts[-1]
+    firsts, ends = before + counts[:-1], before + counts[1:]
+    hit = (firsts < rows.stop) & (ends > rows.start)
+    spans = np.flatnonzero(hit.any(axis=1))
+    if not len(spans):
+        return np.empty(0, np.int64)
+    indices = np.concatenate([np.arange(marks[span], marks[span + 1]) for span in spans])
+    nodes = order.nodes(indices)
+    chosen = hit[np.searchsorted(marks, indices, side="right") - 1, nodes]
+    indices = indices[chosen][np.argsort(nodes[chosen], kind="stable")]
+    skipped = rows.start - int(firsts[hit].min())
+    found: I64 = indices[skipped : skipped + len(rows)]
+    return found
+
+
 class SampleOrder:
     """Maps global indices to sample indices; memory is O(shards), not O(samples)."""
 
@@ -76,8 +110,15 @@ class SampleOrder:
         return samples
 
     def nodes(self, global_indices: I64) -> I64:
-        """The canonical nodes [n], from 0, that the samples of global indices [n] belong to."""
+        """As `NodeOrder.nodes`."""
         return global_indices % self.num_samples % len(self._lengths)
+
+    def counts(self, global_indices: I64) -> I64:
+        """As `NodeOrder.counts`."""
+        epochs, positions = np.divmod(global_indices[:, None], self.num_samples)
+        nodes = len(self._lengths)
+        counts: I64 = epochs * self._lengths + (positions - np.arange(nodes) + nodes - 1) // nodes
+        return counts
 
     def nearby(self, global_index: int, draw: int) -> int:
         """The index of a sample of the same window, which `draw`, any number, determines."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from evaclip.data import DataConfig, Source, TrainLoader, open_configured, open_source
 from evaclip.data.config import MixtureItem
 from evaclip.data.mixture import MixtureSource
-from evaclip.data.order import sample_order
+from evaclip.data.order import rows_by_node, sample_order
 from evaclip.data.synthetic import SyntheticSource
 from evaclip.data.validation import hold_out
 from evaclip.errors import UserError
@@ -119,6 +119,26 @@ def test_mixture_batches_do_not_depend_on_ranks():
         return [image.sum().item() for _ in range(count) for loader in loaders for image in next(loader).images]
 
     assert batches(8, 1, 6) == batches(8, 3, 6) == batches(4, 2, 12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.booleans(), st.integers(1, 7), st.integers(0, 20_000), st.integers(1, 5000))
+def test_rows_by_node_equal_a_sorted_batch(data, mixed, nodes, start, size):
+    order = mixture().order(3, 20, nodes) if mixed else sample_order(140, 3, 20, SIZES, nodes)
+    first, last = sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2)))
+    batch = np.arange(start, start + size)
+    expected = batch[np.argsort(order.nodes(batch), kind="stable")][first:last]
+    found = rows_by_node(order, range(start, start + size), range(first, last))
+    assert found.dtype == np.int64
+    assert found.tolist() == expected.tolist()
+
+
+def test_rows_by_node_look_at_few_samples(monkeypatch):
+    order = mixture(sizes=(10**6, 10**6, 10**6)).order(0, 1000, nodes=64)
+    asked, original = [], order.nodes
+    monkeypatch.setattr(order, "nodes", lambda indices: asked.append(len(indices)) or original(indices))
+    assert len(rows_by_node(order, range(10**7, 10**7 + 131_072), range(70_000, 70_064))) == 64
+    assert sum(asked) <= 6000
 
 
 def test_mixture_is_configured():
