@@ -13,12 +13,12 @@ from pathlib import Path
 
 from evaclip.data.packed_strings import PackedStrings, map_arrays, write_arrays
 from evaclip.data.remote import RemoteShard
-from evaclip.data.tar_index import ShardFacts, TarIndex, build_index
+from evaclip.data.tar_index import ShardFacts, TarIndex, build_index, sample_headers
 from evaclip.errors import UserError
 from evaclip.machine import user_cache
 
 _LOG = logging.getLogger("evaclip.data")
-_FORMAT = 3
+_FORMAT = 4
 _SUFFIX = ".index"
 _THREADS = 8
 _AT_A_TIME = 64
@@ -43,10 +43,14 @@ class LocalShard:
         """The name that its index file is derived from."""
         return os.fsencode(self.path.absolute())
 
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> tuple[int]:
         """The stamp that its index file must have. Raises OSError."""
-        facts = self.path.stat()
-        return facts.st_size, facts.st_mtime_ns
+        return (self.path.stat().st_size,)
+
+    def has_headers_of(self, index: TarIndex) -> bool:
+        """Whether an index of a shard of this size is of this one. Raises OSError."""
+        with self.path.open("rb") as file:
+            return sample_headers(file.fileno(), index) == index.sampled
 
     def index(self) -> TarIndex:
         """Reads the headers. Raises UserError as `build_index` does."""
@@ -59,9 +63,9 @@ Shard = LocalShard | RemoteShard
 class IndexCache:
     """Indexes of shards on disk.
 
-    A file is valid for one stamp: the shard's size and its modification time or ETag. With `next_to_shards` it is
-    written next to the shard (`00000.tar.index`), else into the cache folder, which is limited to 10 GB. Indexes that
-    can't be stored stay in memory.
+    A file is valid for a shard of the same size and ETag or, if it is local, of the same size and sampled headers. With
+    `next_to_shards` it is written next to the shard (`00000.tar.index`), else into the cache folder, which is limited
+    to 10 GB. Indexes that can't be stored stay in memory.
     """
 
     def __init__(self, next_to_shards: bool = False) -> None:
@@ -77,7 +81,7 @@ class IndexCache:
             return self._unstored[shard.identity]
         files, stamp = self._files(shard), _stamp(shard)
         for file in files[:1] if self._next_to_shards else files:
-            if (index := _load(file, stamp)) is not None:
+            if (index := _load(file, stamp)) is not None and shard.has_headers_of(index):
                 return index
         index = shard.index()
         stored = self._store(files if self._next_to_shards else files[-1:], stamp, index)
@@ -132,7 +136,7 @@ class IndexCache:
     def _store(self, files: Sequence[Path], stamp: Sequence[int], index: TarIndex) -> Path | None:
         """Writes the index to the first file that can be written, and returns that."""
         arrays = (index.keys.text, index.keys.ends, index.starts, index.codes, index.blocks, index.sizes)
-        notes = {"suffixes": index.suffixes, "facts": astuple(index.facts)}
+        notes = {"suffixes": index.suffixes, "facts": astuple(index.facts), "sampled": index.sampled}
         for file in files:
             try:
                 write_arrays(file, stamp, dict(zip(_ARRAYS, arrays, strict=True)), notes)
@@ -158,7 +162,8 @@ def _load(file: Path, stamp: list[int]) -> TarIndex | None:
     (text, ends, starts, codes, blocks, sizes), notes = stored[0].values(), stored[1]
     samples, digest, damage, end, duplicates = notes["facts"]
     facts = ShardFacts(samples, digest, damage, end, tuple(duplicates))
-    return TarIndex(PackedStrings(text, ends), starts, tuple(notes["suffixes"]), codes, blocks, sizes, facts)
+    names, suffixes = PackedStrings(text, ends), tuple(notes["suffixes"])
+    return TarIndex(names, starts, suffixes, codes, blocks, sizes, facts, notes["sampled"])
 
 
 def _trim(folder: Path) -> None:

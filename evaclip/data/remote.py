@@ -268,6 +268,10 @@ class RemoteShard:
             size, tag = self.version.size, self.version.tag
         return -1 if size is None else size, int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7])
 
+    def has_headers_of(self, index: TarIndex) -> bool:
+        """True: the stamp has the version."""
+        return True
+
     def index(self) -> TarIndex:
         """Fetches the shard, if there is no copy, and reads the headers. Raises UserError as `build_index` does."""
         with self._readable(), self.cache.opened(self) as descriptor:

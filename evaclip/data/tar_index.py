@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,6 +29,8 @@ _NAME, _SIZE, _SUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), 156
 _MAGIC, _PREFIX = slice(257, 262), 345
 _FILE, _FOLDER, _PAX = (0, ord("0")), ord("5"), ord("x")
 _LONGEST_PAX = 16 * BLOCK
+_SAMPLED = 4
+"""Headers that must be the same for an index to be of a shard."""
 # Fields that change neither name nor size of the next member.
 _HARMLESS = re.compile(rb"(?:\d+ (?:[acm]time|[ug]id|[ug]name|comment)=[^\n\0]*\n)+\0*")
 _COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -76,6 +78,7 @@ class TarIndex:
         blocks: [m], where the bytes of each member begin, in blocks of 512 bytes.
         sizes: [m], in bytes.
         facts: of the shard as a whole.
+        sampled: see `sample_headers`.
     """
 
     keys: PackedStrings
@@ -85,6 +88,7 @@ class TarIndex:
     blocks: Unsigned
     sizes: Unsigned
     facts: ShardFacts
+    sampled: str = ""
 
     def __len__(self) -> int:
         return self.facts.samples
@@ -109,17 +113,30 @@ def build_index(path: Path, name: str | None = None) -> TarIndex:
                 files = _plain_files(file.fileno())
             except ValueError:
                 files, cut, damage = _all_files(file, name)
+            for member_name, member in files:
+                key, suffix, is_hidden = _parse_name(member_name)
+                # Of several members with one name the first counts: appended members don't change a sample.
+                if not is_hidden and groups.setdefault(key, {}).setdefault(suffix, member) is not member:
+                    again.add(key)
+            key, suffix, _ = _parse_name(cut)
+            if cut and suffix not in groups.get(key, {}):
+                groups.pop(key, None)
+            index = _index_of(groups, damage, tuple(key for key in groups if key in again))
+            return replace(index, sampled=sample_headers(file.fileno(), index))
     except OSError as exc:
         raise UserError(f"cannot read the shard {name}: {exc.strerror}") from exc
-    for member_name, member in files:
-        key, suffix, is_hidden = _parse_name(member_name)
-        # Of several members with one name the first counts: appended members don't change a sample.
-        if not is_hidden and groups.setdefault(key, {}).setdefault(suffix, member) is not member:
-            again.add(key)
-    key, suffix, _ = _parse_name(cut)
-    if cut and suffix not in groups.get(key, {}):
-        groups.pop(key, None)
-    return _index_of(groups, damage, tuple(key for key in groups if key in again))
+
+
+def sample_headers(descriptor: int, index: TarIndex) -> str:
+    """Hash of the block after the last member of a tar and of some headers from the first to the last. Raises OSError.
+
+    It tells a changed shard from a copied one, which has another modification time.
+    """
+    blocks = np.sort(index.blocks)[np.linspace(0, len(index.blocks) - 1, _SAMPLED).astype(int)] if len(index) else ()
+    digest = hashlib.sha256()
+    for block in (-(-index.facts.size // BLOCK), *(int(block) - 1 for block in blocks)):
+        digest.update(os.pread(descriptor, BLOCK, BLOCK * block))
+    return digest.hexdigest()
 
 
 def _plain_files(descriptor: int) -> list[tuple[str, Member]]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 
 import pytest
@@ -135,15 +136,38 @@ def test_index_cache_is_reused(shard, cache_folder, monkeypatch):
     assert [second.members(i) for i in range(12)] == [first.members(i) for i in range(12)]
 
 
-def test_index_of_a_changed_shard_is_rebuilt(shard):
-    assert len(IndexCache().get(LocalShard(shard))) == 12
-    stat = shard.stat()
-    write_shard(shard, map(sample, range(12, 24)))
-    assert shard.stat().st_size == stat.st_size
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert IndexCache().get(LocalShard(shard)).keys[0] == "000012"
+def test_copied_shard_keeps_its_index(shard, cache_folder, monkeypatch):
+    """`cp` without -p sets other times."""
+    indexes = IndexCache(next_to_shards=True)
+    first = indexes.get(LocalShard(shard))
+    copied = shutil.copytree(shard.parent, shard.parent / "copied", ignore=lambda *_: ["cache"]) / shard.name
+    os.utime(copied, (1, 1))
+    monkeypatch.setattr(index_cache, "build_index", lambda *args: pytest.fail("built again"))
+    assert IndexCache().get(LocalShard(copied)).facts == first.facts
+    assert not cache_folder.exists()
+
+
+def append(shard, number):
+    with tarfile.open(shard, "a") as tar:
+        info = tarfile.TarInfo(f"{number:06d}.txt")
+        tar.addfile(info)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda shard: write_shard(shard, map(sample, range(12, 24))), lambda shard: append(shard, 20)]
+)
+def test_index_of_a_changed_shard_is_rebuilt(change, shard):
+    first = IndexCache().get(LocalShard(shard))
+    before = shard.stat()
+    change(shard)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert shard.stat().st_size == before.st_size
+    assert list(IndexCache().get(LocalShard(shard)).keys) == list(build_index(shard).keys) != list(first.keys)
+
+
+def test_index_of_a_shorter_shard_is_rebuilt(shard):
+    IndexCache().get(LocalShard(shard))
     write_shard(shard, map(sample, range(3)))
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert len(IndexCache().get(LocalShard(shard))) == 3
 
 
