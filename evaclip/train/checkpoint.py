@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,33 +124,43 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
 
 def _write_rank_files(unfinished: Path, content: Content, group: Any) -> dict[str, Any]:
     """Writes and flushes the tensors that this rank holds; returns the fingerprints of its files."""
-    _write_tensors(unfinished, content, group)
-    name = "*.safetensors" if group is None else shard_name(dist.get_rank(group))
-    paths = sorted(unfinished.rglob(name))
+    return _flushed(unfinished, _write_tensors(unfinished, content, group))
+
+
+def _flushed(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    """Flushes files; returns their fingerprints by name in `folder`."""
+    files = {}
     for path in paths:
         _flush(path)
-    return {str(path.relative_to(unfinished)): fingerprint(path) for path in paths}
+        files[str(path.relative_to(folder))] = fingerprint(path)
+    return files
 
 
-def _write_tensors(unfinished: Path, content: Content, group: Any) -> None:
+def _write_tensors(unfinished: Path, content: Content, group: Any) -> list[Path]:
+    """Writes the tensors that this rank holds; returns its files, so that no rank lists folders with files of all."""
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    paths = list[Path]()
     for name, tensors in {MODEL_FILE: content.model, EMA_FILE: content.ema}.items():
         if tensors is None:
             continue
         if group is None:
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, unfinished / name)
+            paths.append(unfinished / name)
         else:
-            write_shards(tensors, shards_folder(unfinished / name), rank, size)
-    write_shards(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)
+            paths += write_shards(tensors, shards_folder(unfinished / name), rank, size)
+    return [*paths, *write_shards(content.moments, unfinished / OPTIMIZER_FOLDER, rank, size)]
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: int) -> None:
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: int) -> list[Path]:
     """Writes this rank's shards into its file in `folder`, and on rank 0 the index. All ranks call it, without talking.
 
     Replicas of a sharded tensor take turns in writing it; rank 0 writes tensors that aren't sharded.
 
     Args:
         tensors: DTensors sharded by rows, and others that are equal on all ranks.
+
+    Returns:
+        the files that this rank wrote.
     """
     shards, places, about = {}, {}, {}
     turns = 0
@@ -165,9 +175,12 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, rank: int, size: i
             shards[name] = (tensor.to_local() if is_dtensor(tensor) else tensor).detach().contiguous()
             places[name] = {"saved_offsets": [first_row(tensor), *[0] * tensor.ndim][: tensor.ndim]}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(shards, folder / shard_name(rank), {PLACES: json.dumps(places), "format": "pt"})
+    paths = [folder / shard_name(rank)]
+    save_file(shards, paths[0], {PLACES: json.dumps(places), "format": "pt"})
     if rank == 0:
-        (folder / INDEX).write_text(json.dumps({"files": size, "tensors": about}), encoding="utf-8")
+        paths.append(folder / INDEX)
+        paths[1].write_text(json.dumps({"files": size, "tensors": about}), encoding="utf-8")
+    return paths
 
 
 def _agreed(action: Callable[[], Any], group: Any) -> list[Any]:
@@ -207,15 +220,15 @@ def _finish_folder(unfinished: Path, step: int, content: Content, written: Seque
         (unfinished / name).parent.mkdir(exist_ok=True)
         (unfinished / name).write_bytes(data)
     torch.save(dict(content.state), unfinished / STATE_FILE)
-    files = {name: facts for each in written for name, facts in each.items()}
-    for path in unfinished.rglob("*"):
-        if path.is_file() and (name := str(path.relative_to(unfinished))) not in files:
-            files[name] = fingerprint(path)
+    names = (*content.descriptions, *content.files, STATE_FILE)
+    files = _flushed(unfinished, (unfinished / name for name in names))
+    for each in written:
+        files |= each
     facts = {"format": FORMAT, "step": step, **content.meta, "files": dict(sorted(files.items()))}
     _write_json(unfinished / META_FILE, facts)
-    for path in (*unfinished.rglob("*"), unfinished):
-        if path.suffix != ".safetensors":  # which its writer has flushed
-            _flush(path)
+    folders = {unfinished / folder for name in files for folder in Path(name).parents}
+    for path in (unfinished / META_FILE, *folders):
+        _flush(path)
 
 
 def _publish(unfinished: Path, final: Path) -> None:

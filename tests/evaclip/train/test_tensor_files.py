@@ -1,6 +1,7 @@
 """Each process writes its part and reads its part; who needs whole weights has them joined, once."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -143,6 +144,23 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
     targets = {name: torch.zeros_like(value) for name, value in WHOLE.items()}
     load(targets, storage_reader=HuggingFaceStorageReader(str(tmp_path / "parts")), no_dist=True)
     assert all(torch.equal(targets[name], value) for name, value in WHOLE.items())
+
+
+def test_save_lists_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders have files of all ranks, each of which would list them."""
+    written = []
+    with monkeypatch.context() as patched:
+        for name in ("listdir", "scandir"):
+            patched.setattr(os, name, lambda *_: pytest.fail("a folder is listed"))
+        for rank in range(3):
+            with as_process(rank, (3,)) as mesh:
+                tensors, files = held(mesh), {"hf_text/config.json": b"{}"}
+                content = Content(tensors, tensors, {"rows.m": tensors["rows"]}, {"model.json": {}}, {}, {}, files)
+                written.append(checkpoint._write_rank_files(tmp_path, content, dist.group.WORLD))
+        checkpoint._finish_folder(tmp_path, 1, content, written)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert checkpoint.read_meta(tmp_path)["files"].keys() == files - {"meta.json"}
+    assert len(files) == 3 * 3 + 3 + 4
 
 
 @pytest.fixture

@@ -110,11 +110,11 @@ def slow_disk(save: int, seconds: float) -> None:
     original = checkpoint._write_tensors
     calls = []
 
-    def slow(*args: Any) -> None:
+    def slow(*args: Any) -> list[Path]:
         calls.append(args)
         if len(calls) == save:
             time.sleep(seconds)
-        original(*args)
+        return original(*args)
 
     checkpoint._write_tensors = slow
 
