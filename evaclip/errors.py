@@ -22,12 +22,16 @@ class RunFailed(RuntimeError):
     """A training run that would fail again after a restart."""
 
 
-class RanksLost(RuntimeError):
+class RunInterrupted(RuntimeError):
+    """A training run that another start may continue from its last checkpoint; exit status 75 (EX_TEMPFAIL)."""
+
+
+class RanksLost(RunInterrupted):
     """Another rank of a run ended, or didn't answer in time."""
 
 
-class ReplicasDiffer(RuntimeError):
-    """Ranks that must hold equal weights don't; a restart from the last checkpoint may help."""
+class ReplicasDiffer(RunInterrupted):
+    """Ranks that must hold equal weights don't."""
 
 
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> UserError:

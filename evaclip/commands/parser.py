@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from evaclip.data import KINDS
-from evaclip.errors import RanksLost, Refused, ReplicasDiffer, RunFailed, UserError, hint, unknown_name
+from evaclip.errors import Refused, RunFailed, RunInterrupted, UserError, hint, unknown_name
 from evaclip.extras import with_remedy
 from evaclip.launchers import stop_restarts
 from evaclip.outputs import silence
@@ -102,7 +102,7 @@ def run_command(parser: CommandParser, argv: Sequence[str] | None) -> int:
     """Run the command that `argv` names.
 
     Returns:
-        0 on success, 1 for a failure, 2 for wrong input, 75 (EX_TEMPFAIL) for replicas that differ, 130 for Ctrl-C, 141
+        0 on success, 1 for a failure, 2 for wrong input, 75 (EX_TEMPFAIL) for an interrupted run, 130 for Ctrl-C, 141
         if the reader of stdout is gone.
     """
     for name in ("stdout", "stderr"):
@@ -136,13 +136,13 @@ def run_command(parser: CommandParser, argv: Sequence[str] | None) -> int:
         if isinstance(exc, PermissionError) and exc.filename is not None:  # of a file that the user named
             exc = UserError(f"{exc.filename}: {exc.strerror}")
         message = " ".join(str(exc).split())
-        is_plain = isinstance(exc, UserError | RunFailed | RanksLost | ReplicasDiffer | ValueError | TypeError)
+        is_plain = isinstance(exc, UserError | RunFailed | RunInterrupted | ValueError | TypeError)
         print(f"error: {message if is_plain else f'{type(exc).__name__}: {message}'}", file=sys.stderr)
         if isinstance(exc, UserError | RunFailed):
             stop_restarts(str(exc), at_once=isinstance(exc, RunFailed))
         else:
             print("(--debug shows the traceback)", file=sys.stderr)
-        if isinstance(exc, ReplicasDiffer):
+        if isinstance(exc, RunInterrupted):
             return os.EX_TEMPFAIL
         return 2 if isinstance(exc, UserError | ValueError | TypeError) and not isinstance(exc, Refused) else 1
     return 0

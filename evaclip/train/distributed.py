@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evaclip.data.opening import allow_open_files
-from evaclip.errors import RanksLost, ReplicasDiffer, UserError
+from evaclip.data.workers import WorkerDied
+from evaclip.errors import RanksLost, ReplicasDiffer, RunInterrupted, UserError
 from evaclip.train.config import ParallelConfig, process_count
 from evaclip.weights import is_dtensor
 
@@ -32,6 +33,8 @@ _ABORT_LIMIT = timedelta(minutes=1)
 _RECORD_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 _RECORD_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _RECORD_ON_TIMEOUT = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
+_DEVICE_ERRORS = ("CUDA error", "cuDNN error")
+"""Parts of errors of CUDA's libraries, which have no type of their own."""
 _RECORD_SECONDS = 30.0
 """How long writing the last collectives may take: it asks a device that may hang."""
 
@@ -221,6 +224,19 @@ def connect(device_name: str, config: ParallelConfig | None = None) -> World:
     new_group = partial(dist.new_group, backend="gloo")
     control, new_saving_group = new_group(timeout=limit), partial(new_group, timeout=saving_limit)
     return World(device, dist.get_rank(), size, dist.group.WORLD, control, new_saving_group)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, errors of a GPU, of NCCL or of a connection, and a killed data worker, become `RunInterrupted`."""
+    try:
+        yield
+    except RuntimeError as exc:
+        is_device = isinstance(exc, torch.AcceleratorError) or any(name in str(exc) for name in _DEVICE_ERRORS)
+        if not is_device and not isinstance(exc, dist.DistError | WorkerDied):
+            raise
+        line = next(iter(str(exc).splitlines()), "no message")
+        raise RunInterrupted(f"{type(exc).__name__}: {line}; --resume auto goes on from the last checkpoint") from exc
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from evaclip.train.distributed import (
     World,
     check_replicas,
     connect,
+    interruptible,
     naming_lost_ranks,
     recording_collectives,
     write_collectives,
@@ -87,11 +88,12 @@ def train(
     Raises:
         UserError: the configuration cannot be run, the run exists already, or another process trains it.
         TrainingDiverged: see `NonfiniteConfig`.
-        ReplicasDiffer: ranks that must hold equal weights don't.
+        RunInterrupted: another start may help: a rank was lost, a GPU or NCCL failed, or replicas differ.
         RunFailed: a device has too little memory, or more samples are bad than `data.max_bad_fraction` allows.
     """
     folder, lock = RunFolder.of(config), None
     with (
+        interruptible(),
         recording_collectives(folder.collectives) if process_count() > 1 else nullcontext(),
         connect(config.device, config.parallel) as world,
         naming_lost_ranks(config.parallel, world),

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-EXIT_CODE = 70
-"""Of a process that the watchdog ended: EX_SOFTWARE."""
+EXIT_CODE = os.EX_TEMPFAIL
+"""Of a process that the watchdog ended, as of other interrupted runs."""
 INSISTING = 2.0
 """Seconds from a signal to a Ctrl-C that ends the process: torchrun passes a terminal's signal on to all at once."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What `srun` tells, as SLURM 24.11 does, in the words of torchrun; and the batch script that starts it."""
+"""SLURM 24.11's variables become torchrun's; the batch script requeues runs that another start may finish."""
 
 import os
 import subprocess
@@ -46,20 +46,48 @@ def test_slurm_variables_are_ignored_elsewhere() -> None:
     assert "WORLD_SIZE" not in script
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(143, True), (0, False), (1, False)])
-def test_batch_script_is_requeued_after_a_signal(code, is_requeued, tmp_path):
-    told = tmp_path / "told"
-    for name in ("srun", "scontrol"):
-        program = tmp_path / name
-        program.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {told}\nexit {code if name == "srun" else 0}\n')
+class Cluster:
+    """Stand-ins for srun, scontrol and evaclip in a folder, where the batch script runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls = folder / "calls"
+        self._write("scontrol", f'printf "%s\\n" scontrol "$@" >> {self.calls}')
+        self._write("evaclip", "printf '# Its name.\\nname: mine\\noutput: out\\n'")
+
+    def _write(self, name: str, line: str) -> None:
+        program = self.folder / name
+        program.write_text(f"#!/bin/sh\n{line}\n")
         program.chmod(0o755)
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "12"}
-    done = subprocess.run(["bash", SCRIPT, "tiny", "--set", "name=a b"], env=given, check=False)
-    assert done.returncode == code
-    step = told.read_text().splitlines()
+
+    def run(self, code: int) -> list[str]:
+        """The words of the commands that the script starts if srun ends with `code`."""
+        self._write("srun", f'printf "%s\\n" srun "$@" >> {self.calls}; exit {code}')
+        self.calls.unlink(missing_ok=True)
+        given = {"PATH": f"{self.folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "12"}
+        command = ["bash", str(SCRIPT), "tiny", "--set", "name=a b"]
+        assert subprocess.run(command, env=given, cwd=self.folder, check=False).returncode == code
+        return self.calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("code", "is_requeued"),
+    [(143, True), (75, True), (137, True), (134, True), (0, False), (1, False), (2, False), (130, False)],
+)
+def test_batch_script_requeues_unless_final(code: int, is_requeued: bool, tmp_path: Path) -> None:
+    step = Cluster(tmp_path).run(code)
     if is_requeued:
         assert step[-3:] == ["scontrol", "requeue", "41"]
         del step[-3:]
     # The highest code of all is srun's: SIGTERM to the others, when one makes a mistake, would make that 143.
     assert step[:4] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=0", "--wait=120"]
     assert step[4:] == ["evaclip", "train", "--workers", "11", "tiny", "--set", "name=a b", "--resume", "auto"]
+
+
+def test_batch_script_counts_requeues_per_checkpoint(tmp_path: Path) -> None:
+    """Three starts without a checkpoint, then three after each new one."""
+    cluster = Cluster(tmp_path)
+    for checkpoint in (None, "step_00000008", "step_00000010"):
+        if checkpoint:
+            (tmp_path / "out/mine/checkpoints" / checkpoint).mkdir(parents=True)
+        assert ["scontrol" in cluster.run(75) for _ in range(5)] == [True, True, True, False, False]

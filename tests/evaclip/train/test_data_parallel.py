@@ -30,6 +30,7 @@ from trained_runs import assert_equal, evaluations, records, steps, weights
 
 from evaclip.commands.main import main
 from evaclip.data.shard_writer import write_shard
+from evaclip.data.workers import WorkerDied
 from evaclip.errors import RanksLost, ReplicasDiffer, UserError
 from evaclip.train import distributed, run_folder, trainer
 from evaclip.train.config import ParallelConfig, TrainConfig
@@ -272,6 +273,39 @@ def compare_shards(config: ParallelConfig) -> None:
 @pytest.mark.parametrize("mode", ["hybrid", "shard"])
 def test_check_replicas_compares_equal_shards(mode: str) -> None:
     in_processes(4, compare_shards, ParallelConfig(mode=mode, shard_size=2 if mode == "hybrid" else None))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), 75),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), 75),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 3"), 75),
+        (dist.DistNetworkError("The client socket has timed out"), 75),
+        (WorkerDied("data worker 1 was killed by SIGKILL"), 75),
+        (RuntimeError("Connection closed by peer"), 75),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1),
+        (UserError("lr must be positive"), 2),
+    ],
+)
+def test_status_tells_whether_another_start_helps(error, status, run_config, tmp_path, monkeypatch, capsys):
+    def fail(*args: Any, **options: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", fail)
+    (tmp_path / "config.yaml").write_text(dump_yaml(run_config()))
+    assert main(["train", "tiny", "--config", str(tmp_path / "config.yaml")]) == status
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_failed_connection_may_be_tried_again(run_config, tmp_path, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise dist.DistNetworkError("The client socket has timed out after 60000ms")
+
+    monkeypatch.setattr(trainer, "connect", fail)
+    (tmp_path / "config.yaml").write_text(dump_yaml(run_config()))
+    assert main(["train", "tiny", "--config", str(tmp_path / "config.yaml")]) == os.EX_TEMPFAIL
 
 
 def test_end_of_another_rank_is_named() -> None:
