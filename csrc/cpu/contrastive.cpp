@@ -64,6 +64,7 @@ class BlockSums {
 
 // Replaces the positives by their gradients, in float64: where the probability is almost 1, the terms cancel
 // with dpositive. Returns the sum of gradient * value.
+// With expm1, as exp of a double needs glibc 2.29, and the library promises 2.28.
 double replace_pairs(const ContrastiveBackward& params, float scale) {
   const LogitTile& tile = params.tile;
   double total = 0;
@@ -71,8 +72,8 @@ double replace_pairs(const ContrastiveBackward& params, float scale) {
     const int64_t column = tile.pair + row;
     float& value = tile.values[row * tile.columns + column];
     const double logit = value * scale;
-    const double through_row = params.drow_lse[row] * std::exp(logit - params.row_lse[row]);
-    const double through_column = params.dcol_lse[column] * std::exp(logit - params.col_lse[column]);
+    const double through_row = params.drow_lse[row] * (1 + std::expm1(logit - params.row_lse[row]));
+    const double through_column = params.dcol_lse[column] * (1 + std::expm1(logit - params.col_lse[column]));
     const double gradient = through_row + through_column + params.dpositive[row];
     total += gradient * value;
     value = static_cast<float>(gradient * tile.scale);
