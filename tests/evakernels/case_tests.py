@@ -2,13 +2,13 @@
 PyTorch's own) and of their inputs in float64.
 
 `QUICK` names by a test the cases that aren't exhaustive; without an entry all are quick. `TRANSFORMED` names the cases
-for opcheck and for the tests of torch.func.
+for opcheck and for the tests of torch.func. `THREADED` has functions and inputs that occupy several threads.
 """
 
 import op_checks
 import pytest
 import torch
-from op_checks import DTYPES, OPCHECK_DTYPES, exhaustive_but, with_gradients
+from op_checks import DTYPES, OPCHECK_DTYPES, cast, exhaustive_but, with_gradients
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "test_gradcheck",
     "test_opcheck",
     "test_strided_inputs_change_nothing",
+    "test_threads_change_no_bit",
     "test_two_runs_are_bit_equal",
 ]
 
@@ -26,13 +27,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function.__module__ == __name__:
         quick = getattr(metafunc.module, "QUICK", {}).get(metafunc.function.__name__)
         cases = metafunc.module.CASES
+        if metafunc.function is test_threads_change_no_bit:
+            metafunc.parametrize(("function", "inputs"), metafunc.module.THREADED)
+            return
         if metafunc.function is test_opcheck:
             cases = [case for case in cases if case.id in metafunc.module.TRANSFORMED]
         metafunc.parametrize(("pair", "inputs"), exhaustive_but(cases, *quick) if quick else cases)
-
-
-def cast(inputs, dtype):
-    return [None if t is None else t.to(dtype) for t in inputs]
 
 
 def spread(x):
@@ -86,3 +86,7 @@ def test_compiles_without_graph_break(pair, inputs, dynamic):
 @pytest.mark.kernels("nvcc")
 def test_two_runs_are_bit_equal(pair, inputs):
     op_checks.assert_deterministic(pair[0], cast(inputs, torch.bfloat16))
+
+
+def test_threads_change_no_bit(function, inputs):
+    op_checks.assert_bit_equal(*op_checks.thread_results(lambda: with_gradients(function, inputs)))

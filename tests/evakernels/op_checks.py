@@ -35,6 +35,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def cast(inputs: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype) for x in inputs]
+
+
 def op_files() -> dict[str, ModuleType]:
     """The test file of each file in `evakernels/ops` that has public functions, by the name of that file."""
     names = {getattr(evakernels, name).__module__.rpartition(".")[2] for name in evakernels.ops.__all__}
@@ -91,7 +95,7 @@ def record_calls(*dtypes: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             for case in getattr(module, "CASES", ()):
                 (ours, _), inputs = case.values
                 for dtype in dtypes if case.id in module.TRANSFORMED else ():
-                    given = [None if x is None else x.to(dtype) for x in inputs]
+                    given = cast(inputs, dtype)
                     with_gradients(ours, given)
                     with torch.no_grad():
                         ours(*given)
@@ -148,8 +152,8 @@ def assert_as_accurate_as_torch(ours, theirs, inputs, dtype):
     the yardstick. Both are given the same rounded inputs. torch's error of a single number is the largest of several
     cotangents': one alone may be small by chance.
     """
-    rounded = [None if t is None else t.to(dtype) for t in inputs]
-    wide = [None if t is None else t.double() for t in rounded]
+    rounded = cast(inputs, dtype)
+    wide = cast(rounded, torch.float64)
     seeds = range(4 if any(t is not None and t.numel() == 1 for t in inputs) else 1)
     exact, *others = (with_gradients(theirs, wide, seed) for seed in seeds)
     yardstick, *other_yardsticks = (with_gradients(theirs, rounded, seed) for seed in seeds)
@@ -189,11 +193,6 @@ def thread_results(call: Callable[[], Any]) -> list[Any]:
     finally:
         torch.set_num_threads(before)
     return results
-
-
-def assert_threads_change_no_bit(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
-    """Forward and backward."""
-    assert_bit_equal(*thread_results(lambda: with_gradients(function, inputs)))
 
 
 def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None], dynamic: bool = False) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, no_triton, randn, with_gradients
+from op_checks import DTYPES, cast, no_triton, randn, with_gradients
 
 import evakernels
 from evakernels import _native
@@ -35,14 +35,9 @@ NORMS = ("plain", "norm", "norm-without-bias")
 CASES = [pytest.param((ours, theirs), inputs(norm), id=norm) for norm in NORMS]
 CASES += [pytest.param((ours, theirs), inputs(norm, (2, 0)), id=f"{norm}-no rows") for norm in NORMS]
 CASES += [pytest.param((ours, theirs), inputs(norm, (3,), 0), id=f"{norm}-no columns") for norm in NORMS[:2]]
+THREADED = [(ours, cast(inputs(norm, (300,), 257), torch.float32)) for norm in NORMS]
 TRANSFORMED = NORMS
 QUICK = {"test_compiles_without_graph_break": NORMS}
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_number_of_threads_changes_no_bit(norm):
-    many_rows = [None if t is None else t.float() for t in inputs(norm, rows=(300,), width=257)]
-    op_checks.assert_threads_change_no_bit(ours, many_rows)
 
 
 # Those of models, and those where kernels change the way they lay a row over threads; no kernel keeps the last three in
@@ -130,7 +125,7 @@ def test_strides_and_odd_addresses_are_bit_equal(norm, dtype, width):
 
     Of an even number of short rows a kernel may take two as one, where nothing lies between them.
     """
-    gate, up, weight, bias = (None if t is None else t.to(dtype) for t in inputs(norm, (6,), width))
+    gate, up, weight, bias = cast(inputs(norm, (6,), width), dtype)
     packed = torch.cat((gate, up), -1)
     wider = torch.cat((gate, up, gate[:, :3]), -1)
     views = [packed.chunk(2, -1), (wider[:, :width], wider[:, width : 2 * width])]

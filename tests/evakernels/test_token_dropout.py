@@ -7,7 +7,7 @@ import pytest
 import torch
 from case_tests import *  # noqa: F403
 from on_device import DEVICE
-from op_checks import DTYPES, randn, with_gradients
+from op_checks import DTYPES, cast, randn, with_gradients
 from optimizer_checks import MIXES
 
 import evakernels
@@ -42,6 +42,10 @@ def inputs(with_prefix=True, with_pos_embed=True):
     return randn(BATCH, TOKENS, CHANNELS), prefix, pos_embed
 
 
+def wide_inputs(batch: int, tokens: int, channels: int):
+    return randn(batch, tokens, channels), randn(2, channels, seed=1), randn(2 + tokens, channels, seed=2)
+
+
 VARIANTS = list(itertools.product([KEPT, None], [True, False], [True, False]))
 CASES = [
     pytest.param(pair(index), inputs(*given), id=f"{'dropped' if index is not None else 'all'}-{given[0]}-{given[1]}")
@@ -49,6 +53,10 @@ CASES = [
 ]
 QUICK = {"test_compiles_without_graph_break": ["dropped-True-True"]}
 TRANSFORMED = ["dropped-True-True", "dropped-False-False", "all-True-True"]
+
+
+EVERY_SECOND = torch.arange(0, 40, 2).repeat(20, 1)
+THREADED = [(pair(index)[0], cast(wide_inputs(20, 40, 64), torch.bfloat16)) for index in (EVERY_SECOND, None)]
 
 
 @pytest.mark.parametrize("token_index", [None, KEPT])
@@ -75,10 +83,6 @@ def test_parameters_may_be_wider_than_the_patches(token_index):
 
 
 PATCHES = torch.ones(2, 6, 5)
-
-
-def wide_inputs(batch: int, tokens: int, channels: int):
-    return randn(batch, tokens, channels), randn(2, channels, seed=1), randn(2 + tokens, channels, seed=2)
 
 
 def channel_by_channel(patches):
@@ -170,12 +174,6 @@ def test_a_dropped_patch_may_hold_anything():
     assert evakernels.token_dropout(patches, KEPT).isfinite().all()
     patches[0, KEPT[0, 1]] = float("inf")
     assert evakernels.token_dropout(patches, KEPT)[0, 1].isinf().all()
-
-
-def test_the_number_of_threads_changes_no_bit():
-    inputs = [t.bfloat16() for t in wide_inputs(16, 40, 64)]
-    index = evakernels.sample_token_index(16, 40, 20, generator=torch.Generator().manual_seed(0))
-    op_checks.assert_threads_change_no_bit(pair(index)[0], inputs)
 
 
 @pytest.mark.cpu_only("a GPU's kernels alone read an index, and a wrong one ends all work of the process there")
