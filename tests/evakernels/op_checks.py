@@ -207,6 +207,21 @@ def assert_compiles(function: Callable[..., Any], inputs: Sequence[Tensor | None
         torch.testing.assert_close(a, b)
 
 
+def assert_parameter_dtypes(function: Callable[..., Any], inputs_of: Callable[..., Sequence[Tensor]]) -> None:
+    """Each gradient has the dtype of its parameter, and all results are those of float32 parameters.
+
+    Args:
+        inputs_of: inputs in bfloat16 with a weight and a bias of these dtypes.
+    """
+    expected = with_gradients(function, inputs_of(torch.float32, torch.float32))
+    for mix in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        inputs = inputs_of(*mix)
+        outputs, gradients = with_gradients(function, inputs)
+        assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+        for actual, wide in zip(outputs + gradients, expected[0] + expected[1], strict=True):
+            assert torch.equal(actual, wide.to(actual.dtype))
+
+
 def assert_gradcheck(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
     """The gradients against finite differences, in float64."""
     leaves = tuple(None if t is None else t.double().detach().requires_grad_() for t in inputs)
