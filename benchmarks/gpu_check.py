@@ -34,7 +34,7 @@ _TESTS = ["rope_attention", "layer_norm", "on_gpu", "swiglu", "token_dropout", "
 _TESTS += ["stochastic_rounding", "packed_attention", "contrastive", "native_optimizers", "optimizers", "norm_widths"]
 _OPS = ["rope_attention", "causal_attention", "packed_attention", "layer_norm", "add_layer_norm", "layer_norm_add"]
 _OPS += ["swiglu", "token_dropout", "gelu", "clip_loss", "siglip_loss", "lamb_step", "adamw_step"]
-_DRIVEN = ("norms", "rope_attention", "swiglu", "token_dropout", "gelu")
+_DRIVEN = ("layer_norm", "rope_attention", "swiglu", "token_dropout", "gelu")
 _SANITIZERS = ("memcheck", "synccheck", "racecheck", "initcheck")
 PACKAGES = {
     **dict.fromkeys(("torch", "triton"), ""),

@@ -89,7 +89,7 @@ def shifts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
 # --- families -------------------------------------------------------------------------------------------------------
 
 
-def norms(rows: int, width: int, dtype: torch.dtype) -> None:
+def layer_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     for before in shifts(width, dtype):
         affine = weight, bias = draw(width), draw(width)
         layer_scale, row_scale = (draw(width), draw(rows)) if before == 0 else (None, None)
@@ -305,7 +305,7 @@ def tables_of(call: Attention, patches: int) -> dict[str, Tensor]:
     return found
 
 
-OF_MATRICES = {"norms": norms, "gelu": gelu, "swiglu": swiglu, "token_dropout": token_dropout}
+OF_MATRICES = {"layer_norm": layer_norm, "gelu": gelu, "swiglu": swiglu, "token_dropout": token_dropout}
 OTHERS = {"contrastive": contrastive, "rope_attention": rope_attention}
 
 

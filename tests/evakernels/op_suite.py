@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Logits on GPUs are tested with the losses.
-COMPILED = {path.stem for path in (ROOT / "csrc/bind").glob("*.cpp")} - {"contrastive_logits", "launch", "module"}
+# As in CMakeLists.txt: a file with EVAKERNELS_CPU_OPS has no kernels for GPUs. Logits are part of the losses.
+_BINDINGS = {path.stem.removesuffix("_logits"): path.read_text() for path in sorted((ROOT / "csrc/bind").glob("*.cpp"))}
+COMPILED = _BINDINGS.keys() - {"launch", "module"}
+GPU_OPS = sorted(op for op in COMPILED if "\nEVAKERNELS_CPU_OPS(" not in _BINDINGS[op])
 OPS = (*sorted(COMPILED), "native_optimizers", "norm_widths", "packed_attention", "stochastic_rounding")
 # Not the plugin that collects garbage at the end, of which there is much.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception")

@@ -7,7 +7,7 @@ A fault names a line of csrc/cuda by its tag, a comment such as `// #warp-sums` 
 import re
 from dataclasses import dataclass
 
-from op_suite import ROOT
+from op_suite import GPU_OPS, ROOT
 
 SOURCES = ROOT / "csrc/cuda"
 TAG = re.compile(r"//.*#([\w-]+)$")
@@ -110,5 +110,4 @@ def units() -> dict[str, str]:
 
 def family_of(unit: str) -> str:
     """The family of tests/cuda/drive.py that runs a source file."""
-    families = ("contrastive", "gelu", "rope_attention", "swiglu", "token_dropout")
-    return next((family for family in families if unit.startswith(family)), "norms")
+    return next((op for op in GPU_OPS if unit.startswith(op)), "layer_norm")
