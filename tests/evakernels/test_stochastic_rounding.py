@@ -166,16 +166,12 @@ def test_parts_are_rounded_as_the_whole_is(backend):
 @pytest.mark.kernels("newest triton")
 def test_found_inf_skips_the_update(kind, backend, seeds, scale):
     """Rounded stochastically or to the nearest; also in the first step."""
-    skipped, before, bad = (lists(MIXED, [0, 5, 1061]) for _ in range(3))
+    skipped, before = (lists(MIXED, [0, 5, 1061]) for _ in range(2))
     for state in (skipped, before):
         state[1][1][2] = torch.inf
         state[4][1].zero_()
     step(skipped, kind, backend, seeds, found_inf=1.0, scale=scale)
     assert all(torch.equal(a, b) for a, b in zip(everything(skipped), everything(before), strict=True))
-    bad[1][2][7] = torch.nan
-    step(bad, kind, backend, seeds)
-    assert bad[0][2][7].isnan()
-    assert bad[0][1].isfinite().all()
 
 
 # --- the optimizers -------------------------------------------------------------------------------------------------
