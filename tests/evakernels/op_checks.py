@@ -121,6 +121,15 @@ def assert_autocast_is_torchs(ours, theirs, x, dtype):
     assert gradient.dtype == torch.float32
 
 
+def message_of(call: Callable[..., Any], *args: Any) -> str:
+    """Type and message of the call's error, for tests in other processes."""
+    try:
+        call(*args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, in float64."""
     if actual.numel() == 0:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from op_checks import Recorder
+from op_checks import Recorder, message_of
 from torch import nn
 
 from evakernels import clip_loss
@@ -99,14 +99,6 @@ def far_loss(name: str) -> tuple[torch.Tensor, ...]:
 
 def global_loss(images: torch.Tensor, texts: torch.Tensor, group: Any = None) -> torch.Tensor:
     return ClipLoss(group=group)(images, texts, torch.tensor(1.0, dtype=images.dtype))
-
-
-def message_of(call, *arguments) -> str:
-    try:
-        call(*arguments)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return "no error"
 
 
 def work(rank: int, folder: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from op_checks import randn
+from op_checks import message_of, randn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
@@ -103,14 +103,6 @@ def compiled(mesh):
     return described(outputs), described(gradients)
 
 
-def message(call, *args):
-    try:
-        call(*args)
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def stepped(make, mesh=None):
     """A parameter after three steps, and the keys of its state."""
     weight, *grads = (randn(5, 4, seed=i).float() for i in range(4))
@@ -137,9 +129,9 @@ def work(rank, folder):
     found["compiled"] = compiled(mesh)
     found["stepped"] = {name: stepped(make, mesh) for name, make in OPTIMIZERS.items()}
     x = distribute_tensor(randn(*ROWS), mesh, [Shard(0)])
-    found["plain"] = message(evakernels.layer_norm, x, torch.ones(4).double())
+    found["plain"] = message_of(evakernels.layer_norm, x, torch.ones(4).double())
     other = distribute_tensor(randn(*WIDTH), init_device_mesh("cpu", (1, WORLD)), [Replicate()] * 2)
-    found["meshes"] = message(evakernels.rms_norm, x, other)
+    found["meshes"] = message_of(evakernels.rms_norm, x, other)
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

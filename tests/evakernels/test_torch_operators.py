@@ -24,8 +24,8 @@ class Calls(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, x):
-        return self.function(x)
+    def forward(self, *given):
+        return self.function(*given)
 
 
 def assert_attention_is_torchs(graph, calls=1):
@@ -65,16 +65,12 @@ def test_batch_sizes_stay_dynamic():
     def text(qkv: Tensor, offsets: Tensor) -> Tensor:
         return evakernels.packed_attention(*qkv.unbind(1), offsets, max_seqlen=9)
 
-    class Text(nn.Module):
-        def forward(self, qkv: Tensor, offsets: Tensor) -> Tensor:
-            return text(qkv, offsets)
-
     packed = torch.randn(9, 3, 2, 8, generator=torch.Generator().manual_seed(0))
     with evakernels.as_torch_operators():
-        of_batch = torch.export.export(Calls(images), (qkv,), dynamic_shapes=({0: free},)).module()
+        of_batch = torch.export.export(Calls(images), (qkv,), dynamic_shapes=(({0: free},),)).module()
         given = packed[:5], torch.tensor([0, 3, 5])
         sizes = {0: torch.export.Dim("tokens")}, {0: torch.export.Dim("ends", min=3)}
-        program = torch.export.export(Text(), given, dynamic_shapes=sizes)
+        program = torch.export.export(Calls(text), given, dynamic_shapes=(sizes,))
     assert_attention_is_torchs(program.graph)
     for other in (qkv[:1], qkv.repeat(2, 1, 1, 1, 1)):
         torch.testing.assert_close(of_batch(other), images(other), rtol=1e-5, atol=1e-5)
