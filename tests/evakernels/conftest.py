@@ -17,6 +17,14 @@ BUILDS += ("small gpu", "a100", "h100", "b200", "triton launches")
 """PTX of nvcc on one GPU, and PTX of Triton, for test_gpu_launches.py."""
 
 
+@pytest.fixture
+def one_process() -> Generator[None, None, None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the op tests' tensors are, e.g. cuda; default: cpu")
     parser.addoption("--backend", help="the only one that may serve an op; what it refuses is skipped")

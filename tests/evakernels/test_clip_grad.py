@@ -76,16 +76,12 @@ def test_nonfinite_norm_raises_on_request(value):
     assert not OURS(given, 1.0).isfinite()
 
 
-def test_sharded_gradients_are_scaled_where_they_lie(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        (whole, *_), sharded = parameters(torch.float32), nn.Parameter(torch.zeros(5, 3))
-        sharded = nn.Parameter(distribute_tensor(sharded.detach(), mesh, [Shard(0)]))
-        sharded.grad = distribute_tensor(whole.grad.clone(), mesh, [Shard(0)])
-        norm = OURS([sharded], 0.1)
-        assert type(norm) is torch.Tensor
-        torch.testing.assert_close(norm, OURS([whole], 0.1))
-        torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_sharded_gradients_are_scaled_where_they_lie(one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    (whole, *_), sharded = parameters(torch.float32), nn.Parameter(torch.zeros(5, 3))
+    sharded = nn.Parameter(distribute_tensor(sharded.detach(), mesh, [Shard(0)]))
+    sharded.grad = distribute_tensor(whole.grad.clone(), mesh, [Shard(0)])
+    norm = OURS([sharded], 0.1)
+    assert type(norm) is torch.Tensor
+    torch.testing.assert_close(norm, OURS([whole], 0.1))
+    torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)

@@ -1,14 +1,13 @@
 """The losses over batches of 1, 2 and 4 ranks against one process with the global batch, and their collectives."""
 
-import multiprocessing
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from op_checks import Recorder, message_of
+from rank_tests import results_of_ranks
 from torch import nn
 
 from evakernels import clip_loss
@@ -101,9 +100,7 @@ def global_loss(images: torch.Tensor, texts: torch.Tensor, group: Any = None) ->
     return ClipLoss(group=group)(images, texts, torch.tensor(1.0, dtype=images.dtype))
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work(rank: int) -> dict[Any, Any]:
     groups = {size: dist.new_group(list(range(size))) for size in SIZES}
     results, model, (images, texts) = {}, TwoTowers(), batch(ROWS)
     for name in LOSSES:
@@ -147,19 +144,13 @@ def work(rank: int, folder: str) -> None:
     for group in (None, False):
         results["meant by", group] = [model.loss(name, images, texts, group).detach() for name in LOSSES]
     results["transformed alone"] = torch.func.grad(partial(global_loss, group=False))(images, texts)
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Results of four gloo ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # Forked from a process that has imported torch.
-    multiprocessing.set_forkserver_preload(["evakernels.nn", "torch.distributed"])
-    mp.start_processes(work, (str(folder),), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return results_of_ranks(work, WORLD, tmp_path_factory.mktemp("ranks"), "evakernels.nn")
 
 
 @pytest.mark.parametrize("size", [*SIZES, *UNEVEN])

@@ -1,15 +1,13 @@
 """Row-wise ops and apex's optimizers on DTensors of two processes, beside the same on whole tensors."""
 
 import importlib
-import multiprocessing
 import pkgutil
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from op_checks import message_of, randn
+from rank_tests import results_of_ranks
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
@@ -120,9 +118,7 @@ def stepped(make, mesh=None):
     return (param if mesh is None else param.full_tensor()).detach(), {i: sorted(state[i]) for i in state}
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
     found = {(name, dim): on_shards(mesh, name, dim) for name in CASES for dim in range(3)}
     found["block"] = of_a_block(mesh)
@@ -132,18 +128,14 @@ def work(rank, folder):
     found["plain"] = message_of(evakernels.layer_norm, x, torch.ones(4).double())
     other = distribute_tensor(randn(*WIDTH), init_device_mesh("cpu", (1, WORLD)), [Replicate()] * 2)
     found["meshes"] = message_of(evakernels.rms_norm, x, other)
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["evakernels.nn", "torch.distributed.tensor.parallel"])
-    mp.start_processes(work, (str(folder),), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return results_of_ranks(work, WORLD, folder, "evakernels.nn", "torch.distributed.tensor.parallel")
 
 
 def values(found):

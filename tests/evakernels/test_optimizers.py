@@ -265,16 +265,12 @@ def test_measured_step_skipped_or_without_gradient():
 
 
 @every_optimizer
-def test_measured_step_of_shards(kind, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh, results = init_device_mesh("cpu", (1,)), []
-        whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-        for param in (whole.clone(), distribute_tensor(whole.clone(), mesh, [Shard(0)])):
-            param.requires_grad_().grad = torch.ones_like(param)
-            results.append(list(kind([param], lr=0.1).measured_step().values()))
-    finally:
-        torch.distributed.destroy_process_group()
+def test_measured_step_of_shards(kind, one_process):
+    mesh, results = init_device_mesh("cpu", (1,)), []
+    whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    for param in (whole.clone(), distribute_tensor(whole.clone(), mesh, [Shard(0)])):
+        param.requires_grad_().grad = torch.ones_like(param)
+        results.append(list(kind([param], lr=0.1).measured_step().values()))
     torch.testing.assert_close(results[1], results[0])
 
 

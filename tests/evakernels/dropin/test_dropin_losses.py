@@ -1,15 +1,12 @@
 """open_clip's losses, on one rank and on several, with each exchange of features."""
 
 import copy
-import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from dropin_families import log_ops
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
+from rank_tests import results_of_ranks
 
 import evakernels
 
@@ -79,25 +76,18 @@ def test_loss_subclass_is_left():
     assert left.reason.startswith("behaves differently: ")
 
 
-def _process(rank, store, failures):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        for kind, modes, bias in ((ClipLoss, CLIP_MODES, False), (SigLipLoss, SIGLIP_MODES, True)):
-            for mode in modes:
-                theirs = kind(rank=rank, world_size=WORLD, **mode)
-                try:
-                    _assert_same(copy.deepcopy(theirs), theirs, _inputs(rank, bias=bias))
-                except AssertionError as error:
-                    Path(failures, f"{rank}").write_text(f"{kind.__name__} {mode}: {error}")
-                    raise
-    finally:
-        dist.destroy_process_group()
+def _compare(rank):
+    for kind, modes, bias in ((ClipLoss, CLIP_MODES, False), (SigLipLoss, SIGLIP_MODES, True)):
+        for mode in modes:
+            theirs = kind(rank=rank, world_size=WORLD, **mode)
+            try:
+                _assert_same(copy.deepcopy(theirs), theirs, _inputs(rank, bias=bias))
+            except AssertionError as error:
+                error.add_note(f"{kind.__name__} {mode}")
+                raise
 
 
 @pytest.mark.exhaustive
 @pytest.mark.xdist_group("processes")
 def test_loss_exchanges_between_ranks(tmp_path):
-    # Forked from a process with the imports done.
-    multiprocessing.set_forkserver_preload(["evakernels", "open_clip", "torch.distributed"])
-    mp.start_processes(_process, (tmp_path / "store", tmp_path), nprocs=WORLD, start_method="forkserver")
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["store"])
+    results_of_ranks(_compare, WORLD, tmp_path, "evakernels", "open_clip")

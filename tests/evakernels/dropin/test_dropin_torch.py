@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from dropin_families import assert_same_gradients, close, gradients, log_ops, ops_of, pair, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -192,13 +191,6 @@ def test_checkpointing_gives_equal_gradients(name):
     actual = gradients(family, model, 3)
     assert len(calls) == 3
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
-
-
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def _shard(model, every_child):
