@@ -204,12 +204,6 @@ def test_a_dry_run_goes_on_as_the_run_would(config_file: str, capsys: Any, monke
     assert "4 steps" in text
 
 
-def test_train_from_a_file_with_flags(config_file: str, tmp_path: Path) -> None:
-    assert main(["train", "tiny", "--config", config_file, "--local-loss", "--name", "named"]) == 0
-    records = [json.loads(line) for line in (tmp_path / "named" / "log.jsonl").read_text().splitlines()]
-    assert len(records) == 6
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
