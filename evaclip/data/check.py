@@ -3,16 +3,18 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+from torch.utils.data import Dataset
 
 from evaclip.atomic import write_json
 from evaclip.data.samples import BadSample, Fault, FaultKind, decode_image
 from evaclip.data.source import Source
-from evaclip.data.workers import WorkerLoader, WorkerOptions
+from evaclip.data.workers import WorkerLoader
+from evaclip.errors import UserError
 from evaclip.pixels import open_image, pixel_kind
 
 _CHUNK = 64
@@ -52,10 +54,12 @@ def check(source: Source, workers: int = 0, console: Console | None = None) -> C
     report = CheckReport(source.description, source.fingerprint, list(source.notes), len(source))
     for fault in source.faults:
         report.faults[fault.kind].append(fault)
-    chunks = range(0, len(source), _CHUNK)
-    results: Iterable[_Chunk] = WorkerLoader(partial(_check_chunk, source), chunks, WorkerOptions(workers))
+    indices = range(len(source))
+    starts = indices[::_CHUNK]
+    chunks = (indices[start : start + _CHUNK] for start in starts)
+    results: Iterable[_Chunk] = WorkerLoader(_Chunks(source), chunks, workers)
     if console:
-        results = track(results, "reading", total=len(chunks), console=console, transient=True)
+        results = track(results, "reading", total=len(starts), console=console, transient=True)
     for image_bytes, converted, faults in results:
         report.image_bytes += image_bytes
         report.converted += converted
@@ -64,16 +68,24 @@ def check(source: Source, workers: int = 0, console: Console | None = None) -> C
     return report
 
 
-def _check_chunk(source: Source, first: int) -> _Chunk:
-    image_bytes, converted, faults = 0, Counter[str](), list[Fault]()
-    for index in range(first, min(first + _CHUNK, len(source))):
-        try:
-            raw = source[index]
-            image_bytes += len(raw.image)
-            decode_image(raw.image, source.name(index), source.decoding)
-        except BadSample as exc:
-            file, key = source.place(index)
-            faults.append(replace(exc.fault, file=file, key=key, index=index))
-        else:
-            converted.update(filter(None, [pixel_kind(open_image(raw.image, source.decoding.max_pixels))]))
-    return image_bytes, converted, faults
+@dataclass(frozen=True, eq=False)
+class _Chunks(Dataset[Any]):
+    """Samples of a source by ranges of indices, read and decoded."""
+
+    source: Source
+
+    def __getitem__(self, indices: range) -> _Chunk | UserError:
+        source, image_bytes, converted, faults = self.source, 0, Counter[str](), list[Fault]()
+        for index in indices:
+            try:
+                raw = source[index]
+                image_bytes += len(raw.image)
+                decode_image(raw.image, source.name(index), source.decoding)
+            except BadSample as exc:
+                file, key = source.place(index)
+                faults.append(replace(exc.fault, file=file, key=key, index=index))
+            except UserError as exc:
+                return exc
+            else:
+                converted.update(filter(None, [pixel_kind(open_image(raw.image, source.decoding.max_pixels))]))
+        return image_bytes, converted, faults

@@ -1,7 +1,7 @@
 """Batches for training, an endless stream with one integer as its position, and batches for evaluation."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, U64, SampleOrder, mix, rows_by_node, sample_order
 from evaclip.data.remote import Prefetcher
-from evaclip.data.samples import BadSample, Fault, FaultLog, RawSample, decode_image
+from evaclip.data.samples import BadSample, Decoding, Fault, FaultLog, decode_image
 from evaclip.data.source import Source
-from evaclip.data.workers import WorkerLoader, WorkerOptions
+from evaclip.data.workers import WorkerLoader
 from evaclip.errors import UserError
 from evaclip.packing import PackedImages
 
@@ -26,7 +26,7 @@ TrainTransform = Callable[[Image.Image, int], Tensor | PackedImages]
 """(image, seed) -> float32 or uint8 [3, H, W], or one packed image; a pure function of both."""
 Targets = Callable[[list[str], U64], Tensor]
 """(n captions, n seeds) -> [n, ...]: tokens, labels or masks to be learnt; a pure function of
-each sample's own caption and seed."""
+each sample's caption and seed."""
 
 EvalTransform = Callable[[Image.Image], Tensor | PackedImages]
 """image -> float32 or uint8 [3, H, W], or one packed image."""
@@ -39,62 +39,128 @@ _NEARBY = 50
 _REPLACEMENT, _CAPTION, _AUGMENTATION, _TARGET = 1, 2, 3, 4
 
 
-class Rows:
-    """Tensors `[n_i, ...]`, or packed images, that stand for their concatenation `[sum of n_i, ...]`.
-
-    Pinned pieces stay pinned: they are joined on the device.
-    """
-
-    def __init__(self, pieces: Sequence[Any]) -> None:
-        self.pieces = pieces
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pieces))
-
-    def __getitem__(self, rows: slice) -> "Rows":
-        """Some of the rows, which must follow one another."""
-        start, stop, _ = rows.indices(len(self))
-        chosen = []
-        for piece in self.pieces:
-            if start < len(piece) and stop > 0:
-                chosen.append(piece[max(start, 0) : stop])
-            start, stop = start - len(piece), stop - len(piece)
-        return Rows(chosen)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        """All rows in one tensor, or packed, on that device."""
-        first, *others = self.pieces
-        if not others:
-            return first.to(device, non_blocking=non_blocking)
-        if isinstance(first, PackedImages):
-            return PackedImages.concatenate([piece.to(device, non_blocking=non_blocking) for piece in self.pieces])
-        whole = first.new_empty((len(self), *first.shape[1:]), device=device)
-        for piece, rows in zip(self.pieces, whole.split([len(piece) for piece in self.pieces]), strict=True):
-            rows.copy_(piece, non_blocking=non_blocking)
-        return whole
-
-
-def packed_pieces(images: Tensor | PackedImages | Rows) -> list[PackedImages]:
-    """The packed images of a batch, in pieces; empty if the batch is a tensor."""
-    pieces = images.pieces if isinstance(images, Rows) else [images]
-    return [piece for piece in pieces if isinstance(piece, PackedImages)]
-
-
 @dataclass(frozen=True)
 class Batch:
-    """One rank's rows of a global batch.
+    """One rank's rows of a global batch; `len()` is their number.
 
     Attributes:
-        images: [rows, 3, H, W] or packed, the results of the transform; in pieces if they are pinned.
+        pieces: images of consecutive rows, [n, 3, H, W] or packed, one or more pieces. They are joined on the device,
+            which saves a copy in host memory.
         targets: [rows, ...], see Targets.
         position: samples that all ranks have consumed after this batch; `batches(position)` continues there.
         skipped: rows of this batch whose sample was bad and was replaced, once each.
     """
 
-    images: Tensor | PackedImages | Rows
+    pieces: Sequence[Any]
     targets: Tensor
-    position: int
-    skipped: int
+    position: int = 0
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        """Consecutive rows, as views."""
+        start, stop, _ = rows.indices(len(self))
+        pieces = []
+        for piece in self.pieces:
+            if start < len(piece) and stop > 0:
+                pieces.append(piece[max(start, 0) : stop])
+            start, stop = start - len(piece), stop - len(piece)
+        return replace(self, pieces=pieces, targets=self.targets[rows])
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Patches of each image, int64 [rows]; None if the images aren't packed."""
+        is_packed = isinstance(self.pieces[0], PackedImages)
+        return torch.cat([piece.lengths for piece in self.pieces]) if is_packed else None
+
+    @property
+    def images(self) -> Any:
+        """The images, [rows, 3, H, W] or packed, in host memory."""
+        return self.images_on("cpu")
+
+    def images_on(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        """The images, [rows, 3, H, W] or packed, on a device."""
+        pieces = [piece.to(device, non_blocking=non_blocking) for piece in self.pieces]
+        if len(pieces) == 1:
+            return pieces[0]
+        return PackedImages.concatenate(pieces) if isinstance(pieces[0], PackedImages) else torch.cat(pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSamples(Dataset[Any]):
+    """Training samples by their global indices: read, decoded and augmented, bad ones replaced.
+
+    Attributes:
+        order: global indices to indices of `source`.
+        decoding: of the image files.
+    """
+
+    source: Source
+    order: SampleOrder | MixedOrder
+    seed: int
+    decoding: Decoding
+    transform: TrainTransform
+    targets: Targets
+    _decoded: dict[int, tuple[Sequence[str], Image.Image]] = field(default_factory=dict, init=False)
+    _prefetcher: Prefetcher = field(default_factory=Prefetcher, init=False)
+
+    def __getitem__(self, global_indices: I64) -> Any:
+        """Images [n, 3, H, W] or packed, targets [n, ...], faults of all attempts, number of replaced rows.
+
+        Returns a UserError instead of raising it, see `WorkerLoader`.
+        """
+        source, seed = self.source, self.seed
+        if source.remote:
+            now, after = self.order.shards(global_indices)
+            self._prefetcher.want(source.remote_shards([*now, *after]))
+        indices = self.order.indices(global_indices).tolist()
+        caption_draws = mix(seed, _CAPTION, global_indices).tolist()
+        image_seeds = (mix(seed, _AUGMENTATION, global_indices) >> np.uint64(1)).tolist()
+        images, captions, faults, replaced = list[Any](), list[str](), list[Fault](), 0
+        try:
+            for row, global_index in enumerate(global_indices.tolist()):
+                earlier = len(faults)
+                indices[row], texts, image = self._load(indices[row], global_index, faults)
+                replaced += len(faults) > earlier
+                captions.append(texts[caption_draws[row] % len(texts)] if texts else "")
+                try:
+                    images.append(self.transform(image, image_seeds[row]))
+                except Exception as exc:
+                    exc.add_note(f"while transforming {source.name(indices[row])}")
+                    raise
+            try:
+                targets = self.targets(captions, mix(seed, _TARGET, global_indices))
+            except UserError as exc:
+                keys = ", ".join(source.place(index)[1] for index in indices)
+                raise UserError(f"{exc}; in {source.description}, one of {keys}") from exc
+        except UserError as exc:
+            return exc
+        return _join(images), targets, faults, replaced
+
+    def _load(self, index: int, global_index: int, faults: list[Fault]) -> tuple[int, Sequence[str], Image.Image]:
+        """Index, captions and image of a sample, or of its first good replacement."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            if index in self._decoded:
+                return index, *self._decoded[index]
+            try:
+                raw = self.source[index]
+                image = decode_image(raw.image, self.source.name(index), self.decoding)
+            except BadSample as exc:
+                faults.append(exc.fault)
+                draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
+                # First from the same window: its shards are read anyway.
+                index = self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)
+                continue
+            # Kept for later epochs if all images of the data set would fit into memory.
+            if (len(raw.image) + image.width * image.height * 4) * len(self.source) <= _KEPT_BYTES:
+                self._decoded[index] = raw.captions, image
+            return index, raw.captions, image
+        raise UserError(
+            f"{self.source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
+            " `evaclip data check` lists the faults"
+        )
 
 
 class TrainLoader:
@@ -121,7 +187,6 @@ class TrainLoader:
         pin: return `images` in pinned pieces, for copies to a GPU.
         decode_size: a large JPEG may be decoded at a fraction of its size as long as both sides keep this
             many pixels; None always decodes it whole.
-        patience: seconds without a batch after which a warning is logged.
         together: rows of a global batch that stay on one rank, see `rank_rows`.
 
     Raises:
@@ -145,17 +210,12 @@ class TrainLoader:
         prefetch: int = 2,
         pin: bool = False,
         decode_size: int | None = None,
-        patience: float = 60.0,
         together: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         if batch_size < world_size:
             raise UserError(f"batch_size must be {world_size} or more, a sample for each rank, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
-        if window < 0:
-            raise UserError(f"data.shuffle_window must be 0 (everything) or more, got {window}")
         if nodes < 1 or batch_size % nodes:
             raise UserError(
                 f"batch_size must be a multiple of data.canonical_nodes={nodes}, 1 or more, got {batch_size}"
@@ -167,29 +227,25 @@ class TrainLoader:
             )
         self.faults = FaultLog()
         self.faults.add(source.faults)
-        self._source = source
         self._batch_size = batch_size
         self._rows = rank_rows(batch_size, rank, world_size, together)
-        self._units = _units(len(self._rows))
-        self._seed = seed
-        self._decoding = replace(source.decoding, at_least=decode_size)
-        held = max(prefetch, -(-prefetch * len(self._units) // max(workers, 1)))
-        self._options = WorkerOptions(workers, held, pin, patience)
+        self._units = -(-len(self._rows) // UNIT)
+        self._workers, self._pin = workers, pin
+        self._prefetch = max(prefetch, -(-prefetch * self._units // max(workers, 1)))
+        order: SampleOrder | MixedOrder
         if isinstance(source, MixtureSource):
-            self._order: SampleOrder | MixedOrder = source.order(seed, window, nodes)
+            order = source.order(seed, window, nodes)
         else:
-            self._order = sample_order(len(source), seed, window, source.shard_sizes, nodes)
-        self._prefetcher = Prefetcher()
-        self._decoded = dict[int, tuple[RawSample, Image.Image]]()
-        self._ordered: tuple[int, I64] | None = None
-        self.set_transform(transform, targets)
+            order = sample_order(len(source), seed, window, source.shard_sizes, nodes)
+        decoding = replace(source.decoding, at_least=decode_size)
+        self._samples = TrainSamples(source, order, seed, decoding, transform, targets)
         if source.remote:
             ranks = [rank_rows(batch_size, each, world_size, together) for each in machine or [rank]]
             self._require_room(range(ranks[0].start, ranks[-1].stop), window, len(ranks))
 
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
         """Sets the transform and targets of later calls of `batches`. Order and random draws stay the same."""
-        self._transform, self._targets = transform, targets
+        self._samples = replace(self._samples, transform=transform, targets=targets)
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """The batches from a position on, endlessly; any position that a batch reported, at any world size,
@@ -201,18 +257,17 @@ class TrainLoader:
         if position < 0:
             raise ValueError(f"position must be 0 or more, got {position}")
         starts = count(position, self._batch_size)
-        units = ((start, rows) for start in starts for rows in self._units)
-        read = partial(self._read, self._transform, self._targets)
-        loaded = iter(WorkerLoader(read, units, self._options))
+        units = (unit for start in starts for unit in np.array_split(self._in_order(start, self._rows), self._units))
+        results = iter(WorkerLoader(self._samples, units, self._workers, self._prefetch, self._pin))
         for end in count(position + self._batch_size, self._batch_size):
-            images, targets, faults, replaced = zip(*islice(loaded, len(self._units)), strict=True)
-            self.faults.add(list(chain.from_iterable(faults)))
-            rows = Rows(images)
-            yield Batch(rows if self._options.pin else rows.to("cpu"), torch.cat(targets), end, sum(replaced))
+            pieces, targets, faults, replaced = zip(*islice(results, self._units), strict=True)
+            self.faults.add(chain.from_iterable(faults))
+            yield Batch(pieces, torch.cat(targets), end, sum(replaced))
 
     def _require_room(self, rows: range, window: int, ranks: int) -> None:
         """Raises UserError if the cache is too small for the remote shards that a machine reads at the same time."""
-        shards = self._source.remote_shards(self._order.shards(self._in_order(0, rows))[0])
+        samples = self._samples
+        shards = samples.source.remote_shards(samples.order.shards(self._in_order(0, rows))[0])
         size = sum(shard.size for shard in shards)
         if shards and size > (capacity := shards[0].cache.capacity):
             readers = f", which {ranks} processes of this machine read," if ranks > 1 else ""
@@ -222,68 +277,9 @@ class TrainLoader:
                 " to twice as much for the next window to be fetched meanwhile, or lower data.shuffle_window"
             )
 
-    def _read(
-        self, transform: TrainTransform, targets: Targets, unit: tuple[int, slice]
-    ) -> tuple[Tensor | PackedImages, Tensor, list[Fault], int]:
-        """Images [rows, 3, H, W] or packed, targets [rows, ...], the faults of all attempts, and replaced rows."""
-        position, rows = unit
-        if self._ordered is None or self._ordered[0] != position:
-            # A worker reads several units of a batch.
-            self._ordered = position, self._in_order(position, self._rows)
-        global_indices = self._ordered[1][rows]
-        if self._source.remote:
-            now, after = self._order.shards(global_indices)
-            self._prefetcher.want(self._source.remote_shards([*now, *after]))
-        samples = self._order.indices(global_indices)
-        caption_draws = mix(self._seed, _CAPTION, global_indices)
-        seeds = mix(self._seed, _AUGMENTATION, global_indices) >> np.uint64(1)
-        images, captions, keys, faults, replaced = list[Any](), list[str](), list[str](), list[Fault](), 0
-        for slot, sample in enumerate(samples.tolist()):
-            attempts = len(faults)
-            raw, image = self._load(sample, int(global_indices[slot]), faults)
-            replaced += len(faults) > attempts
-            keys.append(raw.key)
-            captions.append(raw.captions[int(caption_draws[slot]) % len(raw.captions)] if raw.captions else "")
-            try:
-                images.append(transform(image, int(seeds[slot])))
-            except Exception as exc:
-                exc.add_note(f"while transforming {raw.key} of {self._source.description}")
-                raise
-        try:
-            return _join(images), targets(captions, mix(self._seed, _TARGET, global_indices)), faults, replaced
-        except UserError as exc:
-            raise UserError(f"{exc}; in {self._source.description}, one of {', '.join(keys)}") from exc
-
     def _in_order(self, position: int, rows: range) -> I64:
         """The global indices in some rows of the batch at a position; the rows are sorted by canonical node."""
-        return rows_by_node(self._order, range(position, position + self._batch_size), rows)
-
-    def _load(self, sample: int, global_index: int, faults: list[Fault]) -> tuple[RawSample, Image.Image]:
-        """The sample, or its first good replacement."""
-        source = self._source
-        for candidate in chain([sample], self._replacements(global_index)):
-            if candidate in self._decoded:
-                return self._decoded[candidate]
-            try:
-                raw = source[candidate]
-                image = decode_image(raw.image, source.name(candidate), self._decoding)
-            except BadSample as exc:
-                faults.append(exc.fault)
-                continue
-            # Kept for later epochs if all images of the data set would fit into memory.
-            if (len(raw.image) + image.width * image.height * 4) * len(source) <= _KEPT_BYTES:
-                self._decoded[candidate] = raw, image
-            return raw, image
-        raise UserError(
-            f"{source.description}: {_ATTEMPTS} samples in a row cannot be used, the last: {faults[-1]};"
-            " `evaclip data check` lists the faults"
-        )
-
-    def _replacements(self, global_index: int) -> Iterator[int]:
-        for attempt in range(1, _ATTEMPTS):
-            draw = int(mix(self._seed, _REPLACEMENT, global_index, attempt)[0])
-            # First from the same window: its shards are read anyway.
-            yield self._order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self._source)
+        return rows_by_node(self._samples.order, range(position, position + self._batch_size), rows)
 
 
 def _join(images: list[Any]) -> Any:
@@ -292,16 +288,10 @@ def _join(images: list[Any]) -> Any:
     return PackedImages.concatenate(images) if isinstance(images[0], PackedImages) else default_collate(images)
 
 
-def _units(batch_size: int) -> list[slice]:
-    """The rows of a rank's batch in equal units, each the work of one worker at a time."""
-    bounds = np.linspace(0, batch_size, -(-batch_size // UNIT) + 1).astype(int).tolist()
-    return list(map(slice, bounds, bounds[1:]))
-
-
 def rank_rows(batch_size: int, rank: int, processes: int, together: int = 1) -> range:
-    """The rows of a global batch that belong to one process; some have one row more than others if they must.
+    """The rows of a global batch that belong to one rank. Ranks have equal numbers of rows, or differ by one group.
 
-    Rows stay `together` so many at a time, where the batch is a multiple of that: then it is one such group more.
+    A group is `together` consecutive rows; the batch must be a multiple of that.
     """
     groups = batch_size // together
     return range(rank * groups // processes * together, (rank + 1) * groups // processes * together)
@@ -340,25 +330,35 @@ def iterate(source: Source, transform: EvalTransform, batch_size: int, workers: 
         raise UserError(f"batch_size must be 1 or more, got {batch_size}")
     faults = FaultLog()
     faults.add(source.faults)
-    read = partial(_read_samples, source, transform, batch_size)
-    for images, captions, keys, bad in WorkerLoader(read, range(0, len(source), batch_size), WorkerOptions(workers)):
+    indices = range(len(source))
+    rows = (indices[start : start + batch_size] for start in indices[::batch_size])
+    for batch, bad in WorkerLoader(EvalSamples(source, transform), rows, workers):
         faults.add(bad)
-        if keys:
-            yield EvalBatch(images, captions, keys)
+        if batch.keys:
+            yield batch
 
 
-def _read_samples(
-    source: Source, transform: EvalTransform, batch_size: int, first: int
-) -> tuple[Any, list[str], list[str], list[Fault]]:
-    images, captions, keys, faults = list[Any](), list[str](), list[str](), list[Fault]()
-    for index in range(first, min(first + batch_size, len(source))):
+@dataclass(frozen=True, eq=False)
+class EvalSamples(Dataset[Any]):
+    """Samples of a source by their indices: read, decoded and transformed, without bad ones."""
+
+    source: Source
+    transform: EvalTransform
+
+    def __getitem__(self, indices: range) -> tuple[EvalBatch, list[Fault]] | UserError:
+        """The batch, without images if all samples are bad, and the faults; a UserError instead of raising it."""
+        source, images, captions, keys, faults = self.source, list[Any](), list[str](), list[str](), list[Fault]()
         try:
-            raw = source[index]
-            image = decode_image(raw.image, source.name(index), source.decoding)
-        except BadSample as exc:
-            faults.append(exc.fault)
-            continue
-        images.append(transform(image))
-        captions.append(raw.caption)
-        keys.append(raw.key)
-    return _join(images) if images else None, captions, keys, faults
+            for index in indices:
+                try:
+                    raw = source[index]
+                    image = decode_image(raw.image, source.name(index), source.decoding)
+                except BadSample as exc:
+                    faults.append(exc.fault)
+                    continue
+                images.append(self.transform(image))
+                captions.append(raw.caption)
+                keys.append(raw.key)
+        except UserError as exc:
+            return exc
+        return EvalBatch(_join(images) if images else None, captions, keys), faults

@@ -7,13 +7,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +25,6 @@ _LOOK_EVERY = 5.0
 _A_MOMENT = 1.0
 """Seconds from a broken connection to a worker until its end must be there to be seen."""
 
-P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -34,74 +32,59 @@ class WorkerDied(RuntimeError):
     """A data worker ended; the message has its number and exit status."""
 
 
-@dataclass(frozen=True)
-class WorkerOptions:
-    """How batches are produced.
+class WorkerLoader(DataLoader[T]):
+    """Iterates over `dataset[item]` for the given items, in order, read in worker processes.
 
-    Attributes:
+    The default random generators are neither read nor changed.
+
+    Args:
+        dataset: returns its UserErrors, which are raised here: DataLoader would put a worker's traceback into the
+            message of one that is raised.
+        items: what a worker reads at a time.
         workers: processes; 0 works in the calling process.
         prefetch: results that each worker may hold ready.
         pin: a thread copies the workers' tensors into pinned memory, if there is a GPU.
         patience: seconds without a batch after which a warning is logged, and again after each such time.
-    """
-
-    workers: int = 0
-    prefetch: int = 2
-    pin: bool = False
-    patience: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError(f"workers must be 0 or more, got {self.workers}")
-        if self.prefetch < 1:
-            raise UserError(f"prefetch must be 1 or more, got {self.prefetch}")
-
-
-class _Reader(Dataset[Any]):
-    """A function of positions as a data set."""
-
-    def __init__(self, read: Callable[[Any], Any]) -> None:
-        self._read = read
-
-    def __getitem__(self, position: Any) -> Any:
-        try:
-            return self._read(position)
-        except UserError as exc:  # as a value: DataLoader would put the worker's traceback into its message
-            return exc
-
-
-class WorkerLoader(DataLoader[T]):
-    """Iterates over `read(position)` for the given positions, in order, called in worker processes.
-
-    The default random generators are neither read nor changed.
 
     Attributes:
         waits: whether a consumer of this process waits for a batch.
 
     Raises:
-        UserError: `read` does, or no worker can be started.
+        UserError: the data set returned it, a number is out of range, or no worker can be started.
         WorkerDied: a worker has ended.
     """
 
     waits = False
 
-    def __init__(self, read: Callable[[P], T], positions: Iterable[P], options: WorkerOptions) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[T | UserError],
+        items: Iterable[Any],
+        workers: int = 0,
+        prefetch: int = 2,
+        pin: bool = False,
+        patience: float = 60.0,
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"workers must be 0 or more, got {workers}")
+        if prefetch < 1:
+            raise UserError(f"prefetch must be 1 or more, got {prefetch}")
         super().__init__(
-            _Reader(read),
+            cast("Dataset[T]", dataset),
             batch_size=None,
-            sampler=positions,
-            num_workers=options.workers,
-            prefetch_factor=options.prefetch if options.workers else None,
+            sampler=items,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
             collate_fn=_unchanged,
-            pin_memory=options.pin,
-            timeout=min(options.patience, _LOOK_EVERY) if options.workers else 0,
+            pin_memory=pin,
+            timeout=min(patience, _LOOK_EVERY) if workers else 0,
             worker_init_fn=_init_worker,
             # Linux's default before Python 3.14. Other start methods import torch again in each worker.
-            multiprocessing_context="fork" if options.workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             # A seed for the workers is drawn from it, and not from the generator of the training.
             generator=torch.Generator(),
         )
-        self._patience = options.patience
+        self._patience = patience
 
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]  # DataLoader's has private methods too
         try:
@@ -111,7 +94,7 @@ class WorkerLoader(DataLoader[T]):
             failed = f"{self.num_workers} data workers can't be started ({exc}): they need {needs}"
             raise UserError(f"{failed}; 0 (data.workers, --workers) does without") from exc
         processes: Sequence[BaseProcess] = getattr(batches, "_workers", ())
-        _raise_in_waits_alone()
+        _raise_only_while_waiting()
         for number in count():
             try:
                 batch = self._next(batches, processes, number)
@@ -141,18 +124,21 @@ class WorkerLoader(DataLoader[T]):
                 reported = now
                 worker = number % len(processes)
                 state = f"pid {processes[worker].pid}, {'alive' if processes[worker].is_alive() else 'dead'}"
-                waited = f"no samples for {now - began:.0f} s: waiting for part {number}"
+                waited = f"no samples for {now - began:.0f} s: waiting for result {number}"
                 _LOG.warning("%s from data worker %d (%s)", waited, worker, state)
 
 
-def _raise_in_waits_alone() -> None:
-    """Torch's handler raises wherever the main thread is, in the midst of a collective too, when a worker ends.
+def _raise_only_while_waiting() -> None:
+    """Make torch's handler of SIGCHLD raise only while the main thread waits for a batch.
 
-    Outside of a wait for a batch that is left to the next one, which asks for its workers every 5 s.
+    Torch raises wherever the main thread is when a worker ends, even inside a collective. A wait checks every 5 s
+    whether its workers are alive.
     """
-    found: Any = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is threading.main_thread() and getattr(found, "__module__", "").startswith("torch."):
-        signal.signal(signal.SIGCHLD, lambda number, frame: found(number, frame) if WorkerLoader.waits else None)
+    handler: Any = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is threading.main_thread() and getattr(handler, "__module__", "").startswith(
+        "torch."
+    ):
+        signal.signal(signal.SIGCHLD, lambda number, frame: handler(number, frame) if WorkerLoader.waits else None)
 
 
 def _unchanged(batch: Any) -> Any:

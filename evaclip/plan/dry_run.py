@@ -80,7 +80,7 @@ def _time(run: Run, position: Position) -> tuple[float, list[float]]:
             batch = next(batches)
             set_lr_factor(run.step.optimizer, lr_factor(step, run.total_steps, run.config.schedule), step)
             # Reading the loss waits for the device.
-            losses.append(run.step(batch.images, batch.targets, step).loss.item())
+            losses.append(run.step(batch, step).loss.item())
             seconds.append(time.perf_counter() - start)
             if run.world.any(time.perf_counter() - begin > _PATIENCE)[0]:
                 break

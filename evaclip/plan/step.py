@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from evaclip.data.loader import rank_rows
+from evaclip.data.loader import Batch, rank_rows
 from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
@@ -222,7 +222,7 @@ class _Trace:
             recorder = Recorder(kinds, _OPENING)
             with recorder, self._marking(recorder, step):
                 recorder.mark("teacher" if hasattr(task, "teacher") else "begin")
-                step(images, targets, 1)
+                step(Batch([images], targets), 1)
                 recorder.label((p.grad for p in step.parameters if p.grad is not None), GRADIENTS)
                 state = step.optimizer.state
                 recorder.label((value for values in state.values() for value in values.values()), OPTIMIZER)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip.data.loader import Rows
+from evaclip.data.loader import Batch
 from evaclip.packing import PackedImages
 from evaclip.transforms import Normalization
 
@@ -38,7 +38,7 @@ class StepContext:
 
     Attributes:
         micro_batches: this rank's rows, in order.
-        rank_images: this rank's images, uint8 or float32 [b, 3, height, width] or packed, in host memory.
+        batch: this rank's rows, in host memory.
         upload: copies the images of micro-batches to the device and normalises them, see `upload`.
         device: that computes.
         measure: whether metrics are wanted besides the loss.
@@ -49,8 +49,8 @@ class StepContext:
     """
 
     micro_batches: Sequence[MicroBatch]
-    rank_images: Tensor | PackedImages | Rows
-    upload: Callable[[Iterable[Tensor | PackedImages | Rows]], Iterator[Any]]
+    batch: Batch
+    upload: Callable[[Iterable[Batch]], Iterator[Any]]
     device: torch.device
     measure: bool
     autocast_dtype: torch.dtype | None
@@ -65,7 +65,7 @@ class StepContext:
 
         Call `next` in the expression that uses the images: holding them costs memory while the next ones are copied.
         """
-        return self.upload(self.rank_images[each.rows] for each in [*self.micro_batches] * rounds)
+        return self.upload(self.batch[each.rows] for each in [*self.micro_batches] * rounds)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast of one forward pass: its cache would carry casts without a graph over into the next pass."""
@@ -96,29 +96,29 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def upload(
-    images: Iterable[Tensor | PackedImages | Rows],
+    batches: Iterable[Batch],
     device: torch.device,
     stream: torch.cuda.Stream | None,
     normalize: Normalization,
 ) -> Iterator[Any]:
-    """Copies images to the device, each while the ones before are computed, and yields them normalised.
+    """Copies images of batches to the device, each while the ones before are computed, and yields them normalised.
 
     On a GPU, copies use their own stream, and the host doesn't wait if the memory is pinned.
 
     Args:
-        images: uint8 or float32 [b, 3, height, width] or packed each, in host memory or on the device.
+        batches: in host memory or on the device.
         device: that computes.
         stream: of the copies; None copies in the current stream.
         normalize: uint8 to float32.
     """
-    waiting = iter(images)
+    waiting = iter(batches)
 
     def begin_copy() -> Any:
-        images = next(waiting, None)
-        if images is None:
+        batch = next(waiting, None)
+        if batch is None:
             return None
         with torch.cuda.stream(stream):  # does nothing without a stream
-            return images.to(device, non_blocking=True)
+            return batch.images_on(device, non_blocking=True)
 
     copy = begin_copy()
     while copy is not None:

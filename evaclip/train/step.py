@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaclip.data.loader import Rows, packed_pieces, rank_rows
-from evaclip.packing import PackedImages
+from evaclip.data.loader import Batch, rank_rows
 from evaclip.train.config import Precision
 from evaclip.train.distributed import GradientMean, World, accumulate_in_float32
 from evaclip.train.micro_batch import MicroBatch, StepContext, upload
@@ -111,15 +110,13 @@ class TrainStep:
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=world.device)
 
-    def __call__(
-        self, images: Tensor | PackedImages | Rows, targets: Tensor, step: int, *, measure: bool = False
-    ) -> StepResult:
+    def __call__(self, batch: Batch, step: int, *, measure: bool = False) -> StepResult:
         """Runs forward, backward and update on one batch.
 
         Args:
-            images: [b, 3, height, width] or packed, this rank's rows of the batch, best in pinned host memory: float32,
-                or uint8 to be normalised. Each micro-batch is copied while the one before is computed.
-            targets: [b, ...], targets of the task, in host memory: otherwise the host waits for the device.
+            batch: this rank's rows, with targets of the task, in host memory: otherwise the host waits for the device.
+                uint8 images are normalised. Each micro-batch is copied while the one before is computed, from pinned
+                memory without a wait.
             step: index of the step, from 0; decides which patches are kept.
             measure: also return metrics of the task and norms of the weights' changes; the step stays bit-equal.
         """
@@ -127,7 +124,7 @@ class TrainStep:
         for module in self._locked:
             module.eval()
         self.optimizer.zero_grad(set_to_none=True)
-        measures = self.task.backward(self._context(images, targets, measure, step))
+        measures = self.task.backward(self._context(batch, measure, step))
         self.mean.finish()
         loss = self.world.mean_(measures.pop("loss").detach().clone())
         tower_norms = self._tower_norms()
@@ -154,22 +151,23 @@ class TrainStep:
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
 
-    def _context(self, images: Tensor | PackedImages | Rows, targets: Tensor, measure: bool, step: int) -> StepContext:
-        options, count = self.options, len(targets)
+    def _context(self, batch: Batch, measure: bool, step: int) -> StepContext:
+        options, count = self.options, len(batch)
         steps = options.accumulation_steps
-        if packed := packed_pieces(images):
+        if (lengths := batch.lengths) is not None:
             kept = None  # the loader has dropped patches
-            rows = split_by_tokens(torch.cat([piece.lengths for piece in packed]), steps)
+            ranges = split_by_tokens(lengths, steps)
         else:
             kept = self._kept_tokens(count, step)
-            rows = [rank_rows(count, index, steps, options.together) for index in range(steps)]
+            ranges = [rank_rows(count, index, steps, options.together) for index in range(steps)]
         micro_batches = []
-        for chosen in (slice(each.start, each.stop) for each in rows):
-            tokens = None if kept is None else kept[chosen]
-            micro_batches.append(MicroBatch(chosen, targets[chosen], tokens, step, options.first_row + chosen.start))
+        for each in ranges:
+            rows = slice(each.start, each.stop)
+            tokens = None if kept is None else kept[rows]
+            micro_batches.append(MicroBatch(rows, batch.targets[rows], tokens, step, options.first_row + rows.start))
         return StepContext(
             micro_batches=micro_batches,
-            rank_images=images,
+            batch=batch,
             upload=self._upload,
             device=self.world.device,
             measure=measure,

@@ -365,7 +365,7 @@ class Trainer:
         after = position.step + 1
         set_lr_factor(run.step.optimizer, self._lr_factor(), position.step)
         is_logged = after % log_every == 0 or after == run.total_steps
-        result = run.step(batch.images, batch.targets, position.step, measure=is_logged)
+        result = run.step(batch, position.step, measure=is_logged)
         position.step = after
         position.samples = batch.position
         self._bad_samples += batch.skipped

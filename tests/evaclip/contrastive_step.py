@@ -2,6 +2,7 @@
 
 import torch
 
+from evaclip.data import Batch
 from evaclip.model.clip import CLIP
 from evaclip.train.config import LossConfig, OptimConfig
 from evaclip.train.distributed import World
@@ -22,6 +23,10 @@ def random_batch(dtype=torch.float32, rows=8):
     tokens = torch.randint(1, 40_000, (rows, 16), generator=generator)
     tokens[:, 7] = 49_407
     return images, tokens
+
+
+def as_batch(images, targets):
+    return Batch([images], targets)
 
 
 def contrastive_step(model, optim, options=None, loss=None):

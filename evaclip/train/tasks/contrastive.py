@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from evaclip.data import Source
 from evaclip.data.config import DataConfig
-from evaclip.data.loader import Batch, Targets, TrainTransform, packed_pieces, rank_rows, tokenized
+from evaclip.data.loader import Batch, Targets, TrainTransform, rank_rows, tokenized
 from evaclip.errors import UserError
 from evaclip.factory import create_model, tokenizer_of
 from evaclip.model.clip import CLIP
@@ -183,10 +183,10 @@ class Contrastive(Task):
         """The prefix tokens and kept patches of each image; tokens of each caption, or with `pack_text=False` the
         whole context.
         """
-        targets, images = batch.targets, packed_pieces(batch.images)
+        targets, lengths = batch.targets, batch.lengths
         packed = self.model.text.savings.pack_text
         text = int(self.model.text.end_positions(targets).sum()) + len(targets) if packed else targets.numel()
-        kept = sum(len(piece.patches) for piece in images) if images else len(targets) * self.visual.num_kept_patches()
+        kept = len(targets) * self.visual.num_kept_patches() if lengths is None else int(lengths.sum())
         return len(targets) * self.visual.config.prefix_tokens + kept + text
 
     def stand_ins(self, rows: int, sizes: set[int], fake: Callable[[Any], Any]) -> Tensor:

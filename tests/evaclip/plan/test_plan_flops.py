@@ -10,6 +10,7 @@ from test_plan_memory import BLOCK, CLIP_E, SHARD, run_of
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from evaclip import Savings
+from evaclip.data import Batch
 from evaclip.plan.recorder import FLOPS
 from evaclip.plan.step import plan_step
 from evaclip.train.build import build_step, build_task
@@ -45,7 +46,7 @@ def count(config: TrainConfig) -> int:
     for formula in raw.values():
         formula._get_raw = True  # type: ignore[attr-defined]
     with FlopCounterMode(display=False, custom_mapping=raw) as counter:
-        step(torch.randn(2, 3, *task.visual.config.image_shape), targets, 0)
+        step(Batch([torch.randn(2, 3, *task.visual.config.image_shape)], targets), 0)
     return counter.get_total_flops()
 
 

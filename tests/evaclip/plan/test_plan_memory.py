@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from evaclip import Savings
+from evaclip.data import Batch
 from evaclip.data.config import DataConfig
 from evaclip.errors import UserError
 from evaclip.plan.recorder import AVERAGE, OPTIMIZER, PARAMETERS, WHOLE_GRADIENTS, local
@@ -132,7 +133,7 @@ def test_offloaded_bytes_match_real_step(precision: str, optimizer: str) -> None
     with closing(connect("cpu", parallel)) as world:
         task = build_task(config, world)
         step = build_step(config, world, task)
-        step(torch.randn(4, 3, 16, 16), task.stand_ins(4, {4}, lambda tensors: tensors), 0)
+        step(Batch([torch.randn(4, 3, 16, 16)], task.stand_ins(4, {4}, lambda tensors: tensors)), 0)
         state = [value for values in step.optimizer.state.values() for value in values.values()]
         tensors = [*task.model.parameters(), *(p.grad for p in step.parameters), *state]
         assert plan.host == sum(local(tensor).numel() * tensor.itemsize for tensor in tensors)
@@ -186,7 +187,7 @@ def peak_of_step(config: TrainConfig, gpus: int) -> int:
         micro = -(-rows // config.accumulation_steps)
         targets = task.stand_ins(rows, {micro, rows // config.accumulation_steps}, lambda tensors: tensors)
         images = torch.randn(rows, 3, *task.visual.config.image_shape)
-        step(images, targets, 0)
+        step(Batch([images], targets), 0)
         step.optimizer.zero_grad()
         # Images and targets are in host memory, except those of a micro-batch.
         known = [*task.model.parameters(), *task.model.buffers(), *task.extra_tensors()]
@@ -194,7 +195,7 @@ def peak_of_step(config: TrainConfig, gpus: int) -> int:
         known += [value for state in step.optimizer.state.values() for value in state.values()]
         held = sum(local(value).untyped_storage().nbytes() for value in known)
         assert shards_parameters(config, ranks) == (gpus > 1)
-        return held + peak_of(lambda: step(images, targets, 1))
+        return held + peak_of(lambda: step(Batch([images], targets), 1))
 
 
 # CPU kernels of these ops allocate workspaces that GPU kernels don't, such as the float32 result of a bfloat16 matmul,

@@ -21,6 +21,7 @@ from trained_runs import checkpoint, column, evaluations
 from evaclip import create_vision_model
 from evaclip.augmentation import Augmentation
 from evaclip.commands.main import main
+from evaclip.data import Batch
 from evaclip.errors import UserError
 from evaclip.eval.classify import ClassSpace
 from evaclip.model.config import Preprocess
@@ -95,7 +96,8 @@ def test_one_step_equals_the_formulas(mixing: dict[str, Any], accumulation: int)
     before = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     loss = expected_loss(before, model, config)
     loss.backward()
-    result = step_of(model, config, accumulation)(*batch(), STEP)
+    images, labels = batch()
+    result = step_of(model, config, accumulation)(Batch([images], labels), STEP)
     torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=0)
     for name, parameter in model.named_parameters():
         gradient = before[name].grad

@@ -29,6 +29,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from trained_runs import assert_equal, evaluations, records, steps, weights
 
 from evaclip.commands.main import main
+from evaclip.data import Batch
 from evaclip.data.shard_writer import write_shard
 from evaclip.data.workers import WorkerDied
 from evaclip.errors import RanksLost, ReplicasDiffer, UserError
@@ -115,11 +116,11 @@ def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
             course.append(f"wait {number}")
         return Mock(wait=lambda: (course.append(f"wait {number}"), work.wait()))
 
-    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+    def call(self: TrainStep, batch: Batch, number: int, **options: bool) -> Any:
         course.append(f"step {number + 1}")
         if number == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, images, targets, number, **options)
+        return step(self, batch, number, **options)
 
     with ExitStack() as stack:
         world = stack.enter_context(closing(connect("cpu")))
@@ -145,9 +146,9 @@ def save_when_time_is_up(config: TrainConfig) -> None:
     """The clock of the second rank goes forward by an hour in its third step."""
     ahead, step = [0.0], TrainStep.__call__
 
-    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+    def call(self: TrainStep, batch: Batch, number: int, **options: bool) -> Any:
         ahead[0] += 3600 if number == 2 and os.environ["RANK"] == "1" else 0
-        return step(self, images, targets, number, **options)
+        return step(self, batch, number, **options)
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     with patch.object(TrainStep, "__call__", call), patch.object(trainer, "time", clock):
@@ -224,8 +225,8 @@ def damage_rank_1(folder: Path) -> None:
     """Flips the lowest bit of one weight of rank 1 after step 4; writes exit status and stderr of each rank."""
     step, rank = TrainStep.__call__, os.environ["RANK"]
 
-    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
-        result = step(self, images, targets, number, **options)
+    def call(self: TrainStep, batch: Batch, number: int, **options: bool) -> Any:
+        result = step(self, batch, number, **options)
         if number == 3 and rank == "1":
             self.parameters[0].data.view(torch.int32).view(-1)[0] ^= 1
         return result

@@ -15,6 +15,7 @@ from plain_vision import plain_angles, plain_blocks, plain_norm, plain_patches, 
 from small_tasks import OPTIONS
 from torch import Tensor, nn
 
+from evaclip.data import Batch
 from evaclip.data.masks import BlockMasks
 from evaclip.factory import create_masked_image_model, create_model
 from evaclip.model.config import Savings
@@ -77,7 +78,7 @@ def test_every_gradient_is_that_of_the_papers(name: str, layers: int, recompute:
     optim = OptimConfig(lr=0.0)
     optimizer = build_optimizer(parameter_groups(student, task.towers, optim), optim)
     step = TrainStep(task, optimizer, StepOptions(accumulation_steps=accumulation), World(torch.device("cpu")))
-    result = step(images, masked, step=0)
+    result = step(Batch([images], masked), step=0)
 
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-12, atol=0)
     assert -1 < expected < 1

@@ -233,4 +233,4 @@ def test_tokens_are_the_rows_that_reach_the_blocks(
         images = drop_patches(pack_images([torch.randn(3, 4 * size, 8) for size in (1, 3, 2)], 4), dropout)
     small_model.train()(images, tokens)
     task = Contrastive(small_model, ContrastiveLoss(LossConfig()))
-    assert task.tokens_computed(Batch(images, tokens, 3, 0)) == sum(rows)
+    assert task.tokens_computed(Batch([images], tokens)) == sum(rows)

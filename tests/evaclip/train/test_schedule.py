@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from small_tasks import OPTIONS
 from trained_runs import assert_equal, checkpoint, column, weights
 
+from evaclip.data import Batch
 from evaclip.errors import UserError
 from evaclip.factory import create_model
 from evaclip.model.clip import CLIP
@@ -118,9 +119,9 @@ def test_the_course_of_the_size() -> None:
 def test_resolution_parts_resume_bit_exactly(run_config, tmp_path, monkeypatch):
     original, seen = TrainStep.__call__, list[int]()
 
-    def step(self: TrainStep, images: torch.Tensor, *rest: Any, **options: bool) -> StepResult:
-        seen.append(images.shape[-1])
-        return original(self, images, *rest, **options)
+    def step(self: TrainStep, batch: Batch, *rest: Any, **options: bool) -> StepResult:
+        seen.append(batch.images.shape[-1])
+        return original(self, batch, *rest, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     common = (PHASES, "checkpoint={every_steps: 1, keep: 9}", "model.patch_dropout=0.25", "eval.every_steps=3")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from trained_runs import assert_equal, checkpoint, column, evaluations, records, steps, weights
 
+from evaclip.data import Batch
 from evaclip.train.checkpoint import load_state
 from evaclip.train.config import TrainConfig
 from evaclip.train.step import StepResult, TrainStep
@@ -49,9 +49,9 @@ def test_a_spike_goes_back_and_leaves_the_data_out(run_config, monkeypatch, caps
     original = TrainStep.__call__
     calls = []
 
-    def spiking(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
+    def spiking(self: TrainStep, batch: Batch, step: int, **options: bool) -> StepResult:
         calls.append(step)
-        result = original(self, images, tokens, step, **options)
+        result = original(self, batch, step, **options)
         return replace(result, loss=result.loss + (100 if 8 <= len(calls) <= 9 else 0))
 
     monkeypatch.setattr(TrainStep, "__call__", spiking)
@@ -70,10 +70,10 @@ def test_spike_detector_returns_with_the_weights(run_config, monkeypatch, capsys
     original = TrainStep.__call__
     calls = []
 
-    def step(self: TrainStep, images: Tensor, tokens: Tensor, step: int, **options: bool) -> StepResult:
+    def step(self: TrainStep, batch: Batch, step: int, **options: bool) -> StepResult:
         calls.append(step)
         loss = 100.0 if 20 <= len(calls) <= 21 else 3.0 - (step >= 12) + 0.01 * (step % 3)
-        return replace(original(self, images, tokens, step, **options), loss=torch.tensor(loss))
+        return replace(original(self, batch, step, **options), loss=torch.tensor(loss))
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     saving = "checkpoint={every_steps: 10, keep: 99}"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_step import contrastive_step, random_batch
+from contrastive_step import as_batch, contrastive_step, random_batch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from evaclip.data.loader import Rows
+from evaclip.data import Batch
 from evaclip.model.clip import CLIP
 from evaclip.model.config import Savings
 from evaclip.packing import pack_images
@@ -56,7 +56,7 @@ def test_accumulation_equals_the_whole_batch(small_model, batch, loss, recompute
         step = make_step(
             copy.deepcopy(small_model), StepOptions(accumulation_steps=accumulation), LossConfig(name=loss)
         )
-        result = step(images, batch[1], step=3)
+        result = step(as_batch(images, batch[1]), step=3)
         found.append((result, gradients(step)))
     (whole, whole_gradients), (chunked, chunked_gradients) = found
     assert whole_gradients.keys() == chunked_gradients.keys()
@@ -113,7 +113,7 @@ def test_locked_tower_runs_once_as_in_evaluation(run_config, locked):
         module.register_forward_hook(lambda module, args, out, tower=tower: found[tower].append(out.detach()))
     step = build_step(config, World(torch.device("cpu")), task)
     images, tokens = random_batch()
-    step(images, tokens, 0)
+    step(as_batch(images, tokens), 0)
     other = {"visual": "text", "text": "visual"}[locked]
     assert (len(found[locked]), len(found[other])) == (4, 8)
     step.task.model.eval()
@@ -124,7 +124,7 @@ def test_locked_tower_runs_once_as_in_evaluation(run_config, locked):
 def test_locked_blocks_have_no_stochastic_depth(run_config):
     config = run_config("model={lock_image: true, lock_image_unlocked_groups: 2}", "model.options.vision.drop_path=0.9")
     task = build_task(config, World(torch.device("cpu")))
-    build_step(config, World(torch.device("cpu")), task)(*random_batch(), 0)
+    build_step(config, World(torch.device("cpu")), task)(as_batch(*random_batch()), 0)
     assert [block.training for block in task.visual.blocks] == [False, True]
 
 
@@ -144,16 +144,16 @@ def test_micro_batches_have_equal_tokens(lengths):
 def test_a_step_that_is_not_finite_changes_nothing(small_model, batch, optimizer, where):
     step = make_step(small_model, StepOptions(grad_clip_norm=1.0), name=optimizer)
     images, tokens = batch
-    step(images, tokens, step=0)
+    step(as_batch(images, tokens), step=0)
     before = copy.deepcopy(small_model.state_dict())
     moments = copy.deepcopy(step.optimizer.state_dict()["state"])
     if where == "loss":
         bad = images.clone()
         bad[0, 0, 0, 0] = math.nan
-        result = step(bad, tokens, step=1)
+        result = step(as_batch(bad, tokens), step=1)
     else:
         handle = small_model.text.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
-        result = step(images, tokens, step=1)
+        result = step(as_batch(images, tokens), step=1)
         handle.remove()
     assert result.found_inf == 1
     for name, value in small_model.state_dict().items():
@@ -161,7 +161,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small_model, batch, optimizer
     for index, state in step.optimizer.state_dict()["state"].items():
         for key, value in state.items():
             assert torch.equal(value, moments[index][key]), key
-    step(images, tokens, step=2)
+    step(as_batch(images, tokens), step=2)
     assert (int(step.skipped), int(step.skipped_in_a_row)) == (1, 0)
     assert not torch.equal(small_model.visual.head.weight, before["visual.head.weight"])
 
@@ -177,7 +177,7 @@ def test_16_bit_gradients_are_summed_in_float32(small_model, batch, dtype, accum
         parameter.register_hook(lambda part, name=name: sums.update({name: sums.get(name, 0.0) + part.double()}))
     for number in range(2):
         sums.clear()
-        result = step(*batch, number)
+        result = step(as_batch(*batch), number)
         found = gradients(step)
         assert found.keys() == sums.keys()
         for name, gradient in found.items():
@@ -197,7 +197,7 @@ def test_every_precision_trains(small_model, batch, precision, accumulation):
     options = StepOptions(precision=precision, accumulation_steps=accumulation, grad_clip_norm=1.0)
     step = make_step(small_model, options)
     step.loss_scale.scale.clamp_(max=1024.0)
-    losses = [step(*batch, number).loss for number in range(8)]
+    losses = [step(as_batch(*batch), number).loss for number in range(8)]
     assert losses[0].dtype == torch.float32
     assert int(step.skipped) == 0
     assert losses[-1] < losses[0] - 0.1
@@ -210,7 +210,7 @@ def test_amp_computes_the_loss_in_float32(small_model: CLIP, batch: tuple[Tensor
         image_features.float(), text_features.float(), small_model.logit_scale.exp()
     )
     found = {
-        precision: make_step(copy.deepcopy(small_model), StepOptions(precision=precision))(*batch, 0).loss
+        precision: make_step(copy.deepcopy(small_model), StepOptions(precision=precision))(as_batch(*batch), 0).loss
         for precision in ("fp32", "amp_bf16")
     }
     assert torch.equal(found["amp_bf16"], expected.detach())
@@ -224,7 +224,7 @@ def test_clipping_bounds_the_norm(small_model, batch, precision, optimizer):
     step = make_step(small_model, StepOptions(precision=precision, grad_clip_norm=0.01), name=optimizer)
     step.loss_scale.scale.clamp_(max=1024.0)
     scale = step.loss_scale.scale.clone()
-    result = step(*batch, 0)
+    result = step(as_batch(*batch), 0)
     norm = torch.stack([gradient.norm() for gradient in gradients(step).values()]).norm() / scale
     averages = [state["exp_avg"].norm() for state in step.optimizer.state.values()]
     assert result.grad_norm > 0.1
@@ -235,7 +235,7 @@ def test_clipping_bounds_the_norm(small_model, batch, precision, optimizer):
 @pytest.mark.parametrize(("start", "bound"), [(100.0, math.log(100)), (-1.0, 0.0)])
 def test_logit_scale_is_clamped(small_model: CLIP, batch: tuple[Tensor, Tensor], start: float, bound: float) -> None:
     torch.nn.init.constant_(small_model.logit_scale, start)
-    make_step(small_model, lr=1e-6)(*batch, 0)
+    make_step(small_model, lr=1e-6)(as_batch(*batch), 0)
     assert small_model.logit_scale.item() == pytest.approx(bound)
 
 
@@ -244,9 +244,9 @@ def test_how_far_the_towers_moved(small_model: CLIP, batch: tuple[Tensor, Tensor
     plain = make_step(copy.deepcopy(small_model), name=optimizer)
     step = make_step(small_model, name=optimizer)
     before = copy.deepcopy(small_model)
-    unmeasured = plain(*batch, 0)
+    unmeasured = plain(as_batch(*batch), 0)
     assert (unmeasured.updates, unmeasured.measures) == (None, None)
-    result = step(*batch, 0, measure=True)
+    result = step(as_batch(*batch), 0, measure=True)
     for name, found in result.updates.items():
         old = [p.detach().double() for p in getattr(before, name).parameters()]
         new = [p.detach().double() for p in getattr(small_model, name).parameters()]
@@ -268,7 +268,7 @@ def test_the_accuracy_is_that_of_the_whole_batch(small_model, batch, accumulatio
     right = sum(int((own @ text.T).argmax() == row) for row, own in enumerate(image))
     assert 0 < right < BATCH
     step = make_step(small_model, StepOptions(accumulation_steps=accumulation))
-    measures = step(*batch, 0, measure=True).measures
+    measures = step(as_batch(*batch), 0, measure=True).measures
     assert measures["accuracy"] == right / BATCH
     torch.testing.assert_close(measures["logit_scale"].float(), small_model.logit_scale.detach().exp())
 
@@ -279,9 +279,9 @@ def test_levels_in_parts_are_the_normalised_batch(small_model, batch, accumulati
     levels = torch.randint(0, 256, batch[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = Normalization(small_model.config.preprocess)(levels)
     found = []
-    for images in (whole, levels, Rows([levels[:3], levels[3:4], levels[4:]])):
+    for pieces in ([whole], [levels], [levels[:3], levels[3:4], levels[4:]]):
         step = make_step(copy.deepcopy(small_model), StepOptions(accumulation_steps=accumulation))
-        result = step(images, batch[1], step=0)
+        result = step(Batch(pieces, batch[1]), step=0)
         found.append({"loss": result.loss, **gradients(step)})
     for others in found[1:]:
         assert all(torch.equal(value, found[0][name]) for name, value in others.items())
@@ -295,7 +295,7 @@ def test_next_micro_batch_is_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> No
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def to(self, device: Any, non_blocking: bool) -> "Chunk":
+        def images_on(self, device: Any, non_blocking: bool) -> "Chunk":
             log.append(f"copy {self.number} on {streams[-1]}")
             assert non_blocking
             return self

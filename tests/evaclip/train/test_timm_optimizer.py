@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contrastive_step import contrastive_step, random_batch
+from contrastive_step import as_batch, contrastive_step, random_batch
 from processes import in_processes
 from sharded_run import train_all
 from torch.multiprocessing import ProcessRaisedException
@@ -90,9 +90,9 @@ def test_timm_optimizer_skips_nonfinite_step(small_model) -> None:
     step = contrastive_step(small_model, OptimConfig(name="timm/lion", lr=1e-2))
     images, tokens = random_batch()
     before = [parameter.clone() for parameter in small_model.parameters()]
-    assert step(images * float("nan"), tokens, 0).found_inf == 1
+    assert step(as_batch(images * float("nan"), tokens), 0).found_inf == 1
     assert all(map(torch.equal, before, small_model.parameters()))
-    step(images, tokens, 1)
+    step(as_batch(images, tokens), 1)
     assert not all(map(torch.equal, before, small_model.parameters()))
 
 

@@ -49,7 +49,7 @@ def change_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
 
         def batches(self: TrainLoader, position: int = 0) -> Iterator[Batch]:
             for batch in original(self, position):
-                yield change(batch.position // len(batch.images), batch)
+                yield change(batch.position // len(batch), batch)
 
         monkeypatch.setattr(TrainLoader, "batches", batches)
 
@@ -59,7 +59,7 @@ def change_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
 def nan_in(*numbers: int) -> Change:
     def change(number: int, batch: Batch) -> Batch:
         if number in numbers:
-            return replace(batch, images=torch.full(batch.images.shape, math.nan))
+            return replace(batch, pieces=[torch.full(batch.images.shape, math.nan)])
         return batch
 
     return change
@@ -230,10 +230,10 @@ def test_failed_save_hides_no_other_error(run_config, monkeypatch, capsys, tmp_p
     monkeypatch.setattr(saver.checkpoint, "save", fail)
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> StepResult:
+    def call(self: TrainStep, batch: Batch, number: int, **options: bool) -> StepResult:
         if number == 4:
             raise RunFailed("the true error")
-        return original(self, images, targets, number, **options)
+        return original(self, batch, number, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", call)
     with pytest.raises(RunFailed, match="the true error"):

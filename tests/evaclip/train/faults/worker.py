@@ -44,11 +44,11 @@ def numbers(images: torch.Tensor) -> list[int]:
 def write_down_samples() -> None:
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, step: int, **options: bool) -> Any:
-        line = json.dumps({"step": step, "numbers": numbers(images)})
+    def call(self: TrainStep, batch: Batch, step: int, **options: bool) -> Any:
+        line = json.dumps({"step": step, "numbers": numbers(batch.images)})
         with (Path(os.environ["FAULT_FOLDER"]) / f"samples-{os.environ['RANK']}.jsonl").open("a") as file:
             file.write(line + "\n")
-        return original(self, images, targets, step, **options)
+        return original(self, batch, step, **options)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -71,10 +71,10 @@ def strike_in(blow, seconds, number, times=1, victims=VICTIMS["SIGTERM"]):
     """Sends the victims a signal some time after the beginning of the step `blow`, or several, as long apart."""
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, step: int, **options: bool) -> Any:
+    def call(self: TrainStep, batch: Batch, step: int, **options: bool) -> Any:
         if step == blow:
             threading.Thread(target=strike, daemon=True).start()
-        return original(self, images, targets, step, **options)
+        return original(self, batch, step, **options)
 
     def strike() -> None:
         for _ in range(times):
@@ -123,13 +123,13 @@ def fail_in(step: int) -> None:
     """This process raises between the forward pass of a step and its update, when others wait for its gradients."""
     original = TrainStep.__call__
 
-    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, number: int, **options: bool) -> Any:
+    def call(self: TrainStep, batch: Batch, number: int, **options: bool) -> Any:
         def raised(*_: Any) -> None:
             raise RuntimeError("a fault")
 
         if number == step:
             self.parameters[0].register_hook(raised)
-        return original(self, images, targets, number, **options)
+        return original(self, batch, number, **options)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -138,7 +138,7 @@ def fill_log(step: int) -> None:
     """The files that this process writes line by line are on a full disk for two steps."""
     original, full, before = TrainStep.__call__, os.open("/dev/full", os.O_WRONLY), {}
 
-    def call(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, number: int, **options: bool) -> Any:
+    def call(self: TrainStep, batch: Batch, number: int, **options: bool) -> Any:
         if number == step:
             links = list(Path("/proc/self/fd").iterdir())
             for descriptor in [int(link.name) for link in links if os.path.realpath(link).endswith(".jsonl")]:
@@ -147,7 +147,7 @@ def fill_log(step: int) -> None:
         elif number == step + 2:
             for descriptor, saved in before.items():
                 os.dup2(saved, descriptor)
-        return original(self, images, targets, number, **options)
+        return original(self, batch, number, **options)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 
@@ -161,7 +161,7 @@ def poison(batch: int) -> None:
             if index == batch:
                 images = Normalization(Preprocess())(loaded.images)
                 images[0, 2] = float("nan")  # blue isn't part of the number
-                loaded = replace(loaded, images=images)
+                loaded = replace(loaded, pieces=[images])
             yield loaded
 
     TrainLoader.batches = batches  # type: ignore[assignment, method-assign]
