@@ -42,10 +42,10 @@ class PackedImages:
         return type(self)(self.patches[rows], self.positions[rows], self.sizes[images], lengths, longest)
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The images of all parts, on one device."""
-        patches, positions, sizes, lengths = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
-        return cls(patches, positions, sizes, lengths, max(part.max_length for part in parts))
+    def concatenate(cls, pieces: Sequence[Self]) -> Self:
+        """The images of all pieces, which are on one device."""
+        patches, positions, sizes, lengths = map(torch.cat, zip(*(piece.tensors() for piece in pieces), strict=True))
+        return cls(patches, positions, sizes, lengths, max(piece.max_length for piece in pieces))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The images with `function` applied to every tensor."""

@@ -60,8 +60,8 @@ _packed = PackedTransform(_native, 4)
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize(("workers", "transform"), [(0, number_transform), (2, number_transform), (2, _packed)])
-def test_batch_in_parts_is_bit_exact(shards, monkeypatch, workers, transform):
-    """To the bit, with bad samples in it, from a position in the middle, as one tensor or in parts for a GPU."""
+def test_batch_in_pieces_is_bit_exact(shards, monkeypatch, workers, transform):
+    """To the bit, with bad samples in it, from a position in the middle, as one piece or several."""
     write_shard(
         Path(shards).parent / "01.tar", (damaged(i, **({"png": None} if i == 33 else {})) for i in range(20, 50))
     )
@@ -70,14 +70,14 @@ def test_batch_in_parts_is_bit_exact(shards, monkeypatch, workers, transform):
     monkeypatch.setattr(loader, "UNIT", 5)
     options = {"workers": workers, "transform": transform}
     batches = take(make_loader(source, 16, **options), 6, position=24)
-    in_parts = take(make_loader(source, 16, pin=True, **options), 6, position=24)
-    for whole, batch, parts in zip(expected, batches, in_parts, strict=True):
+    pinned = take(make_loader(source, 16, pin=True, **options), 6, position=24)
+    for whole, batch, several in zip(expected, batches, pinned, strict=True):
         assert_same_images(batch.images, whole.images)
         assert torch.equal(batch.targets, whole.targets)
         assert (batch.position, batch.skipped) == (whole.position, whole.skipped)
-        assert [len(piece) for piece in parts.pieces] == [4, 4, 4, 4]
+        assert [len(piece) for piece in several.pieces] == [4, 4, 4, 4]
         for rows in (slice(0, 16), slice(3, 9), slice(4, 8), slice(15, 16)):
-            assert_same_images(parts[rows].images, whole.images[rows])
+            assert_same_images(several[rows].images, whole.images[rows])
     assert sum(batch.skipped for batch in batches) >= 1
 
 
