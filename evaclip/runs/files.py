@@ -4,6 +4,7 @@ RUN/config.yaml  log.jsonl  events.jsonl  tensorboard/  wandb/  checkpoints/late
 RUN/flight-recorder/rank_0 (last NCCL collectives of each rank, after a timeout)
 RUN/lock (while a process trains)  evaluations/  galleries/ (what `evaclip eval` measured)  report.html
 step_.../model.safetensors  ema.safetensors  optimizer/  model.json  preprocess.json  classes.json  state.pt  meta.json
+step_.../random/ (states of the random generators, a file per rank)
 step_.../hf_text/ (config.json and tokenizer of a text tower of transformers)
 step_.../model.safetensors.parts/  ema.safetensors.parts/ (of a sharded run, until they are joined in their place)
 """
@@ -32,6 +33,7 @@ HF_TEXT_FOLDER = "hf_text"
 CLASSES_FILE = "classes.json"
 """The names of a classifier's classes, by label, if they have any."""
 STATE_FILE = "state.pt"
+RANDOM_FOLDER = "random"
 META_FILE = "meta.json"
 
 STOPPED = "stopped by a signal"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evaclip.errors import UserError
-from evaclip.runs.files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, STATE_FILE
+from evaclip.runs.files import EMA_FILE, LATEST_FILE, META_FILE, MODEL_FILE, OPTIMIZER_FOLDER, RANDOM_FOLDER, STATE_FILE
 from evaclip.weights.files import save_file
 from evaclip.weights.shards import (
     DTYPES,
@@ -37,7 +37,9 @@ from evaclip.weights.shards import (
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
+_READABLE = (4, FORMAT)
+"""Format 4 has the random states of all ranks in `STATE_FILE`."""
 _NAMED = 10
 """Number of damaged files that a message names."""
 _UNFINISHED = ".unfinished-"
@@ -77,6 +79,7 @@ class Content:
         state: all else that resuming needs; tensors and plain values only.
         meta: facts for people and for choosing among checkpoints.
         files: further files by path.
+        random: states of random generators by rank; of the ranks that have no other writer.
     """
 
     model: Mapping[str, Tensor]
@@ -86,6 +89,7 @@ class Content:
     state: Mapping[str, Any]
     meta: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
+    random: Mapping[int, Any] = field(default_factory=dict)
 
 
 def folder_name(step: int) -> str:
@@ -123,8 +127,18 @@ def save(root: Path, step: int, content: Content, group: Any = None) -> Path:
 
 
 def _write_rank_files(unfinished: Path, content: Content, group: Any) -> dict[str, Any]:
-    """Writes and flushes the tensors that this rank holds; returns the fingerprints of its files."""
-    return _flushed(unfinished, _write_tensors(unfinished, content, group))
+    """Writes and flushes what this rank holds; returns the fingerprints of its files."""
+    paths = _write_tensors(unfinished, content, group)
+    (unfinished / RANDOM_FOLDER).mkdir(exist_ok=True)
+    for rank, state in content.random.items():
+        paths.append(unfinished / random_file(rank))
+        torch.save(state, paths[-1])
+    return _flushed(unfinished, paths)
+
+
+def random_file(rank: int) -> str:
+    """The file of a rank's random states in a checkpoint."""
+    return f"{RANDOM_FOLDER}/{rank:05d}.pt"
 
 
 def _flushed(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
@@ -310,14 +324,14 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{META_FILE} cannot be read ({exc.strerror})") from exc
     except ValueError as exc:
         raise DamagedCheckpoint(f"{META_FILE} is not JSON") from exc
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"its format is not {FORMAT}, the one this version reads")
+    if not isinstance(meta, dict) or meta.get("format") not in _READABLE:
+        raise DamagedCheckpoint(f"its format is none of {_READABLE}, which this version reads")
     return meta
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """`Content.state` with tensors on the CPU; no code of the file is run."""
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+def load_state(folder: Path, file: str = STATE_FILE) -> dict[str, Any]:
+    """`Content.state`, or another file that `torch.save` wrote, with tensors on the CPU; no code in it is run."""
+    state: dict[str, Any] = torch.load(folder / file, map_location="cpu", weights_only=True)
     return state
 
 

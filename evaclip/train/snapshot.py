@@ -59,8 +59,10 @@ def take(run: Run, position: Position, *, calm: bool) -> checkpoint.Content | No
     Args:
         calm: the loss shows no spike.
     """
-    states = run.world.gather(rng.capture(run.world.device))
-    if not (run.world.is_main or is_sharded(run.model)):
+    own = rng.capture(run.world.device)
+    sharded = is_sharded(run.model)
+    states = {run.world.rank: own} if sharded else dict(enumerate(run.world.gather(own)))
+    if not (run.world.is_main or sharded):
         return None
     step = run.step
     tensors, scalars = take_moments(run.model, step.optimizer)
@@ -72,7 +74,7 @@ def take(run: Run, position: Position, *, calm: bool) -> checkpoint.Content | No
         "spikes": position.spikes,
         "train_step": step.state_dict(),
         "moments": scalars,
-        "rng": states,
+        "ranks": run.world.size,
         "fingerprint": run.source.fingerprint,
         "taught_by": run.task.teacher_identity(),
         "config": training_tree(run.config),
@@ -83,6 +85,7 @@ def take(run: Run, position: Position, *, calm: bool) -> checkpoint.Content | No
         moments=tensors,
         descriptions=run.task.descriptions(run.config),
         files=run.task.files,
+        random=states,
         state=state,
         meta={
             "samples": position.samples,
@@ -151,10 +154,14 @@ def restore(folder: Path, run: Run) -> tuple[Position, list[str]]:
     forget_gathered(run.model)
     if run.ema:
         _put_average(folder, run.ema, remarks)
-    if len(state["rng"]) == run.world.size:
-        rng.restore(state["rng"][run.world.rank], run.world.device)
+    together = state.get("rng")  # of format 4
+    ranks = len(together) if together else state["ranks"]
+    if ranks == run.world.size:
+        rank = run.world.rank
+        own = together[rank] if together else checkpoint.load_state(folder, checkpoint.random_file(rank))
+        rng.restore(own, run.world.device)
     else:
-        remarks.append(f"{len(state['rng'])} ranks wrote the checkpoint, {run.world.size} resume it: new random states")
+        remarks.append(f"{ranks} ranks wrote the checkpoint, {run.world.size} resume it: new random states")
     progress = ("step", "samples", "bad_samples", "seconds", "spikes")
     return Position(**{name: state[name] for name in progress}), remarks
 

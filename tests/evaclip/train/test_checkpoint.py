@@ -46,7 +46,7 @@ def names(root: Path) -> list[str]:
 def test_everything_comes_back(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 7)
     assert folder == tmp_path / "step_00000007"
-    files = ["ema.safetensors", "meta.json", "model.safetensors", "optimizer", "preprocess.json", "state.pt"]
+    files = ["ema.safetensors", "meta.json", "model.safetensors", "optimizer", "preprocess.json", "random", "state.pt"]
     assert names(folder) == files
     assert names(tmp_path) == ["latest", "step_00000007"]
     meta = checkpoint.read_meta(folder)

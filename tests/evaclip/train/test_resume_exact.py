@@ -1,7 +1,9 @@
 """Killed without warning and resumed, a run ends at the same bits as one that was never disturbed."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from trained_runs import assert_equal, checkpoint, column, weights
 from evaclip.train.config import TrainConfig
 from evaclip.train.progress import PlainLines, Record
 from evaclip.train.trainer import train
+from evaclip.weights.shards import fingerprint
 
 VARIANTS = {
     "adamw_workers_ema": ["optim.name=adamw", "data.workers=2", "ema_decay=0.9", "optim.grad_clip_norm=1.0"],
@@ -70,5 +73,24 @@ def test_kill_and_resume_is_bit_exact(task, variant, run_config, capsys):
     for key in ("step", "loss", "lr"):
         assert column(resumed, key) == column(straight, key)
     assert column(resumed, "step") == list(range(1, 9))
-    # Moments, loss scale, random states and positions.
-    assert_equal(torch.load(checkpoint(resumed, 8) / "state.pt"), torch.load(checkpoint(straight, 8) / "state.pt"))
+    # Moments, loss scale, positions and random states.
+    for file in ("state.pt", "random/00000.pt"):
+        assert_equal(torch.load(checkpoint(resumed, 8) / file), torch.load(checkpoint(straight, 8) / file))
+
+
+def test_resume_from_format_4_is_bit_exact(run_config):
+    """Format 4 has the random states of all ranks in state.pt."""
+    common = ["schedule.steps=4", "checkpoint={every_steps: 2}", *TASKS["clip"].drop_path]
+    straight = train(run_config(*common, "name=straight")).folder
+    folder = shutil.copytree(checkpoint(straight, 2), straight.parent / "step_00000002")
+    state = torch.load(folder / "state.pt")
+    assert state.pop("ranks") == 1
+    torch.save({**state, "rng": [torch.load(folder / "random/00000.pt")]}, folder / "state.pt")
+    shutil.rmtree(folder / "random")
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["files"]["random/00000.pt"]
+    meta["files"]["state.pt"] = fingerprint(folder / "state.pt")
+    (folder / "meta.json").write_text(json.dumps({**meta, "format": 4}))
+    resumed = train(run_config(*common), resume=str(folder)).folder
+    assert_equal(weights(resumed, 4), weights(straight, 4))
+    assert_equal(*(torch.load(checkpoint(run, 4) / "random/00000.pt") for run in (resumed, straight)))
