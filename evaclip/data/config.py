@@ -38,7 +38,9 @@ class RemoteConfig:
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds without a byte after which a fetch fails."""
     attempts: Count = 5
-    """Fetches of a shard, with growing pauses, before its samples are replaced."""
+    """Least fetches of a shard, with growing pauses, before opening fails or its samples are replaced."""
+    patience: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds for which reading waits for an unreachable shard before its samples are replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

@@ -150,8 +150,9 @@ class TrainSamples(Dataset[Any]):
             except BadSample as exc:
                 faults.append(exc.fault)
                 draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
-                # First from the same window: its shards are read anyway.
-                index = self.order.nearby(global_index, draw) if attempt < _NEARBY else draw % len(self.source)
+                # From the same window, whose shards are read anyway; only local shards of others cost no fetch.
+                is_nearby = attempt < _NEARBY or self.source.remote
+                index = self.order.nearby(global_index, draw) if is_nearby else draw % len(self.source)
                 continue
             # Kept for later epochs if all images of the data set would fit into memory.
             if (len(raw.image) + image.width * image.height * 4) * len(self.source) <= _KEPT_BYTES:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
@@ -228,6 +228,7 @@ class RemoteShard:
         version: as which the shard was indexed; None asks the server when it is needed.
         size: in bytes, nearly.
         check: of each new copy; None accepts all.
+        patience: seconds for which failed fetches are repeated, beyond `RemoteConfig.attempts`.
     """
 
     path = None
@@ -239,12 +240,14 @@ class RemoteShard:
         version: Version | None = None,
         size: int = 0,
         check: Check | None = None,
+        patience: float = 0.0,
     ) -> None:
         self.url = url
         self.identity = os.fsencode(url)
         self.cache = cache
         self.size = size
         self.check = check
+        self.patience = patience
         self._version = version
 
     def __str__(self) -> str:
@@ -289,14 +292,16 @@ class ShardCache:
     """Fetches whole shards, once for all processes of a machine, and deletes the copies that were read longest ago.
 
     A copy appears complete or not at all. It is written under a lock that the kernel takes from a process that is
-    killed. A shard that couldn't be fetched is not tried again for five minutes.
+    killed. A shard that outlasted its patience is not tried again for five minutes, and then without patience.
 
     Attributes:
         capacity: bytes that the copies may take together; those being written come on top.
+        patience: see `RemoteConfig`.
     """
 
     def __init__(self, config: RemoteConfig) -> None:
         self.capacity = int(config.cache_gb * 1e9)
+        self.patience = config.patience
         self._config = config
         folder = config.cache_folder
         self._folder = Path(folder).expanduser() if folder else user_cache("shards")
@@ -339,6 +344,9 @@ class ShardCache:
     def fetch(self, shard: RemoteShard, wait: bool = True) -> None:
         """Fetches a shard unless it is there.
 
+        Args:
+            wait: have the shard's patience, and wait for another process or thread that fetches it.
+
         Raises:
             BlockingIOError: without `wait`, another process or thread fetches it.
             RemoteError, UserError: as `opened`.
@@ -349,14 +357,17 @@ class ShardCache:
         moment, failure = self._failures.get(shard.url, (-_FAILURES_LAST, None))
         if failure and time.monotonic() - moment < _FAILURES_LAST:
             raise RemoteError(str(failure), failure.permanent)
+        until = time.monotonic() + (shard.patience if wait and not failure else 0.0)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             # One of 256 locks, so that there aren't as many lock files as shards.
             with locked(self._folder / f"{path.name[:2]}.lock", wait):
                 if not path.exists():
-                    self._fetch_locked(shard, path)
+                    self._fetch_locked(shard, path, until)
+            self._failures.pop(shard.url, None)
         except RemoteError as exc:
-            self._failures[shard.url] = (time.monotonic(), exc)
+            if wait or exc.permanent:
+                self._failures[shard.url] = (time.monotonic(), exc)
             raise
         except BlockingIOError:
             raise
@@ -366,10 +377,10 @@ class ShardCache:
                 " data.remote.cache_folder names another folder"
             ) from exc
 
-    def _fetch_locked(self, shard: RemoteShard, path: Path) -> None:
+    def _fetch_locked(self, shard: RemoteShard, path: Path, until: float) -> None:
         part = path.with_suffix(".part")
         try:
-            self._try(shard.url, partial(self._copy, shard, part))
+            self._try(shard.url, partial(self._copy, shard, part), until)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -406,16 +417,17 @@ class ShardCache:
                     path.unlink(missing_ok=True)
                     total -= facts.st_size
 
-    def _try(self, url: str, action: Callable[[], T]) -> T:
+    def _try(self, url: str, action: Callable[[], T], until: float = 0.0) -> T:
+        """The result of an action, repeated with growing pauses until a time, and `attempts` times at least."""
         pause = _PAUSE
-        for attempt in range(1, self._config.attempts + 1):
+        for attempt in count(1):
             try:
                 return action()
             except RemoteError as exc:
-                if exc.permanent or attempt == self._config.attempts:
-                    raise
                 wait = pause * random.uniform(0.75, 1.25)
-                _LOG.warning("%s: try %d of %d: %s; again in %.1f s", url, attempt, self._config.attempts, exc, wait)
+                if exc.permanent or (attempt >= self._config.attempts and time.monotonic() + wait > until):
+                    raise
+                _LOG.warning("%s: try %d: %s; again in %.1f s", url, attempt, exc, wait)
                 time.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")

@@ -122,7 +122,7 @@ class WebDatasetSource(Source):
             shard: Shard = LocalShard(Path(location))
             if is_remote(location):
                 check = partial(_require_same, self._indexes, facts)
-                shard = RemoteShard(location, self._cache, version, facts.size, check)
+                shard = RemoteShard(location, self._cache, version, facts.size, check, self._cache.patience)
             self._shards[number] = shard, facts
         return self._shards[number]
 

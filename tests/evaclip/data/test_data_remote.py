@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -24,8 +25,8 @@ from evaclip.data.config import RemoteConfig
 from evaclip.data.shard_writer import write_shard
 from evaclip.errors import UserError
 
-QUICK = RemoteConfig(timeout=20, attempts=3)
-IMPATIENT = RemoteConfig(timeout=1, attempts=3)
+QUICK = RemoteConfig(timeout=20, attempts=3, patience=0)
+IMPATIENT = RemoteConfig(timeout=1, attempts=3, patience=0)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -103,7 +104,7 @@ def test_passing_error_is_retried(fault, server, copies, caplog):
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert all(server.url("01.tar") in message and reason in message for message in messages)
-    assert "try 1 of 3" in messages[0]
+    assert "try 1: " in messages[0]
 
 
 @pytest.mark.parametrize(("fault", "reason", "requests"), [(404, "HTTP 404", 1), (500, "HTTP 500", 3)])
@@ -134,6 +135,56 @@ def test_samples_of_missing_shard_are_replaced(server, copies, caplog):
     assert not set(range(20)) & set(numbers(batches))
     assert loader.faults.counts["unreachable shard"] >= sum(batch.skipped for batch in batches) >= 20
     assert f"unreachable shard: {server.url('00.tar')} (sample " in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_outage_changes_no_batch(workers, server, copies, monkeypatch):
+    monkeypatch.setattr(data_remote, "_LONGEST_PAUSE", 0.05)
+    source = open_source(server.url("{00..02}.tar"), remote=RemoteConfig(attempts=1, patience=60))
+    expected = take(make_loader(source), 12)
+    forget_copies(copies)
+    for number in range(3):
+        server.faults[f"{number:02d}.tar"] = [503] * 8
+    loader = make_loader(source, workers=workers)
+    found = take(loader, 12)
+    assert not any(server.faults.values())
+    assert not loader.faults.counts
+    assert [batch.skipped for batch in found] == [0] * 12
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+
+
+def test_shard_that_outlasts_patience_is_replaced(server, copies, monkeypatch):
+    monkeypatch.setattr(data_remote, "_LONGEST_PAUSE", 0.05)
+    source = open_source(server.url("{00..02}.tar"), remote=RemoteConfig(attempts=1, patience=0.5))
+    forget_copies(copies)
+    server.faults["01.tar"] = [503, "always"]
+    began = time.monotonic()
+    assert fault_of(source, 20).kind is FaultKind.UNREACHABLE
+    assert time.monotonic() - began >= 0.3
+    tries = server.gets("01.tar")
+    assert fault_of(source, 21).kind is FaultKind.UNREACHABLE
+    monkeypatch.setattr(data_remote, "_FAILURES_LAST", 0)
+    assert fault_of(source, 21).kind is FaultKind.UNREACHABLE
+    assert server.gets("01.tar") == tries + 1
+    server.faults.clear()
+    assert source[21].caption == "caption 21"
+
+
+def test_replacements_fetch_no_shard_of_another_window(tmp_path, copies):
+    write_twenties(tmp_path, 6)
+    with ShardServer(tmp_path).running() as server:
+        source = open_source(server.url("n{0..5}.tar"), remote=QUICK)
+        forget_copies(copies)
+        loader = make_loader(source, batch_size=4, window=20)
+        now, after = ({f"n{shard}.tar" for shard in shards} for shards in loader._order.shards(np.arange(4)))
+        for name in now:
+            server.faults[name] = [404, "always"]
+        server.requests.clear()
+        with pytest.raises(UserError, match="samples in a row"):
+            next(loader.batches())
+        assert {request.removeprefix("GET /") for request in server.requests} <= now | after
 
 
 def test_missing_shards_on_opening(server):
