@@ -25,15 +25,21 @@ _AT_A_TIME = 64
 """Pending shards: each keeps a file open."""
 _SECONDS_BETWEEN_REPORTS = 10.0
 _TRIM_EVERY = 256
+_AHEAD = 2**17
 _CAPACITY = 10 * 10**9
 _ARRAYS = ("key_text", "key_ends", "starts", "codes", "blocks", "sizes")
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A tar file of this machine, with the interface of `RemoteShard` as far as `IndexCache` uses it."""
+    """A tar file of a mounted file system, with the interface of `RemoteShard` as far as its users need it.
+
+    Attributes:
+        size: in bytes, nearly.
+    """
 
     path: Path
+    size: int = 0
 
     def __str__(self) -> str:
         return str(self.path)
@@ -55,6 +61,21 @@ class LocalShard:
     def index(self) -> TarIndex:
         """Reads the headers. Raises UserError as `build_index` does."""
         return build_index(self.path)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of shards that may be read ahead: a quarter of the machine's memory, which holds the page cache."""
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+    def fetch_ahead(self) -> None:
+        """Makes the kernel read the file from start to end into the page cache, without waiting. Raises OSError.
+
+        Pages that are there or on their way aren't read again, so a machine reads once what its processes ask for.
+        """
+        with self.path.open("rb") as file:
+            # A longer range would be read only up to the device's limit.
+            for offset in range(0, os.fstat(file.fileno()).st_size, _AHEAD):
+                os.posix_fadvise(file.fileno(), offset, _AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 Shard = LocalShard | RemoteShard

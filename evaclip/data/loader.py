@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from evaclip.data.config import DEFAULT_WINDOW
 from evaclip.data.mixture import MixedOrder, MixtureSource
 from evaclip.data.order import I64, U64, SampleOrder, mix, rows_by_node, sample_order
-from evaclip.data.remote import Prefetcher
+from evaclip.data.remote import Prefetcher, RemoteShard
 from evaclip.data.samples import BadSample, Decoding, Fault, FaultLog, decode_image
 from evaclip.data.source import Source
 from evaclip.data.workers import WorkerLoader
@@ -112,9 +112,8 @@ class TrainSamples(Dataset[Any]):
         Returns a UserError instead of raising it, see `WorkerLoader`.
         """
         source, seed = self.source, self.seed
-        if source.remote:
-            now, after = self.order.shards(global_indices)
-            self._prefetcher.want(source.remote_shards([*now, *after]))
+        now, after = self.order.shards(global_indices)
+        self._prefetcher.want(source.tar_shards([*now, *after]))
         indices = self.order.indices(global_indices).tolist()
         caption_draws = mix(seed, _CAPTION, global_indices).tolist()
         image_seeds = (mix(seed, _AUGMENTATION, global_indices) >> np.uint64(1)).tolist()
@@ -170,7 +169,7 @@ class TrainLoader:
     The global batch at position p holds the samples with the global indices [p, p + batch_size), sorted by canonical
     node; rank r gets the rows of `rank_rows`. Samples, order, captions and augmentation of a batch depend on
     seed and position only. Epochs have no gap between them, so a batch can hold the end of one and the start of the
-    next. A bad sample is logged and replaced by one that its global index determines. The next remote shards are
+    next. A bad sample is logged and replaced by one that its global index determines. Shards of the next window are
     prefetched.
 
     Args:
@@ -267,8 +266,8 @@ class TrainLoader:
 
     def _require_room(self, rows: range, window: int, ranks: int) -> None:
         """Raises UserError if the cache is too small for the remote shards that a machine reads at the same time."""
-        samples = self._samples
-        shards = samples.source.remote_shards(samples.order.shards(self._in_order(0, rows))[0])
+        wanted = self._samples.source.tar_shards(self._samples.order.shards(self._in_order(0, rows))[0])
+        shards = [shard for shard in wanted if isinstance(shard, RemoteShard)]
         size = sum(shard.size for shard in shards)
         if shards and size > (capacity := shards[0].cache.capacity):
             readers = f", which {ranks} processes of this machine read," if ranks > 1 else ""

@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from evaclip.data.index_cache import Shard
 from evaclip.data.order import I64, PERIOD, SampleOrder, mix, sample_order
-from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 from evaclip.errors import UserError
@@ -52,9 +52,9 @@ class MixtureSource(Source):
         number, position = _locate(index, self._ends)
         return self.sources[number].name(position)
 
-    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
+    def tar_shards(self, shards: Sequence[int]) -> list[Shard]:
         located = (_locate(shard, self._shard_ends) for shard in shards)
-        return [shard for number, index in located for shard in self.sources[number].remote_shards([index])]
+        return [shard for number, index in located for shard in self.sources[number].tar_shards([index])]
 
     def close(self) -> None:
         for source in self.sources:

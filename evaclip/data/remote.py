@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -30,6 +30,9 @@ from evaclip.data.config import RemoteConfig
 from evaclip.data.tar_index import TarIndex, build_index
 from evaclip.errors import UserError
 from evaclip.machine import user_cache
+
+if TYPE_CHECKING:
+    from evaclip.data.index_cache import Shard
 
 _LOG = logging.getLogger("evaclip.data")
 
@@ -266,6 +269,15 @@ class RemoteShard:
         name = f"{self.url}\0{self.version.size}\0{self.version.tag}"
         return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.tar"
 
+    @property
+    def capacity(self) -> int:
+        """Bytes that the copies of shards may take together."""
+        return self.cache.capacity
+
+    def fetch_ahead(self) -> None:
+        """Fetches a copy, unless another process does. Raises BlockingIOError, RemoteError and UserError."""
+        self.cache.fetch(self, wait=False)
+
     def stamp(self) -> tuple[int, int]:
         with self._readable():
             size, tag = self.version.size, self.version.tag
@@ -441,16 +453,16 @@ class Prefetcher:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._shards = list[RemoteShard]()
+        self._shards: Sequence[Shard] = []
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def want(self, shards: Sequence[RemoteShard]) -> None:
+    def want(self, shards: Sequence["Shard"]) -> None:
         """Fetches these in the background, in order and as many as fit, instead of those of the last call."""
         if self._process != os.getpid():
             self.__init__()  # type: ignore[misc]  # a thread isn't forked
         totals = accumulate(shard.size for shard in shards)
-        self._shards = [s for s, total in zip(shards, totals, strict=True) if total <= s.cache.capacity]
+        self._shards = [s for s, total in zip(shards, totals, strict=True) if total <= s.capacity]
         if not self._shards:
             return
         self._news.set()
@@ -460,14 +472,20 @@ class Prefetcher:
             self._thread.start()
 
     def _run(self) -> None:
+        ahead = set[bytes]()  # local shards that have been read ahead and are still wanted
         while True:
             self._news.wait()
             self._news.clear()
+            ahead &= {shard.identity for shard in self._shards}
             for shard in self._shards:
+                if shard.identity in ahead:
+                    continue
                 try:
-                    shard.cache.fetch(shard, wait=False)
-                except (RemoteError, UserError, BlockingIOError) as exc:  # the reader of the shard gets the error
-                    _LOG.debug("%s is not prefetched: %s", shard.url, exc)
+                    shard.fetch_ahead()
+                    if shard.path is not None:
+                        ahead.add(shard.identity)
+                except (RemoteError, UserError, OSError) as exc:  # the reader of the shard gets the error
+                    _LOG.debug("%s is not prefetched: %s", shard, exc)
                 if self._news.is_set():
                     break
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from evaclip.data.index_cache import Shard
 from evaclip.data.order import I64
-from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import WHOLE, Decoding, Fault, RawSample
 
 
@@ -23,7 +23,7 @@ class Source(ABC):
         decoding: how its image files are to be decoded.
         classes: names of the classes where the kind of data has them, in label order; else empty.
         wants_captions: whether a sample without a caption can't be used.
-        remote: whether there are remote shards, see `remote_shards`.
+        remote: whether there are remote shards.
     """
 
     description: str
@@ -71,8 +71,8 @@ class Source(ABC):
         """A number for each sample, equal for samples that share an image; None if no samples do."""
         return None
 
-    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
-        """The remote shards among those of these numbers, in this order."""
+    def tar_shards(self, shards: Sequence[int]) -> list[Shard]:
+        """The tar shards, which can be read ahead, among those of these numbers, in this order."""
         return []
 
     def close(self) -> None:  # noqa: B027 - most kinds hold nothing open

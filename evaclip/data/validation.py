@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from evaclip.data.index_cache import Shard
 from evaclip.data.mixture import MixtureSource
 from evaclip.data.order import I64, mix
-from evaclip.data.remote import RemoteShard
 from evaclip.data.samples import RawSample
 from evaclip.data.source import Source, hash_list
 
@@ -119,5 +119,5 @@ class Rest(Selection):
             raise IndexError(f"sample {index} of {len(self)}")
         return index + int(np.searchsorted(self._before, index, side="right"))
 
-    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
-        return self._source.remote_shards(shards)
+    def tar_shards(self, shards: Sequence[int]) -> list[Shard]:
+        return self._source.tar_shards(shards)

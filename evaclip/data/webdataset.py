@@ -100,8 +100,8 @@ class WebDatasetSource(Source):
         except BadSample:
             return file, ""
 
-    def remote_shards(self, shards: Sequence[int]) -> list[RemoteShard]:
-        return [shard for shard, _ in map(self._shard, shards) if isinstance(shard, RemoteShard)]
+    def tar_shards(self, shards: Sequence[int]) -> list[Shard]:
+        return [shard for shard, _ in map(self._shard, shards)]
 
     def close(self) -> None:
         while self._open_shards:
@@ -119,7 +119,7 @@ class WebDatasetSource(Source):
             if len(self._shards) >= _SHARDS_KEPT:
                 self._shards.clear()
             location, version, facts = self.shards[number]
-            shard: Shard = LocalShard(Path(location))
+            shard: Shard = LocalShard(Path(location), facts.size)
             if is_remote(location):
                 check = partial(_require_same, self._indexes, facts)
                 shard = RemoteShard(location, self._cache, version, facts.size, check, self._cache.patience)

@@ -3,10 +3,12 @@
 import io
 import os
 import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data_samples import picture, sample
+from data_samples import make_loader, picture, sample
 from PIL import EpsImagePlugin, Image
 
 from evaclip.data import BadSample, FaultKind, open_source
@@ -234,3 +236,23 @@ def test_failed_shard_write_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match="no more"):
         write_shard(tmp_path / "a.tar", broken())
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_shards_of_two_windows_are_read_ahead(tmp_path, monkeypatch):
+    for number in range(6):
+        write_shard(tmp_path / f"{number}.tar", map(sample, range(20 * number, 20 * number + 20)))
+    asked = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, *span: asked.append((str(Path(f"/proc/self/fd/{file}").readlink()), span))
+    )
+    loader = make_loader(open_source(str(tmp_path / "{0..5}.tar")), batch_size=4, window=20)
+    expected = [str(tmp_path / f"{shard}.tar") for shards in loader._order.shards(np.arange(4)) for shard in shards]
+    stream = loader.batches()
+    for _ in range(5):  # one window
+        next(stream)
+    deadline = time.monotonic() + 10
+    while len(asked) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert [file for file, _ in asked] == expected
+    assert all(span == (0, 2**17, os.POSIX_FADV_WILLNEED) for _, span in asked)
