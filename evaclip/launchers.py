@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,6 +48,11 @@ def _tasks_of(counts: str) -> list[int]:
 def _first_host(hosts: str) -> str:
     """Of a list as `rack1n[04-07,12],login`: `rack1n04`."""
     return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", hosts)[0])
+
+
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or `srun` started this process, so that it may be started again."""
+    return "TORCHELASTIC_RUN_ID" in environment or "SLURM_STEP_ID" in environment
 
 
 def stop_restarts(mistake: str, *, at_once: bool = False) -> None:

@@ -321,11 +321,12 @@ class SpikeConfig:
 class WatchdogConfig:
     """Reaction to a rank that fetches data, computes a step or saves for too long."""
 
-    seconds: Annotated[float, Field(gt=0)] | None = 1800.0
-    """Time after which a rank prints the stacks of its threads; none never does."""
+    seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    """Time after which a rank prints the stacks of its threads; between two steps it is at least 20 median steps, while
+    saving `parallel.saving_timeout_minutes`. None never does."""
     abort: bool | None = None
-    """Also end the rank, so that torchrun restarts all ranks; none: only under torchrun, and only between two steps, as
-    a first step, an evaluation and a checkpoint may take long."""
+    """Also end the rank, with exit status 75, so that all ranks are restarted; none: under torchrun and srun, between
+    two steps and while saving, as a first step and an evaluation may take long."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -350,10 +351,11 @@ class ParallelConfig:
     """cpu: parameters, gradients and moments are in host memory, where the optimizer runs; a GPU holds a block's
     parameters while it computes with them. No effect on a CPU."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 120.0
-    """Maximum wait for another rank, which opens a cold index or compiles; a rank that died is noticed at once. Between
-    two steps it is 1.2 times `watchdog.seconds`, if less."""
-    saving_timeout_minutes: Annotated[float, Field(gt=0)] = 1440.0
-    """Maximum wait for a rank that writes its shards of a checkpoint; then the run goes on without that checkpoint."""
+    """Maximum wait for another rank, which opens a cold index or compiles; a rank that died is noticed at once, and
+    `watchdog` ends a rank that hangs between two steps."""
+    saving_timeout_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """Maximum wait for a rank that writes its shards of a checkpoint; then the run goes on without that checkpoint. At
+    the next one `watchdog` ends a rank that still writes after as long a wait."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.data.opening import allow_open_files
 from evaclip.data.workers import WorkerDied
@@ -155,18 +155,6 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self.group)
 
-    def set_timeout(self, limit: timedelta, model: nn.Module) -> None:
-        """Sets the timeout of collectives that start from now on, except while saving.
-
-        Args:
-            limit: maximum wait for other ranks.
-            model: its sharded parameters have further groups.
-        """
-        meshes = {parameter.device_mesh for parameter in model.parameters() if is_dtensor(parameter)}
-        groups = {self.group, self.control}.union(*(mesh.get_all_groups() for mesh in meshes))
-        for group in groups - {None}:
-            group.set_timeout(limit)
-
     def close(self) -> None:
         """Leaves the process groups; under NCCL waits until all ranks have finished their collectives."""
         if self.group is not None:
@@ -253,8 +241,8 @@ def naming_lost_ranks(config: ParallelConfig, world: World) -> Iterator[None]:
         text = str(exc).lower()
         if "timed out" in text or "timeout" in text:
             message = (
-                f"another rank must answer within parallel.timeout_minutes={config.timeout_minutes:g}, between two "
-                "steps within 1.2 times watchdog.seconds, if less; the watchdog's lines, if any, name the slow rank"
+                f"another rank must answer within parallel.timeout_minutes={config.timeout_minutes:g}; the watchdog's "
+                "lines, if any, name the slow rank"
             )
             if world.uses_nccl and (line := write_collectives(world.rank)):
                 message += f"; {line}"

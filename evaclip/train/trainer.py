@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -14,11 +13,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from evaclip.data import Batch
 from evaclip.data.samples import BadShare
 from evaclip.errors import RunFailed
+from evaclip.launchers import is_launched
 from evaclip.runs.files import CONFIG_FILE, STOPPED
 from evaclip.runs.lock import RunLock
 from evaclip.runs.log import load_yaml, read_log
@@ -48,9 +47,8 @@ from evaclip.train.tracing import collecting, tracing
 from evaclip.train.watchdog import StopSignals, Watchdog, unwinding_on_sigterm
 from evaclip.weights import is_sharded
 
-_STEP_LIMIT = 1.2
-"""Maximum wait in a collective of a step, as a multiple of `watchdog.seconds`: the watchdog, which is up to 10 % late,
-reports before it."""
+_MEDIAN_STEPS = 20
+"""Median durations of a step after which a rank hangs between two steps, if more than `watchdog.seconds`."""
 _MAD_SCALE = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -255,7 +253,9 @@ class Trainer:
         watch = self.config.watchdog
         record = partial(write_collectives, self.world.rank) if self.world.uses_nccl else None
         self._watchdog = Watchdog(self.world.rank, watch.seconds, watch.abort is True, record)
-        self._is_steady = False
+        self._may_abort = watch.abort is None and is_launched()
+        self._is_steady = False  # whether all ranks go from one step to the next
+        self._step_seconds: deque[float] = deque(maxlen=50)  # of the first step, and the means between log records
         self._votes: Callable[[], tuple[bool, ...]] | None = None
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self.world.device)
@@ -273,15 +273,16 @@ class Trainer:
 
                 while not stopped and self.position.step < self.run.total_steps:
                     stopped = self._phase(signals, end_step)
-            self._expect_steps(False)
-            if self._saved_at != self.position.step:
-                self._save()
-            self._saver.finish()
-            if self._saver.lost():
-                self._save()  # in a new group; nothing follows that could make up for this one
+            self._is_steady = False
+            with self._saving():
+                if self._saved_at != self.position.step:
+                    self._save()
                 self._saver.finish()
-            # torchrun kills ranks that still write once one has ended.
-            self.world.any(False)
+                if self._saver.lost():
+                    self._save()  # in a new group; nothing follows that could make up for this one
+                    self._saver.finish()
+                # torchrun kills ranks that still write once one has ended.
+                self.world.any(False)
             stopped = stopped or self._evaluate(signals)
         if stopped:
             self.report.say(f"{STOPPED}; --resume auto goes on from step {self.position.step}")
@@ -296,7 +297,7 @@ class Trainer:
 
     def _phase(self, signals: StopSignals, end_step: Callable[[], None]) -> bool:
         """The next steps with one image size; True if a signal stopped them."""
-        self._expect_steps(False)  # the first step may open a cold index, and compiles
+        self._is_steady = False  # the first step may open a cold index, and compiles
         self.run.set_image_size(self.position.step)
         # A log record measures steps of one image size.
         self.meter.restart()
@@ -309,17 +310,20 @@ class Trainer:
         size = size_at(self.position.step)
         while self.position.step < self.run.total_steps and size_at(self.position.step) == size:
             before = self.position.samples
-            abort = self.config.watchdog.abort is None and self._is_steady and dist.is_torchelastic_launched()
-            with self._watchdog.phase("data", abort=abort):
+            with self._stepping("data"):
                 batch = self.meter.fetch(batches)
-            with self._watchdog.phase("step", abort=abort):
+            with self._stepping("step"):
+                began = time.monotonic()
                 result = self._step(batch)
                 reached = self.position.step
                 stop, time_is_up = self._vote(signals)
-            self._expect_steps(True)
+            if not self._step_seconds:
+                self._step_seconds.append(time.monotonic() - began)
+            self._is_steady = True
             end_step()
             if result.updates is not None:
-                self._log(result)
+                with self._stepping("log"):  # waits for the device
+                    self._log(result)
             if stop or self.position.step == self.run.total_steps:
                 return stop
             saving, evaluation = self.config.checkpoint, self.config.eval
@@ -342,15 +346,16 @@ class Trainer:
         overlaps = self.world.size > 1 and self._is_steady and not is_last
         return (before if before and overlaps else self._votes)()
 
-    def _expect_steps(self, steady: bool) -> None:
-        """Shortens the timeouts of collectives while all ranks go from one step to the next."""
-        if steady == self._is_steady:
-            return
-        self._is_steady = steady
-        limit, seconds = timedelta(minutes=self.config.parallel.timeout_minutes), self.config.watchdog.seconds
-        if steady and seconds is not None:
-            limit = min(limit, timedelta(seconds=_STEP_LIMIT * seconds))
-        self.world.set_timeout(limit, self.run.model)
+    def _stepping(self, name: str) -> AbstractContextManager[None]:
+        """A phase that ends the rank after some steps' time if it follows a step."""
+        limit = self.config.watchdog.seconds
+        if limit is not None and self._is_steady:
+            limit = max(limit, _MEDIAN_STEPS * median(self._step_seconds))
+        return self._watchdog.phase(name, limit=limit, abort=self._may_abort and self._is_steady)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        limit = 60 * self.config.parallel.saving_timeout_minutes
+        return self._watchdog.phase("saving", limit=limit, abort=self._may_abort)
 
     def _check_lock(self) -> None:
         if self._lock is not None:
@@ -395,6 +400,7 @@ class Trainer:
         (tokens,) = self.world.sum(interval.tokens)
         self._count_bad_samples()
         samples_per_second = interval.samples / interval.seconds
+        self._step_seconds.append(self.config.batch_size / samples_per_second)
         self.report.record(
             Record(
                 step=self.position.step,
@@ -445,14 +451,16 @@ class Trainer:
         problem = f"{problem}, up to step {self.position.step}"
         if self.position.rollbacks >= policy.max_rollbacks:
             raise TrainingDiverged(f"{problem}, after {policy.max_rollbacks} returns to a checkpoint already")
-        self._expect_steps(False)
-        self._saver.finish()
-        root = self.folder.checkpoints
-        choose = partial(checkpoint.choose, root, self.report.say, snapshot.is_good)
-        good = self.world.decide(choose, checkpoint.damage_in_share)
-        if good is None:
-            raise TrainingDiverged(f"{problem}, and there is no good checkpoint to return to")
-        restored, _ = snapshot.restore(good, self.run)
+        self._is_steady = False
+        with self._saving():
+            self._saver.finish()
+        with self._watchdog.phase("rollback"):
+            root = self.folder.checkpoints
+            choose = partial(checkpoint.choose, root, self.report.say, snapshot.is_good)
+            good = self.world.decide(choose, checkpoint.damage_in_share)
+            if good is None:
+                raise TrainingDiverged(f"{problem}, and there is no good checkpoint to return to")
+            restored, _ = snapshot.restore(good, self.run)
         # The data position stays: the same data would lead to the same failure.
         self.position.step = restored.step
         self.position.rollbacks += 1
@@ -468,7 +476,7 @@ class Trainer:
         evaluation, ema = self.run.evaluation, self.run.ema
         if evaluation is None:
             return False
-        self._expect_steps(False)
+        self._is_steady = False
         begun = time.monotonic()
         whole = self.run.final_image_size()
         self._saver.hold_updates()  # the average is swapped with the model's weights
@@ -487,12 +495,12 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_lock()
-        self._expect_steps(False)
+        self._is_steady = False
         self._check_replicas()
         self._count_bad_samples()
         self.position.seconds = self.meter.seconds
         self.position.spikes = self._spikes.state_dict()
-        with self._watchdog.phase("saving"):
+        with self._saving():
             content = snapshot.take(self.run, self.position, calm=self._spikes.is_calm)
             if content is not None:
                 self._saver.start(self.position.step, content)

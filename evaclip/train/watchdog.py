@@ -1,6 +1,7 @@
 """A watchdog of hanging ranks; Ctrl-C and SIGTERM as a request to stop after the step."""
 
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -10,13 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 EXIT_CODE = os.EX_TEMPFAIL
 """Of a process that the watchdog ended, as of other interrupted runs."""
 INSISTING = 2.0
 """Seconds from a signal to a Ctrl-C that ends the process: torchrun passes a terminal's signal on to all at once."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Phase(NamedTuple):
+    name: str
+    began: float
+    limit: float
+    abort: bool
 
 
 class Watchdog:
@@ -26,7 +34,7 @@ class Watchdog:
 
     Args:
         rank: of this process.
-        seconds: maximum duration of a phase; None watches nothing.
+        seconds: maximum duration of a phase without a limit of its own; None watches nothing.
         abort: end the process then, with `EXIT_CODE`, in every phase.
         record: called when a phase takes too long; returns another line of the report, or None.
     """
@@ -38,7 +46,7 @@ class Watchdog:
         self._seconds = seconds
         self._abort = abort
         self._record = record
-        self._phase: tuple[str, float, bool] | None = None
+        self._phase: _Phase | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if seconds is not None:
@@ -46,13 +54,14 @@ class Watchdog:
             self._thread.start()
 
     @contextmanager
-    def phase(self, name: str, *, abort: bool = False) -> Iterator[None]:
-        """Names the phase; `abort` ends the process if it takes too long."""
-        before, self._phase = self._phase, (name, time.monotonic(), abort or self._abort)
+    def phase(self, name: str, *, limit: float | None = None, abort: bool = False) -> Iterator[None]:
+        """Names the phase; `abort` ends the process if it takes more than `limit` seconds."""
+        limit = self._seconds if limit is None else limit
+        before, self._phase = self._phase, _Phase(name, time.monotonic(), limit or math.inf, abort or self._abort)
         try:
             yield
         finally:
-            self._phase = before and (before[0], time.monotonic(), before[2])
+            self._phase = before and before._replace(began=time.monotonic())
 
     def close(self) -> None:
         self._closed.set()
@@ -61,22 +70,22 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        reported: tuple[str, float, bool] | None = None
+        reported: _Phase | None = None
         while not self._closed.wait(self._seconds / 10):
             phase = self._phase
-            if phase is None or phase is reported or time.monotonic() - phase[1] < self._seconds:
+            if phase is None or phase is reported or time.monotonic() - phase.began < phase.limit:
                 continue
             reported = phase
             print(
                 f"watchdog: process {self._rank} ({socket.gethostname()}, pid {os.getpid()}) has been in "
-                f"'{phase[0]}' for {time.monotonic() - phase[1]:.0f} s; where its threads are:",
+                f"'{phase.name}' for {time.monotonic() - phase.began:.0f} s; where its threads are:",
                 file=sys.stderr,
                 flush=True,
             )
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
             if self._record and (line := self._record()):
                 print(f"watchdog: process {self._rank}: {line}", file=sys.stderr, flush=True)
-            if phase[2]:
+            if phase.abort:
                 os._exit(EXIT_CODE)
 
 

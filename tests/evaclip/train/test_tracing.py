@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -80,13 +81,13 @@ with watchdog.phase("data"):
 """
 
 
-@pytest.mark.parametrize("of_phase", [False, True])
-def test_who_hangs_where_and_the_end_of_it(of_phase: bool) -> None:
+@pytest.mark.parametrize("options", [None, "abort=True", "abort=True, limit=0.5"])
+def test_who_hangs_where_and_the_end_of_it(options: str | None) -> None:
     program = HANGING
-    if of_phase:
-        program = HANGING.replace(", abort=True", ", abort=False").replace('phase("data")', 'phase("data", abort=True)')
+    if options:
+        program = HANGING.replace(", abort=True", ", abort=False").replace('phase("data")', f'phase("data", {options})')
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
-    assert result.returncode == EXIT_CODE
+    assert result.returncode == EXIT_CODE == os.EX_TEMPFAIL
     assert "watchdog: process 3" in result.stderr
     assert "has been in 'data' for" in result.stderr
     assert "fetch_a_batch_that_never_comes" in result.stderr
@@ -98,5 +99,7 @@ def test_phases_that_end_in_time_are_not_told(capfd: pytest.CaptureFixture[str])
     for _ in range(8):
         with watchdog.phase("evaluation"), watchdog.phase("step"):
             time.sleep(0.1)
+    with watchdog.phase("saving", limit=5):
+        time.sleep(0.8)
     watchdog.close()
     assert capfd.readouterr().err == ""

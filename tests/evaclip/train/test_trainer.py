@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ from evaclip.factory import create_model
 from evaclip.loading import load_model
 from evaclip.runs.log import read_log
 from evaclip.runtime.encoder import Encoder
-from evaclip.train import saver
+from evaclip.train import saver, throughput, trainer
 from evaclip.train.build import build
 from evaclip.train.checkpoint import Lost, NotWritten
 from evaclip.train.config import TrainConfig
@@ -297,29 +298,49 @@ def test_full_disk_costs_one_line(run_config, change_batches, tmp_path, capfd):
     assert capfd.readouterr().err.count("can't be written") == 1
 
 
-def test_timeouts_are_short_between_steps_alone(run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = []
-    monkeypatch.setattr(World, "set_timeout", lambda self, limit, model: limits.append(limit.total_seconds()))
-    train(run_config("watchdog.seconds=100", "checkpoint.every_steps=2", "schedule.steps=4"))
-    assert limits == [120, 7200, 120, 7200]
-
-
-@pytest.mark.parametrize("abort", [None, False, True])
-def test_watchdog_aborts_steps_under_torchrun(abort, run_config, monkeypatch):
-    seen: list[tuple[str, bool]] = []
+@pytest.fixture
+def phases(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, bool]]:
+    """Phases that the trainer begins: name, limit in seconds, and whether the rank ends after it."""
+    begun: list[tuple[str, float, bool]] = []
     original = Watchdog.phase
 
-    def phase(self: Watchdog, name: str, **options: bool) -> Any:
-        context = original(self, name, **options)
-        seen.append((name, bool(options.get("abort"))))
-        return context
+    def phase(self: Watchdog, name: str, *, limit: float, abort: bool) -> Any:
+        begun.append((name, limit, abort))
+        return original(self, name, limit=limit, abort=abort)
 
     monkeypatch.setattr(Watchdog, "phase", phase)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    train(run_config(f"watchdog.abort={json.dumps(abort)}", "schedule.steps=3", "checkpoint.every_steps=2"))
-    assert {name for name, _ in seen} == {"data", "step", "saving"}
+    return begun
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", None])
+@pytest.mark.parametrize("abort", [None, False, True])
+def test_watchdog_ends_launched_ranks(launcher, abort, run_config, monkeypatch, phases):
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "1")
+    saving = ["checkpoint.every_steps=2", "parallel.saving_timeout_minutes=30"]
+    train(run_config(f"watchdog.abort={json.dumps(abort)}", "schedule.steps=3", *saving))
+    assert {name for name, *_ in phases} == {"data", "step", "log", "saving"}
+    ended = ["log", "data", "step", "log", "saving", "log", "saving", "saving"]
     # Of three steps the second alone follows a step; a checkpoint comes before the third.
-    assert [name for name, ends in seen if ends] == (["data", "step"] if abort is None else [])
+    assert [name for name, _, ends in phases if ends] == (ended if launcher and abort is None else [])
+    assert {limit for name, limit, _ in phases if name == "saving"} == {1800}
+    assert {limit for name, limit, _ in phases if name != "saving"} == {600}
+
+
+def test_slow_steps_get_20_medians(run_config, monkeypatch, phases):
+    """Steps take 100 s, and one of them 10,000."""
+    clock, step = [0.0], TrainStep.__call__
+
+    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> StepResult:
+        clock[0] += 10_000 if number == 3 else 100
+        return step(self, images, targets, number, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    train(run_config("checkpoint.every_minutes=null"))
+    limits = [limit for name, limit, _ in phases if name == "step"]
+    assert limits == [600, *[pytest.approx(2000)] * 5]
 
 
 @pytest.mark.parametrize(
