@@ -83,10 +83,16 @@ def move_all_but_shards(model: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
 
 
-def synchronize_gradients(towers: Iterable[nn.Module], wanted: bool) -> None:
-    """Sets whether the next backward pass reduces gradients of shards over ranks, or accumulates them locally."""
+def synchronize_gradients(towers: Iterable[nn.Module], *, reduce: bool, is_last: bool) -> None:
+    """Sets what the next backward pass does with gradients of shards.
+
+    Args:
+        reduce: reduce-scatter them over the ranks of a replica, instead of accumulating them locally.
+        is_last: also sum the shards over replicas; until then each replica adds them up in float32.
+    """
     for tower in _sharded(towers):
-        tower.set_requires_gradient_sync(wanted)
+        tower.set_requires_gradient_sync(reduce)
+        tower.set_requires_all_reduce(is_last)
 
 
 def forget_gathered(model: nn.Module) -> None:

@@ -178,7 +178,8 @@ class TrainStep:
         )
 
     def _begin_backward(self, is_last: bool) -> None:
-        synchronize_gradients(self.task.towers.values(), is_last or self.options.reduce_each_micro_batch)
+        reduce = is_last or self.options.reduce_each_micro_batch
+        synchronize_gradients(self.task.towers.values(), reduce=reduce, is_last=is_last)
         if is_last:
             self.mean.begin()
 
