@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from evaclip.plan.gpus import get_gpu
-    from evaclip.plan.layouts import plan_layouts
+    from evaclip.plan.layouts import better_hybrid, plan_layouts
 
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu must be more than 0 and at most 1, got {args.mfu}")
@@ -61,11 +61,13 @@ def _run(args: argparse.Namespace) -> None:
     largest = max((plan for plan, _ in parts), key=lambda plan: plan.memory.total())
     peak_flops = 1e12 * (gpu.single_tflops if config.precision == "fp32" else gpu.half_tflops)
     layouts = plan_layouts(largest.config, args.gpus, gpu, args.caption_tokens) if args.layouts else []
+    hybrid = better_hybrid(largest, gpu, args.caption_tokens)
     trees = [_tree(plan, steps, gpu, peak_flops * args.mfu) for plan, steps in parts]
     layout_trees = [_tree(plan, None, gpu, peak_flops * args.mfu) for plan in layouts]
     if args.json:
         memory = {"of_the_gpu": int(gpu.memory_gib * _GIB), "room": gpu.room, "host": largest.host}
-        tree = {"gpu": gpu.name, "mfu": args.mfu, **memory, "parts": trees, "layouts": layout_trees}
+        better = None if hybrid is None else _tree(hybrid, None, gpu, peak_flops * args.mfu)
+        tree = {"gpu": gpu.name, "mfu": args.mfu, **memory, "parts": trees, "layouts": layout_trees, "hybrid": better}
         print(json.dumps(tree, indent=2))
         return
     console = Console()
@@ -76,6 +78,12 @@ def _run(args: argparse.Namespace) -> None:
         console.print(_parts_table(trees, args.gpus))
     if layouts:
         console.print(_layouts_table(layout_trees, gpu))
+    if hybrid is not None:
+        console.print(
+            f"parallel.mode=hybrid parallel.shard_size={hybrid.config.parallel.shard_size} communicates less: "
+            f"{hybrid.link_seconds(gpu):,.2g} instead of {largest.link_seconds(gpu):,.2g} s of the slower link a step, "
+            f"with {hybrid.memory.total() / _GIB:,.1f} instead of {largest.memory.total() / _GIB:,.1f} GiB of tensors"
+        )
     if not any(tree["fits"] for tree in layout_trees or trees):
         console.print(
             "Nothing fits. More GPUs (--gpus), precision=bf16, parallel.offload=cpu or a smaller batch take less"
@@ -117,7 +125,9 @@ def _tree(plan: "StepPlan", steps: int | None, gpu: "Gpu", rate: float) -> dict[
         "flops": plan.flops,
         "traffic": plan.traffic,
         "received": plan.received,
+        "links": plan.links,
         "seconds": seconds,
+        "link_seconds": plan.link_seconds(gpu),
         "gpu_hours": None if steps is None else steps * seconds * plan.gpus / 3600,
         "fits": plan.memory.total() <= gpu.room,
     }
@@ -184,6 +194,8 @@ def _memory_table(plan: "StepPlan", gpu: "Gpu") -> "Table":
 
 def _step_table(plan: "StepPlan", gpu: "Gpu", rate: float, mfu: float) -> "Table":
     """FLOPs, memory traffic and communication of one GPU in a step."""
+    from evaclip.plan.recorder import NETWORK
+
     table = _table("of a GPU and step", "", "of a sample")
     for stage, flops in (*plan.flops.items(), ("all", sum(plan.flops.values()))):
         table.add_row(f"FLOPs, {stage}", f"{flops / 1e12:,.1f} T", f"{flops / plan.local_batch / 1e9:,.1f} G")
@@ -194,6 +206,12 @@ def _step_table(plan: "StepPlan", gpu: "Gpu", rate: float, mfu: float) -> "Table
     table.add_section()
     seconds = sum(plan.flops.values()) / rate
     table.add_row(f"FLOPs at {mfu:.0%} of {rate / mfu / 1e12:g} TFLOP/s", f"{seconds:,.3g} s", "")
+    for link, size in plan.links.items():
+        speed = gpu.network_gbps if link == NETWORK else gpu.node_gbps
+        if size:
+            table.add_row(
+                f"received {link}: {size / _GB:,.1f} GB at {speed:g} GB/s", f"{size / _GB / speed:,.3g} s", ""
+            )
     table.add_row("samples a second, all GPUs", f"{plan.config.batch_size / seconds:,.0f}", "")
     return table
 
@@ -215,7 +233,7 @@ def _parts_table(trees: list[dict[str, Any]], gpus: int) -> "Table":
 
 
 def _layouts_table(trees: list[dict[str, Any]], gpu: "Gpu") -> "Table":
-    columns = ("recomputed", "micro-batches", "GiB", "TFLOP", "GB received", "seconds", "fits")
+    columns = ("recomputed", "micro-batches", "GiB", "TFLOP", "GB received", "seconds", "of links", "fits")
     table = _table("parallel", *columns, title=f"Layouts with the fewest micro-batches that fit {gpu.name}")
     for tree in trees:
         size = f" {tree['shard_size']}" if tree["shard_size"] else ""
@@ -227,6 +245,7 @@ def _layouts_table(trees: list[dict[str, Any]], gpu: "Gpu") -> "Table":
             f"{sum(tree['flops'].values()) / 1e12:,.0f}",
             f"{sum(tree['received'].values()) / _GB:,.1f}",
             f"{tree['seconds']:,.3g}",
+            f"{tree['link_seconds']:,.2g}",
             "yes" if tree["fits"] else "no",
         )
     return table

@@ -29,6 +29,17 @@ def plan_layouts(config: TrainConfig, gpus: int, gpu: Gpu, caption_tokens: int |
     return sorted(plans, key=lambda plan: (sum(plan.flops.values()), plan.memory.total()))
 
 
+def better_hybrid(plan: StepPlan, gpu: Gpu, caption_tokens: int | None = None) -> StepPlan | None:
+    """The plan with shards within nodes, if it fits and its links are busy for a shorter time than those of `plan`."""
+    config = plan.config
+    if not plan.is_sharded or config.parallel.mode != "shard" or plan.gpus <= PER_NODE or plan.gpus % PER_NODE:
+        return None
+    parallel = replace(config.parallel, mode="hybrid", shard_size=PER_NODE)
+    hybrid = plan_step(replace(config, parallel=parallel), plan.gpus, caption_tokens=caption_tokens)
+    fits = hybrid.memory.total() <= gpu.room
+    return hybrid if fits and hybrid.link_seconds(gpu) < plan.link_seconds(gpu) else None
+
+
 def _parallelisms(config: TrainConfig, gpus: int) -> Iterator[ParallelConfig]:
     parallel = config.parallel
     if gpus == 1:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from evaclip.plan.gpus import PER_NODE
 from evaclip.weights import is_dtensor
 from evakernels import _logit_gradients
 
@@ -22,6 +23,7 @@ OPTIMIZER, AVERAGE, INPUTS, HOST = "optimizer state", "averaged weights", "input
 COMMUNICATION, WORKING = "communication", "working memory"
 STAGES = ("teacher", "forward", "backward", "recomputation")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
+IN_NODE, NETWORK = "from the node", "from other nodes"
 
 Amounts = Counter[str]
 
@@ -44,7 +46,7 @@ class Phase:
         name: `image.block.0`, in the backward pass `~image.block.0`.
         number: forward passes that began before or with it.
         changes: allocated (positive) and freed (negative) bytes, in order.
-        costs: FLOPs by stage, bytes that each collective receives, and `bytes` that operators read and write.
+        costs: FLOPs by stage, bytes received by collective and by link, and `bytes` that operators read and write.
     """
 
     name: str
@@ -133,8 +135,8 @@ class Recorder(TorchDispatchMode):
         if collective:
             size = max(sum(_size(x) for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args[:2])
             group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
-            ranks = dist.ProcessGroup.unbox(group).size()
-            self._phases[-1].costs[collective] += (1 + (collective == "all-reduce")) * size * (ranks - 1) // ranks
+            ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+            self._phases[-1].costs.update(communication(collective, size, ranks))
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, tensors: list[Tensor]) -> None:
         packet, phase = func._overloadpacket, self._phases[-1]
@@ -174,6 +176,21 @@ class Recorder(TorchDispatchMode):
             self._phases[-1].changes.append((storage, size - storage.size))
             storage.last = len(self._phases) - 1 if size < storage.size else storage.last
             storage.size = size
+
+
+def communication(collective: str, size: int, ranks: Sequence[int]) -> Amounts:
+    """Bytes that each rank receives in a ring over these ranks: by the collective, and by the link.
+
+    A ring enters a node once through the network cards of all its ranks, which share the bytes.
+
+    Args:
+        size: bytes of the whole tensor.
+        ranks: of the group, `PER_NODE` consecutive ones in a node.
+    """
+    received = (1 + (collective == "all-reduce")) * size * (len(ranks) - 1) // len(ranks)
+    nodes = Counter(rank // PER_NODE for rank in ranks)
+    network = received // max(nodes.values()) if len(nodes) > 1 else 0
+    return Counter({collective: received, IN_NODE: received - network, NETWORK: network})
 
 
 def in_backward() -> bool:

@@ -18,6 +18,7 @@ from evaclip.errors import UserError
 from evaclip.model.clip import CLIP
 from evaclip.model.norm import Stream
 from evaclip.model.tower import ResidualBlock, Tower
+from evaclip.plan.gpus import Gpu
 from evaclip.plan.recorder import (
     AVERAGE,
     CASTS,
@@ -26,7 +27,9 @@ from evaclip.plan.recorder import (
     FROZEN,
     GRADIENTS,
     HOST,
+    IN_NODE,
     INPUTS,
+    NETWORK,
     OPTIMIZER,
     PARAMETERS,
     STAGES,
@@ -34,6 +37,7 @@ from evaclip.plan.recorder import (
     Phase,
     Recorder,
     Storage,
+    communication,
     in_backward,
     local,
 )
@@ -73,6 +77,7 @@ class StepPlan:
         flops: FLOPs of a step by stage, two for a MAC.
         traffic: bytes that operators read and write in a step.
         received: bytes that the rank receives in a step, by collective.
+        links: the same bytes by the link through which they come, `IN_NODE` or `NETWORK`.
         is_sharded: whether parameters are sharded.
         image_shape: height and width of the images.
     """
@@ -89,8 +94,13 @@ class StepPlan:
     flops: dict[str, int]
     traffic: int
     received: dict[str, int]
+    links: dict[str, int]
     is_sharded: bool
     image_shape: tuple[int, int]
+
+    def link_seconds(self, gpu: Gpu) -> float:
+        """Bytes over bandwidth of the slower link; both work at once."""
+        return max(self.links[IN_NODE] / gpu.node_gbps, self.links[NETWORK] / gpu.network_gbps) / 1e9
 
 
 def plan_step(
@@ -357,7 +367,7 @@ def _summarize(
         costs.update(loss[0].costs)
         costs.subtract(loss[1].costs)
     if gpus > 1 and not trace.is_sharded:
-        costs["all-reduce"] += 2 * 4 * trace.elements * (gpus - 1) // gpus
+        costs.update(communication("all-reduce", 4 * trace.elements, range(gpus)))
         # Copies of gradients during the mean over ranks.
         most = 3 * BUCKET_BYTES + max(BUCKET_BYTES, 4 * trace.largest_parameter)
         copies = Storage(COMMUNICATION, 0), min(4 * trace.elements, most)
@@ -383,6 +393,7 @@ def _summarize(
         flops={stage: costs[stage] for stage in STAGES if costs[stage]},
         traffic=costs["bytes"],
         received={collective: costs[collective] for collective in COLLECTIVES if costs[collective]},
+        links={link: costs[link] for link in (IN_NODE, NETWORK)},
         is_sharded=trace.is_sharded,
         image_shape=task.visual.config.image_shape,
     )

@@ -22,7 +22,7 @@ _NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding")
 
 
 def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: OptimConfig) -> list[Group]:
-    """Groups of equal learning rate, weight decay and dtype, over the trainable parameters of the model.
+    """Groups of equal learning rate, weight decay, dtype and sharding, over the trainable parameters of the model.
 
     A tower's rate at depth d is `lr * layer_decay ** (depth + 1 - d)`: embeddings have d = 0, block i has d = i + 1,
     what comes after the blocks has d = depth + 1. Biases, norms, scales and position embeddings are not decayed. What
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: 
     """
     options_of = {"visual": config.visual, "text": config.text}
     places = {id(value): (tower, name) for tower in towers for name, value in towers[tower].named_parameters()}
-    groups: dict[tuple[str, torch.dtype], Group] = {}
+    groups: dict[tuple[str, torch.dtype, bool], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -48,7 +48,9 @@ def parameter_groups(model: nn.Module, towers: Mapping[str, nn.Module], config: 
         else:
             lr, decay, label, frozen = config.lr, config.weight_decay, f"{tower}.{label}", 0
         rates = {"lr": lr, "peak_lr": lr, "frozen_steps": frozen, "weight_decay": decay if decayed else 0.0}
-        group = groups.setdefault((label, parameter.dtype), {"name": label, **rates, "params": []})
+        group = groups.setdefault(
+            (label, parameter.dtype, is_dtensor(parameter)), {"name": label, **rates, "params": []}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 

@@ -7,11 +7,12 @@ Each rank holds its rows of every parameter, gradient and moment, and a block is
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaclip.errors import UserError
@@ -33,9 +34,11 @@ _RANDOM = (_aten.normal_.default, _aten.uniform_.default)
 def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precision, world: World) -> None:
     """Shards every block of the towers, and the rest of each tower, as its own FSDP group.
 
-    Parameters become DTensors under the same names; those outside the towers, such as logit_scale, stay whole. Under
-    amp_bf16 and amp_fp16 parameters are gathered and used in 16 bits, gradients are summed in float32 and the towers
-    return float32. Under bf16 and fp16 the float32 parameters of `cast_matrices` stay whole: FSDP needs one dtype.
+    Parameters become DTensors under the same names; those outside the towers, such as logit_scale, stay whole. Position
+    embeddings, class and mask tokens `[1, N, width]` stay whole, too: FSDP cuts the first dimension and pads it to the
+    number of ranks. Under amp_bf16 and amp_fp16 parameters are used in 16 bits, gradients are summed in float32 and the
+    towers return float32. Under bf16 and fp16 the float32 parameters of `cast_matrices` stay whole: FSDP needs one
+    dtype.
 
     Args:
         towers: on the meta device, so that no rank ever holds one whole.
@@ -57,8 +60,11 @@ def shard(towers: Iterable[nn.Module], config: ParallelConfig, precision: Precis
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32 if dtype else None
     )
     for tower in towers:
-        if precision in SIXTEEN_BITS:
-            common["ignored_params"] = {parameter for parameter in tower.parameters() if parameter.ndim < 2}
+        tokens = {parameter for parameter in tower.parameters() if _is_one_row(parameter)}
+        narrow = {parameter for parameter in tower.parameters() if parameter.ndim < 2}
+        common["ignored_params"] = tokens | narrow if precision in SIXTEEN_BITS else tokens
+        if dtype is not None:
+            _cast_in_forward(tower, tokens, dtype)
         for block in tower.modules():
             if isinstance(block, ResidualBlock):
                 block.register_forward_hook(_without_views)
@@ -71,6 +77,27 @@ def _without_views(block: nn.Module, args: Any, stream: Stream) -> Stream:
     """Returns no views: FSDP hooks into a block's output, and warns of views, as a write to them loses the hook."""
     branch = stream.branch
     return stream if branch is None else stream._replace(branch=torch.ops.aten._unsafe_view(branch, branch.shape))
+
+
+def _is_one_row(parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and len(parameter) == 1
+
+
+def _cast_in_forward(tower: nn.Module, parameters: set[Tensor], dtype: torch.dtype) -> None:
+    """Makes modules see these parameters in another dtype while they run, as FSDP does with sharded ones."""
+
+    def cast(names: list[str], module: nn.Module, args: Any) -> None:
+        # Python looks here before a module looks into its parameters.
+        module.__dict__.update({name: module._parameters[name].to(dtype) for name in names})  # type: ignore[union-attr]
+
+    def restore(names: list[str], module: nn.Module, args: Any, output: Any) -> None:
+        for name in names:
+            module.__dict__.pop(name, None)
+
+    for module in tower.modules():
+        if names := [name for name, parameter in module.named_parameters(recurse=False) if parameter in parameters]:
+            module.register_forward_pre_hook(partial(cast, names))
+            module.register_forward_hook(partial(restore, names), always_call=True)
 
 
 def move_all_but_shards(model: nn.Module, device: torch.device) -> None:

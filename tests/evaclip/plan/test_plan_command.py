@@ -39,6 +39,32 @@ def test_plan_json_adds_up(plan: Any) -> None:
     assert part["gpu_hours"] == pytest.approx(part["steps"] * part["seconds"] / 3600)
 
 
+def test_plan_bounds_communication_by_links(plan: Any) -> None:
+    given = ("tiny", "--gpus", "16", "--gpu", "h100-80g", *SMALL, "parallel.mode=shard")
+    tree = json.loads(plan(*given, "--json"))
+    part, hybrid = tree["parts"][0], tree["hybrid"]
+    for each in (part, hybrid):
+        links = each["links"]
+        assert sum(links.values()) == sum(each["received"].values())
+        assert each["link_seconds"] == pytest.approx(
+            max(links["from the node"] / 450e9, links["from other nodes"] / 50e9)
+        )
+    assert part["links"]["from other nodes"] == pytest.approx(sum(part["received"].values()) / 8, rel=1e-3)
+    # Between nodes only the mean over replicas: an all-reduce of a node's shard.
+    assert (hybrid["mode"], hybrid["shard_size"]) == ("hybrid", 8)
+    assert hybrid["links"]["from other nodes"] == pytest.approx(4 * hybrid["parameters"], rel=0.1)
+    assert hybrid["link_seconds"] < part["link_seconds"]
+    text = plan(*given)
+    assert "communicates less" in text
+    assert "GB at 50 GB/s" in text
+    for other in (
+        ("--gpus", "8"),
+        ("--gpus", "12"),
+        ("--gpus", "16", "--gpu", "a100-40g", "--non-tensor-gib", "39.499"),
+    ):
+        assert json.loads(plan("tiny", *other, *SMALL, "parallel.mode=shard", "--json"))["hybrid"] is None
+
+
 def test_plan_reads_config_file(plan: Any, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("{batch_size: 64, accumulation_steps: 2}")
     tree = json.loads(plan("tiny", "--gpus", "16", "--config", str(tmp_path / "my.yaml"), "--json"))

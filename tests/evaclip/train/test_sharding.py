@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from processes import in_processes
 from sharded_run import train_all
 from small_tasks import TASKS
 from torch.distributed.tensor import DTensor
-from trained_runs import checkpoint, column, records, weights
+from trained_runs import assert_equal, checkpoint, column, records, weights
 
-from evaclip.train import rng
+from evaclip.plan.step import plan_step
+from evaclip.train import rng, sharding
 from evaclip.train.build import build_step, build_task
 from evaclip.train.config import TrainConfig
 from evaclip.train.distributed import connect
@@ -155,6 +157,58 @@ def test_sixteen_bits(run_config: Callable[..., TrainConfig], tmp_path: Path) ->
         two = tmp_path / f"two-{precision}"
         assert losses(two) == pytest.approx(losses(tmp_path / precision), rel=2e-2), precision
         assert {value.dtype for value in weights(two, 2).values() if value.ndim > 1} == {dtype}
+
+
+def train_as_before(config: TrainConfig) -> None:
+    """With position embeddings, class and mask tokens sharded like all others."""
+    with patch.object(sharding, "_is_one_row", lambda parameter: False):
+        train_all((config, "none"))
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("task", "precision"), [("clip", "fp32"), ("masked_image", "amp_bf16"), ("native", "fp32"), ("clip", "amp_bf16")]
+)
+def test_whole_tokens_continue_a_sharded_run(task, precision, run_config, tmp_path):
+    """Position embeddings, class and mask tokens stay whole; checkpoints are those of a run that shards them."""
+    run_config = partial(run_config, *COMMON, f"precision={precision}", *MODES["shard"], task=task)
+    common = ["accumulation_steps=2", "checkpoint.every_steps=2"]
+    before = run_config(*common, "schedule={steps: 4, name: constant}", "name=before")
+    resumed = run_config(*common, "schedule={steps: 6, name: constant}", "name=before")
+    straight = run_config(*common, "schedule={steps: 6, name: constant}", "name=straight")
+    in_processes(2, train_as_before, before)
+    in_processes(2, train_all, (resumed, "auto"), (straight, "none"))
+    assert losses(tmp_path / "before") == losses(tmp_path / "straight")
+    for name in ("model.safetensors", "ema.safetensors", "optimizer"):
+        found, expected = (
+            read_moments(path / name) if name == "optimizer" else read_tensors(path / name)
+            for path in (checkpoint(tmp_path / "before"), checkpoint(tmp_path / "straight"))
+        )
+        assert_equal(found, expected)
+
+
+def test_tokens_are_not_padded_per_rank(run_config: Callable[..., TrainConfig]) -> None:
+    """As many bytes are gathered on 64 ranks as on 2; a position embedding padded to 64 rows would add 2 %."""
+    wide = "model.options={embed_dim: 64, vision: {width: 64, heads: 1}, text: {width: 64, heads: 1, layers: 1}}"
+    config = run_config("batch_size=64", "parallel.mode=shard", wide)
+    few, many = (plan_step(config, ranks).received["all-gather"] * ranks / (ranks - 1) for ranks in (2, 64))
+    assert many < 1.005 * few
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_hybrid_reduces_between_replicas_once(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """With four micro-batches, each reduced within its replica: the all-reduces of one, and one rank's results."""
+    run_config = partial(run_config, *COMMON, *TASKS["clip"].patch_dropout, "accumulation_steps=4", "schedule.steps=3")
+    one = train(run_config("name=one")).folder
+    in_processes(4, train_all, (run_config(*MODES["hybrid"], "name=four"), "none"))
+    assert losses(tmp_path / "four") == pytest.approx(losses(one), rel=1e-5, abs=1e-6)
+    for key, value in weights(one, 3).items():
+        torch.testing.assert_close(weights(tmp_path / "four", 3)[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    parallel = "parallel={mode: hybrid, shard_size: 2, accumulate: shards}"
+    plans = [plan_step(run_config(parallel, f"accumulation_steps={count}"), 4) for count in (1, 4)]
+    assert plans[1].received["all-reduce"] == pytest.approx(plans[0].received["all-reduce"], rel=0.01)
+    assert plans[1].received["reduce-scatter"] == pytest.approx(4 * plans[0].received["reduce-scatter"], rel=0.01)
 
 
 def test_16_bit_shards_are_summed_in_float32(run_config: Callable[..., TrainConfig]) -> None:
