@@ -85,27 +85,27 @@ class World:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set on any rank."""
-        return self.begin_any(*flags)()
+        return tuple(votes > 0 for votes in self.begin_count(*flags)())
 
-    def begin_any(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
-        """Begins `any`; the returned function waits for the result."""
+    def begin_count(self, *numbers: int) -> Callable[[], list[int]]:
+        """Begins the sums of integers over all ranks in host memory; the returned function waits for them."""
         if self.size == 1:
-            return lambda: flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+            return lambda: list(numbers)
+        counts = torch.tensor(numbers, dtype=torch.int64)
+        work = dist.all_reduce(counts, group=self.control, async_op=True)
 
-        def result() -> tuple[bool, ...]:
+        def result() -> list[int]:
             work.wait()
-            return tuple(bool(vote) for vote in votes.tolist())
+            return counts.tolist()
 
         return result
 
     def sum(self, *values: float) -> list[float]:
-        """Each value's sum over all ranks."""
+        """Each value's sum over all ranks; waits for the device, whose group is faster than `control`."""
         if self.size == 1:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.control)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums, group=self.group)
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -433,15 +433,26 @@ def check_replicas(tensors: Iterable[Tensor], world: World) -> None:
     """
     if world.size == 1:
         return
-    sums_of: dict[int | None, list[Tensor]] = {}
+    sums_of: dict[int, list[Tensor]] = {}  # by shard, from 1; 0 has whole tensors
+    shards = 0
     for tensor in tensors:
-        shard, local = None, tensor.detach()
+        shard, local = 0, tensor.detach()
         if is_dtensor(local):
-            coordinate = local.device_mesh.get_coordinate()
+            coordinate, shards = local.device_mesh.get_coordinate(), local.device_mesh.size(-1)
             assert coordinate is not None
-            shard, local = coordinate[-1], local.to_local()
+            shard, local = 1 + coordinate[-1], local.to_local()
         sums_of.setdefault(shard, []).append(local.view(_INTEGERS[local.itemsize]).sum(dtype=torch.int64))
-    checksums = {shard: int(torch.stack(sums).sum()) for shard, sums in sums_of.items()}
+    # The largest checksum and, as ~x falls with x, the smallest of each shard.
+    absent = torch.iinfo(torch.int64).min
+    bounds = torch.full((2, 1 + shards), absent, device=world.device)
+    for shard, sums in sums_of.items():
+        checksum = torch.stack(sums).sum().to(world.device)
+        bounds[:, shard] = torch.stack([checksum, ~checksum])
+    own = bounds[0].clone()
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=world.group)
+    if bool(((bounds[0] == ~bounds[1]) | (bounds[1] == absent)).all()):
+        return
+    checksums = {shard: int(own[shard]) for shard in sums_of}
     ranks = world.gather_everywhere((socket.gethostname(), checksums))
     differing = set[int]()
     for shard in {shard for _, checksums in ranks for shard in checksums}:

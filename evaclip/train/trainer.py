@@ -49,6 +49,8 @@ from evaclip.weights import is_sharded
 
 _MEDIAN_STEPS = 20
 """Median durations of a step after which a rank hangs between two steps, if more than `watchdog.seconds`."""
+_VOTE_SECONDS = 1.0
+"""Time of the steps between two votes of the ranks: at 1,024 ranks one takes longer than a short step."""
 _MAD_SCALE = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -256,7 +258,9 @@ class Trainer:
         self._may_abort = watch.abort is None and is_launched()
         self._is_steady = False  # whether all ranks go from one step to the next
         self._step_seconds: deque[float] = deque(maxlen=50)  # of the first step, and the means between log records
-        self._votes: Callable[[], tuple[bool, ...]] | None = None
+        self._votes: Callable[[], list[int]] | None = None
+        self._voted = (position.step, time.monotonic())
+        self._next_vote = 0
         self._lock = lock
         self._saver = Saver(folder.checkpoints, self.config.checkpoint, writers, report.say, self.world.device)
         run.step.before_update = self._saver.hold_updates
@@ -335,16 +339,25 @@ class Trainer:
                 return True
         return False
 
-    def _vote(self, signals: StopSignals) -> tuple[bool, ...]:
+    def _vote(self, signals: StopSignals) -> tuple[bool, bool]:
         """Whether any rank wants to stop, and whether one wants a checkpoint; equal on all ranks.
 
-        Between two steps it returns the vote after the step before, so that no rank waits for another.
+        Between two steps the ranks vote about once in `_VOTE_SECONDS`, and a vote is read when the next one begins, so
+        that no rank waits for another. Each vote has the time of a step, so that all agree on the next one.
         """
-        before = self._votes
-        self._votes = self.world.begin_any(signals.received is not None, self._time_is_up())
-        is_last = self.position.step == self.run.total_steps
-        overlaps = self.world.size > 1 and self._is_steady and not is_last
-        return (before if before and overlaps else self._votes)()
+        step, before = self.position.step, self._votes
+        overlaps = self.world.size > 1 and self._is_steady and step < self.run.total_steps
+        if overlaps and step < self._next_vote:
+            return False, False
+        now = time.monotonic()
+        seconds = (now - self._voted[1]) / max(1, step - self._voted[0])
+        self._voted = step, now
+        self._votes = self.world.begin_count(
+            signals.received is not None, self._time_is_up(), max(1, round(1e6 * seconds))
+        )
+        stop, time_is_up, microseconds = (before if before and overlaps else self._votes)()
+        self._next_vote = step + max(1, round(_VOTE_SECONDS * 1e6 * self.world.size / microseconds))
+        return stop > 0, time_is_up > 0
 
     def _stepping(self, name: str) -> AbstractContextManager[None]:
         """A phase that ends the rank after some steps' time if it follows a step."""
@@ -397,8 +410,7 @@ class Trainer:
         loss, in_a_row = values.pop("loss"), values.pop("skipped_in_a_row")
         rates = {f"lr_{tower}": tower_rate(step.optimizer, tower) for tower in self.run.task.towers}
         interval = self.meter.read()
-        (tokens,) = self.world.sum(interval.tokens)
-        self._count_bad_samples()
+        tokens = self._count(interval.tokens)
         samples_per_second = interval.samples / interval.seconds
         self._step_seconds.append(self.config.batch_size / samples_per_second)
         self.report.record(
@@ -431,10 +443,12 @@ class Trainer:
         elif self._spikes.saw(loss):
             self._go_back(f"the loss was {loss:.4g}, far above the losses before")
 
-    def _count_bad_samples(self) -> None:
-        (bad_samples,) = self.world.sum(self._bad_samples)
+    def _count(self, tokens: int = 0) -> float:
+        """Adds up the bad samples of all ranks; returns the tokens of all ranks."""
+        all_tokens, bad_samples = self.world.sum(tokens, self._bad_samples)
         self.position.bad_samples += int(bad_samples)
         self._bad_samples = 0
+        return all_tokens
 
     def _check_bad_share(self) -> None:
         """Raises RunFailed on all ranks if too many samples of all ranks are bad."""
@@ -497,7 +511,7 @@ class Trainer:
         self._check_lock()
         self._is_steady = False
         self._check_replicas()
-        self._count_bad_samples()
+        self._count()
         self.position.seconds = self.meter.seconds
         self.position.spikes = self._spikes.state_dict()
         with self._saving():

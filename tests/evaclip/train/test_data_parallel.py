@@ -102,13 +102,13 @@ def test_two_processes_equal_one(run_config: Callable[..., TrainConfig], tmp_pat
 
 
 def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
-    """The second rank gets SIGTERM in its third step; votes are the all-reduces of int32 flags."""
+    """The second rank gets SIGTERM in its third step; votes are the all-reduces of a few integers."""
     reduce, step = dist.all_reduce, TrainStep.__call__
     course = list[str]()
 
     def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
         work = reduce(tensor, *args, **options)
-        if tensor.dtype != torch.int32:
+        if tensor.dtype != torch.int64 or tensor.ndim != 1:
             return work
         number = len([event for event in course if "vote" in event]) + 1
         course.append(f"vote {number}")
@@ -126,6 +126,7 @@ def stop_and_resume(straight: TrainConfig, config: TrainConfig) -> None:
         world = stack.enter_context(closing(connect("cpu")))
         stack.enter_context(patch.object(World, "close"))  # the next run needs it still
         stack.enter_context(patch.object(trainer, "connect", lambda *_: world))
+        stack.enter_context(patch.object(trainer, "_VOTE_SECONDS", 0))
         train(straight)
         with patch.object(dist, "all_reduce", all_reduce), patch.object(TrainStep, "__call__", call):
             outcome = train(config)
@@ -142,6 +143,39 @@ def test_ranks_vote_during_the_next_step(run_config: Callable[..., TrainConfig],
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
+def stop_between_votes(config: TrainConfig, folder: Path) -> None:
+    """Steps take 0.25 s on rank 0 and 0.15 s on rank 1, which gets SIGTERM in its third step."""
+    rank, clock, course = int(os.environ["RANK"]), [0.0], list[int]()
+    begin, step = World.begin_count, TrainStep.__call__
+
+    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+        clock[0] += (0.25, 0.15)[rank]
+        if (rank, number) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        course.append(number + 1)
+        return step(self, images, targets, number, **options)
+
+    def begin_count(self: World, *numbers: int) -> Any:
+        if len(numbers) == 3:
+            course.append(-course[-1])
+        return begin(self, *numbers)
+
+    clocks = patch.object(trainer, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    steps_and_votes = patch.object(TrainStep, "__call__", call), patch.object(World, "begin_count", begin_count)
+    with clocks, steps_and_votes[0], steps_and_votes[1]:
+        outcome = train(config)
+    votes = [-number for number in course if number < 0]
+    (folder / f"{rank}.json").write_text(json.dumps([outcome.steps, outcome.stopped_by, votes]))
+
+
+@pytest.mark.xdist_group("processes")
+def test_ranks_vote_once_a_second(run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Every five steps of 0.2 s; a vote is read at the next one."""
+    in_processes(2, stop_between_votes, run_config("schedule.steps=20"), tmp_path)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [11, 143, [1, 6, 11]]
+
+
 def save_when_time_is_up(config: TrainConfig) -> None:
     """The clock of the second rank goes forward by an hour in its third step."""
     ahead, step = [0.0], TrainStep.__call__
@@ -151,7 +185,8 @@ def save_when_time_is_up(config: TrainConfig) -> None:
         return step(self, batch, number, **options)
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
-    with patch.object(TrainStep, "__call__", call), patch.object(trainer, "time", clock):
+    votes = patch.object(trainer, "_VOTE_SECONDS", 0)
+    with patch.object(TrainStep, "__call__", call), patch.object(trainer, "time", clock), votes:
         train(config)
 
 
