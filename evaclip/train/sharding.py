@@ -83,7 +83,7 @@ def _is_one_row(parameter: Tensor) -> bool:
     return parameter.ndim > 1 and len(parameter) == 1
 
 
-def _cast_in_forward(tower: nn.Module, parameters: set[Tensor], dtype: torch.dtype) -> None:
+def _cast_in_forward(tower: nn.Module, parameters: set[nn.Parameter], dtype: torch.dtype) -> None:
     """Makes modules see these parameters in another dtype while they run, as FSDP does with sharded ones."""
 
     def cast(names: list[str], module: nn.Module, args: Any) -> None:
