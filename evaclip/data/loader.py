@@ -243,6 +243,11 @@ class TrainLoader:
             ranks = [rank_rows(batch_size, each, world_size, together) for each in machine or [rank]]
             self._require_room(range(ranks[0].start, ranks[-1].stop), window, len(ranks))
 
+    @property
+    def remote(self) -> bool:
+        """Whether shards are fetched, and waited for."""
+        return self._samples.source.remote
+
     def set_transform(self, transform: TrainTransform, targets: Targets) -> None:
         """Sets the transform and targets of later calls of `batches`. Order and random draws stay the same."""
         self._samples = replace(self._samples, transform=transform, targets=targets)

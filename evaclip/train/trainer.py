@@ -360,10 +360,14 @@ class Trainer:
         return stop > 0, time_is_up > 0
 
     def _stepping(self, name: str) -> AbstractContextManager[None]:
-        """A phase that ends the rank after some steps' time if it follows a step."""
+        """A phase that ends the rank after some steps' time if it follows a step.
+
+        Remote shards may be waited for, by one rank for a shard and by the others for that rank.
+        """
         limit = self.config.watchdog.seconds
         if limit is not None and self._is_steady:
-            limit = max(limit, _MEDIAN_STEPS * median(self._step_seconds))
+            patience = self.config.data.remote.patience if self.run.loader.remote else 0.0
+            limit = max(limit, patience + _MEDIAN_STEPS * median(self._step_seconds))
         return self._watchdog.phase(name, limit=limit, abort=self._may_abort and self._is_steady)
 
     def _saving(self) -> AbstractContextManager[None]:

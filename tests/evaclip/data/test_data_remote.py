@@ -178,7 +178,7 @@ def test_replacements_fetch_no_shard_of_another_window(tmp_path, copies):
         source = open_source(server.url("n{0..5}.tar"), remote=QUICK)
         forget_copies(copies)
         loader = make_loader(source, batch_size=4, window=20)
-        now, after = ({f"n{shard}.tar" for shard in shards} for shards in loader._order.shards(np.arange(4)))
+        now, after = ({f"n{shard}.tar" for shard in shards} for shards in loader._samples.order.shards(np.arange(4)))
         for name in now:
             server.faults[name] = [404, "always"]
         server.requests.clear()

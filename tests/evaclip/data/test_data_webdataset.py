@@ -246,7 +246,9 @@ def test_shards_of_two_windows_are_read_ahead(tmp_path, monkeypatch):
         os, "posix_fadvise", lambda file, *span: asked.append((str(Path(f"/proc/self/fd/{file}").readlink()), span))
     )
     loader = make_loader(open_source(str(tmp_path / "{0..5}.tar")), batch_size=4, window=20)
-    expected = [str(tmp_path / f"{shard}.tar") for shards in loader._order.shards(np.arange(4)) for shard in shards]
+    expected = [
+        str(tmp_path / f"{shard}.tar") for shards in loader._samples.order.shards(np.arange(4)) for shard in shards
+    ]
     stream = loader.batches()
     for _ in range(5):  # one window
         next(stream)

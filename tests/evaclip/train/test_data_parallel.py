@@ -148,12 +148,12 @@ def stop_between_votes(config: TrainConfig, folder: Path) -> None:
     rank, clock, course = int(os.environ["RANK"]), [0.0], list[int]()
     begin, step = World.begin_count, TrainStep.__call__
 
-    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> Any:
+    def call(self: TrainStep, batch: Any, number: int, **options: bool) -> Any:
         clock[0] += (0.25, 0.15)[rank]
         if (rank, number) == (1, 2):
             os.kill(os.getpid(), signal.SIGTERM)
         course.append(number + 1)
-        return step(self, images, targets, number, **options)
+        return step(self, batch, number, **options)
 
     def begin_count(self: World, *numbers: int) -> Any:
         if len(numbers) == 3:

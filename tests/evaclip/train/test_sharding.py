@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from contrastive_step import random_batch
+from contrastive_step import as_batch, random_batch
 from processes import in_processes
 from sharded_run import train_all
 from small_tasks import TASKS
@@ -220,7 +220,7 @@ def test_16_bit_shards_are_summed_in_float32(run_config: Callable[..., TrainConf
         with closing(connect("cpu", config.parallel)) as world:
             rng.seed_all(0, 0)
             task = build_task(config, world)
-            build_step(config, world, task)(*random_batch(rows=32), 0)
+            build_step(config, world, task)(as_batch(*random_batch(rows=32)), 0)
             cut = [parameter for parameter in task.model.parameters() if isinstance(parameter, DTensor)]
             found.append(torch.cat([parameter.grad.to_local().double().flatten() for parameter in cut]))
     # Whole ones are rounded to bfloat16 once.

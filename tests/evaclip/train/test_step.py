@@ -93,7 +93,7 @@ def test_gradients_equal_autograd_of_whole_batch(small_model, loss, drop_path):
     plain_loss(loss, image, text, whole.logit_scale.exp(), whole.logit_bias).backward()
     torch.manual_seed(2)
     step = make_step(small_model, StepOptions(accumulation_steps=4), LossConfig(name=loss))
-    step(images, tokens, step=0)
+    step(as_batch(images, tokens), step=0)
     expected = {name: value.grad for name, value in whole.named_parameters() if value.grad is not None}
     found = gradients(step)
     assert found.keys() == expected.keys()

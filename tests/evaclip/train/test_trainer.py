@@ -327,20 +327,22 @@ def test_watchdog_ends_launched_ranks(launcher, abort, run_config, monkeypatch, 
     assert {limit for name, limit, _ in phases if name != "saving"} == {600}
 
 
-def test_slow_steps_get_20_medians(run_config, monkeypatch, phases):
-    """Steps take 100 s, and one of them 10,000."""
+@pytest.mark.parametrize(("remote", "limit"), [(False, 2000), (True, 1800 + 2000)])
+def test_slow_steps_get_20_medians(remote, limit, run_config, monkeypatch, phases):
+    """Steps take 100 s, and one of them 10,000; a remote shard may be waited for."""
     clock, step = [0.0], TrainStep.__call__
 
-    def call(self: TrainStep, images: Any, targets: Any, number: int, **options: bool) -> StepResult:
+    def call(self: TrainStep, batch: Any, number: int, **options: bool) -> StepResult:
         clock[0] += 10_000 if number == 3 else 100
-        return step(self, images, targets, number, **options)
+        return step(self, batch, number, **options)
 
+    monkeypatch.setattr(TrainLoader, "remote", remote)
     monkeypatch.setattr(TrainStep, "__call__", call)
     monkeypatch.setattr(throughput, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     train(run_config("checkpoint.every_minutes=null"))
     limits = [limit for name, limit, _ in phases if name == "step"]
-    assert limits == [600, *[pytest.approx(2000)] * 5]
+    assert limits == [600, *[pytest.approx(limit)] * 5]
 
 
 @pytest.mark.parametrize(
