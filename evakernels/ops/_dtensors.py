@@ -81,7 +81,7 @@ def over_shards(name: str, op: Callable[..., Any], rule: ShardingRule, args: dic
 
     if isinstance(outputs, Tensor):
         return whole(outputs)
-    return tuple(whole(out) if out.dim() == first.dim() else out for out in outputs)  # others are empty
+    return tuple(out if out is None or out.dim() != first.dim() else whole(out) for out in outputs)  # others are empty
 
 
 # --- shards of parameters -------------------------------------------------------------------------------------------

@@ -86,9 +86,9 @@ def on_shards(mesh, name, dim):
 
 
 def of_a_block(mesh):
-    """A norm made sequence parallel by torch, and a residual add whose branch is a sum still to be made."""
-    norm = parallelize_module(evakernels.nn.LayerNorm(4).double(), mesh, SequenceParallel())
-    x = distribute_tensor(randn(*ROWS), mesh, [Shard(1)])
+    """A norm made sequence parallel by torch, and a residual add whose branch is a sum still to be made, by kernels."""
+    norm = parallelize_module(evakernels.nn.LayerNorm(4), mesh, SequenceParallel())
+    x = distribute_tensor(randn(*ROWS).float(), mesh, [Shard(1)])
     branch = DTensor.from_local(norm(x).full_tensor() / WORLD, mesh, [Partial()])
     return described(evakernels.add_layer_norm(x, branch, norm.weight, norm.bias))
 
@@ -165,8 +165,8 @@ def test_shards_match_whole_tensors(ranks, name, dim):
 
 
 def test_torchs_sequence_parallelism(ranks):
-    norm = evakernels.nn.LayerNorm(4).double()
-    x = randn(*ROWS)
+    norm = evakernels.nn.LayerNorm(4)
+    x = randn(*ROWS).float()
     expected = list(evakernels.add_layer_norm(x, norm(x), norm.weight, norm.bias))
     for rank in ranks:
         torch.testing.assert_close(values(rank["block"]), [e.detach() for e in expected])
