@@ -23,6 +23,10 @@ _MAY_BE_DOWN_FIRST = int(_pillow.partition(".")[0]) >= 13
 """Pillow 13 resizes down first if the height shrinks by more than twice as many pixels as the width."""
 MODES = {"L": 1, "RGB": 3, "LA": 2, "RGBA": 4}
 """Channels by the modes of PIL images."""
+_BAND = 1 << 18
+"""Pixels of a part of a large PIL image that is copied at once."""
+
+_Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def resize(
@@ -148,12 +152,25 @@ def _pixels(image: Any) -> Tensor:
         accepted = f"a tensor, an array or a PIL image of mode {', '.join(MODES)}"
         raise TypeError(f"{_OP}: image must be {accepted}, got {given}")
     channels = MODES[mode]
-    try:
-        pixels = np.asarray(_SharedPixels(image))
-    except (AttributeError, ValueError):  # before Pillow 11.2, or in several blocks
+    if hasattr(image, "__arrow_c_array__"):
+        pixels = _shared_pixels(image)
+    else:  # before Pillow 11.2
         pixels = np.array(image).reshape(image.height, image.width, channels)
     # Pillow's pixels of LA are L, L, L, A.
     return torch.from_numpy(pixels[..., 2:] if pixels.shape[2] == 4 and channels == 2 else pixels[..., :channels])
+
+
+def _shared_pixels(image: Any) -> _Pixels:
+    try:
+        return np.asarray(_SharedPixels(image))
+    except ValueError:  # a large image is in several blocks; bands of it aren't
+        rows = max(1, _BAND // image.width)
+        bands = [(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+        first = _shared_pixels(image.crop((0, 0, image.width, bands[0][1])))
+        pixels = np.empty((image.height, *first.shape[1:]), np.uint8)
+        for top, bottom in bands:
+            pixels[top:bottom] = _shared_pixels(image.crop((0, top, image.width, bottom)))
+        return pixels
 
 
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
