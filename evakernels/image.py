@@ -1,6 +1,10 @@
 """Images of 8 bits on the CPU, with the bits of Pillow's."""
 
-from . import nn  # noqa: F401 - the ops import it while it imports them
-from .ops.resize import level_table, resize
+from . import _native
+from . import nn as nn  # the ops import it while it imports them
+from .ops.resize import level_table, pixels, resize
 
-__all__ = ["level_table", "resize"]
+__all__ = ["COMPILED", "level_table", "pixels", "resize"]
+
+COMPILED: bool = _native.implemented("resize", "cpu")
+"""Whether `resize` has a kernel here, and so is faster than Pillow."""

@@ -72,12 +72,12 @@ def resize(
     """
     if filter not in reference.FILTERS:
         raise ValueError(names.unknown(f"{_OP}: filter", filter, reference.FILTERS))
-    pixels, index = _pixels(image), list(reference.FILTERS).index(filter)
-    height, width, channels = pixels.shape if pixels.dim() == 3 else (0, 0, 0)
+    source, index = pixels(image), list(reference.FILTERS).index(filter)
+    height, width, channels = source.shape if source.dim() == 3 else (0, 0, 0)
     down_first = _MAY_BE_DOWN_FIRST and len(size) == 2 and height - size[0] > max(0, 2 * (width - size[1]))
     has_alpha = channels in (2, 4)
     out: Tensor = _resize(
-        pixels, size, box or (), crop or (), index, down_first, has_alpha, mirrored, channels_first, table
+        source, size, box or (), crop or (), index, down_first, has_alpha, mirrored, channels_first, table
     )
     return out
 
@@ -140,37 +140,45 @@ _resize = define(reference.resize, check=_check_call, fake=_fake)
 # --- PIL images -----------------------------------------------------------------------------------------------------
 
 
-def _pixels(image: Any) -> Tensor:
-    """The image as a tensor, if possible without a copy."""
-    if isinstance(image, Tensor):
-        return image
+def pixels(image: Any, part: tuple[int, int, int, int] | None = None) -> Tensor:
+    """A PIL image of mode L, LA, RGB or RGBA as a tensor `[H, W, C]`, from Pillow 11.2 on without a copy of the pixels.
+
+    Args:
+        image: the image. It must not change while the tensor is in use. A tensor or an array is taken, too.
+        part: left, top, right and bottom of the part that is returned, in whole pixels; None: all of it.
+
+    Raises:
+        TypeError: for another mode or kind of image.
+    """
     if isinstance(image, np.ndarray):
-        return torch.from_numpy(image if min(image.strides, default=0) >= 0 else image.copy())
+        image = torch.from_numpy(image if min(image.strides, default=0) >= 0 else image.copy())
+    if isinstance(image, Tensor):
+        return image if part is None else image[part[1] : part[3], part[0] : part[2]]
     mode = getattr(image, "mode", None)
     if mode not in MODES or not hasattr(image, "tobytes"):
         given = _check.kind(image) + (f" of mode {mode}" if mode else "")
         accepted = f"a tensor, an array or a PIL image of mode {', '.join(MODES)}"
         raise TypeError(f"{_OP}: image must be {accepted}, got {given}")
-    channels = MODES[mode]
+    left, top, right, bottom = part or (0, 0, *image.size)
     if hasattr(image, "__arrow_c_array__"):
-        pixels = _shared_pixels(image)
+        found = _shared_pixels(image, left, top, right, bottom)
     else:  # before Pillow 11.2
-        pixels = np.array(image).reshape(image.height, image.width, channels)
-    # Pillow's pixels of LA are L, L, L, A.
-    return torch.from_numpy(pixels[..., 2:] if pixels.shape[2] == 4 and channels == 2 else pixels[..., :channels])
+        found = np.array(image.crop((left, top, right, bottom))).reshape(bottom - top, right - left, MODES[mode])
+    if found.shape[2] != MODES[mode]:  # L, L, L, A or R, G, B, -
+        found = found[..., 2:] if mode == "LA" else found[..., :3]
+    return torch.from_numpy(found)
 
 
-def _shared_pixels(image: Any) -> _Pixels:
+def _shared_pixels(image: Any, left: int, top: int, right: int, bottom: int) -> _Pixels:
     try:
-        return np.asarray(_SharedPixels(image))
+        return np.asarray(_SharedPixels(image))[top:bottom, left:right]
     except ValueError:  # a large image is in several blocks; bands of it aren't
-        rows = max(1, _BAND // image.width)
-        bands = [(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-        first = _shared_pixels(image.crop((0, 0, image.width, bands[0][1])))
-        pixels = np.empty((image.height, *first.shape[1:]), np.uint8)
-        for top, bottom in bands:
-            pixels[top:bottom] = _shared_pixels(image.crop((0, top, image.width, bottom)))
-        return pixels
+        found = np.empty((bottom - top, right - left, 1 if image.mode == "L" else 4), np.uint8)
+        rows = _BAND // max(1, right - left) + 1
+        for y in range(top, bottom, rows):
+            band = image.crop((left, y, right, min(y + rows, bottom)))
+            found[y - top : y - top + rows] = _SharedPixels(band)
+        return found
 
 
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
