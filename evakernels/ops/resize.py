@@ -16,11 +16,10 @@ from ._op import define
 try:
     from PIL import __version__ as _pillow
 except ImportError:
-    _pillow = "13"
+    _pillow = "13.0"
 
 _OP = "resize"
-_MAY_BE_DOWN_FIRST = int(_pillow.partition(".")[0]) >= 13
-"""Pillow 13 resizes down first if the height shrinks by more than twice as many pixels as the width."""
+_PILLOW = tuple(map(int, _pillow.split(".")[:2]))
 MODES = {"L": 1, "RGB": 3, "LA": 2, "RGBA": 4}
 """Channels by the modes of PIL images."""
 _BAND = 1 << 18
@@ -46,7 +45,7 @@ def resize(
 
     Args:
         image: uint8 `[H, W, C]` with 1 to 4 channels, a tensor or an array; or a PIL image of mode L, LA, RGB or RGBA,
-            which Pillow 11.2 and later share without a copy. The last of 2 or 4 channels is alpha: the result is that
+            which Pillow 13 and later share without a copy. The last of 2 or 4 channels is alpha: the result is that
             of the colours multiplied by it.
         size: `(height, width)` of the result.
         box: part of the image that becomes the result: left, top, right and bottom in pixels or fractions of them.
@@ -74,12 +73,19 @@ def resize(
         raise ValueError(names.unknown(f"{_OP}: filter", filter, reference.FILTERS))
     source, index = pixels(image), list(reference.FILTERS).index(filter)
     height, width, channels = source.shape if source.dim() == 3 else (0, 0, 0)
-    down_first = _MAY_BE_DOWN_FIRST and len(size) == 2 and height - size[0] > max(0, 2 * (width - size[1]))
+    down_first = len(size) == 2 and _is_down_first(height, width, *size)
     has_alpha = channels in (2, 4)
     out: Tensor = _resize(
         source, size, box or (), crop or (), index, down_first, has_alpha, mirrored, channels_first, table
     )
     return out
+
+
+def _is_down_first(height: int, width: int, out_height: int, out_width: int) -> bool:
+    """Whether this version of Pillow, or 13 without one, resizes down before across."""
+    if _PILLOW >= (13, 0):
+        return height - out_height > max(0, 2 * (width - out_width))
+    return _PILLOW >= (12, 2) and height > 100 * width and out_height < height
 
 
 def level_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -141,7 +147,7 @@ _resize = define(reference.resize, check=_check_call, fake=_fake)
 
 
 def pixels(image: Any, part: tuple[int, int, int, int] | None = None) -> Tensor:
-    """A PIL image of mode L, LA, RGB or RGBA as a tensor `[H, W, C]`, from Pillow 11.2 on without a copy of the pixels.
+    """A PIL image of mode L, LA, RGB or RGBA as a tensor `[H, W, C]`, from Pillow 13 on without a copy.
 
     Args:
         image: the image. It must not change while the tensor is in use. A tensor or an array is taken, too.
@@ -160,9 +166,10 @@ def pixels(image: Any, part: tuple[int, int, int, int] | None = None) -> Tensor:
         accepted = f"a tensor, an array or a PIL image of mode {', '.join(MODES)}"
         raise TypeError(f"{_OP}: image must be {accepted}, got {given}")
     left, top, right, bottom = part or (0, 0, *image.size)
-    if hasattr(image, "__arrow_c_array__"):
+    # Before, memory that Pillow shares, as `Image.frombuffer` does, ended the process.
+    if _PILLOW >= (13, 0):
         found = _shared_pixels(image, left, top, right, bottom)
-    else:  # before Pillow 11.2
+    else:
         found = np.array(image.crop((left, top, right, bottom))).reshape(bottom - top, right - left, MODES[mode])
     if found.shape[2] != MODES[mode]:  # L, L, L, A or R, G, B, -
         found = found[..., 2:] if mode == "LA" else found[..., :3]

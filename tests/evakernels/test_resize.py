@@ -132,13 +132,17 @@ def test_large_image_in_several_blocks(mode):
     assert np.array_equal(resize(image, (30, 40), channels_first=False), pillow(image, (30, 40)))
 
 
-@pytest.mark.parametrize("version", [12, 13])
-def test_order_of_passes_follows_pillow(version, monkeypatch):
-    monkeypatch.setattr(module, "_MAY_BE_DOWN_FIRST", version == 13)
-    image = Image.fromarray(pixels_of(random.Random(0), 151, 52, 3))
-    first, then = ((52, 6), (12, 6)) if version == 13 else ((12, 151), (12, 6))
+@pytest.mark.parametrize(
+    ("version", "shape", "down_first"),
+    [((12, 1), (151, 1), False), ((12, 2), (151, 1), True), ((12, 2), (151, 52), False), ((13, 0), (151, 52), True)],
+)
+def test_order_of_passes_follows_pillow(version, shape, down_first, monkeypatch):
+    monkeypatch.setattr(module, "_PILLOW", version)
+    pixels = torch.from_numpy(pixels_of(random.Random(0), *shape, 3).copy())
+    image, (height, width) = Image.fromarray(pixels.numpy()), shape
+    first, then = ((width, 6), (12, 6)) if down_first else ((12, height), (12, 6))
     expected = image.resize(first, Image.Resampling.BICUBIC).resize(then, Image.Resampling.BICUBIC)
-    assert np.array_equal(resize(image, (6, 12), channels_first=False), expected)
+    assert np.array_equal(resize(pixels, (6, 12), channels_first=False), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
