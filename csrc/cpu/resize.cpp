@@ -65,7 +65,7 @@ class Axis {
         weights.push_back(weight_at(filter, (x - window.center + 0.5) * step));
         sum += weights.back();
       }
-      int32_t* target = weights_.data() + (i * blocks_ - first_[i]) * kResizeTaps + window.begin;
+      int32_t* target = weights_.data() + ((i * blocks_ - first_[i]) * kResizeTaps + window.begin);
       for (const double weight : weights) {
         const double units = (sum != 0.0 ? weight / sum : weight) * (1 << kResizeBits);
         *target++ = static_cast<int32_t>(units < 0 ? units - 0.5 : units + 0.5);

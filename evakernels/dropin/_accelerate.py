@@ -78,7 +78,8 @@ def accelerate(
     if _is_transform(model):
         if include is not None or exclude is not None or force or strict or freeze:
             raise ValueError("accelerate: options must be left out for a transform of images")
-        return _images().accelerate(model)
+        report: Report = _images().accelerate(model)
+        return report
     if freeze:
         frozen.check(model)
     transformers.prepare()
@@ -122,7 +123,7 @@ def restore(model: Any) -> int:
     Raises `TypeError` if `model` isn't an `nn.Module` or a transform.
     """
     if _is_transform(model):
-        return _images().restore(model)
+        return int(_images().restore(model))
     swapped = [module for module in model.modules() if _is_swapped(module)]
     _set_classes([(module, original_class_of(module)) for module in swapped])
     _mark(model, ())

@@ -88,8 +88,7 @@ class _FastProcessor:
 
 
 def _rebuild(original: type) -> Any:
-    cls = _processor_class(original)
-    return cls.__new__(cls)
+    return object.__new__(_processor_class(original))
 
 
 def _processor_class(original: type) -> type:

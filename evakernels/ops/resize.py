@@ -184,7 +184,7 @@ def _shared_pixels(image: Any, left: int, top: int, right: int, bottom: int) -> 
         rows = _BAND // max(1, right - left) + 1
         for y in range(top, bottom, rows):
             band = image.crop((left, y, right, min(y + rows, bottom)))
-            found[y - top : y - top + rows] = _SharedPixels(band)
+            found[y - top : y - top + rows] = np.asarray(_SharedPixels(band))
         return found
 
 

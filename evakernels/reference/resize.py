@@ -114,4 +114,5 @@ def _weights(filter: int, inputs: int, low: float, high: float, outputs: int) ->
 def _weighted(levels: Tensor, weights: Weights) -> Tensor:
     """Sums of `levels [inputs, ...]`: float64 is exact."""
     sums = torch.tensordot(torch.from_numpy(weights).to(levels.device), levels.double(), 1)
-    return sums.add(2 ** (_BITS - 1)).div(2**_BITS).floor().clamp(0, 255).long()
+    out: Tensor = sums.add(2 ** (_BITS - 1)).div(2**_BITS).floor().clamp(0, 255).long()
+    return out

@@ -77,7 +77,7 @@ SMALL = {
 # Both residual adds have one gradient for two inputs, which the rule for bytes doesn't know.
 RESIDUAL = ("add_layer_norm", "layer_norm_add")
 CASES = [(op, shape) for op in OPERATIONS for shape in SMALL.get(op, ("tiny b2",))]
-ROWS = [(name, "small") for name in (*OPERATIONS, *RESIDUAL, "loader") if get_operation(name).raw]
+ROWS = [(name, "small") for name in (*OPERATIONS, *RESIDUAL, "loader", "resize") if get_operation(name).raw]
 ENCODERS = ("encode_image", "encode_text")
 ENGINES = [peer.name for peer in peers_of("embed") if peer.package in ("torch", "open_clip_torch", "onnxruntime")]
 SLOW = ("freezing", "of open_clip")
@@ -228,7 +228,7 @@ def test_uncounted_inputs_are_negligible(name: str) -> None:
 
 
 def test_every_operation_has_a_formula_test():
-    assert set(operations()) == {*OPERATIONS, *RESIDUAL, "dropin", "dropin_frozen", "embed", "loader"}
+    assert set(operations()) == {*OPERATIONS, *RESIDUAL, "dropin", "dropin_frozen", "embed", "loader", "resize"}
 
 
 @pytest.mark.parametrize(("name", "shape"), [case for case in CASES if get_operation(case[0]).raw])
