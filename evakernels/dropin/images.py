@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image import COMPILED, resize
+from ..image import COMPILED, pixels, resize
 from ..ops.resize import MODES
 from ._report import Left, Replaced, Report
 
@@ -82,6 +82,11 @@ class _FastProcessor:
         if known and image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] in _CHANNELS:
             image = _Planes(image)
         return super().resize(image, size, resample, reducing_gap, **options)  # type: ignore[misc]
+
+    def convert_to_rgb(self, image: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(image, Image.Image) and image.mode == "RGB":
+            return pixels(image).numpy()
+        return super().convert_to_rgb(image, *args, **options)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__bases__[0],), *super().__reduce_ex__(protocol)[2:]
