@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -88,30 +87,9 @@ class Axis {
   std::vector<int32_t> first_, weights_;
 };
 
-template <int kChannels>
-void transpose(const Resize& p, uint8_t* target) {
-  constexpr int64_t kTile = 16;
-  for (int64_t top = 0; top < p.height; top += kTile) {
-    for (int64_t left = 0; left < p.width; left += kTile) {
-      for (int64_t x = left; x < std::min(left + kTile, p.width); ++x) {
-        for (int64_t y = top; y < std::min(top + kTile, p.height); ++y) {
-          const uint8_t* const pixel = p.image + y * p.row_stride + x * p.pixel_stride;
-          std::memcpy(target + (x * p.height + y) * kChannels, pixel, kChannels);
-        }
-      }
-    }
-  }
-}
-
 // The resize of the transposed image, whose first pass is across.
-Resize transposed(const Resize& p, std::vector<uint8_t>& copy) {
-  copy.resize(p.height * p.width * p.channels);
-  constexpr decltype(&transpose<1>) kTransposes[] = {transpose<1>, transpose<2>, transpose<3>, transpose<4>};
-  kTransposes[p.channels - 1](p, copy.data());
+Resize transposed(const Resize& p) {
   Resize swapped = p;
-  swapped.image = copy.data();
-  swapped.row_stride = p.height * p.channels;
-  swapped.pixel_stride = p.channels;
   std::swap(swapped.height, swapped.width);
   std::swap(swapped.left, swapped.top);
   std::swap(swapped.right, swapped.bottom);
@@ -127,8 +105,7 @@ Resize transposed(const Resize& p, std::vector<uint8_t>& copy) {
 // On one thread: loaders run several images at once.
 void resize(const Resize& params, Isa isa, ParallelFor) {
   const ResizeKernels& kernels = EVAKERNELS_OF_ISA(isa, resize_kernels);
-  std::vector<uint8_t> copy;
-  const Resize p = params.down_first ? transposed(params, copy) : params;
+  const Resize p = params.down_first ? transposed(params) : params;
   const Axis across(p.filter, p.width, p.left, p.right, p.out_width, p.crop_left, p.crop_width);
   const Axis down(p.filter, p.height, p.top, p.bottom, p.out_height, p.crop_top, p.crop_height);
   AlignedFloats scratch(ceil_div(kernels.scratch_size(p, across.view(), down.view()), sizeof(float)));

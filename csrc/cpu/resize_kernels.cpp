@@ -140,23 +140,45 @@ void split_weights(const ResizeAxis& axis, uint32_t* words) {
   }
 }
 
-// The channels of four pixels as rows of four taps. `available`: bytes of the row from here.
+// The channels of four pixels as rows of four bytes.
+template <int kPixelStride>
+inline Words by_channel(Bytes pixels) {
+  Bytes from;
+  for (int i = 0; i < 16; ++i) from[i] = static_cast<uint8_t>(i % 4 * kPixelStride + i / 4) % 16;
+#if defined(__clang__)
+  Bytes rows;
+  for (int i = 0; i < 16; ++i) rows[i] = pixels[from[i]];
+  return __builtin_bit_cast(Words, rows);
+#else
+  return __builtin_bit_cast(Words, __builtin_shuffle(pixels, from));
+#endif
+}
+
+// `available`: bytes of the row from here.
 template <int kPixelStride>
 inline Words load_pixels(const uint8_t* source, int64_t available) {
-  Bytes bytes{}, from;
+  Bytes bytes{};
   if (available >= 16) {
     bytes = load_bytes<Bytes>(source);
   } else {
     __builtin_memcpy(&bytes, source, available);
   }
-  for (int i = 0; i < 16; ++i) from[i] = static_cast<uint8_t>(i % 4 * kPixelStride + i / 4) % 16;
-#if defined(__clang__)
-  Bytes pixels;
-  for (int i = 0; i < 16; ++i) pixels[i] = bytes[from[i]];
-#else
-  const Bytes pixels = __builtin_shuffle(bytes, from);
-#endif
-  return __builtin_bit_cast(Words, pixels);
+  return by_channel<kPixelStride>(bytes);
+}
+
+// Calls body<number>(), for 1 to 4.
+template <class Body>
+auto with_number(int64_t number, const Body& body) {
+  switch (number) {
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    default:
+      return body.template operator()<4>();
+  }
 }
 
 // An image during its resize. Taps: [blocks, channels, kLanes rows, kResizeTaps]. Ring: blocks of rows of the
@@ -208,25 +230,33 @@ class Resizer {
 
   uint8_t* slot(int64_t block) const { return ring_ + block % ring_blocks_ * ring_stride_; }
 
-  template <int kPixelStride>
+  // Rows of the resize are columns in memory if it is transposed. What lies beyond the image has weights of
+  // 0.
+  template <int kPixelStride, bool kTransposed>
   void load_taps(int64_t row_block) {
     const int64_t begin = across_.first[0], end = across_.first[across_.outputs - 1] + across_.blocks;
-    const int64_t row_bytes = (p_.width - 1) * kPixelStride + kChannels;
+    const int64_t line_bytes = ((kTransposed ? p_.height : p_.width) - 1) * kPixelStride + kChannels;
     for (int part = 0; part < kRowBlocks; ++part) {
+      const int64_t row = (row_block + part) * kResizeTaps;
+      const int64_t column_offset = row < p_.height ? row * kPixelStride : 0;
       const uint8_t* rows[kResizeTaps];
-      for (int row = 0; row < kResizeTaps; ++row) {
-        const int64_t y = (row_block + part) * kResizeTaps + row;
-        rows[row] = p_.image + (y < p_.height ? y : p_.height - 1) * p_.row_stride;
+      for (int i = 0; i < kResizeTaps; ++i) {
+        rows[i] = p_.image + (row + i < p_.height ? row + i : p_.height - 1) * p_.row_stride;
       }
       uint8_t* target = taps_ + begin * kChannels * kBlockBytes + part * sizeof(Words);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t offset = block * kResizeTaps * kPixelStride;
+      for (int64_t x = begin * kResizeTaps; x < end * kResizeTaps; x += kResizeTaps) {
         Words pixels[kResizeTaps];
-        for (int row = 0; row < kResizeTaps; ++row) {
-          pixels[row] = load_pixels<kPixelStride>(rows[row] + offset, row_bytes - offset);
+        for (int i = 0; i < kResizeTaps; ++i) {
+          if constexpr (kTransposed) {
+            const uint8_t* const line = p_.image + (x + i < p_.width ? x + i : p_.width - 1) * p_.row_stride;
+            pixels[i] = load_pixels<kPixelStride>(line + column_offset, line_bytes - column_offset);
+          } else {
+            pixels[i] = load_pixels<kPixelStride>(rows[i] + x * kPixelStride, line_bytes - x * kPixelStride);
+          }
         }
         for (int channel = 0; channel < kChannels; ++channel) {
-          const Words taps = {pixels[0][channel], pixels[1][channel], pixels[2][channel], pixels[3][channel]};
+          Words taps = {pixels[0][channel], pixels[1][channel], pixels[2][channel], pixels[3][channel]};
+          if constexpr (kTransposed) taps = by_channel<4>(__builtin_bit_cast(Bytes, taps));
           __builtin_memcpy(target, &taps, sizeof taps);
           target += kBlockBytes;
         }
@@ -262,19 +292,11 @@ class Resizer {
 
   // Blocks of rows [row_block, row_block + kRowBlocks) of the ring.
   void resize_across(int64_t row_block) {
-    switch (p_.pixel_stride) {
-      case 1:
-        load_taps<kChannels == 1 ? 1 : kChannels>(row_block);
-        break;
-      case 2:
-        load_taps<kChannels <= 2 ? 2 : kChannels>(row_block);
-        break;
-      case 3:
-        load_taps<kChannels <= 3 ? 3 : kChannels>(row_block);
-        break;
-      default:
-        load_taps<4>(row_block);
-    }
+    const auto load = [&]<int kPixelStride>() {
+      constexpr int kStride = kPixelStride < kChannels ? kChannels : kPixelStride;
+      p_.down_first ? load_taps<kStride, true>(row_block) : load_taps<kStride, false>(row_block);
+    };
+    with_number(p_.pixel_stride, load);
     uint8_t* slots[kRowBlocks];
     for (int part = 0; part < kRowBlocks; ++part) slots[part] = slot(row_block + part);
     const uint32_t* words = across_words_;
@@ -323,23 +345,9 @@ class Resizer {
   uint8_t *taps_, *levels_, *ring_;
 };
 
-template <class Body>
-auto with_channels(int64_t channels, const Body& body) {
-  switch (channels) {
-    case 1:
-      return body.template operator()<1>();
-    case 2:
-      return body.template operator()<2>();
-    case 3:
-      return body.template operator()<3>();
-    default:
-      return body.template operator()<4>();
-  }
-}
-
 int64_t scratch_size(const Resize& p, const ResizeAxis& across, const ResizeAxis& down) {
-  return with_channels(p.channels,
-                       [&]<int kChannels>() { return Resizer<kChannels>::scratch_size(p, across, down); });
+  return with_number(p.channels,
+                     [&]<int kChannels>() { return Resizer<kChannels>::scratch_size(p, across, down); });
 }
 
 void resize(const Resize& p, const ResizeAxis& across, const ResizeAxis& down, uint8_t* scratch) {
@@ -358,7 +366,7 @@ void resize(const Resize& p, const ResizeAxis& across, const ResizeAxis& down, u
       write(row, p.out_pixel_stride, [&](int64_t x) { return table[channel * 256 + levels[x]]; });
     }
   };
-  with_channels(p.channels, [&]<int kChannels>() {
+  with_number(p.channels, [&]<int kChannels>() {
     Resizer<kChannels>(p, across, down, scratch).run([&](int64_t y, int64_t channel, const uint8_t* levels) {
       if (p.table == nullptr) {
         write_row(static_cast<const uint8_t*>(nullptr), y, channel, levels);

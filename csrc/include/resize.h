@@ -16,7 +16,7 @@ struct Resize {
   int64_t out_height, out_width;
   int64_t crop_top, crop_left, crop_height, crop_width;  // the part of the result that is computed
   ResizeFilter filter;
-  bool down_first;    // order of the passes
+  bool down_first;    // kernels then get sizes of the transposed image, and its memory as it is
   bool has_alpha;     // the last channel: the others are multiplied by it before, and divided after
   const void* table;  // [channels, 256], dtype: the value of each level; null: out has levels
   void* out;          // [crop_height, crop_width, channels], in elements:
