@@ -107,7 +107,7 @@ def feature_gradients(
     height: int,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The gradients of image and text in `dtype`, empty unless needed, and numbers whose sum is the scale's gradient.
+    """The gradients of image and text in `dtype`, empty unless needed, and the terms of the scale's gradient.
 
     Args:
         chunk_gradients: maps rows, their images and all texts to the gradients of their logits.

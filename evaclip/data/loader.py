@@ -149,7 +149,7 @@ class TrainSamples(Dataset[Any]):
             except BadSample as exc:
                 faults.append(exc.fault)
                 draw = int(mix(self.seed, _REPLACEMENT, global_index, attempt)[0])
-                # From the same window, whose shards are read anyway; only local shards of others cost no fetch.
+                # The shards of the same window are read anyway. Those of others may be used if they are local files.
                 is_nearby = attempt < _NEARBY or self.source.remote
                 index = self.order.nearby(global_index, draw) if is_nearby else draw % len(self.source)
                 continue

@@ -219,7 +219,7 @@ class _Trace:
         eval_samples = self._samples(eval_rows, {eval_rows})
         fixed = {FROZEN: list(task.extra_tensors()), AVERAGE: list(ema.state_dict().values()) if ema else []}
         with self._fake:
-            # `_summarize` adds the mean of replicated gradients over ranks, whose buckets depend on the depth.
+            # `_summarize` adds the mean of replicated gradients: the size of its buckets depends on the depth.
             step = build_step(config, self.world if self.is_sharded else World(self.world.device), task)
             # The first forward pass gathers all parameters once: an evaluation's.
             evaluation = self._evaluate(step, *eval_samples, fixed)

@@ -101,7 +101,7 @@ class World:
         return result
 
     def sum(self, *values: float) -> list[float]:
-        """Each value's sum over all ranks; waits for the device, whose group is faster than `control`."""
+        """The sum of each value over all ranks, by the device's group, as `control` is slower; waits for the device."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)

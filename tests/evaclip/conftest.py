@@ -1,4 +1,4 @@
-"""Small runs; and tests of all folders here find the modules beside this one."""
+"""Small runs, and the path on which the tests of all folders here find the modules beside this file."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def run_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def averaged_run(tmp_path_factory):
-    """A run of three steps with an evaluation, whose averaged weights differ from the last ones."""
+    """A run of three steps with an evaluation. Its averaged weights differ from those of the last step."""
     from evaclip.train.trainer import train  # takes seconds to import
 
     recipe = get_recipe("tiny")

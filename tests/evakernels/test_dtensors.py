@@ -86,7 +86,7 @@ def on_shards(mesh, name, dim):
 
 
 def of_a_block(mesh):
-    """A norm made sequence parallel by torch, and a residual add whose branch is a sum still to be made, by kernels."""
+    """Float32 kernels: a norm made sequence parallel by torch, and a residual add with a partial branch."""
     norm = parallelize_module(evakernels.nn.LayerNorm(4), mesh, SequenceParallel())
     x = distribute_tensor(randn(*ROWS).float(), mesh, [Shard(1)])
     branch = DTensor.from_local(norm(x).full_tensor() / WORLD, mesh, [Partial()])

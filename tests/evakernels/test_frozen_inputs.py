@@ -27,7 +27,7 @@ PRESENT = {name: [i for i, x in enumerate(inputs) if x is not None] for name, (*
 FROZEN = [pytest.param(name, i, id=f"{name}-{i}") for name, present in PRESENT.items() for i in present]
 SCALED = "layer_norm-add_then_norm-layer-True-True"
 OMITTED = {(SCALED, 1), ("token_dropout-dropped-True-True", 0), ("token_dropout-dropped-False-False", 0)}
-"""Activations whose gradients ops omit; other activations share a loop with the rest."""
+"""Activations whose gradients are left out if not needed; the loops of other ops compute them anyway."""
 BACKENDS = pytest.mark.parametrize("backend", [None, "reference"])
 
 

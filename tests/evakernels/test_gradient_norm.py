@@ -35,7 +35,7 @@ LISTS = {
     "many elements": gradients(sizes=[3_000_001]),  # torch's own norm on a CPU is wrong in the fourth digit here
     "many tensors": gradients(sizes=[i % 3 for i in range(700)]),
     **{f"sizes {sizes}": gradients(sizes=sizes) for sizes in ([0], [0, 0], [1])},
-    # Squares that float16 can't hold, on either side, beside a tensor in another dtype.
+    # The squares are too large or too small for float16; the other tensor has another dtype.
     **{f"float16 {x}": [torch.full((1000,), x, dtype=torch.float16), torch.zeros(3)] for x in (6e4, 6e-8)},
 }
 

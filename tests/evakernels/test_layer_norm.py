@@ -84,7 +84,7 @@ def row_scale_of(batch):
 
 
 def ours(form, kind="layer", place=0):
-    """Our function over `inputs_of`, whose row_scale drops every third sample."""
+    """Our function on `inputs_of`. Its row_scale drops every third sample."""
     if form == "plain":
         return plain(kind)[place]
     return lambda residual, *given: FORMS[form](kind, row_scale_of(len(residual)))[place](residual, *given)

@@ -26,7 +26,7 @@ native = torch.ops.evakernels_native
 gpu_kernels = pytest.mark.skipif(not _native.runs_gpu_kernels("cpu"), reason="these have kernels for GPUs only")
 cpu_kernels = pytest.mark.skipif(_native.runs_gpu_kernels("cpu"), reason="these have kernels for CPUs only")
 CALLS = record_calls(torch.float32, torch.bfloat16)
-# Ops whose kernel has the arguments of the op.
+# The ops whose kernel takes the same arguments as the op.
 OPS = [op for op in CALLS if (op, "cpu") not in _native._launchers and _native.implemented(op, "cpu")]
 
 
