@@ -4,6 +4,7 @@ The tower gathers the real tokens of all samples and gives its layers a `Packing
 on to their attention, which computes each sequence on its own. Norms and MLPs compute each token on its own.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from .._modes import is_observed
 from ..packing import Packing
 from ._dispatch import dispatches_to
+from ._swap import find_original_class
 
 MASKED = -1e4
 """The largest value of an additive mask that hides a key: its softmax is zero in float32."""
@@ -130,8 +132,21 @@ class Layers:
             return False
         if self.reason(tower) is not None:
             return False
-        parts = tower._modules[self.name].modules()
+        parts = [*tower._modules[self.name].modules()]
+        if any(map(is_observed, _kernel_functions(parts))):
+            return False
         return not any(is_observed(part) or (part.training and _drops(part)) for part in parts)
+
+
+def _kernel_functions(parts: list[nn.Module]) -> list[nn.Module]:
+    """Functions that Hugging Face's `kernels` has turned into modules, which `modules()` doesn't list.
+
+    An attention calls the module in its file, which calls the attention's own.
+    """
+    callers = [part for part in parts if "_kernel_funcs" in part.__dict__]
+    functions = [function for part in callers for function in part.__dict__["_kernel_funcs"].values()]
+    kinds, files = {type(function) for function in functions}, {find_original_class(p).__module__ for p in callers}
+    return functions + [value for file in files for value in vars(sys.modules[file]).values() if type(value) in kinds]
 
 
 def _drops(module: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 import copy
 import sys
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,10 @@ import torch
 import transformers
 from kernels import LocalLayerRepository, Mode
 from torch import nn
+from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+from transformers.models.llama import modeling_llama as llama
 
 import evakernels
-
-# transformers refuses releases of kernels other than its own. Its check is patched, so that its code runs our layers
-# with the installed release. Modeling files read the answer when they are imported.
-transformers.utils.is_kernels_available.__wrapped__.__defaults__ = ("0.17", "1")
-llama = import_module("transformers.models.llama.modeling_llama")
-dinov3 = import_module("transformers.models.dinov3_vit.modeling_dinov3_vit")
 
 path = Path(sys.argv[1])
 LAYERS: dict[str, type[nn.Module]] = {

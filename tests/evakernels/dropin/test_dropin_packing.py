@@ -263,6 +263,23 @@ def test_refused_call_matches_untouched(name, change):
         assert "packed_attention" in ops
 
 
+def test_hook_on_rotary_function_is_called():
+    """Hugging Face's `kernels` turns the function into modules: one of the file, which calls one of each attention."""
+    inputs, model, untouched, _ = pair("pixtral")
+    in_file = import_module("transformers.models.pixtral.modeling_pixtral").apply_rotary_pos_emb
+    if not isinstance(in_file, torch.nn.Module):
+        pytest.skip("this transformers takes another release of kernels")
+    (in_layer,) = model.transformer.layers[1].attention._kernel_funcs.values()
+    for function in (in_file, in_layer):
+        calls = []
+        hook = function.register_forward_hook(lambda *args, calls=calls: calls.append(args))
+        with hook, log_ops() as ops:
+            actual = run(model, inputs(0))
+        assert calls
+        assert "packed_attention" not in ops
+        assert_close(actual, run(untouched, inputs(0)))
+
+
 def test_encoder_refuses_other_arguments():
     """A mask with a bias, keys that differ by query, in two and four dimensions, a window, and an untried argument."""
     _, model, untouched, _ = pair("siglip2")

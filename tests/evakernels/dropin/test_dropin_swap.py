@@ -104,12 +104,15 @@ def _record(models, register):
 
         def note(module, args, output, names=names, seen=seen):
             shapes = [tuple(x.shape) for x in (*args, output) if isinstance(x, torch.Tensor)]
-            seen.append((names[module], shapes))
+            # transformers' rotary function may be a module, which no model lists.
+            seen.append((names.get(module, type(module).__name__), shapes))
 
         handles = register(m, note)
-        m.eval()(**family.inputs(1))  # timm's features are all tokens, its output pools one
-        for handle in handles:
-            handle.remove()
+        try:
+            m.eval()(**family.inputs(1))  # timm's features are all tokens, its output pools one
+        finally:
+            for handle in handles:
+                handle.remove()
         found.append(seen)
     return found
 
