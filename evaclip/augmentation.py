@@ -53,3 +53,8 @@ class Augmentation:
     def moves(self) -> bool:
         """Whether the image is rotated, shifted or zoomed."""
         return bool(self.rotation or self.translation or self.zoom != (1.0, 1.0))
+
+    @property
+    def recolors(self) -> bool:
+        """Whether the colours change."""
+        return bool(self.brightness or self.contrast or self.saturation or self.hue or self.grayscale)

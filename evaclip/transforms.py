@@ -19,6 +19,8 @@ from evaclip.augmentation import Augmentation, Range
 from evaclip.model.config import Interpolation, Preprocess, Resize, VisionConfig
 from evaclip.packing import PackedImages, drop_patches, pack_images
 from evaclip.pixels import eight_bit
+from evakernels.dropin.images import FastImage
+from evakernels.image import COMPILED, level_table, pixels, resize
 
 Color = tuple[int, int, int]
 Images = TypeVar("Images", Tensor, PackedImages)
@@ -88,26 +90,26 @@ class EvalTransform:
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return _to_tensor(self._cropped(image), self.preprocess)
+        return self._resized(image, _pixel_values(self.preprocess))
 
     def levels(self, image: Image.Image) -> Tensor:
         """The same before `Normalization`, uint8 `[3, height, width]`: a quarter of the bytes."""
-        return _levels(_rgb(self._cropped(image))).contiguous()
+        return self._resized(image, None)
 
-    def _cropped(self, image: Image.Image) -> Image.Image:
+    def _resized(self, image: Image.Image, values: Tensor | None) -> Tensor:
         image = self._opaque(eight_bit(image))
-        height, width = shape = _shape(self.size, image)
-        if isinstance(self.size, NativeSize):
-            return _resize(image, shape, self.preprocess.interpolation)
-        resized = [int(side / self.preprocess.crop) for side in shape]
-        if self.preprocess.resize == "shortest":
-            image = _without_ends(image)
-            resized = _shortest(image, resized[0]) if resized[0] == resized[1] else _covering(image, resized)
+        height, width = shape = resized = _shape(self.size, image.height, image.width)
+        if not isinstance(self.size, NativeSize):
+            resized = [int(side / self.preprocess.crop) for side in shape]
+            if self.preprocess.resize == "shortest":
+                image = _without_ends(image)
+                resized = _shortest(image, resized[0]) if resized[0] == resized[1] else _covering(image, resized)
+        top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+        if _has_kernel(image) and resized[0] >= height and resized[1] >= width:
+            crop = (top, left, height, width)
+            return resize(_rgb(image), resized, filter=self.preprocess.interpolation, crop=crop, table=values)
         image = _resize(image, resized, self.preprocess.interpolation)
-        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-        if (top, left, *shape) != (0, 0, image.height, image.width):
-            image = image.crop((left, top, left + width, top + height))
-        return image
+        return _to_tensor(image.crop((left, top, left + width, top + height)), values)
 
     def _opaque(self, image: Image.Image) -> Image.Image:
         return _on_background(image, WHITE)
@@ -139,13 +141,13 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, seed: int | None = None) -> Tensor:
         """The augmented image, a pure function of `image` and `seed`; None draws a seed from torch."""
-        return _to_tensor(self._augmented(image, seed), self.preprocess)
+        return self._augmented(image, seed, _pixel_values(self.preprocess))
 
     def levels(self, image: Image.Image, seed: int | None = None) -> Tensor:
         """The same before `Normalization`, uint8 `[3, height, width]`: a quarter of the bytes."""
-        return _levels(self._augmented(image, seed))
+        return self._augmented(image, seed, None)
 
-    def _augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
+    def _augmented(self, image: Image.Image, seed: int | None, values: Tensor | None) -> Tensor:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         generator = torch.Generator().manual_seed(seed)
@@ -157,14 +159,26 @@ class TrainTransform:
         top, left, height, width = crop_box(image.height, image.width, options.scale, ratio, generator)
         draws = _draws(generator)
         background = self.background(draws)
-        image = _on_background(image.crop((left, top, left + width, top + height)), background)
-        image = _resize(image, _shape(self.size, image), self.preprocess.interpolation)
+        right, bottom = left + width, top + height
+        image.load()  # which may find a transparent colour
+        if self._only_crops and image.mode == "RGB" and not image.has_transparency_data and COMPILED:
+            part, shape = pixels(image)[top:bottom, left:right], _shape(self.size, height, width)
+            mirrored = _happens(options.flip, draws)
+            return resize(part, shape, filter=self.preprocess.interpolation, mirrored=mirrored, table=values)
+        image = _on_background(image.crop((left, top, right, bottom)), background)
+        image = _resize(image, _shape(self.size, image.height, image.width), self.preprocess.interpolation)
         image = _rgb(image)
         if _happens(options.flip, draws):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if options.moves:
             image = _move(image, options, background, draws)
-        return _rgb(self.recolored(image, draws))
+        return _to_tensor(self.recolored(image, draws), values)
+
+    @property
+    def _only_crops(self) -> bool:
+        """Whether nothing but crop, resize and flip happens to an image."""
+        is_own = type(self).recolored is not TrainTransform.recolored
+        return not (is_own or self.augmentation.moves or self.augmentation.recolors)
 
     def background(self, draws: Iterator[float]) -> Color:
         """The colour behind a transparent image and around a shifted one; `draws` are numbers in [0, 1)."""
@@ -244,9 +258,10 @@ def levels_of(transform: Callable[..., Any], preprocess: Preprocess) -> Callable
     return transform
 
 
-def _shape(size: ImageSize, image: Image.Image) -> list[int]:
+def _shape(size: ImageSize, height: int, width: int) -> list[int]:
+    """The size of the result for an image of this height and width."""
     if isinstance(size, NativeSize):
-        return list(native_size(image.height, image.width, size.patch_size, size.max_patches))
+        return list(native_size(height, width, size.patch_size, size.max_patches))
     return list(size) if isinstance(size, tuple) else [size, size]
 
 
@@ -350,9 +365,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _has_kernel(image: Image.Image) -> bool:
+    """Whether the image is resized as RGB, without Pillow. Of grey images the conversion may come first."""
+    return COMPILED and image.mode in ("RGB", "L")
+
+
 def _resize(image: Image.Image, shape: Sequence[int], interpolation: Interpolation) -> Image.Image:
     size = (shape[1], shape[0])
-    return image if image.size == size else image.resize(size, _RESAMPLING[interpolation])
+    return image if image.size == size else FastImage.of(image).resize(size, _RESAMPLING[interpolation])
 
 
 def _move(image: Image.Image, options: Augmentation, background: Color, draws: Iterator[float]) -> Image.Image:
@@ -399,23 +419,21 @@ def _turn_hue(image: Image.Image, share: float) -> Image.Image:
     return Image.merge("HSV", (Image.fromarray(rotated), saturation, value)).convert("RGB")
 
 
-def _levels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    pixels = np.asarray(_rgb(image))
-    planes = np.empty((3, *pixels.shape[:2]), np.float32)
-    for channel, values in enumerate(_pixel_values(preprocess)):
-        np.take(values, pixels[:, :, channel], out=planes[channel], mode="clip")
+def _to_tensor(image: Image.Image, values: Tensor | None) -> Tensor:
+    """`[3, height, width]`, levels or values."""
+    levels = np.asarray(_rgb(image))
+    if values is None:
+        return torch.from_numpy(levels.transpose(2, 0, 1).copy())
+    planes = np.empty((3, *levels.shape[:2]), np.float32)
+    for channel, of_channel in enumerate(values.numpy()):
+        np.take(of_channel, levels[:, :, channel], out=planes[channel], mode="clip")
     return torch.from_numpy(planes)
 
 
 @cache
-def _pixel_values(preprocess: Preprocess) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _pixel_values(preprocess: Preprocess) -> Tensor:
     """Normalised values of the 256 levels in each channel, `[3, 256]`."""
-    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    return Normalization(preprocess)(levels).squeeze(1).numpy()
+    return level_table(preprocess.mean, preprocess.std)
 
 
 def _draws(generator: Generator) -> Iterator[float]:

@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-from . import nn, ops, optim
+from . import image, nn, ops, optim
 from ._checkpoint import checkpoint_policy
 from ._explain import explain
 from ._info import info
@@ -25,6 +25,7 @@ __all__ = [
     "checkpoint_policy",
     "clip_grad_norm_",
     "explain",
+    "image",
     "info",
     "keep_freed_memory",
     "layers",

@@ -48,12 +48,14 @@ def cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]
     heads, rows = [torch.randn(2, 3, 5, 8) for _ in range(3)], [torch.randn(5, 3, 8) for _ in range(3)]
     mlp = [x, *(torch.randn(shape) / 4 for shape in ((24, 16), (24, 16), (16, 24)))]
     kept = torch.tensor([[0, 2], [1, 4], [3, 4]])
+    image = torch.randint(256, (9, 7, 3), dtype=torch.uint8)
     return {
         "contrastive": (evakernels.clip_loss, [features(), features(), scale]),
         "gelu": (evakernels.gelu, [x, bias]),
         "lamb": (lamb_step, [x, torch.randn_like(x)]),
         "layer_norm": (norms, [x, torch.randn_like(x), weight, bias]),
         "packed_attention": (packed, rows),
+        "resize": (lambda: evakernels.image.resize(image, (4, 5)).float(), []),
         "rope_attention": (evakernels.rope_attention, heads),
         "row_quantization": (quantized, [x]),
         "swiglu": (evakernels.swiglu, [x, torch.randn_like(x), weight, bias]),

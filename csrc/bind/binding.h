@@ -196,6 +196,14 @@ class Call {
     array.is_int32 = type == ScalarType::Int;
     return array;
   }
+  // uint8 [height, width, 1 to 4 channels], channels adjacent, 4 bytes a pixel at most; otherwise a copy.
+  Array read_pixels(const Tensor& image, const char* name) {
+    require(image.scalar_type() == ScalarType::Byte, name, " must be uint8");
+    require(image.dim() == 3 && image.size(2) >= 1 && image.size(2) <= 4 && image.numel() > 0, name,
+            " must have shape [height, width, 1 to 4 channels]");
+    const bool is_readable = image.stride(2) == 1 && image.stride(1) >= image.size(2) && image.stride(1) <= 4;
+    return view(keep(image, is_readable), name, DType::Float32);
+  }
   // Converted if necessary, without a host sync.
   Array read_float32(const Tensor& tensor, const char* name) {
     if (tensor.scalar_type() == ScalarType::Float) return read(tensor, name);

@@ -35,7 +35,8 @@ bool machine_has(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::Avx512) return avx512;
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (isa == Isa::Avx512Bf16) return avx512_bf16;
 #ifdef EVAKERNELS_AMX
   static const bool tiles = avx512_bf16 && has_tiles();

@@ -12,8 +12,8 @@
 
 namespace evakernels::cpu {
 
-// Each contains the ones before it. Avx512Bf16 adds dot products of bfloat16 pairs, Amx bfloat16 matmuls on
-// tiles.
+// Each contains the ones before it. Avx512Bf16 adds dot products of bfloat16 pairs and of bytes (VNNI), Amx
+// bfloat16 matmuls on tiles.
 enum class Isa { Baseline, Avx2, Avx512, Avx512Bf16, Amx };
 
 EVAKERNELS_API const char* name(Isa isa);

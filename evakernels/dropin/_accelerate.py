@@ -33,7 +33,7 @@ class ChangedModuleWarning(UserWarning):
 
 
 def accelerate(
-    model: nn.Module,
+    model: Any,
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -49,8 +49,11 @@ def accelerate(
     Parameters, buffers, names, hooks and the modules themselves stay, so state dicts interchange. Each call decides by
     device, dtype and size whether an op is faster, so a model may move later. After an error the model is unchanged.
 
+    A transform of images resizes with `evakernels.image.resize`, with the same pixels and random draws: torchvision's
+    `Compose`, as open_clip and timm make it, of PIL images, and transformers' image processors with `backend="pil"`.
+
     Args:
-        model: any module, also a loss.
+        model: any module, also a loss; or a transform, without other options.
         include: one or more `fnmatch` patterns of modules to replace, by class, such as `"EvaBlock"`, or by name, such
             as `"visual"`, which includes all modules below it. Default: all.
         exclude: one or more patterns of modules that keep, or get back, their own code. A fused step of another module
@@ -64,7 +67,7 @@ def accelerate(
         "12 of 12 blocks, 109 of 110 modules" and a table.
 
     Raises:
-        TypeError: `model` isn't an `nn.Module`, or a pattern isn't a str.
+        TypeError: `model` isn't an `nn.Module` or a transform, or a pattern isn't a str.
         ValueError: a pattern matches no module, or an `include` pattern no supported one; the error names the nearest.
             Or `freeze` with a model in training mode or on a GPU.
         RuntimeError: with `strict`, if a module of a supported class behaves differently from its replacement.
@@ -72,7 +75,11 @@ def accelerate(
     Warns:
         ChangedModuleWarning: modules of a supported class behave differently from their replacement.
     """
-    _check("accelerate", model)
+    if _is_transform(model):
+        if include is not None or exclude is not None or force or strict or freeze:
+            raise ValueError("accelerate: options must be left out for a transform of images")
+        report: Report = _images().accelerate(model)
+        return report
     if freeze:
         frozen.check(model)
     transformers.prepare()
@@ -110,12 +117,13 @@ def accelerate(
     return report
 
 
-def restore(model: nn.Module) -> int:
+def restore(model: Any) -> int:
     """Restores the original classes and dense weights of all modules, in place; returns the number of restored modules.
 
-    Raises `TypeError` if `model` isn't an `nn.Module`.
+    Raises `TypeError` if `model` isn't an `nn.Module` or a transform.
     """
-    _check("restore", model)
+    if _is_transform(model):
+        return int(_images().restore(model))
     swapped = [module for module in model.modules() if _is_swapped(module)]
     _set_classes([(module, find_original_class(module)) for module in swapped])
     _mark(model, ())
@@ -149,9 +157,15 @@ def _is_swapped(module: nn.Module) -> bool:
     return _swap.original_class(_swap.module_class(module)) is not None
 
 
-def _check(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+def _is_transform(model: object) -> bool:
+    return not isinstance(model, nn.Module) or type(model).__module__.startswith("torchvision.transforms")
+
+
+def _images() -> Any:
+    """The module for transforms, which needs Pillow."""
+    from . import images
+
+    return images
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ SMALL = {
 }
 RESIDUAL = ("add_layer_norm", "layer_norm_add")
 CASES = [(op, shape) for op in OPERATIONS for shape in SMALL.get(op, ("tiny b2",))]
-ROWS = [(name, "small") for name in (*OPERATIONS, *RESIDUAL, "loader") if get_operation(name).raw]
+ROWS = [(name, "small") for name in (*OPERATIONS, *RESIDUAL, "loader", "resize") if get_operation(name).raw]
 ENCODERS = ("encode_image", "encode_text")
 ENGINES = [peer.name for peer in peers_of("embed") if peer.package in ("torch", "open_clip_torch", "onnxruntime")]
 SLOW = ("freezing", "of open_clip")
@@ -151,4 +151,4 @@ def test_matmul_flops_are_torchs_count(name: str, shape: str) -> None:
 
 
 def test_every_operation_has_a_case():
-    assert set(operations()) == {*OPERATIONS, *RESIDUAL, "dropin", "dropin_frozen", "embed", "loader"}
+    assert set(operations()) == {*OPERATIONS, *RESIDUAL, "dropin", "dropin_frozen", "embed", "loader", "resize"}

@@ -85,9 +85,9 @@ def test_eval_transform_oblong_matches_open_clip(size: tuple[int, int]) -> None:
 def test_very_flat_image_is_cropped_first(size: tuple[int, int], monkeypatch: Any) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     expected = image_transform(32, is_train=False)(Image.fromarray(pixels))
-    resized, seen = transforms._resize, []
+    resize, seen = transforms.resize, []
     monkeypatch.setattr(
-        transforms, "_resize", lambda image, shape, how: seen.append(shape) or resized(image, shape, how)
+        transforms, "resize", lambda image, shape, **options: seen.append(shape) or resize(image, shape, **options)
     )
     torch.testing.assert_close(EvalTransform(32)(Image.fromarray(pixels)), expected, rtol=0, atol=0.02)
     assert max(seen[0]) <= 101 * 32

@@ -17,7 +17,7 @@ from evakernels import _native, backends
 LARGEST_ERROR = 0.03
 """Relative to float64, in bfloat16: a wrong formula or layout is far above."""
 WITHOUT_GPU_KERNEL = {"adamw_update", "dequantize_rows", "quantize_rows"}
-WITHOUT_GPU_KERNEL |= {"lamb_apply", "lamb_update", "swiglu_mlp_backward", "swiglu_mlp_forward"}
+WITHOUT_GPU_KERNEL |= {"lamb_apply", "lamb_update", "resize", "swiglu_mlp_backward", "swiglu_mlp_forward"}
 TRITON = [op for ops in evakernels.triton.FAMILIES.values() for op in ops]
 CASES = [(op, DEVICE.type) for op in backends.ops() if op not in WITHOUT_GPU_KERNEL]
 if DEVICE.type == "cuda" or evakernels.triton.INTERPRETED:
