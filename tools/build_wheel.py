@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1].resolve()
+CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so")
 BUILD_MODULES = ("setuptools", "cmake", "ninja", "pybind11", "torch")
 OLDEST_TORCH = "2.11"
@@ -40,7 +41,7 @@ def make_environment(interpreter: str, folder: Path, *tools: str) -> Path:
     """Return the Python of a new environment with the packages of the build, the oldest torch, and `tools`."""
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     run(interpreter, "-m", "venv", folder)
-    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet")
+    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS)
     run(*pip, *(name for name in requires if not name.startswith("torch")), *tools)
     # The build needs torch's headers and libraries, not the gigabytes that it requires.
     run(*pip, "--no-deps", f"torch=={OLDEST_TORCH}.*")

@@ -55,6 +55,7 @@ def pack_wheels(python: Path, version: str, target: Path, room: int) -> None:
     known = {re.split(r"[<>=!~\[]", text)[0]: text for text in requirements("test")}
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 40)] + ["manylinux2014_x86_64"]
     options = ["--quiet", "--only-binary", ":all:", "--python-version", version, "--implementation", "cp"]
+    options += ["--constraint", str(build_wheel.CONSTRAINTS)]
     options += [option for name in platforms for option in ("--platform", name)]
     folder = target / "download"
     (target / "wheels").mkdir()

@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from build_wheel import CONSTRAINTS
+
 CHECK = Path(__file__).with_name("wheel_check.py").resolve()
 TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
 OWN_BINARIES = ("torch", "triton")
@@ -53,7 +55,8 @@ def last_line(text: str) -> str:
 def install_uv(folder: Path) -> Path:
     uv = folder / "uv/bin/uv"
     subprocess.run([sys.executable, "-m", "venv", uv.parents[1]], check=True)
-    subprocess.run([uv.with_name("python"), "-m", "pip", "install", "--quiet", "uv"], check=True)
+    pip = [uv.with_name("python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "--constraint", CONSTRAINTS, "uv"], check=True)
     return uv
 
 
@@ -70,7 +73,7 @@ def try_out(uv: Path, python: str, torch: str, wheel: Path) -> str:
     requirement = "torch" if torch == "newest" else f"torch=={torch}.*"
     try:
         call(uv, "venv", "--quiet", "--python", python, own.parents[1])
-        call(uv, "pip", "install", "--quiet", "--python", own, requirement, wheel)
+        call(uv, "pip", "install", "--quiet", "--constraint", CONSTRAINTS, "--python", own, requirement, wheel)
         report = json.loads(last_line(call(own, "-I", CHECK)))
     except subprocess.CalledProcessError as exc:
         return f"fails: {last_line(exc.stderr) or f'{exc.cmd[1:]} ended with {exc.returncode}'}"

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -151,16 +151,16 @@ def assemble(path: Path, arch: str) -> Path:
     return code
 
 
-def measure() -> dict[str, dict[str, Usage]]:
+def measure(archs: Sequence[str] = ARCHS) -> dict[str, dict[str, Usage]]:
     """The usage by architecture and kernel, once the sources are built."""
-    pairs = [(path, arch) for path in objects() for arch in ARCHS]
+    pairs = [(path, arch) for path in objects() for arch in archs]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         codes = list(threads.map(assemble, *zip(*pairs, strict=True)))
-    usages: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHS}
-    for (path, _), code in zip(pairs, codes, strict=True):
-        for arch, found in usages_in(code.with_suffix(".usage").read_text()).items():
-            # Kernels of headers may be in several files, with other types that have the same name.
-            usages[arch] |= {f"{source_of(path)}: {name}": usage for name, usage in found.items()}
+    usages: dict[str, dict[str, Usage]] = {arch: {} for arch in archs}
+    for (path, arch), code in zip(pairs, codes, strict=True):
+        found = usages_in(code.with_suffix(".usage").read_text())[arch]
+        # Kernels of headers may be in several files, with other types that have the same name.
+        usages[arch] |= {f"{source_of(path)}: {name}": usage for name, usage in found.items()}
     return usages
 
 

@@ -46,7 +46,7 @@ def op_files() -> dict[str, ModuleType]:
 
 
 def exhaustive_but(cases: Sequence[Any], *quick: str) -> list[Any]:
-    """The cases, of which all but those with these ids are for `make test-all`."""
+    """The cases, of which all but those with these ids are for `make exhaustive`."""
     assert set(quick) <= {case.id for case in cases}
     marks = [[*case.marks, *([] if case.id in quick else [pytest.mark.exhaustive])] for case in cases]
     return [pytest.param(*case.values, id=case.id, marks=more) for case, more in zip(cases, marks, strict=True)]

@@ -75,6 +75,8 @@ FAULTS = {
     "parts": Fault("not written", ("max(ceil_div(seen, plan.block_tiles), 1)", "parts")),
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
+REPEATED = {"buffer", "sums-of-samples", "stages", "dk-stored", "parts-of-warps", "parts"}
+"""Faults whose report another fault of the same family has."""
 
 
 def tags_in(lines: list[str]) -> dict[int, str]:

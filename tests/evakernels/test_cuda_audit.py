@@ -53,7 +53,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("arch", COUNTED)
+# Attention has as much shared memory on 10.0 as on 9.0.
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", pytest.param("sm_90", marks=pytest.mark.weekly)])
 def test_memory_traffic_is_minimal(arch: str, made_once: Callable[..., Path]) -> None:
     made_once("ptx", lambda folder: budget.build("ptx"))
     wrong = []

@@ -58,7 +58,11 @@ def test_wrong_kernel_is_a_failure(tree):
     assert ["gelu_forward" in failure for failure in results["first light"]["failures"]] == [True], output
 
 
-@pytest.mark.parametrize("planted", ["import os; os.kill(os.getpid(), 11)", "import time; time.sleep(99)"])
+# A hanging test ends its process, too.
+CRASH = pytest.param("import os; os.kill(os.getpid(), 11)", marks=pytest.mark.weekly)
+
+
+@pytest.mark.parametrize("planted", [CRASH, "import time; time.sleep(99)"])
 def test_crash_or_hang_costs_one_test(tree, planted):
     with (tree / "tests/evakernels/test_first_light.py").open("a") as file:
         file.write(f"\n\ndef test_planted_gelu():\n    {planted}\n")

@@ -14,6 +14,7 @@ from op_suite import ROOT, build_library, copy_with_library, gcc, run_ops, sanit
 import evakernels
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.slow]
+weekly = pytest.mark.weekly
 
 CLANG = shutil.which("clang++")
 SANITIZE = "-Og -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -53,7 +54,8 @@ def tests(compiler: str, made_once: Callable[..., Path], tmp_path_factory: pytes
 
 
 @pytest.mark.skipif(not ISAS, reason="there are no compiled kernels")
-@pytest.mark.parametrize("isa", ISAS)
+# test_instruction_set runs the tests on the others.
+@pytest.mark.parametrize("isa", [isa if isa == NATIVE["isa"] else pytest.param(isa, marks=weekly) for isa in ISAS])
 def test_ops_under_sanitizers(isa: str, tests: Path, compiler: str) -> None:
     run_ops(
         folder=tests,

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 from clean_room import PACKAGES, ROOT, build, tracked
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from release import supported_pythons
+from requirements import PROJECT, requirements
 
 from evakernels import _native
 
@@ -221,3 +225,20 @@ def test_makefile_installs_what_the_build_requires() -> None:
     (tools,) = re.findall(r"^BUILD_TOOLS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     named = {re.split(r"[<>=!~ ]", requirement)[0] for requirement in requires}
     assert named - {"torch"} <= set(tools.split())
+
+
+@pytest.mark.parametrize("version", supported_pythons())
+def test_constraints_pin_all_requirements(version: str) -> None:
+    """Fails where `make update` is missing after a change of pyproject.toml."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    python = {"python_version": version, "python_full_version": f"{version}.9"}
+    applying = [line for line in map(Requirement, lines) if not line.marker or line.marker.evaluate(python)]
+    locked = {line.name: line.specifier for line in applying}
+    assert len(locked) == len(applying)
+    build_requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    extras = set().union(*map(requirements, PROJECT["optional-dependencies"]))
+    for requirement in map(Requirement, {*build_requires, *PROJECT["dependencies"], *extras}):
+        if requirement.name not in ("torch", "torchvision", "triton"):
+            (pin,) = locked[canonicalize_name(requirement.name)]
+            assert pin.operator == "==", requirement
+            assert requirement.specifier.contains(pin.version), requirement

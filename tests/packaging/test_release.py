@@ -1,4 +1,4 @@
-"""`make release`, tools/matrix.py and the workflow of a fork's CI."""
+"""`make dist`, tools/matrix.py and the workflows of a fork's CI."""
 
 import json
 import re
@@ -164,12 +164,13 @@ def test_ci_calls_targets_for_supported_pythons():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={versions[0]}"
     assert f"Python {versions[0]} to {versions[-1]}" in (ROOT / "docs/install.md").read_text()
-    text = (ROOT / ".github/workflows/ci.yml").read_text()
-    jobs = yaml.safe_load(text)["jobs"]
+    texts = [(ROOT / f".github/workflows/{name}.yml").read_text() for name in ("ci", "weekly")]
+    jobs = yaml.safe_load(texts[0])["jobs"] | yaml.safe_load(texts[1])["jobs"]
     assert jobs["wheels"]["strategy"]["matrix"]["python"] == versions
-    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert jobs["newest"]["strategy"]["matrix"]["python"] == [versions[0], versions[-1]]
+    (targets,) = re.findall(r"^\.PHONY: ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     steps = [step for job in jobs.values() for step in job["steps"]]
     called = {step["run"].split()[1] for step in steps if "run" in step}
-    assert called == {"test", "release"} & set(targets.split())
+    assert called == {"test", "dist", "weekly", "newest"} & set(targets.split())
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
-    assert "secrets" not in text
+    assert "secrets" not in "".join(texts)

@@ -22,6 +22,7 @@ from evaclip.train.overrides import dump_yaml
 pytestmark = pytest.mark.exhaustive
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "slurm" / "train.sbatch"
+REPEATED = (("killed", "torchrun"), ("step hangs", "srun"), ("save hangs", "torchrun"))
 LIMIT = 6
 """Seconds after which a hanging step or save is ended."""
 EVACLIP = """#!{python}
@@ -83,8 +84,11 @@ def write_programs(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-@pytest.mark.parametrize("kind", ["killed", "step hangs", "save hangs"])
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [("killed", "srun"), ("step hangs", "torchrun"), ("save hangs", "srun")]
+    + [pytest.param(kind, launcher, marks=pytest.mark.weekly) for kind, launcher in REPEATED],
+)
 def test_interrupted_run_ends_bit_exactly(
     kind: str, launcher: str, run_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
