@@ -19,14 +19,14 @@ MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 GPU_PYTHON ?= 3.12
 GPU_ARCHS ?= 90
-VENV ?= .venv
-CONSTRAINTS ?= --constraint constraints.txt
+VENV := .venv
+CONSTRAINTS := --constraint constraints.txt
 BIN := $(VENV)/bin
 PHASE := bash tools/phase.sh
 # Python compiles a module at its first import; to compile all that are installed takes longer than to install them.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile $(CONSTRAINTS)
 BUILD_TOOLS := setuptools cmake ninja pybind11
-# Ranges in constraints.txt: the user's GPU decides versions of torch and Triton. torch 2.12 requires setuptools<82.
+# Ranges in constraints.txt: the GPU decides versions of torch and Triton. torch 2.11 and 2.12 require setuptools<82.
 RANGES := 'torch>=2.11,<2.16' 'triton>=3.6,<3.10'
 LOCKED := $(BUILD_TOOLS) 'setuptools<82' twine uv $(RANGES)
 LOCK := build/constraints.txt
@@ -41,7 +41,7 @@ CPP_FILES := $(shell find csrc ptx_interpreter tests -name "*.h" -o -name "*.cpp
 # One single-threaded process per processor: torch's threads would compete. Bytecode is kept, as tests start hundreds of
 # processes.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
-	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+	--numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations 20
 
 .PHONY: demo test exhaustive weekly test-all wheel wheel-cuda dist release hub docs docs-build gpu-bundle gpu-check \
 	update newest lint format clean

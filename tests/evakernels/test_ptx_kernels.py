@@ -125,7 +125,7 @@ def test_raw_launchers_on_interpreted_kernels(built: Path, tmp_path: Path) -> No
 
 
 @needs_nvcc
-@pytest.mark.parametrize("gpu", ["small gpu", "a100", "h100", "b200"])
+@pytest.mark.parametrize("gpu", ["small gpu", "h100", *(pytest.param(gpu, marks=weekly) for gpu in ("a100", "b200"))])
 def test_plans_of_gpu(built: Path, tmp_path: Path, gpu: str) -> None:
     """On the small GPU of ptx_interpreter/host/cudart.cpp, which has 99 KB of shared memory."""
     options = {"PTX_GPU": gpu} if gpu in GPUS else {}
