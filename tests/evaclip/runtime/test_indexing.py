@@ -1,14 +1,13 @@
 """Pictures to a store: each once, with its own embedding, whatever ends the work."""
 
-import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +137,18 @@ def test_index_shards_with_missing_captions(pictures, tmp_path, encoder):
     assert [(row.id.rpartition(":")[2], row.caption) for row in rows] == [("0", ""), ("1", "a cat"), ("2", "")]
 
 
-def _files(folder: Path) -> set[str]:
-    return {name for _, _, names in os.walk(folder) for name in names}
+def _end_in_write(number: int, seconds: float) -> None:
+    """Ends this process some time after its write of this number into a store begins; of number -1, after now."""
+    add, numbers = Store.add, itertools.count()
+
+    def add_or_end(*arguments: object) -> object:
+        if next(numbers) == number:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        return add(*arguments)
+
+    Store.add = add_or_end
+    if number < 0:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 @pytest.mark.exhaustive
@@ -153,18 +162,13 @@ def test_index_killed_fifty_times_is_complete(tmp_path, encoder, monkeypatch):
     torch.set_num_threads(1)  # a child that is forked has no other threads
     path, sizes = tmp_path / "store", [0]
     for _ in range(50):
-        child, before = os.fork(), _files(path)
+        number, seconds, child = draw.integers(-1, 4), draw.uniform(1e-5, 0.01), os.fork()
         if child == 0:
+            _end_in_write(number, seconds)
             torch.set_num_threads(1)  # renews torch's thread pool; two reader threads at once would fail to
             _index(root, path, encoder)
             os._exit(0)
-        if draw.integers(2):  # half of the kills follow a change of the store, whatever the machine's speed
-            while _files(path) == before and os.waitpid(child, os.WNOHANG) == (0, 0):
-                time.sleep(0.001)
-        time.sleep(float(draw.uniform(0, 0.01)))
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        os.waitpid(child, 0)
         sizes.append(len(_by_id(Store.open(path))) if Store.exists(path) else 0)
     assert sizes == sorted(sizes)
     assert any(0 < size < 200 for size in sizes)
